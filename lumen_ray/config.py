@@ -1,0 +1,82 @@
+"""Typed settings: YAML in, validated on construction, unknown keys refused with the nearest valid one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from lumen_ray.errors import UserError, suggest
+
+T = TypeVar("T", bound="Settings")
+
+
+class Settings(BaseModel):
+    """Base of every settings class. Fields are documented by `Field(description=...)`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def _explain(cls: type[BaseModel], error: ValidationError, origin: str) -> str:
+    """One sentence for the first problem found."""
+    first = error.errors()[0]
+    path = ".".join(str(p) for p in first["loc"])
+    if first["type"] == "extra_forbidden":
+        owner = _owner(cls, first["loc"][:-1])
+        fields = sorted(owner.model_fields) if owner else []
+        key = str(first["loc"][-1])
+        valid = f" valid keys: {', '.join(fields)}" if fields else ""
+        return f"{origin}: unknown key '{path}';{suggest(key, fields)}{valid}"
+    if first["type"] == "missing":
+        return f"{origin}: '{path}' is required"
+    return f"{origin}: '{path}' is invalid: {first['msg']} (got {first['input']!r})"
+
+
+def _owner(cls: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel] | None:
+    """The settings class that owns the key at `path`, found by walking the field annotations."""
+    current: Any = cls
+    for step in path:
+        if isinstance(step, int) or not (isinstance(current, type) and issubclass(current, BaseModel)):
+            continue
+        field = current.model_fields.get(step)
+        current = _settings_in(field.annotation) if field else None
+    return current if isinstance(current, type) and issubclass(current, BaseModel) else None
+
+
+def _settings_in(annotation: Any) -> Any:
+    """The first settings class inside an annotation such as `list[Stage]` or `Clip | None`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for arg in getattr(annotation, "__args__", ()):
+        if (found := _settings_in(arg)) is not None:
+            return found
+    return None
+
+
+def validate(cls: type[T], data: Any, origin: str) -> T:
+    """`data` as settings of class `cls`; a `UserError` of one sentence when it does not fit."""
+    if not isinstance(data, dict):
+        raise UserError(f"{origin}: expected a mapping of settings, got {type(data).__name__}", "invalid_config")
+    try:
+        return cls.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_explain(cls, error, origin), "invalid_config") from None
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file; `UserError` when it is missing or not YAML."""
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"config file '{path}' does not exist", "missing_config")
+    try:
+        data = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"config file '{path}' is not valid YAML: {str(error).splitlines()[0]}", "invalid_config") from None
+    return data if data is not None else {}
+
+
+def load(cls: type[T], path: str | Path) -> T:
+    """Settings of class `cls` from a YAML file."""
+    return validate(cls, load_yaml(path), str(path))

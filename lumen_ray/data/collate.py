@@ -1,0 +1,261 @@
+"""Shard rows -> one training batch: which prompts an image gets, and what each should find.
+
+Everything an image is annotated for becomes branches of one pass: classes (present and absent ones), phrases, poses,
+captions, questions. What is drawn depends only on the random generator given, so a resumed run sees the same batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from pydantic import Field
+
+from lumen_ray.config import Settings
+from lumen_ray.data.transforms import MASK_STRIDE, AugmentSettings, Sample, map_points, transform
+from lumen_ray.decoders.base import PerceptionTargets
+from lumen_ray.model.prompts import Branch, build_layout
+from lumen_ray.model.regions import region_mask
+from lumen_ray.model.tokenizer import LumenTokenizer
+from lumen_ray.structures import Region
+from lumen_ray.tasks import TASKS
+
+CLASS_TASKS = ("detect", "segment", "count")  # one box target each; they differ in wording and routing token
+TEXT_TASKS = tuple(name for name, task in TASKS.items() if task.is_text)
+
+
+class BranchSettings(Settings):
+    """How many prompts an image gets in one training step."""
+
+    negatives: int = Field(3, ge=0, description="classes asked for that are annotated as absent, drawn uniformly")
+    max_classes: int = Field(24, gt=0, description="classes present that are asked for, at most")
+    max_phrases: int = Field(3, ge=0, description="ground and refer phrases, at most")
+    max_messages: int = Field(4, ge=0, description="captions, questions, region captions and chats, at most")
+    max_poses: int = Field(1, ge=0, description="classes with keypoints whose pose is asked for, at most")
+
+
+@dataclass
+class Want:
+    """What a perception branch should find: indices into the sample's instances, or a keypoint of them."""
+
+    instances: list[int]
+    keypoint: int = -1
+
+
+@dataclass
+class Prompts:
+    """The branches of a batch while they are collected."""
+
+    branches: list[Branch] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
+    wants: list[Want | None] = field(default_factory=list)
+    regions: list[np.ndarray] = field(default_factory=list)
+    region_images: list[int] = field(default_factory=list)
+
+    def add(self, task: str, branch: Branch, want: Want | None = None) -> int:
+        self.branches.append(branch)
+        self.tasks.append(task)
+        self.wants.append(want)
+        return len(self.branches) - 1
+
+
+def instances_of(phrase: str, row: dict[str, Any], sample: Sample) -> list[int]:
+    """Indices into the sample of the instances whose class is `phrase`."""
+    return [n for n, i in enumerate(sample.kept) if row["instances"][i]["phrase"] == phrase]
+
+
+def add_classes(
+    prompts: Prompts,
+    image: int,
+    row: dict,
+    sample: Sample,
+    tasks: Sequence[str],
+    s: BranchSettings,
+    rng: np.random.Generator,
+) -> None:
+    """Class prompts: the classes present and `negatives` absent ones, each in the wording of a task drawn at random."""
+    tasks = [t for t in tasks if t in CLASS_TASKS]
+    if not tasks:
+        return
+    present = list(dict.fromkeys(row["instances"][i]["phrase"] for i in sample.kept))
+    absent = [c for c in row["classes"] if c not in {i["phrase"] for i in row["instances"]}]
+    chosen = _draw(present, s.max_classes, rng) + _draw(absent, s.negatives, rng)
+    for phrase in chosen:
+        task = TASKS[tasks[int(rng.integers(len(tasks)))]]
+        text = task.prompt(phrase, int(rng.integers(len(task.templates))))
+        want = Want(instances_of(phrase, row, sample))
+        prompts.add(task.name, Branch(image, text, route=task.routing_token), want)
+
+
+def add_poses(
+    prompts: Prompts,
+    image: int,
+    row: dict,
+    sample: Sample,
+    skeletons: dict[str, tuple[str, ...]],
+    s: BranchSettings,
+    rng: np.random.Generator,
+) -> None:
+    """Pose prompts of classes present with keypoints: an object branch and one branch per keypoint name."""
+    task = TASKS["pose"]
+    with_pose = {row["instances"][i]["phrase"] for n, i in enumerate(sample.kept) if sample.keypoints[n] is not None}
+    candidates = [c for c in skeletons if c in with_pose]
+    for phrase in _draw(candidates, s.max_poses, rng):
+        found = instances_of(phrase, row, sample)
+        text = task.prompt(phrase, int(rng.integers(len(task.templates))))
+        parent = prompts.add("pose", Branch(image, text, route=task.routing_token), Want(found))
+        for k, name in enumerate(skeletons[phrase]):
+            text = task.keypoint_template.replace("{keypoint}", name).replace("{}", phrase)
+            prompts.add("pose", Branch(image, text, route=task.routing_token, parent=parent), Want(found, keypoint=k))
+
+
+def add_phrases(
+    prompts: Prompts,
+    image: int,
+    row: dict,
+    sample: Sample,
+    tasks: Sequence[str],
+    s: BranchSettings,
+    rng: np.random.Generator,
+) -> None:
+    """Referring expressions and grounded phrases, those with nothing to find included."""
+    place = {int(i): n for n, i in enumerate(sample.kept)}
+    usable = [
+        p
+        for p in row["phrases"]
+        if p["task"] in tasks and (not p["instances"] or any(i in place for i in p["instances"]))
+    ]
+    for item in _draw(usable, s.max_phrases, rng):
+        task = TASKS[item["task"]]
+        text = task.prompt(item["phrase"], int(rng.integers(len(task.templates))))
+        want = Want([place[i] for i in item["instances"] if i in place])
+        prompts.add(task.name, Branch(image, text, route=task.routing_token), want)
+
+
+def add_messages(
+    prompts: Prompts,
+    image: int,
+    row: dict,
+    sample: Sample,
+    tasks: Sequence[str],
+    s: BranchSettings,
+    rng: np.random.Generator,
+) -> None:
+    """Captions, questions and chats; each `<region>` becomes a mask of the model input."""
+    usable = [m for m in row["messages"] if m["task"] in tasks]
+    for message in _draw(usable, s.max_messages, rng):
+        prompt, response = turns_to_text(message["turns"])
+        first = len(prompts.regions)
+        for index in message["regions"]:
+            prompts.regions.append(_region_input(row, sample, row["regions"][index]))
+            prompts.region_images.append(image)
+        regions = tuple(range(first, len(prompts.regions)))
+        prompts.add(message["task"], Branch(image, prompt, response=response, regions=regions))
+
+
+def turns_to_text(turns: list[dict[str, str]]) -> tuple[str, str]:
+    """(instruction, response): earlier turns of a conversation are part of the last instruction."""
+    return " ".join(turn["content"] for turn in turns[:-1]), turns[-1]["content"]
+
+
+def _region_input(row: dict, sample: Sample, region: dict) -> np.ndarray:
+    """A stored region as a binary mask [S, S] of the (augmented) model input."""
+    size = sample.image.shape[0]
+    if region["mask"]:
+        from PIL import Image
+        from pycocotools import mask as coco_mask
+
+        inverse = np.linalg.inv(np.vstack([sample.matrix, [0, 0, 1]]))[:2]
+        picture = Image.fromarray(coco_mask.decode(region["mask"]) * 255)
+        out = picture.transform((size, size), Image.Transform.AFFINE, inverse.flatten(), Image.Resampling.BILINEAR)
+        return (np.asarray(out) > 127).astype(np.uint8)
+    points = map_points(np.array(region["points"], np.float64).reshape(-1, 2), sample.matrix)
+    if region["kind"] == "box":
+        points = np.stack([points.min(0), points.max(0)])
+        points[1] = np.maximum(points[1], points[0] + 1)
+    points = np.clip(points, 0, size)
+    if region["kind"] == "box" and ((points[1] - points[0]) <= 0).any():  # cropped away: its nearest corner is left
+        return region_mask(Region("point", (size, size), points[:1]), size)
+    return region_mask(Region(region["kind"], (size, size), points), size)
+
+
+def _draw(items: list, count: int, rng: np.random.Generator) -> list:
+    """At most `count` items in random order, without replacement."""
+    return [items[i] for i in rng.permutation(len(items))[:count]]
+
+
+def perception_targets(
+    prompts: Prompts, samples: list[Sample], members: list[int], mask_side: int
+) -> PerceptionTargets:
+    """Targets of the given branches (those that are links of the perception family), padded to the most instances."""
+    wants = [prompts.wants[b] for b in members]
+    most = max([len(w.instances) for w in wants] + [1])
+    boxes = np.zeros((len(members), most, 4), np.float32)
+    valid, crowd = np.zeros((2, len(members), most), bool)
+    mask_index = np.full((len(members), most), -1)
+    keypoints = np.zeros((len(members), most, 3), np.float32)
+    masks: list[np.ndarray] = []
+    stored: dict[tuple[int, int], int] = {}  # an instance asked for by several prompts keeps one mask
+    for row, (branch, want) in enumerate(zip(members, wants, strict=True)):
+        image = prompts.branches[branch].image
+        sample = samples[image]
+        for g, n in enumerate(want.instances):
+            boxes[row, g], valid[row, g], crowd[row, g] = sample.boxes[n], True, sample.crowd[n]
+            if sample.masks[n] is not None and not sample.crowd[n]:
+                if (image, n) not in stored:
+                    stored[image, n] = len(masks)
+                    masks.append(sample.masks[n])
+                mask_index[row, g] = stored[image, n]
+            if want.keypoint >= 0 and sample.keypoints[n] is not None:
+                keypoints[row, g] = sample.keypoints[n][want.keypoint]
+    stack = np.stack(masks) if masks else np.zeros((0, mask_side, mask_side), np.uint8)
+    counted = torch.tensor([w.keypoint < 0 for w in wants])
+    arrays = (torch.from_numpy(a) for a in (boxes, valid, crowd, mask_index, stack, keypoints))
+    return PerceptionTargets(*arrays, counted)
+
+
+@dataclass
+class Collator:
+    """Rows and a random generator per row -> a batch. Plain settings inside, so Ray can ship it to CPU tasks."""
+
+    tokenizer: LumenTokenizer
+    input_size: int
+    tasks: tuple[str, ...]
+    skeletons: dict[str, tuple[str, ...]]
+    branches: BranchSettings = BranchSettings()
+    augment: AugmentSettings = AugmentSettings()
+
+    def __call__(self, rows: list[dict], images: list[np.ndarray | None], rngs: list[np.random.Generator]) -> dict:
+        """The batch `Generalist.forward` takes. `images`: decoded uint8 [H, W, 3], None for text-only rows."""
+        prompts, samples = Prompts(), []
+        for index, (row, image, rng) in enumerate(zip(rows, images, rngs, strict=True)):
+            pixels = np.full((8, 8, 3), 114, np.uint8) if image is None else image
+            sample = transform(row, pixels, self.input_size, self.augment, rng)
+            samples.append(sample)
+            add_classes(prompts, index, row, sample, self.tasks, self.branches, rng)
+            if "pose" in self.tasks:
+                add_poses(prompts, index, row, sample, self.skeletons, self.branches, rng)
+            add_phrases(prompts, index, row, sample, self.tasks, self.branches, rng)
+            add_messages(prompts, index, row, sample, self.tasks, self.branches, rng)
+        layout = build_layout(prompts.branches, len(rows), self.tokenizer)
+        side = self.input_size // MASK_STRIDE
+        targets = {
+            family: perception_targets(prompts, samples, members.tolist(), side)
+            for family, members in layout.link_branches.items()
+        }
+        masks = (
+            np.stack(prompts.regions) if prompts.regions else np.zeros((0, self.input_size, self.input_size), np.uint8)
+        )
+        return {
+            "images": torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).contiguous(),
+            "has_image": torch.tensor([image is not None for image in images]),
+            "layout": layout,
+            "region_masks": torch.from_numpy(masks),
+            "region_images": torch.tensor(prompts.region_images, dtype=torch.int64),
+            "targets": targets,
+            "tasks": prompts.tasks,
+            "image_ids": [row["image_id"] for row in rows],
+        }

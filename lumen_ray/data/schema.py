@@ -1,0 +1,96 @@
+"""The Arrow schema of a shard row: one row per image, the same columns for all tasks (DESIGN: Shards).
+
+Boxes are `xyxy`, absolute pixels of the EXIF-rotated image, float32. Masks are COCO RLE. Keypoints are flat
+``x, y, v`` with v in {0, 1, 2}. Everything a row is annotated for becomes branches of one training pass.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyarrow as pa
+
+_RLE = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
+
+_INSTANCE = pa.struct(
+    [
+        ("phrase", pa.string()),  # class name
+        ("box", pa.list_(pa.float32(), 4)),  # xyxy
+        ("mask", _RLE),  # null where there is none
+        ("keypoints", pa.list_(pa.float32())),  # 3 * K flat, names in the manifest's categories; null where none
+        ("crowd", pa.bool_()),
+        ("area", pa.float32()),  # square pixels, of the mask where there is one
+    ]
+)
+
+_REGION = pa.struct(
+    [
+        ("kind", pa.string()),  # box | point | scribble | polygon | mask
+        ("points", pa.list_(pa.float32())),  # flat x, y; null for masks
+        ("mask", _RLE),
+    ]
+)
+
+_MESSAGE = pa.struct(
+    [
+        ("task", pa.string()),  # chat | caption | vqa | region_caption
+        ("turns", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),  # user, assistant, ...
+        ("regions", pa.list_(pa.int32())),  # indices into `regions`, one per <region> in the text
+    ]
+)
+
+_PHRASE = pa.struct(
+    [
+        ("task", pa.string()),  # ground | refer
+        ("phrase", pa.string()),
+        ("instances", pa.list_(pa.int32())),  # indices into `instances`; empty: nothing in the image fits
+    ]
+)
+
+SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("image", pa.binary()),  # encoded bytes, untouched; null for text-only samples
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("source", pa.string()),
+        ("tasks", pa.list_(pa.string())),  # tasks this row can train
+        ("classes", pa.list_(pa.string())),  # classes annotated exhaustively here: those absent are true negatives
+        ("instances", pa.list_(_INSTANCE)),
+        ("phrases", pa.list_(_PHRASE)),
+        ("messages", pa.list_(_MESSAGE)),
+        ("regions", pa.list_(_REGION)),
+        ("target_image", pa.binary()),  # edit triples
+    ]
+)
+
+REJECTED_SCHEMA = pa.schema([("image_id", pa.string()), ("origin", pa.string()), ("reason", pa.string())])
+
+
+def make_row(image_id: str, image: bytes | None, size: tuple[int, int], source: str, **columns: Any) -> dict[str, Any]:
+    """A row with every column present; unknown columns are an error. `size` is (height, width) after EXIF rotation."""
+    row: dict[str, Any] = {
+        "image_id": image_id,
+        "image": image,
+        "height": int(size[0]),
+        "width": int(size[1]),
+        "source": source,
+        "tasks": [],
+        "classes": [],
+        "instances": [],
+        "phrases": [],
+        "messages": [],
+        "regions": [],
+        "target_image": None,
+    }
+    extra = set(columns) - set(row)
+    if extra:
+        raise ValueError(f"columns {sorted(extra)} are not in the shard schema")
+    row.update(columns)
+    return row
+
+
+def make_message(task: str, prompt: str, response: str, regions: tuple[int, ...] = ()) -> dict[str, Any]:
+    """A single-turn message."""
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    return {"task": task, "turns": turns, "regions": list(regions)}

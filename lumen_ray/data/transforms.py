@@ -1,0 +1,188 @@
+"""Image and annotations through one geometric map: boxes, masks, keypoints and regions follow every transform.
+
+All geometry of a sample (augmentation and the fit into the square model input) is composed into one affine map, so an
+image is resampled once. Only axis-aligned maps are drawn (scale, shift, flips, quarter turns): boxes stay exact.
+
+Frames: *stored* = the EXIF-rotated image; *input* = the square of side `input_size`, pixels, xyxy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageEnhance
+from pycocotools import mask as coco_mask
+from pydantic import Field
+
+from lumen_ray.config import Settings
+from lumen_ray.decoders.base import Frame
+
+MASK_STRIDE = 4  # masks are trained at the resolution of the dense features
+MIN_VISIBLE = 0.3  # an instance cropped to less of its box is dropped
+
+
+class AugmentSettings(Settings):
+    flip_x: bool = Field(False, description="mirror left-right at random; wrong where texts say 'left' and 'right'")
+    flip_y: bool = Field(False, description="mirror top-bottom at random")
+    turn: bool = Field(False, description="turn by a random multiple of 90 degrees")
+    scale: tuple[float, float] = Field(
+        (1.0, 1.0), description="range of the random zoom, 1 fits the image to the input"
+    )
+    shift: float = Field(0.0, ge=0, le=0.5, description="largest random shift, as a share of the input")
+    color: float = Field(0.0, ge=0, le=1, description="strength of brightness, contrast and saturation jitter")
+
+
+@dataclass
+class Sample:
+    """One image in the input frame. `boxes` float32 [N, 4]; `crowd` bool [N]; `masks`: N uint8 arrays [S/4, S/4] or
+    None; `keypoints`: N float32 arrays [K, 3] or None; `kept` int [N]: the row's instance each one was; `matrix`
+    [2, 3]: stored -> input pixels."""
+
+    image: np.ndarray
+    boxes: np.ndarray
+    crowd: np.ndarray
+    masks: list[np.ndarray | None]
+    keypoints: list[np.ndarray | None]
+    kept: np.ndarray
+    matrix: np.ndarray
+
+
+def fit(image: np.ndarray, input_size: int) -> tuple[np.ndarray, Frame]:
+    """uint8 [H, W, 3] -> (uint8 [S, S, 3] scaled to the top left and padded with grey, its frame). For inference."""
+    frame = Frame.fit(image.shape[:2], input_size)
+    return warp(image, fit_matrix(image.shape[:2], input_size), input_size), frame
+
+
+def fit_matrix(size: tuple[int, int], input_size: int) -> np.ndarray:
+    scale = input_size / max(size)
+    return np.array([[scale, 0, 0], [0, scale, 0]], np.float64)
+
+
+def draw_matrix(
+    size: tuple[int, int], input_size: int, augment: AugmentSettings, rng: np.random.Generator
+) -> np.ndarray:
+    """A random stored -> input map. The same number of random draws whatever the settings, so runs stay comparable."""
+    height, width = size
+    flip_x, flip_y, turn = rng.random() < 0.5, rng.random() < 0.5, int(rng.integers(4))
+    zoom = np.exp(rng.uniform(*np.log(augment.scale)))
+    shift_x, shift_y = rng.uniform(-augment.shift, augment.shift, 2) * input_size
+    center = np.eye(3)
+    center[:2, 2] = [-width / 2, -height / 2]
+    linear = np.eye(3)
+    if augment.flip_x and flip_x:
+        linear = np.diag([-1.0, 1, 1]) @ linear
+    if augment.flip_y and flip_y:
+        linear = np.diag([1.0, -1, 1]) @ linear
+    for _ in range(turn if augment.turn else 0):
+        linear = np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]]) @ linear
+    scale = input_size / max(size) * zoom
+    place = np.diag([scale, scale, 1])
+    turned_w, turned_h = np.abs(linear[:2, :2]) @ [width, height]
+    # without zoom and shift the image sits at the top left, where `fit` puts it
+    place[:2, 2] = [turned_w * scale / 2 + shift_x, turned_h * scale / 2 + shift_y]
+    if zoom > 1:  # look at a random part of the enlarged image
+        room = np.maximum([turned_w * scale - input_size, turned_h * scale - input_size], 0)
+        place[:2, 2] -= rng.random(2) * room
+    else:
+        rng.random(2)
+    return (place @ linear @ center)[:2]
+
+
+def warp(image: np.ndarray, matrix: np.ndarray, input_size: int, fill: int = 114) -> np.ndarray:
+    """uint8 [H, W, 3] through a stored -> input map -> uint8 [S, S, 3]. Shrinks with an area filter first."""
+    picture = Image.fromarray(image)
+    scale = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
+    if scale < 1:  # antialias: sampling an image at every second pixel would drop thin structures
+        small = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        factor = np.array([picture.width / small[0], picture.height / small[1]])
+        picture = picture.resize(small, Image.Resampling.BOX if scale < 0.5 else Image.Resampling.BILINEAR)
+        matrix = matrix.copy()
+        matrix[:, :2] = matrix[:, :2] * factor
+    if np.allclose(matrix, [[1, 0, 0], [0, 1, 0]], atol=1e-2):
+        canvas = Image.new("RGB", (input_size, input_size), (fill,) * 3)
+        canvas.paste(picture, (0, 0))
+        return np.asarray(canvas)
+    inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))[:2]
+    out = picture.transform(
+        (input_size, input_size),
+        Image.Transform.AFFINE,
+        inverse.flatten(),
+        Image.Resampling.BILINEAR,
+        fillcolor=(fill,) * 3,
+    )
+    return np.asarray(out)
+
+
+def map_points(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """xy [..., 2] through the map."""
+    return points @ matrix[:, :2].T + matrix[:, 2]
+
+
+def map_boxes(boxes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
+    """xyxy [N, 4] through an axis-aligned map: the two mapped corners, put in order again."""
+    corners = map_points(boxes.reshape(-1, 2, 2).astype(np.float64), matrix)
+    return np.concatenate([corners.min(1), corners.max(1)], axis=1)
+
+
+def map_mask(rle: dict[str, Any], matrix: np.ndarray, input_size: int) -> np.ndarray:
+    """An RLE of the stored image -> uint8 [S/4, S/4] of the input at the masks' stride."""
+    small = matrix / MASK_STRIDE
+    inverse = np.linalg.inv(np.vstack([small, [0, 0, 1]]))[:2]
+    side = input_size // MASK_STRIDE
+    picture = Image.fromarray(coco_mask.decode(rle) * 255)
+    scale = np.sqrt(abs(np.linalg.det(small[:, :2])))
+    if scale < 0.75:
+        shrunk = picture.resize(
+            (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.Resampling.BOX
+        )
+        factor = np.diag([shrunk.width / picture.width, shrunk.height / picture.height])
+        inverse = factor @ inverse
+        picture = shrunk
+    out = picture.transform((side, side), Image.Transform.AFFINE, inverse.flatten(), Image.Resampling.BILINEAR)
+    return (np.asarray(out) > 127).astype(np.uint8)
+
+
+def jitter_color(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Brightness, contrast and saturation, each by a factor in 1 +- strength / 2."""
+    factors = 1 + rng.uniform(-0.5, 0.5, 3) * strength
+    if strength == 0:
+        return image
+    picture = Image.fromarray(image)
+    for enhance, factor in zip(
+        (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), factors, strict=True
+    ):
+        picture = enhance(picture).enhance(factor)
+    return np.asarray(picture)
+
+
+def transform(
+    row: dict[str, Any], image: np.ndarray, input_size: int, augment: AugmentSettings, rng: np.random.Generator
+) -> Sample:
+    """A shard row and its decoded image -> a `Sample` in the input frame; instances cropped away are dropped."""
+    matrix = draw_matrix(image.shape[:2], input_size, augment, rng)
+    pixels = jitter_color(warp(image, matrix, input_size), augment.color, rng)
+    instances = row["instances"] or []
+    stored = np.array([i["box"] for i in instances], np.float64).reshape(-1, 4)
+    boxes = map_boxes(stored, matrix)
+    clipped = np.clip(boxes, 0, input_size)
+    area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+    visible = np.prod(clipped[:, 2:] - clipped[:, :2], axis=1) / np.maximum(area, 1e-6)
+    kept = np.flatnonzero((visible >= MIN_VISIBLE) & (area > 4))
+    masks, keypoints = [], []
+    for i in kept:
+        rle, flat = instances[i]["mask"], instances[i]["keypoints"]
+        masks.append(map_mask(rle, matrix, input_size) if rle else None)
+        keypoints.append(_map_keypoints(flat, matrix, input_size) if flat else None)
+    crowd = np.array([bool(instances[i]["crowd"]) for i in kept], bool)
+    return Sample(pixels, clipped[kept].astype(np.float32), crowd, masks, keypoints, kept, matrix)
+
+
+def _map_keypoints(flat: list[float], matrix: np.ndarray, input_size: int) -> np.ndarray:
+    """float32 [K, 3]; keypoints outside the input become unlabelled."""
+    points = np.array(flat, np.float64).reshape(-1, 3)
+    points[:, :2] = map_points(points[:, :2], matrix)
+    outside = ((points[:, :2] < 0) | (points[:, :2] > input_size)).any(1)
+    points[outside, 2] = 0
+    return points.astype(np.float32)

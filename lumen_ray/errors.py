@@ -1,0 +1,34 @@
+"""Errors a user can cause. Everything else is a bug and keeps its traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """One sentence that says what to change; the CLI prints it and exits with 2, the server answers 4xx.
+
+    `reason` is the machine-readable form, e.g. ``"unknown_task"``.
+    """
+
+    def __init__(self, message: str, reason: str = "invalid_request"):
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self):  # keeps `reason` when Ray pickles the error between processes
+        return type(self), (str(self), self.reason)
+
+
+def suggest(word: str, valid: Iterable[str]) -> str:
+    """`" did you mean 'detect'?"` when a valid word is near, else the empty string."""
+    near = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.6)
+    return f" did you mean '{near[0]}'?" if near else ""
+
+
+def unknown(kind: str, word: str, valid: Iterable[str], plural: str | None = None) -> UserError:
+    """The error for a word that is not one of `valid`: names the nearest and lists all."""
+    valid = sorted(valid)
+    hint = suggest(word, valid)
+    message = f"unknown {kind} '{word}';{hint} {plural or kind + 's'}: {', '.join(valid)}"
+    return UserError(message, reason=f"unknown_{kind.replace(' ', '_')}")

@@ -1,0 +1,61 @@
+"""The shared dense features: Lumen's task-agnostic representation (arXiv 2403.07304), at stride 4.
+
+A small convolutional stem on pixels gives the resolution, the vision branch's merged map and the LLM's hidden states
+at the image tokens give the meaning; they are fused top-down as in a feature pyramid.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def conv_block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
+    """3x3 convolution, GroupNorm, SiLU. GroupNorm, because an image's result must not depend on its batch."""
+    groups = next(g for g in (8, 4, 2, 1) if out_channels % g == 0)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
+        nn.GroupNorm(groups, out_channels),
+        nn.SiLU(),
+    )
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.convs = nn.Sequential(conv_block(channels, channels), conv_block(channels, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.convs(x)
+
+
+class DenseFeatures(nn.Module):
+    """images, merged map and LLM states -> dense features [B, channels, H/4, W/4]."""
+
+    def __init__(self, stem_channels: int, channels: int, vision_width: int, llm_width: int):
+        super().__init__()
+        c = stem_channels
+        self.stem = nn.Sequential(conv_block(3, c // 2, stride=2), conv_block(c // 2, c, stride=2))
+        self.down8 = nn.Sequential(conv_block(c, 2 * c, stride=2), ResidualBlock(2 * c))
+        self.down16 = nn.Sequential(conv_block(2 * c, 3 * c, stride=2), ResidualBlock(3 * c))
+        self.from_vision = nn.Sequential(nn.GroupNorm(1, vision_width), nn.Conv2d(vision_width, channels, 1))
+        self.from_llm = nn.Sequential(nn.GroupNorm(1, llm_width), nn.Conv2d(llm_width, channels, 1))
+        self.lateral16 = nn.Conv2d(3 * c, channels, 1)
+        self.lateral8 = nn.Conv2d(2 * c, channels, 1)
+        self.lateral4 = nn.Conv2d(c, channels, 1)
+        self.fuse16 = ResidualBlock(channels)
+        self.fuse8 = ResidualBlock(channels)
+        self.fuse4 = conv_block(channels, channels)
+
+    def forward(self, images: Tensor, merged: Tensor, llm_states: Tensor) -> Tensor:
+        """images [B, 3, H, W] in 0..1; merged [B, C, h, w]; llm_states [B, h*w, llm_width]."""
+        s4 = self.stem(images - 0.5)
+        s8 = self.down8(s4)
+        s16 = self.down16(s8)
+        states = llm_states.transpose(1, 2).reshape(len(images), -1, *merged.shape[-2:]).contiguous()
+        tokens = self.from_vision(merged) + self.from_llm(states)
+        if tokens.shape[-2:] != s16.shape[-2:]:
+            tokens = F.interpolate(tokens, s16.shape[-2:], mode="bilinear", align_corners=False)
+        x = self.fuse16(self.lateral16(s16) + tokens)
+        x = self.fuse8(self.lateral8(s8) + F.interpolate(x, s8.shape[-2:], mode="nearest"))
+        return self.fuse4(self.lateral4(s4) + F.interpolate(x, s4.shape[-2:], mode="nearest"))

@@ -1,0 +1,231 @@
+"""The trunk: vision branch, region encoder, LLM, super-link queries and link heads, and the shared dense features.
+
+Training packs prefix and branches into one pass (`forward`). Inference encodes the prefix once (`encode`), then runs
+branches against its cached keys and values (`run_branches`), in as many chunks as needed, and lets the LLM write
+(`generate`). Both give the same numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+
+from lumen_ray.model.dense import DenseFeatures
+from lumen_ray.model.prompts import IGNORE, Layout, additive, branch_allowed, prefix_allowed
+from lumen_ray.model.regions import RegionEncoder
+from lumen_ray.model.settings import ModelSettings
+from lumen_ray.model.superlink import LinkHead, SuperLink, SuperLinkQueries
+from lumen_ray.model.vision import CommVision
+
+
+@dataclass
+class Prefix:
+    """An encoded image batch: everything about it that prompts have in common."""
+
+    images: Tensor  # [B, 3, H, W] in 0..1
+    merged: Tensor  # [B, C, h, w]
+    dense: Tensor  # [B, channels, H/4, W/4]
+    valid: Tensor  # bool [B], False where a sample has no image
+    cache: DynamicCache  # keys and values of the image tokens
+    length: int
+
+    def repeat(self, index: Tensor) -> DynamicCache:
+        """A copy of the cache with one batch row per entry of `index`."""
+        cache = copy.deepcopy(self.cache)
+        cache.batch_select_indices(index)
+        return cache
+
+
+@dataclass
+class TrunkTraining:
+    lm_loss_sum: Tensor  # scalar, summed over supervised tokens
+    lm_tokens: Tensor  # scalar, their number
+    dense: Tensor
+    links: dict[str, SuperLink]
+    lm_losses: Tensor  # [B, T - 1] per token, 0 where unsupervised; for the per-task log
+
+
+class Trunk(nn.Module):
+    def __init__(self, settings: ModelSettings, vocab_size: int):
+        super().__init__()
+        self.settings = settings
+        llm = dict(settings.llm)
+        config = AutoConfig.for_model(llm.pop("model_type"), vocab_size=vocab_size, **llm)
+        self.llm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        width = config.hidden_size
+        self.vision = CommVision(settings.vision, settings.image_size, width)
+        self.regions = RegionEncoder(self.vision.merged_width, width, self.vision.patch_size)
+        self.queries = SuperLinkQueries(width)
+        self.link_heads = nn.ModuleDict({"perception": LinkHead(width, settings.link_channels)})
+        self.dense = DenseFeatures(
+            settings.stem_channels, settings.dense_channels, self.vision.merged_width, width
+        )
+
+    @property
+    def prefix_length(self) -> int:
+        return (self.settings.image_size // self.vision.patch_size) ** 2
+
+    def embed_branches(self, layout: Layout, regions: Tensor | None) -> Tensor:
+        """Token embeddings [B, T, width] with the queries and region embeddings put in their slots."""
+        embeds = self.llm.get_input_embeddings()(layout.input_ids).clone()
+        for family, slots in layout.query_slots.items():
+            queries = self.queries(family).to(embeds.dtype)
+            embeds[slots[..., 0], slots[..., 1]] = queries.expand(len(slots), -1, -1)
+        if len(layout.region_slots):
+            slots = layout.region_slots
+            embeds[slots[:, 0], slots[:, 1]] = regions[layout.region_index].to(embeds.dtype)
+        return embeds
+
+    def links(self, hidden: Tensor, layout: Layout) -> dict[str, SuperLink]:
+        """The super links: last hidden states [B, T, width] at the query slots, through each family's head."""
+        out = {}
+        for family, slots in layout.query_slots.items():
+            states = hidden[slots[..., 0], slots[..., 1]]
+            out[family] = SuperLink(
+                family,
+                self.link_heads[family](states).float(),
+                layout.link_images[family],
+                layout.link_parents[family],
+            )
+        return out
+
+    def forward(self, batch: dict) -> TrunkTraining:
+        """One packed pass over prefix and branches.
+
+        batch: `images` uint8 [B, 3, H, W]; `has_image` bool [B]; `layout`; `region_masks` uint8 [R, H, W] and
+        `region_images` int64 [R].
+        """
+        images, layout = batch["images"].float() / 255, batch["layout"]
+        tokens, merged = self.vision(images)
+        regions = None
+        if len(batch["region_masks"]):
+            regions = self.regions(images, merged, batch["region_masks"], batch["region_images"])
+        prefix = tokens.shape[1]
+        embeds = torch.cat([tokens, self.embed_branches(layout, regions)], dim=1)
+        hidden = self.llm.model(
+            inputs_embeds=embeds,
+            attention_mask=self._training_mask(layout, batch["has_image"], prefix, embeds.dtype),
+            position_ids=self._positions(layout, prefix),
+            use_cache=False,
+        ).last_hidden_state
+        branches = hidden[:, prefix:]
+        losses = self._lm_losses(branches, layout.labels)
+        return TrunkTraining(
+            losses.sum(),
+            (layout.labels[:, 1:] != IGNORE).sum(),
+            self.dense(images, merged, hidden[:, :prefix]),
+            self.links(branches, layout),
+            losses.detach(),
+        )
+
+    def _training_mask(self, layout: Layout, has_image: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
+        batch, length = layout.input_ids.shape
+        device = layout.input_ids.device
+        top = prefix_allowed(batch, prefix, self.settings.prefix_attention, device)
+        top = torch.cat([top, torch.zeros(batch, prefix, length, dtype=torch.bool, device=device)], dim=2)
+        return additive(torch.cat([top, branch_allowed(layout.branch_ids, has_image, prefix)], dim=1), dtype)
+
+    @staticmethod
+    def _positions(layout: Layout, prefix: int) -> Tensor:
+        start = torch.arange(prefix, device=layout.offsets.device).expand(len(layout.offsets), -1)
+        return torch.cat([start, prefix + layout.offsets], dim=1)
+
+    def _lm_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Next-token cross entropy [B, T - 1]; only supervised positions meet the vocabulary projection."""
+        targets = labels[:, 1:]
+        supervised = targets != IGNORE
+        logits = self.llm.lm_head(hidden[:, :-1][supervised])
+        losses = torch.zeros(targets.shape, device=hidden.device)
+        losses[supervised] = F.cross_entropy(logits.float(), targets[supervised], reduction="none")
+        return losses
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor, valid: Tensor | None = None) -> Prefix:
+        """images uint8 [B, 3, H, W] -> the prefix that all prompts about them share."""
+        images = images.float() / 255
+        tokens, merged = self.vision(images)
+        batch, length = tokens.shape[:2]
+        mask = additive(prefix_allowed(batch, length, self.settings.prefix_attention, images.device), tokens.dtype)
+        cache = DynamicCache(config=self.llm.config)
+        positions = torch.arange(length, device=images.device).expand(batch, -1)
+        out = self.llm.model(
+            inputs_embeds=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        valid = torch.ones(batch, dtype=torch.bool, device=images.device) if valid is None else valid
+        dense = self.dense(images, merged, out.last_hidden_state)
+        return Prefix(images, merged, dense, valid, cache, length)
+
+    @torch.inference_mode()
+    def run_branches(
+        self, prefix: Prefix, layout: Layout, region_masks: Tensor, region_images: Tensor
+    ) -> tuple[Tensor, DynamicCache]:
+        """Hidden states [B, T, width] of a chunk of branches against the cached prefix, and the extended cache."""
+        regions = None
+        if len(region_masks):
+            regions = self.regions(prefix.images, prefix.merged, region_masks, region_images)
+        embeds = self.embed_branches(layout, regions)
+        cache = copy.deepcopy(prefix.cache)
+        mask = additive(branch_allowed(layout.branch_ids, prefix.valid, prefix.length), embeds.dtype)
+        out = self.llm.model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=prefix.length + layout.offsets,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state, cache
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prefix: Prefix,
+        layout: Layout,
+        images: Tensor,
+        region_masks: Tensor,
+        region_images: Tensor,
+        eos: int,
+        max_new_tokens: int,
+        stop: frozenset[int] = frozenset(),
+    ) -> list[list[int]]:
+        """Greedy answers to N text branches. `layout` holds one branch per row; `images` [N] is each row's image.
+
+        A row ends at `eos` (left out) or right after a token of `stop` (kept): routing tokens end a free-chat answer.
+        """
+        rows = Prefix(
+            prefix.images[images], prefix.merged[images], prefix.dense[:0], prefix.valid[images], prefix.repeat(images),
+            prefix.length,
+        )
+        hidden, cache = self.run_branches(rows, layout, region_masks, region_images)
+        row = torch.arange(len(images), device=images.device)
+        last = layout.last_slots[:, 1]
+        tokens = self.llm.lm_head(hidden[row, last]).argmax(-1)
+        visible = torch.cat(
+            [rows.valid[:, None].expand(-1, prefix.length), layout.branch_ids >= 0], dim=1
+        )  # bool [N, P + T], padding is hidden
+        answers: list[list[int]] = [[] for _ in range(len(images))]
+        done = [False] * len(images)
+        for step in range(max_new_tokens):
+            for i, token in enumerate(tokens.tolist()):
+                if done[i]:
+                    continue
+                if token != eos:
+                    answers[i].append(token)
+                done[i] = token == eos or token in stop
+            if all(done) or step == max_new_tokens - 1:
+                break
+            visible = torch.cat([visible, torch.ones_like(visible[:, :1])], dim=1)
+            embeds = self.llm.get_input_embeddings()(tokens[:, None])
+            hidden = self.llm.model(
+                inputs_embeds=embeds,
+                attention_mask=additive(visible[:, None, :], embeds.dtype),
+                position_ids=(prefix.length + last + 1 + step)[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            tokens = self.llm.lm_head(hidden[:, -1]).argmax(-1)
+        return answers

@@ -1,0 +1,118 @@
+"""The visual branch: CLIP and DINOv2 merged over layers (COMM, arXiv 2310.08825, sec. 3.2).
+
+For each encoder  v = sum_i w_i * Linear_i(LN_i(h_i))  over its chosen layers, with learned scalars w.
+DINOv2's v then passes a 2-layer MLP, both are concatenated on channels and projected to the LLM's width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
+
+from lumen_ray.model.settings import VisionSettings
+
+# Each encoder keeps the normalisation it was published with.
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class LayerMerge(nn.Module):
+    """v = sum_i w_i * Linear_i(LN_i(h_i)), accumulated as the layers run, so that their maps are never held together."""
+
+    def __init__(self, num_layers: int, in_features: int, out_features: int):
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(in_features) for _ in range(num_layers))
+        self.projections = nn.ModuleList(nn.Linear(in_features, out_features) for _ in range(num_layers))
+        self.weights = nn.Parameter(torch.full((num_layers,), 1.0 / num_layers))
+
+    def term(self, i: int, hidden: Tensor) -> Tensor:
+        """The i-th summand: [B, N, in] -> [B, N, out]."""
+        return self.weights[i] * self.projections[i](self.norms[i](hidden))
+
+
+class MergedEncoder(nn.Module):
+    """One ViT of `transformers` and its layer merge. Input [B, 3, H, W] in 0..1, output [B, h*w, out_features]."""
+
+    def __init__(self, model: nn.Module, layers: list[int], out_features: int, mean: tuple, std: tuple):
+        super().__init__()
+        self.model = model
+        self.layers = layers
+        self.merge = LayerMerge(len(layers), model.config.hidden_size, out_features)
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def patch_size(self) -> int:
+        return self.model.config.patch_size
+
+    def _blocks(self) -> nn.ModuleList:
+        encoder = self.model.encoder
+        return encoder.layers if hasattr(encoder, "layers") else encoder.layer
+
+    def _embed(self, pixels: Tensor) -> Tensor:
+        if isinstance(self.model, CLIPVisionModel):
+            native = self.model.config.image_size
+            resized = pixels.shape[-2:] != (native, native)
+            return self.model.pre_layrnorm(self.model.embeddings(pixels, interpolate_pos_encoding=resized))
+        return self.model.embeddings(pixels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images [B, 3, H, W] in 0..1 -> [B, h*w, out_features]."""
+        hidden = self._embed((images - self.mean) / self.std)
+        merged = None
+        position = {layer: i for i, layer in enumerate(self.layers)}
+        for index, block in enumerate(self._blocks()):
+            hidden = block(hidden, None)
+            if index in position:
+                term = self.merge.term(position[index], hidden[:, 1:])  # [CLS] has no place in the image
+                merged = term if merged is None else merged + term
+        return merged
+
+
+class CommVision(nn.Module):
+    """CLIP + DINOv2 -> image tokens of the LLM's width. Either encoder may be switched off in the settings."""
+
+    def __init__(self, settings: VisionSettings, image_size: int, llm_width: int):
+        super().__init__()
+        self.clip = self.dinov2 = None
+        width = 0
+        if settings.clip is not None:
+            config = CLIPVisionConfig(**{"image_size": image_size, **settings.clip})
+            count = config.num_hidden_layers
+            layers = list(range(count)) if settings.clip_layers == "all" else [count - 1]
+            self.clip = MergedEncoder(CLIPVisionModel(config), layers, config.hidden_size, CLIP_MEAN, CLIP_STD)
+            width += config.hidden_size
+        if settings.dinov2 is not None:
+            config = Dinov2Config(**{"image_size": image_size, **settings.dinov2})
+            count = config.num_hidden_layers
+            chosen = {"all": count, "last_quarter": math.ceil(count / 4), "last": 1}[settings.dinov2_layers]
+            self.dinov2 = MergedEncoder(
+                Dinov2Model(config), list(range(count - chosen, count)), config.hidden_size, IMAGENET_MEAN, IMAGENET_STD
+            )
+            hidden = settings.mlp_ratio * config.hidden_size
+            self.dinov2_mlp = nn.Sequential(
+                nn.Linear(config.hidden_size, hidden), nn.GELU(), nn.Linear(hidden, config.hidden_size)
+            )
+            width += config.hidden_size
+        sizes = {e.patch_size for e in (self.clip, self.dinov2) if e is not None}
+        if len(sizes) > 1:
+            raise ValueError(f"vision.clip and vision.dinov2 need one patch size to share a grid, got {sorted(sizes)}")
+        self.patch_size = sizes.pop()
+        self.merged_width = width
+        self.projector = nn.Linear(width, llm_width)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """images [B, 3, H, W] in 0..1 -> (image tokens [B, h*w, llm_width], merged map [B, merged_width, h, w])."""
+        parts = []
+        if self.clip is not None:
+            parts.append(self.clip(images))
+        if self.dinov2 is not None:
+            parts.append(self.dinov2_mlp(self.dinov2(images)))
+        merged = torch.cat(parts, dim=-1)
+        h, w = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
+        # contiguous, because torch's GroupNorm backward crashes on channels-last input that needs no gradient
+        grid = merged.transpose(1, 2).reshape(len(images), -1, h, w).contiguous()
+        return self.projector(merged), grid

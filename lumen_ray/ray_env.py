@@ -1,0 +1,61 @@
+"""How this package starts Ray and talks to it. Import before `ray`, since Ray reads its environment on import."""
+
+from __future__ import annotations
+
+import os
+
+
+def prepare_environment() -> None:
+    """Settings that must stand before Ray is imported; what the user has set wins.
+
+    A local Ray without token authentication writes no token into the home folder and needs none from `ray start`.
+    """
+    defaults = {
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
+        "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_DEDUP_LOGS": "1",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "RAY_SERVE_LOG_TO_STDERR": "0",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def init_local(num_cpus: int = 6, object_store_mb: int = 512) -> None:
+    """Connects to the cluster of `RAY_ADDRESS` or of the running job; else starts a local Ray.
+
+    `num_cpus` are logical: on a small machine there must be more than cores, or train workers and reads wait for each
+    other for ever.
+    """
+    prepare_environment()
+    import logging
+
+    import ray
+
+    if ray.is_initialized():
+        return
+    common = {"log_to_driver": os.environ.get("LUMEN_RAY_WORKER_LOGS") == "1", "logging_level": logging.ERROR}
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**common)
+    else:
+        ray.init(
+            num_cpus=max(num_cpus, os.cpu_count() or 1),
+            object_store_memory=object_store_mb << 20,
+            include_dashboard=False,
+            **common,
+        )
+    import ray.data
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_no_progress_timeout_s = 300
+
+
+def shutdown() -> None:
+    import ray
+
+    if ray.is_initialized():
+        ray.shutdown()

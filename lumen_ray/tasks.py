@@ -1,0 +1,184 @@
+"""The one registry of tasks: what a task asks, which routing token it uses and who can serve it.
+
+Adding a task touches this file and, if it needs a new decoder, one file under `decoders/`.
+
+A *prompt* is the natural-language instruction of one branch. Each task has several phrasings so that the
+routing token is learned from meaning and not from one fixed string (VisionLLM v2, sec. 3.2).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from lumen_ray.errors import UserError, unknown
+
+# What the caller must give with the task.
+Needs = Literal["question", "classes", "sentence", "expression", "region", "nothing"]
+ResultType = Literal["text", "boxes", "masks", "keypoints", "count"]
+
+REGION_TOKEN = "<region>"
+
+
+@dataclass(frozen=True)
+class LinkFamily:
+    """A family of decoders that share one set of super-link queries and one link head.
+
+    `num_queries` learned queries follow the routing token (VisionLLM v2, sec. 3.3: 4 for perception).
+    """
+
+    name: str
+    routing_tokens: tuple[str, ...]
+    num_queries: int
+
+
+@dataclass(frozen=True)
+class Task:
+    name: str
+    needs: Needs
+    result: ResultType
+    templates: tuple[str, ...]
+    metric: str
+    routing_token: str | None = None
+    decoders: tuple[str, ...] = ()
+    #: phrasing of the branch that asks for one keypoint of an object (pose only)
+    keypoint_template: str | None = None
+
+    @property
+    def is_text(self) -> bool:
+        """True when the answer is written by the LLM and no decoder is involved."""
+        return self.routing_token is None
+
+    def prompt(self, phrase: str = "", template: int = 0) -> str:
+        """The instruction of one branch. `template` selects a phrasing, modulo their number."""
+        return self.templates[template % len(self.templates)].replace("{}", phrase)
+
+
+LINK_FAMILIES: dict[str, LinkFamily] = {
+    "perception": LinkFamily("perception", ("[DET]", "[GRD]", "[SEG]", "[POSE]"), num_queries=4),
+}
+
+_PERCEPTION = ("lumen",)
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("chat", "question", "text", ("{}",), "accuracy"),
+        Task("caption", "nothing", "text", ("describe the image .", "what is in the image ?"), "caption_attributes"),
+        Task("vqa", "question", "text", ("{}",), "vqa_accuracy"),
+        Task(
+            "region_caption",
+            "region",
+            "text",
+            ("describe <region> .", "what is <region> ?"),
+            "caption_attributes",
+        ),
+        Task(
+            "detect",
+            "classes",
+            "boxes",
+            ("detect {}", "find every {}", "locate all {}"),
+            "box_ap",
+            "[DET]",
+            _PERCEPTION,
+        ),
+        Task(
+            "ground",
+            "sentence",
+            "boxes",
+            ("ground {}", "where in the image is {} ?"),
+            "ground_p50",
+            "[GRD]",
+            _PERCEPTION,
+        ),
+        Task("refer", "expression", "boxes", ("point to {}", "which one is {} ?"), "refer_p50", "[GRD]", _PERCEPTION),
+        Task(
+            "segment",
+            "classes",
+            "masks",
+            ("segment {}", "outline every {}"),
+            "mask_ap",
+            "[SEG]",
+            _PERCEPTION,
+        ),
+        Task(
+            "pose",
+            "classes",
+            "keypoints",
+            ("pose of {}", "estimate the pose of every {}"),
+            "keypoint_ap",
+            "[POSE]",
+            _PERCEPTION,
+            keypoint_template="{keypoint} of {}",
+        ),
+        Task("count", "classes", "count", ("count {}", "count every {}"), "count_error", "[DET]", _PERCEPTION),
+    )
+}
+
+ROUTING_TOKENS: tuple[str, ...] = tuple(t for family in LINK_FAMILIES.values() for t in family.routing_tokens)
+
+
+def get_task(name: str) -> Task:
+    """The task of that name; a `UserError` that lists the valid names otherwise."""
+    if name not in TASKS:
+        raise unknown("task", name, TASKS)
+    return TASKS[name]
+
+
+def family_of(routing_token: str) -> LinkFamily:
+    """The link family whose decoders a routing token addresses."""
+    for family in LINK_FAMILIES.values():
+        if routing_token in family.routing_tokens:
+            return family
+    raise unknown("routing token", routing_token, ROUTING_TOKENS)
+
+
+def task_of_prompt(text: str) -> tuple[str, str] | None:
+    """The (task, phrase) whose template `text` fits, e.g. ``"find every red circle" -> ("detect", "red circle")``.
+
+    None for text that fits no perception template.
+    """
+    for task in TASKS.values():
+        if task.is_text:
+            continue
+        for template in sorted(task.templates, key=len, reverse=True):
+            pattern = re.escape(template).replace(r"\{\}", "(.+)")
+            if match := re.fullmatch(pattern, text.strip()):
+                return task.name, match.group(1).strip()
+    return None
+
+
+def check_classes(classes: list[str] | tuple[str, ...], task: str) -> list[str]:
+    """Class names stripped of blanks and repeats, in the given order; a `UserError` when none is left."""
+    names = list(dict.fromkeys(name.strip() for name in classes if name and name.strip()))
+    if not names:
+        raise UserError(f"task '{task}' needs at least one class name; give e.g. classes 'red circle,blue square'",
+                        "empty_classes")
+    return names
+
+
+_PHRASE_BREAKS = re.compile(
+    r"\s*(?:[,.;:!?]|\b(?:and|or|with|near|next to|left of|right of|above|below|behind|under|over|on|in|at|is|are|"
+    r"there|to|of|by|beside|between|while|from)\b)\s*",
+    re.IGNORECASE,
+)
+_DETERMINERS = re.compile(r"^(?:(?:a|an|the|some|one|two|three|four|five|several|many)\s+)+", re.IGNORECASE)
+
+
+def split_phrases(sentence: str) -> list[str]:
+    """Noun phrases of a sentence for the `ground` task, in order of appearance, without repeats.
+
+    Phrases the caller marks in square brackets win: ``"a [red circle] by [two squares]"``. Without marks the
+    sentence is cut at punctuation, conjunctions and prepositions, and leading determiners are dropped.
+
+    Raises `UserError` when no phrase is found.
+    """
+    phrases = re.findall(r"\[([^\[\]]+)\]", sentence)
+    if not phrases:
+        phrases = [_DETERMINERS.sub("", piece.strip()) for piece in _PHRASE_BREAKS.split(sentence)]
+    phrases = list(dict.fromkeys(p.strip().lower() for p in phrases if p and p.strip()))
+    if not phrases:
+        raise UserError(f"no phrase found in sentence {sentence!r}; mark phrases like 'a [red circle] by a [square]'",
+                        "empty_sentence")
+    return phrases
