@@ -7,7 +7,6 @@ Conversions to other conventions (COCO's xywh) happen only in the methods below 
 
 from __future__ import annotations
 
-import base64
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -261,7 +260,21 @@ class Answer:
             out["instances"] = instances
         return out
 
-
-def to_data_url(png: bytes) -> str:
-    """A PNG as a data URL for HTML pages that must stand alone."""
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Answer:
+        """The inverse of `to_dict`, for clients that want to draw or score what a server sent."""
+        size = (int(data["height"]), int(data["width"]))
+        instances = data.get("instances") or []
+        phrases = list(dict.fromkeys([*(data.get("phrases") or []), *(i["phrase"] for i in instances)]))
+        predictions = []
+        for phrase in phrases:
+            members = [i for i in instances if i["phrase"] == phrase]
+            masks = keypoints = None
+            if members and members[0].get("mask"):
+                masks = Masks([i["mask"] for i in members], size)
+            if members and members[0].get("keypoints"):
+                names = tuple(members[0]["keypoints"])
+                keypoints = Keypoints([[i["keypoints"][n] for n in names] for i in members], names, size)
+            boxes = Boxes([i["box"] for i in members], size)
+            predictions.append(Prediction(phrase, boxes, [i["score"] for i in members], masks, keypoints))
+        return cls(data["task"], size, predictions, data.get("text"), data.get("route"))

@@ -21,6 +21,9 @@ MIN_SIDE = 320
 TARGET_SIDE = 512
 MASK_ALPHA = 0.35
 KEYPOINT_SCORE = 0.3
+#: From this many instances on labels get smaller, and only the first of a phrase is written out where it is wider than
+#: its box; the colour tells the others.
+CROWDED = 10
 
 
 _COCO_EDGES = (
@@ -88,7 +91,7 @@ def draw(
     canvas = Image.fromarray(np.ascontiguousarray(image))
     canvas = canvas.resize((canvas.width * scale, canvas.height * scale), Image.Resampling.LANCZOS)
     canvas = _draw_masks(canvas, predictions, palette_, scale)
-    pen = _Pen(canvas, scale)
+    pen = _Pen(canvas, scale, crowded=sum(map(len, predictions)) > CROWDED)
     for p in predictions:
         pen.boxes(p, palette_[p.phrase])
     for p in predictions:
@@ -153,12 +156,12 @@ def _outline(mask: np.ndarray, width: int) -> np.ndarray:
 class _Pen:
     """Draws on an enlarged canvas in the coordinates of the original image."""
 
-    def __init__(self, canvas: Image.Image, scale: int):
-        self.canvas, self.scale = canvas, scale
+    def __init__(self, canvas: Image.Image, scale: int, crowded: bool):
+        self.canvas, self.scale, self.crowded = canvas, scale, crowded
         self.draw = ImageDraw.Draw(canvas)
         side = max(canvas.size)
         self.width = max(2, round(side / 220))
-        self.font = _font(max(11, round(side / 46)))
+        self.font = _font(max(11, round(side / (46 if crowded else 36))))
         self._taken: list[tuple[float, float, float, float]] = []
 
     def boxes(self, prediction: Prediction, colour: Colour) -> None:
@@ -173,8 +176,10 @@ class _Pen:
     def labels(self, prediction: Prediction, colour: Colour) -> None:
         """Phrase and score on a filled tag; a tag moves when it would cover another."""
         ink = _ink(colour)
-        for box, score in zip(prediction.boxes.xyxy * self.scale, prediction.scores, strict=True):
+        for i, (box, score) in enumerate(zip(prediction.boxes.xyxy * self.scale, prediction.scores, strict=True)):
             text = f"{prediction.phrase} {score:.2f}"
+            if self.crowded and i > 0 and self.font.getlength(text) > box[2] - box[0]:
+                text = f"{score:.2f}"
             left, top, right, bottom = self.draw.textbbox((0, 0), text, font=self.font)
             width, height = right - left + 6, bottom - top + 5
             x, y = self._place(box, width, height)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,15 +25,16 @@ class Frame:
         return cls((int(size[0]), int(size[1])), input_size / max(size), input_size)
 
 
-@dataclass
-class LossTerm:
+class LossTerm(NamedTuple):
     """A loss as a sum and its normaliser, so that the loop can divide by the normaliser of all ranks.
 
-    That makes the loss of a global batch independent of how it is split over processes.
+    That makes the loss of a global batch independent of how it is split over processes. A tuple, because FSDP finds
+    the tensors it must watch only inside standard containers.
     """
 
     total: Tensor  # scalar with gradient
     count: Tensor  # scalar without
+    each: Tensor | None = None  # detached share of every branch or link in `total`, for the per-task log
 
 
 @dataclass
@@ -76,6 +77,7 @@ class Decoder(nn.Module):
     """`forward(link, dense) -> raw`, `loss(raw, targets) -> {name: LossTerm}`, `predict(raw, ...) -> [Prediction]`."""
 
     family: ClassVar[str]
+    loss_names: ClassVar[tuple[str, ...]]
 
     def loss(self, raw: Any, targets: PerceptionTargets) -> dict[str, LossTerm]:
         raise NotImplementedError

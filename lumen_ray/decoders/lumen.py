@@ -68,6 +68,7 @@ def greedy_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
 
 class LumenDecoder(Decoder):
     family = "perception"
+    loss_names = ("heatmap", "box", "mask", "keypoint")
 
     def __init__(self, settings: LumenSettings, dense_channels: int, link_channels: int):
         super().__init__()
@@ -81,8 +82,8 @@ class LumenDecoder(Decoder):
         self.link_proj = nn.Sequential(nn.LayerNorm(link_channels), nn.Linear(link_channels, c))
         self.aligner = Aligner(c, settings.num_heads, settings.num_layers)
         self.heat_norm, self.heat_place, self.heat_token = nn.LayerNorm(c), nn.Linear(c, c), nn.Linear(c, c)
-        self.heat_scale = nn.Parameter(torch.tensor(1.0))
-        self.heat_bias = nn.Parameter(torch.tensor(-4.0))  # few places are objects
+        self.heat_scale = nn.Parameter(torch.ones(1))
+        self.heat_bias = nn.Parameter(torch.full((1,), -4.0))  # few places are objects
         self.box_head = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, c), nn.SiLU(), nn.Linear(c, 4))
         m, k = settings.mask_channels, KERNEL_WIDTH
         self.kernel_sizes = [(m + 2) * k, k * k, k, k, k, 1]  # weights of three 1x1 layers, then their biases
@@ -154,12 +155,17 @@ class LumenDecoder(Decoder):
         l1 = ((predicted - wanted) / extent).abs().mean(-1)
         box = (q * (giou_loss(predicted, wanted) + 0.5 * l1)).sum()
         losses = {
-            "heatmap": LossTerm(s.heatmap_weight * heat.sum(), count),
+            "heatmap": LossTerm(s.heatmap_weight * heat.sum(), count, self._per_link(heat.detach().sum(1), raw)),
             "box": LossTerm(s.box_weight * box, count),
             "mask": self._mask_loss(raw, targets, assignment, prompt, place, gt),
         }
         losses["keypoint"] = self._keypoint_loss(raw, targets)
         return losses
+
+    @staticmethod
+    def _per_link(values: Tensor, raw: LumenRaw) -> Tensor:
+        """Values of the object prompts, spread over all links (0 for keypoint prompts)."""
+        return values.new_zeros(len(raw.link)).scatter(0, raw.objects, values)
 
     def _mask_loss(
         self, raw: LumenRaw, targets: PerceptionTargets, assignment: Assignment, prompt: Tensor, place: Tensor, gt: Tensor
@@ -171,7 +177,7 @@ class LumenDecoder(Decoder):
         keep = keep[best[: self.settings.max_masks_per_batch]]
         prompt, place, gt, index = prompt[keep], place[keep], gt[keep], index[keep]
         if len(keep) == 0:
-            return LossTerm(sum(p.sum() for p in self.kernel_head.parameters()) * 0.0, raw.logits.new_zeros(()))
+            return LossTerm(raw.logits.new_zeros(()), raw.logits.new_zeros(()))
         boxes = raw.boxes.detach()[prompt, place]
         logits = self.masks_at(raw, prompt, place, (boxes[:, 2:] - boxes[:, :2]).amax(-1))
         wanted = targets.masks[index].float()
@@ -203,8 +209,7 @@ class LumenDecoder(Decoder):
         link = raw.link
         children = torch.nonzero(link.parent >= 0).flatten()
         if len(children) == 0:
-            zero = sum(p.sum() for p in self.pose.parameters()) * 0.0
-            return LossTerm(zero, raw.logits.new_zeros(()))
+            return LossTerm(raw.logits.new_zeros(()), raw.logits.new_zeros(()))
         parents = link.parent[children]
         child, instance = torch.nonzero(targets.valid[parents] & ~targets.crowd[parents], as_tuple=True)
         boxes = targets.boxes[parents[child], instance]

@@ -40,17 +40,34 @@ class Generalist(nn.Module):
             {"lumen": LumenDecoder(settings.lumen, settings.dense_channels, settings.link_channels)}
         )
 
-    def forward(self, batch: dict) -> tuple[dict[str, LossTerm], Tensor]:
-        """Losses by name, and the unreduced LM losses [B, T - 1] for the per-task log."""
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """Every loss `forward` can give, in a fixed order, so that ranks can add up their normalisers."""
+        return ("lm", *(name for decoder in self.decoders.values() for name in decoder.loss_names))
+
+    def forward(self, batch: dict) -> dict[str, LossTerm]:
+        """Losses by name. `each` of "lm" is per branch, of "heatmap" per link."""
         out = self.trunk(batch)
-        losses = {"lm": LossTerm(LM_WEIGHT * out.lm_loss_sum, out.lm_tokens)}
+        per_branch = out.lm_losses.new_zeros(len(batch["tasks"]) + 1)
+        owner = batch["layout"].branch_ids[:, 1:].flatten() + 1  # padding goes to 0
+        per_branch.scatter_add_(0, owner, out.lm_losses.detach().flatten())
+        total = LM_WEIGHT * out.lm_losses.sum() + self._anchor()
+        losses = {"lm": LossTerm(total, out.lm_tokens, per_branch[1:])}
         for decoder in self.decoders.values():
             link = out.links.get(decoder.family)
-            if link is None:
-                continue
-            raw = decoder(link, out.dense)
-            losses |= decoder.loss(raw, batch["targets"][decoder.family])
-        return losses, out.lm_losses
+            if link is not None:
+                losses |= decoder.loss(decoder(link, out.dense), batch["targets"][decoder.family])
+        return losses
+
+    def _anchor(self) -> Tensor:
+        """Zero, with every parameter of the optional parts in its graph.
+
+        Whether a batch has regions, poses or masks differs from rank to rank; all ranks must still reduce the same
+        gradients.
+        """
+        trunk = self.trunk
+        parts = (trunk.regions, trunk.queries, trunk.link_heads, self.decoders)
+        return sum(p.sum() for part in parts for p in part.parameters() if p.requires_grad) * 0.0
 
 
 @dataclass
@@ -101,9 +118,8 @@ class LoadedModel:
     version: str  # first 12 hex digits of the sha256 of the weights file
 
 
-def load_model(folder: str | Path, expect_preset: str | None = None) -> LoadedModel:
-    """The model in a folder, in eval mode on the CPU. `UserError` when it is not a model folder, is damaged, or was
-    trained with another preset than `expect_preset`."""
+def read_meta(folder: str | Path) -> ModelMeta:
+    """What a model folder says about its training data; `UserError` when it is not a model folder."""
     folder = Path(folder)
     for name in ("config.yaml", "tokenizer.json", "meta.json", "model.safetensors"):
         if not (folder / name).is_file():
@@ -111,6 +127,14 @@ def load_model(folder: str | Path, expect_preset: str | None = None) -> LoadedMo
                 f"'{folder}' is not a model folder: {name} is missing; give the 'model' folder a training run wrote",
                 "not_a_model",
             )
+    return ModelMeta(**json.loads((folder / "meta.json").read_text()))
+
+
+def load_model(folder: str | Path, expect_preset: str | None = None) -> LoadedModel:
+    """The model in a folder, in eval mode on the CPU. `UserError` when it is not a model folder, is damaged, or was
+    trained with another preset than `expect_preset`."""
+    meta = read_meta(folder)
+    folder = Path(folder)
     settings = config.load(ModelSettings, folder / "config.yaml")
     if expect_preset and settings.name != expect_preset:
         raise UserError(
@@ -119,7 +143,6 @@ def load_model(folder: str | Path, expect_preset: str | None = None) -> LoadedMo
             "wrong_preset",
         )
     tokenizer = LumenTokenizer.load(folder / "tokenizer.json")
-    meta = ModelMeta(**json.loads((folder / "meta.json").read_text()))
     weights = folder / "model.safetensors"
     model = build_model(settings, len(tokenizer))
     try:

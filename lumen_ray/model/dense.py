@@ -6,6 +6,8 @@ at the image tokens give the meaning; they are fused top-down as in a feature py
 
 from __future__ import annotations
 
+import math
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -29,6 +31,12 @@ class ResidualBlock(nn.Module):
         return x + self.convs(x)
 
 
+def _resize(x: Tensor, like: Tensor) -> Tensor:
+    if x.shape[-2:] == like.shape[-2:]:
+        return x
+    return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
+
+
 class DenseFeatures(nn.Module):
     """images, merged map and LLM states -> dense features [B, channels, H/4, W/4]."""
 
@@ -48,14 +56,13 @@ class DenseFeatures(nn.Module):
         self.fuse4 = conv_block(channels, channels)
 
     def forward(self, images: Tensor, merged: Tensor, llm_states: Tensor) -> Tensor:
-        """images [B, 3, H, W] in 0..1; merged [B, C, h, w]; llm_states [B, h*w, llm_width]."""
+        """images [B, 3, H, W] in 0..1; merged [B, C, h, w]; llm_states [B, P, llm_width] at the image tokens."""
         s4 = self.stem(images - 0.5)
         s8 = self.down8(s4)
         s16 = self.down16(s8)
-        states = llm_states.transpose(1, 2).reshape(len(images), -1, *merged.shape[-2:]).contiguous()
-        tokens = self.from_vision(merged) + self.from_llm(states)
-        if tokens.shape[-2:] != s16.shape[-2:]:
-            tokens = F.interpolate(tokens, s16.shape[-2:], mode="bilinear", align_corners=False)
+        rows = math.isqrt(merged.shape[-2] * llm_states.shape[1] // merged.shape[-1])
+        states = llm_states.transpose(1, 2).reshape(len(images), -1, rows, llm_states.shape[1] // rows).contiguous()
+        tokens = _resize(self.from_vision(merged), s16) + _resize(self.from_llm(states), s16)
         x = self.fuse16(self.lateral16(s16) + tokens)
         x = self.fuse8(self.lateral8(s8) + F.interpolate(x, s8.shape[-2:], mode="nearest"))
         return self.fuse4(self.lateral4(s4) + F.interpolate(x, s4.shape[-2:], mode="nearest"))

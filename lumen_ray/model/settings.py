@@ -18,6 +18,7 @@ class VisionSettings(Settings):
     dinov2: dict[str, Any] | None = Field(None, description="keys of transformers.Dinov2Config; null switches it off")
     clip_layers: Literal["all", "last"] = Field("all", description="CLIP layers that are merged")
     dinov2_layers: Literal["all", "last_quarter", "last"] = Field("last_quarter", description="DINOv2 layers merged")
+    token_merge: int = Field(1, gt=0, description="image tokens per side that become one LLM token (pixel shuffle)")
     mlp_ratio: int = Field(4, description="hidden width of DINOv2's 2-layer MLP, relative to its output")
 
     @model_validator(mode="after")

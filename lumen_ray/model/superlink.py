@@ -34,10 +34,11 @@ class SuperLink:
 class SuperLinkQueries(nn.Module):
     """The learned query embeddings, one set per decoder family: [num_queries, llm_width]."""
 
-    def __init__(self, llm_width: int):
+    def __init__(self, llm_width: int, std: float):
+        """`std` is that of the LLM's own token embeddings, so that the queries enter on the same scale."""
         super().__init__()
         self.queries = nn.ParameterDict(
-            {name: nn.Parameter(torch.randn(f.num_queries, llm_width) * 0.02) for name, f in LINK_FAMILIES.items()}
+            {name: nn.Parameter(torch.randn(f.num_queries, llm_width) * std) for name, f in LINK_FAMILIES.items()}
         )
 
     def forward(self, family: str) -> Tensor:

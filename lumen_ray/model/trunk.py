@@ -43,11 +43,10 @@ class Prefix:
 
 @dataclass
 class TrunkTraining:
-    lm_loss_sum: Tensor  # scalar, summed over supervised tokens
-    lm_tokens: Tensor  # scalar, their number
+    lm_losses: Tensor  # [B, T - 1], next-token cross entropy, 0 where unsupervised
+    lm_tokens: Tensor  # scalar, the number of supervised tokens
     dense: Tensor
     links: dict[str, SuperLink]
-    lm_losses: Tensor  # [B, T - 1] per token, 0 where unsupervised; for the per-task log
 
 
 class Trunk(nn.Module):
@@ -60,7 +59,7 @@ class Trunk(nn.Module):
         width = config.hidden_size
         self.vision = CommVision(settings.vision, settings.image_size, width)
         self.regions = RegionEncoder(self.vision.merged_width, width, self.vision.patch_size)
-        self.queries = SuperLinkQueries(width)
+        self.queries = SuperLinkQueries(width, getattr(config, "initializer_range", 0.02))
         self.link_heads = nn.ModuleDict({"perception": LinkHead(width, settings.link_channels)})
         self.dense = DenseFeatures(
             settings.stem_channels, settings.dense_channels, self.vision.merged_width, width
@@ -68,7 +67,7 @@ class Trunk(nn.Module):
 
     @property
     def prefix_length(self) -> int:
-        return (self.settings.image_size // self.vision.patch_size) ** 2
+        return (self.settings.image_size // self.vision.patch_size // self.vision.token_merge) ** 2
 
     def embed_branches(self, layout: Layout, regions: Tensor | None) -> Tensor:
         """Token embeddings [B, T, width] with the queries and region embeddings put in their slots."""
@@ -115,13 +114,9 @@ class Trunk(nn.Module):
         ).last_hidden_state
         branches = hidden[:, prefix:]
         losses = self._lm_losses(branches, layout.labels)
-        return TrunkTraining(
-            losses.sum(),
-            (layout.labels[:, 1:] != IGNORE).sum(),
-            self.dense(images, merged, hidden[:, :prefix]),
-            self.links(branches, layout),
-            losses.detach(),
-        )
+        supervised = (layout.labels[:, 1:] != IGNORE).sum().float()
+        dense = self.dense(images, merged, hidden[:, :prefix])
+        return TrunkTraining(losses, supervised, dense, self.links(branches, layout))
 
     def _training_mask(self, layout: Layout, has_image: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
         batch, length = layout.input_ids.shape

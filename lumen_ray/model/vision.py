@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
+from lumen_ray.errors import UserError
 from lumen_ray.model.settings import VisionSettings
 
 # Each encoder keeps the normalisation it was published with.
@@ -102,10 +103,19 @@ class CommVision(nn.Module):
             raise ValueError(f"vision.clip and vision.dinov2 need one patch size to share a grid, got {sorted(sizes)}")
         self.patch_size = sizes.pop()
         self.merged_width = width
-        self.projector = nn.Linear(width, llm_width)
+        self.token_merge = settings.token_merge
+        if image_size // self.patch_size % self.token_merge:
+            raise UserError(
+                f"vision.token_merge {self.token_merge} must divide the {image_size // self.patch_size} patches per side",
+                "invalid_config",
+            )
+        self.projector = nn.Linear(width * self.token_merge**2, llm_width)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """images [B, 3, H, W] in 0..1 -> (image tokens [B, h*w, llm_width], merged map [B, merged_width, h, w])."""
+        """images [B, 3, H, W] in 0..1 -> (image tokens [B, P, llm_width], merged map [B, merged_width, h, w]).
+
+        P is h*w, divided by `token_merge` squared.
+        """
         parts = []
         if self.clip is not None:
             parts.append(self.clip(images))
@@ -115,4 +125,12 @@ class CommVision(nn.Module):
         h, w = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
         # contiguous, because torch's GroupNorm backward crashes on channels-last input that needs no gradient
         grid = merged.transpose(1, 2).reshape(len(images), -1, h, w).contiguous()
-        return self.projector(merged), grid
+        return self.projector(self._shuffle(merged, h, w)), grid
+
+    def _shuffle(self, tokens: Tensor, h: int, w: int) -> Tensor:
+        """Neighbouring tokens side by side on channels: [B, h*w, C] -> [B, h*w / m^2, C * m^2]."""
+        m = self.token_merge
+        if m == 1:
+            return tokens
+        blocks = tokens.unflatten(1, (h // m, m, w // m, m)).permute(0, 1, 3, 2, 4, 5)
+        return blocks.flatten(3).flatten(1, 2)

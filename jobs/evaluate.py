@@ -1,0 +1,8 @@
+"""`ray job submit --working-dir . -- python jobs/evaluate.py ...`: the arguments of `lumen-ray evaluate`."""
+
+import sys
+
+from lumen_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["evaluate", *sys.argv[1:]]))

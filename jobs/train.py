@@ -1,0 +1,8 @@
+"""`ray job submit --working-dir . -- python jobs/train.py ...`: the arguments of `lumen-ray train`."""
+
+import sys
+
+from lumen_ray.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))

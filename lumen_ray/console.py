@@ -1,0 +1,72 @@
+"""What the commands print: a live bar on a terminal, a line now and then in a log file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+console = Console(highlight=False)
+LINE_EVERY_S = 10.0
+
+
+def say(text: str) -> None:
+    console.print(text, soft_wrap=True)
+
+
+class Bar:
+    """`update(done, total, note)`; thread-safe enough for callbacks from a watcher thread."""
+
+    def __init__(self, title: str, progress: Progress | None):
+        self._title, self._progress = title, progress
+        self._task = progress.add_task(title, total=None, note="") if progress else None
+        self._last_line = time.monotonic()
+        self._started = time.monotonic()
+
+    def update(self, done: int, total: int | None, note: str = "") -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, total=total, note=note)
+            return
+        now = time.monotonic()
+        if now - self._last_line < LINE_EVERY_S and done != total:
+            return
+        self._last_line = now
+        left = ""
+        if total and 0 < done < total:
+            left = f", about {seconds((now - self._started) * (total - done) / done)} left"
+        say(f"  {self._title}: {done}/{total}{left}{'  ' + note if note else ''}")
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Bar]:
+    """A progress display that ends with the block."""
+    if not console.is_terminal:
+        yield Bar(title, None)
+        return
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", style="dim"),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        yield Bar(title, progress)
+
+
+def training_note(line: dict[str, Any]) -> str:
+    """One line for one entry of `metrics.jsonl`."""
+    losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in line.items() if k.startswith("loss/") and v)
+    return f"{line['stage']}: {losses}  {line['samples_per_s']:.0f} img/s, {line['data_wait']:.0%} waiting for data"
+
+
+def seconds(value: float) -> str:
+    """``75 -> "1:15"``."""
+    minutes, rest = divmod(int(round(value)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,106 @@
+"""COCO run-length masks from what annotations and requests carry, checked before pycocotools' C code sees them."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from pycocotools import mask as coco_mask
+
+from lumen_ray.errors import UserError
+
+Rle = dict[str, Any]  # {"size": [height, width], "counts": str}
+_FAR = 10  # a polygon may leave the image, but not by more than this many image sides
+
+
+def _invalid(message: str) -> UserError:
+    return UserError(message, "invalid_mask")
+
+
+def runs(counts: str) -> list[int]:
+    """Run lengths (background first, column by column) of a compressed COCO string.
+
+    Each length is the difference to the one two before, in groups of 5 bits with a continuation bit, from '0' on.
+    Raises `UserError(reason="invalid_mask")` for a string that is no such code.
+    """
+    lengths: list[int] = []
+    value = shift = 0
+    for char in counts:
+        code = ord(char) - 48
+        if not 0 <= code < 64 or shift > 35:
+            raise _invalid(f"mask counts hold {char!r}, which is no COCO run-length code")
+        value |= (code & 0x1F) << shift
+        shift += 5
+        if code & 0x20:
+            continue
+        if code & 0x10:
+            value -= 1 << shift
+        if len(lengths) > 2:
+            value += lengths[-2]
+        lengths.append(value)
+        value = shift = 0
+    if shift:
+        raise _invalid("mask counts end in the middle of a run; give the complete COCO run-length string")
+    return lengths
+
+
+def check_rle(rle: Any, size: tuple[int, int]) -> Rle:
+    """A compressed or uncompressed RLE as ``{"size": [height, width], "counts": str}`` for an image of `size`.
+
+    A compressed counts string comes back unchanged. Raises `UserError(reason="invalid_mask")` when the RLE is of
+    another size or its runs do not cover the image exactly.
+    """
+    if not isinstance(rle, dict) or "counts" not in rle or "size" not in rle:
+        raise _invalid('a mask needs the keys "size" [height, width] and "counts"')
+    height, width = size
+    if not isinstance(rle["size"], list | tuple) or list(rle["size"]) != [height, width]:
+        raise _invalid(f"the mask is of size {rle['size']} but the image is [{height}, {width}] (height, width)")
+    counts = rle["counts"].decode("ascii", "replace") if isinstance(rle["counts"], bytes) else rle["counts"]
+    if isinstance(counts, str):
+        lengths = runs(counts)
+    elif isinstance(counts, list) and all(isinstance(n, int) for n in counts):
+        lengths = counts
+    else:
+        raise _invalid("mask counts must be a COCO run-length string or a list of whole numbers")
+    if min(lengths, default=0) < 0 or sum(lengths) != height * width:
+        raise _invalid(f"the mask's runs cover {sum(lengths)} pixels, the image has {height * width}")
+    if isinstance(counts, list):
+        counts = coco_mask.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"].decode()
+    return {"size": [int(height), int(width)], "counts": counts}
+
+
+def _check_polygon(polygon: Any, size: tuple[int, int]) -> list[float]:
+    if not isinstance(polygon, list) or not all(isinstance(c, int | float) for c in polygon):
+        raise _invalid("a polygon must be a flat list of numbers x, y, x, y, ...")
+    if len(polygon) < 6 or len(polygon) % 2:
+        raise _invalid(f"a polygon needs at least 3 points, x and y each, got {len(polygon)} numbers")
+    limit = (_FAR + 1) * max(size)
+    if not all(math.isfinite(c) and abs(c) <= limit for c in polygon):
+        raise _invalid("a polygon lies far outside the image")
+    return polygon
+
+
+def from_segmentation(segmentation: Any, size: tuple[int, int]) -> Rle | None:
+    """A COCO `segmentation` (polygons, compressed or uncompressed RLE) as an RLE; None for an empty or absent one.
+
+    `size`: (height, width). Raises `UserError(reason="invalid_mask")` for what is none of these.
+    """
+    if not segmentation:
+        return None
+    if isinstance(segmentation, dict):
+        return check_rle(segmentation, size)
+    if not isinstance(segmentation, list):
+        raise _invalid("a segmentation must be a list of polygons or an RLE")
+    polygons = [_check_polygon(polygon, size) for polygon in segmentation]
+    merged = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
+    return {"size": [int(s) for s in size], "counts": merged["counts"].decode()}
+
+
+def area(rle: Rle) -> int:
+    """Pixels inside."""
+    return int(coco_mask.area(rle))
+
+
+def tight_xywh(rle: Rle) -> list[float]:
+    """The smallest box around the mask, COCO's (x, y, width, height)."""
+    return [float(c) for c in coco_mask.toBbox(rle)]

@@ -1,0 +1,181 @@
+"""COCO json files, parsed and merged by image: the half of the COCO source that sees all annotations at once."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lumen_ray.errors import UserError
+
+Rejected = dict[str, str]  # image_id, origin, reason
+
+
+@dataclass
+class CocoImage:
+    """Everything the json files say about one image. `sizes`: the (height, width) they declare;
+    `annotations`: object annotations with `name` (of the category) and `origin` added; `captions`: (text, origin)."""
+
+    file_name: str
+    origin: str
+    sizes: list[list[int]] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+    annotations: list[dict[str, Any]] = field(default_factory=list)
+    captions: list[list[str]] = field(default_factory=list)
+
+
+@dataclass
+class CocoSet:
+    """`images` in file-name order; `categories` as in the manifest; `rejected`: annotations that belong to no image or
+    category; `listed`: annotations in the files; `merged`: those of them that only added to one listed before."""
+
+    images: list[CocoImage]
+    categories: list[dict[str, Any]]
+    rejected: list[Rejected]
+    listed: int = 0
+    merged: int = 0
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    """A COCO json file, its parts checked for presence and type."""
+    if not path.is_file():
+        raise UserError(f"annotation file '{path}' does not exist", "missing_annotations")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"annotation file '{path}' is not valid json: {error}", "invalid_annotations") from None
+    for key in ("images", "annotations"):
+        if not isinstance(data, dict) or not isinstance(data.get(key), list):
+            raise UserError(f"annotation file '{path}' is not COCO json: it has no list '{key}'", "invalid_annotations")
+    return data
+
+
+def _category(entry: dict[str, Any]) -> dict[str, Any]:
+    """A manifest category; COCO counts keypoints from 1, the manifest from 0."""
+    skeleton = [[int(i) - 1 for i in edge] for edge in entry.get("skeleton") or []]
+    return {"name": str(entry["name"]).strip(), "keypoints": list(entry.get("keypoints") or []), "skeleton": skeleton}
+
+
+def _merge_categories(path: Path, data: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[Any, str]:
+    """Adds the file's categories to `known`; returns its names by id."""
+    names: dict[Any, str] = {}
+    for entry in data.get("categories") or []:
+        named = isinstance(entry, dict) and str(entry.get("name") or "").strip()
+        if not named or not isinstance(entry.get("id"), int | str):
+            raise UserError(f"'{path}': a category needs 'id' and 'name', got {entry!r}", "invalid_annotations")
+        new = _category(entry)
+        old = known.setdefault(new["name"], new)
+        if not old["keypoints"]:
+            old.update(keypoints=new["keypoints"], skeleton=new["skeleton"])
+        elif new["keypoints"] and new["keypoints"] != old["keypoints"]:
+            raise UserError(
+                f"'{path}': category '{new['name']}' has other keypoints than in the files before; "
+                "prepare files with different keypoints separately",
+                "invalid_annotations",
+            )
+        names[entry["id"]] = new["name"]
+    return names
+
+
+def _file_name(entry: dict[str, Any]) -> str | None:
+    name = entry.get("file_name") or str(entry.get("coco_url") or "").rsplit("/", 1)[-1]
+    return str(name) if name else None
+
+
+def load(paths: Sequence[str | Path]) -> CocoSet:
+    """Parse and merge COCO json files: images by file name, categories by name, objects that two files list.
+
+    Raises `UserError` for a file that is missing or not COCO json. What one bad annotation breaks is in `rejected`.
+    """
+    if not paths:
+        raise UserError("give at least one COCO json file", "missing_annotations")
+    merger = _Merger()
+    for path in map(Path, paths):
+        merger.add(path, _parse(path))
+    images = [merger.images[name] for name in sorted(merger.images)]
+    return CocoSet(images, list(merger.categories.values()), merger.rejected, merger.listed, merger.merged)
+
+
+class _Merger:
+    """Collects the images, categories and annotations of several files."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, CocoImage] = {}
+        self.categories: dict[str, dict[str, Any]] = {}
+        self.rejected: list[Rejected] = []
+        self.listed = self.merged = 0
+        self._before: dict[Any, list[dict[str, Any]]] = {}  # objects that the file being added may list again
+
+    def add(self, path: Path, data: dict[str, Any]) -> None:
+        names = _merge_categories(path, data, self.categories)
+        by_id = self._add_images(path, data["images"], names)
+        self._before = {}
+        for image in by_id.values():
+            for annotation in image.annotations:
+                self._before.setdefault(_object_key(image, annotation), []).append(annotation)
+        self.listed += len(data["annotations"])
+        for number, entry in enumerate(data["annotations"]):
+            entry = entry if isinstance(entry, dict) else {}
+            origin = f"{path.name} annotation {entry.get('id', f'number {number}')}"
+            self._add_annotation(entry, origin, by_id, names)
+
+    def _add_images(self, path: Path, entries: list[Any], names: dict[Any, str]) -> dict[Any, CocoImage]:
+        by_id: dict[Any, CocoImage] = {}
+        for number, entry in enumerate(entries):
+            key = entry.get("id") if isinstance(entry, dict) else None
+            if not isinstance(key, int | str) or (name := _file_name(entry)) is None:
+                raise UserError(f"'{path}': image {number} needs 'id' and 'file_name'", "invalid_annotations")
+            if key in by_id and by_id[key].file_name != name:
+                raise UserError(f"'{path}': image id {key} stands for two files", "invalid_annotations")
+            image = by_id[key] = self.images.setdefault(name, CocoImage(name, path.name))
+            image.sizes.append([entry.get("height") or 0, entry.get("width") or 0])
+            image.classes = list(dict.fromkeys([*image.classes, *names.values()]))
+        return by_id
+
+    def _add_annotation(
+        self, entry: dict[str, Any], origin: str, by_id: dict[Any, CocoImage], names: dict[Any, str]
+    ) -> None:
+        image = _lookup(by_id, entry.get("image_id"))
+        if image is None:
+            self.rejected.append({"image_id": "", "origin": origin, "reason": "its image is not in the file"})
+        elif "caption" in entry:
+            image.captions.append([str(entry["caption"] or ""), origin])
+        elif (category := _lookup(names, entry.get("category_id"))) is None:
+            reason = f"unknown category id {entry.get('category_id')}"
+            self.rejected.append({"image_id": image.file_name, "origin": origin, "reason": reason})
+        else:
+            self._add_object(image, {**entry, "name": category, "origin": origin})
+
+    def _add_object(self, image: CocoImage, new: dict[str, Any]) -> None:
+        """COCO lists a person in the instances file and again, with keypoints, in the keypoints file: one object.
+
+        Same class and same box in an earlier file make them one; ids do not, as many tools number each file anew.
+        """
+        key = _object_key(image, new)
+        if self._before.get(key):
+            old = self._before[key].pop()
+            old.update({k: v for k, v in new.items() if v and not old.get(k)})
+            self.merged += 1
+        else:
+            image.annotations.append(new)
+
+
+def _object_key(image: CocoImage, annotation: dict[str, Any]) -> tuple[str, str]:
+    """Alike for 109 and 109.0, which two files may write for the same box."""
+    bbox = annotation.get("bbox")
+    if is_numbers(bbox):
+        bbox = [round(float(c), 2) for c in bbox]
+    return image.file_name, json.dumps([annotation["name"], bbox])
+
+
+def is_numbers(values: Any) -> bool:
+    """Whether `values` is a list of finite numbers."""
+    return isinstance(values, list) and all(isinstance(c, int | float) and math.isfinite(c) for c in values)
+
+
+def _lookup(table: dict[Any, Any], key: Any) -> Any:
+    """`table[key]`; None for a key that is absent or no id at all."""
+    return table.get(key) if isinstance(key, int | str) else None

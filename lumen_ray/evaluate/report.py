@@ -1,0 +1,79 @@
+"""The report of an evaluation: one table for people, one JSON for machines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+# (task, what is measured, metric, metric that answers by chance or None)
+_LINES: tuple[tuple[str, str, str, str | None], ...] = (
+    ("detect", "box AP50", "box_AP50", None),
+    ("detect", "box AP", "box_AP", None),
+    ("detect", "box AP75", "box_AP75", None),
+    ("detect", "box AP small/medium/large", "box_APs box_APm box_APl", None),
+    ("detect", "box AR, 100 boxes", "box_AR100", None),
+    ("segment", "mask AP50", "mask_AP50", None),
+    ("segment", "mask AP", "mask_AP", None),
+    ("pose", "keypoint AP50", "keypoint_AP50", None),
+    ("pose", "keypoint AP", "keypoint_AP", None),
+    ("refer", "P@0.5", "refer_p50", None),
+    ("refer", "nothing fits, and said so", "refer_no_target_accuracy", None),
+    ("refer", "something fits, and said so", "refer_target_accuracy", None),
+    ("ground", "P@0.5 per phrase", "ground_p50", None),
+    ("ground", "recall/precision/F1", "ground_recall50 ground_precision50 ground_f1", None),
+    ("count", "exact, present classes", "count_accuracy", None),
+    ("count", "mean error, present classes", "count_error", None),
+    ("count", "zero, absent classes", "count_absent_accuracy", None),
+    ("vqa", "answers, exact", "vqa_accuracy", "vqa_chance"),
+    ("caption", "attributes F1", "caption_attributes", "caption_chance"),
+    ("region_caption", "captions, exact", "region_caption_accuracy", "region_caption_chance"),
+    ("chat", "routing accuracy", "routing_accuracy", None),
+)
+
+
+def make_table(report: dict[str, Any]) -> Table:
+    """The report's main lines as a `rich` table; a dash where the split has no annotations."""
+    title = f"{report['model']['preset']} {report['model']['version']} on {report['split']}: {report['scored']} images"
+    table = Table(title=title, title_justify="left")
+    table.add_column("task", style="bold")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("by chance", justify="right", style="dim")
+    before = None
+    for task, name, keys, chance in _LINES:
+        values = [report["metrics"].get(key) for key in keys.split()]
+        if before is not None and task != before:
+            table.add_section()
+        table.add_row(
+            task if task != before else "",
+            name,
+            "-" if all(value is None for value in values) else "/".join(map(format_value, values)),
+            format_value(report["metrics"].get(chance)) if chance else "",
+        )
+        before = task
+    return table
+
+
+def format_value(value: float | None) -> str:
+    """Three decimals, or a dash for what could not be measured."""
+    return "-" if value is None else f"{value:.3f}"
+
+
+def print_report(report: dict[str, Any], console: Console | None = None) -> None:
+    """Prints the table, and below it what was left out."""
+    console = console or Console()
+    console.print(make_table(report))
+    if report["skipped"]:
+        first = report["errors"][0]
+        console.print(f"{report['skipped']} images could not be read, e.g. {first['image_id']}: {first['message']}")
+
+
+def write_report(report: dict[str, Any], path: str | Path) -> None:
+    """Writes the report as JSON; null stands for what could not be measured."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")

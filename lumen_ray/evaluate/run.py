@@ -1,0 +1,167 @@
+"""`evaluate` = label a split + score it: asks the engine everything that each row of a shard folder is annotated for.
+
+All requests about an image go into one engine call. What the engine answered is kept in ``predictions.parquet``
+(the label table's schema) beside the report, so that a score can be traced to its images.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lumen_ray.data.images import decode
+from lumen_ray.data.shards import read_manifest, read_row_group
+from lumen_ray.errors import UserError
+from lumen_ray.evaluate.asks import Ask, Row, SplitScorer
+from lumen_ray.evaluate.report import write_report
+from lumen_ray.label.ledger import write_atomically
+from lumen_ray.label.records import LABEL_SCHEMA, answer_records
+from lumen_ray.structures import Answer
+from lumen_ray.tasks import TASKS, get_task
+
+#: AP needs the low-scored predictions too; decisions (absence, counts, F1) use their own threshold.
+SCORE_THRESHOLD = 0.01
+#: Free chat is only asked for its first token; this many leave room for a word before it.
+ROUTING_TOKENS = 8
+
+
+def evaluate(
+    engine: Any,
+    shards_dir: str | Path,
+    output_dir: str | Path,
+    *,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    chat_limit: int = 100,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Scores `engine` on the shard folder `shards_dir`; writes ``report.json`` and ``predictions.parquet``.
+
+    tasks: of the registry, all that the split is annotated for by default; ``chat`` stands for routing accuracy.
+    limit: images at most. chat_limit: images whose instructions are also asked as free chat (slow: text is sampled).
+    progress: called with (images done, images in all) after each batch.
+
+    Returns the report as a plain dict: ``metrics`` (metric -> value or None where the split has no annotations),
+    ``tables``, counts and timing; ``images == scored + skipped``, the skipped ones with their reason in ``errors``.
+    """
+    manifest = read_manifest(shards_dir)
+    scorer = _scorer(manifest, tasks)
+    total = min(manifest["rows"], limit) if limit is not None else manifest["rows"]
+    output = Path(output_dir)
+    started = time.monotonic()
+    errors: list[dict[str, str]] = []
+    done = 0
+
+    def run(path: Path) -> None:
+        nonlocal done
+        with pq.ParquetWriter(path, LABEL_SCHEMA, compression="zstd") as writer:
+            for rows in _batches(shards_dir, manifest, total, batch_size):
+                records = _score_batch(engine, scorer, rows, errors, first=done, chat_limit=chat_limit)
+                writer.write_table(pa.Table.from_pylist(records, schema=LABEL_SCHEMA))
+                done += len(rows)
+                if progress is not None:
+                    progress(done, total)
+
+    write_atomically(output / "predictions.parquet", run)
+    metrics, tables = scorer.evaluate()
+    seconds = time.monotonic() - started
+    report = {
+        "split": str(shards_dir),
+        "model": {"preset": engine.preset, "version": engine.version},
+        "tasks": [name for name in TASKS if name in scorer.tasks],
+        "images": done,
+        "scored": done - len(errors),
+        "skipped": len(errors),
+        "errors": errors,
+        "seconds": round(seconds, 2),
+        "images_per_second": round(done / max(seconds, 1e-9), 2),
+        "metrics": metrics,
+        "tables": tables,
+    }
+    write_report(report, output / "report.json")
+    return report
+
+
+def _scorer(manifest: dict[str, Any], tasks: Sequence[str] | None) -> SplitScorer:
+    annotated = [name for name in TASKS if manifest["tasks"].get(name)]
+    for name in tasks or ():
+        get_task(name)
+    # any annotated task can also be asked in free chat, whether or not the split holds conversations
+    wanted = [name for name in tasks if name in annotated or name == "chat"] if tasks else [*annotated, "chat"]
+    if not set(wanted) & set(annotated):
+        raise UserError(
+            f"the split is not annotated for {', '.join(tasks or ['any task'])}; its tasks: "
+            f"{', '.join(annotated) or 'none'}",
+            "nothing_to_evaluate",
+        )
+    categories = manifest["categories"]
+    skeletons = {c["name"]: c["keypoints"] for c in categories if c.get("keypoints")}
+    return SplitScorer([c["name"] for c in categories], skeletons, wanted)
+
+
+def _batches(folder: str | Path, manifest: dict[str, Any], total: int, batch_size: int) -> Iterator[list[Row]]:
+    """The first `total` rows, in lists of `batch_size`."""
+    rows = (
+        row
+        for file in manifest["files"]
+        for group in range(len(file["row_groups"]))
+        for row in read_row_group(folder, file["path"], group)
+    )
+    batch: list[Row] = []
+    for _, row in zip(range(total), rows, strict=False):
+        batch.append(row)
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _score_batch(
+    engine: Any, scorer: SplitScorer, rows: Sequence[Row], errors: list[dict[str, str]], first: int, chat_limit: int
+) -> list[dict[str, Any]]:
+    """Asks and scores everything about `rows`; returns the answers as label records.
+
+    Rows whose image cannot be read go to `errors`.
+    """
+    images, asks, chats, readable = [], [], [], []
+    for number, row in enumerate(rows, start=first):
+        try:
+            if row["image"] is None:
+                raise UserError("the row has no image", "no_image")
+            images.append(decode(row["image"]))
+        except UserError as error:
+            errors.append({"image_id": row["image_id"], "reason": error.reason, "message": str(error)})
+            continue
+        readable.append(row)
+        asks.append(scorer.asks(row))
+        chats.append(scorer.chat_asks(row, number) if number < chat_limit else [])
+    records = []
+    answers = _ask(engine, images, asks, score_threshold=SCORE_THRESHOLD)
+    for row, mine, found in zip(readable, asks, answers, strict=True):
+        for (request, _), answer in zip(mine, found, strict=True):
+            records += answer_records(row["image_id"], row["source"], request, answer)
+    # nothing is wanted of a decoder here, only which one would have been called
+    _ask(engine, images, chats, score_threshold=1.0, max_new_tokens=ROUTING_TOKENS)
+    return records
+
+
+def _ask(engine: Any, images: Sequence[np.ndarray], asks: Sequence[list[Ask]], **settings: Any) -> list[list[Answer]]:
+    """Runs the requests and hands each answer to its scorer; images without a request are not sent."""
+    answers: list[list[Answer]] = [[] for _ in images]
+    busy = [i for i, mine in enumerate(asks) if mine]
+    if not busy:
+        return answers
+    requests = [[request for request, _ in asks[i]] for i in busy]
+    for i, found in zip(busy, engine.run([images[i] for i in busy], requests, **settings), strict=True):
+        answers[i] = found
+        for (_, score), answer in zip(asks[i], found, strict=True):
+            score(answer)
+    return answers

@@ -1,0 +1,106 @@
+"""COCO json from a labelled folder: one file per task, because detect, segment and pose each find the same objects.
+
+Images are numbered in input order, alike in all files; `file_name` is the label table's `image_id`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+from lumen_ray.label.ledger import open_finished, write_atomically
+from lumen_ray.label.records import record_edges
+from lumen_ray.structures import Boxes, Masks
+from lumen_ray.tasks import get_task
+from lumen_ray.viz import KEYPOINT_SCORE
+
+
+def export_coco(output: str | Path) -> list[Path]:
+    """Writes ``coco/<task>.json`` in the labelled folder `output` and returns the paths.
+
+    Perception tasks: boxes as xywh, `segmentation` as compressed RLE, keypoints with v 2 (found) or 0 and their scores
+    beside them, `score`. Captions: COCO's captions layout; other text tasks: `question` and `answer`.
+    """
+    ledger = open_finished(output)
+    images: dict[str, dict[str, Any]] = {}
+    annotations: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    categories: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    job = json.loads((ledger.output / "job.json").read_text())
+    for table in ledger.tables():
+        for record in table.to_pylist():
+            image = images.setdefault(record["image_id"], _image(record, len(images) + 1))
+            task = record["task"]
+            items = annotations[task]
+            if get_task(task).is_text:
+                items.append({"id": len(items) + 1, "image_id": image["id"], **_text(record)})
+            elif record["box"] is not None:
+                if not categories[task] and get_task(task).needs == "classes":  # the classes asked for, in their order
+                    for name in job["classes"]:
+                        _category(categories[task], name)
+                category = _category(categories[task], record["phrase"])
+                items.append({"id": len(items) + 1, "image_id": image["id"], **_instance(record, category)})
+    paths = []
+    for task, items in annotations.items():
+        path = ledger.output / "coco" / f"{'captions' if task == 'caption' else task}.json"
+        data = {
+            "info": {"description": f"lumen_ray labels, task {task}", "settings": job},
+            "images": list(images.values()),
+            "annotations": items,
+            "categories": list(categories[task].values()),
+        }
+        write_atomically(path, lambda p, data=data: p.write_text(json.dumps(data)))
+        paths.append(path)
+    return paths
+
+
+def _image(record: dict[str, Any], number: int) -> dict[str, Any]:
+    return {
+        "id": number,
+        "file_name": record["image_id"],
+        "height": record["height"],
+        "width": record["width"],
+        "path": record["path"],
+    }
+
+
+def _category(categories: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
+    return categories.setdefault(name, {"id": len(categories) + 1, "name": name})
+
+
+def _text(record: dict[str, Any]) -> dict[str, Any]:
+    if record["task"] == "caption":
+        return {"caption": record["text"]}
+    return {"question": record["prompt"], "answer": record["text"]}
+
+
+def _instance(record: dict[str, Any], category: dict[str, Any]) -> dict[str, Any]:
+    size = (record["height"], record["width"])
+    boxes = Boxes([record["box"]], size)
+    item: dict[str, Any] = {
+        "category_id": category["id"],
+        "bbox": [round(v, 3) for v in boxes.to_xywh()[0].tolist()],
+        "area": float(boxes.area[0]),
+        "iscrowd": 0,
+        "score": record["score"],
+    }
+    if record["mask"] is not None:
+        item["segmentation"] = record["mask"]
+        item["area"] = float(Masks([record["mask"]], size).area[0])
+    if record["keypoints"] is not None:
+        names = record["keypoint_names"]
+        if "keypoints" not in category:
+            category["keypoints"] = names
+            category["skeleton"] = [[a + 1, b + 1] for a, b in record_edges(record)]  # COCO counts from 1
+        item.update(_keypoints(record["keypoints"]))
+    return item
+
+
+def _keypoints(flat: list[float]) -> dict[str, Any]:
+    """COCO's three numbers per keypoint; what scores too low is 'not labelled', which COCO writes as zeros."""
+    points: list[float] = []
+    scores = flat[2::3]
+    for x, y, score in zip(flat[0::3], flat[1::3], scores, strict=True):
+        points += [round(x, 3), round(y, 3), 2] if score >= KEYPOINT_SCORE else [0, 0, 0]
+    return {"keypoints": points, "num_keypoints": sum(v > 0 for v in points[2::3]), "keypoint_scores": scores}

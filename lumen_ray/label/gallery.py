@@ -1,0 +1,153 @@
+"""A page to look at labels with: one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lumen_ray.data.images import decode
+from lumen_ray.errors import UserError
+from lumen_ray.label.inputs import Item, read_bytes
+from lumen_ray.label.ledger import Ledger, open_finished, write_atomically
+from lumen_ray.label.records import record_edges, records_to_answers
+from lumen_ray.structures import Answer
+from lumen_ray.viz import draw, palette
+
+MAX_IMAGES = 120
+THUMBNAIL_SIDE = 560
+#: From this many instances on, labels would hide the picture.
+MAX_LABELLED_INSTANCES = 40
+
+_PAGE = Template((Path(__file__).parent / "gallery.html").read_text())
+
+
+def write_gallery(output: str | Path, *, max_images: int = MAX_IMAGES) -> Path:
+    """Writes ``gallery.html`` into the labelled folder `output` and returns its path.
+
+    Shows the first `max_images` images; the counts are those of all. The pictures are inside the page.
+    """
+    ledger = open_finished(output)
+    instances: Counter[tuple[str, str]] = Counter()  # (task, phrase)
+    shown: dict[str, list[dict[str, Any]]] = {}
+    for table in ledger.tables():
+        boxed = table.filter(table["box"].is_valid())
+        instances.update(zip(boxed["task"].to_pylist(), boxed["phrase"].to_pylist(), strict=True))
+        if len(shown) < max_images:
+            for record in table.to_pylist():
+                if record["image_id"] in shown or len(shown) < max_images:
+                    shown.setdefault(record["image_id"], []).append(record)
+    colours = palette(sorted({phrase for _, phrase in instances}))
+    cards = [_card(item, data, shown[item.image_id], colours) for item, data in _images(ledger, shown)]
+    tasks = list(dict.fromkeys(task for task, _ in instances))
+    page = _PAGE.substitute(
+        summary=_summary(ledger, len(cards)),
+        tasks="".join(f'<button data-task="{_safe(t)}">{_safe(t)}</button>' for t in tasks),
+        classes=_chips(instances, tasks, colours),
+        cards="\n".join(cards),
+        errors=_errors(ledger),
+    )
+    path = ledger.output / "gallery.html"
+    write_atomically(path, lambda p: p.write_text(page))
+    return path
+
+
+def _safe(text: Any) -> str:
+    return html.escape(str(text))
+
+
+def _images(ledger: Ledger, shown: dict[str, Any]) -> Iterator[tuple[Item, bytes]]:
+    """The encoded bytes of the images in `shown`, in order; those that have vanished since are left out."""
+    items = [item for item in ledger.items() if item.image_id in shown]
+    for item, data in read_bytes(items):
+        if not isinstance(data, UserError):
+            yield item, data
+
+
+def _summary(ledger: Ledger, shown: int) -> str:
+    entries = ledger.entries().values()
+    job = json.loads((ledger.output / "job.json").read_text())
+    images, labelled = sum(e["images"] for e in entries), sum(e["labelled"] for e in entries)
+    facts = {
+        "images": images,
+        "labelled": labelled,
+        "errors": images - labelled,
+        "score from": job["score_threshold"],
+        "tasks": ", ".join(job["tasks"]),
+    }
+    if shown < labelled:
+        facts["shown here"] = f"the first {shown}"
+    return "".join(f"<div><dt>{_safe(name)}</dt><dd>{_safe(value)}</dd></div>" for name, value in facts.items())
+
+
+def _chips(instances: Counter[tuple[str, str]], tasks: list[str], colours: dict[str, Any]) -> str:
+    """One filter button per class, with its number of instances (the most that one task found)."""
+    chips = []
+    for phrase, colour in colours.items():
+        number = max(instances[task, phrase] for task in tasks)
+        dot = f'<i style="background:rgb{colour}"></i>'
+        chips.append(f'<button data-class="{_safe(phrase)}">{dot}{_safe(phrase)} <small>{number}</small></button>')
+    return "".join(chips)
+
+
+def _card(item: Item, data: bytes, records: list[dict[str, Any]], colours: dict[str, Any]) -> str:
+    image = decode(data)
+    answers = records_to_answers(records)
+    boxed: dict[str, list[Answer]] = {}
+    for answer in answers:
+        if answer.text is None:
+            boxed.setdefault(answer.task, []).append(answer)
+    edges = {r["phrase"]: record_edges(r) for r in records if r["keypoints"] is not None}
+    pictures = [(task, _thumbnail(image, mine, colours, edges)) for task, mine in boxed.items()]
+    pictures = pictures or [("", _thumbnail(image, [], colours, edges))]
+    classes = sorted({p.phrase for a in answers for p in a.predictions})
+    found = Counter({p.phrase: len(p) for mine in boxed.values() for a in mine for p in a.predictions})
+    counts = ", ".join(f"{n} × {_safe(phrase)}" for phrase, n in found.items()) or "nothing found" * bool(boxed)
+    return (
+        f'<figure data-classes="{_safe(json.dumps(classes))}">'
+        + "".join(f'<img loading="lazy" data-task="{_safe(t)}" src="{url}" alt="{_safe(t)}">' for t, url in pictures)
+        + f'<figcaption><b title="{_safe(item.path)}">{_safe(item.image_id)}</b><p>{counts}</p>{_texts(records)}'
+        + "</figcaption></figure>"
+    )
+
+
+def _texts(records: list[dict[str, Any]]) -> str:
+    lines = []
+    for record in records:
+        if record["text"] is not None:
+            asked = record["prompt"] or record["task"]
+            lines.append(f"<p class=text><span>{_safe(asked)}</span> {_safe(record['text'])}</p>")
+    return "".join(lines)
+
+
+def _thumbnail(image: np.ndarray, answers: list[Answer], colours: dict[str, Any], edges: dict[str, Any]) -> str:
+    number = sum(len(p) for a in answers for p in a.predictions)
+    drawn = draw(image, answers, edges=edges, colours=colours, labels=number <= MAX_LABELLED_INSTANCES)
+    picture = Image.fromarray(drawn)
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=86)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _errors(ledger: Ledger) -> str:
+    errors = [error for entry in ledger.entries().values() for error in entry["errors"]]
+    if not errors:
+        return ""
+    rows = "".join(
+        f"<tr><td>{_safe(e['image_id'])}</td><td><code>{_safe(e['reason'])}</code></td><td>{_safe(e['message'])}</td></tr>"
+        for e in errors
+    )
+    return (
+        f"<section><h2>{len(errors)} images that could not be labelled</h2>"
+        f"<table><tr><th>image</th><th>reason</th><th>what to do</th></tr>{rows}</table></section>"
+    )

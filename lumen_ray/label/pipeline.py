@@ -1,0 +1,250 @@
+"""Labels a corpus: images in, `LABEL_SCHEMA` Parquet out, one trunk pass per image for all tasks asked for.
+
+    fragments -> read and decode (CPU tasks) -> model actors -> this process: collects each fragment, publishes it
+
+Decoded pixels travel as raw bytes; what comes back per image is a few kilobytes of labels, so one writer suffices and
+the ledger needs no lock. `workers.py` holds what runs on the cluster.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lumen_ray.errors import UserError, unknown
+from lumen_ray.inference.request import Request, make_request
+from lumen_ray.label.inputs import find_inputs
+from lumen_ray.label.ledger import Fragment, Ledger
+from lumen_ray.label.workers import WorkerSettings, fingerprint, label_in_process, label_on_ray
+from lumen_ray.tasks import get_task
+
+EXPORTS = ("coco", "gallery")
+#: The model failing on this many images with no success stops the job: that is the model's fault, not the images'.
+MODEL_FAILURES = 8
+
+Progress = Callable[["Status"], None]
+
+
+@dataclass
+class Status:
+    """Where a job stands. `finished_before`: images that an earlier run had done."""
+
+    total: int
+    done: int = 0
+    errors: int = 0
+    finished_before: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def rate(self) -> float:
+        """Images per second of this run."""
+        return (self.done - self.finished_before) / max(time.monotonic() - self.started, 1e-9)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None until the first image is done."""
+        return (self.total - self.done) / self.rate if self.done > self.finished_before else None
+
+
+def build_requests(
+    tasks: Sequence[str],
+    classes: Sequence[str] | None = None,
+    prompts: Mapping[str, Sequence[str]] | None = None,
+    keypoints: Sequence[str] | None = None,
+) -> list[Request]:
+    """What to ask about every image.
+
+    detect, segment, pose and count ask for `classes`; ground, refer, vqa and chat take one request per text in
+    `prompts[task]`. Raises `UserError` for unknown tasks, missing classes or texts.
+    """
+    prompts = prompts or {}
+    if not tasks:
+        raise UserError("no task given; give e.g. tasks 'detect,segment,caption'", "empty_tasks")
+    for name in prompts:
+        if name not in tasks:
+            raise UserError(
+                f"texts are given for task '{name}', which is not among the tasks asked for; add it", "unused_text"
+            )
+    requests = []
+    for name in dict.fromkeys(tasks):
+        needs = get_task(name).needs
+        if needs == "region":
+            raise UserError(
+                f"task '{name}' needs a region in each image and cannot label a corpus; leave it out", "invalid_task"
+            )
+        if needs == "classes":
+            requests.append(
+                make_request(name, classes=list(classes or ()), keypoints=keypoints if name == "pose" else None)
+            )
+        elif needs == "nothing":
+            requests.append(make_request(name))
+        else:
+            texts = [prompts[name]] if isinstance(prompts.get(name), str) else prompts.get(name, ())
+            if not texts:
+                raise UserError(
+                    f"task '{name}' needs a text ({needs}) to ask about every image; give one", "empty_text"
+                )
+            requests += [make_request(name, text=text) for text in texts]
+    return requests
+
+
+def label(
+    model: str | Path | Callable[[], Any],
+    input: str | Path,
+    output: str | Path,
+    *,
+    tasks: Sequence[str],
+    classes: Sequence[str] | None = None,
+    prompts: Mapping[str, Sequence[str]] | None = None,
+    keypoints: Sequence[str] | None = None,
+    num_actors: int = 1,
+    batch_size: int = 8,
+    score_threshold: float = 0.3,
+    max_per_phrase: int = 100,
+    max_new_tokens: int = 48,
+    device: str = "cpu",
+    fragment_size: int = 32,
+    exports: Sequence[str] = EXPORTS,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Labels the images of `input` (folder, glob or shard folder) into the folder `output`; returns a summary.
+
+    model: model folder, or a function that returns an engine (called in each actor).
+    prompts: task -> texts for the tasks that need one (see `build_requests`).
+    num_actors: model actors on Ray; 0 labels in this process, without Ray.
+    progress: called with a `Status` after every image.
+
+    Writes ``labels/*.parquet``, ``errors.parquet``, the `exports` and ``summary.json``. Run again after an interruption
+    it continues where it stopped. In the summary, ``images == labelled + errors``. Raises `UserError` for what cannot
+    be asked, an input without images, or an output folder that holds labels made with other settings.
+    """
+    _check(num_actors, batch_size, score_threshold, fragment_size, exports)
+    requests = build_requests(tasks, classes, prompts, keypoints)
+    worker = WorkerSettings(
+        model, tuple(requests), device, batch_size, num_actors, score_threshold, max_per_phrase, max_new_tokens
+    )
+    ledger = Ledger(output)
+    items = find_inputs(input, exclude=Path(output))
+    ledger.open(
+        {
+            "input": str(input),
+            "model": fingerprint(model),
+            "tasks": list(dict.fromkeys(tasks)),
+            "classes": list(classes or ()),
+            "prompts": {name: list(texts) for name, texts in (prompts or {}).items()},
+            "keypoints": list(keypoints or ()),
+            "score_threshold": score_threshold,
+            "max_per_phrase": max_per_phrase,
+            "max_new_tokens": max_new_tokens,
+        }
+    )
+    fragments = ledger.plan(items, fragment_size)
+    before = sum(entry["images"] for entry in ledger.entries().values())
+    status = Status(before + sum(len(f.items) for f in fragments), done=before, finished_before=before)
+    if fragments:
+        run = label_on_ray if num_actors else label_in_process
+        _collect(run(fragments, worker), fragments, ledger, status, progress)
+    return _finish(ledger, status, exports)
+
+
+def _check(
+    num_actors: int, batch_size: int, score_threshold: float, fragment_size: int, exports: Sequence[str]
+) -> None:
+    for name, value, least in (
+        ("num_actors", num_actors, 0),
+        ("batch_size", batch_size, 1),
+        ("fragment_size", fragment_size, 1),
+    ):
+        if value < least:
+            raise UserError(f"{name} is {value}; give {least} or more", "invalid_setting")
+    if not 0 <= score_threshold <= 1:
+        raise UserError(f"score_threshold is {score_threshold}; give a value from 0 to 1", "invalid_setting")
+    for name in exports:
+        if name not in EXPORTS:
+            raise unknown("export", name, EXPORTS)
+
+
+def _collect(
+    results: Iterable[dict[str, Any]],
+    fragments: Sequence[Fragment],
+    ledger: Ledger,
+    status: Status,
+    progress: Progress | None,
+) -> None:
+    """Gathers per-image results into fragments and publishes each as soon as it is complete."""
+    wanted = {fragment.index: fragment for fragment in fragments}
+    waiting: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
+    succeeded = sum(entry["labelled"] for entry in ledger.entries().values())
+    model_failures: list[str] = []
+    for result in results:
+        if result["reason"] == "unusable_model":
+            raise UserError(result["message"], "unusable_model")
+        status.done += 1
+        status.errors += bool(result["reason"])
+        succeeded += not result["reason"]
+        if result["reason"] == "model_error":
+            model_failures.append(result["message"])
+        index = result["fragment"]
+        waiting[index][result["index"]] = result
+        if not succeeded and len(model_failures) >= MODEL_FAILURES:
+            break
+        # nothing is published before the model has worked once, so that a bad model leaves no errors to clean up
+        ready = [i for i, found in waiting.items() if len(found) == len(wanted[i].items)]
+        for i in ready if succeeded or not model_failures else ():
+            _publish(ledger, wanted[i], waiting.pop(i))
+        if progress is not None:
+            progress(status)
+    if model_failures and not succeeded:
+        raise RuntimeError(
+            f"the model failed on each of {len(model_failures)} images; the first time: {model_failures[0]}"
+        )
+    assert not waiting, f"{len(waiting)} fragments came back incomplete"
+
+
+def _publish(ledger: Ledger, fragment: Fragment, results: dict[int, dict[str, Any]]) -> None:
+    records, errors = [], []
+    for position, item in enumerate(fragment.items):
+        result = results[position]
+        if result["reason"]:
+            error = {"image_id": item.image_id, "path": item.path}
+            errors.append({**error, "reason": result["reason"], "message": result["message"]})
+        else:
+            records += json.loads(result["records"])
+    ledger.publish(fragment, records, errors)
+
+
+def _finish(ledger: Ledger, status: Status, exports: Sequence[str]) -> dict[str, Any]:
+    """Writes errors, exports and the summary of the whole output folder (all runs)."""
+    from lumen_ray.label.exporters.coco import export_coco
+    from lumen_ray.label.gallery import write_gallery
+
+    entries = ledger.entries()
+    ledger.write_errors()
+    instances: Counter[str] = Counter()
+    for table in ledger.tables():
+        boxed = table.filter(table["box"].is_valid())
+        instances.update(boxed["task"].to_pylist())
+    seconds = time.monotonic() - status.started
+    summary: dict[str, Any] = {
+        "output": str(ledger.output),
+        "images": sum(e["images"] for e in entries.values()),
+        "labelled": sum(e["labelled"] for e in entries.values()),
+        "errors": sum(len(e["errors"]) for e in entries.values()),
+        "instances": dict(instances),
+        "fragments": len(entries),
+        "finished_before": status.finished_before,
+        "seconds": round(seconds, 2),
+        "images_per_second": round((status.done - status.finished_before) / max(seconds, 1e-9), 2),
+    }
+    assert summary["images"] == summary["labelled"] + summary["errors"] == status.total
+    if "coco" in exports:
+        summary["coco"] = [str(path) for path in export_coco(ledger.output)]
+    if "gallery" in exports:
+        summary["gallery"] = str(write_gallery(ledger.output))
+    (ledger.output / "summary.json").write_text(json.dumps(summary, indent=1))
+    return summary

@@ -1,0 +1,100 @@
+"""The canonical label table: one row per instance or text answer, with what produced it.
+
+An answer that found nothing is one row without phrase and box, so that "looked and found nothing" is on record.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from lumen_ray.inference.request import Request
+from lumen_ray.structures import Answer, Boxes, Keypoints, Masks, Prediction
+from lumen_ray.viz import known_edges
+
+LABEL_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("path", pa.string()),  # of the image file, or of the shard that holds it
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("task", pa.string()),
+        ("prompt", pa.string()),  # the question, sentence or expression; null where the task has none
+        ("phrase", pa.string()),  # class or phrase of the instance
+        ("score", pa.float32()),
+        ("box", pa.list_(pa.float32(), 4)),  # xyxy, absolute pixels after EXIF rotation
+        ("mask", pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])),  # COCO RLE
+        ("keypoints", pa.list_(pa.float32())),  # flat x, y, score
+        ("keypoint_names", pa.list_(pa.string())),
+        ("text", pa.string()),
+        ("provenance", pa.string()),  # json: model, version, preset, settings
+    ]
+)
+
+ERROR_SCHEMA = pa.schema(
+    [("image_id", pa.string()), ("path", pa.string()), ("reason", pa.string()), ("message", pa.string())]
+)
+
+
+def answer_records(
+    image_id: str, path: str, request: Request, answer: Answer, provenance: str = ""
+) -> list[dict[str, Any]]:
+    """The rows of `LABEL_SCHEMA` for one answer (plain JSON types); at least one row."""
+    base: dict[str, Any] = dict.fromkeys(LABEL_SCHEMA.names)
+    base.update(image_id=image_id, path=path, height=answer.size[0], width=answer.size[1])
+    base.update(task=answer.task, prompt=request.text or None, provenance=provenance)
+    if answer.text is not None:
+        return [{**base, "text": answer.text}]
+    records = []
+    for p in answer.predictions:
+        for i in range(len(p)):
+            record = {**base, "phrase": p.phrase, "score": float(p.scores[i]), "box": p.boxes.xyxy[i].tolist()}
+            if p.masks is not None:
+                record["mask"] = p.masks.rles[i]
+            if p.keypoints is not None:
+                record["keypoints"] = p.keypoints.xyv[i].reshape(-1).tolist()
+                record["keypoint_names"] = list(p.keypoints.names)
+            records.append(record)
+    return records or [base]
+
+
+def records_to_answers(records: Sequence[dict[str, Any]]) -> list[Answer]:
+    """The answers that the rows of one image came from, one per (task, prompt), in order of appearance.
+
+    Phrases for which nothing was found are not in the rows and thus not in the predictions.
+    """
+    groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
+    for record in records:
+        groups.setdefault((record["task"], record["prompt"]), []).append(record)
+    return [_answer(task, rows) for (task, _), rows in groups.items()]
+
+
+def record_edges(record: dict[str, Any]) -> Sequence[Sequence[int]]:
+    """Pairs of 0-based keypoint indices that the record's skeleton joins; empty where nobody knows."""
+    edges = json.loads(record["provenance"] or "{}").get("edges", {}).get(record["phrase"])
+    return edges or known_edges(record["keypoint_names"])
+
+
+def _answer(task: str, rows: Sequence[dict[str, Any]]) -> Answer:
+    size = (rows[0]["height"], rows[0]["width"])
+    if rows[0]["text"] is not None:
+        return Answer(task, size, text=rows[0]["text"])
+    phrases: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["box"] is not None:
+            phrases.setdefault(row["phrase"], []).append(row)
+    return Answer(task, size, [_prediction(phrase, mine, size) for phrase, mine in phrases.items()])
+
+
+def _prediction(phrase: str, rows: Sequence[dict[str, Any]], size: tuple[int, int]) -> Prediction:
+    prediction = Prediction(phrase, Boxes([r["box"] for r in rows], size), np.array([r["score"] for r in rows]))
+    if rows[0]["mask"] is not None:
+        prediction.masks = Masks([r["mask"] for r in rows], size)
+    if rows[0]["keypoints"] is not None:
+        points = np.array([r["keypoints"] for r in rows]).reshape(len(rows), -1, 3)
+        prediction.keypoints = Keypoints(points, tuple(rows[0]["keypoint_names"]), size)
+    return prediction

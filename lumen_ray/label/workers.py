@@ -1,0 +1,254 @@
+"""What runs for a label job on the cluster's machines, or in this process: reading, decoding, the model."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lumen_ray.data.images import decode
+from lumen_ray.errors import UserError
+from lumen_ray.inference.request import Request
+from lumen_ray.label.inputs import read_bytes
+from lumen_ray.label.ledger import Fragment
+from lumen_ray.label.records import answer_records
+
+#: Ray Data gives up after so long without a result, instead of its 30 minutes; loading a large model has to fit.
+NO_PROGRESS_TIMEOUT_S = 900
+_SAMPLE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What a model actor needs. `model`: folder, or a function that returns an engine."""
+
+    model: str | Path | Callable[[], Any]
+    requests: tuple[Request, ...]
+    device: str = "cpu"
+    batch_size: int = 8
+    num_actors: int = 1
+    score_threshold: float = 0.3
+    max_per_phrase: int = 100
+    max_new_tokens: int = 48
+
+
+def fingerprint(model: str | Path | Callable[[], Any]) -> str:
+    """Tells model folders apart without loading them or depending on dates: names, sizes and both ends of each file.
+
+    Raises `UserError` when the folder does not exist.
+    """
+    if callable(model):
+        return getattr(model, "__qualname__", type(model).__qualname__)
+    folder = Path(model)
+    if not folder.is_dir():
+        raise UserError(f"model folder '{model}' does not exist; give the folder that training wrote", "missing_model")
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        size = path.stat().st_size
+        digest.update(f"{path.relative_to(folder).as_posix()} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_SAMPLE_BYTES))
+            file.seek(max(0, size - _SAMPLE_BYTES))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def read_fragment(fragment: Fragment) -> Iterator[dict[str, Any]]:
+    """One row per image of the fragment: its pixels as bytes, or `reason` and `message`."""
+    for index, (item, data) in enumerate(read_bytes(fragment.items)):
+        row = {"fragment": fragment.index, "index": index, "image_id": item.image_id, "path": item.path}
+        row.update(height=0, width=0, pixels=b"", reason="", message="")
+        try:
+            if isinstance(data, UserError):
+                raise data
+            image = decode(data)
+            row.update(height=image.shape[0], width=image.shape[1], pixels=image.tobytes())
+        except UserError as error:
+            row.update(reason=error.reason, message=str(error))
+        yield row
+
+
+class Labeller:
+    """A model and the requests to put to it; an actor of the pool, or used directly."""
+
+    def __init__(self, settings: WorkerSettings):
+        import torch
+
+        torch.set_num_threads(1)  # actors share the machine: more threads each would fight for its cores
+        self.settings = settings
+        self.fault = ""
+        try:
+            self.engine = _load(settings)
+            self.requests = _fit_requests(settings.requests, self.engine)
+        except UserError as error:  # raising in an actor's constructor makes Ray try again and again
+            self.fault = str(error)
+            return
+        provenance = {
+            "model": "" if callable(settings.model) else str(settings.model),
+            "version": self.engine.version,
+            "preset": self.engine.preset,
+            "settings": self._run_settings(),
+        }
+        if any(request.task == "pose" for request in self.requests):
+            provenance["edges"] = getattr(self.engine, "edges", {})  # to draw and export skeletons without the model
+        self.provenance = json.dumps(provenance, sort_keys=True)
+
+    def _run_settings(self) -> dict[str, Any]:
+        s = self.settings
+        return {
+            "score_threshold": s.score_threshold,
+            "max_per_phrase": s.max_per_phrase,
+            "max_new_tokens": s.max_new_tokens,
+        }
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        """Columns of `read_fragment` in; ``fragment, index, reason, message, records`` (JSON) out, a row per image."""
+        names = ("fragment", "index", "image_id", "path", "height", "width", "pixels", "reason", "message")
+        rows = [dict(zip(names, values, strict=True)) for values in zip(*(batch[n] for n in names), strict=True)]
+        results = self.label(rows)
+        return {name: [r[name] for r in results] for name in ("fragment", "index", "reason", "message", "records")}
+
+    def label(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The result of each row of `read_fragment`, in order."""
+        results = []
+        for row in rows:
+            result = {"fragment": int(row["fragment"]), "index": int(row["index"]), "records": ""}
+            fault = ("unusable_model", self.fault) if self.fault else (row["reason"], row["message"])
+            results.append({**result, "reason": str(fault[0]), "message": str(fault[1])})
+        good = [(row, result) for row, result in zip(rows, results, strict=True) if not result["reason"]]
+        self._answer(good)
+        return results
+
+    def _answer(self, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
+        """Fills in the records of the (row, result) pairs. A batch that fails is tried again image by image."""
+        if not pairs:
+            return
+        try:
+            images = [
+                np.frombuffer(row["pixels"], np.uint8).reshape(int(row["height"]), int(row["width"]), 3)
+                for row, _ in pairs
+            ]
+            answers = self.engine.run(images, [self.requests] * len(images), **self._run_settings())
+        except Exception as error:  # whatever one image does to the model must not stop the others
+            if len(pairs) > 1:
+                for pair in pairs:
+                    self._answer([pair])
+                return
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            message = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+            pairs[0][1].update(reason="model_error", message=message)
+            return
+        for (row, result), mine in zip(pairs, answers, strict=True):
+            records = [
+                record
+                for request, answer in zip(self.requests, mine, strict=True)
+                for record in answer_records(str(row["image_id"]), str(row["path"]), request, answer, self.provenance)
+            ]
+            result["records"] = json.dumps(records)
+
+
+def _load(settings: WorkerSettings) -> Any:
+    if callable(settings.model):
+        return settings.model()
+    from lumen_ray.inference.engine import Engine
+
+    return Engine.load(settings.model, device=settings.device)
+
+
+def _fit_requests(requests: Iterable[Request], engine: Any) -> list[Request]:
+    """Narrows pose requests without own keypoints to the classes that the model has a skeleton for.
+
+    So that one list of classes serves all tasks. Raises `UserError` when no class is left.
+    """
+    fitted = []
+    for request in requests:
+        if request.task == "pose" and not request.keypoints and engine.skeletons:
+            posed = tuple(name for name in request.phrases if name in engine.skeletons)
+            if not posed:
+                raise UserError(
+                    f"task 'pose' has no class with keypoints; classes that the model knows keypoints of: "
+                    f"{', '.join(sorted(engine.skeletons))} (or name the keypoints)",
+                    "no_skeleton",
+                )
+            request = replace(request, phrases=posed)
+        fitted.append(request)
+    return fitted
+
+
+def label_in_process(fragments: Sequence[Fragment], settings: WorkerSettings) -> Iterator[dict[str, Any]]:
+    """The result of every image, in order, without Ray."""
+    labeller = Labeller(settings)
+    batch: list[dict[str, Any]] = []
+    for row in (row for fragment in fragments for row in read_fragment(fragment)):
+        batch.append(row)
+        if len(batch) == settings.batch_size:
+            yield from labeller.label(batch)
+            batch = []
+    yield from labeller.label(batch)
+
+
+def label_on_ray(fragments: Sequence[Fragment], settings: WorkerSettings) -> Iterator[dict[str, Any]]:
+    """The result of every image, as the actors deliver them, in no order. Starts a local Ray when none is running."""
+    from lumen_ray.ray_env import init_local, prepare_environment
+
+    prepare_environment()
+    import ray
+    import ray.data
+
+    if not ray.is_initialized():
+        init_local()
+    gpus = 1 if settings.device.startswith("cuda") else 0
+    _check_resources(ray.cluster_resources(), settings.num_actors, gpus)
+    rows = [{"item": fragment} for fragment in fragments]
+    with _data_context(ray.data.DataContext.get_current()):
+        dataset = (
+            ray.data.from_items(rows, override_num_blocks=len(rows))
+            .flat_map(lambda row: read_fragment(row["item"]))
+            .map_batches(
+                Labeller,
+                fn_constructor_args=(settings,),
+                batch_size=settings.batch_size,
+                batch_format="numpy",
+                compute=ray.data.ActorPoolStrategy(size=settings.num_actors),
+                num_cpus=0 if gpus else 1,
+                num_gpus=gpus,
+            )
+        )
+        yield from dataset.iter_rows()
+
+
+def _check_resources(available: dict[str, float], num_actors: int, gpus: int) -> None:
+    """Ray Data would wait without a word for actors that never fit; one CPU must be left for reading."""
+    kind, need = ("GPU", num_actors * gpus) if gpus else ("CPU", num_actors + 1)
+    have = int(available.get(kind, 0))
+    if need > have:
+        most = max(have // gpus if gpus else have - 1, 0)
+        raise UserError(
+            f"num_actors {num_actors} needs {need} {kind}s but the Ray cluster has {have}; give at most {most}",
+            "too_many_actors",
+        )
+
+
+@contextlib.contextmanager
+def _data_context(context: Any) -> Iterator[None]:
+    """Ray Data's settings for a job; the previous ones come back afterwards."""
+    changes = {
+        "enable_progress_bars": False,
+        "execution_no_progress_timeout_s": NO_PROGRESS_TIMEOUT_S,
+        "target_max_block_size": 8 << 20,
+    }
+    before = {name: getattr(context, name) for name in changes}
+    for name, value in changes.items():
+        setattr(context, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(context, name, value)

@@ -1,0 +1,239 @@
+"""`lumen-ray quickstart`: the whole pipeline, small but real, on one machine with nothing downloaded."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lumen_ray import config
+from lumen_ray.cli import labelled_line, prepared_line
+from lumen_ray.console import bar, console, say, seconds, training_note
+from lumen_ray.errors import UserError
+from lumen_ray.presets import find, recipe_path
+
+VAL_SEED = 10_000
+LABELLED = 24  # images that are labelled and looked at
+ROWS_PER_GROUP = 16
+
+
+@contextmanager
+def _step(number: int, title: str, timings: dict[str, float]) -> Iterator[None]:
+    say(f"\n[bold]{number}/5 {title}[/bold]")
+    started = time.monotonic()
+    yield
+    timings[title] = round(time.monotonic() - started, 1)
+    say(f"  done in {seconds(timings[title])}")
+
+
+def quickstart(
+    output: Path,
+    *,
+    recipe_name: str = "quickstart",
+    scenes: int = 4096,
+    held_out: int = 192,
+    port: int = 8000,
+    keep_serving: bool = False,
+) -> dict[str, Any]:
+    """Prepare, train, evaluate, label and serve in `output`; returns the report of the evaluation.
+
+    Run again, it continues: shards and stages that are finished are kept.
+    """
+    from lumen_ray.serve.app import prepare_serve_environment
+
+    prepare_serve_environment()
+    from lumen_ray.ray_env import init_local, shutdown
+    from lumen_ray.train.recipe import Recipe
+
+    recipe = config.load(Recipe, recipe_path(recipe_name))
+    timings: dict[str, float] = {}
+    started = time.monotonic()
+    say(f"lumen-ray quickstart -> {output}/  ({os.cpu_count()} cores)")
+    try:
+        with _step(1, "prepare", timings):
+            init_local()
+            _prepare(output / "shards" / "train", scenes, recipe.seed)
+            _prepare(output / "shards" / "val", held_out, VAL_SEED)
+        with _step(2, "train", timings):
+            model = _train(output, recipe)
+        with _step(3, "evaluate", timings):
+            report = _evaluate(output, model)
+        with _step(4, "label", timings):
+            _label(output, model)
+        with _step(5, "serve", timings):
+            server = _serve(output, model, port)
+        say(f"\nall of it in {seconds(time.monotonic() - started)}")
+        (output / "timings.json").write_text(json.dumps(timings, indent=1))
+        say(f"look at {output}/labels/gallery.html, {output}/served/*.png and {output}/evaluation/report.json")
+        if keep_serving:
+            say(f"serving at {server.url}; stop with Ctrl-C")
+            server.wait()
+        server.stop()
+    finally:
+        shutdown()
+    return report
+
+
+def _prepare(folder: Path, num: int, seed: int) -> None:
+    from lumen_ray.data.prepare import prepare_scenes
+    from lumen_ray.data.shards import read_manifest
+
+    if (folder / "manifest.json").is_file():
+        origin, rows = read_manifest(folder)["origin"], read_manifest(folder)["rows"]
+        if rows != num or origin.get("seed") != seed:
+            raise UserError(f"'{folder}' holds {rows} other scenes; choose another --output", "exists")
+        say(f"  {num} scenes are already in {folder}")
+        return
+    with bar("scenes") as progress:
+        summary = prepare_scenes(
+            folder,
+            num,
+            seed,
+            rows_per_group=ROWS_PER_GROUP,
+            rows_per_file=256,
+            workers=os.cpu_count(),
+            progress=progress.update,
+        )
+    say("  " + prepared_line(summary))
+
+
+def _train(output: Path, recipe: Any) -> Path:
+    from lumen_ray.train.trainer import train
+
+    with bar(f"train {recipe.model}") as progress:
+        model = train(
+            output / "shards" / "train",
+            recipe,
+            output / "train",
+            progress=lambda line: progress.update(line["step"] + 1, recipe.total_steps, training_note(line)),
+        )
+    stages = ", ".join(f"{stage.name} {stage.steps}" for stage in recipe.stages)
+    say(f"  {recipe.total_steps} steps of {recipe.batch_size} images ({stages}) on {recipe.workers} FSDP workers")
+    say(f"  model -> {model}; logs -> {output}/train/metrics.jsonl, tensorboard --logdir {output}/train/tensorboard")
+    return model
+
+
+def _evaluate(output: Path, model: Path) -> dict[str, Any]:
+    import torch
+
+    from lumen_ray.evaluate.report import print_report
+    from lumen_ray.evaluate.run import evaluate
+    from lumen_ray.inference.engine import Engine
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    with bar("evaluate") as progress:
+        report = evaluate(
+            Engine.load(model),
+            output / "shards" / "val",
+            output / "evaluation",
+            batch_size=16,
+            chat_limit=48,
+            progress=progress.update,
+        )
+    print_report(report, console)
+    say(f"  report -> {output}/evaluation/report.json")
+    return report
+
+
+def _label(output: Path, model: Path) -> None:
+    from lumen_ray.data.shards import read_manifest, read_row_group
+    from lumen_ray.label.pipeline import label
+    from lumen_ray.model.build import read_meta
+
+    images = output / "images"
+    images.mkdir(exist_ok=True)
+    shards = output / "shards" / "val"
+    rows = (
+        row
+        for file in read_manifest(shards)["files"]
+        for index in range(len(file["row_groups"]))
+        for row in read_row_group(shards, file["path"], index)
+    )
+    for row, _ in zip(rows, range(LABELLED), strict=False):
+        (images / f"{row['image_id'].replace('/', '_')}.jpg").write_bytes(row["image"])
+    with bar("label") as progress:
+        summary = label(
+            model,
+            images,
+            output / "labels",
+            tasks=["detect", "segment", "pose", "caption"],
+            classes=read_meta(model).classes,
+            progress=lambda s: progress.update(s.done, s.total, f"{s.rate:.1f} img/s"),
+        )
+    say("  " + labelled_line(summary, output / "labels"))
+
+
+def _requests(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """One request per task about one scene, from what the scene is annotated for."""
+    classes = list(dict.fromkeys(i["phrase"] for i in row["instances"]))
+    question = next((m["turns"][0]["content"] for m in row["messages"] if m["task"] == "vqa"), "how many circles are there ?")
+    caption = next((m["turns"][1]["content"] for m in row["messages"] if m["task"] == "caption"), ", ".join(classes))
+    expression = next((p["phrase"] for p in row["phrases"] if p["task"] == "refer" and p["instances"]), classes[0])
+    x1, y1, x2, y2 = (float(c) for c in row["instances"][0]["box"])
+    return {
+        "detect": {"classes": classes},
+        "segment": {"classes": classes},
+        "pose": {"classes": [c for c in classes if c.endswith("figure")] or ["figure"]},
+        "count": {"classes": classes},
+        "ground": {"text": caption},
+        "refer": {"text": expression},
+        "vqa": {"text": question},
+        "caption": {},
+        "region_caption": {"region": {"kind": "box", "points": [[x1, y1], [x2, y2]]}},
+        "chat": {"text": f"find every {classes[0]}"},
+    }
+
+
+def _serve(output: Path, model: Path, port: int) -> Any:
+    """Starts the application, sends one request per task over HTTP and saves the drawn answers."""
+    from lumen_ray.serve.app import run
+    from lumen_ray.serve.settings import ServeSettings
+
+    data = config.load_yaml(find("serve", "nano"))
+    data |= {"model": str(model), "http": dict(data["http"]) | {"port": port}}
+    server = run(config.validate(ServeSettings, data, "serve/nano"), blocking=False)
+    say(f"  {server.url} is up (page at /, API at /docs)")
+    row = _scene_with_figure(output / "shards" / "val")
+    folder = output / "served"
+    folder.mkdir(exist_ok=True)
+    for task, body in _requests(row).items():
+        answer = post(f"{server.url}/v1/{task}", body | {"image": base64.b64encode(row["image"]).decode()})
+        (folder / f"{task}.json").write_text(json.dumps(answer, indent=1))
+        draw_served(row["image"], task, answer, folder / f"{task}.png")
+        told = answer.get("text") or answer.get("counts") or f"{len(answer.get('instances') or [])} instances"
+        asked = body.get("text") or ", ".join(body.get("classes", [])) or ("a box" if "region" in body else "")
+        say(f"  /v1/{task:15s} {asked[:60]!r} -> {told}")
+    say(f"  drawn answers -> {folder}/*.png")
+    return server
+
+
+def _scene_with_figure(shards: Path) -> dict[str, Any]:
+    from lumen_ray.data.shards import read_manifest, read_row_group
+
+    first = read_manifest(shards)["files"][0]
+    rows = [row for i in range(len(first["row_groups"])) for row in read_row_group(shards, first["path"], i)]
+    return max(rows, key=lambda row: ("pose" in row["tasks"], len(row["instances"])))
+
+
+def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The JSON answer to a JSON request."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.loads(response.read())
+
+
+def draw_served(image: bytes, task: str, answer: dict[str, Any], path: Path) -> None:
+    """The answer of the HTTP API drawn onto the picture it is about."""
+    from PIL import Image
+
+    from lumen_ray.data.images import decode
+    from lumen_ray.structures import Answer
+    from lumen_ray.viz import draw
+
+    Image.fromarray(draw(decode(image), Answer.from_dict(answer | {"task": task}))).save(path)

@@ -1,0 +1,79 @@
+"""The FastAPI application: task routes, OpenAI's route, health, documentation and the page. It knows no Ray."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import HTMLResponse, JSONResponse
+
+from lumen_ray import __version__
+from lumen_ray.serve import openai_api, schemas, task_api
+from lumen_ray.serve.http import Guard, install_error_handlers
+from lumen_ray.serve.settings import ServeSettings
+from lumen_ray.serve.task_api import Backend
+
+_PAGES = Path(__file__).parent / "page"
+_SUMMARY = "Answers, finds, segments, poses and counts what is in an image. One schema for all tasks."
+
+
+@cache
+def _page(name: str) -> str:
+    return (_PAGES / name).read_text(encoding="utf-8")
+
+
+def create_api(backend: Backend, settings: ServeSettings) -> FastAPI:
+    """The HTTP API over `backend`. The documentation page is our own: FastAPI's loads scripts from a remote host."""
+    errors = {code: {"model": schemas.ErrorResponse} for code in (400, 404, 413, 503)}
+    api = FastAPI(title="lumen_ray", version=__version__, summary=_SUMMARY, docs_url=None, redoc_url=None)
+    install_error_handlers(api)
+    api.include_router(task_api.make_router(backend, settings), responses=errors)
+    api.include_router(openai_api.make_router(backend, settings), responses=errors)
+    api.include_router(task_api.make_fallback())
+    _add_health(api, backend)
+    _add_pages(api)
+    _add_request_schemas(api)
+    api.add_middleware(Guard, max_body_bytes=settings.limits.max_body_bytes)
+    return api
+
+
+def _add_health(api: FastAPI, backend: Backend) -> None:
+    @api.get("/healthz", tags=["about"], summary="200 while the HTTP server runs")
+    async def healthz() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @api.get("/readyz", tags=["about"], summary="200 when every part of the model answers, else 503")
+    async def readyz() -> JSONResponse:
+        parts = await backend.ready()
+        ready = all(parts.values())
+        return JSONResponse({"ready": ready, "deployments": parts}, 200 if ready else 503)
+
+
+def _add_pages(api: FastAPI) -> None:
+    @api.get("/", include_in_schema=False)
+    async def index() -> HTMLResponse:
+        return HTMLResponse(_page("index.html"))
+
+    @api.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return HTMLResponse(_page("docs.html"))
+
+
+def _add_request_schemas(api: FastAPI) -> None:
+    """Bodies are parsed by hand (JSON or form, our error envelope), so OpenAPI has to be told about them."""
+
+    def openapi() -> dict[str, Any]:
+        if api.openapi_schema is None:
+            document = get_openapi(title=api.title, version=api.version, summary=api.summary, routes=api.routes)
+            known = document.setdefault("components", {}).setdefault("schemas", {})
+            for model in (schemas.TaskRequest, schemas.InferRequest, openai_api.ChatRequest):
+                schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+                known.update(schema.pop("$defs", {}))
+                known[model.__name__] = schema
+            api.openapi_schema = document
+        return api.openapi_schema
+
+    api.openapi = openapi

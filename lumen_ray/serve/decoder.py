@@ -1,0 +1,67 @@
+"""The LumenDecoder deployment: super links and dense features in, finished answers out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from ray import serve
+
+from lumen_ray.serve.batching import merge, run_grouped, value_of
+from lumen_ray.serve.job import Query, trim
+from lumen_ray.structures import Answer
+
+if TYPE_CHECKING:
+    from lumen_ray.inference.engine import DecoderStage, TrunkOutput
+
+Item = tuple["TrunkOutput", tuple[Query, ...]]
+
+
+def load_decoder(model: str, device: str) -> DecoderStage:
+    from lumen_ray.inference.engine import DecoderStage
+
+    return DecoderStage.load(model, "lumen", device)
+
+
+class LumenDecoder:
+    """`load` gives the engine's decoder half; tests hand in their own."""
+
+    def __init__(self, model: str, device: str, load: Callable[[str, str], DecoderStage] = load_decoder):
+        self.stage = load(model, device)
+        self.worker = ThreadPoolExecutor(1)  # as in `Trunk`
+
+    def reconfigure(self, batching: dict[str, Any]) -> None:
+        """Called by Serve at the start and whenever the settings change, without a restart."""
+        self._batched.set_max_batch_size(batching["max_batch_size"])
+        self._batched.set_batch_wait_timeout_s(batching["batch_wait_timeout_s"])
+
+    async def decode(self, output: TrunkOutput, queries: tuple[Query, ...]) -> list[Answer]:
+        """Answers to the queries about one image. Its tensors lie in shared memory: they are read, never written."""
+        return value_of(await self._batched((output, queries)))
+
+    async def ping(self) -> bool:
+        return True
+
+    @serve.batch
+    async def _batched(self, items: list[Item]) -> list[list[Answer] | Exception]:
+        return await asyncio.get_running_loop().run_in_executor(self.worker, self.run, items)
+
+    def run(self, items: list[Item]) -> list[list[Answer] | Exception]:
+        """One pass for all items with the same limit of instances, which bounds what is looked at before overlaps are
+        merged and so must not depend on the neighbours. An item that fails gets its exception."""
+        return run_grouped(items, lambda item: max(query.max_per_phrase for query in item[1]), self._run_group)
+
+    def _run_group(self, items: list[Item]) -> list[list[Answer]]:
+        from lumen_ray.decoders.base import PredictSettings
+        from lumen_ray.inference.engine import assemble
+
+        queries = [query for _, asked in items for query in asked]
+        limits = PredictSettings(
+            min(query.score_threshold for query in queries), max(query.max_per_phrase for query in queries)
+        )
+        output = merge([output for output, _ in items])
+        predictions = self.stage.run(output.link, output.dense, output.frames, output.prompts, limits)
+        answers = assemble(output.plans, predictions)
+        return [trim(row, asked) for row, (_, asked) in zip(answers, items, strict=True)]

@@ -1,0 +1,112 @@
+"""Images and masks that arrive over HTTP: checked before anything large is allocated or fetched."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+import sys
+from typing import Any
+
+import numpy as np
+
+from lumen_ray.data.images import decode, image_size
+from lumen_ray.errors import UserError
+
+_SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_DATA_URL = re.compile(r"^data:image/[\w.+-]+;base64,", re.IGNORECASE)
+
+
+def image_bytes(text: str) -> bytes:
+    """The encoded image in a base64 string or a `data:image/...;base64,` URL. Remote URLs are refused."""
+    text = text.strip()
+    if not text:
+        raise UserError("'image' is empty; give a base64-encoded image or a data URL", "missing_image")
+    if _SCHEME.match(text):
+        raise UserError(
+            "remote image URLs are not fetched; send the image itself, as base64 or as a data URL",
+            "remote_image_refused",
+        )
+    if text[:5].lower() == "data:":
+        match = _DATA_URL.match(text)
+        if not match:
+            raise UserError("an image data URL must start like 'data:image/png;base64,'", "invalid_base64")
+        text = text[match.end() :]
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError):
+        raise UserError(
+            "'image' is not valid base64; send the encoded file's bytes in base64", "invalid_base64"
+        ) from None
+
+
+def decode_image(data: bytes, max_pixels: int) -> np.ndarray:
+    """uint8 [H, W, 3] RGB, EXIF-rotated. The size in the header is checked before any pixel is decoded.
+
+    Raises `UserError`: reason ``image_too_large`` or ``broken_image``.
+    """
+    height, width = image_size(data, max_pixels=sys.maxsize)
+    if width * height > max_pixels:
+        raise UserError(
+            f"the image is {width}x{height}, more than the {max_pixels} pixels allowed; scale it down",
+            "image_too_large",
+        )
+    return decode(data, max_pixels)
+
+
+def checked_rle(mask: Any, size: tuple[int, int]) -> dict[str, Any]:
+    """A mask prompt as a COCO RLE that is safe to hand to pycocotools, whose C code trusts its input.
+
+    `mask`: ``{"size": [height, width], "counts": str | list of int}``, runs in column-major order, the first of them
+    background. `size`: (height, width) of the image. Raises `UserError` when it does not describe that image.
+    """
+    if not isinstance(mask, dict) or set(mask) != {"size", "counts"}:
+        raise UserError("a mask region is {'size': [height, width], 'counts': COCO run lengths}", "invalid_region")
+    if mask["size"] != list(size):
+        raise UserError(
+            f"the mask region is {mask['size']} but the image is {list(size)} (height, width)", "invalid_region"
+        )
+    counts = mask["counts"]
+    runs = _runs_of(counts) if isinstance(counts, str) else counts
+    valid = isinstance(runs, list) and all(type(run) is int and run >= 0 for run in runs)
+    if not valid or sum(runs) != size[0] * size[1]:
+        raise UserError(
+            f"the mask region's counts must add up to the image's {size[0] * size[1]} pixels", "invalid_region"
+        )
+    if not any(runs[1::2]):
+        raise UserError("the mask region is empty; mark at least one pixel", "invalid_region")
+    return {"size": list(size), "counts": counts if isinstance(counts, str) else _compress(runs)}
+
+
+def _runs_of(counts: str) -> list[int] | None:
+    """Run lengths of COCO's compressed string, None when it is not one. 5 bits a character, the sixth says 'more
+    follows', the sign is in the last; from the third run on, each is the difference to the one two before."""
+    runs: list[int] = []
+    value = shift = 0
+    for char in counts.encode("latin-1", "replace"):
+        code = char - 48
+        if not 0 <= code < 64 or shift > 30:
+            return None
+        value |= (code & 31) << shift
+        shift += 5
+        if code & 32:
+            continue
+        if code & 16:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    return runs if shift == 0 else None
+
+
+def _compress(runs: list[int]) -> str:
+    """Inverse of `_runs_of`."""
+    out = bytearray()
+    for i, run in enumerate(runs):
+        value = run - runs[i - 2] if i > 2 else run
+        more = True
+        while more:
+            code = value & 31
+            value >>= 5
+            more = value != -1 if code & 16 else value != 0
+            out.append((code | 32 if more else code) + 48)
+    return out.decode()

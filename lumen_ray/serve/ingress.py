@@ -1,0 +1,122 @@
+"""The Ingress deployment: HTTP in, calls to the Trunk and the decoder, HTTP out. No model, no torch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+from fastapi import FastAPI
+from ray import exceptions as ray_errors
+from ray import serve
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    RayServeException,
+    ReplicaUnavailableError,
+    RequestCancelledError,
+)
+from ray.serve.handle import DeploymentHandle
+
+from lumen_ray.errors import UserError
+from lumen_ray.serve.api import create_api
+from lumen_ray.serve.http import Overloaded, Unavailable, logger
+from lumen_ray.serve.job import Query, TrunkJob
+from lumen_ray.serve.settings import ServeSettings
+from lumen_ray.structures import Answer
+
+T = TypeVar("T")
+
+#: what a call raises when the replica that worked on it, or the object it left, is gone
+_LOST = (
+    ray_errors.RayActorError,
+    ray_errors.WorkerCrashedError,
+    ray_errors.ObjectLostError,
+    ray_errors.NodeDiedError,
+    ReplicaUnavailableError,
+)
+_PING_S = 5.0
+
+
+def cause_of(error: BaseException) -> BaseException:
+    """The innermost error that a remote call raised; a call that was handed a failed response wraps it once more."""
+    while isinstance(error, ray_errors.RayTaskError) and isinstance(error.cause, BaseException):
+        error = error.cause
+    return error
+
+
+class ServeBackend:
+    """`task_api.Backend` over the two deployments' handles."""
+
+    def __init__(self, trunk: DeploymentHandle, decoder: DeploymentHandle, settings: ServeSettings):
+        self.trunk = trunk
+        self.decoder = decoder
+        self.settings = settings
+        self._info: dict[str, Any] | None = None
+
+    async def infer(self, image: np.ndarray, queries: Sequence[Query], max_new_tokens: int) -> list[Answer]:
+        """One trunk pass over `image` (uint8 [H, W, 3]); the decoder only where a query can need it."""
+        job = TrunkJob(image, tuple(queries), max_new_tokens)
+
+        async def call() -> list[Answer]:
+            if all(query.is_text for query in queries):
+                return await self.trunk.answer.remote(job)
+            # The response is handed on unawaited: the tensors go from the trunk to the decoder, not through here.
+            return await self.decoder.decode.remote(self.trunk.link.remote(job), tuple(queries))
+
+        return await self._retried(call)
+
+    async def info(self) -> dict[str, Any]:
+        if self._info is None:
+            self._info = await self._retried(lambda: _awaited(self.trunk.info.remote()))
+        return self._info
+
+    async def ready(self) -> dict[str, bool]:
+        names = ("trunk", "lumen_decoder")
+        answers = await asyncio.gather(*(self._answers(handle) for handle in (self.trunk, self.decoder)))
+        return dict(zip(names, answers, strict=True))
+
+    async def _answers(self, handle: DeploymentHandle) -> bool:
+        try:
+            async with asyncio.timeout(_PING_S):
+                return await _awaited(handle.ping.remote())
+        except (TimeoutError, ray_errors.RayError, RayServeException):
+            return False
+
+    async def _retried(self, call: Callable[[], Awaitable[T]]) -> T:
+        """`call`, repeated when a replica dies under it: every call here is idempotent. Serve itself does not retry."""
+        http = self.settings.http
+        async with asyncio.timeout(http.request_timeout_s):
+            for attempt in range(http.retries + 1):
+                try:
+                    return await call()
+                except (ray_errors.RayError, RayServeException) as error:
+                    cause = cause_of(error)
+                    if isinstance(cause, UserError):
+                        raise cause from None
+                    if isinstance(cause, BackPressureError):
+                        message = "the server is at its limit of waiting requests; try again shortly"
+                        raise Overloaded(message, http.retry_after_s) from None
+                    if isinstance(cause, DeploymentUnavailableError):
+                        raise Unavailable("a part of the model failed to start; see the server's log") from error
+                    if isinstance(cause, RequestCancelledError) or not isinstance(cause, _LOST):
+                        raise
+                    logger.warning("a replica was lost (%s), attempt %d", type(cause).__name__, attempt + 1)
+            raise Unavailable("a replica was lost while it worked on this request; try again")
+
+
+async def _awaited(response: Awaitable[T]) -> T:
+    return await response
+
+
+@serve.ingress()
+class Ingress:
+    """The application is built in the replica, after the handles exist, so that nothing of it has to be pickled."""
+
+    def __init__(self, settings: ServeSettings, trunk: DeploymentHandle, decoder: DeploymentHandle):
+        self.settings = settings
+        self.backend = ServeBackend(trunk, decoder, settings)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_api(self.backend, self.settings)

@@ -1,0 +1,167 @@
+"""Bodies of the task API. The descriptions are the API's documentation (`/docs`, `/openapi.json`)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lumen_ray.config import Settings, validate
+from lumen_ray.errors import UserError
+from lumen_ray.structures import REGION_KINDS
+
+_FRAME = "pixels of the image after EXIF rotation, x to the right, y down, origin at the top left corner"
+T = TypeVar("T", bound=Settings)
+
+
+class RegionPrompt(Settings):
+    """A place in the image that a prompt is about."""
+
+    kind: str = Field(
+        description="box, point, scribble, polygon or mask", json_schema_extra={"enum": list(REGION_KINDS)}
+    )
+    points: list[tuple[float, float]] | None = Field(
+        None,
+        description=f"[[x, y], ...] in {_FRAME}. box: its top left and bottom right corner; point: one; "
+        "scribble and polygon: the vertices",
+    )
+    mask: dict[str, Any] | None = Field(
+        None,
+        description="kind mask only: COCO run lengths {'size': [height, width], 'counts': string or list of int}",
+    )
+
+
+class TaskFields(Settings):
+    """What is asked about an image, whatever the task."""
+
+    classes: list[str] | None = Field(None, description="class names; detect, segment, pose and count need them")
+    text: str | None = Field(
+        None,
+        description="the question (vqa, chat), the sentence whose phrases are to be found (ground), or the expression "
+        "that describes one object (refer)",
+    )
+    region: RegionPrompt | None = Field(None, description="the place that region_caption describes")
+    keypoints: list[str] | None = Field(
+        None, description="names of the keypoints that pose looks for; null for those the model was trained with"
+    )
+    score_threshold: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="lowest score of an instance, 0..1; null for the server's default",
+    )
+    max_per_phrase: int | None = Field(
+        None,
+        ge=1,
+        le=1000,
+        description="most instances of one class or phrase, best first; null for the server's default",
+    )
+    max_new_tokens: int | None = Field(None, ge=1, le=1024, description="longest text answer, in tokens of the model")
+
+
+_IMAGE = Field(description="the encoded image (JPEG, PNG, WebP) in base64, or a data URL; remote URLs are refused")
+
+
+class TaskRequest(TaskFields):
+    """One task about one image."""
+
+    image: str = _IMAGE
+
+
+class NamedTask(TaskFields):
+    """One entry of an `/v1/infer` request."""
+
+    task: str = Field(description="name of a task, see GET /v1/tasks")
+
+
+class InferRequest(Settings):
+    """Several tasks about one image, answered in one pass of the trunk."""
+
+    image: str = _IMAGE
+    requests: list[NamedTask] = Field(min_length=1, description="the tasks, answered in this order")
+
+
+class Mask(BaseModel):
+    size: tuple[int, int] = Field(description="(height, width) in pixels of the image")
+    counts: str = Field(description="COCO's compressed run lengths, column-major, the first run is background")
+
+
+class Instance(BaseModel):
+    """One object found."""
+
+    phrase: str = Field(description="the class, phrase or expression it was found for")
+    score: float = Field(description="confidence, 0..1")
+    box: tuple[float, float, float, float] = Field(description=f"x1, y1, x2, y2 in {_FRAME}; the far edge is exclusive")
+    mask: Mask | None = Field(None, description="its pixels; segment only")
+    keypoints: dict[str, tuple[float, float, float]] | None = Field(
+        None, description=f"name -> x, y (in {_FRAME}) and score 0..1; pose only"
+    )
+
+
+class TaskAnswer(BaseModel):
+    """The answer to one task."""
+
+    task: str
+    height: int = Field(description="of the image after EXIF rotation, in pixels")
+    width: int = Field(description="of the image after EXIF rotation, in pixels")
+    text: str | None = Field(None, description="the written answer of chat, vqa, caption and region_caption")
+    route: str | None = Field(None, description="routing token that sent the prompt to a decoder; absent for text")
+    phrases: list[str] | None = Field(None, description="what was looked for; absent for text")
+    instances: list[Instance] | None = Field(None, description="objects found, per phrase best first; absent for text")
+    counts: dict[str, int] | None = Field(None, description="count only: phrase -> number of objects")
+
+
+class TaskResponse(TaskAnswer):
+    model_config = ConfigDict(protected_namespaces=())
+
+    model: str = Field(description="preset@version of the weights that answered")
+    timing_ms: dict[str, float] = Field(
+        description="milliseconds: decode (of the image), model (queueing included), total"
+    )
+
+
+class InferResponse(BaseModel):
+    """Answers in the order of the requests."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    answers: list[TaskAnswer]
+    model: str = Field(description="preset@version of the weights that answered")
+    timing_ms: dict[str, float] = Field(
+        description="milliseconds: decode (of the image), model (queueing included), total"
+    )
+
+
+class ErrorBody(BaseModel):
+    reason: str = Field(description="machine-readable, e.g. unknown_task")
+    message: str = Field(description="one sentence that says what to change")
+    request_id: str = Field(description="also in the X-Request-ID header; names the request in the server's log")
+
+
+class ErrorResponse(BaseModel):
+    error: ErrorBody
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """The JSON object in a request body; `UserError` otherwise."""
+    try:
+        data = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        cause = str(error) if isinstance(error, json.JSONDecodeError) else "it is not UTF-8 text of sane depth"
+        raise UserError(f"the request body is not valid JSON: {cause}", "invalid_json") from None
+    if not isinstance(data, dict):
+        raise UserError("the request body must be a JSON object like {'image': ...}", "invalid_json")
+    return data
+
+
+def parse(model: type[T], data: dict[str, Any]) -> T:
+    """`data` as `model`; a `UserError` of one sentence that names the field, without echoing whole images."""
+    try:
+        return validate(model, data, "request")
+    except UserError as error:
+        message = str(error)
+        if len(message) > 400:  # the value given is at the sentence's end, and can be an image
+            message = message[:400] + "..."
+        raise UserError(message, "invalid_request") from None

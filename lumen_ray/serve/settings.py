@@ -1,0 +1,143 @@
+"""Settings of the Serve application: what `configs/serve/*.yaml` may say.
+
+Unknown keys are refused here, because Ray Serve accepts them silently."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from lumen_ray.config import Settings
+
+
+class Autoscaling(Settings):
+    """Between how many replicas a deployment moves, and how fast. Ray's own defaults (30 s up, 600 s down) are slow."""
+
+    min_replicas: int = Field(1, ge=0)
+    max_replicas: int = Field(2, ge=1)
+    initial_replicas: int | None = Field(None, ge=0, description="replicas at the start; None for min_replicas")
+    target_ongoing_requests: float = Field(4, gt=0, description="requests per replica that autoscaling aims at")
+    upscale_delay_s: float = Field(3, ge=0, description="seconds of overload before a replica is added")
+    downscale_delay_s: float = Field(60, ge=0, description="seconds of idleness before a replica is removed")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Autoscaling:
+        initial = self.min_replicas if self.initial_replicas is None else self.initial_replicas
+        if not self.min_replicas <= initial <= self.max_replicas:
+            raise ValueError("give min_replicas <= initial_replicas <= max_replicas")
+        return self
+
+
+class Deployment(Settings):
+    """Replicas, limits and resources of one deployment."""
+
+    num_replicas: int | None = Field(None, ge=1, description="a fixed number of replicas, instead of `autoscaling`")
+    autoscaling: Autoscaling | None = None
+    max_ongoing_requests: int = Field(8, ge=1, description="requests a replica works on at a time, batches included")
+    max_queued_requests: int = Field(
+        32, ge=-1, description="requests that may wait for a replica; more get 503; -1: any"
+    )
+    num_cpus: float = Field(0.5, ge=0, description="logical CPUs a replica reserves")
+    num_gpus: float = Field(0, ge=0, description="GPUs a replica reserves")
+    health_check_timeout_s: float = Field(30, gt=0)
+
+    @model_validator(mode="after")
+    def _one_way_to_scale(self) -> Deployment:
+        if self.num_replicas is not None and self.autoscaling is not None:
+            raise ValueError("give num_replicas or autoscaling, not both")
+        return self
+
+    @property
+    def max_replicas(self) -> int:
+        return self.autoscaling.max_replicas if self.autoscaling else self.num_replicas or 1
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `ray.serve.deployment`."""
+        options: dict[str, Any] = {
+            "max_ongoing_requests": self.max_ongoing_requests,
+            "max_queued_requests": self.max_queued_requests,
+            "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
+            "health_check_timeout_s": self.health_check_timeout_s,
+            "graceful_shutdown_wait_loop_s": 0.2,  # how often a stopping replica looks whether it is idle
+        }
+        if self.autoscaling:
+            options["autoscaling_config"] = self.autoscaling.model_dump(exclude_none=True)
+        else:
+            options["num_replicas"] = self.num_replicas or 1
+        return options
+
+
+class Batching(Settings):
+    """How requests of several callers share one forward pass."""
+
+    max_batch_size: int = Field(8, ge=1, description="images of one pass")
+    batch_wait_timeout_s: float = Field(0.005, ge=0, description="seconds a first request waits for others")
+
+
+class ModelDeployment(Deployment):
+    """A deployment that holds a part of the model."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda when the replica reserves a GPU")
+    batching: Batching = Batching()
+
+    @model_validator(mode="after")
+    def _batch_can_fill(self) -> ModelDeployment:
+        if self.max_ongoing_requests < self.batching.max_batch_size:
+            raise ValueError("max_ongoing_requests must be at least batching.max_batch_size, or no batch can fill")
+        return self
+
+    @property
+    def torch_device(self) -> str:
+        if self.device == "auto":
+            return "cuda" if self.num_gpus > 0 else "cpu"
+        return self.device
+
+    def options(self) -> dict[str, Any]:
+        return {**super().options(), "user_config": self.batching.model_dump()}
+
+
+class Http(Settings):
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all interfaces")
+    port: int = Field(8000, ge=1, le=65535)
+    request_timeout_s: float = Field(60, gt=0, description="seconds after which a request is given up with 504")
+    access_log: bool = Field(False, description="a line in the replicas' logs for every request")
+    retries: int = Field(1, ge=0, le=5, description="times a request is repeated when a replica dies under it")
+    retry_after_s: int = Field(1, ge=1, description="seconds named in Retry-After when the server is overloaded")
+
+
+class Limits(Settings):
+    """What a request may ask for; above it is a 4xx before any decoding or model work."""
+
+    max_body_bytes: int = Field(20 * 1024 * 1024, ge=1024)
+    max_pixels: int = Field(40_000_000, ge=1, description="width times height of an image")
+    max_classes: int = Field(256, ge=1, description="phrases of one request body, over all its tasks")
+    max_requests: int = Field(32, ge=1, description="tasks of one /v1/infer call")
+    max_text_chars: int = Field(2000, ge=1)
+
+
+class Defaults(Settings):
+    """What a request gets when it does not say."""
+
+    score_threshold: float = Field(0.3, ge=0, le=1)
+    max_per_phrase: int = Field(100, ge=1, le=1000)
+    max_new_tokens: int = Field(48, ge=1, le=1024)
+
+
+class ServeSettings(Settings):
+    """The whole application. `model`: the model folder that training wrote."""
+
+    model: str
+    http: Http = Http()
+    limits: Limits = Limits()
+    defaults: Defaults = Defaults()
+    ingress: Deployment = Deployment(max_ongoing_requests=64, max_queued_requests=128, num_cpus=0.5)
+    trunk: ModelDeployment = ModelDeployment(num_cpus=1)
+    lumen_decoder: ModelDeployment = ModelDeployment(num_cpus=0.5)
+
+    @property
+    def logical_cpus(self) -> int:
+        """Logical CPUs a Ray needs so that every deployment can reach its largest size."""
+        parts = (self.ingress, self.trunk, self.lumen_decoder)
+        return max(1, math.ceil(sum(part.num_cpus * part.max_replicas for part in parts)))

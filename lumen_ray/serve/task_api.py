@@ -1,0 +1,252 @@
+"""`/v1/<task>` for every task of the registry, `/v1/infer` for several tasks about one image, and what lists them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from fastapi import APIRouter, Request
+from starlette.datastructures import FormData, UploadFile
+
+from lumen_ray.errors import UserError
+from lumen_ray.inference.request import make_request
+from lumen_ray.model.tokenizer import SPECIAL_TOKENS
+from lumen_ray.serve import schemas
+from lumen_ray.serve.http import json_schema_ref
+from lumen_ray.serve.images import checked_rle, decode_image, image_bytes
+from lumen_ray.serve.job import Query
+from lumen_ray.serve.settings import ServeSettings
+from lumen_ray.structures import Answer, Region, Size
+from lumen_ray.tasks import TASKS, Task, get_task
+
+
+class Backend(Protocol):
+    """What the API asks of the model. `ingress.ServeBackend` is the real one; tests use their own."""
+
+    async def infer(self, image: np.ndarray, queries: Sequence[Query], max_new_tokens: int) -> list[Answer]:
+        """Answers about one image (uint8 [H, W, 3]), one per query, in order."""
+
+    async def info(self) -> dict[str, Any]:
+        """preset, version, image_size, classes, skeletons of the loaded model."""
+
+    async def ready(self) -> dict[str, bool]:
+        """Deployment name -> whether it answers now."""
+
+
+#: which fields a task reads, by what it needs; any other field given is refused
+_FIELDS = {
+    "classes": ("classes",),
+    "question": ("text",),
+    "sentence": ("text",),
+    "expression": ("text",),
+    "region": ("region",),
+    "nothing": (),
+}
+
+
+def fields_of(task: Task) -> tuple[str, ...]:
+    """Names of the request fields that `task` takes, besides the limits of the answer."""
+    return _FIELDS[task.needs] + (("keypoints",) if task.keypoint_template else ())
+
+
+def make_query(task: str, fields: schemas.TaskFields, size: Size, settings: ServeSettings) -> Query:
+    """A validated query about an image of `size` (height, width). Raises `UserError`."""
+    taken = fields_of(get_task(task))
+    for name in ("classes", "text", "region", "keypoints"):
+        if getattr(fields, name) is not None and name not in taken:
+            takes = f"it takes {' and '.join(taken)}" if taken else "it takes the image alone"
+            raise UserError(f"task '{task}' does not take '{name}'; {takes}", "unexpected_field")
+    limit = settings.limits.max_text_chars
+    for text in (fields.text or "", *(fields.classes or ()), *(fields.keypoints or ())):
+        if len(text) > limit:
+            raise UserError(f"a text of {len(text)} characters is too long; give at most {limit}", "text_too_long")
+        if reserved := next((token for token in SPECIAL_TOKENS if token in text), None):
+            raise UserError(f"a text may not contain '{reserved}', which the prompt layout uses", "reserved_text")
+    region = None if fields.region is None else _region(fields.region, size)
+    request = make_request(task, classes=fields.classes, text=fields.text, region=region, keypoints=fields.keypoints)
+    defaults = settings.defaults
+    return Query(
+        request,
+        defaults.score_threshold if fields.score_threshold is None else fields.score_threshold,
+        fields.max_per_phrase or defaults.max_per_phrase,
+    )
+
+
+def _region(prompt: schemas.RegionPrompt, size: Size) -> Region:
+    if prompt.kind == "mask":
+        if prompt.points is not None:
+            raise UserError("a mask region takes 'mask', not 'points'", "invalid_region")
+        return Region("mask", size, rle=checked_rle(prompt.mask, size))
+    if prompt.mask is not None:
+        raise UserError(f"a {prompt.kind} region takes 'points', not 'mask'", "invalid_region")
+    return Region(prompt.kind, size, points=np.asarray(prompt.points or [], np.float32))
+
+
+def _check_amount(queries: Sequence[Query], settings: ServeSettings) -> None:
+    """Bounds the branches of one pass: phrases, and for poses every keypoint of every phrase."""
+    limits = settings.limits
+    if len(queries) > limits.max_requests:
+        raise UserError(f"{len(queries)} tasks asked; ask at most {limits.max_requests} at a time", "too_many_requests")
+    phrases = sum(len(q.request.phrases) * (1 + len(q.request.keypoints or ())) for q in queries)
+    if phrases > limits.max_classes:
+        raise UserError(
+            f"{phrases} classes, phrases and keypoints asked; ask at most {limits.max_classes} at a time",
+            "too_many_classes",
+        )
+
+
+async def answer(
+    backend: Backend,
+    settings: ServeSettings,
+    image: bytes,
+    tasks: Sequence[tuple[str, schemas.TaskFields]],
+) -> tuple[list[Answer], dict[str, Any]]:
+    """Answers to `tasks` about one encoded image, and the fields `model` and `timing_ms` of the response."""
+    start = time.perf_counter()
+    for task, _ in tasks:
+        get_task(task)  # an unknown task is said before the image is looked at
+    pixels = await asyncio.to_thread(decode_image, image, settings.limits.max_pixels)
+    decoded = time.perf_counter()
+    queries = [make_query(task, fields, pixels.shape[:2], settings) for task, fields in tasks]
+    _check_amount(queries, settings)
+    tokens = [fields.max_new_tokens for _, fields in tasks if fields.max_new_tokens is not None]
+    answers = await backend.infer(pixels, queries, max(tokens, default=settings.defaults.max_new_tokens))
+    info = await backend.info()
+    end = time.perf_counter()
+    timing = {"decode": decoded - start, "model": end - decoded, "total": end - start}
+    timing_ms = {name: round(1000 * seconds, 1) for name, seconds in timing.items()}
+    return answers, {"model": f"{info['preset']}@{info['version']}", "timing_ms": timing_ms}
+
+
+async def _read_task(request: Request) -> tuple[bytes, schemas.TaskFields]:
+    """Image bytes and fields of a JSON body or of a multipart form."""
+    kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if kind == "application/json":
+        body = schemas.parse(schemas.TaskRequest, schemas.parse_json(await request.body()))
+        return image_bytes(body.image), body
+    if kind == "multipart/form-data":
+        async with request.form(max_files=1, max_fields=32) as form:
+            return await _read_form(form)
+    raise UserError(
+        f"content type '{kind}' is not supported; send application/json or multipart/form-data",
+        "unsupported_media_type",
+    )
+
+
+async def _read_form(form: FormData) -> tuple[bytes, schemas.TaskFields]:
+    """Form fields are text: lists are comma-separated, `region` is JSON."""
+    upload = form.get("image")
+    if not isinstance(upload, UploadFile):
+        raise UserError("the form has no file 'image'; attach one", "missing_image")
+    fields: dict[str, Any] = {}
+    for name, value in form.multi_items():
+        if name == "image" or not isinstance(value, str):
+            continue
+        if name in ("classes", "keypoints"):
+            fields[name] = [*fields.get(name, ()), *(part.strip() for part in value.split(","))]
+        elif name == "region":
+            try:
+                fields[name] = json.loads(value)
+            except (ValueError, RecursionError):
+                raise UserError("the form field 'region' is not valid JSON", "invalid_json") from None
+        else:
+            fields[name] = value
+    return await upload.read(), schemas.parse(schemas.TaskFields, fields)
+
+
+def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
+    """The task routes."""
+    router = APIRouter(prefix="/v1")
+
+    @router.get("/tasks", tags=["about"], summary="The tasks and what each takes")
+    async def tasks() -> dict[str, Any]:
+        return {"tasks": [describe(task) for task in TASKS.values()]}
+
+    @router.get("/models", tags=["about"], summary="The model that is loaded")
+    async def models() -> dict[str, Any]:
+        info = await backend.info()
+        card = {"id": info["preset"], "object": "model", "created": 0, "owned_by": "lumen_ray"}
+        return {"object": "list", "data": [{**card, "lumen": {**info, "tasks": list(TASKS)}}]}
+
+    @router.post(
+        "/infer",
+        tags=["tasks"],
+        summary="Several tasks about one image in one pass",
+        response_model=schemas.InferResponse,
+        response_model_exclude_none=True,
+        openapi_extra={"requestBody": _json_body(schemas.InferRequest)},
+    )
+    async def infer(request: Request) -> Any:
+        body = schemas.parse(schemas.InferRequest, schemas.parse_json(await request.body()))
+        asked = [(entry.task, entry) for entry in body.requests]
+        answers, extra = await answer(backend, settings, image_bytes(body.image), asked)
+        return {"answers": [a.to_dict() for a in answers], **extra}
+
+    for task in TASKS.values():
+        router.add_api_route(
+            f"/{task.name}",
+            _task_endpoint(task.name, backend, settings),
+            methods=["POST"],
+            tags=["tasks"],
+            name=task.name,
+            summary=f"{task.name}: takes {', '.join(('image', *fields_of(task)))}; gives {task.result}",
+            response_model=schemas.TaskResponse,
+            response_model_exclude_none=True,
+            openapi_extra={"requestBody": _task_body()},
+        )
+    return router
+
+
+def make_fallback() -> APIRouter:
+    """The last route of `/v1`: an unknown task is told the valid ones."""
+    router = APIRouter()
+
+    @router.post("/v1/{task}", include_in_schema=False)
+    async def unknown_task(task: str) -> None:
+        get_task(task)
+
+    return router
+
+
+def _task_endpoint(name: str, backend: Backend, settings: ServeSettings) -> Any:
+    async def endpoint(request: Request) -> Any:
+        image, fields = await _read_task(request)
+        answers, extra = await answer(backend, settings, image, [(name, fields)])
+        return {**answers[0].to_dict(), **extra}
+
+    return endpoint
+
+
+def describe(task: Task) -> dict[str, Any]:
+    """A task as `/v1/tasks` shows it."""
+    return {
+        "name": task.name,
+        "endpoint": f"/v1/{task.name}",
+        "needs": task.needs,
+        "fields": list(fields_of(task)),
+        "result": task.result,
+        "routing_token": task.routing_token,
+    }
+
+
+def _json_body(model: type) -> dict[str, Any]:
+    return {"required": True, "content": {"application/json": {"schema": json_schema_ref(model)}}}
+
+
+def _task_body() -> dict[str, Any]:
+    """JSON, or a form with the file itself and the other fields as text."""
+    body = _json_body(schemas.TaskRequest)
+    text = {"type": "string"}
+    names = [name for name in schemas.TaskFields.model_fields if name != "image"]
+    form = {
+        "type": "object",
+        "required": ["image"],
+        "properties": {"image": {"type": "string", "format": "binary"}, **dict.fromkeys(names, text)},
+        "description": "the file itself; classes and keypoints comma-separated, region as JSON",
+    }
+    body["content"]["multipart/form-data"] = {"schema": form}
+    return body

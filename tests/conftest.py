@@ -1,0 +1,15 @@
+"""Fixtures shared by all tests."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real test data: `$LUMEN_TEST_DATA`, else `../shared/data` beside the repository."""
+    path = Path(os.environ.get("LUMEN_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"no test data at {path}; set LUMEN_TEST_DATA to its folder")
+    return path

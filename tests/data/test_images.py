@@ -1,0 +1,160 @@
+"""Decoding: the odd files that users have, rotated frames, and damage."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from lumen_ray.data.images import decode, image_size
+from lumen_ray.errors import UserError
+
+#: readable in their first frame, although reading all frames fails
+FIRST_FRAME_IS_FINE = {"pillow__hopper.psd"}
+#: Pillow refuses these on the first `load()` and only gives what it has on a second: a third of the one is black, and
+#: the other ends inside a chunk
+DAMAGED = {"pillow__broken_data_stream.png", "pillow__truncated_end_chunk.png"}
+
+
+def encode(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def picture(height=12, width=20):
+    """uint8 [height, width, 3] in which every pixel differs."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 10, y * 15, x + y * 3], -1).astype(np.uint8)
+
+
+def test_every_odd_file_reads_as_expected_or_says_why_not(test_data):
+    folder = test_data / "odd_images"
+    entries = json.loads((folder / "expected.json").read_text())["files"]
+    assert len(entries) > 60
+    for entry in entries:
+        data = (folder / "files" / entry["file"]).read_bytes()
+        if ("error" in entry and entry["file"] not in FIRST_FRAME_IS_FINE) or entry["file"] in DAMAGED:
+            with pytest.raises(UserError) as error:
+                decode(data)
+            assert error.value.reason == "broken_image"
+            assert "\n" not in str(error.value)
+            continue
+        width, height = entry["size"]
+        if entry.get("exif_orientation") in (5, 6, 7, 8):
+            width, height = height, width
+        image = decode(data)
+        assert image.dtype == np.uint8
+        assert image.shape == (height, width, 3), entry["file"]
+        assert image_size(data) == (height, width), entry["file"]
+
+
+def test_rotated_photos_show_the_same_scene(test_data):
+    small = {}
+    for path in sorted((test_data / "odd_images" / "files").glob("exif__Landscape_[1-8].jpg")):
+        image = Image.fromarray(decode(path.read_bytes())).resize((60, 40))
+        small[path.stem] = np.asarray(image, float)
+    assert len(small) == 7
+    for name, image in small.items():
+        assert np.abs(image - small["exif__Landscape_1"]).mean() < 12, name
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied_once(kind, orientation):
+    stored = Image.fromarray(picture())
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encode(stored, kind, exif=exif, **options)
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
+    assert np.array_equal(decode(data), expected)
+    assert image_size(data) == expected.shape[:2]
+    assert (expected.shape[:2] == (20, 12)) == (orientation >= 5)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 200])
+def test_senseless_orientation_is_ignored(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    assert np.array_equal(decode(encode(Image.fromarray(picture()), exif=exif)), picture())
+
+
+def test_sixteen_bits_are_scaled():
+    values = np.array([[0, 257, 128 * 257, 65535]], np.uint16)
+    assert decode(encode(Image.fromarray(values)))[0, :, 0].tolist() == [0, 1, 128, 255]
+    assert decode(encode(Image.fromarray(values), "TIFF"))[0, :, 2].tolist() == [0, 1, 128, 255]
+
+
+def test_float_and_wide_integers_use_their_own_range():
+    values = np.array([[-1.0, 0.0, 1.0]], np.float32)
+    assert decode(encode(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == [0, 128, 255]
+    wide = np.array([[0, 500_000, 1_000_000]], np.int32)
+    assert decode(encode(Image.fromarray(wide), "TIFF"))[0, :, 0].tolist() == [0, 128, 255]
+    assert decode(encode(Image.fromarray(np.zeros((2, 2), np.float32)), "TIFF")).max() == 0
+
+
+def test_transparency_is_composited_on_white():
+    rgba = np.array([[[255, 0, 0, 255], [255, 0, 0, 0], [0, 0, 0, 128]]], np.uint8)
+    assert decode(encode(Image.fromarray(rgba)))[0].tolist() == [[255, 0, 0], [255, 255, 255], [127, 127, 127]]
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([0, 0, 0, 10, 20, 30])
+    palette.putpixel((1, 0), 1)
+    assert decode(encode(palette, transparency=0))[0].tolist() == [[255, 255, 255], [10, 20, 30]]
+
+
+def test_grey_bilevel_and_cmyk_become_rgb():
+    assert decode(encode(Image.new("L", (3, 2), 77))).tolist() == [[[77] * 3] * 3] * 2
+    assert decode(encode(Image.new("1", (3, 2), 1))).min() == 255
+    cyan = decode(encode(Image.new("CMYK", (8, 8), (255, 0, 0, 0)), "TIFF"))[0, 0]
+    assert cyan[0] < 10
+    assert cyan[2] > 200
+
+
+def test_animations_give_their_first_frame():
+    frames = [Image.new("RGB", (6, 4), colour) for colour in ("red", "lime", "blue")]
+    data = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode(data)[0, 0].tolist() == [255, 0, 0]
+
+
+def test_size_limit_is_checked_before_decoding():
+    data = encode(Image.new("L", (300, 200)))
+    assert image_size(data, max_pixels=60_000) == (200, 300)
+    for read in (decode, image_size):
+        with pytest.raises(UserError, match="300x200 pixels, more than the limit of 59999") as error:
+            read(data, max_pixels=59_999)
+        assert error.value.reason == "broken_image"
+
+
+def test_size_needs_no_pixels():
+    data = encode(Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)))
+    assert image_size(data[:500]) == (64, 64)
+    with pytest.raises(UserError, match="truncated"):
+        decode(data[:500])
+
+
+@pytest.mark.parametrize("data", [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\xff\xd8\xff"])
+def test_what_is_no_image_is_refused(data):
+    for read in (decode, image_size):
+        with pytest.raises(UserError) as error:
+            read(data)
+        assert error.value.reason == "broken_image"
+
+
+@settings(max_examples=150, deadline=None)
+@given(kind=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"]), data=st.data())
+def test_damaged_bytes_never_raise_anything_else(kind, data):
+    encoded = bytearray(encode(Image.fromarray(picture()), kind))
+    for _ in range(data.draw(st.integers(1, 4))):
+        encoded[data.draw(st.integers(0, len(encoded) - 1))] = data.draw(st.integers(0, 255))
+    damaged = bytes(encoded[: data.draw(st.integers(0, len(encoded)))])
+    try:
+        image = decode(damaged, max_pixels=1_000_000)
+    except UserError as error:
+        assert error.reason == "broken_image"
+    else:
+        assert image.dtype == np.uint8
+        assert image.shape[2] == 3

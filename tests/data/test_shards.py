@@ -1,0 +1,114 @@
+"""Shard files and manifests."""
+
+import json
+
+import pytest
+
+from lumen_ray.data import scenes, shards
+from lumen_ray.data.schema import make_row
+from lumen_ray.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return [scenes.scene_row(0, index, 64) for index in range(10)]
+
+
+@pytest.fixture
+def folder(tmp_path, rows):
+    with shards.ShardWriter(tmp_path, "part-00000.parquet", rows_per_group=4) as writer:
+        for row in rows:
+            writer.write(row)
+    counts = {"images": {"in": 11, "written": 10, "rejected": 1}}
+    shards.write_rejected(tmp_path, [{"image_id": "x", "origin": "here", "reason": "because"}])
+    shards.write_manifest(tmp_path, shards.build_manifest([writer.entry], counts=counts, categories=[{"name": "c"}]))
+    return tmp_path
+
+
+def test_rows_come_back_as_written(folder, rows):
+    (file,) = shards.read_manifest(folder)["files"]
+    back = [row for i in range(len(file["row_groups"])) for row in shards.read_row_group(folder, file["path"], i)]
+    assert back == rows
+    assert [len(shards.read_row_group(folder, file["path"], i)) for i in range(3)] == [4, 4, 2]
+
+
+def test_manifest_counts_tasks_per_row_group(folder, rows):
+    manifest = shards.read_manifest(folder)
+    (file,) = manifest["files"]
+    assert [group["rows"] for group in file["row_groups"]] == [4, 4, 2]
+    for index, group in enumerate(file["row_groups"]):
+        part = rows[4 * index : 4 * index + 4]
+        tasks = {task for row in part for task in row["tasks"]}
+        assert group["tasks"] == {task: sum(task in row["tasks"] for row in part) for task in sorted(tasks)}
+    assert manifest["tasks"]["detect"] == 10
+    assert manifest["tasks"]["pose"] == sum("pose" in row["tasks"] for row in rows)
+    assert manifest["rows"] == file["rows"] == 10
+    assert manifest["rejected"] == 1
+    assert file["bytes"] == (folder / file["path"]).stat().st_size
+    assert shards.read_rejected(folder) == [{"image_id": "x", "origin": "here", "reason": "because"}]
+
+
+def test_nothing_but_finished_files_is_left(folder, tmp_path):
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "part-00000.parquet", "rejected.parquet"]
+    with pytest.raises(RuntimeError), shards.ShardWriter(folder, "part-00001.parquet", 1) as writer:
+        writer.write(make_row("a", b"", (1, 1), "test"))
+        raise RuntimeError
+    assert len(list(folder.iterdir())) == 3
+
+
+def test_a_writer_without_rows_leaves_no_file(tmp_path):
+    with shards.ShardWriter(tmp_path / "new", "part.parquet") as writer:
+        pass
+    assert writer.entry is None
+    assert not (tmp_path / "new").exists()
+
+
+def test_counts_that_do_not_add_up_are_a_bug():
+    with pytest.raises(AssertionError, match="do not add up"):
+        shards.build_manifest([], counts={"images": {"in": 3, "written": 1, "rejected": 1}})
+
+
+def test_verify_finds_damage(folder):
+    assert shards.verify(folder) == []
+    path = folder / "part-00000.parquet"
+    data = bytearray(path.read_bytes())
+    data[100] ^= 1
+    path.write_bytes(data)
+    assert shards.verify(folder) == ["part-00000.parquet does not match its checksum"]
+    path.write_bytes(data[:-5])
+    assert "bytes, the manifest says" in shards.verify(folder)[0]
+    with pytest.raises(UserError, match="is damaged") as error:
+        shards.read_row_group(folder, path.name, 0)
+    assert error.value.reason == "broken_shards"
+    path.unlink()
+    assert shards.verify(folder) == ["part-00000.parquet is missing"]
+    with pytest.raises(UserError, match="is missing"):
+        shards.read_row_group(folder, path.name, 0)
+
+
+def test_a_row_group_that_is_not_there(folder):
+    with pytest.raises(UserError, match="has 3 row groups"):
+        shards.read_row_group(folder, "part-00000.parquet", 3)
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"schema_version": 1}'])
+def test_other_folders_are_refused(tmp_path, content):
+    if content is not None:
+        (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(UserError) as error:
+        shards.read_manifest(tmp_path)
+    assert error.value.reason == "not_shards"
+    with pytest.raises(UserError, match="does not exist"):
+        shards.read_manifest(tmp_path / "absent")
+
+
+def test_another_schema_version_is_refused(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 99}))
+    with pytest.raises(UserError, match="schema version 99, not 1"):
+        shards.read_manifest(folder)
+
+
+def test_rows_per_group_must_be_positive(tmp_path):
+    with pytest.raises(UserError, match="rows_per_group"):
+        shards.ShardWriter(tmp_path, "part.parquet", rows_per_group=0)

@@ -1,0 +1,107 @@
+"""The whole evaluation on rendered scenes, with engines whose scores are known beforehand."""
+
+import json
+
+import pyarrow.parquet as pq
+import pytest
+from evaluate_fakes import FakeEngine
+from rich.console import Console
+
+from lumen_ray.data.scenes import SKELETON_EDGES, SKELETONS, scene_row
+from lumen_ray.data.scenes_text import CLASSES
+from lumen_ray.data.shards import ShardWriter, build_manifest, write_manifest
+from lumen_ray.errors import UserError
+from lumen_ray.evaluate.report import print_report
+from lumen_ray.evaluate.run import evaluate
+
+NUMBER = 12
+POSED = {name: SKELETONS[name] for name in CLASSES if name in SKELETONS}
+
+
+def write_split(folder, rows):
+    with ShardWriter(folder, "part-00000.parquet", rows_per_group=5) as writer:
+        for row in rows:
+            writer.write(row)
+    categories = [
+        {"name": name, "keypoints": list(POSED.get(name, ())), "skeleton": [list(e) for e in SKELETON_EDGES]}
+        for name in CLASSES
+    ]
+    write_manifest(folder, build_manifest([writer.entry], categories=categories))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return [scene_row(11, i, 96) for i in range(NUMBER)]
+
+
+@pytest.fixture(scope="module")
+def split(rows, tmp_path_factory):
+    return write_split(tmp_path_factory.mktemp("split"), rows)
+
+
+def test_an_engine_that_knows_the_truth_scores_one_everywhere(split, rows, tmp_path):
+    seen = []
+    engine = FakeEngine(rows, skeletons=POSED)
+    report = evaluate(engine, split, tmp_path, batch_size=5, progress=lambda *a: seen.append(a))
+    metrics = report["metrics"]
+    for name in ("box_AP", "mask_AP", "keypoint_AP", "refer_p50", "ground_f1", "count_accuracy", "vqa_accuracy",
+                 "caption_attributes", "region_caption_accuracy", "routing_accuracy"):  # fmt: skip
+        assert metrics[name] == pytest.approx(1.0), name
+    assert metrics["count_error"] == 0 and 0 < metrics["vqa_chance"] < 0.6 and metrics["caption_chance"] < 0.5
+    assert (report["images"], report["scored"], report["skipped"]) == (NUMBER, NUMBER, 0)
+    assert seen == [(5, 12), (10, 12), (12, 12)]
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert set(report["tables"]["routing_per_task"]) >= {"detect", "segment", "count", "pose", "caption", "vqa"}
+    labels = pq.read_table(tmp_path / "predictions.parquet").to_pylist()
+    boxes = [r for r in labels if r["task"] == "detect" and r["box"]]
+    assert len(boxes) == sum(len(row["instances"]) for row in rows)
+
+
+def test_worse_engines_score_worse(split, rows, tmp_path):
+    shifted = evaluate(FakeEngine(rows, skeletons=POSED, shift=6.0), split, tmp_path, limit=6)["metrics"]
+    assert 0 < shifted["box_AP"] < 0.7 and shifted["mask_AP"] < 0.7 and shifted["keypoint_AP"] < 0.7
+    wrong = FakeEngine(rows, text="purple", route="[GRD]", instances=False)
+    metrics = evaluate(wrong, split, tmp_path)["metrics"]
+    for name in ("box_AP", "mask_AP", "keypoint_AP", "refer_p50", "ground_p50", "vqa_accuracy", "count_accuracy"):
+        assert metrics[name] == 0, name
+    assert metrics["count_absent_accuracy"] == 1 and metrics["refer_target_accuracy"] == 0
+    assert 0 < metrics["routing_accuracy"] < 0.5  # right for refer and ground only
+
+
+def test_absent_classes_are_asked_too(split, rows, tmp_path):
+    engine = FakeEngine(rows, skeletons=POSED)
+    evaluate(engine, split, tmp_path, tasks=["detect"], limit=1)
+    assert engine.calls == [[["detect"]]]  # and no free chat
+
+
+def test_limits_and_what_was_not_measured(split, rows, tmp_path):
+    engine = FakeEngine(rows, skeletons=POSED)
+    report = evaluate(engine, split, tmp_path, tasks=["vqa", "chat"], limit=3, chat_limit=1, batch_size=3)
+    assert report["images"] == 3 and report["metrics"]["box_AP"] is None
+    assert report["metrics"]["routing_instructions"] == 1
+    console = Console(record=True, width=120)
+    print_report(report, console)
+    lines = {line.split("│")[2].strip(): line for line in console.export_text().splitlines() if line.count("│") == 5}
+    assert lines["box AP50"].split("│")[3].strip() == "-"
+    assert lines["answers, exact"].split("│")[3].strip() == "1.000"
+
+
+def test_a_broken_image_is_reported_and_the_rest_scored(rows, tmp_path):
+    broken = {**rows[0], "image": rows[0]["image"][:40], "image_id": "broken"}
+    split = write_split(tmp_path / "split", [rows[1], broken, rows[2]])
+    report = evaluate(FakeEngine(rows, skeletons=POSED), split, tmp_path / "out")
+    assert (report["images"], report["scored"], report["skipped"]) == (3, 2, 1)
+    assert report["errors"][0]["image_id"] == "broken" and report["errors"][0]["reason"] == "broken_image"
+    assert report["metrics"]["box_AP"] == pytest.approx(1.0)
+
+
+def test_user_mistakes_are_one_sentence(split, rows, tmp_path):
+    engine = FakeEngine(rows)
+    with pytest.raises(UserError, match="did you mean 'detect'"):
+        evaluate(engine, split, tmp_path, tasks=["detct"])
+    with pytest.raises(UserError, match="lumen-ray prepare"):
+        evaluate(engine, tmp_path / "nowhere", tmp_path)
+    only_text = write_split(tmp_path / "text", [{**rows[0], "tasks": ["vqa"]}])
+    with pytest.raises(UserError, match="not annotated for pose; its tasks: vqa"):
+        evaluate(engine, only_text, tmp_path, tasks=["pose"])

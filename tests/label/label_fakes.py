@@ -1,0 +1,80 @@
+"""An engine whose answer is in the pixels: it finds one box around everything brighter than the background."""
+
+import io
+
+import numpy as np
+from PIL import Image
+
+from lumen_ray.structures import Answer, Boxes, Keypoints, Masks, Prediction
+from lumen_ray.tasks import TASKS
+
+NAMES = ("top", "bottom")
+
+
+def picture(index, size=(48, 64)):
+    """A grey image with a white square whose place depends on `index`; uint8 [H, W, 3]."""
+    image = np.full((*size, 3), 40, np.uint8)
+    x, y = 4 + (index * 5) % 30, 3 + (index * 3) % 20
+    image[y : y + 16, x : x + 20] = 250
+    return image
+
+
+def encode(image, kind="PNG"):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, kind)
+    return buffer.getvalue()
+
+
+def write_images(folder, number, start=0):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(start, start + number):
+        (folder / f"image{i:03d}.png").write_bytes(encode(picture(i)))
+    return folder
+
+
+class FakeEngine:
+    """`fails(image)`: raises for such an image. Scores: 0.9 for the first class, 0.1 less for each further one."""
+
+    preset, version, image_size = "fake", "v0", 64
+    skeletons = {"square": NAMES}
+    classes = ("square", "circle")
+    edges = {"square": [[0, 1]]}
+
+    def __init__(self, fails=lambda image: False):
+        self.fails = fails
+        self.images = 0
+
+    def run(self, images, requests, *, score_threshold=0.05, max_per_phrase=100, max_new_tokens=48, class_chunk=128):
+        if any(self.fails(image) for image in images):
+            raise RuntimeError("no luck with this image")
+        self.images += len(images)
+        return [
+            [self._answer(image, request, score_threshold) for request in mine]
+            for image, mine in zip(images, requests, strict=True)
+        ]
+
+    def _answer(self, image, request, threshold):
+        size, task = image.shape[:2], TASKS[request.task]
+        if task.is_text:
+            return Answer(request.task, size, text=f"{request.text or 'a square'} {int(image.max())}")
+        mask = image[..., 0] > 128
+        ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        predictions = []
+        for k, phrase in enumerate(request.phrases):
+            score = 0.9 - 0.1 * k
+            there = len(xs) and score >= threshold
+            box = [[xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]] if there else []
+            p = Prediction(phrase, Boxes(box, size), [score] * len(box))
+            if request.task == "segment":
+                p.masks = Masks.from_arrays(np.stack([mask] * len(box)) if box else np.zeros((0, *size), bool))
+            if request.task == "pose":
+                names = request.keypoints or self.skeletons[phrase]
+                points = [[[b[0], b[1], 0.9], [b[2], b[3], 0.1]] for b in box]
+                p.keypoints = Keypoints(points, names, size)
+            predictions.append(p)
+        return Answer(request.task, size, predictions, route=task.routing_token)
+
+
+def make_picky_engine():
+    """An engine that fails on `picture(5)`."""
+    return FakeEngine(lambda image: np.array_equal(image, picture(5)))

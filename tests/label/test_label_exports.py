@@ -1,0 +1,75 @@
+"""COCO json and the gallery of a small labelled folder."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from label_fakes import FakeEngine, write_images
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from lumen_ray.label.gallery import write_gallery
+from lumen_ray.label.pipeline import label
+
+
+def make_engine():
+    return FakeEngine()
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("labelled")
+    photos = write_images(folder / "photos", 5)
+    (photos / "broken<b>.png").write_bytes(b"")
+    summary = label(
+        make_engine, photos, folder / "out", tasks=["detect", "segment", "pose", "caption", "vqa"],
+        classes=["square", "circle"], prompts={"vqa": ["is 1 < 2 ?"]}, num_actors=0, fragment_size=2,
+    )  # fmt: skip
+    return folder / "out", summary
+
+
+def test_coco_files_load_and_agree_with_the_labels(labelled):
+    output, summary = labelled
+    assert [path.rsplit("/", 1)[1] for path in summary["coco"]] == [
+        "detect.json", "segment.json", "pose.json", "captions.json", "vqa.json"
+    ]  # fmt: skip
+    for task in ("detect", "segment", "pose"):
+        assert len(COCO(output / "coco" / f"{task}.json").getAnnIds()) == summary["instances"][task]
+    data = json.loads((output / "coco" / "segment.json").read_text())
+    assert [c["name"] for c in data["categories"]] == ["square", "circle"] and len(data["images"]) == 5
+    image, first = data["images"][0], data["annotations"][0]
+    assert (image["file_name"], image["height"], image["width"]) == ("image000.png", 48, 64)
+    mask = coco_mask.decode(first["segmentation"])
+    ys, xs = np.nonzero(mask)
+    assert first["bbox"] == [xs.min(), ys.min(), xs.max() + 1 - xs.min(), ys.max() + 1 - ys.min()]
+    assert first["area"] == mask.sum() and first["score"] == pytest.approx(0.9)
+
+
+def test_coco_keypoints_and_captions(labelled):
+    output, _ = labelled
+    pose = json.loads((output / "coco" / "pose.json").read_text())
+    assert pose["categories"][0]["keypoints"] == ["top", "bottom"]
+    assert pose["categories"][0]["skeleton"] == [[1, 2]]
+    first = pose["annotations"][0]
+    assert first["num_keypoints"] == 1 and first["keypoints"][2:] == [2, 0, 0, 0]  # the second scores 0.1
+    captions = json.loads((output / "coco" / "captions.json").read_text())["annotations"]
+    assert len(captions) == 5 and captions[0]["caption"] == "a square 250" and captions[0]["image_id"] == 1
+
+
+def test_the_gallery_stands_alone_and_escapes(labelled):
+    output, summary = labelled
+    page = (output / "gallery.html").read_text()
+    assert summary["gallery"] == str(output / "gallery.html")
+    assert page.count("<figure") == 5 and page.count("<img") == 5 * 3 + 1  # a picture per perception task, the dialog
+    assert not re.search(r'(src|href)="(?!data:)', page), "nothing is fetched"
+    assert 'data-class="circle"' in page and 'data-task="pose"' in page
+    assert "broken&lt;b&gt;.png" in page and "broken<b>" not in page and "is 1 &lt; 2 ?" in page
+    assert "${visible} images" in page  # the script's own template survives ours
+
+
+def test_a_gallery_of_some_says_so(labelled):
+    output, _ = labelled
+    write_gallery(output, max_images=2)
+    page = (output / "gallery.html").read_text()
+    assert page.count("<figure") == 2 and "the first 2" in page

@@ -1,0 +1,163 @@
+"""Label jobs in this process; `test_label_pipeline_ray.py` runs the same on Ray."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from label_fakes import FakeEngine, picture, write_images
+
+from lumen_ray.errors import UserError
+from lumen_ray.label.pipeline import build_requests, label
+
+OPTIONS = {"classes": ["square", "circle"], "num_actors": 0, "fragment_size": 4, "batch_size": 3, "exports": ()}
+
+
+def read_labels(output):
+    return [row for path in sorted((output / "labels").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
+
+
+def test_all_tasks_in_one_pass(tmp_path):
+    photos = write_images(tmp_path / "photos", 10)
+    engine = FakeEngine()
+    seen = []
+    summary = label(
+        lambda: engine,
+        photos,
+        tmp_path / "out",
+        tasks=["detect", "segment", "pose", "caption", "vqa"],
+        prompts={"vqa": ["how bright ?", "what is it ?"]},
+        progress=lambda status: seen.append((status.done, status.total)),
+        **OPTIONS,
+    )
+    assert (summary["images"], summary["labelled"], summary["errors"]) == (10, 10, 0)
+    assert summary["instances"] == {"detect": 20, "segment": 20, "pose": 10}  # a circle has no keypoints
+    assert engine.images == 10 and seen == [(i, 10) for i in range(1, 11)]
+    rows = read_labels(tmp_path / "out")
+    assert Counter(r["task"] for r in rows) == {"detect": 20, "segment": 20, "pose": 10, "caption": 10, "vqa": 20}
+    first = next(r for r in rows if r["image_id"] == "image003.png" and r["task"] == "segment")
+    ys, xs = np.nonzero(picture(3)[..., 0] > 128)
+    assert first["box"] == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+    assert (first["height"], first["width"], first["mask"]["size"]) == (48, 64, [48, 64])
+    provenance = json.loads(first["provenance"])
+    assert provenance["version"] == "v0" and provenance["settings"]["score_threshold"] == 0.3
+
+
+def test_broken_images_are_set_aside_and_counts_add_up(tmp_path):
+    photos = write_images(tmp_path / "photos", 6)
+    (photos / "broken.png").write_bytes(b"\x89PNG nothing")
+    (photos / "empty.jpg").write_bytes(b"")
+    summary = label(FakeEngine, photos, tmp_path / "out", tasks=["detect"], **OPTIONS)
+    assert (summary["images"], summary["labelled"], summary["errors"]) == (8, 6, 2)
+    errors = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
+    assert {e["image_id"]: e["reason"] for e in errors} == {"broken.png": "broken_image", "empty.jpg": "broken_image"}
+    assert len({r["image_id"] for r in read_labels(tmp_path / "out")}) == 6
+
+
+def test_an_image_that_breaks_the_model_does_not_stop_its_batch(tmp_path):
+    photos = write_images(tmp_path / "photos", 7)
+    bad = picture(2)
+    summary = label(
+        lambda: FakeEngine(lambda image: np.array_equal(image, bad)),
+        photos,
+        tmp_path / "out",
+        tasks=["detect"],
+        **OPTIONS,
+    )
+    assert (summary["labelled"], summary["errors"]) == (6, 1)
+    error = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()[0]
+    assert error["image_id"] == "image002.png" and error["reason"] == "model_error"
+    assert "no luck with this image" in error["message"]
+
+
+@pytest.mark.parametrize("number", [2, 30])
+def test_a_model_that_always_fails_stops_the_job_and_can_be_resumed(tmp_path, number):
+    photos = write_images(tmp_path / "photos", number)
+    with pytest.raises(RuntimeError, match="the model failed on each of .* no luck"):
+        label(make_failing, photos, tmp_path / "out", tasks=["detect"], **OPTIONS)
+    assert not list((tmp_path / "out" / "labels").glob("*")) if (tmp_path / "out" / "labels").exists() else True
+    assert not list((tmp_path / "out" / "ledger").glob("*.json"))
+
+
+def make_failing():
+    return FakeEngine(lambda image: True)
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, {here!r})
+from label_fakes import FakeEngine
+from lumen_ray.label.pipeline import label
+
+class Engine(FakeEngine):
+    def run(self, images, *args, **kwargs):
+        if self.images >= 6:
+            os._exit(9)  # as kill -9: nothing is flushed, nothing is cleaned up
+        return super().run(images, *args, **kwargs)
+
+def make_engine():
+    return Engine()
+
+label(make_engine, {photos!r}, {out!r}, tasks=["detect"], classes=["square"], num_actors=0, fragment_size=2,
+      batch_size=3, exports=())
+"""
+
+
+def make_engine():
+    return FakeEngine()
+
+
+def test_a_killed_job_resumes_without_duplicate_or_gap(tmp_path):
+    photos, out = write_images(tmp_path / "photos", 11), tmp_path / "out"
+    script = KILLED.format(here=str(Path(__file__).parent), photos=str(photos), out=str(out))
+    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert killed.returncode == 9, killed.stderr
+    done = sorted(path.stem for path in (out / "ledger").glob("0*.json"))
+    assert done == ["000000", "000001", "000002"]
+    stamps = {path: path.stat().st_mtime_ns for path in (out / "labels").glob("*.parquet")}
+
+    options = {"tasks": ["detect"], "classes": ["square"], "num_actors": 0, "fragment_size": 2, "exports": ()}
+    summary = label(make_engine, photos, out, **options)
+    assert summary["finished_before"] == 6 and summary["images"] == summary["labelled"] == 11
+    assert Counter(r["image_id"] for r in read_labels(out)) == {f"image{i:03d}.png": 1 for i in range(11)}
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())  # nothing was done twice
+
+    again = label(make_engine, photos, out, **options)
+    assert again["finished_before"] == 11 and again["images"] == 11
+    write_images(photos, 2, start=11)
+    assert label(make_engine, photos, out, **options)["images"] == 13
+    with pytest.raises(UserError, match="score_threshold was 0.3, now 0.6"):
+        label(make_engine, photos, out, **options, score_threshold=0.6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"tasks": ["detct"]}, "did you mean 'detect'"),
+        ({"tasks": []}, "no task given"),
+        ({"classes": []}, "at least one class name"),
+        ({"tasks": ["vqa"]}, "needs a text"),
+        ({"tasks": ["region_caption"]}, "cannot label a corpus"),
+        ({"prompts": {"vqa": ["x ?"]}}, "not among the tasks"),
+        ({"score_threshold": 3}, "from 0 to 1"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"exports": ["voc"]}, "unknown export"),
+        ({"tasks": ["pose"], "classes": ["circle"]}, "no class with keypoints"),
+        ({"model": "nowhere"}, "model folder 'nowhere' does not exist"),
+    ],
+)
+def test_user_mistakes_are_one_sentence(tmp_path, changes, text):
+    photos = write_images(tmp_path / "photos", 1)
+    options = {"model": make_engine, "tasks": ["detect"], **OPTIONS, **changes}
+    with pytest.raises(UserError, match=text):
+        label(input=photos, output=tmp_path / "out", **options)
+    assert not (tmp_path / "out" / "labels").exists()
+
+
+def test_one_request_per_text():
+    requests = build_requests(["ground", "vqa"], prompts={"ground": "a cat and a dog", "vqa": ["a ?", "b ?"]})
+    assert [(r.task, r.text) for r in requests] == [("ground", "a cat and a dog"), ("vqa", "a ?"), ("vqa", "b ?")]

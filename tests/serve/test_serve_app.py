@@ -1,0 +1,144 @@
+"""The application on a local Ray: real HTTP, real deployments, a nano model with random weights."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from lumen_ray.errors import UserError
+from lumen_ray.inference.engine import Engine
+from lumen_ray.inference.request import make_request
+from lumen_ray.serve.app import run
+from lumen_ray.serve.settings import Batching, Defaults, Deployment, Http, ModelDeployment, ServeSettings
+
+PIXELS = np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)
+
+
+def image() -> str:
+    buffer = io.BytesIO()
+    Image.fromarray(PIXELS).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def server(model_folder):
+    os.environ["PYTHONPATH"] = f"{Path(__file__).parents[2]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    settings = ServeSettings(
+        model=str(model_folder),
+        http=Http(port=free_port(), request_timeout_s=90),
+        defaults=Defaults(score_threshold=0, max_per_phrase=3),
+        ingress=Deployment(num_cpus=0.1, max_ongoing_requests=64),
+        trunk=ModelDeployment(
+            num_cpus=0.5, max_ongoing_requests=4, max_queued_requests=4, batching=Batching(max_batch_size=4)
+        ),
+    )
+    running = run(settings, blocking=False)
+    yield running
+    running.stop()
+
+
+@pytest.fixture(scope="module")
+def http(server):
+    with httpx.Client(base_url=server.url, timeout=120) as client:
+        yield client
+
+
+@pytest.mark.ray
+def test_answers_are_the_engines(http, model_folder):
+    engine = Engine.load(model_folder)
+    for task, fields in {
+        "detect": {"classes": ["red circle", "blue square"]},
+        "segment": {"classes": ["red circle"]},
+        "pose": {"classes": ["figure"]},
+        "ground": {"text": "a [red circle] by a [square]"},
+        "vqa": {"text": "what is it ?"},
+        "caption": {},
+    }.items():
+        response = http.post(f"/v1/{task}", json={"image": image(), "max_new_tokens": 6, **fields})
+        assert response.status_code == 200, response.text
+        request = make_request(task, **fields)
+        (expected,) = engine.run([PIXELS], [[request]], score_threshold=0, max_per_phrase=3, max_new_tokens=6)[0]
+        expected, got = expected.to_dict(), response.json()
+        assert got.get("text") == expected.get("text") and got["model"] == f"nano@{engine.version}"
+        for a, b in zip(got.get("instances", ()), expected.get("instances", ()), strict=True):
+            assert a["phrase"] == b["phrase"] and a["score"] == pytest.approx(b["score"], abs=1e-4)
+            assert a["box"] == pytest.approx(b["box"], abs=1e-2)
+
+
+@pytest.mark.ray
+def test_neighbours_in_a_batch_do_not_matter(http):
+    good = {"image": image(), "classes": ["red circle"]}
+    bad = {"image": image(), "classes": ["dragon"]}  # the model knows no keypoints of it: refused by the trunk
+    alone = http.post("/v1/pose", json={**good, "keypoints": ["head"]}).json()["instances"]
+    with ThreadPoolExecutor(4) as pool:
+        bodies = [{**good, "keypoints": ["head"]}, bad, {**good, "keypoints": ["head"]}, bad]
+        responses = list(pool.map(lambda body: http.post("/v1/pose", json=body), bodies))
+    assert [r.status_code for r in responses] == [200, 400, 200, 400], [r.text for r in responses]
+    assert responses[1].json()["error"]["reason"] == "unknown_skeleton"
+    for response in (responses[0], responses[2]):
+        assert [i["score"] for i in response.json()["instances"]] == pytest.approx(
+            [i["score"] for i in alone], abs=1e-4
+        )
+
+
+@pytest.mark.ray
+def test_health_errors_and_page(http):
+    assert http.get("/readyz").json() == {"ready": True, "deployments": {"trunk": True, "lumen_decoder": True}}
+    assert http.get("/v1/models").json()["data"][0]["lumen"]["classes"] == ["red circle", "figure"]
+    assert "<!doctype html>" in http.get("/").text
+    response = http.post("/v1/detct", json={})
+    assert response.status_code == 404
+    assert response.headers.get_list("x-request-id") == [response.json()["error"]["request_id"]]
+
+
+@pytest.mark.ray
+def test_overload_is_503_with_retry_after(http):
+    body = {"image": image(), "max_new_tokens": 60}
+    with ThreadPoolExecutor(24) as pool:
+        responses = list(pool.map(lambda _: http.post("/v1/caption", json=body), range(24)))
+    refused = [r for r in responses if r.status_code == 503]
+    assert {r.status_code for r in responses} == {200, 503}, [r.text for r in responses]
+    assert all(r.json()["error"]["reason"] == "overloaded" and r.headers["retry-after"] == "1" for r in refused)
+
+
+@pytest.mark.ray
+def test_request_survives_the_death_of_a_replica(http):
+    import ray
+
+    def trunk_replica() -> str:
+        actors = ray.util.list_named_actors(all_namespaces=True)
+        return next(a["name"] for a in actors if a["name"].startswith("SERVE_REPLICA::lumen#Trunk#"))
+
+    results = []
+    body = {"image": image(), "max_new_tokens": 1000}
+    asker = threading.Thread(target=lambda: results.append(http.post("/v1/caption", json=body)))
+    victim = trunk_replica()
+    asker.start()
+    time.sleep(0.7)
+    assert not results, "the request was answered before its replica could be killed"
+    ray.kill(ray.get_actor(victim, namespace="serve"))
+    asker.join()
+    assert results[0].status_code == 200, results[0].text
+    assert trunk_replica() != victim
+
+
+def test_missing_model_is_said_before_ray_starts(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        run(ServeSettings(model=str(tmp_path / "none")))

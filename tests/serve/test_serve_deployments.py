@@ -1,0 +1,147 @@
+"""Trunk and decoder as deployments hold them, without Ray: a shared pass gives what a pass alone gives, and one row's
+failure stays its own."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+from lumen_ray.errors import UserError
+from lumen_ray.inference.engine import Engine
+from lumen_ray.inference.request import make_request
+from lumen_ray.serve.batching import merge, run_grouped
+from lumen_ray.serve.decoder import LumenDecoder
+from lumen_ray.serve.job import Query, TrunkJob, trim
+from lumen_ray.serve.trunk import Trunk
+from lumen_ray.structures import Region
+
+
+def query(task, threshold=0.0, limit=3, **fields):
+    return Query(make_request(task, **fields), threshold, limit)
+
+
+def job(seed, *queries, size=(96, 128), max_new_tokens=6):
+    image = np.random.default_rng(seed).integers(0, 255, (*size, 3), np.uint8)
+    image.flags.writeable = False  # as it arrives from Ray's object store
+    return TrunkJob(image, queries, max_new_tokens)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def trunk(model_folder):
+    return Trunk(str(model_folder), "cpu")
+
+
+@pytest.fixture(scope="module")
+def decoder(model_folder):
+    return LumenDecoder(str(model_folder), "cpu")
+
+
+@pytest.fixture(scope="module")
+def jobs():
+    region = Region("box", (64, 64), points=np.array([[3, 4], [40, 50]]))
+    return [
+        job(1, query("detect", classes=["red circle", "blue square"]), query("caption")),
+        job(2, query("pose", classes=["figure", "red circle"], keypoints=["head"], limit=2)),
+        job(3, query("region_caption", region=region), query("segment", classes=["x"]), size=(64, 64)),
+        job(4, query("vqa", text="what ?"), max_new_tokens=3),
+    ]
+
+
+def same(one, other):
+    for a, b in zip(one, other, strict=True):
+        a, b = a.to_dict(), b.to_dict()
+        assert {k: v for k, v in a.items() if k != "instances"} == {k: v for k, v in b.items() if k != "instances"}
+        for x, y in zip(a.get("instances", ()), b.get("instances", ()), strict=True):
+            assert x["phrase"] == y["phrase"] and x["score"] == pytest.approx(y["score"], abs=1e-4)
+            assert x["box"] == pytest.approx(y["box"], abs=1e-2)
+            assert x.get("mask") == y.get("mask") and x.get("keypoints", {}).keys() == y.get("keypoints", {}).keys()
+
+
+def test_shared_passes_give_what_the_engine_gives_alone(trunk, decoder, jobs, model_folder):
+    outputs = pickle.loads(pickle.dumps(trunk.run(jobs)))
+    answers = decoder.run([(output, job.queries) for output, job in zip(outputs, jobs, strict=True)])
+    engine = Engine.load(model_folder)
+    for job, got in zip(jobs, answers, strict=True):
+        alone = engine.run(
+            [job.image],
+            [[q.request for q in job.queries]],
+            score_threshold=0.0,
+            max_per_phrase=max(q.max_per_phrase for q in job.queries),
+            max_new_tokens=job.max_new_tokens,
+        )[0]
+        same(got, trim(alone, job.queries))
+    assert len(answers[0][0].predictions[0]) > 0
+
+
+def test_merge_undoes_select(trunk, jobs):
+    outputs = trunk.run(jobs)
+    merged = merge(outputs)
+    assert len(merged.frames) == 4 and len(merged.link) == len(merged.prompts)
+    for row, output in enumerate(outputs):
+        again = merged.select(row)
+        assert torch.equal(again.link.embeddings, output.link.embeddings)
+        assert torch.equal(again.link.parent, output.link.parent)
+        assert (again.plans, again.prompts, again.frames) == (output.plans, output.prompts, output.frames)
+        assert torch.equal(again.dense, output.dense)
+    assert merge(outputs[:1]) is outputs[0]
+
+
+def test_a_bad_row_fails_alone(trunk, decoder, jobs, caplog):
+    bad = job(5, query("pose", classes=["dragon"]))
+    broken = TrunkJob(np.zeros((0, 0, 3), np.uint8), jobs[0].queries, 6)
+    first, refused, crashed, last = trunk.run([jobs[0], bad, broken, jobs[1]])
+    assert isinstance(refused, UserError) and "dragon" in str(refused)
+    assert isinstance(crashed, Exception) and not isinstance(crashed, UserError)
+    same(decoder.run([(first, jobs[0].queries)])[0], decoder.run([(trunk.run([jobs[0]])[0], jobs[0].queries)])[0])
+    torn = dataclasses.replace(last, dense=last.dense[:, :1])
+    good, failed = decoder.run([(first, jobs[0].queries), (torn, jobs[0].queries)])
+    assert isinstance(failed, Exception) and len(good) == 2
+    assert caplog.text.count("a request failed in the model") == 2
+
+
+def test_each_query_keeps_its_own_limits(trunk, decoder):
+    loose, strict = query("detect", classes=["a"], limit=4), query("detect", 0.999, classes=["a"], limit=4)
+    one = query("detect", classes=["a"], limit=1)
+    asked = job(6, loose, strict, one)
+    many, none, single = decoder.run([(trunk.run([asked])[0], asked.queries)])[0]
+    assert (len(many.predictions[0]), len(none.predictions[0]), len(single.predictions[0])) == (4, 0, 1)
+
+
+def test_text_answers_and_info(trunk, jobs, monkeypatch):
+    async def batch_of_one(job):  # Serve's batching runs in a replica only
+        return trunk.run([job])[0]
+
+    async def both():
+        with pytest.raises(UserError, match="dragon"):
+            await trunk.link(job(5, query("pose", classes=["dragon"])))
+        return await trunk.answer(jobs[3]), await trunk.info()
+
+    monkeypatch.setattr(trunk, "_batched", batch_of_one)
+
+    (answer,), info = asyncio.run(both())
+    assert answer.task == "vqa" and answer.text is not None
+    assert info["preset"] == "nano" and info["skeletons"] == {"figure": ["head", "left hand"]}
+
+
+def test_run_grouped_keeps_order_and_groups():
+    seen = []
+
+    def run(items):
+        seen.append(items)
+        return [10 * item for item in items]
+
+    assert run_grouped([3, 2, 5, 4], lambda item: item % 2, run) == [30, 20, 50, 40]
+    assert seen == [[3, 5], [2, 4]]

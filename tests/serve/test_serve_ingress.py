@@ -1,0 +1,142 @@
+"""How the ingress calls the deployments: which ones, what travels, and what a lost replica or a full queue becomes.
+
+No Ray runs here: handles are stand-ins whose `remote` gives an awaitable, as Serve's do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+from ray.exceptions import ActorDiedError, RayTaskError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from serve_fakes import fake_answer
+
+from lumen_ray.errors import UserError
+from lumen_ray.inference.request import make_request
+from lumen_ray.serve.http import Overloaded, Unavailable
+from lumen_ray.serve.ingress import ServeBackend
+from lumen_ray.serve.job import Query
+from lumen_ray.serve.settings import Http, ServeSettings
+
+IMAGE = np.zeros((16, 20, 3), np.uint8)
+
+
+def query(task="detect", **fields):
+    if task == "detect":
+        fields = {"classes": ["a"]}
+    return Query(make_request(task, **fields), 0.3, 100)
+
+
+class Response:
+    """An awaitable like Serve's: it fails or answers when awaited."""
+
+    def __init__(self, outcome):
+        self.outcome = outcome
+        self.awaited = False
+
+    def __await__(self):
+        self.awaited = True
+        yield from asyncio.sleep(0).__await__()
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
+
+
+class Method:
+    def __init__(self, handle, name):
+        self.handle, self.name = handle, name
+
+    def remote(self, *args):
+        self.handle.calls.append((self.name, args))
+        outcomes = self.handle.outcomes.get(self.name, [True])
+        outcome = outcomes.pop(0) if len(outcomes) > 1 else outcomes[0]
+        return Response(outcome)
+
+
+class Handle:
+    def __init__(self, **outcomes):
+        self.outcomes = {name: list(values) for name, values in outcomes.items()}
+        self.calls = []
+
+    def __getattr__(self, name):
+        return Method(self, name)
+
+
+def wrapped(cause: Exception) -> RayTaskError:
+    return RayTaskError("method", "traceback", cause)
+
+
+def infer(trunk, decoder, queries, **http):
+    settings = ServeSettings(model="m", http=Http(**http))
+    return asyncio.run(ServeBackend(trunk, decoder, settings).infer(IMAGE, queries, 8))
+
+
+def test_text_tasks_do_not_reach_the_decoder():
+    answers = [fake_answer(query("caption"), (16, 20))]
+    trunk, decoder = Handle(answer=[answers]), Handle()
+    assert infer(trunk, decoder, [query("caption")]) == answers
+    assert [name for name, _ in trunk.calls] == ["answer"] and decoder.calls == []
+
+
+@pytest.mark.parametrize("queries", [[query()], [query("chat", text="find a")], [query("caption"), query()]])
+def test_trunk_response_is_handed_on_unawaited(queries):
+    trunk, decoder = Handle(link=["tensors"]), Handle(decode=["answers"])
+    assert infer(trunk, decoder, queries) == "answers"
+    (_, (response, sent)) = decoder.calls[0]
+    assert isinstance(response, Response) and not response.awaited and sent == tuple(queries)
+
+
+@pytest.mark.parametrize("error", [ActorDiedError(), wrapped(ActorDiedError()), wrapped(wrapped(ActorDiedError()))])
+def test_lost_replica_is_retried_once(error):
+    trunk, decoder = Handle(link=["tensors"]), Handle(decode=[error, "answers"])
+    assert infer(trunk, decoder, [query()]) == "answers"
+    assert len(trunk.calls) == len(decoder.calls) == 2
+    with pytest.raises(Unavailable):
+        infer(Handle(), Handle(decode=[error]), [query()])
+
+
+@pytest.mark.parametrize(
+    ("error", "becomes"),
+    [
+        (BackPressureError(9, 8), Overloaded),
+        (wrapped(BackPressureError(9, 8)), Overloaded),
+        (wrapped(UserError("no such keypoint", "unknown_keypoint")), UserError),
+        (DeploymentUnavailableError(None), Unavailable),
+        (wrapped(RuntimeError("bug")), RayTaskError),
+    ],
+)
+def test_other_errors_are_not_retried(error, becomes):
+    decoder = Handle(decode=[error, "answers"])
+    with pytest.raises(becomes) as caught:
+        infer(Handle(), decoder, [query()])
+    assert len(decoder.calls) == 1
+    if becomes is UserError:
+        assert caught.value.reason == "unknown_keypoint"
+
+
+def test_slow_model_times_out():
+    class Never(Handle):
+        def __getattr__(self, name):
+            class Slow:
+                @staticmethod
+                def remote(*_):
+                    return asyncio.sleep(60)
+
+            return Slow
+
+    with pytest.raises(TimeoutError):
+        infer(Never(), Never(), [query("caption")], request_timeout_s=0.05)
+
+
+def test_ready_asks_both_and_info_is_kept():
+    trunk, decoder = Handle(info=[{"preset": "nano"}]), Handle(ping=[wrapped(ActorDiedError())])
+    backend = ServeBackend(trunk, decoder, ServeSettings(model="m"))
+
+    async def both():
+        return await backend.ready(), await backend.info(), await backend.info()
+
+    ready, info, _ = asyncio.run(both())
+    assert ready == {"trunk": True, "lumen_decoder": False} and info == {"preset": "nano"}
+    assert [name for name, _ in trunk.calls].count("info") == 1

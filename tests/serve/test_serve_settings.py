@@ -1,0 +1,50 @@
+"""Serve settings: refused typos, and what reaches Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lumen_ray.config import load, validate
+from lumen_ray.errors import UserError
+from lumen_ray.serve.settings import ServeSettings
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "serve"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
+def test_shipped_configs_load(path):
+    settings = load(ServeSettings, path)
+    assert settings.logical_cpus >= 1
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ({"trunk": {"num_replica": 2}}, "did you mean 'num_replicas'?"),
+        ({"trunk": {"autoscaling": {"max_replica": 2}}}, "did you mean 'max_replicas'?"),
+        ({"lumen_decodr": {}}, "did you mean 'lumen_decoder'?"),
+        ({"trunk": {"num_replicas": 1, "autoscaling": {}}}, "not both"),
+        ({"trunk": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}, "min_replicas <= initial_replicas"),
+        ({"trunk": {"batching": {"max_batch_size": 64}}}, "no batch can fill"),
+        ({"http": {"port": 0}}, "http.port"),
+    ],
+)
+def test_mistakes_are_named(data, says):
+    with pytest.raises(UserError) as caught:
+        validate(ServeSettings, {"model": "m", **data}, "test.yaml")
+    assert says in str(caught.value) and caught.value.reason == "invalid_config"
+
+
+def test_options_are_accepted_by_serve():
+    from ray import serve
+
+    data = {"trunk": {"autoscaling": {"max_replicas": 3, "upscale_delay_s": 2}, "num_cpus": 1}}
+    settings = validate(ServeSettings, {"model": "m", **data}, "test")
+    for part in (settings.ingress, settings.trunk, settings.lumen_decoder):
+        serve.deployment(object, **part.options())
+    options = settings.trunk.options()
+    assert options["autoscaling_config"]["upscale_delay_s"] == 2 and "num_replicas" not in options
+    assert options["user_config"] == {"max_batch_size": 8, "batch_wait_timeout_s": 0.005}
+    assert settings.logical_cpus == 4  # 3 trunks of 1, a decoder and an ingress of a half
