@@ -22,6 +22,7 @@ class Settings(BaseModel):
 def _explain(cls: type[BaseModel], error: ValidationError, origin: str) -> str:
     """One sentence for the first problem found."""
     first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
     path = ".".join(str(p) for p in first["loc"])
     if first["type"] == "extra_forbidden":
         owner = _owner(cls, first["loc"][:-1])
@@ -31,6 +32,8 @@ def _explain(cls: type[BaseModel], error: ValidationError, origin: str) -> str:
         return f"{origin}: unknown key '{path}';{suggest(key, fields)}{valid}"
     if first["type"] == "missing":
         return f"{origin}: '{path}' is required"
+    if isinstance(cause, UserError):  # a settings class said it in its own words
+        return f"{origin}: {path + ': ' if path else ''}{cause}"
     return f"{origin}: '{path}' is invalid: {first['msg']} (got {first['input']!r})"
 
 

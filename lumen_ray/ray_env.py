@@ -12,6 +12,7 @@ def prepare_environment() -> None:
     """
     defaults = {
         "RAY_AUTH_MODE": "disabled",
+        "RAY_worker_niceness": "0",  # Ray's 15 more than halved the training rate on a shared 2-core machine
         "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_DEDUP_LOGS": "1",
@@ -49,12 +50,27 @@ def init_local(num_cpus: int = 6, object_store_mb: int = 512) -> None:
         )
     import ray.data
 
+    _quiet()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = 300
 
 
+def _quiet() -> None:
+    """Ray's own log lines go to its session's files; our terminal shows our progress. Errors still come through."""
+    import logging
+
+    if os.environ.get("LUMEN_RAY_WORKER_LOGS") == "1":
+        return
+    for name in ("ray.data", "ray.train", "ray.serve"):
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler):
+                handler.setLevel(logging.ERROR)
+    logging.getLogger("ray.data._internal.util").setLevel(logging.ERROR)
+
+
 def shutdown() -> None:
+    """Ends this process's Ray, with the local cluster if this process started it."""
     import ray
 
     if ray.is_initialized():

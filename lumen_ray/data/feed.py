@@ -95,7 +95,7 @@ def dataset_for_rank(reader: BatchReader, items: list[dict[str, Any]]) -> ray.da
     dataset = ray.data.from_items([{"item": json.dumps(item)} for item in items], override_num_blocks=blocks)
     dataset.context.execution_options.preserve_order = True
     dataset.context.target_max_block_size = 1 << 20
-    return dataset.map_batches(read, batch_size=None, concurrency=1)
+    return dataset.map_batches(read, batch_size=None, compute=ray.data.TaskPoolStrategy(size=1))
 
 
 def ray_batches(iterator: ray.data.DataIterator) -> Iterator[dict[str, Any]]:

@@ -213,7 +213,7 @@ def _run_on_ray(job: _Job, folder: str) -> Iterator[dict[str, Any]]:
         return {"result": [json.dumps(result) for result in written]}
 
     dataset = ray.data.from_items(job.units, override_num_blocks=len(job.units))
-    dataset = dataset.map_batches(write_batch, batch_size=1, concurrency=job.workers)
+    dataset = dataset.map_batches(write_batch, batch_size=1, compute=ray.data.TaskPoolStrategy(size=job.workers))
     for row in dataset.iter_rows():
         yield json.loads(row["result"])
 

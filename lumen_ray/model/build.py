@@ -62,11 +62,11 @@ class Generalist(nn.Module):
     def _anchor(self) -> Tensor:
         """Zero, with every parameter of the optional parts in its graph.
 
-        Whether a batch has regions, poses or masks differs from rank to rank; all ranks must still reduce the same
-        gradients.
+        Whether a batch has regions, poses, masks or perception prompts at all (without which nothing reads the dense
+        features) differs from rank to rank; all ranks must still reduce the same gradients.
         """
         trunk = self.trunk
-        parts = (trunk.regions, trunk.queries, trunk.link_heads, self.decoders)
+        parts = (trunk.regions, trunk.queries, trunk.link_heads, trunk.dense, self.decoders)
         return sum(p.sum() for part in parts for p in part.parameters() if p.requires_grad) * 0.0
 
 
@@ -127,7 +127,10 @@ def read_meta(folder: str | Path) -> ModelMeta:
                 f"'{folder}' is not a model folder: {name} is missing; give the 'model' folder a training run wrote",
                 "not_a_model",
             )
-    return ModelMeta(**json.loads((folder / "meta.json").read_text()))
+    try:
+        return ModelMeta(**json.loads((folder / "meta.json").read_text()))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise UserError(f"'{folder / 'meta.json'}' is damaged or of another version: {error}", "damaged_model") from None
 
 
 def load_model(folder: str | Path, expect_preset: str | None = None) -> LoadedModel:
@@ -142,7 +145,11 @@ def load_model(folder: str | Path, expect_preset: str | None = None) -> LoadedMo
             f"give a checkpoint of '{expect_preset}' or choose preset '{settings.name}'",
             "wrong_preset",
         )
-    tokenizer = LumenTokenizer.load(folder / "tokenizer.json")
+    try:
+        tokenizer = LumenTokenizer.load(folder / "tokenizer.json")
+    except Exception as error:  # `tokenizers` raises nothing more specific
+        reason = str(error).splitlines()[0]
+        raise UserError(f"'{folder / 'tokenizer.json'}' is damaged: {reason}", "damaged_model") from None
     weights = folder / "model.safetensors"
     model = build_model(settings, len(tokenizer))
     try:

@@ -26,11 +26,15 @@ def region_mask(region: Region, input_size: int) -> np.ndarray:
     canvas = Image.new("L", (input_size, input_size), 0)
     draw = ImageDraw.Draw(canvas)
     if region.kind == "mask":
-        rle = dict(region.rle)
-        array = Image.fromarray(coco_mask.decode(rle) * 255)
+        array = coco_mask.decode(region.rle)
         height, width = region.size
-        canvas.paste(array.resize((max(1, round(width * scale)), max(1, round(height * scale)))).convert("L"), (0, 0))
-        return (np.asarray(canvas) > 127).astype(np.uint8)
+        scaled = Image.fromarray(array * 255).resize((max(1, round(width * scale)), max(1, round(height * scale))))
+        canvas.paste(scaled, (0, 0))
+        inside = np.asarray(canvas) > 127
+        if array.any() and not inside.any():  # too small for a pixel of the input, but still a place
+            y, x = np.nonzero(array)
+            return region_mask(Region("point", region.size, np.array([[x.mean() + 0.5, y.mean() + 0.5]])), input_size)
+        return inside.astype(np.uint8)
     points = [(float(x), float(y)) for x, y in region.points * scale]
     radius = 0.03 * input_size
     if region.kind == "box":

@@ -3,12 +3,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from lumen_ray.config import Settings
-from lumen_ray.errors import UserError
+from lumen_ray.errors import UserError, suggest
+
+#: keys that `transformers` reads from published config files though its classes have no such field
+_LEGACY_KEYS = ("rope_theta", "rope_scaling")
+
+
+def _check_keys(where: str, keys: dict[str, Any], config_class: type) -> None:
+    """`transformers` takes unknown keys in silence; a typo there must not train another model than was meant."""
+    valid = {f.name for f in dataclasses.fields(config_class)} | set(config_class.attribute_map) | set(_LEGACY_KEYS)
+    for key in keys:
+        if key not in valid:
+            raise UserError(
+                f"unknown key '{where}.{key}';{suggest(key, valid)} valid keys are those of transformers."
+                f"{config_class.__name__}",
+                "invalid_config",
+            )
 
 
 class VisionSettings(Settings):
@@ -24,7 +40,7 @@ class VisionSettings(Settings):
     @model_validator(mode="after")
     def _one_encoder(self) -> VisionSettings:
         if self.clip is None and self.dinov2 is None:
-            raise UserError("vision: at least one of 'clip' and 'dinov2' must be set", "invalid_config")
+            raise UserError("at least one of 'clip' and 'dinov2' must be set", "invalid_config")
         return self
 
 
@@ -34,7 +50,7 @@ class LumenSettings(Settings):
     hidden_size: int = Field(64, gt=0, description="channels of the aligned, per-prompt dense features")
     num_heads: int = Field(4, gt=0, description="heads of the aligner's attention")
     num_layers: int = Field(2, gt=0, description="two-way layers of the vision-language aligner")
-    stride: int = Field(8, description="stride of heatmap, boxes and kernels, in input pixels")
+    stride: Literal[4, 8, 16] = Field(8, description="stride of heatmap, boxes and kernels, in input pixels")
     mask_channels: int = Field(8, gt=0, description="mask feature channels a dynamic kernel reads")
     mask_weight: float = 1.0
     box_weight: float = 2.0
@@ -59,3 +75,46 @@ class ModelSettings(Settings):
     link_channels: int = Field(256, gt=0, description="width of a perception link embedding")
     vocab_size: int = Field(512, gt=0, description="size of a tokenizer trained from scratch, special tokens included")
     lumen: LumenSettings = LumenSettings()
+
+    @model_validator(mode="after")
+    def _check_llm(self) -> ModelSettings:
+        from transformers import CONFIG_MAPPING
+
+        if "model_type" not in self.llm:
+            raise UserError("llm: 'model_type' is required, e.g. llama or qwen3", "invalid_config")
+        if (kind := self.llm["model_type"]) not in CONFIG_MAPPING:
+            raise UserError(
+                f"unknown llm.model_type '{kind}';{suggest(str(kind), CONFIG_MAPPING.keys())} give a model type that "
+                "transformers knows, e.g. llama or qwen3",
+                "invalid_config",
+            )
+        keys = {key: value for key, value in self.llm.items() if key != "model_type"}
+        _check_keys("llm", keys, CONFIG_MAPPING[kind])
+        return self
+
+    @model_validator(mode="after")
+    def _check_grid(self) -> ModelSettings:
+        """Image tokens and the decoder's places must tile the input."""
+        from transformers import CLIPVisionConfig, Dinov2Config
+
+        tiles = {"lumen.stride": self.lumen.stride}
+        for name, config_class in (("clip", CLIPVisionConfig), ("dinov2", Dinov2Config)):
+            if (keys := getattr(self.vision, name)) is not None:
+                _check_keys(f"vision.{name}", keys, config_class)
+                tiles[f"vision.{name}.patch_size"] = config_class(**keys).patch_size
+        patches = {size for name, size in tiles.items() if name != "lumen.stride"}
+        if len(patches) > 1:
+            raise UserError(
+                f"vision.clip and vision.dinov2 need one patch_size to share a grid, got {sorted(patches)}",
+                "invalid_config",
+            )
+        for name, tile in tiles.items():
+            if self.image_size % tile:
+                raise UserError(f"image_size {self.image_size} must be a multiple of {name} {tile}", "invalid_config")
+        merge, side = self.vision.token_merge, self.image_size // patches.pop()
+        if side % merge:
+            raise UserError(
+                f"vision.token_merge {merge} must divide the {side} patches per side",
+                "invalid_config",
+            )
+        return self

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
-from lumen_ray.errors import UserError
 from lumen_ray.model.settings import VisionSettings
 
 # Each encoder keeps the normalisation it was published with.
@@ -99,16 +98,10 @@ class CommVision(nn.Module):
             )
             width += config.hidden_size
         sizes = {e.patch_size for e in (self.clip, self.dinov2) if e is not None}
-        if len(sizes) > 1:
-            raise ValueError(f"vision.clip and vision.dinov2 need one patch size to share a grid, got {sorted(sizes)}")
+        assert len(sizes) == 1, "ModelSettings checks that both encoders share a grid"
         self.patch_size = sizes.pop()
         self.merged_width = width
         self.token_merge = settings.token_merge
-        if image_size // self.patch_size % self.token_merge:
-            raise UserError(
-                f"vision.token_merge {self.token_merge} must divide the {image_size // self.patch_size} patches per side",
-                "invalid_config",
-            )
         self.projector = nn.Linear(width * self.token_merge**2, llm_width)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.presets import model_path
 from lumen_ray.train import checkpoint
 from lumen_ray.train.loop import DivergedError, Job, Trainer
+from lumen_ray.train.memory import keep_freed_memory
 from lumen_ray.train.recipe import Recipe
 
 Progress = Callable[[dict[str, Any]], None]
@@ -98,6 +98,7 @@ def _worker(config: dict[str, Any]) -> None:
     import ray.train
     from ray.train import CheckpointUploadMode
 
+    keep_freed_memory()
     torch.set_num_threads(config["threads"])
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
@@ -172,8 +173,8 @@ def _fit(prepared: Prepared, run: Path) -> None:
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ScalingConfig(num_workers=recipe.workers, use_gpu=gpu, resources_per_worker={"CPU": 1}),
         run_config=RunConfig(
-            name=f"attempt-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}",
-            storage_path=str(run / "ray"),
+            name="checkpoints",  # Ray registers checkpoints that lie in its own run folder without copying them
+            storage_path=str(run),
             failure_config=FailureConfig(max_failures=2),
         ),
         datasets={"train": ray.data.range(1)},

@@ -1,0 +1,259 @@
+"""The engine: answers depend on their own request alone, every task answers, and its halves can be taken apart."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import scrambled, tiny_loaded, tiny_tokenizer
+
+from lumen_ray.data.scenes import KEYPOINTS
+from lumen_ray.errors import UserError
+from lumen_ray.inference.engine import DecoderStage, Engine, TrunkStage, assemble
+from lumen_ray.inference.request import make_request
+from lumen_ray.model.build import save_model
+from lumen_ray.serve.batching import merge
+from lumen_ray.structures import Region
+
+CLASSES = [f"{colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square", "triangle", "figure")]
+EVERYTHING = {"score_threshold": 0.0, "max_per_phrase": 100, "max_new_tokens": 6}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    loaded = tiny_loaded()
+    scrambled(loaded.model, 0.15)
+    return Engine(loaded)
+
+
+def picture(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+PICTURES = [picture(64, 64), picture(90, 120, 1), picture(150, 50, 2)]
+
+
+def same(a, b, tolerance=1e-4):
+    assert a.phrase == b.phrase and a.boxes.size == b.boxes.size and len(a) == len(b)
+    np.testing.assert_allclose(a.scores, b.scores, atol=tolerance)
+    scale = max(a.boxes.size)
+    np.testing.assert_allclose(a.boxes.xyxy / scale, b.boxes.xyxy / scale, atol=tolerance)
+    if a.masks is not None:
+        assert (a.masks.to_arrays() == b.masks.to_arrays()).mean() > 0.999
+    if a.keypoints is not None:
+        np.testing.assert_allclose(a.keypoints.xyv[..., :2] / scale, b.keypoints.xyv[..., :2] / scale, atol=tolerance)
+
+
+def ask(engine, image, classes, task="detect", **more):
+    request = make_request(task, classes=classes)
+    answer = engine.run([image], [[request]], **EVERYTHING | more)[0][0]
+    assert answer.task == task and [p.phrase for p in answer.predictions] == list(classes)
+    return answer.predictions
+
+
+@pytest.mark.parametrize("task", ["detect", "segment"])
+def test_classes_together_one_by_one_shuffled_and_in_chunks_agree(engine, task):
+    image = PICTURES[1]
+    together = ask(engine, image, CLASSES, task)
+    assert all(len(p) for p in together)
+    assert len({round(float(p.scores[0]), 5) for p in together}) == len(CLASSES)  # the classes do differ
+    for expected, name in zip(together, CLASSES, strict=True):
+        same(expected, ask(engine, image, [name], task)[0])
+    order = np.random.default_rng(0).permutation(len(CLASSES))
+    shuffled = ask(engine, image, [CLASSES[i] for i in order], task)
+    for i, prediction in zip(order, shuffled, strict=True):
+        same(together[i], prediction)
+    for chunk in (1, 5, 12):
+        for expected, prediction in zip(together, ask(engine, image, CLASSES, task, class_chunk=chunk), strict=True):
+            same(expected, prediction)
+
+
+def mixed(size):
+    height, width = size
+    region = Region("box", size, np.array([[2, 3], [width / 2, height / 2]]))
+    return [
+        make_request("detect", classes=CLASSES[:3]),
+        make_request("caption"),
+        make_request("pose", classes=["red figure", "figure"]),
+        make_request("segment", classes=["blue square"]),
+        make_request("vqa", text="how many circles are there ?"),
+        make_request("region_caption", region=region),
+        make_request("ground", text="a red circle and a blue square"),
+        make_request("refer", text="the circle left of the square"),
+        make_request("count", classes=["green circle"]),
+        make_request("chat", text="hello"),
+    ]
+
+
+def same_answers(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert (x.task, x.text, x.route, x.size) == (y.task, y.text, y.route, y.size)
+        for p, q in zip(x.predictions, y.predictions, strict=True):
+            same(p, q)
+
+
+def test_every_task_answers_and_the_batch_size_changes_nothing(engine):
+    requests = [mixed(p.shape[:2]) for p in PICTURES]
+    requests[1] = requests[1][::-1]
+    together = engine.run(PICTURES, requests, **EVERYTHING)
+    for image, asked, answers in zip(PICTURES, requests, together, strict=True):
+        assert [a.task for a in answers] == [r.task for r in asked]
+        for request, answer in zip(asked, answers, strict=True):
+            assert answer.size == image.shape[:2] and answer.to_dict()["task"] == request.task
+            if request.phrases:
+                assert [p.phrase for p in answer.predictions] == list(request.phrases) and answer.text is None
+            if request.task == "pose":
+                assert all(p.keypoints.names == KEYPOINTS and len(p.keypoints) == len(p) for p in answer.predictions)
+            if request.task == "segment":
+                assert all(len(p.masks) == len(p) for p in answer.predictions)
+            if request.task in ("caption", "vqa", "region_caption"):
+                assert isinstance(answer.text, str) and not answer.predictions
+        same_answers(answers, engine.run([image], [asked], **EVERYTHING)[0])
+    routes = {a.task: a.route for a in together[0] if a.task != "chat"}
+    assert routes == {
+        "detect": "[DET]", "caption": None, "pose": "[POSE]", "segment": "[SEG]", "vqa": None,
+        "region_caption": None, "ground": "[GRD]", "refer": "[GRD]", "count": "[DET]",
+    }  # fmt: skip
+
+
+def test_images_without_requests_and_no_images(engine):
+    assert engine.run(PICTURES, [[], [make_request("detect", classes=["circle"])], []], **EVERYTHING)[0::2] == [[], []]
+    assert engine.run(PICTURES[:1], [[]]) == [[]]
+    assert engine.run([], []) == []
+
+
+def test_texts_alone_need_no_decoder(engine):
+    out = engine.trunk.run(PICTURES[:2], [[make_request("caption")], []])
+    assert not out.needs_decoder and assemble(out.plans, [])[0][0].text is not None
+
+
+def test_keypoints_of_ones_own_choice(engine):
+    request = make_request("pose", classes=["teapot"], keypoints=["spout", "lid"])
+    (prediction,) = engine.run(PICTURES[:1], [[request]], **EVERYTHING)[0][0].predictions
+    assert prediction.keypoints.names == ("spout", "lid") and prediction.keypoints.xyv.shape[1:] == (2, 3)
+
+
+def test_an_unknown_skeleton_is_told(engine):
+    with pytest.raises(UserError, match="no keypoints of 'teapot'.*ask for: figure, red figure") as caught:
+        engine.run(PICTURES[:1], [[make_request("pose", classes=["teapot"])]])
+    assert caught.value.reason == "unknown_skeleton"
+
+
+def test_a_region_of_another_image_size_is_told(engine):
+    region = Region("box", (64, 64), np.array([[1, 1], [20, 20]]))
+    with pytest.raises(UserError, match="region is for an image of 64x64.*120x90") as caught:
+        engine.run([PICTURES[1]], [[make_request("region_caption", region=region)]])
+    assert caught.value.reason == "invalid_region"
+
+
+# -- free chat --------------------------------------------------------------------------------------------------------
+
+
+class Biased(torch.nn.Module):
+    """A vocabulary projection that always chooses one token."""
+
+    def __init__(self, head, token):
+        super().__init__()
+        self.head, self.token = head, tiny_tokenizer().ids[token]
+
+    def forward(self, hidden):
+        logits = self.head(hidden).clone()
+        logits[..., self.token] += 1e4
+        return logits
+
+
+@pytest.fixture
+def routed(engine, monkeypatch):
+    def to(token):
+        llm = engine.trunk.trunk.llm
+        monkeypatch.setattr(llm, "lm_head", Biased(llm.lm_head, token))
+        return engine
+
+    return to
+
+
+@pytest.mark.parametrize("token,text,task,phrase", [
+    ("[DET]", "find every red circle", "detect", "red circle"),
+    ("[SEG]", "segment blue square", "segment", "blue square"),
+    ("[GRD]", "which one is the big circle ?", "refer", "the big circle"),
+])  # fmt: skip
+def test_a_routing_token_in_chat_gives_the_answer_of_the_structured_request(routed, token, text, task, phrase):
+    engine = routed(token)
+    words = {"text": phrase} if task == "refer" else {"classes": [phrase]}
+    template = 1 if task in ("detect", "refer") else 0  # the same wording as in the chat
+    expected = engine.run([PICTURES[1]], [[make_request(task, **words, template=template)]], **EVERYTHING)[0][0]
+    answer = engine.run([PICTURES[1]], [[make_request("chat", text=text)]], **EVERYTHING)[0][0]
+    assert answer.route == expected.route == token and answer.text is None
+    same(answer.predictions[0], expected.predictions[0])
+    assert len(answer.predictions) == 1
+
+
+def test_a_pose_in_chat_brings_the_skeleton(routed):
+    answers = routed("[POSE]").run([PICTURES[0]], [[make_request("chat", text="pose of red figure")]], **EVERYTHING)[0]
+    assert answers[0].predictions[0].keypoints.names == KEYPOINTS
+
+
+def test_questions_do_not_route(routed):
+    answer = routed("[DET]").run([PICTURES[0]], [[make_request("vqa", text="find every circle ?")]], **EVERYTHING)[0][0]
+    assert answer.route is None and answer.text == "" and not answer.predictions
+
+
+def test_routed_chat_and_structured_requests_of_a_batch_keep_apart(routed):
+    engine = routed("[DET]")
+    requests = [
+        [make_request("chat", text="detect circle"), make_request("pose", classes=["figure"])],
+        [make_request("pose", classes=["red figure"]), make_request("chat", text="detect square"), make_request("chat", text="pose of figure")],
+    ]
+    together = engine.run(PICTURES[:2], requests, **EVERYTHING)
+    for image, asked, answers in zip(PICTURES, requests, together, strict=False):
+        for request, answer in zip(asked, answers, strict=True):
+            same_answers([answer], engine.run([image], [[request]], **EVERYTHING)[0])
+
+
+# -- halves -----------------------------------------------------------------------------------------------------------
+
+
+def test_trunk_output_can_be_split_and_merged_again(engine):
+    requests = [mixed(p.shape[:2]) for p in PICTURES]
+    out = engine.trunk.run(PICTURES, requests, max_new_tokens=6)
+    parts = [out.select(i) for i in range(3)]
+    expected = engine.run(PICTURES, requests, score_threshold=0.0, max_new_tokens=6)
+    decoder = engine.decoders["lumen"]
+    from lumen_ray.decoders.base import PredictSettings
+
+    limits = PredictSettings(0.0)
+    for part, answers in zip(parts, expected, strict=True):
+        found = decoder.run(part.link, part.dense, part.frames, part.prompts, limits)
+        same_answers(assemble(part.plans, found)[0], answers)
+    again = merge(parts)
+    assert torch.equal(again.dense, out.dense) and again.frames == out.frames
+    found = decoder.run(again.link, again.dense, again.frames, again.prompts, limits)
+    for answers, wanted in zip(assemble(again.plans, found), expected, strict=True):
+        same_answers(answers, wanted)
+    # two requests about one image, put together out of order
+    swapped = merge([parts[2], parts[0]])
+    found = decoder.run(swapped.link, swapped.dense, swapped.frames, swapped.prompts, limits)
+    same_answers(assemble(swapped.plans, found)[1], expected[0])
+
+
+def test_the_trunks_output_is_ready_for_the_wire(engine):
+    out = engine.trunk.run(PICTURES[:2], [mixed(p.shape[:2]) for p in PICTURES[:2]], max_new_tokens=2)
+    for tensor in (out.dense, out.link.embeddings, out.link.image_index, out.link.parent, out.select(1).dense):
+        assert tensor.is_contiguous() and tensor.device.type == "cpu" and not tensor.requires_grad
+    kept = out.dense.clone(), out.link.embeddings.clone()
+    engine.decoders["lumen"].run(out.link, out.dense, out.frames, out.prompts)
+    assert torch.equal(kept[0], out.dense) and torch.equal(kept[1], out.link.embeddings)
+
+
+def test_stages_load_apart_and_together(tmp_path, engine):
+    loaded = engine.loaded
+    save_model(tmp_path, loaded.model.state_dict(), loaded.settings, loaded.tokenizer, loaded.meta)
+    whole, trunk, decoder = Engine.load(tmp_path), TrunkStage.load(tmp_path), DecoderStage.load(tmp_path, "lumen")
+    assert (whole.preset, whole.image_size, whole.classes) == ("tiny", 64, ("red circle", "blue square"))
+    assert whole.skeletons["figure"] == KEYPOINTS and len(whole.version) == 12
+    requests = [[make_request("detect", classes=CLASSES[:2])]]
+    out = trunk.run(PICTURES[:1], requests)
+    found = decoder.run(out.link, out.dense, out.frames, out.prompts)
+    same_answers(assemble(out.plans, found)[0], whole.run(PICTURES[:1], requests)[0])
+    with pytest.raises(UserError, match="no decoder 'lumin'; decoders: lumen"):
+        DecoderStage.load(tmp_path, "lumin")
+    with pytest.raises(UserError, match="not a model folder"):
+        Engine.load(tmp_path / "nothing")

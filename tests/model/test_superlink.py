@@ -1,0 +1,111 @@
+"""Gradients through the super link, and what the LM loss supervises."""
+
+import torch
+from tiny_models import scene_batch, scrambled, tiny_model, tiny_tokenizer
+from torch import nn
+
+from lumen_ray.model.prompts import IGNORE
+from lumen_ray.model.superlink import LinkHead, SuperLinkQueries
+from lumen_ray.tasks import LINK_FAMILIES, ROUTING_TOKENS
+
+
+def test_gradients_of_a_decoders_loss_alone_reach_llm_queries_link_head_and_vision():
+    model = tiny_model()
+    losses = model(scene_batch(2))
+    sum(losses[name].total for name in ("heatmap", "box", "mask", "keypoint")).backward()
+    trunk = model.trunk
+    reached = {
+        "LLM": trunk.llm.model.layers[0].self_attn.q_proj.weight,
+        "LLM MLP": trunk.llm.model.layers[-1].mlp.down_proj.weight,
+        "word embeddings": trunk.llm.get_input_embeddings().weight,
+        "queries": trunk.queries("perception"),
+        "link head": trunk.link_heads["perception"].mlp[0].weight,
+        "projector": trunk.vision.projector.weight,
+        "CLIP": trunk.vision.clip.merge.weights,
+        "dense": trunk.dense.stem[0][0].weight,
+    }
+    for name, parameter in reached.items():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    # routing tokens stand in front of the queries, so their embeddings learn from the decoder too
+    rows = trunk.llm.get_input_embeddings().weight.grad[[tiny_tokenizer().ids[t] for t in ("[DET]", "[SEG]")]]
+    assert rows.abs().sum(dim=1).min() > 0
+
+
+def test_heatmap_loss_alone_reaches_the_queries():
+    model = tiny_model()
+    model(scene_batch(1, tasks=("detect",)))["heatmap"].total.backward()
+    assert model.trunk.queries("perception").grad.abs().min() > 0
+
+
+class Raised(nn.Module):
+    """A vocabulary projection with the logit of one token raised."""
+
+    def __init__(self, head: nn.Module, token: int):
+        super().__init__()
+        self.head, self.token = head, token
+
+    def forward(self, hidden):
+        logits = self.head(hidden).clone()
+        logits[..., self.token] += 3
+        return logits
+
+
+def test_the_routing_token_is_in_the_lm_loss():
+    model = tiny_model().eval()
+    batch = scene_batch(2, tasks=("detect", "caption"))
+    ids = tiny_tokenizer().ids
+    layout = batch["layout"]
+    routed = [i for i, task in enumerate(batch["tasks"]) if task == "detect"]
+    assert routed and "caption" in batch["tasks"]
+    with torch.no_grad():
+        before = model(batch)["lm"]
+        model.trunk.llm.lm_head = Raised(model.trunk.llm.lm_head, ids["[DET]"])
+        after = model(batch)["lm"]
+    for branch, task in enumerate(batch["tasks"]):
+        if task == "detect":
+            assert after.each[branch] < before.each[branch] - 1
+        else:
+            assert after.each[branch] > before.each[branch]
+    supervised = layout.labels != IGNORE
+    assert int(before.count) == int(supervised.sum()) == int((layout.labels[:, 1:] != IGNORE).sum())
+    routing = torch.isin(layout.labels, torch.tensor([ids[t] for t in ROUTING_TOKENS]))
+    assert int(routing.sum()) == len(routed)
+    torch.testing.assert_close(before.each.sum(), before.total)
+
+
+def test_queries_are_one_set_per_family_on_the_scale_of_the_word_embeddings():
+    torch.manual_seed(0)
+    queries = SuperLinkQueries(256, std=0.08)
+    assert queries("perception").shape == (LINK_FAMILIES["perception"].num_queries, 256)
+    assert 0.06 < queries("perception").std() < 0.1
+
+
+def test_the_link_head_averages_over_the_queries():
+    head = scrambled(LinkHead(8, 6))
+    states = torch.randn(3, 4, 8)
+    expected = torch.stack([head.mlp(states[:, i]) for i in range(4)]).mean(0)
+    torch.testing.assert_close(head(states), expected)
+    torch.testing.assert_close(head(states[:, [2, 0, 3, 1]]), expected)
+
+
+def test_a_batch_without_prompts_still_has_a_gradient_for_every_part():
+    """On another rank the same step may have prompts; every rank must reduce the same set of gradients."""
+    rows = [dict(row, classes=[], instances=[], phrases=[], messages=[]) for row in _rows(2)]
+    model = tiny_model()
+    full, empty = scene_batch(2), scene_batch(rows)
+    assert not empty["tasks"] and not empty["targets"]
+    with_gradient = []
+    for batch in (full, empty):
+        losses = model(batch)
+        sum(term.total for term in losses.values()).backward()
+        with_gradient.append({name for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    assert with_gradient[0] == with_gradient[1]
+
+
+def _rows(count):
+    from tiny_models import SIDE
+
+    from lumen_ray.data import scenes
+
+    return [scenes.scene_row(0, i, SIDE) for i in range(count)]

@@ -1,0 +1,79 @@
+"""Mistakes on the command line: one sentence, exit status 2, no traceback."""
+
+import json
+
+import pytest
+
+from lumen_ray import cli
+
+
+def told(capsys, *argv: str) -> str:
+    """What the command says on stderr; it must be one line and exit with 2."""
+    assert cli.main(list(argv)) == 2
+    err = capsys.readouterr().err.strip()
+    assert err.startswith("lumen-ray: ")
+    assert "\n" not in err and "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["evalate"], ["did you mean 'evaluate'", "verbs:"]),
+        (["prepare"], ["sources: scenes, coco"]),
+        (["train", "--shards", "x", "--output", "y"], ["--recipe"]),
+        (["train", "--recipe", "quikstart", "--shards", "x", "--output", "y"], ["did you mean 'quickstart'"]),
+        (["train", "--recipe", "quickstart", "--shards", "nowhere", "--output", "y"], ["nowhere", "lumen-ray prepare"]),
+        (["evaluate", "--model", "nowhere", "--shards", "x", "--output", "y"], ["not a model folder"]),
+        (["label", "nowhere", "--model", "nomodel", "--output", "y"], ["not a model folder"]),
+        (["serve", "--model", "nowhere"], ["not a model folder"]),
+        (["serve", "--config", "nanoo"], ["did you mean 'nano'"]),
+    ],
+)
+def test_mistakes_are_one_sentence(capsys, tmp_path, monkeypatch, argv, words):
+    monkeypatch.chdir(tmp_path)
+    message = told(capsys, *argv)
+    for word in words:
+        assert word in message
+
+
+def test_a_typo_in_a_recipe_names_the_nearest_key(capsys, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("name: r\nstages: [{name: a, step: 5, steps: 5}]\n")
+    message = told(capsys, "train", "--recipe", str(recipe), "--shards", str(tmp_path), "--output", str(tmp_path / "o"))
+    assert "stages.0.step" in message and "did you mean 'steps'" in message
+
+
+def test_an_unknown_task_in_a_recipe_lists_the_tasks(capsys, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("name: r\nstages: [{name: a, steps: 5, groups: [{tasks: [detct]}]}]\n")
+    message = told(capsys, "train", "--recipe", str(recipe), "--shards", str(tmp_path), "--output", str(tmp_path / "o"))
+    assert "did you mean 'detect'" in message and "caption" in message
+
+
+def test_text_pairs(capsys):
+    assert cli._texts(["vqa=how many ?", "vqa=what = this ?"]) == {"vqa": ["how many ?", "what = this ?"]}
+    with pytest.raises(cli.UserError, match="TASK=TEXT"):
+        cli._texts(["how many"])
+
+
+def test_coco_json_that_is_not_json(capsys, tmp_path):
+    (tmp_path / "a.json").write_text("{")
+    message = told(
+        capsys, "prepare", "coco", "--annotations", str(tmp_path / "a.json"), "--images", str(tmp_path), "--output",
+        str(tmp_path / "out"),
+    )  # fmt: skip
+    assert "a.json" in message
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_help_needs_no_heavy_import():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, json\nfrom lumen_ray import cli\ntry:\n cli.main(['--help'])\nexcept SystemExit:\n pass\n"
+        "print(json.dumps(sorted({'torch', 'ray', 'transformers'} & set(sys.modules))))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert json.loads(out.splitlines()[-1]) == []

@@ -1,0 +1,94 @@
+"""Models small enough for tests, of the same classes as the presets, and batches of synthetic scenes for them."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from lumen_ray.data import scenes
+from lumen_ray.data.collate import BranchSettings, Collator
+from lumen_ray.data.images import decode
+from lumen_ray.data.transforms import AugmentSettings
+from lumen_ray.model.build import Generalist, LoadedModel, ModelMeta, build_model
+from lumen_ray.model.settings import ModelSettings
+from lumen_ray.model.tokenizer import LumenTokenizer
+from lumen_ray.tasks import TASKS
+
+torch.set_num_threads(1)
+
+SIDE = 64
+CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16}
+DINOV2 = {"hidden_size": 16, "mlp_ratio": 2, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16}
+
+
+def llm(model_type: str = "llama") -> dict[str, Any]:
+    keys = {
+        "model_type": model_type, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    }  # fmt: skip
+    return keys | ({"head_dim": 16} if model_type == "qwen3" else {})
+
+
+def tiny_settings(**changes: Any) -> ModelSettings:
+    """Nano's classes with tiny widths; `changes` replace top-level keys."""
+    data = {
+        "name": "tiny",
+        "image_size": SIDE,
+        "vision": {"clip": CLIP, "dinov2": DINOV2, "mlp_ratio": 2},
+        "llm": llm(),
+        "prefix_attention": "full",
+        "stem_channels": 8,
+        "dense_channels": 16,
+        "link_channels": 32,
+        "vocab_size": 320,
+        "lumen": {"hidden_size": 16, "num_layers": 1, "num_heads": 2},
+    }
+    return ModelSettings.model_validate(data | changes)
+
+
+@lru_cache
+def tiny_tokenizer() -> LumenTokenizer:
+    texts = [f"{colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square", "figure")]
+    return LumenTokenizer.train(texts * 3 + [t for task in TASKS.values() for t in task.templates], 320)
+
+
+def tiny_model(seed: int = 0, **changes: Any) -> Generalist:
+    return build_model(tiny_settings(**changes), len(tiny_tokenizer()), seed)
+
+
+def tiny_loaded(seed: int = 0, **changes: Any) -> LoadedModel:
+    """What `load_model` gives for a folder of a tiny model."""
+    skeletons = {"figure": list(scenes.KEYPOINTS), "red figure": list(scenes.KEYPOINTS)}
+    meta = ModelMeta("tiny", classes=["red circle", "blue square"], skeletons=skeletons)
+    return LoadedModel(tiny_model(seed, **changes).eval(), tiny_settings(**changes), tiny_tokenizer(), meta, "0" * 12)
+
+
+def scene_batch(
+    rows: list[dict[str, Any]] | int = 2,
+    tasks: tuple[str, ...] = tuple(TASKS),
+    branches: BranchSettings = BranchSettings(),  # noqa: B008  frozen
+    seed: int = 0,
+) -> dict[str, Any]:
+    """The training batch of some synthetic scenes."""
+    rows = [scenes.scene_row(seed, i, SIDE) for i in range(rows)] if isinstance(rows, int) else rows
+    collator = Collator(tiny_tokenizer(), SIDE, tasks, scenes.SKELETONS, branches, AugmentSettings())
+    images = [None if row["image"] is None else decode(row["image"]) for row in rows]
+    return collator(rows, images, [np.random.default_rng((seed, i)) for i in range(len(rows))])
+
+
+def random_images(count: int, side: int = SIDE, seed: int = 0) -> torch.Tensor:
+    """uint8 [count, 3, side, side]."""
+    return torch.randint(0, 256, (count, 3, side, side), generator=torch.Generator().manual_seed(seed)).to(torch.uint8)
+
+
+def scrambled(module: torch.nn.Module, std: float = 0.1, seed: int = 1) -> Any:
+    """Noise on every parameter: fresh zeros, ones and tiny weights would hide errors."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * std)
+    return module.eval()
