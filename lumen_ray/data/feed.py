@@ -87,6 +87,8 @@ def dataset_for_rank(reader: BatchReader, items: list[dict[str, Any]]) -> ray.da
     """
     import ray.data
 
+    from lumen_ray.data.pacing import Paced
+
     def read(block: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for text in block["item"]:
             yield {"batch": [pickle.dumps(reader(json.loads(text)), protocol=5)]}
@@ -95,6 +97,7 @@ def dataset_for_rank(reader: BatchReader, items: list[dict[str, Any]]) -> ray.da
     dataset = ray.data.from_items([{"item": json.dumps(item)} for item in items], override_num_blocks=blocks)
     dataset.context.execution_options.preserve_order = True
     dataset.context.target_max_block_size = 1 << 20
+    dataset.context.custom_execution_callback_classes = [Paced]
     return dataset.map_batches(read, batch_size=None, compute=ray.data.TaskPoolStrategy(size=1))
 
 

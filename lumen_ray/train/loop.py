@@ -93,7 +93,8 @@ class Trainer:
         for local in range(start, stage.steps):
             waited = time.perf_counter()
             batch = next(batches)
-            assert batch["step"] == self.step, f"the plan gave step {batch['step']} at step {self.step}"
+            if batch["step"] != self.step:
+                raise RuntimeError(f"the data gave the batch of step {batch['step']} at step {self.step}")
             began = time.perf_counter()
             self._step(stage, local, batch, optimizer, began - waited)
             self.step += 1
