@@ -61,7 +61,9 @@ def _prepare_args(verbs: Any) -> None:
     scenes.add_argument("--num", type=int, required=True, help="number of scenes")
     scenes.add_argument("--seed", type=int, default=0, help="another seed is another, disjoint set")
     coco = kinds.add_parser("coco", help="COCO json: boxes, masks, keypoints, captions")
-    coco.add_argument("--annotations", nargs="+", required=True, help="one or more COCO json files over the same images")
+    coco.add_argument(
+        "--annotations", nargs="+", required=True, help="one or more COCO json files over the same images"
+    )
     coco.add_argument("--images", required=True, help="folder of the images")
     coco.add_argument("--shuffle-seed", type=int, default=0)
     for q in (scenes, coco):
@@ -189,7 +191,9 @@ def _texts(pairs: list[str]) -> dict[str, list[str]]:
     for pair in pairs:
         task, equals, text = pair.partition("=")
         if not equals:
-            raise UserError(f"--text '{pair}' must be TASK=TEXT, e.g. --text 'vqa=how many circles are there ?'", "usage")
+            raise UserError(
+                f"--text '{pair}' must be TASK=TEXT, e.g. --text 'vqa=how many circles are there ?'", "usage"
+            )
         prompts.setdefault(task.strip(), []).append(text.strip())
     return prompts
 

@@ -76,7 +76,9 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise UserError(f"config file '{path}' is not valid YAML: {str(error).splitlines()[0]}", "invalid_config") from None
+        raise UserError(
+            f"config file '{path}' is not valid YAML: {str(error).splitlines()[0]}", "invalid_config"
+        ) from None
     return data if data is not None else {}
 
 

@@ -172,7 +172,9 @@ def _label(output: Path, model: Path) -> None:
 def _requests(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """One request per task about one scene, from what the scene is annotated for."""
     classes = list(dict.fromkeys(i["phrase"] for i in row["instances"]))
-    question = next((m["turns"][0]["content"] for m in row["messages"] if m["task"] == "vqa"), "how many circles are there ?")
+    question = next(
+        (m["turns"][0]["content"] for m in row["messages"] if m["task"] == "vqa"), "how many circles are there ?"
+    )
     caption = next((m["turns"][1]["content"] for m in row["messages"] if m["task"] == "caption"), ", ".join(classes))
     expression = next((p["phrase"] for p in row["phrases"] if p["task"] == "refer" and p["instances"]), classes[0])
     x1, y1, x2, y2 = (float(c) for c in row["instances"][0]["box"])

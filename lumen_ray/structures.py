@@ -164,13 +164,18 @@ class Region:
         needed = {"box": 2, "point": 1, "scribble": 2, "polygon": 3}[self.kind]
         if len(self.points) < needed:
             raise UserError(
-                f"a {self.kind} region needs at least {needed} point(s) [x, y], got {len(self.points)}", "invalid_region"
+                f"a {self.kind} region needs at least {needed} point(s) [x, y], got {len(self.points)}",
+                "invalid_region",
             )
         height, width = self.size
         x, y = self.points[:, 0], self.points[:, 1]
-        if not np.isfinite(self.points).all() or (x < 0).any() or (y < 0).any() or (x > width).any() or (
-            y > height
-        ).any():
+        if (
+            not np.isfinite(self.points).all()
+            or (x < 0).any()
+            or (y < 0).any()
+            or (x > width).any()
+            or (y > height).any()
+        ):
             raise UserError(
                 f"{self.kind} region {self.points.tolist()} lies outside the image of {width}x{height} pixels; "
                 f"give x in 0..{width} and y in 0..{height}",

@@ -153,8 +153,9 @@ def check_classes(classes: list[str] | tuple[str, ...], task: str) -> list[str]:
     """Class names stripped of blanks and repeats, in the given order; a `UserError` when none is left."""
     names = list(dict.fromkeys(name.strip() for name in classes if name and name.strip()))
     if not names:
-        raise UserError(f"task '{task}' needs at least one class name; give e.g. classes 'red circle,blue square'",
-                        "empty_classes")
+        raise UserError(
+            f"task '{task}' needs at least one class name; give e.g. classes 'red circle,blue square'", "empty_classes"
+        )
     return names
 
 
@@ -179,6 +180,8 @@ def split_phrases(sentence: str) -> list[str]:
         phrases = [_DETERMINERS.sub("", piece.strip()) for piece in _PHRASE_BREAKS.split(sentence)]
     phrases = list(dict.fromkeys(p.strip().lower() for p in phrases if p and p.strip()))
     if not phrases:
-        raise UserError(f"no phrase found in sentence {sentence!r}; mark phrases like 'a [red circle] by a [square]'",
-                        "empty_sentence")
+        raise UserError(
+            f"no phrase found in sentence {sentence!r}; mark phrases like 'a [red circle] by a [square]'",
+            "empty_sentence",
+        )
     return phrases

@@ -87,7 +87,9 @@ class LumenDecoder(Decoder):
         self.box_head = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, c), nn.SiLU(), nn.Linear(c, 4))
         m, k = settings.mask_channels, KERNEL_WIDTH
         self.kernel_sizes = [(m + 2) * k, k * k, k, k, k, 1]  # weights of three 1x1 layers, then their biases
-        self.kernel_head = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, c), nn.SiLU(), nn.Linear(c, sum(self.kernel_sizes)))
+        self.kernel_head = nn.Sequential(
+            nn.LayerNorm(c), nn.Linear(c, c), nn.SiLU(), nn.Linear(c, sum(self.kernel_sizes))
+        )
         self.mask_features = nn.Sequential(conv_block(dense_channels, c // 2), nn.Conv2d(c // 2, m, 1))
         self.pose = PoseHead(dense_channels, link_channels, c, settings.pose_grid)
 
@@ -168,7 +170,13 @@ class LumenDecoder(Decoder):
         return values.new_zeros(len(raw.link)).scatter(0, raw.objects, values)
 
     def _mask_loss(
-        self, raw: LumenRaw, targets: PerceptionTargets, assignment: Assignment, prompt: Tensor, place: Tensor, gt: Tensor
+        self,
+        raw: LumenRaw,
+        targets: PerceptionTargets,
+        assignment: Assignment,
+        prompt: Tensor,
+        place: Tensor,
+        gt: Tensor,
     ) -> LossTerm:
         """BCE + Dice (sec. 3.3) on the best places, at most `max_masks_per_batch` of them, best quality first."""
         index = targets.mask_index[raw.objects][prompt, gt]
@@ -228,7 +236,7 @@ class LumenDecoder(Decoder):
     def predict(
         self, raw: LumenRaw, frames: list[Frame], prompts: list[PromptSpec | None], settings: PredictSettings
     ) -> list[Prediction | None]:
-        """One Prediction per link, in the frame of the stored image; None for keypoint prompts (their parent holds them).
+        """One Prediction per link, in the frame of the stored image; None for keypoint prompts, which their parent holds.
 
         `frames`: one per image; `prompts`: one per link.
         """

@@ -22,7 +22,9 @@ class PoseHead(nn.Module):
         self.key_value = nn.Conv2d(dense_channels, 2 * channels, 1)
         self.query = nn.Sequential(nn.LayerNorm(link_channels), nn.Linear(link_channels, channels))
         self.instance = nn.Linear(channels, channels)
-        self.out = nn.Sequential(nn.LayerNorm(2 * channels), nn.Linear(2 * channels, channels), nn.SiLU(), nn.Linear(channels, 3))
+        self.out = nn.Sequential(
+            nn.LayerNorm(2 * channels), nn.Linear(2 * channels, channels), nn.SiLU(), nn.Linear(channels, 3)
+        )
         nn.init.zeros_(self.out[-1].weight)
         nn.init.zeros_(self.out[-1].bias)
 

@@ -28,6 +28,7 @@ from lumen_ray.structures import Answer, Prediction, Region, Size
 from lumen_ray.tasks import ROUTING_TOKENS, TASKS, task_of_prompt
 
 FAMILY = "perception"
+DEFAULTS = PredictSettings()
 
 
 @dataclass
@@ -163,7 +164,12 @@ class TrunkStage:
         return tuple(names)
 
     def _write_texts(
-        self, prefix, requests: Sequence[Sequence[Request]], plans: list[list[RequestPlan]], asks: list[_Ask], limit: int
+        self,
+        prefix,
+        requests: Sequence[Sequence[Request]],
+        plans: list[list[RequestPlan]],
+        asks: list[_Ask],
+        limit: int,
     ) -> None:
         """Greedy answers of all text requests; a chat answer that routes becomes a routed branch in `asks`."""
         rows, branches, regions = [], [], []
@@ -210,7 +216,7 @@ class TrunkStage:
     def _links(
         self, prefix, asks: list[_Ask], plans: list[list[RequestPlan]], chunk: int
     ) -> tuple[SuperLink, list[PromptSpec | None]]:
-        """Runs the routed branches in chunks per image; returns the super link of all of them, in the order of `asks`."""
+        """Runs the routed branches in chunks per image; the super link of all of them, in the order of `asks`."""
         per_image: dict[int, list[int]] = {}
         for i, ask in enumerate(asks):
             per_image.setdefault(ask.image, []).append(i)
@@ -220,7 +226,9 @@ class TrunkStage:
         longest = max([len(members) for members in per_image.values()] + [0])
         for start in range(0, longest, chunk):
             members = [i for ms in per_image.values() for i in ms[start : start + chunk]]
-            layout = build_layout([replace(asks[i].branch, parent=-1) for i in members], len(prefix.valid), self.tokenizer)
+            layout = build_layout(
+                [replace(asks[i].branch, parent=-1) for i in members], len(prefix.valid), self.tokenizer
+            )
             layout = layout.to(self.device)
             hidden, _ = self.trunk.run_branches(prefix, layout, none, none)
             link = self.trunk.links(hidden, layout)[FAMILY]
@@ -260,7 +268,7 @@ class DecoderStage:
         dense: Tensor,
         frames: list[Frame],
         prompts: list[PromptSpec | None],
-        settings: PredictSettings = PredictSettings(),
+        settings: PredictSettings = DEFAULTS,
     ) -> list[Prediction | None]:
         """One Prediction per link, None for keypoint prompts. Received tensors are only read."""
         if len(link) == 0:
@@ -275,9 +283,7 @@ class DecoderStage:
         return self.decoder.predict(raw, frames, prompts, settings)
 
 
-def assemble(
-    plans: Sequence[Sequence[RequestPlan]], predictions: Sequence[Prediction | None]
-) -> list[list[Answer]]:
+def assemble(plans: Sequence[Sequence[RequestPlan]], predictions: Sequence[Prediction | None]) -> list[list[Answer]]:
     """Answers per image and request from what the trunk planned and the decoder found."""
     return [
         [

@@ -130,7 +130,9 @@ def read_meta(folder: str | Path) -> ModelMeta:
     try:
         return ModelMeta(**json.loads((folder / "meta.json").read_text()))
     except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise UserError(f"'{folder / 'meta.json'}' is damaged or of another version: {error}", "damaged_model") from None
+        raise UserError(
+            f"'{folder / 'meta.json'}' is damaged or of another version: {error}", "damaged_model"
+        ) from None
 
 
 def load_model(folder: str | Path, expect_preset: str | None = None) -> LoadedModel:
@@ -156,7 +158,9 @@ def load_model(folder: str | Path, expect_preset: str | None = None) -> LoadedMo
         missing, unexpected = model.load_state_dict(load_file(weights), strict=False)
     except (SafetensorError, RuntimeError) as error:
         reason = str(error).splitlines()[-1].strip()
-        raise UserError(f"'{weights}' cannot be loaded into preset '{settings.name}': {reason}", "damaged_model") from None
+        raise UserError(
+            f"'{weights}' cannot be loaded into preset '{settings.name}': {reason}", "damaged_model"
+        ) from None
     if missing or unexpected:
         names = ", ".join((missing + unexpected)[:3])
         raise UserError(f"'{weights}' does not fit its config.yaml: check {names}", "damaged_model")

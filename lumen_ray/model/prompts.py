@@ -85,7 +85,7 @@ def branch_tokens(branch: Branch, tokenizer: LumenTokenizer) -> tuple[list[int],
 
 
 def build_layout(branches: Sequence[Branch], num_images: int, tokenizer: LumenTokenizer) -> Layout:
-    """All tensors of the prompt layout from a list of branches, packed one after the other behind each image's prefix."""
+    """All tensors of the layout from a list of branches, packed one after the other behind each image's prefix."""
     rows: list[list[tuple[int, list[int], list[int], int]]] = [[] for _ in range(num_images)]
     for index, branch in enumerate(branches):
         rows[branch.image].append((index, *branch_tokens(branch, tokenizer)))

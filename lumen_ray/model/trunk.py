@@ -61,9 +61,7 @@ class Trunk(nn.Module):
         self.regions = RegionEncoder(self.vision.merged_width, width, self.vision.patch_size)
         self.queries = SuperLinkQueries(width, getattr(config, "initializer_range", 0.02))
         self.link_heads = nn.ModuleDict({"perception": LinkHead(width, settings.link_channels)})
-        self.dense = DenseFeatures(
-            settings.stem_channels, settings.dense_channels, self.vision.merged_width, width
-        )
+        self.dense = DenseFeatures(settings.stem_channels, settings.dense_channels, self.vision.merged_width, width)
 
     @property
     def prefix_length(self) -> int:
@@ -192,7 +190,11 @@ class Trunk(nn.Module):
         A row ends at `eos` (left out) or right after a token of `stop` (kept): routing tokens end a free-chat answer.
         """
         rows = Prefix(
-            prefix.images[images], prefix.merged[images], prefix.dense[:0], prefix.valid[images], prefix.repeat(images),
+            prefix.images[images],
+            prefix.merged[images],
+            prefix.dense[:0],
+            prefix.valid[images],
+            prefix.repeat(images),
             prefix.length,
         )
         hidden, cache = self.run_branches(rows, layout, region_masks, region_images)

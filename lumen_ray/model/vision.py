@@ -20,7 +20,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class LayerMerge(nn.Module):
-    """v = sum_i w_i * Linear_i(LN_i(h_i)), accumulated as the layers run, so that their maps are never held together."""
+    """v = sum_i w_i * Linear_i(LN_i(h_i)), added up as the layers run, so that their maps are never held together."""
 
     def __init__(self, num_layers: int, in_features: int, out_features: int):
         super().__init__()

@@ -63,7 +63,9 @@ def prepare_job(shards: str | Path, recipe: Recipe, run: str | Path, init_from: 
     saved = run / "recipe.json"
     wanted = recipe.model_dump(mode="json")
     if saved.is_file() and newest and json.loads(saved.read_text()) != wanted:
-        raise UserError(f"'{run}' holds a run of another recipe; choose another output folder or the same recipe", "run_exists")
+        raise UserError(
+            f"'{run}' holds a run of another recipe; choose another output folder or the same recipe", "run_exists"
+        )
     run.mkdir(parents=True, exist_ok=True)
     saved.write_text(json.dumps(wanted))
     tokenizer_file = run / "tokenizer.json"
@@ -159,7 +161,7 @@ def _fit(prepared: Prepared, run: Path) -> None:
         """Every rank's own data set, in plan order, from the position of the newest checkpoint.
 
         `streaming_split(1)` keeps the order (one consumer, a queue) and moves the executor into an actor: as a thread
-        of the worker it would take the interpreter lock from the training step, which then runs at less than half speed.
+        of the worker it would take the interpreter lock from the training step, which then ran at half speed.
         """
 
         def configure(self, datasets, world_size, worker_handles, worker_node_ids, **kwargs):
@@ -167,7 +169,11 @@ def _fit(prepared: Prepared, run: Path) -> None:
             start = checkpoint.position(newest)["step"] if newest else 0
             plan = Plan(prepared.manifest, recipe, world_size)
             return [
-                {"train": dataset_for_rank(prepared.reader, plan_items(plan, r, world_size, start)).streaming_split(1)[0]}
+                {
+                    "train": dataset_for_rank(prepared.reader, plan_items(plan, r, world_size, start)).streaming_split(
+                        1
+                    )[0]
+                }
                 for r in range(world_size)
             ]
 

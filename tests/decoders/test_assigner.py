@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lumen_ray.decoders.assigner import assign, pairwise_iou
 
 STRIDE, SIDE = 8, 8  # a 64 px input
@@ -18,7 +19,9 @@ def naive_iou(a, b):
     return overlap / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - overlap)
 
 
-boxes = st.tuples(*[st.integers(0, 40)] * 2, *[st.integers(1, 24)] * 2).map(lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]])
+boxes = st.tuples(*[st.integers(0, 40)] * 2, *[st.integers(1, 24)] * 2).map(
+    lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]]
+)
 
 
 @settings(max_examples=50, deadline=None)

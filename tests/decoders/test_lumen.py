@@ -70,7 +70,12 @@ def learned():
     """A decoder that has learned one scene by heart: two things for prompt 0, one for prompt 1, nothing for 2."""
     torch.manual_seed(0)
     model = decoder(std=0)
-    boxes = [[[4, 6, 28, 30], [36, 34, 60, 58]], [[34, 4, 58, 24]] * 2, [[0, 0, 1, 1]] * 2, [[4, 6, 28, 30], [36, 34, 60, 58]]]
+    boxes = [
+        [[4, 6, 28, 30], [36, 34, 60, 58]],
+        [[34, 4, 58, 24]] * 2,
+        [[0, 0, 1, 1]] * 2,
+        [[4, 6, 28, 30], [36, 34, 60, 58]],
+    ]
     keypoints = np.zeros((4, 2, 3))
     keypoints[3] = [[8, 10, 2], [56, 38, 2]]
     targets = make_targets(boxes, [[circle_mask(b) for b in row] for row in boxes], keypoints=keypoints)
@@ -171,7 +176,9 @@ def test_a_prompt_does_not_depend_on_other_prompts_or_images():
     together = predictions_of(model, embeddings, images, dense, sizes, spec)
     assert all(len(p) > 1 for p in together)
     for i, image in enumerate(images):
-        alone = predictions_of(model, embeddings[i : i + 1], [0], dense[image : image + 1], sizes[image : image + 1], spec)
+        alone = predictions_of(
+            model, embeddings[i : i + 1], [0], dense[image : image + 1], sizes[image : image + 1], spec
+        )
         same(together[i], alone[0])
     order = [3, 1, 4, 0, 2]
     shuffled = predictions_of(model, embeddings[order], [images[i] for i in order], dense, sizes, spec)
@@ -250,7 +257,9 @@ def test_pose_of_nothing_has_its_keypoint_names():
     model = decoder()
     embeddings, dense = random_inputs(2, 1)
     raw = model(make_link(embeddings, [0, 0], [-1, 0]), dense)
-    (pose, none) = model.predict(raw, [Frame.fit((64, 64), SIDE)], [PromptSpec("a", keypoints=("head",)), None], PredictSettings(1.1))
+    (pose, none) = model.predict(
+        raw, [Frame.fit((64, 64), SIDE)], [PromptSpec("a", keypoints=("head",)), None], PredictSettings(1.1)
+    )
     assert none is None and pose.keypoints.xyv.shape == (0, 1, 3) and pose.keypoints.names == ("head",)
 
 
@@ -271,7 +280,10 @@ def test_every_stride_builds_boxes_around_its_places(stride):
     raw = model(make_link(embeddings, [0]), dense)
     n = SIDE // stride
     assert raw.shape == (n, n) and raw.logits.shape == (1, n * n)
-    assert raw.centers[0].tolist() == [stride / 2] * 2 and raw.centers[n - 1].tolist() == [SIDE - stride / 2, stride / 2]
+    assert raw.centers[0].tolist() == [stride / 2] * 2 and raw.centers[n - 1].tolist() == [
+        SIDE - stride / 2,
+        stride / 2,
+    ]
     x, y = raw.centers.unbind(-1)
     x1, y1, x2, y2 = raw.boxes[0].unbind(-1)
     assert ((x1 < x) & (x < x2) & (y1 < y) & (y < y2)).all()
@@ -297,7 +309,9 @@ def naive_giou_loss(a, b):
 
 
 sizes = st.floats(0.5, 30)
-boxes = st.tuples(st.floats(0, 50), st.floats(0, 50), sizes, sizes).map(lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]])
+boxes = st.tuples(st.floats(0, 50), st.floats(0, 50), sizes, sizes).map(
+    lambda b: [b[0], b[1], b[0] + b[2], b[1] + b[3]]
+)
 
 
 @settings(max_examples=80, deadline=None)

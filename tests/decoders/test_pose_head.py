@@ -77,7 +77,9 @@ def test_it_learns_a_place_that_the_features_mark():
         center = torch.rand(16, 2) * 32 + 16
         target = center + (torch.rand(16, 2) - 0.5) * 16
         place = (torch.arange(16) + 0.5) * 4
-        bump = torch.exp(-((place - target[:, :1]) ** 2)[:, None, :] / 32 - ((place - target[:, 1:]) ** 2)[:, :, None] / 32)
+        bump = torch.exp(
+            -((place - target[:, :1]) ** 2)[:, None, :] / 32 - ((place - target[:, 1:]) ** 2)[:, :, None] / 32
+        )
         dense = torch.stack([bump, torch.ones_like(bump)], 1)
         xy, _ = pose(dense, torch.cat([center - 12, center + 12], 1), torch.arange(16), links)
         loss = (xy - target).abs().mean()

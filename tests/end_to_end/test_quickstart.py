@@ -51,7 +51,15 @@ def test_the_log_has_every_step_with_losses_and_rates(made):
 
 def test_the_report_scores_every_task(made):
     report = json.loads((made[0] / "evaluation" / "report.json").read_text())
-    for name in ("box_AP50", "mask_AP50", "keypoint_AP", "refer_p50", "vqa_accuracy", "caption_attributes", "routing_accuracy"):
+    for name in (
+        "box_AP50",
+        "mask_AP50",
+        "keypoint_AP",
+        "refer_p50",
+        "vqa_accuracy",
+        "caption_attributes",
+        "routing_accuracy",
+    ):
         assert isinstance(report["metrics"][name], float), name
 
 

@@ -13,7 +13,9 @@ from lumen_ray.model.build import save_model
 from lumen_ray.serve.batching import merge
 from lumen_ray.structures import Region
 
-CLASSES = [f"{colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square", "triangle", "figure")]
+CLASSES = [
+    f"{colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square", "triangle", "figure")
+]
 EVERYTHING = {"score_threshold": 0.0, "max_per_phrase": 100, "max_new_tokens": 6}
 
 
@@ -200,7 +202,11 @@ def test_routed_chat_and_structured_requests_of_a_batch_keep_apart(routed):
     engine = routed("[DET]")
     requests = [
         [make_request("chat", text="detect circle"), make_request("pose", classes=["figure"])],
-        [make_request("pose", classes=["red figure"]), make_request("chat", text="detect square"), make_request("chat", text="pose of figure")],
+        [
+            make_request("pose", classes=["red figure"]),
+            make_request("chat", text="detect square"),
+            make_request("chat", text="pose of figure"),
+        ],
     ]
     together = engine.run(PICTURES[:2], requests, **EVERYTHING)
     for image, asked, answers in zip(PICTURES, requests, together, strict=False):

@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import tiny_tokenizer
 
-from lumen_ray.model.prompts import IGNORE, Branch, additive, branch_allowed, branch_tokens, build_layout, prefix_allowed
+from lumen_ray.model.prompts import (
+    IGNORE,
+    Branch,
+    additive,
+    branch_allowed,
+    branch_tokens,
+    build_layout,
+    prefix_allowed,
+)
 from lumen_ray.model.tokenizer import ASSISTANT, EOS, PAD, USER
 from lumen_ray.tasks import REGION_TOKEN, ROUTING_TOKENS
 
@@ -62,7 +70,9 @@ def test_layout_holds_every_branch_once(case):
     padding = layout.branch_ids < 0
     assert (layout.input_ids[padding] == TOKENIZER.ids[PAD]).all() and (layout.labels[padding] == IGNORE).all()
     # link and region indices name what the branches say, whatever order the images are packed in
-    found = {tuple(slot): int(index) for slot, index in zip(layout.region_slots.tolist(), layout.region_index, strict=True)}
+    found = {
+        tuple(slot): int(index) for slot, index in zip(layout.region_slots.tolist(), layout.region_index, strict=True)
+    }
     wanted = [index for branch in branches for index in branch.regions]
     assert [found[tuple(slot)] for slot in regions] == wanted
 

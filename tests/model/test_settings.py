@@ -28,7 +28,10 @@ def refused(**changes):
         ({"lumen": {"strid": 8}}, "unknown key 'lumen.strid'; did you mean 'stride'?"),
         ({"vision": {}}, "tiny.yaml: vision: at least one of 'clip' and 'dinov2' must be set"),
         ({"vision": {"clip": CLIP | {"hiden_size": 8}}}, "'vision.clip.hiden_size'; did you mean 'hidden_size'?"),
-        ({"vision": {"clip": CLIP, "dinov2": DINOV2 | {"patch_size": 8}}}, "one patch_size to share a grid, got [8, 16]"),
+        (
+            {"vision": {"clip": CLIP, "dinov2": DINOV2 | {"patch_size": 8}}},
+            "one patch_size to share a grid, got [8, 16]",
+        ),
         ({"vision": {"clip": CLIP, "token_merge": 3}}, "token_merge 3 must divide the 4 patches per side"),
         ({"llm": {"hidden_size": 32}}, "llm: 'model_type' is required"),
         ({"llm": llm() | {"model_type": "lama"}}, "unknown llm.model_type 'lama'; did you mean 'llama'?"),

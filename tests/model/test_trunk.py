@@ -162,7 +162,11 @@ def test_generate_equals_a_naive_greedy_run(model_type, mode):
 
 def test_generate_reads_the_regions_of_its_rows():
     trunk = make_trunk()
-    branches = [Branch(0, "what ?"), Branch(1, "what is <region> ?", regions=(0,)), Branch(2, "what is <region> ?", regions=(1,))]
+    branches = [
+        Branch(0, "what ?"),
+        Branch(1, "what is <region> ?", regions=(0,)),
+        Branch(2, "what is <region> ?", regions=(1,)),
+    ]
     layout = build_layout(branches, 3, TOKENIZER)
     prefix = trunk.encode(IMAGES)
     masks = REGION_MASKS[[0, 0]].clone()
