@@ -17,6 +17,8 @@ from lumen_ray.errors import UserError, suggest
 from lumen_ray.ray_env import prepare_environment
 
 EXIT_USER_ERROR = 2
+#: verbs that continue where they stopped
+RESUMABLE = ("quickstart", "train", "label")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,7 +70,7 @@ def _prepare_args(verbs: Any) -> None:
     coco.add_argument("--shuffle-seed", type=int, default=0)
     for q in (scenes, coco):
         q.add_argument("--output", required=True, help="shard folder to write")
-        q.add_argument("--rows-per-group", type=int, default=16, help="images per row group; batch sizes are multiples")
+        q.add_argument("--rows-per-group", type=int, default=8, help="images per row group; batch sizes are multiples")
         q.add_argument("--overwrite", action="store_true", help="replace shards that are there")
     p.set_defaults(run=_prepare)
 
@@ -202,8 +204,9 @@ def _label(args: argparse.Namespace) -> None:
     from lumen_ray.label.pipeline import label
     from lumen_ray.model.build import read_meta
 
-    needs_classes = {"detect", "segment", "pose", "count"} & set(args.tasks)
-    classes = args.classes or (read_meta(args.model).classes if needs_classes else None)
+    classes = args.classes
+    if classes is None and {"detect", "segment", "pose", "count"} & set(args.tasks):
+        classes = read_meta(args.model).classes
     with bar("label") as progress:
         summary = label(
             args.model,
@@ -222,8 +225,10 @@ def _label(args: argparse.Namespace) -> None:
 
 def labelled_line(summary: dict[str, Any], output: str | Path) -> str:
     """What `label` wrote, in one line."""
+    first = summary["first_error"]
+    reason = f" (e.g. {first['image_id']}: {first['message']}; see errors.parquet)" if first else ""
     return (
-        f"{summary['images']} images: {summary['labelled']} labelled, {summary['errors']} errors -> {output} "
+        f"{summary['images']} images: {summary['labelled']} labelled, {summary['errors']} errors{reason} -> {output} "
         f"(labels/*.parquet, coco/*.json, gallery.html)"
     )
 
@@ -232,17 +237,11 @@ def _serve(args: argparse.Namespace) -> None:
     from lumen_ray.serve.app import prepare_serve_environment
 
     prepare_serve_environment()
-    from lumen_ray import config
     from lumen_ray.model.build import read_meta
-    from lumen_ray.presets import find
     from lumen_ray.serve.app import run
-    from lumen_ray.serve.settings import ServeSettings
+    from lumen_ray.serve.settings import load_settings
 
-    data = config.load_yaml(find("serve", args.config))
-    http = dict(data.get("http") or {})
-    http |= {key: value for key, value in (("host", args.host), ("port", args.port)) if value is not None}
-    data |= {"http": http} | ({"model": args.model} if args.model else {})
-    settings = config.validate(ServeSettings, data, str(args.config))
+    settings = load_settings(args.config, model=args.model, host=args.host, port=args.port)
     read_meta(settings.model)  # a folder without a model is told here, not by a replica
     server = run(settings, blocking=False)
     say(f"serving {settings.model} at {server.url} (page at /, API at /docs); stop with Ctrl-C")
@@ -259,6 +258,7 @@ def main(argv: list[str] | None = None) -> int:
     prepare_environment()
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
+    verb = argv[0] if argv else ""
     try:
         verbs = parser._subparsers._group_actions[0].choices
         if argv and not argv[0].startswith("-") and argv[0] not in verbs:
@@ -274,7 +274,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"lumen-ray: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("lumen-ray: stopped; run the same command again to continue", file=sys.stderr)
+        hint = "; run the same command again to continue" if verb in RESUMABLE else ""
+        print(f"lumen-ray: stopped{hint}", file=sys.stderr)
         return 130
     return 0
 

@@ -69,17 +69,27 @@ def validate(cls: type[T], data: Any, origin: str) -> T:
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file; `UserError` when it is missing or not YAML."""
+    """The mapping in a YAML file, empty for an empty file; `UserError` when it cannot be read or holds no mapping."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"config file '{path}' does not exist", "missing_config")
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        raise UserError(f"config file '{path}' is not UTF-8 text; give a YAML file", "invalid_config") from None
+    except OSError as error:
+        raise UserError(f"config file '{path}' cannot be read: {error.strerror}", "invalid_config") from None
     except yaml.YAMLError as error:
         raise UserError(
             f"config file '{path}' is not valid YAML: {str(error).splitlines()[0]}", "invalid_config"
         ) from None
-    return data if data is not None else {}
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise UserError(
+            f"config file '{path}' must hold a mapping of settings, not a {type(data).__name__}", "invalid_config"
+        )
+    return data
 
 
 def load(cls: type[T], path: str | Path) -> T:

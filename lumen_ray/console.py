@@ -25,19 +25,20 @@ class Bar:
         self._title, self._progress = title, progress
         self._task = progress.add_task(title, total=None, note="") if progress else None
         self._last_line = time.monotonic()
-        self._started = time.monotonic()
+        self._first: tuple[float, int] | None = None  # when and where counting began: a resumed job not at 0
 
     def update(self, done: int, total: int | None, note: str = "") -> None:
         if self._progress is not None:
             self._progress.update(self._task, completed=done, total=total, note=note)
             return
         now = time.monotonic()
+        began, first = self._first = self._first or (now, done)
         if now - self._last_line < LINE_EVERY_S and done != total:
             return
         self._last_line = now
         left = ""
-        if total and 0 < done < total:
-            left = f", about {seconds((now - self._started) * (total - done) / done)} left"
+        if total and first < done < total:
+            left = f", about {seconds((now - began) * (total - done) / (done - first))} left"
         say(f"  {self._title}: {done}/{total}{left}{'  ' + note if note else ''}")
 
 

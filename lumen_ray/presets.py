@@ -6,9 +6,19 @@ from pathlib import Path
 
 from lumen_ray.errors import UserError, suggest
 
-_HERE = Path(__file__).resolve().parent
-#: an installed wheel carries `configs/` as package data; a checkout has it beside the package
-ROOTS = (_HERE.parent / "configs", _HERE / "configs")
+
+def config_roots(package: Path) -> tuple[Path, ...]:
+    """The `configs/` folders of the package in the folder `package`.
+
+    A checkout has it beside the package, together with pyproject.toml; a `configs` beside an installed package belongs
+    to somebody else. A wheel carries it as package data.
+    """
+    checkout = (package.parent / "configs",) if (package.parent / "pyproject.toml").is_file() else ()
+    packaged = (package / "configs",) if (package / "configs").is_dir() else ()
+    return checkout + packaged
+
+
+ROOTS = config_roots(Path(__file__).resolve().parent)
 
 
 def find(kind: str, name: str) -> Path:

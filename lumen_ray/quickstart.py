@@ -6,21 +6,26 @@ import base64
 import json
 import os
 import time
+import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lumen_ray import config
 from lumen_ray.cli import labelled_line, prepared_line
 from lumen_ray.console import bar, console, say, seconds, training_note
 from lumen_ray.errors import UserError
-from lumen_ray.presets import find, recipe_path
+from lumen_ray.presets import recipe_path
+
+if TYPE_CHECKING:
+    from lumen_ray.serve.app import Server
+    from lumen_ray.serve.settings import ServeSettings
 
 VAL_SEED = 10_000
 LABELLED = 24  # images that are labelled and looked at
-ROWS_PER_GROUP = 16
+ROWS_PER_GROUP = 8
 
 
 @contextmanager
@@ -52,6 +57,7 @@ def quickstart(
     from lumen_ray.train.recipe import Recipe
 
     recipe = config.load(Recipe, recipe_path(recipe_name))
+    serving = _serve_settings(output / "train" / "model", port)
     timings: dict[str, float] = {}
     started = time.monotonic()
     say(f"lumen-ray quickstart -> {output}/  ({os.cpu_count()} cores)")
@@ -67,7 +73,7 @@ def quickstart(
         with _step(4, "label", timings):
             _label(output, model)
         with _step(5, "serve", timings):
-            server = _serve(output, model, port)
+            server = _serve(output, serving.model_copy(update={"model": str(model)}))
         say(f"\nall of it in {seconds(time.monotonic() - started)}")
         (output / "timings.json").write_text(json.dumps(timings, indent=1))
         say(f"look at {output}/labels/gallery.html, {output}/served/*.png and {output}/evaluation/report.json")
@@ -169,8 +175,11 @@ def _label(output: Path, model: Path) -> None:
     say("  " + labelled_line(summary, output / "labels"))
 
 
-def _requests(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """One request per task about one scene, from what the scene is annotated for."""
+def _requests(row: dict[str, Any], posed: Collection[str]) -> dict[str, dict[str, Any]]:
+    """One request per task about one scene, from what the scene is annotated for.
+
+    posed: the classes that the model knows keypoints of; no request for poses where there are none.
+    """
     classes = list(dict.fromkeys(i["phrase"] for i in row["instances"]))
     question = next(
         (m["turns"][0]["content"] for m in row["messages"] if m["task"] == "vqa"), "how many circles are there ?"
@@ -178,10 +187,10 @@ def _requests(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
     caption = next((m["turns"][1]["content"] for m in row["messages"] if m["task"] == "caption"), ", ".join(classes))
     expression = next((p["phrase"] for p in row["phrases"] if p["task"] == "refer" and p["instances"]), classes[0])
     x1, y1, x2, y2 = (float(c) for c in row["instances"][0]["box"])
-    return {
+    requests = {
         "detect": {"classes": classes},
         "segment": {"classes": classes},
-        "pose": {"classes": [c for c in classes if c.endswith("figure")] or ["figure"]},
+        "pose": {"classes": [c for c in classes if c in posed] or sorted(posed)[:1]},
         "count": {"classes": classes},
         "ground": {"text": caption},
         "refer": {"text": expression},
@@ -190,21 +199,34 @@ def _requests(row: dict[str, Any]) -> dict[str, dict[str, Any]]:
         "region_caption": {"region": {"kind": "box", "points": [[x1, y1], [x2, y2]]}},
         "chat": {"text": f"find every {classes[0]}"},
     }
+    if not posed:
+        del requests["pose"]
+    return requests
 
 
-def _serve(output: Path, model: Path, port: int) -> Any:
+def _serve_settings(model: Path, port: int) -> ServeSettings:
+    """What step 5 serves with, checked before the minutes that the steps before it take."""
+    from lumen_ray.serve.app import check_port
+    from lumen_ray.serve.settings import load_settings
+
+    settings = load_settings("nano", model=str(model), port=port)
+    if not os.environ.get("RAY_ADDRESS"):  # there, the cluster's own Serve may hold the port
+        check_port(settings.http.host, settings.http.port)
+    return settings
+
+
+def _serve(output: Path, settings: ServeSettings) -> Server:
     """Starts the application, sends one request per task over HTTP and saves the drawn answers."""
+    from lumen_ray.model.build import read_meta
     from lumen_ray.serve.app import run
-    from lumen_ray.serve.settings import ServeSettings
 
-    data = config.load_yaml(find("serve", "nano"))
-    data |= {"model": str(model), "http": dict(data["http"]) | {"port": port}}
-    server = run(config.validate(ServeSettings, data, "serve/nano"), blocking=False)
+    posed = read_meta(settings.model).skeletons
+    server = run(settings, blocking=False)
     say(f"  {server.url} is up (page at /, API at /docs)")
     row = _scene_with_figure(output / "shards" / "val")
     folder = output / "served"
     folder.mkdir(exist_ok=True)
-    for task, body in _requests(row).items():
+    for task, body in _requests(row, posed).items():
         answer = post(f"{server.url}/v1/{task}", body | {"image": base64.b64encode(row["image"]).decode()})
         (folder / f"{task}.json").write_text(json.dumps(answer, indent=1))
         draw_served(row["image"], task, answer, folder / f"{task}.png")
@@ -224,10 +246,18 @@ def _scene_with_figure(shards: Path) -> dict[str, Any]:
 
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The JSON answer to a JSON request."""
+    """The JSON answer to a JSON request; `UserError` with the server's words when it refuses."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=60) as response:
-        return json.loads(response.read())
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        told = error.read().decode(errors="replace")
+        try:
+            told = json.loads(told)["error"]["message"]
+        except (ValueError, KeyError, TypeError):  # not from our server: its words as they are
+            told = " ".join(told.split())[:300]
+        raise UserError(f"{url} answered {error.code}: {told}", "refused") from None
 
 
 def draw_served(image: bytes, task: str, answer: dict[str, Any], path: Path) -> None:

@@ -28,6 +28,8 @@ SKELETONS: dict[str, tuple[str, ...]] = dict.fromkeys(("figure", *(f"{c} figure"
 MIN_VISIBLE = 0.75  # an object keeps at least this share of its pixels
 _SIZES = {"figure": (32, 52), "circle": (22, 48), "square": (22, 48), "triangle": (26, 52)}  # pixels at side 128
 _HUES = {"red": (0.99, 0.025), "green": (0.34, 0.05), "blue": (0.61, 0.035)}  # centre, half width
+#: of scenes with 1, 2, .. 5 objects; a lone object is where words and looks are learned to belong together
+_NUMBER_SHARES = (0.35, 0.25, 0.2, 0.12, 0.08)
 _REGION_KINDS = ("box", "point", "scribble", "polygon", "mask")
 _REGION_SHARES = (0.6, 0.1, 0.1, 0.1, 0.1)
 
@@ -171,7 +173,7 @@ def render(seed: int, index: int, side: int = 128) -> Scene:
     rng = np.random.default_rng([seed, index])
     canvas = _background(side, rng)
     objects: list[SceneObject] = []
-    number = int(rng.integers(1, 6))
+    number = 1 + int(rng.choice(5, p=_NUMBER_SHARES))
     for _ in range(number):
         if objects and rng.random() < 0.35:  # repeat a class, so that counting and "the left one" mean something
             model = objects[rng.integers(len(objects))]

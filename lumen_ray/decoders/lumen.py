@@ -81,8 +81,9 @@ class LumenDecoder(Decoder):
         self.neck = nn.Sequential(*(downs[settings.stride] or [conv_block(dense_channels, c)]), ResidualBlock(c))
         self.link_proj = nn.Sequential(nn.LayerNorm(link_channels), nn.Linear(link_channels, c))
         self.aligner = Aligner(c, settings.num_heads, settings.num_layers)
-        self.heat_norm, self.heat_place, self.heat_token = nn.LayerNorm(c), nn.Linear(c, c), nn.Linear(c, c)
-        self.heat_scale = nn.Parameter(torch.ones(1))
+        self.heat_place = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, c))
+        self.heat_token = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, c))
+        self.heat_scale = nn.Parameter(torch.full((1,), 4.0))  # a steep match: places must tell prompts apart early
         self.heat_bias = nn.Parameter(torch.full((1,), -4.0))  # few places are objects
         self.box_head = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, c), nn.SiLU(), nn.Linear(c, 4))
         m, k = settings.mask_channels, KERNEL_WIDTH
@@ -106,7 +107,7 @@ class LumenDecoder(Decoder):
             position,
         )
         c = places.shape[-1]
-        logits = torch.einsum("plc,pc->pl", self.heat_place(self.heat_norm(places)), self.heat_token(tokens))
+        logits = torch.einsum("plc,pc->pl", self.heat_place(places), self.heat_token(tokens))
         logits = logits * (self.heat_scale / c**0.5) + self.heat_bias
         stride = self.settings.stride
         y, x = torch.meshgrid(torch.arange(h, device=dense.device), torch.arange(w, device=dense.device), indexing="ij")
@@ -236,7 +237,7 @@ class LumenDecoder(Decoder):
     def predict(
         self, raw: LumenRaw, frames: list[Frame], prompts: list[PromptSpec | None], settings: PredictSettings
     ) -> list[Prediction | None]:
-        """One Prediction per link, in the frame of the stored image; None for keypoint prompts, which their parent holds.
+        """One Prediction per link, in the frame of the stored image; None for keypoint prompts (see their parent).
 
         `frames`: one per image; `prompts`: one per link.
         """

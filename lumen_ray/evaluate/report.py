@@ -69,7 +69,7 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
     console.print(make_table(report))
     if report["skipped"]:
         first = report["errors"][0]
-        console.print(f"{report['skipped']} images could not be read, e.g. {first['image_id']}: {first['message']}")
+        console.print(f"{report['skipped']} images could not be used, e.g. {first['image_id']}: {first['message']}")
 
 
 def write_report(report: dict[str, Any], path: str | Path) -> None:

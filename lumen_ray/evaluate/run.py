@@ -29,6 +29,7 @@ from lumen_ray.tasks import TASKS, get_task
 SCORE_THRESHOLD = 0.01
 #: Free chat is only asked for its first token; this many leave room for a word before it.
 ROUTING_TOKENS = 8
+MAX_PER_PHRASE = 100
 
 
 def evaluate(
@@ -47,10 +48,12 @@ def evaluate(
     tasks: of the registry, all that the split is annotated for by default; ``chat`` stands for routing accuracy.
     limit: images at most. chat_limit: images whose instructions are also asked as free chat (slow: text is sampled).
     progress: called with (images done, images in all) after each batch.
+    Raises `UserError` for tasks that the split is not annotated for, and numbers that make no sense.
 
     Returns the report as a plain dict: ``metrics`` (metric -> value or None where the split has no annotations),
-    ``tables``, counts and timing; ``images == scored + skipped``, the skipped ones with their reason in ``errors``.
+    ``tables``, ``settings``, counts and timing; ``images == scored + skipped``, the skipped ones with their reason in ``errors``.
     """
+    _check(limit, batch_size, chat_limit)
     manifest = read_manifest(shards_dir)
     scorer = _scorer(manifest, tasks)
     total = min(manifest["rows"], limit) if limit is not None else manifest["rows"]
@@ -76,6 +79,13 @@ def evaluate(
         "split": str(shards_dir),
         "model": {"preset": engine.preset, "version": engine.version},
         "tasks": [name for name in TASKS if name in scorer.tasks],
+        "settings": {
+            "score_threshold": SCORE_THRESHOLD,
+            "max_per_phrase": MAX_PER_PHRASE,
+            "limit": limit,
+            "chat_limit": chat_limit,
+            "batch_size": batch_size,
+        },
         "images": done,
         "scored": done - len(errors),
         "skipped": len(errors),
@@ -89,17 +99,29 @@ def evaluate(
     return report
 
 
+def _check(limit: int | None, batch_size: int, chat_limit: int) -> None:
+    for name, value, least in (("limit", limit, 1), ("batch_size", batch_size, 1), ("chat_limit", chat_limit, 0)):
+        if value is not None and value < least:
+            raise UserError(f"{name} is {value}; give {least} or more", "invalid_setting")
+
+
 def _scorer(manifest: dict[str, Any], tasks: Sequence[str] | None) -> SplitScorer:
-    annotated = [name for name in TASKS if manifest["tasks"].get(name)]
+    # any annotated task can also be asked in free chat, whether or not the split holds conversations
+    annotated = [name for name in TASKS if manifest["tasks"].get(name) and name != "chat"]
+    has = f"its tasks: {', '.join(annotated) or 'none'}"
+    if tasks is not None and not tasks:
+        raise UserError(f"no task given; give some that the split is annotated for, {has}", "empty_tasks")
     for name in tasks or ():
         get_task(name)
-    # any annotated task can also be asked in free chat, whether or not the split holds conversations
-    wanted = [name for name in tasks if name in annotated or name == "chat"] if tasks else [*annotated, "chat"]
-    if not set(wanted) & set(annotated):
+    wanted = [*annotated, "chat"] if tasks is None else list(dict.fromkeys(tasks))
+    missing = [name for name in wanted if name not in annotated and name != "chat"]
+    if missing or not annotated:
         raise UserError(
-            f"the split is not annotated for {', '.join(tasks or ['any task'])}; its tasks: "
-            f"{', '.join(annotated) or 'none'}",
-            "nothing_to_evaluate",
+            f"the split is not annotated for {', '.join(missing) or 'any task'}; {has}", "nothing_to_evaluate"
+        )
+    if wanted == ["chat"]:
+        raise UserError(
+            f"task 'chat' asks for the other tasks in free chat; give some of them too, {has}", "nothing_to_evaluate"
         )
     categories = manifest["categories"]
     skeletons = {c["name"]: c["keypoints"] for c in categories if c.get("keypoints")}
@@ -129,22 +151,25 @@ def _score_batch(
 ) -> list[dict[str, Any]]:
     """Asks and scores everything about `rows`; returns the answers as label records.
 
-    Rows whose image cannot be read go to `errors`.
+    Rows whose image cannot be read or whose texts cannot be asked go to `errors`.
     """
     images, asks, chats, readable = [], [], [], []
     for number, row in enumerate(rows, start=first):
         try:
             if row["image"] is None:
                 raise UserError("the row has no image", "no_image")
-            images.append(decode(row["image"]))
+            image = decode(row["image"])
+            mine = scorer.asks(row)
+            free = scorer.chat_asks(row, number) if number < chat_limit else []
         except UserError as error:
             errors.append({"image_id": row["image_id"], "reason": error.reason, "message": str(error)})
             continue
         readable.append(row)
-        asks.append(scorer.asks(row))
-        chats.append(scorer.chat_asks(row, number) if number < chat_limit else [])
+        images.append(image)
+        asks.append(mine)
+        chats.append(free)
     records = []
-    answers = _ask(engine, images, asks, score_threshold=SCORE_THRESHOLD)
+    answers = _ask(engine, images, asks, score_threshold=SCORE_THRESHOLD, max_per_phrase=MAX_PER_PHRASE)
     for row, mine, found in zip(readable, asks, answers, strict=True):
         for (request, _), answer in zip(mine, found, strict=True):
             records += answer_records(row["image_id"], row["source"], request, answer)

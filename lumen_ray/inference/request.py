@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lumen_ray.errors import UserError
+from lumen_ray.model.tokenizer import SPECIAL_TOKENS
 from lumen_ray.structures import Region
 from lumen_ray.tasks import check_classes, get_task, split_phrases
 
@@ -41,6 +42,8 @@ def make_request(
     `region`; caption needs nothing.
     """
     needs = get_task(task).needs
+    for given in (text or "", *(classes or ()), *(keypoints or ())):
+        _refuse_reserved(given or "")
     points = tuple(keypoints) if keypoints else None
     if needs == "classes":
         return Request(task, tuple(check_classes(classes or (), task)), keypoints=points, template=template)
@@ -49,10 +52,19 @@ def make_request(
         if not text:
             raise UserError(f"task '{task}' needs a text ({needs}); give one", "empty_text")
         if needs == "sentence":
-            return Request(task, tuple(split_phrases(text)), text, template=template)
+            phrases = split_phrases(text)
+            for phrase in phrases:  # in lower case now, like some special tokens
+                _refuse_reserved(phrase)
+            return Request(task, tuple(phrases), text, template=template)
         return Request(task, (text,) if needs == "expression" else (), text, template=template)
     if needs == "region":
         if region is None:
             raise UserError(f"task '{task}' needs a region (box, point, scribble, polygon or mask)", "missing_region")
         return Request(task, region=region, template=template)
     return Request(task, template=template)
+
+
+def _refuse_reserved(text: str) -> None:
+    """A special token in the caller's text would be read as part of the prompt's layout."""
+    if reserved := next((token for token in SPECIAL_TOKENS if token in text), None):
+        raise UserError(f"a text may not contain '{reserved}', which the prompt layout uses", "reserved_text")

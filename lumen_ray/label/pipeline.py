@@ -121,7 +121,8 @@ def label(
 
     Writes ``labels/*.parquet``, ``errors.parquet``, the `exports` and ``summary.json``. Run again after an interruption
     it continues where it stopped. In the summary, ``images == labelled + errors``. Raises `UserError` for what cannot
-    be asked, an input without images, or an output folder that holds labels made with other settings.
+    be asked, an input without images, or an output folder that holds labels made with other settings; and, once the
+    errors are written, when no image at all could be labelled.
     """
     _check(num_actors, batch_size, score_threshold, fragment_size, exports)
     requests = build_requests(tasks, classes, prompts, keypoints)
@@ -224,7 +225,14 @@ def _finish(ledger: Ledger, status: Status, exports: Sequence[str]) -> dict[str,
     from lumen_ray.label.gallery import write_gallery
 
     entries = ledger.entries()
-    ledger.write_errors()
+    errors_path = ledger.write_errors()
+    errors = [error for entry in entries.values() for error in entry["errors"]]
+    if errors and not any(entry["labelled"] for entry in entries.values()):
+        raise UserError(
+            f"none of {len(errors)} images could be labelled, the first, '{errors[0]['image_id']}', because "
+            f"{errors[0]['message']}; see '{errors_path}', mend the images and give a new output folder",
+            "nothing_labelled",
+        )
     instances: Counter[str] = Counter()
     for table in ledger.tables():
         boxed = table.filter(table["box"].is_valid())
@@ -234,7 +242,8 @@ def _finish(ledger: Ledger, status: Status, exports: Sequence[str]) -> dict[str,
         "output": str(ledger.output),
         "images": sum(e["images"] for e in entries.values()),
         "labelled": sum(e["labelled"] for e in entries.values()),
-        "errors": sum(len(e["errors"]) for e in entries.values()),
+        "errors": len(errors),
+        "first_error": errors[0] if errors else None,
         "instances": dict(instances),
         "fragments": len(entries),
         "finished_before": status.finished_before,

@@ -76,12 +76,9 @@ def read_fragment(fragment: Fragment) -> Iterator[dict[str, Any]]:
 
 
 class Labeller:
-    """A model and the requests to put to it; an actor of the pool, or used directly."""
+    """A model and the requests to put to it."""
 
     def __init__(self, settings: WorkerSettings):
-        import torch
-
-        torch.set_num_threads(1)  # actors share the machine: more threads each would fight for its cores
         self.settings = settings
         self.fault = ""
         try:
@@ -154,6 +151,16 @@ class Labeller:
             result["records"] = json.dumps(records)
 
 
+class LabelActor(Labeller):
+    """A `Labeller` of the actor pool."""
+
+    def __init__(self, settings: WorkerSettings):
+        import torch
+
+        torch.set_num_threads(1)  # actors share the machine: more threads each would fight for its cores
+        super().__init__(settings)
+
+
 def _load(settings: WorkerSettings) -> Any:
     if callable(settings.model):
         return settings.model()
@@ -212,7 +219,7 @@ def label_on_ray(fragments: Sequence[Fragment], settings: WorkerSettings) -> Ite
             ray.data.from_items(rows, override_num_blocks=len(rows))
             .flat_map(lambda row: read_fragment(row["item"]))
             .map_batches(
-                Labeller,
+                LabelActor,
                 fn_constructor_args=(settings,),
                 batch_size=settings.batch_size,
                 batch_format="numpy",

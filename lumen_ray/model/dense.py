@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,7 +51,7 @@ class DenseFeatures(nn.Module):
         self.from_llm = nn.Sequential(nn.GroupNorm(1, llm_width), nn.Conv2d(llm_width, channels, 1))
         self.lateral16 = nn.Conv2d(3 * c, channels, 1)
         self.lateral8 = nn.Conv2d(2 * c, channels, 1)
-        self.lateral4 = nn.Conv2d(c, channels, 1)
+        self.lateral4 = nn.Conv2d(c + 3, channels, 1)  # the stem and the mean colour under each cell
         self.fuse16 = ResidualBlock(channels)
         self.fuse8 = ResidualBlock(channels)
         self.fuse4 = conv_block(channels, channels)
@@ -65,4 +66,5 @@ class DenseFeatures(nn.Module):
         tokens = _resize(self.from_vision(merged), s16) + _resize(self.from_llm(states), s16)
         x = self.fuse16(self.lateral16(s16) + tokens)
         x = self.fuse8(self.lateral8(s8) + F.interpolate(x, s8.shape[-2:], mode="nearest"))
+        s4 = torch.cat([s4, F.avg_pool2d(images, 4) * 4 - 2], dim=1)  # normalisation in the stem hides plain colour
         return self.fuse4(self.lateral4(s4) + F.interpolate(x, s4.shape[-2:], mode="nearest"))

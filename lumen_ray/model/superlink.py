@@ -57,6 +57,11 @@ class LinkHead(nn.Module):
             nn.ReLU(),
             nn.Linear(channels, channels),
         )
+        # The default initialisation shrinks what differs between prompts at every layer until the biases, which do
+        # not differ, are all that a decoder's normalisation sees.
+        for layer in self.mlp[::2]:
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
 
     def forward(self, states: Tensor) -> Tensor:
         return self.mlp(states).mean(dim=1)

@@ -57,9 +57,10 @@ class Trunk(nn.Module):
         config = AutoConfig.for_model(llm.pop("model_type"), vocab_size=vocab_size, **llm)
         self.llm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
         width = config.hidden_size
-        self.vision = CommVision(settings.vision, settings.image_size, width)
+        std = getattr(config, "initializer_range", 0.02)
+        self.vision = CommVision(settings.vision, settings.image_size, width, std)
         self.regions = RegionEncoder(self.vision.merged_width, width, self.vision.patch_size)
-        self.queries = SuperLinkQueries(width, getattr(config, "initializer_range", 0.02))
+        self.queries = SuperLinkQueries(width, std)
         self.link_heads = nn.ModuleDict({"perception": LinkHead(width, settings.link_channels)})
         self.dense = DenseFeatures(settings.stem_channels, settings.dense_channels, self.vision.merged_width, width)
 

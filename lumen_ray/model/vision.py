@@ -75,7 +75,7 @@ class MergedEncoder(nn.Module):
 class CommVision(nn.Module):
     """CLIP + DINOv2 -> image tokens of the LLM's width. Either encoder may be switched off in the settings."""
 
-    def __init__(self, settings: VisionSettings, image_size: int, llm_width: int):
+    def __init__(self, settings: VisionSettings, image_size: int, llm_width: int, token_std: float = 0.02):
         super().__init__()
         self.clip = self.dinov2 = None
         width = 0
@@ -103,6 +103,9 @@ class CommVision(nn.Module):
         self.merged_width = width
         self.token_merge = settings.token_merge
         self.projector = nn.Linear(width * self.token_merge**2, llm_width)
+        # Image tokens enter on the scale of word embeddings; much longer ones would pass the LLM's layers unchanged.
+        self.token_norm = nn.LayerNorm(llm_width)
+        nn.init.constant_(self.token_norm.weight, token_std)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """images [B, 3, H, W] in 0..1 -> (image tokens [B, P, llm_width], merged map [B, merged_width, h, w]).
@@ -118,7 +121,7 @@ class CommVision(nn.Module):
         h, w = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
         # contiguous, because torch's GroupNorm backward crashes on channels-last input that needs no gradient
         grid = merged.transpose(1, 2).reshape(len(images), -1, h, w).contiguous()
-        return self.projector(self._shuffle(merged, h, w)), grid
+        return self.token_norm(self.projector(self._shuffle(merged, h, w))), grid
 
     def _shuffle(self, tokens: Tensor, h: int, w: int) -> Tensor:
         """Neighbouring tokens side by side on channels: [B, h*w, C] -> [B, h*w / m^2, C * m^2]."""

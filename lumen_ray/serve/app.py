@@ -84,7 +84,7 @@ def run(settings: ServeSettings, blocking: bool = True, timeout_s: float = 300) 
 
     Joins the Ray that this process is connected to, or that `RAY_ADDRESS` names; else starts one on this machine, with
     logical CPUs counted from the settings. With `blocking` it serves until SIGINT or SIGTERM and stops everything it
-    started. Raises `UserError` for a missing model folder and a port that is taken.
+    started. Raises `UserError` for a missing model folder, a port that is taken, and when it is not ready in `timeout_s`.
     """
     _check_model(settings.model)
     prepare_serve_environment()
@@ -92,10 +92,12 @@ def run(settings: ServeSettings, blocking: bool = True, timeout_s: float = 300) 
     from ray import serve
 
     started = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
-    if started:
-        _check_port(settings.http.host, settings.http.port)
-    init_local(num_cpus=settings.logical_cpus + _SPARE_CPUS)
     http = settings.http
+    if started:
+        check_port(http.host, http.port)
+    init_local(num_cpus=settings.logical_cpus + _SPARE_CPUS)
+    if not started:
+        _check_joined(http.host, http.port, bool(serve.status().proxies))
     server = Server(f"http://{_reachable(http.host)}:{http.port}", started)
     try:
         # The proxy's limit lies above ours, so that a slow request gets our error body.
@@ -118,7 +120,7 @@ def run(settings: ServeSettings, blocking: bool = True, timeout_s: float = 300) 
 
 
 def wait_ready(url: str, timeout_s: float) -> None:
-    """Returns when `url`/readyz answers 200; `TimeoutError` when it does not within `timeout_s` seconds."""
+    """Returns when `url`/readyz answers 200; `UserError` when it does not within `timeout_s` seconds."""
     end = time.monotonic() + timeout_s
     state = "no answer"
     while time.monotonic() < end:
@@ -132,7 +134,11 @@ def wait_ready(url: str, timeout_s: float) -> None:
         except OSError as error:
             state = str(error)
         time.sleep(0.1)
-    raise TimeoutError(f"{url} was not ready within {timeout_s:.0f} s; last answer: {state[:300]}")
+    raise UserError(
+        f"{url} was not ready within {timeout_s:.0f} s; look into Ray's logs or give it more CPUs "
+        f"(last answer: {' '.join(state.split())[:300]})",
+        "not_ready",
+    )
 
 
 def _check_model(model: str) -> None:
@@ -140,7 +146,8 @@ def _check_model(model: str) -> None:
         raise UserError(f"model folder '{model}' does not exist; give the folder that training wrote", "missing_model")
 
 
-def _check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int) -> None:
+    """Raises `UserError` when nobody could listen there."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -149,6 +156,28 @@ def _check_port(host: str, port: int) -> None:
             raise UserError(
                 f"cannot listen on {host}:{port} ({error.strerror}); choose another http.port", "port_taken"
             ) from None
+
+
+def _check_joined(host: str, port: int, proxy_runs: bool) -> None:
+    """On a Ray that others use: its Serve keeps the address it was started with; without one the port must be free."""
+    if not proxy_runs:
+        check_port(host, port)
+    elif not _proxy_answers(f"http://{_reachable(host)}:{port}"):
+        raise UserError(
+            f"this Ray's Serve already listens on another address than {host}:{port}; give its http.host and http.port",
+            "other_address",
+        )
+
+
+def _proxy_answers(url: str) -> bool:
+    """Whether a Serve proxy is at `url`; one without routes answers 503."""
+    try:
+        with urllib.request.urlopen(f"{url}/-/healthz", timeout=10):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code == 503
+    except OSError:
+        return False
 
 
 def _reachable(host: str) -> str:

@@ -9,7 +9,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from lumen_ray import config
 from lumen_ray.config import Settings
+from lumen_ray.presets import find
 
 
 class Autoscaling(Settings):
@@ -141,3 +143,20 @@ class ServeSettings(Settings):
         """Logical CPUs a Ray needs so that every deployment can reach its largest size."""
         parts = (self.ingress, self.trunk, self.lumen_decoder)
         return max(1, math.ceil(sum(part.num_cpus * part.max_replicas for part in parts)))
+
+
+def load_settings(
+    name: str, *, model: str | None = None, host: str | None = None, port: int | None = None
+) -> ServeSettings:
+    """The settings in `configs/serve/<name>.yaml`, or in the YAML file `name`; what else is given replaces theirs.
+
+    Raises `UserError` for what is missing or does not fit.
+    """
+    data = config.load_yaml(find("serve", name))
+    if model is not None:
+        data["model"] = model
+    if data.get("http") is None:
+        data["http"] = {}
+    if isinstance(data["http"], dict):  # else validation refuses it
+        data["http"] |= {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    return config.validate(ServeSettings, data, name)

@@ -14,7 +14,6 @@ from starlette.datastructures import FormData, UploadFile
 
 from lumen_ray.errors import UserError
 from lumen_ray.inference.request import make_request
-from lumen_ray.model.tokenizer import SPECIAL_TOKENS
 from lumen_ray.serve import schemas
 from lumen_ray.serve.http import json_schema_ref
 from lumen_ray.serve.images import checked_rle, decode_image, image_bytes
@@ -64,8 +63,6 @@ def make_query(task: str, fields: schemas.TaskFields, size: Size, settings: Serv
     for text in (fields.text or "", *(fields.classes or ()), *(fields.keypoints or ())):
         if len(text) > limit:
             raise UserError(f"a text of {len(text)} characters is too long; give at most {limit}", "text_too_long")
-        if reserved := next((token for token in SPECIAL_TOKENS if token in text), None):
-            raise UserError(f"a text may not contain '{reserved}', which the prompt layout uses", "reserved_text")
     region = None if fields.region is None else _region(fields.region, size)
     request = make_request(task, classes=fields.classes, text=fields.text, region=region, keypoints=fields.keypoints)
     defaults = settings.defaults

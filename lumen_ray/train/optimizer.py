@@ -34,7 +34,7 @@ def build_optimizer(model: Generalist, stage: Stage) -> torch.optim.AdamW:
         ):
             if members:
                 groups.append({"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay})
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98))
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), foreach=True)
 
 
 def lr_factor(stage: Stage, step: int) -> float:

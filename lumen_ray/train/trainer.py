@@ -156,6 +156,7 @@ def _fit(prepared: Prepared, run: Path) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     recipe = prepared.job.recipe
+    _check_cpus(int(ray.cluster_resources().get("CPU", 0)), recipe.workers)
 
     class PlanConfig(DataConfig):
         """Every rank's own data set, in plan order, from the position of the newest checkpoint.
@@ -195,6 +196,16 @@ def _fit(prepared: Prepared, run: Path) -> None:
         trainer.fit()
     except Exception as error:
         raise _told(error) from error
+
+
+def _check_cpus(available: int, workers: int) -> None:
+    """A worker and its reads need a logical CPU each; with fewer, both would wait for each other for ever."""
+    if available < 2 * workers:
+        raise UserError(
+            f"the cluster has {available} CPUs but {workers} workers and their reads need {2 * workers}; lower "
+            f"'workers' or start Ray with more logical CPUs (ray start --head --num-cpus {2 * workers})",
+            "too_few_cpus",
+        )
 
 
 def _told(error: BaseException) -> BaseException:

@@ -55,8 +55,21 @@ def _parse(path: Path) -> dict[str, Any]:
 
 def _category(entry: dict[str, Any]) -> dict[str, Any]:
     """A manifest category; COCO counts keypoints from 1, the manifest from 0."""
-    skeleton = [[int(i) - 1 for i in edge] for edge in entry.get("skeleton") or []]
-    return {"name": str(entry["name"]).strip(), "keypoints": list(entry.get("keypoints") or []), "skeleton": skeleton}
+    keypoints, skeleton = entry.get("keypoints") or [], entry.get("skeleton") or []
+    if not (isinstance(keypoints, list) and all(isinstance(name, str) and name.strip() for name in keypoints)):
+        raise UserError(f"keypoints must be a list of names, got {keypoints!r}", "invalid_annotations")
+    if not (isinstance(skeleton, list) and all(_is_edge(edge, len(keypoints)) for edge in skeleton)):
+        raise UserError(
+            f"skeleton must be pairs of numbers of its {len(keypoints)} keypoints, counted from 1, got {skeleton!r}",
+            "invalid_annotations",
+        )
+    edges = [[int(i) - 1 for i in edge] for edge in skeleton]
+    return {"name": str(entry["name"]).strip(), "keypoints": keypoints, "skeleton": edges}
+
+
+def _is_edge(edge: Any, num_keypoints: int) -> bool:
+    whole = is_numbers(edge) and len(edge) == 2 and all(int(i) == i for i in edge)
+    return whole and all(1 <= i <= num_keypoints for i in edge)
 
 
 def _merge_categories(path: Path, data: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[Any, str]:
@@ -66,7 +79,10 @@ def _merge_categories(path: Path, data: dict[str, Any], known: dict[str, dict[st
         named = isinstance(entry, dict) and str(entry.get("name") or "").strip()
         if not named or not isinstance(entry.get("id"), int | str):
             raise UserError(f"'{path}': a category needs 'id' and 'name', got {entry!r}", "invalid_annotations")
-        new = _category(entry)
+        try:
+            new = _category(entry)
+        except UserError as error:
+            raise UserError(f"'{path}': category '{entry['name']}': {error}", error.reason) from None
         old = known.setdefault(new["name"], new)
         if not old["keypoints"]:
             old.update(keypoints=new["keypoints"], skeleton=new["skeleton"])

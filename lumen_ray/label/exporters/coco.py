@@ -26,19 +26,18 @@ def export_coco(output: str | Path) -> list[Path]:
     ledger = open_finished(output)
     images: dict[str, dict[str, Any]] = {}
     annotations: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    categories: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    categories: dict[str, dict[str, dict[str, Any]]] = {}
     job = json.loads((ledger.output / "job.json").read_text())
     for table in ledger.tables():
         for record in table.to_pylist():
             image = images.setdefault(record["image_id"], _image(record, len(images) + 1))
             task = record["task"]
             items = annotations[task]
+            if task not in categories:
+                categories[task] = _asked(task, job)
             if get_task(task).is_text:
                 items.append({"id": len(items) + 1, "image_id": image["id"], **_text(record)})
             elif record["box"] is not None:
-                if not categories[task] and get_task(task).needs == "classes":  # the classes asked for, in their order
-                    for name in job["classes"]:
-                        _category(categories[task], name)
                 category = _category(categories[task], record["phrase"])
                 items.append({"id": len(items) + 1, "image_id": image["id"], **_instance(record, category)})
     paths = []
@@ -63,6 +62,14 @@ def _image(record: dict[str, Any], number: int) -> dict[str, Any]:
         "width": record["width"],
         "path": record["path"],
     }
+
+
+def _asked(task: str, job: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The classes asked for, in their order, found or not; empty for a task that takes none."""
+    categories: dict[str, dict[str, Any]] = {}
+    for name in job["classes"] if get_task(task).needs == "classes" else ():
+        _category(categories, name)
+    return categories
 
 
 def _category(categories: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
