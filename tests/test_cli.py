@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from lumen_ray import cli
+from lumen_ray import cli, config
 
 
 def told(capsys, *argv: str) -> str:
@@ -28,6 +28,8 @@ def told(capsys, *argv: str) -> str:
         (["label", "nowhere", "--model", "nomodel", "--output", "y"], ["not a model folder"]),
         (["serve", "--model", "nowhere"], ["not a model folder"]),
         (["serve", "--config", "nanoo"], ["did you mean 'nano'"]),
+        (["label", "nowhere", "--model", "x", "--output", "y", "--classes", ""], ["at least one class name"]),
+        (["label", "nowhere", "--model", "x", "--output", "y", "--classes", ","], ["at least one class name"]),
     ],
 )
 def test_mistakes_are_one_sentence(capsys, tmp_path, monkeypatch, argv, words):
@@ -77,3 +79,63 @@ def test_help_needs_no_heavy_import():
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert json.loads(out.splitlines()[-1]) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"- model\n- http\n", ["mapping", "list"]),
+        (b"model: m\nhttp: abc\n", ["'http'", "abc"]),
+        (b"model: m\nhttp: [8000]\n", ["'http'"]),
+        (b"model: \xff\xfe\n", ["not UTF-8"]),
+        (b"a: [\n", ["not valid YAML"]),
+        (b"", ["'model' is required"]),
+    ],
+)
+def test_a_serve_config_that_does_not_fit(capsys, tmp_path, content, words):
+    path = tmp_path / "serve.yaml"
+    path.write_bytes(content)
+    message = told(capsys, "serve", "--config", str(path), "--port", "8001")
+    for word in words:
+        assert word in message
+
+
+def test_a_config_that_cannot_be_read(tmp_path, monkeypatch):
+    path = tmp_path / "a.yaml"
+    path.write_text("a: 1\n")
+
+    def refuse(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_text", refuse)
+    with pytest.raises(cli.UserError, match="cannot be read: Permission denied"):
+        config.load_yaml(path)
+
+
+@pytest.mark.parametrize(
+    ("argv", "resumes"),
+    [
+        (["train", "--recipe", "r", "--shards", "s", "--output", "o"], True),
+        (["label", "i", "--model", "m", "--output", "o"], True),
+        (["quickstart"], True),
+        (["serve"], False),
+        (["evaluate", "--model", "m", "--shards", "s", "--output", "o"], False),
+        (["prepare", "scenes", "--num", "1", "--output", "o"], False),
+    ],
+)
+def test_only_what_resumes_says_so(capsys, monkeypatch, argv, resumes):
+    def interrupted(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, f"_{argv[0]}", interrupted)
+    assert cli.main(argv) == 130
+    err = capsys.readouterr().err.strip()
+    assert err == "lumen-ray: stopped" + ("; run the same command again to continue" if resumes else "")
+
+
+def test_the_line_about_labels_names_the_first_error():
+    summary = {"images": 3, "labelled": 2, "errors": 1, "first_error": {"image_id": "a.png", "message": "it is broken"}}
+    assert "1 errors (e.g. a.png: it is broken; see errors.parquet)" in cli.labelled_line(summary, "out")
+    assert "3 labelled, 0 errors -> out" in cli.labelled_line(
+        {"images": 3, "labelled": 3, "errors": 0, "first_error": None}, "out"
+    )

@@ -12,10 +12,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
+from pycocotools import mask as coco_mask
 from pydantic import Field
 
 from lumen_ray.config import Settings
-from lumen_ray.data.transforms import MASK_STRIDE, AugmentSettings, Sample, map_points, transform
+from lumen_ray.data.transforms import (
+    MASK_STRIDE,
+    MIN_VISIBLE,
+    AugmentSettings,
+    Sample,
+    map_boxes,
+    map_points,
+    transform,
+    visible_share,
+)
 from lumen_ray.decoders.base import PerceptionTargets
 from lumen_ray.model.prompts import Branch, build_layout
 from lumen_ray.model.regions import region_mask
@@ -76,11 +87,15 @@ def add_classes(
     s: BranchSettings,
     rng: np.random.Generator,
 ) -> None:
-    """Class prompts: the classes present and `negatives` absent ones, each in the wording of a task drawn at random."""
+    """Class prompts: the classes present and `negatives` absent ones, each in the wording of a task drawn at random.
+
+    Only classes annotated exhaustively are asked for: an object without annotation would be trained as background.
+    """
     tasks = [t for t in tasks if t in CLASS_TASKS]
     if not tasks:
         return
-    present = list(dict.fromkeys(row["instances"][i]["phrase"] for i in sample.kept))
+    found = dict.fromkeys(row["instances"][i]["phrase"] for i in sample.kept)
+    present = [phrase for phrase in found if phrase in row["classes"]]
     absent = [c for c in row["classes"] if c not in {i["phrase"] for i in row["instances"]}]
     chosen = _draw(present, s.max_classes, rng) + _draw(absent, s.negatives, rng)
     for phrase in chosen:
@@ -102,7 +117,7 @@ def add_poses(
     """Pose prompts of classes present with keypoints: an object branch and one branch per keypoint name."""
     task = TASKS["pose"]
     with_pose = {row["instances"][i]["phrase"] for n, i in enumerate(sample.kept) if sample.keypoints[n] is not None}
-    candidates = [c for c in skeletons if c in with_pose]
+    candidates = [c for c in skeletons if c in with_pose and c in row["classes"]]
     for phrase in _draw(candidates, s.max_poses, rng):
         found = instances_of(phrase, row, sample)
         text = task.prompt(phrase, int(rng.integers(len(task.templates))))
@@ -144,13 +159,17 @@ def add_messages(
     s: BranchSettings,
     rng: np.random.Generator,
 ) -> None:
-    """Captions, questions and chats; each `<region>` becomes a mask of the model input."""
-    usable = [m for m in row["messages"] if m["task"] in tasks]
+    """Captions, questions and chats; each `<region>` becomes a mask of the model input.
+
+    A message about a region that was cropped away is left out.
+    """
+    visible = [region_visible(region, sample) for region in row["regions"]]
+    usable = [m for m in row["messages"] if m["task"] in tasks and all(visible[r] for r in m["regions"])]
     for message in _draw(usable, s.max_messages, rng):
         prompt, response = turns_to_text(message["turns"])
         first = len(prompts.regions)
         for index in message["regions"]:
-            prompts.regions.append(_region_input(row, sample, row["regions"][index]))
+            prompts.regions.append(_region_input(sample, row["regions"][index]))
             prompts.region_images.append(image)
         regions = tuple(range(first, len(prompts.regions)))
         prompts.add(message["task"], Branch(image, prompt, response=response, regions=regions))
@@ -161,25 +180,40 @@ def turns_to_text(turns: list[dict[str, str]]) -> tuple[str, str]:
     return " ".join(turn["content"] for turn in turns[:-1]), turns[-1]["content"]
 
 
-def _region_input(row: dict, sample: Sample, region: dict) -> np.ndarray:
-    """A stored region as a binary mask [S, S] of the (augmented) model input."""
+def _region_box(region: dict) -> np.ndarray:
+    """The xyxy box [1, 4] of a stored region, at least one pixel wide and high."""
+    if region["mask"]:
+        x, y, width, height = coco_mask.toBbox(region["mask"])
+        low, high = np.array([x, y]), np.array([x + width, y + height])
+    else:
+        points = np.array(region["points"], np.float64).reshape(-1, 2)
+        low, high = points.min(0), points.max(0)
+    grow = np.maximum(1 - (high - low), 0) / 2
+    return np.concatenate([low - grow, high + grow])[None]
+
+
+def region_visible(region: dict, sample: Sample) -> bool:
+    """Whether enough of a stored region is left in the (augmented) model input, as for instances."""
+    boxes = map_boxes(_region_box(region), sample.matrix)
+    return bool(visible_share(boxes, sample.image.shape[0])[0] >= MIN_VISIBLE)
+
+
+def _region_input(sample: Sample, region: dict) -> np.ndarray:
+    """A stored region, visible in the (augmented) model input, as a binary mask [S, S] of it."""
     size = sample.image.shape[0]
     if region["mask"]:
-        from PIL import Image
-        from pycocotools import mask as coco_mask
-
         inverse = np.linalg.inv(np.vstack([sample.matrix, [0, 0, 1]]))[:2]
         picture = Image.fromarray(coco_mask.decode(region["mask"]) * 255)
         out = picture.transform((size, size), Image.Transform.AFFINE, inverse.flatten(), Image.Resampling.BILINEAR)
-        return (np.asarray(out) > 127).astype(np.uint8)
+        if (inside := np.asarray(out) > 127).any():
+            return inside.astype(np.uint8)
+        low, high = np.clip(map_boxes(_region_box(region), sample.matrix), 0, size).reshape(2, 2)
+        # too small for a pixel of the input, but still a place
+        return region_mask(Region("point", (size, size), (low + high)[None] / 2), size)
     points = map_points(np.array(region["points"], np.float64).reshape(-1, 2), sample.matrix)
     if region["kind"] == "box":
-        points = np.stack([points.min(0), points.max(0)])
-        points[1] = np.maximum(points[1], points[0] + 1)
-    points = np.clip(points, 0, size)
-    if region["kind"] == "box" and ((points[1] - points[0]) <= 0).any():  # cropped away: its nearest corner is left
-        return region_mask(Region("point", (size, size), points[:1]), size)
-    return region_mask(Region(region["kind"], (size, size), points), size)
+        points = map_boxes(_region_box(region), sample.matrix).reshape(2, 2)
+    return region_mask(Region(region["kind"], (size, size), np.clip(points, 0, size)), size)
 
 
 def _draw(items: list, count: int, rng: np.random.Generator) -> list:
@@ -233,7 +267,7 @@ class Collator:
         prompts, samples = Prompts(), []
         for index, (row, image, rng) in enumerate(zip(rows, images, rngs, strict=True)):
             pixels = np.full((8, 8, 3), 114, np.uint8) if image is None else image
-            sample = transform(row, pixels, self.input_size, self.augment, rng)
+            sample = transform(row, pixels, self.input_size, self.augment, rng, self.skeletons)
             samples.append(sample)
             add_classes(prompts, index, row, sample, self.tasks, self.branches, rng)
             if "pose" in self.tasks:

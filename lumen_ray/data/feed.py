@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from lumen_ray.data.collate import Collator
 from lumen_ray.data.images import decode
 from lumen_ray.data.mixture import Plan, row_rng
+from lumen_ray.data.schema import make_row
 from lumen_ray.data.shards import read_manifest, read_row_group
 from lumen_ray.errors import UserError
 from lumen_ray.model.tokenizer import LumenTokenizer
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     import ray.data
 
 STEPS_PER_BLOCK = 8  # plan steps one Ray Data task works off; tasks cost tens of milliseconds each
+READ_CPUS = 0.25  # logical CPUs of a rank's reading task; below one, so that a machine of 2 cores has room for 2 ranks
 
 
 def skeletons_of(manifest: dict[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -47,7 +49,11 @@ class BatchReader:
     skeletons: dict[str, tuple[str, ...]]
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        """`item` as of `plan_items` -> the batch, with the pictures that could not be read under `rejected`."""
+        """`item` as of `plan_items` -> the batch, with the pictures that could not be read under `rejected`.
+
+        Their rows stay, without picture and annotations: a batch has the same shape whatever is broken, and a rank
+        whose pictures are all broken still takes part in the step.
+        """
         started = time.perf_counter()
         stage = self.recipe.stages[item["stage"]]
         step, tasks = item["step"], stage.groups[item["group"]].tasks
@@ -58,7 +64,7 @@ class BatchReader:
                     image = None if row["image"] is None else decode(row["image"])
                 except UserError as error:  # a bad picture is reported with its step and does not stop the job
                     rejected.append({"image_id": row["image_id"], "reason": str(error)})
-                    continue
+                    row, image = make_row(row["image_id"], None, (row["height"], row["width"]), row["source"]), None
                 rows.append(row)
                 images.append(image)
                 rngs.append(row_rng(self.recipe.seed, step, file, index, number))
@@ -98,7 +104,7 @@ def dataset_for_rank(reader: BatchReader, items: list[dict[str, Any]]) -> ray.da
     dataset.context.execution_options.preserve_order = True
     dataset.context.target_max_block_size = 1 << 20
     dataset.context.custom_execution_callback_classes = [Paced]
-    return dataset.map_batches(read, batch_size=None, compute=ray.data.TaskPoolStrategy(size=1))
+    return dataset.map_batches(read, batch_size=None, compute=ray.data.TaskPoolStrategy(size=1), num_cpus=READ_CPUS)
 
 
 def ray_batches(iterator: ray.data.DataIterator) -> Iterator[dict[str, Any]]:

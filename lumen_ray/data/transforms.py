@@ -8,16 +8,20 @@ Frames: *stored* = the EXIF-rotated image; *input* = the square of side `input_s
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageEnhance
 from pycocotools import mask as coco_mask
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from lumen_ray.config import Settings
 from lumen_ray.decoders.base import Frame
+from lumen_ray.errors import UserError
 
 MASK_STRIDE = 4  # masks are trained at the resolution of the dense features
 MIN_VISIBLE = 0.3  # an instance cropped to less of its box is dropped
@@ -32,6 +36,15 @@ class AugmentSettings(Settings):
     )
     shift: float = Field(0.0, ge=0, le=0.5, description="largest random shift, as a share of the input")
     color: float = Field(0.0, ge=0, le=1, description="strength of brightness, contrast and saturation jitter")
+
+    @field_validator("scale")
+    @classmethod
+    def _ordered(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1] < float("inf"):
+            raise UserError(
+                f"give [smallest, largest] zoom with 0 < smallest <= largest, got {list(scale)}", "invalid_config"
+            )
+        return scale
 
 
 @dataclass
@@ -132,7 +145,8 @@ def map_mask(rle: dict[str, Any], matrix: np.ndarray, input_size: int) -> np.nda
     inverse = np.linalg.inv(np.vstack([small, [0, 0, 1]]))[:2]
     side = input_size // MASK_STRIDE
     picture = Image.fromarray(coco_mask.decode(rle) * 255)
-    scale = np.sqrt(abs(np.linalg.det(small[:, :2])))
+    # twice the masks' resolution: sampled bilinearly at the middle of a cell, that is the mean over the cell
+    scale = 2 * np.sqrt(abs(np.linalg.det(small[:, :2])))
     if scale < 0.75:
         shrunk = picture.resize(
             (max(1, round(picture.width * scale)), max(1, round(picture.height * scale))), Image.Resampling.BOX
@@ -157,26 +171,57 @@ def jitter_color(image: np.ndarray, strength: float, rng: np.random.Generator) -
     return np.asarray(picture)
 
 
+@lru_cache(maxsize=256)
+def mirror_order(names: tuple[str, ...]) -> tuple[int, ...]:
+    """Where each keypoint of a mirrored object is taken from: names that differ only by left/right change places."""
+    place = {name.lower(): k for k, name in enumerate(names)}
+    return tuple(place.get(_other_side(name.lower()), k) for k, name in enumerate(names))
+
+
+def _other_side(name: str) -> str:
+    """The name with the words left and right exchanged; `_` and digits end a word, letters do not (`upright`)."""
+    other = {"left": "right", "right": "left"}
+    return re.sub(r"(?<![a-z])(left|right)(?![a-z])", lambda found: other[found[1]], name)
+
+
+def visible_share(boxes: np.ndarray, input_size: int) -> np.ndarray:
+    """How much of each box [N, 4] (input frame, not clipped) lies inside the input, by area: [N] in 0..1."""
+    clipped = np.clip(boxes, 0, input_size)
+    area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
+    return np.prod(clipped[:, 2:] - clipped[:, :2], axis=1) / np.maximum(area, 1e-6)
+
+
 def transform(
-    row: dict[str, Any], image: np.ndarray, input_size: int, augment: AugmentSettings, rng: np.random.Generator
+    row: dict[str, Any],
+    image: np.ndarray,
+    input_size: int,
+    augment: AugmentSettings,
+    rng: np.random.Generator,
+    skeletons: Mapping[str, Sequence[str]] | None = None,
 ) -> Sample:
-    """A shard row and its decoded image -> a `Sample` in the input frame; instances cropped away are dropped."""
+    """A shard row and its decoded image -> a `Sample` in the input frame; instances cropped away are dropped.
+
+    `skeletons`: keypoint names by class; where the image is mirrored, left and right ones of them are exchanged.
+    """
     matrix = draw_matrix(image.shape[:2], input_size, augment, rng)
     pixels = jitter_color(warp(image, matrix, input_size), augment.color, rng)
     instances = row["instances"] or []
     stored = np.array([i["box"] for i in instances], np.float64).reshape(-1, 4)
     boxes = map_boxes(stored, matrix)
-    clipped = np.clip(boxes, 0, input_size)
     area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
-    visible = np.prod(clipped[:, 2:] - clipped[:, :2], axis=1) / np.maximum(area, 1e-6)
-    kept = np.flatnonzero((visible >= MIN_VISIBLE) & (area > 4))
+    kept = np.flatnonzero((visible_share(boxes, input_size) >= MIN_VISIBLE) & (area > 4))
+    mirrored = np.linalg.det(matrix[:, :2]) < 0
     masks, keypoints = [], []
     for i in kept:
         rle, flat = instances[i]["mask"], instances[i]["keypoints"]
         masks.append(map_mask(rle, matrix, input_size) if rle else None)
-        keypoints.append(_map_keypoints(flat, matrix, input_size) if flat else None)
+        points = _map_keypoints(flat, matrix, input_size) if flat else None
+        if points is not None and mirrored and (names := (skeletons or {}).get(instances[i]["phrase"])):
+            points = points[list(mirror_order(tuple(names)))]
+        keypoints.append(points)
     crowd = np.array([bool(instances[i]["crowd"]) for i in kept], bool)
-    return Sample(pixels, clipped[kept].astype(np.float32), crowd, masks, keypoints, kept, matrix)
+    clipped = np.clip(boxes[kept], 0, input_size).astype(np.float32)
+    return Sample(pixels, clipped, crowd, masks, keypoints, kept, matrix)
 
 
 def _map_keypoints(flat: list[float], matrix: np.ndarray, input_size: int) -> np.ndarray:

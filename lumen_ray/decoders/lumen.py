@@ -66,6 +66,19 @@ def greedy_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
     return order[torch.from_numpy(~dropped).to(order.device)]
 
 
+def best_of_each(groups: Tensor, values: Tensor, most: int) -> Tensor:
+    """Indices of the `most` highest `values` [N] of each group (int64 [N]), by group, best first; ties by index.
+
+    A group keeps the same ones whatever groups are beside it, so a loss over them does not depend on the rank split.
+    """
+    order = values.argsort(descending=True, stable=True)
+    order = order[groups[order].argsort(stable=True)]
+    sizes = groups.bincount()
+    starts = sizes.cumsum(0) - sizes
+    place_in_group = torch.arange(len(order), device=order.device) - starts[groups[order]]
+    return order[place_in_group < most]
+
+
 class LumenDecoder(Decoder):
     family = "perception"
     loss_names = ("heatmap", "box", "mask", "keypoint")
@@ -179,11 +192,12 @@ class LumenDecoder(Decoder):
         place: Tensor,
         gt: Tensor,
     ) -> LossTerm:
-        """BCE + Dice (sec. 3.3) on the best places, at most `max_masks_per_batch` of them, best quality first."""
+        """BCE + Dice (sec. 3.3) on the best places, at most `max_masks_per_object` of each prompt's object."""
         index = targets.mask_index[raw.objects][prompt, gt]
         keep = torch.nonzero(index >= 0).flatten()
-        best = assignment.quality[prompt[keep], place[keep]].argsort(descending=True, stable=True)
-        keep = keep[best[: self.settings.max_masks_per_batch]]
+        objects = prompt[keep] * targets.valid.shape[1] + gt[keep]
+        quality = assignment.quality[prompt[keep], place[keep]]
+        keep = keep[best_of_each(objects, quality, self.settings.max_masks_per_object)]
         prompt, place, gt, index = prompt[keep], place[keep], gt[keep], index[keep]
         if len(keep) == 0:
             return LossTerm(raw.logits.new_zeros(()), raw.logits.new_zeros(()))

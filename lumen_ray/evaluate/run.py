@@ -51,7 +51,8 @@ def evaluate(
     Raises `UserError` for tasks that the split is not annotated for, and numbers that make no sense.
 
     Returns the report as a plain dict: ``metrics`` (metric -> value or None where the split has no annotations),
-    ``tables``, ``settings``, counts and timing; ``images == scored + skipped``, the skipped ones with their reason in ``errors``.
+    ``tables``, ``settings``, counts and timing; ``images == scored + skipped``, the skipped ones with their reason in
+    ``errors``.
     """
     _check(limit, batch_size, chat_limit)
     manifest = read_manifest(shards_dir)

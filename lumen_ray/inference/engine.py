@@ -125,6 +125,8 @@ class TrunkStage:
         """
         if len(images) != len(requests):
             raise ValueError(f"{len(images)} images but {len(requests)} lists of requests")
+        for image, asked in zip(images, requests, strict=True):
+            _check_regions(image.shape[:2], asked)
         fitted = [fit(image, self.image_size) for image in images]
         pixels = torch.from_numpy(np.stack([image for image, _ in fitted])).permute(0, 3, 1, 2)
         frames = [frame for _, frame in fitted]
@@ -283,6 +285,18 @@ class DecoderStage:
         return self.decoder.predict(raw, frames, prompts, settings)
 
 
+def _check_regions(size: Size, requests: Sequence[Request]) -> None:
+    """A region's coordinates mean nothing in an image of another size."""
+    for request in requests:
+        if request.region is not None and tuple(request.region.size) != tuple(size):
+            theirs, ours = (f"{width}x{height}" for height, width in (request.region.size, size))
+            raise UserError(
+                f"the region is for an image of {theirs} but the image is {ours} pixels; "
+                "make the region with the image's own (height, width)",
+                "invalid_region",
+            )
+
+
 def assemble(plans: Sequence[Sequence[RequestPlan]], predictions: Sequence[Prediction | None]) -> list[list[Answer]]:
     """Answers per image and request from what the trunk planned and the decoder found."""
     return [
@@ -346,6 +360,8 @@ class Engine:
 
         images: uint8 [H, W, 3] RGB in the EXIF-rotated frame; requests: per image (see `make_request`).
         """
+        if len(images) == 0:
+            return []
         out = self.trunk.run(images, requests, max_new_tokens=max_new_tokens, class_chunk=class_chunk)
         settings = PredictSettings(score_threshold, max_per_phrase)
         predictions = self.decoders["lumen"].run(out.link, out.dense, out.frames, out.prompts, settings)

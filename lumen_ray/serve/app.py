@@ -84,7 +84,7 @@ def run(settings: ServeSettings, blocking: bool = True, timeout_s: float = 300) 
 
     Joins the Ray that this process is connected to, or that `RAY_ADDRESS` names; else starts one on this machine, with
     logical CPUs counted from the settings. With `blocking` it serves until SIGINT or SIGTERM and stops everything it
-    started. Raises `UserError` for a missing model folder, a port that is taken, and when it is not ready in `timeout_s`.
+    started. Raises `UserError` for a missing model folder, a port that is taken, and when `timeout_s` was not enough.
     """
     _check_model(settings.model)
     prepare_serve_environment()

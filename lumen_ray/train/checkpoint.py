@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from lumen_ray.errors import UserError
@@ -70,5 +71,7 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """The optimizer's state; only valid for a checkpoint inside the stage that the optimizer was built for."""
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    dcp.load(state, checkpoint_id=checkpoint, no_dist=parallel.world_size() == 1)
+    # partial: a parameter that never had a gradient (DINOv2's mask token) has no state in the checkpoint
+    planner = DefaultLoadPlanner(allow_partial_load=True)
+    dcp.load(state, checkpoint_id=checkpoint, planner=planner, no_dist=parallel.world_size() == 1)
     set_optimizer_state_dict(model, optimizer, state["optimizer"])

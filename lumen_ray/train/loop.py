@@ -70,7 +70,7 @@ class Trainer:
         self.resume = checkpoint.latest(self.run)
         self.step = checkpoint.position(self.resume)["step"] if self.resume else 0
         self.model = fresh_model(job, self.resume, device)
-        self.log = MetricsLog(self.run) if parallel.rank() == 0 else None
+        self.log = MetricsLog(self.run, self.step) if parallel.rank() == 0 else None
         self._last: dict[str, Any] = {}
 
     def fit(self, batches: Iterator[dict[str, Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Everything about several processes: the only module that imports FSDP and `torch.distributed`.
+"""Everything about several processes: sharding with FSDP and collectives (`checkpoint` has the files of the shards).
 
 With one process and no process group all functions do the obvious thing, so the loop has one code path.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -61,11 +61,3 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
     if not dist.is_initialized():
         return {name: value.detach().cpu() for name, value in model.state_dict().items()}
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def load_full_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Unsharded weights, the same on every rank, into a (sharded) model."""
-    if dist.is_initialized():
-        set_model_state_dict(model, state, options=StateDictOptions(full_state_dict=True))
-    else:
-        model.load_state_dict(state)

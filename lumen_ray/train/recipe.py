@@ -12,6 +12,8 @@ from lumen_ray.tasks import TASKS, get_task
 
 #: names a stage may list under `trainable`; each is a part of the model
 MODULES = ("vision", "regions", "llm", "queries", "link_heads", "dense", "lumen")
+#: names a stage may weigh under `loss_weights`: every loss of the model
+LOSSES = ("lm", "heatmap", "box", "mask", "keypoint")
 
 
 class TaskGroup(Settings):
@@ -42,7 +44,7 @@ class Stage(Settings):
     final_lr: float = Field(0.02, ge=0, description="learning rate at the end, relative to `lr`")
     weight_decay: float = Field(0.05, ge=0)
     grad_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    loss_weights: dict[str, float] = Field({}, description="factor on a loss by name, e.g. {lm: 0.5}")
+    loss_weights: dict[str, float] = Field({}, description=f"factor on a loss, of {', '.join(LOSSES)}")
     augment: AugmentSettings = AugmentSettings()
     branches: BranchSettings = BranchSettings()
 
@@ -51,6 +53,16 @@ class Stage(Settings):
         for name in (*self.trainable, *self.lr_scale):
             if name not in MODULES:
                 raise unknown("part", name, MODULES)
+        for name in self.loss_weights:
+            if name not in LOSSES:
+                raise unknown("loss", name, LOSSES, plural="losses")
+        if not self.trainable:
+            raise UserError(
+                f"stage '{self.name}' trains nothing; name parts under 'trainable', of {', '.join(MODULES)}",
+                "invalid_config",
+            )
+        if not self.groups:
+            raise UserError(f"stage '{self.name}' needs at least one task group under 'groups'", "invalid_config")
         return self
 
 
@@ -66,8 +78,10 @@ class Recipe(Settings):
     @model_validator(mode="after")
     def _stages(self) -> Recipe:
         names = [stage.name for stage in self.stages]
-        if not names or len(set(names)) != len(names):
-            raise UserError(f"a recipe needs stages with different names, got {names}", "invalid_config")
+        if not names:
+            raise UserError("a recipe needs at least one stage under 'stages'", "invalid_config")
+        if len(set(names)) != len(names):
+            raise UserError(f"the stages of a recipe need different names, got {', '.join(names)}", "invalid_config")
         return self
 
     @property

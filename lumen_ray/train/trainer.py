@@ -7,10 +7,8 @@ checkpoint; the loop checks that every batch is the one of its step.
 
 from __future__ import annotations
 
-import json
+import math
 import os
-import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ import torch
 
 from lumen_ray import config
 from lumen_ray.data.feed import (
+    READ_CPUS,
     BatchReader,
     dataset_for_rank,
     local_batches,
@@ -35,11 +34,13 @@ from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.presets import model_path
 from lumen_ray.train import checkpoint
-from lumen_ray.train.loop import DivergedError, Job, Trainer
+from lumen_ray.train.loop import Job, Trainer
 from lumen_ray.train.memory import keep_freed_memory
+from lumen_ray.train.metrics import MetricsWatcher, Progress, drop_from
 from lumen_ray.train.recipe import Recipe
+from lumen_ray.train.run_folder import forget_failure, keep_start, raise_failure, run_once, start_of, told
 
-Progress = Callable[[dict[str, Any]], None]
+WORKER_CPUS = 0.5  # logical CPUs of a worker: with READ_CPUS below one, so that a rank fits on every core
 
 
 @dataclass
@@ -52,22 +53,16 @@ class Prepared:
 def prepare_job(shards: str | Path, recipe: Recipe, run: str | Path, init_from: str | None = None) -> Prepared:
     """Checks everything that can be wrong before a worker starts; trains the tokenizer on the shards' text.
 
-    A run folder keeps its recipe: continuing it with another one is a `UserError`.
+    A run folder keeps what it was started with: continuing it with anything else is a `UserError`.
     """
+    init_from = str(Path(init_from).absolute()) if init_from else None
     run = Path(run).absolute()
     manifest = read_manifest(shards)
     settings = config.load(ModelSettings, model_path(recipe.model))
     newest = checkpoint.latest(run)
     if newest:
         checkpoint.check_preset(newest, settings.name)
-    saved = run / "recipe.json"
-    wanted = recipe.model_dump(mode="json")
-    if saved.is_file() and newest and json.loads(saved.read_text()) != wanted:
-        raise UserError(
-            f"'{run}' holds a run of another recipe; choose another output folder or the same recipe", "run_exists"
-        )
-    run.mkdir(parents=True, exist_ok=True)
-    saved.write_text(json.dumps(wanted))
+    keep_start(run, start_of(recipe, settings, manifest, init_from), resumes=newest is not None)
     tokenizer_file = run / "tokenizer.json"
     if init_from:
         tokenizer = load_model(init_from, settings.name).tokenizer
@@ -112,8 +107,11 @@ def _worker(config: dict[str, Any]) -> None:
             checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
         )
 
-    trainer = Trainer(config["job"], device, publish)
-    trainer.fit(ray_batches(ray.train.get_dataset_shard("train")))
+    def fit() -> None:
+        trainer = Trainer(config["job"], device, publish)
+        trainer.fit(ray_batches(ray.train.get_dataset_shard("train")))
+
+    run_once(Path(config["job"].run), fit)
 
 
 def train(
@@ -131,20 +129,20 @@ def train(
     prepared = prepare_job(shards, recipe, run, init_from)
     Plan(prepared.manifest, recipe, recipe.workers)  # wrong batch sizes are told before workers start
     run = Path(prepared.job.run)
-    if (run / "model" / "model.safetensors").is_file() and _finished(run, recipe):
+    newest = checkpoint.latest(run)
+    start = checkpoint.position(newest)["step"] if newest else 0
+    if start == recipe.total_steps:
+        if not (run / "model" / "model.safetensors").is_file():  # killed between the last checkpoint and the export
+            Trainer(prepared.job, torch.device("cpu")).fit(iter(()))
         return run / "model"
-    watcher = _Watcher(run / "metrics.jsonl", progress) if progress else None
+    drop_from(run / "metrics.jsonl", start)  # before the watcher, which would take old lines for new ones
+    watcher = MetricsWatcher(run / "metrics.jsonl", start, progress) if progress else None
     try:
         _fit(prepared, run)
     finally:
         if watcher:
             watcher.stop()
     return run / "model"
-
-
-def _finished(run: Path, recipe: Recipe) -> bool:
-    newest = checkpoint.latest(run)
-    return newest is not None and checkpoint.position(newest)["step"] == recipe.total_steps
 
 
 def _fit(prepared: Prepared, run: Path) -> None:
@@ -156,7 +154,8 @@ def _fit(prepared: Prepared, run: Path) -> None:
     from ray.train.torch import TorchConfig, TorchTrainer
 
     recipe = prepared.job.recipe
-    _check_cpus(int(ray.cluster_resources().get("CPU", 0)), recipe.workers)
+    _check_cpus(ray.cluster_resources().get("CPU", 0), recipe.workers)
+    forget_failure(run)
 
     class PlanConfig(DataConfig):
         """Every rank's own data set, in plan order, from the position of the newest checkpoint.
@@ -183,7 +182,9 @@ def _fit(prepared: Prepared, run: Path) -> None:
         _worker,
         train_loop_config={"job": prepared.job, "threads": max(1, (os.cpu_count() or 1) // recipe.workers)},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=recipe.workers, use_gpu=gpu, resources_per_worker={"CPU": 1}),
+        scaling_config=ScalingConfig(
+            num_workers=recipe.workers, use_gpu=gpu, resources_per_worker={"CPU": WORKER_CPUS}
+        ),
         run_config=RunConfig(
             name="checkpoints",  # Ray registers checkpoints that lie in its own run folder without copying them
             storage_path=str(run),
@@ -195,58 +196,17 @@ def _fit(prepared: Prepared, run: Path) -> None:
     try:
         trainer.fit()
     except Exception as error:
-        raise _told(error) from error
+        raise_failure(run)
+        raise told(error) from error
+    raise_failure(run)
 
 
-def _check_cpus(available: int, workers: int) -> None:
-    """A worker and its reads need a logical CPU each; with fewer, both would wait for each other for ever."""
-    if available < 2 * workers:
+def _check_cpus(available: float, workers: int) -> None:
+    """With too few logical CPUs for the workers and their reads, both would wait for each other for ever."""
+    needed = math.ceil(workers * (WORKER_CPUS + READ_CPUS))
+    if available < needed:
         raise UserError(
-            f"the cluster has {available} CPUs but {workers} workers and their reads need {2 * workers}; lower "
-            f"'workers' or start Ray with more logical CPUs (ray start --head --num-cpus {2 * workers})",
+            f"the cluster has {available:g} CPUs but {workers} workers and their reads need {needed}; lower "
+            f"'workers' or start Ray with more logical CPUs (ray start --head --num-cpus {needed})",
             "too_few_cpus",
         )
-
-
-def _told(error: BaseException) -> BaseException:
-    """The user's or the run's own error out of Ray's wrappers, else the error as it is."""
-    queue, seen = [error], set()
-    while queue:
-        current = queue.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        if isinstance(current, (UserError, DivergedError)):
-            return UserError(str(current), getattr(current, "reason", "training_diverged"))
-        queue += [current.__cause__, current.__context__, getattr(current, "cause", None)]
-        queue += list(getattr(current, "worker_failures", {}).values())
-    return error
-
-
-class _Watcher:
-    """Passes the lines that rank 0 appends to `metrics.jsonl` to a callback while the run goes on."""
-
-    def __init__(self, path: Path, progress: Progress):
-        self._path, self._progress = path, progress
-        self._position = path.stat().st_size if path.exists() else 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.5):
-            self._read()
-        self._read()
-
-    def _read(self) -> None:
-        if not self._path.exists():
-            return
-        with open(self._path) as file:
-            file.seek(self._position)
-            while (line := file.readline()).endswith("\n"):
-                self._position = file.tell()
-                self._progress(json.loads(line))
-
-    def stop(self) -> None:
-        self._done.set()
-        self._thread.join(timeout=10)

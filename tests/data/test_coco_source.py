@@ -198,6 +198,10 @@ def test_a_bad_image_rejects_itself_and_all_that_hangs_on_it(load, image, reason
         ('{"images": [3], "annotations": []}', "image 0 needs"),
         ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', "a category needs"),
         (
+            '{"images": [], "annotations": [], "categories": [{"id": 1, "name": "x", "skeleton": [["x", 1]]}]}',
+            "category 'x': skeleton must be pairs",
+        ),
+        (
             '{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": []}',
             "image id 1 stands for two files",
         ),
@@ -260,3 +264,24 @@ def test_real_coco_annotations_agree_with_pycocotools(test_data):
             assert instance["crowd"] == bool(entry["iscrowd"])
             assert instance["area"] == pytest.approx(entry["area"])
     assert compressed > 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"skeleton": [["x", 1]]},
+        {"skeleton": [[1, 2, 3]]},
+        {"skeleton": [[0, 1]]},
+        {"skeleton": [[1, 3]]},
+        {"skeleton": [[1, 1.5]]},
+        {"skeleton": [1, 2]},
+        {"skeleton": 3},
+        {"keypoints": 3},
+        {"keypoints": "head"},
+        {"keypoints": ["head", None]},
+    ],
+)
+def test_a_malformed_skeleton_is_refused(load, changes):
+    with pytest.raises(UserError, match="category 'person': (skeleton|keypoints) must be") as error:
+        load({"categories": [{**SKELETON[0], **changes}]})
+    assert error.value.reason == "invalid_annotations"

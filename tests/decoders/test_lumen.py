@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_models import scrambled
 
 from lumen_ray.decoders.base import Frame, PerceptionTargets, PredictSettings, PromptSpec
-from lumen_ray.decoders.lumen import LumenDecoder, giou_loss, greedy_nms
+from lumen_ray.decoders.lumen import LumenDecoder, best_of_each, giou_loss, greedy_nms
 from lumen_ray.model.settings import LumenSettings
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.structures import Boxes
@@ -20,7 +20,7 @@ DETECT = PromptSpec("thing")
 
 def decoder(std=0.2, **changes):
     torch.manual_seed(0)
-    made = LumenDecoder(SETTINGS.model_copy(update=changes), DENSE, LINK)
+    made = LumenDecoder(LumenSettings.model_validate(SETTINGS.model_dump() | changes), DENSE, LINK)
     return scrambled(made, std) if std else made
 
 
@@ -88,9 +88,9 @@ def learned():
     dense = torch.tensor(np.concatenate([picture, ramps, 0.3 * texture]), dtype=torch.float32)[None]
     link = make_link(torch.randn(4, LINK), [0] * 4, [-1, -1, -1, 0])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
-    for step in range(150):
+    for step in range(220):
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * min(1.0, 2 * (1 - step / 150))
+            group["lr"] = 1e-2 * min(1.0, 2 * (1 - step / 220))
         total = sum(t.total / t.count.clamp_min(1) for t in model.loss(model(link, dense), targets).values())
         optimizer.zero_grad()
         total.backward()
@@ -114,7 +114,7 @@ def test_one_scene_can_be_learned(learned):
         matched = overlap.argmax(1)
         for i, mask in enumerate(prediction.masks.to_arrays()):
             wanted = circle_mask(truth[matched[i]], step=1)
-            assert (mask & wanted).sum() / (mask | wanted).sum() > 0.7
+            assert (mask & wanted).sum() / (mask | wanted).sum() > 0.6
     corners = np.array([[8, 10], [56, 38]])[predictions[0].boxes.xyxy[:, 0].argsort().argsort()]
     assert np.abs(predictions[0].keypoints.xyv[:, 0, :2] - corners).max() < 3
 
@@ -194,7 +194,7 @@ def losses(model, embeddings, images, dense, boxes, masks=True):
 
 def test_the_losses_of_a_batch_are_the_sums_over_its_parts():
     """So that the loss of a global batch does not depend on how it is split over processes."""
-    model = decoder(max_masks_per_image=3)
+    model = decoder(max_masks_per_object=1)
     embeddings, dense = random_inputs(4)
     boxes = [[[4, 6, 28, 30], [36, 34, 60, 58]], [[30, 4, 58, 24], [2, 40, 20, 60]]] * 2
     together = losses(model, embeddings, [0, 0, 1, 1], dense, boxes)
@@ -203,6 +203,14 @@ def test_the_losses_of_a_batch_are_the_sums_over_its_parts():
         torch.testing.assert_close(together[name].total, sum(p[name].total for p in parts))
         torch.testing.assert_close(together[name].count, sum(p[name].count for p in parts))
     torch.testing.assert_close(together["heatmap"].each.sum(), together["heatmap"].total)
+
+
+def test_each_image_keeps_its_best_places():
+    groups = torch.tensor([1, 0, 1, 1, 3, 0])
+    values = torch.tensor([0.2, 0.5, 0.9, 0.2, 0.1, 0.7])
+    assert best_of_each(groups, values, 2).tolist() == [5, 1, 2, 0, 4]
+    assert best_of_each(groups, values, 1).tolist() == [5, 2, 4]
+    assert best_of_each(groups[:0], values[:0], 2).tolist() == []
 
 
 def test_crowds_cost_nothing():

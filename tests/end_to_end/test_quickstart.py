@@ -76,7 +76,7 @@ def test_the_server_is_down_afterwards(made):
         post("http://127.0.0.1:8123/v1/caption", {})
 
 
-def test_a_second_run_keeps_what_is_there(made, capsys):
+def test_prepare_does_not_write_over_shards(made, capsys):
     assert cli.main(["prepare", "scenes", "--num", "4", "--output", str(made[0] / "shards" / "train")]) == 2
     assert "already" in capsys.readouterr().err
     assert (made[0] / "shards" / "train" / "manifest.json").is_file()

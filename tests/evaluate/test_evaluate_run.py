@@ -59,7 +59,7 @@ def test_an_engine_that_knows_the_truth_scores_one_everywhere(split, rows, tmp_p
 
 
 def test_worse_engines_score_worse(split, rows, tmp_path):
-    shifted = evaluate(FakeEngine(rows, skeletons=POSED, shift=6.0), split, tmp_path, limit=6)["metrics"]
+    shifted = evaluate(FakeEngine(rows, skeletons=POSED, shift=3.0), split, tmp_path, limit=6)["metrics"]
     assert 0 < shifted["box_AP"] < 0.7 and shifted["mask_AP"] < 0.7 and shifted["keypoint_AP"] < 0.7
     wrong = FakeEngine(rows, text="purple", route="[GRD]", instances=False)
     metrics = evaluate(wrong, split, tmp_path)["metrics"]
@@ -105,3 +105,38 @@ def test_user_mistakes_are_one_sentence(split, rows, tmp_path):
     only_text = write_split(tmp_path / "text", [{**rows[0], "tasks": ["vqa"]}])
     with pytest.raises(UserError, match="not annotated for pose; its tasks: vqa"):
         evaluate(engine, only_text, tmp_path, tasks=["pose"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tasks": []}, "no task given"),
+        ({"tasks": ["vqa", "pose", "detect"]}, "not annotated for pose, detect; its tasks: vqa"),
+        ({"tasks": ["chat"]}, "free chat; give some of them too, its tasks: vqa"),
+        ({"limit": 0}, "limit is 0; give 1 or more"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"chat_limit": -1}, "chat_limit is -1"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_refused(rows, tmp_path, options, message):
+    split = write_split(tmp_path / "text", [{**rows[0], "tasks": ["vqa"]}])
+    with pytest.raises(UserError, match=message):
+        evaluate(FakeEngine(rows), split, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_report_holds_its_settings(split, rows, tmp_path):
+    evaluate(FakeEngine(rows, skeletons=POSED), split, tmp_path, tasks=["vqa"], limit=2, batch_size=3, chat_limit=1)
+    assert json.loads((tmp_path / "report.json").read_text())["settings"] == {
+        "score_threshold": 0.01, "max_per_phrase": 100, "limit": 2, "chat_limit": 1, "batch_size": 3,
+    }  # fmt: skip
+
+
+def test_a_text_that_cannot_be_asked_is_reported_and_the_rest_scored(rows, tmp_path):
+    turns = [{"role": "user", "content": "what is <region> ?"}, {"role": "assistant", "content": "x"}]
+    template = next(m for m in rows[0]["messages"] if m["task"] == "vqa")
+    bad = {**rows[0], "image_id": "bad", "messages": [{**template, "turns": turns}]}
+    split = write_split(tmp_path / "split", [bad, rows[1]])
+    report = evaluate(FakeEngine(rows, skeletons=POSED), split, tmp_path / "out")
+    assert (report["scored"], report["skipped"]) == (1, 1)
+    assert report["errors"][0]["image_id"] == "bad" and report["errors"][0]["reason"] == "reserved_text"

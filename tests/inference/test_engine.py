@@ -163,13 +163,16 @@ class Biased(torch.nn.Module):
 
 
 @pytest.fixture
-def routed(engine, monkeypatch):
+def routed(engine):
+    llm = engine.trunk.trunk.llm
+    original = llm.lm_head
+
     def to(token):
-        llm = engine.trunk.trunk.llm
-        monkeypatch.setattr(llm, "lm_head", Biased(llm.lm_head, token))
+        llm.lm_head = Biased(original, token)
         return engine
 
-    return to
+    yield to
+    llm.lm_head = original
 
 
 @pytest.mark.parametrize("token,text,task,phrase", [

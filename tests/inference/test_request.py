@@ -46,3 +46,7 @@ def test_requests_are_what_was_asked():
     region = Region("point", (10, 10), [[1, 2]])
     assert make_request("region_caption", region=region).region is region
     assert make_request("pose", classes=["a"], keypoints=["b"]).keypoints == ("b",)
+
+
+def test_phrases_are_lower_case_when_they_are_checked():
+    refused("reserved_text", "ground", text="a [<EOS>]")

@@ -73,3 +73,15 @@ def test_a_gallery_of_some_says_so(labelled):
     write_gallery(output, max_images=2)
     page = (output / "gallery.html").read_text()
     assert page.count("<figure") == 2 and "the first 2" in page
+
+
+def test_classes_that_were_not_found_are_categories_too(tmp_path):
+    photos = write_images(tmp_path / "photos", 1)
+    label(
+        make_engine, photos, tmp_path / "out", tasks=["detect", "caption"], classes=["circle", "square"],
+        num_actors=0, score_threshold=1,
+    )  # fmt: skip
+    data = json.loads((tmp_path / "out" / "coco" / "detect.json").read_text())
+    assert [(c["id"], c["name"]) for c in data["categories"]] == [(1, "circle"), (2, "square")]
+    assert data["annotations"] == [] and len(data["images"]) == 1
+    assert json.loads((tmp_path / "out" / "coco" / "captions.json").read_text())["categories"] == []

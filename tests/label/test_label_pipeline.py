@@ -13,6 +13,7 @@ from label_fakes import FakeEngine, picture, write_images
 
 from lumen_ray.errors import UserError
 from lumen_ray.label.pipeline import build_requests, label
+from lumen_ray.label.workers import LabelActor, Labeller, WorkerSettings
 
 OPTIONS = {"classes": ["square", "circle"], "num_actors": 0, "fragment_size": 4, "batch_size": 3, "exports": ()}
 
@@ -161,3 +162,36 @@ def test_user_mistakes_are_one_sentence(tmp_path, changes, text):
 def test_one_request_per_text():
     requests = build_requests(["ground", "vqa"], prompts={"ground": "a cat and a dog", "vqa": ["a ?", "b ?"]})
     assert [(r.task, r.text) for r in requests] == [("ground", "a cat and a dog"), ("vqa", "a ?"), ("vqa", "b ?")]
+
+
+def test_nothing_labelled_is_an_error(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name in ("a.png", "b.png"):
+        (photos / name).write_bytes(b"\x89PNG nothing")
+    with pytest.raises(UserError, match=r"none of 2 images could be labelled, the first, 'a.png', because") as caught:
+        label(FakeEngine, photos, tmp_path / "out", tasks=["detect"], **OPTIONS)
+    assert caught.value.reason == "nothing_labelled"
+    errors = pq.read_table(tmp_path / "out" / "errors.parquet").to_pylist()
+    assert [e["image_id"] for e in errors] == ["a.png", "b.png"]
+    assert errors[0]["message"] in str(caught.value)
+
+
+def test_the_summary_tells_the_first_error(tmp_path):
+    photos = write_images(tmp_path / "photos", 2)
+    assert label(FakeEngine, photos, tmp_path / "good", tasks=["detect"], **OPTIONS)["first_error"] is None
+    (photos / "a_broken.png").write_bytes(b"")
+    first = label(FakeEngine, photos, tmp_path / "bad", tasks=["detect"], **OPTIONS)["first_error"]
+    assert first["image_id"] == "a_broken.png" and first["reason"] == "broken_image" and first["message"]
+
+
+def test_only_actors_take_one_thread(monkeypatch):
+    import torch
+
+    taken = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    settings = WorkerSettings(make_engine, tuple(build_requests(["caption"])))
+    Labeller(settings)
+    assert taken == []
+    LabelActor(settings)
+    assert taken == [1]

@@ -55,6 +55,13 @@ def test_dinov2_merges_the_chosen_layers_as_the_written_out_sum(choice, layers):
     torch.testing.assert_close(vision.dinov2(pixels), expected, atol=2e-5, rtol=2e-5)
 
 
+def projected(vision, features):
+    """The projection and its normalisation, written out."""
+    x = features @ vision.projector.weight.T + vision.projector.bias
+    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    return x * vision.token_norm.weight + vision.token_norm.bias
+
+
 def test_tokens_are_clip_beside_the_mlp_of_dinov2_projected():
     vision = comm()
     pixels = images()
@@ -62,7 +69,7 @@ def test_tokens_are_clip_beside_the_mlp_of_dinov2_projected():
     first, _, second = vision.dinov2_mlp
     dino = second(torch.nn.functional.gelu(first(vision.dinov2(pixels))))
     both = torch.cat([vision.clip(pixels), dino], dim=-1)
-    torch.testing.assert_close(tokens, both @ vision.projector.weight.T + vision.projector.bias)
+    torch.testing.assert_close(tokens, projected(vision, both), atol=2e-5, rtol=2e-5)
     assert merged.shape == (2, 32, 4, 4)
     torch.testing.assert_close(merged[:, :, 1, 2], both[:, 1 * 4 + 2])  # row-major: y, then x
 
@@ -72,7 +79,13 @@ def test_token_merge_puts_a_square_of_neighbours_into_one_token():
     tokens, merged = vision(images())
     assert tokens.shape == (2, 4, 24)
     square = torch.cat([merged[:, :, y, x] for y in (2, 3) for x in (0, 1)], dim=-1)  # third token: row 1, column 0
-    torch.testing.assert_close(tokens[:, 2], square @ vision.projector.weight.T + vision.projector.bias)
+    torch.testing.assert_close(tokens[:, 2], projected(vision, square), atol=2e-5, rtol=2e-5)
+
+
+def test_tokens_enter_the_llm_on_the_scale_of_its_embeddings():
+    vision = CommVision(VisionSettings(clip=CLIP), 64, 24, token_std=0.05)
+    assert vision(images())[0].std().item() == pytest.approx(0.05, rel=0.1)
+    assert vision(images() * 0.1)[0].std().item() == pytest.approx(0.05, rel=0.1)  # whatever the encoders' scale
 
 
 def test_native_size_uses_the_positions_as_they_are_and_other_sizes_interpolate_them():

@@ -8,7 +8,7 @@ import pytest
 
 from lumen_ray.config import load, validate
 from lumen_ray.errors import UserError
-from lumen_ray.serve.settings import ServeSettings
+from lumen_ray.serve.settings import ServeSettings, load_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "serve"
 
@@ -48,3 +48,17 @@ def test_options_are_accepted_by_serve():
     assert options["autoscaling_config"]["upscale_delay_s"] == 2 and "num_replicas" not in options
     assert options["user_config"] == {"max_batch_size": 8, "batch_wait_timeout_s": 0.005}
     assert settings.logical_cpus == 4  # 3 trunks of 1, a decoder and an ingress of a half
+
+
+def test_what_is_given_replaces_the_files(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("model: m\nhttp:\n")
+    settings = load_settings(str(path), port=8001)
+    assert (settings.model, settings.http.host, settings.http.port) == ("m", "127.0.0.1", 8001)
+    assert load_settings("nano", model="n", host="0.0.0.0").http.host == "0.0.0.0"
+
+
+def test_every_deployment_of_nano_scales_by_itself():
+    settings = load_settings("nano")
+    for part in (settings.ingress, settings.trunk, settings.lumen_decoder):
+        assert (part.autoscaling.min_replicas, part.autoscaling.max_replicas) == (1, 2)

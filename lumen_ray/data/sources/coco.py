@@ -15,6 +15,7 @@ from lumen_ray.data.images import decode
 from lumen_ray.data.schema import make_message, make_row
 from lumen_ray.data.sources.coco_json import CocoImage, Rejected, is_numbers
 from lumen_ray.errors import UserError
+from lumen_ray.model.tokenizer import SPECIAL_TOKENS
 from lumen_ray.structures import Boxes, Size
 from lumen_ray.tasks import get_task
 
@@ -57,8 +58,17 @@ def _keypoints(annotation: dict[str, Any], number: int, size: Size) -> list[floa
     return points if any(points[2::3]) else None
 
 
+def _reserved(text: str) -> str | None:
+    """The first token of the prompt layout written in a text: there it would be read as layout, not as words."""
+    return next((token for token in SPECIAL_TOKENS if token in text), None)
+
+
 def _instance(annotation: dict[str, Any], keypoints: dict[str, int], size: Size) -> dict[str, Any]:
     """A schema instance; `UserError` for an annotation that cannot be used."""
+    if token := _reserved(annotation["name"]):
+        raise UserError(
+            f"its category '{annotation['name']}' contains the reserved token {token}; rename it", "reserved_token"
+        )
     mask = rle_tools.from_segmentation(annotation.get("segmentation"), size)
     if mask is not None and rle_tools.area(mask) == 0:
         raise UserError("its mask covers no pixel", "invalid_mask")
@@ -126,11 +136,15 @@ def to_row(
             incomplete.add(annotation["name"])
             rejected.append({"image_id": name, "origin": annotation["origin"], "reason": str(error)})
     for number, (caption, origin) in enumerate(record.captions):
-        if text := " ".join(caption.split()):
+        text = " ".join(caption.split())
+        if token := _reserved(text):
+            reason = f"the caption contains the reserved token {token}"
+            rejected.append({"image_id": name, "origin": origin, "reason": reason})
+        elif text:
             messages.append(make_message("caption", get_task("caption").prompt(template=number), text))
         else:
             rejected.append({"image_id": name, "origin": origin, "reason": "the caption is empty"})
-    classes = [c for c in record.classes if c not in incomplete]
+    classes = [c for c in record.classes if c not in incomplete and not _reserved(c)]
     row = make_row(name, image, size, source, tasks=_tasks(classes, instances, len(messages)), classes=classes,
                    instances=instances, messages=messages)  # fmt: skip
     return row, rejected

@@ -1,0 +1,132 @@
+"""Which prompts an image gets, and what each should find."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import SIDE, scene_batch, tiny_model, tiny_tokenizer
+
+from lumen_ray.data import scenes
+from lumen_ray.data.collate import BranchSettings, Collator, Prompts, add_classes, add_messages, add_poses
+from lumen_ray.data.images import decode
+from lumen_ray.data.schema import make_message, make_row
+from lumen_ray.data.transforms import AugmentSettings, Sample, transform
+from lumen_ray.train.metrics import per_task, reduce_losses
+
+TASKS = ("detect", "segment", "pose", "region_caption")
+MANY = BranchSettings(negatives=50, max_poses=9, max_messages=9)
+
+
+def sample_of(row, augment=AugmentSettings(), seed=0):  # noqa: B008  frozen
+    return transform(row, decode(row["image"]), SIDE, augment, np.random.default_rng(seed), scenes.SKELETONS)
+
+
+def moved(row, shift_x, shift_y=0.0):
+    """The row's sample with the picture moved by pixels."""
+    plain = sample_of(row)
+    matrix = plain.matrix + [[0, 0, shift_x], [0, 0, shift_y]]
+    return Sample(plain.image, plain.boxes, plain.crowd, plain.masks, plain.keypoints, plain.kept, matrix)
+
+
+def figure_row():
+    return next(
+        row
+        for row in (scenes.scene_row(0, i, SIDE) for i in range(50))
+        if any(i["keypoints"] for i in row["instances"])
+    )
+
+
+def test_every_prompt_finds_the_instances_of_its_class():
+    rows = [scenes.scene_row(1, i, SIDE) for i in range(4)]
+    batch = scene_batch(rows, ("detect",), MANY)
+    targets = batch["targets"]["perception"]
+    assert len(batch["tasks"]) == sum(len(row["classes"]) for row in rows)
+    wanted = [sum(i["phrase"] in row["classes"] for i in row["instances"]) for row in rows]
+    images = batch["layout"].link_images["perception"]
+    for image, count in enumerate(wanted):
+        assert int(targets.valid[images == image].sum()) == count
+
+
+def test_the_same_generator_gives_the_same_batch():
+    one, two, other = (scene_batch(3, seed=s) for s in (5, 5, 6))
+    assert torch.equal(one["images"], two["images"])
+    assert torch.equal(one["layout"].input_ids, two["layout"].input_ids)
+    assert one["tasks"] == two["tasks"]
+    assert not torch.equal(one["images"], other["images"])
+
+
+def test_only_exhaustive_classes_are_asked_for():
+    """A class whose annotations were partly rejected is not in `classes`: what is missing would count as background."""
+    row = figure_row()
+    phrase = next(i["phrase"] for i in row["instances"] if i["keypoints"])
+    sample = sample_of(row)
+    for classes, asked in ((row["classes"], True), ([c for c in row["classes"] if c != phrase], False)):
+        prompts = Prompts()
+        changed = {**row, "classes": classes}
+        add_classes(prompts, 0, changed, sample, TASKS, MANY, np.random.default_rng(0))
+        add_poses(prompts, 0, changed, sample, scenes.SKELETONS, MANY, np.random.default_rng(0))
+        assert any(phrase in branch.prompt for branch in prompts.branches) == asked
+        assert ("pose" in prompts.tasks) == asked
+
+
+@pytest.mark.parametrize(
+    ("region", "shift", "kept"),
+    [
+        ({"kind": "box", "points": [0.0, 0, 20, 20], "mask": None}, -10, True),
+        ({"kind": "box", "points": [0.0, 0, 20, 20], "mask": None}, -15, False),
+        ({"kind": "box", "points": [0.0, 0, 20, 20], "mask": None}, -30, False),
+        ({"kind": "point", "points": [10.0, 10], "mask": None}, -9, True),
+        ({"kind": "point", "points": [10.0, 10], "mask": None}, -11, False),
+        ({"kind": "scribble", "points": [10.0, 10, 10, 30], "mask": None}, -5, True),
+        ({"kind": "polygon", "points": [0.0, 0, 20, 0, 20, 20], "mask": None}, -18, False),
+    ],
+)
+def test_messages_about_regions_cropped_away_are_left_out(region, shift, kept):
+    row = scenes.scene_row(0, 0, SIDE)
+    row["regions"] = [region]
+    row["messages"] = [make_message("region_caption", "What is <region>?", "a thing", (0,))]
+    prompts = Prompts()
+    add_messages(prompts, 0, row, moved(row, shift), TASKS, MANY, np.random.default_rng(0))
+    assert len(prompts.branches) == len(prompts.regions) == int(kept)
+    if kept:
+        assert prompts.regions[0].any()
+        if region["kind"] == "box":
+            assert prompts.regions[0].sum() == 10 * 20
+
+
+def test_a_mask_region_follows_the_map_even_if_tiny():
+    row = scenes.scene_row(0, 0, SIDE)
+    from pycocotools import mask as coco_mask
+
+    for side, area in ((20, 400), (1, None)):
+        inside = np.zeros((SIDE, SIDE), np.uint8, order="F")
+        inside[4 : 4 + side, 8 : 8 + side] = 1
+        rle = coco_mask.encode(inside)
+        region = {"kind": "mask", "points": None, "mask": {"size": rle["size"], "counts": rle["counts"].decode()}}
+        row["regions"] = [region]
+        row["messages"] = [make_message("region_caption", "What is <region>?", "a thing", (0,))]
+        prompts, sample = Prompts(), moved(row, 3)
+        if area is None:
+            sample.matrix = sample.matrix * 0.3
+        add_messages(prompts, 0, row, sample, TASKS, MANY, np.random.default_rng(0))
+        (mask,) = prompts.regions
+        if area:
+            ys, xs = np.nonzero(mask)
+            assert (mask.sum(), xs.min(), ys.min()) == (area, 11, 4)
+        else:
+            assert mask.any()
+
+
+def test_a_batch_of_nothing_can_be_stepped():
+    """All pictures of a rank's share are broken: its losses are zero, and every parameter still has a gradient."""
+    rows = [make_row(f"broken-{i}", None, (SIDE, SIDE), "test") for i in range(2)]
+    rngs = [np.random.default_rng(i) for i in range(2)]
+    batch = Collator(tiny_tokenizer(), SIDE, TASKS, {}, BranchSettings(), AugmentSettings())(rows, [None, None], rngs)
+    assert (batch["tasks"], batch["has_image"].tolist()) == ([], [False, False])
+    model = tiny_model()
+    losses = model(batch)
+    total, means = reduce_losses(losses, model.loss_names, {})
+    total.backward()
+    assert set(means.values()) == {0.0}
+    assert per_task(batch, losses) == {}
+    decoder = [p.grad for p in model.decoders.parameters()]
+    assert all(g is not None and not g.any() for g in decoder)

@@ -1,0 +1,96 @@
+"""Plan steps to batches: the same bytes each time, and broken pictures are told."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import SIDE, tiny_model, tiny_tokenizer
+
+from lumen_ray.data import scenes
+from lumen_ray.data.feed import BatchReader, local_batches, plan_items, read_texts, skeletons_of
+from lumen_ray.data.mixture import Plan
+from lumen_ray.data.prepare import prepare_scenes
+from lumen_ray.data.shards import ShardWriter, build_manifest, read_manifest, write_manifest
+from lumen_ray.train.recipe import Recipe
+
+AUGMENT = {"flip_x": True, "turn": True, "scale": [0.8, 1.2], "shift": 0.1, "color": 0.3}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("feed") / "shards"
+    prepare_scenes(folder, 16, side=SIDE, rows_per_group=4, workers=0)
+    return folder
+
+
+def recipe(**changes):
+    stages = [{"name": "one", "steps": 5, "augment": AUGMENT}]
+    return Recipe.model_validate({"name": "r", "batch_size": 8, "stages": stages} | changes)
+
+
+def reader(folder):
+    return BatchReader(str(folder), recipe(), tiny_tokenizer(), SIDE, skeletons_of(read_manifest(folder)))
+
+
+def same(one, two):
+    """Bit-equal, through lists, dictionaries and data classes."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, two)
+    elif isinstance(one, dict):
+        assert one.keys() == two.keys()
+        for key in one.keys() - {"read_s"}:
+            same(one[key], two[key])
+    elif hasattr(one, "__dataclass_fields__"):
+        same(vars(one), vars(two))
+    else:
+        assert one == two
+
+
+def test_a_step_gives_the_same_batch_each_time(shards):
+    plan = Plan(read_manifest(shards), recipe())
+    items = plan_items(plan, 0, 1)
+    batches = [reader(shards)(item) for item in items]
+    for item, batch in zip(items, batches, strict=True):
+        same(batch, reader(shards)(item))
+    assert [b["step"] for b in local_batches(reader(shards), plan, 3)] == [3, 4]
+    same(next(local_batches(reader(shards), plan, 3)), batches[3])
+    assert not torch.equal(batches[0]["images"], batches[1]["images"])
+
+
+def test_two_ranks_read_the_halves_of_the_batch(shards):
+    plan = Plan(read_manifest(shards), recipe(), 2)
+    read = reader(shards)
+    whole = read(plan_items(plan, 0, 1)[2])
+    halves = [read(plan_items(plan, rank, 2)[2]) for rank in range(2)]
+    assert torch.equal(torch.cat([h["images"] for h in halves]), whole["images"])
+    assert halves[0]["tasks"] + halves[1]["tasks"] == whole["tasks"]
+
+
+def test_items_start_at_a_step(shards):
+    plan = Plan(read_manifest(shards), recipe(), 2)
+    assert plan_items(plan, 1, 2, 3) == plan_items(plan, 1, 2)[3:]
+    assert plan_items(plan, 1, 2, 5) == []
+
+
+@pytest.mark.parametrize("broken", [{1}, {0, 1, 2, 3}])
+def test_broken_pictures_are_told_and_the_batch_keeps_its_size(tmp_path, broken):
+    with ShardWriter(tmp_path, "part.parquet", rows_per_group=4) as writer:
+        for i in range(4):
+            row = scenes.scene_row(0, i, SIDE)
+            writer.write({**row, "image": row["image"][:200]} if i in broken else row)
+    categories = [{"name": c, "keypoints": [], "skeleton": []} for c in scenes.CLASSES]
+    write_manifest(tmp_path, build_manifest([writer.entry], categories=categories))
+    batch = reader(tmp_path)({"step": 0, "stage": 0, "group": 0, "parts": [("part.parquet", 0, 4)]})
+    assert [r["image_id"] for r in batch["rejected"]] == [f"scene-0-{i:07d}" for i in sorted(broken)]
+    assert all(r["reason"] for r in batch["rejected"])
+    assert batch["has_image"].tolist() == [i not in broken for i in range(4)]
+    owners = {int(image) for image in np.unique(np.nonzero((batch["layout"].branch_ids >= 0).any(1).numpy())[0])}
+    assert owners == set(range(4)) - broken
+    model = tiny_model()
+    sum(term.total for term in model(batch).values()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_the_tokenizer_learns_from_every_prompt(shards):
+    texts = read_texts(shards)
+    assert any("left hand" in t for t in texts)
+    assert len(read_texts(shards, limit_rows=4)) < len(texts)

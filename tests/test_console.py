@@ -1,0 +1,34 @@
+"""The progress lines of a log file."""
+
+import pytest
+
+from lumen_ray import console
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    """A clock that the test sets, and what was said."""
+    said, clock = [], [100.0]
+    monkeypatch.setattr(console, "say", said.append)
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    return clock, said
+
+
+@pytest.mark.parametrize("start", [0, 900])
+def test_time_left_counts_from_the_first_step_seen(lines, start):
+    clock, said = lines
+    bar = console.Bar("train", None)
+    clock[0] += 50  # loading is no step
+    bar.update(start + 1, start + 100)
+    clock[0] += 20
+    bar.update(start + 11, start + 100)
+    assert said[-1] == f"  train: {start + 11}/{start + 100}, about 2:58 left"  # 89 steps of 2 s
+
+
+def test_the_first_line_has_no_rate_and_the_last_nothing_left(lines):
+    clock, said = lines
+    bar = console.Bar("label", None)
+    clock[0] += 20
+    bar.update(5, 10)
+    bar.update(10, 10, "done")
+    assert said == ["  label: 5/10", "  label: 10/10  done"]

@@ -1,0 +1,69 @@
+"""Two FSDP ranks train what one process trains."""
+
+import json
+import os
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from safetensors.torch import load_file
+from train_fakes import make_job
+
+from lumen_ray.data.feed import plan_items
+from lumen_ray.data.mixture import Plan
+from lumen_ray.train import checkpoint
+from lumen_ray.train.loop import Trainer
+from lumen_ray.train.trainer import train_local
+
+STAGES = ((12, None), (8, ["lumen"]))
+
+
+def _rank(rank, prepared, store, threads=1):
+    torch.set_num_threads(threads)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=120), 2, rank)
+    trainer = Trainer(prepared.job, torch.device("cpu"))
+    items = plan_items(Plan(prepared.manifest, prepared.job.recipe, 2), rank, 2, trainer.step)
+    trainer.fit(prepared.reader(item) for item in items)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def runs(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("parallel")
+    train_local(make_job(data, folder / "one", stages=STAGES))
+    mp.spawn(_rank, (make_job(data, folder / "two", stages=STAGES), folder / "store"), nprocs=2)
+    return folder / "one", folder / "two"
+
+
+def losses(run):
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: line[name] for name in line if name.startswith("loss")} for line in found]
+
+
+def test_the_loss_curves_are_the_same(runs):
+    one, two = map(losses, runs)
+    assert len(one) == len(two) == 20
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, abs=1e-4, rel=1e-4)
+    assert one[0]["loss"] != one[1]["loss"]
+
+
+def test_the_weights_are_the_same(runs):
+    one, two = (load_file(run / "model" / "model.safetensors") for run in runs)
+    assert one.keys() == two.keys()
+    assert max(float((one[n] - two[n]).abs().max()) for n in one) < 1e-3
+
+
+def test_one_process_reads_the_checkpoint_of_two(runs):
+    from lumen_ray.model.build import load_model
+
+    model = load_model(runs[0] / "model").model
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    checkpoint.load_weights(checkpoint.latest(runs[1]), model)
+    saved = load_file(runs[1] / "model" / "model.safetensors")
+    assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
