@@ -43,6 +43,7 @@ def init_local(num_cpus: int = 6, object_store_mb: int = 512) -> None:
         ray.init(**common)
     else:
         ray.init(
+            address="local",  # never somebody else's cluster that happens to run on this machine
             num_cpus=max(num_cpus, os.cpu_count() or 1),
             object_store_memory=object_store_mb << 20,
             include_dashboard=False,

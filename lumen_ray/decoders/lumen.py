@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lumen_ray.decoders.assigner import Assignment, assign, pairwise_iou
+from lumen_ray.decoders.assigner import assign, pairwise_iou
 from lumen_ray.decoders.base import Decoder, Frame, LossTerm, PerceptionTargets, PredictSettings, PromptSpec
 from lumen_ray.decoders.pose_head import PoseHead
 from lumen_ray.model.aligner import Aligner, sine_position
@@ -173,7 +173,7 @@ class LumenDecoder(Decoder):
         losses = {
             "heatmap": LossTerm(s.heatmap_weight * heat.sum(), count, self._per_link(heat.detach().sum(1), raw)),
             "box": LossTerm(s.box_weight * box, count),
-            "mask": self._mask_loss(raw, targets, assignment, prompt, place, gt),
+            "mask": self._mask_loss(raw, targets, prompt, place, gt),
         }
         losses["keypoint"] = self._keypoint_loss(raw, targets)
         return losses
@@ -187,17 +187,20 @@ class LumenDecoder(Decoder):
         self,
         raw: LumenRaw,
         targets: PerceptionTargets,
-        assignment: Assignment,
         prompt: Tensor,
         place: Tensor,
         gt: Tensor,
     ) -> LossTerm:
-        """BCE + Dice (sec. 3.3) on the best places, at most `max_masks_per_object` of each prompt's object."""
+        """BCE + Dice (sec. 3.3) on the positives nearest the centre, `max_masks_per_object` of each prompt's object.
+
+        Nearness is exact; a choice by score would turn on rounding, and with it on how a batch is split over ranks.
+        """
         index = targets.mask_index[raw.objects][prompt, gt]
         keep = torch.nonzero(index >= 0).flatten()
         objects = prompt[keep] * targets.valid.shape[1] + gt[keep]
-        quality = assignment.quality[prompt[keep], place[keep]]
-        keep = keep[best_of_each(objects, quality, self.settings.max_masks_per_object)]
+        gt_boxes = targets.boxes[raw.objects][prompt[keep], gt[keep]]
+        distance = (raw.centers[place[keep]] - (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2).square().sum(-1)
+        keep = keep[best_of_each(objects, -distance, self.settings.max_masks_per_object)]
         prompt, place, gt, index = prompt[keep], place[keep], gt[keep], index[keep]
         if len(keep) == 0:
             return LossTerm(raw.logits.new_zeros(()), raw.logits.new_zeros(()))
@@ -318,7 +321,7 @@ class LumenDecoder(Decoder):
         return Prediction(spec.phrase, boxes, scores[found].float().cpu().numpy(), masks, keypoints)
 
     def _masks(self, raw: LumenRaw, p: int, found: Tensor, boxes: Tensor, frame: Frame) -> Masks:
-        """Masks at the stored image's resolution, each cut to its box grown by a cell."""
+        """Masks at the stored image's resolution, each cut to its box grown by half."""
         height, width = frame.size
         if len(found) == 0:
             return Masks([], frame.size)
@@ -326,8 +329,9 @@ class LumenDecoder(Decoder):
         logits = self.masks_at(raw, prompts, found, (boxes[:, 2:] - boxes[:, :2]).amax(-1))
         logits = torch.where(self._near(boxes, logits.shape[-2:], raw) > 0, logits, torch.full_like(logits, -10.0))
         rles = []
+        # Probabilities are enlarged, not logits: one very negative cell would move the border inwards.
         for one in logits:  # one at a time: hundreds of full-size masks of a large photo would not fit in memory
             size = round(frame.input_size / frame.scale)
-            full = F.interpolate(one[None, None], (size, size), mode="bilinear", align_corners=False)[0, 0]
-            rles += Masks.from_arrays((full[:height, :width] > 0).cpu().numpy()[None]).rles
+            full = F.interpolate(one.sigmoid()[None, None], (size, size), mode="bilinear", align_corners=False)[0, 0]
+            rles += Masks.from_arrays((full[:height, :width] > 0.5).cpu().numpy()[None]).rles
         return Masks(rles, frame.size)

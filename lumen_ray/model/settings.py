@@ -59,7 +59,7 @@ class LumenSettings(Settings):
     topk_assign: int = Field(9, gt=0, description="positive locations per object")
     pose_grid: int = Field(12, gt=0, description="cells per side of the grid sampled in a box for keypoints")
     nms_iou: float = Field(0.6, description="instances of one prompt that overlap more are merged")
-    max_masks_per_object: int = Field(3, gt=0, description="positive locations of an object that train its mask")
+    max_masks_per_object: int = Field(5, gt=0, description="positive locations of an object that train its mask")
 
 
 class ModelSettings(Settings):
