@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,24 @@ class Job:
 
 class DivergedError(RuntimeError):
     """The loss is not a number."""
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Makes a CPU step bit-equal however many threads work on it.
+
+    Several threads otherwise add gradients that meet in one element (of a gather or an embedding) in whatever order
+    they come. CUDA keeps its own order, which would cost speed to fix.
+    """
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # every tensor here is written before it is read
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
@@ -76,9 +95,10 @@ class Trainer:
     def fit(self, batches: Iterator[dict[str, Any]]) -> None:
         """Runs the recipe from where the newest checkpoint left it. `batches` start at that step (`self.step`)."""
         first, local = self.job.recipe.at(self.step)
-        for index in range(first, len(self.job.recipe.stages)):
-            self._stage(self.job.recipe.stages[index], batches, local)
-            local = 0
+        with reproducible(self.device):
+            for index in range(first, len(self.job.recipe.stages)):
+                self._stage(self.job.recipe.stages[index], batches, local)
+                local = 0
         self._export()
         if self.log:
             self.log.close()

@@ -19,6 +19,15 @@ def lines(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def two_threads():
+    """More than one, so that sums whose order is left to the threads would show."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory):
     """An uninterrupted run with checkpoints at steps 2, 4 (end of the first stage), 6 and 8."""
