@@ -79,6 +79,8 @@ def refer_phrases(objects: Sequence[Any], side: int, rng: np.random.Generator, l
             options.append((f"the {name}", members[0]))
         else:
             options += [(f"the {word} {name}", i) for word, i in extremes(objects, members, side).items()]
+    if not options:  # twins that no comparison tells apart
+        return []
     weights = np.array([1.0 if text.count(" ") == 1 or text.split()[1] in COLOURS else 0.3 for text, _ in options])
     chosen = rng.choice(len(options), min(limit, len(options)), replace=False, p=weights / weights.sum())
     picked = [options[i] for i in chosen]

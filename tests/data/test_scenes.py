@@ -1,6 +1,7 @@
 """Scenes: every annotation and every answer is checked against the picture or recomputed from the instances."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -262,3 +263,9 @@ def test_the_vocabulary_is_small(rows):
     )
     assert len(words) < 100
     assert all(word == word.lower() for word in words)
+
+
+def test_twins_that_no_comparison_tells_apart_get_no_expression():
+    twin = SimpleNamespace(colour="red", shape="circle", area=100.0, centre=(40.0, 40.0))
+    other = SimpleNamespace(colour="red", shape="circle", area=100.0, centre=(44.0, 44.0))
+    assert scenes_text.refer_phrases([twin, other], 128, np.random.default_rng(1)) == []
