@@ -32,12 +32,26 @@ def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def _classes(text: str) -> list[str]:
+    """Class names of a command line, or of a file with one name a line."""
+    path = Path(text)
+    if not path.is_file():
+        return _names(text)
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        raise UserError(
+            f"class file '{text}' cannot be read; give a UTF-8 text file with one class a line", "invalid_classes"
+        ) from None
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="lumen-ray", description=__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"lumen-ray {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
     _quickstart_args(verbs)
     _prepare_args(verbs)
+    _data_args(verbs)
     _train_args(verbs)
     _evaluate_args(verbs)
     _label_args(verbs)
@@ -57,22 +71,43 @@ def _quickstart_args(verbs: Any) -> None:
 
 
 def _prepare_args(verbs: Any) -> None:
-    p = verbs.add_parser("prepare", help="write training shards: synthetic scenes or COCO json")
+    from lumen_ray.data.sources.registry import SOURCES
+
+    p = verbs.add_parser("prepare", help="write training shards from synthetic scenes or annotated data")
     kinds = p.add_subparsers(dest="kind", metavar="SOURCE", parser_class=_Parser)
-    scenes = kinds.add_parser("scenes", help="render synthetic mixed-task scenes")
-    scenes.add_argument("--num", type=int, required=True, help="number of scenes")
-    scenes.add_argument("--seed", type=int, default=0, help="another seed is another, disjoint set")
-    coco = kinds.add_parser("coco", help="COCO json: boxes, masks, keypoints, captions")
-    coco.add_argument(
-        "--annotations", nargs="+", required=True, help="one or more COCO json files over the same images"
-    )
-    coco.add_argument("--images", required=True, help="folder of the images")
-    coco.add_argument("--shuffle-seed", type=int, default=0)
-    for q in (scenes, coco):
-        q.add_argument("--output", required=True, help="shard folder to write")
+    for name, source in SOURCES.items():
+        q = kinds.add_parser(name, help=source.help, description=f"{source.help}. {source.layout}".strip())
+        for argument in source.arguments:
+            argument.add_to(q)
+        q.add_argument("--output", required=True, help="shard folder to write; local, s3:// or gs://")
+        q.add_argument("--shuffle-seed", type=int, default=0, help="order of the rows (default: 0)")
         q.add_argument("--rows-per-group", type=int, default=8, help="images per row group; batch sizes are multiples")
+        q.add_argument(
+            "--rows-per-file", type=int, default=512, help="images per file, the unit of work (default: 512)"
+        )
         q.add_argument("--overwrite", action="store_true", help="replace shards that are there")
+        q.add_argument("--workers", type=int, help="most tasks at once (default: one per core; 0: without Ray)")
     p.set_defaults(run=_prepare)
+
+
+def _data_args(verbs: Any) -> None:
+    p = verbs.add_parser("data", help="look at shards, or write them in other formats")
+    kinds = p.add_subparsers(dest="action", metavar="ACTION", parser_class=_Parser, required=True)
+    export = kinds.add_parser("export", help="shards -> COCO json (boxes, masks, keypoints, captions)")
+    export.add_argument("shards", help="shard folder")
+    export.add_argument("--output", required=True, help="folder for instances.json and captions.json")
+    export.add_argument("--format", choices=("coco",), default="coco", help="format to write (default: coco)")
+    export.add_argument("--images", action="store_true", help="also write the images, byte for byte")
+    export.set_defaults(run=_data_export)
+    look = kinds.add_parser("inspect", help="counts and histograms, and a page of samples as training sees them")
+    look.add_argument("shards", help="shard folder")
+    look.add_argument("--output", default="inspect", help="folder for index.html, statistics.json (default: inspect)")
+    look.add_argument("--samples", type=int, default=24, help="rows on the page (default: 24)")
+    look.add_argument("--recipe", help="whose prompts and augmentation are shown (default: all tasks, unaugmented)")
+    look.add_argument("--stage", help="stage of the recipe (default: the one with most tasks)")
+    look.add_argument("--top", type=int, default=30, help="classes listed one by one; the rest in a line (default: 30)")
+    look.add_argument("--seed", type=int, default=0, help="which rows are sampled (default: 0)")
+    look.set_defaults(run=_data_inspect)
 
 
 def _train_args(verbs: Any) -> None:
@@ -101,7 +136,9 @@ def _label_args(verbs: Any) -> None:
     p.add_argument("--model", required=True, help="model folder")
     p.add_argument("--output", required=True, help="folder for the labels; run again to continue after a stop")
     p.add_argument("--tasks", type=_names, default=["detect"], help="comma separated, e.g. detect,segment,caption")
-    p.add_argument("--classes", type=_names, help="comma separated (default: the model's own classes)")
+    p.add_argument(
+        "--classes", type=_classes, help="comma separated, or a file with one a line (default: the model's own)"
+    )
     p.add_argument("--text", action="append", default=[], metavar="TASK=TEXT", help="text for vqa, refer, ground, chat")
     p.add_argument("--score-threshold", type=float, default=0.3)
     p.add_argument("--batch-size", type=int, default=8)
@@ -132,17 +169,25 @@ def _quickstart(args: argparse.Namespace) -> None:
 
 
 def _prepare(args: argparse.Namespace) -> None:
-    if not args.kind:
-        raise UserError("prepare needs a source; sources: scenes, coco (see 'lumen-ray prepare --help')", "usage")
-    from lumen_ray.data.prepare import prepare_coco, prepare_scenes
+    from lumen_ray.data.sources.registry import SOURCES
 
-    common = {"rows_per_group": args.rows_per_group, "overwrite": args.overwrite, "workers": _cores()}
+    if not args.kind:
+        raise UserError(
+            f"prepare needs a source; sources: {', '.join(SOURCES)} (see 'lumen-ray prepare --help')", "usage"
+        )
+    from lumen_ray.data.prepare import prepare_source
+
     with bar("prepare") as progress:
-        common["progress"] = progress.update
-        if args.kind == "scenes":
-            summary = prepare_scenes(args.output, args.num, args.seed, **common)
-        else:
-            summary = prepare_coco(args.output, args.annotations, args.images, shuffle_seed=args.shuffle_seed, **common)
+        summary = prepare_source(
+            args.output,
+            SOURCES[args.kind].make(vars(args)),
+            shuffle_seed=args.shuffle_seed,
+            rows_per_group=args.rows_per_group,
+            rows_per_file=args.rows_per_file,
+            overwrite=args.overwrite,
+            workers=_cores() if args.workers is None else args.workers,
+            progress=progress.update,
+        )
     say(prepared_line(summary))
 
 
@@ -151,6 +196,32 @@ def prepared_line(summary: dict[str, Any]) -> str:
     tasks = ", ".join(f"{name} {count}" for name, count in summary["tasks"].items())
     rejected = f"; {summary['rejected']} rejected, see rejected.parquet" if summary["rejected"] else ""
     return f"{summary['rows']} rows in {summary['files']} files -> {summary['output']} ({tasks}{rejected})"
+
+
+def _data_export(args: argparse.Namespace) -> None:
+    from lumen_ray.data.export import export_coco
+
+    counts = export_coco(args.shards, args.output, images=args.images)
+    told = ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in counts.items() if number)
+    say(f"{told} -> {args.output}")
+
+
+def _data_inspect(args: argparse.Namespace) -> None:
+    from lumen_ray.data.inspect import inspect, print_sections, sections
+
+    with bar("inspect") as progress:
+        statistics, page = inspect(
+            args.shards,
+            args.output,
+            samples=args.samples,
+            recipe=args.recipe,
+            stage=args.stage,
+            top=args.top,
+            seed=args.seed,
+            progress=progress.update,
+        )
+    print_sections(sections(statistics, args.top), console)
+    say(f"page -> {page}; the counts as JSON are beside it")
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 console = Console(highlight=False)
 LINE_EVERY_S = 10.0
+RECENT_S = 60.0  # time left is told from the speed of this long
 
 
 def say(text: str) -> None:
@@ -25,14 +27,18 @@ class Bar:
         self._title, self._progress = title, progress
         self._task = progress.add_task(title, total=None, note="") if progress else None
         self._last_line = time.monotonic()
-        self._first: tuple[float, int] | None = None  # when and where counting began: a resumed job not at 0
+        # of the last minute, oldest first: a resumed job does not begin at 0, and stages differ in speed
+        self._recent: deque[tuple[float, int]] = deque()
 
     def update(self, done: int, total: int | None, note: str = "") -> None:
         if self._progress is not None:
             self._progress.update(self._task, completed=done, total=total, note=note)
             return
         now = time.monotonic()
-        began, first = self._first = self._first or (now, done)
+        self._recent.append((now, done))
+        while now - self._recent[0][0] > RECENT_S and len(self._recent) > 2:
+            self._recent.popleft()
+        began, first = self._recent[0]
         if now - self._last_line < LINE_EVERY_S and done != total:
             return
         self._last_line = now

@@ -87,8 +87,9 @@ def quickstart(
 
 
 def _prepare(folder: Path, num: int, seed: int) -> None:
-    from lumen_ray.data.prepare import prepare_scenes
+    from lumen_ray.data.prepare import prepare_source
     from lumen_ray.data.shards import read_manifest
+    from lumen_ray.data.sources.scenes import ScenesSource
 
     if (folder / "manifest.json").is_file():
         origin, rows = read_manifest(folder)["origin"], read_manifest(folder)["rows"]
@@ -97,10 +98,9 @@ def _prepare(folder: Path, num: int, seed: int) -> None:
         say(f"  {num} scenes are already in {folder}")
         return
     with bar("scenes") as progress:
-        summary = prepare_scenes(
+        summary = prepare_source(
             folder,
-            num,
-            seed,
+            ScenesSource(num, seed),
             rows_per_group=ROWS_PER_GROUP,
             rows_per_file=256,
             workers=os.cpu_count(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 
 def prepare_environment() -> None:
@@ -15,6 +16,7 @@ def prepare_environment() -> None:
         "RAY_worker_niceness": "0",  # Ray's 15 more than halved the training rate on a shared 2-core machine
         "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # of a lost node, before fewer workers go on (Ray's 60)
         "RAY_DEDUP_LOGS": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -49,6 +51,11 @@ def init_local(num_cpus: int = 6, object_store_mb: int = 512) -> None:
             include_dashboard=False,
             **common,
         )
+    prepare_data()
+
+
+def prepare_data() -> None:
+    """Ray Data's settings in this process, for the data sets it makes."""
     import ray.data
 
     _quiet()
@@ -74,5 +81,10 @@ def shutdown() -> None:
     """Ends this process's Ray, with the local cluster if this process started it."""
     import ray
 
+    if "ray.serve" in sys.modules:
+        # Serve keeps its client of a cluster that has ended, and would ask it for a replica in the next one
+        from ray.serve.context import _disconnect
+
+        _disconnect()
     if ray.is_initialized():
         ray.shutdown()

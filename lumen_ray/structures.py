@@ -7,15 +7,20 @@ Conversions to other conventions (COCO's xywh) happen only in the methods below 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from pycocotools import mask as coco_mask
 
 from lumen_ray.errors import UserError
 
 Size = tuple[int, int]  # (height, width)
+
+
+def as_size(size: int | Size) -> Size:
+    """(height, width) of a model input; a single number is the side of a square."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
 
 
 def _check_size(size: Size) -> Size:
@@ -23,6 +28,13 @@ def _check_size(size: Size) -> Size:
     if height <= 0 or width <= 0:
         raise ValueError(f"image size must be positive (height, width), got {size}")
     return height, width
+
+
+def _coco_mask() -> Any:
+    """pycocotools' masks, imported on first use: a model computes without them, as on a bare GPU machine."""
+    from pycocotools import mask
+
+    return mask
 
 
 @dataclass
@@ -91,19 +103,20 @@ class Masks:
         size = size or masks.shape[1:]
         if len(masks) == 0:
             return cls([], size)
-        encoded = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
+        encoded = _coco_mask().encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
         return cls([{"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode()} for rle in encoded], size)
 
     def to_arrays(self) -> np.ndarray:
         """bool [N, height, width]."""
         if not self.rles:
             return np.zeros((0, *self.size), bool)
-        return coco_mask.decode(self.rles).transpose(2, 0, 1).astype(bool)
+        return _coco_mask().decode(self.rles).transpose(2, 0, 1).astype(bool)
 
     @property
     def area(self) -> np.ndarray:
         """float32 [N], pixels."""
-        return np.asarray(coco_mask.area(self.rles), np.float32).reshape(-1) if self.rles else np.zeros(0, np.float32)
+        areas = _coco_mask().area(self.rles) if self.rles else []
+        return np.asarray(areas, np.float32).reshape(-1)
 
     def __len__(self) -> int:
         return len(self.rles)
@@ -229,6 +242,17 @@ class Answer:
     text: str | None = None
     #: routing token the LLM chose (free chat) or that the request forced; None for text
     route: str | None = None
+
+    def best(self, most: int) -> Answer:
+        """The answer with the `most` best-scored instances of all its phrases; equal scores in phrase order."""
+        scores = np.concatenate([p.scores for p in self.predictions]) if self.predictions else np.zeros(0)
+        if len(scores) <= most:
+            return self
+        kept = np.zeros(len(scores), bool)
+        kept[np.argsort(-scores, kind="stable")[:most]] = True
+        parts = np.split(kept, np.cumsum([len(p) for p in self.predictions])[:-1])
+        chosen = [p[np.flatnonzero(part)] for p, part in zip(self.predictions, parts, strict=True)]
+        return replace(self, predictions=chosen)
 
     @property
     def counts(self) -> dict[str, int]:

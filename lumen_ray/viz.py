@@ -72,6 +72,7 @@ def draw(
     colours: Mapping[str, Colour] | None = None,
     score_threshold: float = 0.0,
     labels: bool = True,
+    scores: bool = True,
 ) -> np.ndarray:
     """`image` (uint8 [H, W, 3] RGB) with answers drawn on it, uint8 [H', W', 3].
 
@@ -79,7 +80,7 @@ def draw(
 
     edges: class -> pairs of 0-based keypoint indices to join; `known_edges` of the keypoint names where not given.
     colours: phrase -> RGB, for phrases whose colour must be the same in several pictures; the others get `palette`'s.
-    score_threshold: instances below it are left out.
+    score_threshold: instances below it are left out. scores: annotations have none worth writing.
     """
     items = [answers] if isinstance(answers, Answer | Prediction) else list(answers)
     predictions = [p for item in items for p in (item.predictions if isinstance(item, Answer) else [item])]
@@ -99,7 +100,7 @@ def draw(
             pen.keypoints(p, palette_[p.phrase], (edges or {}).get(p.phrase) or known_edges(p.keypoints.names))
     if labels:
         for p in predictions:
-            pen.labels(p, palette_[p.phrase])
+            pen.labels(p, palette_[p.phrase], scores)
     return np.asarray(_with_strip(canvas, texts) if texts else canvas)
 
 
@@ -173,12 +174,14 @@ class _Pen:
             self.draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=(20, 20, 20), width=1)
             self.draw.rectangle((x1, y1, x2, y2), outline=colour, width=self.width)
 
-    def labels(self, prediction: Prediction, colour: Colour) -> None:
+    def labels(self, prediction: Prediction, colour: Colour, scores: bool = True) -> None:
         """Phrase and score on a filled tag; a tag moves when it would cover another."""
         ink = _ink(colour)
         for i, (box, score) in enumerate(zip(prediction.boxes.xyxy * self.scale, prediction.scores, strict=True)):
-            text = f"{prediction.phrase} {score:.2f}"
+            text = f"{prediction.phrase} {score:.2f}" if scores else prediction.phrase
             if self.crowded and i > 0 and self.font.getlength(text) > box[2] - box[0]:
+                if not scores:
+                    continue
                 text = f"{score:.2f}"
             left, top, right, bottom = self.draw.textbbox((0, 0), text, font=self.font)
             width, height = right - left + 6, bottom - top + 5

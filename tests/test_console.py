@@ -32,3 +32,15 @@ def test_the_first_line_has_no_rate_and_the_last_nothing_left(lines):
     bar.update(5, 10)
     bar.update(10, 10, "done")
     assert said == ["  label: 5/10", "  label: 10/10  done"]
+
+
+def test_a_slower_stage_is_told_at_its_own_speed(lines):
+    clock, said = lines
+    bar = console.Bar("train", None)
+    for step in range(100):
+        clock[0] += 1
+        bar.update(step, 200)
+    for step in range(100, 115):
+        clock[0] += 10
+        bar.update(step, 200)
+    assert said[-1] == "  train: 114/200, about 14:20 left"  # 86 steps of 10 s

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from lumen_ray.data import scenes
 from lumen_ray.data.collate import BranchSettings, Collator
 from lumen_ray.data.images import decode
+from lumen_ray.data.schema import make_message, make_row
+from lumen_ray.data.shards import ShardWriter, build_manifest, write_manifest
 from lumen_ray.data.transforms import AugmentSettings
 from lumen_ray.model.build import Generalist, LoadedModel, ModelMeta, build_model
 from lumen_ray.model.settings import ModelSettings
@@ -78,6 +83,30 @@ def scene_batch(
     collator = Collator(tiny_tokenizer(), SIDE, tasks, scenes.SKELETONS, branches, AugmentSettings())
     images = [None if row["image"] is None else decode(row["image"]) for row in rows]
     return collator(rows, images, [np.random.default_rng((seed, i)) for i in range(len(rows))])
+
+
+def mixed_shards(folder: Path) -> Path:
+    """48 pictures of three shapes, each with a box over all of it, and 12 texts, shuffled, in row groups of 5."""
+    rows = []
+    for i in range(48):
+        height, width = [(64, 40), (40, 64), (64, 64)][i % 3]
+        picture = Image.fromarray(decode(scenes.scene_row(0, i, SIDE)["image"])[:height, :width])
+        picture.save(buffer := io.BytesIO(), "PNG")
+        instance = {
+            "phrase": "red circle", "box": [0.0, 0.0, float(width), float(height)], "mask": None, "keypoints": None,
+            "crowd": False, "area": float(width * height),
+        }  # fmt: skip
+        columns = {"tasks": ["detect"], "classes": ["red circle"], "instances": [instance]}
+        rows.append(make_row(f"picture-{i}", buffer.getvalue(), (height, width), "test", **columns))
+    for i in range(12):
+        messages = [make_message("chat", f"what is {i} ?", "a red circle " * (1 + 3 * i))]
+        rows.append(make_row(f"text-{i}", None, (0, 0), "test", tasks=["chat"], messages=messages))
+    with ShardWriter(folder, "part.parquet", rows_per_group=5) as writer:
+        for i in np.random.default_rng(0).permutation(len(rows)):
+            writer.write(rows[i])
+    categories = [{"name": name, "keypoints": [], "skeleton": []} for name in scenes.CLASSES]
+    write_manifest(folder, build_manifest([writer.entry], categories=categories))
+    return folder
 
 
 def random_images(count: int, side: int = SIDE, seed: int = 0) -> torch.Tensor:

@@ -6,24 +6,28 @@ captions, questions. What is drawn depends only on the random generator given, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from pycocotools import mask as coco_mask
-from pydantic import Field
+from torch import Tensor
 
-from lumen_ray.config import Settings
+from lumen_ray.data.class_choice import BranchSettings, choose_classes, draw
+from lumen_ray.data.images import Picture
+from lumen_ray.data.packing import Packing, fit_branches, pack
 from lumen_ray.data.transforms import (
-    MASK_STRIDE,
     MIN_VISIBLE,
     AugmentSettings,
     Sample,
+    clip_boxes,
     map_boxes,
     map_points,
+    mask_shape,
     transform,
     visible_share,
 )
@@ -31,21 +35,11 @@ from lumen_ray.decoders.base import PerceptionTargets
 from lumen_ray.model.prompts import Branch, build_layout
 from lumen_ray.model.regions import region_mask
 from lumen_ray.model.tokenizer import LumenTokenizer
-from lumen_ray.structures import Region
+from lumen_ray.structures import Region, Size, as_size
 from lumen_ray.tasks import TASKS
 
 CLASS_TASKS = ("detect", "segment", "count")  # one box target each; they differ in wording and routing token
 TEXT_TASKS = tuple(name for name, task in TASKS.items() if task.is_text)
-
-
-class BranchSettings(Settings):
-    """How many prompts an image gets in one training step."""
-
-    negatives: int = Field(3, ge=0, description="classes asked for that are annotated as absent, drawn uniformly")
-    max_classes: int = Field(24, gt=0, description="classes present that are asked for, at most")
-    max_phrases: int = Field(3, ge=0, description="ground and refer phrases, at most")
-    max_messages: int = Field(4, ge=0, description="captions, questions, region captions and chats, at most")
-    max_poses: int = Field(1, ge=0, description="classes with keypoints whose pose is asked for, at most")
 
 
 @dataclass
@@ -72,6 +66,15 @@ class Prompts:
         self.wants.append(want)
         return len(self.branches) - 1
 
+    def replace(self, branches: Sequence[Branch | None]) -> None:
+        """Other branches in place of those collected; the ones that are None are taken out."""
+        place = np.cumsum([branch is not None for branch in branches]) - 1
+        kept = [i for i, branch in enumerate(branches) if branch is not None]
+        parents = [int(place[branches[i].parent]) if branches[i].parent >= 0 else -1 for i in kept]
+        self.branches = [replace(branches[i], parent=parent) for i, parent in zip(kept, parents, strict=True)]
+        self.tasks = [self.tasks[i] for i in kept]
+        self.wants = [self.wants[i] for i in kept]
+
 
 def instances_of(phrase: str, row: dict[str, Any], sample: Sample) -> list[int]:
     """Indices into the sample of the instances whose class is `phrase`."""
@@ -86,19 +89,14 @@ def add_classes(
     tasks: Sequence[str],
     s: BranchSettings,
     rng: np.random.Generator,
+    frequencies: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
-    """Class prompts: the classes present and `negatives` absent ones, each in the wording of a task drawn at random.
-
-    Only classes annotated exhaustively are asked for: an object without annotation would be trained as background.
-    """
+    """Class prompts: those of `choose_classes`, present and absent, each in the wording of a task drawn at random."""
     tasks = [t for t in tasks if t in CLASS_TASKS]
     if not tasks:
         return
-    found = dict.fromkeys(row["instances"][i]["phrase"] for i in sample.kept)
-    present = [phrase for phrase in found if phrase in row["classes"]]
-    absent = [c for c in row["classes"] if c not in {i["phrase"] for i in row["instances"]}]
-    chosen = _draw(present, s.max_classes, rng) + _draw(absent, s.negatives, rng)
-    for phrase in chosen:
+    visible = list(dict.fromkeys(row["instances"][i]["phrase"] for i in sample.kept))
+    for phrase in choose_classes(row, visible, s, frequencies, rng):
         task = TASKS[tasks[int(rng.integers(len(tasks)))]]
         text = task.prompt(phrase, int(rng.integers(len(task.templates))))
         want = Want(instances_of(phrase, row, sample))
@@ -118,7 +116,7 @@ def add_poses(
     task = TASKS["pose"]
     with_pose = {row["instances"][i]["phrase"] for n, i in enumerate(sample.kept) if sample.keypoints[n] is not None}
     candidates = [c for c in skeletons if c in with_pose and c in row["classes"]]
-    for phrase in _draw(candidates, s.max_poses, rng):
+    for phrase in draw(candidates, s.max_poses, rng):
         found = instances_of(phrase, row, sample)
         text = task.prompt(phrase, int(rng.integers(len(task.templates))))
         parent = prompts.add("pose", Branch(image, text, route=task.routing_token), Want(found))
@@ -143,7 +141,7 @@ def add_phrases(
         for p in row["phrases"]
         if p["task"] in tasks and (not p["instances"] or any(i in place for i in p["instances"]))
     ]
-    for item in _draw(usable, s.max_phrases, rng):
+    for item in draw(usable, s.max_phrases, rng):
         task = TASKS[item["task"]]
         text = task.prompt(item["phrase"], int(rng.integers(len(task.templates))))
         want = Want([place[i] for i in item["instances"] if i in place])
@@ -165,19 +163,22 @@ def add_messages(
     """
     visible = [region_visible(region, sample) for region in row["regions"]]
     usable = [m for m in row["messages"] if m["task"] in tasks and all(visible[r] for r in m["regions"])]
-    for message in _draw(usable, s.max_messages, rng):
-        prompt, response = turns_to_text(message["turns"])
+    for message in draw(usable, s.max_messages, rng):
+        history, prompt, response = exchanges(message["turns"])
         first = len(prompts.regions)
         for index in message["regions"]:
             prompts.regions.append(_region_input(sample, row["regions"][index]))
             prompts.region_images.append(image)
         regions = tuple(range(first, len(prompts.regions)))
-        prompts.add(message["task"], Branch(image, prompt, response=response, regions=regions))
+        branch = Branch(image, prompt, response=response, regions=regions, history=history)
+        prompts.add(message["task"], branch)
 
 
-def turns_to_text(turns: list[dict[str, str]]) -> tuple[str, str]:
-    """(instruction, response): earlier turns of a conversation are part of the last instruction."""
-    return " ".join(turn["content"] for turn in turns[:-1]), turns[-1]["content"]
+def exchanges(turns: Sequence[dict[str, str]]) -> tuple[tuple[tuple[str, str], ...], str, str]:
+    """(earlier (instruction, response) pairs, last instruction, last response) of turns that alternate."""
+    texts = [turn["content"] for turn in turns]
+    *earlier, last = zip(texts[::2], texts[1::2], strict=True)
+    return tuple(earlier), *last
 
 
 def _region_box(region: dict) -> np.ndarray:
@@ -195,34 +196,29 @@ def _region_box(region: dict) -> np.ndarray:
 def region_visible(region: dict, sample: Sample) -> bool:
     """Whether enough of a stored region is left in the (augmented) model input, as for instances."""
     boxes = map_boxes(_region_box(region), sample.matrix)
-    return bool(visible_share(boxes, sample.image.shape[0])[0] >= MIN_VISIBLE)
+    return bool(visible_share(boxes, sample.image.shape[:2])[0] >= MIN_VISIBLE)
 
 
 def _region_input(sample: Sample, region: dict) -> np.ndarray:
-    """A stored region, visible in the (augmented) model input, as a binary mask [S, S] of it."""
-    size = sample.image.shape[0]
+    """A stored region, visible in the (augmented) model input, as a binary mask [H, W] of it."""
+    size = sample.image.shape[:2]
     if region["mask"]:
         inverse = np.linalg.inv(np.vstack([sample.matrix, [0, 0, 1]]))[:2]
         picture = Image.fromarray(coco_mask.decode(region["mask"]) * 255)
-        out = picture.transform((size, size), Image.Transform.AFFINE, inverse.flatten(), Image.Resampling.BILINEAR)
+        out = picture.transform(size[::-1], Image.Transform.AFFINE, inverse.flatten(), Image.Resampling.BILINEAR)
         if (inside := np.asarray(out) > 127).any():
             return inside.astype(np.uint8)
-        low, high = np.clip(map_boxes(_region_box(region), sample.matrix), 0, size).reshape(2, 2)
+        low, high = clip_boxes(map_boxes(_region_box(region), sample.matrix), size).reshape(2, 2)
         # too small for a pixel of the input, but still a place
-        return region_mask(Region("point", (size, size), (low + high)[None] / 2), size)
+        return region_mask(Region("point", size, (low + high)[None] / 2), size)
     points = map_points(np.array(region["points"], np.float64).reshape(-1, 2), sample.matrix)
     if region["kind"] == "box":
         points = map_boxes(_region_box(region), sample.matrix).reshape(2, 2)
-    return region_mask(Region(region["kind"], (size, size), np.clip(points, 0, size)), size)
-
-
-def _draw(items: list, count: int, rng: np.random.Generator) -> list:
-    """At most `count` items in random order, without replacement."""
-    return [items[i] for i in rng.permutation(len(items))[:count]]
+    return region_mask(Region(region["kind"], size, clip_boxes(points, size)), size)
 
 
 def perception_targets(
-    prompts: Prompts, samples: list[Sample], members: list[int], mask_side: int
+    prompts: Prompts, samples: list[Sample], members: list[int], input_size: int | Size
 ) -> PerceptionTargets:
     """Targets of the given branches (those that are links of the perception family), padded to the most instances."""
     wants = [prompts.wants[b] for b in members]
@@ -245,7 +241,7 @@ def perception_targets(
                 mask_index[row, g] = stored[image, n]
             if want.keypoint >= 0 and sample.keypoints[n] is not None:
                 keypoints[row, g] = sample.keypoints[n][want.keypoint]
-    stack = np.stack(masks) if masks else np.zeros((0, mask_side, mask_side), np.uint8)
+    stack = np.stack(masks) if masks else np.zeros((0, *mask_shape(input_size)), np.uint8)
     counted = torch.tensor([w.keypoint < 0 for w in wants])
     arrays = (torch.from_numpy(a) for a in (boxes, valid, crowd, mask_index, stack, keypoints))
     return PerceptionTargets(*arrays, counted)
@@ -256,40 +252,62 @@ class Collator:
     """Rows and a random generator per row -> a batch. Plain settings inside, so Ray can ship it to CPU tasks."""
 
     tokenizer: LumenTokenizer
-    input_size: int
+    input_size: int | Size  # (height, width) in pixels, or the side of a square
     tasks: tuple[str, ...]
     skeletons: dict[str, tuple[str, ...]]
     branches: BranchSettings = BranchSettings()
     augment: AugmentSettings = AugmentSettings()
+    frequencies: dict[str, int] = field(default_factory=dict)  # images per class, weighs the negatives
+    packing: Packing | None = None
 
-    def __call__(self, rows: list[dict], images: list[np.ndarray | None], rngs: list[np.random.Generator]) -> dict:
-        """The batch `Generalist.forward` takes. `images`: decoded uint8 [H, W, 3], None for text-only rows."""
+    def __call__(
+        self, rows: list[dict], images: list[np.ndarray | Picture | None], rngs: list[np.random.Generator]
+    ) -> dict:
+        """The batch `Generalist.forward` takes. `images`: decoded, None for text-only rows.
+
+        Packed, rows with an image come first, and the batch's `images` are theirs alone (one grey where there is none).
+        """
+        if self.packing:
+            order = sorted(range(len(rows)), key=lambda i: images[i] is None)
+            rows, images, rngs = ([values[i] for i in order] for values in (rows, images, rngs))
         prompts, samples = Prompts(), []
         for index, (row, image, rng) in enumerate(zip(rows, images, rngs, strict=True)):
             pixels = np.full((8, 8, 3), 114, np.uint8) if image is None else image
             sample = transform(row, pixels, self.input_size, self.augment, rng, self.skeletons)
             samples.append(sample)
-            add_classes(prompts, index, row, sample, self.tasks, self.branches, rng)
+            add_classes(prompts, index, row, sample, self.tasks, self.branches, rng, self.frequencies)
             if "pose" in self.tasks:
                 add_poses(prompts, index, row, sample, self.skeletons, self.branches, rng)
             add_phrases(prompts, index, row, sample, self.tasks, self.branches, rng)
             add_messages(prompts, index, row, sample, self.tasks, self.branches, rng)
+        has_image = torch.tensor([image is not None for image in images])
+        truncated = self._truncate(prompts, has_image) if self.packing else {}
         layout = build_layout(prompts.branches, len(rows), self.tokenizer)
-        side = self.input_size // MASK_STRIDE
+        if self.packing:
+            layout.pack = pack(layout, has_image, self.packing)
+            samples = samples[: max(1, int(has_image.sum()))]
         targets = {
-            family: perception_targets(prompts, samples, members.tolist(), side)
+            family: perception_targets(prompts, samples, members.tolist(), self.input_size)
             for family, members in layout.link_branches.items()
         }
-        masks = (
-            np.stack(prompts.regions) if prompts.regions else np.zeros((0, self.input_size, self.input_size), np.uint8)
-        )
+        masks = np.stack(prompts.regions) if prompts.regions else np.zeros((0, *as_size(self.input_size)), np.uint8)
         return {
             "images": torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).contiguous(),
-            "has_image": torch.tensor([image is not None for image in images]),
+            "has_image": has_image,
             "layout": layout,
             "region_masks": torch.from_numpy(masks),
             "region_images": torch.tensor(prompts.region_images, dtype=torch.int64),
             "targets": targets,
             "tasks": prompts.tasks,
             "image_ids": [row["image_id"] for row in rows],
+            "truncated": truncated,
         }
+
+    def _truncate(self, prompts: Prompts, has_image: Tensor) -> dict[str, int]:
+        """Makes the prompts of each sample fit into a packed row; what was lost, where anything was."""
+        tokens = (has_image.long() * self.packing.image_tokens).tolist()
+        kept, lost = fit_branches(prompts.branches, tokens, self.packing.tokens, self.tokenizer)
+        if not any(lost.values()):
+            return {}
+        prompts.replace(kept)
+        return lost

@@ -6,31 +6,35 @@ One function does it wherever it runs: in Ray Data CPU tasks (`dataset_for_rank`
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import pickle
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
+import torch
 
 from lumen_ray.data.collate import Collator
-from lumen_ray.data.images import decode
-from lumen_ray.data.mixture import Plan, row_rng
+from lumen_ray.data.images import decode_reduced
+from lumen_ray.data.mixture import Plan, join_rows, row_rng
+from lumen_ray.data.packing import Packing
 from lumen_ray.data.schema import make_row
-from lumen_ray.data.shards import read_manifest, read_row_group
+from lumen_ray.data.shards import read_manifest, read_row_group, read_rows
 from lumen_ray.errors import UserError
 from lumen_ray.model.tokenizer import LumenTokenizer
+from lumen_ray.structures import Size, as_size
 from lumen_ray.tasks import TASKS
 from lumen_ray.train.recipe import Recipe
 
 if TYPE_CHECKING:
     import ray.data
 
-STEPS_PER_BLOCK = 8  # plan steps one Ray Data task works off; tasks cost tens of milliseconds each
-READ_CPUS = 0.25  # logical CPUs of a rank's reading task; below one, so that a machine of 2 cores has room for 2 ranks
+STEPS_PER_BLOCK = 16  # plan steps one Ray Data task works off; tasks cost tens of milliseconds each
 
 
 def skeletons_of(manifest: dict[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -45,8 +49,10 @@ class BatchReader:
     shards: str
     recipe: Recipe
     tokenizer: LumenTokenizer
-    input_size: int
+    input_size: int  # side of the square input of steps whose plan names no bucket
     skeletons: dict[str, tuple[str, ...]]
+    frequencies: dict[str, int] = field(default_factory=dict)  # images per class
+    token_side: int = 0  # input pixels per side of one image token; needed where the recipe packs
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """`item` as of `plan_items` -> the batch, with the pictures that could not be read under `rejected`.
@@ -57,28 +63,42 @@ class BatchReader:
         started = time.perf_counter()
         stage = self.recipe.stages[item["stage"]]
         step, tasks = item["step"], stage.groups[item["group"]].tasks
+        size = as_size(item.get("bucket") or self.input_size)
+        side = math.ceil(max(size) * max(1.0, stage.augment.scale[1]))  # what the largest zoom shows of a whole image
         rows, images, rngs, rejected = [], [], [], []
-        for file, index, _ in item["parts"]:
-            for number, row in enumerate(read_row_group(self.shards, file, index)):
+        for file, index, wanted in item["parts"]:
+            numbers = range(wanted) if isinstance(wanted, int) else wanted
+            for number, row in zip(numbers, read_row_group(self.shards, file, index, numbers), strict=True):
                 try:
-                    image = None if row["image"] is None else decode(row["image"])
+                    image = None if row["image"] is None else decode_reduced(row["image"], side)
                 except UserError as error:  # a bad picture is reported with its step and does not stop the job
                     rejected.append({"image_id": row["image_id"], "reason": str(error)})
                     row, image = make_row(row["image_id"], None, (row["height"], row["width"]), row["source"]), None
                 rows.append(row)
                 images.append(image)
                 rngs.append(row_rng(self.recipe.seed, step, file, index, number))
-        collator = Collator(self.tokenizer, self.input_size, tasks, self.skeletons, stage.branches, stage.augment)
+        collator = Collator(
+            self.tokenizer, size, tasks, self.skeletons, stage.branches, stage.augment, self.frequencies,
+            self._packing(size),
+        )  # fmt: skip
         batch = collator(rows, images, rngs)
         return batch | {"step": step, "rejected": rejected, "read_s": time.perf_counter() - started}
 
+    def _packing(self, size: Size) -> Packing | None:
+        if not self.recipe.pack_tokens:
+            return None
+        return Packing(self.recipe.pack_tokens, (size[0] // self.token_side) * (size[1] // self.token_side))
+
 
 def plan_items(plan: Plan, rank: int, world_size: int, start: int = 0) -> list[dict[str, Any]]:
-    """The plan of one rank from step `start` on, a few bytes a step."""
-    steps = (plan[t] for t in range(start, len(plan)))
-    return [
-        {"step": s.step, "stage": s.stage, "group": s.group, "parts": list(s.share(rank, world_size))} for s in steps
-    ]
+    """The plan of one rank from step `start` on, a few bytes a micro-step."""
+    items = []
+    for s in (plan[t] for t in range(start, len(plan))):
+        micro_steps = plan.recipe.stages[s.stage].accumulate
+        for number in range(rank * micro_steps, (rank + 1) * micro_steps):
+            parts = join_rows(s.share(number, world_size * micro_steps))
+            items.append({"step": s.step, "stage": s.stage, "group": s.group, "bucket": s.bucket, "parts": parts})
+    return items
 
 
 def local_batches(reader: BatchReader, plan: Plan, start: int = 0) -> Iterator[dict[str, Any]]:
@@ -86,10 +106,27 @@ def local_batches(reader: BatchReader, plan: Plan, start: int = 0) -> Iterator[d
     return (reader(item) for item in plan_items(plan, 0, 1, start))
 
 
-def dataset_for_rank(reader: BatchReader, items: list[dict[str, Any]]) -> ray.data.Dataset:
-    """A Ray Data pipeline that reads, decodes and augments on CPU tasks; one block row per step, in plan order.
+class _Pickler(pickle.Pickler):
+    """Tensors travel as arrays: torch's own way takes milliseconds a batch, of the training process as well."""
 
-    `preserve_order` is set on the data set's own context, so that other data sets of the process keep theirs.
+    def reducer_override(self, value: Any) -> Any:
+        return (torch.from_numpy, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
+
+
+def to_bytes(batch: dict[str, Any]) -> bytes:
+    """A batch of CPU tensors for `pickle.loads`, which gives tensors that may be written to."""
+    out = io.BytesIO()
+    _Pickler(out, protocol=5).dump(batch)
+    return out.getvalue()
+
+
+def dataset_for_rank(reader: BatchReader, items: list[dict[str, Any]], readers: int = 1) -> ray.data.Dataset:
+    """A Ray Data pipeline that reads, decodes and augments on `readers` CPU tasks; one block row per step, in plan
+    order.
+
+    The tasks ask for no logical CPU (the rank has asked for theirs), so that none waits for one that others hold, and
+    run on the node of this process. `preserve_order` is set on the data set's own context, so that other data sets of
+    the process keep theirs.
     """
     import ray.data
 
@@ -97,20 +134,22 @@ def dataset_for_rank(reader: BatchReader, items: list[dict[str, Any]]) -> ray.da
 
     def read(block: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for text in block["item"]:
-            yield {"batch": [pickle.dumps(reader(json.loads(text)), protocol=5)]}
+            yield {"batch": [to_bytes(reader(json.loads(text)))]}
 
     blocks = max(1, -(-len(items) // STEPS_PER_BLOCK))
     dataset = ray.data.from_items([{"item": json.dumps(item)} for item in items], override_num_blocks=blocks)
     dataset.context.execution_options.preserve_order = True
     dataset.context.target_max_block_size = 1 << 20
     dataset.context.custom_execution_callback_classes = [Paced]
-    return dataset.map_batches(read, batch_size=None, compute=ray.data.TaskPoolStrategy(size=1), num_cpus=READ_CPUS)
+    pool = ray.data.TaskPoolStrategy(size=readers)
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return dataset.map_batches(read, batch_size=None, compute=pool, num_cpus=0, label_selector=here)
 
 
 def ray_batches(iterator: ray.data.DataIterator) -> Iterator[dict[str, Any]]:
     """Batches out of the pipeline of `dataset_for_rank`."""
     for row in iterator.iter_batches(batch_size=1, batch_format=None, prefetch_batches=2):
-        yield pickle.loads(row["batch"][0].as_py())
+        yield pickle.loads(row["batch"][0].as_buffer())
 
 
 def read_texts(shards: str | Path, limit_rows: int = 4000) -> list[str]:
@@ -125,13 +164,7 @@ def read_texts(shards: str | Path, limit_rows: int = 4000) -> list[str]:
         pose = TASKS["pose"].keypoint_template
         for name in skeletons.get(category["name"], ()):
             texts.append(pose.replace("{keypoint}", name).replace("{}", category["name"]))
-    columns = ["phrases", "messages"]
-    for file in manifest["files"]:
-        table = pq.read_table(Path(shards) / file["path"], columns=columns)
-        for row in table.slice(0, max(0, limit_rows)).to_pylist():
-            texts += [p["phrase"] for p in row["phrases"] or ()]
-            texts += [turn["content"] for m in row["messages"] or () for turn in m["turns"]]
-        limit_rows -= table.num_rows
-        if limit_rows <= 0:
-            break
+    for row in islice(read_rows(shards, ["phrases", "messages"]), max(0, limit_rows)):
+        texts += [p["phrase"] for p in row["phrases"] or ()]
+        texts += [turn["content"] for m in row["messages"] or () for turn in m["turns"]]
     return texts

@@ -1,202 +1,189 @@
-"""Write shard folders in parallel on Ray: one task per output file, each a pure function of its unit of work.
+"""Write shard folders from any source, in parallel on Ray: one task per output file, a pure function of its records.
 
-So the files do not depend on how many tasks ran at once. Files are written into a staging folder beside the output
+So the files do not depend on how many tasks ran at once. Files are written into a staging folder beneath the output
 and moved into place when all are done, the manifest last: a job that dies leaves what was there before untouched.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from lumen_ray.data import scenes, shards
-from lumen_ray.data.sources import coco, coco_json
+from lumen_ray.data import files, shards
+from lumen_ray.data.sources.base import Listing, Rejected, Source
 from lumen_ray.errors import UserError
 
 Progress = Callable[[int, int], None]  # records done, records in all
-Unit = dict[str, Any]  # {"number", "records", "payload"}: one output file
+Unit = dict[str, Any]  # {"number", "records", "payload"}: the records of one output file
 ROWS_PER_FILE = 512
 _STAGING = ".staging"
 
 
-@dataclass
-class _Job:
-    """What `_prepare` needs: the units of work, `write(unit, folder)` for one of them, and what the manifest says.
-
-    `inputs`: number of records per kind that came in; `rejected`: those set aside before any unit ran.
-    """
-
-    output: Path
-    units: list[Unit]
-    write: Callable[[Unit, str], dict[str, Any]]
-    categories: list[dict[str, Any]]
-    origin: dict[str, Any]
-    inputs: dict[str, int]
-    rejected: list[dict[str, str]] = field(default_factory=list)
-    overwrite: bool = False
-    workers: int | None = None
-    progress: Progress | None = None
-
-
-def prepare_scenes(
-    output: str | Path,
-    num: int,
-    seed: int = 0,
-    *,
-    side: int = 128,
-    rows_per_group: int = shards.ROWS_PER_GROUP,
-    rows_per_file: int = ROWS_PER_FILE,
-    overwrite: bool = False,
-    workers: int | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """Render `num` synthetic scenes of the set `seed` into the shard folder `output`; returns a summary.
-
-    Scenes are independent draws, so their order needs no shuffling. `workers`: most tasks at once (None: as the
-    cluster allows, 0: in this process, without Ray). Raises `UserError` for an output that already holds shards,
-    unless `overwrite`.
-    """
-    if num < 1:
-        raise UserError(f"the number of scenes must be at least 1, got {num}", "invalid_config")
-    if side < 64:
-        raise UserError(f"scenes need a side of at least 64 pixels, got {side}", "invalid_config")
-    if seed < 0:
-        raise UserError(f"the seed must not be negative, got {seed}", "invalid_config")
-    _check_rows(rows_per_group, rows_per_file)
-    bounds = range(0, num, rows_per_file)
-    units = [_unit(i, range(first, min(first + rows_per_file, num))) for i, first in enumerate(bounds)]
-
-    def write(unit: Unit, folder: str) -> dict[str, Any]:
-        rows = ((scenes.scene_row(seed, index, side), [], 0) for index in json.loads(unit["payload"]))
-        return _write_file(unit, folder, rows, rows_per_group)
-
-    categories = [
-        {
-            "name": name,
-            "keypoints": list(scenes.SKELETONS.get(name, ())),
-            "skeleton": [list(edge) for edge in scenes.SKELETON_EDGES] if name in scenes.SKELETONS else [],
-        }
-        for name in scenes.CLASSES
-    ]
-    origin = {"kind": "scenes", "seed": seed, "num": num, "side": side}
-    return _prepare(
-        _Job(Path(output), units, write, categories, origin, {"images": num}, [], overwrite, workers, progress)
-    )
-
-
-def prepare_coco(
-    output: str | Path,
-    annotations: Sequence[str | Path],
-    images: str | Path,
+def prepare_source(
+    output: files.Location,
+    source: Source,
     *,
     shuffle_seed: int = 0,
-    source: str = "coco",
     rows_per_group: int = shards.ROWS_PER_GROUP,
     rows_per_file: int = ROWS_PER_FILE,
     overwrite: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Convert COCO json files and their folder of images into the shard folder `output`; returns a summary.
+    """Write all that `source` holds into the shard folder `output` (local or a URL); returns a summary.
 
-    Rows are shuffled once with `shuffle_seed`. Images and annotations that cannot be used go to `rejected.parquet`
-    with their reason. Raises `UserError` for missing or malformed files, when not one image can be used, and for an
-    output that already holds shards, unless `overwrite`. `workers`: as in `prepare_scenes`.
+    Rows are shuffled once with `shuffle_seed`. What cannot be used goes to `rejected.parquet` with its reason; per kind
+    of record, what came in is what was written and what was rejected. `workers`: most tasks at once (None: as the
+    cluster allows, 0: in this process, without Ray). Raises `UserError` for arguments that cannot work, when not one
+    row can be written, and for an output that already holds shards, unless `overwrite`.
     """
-    _check_rows(rows_per_group, rows_per_file)
-    images = Path(images).absolute()
-    if not images.is_dir():
-        raise UserError(f"image folder '{images}' does not exist", "missing_images")
-    loaded = coco_json.load(annotations)
-    if not loaded.images:
-        raise UserError(f"no image is listed in {', '.join(map(str, annotations))}", "empty_input")
-    order = np.random.default_rng(shuffle_seed).permutation(len(loaded.images))
-    bounds = range(0, len(order), rows_per_file)
-    units = [
-        _unit(i, [vars(loaded.images[j]) for j in order[first : first + rows_per_file]])
-        for i, first in enumerate(bounds)
-    ]
-    keypoints = {category["name"]: len(category["keypoints"]) for category in loaded.categories}
-
-    def write(unit: Unit, folder: str) -> dict[str, Any]:
-        records = (coco_json.CocoImage(**record) for record in json.loads(unit["payload"]))
-        rows = (_coco_row(record, images, keypoints, source) for record in records)
-        return _write_file(unit, folder, rows, rows_per_group)
-
-    origin = {
-        "kind": "coco",
-        "annotations": [Path(path).name for path in annotations],
-        "shuffle_seed": shuffle_seed,
-        "merged_annotations": loaded.merged,
-    }
-    inputs = {"images": len(loaded.images), "annotations": loaded.listed - loaded.merged}
-    return _prepare(
-        _Job(
-            Path(output), units, write, loaded.categories, origin, inputs, loaded.rejected, overwrite, workers, progress
-        )
-    )
-
-
-def _check_rows(rows_per_group: int, rows_per_file: int) -> None:
     for name, value in (("rows_per_group", rows_per_group), ("rows_per_file", rows_per_file)):
         if value < 1:
             raise UserError(f"{name} must be at least 1, got {value}", "invalid_config")
-
-
-def _unit(number: int, records: Sequence[Any]) -> Unit:
-    return {"number": number, "records": len(records), "payload": json.dumps(list(records))}
-
-
-def _coco_row(record: coco_json.CocoImage, images: Path, keypoints: dict[str, int], source: str) -> Any:
+    output = files.absolute(output)
+    _check_output(output, overwrite)
+    listing = source.list()
+    if not listing.records:
+        first = f"; the first record: {listing.rejected[0]['reason']}" if listing.rejected else ""
+        raise UserError(f"the {source.kind} input lists no {source.row_kind} that can be used{first}", "empty_input")
+    staging = files.join(output, _STAGING)
+    files.remove_folder(staging)
+    files.make_folder(staging)
     try:
-        path = coco.find_image(images, record.file_name)
-        data = path.read_bytes() if path else None
-    except OSError:  # no permission, or a name the file system cannot hold
-        data = None
-    row, rejected = coco.to_row(record, data, keypoints, source)
-    written = len(row["instances"]) + len(row["messages"]) if row else 0
-    return row, rejected, written
+        writer = _Writer(source, listing.shared, staging, rows_per_group, rows_per_file, shuffle_seed, _window(listing))
+        results = _run(_units(listing, rows_per_file, shuffle_seed), writer, workers, progress)
+        rejected = [*listing.rejected, *(record for result in results for record in result["rejected"])]
+        entries = [entry for result in results for entry in result["entries"]]
+        if not entries:
+            raise UserError(_nothing(source, listing, rejected), "empty_input")
+        counts = _count(source, listing, results, rejected)
+        origin = {"kind": source.kind, "shuffle_seed": shuffle_seed, **source.settings(), **listing.origin}
+        manifest = shards.build_manifest(entries, categories=listing.categories, counts=counts, origin=origin)
+        _publish(output, staging, manifest, rejected)
+    finally:
+        files.remove_folder(staging)
+    size = sum(entry["bytes"] for entry in entries)
+    summary = {key: manifest[key] for key in ("rows", "tasks", "counts", "rejected")}
+    return {"output": files.shown(output), "files": len(entries), "bytes": size, **summary}
 
 
-def _write_file(unit: Unit, folder: str, rows: Iterator[Any], rows_per_group: int) -> dict[str, Any]:
-    """Write one file; `rows` yields (row or None, rejected records, number of annotations written)."""
-    rejected: list[dict[str, str]] = []
-    annotations = images_rejected = 0
-    with shards.ShardWriter(folder, f"part-{unit['number']:05d}.parquet", rows_per_group) as writer:
-        for row, lost, written in rows:
-            rejected += lost
-            annotations += written
-            if row is None:
-                images_rejected += 1
-            else:
-                writer.write(row)
-    counts = {"records": unit["records"], "annotations": annotations, "images_rejected": images_rejected}
-    return {"number": unit["number"], "entry": writer.entry, "rejected": rejected, **counts}
+def _check_output(output: str, overwrite: bool) -> None:
+    if files.is_file(output):
+        raise UserError(f"output '{files.shown(output)}' is a file; give a folder", "invalid_output")
+    if files.exists(files.join(output, shards.MANIFEST)) and not overwrite:
+        raise UserError(
+            f"'{files.shown(output)}' already holds shards; give another output folder or allow overwriting",
+            "output_exists",
+        )
 
 
-def _run(job: _Job, folder: str) -> list[dict[str, Any]]:
+def _nothing(source: Source, listing: Listing, rejected: Sequence[Rejected]) -> str:
+    number = listing.inputs.get(source.row_kind)
+    first = next((r for r in rejected if r["kind"] == source.row_kind), rejected[0] if rejected else None)
+    why = f"; the first: '{first['image_id']}': {first['reason']}" if first else ""
+    return f"not one of {'the' if number is None else number} {source.row_kind} can be used{why}"
+
+
+def _window(listing: Listing) -> bool:
+    """Whether rows must be shuffled as they are written, because a record gives many that lie side by side."""
+    return listing.shuffle and listing.rows_per_record > 1
+
+
+def _units(listing: Listing, rows_per_file: int, shuffle_seed: int) -> list[Unit]:
+    """Records, in shuffled order, dealt to output files."""
+    number = len(listing.records)
+    order = np.random.default_rng(shuffle_seed).permutation(number) if listing.shuffle else range(number)
+    step = max(1, rows_per_file // max(1, listing.rows_per_record))
+    chunks = [[listing.records[i] for i in order[first : first + step]] for first in range(0, number, step)]
+    return [{"number": i, "records": len(c), "payload": json.dumps(c)} for i, c in enumerate(chunks)]
+
+
+@dataclass
+class _Writer:
+    """Writes the rows of one unit; small, since it is pickled into every task."""
+
+    source: Source
+    shared: Any
+    folder: str
+    rows_per_group: int
+    rows_per_file: int
+    shuffle_seed: int
+    window: bool
+
+    def __call__(self, unit: Unit) -> dict[str, Any]:
+        """The manifest entries of the unit's files (one, or more where its records gave more rows than a file holds),
+        its rejected records and its counts per kind."""
+        rejected: list[Rejected] = []
+        came_in: Counter[str] = Counter()
+        written: Counter[str] = Counter()
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for record in json.loads(unit["payload"]):
+                for outcome in self.source.rows(record, self.shared):
+                    rejected.extend(outcome.rejected)
+                    came_in.update(outcome.came_in)
+                    written.update(outcome.written)
+                    if outcome.row is not None:
+                        yield outcome.row
+
+        stream = self._shuffled(rows(), unit["number"]) if self.window else rows()
+        entries = list(self._files(stream, unit["number"]))
+        written[self.source.row_kind] += sum(entry["rows"] for entry in entries)
+        return {
+            "number": unit["number"],
+            "records": unit["records"],
+            "entries": entries,
+            "rejected": rejected,
+            "came_in": came_in,
+            "written": written,
+        }
+
+    def _files(self, rows: Iterator[dict[str, Any]], number: int) -> Iterator[dict[str, Any]]:
+        part, row = 0, next(rows, None)
+        while row is not None:
+            name = f"part-{number:05d}.parquet" if part == 0 else f"part-{number:05d}-{part:03d}.parquet"
+            with shards.ShardWriter(self.folder, name, self.rows_per_group) as writer:
+                for _ in range(self.rows_per_file):
+                    writer.write(row)
+                    if (row := next(rows, None)) is None:
+                        break
+            yield writer.entry
+            part += 1
+
+    def _shuffled(self, rows: Iterator[dict[str, Any]], number: int) -> Iterator[dict[str, Any]]:
+        """Rows in a random order out of a window of one file's rows."""
+        rng = np.random.default_rng((self.shuffle_seed, number))
+        window: list[dict[str, Any]] = []
+        for row in rows:
+            window.append(row)
+            if len(window) > self.rows_per_file:
+                chosen = int(rng.integers(len(window)))
+                window[chosen], window[-1] = window[-1], window[chosen]
+                yield window.pop()
+        yield from (window[i] for i in rng.permutation(len(window)))
+
+
+def _run(
+    units: list[Unit], write: Callable[[Unit], dict[str, Any]], workers: int | None, progress: Progress | None
+) -> list[dict[str, Any]]:
     """The results of all units in their order, computed here (`workers=0`) or by Ray Data tasks."""
-    total, done, results = sum(unit["records"] for unit in job.units), 0, []
-    for result in _run_here(job, folder) if job.workers == 0 else _run_on_ray(job, folder):
+    total, done, results = sum(unit["records"] for unit in units), 0, []
+    for result in map(write, units) if workers == 0 else _run_on_ray(units, write, workers):
         done += result["records"]
         results.append(result)
-        if job.progress is not None:
-            job.progress(done, total)
+        if progress is not None:
+            progress(done, total)
     return sorted(results, key=lambda result: result["number"])
 
 
-def _run_here(job: _Job, folder: str) -> Iterator[dict[str, Any]]:
-    for unit in job.units:
-        yield job.write(unit, folder)
-
-
-def _run_on_ray(job: _Job, folder: str) -> Iterator[dict[str, Any]]:
+def _run_on_ray(
+    units: list[Unit], write: Callable[[Unit], dict[str, Any]], workers: int | None
+) -> Iterator[dict[str, Any]]:
     from lumen_ray import ray_env
 
     ray_env.prepare_environment()
@@ -204,73 +191,46 @@ def _run_on_ray(job: _Job, folder: str) -> Iterator[dict[str, Any]]:
 
     if not ray.is_initialized():
         ray_env.init_local()
-    write = job.write  # the task carries this alone, not the job with all its units
 
     def write_batch(batch: dict[str, Any]) -> dict[str, Any]:
         # results as json: their nested, sometimes empty lists have no fixed Arrow type
         fields = zip(batch["number"], batch["records"], batch["payload"], strict=True)
-        written = [write({"number": int(n), "records": int(r), "payload": str(p)}, folder) for n, r, p in fields]
+        try:
+            written = [write({"number": int(n), "records": int(r), "payload": str(p)}) for n, r, p in fields]
+        except UserError as error:  # as a value: Ray would wrap it into its own error and traceback
+            written = [{"error": str(error), "reason": error.reason}]
         return {"result": [json.dumps(result) for result in written]}
 
-    dataset = ray.data.from_items(job.units, override_num_blocks=len(job.units))
-    dataset = dataset.map_batches(write_batch, batch_size=1, compute=ray.data.TaskPoolStrategy(size=job.workers))
+    dataset = ray.data.from_items(units, override_num_blocks=len(units))
+    size = None if workers is None else min(workers, len(units))
+    dataset = dataset.map_batches(write_batch, batch_size=1, compute=ray.data.TaskPoolStrategy(size=size))
     for row in dataset.iter_rows():
-        yield json.loads(row["result"])
+        result = json.loads(row["result"])
+        if "error" in result:
+            raise UserError(result["error"], result["reason"])
+        yield result
 
 
-def _prepare(job: _Job) -> dict[str, Any]:
-    """Run the units into a staging folder, then publish files, `rejected.parquet` and manifest; returns the summary."""
-    output = job.output.absolute()
-    _check_output(output, job.overwrite)
-    staging = output / _STAGING
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    try:
-        results = _run(job, str(staging))
-        rejected = [*job.rejected, *(record for result in results for record in result["rejected"])]
-        entries = [result["entry"] for result in results if result["entry"] is not None]
-        if not entries:
-            raise UserError(
-                f"not one of {job.inputs['images']} images can be used; the first: "
-                f"'{rejected[0]['image_id']}': {rejected[0]['reason']}",
-                "empty_input",
-            )
-        counts = _count(job, results, rejected)
-        manifest = shards.build_manifest(entries, categories=job.categories, counts=counts, origin=job.origin)
-        _publish(output, staging, manifest, rejected)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    size = sum(entry["bytes"] for entry in entries)
-    summary = {key: manifest[key] for key in ("rows", "tasks", "counts", "rejected")}
-    return {"output": str(output), "files": len(entries), "bytes": size, **summary}
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise UserError(f"output '{output}' is a file; give a folder", "invalid_output")
-    if (output / shards.MANIFEST).exists() and not overwrite:
-        raise UserError(
-            f"'{output}' already holds shards; give another output folder or allow overwriting", "output_exists"
-        )
-
-
-def _count(job: _Job, results: list[dict[str, Any]], rejected: list[Any]) -> dict[str, dict[str, int]]:
+def _count(
+    source: Source, listing: Listing, results: list[dict[str, Any]], rejected: Sequence[Rejected]
+) -> dict[str, dict[str, int]]:
     """In, written and rejected records per kind. Counted apart, so that the manifest's check means something."""
-    images = sum(result["entry"]["rows"] for result in results if result["entry"])
-    written = {"images": images, "annotations": sum(result["annotations"] for result in results)}
-    lost = {"images": sum(result["images_rejected"] for result in results)}
-    lost["annotations"] = len(rejected) - lost["images"]
-    return {
-        kind: {"in": number, "written": written[kind], "rejected": lost[kind]} for kind, number in job.inputs.items()
-    }
+    came_in, written = Counter(listing.inputs), Counter()
+    for result in results:
+        came_in.update(result["came_in"])
+        written.update(result["written"])
+    lost = Counter(record["kind"] for record in rejected)
+    kinds = dict.fromkeys([source.row_kind, *came_in, *written, *lost])
+    return {k: {"in": came_in[k], "written": written[k], "rejected": lost[k]} for k in kinds}
 
 
-def _publish(output: Path, staging: Path, manifest: dict[str, Any], rejected: list[dict[str, str]]) -> None:
+def _publish(output: str, staging: str, manifest: dict[str, Any], rejected: list[Rejected]) -> None:
     """Move the staged files into place; the old manifest goes first and the new one comes last."""
-    (output / shards.MANIFEST).unlink(missing_ok=True)
-    for old in output.glob("part-*.parquet"):
-        old.unlink()
+    files.remove(files.join(output, shards.MANIFEST))
+    for name in files.list_files(output, [".parquet"]):
+        if name.startswith("part-"):
+            files.remove(files.join(output, name))
     for entry in manifest["files"]:
-        (staging / entry["path"]).replace(output / entry["path"])
+        files.move(files.join(staging, entry["path"]), files.join(output, entry["path"]))
     shards.write_rejected(output, rejected)
     shards.write_manifest(output, manifest)

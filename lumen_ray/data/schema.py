@@ -64,7 +64,14 @@ SCHEMA = pa.schema(
     ]
 )
 
-REJECTED_SCHEMA = pa.schema([("image_id", pa.string()), ("origin", pa.string()), ("reason", pa.string())])
+REJECTED_SCHEMA = pa.schema(
+    [
+        ("kind", pa.string()),  # of record, a word of the manifest's counts: images, annotations, ...
+        ("image_id", pa.string()),
+        ("origin", pa.string()),  # file and place in it
+        ("reason", pa.string()),
+    ]
+)
 
 
 def make_row(image_id: str, image: bytes | None, size: tuple[int, int], source: str, **columns: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Shard folders: Parquet files of rows (`data.schema`) and a manifest of what is in them.
+"""Shard folders, local or in a bucket: Parquet files of rows (`data.schema`) and a manifest of what is in them.
 
 The manifest lists per file its row groups with their rows per task, so that a training plan can be drawn without
 opening a file. Files and manifest appear complete or not at all: each is written aside and moved into place.
@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import shutil
+import tempfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,8 +19,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lumen_ray.data import files
 from lumen_ray.data.schema import REJECTED_SCHEMA, SCHEMA
 from lumen_ray.errors import UserError
+from lumen_ray.structures import Size
 
 MANIFEST = "manifest.json"
 REJECTED = "rejected.parquet"
@@ -35,15 +38,16 @@ class ShardWriter:
     writer.entry   # the file's entry in the manifest
     """
 
-    def __init__(self, folder: str | Path, name: str, rows_per_group: int = ROWS_PER_GROUP):
+    def __init__(self, folder: files.Location, name: str, rows_per_group: int = ROWS_PER_GROUP):
         if rows_per_group < 1:
             raise UserError(f"rows_per_group must be at least 1, got {rows_per_group}", "invalid_config")
-        self.path = Path(folder) / name
+        self.folder, self.name = files.absolute(folder), name
         self.rows_per_group = rows_per_group
         self.entry: dict[str, Any] | None = None
-        self._partial = self.path.with_name(f".{name}.{os.getpid()}.partial")
+        self._aside: Path | None = None  # local folder for the unfinished file
         self._pending: list[dict[str, Any]] = []
         self._groups: list[dict[str, Any]] = []
+        self._class_images: Counter[str] = Counter()
         self._writer: pq.ParquetWriter | None = None
 
     def write(self, row: dict[str, Any]) -> None:
@@ -54,9 +58,10 @@ class ShardWriter:
 
     def _flush(self) -> None:
         if self._writer is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self.folder)
+            self._aside = _aside(self.folder)
             self._writer = pq.ParquetWriter(
-                self._partial,
+                self._aside / self.name,
                 SCHEMA,
                 compression="zstd",
                 use_dictionary=["source"],  # a dictionary of image bytes would only cost time
@@ -65,7 +70,8 @@ class ShardWriter:
         rows, self._pending = self._pending, []
         self._writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), row_group_size=len(rows))
         tasks = Counter(task for row in rows for task in set(row["tasks"]))
-        self._groups.append({"rows": len(rows), "tasks": dict(sorted(tasks.items()))})
+        self._groups.append({"rows": len(rows), "tasks": dict(sorted(tasks.items())), "sizes": _sizes_text(rows)})
+        self._class_images.update(name for row in rows for name in {i["phrase"] for i in row["instances"]})
 
     def close(self) -> dict[str, Any] | None:
         """Finish the file; its manifest entry, or None (and no file) when no row was written."""
@@ -75,14 +81,19 @@ class ShardWriter:
             return None
         self._writer.close()
         self._writer = None
+        partial = self._aside / self.name
         self.entry = {
-            "path": self.path.name,
+            "path": self.name,
             "rows": sum(group["rows"] for group in self._groups),
             "row_groups": self._groups,
-            "bytes": self._partial.stat().st_size,
-            "sha256": sha256(self._partial),
+            "bytes": partial.stat().st_size,
+            "sha256": sha256(partial),
+            "class_images": dict(sorted(self._class_images.items())),
         }
-        os.replace(self._partial, self.path)
+        try:
+            files.put(partial, files.join(self.folder, self.name))
+        finally:
+            shutil.rmtree(self._aside)
         return self.entry
 
     def __enter__(self) -> ShardWriter:
@@ -95,13 +106,38 @@ class ShardWriter:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
-        self._partial.unlink(missing_ok=True)
+        if self._aside is not None:
+            shutil.rmtree(self._aside)
 
 
-def sha256(path: str | Path) -> str:
+def _sizes_text(rows: Iterable[dict[str, Any]]) -> str:
+    """The images' sizes in the order of the rows, as width x height: one line of the manifest per row group."""
+    return " ".join("-" if row["image"] is None else f"{row['width']}x{row['height']}" for row in rows)
+
+
+def row_sizes(group: dict[str, Any]) -> list[Size | None]:
+    """(height, width) of the image of each row of a row group of the manifest, None for rows without one."""
+    if "sizes" not in group:
+        raise UserError(
+            "the shards were written without image sizes, which 'buckets' of several sizes need; prepare them again",
+            "old_shards",
+        )
+    sizes = (None if text == "-" else text.split("x") for text in group["sizes"].split())
+    return [size and (int(size[1]), int(size[0])) for size in sizes]
+
+
+def _aside(folder: str) -> Path:
+    """A local folder for unfinished files: beneath `folder`, where a file can be renamed from, if that is local."""
+    return Path(tempfile.mkdtemp(prefix=".partial-", dir=None if files.is_url(folder) else folder))
+
+
+def sha256(location: files.Location) -> str:
     """Hex digest of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256()
+    with files.open_input(location) as file:
+        while chunk := file.read(8 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def build_manifest(
@@ -115,8 +151,12 @@ def build_manifest(
 
     `categories`: ``{"name", "keypoints": [names], "skeleton": [[i, j], ...]}``, 0-based; `counts`: what came in,
     per kind of record, e.g. ``{"images": {"in": 10, "written": 9, "rejected": 1}}``; `origin`: the settings used.
+    A category gets `images`, the number of rows that show it: training weighs the classes it asks for as absent by it.
     """
-    files = list(files)
+    files = [dict(file) for file in files]
+    class_images: Counter[str] = Counter()
+    for file in files:
+        class_images.update(file.pop("class_images", {}))
     tasks: Counter[str] = Counter()
     for group in (group for file in files for group in file["row_groups"]):
         tasks.update(group["tasks"])
@@ -127,7 +167,7 @@ def build_manifest(
         "schema_version": SCHEMA_VERSION,
         "rows": sum(file["rows"] for file in files),
         "tasks": dict(sorted(tasks.items())),
-        "categories": list(categories),
+        "categories": [{**category, "images": class_images[category["name"]]} for category in categories],
         "counts": counts,
         "rejected": sum(count["rejected"] for count in counts.values()),
         "origin": origin or {},
@@ -135,86 +175,113 @@ def build_manifest(
     }
 
 
-def write_manifest(folder: str | Path, manifest: dict[str, Any]) -> Path:
+def write_manifest(folder: files.Location, manifest: dict[str, Any]) -> str:
     """Write `manifest` into the folder, atomically."""
-    path = Path(folder) / MANIFEST
-    partial = path.with_name(f".{MANIFEST}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(manifest, indent=1) + "\n")
-    os.replace(partial, path)
-    return path
+    location = files.join(files.absolute(folder), MANIFEST)
+    files.write_bytes(location, (json.dumps(manifest, indent=1) + "\n").encode())
+    return location
 
 
-def read_manifest(folder: str | Path) -> dict[str, Any]:
+def read_manifest(folder: files.Location) -> dict[str, Any]:
     """The manifest of a shard folder; `UserError` (reason `not_shards`) when the folder is none."""
-    path = Path(folder) / MANIFEST
-    if not path.is_file():
-        why = "does not exist" if not Path(folder).exists() else f"holds no {MANIFEST}"
-        raise UserError(f"'{folder}' {why}; give a folder that `lumen-ray prepare` has written", "not_shards")
+    location = files.join(files.absolute(folder), MANIFEST)
+    if not files.is_file(location):
+        why = "does not exist" if not files.exists(folder) else f"holds no {MANIFEST}"
+        raise UserError(
+            f"'{files.shown(folder)}' {why}; give a folder that `lumen-ray prepare` has written", "not_shards"
+        )
     try:
-        manifest = json.loads(path.read_text())
+        manifest = json.loads(files.read_bytes(location))
         version = manifest["schema_version"]
         manifest["files"], manifest["tasks"], manifest["categories"]  # noqa: B018  all three must be there
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        raise UserError(f"'{path}' is not a shard manifest; run `lumen-ray prepare` again", "not_shards") from None
+        raise UserError(
+            f"'{files.shown(location)}' is not a shard manifest; run `lumen-ray prepare` again", "not_shards"
+        ) from None
     if version != SCHEMA_VERSION:
         raise UserError(
-            f"'{path}' has schema version {version}, not {SCHEMA_VERSION}; run `lumen-ray prepare` again",
+            f"'{files.shown(location)}' has schema version {version}, not {SCHEMA_VERSION}; "
+            "run `lumen-ray prepare` again",
             "not_shards",
         )
     return manifest
 
 
-def _open_file(folder: str | Path, file: str) -> pq.ParquetFile:
-    path = Path(folder) / file
+def open_file(folder: files.Location, file: str) -> pq.ParquetFile:
+    """A Parquet file named in the manifest; `UserError` (`broken_shards`) when it is missing or damaged.
+
+    A context manager. Of a file in a bucket only the columns and row groups that are read are fetched.
+    """
+    location = files.join(files.absolute(folder), file)
+    remote = files.is_url(location)
     try:
-        return pq.ParquetFile(path)
+        # a local path, not an open file: Arrow then reads ahead and closes by itself
+        source = files.open_input(location) if remote else files.filesystem(location)[1]
+        return pq.ParquetFile(source, pre_buffer=remote)
+    except files.StoreError:
+        raise
     except FileNotFoundError:
-        raise UserError(f"shard file '{path}' is missing; run `lumen-ray prepare` again", "broken_shards") from None
+        why = "missing"
+    except UserError as error:
+        why = "missing" if error.reason == "missing_file" else f"unreadable ({error})"
     except (pa.ArrowInvalid, OSError) as error:
-        why = str(error).splitlines()[0]
-        raise UserError(
-            f"shard file '{path}' is damaged ({why}); run `lumen-ray prepare` again", "broken_shards"
-        ) from None
+        why = f"damaged ({str(error).splitlines()[0]})"
+    raise UserError(f"shard file '{files.shown(location)}' is {why}; run `lumen-ray prepare` again", "broken_shards")
 
 
-def read_row_group(folder: str | Path, file: str, index: int) -> list[dict[str, Any]]:
-    """The rows of row group `index` of a file named in the manifest; `UserError` (`broken_shards`) if it is damaged."""
-    with _open_file(folder, file) as parquet:
+def read_row_group(
+    folder: files.Location, file: str, index: int, rows: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    """The rows of row group `index` of a file named in the manifest, all of them or those with the numbers `rows`.
+
+    `UserError` (`broken_shards`) when the file is damaged.
+    """
+    with open_file(folder, file) as parquet:
         if not 0 <= index < parquet.num_row_groups:
             raise UserError(
                 f"shard file '{file}' has {parquet.num_row_groups} row groups, not one of number {index}",
                 "broken_shards",
             )
-        return parquet.read_row_group(index).to_pylist()
+        table = parquet.read_row_group(index)
+        if rows is not None and len(rows) < len(table):
+            table = table.take(list(rows))
+        return table.to_pylist()
 
 
-def verify(folder: str | Path) -> list[str]:
+def read_rows(folder: files.Location, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Every row of a shard folder in the manifest's order, one row group in memory at a time; all columns when None."""
+    for entry in read_manifest(folder)["files"]:
+        with open_file(folder, entry["path"]) as parquet:
+            for index in range(parquet.num_row_groups):
+                yield from parquet.read_row_group(index, columns=columns).to_pylist()
+
+
+def verify(folder: files.Location) -> list[str]:
     """What is wrong with a shard folder, one sentence each; empty when files, sizes, checksums and rows agree."""
     problems = []
     for entry in read_manifest(folder)["files"]:
-        path = Path(folder) / entry["path"]
-        if not path.is_file():
+        location = files.join(files.absolute(folder), entry["path"])
+        if not files.is_file(location):
             problems.append(f"{entry['path']} is missing")
-        elif path.stat().st_size != entry["bytes"]:
-            problems.append(f"{entry['path']} has {path.stat().st_size} bytes, the manifest says {entry['bytes']}")
-        elif sha256(path) != entry["sha256"]:
+        elif (size := files.size(location)) != entry["bytes"]:
+            problems.append(f"{entry['path']} has {size} bytes, the manifest says {entry['bytes']}")
+        elif sha256(location) != entry["sha256"]:
             problems.append(f"{entry['path']} does not match its checksum")
         else:
-            with _open_file(folder, entry["path"]) as parquet:
+            with open_file(folder, entry["path"]) as parquet:
                 groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
             if groups != [group["rows"] for group in entry["row_groups"]]:
                 problems.append(f"{entry['path']} has row groups of {groups} rows, the manifest says otherwise")
     return problems
 
 
-def write_rejected(folder: str | Path, records: Sequence[dict[str, str]]) -> None:
-    """Write `rejected.parquet` (image_id, origin, reason), also when nothing was rejected."""
-    path = Path(folder) / REJECTED
-    partial = path.with_name(f".{REJECTED}.{os.getpid()}.partial")
-    pq.write_table(pa.Table.from_pylist(list(records), schema=REJECTED_SCHEMA), partial, compression="zstd")
-    os.replace(partial, path)
+def write_rejected(folder: files.Location, records: Sequence[dict[str, str]]) -> None:
+    """Write `rejected.parquet` (kind, image_id, origin, reason), also when nothing was rejected."""
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(list(records), schema=REJECTED_SCHEMA), buffer, compression="zstd")
+    files.write_bytes(files.join(files.absolute(folder), REJECTED), buffer.getvalue().to_pybytes())
 
 
-def read_rejected(folder: str | Path) -> list[dict[str, str]]:
+def read_rejected(folder: files.Location) -> list[dict[str, str]]:
     """The records set aside by `prepare`, each with its reason."""
-    return pq.read_table(Path(folder) / REJECTED).to_pylist()
+    return pq.read_table(pa.BufferReader(files.read_bytes(files.join(files.absolute(folder), REJECTED)))).to_pylist()

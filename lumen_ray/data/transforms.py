@@ -1,9 +1,10 @@
 """Image and annotations through one geometric map: boxes, masks, keypoints and regions follow every transform.
 
-All geometry of a sample (augmentation and the fit into the square model input) is composed into one affine map, so an
-image is resampled once. Only axis-aligned maps are drawn (scale, shift, flips, quarter turns): boxes stay exact.
+All geometry of a sample (augmentation and the fit into the model input) is composed into one affine map, so an image
+is resampled once. Only axis-aligned maps are drawn (scale, shift, flips, quarter turns): boxes stay exact.
 
-Frames: *stored* = the EXIF-rotated image; *input* = the square of side `input_size`, pixels, xyxy.
+Frames: *stored* = the EXIF-rotated image; *input* = the model input of (height, width) `input_size`, pixels, xyxy; a
+single number is the side of a square.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from pycocotools import mask as coco_mask
 from pydantic import Field, field_validator
 
 from lumen_ray.config import Settings
+from lumen_ray.data.images import Picture
 from lumen_ray.decoders.base import Frame
 from lumen_ray.errors import UserError
+from lumen_ray.structures import Size, as_size
 
 MASK_STRIDE = 4  # masks are trained at the resolution of the dense features
 MIN_VISIBLE = 0.3  # an instance cropped to less of its box is dropped
@@ -30,7 +33,9 @@ MIN_VISIBLE = 0.3  # an instance cropped to less of its box is dropped
 class AugmentSettings(Settings):
     flip_x: bool = Field(False, description="mirror left-right at random; wrong where texts say 'left' and 'right'")
     flip_y: bool = Field(False, description="mirror top-bottom at random")
-    turn: bool = Field(False, description="turn by a random multiple of 90 degrees")
+    turn: bool = Field(
+        False, description="turn by a random multiple of 90 degrees; of 180 where the input is not square"
+    )
     scale: tuple[float, float] = Field(
         (1.0, 1.0), description="range of the random zoom, 1 fits the image to the input"
     )
@@ -49,7 +54,7 @@ class AugmentSettings(Settings):
 
 @dataclass
 class Sample:
-    """One image in the input frame. `boxes` float32 [N, 4]; `crowd` bool [N]; `masks`: N uint8 arrays [S/4, S/4] or
+    """One image in the input frame. `boxes` float32 [N, 4]; `crowd` bool [N]; `masks`: N uint8 arrays [H/4, W/4] or
     None; `keypoints`: N float32 arrays [K, 3] or None; `kept` int [N]: the row's instance each one was; `matrix`
     [2, 3]: stored -> input pixels."""
 
@@ -62,25 +67,24 @@ class Sample:
     matrix: np.ndarray
 
 
-def fit(image: np.ndarray, input_size: int) -> tuple[np.ndarray, Frame]:
-    """uint8 [H, W, 3] -> (uint8 [S, S, 3] scaled to the top left and padded with grey, its frame). For inference."""
+def fit(image: np.ndarray, input_size: int | Size) -> tuple[np.ndarray, Frame]:
+    """uint8 [h, w, 3] -> (uint8 [H, W, 3] scaled to the top left and padded with grey, its frame). For inference."""
     frame = Frame.fit(image.shape[:2], input_size)
     return warp(image, fit_matrix(image.shape[:2], input_size), input_size), frame
 
 
-def fit_matrix(size: tuple[int, int], input_size: int) -> np.ndarray:
-    scale = input_size / max(size)
+def fit_matrix(size: Size, input_size: int | Size) -> np.ndarray:
+    scale = Frame.fit(size, input_size).scale
     return np.array([[scale, 0, 0], [0, scale, 0]], np.float64)
 
 
-def draw_matrix(
-    size: tuple[int, int], input_size: int, augment: AugmentSettings, rng: np.random.Generator
-) -> np.ndarray:
+def draw_matrix(size: Size, input_size: int | Size, augment: AugmentSettings, rng: np.random.Generator) -> np.ndarray:
     """A random stored -> input map. The same number of random draws whatever the settings, so runs stay comparable."""
     height, width = size
+    input_h, input_w = as_size(input_size)
     flip_x, flip_y, turn = rng.random() < 0.5, rng.random() < 0.5, int(rng.integers(4))
     zoom = np.exp(rng.uniform(*np.log(augment.scale)))
-    shift_x, shift_y = rng.uniform(-augment.shift, augment.shift, 2) * input_size
+    shift_x, shift_y = rng.uniform(-augment.shift, augment.shift, 2) * [input_w, input_h]
     center = np.eye(3)
     center[:2, 2] = [-width / 2, -height / 2]
     linear = np.eye(3)
@@ -88,38 +92,46 @@ def draw_matrix(
         linear = np.diag([-1.0, 1, 1]) @ linear
     if augment.flip_y and flip_y:
         linear = np.diag([1.0, -1, 1]) @ linear
+    if input_h != input_w:
+        turn *= 2  # a quarter turn would leave much of the input empty
     for _ in range(turn if augment.turn else 0):
         linear = np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]]) @ linear
-    scale = input_size / max(size) * zoom
-    place = np.diag([scale, scale, 1])
     turned_w, turned_h = np.abs(linear[:2, :2]) @ [width, height]
+    scale = min(input_h / turned_h, input_w / turned_w) * zoom
+    place = np.diag([scale, scale, 1])
     # without zoom and shift the image sits at the top left, where `fit` puts it
     place[:2, 2] = [turned_w * scale / 2 + shift_x, turned_h * scale / 2 + shift_y]
     if zoom > 1:  # look at a random part of the enlarged image
-        room = np.maximum([turned_w * scale - input_size, turned_h * scale - input_size], 0)
+        room = np.maximum([turned_w * scale - input_w, turned_h * scale - input_h], 0)
         place[:2, 2] -= rng.random(2) * room
     else:
         rng.random(2)
     return (place @ linear @ center)[:2]
 
 
-def warp(image: np.ndarray, matrix: np.ndarray, input_size: int, fill: int = 114) -> np.ndarray:
-    """uint8 [H, W, 3] through a stored -> input map -> uint8 [S, S, 3]. Shrinks with an area filter first."""
+def warp(
+    image: np.ndarray, matrix: np.ndarray, input_size: int | Size, fill: int = 114, reduction: int = 1
+) -> np.ndarray:
+    """uint8 [h, w, 3] through a stored -> input map -> uint8 [H, W, 3]. Shrinks with an area filter first.
+
+    `reduction`: how many times smaller than the stored image `image` is (see `images.Picture`).
+    """
+    matrix = matrix * [reduction, reduction, 1]
+    shape = as_size(input_size)[::-1]  # Pillow's (width, height)
     picture = Image.fromarray(image)
     scale = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
     if scale < 1:  # antialias: sampling an image at every second pixel would drop thin structures
         small = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
         factor = np.array([picture.width / small[0], picture.height / small[1]])
         picture = picture.resize(small, Image.Resampling.BOX if scale < 0.5 else Image.Resampling.BILINEAR)
-        matrix = matrix.copy()
-        matrix[:, :2] = matrix[:, :2] * factor
+        matrix = matrix * [*factor, 1]
     if np.allclose(matrix, [[1, 0, 0], [0, 1, 0]], atol=1e-2):
-        canvas = Image.new("RGB", (input_size, input_size), (fill,) * 3)
+        canvas = Image.new("RGB", shape, (fill,) * 3)
         canvas.paste(picture, (0, 0))
         return np.asarray(canvas)
     inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))[:2]
     out = picture.transform(
-        (input_size, input_size),
+        shape,
         Image.Transform.AFFINE,
         inverse.flatten(),
         Image.Resampling.BILINEAR,
@@ -139,11 +151,17 @@ def map_boxes(boxes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
     return np.concatenate([corners.min(1), corners.max(1)], axis=1)
 
 
-def map_mask(rle: dict[str, Any], matrix: np.ndarray, input_size: int) -> np.ndarray:
-    """An RLE of the stored image -> uint8 [S/4, S/4] of the input at the masks' stride."""
+def mask_shape(input_size: int | Size) -> Size:
+    """(height, width) of the masks of an input."""
+    height, width = as_size(input_size)
+    return height // MASK_STRIDE, width // MASK_STRIDE
+
+
+def map_mask(rle: dict[str, Any], matrix: np.ndarray, input_size: int | Size) -> np.ndarray:
+    """An RLE of the stored image -> uint8 [H/4, W/4] of the input at the masks' stride."""
     small = matrix / MASK_STRIDE
     inverse = np.linalg.inv(np.vstack([small, [0, 0, 1]]))[:2]
-    side = input_size // MASK_STRIDE
+    shape = mask_shape(input_size)[::-1]
     picture = Image.fromarray(coco_mask.decode(rle) * 255)
     # twice the masks' resolution: sampled bilinearly at the middle of a cell, that is the mean over the cell
     scale = 2 * np.sqrt(abs(np.linalg.det(small[:, :2])))
@@ -154,7 +172,7 @@ def map_mask(rle: dict[str, Any], matrix: np.ndarray, input_size: int) -> np.nda
         factor = np.diag([shrunk.width / picture.width, shrunk.height / picture.height])
         inverse = factor @ inverse
         picture = shrunk
-    out = picture.transform((side, side), Image.Transform.AFFINE, inverse.flatten(), Image.Resampling.BILINEAR)
+    out = picture.transform(shape, Image.Transform.AFFINE, inverse.flatten(), Image.Resampling.BILINEAR)
     return (np.asarray(out) > 127).astype(np.uint8)
 
 
@@ -184,17 +202,23 @@ def _other_side(name: str) -> str:
     return re.sub(r"(?<![a-z])(left|right)(?![a-z])", lambda found: other[found[1]], name)
 
 
-def visible_share(boxes: np.ndarray, input_size: int) -> np.ndarray:
+def clip_boxes(boxes: np.ndarray, input_size: int | Size) -> np.ndarray:
+    """xyxy [..., 4] or xy [..., 2] cut off at the borders of the input."""
+    limit = as_size(input_size)[::-1] * (boxes.shape[-1] // 2)
+    return np.clip(boxes, 0, limit)
+
+
+def visible_share(boxes: np.ndarray, input_size: int | Size) -> np.ndarray:
     """How much of each box [N, 4] (input frame, not clipped) lies inside the input, by area: [N] in 0..1."""
-    clipped = np.clip(boxes, 0, input_size)
+    clipped = clip_boxes(boxes, input_size)
     area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
     return np.prod(clipped[:, 2:] - clipped[:, :2], axis=1) / np.maximum(area, 1e-6)
 
 
 def transform(
     row: dict[str, Any],
-    image: np.ndarray,
-    input_size: int,
+    image: np.ndarray | Picture,
+    input_size: int | Size,
     augment: AugmentSettings,
     rng: np.random.Generator,
     skeletons: Mapping[str, Sequence[str]] | None = None,
@@ -203,8 +227,10 @@ def transform(
 
     `skeletons`: keypoint names by class; where the image is mirrored, left and right ones of them are exchanged.
     """
-    matrix = draw_matrix(image.shape[:2], input_size, augment, rng)
-    pixels = jitter_color(warp(image, matrix, input_size), augment.color, rng)
+    picture = image if isinstance(image, Picture) else Picture(image, image.shape[:2])
+    matrix = draw_matrix(picture.size, input_size, augment, rng)
+    pixels = warp(picture.pixels, matrix, input_size, reduction=picture.reduction)
+    pixels = jitter_color(pixels, augment.color, rng)
     instances = row["instances"] or []
     stored = np.array([i["box"] for i in instances], np.float64).reshape(-1, 4)
     boxes = map_boxes(stored, matrix)
@@ -220,14 +246,14 @@ def transform(
             points = points[list(mirror_order(tuple(names)))]
         keypoints.append(points)
     crowd = np.array([bool(instances[i]["crowd"]) for i in kept], bool)
-    clipped = np.clip(boxes[kept], 0, input_size).astype(np.float32)
+    clipped = clip_boxes(boxes[kept], input_size).astype(np.float32)
     return Sample(pixels, clipped, crowd, masks, keypoints, kept, matrix)
 
 
-def _map_keypoints(flat: list[float], matrix: np.ndarray, input_size: int) -> np.ndarray:
+def _map_keypoints(flat: list[float], matrix: np.ndarray, input_size: int | Size) -> np.ndarray:
     """float32 [K, 3]; keypoints outside the input become unlabelled."""
     points = np.array(flat, np.float64).reshape(-1, 3)
     points[:, :2] = map_points(points[:, :2], matrix)
-    outside = ((points[:, :2] < 0) | (points[:, :2] > input_size)).any(1)
+    outside = ((points[:, :2] < 0) | (points[:, :2] > as_size(input_size)[::-1])).any(1)
     points[outside, 2] = 0
     return points.astype(np.float32)

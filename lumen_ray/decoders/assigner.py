@@ -16,11 +16,13 @@ from torch import Tensor
 @dataclass
 class Assignment:
     """`target` int64 [P, L]: index of the object, -1 for background. `quality` float32 [P, L]: the score each place
-    should have, 0 at background. `ignored` bool [P, L]: places inside crowd regions, which are neither."""
+    should have, 0 at background. `ignored` bool [P, L]: places inside crowd regions, which are neither. `inside` bool
+    [P, L]: places inside any object, chosen or not."""
 
     target: Tensor
     quality: Tensor
     ignored: Tensor
+    inside: Tensor
 
 
 def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
@@ -53,7 +55,7 @@ def assign(
     P, L = scores.shape
     if gt_boxes.shape[1] == 0:
         none = torch.zeros_like(scores)
-        return Assignment(torch.full_like(scores, -1, dtype=torch.int64), none, none.bool())
+        return Assignment(torch.full_like(scores, -1, dtype=torch.int64), none, none.bool(), none.bool())
     x, y = centers[:, 0], centers[:, 1]
     x1, y1, x2, y2 = gt_boxes.unbind(-1)  # P G
     inside = (x > x1[..., None]) & (x < x2[..., None]) & (y > y1[..., None]) & (y < y2[..., None])  # P G L
@@ -78,4 +80,4 @@ def assign(
     index = target.clamp_min(0)
     quality = peak / top_metric.gather(1, index) * top_iou.gather(1, index)
     quality = torch.where(target >= 0, quality.clamp(0, 1), torch.zeros_like(quality))
-    return Assignment(target, quality, ignored & (target < 0))
+    return Assignment(target, quality, ignored & (target < 0), inside.any(1))

@@ -8,21 +8,22 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lumen_ray.structures import Prediction, Size
+from lumen_ray.structures import Prediction, Size, as_size
 
 
 @dataclass(frozen=True)
 class Frame:
-    """Where an image lies in the square model input: scaled by `scale`, at the top left, padded to `input_size`."""
+    """Where an image lies in the model input: scaled by `scale`, at the top left, padded to `input_size`."""
 
     size: Size  # (height, width) of the EXIF-rotated image, pixels
     scale: float
-    input_size: int
+    input_size: Size
 
     @classmethod
-    def fit(cls, size: Size, input_size: int) -> Frame:
-        """The frame of an image whose longer side fills the input."""
-        return cls((int(size[0]), int(size[1])), input_size / max(size), input_size)
+    def fit(cls, size: Size, input_size: int | Size) -> Frame:
+        """The frame of an image as large as the input holds it: one of its sides fills the input's."""
+        height, width = as_size(input_size)
+        return cls((int(size[0]), int(size[1])), min(height / size[0], width / size[1]), (height, width))
 
 
 class LossTerm(NamedTuple):

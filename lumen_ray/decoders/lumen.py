@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lumen_ray.decoders.assigner import assign, pairwise_iou
+from lumen_ray.decoders.assigner import Assignment, assign, pairwise_iou
 from lumen_ray.decoders.base import Decoder, Frame, LossTerm, PerceptionTargets, PredictSettings, PromptSpec
 from lumen_ray.decoders.pose_head import PoseHead
 from lumen_ray.model.aligner import Aligner, sine_position
-from lumen_ray.model.dense import ResidualBlock, conv_block
+from lumen_ray.model.dense import DownBlock, ResidualBlock, conv_block
 from lumen_ray.model.settings import LumenSettings
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
@@ -81,17 +81,18 @@ def best_of_each(groups: Tensor, values: Tensor, most: int) -> Tensor:
 
 class LumenDecoder(Decoder):
     family = "perception"
-    loss_names = ("heatmap", "box", "mask", "keypoint")
+    loss_names = ("heatmap", "match", "box", "mask", "keypoint")
 
     def __init__(self, settings: LumenSettings, dense_channels: int, link_channels: int):
         super().__init__()
         self.settings = settings
         c = settings.hidden_size
-        downs = {4: [], 8: [conv_block(dense_channels, c, stride=2)]}
-        downs[16] = [*downs[8], conv_block(c, c, stride=2)]
+        downs = {4: [], 8: [DownBlock(dense_channels, c)]}
+        downs[16] = [*downs[8], DownBlock(c, c)]
         if settings.stride not in downs:
             raise ValueError(f"lumen.stride must be one of {sorted(downs)}, got {settings.stride}")
         self.neck = nn.Sequential(*(downs[settings.stride] or [conv_block(dense_channels, c)]), ResidualBlock(c))
+        self.position_scale = nn.Parameter(torch.full((1,), 0.25))  # below the features, which say what is there
         self.link_proj = nn.Sequential(nn.LayerNorm(link_channels), nn.Linear(link_channels, c))
         self.aligner = Aligner(c, settings.num_heads, settings.num_layers)
         self.heat_place = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, c))
@@ -115,7 +116,7 @@ class LumenDecoder(Decoder):
         objects = torch.nonzero(link.parent < 0).flatten()
         tokens, places = self.aligner(
             self.link_proj(link.embeddings[objects]),
-            features.flatten(2).transpose(1, 2) + position,
+            features.flatten(2).transpose(1, 2) + self.position_scale * position,
             link.image_index[objects],
             position,
         )
@@ -172,6 +173,7 @@ class LumenDecoder(Decoder):
         box = (q * (giou_loss(predicted, wanted) + 0.5 * l1)).sum()
         losses = {
             "heatmap": LossTerm(s.heatmap_weight * heat.sum(), count, self._per_link(heat.detach().sum(1), raw)),
+            "match": self._match_loss(raw, assignment, counted, prompt, place),
             "box": LossTerm(s.box_weight * box, count),
             "mask": self._mask_loss(raw, targets, prompt, place, gt),
         }
@@ -182,6 +184,23 @@ class LumenDecoder(Decoder):
     def _per_link(values: Tensor, raw: LumenRaw) -> Tensor:
         """Values of the object prompts, spread over all links (0 for keypoint prompts)."""
         return values.new_zeros(len(raw.link)).scatter(0, raw.objects, values)
+
+    def _match_loss(
+        self, raw: LumenRaw, assignment: Assignment, counted: Tensor, prompt: Tensor, place: Tensor
+    ) -> LossTerm:
+        """Which of an image's prompts an object's place belongs to: cross entropy over them, per positive place.
+
+        The focal loss of the heatmap is content with a middling score at any object of the image; this one is not.
+        Other prompts that mean the same object take no part.
+        """
+        image = raw.link.image_index[raw.objects]
+        rivals = (image[:, None] == image[prompt]) & counted[:, None]  # P N: prompts against positive places
+        rivals &= ~(assignment.inside | assignment.ignored)[:, place]
+        logits = raw.logits[:, place]
+        own = raw.logits[prompt, place]
+        against = torch.logsumexp(logits.masked_fill(~rivals, -1e4), dim=0)
+        total = F.softplus(against - own).sum()
+        return LossTerm(self.settings.match_weight * total, own.new_tensor(float(len(own))))
 
     def _mask_loss(
         self,
@@ -331,7 +350,7 @@ class LumenDecoder(Decoder):
         rles = []
         # Probabilities are enlarged, not logits: one very negative cell would move the border inwards.
         for one in logits:  # one at a time: hundreds of full-size masks of a large photo would not fit in memory
-            size = round(frame.input_size / frame.scale)
-            full = F.interpolate(one.sigmoid()[None, None], (size, size), mode="bilinear", align_corners=False)[0, 0]
+            shape = tuple(round(side / frame.scale) for side in frame.input_size)
+            full = F.interpolate(one.sigmoid()[None, None], shape, mode="bilinear", align_corners=False)[0, 0]
             rles += Masks.from_arrays((full[:height, :width] > 0.5).cpu().numpy()[None]).rles
         return Masks(rles, frame.size)

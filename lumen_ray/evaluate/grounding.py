@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def _ratio(part: float, whole: float) -> float | None:
 
 
 class ReferEvaluator:
-    """Referring expressions, one object each or none.
+    """Referring expressions: one object each, several (a hit on any of them counts) or none.
 
     ``refer_p50``: of expressions with a target, those whose best-scored box overlaps it by IoU 0.5.
     ``refer_no_target_accuracy``: of expressions that nothing in the image fits, those for which nothing scores above
@@ -141,14 +142,16 @@ class CountEvaluator:
 
     def process(self, row: dict[str, Any], answer: Answer) -> None:
         """Adds one image: its row and the answer to a `count` request."""
+        annotated = set(row["classes"])
+        number = Counter(i["phrase"] for i in row["instances"])
+        crowded = {i["phrase"] for i in row["instances"] if i["crowd"]}
         for prediction in answer.predictions:
             name = prediction.phrase
-            mine = [i for i in row["instances"] if i["phrase"] == name]
-            if name not in row["classes"] or any(i["crowd"] for i in mine):
+            if name not in annotated or name in crowded:
                 continue
             found = len(prediction.above(self.threshold))
-            if mine:
-                self._errors.append(abs(found - len(mine)))
+            if number[name]:
+                self._errors.append(abs(found - number[name]))
             else:
                 self._absent.append(found == 0)
 

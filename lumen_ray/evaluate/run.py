@@ -30,6 +30,9 @@ SCORE_THRESHOLD = 0.01
 #: Free chat is only asked for its first token; this many leave room for a word before it.
 ROUTING_TOKENS = 8
 MAX_PER_PHRASE = 100
+#: AP counts this many instances of an image over all classes, as LVIS does; 1,200 classes would fill the memory.
+MAX_PER_IMAGE = 300
+_AP_TASKS = ("detect", "segment", "pose")
 
 
 def evaluate(
@@ -83,6 +86,7 @@ def evaluate(
         "settings": {
             "score_threshold": SCORE_THRESHOLD,
             "max_per_phrase": MAX_PER_PHRASE,
+            "max_per_image": MAX_PER_IMAGE,
             "limit": limit,
             "chat_limit": chat_limit,
             "batch_size": batch_size,
@@ -187,7 +191,7 @@ def _ask(engine: Any, images: Sequence[np.ndarray], asks: Sequence[list[Ask]], *
         return answers
     requests = [[request for request, _ in asks[i]] for i in busy]
     for i, found in zip(busy, engine.run([images[i] for i in busy], requests, **settings), strict=True):
-        answers[i] = found
-        for (_, score), answer in zip(asks[i], found, strict=True):
-            score(answer)
+        for (request, score), answer in zip(asks[i], found, strict=True):
+            answers[i].append(answer.best(MAX_PER_IMAGE) if request.task in _AP_TASKS else answer)
+            score(answers[i][-1])
     return answers

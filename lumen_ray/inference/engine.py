@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lumen_ray.data.buckets import choose
 from lumen_ray.data.transforms import fit
 from lumen_ray.decoders.base import Frame, PredictSettings, PromptSpec
 from lumen_ray.errors import UserError
@@ -29,6 +30,8 @@ from lumen_ray.tasks import ROUTING_TOKENS, TASKS, task_of_prompt
 
 FAMILY = "perception"
 DEFAULTS = PredictSettings()
+#: Object prompts times cells of the dense features that are decoded at once: 512 prompts at 128 pixels, 128 at 256.
+MAX_DECODER_CELLS = 1 << 19
 
 
 @dataclass
@@ -46,8 +49,8 @@ class RequestPlan:
 class TrunkOutput:
     """What leaves the trunk for a batch of images. Tensors are contiguous and on the CPU, ready for the wire.
 
-    `dense`: float32 [B, C, S/4, S/4]; `prompts`: one `PromptSpec` per link, None for keypoint prompts;
-    `plans`: per image, one per request.
+    `dense`: float32 [B, C, H/4, W/4] of inputs of one bucket (H, W); `prompts`: one `PromptSpec` per link, None for
+    keypoint prompts; `plans`: per image, one per request.
     """
 
     link: SuperLink
@@ -64,13 +67,7 @@ class TrunkOutput:
         """The part of the output about one image of the batch."""
         members = torch.nonzero(self.link.image_index == image).flatten()
         place = {int(old): new for new, old in enumerate(members)}
-        parents = [place.get(int(p), -1) for p in self.link.parent[members]]
-        link = SuperLink(
-            self.link.family,
-            self.link.embeddings[members].contiguous(),
-            torch.zeros(len(members), dtype=torch.int64),
-            torch.tensor(parents, dtype=torch.int64),
-        )
+        link, _ = self.link.take(members)
         plans = [replace(plan, links=[place[i] for i in plan.links]) for plan in self.plans[image]]
         return TrunkOutput(
             link,
@@ -100,14 +97,16 @@ class TrunkStage:
         self.trunk = loaded.model.trunk.to(self.device)
         self.tokenizer = loaded.tokenizer
         self.skeletons = {name: tuple(names) for name, names in loaded.meta.skeletons.items()}
+        square = (loaded.settings.image_size,) * 2
+        self.buckets = tuple((int(h), int(w)) for h, w in loaded.meta.buckets) or (square,)
 
     @classmethod
     def load(cls, model: str | Path, device: str = "cpu") -> TrunkStage:
         return cls(load_model(model), device)
 
-    @property
-    def image_size(self) -> int:
-        return self.loaded.settings.image_size
+    def bucket(self, size: Size) -> Size:
+        """(height, width) of the model input for an image of (height, width) `size`."""
+        return choose((max(1, size[0]), max(1, size[1])), self.buckets)
 
     @torch.inference_mode()
     def run(
@@ -116,18 +115,21 @@ class TrunkStage:
         requests: Sequence[Sequence[Request]],
         *,
         max_new_tokens: int = 48,
-        class_chunk: int = 128,
+        class_chunk: int = 64,
     ) -> TrunkOutput:
         """One prefix per image, then all branches of all requests against it.
 
-        images: uint8 [H, W, 3] RGB, EXIF-rotated; requests: per image. `class_chunk` bounds the branches per image and
-        pass; it does not change results.
+        images: uint8 [h, w, 3] RGB, EXIF-rotated, all of one `bucket`; requests: per image. `class_chunk` bounds the
+        branches per image and pass; it does not change results.
         """
         if len(images) != len(requests):
             raise ValueError(f"{len(images)} images but {len(requests)} lists of requests")
         for image, asked in zip(images, requests, strict=True):
             _check_regions(image.shape[:2], asked)
-        fitted = [fit(image, self.image_size) for image in images]
+        buckets = {self.bucket(image.shape[:2]) for image in images}
+        if len(buckets) > 1:
+            raise ValueError(f"images of one pass must share a bucket, got {sorted(buckets)}")
+        fitted = [fit(image, next(iter(buckets))) for image in images]
         pixels = torch.from_numpy(np.stack([image for image, _ in fitted])).permute(0, 3, 1, 2)
         frames = [frame for _, frame in fitted]
         prefix = self.trunk.encode(pixels.to(self.device))
@@ -213,7 +215,7 @@ class TrunkStage:
         return [_Ask(Branch(image, request.text, route=route), spec, image, index)]
 
     def _region(self, region: Region) -> np.ndarray:
-        return region_mask(region, self.image_size)
+        return region_mask(region, self.bucket(region.size))
 
     def _links(
         self, prefix, asks: list[_Ask], plans: list[list[RequestPlan]], chunk: int
@@ -272,17 +274,22 @@ class DecoderStage:
         prompts: list[PromptSpec | None],
         settings: PredictSettings = DEFAULTS,
     ) -> list[Prediction | None]:
-        """One Prediction per link, None for keypoint prompts. Received tensors are only read."""
-        if len(link) == 0:
-            return []
-        moved = SuperLink(
-            link.family,
-            link.embeddings.to(self.device),
-            link.image_index.to(self.device),
-            link.parent.to(self.device),
-        )
-        raw = self.decoder(moved, dense.to(self.device))
-        return self.decoder.predict(raw, frames, prompts, settings)
+        """One Prediction per link, None for keypoint prompts. Received tensors are only read.
+
+        The prompts are decoded in chunks of what `MAX_DECODER_CELLS` allows, so that memory does not grow with their
+        number; prompts do not see each other, so the results do not depend on it.
+        """
+        out: list[Prediction | None] = [None] * len(link)
+        height, width = dense.shape[-2:]
+        for members in link.chunks(max(1, MAX_DECODER_CELLS // (height * width))):
+            part, images = link.take(members)
+            moved = SuperLink(*(v if isinstance(v, str) else v.to(self.device) for v in vars(part).values()))
+            raw = self.decoder(moved, dense[images].to(self.device))
+            specs = [prompts[i] for i in members.tolist()]
+            found = self.decoder.predict(raw, [frames[i] for i in images.tolist()], specs, settings)
+            for i, prediction in zip(members.tolist(), found, strict=True):
+                out[i] = prediction
+        return out
 
 
 def _check_regions(size: Size, requests: Sequence[Request]) -> None:
@@ -354,15 +361,27 @@ class Engine:
         score_threshold: float = 0.05,
         max_per_phrase: int = 100,
         max_new_tokens: int = 48,
-        class_chunk: int = 128,
+        class_chunk: int = 64,
     ) -> list[list[Answer]]:
         """An `Answer` per request of each image, predictions best first.
 
-        images: uint8 [H, W, 3] RGB in the EXIF-rotated frame; requests: per image (see `make_request`).
+        images: uint8 [h, w, 3] RGB in the EXIF-rotated frame; requests: per image (see `make_request`). Images that
+        share a size bucket pass together.
         """
         if len(images) == 0:
             return []
-        out = self.trunk.run(images, requests, max_new_tokens=max_new_tokens, class_chunk=class_chunk)
         settings = PredictSettings(score_threshold, max_per_phrase)
-        predictions = self.decoders["lumen"].run(out.link, out.dense, out.frames, out.prompts, settings)
-        return assemble(out.plans, predictions)
+        groups: dict[Size, list[int]] = {}
+        for i, (image, _) in enumerate(zip(images, requests, strict=True)):
+            groups.setdefault(self.trunk.bucket(image.shape[:2]), []).append(i)
+        answers: dict[int, list[Answer]] = {}
+        for members in groups.values():
+            out = self.trunk.run(
+                [images[i] for i in members],
+                [requests[i] for i in members],
+                max_new_tokens=max_new_tokens,
+                class_chunk=class_chunk,
+            )
+            predictions = self.decoders["lumen"].run(out.link, out.dense, out.frames, out.prompts, settings)
+            answers.update(zip(members, assemble(out.plans, predictions), strict=True))
+        return [answers[i] for i in range(len(images))]

@@ -27,6 +27,8 @@ MAX_IMAGES = 120
 THUMBNAIL_SIDE = 560
 #: From this many instances on, labels would hide the picture.
 MAX_LABELLED_INSTANCES = 40
+#: The best-scored instances of an answer that are drawn: a thousand on top of each other show nothing.
+MAX_DRAWN = 300
 
 _PAGE = Template((Path(__file__).parent / "gallery.html").read_text())
 
@@ -130,6 +132,7 @@ def _texts(records: list[dict[str, Any]]) -> str:
 
 
 def _thumbnail(image: np.ndarray, answers: list[Answer], colours: dict[str, Any], edges: dict[str, Any]) -> str:
+    answers = [answer.best(MAX_DRAWN) for answer in answers]
     number = sum(len(p) for a in answers for p in a.predictions)
     drawn = draw(image, answers, edges=edges, colours=colours, labels=number <= MAX_LABELLED_INSTANCES)
     picture = Image.fromarray(drawn)

@@ -78,6 +78,7 @@ class ModelMeta:
     classes: list[str] = field(default_factory=list)
     skeletons: dict[str, list[str]] = field(default_factory=dict)
     edges: dict[str, list[list[int]]] = field(default_factory=dict)
+    buckets: list[list[int]] = field(default_factory=list)  # [height, width]; none: the square of the preset
     recipe: str = ""
     steps: int = 0
     seed: int = 0

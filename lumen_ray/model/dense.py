@@ -6,8 +6,6 @@ at the image tokens give the meaning; they are fused top-down as in a feature py
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,6 +28,22 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.convs(x)
+
+
+class DownBlock(nn.Module):
+    """Half the resolution: a strided convolution block beside a linear path (1x1 convolution of the 2x2 means).
+
+    What is plain in the pixels, such as colour, stays plain: without the linear path a match of words and places would
+    have to learn both sides of a product from nothing.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv = conv_block(in_channels, out_channels, stride=2)
+        self.linear = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + self.linear(F.avg_pool2d(x, 2))
 
 
 def _resize(x: Tensor, like: Tensor) -> Tensor:
@@ -56,15 +70,16 @@ class DenseFeatures(nn.Module):
         self.fuse8 = ResidualBlock(channels)
         self.fuse4 = conv_block(channels, channels)
 
-    def forward(self, images: Tensor, merged: Tensor, llm_states: Tensor) -> Tensor:
-        """images [B, 3, H, W] in 0..1; merged [B, C, h, w]; llm_states [B, P, llm_width] at the image tokens."""
+    def forward(self, images: Tensor, merged: Tensor, llm_states: Tensor, grid: tuple[int, int]) -> Tensor:
+        """images [B, 3, H, W] in 0..1; merged [B, C, h, w]; llm_states [B, P, llm_width] at the image tokens, which lie
+        row by row on a `grid` of (rows, columns)."""
         s4 = self.stem(images - 0.5)
         s8 = self.down8(s4)
         s16 = self.down16(s8)
-        rows = math.isqrt(merged.shape[-2] * llm_states.shape[1] // merged.shape[-1])
-        states = llm_states.transpose(1, 2).reshape(len(images), -1, rows, llm_states.shape[1] // rows).contiguous()
+        states = llm_states.transpose(1, 2).reshape(len(images), -1, *grid).contiguous()
         tokens = _resize(self.from_vision(merged), s16) + _resize(self.from_llm(states), s16)
         x = self.fuse16(self.lateral16(s16) + tokens)
         x = self.fuse8(self.lateral8(s8) + F.interpolate(x, s8.shape[-2:], mode="nearest"))
         s4 = torch.cat([s4, F.avg_pool2d(images, 4) * 4 - 2], dim=1)  # normalisation in the stem hides plain colour
-        return self.fuse4(self.lateral4(s4) + F.interpolate(x, s4.shape[-2:], mode="nearest"))
+        x = self.lateral4(s4) + F.interpolate(x, s4.shape[-2:], mode="nearest")
+        return x + self.fuse4(x)

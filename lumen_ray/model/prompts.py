@@ -2,7 +2,7 @@
 
 One image is a *prefix*: its image tokens, encoded once. Each prompt about it is a *branch*:
 
-    <user> instruction <assistant> response <eos>               text, written by the LLM
+    <user> instruction <assistant> response <eos>               text, written by the LLM; a conversation repeats it
     <user> instruction <assistant> [DET] q1 .. qN               routing token and super-link queries
 
 A branch sees the prefix and itself, never another branch: a 4-D mask, and position ids that restart where the prefix
@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,8 +31,10 @@ class Branch:
     """One prompt about image `image` of the batch.
 
     `route`: the routing token that is the response; or None for text, with `response` the text to learn (training) or
-    None (inference: the LLM writes it). `regions`: for every <region> in `prompt`, its index in the batch's regions.
+    None (inference: the LLM writes it). `history`: earlier (instruction, response) pairs of the conversation, whose
+    responses are learned too. `regions`: for every <region> in the instructions, its index in the batch's regions.
     `parent`: for a keypoint prompt the index (in the list of branches) of its object's prompt, else -1.
+    `limit`: the tokens at most; a response is cut off there, without an end token.
     """
 
     image: int
@@ -40,6 +43,8 @@ class Branch:
     response: str | None = None
     regions: tuple[int, ...] = ()
     parent: int = -1
+    limit: int | None = None
+    history: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass
@@ -57,9 +62,20 @@ class Layout:
     region_slots: Tensor  # int64 [R, 2]
     region_index: Tensor  # int64 [R], which region fills the slot
     last_slots: Tensor  # int64 [number of branches, 2], each branch's last token
+    #: int64 [R, L], or None: the LLM then works on the B rows of P + T tokens. Else on R rows in which images and texts
+    #: are packed; each entry is a place in the flattened [B, P + T] grid, -1 at padding
+    pack: Tensor | None = None
+
+    def llm_shape(self, prefix: int) -> tuple[int, int]:
+        """(rows, tokens per row) that the LLM computes with a prefix of so many image tokens."""
+        if self.pack is not None:
+            return tuple(self.pack.shape)
+        return len(self.input_ids), prefix + self.input_ids.shape[1]
 
     def to(self, device: torch.device | str) -> Layout:
         def move(value):
+            if value is None:
+                return None
             return {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)
 
         return Layout(**{name: move(value) for name, value in self.__dict__.items()})
@@ -68,20 +84,26 @@ class Layout:
 def branch_tokens(branch: Branch, tokenizer: LumenTokenizer) -> tuple[list[int], list[int], int]:
     """(token ids, labels, number of trailing query slots) of one branch. Queries hold the pad id until they are filled.
 
-    The routing token and the response are supervised, the instruction and the queries are not.
+    The routing token and the responses are supervised, the instructions and the queries are not.
     """
     ids = tokenizer.ids
-    tokens = [ids[USER], *tokenizer.encode(branch.prompt), ids[ASSISTANT]]
-    labels = [IGNORE] * len(tokens)
+    tokens: list[int] = []
+    labels: list[int] = []
+
+    def add(added: list[int], learned: bool) -> None:
+        tokens.extend(added)
+        labels.extend(added if learned else [IGNORE] * len(added))
+
+    for instruction, response in (*branch.history, (branch.prompt, branch.response)):
+        add([ids[USER], *tokenizer.encode(instruction), ids[ASSISTANT]], False)
+        if response is not None and branch.route is None:
+            add([*tokenizer.encode(response), ids[EOS]], True)
     if branch.route is not None:
         num_queries = family_of(branch.route).num_queries
-        tokens += [ids[branch.route]] + [ids[PAD]] * num_queries
-        labels += [ids[branch.route]] + [IGNORE] * num_queries
+        add([ids[branch.route]], True)
+        add([ids[PAD]] * num_queries, False)
         return tokens, labels, num_queries
-    if branch.response is not None:
-        response = [*tokenizer.encode(branch.response), ids[EOS]]
-        tokens, labels = tokens + response, labels + response
-    return tokens, labels, 0
+    return tokens[: branch.limit], labels[: branch.limit], 0
 
 
 def build_layout(branches: Sequence[Branch], num_images: int, tokenizer: LumenTokenizer) -> Layout:
@@ -90,11 +112,12 @@ def build_layout(branches: Sequence[Branch], num_images: int, tokenizer: LumenTo
     for index, branch in enumerate(branches):
         rows[branch.image].append((index, *branch_tokens(branch, tokenizer)))
     length = max([sum(len(tokens) for _, tokens, _, _ in row) for row in rows] + [1])
-    input_ids = torch.full((num_images, length), tokenizer.ids[PAD])
-    labels = torch.full((num_images, length), IGNORE)
-    branch_ids = torch.full((num_images, length), -1)
-    offsets = torch.zeros((num_images, length), dtype=torch.int64)
-    last_slots = torch.zeros((len(branches), 2), dtype=torch.int64)
+    # arrays, since writing a few numbers into a tensor costs ten times as much
+    input_ids = np.full((num_images, length), tokenizer.ids[PAD])
+    labels = np.full((num_images, length), IGNORE)
+    branch_ids = np.full((num_images, length), -1)
+    offsets = np.zeros((num_images, length), np.int64)
+    last_slots = np.zeros((len(branches), 2), np.int64)
     slots: dict[str, list] = {}
     links: dict[str, list[int]] = {}
     region_slots, region_index = [], []
@@ -102,11 +125,11 @@ def build_layout(branches: Sequence[Branch], num_images: int, tokenizer: LumenTo
         start = 0
         for index, tokens, targets, num_queries in row:
             end = start + len(tokens)
-            input_ids[image, start:end] = torch.tensor(tokens)
-            labels[image, start:end] = torch.tensor(targets)
+            input_ids[image, start:end] = tokens
+            labels[image, start:end] = targets
             branch_ids[image, start:end] = index
-            offsets[image, start:end] = torch.arange(len(tokens))
-            last_slots[index] = torch.tensor([image, end - 1])
+            offsets[image, start:end] = np.arange(len(tokens))
+            last_slots[index] = image, end - 1
             if num_queries:
                 family = family_of(branches[index].route).name
                 links.setdefault(family, []).append(index)
@@ -125,17 +148,17 @@ def build_layout(branches: Sequence[Branch], num_images: int, tokenizer: LumenTo
         place = {branch: i for i, branch in enumerate(members)}
         link_parents[family] = torch.tensor([place.get(branches[b].parent, -1) for b in members])
     return Layout(
-        input_ids=input_ids,
-        labels=labels,
-        branch_ids=branch_ids,
-        offsets=offsets,
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        branch_ids=torch.from_numpy(branch_ids),
+        offsets=torch.from_numpy(offsets),
         query_slots={family: torch.tensor(s) for family, s in slots.items()},
         link_branches={family: torch.tensor(b) for family, b in links.items()},
         link_images={family: torch.tensor([branches[b].image for b in m]) for family, m in links.items()},
         link_parents=link_parents,
         region_slots=torch.tensor(region_slots, dtype=torch.int64).reshape(-1, 2),
         region_index=torch.tensor(region_index, dtype=torch.int64),
-        last_slots=last_slots,
+        last_slots=torch.from_numpy(last_slots),
     )
 
 
@@ -164,3 +187,38 @@ def branch_allowed(branch_ids: Tensor, prefix_valid: Tensor, prefix: int) -> Ten
     own = same & causal
     image = prefix_valid[:, None, None].expand(-1, length, prefix)
     return torch.cat([image, own], dim=2)
+
+
+def packed_allowed(pack: Tensor, branch_ids: Tensor, prefix: int, mode: str) -> Tensor:
+    """Which tokens of packed rows see which: what `prefix_allowed` and `branch_allowed` say, within each sample.
+
+    pack [R, L] as in `Layout`; branch_ids [B, T] -> bool [R, L, L]. Padding sees itself.
+    """
+    sample, branch = _packed_owners(pack, branch_ids, prefix)
+    length = pack.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=pack.device).tril()
+    image = branch < 0
+    own = branch[:, :, None] == branch[:, None, :]
+    order = causal if mode == "causal" else causal | (image[:, :, None] & image[:, None, :])
+    to_image = image[:, None, :] & ~image[:, :, None]
+    return (sample[:, :, None] == sample[:, None, :]) & (own & order | to_image)
+
+
+def packed_positions(pack: Tensor, offsets: Tensor, prefix: int) -> Tensor:
+    """Position ids of packed rows, int64 [R, L]: those that each token has in its own sample."""
+    image = torch.arange(prefix, device=pack.device).expand(len(offsets), -1)
+    return torch.cat([image, prefix + offsets], dim=1).flatten()[pack.clamp_min(0)]
+
+
+def unpacked(pack: Tensor, size: int) -> Tensor:
+    """int64 [size]: where each place of the flattened [B, P + T] grid stands in the flattened packed rows, else -1."""
+    places = torch.full((size + 1,), -1, dtype=torch.int64, device=pack.device)
+    places[pack.flatten()] = torch.arange(pack.numel(), device=pack.device)  # padding writes the last, which is cut off
+    return places[:size]
+
+
+def _packed_owners(pack: Tensor, branch_ids: Tensor, prefix: int) -> tuple[Tensor, Tensor]:
+    """Of each packed token its sample (-1 at padding) and its branch (-1 for image tokens): int64 [R, L] each."""
+    branch = torch.nn.functional.pad(branch_ids, (prefix, 0), value=-1).flatten()[pack.clamp_min(0)]
+    sample = torch.where(pack < 0, -1, pack // (prefix + branch_ids.shape[1]))
+    return sample, torch.where(pack < 0, -1, branch)

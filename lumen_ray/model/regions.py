@@ -10,22 +10,24 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from pycocotools import mask as coco_mask
 from torch import Tensor, nn
 
-from lumen_ray.structures import Region
+from lumen_ray.structures import Region, Size, as_size
 
 
-def region_mask(region: Region, input_size: int) -> np.ndarray:
-    """The region as a binary mask of the square model input, uint8 [input_size, input_size].
+def region_mask(region: Region, input_size: int | Size) -> np.ndarray:
+    """The region as a binary mask of the model input, uint8 [H, W]; `input_size` is (H, W) or the side of a square.
 
-    The image's frame is scaled by ``input_size / max(height, width)`` and sits at the top left, as `transforms.fit`
-    places the image. Points and scribbles are drawn with a radius of 3 % of the input.
+    The image is scaled to fit and sits at the top left, as `transforms.fit` places it. Points and scribbles are drawn
+    with a radius of 3 % of the input's longer side.
     """
-    scale = input_size / max(region.size)
-    canvas = Image.new("L", (input_size, input_size), 0)
+    input_h, input_w = as_size(input_size)
+    scale = min(input_h / region.size[0], input_w / region.size[1])
+    canvas = Image.new("L", (input_w, input_h), 0)
     draw = ImageDraw.Draw(canvas)
     if region.kind == "mask":
+        from pycocotools import mask as coco_mask  # here, because a model computes without it
+
         array = coco_mask.decode(region.rle)
         height, width = region.size
         scaled = Image.fromarray(array * 255).resize((max(1, round(width * scale)), max(1, round(height * scale))))
@@ -36,7 +38,7 @@ def region_mask(region: Region, input_size: int) -> np.ndarray:
             return region_mask(Region("point", region.size, np.array([[x.mean() + 0.5, y.mean() + 0.5]])), input_size)
         return inside.astype(np.uint8)
     points = [(float(x), float(y)) for x, y in region.points * scale]
-    radius = 0.03 * input_size
+    radius = 0.03 * max(input_h, input_w)
     if region.kind == "box":
         (x1, y1), (x2, y2) = points[:2]
         draw.rectangle((x1, y1, max(x1, x2 - 1), max(y1, y2 - 1)), fill=1)
@@ -73,8 +75,8 @@ class RegionEncoder(nn.Module):
         masks = masks.to(images.dtype).unsqueeze(1)
         trimmed = self.patch_size // 4 * 4  # a patch of 14 pixels is read as 12: stride-4 cells must tile it
         if trimmed != self.patch_size:
-            side = images.shape[-1] // self.patch_size * trimmed
-            resize = {"size": (side, side), "mode": "bilinear", "align_corners": False}
+            shape = tuple(side // self.patch_size * trimmed for side in images.shape[-2:])
+            resize = {"size": shape, "mode": "bilinear", "align_corners": False}
             stacked = F.interpolate(torch.cat([images[image_index], masks], dim=1), **resize)
         else:
             stacked = torch.cat([images[image_index], masks], dim=1)

@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
 from lumen_ray.config import Settings
 from lumen_ray.errors import UserError, suggest
+from lumen_ray.structures import Size
 
 #: keys that `transformers` reads from published config files though its classes have no such field
 _LEGACY_KEYS = ("rope_theta", "rope_scaling")
@@ -55,6 +57,7 @@ class LumenSettings(Settings):
     mask_weight: float = 1.0
     box_weight: float = 2.0
     heatmap_weight: float = 1.0
+    match_weight: float = Field(0.5, ge=0, description="cross entropy of an object's places over the image's prompts")
     keypoint_weight: float = 1.0
     topk_assign: int = Field(9, gt=0, description="positive locations per object")
     pose_grid: int = Field(12, gt=0, description="cells per side of the grid sampled in a box for keypoints")
@@ -64,7 +67,11 @@ class LumenSettings(Settings):
 
 class ModelSettings(Settings):
     name: str = Field(description="preset name; kept in checkpoints and checked when they are loaded")
-    image_size: int = Field(gt=0, description="side of the square input in pixels; images are scaled and padded to it")
+    image_size: int = Field(
+        gt=0,
+        description="side in pixels of the square that the encoders' positions are made for, and of the input where a "
+        "recipe names no buckets",
+    )
     vision: VisionSettings
     llm: dict[str, Any] = Field(description="`model_type` and the keys of its transformers config class")
     prefix_attention: Literal["causal", "full"] = Field(
@@ -73,8 +80,30 @@ class ModelSettings(Settings):
     dense_channels: int = Field(64, gt=0, description="channels of the shared dense features")
     stem_channels: int = Field(32, gt=0, description="channels of the convolutional stem at stride 4")
     link_channels: int = Field(256, gt=0, description="width of a perception link embedding")
+    link_reads_words: bool = Field(
+        False, description="links also read the instruction's words; for an LLM that is trained from scratch"
+    )
     vocab_size: int = Field(512, gt=0, description="size of a tokenizer trained from scratch, special tokens included")
     lumen: LumenSettings = LumenSettings()
+
+    @property
+    def token_side(self) -> int:
+        """Input pixels per side of one image token."""
+        from transformers import CLIPVisionConfig, Dinov2Config
+
+        clip, dinov2 = self.vision.clip, self.vision.dinov2
+        encoder = Dinov2Config(**dinov2) if clip is None else CLIPVisionConfig(**clip)
+        return encoder.patch_size * self.vision.token_merge
+
+    def image_tokens(self, size: Size) -> int:
+        """The number of image tokens of an input of (height, width) pixels."""
+        return (size[0] // self.token_side) * (size[1] // self.token_side)
+
+    @property
+    def input_step(self) -> int:
+        """What height and width of an input must be multiples of: image tokens, the decoder's places and the dense
+        features at stride 4 tile it."""
+        return math.lcm(self.token_side, self.lumen.stride, 4)
 
     @model_validator(mode="after")
     def _check_llm(self) -> ModelSettings:

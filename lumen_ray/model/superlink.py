@@ -30,6 +30,22 @@ class SuperLink:
     def __len__(self) -> int:
         return len(self.image_index)
 
+    def take(self, members: Tensor) -> tuple[SuperLink, Tensor]:
+        """The link of the prompts at `members` (int64 [M], rising, no keypoint prompt without its object's), and the
+        images they are about (int64, rising), among which its `image_index` counts."""
+        place = torch.full((len(self) + 1,), -1, dtype=torch.int64, device=members.device)
+        place[members] = torch.arange(len(members), device=members.device)
+        images, image_index = self.image_index[members].unique(return_inverse=True)
+        # parent -1 reads the last entry of `place`, which is -1
+        link = SuperLink(self.family, self.embeddings[members].contiguous(), image_index, place[self.parent[members]])
+        return link, images
+
+    def chunks(self, most: int) -> list[Tensor]:
+        """Indices of all prompts in groups of at most `most` object prompts, each with its keypoint prompts."""
+        owner = torch.where(self.parent < 0, torch.arange(len(self), device=self.parent.device), self.parent)
+        objects = torch.nonzero(self.parent < 0).flatten()
+        return [torch.nonzero(torch.isin(owner, part)).flatten() for part in objects.split(most) if len(part)]
+
 
 class SuperLinkQueries(nn.Module):
     """The learned query embeddings, one set per decoder family: [num_queries, llm_width]."""
@@ -46,9 +62,14 @@ class SuperLinkQueries(nn.Module):
 
 
 class LinkHead(nn.Module):
-    """3-layer MLP and a mean over the queries: [P, N, llm_width] -> [P, channels] (perception families)."""
+    """3-layer MLP and a mean over the queries: [P, N, llm_width] -> [P, channels] (perception families).
 
-    def __init__(self, llm_width: int, channels: int):
+    With `reads_words` a linear path adds the mean embedding of the instruction's tokens. In an LLM that starts from
+    fresh weights less than a thousandth of what the queries say differs from one class name to the next; names that
+    the image does not tell apart yet would fall together before a decoder can use the difference.
+    """
+
+    def __init__(self, llm_width: int, channels: int, reads_words: bool = False):
         super().__init__()
         self.mlp = nn.Sequential(
             nn.Linear(llm_width, channels),
@@ -62,6 +83,22 @@ class LinkHead(nn.Module):
         for layer in self.mlp[::2]:
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
             nn.init.zeros_(layer.bias)
+        self.words = None
+        if reads_words:  # which leads at first
+            self.words = nn.Sequential(nn.LayerNorm(llm_width), nn.Linear(llm_width, channels))
+            nn.init.normal_(self.mlp[-1].weight, std=0.1 * channels**-0.5)
 
-    def forward(self, states: Tensor) -> Tensor:
-        return self.mlp(states).mean(dim=1)
+    def forward(self, states: Tensor, words: Tensor | None = None) -> Tensor:
+        """states [P, N, llm_width] at the queries, words [P, llm_width] with `reads_words` -> [P, channels]."""
+        link = self.mlp(states).mean(dim=1)
+        return link if self.words is None else link + self.words(words)
+
+
+def mean_words(embeds: Tensor, branch_ids: Tensor, queries: Tensor, num_branches: int) -> Tensor:
+    """Mean embedding of every branch's tokens but its queries: embeds [B, T, W], branch_ids [B, T] (-1: padding),
+    queries [Q, N, 2] (image, token) -> [num_branches, W]."""
+    word = branch_ids >= 0
+    word[queries[..., 0], queries[..., 1]] = False
+    owner = branch_ids[word]
+    sums = embeds.new_zeros(num_branches, embeds.shape[-1]).index_add(0, owner, embeds[word])
+    return sums / owner.bincount(minlength=num_branches).clamp_min(1).unsqueeze(1)

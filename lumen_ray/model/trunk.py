@@ -16,10 +16,19 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from lumen_ray.model.dense import DenseFeatures
-from lumen_ray.model.prompts import IGNORE, Layout, additive, branch_allowed, prefix_allowed
+from lumen_ray.model.prompts import (
+    IGNORE,
+    Layout,
+    additive,
+    branch_allowed,
+    packed_allowed,
+    packed_positions,
+    prefix_allowed,
+    unpacked,
+)
 from lumen_ray.model.regions import RegionEncoder
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.model.superlink import LinkHead, SuperLink, SuperLinkQueries
+from lumen_ray.model.superlink import LinkHead, SuperLink, SuperLinkQueries, mean_words
 from lumen_ray.model.vision import CommVision
 
 
@@ -34,9 +43,15 @@ class Prefix:
     cache: DynamicCache  # keys and values of the image tokens
     length: int
 
+    def fork(self) -> DynamicCache:
+        """A cache to continue from. It shares the keys and values: the LLM appends to them by making new tensors."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        return cache
+
     def repeat(self, index: Tensor) -> DynamicCache:
-        """A copy of the cache with one batch row per entry of `index`."""
-        cache = copy.deepcopy(self.cache)
+        """A cache with one batch row per entry of `index`."""
+        cache = self.fork()
         cache.batch_select_indices(index)
         return cache
 
@@ -61,12 +76,10 @@ class Trunk(nn.Module):
         self.vision = CommVision(settings.vision, settings.image_size, width, std)
         self.regions = RegionEncoder(self.vision.merged_width, width, self.vision.patch_size)
         self.queries = SuperLinkQueries(width, std)
-        self.link_heads = nn.ModuleDict({"perception": LinkHead(width, settings.link_channels)})
+        self.link_heads = nn.ModuleDict(
+            {"perception": LinkHead(width, settings.link_channels, settings.link_reads_words)}
+        )
         self.dense = DenseFeatures(settings.stem_channels, settings.dense_channels, self.vision.merged_width, width)
-
-    @property
-    def prefix_length(self) -> int:
-        return (self.settings.image_size // self.vision.patch_size // self.vision.token_merge) ** 2
 
     def embed_branches(self, layout: Layout, regions: Tensor | None) -> Tensor:
         """Token embeddings [B, T, width] with the queries and region embeddings put in their slots."""
@@ -80,13 +93,19 @@ class Trunk(nn.Module):
         return embeds
 
     def links(self, hidden: Tensor, layout: Layout) -> dict[str, SuperLink]:
-        """The super links: last hidden states [B, T, width] at the query slots, through each family's head."""
+        """The super links: last hidden states [B, T, width] at the query slots (and, by setting, the mean embedding of
+        the instruction), through each family's head."""
         out = {}
         for family, slots in layout.query_slots.items():
             states = hidden[slots[..., 0], slots[..., 1]]
+            words = None
+            if self.settings.link_reads_words:
+                embeds = self.llm.get_input_embeddings()(layout.input_ids)
+                words = mean_words(embeds, layout.branch_ids, slots, len(layout.last_slots))
+                words = words[layout.link_branches[family]]
             out[family] = SuperLink(
                 family,
-                self.link_heads[family](states).float(),
+                self.link_heads[family](states, words).float(),
                 layout.link_images[family],
                 layout.link_parents[family],
             )
@@ -96,7 +115,7 @@ class Trunk(nn.Module):
         """One packed pass over prefix and branches.
 
         batch: `images` uint8 [B, 3, H, W]; `has_image` bool [B]; `layout`; `region_masks` uint8 [R, H, W] and
-        `region_images` int64 [R].
+        `region_images` int64 [R]. Where `layout.pack` is set, the last samples need no image in `images`.
         """
         images, layout = batch["images"].float() / 255, batch["layout"]
         tokens, merged = self.vision(images)
@@ -104,18 +123,34 @@ class Trunk(nn.Module):
         if len(batch["region_masks"]):
             regions = self.regions(images, merged, batch["region_masks"], batch["region_images"])
         prefix = tokens.shape[1]
+        if layout.pack is not None:
+            tokens = F.pad(tokens, (0, 0, 0, 0, 0, len(layout.input_ids) - len(images)))
         embeds = torch.cat([tokens, self.embed_branches(layout, regions)], dim=1)
-        hidden = self.llm.model(
-            inputs_embeds=embeds,
-            attention_mask=self._training_mask(layout, batch["has_image"], prefix, embeds.dtype),
-            position_ids=self._positions(layout, prefix),
-            use_cache=False,
-        ).last_hidden_state
+        if layout.pack is None:
+            mask = self._training_mask(layout, batch["has_image"], prefix, embeds.dtype)
+            hidden = self._llm(embeds, mask, self._positions(layout, prefix))
+        else:
+            hidden = self._packed(embeds, layout, prefix)
         branches = hidden[:, prefix:]
         losses = self._lm_losses(branches, layout.labels)
         supervised = (layout.labels[:, 1:] != IGNORE).sum().float()
-        dense = self.dense(images, merged, hidden[:, :prefix])
+        dense = self.dense(images, merged, hidden[: len(images), :prefix], self.vision.grid(*images.shape[-2:]))
         return TrunkTraining(losses, supervised, dense, self.links(branches, layout))
+
+    def _llm(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        return self.llm.model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+
+    def _packed(self, embeds: Tensor, layout: Layout, prefix: int) -> Tensor:
+        """Hidden states [B, P + T, width] by way of the rows of `layout.pack`; 0 at what is not packed."""
+        flat = embeds.flatten(0, 1)
+        rows = flat.index_select(0, layout.pack.clamp_min(0).flatten()).unflatten(0, layout.pack.shape)
+        allowed = packed_allowed(layout.pack, layout.branch_ids, prefix, self.settings.prefix_attention)
+        positions = packed_positions(layout.pack, layout.offsets, prefix)
+        hidden = self._llm(rows, additive(allowed, embeds.dtype), positions).flatten(0, 1)
+        hidden = F.pad(hidden, (0, 0, 0, 1))  # places that are not packed read the zeros at the end
+        return hidden[unpacked(layout.pack, len(flat))].view(embeds.shape)
 
     def _training_mask(self, layout: Layout, has_image: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
         batch, length = layout.input_ids.shape
@@ -151,7 +186,7 @@ class Trunk(nn.Module):
             inputs_embeds=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
         valid = torch.ones(batch, dtype=torch.bool, device=images.device) if valid is None else valid
-        dense = self.dense(images, merged, out.last_hidden_state)
+        dense = self.dense(images, merged, out.last_hidden_state, self.vision.grid(*images.shape[-2:]))
         return Prefix(images, merged, dense, valid, cache, length)
 
     @torch.inference_mode()
@@ -163,7 +198,7 @@ class Trunk(nn.Module):
         if len(region_masks):
             regions = self.regions(prefix.images, prefix.merged, region_masks, region_images)
         embeds = self.embed_branches(layout, regions)
-        cache = copy.deepcopy(prefix.cache)
+        cache = prefix.fork()
         mask = additive(branch_allowed(layout.branch_ids, prefix.valid, prefix.length), embeds.dtype)
         out = self.llm.model(
             inputs_embeds=embeds,

@@ -123,6 +123,11 @@ class CommVision(nn.Module):
         grid = merged.transpose(1, 2).reshape(len(images), -1, h, w).contiguous()
         return self.token_norm(self.projector(self._shuffle(merged, h, w))), grid
 
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """(rows, columns) of the image tokens of an input of that many pixels."""
+        side = self.patch_size * self.token_merge
+        return height // side, width // side
+
     def _shuffle(self, tokens: Tensor, h: int, w: int) -> Tensor:
         """Neighbouring tokens side by side on channels: [B, h*w, C] -> [B, h*w / m^2, C * m^2]."""
         m = self.token_merge

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lumen_ray.errors import UserError
-from lumen_ray.ray_env import init_local, prepare_environment
+from lumen_ray.ray_env import init_local, prepare_environment, shutdown
 from lumen_ray.serve.settings import ServeSettings
 
 if TYPE_CHECKING:
@@ -63,12 +63,11 @@ class Server:
 
     def stop(self) -> None:
         """Ends the application; Serve and Ray too if `run` started them, else they go on for their other users."""
-        import ray
         from ray import serve
 
         serve.delete(APP_NAME)
         if self.started_ray:
-            ray.shutdown()
+            shutdown()
 
     def wait(self) -> None:
         """Blocks until SIGINT or SIGTERM. Only for the main thread."""

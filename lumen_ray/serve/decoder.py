@@ -49,9 +49,14 @@ class LumenDecoder:
         return await asyncio.get_running_loop().run_in_executor(self.worker, self.run, items)
 
     def run(self, items: list[Item]) -> list[list[Answer] | Exception]:
-        """One pass for all items with the same limit of instances, which bounds what is looked at before overlaps are
-        merged and so must not depend on the neighbours. An item that fails gets its exception."""
-        return run_grouped(items, lambda item: max(query.max_per_phrase for query in item[1]), self._run_group)
+        """One pass for all items of one input size with the same limit of instances, which bounds what is looked at
+        before overlaps are merged and so must not depend on the neighbours. An item that fails gets its exception."""
+        return run_grouped(items, self._key, self._run_group)
+
+    @staticmethod
+    def _key(item: Item) -> tuple[int, tuple[int, ...]]:
+        output, queries = item
+        return max(query.max_per_phrase for query in queries), tuple(output.dense.shape[-2:])
 
     def _run_group(self, items: list[Item]) -> list[list[Answer]]:
         from lumen_ray.decoders.base import PredictSettings

@@ -11,7 +11,7 @@ from ray import serve
 
 from lumen_ray.serve.batching import run_grouped, value_of
 from lumen_ray.serve.job import TrunkJob, trim
-from lumen_ray.structures import Answer
+from lumen_ray.structures import Answer, Size
 
 if TYPE_CHECKING:
     from lumen_ray.inference.engine import TrunkOutput, TrunkStage
@@ -68,8 +68,12 @@ class Trunk:
         return await asyncio.get_running_loop().run_in_executor(self.worker, self.run, jobs)
 
     def run(self, jobs: list[TrunkJob]) -> list[TrunkOutput | Exception]:
-        """One pass for all jobs that want answers of the same length. A job that fails gets its exception."""
-        return run_grouped(jobs, lambda job: job.max_new_tokens, self._run_group)
+        """One pass for all jobs whose images share a size bucket and that want answers of the same length. A job that
+        fails gets its exception."""
+        return run_grouped(jobs, self._key, self._run_group)
+
+    def _key(self, job: TrunkJob) -> tuple[int, Size]:
+        return job.max_new_tokens, self.stage.bucket(job.image.shape[:2])
 
     def _run_group(self, jobs: list[TrunkJob]) -> list[TrunkOutput]:
         requests = [[query.request for query in job.queries] for job in jobs]

@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from lumen_ray.model.build import Generalist, ModelMeta, build_model, save_model
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import LumenTokenizer
-from lumen_ray.train import checkpoint, parallel
-from lumen_ray.train.metrics import MetricsLog, per_task, reduce_losses
+from lumen_ray.train import checkpoint, lora, parallel, precision
+from lumen_ray.train.blocks import checkpoint_blocks, compile_blocks
+from lumen_ray.train.ema import Ema
+from lumen_ray.train.failures import DivergedError, explained, find_module, where
+from lumen_ray.train.losses import StepLosses, StepSums
+from lumen_ray.train.metrics import Meter, MetricsLog
 from lumen_ray.train.optimizer import build_optimizer, set_lr, set_trainable
 from lumen_ray.train.recipe import Recipe, Stage
 
@@ -35,10 +40,6 @@ class Job:
     meta: ModelMeta
     run: str
     init_from: str | None = None  # a model folder whose weights the run starts from
-
-
-class DivergedError(RuntimeError):
-    """The loss is not a number."""
 
 
 @contextmanager
@@ -59,6 +60,12 @@ def reproducible(device: torch.device) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """What dropout and the like draw from in one step: as long as it follows from the step, a run can be resumed there
+    without anything that was drawn before."""
+    return int(np.random.SeedSequence((seed, 4, step, rank)).generate_state(1, np.uint64)[0])
+
+
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch's tensors on the device."""
     moved = dict(batch)
@@ -69,28 +76,40 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 
 
 def fresh_model(job: Job, resume: Path | None, device: torch.device) -> Generalist:
-    """A sharded model with the weights of `resume`, of `init_from`, or fresh ones."""
-    model = build_model(job.settings, len(job.tokenizer), job.recipe.seed).to(device)
-    if resume is None and job.init_from:
+    """A model as the recipe wants it, with the weights of `resume`, of `init_from`, or fresh ones.
+
+    With LoRA a checkpoint leaves out what stays as it was at the start, so a resumed run starts there too.
+    """
+    recipe = job.recipe
+    precision.check(recipe.precision, device)
+    model = build_model(job.settings, len(job.tokenizer), recipe.seed).to(device)
+    if job.init_from and (resume is None or recipe.lora):
         from lumen_ray.model.build import load_model
 
         model.load_state_dict(load_model(job.init_from, job.settings.name).model.state_dict())
-    model = parallel.shard(model, device)
+    if recipe.lora:
+        lora.inject(model, recipe.lora, recipe.seed)
+        model.to(device)
+    checkpoint_blocks(model, recipe.activation_checkpointing)
+    compile_blocks(model, recipe.compile, device)
+    model = parallel.shard(model, device, recipe.precision)
     if resume is not None:
         checkpoint.load_weights(resume, model)
     return model
 
 
 class Trainer:
-    def __init__(self, job: Job, device: torch.device, on_checkpoint: Callable[[Path, dict], None] | None = None):
+    def __init__(self, job: Job, device: torch.device):
         self.job, self.device = job, device
         self.run = Path(job.run)
-        self.on_checkpoint = on_checkpoint or (lambda path, metrics: None)
-        self.resume = checkpoint.latest(self.run)
-        self.step = checkpoint.position(self.resume)["step"] if self.resume else 0
+        self.resume = checkpoint.latest_of_ranks(self.run)
+        self.step = checkpoint.start_step(self.resume)
         self.model = fresh_model(job, self.resume, device)
-        self.log = MetricsLog(self.run, self.step) if parallel.rank() == 0 else None
-        self._last: dict[str, Any] = {}
+        self.ema = Ema(self.model, job.recipe.ema) if job.recipe.ema else None
+        if self.ema and self.resume:
+            checkpoint.load_average(self.resume, self.ema.shadow)
+        self.meter = Meter(self.model, job.recipe.precision, device)
+        self.log = MetricsLog(self.run, self.step, job.recipe) if parallel.rank() == 0 else None
 
     def fit(self, batches: Iterator[dict[str, Any]]) -> None:
         """Runs the recipe from where the newest checkpoint left it. `batches` start at that step (`self.step`)."""
@@ -111,63 +130,105 @@ class Trainer:
             checkpoint.load_optimizer(self.resume, self.model, optimizer)
         every = self.job.recipe.checkpoint_every
         for local in range(start, stage.steps):
-            waited = time.perf_counter()
-            batch = next(batches)
-            if batch["step"] != self.step:
-                raise RuntimeError(f"the data gave the batch of step {batch['step']} at step {self.step}")
-            began = time.perf_counter()
-            self._step(stage, local, batch, optimizer, began - waited)
+            asked = time.perf_counter()
+            micro_steps = [self._next(batches) for _ in range(stage.accumulate)]
+            waited = time.perf_counter() - asked
+            with explained(self._where(stage, micro_steps), self.device):
+                self._step(stage, local, micro_steps, optimizer, waited)
             self.step += 1
             if local + 1 == stage.steps or (every and (local + 1) % every == 0):
-                self._checkpoint(stage, optimizer)
+                with explained(f"saving the checkpoint of step {self.step} (stage {stage.name})", self.device):
+                    self._checkpoint(stage, optimizer)
+
+    def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        batch = next(batches)
+        if batch["step"] != self.step:
+            raise RuntimeError(f"the data gave the batch of step {batch['step']} at step {self.step}")
+        return batch
+
+    def _where(self, stage: Stage, micro_steps: list[dict[str, Any]]) -> str:
+        return where(self.step, stage.name, [name for batch in micro_steps for name in batch["image_ids"]])
 
     def _step(
-        self, stage: Stage, local: int, batch: dict[str, Any], optimizer: torch.optim.Optimizer, waited: float
+        self,
+        stage: Stage,
+        local: int,
+        micro_steps: list[dict[str, Any]],
+        optimizer: torch.optim.Optimizer,
+        waited: float,
     ) -> None:
+        """One optimizer step over this rank's micro-steps."""
         began = time.perf_counter()
         lr = set_lr(optimizer, stage, local)
-        losses = self.model(to_device(batch, self.device))
-        total, means = reduce_losses(losses, self.model.loss_names, stage.loss_weights)
-        if not all(math.isfinite(value) for value in means.values()):
-            bad = [name for name, value in means.items() if not math.isfinite(value)]
-            raise DivergedError(
-                f"step {self.step} (stage {stage.name}): loss {', '.join(bad)} is not finite; images: "
-                f"{', '.join(batch['image_ids'][:8])}; lower the learning rate, the last checkpoint is intact"
-            )
         optimizer.zero_grad(set_to_none=True)
-        total.backward()
+        losses = self._gradients(stage, micro_steps)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = parallel.clip_gradients(parameters, stage.grad_clip)
+        sums = losses.read()
+        bad = [f"loss {name}" for name, value in sums.means.items() if not math.isfinite(value)]
+        if bad or not math.isfinite(norm):
+            self._diverged(stage, micro_steps, ", ".join(bad) or "the gradient")
         optimizer.step()
+        if self.ema:
+            self.ema.update(self.step)
         if self.log:
-            self._write(stage, batch, losses, means, lr, norm, waited, time.perf_counter() - began)
+            values = self.meter.read(micro_steps, sums, self.job.recipe.batch_size, waited, time.perf_counter() - began)
+            self._write(stage, micro_steps, sums, {"lr": lr, "grad_norm": round(norm, 5), **values})
 
-    def _write(self, stage, batch, losses, means, lr, norm, waited, busy) -> None:
-        weighted = sum(stage.loss_weights.get(n, 1.0) * v for n, v in means.items())
-        seconds = waited + busy
+    def _gradients(self, stage: Stage, micro_steps: list[dict[str, Any]]) -> StepLosses:
+        """Forward and backward passes of a step; gradients are added up over ranks in the last."""
+        torch.manual_seed(step_seed(self.job.recipe.seed, self.step, parallel.rank()))
+        losses = StepLosses(self.model.loss_names, stage.loss_weights, micro_steps, self.device)
+        for number, batch in enumerate(micro_steps, 1):
+            if len(micro_steps) > 1:
+                parallel.reduce_gradients(self.model, number == len(micro_steps))
+            with precision.arithmetic(self.job.recipe.precision, self.device):
+                found = self.model(to_device(batch, self.device))
+            image_tokens = math.prod(self.model.trunk.vision.grid(*batch["images"].shape[-2:]))
+            losses.add(batch, found, image_tokens).backward()
+        return losses
+
+    def _diverged(self, stage: Stage, micro_steps: list[dict[str, Any]], what: str) -> None:
+        """Ends the run before the weights take the step, on all ranks alike, and says which module it came from."""
+        runs = [(lambda batch=batch: self._gradients(stage, [batch]), batch["image_ids"]) for batch in micro_steps]
+        module, image_ids = find_module(self.model, runs)
+        raise DivergedError(
+            f"{where(self.step, stage.name, image_ids)}: {what} is not finite; the first number that is not finite is "
+            f"in {module}; lower the learning rate or leave out the images; the last checkpoint is intact"
+        )
+
+    def _write(self, stage: Stage, micro_steps: list[dict[str, Any]], sums: StepSums, numbers: dict[str, Any]) -> None:
+        weighted = sum(stage.loss_weights.get(n, 1.0) * v for n, v in sums.means.items())
         values = {
             "loss": round(weighted, 6),
-            **{f"loss/{name}": round(value, 6) for name, value in means.items()},
-            **{f"task/{name}": round(value, 5) for name, value in per_task(batch, losses).items()},
-            "lr": lr,
-            "grad_norm": round(norm, 5),
-            "samples_per_s": round(len(batch["image_ids"]) * parallel.world_size() / seconds, 2),
-            "data_wait": round(waited / seconds, 4),
+            **{f"loss/{name}": round(value, 6) for name, value in sums.means.items()},
+            **{f"task/{name}": round(value, 5) for name, value in sums.tasks.items()},
+            **numbers,
         }
-        if batch["rejected"]:
-            values["rejected"] = batch["rejected"]
+        if rejected := [entry for batch in micro_steps for entry in batch["rejected"]]:
+            values["rejected"] = rejected
+        for lost in ("branches", "tokens"):  # of samples longer than `pack_tokens`
+            if count := sum(batch["truncated"].get(lost, 0) for batch in micro_steps):
+                values[f"truncated_{lost}"] = count
         self.log.write(self.step, stage.name, values)
-        self._last = values
 
     def _checkpoint(self, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
         position = {"step": self.step, "stage": stage.name, "preset": self.job.settings.name}
-        path = checkpoint.save(self.run, position, self.model, optimizer)
-        self.on_checkpoint(path, {"step": self.step, "stage": stage.name, "loss": self._last.get("loss", 0.0)})
+        checkpoint.save(
+            self.run, position, self.model, optimizer, self.job.recipe.keep_checkpoints, self.ema and self.ema.shadow
+        )
 
     def _export(self) -> None:
         """The plain safetensors model folder, from rank 0."""
+        recipe = self.job.recipe
+        if self.ema and recipe.ema.export:
+            self.ema.copy_to_model()
         state = parallel.full_state(self.model)
         if parallel.rank() == 0:
+            if recipe.lora:
+                if recipe.lora.save_adapters:
+                    lora.save_adapters(self.run, state)
+                state = lora.plain_state(state, recipe.lora)
             meta = self.job.meta
             meta.recipe, meta.steps, meta.seed = self.job.recipe.name, self.step, self.job.recipe.seed
             save_model(self.run / "model", state, self.job.settings, self.job.tokenizer, meta)

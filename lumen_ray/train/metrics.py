@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,41 +15,47 @@ from typing import Any
 import torch
 from tensorboardX import SummaryWriter
 
-from lumen_ray.decoders.base import LossTerm
-from lumen_ray.train import parallel
+from lumen_ray.model.build import Generalist
+from lumen_ray.train import flops
+from lumen_ray.train.losses import StepSums
+from lumen_ray.train.recipe import Recipe
+from lumen_ray.train.tracker import mlflow_tracker
 
 Progress = Callable[[dict[str, Any]], None]
 
 
-def reduce_losses(
-    losses: dict[str, LossTerm], names: tuple[str, ...], weights: dict[str, float]
-) -> tuple[torch.Tensor, dict[str, float]]:
-    """(scalar to call `backward` on, global mean of each loss).
+class Meter:
+    """How fast a rank works, and on what: rates over all ranks, memory and utilisation of this one."""
 
-    Each loss is its sum over the normaliser of all ranks. FSDP averages gradients over ranks, so the scalar is
-    multiplied by their number: the result is the gradient of the global batch.
-    """
-    device = losses["lm"].total.device
-    zero = torch.zeros((), device=device)
-    sums = torch.stack([losses[n].total.detach() if n in losses else zero for n in names])
-    counts = torch.stack([losses[n].count.detach() if n in losses else zero for n in names])
-    both = parallel.sum_over_ranks(torch.cat([sums, counts]))
-    sums, counts = both[: len(names)], both[len(names) :].clamp_min(1.0)
-    total = sum(weights.get(n, 1.0) * losses[n].total / counts[i] for i, n in enumerate(names) if n in losses)
-    return total * parallel.world_size(), {n: float(s / c) for n, s, c in zip(names, sums, counts, strict=True)}
+    def __init__(self, model: Generalist, precision: str, device: torch.device):
+        self._model, self._device = model, device
+        self._peak = flops.peak(device, precision)
+
+    def read(
+        self, batches: list[dict[str, Any]], sums: StepSums, samples: int, waited: float, busy: float
+    ) -> dict[str, float]:
+        """`samples`: images of the step over all ranks; `waited`, `busy`: seconds waiting for data and working."""
+        seconds = waited + busy
+        values = {
+            "samples_per_s": round(samples / seconds, 2),
+            "tokens_per_s": round(sums.tokens / seconds, 1),
+            "padding": round(1 - sums.tokens / sums.computed_tokens, 4),
+            "data_wait": round(waited / seconds, 4),
+            "memory_gb": round(peak_memory(self._device) / 1e9, 3),
+        }
+        if self._peak:
+            parts = flops.of_step(self._model, batches)
+            values["mfu"] = round(sum(parts.values()) / seconds / self._peak, 5)
+            values |= {f"mfu/{name}": round(count / seconds / self._peak, 5) for name, count in parts.items()}
+        return values
 
 
-def per_task(batch: dict[str, Any], losses: dict[str, LossTerm]) -> dict[str, float]:
-    """Mean loss by task on this rank: of the LM (routing token or text) and of the heatmap of perception prompts."""
-    tasks: list[str] = batch["tasks"]
-    sums: dict[str, list[float]] = {}
-    for task, value in zip(tasks, losses["lm"].each.tolist(), strict=True):
-        sums.setdefault(f"lm/{task}", []).append(value)
-    if "heatmap" in losses:
-        members = batch["layout"].link_branches["perception"].tolist()
-        for branch, value in zip(members, losses["heatmap"].each.tolist(), strict=True):
-            sums.setdefault(f"heatmap/{tasks[branch]}", []).append(value)
-    return {name: sum(values) / len(values) for name, values in sums.items()}
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a GPU, the most this process had in memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def drop_from(path: Path, step: int) -> None:
@@ -66,23 +74,28 @@ def drop_from(path: Path, step: int) -> None:
 
 
 class MetricsLog:
-    """Appends to `RUN/metrics.jsonl` and `RUN/tensorboard`, from `step` on; only rank 0 holds one."""
+    """Appends to `RUN/metrics.jsonl`, `RUN/tensorboard` and, if told to, MLflow, from `step` on; of rank 0 only."""
 
-    def __init__(self, run: Path, step: int = 0):
+    def __init__(self, run: Path, step: int = 0, recipe: Recipe | None = None):
         run.mkdir(parents=True, exist_ok=True)
         drop_from(run / "metrics.jsonl", step)
         self._file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  closed in `close`
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
+        self._tracker = mlflow_tracker(run, recipe) if recipe else None
 
     def write(self, step: int, stage: str, values: dict[str, Any]) -> None:
         self._file.write(json.dumps({"step": step, "stage": stage, "time": round(time.time(), 3), **values}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(name, value, step)
+        numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
+        for name, value in numbers.items():
+            self._board.add_scalar(name, value, step)
+        if self._tracker:
+            self._tracker.write(step, numbers)
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
+        if self._tracker:
+            self._tracker.close()
 
 
 class MetricsWatcher:

@@ -1,40 +1,103 @@
-"""AdamW and its learning-rate schedule, from a stage of a recipe."""
+"""AdamW, its learning rates by part, name and depth, and their schedule, from a stage of a recipe."""
 
 from __future__ import annotations
 
+import fnmatch
 import math
 
 import torch
 from torch import nn
 
+from lumen_ray.errors import UserError, suggest
 from lumen_ray.model.build import Generalist
-from lumen_ray.train.recipe import MODULES, Stage
+from lumen_ray.train.blocks import blocks, part
+from lumen_ray.train.lora import frozen_names
+from lumen_ray.train.recipe import MODULES, Stage, is_pattern
 
 
 def parts(model: Generalist) -> dict[str, nn.Module]:
     """The parts a recipe can name under `trainable` and `lr_scale`."""
-    return {name: (model.decoders[name] if name in model.decoders else getattr(model.trunk, name)) for name in MODULES}
+    return {name: part(model, name) for name in MODULES}
 
 
 def set_trainable(model: Generalist, stage: Stage) -> None:
-    """Only the stage's parts learn."""
-    for name, part in parts(model).items():
-        part.requires_grad_(name in stage.trainable)
+    """Only the stage's parts learn, and of those not what has a rate of 0 or what LoRA keeps as it is."""
+    for name, module in parts(model).items():
+        module.requires_grad_(name in stage.trainable and stage.lr_scale.get(name) != 0)
+    still = {pattern for pattern, factor in stage.lr_scale.items() if is_pattern(pattern) and factor == 0}
+    names = {name: p for name, p in model.named_parameters() if p.requires_grad} if still else {}
+    for name in {name for pattern in still for name in _fitting(pattern, names, stage)} | frozen_names(model):
+        model.get_parameter(name).requires_grad_(False)
 
 
 def build_optimizer(model: Generalist, stage: Stage) -> torch.optim.AdamW:
-    """One group per part and kind: vectors (norms, biases, scales, queries' scalars) are not decayed."""
+    """One group per part, kind and learning rate: vectors (norms, biases, scales, queries' scalars) are not decayed."""
+    factors = lr_factors(model, stage)
     groups = []
-    for name, part in parts(model).items():
-        trained = [p for p in part.parameters() if p.requires_grad]
-        lr = stage.lr * stage.lr_scale.get(name, 1.0)
-        for decay, members in (
+    for module in parts(model).values():
+        trained = [p for p in module.parameters() if p.requires_grad]
+        for decay, kind in (
             (stage.weight_decay, [p for p in trained if p.ndim > 1]),
             (0.0, [p for p in trained if p.ndim <= 1]),
         ):
-            if members:
+            by_factor: dict[float, list[nn.Parameter]] = {}
+            for p in kind:
+                by_factor.setdefault(factors[p], []).append(p)
+            for factor, members in by_factor.items():
+                lr = stage.lr * factor
                 groups.append({"params": members, "lr": lr, "base_lr": lr, "weight_decay": decay})
     return torch.optim.AdamW(groups, betas=(0.9, 0.98), foreach=True)
+
+
+def lr_factors(model: Generalist, stage: Stage) -> dict[nn.Parameter, float]:
+    """The factor on the stage's rate of every parameter that learns; `UserError` for a name that fits none."""
+    factors: dict[nn.Parameter, float] = {}
+    for name, module in parts(model).items():
+        depth = depths(module) if name in stage.layer_decay else {}
+        for own, p in module.named_parameters():
+            if p.requires_grad:
+                factors[p] = stage.lr_scale.get(name, 1.0) * stage.layer_decay.get(name, 1.0) ** depth.get(own, 0)
+    names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for pattern, factor in stage.lr_scale.items():
+        if is_pattern(pattern) and factor:
+            for name in _fitting(pattern, names, stage):
+                factors[names[name]] *= factor
+    return factors
+
+
+def _fitting(pattern: str, names: dict[str, nn.Parameter], stage: Stage) -> list[str]:
+    """Parameters whose own name, or that of a module they are in, is the pattern."""
+    found = [name for name in names if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")]
+    if not found:
+        modules = {name.rsplit(".", n)[0] for name in names for n in range(1, name.count(".") + 1)}
+        raise UserError(
+            f"stage '{stage.name}': lr_scale '{pattern}' fits nothing that the stage trains;"
+            f"{suggest(pattern, modules)} give a part, a module such as trunk.vision.clip, or a pattern such as *norm*",
+            "no_match",
+        )
+    return found
+
+
+def depths(module: nn.Module) -> dict[str, int]:
+    """How many layers of its transformer lie above each parameter, itself included; 0 where that has no meaning.
+
+    What is registered before the blocks is what feeds them (embeddings); what comes after reads them (the last norm).
+    """
+    lists: dict[str, list[str]] = {}
+    for name, _ in blocks(module):
+        lists.setdefault(name.rpartition(".")[0], []).append(name)
+    found: dict[str, int] = {}
+    for path, members in lists.items():
+        root = f"{path.rpartition('model.')[0]}model."
+        below, place = True, {name: i for i, name in enumerate(members)}
+        for name, _ in module.named_parameters():
+            if name.startswith(f"{path}."):
+                below = False
+                block = name[: name.index(".", len(path) + 1)]
+                found[name] = len(members) - place[block]
+            elif below and name.startswith(root):
+                found[name] = len(members) + 1
+    return found
 
 
 def lr_factor(stage: Stage, step: int) -> float:

@@ -5,12 +5,18 @@ With one process and no process group all functions do the obvious thing, so the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from lumen_ray.model.build import Generalist
+from lumen_ray.train.blocks import blocks, part
+from lumen_ray.train.precision import block_policy
 
 #: blocks smaller than this stay in the root's group: for a small model one gather a step is cheaper than many
 MIN_BLOCK_PARAMETERS = 5_000_000
@@ -29,17 +35,43 @@ def barrier() -> None:
         dist.barrier()
 
 
-def shard(model: nn.Module, device: torch.device) -> nn.Module:
-    """FSDP2 (`fully_shard`) in place: transformer blocks that are large enough, then the root. fp32 throughout."""
+def from_first_rank(value: Any) -> Any:
+    """The first rank's value, on all ranks; a collective."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values)
+    return values[0]
+
+
+def from_all_ranks(value: Any) -> list[Any]:
+    """Every rank's value, in rank order, on all ranks; a collective."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def shard(model: Generalist, device: torch.device, precision: str = "fp32") -> Generalist:
+    """FSDP2 (`fully_shard`) in place: blocks of the encoders and the LLM that are large enough, then the root.
+
+    With bf16 a block is gathered and computes in bf16; the root stays fp32, and autocast does its arithmetic. Decoders
+    stay in the root's group, because `Generalist` reads their weights itself.
+    """
     if not dist.is_initialized():
         return model
     mesh = init_device_mesh(device.type, (world_size(),))
-    for block_list in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
-        for block in block_list:
-            if sum(p.numel() for p in block.parameters()) >= MIN_BLOCK_PARAMETERS:
-                fully_shard(block, mesh=mesh)
+    for _, block in (found for name in ("vision", "llm") for found in blocks(part(model, name))):
+        if sum(p.numel() for p in block.parameters()) >= MIN_BLOCK_PARAMETERS:
+            fully_shard(block, mesh=mesh, mp_policy=block_policy(precision))
     fully_shard(model, mesh=mesh)
     return model
+
+
+def reduce_gradients(model: nn.Module, reduce: bool) -> None:
+    """Whether the next backward pass adds up gradients over ranks; micro-steps but the last keep their own."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(reduce)
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

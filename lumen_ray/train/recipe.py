@@ -2,18 +2,82 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, field_validator, model_validator
 
 from lumen_ray.config import Settings
+from lumen_ray.data.buckets import BucketRange
+from lumen_ray.data.buckets import parse as parse_buckets
 from lumen_ray.data.collate import BranchSettings
 from lumen_ray.data.transforms import AugmentSettings
 from lumen_ray.errors import UserError, unknown
+from lumen_ray.structures import Size
 from lumen_ray.tasks import TASKS, get_task
 
 #: names a stage may list under `trainable`; each is a part of the model
 MODULES = ("vision", "regions", "llm", "queries", "link_heads", "dense", "lumen")
 #: names a stage may weigh under `loss_weights`: every loss of the model
-LOSSES = ("lm", "heatmap", "box", "mask", "keypoint")
+LOSSES = ("lm", "heatmap", "match", "box", "mask", "keypoint")
+#: parts made of repeated blocks, which are checkpointed, compiled and decayed block by block
+BLOCK_PARTS = ("vision", "llm", "lumen")
+#: parts whose layers are deep enough for a learning rate by depth
+DEEP_PARTS = ("vision", "llm")
+
+
+def is_pattern(name: str) -> bool:
+    """Whether a key of `lr_scale` names parameters rather than a part: it has a dot or a wildcard."""
+    return any(sign in name for sign in ".*?[")
+
+
+def _blocks_of(value: object) -> object:
+    """`true` is all parts with blocks, `false` none."""
+    return {True: BLOCK_PARTS, False: ()}.get(value, value) if isinstance(value, bool) else value
+
+
+#: settings of a recipe that say how a run is carried out; a run may be continued with others
+CARRIED_OUT = (
+    "workers",
+    "min_workers",
+    "readers",
+    "max_failures",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_samples",
+    "mlflow",
+)
+
+
+class LoraSettings(Settings):
+    """Low-rank adapters (arXiv 2106.09685) in place of the full weights of the LLM, by `peft`."""
+
+    rank: int = Field(16, gt=0)
+    alpha: float = Field(32.0, gt=0, description="the adapters' output is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' input; its draws are a function of the step")
+    targets: tuple[str, ...] = Field(
+        ("trunk.llm.*_proj",), min_length=1, description="names of linear layers, with wildcards, that get adapters"
+    )
+    also_train: tuple[str, ...] = Field(
+        ("trunk.llm.*embed_tokens", "trunk.llm.lm_head"),
+        description="modules of the adapted parts trained in full: the routing tokens are new to a pretrained LLM",
+    )
+    save_adapters: bool = Field(False, description="also write the adapters alone, to RUN/adapters.safetensors")
+
+
+class EmaSettings(Settings):
+    """Exponential moving average of the weights."""
+
+    decay: float = Field(0.999, gt=0, lt=1)
+    warmup: bool = Field(True, description="decay (1 + t) / (10 + t) while that is less, to forget the first weights")
+    export: bool = Field(True, description="the exported model folder has the average, not the last weights")
+
+
+class MlflowSettings(Settings):
+    """Where MLflow is told of the run; what is left out comes from MLflow's own environment variables."""
+
+    tracking_uri: str | None = Field(None, description="e.g. http://host:5000 or a folder")
+    experiment: str = "lumen-ray"
+    every: int = Field(10, gt=0, description="steps that are sent together")
 
 
 class TaskGroup(Settings):
@@ -38,21 +102,37 @@ class Stage(Settings):
     )
     trainable: tuple[str, ...] = Field(MODULES, description=f"parts that learn, of {', '.join(MODULES)}")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
-    lr_scale: dict[str, float] = Field({}, description="factor on the learning rate by part, e.g. {vision: 0.1}")
+    lr_scale: dict[str, float] = Field(
+        {},
+        description="factors on the learning rate, by part {vision: 0.1}, by module {trunk.vision.clip: 0.1} or by "
+        'parameter {"*norm*": 0.5}; those of all keys that fit a parameter are multiplied, 0 freezes it',
+    )
+    layer_decay: dict[str, float] = Field(
+        {}, description=f"factor from each block to the one below it, by part, of {', '.join(DEEP_PARTS)}"
+    )
     warmup_steps: int = Field(20, ge=0)
     decay_from: float = Field(0.5, ge=0, le=1, description="share of the steps after which cosine decay begins")
     final_lr: float = Field(0.02, ge=0, description="learning rate at the end, relative to `lr`")
     weight_decay: float = Field(0.05, ge=0)
     grad_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    accumulate: int = Field(1, gt=0, description="micro-steps a step's batch is split into, to fit in memory")
     loss_weights: dict[str, float] = Field({}, description=f"factor on a loss, of {', '.join(LOSSES)}")
     augment: AugmentSettings = AugmentSettings()
     branches: BranchSettings = BranchSettings()
 
     @model_validator(mode="after")
     def _parts(self) -> Stage:
-        for name in (*self.trainable, *self.lr_scale):
+        for name in (*self.trainable, *(n for n in self.lr_scale if not is_pattern(n))):
             if name not in MODULES:
                 raise unknown("part", name, MODULES)
+        for name, factor in self.layer_decay.items():
+            if name not in DEEP_PARTS:
+                raise unknown("part with layers", name, DEEP_PARTS, plural="parts with layers")
+            if not 0 < factor <= 1:
+                raise UserError(f"layer_decay of '{name}' must lie in (0, 1], got {factor}", "invalid_config")
+        for name, factor in self.lr_scale.items():
+            if factor < 0:
+                raise UserError(f"lr_scale of '{name}' must not be negative, got {factor}", "invalid_config")
         for name in self.loss_weights:
             if name not in LOSSES:
                 raise unknown("loss", name, LOSSES, plural="losses")
@@ -71,15 +151,61 @@ class Recipe(Settings):
     model: str = Field("nano", description="preset in configs/models, or a path to a model YAML")
     seed: int = Field(0, ge=0)
     batch_size: int = Field(32, gt=0, description="images per optimizer step, over all workers")
+    buckets: tuple[Size, ...] | BucketRange | None = Field(
+        None,
+        description="input sizes as [[height, width], ...] or {sides: [...], aspect_ratios: [...]}, images of a step "
+        "share one; null: one square of the preset's image_size",
+    )
+    pack_tokens: int = Field(
+        0,
+        ge=0,
+        description="tokens per row of the LLM's batch: images and texts share rows of at most so many; 0: a row each, "
+        "padded to the longest",
+    )
     workers: int = Field(1, gt=0, description="Ray Train workers; each is one FSDP rank")
+    readers: int = Field(
+        1, gt=0, description="tasks of each worker that read, decode and augment; more where it waits for data"
+    )
+    min_workers: int = Field(
+        0, ge=0, description="go on with as few workers when nodes are lost; 0: wait until all of them have room again"
+    )
+    max_failures: int = Field(
+        3, ge=-1, description="restarts of lost workers without a new checkpoint before the run gives up; -1: no limit"
+    )
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints inside a stage; 0: at its end only")
+    keep_checkpoints: int = Field(
+        5, ge=0, description="how many checkpoints stay, beside the newest of each stage; 0: all"
+    )
+    log_samples: bool = Field(False, description="write the image ids of every step to the run's 'samples' folder")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the arithmetic; weights and losses stay fp32")
+    activation_checkpointing: tuple[str, ...] = Field(
+        (), description=f"parts whose blocks compute their activations again in the backward pass; true: {BLOCK_PARTS}"
+    )
+    compile: tuple[str, ...] = Field((), description=f"parts whose blocks torch.compile makes; true: {BLOCK_PARTS}")
+    lora: LoraSettings | None = Field(None, description="train adapters instead of the LLM's weights")
+    ema: EmaSettings | None = Field(None, description="keep an average of the weights")
+    mlflow: MlflowSettings | None = Field(None, description="log to MLflow as well")
     stages: tuple[Stage, ...]
+
+    _buckets = field_validator("buckets", mode="before")(parse_buckets)
+    _all_blocks = field_validator("activation_checkpointing", "compile", mode="before")(_blocks_of)
+
+    @model_validator(mode="after")
+    def _known_parts(self) -> Recipe:
+        for name in (*self.activation_checkpointing, *self.compile):
+            if name not in BLOCK_PARTS:
+                raise unknown("part with blocks", name, BLOCK_PARTS, plural="parts with blocks")
+        return self
 
     @model_validator(mode="after")
     def _stages(self) -> Recipe:
         names = [stage.name for stage in self.stages]
         if not names:
             raise UserError("a recipe needs at least one stage under 'stages'", "invalid_config")
+        if self.min_workers > self.workers:
+            raise UserError(
+                f"min_workers {self.min_workers} is more than workers {self.workers}; lower it", "invalid_config"
+            )
         if len(set(names)) != len(names):
             raise UserError(f"the stages of a recipe need different names, got {', '.join(names)}", "invalid_config")
         return self

@@ -1,21 +1,26 @@
-"""What a run folder says besides checkpoints and metrics: what the run was started with, and why it ended early."""
+"""What a run folder says besides checkpoints and metrics: what the run was started with, and who may write to it."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lumen_ray import config
 from lumen_ray.errors import UserError
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.train import parallel
-from lumen_ray.train.loop import DivergedError
-from lumen_ray.train.recipe import Recipe
+from lumen_ray.train.failures import MEMORY_ADVICE, DivergedError
+from lumen_ray.train.recipe import CARRIED_OUT, Recipe
 
-FAILED = "failed.json"  # the error of a run that another try would not mend
+#: how long a new try waits for the last one's processes to be gone; Ray takes seconds to end what a dead driver left
+LOCK_SECONDS = 60.0
 
 
 def start_of(
@@ -32,12 +37,16 @@ def start_of(
 
 
 def keep_start(run: Path, start: dict[str, Any], resumes: bool) -> None:
-    """Writes `RUN/recipe.json`; `UserError` when the run was started with something else than it is continued with."""
+    """Writes `RUN/recipe.json`; `UserError` when the run was started with something else than it is continued with.
+
+    Settings that do not decide the result (`CARRIED_OUT`) may change.
+    """
     saved = run / "recipe.json"
     if resumes and saved.is_file():
         before = json.loads(saved.read_text())
+        before["recipe"] = _of_today(before.get("recipe"))
         names = {"recipe": "recipe", "model": "model settings", "shards": "shards", "init_from": "init_from"}
-        other = [text for name, text in names.items() if before.get(name) != start[name]]
+        other = [text for name, text in names.items() if _deciding(before.get(name)) != _deciding(start[name])]
         if other:
             raise UserError(
                 f"'{run}' holds a run of another {' and '.join(other)}; choose another output folder, or continue it "
@@ -50,42 +59,50 @@ def keep_start(run: Path, start: dict[str, Any], resumes: bool) -> None:
     os.replace(partial, saved)
 
 
-def run_once(run: Path, fit: Callable[[], None]) -> None:
-    """Calls `fit`; an error that another try would not mend goes to `RUN/failed.json`, for the driver to raise.
-
-    A loss that is not finite is seen by all ranks in the same step: each returns, and Ray has nothing to retry. An
-    error of one rank has to be raised, for the others wait for it in a collective: Ray then starts the group anew,
-    which finds the file and ends here.
-    """
-    if (run / FAILED).exists():
-        return
+def _of_today(recipe: Any) -> Any:
+    """A recipe that an earlier version saved, with the settings it did not know at their defaults."""
     try:
-        fit()
-    except Exception as error:
-        cause = told(error)
-        if not isinstance(cause, UserError):
+        return config.validate(Recipe, recipe, "recipe.json").model_dump(mode="json")
+    except UserError:
+        return recipe
+
+
+def _deciding(value: Any) -> Any:
+    return {k: v for k, v in value.items() if k not in CARRIED_OUT} if isinstance(value, dict) else value
+
+
+@contextmanager
+def sole_writer(run: Path, wait_s: float = LOCK_SECONDS) -> Iterator[None]:
+    """Holds `RUN/lock`, which the system releases when the process dies, however it dies.
+
+    So no rank of a try that is not quite dead publishes a checkpoint or writes metrics beside a new one. Waits for
+    `wait_s` seconds; then somebody else trains there: `UserError`.
+    """
+    with open(run / "lock", "w") as file:
+        deadline = time.monotonic() + wait_s
+        while not _locked(file):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"another process trains into '{run}'; wait for it, end it, or choose another output folder",
+                    "run_busy",
+                )
+            time.sleep(0.2)
+        yield
+
+
+def _locked(file: Any) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
             raise
-        partial = run / f"{FAILED}.{parallel.rank()}.partial"
-        partial.write_text(json.dumps({"message": str(cause), "reason": cause.reason}))
-        os.replace(partial, run / FAILED)
-        if parallel.world_size() > 1 and not isinstance(error, DivergedError):
-            raise cause from error
-
-
-def raise_failure(run: Path) -> None:
-    """The `UserError` that a worker recorded, if any."""
-    if (run / FAILED).exists():
-        failure = json.loads((run / FAILED).read_text())
-        raise UserError(failure["message"], failure["reason"])
-
-
-def forget_failure(run: Path) -> None:
-    """Before a new try: the user may have mended what was wrong."""
-    (run / FAILED).unlink(missing_ok=True)
+    return True  # also on storage without locks, where nothing can be said
 
 
 def told(error: BaseException) -> BaseException:
-    """The user's or the run's own error out of Ray's wrappers, else the error as it is."""
+    """The user's or the run's own error out of the wrappers of Ray and torch, else the error as it is."""
     queue, seen = [error], set()
     while queue:
         current = queue.pop()
@@ -94,6 +111,16 @@ def told(error: BaseException) -> BaseException:
         seen.add(id(current))
         if isinstance(current, (UserError, DivergedError)):
             return UserError(str(current), getattr(current, "reason", "training_diverged"))
-        queue += [current.__cause__, current.__context__, getattr(current, "cause", None)]
+        if isinstance(current, OSError) and current.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" for '{current.filename}'" if current.filename else ""
+            return UserError(
+                f"the disk of the run folder is full{where}; free space and run the same command again: the last "
+                "checkpoint is intact",
+                "disk_full",
+            )
+        if type(current).__name__ == "OutOfMemoryError":  # Ray's memory monitor ended a worker
+            return UserError(f"a worker's machine ran out of memory and Ray ended it; {MEMORY_ADVICE}", "out_of_memory")
+        queue += [current.__cause__, current.__context__]
+        queue += [getattr(current, name, None) for name in ("cause", "controller_failure", "_base_exc")]
         queue += list(getattr(current, "worker_failures", {}).values())
     return error

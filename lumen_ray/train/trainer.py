@@ -1,14 +1,18 @@
 """Ray Train runs the loop: workers, process group, restarts; Ray Data feeds each rank its own plan. No math here.
 
 A data set split over ranks promises no order, so it cannot give the same samples again after a restart. Instead each
-rank gets a data set made from its own part of the plan, built anew at every start of the worker group from the newest
-checkpoint; the loop checks that every batch is the one of its step.
+rank makes a data set of its own part of the plan, anew at every start, from the step of the checkpoint that the ranks
+agreed on; the loop checks that every batch is the one of its step.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,31 +20,33 @@ from typing import Any
 import torch
 
 from lumen_ray import config
+from lumen_ray.data import buckets, files
+from lumen_ray.data.class_choice import class_frequencies
 from lumen_ray.data.feed import (
-    READ_CPUS,
     BatchReader,
     dataset_for_rank,
-    local_batches,
     plan_items,
     ray_batches,
     read_texts,
     skeletons_of,
 )
 from lumen_ray.data.mixture import Plan
+from lumen_ray.data.packing import MIN_BRANCH_TOKENS
 from lumen_ray.data.shards import read_manifest
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import ModelMeta, load_model
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.presets import model_path
-from lumen_ray.train import checkpoint
+from lumen_ray.train import checkpoint, parallel, precision
+from lumen_ray.train.checks import check_recipe
 from lumen_ray.train.loop import Job, Trainer
 from lumen_ray.train.memory import keep_freed_memory
-from lumen_ray.train.metrics import MetricsWatcher, Progress, drop_from
+from lumen_ray.train.metrics import MetricsWatcher, Progress
 from lumen_ray.train.recipe import Recipe
-from lumen_ray.train.run_folder import forget_failure, keep_start, raise_failure, run_once, start_of, told
+from lumen_ray.train.run_folder import keep_start, sole_writer, start_of, told
 
-WORKER_CPUS = 0.5  # logical CPUs of a worker: with READ_CPUS below one, so that a rank fits on every core
+WORKER_CPUS = 0.75  # logical CPUs of a worker and its reads; below one, so that two fit on 2 cores beside other tasks
 
 
 @dataclass
@@ -59,6 +65,7 @@ def prepare_job(shards: str | Path, recipe: Recipe, run: str | Path, init_from: 
     run = Path(run).absolute()
     manifest = read_manifest(shards)
     settings = config.load(ModelSettings, model_path(recipe.model))
+    recipe = with_sizes(recipe, settings)
     newest = checkpoint.latest(run)
     if newest:
         checkpoint.check_preset(newest, settings.name)
@@ -70,48 +77,100 @@ def prepare_job(shards: str | Path, recipe: Recipe, run: str | Path, init_from: 
         tokenizer = LumenTokenizer.load(tokenizer_file)
     else:
         tokenizer = LumenTokenizer.train(read_texts(shards), settings.vocab_size)
-    tokenizer.save(tokenizer_file)
+    partial = tokenizer_file.with_name(tokenizer_file.name + ".partial")
+    tokenizer.save(partial)
+    os.replace(partial, tokenizer_file)
+    check_recipe(recipe, settings, len(tokenizer))
     skeletons = skeletons_of(manifest)
     meta = ModelMeta(
         preset=settings.name,
         classes=[c["name"] for c in manifest["categories"] if not c.get("supercategory_only")],
         skeletons={name: list(points) for name, points in skeletons.items()},
         edges={c["name"]: c.get("skeleton") or [] for c in manifest["categories"] if c.get("keypoints")},
+        buckets=[list(bucket) for bucket in recipe.buckets or ()],
     )
     job = Job(recipe, settings, tokenizer, meta, str(run), init_from)
-    reader = BatchReader(str(Path(shards).absolute()), recipe, tokenizer, settings.image_size, skeletons)
+    reader = BatchReader(
+        files.absolute(shards), recipe, tokenizer, settings.image_size, skeletons, class_frequencies(manifest),
+        settings.token_side,
+    )  # fmt: skip
     return Prepared(job, reader, manifest)
 
 
+def with_sizes(recipe: Recipe, settings: ModelSettings) -> Recipe:
+    """The recipe with its buckets as sizes; `UserError` when the model's grid or `pack_tokens` does not allow them."""
+    if recipe.buckets is not None:
+        recipe = recipe.model_copy(update={"buckets": buckets.resolve(recipe.buckets, settings)})
+    side = settings.image_size
+    height, width = max(recipe.buckets or [(side, side)], key=settings.image_tokens)
+    least = settings.image_tokens((height, width)) + MIN_BRANCH_TOKENS
+    if 0 < recipe.pack_tokens < least:
+        raise UserError(
+            f"pack_tokens {recipe.pack_tokens} leaves no room for prompts beside the image tokens of an input of "
+            f"{width}x{height} pixels; give at least {least}, or 0 for a row per image",
+            "invalid_config",
+        )
+    return recipe
+
+
 def train_local(prepared: Prepared, device: str = "cpu") -> Path:
-    """The same run in this process, without Ray: one rank, batches read in line. Returns the model folder."""
-    plan = Plan(prepared.manifest, prepared.job.recipe)
-    trainer = Trainer(prepared.job, torch.device(device))
-    trainer.fit(local_batches(prepared.reader, plan, trainer.step))
-    return trainer.run / "model"
+    """The same run without Ray: batches are read in line, by this process as one rank, or by each process of the
+    process group it belongs to. Returns the model folder."""
+    _fit_rank(prepared, torch.device(device), lambda items: (prepared.reader(item) for item in items))
+    return Path(prepared.job.run) / "model"
+
+
+def _fit_rank(prepared: Prepared, device: torch.device, read: Callable[[list], Iterator[dict[str, Any]]]) -> None:
+    """Trains as one rank from the newest checkpoint on; `read` makes batches of the rank's items."""
+    run, recipe = Path(prepared.job.run), prepared.job.recipe
+    rank, ranks = parallel.rank(), parallel.world_size()
+    try:
+        with sole_writer(run) if rank == 0 else nullcontext():
+            if rank == 0:
+                checkpoint.clean(run)
+            parallel.barrier()  # nobody looks for checkpoints before an earlier try can publish none any more
+            trainer = Trainer(prepared.job, device)
+            batches = read(plan_items(Plan(prepared.manifest, recipe), rank, ranks, trainer.step))
+            trainer.fit(logged(batches, run) if recipe.log_samples else batches)
+    except Exception as error:
+        cause = told(error)
+        raise cause from (None if cause is error else error)
+
+
+def logged(batches: Iterator[dict[str, Any]], run: Path) -> Iterator[dict[str, Any]]:
+    """The batches, with what each step sees appended to `RUN/samples/<rank>.jsonl`.
+
+    A step that is done again after a restart has another line: the last one of a step counts.
+    """
+    path = run / "samples" / f"{parallel.rank()}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "a", buffering=1) as file:
+        for batch in batches:
+            file.write(json.dumps({"step": batch["step"], "image_ids": batch["image_ids"]}) + "\n")
+            yield batch
 
 
 def _worker(config: dict[str, Any]) -> None:
     """One Ray Train worker."""
     import ray.train
-    from ray.train import CheckpointUploadMode
+
+    from lumen_ray.ray_env import prepare_data
 
     keep_freed_memory()
-    torch.set_num_threads(config["threads"])
+    prepare_data()
+    share = (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()
+    torch.set_num_threads(config["threads"] or max(1, share))
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    prepared = config["prepared"]
 
-    def publish(path: Path, metrics: dict[str, Any]) -> None:
-        ray.train.report(
-            metrics,
-            checkpoint=ray.train.Checkpoint.from_directory(path),
-            checkpoint_upload_mode=CheckpointUploadMode.NO_UPLOAD,
+    def read(items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        # split in one: it keeps the order, and moves the executor into an actor; as a thread of this process it would
+        # take the interpreter lock from the training step, which then ran at half speed
+        yield from ray_batches(
+            dataset_for_rank(prepared.reader, items, prepared.job.recipe.readers).streaming_split(1)[0]
         )
 
-    def fit() -> None:
-        trainer = Trainer(config["job"], device, publish)
-        trainer.fit(ray_batches(ray.train.get_dataset_shard("train")))
-
-    run_once(Path(config["job"].run), fit)
+    _fit_rank(prepared, device, read)
 
 
 def train(
@@ -127,86 +186,98 @@ def train(
     `progress` gets every line of `metrics.jsonl` as it is written. Raises `UserError` for what the user must change.
     """
     prepared = prepare_job(shards, recipe, run, init_from)
+    recipe = prepared.job.recipe
     Plan(prepared.manifest, recipe, recipe.workers)  # wrong batch sizes are told before workers start
     run = Path(prepared.job.run)
-    newest = checkpoint.latest(run)
-    start = checkpoint.position(newest)["step"] if newest else 0
+    start = checkpoint.start_step(checkpoint.latest(run))
     if start == recipe.total_steps:
         if not (run / "model" / "model.safetensors").is_file():  # killed between the last checkpoint and the export
-            Trainer(prepared.job, torch.device("cpu")).fit(iter(()))
+            train_local(prepared)
         return run / "model"
-    drop_from(run / "metrics.jsonl", start)  # before the watcher, which would take old lines for new ones
     watcher = MetricsWatcher(run / "metrics.jsonl", start, progress) if progress else None
     try:
-        _fit(prepared, run)
+        _fit(prepared)
     finally:
         if watcher:
             watcher.stop()
     return run / "model"
 
 
-def _fit(prepared: Prepared, run: Path) -> None:
+def _fit(prepared: Prepared) -> None:
+    """Fits until it is done, or until `max_failures` restarts brought no new checkpoint."""
     from lumen_ray.ray_env import init_local
 
     init_local()
-    import ray
-    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig
+    import ray.train
+
+    run, recipe = Path(prepared.job.run), prepared.job.recipe
+    available = _cluster_resources()
+    _check_cpus(available.get("CPU", 0), recipe.min_workers or recipe.workers)
+    if note := precision.advice(recipe.precision, torch.device("cuda" if available.get("GPU", 0) else "cpu")):
+        warnings.warn(note, stacklevel=2)
+    while True:
+        before = checkpoint.latest(run)
+        try:
+            _ray_trainer(prepared, use_gpu=available.get("GPU", 0) > 0).fit()
+            return
+        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
+            cause = told(error)
+            if isinstance(cause, UserError) or checkpoint.latest(run) == before:
+                raise cause from (None if cause is error else error)
+
+
+def _ray_trainer(prepared: Prepared, use_gpu: bool) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    class GiveUp(UserCallback):
+        """Ends a run whose error another try would not mend: an error here is one that Ray does not retry."""
+
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            for error in map(told, worker_exceptions.values()):
+                if isinstance(error, UserError):
+                    raise error
+
     recipe = prepared.job.recipe
-    _check_cpus(ray.cluster_resources().get("CPU", 0), recipe.workers)
-    forget_failure(run)
-
-    class PlanConfig(DataConfig):
-        """Every rank's own data set, in plan order, from the position of the newest checkpoint.
-
-        `streaming_split(1)` keeps the order (one consumer, a queue) and moves the executor into an actor: as a thread
-        of the worker it would take the interpreter lock from the training step, which then ran at half speed.
-        """
-
-        def configure(self, datasets, world_size, worker_handles, worker_node_ids, **kwargs):
-            newest = checkpoint.latest(run)
-            start = checkpoint.position(newest)["step"] if newest else 0
-            plan = Plan(prepared.manifest, recipe, world_size)
-            return [
-                {
-                    "train": dataset_for_rank(prepared.reader, plan_items(plan, r, world_size, start)).streaming_split(
-                        1
-                    )[0]
-                }
-                for r in range(world_size)
-            ]
-
-    gpu = torch.cuda.is_available()
-    trainer = TorchTrainer(
+    elastic = 0 < recipe.min_workers < recipe.workers
+    return TorchTrainer(
         _worker,
-        train_loop_config={"job": prepared.job, "threads": max(1, (os.cpu_count() or 1) // recipe.workers)},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        # the user's setting, read here: in the workers Ray sets the variable itself
+        train_loop_config={"prepared": prepared, "threads": int(os.environ.get("OMP_NUM_THREADS") or 0)},
+        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=recipe.workers, use_gpu=gpu, resources_per_worker={"CPU": WORKER_CPUS}
+            num_workers=(recipe.min_workers, recipe.workers) if elastic else recipe.workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": WORKER_CPUS} | ({"GPU": 1} if use_gpu else {}),
+            placement_strategy="PACK" if use_gpu else "SPREAD",  # a CPU rank has use for all cores of its node
         ),
         run_config=RunConfig(
-            name="checkpoints",  # Ray registers checkpoints that lie in its own run folder without copying them
-            storage_path=str(run),
-            failure_config=FailureConfig(max_failures=2),
+            # checkpoints are not registered with Ray: its own list of them is not written atomically, so that a run
+            # could be left that cannot be started again
+            name=".ray",
+            storage_path=prepared.job.run,
+            failure_config=FailureConfig(max_failures=recipe.max_failures),
+            callbacks=[GiveUp()],
         ),
-        datasets={"train": ray.data.range(1)},
-        dataset_config=PlanConfig(),
     )
-    try:
-        trainer.fit()
-    except Exception as error:
-        raise_failure(run)
-        raise told(error) from error
-    raise_failure(run)
+
+
+def _cluster_resources() -> dict[str, float]:
+    """What the cluster has, or can have once its autoscaler has started all nodes it may."""
+    import ray
+    from ray._private.state import state
+
+    most = state.get_max_resources_from_cluster_config() or {}
+    now = ray.cluster_resources()
+    return {name: max(most.get(name, 0), now.get(name, 0)) for name in ("CPU", "GPU")}
 
 
 def _check_cpus(available: float, workers: int) -> None:
-    """With too few logical CPUs for the workers and their reads, both would wait for each other for ever."""
-    needed = math.ceil(workers * (WORKER_CPUS + READ_CPUS))
+    """With too few logical CPUs the workers would wait for them for ever."""
+    needed = math.ceil(workers * WORKER_CPUS)
     if available < needed:
         raise UserError(
-            f"the cluster has {available:g} CPUs but {workers} workers and their reads need {needed}; lower "
+            f"the cluster has {available:g} CPUs but {workers} workers need {needed}; lower "
             f"'workers' or start Ray with more logical CPUs (ray start --head --num-cpus {needed})",
             "too_few_cpus",
         )

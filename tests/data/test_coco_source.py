@@ -9,6 +9,7 @@ from pycocotools import mask as coco_mask
 from lumen_ray.data.images import decode
 from lumen_ray.data.scenes import encode_jpeg
 from lumen_ray.data.sources import coco, coco_json
+from lumen_ray.data.sources.base import image_locations, read_first
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Boxes
 
@@ -37,9 +38,16 @@ def annotation(**changes):
 
 
 def row_of(loaded, image=JPEG):
-    keypoints = {category["name"]: len(category["keypoints"]) for category in loaded.categories}
     (record,) = loaded.images
-    return coco.to_row(record, image, keypoints, "test")
+    return row_and_rejected(loaded, record, image)
+
+
+def row_and_rejected(loaded, record, image):
+    keypoints = {category["name"]: len(category["keypoints"]) for category in loaded.categories}
+    outcome = coco.to_row(record, image, keypoints, record.classes(loaded.classes), "test")
+    written = len(outcome.row["instances"]) + len(outcome.row["messages"]) if outcome.row else 0
+    assert sum(outcome.written.values()) == written
+    return outcome.row, outcome.rejected
 
 
 def test_boxes_become_xyxy_and_are_clipped(load):
@@ -225,12 +233,18 @@ def test_missing_files_and_conflicting_skeletons_are_refused(load, tmp_path):
 
 def test_images_are_found_by_bare_name_too(tmp_path):
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "b.jpg").write_bytes(b"")
-    (tmp_path / "a.jpg").write_bytes(b"")
-    assert coco.find_image(tmp_path, "sub/b.jpg") == tmp_path / "sub" / "b.jpg"
-    assert coco.find_image(tmp_path, "/home/someone/a.jpg") == tmp_path / "a.jpg"
-    assert coco.find_image(tmp_path, "C:\\photos\\a.jpg") == tmp_path / "a.jpg"
-    assert coco.find_image(tmp_path, "c.jpg") is None
+    (tmp_path / "sub" / "b.jpg").write_bytes(b"b")
+    (tmp_path / "a.jpg").write_bytes(b"a")
+
+    def find(name):
+        return read_first(*image_locations(str(tmp_path), name))
+
+    assert find("sub/b.jpg") == b"b"
+    assert find("/home/someone/a.jpg") == b"a"
+    assert find("C:\\photos\\a.jpg") == b"a"
+    assert find("c.jpg") is None
+    assert find("sub") is None
+    assert find("x" * 5000) is None
 
 
 def test_real_coco_annotations_agree_with_pycocotools(test_data):
@@ -244,8 +258,8 @@ def test_real_coco_annotations_agree_with_pycocotools(test_data):
         by_image[names[entry["image_id"]]].append(entry)
     compressed = 0
     for record in loaded.images:
-        data = coco.find_image(folder / "images", record.file_name).read_bytes()
-        row, rejected = coco.to_row(record, data, {}, "coco")
+        data = (folder / "images" / record.file_name).read_bytes()
+        row, rejected = row_and_rejected(loaded, record, data)
         assert rejected == []
         height, width = decode(data).shape[:2]
         assert len(row["instances"]) == len(by_image[record.file_name])

@@ -10,7 +10,7 @@ from lumen_ray.data.collate import BranchSettings, Collator, Prompts, add_classe
 from lumen_ray.data.images import decode
 from lumen_ray.data.schema import make_message, make_row
 from lumen_ray.data.transforms import AugmentSettings, Sample, transform
-from lumen_ray.train.metrics import per_task, reduce_losses
+from lumen_ray.train.losses import StepLosses
 
 TASKS = ("detect", "segment", "pose", "region_caption")
 MANY = BranchSettings(negatives=50, max_poses=9, max_messages=9)
@@ -124,9 +124,8 @@ def test_a_batch_of_nothing_can_be_stepped():
     assert (batch["tasks"], batch["has_image"].tolist()) == ([], [False, False])
     model = tiny_model()
     losses = model(batch)
-    total, means = reduce_losses(losses, model.loss_names, {})
-    total.backward()
-    assert set(means.values()) == {0.0}
-    assert per_task(batch, losses) == {}
+    step = StepLosses(model.loss_names, {}, [batch], torch.device("cpu"))
+    step.add(batch, losses).backward()
+    assert set(step.read().means.values()) == {0.0} and step.read().tasks == {}
     decoder = [p.grad for p in model.decoders.parameters()]
     assert all(g is not None and not g.any() for g in decoder)

@@ -1,15 +1,18 @@
 """Plan steps to batches: the same bytes each time, and broken pictures are told."""
 
+import pickle
+
 import numpy as np
 import pytest
 import torch
 from tiny_models import SIDE, tiny_model, tiny_tokenizer
 
 from lumen_ray.data import scenes
-from lumen_ray.data.feed import BatchReader, local_batches, plan_items, read_texts, skeletons_of
+from lumen_ray.data.feed import BatchReader, local_batches, plan_items, read_texts, skeletons_of, to_bytes
 from lumen_ray.data.mixture import Plan
-from lumen_ray.data.prepare import prepare_scenes
+from lumen_ray.data.prepare import prepare_source
 from lumen_ray.data.shards import ShardWriter, build_manifest, read_manifest, write_manifest
+from lumen_ray.data.sources.scenes import ScenesSource
 from lumen_ray.train.recipe import Recipe
 
 AUGMENT = {"flip_x": True, "turn": True, "scale": [0.8, 1.2], "shift": 0.1, "color": 0.3}
@@ -18,7 +21,7 @@ AUGMENT = {"flip_x": True, "turn": True, "scale": [0.8, 1.2], "shift": 0.1, "col
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("feed") / "shards"
-    prepare_scenes(folder, 16, side=SIDE, rows_per_group=4, workers=0)
+    prepare_source(folder, ScenesSource(16, side=SIDE), rows_per_group=4, workers=0)
     return folder
 
 
@@ -54,6 +57,16 @@ def test_a_step_gives_the_same_batch_each_time(shards):
     assert [b["step"] for b in local_batches(reader(shards), plan, 3)] == [3, 4]
     same(next(local_batches(reader(shards), plan, 3)), batches[3])
     assert not torch.equal(batches[0]["images"], batches[1]["images"])
+
+
+def test_a_batch_comes_out_of_its_bytes_as_it_went_in(shards):
+    batch = reader(shards)(plan_items(Plan(read_manifest(shards), recipe()), 0, 1)[0])
+    found = pickle.loads(to_bytes(batch))
+    same(found, batch)
+    assert found["images"].dtype == torch.uint8
+    assert found["has_image"].dtype == torch.bool
+    found["images"].zero_()  # may be written to, without a word to the batch it came from
+    assert batch["images"].any()
 
 
 def test_two_ranks_read_the_halves_of_the_batch(shards):

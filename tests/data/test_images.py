@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from lumen_ray.data.images import decode, image_size
+from lumen_ray.data import images
+from lumen_ray.data.images import decode, decode_reduced, image_size
 from lumen_ray.errors import UserError
 
 #: readable in their first frame, although reading all frames fails
@@ -158,3 +159,113 @@ def test_damaged_bytes_never_raise_anything_else(kind, data):
     else:
         assert image.dtype == np.uint8
         assert image.shape[2] == 3
+
+
+@pytest.fixture(params=["simplejpeg", "pillow"])
+def jpeg_library(request, monkeypatch):
+    """Once with the faster library, once as where it is not installed."""
+    if request.param == "pillow":
+        monkeypatch.setattr(images, "simplejpeg", None)
+    else:
+        pytest.importorskip("simplejpeg")
+
+
+def read_or_none(data, min_side):
+    try:
+        return decode_reduced(data, min_side)
+    except UserError as error:
+        assert error.reason == "broken_image"
+        return None
+
+
+def scene(height, width):
+    """A picture with smooth places and edges, as photographs have."""
+    y, x = np.mgrid[:height, :width]
+    waves = np.stack([np.sin(x / 17) * np.cos(y / 23), np.cos(x / 31), np.sin(y / 13)], -1) * 60 + 128
+    waves[height // 4 : height // 2, width // 3 : width // 2] = (230, 40, 60)
+    return waves.astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("min_side", "reduction"), [(None, 1), (641, 1), (321, 1), (320, 2), (160, 4), (60, 8), (1, 8)]
+)
+@pytest.mark.usefixtures("jpeg_library")
+def test_a_jpeg_is_decoded_no_smaller_than_needed(min_side, reduction):
+    data = encode(Image.fromarray(scene(478, 640)), "JPEG")
+    picture = decode_reduced(data, min_side)
+    assert picture.reduction == reduction
+    assert picture.size == (478, 640)
+    assert picture.pixels.shape == (-(-478 // reduction), 640 // reduction, 3)
+    assert picture.pixels.flags.writeable
+
+
+@settings(max_examples=60, deadline=None)
+@given(height=st.integers(1, 90), width=st.integers(1, 90), min_side=st.integers(1, 90), grey=st.booleans())
+def test_both_libraries_give_the_same_pixels(height, width, min_side, grey):
+    pytest.importorskip("simplejpeg")
+    image = Image.fromarray(scene(height, width))
+    data = encode(image.convert("L") if grey else image, "JPEG", subsampling=2, quality=90)
+    fast = decode_reduced(data, min_side)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "simplejpeg", None)
+        slow = decode_reduced(data, min_side)
+    assert (fast.size, fast.reduction) == (slow.size, slow.reduction)
+    assert np.array_equal(fast.pixels, slow.pixels)
+    assert max(fast.pixels.shape) >= min(min_side, max(height, width))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("size", [(96, 160), (97, 161)])
+@pytest.mark.usefixtures("jpeg_library")
+def test_a_reduced_photo_lies_where_the_whole_one_does(orientation, size):
+    """A bright rectangle is found at the same place, to a fraction of a reduced pixel, in any rotation."""
+    stored = np.zeros((*size, 3), np.uint8)
+    stored[16:56, 24:104] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(Image.fromarray(stored), "JPEG", exif=exif, quality=95)
+    whole, small = decode(data), decode_reduced(data, 40)
+    assert small.size == whole.shape[:2]
+    rotated = orientation > 1
+    assert small.reduction == (1 if rotated and size == (97, 161) else 4)  # mirrored, 161 / 4 columns would be shifted
+    centres = [np.array([(w * (np.arange(len(w)) + 0.5)).sum() / w.sum() for w in (p.sum((0, 2)), p.sum((1, 2)))])
+               for p in (whole.astype(float), small.pixels.astype(float))]  # fmt: skip
+    np.testing.assert_allclose(centres[1] * small.reduction, centres[0], atol=0.3)
+
+
+@pytest.mark.parametrize("name", ["bccd", "coco_photos"])
+@pytest.mark.usefixtures("jpeg_library")
+def test_reduced_photos_look_like_shrunk_ones(test_data, name):
+    paths = sorted((test_data / name / "images").glob("*.jpg"))[:12]
+    assert len(paths) == 12
+    for path in paths:
+        data = path.read_bytes()
+        small = decode_reduced(data, 128)
+        assert small.reduction >= 2
+        whole = Image.fromarray(decode(data))
+        height, width = (side // small.reduction for side in small.size)
+        box = (0, 0, width * small.reduction, height * small.reduction)
+        shrunk = whole.resize((width, height), Image.Resampling.BOX, box=box)
+        apart = np.abs(small.pixels[:height, :width].astype(float) - np.asarray(shrunk, float))
+        assert apart.mean() < 2.5, path.name
+        assert np.quantile(apart, 0.99) < 20, path.name
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data(), progressive=st.booleans(), min_side=st.sampled_from([1, 8, 40]))
+def test_damage_is_caught_the_same_in_reduced_photos(data, progressive, min_side):
+    """What Pillow alone refuses is refused, whichever library decodes, and what it reads is read."""
+    encoded = bytearray(encode(Image.fromarray(scene(48, 64)), "JPEG", progressive=progressive, restart_marker_rows=1))
+    for _ in range(data.draw(st.integers(0, 3))):
+        encoded[data.draw(st.integers(0, len(encoded) - 1))] = data.draw(st.integers(0, 255))
+    damaged = bytes(encoded[: data.draw(st.integers(len(encoded) // 2, len(encoded)))])
+    fast = [read_or_none(damaged, side) for side in (None, min_side)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "simplejpeg", None)
+        slow = [read_or_none(damaged, side) for side in (None, min_side)]
+    for one, other in zip(fast, slow, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert (one.size, one.pixels.shape) == (other.size, other.pixels.shape)
+            assert np.array_equal(one.pixels, other.pixels)
+    assert (fast[0] is None) == (fast[1] is None)

@@ -2,24 +2,32 @@
 
 import json
 import os
+import sys
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
-from lumen_ray.data import scenes, shards
-from lumen_ray.data.prepare import prepare_coco, prepare_scenes
+from lumen_ray.data import files, scenes, shards
+from lumen_ray.data.prepare import prepare_source
 from lumen_ray.data.scenes import encode_jpeg
+from lumen_ray.data.schema import make_row
+from lumen_ray.data.sources.base import Listing, Outcome, Source, reject
+from lumen_ray.data.sources.coco import CocoSource
+from lumen_ray.data.sources.scenes import ScenesSource
 from lumen_ray.errors import UserError
 
 
+def prepare_scenes(output, num, seed=0, side=128, **options):
+    return prepare_source(output, ScenesSource(num, seed, side), **options)
+
+
+def prepare_coco(output, annotations, images, **options):
+    return prepare_source(output, CocoSource([str(path) for path in annotations], str(images)), **options)
+
+
 def all_rows(folder):
-    files = shards.read_manifest(folder)["files"]
-    return [
-        row
-        for file in files
-        for index in range(len(file["row_groups"]))
-        for row in shards.read_row_group(folder, file["path"], index)
-    ]
+    return list(shards.read_rows(folder))
 
 
 def checksums(folder):
@@ -149,17 +157,114 @@ def test_settings_that_cannot_work_are_refused(tmp_path, small_coco):
 
 
 def test_real_folders_keep_every_record(test_data, tmp_path):
-    for name, files, images, annotations in (
+    for name, listed, images, annotations in (
         ("bccd", ["instances_val.json"], 87, 1138),
         ("nuclei", ["instances_val.json"], 63, 2855),
         ("coco_photos", ["instances_train.json", "person_keypoints_train.json", "captions_train.json"], 77, 514 + 255),
     ):
         folder = test_data / name
-        paths = [folder / "annotations" / file for file in files]
+        paths = [folder / "annotations" / file for file in listed]
         prepare_coco(tmp_path / name, paths, folder / "images", workers=0)
         counts = shards.read_manifest(tmp_path / name)["counts"]
         assert counts["images"] == {"in": images, "written": images, "rejected": 0}
         assert counts["annotations"] == {"in": annotations, "written": annotations, "rejected": 0}
+
+
+@dataclass
+class ManyRows(Source):
+    """Records that give `per_record` rows each; of every one the rows of `broken` come to nothing."""
+
+    records: int
+    per_record: int
+    broken: tuple[int, ...] = ()
+    fault: str = ""
+    kind = "many"
+    row_kind = "samples"
+
+    def list(self):
+        return Listing(range(self.records), {}, rows_per_record=self.per_record)
+
+    def rows(self, record, shared):
+        if self.fault == "store":
+            error = files.StoreError("the store cannot be reached", "store_unreachable")
+            yield Outcome(rejected=[reject("samples", "", "here", error)])
+        for number in range(self.per_record):
+            name = f"{record}-{number}"
+            outcome = Outcome(came_in={"samples": 1, "words": 2})
+            if number in self.broken:
+                outcome.rejected = [reject("samples", name, "here", "broken"), reject("words", name, "here", "broken"),
+                                    reject("words", name, "there", "broken")]  # fmt: skip
+            else:
+                outcome.row = make_row(name, None, (0, 0), "many")
+                outcome.written = {"words": 1 if self.fault == "lost" else 2}
+            yield outcome
+
+
+def test_records_of_many_rows_are_counted_in_the_tasks_shuffled_and_split_into_files(tmp_path):
+    out = tmp_path / "out"
+    summary = prepare_source(out, ManyRows(6, 10, broken=(3,)), rows_per_file=8, rows_per_group=4, workers=0)
+    assert summary["counts"] == {
+        "samples": {"in": 60, "written": 54, "rejected": 6},
+        "words": {"in": 120, "written": 108, "rejected": 12},
+    }
+    entries = shards.read_manifest(out)["files"]
+    assert [entry["rows"] for entry in entries] == [8, 1] * 6
+    assert [entry["path"] for entry in entries[:3]] == [
+        "part-00000.parquet", "part-00000-001.parquet", "part-00001.parquet",
+    ]  # fmt: skip
+    assert shards.verify(out) == []
+    names = [row["image_id"] for row in all_rows(out)]
+    assert sorted(names) == sorted(f"{r}-{n}" for r in range(6) for n in range(10) if n != 3)
+    numbers = [int(name.split("-")[1]) for name in names[:9]]
+    assert numbers != sorted(numbers)
+    prepare_source(out, ManyRows(6, 10, broken=(3,)), rows_per_file=8, shuffle_seed=1, workers=0, overwrite=True)
+    assert [row["image_id"] for row in all_rows(out)] != names
+
+
+def test_a_source_that_loses_records_is_found_out(tmp_path):
+    with pytest.raises(AssertionError, match="words do not add up"):
+        prepare_source(tmp_path / "out", ManyRows(2, 2, fault="lost"), workers=0)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_store_that_cannot_be_reached_stops_the_job(tmp_path):
+    with pytest.raises(UserError, match="the store cannot be reached"):
+        prepare_source(tmp_path / "out", ManyRows(2, 2, fault="store"), workers=0)
+
+
+def test_nothing_usable_is_told_with_its_first_reason(tmp_path):
+    with pytest.raises(UserError, match="not one of the samples can be used; the first: '0-0': broken"):
+        prepare_source(tmp_path / "out", ManyRows(1, 2, broken=(0, 1)), workers=0)
+    with pytest.raises(UserError, match="the many input lists no samples"):
+        prepare_source(tmp_path / "out", ManyRows(0, 2), workers=0)
+
+
+def test_a_store_gives_and_takes_the_same_as_a_folder(tmp_path, small_coco):
+    path, images = small_coco
+    base = "memory://test-prepare"
+    for file in (path, *images.iterdir()):
+        files.write_bytes(files.join(base, "in", file.name), file.read_bytes())
+    prepare_coco(tmp_path / "out", [path], images, rows_per_file=4, workers=0)
+    for _ in range(2):  # the second over the first
+        options = {"rows_per_file": 4, "workers": 0, "overwrite": True}
+        prepare_coco(f"{base}/out", [f"{base}/in/instances.json"], f"{base}/in", **options)
+        assert checksums(f"{base}/out") == checksums(tmp_path / "out")
+        assert shards.verify(f"{base}/out") == []
+        assert shards.read_rejected(f"{base}/out") == shards.read_rejected(tmp_path / "out")
+        names = ["manifest.json", "part-00000.parquet", "part-00001.parquet", "part-00002.parquet", "rejected.parquet"]
+        assert files.list_files(f"{base}/out", recursive=True) == names
+    (file, *_) = shards.read_manifest(f"{base}/out")["files"]
+    assert shards.read_row_group(f"{base}/out", file["path"], 0) == shards.read_row_group(
+        tmp_path / "out", file["path"], 0
+    )
+    with pytest.raises(UserError, match="already holds shards"):
+        prepare_scenes(f"{base}/out", 2, workers=0)
+    files.remove(f"{base}/out/{file['path']}")
+    assert shards.verify(f"{base}/out") == ["part-00000.parquet is missing"]
+    with pytest.raises(UserError, match="part-00000.parquet' is missing"):
+        shards.read_row_group(f"{base}/out", file["path"], 0)
+    with pytest.raises(UserError, match="holds no manifest.json"):
+        shards.read_manifest(base)
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +298,14 @@ def test_files_do_not_depend_on_the_number_of_tasks(local_ray, tmp_path, small_c
         found[workers] = (checksums(scenes_out), checksums(coco_out), shards.read_rejected(coco_out))
         assert shards.read_manifest(coco_out)["counts"]["annotations"]["rejected"] == 3
     assert found[0] == found[1] == found[2] == found[None]
+
+
+@pytest.mark.ray
+def test_a_users_error_in_a_task_stays_one_sentence(local_ray, tmp_path):
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # this module is on no worker's path
+    with pytest.raises(UserError, match="the store cannot be reached") as error:
+        prepare_source(tmp_path / "out", ManyRows(2, 2, fault="store"), workers=2)
+    assert (str(error.value), error.value.reason) == ("the store cannot be reached", "store_unreachable")
+    assert not (tmp_path / "out" / ".staging").exists()

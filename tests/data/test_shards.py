@@ -20,7 +20,7 @@ def folder(tmp_path, rows):
         for row in rows:
             writer.write(row)
     counts = {"images": {"in": 11, "written": 10, "rejected": 1}}
-    shards.write_rejected(tmp_path, [{"image_id": "x", "origin": "here", "reason": "because"}])
+    shards.write_rejected(tmp_path, [{"kind": "images", "image_id": "x", "origin": "here", "reason": "because"}])
     shards.write_manifest(tmp_path, shards.build_manifest([writer.entry], counts=counts, categories=[{"name": "c"}]))
     return tmp_path
 
@@ -45,7 +45,23 @@ def test_manifest_counts_tasks_per_row_group(folder, rows):
     assert manifest["rows"] == file["rows"] == 10
     assert manifest["rejected"] == 1
     assert file["bytes"] == (folder / file["path"]).stat().st_size
-    assert shards.read_rejected(folder) == [{"image_id": "x", "origin": "here", "reason": "because"}]
+    assert shards.read_rejected(folder) == [{"kind": "images", "image_id": "x", "origin": "here", "reason": "because"}]
+
+
+def test_the_manifest_counts_the_images_that_show_each_class(tmp_path, rows):
+    entries = []
+    for number, part in enumerate((rows[:6], rows[6:])):
+        with shards.ShardWriter(tmp_path, f"part-{number}.parquet", rows_per_group=4) as writer:
+            for row in part:
+                writer.write(row)
+        entries.append(writer.entry)
+    names = [*scenes.CLASSES, "unseen"]
+    manifest = shards.build_manifest(entries, categories=[{"name": name, "keypoints": []} for name in names])
+    for category in manifest["categories"]:
+        shown = sum(any(i["phrase"] == category["name"] for i in row["instances"]) for row in rows)
+        assert category["images"] == shown
+    assert any(c["images"] for c in manifest["categories"])
+    assert all("class_images" not in file for file in manifest["files"]), "a list of 1,200 in every file's entry"
 
 
 def test_nothing_but_finished_files_is_left(folder, tmp_path):

@@ -4,11 +4,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from lumen_ray import config
+from lumen_ray.data.images import Picture
 from lumen_ray.data.schema import make_row
-from lumen_ray.data.transforms import MASK_STRIDE, AugmentSettings, mirror_order, transform
+from lumen_ray.data.transforms import (
+    MASK_STRIDE,
+    AugmentSettings,
+    clip_boxes,
+    draw_matrix,
+    fit,
+    map_boxes,
+    mirror_order,
+    transform,
+)
+from lumen_ray.decoders.base import Frame
 from lumen_ray.errors import UserError
 
 INPUT = 128
@@ -125,3 +137,79 @@ def test_the_settings_do_not_move_the_random_stream():
 def test_a_wrong_zoom_is_told(scale):
     with pytest.raises(UserError, match="0 < smallest <= largest"):
         config.validate(AugmentSettings, {"scale": scale}, "augment")
+
+
+@settings(max_examples=60, deadline=None)
+@given(scenes(), st.sampled_from([2, 4]))
+def test_a_reduced_picture_is_seen_at_the_same_place(scene, reduction):
+    """The same map, boxes and masks; the pixels of the rectangle lie where those of the whole picture do."""
+    (height, width), box, augment, seed = scene
+    size = (height * 4, width * 4)
+    row, image = rectangle_row(size, tuple(4 * c for c in box))
+    whole = transform(row, image, INPUT, augment, np.random.default_rng(seed))
+    small = Image.fromarray(image).resize((size[1] // reduction, size[0] // reduction), Image.Resampling.BOX)
+    picture = Picture(np.asarray(small), size, reduction)
+    reduced = transform(row, picture, INPUT, augment, np.random.default_rng(seed))
+    np.testing.assert_array_equal(reduced.matrix, whole.matrix)
+    np.testing.assert_array_equal(reduced.boxes, whole.boxes)
+    np.testing.assert_array_equal(reduced.masks, whole.masks)
+    apart = np.abs(reduced.image.astype(float) - whole.image.astype(float))
+    assert apart.mean() < 3
+    found, expected = (s.image[..., 0] > 180 for s in (reduced, whole))
+    assert found.any() == expected.any()
+    if found.any():
+        assert np.abs(extent(found) - extent(expected)).max() <= 1
+
+
+inputs = st.tuples(st.integers(4, 20).map(lambda n: 16 * n), st.integers(4, 20).map(lambda n: 16 * n))
+
+
+@settings(max_examples=150, deadline=None)
+@given(scenes(), inputs)
+def test_an_input_of_any_shape_shows_the_rectangle_where_its_box_is(scene, input_size):
+    size, box, augment, seed = scene
+    row, image = rectangle_row(size, box)
+    sample = transform(row, image, input_size, augment, np.random.default_rng(seed), {"face": NAMES})
+    assert sample.image.shape == (*input_size, 3)
+    back = np.linalg.inv(np.vstack([sample.matrix, [0, 0, 1]]))[:2]
+    whole = map_boxes(np.array([box], float), sample.matrix)
+    np.testing.assert_allclose(map_boxes(whole, back)[0], box, atol=1e-9)
+    if len(sample.kept) == 0:
+        return
+    np.testing.assert_allclose(sample.boxes[0], clip_boxes(whole, input_size)[0], atol=1e-4)
+    found = sample.image[..., 0] > 180
+    assert np.abs(extent(found) - sample.boxes[0]).max() <= 2
+    mask = sample.masks[0]
+    assert mask.shape == (input_size[0] // MASK_STRIDE, input_size[1] // MASK_STRIDE)
+    inner = sample.boxes[0, 2:] - sample.boxes[0, :2]
+    if inner.min() > MASK_STRIDE:
+        assert np.abs(extent(mask) * MASK_STRIDE - sample.boxes[0]).max() <= MASK_STRIDE / 2 + 1
+    points = sample.keypoints[0]
+    assert (((points[:, :2] >= 0) & (points[:, :2] <= input_size[::-1])).all(1) | (points[:, 2] == 0)).all()
+
+
+@settings(max_examples=100, deadline=None)
+@given(scenes(), inputs)
+def test_a_box_comes_back_from_any_bucket_as_it_was(scene, input_size):
+    """The way of a training target and of a prediction: stored -> input -> stored."""
+    size, box, _, _ = scene
+    row, image = rectangle_row(size, box)
+    sample = transform(row, image, input_size, AugmentSettings(), np.random.default_rng(0))
+    pixels, frame = fit(image, input_size)
+    np.testing.assert_array_equal(pixels, sample.image)  # what training sees is what inference sees
+    assert frame == Frame.fit(size, input_size) and frame.input_size == input_size
+    # as large as fits: one side fills the input, the other has room
+    scaled = np.array(size) * frame.scale
+    assert (scaled <= np.array(input_size) + 1e-9).all() and np.isclose(scaled, input_size).any()
+    np.testing.assert_allclose(sample.boxes[0] / frame.scale, box, rtol=1e-6, atol=1e-4)
+
+
+def test_an_input_that_is_not_square_is_turned_by_half_turns_only():
+    row, image = rectangle_row((60, 90), (10, 10, 50, 50))
+    settings_ = AugmentSettings(turn=True)
+    turns = {False: set(), True: set()}
+    for seed in range(30):
+        for square in turns:
+            matrix = draw_matrix((60, 90), 96 if square else (64, 96), settings_, np.random.default_rng(seed))
+            turns[square].add((round(np.sign(matrix[0, 0])), round(np.sign(matrix[0, 1]))))
+    assert turns == {False: {(1, 0), (-1, 0)}, True: {(1, 0), (-1, 0), (0, 1), (0, -1)}}

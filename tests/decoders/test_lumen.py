@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import scrambled
 
+from lumen_ray.decoders.assigner import assign
 from lumen_ray.decoders.base import Frame, PerceptionTargets, PredictSettings, PromptSpec
 from lumen_ray.decoders.lumen import LumenDecoder, best_of_each, giou_loss, greedy_nms
 from lumen_ray.model.settings import LumenSettings
@@ -199,7 +200,7 @@ def test_the_losses_of_a_batch_are_the_sums_over_its_parts():
     boxes = [[[4, 6, 28, 30], [36, 34, 60, 58]], [[30, 4, 58, 24], [2, 40, 20, 60]]] * 2
     together = losses(model, embeddings, [0, 0, 1, 1], dense, boxes)
     parts = [losses(model, embeddings[2 * i : 2 * i + 2], [0, 0], dense[i : i + 1], boxes[:2]) for i in range(2)]
-    for name in ("heatmap", "box", "mask"):
+    for name in ("heatmap", "match", "box", "mask"):
         torch.testing.assert_close(together[name].total, sum(p[name].total for p in parts))
         torch.testing.assert_close(together[name].count, sum(p[name].count for p in parts))
     torch.testing.assert_close(together["heatmap"].each.sum(), together["heatmap"].total)
@@ -211,6 +212,30 @@ def test_each_image_keeps_its_best_places():
     assert best_of_each(groups, values, 2).tolist() == [5, 1, 2, 0, 4]
     assert best_of_each(groups, values, 1).tolist() == [5, 2, 4]
     assert best_of_each(groups[:0], values[:0], 2).tolist() == []
+
+
+def test_the_match_loss_is_the_cross_entropy_of_an_objects_places_over_the_other_prompts_of_its_image():
+    """Written out place by place: three prompts of one image, one of another; two mean the same object."""
+    model = decoder(match_weight=1.0)
+    embeddings, dense = random_inputs(4)
+    left, right, none = [4, 6, 28, 30], [36, 34, 60, 58], [0, 0, 0, 0]
+    raw = model(make_link(embeddings, [0, 0, 0, 1]), dense)
+    targets = make_targets([[left], [left], [right], [none]])
+    targets.valid[3] = False
+    term = model.loss(raw, targets)["match"]
+    found = assign(
+        raw.logits.sigmoid(), raw.boxes, raw.centers, targets.boxes, targets.valid, targets.crowd, 9, 8
+    ).target  # fmt: skip
+    expected, count = 0.0, 0
+    rivals = {0: [2], 1: [2], 2: [0, 1]}  # same image, another object
+    for prompt, place in torch.nonzero(found >= 0).tolist():
+        own = raw.logits[prompt, place]
+        others = torch.stack([own, *(raw.logits[r, place] for r in rivals[prompt])])
+        expected, count = expected + torch.logsumexp(others, 0) - own, count + 1
+    torch.testing.assert_close(term.total, expected)
+    assert float(term.count) == count > 6
+    alone = model.loss(model(make_link(embeddings[:1], [0]), dense), make_targets([[left]]))["match"]
+    assert float(alone.total) == 0 and torch.isfinite(alone.total)
 
 
 def test_crowds_cost_nothing():

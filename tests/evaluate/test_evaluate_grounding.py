@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 
 from lumen_ray.data.schema import make_row
@@ -62,3 +63,19 @@ def test_count_keeps_absent_classes_apart_and_leaves_crowds_out():
     evaluator.process(row(A, B), Answer("count", SIZE, [found((A, 0.9), (B, 0.5)), found((C, 0.9), phrase="dog")]))
     evaluator.process(row(A, crowd=True), Answer("count", SIZE, [found((A, 0.9), (B, 0.9))]))
     assert evaluator.evaluate() == {"count_error": 0.5, "count_accuracy": 0.5, "count_absent_accuracy": 0.5}
+
+
+def test_counts_over_a_long_list_of_classes_leave_out_what_nobody_counted():
+    names = [f"class {i}" for i in range(1200)]
+    instances = [{"phrase": names[i], "crowd": i == 2} for i in (0, 0, 1, 2, 1199)]
+    row = {"height": 8, "width": 8, "classes": names[:1199], "instances": instances}
+    found = {names[0]: 2, names[1]: 3, names[2]: 9, names[7]: 1, names[1199]: 5}
+    predictions = [
+        Prediction(name, Boxes(np.zeros((found.get(name, 0), 4)), (8, 8)), np.ones(found.get(name, 0)))
+        for name in names
+    ]
+    evaluator = CountEvaluator()
+    evaluator.process(row, Answer("count", (8, 8), predictions))
+    metrics = evaluator.evaluate()
+    assert metrics["count_error"] == pytest.approx(1.0)  # 2 of 2, and 3 of 1
+    assert metrics["count_absent_accuracy"] == pytest.approx(1195 / 1196)

@@ -68,6 +68,33 @@ def test_classes_together_one_by_one_shuffled_and_in_chunks_agree(engine, task):
             same(expected, prediction)
 
 
+def test_a_list_of_1200_classes_gives_what_small_lists_give(engine):
+    names = [f"{name} {i}" for i in range(100) for name in CLASSES]
+    image, few = PICTURES[0], {"score_threshold": 0.02, "max_per_phrase": 5}
+    whole = ask(engine, image, names, **few)
+    assert sum(map(len, whole)) > 100
+    for start in range(0, len(names), 120):
+        part = names[start : start + 30]
+        for expected, prediction in zip(whole[start : start + 30], ask(engine, image, part, **few), strict=True):
+            same(expected, prediction)
+
+
+def test_memory_is_bounded_whatever_is_asked(engine, monkeypatch):
+    """Branches per pass of the trunk and prompts per pass of the decoder have a limit; results do not depend on it."""
+    stage, seen = engine.decoders["lumen"], []
+    requests = [[make_request("detect", classes=CLASSES), make_request("pose", classes=["red figure", "figure"])]]
+    images = PICTURES[:2]
+    expected = engine.run(images, requests * 2, **EVERYTHING)
+    cells = (64 // 4) ** 2
+    monkeypatch.setattr("lumen_ray.inference.engine.MAX_DECODER_CELLS", 5 * cells)
+    forward = stage.decoder.forward
+    monkeypatch.setattr(stage.decoder, "forward", lambda link, dense: seen.append(link) or forward(link, dense))
+    chunked = engine.run(images, requests * 2, **EVERYTHING)
+    assert len(seen) == 6 and all(int((link.parent < 0).sum()) <= 5 for link in seen)
+    for one, two in zip(expected, chunked, strict=True):
+        same_answers(one, two)
+
+
 def mixed(size):
     height, width = size
     region = Region("box", size, np.array([[2, 3], [width / 2, height / 2]]))

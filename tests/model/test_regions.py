@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_models import random_images, scene_batch, scrambled, tiny_model
 
 from lumen_ray.model.regions import RegionEncoder, region_mask
-from lumen_ray.structures import Masks, Region
+from lumen_ray.structures import Masks, Region, as_size
 
 SIZE = (50, 100)  # height, width: scaled by 0.64 into the upper half of a 64 px input
 
@@ -76,7 +76,9 @@ def test_no_valid_region_is_empty(height, width, x, y, extent, kind):
         if kind == "box" and ((points[1] - points[0]) <= 0).any():  # too small for float32
             return
         region = Region(kind, (height, width), points)
-    assert region_mask(region, 64).any()
+    for input_size in (64, (32, 96), (96, 48)):
+        mask = region_mask(region, input_size)
+        assert mask.any() and mask.shape == as_size(input_size)
 
 
 def encode(encoder, masks, images=None):
@@ -98,6 +100,21 @@ def test_the_embedding_depends_on_region_and_image(patch):
     assert (out[0] - out[1]).abs().max() > 1e-3  # same image, another place
     assert (out[0] - out[2]).abs().max() > 1e-3  # same place, another image
     torch.testing.assert_close(encode(encoder, masks, images), out)
+
+
+@pytest.mark.parametrize("patch", [16, 14])
+def test_a_region_of_an_input_that_is_not_square_reads_its_own_place(patch):
+    encoder = scrambled(RegionEncoder(12, 20, patch))
+    images = random_images(2)[:, :, : 2 * patch].float() / 255
+    images = torch.cat([images, images], dim=3)[..., : 5 * patch]
+    merged = torch.randn(2, 12, 2, 5, generator=torch.Generator().manual_seed(0))
+    masks = torch.zeros(2, 2 * patch, 5 * patch, dtype=torch.uint8)
+    masks[0, :patch, 4 * patch :] = masks[1, patch:, :patch] = 1
+    before = encoder(images, merged, masks, torch.tensor([0, 0]))
+    merged[0, 0, 0, 4] += 1  # the cell under the first region
+    after = encoder(images, merged, masks, torch.tensor([0, 0]))
+    assert (before[0] - after[0]).abs().max() > 1e-3
+    torch.testing.assert_close(before[1], after[1])
 
 
 def test_regions_of_a_batch_do_not_touch_each_other():

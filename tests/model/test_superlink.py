@@ -1,11 +1,12 @@
 """Gradients through the super link, and what the LM loss supervises."""
 
+import pytest
 import torch
 from tiny_models import scene_batch, scrambled, tiny_model, tiny_tokenizer
 from torch import nn
 
 from lumen_ray.model.prompts import IGNORE
-from lumen_ray.model.superlink import LinkHead, SuperLinkQueries
+from lumen_ray.model.superlink import LinkHead, SuperLink, SuperLinkQueries
 from lumen_ray.tasks import LINK_FAMILIES, ROUTING_TOKENS
 
 
@@ -109,3 +110,35 @@ def _rows(count):
     from lumen_ray.data import scenes
 
     return [scenes.scene_row(0, i, SIDE) for i in range(count)]
+
+
+def chain(number):
+    """Prompts about 3 images; every third object has two keypoint prompts behind it."""
+    parents, images = [], []
+    for i in range(number):
+        parents.append(-1)
+        images.append(i * 3 // number)
+        if i % 3 == 0:
+            parents += [len(parents) - 1] * 2
+            images += [images[-1]] * 2
+    embeddings = torch.arange(len(parents), dtype=torch.float32)[:, None].expand(-1, 4).contiguous()
+    return SuperLink("perception", embeddings, torch.tensor(images), torch.tensor(parents))
+
+
+@pytest.mark.parametrize("most", [1, 2, 5, 100])
+def test_chunks_keep_keypoint_prompts_with_their_object(most):
+    link = chain(11)
+    parts = link.chunks(most)
+    assert torch.cat(parts).sort().values.tolist() == list(range(len(link)))
+    for members in parts:
+        part, images = link.take(members)
+        assert 0 < int((part.parent < 0).sum()) <= most
+        assert torch.equal(images[part.image_index], link.image_index[members])
+        assert torch.equal(part.embeddings, link.embeddings[members])
+        children = part.parent >= 0
+        assert torch.equal(members[part.parent[children]], link.parent[members][children])
+
+
+def test_no_prompts_are_no_chunks():
+    empty = SuperLink("perception", torch.zeros(0, 4), *torch.zeros(2, 0, dtype=torch.int64))
+    assert empty.chunks(3) == []

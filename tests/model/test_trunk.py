@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from tiny_models import SIDE, llm, random_images, scrambled, tiny_model, tiny_tokenizer
 
+from lumen_ray.data.packing import Packing, pack
 from lumen_ray.model.prompts import IGNORE, Branch, build_layout
 from lumen_ray.model.tokenizer import EOS
 
@@ -89,7 +90,7 @@ def test_the_cached_path_equals_the_packed_pass(model_type, mode):
     with torch.no_grad():
         packed = trunk(batch)
     prefix = trunk.encode(IMAGES)
-    assert prefix.length == trunk.prefix_length == 16
+    assert prefix.length == 16
     torch.testing.assert_close(prefix.dense, packed.dense, atol=1e-4, rtol=1e-4)
     for _ in range(2):  # the prefix can be used again: branches leave no trace in it
         hidden, _ = trunk.run_branches(prefix, layout, REGION_MASKS, batch["region_images"])
@@ -184,5 +185,34 @@ def test_token_merge_shortens_the_prefix_and_keeps_the_dense_map():
 
     trunk = make_trunk(vision={"clip": CLIP, "token_merge": 2})
     prefix = trunk.encode(IMAGES)
-    assert prefix.length == trunk.prefix_length == 4
+    assert prefix.length == 4
     assert prefix.dense.shape == (2, 16, SIDE // 4, SIDE // 4)
+
+
+@pytest.mark.parametrize("shape", [(32, 96), (128, 64)])
+@pytest.mark.parametrize("mode", ["causal", "full"])
+def test_inputs_that_are_not_square_give_the_same_packed_cached_and_alone(shape, mode):
+    from tiny_models import CLIP, DINOV2
+
+    trunk = make_trunk(mode=mode, vision={"clip": CLIP, "dinov2": DINOV2, "mlp_ratio": 2, "token_merge": 2})
+    images = torch.randint(0, 256, (2, 3, *shape), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    masks = torch.zeros(2, *shape, dtype=torch.uint8)
+    masks[0, 4:20, -30:-4], masks[1, -20:-2, 3:30] = 1, 1
+    batch = batch_of(BRANCHES) | {"images": images, "region_masks": masks}
+    layout = batch["layout"]
+    prefix = trunk.encode(images)
+    assert prefix.length == (shape[0] // 32) * (shape[1] // 32)
+    assert prefix.dense.shape == (2, 16, shape[0] // 4, shape[1] // 4)
+    hidden, _ = trunk.run_branches(prefix, layout, masks, batch["region_images"])
+    cached = trunk.links(hidden, layout)["perception"].embeddings
+    with torch.no_grad():
+        whole = trunk(batch)
+        layout.pack = pack(layout, batch["has_image"], Packing(600, prefix.length))
+        shared = trunk(batch)
+    assert len(layout.pack) == 1
+    for out in (whole, shared):
+        torch.testing.assert_close(out.dense, prefix.dense, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(out.links["perception"].embeddings, cached, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(shared.lm_losses, whole.lm_losses, atol=1e-4, rtol=1e-4)
+    alone = trunk.encode(images[1:])
+    torch.testing.assert_close(alone.dense, prefix.dense[1:], atol=1e-4, rtol=1e-4)

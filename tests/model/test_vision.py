@@ -124,3 +124,23 @@ def test_every_ablation_trains(off):
         optimizer.step()
         losses.append(float(total.detach()))
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("shape", [(96, 32), (32, 128), (64, 64)])
+def test_positions_of_an_input_that_is_not_square_are_interpolated_per_axis(shape):
+    vision = comm(token_merge=2)
+    rows, columns = shape[0] // 16, shape[1] // 16
+    clip = vision.clip.model.embeddings.position_embedding.weight[1:]
+    dinov2 = vision.dinov2.model.embeddings.position_embeddings[0, 1:]
+    for encoder, stored in ((vision.clip, clip), (vision.dinov2, dinov2)):
+        grid = stored.detach().T.reshape(1, -1, 4, 4)
+        wanted = torch.nn.functional.interpolate(grid, (rows, columns), mode="bicubic", align_corners=False)
+        if encoder is vision.clip:
+            encoder.model.pre_layrnorm = torch.nn.Identity()
+        patches = encoder._embed(torch.zeros(1, 3, *shape))[:, 1:] - wanted.flatten(2).transpose(1, 2)
+        torch.testing.assert_close(patches, patches[:, :1].expand_as(patches), atol=1e-5, rtol=1e-5)  # all one colour
+    tokens, merged = vision(torch.rand(1, 3, *shape, generator=torch.Generator().manual_seed(0)))
+    assert vision.grid(*shape) == (rows // 2, columns // 2)
+    assert tokens.shape[1] == (rows // 2) * (columns // 2) and merged.shape == (1, 32, rows, columns)
+    last = torch.cat([merged[:, :, y, x] for y in (rows - 2, rows - 1) for x in (columns - 2, columns - 1)], dim=-1)
+    torch.testing.assert_close(tokens[:, -1], projected(vision, last), atol=2e-5, rtol=2e-5)

@@ -1,5 +1,6 @@
 """Checkpoints appear complete or not at all."""
 
+import errno
 import json
 
 import pytest
@@ -10,10 +11,14 @@ from lumen_ray.errors import UserError
 from lumen_ray.train import checkpoint
 
 
-def save(run, step, stage="s0", model=None):
-    model = model or tiny_model()
+def save(run, step, stage="s0", model=None, keep=0):
+    model = model or torch.nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    return checkpoint.save(run, {"step": step, "stage": stage, "preset": "tiny"}, model, optimizer)
+    return checkpoint.save(run, {"step": step, "stage": stage, "preset": "tiny"}, model, optimizer, keep)
+
+
+def names(run):
+    return [path.name for path in checkpoint.complete(run)]
 
 
 def test_the_weights_come_back(tmp_path):
@@ -35,7 +40,47 @@ def test_the_newest_complete_one_is_taken(tmp_path):
     torn.mkdir()
     assert checkpoint.latest(tmp_path) == old
     assert checkpoint.position(old) == {"step": 9, "stage": "s0", "preset": "tiny"}
-    assert save(tmp_path, 10, "s1") == checkpoint.latest(tmp_path)  # the leftover of the kill is no obstacle
+    assert save(tmp_path, 11, "s1") == checkpoint.latest(tmp_path)  # what the kills left is no obstacle
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["0000009-s0", "0000011-s1"]
+
+
+def test_the_newest_and_the_ends_of_stages_are_kept(tmp_path):
+    for step, stage in ((2, "a"), (4, "a"), (5, "a"), (6, "b"), (8, "b"), (10, "b")):
+        save(tmp_path, step, stage, keep=2)
+    assert names(tmp_path) == ["0000005-a", "0000008-b", "0000010-b"]
+    save(tmp_path, 11, "c", keep=1)
+    assert names(tmp_path) == ["0000005-a", "0000010-b", "0000011-c"]
+    save(tmp_path, 12, "c", keep=0)
+    assert len(names(tmp_path)) == 4
+
+
+def test_the_only_complete_one_outlives_a_failed_save(tmp_path, monkeypatch):
+    save(tmp_path, 2, keep=1)
+
+    def full(*args, **kwargs):
+        failure = OSError(errno.ENOSPC, "No space left on device", "x.distcp")
+        raise checkpoint.CheckpointException("save", {0: (failure, None)})
+
+    monkeypatch.setattr(checkpoint.dcp, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path, 4, keep=1)
+    assert names(tmp_path) == ["0000002-s0"]
+
+
+def test_a_parameter_without_gradients_so_far_resumes_without_state(tmp_path):
+    """Else its first gradient after a resume would count as its second."""
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model[0](torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    path = checkpoint.save(tmp_path, {"step": 1, "stage": "s"}, model, optimizer)
+    other = torch.optim.AdamW(model.parameters())
+    checkpoint.load_optimizer(path, model, other)
+    assert {len(other.state[p]) for p in model[0].parameters()} == {3}
+    assert not any(other.state.get(p) for p in model[1].parameters())
+    before = {id(p): s["exp_avg"] for p, s in optimizer.state.items()}
+    assert before and all(torch.equal(other.state[p]["exp_avg"], before[id(p)]) for p in model[0].parameters())
 
 
 def test_another_preset_is_refused(tmp_path):

@@ -85,6 +85,6 @@ def test_a_loss_that_is_not_finite_ends_the_run(data, tmp_path):
     with torch.no_grad():
         next(trainer.model.decoders.parameters()).fill_(float("nan"))
     plan = Plan(prepared.manifest, prepared.job.recipe)
-    with pytest.raises(DivergedError, match=r"step 0 \(stage s0\): loss .*heatmap.* is not finite; images: scene-"):
+    with pytest.raises(DivergedError, match=r"step 0 \(stage s0\), images scene-.*: loss .*heatmap.* is not finite"):
         trainer.fit(local_batches(prepared.reader, plan))
     assert checkpoint.latest(tmp_path / "run") is None

@@ -3,7 +3,8 @@
 import pytest
 from tiny_models import tiny_model
 
-from lumen_ray.train.optimizer import build_optimizer, lr_factor, parts, set_lr, set_trainable
+from lumen_ray.errors import UserError
+from lumen_ray.train.optimizer import build_optimizer, lr_factor, lr_factors, parts, set_lr, set_trainable
 from lumen_ray.train.recipe import MODULES, Stage
 
 
@@ -47,3 +48,53 @@ def test_every_parameter_belongs_to_one_part():
     model = tiny_model()
     owned = [id(p) for part in parts(model).values() for p in part.parameters()]
     assert len(owned) == len(set(owned)) == len(list(model.parameters()))
+
+
+def factors_by_name(model, s):
+    set_trainable(model, s)
+    found = lr_factors(model, s)
+    return {name: found[p] for name, p in model.named_parameters() if p in found}
+
+
+def test_rates_by_module_and_by_name_multiply():
+    scales = {"vision": 0.5, "trunk.vision.clip": 0.1, "*layer_norm*": 2.0}
+    found = factors_by_name(tiny_model(), stage(lr_scale=scales))
+    for name, factor in found.items():
+        wanted = (0.5 if name.startswith("trunk.vision.") else 1.0) * (0.1 if ".clip." in name else 1.0)
+        assert factor == pytest.approx(wanted * (2.0 if "layer_norm" in name else 1.0)), name
+    assert {1.0, 0.5, 0.05, 0.1} <= {round(factor, 6) for factor in found.values()}
+
+
+def test_a_rate_of_zero_freezes():
+    model, s = tiny_model(), stage(lr_scale={"trunk.vision.clip.model": 0, "lumen": 0})
+    found = factors_by_name(model, s)
+    assert not any(name.startswith(("trunk.vision.clip.model.", "decoders.lumen.")) for name in found)
+    assert any(name.startswith("trunk.vision.clip.merge.") for name in found)
+    groups = build_optimizer(model, s).param_groups
+    assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
+
+
+def test_a_name_that_fits_nothing_is_told():
+    for pattern, stage_parts in (("trunk.visoin.clip", MODULES), ("*.nrm*", MODULES), ("trunk.llm.*", ("vision",))):
+        with pytest.raises(UserError, match="fits nothing that the stage trains") as error:
+            factors_by_name(tiny_model(), stage(lr_scale={pattern: 0.5}, trainable=stage_parts))
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="did you mean 'trunk.vision.clip'"):
+        factors_by_name(tiny_model(), stage(lr_scale={"trunk.visoin.clip": 0}))
+
+
+def test_deeper_layers_learn_slower():
+    found = factors_by_name(tiny_model(), stage(layer_decay={"vision": 0.5}))
+    clip = "trunk.vision.clip.model."
+    assert found[f"{clip}embeddings.patch_embedding.weight"] == 0.5**3
+    assert found[f"{clip}encoder.layers.0.mlp.fc1.weight"] == 0.5**2
+    assert found[f"{clip}encoder.layers.1.mlp.fc1.weight"] == 0.5
+    assert found["trunk.vision.dinov2.model.embeddings.cls_token"] == 0.5**3
+    others = [n for n in found if ".model." not in n or n.startswith("trunk.llm.")]
+    assert {found[name] for name in others} == {1.0} and any("merge" in name for name in others)
+
+
+def test_without_names_the_groups_are_those_of_parts_and_kinds():
+    model, s = tiny_model(), stage()
+    set_trainable(model, s)
+    assert len(build_optimizer(model, s).param_groups) <= 2 * len(MODULES)

@@ -59,9 +59,7 @@ def test_the_weights_are_the_same(runs):
     one, two = (load_file(run / "model" / "model.safetensors") for run in runs)
     start = weights_at_start(runs[0])
     assert one.keys() == two.keys() == start.keys()
-    apart, moved = (
-        sum(float((a[n] - b[n]).square().sum()) for n in one) ** 0.5 for a, b in ((one, two), (one, start))
-    )
+    apart, moved = (sum(float((a[n] - b[n]).square().sum()) for n in one) ** 0.5 for a, b in ((one, two), (one, start)))
     assert moved > 0.1
     assert apart < 0.01 * moved
 

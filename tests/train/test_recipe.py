@@ -1,11 +1,17 @@
 """Mistakes in a recipe are told with what is valid."""
 
 import pytest
+import torch
 from tiny_models import tiny_model
+from train_fakes import job_of
 
 from lumen_ray import config
 from lumen_ray.errors import UserError
-from lumen_ray.train.recipe import LOSSES, Recipe
+from lumen_ray.model.build import build_model, count_parameters
+from lumen_ray.model.settings import ModelSettings
+from lumen_ray.presets import model_path, recipe_path
+from lumen_ray.train.checks import check_recipe
+from lumen_ray.train.recipe import BLOCK_PARTS, LOSSES, Recipe
 
 
 def recipe(*stages, **changes):
@@ -27,6 +33,10 @@ def recipe(*stages, **changes):
         ({"augment": {"scale": [0, 1]}}, "0 < smallest <= largest"),
         ({"lerning_rate": 1}, "unknown key"),
         ({"steps": 0}, "steps"),
+        ({"accumulate": 0}, "accumulate"),
+        ({"lr_scale": {"vision": -1}}, "lr_scale of 'vision' must not be negative"),
+        ({"layer_decay": {"dense": 0.9}}, "unknown part with layers 'dense'; parts with layers: llm, vision"),
+        ({"layer_decay": {"llm": 1.5}}, r"layer_decay of 'llm' must lie in \(0, 1\], got 1.5"),
     ],
 )
 def test_a_mistake_in_a_stage_is_told(stage, message):
@@ -50,3 +60,52 @@ def test_steps_belong_to_stages():
     made = recipe({}, {})
     assert made.total_steps == 7
     assert [made.at(t) for t in (0, 2, 3, 6, 7)] == [(0, 0), (0, 2), (1, 0), (1, 3), (2, 0)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"precision": "fp16"}, "'precision' is invalid.*'fp32' or 'bf16'"),
+        ({"compile": ["lmu"]}, "unknown part with blocks 'lmu'; .*parts with blocks: llm, lumen, vision"),
+        ({"activation_checkpointing": ["dense"]}, "unknown part with blocks 'dense'"),
+        ({"lora": {"rank": 0}}, "lora.rank"),
+        ({"lora": {"ranks": 4}}, "unknown key 'lora.ranks'; did you mean 'rank'"),
+        ({"ema": {"decay": 1.0}}, "ema.decay"),
+        ({"mlflow": {"uri": "x"}}, "unknown key 'mlflow.uri'"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_told(changes, message):
+    with pytest.raises(UserError, match=message) as error:
+        recipe(**changes)
+    assert "\n" not in str(error.value)
+
+
+def test_true_is_all_blocks():
+    made = recipe(compile=True, activation_checkpointing=False)
+    assert (made.compile, made.activation_checkpointing) == (BLOCK_PARTS, ())
+
+
+#: parameters in millions: of both encoders with their merges, of the LLM, and of all, roughly
+SIZES = {"small": (12.2, 15.7, 32), "7b": (656.2, 6738.5, 7430)}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_large_recipes_fit_their_models(name):
+    """Built without memory: every name in them is one of the model's, and the model is as large as it says."""
+    if name == "7b":
+        pytest.importorskip("peft", reason="LoRA needs peft (pip install 'lumen-ray[lora]')")
+    made = config.load(Recipe, recipe_path(name))
+    settings = config.load(ModelSettings, model_path(made.model))
+    check_recipe(made, settings, settings.vocab_size)
+    with torch.device("meta"):
+        model = build_model(settings, settings.vocab_size)
+    vision, llm, whole = SIZES[name]
+    assert count_parameters(model.trunk.vision) / 1e6 == pytest.approx(vision, abs=0.1)
+    assert count_parameters(model.trunk.llm) / 1e6 == pytest.approx(llm, abs=0.1)
+    assert count_parameters(model) / 1e6 == pytest.approx(whole, rel=0.1)
+    assert [stage.name for stage in made.stages] == ["align", "instruct", "joint", "decoders"]
+
+
+def test_names_are_checked_before_a_worker_starts(data, tmp_path):
+    with pytest.raises(UserError, match="stage 's0': lr_scale 'trunk.nothing' fits nothing"):
+        job_of(data, tmp_path / "run", {"steps": 1, "lr_scale": {"trunk.nothing": 0.1}})

@@ -1,6 +1,9 @@
 """What a run folder remembers, and what a worker does with an error."""
 
+import errno
 import json
+import os
+import threading
 import time
 
 import pytest
@@ -11,46 +14,59 @@ from lumen_ray.errors import UserError
 from lumen_ray.train import trainer as trainer_module
 from lumen_ray.train.loop import DivergedError
 from lumen_ray.train.metrics import MetricsWatcher, drop_from
-from lumen_ray.train.run_folder import FAILED, forget_failure, keep_start, raise_failure, run_once, start_of
+from lumen_ray.train.run_folder import keep_start, sole_writer, start_of, told
 from lumen_ray.train.trainer import _check_cpus, train, train_local
 
 
-def failing(error, cause=None):
-    def fit():
-        raise error from cause
+class Wrapped(Exception):
+    """As Ray wraps what went wrong in a worker."""
 
-    return fit
+    def __init__(self, worker_failures):
+        super().__init__("a worker failed")
+        self.worker_failures = worker_failures
 
 
 @pytest.mark.parametrize("error", [UserError("mend this", "broken_shards"), DivergedError("loss lm is not finite")])
-def test_an_error_to_mend_is_recorded_and_not_tried_again(tmp_path, error):
-    run_once(tmp_path, failing(RuntimeError("wrapped by Ray"), error))
-    calls = []
-    run_once(tmp_path, lambda: calls.append(1))  # the restarted group
-    assert calls == []
-    with pytest.raises(UserError, match=str(error)) as found:
-        raise_failure(tmp_path)
-    assert found.value.reason == getattr(error, "reason", "training_diverged")
-    forget_failure(tmp_path)
-    raise_failure(tmp_path)
-    run_once(tmp_path, lambda: calls.append(1))
-    assert calls == [1]
+def test_what_the_user_must_mend_is_found_in_its_wrappers(error):
+    middle = RuntimeError("wrapped by a task")
+    middle.__cause__ = error
+    found = told(Wrapped({0: RuntimeError("connection closed by peer"), 1: middle}))
+    assert isinstance(found, UserError) and str(found) == str(error)
+    assert found.reason == getattr(error, "reason", "training_diverged")
 
 
-def test_one_rank_alone_raises_so_that_the_others_do_not_wait(tmp_path, monkeypatch):
-    monkeypatch.setattr("lumen_ray.train.parallel.world_size", lambda: 2)
-    with pytest.raises(UserError, match="mend this"):
-        run_once(tmp_path, failing(UserError("mend this")))
-    assert (tmp_path / FAILED).exists()
-    forget_failure(tmp_path)
-    run_once(tmp_path, failing(DivergedError("nan")))  # all ranks see it in the same step
-    assert json.loads((tmp_path / FAILED).read_text())["message"] == "nan"
+def test_a_full_disk_is_said_in_one_sentence_and_other_errors_stay(tmp_path):
+    found = told(Wrapped({0: OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/run/x")}))
+    assert isinstance(found, UserError) and found.reason == "disk_full"
+    assert str(found).startswith("the disk of the run folder is full for '/run/x'; free space")
+    other = OSError(errno.EIO, "input/output error")
+    assert told(other) is other
 
 
-def test_a_crash_is_left_to_ray(tmp_path):
-    with pytest.raises(OSError, match="disk"):
-        run_once(tmp_path, failing(OSError("disk")))
-    assert not (tmp_path / FAILED).exists()
+def test_one_process_at_a_time_writes_to_a_run(tmp_path):
+    entered = threading.Event()
+
+    def second():
+        with sole_writer(tmp_path, wait_s=30):
+            entered.set()
+
+    with sole_writer(tmp_path):
+        with pytest.raises(UserError, match="another process trains into") as error, sole_writer(tmp_path, wait_s=0.1):
+            pass
+        assert error.value.reason == "run_busy"
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert not entered.wait(0.5)
+    assert entered.wait(30)
+    thread.join()
+
+
+def test_how_a_run_is_carried_out_may_change(data, tmp_path):
+    manifest, settings = {"files": [{"sha256": "a"}], "categories": []}, tiny_settings()
+    keep_start(tmp_path, start_of(make_recipe(data), settings, manifest, None), resumes=False)
+    changed = make_recipe(data, workers=2, min_workers=1, max_failures=9, keep_checkpoints=1, checkpoint_every=3)
+    keep_start(tmp_path, start_of(changed, settings, manifest, None), resumes=True)
+    assert json.loads((tmp_path / "recipe.json").read_text())["recipe"]["workers"] == 2
 
 
 def test_a_run_is_continued_with_what_it_was_started_with(data, tmp_path):
@@ -72,6 +88,18 @@ def test_a_run_is_continued_with_what_it_was_started_with(data, tmp_path):
     keep_start(tmp_path, others["recipe"], resumes=False)
 
 
+def test_a_run_of_an_earlier_version_goes_on(data, tmp_path):
+    """Its recipe has no word of settings that came later."""
+    manifest = {"files": [{"sha256": "a"}], "categories": []}
+    start = start_of(make_recipe(data), tiny_settings(), manifest, None)
+    old = {key: value for key, value in start["recipe"].items() if key not in ("precision", "lora", "ema", "compile")}
+    keep_start(tmp_path, start | {"recipe": old}, resumes=False)
+    keep_start(tmp_path, start, resumes=True)
+    keep_start(tmp_path, start | {"recipe": old}, resumes=False)
+    with pytest.raises(UserError, match="a run of another recipe;"):
+        keep_start(tmp_path, start | {"recipe": start["recipe"] | {"precision": "bf16"}}, resumes=True)
+
+
 def test_a_run_killed_before_its_export_needs_no_ray(data, tmp_path, monkeypatch):
     model = train_local(make_job(data, tmp_path / "run", stages=((2, None),)))
     before = (model / "model.safetensors").read_bytes()
@@ -85,7 +113,7 @@ def test_a_run_killed_before_its_export_needs_no_ray(data, tmp_path, monkeypatch
 
 def test_two_workers_fit_on_two_cores():
     _check_cpus(2, 2)
-    with pytest.raises(UserError, match="has 1 CPUs but 2 workers and their reads need 2"):
+    with pytest.raises(UserError, match="has 1 CPUs but 2 workers need 2"):
         _check_cpus(1, 2)
 
 

@@ -1,44 +1,79 @@
-"""COCO records (instances, keypoints, captions) to shard rows.
+"""COCO json (instances, keypoints of any skeleton, captions, LVIS) to shard rows.
 
 `coco_json.load` parses and merges the json files; `to_row` is a pure function of one image's record and bytes, fit to
 run anywhere, and says of every annotation whether it was written or why not.
+
+Frame: the width and height of the json tell. Where they are those of the EXIF-rotated image (browsers and OpenCV show
+that), coordinates are taken as they are; where they are those of the stored pixels (tools on bare Pillow), boxes, masks
+and keypoints are rotated with the image. Rotations that keep the size leave no trace in the json: there annotations
+count as rotated, as does a json without sizes.
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+from lumen_ray.data import files
 from lumen_ray.data import rle as rle_tools
-from lumen_ray.data.images import decode
+from lumen_ray.data.frames import Frame, read_frame
 from lumen_ray.data.schema import make_message, make_row
-from lumen_ray.data.sources.coco_json import CocoImage, Rejected, is_numbers
+from lumen_ray.data.sources import coco_json
+from lumen_ray.data.sources.base import (
+    Listing,
+    Outcome,
+    Source,
+    image_locations,
+    instance,
+    lost_image,
+    perception_tasks,
+    read_first,
+    reject,
+)
+from lumen_ray.data.sources.coco_json import CocoImage
+from lumen_ray.data.sources.parts import is_numbers, reserved_token, to_box, to_mask
 from lumen_ray.errors import UserError
-from lumen_ray.model.tokenizer import SPECIAL_TOKENS
-from lumen_ray.structures import Boxes, Size
+from lumen_ray.structures import Size
 from lumen_ray.tasks import get_task
 
 
-def find_image(folder: str | Path, file_name: str) -> Path | None:
-    """The file under `folder`; by its bare name where the json holds another machine's folders; None if absent."""
-    candidates = (Path(folder) / file_name, Path(folder) / Path(file_name.replace("\\", "/")).name)
-    return next((path for path in candidates if path.is_file()), None)
+@dataclass
+class CocoSource(Source):
+    """`annotations`: COCO json files over the same images, which lie in the folder `images`."""
 
+    annotations: list[str]
+    images: str
+    kind = "coco"
 
-def _box(annotation: dict[str, Any], mask: rle_tools.Rle | None, size: Size) -> list[float]:
-    """xyxy clipped to the image; `UserError` for a box that is malformed, degenerate or outside."""
-    bbox = annotation.get("bbox")
-    if not bbox and mask is not None:
-        bbox = rle_tools.tight_xywh(mask)
-    if not is_numbers(bbox) or len(bbox) != 4:
-        raise UserError(f"bbox must be four finite numbers [x, y, width, height], got {bbox!r}", "invalid_box")
-    if bbox[2] <= 0 or bbox[3] <= 0:
-        raise UserError(f"degenerate box {bbox}: width and height must be positive", "invalid_box")
-    clipped = Boxes.from_xywh(bbox, size).clip()
-    if clipped.area[0] <= 0:
-        raise UserError(f"box {bbox} lies outside the image of {size[1]}x{size[0]} pixels", "invalid_box")
-    return [float(c) for c in clipped.xyxy[0]]
+    def __post_init__(self) -> None:
+        self.images = files.absolute(self.images)
+
+    def list(self) -> Listing:
+        if not files.is_dir(self.images):
+            raise UserError(f"image folder '{files.shown(self.images)}' does not exist", "missing_images")
+        loaded = coco_json.load(self.annotations)
+        if not loaded.images:
+            raise UserError(f"no image is listed in {', '.join(map(files.shown, self.annotations))}", "empty_input")
+        shared = {
+            "keypoints": {c["name"]: len(c["keypoints"]) for c in loaded.categories},
+            "classes": loaded.classes,
+        }
+        return Listing(
+            [vars(image) for image in loaded.images],
+            {"images": len(loaded.images), "annotations": loaded.listed - loaded.merged},
+            loaded.categories,
+            shared,
+            loaded.rejected,
+            origin={"merged_annotations": loaded.merged},
+        )
+
+    def rows(self, record: dict[str, Any], shared: dict[str, Any]) -> Iterator[Outcome]:
+        image = CocoImage(**record)
+        names = [name for name in (image.file_name, image.path) if name]
+        data = read_first(*(place for name in names for place in image_locations(self.images, name)))
+        yield to_row(image, data, shared["keypoints"], image.classes(shared["classes"]), self.kind)
 
 
 def _keypoints(annotation: dict[str, Any], number: int, size: Size) -> list[float] | None:
@@ -58,93 +93,61 @@ def _keypoints(annotation: dict[str, Any], number: int, size: Size) -> list[floa
     return points if any(points[2::3]) else None
 
 
-def _reserved(text: str) -> str | None:
-    """The first token of the prompt layout written in a text: there it would be read as layout, not as words."""
-    return next((token for token in SPECIAL_TOKENS if token in text), None)
-
-
-def _instance(annotation: dict[str, Any], keypoints: dict[str, int], size: Size) -> dict[str, Any]:
-    """A schema instance; `UserError` for an annotation that cannot be used."""
-    if token := _reserved(annotation["name"]):
-        raise UserError(
-            f"its category '{annotation['name']}' contains the reserved token {token}; rename it", "reserved_token"
-        )
-    mask = rle_tools.from_segmentation(annotation.get("segmentation"), size)
-    if mask is not None and rle_tools.area(mask) == 0:
-        raise UserError("its mask covers no pixel", "invalid_mask")
-    box = _box(annotation, mask, size)
+def _instance(annotation: dict[str, Any], keypoints: dict[str, int], frame: Frame) -> dict[str, Any]:
+    """A schema instance in the rotated frame; `UserError` for an annotation that cannot be used."""
+    size, name = frame.size, annotation["name"]
+    mask = to_mask(annotation.get("segmentation"), size)
+    bbox = annotation.get("bbox")
+    if not bbox and mask is not None:
+        bbox = rle_tools.tight_xywh(mask)
     area = annotation.get("area")
-    if not isinstance(area, int | float) or not math.isfinite(area) or area <= 0:
-        area = rle_tools.area(mask) if mask is not None else (box[2] - box[0]) * (box[3] - box[1])
-    return {
-        "phrase": annotation["name"],
-        "box": box,
-        "mask": mask,
-        "keypoints": _keypoints(annotation, keypoints.get(annotation["name"], 0), size),
-        "crowd": bool(annotation.get("iscrowd")),
-        "area": float(area),
-    }
+    if not is_numbers([area]) or not 0 < area < math.inf:
+        area = None
+    points = _keypoints(annotation, keypoints.get(name, 0), size)
+    crowd = bool(annotation.get("iscrowd"))
+    box = to_box(bbox, "xywh", size)
+    return frame.rotated(instance(name, box, mask=mask, keypoints=points, crowd=crowd, area=area))
 
 
-def _tasks(classes: list[str], instances: list[dict[str, Any]], captions: int) -> list[str]:
-    """What a row can train; masks count only where every object has one."""
-    objects = [i for i in instances if not i["crowd"]]
-    tasks = ["detect", "count"] if classes else []
-    if objects and all(i["mask"] is not None for i in objects):
-        tasks.append("segment")
-    if any(i["keypoints"] is not None for i in objects):
-        tasks.append("pose")
-    return tasks + (["caption"] if captions else [])
-
-
-def _check_size(record: CocoImage, size: Size) -> None:
-    for declared in record.sizes:
-        if any(declared) and declared != list(size):
-            raise UserError(
-                f"size mismatch: the annotations say {declared[1]}x{declared[0]} pixels, "
-                f"the image has {size[1]}x{size[0]} after EXIF rotation",
-                "size_mismatch",
-            )
-
-
-def to_row(
-    record: CocoImage, image: bytes | None, keypoints: dict[str, int], source: str
-) -> tuple[dict[str, Any] | None, list[Rejected]]:
-    """One image's row and its rejected records; no row, and all its annotations rejected, when the image is unusable.
-
-    `image`: the encoded bytes, None if the file is missing; `keypoints`: number of keypoints per category. A class of
-    which an annotation was rejected leaves the row's `classes`: it is no longer annotated exhaustively there.
-    """
-    name = record.file_name
-    try:
-        if image is None:
-            raise UserError("the image file is missing or cannot be opened", "missing_image")
-        size = decode(image).shape[:2]  # all of it: a truncated file shows only then
-        _check_size(record, size)
-    except UserError as error:
-        lost = [a["origin"] for a in record.annotations] + [origin for _, origin in record.captions]
-        reasons = [
-            {"image_id": name, "origin": origin, "reason": f"its image was rejected: {error}"} for origin in lost
-        ]
-        return None, [{"image_id": name, "origin": record.origin, "reason": str(error)}, *reasons]
-    rejected: list[Rejected] = []
-    instances, incomplete, messages = [], set(), []
-    for annotation in record.annotations:
-        try:
-            instances.append(_instance(annotation, keypoints, size))
-        except UserError as error:
-            incomplete.add(annotation["name"])
-            rejected.append({"image_id": name, "origin": annotation["origin"], "reason": str(error)})
+def _messages(record: CocoImage, outcome: Outcome) -> list[dict[str, Any]]:
+    messages = []
     for number, (caption, origin) in enumerate(record.captions):
         text = " ".join(caption.split())
-        if token := _reserved(text):
+        if token := reserved_token(text):
             reason = f"the caption contains the reserved token {token}"
-            rejected.append({"image_id": name, "origin": origin, "reason": reason})
+            outcome.rejected.append(reject("annotations", record.file_name, origin, reason))
         elif text:
             messages.append(make_message("caption", get_task("caption").prompt(template=number), text))
         else:
-            rejected.append({"image_id": name, "origin": origin, "reason": "the caption is empty"})
-    classes = [c for c in record.classes if c not in incomplete and not _reserved(c)]
-    row = make_row(name, image, size, source, tasks=_tasks(classes, instances, len(messages)), classes=classes,
-                   instances=instances, messages=messages)  # fmt: skip
-    return row, rejected
+            outcome.rejected.append(reject("annotations", record.file_name, origin, "the caption is empty"))
+    return messages
+
+
+def to_row(
+    record: CocoImage, image: bytes | None, keypoints: dict[str, int], classes: list[str], source: str
+) -> Outcome:
+    """One image's row and rejected records; no row, and all its annotations rejected, when the image is unusable.
+
+    `image`: the encoded bytes, None if the file is missing; `keypoints`: number of keypoints per category; `classes`:
+    those annotated exhaustively. One of which an annotation was rejected leaves the row's `classes`.
+    """
+    name = record.file_name
+    try:
+        frame = read_frame(image, record.sizes)
+    except UserError as error:
+        lost = [a["origin"] for a in record.annotations] + [origin for _, origin in record.captions]
+        return lost_image(name, record.origin, error, origins=lost)
+    outcome, instances, incomplete = Outcome(), [], set()
+    for annotation in record.annotations:
+        try:
+            instances.append(_instance(annotation, keypoints, frame))
+        except UserError as error:
+            incomplete.add(annotation["name"])
+            outcome.rejected.append(reject("annotations", name, annotation["origin"], error))
+    messages = _messages(record, outcome)
+    classes = [c for c in classes if c not in incomplete and not reserved_token(c)]
+    tasks = perception_tasks(classes, instances) + (["caption"] if messages else [])
+    outcome.row = make_row(name, image, frame.rotated_size, source, tasks=tasks, classes=classes, instances=instances,
+                           messages=messages)  # fmt: skip
+    outcome.written = {"annotations": len(instances) + len(messages)}
+    return outcome

@@ -3,53 +3,67 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from lumen_ray.data import files
+from lumen_ray.data.sources.base import Rejected, reject
+from lumen_ray.data.sources.parts import is_numbers, load_json
 from lumen_ray.errors import UserError
-
-Rejected = dict[str, str]  # image_id, origin, reason
 
 
 @dataclass
 class CocoImage:
     """Everything the json files say about one image. `sizes`: the (height, width) they declare;
-    `annotations`: object annotations with `name` (of the category) and `origin` added; `captions`: (text, origin)."""
+    `annotations`: object annotations with `name` (of the category) and `origin` added; `captions`: (text, origin).
+
+    `path`: where the file lies by a `coco_url`, its folder (train2017, val2017) included; empty where there is none.
+    Which classes are annotated exhaustively: all of the files numbered in `files` (of `CocoSet.classes`); in federated
+    files (LVIS) those with an annotation here or in `absent`, less those in `incomplete`.
+    """
 
     file_name: str
     origin: str
     sizes: list[list[int]] = field(default_factory=list)
-    classes: list[str] = field(default_factory=list)
+    files: list[int] = field(default_factory=list)
+    absent: list[str] = field(default_factory=list)
+    incomplete: list[str] = field(default_factory=list)
     annotations: list[dict[str, Any]] = field(default_factory=list)
     captions: list[list[str]] = field(default_factory=list)
+    path: str = ""
+    federated: bool = False
+
+    def classes(self, by_file: Sequence[Sequence[str]]) -> list[str]:
+        """The classes annotated exhaustively, without repeats; `by_file` is `CocoSet.classes`."""
+        found = dict.fromkeys(name for number in self.files for name in by_file[number])
+        if self.federated:
+            found.update(dict.fromkeys([*(a["name"] for a in self.annotations), *self.absent]))
+        return [name for name in found if name not in self.incomplete]
 
 
 @dataclass
 class CocoSet:
     """`images` in file-name order; `categories` as in the manifest; `rejected`: annotations that belong to no image or
-    category; `listed`: annotations in the files; `merged`: those of them that only added to one listed before."""
+    category; `listed`: annotations in the files; `merged`: those of them that only added to one listed before;
+    `classes`: the names of each file's categories."""
 
     images: list[CocoImage]
     categories: list[dict[str, Any]]
     rejected: list[Rejected]
     listed: int = 0
     merged: int = 0
+    classes: list[list[str]] = field(default_factory=list)
 
 
-def _parse(path: Path) -> dict[str, Any]:
+def parse(path: str) -> dict[str, Any]:
     """A COCO json file, its parts checked for presence and type."""
-    if not path.is_file():
-        raise UserError(f"annotation file '{path}' does not exist", "missing_annotations")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"annotation file '{path}' is not valid json: {error}", "invalid_annotations") from None
+    data = load_json(path)
     for key in ("images", "annotations"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
-            raise UserError(f"annotation file '{path}' is not COCO json: it has no list '{key}'", "invalid_annotations")
+            raise UserError(
+                f"annotation file '{files.shown(path)}' is not COCO json: it has no list '{key}'", "invalid_annotations"
+            )
     return data
 
 
@@ -72,23 +86,28 @@ def _is_edge(edge: Any, num_keypoints: int) -> bool:
     return whole and all(1 <= i <= num_keypoints for i in edge)
 
 
-def _merge_categories(path: Path, data: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[Any, str]:
+def _merge_categories(path: str, data: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[Any, str]:
     """Adds the file's categories to `known`; returns its names by id."""
     names: dict[Any, str] = {}
-    for entry in data.get("categories") or []:
+    entries = data.get("categories") or []
+    if not isinstance(entries, list):
+        raise UserError(f"'{files.shown(path)}': categories must be a list", "invalid_annotations")
+    for entry in entries:
         named = isinstance(entry, dict) and str(entry.get("name") or "").strip()
         if not named or not isinstance(entry.get("id"), int | str):
-            raise UserError(f"'{path}': a category needs 'id' and 'name', got {entry!r}", "invalid_annotations")
+            raise UserError(
+                f"'{files.shown(path)}': a category needs 'id' and 'name', got {entry!r}", "invalid_annotations"
+            )
         try:
             new = _category(entry)
         except UserError as error:
-            raise UserError(f"'{path}': category '{entry['name']}': {error}", error.reason) from None
+            raise UserError(f"'{files.shown(path)}': category '{entry['name']}': {error}", error.reason) from None
         old = known.setdefault(new["name"], new)
         if not old["keypoints"]:
             old.update(keypoints=new["keypoints"], skeleton=new["skeleton"])
         elif new["keypoints"] and new["keypoints"] != old["keypoints"]:
             raise UserError(
-                f"'{path}': category '{new['name']}' has other keypoints than in the files before; "
+                f"'{files.shown(path)}': category '{new['name']}' has other keypoints than in the files before; "
                 "prepare files with different keypoints separately",
                 "invalid_annotations",
             )
@@ -101,7 +120,12 @@ def _file_name(entry: dict[str, Any]) -> str | None:
     return str(name) if name else None
 
 
-def load(paths: Sequence[str | Path]) -> CocoSet:
+def _url_path(entry: dict[str, Any]) -> str:
+    """Folder and name at the end of a `coco_url`: LVIS has no file names, and its splits mix COCO's two folders."""
+    return "/".join(str(entry.get("coco_url") or "").split("/")[3:][-2:])
+
+
+def load(paths: Sequence[files.Location]) -> CocoSet:
     """Parse and merge COCO json files: images by file name, categories by name, objects that two files list.
 
     Raises `UserError` for a file that is missing or not COCO json. What one bad annotation breaks is in `rejected`.
@@ -109,10 +133,11 @@ def load(paths: Sequence[str | Path]) -> CocoSet:
     if not paths:
         raise UserError("give at least one COCO json file", "missing_annotations")
     merger = _Merger()
-    for path in map(Path, paths):
-        merger.add(path, _parse(path))
+    for path in map(str, paths):
+        merger.add(path, parse(path))
     images = [merger.images[name] for name in sorted(merger.images)]
-    return CocoSet(images, list(merger.categories.values()), merger.rejected, merger.listed, merger.merged)
+    categories = list(merger.categories.values())
+    return CocoSet(images, categories, merger.rejected, merger.listed, merger.merged, merger.classes)
 
 
 class _Merger:
@@ -122,11 +147,13 @@ class _Merger:
         self.images: dict[str, CocoImage] = {}
         self.categories: dict[str, dict[str, Any]] = {}
         self.rejected: list[Rejected] = []
+        self.classes: list[list[str]] = []
         self.listed = self.merged = 0
         self._before: dict[Any, list[dict[str, Any]]] = {}  # objects that the file being added may list again
 
-    def add(self, path: Path, data: dict[str, Any]) -> None:
+    def add(self, path: str, data: dict[str, Any]) -> None:
         names = _merge_categories(path, data, self.categories)
+        self.classes.append(list(dict.fromkeys(names.values())))
         by_id = self._add_images(path, data["images"], names)
         self._before = {}
         for image in by_id.values():
@@ -135,20 +162,28 @@ class _Merger:
         self.listed += len(data["annotations"])
         for number, entry in enumerate(data["annotations"]):
             entry = entry if isinstance(entry, dict) else {}
-            origin = f"{path.name} annotation {entry.get('id', f'number {number}')}"
+            origin = f"{files.base_name(path)} annotation {entry.get('id', f'number {number}')}"
             self._add_annotation(entry, origin, by_id, names)
 
-    def _add_images(self, path: Path, entries: list[Any], names: dict[Any, str]) -> dict[Any, CocoImage]:
+    def _add_images(self, path: str, entries: list[Any], names: dict[Any, str]) -> dict[Any, CocoImage]:
         by_id: dict[Any, CocoImage] = {}
         for number, entry in enumerate(entries):
             key = entry.get("id") if isinstance(entry, dict) else None
             if not isinstance(key, int | str) or (name := _file_name(entry)) is None:
-                raise UserError(f"'{path}': image {number} needs 'id' and 'file_name'", "invalid_annotations")
+                raise UserError(
+                    f"'{files.shown(path)}': image {number} needs 'id' and 'file_name'", "invalid_annotations"
+                )
             if key in by_id and by_id[key].file_name != name:
-                raise UserError(f"'{path}': image id {key} stands for two files", "invalid_annotations")
-            image = by_id[key] = self.images.setdefault(name, CocoImage(name, path.name))
+                raise UserError(f"'{files.shown(path)}': image id {key} stands for two files", "invalid_annotations")
+            image = by_id[key] = self.images.setdefault(name, CocoImage(name, files.base_name(path)))
             image.sizes.append([entry.get("height") or 0, entry.get("width") or 0])
-            image.classes = list(dict.fromkeys([*image.classes, *names.values()]))
+            image.path = image.path or _url_path(entry)
+            if "neg_category_ids" in entry:  # LVIS: only some classes were looked for in this image
+                image.federated = True
+                image.absent += _names_of(entry["neg_category_ids"], names)
+                image.incomplete += _names_of(entry.get("not_exhaustive_category_ids"), names)
+            elif len(self.classes) - 1 not in image.files:
+                image.files.append(len(self.classes) - 1)
         return by_id
 
     def _add_annotation(
@@ -156,12 +191,12 @@ class _Merger:
     ) -> None:
         image = _lookup(by_id, entry.get("image_id"))
         if image is None:
-            self.rejected.append({"image_id": "", "origin": origin, "reason": "its image is not in the file"})
+            self.rejected.append(reject("annotations", "", origin, "its image is not in the file"))
         elif "caption" in entry:
             image.captions.append([str(entry["caption"] or ""), origin])
         elif (category := _lookup(names, entry.get("category_id"))) is None:
             reason = f"unknown category id {entry.get('category_id')}"
-            self.rejected.append({"image_id": image.file_name, "origin": origin, "reason": reason})
+            self.rejected.append(reject("annotations", image.file_name, origin, reason))
         else:
             self._add_object(image, {**entry, "name": category, "origin": origin})
 
@@ -187,9 +222,9 @@ def _object_key(image: CocoImage, annotation: dict[str, Any]) -> tuple[str, str]
     return image.file_name, json.dumps([annotation["name"], bbox])
 
 
-def is_numbers(values: Any) -> bool:
-    """Whether `values` is a list of finite numbers."""
-    return isinstance(values, list) and all(isinstance(c, int | float) and math.isfinite(c) for c in values)
+def _names_of(ids: Any, names: dict[Any, str]) -> list[str]:
+    found = (_lookup(names, i) for i in ids) if isinstance(ids, list) else ()
+    return [name for name in found if name is not None]
 
 
 def _lookup(table: dict[Any, Any], key: Any) -> Any:

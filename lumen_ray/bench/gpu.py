@@ -1,0 +1,236 @@
+"""Tokens per second and share of the device's peak (MFU) of trunk, decoders and the whole step, compiled and not.
+
+Needs torch and the model code only: batches are made in memory, so that it runs on a bare GPU machine.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from lumen_ray import config
+from lumen_ray.bench.timing import Result, in_turns
+from lumen_ray.decoders.base import PerceptionTargets
+from lumen_ray.model.build import Generalist, build_model
+from lumen_ray.model.prompts import Branch, build_layout
+from lumen_ray.model.settings import ModelSettings
+from lumen_ray.model.superlink import SuperLink
+from lumen_ray.model.tokenizer import LumenTokenizer
+from lumen_ray.presets import model_path
+from lumen_ray.tasks import TASKS
+from lumen_ray.train import flops, precision
+from lumen_ray.train.blocks import compile_blocks
+
+TOP = 5
+COMPILED = ("vision", "llm", "lumen")  # as `compile: true` in a recipe
+#: components of `flops.of_step` by what is measured
+PARTS = {"trunk": ("vision", "llm", "dense"), "decoders": ("lumen",), "step": ("vision", "llm", "dense", "lumen")}
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a batch holds: images, per image so many class prompts and captions, per prompt so many objects."""
+
+    images: int = 16
+    classes: int = 8
+    captions: int = 2
+    objects: int = 4
+
+
+def make_tokenizer(settings: ModelSettings) -> LumenTokenizer:
+    return LumenTokenizer.train([t for task in TASKS.values() for t in task.templates], settings.vocab_size)
+
+
+def make_batch(settings: ModelSettings, tokenizer: LumenTokenizer, load: Load, seed: int = 0) -> dict[str, Any]:
+    """A training batch as the collator makes them, of random images, boxes and masks. On the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    side = settings.image_size
+    branches, tasks = [], []
+    for image in range(load.images):
+        for number in range(load.classes):
+            task = TASKS["segment" if number % 2 else "detect"]
+            branches.append(Branch(image, task.prompt(f"object {number}", 0), route=task.routing_token))
+            tasks.append(task.name)
+        for _ in range(load.captions):
+            words = "a picture of a small object beside a large one"
+            branches.append(Branch(image, TASKS["caption"].prompt("", 0), response=words))
+            tasks.append("caption")
+    layout = build_layout(branches, load.images, tokenizer)
+    prompts, count = load.images * load.classes, load.images * load.classes * load.objects
+    low = torch.rand(prompts, load.objects, 2, generator=generator) * side * 0.6
+    boxes = torch.cat([low, low + side * (0.1 + 0.3 * torch.rand(low.shape, generator=generator))], dim=-1)
+    masks = (torch.rand(count, side // 4, side // 4, generator=generator) > 0.5).to(torch.uint8)
+    targets = PerceptionTargets(
+        boxes,
+        torch.ones(prompts, load.objects, dtype=torch.bool),
+        torch.zeros(prompts, load.objects, dtype=torch.bool),
+        torch.arange(count).reshape(prompts, load.objects),
+        masks,
+        torch.zeros(prompts, load.objects, 3),
+        torch.ones(prompts, dtype=torch.bool),
+    )
+    images = torch.randint(0, 256, (load.images, 3, side, side), generator=generator)
+    return {
+        "images": images.to(torch.uint8),
+        "has_image": torch.ones(load.images, dtype=torch.bool),
+        "layout": layout,
+        "region_masks": torch.zeros(0, side, side, dtype=torch.uint8),
+        "region_images": torch.zeros(0, dtype=torch.int64),
+        "targets": {"perception": targets},
+        "tasks": tasks,
+        "image_ids": [str(i) for i in range(load.images)],
+    }
+
+
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    moved = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
+    return moved | {"targets": {family: t.to(device) for family, t in batch["targets"].items()}}
+
+
+class Worker:
+    """One model and what is timed of it; `run` does one forward and backward pass of a part."""
+
+    def __init__(self, settings: ModelSettings, vocab_size: int, batch: dict[str, Any], device: torch.device, compiled):
+        self.model: Generalist = build_model(settings, vocab_size).to(device).train()
+        if compiled:
+            compile_blocks(self.model, COMPILED, device)
+        self.batch, self.device = on_device(batch, device), device
+        self.precision = "bf16" if device.type == "cuda" else "fp32"
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, foreach=True)
+        with torch.no_grad(), self._arithmetic():
+            out = self.model.trunk(self.batch)
+        self.dense = out.dense.detach().requires_grad_()
+        self.link = out.links["perception"]
+        self.embeddings = self.link.embeddings.detach().requires_grad_()
+
+    def _arithmetic(self):
+        return precision.arithmetic(self.precision, self.device)
+
+    def trunk(self) -> torch.Tensor:
+        out = self.model.trunk(self.batch)
+        return out.lm_losses.float().sum() + out.dense.float().mean() + out.links["perception"].embeddings.mean()
+
+    def decoders(self) -> torch.Tensor:
+        link = SuperLink(self.link.family, self.embeddings, self.link.image_index, self.link.parent)
+        total = torch.zeros((), device=self.device)
+        for decoder in self.model.decoders.values():
+            raw = decoder(link, self.dense)
+            losses = decoder.loss(raw, self.batch["targets"][decoder.family])
+            total = total + sum(term.total / term.count.clamp_min(1.0) for term in losses.values())
+        return total
+
+    def step(self) -> torch.Tensor:
+        losses = self.model(self.batch)
+        return sum(term.total / term.count.clamp_min(1.0) for term in losses.values())
+
+    def run(self, part: str) -> torch.Tensor:
+        """Forward and backward pass of a part; of `step` the optimizer's as well. Returns the scalar."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._arithmetic():
+            total = getattr(self, part)()
+        total.backward()
+        if part == "step":
+            self.optimizer.step()
+        return total.detach()
+
+    def seconds(self, part: str, repeats: int) -> float:
+        """Of one `run`, over `repeats` of them."""
+        self._wait()
+        began = time.perf_counter()
+        for _ in range(repeats):
+            self.run(part)
+        self._wait()
+        return (time.perf_counter() - began) / repeats
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def tokens(self) -> int:
+        """LLM tokens of the batch, without padding."""
+        grid = self.model.trunk.vision.grid(*self.batch["images"].shape[-2:])
+        prefix = math.prod(grid) * int(self.batch["has_image"].sum())
+        return int((self.batch["layout"].branch_ids >= 0).sum()) + prefix
+
+
+def top_operations(work: Callable[[], Any], device: torch.device, count: int = TOP) -> list[dict[str, Any]]:
+    """The operations that take longest, by their own time: name, milliseconds, share of all, calls."""
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
+    with profile(activities=activities) as recorded:
+        work()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+
+    def own(event: Any) -> float:
+        return event.self_device_time_total if on_gpu else event.self_cpu_time_total
+
+    events = sorted(recorded.key_averages(), key=own, reverse=True)
+    # on a GPU the same time is told twice: of the kernels, and of the operations that started them
+    events = [e for e in events if not on_gpu or e.device_type == torch.autograd.DeviceType.CUDA]
+    total = sum(map(own, events)) or 1.0
+    return [
+        {"name": e.key[:100], "ms": round(own(e) / 1e3, 3), "share": round(own(e) / total, 4), "calls": e.count}
+        for e in events[:count]
+    ]
+
+
+def bench(
+    preset: str = "small",
+    *,
+    device: str = "cuda",
+    load: Load | None = None,
+    repeats: int = 10,
+    warm: int = 3,
+    turns: int = 5,
+    parts: tuple[str, ...] = tuple(PARTS),
+) -> list[Result]:
+    """One result per part, compiled against eager; a single skipped one where there is no such device."""
+    if device == "cuda" and not torch.cuda.is_available():
+        return [Result("gpu", "", {}, skipped="there is no CUDA device here; run it on a GPU machine")]
+    load, place = load or Load(), torch.device(device)
+    settings = config.load(ModelSettings, model_path(preset))
+    tokenizer = make_tokenizer(settings)
+    batch = make_batch(settings, tokenizer, load)
+    sides = {
+        name: Worker(settings, len(tokenizer), batch, place, compiled)
+        for name, compiled in (("compiled", True), ("eager", False))
+    }
+    return [_measure(part, sides, settings.name, place, repeats, warm, turns) for part in parts]
+
+
+def _measure(
+    part: str, sides: dict[str, Worker], preset: str, device: torch.device, repeats: int, warm: int, turns: int
+) -> Result:
+    eager = sides["eager"]
+    apart = _warm_up(sides, part, warm)
+    tokens, peak = eager.tokens(), flops.peak(device, eager.precision)
+    work = flops.of_step(eager.model, [eager.batch])
+    count = sum(work[name] for name in PARTS[part])
+    rates = in_turns({name: lambda w=w: tokens / w.seconds(part, repeats) for name, w in sides.items()}, turns)
+    details = {
+        "preset": preset,
+        "precision": eager.precision,
+        "tokens": tokens,
+        "tflops": count / 1e12,
+        "mfu": {name: statistics.median(r) / tokens * count / peak if peak else None for name, r in rates.items()},
+        "top": {name: top_operations(lambda w=w: w.run(part), device) for name, w in sides.items()},
+    }
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return Result(f"gpu/{part}", "tokens/s", rates, None, f"the loss to {apart:.1%}", where, details)
+
+
+def _warm_up(sides: dict[str, Worker], part: str, warm: int) -> float:
+    """Compiles; how far the sides' scalars are apart, relative. bf16 kernels may round differently, up to 5 %."""
+    values = [[float(worker.run(part)) for _ in range(max(1, warm))][0] for worker in sides.values()]
+    apart = abs(values[0] - values[1]) / max(1e-6, abs(values[1]))
+    if not apart < 0.05:
+        raise RuntimeError(f"compiled and eager {part} differ by {apart:.1%}: {values}")
+    return apart

@@ -1,0 +1,119 @@
+"""`lumen-ray train` (Ray Data feeding Ray Train) against a bare torch loop over the same batches held in memory.
+
+Model, weights, steps, threads and number of processes are the same, and so is every loss, which is checked. The bare
+loop reads nothing, so a core must be left for reading: on two cores one worker trains with one thread.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import statistics
+from pathlib import Path
+from typing import Any
+
+from lumen_ray.bench.bare import BareRun
+from lumen_ray.bench.bare import run as run_bare
+from lumen_ray.bench.timing import Result, in_turns
+from lumen_ray.bench.workload import make_recipe, plan_of, scene_shards
+from lumen_ray.data.feed import plan_items
+from lumen_ray.train.recipe import Recipe
+from lumen_ray.train.trainer import Prepared, prepare_job, train
+
+AIM = 0.95
+LOSS_DIGITS = 5  # metrics.jsonl rounds to six
+
+
+def bench(
+    folder: Path,
+    shards: str | Path | None = None,
+    *,
+    model: str = "nano",
+    steps: int = 100,
+    warm: int = 30,
+    batch_size: int = 16,
+    workers: int = 1,
+    threads: int | None = None,
+    turns: int = 2,
+    images: int = 256,
+) -> Result:
+    """Samples per second of both sides once warm, over `shards` or over rendered scenes."""
+    from lumen_ray import config
+    from lumen_ray.model.settings import ModelSettings
+    from lumen_ray.presets import model_path
+
+    cores = os.cpu_count() or 1
+    threads = threads or max(1, cores // workers - 1)
+    side = config.load(ModelSettings, model_path(model)).image_size
+    shards = shards or scene_shards(folder / "scenes", images, side)
+    recipe = make_recipe(steps, model=model, batch_size=batch_size, workers=workers)
+    prepared = prepare_job(shards, recipe, folder / "batches")
+    bare = BareRun(
+        recipe, prepared.job.settings, len(prepared.job.tokenizer), threads,
+        batch_files(prepared, folder), folder / "bare.pickle",
+    )  # fmt: skip
+    runs: dict[str, list[dict[str, Any]]] = {"ray": [], "bare": []}
+
+    def on_ray() -> float:
+        run = folder / f"run-{len(runs['ray'])}"
+        lines = trained_lines(shards, recipe, run, threads)
+        runs["ray"].append({"losses": [line["loss"] for line in lines], "waits": [line["data_wait"] for line in lines]})
+        return rate([line["time"] for line in lines], warm, batch_size)
+
+    def in_memory() -> float:
+        times, losses = run_bare(bare)
+        runs["bare"].append({"losses": losses})
+        return rate(times, warm, batch_size)
+
+    rates = in_turns({"Ray Data + Ray Train": on_ray, "bare loop": in_memory}, turns)
+    for ours, bare_run in zip(runs["ray"], runs["bare"], strict=True):
+        check_losses(ours["losses"], bare_run["losses"])
+    waiting = statistics.median(w for r in runs["ray"] for w in r["waits"][warm:])
+    return Result(
+        "pipeline",
+        "samples/s",
+        rates,
+        AIM,
+        equal=f"the losses of all {steps} steps to {LOSS_DIGITS} digits",
+        budget=f"{workers} training processes of {threads} threads a side, on {cores} cores",
+        details={"model": model, "batch_size": batch_size, "steps": steps, "warm": warm, "data_wait": waiting},
+    )
+
+
+def batch_files(prepared: Prepared, folder: Path) -> list[Path]:
+    """The batches of every step, a file of pickled ones per rank."""
+    recipe, files = prepared.job.recipe, []
+    plan = plan_of(prepared.manifest, recipe)
+    for rank in range(recipe.workers):
+        batches = [prepared.reader(item) for item in plan_items(plan, rank, recipe.workers)]
+        files.append(folder / f"batches-{rank}.pickle")
+        files[-1].write_bytes(pickle.dumps([pickle.dumps(batch, protocol=5) for batch in batches]))
+    return files
+
+
+def trained_lines(shards: str | Path, recipe: Recipe, run: Path, threads: int) -> list[dict[str, Any]]:
+    """Trains on Ray and gives the lines of `metrics.jsonl`."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    try:
+        train(shards, recipe, run)
+    finally:
+        os.environ.pop("OMP_NUM_THREADS")
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def rate(times: list[float], warm: int, batch_size: int) -> float:
+    """Samples per second after the first `warm` steps; `times`: when each step was done, in seconds."""
+    return (len(times) - warm) * batch_size / (times[-1] - times[warm - 1])
+
+
+def check_losses(one: list[float], other: list[float]) -> None:
+    """`RuntimeError` naming the first step whose losses differ, relative to the loss where that is above 1."""
+    if len(one) != len(other):
+        raise RuntimeError(f"one side has made {len(one)} steps, the other {len(other)}")
+    for step, (a, b) in enumerate(zip(one, other, strict=True)):
+        if not abs(a - b) / max(1.0, abs(b)) < 10**-LOSS_DIGITS:
+            raise RuntimeError(f"the losses of the two sides differ from step {step} on: {a:.6f} and {b:.6f}")

@@ -1,0 +1,94 @@
+"""Two sides measured in turns, and what is reported of them.
+
+Machines are shared and their clocks drift, so the sides take turns (A B A B ...) and the ratio is taken within each
+turn; median and spread of those ratios say more than two averages measured minutes apart.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.table import Table
+
+Measure = Callable[[], float]
+
+
+@dataclass
+class Result:
+    """One comparison: the rates of every turn by side, the first side over the second.
+
+    `aim`: the ratio that is wanted, None where there is none; `equal`: what was checked to be the same on both sides.
+    """
+
+    name: str
+    unit: str
+    rates: dict[str, list[float]]
+    aim: float | None = None
+    equal: str = ""
+    budget: str = ""  # the CPUs or device each side had
+    details: dict[str, Any] = field(default_factory=dict)
+    skipped: str = ""  # why nothing was measured
+
+    @property
+    def ratios(self) -> list[float]:
+        """First side over second, turn by turn; empty when there are not two sides."""
+        sides = list(self.rates.values())
+        return [a / b for a, b in zip(sides[0], sides[1], strict=True)] if len(sides) == 2 else []
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, with median, lowest and highest of every side and of the ratio."""
+        if self.skipped:
+            return {"name": self.name, "skipped": self.skipped}
+        ratio = spread(self.ratios) if self.ratios else None
+        reached = None if ratio is None or self.aim is None else ratio["median"] >= self.aim
+        return {
+            "name": self.name,
+            "unit": self.unit,
+            "sides": {side: spread(rates) | {"turns": rates} for side, rates in self.rates.items()},
+            "ratio": ratio,
+            "aim": self.aim,
+            "reached": reached,
+            "equal": self.equal,
+            "budget": self.budget,
+            **self.details,
+        }
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    return {"median": statistics.median(values), "low": min(values), "high": max(values)}
+
+
+def in_turns(sides: dict[str, Measure], turns: int) -> dict[str, list[float]]:
+    """Every side's rate, `turns` times, one after the other in each turn. Each side warms up by itself."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(turns):
+        for name, measure in sides.items():
+            rates[name].append(measure())
+    return rates
+
+
+def table(results: Iterable[Result]) -> Table:
+    """What a person reads of the results."""
+    out = Table(box=None, pad_edge=False)
+    for head in ("benchmark", "side", "median (low - high)", "unit", "ratio (low - high)", "aim"):
+        out.add_column(head, no_wrap=True)
+    for result in results:
+        ratio = spread(result.ratios) if result.ratios else None
+        for number, (side, rates) in enumerate(result.rates.items()):
+            first = number == 0
+            out.add_row(
+                result.name if first else "",
+                side,
+                _range(spread(rates), ".1f"),
+                result.unit,
+                _range(ratio, ".2f") if ratio and first else "",
+                f"{result.aim:g}" if result.aim and first else "",
+            )
+    return out
+
+
+def _range(values: dict[str, float], form: str) -> str:
+    return f"{values['median']:{form}} ({values['low']:{form}} - {values['high']:{form}})"

@@ -1,0 +1,67 @@
+"""What the training benches run on: shards, a recipe and the batches of its steps."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lumen_ray.data import scenes
+from lumen_ray.data.images import decode
+from lumen_ray.data.mixture import Plan
+from lumen_ray.data.shards import ShardWriter, build_manifest, write_manifest
+from lumen_ray.train.recipe import Recipe
+
+ROWS_PER_GROUP = 8
+
+
+def scene_shards(folder: Path, count: int, side: int, *, photos: bool = False) -> Path:
+    """Shards of `count` rendered scenes of `side` pixels; `photos`: as noisy JPEG, as costly as a photograph."""
+    rng = np.random.default_rng(0)
+    with ShardWriter(folder, "part-00000.parquet", rows_per_group=ROWS_PER_GROUP) as writer:
+        for index in range(count):
+            row = scenes.scene_row(0, index, side)
+            writer.write({**row, "image": _as_photo(row["image"], rng)} if photos else row)
+    categories = [
+        {"name": name, "keypoints": list(scenes.SKELETONS.get(name, ())), "skeleton": []} for name in scenes.CLASSES
+    ]
+    write_manifest(folder, build_manifest([writer.entry], categories=categories))
+    return folder
+
+
+def _as_photo(png: bytes, rng: np.random.Generator) -> bytes:
+    pixels = decode(png)
+    grain = rng.normal(0, 8, pixels.shape[:2])[..., None]
+    buffer = io.BytesIO()
+    Image.fromarray(np.clip(pixels + grain, 0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def make_recipe(
+    steps: int, *, model: str, batch_size: int, workers: int = 1, augment: dict[str, Any] | None = None
+) -> Recipe:
+    """One stage with every task; learning rates do not matter here."""
+    stage = {"name": "bench", "steps": steps, "augment": augment or {}}
+    return Recipe.model_validate(
+        {"name": "bench", "model": model, "batch_size": batch_size, "workers": workers, "stages": [stage]}
+    )
+
+
+def plan_of(manifest: dict[str, Any], recipe: Recipe) -> Plan:
+    return Plan(manifest, recipe, recipe.workers)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two batches are bit-equal; how long each took to read does not count."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        keys = one.keys() - {"read_s"}
+        return keys == other.keys() - {"read_s"} and all(same(one[key], other[key]) for key in keys)
+    if hasattr(one, "__dataclass_fields__"):
+        return type(one) is type(other) and same(vars(one), vars(other))
+    return one == other

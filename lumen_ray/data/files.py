@@ -1,0 +1,353 @@
+"""One path layer for local paths, ``s3://``, ``gs://`` and every other fsspec URL (``memory://`` in tests).
+
+A location is a plain string, so that it pickles and prints. What follows ``scheme://bucket/`` is the key, taken
+literally: image names with blanks, ``%`` or ``#`` need no quoting. Settings of the store stand behind a ``?``
+at the end, as in pyarrow: ``s3://bucket/folder?region=eu-west-1&endpoint_override=localhost:9000&scheme=http``;
+``s3://anonymous@bucket/folder`` reads a public bucket without credentials.
+
+Errors: `UserError` with reason ``missing_file`` or ``unreadable_file`` for one file; `StoreError` for what concerns the
+whole store (no credentials, no such bucket, no connection): it must stop a job and not reject its images one by one.
+"""
+
+from __future__ import annotations
+
+import glob as local_glob
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+import fsspec
+from pyarrow import fs
+
+from lumen_ray.errors import UserError
+
+Location = str | os.PathLike[str]
+_URL = re.compile(r"^([a-z][a-z0-9+.-]+)://(.*)$", re.DOTALL)
+_NATIVE = ("s3", "gs", "gcs")
+_SETTINGS = re.compile(r"^(.*)\?((?:[a-z_]+=[^&?/]*)(?:&[a-z_]+=[^&?]*)*)$", re.DOTALL)
+_WILD = re.compile(r"[*?\[]")
+_LONGEST_KEY = 1024  # bytes, of S3 and GCS alike
+
+
+class StoreError(UserError):
+    """The store itself cannot be used: credentials, bucket or connection."""
+
+
+def is_url(location: Location) -> bool:
+    """Whether it is a URL of a store and no local path (``file://`` counts as local)."""
+    return bool(match := _URL.match(str(location))) and match[1] != "file"
+
+
+def _split(location: Location) -> tuple[str, str, str]:
+    """(scheme, path without settings, settings); scheme "" for local paths."""
+    text = os.fspath(location)
+    match = _URL.match(text)
+    if not match:
+        return "", text, ""
+    scheme, path = match.groups()
+    if scheme == "file":
+        return "", path, ""
+    settings = _SETTINGS.match(path) if scheme in _NATIVE else None
+    return (scheme, settings[1], settings[2]) if settings else (scheme, path, "")
+
+
+def _url(scheme: str, path: str, settings: str) -> str:
+    return (f"{scheme}://{path}" if scheme else path) + (f"?{settings}" if settings else "")
+
+
+def shown(location: Location) -> str:
+    """The location for messages and records: without the store's settings and without what may be a password."""
+    scheme, path, _ = _split(location)
+    if not scheme:
+        return path
+    bucket, slash, key = path.partition("/")
+    return f"{scheme}://{bucket.rpartition('@')[2]}{slash}{key}"
+
+
+def absolute(location: Location) -> str:
+    """The location as any process of the cluster can use it; a URL as it is, without a slash at its end."""
+    scheme, path, settings = _split(location)
+    return _url(scheme, path.rstrip("/"), settings) if scheme else str(Path(path).expanduser().absolute())
+
+
+def join(folder: Location, *names: str) -> str:
+    """`names` below `folder`; a name that is itself absolute or a URL replaces the folder, as in `os.path.join`."""
+    scheme, path, settings = _split(folder)
+    for name in names:
+        if is_url(name):
+            return name
+        if scheme:
+            path = f"{path.rstrip('/')}/{name.lstrip('/')}"
+        else:
+            path = os.path.join(path, name)
+    return _url(scheme, path, settings)
+
+
+def base_name(location: Location) -> str:
+    """The last part: ``"s3://b/x/train.json?region=r" -> "train.json"``."""
+    return _split(location)[1].replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
+
+
+def map_path(location: Location, change: Callable[[str], str]) -> str:
+    """The location with `change` made to its path; scheme and settings of the store stay."""
+    scheme, path, settings = _split(location)
+    return _url(scheme, change(path), settings)
+
+
+def stem(location: Location) -> str:
+    """`base_name` without its extension."""
+    return os.path.splitext(base_name(location))[0]
+
+
+def parent(location: Location) -> str:
+    """The folder that holds it."""
+    scheme, path, settings = _split(location)
+    if not scheme:
+        return str(Path(path).parent)
+    return _url(scheme, path.rstrip("/").rpartition("/")[0], settings)
+
+
+@lru_cache(maxsize=256)
+def _store(scheme: str, bucket: str, settings: str) -> fs.FileSystem:
+    if scheme not in _NATIVE:
+        try:
+            return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme)))
+        except (ValueError, ImportError) as error:
+            raise StoreError(f"'{scheme}://' paths cannot be read: {_first(error)}", "unknown_store") from None
+    user, at, _ = bucket.rpartition("@")
+    options: dict[str, Any] = dict(parse_qsl(settings))
+    try:
+        if scheme == "s3" and user == "anonymous":
+            return fs.S3FileSystem(anonymous=True, **options)
+        query = f"?{settings}" if settings else ""
+        return fs.FileSystem.from_uri(f"{'gs' if scheme == 'gcs' else scheme}://{bucket}{query}")[0]
+    except (OSError, ValueError, TypeError) as error:
+        raise StoreError(f"cannot open '{shown(_url(scheme, bucket, ''))}': {_first(error)}", "unknown_store") from None
+
+
+def filesystem(location: Location) -> tuple[fs.FileSystem, str]:
+    """The pyarrow file system (made once per process and bucket) and the path in it."""
+    scheme, path, settings = _split(location)
+    if not scheme:
+        return _local(), str(Path(path).expanduser().absolute())
+    if scheme not in _NATIVE:
+        return _store(scheme, "", settings), path
+    bucket, slash, key = path.partition("/")
+    if not bucket:
+        raise StoreError(f"'{shown(location)}' names no bucket; write {scheme}://BUCKET/path", "unknown_store")
+    if len(key.encode()) > _LONGEST_KEY:  # the store's answer could not be told from expired credentials
+        raise UserError(f"'{shown(location)[:80]}...' is longer than a store's keys can be", "missing_file")
+    return _store(scheme, bucket, settings), bucket.rpartition("@")[2] + slash + key
+
+
+@lru_cache(maxsize=1)
+def _local() -> fs.FileSystem:
+    return fs.LocalFileSystem()
+
+
+def _first(error: BaseException) -> str:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return text[:240]
+
+
+@contextmanager
+def _told(location: Location) -> Iterator[None]:
+    """What a file system raises becomes one `UserError`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        text = str(error).upper()
+        if is_url(location) and "BUCKET" in text and ("NO_SUCH_BUCKET" in text or "DOES NOT EXIST" in text):
+            raise _store_error(location, error) from None
+        raise UserError(f"'{shown(location)}' does not exist or is no file", "missing_file") from None
+    except OSError as error:
+        if is_url(location):  # after Arrow's own retries
+            raise _store_error(location, error) from None
+        why = getattr(error, "strerror", None) or _first(error)
+        raise UserError(f"'{shown(location)}' cannot be read: {why}", "unreadable_file") from None
+
+
+def _store_error(location: Location, error: BaseException) -> StoreError:
+    scheme = _split(location)[0]
+    hint = {
+        "s3": "check the bucket's name and region, and the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE or a role)",
+        "gs": "check the bucket's name and the credentials (GOOGLE_APPLICATION_CREDENTIALS)",
+    }.get("gs" if scheme == "gcs" else scheme, "check its address and credentials")
+    return StoreError(f"'{shown(location)}' cannot be reached; {hint}: {_first(error)}", "store_unreachable")
+
+
+def open_input(location: Location) -> Any:
+    """An open, seekable binary file (a pyarrow `NativeFile`, a context manager); raises as the module says."""
+    with _told(location):
+        store, path = filesystem(location)
+        return store.open_input_file(path)
+
+
+def read_bytes(location: Location) -> bytes:
+    """The whole file."""
+    with _told(location), open_input(location) as file:
+        return file.read()
+
+
+def read_text(location: Location) -> str:
+    """The whole file as UTF-8, with or without a byte order mark; `UserError` (`invalid_text`) when it is none."""
+    try:
+        return read_bytes(location).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"'{shown(location)}' is not UTF-8 text", "invalid_text") from None
+
+
+def read_texts(locations: Sequence[Location], threads: int = 32) -> Iterator[str | UserError]:
+    """The texts of many small files in their order, read side by side; the error in a bad one's place."""
+
+    def read(location: Location) -> str | UserError:
+        try:
+            return read_text(location)
+        except StoreError:
+            raise
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(read, locations)
+
+
+def _kind(location: Location) -> fs.FileType:
+    try:
+        with _told(location):
+            store, path = filesystem(location)
+            return store.get_file_info(path).type
+    except UserError as error:
+        if isinstance(error, StoreError):
+            raise
+        return fs.FileType.NotFound  # a name the file system cannot hold, or a folder that may not be entered
+
+
+def exists(location: Location) -> bool:
+    return _kind(location) != fs.FileType.NotFound
+
+
+def is_file(location: Location) -> bool:
+    return _kind(location) == fs.FileType.File
+
+
+def is_dir(location: Location) -> bool:
+    """In a bucket a folder is what files lie under."""
+    return _kind(location) == fs.FileType.Directory
+
+
+def size(location: Location) -> int:
+    """Bytes of a file; 0 when it is not there."""
+    with _told(location):
+        store, path = filesystem(location)
+        return store.get_file_info(path).size or 0
+
+
+def list_files(folder: Location, suffixes: Iterable[str] = (), recursive: bool = False) -> list[str]:
+    """Names of the files under `folder`, relative to it with ``/``, sorted; only those that end in one of `suffixes`
+    (any case), all when empty. Raises `UserError` (`missing_folder`) when there is no such folder."""
+    endings = tuple(s.lower() for s in suffixes)
+    if not is_dir(folder):
+        raise UserError(f"folder '{shown(folder)}' does not exist", "missing_folder")
+    with _told(folder):
+        store, path = filesystem(folder)
+        found = store.get_file_info(fs.FileSelector(path, recursive=recursive))
+    root = path.rstrip("/") + "/"
+    names = (i.path.lstrip("/").removeprefix(root.lstrip("/")) for i in found if i.type == fs.FileType.File)
+    return sorted(name for name in names if not endings or name.lower().endswith(endings))
+
+
+def expand(pattern: Location) -> list[str]:
+    """The files that a location with ``*``, ``?`` or ``[...]`` stands for, sorted, ``**`` for any depth; one without
+    is itself. Raises `UserError` (`missing_file`) when nothing fits."""
+    scheme, path, settings = _split(pattern)
+    if not _WILD.search(path):
+        return [os.fspath(pattern)]
+    if not scheme:
+        found = [name for name in local_glob.glob(os.path.expanduser(path), recursive=True) if os.path.isfile(name)]
+    else:
+        fixed = path[: _WILD.search(path).start()].rpartition("/")[0]
+        folder = _url(scheme, fixed, settings)
+        rest = _as_regex(path[len(fixed) :].lstrip("/"))
+        names = list_files(folder, recursive="/" in path[len(fixed) + 1 :]) if is_dir(folder) else []
+        found = [join(folder, name) for name in names if rest.fullmatch(name)]
+    if not found:
+        raise UserError(f"no file fits '{shown(pattern)}'", "missing_file")
+    return sorted(found)
+
+
+def _as_regex(pattern: str) -> re.Pattern[str]:
+    parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]*\])", pattern)
+    return re.compile("".join(parts.get(p) or (p if p.startswith("[") else re.escape(p)) for p in pieces))
+
+
+def put(local: Location, location: Location) -> None:
+    """Move a finished local file into place: it appears there whole or not at all."""
+    with _told(location):
+        if not is_url(location):
+            os.replace(local, _split(location)[1])
+            return
+        store, path = filesystem(location)
+        _make_folder(store, location)
+        with open(local, "rb") as source, store.open_output_stream(path) as target:
+            shutil.copyfileobj(source, target, 8 << 20)
+        os.unlink(local)
+
+
+def write_bytes(location: Location, data: bytes) -> None:
+    """Write a file that appears whole or not at all."""
+    if is_url(location):
+        with _told(location):
+            store, path = filesystem(location)
+            _make_folder(store, location)
+            with store.open_output_stream(path) as target:
+                target.write(data)
+        return
+    path = Path(filesystem(location)[1])
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def _make_folder(store: fs.FileSystem, location: Location) -> None:
+    if _split(location)[0] not in _NATIVE:  # buckets have no folders
+        store.create_dir(filesystem(parent(location))[1], recursive=True)
+
+
+def make_folder(folder: Location) -> None:
+    """Create a local folder with its parents; in a bucket there is nothing to create."""
+    if not is_url(folder):
+        Path(filesystem(folder)[1]).mkdir(parents=True, exist_ok=True)
+
+
+def move(source: Location, target: Location) -> None:
+    """Rename within one store (a bucket copies on its own side and deletes)."""
+    with _told(source):
+        store, path = filesystem(source)
+        store.move(path, filesystem(target)[1])
+
+
+def remove(location: Location, missing_ok: bool = True) -> None:
+    """Delete a file."""
+    with _told(location):
+        store, path = filesystem(location)
+        if is_file(location) or not missing_ok:
+            store.delete_file(path)
+
+
+def remove_folder(folder: Location) -> None:
+    """Delete a folder with all that is in it, if it is there."""
+    with _told(folder):
+        store, path = filesystem(folder)
+        if is_dir(folder):
+            store.delete_dir(path)

@@ -1,0 +1,81 @@
+"""Annotations written for the stored pixels of an image that its EXIF block rotates, brought into the rotated frame."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lumen_ray.data.images import decode, orientation
+from lumen_ray.errors import UserError
+from lumen_ray.structures import Masks, Size
+
+# By EXIF orientation, for stored pixels of height h and width w: where (x, y) goes, and the same for arrays [h, w].
+_POINT: dict[int, Callable[[float, float, int, int], tuple[float, float]]] = {
+    5: lambda x, y, h, w: (y, x),
+    6: lambda x, y, h, w: (h - y, x),
+    7: lambda x, y, h, w: (h - y, w - x),
+    8: lambda x, y, h, w: (y, w - x),
+}
+_ARRAY: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    5: lambda a: a.T,
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).T,
+    8: lambda a: np.rot90(a),
+}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """`size`: (height, width) in which annotations are given; `rotated_size`: that of the image after EXIF rotation;
+    `turn`: the EXIF orientation that leads from one to the other, 1 when they are the same frame."""
+
+    size: Size
+    rotated_size: Size
+    turn: int = 1
+
+    def moved(self, points: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
+        """(x, y) pairs moved from `size` into `rotated_size`."""
+        return [(x, y) if self.turn == 1 else _POINT[self.turn](x, y, *self.size) for x, y in points]
+
+    def rotated(self, instance: dict[str, Any]) -> dict[str, Any]:
+        """A schema instance, its box, mask and keypoints moved from `size` into `rotated_size`."""
+        if self.turn == 1:
+            return instance
+        x1, y1, x2, y2 = instance["box"]
+        corners = np.array(self.moved([(x1, y1), (x2, y2)]))
+        moved = {**instance, "box": [*corners.min(0).tolist(), *corners.max(0).tolist()]}
+        if instance["mask"] is not None:
+            pixels = Masks([instance["mask"]], self.size).to_arrays()[0]
+            moved["mask"] = Masks.from_arrays(_ARRAY[self.turn](pixels)[None]).rles[0]
+        if instance["keypoints"] is not None:
+            points = np.array(instance["keypoints"]).reshape(-1, 3)
+            turned = [(*_POINT[self.turn](x, y, *self.size), v) if v else (0.0, 0.0, 0.0) for x, y, v in points]
+            moved["keypoints"] = [float(c) for point in turned for c in point]
+        return moved
+
+
+def read_frame(image: bytes | None, declared: Sequence[Sequence[Any]]) -> Frame:
+    """The frame that the `declared` (height, width) of an image's annotations tell; zeros declare nothing.
+
+    `image`: encoded bytes, all of which are decoded: a truncated file shows only then. Raises `UserError` for an image
+    that is missing (None) or broken, and for declared sizes that are neither the stored nor the rotated one.
+    """
+    if image is None:
+        raise UserError("the image file is missing or cannot be opened", "missing_image")
+    height, width = decode(image).shape[:2]
+    size, stored = (height, width), (width, height)
+    told = [tuple(d) for d in declared if any(d)]
+    if all(d == size for d in told):
+        return Frame(size, size)
+    turn = orientation(image)
+    if turn in _POINT and all(d == stored for d in told):
+        return Frame(stored, size, turn)
+    wrong = next(d for d in told if d != size)
+    raise UserError(
+        f"size mismatch: the annotations say {wrong[1]}x{wrong[0]} pixels, "
+        f"the image has {width}x{height} after EXIF rotation",
+        "size_mismatch",
+    )

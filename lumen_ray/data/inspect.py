@@ -1,0 +1,242 @@
+"""`data inspect`: what is in a shard folder, as tables, as JSON, and as a page of samples to look at.
+
+The page shows rows drawn evenly over the whole folder, each as it is stored and as one training step sees it: the
+batch comes from the reader that training uses, with the recipe's augmentation, prompts and tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from lumen_ray import config
+from lumen_ray.data import buckets, files
+from lumen_ray.data.class_choice import class_frequencies
+from lumen_ray.data.feed import BatchReader, read_texts, skeletons_of
+from lumen_ray.data.shards import read_manifest, read_row_group
+from lumen_ray.data.statistics import Statistics, gather
+from lumen_ray.errors import UserError, unknown
+from lumen_ray.model.settings import ModelSettings
+from lumen_ray.model.tokenizer import LumenTokenizer
+from lumen_ray.presets import model_path, recipe_path
+from lumen_ray.train.recipe import Recipe, Stage
+
+#: classes and reasons listed one by one; the rest is summed up
+TOP = 30
+
+
+@dataclass
+class Section:
+    """A table of the report. Columns from `first_number` on are numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: list[tuple[Any, ...]]
+    first_number: int = 1
+
+
+def sections(s: Statistics, top: int = TOP) -> list[Section]:
+    """The statistics as tables, empty ones left out; lists of more than `top` entries end in one line for the rest."""
+    tasks = [(task, rows, s.items.get(task, "")) for task, rows in s.tasks.items()]
+    rest = [(name, "", n) for name, n in s.items.items() if name not in s.tasks]
+    found = [
+        Section("tasks", ("task", "rows", "items"), tasks + rest),
+        Section(f"classes: {_classes(s)}", ("class", "objects", "images", "images without"), _class_rows(s, top)),
+        Section("images by longer side, pixels", ("pixels", "images"), list(s.image_side_histogram().items())),
+        Section("objects by area", ("size", "objects", "share"), _size_rows(s)),
+        Section(
+            f"objects per image: median {s.median_per_image():g}, most {max(s.per_image, default=0)}",
+            ("objects", "images"),
+            list(s.per_image_histogram().items()),
+        ),
+        Section("records", ("kind", "in", "written", "rejected"),
+                [(kind, c["in"], c["written"], c["rejected"]) for kind, c in s.counts.items()]),
+        Section("rejected because", ("reason", "for example", "records"), _reason_rows(s, top), first_number=2),
+    ]  # fmt: skip
+    return [section for section in found if section.rows]
+
+
+def _classes(s: Statistics) -> str:
+    names = set(s.class_instances) | set(s.class_absent)
+    unseen = len(names) - len(s.class_instances)
+    return f"{len(names):,}" + (f", {unseen:,} of them without an object" if unseen else "")
+
+
+def _class_rows(s: Statistics, top: int) -> list[tuple[Any, ...]]:
+    names = sorted(set(s.class_instances) | set(s.class_absent), key=lambda n: (-s.class_instances[n], n))
+    counts = (s.class_instances, s.class_images, s.class_absent)
+    rows = [(name, *(count[name] for count in counts)) for name in names[:top]]
+    if others := names[top:]:
+        rows.append((f"{len(others):,} others", sum(s.class_instances[name] for name in others), "", ""))
+    return rows
+
+
+def _size_rows(s: Statistics) -> list[tuple[Any, ...]]:
+    if not s.instances:
+        return []
+    limits = {"small": "small, under 32²", "medium": "medium, 32² to 96²", "large": "large, over 96²"}
+    parts = {limits[name]: n for name, n in s.object_sizes.items()}
+    parts |= {"with a mask": s.masks, "with keypoints": s.keypoints, "crowds": s.crowds}
+    return [(name, n, f"{s.share(n):.1%}") for name, n in parts.items()]
+
+
+def _reason_rows(s: Statistics, top: int) -> list[tuple[Any, ...]]:
+    ranked = s.reasons.most_common()
+    rows = [(reason, s.examples[reason], n) for reason, n in ranked[:top]]
+    if ranked[top:]:
+        rows.append((f"{len(ranked) - top:,} other reasons", "", sum(n for _, n in ranked[top:])))
+    return rows
+
+
+def shown(value: Any) -> str:
+    """A cell as text."""
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def print_sections(found: list[Section], console: Console) -> None:
+    """Tables on a terminal; plain aligned lines, which cut nothing off, in a pipe or log file."""
+    for section in found:
+        if console.is_terminal:
+            table = Table(title=section.title, title_justify="left", title_style="bold", header_style="dim")
+            for i, name in enumerate(section.columns):
+                table.add_column(name, justify="right" if i >= section.first_number else "left", overflow="fold")
+            for row in section.rows:
+                table.add_row(*map(shown, row))
+            console.print(table)
+        else:
+            console.print("\n".join(_lines(section)) + "\n", soft_wrap=True, markup=False)
+
+
+def _lines(section: Section) -> Iterator[str]:
+    yield section.title
+    table = [section.columns, *(tuple(map(shown, row)) for row in section.rows)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(section.columns))]
+    for row in table:
+        cells = [c.rjust(w) if i >= section.first_number else c.ljust(w)
+                 for i, (c, w) in enumerate(zip(row, widths, strict=True))]  # fmt: skip
+        yield "  " + "  ".join(cells).rstrip()
+
+
+@dataclass
+class View:
+    """One sampled row: as stored, and the batch of one that training would make of it with `group` of the stage."""
+
+    row: dict[str, Any]
+    batch: dict[str, Any]
+    tasks: tuple[str, ...]
+    image_tokens: int
+
+
+def sample_places(manifest: dict[str, Any], number: int, seed: int) -> Iterator[tuple[str, int, int]]:
+    """(file, row group, row) of `number` different rows, one drawn from each of as many equal parts of the folder."""
+    rows = manifest["rows"]
+    number = min(number, rows)
+    rng = np.random.default_rng((seed, 4))
+    bounds = np.arange(number + 1) * rows // max(number, 1)
+    wanted = [int(rng.integers(low, high)) for low, high in zip(bounds[:-1], bounds[1:], strict=True)]
+    first = 0
+    for file in manifest["files"]:
+        for index, group in enumerate(file["row_groups"]):
+            yield from ((file["path"], index, n - first) for n in wanted if first <= n < first + group["rows"])
+            first += group["rows"]
+
+
+class Sampler:
+    """Makes the `View` of a row with a stage of a recipe."""
+
+    def __init__(self, folder: files.Location, manifest: dict[str, Any], recipe: Recipe, stage: str | None = None):
+        settings = config.load(ModelSettings, model_path(recipe.model))
+        if recipe.buckets is not None:
+            recipe = recipe.model_copy(update={"buckets": buckets.resolve(recipe.buckets, settings)})
+        self.folder, self.recipe, self.settings = files.absolute(folder), recipe, settings
+        self.stage = _stage_index(recipe, stage)
+        tokenizer = LumenTokenizer.train(read_texts(folder), settings.vocab_size)
+        self.reader = BatchReader(
+            self.folder, recipe, tokenizer, settings.image_size, skeletons_of(manifest), class_frequencies(manifest),
+            settings.token_side,
+        )  # fmt: skip
+
+    @property
+    def tokenizer(self) -> LumenTokenizer:
+        return self.reader.tokenizer
+
+    def view(self, file: str, index: int, number: int, rng: np.random.Generator) -> View:
+        """The row as stored and as the first step of the stage would see it. `rng` draws the task group."""
+        (row,) = read_row_group(self.folder, file, index, [number])
+        group = self._group(row, rng)
+        bucket = None
+        if self.recipe.buckets:
+            size = (row["height"], row["width"])
+            bucket = buckets.choose(size, self.recipe.buckets) if row["image"] else self.recipe.buckets[0]
+        step = sum(stage.steps for stage in self.recipe.stages[: self.stage])
+        part = (file, index, (number,))
+        batch = self.reader({"step": step, "stage": self.stage, "group": group, "parts": [part], "bucket": bucket})
+        tokens = self.settings.image_tokens(tuple(batch["images"].shape[-2:])) if bool(batch["has_image"][0]) else 0
+        return View(row, batch, self.recipe.stages[self.stage].groups[group].tasks, tokens)
+
+    def _group(self, row: dict[str, Any], rng: np.random.Generator) -> int:
+        """A group of the stage that the row is annotated for, drawn by weight; the first where there is none."""
+        groups = self.recipe.stages[self.stage].groups
+        weights = np.array([g.weight * bool(set(g.tasks) & set(row["tasks"])) for g in groups])
+        return int(rng.choice(len(groups), p=weights / weights.sum())) if weights.any() else 0
+
+
+def _stage_index(recipe: Recipe, name: str | None) -> int:
+    names = [stage.name for stage in recipe.stages]
+    if name is None:  # the one that asks for most
+        return max(range(len(names)), key=lambda i: len({t for g in recipe.stages[i].groups for t in g.tasks}))
+    if name not in names:
+        raise unknown("stage", name, names)
+    return names.index(name)
+
+
+def load_recipe(name: str | None) -> Recipe:
+    """A recipe by name or file; without one, all tasks with the settings that a recipe has by default."""
+    if name is None:
+        return Recipe(name="defaults", stages=(Stage(name="all tasks", steps=1),))
+    return config.load(Recipe, recipe_path(name))
+
+
+def inspect(
+    folder: files.Location,
+    output: files.Location,
+    *,
+    samples: int = 24,
+    recipe: str | None = None,
+    stage: str | None = None,
+    top: int = TOP,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Statistics, str]:
+    """Counts a shard folder and writes ``index.html`` and ``statistics.json`` into `output`.
+
+    samples: rows on the page, drawn evenly over the folder by `seed`; 0 for tables alone. recipe: its prompts and
+    augmentation are shown (name or YAML). stage: of the recipe; the one with most tasks by default. top: classes listed
+    one by one. progress: called with (rows counted, rows in all). No more rows are in memory than are shown.
+
+    Returns the statistics and the page's location. Raises `UserError` for a folder without shards, shards of another
+    schema version, and settings that make no sense.
+    """
+    from lumen_ray.data.inspect_page import page
+
+    for name, value, least in (("samples", samples, 0), ("top", top, 1), ("seed", seed, 0)):
+        if value < least:
+            raise UserError(f"{name} is {value}; give {least} or more", "invalid_setting")
+    manifest = read_manifest(folder)
+    sampler = Sampler(folder, manifest, load_recipe(recipe), stage)
+    statistics = gather(folder, progress)
+    rng = np.random.default_rng((seed, 5))
+    views = (sampler.view(*place, rng) for place in sample_places(manifest, samples, seed))
+    text = page(str(folder), manifest, sections(statistics, top), statistics, sampler, views)
+    output = files.absolute(output)
+    files.make_folder(output)
+    files.write_bytes(files.join(output, "statistics.json"), json.dumps(statistics.to_dict(), indent=1).encode())
+    location = files.join(output, "index.html")
+    files.write_bytes(location, text.encode())
+    return statistics, location

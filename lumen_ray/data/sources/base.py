@@ -1,0 +1,181 @@
+"""What a data format is to `lumen-ray prepare`: a `Source`. `data.prepare.prepare_source` does all the rest.
+
+How to add one
+--------------
+1. A dataclass in its own module whose fields are its arguments (paths as strings, local or URLs, see `data.files`):
+
+       @dataclass
+       class CaptionSource(Source):
+           kind = "captions"                      # the verb; also the default of the rows' column `source`
+           row_kind = "images"                    # what one row is called in the counts
+           annotations: str
+           images: str
+
+           def list(self) -> Listing: ...         # on the driver: read the annotations, check the arguments
+           def rows(self, record, shared): ...    # in a Ray task: yield an Outcome per row
+
+2. `list` raises `UserError` for what the user must change, and returns `records`: plain json values, one per image, or
+   one per container (a tar, a chunk of a text file) that gives many rows. What all records need (number of keypoints
+   per class, ..) goes to `shared`; do not keep the listing on `self`, which is pickled into every task. Make paths
+   `files.absolute`: tasks run in other folders and on other machines.
+3. `rows` is pure: the same record gives the same rows anywhere. Bad input never raises; it is a `reject(...)`. Read
+   images with `read_first(*image_locations(folder, name))` and give the bytes to `frames.read_frame`, which decodes
+   them fully once (a truncated file shows only then) and tells the frame; coordinates of rows live in the EXIF-rotated
+   one, `Frame.rotated_size`, into which `Frame.rotated` brings an instance.
+4. Say what came in, apart from what is written: `Listing.inputs` for what the driver has counted,
+   `Outcome.came_in` for what only the task can count (the rows of a tar). Kinds are words such as "images",
+   "annotations"; for each of them `in = written + rejected` is checked and told. Rows written are counted by `prepare`
+   under `row_kind`; what a row carries, under `Outcome.written`.
+5. One entry in `sources/registry.py` makes it `lumen-ray prepare KIND` with its arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from lumen_ray.data import files
+from lumen_ray.data import rle as rle_tools
+from lumen_ray.data.sources.parts import reserved_token
+from lumen_ray.errors import UserError
+
+Rejected = dict[str, str]  # kind, image_id, origin, reason: a row of rejected.parquet
+_LONGEST_REASON = 500
+
+
+def reject(kind: str, image_id: str, origin: str, reason: str | UserError) -> Rejected:
+    """A row of `rejected.parquet`: what kind of record, of which image, where it stood, why it cannot be used.
+
+    A `StoreError` is raised again: when the store cannot be reached, the job stops instead of rejecting all it has.
+    """
+    if isinstance(reason, files.StoreError):
+        raise reason
+    # names and reasons quote what came in, which need not be text that can be stored
+    image_id, origin, reason = (str(t).encode("utf-8", "backslashreplace").decode() for t in (image_id, origin, reason))
+    return {"kind": kind, "image_id": image_id, "origin": origin, "reason": reason[:_LONGEST_REASON]}
+
+
+@dataclass
+class Outcome:
+    """What became of one row: `row` (of `schema.make_row`) or None; how many records of each kind it carries
+    (`written`, without the row itself); what was rejected; what came in and the listing has not counted."""
+
+    row: dict[str, Any] | None = None
+    written: dict[str, int] = field(default_factory=dict)
+    rejected: list[Rejected] = field(default_factory=list)
+    came_in: dict[str, int] = field(default_factory=dict)
+
+
+def lost_image(
+    image_id: str, origin: str, error: UserError, kind: str = "annotations", origins: Iterable[str] = ()
+) -> Outcome:
+    """The outcome of an image that cannot be used: it and all that hangs on it (records of `kind` at `origins`)."""
+    reason = f"its image was rejected: {error}"
+    first = reject("images", image_id, origin, error)
+    return Outcome(rejected=[first, *(reject(kind, image_id, where, reason) for where in origins)])
+
+
+@dataclass
+class Listing:
+    """What `Source.list` found.
+
+    `records`: json values, in an order that does not depend on the machine; `inputs`: number of records that came in,
+    per kind; `rejected`: those set aside already; `categories`: as in the manifest (`shards.build_manifest`);
+    `rows_per_record`: about how many rows a record gives, 1 when it gives at most one; `shuffle`: False for rows that
+    are independent draws already; `origin`: more than the source's fields for the manifest to remember.
+    """
+
+    records: Sequence[Any]
+    inputs: dict[str, int]
+    categories: list[dict[str, Any]] = field(default_factory=list)
+    shared: Any = None
+    rejected: list[Rejected] = field(default_factory=list)
+    rows_per_record: int = 1
+    shuffle: bool = True
+    origin: dict[str, Any] = field(default_factory=dict)
+
+
+class Source(ABC):
+    """A data format; see the module's docstring."""
+
+    kind: ClassVar[str]
+    row_kind: ClassVar[str] = "images"
+
+    @abstractmethod
+    def list(self) -> Listing:
+        """Runs once, on the driver."""
+
+    @abstractmethod
+    def rows(self, record: Any, shared: Any) -> Iterator[Outcome]:
+        """The outcomes of one record of the listing; runs in a task, on a copy of the source."""
+
+    def settings(self) -> dict[str, Any]:
+        """What the manifest remembers of the arguments: the fields, of paths only the last part."""
+        return {f.name: _remembered(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+def _remembered(value: Any) -> Any:
+    if isinstance(value, str) and ("/" in value or "\\" in value):
+        return files.base_name(value)
+    return [_remembered(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def read_first(*locations: str) -> bytes | None:
+    """The bytes of the first of `locations` that can be read; None when none can. Raises `StoreError`."""
+    for location in dict.fromkeys(locations):
+        try:
+            return files.read_bytes(location)
+        except files.StoreError:
+            raise
+        except UserError:
+            continue
+    return None
+
+
+def image_locations(folder: str, file_name: str) -> tuple[str, ...]:
+    """Where an image may lie: under `folder` as named; by its bare name, where the annotations hold another machine's
+    folders."""
+    bare = files.base_name(file_name)
+    return (files.join(folder, file_name), files.join(folder, bare)) if bare else (files.join(folder, file_name),)
+
+
+def instance(
+    name: str,
+    box: Sequence[float],
+    *,
+    mask: dict[str, Any] | None = None,
+    keypoints: list[float] | None = None,
+    crowd: bool = False,
+    area: float | None = None,
+) -> dict[str, Any]:
+    """An entry of a row's `instances`. `box`: xyxy within the image; `mask`: COCO RLE; `keypoints`: flat x, y, v;
+    `area`: square pixels, of the mask or else the box when None.
+
+    Raises `UserError` for a name that would be read as prompt layout.
+    """
+    if token := reserved_token(name):
+        raise UserError(f"its category '{name}' contains the reserved token {token}; rename it", "reserved_token")
+    if area is None:
+        area = rle_tools.area(mask) if mask is not None else (box[2] - box[0]) * (box[3] - box[1])
+    return {
+        "phrase": name,
+        "box": list(box),
+        "mask": mask,
+        "keypoints": keypoints,
+        "crowd": bool(crowd),
+        "area": float(area),
+    }
+
+
+def perception_tasks(classes: Sequence[str], instances: Sequence[dict[str, Any]]) -> list[str]:
+    """The tasks that a row's instances can train; masks count only where every object has one."""
+    objects = [i for i in instances if not i["crowd"]]
+    tasks = ["detect", "count"] if classes else []
+    if objects and all(i["mask"] is not None for i in objects):
+        tasks.append("segment")
+    if any(i["keypoints"] is not None for i in objects):
+        tasks.append("pose")
+    return tasks

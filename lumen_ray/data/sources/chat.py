@@ -1,0 +1,250 @@
+"""Conversations as a source: LLaVA-style json and jsonl, with regions as VisionLLM v2, GPT4RoI and Osprey write them.
+
+    {"id": .., "image": .., "conversations": [{"from": "human", "value": "<image> <region>?"}, {"from": "gpt", ..}],
+     "regions": [[x1, y1, x2, y2], {"segmentation": ..}, {"point": [x, y]}]}
+
+Also read: `messages` of `role` and `content`; records without image. One record is one message of all its turns, each
+answer of which is trained. Turns must alternate, user first; a system turn becomes the head of the first question.
+
+Markers: `<image>` is taken out. Each `<region>` in a question stands for the next entry of the regions. A numbered
+`<region2>` or `<region 2>` stands for that entry; where it is named first it becomes ``region2 <region>``, later and in
+answers ``region2``, and regions that no question names are introduced before the first question.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lumen_ray.data import files
+from lumen_ray.data.frames import Frame
+from lumen_ray.data.schema import make_row
+from lumen_ray.data.sources.base import Listing, Outcome, Source, reject
+from lumen_ray.data.sources.groups import Images, finished_group, lost_group, open_group, to_instance
+from lumen_ray.data.sources.parts import (
+    BOX_FORMATS,
+    Record,
+    as_mapping,
+    check_choice,
+    clean_text,
+    first_of,
+    image_name,
+    is_numbers,
+    load_records,
+    plain_segmentation,
+    relative_scale,
+    short,
+)
+from lumen_ray.errors import UserError
+from lumen_ray.structures import Region
+from lumen_ray.tasks import REGION_TOKEN, TASKS
+
+ITEMS = "conversations"
+TASK_NAMES = tuple(name for name, task in TASKS.items() if task.is_text)
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+_IMAGE_MARKER = re.compile(r"\s*<image>\s*")
+_NUMBERED = re.compile(r"<region\s*(\d{1,4})>")
+_REGION_KEYS = ("regions", "region", "bbox", "bboxes", "boxes", "masks", "annotation", "annotations")
+_POINT_KINDS = ("point", "scribble", "polygon")
+
+
+@dataclass
+class ChatSource(Source):
+    """`conversations`: json or jsonl files; `images`: their folder, None if no record has an image. `task`: which of
+    `TASK_NAMES` the answers train; `box_format`: of the regions' boxes, see `BOX_FORMATS`."""
+
+    conversations: list[str]
+    images: str | None = None
+    task: str = "chat"
+    box_format: str = "xyxy"
+    kind = "chat"
+    row_kind = "samples"
+
+    def list(self) -> Listing:
+        check_choice("task", self.task, TASK_NAMES)
+        check_choice("box format", self.box_format, BOX_FORMATS)
+        if self.images is not None:
+            self.images = files.absolute(self.images)
+            if not files.is_dir(self.images):
+                raise UserError(f"image folder '{self.images}' does not exist", "missing_images")
+        groups = Images(ITEMS)
+        for location in self.conversations:
+            for origin, record in load_records(location, ("conversations", "data", "annotations")):
+                self._add(groups, origin, record)
+        return Listing(groups.listing(), {"samples": len(groups), ITEMS: groups.listed}, rejected=groups.rejected)
+
+    def _add(self, groups: Images, origin: str, record: Any) -> None:
+        name = None
+        try:
+            record = as_mapping(record)
+            name = image_name(record)
+            if name is not None and self.images is None:
+                raise UserError(f"it has the image '{name}'; give the folder of the images as --images", "no_images")
+            item = parse(record, name is not None)
+        except UserError as error:
+            groups.reject(name, origin, error)
+            return
+        size = [record.get("height"), record.get("width")]
+        groups.add(name, origin, item, size=[int(v) for v in size] if is_numbers(size) else None)
+
+    def rows(self, record: Record, shared: Any) -> Iterator[Outcome]:
+        data, frame = None, None
+        if record["image"] is not None:
+            try:
+                data, frame = open_group(self.images, record)
+            except UserError as error:
+                yield lost_group(self.row_kind, ITEMS, record, error)
+                return
+        first = record["items"][0]
+        name = record["image"] or first["id"] or first["origin"]
+        row = make_row(name, data, frame.rotated_size if frame else (0, 0), self.kind, tasks=[self.task])
+        rejected = []
+        for item in record["items"]:
+            try:
+                regions = [to_region(region, self.box_format, frame) for region in item["regions"]]
+            except UserError as error:
+                rejected.append(reject(ITEMS, name, item["origin"], error))
+                continue
+            places = [len(row["regions"]) + i for i in item["order"]]
+            row["regions"] += regions
+            row["messages"].append({"task": self.task, "turns": item["turns"], "regions": places})
+        yield from finished_group(self.row_kind, ITEMS, row, record, rejected)
+
+
+def parse(record: Record, has_image: bool) -> Record:
+    """`turns` as in the schema, `regions` not yet checked against the image, and their `order` of use; `UserError`
+    for a record that is no conversation about at most one image."""
+    turns = _turns(record)
+    regions = _regions(record)
+    markers = sum(turn["content"].count("<image>") for turn in turns)
+    if markers > 1:
+        raise UserError(f"it has {markers} <image> markers; one image per record is supported", "several_images")
+    if (markers or regions) and not has_image:
+        raise UserError("it has an <image> marker or regions but no image", "missing_image")
+    for turn in turns:
+        turn["content"] = _IMAGE_MARKER.sub("\n", turn["content"]).strip()
+    order = _place_regions(turns, len(regions))
+    for number, turn in enumerate(turns):
+        allowed = (REGION_TOKEN,) if turn["role"] == "user" else ()
+        turn["content"] = clean_text(turn["content"], f"turn {number}", allowed=allowed, keep_lines=True)
+    identity = first_of(record, ("id", "question_id"))
+    identity = str(identity) if isinstance(identity, int) else identity
+    name = None if identity is None else clean_text(identity, "the record's id", keep_lines=True)
+    return {"id": name, "turns": turns, "regions": regions, "order": order}
+
+
+def _turns(record: Record) -> list[dict[str, str]]:
+    """User and assistant in turn, ending with the assistant."""
+    listed = first_of(record, ("conversations", "conversation", "messages"))
+    if not isinstance(listed, list) or not listed:
+        raise UserError("it has no list of turns (keys: conversations, messages)", "missing_turns")
+    turns, head = [], ""
+    for number, entry in enumerate(listed):
+        entry = entry if isinstance(entry, dict) else {}
+        role, content = first_of(entry, ("from", "role")), first_of(entry, ("value", "content"))
+        role = _ROLES.get(role) if isinstance(role, str) else None
+        if role is None or not isinstance(content, str):
+            raise UserError(f"turn {number} needs 'from' (human, gpt or system) and a text 'value'", "invalid_turn")
+        if role == "system" and number == 0:
+            head = content.strip() + "\n"
+        elif role != ("assistant" if len(turns) % 2 else "user"):
+            raise UserError(f"turn {number} is from {role}; user and assistant must alternate, user first", "turns")
+        else:
+            turns.append({"role": role, "content": content})
+    if not turns or len(turns) % 2:
+        raise UserError("the last question has no answer", "turns")
+    turns[0]["content"] = head + turns[0]["content"]
+    return turns
+
+
+def _regions(record: Record) -> list[Record]:
+    """Every region as plain json: `kind` and its numbers or segmentation."""
+    listed = first_of(record, _REGION_KEYS)
+    if listed is None:
+        return []
+    if (is_numbers(listed) and listed) or isinstance(listed, dict):
+        listed = [listed]
+    if not isinstance(listed, list):
+        raise UserError(f"its regions must be a list, got {short(listed)}", "invalid_region")
+    return [_plain_region(entry) for entry in listed]
+
+
+def _plain_region(entry: Any) -> Record:
+    if is_numbers(entry) and len(entry) == 4:
+        return {"kind": "box", "values": list(entry)}
+    if isinstance(entry, dict):
+        mask = entry if "counts" in entry else first_of(entry, ("segmentation", "mask"))
+        if mask is not None:
+            return {"kind": "mask", "values": plain_segmentation(mask)}
+        box = first_of(entry, ("bbox", "box"))
+        if is_numbers(box) and len(box) == 4:
+            return {"kind": "box", "values": list(box)}
+        for kind in _POINT_KINDS:
+            points = entry.get(kind)
+            points = [v for point in points for v in point] if _is_nested(points) else points
+            if is_numbers(points) and points and len(points) % 2 == 0:
+                return {"kind": kind, "values": list(points)}
+    why = "a region must be a box of four numbers, or have a segmentation, bbox, point, scribble or polygon"
+    raise UserError(f"{why}, got {short(entry)}", "invalid_region")
+
+
+def _is_nested(points: Any) -> bool:
+    return isinstance(points, list) and all(isinstance(point, list) for point in points)
+
+
+def to_region(region: Record, box_format: str, frame: Frame) -> Record:
+    """A schema region in the rotated frame; `UserError` for one outside the image. Relative points are shares too."""
+    values = region["values"]
+    if region["kind"] in ("box", "mask"):
+        box, mask = (values, None) if region["kind"] == "box" else (None, values)
+        found = to_instance("region", box, mask, box_format, frame)
+        points = found["box"] if mask is None else None
+        return {"kind": region["kind"], "points": points, "mask": found["mask"]}
+    x, y = relative_scale(values, frame.size) if box_format == "relative" else (1, 1)
+    points = frame.moved([[a * x, b * y] for a, b in zip(values[::2], values[1::2], strict=True)])
+    checked = Region(region["kind"], frame.rotated_size, points)
+    return {"kind": region["kind"], "points": [float(v) for v in checked.points.flatten()], "mask": None}
+
+
+def _place_regions(turns: list[dict[str, str]], number: int) -> list[int]:
+    """Rewrites the markers of the turns; the entry of the regions that each `<region>` now stands for, in order."""
+    questions = [turn for turn in turns if turn["role"] == "user"]
+    plain = sum(turn["content"].count(REGION_TOKEN) for turn in questions)
+    if any(REGION_TOKEN in turn["content"] for turn in turns if turn["role"] == "assistant"):
+        raise UserError(f"an answer holds {REGION_TOKEN}; only questions can point to regions", "region_in_answer")
+    named = [int(n) for turn in turns for n in _NUMBERED.findall(turn["content"])]
+    if plain and (named or plain != number):
+        raise UserError(f"it has {plain} {REGION_TOKEN} markers for {number} regions", "region_count")
+    if plain or not number:
+        if named:
+            raise UserError(f"it names <region{named[0]}> but has no regions", "region_count")
+        return list(range(plain))
+    return _place_numbered(turns, named, number)
+
+
+def _place_numbered(turns: list[dict[str, str]], named: list[int], number: int) -> list[int]:
+    """For markers that carry the region's number, counted from 1, and for regions that no marker names."""
+    if wrong := [n for n in named if not 1 <= n <= number]:
+        raise UserError(f"it names <region{wrong[0]}> but has {number} regions", "region_count")
+    order: list[int] = []
+
+    def name(match: re.Match[str]) -> str:
+        index = int(match[1]) - 1
+        if index in order:
+            return f"region{index + 1}"
+        order.append(index)
+        return f"region{index + 1} {REGION_TOKEN}"
+
+    asked = {int(n) - 1 for turn in turns if turn["role"] == "user" for n in _NUMBERED.findall(turn["content"])}
+    order += [index for index in range(number) if index not in asked]
+    introduced = ", ".join(f"region{index + 1} {REGION_TOKEN}" for index in order)
+    for turn in turns:
+        if turn["role"] == "user":
+            turn["content"] = _NUMBERED.sub(name, turn["content"])
+        else:
+            turn["content"] = _NUMBERED.sub(r"region\1", turn["content"])
+    if introduced:
+        turns[0]["content"] = f"regions in the image: {introduced}.\n{turns[0]['content']}"
+    return order

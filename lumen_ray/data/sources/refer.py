@@ -1,0 +1,295 @@
+"""Referring expressions as a source: RefCOCO, RefCOCO+, RefCOCOg, RefCLEF, gRefCOCO, and plain json records.
+
+An expression names one object, several (gRefCOCO) or none; all are phrases of task `refer` with 0, 1 or more instances.
+An expression one of whose objects cannot be used is rejected, since it would teach a wrong answer. Only objects that an
+expression names are stored, so that `classes` stays empty: the images are not annotated exhaustively here.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lumen_ray.data import files
+from lumen_ray.data.frames import Frame
+from lumen_ray.data.schema import make_row
+from lumen_ray.data.sources.base import Listing, Outcome, Source, reject
+from lumen_ray.data.sources.groups import Images, finished_group, lost_group, open_group, to_instance
+from lumen_ray.data.sources.parts import (
+    BOX_FORMATS,
+    Record,
+    as_mapping,
+    check_choice,
+    clean_text,
+    first_of,
+    image_name,
+    is_numbers,
+    load_json,
+    load_records,
+    plain_segmentation,
+    short,
+)
+from lumen_ray.errors import UserError
+
+ITEMS = "expressions"
+_NO_CLASS = "object"  # the name of an instance whose record gives no category
+_TEXT_KEYS = ("expression", "expressions", "sentences", "sent", "sentence", "phrase", "caption", "text", "query")
+_BOX_KEYS = ("bbox", "bboxes", "box", "boxes")
+_MASK_KEYS = ("segmentation", "segmentations", "mask", "masks")
+
+
+@dataclass
+class ReferSource(Source):
+    """`refs`: files of refs (`refs(unc).p`, `grefs(unc).json`) with the COCO file `instances` that their `ann_id` point
+    into; or, without `instances`, json/jsonl of records with image, expression and box.
+
+    `split`: only expressions of that split (None: all); `box_format`: of the plain records' boxes, see `BOX_FORMATS`.
+    """
+
+    refs: list[str]
+    images: str
+    instances: str | None = None
+    split: str | None = None
+    box_format: str = "xyxy"
+    kind = "refer"
+
+    def list(self) -> Listing:
+        check_choice("box format", self.box_format, BOX_FORMATS)
+        self.images = files.absolute(self.images)
+        if not files.is_dir(self.images):
+            raise UserError(f"image folder '{self.images}' does not exist", "missing_images")
+        pickled = next((location for location in self.refs if _is_pickle(location)), None)
+        if pickled and not self.instances:
+            raise UserError(f"refs file '{pickled}' needs the COCO file of its objects; give --instances", "usage")
+        records = [pair for location in self.refs for pair in load_refs(location)]
+        records = _of_split(records, self.split)
+        groups = Images(ITEMS)
+        parse = _CocoRefs(self.instances).parse if self.instances else _parse_plain
+        for origin, record in records:
+            _add(groups, origin, record, parse)
+        return Listing(groups.listing(), {"images": len(groups), ITEMS: groups.listed}, rejected=groups.rejected)
+
+    def rows(self, record: Record, shared: Any) -> Iterator[Outcome]:
+        try:
+            data, frame = open_group(self.images, record)
+        except UserError as error:
+            yield lost_group(self.row_kind, ITEMS, record, error)
+            return
+        row = make_row(record["image"], data, frame.rotated_size, self.kind, tasks=["refer"])
+        rejected, stored = [], {}
+        box_format = "xywh" if self.instances else self.box_format
+        for item in record["items"]:
+            try:
+                wanted = [_store(row, stored, target, box_format, frame) for target in item["targets"]]
+            except UserError as error:
+                rejected.append(reject(ITEMS, row["image_id"], item["origin"], error))
+                continue
+            row["phrases"].append({"task": "refer", "phrase": item["text"], "instances": sorted(set(wanted))})
+        used = sorted({i for phrase in row["phrases"] for i in phrase["instances"]})
+        row["instances"] = [row["instances"][i] for i in used]
+        for phrase in row["phrases"]:
+            phrase["instances"] = [used.index(i) for i in phrase["instances"]]
+        yield from finished_group(self.row_kind, ITEMS, row, record, rejected)
+
+
+def _store(row: Record, stored: dict[str, int], target: Record, box_format: str, frame: Frame) -> int:
+    """The index of an object among the row's instances, where it is put when an expression first names it."""
+    key = repr(target)
+    if key not in stored:
+        found = to_instance(target["name"], target["bbox"], target["segmentation"], box_format, frame)
+        row["instances"].append(found)
+        stored[key] = len(row["instances"]) - 1
+    return stored[key]
+
+
+#: what damaged pickles make their reader raise
+_DAMAGE = (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError, ImportError)
+_DAMAGE += (OverflowError, MemoryError, RecursionError)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Lists, dicts, texts and numbers only: anything else in a pickle file can run code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise UserError(f"it holds an object of {module}.{name}, which could run code when loaded", "unsafe_pickle")
+
+
+def _is_pickle(location: str) -> bool:
+    return location.lower().endswith((".p", ".pkl", ".pickle"))
+
+
+def load_refs(location: str) -> list[tuple[str, Any]]:
+    """The (origin, record) pairs of a refs file: pickle (`.p`, `.pkl`, `.pickle`), json or jsonl.
+
+    Raises `UserError` for a file that is missing or malformed, and for a pickle that holds more than plain data.
+    """
+    name = files.base_name(location)
+    if not _is_pickle(name):
+        return load_records(location, ("refs", "annotations", "data"))
+    try:  # the published files were written by Python 2, whose texts are bytes
+        data = _PlainUnpickler(io.BytesIO(files.read_bytes(location)), encoding="utf-8", errors="replace").load()
+    except _DAMAGE as error:
+        if isinstance(error, UserError):
+            raise UserError(f"refs file '{location}' is refused: {error}", error.reason) from None
+        why = f"refs file '{location}' is not a readable pickle ({type(error).__name__})"
+        raise UserError(why, "invalid_annotations") from None
+    if not isinstance(data, list):
+        raise UserError(f"refs file '{location}' must hold a list of refs, got {short(data)}", "invalid_annotations")
+    return [(f"{name} record {n}", record) for n, record in enumerate(data)]
+
+
+def _of_split(records: list[tuple[str, Any]], split: str | None) -> list[tuple[str, Any]]:
+    """The records of that split; `UserError` that names the splits there are when it is none of them."""
+    if split is None:
+        return records
+    splits = [r.get("split") if isinstance(r, dict) else None for _, r in records]
+    known = sorted({name for name in splits if isinstance(name, str)})
+    if split not in known:
+        raise UserError(f"no record is of split '{split}'; splits: {', '.join(known) or 'none'}", "no_split")
+    nameless = UserError("it names no split", "no_split")
+    named = zip(records, splits, strict=True)
+    return [
+        (origin, record if name == split else nameless)
+        for (origin, record), name in named
+        if name == split or not isinstance(name, str)
+    ]
+
+
+def _add(groups: Images, origin: str, record: Any, parse: Any) -> None:
+    """All expressions of a record, each in the counts; a record that is broken as a whole counts as one per text."""
+    texts = _texts(record)
+    name = None
+    try:
+        record = as_mapping(record)
+        if not texts:
+            raise UserError(f"it has no expression (keys: {', '.join(_TEXT_KEYS)})", "missing_text")
+        name, size, targets = parse(record)
+    except UserError as error:
+        for place in _origins(origin, max(1, len(texts))):
+            groups.reject(name, place, error)
+        return
+    for place, value in zip(_origins(origin, len(texts)), texts, strict=True):
+        try:
+            text = clean_text(value, "the expression")
+        except UserError as error:
+            groups.reject(name, place, error)
+        else:
+            groups.add(name, place, {"text": text, "targets": targets}, size=size)
+
+
+def _origins(origin: str, number: int) -> list[str]:
+    return [origin] if number == 1 else [f"{origin} expression {n}" for n in range(number)]
+
+
+def _texts(record: Any) -> list[Any]:
+    """The expressions of a record, not yet checked: RefCOCO has a list of dicts with `sent`, `raw` and `tokens`."""
+    value = first_of(record, _TEXT_KEYS) if isinstance(record, dict) else None
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    return [first_of(v, ("sent", "raw", *_TEXT_KEYS)) if isinstance(v, dict) else v for v in values]
+
+
+def _size(entry: Record) -> list[int]:
+    """(height, width) that a record declares; zeros where it does not."""
+    size = [entry.get("height"), entry.get("width")]
+    return [int(v) for v in size] if is_numbers(size) else [0, 0]
+
+
+Parsed = tuple[str, list[int], list[Record]]  # image name, its declared (height, width), objects
+
+
+def _parse_plain(record: Record) -> Parsed:
+    """A record with its own box or mask: one, a list of several, or an empty list (or `no_target`) for nothing."""
+    name = image_name(record)
+    if name is None:
+        raise UserError("it names no image (keys: image, file_name, img_path)", "missing_image")
+    if record.get("ann_id") is not None:
+        raise UserError("it points to annotations by ann_id; give their COCO file as --instances", "missing_instances")
+    boxes, masks = first_of(record, _BOX_KEYS), first_of(record, _MASK_KEYS)
+    boxes = [boxes] if is_numbers(boxes) and boxes else boxes
+    masks = [masks] if isinstance(masks, dict) or _is_one_mask(masks, boxes) else masks
+    if record.get("no_target") is True:
+        if boxes or masks:
+            raise UserError("it is marked no_target but has a box or mask", "contradiction")
+        return name, _size(record), []
+    if boxes is None and masks is None:
+        raise UserError("it has neither box nor mask; mark one that means nothing with no_target", "missing_box")
+    if any(v is not None and not isinstance(v, list) for v in (boxes, masks)):
+        raise UserError("its boxes and masks must be lists", "invalid_box")
+    if boxes and masks and len(boxes) != len(masks):
+        raise UserError(f"it has {len(boxes)} boxes but {len(masks)} masks", "contradiction")
+    category = first_of(record, ("category", "category_name", "label"))
+    label = clean_text(category, "its category") if isinstance(category, str) else _NO_CLASS
+    number = max(len(boxes or []), len(masks or []))
+    targets = [_target(label, boxes[n] if boxes else None, masks[n] if masks else None) for n in range(number)]
+    return name, _size(record), targets
+
+
+def _target(name: str, bbox: Any, segmentation: Any) -> Record:
+    """An object as plain json, its numbers not yet checked against the image."""
+    if bbox is not None and not is_numbers(bbox):
+        raise UserError(f"a box must be four finite numbers, got {short(bbox)}", "invalid_box")
+    return {"name": name, "bbox": bbox, "segmentation": plain_segmentation(segmentation)}
+
+
+def _is_one_mask(masks: Any, boxes: Any) -> bool:
+    """Polygons are lists of lists like several objects' masks: they are one object's if there is one box at most."""
+    if not isinstance(masks, list) or not masks:
+        return False
+    flat = is_numbers(masks) or all(is_numbers(m) for m in masks)
+    return flat and len(boxes or [0]) == 1
+
+
+class _CocoRefs:
+    """Refs whose objects are annotations of a COCO file."""
+
+    def __init__(self, instances: str):
+        data = load_json(instances)
+        lists = ("images", "annotations", "categories")
+        if not isinstance(data, dict) or not all(isinstance(data.get(key), list) for key in lists):
+            raise UserError(f"instances file '{instances}' needs the lists {', '.join(lists)}", "invalid_annotations")
+        self.annotations = _by_id(data["annotations"])
+        self.images = _by_id(data["images"])
+        self.names = {key: c.get("name") for key, c in _by_id(data["categories"]).items()}
+
+    def parse(self, record: Record) -> Parsed:
+        image = self.images.get(_key(record.get("image_id")))
+        if image is None:
+            raise UserError(f"its image {short(record.get('image_id'))} is not in the instances file", "unknown_image")
+        name = image_name(image, keys=("file_name",))
+        if name is None:
+            raise UserError("its image has no file_name in the instances file", "missing_image")
+        return name, _size(image), [self._target(number, record) for number in self._ids(record)]
+
+    def _ids(self, record: Record) -> list[Any]:
+        """Annotation ids; gRefCOCO marks an expression that fits nothing by `no_target` and the id -1."""
+        ids = record.get("ann_id", record.get("ann_ids"))
+        ids = ids if isinstance(ids, list) else [ids]
+        real = [i for i in ids if i is not None and i != -1]
+        marked = record.get("no_target") is True
+        if marked and real:
+            raise UserError("it is marked no_target but names annotations", "contradiction")
+        if not real and not marked and ids not in ([-1], []):
+            raise UserError("it names no annotation (ann_id)", "missing_box")
+        return real
+
+    def _target(self, number: Any, record: Record) -> Record:
+        annotation = self.annotations.get(_key(number))
+        if annotation is None:
+            raise UserError(f"annotation {short(number)} is not in the instances file", "unknown_annotation")
+        if _key(annotation.get("image_id")) != _key(record.get("image_id")):
+            raise UserError(f"annotation {short(number)} is of another image", "contradiction")
+        label = self.names.get(_key(annotation.get("category_id")))
+        label = clean_text(label, "its category") if label is not None else _NO_CLASS
+        return _target(label, annotation.get("bbox"), annotation.get("segmentation"))
+
+
+def _key(value: Any) -> Any:
+    """An id that can be looked up; None for what is none."""
+    return value if isinstance(value, int | str) else None
+
+
+def _by_id(entries: list[Any]) -> dict[Any, Record]:
+    return {_key(e["id"]): e for e in entries if isinstance(e, dict) and _key(e.get("id")) is not None}

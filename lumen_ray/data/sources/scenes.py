@@ -1,0 +1,41 @@
+"""The synthetic scenes of `data.scenes` as a source of shards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from lumen_ray.data import scenes
+from lumen_ray.data.sources.base import Listing, Outcome, Source
+from lumen_ray.errors import UserError
+
+
+@dataclass
+class ScenesSource(Source):
+    """`num` scenes of the set `seed`, `side` pixels high and wide. Independent draws: no need to shuffle them."""
+
+    num: int
+    seed: int = 0
+    side: int = 128
+    kind = "scenes"
+
+    def list(self) -> Listing:
+        if self.num < 1:
+            raise UserError(f"the number of scenes must be at least 1, got {self.num}", "invalid_config")
+        if self.side < 64:
+            raise UserError(f"scenes need a side of at least 64 pixels, got {self.side}", "invalid_config")
+        if self.seed < 0:
+            raise UserError(f"the seed must not be negative, got {self.seed}", "invalid_config")
+        categories = [
+            {
+                "name": name,
+                "keypoints": list(scenes.SKELETONS.get(name, ())),
+                "skeleton": [list(edge) for edge in scenes.SKELETON_EDGES] if name in scenes.SKELETONS else [],
+            }
+            for name in scenes.CLASSES
+        ]
+        return Listing(range(self.num), {"images": self.num}, categories, shuffle=False)
+
+    def rows(self, record: int, shared: Any) -> Iterator[Outcome]:
+        yield Outcome(scenes.scene_row(self.seed, record, self.side))

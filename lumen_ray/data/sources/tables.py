@@ -1,0 +1,230 @@
+"""Tables of records too long for one process: csv, tsv, jsonl and parquet files, dealt out in chunks.
+
+The driver reads a text file once, line by line, and keeps where chunks of records start; a task reads its own chunk.
+So nobody holds more than a chunk, quoted line breaks in csv files do not matter, and the number of records is known
+before any task counts its own.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lumen_ray.data import files
+from lumen_ray.data.frames import read_frame
+from lumen_ray.data.sources.base import image_locations, read_first
+from lumen_ray.data.sources.parts import LINE_SUFFIXES, Record, check_name, first_of, parse_line, short
+from lumen_ray.errors import UserError
+from lumen_ray.structures import Size
+
+CHUNK_RECORDS = 512
+#: by extension, what separates the columns
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (*DELIMITERS, *LINE_SUFFIXES, ".parquet")
+_BOM = b"\xef\xbb\xbf"
+_LONGEST_LINE = 1 << 26
+
+Chunk = dict[str, Any]  # {"path", "records", "first"} and {"start", "end", "columns"} of text or {"group"} of parquet
+
+
+def chunks(location: str, has_header: bool = True, size: int = CHUNK_RECORDS) -> list[Chunk]:
+    """The chunks of a file. Raises `UserError` for a file that is missing, of another kind, or not readable at all.
+
+    `has_header`: of csv and tsv files; without one, columns are called "0", "1", ...
+    """
+    suffix = _suffix(location)
+    if suffix not in SUFFIXES:
+        raise UserError(f"'{location}' is none of the known tables; kinds: {', '.join(SUFFIXES)}", "unknown_table")
+    if not files.is_file(location):
+        raise UserError(f"annotation file '{location}' does not exist", "missing_annotations")
+    if suffix == ".parquet":
+        return _parquet_chunks(location)
+    with _reading(location), files.open_input(location) as file:
+        lines = _Lines(file)
+        columns = None
+        if suffix in DELIMITERS and has_header:
+            columns = next((row for row in _rows(lines, suffix) if isinstance(row, list)), None)
+            if columns is None:
+                raise UserError(f"'{location}' is empty; it needs a line of column names", "invalid_annotations")
+        found: list[Chunk] = []
+        base = {"path": location, "columns": columns}
+        start, number = lines.position, 0
+        for number, _ in enumerate(_records(lines, suffix), start=1):
+            if number % size == 0:
+                found.append(base | {"records": size, "first": number - size, "start": start, "end": lines.position})
+                start = lines.position
+        if number % size:
+            rest = number % size
+            found.append(base | {"records": rest, "first": number - rest, "start": start, "end": lines.position})
+    return found
+
+
+def read_chunk(chunk: Chunk) -> Iterator[tuple[str, Record | UserError]]:
+    """(origin, record) of each record, in order; in the place of one that cannot be read, the reason."""
+    name = files.base_name(chunk["path"])
+    for number, value in enumerate(_values(chunk), start=chunk["first"]):
+        yield f"{name} record {number}", value
+
+
+def _values(chunk: Chunk) -> Iterator[Any]:
+    if "group" in chunk:
+        yield from _read_group(chunk)
+        return
+    suffix = _suffix(chunk["path"])
+    with _reading(chunk["path"]), files.open_input(chunk["path"]) as file:
+        lines = _Lines(file, chunk["start"], chunk["end"])
+        for value in _records(lines, suffix):
+            if suffix in DELIMITERS:
+                yield _named(value, chunk["columns"])
+            else:
+                yield parse_line(value)
+
+
+def _suffix(location: str) -> str:
+    return os.path.splitext(files.base_name(location))[1].lower()
+
+
+@contextmanager
+def _reading(location: str) -> Iterator[None]:
+    """A file that was opened and cannot be read on means trouble with the store, not with a record."""
+    try:
+        yield
+    except OSError as error:
+        raise files.StoreError(f"'{location}' cannot be read on: {error}", "store_unreachable") from None
+
+
+class _Lines:
+    """Lines of an open binary file up to byte `end`; `position`: where the next line starts."""
+
+    def __init__(self, file: Any, start: int = 0, end: int | None = None):
+        file.seek(start)
+        self.file, self.position, self.end = io.BufferedReader(file, 1 << 20), start, end
+
+    def __iter__(self) -> _Lines:
+        return self
+
+    def __next__(self) -> bytes:
+        at_end = self.end is not None and self.position >= self.end
+        line = b"" if at_end else self.file.readline(_LONGEST_LINE)
+        if not line:
+            raise StopIteration
+        first = self.position == 0
+        self.position += len(line)
+        return line.removeprefix(_BOM) if first else line
+
+
+def _records(lines: _Lines, suffix: str) -> Iterator[Any]:
+    """csv rows (or the error of a row), or the lines that are not blank."""
+    if suffix in DELIMITERS:
+        yield from (row for row in _rows(lines, suffix) if row != [])
+    else:
+        yield from (line for line in lines if line.strip())
+
+
+def _rows(lines: _Lines, suffix: str) -> Iterator[list[str] | UserError]:
+    # bytes that are no UTF-8 come through as surrogates, which the check of each text finds
+    reader = csv.reader((line.decode("utf-8", "surrogateescape") for line in lines), delimiter=DELIMITERS[suffix])
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield UserError(f"the line cannot be read as csv: {error}", "invalid_record")
+
+
+def _named(row: list[str] | UserError, columns: list[str] | None) -> Record | UserError:
+    if isinstance(row, UserError):
+        return row
+    if columns is None:
+        return {str(number): value for number, value in enumerate(row)}
+    if len(row) != len(columns):
+        return UserError(f"it has {len(row)} columns, the first line names {len(columns)}", "invalid_record")
+    return dict(zip(columns, row, strict=True))
+
+
+def _parquet_chunks(location: str) -> list[Chunk]:
+    try:
+        with files.open_input(location) as file, pq.ParquetFile(file) as table:
+            rows = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+    except (pa.ArrowException, OSError) as error:
+        why = str(error).splitlines()[0]
+        raise UserError(f"'{location}' is not a readable parquet file: {why}", "invalid_annotations") from None
+    return [{"path": location, "records": n, "first": sum(rows[:i]), "group": i} for i, n in enumerate(rows) if n]
+
+
+def _read_group(chunk: Chunk) -> Iterator[Any]:
+    """The rows of a row group, a batch of rows at a time; those behind a damaged page come as the reason."""
+    done = 0
+    try:
+        with files.open_input(chunk["path"]) as file, pq.ParquetFile(file) as table:
+            for batch in table.iter_batches(batch_size=64, row_groups=[chunk["group"]]):
+                rows = batch.to_pylist()
+                done += len(rows)
+                yield from rows
+    except (pa.ArrowException, OSError) as error:
+        files.exists(chunk["path"])  # raises when it is the store that fails
+        why = f"its row group cannot be read: {str(error).splitlines()[0]}"
+        for _ in range(chunk["records"] - done):
+            yield UserError(why, "invalid_record")
+
+
+def column_names(chunk: Chunk) -> list[str] | None:
+    """The columns of a chunk's file; None where they are not known before its records are read."""
+    if "group" not in chunk:
+        return chunk["columns"]
+    with files.open_input(chunk["path"]) as file, pq.ParquetFile(file) as table:
+        return list(table.schema_arrow.names)
+
+
+def pick_column(columns: list[str] | None, wanted: str | None, usual: tuple[str, ...], what: str) -> str | None:
+    """The column `wanted` by an option, else the first `usual` one there is; None where columns are not known.
+
+    Raises `UserError` that lists the columns when there is no such column.
+    """
+    if columns is None:
+        return wanted
+    found = next((name for name in ((wanted,) if wanted is not None else usual) if name in columns), None)
+    if found is None:
+        option = f"--{what}-column"
+        raise UserError(
+            f"no column {wanted or 'of the usual names'} for the {what}; give {option}, columns: {', '.join(columns)}",
+            "unknown_column",
+        )
+    return found
+
+
+def cell(record: Record, column: str | None, usual: tuple[str, ...]) -> Any:
+    """What a record holds under the picked column, or under the first usual one it has; None when nothing."""
+    return first_of(record, usual if column is None else (column,))
+
+
+def load_image(value: Any, folder: str | None, what: str = "the image") -> tuple[str | None, bytes, Size]:
+    """(name, encoded bytes, (height, width) after EXIF rotation) of a cell: bytes, the mapping of bytes and path that
+    Hugging Face's tables have, or a path beneath `folder`. The name is None where only bytes are given.
+
+    Raises `UserError` for an image that is missing or does not decode, `StoreError` for an unreachable store.
+    """
+    name = None
+    if isinstance(value, dict):
+        name = value.get("path")
+        value = value["bytes"] if value.get("bytes") is not None else name
+    if isinstance(value, str):
+        name = check_name(value)
+        if folder is None and not files.is_url(name) and not os.path.isabs(name):
+            raise UserError(f"{what} '{name}' is a path; give its folder as --images", "missing_image")
+        value = read_first(*image_locations(folder or "", name))
+    if value is not None and not isinstance(value, bytes):
+        raise UserError(f"{what} must be a path or bytes, got {short(value)}", "invalid_image")
+    try:
+        size = read_frame(value, []).size
+    except UserError as error:
+        raise type(error)(f"{what}: {error}" if what != "the image" else str(error), error.reason) from None
+    return (check_name(name) if isinstance(name, str) and name else None), value, size

@@ -1,0 +1,135 @@
+"""Visual questions as a source: VQA v2 (questions and annotations in two files), GQA, and plain json records.
+
+Answers: `majority` keeps one answer per question, the dataset's own `multiple_choice_answer` or else the commonest (of
+equally common ones the first given). `all` keeps every annotator's answer as a message of its own, repeats included, so
+that a common answer is trained as often as it was given.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from lumen_ray.data import files
+from lumen_ray.data.schema import make_message, make_row
+from lumen_ray.data.sources.base import Listing, Outcome, Source
+from lumen_ray.data.sources.groups import Images, finished_group, lost_group, open_group
+from lumen_ray.data.sources.parts import (
+    IMAGE_ID_KEYS,
+    LINE_SUFFIXES,
+    Record,
+    as_mapping,
+    check_choice,
+    check_pattern,
+    clean_text,
+    first_of,
+    image_name,
+    load_json,
+    load_records,
+    records_in,
+    short,
+)
+from lumen_ray.errors import UserError
+
+ITEMS = "questions"
+ANSWERS = ("majority", "all")
+
+
+@dataclass
+class VqaSource(Source):
+    """`questions`: json or jsonl files of questions, with their answers inside or in the files `annotations`.
+
+    `image_pattern` makes the image's name of `image_id` where a record has no name; by default that of VQA v2's files,
+    ``COCO_<data_subtype>_%012d.jpg``. `answers`: one of `ANSWERS`.
+    """
+
+    questions: list[str]
+    images: str
+    annotations: list[str] = field(default_factory=list)
+    image_pattern: str | None = None
+    answers: str = "majority"
+    kind = "vqa"
+
+    def list(self) -> Listing:
+        check_choice("answers", self.answers, ANSWERS)
+        check_pattern(self.image_pattern)
+        self.images = files.absolute(self.images)
+        if not files.is_dir(self.images):
+            raise UserError(f"image folder '{self.images}' does not exist", "missing_images")
+        given = load_answers(self.annotations)
+        groups = Images(ITEMS)
+        for location in self.questions:
+            records, pattern = _read(location)
+            for origin, record in records:
+                self._add(groups, origin, record, self.image_pattern or pattern, given)
+        return Listing(groups.listing(), {"images": len(groups), ITEMS: groups.listed}, rejected=groups.rejected)
+
+    def _add(self, groups: Images, origin: str, record: Any, pattern: str | None, given: dict[Any, Any]) -> None:
+        name = None
+        try:
+            record = as_mapping(record)
+            name = image_name(record, pattern)
+            if name is None:
+                has_id = first_of(record, IMAGE_ID_KEYS) is not None
+                why = "only an image id; give --image-pattern" if has_id else "neither image nor image_id"
+                raise UserError(f"the question has {why}", "missing_image")
+            question = clean_text(record.get("question"), "the question")
+            answers = self._answers(record, given)
+        except UserError as error:
+            groups.reject(name, origin, error)
+        else:
+            groups.add(name, origin, {"question": question, "answers": answers})
+
+    def _answers(self, record: Record, given: dict[Any, Any]) -> list[str]:
+        """The answers to be kept, checked; `UserError` when there is none or one of them cannot be used."""
+        if given:
+            key = record.get("question_id")
+            record = given.get(key) if isinstance(key, int | str) else None
+            if record is None:
+                raise UserError(f"no annotation answers question {short(key)}", "missing_answer")
+        single = first_of(record, ("multiple_choice_answer", "answer"))
+        several = record.get("answers")
+        several = several if isinstance(several, list) else []
+        texts = [a.get("answer") if isinstance(a, dict) else a for a in several]
+        if single is not None and (self.answers == "majority" or not texts):
+            return [clean_text(single, "the answer")]
+        if not texts:
+            raise UserError("it has no answer (keys: answer, answers, multiple_choice_answer)", "missing_answer")
+        texts = [clean_text(text, "an answer") for text in texts]
+        return texts if self.answers == "all" else [Counter(texts).most_common(1)[0][0]]
+
+    def rows(self, record: Record, shared: Any) -> Iterator[Outcome]:
+        try:
+            data, frame = open_group(self.images, record)
+        except UserError as error:
+            yield lost_group(self.row_kind, ITEMS, record, error)
+            return
+        messages = [make_message("vqa", i["question"], answer) for i in record["items"] for answer in i["answers"]]
+        row = make_row(record["image"], data, frame.rotated_size, self.kind, tasks=["vqa"], messages=messages)
+        yield from finished_group(self.row_kind, ITEMS, row, record, [])
+
+
+def load_answers(locations: list[str]) -> dict[Any, Record]:
+    """VQA v2's annotations by question id; `UserError` for a file that is none."""
+    found: dict[Any, Record] = {}
+    for location in locations:
+        for _, entry in load_records(location, ("annotations",)):
+            key = entry.get("question_id") if isinstance(entry, dict) else None
+            if isinstance(key, int | str):
+                found[key] = entry
+    if locations and not found:
+        raise UserError(f"'{locations[0]}' answers no question (key: question_id)", "invalid_annotations")
+    return found
+
+
+def _read(location: str) -> tuple[list[tuple[str, Any]], str | None]:
+    """The (origin, question) pairs of a file, and the image pattern of the part of COCO that VQA v2 names in it."""
+    if location.lower().endswith(LINE_SUFFIXES):
+        return load_records(location), None
+    data = load_json(location)
+    part = data.get("data_subtype") if isinstance(data, dict) else None
+    known = isinstance(part, str) and part.replace("-", "").isalnum()
+    pattern = f"COCO_{part}_%012d.jpg" if known else None
+    return records_in(data, location, ("questions", "annotations", "data")), pattern

@@ -1,0 +1,124 @@
+"""What a YOLO ``data.yaml`` says: the images of its splits, class names, keypoints."""
+
+from __future__ import annotations
+
+import posixpath
+from typing import Any
+
+import yaml
+
+from lumen_ray.data import files
+from lumen_ray.errors import UserError, suggest
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+
+
+def read(location: str) -> dict[str, Any]:
+    """A data.yaml."""
+    try:
+        settings = yaml.safe_load(files.read_text(location))
+    except yaml.YAMLError as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"'{files.shown(location)}' is not valid yaml: {why}", "invalid_annotations") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"'{files.shown(location)}' must hold settings such as 'train' and 'names'",
+                        "invalid_annotations")  # fmt: skip
+    return settings
+
+
+def folder_images(folder: str) -> list[tuple[str, str]]:
+    """(image id, location) of the images below a folder; ids are paths relative to it."""
+    return [(name, files.join(folder, name)) for name in files.list_files(folder, SUFFIXES, recursive=True)]
+
+
+def split_images(data: str, settings: dict[str, Any], split: str) -> list[tuple[str, str]]:
+    """(image id, location) of the images of a split: of its folders, or of its text files that list them."""
+    value = settings.get(split)
+    if not value:
+        splits = [name for name in ("train", "val", "test") if settings.get(name)]
+        raise UserError(f"'{files.shown(data)}' has no split '{split}';{suggest(split, splits)} "
+                        f"splits: {', '.join(splits) or 'none'}", "unknown_split")  # fmt: skip
+    places = [str(v) for v in (value if isinstance(value, list) else [value])]
+    images: dict[str, str] = {}
+    for place in places:
+        found = _find(data, str(settings.get("path") or ""), place)
+        if files.is_dir(found):
+            prefix = f"{files.base_name(found)}/" if len(places) > 1 else ""
+            images.update({prefix + name: path for name, path in folder_images(found)})
+            continue
+        for line in files.read_text(found).splitlines():
+            if name := line.strip():
+                # './' stands for the folder of the list, as in ultralytics
+                home = files.parent(found) if name.startswith("./") else _root(data, settings)
+                images[name.removeprefix("./")] = _normal(files.join(home, name.removeprefix("./")))
+    return sorted(images.items())
+
+
+def _root(data: str, settings: dict[str, Any]) -> str:
+    home = files.parent(data)
+    root = files.join(home, str(settings.get("path") or ""))
+    return root if files.is_dir(root) else home
+
+
+def _find(data: str, root: str, place: str) -> str:
+    """A folder or file that the yaml names: below its `path`, beside the yaml, or, as exporting sites write it, with a
+    '../' too many."""
+    home = files.parent(data)
+    tried = [files.join(home, root, place), files.join(home, place), files.join(home, place.removeprefix("../"))]
+    for location in map(_normal, tried):
+        if files.exists(location):
+            return location
+    raise UserError(f"'{files.shown(data)}' names '{place}', which is not at '{files.shown(_normal(tried[0]))}'",
+                    "missing_images")  # fmt: skip
+
+
+def _normal(location: str) -> str:
+    return files.map_path(location, posixpath.normpath)
+
+
+def class_names(where: str, settings: dict[str, Any]) -> list[str]:
+    """Class names by number."""
+    names = settings.get("names")
+    if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
+        names = [names[i] for i in range(len(names))]
+    if not isinstance(names, list) or not names or not all(str(n).strip() for n in names):
+        raise UserError(f"'{files.shown(where)}' needs the class names, a list or numbered from 0", "invalid_classes")
+    names = [" ".join(str(name).split()) for name in names]
+    if len(set(names)) < len(names):
+        raise UserError(f"'{files.shown(where)}' names a class twice; class names must differ", "invalid_classes")
+    if settings.get("nc") not in (None, len(names)):
+        raise UserError(f"'{files.shown(where)}' says nc: {settings['nc']} but names {len(names)} classes",
+                        "invalid_classes")  # fmt: skip
+    return names
+
+
+def keypoint_names(settings: dict[str, Any], classes: int) -> tuple[list[int] | None, list[list[str]]]:
+    """`kpt_shape` and the keypoint names of each class; None and empty lists without one."""
+    shape = settings.get("kpt_shape")
+    if shape is None:
+        return None, [[] for _ in range(classes)]
+    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)
+            and shape[0] > 0 and shape[1] in (2, 3)):  # fmt: skip
+        raise UserError(f"kpt_shape must be [number of keypoints, 2 or 3], got {shape}", "invalid_keypoints")
+    named, count = settings.get("kpt_names"), shape[0]
+    by_class = [named.get(i) if isinstance(named, dict) else named for i in range(classes)]
+    default = _default_names(settings.get("flip_idx"), count)
+    names = [default if n is None else n for n in by_class]
+    if not all(isinstance(n, list) and len(n) == count and len({str(p).strip() for p in n} - {""}) == count
+               for n in names):  # fmt: skip
+        raise UserError(f"kpt_names must be {count} different names (for each class)", "invalid_keypoints")
+    return shape, [[str(point).strip() for point in n] for n in names]
+
+
+def _default_names(flip: Any, count: int) -> list[str]:
+    """Names that exchange left and right exactly as `flip_idx` does."""
+    flip = flip or list(range(count))
+    if not isinstance(flip, list) or sorted(map(str, flip)) != sorted(map(str, range(count))):
+        raise UserError(f"flip_idx must hold each of 0..{count - 1} once, got {flip}", "invalid_keypoints")
+    names = [f"point {i + 1}" for i in range(count)]
+    pairs = [(i, other) for i, other in enumerate(flip) if i < other]
+    if any(flip[flip[i]] != i for i in range(count)):
+        raise UserError(f"flip_idx must exchange pairs, got {flip}", "invalid_keypoints")
+    for k, (first, second) in enumerate(pairs, start=1):
+        names[first], names[second] = f"left point {k}", f"right point {k}"
+    return names

@@ -1,0 +1,84 @@
+"""The repeated blocks of a model, and what is done to each: activation checkpointing, compilation, sharding.
+
+The order matters: a block is checkpointed, then compiled, then sharded, so that the compiler sees what is computed
+again and the hooks that gather a block's weights stay outside of both. `forward` is replaced on the instance, so the
+names of the weights do not change.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lumen_ray.errors import UserError
+from lumen_ray.model.build import Generalist
+
+#: recompilations of one kind of block before PyTorch falls back to eager: shapes, stages and kinds share the count
+RECOMPILES = 64
+
+
+def part(model: Generalist, name: str) -> nn.Module:
+    """A part of the model by the name that recipes use."""
+    return model.decoders[name] if name in model.decoders else getattr(model.trunk, name)
+
+
+def blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """(name, block): the members of every list of layers that are themselves made of layers, outermost ones only."""
+    for name, child in module.named_children():
+        path = f"{prefix}{name}"
+        if not isinstance(child, nn.ModuleList):
+            yield from blocks(child, f"{path}.")
+            continue
+        for index, block in child.named_children():
+            if next(block.children(), None) is not None:
+                yield f"{path}.{index}", block
+
+
+def checkpoint_blocks(model: Generalist, parts: tuple[str, ...]) -> None:
+    """Blocks of these parts keep only their inputs, and compute the rest again in the backward pass."""
+    for name in parts:
+        for _, block in blocks(part(model, name)):
+            block.forward = _checkpointed(block.forward)
+
+
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+    return run
+
+
+def compile_blocks(model: Generalist, parts: tuple[str, ...], device: torch.device, backend: str = "inductor") -> None:
+    """Blocks of these parts are compiled, each kind once; a dimension that changes is compiled as dynamic."""
+    if not parts:
+        return
+    if backend == "inductor":
+        check_compiler(device)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
+    for name in parts:
+        for _, block in blocks(part(model, name)):
+            block.forward = torch.compile(block.forward, backend=backend)
+
+
+def check_compiler(device: torch.device) -> None:
+    """`UserError` where torch.compile could not build its kernels."""
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        compiler = get_cpp_compiler()
+    except InvalidCxxCompiler:
+        compiler = None
+    if compiler is None or shutil.which(compiler) is None:
+        raise UserError(
+            "torch.compile needs a C++ compiler on CPU workers; install g++ or set compile: false", "no_compiler"
+        )

@@ -1,0 +1,45 @@
+"""An exponential moving average of the weights, sharded as they are."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lumen_ray.train.lora import changing_state
+from lumen_ray.train.recipe import EmaSettings
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+class Ema:
+    """The average of everything training can change. A few passes over the weights a step, no communication."""
+
+    def __init__(self, model: nn.Module, settings: EmaSettings):
+        self.settings = settings
+        self._model = model
+        self.shadow = {name: value.detach().clone() for name, value in self._floating().items()}
+
+    def _floating(self) -> dict[str, Tensor]:
+        return {n: v for n, v in changing_state(self._model).items() if v.is_floating_point()}
+
+    def decay(self, step: int) -> float:
+        """The weight of the past after global step `step`."""
+        most = self.settings.decay
+        return min(most, (1 + step) / (10 + step)) if self.settings.warmup else most
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes in the weights that step `step` left."""
+        weights = self._floating()
+        shadow = [_local(value) for value in self.shadow.values()]
+        torch._foreach_lerp_(shadow, [_local(weights[name]) for name in self.shadow], 1 - self.decay(step))
+
+    @torch.no_grad()
+    def copy_to_model(self) -> None:
+        """The average in place of the weights."""
+        weights = self._floating()
+        for name, value in self.shadow.items():
+            _local(weights[name]).copy_(_local(value))

@@ -1,0 +1,194 @@
+"""Floating-point operations of a training step by component, from shapes, and what a GPU can do at most.
+
+A multiplication and addition count as two. Only matrix products and convolutions are counted, as is usual for the
+utilisation of a model (arXiv 2204.02311, app. B); what activation checkpointing computes again is not.
+
+Legend: B images, N patches, P prefix tokens, S tokens per image, C width, Q object prompts, L places of the heatmap.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from lumen_ray.decoders.lumen import KERNEL_WIDTH, LumenDecoder
+from lumen_ray.model.build import Generalist
+from lumen_ray.model.dense import DenseFeatures
+from lumen_ray.model.prompts import IGNORE
+from lumen_ray.model.vision import CommVision, MergedEncoder
+from lumen_ray.train.lora import frozen_names
+
+#: dense (no sparsity) peak of a GPU in FLOP/s: bf16 and fp32 without TF32; from the makers' data sheets
+PEAKS = {
+    "B200": (2250e12, 75e12),
+    "H200": (989e12, 67e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "A10G": (70e12, 35e12),
+    "A10": (125e12, 31.2e12),
+    "L40S": (362e12, 91.6e12),
+    "L40": (181e12, 90.5e12),
+    "L4": (121e12, 30.3e12),
+    "RTX 4090": (165e12, 82.6e12),
+    "RTX 3090": (71e12, 35.6e12),
+}
+
+
+def peak(device: torch.device, precision: str) -> float | None:
+    """The most a device can do, FLOP/s; None where it is not known, as for CPUs."""
+    if device.type != "cuda":
+        return None
+    return peak_of(torch.cuda.get_device_name(device), precision)
+
+
+def peak_of(name: str, precision: str) -> float | None:
+    """By the name CUDA gives, e.g. ``NVIDIA H100 80GB HBM3``; longer keys first, since A10 is part of A100."""
+    for key in sorted(PEAKS, key=len, reverse=True):
+        if all(word in name for word in key.split()):
+            return PEAKS[key][0 if precision == "bf16" else 1]
+    return None
+
+
+def of_step(model: Generalist, batches: list[dict[str, Any]]) -> dict[str, float]:
+    """Forward and backward FLOPs of this rank's micro-steps by component: vision, llm, dense, lumen."""
+    passes = passes_by_part(model)
+    total: dict[str, float] = {}
+    for batch in batches:
+        for name, count in forward(model, batch).items():
+            total[name] = total.get(name, 0.0) + count * passes[name]
+    return total
+
+
+def passes_by_part(model: Generalist) -> dict[str, int]:
+    """How often each component's products are computed: forward, for the gradient of its inputs, of its weights.
+
+    The first part that learns needs no gradient of its inputs as a whole, but of each of its layers'.
+    """
+    frozen = frozen_names(model)
+    trunk = model.trunk
+    out, flows = {}, False
+    for name, modules in (
+        ("vision", (trunk.vision,)),
+        ("llm", (trunk.llm, trunk.regions, trunk.queries)),
+        ("dense", (trunk.dense,)),
+        ("lumen", (model.decoders["lumen"], trunk.link_heads)),
+    ):
+        learns = any(p.requires_grad for module in modules for p in module.parameters())
+        flows = flows or learns
+        adapted = name == "llm" and bool(frozen)  # adapters pass gradients on, the weights beside them get none
+        own = any(p.requires_grad for p in modules[0].parameters()) and not adapted
+        out[name] = 1 + flows + own
+    return out
+
+
+def forward(model: Generalist, batch: dict[str, Any]) -> dict[str, float]:
+    """FLOPs of one forward pass by component."""
+    height, width = batch["images"].shape[-2:]
+    images, layout = len(batch["images"]), batch["layout"]
+    rows, columns = model.trunk.vision.grid(height, width)
+    supervised = int((layout.labels[:, 1:] != IGNORE).sum())
+    sequences, tokens = layout.llm_shape(rows * columns)
+    return {
+        "vision": images * vision(model.trunk.vision, height, width),
+        "llm": sequences * llm(model.trunk.llm.config, tokens) + 2 * supervised * _vocabulary(model.trunk.llm.config),
+        "dense": images * dense(model.trunk.dense, height, width, model.trunk.vision.patch_size, (rows, columns)),
+        "lumen": lumen(model.decoders["lumen"], batch),
+    }
+
+
+def _layer(tokens: int, width: int, attention: int, key_value: int, hidden: int, matrices: int) -> float:
+    """One transformer layer over `tokens`; `attention`, `key_value`: widths of all query, and key or value, heads."""
+    projections = 2 * tokens * width * (2 * attention + 2 * key_value)
+    return projections + 4 * tokens * tokens * attention + matrices * 2 * tokens * width * hidden
+
+
+def llm(config: Any, tokens: int) -> float:
+    """One row of image tokens and branches through a gated decoder-only LLM (Llama, Qwen, Mistral families)."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    key_value = head * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    attention = head * config.num_attention_heads
+    one = _layer(tokens, config.hidden_size, attention, key_value, config.intermediate_size, 3)
+    return config.num_hidden_layers * one
+
+
+def _vocabulary(config: Any) -> float:
+    return config.hidden_size * config.vocab_size
+
+
+def vision(module: CommVision, height: int, width: int) -> float:
+    """Both encoders, their layer merges and the projector, for one image."""
+    patches = (height // module.patch_size) * (width // module.patch_size)
+    total = 2.0 * patches * module.projector.in_features / module.token_merge**2 * module.projector.out_features
+    for encoder in (module.clip, module.dinov2):
+        if encoder is not None:
+            total += _encoder(encoder, patches)
+    if module.dinov2 is not None:
+        total += sum(2.0 * patches * m.in_features * m.out_features for m in module.dinov2_mlp if _is_linear(m))
+    return total
+
+
+def _encoder(encoder: MergedEncoder, patches: int) -> float:
+    config = encoder.model.config
+    width = config.hidden_size
+    hidden = getattr(config, "intermediate_size", None) or int(width * config.mlp_ratio)
+    layers = config.num_hidden_layers * _layer(patches + 1, width, width, width, hidden, 2)
+    merged = sum(2.0 * patches * p.in_features * p.out_features for p in encoder.merge.projections)
+    return 2.0 * patches * 3 * encoder.patch_size**2 * width + layers + merged
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _convolutions(module: nn.Module, height: int, width: int) -> tuple[float, int, int]:
+    """(FLOPs, height, width) after all convolutions in a module that follow each other."""
+    total = 0.0
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d):
+            height, width = math.ceil(height / conv.stride[0]), math.ceil(width / conv.stride[0])
+            total += 2.0 * height * width * conv.in_channels * conv.out_channels * math.prod(conv.kernel_size)
+    return total, height, width
+
+
+def dense(module: DenseFeatures, height: int, width: int, patch: int, grid: tuple[int, int]) -> float:
+    """The shared dense features of one image."""
+    total, h, w = _convolutions(module.stem, height, width)
+    total += _convolutions(nn.ModuleList([module.lateral4, module.fuse4]), h, w)[0]
+    for down, parts in (
+        (module.down8, (module.lateral8, module.fuse8)),
+        (module.down16, (module.lateral16, module.fuse16)),
+    ):
+        count, h, w = _convolutions(down, h, w)
+        total += count + _convolutions(nn.ModuleList(parts), h, w)[0]
+    total += _convolutions(module.from_vision, height // patch, width // patch)[0]
+    return total + _convolutions(module.from_llm, *grid)[0]
+
+
+def lumen(module: LumenDecoder, batch: dict[str, Any]) -> float:
+    """The light decoder on a batch: per image the neck and mask features, per prompt the aligner and the heads.
+
+    Masks are counted as if every object had all the places that may train one.
+    """
+    targets = batch["targets"].get("perception")
+    if targets is None:
+        return 0.0
+    s, c = module.settings, module.settings.hidden_size
+    images, height, width = len(batch["images"]), batch["images"].shape[-2] // 4, batch["images"].shape[-1] // 4
+    neck, h, w = _convolutions(module.neck, height, width)
+    masks = _convolutions(module.mask_features, height, width)[0]
+    parents = batch["layout"].link_parents["perception"]
+    poses = int((parents >= 0).any()) * _convolutions(module.pose.key_value, height, width)[0]
+    prompts, places = int((parents < 0).sum()), h * w
+    link = 2.0 * module.link_proj[1].in_features * c
+    aligner = s.num_layers * (places * (2 * 2 * c * c + 4 * c + 2 * 2 * c * c + 2 * c) + 2 * 8 * c * c)
+    heads = places * (2 * c * c + 2 * c + 2 * (c * c + 4 * c)) + 2 * c * c
+    objects = int(((targets.mask_index >= 0) & targets.valid & ~targets.crowd & targets.counted[:, None]).sum())
+    k, m = KERNEL_WIDTH, s.mask_channels
+    kernel = 2.0 * c * (c + sum(module.kernel_sizes)) + 2.0 * height * width * ((m + 2) * k + k * k + k)
+    trained = objects * min(s.max_masks_per_object, s.topk_assign)
+    return images * (neck + masks + poses) + prompts * (link + aligner + heads) + trained * kernel

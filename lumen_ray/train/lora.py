@@ -1,0 +1,99 @@
+"""LoRA (arXiv 2106.09685) by `peft`: adapters beside frozen weights, and their way back into a plain model folder.
+
+`peft` puts its layers in place of the linear layers of the model itself, so that FSDP, checkpoints and the loop see
+nothing but a module: `x.weight` becomes `x.base_layer.weight`, beside it `x.lora_A.default.weight` and `lora_B`.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lumen_ray.errors import UserError
+from lumen_ray.model.build import Generalist
+
+if TYPE_CHECKING:
+    from lumen_ray.train.recipe import LoraSettings
+
+ADAPTER = "default"
+
+
+def inject(model: Generalist, settings: LoraSettings, seed: int) -> None:
+    """Adapters on the linear layers whose names match `targets`; `frozen_names` then has what they leave as it is.
+
+    The model computes what it did before: fresh adapters add zero. `UserError` when a pattern matches nothing.
+    """
+    peft = _peft()
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    targets = sorted({name for pattern in settings.targets for name in _matching(pattern, linear, "targets")})
+    modules = [name for name, _ in model.named_modules() if name]
+    kept = {name for pattern in settings.also_train for name in _matching(pattern, modules, "also_train")}
+    config = peft.LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets
+    )
+    frozen = _adapted(model, targets, kept)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    by_id = {id(p): name for name, p in model.named_parameters()}
+    model.frozen_by_lora = frozenset(by_id[id(p)] for p in frozen)
+    for name, parameter in model.named_parameters():  # peft froze all that is no adapter
+        parameter.requires_grad_(name not in model.frozen_by_lora)
+
+
+def _adapted(model: Generalist, targets: list[str], kept: set[str]) -> list[nn.Parameter]:
+    """Every parameter of the parts with adapters, but for the modules that are trained in full."""
+    parts = {".".join(name.split(".")[:2]) for name in targets}
+    full = {id(p) for name in kept for p in model.get_submodule(name).parameters()}
+    return [p for name in sorted(parts) for p in model.get_submodule(name).parameters() if id(p) not in full]
+
+
+def frozen_names(model: nn.Module) -> frozenset[str]:
+    """Parameters that stay as they were loaded, whatever a stage trains; empty without LoRA."""
+    return getattr(model, "frozen_by_lora", frozenset())
+
+
+def changing_state(model: nn.Module) -> dict[str, Tensor]:
+    """What training can change of the model's state: all that a checkpoint needs."""
+    frozen = frozen_names(model)
+    return {name: value for name, value in model.state_dict().items() if name not in frozen}
+
+
+def _matching(pattern: str, names: list[str], key: str) -> list[str]:
+    found = fnmatch.filter(names, pattern)
+    if not found:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in names if not name[-1].isdigit()})[:12])
+        raise UserError(f"lora.{key}: '{pattern}' matches nothing in the model; layers are called {known}", "no_match")
+    return found
+
+
+def _peft():
+    try:
+        import peft
+    except ImportError:
+        raise UserError("lora needs peft; install it with: pip install 'lumen-ray[lora]'", "missing_package") from None
+    return peft
+
+
+def save_adapters(run: Path, state: dict[str, Tensor]) -> None:
+    """Writes the adapters alone to `RUN/adapters.safetensors`."""
+    save_file({n: v.contiguous() for n, v in state.items() if ".lora_" in n}, run / "adapters.safetensors")
+
+
+def plain_state(state: dict[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:
+    """The full weights of a model with adapters under the names of the model without, the adapters added to them."""
+    out = {}
+    for name, value in state.items():
+        if ".lora_A." in name or ".lora_B." in name:
+            continue
+        if name.endswith(".base_layer.weight"):
+            layer = name.removesuffix(".base_layer.weight")
+            down, up = (state[f"{layer}.lora_{side}.{ADAPTER}.weight"].float() for side in "AB")
+            value = (value.float() + settings.alpha / settings.rank * up @ down).to(value.dtype)
+        out[name.replace(".base_layer.", ".")] = value
+    return out

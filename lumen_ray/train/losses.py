@@ -1,0 +1,136 @@
+"""The losses of one optimizer step: normalised over all ranks and all micro-steps, reduced in one collective each.
+
+A loss is a sum over its normaliser (`LossTerm`). With one micro-step the normaliser of the global batch is simply the
+sum over ranks. With several it is only known when the last one has run, so it is projected: what the batches say
+beforehand (supervised tokens, objects, keypoints) of the whole step, times what a unit of that has counted so far in
+the step. For tokens and keypoints that is exact, and the gradient is that of the undivided batch. For losses that
+count by predicted quality (heatmap, box) or by chosen places (match, mask) it differs as far as micro-steps differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lumen_ray.decoders.base import LossTerm
+from lumen_ray.model.prompts import IGNORE
+from lumen_ray.tasks import TASKS
+from lumen_ray.train import parallel
+
+#: the fixed list behind the per-task columns, so that all ranks reduce the same ones
+TASK_NAMES = tuple(TASKS)
+_TASK_INDEX = {name: i for i, name in enumerate(TASK_NAMES)}
+
+
+def expected_counts(batch: dict[str, Any], names: tuple[str, ...]) -> Tensor:
+    """What a batch says of each loss's normaliser before the forward pass: float [len(names)], 1 where it says nothing.
+
+    A loss that it says nothing of is averaged over the micro-steps.
+    """
+    known: dict[str, float] = {"lm": float((batch["layout"].labels[:, 1:] != IGNORE).sum())}
+    if (t := batch["targets"].get("perception")) is not None:
+        objects = t.valid & ~t.crowd & t.counted[:, None]
+        known["heatmap"] = known["match"] = known["box"] = float(objects.sum())
+        known["mask"] = float((objects & (t.mask_index >= 0)).sum())
+        parents = batch["layout"].link_parents["perception"]
+        children = torch.nonzero(parents >= 0).flatten()
+        shown = (t.valid & ~t.crowd)[parents[children]]
+        known["keypoint"] = float((shown & (t.keypoints[children][..., 2] > 0)).sum())
+    else:
+        known |= dict.fromkeys(("heatmap", "match", "box", "mask", "keypoint"), 0.0)
+    return torch.tensor([known.get(name, 1.0) for name in names])
+
+
+def count_tokens(batch: dict[str, Any], image_tokens: int) -> tuple[int, int]:
+    """(tokens of pictures and prompts, all tokens the LLM computes: with padding, and with the image tokens of rows
+    that have no picture)."""
+    layout = batch["layout"]
+    real = int((layout.branch_ids >= 0).sum()) + int(batch["has_image"].sum()) * image_tokens
+    rows, length = layout.llm_shape(image_tokens)
+    return real, rows * length
+
+
+def per_task(batch: dict[str, Any], losses: dict[str, LossTerm], device: torch.device) -> Tensor:
+    """Sums and counts by task, [2, 2, tasks]: of the LM (routing token or text), and of perception prompts' heatmap."""
+    out = torch.zeros(2, 2, len(TASK_NAMES), device=device)
+    owners = torch.tensor([_TASK_INDEX[task] for task in batch["tasks"]], dtype=torch.int64)
+    found = [(owners, losses["lm"].each)]
+    if "heatmap" in losses:
+        found.append((owners[batch["layout"].link_branches["perception"].cpu()], losses["heatmap"].each))
+    for row, (index, values) in enumerate(found):
+        index = index.to(device)
+        out[row, 0].index_add_(0, index, values.float())
+        out[row, 1].index_add_(0, index, torch.ones_like(values, dtype=torch.float32))
+    return out
+
+
+@dataclass(frozen=True)
+class StepSums:
+    """An optimizer step over all ranks: mean of each loss, mean by task, tokens without and with padding."""
+
+    means: dict[str, float]
+    tasks: dict[str, float]
+    tokens: float
+    computed_tokens: float
+
+
+class StepLosses:
+    """Adds up the losses of an optimizer step: one `all_reduce` a micro-step, and one before if there are several."""
+
+    def __init__(
+        self, names: tuple[str, ...], weights: dict[str, float], batches: list[dict[str, Any]], device: torch.device
+    ):
+        """`batches`: the micro-steps of this rank. A collective where there are several."""
+        self.names, self.weights = names, weights
+        self.expected = None
+        if len(batches) > 1:
+            expected = torch.stack([expected_counts(batch, names) for batch in batches])
+            self.expected = parallel.sum_over_ranks(expected.to(device))
+        self.done = 0
+        self._sums: Tensor | None = None
+
+    def add(self, batch: dict[str, Any], losses: dict[str, LossTerm], image_tokens: int = 0) -> Tensor:
+        """The scalar of a micro-step to call `backward` on; a collective. `image_tokens`: LLM tokens of one picture.
+
+        FSDP averages gradients over ranks, so the scalar is multiplied by their number: the sum over micro-steps is the
+        gradient of the global batch.
+        """
+        device = losses["lm"].total.device
+        zero = torch.zeros((), device=device)
+        sums = torch.stack([losses[n].total.detach() if n in losses else zero for n in self.names])
+        counts = torch.stack([losses[n].count.detach() if n in losses else zero for n in self.names])
+        tokens = torch.tensor(count_tokens(batch, image_tokens), dtype=torch.float32, device=device)
+        tasks = per_task(batch, losses, device).flatten()
+        reduced = parallel.sum_over_ranks(torch.cat([sums, counts, tokens, tasks]))
+        self._sums = reduced if self._sums is None else self._sums + reduced
+        self.done += 1
+        normalisers = self._normalisers()
+        total = sum(
+            self.weights.get(n, 1.0) * losses[n].total / normalisers[i] for i, n in enumerate(self.names) if n in losses
+        )
+        return total * parallel.world_size()
+
+    def _normalisers(self) -> Tensor:
+        counts = self._sums[len(self.names) : 2 * len(self.names)]
+        if self.expected is None:
+            return counts.clamp_min(1.0)
+        whole, so_far = (part.sum(0) for part in (self.expected, self.expected[: self.done]))
+        per_unit = torch.where(so_far > 0, counts / so_far.clamp_min(1.0), torch.ones_like(counts))
+        return (per_unit * whole).clamp_min(1.0)
+
+    def read(self) -> StepSums:
+        """What the micro-steps so far add up to, over all ranks. Waits for the device, once."""
+        n, t = len(self.names), len(TASK_NAMES)
+        values = self._sums.tolist()
+        means = {name: values[i] / max(values[n + i], 1.0) for i, name in enumerate(self.names)}
+        real, computed = values[2 * n : 2 * n + 2]
+        tasks = {}
+        for row, kind in enumerate(("lm", "heatmap")):
+            first = 2 * n + 2 + row * 2 * t
+            for i, task in enumerate(TASK_NAMES):
+                if count := values[first + t + i]:
+                    tasks[f"{kind}/{task}"] = values[first + i] / count
+        return StepSums(means, tasks, real, computed)

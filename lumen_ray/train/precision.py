@@ -1,0 +1,42 @@
+"""bf16 arithmetic over fp32 weights.
+
+Autocast computes matrix products in bf16 and sums, norms and losses in fp32. Blocks that FSDP shards are gathered as
+bf16 already, which halves what goes over the network; gradients are added up over ranks in fp32.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from lumen_ray.errors import UserError
+
+
+def arithmetic(precision: str, device: torch.device) -> AbstractContextManager:
+    """The context of a forward pass. The cache of autocast is off: it would keep a second copy of all weights."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
+
+
+def block_policy(precision: str) -> MixedPrecisionPolicy:
+    """How FSDP gathers and reduces a block."""
+    if precision == "fp32":
+        return MixedPrecisionPolicy()
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def check(precision: str, device: torch.device) -> None:
+    """`UserError` where the device has no bf16."""
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise UserError(f"{name} has no bf16 arithmetic; set precision: fp32 in the recipe", "no_bf16")
+
+
+def advice(precision: str, device: torch.device) -> str | None:
+    """What a user of bf16 should know about this device, if anything."""
+    if precision == "bf16" and device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
+        return "bf16 is 3 to 4 times slower than fp32 on this CPU; set precision: fp32 unless workers have GPUs"
+    return None

@@ -1,0 +1,47 @@
+"""One pass and a pass per prompt give the same answers, and the bench sees when they do not."""
+
+import dataclasses
+
+import pytest
+from tiny_models import tiny_loaded
+
+from lumen_ray.bench import prompts
+from lumen_ray.inference.engine import Engine
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(tiny_loaded())
+
+
+def test_both_sides_answer_every_prompt_the_same(engine):
+    result = prompts.bench(engine, classes=5, turns=1, max_new_tokens=4, threads=1)
+    assert set(result.rates) == {"one pass", "a pass per prompt"}
+    assert result.details["prompts"] == 5 + 1 + 3
+    assert result.to_json()["ratio"]["median"] > 0
+
+
+def test_the_prompts_are_the_same_on_both_sides():
+    single = prompts.prompts(80)
+    assert len({request.phrases for request in single if request.phrases}) == 80
+    detect, *texts = prompts.together(single)
+    assert detect.phrases == tuple(request.phrases[0] for request in single if request.phrases)
+    assert texts == single[80:]
+
+
+@pytest.mark.parametrize("what", ["links", "texts"])
+def test_a_difference_is_refused(engine, monkeypatch, what):
+    run = engine.trunk.run
+
+    def other_when_packed(images, requests, **options):
+        """As if a prompt's result depended on the prompts beside it."""
+        out = run(images, requests, **options)
+        if len(requests[0]) > 1 and what == "links":
+            out.link.embeddings = out.link.embeddings * 1.01
+        if len(requests[0]) > 1 and what == "texts":
+            out.plans[0] = [p if p.text is None else dataclasses.replace(p, text=p.text + "?") for p in out.plans[0]]
+        return out
+
+    monkeypatch.setattr(engine.trunk, "run", other_when_packed)
+    with pytest.raises(RuntimeError, match="differ by"):
+        prompts.bench(engine, classes=3, turns=1, max_new_tokens=4, threads=1)

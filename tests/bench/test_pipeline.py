@@ -1,0 +1,55 @@
+"""Rates of the pipeline bench, and the bench itself at a tiny size."""
+
+import pytest
+from bench_fakes import tiny_preset
+
+from lumen_ray import ray_env
+from lumen_ray.bench import inputs, pipeline
+from lumen_ray.bench.workload import make_recipe, plan_of, same, scene_shards
+from lumen_ray.data.feed import plan_items
+from lumen_ray.train.trainer import prepare_job
+
+
+def test_the_first_steps_do_not_count():
+    times = [100.0, 150.0, 151.0, 152.0, 154.0]  # the first two take their time
+    assert pipeline.rate(times, 2, 8) == pytest.approx(3 * 8 / 4)
+
+
+def test_losses_are_compared():
+    pipeline.check_losses([1.0, 20.0], [1.0, 20.0001])  # relative where the loss is large
+    for one, other, why in (
+        ([1.0, 20.0], [1.0, 20.2], "from step 1 on: 20.000000 and 20.200000"),
+        ([0.1], [0.1001], "from step 0"),
+        ([1.0], [float("nan")], "from step 0"),
+        ([1.0], [1.0, 1.0], "has made 1 steps, the other 2"),
+    ):
+        with pytest.raises(RuntimeError, match=why):
+            pipeline.check_losses(one, other)
+
+
+def test_the_loader_gives_the_readers_batches(tmp_path):
+    shards = scene_shards(tmp_path / "shards", 16, 96, photos=True)
+    recipe = make_recipe(3, model=tiny_preset(tmp_path), batch_size=8, augment=inputs.AUGMENT)
+    prepared = prepare_job(shards, recipe, tmp_path / "run")
+    items = plan_items(plan_of(prepared.manifest, recipe), 0, 1)
+    batches = list(inputs.loader_batches(prepared.reader, items, 1))
+    assert len(batches) == 3
+    assert all(same(batch, prepared.reader(item)) for batch, item in zip(batches, items, strict=True))
+    assert not same(batches[0], batches[1])
+    assert inputs.samples_per_s(iter(batches), 1) > 0
+
+
+@pytest.mark.ray
+def test_the_benches_run_at_a_tiny_size(tmp_path):
+    """Both compare results themselves: losses of every step, tensors of every batch."""
+    preset = tiny_preset(tmp_path)
+    shards = scene_shards(tmp_path / "shards", 16, 64)
+    try:
+        (tmp_path / "a").mkdir()
+        result = pipeline.bench(tmp_path / "a", shards, model=preset, steps=6, warm=2, batch_size=8, threads=1, turns=1)
+        assert set(result.rates) == {"Ray Data + Ray Train", "bare loop"}
+        assert result.to_json()["ratio"]["median"] > 0
+        result = inputs.bench(tmp_path / "b", shards, model=preset, steps=6, warm=2, batch_size=8, workers=2, turns=1)
+        assert set(result.rates) == {"Ray Data", "DataLoader"}
+    finally:
+        ray_env.shutdown()

@@ -1,0 +1,6 @@
+"""Tiny runs come from `tests/train`."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))

@@ -1,0 +1,150 @@
+"""Training on Ray whose driver, workers, node and whole local cluster are killed; measured against plain gloo ranks."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from clusters import RAY, Cluster, kill_tree, train_workers, wait_for
+from ranks import run_ranks
+from train_fakes import make_job, make_recipe, make_shards
+
+from lumen_ray.model.build import build_model
+from lumen_ray.ray_env import prepare_environment
+from lumen_ray.train import checkpoint
+
+pytestmark = pytest.mark.ray
+
+JOB = str(Path(__file__).parents[2] / "jobs" / "train.py")
+OPTIONS = {
+    "stages": ((26, None), (10, ["lumen"])),
+    "checkpoint_every": 4,
+    "keep_checkpoints": 0,
+    "log_samples": True,
+    "workers": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = make_shards(tmp_path_factory.mktemp("survives"))
+    for name, changes in (("fixed", {}), ("elastic", {"min_workers": 1})):
+        recipe = make_recipe(folder, **OPTIONS, **changes).model_dump(mode="json")
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(data):
+    """The run that was never killed, without Ray."""
+    assert run_ranks(make_job(data, data / "whole", **OPTIONS)) == [0, 0]
+    return data / "whole"
+
+
+def arguments(data: Path, recipe: str, run: Path) -> list[str]:
+    return [
+        sys.executable,
+        JOB,
+        "--recipe",
+        f"{data / recipe}.yaml",
+        "--shards",
+        str(data / "shards"),
+        "--output",
+        str(run),
+    ]
+
+
+def step_of(run: Path) -> int:
+    """The step that was written last to the metrics, -1 when there is none."""
+    path = run / "metrics.jsonl"
+    lines = [line for line in path.read_text().splitlines(True) if line.endswith("\n")] if path.exists() else []
+    return json.loads(lines[-1])["step"] if lines else -1
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(36))
+    return [line["loss"] for line in lines]
+
+
+def samples(run: Path, rank: int) -> dict[int, list[list[str]]]:
+    """The image ids of each step on a rank, every time it did that step."""
+    seen: dict[int, list[list[str]]] = {}
+    for line in (run / "samples" / f"{rank}.jsonl").read_text().splitlines():
+        entry = json.loads(line)
+        seen.setdefault(entry["step"], []).append(entry["image_ids"])
+    return seen
+
+
+def weights(path: Path, data: Path) -> dict[str, torch.Tensor]:
+    job = make_job(data, data / "reader", **OPTIONS).job
+    model = build_model(job.settings, len(job.tokenizer))
+    checkpoint.load_weights(path, model)
+    return model.state_dict()
+
+
+@pytest.fixture(scope="module")
+def survivor(data, whole):
+    """A run on two nodes; its driver, then one of its workers, then a node with the worker on it are killed."""
+    run = data / "survivor"
+    with Cluster() as cluster:
+        node = cluster.add_node()
+        driver = subprocess.Popen(arguments(data, "elastic", run), env=cluster.environment)
+        wait_for(lambda: step_of(run) >= 6, "step 6", process=driver)
+        on_each_node = [len(train_workers(n.pid)) for n in cluster.nodes]
+        driver.kill()
+        driver.wait()
+        submit = [RAY, "job", "submit", "--address", f"http://127.0.0.1:{cluster.dashboard}", "--"]
+        with open(data / "job.log", "w") as log:
+            job = subprocess.Popen(
+                submit + arguments(data, "elastic", run), env=cluster.environment, stdout=log, stderr=log
+            )
+        wait_for(lambda: step_of(run) >= 13, "step 13", process=job)
+        for worker in train_workers(node.pid):
+            worker.kill()
+        wait_for(lambda: step_of(run) < 13, "the restart", process=job)
+        wait_for(lambda: step_of(run) >= 18, "step 18", process=job)
+        kill_tree(node.pid)
+        assert job.wait(timeout=400) == 0, (data / "job.log").read_text()[-3000:]
+    return run, on_each_node
+
+
+def test_both_nodes_train(survivor):
+    assert survivor[1] == [1, 1]
+
+
+def test_until_the_node_is_lost_the_bits_are_those_of_a_run_that_was_never_killed(survivor, whole, data):
+    assert losses(survivor[0])[:16] == losses(whole)[:16]
+    ours, theirs = (weights(run / "checkpoints" / "0000016-s0", data) for run in (survivor[0], whole))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_one_worker_goes_on_with_the_same_loss_curve_and_no_sample_skipped_or_repeated(survivor, whole):
+    assert losses(survivor[0]) == pytest.approx(losses(whole), rel=1e-4, abs=1e-4)
+    first, second = samples(whole, 0), samples(whole, 1)
+    alone = 0
+    for step, tries in samples(survivor[0], 0).items():
+        both = first[step][0] + second[step][0]
+        assert all(ids in (first[step][0], both) for ids in tries)
+        alone += tries[-1] == both
+    assert samples(survivor[0], 0).keys() == set(range(36))
+    assert alone >= 16  # the steps after the newest checkpoint before the node was lost
+    assert all(ids == second[step][0] for step, tries in samples(survivor[0], 1).items() for ids in tries)
+
+
+def test_the_whole_job_is_killed_with_its_local_ray(data, whole):
+    """The driver and every process of the Ray it has started; the run is then ended without Ray, to the same bits."""
+    run = data / "local"
+    prepare_environment()
+    driver = subprocess.Popen(arguments(data, "fixed", run))
+    wait_for(lambda: step_of(run) >= 6, "step 6", process=driver)
+    kill_tree(driver.pid)
+    driver.wait()
+    assert checkpoint.position(checkpoint.latest(run))["step"] < 36
+    assert run_ranks(make_job(data, run, **OPTIONS)) == [0, 0]
+    assert losses(run) == losses(whole)
+    ours, theirs = (r / "model" / "model.safetensors" for r in (run, whole))
+    assert ours.read_bytes() == theirs.read_bytes()

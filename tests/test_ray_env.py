@@ -1,0 +1,26 @@
+"""What stays behind in a process when its Ray ends."""
+
+import os
+import sys
+
+from lumen_ray.ray_env import prepare_environment, shutdown
+
+
+def test_serve_forgets_the_cluster_that_has_ended(monkeypatch):
+    """The next local cluster counts its jobs from 1 again, so that Serve would take an old client for one of it."""
+    prepare_environment()
+    from ray.serve import context
+
+    monkeypatch.setattr(context, "_global_client", object())
+    monkeypatch.setattr(context, "_global_client_job_id", "01000000")
+    assert "ray.serve" in sys.modules
+    shutdown()
+    assert context._global_client is None and context._global_client_job_id is None
+
+
+def test_what_the_user_has_set_wins(monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "300")
+    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+    prepare_environment()
+    assert os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "300"
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"

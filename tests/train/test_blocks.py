@@ -1,0 +1,102 @@
+"""Checkpointed, compiled and sharded blocks compute what plain ones do, under the same names."""
+
+import shutil
+
+import pytest
+import torch
+from tiny_models import scene_batch, tiny_model
+from torch.distributed.fsdp import FSDPModule
+from train_fakes import on_two_ranks
+
+from lumen_ray.errors import UserError
+from lumen_ray.train import parallel
+from lumen_ray.train.blocks import blocks, check_compiler, checkpoint_blocks, compile_blocks, part
+from lumen_ray.train.optimizer import set_trainable
+from lumen_ray.train.recipe import BLOCK_PARTS, Stage
+
+CPU = torch.device("cpu")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+
+
+def gradients(model, batch):
+    """(losses, gradient by name) of one pass."""
+    model.zero_grad()
+    losses = model(batch)
+    sum(term.total / term.count.clamp_min(1) for term in losses.values()).backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    found = {n: g.full_tensor() if hasattr(g, "full_tensor") else g.clone() for n, g in found.items()}
+    return {name: float(term.total.detach()) for name, term in losses.items()}, found
+
+
+def same(ours, theirs, tolerance):
+    assert ours[0] == pytest.approx(theirs[0], rel=max(tolerance, 1e-7))
+    assert ours[1].keys() == theirs[1].keys()
+    for name, gradient in theirs[1].items():
+        torch.testing.assert_close(ours[1][name], gradient, rtol=tolerance, atol=tolerance, msg=name)
+
+
+def test_blocks_are_the_layers_of_the_encoders_the_llm_and_the_aligner():
+    model = tiny_model()
+    assert [name for name, _ in blocks(part(model, "llm"))] == ["model.layers.0", "model.layers.1"]
+    assert len(list(blocks(part(model, "vision")))) == 4
+    assert [name for name, _ in blocks(part(model, "lumen"))] == ["aligner.layers.0"]
+
+
+@pytest.mark.parametrize("trainable", [BLOCK_PARTS, ("llm",)])
+def test_checkpointed_blocks_give_the_same_gradients(trainable):
+    batch, plain, model = scene_batch(3), tiny_model().train(), tiny_model().train()
+    checkpoint_blocks(model, BLOCK_PARTS)
+    for each in (plain, model):
+        set_trainable(each, Stage.model_validate({"name": "s", "steps": 1, "trainable": trainable}))
+    same(gradients(model, batch), gradients(plain, batch), 0)
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_a_checkpointed_block_is_computed_again():
+    model, batch, calls = tiny_model().train(), scene_batch(1, ("caption",)), []
+    part(model, "llm").model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    gradients(model, batch)
+    assert len(calls) == 1
+    checkpoint_blocks(model, ("llm",))
+    gradients(model, batch)
+    assert len(calls) == 3
+    with torch.no_grad():
+        model(batch)
+    assert len(calls) == 4
+
+
+def _sharded_blocks():
+    """In each rank: checkpointed, compiled, then sharded block by block, against a plain model; two lengths."""
+    plain, model = tiny_model().train(), tiny_model().train()
+    names = list(model.state_dict())
+    checkpoint_blocks(model, BLOCK_PARTS)
+    compile_blocks(model, BLOCK_PARTS, CPU, backend="aot_eager")  # all of the compiler but the kernels
+    parallel.MIN_BLOCK_PARAMETERS = 0
+    parallel.shard(model, CPU)
+    assert isinstance(part(model, "llm").model.layers[0], FSDPModule)
+    assert list(model.state_dict()) == names
+    for seed, tasks in enumerate((("detect", "caption"), ("caption",))):
+        batch = scene_batch(2, tasks, seed=seed)
+        same(gradients(model, batch), gradients(plain, batch), 1e-4)
+
+
+def test_checkpointed_compiled_and_sharded():
+    on_two_ranks(_sharded_blocks)
+
+
+@needs_compiler
+def test_compiled_blocks_give_the_same_losses():
+    """Real kernels, of one kind of block and one shape: each takes many seconds to build."""
+    batch, plain, model = scene_batch(2, ("caption",)), tiny_model().train(), tiny_model().train()
+    checkpoint_blocks(model, ("llm",))
+    compile_blocks(model, ("llm",), CPU)
+    same(gradients(model, batch), gradients(plain, batch), 1e-4)
+    assert list(model.state_dict()) == list(plain.state_dict())
+
+
+def test_a_missing_compiler_is_told(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
+    with pytest.raises(UserError, match="needs a C\\+\\+ compiler.*compile: false"):
+        check_compiler(CPU)
+    compile_blocks(tiny_model(), (), CPU)

@@ -1,0 +1,137 @@
+"""Accumulated micro-steps make the step of the undivided batch."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import SIDE, scene_batch, tiny_model, tiny_tokenizer
+from train_fakes import cut_after, job_of, log_of, on_two_ranks, weights_of
+
+from lumen_ray.data import scenes
+from lumen_ray.data.collate import BranchSettings, Collator
+from lumen_ray.data.images import decode
+from lumen_ray.data.mixture import Plan
+from lumen_ray.data.transforms import AugmentSettings
+from lumen_ray.errors import UserError
+from lumen_ray.tasks import TASKS
+from lumen_ray.train import parallel
+from lumen_ray.train.losses import TASK_NAMES, StepLosses, expected_counts
+from lumen_ray.train.trainer import train_local
+
+TEXT = ["caption", "vqa", "region_caption", "chat"]
+CPU = torch.device("cpu")
+
+
+def text_stage(**changes):
+    return {"steps": 6, "groups": [{"tasks": TEXT}]} | changes
+
+
+@pytest.fixture(scope="module")
+def text(data, tmp_path_factory):
+    """Six steps of text alone, whose normaliser is known beforehand: undivided, and in two micro-steps."""
+    folder = tmp_path_factory.mktemp("text")
+    train_local(job_of(data, folder / "one", text_stage(), batch_size=16))
+    train_local(job_of(data, folder / "two", text_stage(accumulate=2), batch_size=16, checkpoint_every=2))
+    return folder / "one", folder / "two"
+
+
+def test_losses_are_those_of_the_undivided_batch(text):
+    one, two = map(log_of, text)
+    assert len(one) == len(two) == 6
+    for a, b in zip(one, two, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+        tasks = {name: value for name, value in a.items() if name.startswith("task/")}
+        assert tasks == pytest.approx({name: b[name] for name in tasks}, rel=1e-3)
+    assert one[0]["loss"] != pytest.approx(one[1]["loss"], rel=1e-4)
+
+
+def test_an_accumulating_run_resumes_to_the_same_bits(data, text):
+    whole, losses = weights_of(text[1]), [line["loss"] for line in log_of(text[1])]
+    cut_after(text[1], 4)
+    train_local(job_of(data, text[1], text_stage(accumulate=2), batch_size=16, checkpoint_every=2))
+    again = weights_of(text[1])
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    assert [line["loss"] for line in log_of(text[1])] == losses
+
+
+def test_on_two_ranks_as_well(data, text, tmp_path):
+    prepared = job_of(data, tmp_path / "run", text_stage(accumulate=2), workers=2, batch_size=16)
+    on_two_ranks(train_local, prepared)
+    for a, b in zip(log_of(text[0]), log_of(tmp_path / "run"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+
+
+def gradients(model, batches):
+    model.zero_grad()
+    losses = StepLosses(model.loss_names, {}, batches, CPU)
+    for batch in batches:
+        losses.add(batch, model(batch)).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), losses.read()
+
+
+def test_perception_gradients_point_the_same_way():
+    """Their normalisers are projected; how far that is off is measured here."""
+    model = tiny_model().train()
+    tasks = ("detect", "segment", "pose")
+    rows = scene_batch_of(range(6), tasks)
+    parts = [scene_batch_of(range(first, first + 3), tasks) for first in (0, 3)]
+    (whole, sums), (split, added) = gradients(model, [rows]), gradients(model, parts)
+    assert added.means == pytest.approx(sums.means, rel=1e-4)
+    assert torch.nn.functional.cosine_similarity(whole, split, dim=0) > 0.99
+    assert float(split.norm() / whole.norm()) == pytest.approx(1, abs=0.1)
+
+
+def scene_batch_of(indices, tasks):
+    """Scenes whose prompts are drawn as by their number, in whatever batch."""
+    rows = [scenes.scene_row(0, i, SIDE) for i in indices]
+    collator = Collator(tiny_tokenizer(), SIDE, tasks, scenes.SKELETONS, BranchSettings(), AugmentSettings())
+    return collator(rows, [decode(row["image"]) for row in rows], [np.random.default_rng(i) for i in indices])
+
+
+def test_what_is_known_beforehand_is_what_the_losses_count():
+    model, batch = tiny_model(), scene_batch(4)
+    losses = model(batch)
+    expected = dict(zip(model.loss_names, expected_counts(batch, model.loss_names).tolist(), strict=True))
+    assert expected["lm"] == float(losses["lm"].count)
+    assert expected["keypoint"] == float(losses["keypoint"].count) > 0
+    assert expected["heatmap"] == expected["box"] >= expected["mask"] > 0
+    text_only = expected_counts(scene_batch(2, tuple(TEXT)), (*model.loss_names, "other"))
+    assert text_only[1:].tolist() == [0] * (len(model.loss_names) - 1) + [1]
+
+
+def test_losses_by_task_are_means_over_branches():
+    model, batch = tiny_model(), scene_batch(4)
+    losses = model(batch)
+    step = StepLosses(model.loss_names, {}, [batch], CPU)
+    step.add(batch, losses)
+    sums = step.read()
+    each = losses["lm"].each.tolist()
+    for task in TASKS:
+        mine = [value for name, value in zip(batch["tasks"], each, strict=True) if name == task]
+        assert (f"lm/{task}" in sums.tasks) == bool(mine)
+        if mine:
+            assert sums.tasks[f"lm/{task}"] == pytest.approx(sum(mine) / len(mine), rel=1e-5)
+    assert set(TASK_NAMES) == set(TASKS)
+    assert "heatmap/detect" in sums.tasks and "heatmap/caption" not in sums.tasks
+
+
+def _rank_with_its_own_task():
+    """Each rank's batch has a task that the other's lacks: both must still see both."""
+    mine = ("caption",) if parallel.rank() == 0 else ("vqa",)
+    model, batch = tiny_model(), scene_batch(2, mine)
+    step = StepLosses(model.loss_names, {}, [batch], CPU)
+    step.add(batch, model(batch), 16)
+    sums = step.read()
+    assert {"lm/caption", "lm/vqa"} == set(sums.tasks)
+    alone = int((batch["layout"].branch_ids >= 0).sum()) + 2 * 16
+    assert sums.tokens > alone
+
+
+def test_tasks_and_tokens_are_those_of_all_ranks():
+    on_two_ranks(_rank_with_its_own_task)
+
+
+def test_micro_steps_must_divide_the_batch(data, tmp_path):
+    prepared = job_of(data, tmp_path / "run", text_stage(accumulate=3))
+    with pytest.raises(UserError, match="accumulate 3 times 1 workers must divide the 2 parts"):
+        Plan(prepared.manifest, prepared.job.recipe)

@@ -1,0 +1,52 @@
+"""MLflow hears of a run, also of one that is resumed, and is not needed for one."""
+
+import builtins
+
+import pytest
+from train_fakes import cut_after, job_of, log_of
+
+from lumen_ray.errors import UserError
+from lumen_ray.train.trainer import train_local
+
+STAGE = {"steps": 4, "groups": [{"tasks": ["caption"]}]}
+
+
+def test_without_the_package_the_user_is_told(data, tmp_path, monkeypatch):
+    real = builtins.__import__
+
+    def missing(name, *args, **kwargs):
+        if name == "mlflow":
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(UserError, match=r"pip install 'lumen-ray\[mlflow\]'"):
+        job_of(data, tmp_path / "run", STAGE, mlflow={"tracking_uri": str(tmp_path / "store")})
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(tmp_path / "store"))
+    with pytest.raises(UserError, match="unset MLFLOW_TRACKING_URI"):
+        job_of(data, tmp_path / "run", STAGE)
+
+
+def test_metrics_go_to_one_run_over_restarts(data, tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow", reason="needs mlflow-skinny (pip install 'lumen-ray[mlflow]')")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    store, run = (tmp_path / "store").as_uri(), tmp_path / "run"
+    options = {"mlflow": {"tracking_uri": store, "experiment": "cells", "every": 3}, "checkpoint_every": 2}
+    train_local(job_of(data, run, STAGE, **options))
+    cut_after(run, 2)
+    train_local(job_of(data, run, STAGE, **options))
+    client = mlflow.MlflowClient(store)
+    found = client.search_runs([client.get_experiment_by_name("cells").experiment_id])
+    assert len(found) == 1 and found[0].info.status == "FINISHED"
+    assert found[0].data.params["batch_size"] == "8"
+    history = client.get_metric_history(found[0].info.run_id, "loss/total")
+    assert {m.step: m.value for m in history} == {line["step"]: line["loss"] for line in log_of(run)}
+    assert {"loss/lm", "lr", "samples_per_s"} <= found[0].data.metrics.keys()
+
+
+def test_a_server_that_cannot_be_used_is_told(data, tmp_path):
+    pytest.importorskip("mlflow", reason="needs mlflow-skinny (pip install 'lumen-ray[mlflow]')")
+    prepared = job_of(data, tmp_path / "run", STAGE, mlflow={"tracking_uri": "nonsense://x"})
+    with pytest.raises(UserError, match="MLflow at 'nonsense://x' cannot be used") as error:
+        train_local(prepared)
+    assert "\n" not in str(error.value)
