@@ -49,6 +49,7 @@ def tiny_settings(**changes: Any) -> ModelSettings:
         "stem_channels": 8,
         "dense_channels": 16,
         "link_channels": 32,
+        "link_reads_words": True,
         "vocab_size": 320,
         "lumen": {"hidden_size": 16, "num_layers": 1, "num_heads": 2},
     }

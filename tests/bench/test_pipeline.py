@@ -40,6 +40,7 @@ def test_the_loader_gives_the_readers_batches(tmp_path):
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_benches_run_at_a_tiny_size(tmp_path):
     """Both compare results themselves: losses of every step, tensors of every batch."""
     preset = tiny_preset(tmp_path)

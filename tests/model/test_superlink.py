@@ -5,15 +5,15 @@ import torch
 from tiny_models import scene_batch, scrambled, tiny_model, tiny_tokenizer
 from torch import nn
 
-from lumen_ray.model.prompts import IGNORE
-from lumen_ray.model.superlink import LinkHead, SuperLink, SuperLinkQueries
+from lumen_ray.model.prompts import IGNORE, Branch, additive, branch_allowed, build_layout
+from lumen_ray.model.superlink import LinkHead, SuperLink, SuperLinkQueries, mean_words
 from lumen_ray.tasks import LINK_FAMILIES, ROUTING_TOKENS
 
 
 def test_gradients_of_a_decoders_loss_alone_reach_llm_queries_link_head_and_vision():
     model = tiny_model()
     losses = model(scene_batch(2))
-    sum(losses[name].total for name in ("heatmap", "box", "mask", "keypoint")).backward()
+    sum(losses[name].total for name in ("heatmap", "match", "box", "mask", "keypoint")).backward()
     trunk = model.trunk
     reached = {
         "LLM": trunk.llm.model.layers[0].self_attn.q_proj.weight,
@@ -142,3 +142,35 @@ def test_chunks_keep_keypoint_prompts_with_their_object(most):
 def test_no_prompts_are_no_chunks():
     empty = SuperLink("perception", torch.zeros(0, 4), *torch.zeros(2, 0, dtype=torch.int64))
     assert empty.chunks(3) == []
+
+
+def test_mean_words_is_the_mean_over_a_branchs_tokens_without_its_queries():
+    embeds = torch.randn(2, 7, 3, generator=torch.Generator().manual_seed(0))
+    branches = torch.tensor([[0, 0, 0, 2, 2, 2, -1], [1, 1, 1, 1, -1, -1, -1]])
+    queries = torch.tensor([[[0, 2]], [[0, 5]], [[1, 3]]])
+    found = mean_words(embeds, branches, queries, 4)
+    expected = torch.stack([embeds[0, :2].mean(0), embeds[1, :3].mean(0), embeds[0, 3:5].mean(0), torch.zeros(3)])
+    torch.testing.assert_close(found, expected)
+
+
+def test_class_names_differ_in_fresh_links_when_words_are_read():
+    """Share of the links' squared norm that differs from name to name, before any training."""
+
+    def share(reads_words):
+        model = tiny_model(link_reads_words=reads_words)
+        model.train()
+        branches = [
+            Branch(0, f"find all {name} .", route="[DET]") for name in ("red circle", "blue square", "green figure")
+        ]
+        layout = build_layout(branches, 1, tiny_tokenizer())
+        hidden = model.trunk.llm.model(
+            inputs_embeds=model.trunk.embed_branches(layout, None),
+            attention_mask=additive(
+                branch_allowed(layout.branch_ids, torch.ones(1, dtype=torch.bool), 0), torch.float32
+            ),
+            position_ids=layout.offsets,
+        ).last_hidden_state
+        links = model.trunk.links(hidden, layout)["perception"].embeddings
+        return float((links - links.mean(0)).square().sum() / links.square().sum())
+
+    assert share(True) > 0.05 > 5 * share(False)
