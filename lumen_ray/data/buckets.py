@@ -108,7 +108,8 @@ def assign(sizes: Sequence[Size | None], buckets: tuple[Size, ...], batch_size: 
     """The bucket of each row of a pool; None for rows without an image, which make batches of their own.
 
     A bucket that would not fill one batch is not used, the rarest first: its rows go to their next best one, rows
-    without image to the most frequent. So a batch never spans more than two epochs.
+    without image to the most frequent where they, or the images, are fewer than a batch. So a batch spans no more than
+    two epochs, unless the whole pool has fewer rows than a batch.
     """
     used = list(buckets)
     while True:
@@ -118,7 +119,7 @@ def assign(sizes: Sequence[Size | None], buckets: tuple[Size, ...], batch_size: 
         if not rare or len(counts) == 1:
             break
         used.remove(min(rare, key=lambda bucket: (counts[bucket], used.index(bucket))))
-    if counts and chosen.count(None) < batch_size:
+    if counts and min(chosen.count(None), *counts.values()) < batch_size:
         most = max(used, key=lambda bucket: counts[bucket])
         chosen = [most if bucket is None else bucket for bucket in chosen]
     return chosen
@@ -151,6 +152,7 @@ class BucketStream:
         self.counts = [int(n) for n in np.bincount(self.bucket_of, minlength=len(self.buckets))]
         self.smallest = min(buckets, key=lambda bucket: bucket[0] * bucket[1])
         self._epochs: dict[int, tuple[np.ndarray, list[np.ndarray]]] = {}
+        self._full: dict[int, list[tuple[int, int]]] = {}
 
     def batch(self, n: int) -> tuple[Size, tuple[Row, ...]]:
         """(bucket, rows) of batch n. Text-only rows get the smallest bucket."""
@@ -170,13 +172,16 @@ class BucketStream:
 
     def _batches(self, epoch: int) -> list[tuple[int, int]]:
         """The (bucket, number within the bucket) of the batches that an epoch fills, in the order they get full."""
-        _, places = self._epoch(epoch)
-        full = []
-        for bucket, count in enumerate(self.counts):
-            for number in range(epoch * count // self.batch_size, (epoch + 1) * count // self.batch_size):
-                last = (number + 1) * self.batch_size - 1 - epoch * count
-                full.append((int(places[bucket][last]), bucket, number))
-        return [(bucket, number) for _, bucket, number in sorted(full)]
+        if epoch not in self._full:
+            _, places = self._epoch(epoch)
+            full = []
+            for bucket, count in enumerate(self.counts):
+                for number in range(epoch * count // self.batch_size, (epoch + 1) * count // self.batch_size):
+                    last = (number + 1) * self.batch_size - 1 - epoch * count
+                    full.append((int(places[bucket][last]), bucket, number))
+            _forget(self._full)
+            self._full[epoch] = [(bucket, number) for _, bucket, number in sorted(full)]
+        return self._full[epoch]
 
     def _row(self, bucket: int, i: int) -> Row:
         """The i-th row that a bucket collects, counted over all epochs."""
@@ -193,7 +198,12 @@ class BucketStream:
             groups = self.order(epoch)
             order = np.concatenate([np.arange(self.starts[g], self.starts[g + 1]) for g in groups])
             passing = self.bucket_of[order]
-            while len(self._epochs) > 2:  # a batch seldom spans more; old ones can be computed again
-                del self._epochs[next(iter(self._epochs))]
+            _forget(self._epochs)
             self._epochs[epoch] = order, [np.flatnonzero(passing == b) for b in range(len(self.buckets))]
         return self._epochs[epoch]
+
+
+def _forget(epochs: dict[int, Any]) -> None:
+    """Makes room for one more of three epochs: a batch seldom spans more, and old ones can be computed again."""
+    while len(epochs) > 2:
+        del epochs[next(iter(epochs))]

@@ -30,8 +30,10 @@ def export_coco(shards: files.Location, output: files.Location, *, images: bool 
     manifest = read_manifest(shards)
     categories = {c["name"]: {"id": n, **_category(c)} for n, c in enumerate(manifest["categories"], start=1)}
     listed: list[dict[str, Any]] = []
+    asked: list[tuple[frozenset[str], frozenset[str]]] = []  # per image: the classes annotated for, those shown
     annotations: list[dict[str, Any]] = []
     captions: list[dict[str, Any]] = []
+    asked_before: dict[frozenset[str], frozenset[str]] = {}  # one copy of what most rows have in common
     skipped = 0
     files.make_folder(output)
     for row in read_rows(shards):
@@ -47,9 +49,13 @@ def export_coco(shards: files.Location, output: files.Location, *, images: bool 
             if message["task"] == "caption":
                 text = message["turns"][-1]["content"]
                 captions.append({"id": len(captions) + 1, "image_id": number, "caption": text})
-        listed.append(_image(number, row, categories))
+        listed.append({"id": number, "file_name": _file_name(row), "height": row["height"], "width": row["width"]})
+        classes = frozenset(row["classes"])
+        asked.append((asked_before.setdefault(classes, classes), frozenset(i["phrase"] for i in row["instances"])))
         if images:
             _write_image(output, row)
+    for entry, (exhaustive, shown) in zip(listed, asked, strict=True):  # now that all categories are known
+        entry |= _federated(exhaustive, shown, categories)
     base = {"info": {"description": f"from {files.base_name(shards)}"}, "images": listed}
     _write(output, INSTANCES, base | {"annotations": annotations, "categories": list(categories.values())})
     if captions:
@@ -68,13 +74,17 @@ def _category(category: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _image(number: int, row: dict[str, Any], categories: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    found = {"id": number, "file_name": _file_name(row), "height": row["height"], "width": row["width"]}
-    exhaustive, shown = set(row["classes"]), {i["phrase"] for i in row["instances"]}
-    if exhaustive != set(categories):
-        found["neg_category_ids"] = [c["id"] for n, c in categories.items() if n in exhaustive - shown]
-        found["not_exhaustive_category_ids"] = [c["id"] for n, c in categories.items() if n in shown - exhaustive]
-    return found
+def _federated(
+    exhaustive: frozenset[str], shown: frozenset[str], categories: dict[str, dict[str, Any]]
+) -> dict[str, list[int]]:
+    """LVIS's keys of an image, none where all categories are annotated."""
+    if exhaustive == categories.keys():
+        return {}
+    absent, incomplete = exhaustive - shown, shown - exhaustive
+    return {
+        "neg_category_ids": [c["id"] for n, c in categories.items() if n in absent],
+        "not_exhaustive_category_ids": [c["id"] for n, c in categories.items() if n in incomplete],
+    }
 
 
 def _file_name(row: dict[str, Any]) -> str:

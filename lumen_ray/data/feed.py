@@ -91,7 +91,10 @@ class BatchReader:
 
 
 def plan_items(plan: Plan, rank: int, world_size: int, start: int = 0) -> list[dict[str, Any]]:
-    """The plan of one rank from step `start` on, a few bytes a micro-step."""
+    """The plan of one rank from step `start` on, a dict a micro-step.
+
+    Whole row groups take a few bytes each; with buckets the number of every row is listed (8 bytes a row or more).
+    """
     items = []
     for s in (plan[t] for t in range(start, len(plan))):
         micro_steps = plan.recipe.stages[s.stage].accumulate

@@ -305,7 +305,7 @@ def put(local: Location, location: Location) -> None:
 
 
 def write_bytes(location: Location, data: bytes) -> None:
-    """Write a file that appears whole or not at all."""
+    """Write a file that appears whole or not at all; `UserError` (`invalid_output`) where it cannot."""
     if is_url(location):
         with _told(location):
             store, path = filesystem(location)
@@ -315,8 +315,14 @@ def write_bytes(location: Location, data: bytes) -> None:
         return
     path = Path(filesystem(location)[1])
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(
+            f"'{shown(location)}' cannot be written: {error.strerror}; give another output folder or mend this one",
+            "invalid_output",
+        ) from error
 
 
 def _make_folder(store: fs.FileSystem, location: Location) -> None:
@@ -325,9 +331,19 @@ def _make_folder(store: fs.FileSystem, location: Location) -> None:
 
 
 def make_folder(folder: Location) -> None:
-    """Create a local folder with its parents; in a bucket there is nothing to create."""
-    if not is_url(folder):
+    """Create a local folder with its parents; in a bucket there is nothing to create.
+
+    Raises `UserError` (`invalid_output`) where no folder can be.
+    """
+    if is_url(folder):
+        return
+    try:
         Path(filesystem(folder)[1]).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise UserError(
+            f"output folder '{shown(folder)}' cannot be made: {why}; give another", "invalid_output"
+        ) from None
 
 
 def move(source: Location, target: Location) -> None:

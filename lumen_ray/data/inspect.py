@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lumen_ray import config
-from lumen_ray.data import buckets, files
+from lumen_ray.data import buckets, files, shards
 from lumen_ray.data.class_choice import class_frequencies
 from lumen_ray.data.feed import BatchReader, read_texts, skeletons_of
 from lumen_ray.data.shards import read_manifest, read_row_group
@@ -212,16 +212,18 @@ def inspect(
     stage: str | None = None,
     top: int = TOP,
     seed: int = 0,
+    verify: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Statistics, str]:
     """Counts a shard folder and writes ``index.html`` and ``statistics.json`` into `output`.
 
     samples: rows on the page, drawn evenly over the folder by `seed`; 0 for tables alone. recipe: its prompts and
     augmentation are shown (name or YAML). stage: of the recipe; the one with most tasks by default. top: classes listed
-    one by one. progress: called with (rows counted, rows in all). No more rows are in memory than are shown.
+    one by one. verify: first read every file whole and compare it with the manifest. progress: called with (rows
+    counted, rows in all). No more rows are in memory than are shown.
 
     Returns the statistics and the page's location. Raises `UserError` for a folder without shards, shards of another
-    schema version, and settings that make no sense.
+    schema version, damaged ones, an output that cannot be made, and settings that make no sense.
     """
     from lumen_ray.data.inspect_page import page
 
@@ -230,12 +232,18 @@ def inspect(
             raise UserError(f"{name} is {value}; give {least} or more", "invalid_setting")
     manifest = read_manifest(folder)
     sampler = Sampler(folder, manifest, load_recipe(recipe), stage)
+    output = files.absolute(output)
+    files.make_folder(output)
+    if verify and (problems := shards.verify(folder)):
+        more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+        raise UserError(
+            f"the shards '{files.shown(folder)}' are damaged: {problems[0]}{more}; run `lumen-ray prepare` again",
+            "broken_shards",
+        )
     statistics = gather(folder, progress)
     rng = np.random.default_rng((seed, 5))
     views = (sampler.view(*place, rng) for place in sample_places(manifest, samples, seed))
     text = page(str(folder), manifest, sections(statistics, top), statistics, sampler, views)
-    output = files.absolute(output)
-    files.make_folder(output)
     files.write_bytes(files.join(output, "statistics.json"), json.dumps(statistics.to_dict(), indent=1).encode())
     location = files.join(output, "index.html")
     files.write_bytes(location, text.encode())

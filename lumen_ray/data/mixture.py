@@ -84,7 +84,8 @@ def check_micro_steps(stage: Stage, parts: int, world_size: int) -> None:
     if parts % (world_size * stage.accumulate):
         raise UserError(
             f"stage '{stage.name}': accumulate {stage.accumulate} times {world_size} workers must divide the {parts} "
-            "parts of a batch (row groups, or rows with several buckets); lower accumulate or raise batch_size",
+            "parts of a batch (row groups, or rows with several buckets); lower accumulate, raise batch_size, or "
+            "prepare with a smaller --rows-per-group",
             "invalid_config",
         )
 

@@ -1,7 +1,9 @@
 """Write shard folders from any source, in parallel on Ray: one task per output file, a pure function of its records.
 
 So the files do not depend on how many tasks ran at once. Files are written into a staging folder beneath the output
-and moved into place when all are done, the manifest last: a job that dies leaves what was there before untouched.
+and moved into place when all are done, under names that the shards there before do not have; then the manifest is
+replaced and what it no longer names is removed. A job that dies leaves either the old shards whole or the new ones;
+only the list of rejected records, which comes just before the manifest, may be the new one beside old shards.
 """
 
 from __future__ import annotations
@@ -42,9 +44,11 @@ def prepare_source(
     cluster allows, 0: in this process, without Ray). Raises `UserError` for arguments that cannot work, when not one
     row can be written, and for an output that already holds shards, unless `overwrite`.
     """
-    for name, value in (("rows_per_group", rows_per_group), ("rows_per_file", rows_per_file)):
-        if value < 1:
-            raise UserError(f"{name} must be at least 1, got {value}", "invalid_config")
+    limits = (("rows_per_group", rows_per_group, 1), ("rows_per_file", rows_per_file, 1), ("workers", workers, 0),
+              ("shuffle_seed", shuffle_seed, 0))  # fmt: skip
+    for name, value, least in limits:
+        if value is not None and value < least:
+            raise UserError(f"{name} must be at least {least}, got {value}", "invalid_config")
     output = files.absolute(output)
     _check_output(output, overwrite)
     listing = source.list()
@@ -225,12 +229,30 @@ def _count(
 
 
 def _publish(output: str, staging: str, manifest: dict[str, Any], rejected: list[Rejected]) -> None:
-    """Move the staged files into place; the old manifest goes first and the new one comes last."""
-    files.remove(files.join(output, shards.MANIFEST))
-    for name in files.list_files(output, [".parquet"]):
-        if name.startswith("part-"):
-            files.remove(files.join(output, name))
-    for entry in manifest["files"]:
-        files.move(files.join(staging, entry["path"]), files.join(output, entry["path"]))
+    """Move the staged files into place, then replace the manifest, then remove the parts that it does not name."""
+    before = _listed_before(output)
+    placed = [{**entry, "path": _free_name(entry, before)} for entry in manifest["files"]]
+    for entry, target in zip(manifest["files"], placed, strict=True):
+        files.move(files.join(staging, entry["path"]), files.join(output, target["path"]))
     shards.write_rejected(output, rejected)
-    shards.write_manifest(output, manifest)
+    shards.write_manifest(output, manifest | {"files": placed})
+    named = {entry["path"] for entry in placed}
+    for name in files.list_files(output, [".parquet"]):
+        if name.startswith("part-") and name not in named:
+            files.remove(files.join(output, name))
+
+
+def _listed_before(output: str) -> dict[str, str]:
+    """Checksums by name of the files of the shards that are there already; empty where none can be read."""
+    try:
+        return {entry["path"]: entry["sha256"] for entry in shards.read_manifest(output)["files"]}
+    except files.StoreError:
+        raise
+    except UserError:
+        return {}
+
+
+def _free_name(entry: dict[str, Any], before: dict[str, str]) -> str:
+    """The file's name; where an older file of other content has it, one that tells its content."""
+    name, digest = entry["path"], entry["sha256"]
+    return name if before.get(name, digest) == digest else f"{files.stem(name)}-{digest[:12]}.parquet"

@@ -282,6 +282,12 @@ def write_rejected(folder: files.Location, records: Sequence[dict[str, str]]) ->
     files.write_bytes(files.join(files.absolute(folder), REJECTED), buffer.getvalue().to_pybytes())
 
 
-def read_rejected(folder: files.Location) -> list[dict[str, str]]:
-    """The records set aside by `prepare`, each with its reason."""
-    return pq.read_table(pa.BufferReader(files.read_bytes(files.join(files.absolute(folder), REJECTED)))).to_pylist()
+def read_rejected(folder: files.Location) -> Iterator[dict[str, str]]:
+    """The records set aside by `prepare`, each with its reason, a few thousand in memory at a time; none where there is
+    no such file."""
+    location = files.join(files.absolute(folder), REJECTED)
+    if not files.is_file(location):
+        return
+    with files.open_input(location) as source, pq.ParquetFile(source) as parquet:
+        for batch in parquet.iter_batches(2048):
+            yield from batch.to_pylist()

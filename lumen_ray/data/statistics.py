@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from lumen_ray.data import files
-from lumen_ray.data.shards import REJECTED, open_file, read_manifest
+from lumen_ray.data.shards import open_file, read_manifest, read_rejected
 
 BATCH_ROWS = 2048
 #: COCO's limits between small, medium and large objects: areas of 32 and 96 pixels squared
@@ -118,7 +117,7 @@ def gather(folder: files.Location, progress: Callable[[int, int], None] | None =
                     progress(s.rows, manifest["rows"])
     s.items.update({"objects": s.instances})
     s.items = +s.items  # without zeros
-    for record in _rejected(folder):
+    for record in read_rejected(folder):
         reason = general(record["reason"])
         s.reasons[reason] += 1
         s.examples.setdefault(reason, f"{record['image_id'] or record['origin']}: {record['reason']}")
@@ -179,12 +178,3 @@ _PARTICULAR = re.compile(r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|-?\d+(?:\.\d+)?(?:x\d+)
 def general(reason: str) -> str:
     """A reason without what is particular to one record (quoted names, numbers, lists), so that alike ones add up."""
     return _PARTICULAR.sub("…", reason)
-
-
-def _rejected(folder: files.Location) -> Iterator[dict[str, str]]:
-    location = files.join(files.absolute(folder), REJECTED)
-    if not files.is_file(location):
-        return
-    with files.open_input(location) as source, pq.ParquetFile(source) as parquet:
-        for batch in parquet.iter_batches(BATCH_ROWS):
-            yield from batch.to_pylist()

@@ -50,7 +50,7 @@ def prepared(source, output, **options):
     prepare_source(output, source, workers=0, overwrite=True, **options)
     assert shards.verify(output) == []
     manifest = shards.read_manifest(output)
-    rejected = shards.read_rejected(output)
+    rejected = list(shards.read_rejected(output))
     for kind, count in manifest["counts"].items():
         assert count["in"] == count["written"] + count["rejected"]
         assert count["rejected"] == sum(r["kind"] == kind for r in rejected)

@@ -83,6 +83,7 @@ def test_a_bucket_that_fills_no_batch_is_not_used():
     assert assign(more, BUCKETS, 4) == [(64, 96)] * 9 + [(64, 64)] * 3 + [(64, 96)] * 2 + [(64, 64)] * 4
     assert assign(shapes, BUCKETS, 2)[-2:] == [None, None]  # enough texts for a batch of their own
     assert set(assign(shapes[:3], BUCKETS, 4)) == {(64, 96)}  # there is no other
+    assert set(assign([*shapes[:3], *[None] * 4], BUCKETS, 4)) == {(64, 96)}  # three images alone fill no batch
 
 
 # -- batches ----------------------------------------------------------------------------------------------------------
@@ -140,6 +141,13 @@ def test_batches_can_be_asked_for_in_any_order(pool, random):
     random.shuffle(order)
     other = stream(groups, shapes, size)
     assert {n: other.batch(n) for n in order} == dict(enumerate(expected))
+
+
+def test_an_epoch_is_sorted_once():
+    made = stream([("a", 0, 8)], [[(64, 64)] * 8], 2)
+    assert made._batches(0) is made._batches(0)
+    assert [made.batch(n) for n in range(40)] == [made.batch(n) for n in range(40)]
+    assert len(made._full) <= 3 and len(made._epochs) <= 3
 
 
 # -- the plan and the reader ------------------------------------------------------------------------------------------

@@ -173,6 +173,27 @@ def test_keypoints_and_masks_of_the_same_person_are_merged_over_files(load):
     assert row["tasks"] == ["detect", "count", "pose", "caption"]
 
 
+def test_objects_without_a_box_are_merged_by_their_outline_alone(load):
+    left, right = [[1, 1, 9, 1, 9, 9]], [[20, 20, 40, 20, 40, 30]]
+    boxless = [{**annotation(segmentation=outline), "bbox": None} for outline in (left, right)]
+    loaded = load(
+        {"categories": CATEGORIES, "annotations": boxless[:1]},
+        {"categories": CATEGORIES, "annotations": boxless[::-1]},
+    )
+    assert (loaded.listed, loaded.merged) == (3, 1)
+    row, rejected = row_of(loaded)
+    assert rejected == []
+    assert [round(i["box"][1]) for i in row["instances"]] == [1, 20]
+
+
+@pytest.mark.parametrize("bbox", [None, [1, 2, 3], "1 2 3 4"])
+def test_objects_that_tell_no_place_are_never_merged(load, bbox):
+    part = {"categories": CATEGORIES, "annotations": [annotation(bbox=bbox)]}
+    loaded = load(part, part)
+    assert loaded.merged == 0
+    assert len(row_of(loaded)[1]) == 2
+
+
 def test_equal_objects_of_one_file_stay_two(load):
     loaded = load({"categories": CATEGORIES, "annotations": [annotation(), annotation(id=6)]})
     assert loaded.merged == 0

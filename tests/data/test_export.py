@@ -15,6 +15,7 @@ from lumen_ray.data import shards
 from lumen_ray.data.export import export_coco
 from lumen_ray.data.prepare import prepare_source
 from lumen_ray.data.schema import make_row
+from lumen_ray.data.sources.base import instance
 from lumen_ray.data.sources.coco import CocoSource
 from lumen_ray.errors import UserError
 
@@ -177,6 +178,21 @@ def test_federated_classes_survive(tmp_path):
         source = CocoSource([f"{tmp_path}/out/instances.json"], f"{tmp_path}/images")
 
 
+def test_classes_are_told_against_all_categories_also_those_that_later_rows_bring(tmp_path):
+    """Shards without categories: the first image is annotated for one class alone, the second shows another."""
+    rows = [
+        make_row(f"{name}.jpg", jpeg(), (HEIGHT, WIDTH), "x", classes=[name], instances=[instance(name, [1, 1, 9, 9])])
+        for name in ("cat", "dog")
+    ]
+    with shards.ShardWriter(tmp_path / "in", "part-00000.parquet") as writer:
+        for row in rows:
+            writer.write(row)
+    shards.write_manifest(tmp_path / "in", shards.build_manifest([writer.entry]))
+    export_coco(tmp_path / "in", tmp_path / "out", images=True)
+    again, _, _ = prepared(CocoSource([f"{tmp_path}/out/instances.json"], f"{tmp_path}/out/images"), tmp_path / "two")
+    assert {name: row["classes"] for name, row in again.items()} == {"cat.jpg": ["cat"], "dog.jpg": ["dog"]}
+
+
 def test_rows_without_image_are_counted_and_names_stay_inside(tmp_path):
     rows = [make_row("a", None, (0, 0), "x"), make_row("../b.jpg", jpeg(), (HEIGHT, WIDTH), "x")]
     with shards.ShardWriter(tmp_path / "in", "part-00000.parquet") as writer:
@@ -187,3 +203,14 @@ def test_rows_without_image_are_counted_and_names_stay_inside(tmp_path):
     assert counts == {"images": 1, "annotations": 0, "captions": 0, "without_image": 1}
     with pytest.raises(UserError, match="cannot be a file name"):
         export_coco(tmp_path / "in", tmp_path / "out", images=True)
+
+
+@pytest.mark.parametrize("output", ["file", "file/x", "/proc/x", "/proc"])
+def test_an_output_that_cannot_be_made_is_told(tmp_path, output):
+    (tmp_path / "file").write_text("x")
+    with shards.ShardWriter(tmp_path / "in", "part-00000.parquet") as writer:
+        writer.write(make_row("b.jpg", jpeg(), (HEIGHT, WIDTH), "x"))
+    shards.write_manifest(tmp_path / "in", shards.build_manifest([writer.entry]))
+    with pytest.raises(UserError, match=" cannot be (made|written): ") as error:
+        export_coco(tmp_path / "in", tmp_path / output)
+    assert error.value.reason == "invalid_output" and "\n" not in str(error.value)

@@ -111,6 +111,17 @@ def test_what_cannot_be_read_is_one_sentence(root):
     assert [t.reason for t in texts[1:]] == ["missing_file", "invalid_text"]
 
 
+@pytest.mark.parametrize("name", ["file", "file/x", "/proc/x"])
+def test_where_nothing_can_be_written_is_one_sentence(tmp_path, name):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot be made: ") as error:
+        files.make_folder(tmp_path / name)
+    assert error.value.reason == "invalid_output" and "\n" not in str(error.value)
+    with pytest.raises(UserError, match="cannot be written: ") as error:
+        files.write_bytes(tmp_path / name / "y.json", b"{}")
+    assert error.value.reason == "invalid_output" and "\n" not in str(error.value)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_without_permission_is_told(tmp_path):
     (tmp_path / "a").write_bytes(b"")

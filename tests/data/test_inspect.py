@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -176,6 +177,29 @@ def test_the_command_prints_tables_and_where_the_page_is(folder, tmp_path, capsy
     assert cli.main(["data", "inspect", str(folder), "--output", str(tmp_path / "o"), "--samples", "1"]) == 0
     out = capsys.readouterr().out
     assert "classes: 12" in out and f"page -> {tmp_path / 'o' / 'index.html'}" in out
+
+
+@pytest.mark.parametrize("output", ["file", "file/x", "/proc/x", "/proc"])
+def test_an_output_that_cannot_be_made_is_told_first(folder, tmp_path, capsys, monkeypatch, output):
+    (tmp_path / "file").write_text("x")
+    if output != "/proc":
+        monkeypatch.setattr("lumen_ray.data.inspect.gather", lambda *_: pytest.fail("it counted"))
+    assert cli.main(["data", "inspect", str(folder), "--output", str(tmp_path / output), "--samples", "0"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert " cannot be " in error and "\n" not in error
+
+
+def test_a_damaged_file_is_named(folder, tmp_path, capsys):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    data = bytearray((copy / FILE).read_bytes())
+    data[len(data) // 3] ^= 1  # in a picture, which counting does not read
+    (copy / FILE).write_bytes(data)
+    arguments = ["data", "inspect", str(copy), "--output", str(tmp_path / "o"), "--samples", "0"]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err.strip()
+    assert f"are damaged: {FILE} does not match its checksum; run `lumen-ray prepare` again" in error
+    assert "\n" not in error
+    assert cli.main([*arguments, "--no-verify"]) == 0
 
 
 def test_classes_may_stand_in_a_file(tmp_path):

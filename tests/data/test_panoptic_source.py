@@ -83,6 +83,20 @@ def test_what_is_wrong_is_rejected(tmp_path, change, reason, kinds):
     assert any(reason in r["reason"] for r in rejected)
 
 
+def test_a_second_annotation_is_rejected_also_where_the_first_names_no_png(tmp_path):
+    contents = panoptic_set()
+    data = json.loads(contents["panoptic.json"])
+    data["annotations"].append(dict(data["annotations"][0]))
+    del data["annotations"][0]["file_name"]
+    contents["panoptic.json"] = json.dumps(data)
+    rows, rejected, counts = prepared(source(write(tmp_path, contents)), tmp_path / "out")
+    assert list(rows) == ["1.jpg"]
+    assert counts["annotations"] == {"in": 9, "written": 3, "rejected": 6}
+    reasons = [r["reason"] for r in rejected]
+    assert reasons.count("its image has an annotation already") == 3
+    assert reasons.count("its image was rejected: no panoptic annotation names its PNG file") == 3
+
+
 def test_a_file_that_is_not_panoptic_is_refused(tmp_path):
     write(tmp_path, panoptic_set())
     for data, message in (

@@ -68,7 +68,7 @@ def test_scenes_are_written_in_order_with_their_skeletons(tmp_path):
     assert skeletons == dict.fromkeys(("red figure", "green figure", "blue figure"), scenes.KEYPOINTS)
     assert [c["name"] for c in manifest["categories"]] == list(scenes.CLASSES)
     assert shards.verify(tmp_path / "out") == []
-    assert shards.read_rejected(tmp_path / "out") == []
+    assert list(shards.read_rejected(tmp_path / "out")) == []
     assert not (tmp_path / "out" / ".staging").exists()
 
 
@@ -81,7 +81,7 @@ def test_coco_counts_add_up_and_every_reject_has_its_reason(tmp_path, small_coco
         "images": {"in": 9, "written": 8, "rejected": 1},
         "annotations": {"in": 11, "written": 8, "rejected": 3},
     }
-    rejected = shards.read_rejected(out)
+    rejected = list(shards.read_rejected(out))
     assert len(rejected) == manifest["rejected"] == 4
     reasons = {record["origin"]: (record["image_id"], record["reason"]) for record in rejected}
     assert reasons["instances.json annotation 101"] == ("", "its image is not in the file")
@@ -114,8 +114,38 @@ def test_an_output_that_holds_shards_is_not_overwritten_unasked(tmp_path):
     assert error.value.reason == "output_exists"
     assert checksums(out) == before
     prepare_scenes(out, 2, seed=1, rows_per_file=2, side=64, workers=0, overwrite=True)
-    assert sorted(p.name for p in out.iterdir()) == ["manifest.json", "part-00000.parquet", "rejected.parquet"]
+    (file,) = checksums(out)
+    assert sorted(p.name for p in out.iterdir()) == ["manifest.json", file, "rejected.parquet"]
     assert shards.verify(out) == []
+
+
+@pytest.mark.parametrize("dies_in", ["move", "write_bytes", "remove"])
+def test_a_job_that_dies_while_it_replaces_shards_leaves_whole_ones(tmp_path, monkeypatch, dies_in):
+    """Whichever call it dies in and after however many of them, the manifest fits the files that lie there."""
+    new = {"seed": 1, "rows_per_file": 2, "side": 64, "workers": 0, "overwrite": True}
+    prepare_scenes(tmp_path / "fresh", 6, **new)
+    wanted = set(checksums(tmp_path / "fresh").values())
+    original = getattr(files, dies_in)
+    for number in range(2):
+        out, calls = tmp_path / f"out{number}", []
+        prepare_scenes(out, 6, rows_per_file=2, side=64, workers=0)
+        before = set(checksums(out).values())
+
+        def dying(*args, calls=calls, last=number, **options):
+            if len(calls) == last:
+                raise KeyboardInterrupt
+            calls.append(args)
+            return original(*args, **options)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(files, dies_in, dying)
+            prepare_scenes(out, 6, **new)
+        assert shards.verify(out) == []
+        assert set(checksums(out).values()) == (wanted if dies_in == "remove" else before)
+        prepare_scenes(out, 6, **new)
+        assert shards.verify(out) == []
+        assert {p.name for p in out.glob("part-*")} == set(checksums(out))
+        assert set(checksums(out).values()) == wanted
 
 
 def test_a_job_that_fails_leaves_what_was_there(tmp_path, small_coco):
@@ -147,7 +177,12 @@ def test_settings_that_cannot_work_are_refused(tmp_path, small_coco):
         (lambda: prepare_scenes(tmp_path / "o", 1, side=10), "side"),
         (lambda: prepare_scenes(tmp_path / "o", 1, rows_per_group=0), "rows_per_group"),
         (lambda: prepare_scenes(tmp_path / "o", 1, rows_per_file=0), "rows_per_file"),
+        (lambda: prepare_scenes(tmp_path / "o", 1, workers=-1), "workers must be at least 0, got -1"),
+        (lambda: prepare_scenes(tmp_path / "o", 1, shuffle_seed=-1, workers=0), "shuffle_seed must be at least 0"),
         (lambda: prepare_scenes(tmp_path / "file", 1, workers=0), "is a file"),
+        (lambda: prepare_scenes(tmp_path / "file" / "x", 1, workers=0), "cannot be made: Not a directory"),
+        (lambda: prepare_scenes("/proc/x", 1, workers=0), "cannot be made: "),
+        (lambda: prepare_scenes("/proc", 1, workers=0), "cannot be made: "),
         (lambda: prepare_coco(tmp_path / "o", [path], tmp_path / "absent"), "image folder"),
         (lambda: prepare_coco(tmp_path / "o", [tmp_path / "absent"], images), "annotation file"),
     ):
@@ -250,7 +285,7 @@ def test_a_store_gives_and_takes_the_same_as_a_folder(tmp_path, small_coco):
         prepare_coco(f"{base}/out", [f"{base}/in/instances.json"], f"{base}/in", **options)
         assert checksums(f"{base}/out") == checksums(tmp_path / "out")
         assert shards.verify(f"{base}/out") == []
-        assert shards.read_rejected(f"{base}/out") == shards.read_rejected(tmp_path / "out")
+        assert list(shards.read_rejected(f"{base}/out")) == list(shards.read_rejected(tmp_path / "out"))
         names = ["manifest.json", "part-00000.parquet", "part-00001.parquet", "part-00002.parquet", "rejected.parquet"]
         assert files.list_files(f"{base}/out", recursive=True) == names
     (file, *_) = shards.read_manifest(f"{base}/out")["files"]
@@ -295,7 +330,7 @@ def test_files_do_not_depend_on_the_number_of_tasks(local_ray, tmp_path, small_c
         assert done == [(10, 40), (20, 40), (30, 40), (40, 40)]
         prepare_coco(coco_out, [path], images, rows_per_file=4, workers=workers)
         assert shards.verify(scenes_out) == shards.verify(coco_out) == []
-        found[workers] = (checksums(scenes_out), checksums(coco_out), shards.read_rejected(coco_out))
+        found[workers] = (checksums(scenes_out), checksums(coco_out), list(shards.read_rejected(coco_out)))
         assert shards.read_manifest(coco_out)["counts"]["annotations"]["rejected"] == 3
     assert found[0] == found[1] == found[2] == found[None]
 

@@ -45,7 +45,9 @@ def test_manifest_counts_tasks_per_row_group(folder, rows):
     assert manifest["rows"] == file["rows"] == 10
     assert manifest["rejected"] == 1
     assert file["bytes"] == (folder / file["path"]).stat().st_size
-    assert shards.read_rejected(folder) == [{"kind": "images", "image_id": "x", "origin": "here", "reason": "because"}]
+    assert list(shards.read_rejected(folder)) == [
+        {"kind": "images", "image_id": "x", "origin": "here", "reason": "because"}
+    ]
 
 
 def test_the_manifest_counts_the_images_that_show_each_class(tmp_path, rows):

@@ -154,6 +154,68 @@ def test_splits_are_folders_lists_or_both(tmp_path, place, ids):
     assert sum(len(row["instances"]) for row in rows.values()) == 2 * sum(i[-5] in "01" for i in ids if "more" not in i)
 
 
+@pytest.mark.parametrize("lists", [False, True])
+def test_folders_of_one_name_do_not_hide_each_other(tmp_path, lists):
+    """Images of the same name in two sites, each with its own labels, by folders or by lists."""
+    contents = {"data.yaml": "train: [siteA/images, siteB/images]\nnames: [cat, dog]\n"}
+    if lists:
+        contents["data.yaml"] = "train: [siteA/list.txt, siteB/list.txt]\nnames: [cat, dog]\n"
+    for number, site in enumerate(("siteA", "siteB")):
+        contents |= {f"{site}/images/{name}": jpeg() for name in ("0.jpg", "1.jpg")}
+        contents |= {f"{site}/labels/{i}.txt": f"{number} 0.5 0.5 0.2 0.2" for i in range(2)}
+        contents[f"{site}/list.txt"] = "./images/0.jpg\n./images/1.jpg\n"
+    rows, rejected, counts = prepared(YoloSource(f"{write(tmp_path, contents)}/data.yaml"), tmp_path / "out")
+    assert rejected == []
+    assert counts["images"] == {"in": 4, "written": 4, "rejected": 0}
+    assert {name: row["instances"][0]["phrase"] for name, row in rows.items()} == {
+        f"{site}/images/{i}.jpg": phrase for site, phrase in (("siteA", "cat"), ("siteB", "dog")) for i in range(2)
+    }
+
+
+def test_what_a_split_lists_again_is_rejected_and_counted(tmp_path):
+    contents = yolo_set() | {"data.yaml": "train: [list.txt, more/list.txt]\nnames: [cat, dog]\n"}
+    contents |= {"more/list.txt": "images/train/1.jpg\n", "more/images/0.jpg": jpeg()}
+    contents["list.txt"] = "images/train/0.jpg\nimages/train/1.jpg\nimages/train/0.jpg\n"
+    rows, rejected, counts = prepared(YoloSource(f"{write(tmp_path, contents)}/data.yaml"), tmp_path / "out")
+    assert sorted(rows) == ["images/train/0.jpg", "images/train/1.jpg"]
+    assert counts["images"] == {"in": 4, "written": 2, "rejected": 2}
+    assert [(r["origin"], r["reason"]) for r in rejected] == [
+        ("list.txt line 3", "the split lists this image before"),
+        ("list.txt line 1", "the split lists this image before"),
+    ]
+
+
+def test_a_name_that_another_image_has_is_rejected(tmp_path):
+    contents = yolo_set() | {"data.yaml": "train: [images/train, list.txt]\nnames: [cat, dog]\n"}
+    contents |= {"list.txt": "train/0.jpg\n", "train/0.jpg": jpeg()}
+    rows, (record,), counts = prepared(YoloSource(f"{write(tmp_path, contents)}/data.yaml"), tmp_path / "out")
+    assert len(rows["train/0.jpg"]["instances"]) == 2
+    assert counts["images"] == {"in": 4, "written": 3, "rejected": 1}
+    assert record["image_id"] == "train/0.jpg"
+    assert "gives the name of this image to another one before" in record["reason"]
+
+
+def test_labels_that_are_nowhere_are_told(tmp_path):
+    contents = yolo_set() | {CLASSES: "cat\ndog\n", "elsewhere/7.txt": "0 0.5 0.5 0.2 0.2"}
+    write(tmp_path, {name: data for name, data in contents.items() if not name.startswith("labels/")})
+    images, classes = f"{tmp_path}/images/train", f"{tmp_path}/{CLASSES}"
+    for source, message in (
+        (YoloSource(f"{tmp_path}/data.yaml"), f"not one of 3 images has a label file in '{tmp_path}/labels/train'"),
+        (
+            YoloSource(images=images, classes=classes, labels=f"{tmp_path}/nowhere"),
+            "nowhere' does not exist; give --la",
+        ),
+        (
+            YoloSource(images=images, classes=classes, labels=f"{tmp_path}/elsewhere"),
+            "has a label file in '.*elsewhere'",
+        ),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            source.list()
+        assert "--labels" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize(
     ("yaml", "message"),
     [

@@ -203,10 +203,11 @@ class _Merger:
     def _add_object(self, image: CocoImage, new: dict[str, Any]) -> None:
         """COCO lists a person in the instances file and again, with keypoints, in the keypoints file: one object.
 
-        Same class and same box in an earlier file make them one; ids do not, as many tools number each file anew.
+        Same class and same box (without boxes: same outline) in an earlier file make them one; ids do not, as many
+        tools number each file anew.
         """
         key = _object_key(image, new)
-        if self._before.get(key):
+        if key is not None and self._before.get(key):
             old = self._before[key].pop()
             old.update({k: v for k, v in new.items() if v and not old.get(k)})
             self.merged += 1
@@ -214,12 +215,16 @@ class _Merger:
             image.annotations.append(new)
 
 
-def _object_key(image: CocoImage, annotation: dict[str, Any]) -> tuple[str, str]:
-    """Alike for 109 and 109.0, which two files may write for the same box."""
-    bbox = annotation.get("bbox")
-    if is_numbers(bbox):
-        bbox = [round(float(c), 2) for c in bbox]
-    return image.file_name, json.dumps([annotation["name"], bbox])
+def _object_key(image: CocoImage, annotation: dict[str, Any]) -> tuple[str, str] | None:
+    """Alike for 109 and 109.0, which two files may write for the same box; None for one that tells no place."""
+    bbox, outline = annotation.get("bbox"), annotation.get("segmentation")
+    if is_numbers(bbox) and len(bbox) == 4:
+        place = {"bbox": [round(float(c), 2) for c in bbox]}
+    elif not bbox and outline:
+        place = {"segmentation": outline}
+    else:
+        return None
+    return image.file_name, json.dumps([annotation["name"], place])
 
 
 def _names_of(ids: Any, names: dict[Any, str]) -> list[str]:

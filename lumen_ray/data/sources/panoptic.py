@@ -68,17 +68,19 @@ class PanopticSource(Source):
         names = {i: c["name"] for i, c in categories.items()}
         records = _images(self.annotations, data["images"])
         rejected: list[Rejected] = []
-        listed = 0
+        listed, annotated = 0, set()
         for number, entry in enumerate(data["annotations"]):
             entry = entry if isinstance(entry, dict) else {}
             origin = f"{files.base_name(self.annotations)} annotation {number}"
             segments = [s for s in _segments(entry, names, origin) if s["category_id"] not in skipped]
             listed += len(segments)
-            image = records.get(_key(entry.get("image_id")))
-            if image is None or image["png"]:
+            key = _key(entry.get("image_id"))
+            image = records.get(key)
+            if image is None or key in annotated:
                 why = "its image is not in the file" if image is None else "its image has an annotation already"
                 rejected += [reject("annotations", "", s["origin"], why) for s in segments]
                 continue
+            annotated.add(key)
             image |= {"png": str(entry.get("file_name") or ""), "segments": segments, "annotated": origin}
         kept = [c for i, c in categories.items() if i not in skipped]
         inputs = {"images": len(records), "annotations": listed}
@@ -92,7 +94,7 @@ class PanopticSource(Source):
         data = read_first(*image_locations(self.images, name))
         try:
             if not record["png"]:
-                raise UserError("it has no panoptic annotation", "missing_annotations")
+                raise UserError("no panoptic annotation names its PNG file", "missing_annotations")
             ids = decode(files.read_bytes(files.join(self.segments, record["png"]))).astype(np.int64) @ _WEIGHTS
             frame = read_frame(data, [record["size"], ids.shape])
         except UserError as error:

@@ -3,7 +3,8 @@
 One line per object: ``class cx cy w h``; ``class x1 y1 x2 y2 x3 y3 ...`` (a polygon, its box is drawn around it); or,
 where the yaml has ``kpt_shape: [K, 2 or 3]``, ``class cx cy w h`` and K keypoints. Numbers are shares of the sides of
 the image **as EXIF rotates it** (ultralytics reads them so), so the frame needs no telling. As there, an image whose
-label file is empty or missing shows nothing of any class: a negative example.
+label file is empty or missing shows nothing of any class: a negative example; only where all are missing is the
+place of the labels taken to be wrong.
 
 Keypoints: with 2 numbers each, those at (0, 0) or below are unlabelled, all others visible. Names are the yaml's
 ``kpt_names`` (a list, or by class number); else those that ``flip_idx`` exchanges become "left point k" and "right
@@ -27,6 +28,7 @@ from lumen_ray.data.sources import yolo_yaml
 from lumen_ray.data.sources.base import (
     Listing,
     Outcome,
+    Rejected,
     Source,
     instance,
     lost_image,
@@ -64,9 +66,13 @@ class YoloSource(Source):
             raise UserError("--images also needs --classes, a text file with one class name per line", "invalid_config")
 
     def list(self) -> Listing:
+        if self.labels and not files.is_dir(self.labels):
+            raise UserError(f"labels folder '{files.shown(self.labels)}' does not exist; give --labels with the folder "
+                            "of the label files", "missing_folder")  # fmt: skip
+        rejected: Sequence[Rejected] = ()
         if self.data:
             settings = yolo_yaml.read(self.data)
-            images = yolo_yaml.split_images(self.data, settings, self.split)
+            images, rejected = yolo_yaml.split_images(self.data, settings, self.split)
         else:
             lines = files.read_text(self.classes).splitlines()
             settings = {"names": [line.strip() for line in lines if line.strip()]}
@@ -77,7 +83,9 @@ class YoloSource(Source):
         shape, points = yolo_yaml.keypoint_names(settings, len(names))
         categories = [{"name": name, "keypoints": p, "skeleton": []} for name, p in zip(names, points, strict=True)]
         records = [[image_id, path, self._label_of(image_id, path)] for image_id, path in images]
-        return Listing(records, {"images": len(images)}, categories, {"names": names, "kpt_shape": shape})
+        _check_labels([label for _, _, label in records])
+        inputs = {"images": len(images) + len(rejected)}
+        return Listing(records, inputs, categories, {"names": names, "kpt_shape": shape}, rejected)
 
     def _label_of(self, image_id: str, path: str) -> str:
         """Where the label file of an image lies."""
@@ -99,6 +107,20 @@ class YoloSource(Source):
             return
         labels = [(f"{where} line {n}", line.split()) for n, line in enumerate(lines, start=1) if line.strip()]
         yield _outcome(image_id, path, labels, shared)
+
+
+def _check_labels(labels: Sequence[str]) -> None:
+    """`UserError` when not one label file is there: all images would become negatives of all classes."""
+    by_folder: dict[str, set[str]] = {}
+    for label in labels:
+        by_folder.setdefault(files.parent(label), set()).add(files.base_name(label))
+    for folder, names in by_folder.items():  # a listing each, as a store answers slowly for single files
+        if files.is_dir(folder) and not names.isdisjoint(files.list_files(folder, [".txt"])):
+            return
+    where, name = files.shown(files.parent(labels[0])), files.base_name(labels[0])
+    raise UserError(f"not one of {len(labels)} images has a label file in '{where}', such as '{name}'; give --labels "
+                    "with their folder, or an empty label file where an image shows nothing",
+                    "missing_annotations")  # fmt: skip
 
 
 def _outcome(image_id: str, path: str, labels: list[tuple[str, list[str]]], shared: dict[str, Any]) -> Outcome:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import posixpath
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import yaml
 
 from lumen_ray.data import files
+from lumen_ray.data.sources.base import Rejected, reject
 from lumen_ray.errors import UserError, suggest
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
@@ -31,27 +33,70 @@ def folder_images(folder: str) -> list[tuple[str, str]]:
     return [(name, files.join(folder, name)) for name in files.list_files(folder, SUFFIXES, recursive=True)]
 
 
-def split_images(data: str, settings: dict[str, Any], split: str) -> list[tuple[str, str]]:
-    """(image id, location) of the images of a split: of its folders, or of its text files that list them."""
+def split_images(data: str, settings: dict[str, Any], split: str) -> tuple[list[tuple[str, str]], list[Rejected]]:
+    """(image id, location) of the images of a split: of its folders, or of its text files that list them; and what is
+    listed again, rejected.
+
+    Ids are paths relative to the folder, behind as much of the folder's own path as tells it from the split's others.
+    """
     value = settings.get(split)
     if not value:
         splits = [name for name in ("train", "val", "test") if settings.get(name)]
         raise UserError(f"'{files.shown(data)}' has no split '{split}';{suggest(split, splits)} "
                         f"splits: {', '.join(splits) or 'none'}", "unknown_split")  # fmt: skip
     places = [str(v) for v in (value if isinstance(value, list) else [value])]
-    images: dict[str, str] = {}
-    for place in places:
-        found = _find(data, str(settings.get("path") or ""), place)
-        if files.is_dir(found):
-            prefix = f"{files.base_name(found)}/" if len(places) > 1 else ""
-            images.update({prefix + name: path for name, path in folder_images(found)})
-            continue
-        for line in files.read_text(found).splitlines():
-            if name := line.strip():
-                # './' stands for the folder of the list, as in ultralytics
-                home = files.parent(found) if name.startswith("./") else _root(data, settings)
-                images[name.removeprefix("./")] = _normal(files.join(home, name.removeprefix("./")))
-    return sorted(images.items())
+    found = [_find(data, str(settings.get("path") or ""), place) for place in places]
+    folders = [place for place in found if files.is_dir(place)]
+    lists = [place for place in found if place not in folders]
+    names = _telling_names(folders)
+    images = [
+        (f"{names[folder]}/{name}" if len(places) > 1 else name, path, names[folder])
+        for folder in folders
+        for name, path in folder_images(folder)
+    ]
+    homes = _telling_names(map(files.parent, lists))
+    for place in lists:
+        images += _listed_images(place, _root(data, settings), homes)
+    return _without_repeats(images)
+
+
+def _listed_images(place: str, root: str, homes: dict[str, str]) -> Iterator[tuple[str, str, str]]:
+    """(image id, location, where it stands) of the lines of a text file; `homes`: names of the lists' folders."""
+    for number, line in enumerate(files.read_text(place).splitlines(), start=1):
+        name, origin = line.strip(), f"{files.base_name(place)} line {number}"
+        if name.startswith("./"):  # stands for the folder of the list, as in ultralytics
+            home, name = files.parent(place), name.removeprefix("./")
+            prefix = f"{homes[home]}/" if len(homes) > 1 else ""
+            yield prefix + name, _normal(files.join(home, name)), origin
+        elif name:
+            yield name, _normal(files.join(root, name)), origin
+
+
+def _telling_names(folders: Iterable[str]) -> dict[str, str]:
+    """Each folder's last name, with as many of those above it as tell all of them apart."""
+    parts = {folder: files.shown(folder).strip("/").split("/") for folder in folders}
+    for depth in range(1, max(map(len, parts.values()), default=0) + 1):
+        names = {folder: "/".join(path[-depth:]) for folder, path in parts.items()}
+        if len(set(names.values())) == len(names):
+            return names
+    return {folder: "/".join(path) for folder, path in parts.items()}
+
+
+def _without_repeats(images: Iterable[tuple[str, str, str]]) -> tuple[list[tuple[str, str]], list[Rejected]]:
+    """(image id, location) of each image once; a location or an id that comes again is rejected."""
+    by_id: dict[str, str] = {}
+    locations: set[str] = set()
+    rejected = []
+    for image_id, path, origin in images:
+        if path in locations:
+            rejected.append(reject("images", image_id, origin, "the split lists this image before"))
+        elif image_id in by_id:
+            reason = f"the split gives the name of this image to another one before, '{files.shown(by_id[image_id])}'"
+            rejected.append(reject("images", image_id, origin, reason))
+        else:
+            by_id[image_id] = path
+            locations.add(path)
+    return sorted(by_id.items()), rejected
 
 
 def _root(data: str, settings: dict[str, Any]) -> str:
