@@ -61,10 +61,16 @@ def save(
         state["average"] = average
     with _plain_errors():
         dcp.save(state, checkpoint_id=partial, no_dist=parallel.world_size() == 1)
+    failure = None
     if parallel.rank() == 0:
-        _publish(partial, final, position)
-        prune(run, keep)
-    parallel.barrier()
+        try:
+            _publish(partial, final, position)
+            prune(run, keep)
+        except Exception as error:  # the others wait to be told
+            failure = error
+    told = parallel.from_first_rank(failure)
+    if told is not None:
+        raise failure or told
     return final
 
 

@@ -14,8 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from lumen_ray import config
+from lumen_ray.data import files
+from lumen_ray.data.feed import read_texts
 from lumen_ray.errors import UserError
+from lumen_ray.model.build import load_model
 from lumen_ray.model.settings import ModelSettings
+from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.train.failures import MEMORY_ADVICE, DivergedError
 from lumen_ray.train.recipe import CARRIED_OUT, Recipe
 
@@ -39,7 +43,8 @@ def start_of(
 def keep_start(run: Path, start: dict[str, Any], resumes: bool) -> None:
     """Writes `RUN/recipe.json`; `UserError` when the run was started with something else than it is continued with.
 
-    Settings that do not decide the result (`CARRIED_OUT`) may change.
+    Settings that do not decide the result (`CARRIED_OUT`) may change, and so may the recipe's word for the model: what
+    it stands for is compared by itself. For the process that holds the folder (`sole_starter`, `sole_writer`).
     """
     saved = run / "recipe.json"
     if resumes and saved.is_file():
@@ -53,10 +58,26 @@ def keep_start(run: Path, start: dict[str, Any], resumes: bool) -> None:
                 "with what it was started with",
                 "run_exists",
             )
-    run.mkdir(parents=True, exist_ok=True)
     partial = saved.with_name(saved.name + ".partial")
     partial.write_text(json.dumps(start))
     os.replace(partial, saved)
+
+
+def keep_tokenizer(
+    run: Path, shards: str | Path, settings: ModelSettings, init_from: str | None, resumes: bool
+) -> LumenTokenizer:
+    """The tokenizer of the run, written to `RUN/tokenizer.json`."""
+    file = run / "tokenizer.json"
+    if init_from:
+        tokenizer = load_model(init_from, settings.name).tokenizer
+    elif resumes and file.is_file():
+        tokenizer = LumenTokenizer.load(file)
+    else:
+        tokenizer = LumenTokenizer.train(read_texts(shards), settings.vocab_size)
+    partial = file.with_name(file.name + ".partial")
+    tokenizer.save(partial)
+    os.replace(partial, file)
+    return tokenizer
 
 
 def _of_today(recipe: Any) -> Any:
@@ -68,7 +89,28 @@ def _of_today(recipe: Any) -> Any:
 
 
 def _deciding(value: Any) -> Any:
-    return {k: v for k, v in value.items() if k not in CARRIED_OUT} if isinstance(value, dict) else value
+    return {k: v for k, v in value.items() if k not in (*CARRIED_OUT, "model")} if isinstance(value, dict) else value
+
+
+@contextmanager
+def sole_starter(run: Path) -> Iterator[None]:
+    """Makes the run folder and holds `RUN/start.lock`: for the process that starts a training and waits for its end.
+
+    Another one is refused at once (`UserError`, `run_busy`). Who gets it may still find the last try's rank 0 at the
+    folder, which outlives a killed starter for seconds: `sole_writer` waits for that one. `UserError`
+    (`invalid_output`) when the folder cannot be made or written to.
+    """
+    files.make_folder(run)
+    lock = run / "start.lock"
+    try:
+        lock.touch()
+    except OSError as error:
+        raise UserError(
+            f"run folder '{run}' cannot be written to: {error.strerror}; choose another output folder", "invalid_output"
+        ) from None
+    with open(lock, "w") as file:
+        _lock(file, run, 0.0)
+        yield
 
 
 @contextmanager
@@ -79,15 +121,19 @@ def sole_writer(run: Path, wait_s: float = LOCK_SECONDS) -> Iterator[None]:
     `wait_s` seconds; then somebody else trains there: `UserError`.
     """
     with open(run / "lock", "w") as file:
-        deadline = time.monotonic() + wait_s
-        while not _locked(file):
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"another process trains into '{run}'; wait for it, end it, or choose another output folder",
-                    "run_busy",
-                )
-            time.sleep(0.2)
+        _lock(file, run, wait_s)
         yield
+
+
+def _lock(file: Any, run: Path, wait_s: float) -> None:
+    deadline = time.monotonic() + wait_s
+    while not _locked(file):
+        if time.monotonic() >= deadline:
+            raise UserError(
+                f"another process trains into '{run}'; wait for it, end it, or choose another output folder",
+                "run_busy",
+            )
+        time.sleep(0.2)
 
 
 def _locked(file: Any) -> bool:

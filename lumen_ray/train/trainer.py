@@ -12,7 +12,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,24 +27,22 @@ from lumen_ray.data.feed import (
     dataset_for_rank,
     plan_items,
     ray_batches,
-    read_texts,
     skeletons_of,
 )
 from lumen_ray.data.mixture import Plan
 from lumen_ray.data.packing import MIN_BRANCH_TOKENS
 from lumen_ray.data.shards import read_manifest
 from lumen_ray.errors import UserError
-from lumen_ray.model.build import ModelMeta, load_model
+from lumen_ray.model.build import ModelMeta
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.model.tokenizer import LumenTokenizer
-from lumen_ray.presets import model_path
+from lumen_ray.presets import model_folder, model_path
 from lumen_ray.train import checkpoint, parallel, precision
 from lumen_ray.train.checks import check_recipe
 from lumen_ray.train.loop import Job, Trainer
 from lumen_ray.train.memory import keep_freed_memory
 from lumen_ray.train.metrics import MetricsWatcher, Progress
 from lumen_ray.train.recipe import Recipe
-from lumen_ray.train.run_folder import keep_start, sole_writer, start_of, told
+from lumen_ray.train.run_folder import keep_start, keep_tokenizer, sole_starter, sole_writer, start_of, told
 
 WORKER_CPUS = 0.75  # logical CPUs of a worker and its reads; below one, so that two fit on 2 cores beside other tasks
 
@@ -59,42 +57,43 @@ class Prepared:
 def prepare_job(shards: str | Path, recipe: Recipe, run: str | Path, init_from: str | None = None) -> Prepared:
     """Checks everything that can be wrong before a worker starts; trains the tokenizer on the shards' text.
 
-    A run folder keeps what it was started with: continuing it with anything else is a `UserError`.
+    A run folder keeps what it was started with: continuing it with anything else is a `UserError`, and so is a folder
+    that somebody else trains into.
     """
-    init_from = str(Path(init_from).absolute()) if init_from else None
+    with _prepared(shards, recipe, run, init_from) as prepared:
+        return prepared
+
+
+@contextmanager
+def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: str | None) -> Iterator[Prepared]:
+    """`prepare_job`, whose run folder stays refused to other starters inside."""
+    init_from = str(model_folder(init_from).absolute()) if init_from else None
     run = Path(run).absolute()
     manifest = read_manifest(shards)
     settings = config.load(ModelSettings, model_path(recipe.model))
     recipe = with_sizes(recipe, settings)
-    newest = checkpoint.latest(run)
-    if newest:
-        checkpoint.check_preset(newest, settings.name)
-    keep_start(run, start_of(recipe, settings, manifest, init_from), resumes=newest is not None)
-    tokenizer_file = run / "tokenizer.json"
-    if init_from:
-        tokenizer = load_model(init_from, settings.name).tokenizer
-    elif newest and tokenizer_file.is_file():
-        tokenizer = LumenTokenizer.load(tokenizer_file)
-    else:
-        tokenizer = LumenTokenizer.train(read_texts(shards), settings.vocab_size)
-    partial = tokenizer_file.with_name(tokenizer_file.name + ".partial")
-    tokenizer.save(partial)
-    os.replace(partial, tokenizer_file)
-    check_recipe(recipe, settings, len(tokenizer))
-    skeletons = skeletons_of(manifest)
-    meta = ModelMeta(
-        preset=settings.name,
-        classes=[c["name"] for c in manifest["categories"] if not c.get("supercategory_only")],
-        skeletons={name: list(points) for name, points in skeletons.items()},
-        edges={c["name"]: c.get("skeleton") or [] for c in manifest["categories"] if c.get("keypoints")},
-        buckets=[list(bucket) for bucket in recipe.buckets or ()],
-    )
-    job = Job(recipe, settings, tokenizer, meta, str(run), init_from)
-    reader = BatchReader(
-        files.absolute(shards), recipe, tokenizer, settings.image_size, skeletons, class_frequencies(manifest),
-        settings.token_side,
-    )  # fmt: skip
-    return Prepared(job, reader, manifest)
+    with sole_starter(run):
+        with sole_writer(run):
+            newest = checkpoint.latest(run)
+            if newest:
+                checkpoint.check_preset(newest, settings.name)
+            keep_start(run, start_of(recipe, settings, manifest, init_from), resumes=newest is not None)
+            tokenizer = keep_tokenizer(run, shards, settings, init_from, resumes=newest is not None)
+        check_recipe(recipe, settings, len(tokenizer))
+        skeletons = skeletons_of(manifest)
+        meta = ModelMeta(
+            preset=settings.name,
+            classes=[c["name"] for c in manifest["categories"] if not c.get("supercategory_only")],
+            skeletons={name: list(points) for name, points in skeletons.items()},
+            edges={c["name"]: c.get("skeleton") or [] for c in manifest["categories"] if c.get("keypoints")},
+            buckets=[list(bucket) for bucket in recipe.buckets or ()],
+        )
+        job = Job(recipe, settings, tokenizer, meta, str(run), init_from)
+        reader = BatchReader(
+            files.absolute(shards), recipe, tokenizer, settings.image_size, skeletons, class_frequencies(manifest),
+            settings.token_side,
+        )  # fmt: skip
+        yield Prepared(job, reader, manifest)
 
 
 def with_sizes(recipe: Recipe, settings: ModelSettings) -> Recipe:
@@ -116,7 +115,13 @@ def with_sizes(recipe: Recipe, settings: ModelSettings) -> Recipe:
 def train_local(prepared: Prepared, device: str = "cpu") -> Path:
     """The same run without Ray: batches are read in line, by this process as one rank, or by each process of the
     process group it belongs to. Returns the model folder."""
-    _fit_rank(prepared, torch.device(device), lambda items: (prepared.reader(item) for item in items))
+    run = Path(prepared.job.run)
+    with sole_starter(run) if parallel.rank() == 0 else nullcontext():
+        return _fit_in_line(prepared, torch.device(device))
+
+
+def _fit_in_line(prepared: Prepared, device: torch.device) -> Path:
+    _fit_rank(prepared, device, lambda items: (prepared.reader(item) for item in items))
     return Path(prepared.job.run) / "model"
 
 
@@ -183,16 +188,21 @@ def train(
 ) -> Path:
     """Runs a recipe on Ray, resuming `run` where its newest checkpoint left it; returns the model folder.
 
-    `progress` gets every line of `metrics.jsonl` as it is written. Raises `UserError` for what the user must change.
+    `progress` gets every line of `metrics.jsonl` as it is written. Raises `UserError` for what the user must change,
+    also while another process trains into `run`.
     """
-    prepared = prepare_job(shards, recipe, run, init_from)
+    with _prepared(shards, recipe, run, init_from) as prepared:
+        return _train(prepared, progress)
+
+
+def _train(prepared: Prepared, progress: Progress | None) -> Path:
     recipe = prepared.job.recipe
     Plan(prepared.manifest, recipe, recipe.workers)  # wrong batch sizes are told before workers start
     run = Path(prepared.job.run)
     start = checkpoint.start_step(checkpoint.latest(run))
     if start == recipe.total_steps:
         if not (run / "model" / "model.safetensors").is_file():  # killed between the last checkpoint and the export
-            train_local(prepared)
+            _fit_in_line(prepared, torch.device("cpu"))
         return run / "model"
     watcher = MetricsWatcher(run / "metrics.jsonl", start, progress) if progress else None
     try:

@@ -2,13 +2,15 @@
 
 import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import scrambled, tiny_model
+from train_fakes import on_two_ranks
 
 from lumen_ray.errors import UserError
-from lumen_ray.train import checkpoint
+from lumen_ray.train import checkpoint, parallel
 
 
 def save(run, step, stage="s0", model=None, keep=0):
@@ -90,3 +92,18 @@ def test_another_preset_is_refused(tmp_path):
         checkpoint.check_preset(path, "nano")
     assert error.value.reason == "wrong_preset"
     assert json.loads((path / "position.json").read_text())["preset"] == "tiny"
+
+
+def _full_on_the_first_rank(run: Path):
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    if parallel.rank() == 0:
+        checkpoint._publish = lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left", "position.json"))
+    with pytest.raises(OSError, match="No space left") as error:
+        checkpoint.save(run, {"step": 1, "stage": "s"}, model, optimizer)
+    assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "position.json")
+
+
+def test_what_fails_on_the_first_rank_is_raised_by_all(tmp_path):
+    on_two_ranks(_full_on_the_first_rank, tmp_path)
+    assert names(tmp_path) == []

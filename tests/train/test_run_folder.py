@@ -14,8 +14,8 @@ from lumen_ray.errors import UserError
 from lumen_ray.train import trainer as trainer_module
 from lumen_ray.train.loop import DivergedError
 from lumen_ray.train.metrics import MetricsWatcher, drop_from
-from lumen_ray.train.run_folder import keep_start, sole_writer, start_of, told
-from lumen_ray.train.trainer import _check_cpus, train, train_local
+from lumen_ray.train.run_folder import keep_start, sole_starter, sole_writer, start_of, told
+from lumen_ray.train.trainer import _check_cpus, prepare_job, train, train_local
 
 
 class Wrapped(Exception):
@@ -59,6 +59,55 @@ def test_one_process_at_a_time_writes_to_a_run(tmp_path):
         assert not entered.wait(0.5)
     assert entered.wait(30)
     thread.join()
+
+
+def kept(run):
+    return [(run / name).read_bytes() for name in ("recipe.json", "tokenizer.json")]
+
+
+def test_a_busy_folder_is_refused_before_anything_is_written(data, tmp_path, monkeypatch):
+    run, refused = tmp_path / "run", []
+
+    def fit(prepared):
+        before = kept(run)
+        for start in (prepare_job, train):
+            with pytest.raises(UserError, match="another process trains into") as error:
+                start(data / "shards", make_recipe(data, seed=7), run)
+            refused.append(error.value.reason)
+        assert kept(run) == before
+
+    monkeypatch.setattr(trainer_module, "_fit", fit)
+    monkeypatch.setattr(time, "sleep", lambda s: pytest.fail("it waited"))
+    train(data / "shards", make_recipe(data), run)
+    assert refused == ["run_busy", "run_busy"]
+    make_job(data, run, seed=7)  # and free again
+
+
+def test_a_try_that_is_not_quite_dead_is_waited_for(data, tmp_path):
+    with sole_starter(tmp_path), sole_writer(tmp_path):
+        pass
+    thread = threading.Thread(target=make_job, args=(data, tmp_path))
+    with sole_writer(tmp_path):
+        thread.start()
+        thread.join(1)
+        assert thread.is_alive() and not (tmp_path / "recipe.json").exists()
+    thread.join(30)
+    assert all(kept(tmp_path))
+
+
+@pytest.mark.parametrize("output", ["file", "file/x", "/proc/x", "/proc"])
+def test_an_output_that_cannot_be_made_is_told(data, tmp_path, output):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="folder '.*' cannot be (made|written to): ") as error:
+        train(data / "shards", make_recipe(data), tmp_path / output)
+    assert error.value.reason == "invalid_output" and "\n" not in str(error.value)
+
+
+def test_another_spelling_of_the_model_is_the_same_run(data, tmp_path):
+    manifest, settings = {"files": [{"sha256": "a"}], "categories": []}, tiny_settings()
+    keep_start(tmp_path, start_of(make_recipe(data), settings, manifest, None), resumes=False)
+    respelled = make_recipe(data, model=f"{data}/../{data.name}/tiny.yaml")
+    keep_start(tmp_path, start_of(respelled, settings, manifest, None), resumes=True)
 
 
 def test_how_a_run_is_carried_out_may_change(data, tmp_path):
