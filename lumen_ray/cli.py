@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from lumen_ray import __version__
 from lumen_ray.console import bar, console, say, training_note
 from lumen_ray.errors import UserError, suggest
+from lumen_ray.presets import DEFAULT_MODEL
 from lumen_ray.ray_env import prepare_environment
 
 EXIT_USER_ERROR = 2
@@ -35,7 +36,7 @@ def _names(text: str) -> list[str]:
 def _classes(text: str) -> list[str]:
     """Class names of a command line, or of a file with one name a line."""
     path = Path(text)
-    if not path.is_file():
+    if not os.path.isfile(path):  # `Path.is_file` raises for a text longer than a file's name may be
         return _names(text)
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -107,6 +108,9 @@ def _data_args(verbs: Any) -> None:
     look.add_argument("--stage", help="stage of the recipe (default: the one with most tasks)")
     look.add_argument("--top", type=int, default=30, help="classes listed one by one; the rest in a line (default: 30)")
     look.add_argument("--seed", type=int, default=0, help="which rows are sampled (default: 0)")
+    look.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=True, help="check the checksums of all files first"
+    )
     look.set_defaults(run=_data_inspect)
 
 
@@ -120,9 +124,17 @@ def _train_args(verbs: Any) -> None:
     p.set_defaults(run=_train)
 
 
+def _model_arg(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default=DEFAULT_MODEL,
+        help=f"model folder, or the name of bundled weights (default: {DEFAULT_MODEL}, for the synthetic scenes)",
+    )
+
+
 def _evaluate_args(verbs: Any) -> None:
     p = verbs.add_parser("evaluate", help="score a model on shards: one table, one JSON")
-    p.add_argument("--model", required=True, help="model folder")
+    _model_arg(p)
     p.add_argument("--shards", required=True, help="shard folder of the held-out split")
     p.add_argument("--output", required=True, help="folder for report.json and predictions.parquet")
     p.add_argument("--tasks", type=_names, help="only these, comma separated (default: all the split is annotated for)")
@@ -133,7 +145,7 @@ def _evaluate_args(verbs: Any) -> None:
 def _label_args(verbs: Any) -> None:
     p = verbs.add_parser("label", help="label a folder of images: Parquet, COCO json, HTML gallery")
     p.add_argument("input", help="folder, glob or shard folder")
-    p.add_argument("--model", required=True, help="model folder")
+    _model_arg(p)
     p.add_argument("--output", required=True, help="folder for the labels; run again to continue after a stop")
     p.add_argument("--tasks", type=_names, default=["detect"], help="comma separated, e.g. detect,segment,caption")
     p.add_argument(
@@ -149,7 +161,7 @@ def _label_args(verbs: Any) -> None:
 def _serve_args(verbs: Any) -> None:
     p = verbs.add_parser("serve", help="serve a model over HTTP with Ray Serve")
     p.add_argument("--config", default="nano", help="name in configs/serve or a YAML file (default: nano)")
-    p.add_argument("--model", help="model folder, instead of the config's")
+    p.add_argument("--model", help="model folder or name of bundled weights, instead of the config's")
     p.add_argument("--host", help="address to bind, instead of the config's")
     p.add_argument("--port", type=int, help="port, instead of the config's")
     p.set_defaults(run=_serve)
@@ -218,6 +230,7 @@ def _data_inspect(args: argparse.Namespace) -> None:
             stage=args.stage,
             top=args.top,
             seed=args.seed,
+            verify=args.verify,
             progress=progress.update,
         )
     print_sections(sections(statistics, args.top), console)

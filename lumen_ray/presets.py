@@ -1,4 +1,7 @@
-"""Where presets and recipes are found: in `configs/` of a checkout, or the copy inside the installed package."""
+"""Where presets, recipes and bundled weights are found.
+
+YAML in `configs/` of a checkout, or the copy inside the installed package; weights in `lumen_ray/weights`.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,9 @@ def config_roots(package: Path) -> tuple[Path, ...]:
 
 
 ROOTS = config_roots(Path(__file__).resolve().parent)
+WEIGHTS = Path(__file__).resolve().parent / "weights"
+#: the bundled model that `label`, `evaluate` and `serve` use when none is named
+DEFAULT_MODEL = "nano"
 
 
 def find(kind: str, name: str) -> Path:
@@ -40,6 +46,28 @@ def find(kind: str, name: str) -> Path:
 
 def model_path(name: str) -> Path:
     return find("models", name)
+
+
+def bundled_models() -> list[str]:
+    """Names of the models whose weights come with the package."""
+    return sorted(weights.parent.name for weights in WEIGHTS.glob("*/model.safetensors"))
+
+
+def model_folder(model: str | Path) -> Path:
+    """The model folder that a user means: a path, or the name of bundled weights where there is no such folder.
+
+    Raises `UserError` (`missing_model`) when it is neither.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    names = bundled_models()
+    if str(model) in names:
+        return WEIGHTS / str(model)
+    raise UserError(
+        f"model folder '{model}' does not exist;{suggest(str(model), names)} give the 'model' folder that a training "
+        f"run wrote, or the name of bundled weights: {', '.join(names)}",
+        "missing_model",
+    )
 
 
 def recipe_path(name: str) -> Path:

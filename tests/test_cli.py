@@ -24,9 +24,9 @@ def told(capsys, *argv: str) -> str:
         (["train", "--shards", "x", "--output", "y"], ["--recipe"]),
         (["train", "--recipe", "quikstart", "--shards", "x", "--output", "y"], ["did you mean 'quickstart'"]),
         (["train", "--recipe", "quickstart", "--shards", "nowhere", "--output", "y"], ["nowhere", "lumen-ray prepare"]),
-        (["evaluate", "--model", "nowhere", "--shards", "x", "--output", "y"], ["not a model folder"]),
-        (["label", "nowhere", "--model", "nomodel", "--output", "y"], ["not a model folder"]),
-        (["serve", "--model", "nowhere"], ["not a model folder"]),
+        (["evaluate", "--model", "nowhere", "--shards", "x", "--output", "y"], ["model folder", "does not exist"]),
+        (["label", "nowhere", "--model", "nomodel", "--output", "y"], ["model folder", "does not exist"]),
+        (["serve", "--model", "nowhere"], ["does not exist; ", "bundled weights: nano"]),
         (["serve", "--config", "nanoo"], ["did you mean 'nano'"]),
         (["label", "nowhere", "--model", "x", "--output", "y", "--classes", ""], ["at least one class name"]),
         (["label", "nowhere", "--model", "x", "--output", "y", "--classes", ","], ["at least one class name"]),
@@ -139,3 +139,13 @@ def test_the_line_about_labels_names_the_first_error():
     assert "3 labelled, 0 errors -> out" in cli.labelled_line(
         {"images": 3, "labelled": 3, "errors": 0, "first_error": None}, "out"
     )
+
+
+def test_classes_are_names_or_a_file_of_names(tmp_path):
+    names = [f"class number {i}" for i in range(80)]
+    parser = cli.build_parser()
+    common = ["label", "photos", "--model", "m", "--output", "o", "--classes"]
+    assert parser.parse_args([*common, ",".join(names)]).classes == names  # longer than a file's name may be
+    assert parser.parse_args([*common, "a" * 300]).classes == ["a" * 300]
+    (tmp_path / "names.txt").write_text("\n".join(names) + "\n\n")
+    assert parser.parse_args([*common, str(tmp_path / "names.txt")]).classes == names

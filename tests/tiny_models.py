@@ -50,6 +50,7 @@ def tiny_settings(**changes: Any) -> ModelSettings:
         "dense_channels": 16,
         "link_channels": 32,
         "link_reads_words": True,
+        "tokens_read_stem": True,
         "vocab_size": 320,
         "lumen": {"hidden_size": 16, "num_layers": 1, "num_heads": 2},
     }

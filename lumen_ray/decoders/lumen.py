@@ -73,10 +73,20 @@ def best_of_each(groups: Tensor, values: Tensor, most: int) -> Tensor:
     """
     order = values.argsort(descending=True, stable=True)
     order = order[groups[order].argsort(stable=True)]
+    return order[place_in_group(groups[order]) < most]
+
+
+def place_in_group(groups: Tensor) -> Tensor:
+    """0, 1, 2, ... within each group of sorted int64 [N]."""
     sizes = groups.bincount()
     starts = sizes.cumsum(0) - sizes
-    place_in_group = torch.arange(len(order), device=order.device) - starts[groups[order]]
-    return order[place_in_group < most]
+    return torch.arange(len(groups), device=groups.device) - starts[groups]
+
+
+def scattered(boxes: Tensor) -> Tensor:
+    """A number in [0, 1) for each box [N, 4] that looks random but depends on the box alone."""
+    x1, y1, x2, y2 = boxes.double().unbind(-1)  # not a product of matrices, whose rounding may depend on N
+    return ((x1 * 12.9898 + y1 * 78.233 + x2 * 37.719 + y2 * 4.581).sin() * 43758.5453).frac().abs()
 
 
 class LumenDecoder(Decoder):
@@ -191,7 +201,7 @@ class LumenDecoder(Decoder):
         """Which of an image's prompts an object's place belongs to: cross entropy over them, per positive place.
 
         The focal loss of the heatmap is content with a middling score at any object of the image; this one is not.
-        Other prompts that mean the same object take no part.
+        Prompts that have an object at that place themselves take no part, whether or not it is the same one.
         """
         image = raw.link.image_index[raw.objects]
         rivals = (image[:, None] == image[prompt]) & counted[:, None]  # P N: prompts against positive places
@@ -213,13 +223,20 @@ class LumenDecoder(Decoder):
         """BCE + Dice (sec. 3.3) on the positives nearest the centre, `max_masks_per_object` of each prompt's object.
 
         Nearness is exact; a choice by score would turn on rounding, and with it on how a batch is split over ranks.
+        Of crowded images `max_masks_per_image`: the nearest of each object first, of objects that change with where
+        augmentation puts them.
         """
         index = targets.mask_index[raw.objects][prompt, gt]
         keep = torch.nonzero(index >= 0).flatten()
         objects = prompt[keep] * targets.valid.shape[1] + gt[keep]
         gt_boxes = targets.boxes[raw.objects][prompt[keep], gt[keep]]
         distance = (raw.centers[place[keep]] - (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2).square().sum(-1)
-        keep = keep[best_of_each(objects, -distance, self.settings.max_masks_per_object)]
+        best = best_of_each(objects, -distance, self.settings.max_masks_per_object)
+        keep, gt_boxes = keep[best], gt_boxes[best]
+        wish = scattered(gt_boxes) - place_in_group(objects[best])
+        images = raw.link.image_index[raw.objects[prompt[keep]]]
+        best = best_of_each(images, wish, self.settings.max_masks_per_image)
+        keep, gt_boxes = keep[best], gt_boxes[best]
         prompt, place, gt, index = prompt[keep], place[keep], gt[keep], index[keep]
         if len(keep) == 0:
             return LossTerm(raw.logits.new_zeros(()), raw.logits.new_zeros(()))
@@ -228,7 +245,6 @@ class LumenDecoder(Decoder):
         wanted = targets.masks[index].float()
         bce = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
         # the loss looks at the object and its surroundings, else the empty image outweighs a small object
-        gt_boxes = targets.boxes[raw.objects][prompt, gt]
         near = self._near(gt_boxes, logits.shape[-2:], raw)
         bce = (bce * near).sum((1, 2)) / near.sum((1, 2)).clamp_min(1)
         probability = logits.sigmoid()

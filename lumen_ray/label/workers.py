@@ -19,6 +19,7 @@ from lumen_ray.inference.request import Request
 from lumen_ray.label.inputs import read_bytes
 from lumen_ray.label.ledger import Fragment
 from lumen_ray.label.records import answer_records
+from lumen_ray.presets import model_folder
 
 #: Ray Data gives up after so long without a result, instead of its 30 minutes; loading a large model has to fit.
 NO_PROGRESS_TIMEOUT_S = 900
@@ -46,9 +47,7 @@ def fingerprint(model: str | Path | Callable[[], Any]) -> str:
     """
     if callable(model):
         return getattr(model, "__qualname__", type(model).__qualname__)
-    folder = Path(model)
-    if not folder.is_dir():
-        raise UserError(f"model folder '{model}' does not exist; give the folder that training wrote", "missing_model")
+    folder = model_folder(model)
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         size = path.stat().st_size

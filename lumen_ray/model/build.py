@@ -25,6 +25,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.model.trunk import Trunk
+from lumen_ray.presets import model_folder
 
 LM_WEIGHT = 1.0
 
@@ -66,7 +67,7 @@ class Generalist(nn.Module):
         features) differs from rank to rank; all ranks must still reduce the same gradients.
         """
         trunk = self.trunk
-        parts = (trunk.regions, trunk.queries, trunk.link_heads, trunk.dense, self.decoders)
+        parts = (trunk.regions, trunk.queries, trunk.link_heads, trunk.stem, trunk.dense, self.decoders)
         return sum(p.sum() for part in parts for p in part.parameters() if p.requires_grad) * 0.0
 
 
@@ -120,8 +121,8 @@ class LoadedModel:
 
 
 def read_meta(folder: str | Path) -> ModelMeta:
-    """What a model folder says about its training data; `UserError` when it is not a model folder."""
-    folder = Path(folder)
+    """What a model folder (or bundled weights, by name) says about its training data; `UserError` when it is none."""
+    folder = model_folder(folder)
     for name in ("config.yaml", "tokenizer.json", "meta.json", "model.safetensors"):
         if not (folder / name).is_file():
             raise UserError(
@@ -137,10 +138,10 @@ def read_meta(folder: str | Path) -> ModelMeta:
 
 
 def load_model(folder: str | Path, expect_preset: str | None = None) -> LoadedModel:
-    """The model in a folder, in eval mode on the CPU. `UserError` when it is not a model folder, is damaged, or was
-    trained with another preset than `expect_preset`."""
+    """The model in a folder (or bundled weights, by name), in eval mode on the CPU. `UserError` when it is not a model
+    folder, is damaged, or was trained with another preset than `expect_preset`."""
     meta = read_meta(folder)
-    folder = Path(folder)
+    folder = model_folder(folder)
     settings = config.load(ModelSettings, folder / "config.yaml")
     if expect_preset and settings.name != expect_preset:
         raise UserError(

@@ -52,30 +52,50 @@ def _resize(x: Tensor, like: Tensor) -> Tensor:
     return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=False)
 
 
-class DenseFeatures(nn.Module):
-    """images, merged map and LLM states -> dense features [B, channels, H/4, W/4]."""
+class ConvStem(nn.Module):
+    """images -> features of c, 2c and 3c channels at strides 4, 8 and 16."""
 
-    def __init__(self, stem_channels: int, channels: int, vision_width: int, llm_width: int):
+    def __init__(self, channels: int):
         super().__init__()
-        c = stem_channels
-        self.stem = nn.Sequential(conv_block(3, c // 2, stride=2), conv_block(c // 2, c, stride=2))
+        c = channels
+        self.widths = (c, 2 * c, 3 * c)
+        self.down4 = nn.Sequential(conv_block(3, c // 2, stride=2), conv_block(c // 2, c, stride=2))
         self.down8 = nn.Sequential(conv_block(c, 2 * c, stride=2), ResidualBlock(2 * c))
         self.down16 = nn.Sequential(conv_block(2 * c, 3 * c, stride=2), ResidualBlock(3 * c))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """images [B, 3, H, W] in 0..1."""
+        s4 = self.down4(images - 0.5)
+        s8 = self.down8(s4)
+        return s4, s8, self.down16(s8)
+
+
+class DenseFeatures(nn.Module):
+    """images, stem features, merged map and LLM states -> dense features [B, channels, H/4, W/4]."""
+
+    def __init__(self, stem_widths: tuple[int, int, int], channels: int, vision_width: int, llm_width: int):
+        super().__init__()
+        c4, c8, c16 = stem_widths
         self.from_vision = nn.Sequential(nn.GroupNorm(1, vision_width), nn.Conv2d(vision_width, channels, 1))
         self.from_llm = nn.Sequential(nn.GroupNorm(1, llm_width), nn.Conv2d(llm_width, channels, 1))
-        self.lateral16 = nn.Conv2d(3 * c, channels, 1)
-        self.lateral8 = nn.Conv2d(2 * c, channels, 1)
-        self.lateral4 = nn.Conv2d(c + 3, channels, 1)  # the stem and the mean colour under each cell
+        self.lateral16 = nn.Conv2d(c16, channels, 1)
+        self.lateral8 = nn.Conv2d(c8, channels, 1)
+        self.lateral4 = nn.Conv2d(c4 + 3, channels, 1)  # the stem and the mean colour under each cell
         self.fuse16 = ResidualBlock(channels)
         self.fuse8 = ResidualBlock(channels)
         self.fuse4 = conv_block(channels, channels)
 
-    def forward(self, images: Tensor, merged: Tensor, llm_states: Tensor, grid: tuple[int, int]) -> Tensor:
-        """images [B, 3, H, W] in 0..1; merged [B, C, h, w]; llm_states [B, P, llm_width] at the image tokens, which lie
-        row by row on a `grid` of (rows, columns)."""
-        s4 = self.stem(images - 0.5)
-        s8 = self.down8(s4)
-        s16 = self.down16(s8)
+    def forward(
+        self,
+        images: Tensor,
+        stem: tuple[Tensor, Tensor, Tensor],
+        merged: Tensor,
+        llm_states: Tensor,
+        grid: tuple[int, int],
+    ) -> Tensor:
+        """images [B, 3, H, W] in 0..1 and their `stem` features; merged [B, C, h, w]; llm_states [B, P, llm_width] at
+        the image tokens, which lie row by row on a `grid` of (rows, columns)."""
+        s4, s8, s16 = stem
         states = llm_states.transpose(1, 2).reshape(len(images), -1, *grid).contiguous()
         tokens = _resize(self.from_vision(merged), s16) + _resize(self.from_llm(states), s16)
         x = self.fuse16(self.lateral16(s16) + tokens)

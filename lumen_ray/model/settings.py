@@ -63,6 +63,7 @@ class LumenSettings(Settings):
     pose_grid: int = Field(12, gt=0, description="cells per side of the grid sampled in a box for keypoints")
     nms_iou: float = Field(0.6, description="instances of one prompt that overlap more are merged")
     max_masks_per_object: int = Field(5, gt=0, description="positive locations of an object that train its mask")
+    max_masks_per_image: int = Field(64, gt=0, description="the same, of all objects in an image")
 
 
 class ModelSettings(Settings):
@@ -79,6 +80,9 @@ class ModelSettings(Settings):
     )
     dense_channels: int = Field(64, gt=0, description="channels of the shared dense features")
     stem_channels: int = Field(32, gt=0, description="channels of the convolutional stem at stride 4")
+    tokens_read_stem: bool = Field(
+        False, description="image tokens also read the convolutional stem; for encoders that are trained from scratch"
+    )
     link_channels: int = Field(256, gt=0, description="width of a perception link embedding")
     link_reads_words: bool = Field(
         False, description="links also read the instruction's words; for an LLM that is trained from scratch"

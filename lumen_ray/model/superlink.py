@@ -64,9 +64,9 @@ class SuperLinkQueries(nn.Module):
 class LinkHead(nn.Module):
     """3-layer MLP and a mean over the queries: [P, N, llm_width] -> [P, channels] (perception families).
 
-    With `reads_words` a linear path adds the mean embedding of the instruction's tokens. In an LLM that starts from
-    fresh weights less than a thousandth of what the queries say differs from one class name to the next; names that
-    the image does not tell apart yet would fall together before a decoder can use the difference.
+    With `reads_words` a linear path adds the mean embedding of the branch's tokens before the queries. In an LLM that
+    starts from fresh weights less than a thousandth of what the queries say differs from one class name to the next;
+    names that the image does not tell apart yet would fall together before a decoder can use the difference.
     """
 
     def __init__(self, llm_width: int, channels: int, reads_words: bool = False):

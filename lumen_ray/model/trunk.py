@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from lumen_ray.model.dense import DenseFeatures
+from lumen_ray.model.dense import ConvStem, DenseFeatures
 from lumen_ray.model.prompts import (
     IGNORE,
     Layout,
@@ -60,7 +60,7 @@ class Prefix:
 class TrunkTraining:
     lm_losses: Tensor  # [B, T - 1], next-token cross entropy, 0 where unsupervised
     lm_tokens: Tensor  # scalar, the number of supervised tokens
-    dense: Tensor
+    dense: Tensor | None  # None where no prompt asks a decoder
     links: dict[str, SuperLink]
 
 
@@ -73,13 +73,21 @@ class Trunk(nn.Module):
         self.llm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
         width = config.hidden_size
         std = getattr(config, "initializer_range", 0.02)
-        self.vision = CommVision(settings.vision, settings.image_size, width, std)
+        self.stem = ConvStem(settings.stem_channels)
+        stem_width = self.stem.widths[-1] if settings.tokens_read_stem else 0
+        self.vision = CommVision(settings.vision, settings.image_size, width, std, stem_width)
         self.regions = RegionEncoder(self.vision.merged_width, width, self.vision.patch_size)
         self.queries = SuperLinkQueries(width, std)
         self.link_heads = nn.ModuleDict(
             {"perception": LinkHead(width, settings.link_channels, settings.link_reads_words)}
         )
-        self.dense = DenseFeatures(settings.stem_channels, settings.dense_channels, self.vision.merged_width, width)
+        self.dense = DenseFeatures(self.stem.widths, settings.dense_channels, self.vision.merged_width, width)
+
+    def see(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """images [B, 3, H, W] in 0..1 -> (image tokens, merged map, stem features)."""
+        stem = self.stem(images)
+        tokens, merged = self.vision(images, stem[-1] if self.settings.tokens_read_stem else None)
+        return tokens, merged, stem
 
     def embed_branches(self, layout: Layout, regions: Tensor | None) -> Tensor:
         """Token embeddings [B, T, width] with the queries and region embeddings put in their slots."""
@@ -118,7 +126,7 @@ class Trunk(nn.Module):
         `region_images` int64 [R]. Where `layout.pack` is set, the last samples need no image in `images`.
         """
         images, layout = batch["images"].float() / 255, batch["layout"]
-        tokens, merged = self.vision(images)
+        tokens, merged, stem = self.see(images)
         regions = None
         if len(batch["region_masks"]):
             regions = self.regions(images, merged, batch["region_masks"], batch["region_images"])
@@ -134,7 +142,10 @@ class Trunk(nn.Module):
         branches = hidden[:, prefix:]
         losses = self._lm_losses(branches, layout.labels)
         supervised = (layout.labels[:, 1:] != IGNORE).sum().float()
-        dense = self.dense(images, merged, hidden[: len(images), :prefix], self.vision.grid(*images.shape[-2:]))
+        dense = None
+        if layout.query_slots:
+            grid = self.vision.grid(*images.shape[-2:])
+            dense = self.dense(images, stem, merged, hidden[: len(images), :prefix], grid)
         return TrunkTraining(losses, supervised, dense, self.links(branches, layout))
 
     def _llm(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
@@ -177,7 +188,7 @@ class Trunk(nn.Module):
     def encode(self, images: Tensor, valid: Tensor | None = None) -> Prefix:
         """images uint8 [B, 3, H, W] -> the prefix that all prompts about them share."""
         images = images.float() / 255
-        tokens, merged = self.vision(images)
+        tokens, merged, stem = self.see(images)
         batch, length = tokens.shape[:2]
         mask = additive(prefix_allowed(batch, length, self.settings.prefix_attention, images.device), tokens.dtype)
         cache = DynamicCache(config=self.llm.config)
@@ -186,7 +197,7 @@ class Trunk(nn.Module):
             inputs_embeds=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
         valid = torch.ones(batch, dtype=torch.bool, device=images.device) if valid is None else valid
-        dense = self.dense(images, merged, out.last_hidden_state, self.vision.grid(*images.shape[-2:]))
+        dense = self.dense(images, stem, merged, out.last_hidden_state, self.vision.grid(*images.shape[-2:]))
         return Prefix(images, merged, dense, valid, cache, length)
 
     @torch.inference_mode()

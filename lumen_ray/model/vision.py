@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
@@ -73,9 +74,16 @@ class MergedEncoder(nn.Module):
 
 
 class CommVision(nn.Module):
-    """CLIP + DINOv2 -> image tokens of the LLM's width. Either encoder may be switched off in the settings."""
+    """CLIP + DINOv2 -> image tokens of the LLM's width. Either encoder may be switched off in the settings.
 
-    def __init__(self, settings: VisionSettings, image_size: int, llm_width: int, token_std: float = 0.02):
+    With `stem_width` the tokens also read a convolutional stem, as a third encoder that learns from few images: what a
+    ViT from fresh weights needs a hundred thousand of, it sees after some thousand ("Early Convolutions Help
+    Transformers See Better", arXiv 2106.14881).
+    """
+
+    def __init__(
+        self, settings: VisionSettings, image_size: int, llm_width: int, token_std: float = 0.02, stem_width: int = 0
+    ):
         super().__init__()
         self.clip = self.dinov2 = None
         width = 0
@@ -103,14 +111,15 @@ class CommVision(nn.Module):
         self.merged_width = width
         self.token_merge = settings.token_merge
         self.projector = nn.Linear(width * self.token_merge**2, llm_width)
+        self.from_stem = nn.Linear(stem_width + 5, llm_width) if stem_width else None
         # Image tokens enter on the scale of word embeddings; much longer ones would pass the LLM's layers unchanged.
         self.token_norm = nn.LayerNorm(llm_width)
         nn.init.constant_(self.token_norm.weight, token_std)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, stem: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """images [B, 3, H, W] in 0..1 -> (image tokens [B, P, llm_width], merged map [B, merged_width, h, w]).
 
-        P is h*w, divided by `token_merge` squared.
+        P is h*w, divided by `token_merge` squared. `stem`: [B, stem_width, h', w'], for tokens that read it.
         """
         parts = []
         if self.clip is not None:
@@ -121,7 +130,19 @@ class CommVision(nn.Module):
         h, w = images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
         # contiguous, because torch's GroupNorm backward crashes on channels-last input that needs no gradient
         grid = merged.transpose(1, 2).reshape(len(images), -1, h, w).contiguous()
-        return self.token_norm(self.projector(self._shuffle(merged, h, w))), grid
+        tokens = self.projector(self._shuffle(merged, h, w))
+        if self.from_stem is not None:
+            tokens = tokens + self.from_stem(self._stem_cells(images, stem))
+        return self.token_norm(tokens), grid
+
+    def _stem_cells(self, images: Tensor, stem: Tensor) -> Tensor:
+        """What the stem shows under each image token: [B, P, stem_width + 5]. With the mean colour, which normalisation
+        in the stem hides, and the cell's centre in -1..1 (arXiv 1807.03247), which a convolution cannot know."""
+        rows, columns = self.grid(*images.shape[-2:])
+        y, x = ((2 * torch.arange(n, device=images.device) + 1) / n - 1 for n in (rows, columns))
+        place = torch.stack(torch.meshgrid(x, y, indexing="xy")).to(stem.dtype).expand(len(images), -1, -1, -1)
+        cells = [F.adaptive_avg_pool2d(x, (rows, columns)) for x in (stem, images * 4 - 2)]
+        return torch.cat([*cells, place], dim=1).flatten(2).transpose(1, 2)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """(rows, columns) of the image tokens of an input of that many pixels."""

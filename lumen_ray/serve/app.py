@@ -11,10 +11,10 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lumen_ray.errors import UserError
+from lumen_ray.presets import model_folder
 from lumen_ray.ray_env import init_local, prepare_environment, shutdown
 from lumen_ray.serve.settings import ServeSettings
 
@@ -43,7 +43,7 @@ def build_app(settings: ServeSettings) -> Application:
     from lumen_ray.serve.ingress import Ingress
     from lumen_ray.serve.trunk import Trunk
 
-    model = str(Path(settings.model).resolve())
+    model = str(model_folder(settings.model).resolve())
     trunk = serve.deployment(Trunk, name="Trunk", **settings.trunk.options())
     decoder = serve.deployment(LumenDecoder, name="LumenDecoder", **settings.lumen_decoder.options())
     ingress = serve.deployment(Ingress, name="Ingress", **settings.ingress.options())
@@ -85,7 +85,7 @@ def run(settings: ServeSettings, blocking: bool = True, timeout_s: float = 300) 
     logical CPUs counted from the settings. With `blocking` it serves until SIGINT or SIGTERM and stops everything it
     started. Raises `UserError` for a missing model folder, a port that is taken, and when `timeout_s` was not enough.
     """
-    _check_model(settings.model)
+    model_folder(settings.model)  # one that is missing is told before Ray starts
     prepare_serve_environment()
     import ray
     from ray import serve
@@ -138,11 +138,6 @@ def wait_ready(url: str, timeout_s: float) -> None:
         f"(last answer: {' '.join(state.split())[:300]})",
         "not_ready",
     )
-
-
-def _check_model(model: str) -> None:
-    if not Path(model).is_dir():
-        raise UserError(f"model folder '{model}' does not exist; give the folder that training wrote", "missing_model")
 
 
 def check_port(host: str, port: int) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from lumen_ray.decoders.lumen import KERNEL_WIDTH, LumenDecoder
 from lumen_ray.model.build import Generalist
-from lumen_ray.model.dense import DenseFeatures
+from lumen_ray.model.dense import ConvStem, DenseFeatures
 from lumen_ray.model.prompts import IGNORE
 from lumen_ray.model.vision import CommVision, MergedEncoder
 from lumen_ray.train.lora import frozen_names
@@ -72,10 +72,11 @@ def passes_by_part(model: Generalist) -> dict[str, int]:
     frozen = frozen_names(model)
     trunk = model.trunk
     out, flows = {}, False
+    seen = trunk.settings.tokens_read_stem and any(p.requires_grad for p in trunk.stem.parameters())
     for name, modules in (
         ("vision", (trunk.vision,)),
         ("llm", (trunk.llm, trunk.regions, trunk.queries)),
-        ("dense", (trunk.dense,)),
+        ("dense", (trunk.dense, trunk.stem)),
         ("lumen", (model.decoders["lumen"], trunk.link_heads)),
     ):
         learns = any(p.requires_grad for module in modules for p in module.parameters())
@@ -83,6 +84,7 @@ def passes_by_part(model: Generalist) -> dict[str, int]:
         adapted = name == "llm" and bool(frozen)  # adapters pass gradients on, the weights beside them get none
         own = any(p.requires_grad for p in modules[0].parameters()) and not adapted
         out[name] = 1 + flows + own
+        flows = flows or seen  # tokens pass gradients on to the stem, beside the encoders
     return out
 
 
@@ -93,10 +95,13 @@ def forward(model: Generalist, batch: dict[str, Any]) -> dict[str, float]:
     rows, columns = model.trunk.vision.grid(height, width)
     supervised = int((layout.labels[:, 1:] != IGNORE).sum())
     sequences, tokens = layout.llm_shape(rows * columns)
+    maps = stem(model.trunk.stem, height, width)
+    if layout.query_slots:  # else nothing reads the dense features
+        maps += dense(model.trunk.dense, height, width, model.trunk.vision.patch_size, (rows, columns))
     return {
         "vision": images * vision(model.trunk.vision, height, width),
         "llm": sequences * llm(model.trunk.llm.config, tokens) + 2 * supervised * _vocabulary(model.trunk.llm.config),
-        "dense": images * dense(model.trunk.dense, height, width, model.trunk.vision.patch_size, (rows, columns)),
+        "dense": images * maps,
         "lumen": lumen(model.decoders["lumen"], batch),
     }
 
@@ -124,6 +129,8 @@ def vision(module: CommVision, height: int, width: int) -> float:
     """Both encoders, their layer merges and the projector, for one image."""
     patches = (height // module.patch_size) * (width // module.patch_size)
     total = 2.0 * patches * module.projector.in_features / module.token_merge**2 * module.projector.out_features
+    if module.from_stem is not None:
+        total += 2.0 * patches / module.token_merge**2 * module.from_stem.in_features * module.from_stem.out_features
     for encoder in (module.clip, module.dinov2):
         if encoder is not None:
             total += _encoder(encoder, patches)
@@ -155,16 +162,25 @@ def _convolutions(module: nn.Module, height: int, width: int) -> tuple[float, in
     return total, height, width
 
 
-def dense(module: DenseFeatures, height: int, width: int, patch: int, grid: tuple[int, int]) -> float:
-    """The shared dense features of one image."""
-    total, h, w = _convolutions(module.stem, height, width)
-    total += _convolutions(nn.ModuleList([module.lateral4, module.fuse4]), h, w)[0]
-    for down, parts in (
-        (module.down8, (module.lateral8, module.fuse8)),
-        (module.down16, (module.lateral16, module.fuse16)),
-    ):
+def stem(module: ConvStem, height: int, width: int) -> float:
+    """The convolutional stem on one image."""
+    total, h, w = 0.0, height, width
+    for down in (module.down4, module.down8, module.down16):
         count, h, w = _convolutions(down, h, w)
-        total += count + _convolutions(nn.ModuleList(parts), h, w)[0]
+        total += count
+    return total
+
+
+def dense(module: DenseFeatures, height: int, width: int, patch: int, grid: tuple[int, int]) -> float:
+    """The shared dense features of one image, the stem apart."""
+    total = 0.0
+    for stride, parts in (
+        (4, (module.lateral4, module.fuse4)),
+        (8, (module.lateral8, module.fuse8)),
+        (16, (module.lateral16, module.fuse16)),
+    ):
+        sides = math.ceil(height / stride), math.ceil(width / stride)
+        total += _convolutions(nn.ModuleList(parts), *sides)[0]
     total += _convolutions(module.from_vision, height // patch, width // patch)[0]
     return total + _convolutions(module.from_llm, *grid)[0]
 
@@ -190,5 +206,5 @@ def lumen(module: LumenDecoder, batch: dict[str, Any]) -> float:
     objects = int(((targets.mask_index >= 0) & targets.valid & ~targets.crowd & targets.counted[:, None]).sum())
     k, m = KERNEL_WIDTH, s.mask_channels
     kernel = 2.0 * c * (c + sum(module.kernel_sizes)) + 2.0 * height * width * ((m + 2) * k + k * k + k)
-    trained = objects * min(s.max_masks_per_object, s.topk_assign)
+    trained = min(objects * min(s.max_masks_per_object, s.topk_assign), images * s.max_masks_per_image)
     return images * (neck + masks + poses) + prompts * (link + aligner + heads) + trained * kernel

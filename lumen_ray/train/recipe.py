@@ -16,7 +16,7 @@ from lumen_ray.structures import Size
 from lumen_ray.tasks import TASKS, get_task
 
 #: names a stage may list under `trainable`; each is a part of the model
-MODULES = ("vision", "regions", "llm", "queries", "link_heads", "dense", "lumen")
+MODULES = ("stem", "vision", "regions", "llm", "queries", "link_heads", "dense", "lumen")
 #: names a stage may weigh under `loss_weights`: every loss of the model
 LOSSES = ("lm", "heatmap", "match", "box", "mask", "keypoint")
 #: parts made of repeated blocks, which are checkpointed, compiled and decayed block by block

@@ -1,5 +1,7 @@
 """The light decoder: it learns a scene, its geometry is right in every frame, and prompts and images stay apart."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from tiny_models import scrambled
 
 from lumen_ray.decoders.assigner import assign
 from lumen_ray.decoders.base import Frame, PerceptionTargets, PredictSettings, PromptSpec
-from lumen_ray.decoders.lumen import LumenDecoder, best_of_each, giou_loss, greedy_nms
+from lumen_ray.decoders.lumen import LumenDecoder, best_of_each, giou_loss, greedy_nms, place_in_group, scattered
 from lumen_ray.model.settings import LumenSettings
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.structures import Boxes
@@ -193,9 +195,10 @@ def losses(model, embeddings, images, dense, boxes, masks=True):
     return model.loss(raw, make_targets(boxes, made))
 
 
-def test_the_losses_of_a_batch_are_the_sums_over_its_parts():
+@pytest.mark.parametrize("limit", [{"max_masks_per_object": 1}, {"max_masks_per_image": 3}])
+def test_the_losses_of_a_batch_are_the_sums_over_its_parts(limit):
     """So that the loss of a global batch does not depend on how it is split over processes."""
-    model = decoder(max_masks_per_object=1)
+    model = decoder(**limit)
     embeddings, dense = random_inputs(4)
     boxes = [[[4, 6, 28, 30], [36, 34, 60, 58]], [[30, 4, 58, 24], [2, 40, 20, 60]]] * 2
     together = losses(model, embeddings, [0, 0, 1, 1], dense, boxes)
@@ -212,6 +215,21 @@ def test_each_image_keeps_its_best_places():
     assert best_of_each(groups, values, 2).tolist() == [5, 1, 2, 0, 4]
     assert best_of_each(groups, values, 1).tolist() == [5, 2, 4]
     assert best_of_each(groups[:0], values[:0], 2).tolist() == []
+
+
+def test_crowded_images_train_some_masks_of_as_many_objects_as_they_may():
+    """Ten objects with five places each, and a limit of 8 masks an image: eight objects, others once they move."""
+    boxes = torch.tensor([[x, y, x + 12.0, y + 12.0] for x in range(0, 60, 12) for y in (0, 32)])
+    chosen = scattered(boxes).argsort(descending=True)[:8]
+    assert chosen.tolist() != scattered(boxes + 1).argsort(descending=True)[:8].tolist()
+    assert ((scattered(boxes) >= 0) & (scattered(boxes) < 1)).all() and len(set(scattered(boxes).tolist())) == 10
+    objects = torch.arange(10).repeat_interleave(5)
+    assert place_in_group(objects).tolist() == [*range(5)] * 10
+    wish = scattered(boxes)[objects] - place_in_group(objects)
+    kept = best_of_each(torch.zeros(50, dtype=torch.long), wish, 8)
+    assert sorted(objects[kept].tolist()) == sorted(chosen.tolist())
+    kept = best_of_each(torch.zeros(50, dtype=torch.long), wish, 25)
+    assert Counter(objects[kept].tolist()).most_common()[-1][1] == 2  # each object has two before one has three more
 
 
 def test_the_match_loss_is_the_cross_entropy_of_an_objects_places_over_the_other_prompts_of_its_image():

@@ -71,7 +71,7 @@ def test_a_missing_file_is_named(folder, name):
 
 
 def test_a_folder_that_does_not_exist_is_no_model(tmp_path):
-    refused(tmp_path / "nothing", "not_a_model")
+    refused(tmp_path / "nothing", "missing_model")
 
 
 def _truncate(folder):

@@ -23,7 +23,7 @@ def test_gradients_of_a_decoders_loss_alone_reach_llm_queries_link_head_and_visi
         "link head": trunk.link_heads["perception"].mlp[0].weight,
         "projector": trunk.vision.projector.weight,
         "CLIP": trunk.vision.clip.merge.weights,
-        "dense": trunk.dense.stem[0][0].weight,
+        "dense": trunk.stem.down4[0][0].weight,
     }
     for name, parameter in reached.items():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
@@ -173,4 +173,4 @@ def test_class_names_differ_in_fresh_links_when_words_are_read():
         links = model.trunk.links(hidden, layout)["perception"].embeddings
         return float((links - links.mean(0)).square().sum() / links.square().sum())
 
-    assert share(True) > 0.05 > 5 * share(False)
+    assert share(True) > 0.02 > 5 * share(False)

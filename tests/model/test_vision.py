@@ -82,6 +82,20 @@ def test_token_merge_puts_a_square_of_neighbours_into_one_token():
     torch.testing.assert_close(tokens[:, 2], projected(vision, square), atol=2e-5, rtol=2e-5)
 
 
+def test_tokens_that_read_the_stem_add_its_cells_mean_colours_and_places():
+    vision = scrambled(CommVision(VisionSettings(clip=CLIP, token_merge=2), SIDE, 24, stem_width=6))
+    pixels, stem = images(), torch.randn(2, 6, 4, 4)  # the stem at twice the tokens' resolution
+    tokens, merged = vision(pixels, stem)
+    square = torch.cat([merged[:, :, y, x] for y in (2, 3) for x in (0, 1)], dim=-1)  # third token: row 1, column 0
+    colour = pixels[:, :, SIDE // 2 :, : SIDE // 2].mean((2, 3)) * 4 - 2
+    place = torch.tensor([-0.5, 0.5]).expand(2, -1)  # x, y of the cell's centre
+    cell = torch.cat([stem[:, :, 2:, :2].mean((2, 3)), colour, place], dim=-1)
+    read = square @ vision.projector.weight.T + vision.projector.bias
+    read = read + cell @ vision.from_stem.weight.T + vision.from_stem.bias
+    expected = torch.nn.functional.layer_norm(read, (24,), vision.token_norm.weight, vision.token_norm.bias)
+    torch.testing.assert_close(tokens[:, 2], expected, atol=2e-5, rtol=2e-5)
+
+
 def test_tokens_enter_the_llm_on_the_scale_of_its_embeddings():
     vision = CommVision(VisionSettings(clip=CLIP), 64, 24, token_std=0.05)
     assert vision(images())[0].std().item() == pytest.approx(0.05, rel=0.1)

@@ -37,6 +37,7 @@ def test_forward(tasks):
     model, batch = tiny_model(**WIDE), scene_batch(4, tasks, BranchSettings(max_messages=6))
     found, wanted = flops.forward(model, batch), counted(model, batch, backward=False)
     wanted["trunk.llm"] = wanted["trunk.llm.model"] + wanted["trunk.llm.lm_head"]
+    wanted["trunk.dense"] = wanted["trunk.stem"] + wanted.get("trunk.dense", 0)
     for name in ("vision", "llm", "dense"):
         assert found[name] == pytest.approx(wanted[f"trunk.{name}"], rel=0.01), name
     # masks and poses are computed outside of the decoder's `forward`; masks are counted for the most there can be
@@ -44,7 +45,9 @@ def test_forward(tasks):
     assert found["lumen"] == pytest.approx(wanted["Global"] - others, rel=0.1, abs=1)
 
 
-@pytest.mark.parametrize("trainable", [MODULES, ("llm",), ("vision",), ("lumen",), ("dense", "lumen", "link_heads")])
+@pytest.mark.parametrize(
+    "trainable", [MODULES, ("llm",), ("vision",), ("lumen",), ("stem", "dense", "lumen", "link_heads")]
+)
 def test_forward_and_backward(trainable):
     model, batch = tiny_model(**WIDE).train(), scene_batch(4, ("detect", "segment", "caption"))
     set_trainable(model, stage(trainable))

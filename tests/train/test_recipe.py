@@ -6,6 +6,7 @@ from tiny_models import tiny_model
 from train_fakes import job_of
 
 from lumen_ray import config
+from lumen_ray.data.mixture import check_micro_steps
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import build_model, count_parameters
 from lumen_ray.model.settings import ModelSettings
@@ -86,7 +87,9 @@ def test_true_is_all_blocks():
 
 
 #: parameters in millions: of both encoders with their merges, of the LLM, and of all, roughly
-SIZES = {"small": (12.2, 15.7, 32), "7b": (656.2, 6738.5, 7430)}
+SIZES = {"small": (12.3, 15.7, 32), "7b": (656.2, 6738.5, 7430)}
+#: of the shards they are made for: the default of `prepare`, and what the recipe asks for
+ROWS_PER_GROUP = {"small": 8, "7b": 2}
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -104,6 +107,8 @@ def test_the_large_recipes_fit_their_models(name):
     assert count_parameters(model.trunk.llm) / 1e6 == pytest.approx(llm, abs=0.1)
     assert count_parameters(model) / 1e6 == pytest.approx(whole, rel=0.1)
     assert [stage.name for stage in made.stages] == ["align", "instruct", "joint", "decoders"]
+    for stage in made.stages:
+        check_micro_steps(stage, made.batch_size // ROWS_PER_GROUP[name], made.workers)
 
 
 def test_names_are_checked_before_a_worker_starts(data, tmp_path):
