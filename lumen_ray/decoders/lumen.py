@@ -131,7 +131,9 @@ class LumenDecoder(Decoder):
             position,
         )
         c = places.shape[-1]
-        logits = torch.einsum("plc,pc->pl", self.heat_place(places), self.heat_token(tokens))
+        norm, linear = self.heat_place
+        word = self.heat_token(tokens)  # P C; its product with heat_place(places), without C x C per place
+        logits = torch.einsum("plc,pc->pl", norm(places), word @ linear.weight) + (word @ linear.bias)[:, None]
         logits = logits * (self.heat_scale / c**0.5) + self.heat_bias
         stride = self.settings.stride
         y, x = torch.meshgrid(torch.arange(h, device=dense.device), torch.arange(w, device=dense.device), indexing="ij")

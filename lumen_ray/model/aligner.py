@@ -4,12 +4,13 @@ Two-way attention per prompt: the link token reads the dense features, then ever
 chooses between the token and a learned "nothing here" key, since a softmax over one key would be constant. Prompts
 never see each other.
 
-Legend: P prompts, B images, L places, C channels, H heads, D = C / H.
+Legend: P prompts, B maps, S seats for prompts per map, L places, C channels, H heads, D = C / H.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -34,36 +35,75 @@ class TwoWayLayer(nn.Module):
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
 
-    def forward(self, token_PC: Tensor, places_PLC: Tensor, position_LC: Tensor) -> tuple[Tensor, Tensor]:
-        """token [P, C], places [P, L, C], position [L, C] -> both updated."""
-        places = self.place_norm(places_PLC)
+    def forward(self, token_PC: Tensor, places_BLC: Tensor, seats: Seats, position_LC: Tensor) -> tuple[Tensor, Tensor]:
+        """token [P, C], places [B, L, C] of the maps that `seats` says whose, position [L, C] -> token [P, C] and
+        places [P, L, C].
+
+        Both attentions are products of matrices per map, and the output projection is applied to a prompt's values
+        before they are spread over the places: nothing of size C x C is computed per prompt and place.
+        """
+        places = self.place_norm(places_BLC)
         # the token reads the places
         key, value = self.place_key_value(places + position_LC).chunk(2, dim=-1)
-        query = self._heads(self.token_query(self.token_norm(token_PC))).unsqueeze(2)  # P H 1 D
-        key, value = self._heads(key).transpose(1, 2), self._heads(value).transpose(1, 2)  # P H L D
-        read = F.scaled_dot_product_attention(query, key, value)[:, :, 0].flatten(1)
-        token_PC = token_PC + self.token_out(read)
+        key, value = self._heads(key).transpose(1, 2), self._heads(value).transpose(1, 2)  # B H L D
+        query = self._heads(seats.fill(self.token_query(self.token_norm(token_PC)))).transpose(1, 2)  # B H S D
+        read = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # B S C
+        token_PC = token_PC + self.token_out(seats.take(read))
         token_PC = token_PC + self.token_mlp(token_PC)
         # the places read the token
-        query = self._heads(self.place_query(places))  # P L H D
+        query = self._heads(self.place_query(places)).transpose(1, 2)  # B H L D
         key, value = (self._heads(t) for t in self.token_key_value(token_PC).chunk(2, dim=-1))  # P H D
         scale = 1 / math.sqrt(query.shape[-1])
-        match = torch.einsum("plhd,phd->plh", query, key) - torch.einsum("plhd,hd->plh", query, self.null_key)
-        weight = torch.sigmoid(match * scale).unsqueeze(-1)  # softmax over {token, nothing}
-        return token_PC, places_PLC + self.place_out((weight * value.unsqueeze(1)).flatten(2))
+        against = self._heads(seats.fill((key - self.null_key).flatten(1))).transpose(1, 2)  # B H S D
+        match = torch.matmul(against, query.transpose(2, 3))  # B H S L
+        weight = torch.sigmoid(seats.take(match.transpose(1, 2)) * scale)  # P H L; softmax over {token, nothing}
+        written = torch.einsum("phd,chd->phc", value, self._heads(self.place_out.weight))
+        places_PLC = places_BLC[seats.row] + self.place_out.bias
+        return token_PC, torch.baddbmm(places_PLC, weight.transpose(1, 2), written)
+
+
+@dataclass
+class Seats:
+    """Where each of P prompts sits among those of its map: a table of B maps by S seats."""
+
+    row: Tensor  # int64 [P]
+    seat: Tensor  # int64 [P]
+    shape: tuple[int, int]  # (B, S)
+
+    @classmethod
+    def of(cls, row: Tensor, maps: int) -> Seats:
+        order = row.argsort(stable=True)
+        counts = row.bincount(minlength=maps)
+        seat = torch.empty_like(row)
+        seat[order] = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row[order]]
+        return cls(row, seat, (maps, int(counts.max())))
+
+    def fill(self, values: Tensor) -> Tensor:
+        """[P, C] -> [B, S, C], zero where nobody sits."""
+        return values.new_zeros(*self.shape, values.shape[-1]).index_put((self.row, self.seat), values)
+
+    def take(self, table: Tensor) -> Tensor:
+        """[B, S, ...] -> [P, ...]"""
+        return table[self.row, self.seat]
 
 
 class Aligner(nn.Module):
-    """Link tokens and dense features -> aligned tokens [P, C] and per-prompt places [P, L, C]."""
+    """Link tokens and dense features -> aligned tokens [P, C] and per-prompt places [P, L, C].
+
+    The first layer reads one map per image, the others one per prompt.
+    """
 
     def __init__(self, channels: int, num_heads: int, num_layers: int):
         super().__init__()
         self.layers = nn.ModuleList(TwoWayLayer(channels, num_heads) for _ in range(num_layers))
 
     def forward(self, tokens_PC: Tensor, places_BLC: Tensor, image_index: Tensor, position_LC: Tensor):
-        places = places_BLC[image_index]
+        if len(tokens_PC) == 0:
+            return tokens_PC, places_BLC[image_index]
+        places, seats = places_BLC, Seats.of(image_index, len(places_BLC))
         for layer in self.layers:
-            tokens_PC, places = layer(tokens_PC, places, position_LC)
+            tokens_PC, places = layer(tokens_PC, places, seats, position_LC)
+            seats = Seats.of(torch.arange(len(places), device=places.device), len(places))
         return tokens_PC, places
 
 

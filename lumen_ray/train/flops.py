@@ -201,10 +201,12 @@ def lumen(module: LumenDecoder, batch: dict[str, Any]) -> float:
     poses = int((parents >= 0).any()) * _convolutions(module.pose.key_value, height, width)[0]
     prompts, places = int((parents < 0).sum()), h * w
     link = 2.0 * module.link_proj[1].in_features * c
-    aligner = s.num_layers * (places * (2 * 2 * c * c + 4 * c + 2 * 2 * c * c + 2 * c) + 2 * 8 * c * c)
-    heads = places * (2 * c * c + 2 * c + 2 * (c * c + 4 * c)) + 2 * c * c
+    maps = images + (s.num_layers - 1) * prompts  # the aligner's first layer reads one map per image
+    read = maps * places * 2 * 3 * c * c
+    aligner = s.num_layers * (places * (2 * 3 * c + 2 * s.num_heads * c) + 2 * 9 * c * c)
+    heads = places * (2 * c + 2 * (c * c + 4 * c)) + 2 * 2 * c * c
     objects = int(((targets.mask_index >= 0) & targets.valid & ~targets.crowd & targets.counted[:, None]).sum())
     k, m = KERNEL_WIDTH, s.mask_channels
     kernel = 2.0 * c * (c + sum(module.kernel_sizes)) + 2.0 * height * width * ((m + 2) * k + k * k + k)
     trained = min(objects * min(s.max_masks_per_object, s.topk_assign), images * s.max_masks_per_image)
-    return images * (neck + masks + poses) + prompts * (link + aligner + heads) + trained * kernel
+    return images * (neck + masks + poses) + read + prompts * (link + aligner + heads) + trained * kernel

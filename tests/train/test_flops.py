@@ -14,7 +14,7 @@ from lumen_ray.train.recipe import MODULES, LoraSettings, Stage
 WIDE = {
     "stem_channels": 16,
     "dense_channels": 32,
-    "lumen": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_masks_per_object": 9},
+    "lumen": {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "max_masks_per_object": 3},
 }
 
 
