@@ -242,7 +242,7 @@ def read_row_group(
                 f"shard file '{file}' has {parquet.num_row_groups} row groups, not one of number {index}",
                 "broken_shards",
             )
-        table = parquet.read_row_group(index)
+        table = _read_group(parquet, index, file)
         if rows is not None and len(rows) < len(table):
             table = table.take(list(rows))
         return table.to_pylist()
@@ -253,7 +253,18 @@ def read_rows(folder: files.Location, columns: Sequence[str] | None = None) -> I
     for entry in read_manifest(folder)["files"]:
         with open_file(folder, entry["path"]) as parquet:
             for index in range(parquet.num_row_groups):
-                yield from parquet.read_row_group(index, columns=columns).to_pylist()
+                yield from _read_group(parquet, index, entry["path"], columns).to_pylist()
+
+
+def _read_group(parquet: pq.ParquetFile, index: int, file: str, columns: Sequence[str] | None = None) -> pa.Table:
+    try:
+        return parquet.read_row_group(index, columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(
+            f"row group {index} of shard file '{file}' cannot be read ({str(error).splitlines()[0]}); run `lumen-ray "
+            "prepare` again",
+            "broken_shards",
+        ) from None
 
 
 def verify(folder: files.Location) -> list[str]:

@@ -130,3 +130,15 @@ def test_another_schema_version_is_refused(folder):
 def test_rows_per_group_must_be_positive(tmp_path):
     with pytest.raises(UserError, match="rows_per_group"):
         shards.ShardWriter(tmp_path, "part.parquet", rows_per_group=0)
+
+
+def test_damage_within_a_row_group_is_told(folder):
+    entry = shards.read_manifest(folder)["files"][0]
+    path = folder / entry["path"]
+    data = bytearray(path.read_bytes())
+    data[40 : len(data) // 2] = bytes(len(data) // 2 - 40)
+    path.write_bytes(data)
+    for read in (lambda: shards.read_row_group(folder, entry["path"], 0), lambda: list(shards.read_rows(folder))):
+        with pytest.raises(UserError, match=f"row group 0 of shard file '{entry['path']}' cannot be read") as error:
+            read()
+        assert error.value.reason == "broken_shards"
