@@ -87,7 +87,11 @@ def _prepare_args(verbs: Any) -> None:
             "--rows-per-file", type=int, default=512, help="images per file, the unit of work (default: 512)"
         )
         q.add_argument("--overwrite", action="store_true", help="replace shards that are there")
-        q.add_argument("--workers", type=int, help="most tasks at once (default: one per core; 0: without Ray)")
+        q.add_argument(
+            "--workers",
+            type=int,
+            help="most tasks at once (default: one per core, on a cluster as many as it has room for; 0: without Ray)",
+        )
     p.set_defaults(run=_prepare)
 
 
@@ -171,7 +175,7 @@ def _quickstart(args: argparse.Namespace) -> None:
     from lumen_ray.quickstart import quickstart
 
     quickstart(
-        Path(args.output),
+        args.output,
         recipe_name=args.recipe,
         scenes=args.scenes,
         held_out=args.held_out,
@@ -197,7 +201,7 @@ def _prepare(args: argparse.Namespace) -> None:
             rows_per_group=args.rows_per_group,
             rows_per_file=args.rows_per_file,
             overwrite=args.overwrite,
-            workers=_cores() if args.workers is None else args.workers,
+            workers=_tasks_at_once() if args.workers is None else args.workers,
             progress=progress.update,
         )
     say(prepared_line(summary))
@@ -207,7 +211,8 @@ def prepared_line(summary: dict[str, Any]) -> str:
     """What `prepare` wrote, in one line."""
     tasks = ", ".join(f"{name} {count}" for name, count in summary["tasks"].items())
     rejected = f"; {summary['rejected']} rejected, see rejected.parquet" if summary["rejected"] else ""
-    return f"{summary['rows']} rows in {summary['files']} files -> {summary['output']} ({tasks}{rejected})"
+    changed = "".join(f"; {number} {what}" for what, number in summary["changed"].items())
+    return f"{summary['rows']} rows in {summary['files']} files -> {summary['output']} ({tasks}{rejected}{changed})"
 
 
 def _data_export(args: argparse.Namespace) -> None:
@@ -333,8 +338,9 @@ def _serve(args: argparse.Namespace) -> None:
     server.stop()
 
 
-def _cores() -> int:
-    return os.cpu_count() or 1
+def _tasks_at_once() -> int | None:
+    """One per core of a Ray of our own, which has more logical CPUs than cores; on a cluster as many as it has room."""
+    return None if os.environ.get("RAY_ADDRESS") else os.cpu_count() or 1
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lumen_ray import config
 from lumen_ray.cli import labelled_line, prepared_line
 from lumen_ray.console import bar, console, say, seconds, training_note
+from lumen_ray.data import files
 from lumen_ray.errors import UserError
 from lumen_ray.presets import recipe_path
 
@@ -38,7 +39,7 @@ def _step(number: int, title: str, timings: dict[str, float]) -> Iterator[None]:
 
 
 def quickstart(
-    output: Path,
+    output: str | Path,
     *,
     recipe_name: str = "quickstart",
     scenes: int = 4096,
@@ -56,6 +57,7 @@ def quickstart(
     from lumen_ray.ray_env import init_local, shutdown
     from lumen_ray.train.recipe import Recipe
 
+    output = files.local_folder(output)
     recipe = config.load(Recipe, recipe_path(recipe_name))
     serving = _serve_settings(output / "train" / "model", port)
     timings: dict[str, float] = {}
@@ -110,8 +112,10 @@ def _prepare(folder: Path, num: int, seed: int) -> None:
 
 
 def _train(output: Path, recipe: Any) -> Path:
+    from lumen_ray.train.resources import cluster_resources, fitted
     from lumen_ray.train.trainer import train
 
+    recipe = fitted(cluster_resources(), recipe)
     with bar(f"train {recipe.model}") as progress:
         model = train(
             output / "shards" / "train",

@@ -39,6 +39,38 @@ def test_mistakes_are_one_sentence(capsys, tmp_path, monkeypatch, argv, words):
         assert word in message
 
 
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["quickstart"],
+        ["train", "--recipe", "quickstart", "--shards", "nowhere"],
+        ["label", "nowhere", "--model", "nomodel", "--classes", "a"],
+    ],
+)
+def test_what_must_lie_on_a_file_system_is_not_written_to_a_url(capsys, tmp_path, monkeypatch, argv):
+    monkeypatch.chdir(tmp_path)
+    assert "output folder 's3://bucket/run' is a URL" in told(capsys, *argv, "--output", "s3://bucket/run")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("address", "asked", "workers"),
+    [("", [], 5), ("auto", [], None), ("auto", ["--workers", "3"], 3), ("", ["--workers", "0"], 0)],
+)
+def test_prepare_is_as_wide_as_the_cluster_or_this_machine(monkeypatch, tmp_path, address, asked, workers):
+    seen = {}
+
+    def prepare_source(output, source, **options):
+        seen.update(options)
+        return {"rows": 1, "tasks": {}, "rejected": 0, "changed": {}, "files": 1, "output": str(output)}
+
+    monkeypatch.setattr("lumen_ray.data.prepare.prepare_source", prepare_source)
+    monkeypatch.setattr("os.cpu_count", lambda: 5)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    assert cli.main(["prepare", "scenes", "--num", "1", "--output", str(tmp_path / "o"), *asked]) == 0
+    assert seen["workers"] == workers
+
+
 def test_a_typo_in_a_recipe_names_the_nearest_key(capsys, tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("name: r\nstages: [{name: a, step: 5, steps: 5}]\n")

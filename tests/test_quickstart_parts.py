@@ -7,8 +7,10 @@ import urllib.error
 
 import pytest
 
-from lumen_ray import quickstart
+from lumen_ray import config, quickstart
 from lumen_ray.errors import UserError
+from lumen_ray.presets import recipe_path
+from lumen_ray.train.recipe import Recipe
 
 ROW = {
     "instances": [{"phrase": "red circle", "box": [1, 2, 3, 4]}, {"phrase": "figure", "box": [1, 2, 3, 4]}],
@@ -36,6 +38,16 @@ def test_a_taken_port_is_told_before_anything_is_made(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="port"):
         quickstart.quickstart(tmp_path / "out", port=70_000)
     assert not (tmp_path / "out").exists()
+
+
+def test_training_takes_no_more_workers_than_there_are_gpus(tmp_path, monkeypatch):
+    from lumen_ray.train import resources, trainer
+
+    asked = []
+    monkeypatch.setattr(resources, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    monkeypatch.setattr(trainer, "train", lambda shards, recipe, *args, **kwargs: asked.append(recipe))
+    quickstart._train(tmp_path, config.load(Recipe, recipe_path("quickstart")))
+    assert [recipe.workers for recipe in asked] == [1]
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,9 @@ import os
 import platform
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,15 @@ from lumen_ray.bench.timing import Result, table
 from lumen_ray.console import console, say
 from lumen_ray.errors import UserError, unknown
 
-Bench = Callable[[argparse.Namespace, Path], list[Result]]
 TABLE_WIDTH = 110  # columns, also where the terminal or the log has fewer
+
+
+@dataclass(frozen=True)
+class Bench:
+    """`check` raises `UserError` for options with which `run` could not end; all are called before the first runs."""
+
+    run: Callable[[argparse.Namespace, Path], list[Result]]
+    check: Callable[[argparse.Namespace], None]
 
 
 # A bench imports what it runs when it is called: the one for GPUs runs where Ray is not installed.
@@ -42,11 +50,32 @@ def _input(args: argparse.Namespace, folder: Path) -> list[Result]:
     return [inputs.bench(folder, args.shards, workers=args.workers, **_set(given))]
 
 
+def _check_pipeline(args: argparse.Namespace) -> None:
+    from lumen_ray.bench import pipeline
+
+    given = {"steps": args.steps, "batch_size": args.batch_size}
+    pipeline.check(args.shards, workers=args.workers, **_set(given))
+
+
+def _check_input(args: argparse.Namespace) -> None:
+    from lumen_ray.bench import inputs
+
+    given = {"steps": args.steps, "batch_size": args.batch_size}
+    inputs.check(args.shards, workers=args.workers, **_set(given))
+
+
 def _prompts(args: argparse.Namespace, folder: Path) -> list[Result]:
     from lumen_ray.bench import prompts
 
     engine = prompts.load_engine(args.model)
     return [prompts.bench(engine, **_set({"threads": args.threads, "turns": args.turns}))]
+
+
+def _check_prompts(args: argparse.Namespace) -> None:
+    from lumen_ray.presets import model_folder
+
+    if args.model:
+        model_folder(args.model)
 
 
 def _gpu(args: argparse.Namespace, folder: Path) -> list[Result]:
@@ -56,10 +85,22 @@ def _gpu(args: argparse.Namespace, folder: Path) -> list[Result]:
     return gpu.bench(args.preset, **load, **_set({"turns": args.turns}))
 
 
+def _check_gpu(args: argparse.Namespace) -> None:
+    from lumen_ray.presets import model_path
+
+    model_path(args.preset)
+
+
 #: kind -> its benches by name, in the order they run
 KINDS: dict[str, dict[str, Bench]] = {
-    "train": {"prompts": _prompts, "input": _input, "pipeline": _pipeline, "gpu": _gpu},
+    "train": {
+        "prompts": Bench(_prompts, _check_prompts),
+        "input": Bench(_input, _check_input),
+        "pipeline": Bench(_pipeline, _check_pipeline),
+        "gpu": Bench(_gpu, _check_gpu),
+    },
 }
+AT_LEAST_ONE = ("workers", "threads", "turns", "steps", "batch_size")
 
 
 def _set(options: dict[str, Any]) -> dict[str, Any]:
@@ -73,25 +114,58 @@ def build_parser() -> argparse.ArgumentParser:
     p = kinds.add_parser("train", help="training pipeline, input pipeline, prompts in one pass, GPU utilisation")
     p.add_argument("--only", help=f"comma separated, of {', '.join(KINDS['train'])} (default: all)")
     p.add_argument("--output", default="bench-train.json", help="JSON to write (default: bench-train.json)")
+    p.add_argument("--check", action="store_true", help="exit status 1 when an aim is missed")
     p.add_argument("--shards", help="shards for input and pipeline (default: rendered scenes)")
     p.add_argument("--model", help="model folder for prompts (default: nano with random weights)")
     p.add_argument("--preset", default="small", help="preset for gpu (default: small)")
     p.add_argument("--workers", type=int, default=1, help="training workers of pipeline, reading processes of input")
     p.add_argument("--threads", type=int, help="threads of a training process (default: a core is left for reading)")
     p.add_argument("--turns", type=int, help="how often the sides take turns")
-    p.add_argument("--steps", type=int, help="steps a side runs in one turn")
+    p.add_argument("--steps", type=int, help="steps a side runs in one turn, warm-up included")
     p.add_argument("--batch-size", type=int, help="images a step")
     return parser
 
 
 def chosen(kind: str, only: str | None) -> dict[str, Bench]:
-    """The benches of a kind that were asked for; `UserError` for a name that is none."""
+    """The benches of a kind that were asked for; `UserError` for a name that is none, or for no name."""
     benches = KINDS[kind]
-    names = [name.strip() for name in only.split(",") if name.strip()] if only else list(benches)
+    names = list(benches) if only is None else [name.strip() for name in only.split(",") if name.strip()]
+    if not names:
+        raise UserError(f"--only '{only}' names no bench; benches: {', '.join(sorted(benches))}", "invalid_option")
     for name in names:
         if name not in benches:
             raise unknown("bench", name, benches, plural="benches")
     return {name: bench for name, bench in benches.items() if name in names}
+
+
+def check(args: argparse.Namespace, benches: dict[str, Bench]) -> None:
+    """`UserError` for options that a bench would only stumble over when it, or those before it, have run."""
+    for option in AT_LEAST_ONE:
+        value = getattr(args, option)
+        if value is not None and value < 1:
+            raise UserError(f"--{option.replace('_', '-')} {value} must be 1 or more", "invalid_option")
+    _check_output(Path(args.output))
+    for bench in benches.values():
+        bench.check(args)
+
+
+def _check_output(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"--output '{path}' is a folder; give the name of a JSON file", "invalid_output")
+    if not path.parent.is_dir():
+        raise UserError(
+            f"--output '{path}' cannot be written: there is no folder '{path.parent}'; make it or give another",
+            "invalid_output",
+        )
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UserError(f"--output '{path}' cannot be written: permission denied; give another", "invalid_output")
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The CPU's model name; its architecture where the system does not tell."""
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (named or [platform.processor() or platform.machine()])[0]
 
 
 def machine() -> dict[str, Any]:
@@ -106,7 +180,8 @@ def machine() -> dict[str, Any]:
             packages[name] = None
     return {
         "cores": os.cpu_count(),
-        "processor": platform.processor() or platform.machine(),
+        "processor": processor(),
+        "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "load": [round(value, 2) for value in os.getloadavg()],
         "python": platform.python_version(),
@@ -118,24 +193,29 @@ def results_of(benches: dict[str, Bench], args: argparse.Namespace) -> Iterator[
     for name, bench in benches.items():
         say(f"{name} ...")
         with tempfile.TemporaryDirectory(prefix="lumen-bench-") as folder:
-            yield from bench(args, Path(folder))
+            yield from bench.run(args, Path(folder))
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs the benches asked for; prints the table; returns and writes what the JSON holds, after each bench."""
+def run(args: argparse.Namespace) -> list[Result]:
+    """Runs the benches asked for; writes the JSON after each; prints the table and whether the aims are reached."""
     benches, results = chosen(args.kind, args.only), []
-    report = {"version": __version__, "kind": args.kind, "time": round(time.time()), "machine": machine()}
+    check(args, benches)
+    report = {
+        "version": __version__,
+        "kind": args.kind,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+    }
     for result in results_of(benches, args):
         results.append(result)
         report["results"] = [r.to_json() for r in results]
         Path(args.output).write_text(json.dumps(report, indent=1) + "\n")
     Console(width=max(console.width, TABLE_WIDTH)).print(table(results))
     for result in results:
-        if result.skipped:
-            say(f"{result.name} was left out: {result.skipped}")
+        say(result.verdict())
         _print_top(result)
     say(f"written to {args.output}")
-    return report
+    return results
 
 
 def _print_top(result: Result) -> None:
@@ -147,13 +227,14 @@ def _print_top(result: Result) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, or 2 for what the user must change."""
+    """Exit status 0, 1 with `--check` when an aim is missed, or 2 for what the user must change."""
     from lumen_ray.ray_env import prepare_environment
 
     prepare_environment()
+    args = build_parser().parse_args(argv)
     try:
-        run(build_parser().parse_args(argv))
+        results = run(args)
     except UserError as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    return 0
+    return int(args.check and any(result.reached is False for result in results))

@@ -26,6 +26,7 @@ from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.presets import model_path
 from lumen_ray.tasks import TASKS
 from lumen_ray.train import flops, precision
+from lumen_ray.train.batch import to_device
 from lumen_ray.train.blocks import compile_blocks
 
 TOP = 5
@@ -89,11 +90,6 @@ def make_batch(settings: ModelSettings, tokenizer: LumenTokenizer, load: Load, s
     }
 
 
-def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    moved = {name: value.to(device) if hasattr(value, "to") else value for name, value in batch.items()}
-    return moved | {"targets": {family: t.to(device) for family, t in batch["targets"].items()}}
-
-
 class Worker:
     """One model and what is timed of it; `run` does one forward and backward pass of a part."""
 
@@ -101,7 +97,7 @@ class Worker:
         self.model: Generalist = build_model(settings, vocab_size).to(device).train()
         if compiled:
             compile_blocks(self.model, COMPILED, device)
-        self.batch, self.device = on_device(batch, device), device
+        self.batch, self.device = to_device(batch, device), device
         self.precision = "bf16" if device.type == "cuda" else "fp32"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, foreach=True)
         with torch.no_grad(), self._arithmetic():

@@ -16,13 +16,29 @@ from typing import Any
 from lumen_ray.bench.bare import BareRun
 from lumen_ray.bench.bare import run as run_bare
 from lumen_ray.bench.timing import Result, in_turns
-from lumen_ray.bench.workload import make_recipe, plan_of, scene_shards
+from lumen_ray.bench.workload import check_batches, make_recipe, plan_of, scene_shards
 from lumen_ray.data.feed import plan_items
+from lumen_ray.errors import UserError
 from lumen_ray.train.recipe import Recipe
 from lumen_ray.train.trainer import Prepared, prepare_job, train
 
 AIM = 0.95
+BATCH_SIZE = 16
+WARM = 30  # steps
 LOSS_DIGITS = 5  # metrics.jsonl rounds to six
+
+
+def check(
+    shards: str | Path | None = None, *, steps: int | None = None, batch_size: int = BATCH_SIZE, workers: int = 1
+) -> None:
+    """`UserError` for options that `bench` cannot run with."""
+    if steps is not None and steps <= WARM:
+        raise UserError(
+            f"--steps {steps} is too few: the pipeline bench does not count the first {WARM} steps; "
+            f"give {WARM + 1} or more",
+            "invalid_option",
+        )
+    check_batches(shards, batch_size, workers)
 
 
 def bench(
@@ -31,8 +47,7 @@ def bench(
     *,
     model: str = "nano",
     steps: int = 100,
-    warm: int = 30,
-    batch_size: int = 16,
+    batch_size: int = BATCH_SIZE,
     workers: int = 1,
     threads: int | None = None,
     turns: int = 2,
@@ -43,6 +58,7 @@ def bench(
     from lumen_ray.model.settings import ModelSettings
     from lumen_ray.presets import model_path
 
+    check(shards, steps=steps, batch_size=batch_size, workers=workers)
     cores = os.cpu_count() or 1
     threads = threads or max(1, cores // workers - 1)
     side = config.load(ModelSettings, model_path(model)).image_size
@@ -59,17 +75,17 @@ def bench(
         run = folder / f"run-{len(runs['ray'])}"
         lines = trained_lines(shards, recipe, run, threads)
         runs["ray"].append({"losses": [line["loss"] for line in lines], "waits": [line["data_wait"] for line in lines]})
-        return rate([line["time"] for line in lines], warm, batch_size)
+        return rate([line["time"] for line in lines], WARM, batch_size)
 
     def in_memory() -> float:
         times, losses = run_bare(bare)
         runs["bare"].append({"losses": losses})
-        return rate(times, warm, batch_size)
+        return rate(times, WARM, batch_size)
 
     rates = in_turns({"Ray Data + Ray Train": on_ray, "bare loop": in_memory}, turns)
     for ours, bare_run in zip(runs["ray"], runs["bare"], strict=True):
         check_losses(ours["losses"], bare_run["losses"])
-    waiting = statistics.median(w for r in runs["ray"] for w in r["waits"][warm:])
+    waiting = statistics.median(w for r in runs["ray"] for w in r["waits"][WARM:])
     return Result(
         "pipeline",
         "samples/s",
@@ -77,7 +93,7 @@ def bench(
         AIM,
         equal=f"the losses of all {steps} steps to {LOSS_DIGITS} digits",
         budget=f"{workers} training processes of {threads} threads a side, on {cores} cores",
-        details={"model": model, "batch_size": batch_size, "steps": steps, "warm": warm, "data_wait": waiting},
+        details={"model": model, "batch_size": batch_size, "steps": steps, "untimed_steps": WARM, "data_wait": waiting},
     )
 
 

@@ -38,19 +38,33 @@ class Result:
         sides = list(self.rates.values())
         return [a / b for a, b in zip(sides[0], sides[1], strict=True)] if len(sides) == 2 else []
 
+    @property
+    def reached(self) -> bool | None:
+        """Whether the median ratio is the aim or more; None where there is no aim or nothing was measured."""
+        return None if self.aim is None or not self.ratios else statistics.median(self.ratios) >= self.aim
+
+    def verdict(self) -> str:
+        """One line: reached or missed, the ratio with its spread over the turns, the aim."""
+        if self.skipped:
+            return f"{self.name} was left out: {self.skipped}"
+        first, second = self.rates
+        turns = f"{len(self.ratios)} turn" + ("s" if len(self.ratios) > 1 else "")
+        ratio = f"{first} / {second} is {_range(spread(self.ratios), '.3f')} over {turns}"
+        if self.reached is None:
+            return f"{self.name}: {ratio}; there is no aim"
+        return f"{self.name}: {'reached' if self.reached else 'missed'}: {ratio}; the aim is {self.aim:g}"
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, with median, lowest and highest of every side and of the ratio."""
         if self.skipped:
             return {"name": self.name, "skipped": self.skipped}
-        ratio = spread(self.ratios) if self.ratios else None
-        reached = None if ratio is None or self.aim is None else ratio["median"] >= self.aim
         return {
             "name": self.name,
             "unit": self.unit,
             "sides": {side: spread(rates) | {"turns": rates} for side, rates in self.rates.items()},
-            "ratio": ratio,
+            "ratio": spread(self.ratios) if self.ratios else None,
             "aim": self.aim,
-            "reached": reached,
+            "reached": self.reached,
             "equal": self.equal,
             "budget": self.budget,
             **self.details,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,10 @@ import torch
 from PIL import Image
 
 from lumen_ray.data import scenes
+from lumen_ray.data.feed import BatchReader
 from lumen_ray.data.images import decode
-from lumen_ray.data.mixture import Plan
-from lumen_ray.data.shards import ShardWriter, build_manifest, write_manifest
+from lumen_ray.data.mixture import Plan, batch_parts
+from lumen_ray.data.shards import ShardWriter, build_manifest, read_manifest, write_manifest
 from lumen_ray.train.recipe import Recipe
 
 ROWS_PER_GROUP = 8
@@ -53,6 +56,26 @@ def make_recipe(
 
 def plan_of(manifest: dict[str, Any], recipe: Recipe) -> Plan:
     return Plan(manifest, recipe, recipe.workers)
+
+
+def check_batches(shards: str | Path | None, batch_size: int, workers: int) -> None:
+    """`UserError` when there are no such shards, or no batches of that size can be made of their row groups.
+
+    None stands for rendered scenes, which need not be there yet.
+    """
+    rendered = {"files": [{"row_groups": [{"rows": ROWS_PER_GROUP}]}]}
+    recipe = make_recipe(1, model="", batch_size=batch_size, workers=workers)
+    batch_parts(read_manifest(shards) if shards else rendered, recipe, workers)
+
+
+@dataclass
+class Stamped:
+    """A reader whose batches say when they were made: `made`, in seconds since the epoch."""
+
+    reader: BatchReader
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        return self.reader(item) | {"made": time.time()}
 
 
 def same(one: Any, other: Any) -> bool:

@@ -1,4 +1,11 @@
-"""Shards back to COCO json: what came in as COCO comes out with the same boxes (float32), masks and keypoints."""
+"""Shards back to COCO json.
+
+What came in as COCO comes out with the same classes, masks and crowd flags, the same captions but for runs of blanks,
+boxes, areas and labelled keypoints as float32, all in the frame of the EXIF-rotated image. Not the same: images,
+annotations and categories are numbered anew, polygons are RLE, what lay outside its image is cut off (boxes clipped,
+keypoints unlabelled; the manifest's `changed` counts both), unlabelled keypoints have coordinates of 0, and annotations
+that stood twice or were rejected are left out.
+"""
 
 from __future__ import annotations
 

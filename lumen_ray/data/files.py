@@ -5,19 +5,22 @@ literally: image names with blanks, ``%`` or ``#`` need no quoting. Settings of 
 at the end, as in pyarrow: ``s3://bucket/folder?region=eu-west-1&endpoint_override=localhost:9000&scheme=http``;
 ``s3://anonymous@bucket/folder`` reads a public bucket without credentials.
 
-Errors: `UserError` with reason ``missing_file`` or ``unreadable_file`` for one file; `StoreError` for what concerns the
-whole store (no credentials, no such bucket, no connection): it must stop a job and not reject its images one by one.
+Errors: `UserError` with reason ``missing_file`` or ``unreadable_file`` for one file that is read, ``disk_full`` or
+``invalid_output`` for one that cannot be written; `StoreError` for what concerns the whole store (no credentials, no
+such bucket, no connection): it must stop a job and not reject its images one by one.
 """
 
 from __future__ import annotations
 
+import errno
 import glob as local_glob
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -158,8 +161,8 @@ def _first(error: BaseException) -> str:
 
 
 @contextmanager
-def _told(location: Location) -> Iterator[None]:
-    """What a file system raises becomes one `UserError`."""
+def told(location: Location, verb: str = "read") -> Iterator[None]:
+    """What a file system raises becomes one `UserError`; `verb` is what was tried: read, written, moved or removed."""
     try:
         yield
     except UserError:
@@ -168,12 +171,24 @@ def _told(location: Location) -> Iterator[None]:
         text = str(error).upper()
         if is_url(location) and "BUCKET" in text and ("NO_SUCH_BUCKET" in text or "DOES NOT EXIST" in text):
             raise _store_error(location, error) from None
+        if verb == "written":
+            raise _local_error(location, verb, error) from None
         raise UserError(f"'{shown(location)}' does not exist or is no file", "missing_file") from None
     except OSError as error:
         if is_url(location):  # after Arrow's own retries
             raise _store_error(location, error) from None
-        why = getattr(error, "strerror", None) or _first(error)
-        raise UserError(f"'{shown(location)}' cannot be read: {why}", "unreadable_file") from None
+        raise _local_error(location, verb, error) from None
+
+
+def _local_error(location: Location, verb: str, error: OSError) -> UserError:
+    what = f"'{shown(location)}' cannot be {verb}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        why = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
+        return UserError(f"{what}: {why}; free some space or give another output folder", "disk_full")
+    why = os.strerror(error.errno) if error.errno else _first(error)  # Arrow's own text has several lines
+    if verb == "read":
+        return UserError(f"{what}: {why}", "unreadable_file")
+    return UserError(f"{what}: {why}; give another output folder or mend this one", "invalid_output")
 
 
 def _store_error(location: Location, error: BaseException) -> StoreError:
@@ -187,14 +202,14 @@ def _store_error(location: Location, error: BaseException) -> StoreError:
 
 def open_input(location: Location) -> Any:
     """An open, seekable binary file (a pyarrow `NativeFile`, a context manager); raises as the module says."""
-    with _told(location):
+    with told(location):
         store, path = filesystem(location)
         return store.open_input_file(path)
 
 
 def read_bytes(location: Location) -> bytes:
     """The whole file."""
-    with _told(location), open_input(location) as file:
+    with told(location), open_input(location) as file:
         return file.read()
 
 
@@ -223,7 +238,7 @@ def read_texts(locations: Sequence[Location], threads: int = 32) -> Iterator[str
 
 def _kind(location: Location) -> fs.FileType:
     try:
-        with _told(location):
+        with told(location):
             store, path = filesystem(location)
             return store.get_file_info(path).type
     except UserError as error:
@@ -247,7 +262,7 @@ def is_dir(location: Location) -> bool:
 
 def size(location: Location) -> int:
     """Bytes of a file; 0 when it is not there."""
-    with _told(location):
+    with told(location):
         store, path = filesystem(location)
         return store.get_file_info(path).size or 0
 
@@ -258,12 +273,28 @@ def list_files(folder: Location, suffixes: Iterable[str] = (), recursive: bool =
     endings = tuple(s.lower() for s in suffixes)
     if not is_dir(folder):
         raise UserError(f"folder '{shown(folder)}' does not exist", "missing_folder")
-    with _told(folder):
+    with told(folder):
         store, path = filesystem(folder)
         found = store.get_file_info(fs.FileSelector(path, recursive=recursive))
     root = path.rstrip("/") + "/"
     names = (i.path.lstrip("/").removeprefix(root.lstrip("/")) for i in found if i.type == fs.FileType.File)
     return sorted(name for name in names if not endings or name.lower().endswith(endings))
+
+
+def idle_folders(folder: Location, prefix: str, seconds: float) -> list[str]:
+    """Names of the folders directly in `folder` that begin with `prefix` and hold nothing changed in `seconds`, sorted;
+    without those of a store that keeps no times."""
+    with told(folder):
+        store, path = filesystem(folder)
+        inside = store.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        found = [i for i in inside if i.type == fs.FileType.Directory and i.base_name.startswith(prefix)]
+        held = [store.get_file_info(fs.FileSelector(i.path, allow_not_found=True, recursive=True)) for i in found]
+    idle = []
+    for top, parts in zip(found, held, strict=True):
+        times = [i.mtime.timestamp() for i in (top, *parts) if i.mtime]
+        if times and max(times) < time.time() - seconds:
+            idle.append(top.base_name)
+    return sorted(idle)
 
 
 def expand(pattern: Location) -> list[str]:
@@ -293,7 +324,7 @@ def _as_regex(pattern: str) -> re.Pattern[str]:
 
 def put(local: Location, location: Location) -> None:
     """Move a finished local file into place: it appears there whole or not at all."""
-    with _told(location):
+    with told(location, "written"):
         if not is_url(location):
             os.replace(local, _split(location)[1])
             return
@@ -305,24 +336,22 @@ def put(local: Location, location: Location) -> None:
 
 
 def write_bytes(location: Location, data: bytes) -> None:
-    """Write a file that appears whole or not at all; `UserError` (`invalid_output`) where it cannot."""
-    if is_url(location):
-        with _told(location):
-            store, path = filesystem(location)
+    """Write a file that appears whole or not at all; `UserError` (`invalid_output`, `disk_full`) where it cannot."""
+    with told(location, "written"):
+        store, path = filesystem(location)
+        if is_url(location):
             _make_folder(store, location)
             with store.open_output_stream(path) as target:
                 target.write(data)
-        return
-    path = Path(filesystem(location)[1])
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    except OSError as error:
-        raise UserError(
-            f"'{shown(location)}' cannot be written: {error.strerror}; give another output folder or mend this one",
-            "invalid_output",
-        ) from error
+            return
+        partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
+        try:
+            partial.write_bytes(data)
+            os.replace(partial, path)
+        except OSError:
+            with suppress(OSError):
+                partial.unlink()  # on a full disk it would only take more room
+            raise
 
 
 def _make_folder(store: fs.FileSystem, location: Location) -> None:
@@ -339,23 +368,35 @@ def make_folder(folder: Location) -> None:
         return
     try:
         Path(filesystem(folder)[1]).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        why = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+    except FileExistsError:
         raise UserError(
-            f"output folder '{shown(folder)}' cannot be made: {why}; give another", "invalid_output"
+            f"output folder '{shown(folder)}' cannot be made: it is a file; give another", "invalid_output"
         ) from None
+    except OSError as error:
+        raise _local_error(folder, "made", error) from None
+
+
+def local_folder(folder: Location) -> Path:
+    """The path of an output folder that must lie on a file system; `UserError` (`invalid_output`) for a URL."""
+    if is_url(folder):
+        raise UserError(
+            f"output folder '{shown(folder)}' is a URL; give a folder on a file system, and on a cluster on one that "
+            "all nodes see",
+            "invalid_output",
+        )
+    return Path(_split(folder)[1]).expanduser()
 
 
 def move(source: Location, target: Location) -> None:
     """Rename within one store (a bucket copies on its own side and deletes)."""
-    with _told(source):
+    with told(source, "moved"):
         store, path = filesystem(source)
         store.move(path, filesystem(target)[1])
 
 
 def remove(location: Location, missing_ok: bool = True) -> None:
     """Delete a file."""
-    with _told(location):
+    with told(location, "removed"):
         store, path = filesystem(location)
         if is_file(location) or not missing_ok:
             store.delete_file(path)
@@ -363,7 +404,7 @@ def remove(location: Location, missing_ok: bool = True) -> None:
 
 def remove_folder(folder: Location) -> None:
     """Delete a folder with all that is in it, if it is there."""
-    with _told(folder):
+    with told(folder, "removed"):
         store, path = filesystem(folder)
         if is_dir(folder):
             store.delete_dir(path)

@@ -25,6 +25,7 @@ from lumen_ray.errors import UserError, unknown
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.presets import model_path, recipe_path
+from lumen_ray.train.checks import with_sizes
 from lumen_ray.train.recipe import Recipe, Stage
 
 #: classes and reasons listed one by one; the rest is summed up
@@ -57,6 +58,7 @@ def sections(s: Statistics, top: int = TOP) -> list[Section]:
         ),
         Section("records", ("kind", "in", "written", "rejected"),
                 [(kind, c["in"], c["written"], c["rejected"]) for kind, c in s.counts.items()]),
+        Section("records changed", ("change", "number"), list(s.changed.items())),
         Section("rejected because", ("reason", "for example", "records"), _reason_rows(s, top), first_number=2),
     ]  # fmt: skip
     return [section for section in found if section.rows]
@@ -152,8 +154,7 @@ class Sampler:
 
     def __init__(self, folder: files.Location, manifest: dict[str, Any], recipe: Recipe, stage: str | None = None):
         settings = config.load(ModelSettings, model_path(recipe.model))
-        if recipe.buckets is not None:
-            recipe = recipe.model_copy(update={"buckets": buckets.resolve(recipe.buckets, settings)})
+        recipe = with_sizes(recipe, settings)
         self.folder, self.recipe, self.settings = files.absolute(folder), recipe, settings
         self.stage = _stage_index(recipe, stage)
         tokenizer = LumenTokenizer.train(read_texts(folder), settings.vocab_size)

@@ -92,7 +92,7 @@ def check_micro_steps(stage: Stage, parts: int, world_size: int) -> None:
 
 class Plan:
     def __init__(self, manifest: dict[str, Any], recipe: Recipe, world_size: int = 1):
-        """`recipe.buckets` are sizes already (see `buckets.resolve`)."""
+        """`recipe.buckets` are sizes already (see `train.checks.with_sizes`)."""
         assert not isinstance(recipe.buckets, BucketRange), "buckets are resolved with the model's grid first"
         self.recipe = recipe
         self.buckets = tuple(recipe.buckets or ())

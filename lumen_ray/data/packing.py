@@ -32,8 +32,10 @@ def deal(lengths: Sequence[int], most: int) -> list[list[int]]:
     """Indices of `lengths` in rows that sum up to at most `most`: few rows, and as equal as possible.
 
     Longest first, each into the emptiest row, with one row more until all fit. Rows are padded to the fullest, so
-    equal rows waste less than full ones and a rest. Each length must be at most `most`.
+    equal rows waste less than full ones and a rest. Raises `ValueError` for a length above `most`.
     """
+    if max(lengths, default=0) > most:
+        raise ValueError(f"a sample of {max(lengths)} tokens fits no row of {most}")
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     count = max(1, -(-sum(lengths) // most))
     while True:

@@ -4,11 +4,17 @@ So the files do not depend on how many tasks ran at once. Files are written into
 and moved into place when all are done, under names that the shards there before do not have; then the manifest is
 replaced and what it no longer names is removed. A job that dies leaves either the old shards whole or the new ones;
 only the list of rejected records, which comes just before the manifest, may be the new one beside old shards.
+
+Each job has a staging folder of its own, so two that write to one output do not touch each other's files until they
+publish: without `overwrite` the later one is then refused, with it the later one replaces the earlier. Nothing guards
+the seconds of publishing themselves. The staging folder of a job that was killed is removed by the next job that finds
+it unchanged for a day (where the store keeps times; elsewhere it stays).
 """
 
 from __future__ import annotations
 
 import json
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +29,8 @@ from lumen_ray.errors import UserError
 Progress = Callable[[int, int], None]  # records done, records in all
 Unit = dict[str, Any]  # {"number", "records", "payload"}: the records of one output file
 ROWS_PER_FILE = 512
-_STAGING = ".staging"
+_STAGING = ".staging"  # what the names of staging folders begin with
+_ABANDONED = 24 * 3600  # seconds without a change after which a staging folder is a dead job's
 
 
 def prepare_source(
@@ -55,10 +62,11 @@ def prepare_source(
     if not listing.records:
         first = f"; the first record: {listing.rejected[0]['reason']}" if listing.rejected else ""
         raise UserError(f"the {source.kind} input lists no {source.row_kind} that can be used{first}", "empty_input")
-    staging = files.join(output, _STAGING)
-    files.remove_folder(staging)
+    staging = files.join(output, f"{_STAGING}-{uuid.uuid4().hex[:12]}")
     files.make_folder(staging)
     try:
+        for name in files.idle_folders(output, _STAGING, _ABANDONED):
+            files.remove_folder(files.join(output, name))
         writer = _Writer(source, listing.shared, staging, rows_per_group, rows_per_file, shuffle_seed, _window(listing))
         results = _run(_units(listing, rows_per_file, shuffle_seed), writer, workers, progress)
         rejected = [*listing.rejected, *(record for result in results for record in result["rejected"])]
@@ -67,12 +75,16 @@ def prepare_source(
             raise UserError(_nothing(source, listing, rejected), "empty_input")
         counts = _count(source, listing, results, rejected)
         origin = {"kind": source.kind, "shuffle_seed": shuffle_seed, **source.settings(), **listing.origin}
-        manifest = shards.build_manifest(entries, categories=listing.categories, counts=counts, origin=origin)
+        changed = sum((Counter(result["changed"]) for result in results), Counter())
+        manifest = shards.build_manifest(
+            entries, categories=listing.categories, counts=counts, changed=changed, origin=origin
+        )
+        _check_output(output, overwrite)  # another job may have finished meanwhile
         _publish(output, staging, manifest, rejected)
     finally:
         files.remove_folder(staging)
     size = sum(entry["bytes"] for entry in entries)
-    summary = {key: manifest[key] for key in ("rows", "tasks", "counts", "rejected")}
+    summary = {key: manifest[key] for key in ("rows", "tasks", "counts", "rejected", "changed")}
     return {"output": files.shown(output), "files": len(entries), "bytes": size, **summary}
 
 
@@ -121,10 +133,11 @@ class _Writer:
 
     def __call__(self, unit: Unit) -> dict[str, Any]:
         """The manifest entries of the unit's files (one, or more where its records gave more rows than a file holds),
-        its rejected records and its counts per kind."""
+        its rejected records, its counts per kind and what was changed."""
         rejected: list[Rejected] = []
         came_in: Counter[str] = Counter()
         written: Counter[str] = Counter()
+        changed: Counter[str] = Counter()
 
         def rows() -> Iterator[dict[str, Any]]:
             for record in json.loads(unit["payload"]):
@@ -132,6 +145,7 @@ class _Writer:
                     rejected.extend(outcome.rejected)
                     came_in.update(outcome.came_in)
                     written.update(outcome.written)
+                    changed.update(outcome.changed)
                     if outcome.row is not None:
                         yield outcome.row
 
@@ -145,6 +159,7 @@ class _Writer:
             "rejected": rejected,
             "came_in": came_in,
             "written": written,
+            "changed": changed,
         }
 
     def _files(self, rows: Iterator[dict[str, Any]], number: int) -> Iterator[dict[str, Any]]:

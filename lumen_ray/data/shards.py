@@ -11,7 +11,8 @@ import json
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,6 +37,8 @@ class ShardWriter:
     with ShardWriter(folder, "part-00000.parquet", rows_per_group=32) as writer:
         writer.write(row)
     writer.entry   # the file's entry in the manifest
+
+    `UserError` (`disk_full`, `invalid_output`) where the file cannot be written.
     """
 
     def __init__(self, folder: files.Location, name: str, rows_per_group: int = ROWS_PER_GROUP):
@@ -57,18 +60,20 @@ class ShardWriter:
             self._flush()
 
     def _flush(self) -> None:
-        if self._writer is None:
+        rows, self._pending = self._pending, []
+        if self._aside is None:
             files.make_folder(self.folder)
             self._aside = _aside(self.folder)
-            self._writer = pq.ParquetWriter(
-                self._aside / self.name,
-                SCHEMA,
-                compression="zstd",
-                use_dictionary=["source"],  # a dictionary of image bytes would only cost time
-                write_statistics=["image_id"],
-            )
-        rows, self._pending = self._pending, []
-        self._writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), row_group_size=len(rows))
+        with files.told(self._aside / self.name, "written"):
+            if self._writer is None:
+                self._writer = pq.ParquetWriter(
+                    self._aside / self.name,
+                    SCHEMA,
+                    compression="zstd",
+                    use_dictionary=["source"],  # a dictionary of image bytes would only cost time
+                    write_statistics=["image_id"],
+                )
+            self._writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), row_group_size=len(rows))
         tasks = Counter(task for row in rows for task in set(row["tasks"]))
         self._groups.append({"rows": len(rows), "tasks": dict(sorted(tasks.items())), "sizes": _sizes_text(rows)})
         self._class_images.update(name for row in rows for name in {i["phrase"] for i in row["instances"]})
@@ -79,9 +84,9 @@ class ShardWriter:
             self._flush()
         if self._writer is None:
             return None
-        self._writer.close()
-        self._writer = None
         partial = self._aside / self.name
+        with files.told(partial, "written"):
+            self._close()
         self.entry = {
             "path": self.name,
             "rows": sum(group["rows"] for group in self._groups),
@@ -90,24 +95,36 @@ class ShardWriter:
             "sha256": sha256(partial),
             "class_images": dict(sorted(self._class_images.items())),
         }
-        try:
-            files.put(partial, files.join(self.folder, self.name))
-        finally:
-            shutil.rmtree(self._aside)
+        files.put(partial, files.join(self.folder, self.name))
+        self._drop()
         return self.entry
+
+    def _close(self) -> None:
+        """Write the end of the file. What fails is not tried again, as it would be where the writer is collected."""
+        writer, self._writer = self._writer, None
+        try:
+            writer.close()
+        except OSError:
+            writer.is_open = False
+            raise
+
+    def _drop(self) -> None:
+        if self._writer is not None:
+            with suppress(OSError):  # a full disk, say, which is told already
+                self._close()
+        if self._aside is not None:
+            shutil.rmtree(self._aside, ignore_errors=True)
+            self._aside = None
 
     def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-            return
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
-        if self._aside is not None:
-            shutil.rmtree(self._aside)
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self._drop()
 
 
 def _sizes_text(rows: Iterable[dict[str, Any]]) -> str:
@@ -128,7 +145,9 @@ def row_sizes(group: dict[str, Any]) -> list[Size | None]:
 
 def _aside(folder: str) -> Path:
     """A local folder for unfinished files: beneath `folder`, where a file can be renamed from, if that is local."""
-    return Path(tempfile.mkdtemp(prefix=".partial-", dir=None if files.is_url(folder) else folder))
+    place = tempfile.gettempdir() if files.is_url(folder) else folder
+    with files.told(place, "written"):
+        return Path(tempfile.mkdtemp(prefix=".partial-", dir=place))
 
 
 def sha256(location: files.Location) -> str:
@@ -145,12 +164,15 @@ def build_manifest(
     *,
     categories: Sequence[dict[str, Any]] = (),
     counts: dict[str, dict[str, int]] | None = None,
+    changed: Mapping[str, int] | None = None,
     origin: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The manifest of finished files (entries of `ShardWriter`).
 
     `categories`: ``{"name", "keypoints": [names], "skeleton": [[i, j], ...]}``, 0-based; `counts`: what came in,
-    per kind of record, e.g. ``{"images": {"in": 10, "written": 9, "rejected": 1}}``; `origin`: the settings used.
+    per kind of record, e.g. ``{"images": {"in": 10, "written": 9, "rejected": 1}}``, which must add up, or a source has
+    lost records (`RuntimeError`); `changed`: what of the records written was cut off, e.g. ``{"boxes clipped": 2}``;
+    `origin`: the settings used.
     A category gets `images`, the number of rows that show it: training weighs the classes it asks for as absent by it.
     """
     files = [dict(file) for file in files]
@@ -162,7 +184,11 @@ def build_manifest(
         tasks.update(group["tasks"])
     counts = counts or {}
     for kind, count in counts.items():
-        assert count["in"] == count["written"] + count["rejected"], f"{kind} do not add up: {count}"
+        if count["in"] != count["written"] + count["rejected"]:
+            raise RuntimeError(
+                f"{kind} do not add up: {count['in']} came in, {count['written']} were written and "
+                f"{count['rejected']} rejected"
+            )
     return {
         "schema_version": SCHEMA_VERSION,
         "rows": sum(file["rows"] for file in files),
@@ -170,6 +196,7 @@ def build_manifest(
         "categories": [{**category, "images": class_images[category["name"]]} for category in categories],
         "counts": counts,
         "rejected": sum(count["rejected"] for count in counts.values()),
+        "changed": dict(sorted((changed or {}).items())),
         "origin": origin or {},
         "files": files,
     }

@@ -52,6 +52,7 @@ class Statistics:
     keypoints: int = 0
     crowds: int = 0
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # what came in, was written, was rejected
+    changed: dict[str, int] = field(default_factory=dict)  # what was cut off since it lay outside the image
     reasons: Counter[str] = field(default_factory=Counter)  # rejected records by reason, names and numbers left out
     examples: dict[str, str] = field(default_factory=dict)  # reason -> one record rejected for it
 
@@ -109,6 +110,7 @@ def gather(folder: files.Location, progress: Callable[[int, int], None] | None =
     manifest = read_manifest(folder)
     s = Statistics(files=len(manifest["files"]), bytes=sum(f["bytes"] for f in manifest["files"]))
     s.tasks, s.counts = dict(manifest["tasks"]), manifest.get("counts", {})
+    s.changed = manifest.get("changed", {})
     for entry in manifest["files"]:
         with open_file(folder, entry["path"]) as parquet:
             for batch in parquet.iter_batches(BATCH_ROWS, columns=_COLUMNS):

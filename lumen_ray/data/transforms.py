@@ -27,6 +27,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.structures import Size, as_size
 
 MASK_STRIDE = 4  # masks are trained at the resolution of the dense features
+UNMOVED = 0.05  # pixels that no corner may be away from its place for an image to be copied instead of resampled
 MIN_VISIBLE = 0.3  # an instance cropped to less of its box is dropped
 
 
@@ -125,9 +126,9 @@ def warp(
         factor = np.array([picture.width / small[0], picture.height / small[1]])
         picture = picture.resize(small, Image.Resampling.BOX if scale < 0.5 else Image.Resampling.BILINEAR)
         matrix = matrix * [*factor, 1]
-    if np.allclose(matrix, [[1, 0, 0], [0, 1, 0]], atol=1e-2):
+    if (place := _whole_shift(picture.size, matrix)) is not None:
         canvas = Image.new("RGB", shape, (fill,) * 3)
-        canvas.paste(picture, (0, 0))
+        canvas.paste(picture, place)
         return np.asarray(canvas)
     inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))[:2]
     out = picture.transform(
@@ -138,6 +139,15 @@ def warp(
         fillcolor=(fill,) * 3,
     )
     return np.asarray(out)
+
+
+def _whole_shift(shape: tuple[int, int], matrix: np.ndarray) -> tuple[int, int] | None:
+    """(x, y) in whole pixels when the map does nothing to an image of (width, height) `shape` but shift it."""
+    corners = np.array([[0, 0], [shape[0], 0], [0, shape[1]], shape], np.float64)
+    shift = np.round(matrix[:, 2])
+    if np.abs(map_points(corners, matrix) - corners - shift).max() > UNMOVED:
+        return None
+    return int(shift[0]), int(shift[1])
 
 
 def map_points(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lumen_ray.data import files
 from lumen_ray.data.images import decode
 from lumen_ray.data.shards import read_manifest, read_row_group
 from lumen_ray.errors import UserError
@@ -51,17 +52,18 @@ def evaluate(
     tasks: of the registry, all that the split is annotated for by default; ``chat`` stands for routing accuracy.
     limit: images at most. chat_limit: images whose instructions are also asked as free chat (slow: text is sampled).
     progress: called with (images done, images in all) after each batch.
-    Raises `UserError` for tasks that the split is not annotated for, and numbers that make no sense.
+    Raises `UserError` for tasks that the split is not annotated for, numbers that make no sense, and an
+    output folder that is a URL.
 
     Returns the report as a plain dict: ``metrics`` (metric -> value or None where the split has no annotations),
     ``tables``, ``settings``, counts and timing; ``images == scored + skipped``, the skipped ones with their reason in
     ``errors``.
     """
     _check(limit, batch_size, chat_limit)
+    output = files.local_folder(output_dir)
     manifest = read_manifest(shards_dir)
     scorer = _scorer(manifest, tasks)
     total = min(manifest["rows"], limit) if limit is not None else manifest["rows"]
-    output = Path(output_dir)
     started = time.monotonic()
     errors: list[dict[str, str]] = []
     done = 0

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lumen_ray.data import files
 from lumen_ray.errors import UserError, unknown
 from lumen_ray.inference.request import Request, make_request
 from lumen_ray.label.inputs import find_inputs
@@ -121,16 +122,17 @@ def label(
 
     Writes ``labels/*.parquet``, ``errors.parquet``, the `exports` and ``summary.json``. Run again after an interruption
     it continues where it stopped. In the summary, ``images == labelled + errors``. Raises `UserError` for what cannot
-    be asked, an input without images, or an output folder that holds labels made with other settings; and, once the
-    errors are written, when no image at all could be labelled.
+    be asked, an input without images, or an output folder that is a URL or holds labels made with other settings; and,
+    once the errors are written, when no image at all could be labelled.
     """
     _check(num_actors, batch_size, score_threshold, fragment_size, exports)
+    output = files.local_folder(output)
     requests = build_requests(tasks, classes, prompts, keypoints)
     worker = WorkerSettings(
         model, tuple(requests), device, batch_size, num_actors, score_threshold, max_per_phrase, max_new_tokens
     )
     ledger = Ledger(output)
-    items = find_inputs(input, exclude=Path(output))
+    items = find_inputs(input, exclude=output)
     ledger.open(
         {
             "input": str(input),

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lumen_ray import config
@@ -106,8 +106,9 @@ def save_model(
     tokenizer.save(folder / "tokenizer.json")
     (folder / "meta.json").write_text(json.dumps(asdict(meta), indent=1))
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    save_file(state, folder / "model.safetensors.tmp")
-    os.replace(folder / "model.safetensors.tmp", folder / "model.safetensors")
+    partial = folder / "model.safetensors.tmp"
+    partial.write_bytes(save(state))  # safetensors' own writer does not say by number that a disk is full
+    os.replace(partial, folder / "model.safetensors")
     return folder
 
 

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
+import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lumen_ray.errors import UserError
-from lumen_ray.train import parallel
+from lumen_ray.train import checkpoint, parallel
+from lumen_ray.train.metrics import last_step
 
 SHOWN = 8  # samples named in a message
 
@@ -26,51 +30,108 @@ def where(step: int, stage: str, image_ids: list[str]) -> str:
     return f"step {step} (stage {stage}), images {', '.join(image_ids[:SHOWN])}{more}"
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: a device's, this process's, or a worker's that Ray ended for it."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or type(error).__name__ == "OutOfMemoryError":
-        return True  # Ray's own, of a worker that its memory monitor ended, is known by name: no Ray is imported here
-    text = str(error)
-    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+def resumption(run: Path) -> str:
+    """What a run can go on with, for the end of a message."""
+    newest = checkpoint.latest(run)
+    return f"the last checkpoint, '{newest.name}', is intact" if newest else "there is no checkpoint yet"
 
 
-def full_disk(error: BaseException | None) -> OSError | None:
-    """The "no space left" behind an error, if that is what it comes from."""
+def causes(error: BaseException) -> Iterator[BaseException]:
+    """An error and what it comes from, out of the wrappers of Python, torch and Ray.
+
+    A wrapper that Ray gave the type of what it wraps is left out: its text is a traceback.
+    """
+    queue: list[Any] = [error]
     seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return None
+    while queue:
+        current = queue.pop()
+        if not isinstance(current, BaseException) or id(current) in seen:
+            continue
+        seen.add(id(current))
+        inner = getattr(current, "cause", None)
+        if not isinstance(inner, BaseException):
+            yield current
+        queue += [current.__cause__, current.__context__, inner]
+        queue += [getattr(current, name, None) for name in ("controller_failure", "health_check_failure", "_base_exc")]
+        queue += getattr(current, "worker_failures", {}).values()
 
 
-MEMORY_ADVICE = (
-    "raise 'accumulate', turn on 'activation_checkpointing' or lower 'batch_size' in the recipe; the last checkpoint "
-    "is intact"
-)
+def told(error: BaseException, run: Path) -> BaseException:
+    """The user's or the run's own error out of its wrappers, as a `UserError`; else the error as it is."""
+    for cause in causes(error):
+        if isinstance(cause, (UserError, DivergedError)):
+            return UserError(str(cause), getattr(cause, "reason", "training_diverged"))
+        if (full := _ran_out(cause, run)) is not None:
+            return full
+    return error
 
 
 @contextmanager
-def explained(place: str, device: torch.device) -> Iterator[None]:
+def explained(place: str, run: Path, model: nn.Module, device: torch.device) -> Iterator[None]:
     """Turns running out of memory, or of disk, into a `UserError` that says where, and what to change."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
-        if (full := full_disk(error)) is not None:
-            file = f" at '{full.filename}'" if full.filename else ""
-            raise UserError(
-                f"{place}: the disk of the run folder is full{file}; free space and run the same command again: the "
-                "last checkpoint is intact",
-                "disk_full",
-            ) from error
-        if out_of_memory(error):
+        for cause in causes(error):
             used = f" at {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
-            raise UserError(
-                f"{place}: rank {parallel.rank()} ran out of memory{used}; {MEMORY_ADVICE}",
-                "out_of_memory",
-            ) from error
+            if (full := _ran_out(cause, run, f"{place}: ", used + module_of(cause, model))) is not None:
+                raise full from error
         raise
+
+
+def _ran_out(error: BaseException, run: Path, place: str = "", where: str = "") -> UserError | None:
+    """The sentence about an error that says that a disk or memory is full; None when it says neither.
+
+    `place`: what was being done; `where`: how much memory was used in which module.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        file = f" at '{error.filename}'" if error.filename else ""
+        advice = "free space and run the same command again"
+        message = f"{place}the disk of the run folder is full{file}; {advice}; {resumption(run)}"
+        return UserError(message, "disk_full")
+    if _ended_by_ray(error):
+        done = last_step(run)
+        after = "before the first step was done" if done is None else f"after step {done}"
+        who = f"a worker's machine ran out of memory {after}, and Ray ended the worker"
+    elif _out_of_memory(error):
+        who = f"rank {parallel.rank()} ran out of memory{where}"
+    else:
+        return None
+    advice = "raise 'accumulate', turn on 'activation_checkpointing' or lower 'batch_size' in the recipe"
+    return UserError(f"{place}{who}; {advice}; {resumption(run)}", "out_of_memory")
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device's, or this process's, memory ran out."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)
+
+
+def _ended_by_ray(error: BaseException) -> bool:
+    """Whether Ray's memory monitor ended a worker. Ray is not imported here: where it is not, no error is its own."""
+    ray = sys.modules.get("ray.exceptions")
+    return ray is not None and isinstance(error, ray.OutOfMemoryError)
+
+
+def module_of(error: BaseException, model: nn.Module) -> str:
+    """`` in trunk.llm.model.layers.1.mlp``: what the innermost of the frames that an error passed through works for.
+
+    A module of the model, the optimizer or, where the autograd engine runs no code of a module, the backward pass;
+    empty when it is none of them.
+    """
+    names = {id(module): name or "the model" for name, module in model.named_modules()}
+    found = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        owner = frame.f_locals.get("self")
+        if id(owner) in names:
+            found = names[id(owner)]
+        elif isinstance(owner, torch.optim.Optimizer):
+            found = "the optimizer"
+        elif frame.f_code is Tensor.backward.__code__:
+            found = "the backward pass"
+    return f" in {found}" if found else ""
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from lumen_ray.model.build import Generalist, ModelMeta, build_model, save_model
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.train import checkpoint, lora, parallel, precision
+from lumen_ray.train.batch import to_device
 from lumen_ray.train.blocks import checkpoint_blocks, compile_blocks
 from lumen_ray.train.ema import Ema
-from lumen_ray.train.failures import DivergedError, explained, find_module, where
+from lumen_ray.train.failures import DivergedError, explained, find_module, resumption, where
 from lumen_ray.train.losses import StepLosses, StepSums
 from lumen_ray.train.metrics import Meter, MetricsLog
 from lumen_ray.train.optimizer import build_optimizer, set_lr, set_trainable
@@ -64,15 +65,6 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     """What dropout and the like draw from in one step: as long as it follows from the step, a run can be resumed there
     without anything that was drawn before."""
     return int(np.random.SeedSequence((seed, 4, step, rank)).generate_state(1, np.uint64)[0])
-
-
-def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch's tensors on the device."""
-    moved = dict(batch)
-    for name in ("images", "has_image", "layout", "region_masks", "region_images"):
-        moved[name] = batch[name].to(device)
-    moved["targets"] = {family: targets.to(device) for family, targets in batch["targets"].items()}
-    return moved
 
 
 def fresh_model(job: Job, resume: Path | None, device: torch.device) -> Generalist:
@@ -118,9 +110,13 @@ class Trainer:
             for index in range(first, len(self.job.recipe.stages)):
                 self._stage(self.job.recipe.stages[index], batches, local)
                 local = 0
-        self._export()
+        with self._explained("writing the model"):
+            self._export()
         if self.log:
             self.log.close()
+
+    def _explained(self, place: str) -> AbstractContextManager[None]:
+        return explained(place, self.run, self.model, self.device)
 
     def _stage(self, stage: Stage, batches: Iterator[dict[str, Any]], start: int) -> None:
         set_trainable(self.model, stage)
@@ -133,11 +129,11 @@ class Trainer:
             asked = time.perf_counter()
             micro_steps = [self._next(batches) for _ in range(stage.accumulate)]
             waited = time.perf_counter() - asked
-            with explained(self._where(stage, micro_steps), self.device):
+            with self._explained(self._where(stage, micro_steps)):
                 self._step(stage, local, micro_steps, optimizer, waited)
             self.step += 1
             if local + 1 == stage.steps or (every and (local + 1) % every == 0):
-                with explained(f"saving the checkpoint of step {self.step} (stage {stage.name})", self.device):
+                with self._explained(f"saving the checkpoint of step {self.step} (stage {stage.name})"):
                     self._checkpoint(stage, optimizer)
 
     def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
@@ -172,7 +168,7 @@ class Trainer:
         if self.ema:
             self.ema.update(self.step)
         if self.log:
-            values = self.meter.read(micro_steps, sums, self.job.recipe.batch_size, waited, time.perf_counter() - began)
+            values = self.meter.read(micro_steps, sums, waited, time.perf_counter() - began)
             self._write(stage, micro_steps, sums, {"lr": lr, "grad_norm": round(norm, 5), **values})
 
     def _gradients(self, stage: Stage, micro_steps: list[dict[str, Any]]) -> StepLosses:
@@ -194,7 +190,7 @@ class Trainer:
         module, image_ids = find_module(self.model, runs)
         raise DivergedError(
             f"{where(self.step, stage.name, image_ids)}: {what} is not finite; the first number that is not finite is "
-            f"in {module}; lower the learning rate or leave out the images; the last checkpoint is intact"
+            f"in {module}; lower the learning rate or leave out the images; {resumption(self.run)}"
         )
 
     def _write(self, stage: Stage, micro_steps: list[dict[str, Any]], sums: StepSums, numbers: dict[str, Any]) -> None:
@@ -213,6 +209,8 @@ class Trainer:
         self.log.write(self.step, stage.name, values)
 
     def _checkpoint(self, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
+        if self.log:
+            self.log.flush()  # first: steps before a checkpoint are not done again
         position = {"step": self.step, "stage": stage.name, "preset": self.job.settings.name}
         checkpoint.save(
             self.run, position, self.model, optimizer, self.job.recipe.keep_checkpoints, self.ema and self.ema.shadow

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from lumen_ray.errors import UserError
@@ -82,7 +82,8 @@ def _peft():
 
 def save_adapters(run: Path, state: dict[str, Tensor]) -> None:
     """Writes the adapters alone to `RUN/adapters.safetensors`."""
-    save_file({n: v.contiguous() for n, v in state.items() if ".lora_" in n}, run / "adapters.safetensors")
+    adapters = {name: value.contiguous() for name, value in state.items() if ".lora_" in name}
+    (run / "adapters.safetensors").write_bytes(save(adapters))
 
 
 def plain_state(state: dict[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:

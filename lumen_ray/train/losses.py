@@ -69,12 +69,13 @@ def per_task(batch: dict[str, Any], losses: dict[str, LossTerm], device: torch.d
 
 @dataclass(frozen=True)
 class StepSums:
-    """An optimizer step over all ranks: mean of each loss, mean by task, tokens without and with padding."""
+    """An optimizer step over all ranks: mean of each loss, mean by task, tokens without and with padding, images."""
 
     means: dict[str, float]
     tasks: dict[str, float]
     tokens: float
     computed_tokens: float
+    images: int
 
 
 class StepLosses:
@@ -102,9 +103,10 @@ class StepLosses:
         zero = torch.zeros((), device=device)
         sums = torch.stack([losses[n].total.detach() if n in losses else zero for n in self.names])
         counts = torch.stack([losses[n].count.detach() if n in losses else zero for n in self.names])
-        tokens = torch.tensor(count_tokens(batch, image_tokens), dtype=torch.float32, device=device)
+        sizes = (*count_tokens(batch, image_tokens), len(batch["image_ids"]))
+        sizes = torch.tensor(sizes, dtype=torch.float32, device=device)
         tasks = per_task(batch, losses, device).flatten()
-        reduced = parallel.sum_over_ranks(torch.cat([sums, counts, tokens, tasks]))
+        reduced = parallel.sum_over_ranks(torch.cat([sums, counts, sizes, tasks]))
         self._sums = reduced if self._sums is None else self._sums + reduced
         self.done += 1
         normalisers = self._normalisers()
@@ -126,11 +128,11 @@ class StepLosses:
         n, t = len(self.names), len(TASK_NAMES)
         values = self._sums.tolist()
         means = {name: values[i] / max(values[n + i], 1.0) for i, name in enumerate(self.names)}
-        real, computed = values[2 * n : 2 * n + 2]
+        real, computed, images = values[2 * n : 2 * n + 3]
         tasks = {}
         for row, kind in enumerate(("lm", "heatmap")):
-            first = 2 * n + 2 + row * 2 * t
+            first = 2 * n + 3 + row * 2 * t
             for i, task in enumerate(TASK_NAMES):
                 if count := values[first + t + i]:
                     tasks[f"{kind}/{task}"] = values[first + i] / count
-        return StepSums(means, tasks, real, computed)
+        return StepSums(means, tasks, real, computed, int(images))

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from lumen_ray.model.build import Generalist
 from lumen_ray.train import flops
@@ -22,6 +24,7 @@ from lumen_ray.train.recipe import Recipe
 from lumen_ray.train.tracker import mlflow_tracker
 
 Progress = Callable[[dict[str, Any]], None]
+FLUSH_SECONDS = 30.0  # between flushes of what TensorBoard reads, beside those at checkpoints
 
 
 class Meter:
@@ -31,13 +34,11 @@ class Meter:
         self._model, self._device = model, device
         self._peak = flops.peak(device, precision)
 
-    def read(
-        self, batches: list[dict[str, Any]], sums: StepSums, samples: int, waited: float, busy: float
-    ) -> dict[str, float]:
-        """`samples`: images of the step over all ranks; `waited`, `busy`: seconds waiting for data and working."""
+    def read(self, batches: list[dict[str, Any]], sums: StepSums, waited: float, busy: float) -> dict[str, float]:
+        """`waited`, `busy`: seconds waiting for data and working."""
         seconds = waited + busy
         values = {
-            "samples_per_s": round(samples / seconds, 2),
+            "samples_per_s": round(sums.images / seconds, 2),
             "tokens_per_s": round(sums.tokens / seconds, 1),
             "padding": round(1 - sums.tokens / sums.computed_tokens, 4),
             "data_wait": round(waited / seconds, 4),
@@ -73,6 +74,43 @@ def drop_from(path: Path, step: int) -> None:
         os.replace(partial, path)
 
 
+def last_step(run: Path) -> int | None:
+    """The newest step that `RUN/metrics.jsonl` tells of."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    return next((json.loads(line)["step"] for line in reversed(lines) if line.endswith("\n")), None)
+
+
+class Board:
+    """Scalars as TensorBoard reads them, written as they come.
+
+    tensorboardX's `SummaryWriter` passes them through a queue and a thread, which its `flush` does not wait for.
+    """
+
+    def __init__(self, folder: Path, step: int):
+        """What is there of `step` and later is hidden."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"), f".{step:07d}")
+        self._write(step, session_log=SessionLog(status=SessionLog.START))
+        self.flush()
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in numbers.items()]
+        self._write(step, summary=Summary(value=values))
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def _write(self, step: int, **what: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **what))
+
+    def flush(self) -> None:
+        self._events.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._events.close()
+
+
 class MetricsLog:
     """Appends to `RUN/metrics.jsonl`, `RUN/tensorboard` and, if told to, MLflow, from `step` on; of rank 0 only."""
 
@@ -80,16 +118,21 @@ class MetricsLog:
         run.mkdir(parents=True, exist_ok=True)
         drop_from(run / "metrics.jsonl", step)
         self._file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  closed in `close`
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=step)
+        self._board = Board(run / "tensorboard", step)
         self._tracker = mlflow_tracker(run, recipe) if recipe else None
 
     def write(self, step: int, stage: str, values: dict[str, Any]) -> None:
         self._file.write(json.dumps({"step": step, "stage": stage, "time": round(time.time(), 3), **values}) + "\n")
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
-        for name, value in numbers.items():
-            self._board.add_scalar(name, value, step)
+        self._board.write(step, numbers)
         if self._tracker:
             self._tracker.write(step, numbers)
+
+    def flush(self) -> None:
+        """What was written so far outlives this process."""
+        self._board.flush()
+        if self._tracker:
+            self._tracker.flush()
 
     def close(self) -> None:
         self._file.close()

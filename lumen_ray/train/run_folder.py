@@ -17,10 +17,9 @@ from lumen_ray import config
 from lumen_ray.data import files
 from lumen_ray.data.feed import read_texts
 from lumen_ray.errors import UserError
-from lumen_ray.model.build import load_model
+from lumen_ray.model.build import load_model, read_meta
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import LumenTokenizer
-from lumen_ray.train.failures import MEMORY_ADVICE, DivergedError
 from lumen_ray.train.recipe import CARRIED_OUT, Recipe
 
 #: how long a new try waits for the last one's processes to be gone; Ray takes seconds to end what a dead driver left
@@ -30,14 +29,24 @@ LOCK_SECONDS = 60.0
 def start_of(
     recipe: Recipe, settings: ModelSettings, manifest: dict[str, Any], init_from: str | None
 ) -> dict[str, Any]:
-    """Everything that decides a run's result."""
+    """Everything that decides a run's result; `init_from` by what is in it, since a model folder may move or change."""
     data = [[file["sha256"] for file in manifest["files"]], manifest["categories"]]
     return {
         "recipe": recipe.model_dump(mode="json"),
         "model": settings.model_dump(mode="json"),
         "shards": hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest(),
-        "init_from": init_from,
+        "init_from": _digest_of_model(init_from) if init_from else None,
     }
+
+
+def _digest_of_model(folder: str) -> str:
+    """sha256 of a model folder's weights and tokenizer; `UserError` when it is none."""
+    read_meta(folder)
+    digest = hashlib.sha256()
+    for name in ("model.safetensors", "tokenizer.json"):
+        with open(Path(folder) / name, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def keep_start(run: Path, start: dict[str, Any], resumes: bool) -> None:
@@ -50,7 +59,7 @@ def keep_start(run: Path, start: dict[str, Any], resumes: bool) -> None:
     if resumes and saved.is_file():
         before = json.loads(saved.read_text())
         before["recipe"] = _of_today(before.get("recipe"))
-        names = {"recipe": "recipe", "model": "model settings", "shards": "shards", "init_from": "init_from"}
+        names = {"recipe": "recipe", "model": "model settings", "shards": "shards", "init_from": "model to start from"}
         other = [text for name, text in names.items() if _deciding(before.get(name)) != _deciding(start[name])]
         if other:
             raise UserError(
@@ -145,28 +154,3 @@ def _locked(file: Any) -> bool:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
             raise
     return True  # also on storage without locks, where nothing can be said
-
-
-def told(error: BaseException) -> BaseException:
-    """The user's or the run's own error out of the wrappers of Ray and torch, else the error as it is."""
-    queue, seen = [error], set()
-    while queue:
-        current = queue.pop()
-        if current is None or id(current) in seen:
-            continue
-        seen.add(id(current))
-        if isinstance(current, (UserError, DivergedError)):
-            return UserError(str(current), getattr(current, "reason", "training_diverged"))
-        if isinstance(current, OSError) and current.errno in (errno.ENOSPC, errno.EDQUOT):
-            where = f" for '{current.filename}'" if current.filename else ""
-            return UserError(
-                f"the disk of the run folder is full{where}; free space and run the same command again: the last "
-                "checkpoint is intact",
-                "disk_full",
-            )
-        if type(current).__name__ == "OutOfMemoryError":  # Ray's memory monitor ended a worker
-            return UserError(f"a worker's machine ran out of memory and Ray ended it; {MEMORY_ADVICE}", "out_of_memory")
-        queue += [current.__cause__, current.__context__]
-        queue += [getattr(current, name, None) for name in ("cause", "controller_failure", "_base_exc")]
-        queue += list(getattr(current, "worker_failures", {}).values())
-    return error

@@ -85,9 +85,9 @@ class MlflowTracker:
         for name, value in numbers.items():  # stores of files cannot hold both `loss` and `loss/lm`
             self._waiting.append(self._metric(f"{name}/total" if name in groups else name, value, now, step))
         if (step + 1) % self._every == 0:
-            self._send()
+            self.flush()
 
-    def _send(self) -> None:
+    def flush(self) -> None:
         waiting, self._waiting = self._waiting, []
         try:
             for first in range(0, len(waiting), 1000):  # the most that one request may hold
@@ -96,7 +96,7 @@ class MlflowTracker:
             warnings.warn(f"MLflow did not take some metrics: {str(error).splitlines()[0]}", stacklevel=2)
 
     def close(self) -> None:
-        self._send()
+        self.flush()
         try:
             self._client.set_terminated(self._run_id)
         except self._error as error:

@@ -8,7 +8,6 @@ agreed on; the loop checks that every batch is the one of its step.
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 from lumen_ray import config
-from lumen_ray.data import buckets, files
+from lumen_ray.data import files
 from lumen_ray.data.class_choice import class_frequencies
 from lumen_ray.data.feed import (
     BatchReader,
@@ -30,21 +29,20 @@ from lumen_ray.data.feed import (
     skeletons_of,
 )
 from lumen_ray.data.mixture import Plan
-from lumen_ray.data.packing import MIN_BRANCH_TOKENS
 from lumen_ray.data.shards import read_manifest
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import ModelMeta
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.presets import model_folder, model_path
 from lumen_ray.train import checkpoint, parallel, precision
-from lumen_ray.train.checks import check_recipe
+from lumen_ray.train.checks import check_recipe, with_sizes
+from lumen_ray.train.failures import told
 from lumen_ray.train.loop import Job, Trainer
 from lumen_ray.train.memory import keep_freed_memory
 from lumen_ray.train.metrics import MetricsWatcher, Progress
 from lumen_ray.train.recipe import Recipe
-from lumen_ray.train.run_folder import keep_start, keep_tokenizer, sole_starter, sole_writer, start_of, told
-
-WORKER_CPUS = 0.75  # logical CPUs of a worker and its reads; below one, so that two fit on 2 cores beside other tasks
+from lumen_ray.train.resources import WORKER_CPUS, cluster_resources, uses_gpus
+from lumen_ray.train.run_folder import keep_start, keep_tokenizer, sole_starter, sole_writer, start_of
 
 
 @dataclass
@@ -67,8 +65,8 @@ def prepare_job(shards: str | Path, recipe: Recipe, run: str | Path, init_from: 
 @contextmanager
 def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: str | None) -> Iterator[Prepared]:
     """`prepare_job`, whose run folder stays refused to other starters inside."""
+    run = files.local_folder(run).absolute()
     init_from = str(model_folder(init_from).absolute()) if init_from else None
-    run = Path(run).absolute()
     manifest = read_manifest(shards)
     settings = config.load(ModelSettings, model_path(recipe.model))
     recipe = with_sizes(recipe, settings)
@@ -94,22 +92,6 @@ def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: st
             settings.token_side,
         )  # fmt: skip
         yield Prepared(job, reader, manifest)
-
-
-def with_sizes(recipe: Recipe, settings: ModelSettings) -> Recipe:
-    """The recipe with its buckets as sizes; `UserError` when the model's grid or `pack_tokens` does not allow them."""
-    if recipe.buckets is not None:
-        recipe = recipe.model_copy(update={"buckets": buckets.resolve(recipe.buckets, settings)})
-    side = settings.image_size
-    height, width = max(recipe.buckets or [(side, side)], key=settings.image_tokens)
-    least = settings.image_tokens((height, width)) + MIN_BRANCH_TOKENS
-    if 0 < recipe.pack_tokens < least:
-        raise UserError(
-            f"pack_tokens {recipe.pack_tokens} leaves no room for prompts beside the image tokens of an input of "
-            f"{width}x{height} pixels; give at least {least}, or 0 for a row per image",
-            "invalid_config",
-        )
-    return recipe
 
 
 def train_local(prepared: Prepared, device: str = "cpu") -> Path:
@@ -138,7 +120,7 @@ def _fit_rank(prepared: Prepared, device: torch.device, read: Callable[[list], I
             batches = read(plan_items(Plan(prepared.manifest, recipe), rank, ranks, trainer.step))
             trainer.fit(logged(batches, run) if recipe.log_samples else batches)
     except Exception as error:
-        cause = told(error)
+        cause = told(error, run)
         raise cause from (None if cause is error else error)
 
 
@@ -221,17 +203,16 @@ def _fit(prepared: Prepared) -> None:
     import ray.train
 
     run, recipe = Path(prepared.job.run), prepared.job.recipe
-    available = _cluster_resources()
-    _check_cpus(available.get("CPU", 0), recipe.min_workers or recipe.workers)
-    if note := precision.advice(recipe.precision, torch.device("cuda" if available.get("GPU", 0) else "cpu")):
+    use_gpu = uses_gpus(cluster_resources(), recipe)
+    if note := precision.advice(recipe.precision, torch.device("cuda" if use_gpu else "cpu")):
         warnings.warn(note, stacklevel=2)
     while True:
         before = checkpoint.latest(run)
         try:
-            _ray_trainer(prepared, use_gpu=available.get("GPU", 0) > 0).fit()
+            _ray_trainer(prepared, use_gpu).fit()
             return
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-            cause = told(error)
+            cause = told(error, run)
             if isinstance(cause, UserError) or checkpoint.latest(run) == before:
                 raise cause from (None if cause is error else error)
 
@@ -244,11 +225,11 @@ def _ray_trainer(prepared: Prepared, use_gpu: bool) -> Any:
         """Ends a run whose error another try would not mend: an error here is one that Ray does not retry."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            for error in map(told, worker_exceptions.values()):
-                if isinstance(error, UserError):
-                    raise error
+            for error in worker_exceptions.values():
+                if isinstance(cause := told(error, run), UserError):
+                    raise cause
 
-    recipe = prepared.job.recipe
+    run, recipe = Path(prepared.job.run), prepared.job.recipe
     elastic = 0 < recipe.min_workers < recipe.workers
     return TorchTrainer(
         _worker,
@@ -270,24 +251,3 @@ def _ray_trainer(prepared: Prepared, use_gpu: bool) -> Any:
             callbacks=[GiveUp()],
         ),
     )
-
-
-def _cluster_resources() -> dict[str, float]:
-    """What the cluster has, or can have once its autoscaler has started all nodes it may."""
-    import ray
-    from ray._private.state import state
-
-    most = state.get_max_resources_from_cluster_config() or {}
-    now = ray.cluster_resources()
-    return {name: max(most.get(name, 0), now.get(name, 0)) for name in ("CPU", "GPU")}
-
-
-def _check_cpus(available: float, workers: int) -> None:
-    """With too few logical CPUs the workers would wait for them for ever."""
-    needed = math.ceil(workers * WORKER_CPUS)
-    if available < needed:
-        raise UserError(
-            f"the cluster has {available:g} CPUs but {workers} workers need {needed}; lower "
-            f"'workers' or start Ray with more logical CPUs (ray start --head --num-cpus {needed})",
-            "too_few_cpus",
-        )

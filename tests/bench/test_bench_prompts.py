@@ -18,7 +18,9 @@ def test_both_sides_answer_every_prompt_the_same(engine):
     result = prompts.bench(engine, classes=5, turns=1, max_new_tokens=4, threads=1)
     assert set(result.rates) == {"one pass", "a pass per prompt"}
     assert result.details["prompts"] == 5 + 1 + 3
-    assert result.to_json()["ratio"]["median"] > 0
+    assert [len(rates) for rates in result.rates.values()] == [1, 1]
+    assert result.aim == prompts.AIM
+    assert "texts, counts" in result.equal
 
 
 def test_the_prompts_are_the_same_on_both_sides():
@@ -45,3 +47,37 @@ def test_a_difference_is_refused(engine, monkeypatch, what):
     monkeypatch.setattr(engine.trunk, "run", other_when_packed)
     with pytest.raises(RuntimeError, match="differ by"):
         prompts.bench(engine, classes=3, turns=1, max_new_tokens=4, threads=1)
+
+
+def test_numbers_that_are_none_are_a_difference(engine, monkeypatch):
+    raw = prompts.raw_outputs
+
+    def broken_when_packed(engine, image, requests, limit):
+        values = raw(engine, image, requests, limit)
+        return [values[0], values[1] * float("nan"), values[2]] if len(requests) > 1 else values
+
+    monkeypatch.setattr(prompts, "raw_outputs", broken_when_packed)
+    with pytest.raises(RuntimeError, match="differ by nan"):
+        prompts.bench(engine, classes=3, turns=1, max_new_tokens=4, threads=1)
+
+
+def test_the_slow_side_makes_one_pass_per_prompt_and_both_write_as_much(engine, monkeypatch):
+    encoded, limits = [], []
+    encode, generate = engine.trunk.trunk.encode, engine.trunk.trunk.generate
+    single = prompts.prompts(3)
+    image = prompts.decode(prompts.scenes.scene_row(0, 0, engine.image_size)["image"])
+
+    def counted(images):
+        encoded.append(len(images))
+        return encode(images)
+
+    def limited(prefix, *args):
+        limits.append(args[5])
+        return generate(prefix, *args)
+
+    monkeypatch.setattr(engine.trunk.trunk, "encode", counted)
+    monkeypatch.setattr(engine.trunk.trunk, "generate", limited)
+    prompts.one_pass(engine, image, single, 4)
+    assert encoded == [1] and limits == [4]
+    prompts.pass_per_prompt(engine, image, single, 4)
+    assert encoded == [1] + [1] * len(single) and limits == [4] * (1 + 1 + 3)

@@ -1,33 +1,124 @@
 """`jobs/bench.py`: what is asked for runs, and is written."""
 
 import json
+import os
+import platform
+from datetime import UTC, datetime
 
 import pytest
+import torch
 
 from lumen_ray.bench import command
 from lumen_ray.bench.timing import Result
 
 
+def made(*results):
+    """A bench that measures nothing."""
+    return command.Bench(lambda args, folder: list(results), lambda args: None)
+
+
 @pytest.fixture
 def benches(monkeypatch):
-    """Two benches that measure nothing."""
-    made = {
-        "fast": lambda args, folder: [Result("fast", "images/s", {"ours": [3.0], "theirs": [1.0]}, 2.0)],
-        "absent": lambda args, folder: [Result("absent", "", {}, skipped="there is nothing here")],
+    found = {
+        "fast": made(Result("fast", "images/s", {"ours": [3.0], "theirs": [1.0]}, 2.0)),
+        "absent": made(Result("absent", "", {}, skipped="there is nothing here")),
     }
-    monkeypatch.setitem(command.KINDS, "train", made)
-    return made
+    monkeypatch.setitem(command.KINDS, "train", found)
+    return found
+
+
+@pytest.fixture
+def never(monkeypatch):
+    """The real benches with their checks, which fail when one is run."""
+
+    def run(args, folder):
+        raise AssertionError("a bench was run")
+
+    found = {name: command.Bench(run, bench.check) for name, bench in command.KINDS["train"].items()}
+    monkeypatch.setitem(command.KINDS, "train", found)
 
 
 def test_every_bench_is_printed_and_written(benches, tmp_path, capsys):
     path = tmp_path / "out.json"
     assert command.main(["train", "--output", str(path)]) == 0
     report = json.loads(path.read_text())
-    assert [r["name"] for r in report["results"]] == ["fast", "absent"]
-    assert report["results"][0]["reached"] is True
-    assert report["machine"]["cores"] > 0 and report["machine"]["packages"]["torch"]
+    assert report["results"] == [
+        {
+            "name": "fast",
+            "unit": "images/s",
+            "sides": {
+                "ours": {"median": 3.0, "low": 3.0, "high": 3.0, "turns": [3.0]},
+                "theirs": {"median": 1.0, "low": 1.0, "high": 1.0, "turns": [1.0]},
+            },
+            "ratio": {"median": 3.0, "low": 3.0, "high": 3.0},
+            "aim": 2.0,
+            "reached": True,
+            "equal": "",
+            "budget": "",
+        },
+        {"name": "absent", "skipped": "there is nothing here"},
+    ]
     told = capsys.readouterr().out
-    assert "3.00" in told and "absent was left out: there is nothing here" in told
+    assert "fast: reached: ours / theirs is 3.000 (3.000 - 3.000) over 1 turn; the aim is 2" in told
+    assert "absent was left out: there is nothing here" in told
+
+
+def test_the_report_says_when_and_on_what(benches, tmp_path):
+    path = tmp_path / "out.json"
+    before = datetime.now(UTC).replace(microsecond=0)
+    command.main(["train", "--output", str(path)])
+    report = json.loads(path.read_text())
+    assert before <= datetime.fromisoformat(report["date"]) <= datetime.now(UTC)
+    assert report["machine"]["cores"] == os.cpu_count()
+    assert report["machine"]["processor"] == command.processor()
+    assert report["machine"]["threads"] == torch.get_num_threads()
+    assert report["machine"]["packages"]["torch"] == torch.__version__
+
+
+def test_the_processor_is_named(tmp_path):
+    (tmp_path / "cpuinfo").write_text("processor : 0\nmodel name\t: Some CPU: 9 GHz\nmodel name\t: Other\n")
+    assert command.processor(tmp_path / "cpuinfo") == "Some CPU: 9 GHz"
+    assert command.processor(tmp_path / "absent") == (platform.processor() or platform.machine())
+
+
+@pytest.mark.parametrize(
+    ("aim", "skipped", "options", "status"),
+    [(2.0, "", [], 0), (4.0, "", [], 0), (2.0, "", ["--check"], 0), (4.0, "", ["--check"], 1),
+     (None, "", ["--check"], 0), (4.0, "no such device", ["--check"], 0)],
+)  # fmt: skip
+def test_an_aim_that_is_missed_is_the_exit_status_with_check(monkeypatch, tmp_path, aim, skipped, options, status):
+    slow = Result("slow", "images/s", {} if skipped else {"a": [3.0], "b": [1.0]}, aim, skipped=skipped)
+    other = Result("fast", "images/s", {"a": [3.0], "b": [1.0]}, 1.0)
+    monkeypatch.setitem(command.KINDS, "train", {"slow": made(slow), "fast": made(other)})
+    assert command.main(["train", "--output", str(tmp_path / "out.json"), *options]) == status
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--turns", "0"], "--turns 0 must be 1 or more"),
+        (["--workers", "0"], "--workers 0 must be 1 or more"),
+        (["--threads", "-1"], "--threads -1 must be 1 or more"),
+        (["--steps", "0"], "--steps 0 must be 1 or more"),
+        (["--batch-size", "0"], "--batch-size 0 must be 1 or more"),
+        (["--only", "pipeline", "--steps", "30"], "give 31 or more"),
+        (["--only", "input", "--steps", "16"], "give a multiple of 16, such as 48"),
+        (["--batch-size", "12"], "must be a multiple of 8 rows"),
+        (["--workers", "4", "--batch-size", "16"], "times 4 workers"),
+        (["--shards", "absent"], "'absent' does not exist"),
+        (["--model", "absent"], "model folder 'absent' does not exist"),
+        (["--preset", "smal"], "did you mean 'small'"),
+        (["--only", ","], "names no bench"),
+        (["--output", "absent/out.json"], "there is no folder 'absent'"),
+        (["--output", "."], "is a folder"),
+    ],
+)
+def test_options_that_cannot_work_are_told_before_the_first_bench(never, tmp_path, monkeypatch, capsys, options, why):
+    monkeypatch.chdir(tmp_path)
+    assert command.main(["train", *options]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("bench: ") and told.count("\n") == 1 and why in told
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_only_some(benches, tmp_path):

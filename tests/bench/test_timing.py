@@ -31,7 +31,13 @@ def test_the_ratio_is_taken_within_each_turn():
 
 @pytest.mark.parametrize(("aim", "reached"), [(None, None), (2.01, False), (1.0, True)])
 def test_an_aim_is_reached_or_not(aim, reached):
-    assert Result("x", "s", {"a": [2.0], "b": [1.0]}, aim=aim).to_json()["reached"] is reached
+    result = Result("x", "s", {"a": [2.0, 1.0, 3.0], "b": [1.0] * 3}, aim=aim)
+    assert result.to_json()["reached"] is result.reached is reached
+    word = {None: "there is no aim", False: "missed", True: "reached"}[reached]
+    assert word in result.verdict()
+    assert "a / b is 2.000 (1.000 - 3.000) over 3 turns" in result.verdict()
+    if aim:
+        assert result.verdict().endswith(f"the aim is {aim:g}")
 
 
 def test_the_table_has_every_side_and_leaves_out_what_was_skipped():

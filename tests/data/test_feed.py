@@ -7,6 +7,7 @@ import pytest
 import torch
 from tiny_models import SIDE, tiny_model, tiny_tokenizer
 
+from lumen_ray.bench.workload import same
 from lumen_ray.data import scenes
 from lumen_ray.data.feed import BatchReader, local_batches, plan_items, read_texts, skeletons_of, to_bytes
 from lumen_ray.data.mixture import Plan
@@ -34,35 +35,21 @@ def reader(folder):
     return BatchReader(str(folder), recipe(), tiny_tokenizer(), SIDE, skeletons_of(read_manifest(folder)))
 
 
-def same(one, two):
-    """Bit-equal, through lists, dictionaries and data classes."""
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, two)
-    elif isinstance(one, dict):
-        assert one.keys() == two.keys()
-        for key in one.keys() - {"read_s"}:
-            same(one[key], two[key])
-    elif hasattr(one, "__dataclass_fields__"):
-        same(vars(one), vars(two))
-    else:
-        assert one == two
-
-
 def test_a_step_gives_the_same_batch_each_time(shards):
     plan = Plan(read_manifest(shards), recipe())
     items = plan_items(plan, 0, 1)
     batches = [reader(shards)(item) for item in items]
     for item, batch in zip(items, batches, strict=True):
-        same(batch, reader(shards)(item))
+        assert same(batch, reader(shards)(item))
     assert [b["step"] for b in local_batches(reader(shards), plan, 3)] == [3, 4]
-    same(next(local_batches(reader(shards), plan, 3)), batches[3])
+    assert same(next(local_batches(reader(shards), plan, 3)), batches[3])
     assert not torch.equal(batches[0]["images"], batches[1]["images"])
 
 
 def test_a_batch_comes_out_of_its_bytes_as_it_went_in(shards):
     batch = reader(shards)(plan_items(Plan(read_manifest(shards), recipe()), 0, 1)[0])
     found = pickle.loads(to_bytes(batch))
-    same(found, batch)
+    assert same(found, batch)
     assert found["images"].dtype == torch.uint8
     assert found["has_image"].dtype == torch.bool
     found["images"].zero_()  # may be written to, without a word to the batch it came from

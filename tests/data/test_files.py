@@ -1,5 +1,6 @@
 """The path layer: the same answers for local folders and for a store, and what it says when something is wrong."""
 
+import errno
 import os
 import pickle
 import uuid
@@ -50,7 +51,7 @@ def test_what_is_written_is_there(root):
 
 
 def test_listing_is_sorted_and_relative(root):
-    put(root, "b.JPG", "a.jpg", "x/c.jpg", "x/y/d.png", ".staging/e.txt")
+    put(root, "b.JPG", "a.jpg", "x/c.jpg", "x/y/d.png", ".staging-1/e.txt")
     assert files.list_files(root) == ["a.jpg", "b.JPG"]
     assert files.list_files(root, [".jpg"], recursive=True) == ["a.jpg", "b.JPG", "x/c.jpg"]
     assert files.list_files(files.join(root, "x"), recursive=True) == ["c.jpg", "y/d.png"]
@@ -120,6 +121,60 @@ def test_where_nothing_can_be_written_is_one_sentence(tmp_path, name):
     with pytest.raises(UserError, match="cannot be written: ") as error:
         files.write_bytes(tmp_path / name / "y.json", b"{}")
     assert error.value.reason == "invalid_output" and "\n" not in str(error.value)
+
+
+def test_an_output_that_must_be_local_is_no_url(tmp_path):
+    assert files.local_folder(tmp_path) == files.local_folder(f"file://{tmp_path}") == tmp_path
+    assert files.local_folder("~/x").is_absolute()
+    with pytest.raises(UserError, match="output folder 's3://bucket/x' is a URL; give a folder on") as error:
+        files.local_folder("s3://key@bucket/x?region=r")
+    assert error.value.reason == "invalid_output"
+
+
+def failing(code):
+    def fail(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("code", "words", "reason"),
+    [
+        (errno.ENOSPC, "the disk is full; free some space", "disk_full"),
+        (errno.EDQUOT, "the disk quota is used up; free some space", "disk_full"),
+        (errno.EROFS, "Read-only file system; give another output folder", "invalid_output"),
+    ],
+)
+def test_a_write_that_fails_is_not_told_as_a_read(tmp_path, monkeypatch, code, words, reason):
+    (tmp_path / "a").write_bytes(b"x")
+
+    class Failing:
+        move = delete_file = delete_dir = staticmethod(failing(code))
+
+        def __getattr__(self, name):
+            return getattr(fs.LocalFileSystem(), name)
+
+    monkeypatch.setattr(files, "filesystem", lambda location: (Failing(), str(location)))
+    monkeypatch.setattr(files.os, "replace", failing(code))
+    for verb, call in (
+        ("written", lambda: files.put(tmp_path / "a", tmp_path / "b")),
+        ("written", lambda: files.write_bytes(tmp_path / "b", b"x")),
+        ("moved", lambda: files.move(tmp_path / "a", tmp_path / "b")),
+        ("removed", lambda: files.remove(tmp_path / "a")),
+        ("removed", lambda: files.remove_folder(tmp_path)),
+    ):
+        with pytest.raises(UserError, match=f"cannot be {verb}: {words}") as error:
+            call()
+        assert error.value.reason == reason
+    assert [path.name for path in tmp_path.iterdir()] == ["a"], "no half-written file stays"
+
+
+def test_a_folder_that_is_not_there_cannot_be_written_to(tmp_path):
+    (tmp_path / "a").write_bytes(b"x")
+    with pytest.raises(UserError, match="cannot be written: No such file or directory") as error:
+        files.put(tmp_path / "a", tmp_path / "no" / "b")
+    assert error.value.reason == "invalid_output"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

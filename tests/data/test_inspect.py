@@ -167,6 +167,20 @@ def test_mistakes_are_one_sentence(arguments, words, folder, tmp_path, capsys, m
     assert not (tmp_path / "inspect").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [("pack_tokens: 10", "pack_tokens 10 leaves no room"), ("buckets: [[64, 72]]", "bucket [64, 72] does not fit")],
+)
+def test_a_recipe_that_its_model_cannot_take_is_told(folder, tmp_path, capsys, setting, words):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"name: r\n{setting}\nstages: [{{name: a, steps: 1}}]\n")
+    output = tmp_path / "o"
+    assert cli.main(["data", "inspect", str(folder), "--recipe", str(recipe), "--output", str(output)]) == 2
+    error = capsys.readouterr().err.strip()
+    assert words in error and "\n" not in error
+    assert not output.exists()
+
+
 def test_another_schema_version_is_told(folder, tmp_path, capsys):
     (tmp_path / "manifest.json").write_text(json.dumps(shards.read_manifest(folder) | {"schema_version": 9}))
     assert cli.main(["data", "inspect", str(tmp_path)]) == 2

@@ -35,6 +35,11 @@ def test_rows_hold_every_sample_once_and_are_about_equally_full(lengths, most):
     assert len(rows) <= max(1, 2 * -(-sum(lengths) // most))
 
 
+def test_a_length_that_fits_no_row_is_refused():
+    with pytest.raises(ValueError, match="a sample of 101 tokens fits no row of 100"):
+        deal([3, 101, 7], 100)
+
+
 # -- samples that are too long ----------------------------------------------------------------------------------------
 
 

@@ -3,18 +3,22 @@
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
+from lumen_ray import cli
 from lumen_ray.data import files, scenes, shards
+from lumen_ray.data.inspect import sections
 from lumen_ray.data.prepare import prepare_source
 from lumen_ray.data.scenes import encode_jpeg
 from lumen_ray.data.schema import make_row
 from lumen_ray.data.sources.base import Listing, Outcome, Source, reject
 from lumen_ray.data.sources.coco import CocoSource
 from lumen_ray.data.sources.scenes import ScenesSource
+from lumen_ray.data.statistics import gather
 from lumen_ray.errors import UserError
 
 
@@ -69,7 +73,7 @@ def test_scenes_are_written_in_order_with_their_skeletons(tmp_path):
     assert [c["name"] for c in manifest["categories"]] == list(scenes.CLASSES)
     assert shards.verify(tmp_path / "out") == []
     assert list(shards.read_rejected(tmp_path / "out")) == []
-    assert not (tmp_path / "out" / ".staging").exists()
+    assert not list((tmp_path / "out").glob(".staging*"))
 
 
 def test_coco_counts_add_up_and_every_reject_has_its_reason(tmp_path, small_coco):
@@ -92,6 +96,28 @@ def test_coco_counts_add_up_and_every_reject_has_its_reason(tmp_path, small_coco
     assert sorted(row["image_id"] for row in rows) == [f"{number}.jpg" for number in range(9) if number != 4]
     for row in rows:
         assert row["image"] == (images / row["image_id"]).read_bytes()
+
+
+def test_what_is_cut_off_at_the_image_is_counted_and_told(tmp_path, small_coco, capsys):
+    path, images = small_coco
+    data = json.loads(path.read_text())
+    data["categories"] = [{"id": 1, "name": "cell", "keypoints": ["a", "b"], "skeleton": []}]
+    data["annotations"] = [
+        {"id": 1, "image_id": 0, "category_id": 1, "bbox": [40, 2, 10, 10], "keypoints": [50, 5, 2, 1, 1, 1]},
+        {"id": 2, "image_id": 1, "category_id": 1, "bbox": [-1, 2, 10, 10], "keypoints": [50, 5, 2, 1, -1, 1]},
+        {"id": 3, "image_id": 2, "category_id": 1, "bbox": [0, 0, 48, 32], "keypoints": [48, 32, 2, 99, 99, 0]},
+        {"id": 4, "image_id": 3, "category_id": 1, "bbox": [50, 2, 10, 10], "keypoints": [50, 5, 2, 50, 5, 2]},
+        {"id": 5, "image_id": 4, "category_id": 1, "bbox": [40, 2, 10, 10]},
+    ]
+    path.write_text(json.dumps(data))
+    summary = prepare_coco(tmp_path / "out", [path], images, rows_per_file=4, workers=0)
+    wanted = {"boxes clipped": 2, "keypoints outside the image": 3}  # nothing of those rejected whole
+    assert summary["changed"] == shards.read_manifest(tmp_path / "out")["changed"] == wanted
+    assert summary["counts"]["annotations"] == {"in": 5, "written": 3, "rejected": 2}
+    assert "; 2 boxes clipped; 3 keypoints outside the image)" in cli.prepared_line(summary)
+    statistics = gather(tmp_path / "out")
+    (section,) = [s for s in sections(statistics) if s.title == "records changed"]
+    assert section.rows == list(wanted.items()) and statistics.to_dict()["changed"] == wanted
 
 
 def test_the_seed_decides_the_order(tmp_path, small_coco):
@@ -158,7 +184,46 @@ def test_a_job_that_fails_leaves_what_was_there(tmp_path, small_coco):
     assert error.value.reason == "empty_input"
     assert checksums(out) == before
     assert shards.verify(out) == []
-    assert not (out / ".staging").exists()
+    assert not list(out.glob(".staging*"))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("base", ["", "memory://test-two-jobs/"])
+def test_two_jobs_for_one_output_leave_the_whole_shards_of_one(tmp_path, base, overwrite):
+    """The second starts and ends while the first is at work."""
+    out = f"{base}{tmp_path}/out"
+    seconds = []
+
+    def second(done, total):
+        if not seconds:
+            prepare_scenes(out, 6, seed=1, side=64, rows_per_file=2, workers=0, overwrite=overwrite)
+            seconds.append(set(checksums(out).values()))
+
+    def first():
+        prepare_scenes(out, 9, side=64, rows_per_file=3, workers=0, overwrite=overwrite, progress=second)
+
+    if overwrite:
+        first()
+        assert shards.read_manifest(out)["rows"] == 9
+    else:
+        with pytest.raises(UserError, match="already holds shards"):
+            first()
+        assert set(checksums(out).values()) == seconds[0]
+    assert shards.verify(out) == []
+    assert set(files.list_files(out, recursive=True)) == {*checksums(out), "manifest.json", "rejected.parquet"}
+
+
+def test_the_staging_folder_of_a_dead_job_goes_after_a_day(tmp_path):
+    for name, hours in ((".staging-dead", 25), (".staging-alive", 23)):
+        place = tmp_path / name / "part-00000.parquet"
+        place.parent.mkdir()
+        place.write_bytes(b"x")
+        for path in (place, place.parent):
+            os.utime(path, (time.time() - hours * 3600,) * 2)
+    os.utime(tmp_path / ".staging-alive", (0, 0))  # the newest file in it counts
+    prepare_scenes(tmp_path, 2, side=64, workers=0)
+    assert [path.name for path in tmp_path.glob(".staging*")] == [".staging-alive"]
+    assert shards.verify(tmp_path) == []
 
 
 def test_other_files_in_the_output_stay(tmp_path):
@@ -257,7 +322,7 @@ def test_records_of_many_rows_are_counted_in_the_tasks_shuffled_and_split_into_f
 
 
 def test_a_source_that_loses_records_is_found_out(tmp_path):
-    with pytest.raises(AssertionError, match="words do not add up"):
+    with pytest.raises(RuntimeError, match="words do not add up: 8 came in, 4 were written and 0 rejected"):
         prepare_source(tmp_path / "out", ManyRows(2, 2, fault="lost"), workers=0)
     assert not (tmp_path / "out" / "manifest.json").exists()
 
@@ -343,4 +408,4 @@ def test_a_users_error_in_a_task_stays_one_sentence(local_ray, tmp_path):
     with pytest.raises(UserError, match="the store cannot be reached") as error:
         prepare_source(tmp_path / "out", ManyRows(2, 2, fault="store"), workers=2)
     assert (str(error.value), error.value.reason) == ("the store cannot be reached", "store_unreachable")
-    assert not (tmp_path / "out" / ".staging").exists()
+    assert not list((tmp_path / "out").glob(".staging*"))

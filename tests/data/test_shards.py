@@ -1,5 +1,6 @@
 """Shard files and manifests."""
 
+import gc
 import json
 
 import pytest
@@ -74,6 +75,31 @@ def test_nothing_but_finished_files_is_left(folder, tmp_path):
     assert len(list(folder.iterdir())) == 3
 
 
+@pytest.mark.parametrize("rows_per_group", [1, 8])
+def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, capfd, rows, rows_per_group):
+    """While rows are written or when the file is closed; /dev/full is a disk without room."""
+    original = shards._aside
+
+    def full(folder):
+        aside = original(folder)
+        (aside / "part.parquet").symlink_to("/dev/full")
+        return aside
+
+    monkeypatch.setattr(shards, "_aside", full)
+    words = "part.parquet' cannot be written: the disk is full; free some space"
+    with (
+        pytest.raises(UserError, match=words) as error,
+        shards.ShardWriter(tmp_path, "part.parquet", rows_per_group) as writer,
+    ):
+        for row in rows[:3]:
+            writer.write(row)
+    assert error.value.reason == "disk_full" and "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+    del writer, error
+    gc.collect()
+    assert capfd.readouterr().err == "", "nothing is tried again when the writer is collected"
+
+
 def test_a_writer_without_rows_leaves_no_file(tmp_path):
     with shards.ShardWriter(tmp_path / "new", "part.parquet") as writer:
         pass
@@ -82,7 +108,7 @@ def test_a_writer_without_rows_leaves_no_file(tmp_path):
 
 
 def test_counts_that_do_not_add_up_are_a_bug():
-    with pytest.raises(AssertionError, match="do not add up"):
+    with pytest.raises(RuntimeError, match="images do not add up: 3 came in, 1 were written and 1 rejected"):
         shards.build_manifest([], counts={"images": {"in": 3, "written": 1, "rejected": 1}})
 
 

@@ -19,6 +19,7 @@ from lumen_ray.data.transforms import (
     map_boxes,
     mirror_order,
     transform,
+    warp,
 )
 from lumen_ray.decoders.base import Frame
 from lumen_ray.errors import UserError
@@ -90,6 +91,25 @@ def test_everything_stays_on_the_rectangle(scene):
     np.testing.assert_allclose(points[:, :2], wanted_xy, atol=1e-3)
     inside = ((wanted_xy >= 0) & (wanted_xy <= INPUT)).all(1)
     np.testing.assert_array_equal(points[:, 2], np.where(inside, wanted[:, 2], 0))
+
+
+@pytest.mark.parametrize(("side", "side_out"), [(507, 512), (509, 512), (127, 128), (128, 128), (511, 256)])
+def test_an_image_of_nearly_the_inputs_size_is_scaled_with_its_boxes(side, side_out):
+    """An enlargement by less than a hundredth moves the far side by pixels."""
+    for box in ((10, 20, side, side), (10, 20, side - 30, side - 10)):
+        row, image = rectangle_row((side, side), box)
+        sample = transform(row, image, side_out, AugmentSettings(), np.random.default_rng(0))
+        found = extent(sample.image[..., 0] > (255 + BACK) / 2)
+        assert np.abs(found - sample.boxes[0]).max() <= 0.6, "half a pixel, where an edge falls within one"
+        np.testing.assert_allclose(sample.boxes[0], np.array(box) * side_out / side, rtol=1e-6)
+
+
+def test_a_whole_shift_keeps_every_pixel():
+    image = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    moved = warp(image, np.array([[1, 0, -7.0], [0, 1, 5]]), (50, 70))
+    np.testing.assert_array_equal(moved[5:45, :53], image[:, 7:])
+    assert (moved[:5] == 114).all() and (moved[:, 53:] == 114).all()
+    np.testing.assert_array_equal(fit(image, (40, 60))[0], image)
 
 
 def test_a_mirrored_left_eye_is_a_right_eye():

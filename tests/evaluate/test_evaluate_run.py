@@ -100,6 +100,8 @@ def test_user_mistakes_are_one_sentence(split, rows, tmp_path):
     engine = FakeEngine(rows)
     with pytest.raises(UserError, match="did you mean 'detect'"):
         evaluate(engine, split, tmp_path, tasks=["detct"])
+    with pytest.raises(UserError, match="output folder 's3://bucket/x' is a URL"):
+        evaluate(engine, split, "s3://bucket/x")
     with pytest.raises(UserError, match="lumen-ray prepare"):
         evaluate(engine, tmp_path / "nowhere", tmp_path)
     only_text = write_split(tmp_path / "text", [{**rows[0], "tasks": ["vqa"]}])

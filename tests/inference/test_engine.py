@@ -291,5 +291,5 @@ def test_stages_load_apart_and_together(tmp_path, engine):
     same_answers(assemble(out.plans, found)[0], whole.run(PICTURES[:1], requests)[0])
     with pytest.raises(UserError, match="no decoder 'lumin'; decoders: lumen"):
         DecoderStage.load(tmp_path, "lumin")
-    with pytest.raises(UserError, match="not a model folder"):
+    with pytest.raises(UserError, match="does not exist"):
         Engine.load(tmp_path / "nothing")

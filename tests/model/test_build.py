@@ -1,6 +1,8 @@
 """The model folder: what is written is read back; what is wrong with a folder is said in one sentence."""
 
+import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -132,11 +134,13 @@ def test_a_typo_in_the_config_is_told(folder):
 def test_an_interrupted_save_leaves_the_weights_of_before(folder, monkeypatch):
     before = (folder / "model.safetensors").read_bytes()
 
-    def dies(state, path):
-        path.write_bytes(b"half")
-        raise OSError("disk full")
+    def full(path, data):
+        with open(path, "wb") as file:
+            file.write(data[: len(data) // 2])
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("lumen_ray.model.build.save_file", dies)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left"):
         write(folder, tiny_model(4))
+    monkeypatch.undo()
     assert (folder / "model.safetensors").read_bytes() == before and load_model(folder)

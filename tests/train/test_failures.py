@@ -1,6 +1,7 @@
 """A run that cannot go on says where, on what, and what to change; its last checkpoint stays as it was."""
 
 import errno
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ from lumen_ray.data.feed import local_batches
 from lumen_ray.data.mixture import Plan
 from lumen_ray.errors import UserError
 from lumen_ray.train import checkpoint, parallel
-from lumen_ray.train.failures import DivergedError, explained, find_module, full_disk, where
+from lumen_ray.train.failures import DivergedError, explained, find_module, module_of, told, where
 from lumen_ray.train.loop import Trainer
-from lumen_ray.train.run_folder import told
+from lumen_ray.train.trainer import train_local
 
 CPU = torch.device("cpu")
 
@@ -47,7 +48,7 @@ def raised(error, trainer, batches):
     with pytest.raises(error) as found:
         trainer.fit(batches)
     message = str(found.value)
-    assert "\n" not in message and "checkpoint is intact" in message and "(stage s0)" in message
+    assert "\n" not in message and "the last checkpoint, '0000002-s0', is intact" in message and "(stage s0)" in message
     newest = checkpoint.latest(trainer.run)
     assert checkpoint.position(newest)["step"] == 2
     checkpoint.load_weights(newest, tiny_of(trainer))
@@ -96,8 +97,49 @@ def test_out_of_memory(data, tmp_path, error):
     trainer, batches = started(data, tmp_path / "run")
     at_step(2, trainer, trainer.model.trunk.dense, fail)
     message = raised(UserError, trainer, batches)
-    assert message.startswith("step 2 (stage s0), images scene-") and "rank 0 ran out of memory" in message
+    assert message.startswith("step 2 (stage s0), images scene-")
+    assert "rank 0 ran out of memory in trunk.dense;" in message
     assert "'accumulate'" in message and "'activation_checkpointing'" in message and "'batch_size'" in message
+
+
+def test_out_of_memory_before_the_first_checkpoint(data, tmp_path):
+    trainer, batches = started(data, tmp_path / "run")
+    trainer.model.trunk.dense.register_forward_hook(no_memory)
+    with pytest.raises(UserError, match="in trunk.dense; .*; there is no checkpoint yet$"):
+        trainer.fit(batches)
+
+
+def no_memory(*args):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+class Greedy(torch.autograd.Function):
+    """Passes values on, and has no memory for its gradient."""
+
+    forward = Doomed.forward
+    backward = staticmethod(no_memory)
+
+
+def test_the_module_that_had_no_memory_is_named():
+    inner = torch.nn.Linear(2, 2)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Sequential(inner))
+    optimizer = torch.optim.SGD(model.parameters())
+
+    def place(run):
+        with pytest.raises(torch.OutOfMemoryError) as found:
+            run()
+        return module_of(found.value, model)
+
+    assert place(lambda: Greedy.apply(model(torch.ones(2))).sum().backward()) == " in the backward pass"
+    handle = inner.register_forward_hook(no_memory)
+    assert place(lambda: model(torch.ones(2))) == " in 1.0"
+    handle.remove()
+    again = torch.utils.checkpoint.checkpoint(model, torch.ones(2), use_reentrant=False)
+    inner.register_forward_pre_hook(no_memory)
+    assert place(lambda: again.sum().backward()) == " in 1.0"  # its activations are computed again
+    optimizer.register_step_pre_hook(no_memory)
+    assert place(optimizer.step) == " in the optimizer"
+    assert place(no_memory) == ""
 
 
 def no_space(*args, **kwargs):
@@ -112,6 +154,14 @@ def test_a_full_disk_during_a_log(data, tmp_path, monkeypatch):
     assert message.startswith("step 2") and "disk of the run folder is full at '/disk/file'; free space" in message
 
 
+def test_a_full_disk_during_the_export(data, tmp_path, monkeypatch):
+    trainer, batches = started(data, tmp_path / "run")
+    monkeypatch.setattr(Path, "write_bytes", no_space)
+    with pytest.raises(UserError, match="^writing the model: the disk of the run folder is full") as error:
+        trainer.fit(batches)
+    assert error.value.reason == "disk_full" and "'0000003-s0', is intact" in str(error.value)
+
+
 def test_a_full_disk_during_a_save(data, tmp_path, monkeypatch):
     trainer, batches = started(data, tmp_path / "run")
     at_step(2, trainer, trainer.model, lambda out: monkeypatch.setattr(torch, "save", no_space))
@@ -119,27 +169,72 @@ def test_a_full_disk_during_a_save(data, tmp_path, monkeypatch):
     assert message.startswith("saving the checkpoint of step 3 (stage s0): the disk")
 
 
-def test_a_device_that_is_full_behind_other_errors():
-    error = RuntimeError("writing failed")
-    error.__context__ = OSError(errno.EDQUOT, "quota")
-    assert full_disk(error).errno == errno.EDQUOT
-    assert full_disk(RuntimeError()) is None and full_disk(OSError(errno.EACCES, "no")) is None
-
-
 @pytest.mark.parametrize("error", [RuntimeError("shape mismatch"), OSError(errno.EACCES, "no"), ValueError("x")])
-def test_other_errors_stay_what_they_are(error):
-    with pytest.raises(type(error), match=str(error).replace("[", "\\[")), explained("step 0", CPU):
+def test_other_errors_stay_what_they_are(error, tmp_path):
+    with pytest.raises(type(error)) as found, explained("step 0", tmp_path, torch.nn.Identity(), CPU):
         raise error
+    assert found.value is error
 
 
-def test_a_worker_that_ray_ended_for_its_memory_is_told():
+class Wrapped(Exception):
+    """As Ray wraps what went wrong in a worker."""
+
+    def __init__(self, worker_failures):
+        super().__init__("a worker failed")
+        self.worker_failures = worker_failures
+
+
+@pytest.mark.parametrize("error", [UserError("mend this", "broken_shards"), DivergedError("loss lm is not finite")])
+def test_what_the_user_must_mend_is_found_in_its_wrappers(error, tmp_path):
+    middle = RuntimeError("wrapped by a task")
+    middle.__cause__ = error
+    found = told(Wrapped({0: RuntimeError("connection closed by peer"), 1: middle}), tmp_path)
+    assert isinstance(found, UserError) and str(found) == str(error)
+    assert found.reason == getattr(error, "reason", "training_diverged")
+
+
+def test_an_error_of_a_reading_task_is_told_without_its_traceback(tmp_path):
+    from ray.exceptions import RayTaskError
+
+    wrapped = RayTaskError("read", "Traceback:\n", UserError("mend this", "broken_shards")).as_instanceof_cause()
+    found = told(wrapped, tmp_path)
+    assert (str(found), found.reason) == ("mend this", "broken_shards")
+
+
+def test_a_full_disk_is_said_in_one_sentence_and_other_errors_stay(tmp_path):
+    full = RuntimeError("writing failed")
+    full.__context__ = OSError(errno.EDQUOT, "quota", "/run/x")
+    found = told(Wrapped({0: full}), tmp_path)
+    assert isinstance(found, UserError) and found.reason == "disk_full"
+    assert str(found).startswith("the disk of the run folder is full at '/run/x'; free space")
+    assert str(found).endswith("; there is no checkpoint yet")
+    other = OSError(errno.EIO, "input/output error")
+    assert told(other, tmp_path) is other
+
+
+def ended_by_ray():
+    """As Ray Train tells of a worker that the memory monitor ended."""
     from ray.exceptions import OutOfMemoryError
+    from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-    error = RuntimeError("worker group failed")
-    error.worker_failures = {0: OutOfMemoryError("node running low on memory")}
-    cause = told(error)
-    assert isinstance(cause, UserError) and cause.reason == "out_of_memory"
-    assert "Ray ended it; raise 'accumulate'" in str(cause) and "\n" not in str(cause)
+    return Wrapped({0: WorkerHealthCheckFailedError("polling failed", OutOfMemoryError("node running low on memory"))})
+
+
+def test_a_worker_that_ray_ended_for_its_memory_is_told(data, tmp_path):
+    cause = told(ended_by_ray(), tmp_path)
+    assert isinstance(cause, UserError) and cause.reason == "out_of_memory" and "\n" not in str(cause)
+    assert "before the first step was done, and Ray ended the worker; raise 'accumulate'" in str(cause)
+    assert str(cause).endswith("; there is no checkpoint yet")
+    train_local(job_of(data, tmp_path, {"steps": 3}, checkpoint_every=2))
+    (tmp_path / "metrics.jsonl").open("a").write('{"step": 3, "lo')  # cut short by the kill
+    cause = told(ended_by_ray(), tmp_path)
+    assert "ran out of memory after step 2, and Ray" in str(cause)
+    assert str(cause).endswith("; the last checkpoint, '0000003-s0', is intact")
+
+
+def test_memory_that_torch_lacks_is_not_a_kill_of_ray(tmp_path):
+    found = told(torch.OutOfMemoryError("CUDA out of memory"), tmp_path)
+    assert found.reason == "out_of_memory" and str(found).startswith("rank 0 ran out of memory; raise")
 
 
 def test_many_samples_are_cut_short():

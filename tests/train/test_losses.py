@@ -125,6 +125,7 @@ def _rank_with_its_own_task():
     assert {"lm/caption", "lm/vqa"} == set(sums.tasks)
     alone = int((batch["layout"].branch_ids >= 0).sum()) + 2 * 16
     assert sums.tokens > alone
+    assert sums.images == 4
 
 
 def test_tasks_and_tokens_are_those_of_all_ranks():

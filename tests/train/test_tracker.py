@@ -1,11 +1,14 @@
 """MLflow hears of a run, also of one that is resumed, and is not needed for one."""
 
 import builtins
+from collections import namedtuple
+from types import SimpleNamespace
 
 import pytest
 from train_fakes import cut_after, job_of, log_of
 
 from lumen_ray.errors import UserError
+from lumen_ray.train import checkpoint, tracker
 from lumen_ray.train.trainer import train_local
 
 STAGE = {"steps": 4, "groups": [{"tasks": ["caption"]}]}
@@ -42,6 +45,34 @@ def test_metrics_go_to_one_run_over_restarts(data, tmp_path, monkeypatch):
     history = client.get_metric_history(found[0].info.run_id, "loss/total")
     assert {m.step: m.value for m in history} == {line["step"]: line["loss"] for line in log_of(run)}
     assert {"loss/lm", "lr", "samples_per_s"} <= found[0].data.metrics.keys()
+
+
+class FakeMlflow:
+    """The client's package; it keeps the steps that it is sent metrics of."""
+
+    exceptions = SimpleNamespace(MlflowException=ConnectionError)
+    entities = SimpleNamespace(Metric=namedtuple("Metric", "key value timestamp step"))
+
+    def __init__(self):
+        self.sent = set()
+
+    def MlflowClient(self, uri):
+        run = SimpleNamespace(info=SimpleNamespace(run_id="run"))
+        return SimpleNamespace(
+            get_experiment_by_name=lambda name: SimpleNamespace(experiment_id="1"),
+            create_run=lambda *args, **kwargs: run,
+            log_param=lambda *args: None,
+            log_batch=lambda run_id, metrics: self.sent.update(metric.step for metric in metrics),
+            set_terminated=lambda *args: None,
+        )
+
+
+def test_what_a_checkpoint_has_the_server_has_too(data, tmp_path, monkeypatch):
+    mlflow, at_checkpoints, save = FakeMlflow(), [], checkpoint.save
+    monkeypatch.setattr(tracker, "_mlflow", lambda: mlflow)
+    monkeypatch.setattr(checkpoint, "save", lambda *args: (at_checkpoints.append(set(mlflow.sent)), save(*args)))
+    train_local(job_of(data, tmp_path / "run", STAGE, mlflow={"every": 100}, checkpoint_every=2))
+    assert at_checkpoints == [{0, 1}, {0, 1, 2, 3}]
 
 
 def test_a_server_that_cannot_be_used_is_told(data, tmp_path):

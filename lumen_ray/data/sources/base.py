@@ -61,12 +61,14 @@ def reject(kind: str, image_id: str, origin: str, reason: str | UserError) -> Re
 @dataclass
 class Outcome:
     """What became of one row: `row` (of `schema.make_row`) or None; how many records of each kind it carries
-    (`written`, without the row itself); what was rejected; what came in and the listing has not counted."""
+    (`written`, without the row itself); what was rejected; what came in and the listing has not counted; what was
+    cut off of records written since it lay outside the image (`changed`, e.g. {"boxes clipped": 2}; COCO counts it)."""
 
     row: dict[str, Any] | None = None
     written: dict[str, int] = field(default_factory=dict)
     rejected: list[Rejected] = field(default_factory=list)
     came_in: dict[str, int] = field(default_factory=dict)
+    changed: dict[str, int] = field(default_factory=dict)
 
 
 def lost_image(

@@ -12,6 +12,7 @@ count as rotated, as does a json without sizes.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -35,7 +36,7 @@ from lumen_ray.data.sources.base import (
 from lumen_ray.data.sources.coco_json import CocoImage
 from lumen_ray.data.sources.parts import is_numbers, reserved_token, to_box, to_mask
 from lumen_ray.errors import UserError
-from lumen_ray.structures import Size
+from lumen_ray.structures import Boxes, Size
 from lumen_ray.tasks import get_task
 
 
@@ -88,9 +89,22 @@ def _keypoints(annotation: dict[str, Any], number: int, size: Size) -> list[floa
     height, width = size
     points = []
     for x, y, v in zip(flat[::3], flat[1::3], flat[2::3], strict=True):
-        inside = v > 0 and 0 <= x <= width and 0 <= y <= height
-        points += [float(x), float(y), float(v)] if inside else [0.0, 0.0, 0.0]
+        labelled = v > 0 and 0 <= x <= width and 0 <= y <= height
+        points += [float(x), float(y), float(v)] if labelled else [0.0, 0.0, 0.0]
     return points if any(points[2::3]) else None
+
+
+def _changes(annotation: dict[str, Any], made: dict[str, Any], size: Size) -> Counter[str]:
+    """What of an annotation lay outside the image of `size` and is therefore not in the instance `made` of it."""
+    found: Counter[str] = Counter()
+    if bbox := annotation.get("bbox"):
+        box = Boxes.from_xywh(bbox, size)
+        found["boxes clipped"] = int((box.xyxy != box.clip().xyxy).any())
+    labelled, kept = (
+        sum(v > 0 for v in (flat or ())[2::3]) for flat in (annotation.get("keypoints"), made["keypoints"])
+    )
+    found["keypoints outside the image"] = labelled - kept
+    return +found
 
 
 def _instance(annotation: dict[str, Any], keypoints: dict[str, int], frame: Frame) -> dict[str, Any]:
@@ -137,17 +151,21 @@ def to_row(
     except UserError as error:
         lost = [a["origin"] for a in record.annotations] + [origin for _, origin in record.captions]
         return lost_image(name, record.origin, error, origins=lost)
-    outcome, instances, incomplete = Outcome(), [], set()
+    outcome, instances, incomplete, changed = Outcome(), [], set(), Counter()
     for annotation in record.annotations:
         try:
-            instances.append(_instance(annotation, keypoints, frame))
+            made = _instance(annotation, keypoints, frame)
         except UserError as error:
             incomplete.add(annotation["name"])
             outcome.rejected.append(reject("annotations", name, annotation["origin"], error))
+        else:
+            instances.append(made)
+            changed += _changes(annotation, made, frame.size)
     messages = _messages(record, outcome)
     classes = [c for c in classes if c not in incomplete and not reserved_token(c)]
     tasks = perception_tasks(classes, instances) + (["caption"] if messages else [])
     outcome.row = make_row(name, image, frame.rotated_size, source, tasks=tasks, classes=classes, instances=instances,
                            messages=messages)  # fmt: skip
     outcome.written = {"annotations": len(instances) + len(messages)}
+    outcome.changed = dict(changed)
     return outcome
