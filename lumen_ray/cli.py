@@ -151,14 +151,22 @@ def _label_args(verbs: Any) -> None:
     p.add_argument("input", help="folder, glob or shard folder")
     _model_arg(p)
     p.add_argument("--output", required=True, help="folder for the labels; run again to continue after a stop")
-    p.add_argument("--tasks", type=_names, default=["detect"], help="comma separated, e.g. detect,segment,caption")
+    p.add_argument(
+        "--tasks", type=_names, default=["detect"], help="comma separated, e.g. segment,caption (default: detect)"
+    )
     p.add_argument(
         "--classes", type=_classes, help="comma separated, or a file with one a line (default: the model's own)"
     )
-    p.add_argument("--text", action="append", default=[], metavar="TASK=TEXT", help="text for vqa, refer, ground, chat")
-    p.add_argument("--score-threshold", type=float, default=0.3)
-    p.add_argument("--batch-size", type=int, default=8)
-    p.add_argument("--actors", type=int, default=1, help="model actors on Ray")
+    p.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="TASK=TEXT",
+        help="what to ask for vqa, refer, ground or chat; can be given several times",
+    )
+    p.add_argument("--score-threshold", type=float, default=0.3, help="answers below are left out (default: 0.3)")
+    p.add_argument("--batch-size", type=int, default=8, help="images per pass (default: 8)")
+    p.add_argument("--actors", type=int, default=1, help="model actors on Ray (default: 1; 0: without Ray)")
     p.set_defaults(run=_label)
 
 
