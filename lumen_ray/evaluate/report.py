@@ -36,7 +36,7 @@ _LINES: tuple[tuple[str, str, str, str | None], ...] = (
 
 
 def make_table(report: dict[str, Any]) -> Table:
-    """The report's main lines as a `rich` table; a dash where the split has no annotations."""
+    """The main lines of the tasks that were asked as a `rich` table; a dash where there was nothing to measure."""
     title = f"{report['model']['preset']} {report['model']['version']} on {report['split']}: {report['scored']} images"
     table = Table(title=title, title_justify="left")
     table.add_column("task", style="bold")
@@ -44,7 +44,7 @@ def make_table(report: dict[str, Any]) -> Table:
     table.add_column("value", justify="right")
     table.add_column("by chance", justify="right", style="dim")
     before = None
-    for task, name, keys, chance in _LINES:
+    for task, name, keys, chance in (line for line in _LINES if line[0] in report["tasks"]):
         values = [report["metrics"].get(key) for key in keys.split()]
         if before is not None and task != before:
             table.add_section()
