@@ -15,7 +15,7 @@ from lumen_ray import __version__
 from lumen_ray.console import bar, console, say, training_note
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.presets import DEFAULT_MODEL
-from lumen_ray.ray_env import prepare_environment
+from lumen_ray.ray_env import prepare_environment, tasks_at_once
 
 EXIT_USER_ERROR = 2
 #: verbs that continue where they stopped
@@ -209,7 +209,7 @@ def _prepare(args: argparse.Namespace) -> None:
             rows_per_group=args.rows_per_group,
             rows_per_file=args.rows_per_file,
             overwrite=args.overwrite,
-            workers=_tasks_at_once() if args.workers is None else args.workers,
+            workers=tasks_at_once() if args.workers is None else args.workers,
             progress=progress.update,
         )
     say(prepared_line(summary))
@@ -344,11 +344,6 @@ def _serve(args: argparse.Namespace) -> None:
     say(f"serving {settings.model} at {server.url} (page at /, API at /docs); stop with Ctrl-C")
     server.wait()
     server.stop()
-
-
-def _tasks_at_once() -> int | None:
-    """One per core of a Ray of our own, which has more logical CPUs than cores; on a cluster as many as it has room."""
-    return None if os.environ.get("RAY_ADDRESS") else os.cpu_count() or 1
 
 
 def main(argv: list[str] | None = None) -> int:

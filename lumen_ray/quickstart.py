@@ -92,6 +92,7 @@ def _prepare(folder: Path, num: int, seed: int) -> None:
     from lumen_ray.data.prepare import prepare_source
     from lumen_ray.data.shards import read_manifest
     from lumen_ray.data.sources.scenes import ScenesSource
+    from lumen_ray.ray_env import tasks_at_once
 
     if (folder / "manifest.json").is_file():
         origin, rows = read_manifest(folder)["origin"], read_manifest(folder)["rows"]
@@ -105,7 +106,7 @@ def _prepare(folder: Path, num: int, seed: int) -> None:
             ScenesSource(num, seed),
             rows_per_group=ROWS_PER_GROUP,
             rows_per_file=256,
-            workers=os.cpu_count(),
+            workers=tasks_at_once(),
             progress=progress.update,
         )
     say("  " + prepared_line(summary))

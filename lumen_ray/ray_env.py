@@ -27,6 +27,11 @@ def prepare_environment() -> None:
         os.environ.setdefault(name, value)
 
 
+def tasks_at_once() -> int | None:
+    """One per core of a Ray of our own, which has more logical CPUs than cores; on a cluster as many as it has room."""
+    return None if os.environ.get("RAY_ADDRESS") else os.cpu_count() or 1
+
+
 def init_local(num_cpus: int = 6, object_store_mb: int = 512) -> None:
     """Connects to the cluster of `RAY_ADDRESS` or of the running job; else starts a local Ray.
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from lumen_ray.decoders.assigner import Assignment, assign, pairwise_iou
 from lumen_ray.decoders.base import Decoder, Frame, LossTerm, PerceptionTargets, PredictSettings, PromptSpec
 from lumen_ray.decoders.pose_head import PoseHead
-from lumen_ray.model.aligner import Aligner, sine_position
+from lumen_ray.model.aligner import Aligner, place_in_group, sine_position
 from lumen_ray.model.dense import DownBlock, ResidualBlock, conv_block
 from lumen_ray.model.settings import LumenSettings
 from lumen_ray.model.superlink import SuperLink
@@ -74,13 +74,6 @@ def best_of_each(groups: Tensor, values: Tensor, most: int) -> Tensor:
     order = values.argsort(descending=True, stable=True)
     order = order[groups[order].argsort(stable=True)]
     return order[place_in_group(groups[order]) < most]
-
-
-def place_in_group(groups: Tensor) -> Tensor:
-    """0, 1, 2, ... within each group of sorted int64 [N]."""
-    sizes = groups.bincount()
-    starts = sizes.cumsum(0) - sizes
-    return torch.arange(len(groups), device=groups.device) - starts[groups]
 
 
 def scattered(boxes: Tensor) -> Tensor:

@@ -17,6 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def place_in_group(groups: Tensor) -> Tensor:
+    """0, 1, 2, ... within each group of sorted int64 [N]."""
+    sizes = groups.bincount()
+    starts = sizes.cumsum(0) - sizes
+    return torch.arange(len(groups), device=groups.device) - starts[groups]
+
+
 class TwoWayLayer(nn.Module):
     def __init__(self, channels: int, num_heads: int):
         super().__init__()
@@ -73,10 +80,9 @@ class Seats:
     @classmethod
     def of(cls, row: Tensor, maps: int) -> Seats:
         order = row.argsort(stable=True)
-        counts = row.bincount(minlength=maps)
         seat = torch.empty_like(row)
-        seat[order] = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row[order]]
-        return cls(row, seat, (maps, int(counts.max())))
+        seat[order] = place_in_group(row[order])
+        return cls(row, seat, (maps, int(seat.max()) + 1))
 
     def fill(self, values: Tensor) -> Tensor:
         """[P, C] -> [B, S, C], zero where nobody sits."""

@@ -11,7 +11,8 @@ from tiny_models import scrambled
 
 from lumen_ray.decoders.assigner import assign
 from lumen_ray.decoders.base import Frame, PerceptionTargets, PredictSettings, PromptSpec
-from lumen_ray.decoders.lumen import LumenDecoder, best_of_each, giou_loss, greedy_nms, place_in_group, scattered
+from lumen_ray.decoders.lumen import LumenDecoder, best_of_each, giou_loss, greedy_nms, scattered
+from lumen_ray.model.aligner import place_in_group
 from lumen_ray.model.settings import LumenSettings
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.structures import Boxes
