@@ -207,12 +207,12 @@ def run(args: argparse.Namespace) -> list[Result]:
         "machine": machine(),
     }
     for result in results_of(benches, args):
+        say(result.verdict())
         results.append(result)
         report["results"] = [r.to_json() for r in results]
         Path(args.output).write_text(json.dumps(report, indent=1) + "\n")
     Console(width=max(console.width, TABLE_WIDTH)).print(table(results))
     for result in results:
-        say(result.verdict())
         _print_top(result)
     say(f"written to {args.output}")
     return results

@@ -114,7 +114,7 @@ class Worker:
         return out.lm_losses.float().sum() + out.dense.float().mean() + out.links["perception"].embeddings.mean()
 
     def decoders(self) -> torch.Tensor:
-        link = SuperLink(self.link.family, self.embeddings, self.link.image_index, self.link.parent)
+        link = SuperLink(self.link.decoder, self.embeddings, self.link.image_index, self.link.parent)
         total = torch.zeros((), device=self.device)
         for decoder in self.model.decoders.values():
             raw = decoder(link, self.dense)

@@ -225,7 +225,7 @@ def perception_targets(
     most = max([len(w.instances) for w in wants] + [1])
     boxes = np.zeros((len(members), most, 4), np.float32)
     valid, crowd = np.zeros((2, len(members), most), bool)
-    mask_index = np.full((len(members), most), -1)
+    mask_index, instance = np.full((2, len(members), most), -1)
     keypoints = np.zeros((len(members), most, 3), np.float32)
     masks: list[np.ndarray] = []
     stored: dict[tuple[int, int], int] = {}  # an instance asked for by several prompts keeps one mask
@@ -234,6 +234,7 @@ def perception_targets(
         sample = samples[image]
         for g, n in enumerate(want.instances):
             boxes[row, g], valid[row, g], crowd[row, g] = sample.boxes[n], True, sample.crowd[n]
+            instance[row, g] = n
             if sample.masks[n] is not None and not sample.crowd[n]:
                 if (image, n) not in stored:
                     stored[image, n] = len(masks)
@@ -244,7 +245,7 @@ def perception_targets(
     stack = np.stack(masks) if masks else np.zeros((0, *mask_shape(input_size)), np.uint8)
     counted = torch.tensor([w.keypoint < 0 for w in wants])
     arrays = (torch.from_numpy(a) for a in (boxes, valid, crowd, mask_index, stack, keypoints))
-    return PerceptionTargets(*arrays, counted)
+    return PerceptionTargets(*arrays, counted, torch.from_numpy(instance))
 
 
 @dataclass

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from lumen_ray.structures import Prediction, Size, as_size
+
+if TYPE_CHECKING:
+    from lumen_ray.model.superlink import SuperLink
 
 
 @dataclass(frozen=True)
@@ -39,12 +42,36 @@ class LossTerm(NamedTuple):
 
 
 @dataclass
+class Pixels:
+    """What an expert decoder with its own image backbone looks at.
+
+    `images` uint8 [B, 3, H, W], the model input; `extents` int64 [B, 2]: (height, width) of the part at the top left
+    that shows the image, the rest is padding.
+    """
+
+    images: Tensor
+    extents: Tensor
+
+    def to(self, device: torch.device | str) -> Pixels:
+        return Pixels(self.images.to(device), self.extents.to(device))
+
+    def valid(self) -> Tensor:
+        """bool [B, H, W], False at padding."""
+        height, width = self.images.shape[-2:]
+        y = torch.arange(height, device=self.images.device)
+        x = torch.arange(width, device=self.images.device)
+        return (y < self.extents[:, :1])[:, :, None] & (x < self.extents[:, 1:])[:, None, :]
+
+
+@dataclass
 class PerceptionTargets:
     """What P perception prompts should find, in input pixels (the frame of `Frame`).
 
     `boxes` float32 [P, G, 4] xyxy, padded; `valid`, `crowd` bool [P, G]; `mask_index` int64 [P, G] into `masks`
     uint8 [M, H/4, W/4] or -1; `keypoints` float32 [P, G, 3], for keypoint prompts: the keypoint in each instance of
     the parent prompt (v = 0 where unlabelled). `counted` bool [P]: False for prompts without detection targets.
+    `instance` int64 [P, G]: which instance of its image an entry is, -1 at padding; prompts may name the same one.
+    Where it is not given, no two do.
     """
 
     boxes: Tensor
@@ -54,6 +81,12 @@ class PerceptionTargets:
     masks: Tensor
     keypoints: Tensor
     counted: Tensor
+    instance: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.instance is None:
+            numbers = torch.arange(self.valid.numel(), device=self.valid.device).view(self.valid.shape)
+            self.instance = numbers.masked_fill(~self.valid, -1)
 
     def to(self, device: torch.device | str) -> PerceptionTargets:
         return PerceptionTargets(**{name: value.to(device) for name, value in self.__dict__.items()})
@@ -75,10 +108,20 @@ class PromptSpec:
 
 
 class Decoder(nn.Module):
-    """`forward(link, dense) -> raw`, `loss(raw, targets) -> {name: LossTerm}`, `predict(raw, ...) -> [Prediction]`."""
+    """`forward(link, view) -> raw`, `loss(raw, targets) -> {name: LossTerm}`, `predict(raw, ...) -> [Prediction]`.
 
-    family: ClassVar[str]
+    `view` is what the decoder `reads`: the trunk's dense features [B, C, H/4, W/4], or `Pixels`.
+    """
+
+    name: ClassVar[str]
+    family: ClassVar[str]  # of `tasks.LINK_FAMILIES`: the queries that its links come from
     loss_names: ClassVar[tuple[str, ...]]
+    reads: ClassVar[Literal["dense", "pixels"]] = "dense"
+
+    def losses(self, link: SuperLink, view: Any, targets: PerceptionTargets) -> dict[str, LossTerm]:
+        """A training step. Decoders that put something of the targets into their forward pass (denoising) override
+        it."""
+        return self.loss(self(link, view), targets)
 
     def loss(self, raw: Any, targets: PerceptionTargets) -> dict[str, LossTerm]:
         raise NotImplementedError
@@ -86,4 +129,44 @@ class Decoder(nn.Module):
     def predict(
         self, raw: Any, frames: list[Frame], prompts: list[PromptSpec | None], settings: PredictSettings
     ) -> list[Prediction | None]:
+        raise NotImplementedError
+
+
+@dataclass
+class ImageTargets:
+    """What G generation or editing prompts should give: `images` uint8 [G, 3, H, W]."""
+
+    images: Tensor
+
+    def to(self, device: torch.device | str) -> ImageTargets:
+        return ImageTargets(self.images.to(device))
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """How images are drawn. A prompt's picture depends on `seed` and the prompt, not on what is drawn beside it."""
+
+    steps: int = 30  # of the scheduler
+    guidance: float = 7.5
+    image_guidance: float = 1.5  # editing only
+    seed: int = 0
+    size: Size | None = None  # (height, width) in pixels; None: the decoder's own
+    num_images: int = 1  # per prompt
+    batch_size: int = 4  # pictures drawn at once, to bound memory
+
+
+class ImageDecoder(nn.Module):
+    """A decoder that makes pictures. `link.embeddings`: [G, T, C], the cross-attention input of each prompt."""
+
+    name: ClassVar[str]
+    family: ClassVar[str]
+    loss_names: ClassVar[tuple[str, ...]]
+    reads: ClassVar[Literal["dense", "pixels"]] = "pixels"
+
+    def losses(self, link: SuperLink, view: Pixels, targets: ImageTargets) -> dict[str, LossTerm]:
+        """A training step; `view` holds the images that editing starts from, by `link.image_index`."""
+        raise NotImplementedError
+
+    def sample(self, link: SuperLink, view: Pixels, settings: SampleSettings) -> Tensor:
+        """uint8 [G * num_images, 3, h, w], prompt by prompt."""
         raise NotImplementedError

@@ -83,6 +83,7 @@ def scattered(boxes: Tensor) -> Tensor:
 
 
 class LumenDecoder(Decoder):
+    name = "lumen"
     family = "perception"
     loss_names = ("heatmap", "match", "box", "mask", "keypoint")
 

@@ -283,7 +283,7 @@ class DecoderStage:
         height, width = dense.shape[-2:]
         for members in link.chunks(max(1, MAX_DECODER_CELLS // (height * width))):
             part, images = link.take(members)
-            moved = SuperLink(*(v if isinstance(v, str) else v.to(self.device) for v in vars(part).values()))
+            moved = part.to(self.device)
             raw = self.decoder(moved, dense[images].to(self.device))
             specs = [prompts[i] for i in members.tolist()]
             found = self.decoder.predict(raw, [frames[i] for i in images.tolist()], specs, settings)

@@ -16,16 +16,23 @@ from lumen_ray.tasks import LINK_FAMILIES
 
 @dataclass
 class SuperLink:
-    """What leaves the trunk for one family of decoders: one vector per prompt of a batch.
+    """What leaves the trunk for one decoder: what each prompt of a batch asks of it.
 
-    `embeddings`: float32 [P, C]. `image_index`: int64 [P], the image of the batch each prompt is about.
-    `parent`: int64 [P], -1, or for a keypoint prompt the index of its object's prompt.
+    `decoder`: its name. `embeddings`: float32 [P, C]; for decoders that make pictures [P, T, C]. `image_index`: int64
+    [P], the image of the batch each prompt is about. `parent`: int64 [P], -1, or for a keypoint prompt the index of its
+    object's prompt. `group`: int64 [P]: prompts about one image that an expert decoder looks at together, such as the
+    classes of one request; where it is not given, all prompts about an image. Light decoders look at each by itself.
     """
 
-    family: str
+    decoder: str
     embeddings: Tensor
     image_index: Tensor
     parent: Tensor
+    group: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.group is None:
+            self.group = self.image_index
 
     def __len__(self) -> int:
         return len(self.image_index)
@@ -37,8 +44,14 @@ class SuperLink:
         place[members] = torch.arange(len(members), device=members.device)
         images, image_index = self.image_index[members].unique(return_inverse=True)
         # parent -1 reads the last entry of `place`, which is -1
-        link = SuperLink(self.family, self.embeddings[members].contiguous(), image_index, place[self.parent[members]])
+        link = SuperLink(
+            self.decoder, self.embeddings[members].contiguous(), image_index, place[self.parent[members]],
+            self.group[members],
+        )  # fmt: skip
         return link, images
+
+    def to(self, device: torch.device | str) -> SuperLink:
+        return SuperLink(*(v if isinstance(v, str) else v.to(device) for v in vars(self).values()))
 
     def chunks(self, most: int) -> list[Tensor]:
         """Indices of all prompts in groups of at most `most` object prompts, each with its keypoint prompts."""

@@ -71,7 +71,7 @@ def merge(outputs: Sequence[TrunkOutput]) -> TrunkOutput:
         first_image += len(output.frames)
         first_link += len(link)
     return TrunkOutput(
-        SuperLink(outputs[0].link.family, torch.cat(links), torch.cat(images), torch.cat(parents)),
+        SuperLink(outputs[0].link.decoder, torch.cat(links), torch.cat(images), torch.cat(parents)),
         torch.cat([output.dense for output in outputs]),
         [frame for output in outputs for frame in output.frames],
         [prompt for output in outputs for prompt in output.prompts],

@@ -10,9 +10,9 @@ from lumen_ray.data.feed import plan_items
 from lumen_ray.train.trainer import prepare_job
 
 
-def test_the_first_steps_do_not_count():
-    times = [100.0, 150.0, 151.0, 152.0, 154.0]  # the first two take their time
-    assert pipeline.rate(times, 2, 8) == pytest.approx(3 * 8 / 4)
+def test_the_first_and_the_last_steps_do_not_count():
+    times = [100.0, 150.0, 151.0, 152.0, 154.0, 154.1]  # the first two take their time, the last none
+    assert pipeline.rate(times, 2, 1, 8) == pytest.approx(3 * 8 / 4)
 
 
 def test_losses_are_compared():
@@ -47,6 +47,7 @@ def test_the_benches_run_at_a_tiny_size(tmp_path, monkeypatch):
     try:
         (tmp_path / "a").mkdir()
         monkeypatch.setattr(pipeline, "WARM", 2)
+        monkeypatch.setattr(pipeline, "COOL", 1)
         result = pipeline.bench(tmp_path / "a", shards, model=preset, steps=6, batch_size=8, threads=1, turns=1)
         assert set(result.rates) == {"Ray Data + Ray Train", "bare loop"}
         assert result.aim == pipeline.AIM and result.reached is not None
