@@ -8,6 +8,7 @@ routing token is learned from meaning and not from one fixed string (VisionLLM v
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -23,7 +24,7 @@ REGION_TOKEN = "<region>"
 
 @dataclass(frozen=True)
 class LinkFamily:
-    """A family of decoders that share one set of super-link queries and one link head.
+    """Decoders whose links come from the same super-link queries, each through a link head of its own.
 
     `num_queries` learned queries follow the routing token (VisionLLM v2, sec. 3.3: 4 for perception).
     """
@@ -31,6 +32,16 @@ class LinkFamily:
     name: str
     routing_tokens: tuple[str, ...]
     num_queries: int
+
+
+@dataclass(frozen=True)
+class DecoderInfo:
+    """What can be said of a decoder without importing it. `path`: module:class; `losses`: their names, which recipes
+    weigh."""
+
+    path: str
+    family: str
+    losses: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -57,6 +68,13 @@ class Task:
 
 LINK_FAMILIES: dict[str, LinkFamily] = {
     "perception": LinkFamily("perception", ("[DET]", "[GRD]", "[SEG]", "[POSE]"), num_queries=4),
+}
+
+#: the decoders a model can have, by the name of their section in its settings
+DECODERS: dict[str, DecoderInfo] = {
+    "lumen": DecoderInfo(
+        "lumen_ray.decoders.lumen:LumenDecoder", "perception", ("heatmap", "match", "box", "mask", "keypoint")
+    ),
 }
 
 _PERCEPTION = ("lumen",)
@@ -124,6 +142,12 @@ def get_task(name: str) -> Task:
     if name not in TASKS:
         raise unknown("task", name, TASKS)
     return TASKS[name]
+
+
+def decoder_class(name: str) -> type:
+    """The class of a decoder, imported now."""
+    module, _, attribute = DECODERS[name].path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def family_of(routing_token: str) -> LinkFamily:

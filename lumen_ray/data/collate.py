@@ -294,6 +294,7 @@ class Collator:
         masks = np.stack(prompts.regions) if prompts.regions else np.zeros((0, *as_size(self.input_size)), np.uint8)
         return {
             "images": torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).contiguous(),
+            "extents": torch.tensor([s.extent for s in samples]),
             "has_image": has_image,
             "layout": layout,
             "region_masks": torch.from_numpy(masks),

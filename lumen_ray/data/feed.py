@@ -82,7 +82,13 @@ class BatchReader:
             self._packing(size),
         )  # fmt: skip
         batch = collator(rows, images, rngs)
-        return batch | {"step": step, "rejected": rejected, "read_s": time.perf_counter() - started}
+        decoders = list(stage.groups[item["group"]].decoders)
+        return batch | {
+            "step": step,
+            "decoders": decoders,
+            "rejected": rejected,
+            "read_s": time.perf_counter() - started,
+        }
 
     def _packing(self, size: Size) -> Packing | None:
         if not self.recipe.pack_tokens:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from lumen_ray.structures import Prediction, Size, as_size
 
 if TYPE_CHECKING:
+    from lumen_ray.model.settings import ModelSettings
     from lumen_ray.model.superlink import SuperLink
 
 
@@ -21,6 +24,13 @@ class Frame:
     size: Size  # (height, width) of the EXIF-rotated image, pixels
     scale: float
     input_size: Size
+
+    @property
+    def extent(self) -> Size:
+        """(height, width) of the image in the input, in whole pixels; the rest is padding."""
+        return tuple(
+            min(side, max(1, math.ceil(own * self.scale))) for own, side in zip(self.size, self.input_size, strict=True)
+        )
 
     @classmethod
     def fit(cls, size: Size, input_size: int | Size) -> Frame:
@@ -54,6 +64,13 @@ class Pixels:
 
     def to(self, device: torch.device | str) -> Pixels:
         return Pixels(self.images.to(device), self.extents.to(device))
+
+    def __getitem__(self, index: Tensor | slice) -> Pixels:
+        return Pixels(self.images[index], self.extents[index])
+
+    @classmethod
+    def cat(cls, parts: Sequence[Pixels]) -> Pixels:
+        return cls(torch.cat([part.images for part in parts]), torch.cat([part.extents for part in parts]))
 
     def valid(self) -> Tensor:
         """bool [B, H, W], False at padding."""
@@ -91,6 +108,11 @@ class PerceptionTargets:
     def to(self, device: torch.device | str) -> PerceptionTargets:
         return PerceptionTargets(**{name: value.to(device) for name, value in self.__dict__.items()})
 
+    def only(self, members: Tensor) -> PerceptionTargets:
+        """Those of the prompts at `members`, int64 [M]."""
+        per_prompt = {name: value[members] for name, value in self.__dict__.items() if name != "masks"}
+        return PerceptionTargets(masks=self.masks, **per_prompt)
+
 
 @dataclass(frozen=True)
 class PredictSettings:
@@ -117,6 +139,13 @@ class Decoder(nn.Module):
     family: ClassVar[str]  # of `tasks.LINK_FAMILIES`: the queries that its links come from
     loss_names: ClassVar[tuple[str, ...]]
     reads: ClassVar[Literal["dense", "pixels"]] = "dense"
+    #: whether each prompt is looked at by itself; else those of a group see each other
+    independent: ClassVar[bool] = True
+
+    @classmethod
+    def build(cls, settings: ModelSettings) -> Decoder:
+        """The decoder of a model with these settings, with fresh weights."""
+        raise NotImplementedError
 
     def losses(self, link: SuperLink, view: Any, targets: PerceptionTargets) -> dict[str, LossTerm]:
         """A training step. Decoders that put something of the targets into their forward pass (denoising) override
@@ -141,6 +170,10 @@ class ImageTargets:
     def to(self, device: torch.device | str) -> ImageTargets:
         return ImageTargets(self.images.to(device))
 
+    def only(self, members: Tensor) -> ImageTargets:
+        """Those of the prompts at `members`, int64 [M]."""
+        return ImageTargets(self.images[members])
+
 
 @dataclass(frozen=True)
 class SampleSettings:
@@ -162,6 +195,11 @@ class ImageDecoder(nn.Module):
     family: ClassVar[str]
     loss_names: ClassVar[tuple[str, ...]]
     reads: ClassVar[Literal["dense", "pixels"]] = "pixels"
+
+    @classmethod
+    def build(cls, settings: ModelSettings) -> ImageDecoder:
+        """The decoder of a model with these settings, with fresh weights."""
+        raise NotImplementedError
 
     def losses(self, link: SuperLink, view: Pixels, targets: ImageTargets) -> dict[str, LossTerm]:
         """A training step; `view` holds the images that editing starts from, by `link.image_index`."""

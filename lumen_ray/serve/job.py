@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -35,15 +35,11 @@ class TrunkJob:
     max_new_tokens: int
 
 
-def trim(answers: Sequence[Answer], queries: Sequence[Query]) -> list[Answer]:
+def trim(answers: Sequence[Answer | None], queries: Sequence[Query]) -> list[Answer | None]:
     """The answers cut to each query's own score threshold and number of instances (a shared pass used the loosest)."""
-    return [
-        Answer(
-            answer.task,
-            answer.size,
-            [p.above(query.score_threshold)[: query.max_per_phrase] for p in answer.predictions],
-            answer.text,
-            answer.route,
-        )
-        for answer, query in zip(answers, queries, strict=True)
-    ]
+    return [answer and _cut(answer, query) for answer, query in zip(answers, queries, strict=True)]
+
+
+def _cut(answer: Answer, query: Query) -> Answer:
+    kept = [p.above(query.score_threshold)[: query.max_per_phrase] for p in answer.predictions]
+    return replace(answer, predictions=kept)

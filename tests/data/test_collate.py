@@ -24,7 +24,7 @@ def moved(row, shift_x, shift_y=0.0):
     """The row's sample with the picture moved by pixels."""
     plain = sample_of(row)
     matrix = plain.matrix + [[0, 0, shift_x], [0, 0, shift_y]]
-    return Sample(plain.image, plain.boxes, plain.crowd, plain.masks, plain.keypoints, plain.kept, matrix)
+    return Sample(plain.image, plain.boxes, plain.crowd, plain.masks, plain.keypoints, plain.kept, matrix, plain.size)
 
 
 def figure_row():

@@ -121,8 +121,8 @@ def by_prompt(model, batch):
         tokens = layout.input_ids[layout.branch_ids == branch].tolist()
         found[images[branch], tuple(tokens), len(found)] = [loss]
     keys = list(found)
-    if "perception" in out.links:
-        link = out.links["perception"]
+    if "lumen" in out.links:
+        link = out.links["lumen"]
         raw = model.decoders["lumen"](link, out.dense)
         scores = torch.zeros(len(link)).scatter(0, raw.objects, raw.logits.amax(1))
         for i, branch in enumerate(layout.link_branches["perception"].tolist()):

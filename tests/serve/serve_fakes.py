@@ -50,7 +50,7 @@ class FakeBackend:
     def __init__(self) -> None:
         self.calls: list[tuple[np.ndarray, list[Query], int]] = []
         self.error: Exception | None = None
-        self.parts = {"trunk": True, "lumen_decoder": True}
+        self.parts = {"trunk": True, "lumen": True}
 
     async def infer(self, image: np.ndarray, queries: Sequence[Query], max_new_tokens: int) -> list[Answer]:
         self.calls.append((image, list(queries), max_new_tokens))

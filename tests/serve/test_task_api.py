@@ -231,7 +231,7 @@ def test_about_routes_and_pages(client, backend):
     assert client.get("/readyz").status_code == 200
     backend.parts["trunk"] = False
     response = client.get("/readyz")
-    assert response.status_code == 503 and response.json()["deployments"] == {"trunk": False, "lumen_decoder": True}
+    assert response.status_code == 503 and response.json()["deployments"] == {"trunk": False, "lumen": True}
     assert [t["name"] for t in client.get("/v1/tasks").json()["tasks"]] == list(TASKS)
     assert client.get("/v1/models").json()["data"][0]["id"] == "nano"
     for path in ("/", "/docs"):
