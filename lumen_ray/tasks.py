@@ -16,8 +16,8 @@ from typing import Literal
 from lumen_ray.errors import UserError, unknown
 
 # What the caller must give with the task.
-Needs = Literal["question", "classes", "sentence", "expression", "region", "nothing"]
-ResultType = Literal["text", "boxes", "masks", "keypoints", "count"]
+Needs = Literal["question", "classes", "sentence", "expression", "region", "description", "instruction", "nothing"]
+ResultType = Literal["text", "boxes", "masks", "keypoints", "count", "image"]
 
 REGION_TOKEN = "<region>"
 
@@ -57,6 +57,11 @@ class Task:
     keypoint_template: str | None = None
 
     @property
+    def sees_image(self) -> bool:
+        """False when the answer is a picture made from words alone."""
+        return self.needs != "description"
+
+    @property
     def is_text(self) -> bool:
         """True when the answer is written by the LLM and no decoder is involved."""
         return self.routing_token is None
@@ -68,6 +73,8 @@ class Task:
 
 LINK_FAMILIES: dict[str, LinkFamily] = {
     "perception": LinkFamily("perception", ("[DET]", "[GRD]", "[SEG]", "[POSE]"), num_queries=4),
+    "generation": LinkFamily("generation", ("[GEN]",), num_queries=64),
+    "editing": LinkFamily("editing", ("[EDIT]",), num_queries=64),
 }
 
 #: the decoders a model can have, by the name of their section in its settings
@@ -131,9 +138,29 @@ TASKS: dict[str, Task] = {
             keypoint_template="{keypoint} of {}",
         ),
         Task("count", "classes", "count", ("count {}", "count every {}"), "count_error", "[DET]", _PERCEPTION),
+        Task(
+            "generate",
+            "description",
+            "image",
+            ("draw {}", "generate a picture of {}"),
+            "generate_objects",
+            "[GEN]",
+            ("stable_diffusion",),
+        ),
+        Task(
+            "edit",
+            "instruction",
+            "image",
+            ("edit : {}", "in this picture {}"),
+            "edit_done",
+            "[EDIT]",
+            ("instruct_pix2pix",),
+        ),
     )
 }
 
+#: the tasks whose answers are texts and places, not pictures
+UNDERSTANDING = tuple(name for name, task in TASKS.items() if task.result != "image")
 ROUTING_TOKENS: tuple[str, ...] = tuple(t for family in LINK_FAMILIES.values() for t in family.routing_tokens)
 
 

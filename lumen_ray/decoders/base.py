@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lumen_ray.structures import Prediction, Size, as_size
+from lumen_ray.structures import Prediction, SampleSettings, Size, as_size
 
 if TYPE_CHECKING:
     from lumen_ray.model.settings import ModelSettings
@@ -127,6 +127,7 @@ class PromptSpec:
     phrase: str
     masks: bool = False
     keypoints: tuple[str, ...] = field(default_factory=tuple)
+    sample: SampleSettings | None = None  # of prompts that ask for pictures
 
 
 class Decoder(nn.Module):
@@ -163,29 +164,24 @@ class Decoder(nn.Module):
 
 @dataclass
 class ImageTargets:
-    """What G generation or editing prompts should give: `images` uint8 [G, 3, H, W]."""
+    """What G generation or editing prompts should give: `images` uint8 [G, 3, H, W].
+
+    `extents` int64 [G, 2], as in `Pixels`: the part at the top left that counts; None: all of each image. An edit's
+    target lies in the same frame as the image it starts from. `caption_ids` int64 [G, L]: each prompt's text (of an
+    edit its instruction) in the ids of the CLIP text encoder's tokenizer, a row of -1 where there is none; None where
+    no decoder has a text encoder.
+    """
 
     images: Tensor
+    extents: Tensor | None = None
+    caption_ids: Tensor | None = None
 
     def to(self, device: torch.device | str) -> ImageTargets:
-        return ImageTargets(self.images.to(device))
+        return ImageTargets(*(None if value is None else value.to(device) for value in self.__dict__.values()))
 
     def only(self, members: Tensor) -> ImageTargets:
         """Those of the prompts at `members`, int64 [M]."""
-        return ImageTargets(self.images[members])
-
-
-@dataclass(frozen=True)
-class SampleSettings:
-    """How images are drawn. A prompt's picture depends on `seed` and the prompt, not on what is drawn beside it."""
-
-    steps: int = 30  # of the scheduler
-    guidance: float = 7.5
-    image_guidance: float = 1.5  # editing only
-    seed: int = 0
-    size: Size | None = None  # (height, width) in pixels; None: the decoder's own
-    num_images: int = 1  # per prompt
-    batch_size: int = 4  # pictures drawn at once, to bound memory
+        return ImageTargets(*(None if value is None else value[members] for value in self.__dict__.values()))
 
 
 class ImageDecoder(nn.Module):

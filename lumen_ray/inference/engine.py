@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lumen_ray.data.buckets import choose
 from lumen_ray.data.transforms import fit
-from lumen_ray.decoders.base import Frame, Pixels, PredictSettings, PromptSpec
+from lumen_ray.decoders.base import Frame, ImageDecoder, Pixels, PredictSettings, PromptSpec
 from lumen_ray.errors import UserError
 from lumen_ray.inference.request import Request
 from lumen_ray.model.build import LoadedModel, load_model
@@ -26,10 +26,12 @@ from lumen_ray.model.regions import region_mask
 from lumen_ray.model.superlink import SuperLink, concat
 from lumen_ray.model.tokenizer import EOS
 from lumen_ray.model.trunk import Prefix
-from lumen_ray.structures import Answer, Prediction, Region, Size
+from lumen_ray.structures import Answer, Prediction, Region, SampleSettings, Size
 from lumen_ray.tasks import DECODERS, ROUTING_TOKENS, TASKS, decoder_class, task_of_prompt
 
 DEFAULTS = PredictSettings()
+#: What a decoder makes of one link: instances, pictures (uint8 [h, w, 3]), or nothing of its own.
+Found = Prediction | list[np.ndarray] | None
 #: Object prompts times cells of the dense features that are decoded at once: 512 prompts at 128 pixels, 128 at 256.
 MAX_DECODER_CELLS = 1 << 19
 #: Groups of prompts that an expert decoder looks at in one pass.
@@ -162,10 +164,14 @@ class TrunkStage:
         """(height, width) of the model input for an image of (height, width) `size`."""
         return choose((max(1, size[0]), max(1, size[1])), self.buckets)
 
+    def bucket_of(self, image: np.ndarray | None) -> Size:
+        """(height, width) of the model input for an image, or for words alone."""
+        return self.buckets[0] if image is None else self.bucket(image.shape[:2])
+
     @torch.inference_mode()
     def run(
         self,
-        images: Sequence[np.ndarray],
+        images: Sequence[np.ndarray | None],
         requests: Sequence[Sequence[Request]],
         *,
         max_new_tokens: int = 48,
@@ -173,20 +179,22 @@ class TrunkStage:
     ) -> TrunkOutput:
         """One prefix per image, then all branches of all requests against it.
 
-        images: uint8 [h, w, 3] RGB, EXIF-rotated, all of one `bucket`; requests: per image. `class_chunk` bounds the
-        branches per image and pass; it does not change results.
+        images: uint8 [h, w, 3] RGB, EXIF-rotated, all of one `bucket`, None for words alone; requests: per image.
+        `class_chunk` bounds the branches per image and pass; it does not change results.
         """
         if len(images) != len(requests):
             raise ValueError(f"{len(images)} images but {len(requests)} lists of requests")
         for image, asked in zip(images, requests, strict=True):
-            _check_regions(image.shape[:2], asked)
-        buckets = {self.bucket(image.shape[:2]) for image in images}
+            check_asked(image, asked)
+        buckets = {self.bucket_of(image) for image in images}
         if len(buckets) > 1:
             raise ValueError(f"images of one pass must share a bucket, got {sorted(buckets)}")
-        fitted = [fit(image, next(iter(buckets))) for image in images]
+        (bucket,) = buckets
+        fitted = [fit(np.full((*bucket, 3), 114, np.uint8) if image is None else image, bucket) for image in images]
         pixels = torch.from_numpy(np.stack([image for image, _ in fitted])).permute(0, 3, 1, 2)
         frames = [frame for _, frame in fitted]
-        prefix = self.trunk.encode(pixels.to(self.device))
+        valid = torch.tensor([image is not None for image in images])
+        prefix = self.trunk.encode(pixels.to(self.device), valid.to(self.device))
         plans = [
             [RequestPlan(r.task, frames[b].size, decoder=self._decoder(r)) for r in rs] for b, rs in enumerate(requests)
         ]
@@ -227,7 +235,7 @@ class TrunkStage:
         decoder, asks = self._decoder(request), []
         for phrase in request.phrases:
             names = self._keypoints(request, phrase) if task.name == "pose" else ()
-            spec = PromptSpec(phrase, masks=task.result == "masks", keypoints=names)
+            spec = PromptSpec(phrase, masks=task.result == "masks", keypoints=names, sample=request.sample)
             text = task.prompt(phrase, request.template)
             asks.append(_Ask(Branch(image, text, route=task.routing_token), spec, image, index, decoder))
             for name in names:
@@ -269,7 +277,7 @@ class TrunkStage:
         layout = build_layout(branches, len(rows), self.tokenizer).to(self.device)
         masks = torch.from_numpy(np.stack([self._region(x) for x in regions])) if regions else torch.zeros(0)
         owners = torch.tensor([i for i, branch in enumerate(branches) if branch.regions], dtype=torch.int64)
-        routing = {self.tokenizer.ids[token]: token for token in ROUTING_TOKENS}
+        routing = {i: token for token, i in self.tokenizer.ids.items() if token in ROUTING_TOKENS}
         images = torch.tensor([b for b, _ in rows], device=self.device)
         written = self.trunk.generate(
             prefix, layout, images, masks.to(self.device), owners.to(self.device),
@@ -289,8 +297,10 @@ class TrunkStage:
         phrase = named[1] if named else request.text
         if route == "[POSE]" and phrase in self.skeletons:
             return self._asks(Request("pose", (phrase,)), image, index)
-        spec = PromptSpec(phrase, masks=route == "[SEG]")
-        decoder = self._decoder(Request(next(t.name for t in TASKS.values() if t.routing_token == route)))
+        task = next(task for task in TASKS.values() if task.routing_token == route)
+        sample = SampleSettings() if task.result == "image" else None
+        spec = PromptSpec(phrase, masks=task.result == "masks", sample=sample)
+        decoder = self._decoder(Request(task.name))
         return [_Ask(Branch(image, request.text, route=route), spec, image, index, decoder)]
 
     def _region(self, region: Region) -> np.ndarray:
@@ -358,15 +368,17 @@ class DecoderStage:
         return cls(load_model(model), name, device)
 
     @torch.inference_mode()
-    def run(self, output: TrunkOutput, settings: PredictSettings = DEFAULTS) -> list[Prediction | None]:
-        """One Prediction per link of this decoder, None for keypoint prompts. Received tensors are only read.
+    def run(self, output: TrunkOutput, settings: PredictSettings = DEFAULTS) -> list[Found]:
+        """What was found for each link of this decoder, None for keypoint prompts. Received tensors are only read.
 
         The prompts are decoded in chunks, so that memory does not grow with their number; those that do not see each
         other are not in one group, so the results do not depend on it.
         """
         if (part := output.parts.get(self.name)) is None:
             return []
-        found: list[Prediction | None] = [None] * len(part.link)
+        if isinstance(self.decoder, ImageDecoder):
+            return self._draw(part, output)
+        found: list[Found] = [None] * len(part.link)
         for members in self._chunks(part.link, output):
             link, images = part.link.take(members)
             raw = self.decoder(link.to(self.device), self._view(output, images))
@@ -374,6 +386,20 @@ class DecoderStage:
             frames = [output.frames[i] for i in images.tolist()]
             for i, prediction in zip(members.tolist(), self.decoder.predict(raw, frames, specs, settings), strict=True):
                 found[i] = prediction
+        return found
+
+    def _draw(self, part: LinkPart, output: TrunkOutput) -> list[Found]:
+        """The pictures of every prompt; those that want the same settings are drawn together."""
+        found: list[Found] = [None] * len(part.link)
+        wishes: dict[SampleSettings, list[int]] = {}
+        for i, spec in enumerate(part.prompts):
+            wishes.setdefault(spec.sample, []).append(i)
+        for sample, members in wishes.items():
+            link, images = part.link.take(torch.tensor(members))
+            drawn = self.decoder.sample(link.to(self.device), self._view(output, images), sample)
+            pictures = drawn.permute(0, 2, 3, 1).cpu().numpy()
+            for number, i in enumerate(members):
+                found[i] = list(pictures[number * sample.num_images : (number + 1) * sample.num_images])
         return found
 
     def _chunks(self, link: SuperLink, output: TrunkOutput) -> list[Tensor]:
@@ -389,6 +415,18 @@ class DecoderStage:
         return output.pixels[images].to(self.device)
 
 
+def check_asked(image: np.ndarray | None, requests: Sequence[Request]) -> None:
+    """`UserError` for what cannot be asked about an image, or of words alone (None); free chat can be either."""
+    for request in requests:
+        task = TASKS[request.task]
+        if image is None and task.sees_image and task.name != "chat":
+            raise UserError(f"task '{task.name}' needs an image; give one", "missing_image")
+        if image is not None and not task.sees_image:
+            raise UserError(f"task '{task.name}' takes no image, only a text; leave it out", "unexpected_image")
+    if image is not None:
+        _check_regions(image.shape[:2], requests)
+
+
 def _check_regions(size: Size, requests: Sequence[Request]) -> None:
     """A region's coordinates mean nothing in an image of another size."""
     for request in requests:
@@ -402,17 +440,20 @@ def _check_regions(size: Size, requests: Sequence[Request]) -> None:
 
 
 def assemble(
-    plans: Sequence[Sequence[RequestPlan]], predictions: Mapping[str, Sequence[Prediction | None]]
+    plans: Sequence[Sequence[RequestPlan]], predictions: Mapping[str, Sequence[Found]]
 ) -> list[list[Answer | None]]:
     """Answers per image and request from what the trunk planned and what each decoder found; None where the request's
     decoder is not among them."""
     return [[_answer(plan, predictions) for plan in row] for row in plans]
 
 
-def _answer(plan: RequestPlan, predictions: Mapping[str, Sequence[Prediction | None]]) -> Answer | None:
+def _answer(plan: RequestPlan, predictions: Mapping[str, Sequence[Found]]) -> Answer | None:
     if plan.links and plan.decoder not in predictions:
         return None
     found = [predictions[plan.decoder][i] for i in plan.links]
+    if found and isinstance(found[0], list):
+        images = [picture for pictures in found for picture in pictures]
+        return Answer(plan.task, plan.size, text=plan.text, route=plan.route, images=images)
     return Answer(plan.task, plan.size, found, text=plan.text, route=plan.route)
 
 
@@ -456,7 +497,7 @@ class Engine:
 
     def run(
         self,
-        images: Sequence[np.ndarray],
+        images: Sequence[np.ndarray | None],
         requests: Sequence[Sequence[Request]],
         *,
         score_threshold: float = 0.05,
@@ -466,15 +507,15 @@ class Engine:
     ) -> list[list[Answer]]:
         """An `Answer` per request of each image, predictions best first.
 
-        images: uint8 [h, w, 3] RGB in the EXIF-rotated frame; requests: per image (see `make_request`). Images that
-        share a size bucket pass together.
+        images: uint8 [h, w, 3] RGB in the EXIF-rotated frame, None for words alone; requests: per image (see
+        `make_request`). Images that share a size bucket pass together.
         """
         if len(images) == 0:
             return []
         settings = PredictSettings(score_threshold, max_per_phrase)
         groups: dict[Size, list[int]] = {}
         for i, (image, _) in enumerate(zip(images, requests, strict=True)):
-            groups.setdefault(self.trunk.bucket(image.shape[:2]), []).append(i)
+            groups.setdefault(self.trunk.bucket_of(image), []).append(i)
         answers: dict[int, list[Answer]] = {}
         for members in groups.values():
             out = self.trunk.run(

@@ -62,8 +62,8 @@ class ServeBackend:
         self.settings = settings
         self._info: dict[str, Any] | None = None
 
-    async def infer(self, image: np.ndarray, queries: Sequence[Query], max_new_tokens: int) -> list[Answer]:
-        """One trunk pass over `image` (uint8 [H, W, 3]); then those decoders, side by side, that a query can need."""
+    async def infer(self, image: np.ndarray | None, queries: Sequence[Query], max_new_tokens: int) -> list[Answer]:
+        """One trunk pass over `image` (uint8 [H, W, 3] or None); then the decoders that can be needed, side by side."""
         job = TrunkJob(image, tuple(queries), max_new_tokens)
         names = self._needed(queries)
 

@@ -28,9 +28,10 @@ class Query:
 
 @dataclass(frozen=True)
 class TrunkJob:
-    """One image (uint8 [H, W, 3] RGB, EXIF-rotated) and what is asked about it. The pixels arrive read-only."""
+    """One image (uint8 [H, W, 3] RGB, EXIF-rotated), None for words alone, and what is asked about it. The pixels
+    arrive read-only."""
 
-    image: np.ndarray
+    image: np.ndarray | None
     queries: tuple[Query, ...]
     max_new_tokens: int
 

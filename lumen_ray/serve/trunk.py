@@ -76,7 +76,7 @@ class Trunk:
         return run_grouped(jobs, self._key, self._run_group)
 
     def _key(self, job: TrunkJob) -> tuple[int, Size]:
-        return job.max_new_tokens, self.stage.bucket(job.image.shape[:2])
+        return job.max_new_tokens, self.stage.bucket_of(job.image)
 
     def _run_group(self, jobs: list[TrunkJob]) -> list[TrunkOutput]:
         requests = [[query.request for query in job.queries] for job in jobs]

@@ -13,7 +13,7 @@ from lumen_ray.data.collate import BranchSettings
 from lumen_ray.data.transforms import AugmentSettings
 from lumen_ray.errors import UserError, unknown
 from lumen_ray.structures import Size
-from lumen_ray.tasks import DECODERS, TASKS, get_task
+from lumen_ray.tasks import DECODERS, TASKS, UNDERSTANDING, get_task
 
 #: names a stage may list under `trainable`; each is a part of the model
 MODULES = ("stem", "vision", "regions", "llm", "queries", "link_heads", "dense", *DECODERS)
@@ -92,6 +92,11 @@ class TaskGroup(Settings):
     def _known(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
         if not tasks:
             raise UserError("a task group needs at least one task", "invalid_config")
+        blind = [name for name in tasks if name in TASKS and not TASKS[name].sees_image]
+        if blind and len(tasks) > 1:
+            raise UserError(
+                f"task '{blind[0]}' must be in a group of its own: its images are what is asked for", "invalid_config"
+            )
         return tuple(get_task(name).name for name in tasks)
 
     @field_validator("decoders")
@@ -107,7 +112,8 @@ class Stage(Settings):
     name: str
     steps: int = Field(gt=0, description="optimizer steps")
     groups: tuple[TaskGroup, ...] = Field(
-        (TaskGroup(tasks=tuple(TASKS)),), description="what step t trains is drawn from these by (seed, t)"
+        (TaskGroup(tasks=UNDERSTANDING),),
+        description="what step t trains is drawn from these by (seed, t)",
     )
     trainable: tuple[str, ...] = Field(MODULES, description=f"parts that learn, of {', '.join(MODULES)}")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")

@@ -89,7 +89,9 @@ def test_shared_passes_give_what_the_engine_gives_alone(trunk, decoder, jobs, mo
 def test_merge_undoes_select(trunk, jobs):
     outputs = [output for output in trunk.run(jobs) if output.parts]
     merged = merge(outputs)
-    assert len(merged.frames) == len(outputs) > 2 and len(merged.parts["lumen"].link) == len(merged.parts["lumen"].prompts)
+    assert len(merged.frames) == len(outputs) > 2 and len(merged.parts["lumen"].link) == len(
+        merged.parts["lumen"].prompts
+    )
     for row, output in enumerate(outputs):
         again = merged.select(row)
         assert (again.plans, again.frames, again.parts.keys()) == (output.plans, output.frames, output.parts.keys())
