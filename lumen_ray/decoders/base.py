@@ -134,12 +134,20 @@ class Decoder(nn.Module):
 
 @dataclass
 class ImageTargets:
-    """What G generation or editing prompts should give: `images` uint8 [G, 3, H, W]."""
+    """What G generation or editing prompts should give: `images` uint8 [G, 3, H, W].
+
+    `extents` int64 [G, 2], as in `Pixels`: the part at the top left that counts; None: all of each image. An edit's
+    target lies in the same frame as the image it starts from. `caption_ids` int64 [G, L]: each prompt's text (of an
+    edit its instruction) in the ids of the CLIP text encoder's tokenizer, a row of -1 where there is none; None where
+    no decoder has a text encoder.
+    """
 
     images: Tensor
+    extents: Tensor | None = None
+    caption_ids: Tensor | None = None
 
     def to(self, device: torch.device | str) -> ImageTargets:
-        return ImageTargets(self.images.to(device))
+        return ImageTargets(*(None if value is None else value.to(device) for value in self.__dict__.values()))
 
 
 @dataclass(frozen=True)
