@@ -82,6 +82,14 @@ DECODERS: dict[str, DecoderInfo] = {
     "lumen": DecoderInfo(
         "lumen_ray.decoders.lumen:LumenDecoder", "perception", ("heatmap", "match", "box", "mask", "keypoint")
     ),
+    "stable_diffusion": DecoderInfo(
+        "lumen_ray.decoders.stable_diffusion:StableDiffusionDecoder",
+        "generation",
+        ("generate", "generate_align", "generate_vae"),
+    ),
+    "instruct_pix2pix": DecoderInfo(
+        "lumen_ray.decoders.instruct_pix2pix:InstructPix2PixDecoder", "editing", ("edit", "edit_align", "edit_vae")
+    ),
 }
 
 _PERCEPTION = ("lumen",)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from lumen_ray.config import Settings
+from lumen_ray.decoders.settings import InstructPix2PixSettings, StableDiffusionSettings
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.structures import Size
 from lumen_ray.tasks import DECODERS, TASKS, get_task
@@ -90,6 +91,8 @@ class ModelSettings(Settings):
     )
     vocab_size: int = Field(512, gt=0, description="size of a tokenizer trained from scratch, special tokens included")
     lumen: LumenSettings | None = Field(LumenSettings(), description="the light decoder; null: the model has none")
+    stable_diffusion: StableDiffusionSettings | None = Field(None, description="generates pictures")
+    instruct_pix2pix: InstructPix2PixSettings | None = Field(None, description="edits pictures")
     decoders: dict[str, str] = Field(
         {}, description="which decoder serves a task, as {detect: lumen}; those left out: the first the model has"
     )
