@@ -121,6 +121,19 @@ def additive(blocked: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros_like(blocked, dtype=dtype).masked_fill(blocked, torch.finfo(dtype).min)
 
 
+class GroupNorm(nn.GroupNorm):
+    """For groups of a single value, too, which a small image has on the coarsest level of a narrow model: they are
+    normalised to exactly 0, where rounding would be enlarged by 1 / sqrt(eps)."""
+
+    def __init__(self, channels: int):
+        super().__init__(GROUPS, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x[0].numel() == self.num_groups:
+            return x * 0 * self.weight[:, None, None] + self.bias[:, None, None]
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class FusedAttention(hf.GroundingDinoMultiheadAttention):
     """The same attention by torch's fused kernels: it holds no weights of Q x Q per head."""
 
@@ -180,10 +193,10 @@ class DinoTrunk(nn.Module):
         channels = self.backbone.channels
         self.stride4_channels = channels[0]
         self.input_proj_vision = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(width, c, 1), nn.GroupNorm(GROUPS, c)) for width in channels[1:]
+            nn.Sequential(nn.Conv2d(width, c, 1), GroupNorm(c)) for width in channels[1:]
         )
         coarsest = nn.Conv2d(channels[-1], c, 3, stride=2, padding=1)
-        self.input_proj_vision.append(nn.Sequential(coarsest, nn.GroupNorm(GROUPS, c)))
+        self.input_proj_vision.append(nn.Sequential(coarsest, GroupNorm(c)))
         self.position = hf.GroundingDinoSinePositionEmbedding(config)
         self.level_embed = nn.Parameter(torch.randn(len(STRIDES), c))
         self.query_position_embeddings = nn.Embedding(settings.num_queries, c)
@@ -198,15 +211,12 @@ class DinoTrunk(nn.Module):
         self._reset()
 
     def _reset(self) -> None:
-        """Fresh weights of the transformer as in Deformable DETR: Xavier, where the library draws from N(0, 0.02).
-
-        What it sets otherwise (sampling offsets, the scale of fusion) stays; the head of the query positions, whose
-        last layer it zeroes, does not."""
-        special = (hf.GroundingDinoMultiscaleDeformableAttention, hf.GroundingDinoBiMultiHeadAttention)
-        kept = {id(part) for m in self.modules() if isinstance(m, special) for part in m.modules()}
+        """Fresh weights as in Deformable DETR: Xavier, where the library draws from N(0, 0.02) and zeroes the last
+        layer of every head, that of the query positions, too. What deformable attention starts from stays."""
         for part in (self.encoder, self.decoder, self.enc_output, self.input_proj_vision):
-            for module in part.modules():
-                if isinstance(module, nn.Linear | nn.Conv2d) and id(module) not in kept:
+            for name, module in part.named_modules():
+                kept = name.endswith(("sampling_offsets", "attention_weights"))
+                if isinstance(module, nn.Linear | nn.Conv2d) and not kept:
                     nn.init.xavier_uniform_(module.weight)
                     nn.init.zeros_(module.bias)
 
@@ -296,10 +306,9 @@ class DinoTrunk(nn.Module):
 
         `self_mask`: additive, to be broadcast to [G, heads, Q, Q]."""
         on_levels = reference[:, :, None] * memory.valid_ratios.repeat(1, 1, 2)[:, None]
-        position = hf.encode_sinusoidal_position_embedding(on_levels[:, :, 0], self.settings.hidden_size // 2)
         return self.decoder.layers[index](
             hidden_states=hidden,
-            position_embeddings=self.decoder.reference_points_head(position),
+            position_embeddings=self.query_position(reference),
             reference_points=on_levels,
             vision_encoder_hidden_states=memory.vision,
             vision_encoder_attention_mask=memory.vision_valid,
@@ -309,15 +318,21 @@ class DinoTrunk(nn.Module):
             **memory.spatial,
         )[0]
 
+    def query_position(self, reference: Tensor) -> Tensor:
+        """[G, Q, C] of boxes [G, Q, 4]. The published code counts in the padded input, so that padding tells; without
+        padding it is the same."""
+        sine = hf.encode_sinusoidal_position_embedding(reference, self.settings.hidden_size // 2)
+        return self.decoder.reference_points_head(sine)
+
     def moved(self, reference: Tensor, head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         """Boxes in 0..1, float32: `reference` moved by what `head` makes of `hidden`."""
         return (head(hidden).float() + inverse_sigmoid(reference, self.settings.inverse_sigmoid_eps)).sigmoid()
 
 
-def class_logits(hidden: Tensor, memory: Memory) -> Tensor:
-    """float32 [G, Q, T], -inf at padded links: the product with the encoded links, without scale or bias."""
+def class_logits(hidden: Tensor, memory: Memory, scale: Tensor | float = 1.0, bias: Tensor | float = 0.0) -> Tensor:
+    """float32 [G, Q, T], -inf at padded links: the product with the encoded links."""
     with torch.autocast(hidden.device.type, enabled=False):  # values of some tens that differ by hundredths
-        logits = hidden.float() @ memory.links.float().transpose(1, 2)
+        logits = hidden.float() @ memory.links.float().transpose(1, 2) * scale + bias
     return logits.masked_fill(~memory.link_valid[:, None], float("-inf"))
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lumen_ray.decoders.dino import GROUPS, MASK_STRIDE, STRIDES, Levels, Memory, by_size, cells
+from lumen_ray.decoders.dino import MASK_STRIDE, STRIDES, GroupNorm, Levels, Memory, by_size, cells
 
 
 class MaskHead(nn.Module):
@@ -15,9 +15,9 @@ class MaskHead(nn.Module):
     def __init__(self, hidden_size: int, stride4_channels: int, mask_channels: int):
         super().__init__()
         self.lateral = nn.Conv2d(stride4_channels, hidden_size, 1, bias=False)
-        self.lateral_norm = nn.GroupNorm(GROUPS, hidden_size)
+        self.lateral_norm = GroupNorm(hidden_size)
         self.output = nn.Conv2d(hidden_size, hidden_size, 3, padding=1, bias=False)
-        self.output_norm = nn.GroupNorm(GROUPS, hidden_size)
+        self.output_norm = GroupNorm(hidden_size)
         self.project = nn.Conv2d(hidden_size, mask_channels, 1)
         for conv in (self.lateral, self.output, self.project):
             nn.init.kaiming_uniform_(conv.weight, a=1)

@@ -53,10 +53,29 @@ class DinoSettings(Settings):
         return self
 
 
-class GroundingDinoSettings(DinoSettings):
+class DinoLossSettings(DinoSettings):
+    """Matching, losses and denoising of a set of boxes."""
+
+    class_cost: float = Field(2.0, ge=0, description="matching: share of the class")
+    box_cost: float = Field(5.0, ge=0, description="matching: share of L1 between boxes")
+    giou_cost: float = Field(2.0, ge=0, description="matching: share of GIoU")
+    class_weight: float = Field(2.0, ge=0, description="loss: weight of the class")
+    box_weight: float = Field(5.0, ge=0, description="loss: weight of L1 between boxes")
+    giou_weight: float = Field(2.0, ge=0, description="loss: weight of GIoU")
+    denoising_queries: int = Field(
+        200, ge=0, description="noisy copies of the objects as queries of a training step; 0: none"
+    )
+    label_noise: float = Field(0.25, ge=0, le=1, description="share of the copies that get any prompt's link")
+    box_noise: float = Field(1.0, ge=0, description="how far copies move, in units of half their size")
+
+
+class GroundingDinoSettings(DinoLossSettings):
     """The expert detector and segmenter (see `decoders/grounding_dino.py`)."""
 
     mask_channels: int = Field(256, gt=0, description="width of the mask features")
+    mask_points: int = Field(12544, gt=3, description="points of a mask that a training step looks at")
+    mask_weight: float = Field(5.0, ge=0, description="loss: weight of masks' cross entropy")
+    dice_weight: float = Field(5.0, ge=0, description="loss: weight of masks' dice loss")
     look_forward_twice: bool = Field(
         False, description="a layer's loss also trains the layer before it (DINO, arXiv 2203.03605, sec. 3.5)"
     )

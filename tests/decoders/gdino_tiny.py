@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from lumen_ray.decoders.base import Pixels
+from lumen_ray.decoders.base import PerceptionTargets, Pixels
 from lumen_ray.decoders.grounding_dino import GroundingDinoDecoder
 from lumen_ray.decoders.settings import GroundingDinoSettings
 from lumen_ray.model.superlink import SuperLink
@@ -43,3 +43,24 @@ def random_pixels(extents: list[tuple[int, int]], size: tuple[int, int], seed: i
     for image, (height, width) in zip(images, extents, strict=True):
         image[:, :height, :width] = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
     return Pixels(images, torch.tensor(extents))
+
+
+def targets_of(boxes: list[list[list[float]]], side: int = 96, masks: bool = False) -> PerceptionTargets:
+    """`boxes`: xyxy of every prompt's objects; with `masks` every object has one, which fills its box."""
+    most = max([1, *map(len, boxes)])
+    table = torch.zeros(len(boxes), most, 4)
+    valid = torch.zeros(len(boxes), most, dtype=torch.bool)
+    index = torch.full((len(boxes), most), -1)
+    drawn = []
+    for p, own in enumerate(boxes):
+        for j, box in enumerate(own):
+            table[p, j], valid[p, j] = torch.tensor(box), True
+            if masks:
+                index[p, j] = len(drawn)
+                x1, y1, x2, y2 = (round(v / 4) for v in box)
+                drawn.append(torch.zeros(side // 4, side // 4, dtype=torch.uint8))
+                drawn[-1][y1:y2, x1:x2] = 1
+    maps = torch.stack(drawn) if drawn else torch.zeros(0, side // 4, side // 4, dtype=torch.uint8)
+    counted = torch.ones(len(boxes), dtype=torch.bool)
+    keypoints = torch.zeros(len(boxes), most, 3)
+    return PerceptionTargets(table, valid, torch.zeros_like(valid), index, maps, keypoints, counted)

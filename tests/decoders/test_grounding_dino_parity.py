@@ -32,8 +32,13 @@ def with_padding_seen(decoder, pixels, pixel_mask):
 
 
 def run(decoder, levels, links, link_valid, **text):
-    """Memory, encoder stage and decoder stages of groups that are one per image."""
+    """Memory, encoder stage and decoder stages of groups that are one per image.
+
+    Positions of queries count in the padded input, as the references have it."""
     memory = decoder.trunk.encode(levels, torch.arange(len(links)), links, link_valid, **text)
+    ratio = memory.valid_ratios[:, :1].repeat(1, 1, 2)
+    query_position = type(decoder.trunk).query_position
+    decoder.trunk.query_position = lambda reference: query_position(decoder.trunk, reference * ratio)
     encoder, query_valid = decoder._propose(memory)
     assert query_valid.all()
     content = decoder.trunk.query_position_embeddings.weight.expand(len(links), -1, -1)
