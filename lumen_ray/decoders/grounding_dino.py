@@ -10,6 +10,7 @@ Legend: P' object prompts, G groups, T prompts of the largest group, Q queries, 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -46,6 +47,9 @@ from lumen_ray.decoders.stored_size import at_stored_size
 from lumen_ray.model.aligner import Seats
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.structures import Boxes, Masks, Prediction, Size
+
+if TYPE_CHECKING:
+    from lumen_ray.model.settings import ModelSettings
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in 0..1, as the published weights use
 FEW_OBJECTS = -4.6  # logit of one query in a hundred
@@ -112,6 +116,11 @@ class GroundingDinoDecoder(Decoder):
     family = "perception"
     loss_names = ("gdino_class", "gdino_box", "gdino_mask")
     reads = "pixels"
+    independent = False
+
+    @classmethod
+    def build(cls, settings: ModelSettings) -> GroundingDinoDecoder:
+        return cls(settings.grounding_dino, settings.link_width(cls.name))
 
     def __init__(self, settings: GroundingDinoSettings, link_channels: int):
         super().__init__()
