@@ -82,6 +82,11 @@ DECODERS: dict[str, DecoderInfo] = {
     "lumen": DecoderInfo(
         "lumen_ray.decoders.lumen:LumenDecoder", "perception", ("heatmap", "match", "box", "mask", "keypoint")
     ),
+    "grounding_dino": DecoderInfo(
+        "lumen_ray.decoders.grounding_dino:GroundingDinoDecoder",
+        "perception",
+        ("gdino_class", "gdino_box", "gdino_mask"),
+    ),
     "stable_diffusion": DecoderInfo(
         "lumen_ray.decoders.stable_diffusion:StableDiffusionDecoder",
         "generation",
@@ -92,7 +97,7 @@ DECODERS: dict[str, DecoderInfo] = {
     ),
 }
 
-_PERCEPTION = ("lumen",)
+_PERCEPTION = ("lumen", "grounding_dino")
 
 TASKS: dict[str, Task] = {
     task.name: task
