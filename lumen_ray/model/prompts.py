@@ -176,8 +176,9 @@ def prefix_allowed(num_images: int, prefix: int, mode: str, device: torch.device
     return allowed.expand(num_images, prefix, prefix)
 
 
-def branch_allowed(branch_ids: Tensor, prefix_valid: Tensor, prefix: int) -> Tensor:
-    """Which tokens a branch token sees: the prefix (unless the sample has no image) and its own branch so far.
+def branch_allowed(branch_ids: Tensor, prefix_valid: Tensor, prefix: int, lead: int = 0) -> Tensor:
+    """Which tokens a branch token sees: the prefix (without an image only its first `lead` tokens) and its own branch
+    so far.
 
     branch_ids [B, T], prefix_valid bool [B] -> bool [B, T, P + T]. Padding sees itself, so that no row is empty.
     """
@@ -185,7 +186,8 @@ def branch_allowed(branch_ids: Tensor, prefix_valid: Tensor, prefix: int) -> Ten
     same = branch_ids[:, :, None] == branch_ids[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool, device=branch_ids.device).tril()
     own = same & causal
-    image = prefix_valid[:, None, None].expand(-1, length, prefix)
+    text = torch.arange(prefix, device=branch_ids.device) < lead
+    image = (prefix_valid[:, None] | text)[:, None].expand(-1, length, -1)
     return torch.cat([image, own], dim=2)
 
 
