@@ -184,6 +184,8 @@ class ModelSettings(Settings):
             raise UserError(
                 "prompt_layout 'sequential' and lead_tokens need prefix_attention 'causal'", "invalid_config"
             )
+        if self.prompt_layout == "sequential" and self.link_reads_words:
+            raise UserError("link_reads_words needs prompt_layout 'branches'", "invalid_config")
         return self
 
     @model_validator(mode="after")

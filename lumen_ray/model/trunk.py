@@ -29,6 +29,7 @@ from lumen_ray.model.prompts import (
 )
 from lumen_ray.model.regions import build_regions
 from lumen_ray.model.settings import ModelSettings
+from lumen_ray.model.skeleton import published
 from lumen_ray.model.superlink import LinkHead, SuperLink, SuperLinkQueries, mean_words
 from lumen_ray.model.vision import build_vision
 
@@ -71,7 +72,7 @@ class Trunk(nn.Module):
         self.settings = settings
         llm = dict(settings.llm)
         config = AutoConfig.for_model(llm.pop("model_type"), vocab_size=vocab_size, **llm)
-        self.llm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        self.llm = published(lambda: AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
         width = config.hidden_size
         std = getattr(config, "initializer_range", 0.02)
         self.stem = ConvStem(settings.stem_channels)
@@ -164,8 +165,8 @@ class Trunk(nn.Module):
 
     def _packed(self, embeds: Tensor, layout: Layout, prefix: int) -> Tensor:
         """Hidden states [B, P + T, width] by way of the rows of `layout.pack`; 0 at what is not packed."""
-        if len(self.lead):  # a text without an image would lose what stands in front of it
-            raise UserError("pack_tokens cannot be used with a model that has lead_tokens; set it to 0", "packed_lead")
+        if len(self.lead) or self.settings.prompt_layout != "branches":  # a row may start with neither image nor lead
+            raise UserError("pack_tokens needs prompt_layout 'branches' and no lead_tokens; set it to 0", "packed_lead")
         flat = embeds.flatten(0, 1)
         rows = flat.index_select(0, layout.pack.clamp_min(0).flatten()).unflatten(0, layout.pack.shape)
         allowed = packed_allowed(layout.pack, layout.branch_ids, prefix, self.settings.prefix_attention)

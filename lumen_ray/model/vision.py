@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
 
 from lumen_ray.model.settings import VisionSettings
+from lumen_ray.model.skeleton import published
 
 # Each encoder keeps the normalisation it was published with.
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -133,7 +134,7 @@ class BridgedVision(TokenGrid):
     def __init__(self, settings: VisionSettings, image_size: int, llm_width: int):
         config = CLIPVisionConfig(**{"image_size": image_size, **settings.clip})
         super().__init__(config.patch_size, settings.token_merge)
-        self.clip = Encoder(CLIPVisionModel(config), CLIP_MEAN, CLIP_STD)
+        self.clip = Encoder(published(lambda: CLIPVisionModel(config)), CLIP_MEAN, CLIP_STD)
         self.dinov2 = self.from_stem = None
         self.layer = config.num_hidden_layers - (2 if settings.clip_layers == "penultimate" else 1)
         self.merged_width = self.LEVELS * config.hidden_size
@@ -176,14 +177,20 @@ class CommVision(TokenGrid):
             config = CLIPVisionConfig(**{"image_size": image_size, **settings.clip})
             count = config.num_hidden_layers
             layers = list(range(count)) if settings.clip_layers == "all" else [count - 1]
-            self.clip = MergedEncoder(CLIPVisionModel(config), layers, config.hidden_size, CLIP_MEAN, CLIP_STD)
+            self.clip = MergedEncoder(
+                published(lambda: CLIPVisionModel(config)), layers, config.hidden_size, CLIP_MEAN, CLIP_STD
+            )
             width += config.hidden_size
         if settings.dinov2 is not None:
             config = Dinov2Config(**{"image_size": image_size, **settings.dinov2})
             count = config.num_hidden_layers
             chosen = {"all": count, "last_quarter": math.ceil(count / 4), "last": 1}[settings.dinov2_layers]
             self.dinov2 = MergedEncoder(
-                Dinov2Model(config), list(range(count - chosen, count)), config.hidden_size, IMAGENET_MEAN, IMAGENET_STD
+                published(lambda: Dinov2Model(config)),
+                list(range(count - chosen, count)),
+                config.hidden_size,
+                IMAGENET_MEAN,
+                IMAGENET_STD,
             )
             hidden = settings.mlp_ratio * config.hidden_size
             self.dinov2_mlp = nn.Sequential(
