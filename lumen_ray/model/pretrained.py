@@ -33,13 +33,31 @@ LLM_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 DECODER_LOADERS: dict[str, str] = {}
 #: keys of a published config.json that say nothing about the layers, or that are said elsewhere
 _OTHER_KEYS = frozenset(
-    "vocab_size pad_token_id bos_token_id eos_token_id use_cache pretraining_tp out_features out_indices stage_names "
-    "apply_layernorm reshape_hidden_states".split()
+    [
+        "vocab_size",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "use_cache",
+        "pretraining_tp",
+        "out_features",
+        "out_indices",
+        "stage_names",
+        "apply_layernorm",
+        "reshape_hidden_states",
+    ]
 )
 #: written into a model's settings even where they are the class's default
 _SIZES = frozenset(
-    "hidden_size intermediate_size num_hidden_layers num_attention_heads patch_size image_size "
-    "tie_word_embeddings".split()
+    [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "patch_size",
+        "image_size",
+        "tie_word_embeddings",
+    ]
 )
 
 
@@ -214,12 +232,15 @@ def blank(settings: ModelSettings, rows: int, seed: int) -> dict[str, Tensor]:
 
 
 def fill(
-    fresh: dict[str, Tensor], loaded: dict[str, Tensor], what: str, may_be_fresh: tuple[str, ...] = ("",)
+    fresh: dict[str, Tensor], loaded: dict[str, Tensor], what: str, may_be_fresh: tuple[str, ...] | None = None
 ) -> dict[str, Tensor]:
-    """`fresh`, a `blank` model's state, with the loaded tensors in it. `UserError` unless they fit and give all that is
-    published, and all else whose name does not start with one of `may_be_fresh`."""
-    needed = {n: t for n, t in fresh.items() if t.is_meta or n in loaded or not n.startswith(may_be_fresh)}
-    check_fits(loaded, needed, what)
+    """`fresh`, a `blank` model's state, with the loaded tensors in it. `UserError` unless they fit and leave out nothing
+    but what has fresh weights; with `may_be_fresh` only what has a name that starts so."""
+
+    def needed(name: str, tensor: Tensor) -> bool:
+        return tensor.is_meta if may_be_fresh is None else not name.startswith(may_be_fresh)
+
+    check_fits(loaded, {n: t for n, t in fresh.items() if n in loaded or needed(n, t)}, what)
     return fresh | loaded
 
 

@@ -17,5 +17,5 @@ DINOV2 = (
 #: Llama, Qwen and Mistral families; names of a model wrapped by PEFT too
 LLM = (
     Rule(r".*rotary_emb\.inv_freq", drop="frequencies that the model computes itself"),
-    Rule(r"(?:base_model\.model\.)?((?:model|lm_head)\..+?)(?:\.base_layer)?\.(weight|bias)", r"\1.\2"),
+    Rule(r"(?:base_model\.model\.)?((?:model\..+?|lm_head))(?:\.base_layer)?\.(weight|bias)", r"\1.\2"),
 )
