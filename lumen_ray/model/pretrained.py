@@ -234,8 +234,8 @@ def blank(settings: ModelSettings, rows: int, seed: int) -> dict[str, Tensor]:
 def fill(
     fresh: dict[str, Tensor], loaded: dict[str, Tensor], what: str, may_be_fresh: tuple[str, ...] | None = None
 ) -> dict[str, Tensor]:
-    """`fresh`, a `blank` model's state, with the loaded tensors in it. `UserError` unless they fit and leave out nothing
-    but what has fresh weights; with `may_be_fresh` only what has a name that starts so."""
+    """`fresh`, a `blank` model's state, with the loaded tensors in it. `UserError` unless they fit and leave out only
+    what has fresh weights; with `may_be_fresh` only what has a name that starts so."""
 
     def needed(name: str, tensor: Tensor) -> bool:
         return tensor.is_meta if may_be_fresh is None else not name.startswith(may_be_fresh)

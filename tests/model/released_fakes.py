@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from tiny_models import llm
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from lumen_ray import config
 from lumen_ray.model.settings import ModelSettings
 
 CLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "patch_size": 14,
@@ -69,7 +70,7 @@ def released_settings(**changes) -> ModelSettings:
         "prompt_layout": "sequential", "stem_channels": 8, "dense_channels": 16, "link_channels": 32,
         "lumen": {"hidden_size": 16, "num_layers": 1, "num_heads": 2},
     }  # fmt: skip
-    return ModelSettings.model_validate(data | changes)
+    return config.validate(ModelSettings, data | changes, "released")
 
 
 def llama_tokenizer(words: str) -> Tokenizer:
