@@ -108,6 +108,9 @@ class LumenSettings(Settings):
 
 class ModelSettings(Settings):
     name: str = Field(description="preset name; kept in checkpoints and checked when they are loaded")
+    published_weights: bool = Field(
+        False, description="encoders and LLM start from published checkpoints, which 'lumen-ray convert' puts together"
+    )
     image_size: int = Field(
         gt=0,
         description="side in pixels of the square that the encoders' positions are made for, and of the input where a "

@@ -22,7 +22,8 @@ from lumen_ray.model.sequential import lead_tokens
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import EOS, PAD, LumenTokenizer
 
-#: of a decoder's module in the checkpoint: our decoder, and the table of its rules (`PARTS`, by module)
+#: of a decoder's module in the checkpoint: our decoder, and where its rules are. Their function
+#: `released_parts(source, decoder, link_head)` takes prefixes: in the checkpoint, of our decoder and of its link head
 DECODERS: dict[str, tuple[str, str]] = {
     "gdino": ("grounding_dino", "lumen_ray.model.released.gdino"),
     "unipose": ("unipose", "lumen_ray.model.released.unipose"),
@@ -46,7 +47,8 @@ def parts(decoders: Collection[str]) -> tuple[Part, ...]:
     found = list(trunk.PARTS)
     for module, (decoder, table) in DECODERS.items():
         if decoder in decoders:
-            found += importlib.import_module(table).PARTS[module]
+            rules = importlib.import_module(table)
+            found += rules.released_parts(f"{module}.", f"decoders.{decoder}.", f"trunk.link_heads.{decoder}.")
         else:
             found.append(Part(f"{module}.", "", [Rule(r".+", drop=f"the preset has no decoder '{decoder}'")]))
     return tuple(found)

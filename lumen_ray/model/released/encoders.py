@@ -10,7 +10,22 @@ CLIP = (
     Rule(r"(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)", r"\1"),
     Rule(r"text_model\..+|(?:text|visual)_projection\.weight|logit_scale", drop="CLIP's text tower and projections"),
 )
+#: DINOv2; current `transformers` calls parts of a layer otherwise in memory than on disk
 DINOV2 = (
+    *(
+        Rule(rf"(?:dinov2\.)?(encoder\.layer\.\d+)\.{theirs}\.(weight|bias)", rf"\1.{ours}.\2")
+        for theirs, ours in (
+            (r"attention\.attention\.query", "attention.q_proj"),
+            (r"attention\.attention\.key", "attention.k_proj"),
+            (r"attention\.attention\.value", "attention.v_proj"),
+            (r"attention\.output\.dense", "attention.o_proj"),
+            (r"mlp\.weights_out", "mlp.down_proj"),
+        )
+    ),
+    Rule(
+        r"(?:dinov2\.)?(encoder\.layer\.\d+\.mlp)\.weights_in\.(weight|bias)",
+        (r"\1.gate_proj.\2", r"\1.up_proj.\2"),
+    ),
     Rule(r"(?:dinov2\.)?((?:embeddings|encoder|layernorm)\..+)", r"\1"),
     Rule(r"classifier\..+", drop="the head of an image classifier"),
 )

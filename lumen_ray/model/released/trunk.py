@@ -8,8 +8,6 @@ from lumen_ray.tasks import LINK_FAMILIES
 
 #: whose queries stand behind which routing tokens: {the checkpoint's name: our family}
 QUERIES = {"det": "perception", "pose": "pose", "gen": "generation", "edit": "editing"}
-#: VisionLLM v2's `patch2query` and its like: three Linear layers with ReLU between, as in `LinkHead`
-LINK_MLP = tuple(Rule(rf"layers\.{n}\.(weight|bias)", rf"mlp.{2 * n}.\1") for n in range(3))
 
 REGIONS = (
     Rule(r"mask_embedding\.(\d+\.(?:weight|bias))", r"convs.\1"),
