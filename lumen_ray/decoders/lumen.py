@@ -21,13 +21,15 @@ from torch import Tensor, nn
 from lumen_ray.decoders.assigner import Assignment, assign, pairwise_iou
 from lumen_ray.decoders.base import Decoder, Frame, LossTerm, PerceptionTargets, PredictSettings, PromptSpec
 from lumen_ray.decoders.pose_head import PoseHead
+from lumen_ray.decoders.stored_size import at_stored_size
 from lumen_ray.model.aligner import Aligner, place_in_group, sine_position
 from lumen_ray.model.dense import DownBlock, ResidualBlock, conv_block
-from lumen_ray.model.settings import LumenSettings
+from lumen_ray.model.settings import LumenSettings, ModelSettings
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
 
 KERNEL_WIDTH = 8
+MASK_STRIDE = 4  # of the dense features and the masks
 
 
 @dataclass
@@ -86,6 +88,10 @@ class LumenDecoder(Decoder):
     name = "lumen"
     family = "perception"
     loss_names = ("heatmap", "match", "box", "mask", "keypoint")
+
+    @classmethod
+    def build(cls, settings: ModelSettings) -> LumenDecoder:
+        return cls(settings.lumen, settings.dense_channels, settings.link_width(cls.name))
 
     def __init__(self, settings: LumenSettings, dense_channels: int, link_channels: int):
         super().__init__()
@@ -353,7 +359,6 @@ class LumenDecoder(Decoder):
 
     def _masks(self, raw: LumenRaw, p: int, found: Tensor, boxes: Tensor, frame: Frame) -> Masks:
         """Masks at the stored image's resolution, each cut to its box grown by half."""
-        height, width = frame.size
         if len(found) == 0:
             return Masks([], frame.size)
         prompts = torch.full_like(found, p)
@@ -362,7 +367,6 @@ class LumenDecoder(Decoder):
         rles = []
         # Probabilities are enlarged, not logits: one very negative cell would move the border inwards.
         for one in logits:  # one at a time: hundreds of full-size masks of a large photo would not fit in memory
-            shape = tuple(round(side / frame.scale) for side in frame.input_size)
-            full = F.interpolate(one.sigmoid()[None, None], shape, mode="bilinear", align_corners=False)[0, 0]
-            rles += Masks.from_arrays((full[:height, :width] > 0.5).cpu().numpy()[None]).rles
+            full = at_stored_size(one.sigmoid(), MASK_STRIDE, frame)
+            rles += Masks.from_arrays((full > 0.5).cpu().numpy()[None]).rles
         return Masks(rles, frame.size)

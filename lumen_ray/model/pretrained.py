@@ -4,11 +4,11 @@ checkpoint. What no checkpoint has (merge, projector, region encoder, queries, l
 from __future__ import annotations
 
 import dataclasses
-import importlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from transformers import CONFIG_MAPPING, CLIPVisionConfig, Dinov2Config, Pretrai
 
 from lumen_ray import config
 from lumen_ray.errors import UserError
+from lumen_ray.model import decoder_weights
 from lumen_ray.model.build import ModelMeta, build_model, save_model
 from lumen_ray.model.published import Checkpoint, read_json
 from lumen_ray.model.released.encoders import CLIP, DINOV2, LLM
@@ -28,9 +29,6 @@ from lumen_ray.model.tokenizer import EOS, PAD, LumenTokenizer
 
 #: LLMs whose layout is known: one stack of dense layers, `model` and `lm_head`
 LLM_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-#: {decoder: "module:function"}; the function takes (folder or hub id, ModelSettings, whether pickle is allowed) and
-#: gives {name below `decoders.<decoder>.`: tensor}
-DECODER_LOADERS: dict[str, str] = {}
 #: keys of a published config.json that say nothing about the layers, or that are said elsewhere
 _OTHER_KEYS = frozenset(
     [
@@ -108,9 +106,15 @@ def _expect(checkpoint: Checkpoint, kinds: tuple[str, ...], what: str) -> None:
         )
 
 
-def settings_from(preset: ModelSettings, checkpoints: Mapping[str, Checkpoint]) -> ModelSettings:
-    """The preset with the sizes of the checkpoints named clip, dinov2 and llm."""
+def settings_from(
+    preset: ModelSettings, checkpoints: Mapping[str, Checkpoint], decoders: Mapping[str, Path] = MappingProxyType({})
+) -> ModelSettings:
+    """The preset with the sizes of the checkpoints named clip, dinov2 and llm, and of decoders' folders."""
     data = preset.model_dump(mode="json")
+    for name, folder in decoders.items():
+        if data[name] is None:
+            raise UserError(f"preset '{preset.name}' has no decoder '{name}'; leave out its weights", "unknown_decoder")
+        data[name] |= decoder_weights.LOADERS[name].sizes(folder)
     for name, kinds, config_class in (
         ("clip", ("clip", "clip_vision_model"), CLIPVisionConfig),
         ("dinov2", ("dinov2",), Dinov2Config),
@@ -244,16 +248,6 @@ def fill(
     return fresh | loaded
 
 
-def load_decoder(name: str, source: str | Path, settings: ModelSettings, pickle: bool) -> dict[str, Tensor]:
-    """A decoder's published weights by our names."""
-    if name not in DECODER_LOADERS:
-        known = ", ".join(DECODER_LOADERS) or "none"
-        raise UserError(f"no published weights are known for decoder '{name}'; known: {known}", "unknown_decoder")
-    module, _, function = DECODER_LOADERS[name].partition(":")
-    loader: Callable[..., dict[str, Tensor]] = getattr(importlib.import_module(module), function)
-    return {f"decoders.{name}.{key}": tensor for key, tensor in loader(source, settings, pickle).items()}
-
-
 def assemble(
     preset: ModelSettings, sources: Sources, output: str | Path, pickle: bool = False, seed: int = 0
 ) -> Assembly:
@@ -264,7 +258,8 @@ def assemble(
     """
     given = {"clip": sources.clip, "dinov2": sources.dinov2, "llm": sources.llm}
     checkpoints = {name: Checkpoint(source, pickle) for name, source in given.items() if source is not None}
-    settings = settings_from(preset, checkpoints)
+    folders = decoder_weights.find(sources.decoders, pickle)
+    settings = settings_from(preset, checkpoints, folders)
     tokenizer, known, lead = lumen_tokenizer(checkpoints["llm"])
     if settings.prefix_attention == "causal":
         settings = settings.model_copy(update={"lead_tokens": lead})
@@ -276,8 +271,9 @@ def assemble(
     llm = checkpoints["llm"]
     tied = bool(settings.llm.get("tie_word_embeddings"))
     loaded |= llm_state(llm, known, len(tokenizer), tied, f"'{llm.folder}'")
-    for name, source in sources.decoders.items():
-        loaded |= load_decoder(name, source, settings, pickle)
+    for name, folder in folders.items():
+        state = decoder_weights.LOADERS[name].load(folder, settings, pickle)
+        loaded |= {f"decoders.{name}.{key}": tensor for key, tensor in state.items()}
     state = fill(blank(settings, len(tokenizer), seed), loaded, "the checkpoints")
     save_model(output, state, settings, tokenizer, ModelMeta(settings.name, seed=seed))
     return Assembly(settings, tokenizer, state, set(loaded))

@@ -61,19 +61,22 @@ class Checkpoint(Mapping[str, Tensor]):
     `pickle`: read weights that are saved with Python's pickle too, and then tensors only (`weights_only`).
     """
 
-    def __init__(self, source: str | Path, pickle: bool = False, needs_config: bool = True):
+    def __init__(self, source: str | Path, pickle: bool = False):
         self.folder = fetch(source, pickle)
-        self.config: dict[str, Any] = {}
-        if (path := self.folder / "config.json").is_file():
-            self.config = read_json(path)
-        elif needs_config:
-            raise UserError(
-                f"'{self.folder}' is not a published checkpoint: config.json is missing; give the folder that holds it",
-                "not_a_checkpoint",
-            )
+        self.config = self.read_config(self.folder)
         self._files = self._find(pickle)
         self._open: dict[Path, Any] = {}
         self._shard = {name: path for path in self._files for name in self._handle(path).keys()}  # noqa: SIM118
+
+    @staticmethod
+    def read_config(folder: Path) -> dict[str, Any]:
+        """The mapping in a checkpoint's config.json."""
+        if not (path := folder / "config.json").is_file():
+            raise UserError(
+                f"'{folder}' is not a published checkpoint: config.json is missing; give the folder that holds it",
+                "not_a_checkpoint",
+            )
+        return read_json(path)
 
     def _find(self, pickle: bool) -> list[Path]:
         """The files of the weights."""

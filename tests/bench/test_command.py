@@ -101,7 +101,7 @@ def test_an_aim_that_is_missed_is_the_exit_status_with_check(monkeypatch, tmp_pa
         (["--threads", "-1"], "--threads -1 must be 1 or more"),
         (["--steps", "0"], "--steps 0 must be 1 or more"),
         (["--batch-size", "0"], "--batch-size 0 must be 1 or more"),
-        (["--only", "pipeline", "--steps", "30"], "give 31 or more"),
+        (["--only", "pipeline", "--steps", "30"], "give 57 or more"),
         (["--only", "input", "--steps", "16"], "give a multiple of 16, such as 48"),
         (["--batch-size", "12"], "must be a multiple of 8 rows"),
         (["--workers", "4", "--batch-size", "16"], "times 4 workers"),

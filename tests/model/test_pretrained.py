@@ -26,7 +26,6 @@ from transformers import (
 
 from lumen_ray import config
 from lumen_ray.errors import UserError
-from lumen_ray.model import pretrained
 from lumen_ray.model.build import Generalist, load_model
 from lumen_ray.model.pretrained import Sources, assemble, encoder_state, fill, llm_state, settings_from
 from lumen_ray.model.prompts import Branch, build_layout
@@ -223,21 +222,6 @@ def test_each_mistake_is_told_in_a_sentence(folders, tmp_path):
     assert "wrong_tokenizer" in refused(folders, tmp_path, llm=tmp_path / "short")
     (tmp_path / "short" / "model.safetensors").write_bytes(b"no weights")
     assert "damaged_checkpoint" in refused(folders, tmp_path, llm=tmp_path / "short")
-
-
-CALLS = []
-
-
-def decoder_loader(source, settings, pickle):
-    CALLS.append((source, settings.name, pickle))
-    return {"mask_tower.weight": torch.ones(3)}
-
-
-def test_decoders_are_loaded_through_the_table(folders, tmp_path, monkeypatch):
-    monkeypatch.setitem(pretrained.DECODER_LOADERS, "lumen", f"{__name__}:decoder_loader")
-    told = refused(folders, tmp_path, decoders={"lumen": "somewhere"})
-    assert CALLS == [("somewhere", "tiny", False)]
-    assert "'decoders.lumen.mask_tower.weight', which the model lacks" in told
 
 
 def test_the_7b_preset_in_full_size(capsys):

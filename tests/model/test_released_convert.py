@@ -16,7 +16,7 @@ from lumen_ray.model.released.convert import REPORT_FILE, convert
 from lumen_ray.model.released.lora import Merged
 from lumen_ray.model.released.rules import Part, Rule, apply, check_fits
 from lumen_ray.model.sequential import lead_tokens
-from lumen_ray.tasks import LINK_FAMILIES, family_of
+from lumen_ray.tasks import family_of
 
 
 def tokenizer(ids):
@@ -37,9 +37,6 @@ def released(test_data, tmp_path):
     """(the weights, a folder with them): the trunk of a fixture and some tensors of decoders."""
     told, data = fixture(test_data, "vl_splice_a")
     weights = part(data, "weights.")
-    for name, token in (("gen", "[GEN]"), ("edit", "[EDIT]")):  # as many as the registry has, where it has them
-        if any(token in family.routing_tokens for family in LINK_FAMILIES.values()):
-            weights[f"emb_embeddings_{name}.weight"] = torch.randn(family_of(token).num_queries, 48)
     weights |= {"gdino.level_embed": torch.ones(4, 8), "sd.emb_proj.0.weight": torch.ones(3, 48)}
     folder = tmp_path / "VisionLLMv2"
     folder.mkdir()

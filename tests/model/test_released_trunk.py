@@ -12,10 +12,10 @@ from lumen_ray.model.build import Generalist
 from lumen_ray.model.pretrained import fill
 from lumen_ray.model.prompts import IGNORE, Layout
 from lumen_ray.model.regions import LevelRegionEncoder
-from lumen_ray.model.released.convert import LIGHT, convert_tensors
+from lumen_ray.model.released.convert import DECODERS, LIGHT, convert_tensors
 from lumen_ray.model.released.encoders import CLIP as CLIP_RULES
 from lumen_ray.model.released.rules import Part, apply
-from lumen_ray.model.released.trunk import PARTS, QUERIES, REGIONS
+from lumen_ray.model.released.trunk import BRIDGE, QUERIES, REGIONS, parts
 from lumen_ray.model.settings import ModelSettings, RegionSettings
 from lumen_ray.model.trunk import Trunk
 from lumen_ray.model.vision import CLIP_MEAN, CLIP_STD, BridgedVision
@@ -34,7 +34,7 @@ def test_the_bridge_gives_the_reference_numbers(test_data):
     _, data = fixture(test_data, "vl_bridge_a")
     vision = BridgedVision(released_settings().vision, 56, 48)
     state, report = apply(part(data, "weights."), [
-        Part("vis_encoder.", "clip.model.", CLIP_RULES), Part("vl_bridge.", "projector.", PARTS[3].rules),
+        Part("vis_encoder.", "clip.model.", CLIP_RULES), Part("vl_bridge.", "projector.", BRIDGE),
     ])  # fmt: skip
     assert report.counts() == {"renamed": 75}
     vision.load_state_dict(state)
@@ -117,11 +117,10 @@ def test_a_prompt_with_regions_and_queries_gives_the_reference_logits(test_data)
     told, data = fixture(test_data, "vl_splice_a")
     weights = part(data, "weights.")
     trunk = Trunk(released_settings(lead_tokens=(1,)), 60).eval()
-    state, report = apply(weights, PARTS)
+    state, report = apply(weights, parts(QUERIES.values()))
     assert not report.of("unknown")
     state = {name.removeprefix("trunk."): tensor for name, tensor in state.items()}
-    for name, family in QUERIES.items():  # tiny sets of queries, of families that the registry may lack
-        state[f"queries.queries.{family}"] = weights[f"emb_embeddings_{name}.weight"]
+    for name, family in QUERIES.items():  # of families that the light decoder has no use for, in the fixture's numbers
         trunk.queries.queries[family] = nn.Parameter(torch.zeros_like(weights[f"emb_embeddings_{name}.weight"]))
     fresh = ("stem.", "dense.", "link_heads.")
     missing, unexpected = trunk.load_state_dict(state, strict=False)
@@ -156,18 +155,22 @@ def test_the_full_size_layout_converts_with_nothing_missing_and_nothing_left_ove
     with torch.device("meta"):
         model = Generalist(settings, told["llm.lm_head.weight"][0])
     expected = model.state_dict()
-    state, report = convert_tensors(tensors, set(model.decoders))
+    state, report = convert_tensors(tensors, expected)
     assert len(report.entries) == len(told) == 4742
     assert not report.of("unknown")
     whole = fill(expected, state, "the layout", LIGHT)  # raises for what is missing, left over or of another shape
     assert whole.keys() == expected.keys()
-    trunk = [entry for entry in report.entries if not entry.name.startswith(("gdino.", "unipose.", "sd.", "ip2p."))]
-    renamed = {entry.name for entry in trunk if entry.outcome == "renamed"}
+    gone = {entry.name for entry in report.of("dropped")}
+    decoderless = {module for module, (decoder, _) in DECODERS.items() if decoder not in model.decoders}
     unread = {
         f"emb_embeddings_{n}.weight" for n, family in QUERIES.items() if family not in model.trunk.queries.queries
     }
-    assert renamed == {entry.name for entry in trunk} - unread
-    print(f"{sum(p.numel() for n, p in state.items() if n.startswith('trunk.')):,} parameters in the trunk")
+    trunk = {name for name in told if name.split(".")[0] not in DECODERS}
+    assert trunk & gone == unread
+    assert all(name in gone for name in told if name.split(".")[0] in decoderless)
+    assert len(whole) == len(state)  # no part of this preset keeps fresh weights
+    counted = {part: sum(t.numel() for n, t in state.items() if n.startswith(part)) for part in ("trunk", "decoders")}
+    print(", ".join(f"{count:,} parameters in {part}" for part, count in counted.items()))
 
 
 def test_settings_say_what_does_not_go_together():

@@ -23,7 +23,7 @@ from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import EOS, PAD, LumenTokenizer
 
 #: of a decoder's module in the checkpoint: our decoder, and where its rules are. Their function
-#: `released_parts(source, decoder, link_head)` takes prefixes: in the checkpoint, of our decoder and of its link head
+#: `released_parts(decoder, link_head, source)` takes prefixes: of our decoder, its link head, and in the checkpoint
 DECODERS: dict[str, tuple[str, str]] = {
     "gdino": ("grounding_dino", "lumen_ray.model.released.gdino"),
     "unipose": ("unipose", "lumen_ray.model.released.unipose"),
@@ -36,29 +36,34 @@ START = "<s>"
 #: values of its config.json that this layout stands for
 CONFIG = {"vl_bridge_type": "mlp2x_gelu", "vis_output_layer": -2, "use_pixelshuffle": False, "num_embs": 4}
 #: the light decoder and what only it reads
-LIGHT = ("trunk.stem.", "trunk.dense.", "trunk.link_heads.perception.", "decoders.lumen.")
+LIGHT = ("trunk.stem.", "trunk.dense.", "trunk.link_heads.lumen.", "decoders.lumen.")
 #: of the adapters that the reference trains on the LLM
 LORA_ALPHA = 64.0
 REPORT_FILE = "conversion.json"
 
 
-def parts(decoders: Collection[str]) -> tuple[Part, ...]:
-    """The rules for a checkpoint whose decoders go to those of a model with these `decoders`; others are dropped."""
-    found = list(trunk.PARTS)
+def parts(model: Collection[str]) -> tuple[Part, ...]:
+    """Where a checkpoint's tensors go in a model of tensors with these names; what is for decoders that it does not
+    have is dropped."""
+    queries = "trunk.queries.queries."
+    decoders = {name.split(".")[1] for name in model if name.startswith("decoders.")}
+    found = list(trunk.parts({name.removeprefix(queries) for name in model if name.startswith(queries)}))
     for module, (decoder, table) in DECODERS.items():
         if decoder in decoders:
             rules = importlib.import_module(table)
-            found += rules.released_parts(f"{module}.", f"decoders.{decoder}.", f"trunk.link_heads.{decoder}.")
+            to = {"decoder": f"decoders.{decoder}.", "link_head": f"trunk.link_heads.{decoder}."}
+            found += rules.released_parts(**to, source=f"{module}.")
         else:
             found.append(Part(f"{module}.", "", [Rule(r".+", drop=f"the preset has no decoder '{decoder}'")]))
     return tuple(found)
 
 
 def convert_tensors(
-    tensors: Mapping[str, Tensor], decoders: Collection[str], lora_alpha: float = LORA_ALPHA
+    tensors: Mapping[str, Tensor], model: Collection[str], lora_alpha: float = LORA_ALPHA
 ) -> tuple[dict[str, Tensor], Report]:
-    """{our name: tensor} of a whole checkpoint, and where each of its tensors went. Adapters are merged."""
-    merged, table = Merged(tensors, lora_alpha), parts(decoders)
+    """{our name: tensor} of a whole checkpoint for a model of tensors with these names, and where each of its tensors
+    went. Adapters are merged."""
+    merged, table = Merged(tensors, lora_alpha), parts(model)
     state, report = apply(merged, table)
     for adapter, weight in merged.merged.items():
         found = find_rule(weight, table)
@@ -99,8 +104,7 @@ def convert(
     lead = {"lead_tokens": lead_tokens(tokenizer, START)}
     settings = config.validate(ModelSettings, preset.model_dump(mode="json") | lead, f"preset '{preset.name}'")
     fresh = blank(settings, len(tokenizer), seed)
-    decoders = {name.split(".")[1] for name in fresh if name.startswith("decoders.")}
-    loaded, report = convert_tensors(source, decoders, lora_alpha)
+    loaded, report = convert_tensors(source, fresh, lora_alpha)
     report.refuse(f"'{source.folder}'")
     state = fill(fresh, loaded, f"'{source.folder}'", LIGHT)
     save_model(output, state, settings, tokenizer, ModelMeta(settings.name, seed=seed))

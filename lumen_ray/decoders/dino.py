@@ -1,0 +1,361 @@
+"""Grounding DINO's transformer with link embeddings in place of its text branch (arXiv 2303.05499).
+
+Composed of the parts of `transformers`; what stands between them there (flattening, two-stage selection, the decoder's
+loop) is here, because there it runs BERT and assumes a fixed number of queries. Shared by the decoders of the family.
+
+An image is seen by the backbone without its padding, so its features do not depend on the size of the batch's input.
+
+Legend: B images, G groups (prompts looked at together, each about one image), T links of a group, S places of all
+levels, Q queries, C channels. Boxes inside are cxcywh in 0..1 of the image without padding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GroundingDinoConfig, SwinConfig
+from transformers.models.grounding_dino import modeling_grounding_dino as hf
+from transformers.models.swin.modeling_swin import SwinBackbone
+
+from lumen_ray.decoders.settings import DinoSettings
+from lumen_ray.structures import Size
+
+STRIDES = (8, 16, 32, 64)  # of the levels the transformer reads
+MASK_STRIDE = 4  # of the backbone's first map, which only masks read
+GROUPS = 32  # of every GroupNorm
+MIN_PROPOSAL, MAX_PROPOSAL = 0.01, 0.99  # places whose proposal leaves this range are no proposals
+PROPOSAL_SIZE = 0.05  # side of a proposal on the finest level, relative to the image
+
+
+def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
+    """Logit of x in 0..1, with x and 1 - x held to at least `eps`."""
+    return torch.log(x.clamp_min(eps) / (1 - x).clamp_min(eps))
+
+
+def to_xyxy(boxes: Tensor) -> Tensor:
+    """cxcywh [..., 4] -> xyxy."""
+    center, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([center - half, center + half], dim=-1)
+
+
+def to_cxcywh(boxes: Tensor) -> Tensor:
+    """xyxy [..., 4] -> cxcywh."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
+def cells(size: Size, stride: int) -> Size:
+    """Rows and columns of the map of an image of `size` pixels; partial cells count."""
+    return -(-size[0] // stride), -(-size[1] // stride)
+
+
+def by_size(sizes: list[Size]) -> dict[Size, list[int]]:
+    """Size -> indices of the images that have it."""
+    found: dict[Size, list[int]] = {}
+    for index, size in enumerate(sizes):
+        found.setdefault(size, []).append(index)
+    return found
+
+
+def gather_rows(values: Tensor, index: Tensor) -> Tensor:
+    """values [G, S, C], index int64 [G, Q] -> [G, Q, C]."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
+
+
+@dataclass
+class Levels:
+    """What the backbone says of B images: maps padded to the largest image, `valid` where they are not padding."""
+
+    sizes: list[Size]  # (height, width) of each image in input pixels, without padding
+    sources: list[Tensor]  # [B, C, h, w] at `STRIDES`
+    valid: list[Tensor]  # bool [B, h, w]
+    stride4: Tensor  # [B, backbone channels, h, w] at `MASK_STRIDE`
+
+
+@dataclass
+class Memory:
+    """The encoder's output for G groups, and what is needed to look at it."""
+
+    vision: Tensor  # [G, S, C]
+    vision_valid: Tensor  # bool [G, S]
+    links: Tensor  # [G, T, C]
+    link_valid: Tensor  # bool [G, T]
+    valid_ratios: Tensor  # float32 [G, levels, 2] (x, y): share of each map that shows the image
+    shapes: list[Size]  # (rows, columns) of the levels
+
+    @cached_property
+    def spatial(self) -> dict[str, Tensor | list[Size]]:
+        """How deformable attention is told the levels."""
+        shapes = torch.tensor(self.shapes, dtype=torch.int64, device=self.vision.device)
+        starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
+        return {"spatial_shapes": shapes, "spatial_shapes_list": self.shapes, "level_start_index": starts}
+
+    @cached_property
+    def link_mask(self) -> Tensor:
+        """Additive, [G, 1, 1, T]."""
+        return additive(~self.link_valid, self.links.dtype)[:, None, None]
+
+    @property
+    def finest(self) -> Tensor:
+        """[G, C, h, w] at the finest stride."""
+        rows, columns = self.shapes[0]
+        return self.vision[:, : rows * columns].transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
+
+
+@dataclass
+class Proposals:
+    """What the encoder takes every place for. Places that are no proposals have logits +inf and are not `valid`."""
+
+    features: Tensor  # [G, S, C]
+    logits: Tensor  # float32 [G, S, 4], of boxes
+    valid: Tensor  # bool [G, S]
+
+
+def additive(blocked: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask (True: blocked) as what is added to attention logits; rows that block all of them stay finite."""
+    return torch.zeros_like(blocked, dtype=dtype).masked_fill(blocked, torch.finfo(dtype).min)
+
+
+class GroupNorm(nn.GroupNorm):
+    """For groups of a single value, too, which a small image has on the coarsest level of a narrow model: they are
+    normalised to exactly 0, where rounding would be enlarged by 1 / sqrt(eps)."""
+
+    def __init__(self, channels: int):
+        super().__init__(GROUPS, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x[0].numel() == self.num_groups:
+            return x * 0 * self.weight[:, None, None] + self.bias[:, None, None]
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class FusedAttention(hf.GroundingDinoMultiheadAttention):
+    """The same attention by torch's fused kernels: it holds no weights of Q x Q per head."""
+
+    def forward(self, queries, keys, values, attention_mask=None, output_attentions=False):
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+
+        query, key, value = heads(self.query(queries)), heads(self.key(keys)), heads(self.value(values))
+        if attention_mask is not None:
+            attention_mask = attention_mask.to(query.dtype)
+        dropout = self.dropout.p if self.training else 0.0
+        read = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout)
+        return self.out_proj(read.transpose(1, 2).flatten(2)), None
+
+
+def library_config(s: DinoSettings) -> GroundingDinoConfig:
+    """The same model in the words of `transformers`."""
+    swin = SwinConfig(**{**s.backbone, "out_features": ["stage1", "stage2", "stage3", "stage4"]})
+    return GroundingDinoConfig(
+        backbone_config=swin,
+        d_model=s.hidden_size,
+        num_queries=s.num_queries,
+        num_feature_levels=len(STRIDES),
+        encoder_layers=s.encoder_layers,
+        decoder_layers=s.decoder_layers,
+        encoder_ffn_dim=s.encoder_ffn,
+        decoder_ffn_dim=s.decoder_ffn,
+        encoder_attention_heads=s.num_heads,
+        decoder_attention_heads=s.num_heads,
+        encoder_n_points=s.encoder_points,
+        decoder_n_points=s.decoder_points,
+        dropout=s.dropout,
+        fusion_droppath=s.fusion_drop_path,
+    )
+
+
+def box_head(hidden_size: int, outputs: int = 4) -> nn.Module:
+    """Three layers; fresh, it changes nothing."""
+    head = hf.GroundingDinoMLPPredictionHead(hidden_size, hidden_size, outputs, 3)
+    nn.init.zeros_(head.layers[-1].weight)
+    nn.init.zeros_(head.layers[-1].bias)
+    return head
+
+
+class DinoTrunk(nn.Module):
+    """Backbone, encoder with link fusion, two-stage selection and decoder layers.
+
+    Names of weights are those of `transformers.GroundingDinoModel`, apart from its text branch.
+    """
+
+    def __init__(self, settings: DinoSettings):
+        super().__init__()
+        self.settings = settings
+        config, c = library_config(settings), settings.hidden_size
+        self.backbone = SwinBackbone(config.backbone_config)
+        self.backbone.swin.layernorm = nn.Identity()  # of an output that nothing reads
+        channels = self.backbone.channels
+        self.stride4_channels = channels[0]
+        self.input_proj_vision = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(width, c, 1), GroupNorm(c)) for width in channels[1:]
+        )
+        coarsest = nn.Conv2d(channels[-1], c, 3, stride=2, padding=1)
+        self.input_proj_vision.append(nn.Sequential(coarsest, GroupNorm(c)))
+        self.position = hf.GroundingDinoSinePositionEmbedding(config)
+        self.level_embed = nn.Parameter(torch.randn(len(STRIDES), c))
+        self.query_position_embeddings = nn.Embedding(settings.num_queries, c)
+        self.encoder = hf.GroundingDinoEncoder(config)
+        self.enc_output = nn.Linear(c, c)
+        self.enc_output_norm = nn.LayerNorm(c)
+        self.encoder_output_bbox_embed = box_head(c)
+        self.decoder = hf.GroundingDinoDecoder(config)
+        for layer in self.decoder.layers:
+            layer.self_attn = FusedAttention(config, settings.num_heads)
+            layer.encoder_attn_text = FusedAttention(config, settings.num_heads)
+        self._reset()
+
+    def _reset(self) -> None:
+        """Fresh weights as in Deformable DETR: Xavier, where the library draws from N(0, 0.02) and zeroes the last
+        layer of every head, that of the query positions, too. What deformable attention starts from stays."""
+        for part in (self.encoder, self.decoder, self.enc_output, self.input_proj_vision):
+            for name, module in part.named_modules():
+                kept = name.endswith(("sampling_offsets", "attention_weights"))
+                if isinstance(module, nn.Linear | nn.Conv2d) and not kept:
+                    nn.init.xavier_uniform_(module.weight)
+                    nn.init.zeros_(module.bias)
+
+    def see(self, pixels: Tensor, extents: list[Size]) -> Levels:
+        """pixels [B, 3, H, W], normalised; extents: (height, width) of the part of each that is not padding."""
+        largest = tuple(max(sides) for sides in zip(*extents, strict=True))
+        shapes = [cells(largest, stride) for stride in (MASK_STRIDE, *STRIDES)]
+        maps: list[Tensor] | None = None
+        same = by_size(extents)
+        for (height, width), members in same.items():
+            part = pixels[:, :, :height, :width] if len(same) == 1 else pixels[members, :, :height, :width]
+            first, *rest = self.backbone(part).feature_maps
+            found = [first, *(proj(m) for proj, m in zip(self.input_proj_vision, [*rest, rest[-1]], strict=True))]
+            if len(same) == 1:
+                maps = found
+                break
+            maps = maps or [
+                m.new_zeros(len(pixels), m.shape[1], *shape) for m, shape in zip(found, shapes, strict=True)
+            ]
+            for whole, m in zip(maps, found, strict=True):
+                whole[members, :, : m.shape[2], : m.shape[3]] = m
+        sizes = torch.tensor(extents, device=pixels.device)
+        valid = [_inside(-(-sizes // stride), shape) for stride, shape in zip(STRIDES, shapes[1:], strict=True)]
+        return Levels(list(extents), maps[1:], valid, maps[0])
+
+    def encode(
+        self,
+        levels: Levels,
+        image: Tensor,
+        links: Tensor,
+        link_valid: Tensor,
+        positions: Tensor | None = None,
+        blocked: Tensor | None = None,
+    ) -> Memory:
+        """Pixels and links read each other.
+
+        `image` int64 [G]: the image of each group; `links` [G, T, C] with `link_valid` bool [G, T]. `positions` int64
+        [G, T] of the links, by default 0, 1, 2 ...; `blocked` bool [G, T, T]: which links do not read which, by default
+        padding."""
+        places = [m.flatten(2).transpose(1, 2) for m in levels.sources]
+        embeds = [
+            self.position(m, valid).flatten(2).transpose(1, 2) + level
+            for m, valid, level in zip(levels.sources, levels.valid, self.level_embed, strict=True)
+        ]
+        if positions is None:
+            positions = torch.arange(links.shape[1], device=links.device).expand(len(links), -1)
+        if blocked is None:
+            alone = torch.eye(links.shape[1], dtype=torch.bool, device=links.device)
+            blocked = ~(link_valid[:, :, None] & link_valid[:, None, :] | alone)
+        ratios = torch.stack([_valid_ratio(valid) for valid in levels.valid], dim=1)[image]
+        memory = Memory(
+            torch.cat(places, 1)[image], torch.cat([v.flatten(1) for v in levels.valid], 1)[image], links, link_valid,
+            ratios, [tuple(m.shape[-2:]) for m in levels.sources],
+        )  # fmt: skip
+        out = self.encoder(
+            vision_features=memory.vision,
+            vision_attention_mask=~memory.vision_valid,
+            vision_position_embedding=torch.cat(embeds, 1)[image],
+            valid_ratios=ratios,
+            text_features=links,
+            text_attention_mask=~link_valid,
+            text_self_attention_masks=blocked,
+            text_position_ids=positions,
+            return_dict=True,
+            **memory.spatial,
+        )
+        memory.vision, memory.links = out.last_hidden_state_vision, out.last_hidden_state_text
+        return memory
+
+    def propose(self, memory: Memory) -> Proposals:
+        """Every place as a box of its level's size around its centre, moved by what the encoder found there."""
+        boxes = _place_boxes(memory)
+        valid = ((boxes > MIN_PROPOSAL) & (boxes < MAX_PROPOSAL)).all(-1) & memory.vision_valid
+        features = self.enc_output_norm(self.enc_output(memory.vision.masked_fill(~valid[..., None], 0.0)))
+        start = torch.log(boxes / (1 - boxes)).masked_fill(~valid[..., None], float("inf"))
+        return Proposals(features, self.encoder_output_bbox_embed(features) + start, valid)
+
+    def select(self, proposals: Proposals, scores: Tensor) -> Tensor:
+        """int64 [G, Q]: places of the highest scores [G, S]; those that are no proposals come last."""
+        most = min(self.settings.num_queries, scores.shape[1])
+        return scores.masked_fill(~proposals.valid, float("-inf")).topk(most, dim=1).indices
+
+    def layer(
+        self, index: int, hidden: Tensor, reference: Tensor, memory: Memory, self_mask: Tensor | None = None
+    ) -> Tensor:
+        """One decoder layer: queries [G, Q, C] at `reference` boxes [G, Q, 4] read each other, links and pixels.
+
+        `self_mask`: additive, to be broadcast to [G, heads, Q, Q]."""
+        on_levels = reference[:, :, None] * memory.valid_ratios.repeat(1, 1, 2)[:, None]
+        return self.decoder.layers[index](
+            hidden_states=hidden,
+            position_embeddings=self.query_position(reference),
+            reference_points=on_levels,
+            vision_encoder_hidden_states=memory.vision,
+            vision_encoder_attention_mask=memory.vision_valid,
+            text_encoder_hidden_states=memory.links,
+            text_encoder_attention_mask=memory.link_mask,
+            self_attn_mask=self_mask,
+            **memory.spatial,
+        )[0]
+
+    def query_position(self, reference: Tensor) -> Tensor:
+        """[G, Q, C] of boxes [G, Q, 4]. The published code counts in the padded input, so that padding tells; without
+        padding it is the same."""
+        sine = hf.encode_sinusoidal_position_embedding(reference, self.settings.hidden_size // 2)
+        return self.decoder.reference_points_head(sine)
+
+    def moved(self, reference: Tensor, head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
+        """Boxes in 0..1, float32: `reference` moved by what `head` makes of `hidden`."""
+        return (head(hidden).float() + inverse_sigmoid(reference, self.settings.inverse_sigmoid_eps)).sigmoid()
+
+
+def class_logits(hidden: Tensor, memory: Memory, scale: Tensor | float = 1.0, bias: Tensor | float = 0.0) -> Tensor:
+    """float32 [G, Q, T], -inf at padded links: the product with the encoded links."""
+    with torch.autocast(hidden.device.type, enabled=False):  # values of some tens that differ by hundredths
+        logits = hidden.float() @ memory.links.float().transpose(1, 2) * scale + bias
+    return logits.masked_fill(~memory.link_valid[:, None], float("-inf"))
+
+
+def _inside(counts: Tensor, shape: Size) -> Tensor:
+    """bool [B, rows, columns]: the first `counts` [B, 2] rows and columns."""
+    y = torch.arange(shape[0], device=counts.device)
+    x = torch.arange(shape[1], device=counts.device)
+    return (y < counts[:, :1])[:, :, None] & (x < counts[:, 1:])[:, None, :]
+
+
+def _valid_ratio(valid: Tensor) -> Tensor:
+    """bool [B, rows, columns] -> float32 [B, 2] (x, y)."""
+    return torch.stack([valid[:, 0].float().mean(1), valid[:, :, 0].float().mean(1)], dim=-1)
+
+
+def _place_boxes(memory: Memory) -> Tensor:
+    """float32 [G, S, 4]: cells of every level as boxes around their centres."""
+    found = []
+    for level, (rows, columns) in enumerate(memory.shapes):
+        ratio = memory.valid_ratios[:, level]
+        x = (torch.arange(columns, device=ratio.device) + 0.5) / (ratio[:, :1] * columns)
+        y = (torch.arange(rows, device=ratio.device) + 0.5) / (ratio[:, 1:] * rows)
+        x, y = x[:, None].expand(-1, rows, -1), y[:, :, None].expand(-1, -1, columns)
+        side = torch.full_like(x, PROPOSAL_SIZE * 2**level)
+        found.append(torch.stack([x, y, side, side], dim=-1).flatten(1, 2))
+    return torch.cat(found, dim=1)
