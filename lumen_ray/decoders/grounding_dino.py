@@ -146,20 +146,27 @@ class GroundingDinoDecoder(Decoder):
         links = seats.fill(self.link_proj(link.embeddings[groups.objects]))
         link_valid = seats.fill(torch.ones_like(seats.row, dtype=torch.bool)[:, None])[..., 0]
         memory = self.trunk.encode(levels, groups.image, links, link_valid)
-        encoder, query_valid = self._propose(memory)
-        content = self.trunk.query_position_embeddings.weight[: query_valid.shape[1]].expand(len(links), -1, -1)
-        boxes, blocked = encoder.boxes.detach(), ~query_valid[:, None]
         denoising = None if wanted is None else make_denoising(wanted, links, link_valid, self.settings)
-        if denoising is not None:
-            content = torch.cat([denoising.content, content], dim=1)
-            boxes = torch.cat([denoising.boxes, boxes], dim=1)
-            blocked = denoising.blocked(query_valid)
-        stages = self._decode(memory, content, boxes, additive(blocked, content.dtype)[:, None])
-        first = boxes.shape[1] - query_valid.shape[1]
+        encoder, stages, query_valid = self.decode(memory, denoising)
+        first = stages[0].boxes.shape[1] - query_valid.shape[1]
         denoised, stages = zip(*(stage.split(first) for stage in stages), strict=True)
         return GroundingDinoRaw(
             link, groups, encoder, list(stages), query_valid, memory, levels, denoising, list(denoised)
         )
+
+    def decode(self, memory: Memory, denoising: Denoising | None = None) -> tuple[Stage, list[Stage], Tensor]:
+        """The encoder's selection, what every decoder layer makes of it (denoising queries first), and which queries
+        of the selection there are at all (bool [G, Q])."""
+        encoder, query_valid = self._propose(memory)
+        content = self.trunk.query_position_embeddings.weight[: query_valid.shape[1]]
+        content = content.expand(len(query_valid), -1, -1)
+        boxes, blocked = encoder.boxes.detach(), ~query_valid[:, None]
+        if denoising is not None:
+            content = torch.cat([denoising.content, content], dim=1)
+            boxes = torch.cat([denoising.boxes, boxes], dim=1)
+            blocked = denoising.blocked(query_valid)
+        stages = self._layers(memory, content, boxes, additive(blocked, content.dtype)[:, None])
+        return encoder, stages, query_valid
 
     def _see(self, pixels: Pixels, groups: Groups) -> Levels:
         images = pixels.images[groups.shown].float() / 255
@@ -173,14 +180,14 @@ class GroundingDinoDecoder(Decoder):
         return class_logits(hidden, memory)
 
     def _propose(self, memory: Memory) -> tuple[Stage, Tensor]:
-        """The places that become queries, best first, and which of them are proposals at all (bool [G, Q])."""
+        """The places that become queries, best first, and which of them are proposals at all."""
         proposals = self.trunk.propose(memory)
         logits = self._classify(proposals.features, memory)
         chosen = self.trunk.select(proposals, logits.detach().amax(-1))
         features, logits, boxes = (gather_rows(v, chosen) for v in (proposals.features, logits, proposals.logits))
         return Stage(features, logits, boxes.float().sigmoid()), proposals.valid.gather(1, chosen)
 
-    def _decode(self, memory: Memory, hidden: Tensor, reference: Tensor, self_mask: Tensor) -> list[Stage]:
+    def _layers(self, memory: Memory, hidden: Tensor, reference: Tensor, self_mask: Tensor) -> list[Stage]:
         """A stage for every decoder layer. Layers pass their boxes on without gradient; with `look_forward_twice` the
         next layer's loss reaches them."""
         trunk, stages = self.trunk, []
@@ -276,19 +283,19 @@ class GroundingDinoDecoder(Decoder):
         places = [v.tolist() for v in (groups.objects, groups.seats.row, groups.seats.seat)]
         image = raw.link.image_index.tolist()
         scale = [(width, height, width, height) for height, width in groups.sizes]
-        boxes = to_xyxy(raw.stages[-1].boxes) * raw.stages[-1].boxes.new_tensor(scale)[:, None]
-        boxes, scores = boxes.cpu().numpy(), raw.scores().cpu()
+        boxes = (to_xyxy(raw.stages[-1].boxes) * raw.stages[-1].boxes.new_tensor(scale)[:, None]).cpu().numpy()
+        ranked = raw.scores().transpose(1, 2).sort(dim=2, descending=True, stable=True)
+        scores, queries = (v[..., : settings.max_per_phrase].cpu().numpy() for v in ranked)
+        counts = (scores >= settings.score_threshold).sum(-1)
         for link, row, seat in zip(*places, strict=True):
-            frame, spec = frames[image[link]], prompts[link]
-            own = scores[row, :, seat]
-            best = own.argsort(descending=True, stable=True)[: settings.max_per_phrase]
-            best = best[own[best] >= settings.score_threshold]
+            frame, spec, count = frames[image[link]], prompts[link], counts[row, seat]
+            best = queries[row, seat, :count]
             masks = None
             if spec.masks:
                 features = self.mask_features(raw) if features is None else features
-                masks = self._masks(raw, features, row, best, frame)
-            found = Boxes(boxes[row, best.numpy()] / frame.scale, frame.size).clip()
-            out[link] = Prediction(spec.phrase, found, own[best].numpy(), masks)
+                masks = self._masks(raw, features, row, torch.from_numpy(best), frame)
+            found = Boxes(boxes[row, best] / frame.scale, frame.size).clip()
+            out[link] = Prediction(spec.phrase, found, scores[row, seat, :count], masks)
         return out
 
     def _probabilities(self, raw: GroundingDinoRaw, features: Tensor, row: int, queries: Tensor) -> Tensor:
