@@ -488,6 +488,11 @@ class Engine:
         return self.loaded.settings.image_size
 
     @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that the model can serve."""
+        return self.trunk.tasks
+
+    @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self.loaded.meta.classes)
 
