@@ -50,18 +50,20 @@ class Finding:
 
 @dataclass(frozen=True)
 class Role:
-    """A part of a model that can be deployed by itself. `block`: parameters of its largest shard group that is gathered
-    while it computes, `unsharded`: of those that are gathered for the whole step."""
+    """A part of a model that can be deployed by itself. `learns`: parameters that training changes; `block`: those of
+    its largest shard group that is gathered while it computes, `unsharded`: those that are gathered for the whole step.
+    """
 
     name: str
     parameters: int
+    learns: int
     block: int = 0
     unsharded: int = 0
 
     def training(self, workers: int) -> int:
-        """Bytes per rank while all of it is trained in fp32 under FSDP, activations aside: its share of weights,
+        """Bytes per rank while all that learns is trained in fp32 under FSDP, activations aside: its share of weights,
         gradients and optimiser, and what is gathered (with the next block on its way)."""
-        whole = self.parameters * (FP32 + GRADIENT + OPTIMISER)
+        whole = self.parameters * FP32 + self.learns * (GRADIENT + OPTIMISER)
         if workers == 1:
             return whole
         return whole // workers + (2 * self.block + self.unsharded) * FP32
@@ -228,7 +230,8 @@ def _role(name: str, module: nn.Module, sharded: tuple[str, ...] = ()) -> Role:
     counted = [count_parameters(block) for part in sharded for _, block in blocks(getattr(module, part))]
     apart = [count for count in counted if count >= MIN_BLOCK_PARAMETERS]
     whole = count_parameters(module)
-    return Role(name, whole, max(apart, default=0), whole - sum(apart))
+    learns = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return Role(name, whole, learns, max(apart, default=0), whole - sum(apart))
 
 
 def _recipe_workers(preset: str) -> int:
@@ -256,6 +259,7 @@ def _needs(roles: list[Role], workers: int) -> Iterator[Finding]:
     total = Role(
         "in all",
         sum(role.parameters for role in roles),
+        sum(role.learns for role in roles),
         max(role.block for role in roles),
         sum(role.unsharded for role in roles),
     )
@@ -265,7 +269,7 @@ def _needs(roles: list[Role], workers: int) -> Iterator[Finding]:
         yield Finding(
             "note",
             f"{role.name:<{width}} {role.parameters:>15,} parameters; inference {size(role.parameters * FP32)} fp32, "
-            f"{size(role.parameters * BF16)} bf16; training all of it {size(role.training(1))}{share}",
+            f"{size(role.parameters * BF16)} bf16; training {size(role.training(1))}{share}",
         )
 
 

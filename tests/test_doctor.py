@@ -54,7 +54,7 @@ def test_memory_decides(monkeypatch, free, gpus, able):
 
 
 def test_roles_may_have_a_gpu_each(monkeypatch):
-    roles = [Role("trunk", 10**6), Role("decoder", 10**6)]
+    roles = [Role("trunk", 10**6, 0), Role("decoder", 10**6, 0)]
     for gpus, state in (([5 * 10**6], "missing"), ([5 * 10**6] * 2, "ok"), ([3 * 10**6] * 2, "missing")):
         monkeypatch.setattr(doctor, "gpu_memory", lambda gpus=gpus: gpus)
         assert [f.state for f in doctor._room(roles)] == [state]
@@ -68,9 +68,10 @@ def test_roles_are_counted_on_the_model():
 
 
 def test_training_memory_is_shared_by_the_ranks():
-    role = Role("trunk", 1000, block=10, unsharded=100)
+    role = Role("trunk", 1000, 1000, block=10, unsharded=100)
     assert role.training(1) == 1000 * 16
     assert role.training(4) == 4000 + (20 + 100) * 4
+    assert Role("frozen", 1000, 0).training(1) == 1000 * 4
 
 
 def test_the_per_rank_count_is_what_sharding_leaves(monkeypatch):

@@ -28,17 +28,22 @@ class Loader:
     load: Callable[[Path, ModelSettings, bool], dict[str, Tensor]]
 
 
-def _grounding_dino(folder: Path, settings: ModelSettings, pickle: bool) -> dict[str, Tensor]:
-    """As `GroundingDinoForObjectDetection.save_pretrained` writes it. The mask head is not published."""
+def grounding_dino_state(tensors: Mapping[str, Tensor], settings: ModelSettings, what: str) -> dict[str, Tensor]:
+    """What `GroundingDinoForObjectDetection.save_pretrained` writes, by our names. It has no mask head and nothing that
+    projects links; all else must be there."""
     from lumen_ray.model.released.gdino import published_parts
 
-    state, report = apply(Checkpoint(folder, pickle), published_parts())
-    report.refuse(f"'{folder}'")
+    state, report = apply(tensors, published_parts())
+    report.refuse(what)
     with torch.device("meta"):
         whole = decoder_class("grounding_dino").build(settings).state_dict()
-    masks = ("mask_head.", "mask_embed.", "trunk.backbone.hidden_states_norms.stage1.", "class_scale", "class_bias")
-    check_fits(state, {n: t for n, t in whole.items() if n in state or not n.startswith(masks)}, f"'{folder}'")
+    own = ("link_proj.", "mask_head.", "mask_embed.", "trunk.backbone.hidden_states_norms.stage1.", "class_")
+    check_fits(state, {n: t for n, t in whole.items() if n in state or not n.startswith(own)}, what)
     return state
+
+
+def _grounding_dino(folder: Path, settings: ModelSettings, pickle: bool) -> dict[str, Tensor]:
+    return grounding_dino_state(Checkpoint(folder, pickle), settings, f"'{folder}'")
 
 
 def _grounding_dino_sizes(folder: Path) -> dict[str, Any]:

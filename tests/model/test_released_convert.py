@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from released_fakes import CLIP, NEW_TOKENS, fixture, part, released_settings
@@ -10,8 +11,11 @@ from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lumen_ray.errors import UserError
+from lumen_ray.inference.engine import Engine
+from lumen_ray.inference.request import Request
 from lumen_ray.model.build import load_model
 from lumen_ray.model.pretrained import llm_state
+from lumen_ray.model.prompts import Branch, build_layout
 from lumen_ray.model.released.convert import REPORT_FILE, convert
 from lumen_ray.model.released.lora import Merged
 from lumen_ray.model.released.rules import Part, Rule, apply, check_fits
@@ -88,6 +92,23 @@ def test_a_converted_checkpoint_is_a_model_folder(released, tmp_path, pickled):
     assert "grounding_dino" in dropped["gdino.level_embed"]
     assert set(told["fresh"]) == set(made.state) - made.loaded
     assert all(name.split(".")[1] in ("stem", "dense", "link_heads", "lumen") for name in told["fresh"])
+
+
+def test_the_engine_asks_a_converted_model_in_its_layout(released, tmp_path):
+    weights, folder = released
+    write(weights, folder)
+    convert(folder, released_settings(), tmp_path / "model")
+    engine = Engine.load(tmp_path / "model")
+    image = np.random.default_rng(0).integers(0, 256, (56, 56, 3), np.uint8)
+    found = engine.trunk.run([image], [[Request("detect", ("word4", "word5")), Request("vqa", text="word6")]])
+    trunk, tokenizer = engine.loaded.model.trunk, engine.loaded.tokenizer
+    branches = [Branch(0, f"detect {word}", route="[DET]") for word in ("word4", "word5")]
+    layout = build_layout(branches, 1, tokenizer, "sequential")
+    prefix = trunk.encode(torch.from_numpy(image).permute(2, 0, 1)[None])
+    hidden, _ = trunk.run_branches(prefix, layout, torch.zeros(0), torch.zeros(0))
+    expected = trunk.links(hidden, layout)["lumen"].embeddings
+    torch.testing.assert_close(found.parts["lumen"].link.embeddings, expected)
+    assert isinstance(found.plans[0][1].text, str)
 
 
 def refused(weights, folder, tmp_path):

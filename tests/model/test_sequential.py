@@ -180,7 +180,7 @@ def test_packing_and_the_other_layout_are_refused():
     with pytest.raises(UserError, match="pack_tokens"):
         trunk(batch)
     with pytest.raises(UserError, match="prompt_layout to 'sequential'"):
-        build_layout([Branch(0, "detect dog", route="[DET]")], 1, TOKENIZER)
+        build_layout([Branch(0, "detect dog", route="[DET]")], 1, TOKENIZER, "branches")
 
 
 def test_a_published_tokenizer_keeps_its_own_ends_and_gains_ours(tmp_path):
