@@ -7,10 +7,13 @@ Conversions to other conventions (COCO's xywh) happen only in the methods below 
 
 from __future__ import annotations
 
+import base64
+import io
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from lumen_ray.errors import UserError
 
@@ -198,6 +201,18 @@ class Region:
             raise UserError(f"box region {self.points.tolist()} is empty; give x1 < x2 and y1 < y2", "invalid_region")
 
 
+def encode_png(image: np.ndarray) -> bytes:
+    """PNG bytes of uint8 [h, w, 3]."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def decode_png(data: bytes) -> np.ndarray:
+    """uint8 [h, w, 3] of what `encode_png` wrote."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).copy()
+
+
 @dataclass
 class Prediction:
     """All instances found for one phrase of one image, best score first.
@@ -232,6 +247,19 @@ class Prediction:
         return self[np.flatnonzero(self.scores >= threshold)]
 
 
+@dataclass(frozen=True)
+class SampleSettings:
+    """How images are drawn. A prompt's picture depends on `seed` and the prompt, not on what is drawn beside it."""
+
+    steps: int = 30  # of the scheduler
+    guidance: float = 7.5
+    image_guidance: float = 1.5  # editing only
+    seed: int = 0
+    size: Size | None = None  # (height, width) in pixels; None: the decoder's own
+    num_images: int = 1  # per prompt
+    batch_size: int = 4  # pictures drawn at once, to bound memory
+
+
 @dataclass
 class Answer:
     """What one `Request` about one image got: text, or one `Prediction` per phrase asked, in the order asked."""
@@ -242,6 +270,8 @@ class Answer:
     text: str | None = None
     #: routing token the LLM chose (free chat) or that the request forced; None for text
     route: str | None = None
+    #: pictures made for it, uint8 [h, w, 3] RGB each
+    images: list[np.ndarray] | None = None
 
     def best(self, most: int) -> Answer:
         """The answer with the `most` best-scored instances of all its phrases; equal scores in phrase order."""
@@ -260,7 +290,8 @@ class Answer:
         return {p.phrase: len(p) for p in self.predictions}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types: boxes as xyxy pixel lists, masks as RLE, keypoints as [[x, y, score], ...]."""
+        """Plain JSON types: boxes as xyxy pixel lists, masks as RLE, keypoints as [[x, y, score], ...], pictures as PNG
+        in base64."""
         instances = []
         for p in self.predictions:
             for i in range(len(p)):
@@ -284,7 +315,9 @@ class Answer:
             out["text"] = self.text
         if self.task == "count":
             out["counts"] = self.counts
-        if self.text is None:
+        if self.images is not None:
+            out["images"] = [base64.b64encode(encode_png(image)).decode() for image in self.images]
+        elif self.text is None:
             out["phrases"] = [p.phrase for p in self.predictions]
             out["instances"] = instances
         return out
@@ -306,4 +339,6 @@ class Answer:
                 keypoints = Keypoints([[i["keypoints"][n] for n in names] for i in members], names, size)
             boxes = Boxes([i["box"] for i in members], size)
             predictions.append(Prediction(phrase, boxes, [i["score"] for i in members], masks, keypoints))
-        return cls(data["task"], size, predictions, data.get("text"), data.get("route"))
+        pictures = data.get("images")
+        images = None if pictures is None else [decode_png(base64.b64decode(text)) for text in pictures]
+        return cls(data["task"], size, predictions, data.get("text"), data.get("route"), images)

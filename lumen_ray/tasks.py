@@ -8,6 +8,7 @@ routing token is learned from meaning and not from one fixed string (VisionLLM v
 
 from __future__ import annotations
 
+import importlib
 import re
 from dataclasses import dataclass
 from typing import Literal
@@ -15,15 +16,15 @@ from typing import Literal
 from lumen_ray.errors import UserError, unknown
 
 # What the caller must give with the task.
-Needs = Literal["question", "classes", "sentence", "expression", "region", "nothing"]
-ResultType = Literal["text", "boxes", "masks", "keypoints", "count"]
+Needs = Literal["question", "classes", "sentence", "expression", "region", "description", "instruction", "nothing"]
+ResultType = Literal["text", "boxes", "masks", "keypoints", "count", "image"]
 
 REGION_TOKEN = "<region>"
 
 
 @dataclass(frozen=True)
 class LinkFamily:
-    """A family of decoders that share one set of super-link queries and one link head.
+    """Decoders whose links come from the same super-link queries, each through a link head of its own.
 
     `num_queries` learned queries follow the routing token (VisionLLM v2, sec. 3.3: 4 for perception).
     """
@@ -31,6 +32,16 @@ class LinkFamily:
     name: str
     routing_tokens: tuple[str, ...]
     num_queries: int
+
+
+@dataclass(frozen=True)
+class DecoderInfo:
+    """What can be said of a decoder without importing it. `path`: module:class; `losses`: their names, which recipes
+    weigh."""
+
+    path: str
+    family: str
+    losses: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -46,6 +57,11 @@ class Task:
     keypoint_template: str | None = None
 
     @property
+    def sees_image(self) -> bool:
+        """False when the answer is a picture made from words alone."""
+        return self.needs != "description"
+
+    @property
     def is_text(self) -> bool:
         """True when the answer is written by the LLM and no decoder is involved."""
         return self.routing_token is None
@@ -57,6 +73,15 @@ class Task:
 
 LINK_FAMILIES: dict[str, LinkFamily] = {
     "perception": LinkFamily("perception", ("[DET]", "[GRD]", "[SEG]", "[POSE]"), num_queries=4),
+    "generation": LinkFamily("generation", ("[GEN]",), num_queries=64),
+    "editing": LinkFamily("editing", ("[EDIT]",), num_queries=64),
+}
+
+#: the decoders a model can have, by the name of their section in its settings
+DECODERS: dict[str, DecoderInfo] = {
+    "lumen": DecoderInfo(
+        "lumen_ray.decoders.lumen:LumenDecoder", "perception", ("heatmap", "match", "box", "mask", "keypoint")
+    ),
 }
 
 _PERCEPTION = ("lumen",)
@@ -113,9 +138,29 @@ TASKS: dict[str, Task] = {
             keypoint_template="{keypoint} of {}",
         ),
         Task("count", "classes", "count", ("count {}", "count every {}"), "count_error", "[DET]", _PERCEPTION),
+        Task(
+            "generate",
+            "description",
+            "image",
+            ("draw {}", "generate a picture of {}"),
+            "generate_objects",
+            "[GEN]",
+            ("stable_diffusion",),
+        ),
+        Task(
+            "edit",
+            "instruction",
+            "image",
+            ("edit : {}", "in this picture {}"),
+            "edit_done",
+            "[EDIT]",
+            ("instruct_pix2pix",),
+        ),
     )
 }
 
+#: the tasks whose answers are texts and places, not pictures
+UNDERSTANDING = tuple(name for name, task in TASKS.items() if task.result != "image")
 ROUTING_TOKENS: tuple[str, ...] = tuple(t for family in LINK_FAMILIES.values() for t in family.routing_tokens)
 
 
@@ -124,6 +169,12 @@ def get_task(name: str) -> Task:
     if name not in TASKS:
         raise unknown("task", name, TASKS)
     return TASKS[name]
+
+
+def decoder_class(name: str) -> type:
+    """The class of a decoder, imported now."""
+    module, _, attribute = DECODERS[name].path.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def family_of(routing_token: str) -> LinkFamily:

@@ -20,7 +20,7 @@ from lumen_ray.data.transforms import AugmentSettings
 from lumen_ray.model.build import Generalist, LoadedModel, ModelMeta, build_model
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import LumenTokenizer
-from lumen_ray.tasks import TASKS
+from lumen_ray.tasks import LINK_FAMILIES, TASKS, UNDERSTANDING
 
 torch.set_num_threads(1)
 
@@ -60,7 +60,7 @@ def tiny_settings(**changes: Any) -> ModelSettings:
 @lru_cache
 def tiny_tokenizer() -> LumenTokenizer:
     texts = [f"{colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square", "figure")]
-    return LumenTokenizer.train(texts * 3 + [t for task in TASKS.values() for t in task.templates], 320)
+    return LumenTokenizer.train(texts * 3 + [t for task in TASKS.values() for t in task.templates], 320, LINK_FAMILIES)
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> Generalist:
@@ -76,7 +76,7 @@ def tiny_loaded(seed: int = 0, **changes: Any) -> LoadedModel:
 
 def scene_batch(
     rows: list[dict[str, Any]] | int = 2,
-    tasks: tuple[str, ...] = tuple(TASKS),
+    tasks: tuple[str, ...] = UNDERSTANDING,
     branches: BranchSettings = BranchSettings(),  # noqa: B008  frozen
     seed: int = 0,
 ) -> dict[str, Any]:

@@ -80,6 +80,7 @@ def make_batch(settings: ModelSettings, tokenizer: LumenTokenizer, load: Load, s
     images = torch.randint(0, 256, (load.images, 3, side, side), generator=generator)
     return {
         "images": images.to(torch.uint8),
+        "extents": torch.full((load.images, 2), side),
         "has_image": torch.ones(load.images, dtype=torch.bool),
         "layout": layout,
         "region_masks": torch.zeros(0, side, side, dtype=torch.uint8),
@@ -103,7 +104,7 @@ class Worker:
         with torch.no_grad(), self._arithmetic():
             out = self.model.trunk(self.batch)
         self.dense = out.dense.detach().requires_grad_()
-        self.link = out.links["perception"]
+        self.link = out.links["lumen"]
         self.embeddings = self.link.embeddings.detach().requires_grad_()
 
     def _arithmetic(self):
@@ -111,7 +112,7 @@ class Worker:
 
     def trunk(self) -> torch.Tensor:
         out = self.model.trunk(self.batch)
-        return out.lm_losses.float().sum() + out.dense.float().mean() + out.links["perception"].embeddings.mean()
+        return out.lm_losses.float().sum() + out.dense.float().mean() + out.links["lumen"].embeddings.mean()
 
     def decoders(self) -> torch.Tensor:
         link = SuperLink(self.link.decoder, self.embeddings, self.link.image_index, self.link.parent)

@@ -70,10 +70,11 @@ def pass_per_prompt(engine: Engine, image: np.ndarray, single: list[Request], li
 def raw_outputs(engine: Engine, image: np.ndarray, requests: list[Request], limit: int) -> list[torch.Tensor]:
     """Link embeddings, heatmap logits and boxes of every place: what predictions are drawn from, without thresholds."""
     out = engine.trunk.run([image], [requests], max_new_tokens=limit)
-    if not out.needs_decoder:
+    if "lumen" not in out.parts:
         return []
-    raw = engine.decoders["lumen"].decoder(out.link, out.dense)
-    return [out.link.embeddings, raw.logits, raw.boxes / engine.image_size]
+    link = out.parts["lumen"].link
+    raw = engine.decoders["lumen"].decoder(link, out.dense)
+    return [link.embeddings, raw.logits, raw.boxes / engine.image_size]
 
 
 def difference(engine: Engine, image: np.ndarray, single: list[Request], limit: int) -> float:

@@ -30,8 +30,9 @@ from lumen_ray.data.transforms import (
     mask_shape,
     transform,
     visible_share,
+    warp,
 )
-from lumen_ray.decoders.base import PerceptionTargets
+from lumen_ray.decoders.base import ImageTargets, PerceptionTargets
 from lumen_ray.model.prompts import Branch, build_layout
 from lumen_ray.model.regions import region_mask
 from lumen_ray.model.tokenizer import LumenTokenizer
@@ -44,10 +45,12 @@ TEXT_TASKS = tuple(name for name, task in TASKS.items() if task.is_text)
 
 @dataclass
 class Want:
-    """What a perception branch should find: indices into the sample's instances, or a keypoint of them."""
+    """What a branch asks of a decoder: indices into the sample's instances, or a keypoint of them; or a picture, uint8
+    [H, W, 3] in the input's frame."""
 
-    instances: list[int]
+    instances: list[int] = field(default_factory=list)
     keypoint: int = -1
+    picture: np.ndarray | None = None
 
 
 @dataclass
@@ -162,6 +165,7 @@ def add_messages(
     A message about a region that was cropped away is left out.
     """
     visible = [region_visible(region, sample) for region in row["regions"]]
+    tasks = [task for task in tasks if task in TEXT_TASKS]
     usable = [m for m in row["messages"] if m["task"] in tasks and all(visible[r] for r in m["regions"])]
     for message in draw(usable, s.max_messages, rng):
         history, prompt, response = exchanges(message["turns"])
@@ -172,6 +176,29 @@ def add_messages(
         regions = tuple(range(first, len(prompts.regions)))
         branch = Branch(image, prompt, response=response, regions=regions, history=history)
         prompts.add(message["task"], branch)
+
+
+def add_generation(prompts: Prompts, image: int, row: dict, sample: Sample, rng: np.random.Generator) -> None:
+    """A caption of the row as the description of its picture, which the prompt does not see."""
+    captions = [m["turns"][-1]["content"] for m in row["messages"] if m["task"] == "caption"]
+    for caption in draw(captions, 1, rng):
+        task = TASKS["generate"]
+        text = task.prompt(caption, int(rng.integers(len(task.templates))))
+        prompts.add(task.name, Branch(image, text, route=task.routing_token), Want(picture=sample.image))
+
+
+def add_edits(
+    prompts: Prompts, image: int, row: dict, sample: Sample, edited: np.ndarray | Picture, rng: np.random.Generator
+) -> None:
+    """The row's instructions, and the edited picture where the sample's lies."""
+    shown = edited if isinstance(edited, Picture) else Picture(edited, edited.shape[:2])
+    same = np.diag([sample.size[1] / shown.size[1], sample.size[0] / shown.size[0], 1.0])  # the edited one's own pixels
+    picture = warp(shown.pixels, sample.matrix @ same, sample.image.shape[:2], reduction=shown.reduction)
+    task = TASKS["edit"]
+    for message in row["messages"]:
+        if message["task"] == "edit":
+            text = task.prompt(message["turns"][0]["content"], int(rng.integers(len(task.templates))))
+            prompts.add(task.name, Branch(image, text, route=task.routing_token), Want(picture=picture))
 
 
 def exchanges(turns: Sequence[dict[str, str]]) -> tuple[tuple[tuple[str, str], ...], str, str]:
@@ -248,6 +275,13 @@ def perception_targets(
     return PerceptionTargets(*arrays, counted, torch.from_numpy(instance))
 
 
+def image_targets(prompts: Prompts, samples: list[Sample], members: list[int]) -> ImageTargets:
+    """Targets of the given branches, which ask for pictures."""
+    pictures = np.stack([prompts.wants[b].picture for b in members])
+    extents = torch.tensor([samples[prompts.branches[b].image].extent for b in members])
+    return ImageTargets(torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), extents)
+
+
 @dataclass
 class Collator:
     """Rows and a random generator per row -> a batch. Plain settings inside, so Ray can ship it to CPU tasks."""
@@ -262,38 +296,58 @@ class Collator:
     packing: Packing | None = None
 
     def __call__(
-        self, rows: list[dict], images: list[np.ndarray | Picture | None], rngs: list[np.random.Generator]
+        self,
+        rows: list[dict],
+        images: list[np.ndarray | Picture | None],
+        rngs: list[np.random.Generator],
+        edited: list[np.ndarray | Picture | None] | None = None,
     ) -> dict:
-        """The batch `Generalist.forward` takes. `images`: decoded, None for text-only rows.
+        """The batch `Generalist.forward` takes. `images`: decoded, None for text-only rows; `edited`: the target images
+        of rows that have one.
+
+        To generate, prompts see no image: those of the rows are what they should give.
 
         Packed, rows with an image come first, and the batch's `images` are theirs alone (one grey where there is none).
         """
+        edited = edited or [None] * len(rows)
         if self.packing:
             order = sorted(range(len(rows)), key=lambda i: images[i] is None)
-            rows, images, rngs = ([values[i] for i in order] for values in (rows, images, rngs))
+            rows, images, rngs, edited = ([values[i] for i in order] for values in (rows, images, rngs, edited))
         prompts, samples = Prompts(), []
+        blind = not all(TASKS[task].sees_image for task in self.tasks)
         for index, (row, image, rng) in enumerate(zip(rows, images, rngs, strict=True)):
             pixels = np.full((8, 8, 3), 114, np.uint8) if image is None else image
-            sample = transform(row, pixels, self.input_size, self.augment, rng, self.skeletons)
+            editing = "edit" in self.tasks and edited[index] is not None
+            # other colours before and after would be another edit
+            augment = self.augment.model_copy(update={"color": 0.0}) if editing else self.augment
+            sample = transform(row, pixels, self.input_size, augment, rng, self.skeletons)
             samples.append(sample)
+            if blind and image is not None:
+                add_generation(prompts, index, row, sample, rng)
+            if editing:
+                add_edits(prompts, index, row, sample, edited[index], rng)
             add_classes(prompts, index, row, sample, self.tasks, self.branches, rng, self.frequencies)
             if "pose" in self.tasks:
                 add_poses(prompts, index, row, sample, self.skeletons, self.branches, rng)
             add_phrases(prompts, index, row, sample, self.tasks, self.branches, rng)
             add_messages(prompts, index, row, sample, self.tasks, self.branches, rng)
-        has_image = torch.tensor([image is not None for image in images])
+        has_image = torch.tensor([image is not None and not blind for image in images])
         truncated = self._truncate(prompts, has_image) if self.packing else {}
         layout = build_layout(prompts.branches, len(rows), self.tokenizer)
+        shown = samples
         if self.packing:
             layout.pack = pack(layout, has_image, self.packing)
-            samples = samples[: max(1, int(has_image.sum()))]
+            shown = samples[: max(1, int(has_image.sum()))]
         targets = {
             family: perception_targets(prompts, samples, members.tolist(), self.input_size)
+            if family == "perception"
+            else image_targets(prompts, samples, members.tolist())
             for family, members in layout.link_branches.items()
         }
         masks = np.stack(prompts.regions) if prompts.regions else np.zeros((0, *as_size(self.input_size)), np.uint8)
         return {
-            "images": torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).contiguous(),
+            "images": torch.from_numpy(np.stack([s.image for s in shown])).permute(0, 3, 1, 2).contiguous(),
+            "extents": torch.tensor([s.extent for s in shown]),
             "has_image": has_image,
             "layout": layout,
             "region_masks": torch.from_numpy(masks),

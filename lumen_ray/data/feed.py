@@ -11,11 +11,12 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -28,11 +29,13 @@ from lumen_ray.data.shards import read_manifest, read_row_group, read_rows
 from lumen_ray.errors import UserError
 from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.structures import Size, as_size
-from lumen_ray.tasks import TASKS
+from lumen_ray.tasks import TASKS, family_of
 from lumen_ray.train.recipe import Recipe
 
 if TYPE_CHECKING:
     import ray.data
+
+T, R = TypeVar("T"), TypeVar("R")
 
 STEPS_PER_BLOCK = 16  # plan steps one Ray Data task works off; tasks cost tens of milliseconds each
 
@@ -65,24 +68,35 @@ class BatchReader:
         step, tasks = item["step"], stage.groups[item["group"]].tasks
         size = as_size(item.get("bucket") or self.input_size)
         side = math.ceil(max(size) * max(1.0, stage.augment.scale[1]))  # what the largest zoom shows of a whole image
-        rows, images, rngs, rejected = [], [], [], []
+        rows, images, edited, rngs, rejected = [], [], [], [], []
         for file, index, wanted in item["parts"]:
             numbers = range(wanted) if isinstance(wanted, int) else wanted
             for number, row in zip(numbers, read_row_group(self.shards, file, index, numbers), strict=True):
                 try:
                     image = None if row["image"] is None else decode_reduced(row["image"], side)
+                    target = None
+                    if "edit" in tasks and row["target_image"] is not None:
+                        target = decode_reduced(row["target_image"], side)
                 except UserError as error:  # a bad picture is reported with its step and does not stop the job
                     rejected.append({"image_id": row["image_id"], "reason": str(error)})
                     row, image = make_row(row["image_id"], None, (row["height"], row["width"]), row["source"]), None
+                    target = None
                 rows.append(row)
                 images.append(image)
+                edited.append(target)
                 rngs.append(row_rng(self.recipe.seed, step, file, index, number))
         collator = Collator(
             self.tokenizer, size, tasks, self.skeletons, stage.branches, stage.augment, self.frequencies,
             self._packing(size),
         )  # fmt: skip
-        batch = collator(rows, images, rngs)
-        return batch | {"step": step, "rejected": rejected, "read_s": time.perf_counter() - started}
+        batch = collator(rows, images, rngs, edited)
+        decoders = list(stage.groups[item["group"]].decoders)
+        return batch | {
+            "step": step,
+            "decoders": decoders,
+            "rejected": rejected,
+            "read_s": time.perf_counter() - started,
+        }
 
     def _packing(self, size: Size) -> Packing | None:
         if not self.recipe.pack_tokens:
@@ -123,6 +137,19 @@ def to_bytes(batch: dict[str, Any]) -> bytes:
     return out.getvalue()
 
 
+def one_ahead(make: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`make` of each item, the next one in a thread while the one before is handed over."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = None
+        for item in items:
+            made = thread.submit(make, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = made
+        if waiting is not None:
+            yield waiting.result()
+
+
 def dataset_for_rank(reader: BatchReader, items: list[dict[str, Any]], readers: int = 1) -> ray.data.Dataset:
     """A Ray Data pipeline that reads, decodes and augments on `readers` CPU tasks; one block row per step, in plan
     order.
@@ -136,8 +163,8 @@ def dataset_for_rank(reader: BatchReader, items: list[dict[str, Any]], readers: 
     from lumen_ray.data.pacing import Paced
 
     def read(block: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        for text in block["item"]:
-            yield {"batch": [to_bytes(reader(json.loads(text)))]}
+        for batch in one_ahead(lambda text: to_bytes(reader(json.loads(text))), block["item"]):
+            yield {"batch": [batch]}
 
     blocks = max(1, -(-len(items) // STEPS_PER_BLOCK))
     dataset = ray.data.from_items([{"item": json.dumps(item)} for item in items], override_num_blocks=blocks)
@@ -155,14 +182,17 @@ def ray_batches(iterator: ray.data.DataIterator) -> Iterator[dict[str, Any]]:
         yield pickle.loads(row["batch"][0].as_buffer())
 
 
-def read_texts(shards: str | Path, limit_rows: int = 4000) -> list[str]:
-    """Every text of the first rows of the shards, and every prompt of their classes: what a tokenizer learns from."""
+def read_texts(shards: str | Path, limit_rows: int = 4000, families: Iterable[str] = ("perception",)) -> list[str]:
+    """Every text of the first rows of the shards, and every prompt of their classes: what a tokenizer learns from.
+
+    `families`: of super-link queries, those the model has.
+    """
     manifest = read_manifest(shards)
     texts: list[str] = []
     skeletons = skeletons_of(manifest)
     for category in manifest["categories"]:
         for task in TASKS.values():
-            if not task.is_text:
+            if not task.is_text and task.result != "image":
                 texts += [task.prompt(category["name"], t) for t in range(len(task.templates))]
         pose = TASKS["pose"].keypoint_template
         for name in skeletons.get(category["name"], ()):
@@ -170,4 +200,7 @@ def read_texts(shards: str | Path, limit_rows: int = 4000) -> list[str]:
     for row in islice(read_rows(shards, ["phrases", "messages"]), max(0, limit_rows)):
         texts += [p["phrase"] for p in row["phrases"] or ()]
         texts += [turn["content"] for m in row["messages"] or () for turn in m["turns"]]
+    for task in TASKS.values():
+        if task.result == "image" and family_of(task.routing_token).name in families:
+            texts += [task.prompt(template=t) for t in range(len(task.templates))]
     return texts

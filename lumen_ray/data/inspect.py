@@ -157,7 +157,9 @@ class Sampler:
         recipe = with_sizes(recipe, settings)
         self.folder, self.recipe, self.settings = files.absolute(folder), recipe, settings
         self.stage = _stage_index(recipe, stage)
-        tokenizer = LumenTokenizer.train(read_texts(folder), settings.vocab_size)
+        tokenizer = LumenTokenizer.train(
+            read_texts(folder, families=settings.families), settings.vocab_size, settings.families
+        )
         self.reader = BatchReader(
             self.folder, recipe, tokenizer, settings.image_size, skeletons_of(manifest), class_frequencies(manifest),
             settings.token_side,

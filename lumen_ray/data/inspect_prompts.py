@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lumen_ray.decoders.base import PerceptionTargets
 from lumen_ray.model.prompts import IGNORE, Layout
-from lumen_ray.model.tokenizer import SPECIAL_TOKENS, LumenTokenizer
+from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.tasks import TASKS, task_of_prompt
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def prompts_of(view: View, tokenizer: LumenTokenizer, edges: dict[str, Any]) -> 
 
 def _pieces(layout: Layout, places: Tensor, queries: set[int], tokenizer: LumenTokenizer) -> list[Piece]:
     """One piece per token; tokens that are parts of one character are together."""
-    special = {tokenizer.ids[token]: token for token in SPECIAL_TOKENS}
+    special = {i: token for token, i in tokenizer.ids.items()}
     learned = (layout.labels[0, places] != IGNORE).tolist()
     pieces: list[Piece] = []
     open_tokens: list[int] = []  # bytes of a character that is not complete yet

@@ -74,6 +74,51 @@ class Scene:
     objects: list[SceneObject]
 
 
+@dataclass(frozen=True)
+class Layer:
+    """One object as it is drawn. `coverage`: float32 0..1 of the pixels at (rows, columns); `paint`: float32 [3] in
+    0..1; `keypoints`: float32 [5, 3] of a figure."""
+
+    colour: str
+    shape: str
+    rows: slice
+    columns: slice
+    coverage: np.ndarray
+    paint: np.ndarray
+    keypoints: np.ndarray | None
+
+    def inside(self, side: int) -> np.ndarray:
+        """bool [side, side]: the pixels whose centre lies inside the object, hidden ones included."""
+        pixels = np.zeros((side, side), bool)
+        pixels[self.rows, self.columns] = self.coverage >= 0.5
+        return pixels
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What a scene is drawn from. `background` and `noise`: float32 [side, side, 3] in 0..1; `layers` bottom first.
+
+    The same sketch with other layers is an edit of the scene that leaves all else as it is.
+    """
+
+    background: np.ndarray
+    layers: list[Layer]
+    noise: np.ndarray
+
+    def scene(self) -> Scene:
+        side = len(self.background)
+        canvas = self.background.copy()
+        objects: list[SceneObject] = []
+        for layer in self.layers:
+            _lay(layer, objects, side)
+            at, alpha = (layer.rows, layer.columns), layer.coverage[..., None]
+            canvas[at] = canvas[at] * (1 - alpha) + layer.paint * alpha
+        for obj in objects:
+            _mark_hidden_keypoints(obj, side)
+        canvas += self.noise
+        return Scene((np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8), objects)
+
+
 def _polygon_distance(xy: np.ndarray, vertices: np.ndarray) -> np.ndarray:
     """Signed distance (negative inside) of points [h, w, 2] to a convex polygon [n, 2], vertices clockwise."""
     edges = np.roll(vertices, -1, axis=0) - vertices
@@ -128,7 +173,7 @@ def _draw(shape: str, size: float, rng: np.random.Generator) -> tuple[np.ndarray
     return np.clip(0.5 - distance, 0, 1).astype(np.float32), keypoints
 
 
-def _paint(colour: str, rng: np.random.Generator) -> np.ndarray:
+def paint(colour: str, rng: np.random.Generator) -> np.ndarray:
     """A jittered shade of a colour, float32 [3] in 0..1."""
     centre, half_width = _HUES[colour]
     hue = (centre + rng.uniform(-half_width, half_width)) % 1
@@ -168,10 +213,11 @@ def _place(coverage: np.ndarray, colour: str, objects: list[SceneObject], side: 
     return None
 
 
-def render(seed: int, index: int, side: int = 128) -> Scene:
-    """Scene number `index` of the set `seed`: 1 to 5 objects on a `side` x `side` image. Deterministic."""
+def sketch(seed: int, index: int, side: int = 128) -> Sketch:
+    """How scene number `index` of the set `seed` is drawn: 1 to 5 layers. Deterministic."""
     rng = np.random.default_rng([seed, index])
-    canvas = _background(side, rng)
+    background = _background(side, rng)
+    layers: list[Layer] = []
     objects: list[SceneObject] = []
     number = 1 + int(rng.choice(5, p=_NUMBER_SHARES))
     for _ in range(number):
@@ -185,19 +231,26 @@ def render(seed: int, index: int, side: int = 128) -> Scene:
         if (place := _place(coverage, colour, objects, side, rng)) is None:
             continue
         rows, columns, crop, offset = place
-        inside = np.zeros((side, side), bool)
-        inside[rows, columns] = crop >= 0.5
-        for other in objects:
-            other.mask &= ~inside
-        alpha = crop[..., None]
-        canvas[rows, columns] = canvas[rows, columns] * (1 - alpha) + _paint(colour, rng) * alpha
         if keypoints is not None:
             keypoints = np.concatenate([keypoints + offset, np.full((5, 1), 2.0)], 1).astype(np.float32)
-        objects.append(SceneObject(colour, shape, inside, int(inside.sum()), keypoints))
-    for obj in objects:
-        _mark_hidden_keypoints(obj, side)
-    canvas += rng.standard_normal(canvas.shape, dtype=np.float32) * np.float32(rng.uniform(0.005, 0.025))
-    return Scene((np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8), objects)
+        layers.append(Layer(colour, shape, rows, columns, crop, paint(colour, rng), keypoints))
+        _lay(layers[-1], objects, side)
+    noise = rng.standard_normal(background.shape, dtype=np.float32) * np.float32(rng.uniform(0.005, 0.025))
+    return Sketch(background, layers, noise)
+
+
+def _lay(layer: Layer, objects: list[SceneObject], side: int) -> None:
+    """Adds the layer's object on top of `objects`, of which it hides what lies under it."""
+    inside = layer.inside(side)
+    for other in objects:
+        other.mask &= ~inside
+    keypoints = None if layer.keypoints is None else layer.keypoints.copy()
+    objects.append(SceneObject(layer.colour, layer.shape, inside, int(inside.sum()), keypoints))
+
+
+def render(seed: int, index: int, side: int = 128) -> Scene:
+    """Scene number `index` of the set `seed`: 1 to 5 objects on a `side` x `side` image. Deterministic."""
+    return sketch(seed, index, side).scene()
 
 
 def _mark_hidden_keypoints(obj: SceneObject, side: int) -> None:

@@ -66,11 +66,9 @@ def extremes(objects: Sequence[Any], members: Sequence[int], side: int) -> dict[
     return {word: members[i] for word, i in found.items() if i is not None}
 
 
-def refer_phrases(objects: Sequence[Any], side: int, rng: np.random.Generator, limit: int = 3) -> list[dict[str, Any]]:
-    """Expressions that fit exactly one object, and now and then one that fits none (`instances` is empty).
-
-    Plain names ("the red circle") are drawn more often than comparisons ("the left square").
-    """
+def expressions(objects: Sequence[Any], side: int) -> list[tuple[str, int]]:
+    """All (expression, index) that fit exactly one object: plain names ("the red circle", "the circle") where they do,
+    else comparisons ("the left square")."""
     options: list[tuple[str, int]] = []
     names = {f"{o.colour} {o.shape}" for o in objects} | {o.shape for o in objects}
     for name in sorted(names):
@@ -79,6 +77,15 @@ def refer_phrases(objects: Sequence[Any], side: int, rng: np.random.Generator, l
             options.append((f"the {name}", members[0]))
         else:
             options += [(f"the {word} {name}", i) for word, i in extremes(objects, members, side).items()]
+    return options
+
+
+def refer_phrases(objects: Sequence[Any], side: int, rng: np.random.Generator, limit: int = 3) -> list[dict[str, Any]]:
+    """Expressions that fit exactly one object, and now and then one that fits none (`instances` is empty).
+
+    Plain names ("the red circle") are drawn more often than comparisons ("the left square").
+    """
+    options = expressions(objects, side)
     if not options:  # twins that no comparison tells apart
         return []
     weights = np.array([1.0 if text.count(" ") == 1 or text.split()[1] in COLOURS else 0.3 for text, _ in options])
@@ -86,7 +93,8 @@ def refer_phrases(objects: Sequence[Any], side: int, rng: np.random.Generator, l
     picked = [options[i] for i in chosen]
     phrases = [{"task": "refer", "phrase": text, "instances": [i]} for text, i in picked]
     if rng.random() < 0.15:
-        absent = [name for name in CLASSES if name not in names]
+        present = class_counts(objects)
+        absent = [name for name in CLASSES if name not in present]
         phrases.append({"task": "refer", "phrase": f"the {rng.choice(absent)}", "instances": []})
     return phrases
 
@@ -179,3 +187,13 @@ def region_message(obj: Any, region: int, rng: np.random.Generator) -> dict[str,
     """``"describe <region> ." -> "red circle"``; `region` is the index into the row's regions."""
     prompt = get_task("region_caption").prompt(template=int(rng.integers(8)))
     return make_message("region_caption", prompt, f"{obj.colour} {obj.shape}", (region,))
+
+
+_RECOLOUR = ("make {} {colour}", "change {} to {colour}", "paint {} {colour}")
+_REMOVE = ("remove {}", "delete {}", "take away {}")
+
+
+def edit_instruction(expression: str, colour: str | None, rng: np.random.Generator) -> str:
+    """``("the red circle", "blue") -> "make the red circle blue"``; without a colour the object is to go."""
+    template = str(rng.choice(_REMOVE if colour is None else _RECOLOUR))
+    return template.format(expression, colour=colour)

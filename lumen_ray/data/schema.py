@@ -33,7 +33,7 @@ _REGION = pa.struct(
 
 _MESSAGE = pa.struct(
     [
-        ("task", pa.string()),  # chat | caption | vqa | region_caption
+        ("task", pa.string()),  # chat | caption | vqa | region_caption | edit
         ("turns", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),  # user, assistant, ...
         ("regions", pa.list_(pa.int32())),  # indices into `regions`, one per <region> in the text
     ]
@@ -97,7 +97,8 @@ def make_row(image_id: str, image: bytes | None, size: tuple[int, int], source: 
     return row
 
 
-def make_message(task: str, prompt: str, response: str, regions: tuple[int, ...] = ()) -> dict[str, Any]:
-    """A single-turn message."""
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+def make_message(task: str, prompt: str, response: str | None, regions: tuple[int, ...] = ()) -> dict[str, Any]:
+    """A single-turn message. `response` None: the answer is no text but the row's `target_image`."""
+    turns = [{"role": "user", "content": prompt}]
+    turns += [] if response is None else [{"role": "assistant", "content": response}]
     return {"task": task, "turns": turns, "regions": list(regions)}

@@ -9,6 +9,7 @@ single number is the side of a square.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ class AugmentSettings(Settings):
 class Sample:
     """One image in the input frame. `boxes` float32 [N, 4]; `crowd` bool [N]; `masks`: N uint8 arrays [H/4, W/4] or
     None; `keypoints`: N float32 arrays [K, 3] or None; `kept` int [N]: the row's instance each one was; `matrix`
-    [2, 3]: stored -> input pixels."""
+    [2, 3]: stored -> input pixels; `size`: (height, width) of the stored image."""
 
     image: np.ndarray
     boxes: np.ndarray
@@ -66,6 +67,14 @@ class Sample:
     keypoints: list[np.ndarray | None]
     kept: np.ndarray
     matrix: np.ndarray
+    size: Size
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """(height, width) of the part at the top left of the input beyond which there is only padding."""
+        height, width = self.image.shape[:2]
+        corners = map_boxes(np.array([[0.0, 0.0, self.size[1], self.size[0]]]), self.matrix)[0]
+        return min(height, max(1, math.ceil(corners[3]))), min(width, max(1, math.ceil(corners[2])))
 
 
 def fit(image: np.ndarray, input_size: int | Size) -> tuple[np.ndarray, Frame]:
@@ -257,7 +266,7 @@ def transform(
         keypoints.append(points)
     crowd = np.array([bool(instances[i]["crowd"]) for i in kept], bool)
     clipped = clip_boxes(boxes[kept], input_size).astype(np.float32)
-    return Sample(pixels, clipped, crowd, masks, keypoints, kept, matrix)
+    return Sample(pixels, clipped, crowd, masks, keypoints, kept, matrix, picture.size)
 
 
 def _map_keypoints(flat: list[float], matrix: np.ndarray, input_size: int | Size) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -9,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lumen_ray.keypoints import DEFAULT_SIGMA
-from lumen_ray.structures import Prediction, Size, as_size
+from lumen_ray.structures import Prediction, SampleSettings, Size, as_size
 
 if TYPE_CHECKING:
+    from lumen_ray.model.settings import ModelSettings
     from lumen_ray.model.superlink import SuperLink
 
 
@@ -22,6 +25,13 @@ class Frame:
     size: Size  # (height, width) of the EXIF-rotated image, pixels
     scale: float
     input_size: Size
+
+    @property
+    def extent(self) -> Size:
+        """(height, width) of the image in the input, in whole pixels; the rest is padding."""
+        return tuple(
+            min(side, max(1, math.ceil(own * self.scale))) for own, side in zip(self.size, self.input_size, strict=True)
+        )
 
     @classmethod
     def fit(cls, size: Size, input_size: int | Size) -> Frame:
@@ -55,6 +65,13 @@ class Pixels:
 
     def to(self, device: torch.device | str) -> Pixels:
         return Pixels(self.images.to(device), self.extents.to(device))
+
+    def __getitem__(self, index: Tensor | slice) -> Pixels:
+        return Pixels(self.images[index], self.extents[index])
+
+    @classmethod
+    def cat(cls, parts: Sequence[Pixels]) -> Pixels:
+        return cls(torch.cat([part.images for part in parts]), torch.cat([part.extents for part in parts]))
 
     def valid(self) -> Tensor:
         """bool [B, H, W], False at padding."""
@@ -96,6 +113,11 @@ class PerceptionTargets:
     def to(self, device: torch.device | str) -> PerceptionTargets:
         return PerceptionTargets(**{name: value.to(device) for name, value in self.__dict__.items()})
 
+    def only(self, members: Tensor) -> PerceptionTargets:
+        """Those of the prompts at `members`, int64 [M]."""
+        per_prompt = {name: value[members] for name, value in self.__dict__.items() if name != "masks"}
+        return PerceptionTargets(masks=self.masks, **per_prompt)
+
 
 @dataclass(frozen=True)
 class PredictSettings:
@@ -110,6 +132,7 @@ class PromptSpec:
     phrase: str
     masks: bool = False
     keypoints: tuple[str, ...] = field(default_factory=tuple)
+    sample: SampleSettings | None = None  # of prompts that ask for pictures
 
 
 class Decoder(nn.Module):
@@ -122,6 +145,13 @@ class Decoder(nn.Module):
     family: ClassVar[str]  # of `tasks.LINK_FAMILIES`: the queries that its links come from
     loss_names: ClassVar[tuple[str, ...]]
     reads: ClassVar[Literal["dense", "pixels"]] = "dense"
+    #: whether each prompt is looked at by itself; else those of a group see each other
+    independent: ClassVar[bool] = True
+
+    @classmethod
+    def build(cls, settings: ModelSettings) -> Decoder:
+        """The decoder of a model with these settings, with fresh weights."""
+        raise NotImplementedError
 
     def losses(self, link: SuperLink, view: Any, targets: PerceptionTargets) -> dict[str, LossTerm]:
         """A training step. Decoders that put something of the targets into their forward pass (denoising) override
@@ -139,25 +169,24 @@ class Decoder(nn.Module):
 
 @dataclass
 class ImageTargets:
-    """What G generation or editing prompts should give: `images` uint8 [G, 3, H, W]."""
+    """What G generation or editing prompts should give: `images` uint8 [G, 3, H, W].
+
+    `extents` int64 [G, 2], as in `Pixels`: the part at the top left that counts; None: all of each image. An edit's
+    target lies in the same frame as the image it starts from. `caption_ids` int64 [G, L]: each prompt's text (of an
+    edit its instruction) in the ids of the CLIP text encoder's tokenizer, a row of -1 where there is none; None where
+    no decoder has a text encoder.
+    """
 
     images: Tensor
+    extents: Tensor | None = None
+    caption_ids: Tensor | None = None
 
     def to(self, device: torch.device | str) -> ImageTargets:
-        return ImageTargets(self.images.to(device))
+        return ImageTargets(*(None if value is None else value.to(device) for value in self.__dict__.values()))
 
-
-@dataclass(frozen=True)
-class SampleSettings:
-    """How images are drawn. A prompt's picture depends on `seed` and the prompt, not on what is drawn beside it."""
-
-    steps: int = 30  # of the scheduler
-    guidance: float = 7.5
-    image_guidance: float = 1.5  # editing only
-    seed: int = 0
-    size: Size | None = None  # (height, width) in pixels; None: the decoder's own
-    num_images: int = 1  # per prompt
-    batch_size: int = 4  # pictures drawn at once, to bound memory
+    def only(self, members: Tensor) -> ImageTargets:
+        """Those of the prompts at `members`, int64 [M]."""
+        return ImageTargets(*(None if value is None else value[members] for value in self.__dict__.values()))
 
 
 class ImageDecoder(nn.Module):
@@ -167,6 +196,11 @@ class ImageDecoder(nn.Module):
     family: ClassVar[str]
     loss_names: ClassVar[tuple[str, ...]]
     reads: ClassVar[Literal["dense", "pixels"]] = "pixels"
+
+    @classmethod
+    def build(cls, settings: ModelSettings) -> ImageDecoder:
+        """The decoder of a model with these settings, with fresh weights."""
+        raise NotImplementedError
 
     def losses(self, link: SuperLink, view: Pixels, targets: ImageTargets) -> dict[str, LossTerm]:
         """A training step; `view` holds the images that editing starts from, by `link.image_index`."""

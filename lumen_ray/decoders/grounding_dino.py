@@ -10,6 +10,7 @@ Legend: P' object prompts, G groups, T prompts of the largest group, Q queries, 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -46,6 +47,9 @@ from lumen_ray.decoders.stored_size import at_stored_size
 from lumen_ray.model.aligner import Seats
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.structures import Boxes, Masks, Prediction, Size
+
+if TYPE_CHECKING:
+    from lumen_ray.model.settings import ModelSettings
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in 0..1, as the published weights use
 FEW_OBJECTS = -4.6  # logit of one query in a hundred
@@ -112,6 +116,11 @@ class GroundingDinoDecoder(Decoder):
     family = "perception"
     loss_names = ("gdino_class", "gdino_box", "gdino_mask")
     reads = "pixels"
+    independent = False
+
+    @classmethod
+    def build(cls, settings: ModelSettings) -> GroundingDinoDecoder:
+        return cls(settings.grounding_dino, settings.link_width(cls.name))
 
     def __init__(self, settings: GroundingDinoSettings, link_channels: int):
         super().__init__()
@@ -137,20 +146,27 @@ class GroundingDinoDecoder(Decoder):
         links = seats.fill(self.link_proj(link.embeddings[groups.objects]))
         link_valid = seats.fill(torch.ones_like(seats.row, dtype=torch.bool)[:, None])[..., 0]
         memory = self.trunk.encode(levels, groups.image, links, link_valid)
-        encoder, query_valid = self._propose(memory)
-        content = self.trunk.query_position_embeddings.weight[: query_valid.shape[1]].expand(len(links), -1, -1)
-        boxes, blocked = encoder.boxes.detach(), ~query_valid[:, None]
         denoising = None if wanted is None else make_denoising(wanted, links, link_valid, self.settings)
-        if denoising is not None:
-            content = torch.cat([denoising.content, content], dim=1)
-            boxes = torch.cat([denoising.boxes, boxes], dim=1)
-            blocked = denoising.blocked(query_valid)
-        stages = self._decode(memory, content, boxes, additive(blocked, content.dtype)[:, None])
-        first = boxes.shape[1] - query_valid.shape[1]
+        encoder, stages, query_valid = self.decode(memory, denoising)
+        first = stages[0].boxes.shape[1] - query_valid.shape[1]
         denoised, stages = zip(*(stage.split(first) for stage in stages), strict=True)
         return GroundingDinoRaw(
             link, groups, encoder, list(stages), query_valid, memory, levels, denoising, list(denoised)
         )
+
+    def decode(self, memory: Memory, denoising: Denoising | None = None) -> tuple[Stage, list[Stage], Tensor]:
+        """The encoder's selection, what every decoder layer makes of it (denoising queries first), and which queries
+        of the selection there are at all (bool [G, Q])."""
+        encoder, query_valid = self._propose(memory)
+        content = self.trunk.query_position_embeddings.weight[: query_valid.shape[1]]
+        content = content.expand(len(query_valid), -1, -1)
+        boxes, blocked = encoder.boxes.detach(), ~query_valid[:, None]
+        if denoising is not None:
+            content = torch.cat([denoising.content, content], dim=1)
+            boxes = torch.cat([denoising.boxes, boxes], dim=1)
+            blocked = denoising.blocked(query_valid)
+        stages = self._layers(memory, content, boxes, additive(blocked, content.dtype)[:, None])
+        return encoder, stages, query_valid
 
     def _see(self, pixels: Pixels, groups: Groups) -> Levels:
         images = pixels.images[groups.shown].float() / 255
@@ -164,14 +180,14 @@ class GroundingDinoDecoder(Decoder):
         return class_logits(hidden, memory)
 
     def _propose(self, memory: Memory) -> tuple[Stage, Tensor]:
-        """The places that become queries, best first, and which of them are proposals at all (bool [G, Q])."""
+        """The places that become queries, best first, and which of them are proposals at all."""
         proposals = self.trunk.propose(memory)
         logits = self._classify(proposals.features, memory)
         chosen = self.trunk.select(proposals, logits.detach().amax(-1))
         features, logits, boxes = (gather_rows(v, chosen) for v in (proposals.features, logits, proposals.logits))
         return Stage(features, logits, boxes.float().sigmoid()), proposals.valid.gather(1, chosen)
 
-    def _decode(self, memory: Memory, hidden: Tensor, reference: Tensor, self_mask: Tensor) -> list[Stage]:
+    def _layers(self, memory: Memory, hidden: Tensor, reference: Tensor, self_mask: Tensor) -> list[Stage]:
         """A stage for every decoder layer. Layers pass their boxes on without gradient; with `look_forward_twice` the
         next layer's loss reaches them."""
         trunk, stages = self.trunk, []

@@ -24,7 +24,7 @@ from lumen_ray.decoders.pose_head import PoseHead
 from lumen_ray.decoders.stored_size import at_stored_size
 from lumen_ray.model.aligner import Aligner, place_in_group, sine_position
 from lumen_ray.model.dense import DownBlock, ResidualBlock, conv_block
-from lumen_ray.model.settings import LumenSettings
+from lumen_ray.model.settings import LumenSettings, ModelSettings
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
 
@@ -88,6 +88,10 @@ class LumenDecoder(Decoder):
     name = "lumen"
     family = "perception"
     loss_names = ("heatmap", "match", "box", "mask", "keypoint")
+
+    @classmethod
+    def build(cls, settings: ModelSettings) -> LumenDecoder:
+        return cls(settings.lumen, settings.dense_channels, settings.link_width(cls.name))
 
     def __init__(self, settings: LumenSettings, dense_channels: int, link_channels: int):
         super().__init__()

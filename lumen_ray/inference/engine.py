@@ -7,7 +7,7 @@ answers together. `Engine` runs both in one process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,65 +17,120 @@ from torch import Tensor
 
 from lumen_ray.data.buckets import choose
 from lumen_ray.data.transforms import fit
-from lumen_ray.decoders.base import Frame, PredictSettings, PromptSpec
+from lumen_ray.decoders.base import Frame, ImageDecoder, Pixels, PredictSettings, PromptSpec
 from lumen_ray.errors import UserError
 from lumen_ray.inference.request import Request
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.model.prompts import Branch, build_layout
 from lumen_ray.model.regions import region_mask
-from lumen_ray.model.superlink import SuperLink
+from lumen_ray.model.superlink import SuperLink, concat
 from lumen_ray.model.tokenizer import EOS
-from lumen_ray.structures import Answer, Prediction, Region, Size
-from lumen_ray.tasks import ROUTING_TOKENS, TASKS, task_of_prompt
+from lumen_ray.model.trunk import Prefix
+from lumen_ray.structures import Answer, Prediction, Region, SampleSettings, Size
+from lumen_ray.tasks import DECODERS, ROUTING_TOKENS, TASKS, decoder_class, task_of_prompt
 
-FAMILY = "perception"
 DEFAULTS = PredictSettings()
+#: What a decoder makes of one link: instances, pictures (uint8 [h, w, 3]), or nothing of its own.
+Found = Prediction | list[np.ndarray] | None
 #: Object prompts times cells of the dense features that are decoded at once: 512 prompts at 128 pixels, 128 at 256.
 MAX_DECODER_CELLS = 1 << 19
+#: Groups of prompts that an expert decoder looks at in one pass.
+MAX_DECODER_GROUPS = 8
 
 
 @dataclass
 class RequestPlan:
-    """Where one request's answer comes from: `links` are indices into the super link, `text` what the LLM wrote."""
+    """Where one request's answer comes from: `links` are indices into the super link of its `decoder`, `text` is what
+    the LLM wrote."""
 
     task: str
     size: Size
     links: list[int] = field(default_factory=list)
+    decoder: str | None = None
     route: str | None = None
     text: str | None = None
+
+
+@dataclass
+class LinkPart:
+    """What one decoder is asked: its super link, and a `PromptSpec` per link, None for keypoint prompts."""
+
+    link: SuperLink
+    prompts: list[PromptSpec | None]
+
+    def only(self, members: Tensor) -> LinkPart:
+        return LinkPart(self.link.only(members), [self.prompts[i] for i in members.tolist()])
 
 
 @dataclass
 class TrunkOutput:
     """What leaves the trunk for a batch of images. Tensors are contiguous and on the CPU, ready for the wire.
 
-    `dense`: float32 [B, C, H/4, W/4] of inputs of one bucket (H, W); `prompts`: one `PromptSpec` per link, None for
-    keypoint prompts; `plans`: per image, one per request.
+    `parts`: by decoder, those that are asked something; `dense`: float32 [B, C, H/4, W/4] of inputs of one bucket
+    (H, W), and `pixels` of the same inputs, each where a decoder of `parts` reads it; `plans`: per image, one per
+    request.
     """
 
-    link: SuperLink
-    dense: Tensor
+    parts: dict[str, LinkPart]
+    dense: Tensor | None
+    pixels: Pixels | None
     frames: list[Frame]
-    prompts: list[PromptSpec | None]
     plans: list[list[RequestPlan]]
-
-    @property
-    def needs_decoder(self) -> bool:
-        return len(self.link) > 0
 
     def select(self, image: int) -> TrunkOutput:
         """The part of the output about one image of the batch."""
-        members = torch.nonzero(self.link.image_index == image).flatten()
-        place = {int(old): new for new, old in enumerate(members)}
-        link, _ = self.link.take(members)
-        plans = [replace(plan, links=[place[i] for i in plan.links]) for plan in self.plans[image]]
-        return TrunkOutput(
-            link,
-            self.dense[image : image + 1].clone(),
-            [self.frames[image]],
-            [self.prompts[int(m)] for m in members],
-            [plans],
+        parts, places = {}, {}
+        for name, part in self.parts.items():
+            members = torch.nonzero(part.link.image_index == image).flatten()
+            if len(members):
+                parts[name] = part.only(members)
+                parts[name].link.image_index = torch.zeros_like(members)
+                places[name] = {int(old): new for new, old in enumerate(members)}
+        plans = [
+            replace(plan, links=[places[plan.decoder][i] for i in plan.links]) if plan.links else plan
+            for plan in self.plans[image]
+        ]
+        own = torch.tensor([image])  # as an index it copies, so that not the whole batch travels
+        dense = None if self.dense is None else self.dense[own]
+        pixels = None if self.pixels is None else self.pixels[own]
+        return TrunkOutput(parts, dense, pixels, [self.frames[image]], [plans])
+
+    @property
+    def input_size(self) -> Size:
+        return self.frames[0].input_size
+
+
+def merge(outputs: Sequence[TrunkOutput]) -> TrunkOutput:
+    """Outputs of several passes over inputs of one size as one batch, in order: the inverse of `TrunkOutput.select`."""
+    if len(outputs) == 1:
+        return outputs[0]
+    collected: dict[str, list[tuple[LinkPart, int]]] = {}  # each with its first image
+    frames: list[Frame] = []
+    plans: list[list[RequestPlan]] = []
+    for output in outputs:
+        first = {name: sum(len(part.link) for part, _ in parts) for name, parts in collected.items()}
+        plans += [
+            [replace(p, links=[i + first.get(p.decoder, 0) for i in p.links]) for p in row] for row in output.plans
+        ]
+        for name, part in output.parts.items():
+            collected.setdefault(name, []).append((part, len(frames)))
+        frames += output.frames
+    parts = {
+        name: LinkPart(
+            concat([part.link for part, _ in found], [image for _, image in found]),
+            [prompt for part, _ in found for prompt in part.prompts],
         )
+        for name, found in collected.items()
+    }
+    dense = [output.dense for output in outputs]
+    pixels = [output.pixels for output in outputs]
+    return TrunkOutput(
+        parts,
+        None if any(x is None for x in dense) else torch.cat(dense),
+        None if any(x is None for x in pixels) else Pixels.cat(pixels),
+        frames,
+        plans,
+    )
 
 
 @dataclass
@@ -86,6 +141,7 @@ class _Ask:
     spec: PromptSpec | None
     image: int
     request: int
+    decoder: str
 
 
 class TrunkStage:
@@ -108,10 +164,14 @@ class TrunkStage:
         """(height, width) of the model input for an image of (height, width) `size`."""
         return choose((max(1, size[0]), max(1, size[1])), self.buckets)
 
+    def bucket_of(self, image: np.ndarray | None) -> Size:
+        """(height, width) of the model input for an image, or for words alone."""
+        return self.buckets[0] if image is None else self.bucket(image.shape[:2])
+
     @torch.inference_mode()
     def run(
         self,
-        images: Sequence[np.ndarray],
+        images: Sequence[np.ndarray | None],
         requests: Sequence[Sequence[Request]],
         *,
         max_new_tokens: int = 48,
@@ -119,42 +179,68 @@ class TrunkStage:
     ) -> TrunkOutput:
         """One prefix per image, then all branches of all requests against it.
 
-        images: uint8 [h, w, 3] RGB, EXIF-rotated, all of one `bucket`; requests: per image. `class_chunk` bounds the
-        branches per image and pass; it does not change results.
+        images: uint8 [h, w, 3] RGB, EXIF-rotated, all of one `bucket`, None for words alone; requests: per image.
+        `class_chunk` bounds the branches per image and pass; it does not change results.
         """
         if len(images) != len(requests):
             raise ValueError(f"{len(images)} images but {len(requests)} lists of requests")
         for image, asked in zip(images, requests, strict=True):
-            _check_regions(image.shape[:2], asked)
-        buckets = {self.bucket(image.shape[:2]) for image in images}
+            check_asked(image, asked)
+        buckets = {self.bucket_of(image) for image in images}
         if len(buckets) > 1:
             raise ValueError(f"images of one pass must share a bucket, got {sorted(buckets)}")
-        fitted = [fit(image, next(iter(buckets))) for image in images]
+        (bucket,) = buckets
+        fitted = [fit(np.full((*bucket, 3), 114, np.uint8) if image is None else image, bucket) for image in images]
         pixels = torch.from_numpy(np.stack([image for image, _ in fitted])).permute(0, 3, 1, 2)
         frames = [frame for _, frame in fitted]
-        prefix = self.trunk.encode(pixels.to(self.device))
-        plans = [[RequestPlan(r.task, frames[b].size) for r in rs] for b, rs in enumerate(requests)]
+        valid = torch.tensor([image is not None for image in images])
+        prefix = self.trunk.encode(pixels.to(self.device), valid.to(self.device))
+        plans = [
+            [RequestPlan(r.task, frames[b].size, decoder=self._decoder(r)) for r in rs] for b, rs in enumerate(requests)
+        ]
         asks = [
             ask for b, rs in enumerate(requests) for r, request in enumerate(rs) for ask in self._asks(request, b, r)
         ]
         self._write_texts(prefix, requests, plans, asks, max_new_tokens)
-        link, prompts = self._links(prefix, asks, plans, class_chunk)
-        return TrunkOutput(link, prefix.dense.float().cpu().contiguous(), frames, prompts, plans)
+        parts = self._links(prefix, asks, plans, class_chunk)
+        read = {decoder_class(name).reads for name in parts}
+        dense = prefix.dense.float().cpu().contiguous() if "dense" in read else None
+        extents = torch.tensor([frame.extent for frame in frames])
+        return TrunkOutput(
+            parts, dense, Pixels(pixels.contiguous(), extents) if "pixels" in read else None, frames, plans
+        )
+
+    def _decoder(self, request: Request) -> str | None:
+        """The decoder that serves a request; None for text."""
+        task = TASKS[request.task]
+        if task.is_text:
+            return None
+        if (name := self.loaded.settings.serving.get(request.task)) is None:
+            raise UserError(
+                f"the model has no decoder for task '{task.name}'; it serves: {', '.join(self.tasks)}", "no_decoder"
+            )
+        return name
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that this model can serve."""
+        serving = self.loaded.settings.serving
+        return tuple(task.name for task in TASKS.values() if task.is_text or task.name in serving)
 
     def _asks(self, request: Request, image: int, index: int) -> list[_Ask]:
         """The routed branches of a structured request; its routing token is forced, so nothing is sampled."""
         task = TASKS[request.task]
         if task.is_text:
             return []
-        asks = []
+        decoder, asks = self._decoder(request), []
         for phrase in request.phrases:
             names = self._keypoints(request, phrase) if task.name == "pose" else ()
-            spec = PromptSpec(phrase, masks=task.result == "masks", keypoints=names)
+            spec = PromptSpec(phrase, masks=task.result == "masks", keypoints=names, sample=request.sample)
             text = task.prompt(phrase, request.template)
-            asks.append(_Ask(Branch(image, text, route=task.routing_token), spec, image, index))
+            asks.append(_Ask(Branch(image, text, route=task.routing_token), spec, image, index, decoder))
             for name in names:
                 text = task.keypoint_template.replace("{keypoint}", name).replace("{}", phrase)
-                asks.append(_Ask(Branch(image, text, route=task.routing_token, parent=0), None, image, index))
+                asks.append(_Ask(Branch(image, text, route=task.routing_token, parent=0), None, image, index, decoder))
         return asks
 
     def _keypoints(self, request: Request, phrase: str) -> tuple[str, ...]:
@@ -191,7 +277,7 @@ class TrunkStage:
         layout = build_layout(branches, len(rows), self.tokenizer).to(self.device)
         masks = torch.from_numpy(np.stack([self._region(x) for x in regions])) if regions else torch.zeros(0)
         owners = torch.tensor([i for i, branch in enumerate(branches) if branch.regions], dtype=torch.int64)
-        routing = {self.tokenizer.ids[token]: token for token in ROUTING_TOKENS}
+        routing = {i: token for token, i in self.tokenizer.ids.items() if token in ROUTING_TOKENS}
         images = torch.tensor([b for b, _ in rows], device=self.device)
         written = self.trunk.generate(
             prefix, layout, images, masks.to(self.device), owners.to(self.device),
@@ -209,55 +295,71 @@ class TrunkStage:
         """Free chat in which the LLM chose a routing token: one more branch, with the queries behind the token."""
         named = task_of_prompt(request.text)
         phrase = named[1] if named else request.text
-        spec = PromptSpec(phrase, masks=route == "[SEG]")
         if route == "[POSE]" and phrase in self.skeletons:
             return self._asks(Request("pose", (phrase,)), image, index)
-        return [_Ask(Branch(image, request.text, route=route), spec, image, index)]
+        task = next(task for task in TASKS.values() if task.routing_token == route)
+        sample = SampleSettings() if task.result == "image" else None
+        spec = PromptSpec(phrase, masks=task.result == "masks", sample=sample)
+        decoder = self._decoder(Request(task.name))
+        return [_Ask(Branch(image, request.text, route=route), spec, image, index, decoder)]
 
     def _region(self, region: Region) -> np.ndarray:
         return region_mask(region, self.bucket(region.size))
 
     def _links(
-        self, prefix, asks: list[_Ask], plans: list[list[RequestPlan]], chunk: int
-    ) -> tuple[SuperLink, list[PromptSpec | None]]:
-        """Runs the routed branches in chunks per image; the super link of all of them, in the order of `asks`."""
+        self, prefix: Prefix, asks: list[_Ask], plans: list[list[RequestPlan]], chunk: int
+    ) -> dict[str, LinkPart]:
+        """Runs the routed branches in chunks per image; the super link of each decoder, in the order of `asks`."""
         per_image: dict[int, list[int]] = {}
         for i, ask in enumerate(asks):
             per_image.setdefault(ask.image, []).append(i)
-        channels = self.loaded.settings.link_channels
-        embeddings = torch.zeros(len(asks), channels, device=self.device)
+        embeddings: dict[int, Tensor] = {}  # by number of the ask
         none = torch.zeros(0, device=self.device)
         longest = max([len(members) for members in per_image.values()] + [0])
         for start in range(0, longest, chunk):
             members = [i for ms in per_image.values() for i in ms[start : start + chunk]]
-            layout = build_layout(
-                [replace(asks[i].branch, parent=-1) for i in members], len(prefix.valid), self.tokenizer
-            )
-            layout = layout.to(self.device)
+            branches = [replace(asks[i].branch, parent=-1) for i in members]
+            layout = build_layout(branches, len(prefix.valid), self.tokenizer).to(self.device)
             hidden, _ = self.trunk.run_branches(prefix, layout, none, none)
-            link = self.trunk.links(hidden, layout)[FAMILY]
-            embeddings[torch.tensor(members)[layout.link_branches[FAMILY].cpu()]] = link.embeddings
-        parents, last = [], -1
+            for name, link in self.trunk.links(hidden, layout).items():
+                numbers = layout.link_branches[DECODERS[name].family].tolist()
+                for number, embedding in zip(numbers, link.embeddings.float().cpu(), strict=True):
+                    if asks[members[number]].decoder == name:
+                        embeddings[members[number]] = embedding
+        parts = {}
+        for name in dict.fromkeys(ask.decoder for ask in asks):
+            mine = [i for i, ask in enumerate(asks) if ask.decoder == name]
+            parts[name] = self._part(name, [asks[i] for i in mine], torch.stack([embeddings[i] for i in mine]), plans)
+        return parts
+
+    @staticmethod
+    def _part(name: str, asks: list[_Ask], embeddings: Tensor, plans: list[list[RequestPlan]]) -> LinkPart:
+        """A decoder's super link; the prompts of one request are a group. Enters its prompts in the plans."""
+        parents, groups, last = [], {}, -1
         for i, ask in enumerate(asks):
             if ask.spec is not None:
                 last = i
                 plan = plans[ask.image][ask.request]
                 plan.links.append(i)
-                plan.route = ask.branch.route
+                plan.route, plan.decoder = ask.branch.route, name
             parents.append(-1 if ask.spec is not None else last)
-        image_index = torch.tensor([ask.image for ask in asks], dtype=torch.int64)
-        parent = torch.tensor(parents, dtype=torch.int64)
-        link = SuperLink(FAMILY, embeddings.float().cpu().contiguous(), image_index, parent)
-        return link, [ask.spec for ask in asks]
+            groups.setdefault((ask.image, ask.request), len(groups))
+        columns = (
+            [ask.image for ask in asks],
+            parents,
+            [groups[ask.image, ask.request] for ask in asks],
+        )
+        return LinkPart(SuperLink(name, embeddings, *map(torch.tensor, columns)), [ask.spec for ask in asks])
 
 
 class DecoderStage:
-    """A decoder's half: links and dense features -> predictions in stored-image pixels."""
+    """A decoder's half: its part of a trunk's output -> predictions in stored-image pixels."""
 
     def __init__(self, loaded: LoadedModel, name: str = "lumen", device: str = "cpu"):
         if name not in loaded.model.decoders:
             have = ", ".join(loaded.model.decoders)
             raise UserError(f"the model has no decoder '{name}'; decoders: {have}", "unknown_decoder")
+        self.name = name
         self.decoder = loaded.model.decoders[name].to(device)
         self.device = torch.device(device)
 
@@ -266,30 +368,63 @@ class DecoderStage:
         return cls(load_model(model), name, device)
 
     @torch.inference_mode()
-    def run(
-        self,
-        link: SuperLink,
-        dense: Tensor,
-        frames: list[Frame],
-        prompts: list[PromptSpec | None],
-        settings: PredictSettings = DEFAULTS,
-    ) -> list[Prediction | None]:
-        """One Prediction per link, None for keypoint prompts. Received tensors are only read.
+    def run(self, output: TrunkOutput, settings: PredictSettings = DEFAULTS) -> list[Found]:
+        """What was found for each link of this decoder, None for keypoint prompts. Received tensors are only read.
 
-        The prompts are decoded in chunks of what `MAX_DECODER_CELLS` allows, so that memory does not grow with their
-        number; prompts do not see each other, so the results do not depend on it.
+        The prompts are decoded in chunks, so that memory does not grow with their number; those that do not see each
+        other are not in one group, so the results do not depend on it.
         """
-        out: list[Prediction | None] = [None] * len(link)
-        height, width = dense.shape[-2:]
-        for members in link.chunks(max(1, MAX_DECODER_CELLS // (height * width))):
-            part, images = link.take(members)
-            moved = part.to(self.device)
-            raw = self.decoder(moved, dense[images].to(self.device))
-            specs = [prompts[i] for i in members.tolist()]
-            found = self.decoder.predict(raw, [frames[i] for i in images.tolist()], specs, settings)
-            for i, prediction in zip(members.tolist(), found, strict=True):
-                out[i] = prediction
-        return out
+        if (part := output.parts.get(self.name)) is None:
+            return []
+        if isinstance(self.decoder, ImageDecoder):
+            return self._draw(part, output)
+        found: list[Found] = [None] * len(part.link)
+        for members in self._chunks(part.link, output):
+            link, images = part.link.take(members)
+            raw = self.decoder(link.to(self.device), self._view(output, images))
+            specs = [part.prompts[i] for i in members.tolist()]
+            frames = [output.frames[i] for i in images.tolist()]
+            for i, prediction in zip(members.tolist(), self.decoder.predict(raw, frames, specs, settings), strict=True):
+                found[i] = prediction
+        return found
+
+    def _draw(self, part: LinkPart, output: TrunkOutput) -> list[Found]:
+        """The pictures of every prompt; those that want the same settings are drawn together."""
+        found: list[Found] = [None] * len(part.link)
+        wishes: dict[SampleSettings, list[int]] = {}
+        for i, spec in enumerate(part.prompts):
+            wishes.setdefault(spec.sample, []).append(i)
+        for sample, members in wishes.items():
+            link, images = part.link.take(torch.tensor(members))
+            drawn = self.decoder.sample(link.to(self.device), self._view(output, images), sample)
+            pictures = drawn.permute(0, 2, 3, 1).cpu().numpy()
+            for number, i in enumerate(members):
+                found[i] = list(pictures[number * sample.num_images : (number + 1) * sample.num_images])
+        return found
+
+    def _chunks(self, link: SuperLink, output: TrunkOutput) -> list[Tensor]:
+        if self.decoder.independent:
+            height, width = output.dense.shape[-2:]
+            return link.chunks(max(1, MAX_DECODER_CELLS // (height * width)))
+        groups = link.group.unique().split(MAX_DECODER_GROUPS)
+        return [torch.nonzero(torch.isin(link.group, some)).flatten() for some in groups]
+
+    def _view(self, output: TrunkOutput, images: Tensor) -> Tensor | Pixels:
+        if self.decoder.reads == "dense":
+            return output.dense[images].to(self.device)
+        return output.pixels[images].to(self.device)
+
+
+def check_asked(image: np.ndarray | None, requests: Sequence[Request]) -> None:
+    """`UserError` for what cannot be asked about an image, or of words alone (None); free chat can be either."""
+    for request in requests:
+        task = TASKS[request.task]
+        if image is None and task.sees_image and task.name != "chat":
+            raise UserError(f"task '{task.name}' needs an image; give one", "missing_image")
+        if image is not None and not task.sees_image:
+            raise UserError(f"task '{task.name}' takes no image, only a text; leave it out", "unexpected_image")
+    if image is not None:
+        _check_regions(image.shape[:2], requests)
 
 
 def _check_regions(size: Size, requests: Sequence[Request]) -> None:
@@ -304,15 +439,22 @@ def _check_regions(size: Size, requests: Sequence[Request]) -> None:
             )
 
 
-def assemble(plans: Sequence[Sequence[RequestPlan]], predictions: Sequence[Prediction | None]) -> list[list[Answer]]:
-    """Answers per image and request from what the trunk planned and the decoder found."""
-    return [
-        [
-            Answer(plan.task, plan.size, [predictions[i] for i in plan.links], text=plan.text, route=plan.route)
-            for plan in row
-        ]
-        for row in plans
-    ]
+def assemble(
+    plans: Sequence[Sequence[RequestPlan]], predictions: Mapping[str, Sequence[Found]]
+) -> list[list[Answer | None]]:
+    """Answers per image and request from what the trunk planned and what each decoder found; None where the request's
+    decoder is not among them."""
+    return [[_answer(plan, predictions) for plan in row] for row in plans]
+
+
+def _answer(plan: RequestPlan, predictions: Mapping[str, Sequence[Found]]) -> Answer | None:
+    if plan.links and plan.decoder not in predictions:
+        return None
+    found = [predictions[plan.decoder][i] for i in plan.links]
+    if found and isinstance(found[0], list):
+        images = [picture for pictures in found for picture in pictures]
+        return Answer(plan.task, plan.size, text=plan.text, route=plan.route, images=images)
+    return Answer(plan.task, plan.size, found, text=plan.text, route=plan.route)
 
 
 class Engine:
@@ -355,7 +497,7 @@ class Engine:
 
     def run(
         self,
-        images: Sequence[np.ndarray],
+        images: Sequence[np.ndarray | None],
         requests: Sequence[Sequence[Request]],
         *,
         score_threshold: float = 0.05,
@@ -365,15 +507,15 @@ class Engine:
     ) -> list[list[Answer]]:
         """An `Answer` per request of each image, predictions best first.
 
-        images: uint8 [h, w, 3] RGB in the EXIF-rotated frame; requests: per image (see `make_request`). Images that
-        share a size bucket pass together.
+        images: uint8 [h, w, 3] RGB in the EXIF-rotated frame, None for words alone; requests: per image (see
+        `make_request`). Images that share a size bucket pass together.
         """
         if len(images) == 0:
             return []
         settings = PredictSettings(score_threshold, max_per_phrase)
         groups: dict[Size, list[int]] = {}
         for i, (image, _) in enumerate(zip(images, requests, strict=True)):
-            groups.setdefault(self.trunk.bucket(image.shape[:2]), []).append(i)
+            groups.setdefault(self.trunk.bucket_of(image), []).append(i)
         answers: dict[int, list[Answer]] = {}
         for members in groups.values():
             out = self.trunk.run(
@@ -382,6 +524,6 @@ class Engine:
                 max_new_tokens=max_new_tokens,
                 class_chunk=class_chunk,
             )
-            predictions = self.decoders["lumen"].run(out.link, out.dense, out.frames, out.prompts, settings)
+            predictions = {name: self.decoders[name].run(out, settings) for name in out.parts}
             answers.update(zip(members, assemble(out.plans, predictions), strict=True))
         return [answers[i] for i in range(len(images))]

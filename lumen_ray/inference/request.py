@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lumen_ray.errors import UserError
 from lumen_ray.model.tokenizer import SPECIAL_TOKENS
-from lumen_ray.structures import Region
+from lumen_ray.structures import Region, SampleSettings
 from lumen_ray.tasks import check_classes, get_task, split_phrases
 
 
@@ -16,7 +16,8 @@ class Request:
 
     `phrases`: what each branch asks for, in the order of the answer's predictions (classes, phrases, expression);
     `text`: the question of chat and vqa, else the sentence or expression as given;
-    `keypoints`: names of the keypoints of a pose request; None for the skeleton the model was trained with.
+    `keypoints`: names of the keypoints of a pose request; None for the skeleton the model was trained with. `sample`:
+    how the pictures of a generate or edit request are drawn.
     """
 
     task: str
@@ -25,6 +26,7 @@ class Request:
     region: Region | None = None
     keypoints: tuple[str, ...] | None = None
     template: int = 0
+    sample: SampleSettings | None = None
 
 
 def make_request(
@@ -35,20 +37,26 @@ def make_request(
     region: Region | None = None,
     keypoints: list[str] | tuple[str, ...] | None = None,
     template: int = 0,
+    sample: SampleSettings | None = None,
 ) -> Request:
     """A validated `Request`. Raises `UserError` (one sentence, machine-readable reason) for what cannot be asked.
 
-    detect, segment, pose and count need `classes`; ground, refer, vqa and chat need `text`; region_caption needs
-    `region`; caption needs nothing.
+    detect, segment, pose and count need `classes`; ground, refer, vqa, chat, generate and edit need `text`;
+    region_caption needs `region`; caption needs nothing.
     """
     needs = get_task(task).needs
     for given in (text or "", *(classes or ()), *(keypoints or ())):
         _refuse_reserved(given or "")
     points = tuple(keypoints) if keypoints else None
+    if get_task(task).result == "image":
+        sample = sample or SampleSettings()
+        _check_sample(sample)
+    elif sample is not None:
+        raise UserError(f"task '{task}' makes no pictures and takes no settings for them", "unexpected_field")
     if needs == "classes":
         return Request(task, tuple(check_classes(classes or (), task)), keypoints=points, template=template)
     text = (text or "").strip()
-    if needs in ("question", "sentence", "expression"):
+    if needs in ("question", "sentence", "expression", "description", "instruction"):
         if not text:
             raise UserError(f"task '{task}' needs a text ({needs}); give one", "empty_text")
         if needs == "sentence":
@@ -56,12 +64,26 @@ def make_request(
             for phrase in phrases:  # in lower case now, like some special tokens
                 _refuse_reserved(phrase)
             return Request(task, tuple(phrases), text, template=template)
-        return Request(task, (text,) if needs == "expression" else (), text, template=template)
+        return Request(task, () if needs == "question" else (text,), text, template=template, sample=sample)
     if needs == "region":
         if region is None:
             raise UserError(f"task '{task}' needs a region (box, point, scribble, polygon or mask)", "missing_region")
         return Request(task, region=region, template=template)
     return Request(task, template=template)
+
+
+#: what a request for pictures may ask for; sizes are checked by the decoder, whose step they must be multiples of
+_SAMPLE_LIMITS = {"steps": (1, 1000), "guidance": (0, 100), "image_guidance": (0, 100), "num_images": (1, 16)}
+
+
+def _check_sample(sample: SampleSettings) -> None:
+    for name, (low, high) in _SAMPLE_LIMITS.items():
+        if not low <= getattr(sample, name) <= high:
+            raise UserError(
+                f"'{name}' must be from {low} to {high}, got {getattr(sample, name)}", "invalid_sample_settings"
+            )
+    if not 0 <= sample.seed < 2**63:
+        raise UserError(f"'seed' must be from 0 to 2^63 - 1, got {sample.seed}", "invalid_sample_settings")
 
 
 def _refuse_reserved(text: str) -> None:

@@ -74,6 +74,11 @@ def build_requests(
     requests = []
     for name in dict.fromkeys(tasks):
         needs = get_task(name).needs
+        if get_task(name).result == "image":
+            raise UserError(
+                f"task '{name}' makes pictures, which a label table does not hold; leave it out or ask a server",
+                "invalid_task",
+            )
         if needs == "region":
             raise UserError(
                 f"task '{name}' needs a region in each image and cannot label a corpus; leave it out", "invalid_task"

@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from lumen_ray import config
-from lumen_ray.decoders.base import LossTerm
-from lumen_ray.decoders.lumen import LumenDecoder
+from lumen_ray.decoders.base import Decoder, ImageDecoder, LossTerm, Pixels
 from lumen_ray.errors import UserError
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import LumenTokenizer
-from lumen_ray.model.trunk import Trunk
+from lumen_ray.model.trunk import Trunk, TrunkTraining
 from lumen_ray.presets import model_folder
+from lumen_ray.tasks import TASKS, decoder_class
 
 LM_WEIGHT = 1.0
 
@@ -37,9 +37,7 @@ class Generalist(nn.Module):
         super().__init__()
         self.settings = settings
         self.trunk = Trunk(settings, vocab_size)
-        self.decoders = nn.ModuleDict(
-            {"lumen": LumenDecoder(settings.lumen, settings.dense_channels, settings.link_channels)}
-        )
+        self.decoders = nn.ModuleDict({name: decoder_class(name).build(settings) for name in settings.decoder_names})
 
     @property
     def loss_names(self) -> tuple[str, ...]:
@@ -47,18 +45,35 @@ class Generalist(nn.Module):
         return ("lm", *(name for decoder in self.decoders.values() for name in decoder.loss_names))
 
     def forward(self, batch: dict) -> dict[str, LossTerm]:
-        """Losses by name. `each` of "lm" is per branch, of "heatmap" per link."""
+        """Losses by name. `each` of "lm" is per branch, of "heatmap" per link.
+
+        `batch["decoders"]`: the decoders that learn from it; None: all.
+        """
         out = self.trunk(batch)
         per_branch = out.lm_losses.new_zeros(len(batch["tasks"]) + 1)
         owner = batch["layout"].branch_ids[:, 1:].flatten() + 1  # padding goes to 0
         per_branch.scatter_add_(0, owner, out.lm_losses.detach().flatten())
         total = LM_WEIGHT * out.lm_losses.sum() + self._anchor()
         losses = {"lm": LossTerm(total, out.lm_tokens, per_branch[1:])}
-        for decoder in self.decoders.values():
-            link = out.links.get(decoder.family)
-            if link is not None:
-                losses |= decoder.loss(decoder(link, out.dense), batch["targets"][decoder.family])
+        wanted = batch.get("decoders") or tuple(self.decoders)
+        for name, decoder in self.decoders.items():
+            if name in wanted and name in out.links:
+                losses |= self._decoder_losses(decoder, out, batch)
         return losses
+
+    @staticmethod
+    def _decoder_losses(decoder: Decoder | ImageDecoder, out: TrunkTraining, batch: dict) -> dict[str, LossTerm]:
+        """A decoder's losses over those prompts of its family whose task it serves."""
+        link, targets = out.links[decoder.name], batch["targets"][decoder.family]
+        tasks = [batch["tasks"][i] for i in batch["layout"].link_branches[decoder.family].tolist()]
+        served = [i for i, task in enumerate(tasks) if decoder.name in TASKS[task].decoders]
+        if not served:
+            return {}
+        if len(served) < len(link):
+            members = torch.tensor(served, device=link.parent.device)
+            link, targets = link.only(members), targets.only(members)
+        view = out.dense if decoder.reads == "dense" else Pixels(batch["images"], batch["extents"])
+        return decoder.losses(link, view, targets)
 
     def _anchor(self) -> Tensor:
         """Zero, with every parameter of the optional parts in its graph.
@@ -68,7 +83,7 @@ class Generalist(nn.Module):
         """
         trunk = self.trunk
         parts = (trunk.regions, trunk.queries, trunk.link_heads, trunk.stem, trunk.dense, self.decoders)
-        return sum(p.sum() for part in parts for p in part.parameters() if p.requires_grad) * 0.0
+        return sum(p.sum() for part in parts if part for p in part.parameters() if p.requires_grad) * 0.0
 
 
 @dataclass

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from lumen_ray.config import Settings
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.structures import Size
+from lumen_ray.tasks import DECODERS, TASKS, get_task
 
 #: keys that `transformers` reads from published config files though its classes have no such field
 _LEGACY_KEYS = ("rope_theta", "rope_scaling")
@@ -88,7 +89,30 @@ class ModelSettings(Settings):
         False, description="links also read the instruction's words; for an LLM that is trained from scratch"
     )
     vocab_size: int = Field(512, gt=0, description="size of a tokenizer trained from scratch, special tokens included")
-    lumen: LumenSettings = LumenSettings()
+    lumen: LumenSettings | None = Field(LumenSettings(), description="the light decoder; null: the model has none")
+    decoders: dict[str, str] = Field(
+        {}, description="which decoder serves a task, as {detect: lumen}; those left out: the first the model has"
+    )
+
+    @property
+    def decoder_names(self) -> tuple[str, ...]:
+        """The decoders this model has, in the registry's order."""
+        return tuple(name for name in DECODERS if getattr(self, name) is not None)
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Of super-link queries, those that its decoders read."""
+        return tuple(dict.fromkeys(DECODERS[name].family for name in self.decoder_names))
+
+    def link_width(self, decoder: str) -> int:
+        """Channels of a decoder's link embeddings."""
+        return self.link_channels
+
+    @property
+    def serving(self) -> dict[str, str]:
+        """Task -> the decoder that serves it; without texts, and without what the model has no decoder for."""
+        able = {t.name: [name for name in t.decoders if name in self.decoder_names] for t in TASKS.values()}
+        return {task: self.decoders.get(task, names[0]) for task, names in able.items() if names}
 
     @property
     def token_side(self) -> int:
@@ -107,7 +131,16 @@ class ModelSettings(Settings):
     def input_step(self) -> int:
         """What height and width of an input must be multiples of: image tokens, the decoder's places and the dense
         features at stride 4 tile it."""
-        return math.lcm(self.token_side, self.lumen.stride, 4)
+        return math.lcm(self.token_side, self.lumen.stride if self.lumen else 1, 4)
+
+    @model_validator(mode="after")
+    def _check_decoders(self) -> ModelSettings:
+        for task, decoder in self.decoders.items():
+            able = [name for name in get_task(task).decoders if name in self.decoder_names]
+            if decoder not in able:
+                have = f"this model's for it: {', '.join(able)}" if able else "this model has none for it"
+                raise UserError(f"decoders: '{decoder}' cannot serve task '{task}'; {have}", "invalid_config")
+        return self
 
     @model_validator(mode="after")
     def _check_llm(self) -> ModelSettings:
@@ -130,7 +163,7 @@ class ModelSettings(Settings):
         """Image tokens and the decoder's places must tile the input."""
         from transformers import CLIPVisionConfig, Dinov2Config
 
-        tiles = {"lumen.stride": self.lumen.stride}
+        tiles = {"lumen.stride": self.lumen.stride} if self.lumen else {}
         for name, config_class in (("clip", CLIPVisionConfig), ("dinov2", Dinov2Config)):
             if (keys := getattr(self.vision, name)) is not None:
                 _check_keys(f"vision.{name}", keys, config_class)

@@ -6,6 +6,7 @@ embeddings are appended; their last hidden states, not text, condition the decod
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,17 +38,23 @@ class SuperLink:
     def __len__(self) -> int:
         return len(self.image_index)
 
-    def take(self, members: Tensor) -> tuple[SuperLink, Tensor]:
-        """The link of the prompts at `members` (int64 [M], rising, no keypoint prompt without its object's), and the
-        images they are about (int64, rising), among which its `image_index` counts."""
+    def only(self, members: Tensor) -> SuperLink:
+        """The link of the prompts at `members` (int64 [M], rising, no keypoint prompt without its object's)."""
         place = torch.full((len(self) + 1,), -1, dtype=torch.int64, device=members.device)
         place[members] = torch.arange(len(members), device=members.device)
-        images, image_index = self.image_index[members].unique(return_inverse=True)
-        # parent -1 reads the last entry of `place`, which is -1
-        link = SuperLink(
-            self.decoder, self.embeddings[members].contiguous(), image_index, place[self.parent[members]],
+        return SuperLink(
+            self.decoder,
+            self.embeddings[members].contiguous(),
+            self.image_index[members],
+            place[self.parent[members]],  # parent -1 reads the last entry, which is -1
             self.group[members],
-        )  # fmt: skip
+        )
+
+    def take(self, members: Tensor) -> tuple[SuperLink, Tensor]:
+        """The link of the prompts at `members`, and the images they are about (int64, rising), among which its
+        `image_index` counts."""
+        link = self.only(members)
+        images, link.image_index = link.image_index.unique(return_inverse=True)
         return link, images
 
     def to(self, device: torch.device | str) -> SuperLink:
@@ -60,14 +67,28 @@ class SuperLink:
         return [torch.nonzero(torch.isin(owner, part)).flatten() for part in objects.split(most) if len(part)]
 
 
+def concat(links: Sequence[SuperLink], first_images: Sequence[int]) -> SuperLink:
+    """Links of one decoder as one, each about images from its `first_images` on; groups stay apart."""
+    parents, groups, prompts, group = [], [], 0, 0
+    for link in links:
+        parents.append(torch.where(link.parent >= 0, link.parent + prompts, link.parent))
+        _, numbers = link.group.unique(return_inverse=True)
+        groups.append(numbers + group)
+        prompts += len(link)
+        group += int(numbers.max()) + 1 if len(link) else 0
+    images = [link.image_index + first for link, first in zip(links, first_images, strict=True)]
+    embeddings = torch.cat([link.embeddings for link in links])
+    return SuperLink(links[0].decoder, embeddings, torch.cat(images), torch.cat(parents), torch.cat(groups))
+
+
 class SuperLinkQueries(nn.Module):
     """The learned query embeddings, one set per decoder family: [num_queries, llm_width]."""
 
-    def __init__(self, llm_width: int, std: float):
+    def __init__(self, llm_width: int, std: float, families: Iterable[str] = ("perception",)):
         """`std` is that of the LLM's own token embeddings, so that the queries enter on the same scale."""
         super().__init__()
         self.queries = nn.ParameterDict(
-            {name: nn.Parameter(torch.randn(f.num_queries, llm_width) * std) for name, f in LINK_FAMILIES.items()}
+            {name: nn.Parameter(torch.randn(LINK_FAMILIES[name].num_queries, llm_width) * std) for name in families}
         )
 
     def forward(self, family: str) -> Tensor:
@@ -101,15 +122,18 @@ class LinkHead(nn.Module):
             self.words = nn.Sequential(nn.LayerNorm(llm_width), nn.Linear(llm_width, channels))
             nn.init.normal_(self.mlp[-1].weight, std=0.1 * channels**-0.5)
 
-    def forward(self, states: Tensor, words: Tensor | None = None) -> Tensor:
-        """states [P, N, llm_width] at the queries, words [P, llm_width] with `reads_words` -> [P, channels]."""
+    def forward(self, states: Tensor, words: Tensor | None = None, parents: Tensor | None = None) -> Tensor:
+        """states [P, N, llm_width] at the queries, words [P, llm_width] with `reads_words` -> [P, channels].
+
+        `parents` (int64 [P]) are for heads that tell keypoint prompts from those of objects.
+        """
         link = self.mlp(states).mean(dim=1)
         return link if self.words is None else link + self.words(words)
 
 
 def mean_words(embeds: Tensor, branch_ids: Tensor, queries: Tensor, num_branches: int) -> Tensor:
     """Mean embedding of every branch's tokens but its queries: embeds [B, T, W], branch_ids [B, T] (-1: padding),
-    queries [Q, N, 2] (image, token) -> [num_branches, W]."""
+    queries [..., 2] (image, token) -> [num_branches, W]."""
     word = branch_ids >= 0
     word[queries[..., 0], queries[..., 1]] = False
     owner = branch_ids[word]

@@ -9,10 +9,12 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lumen_ray.errors import UserError
-from lumen_ray.tasks import REGION_TOKEN, ROUTING_TOKENS
+from lumen_ray.tasks import LINK_FAMILIES, REGION_TOKEN, ROUTING_TOKENS
 
 PAD, EOS, USER, ASSISTANT = "<pad>", "<eos>", "<user>", "<assistant>"
-SPECIAL_TOKENS: tuple[str, ...] = (PAD, EOS, USER, ASSISTANT, REGION_TOKEN, *ROUTING_TOKENS)
+_LAYOUT_TOKENS = (PAD, EOS, USER, ASSISTANT, REGION_TOKEN)
+#: of the routing tokens a tokenizer may lack those that its model has no decoder for
+SPECIAL_TOKENS: tuple[str, ...] = (*_LAYOUT_TOKENS, *ROUTING_TOKENS)
 
 
 class LumenTokenizer:
@@ -20,22 +22,25 @@ class LumenTokenizer:
 
     def __init__(self, tokenizer: Tokenizer):
         self.backend = tokenizer
-        self.ids = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
-        missing = [token for token, i in self.ids.items() if i is None]
+        found = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+        self.ids = {token: i for token, i in found.items() if i is not None}
+        missing = [token for token in _LAYOUT_TOKENS if token not in self.ids]
         if missing:
             raise UserError(f"the tokenizer lacks the special tokens {missing}", "invalid_model")
         self.encode = lru_cache(maxsize=65536)(self._encode)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> LumenTokenizer:
-        """A tokenizer learned from `texts`; the same texts in the same order give the same tokenizer."""
+    def train(cls, texts: Iterable[str], vocab_size: int, families: Iterable[str] = ("perception",)) -> LumenTokenizer:
+        """A tokenizer learned from `texts`, with the routing tokens of these link families; the same texts in the same
+        order give the same tokenizer."""
+        routing = [token for name in families for token in LINK_FAMILIES[name].routing_tokens]
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=list(SPECIAL_TOKENS),
+            special_tokens=[*_LAYOUT_TOKENS, *routing],
             initial_alphabet=alphabet,
             show_progress=False,
         )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from lumen_ray.model.dense import ConvStem, DenseFeatures
+from lumen_ray.model.heads import link_head
 from lumen_ray.model.prompts import (
     IGNORE,
     Layout,
@@ -28,8 +29,9 @@ from lumen_ray.model.prompts import (
 )
 from lumen_ray.model.regions import RegionEncoder
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.model.superlink import LinkHead, SuperLink, SuperLinkQueries, mean_words
+from lumen_ray.model.superlink import SuperLink, SuperLinkQueries, mean_words
 from lumen_ray.model.vision import CommVision
+from lumen_ray.tasks import DECODERS
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Prefix:
 
     images: Tensor  # [B, 3, H, W] in 0..1
     merged: Tensor  # [B, C, h, w]
-    dense: Tensor  # [B, channels, H/4, W/4]
+    dense: Tensor | None  # [B, channels, H/4, W/4]; None where no decoder reads it
     valid: Tensor  # bool [B], False where a sample has no image
     cache: DynamicCache  # keys and values of the image tokens
     length: int
@@ -60,8 +62,8 @@ class Prefix:
 class TrunkTraining:
     lm_losses: Tensor  # [B, T - 1], next-token cross entropy, 0 where unsupervised
     lm_tokens: Tensor  # scalar, the number of supervised tokens
-    dense: Tensor | None  # None where no prompt asks a decoder
-    links: dict[str, SuperLink]
+    dense: Tensor | None  # None where no decoder reads it
+    links: dict[str, SuperLink]  # by decoder
 
 
 class Trunk(nn.Module):
@@ -77,11 +79,11 @@ class Trunk(nn.Module):
         stem_width = self.stem.widths[-1] if settings.tokens_read_stem else 0
         self.vision = CommVision(settings.vision, settings.image_size, width, std, stem_width)
         self.regions = RegionEncoder(self.vision.merged_width, width, self.vision.patch_size)
-        self.queries = SuperLinkQueries(width, std)
-        self.link_heads = nn.ModuleDict(
-            {"perception": LinkHead(width, settings.link_channels, settings.link_reads_words)}
-        )
-        self.dense = DenseFeatures(self.stem.widths, settings.dense_channels, self.vision.merged_width, width)
+        self.queries = SuperLinkQueries(width, std, settings.families)
+        self.link_heads = nn.ModuleDict({name: link_head(name, settings, width) for name in settings.decoder_names})
+        self.dense = None
+        if settings.lumen:
+            self.dense = DenseFeatures(self.stem.widths, settings.dense_channels, self.vision.merged_width, width)
 
     def see(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
         """images [B, 3, H, W] in 0..1 -> (image tokens, merged map, stem features)."""
@@ -101,23 +103,27 @@ class Trunk(nn.Module):
         return embeds
 
     def links(self, hidden: Tensor, layout: Layout) -> dict[str, SuperLink]:
-        """The super links: last hidden states [B, T, width] at the query slots (and, by setting, the mean embedding of
-        the instruction), through each family's head."""
+        """The super links by decoder: last hidden states [B, T, width] at the query slots of its family (and, by
+        setting, the mean embedding of the instruction), through its head. Each has all prompts of the family."""
+        words = None
+        if self.settings.link_reads_words and layout.query_slots:
+            words = self._words(layout)
         out = {}
-        for family, slots in layout.query_slots.items():
-            states = hidden[slots[..., 0], slots[..., 1]]
-            words = None
-            if self.settings.link_reads_words:
-                embeds = self.llm.get_input_embeddings()(layout.input_ids)
-                words = mean_words(embeds, layout.branch_ids, slots, len(layout.last_slots))
-                words = words[layout.link_branches[family]]
-            out[family] = SuperLink(
-                family,
-                self.link_heads[family](states, words).float(),
-                layout.link_images[family],
-                layout.link_parents[family],
-            )
+        for name, head in self.link_heads.items():
+            family = DECODERS[name].family
+            if (slots := layout.query_slots.get(family)) is None:
+                continue
+            parents = layout.link_parents[family]
+            read = None if words is None else words[layout.link_branches[family]]
+            embeddings = head(hidden[slots[..., 0], slots[..., 1]], read, parents)
+            out[name] = SuperLink(name, embeddings.float(), layout.link_images[family], parents)
         return out
+
+    def _words(self, layout: Layout) -> Tensor:
+        """Mean embedding of every branch's tokens before its queries: [number of branches, width]."""
+        embeds = self.llm.get_input_embeddings()(layout.input_ids)
+        queries = torch.cat([slots.flatten(0, 1) for slots in layout.query_slots.values()])
+        return mean_words(embeds, layout.branch_ids, queries, len(layout.last_slots))
 
     def forward(self, batch: dict) -> TrunkTraining:
         """One packed pass over prefix and branches.
@@ -143,7 +149,7 @@ class Trunk(nn.Module):
         losses = self._lm_losses(branches, layout.labels)
         supervised = (layout.labels[:, 1:] != IGNORE).sum().float()
         dense = None
-        if layout.query_slots:
+        if self.dense is not None and layout.query_slots:
             grid = self.vision.grid(*images.shape[-2:])
             dense = self.dense(images, stem, merged, hidden[: len(images), :prefix], grid)
         return TrunkTraining(losses, supervised, dense, self.links(branches, layout))
@@ -197,7 +203,9 @@ class Trunk(nn.Module):
             inputs_embeds=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
         valid = torch.ones(batch, dtype=torch.bool, device=images.device) if valid is None else valid
-        dense = self.dense(images, stem, merged, out.last_hidden_state, self.vision.grid(*images.shape[-2:]))
+        dense = None
+        if self.dense is not None:
+            dense = self.dense(images, stem, merged, out.last_hidden_state, self.vision.grid(*images.shape[-2:]))
         return Prefix(images, merged, dense, valid, cache, length)
 
     @torch.inference_mode()
@@ -239,7 +247,7 @@ class Trunk(nn.Module):
         rows = Prefix(
             prefix.images[images],
             prefix.merged[images],
-            prefix.dense[:0],
+            None,
             prefix.valid[images],
             prefix.repeat(images),
             prefix.length,

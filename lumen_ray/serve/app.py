@@ -1,4 +1,4 @@
-"""Builds and runs the Serve application: Ingress -> Trunk -> LumenDecoder, each scales by itself."""
+"""Builds and runs the Serve application: Ingress -> Trunk -> one deployment per decoder, each scales by itself."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ import urllib.request
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lumen_ray import config
 from lumen_ray.errors import UserError
 from lumen_ray.presets import model_folder
 from lumen_ray.ray_env import init_local, prepare_environment, shutdown
 from lumen_ray.serve.settings import ServeSettings
+from lumen_ray.tasks import DECODERS
 
 if TYPE_CHECKING:
     from ray.serve import Application
+
+    from lumen_ray.model.settings import ModelSettings
 
 APP_NAME = "lumen"
 #: logical CPUs beside the replicas, for Serve's own actors and whoever shares the machine's Ray
@@ -39,19 +43,31 @@ def build_app(settings: ServeSettings) -> Application:
     prepare_serve_environment()
     from ray import serve
 
-    from lumen_ray.serve.decoder import LumenDecoder
+    from lumen_ray.serve.decoder import Decoder
     from lumen_ray.serve.ingress import Ingress
     from lumen_ray.serve.trunk import Trunk
 
     model = str(model_folder(settings.model).resolve())
     trunk = serve.deployment(Trunk, name="Trunk", **settings.trunk.options())
-    decoder = serve.deployment(LumenDecoder, name="LumenDecoder", **settings.lumen_decoder.options())
     ingress = serve.deployment(Ingress, name="Ingress", **settings.ingress.options())
-    return ingress.bind(
-        settings,
-        trunk.bind(model, settings.trunk.torch_device),
-        decoder.bind(model, settings.lumen_decoder.torch_device),
-    )
+    decoders, has = {}, model_settings(settings.model)
+    for name in has.decoder_names:
+        part = settings.decoder(name)
+        deployment = serve.deployment(Decoder, name=deployment_name(name), **part.options())
+        decoders[name] = deployment.bind(model, name, part.torch_device)
+    return ingress.bind(settings, trunk.bind(model, settings.trunk.torch_device), decoders, has.serving)
+
+
+def deployment_name(decoder: str) -> str:
+    """``grounding_dino -> GroundingDinoDecoder``: the name of its class."""
+    return DECODERS[decoder].path.partition(":")[2]
+
+
+def model_settings(model: str) -> ModelSettings:
+    """What a model folder, or bundled weights by name, is made of."""
+    from lumen_ray.model.settings import ModelSettings
+
+    return config.load(ModelSettings, model_folder(model) / "config.yaml")
 
 
 @dataclass
@@ -94,7 +110,7 @@ def run(settings: ServeSettings, blocking: bool = True, timeout_s: float = 300) 
     http = settings.http
     if started:
         check_port(http.host, http.port)
-    init_local(num_cpus=settings.logical_cpus + _SPARE_CPUS)
+    init_local(num_cpus=settings.logical_cpus(model_settings(settings.model).decoder_names) + _SPARE_CPUS)
     if not started:
         _check_joined(http.host, http.port, bool(serve.status().proxies))
     server = Server(f"http://{_reachable(http.host)}:{http.port}", started)

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from lumen_ray.errors import UserError
 from lumen_ray.serve.http import logger
-
-if TYPE_CHECKING:
-    from lumen_ray.inference.engine import TrunkOutput
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -49,31 +45,3 @@ def value_of(result: R | Exception) -> R:
     if isinstance(result, Exception):
         raise result
     return result
-
-
-def merge(outputs: Sequence[TrunkOutput]) -> TrunkOutput:
-    """Trunk outputs of several calls as one batch, images and links in order: the inverse of `TrunkOutput.select`."""
-    if len(outputs) == 1:
-        return outputs[0]
-    import torch
-
-    from lumen_ray.inference.engine import TrunkOutput
-    from lumen_ray.model.superlink import SuperLink
-
-    links, images, parents, plans = [], [], [], []
-    first_image = first_link = 0
-    for output in outputs:
-        link = output.link
-        links.append(link.embeddings)
-        images.append(link.image_index + first_image)
-        parents.append(torch.where(link.parent >= 0, link.parent + first_link, link.parent))
-        plans += [[replace(p, links=[i + first_link for i in p.links]) for p in row] for row in output.plans]
-        first_image += len(output.frames)
-        first_link += len(link)
-    return TrunkOutput(
-        SuperLink(outputs[0].link.decoder, torch.cat(links), torch.cat(images), torch.cat(parents)),
-        torch.cat([output.dense for output in outputs]),
-        [frame for output in outputs for frame in output.frames],
-        [prompt for output in outputs for prompt in output.prompts],
-        plans,
-    )

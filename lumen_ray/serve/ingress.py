@@ -1,4 +1,4 @@
-"""The Ingress deployment: HTTP in, calls to the Trunk and the decoder, HTTP out. No model, no torch."""
+"""The Ingress deployment: HTTP in, calls to the Trunk and the decoders, HTTP out. No model, no torch."""
 
 from __future__ import annotations
 
@@ -47,25 +47,45 @@ def cause_of(error: BaseException) -> BaseException:
 
 
 class ServeBackend:
-    """`task_api.Backend` over the two deployments' handles."""
+    """`task_api.Backend` over the handles of the trunk and, by name, the decoders. `serving`: task -> decoder."""
 
-    def __init__(self, trunk: DeploymentHandle, decoder: DeploymentHandle, settings: ServeSettings):
+    def __init__(
+        self,
+        trunk: DeploymentHandle,
+        decoders: dict[str, DeploymentHandle],
+        serving: dict[str, str],
+        settings: ServeSettings,
+    ):
         self.trunk = trunk
-        self.decoder = decoder
+        self.decoders = decoders
+        self.serving = serving
         self.settings = settings
         self._info: dict[str, Any] | None = None
 
-    async def infer(self, image: np.ndarray, queries: Sequence[Query], max_new_tokens: int) -> list[Answer]:
-        """One trunk pass over `image` (uint8 [H, W, 3]); the decoder only where a query can need it."""
+    async def infer(self, image: np.ndarray | None, queries: Sequence[Query], max_new_tokens: int) -> list[Answer]:
+        """One trunk pass over `image` (uint8 [H, W, 3] or None); then the decoders that can be needed, side by side."""
         job = TrunkJob(image, tuple(queries), max_new_tokens)
+        names = self._needed(queries)
 
         async def call() -> list[Answer]:
-            if all(query.is_text for query in queries):
+            if not names:
                 return await self.trunk.answer.remote(job)
-            # The response is handed on unawaited: the tensors go from the trunk to the decoder, not through here.
-            return await self.decoder.decode.remote(self.trunk.link.remote(job), tuple(queries))
+            # The response is handed on unawaited: the tensors go from the trunk to the decoders, not through here.
+            output = self.trunk.link.remote(job)
+            found = await asyncio.gather(
+                *(_awaited(self.decoders[name].decode.remote(output, job.queries)) for name in names)
+            )
+            # what no decoder serves, such as a text, every one of them gives back
+            return [next(answer for answer in answers if answer is not None) for answers in zip(*found, strict=True)]
 
         return await self._retried(call)
+
+    def _needed(self, queries: Sequence[Query]) -> list[str]:
+        """The decoders that the queries can need; in free chat the LLM decides, so all of them."""
+        tasks = [query.request.task for query in queries]
+        if "chat" in tasks:
+            return list(self.decoders)
+        return list(dict.fromkeys(self.serving[task] for task in tasks if task in self.serving))
 
     async def info(self) -> dict[str, Any]:
         if self._info is None:
@@ -73,9 +93,9 @@ class ServeBackend:
         return self._info
 
     async def ready(self) -> dict[str, bool]:
-        names = ("trunk", "lumen_decoder")
-        answers = await asyncio.gather(*(self._answers(handle) for handle in (self.trunk, self.decoder)))
-        return dict(zip(names, answers, strict=True))
+        handles = {"trunk": self.trunk, **self.decoders}
+        answers = await asyncio.gather(*(self._answers(handle) for handle in handles.values()))
+        return dict(zip(handles, answers, strict=True))
 
     async def _answers(self, handle: DeploymentHandle) -> bool:
         try:
@@ -114,9 +134,15 @@ async def _awaited(response: Awaitable[T]) -> T:
 class Ingress:
     """The application is built in the replica, after the handles exist, so that nothing of it has to be pickled."""
 
-    def __init__(self, settings: ServeSettings, trunk: DeploymentHandle, decoder: DeploymentHandle):
+    def __init__(
+        self,
+        settings: ServeSettings,
+        trunk: DeploymentHandle,
+        decoders: dict[str, DeploymentHandle],
+        serving: dict[str, str],
+    ):
         self.settings = settings
-        self.backend = ServeBackend(trunk, decoder, settings)
+        self.backend = ServeBackend(trunk, decoders, serving, settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_api(self.backend, self.settings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,22 +28,19 @@ class Query:
 
 @dataclass(frozen=True)
 class TrunkJob:
-    """One image (uint8 [H, W, 3] RGB, EXIF-rotated) and what is asked about it. The pixels arrive read-only."""
+    """One image (uint8 [H, W, 3] RGB, EXIF-rotated), None for words alone, and what is asked about it. The pixels
+    arrive read-only."""
 
-    image: np.ndarray
+    image: np.ndarray | None
     queries: tuple[Query, ...]
     max_new_tokens: int
 
 
-def trim(answers: Sequence[Answer], queries: Sequence[Query]) -> list[Answer]:
+def trim(answers: Sequence[Answer | None], queries: Sequence[Query]) -> list[Answer | None]:
     """The answers cut to each query's own score threshold and number of instances (a shared pass used the loosest)."""
-    return [
-        Answer(
-            answer.task,
-            answer.size,
-            [p.above(query.score_threshold)[: query.max_per_phrase] for p in answer.predictions],
-            answer.text,
-            answer.route,
-        )
-        for answer, query in zip(answers, queries, strict=True)
-    ]
+    return [answer and _cut(answer, query) for answer, query in zip(answers, queries, strict=True)]
+
+
+def _cut(answer: Answer, query: Query) -> Answer:
+    kept = [p.above(query.score_threshold)[: query.max_per_phrase] for p in answer.predictions]
+    return replace(answer, predictions=kept)

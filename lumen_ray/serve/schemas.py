@@ -38,8 +38,8 @@ class TaskFields(Settings):
     classes: list[str] | None = Field(None, description="class names; detect, segment, pose and count need them")
     text: str | None = Field(
         None,
-        description="the question (vqa, chat), the sentence whose phrases are to be found (ground), or the expression "
-        "that describes one object (refer)",
+        description="the question (vqa, chat), the sentence whose phrases are to be found (ground), the expression "
+        "that describes one object (refer), the picture to make (generate) or what to change in it (edit)",
     )
     region: RegionPrompt | None = Field(None, description="the place that region_caption describes")
     keypoints: list[str] | None = Field(
@@ -59,15 +59,27 @@ class TaskFields(Settings):
         description="most instances of one class or phrase, best first; null for the server's default",
     )
     max_new_tokens: int | None = Field(None, ge=1, le=1024, description="longest text answer, in tokens of the model")
+    seed: int | None = Field(None, ge=0, description="generate and edit: another seed, another picture; null is 0")
+    steps: int | None = Field(None, ge=1, le=200, description="generate and edit: denoising steps; null is 30")
+    guidance: float | None = Field(
+        None, ge=0, le=100, description="generate and edit: how strictly the text is followed; null is 7.5"
+    )
+    image_guidance: float | None = Field(
+        None, ge=0, le=100, description="edit: how much of the image is kept; null is 1.5"
+    )
+    height: int | None = Field(None, ge=8, le=4096, description="of the picture made, with `width`; null: the model's")
+    width: int | None = Field(None, ge=8, le=4096, description="of the picture made, with `height`")
+    num_images: int | None = Field(None, ge=1, le=16, description="generate and edit: pictures to make; null is 1")
 
 
-_IMAGE = Field(description="the encoded image (JPEG, PNG, WebP) in base64, or a data URL; remote URLs are refused")
+_IMAGE_TEXT = "the encoded image (JPEG, PNG, WebP) in base64, or a data URL; remote URLs are refused"
+_IMAGE = Field(description=_IMAGE_TEXT)
 
 
 class TaskRequest(TaskFields):
-    """One task about one image."""
+    """One task, about one image where it is not to generate one."""
 
-    image: str = _IMAGE
+    image: str | None = Field(None, description=_IMAGE_TEXT)
 
 
 class NamedTask(TaskFields):
@@ -111,6 +123,7 @@ class TaskAnswer(BaseModel):
     phrases: list[str] | None = Field(None, description="what was looked for; absent for text")
     instances: list[Instance] | None = Field(None, description="objects found, per phrase best first; absent for text")
     counts: dict[str, int] | None = Field(None, description="count only: phrase -> number of objects")
+    images: list[str] | None = Field(None, description="generate and edit only: the pictures, PNG in base64")
 
 
 class TaskResponse(TaskAnswer):

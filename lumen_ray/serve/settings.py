@@ -5,13 +5,16 @@ Unknown keys are refused here, because Ray Serve accepts them silently."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lumen_ray import config
 from lumen_ray.config import Settings
+from lumen_ray.errors import unknown
 from lumen_ray.presets import find
+from lumen_ray.tasks import DECODERS
 
 
 class Autoscaling(Settings):
@@ -136,12 +139,24 @@ class ServeSettings(Settings):
     defaults: Defaults = Defaults()
     ingress: Deployment = Deployment(max_ongoing_requests=64, max_queued_requests=128, num_cpus=0.5)
     trunk: ModelDeployment = ModelDeployment(num_cpus=1)
-    lumen_decoder: ModelDeployment = ModelDeployment(num_cpus=0.5)
+    decoders: dict[str, ModelDeployment] = Field({}, description="by decoder; those left out get the defaults")
 
-    @property
-    def logical_cpus(self) -> int:
-        """Logical CPUs a Ray needs so that every deployment can reach its largest size."""
-        parts = (self.ingress, self.trunk, self.lumen_decoder)
+    @field_validator("decoders")
+    @classmethod
+    def _known(cls, decoders: dict[str, ModelDeployment]) -> dict[str, ModelDeployment]:
+        for name in decoders:
+            if name not in DECODERS:
+                raise unknown("decoder", name, DECODERS)
+        return decoders
+
+    def decoder(self, name: str) -> ModelDeployment:
+        """The deployment of one of the model's decoders."""
+        return self.decoders.get(name, ModelDeployment(num_cpus=0.5))
+
+    def logical_cpus(self, decoders: Iterable[str]) -> int:
+        """Logical CPUs a Ray needs so that every deployment of a model with these decoders can reach its largest
+        size."""
+        parts = (self.ingress, self.trunk, *(self.decoder(name) for name in decoders))
         return max(1, math.ceil(sum(part.num_cpus * part.max_replicas for part in parts)))
 
 

@@ -19,15 +19,15 @@ from lumen_ray.serve.http import json_schema_ref
 from lumen_ray.serve.images import checked_rle, decode_image, image_bytes
 from lumen_ray.serve.job import Query
 from lumen_ray.serve.settings import ServeSettings
-from lumen_ray.structures import Answer, Region, Size
+from lumen_ray.structures import Answer, Region, SampleSettings, Size
 from lumen_ray.tasks import TASKS, Task, get_task
 
 
 class Backend(Protocol):
     """What the API asks of the model. `ingress.ServeBackend` is the real one; tests use their own."""
 
-    async def infer(self, image: np.ndarray, queries: Sequence[Query], max_new_tokens: int) -> list[Answer]:
-        """Answers about one image (uint8 [H, W, 3]), one per query, in order."""
+    async def infer(self, image: np.ndarray | None, queries: Sequence[Query], max_new_tokens: int) -> list[Answer]:
+        """Answers about one image (uint8 [H, W, 3]) or about words alone, one per query, in order."""
 
     async def info(self) -> dict[str, Any]:
         """preset, version, image_size, classes, skeletons of the loaded model."""
@@ -42,20 +42,30 @@ _FIELDS = {
     "question": ("text",),
     "sentence": ("text",),
     "expression": ("text",),
+    "description": ("text",),
+    "instruction": ("text",),
     "region": ("region",),
     "nothing": (),
 }
 
 
+#: how pictures are drawn
+_SAMPLE_FIELDS = ("seed", "steps", "guidance", "image_guidance", "height", "width", "num_images")
+_OPTIONAL = ("classes", "text", "region", "keypoints", *_SAMPLE_FIELDS)
+
+
 def fields_of(task: Task) -> tuple[str, ...]:
     """Names of the request fields that `task` takes, besides the limits of the answer."""
-    return _FIELDS[task.needs] + (("keypoints",) if task.keypoint_template else ())
+    fields = _FIELDS[task.needs] + (("keypoints",) if task.keypoint_template else ())
+    if task.result == "image":
+        fields += tuple(name for name in _SAMPLE_FIELDS if name != "image_guidance" or task.sees_image)
+    return fields
 
 
 def make_query(task: str, fields: schemas.TaskFields, size: Size, settings: ServeSettings) -> Query:
     """A validated query about an image of `size` (height, width). Raises `UserError`."""
     taken = fields_of(get_task(task))
-    for name in ("classes", "text", "region", "keypoints"):
+    for name in _OPTIONAL:
         if getattr(fields, name) is not None and name not in taken:
             takes = f"it takes {' and '.join(taken)}" if taken else "it takes the image alone"
             raise UserError(f"task '{task}' does not take '{name}'; {takes}", "unexpected_field")
@@ -64,13 +74,29 @@ def make_query(task: str, fields: schemas.TaskFields, size: Size, settings: Serv
         if len(text) > limit:
             raise UserError(f"a text of {len(text)} characters is too long; give at most {limit}", "text_too_long")
     region = None if fields.region is None else _region(fields.region, size)
-    request = make_request(task, classes=fields.classes, text=fields.text, region=region, keypoints=fields.keypoints)
+    request = make_request(
+        task,
+        classes=fields.classes,
+        text=fields.text,
+        region=region,
+        keypoints=fields.keypoints,
+        sample=_sample(fields) if get_task(task).result == "image" else None,
+    )
     defaults = settings.defaults
     return Query(
         request,
         defaults.score_threshold if fields.score_threshold is None else fields.score_threshold,
         fields.max_per_phrase or defaults.max_per_phrase,
     )
+
+
+def _sample(fields: schemas.TaskFields) -> SampleSettings:
+    """How a picture is to be drawn; what is not given is the decoder's default."""
+    if (fields.height is None) != (fields.width is None):
+        raise UserError("give 'height' and 'width' together, or neither", "invalid_size")
+    names = ("seed", "steps", "guidance", "image_guidance", "num_images")
+    given = {name: value for name in names if (value := getattr(fields, name)) is not None}
+    return SampleSettings(**given, size=None if fields.height is None else (fields.height, fields.width))
 
 
 def _region(prompt: schemas.RegionPrompt, size: Size) -> Region:
@@ -99,16 +125,19 @@ def _check_amount(queries: Sequence[Query], settings: ServeSettings) -> None:
 async def answer(
     backend: Backend,
     settings: ServeSettings,
-    image: bytes,
+    image: bytes | None,
     tasks: Sequence[tuple[str, schemas.TaskFields]],
 ) -> tuple[list[Answer], dict[str, Any]]:
-    """Answers to `tasks` about one encoded image, and the fields `model` and `timing_ms` of the response."""
+    """Answers to `tasks` about one encoded image, or about words alone, and the fields `model` and `timing_ms` of the
+    response."""
     start = time.perf_counter()
-    for task, _ in tasks:
-        get_task(task)  # an unknown task is said before the image is looked at
-    pixels = await asyncio.to_thread(decode_image, image, settings.limits.max_pixels)
+    for task, _ in tasks:  # said before the image is looked at
+        if get_task(task).sees_image == (image is None):
+            _refuse_image(task, image)
+    pixels = None if image is None else await asyncio.to_thread(decode_image, image, settings.limits.max_pixels)
     decoded = time.perf_counter()
-    queries = [make_query(task, fields, pixels.shape[:2], settings) for task, fields in tasks]
+    size = (1, 1) if pixels is None else pixels.shape[:2]
+    queries = [make_query(task, fields, size, settings) for task, fields in tasks]
     _check_amount(queries, settings)
     tokens = [fields.max_new_tokens for _, fields in tasks if fields.max_new_tokens is not None]
     answers = await backend.infer(pixels, queries, max(tokens, default=settings.defaults.max_new_tokens))
@@ -119,12 +148,18 @@ async def answer(
     return answers, {"model": f"{info['preset']}@{info['version']}", "timing_ms": timing_ms}
 
 
-async def _read_task(request: Request) -> tuple[bytes, schemas.TaskFields]:
-    """Image bytes and fields of a JSON body or of a multipart form."""
+def _refuse_image(task: str, image: bytes | None) -> None:
+    if image is None:
+        raise UserError(f"'image' is missing: task '{task}' needs one, in base64 or as a data URL", "missing_image")
+    raise UserError(f"task '{task}' takes no image, only a text; leave 'image' out", "unexpected_image")
+
+
+async def _read_task(request: Request) -> tuple[bytes | None, schemas.TaskFields]:
+    """Image bytes, where there is an image, and fields of a JSON body or of a multipart form."""
     kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
     if kind == "application/json":
         body = schemas.parse(schemas.TaskRequest, schemas.parse_json(await request.body()))
-        return image_bytes(body.image), body
+        return None if body.image is None else image_bytes(body.image), body
     if kind == "multipart/form-data":
         async with request.form(max_files=1, max_fields=32) as form:
             return await _read_form(form)
@@ -159,15 +194,16 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
     """The task routes."""
     router = APIRouter(prefix="/v1")
 
-    @router.get("/tasks", tags=["about"], summary="The tasks and what each takes")
+    @router.get("/tasks", tags=["about"], summary="The tasks that the model serves, and what each takes")
     async def tasks() -> dict[str, Any]:
-        return {"tasks": [describe(task) for task in TASKS.values()]}
+        served = (await backend.info())["tasks"]
+        return {"tasks": [describe(task) for task in TASKS.values() if task.name in served]}
 
     @router.get("/models", tags=["about"], summary="The model that is loaded")
     async def models() -> dict[str, Any]:
         info = await backend.info()
         card = {"id": info["preset"], "object": "model", "created": 0, "owned_by": "lumen_ray"}
-        return {"object": "list", "data": [{**card, "lumen": {**info, "tasks": list(TASKS)}}]}
+        return {"object": "list", "data": [{**card, "lumen": info}]}
 
     @router.post(
         "/infer",
@@ -190,7 +226,7 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
             methods=["POST"],
             tags=["tasks"],
             name=task.name,
-            summary=f"{task.name}: takes {', '.join(('image', *fields_of(task)))}; gives {task.result}",
+            summary=f"{task.name}: takes {', '.join(takes(task))}; gives {task.result}",
             response_model=schemas.TaskResponse,
             response_model_exclude_none=True,
             openapi_extra={"requestBody": _task_body()},
@@ -218,12 +254,18 @@ def _task_endpoint(name: str, backend: Backend, settings: ServeSettings) -> Any:
     return endpoint
 
 
+def takes(task: Task) -> tuple[str, ...]:
+    """The image, where the task sees one, and the names of its fields."""
+    return ("image",) * task.sees_image + fields_of(task)
+
+
 def describe(task: Task) -> dict[str, Any]:
     """A task as `/v1/tasks` shows it."""
     return {
         "name": task.name,
         "endpoint": f"/v1/{task.name}",
         "needs": task.needs,
+        "sees_image": task.sees_image,
         "fields": list(fields_of(task)),
         "result": task.result,
         "routing_token": task.routing_token,

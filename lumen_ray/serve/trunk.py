@@ -46,15 +46,18 @@ class Trunk:
         from lumen_ray.inference.engine import assemble
 
         output = value_of(await self._batched(job))
-        return trim(assemble(output.plans, [])[0], job.queries)
+        return trim(assemble(output.plans, {})[0], job.queries)
 
     async def info(self) -> dict[str, Any]:
-        """What a client may know about the model: preset, version, image size, classes, skeletons and their edges."""
+        """What a client may know about the model: preset, version, image size, tasks and the decoders that serve them,
+        classes, skeletons and their edges."""
         loaded = self.stage.loaded
         return {
             "preset": loaded.settings.name,
             "version": loaded.version,
             "image_size": loaded.settings.image_size,
+            "tasks": list(self.stage.tasks),
+            "decoders": loaded.settings.serving,
             "classes": list(loaded.meta.classes),
             "skeletons": {name: list(points) for name, points in loaded.meta.skeletons.items()},
             "edges": loaded.meta.edges,
@@ -73,7 +76,7 @@ class Trunk:
         return run_grouped(jobs, self._key, self._run_group)
 
     def _key(self, job: TrunkJob) -> tuple[int, Size]:
-        return job.max_new_tokens, self.stage.bucket(job.image.shape[:2])
+        return job.max_new_tokens, self.stage.bucket_of(job.image)
 
     def _run_group(self, jobs: list[TrunkJob]) -> list[TrunkOutput]:
         requests = [[query.request for query in job.queries] for job in jobs]

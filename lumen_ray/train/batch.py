@@ -10,7 +10,7 @@ import torch
 def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The batch with its tensors on the device; what is not a tensor stays as it is."""
     moved = dict(batch)
-    for name in ("images", "has_image", "layout", "region_masks", "region_images"):
+    for name in ("images", "extents", "has_image", "layout", "region_masks", "region_images"):
         moved[name] = batch[name].to(device)
     moved["targets"] = {family: targets.to(device) for family, targets in batch["targets"].items()}
     return moved

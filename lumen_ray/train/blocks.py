@@ -17,14 +17,17 @@ from torch.utils.checkpoint import checkpoint
 
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import Generalist
+from lumen_ray.tasks import DECODERS
 
 #: recompilations of one kind of block before PyTorch falls back to eager: shapes, stages and kinds share the count
 RECOMPILES = 64
 
 
-def part(model: Generalist, name: str) -> nn.Module:
-    """A part of the model by the name that recipes use."""
-    return model.decoders[name] if name in model.decoders else getattr(model.trunk, name)
+def part(model: Generalist, name: str) -> nn.Module | None:
+    """A part of the model by the name that recipes use; None where the model has none such."""
+    if name in DECODERS:
+        return dict(model.decoders.items()).get(name)
+    return getattr(model.trunk, name)
 
 
 def blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -42,7 +45,7 @@ def blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
 def checkpoint_blocks(model: Generalist, parts: tuple[str, ...]) -> None:
     """Blocks of these parts keep only their inputs, and compute the rest again in the backward pass."""
     for name in parts:
-        for _, block in blocks(part(model, name)):
+        for _, block in blocks(part(model, name) or nn.Identity()):
             block.forward = _checkpointed(block.forward)
 
 
@@ -63,7 +66,7 @@ def compile_blocks(model: Generalist, parts: tuple[str, ...], device: torch.devi
         check_compiler(device)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
     for name in parts:
-        for _, block in blocks(part(model, name)):
+        for _, block in blocks(part(model, name) or nn.Identity()):
             block.forward = torch.compile(block.forward, backend=backend)
 
 

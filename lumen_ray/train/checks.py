@@ -9,9 +9,10 @@ from lumen_ray.data.packing import MIN_BRANCH_TOKENS
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import build_model
 from lumen_ray.model.settings import ModelSettings
+from lumen_ray.tasks import TASKS
 from lumen_ray.train import lora
 from lumen_ray.train.optimizer import lr_factors, set_trainable
-from lumen_ray.train.recipe import Recipe, is_pattern
+from lumen_ray.train.recipe import Recipe, Stage, TaskGroup, is_pattern
 from lumen_ray.train.tracker import check_mlflow
 
 
@@ -32,11 +33,15 @@ def with_sizes(recipe: Recipe, settings: ModelSettings) -> Recipe:
 
 
 def check_recipe(recipe: Recipe, settings: ModelSettings, vocab_size: int) -> None:
-    """`UserError` for names that fit nothing in the model, and for packages that are asked for and missing.
+    """`UserError` for tasks that no decoder of the model learns, for names that fit nothing in the model, and for
+    packages that are asked for and missing.
 
     The model is built without memory for its weights, and only where a recipe names modules.
     """
     check_mlflow(recipe)
+    for stage in recipe.stages:
+        for group in stage.groups:
+            _check_decoders(stage, group, settings)
     named = [stage for stage in recipe.stages if any(map(is_pattern, stage.lr_scale))]
     if not named and not recipe.lora:
         return
@@ -47,3 +52,22 @@ def check_recipe(recipe: Recipe, settings: ModelSettings, vocab_size: int) -> No
     for stage in named:
         set_trainable(model, stage)
         lr_factors(model, stage)
+
+
+def _check_decoders(stage: Stage, group: TaskGroup, settings: ModelSettings) -> None:
+    have = settings.decoder_names
+    for name in group.decoders:
+        if name not in have:
+            raise UserError(
+                f"stage '{stage.name}': model '{settings.name}' has no decoder '{name}'; it has {', '.join(have)}",
+                "no_decoder",
+            )
+    learning = group.decoders or have
+    for name in group.tasks:
+        task = TASKS[name]
+        if not task.is_text and not set(task.decoders) & set(learning):
+            raise UserError(
+                f"stage '{stage.name}': no decoder of model '{settings.name}' learns task '{name}'; it needs one of "
+                f"{', '.join(task.decoders)}, and the group has {', '.join(learning) or 'none'}",
+                "no_decoder",
+            )

@@ -19,6 +19,7 @@ from lumen_ray.model.build import Generalist
 from lumen_ray.model.dense import ConvStem, DenseFeatures
 from lumen_ray.model.prompts import IGNORE
 from lumen_ray.model.vision import CommVision, MergedEncoder
+from lumen_ray.train.blocks import part
 from lumen_ray.train.lora import frozen_names
 
 #: dense (no sparsity) peak of a GPU in FLOP/s: bf16 and fp32 without TF32; from the makers' data sheets
@@ -77,8 +78,10 @@ def passes_by_part(model: Generalist) -> dict[str, int]:
         ("vision", (trunk.vision,)),
         ("llm", (trunk.llm, trunk.regions, trunk.queries)),
         ("dense", (trunk.dense, trunk.stem)),
-        ("lumen", (model.decoders["lumen"], trunk.link_heads)),
+        ("lumen", (part(model, "lumen"), trunk.link_heads)),
     ):
+        if modules[0] is None:
+            continue
         learns = any(p.requires_grad for module in modules for p in module.parameters())
         flows = flows or learns
         adapted = name == "llm" and bool(frozen)  # adapters pass gradients on, the weights beside them get none
@@ -95,15 +98,16 @@ def forward(model: Generalist, batch: dict[str, Any]) -> dict[str, float]:
     rows, columns = model.trunk.vision.grid(height, width)
     supervised = int((layout.labels[:, 1:] != IGNORE).sum())
     sequences, tokens = layout.llm_shape(rows * columns)
+    total = {
+        "vision": images * vision(model.trunk.vision, height, width),
+        "llm": sequences * llm(model.trunk.llm.config, tokens) + 2 * supervised * _vocabulary(model.trunk.llm.config),
+    }
+    if (decoder := part(model, "lumen")) is None:
+        return total
     maps = stem(model.trunk.stem, height, width)
     if layout.query_slots:  # else nothing reads the dense features
         maps += dense(model.trunk.dense, height, width, model.trunk.vision.patch_size, (rows, columns))
-    return {
-        "vision": images * vision(model.trunk.vision, height, width),
-        "llm": sequences * llm(model.trunk.llm.config, tokens) + 2 * supervised * _vocabulary(model.trunk.llm.config),
-        "dense": images * maps,
-        "lumen": lumen(model.decoders["lumen"], batch),
-    }
+    return total | {"dense": images * maps, "lumen": lumen(decoder, batch)}
 
 
 def _layer(tokens: int, width: int, attention: int, key_value: int, hidden: int, matrices: int) -> float:

@@ -17,7 +17,7 @@ from lumen_ray.train.recipe import MODULES, Stage, is_pattern
 
 def parts(model: Generalist) -> dict[str, nn.Module]:
     """The parts a recipe can name under `trainable` and `lr_scale`."""
-    return {name: part(model, name) for name in MODULES}
+    return {name: module for name in MODULES if (module := part(model, name)) is not None}
 
 
 def set_trainable(model: Generalist, stage: Stage) -> None:

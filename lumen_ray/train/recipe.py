@@ -13,12 +13,12 @@ from lumen_ray.data.collate import BranchSettings
 from lumen_ray.data.transforms import AugmentSettings
 from lumen_ray.errors import UserError, unknown
 from lumen_ray.structures import Size
-from lumen_ray.tasks import TASKS, get_task
+from lumen_ray.tasks import DECODERS, TASKS, UNDERSTANDING, get_task
 
 #: names a stage may list under `trainable`; each is a part of the model
-MODULES = ("stem", "vision", "regions", "llm", "queries", "link_heads", "dense", "lumen")
+MODULES = ("stem", "vision", "regions", "llm", "queries", "link_heads", "dense", *DECODERS)
 #: names a stage may weigh under `loss_weights`: every loss of the model
-LOSSES = ("lm", "heatmap", "match", "box", "mask", "keypoint")
+LOSSES = ("lm", *(loss for decoder in DECODERS.values() for loss in decoder.losses))
 #: parts made of repeated blocks, which are checkpointed, compiled and decayed block by block
 BLOCK_PARTS = ("vision", "llm", "lumen")
 #: parts whose layers are deep enough for a learning rate by depth
@@ -84,6 +84,7 @@ class TaskGroup(Settings):
     """Tasks that are trained together in one step: every annotation of an image that they cover becomes a branch."""
 
     tasks: tuple[str, ...] = Field(description="names from the task registry")
+    decoders: tuple[str, ...] = Field((), description="decoders that learn from it; none: all that the model has")
     weight: float = Field(1.0, gt=0, description="how often this group is drawn, relative to the stage's other groups")
 
     @field_validator("tasks")
@@ -91,14 +92,28 @@ class TaskGroup(Settings):
     def _known(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:
         if not tasks:
             raise UserError("a task group needs at least one task", "invalid_config")
+        blind = [name for name in tasks if name in TASKS and not TASKS[name].sees_image]
+        if blind and len(tasks) > 1:
+            raise UserError(
+                f"task '{blind[0]}' must be in a group of its own: its images are what is asked for", "invalid_config"
+            )
         return tuple(get_task(name).name for name in tasks)
+
+    @field_validator("decoders")
+    @classmethod
+    def _known_decoders(cls, decoders: tuple[str, ...]) -> tuple[str, ...]:
+        for name in decoders:
+            if name not in DECODERS:
+                raise unknown("decoder", name, DECODERS)
+        return decoders
 
 
 class Stage(Settings):
     name: str
     steps: int = Field(gt=0, description="optimizer steps")
     groups: tuple[TaskGroup, ...] = Field(
-        (TaskGroup(tasks=tuple(TASKS)),), description="what step t trains is drawn from these by (seed, t)"
+        (TaskGroup(tasks=UNDERSTANDING),),
+        description="what step t trains is drawn from these by (seed, t)",
     )
     trainable: tuple[str, ...] = Field(MODULES, description=f"parts that learn, of {', '.join(MODULES)}")
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")

@@ -82,7 +82,9 @@ def keep_tokenizer(
     elif resumes and file.is_file():
         tokenizer = LumenTokenizer.load(file)
     else:
-        tokenizer = LumenTokenizer.train(read_texts(shards), settings.vocab_size)
+        tokenizer = LumenTokenizer.train(
+            read_texts(shards, families=settings.families), settings.vocab_size, settings.families
+        )
     partial = file.with_name(file.name + ".partial")
     tokenizer.save(partial)
     os.replace(partial, file)

@@ -101,7 +101,7 @@ def test_an_aim_that_is_missed_is_the_exit_status_with_check(monkeypatch, tmp_pa
         (["--threads", "-1"], "--threads -1 must be 1 or more"),
         (["--steps", "0"], "--steps 0 must be 1 or more"),
         (["--batch-size", "0"], "--batch-size 0 must be 1 or more"),
-        (["--only", "pipeline", "--steps", "30"], "give 31 or more"),
+        (["--only", "pipeline", "--steps", "30"], "give 57 or more"),
         (["--only", "input", "--steps", "16"], "give a multiple of 16, such as 48"),
         (["--batch-size", "12"], "must be a multiple of 8 rows"),
         (["--workers", "4", "--batch-size", "16"], "times 4 workers"),
@@ -119,6 +119,20 @@ def test_options_that_cannot_work_are_told_before_the_first_bench(never, tmp_pat
     told = capsys.readouterr().err
     assert told.startswith("bench: ") and told.count("\n") == 1 and why in told
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_decoders_have_benches_of_their_own(monkeypatch, tmp_path, capsys):
+    fast = made(Result("fast", "images/s", {"ours": [3.0], "theirs": [1.0]}, 1.0))
+    monkeypatch.setitem(command.KINDS, "decoders", {"fast": fast, "memory": command.KINDS["decoders"]["memory"]})
+    path = tmp_path / "out.json"
+    assert command.main(["decoders", "--only", "fast", "--output", str(path)]) == 0
+    assert json.loads(path.read_text())["kind"] == "decoders"
+    assert command.main(["decoders", "--preset", "nanoo", "--output", str(path)]) == 2
+    assert "did you mean 'nano'" in capsys.readouterr().err
+
+
+def test_what_has_one_side_is_told_without_a_ratio():
+    assert Result("memory/a", "MiB", {"a step": [3.25]}).verdict() == "memory/a: a step 3.2 (3.2 - 3.2) MiB"
 
 
 def test_only_some(benches, tmp_path):

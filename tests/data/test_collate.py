@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tiny_models import SIDE, scene_batch, tiny_model, tiny_tokenizer
 
 from lumen_ray.data import scenes
@@ -24,7 +25,7 @@ def moved(row, shift_x, shift_y=0.0):
     """The row's sample with the picture moved by pixels."""
     plain = sample_of(row)
     matrix = plain.matrix + [[0, 0, shift_x], [0, 0, shift_y]]
-    return Sample(plain.image, plain.boxes, plain.crowd, plain.masks, plain.keypoints, plain.kept, matrix)
+    return Sample(plain.image, plain.boxes, plain.crowd, plain.masks, plain.keypoints, plain.kept, matrix, plain.size)
 
 
 def figure_row():
@@ -129,3 +130,58 @@ def test_a_batch_of_nothing_can_be_stepped():
     assert set(step.read().means.values()) == {0.0} and step.read().tasks == {}
     decoder = [p.grad for p in model.decoders.parameters()]
     assert all(g is not None and not g.any() for g in decoder)
+
+
+# -- pictures as answers ----------------------------------------------------------------------------------------------
+
+
+def rngs(number):
+    return [np.random.default_rng(i) for i in range(number)]
+
+
+def edit_row(number=0):
+    """A row whose edited picture is its own, upside down and twice as large."""
+    row = scenes.scene_row(5, number, SIDE)
+    large = Image.fromarray(decode(row["image"])[::-1].copy()).resize((2 * SIDE, 2 * SIDE), Image.Resampling.NEAREST)
+    messages = [*row["messages"], make_message("edit", "turn it over", "")]
+    messages[-1]["turns"] = messages[-1]["turns"][:1]
+    return {**row, "messages": messages}, np.asarray(large)
+
+
+def test_a_description_asks_for_the_picture_that_it_does_not_see():
+    rows = [scenes.scene_row(5, n, SIDE) for n in range(2)]
+    batch = Collator(tiny_tokenizer(), SIDE, ("generate",), {})(rows, [decode(r["image"]) for r in rows], rngs(2))
+    assert batch["tasks"] == ["generate"] * 2 and not batch["has_image"].any()
+    targets = batch["targets"]["generation"]
+    for number, row in enumerate(rows):
+        assert np.array_equal(targets.images[number].permute(1, 2, 0).numpy(), decode(row["image"]))
+    assert targets.extents.tolist() == [[SIDE, SIDE]] * 2
+    assert batch["layout"].query_slots["generation"].shape == (2, 64, 2)
+
+
+def test_rows_without_a_caption_or_a_picture_ask_for_none():
+    row = scenes.scene_row(5, 0, SIDE)
+    silent = {**row, "messages": [m for m in row["messages"] if m["task"] != "caption"]}
+    batch = Collator(tiny_tokenizer(), SIDE, ("generate",), {})([silent, row], [decode(row["image"]), None], rngs(2))
+    assert batch["tasks"] == [] and "generation" not in batch["targets"]
+
+
+MOVED = AugmentSettings(flip_x=True, scale=(0.8, 1.2), shift=0.1, color=0.4)
+
+
+@pytest.mark.parametrize("augment", [AugmentSettings(), MOVED])
+def test_an_edited_picture_lies_where_the_picture_does(augment):
+    """Turned over once more it is the model's input, whatever augmentation did to both."""
+    row, edited = edit_row()
+    seen = {}
+    for name, target in (("edited", edited), ("own", decode(row["image"]))):
+        collator = Collator(tiny_tokenizer(), SIDE, ("edit", "caption"), {}, augment=augment)
+        seen[name] = collator([row], [decode(row["image"])], rngs(1), [target])
+    batch = seen["own"]
+    assert batch["has_image"].all() and batch["tasks"].count("edit") == 1
+    target = batch["targets"]["editing"].images[0].float()
+    assert (target - batch["images"][0].float()).abs().mean() < 1
+    other = seen["edited"]["targets"]["editing"].images[0].float()
+    assert torch.equal(seen["edited"]["images"], batch["images"]) and (other - target).abs().mean() > 5
+    without = Collator(tiny_tokenizer(), SIDE, ("edit",), {})([row], [decode(row["image"])], rngs(1))
+    assert without["tasks"] == []

@@ -13,7 +13,7 @@ from tiny_models import scene_batch
 from lumen_ray.data import scenes
 from lumen_ray.data.sources.edits import EditsSource
 from lumen_ray.errors import UserError
-from lumen_ray.tasks import TASKS
+from lumen_ray.tasks import UNDERSTANDING
 
 BEFORE, AFTER = jpeg(40, 60), jpeg(20, 30)
 PROMPT = json.dumps({"caption": "a dog", "edit": "make it a  cat", "output": "a cat"})
@@ -104,7 +104,7 @@ def test_tables(tmp_path, suffix):
 
 def test_rows_of_edits_leave_other_tasks_alone(folder):
     rows, _, _ = prepared(EditsSource([str(folder)]))
-    batch = scene_batch([rows[0], scenes.scene_row(0, 0, 64)], tuple(TASKS))
+    batch = scene_batch([rows[0], scenes.scene_row(0, 0, 64)], UNDERSTANDING)
     assert set(batch["layout"].branch_ids[0].tolist()) == {-1}
     assert batch["tasks"]
 

@@ -1,6 +1,7 @@
 """Plan steps to batches: the same bytes each time, and broken pictures are told."""
 
 import pickle
+import threading
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from tiny_models import SIDE, tiny_model, tiny_tokenizer
 
 from lumen_ray.bench.workload import same
 from lumen_ray.data import scenes
-from lumen_ray.data.feed import BatchReader, local_batches, plan_items, read_texts, skeletons_of, to_bytes
+from lumen_ray.data.feed import BatchReader, local_batches, one_ahead, plan_items, read_texts, skeletons_of, to_bytes
 from lumen_ray.data.mixture import Plan
 from lumen_ray.data.prepare import prepare_source
 from lumen_ray.data.shards import ShardWriter, build_manifest, read_manifest, write_manifest
@@ -94,3 +95,24 @@ def test_the_tokenizer_learns_from_every_prompt(shards):
     texts = read_texts(shards)
     assert any("left hand" in t for t in texts)
     assert len(read_texts(shards, limit_rows=4)) < len(texts)
+
+
+def test_the_next_is_made_while_one_is_handed_over():
+    started = {n: threading.Event() for n in range(4)}
+
+    def make(number):
+        started[number].set()
+        return number * 10
+
+    given = one_ahead(make, range(4))
+    for number in range(4):
+        assert next(given) == number * 10
+        assert started[min(number + 1, 3)].wait(10)
+    assert list(given) == [] and list(one_ahead(make, [])) == []
+
+
+def test_what_fails_while_it_is_made_ahead_fails_at_its_place():
+    given = one_ahead(lambda n: 1 // n, [1, 0, 1])
+    assert next(given) == 1
+    with pytest.raises(ZeroDivisionError):
+        next(given)

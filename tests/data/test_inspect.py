@@ -18,7 +18,7 @@ from lumen_ray.data.inspect_prompts import Prompt, instruction, prompts_of
 from lumen_ray.data.mixture import row_rng
 from lumen_ray.data.schema import make_message, make_row
 from lumen_ray.data.statistics import Statistics
-from lumen_ray.tasks import TASKS
+from lumen_ray.tasks import TASKS, UNDERSTANDING
 
 FILE = "part-00000.parquet"
 BROKEN = "broken.jpg"
@@ -73,7 +73,7 @@ def test_prompts_and_targets_are_those_of_the_collator(sampler, rows):
     reader, stage = sampler.reader, sampler.recipe.stages[0]
     for number in range(8):
         collator = Collator(
-            reader.tokenizer, reader.input_size, tuple(TASKS), reader.skeletons, stage.branches, stage.augment,
+            reader.tokenizer, reader.input_size, UNDERSTANDING, reader.skeletons, stage.branches, stage.augment,
             reader.frequencies,
         )  # fmt: skip
         rng = row_rng(sampler.recipe.seed, 0, FILE, number // 4, number % 4)

@@ -16,7 +16,7 @@ from lumen_ray.data.packing import Packing, deal, fit_branches
 from lumen_ray.data.schema import make_message, make_row
 from lumen_ray.data.transforms import AugmentSettings
 from lumen_ray.model.prompts import IGNORE, Branch, branch_tokens, build_layout
-from lumen_ray.tasks import TASKS
+from lumen_ray.tasks import UNDERSTANDING
 from lumen_ray.train.losses import StepLosses, count_tokens
 
 TOKENIZER = tiny_tokenizer()
@@ -96,7 +96,7 @@ def chat_row(number, words):
 
 
 def collate(rows, packing=None, input_size=SIDE, order=None):
-    collator = Collator(TOKENIZER, input_size, tuple(TASKS), scenes.SKELETONS, FEW, AugmentSettings(), packing=packing)
+    collator = Collator(TOKENIZER, input_size, UNDERSTANDING, scenes.SKELETONS, FEW, AugmentSettings(), packing=packing)
     order = list(order or range(len(rows)))
     images = [None if rows[i]["image"] is None else decode(rows[i]["image"]) for i in order]
     return collator([rows[i] for i in order], images, [np.random.default_rng((0, i)) for i in order])
@@ -121,8 +121,8 @@ def by_prompt(model, batch):
         tokens = layout.input_ids[layout.branch_ids == branch].tolist()
         found[images[branch], tuple(tokens), len(found)] = [loss]
     keys = list(found)
-    if "perception" in out.links:
-        link = out.links["perception"]
+    if "lumen" in out.links:
+        link = out.links["lumen"]
         raw = model.decoders["lumen"](link, out.dense)
         scores = torch.zeros(len(link)).scatter(0, raw.objects, raw.logits.amax(1))
         for i, branch in enumerate(layout.link_branches["perception"].tolist()):

@@ -31,7 +31,7 @@ def decoder(std=0.2, **changes):
 def make_link(embeddings, images, parents=None):
     images = torch.tensor(images, dtype=torch.int64)
     parents = torch.full_like(images, -1) if parents is None else torch.tensor(parents)
-    return SuperLink("perception", embeddings, images, parents)
+    return SuperLink("lumen", embeddings, images, parents)
 
 
 def random_inputs(prompts=5, images=2, seed=0):

@@ -38,7 +38,7 @@ def test_one_object_is_learned_and_found_in_the_stored_image(shape):
     )
     texture = np.random.default_rng(0).normal(size=(DENSE - 1, *grid))
     dense = torch.tensor(np.concatenate([ellipse(box, shape, 4)[None], texture]), dtype=torch.float32)[None]
-    link = SuperLink("perception", torch.randn(2, LINK), torch.zeros(2, dtype=torch.int64), torch.tensor([-1, 0]))
+    link = SuperLink("lumen", torch.randn(2, LINK), torch.zeros(2, dtype=torch.int64), torch.tensor([-1, 0]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0)
     for _ in range(120):
         total = sum(t.total / t.count.clamp_min(1) for t in model.loss(model(link, dense), targets).values())

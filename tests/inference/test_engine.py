@@ -7,10 +7,9 @@ from tiny_models import scrambled, tiny_loaded, tiny_tokenizer
 
 from lumen_ray.data.scenes import KEYPOINTS
 from lumen_ray.errors import UserError
-from lumen_ray.inference.engine import DecoderStage, Engine, TrunkStage, assemble
+from lumen_ray.inference.engine import DecoderStage, Engine, TrunkStage, assemble, merge
 from lumen_ray.inference.request import make_request
 from lumen_ray.model.build import save_model
-from lumen_ray.serve.batching import merge
 from lumen_ray.structures import Region
 
 CLASSES = [
@@ -151,7 +150,7 @@ def test_images_without_requests_and_no_images(engine):
 
 def test_texts_alone_need_no_decoder(engine):
     out = engine.trunk.run(PICTURES[:2], [[make_request("caption")], []])
-    assert not out.needs_decoder and assemble(out.plans, [])[0][0].text is not None
+    assert not out.parts and assemble(out.plans, {})[0][0].text is not None
 
 
 def test_keypoints_of_ones_own_choice(engine):
@@ -257,26 +256,25 @@ def test_trunk_output_can_be_split_and_merged_again(engine):
 
     limits = PredictSettings(0.0)
     for part, answers in zip(parts, expected, strict=True):
-        found = decoder.run(part.link, part.dense, part.frames, part.prompts, limits)
-        same_answers(assemble(part.plans, found)[0], answers)
+        same_answers(assemble(part.plans, {"lumen": decoder.run(part, limits)})[0], answers)
     again = merge(parts)
     assert torch.equal(again.dense, out.dense) and again.frames == out.frames
-    found = decoder.run(again.link, again.dense, again.frames, again.prompts, limits)
+    found = {"lumen": decoder.run(again, limits)}
     for answers, wanted in zip(assemble(again.plans, found), expected, strict=True):
         same_answers(answers, wanted)
     # two requests about one image, put together out of order
     swapped = merge([parts[2], parts[0]])
-    found = decoder.run(swapped.link, swapped.dense, swapped.frames, swapped.prompts, limits)
-    same_answers(assemble(swapped.plans, found)[1], expected[0])
+    same_answers(assemble(swapped.plans, {"lumen": decoder.run(swapped, limits)})[1], expected[0])
 
 
 def test_the_trunks_output_is_ready_for_the_wire(engine):
     out = engine.trunk.run(PICTURES[:2], [mixed(p.shape[:2]) for p in PICTURES[:2]], max_new_tokens=2)
-    for tensor in (out.dense, out.link.embeddings, out.link.image_index, out.link.parent, out.select(1).dense):
+    link = out.parts["lumen"].link
+    for tensor in (out.dense, link.embeddings, link.image_index, link.parent, link.group, out.select(1).dense):
         assert tensor.is_contiguous() and tensor.device.type == "cpu" and not tensor.requires_grad
-    kept = out.dense.clone(), out.link.embeddings.clone()
-    engine.decoders["lumen"].run(out.link, out.dense, out.frames, out.prompts)
-    assert torch.equal(kept[0], out.dense) and torch.equal(kept[1], out.link.embeddings)
+    kept = out.dense.clone(), link.embeddings.clone()
+    engine.decoders["lumen"].run(out)
+    assert torch.equal(kept[0], out.dense) and torch.equal(kept[1], link.embeddings)
 
 
 def test_stages_load_apart_and_together(tmp_path, engine):
@@ -287,8 +285,7 @@ def test_stages_load_apart_and_together(tmp_path, engine):
     assert whole.skeletons["figure"] == KEYPOINTS and len(whole.version) == 12
     requests = [[make_request("detect", classes=CLASSES[:2])]]
     out = trunk.run(PICTURES[:1], requests)
-    found = decoder.run(out.link, out.dense, out.frames, out.prompts)
-    same_answers(assemble(out.plans, found)[0], whole.run(PICTURES[:1], requests)[0])
+    same_answers(assemble(out.plans, {"lumen": decoder.run(out)})[0], whole.run(PICTURES[:1], requests)[0])
     with pytest.raises(UserError, match="no decoder 'lumin'; decoders: lumen"):
         DecoderStage.load(tmp_path, "lumin")
     with pytest.raises(UserError, match="does not exist"):

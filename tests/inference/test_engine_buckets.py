@@ -9,7 +9,7 @@ from tiny_models import scrambled, tiny_loaded
 from lumen_ray.inference.engine import DecoderStage, Engine, TrunkStage
 from lumen_ray.inference.request import make_request
 from lumen_ray.model.build import load_model, save_model
-from lumen_ray.serve.decoder import LumenDecoder
+from lumen_ray.serve.decoder import Decoder
 from lumen_ray.serve.job import Query, TrunkJob, trim
 from lumen_ray.serve.trunk import Trunk
 from lumen_ray.structures import Region
@@ -96,7 +96,7 @@ def test_a_model_folder_keeps_its_buckets(engine, tmp_path):
 
 def test_deployments_batch_images_of_one_bucket(engine, monkeypatch):
     trunk = Trunk("", "cpu", lambda *_: TrunkStage(engine.loaded))
-    decoder = LumenDecoder("", "cpu", lambda *_: DecoderStage(engine.loaded))
+    decoder = Decoder("", "lumen", "cpu", lambda *_: DecoderStage(engine.loaded))
     sizes = [(64, 64), (40, 80), (60, 64), (90, 40), (50, 100)]
     queries = (Query(make_request("detect", classes=list(CLASSES)), 0.0, 5),)
     jobs = [TrunkJob(picture(size, seed), queries, 4) for seed, size in enumerate(sizes)]
@@ -106,7 +106,7 @@ def test_deployments_batch_images_of_one_bucket(engine, monkeypatch):
     passes = []
     run = decoder.stage.run
     monkeypatch.setattr(
-        decoder.stage, "run", lambda link, dense, *rest: passes.append(len(dense)) or run(link, dense, *rest)
+        decoder.stage, "run", lambda output, limits: passes.append(len(output.dense)) or run(output, limits)
     )
     answers = decoder.run([(output, queries) for output in outputs])
     assert sorted(passes) == [1, 2, 2]  # tall, wide, square

@@ -16,7 +16,7 @@ from lumen_ray.model.prompts import (
     prefix_allowed,
 )
 from lumen_ray.model.tokenizer import ASSISTANT, EOS, PAD, USER
-from lumen_ray.tasks import REGION_TOKEN, ROUTING_TOKENS
+from lumen_ray.tasks import LINK_FAMILIES, REGION_TOKEN, ROUTING_TOKENS, family_of
 
 TOKENIZER = tiny_tokenizer()
 NUM_QUERIES = 4
@@ -35,7 +35,7 @@ def branch_lists(draw):
         prompt += f" {REGION_TOKEN}" * count
         route = draw(st.sampled_from((None, *ROUTING_TOKENS)))
         response = draw(st.none() | words) if route is None else None
-        routed = [i for i, b in enumerate(branches) if b.route]
+        routed = [i for i, b in enumerate(branches) if b.route and route and family_of(b.route) == family_of(route)]
         parent = draw(st.sampled_from([-1, *routed])) if route else -1
         mine = tuple(range(regions, regions + count))
         regions += count
@@ -48,7 +48,6 @@ def branch_lists(draw):
 def test_layout_holds_every_branch_once(case):
     branches, images = case
     layout = build_layout(branches, images, TOKENIZER)
-    members = layout.link_branches.get("perception", torch.zeros(0)).tolist()
     regions = []
     for index, branch in enumerate(branches):
         tokens, labels, queries = branch_tokens(branch, TOKENIZER)
@@ -61,9 +60,10 @@ def test_layout_holds_every_branch_once(case):
         assert layout.offsets[row, columns].tolist() == list(range(len(tokens)))  # positions restart
         assert layout.last_slots[index].tolist() == [row, int(columns[-1])]
         if queries:
-            link = members.index(index)
-            assert layout.query_slots["perception"][link].tolist() == [[row, int(c)] for c in columns[-queries:]]
-            assert layout.link_images["perception"][link] == row
+            family = family_of(branch.route).name
+            link = layout.link_branches[family].tolist().index(index)
+            assert layout.query_slots[family][link].tolist() == [[row, int(c)] for c in columns[-queries:]]
+            assert layout.link_images[family][link] == row
         for column in columns[[t == TOKENIZER.ids[REGION_TOKEN] for t in tokens]]:
             regions.append([row, int(column)])
     assert (layout.branch_ids >= 0).sum() == sum(len(branch_tokens(b, TOKENIZER)[0]) for b in branches)
@@ -82,14 +82,16 @@ def test_layout_holds_every_branch_once(case):
 def test_links_keep_their_branch_and_their_parent(case):
     branches, images = case
     layout = build_layout(branches, images, TOKENIZER)
-    members = layout.link_branches.get("perception", torch.zeros(0)).tolist()
-    assert sorted(members) == [i for i, b in enumerate(branches) if b.route]
-    for link, branch in enumerate(members):
-        parent = int(layout.link_parents["perception"][link])
-        assert (members[parent] if parent >= 0 else -1) == branches[branch].parent
-        row, first = layout.query_slots["perception"][link, 0].tolist()
-        assert layout.branch_ids[row, first] == branch
-        assert layout.input_ids[row, first - 1] == TOKENIZER.ids[branches[branch].route]
+    members = {family: links.tolist() for family, links in layout.link_branches.items()}
+    assert sorted(sum(members.values(), [])) == [i for i, b in enumerate(branches) if b.route]
+    for family, links in members.items():
+        for link, branch in enumerate(links):
+            parent = int(layout.link_parents[family][link])
+            assert (links[parent] if parent >= 0 else -1) == branches[branch].parent
+            row, first = layout.query_slots[family][link, 0].tolist()
+            assert layout.branch_ids[row, first] == branch
+            assert layout.input_ids[row, first - 1] == TOKENIZER.ids[branches[branch].route]
+            assert branches[branch].route in LINK_FAMILIES[family].routing_tokens
 
 
 @settings(max_examples=60, deadline=None)

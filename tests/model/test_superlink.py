@@ -20,7 +20,7 @@ def test_gradients_of_a_decoders_loss_alone_reach_llm_queries_link_head_and_visi
         "LLM MLP": trunk.llm.model.layers[-1].mlp.down_proj.weight,
         "word embeddings": trunk.llm.get_input_embeddings().weight,
         "queries": trunk.queries("perception"),
-        "link head": trunk.link_heads["perception"].mlp[0].weight,
+        "link head": trunk.link_heads["lumen"].mlp[0].weight,
         "projector": trunk.vision.projector.weight,
         "CLIP": trunk.vision.clip.merge.weights,
         "dense": trunk.stem.down4[0][0].weight,
@@ -122,7 +122,7 @@ def chain(number):
             parents += [len(parents) - 1] * 2
             images += [images[-1]] * 2
     embeddings = torch.arange(len(parents), dtype=torch.float32)[:, None].expand(-1, 4).contiguous()
-    return SuperLink("perception", embeddings, torch.tensor(images), torch.tensor(parents))
+    return SuperLink("lumen", embeddings, torch.tensor(images), torch.tensor(parents))
 
 
 @pytest.mark.parametrize("most", [1, 2, 5, 100])
@@ -140,7 +140,7 @@ def test_chunks_keep_keypoint_prompts_with_their_object(most):
 
 
 def test_no_prompts_are_no_chunks():
-    empty = SuperLink("perception", torch.zeros(0, 4), *torch.zeros(2, 0, dtype=torch.int64))
+    empty = SuperLink("lumen", torch.zeros(0, 4), *torch.zeros(2, 0, dtype=torch.int64))
     assert empty.chunks(3) == []
 
 
@@ -170,7 +170,7 @@ def test_class_names_differ_in_fresh_links_when_words_are_read():
             ),
             position_ids=layout.offsets,
         ).last_hidden_state
-        links = model.trunk.links(hidden, layout)["perception"].embeddings
+        links = model.trunk.links(hidden, layout)["lumen"].embeddings
         return float((links - links.mean(0)).square().sum() / links.square().sum())
 
     assert share(True) > 0.02 > 5 * share(False)

@@ -54,7 +54,7 @@ def results(trunk, branches):
         here = (layout.branch_ids[:, 1:] == index) & (layout.labels[:, 1:] != IGNORE)
         found[branch.prompt] = [out.lm_losses[here]]
     for link, branch in enumerate(layout.link_branches.get("perception", torch.zeros(0)).tolist()):
-        found[branches[branch].prompt].append(out.links["perception"].embeddings[link])
+        found[branches[branch].prompt].append(out.links["lumen"].embeddings[link])
     return found
 
 
@@ -94,8 +94,8 @@ def test_the_cached_path_equals_the_packed_pass(model_type, mode):
     torch.testing.assert_close(prefix.dense, packed.dense, atol=1e-4, rtol=1e-4)
     for _ in range(2):  # the prefix can be used again: branches leave no trace in it
         hidden, _ = trunk.run_branches(prefix, layout, REGION_MASKS, batch["region_images"])
-        links = trunk.links(hidden, layout)["perception"]
-        torch.testing.assert_close(links.embeddings, packed.links["perception"].embeddings, atol=1e-4, rtol=1e-4)
+        links = trunk.links(hidden, layout)["lumen"]
+        torch.testing.assert_close(links.embeddings, packed.links["lumen"].embeddings, atol=1e-4, rtol=1e-4)
         logits = trunk.llm.lm_head(hidden[:, :-1])
         losses = F.cross_entropy(logits.transpose(1, 2), layout.labels[:, 1:], reduction="none", ignore_index=IGNORE)
         torch.testing.assert_close(losses, packed.lm_losses, atol=1e-4, rtol=1e-4)
@@ -106,13 +106,13 @@ def test_without_an_image_the_pixels_do_not_matter():
     branches = [Branch(0, "detect red circle", route="[DET]"), Branch(1, "find every square", route="[DET]")]
     batch = batch_of(branches, has_image=(False, True))
     with torch.no_grad():
-        before = trunk(batch).links["perception"].embeddings
-        after = trunk(batch | {"images": random_images(2, seed=9)}).links["perception"].embeddings
+        before = trunk(batch).links["lumen"].embeddings
+        after = trunk(batch | {"images": random_images(2, seed=9)}).links["lumen"].embeddings
     torch.testing.assert_close(before[0], after[0])
     assert (before[1] - after[1]).abs().max() > 1e-3
     prefix = trunk.encode(IMAGES, torch.tensor([False, True]))
     hidden, _ = trunk.run_branches(prefix, batch["layout"], torch.zeros(0), torch.zeros(0))
-    cached = trunk.links(hidden, batch["layout"])["perception"].embeddings
+    cached = trunk.links(hidden, batch["layout"])["lumen"].embeddings
     torch.testing.assert_close(cached, before, atol=1e-4, rtol=1e-4)
 
 
@@ -204,7 +204,7 @@ def test_inputs_that_are_not_square_give_the_same_packed_cached_and_alone(shape,
     assert prefix.length == (shape[0] // 32) * (shape[1] // 32)
     assert prefix.dense.shape == (2, 16, shape[0] // 4, shape[1] // 4)
     hidden, _ = trunk.run_branches(prefix, layout, masks, batch["region_images"])
-    cached = trunk.links(hidden, layout)["perception"].embeddings
+    cached = trunk.links(hidden, layout)["lumen"].embeddings
     with torch.no_grad():
         whole = trunk(batch)
         layout.pack = pack(layout, batch["has_image"], Packing(600, prefix.length))
@@ -212,7 +212,7 @@ def test_inputs_that_are_not_square_give_the_same_packed_cached_and_alone(shape,
     assert len(layout.pack) == 1
     for out in (whole, shared):
         torch.testing.assert_close(out.dense, prefix.dense, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(out.links["perception"].embeddings, cached, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(out.links["lumen"].embeddings, cached, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(shared.lm_losses, whole.lm_losses, atol=1e-4, rtol=1e-4)
     alone = trunk.encode(images[1:])
     torch.testing.assert_close(alone.dense, prefix.dense[1:], atol=1e-4, rtol=1e-4)

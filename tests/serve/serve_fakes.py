@@ -13,12 +13,14 @@ from PIL import Image
 
 from lumen_ray.serve.job import Query, trim
 from lumen_ray.structures import Answer, Boxes, Keypoints, Masks, Prediction
-from lumen_ray.tasks import get_task
+from lumen_ray.tasks import TASKS, get_task
 
 INFO = {
     "preset": "nano",
     "version": "abc123",
     "image_size": 128,
+    "tasks": list(TASKS),
+    "decoders": {},
     "classes": ["red circle", "blue square"],
     "skeletons": {"red circle": ["top", "left"]},
 }
@@ -29,6 +31,9 @@ def fake_answer(query: Query, size: tuple[int, int]) -> Answer:
     task = get_task(query.request.task)
     if task.is_text:
         return Answer(task.name, size, text=f"{task.name} says {query.request.text}".strip())
+    if task.result == "image":
+        pictures = [np.full((*(query.request.sample.size or (8, 8)), 3), 7, np.uint8)] * query.request.sample.num_images
+        return Answer(task.name, size, route=task.routing_token, images=pictures)
     predictions = []
     for phrase in query.request.phrases:
         boxes = Boxes([[2, 3, 12, 13], [5, 5, 9, 9]], size)
@@ -50,13 +55,14 @@ class FakeBackend:
     def __init__(self) -> None:
         self.calls: list[tuple[np.ndarray, list[Query], int]] = []
         self.error: Exception | None = None
-        self.parts = {"trunk": True, "lumen_decoder": True}
+        self.parts = {"trunk": True, "lumen": True}
 
     async def infer(self, image: np.ndarray, queries: Sequence[Query], max_new_tokens: int) -> list[Answer]:
         self.calls.append((image, list(queries), max_new_tokens))
         if self.error is not None:
             raise self.error
-        return trim([fake_answer(query, image.shape[:2]) for query in queries], queries)
+        size = (8, 8) if image is None else image.shape[:2]
+        return trim([fake_answer(query, size) for query in queries], queries)
 
     async def info(self) -> dict[str, Any]:
         return INFO

@@ -100,7 +100,7 @@ def test_neighbours_in_a_batch_do_not_matter(http):
 
 @pytest.mark.ray
 def test_health_errors_and_page(http):
-    assert http.get("/readyz").json() == {"ready": True, "deployments": {"trunk": True, "lumen_decoder": True}}
+    assert http.get("/readyz").json() == {"ready": True, "deployments": {"trunk": True, "lumen": True}}
     assert http.get("/v1/models").json()["data"][0]["lumen"]["classes"] == ["red circle", "figure"]
     assert "<!doctype html>" in http.get("/").text
     response = http.post("/v1/detct", json={})

@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from lumen_ray.errors import UserError
-from lumen_ray.inference.engine import Engine
+from lumen_ray.inference.engine import Engine, merge
 from lumen_ray.inference.request import make_request
-from lumen_ray.serve.batching import merge, run_grouped
-from lumen_ray.serve.decoder import LumenDecoder
+from lumen_ray.serve.batching import run_grouped
+from lumen_ray.serve.decoder import Decoder
 from lumen_ray.serve.job import Query, TrunkJob, trim
 from lumen_ray.serve.trunk import Trunk
 from lumen_ray.structures import Region
@@ -46,7 +46,7 @@ def trunk(model_folder):
 
 @pytest.fixture(scope="module")
 def decoder(model_folder):
-    return LumenDecoder(str(model_folder), "cpu")
+    return Decoder(str(model_folder), "lumen", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +87,18 @@ def test_shared_passes_give_what_the_engine_gives_alone(trunk, decoder, jobs, mo
 
 
 def test_merge_undoes_select(trunk, jobs):
-    outputs = trunk.run(jobs)
+    outputs = [output for output in trunk.run(jobs) if output.parts]
     merged = merge(outputs)
-    assert len(merged.frames) == 4 and len(merged.link) == len(merged.prompts)
+    assert len(merged.frames) == len(outputs) > 2 and len(merged.parts["lumen"].link) == len(
+        merged.parts["lumen"].prompts
+    )
     for row, output in enumerate(outputs):
         again = merged.select(row)
-        assert torch.equal(again.link.embeddings, output.link.embeddings)
-        assert torch.equal(again.link.parent, output.link.parent)
-        assert (again.plans, again.prompts, again.frames) == (output.plans, output.prompts, output.frames)
+        assert (again.plans, again.frames, again.parts.keys()) == (output.plans, output.frames, output.parts.keys())
+        for name, part in output.parts.items():
+            assert torch.equal(again.parts[name].link.embeddings, part.link.embeddings)
+            assert torch.equal(again.parts[name].link.parent, part.link.parent)
+            assert again.parts[name].prompts == part.prompts
         assert torch.equal(again.dense, output.dense)
     assert merge(outputs[:1]) is outputs[0]
 

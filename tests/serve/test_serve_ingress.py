@@ -21,6 +21,7 @@ from lumen_ray.serve.job import Query
 from lumen_ray.serve.settings import Http, ServeSettings
 
 IMAGE = np.zeros((16, 20, 3), np.uint8)
+SERVING = {"detect": "lumen"}
 
 
 def query(task="detect", **fields):
@@ -70,7 +71,7 @@ def wrapped(cause: Exception) -> RayTaskError:
 
 def infer(trunk, decoder, queries, **http):
     settings = ServeSettings(model="m", http=Http(**http))
-    return asyncio.run(ServeBackend(trunk, decoder, settings).infer(IMAGE, queries, 8))
+    return asyncio.run(ServeBackend(trunk, {"lumen": decoder}, SERVING, settings).infer(IMAGE, queries, 8))
 
 
 def test_text_tasks_do_not_reach_the_decoder():
@@ -82,16 +83,16 @@ def test_text_tasks_do_not_reach_the_decoder():
 
 @pytest.mark.parametrize("queries", [[query()], [query("chat", text="find a")], [query("caption"), query()]])
 def test_trunk_response_is_handed_on_unawaited(queries):
-    trunk, decoder = Handle(link=["tensors"]), Handle(decode=["answers"])
-    assert infer(trunk, decoder, queries) == "answers"
+    trunk, decoder = Handle(link=["tensors"]), Handle(decode=[["answer"]])
+    assert infer(trunk, decoder, queries) == ["answer"]
     (_, (response, sent)) = decoder.calls[0]
     assert isinstance(response, Response) and not response.awaited and sent == tuple(queries)
 
 
 @pytest.mark.parametrize("error", [ActorDiedError(), wrapped(ActorDiedError()), wrapped(wrapped(ActorDiedError()))])
 def test_lost_replica_is_retried_once(error):
-    trunk, decoder = Handle(link=["tensors"]), Handle(decode=[error, "answers"])
-    assert infer(trunk, decoder, [query()]) == "answers"
+    trunk, decoder = Handle(link=["tensors"]), Handle(decode=[error, ["answer"]])
+    assert infer(trunk, decoder, [query()]) == ["answer"]
     assert len(trunk.calls) == len(decoder.calls) == 2
     with pytest.raises(Unavailable):
         infer(Handle(), Handle(decode=[error]), [query()])
@@ -132,11 +133,11 @@ def test_slow_model_times_out():
 
 def test_ready_asks_both_and_info_is_kept():
     trunk, decoder = Handle(info=[{"preset": "nano"}]), Handle(ping=[wrapped(ActorDiedError())])
-    backend = ServeBackend(trunk, decoder, ServeSettings(model="m"))
+    backend = ServeBackend(trunk, {"lumen": decoder}, SERVING, ServeSettings(model="m"))
 
     async def both():
         return await backend.ready(), await backend.info(), await backend.info()
 
     ready, info, _ = asyncio.run(both())
-    assert ready == {"trunk": True, "lumen_decoder": False} and info == {"preset": "nano"}
+    assert ready == {"trunk": True, "lumen": False} and info == {"preset": "nano"}
     assert [name for name, _ in trunk.calls].count("info") == 1

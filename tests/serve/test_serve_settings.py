@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parents[2] / "configs" / "serve"
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configs_load(path):
     settings = load(ServeSettings, path)
-    assert settings.logical_cpus >= 1
+    assert settings.logical_cpus(["lumen"]) >= 1
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_shipped_configs_load(path):
     [
         ({"trunk": {"num_replica": 2}}, "did you mean 'num_replicas'?"),
         ({"trunk": {"autoscaling": {"max_replica": 2}}}, "did you mean 'max_replicas'?"),
-        ({"lumen_decodr": {}}, "did you mean 'lumen_decoder'?"),
+        ({"decoders": {"lumin": {}}}, "did you mean 'lumen'?"),
         ({"trunk": {"num_replicas": 1, "autoscaling": {}}}, "not both"),
         ({"trunk": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}, "min_replicas <= initial_replicas"),
         ({"trunk": {"batching": {"max_batch_size": 64}}}, "no batch can fill"),
@@ -42,12 +42,12 @@ def test_options_are_accepted_by_serve():
 
     data = {"trunk": {"autoscaling": {"max_replicas": 3, "upscale_delay_s": 2}, "num_cpus": 1}}
     settings = validate(ServeSettings, {"model": "m", **data}, "test")
-    for part in (settings.ingress, settings.trunk, settings.lumen_decoder):
+    for part in (settings.ingress, settings.trunk, settings.decoder("lumen")):
         serve.deployment(object, **part.options())
     options = settings.trunk.options()
     assert options["autoscaling_config"]["upscale_delay_s"] == 2 and "num_replicas" not in options
     assert options["user_config"] == {"max_batch_size": 8, "batch_wait_timeout_s": 0.005}
-    assert settings.logical_cpus == 4  # 3 trunks of 1, a decoder and an ingress of a half
+    assert settings.logical_cpus(["lumen"]) == 4  # 3 trunks of 1, a decoder and an ingress of a half
 
 
 def test_what_is_given_replaces_the_files(tmp_path):
@@ -60,5 +60,5 @@ def test_what_is_given_replaces_the_files(tmp_path):
 
 def test_every_deployment_of_nano_scales_by_itself():
     settings = load_settings("nano")
-    for part in (settings.ingress, settings.trunk, settings.lumen_decoder):
+    for part in (settings.ingress, settings.trunk, settings.decoder("lumen")):
         assert (part.autoscaling.min_replicas, part.autoscaling.max_replicas) == (1, 2)

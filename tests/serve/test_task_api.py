@@ -11,7 +11,7 @@ from serve_fakes import base64_png, png
 
 from lumen_ray.errors import UserError
 from lumen_ray.serve.http import Overloaded, Unavailable
-from lumen_ray.structures import Masks
+from lumen_ray.structures import Masks, SampleSettings, decode_png
 from lumen_ray.tasks import TASKS
 
 FIELDS = {
@@ -21,18 +21,29 @@ FIELDS = {
     "expression": {"text": "the circle at the left"},
     "region": {"region": {"kind": "box", "points": [[1, 2], [8, 9]]}},
     "nothing": {},
+    "description": {"text": "a red circle ."},
+    "instruction": {"text": "make the circle blue"},
 }
+
+
+def body_of(task, **fields):
+    """A request that fits the task, about an image where it sees one."""
+    return ({"image": base64_png()} if task.sees_image else {}) | FIELDS[task.needs] | fields
 
 
 @pytest.mark.parametrize("task", TASKS.values(), ids=lambda t: t.name)
 def test_every_task_of_the_registry_answers(client, task):
-    response = client.post(f"/v1/{task.name}", json={"image": base64_png(), **FIELDS[task.needs]})
+    response = client.post(f"/v1/{task.name}", json=body_of(task))
     assert response.status_code == 200, response.text
     body = response.json()
-    assert (body["task"], body["height"], body["width"], body["model"]) == (task.name, 16, 20, "nano@abc123")
+    size = (16, 20) if task.sees_image else (8, 8)
+    assert (body["task"], body["height"], body["width"], body["model"]) == (task.name, *size, "nano@abc123")
     assert set(body["timing_ms"]) == {"decode", "model", "total"}
     if task.is_text:
         assert body["text"] and "instances" not in body
+    elif task.result == "image":
+        (picture,) = body["images"]
+        assert decode_png(base64.b64decode(picture)).shape == (8, 8, 3) and "instances" not in body
     else:
         assert body["route"] == task.routing_token
         assert all(item["box"] == [2, 3, 12, 13] and item["score"] == 0.9 for item in body["instances"])
@@ -95,7 +106,7 @@ POINT = {"kind": "point", "points": [[3, 4]]}
 CASES = {
     "broken image": ("detect", {"image": BROKEN, "classes": ["a"]}, 400, "broken_image"),
     "not an image": ("detect", {"image": TEXT, "classes": ["a"]}, 400, "broken_image"),
-    "no image": ("detect", {"classes": ["a"]}, 400, "invalid_request"),
+    "no image": ("detect", {"classes": ["a"]}, 400, "missing_image"),
     "empty image": ("detect", {"image": "", "classes": ["a"]}, 400, "missing_image"),
     "bad base64": ("detect", {"image": "%%%", "classes": ["a"]}, 400, "invalid_base64"),
     "bad data url": ("detect", {"image": "data:text/html,hi", "classes": ["a"]}, 400, "invalid_base64"),
@@ -231,7 +242,7 @@ def test_about_routes_and_pages(client, backend):
     assert client.get("/readyz").status_code == 200
     backend.parts["trunk"] = False
     response = client.get("/readyz")
-    assert response.status_code == 503 and response.json()["deployments"] == {"trunk": False, "lumen_decoder": True}
+    assert response.status_code == 503 and response.json()["deployments"] == {"trunk": False, "lumen": True}
     assert [t["name"] for t in client.get("/v1/tasks").json()["tasks"]] == list(TASKS)
     assert client.get("/v1/models").json()["data"][0]["id"] == "nano"
     for path in ("/", "/docs"):
@@ -257,3 +268,31 @@ def test_request_id_of_the_proxy_is_kept(client):
     assert response.json()["error"]["request_id"] == given["x-request-id"]
     response = client.post("/v1/detct", json={}, headers={"x-request-id": "no\tgood"})
     assert response.json()["error"]["request_id"] == response.headers["x-request-id"] != "no\tgood"
+
+
+def test_pictures_are_drawn_as_asked(client, backend):
+    fields = {"seed": 3, "steps": 5, "guidance": 2, "height": 16, "width": 24, "num_images": 2}
+    body = client.post("/v1/generate", json=body_of(TASKS["generate"], **fields)).json()
+    assert [decode_png(base64.b64decode(picture)).shape for picture in body["images"]] == [(16, 24, 3)] * 2
+    image, (query,), _ = backend.calls[-1]
+    assert image is None and query.request.sample == SampleSettings(5, 2, seed=3, size=(16, 24), num_images=2)
+    client.post("/v1/edit", json=body_of(TASKS["edit"], image_guidance=2.5))
+    assert backend.calls[-1][1][0].request.sample == SampleSettings(image_guidance=2.5)
+
+
+@pytest.mark.parametrize(
+    ("task", "changes", "reason"),
+    [
+        ("generate", {"image": base64_png()}, "unexpected_image"),
+        ("edit", {"image": None}, "missing_image"),
+        ("detect", {"image": None}, "missing_image"),
+        ("generate", {"height": 16}, "invalid_size"),
+        ("generate", {"image_guidance": 1}, "unexpected_field"),
+        ("detect", {"seed": 1}, "unexpected_field"),
+        ("generate", {"num_images": 99}, "invalid_request"),
+        ("generate", {"text": " "}, "empty_text"),
+    ],
+)
+def test_what_a_picture_cannot_be_made_of_is_refused(client, task, changes, reason):
+    response = client.post(f"/v1/{task}", json=body_of(TASKS[task], **changes))
+    assert response.status_code in (400, 413, 422) and response.json()["error"]["reason"] == reason

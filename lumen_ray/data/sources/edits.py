@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lumen_ray.data import files
-from lumen_ray.data.schema import make_row
+from lumen_ray.data.schema import make_message, make_row
 from lumen_ray.data.sources import tables
 from lumen_ray.data.sources.base import Listing, Outcome, Rejected, Source, reject
 from lumen_ray.data.sources.parts import as_mapping, check_choice, clean_text
@@ -99,8 +99,7 @@ class EditsSource(Source):
         name, before, size = tables.load_image(image, folder)
         _, after, edited = tables.load_image(target, folder, "the edited image")
         check_sizes(size, edited, self.sizes)
-        # one answer, the edited image: the message has no assistant turn
-        message = {"task": "edit", "turns": [{"role": "user", "content": text}], "regions": []}
+        message = make_message("edit", text, None)
         identity = name if name is not None and named else origin  # file names repeat from folder to folder
         row = make_row(identity, before, size, self.kind, tasks=["edit"], messages=[message], target_image=after)
         return Outcome(row)

@@ -65,6 +65,12 @@ SOURCES: dict[str, Entry] = {
         arg("num", "number of scenes", type=int),
         arg("seed", "another seed is another, disjoint set (default: 0)", type=int, default=0),
         arg("side", "height and width in pixels (default: 128)", type=int, default=128),
+        arg(
+            "edits",
+            "also ask for an edit of every scene that has an unambiguous one",
+            action="store_true",
+            default=False,
+        ),
     ),
     "coco": _source(
         "coco:CocoSource",

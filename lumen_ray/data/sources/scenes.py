@@ -6,18 +6,23 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lumen_ray.data import scenes
+from lumen_ray.data import scenes, scenes_edits
 from lumen_ray.data.sources.base import Listing, Outcome, Source
 from lumen_ray.errors import UserError
 
 
 @dataclass
 class ScenesSource(Source):
-    """`num` scenes of the set `seed`, `side` pixels high and wide. Independent draws: no need to shuffle them."""
+    """`num` scenes of the set `seed`, `side` pixels high and wide. Independent draws: no need to shuffle them.
+
+    `edits`: rows also carry an instruction (task `edit`) and the scene after it as `target_image`; all else in them is
+    the same as without.
+    """
 
     num: int
     seed: int = 0
     side: int = 128
+    edits: bool = False
     kind = "scenes"
 
     def list(self) -> Listing:
@@ -38,4 +43,7 @@ class ScenesSource(Source):
         return Listing(range(self.num), {"images": self.num}, categories, shuffle=False)
 
     def rows(self, record: int, shared: Any) -> Iterator[Outcome]:
-        yield Outcome(scenes.scene_row(self.seed, record, self.side))
+        row = scenes.scene_row(self.seed, record, self.side)
+        if self.edits:
+            row = scenes_edits.with_edit(row, scenes_edits.scene_edit(self.seed, record, self.side))
+        yield Outcome(row)

@@ -1,0 +1,36 @@
+"""The link head of decoders that make pictures: query states -> the cross-attention input of a UNet.
+
+VisionLLM v2 (arXiv 2406.08394), sec. 3.3: a 2-layer MLP brings the hidden states at the 64 queries to the width of the
+UNet's cross attention; a small transformer with learned queries turns them into as many tokens as a text encoder gives.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class DiffusionHead(nn.Module):
+    """[P, N, llm_width] -> [P, num_tokens, width]. Works on prompts by themselves; no positions, no mask.
+
+    `width`: that of the UNet's cross attention; `heads` must divide it. `layers` of the encoder and of the decoder.
+    """
+
+    def __init__(self, llm_width: int, width: int, num_tokens: int = 77, heads: int = 8, layers: int = 1):
+        super().__init__()
+        self.proj = nn.Sequential(nn.Linear(llm_width, width), nn.GELU(), nn.Linear(width, width))
+        self.mapper = nn.Transformer(
+            d_model=width,
+            nhead=heads,
+            num_encoder_layers=layers,
+            num_decoder_layers=layers,
+            dim_feedforward=4 * width,
+            dropout=0.0,
+            batch_first=True,
+            norm_first=True,
+        )
+        self.queries = nn.Parameter(torch.randn(num_tokens, width))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """states [P, N, llm_width] at the queries behind the routing token, whose own state takes no part."""
+        return self.mapper(self.proj(states), self.queries.expand(len(states), -1, -1))

@@ -1,0 +1,22 @@
+"""Stable Diffusion and InstructPix2Pix in the released checkpoint: `sd.*` and `ip2p.*`, which look alike.
+
+Each holds the mapper, here the link head of the decoder's family, and the published UNet, VAE and CLIP text encoder.
+"""
+
+from __future__ import annotations
+
+from lumen_ray.model.released.rules import Rule
+
+#: of `model.diffusion_head.DiffusionHead`
+HEAD_RULES: list[Rule] = [
+    Rule(r"emb_proj\.(.+)", r"proj.\1"),
+    Rule(r"llm2sd_mapper\.(.+)", r"mapper.\1"),
+    Rule(r"llm2sd_mapper_queries", "queries", change=lambda queries: queries.squeeze(0)),
+]
+
+#: of `decoders.diffusion.DiffusionDecoder`; transformers' CLIPTextModel has lost the level `text_model`
+DECODER_RULES: list[Rule] = [
+    Rule(r"sd_unet\.(.+)", r"unet.\1"),
+    Rule(r"sd_vae\.(.+)", r"vae.\1"),
+    Rule(r"sd_text_encoder\.text_model\.(.+)", r"text_encoder.\1"),
+]
