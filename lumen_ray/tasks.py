@@ -82,9 +82,22 @@ DECODERS: dict[str, DecoderInfo] = {
     "lumen": DecoderInfo(
         "lumen_ray.decoders.lumen:LumenDecoder", "perception", ("heatmap", "match", "box", "mask", "keypoint")
     ),
+    "grounding_dino": DecoderInfo(
+        "lumen_ray.decoders.grounding_dino:GroundingDinoDecoder",
+        "perception",
+        ("gdino_class", "gdino_box", "gdino_mask"),
+    ),
+    "stable_diffusion": DecoderInfo(
+        "lumen_ray.decoders.stable_diffusion:StableDiffusionDecoder",
+        "generation",
+        ("generate", "generate_align", "generate_vae"),
+    ),
+    "instruct_pix2pix": DecoderInfo(
+        "lumen_ray.decoders.instruct_pix2pix:InstructPix2PixDecoder", "editing", ("edit", "edit_align", "edit_vae")
+    ),
 }
 
-_PERCEPTION = ("lumen",)
+_PERCEPTION = ("lumen", "grounding_dino")
 
 TASKS: dict[str, Task] = {
     task.name: task

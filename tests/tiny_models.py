@@ -57,6 +57,34 @@ def tiny_settings(**changes: Any) -> ModelSettings:
     return ModelSettings.model_validate(data | changes)
 
 
+_UNET = {
+    "block_out_channels": [8, 16], "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "layers_per_block": 1, "cross_attention_dim": 16,
+    "attention_head_dim": 2, "norm_num_groups": 4, "in_channels": 4, "out_channels": 4,
+}  # fmt: skip
+_VAE = {
+    "block_out_channels": [8, 16], "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2, "layers_per_block": 1, "latent_channels": 4, "norm_num_groups": 4,
+}  # fmt: skip
+_DIFFUSION = {
+    "image_size": 16, "max_image_size": 64, "vae": _VAE, "num_tokens": 6, "mapper_heads": 2, "train_unet": True,
+    "train_vae": True,
+}  # fmt: skip
+#: the sections of expert decoders in a model's settings, as small as they can be
+EXPERTS = {
+    "grounding_dino": {
+        "backbone": {
+            "image_size": SIDE, "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4,
+            "drop_path_rate": 0.0,
+        },
+        "hidden_size": 32, "num_heads": 4, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn": 64,
+        "decoder_ffn": 64, "num_queries": 20, "fusion_drop_path": 0.0, "mask_channels": 16,
+    },
+    "stable_diffusion": {**_DIFFUSION, "unet": _UNET},
+    "instruct_pix2pix": {**_DIFFUSION, "unet": {**_UNET, "in_channels": 8}},
+}  # fmt: skip
+
+
 @lru_cache
 def tiny_tokenizer() -> LumenTokenizer:
     texts = [f"{colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square", "figure")]

@@ -206,6 +206,10 @@ class ImageDecoder(nn.Module):
         """A training step; `view` holds the images that editing starts from, by `link.image_index`."""
         raise NotImplementedError
 
+    def fit_size(self, extent: Size) -> Size:
+        """(height, width) in pixels of a picture in the shape of `extent`, as `sample` takes it."""
+        raise NotImplementedError
+
     def sample(self, link: SuperLink, view: Pixels, settings: SampleSettings) -> Tensor:
         """uint8 [G * num_images, 3, h, w], prompt by prompt."""
         raise NotImplementedError

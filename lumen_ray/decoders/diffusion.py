@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
     from transformers import CLIPTextConfig, PreTrainedTokenizerBase
 
+    from lumen_ray.model.settings import ModelSettings
+
 _PIPELINE_STEP = 8  # height and width that `diffusers`' pipelines take are multiples of it, whatever the VAE
 
 
@@ -98,6 +100,10 @@ class DiffusionDecoder(ImageDecoder):
     """
 
     latents_read: ClassVar[int]  # stacked on the UNet's input channels
+
+    @classmethod
+    def build(cls, settings: ModelSettings) -> DiffusionDecoder:
+        return cls(getattr(settings, cls.name))
 
     def __init__(self, settings: DiffusionSettings):
         super().__init__()

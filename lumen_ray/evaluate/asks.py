@@ -9,6 +9,7 @@ import numpy as np
 
 from lumen_ray.evaluate.coco import CocoEvaluator
 from lumen_ray.evaluate.grounding import CountEvaluator, GroundEvaluator, ReferEvaluator
+from lumen_ray.evaluate.pictures import PicturesEvaluator
 from lumen_ray.evaluate.text import CaptionEvaluator, RegionCaptionEvaluator, RoutingEvaluator, VqaEvaluator
 from lumen_ray.inference.request import Request, make_request
 from lumen_ray.structures import Answer, Region
@@ -35,10 +36,16 @@ class SplitScorer:
         self.refer, self.ground, self.count = ReferEvaluator(), GroundEvaluator(), CountEvaluator()
         self.vqa, self.caption, self.region = VqaEvaluator(), CaptionEvaluator(), RegionCaptionEvaluator()
         self.routing = RoutingEvaluator()
+        self.pictures = PicturesEvaluator()
 
     def asks(self, row: Row) -> list[Ask]:
         """Everything the row is annotated for, with the routing token forced."""
         return self._class_asks(row) + self._phrase_asks(row) + self._text_asks(row)
+
+    def picture_asks(self, row: Row, number: int) -> tuple[list[Ask], list[Ask]]:
+        """(pictures to make of words alone, edits of the row's own picture); `number` is their seed."""
+        made = self.pictures.generate_asks(row, number) if "generate" in self.tasks else []
+        return made, self.pictures.edit_asks(row, number) if "edit" in self.tasks else []
 
     def _class_asks(self, row: Row) -> list[Ask]:
         """Over all classes annotated in the row: those that are absent test for false positives."""

@@ -31,6 +31,11 @@ _LINES: tuple[tuple[str, str, str, str | None], ...] = (
     ("vqa", "answers, exact", "vqa_accuracy", "vqa_chance"),
     ("caption", "attributes F1", "caption_attributes", "caption_chance"),
     ("region_caption", "captions, exact", "region_caption_accuracy", "region_caption_chance"),
+    ("generate", "objects there", "generate_objects", "generate_objects_chance"),
+    ("generate", "all counts right", "generate_exact", "generate_exact_chance"),
+    ("edit", "change done", "edit_done", None),
+    ("edit", "other objects kept", "edit_kept", None),
+    ("edit", "done, nothing lost or added", "edit_exact", None),
     ("chat", "routing accuracy", "routing_accuracy", None),
 )
 

@@ -20,6 +20,7 @@ from lumen_ray.data.images import decode
 from lumen_ray.data.shards import read_manifest, read_row_group
 from lumen_ray.errors import UserError
 from lumen_ray.evaluate.asks import Ask, Row, SplitScorer
+from lumen_ray.evaluate.pictures import detector_of
 from lumen_ray.evaluate.report import write_report
 from lumen_ray.label.ledger import write_atomically
 from lumen_ray.label.records import LABEL_SCHEMA, answer_records
@@ -45,12 +46,14 @@ def evaluate(
     limit: int | None = None,
     batch_size: int = 8,
     chat_limit: int = 100,
+    picture_limit: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Scores `engine` on the shard folder `shards_dir`; writes ``report.json`` and ``predictions.parquet``.
 
     tasks: of the registry, all that the split is annotated for by default; ``chat`` stands for routing accuracy.
     limit: images at most. chat_limit: images whose instructions are also asked as free chat (slow: text is sampled).
+    picture_limit: images of which a picture is made from their caption or edited (slower still).
     progress: called with (images done, images in all) after each batch.
     Raises `UserError` for tasks that the split is not annotated for, numbers that make no sense, and an
     output folder that is a URL.
@@ -59,10 +62,11 @@ def evaluate(
     ``tables``, ``settings``, counts and timing; ``images == scored + skipped``, the skipped ones with their reason in
     ``errors``.
     """
-    _check(limit, batch_size, chat_limit)
+    limits = {"limit": limit, "chat_limit": chat_limit, "picture_limit": picture_limit}
+    _check(batch_size, limits)
     output = files.local_folder(output_dir)
     manifest = read_manifest(shards_dir)
-    scorer = _scorer(manifest, tasks)
+    scorer = _scorer(manifest, tasks, engine.tasks)
     total = min(manifest["rows"], limit) if limit is not None else manifest["rows"]
     started = time.monotonic()
     errors: list[dict[str, str]] = []
@@ -72,7 +76,7 @@ def evaluate(
         nonlocal done
         with pq.ParquetWriter(path, LABEL_SCHEMA, compression="zstd") as writer:
             for rows in _batches(shards_dir, manifest, total, batch_size):
-                records = _score_batch(engine, scorer, rows, errors, first=done, chat_limit=chat_limit)
+                records = _score_batch(engine, scorer, rows, errors, done, limits)
                 writer.write_table(pa.Table.from_pylist(records, schema=LABEL_SCHEMA))
                 done += len(rows)
                 if progress is not None:
@@ -80,6 +84,7 @@ def evaluate(
 
     write_atomically(output / "predictions.parquet", run)
     metrics, tables = scorer.evaluate()
+    metrics |= scorer.pictures.evaluate(detector_of(engine, scorer.classes))
     seconds = time.monotonic() - started
     report = {
         "split": str(shards_dir),
@@ -89,8 +94,7 @@ def evaluate(
             "score_threshold": SCORE_THRESHOLD,
             "max_per_phrase": MAX_PER_PHRASE,
             "max_per_image": MAX_PER_IMAGE,
-            "limit": limit,
-            "chat_limit": chat_limit,
+            **limits,
             "batch_size": batch_size,
         },
         "images": done,
@@ -106,15 +110,24 @@ def evaluate(
     return report
 
 
-def _check(limit: int | None, batch_size: int, chat_limit: int) -> None:
-    for name, value, least in (("limit", limit, 1), ("batch_size", batch_size, 1), ("chat_limit", chat_limit, 0)):
+def _check(batch_size: int, limits: dict[str, int | None]) -> None:
+    for name, value in {"batch_size": batch_size, **limits}.items():
+        least = 0 if name in ("chat_limit", "picture_limit") else 1
         if value is not None and value < least:
             raise UserError(f"{name} is {value}; give {least} or more", "invalid_setting")
 
 
-def _scorer(manifest: dict[str, Any], tasks: Sequence[str] | None) -> SplitScorer:
+#: what a task can be scored on where a split names it nowhere
+_SCORED_ON = {"generate": "caption"}
+
+
+def _scorer(manifest: dict[str, Any], tasks: Sequence[str] | None, served: Sequence[str]) -> SplitScorer:
     # any annotated task can also be asked in free chat, whether or not the split holds conversations
-    annotated = [name for name in TASKS if manifest["tasks"].get(name) and name != "chat"]
+    annotated = [
+        name
+        for name in TASKS
+        if manifest["tasks"].get(_SCORED_ON.get(name, name)) and name != "chat" and name in served
+    ]
     has = f"its tasks: {', '.join(annotated) or 'none'}"
     if tasks is not None and not tasks:
         raise UserError(f"no task given; give some that the split is annotated for, {has}", "empty_tasks")
@@ -154,38 +167,48 @@ def _batches(folder: str | Path, manifest: dict[str, Any], total: int, batch_siz
 
 
 def _score_batch(
-    engine: Any, scorer: SplitScorer, rows: Sequence[Row], errors: list[dict[str, str]], first: int, chat_limit: int
+    engine: Any,
+    scorer: SplitScorer,
+    rows: Sequence[Row],
+    errors: list[dict[str, str]],
+    first: int,
+    limits: dict[str, int | None],
 ) -> list[dict[str, Any]]:
     """Asks and scores everything about `rows`; returns the answers as label records.
 
     Rows whose image cannot be read or whose texts cannot be asked go to `errors`.
     """
-    images, asks, chats, readable = [], [], [], []
+    images, asks, chats, made, readable = [], [], [], [], []
     for number, row in enumerate(rows, start=first):
         try:
             if row["image"] is None:
                 raise UserError("the row has no image", "no_image")
             image = decode(row["image"])
             mine = scorer.asks(row)
-            free = scorer.chat_asks(row, number) if number < chat_limit else []
+            free = scorer.chat_asks(row, number) if number < limits["chat_limit"] else []
+            fresh, edits = scorer.picture_asks(row, number) if number < limits["picture_limit"] else ([], [])
         except UserError as error:
             errors.append({"image_id": row["image_id"], "reason": error.reason, "message": str(error)})
             continue
         readable.append(row)
         images.append(image)
         asks.append(mine)
-        chats.append(free)
+        chats.append(free + edits)
+        made.append(fresh)
     records = []
     answers = _ask(engine, images, asks, score_threshold=SCORE_THRESHOLD, max_per_phrase=MAX_PER_PHRASE)
     for row, mine, found in zip(readable, asks, answers, strict=True):
         for (request, _), answer in zip(mine, found, strict=True):
             records += answer_records(row["image_id"], row["source"], request, answer)
-    # nothing is wanted of a decoder here, only which one would have been called
+    # of free chat nothing is wanted of a decoder, only which one would have been called
     _ask(engine, images, chats, score_threshold=1.0, max_new_tokens=ROUTING_TOKENS)
+    _ask(engine, [None] * len(made), made)
     return records
 
 
-def _ask(engine: Any, images: Sequence[np.ndarray], asks: Sequence[list[Ask]], **settings: Any) -> list[list[Answer]]:
+def _ask(
+    engine: Any, images: Sequence[np.ndarray | None], asks: Sequence[list[Ask]], **settings: Any
+) -> list[list[Answer]]:
     """Runs the requests and hands each answer to its scorer; images without a request are not sent."""
     answers: list[list[Answer]] = [[] for _ in images]
     busy = [i for i, mine in enumerate(asks) if mine]

@@ -393,7 +393,11 @@ class DecoderStage:
         found: list[Found] = [None] * len(part.link)
         wishes: dict[SampleSettings, list[int]] = {}
         for i, spec in enumerate(part.prompts):
-            wishes.setdefault(spec.sample, []).append(i)
+            sample = spec.sample
+            if sample.size is None and self.decoder.family == "editing":  # in the shape of the picture it starts from
+                extent = output.pixels.extents[part.link.image_index[i]]
+                sample = replace(sample, size=self.decoder.fit_size(tuple(extent.tolist())))
+            wishes.setdefault(sample, []).append(i)
         for sample, members in wishes.items():
             link, images = part.link.take(torch.tensor(members))
             drawn = self.decoder.sample(link.to(self.device), self._view(output, images), sample)
@@ -482,6 +486,11 @@ class Engine:
     @property
     def image_size(self) -> int:
         return self.loaded.settings.image_size
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that the model can serve."""
+        return self.trunk.tasks
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ class DiffusionHead(nn.Module):
         )
         self.queries = nn.Parameter(torch.randn(num_tokens, width))
 
-    def forward(self, states: Tensor) -> Tensor:
-        """states [P, N, llm_width] at the queries behind the routing token, whose own state takes no part."""
+    def forward(self, states: Tensor, words: Tensor | None = None, parents: Tensor | None = None) -> Tensor:
+        """states [P, N, llm_width] at the queries behind the routing token, whose own state takes no part; neither do
+        `words` and `parents`, which other heads read."""
         return self.mapper(self.proj(states), self.queries.expand(len(states), -1, -1))

@@ -1,16 +1,22 @@
 """Link heads: what each decoder's part of the super link passes through on the trunk's side.
 
-What crosses the wire is decoder-sized: [P, C] for perception.
+What crosses the wire is decoder-sized: [P, C] for perception, [P, T, C] for pictures.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
+from lumen_ray.decoders.settings import DiffusionSettings
+from lumen_ray.model.diffusion_head import DiffusionHead
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.superlink import LinkHead
 
 
 def link_head(decoder: str, settings: ModelSettings, llm_width: int) -> nn.Module:
     """The head of a decoder: (states [P, N, llm_width], words [P, llm_width] or None, parents [P]) -> embeddings."""
+    own = getattr(settings, decoder)
+    if isinstance(own, DiffusionSettings):
+        width = own.unet["cross_attention_dim"]
+        return DiffusionHead(llm_width, width, own.num_tokens, own.mapper_heads, own.mapper_layers)
     return LinkHead(llm_width, settings.link_width(decoder), settings.link_reads_words)

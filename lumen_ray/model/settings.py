@@ -10,6 +10,12 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from lumen_ray.config import Settings
+from lumen_ray.decoders.settings import (
+    DinoSettings,
+    GroundingDinoSettings,
+    InstructPix2PixSettings,
+    StableDiffusionSettings,
+)
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.structures import Size
 from lumen_ray.tasks import DECODERS, TASKS, get_task
@@ -84,12 +90,15 @@ class ModelSettings(Settings):
     tokens_read_stem: bool = Field(
         False, description="image tokens also read the convolutional stem; for encoders that are trained from scratch"
     )
-    link_channels: int = Field(256, gt=0, description="width of a perception link embedding")
+    link_channels: int = Field(256, gt=0, description="width of the light decoder's link embeddings")
     link_reads_words: bool = Field(
         False, description="links also read the instruction's words; for an LLM that is trained from scratch"
     )
     vocab_size: int = Field(512, gt=0, description="size of a tokenizer trained from scratch, special tokens included")
     lumen: LumenSettings | None = Field(LumenSettings(), description="the light decoder; null: the model has none")
+    grounding_dino: GroundingDinoSettings | None = Field(None, description="detects, grounds and segments")
+    stable_diffusion: StableDiffusionSettings | None = Field(None, description="generates pictures")
+    instruct_pix2pix: InstructPix2PixSettings | None = Field(None, description="edits pictures")
     decoders: dict[str, str] = Field(
         {}, description="which decoder serves a task, as {detect: lumen}; those left out: the first the model has"
     )
@@ -105,8 +114,9 @@ class ModelSettings(Settings):
         return tuple(dict.fromkeys(DECODERS[name].family for name in self.decoder_names))
 
     def link_width(self, decoder: str) -> int:
-        """Channels of a decoder's link embeddings."""
-        return self.link_channels
+        """Channels of the link embeddings of a decoder of places."""
+        own = getattr(self, decoder)
+        return own.hidden_size if isinstance(own, DinoSettings) else self.link_channels
 
     @property
     def serving(self) -> dict[str, str]:

@@ -5,8 +5,25 @@ import hashlib
 import numpy as np
 
 from lumen_ray.data.images import decode
+from lumen_ray.data.scenes import SKELETON_EDGES, SKELETONS
+from lumen_ray.data.scenes_text import CLASSES
+from lumen_ray.data.shards import ShardWriter, build_manifest, write_manifest
 from lumen_ray.structures import Answer, Boxes, Keypoints, Masks, Prediction
-from lumen_ray.tasks import TASKS, task_of_prompt
+from lumen_ray.tasks import TASKS, UNDERSTANDING, task_of_prompt
+
+POSED = {name: SKELETONS[name] for name in CLASSES if name in SKELETONS}
+
+
+def write_split(folder, rows):
+    with ShardWriter(folder, "part-00000.parquet", rows_per_group=5) as writer:
+        for row in rows:
+            writer.write(row)
+    categories = [
+        {"name": name, "keypoints": list(POSED.get(name, ())), "skeleton": [list(e) for e in SKELETON_EDGES]}
+        for name in CLASSES
+    ]
+    write_manifest(folder, build_manifest([writer.entry], categories=categories))
+    return folder
 
 
 def image_key(image):
@@ -17,7 +34,7 @@ class FakeEngine:
     """`shift`: pixels by which boxes, masks and keypoints are off; `text`: what it always says, None for the truth;
     `route`: what free chat always chooses, "truth" for the right token; `instances`: False finds nothing."""
 
-    preset, version, image_size = "fake", "0000", 128
+    preset, version, image_size, tasks = "fake", "0000", 128, UNDERSTANDING
 
     def __init__(self, rows, *, skeletons=(), shift=0.0, text=None, route="truth", instances=True):
         self.rows = {image_key(decode(row["image"])): row for row in rows}

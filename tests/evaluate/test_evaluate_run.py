@@ -4,30 +4,15 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
-from evaluate_fakes import FakeEngine
+from evaluate_fakes import POSED, FakeEngine, write_split
 from rich.console import Console
 
-from lumen_ray.data.scenes import SKELETON_EDGES, SKELETONS, scene_row
-from lumen_ray.data.scenes_text import CLASSES
-from lumen_ray.data.shards import ShardWriter, build_manifest, write_manifest
+from lumen_ray.data.scenes import scene_row
 from lumen_ray.errors import UserError
 from lumen_ray.evaluate.report import print_report
 from lumen_ray.evaluate.run import evaluate
 
 NUMBER = 12
-POSED = {name: SKELETONS[name] for name in CLASSES if name in SKELETONS}
-
-
-def write_split(folder, rows):
-    with ShardWriter(folder, "part-00000.parquet", rows_per_group=5) as writer:
-        for row in rows:
-            writer.write(row)
-    categories = [
-        {"name": name, "keypoints": list(POSED.get(name, ())), "skeleton": [list(e) for e in SKELETON_EDGES]}
-        for name in CLASSES
-    ]
-    write_manifest(folder, build_manifest([writer.entry], categories=categories))
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +116,7 @@ def test_the_report_holds_its_settings(split, rows, tmp_path):
     evaluate(FakeEngine(rows, skeletons=POSED), split, tmp_path, tasks=["vqa"], limit=2, batch_size=3, chat_limit=1)
     assert json.loads((tmp_path / "report.json").read_text())["settings"] == {
         "score_threshold": 0.01, "max_per_phrase": 100, "max_per_image": 300, "limit": 2, "chat_limit": 1,
-        "batch_size": 3,
+        "picture_limit": 32,        "batch_size": 3,
     }  # fmt: skip
 
 

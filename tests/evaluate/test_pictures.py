@@ -1,0 +1,87 @@
+"""Pictures made for the rows of a split, judged by a detector that knows the truth."""
+
+import hashlib
+
+import numpy as np
+import pytest
+from evaluate_fakes import FakeEngine, write_split
+
+from lumen_ray.data import scenes, scenes_edits
+from lumen_ray.data.images import decode
+from lumen_ray.evaluate.run import evaluate
+from lumen_ray.structures import Answer, Boxes, Prediction
+from lumen_ray.tasks import TASKS
+
+ROWS, SIDE = 8, 128
+
+
+def key(picture):
+    return hashlib.sha256(np.ascontiguousarray(picture).tobytes()).hexdigest()
+
+
+class Painter(FakeEngine):
+    """Makes the pictures that were wanted, or with `listens` False those of other rows; finds what is in each."""
+
+    tasks = tuple(TASKS)
+
+    def __init__(self, rows, listens=True):
+        super().__init__(rows)
+        self.seen, self.captions, self.edits = {}, {}, {}
+        for number, row in enumerate(rows):
+            other = rows[number if listens else (number + 1) % len(rows)]
+            caption = next(m for m in row["messages"] if m["task"] == "caption")["turns"][-1]["content"]
+            self.captions[caption] = decode(other["image"])
+            self.see(decode(row["image"]), scenes.render(1, number, SIDE).objects)
+            if row["target_image"] is not None:
+                edit = scenes_edits.scene_edit(1, number, SIDE)
+                self.see(decode(row["target_image"]), edit.after.objects)
+                self.edits[key(decode(row["image"]))] = decode(row["target_image" if listens else "image"])
+
+    def see(self, picture, objects):
+        self.seen[key(picture)] = objects
+
+    def run(self, images, requests, **settings):
+        self.calls.append([[r.task for r in mine] for mine in requests])
+        return [[self.reply(image, r) for r in mine] for image, mine in zip(images, requests, strict=True)]
+
+    def reply(self, image, request):
+        if request.task == "generate":
+            assert image is None
+            return Answer("generate", (SIDE, SIDE), images=[self.captions[request.text]])
+        if request.task == "edit":
+            return Answer("edit", (SIDE, SIDE), images=[self.edits[key(image)]])
+        assert request.task == "detect"
+        found = []
+        for name in request.phrases:
+            boxes = [o.box for o in self.seen[key(image)] if o.name == name]
+            found.append(Prediction(name, Boxes(np.array(boxes).reshape(-1, 4), (SIDE, SIDE)), [1.0] * len(boxes)))
+        return Answer("detect", (SIDE, SIDE), found)
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory):
+    return write_split(tmp_path_factory.mktemp("split"), rows())
+
+
+def rows():
+    plain = [scenes.scene_row(1, n, SIDE) for n in range(ROWS)]
+    return [scenes_edits.with_edit(row, scenes_edits.scene_edit(1, n, SIDE)) for n, row in enumerate(plain)]
+
+
+def test_pictures_as_wanted_score_full_marks(split, tmp_path):
+    report = evaluate(Painter(rows()), split, tmp_path, tasks=["generate", "edit"])
+    metrics = report["metrics"]
+    assert metrics["generate_objects"] == metrics["generate_exact"] == 1
+    assert metrics["generate_objects_chance"] < 0.7
+    assert metrics["edit_done"] == metrics["edit_exact"] == 1 and metrics["edit_judged"] > 0.9
+
+
+def test_pictures_that_do_not_listen_score_what_chance_gives(split, tmp_path):
+    metrics = evaluate(Painter(rows(), listens=False), split, tmp_path, tasks=["generate", "edit"])["metrics"]
+    assert metrics["generate_objects"] < 0.7 and metrics["edit_done"] == 0 and metrics["edit_kept"] > 0.9
+
+
+def test_a_limit_bounds_what_is_made(split, tmp_path):
+    engine = Painter(rows())
+    evaluate(engine, split, tmp_path, tasks=["generate"], picture_limit=3)
+    assert sum(asked == ["generate"] for call in engine.calls for asked in call) == 3

@@ -1,0 +1,107 @@
+"""Tasks served by either family of decoders: which one is called, and that its answers do not depend on neighbours."""
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from tiny_models import EXPERTS, SIDE, scene_batch, tiny_loaded, tiny_model, tiny_settings, tiny_tokenizer
+
+from lumen_ray.data import scenes
+from lumen_ray.data.collate import Collator
+from lumen_ray.data.images import decode
+from lumen_ray.inference.engine import Engine, merge
+from lumen_ray.inference.request import make_request
+from lumen_ray.tasks import UNDERSTANDING
+
+DINO = {"grounding_dino": EXPERTS["grounding_dino"]}
+PICTURES = [decode(scenes.scene_row(3, n, SIDE)["image"]) for n in range(3)]
+DETECT = make_request("detect", classes=["red circle", "blue square", "green triangle"])
+REFER = make_request("refer", text="the circle at the left")
+SEGMENT = make_request("segment", classes=["red circle"])
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(tiny_loaded(decoders={"detect": "grounding_dino", "segment": "grounding_dino"}, **DINO))
+
+
+def boxes(answer):
+    return [(p.phrase, p.boxes.xyxy, p.scores) for p in answer.predictions]
+
+
+def same(one, other):
+    for (phrase, a, scores), (wanted, b, others) in zip(boxes(one), boxes(other), strict=True):
+        assert phrase == wanted and np.allclose(a, b, atol=1e-2) and np.allclose(scores, others, atol=1e-4)
+
+
+def test_a_task_goes_to_the_decoder_the_settings_name(engine):
+    out = engine.trunk.run(PICTURES[:1], [[DETECT, REFER]])
+    assert {name: [spec.phrase for spec in part.prompts] for name, part in out.parts.items()} == {
+        "grounding_dino": list(DETECT.phrases), "lumen": [REFER.text],
+    }  # fmt: skip
+    assert out.dense is not None and out.pixels is not None
+
+
+def test_requests_and_images_do_not_change_each_others_answers(engine):
+    """The classes of one request are looked at together, but not those of another."""
+    asked = [[DETECT, REFER, SEGMENT], [SEGMENT, DETECT], [REFER]]
+    together = engine.run(PICTURES, asked, score_threshold=0.0)
+    for picture, requests, answers in zip(PICTURES, asked, together, strict=True):
+        assert len(answers[0].predictions[0]) > 0
+        for request, answer in zip(requests, answers, strict=True):
+            same(engine.run([picture], [[request]], score_threshold=0.0)[0][0], answer)
+
+
+def test_masks_come_at_the_size_of_the_image(engine):
+    wide = PICTURES[0][: SIDE // 2]
+    (prediction,) = engine.run([wide], [[SEGMENT]], score_threshold=0.0)[0][0].predictions
+    assert prediction.masks.size == wide.shape[:2] and len(prediction.masks) == len(prediction) > 0
+
+
+def test_outputs_of_several_calls_are_decoded_as_one(engine):
+    outputs = [engine.trunk.run([picture], [[DETECT, SEGMENT]]) for picture in PICTURES]
+    decoder = engine.decoders["grounding_dino"]
+    together = iter(decoder.run(merge(outputs)))
+    for output in outputs:
+        for alone in decoder.run(output):
+            found = next(together)
+            assert np.allclose(alone.scores, found.scores, atol=1e-4)
+
+
+def test_both_families_learn_from_one_pass():
+    model = tiny_model(**DINO)
+    losses = model(scene_batch(2))
+    assert {"heatmap", "gdino_class", "gdino_box", "gdino_mask"} <= set(losses)
+    sum(losses[name].total for name in ("gdino_class", "gdino_box")).backward()
+    assert model.trunk.queries("perception").grad.abs().sum() > 0
+    head = model.trunk.link_heads["grounding_dino"].mlp[0].weight
+    assert head.grad.abs().sum() > 0
+    alone = model(scene_batch(2) | {"decoders": ["lumen"]})
+    assert "heatmap" in alone and not [name for name in alone if name.startswith("gdino")]
+
+
+def test_the_loss_of_a_batch_does_not_depend_on_how_it_is_split():
+    model = tiny_model(grounding_dino={**EXPERTS["grounding_dino"], "denoising_queries": 0, "mask_points": 10**4})
+    rows = [scenes.scene_row(0, n, SIDE) for n in range(3)]
+    collator = Collator(tiny_tokenizer(), SIDE, UNDERSTANDING, scenes.SKELETONS)
+    whole, *parts = (
+        model(collator(some, [decode(row["image"]) for row in some], [np.random.default_rng(0) for _ in some]))
+        for some in (rows, rows[:1], rows[1:])
+    )
+    for name in ("gdino_class", "gdino_box"):
+        torch.testing.assert_close(whole[name].total, sum(part[name].total for part in parts), rtol=1e-3, atol=1e-3)
+        assert whole[name].count == sum(part[name].count for part in parts) > 3
+
+
+def test_settings_refuse_a_decoder_that_cannot_serve_the_task():
+    with pytest.raises(ValidationError, match="'grounding_dino' cannot serve task 'detect'; this model's"):
+        tiny_settings(decoders={"detect": "grounding_dino"})
+    with pytest.raises(ValidationError, match="'lumen' cannot serve task 'generate'; this model has none for it"):
+        tiny_settings(decoders={"generate": "lumen"})
+
+
+def test_a_model_can_do_without_the_light_decoder():
+    engine = Engine(tiny_loaded(lumen=None, **DINO))
+    out = engine.trunk.run(PICTURES[:1], [[DETECT]])
+    assert out.dense is None and "lumen" not in engine.decoders and engine.trunk.trunk.dense is None
+    assert len(engine.run(PICTURES[:1], [[DETECT]], score_threshold=0.0)[0][0].predictions) == 3

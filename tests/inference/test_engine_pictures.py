@@ -1,0 +1,105 @@
+"""Pictures as answers: asked of words alone, or of the image that is to be edited."""
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import EXPERTS, SIDE, scene_batch, tiny_loaded
+
+from lumen_ray.data import scenes
+from lumen_ray.data.images import decode
+from lumen_ray.errors import UserError
+from lumen_ray.inference.engine import Engine, merge
+from lumen_ray.inference.request import make_request
+from lumen_ray.structures import Answer, SampleSettings
+
+QUICK = SampleSettings(steps=2, seed=5)
+DRAW = make_request("generate", text="a red circle .", sample=QUICK)
+EDIT = make_request("edit", text="make the circle blue", sample=QUICK)
+PICTURE = decode(scenes.scene_row(0, 0, SIDE)["image"])
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(tiny_loaded(**EXPERTS))
+
+
+def test_pictures_come_in_the_size_and_number_asked(engine):
+    sample = SampleSettings(steps=2, size=(16, 32), num_images=2)
+    (answer,) = engine.run([None], [[make_request("generate", text="a red circle .", sample=sample)]])[0]
+    assert (answer.route, answer.predictions, answer.text) == ("[GEN]", [], None)
+    assert [(p.shape, p.dtype) for p in answer.images] == [((16, 32, 3), np.uint8)] * 2
+    assert not np.array_equal(*answer.images)
+    again = Answer.from_dict(answer.to_dict())
+    assert all(np.array_equal(a, b) for a, b in zip(again.images, answer.images, strict=True))
+
+
+def test_an_edit_has_the_shape_of_its_image(engine):
+    wide = PICTURE[: SIDE // 2]
+    answer = engine.run([wide], [[EDIT]])[0][0]
+    height, width = answer.images[0].shape[:2]
+    assert answer.route == "[EDIT]" and width > 1.5 * height  # both are multiples of 8
+
+
+def test_a_picture_depends_on_its_own_prompt_alone(engine):
+    requests = [[EDIT, make_request("detect", classes=["circle"])], [DRAW], [EDIT]]
+    together = engine.run([PICTURE, None, PICTURE[::-1].copy()], requests)
+    assert together[0][1].images is None and len(together[0][1].predictions) == 1
+    for image, asked, answers in zip([PICTURE, None, PICTURE[::-1].copy()], requests, together, strict=True):
+        alone = engine.run([image], [asked[:1]])[0][0]
+        assert np.abs(alone.images[0].astype(int) - answers[0].images[0]).max() <= 1
+    other = make_request("generate", text="a red circle .", sample=SampleSettings(steps=2, seed=6))
+    assert not np.array_equal(engine.run([None], [[other]])[0][0].images[0], together[1][0].images[0])
+
+
+def test_the_picture_made_of_words_does_not_see_an_image(engine):
+    with pytest.raises(UserError, match="'generate' takes no image"):
+        engine.run([PICTURE], [[DRAW]])
+    for request in (EDIT, make_request("detect", classes=["circle"]), make_request("caption")):
+        with pytest.raises(UserError, match=f"'{request.task}' needs an image"):
+            engine.run([None], [[request]])
+
+
+def test_a_model_without_the_decoder_says_what_it_serves():
+    plain = Engine(tiny_loaded())
+    with pytest.raises(UserError, match="no decoder for task 'generate'; it serves: chat, caption"):
+        plain.run([None], [[DRAW]])
+
+
+def test_outputs_of_several_calls_are_decoded_as_one(engine):
+    outputs = [engine.trunk.run([PICTURE], [[EDIT]]), engine.trunk.run([PICTURE[::-1].copy()], [[EDIT]])]
+    decoder = engine.decoders["instruct_pix2pix"]
+    together = decoder.run(merge(outputs))
+    for found, output in zip(together, outputs, strict=True):
+        assert np.abs(found[0].astype(int) - decoder.run(output)[0][0]).max() <= 1
+    assert set(outputs[0].parts) == {"instruct_pix2pix"} and outputs[0].dense is None
+
+
+@pytest.mark.parametrize(("task", "family"), [("generate", "generation"), ("edit", "editing")])
+def test_the_loss_of_the_noise_reaches_the_llm_and_the_queries(engine, task, family):
+    model = engine.loaded.model
+    rows = [scenes.scene_row(0, n, SIDE) for n in range(2)]
+    batch = scene_batch(rows, (task,)) if task == "generate" else edit_batch(rows)
+    model.train()
+    losses = model(batch)
+    model.zero_grad()
+    losses[task].total.backward()
+    assert float(losses[task].count) == 2
+    queries = model.trunk.queries.queries[family].grad
+    layer = next(p for name, p in model.trunk.llm.named_parameters() if "layers.0" in name and p.ndim > 1)
+    assert queries.abs().sum() > 0 and layer.grad.abs().sum() > 0
+    (vae,) = (losses[name] for name in losses if name.endswith("vae"))
+    assert torch.isfinite(vae.total) and float(vae.count) == 2
+    model.eval()
+
+
+def edit_batch(rows):
+    """Each row asks for its own picture."""
+    from tiny_models import tiny_tokenizer
+
+    from lumen_ray.data.collate import Collator
+    from lumen_ray.data.schema import make_message
+
+    rows = [{**row, "messages": [make_message("edit", "make it blue", None)]} for row in rows]
+    pictures = [decode(row["image"]) for row in rows]
+    rngs = [np.random.default_rng(i) for i in range(len(rows))]
+    return Collator(tiny_tokenizer(), SIDE, ("edit",), {})(rows, pictures, rngs, pictures)
