@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lumen_ray.decoders.base import PerceptionTargets
 from lumen_ray.decoders.dino import to_cxcywh
-from lumen_ray.decoders.grounding_dino import Groups
+from lumen_ray.decoders.dino_decoder import Groups
 from lumen_ray.decoders.pose_slots import Skeletons, Slots
 from lumen_ray.decoders.set_loss import Matches, assign, box_cost, box_loss, class_cost, focal_loss
 from lumen_ray.decoders.settings import UniPoseSettings

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoMLPPredictionHead
 
-from lumen_ray.decoders.grounding_dino import Groups
+from lumen_ray.decoders.dino_decoder import Groups
 from lumen_ray.model.aligner import Seats
 from lumen_ray.model.superlink import SuperLink
 

@@ -12,23 +12,25 @@ keypoints of the largest skeleton, C channels. Coordinates inside are in 0..1 of
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lumen_ray.decoders.base import Frame, LossTerm, PerceptionTargets, Pixels, PredictSettings, PromptSpec
-from lumen_ray.decoders.denoising import Denoising, make_denoising
+from lumen_ray.decoders.denoising import make_denoising
 from lumen_ray.decoders.dino import Memory, additive, box_head, gather_rows, to_xyxy
-from lumen_ray.decoders.dino_decoder import DinoDecoder
-from lumen_ray.decoders.grounding_dino import Groups, Stage
+from lumen_ray.decoders.dino_decoder import DinoDecoder, DinoRaw, Groups
 from lumen_ray.decoders.pose_loss import find_poses, match_poses, pose_losses
 from lumen_ray.decoders.pose_slots import KeypointStart, Skeletons, Slots
-from lumen_ray.decoders.set_loss import Objects, box_loss, class_loss, find_objects, match
+from lumen_ray.decoders.set_loss import Objects
 from lumen_ray.decoders.settings import UniPoseSettings
-from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.structures import Boxes, Keypoints, Prediction
+
+if TYPE_CHECKING:
+    from lumen_ray.model.settings import ModelSettings
 
 LIKELY_VISIBLE = 1.0  # logit of a fresh visibility; the released code's constant
 
@@ -44,17 +46,10 @@ class PoseStage:
 
 
 @dataclass
-class UniPoseRaw:
-    link: SuperLink
-    groups: Groups
+class UniPoseRaw(DinoRaw):
     skeletons: Skeletons
-    encoder: Stage  # the selected places as the encoder sees them
-    stages: list[Stage]  # of the layers that look for objects
-    query_valid: Tensor  # bool [G, Q]; an image with fewer places than queries leaves some unused
     slots: Slots
     poses: list[PoseStage]  # of the layers that look for keypoints; the last is the result
-    denoising: Denoising | None
-    denoised: list[Stage]  # of all layers
 
 
 class UniPoseDecoder(DinoDecoder):
@@ -69,45 +64,33 @@ class UniPoseDecoder(DinoDecoder):
         super().__init__(settings, link_channels)
         c = settings.hidden_size
         self.keypoint_proj = self._link_proj(link_channels)
-        self.start = KeypointStart(c, settings.size_tables)
+        self.keypoint_start = KeypointStart(c, settings.size_tables)
         self.pose_embed = box_head(c, 2)
         self.pose_hw_embed = box_head(c, 2)
         self.visible_embed = box_head(c, 1)
         nn.init.constant_(self.visible_embed.layers[-1].bias, LIKELY_VISIBLE)
         self.trunk.backbone.hidden_states_norms["stage1"] = nn.Identity()  # of a map that only masks read
 
-    def forward(self, link: SuperLink, pixels: Pixels) -> UniPoseRaw:
-        """link of P prompts, at least one of them an object prompt -> slots of every group."""
-        return self._look(link, pixels, Groups.of(link, pixels))
-
     def _look(self, link: SuperLink, pixels: Pixels, groups: Groups, wanted: Objects | None = None) -> UniPoseRaw:
-        """`wanted`: what denoising queries are made of."""
         box_layers, layers = self.settings.box_layers, self.settings.decoder_layers
         levels = self._see(pixels, groups)
         memory, links = self._encode(levels, groups, self.link_proj(link.embeddings[groups.objects]))
-        encoder, query_valid = self._propose(memory)
-        content = self.trunk.query_position_embeddings.weight[: query_valid.shape[1]].expand(len(links), -1, -1)
-        boxes, blocked = encoder.boxes.detach(), ~query_valid[:, None]
         denoising = None if wanted is None else make_denoising(wanted, links, memory.link_valid, self.settings)
-        if denoising is not None:
-            content = torch.cat([denoising.content, content], dim=1)
-            boxes = torch.cat([denoising.boxes, boxes], dim=1)
-            blocked = denoising.blocked(query_valid)
-        mask = additive(blocked, content.dtype)[:, None]
-        stages, hidden, reference = self._decode(memory, content, boxes, mask, range(box_layers))
-        first = boxes.shape[1] - query_valid.shape[1]
+        start = self.begin(memory, denoising)
+        first, mask = start.denoising, start.self_mask
+        stages, hidden, boxes = self.layers(memory, start.content, start.boxes, mask, range(box_layers))
         denoised, stages = (list(part) for part in zip(*(stage.split(first) for stage in stages), strict=True))
         if denoising is not None:  # apart from the slots, which are many
-            own = (hidden[:, :first], reference[:, :first], mask[..., :first, :first])
-            denoised += self._decode(memory, *own, range(box_layers, layers))[0]
-        hidden, reference = hidden[:, first:], reference[:, first:]
-        skeletons = Skeletons.of(link, groups.objects)
-        slots = self._choose(hidden, memory, query_valid, groups)
+            own = (hidden[:, :first], boxes[:, :first], mask[..., :first, :first])
+            denoised += self.layers(memory, *own, range(box_layers, layers))[0]
+        hidden, boxes = hidden[:, first:], boxes[:, first:]
+        skeletons, slots = Skeletons.of(link, groups.objects), self._choose(hidden, memory, start.valid, groups)
         keypoints = skeletons.fill(self.keypoint_proj(link.embeddings))[slots.prompt]
-        keypoint_valid = skeletons.valid[slots.prompt]
-        hidden, reference = gather_rows(hidden, slots.query), gather_rows(reference, slots.query)
-        poses = self._pose(memory, hidden, reference, slots, keypoints, self._own(keypoint_valid, content.dtype))
-        return UniPoseRaw(link, groups, skeletons, encoder, stages, query_valid, slots, poses, denoising, denoised)
+        mask = self._own(skeletons.valid[slots.prompt], hidden.dtype)
+        hidden, boxes = gather_rows(hidden, slots.query), gather_rows(boxes, slots.query)
+        poses = self._pose(memory, hidden, boxes, slots, keypoints, mask)
+        found = (link, groups, start.encoder, stages, start.valid, denoising, denoised)
+        return UniPoseRaw(*found, skeletons, slots, poses)
 
     def _choose(self, hidden: Tensor, memory: Memory, query_valid: Tensor, groups: Groups) -> Slots:
         """The pairs of query and prompt that are likeliest to be an object."""
@@ -129,9 +112,9 @@ class UniPoseDecoder(DinoDecoder):
         Layers pass places on without gradient, as boxes in `_decode`; but sizes with it, as nothing else trains them:
         they say how far a keypoint looks around."""
         stages = []
-        content = self.start.content(keypoints, hidden)
+        content = self.keypoint_start.content(keypoints, hidden)
         xy = self.trunk.moved(boxes[:, :, None, :2], self.pose_embed, content)
-        size = self.start.sizes(content) * boxes[:, :, None, 2:].detach()
+        size = self.keypoint_start.sizes(content) * boxes[:, :, None, 2:].detach()
         hidden = torch.cat([hidden[:, :, None], content], dim=2)
         for index in range(self.settings.box_layers, self.settings.decoder_layers):
             if stages:
@@ -166,21 +149,10 @@ class UniPoseDecoder(DinoDecoder):
             moved(size, self.pose_hw_embed, keypoints),
         )
 
-    def losses(self, link: SuperLink, pixels: Pixels, targets: PerceptionTargets) -> dict[str, LossTerm]:
-        """With denoising. `targets` has one entry per link, keypoint prompts included."""
-        groups = Groups.of(link, pixels)
-        wanted = find_objects(targets, groups.objects, groups.seats, groups.sizes)
-        return self._losses(self._look(link, pixels, groups, wanted), wanted, targets)
-
-    def loss(self, raw: UniPoseRaw, targets: PerceptionTargets) -> dict[str, LossTerm]:
-        groups = raw.groups
-        wanted = find_objects(targets, groups.objects, groups.seats, groups.sizes)
-        return self._losses(raw, wanted, targets)
-
     def _losses(self, raw: UniPoseRaw, wanted: Objects, targets: PerceptionTargets) -> dict[str, LossTerm]:
         """Sums over all stages, over the number of objects; one that several prompts name counts for each."""
         poses = find_poses(targets, raw.groups, raw.skeletons)
-        kinds, box = self._object_losses(raw, wanted)
+        kinds, box = self._class_and_box(self._matched(raw, wanted), wanted)
         totals = dict.fromkeys(self.loss_names[1:], torch.zeros_like(box)) | {"unipose_box": box}
         for stage in raw.poses:
             matches = match_poses(stage, raw.slots, poses, self.settings)
@@ -191,20 +163,6 @@ class UniPoseDecoder(DinoDecoder):
         each = raw.groups.per_link(kinds.detach(), len(raw.link))
         terms = {name: LossTerm(total, count) for name, total in totals.items()}
         return {"unipose_class": LossTerm(kinds.sum(), count, each), **terms}
-
-    def _object_losses(self, raw: UniPoseRaw, wanted: Objects) -> tuple[Tensor, Tensor]:
-        """Of the class, [G, T], and of boxes: the encoder's selection, the box layers, and denoising in all layers."""
-        s = self.settings
-        found, weight = [raw.encoder, *raw.stages], raw.query_valid.float()
-        matches = match(found, raw.query_valid, wanted, s)
-        pairs = [(stage, own, weight) for stage, own in zip(found, matches, strict=True)]
-        if raw.denoising is not None:
-            pairs += [(stage, raw.denoising.matches, raw.denoising.weight) for stage in raw.denoised]
-        kinds, box = torch.zeros_like(wanted.counted, dtype=torch.float32), wanted.boxes.new_zeros(())
-        for stage, own, weight in pairs:
-            kinds = kinds + s.class_weight * class_loss(stage, own, wanted, weight)
-            box = box + (box_loss(stage, own, wanted, s) * weight[own.group, own.query]).sum()
-        return kinds, box
 
     @torch.inference_mode()
     def predict(

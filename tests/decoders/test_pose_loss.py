@@ -10,7 +10,7 @@ import torch
 from unipose_tiny import pose_link, pose_targets
 
 from lumen_ray.decoders.base import PerceptionTargets, Pixels
-from lumen_ray.decoders.grounding_dino import Groups
+from lumen_ray.decoders.dino_decoder import Groups
 from lumen_ray.decoders.pose_loss import find_poses, match_poses, object_similarity, pose_losses
 from lumen_ray.decoders.pose_slots import Skeletons, Slots
 from lumen_ray.decoders.settings import UniPoseSettings

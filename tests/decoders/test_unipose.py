@@ -11,7 +11,7 @@ from unipose_tiny import figures, pose_link, pose_targets, tiny_decoder
 
 from lumen_ray.data.scenes import KEYPOINTS
 from lumen_ray.decoders.base import Frame, Pixels, PredictSettings, PromptSpec
-from lumen_ray.decoders.grounding_dino import Groups
+from lumen_ray.decoders.dino_decoder import Groups
 from lumen_ray.decoders.set_loss import find_objects
 from lumen_ray.decoders.settings import UniPoseSettings
 from lumen_ray.model.superlink import SuperLink
@@ -105,14 +105,14 @@ def test_a_keypoint_knows_its_instance():
     """With the released weights' start every instance begins with the same keypoints; a trained one may differ."""
     decoder = scrambled(tiny_decoder(), std=0.05)
     links, instances = torch.randn(1, 1, 3, 32).expand(1, 2, 3, 32), torch.randn(1, 2, 32)
-    content = decoder.start.content(links, instances)
+    content = decoder.keypoint_start.content(links, instances)
     assert not torch.allclose(content[0, 0], content[0, 1])
-    torch.nn.init.zeros_(decoder.start.instance.weight)
-    assert torch.equal(decoder.start.content(links, instances), links)
+    torch.nn.init.zeros_(decoder.keypoint_start.instance.weight)
+    assert torch.equal(decoder.keypoint_start.content(links, instances), links)
 
 
 def test_tables_of_sizes_count_by_slot_and_end():
-    start = tiny_decoder(size_tables=(2, 1)).start
+    start = tiny_decoder(size_tables=(2, 1)).keypoint_start
     with torch.no_grad():
         start.size_tables[0].fill_(3.0)
         start.size_tables[1].fill_(-3.0)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from test_grounding_dino_parity import with_padding_seen
 
 from lumen_ray.decoders.dino import additive, class_logits, gather_rows
-from lumen_ray.decoders.grounding_dino import Groups
+from lumen_ray.decoders.dino_decoder import Groups
 from lumen_ray.decoders.pose_slots import Slots
 from lumen_ray.decoders.settings import UniPoseSettings
 from lumen_ray.decoders.unipose import UniPoseDecoder
@@ -95,10 +95,11 @@ def test_known_answers_of_the_released_code(test_data, name, monkeypatch):
         monkeypatch.setattr(trunk, "query_position", lambda reference: query_position(reference * ratio))
         proposals = trunk.propose(memory)
         chosen = trunk.select(proposals, class_logits(proposals.features, memory).amax(-1))
-        encoder, query_valid = decoder._propose(memory)
-        assert query_valid.all()
-        content, mask = trunk.query_position_embeddings.weight[None], torch.zeros(1, 1, 1, 1)
-        stages, hidden, boxes = decoder._decode(memory, content, encoder.boxes, mask, range(box_layers))
+        begun = decoder.begin(memory)
+        encoder = begun.encoder
+        assert begun.valid.all()
+        at = (begun.content, begun.boxes, begun.self_mask)
+        stages, hidden, boxes = decoder.layers(memory, *at, range(box_layers))
         # the reference takes each query once, however many prompts it fits, with all keypoints of the image
         logits = class_logits(hidden, memory)
         query = logits.amax(-1).topk(INSTANCES).indices

@@ -93,8 +93,8 @@ def _decoder() -> list[Rule]:
         *_renamed(source, target, names),
         Rule(rf"transformer\.decoder\.norm\.{_BOTH}", r"trunk.decoder.layer_norm.\1"),
         Rule(r"transformer\.decoder\.ref_point_head\.(.+)", r"trunk.decoder.reference_points_head.\1"),
-        Rule(r"transformer\.decoder\.hw\.weight", "start.size_tables.0"),
-        Rule(r"transformer\.decoder\.hw_append\.weight", "start.size_tables.1"),
+        Rule(r"transformer\.decoder\.hw\.weight", "keypoint_start.size_tables.0"),
+        Rule(r"transformer\.decoder\.hw_append\.weight", "keypoint_start.size_tables.1"),
     ]
 
 
@@ -114,7 +114,7 @@ RELEASED = [
 
 #: the names, below that prefix, of weights that the released module has no counterpart of. Fresh, they change nothing:
 #: a keypoint starts from its link alone, and is visible with the constant probability of the released code.
-FRESH = ("start.instance.", "start.size.", "visible_embed.")
+FRESH = ("keypoint_start.instance.", "keypoint_start.size.", "visible_embed.")
 
 #: the settings of `UniPoseDecoder` that the released weights need: its two tables of keypoint sizes, by slot
 RELEASED_SETTINGS = {"size_tables": (17, 51)}
