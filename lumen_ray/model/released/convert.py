@@ -15,7 +15,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.model.build import ModelMeta, save_model
 from lumen_ray.model.pretrained import Assembly, blank, fill, read_tokenizer
 from lumen_ray.model.published import Checkpoint
-from lumen_ray.model.released import trunk
+from lumen_ray.model.released import trunk, unipose
 from lumen_ray.model.released.lora import Merged
 from lumen_ray.model.released.rules import Entry, Part, Report, Rule, apply, find_rule
 from lumen_ray.model.sequential import lead_tokens
@@ -35,8 +35,11 @@ NAMES = {PAD: "[PAD]", EOS: "</s>"}
 START = "<s>"
 #: values of its config.json that this layout stands for
 CONFIG = {"vl_bridge_type": "mlp2x_gelu", "vis_output_layer": -2, "use_pixelshuffle": False, "num_embs": 4}
-#: the light decoder and what only it reads
-LIGHT = ("trunk.stem.", "trunk.dense.", "trunk.link_heads.lumen.", "decoders.lumen.")
+#: what the reference has no counterpart of: the light decoder with what only it reads, and parts of UniPose
+FRESH = (
+    "trunk.stem.", "trunk.dense.", "trunk.link_heads.lumen.", "decoders.lumen.",
+    *(f"decoders.unipose.{name}" for name in unipose.FRESH),
+)  # fmt: skip
 #: of the adapters that the reference trains on the LLM
 LORA_ALPHA = 64.0
 REPORT_FILE = "conversion.json"
@@ -90,8 +93,8 @@ def convert(
 ) -> tuple[Assembly, Report]:
     """Converts a released VisionLLM v2 checkpoint of the preset's size and writes a model folder to `output`.
 
-    `lora_alpha`: of adapters that were not merged. The light decoder, which the reference does not have, gets fresh
-    weights. `UserError` where a tensor is left over, missing or of another size.
+    `lora_alpha`: of adapters that were not merged. What the reference does not have, such as the light decoder, gets
+    fresh weights. `UserError` where a tensor is left over, missing or of another size.
     """
     source = Checkpoint(checkpoint, pickle)
     for key, value in CONFIG.items():
@@ -106,7 +109,7 @@ def convert(
     fresh = blank(settings, len(tokenizer), seed)
     loaded, report = convert_tensors(source, fresh, lora_alpha)
     report.refuse(f"'{source.folder}'")
-    state = fill(fresh, loaded, f"'{source.folder}'", LIGHT)
+    state = fill(fresh, loaded, f"'{source.folder}'", FRESH)
     save_model(output, state, settings, tokenizer, ModelMeta(settings.name, seed=seed))
     _write_report(Path(output), source, report, sorted(set(state) - set(loaded)))
     return Assembly(settings, tokenizer, state, set(loaded)), report
