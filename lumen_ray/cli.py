@@ -1,4 +1,4 @@
-"""`lumen-ray`: prepare, train, evaluate, label, serve, quickstart.
+"""`lumen-ray`: quickstart, prepare, data, train, evaluate, label, serve, convert, doctor.
 
 Heavy imports happen inside the commands, so that `--help` and mistakes answer at once.
 """
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lumen_ray import __version__
+from lumen_ray import __version__, convert, doctor
 from lumen_ray.console import bar, console, say, training_note
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.presets import DEFAULT_MODEL
@@ -57,6 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     _evaluate_args(verbs)
     _label_args(verbs)
     _serve_args(verbs)
+    convert.add_args(verbs, _Parser)
+    doctor.add_args(verbs)
     return parser
 
 
@@ -347,7 +349,7 @@ def _serve(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, or 2 for what the user must change."""
+    """Runs a command; returns the exit status: the command's own or 0, or 2 for what the user must change."""
     prepare_environment()
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
@@ -362,7 +364,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.verb:
             parser.print_help()
             return EXIT_USER_ERROR
-        args.run(args)
+        return args.run(args) or 0
     except UserError as error:
         print(f"lumen-ray: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -370,7 +372,6 @@ def main(argv: list[str] | None = None) -> int:
         hint = "; run the same command again to continue" if verb in RESUMABLE else ""
         print(f"lumen-ray: stopped{hint}", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":

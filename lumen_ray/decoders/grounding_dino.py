@@ -136,19 +136,19 @@ class GroundingDinoDecoder(DinoDecoder):
         places = [v.tolist() for v in (groups.objects, groups.seats.row, groups.seats.seat)]
         image = raw.link.image_index.tolist()
         scale = [(width, height, width, height) for height, width in groups.sizes]
-        boxes = to_xyxy(raw.stages[-1].boxes) * raw.stages[-1].boxes.new_tensor(scale)[:, None]
-        boxes, scores = boxes.cpu().numpy(), raw.scores().cpu()
+        boxes = (to_xyxy(raw.stages[-1].boxes) * raw.stages[-1].boxes.new_tensor(scale)[:, None]).cpu().numpy()
+        ranked = raw.scores().transpose(1, 2).sort(dim=2, descending=True, stable=True)
+        scores, queries = (v[..., : settings.max_per_phrase].cpu().numpy() for v in ranked)
+        counts = (scores >= settings.score_threshold).sum(-1)
         for link, row, seat in zip(*places, strict=True):
-            frame, spec = frames[image[link]], prompts[link]
-            own = scores[row, :, seat]
-            best = own.argsort(descending=True, stable=True)[: settings.max_per_phrase]
-            best = best[own[best] >= settings.score_threshold]
+            frame, spec, count = frames[image[link]], prompts[link], counts[row, seat]
+            best = queries[row, seat, :count]
             masks = None
             if spec.masks:
                 features = self.mask_features(raw) if features is None else features
-                masks = self._masks(raw, features, row, best, frame)
-            found = Boxes(boxes[row, best.numpy()] / frame.scale, frame.size).clip()
-            out[link] = Prediction(spec.phrase, found, own[best].numpy(), masks)
+                masks = self._masks(raw, features, row, torch.from_numpy(best), frame)
+            found = Boxes(boxes[row, best] / frame.scale, frame.size).clip()
+            out[link] = Prediction(spec.phrase, found, scores[row, seat, :count], masks)
         return out
 
     def _probabilities(self, raw: GroundingDinoRaw, features: Tensor, row: int, queries: Tensor) -> Tensor:

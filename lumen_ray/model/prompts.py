@@ -7,6 +7,7 @@ One image is a *prefix*: its image tokens, encoded once. Each prompt about it is
 
 A branch sees the prefix and itself, never another branch: a 4-D mask, and position ids that restart where the prefix
 ends. So a prompt's result depends neither on the prompts asked with it, nor on their order, nor on the batch.
+By setting, the prompts of an image share one causal string instead: see `sequential.py`.
 
 Legend: B images, P prefix tokens, T branch tokens per image (padded), S = P + T.
 """
@@ -20,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lumen_ray.errors import UserError
+from lumen_ray.model.sequential import IGNORE, Piece, sequential_pieces
 from lumen_ray.model.tokenizer import ASSISTANT, EOS, PAD, USER, LumenTokenizer
 from lumen_ray.tasks import REGION_TOKEN, family_of
-
-IGNORE = -100  # label of tokens that the LM loss does not see
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Branch:
     responses are learned too. `regions`: for every <region> in the instructions, its index in the batch's regions.
     `parent`: for a keypoint prompt the index (in the list of branches) of its object's prompt, else -1.
     `limit`: the tokens at most; a response is cut off there, without an end token.
+
+    For the sequential layout: `phrase`, what the prompt asks for (else it is read from the prompt), and `group`:
+    prompts of one image and group share a string.
     """
 
     image: int
@@ -45,6 +49,8 @@ class Branch:
     parent: int = -1
     limit: int | None = None
     history: tuple[tuple[str, str], ...] = ()
+    phrase: str = ""
+    group: int = 0
 
 
 @dataclass
@@ -81,37 +87,53 @@ class Layout:
         return Layout(**{name: move(value) for name, value in self.__dict__.items()})
 
 
-def branch_tokens(branch: Branch, tokenizer: LumenTokenizer) -> tuple[list[int], list[int], int]:
-    """(token ids, labels, number of trailing query slots) of one branch. Queries hold the pad id until they are filled.
-
-    The routing token and the responses are supervised, the instructions and the queries are not.
-    """
+def branch_piece(index: int, branch: Branch, tokenizer: LumenTokenizer) -> Piece:
+    """One branch. The routing token and the responses are supervised, the instructions and the queries are not."""
     ids = tokenizer.ids
-    tokens: list[int] = []
-    labels: list[int] = []
-
-    def add(added: list[int], learned: bool) -> None:
-        tokens.extend(added)
-        labels.extend(added if learned else [IGNORE] * len(added))
-
+    piece = Piece(index, members=[index], regions=branch.regions)
     for instruction, response in (*branch.history, (branch.prompt, branch.response)):
-        add([ids[USER], *tokenizer.encode(instruction), ids[ASSISTANT]], False)
+        piece.add([ids[USER], *tokenizer.encode(instruction), ids[ASSISTANT]], False)
         if response is not None and branch.route is None:
-            add([*tokenizer.encode(response), ids[EOS]], True)
+            piece.add([*tokenizer.encode(response), ids[EOS]], True)
     if branch.route is not None:
-        num_queries = family_of(branch.route).num_queries
-        add([ids[branch.route]], True)
-        add([ids[PAD]] * num_queries, False)
-        return tokens, labels, num_queries
-    return tokens[: branch.limit], labels[: branch.limit], 0
+        piece.add([ids[branch.route]], True)
+        piece.add_queries(index, branch.route, ids[PAD])
+        return piece
+    piece.tokens, piece.labels = piece.tokens[: branch.limit], piece.labels[: branch.limit]
+    return piece
 
 
-def build_layout(branches: Sequence[Branch], num_images: int, tokenizer: LumenTokenizer) -> Layout:
-    """All tensors of the layout from a list of branches, packed one after the other behind each image's prefix."""
-    rows: list[list[tuple[int, list[int], list[int], int]]] = [[] for _ in range(num_images)]
+def branch_tokens(branch: Branch, tokenizer: LumenTokenizer) -> tuple[list[int], list[int], int]:
+    """(token ids, labels, number of trailing query slots) of one branch."""
+    piece = branch_piece(0, branch, tokenizer)
+    return piece.tokens, piece.labels, len(piece.tokens) - piece.queries[0][1] if piece.queries else 0
+
+
+def _pieces(
+    branches: Sequence[Branch], num_images: int, tokenizer: LumenTokenizer, prompt_layout: str
+) -> list[list[Piece]]:
+    """What each image is asked, as runs of tokens."""
+    members: list[list[tuple[int, Branch]]] = [[] for _ in range(num_images)]
     for index, branch in enumerate(branches):
-        rows[branch.image].append((index, *branch_tokens(branch, tokenizer)))
-    length = max([sum(len(tokens) for _, tokens, _, _ in row) for row in rows] + [1])
+        members[branch.image].append((index, branch))
+    if prompt_layout == "sequential":
+        return [list(sequential_pieces(asked, tokenizer)) for asked in members]
+    if USER not in tokenizer.ids:
+        raise UserError(
+            "this tokenizer spells turns out; set the model's prompt_layout to 'sequential'", "wrong_layout"
+        )
+    return [[branch_piece(index, branch, tokenizer) for index, branch in asked] for asked in members]
+
+
+def build_layout(
+    branches: Sequence[Branch], num_images: int, tokenizer: LumenTokenizer, prompt_layout: str | None = None
+) -> Layout:
+    """All tensors of the layout from a list of branches, packed one after the other behind each image's prefix.
+
+    `prompt_layout`: as in `ModelSettings`; where it is not given, the one that the tokenizer is made for.
+    """
+    rows = _pieces(branches, num_images, tokenizer, prompt_layout or tokenizer.prompt_layout)
+    length = max([sum(len(piece.tokens) for piece in row) for row in rows] + [1])
     # arrays, since writing a few numbers into a tensor costs ten times as much
     input_ids = np.full((num_images, length), tokenizer.ids[PAD])
     labels = np.full((num_images, length), IGNORE)
@@ -123,25 +145,24 @@ def build_layout(branches: Sequence[Branch], num_images: int, tokenizer: LumenTo
     region_slots, region_index = [], []
     for image, row in enumerate(rows):
         start = 0
-        for index, tokens, targets, num_queries in row:
-            end = start + len(tokens)
-            input_ids[image, start:end] = tokens
-            labels[image, start:end] = targets
-            branch_ids[image, start:end] = index
-            offsets[image, start:end] = np.arange(len(tokens))
-            last_slots[index] = image, end - 1
-            if num_queries:
-                family = family_of(branches[index].route).name
-                links.setdefault(family, []).append(index)
-                slots.setdefault(family, []).append([[image, t] for t in range(end - num_queries, end)])
-            regions = [start + t for t, token in enumerate(tokens) if token == tokenizer.ids[REGION_TOKEN]]
-            if len(regions) != len(branches[index].regions):
-                raise ValueError(
-                    f"the prompt {branches[index].prompt!r} has {len(regions)} {REGION_TOKEN} but "
-                    f"{len(branches[index].regions)} regions"
-                )
+        for piece in row:
+            end = start + len(piece.tokens)
+            input_ids[image, start:end] = piece.tokens
+            labels[image, start:end] = piece.labels
+            branch_ids[image, start:end] = piece.owner
+            offsets[image, start:end] = np.arange(len(piece.tokens))
+            last_slots[piece.members] = image, end - 1
+            for index, place in piece.queries:
+                family = family_of(branches[index].route)
+                links.setdefault(family.name, []).append(index)
+                first = start + place
+                slots.setdefault(family.name, []).append([[image, first + n] for n in range(family.num_queries)])
+            regions = [start + t for t, token in enumerate(piece.tokens) if token == tokenizer.ids[REGION_TOKEN]]
+            if len(regions) != len(piece.regions):
+                prompts = ", ".join(repr(branches[i].prompt) for i in piece.members)
+                raise ValueError(f"{prompts}: {len(regions)} {REGION_TOKEN} but {len(piece.regions)} regions")
             region_slots += [[image, t] for t in regions]
-            region_index += list(branches[index].regions)
+            region_index += list(piece.regions)
             start = end
     link_parents = {}
     for family, members in links.items():
@@ -176,8 +197,9 @@ def prefix_allowed(num_images: int, prefix: int, mode: str, device: torch.device
     return allowed.expand(num_images, prefix, prefix)
 
 
-def branch_allowed(branch_ids: Tensor, prefix_valid: Tensor, prefix: int) -> Tensor:
-    """Which tokens a branch token sees: the prefix (unless the sample has no image) and its own branch so far.
+def branch_allowed(branch_ids: Tensor, prefix_valid: Tensor, prefix: int, lead: int = 0) -> Tensor:
+    """Which tokens a branch token sees: the prefix (without an image only its first `lead` tokens) and its own branch
+    so far.
 
     branch_ids [B, T], prefix_valid bool [B] -> bool [B, T, P + T]. Padding sees itself, so that no row is empty.
     """
@@ -185,7 +207,8 @@ def branch_allowed(branch_ids: Tensor, prefix_valid: Tensor, prefix: int) -> Ten
     same = branch_ids[:, :, None] == branch_ids[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool, device=branch_ids.device).tril()
     own = same & causal
-    image = prefix_valid[:, None, None].expand(-1, length, prefix)
+    text = torch.arange(prefix, device=branch_ids.device) < lead
+    image = (prefix_valid[:, None] | text)[:, None].expand(-1, length, -1)
     return torch.cat([image, own], dim=2)
 
 

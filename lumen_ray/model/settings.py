@@ -41,7 +41,14 @@ class VisionSettings(Settings):
 
     clip: dict[str, Any] | None = Field(None, description="keys of transformers.CLIPVisionConfig; null switches it off")
     dinov2: dict[str, Any] | None = Field(None, description="keys of transformers.Dinov2Config; null switches it off")
-    clip_layers: Literal["all", "last"] = Field("all", description="CLIP layers that are merged")
+    bridge: Literal["comm", "mlp2x_gelu"] = Field(
+        "comm",
+        description="how encoders become image tokens: 'comm' merges layers of both; 'mlp2x_gelu' is the 2-layer MLP "
+        "of LLaVA and VisionLLM v2 on one layer of CLIP",
+    )
+    clip_layers: Literal["all", "last", "penultimate"] = Field(
+        "all", description="CLIP layers that are merged; with bridge 'mlp2x_gelu' the one that is read"
+    )
     dinov2_layers: Literal["all", "last_quarter", "last"] = Field("last_quarter", description="DINOv2 layers merged")
     token_merge: int = Field(1, gt=0, description="image tokens per side that become one LLM token (pixel shuffle)")
     mlp_ratio: int = Field(4, description="hidden width of DINOv2's 2-layer MLP, relative to its output")
@@ -50,6 +57,39 @@ class VisionSettings(Settings):
     def _one_encoder(self) -> VisionSettings:
         if self.clip is None and self.dinov2 is None:
             raise UserError("at least one of 'clip' and 'dinov2' must be set", "invalid_config")
+        if self.bridge == "mlp2x_gelu" and (self.clip is None or self.dinov2 is not None or self.clip_layers == "all"):
+            raise UserError(
+                "bridge 'mlp2x_gelu' reads one layer of CLIP alone; set dinov2 to null and clip_layers to 'last' or "
+                "'penultimate'",
+                "invalid_config",
+            )
+        if self.bridge == "comm" and self.clip_layers == "penultimate":
+            raise UserError(
+                "clip_layers 'penultimate' is for bridge 'mlp2x_gelu'; bridge 'comm' takes 'all' or 'last'",
+                "invalid_config",
+            )
+        return self
+
+
+class RegionSettings(Settings):
+    """The region encoder (see `regions.py`)."""
+
+    kind: Literal["merged", "levels"] = Field(
+        "merged",
+        description="'merged' pools the vision branch's map; 'levels' is VisionLLM v2's, over the last three layers of "
+        "CLIP, and needs vision.bridge 'mlp2x_gelu'",
+    )
+    channels: int = Field(16, gt=0, description="of the convolutions over image and mask; VisionLLM v2 has 256")
+    sampling: Literal["centre", "corner"] = Field(
+        "centre",
+        description="where kind 'levels' reads a mask's pixel: at its centre, or at its top left corner with zeros "
+        "outside the map, as the released VisionLLM v2 weights were trained",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> RegionSettings:
+        if self.kind == "levels" and self.channels % 4:
+            raise UserError("channels must be a multiple of 4 for kind 'levels'", "invalid_config")
         return self
 
 
@@ -75,15 +115,27 @@ class LumenSettings(Settings):
 
 class ModelSettings(Settings):
     name: str = Field(description="preset name; kept in checkpoints and checked when they are loaded")
+    published_weights: bool = Field(
+        False, description="encoders and LLM start from published checkpoints, which 'lumen-ray convert' puts together"
+    )
     image_size: int = Field(
         gt=0,
         description="side in pixels of the square that the encoders' positions are made for, and of the input where a "
         "recipe names no buckets",
     )
     vision: VisionSettings
+    regions: RegionSettings = RegionSettings()
     llm: dict[str, Any] = Field(description="`model_type` and the keys of its transformers config class")
     prefix_attention: Literal["causal", "full"] = Field(
         "causal", description="attention among image tokens; 'causal' for LLMs that were pretrained so"
+    )
+    prompt_layout: Literal["branches", "sequential"] = Field(
+        "branches",
+        description="'branches': each class or phrase sees the image and itself; 'sequential': those of an image in "
+        "one causal string, as the released VisionLLM v2 weights were trained",
+    )
+    lead_tokens: tuple[int, ...] = Field(
+        (), description="token ids in front of the image: the LLM's beginning of a sequence, its system message"
     )
     dense_channels: int = Field(64, gt=0, description="channels of the shared dense features")
     stem_channels: int = Field(32, gt=0, description="channels of the convolutional stem at stride 4")
@@ -134,8 +186,8 @@ class ModelSettings(Settings):
         return encoder.patch_size * self.vision.token_merge
 
     def image_tokens(self, size: Size) -> int:
-        """The number of image tokens of an input of (height, width) pixels."""
-        return (size[0] // self.token_side) * (size[1] // self.token_side)
+        """The number of LLM tokens of an input of (height, width) pixels, those in front of it included."""
+        return (size[0] // self.token_side) * (size[1] // self.token_side) + len(self.lead_tokens)
 
     @property
     def input_step(self) -> int:
@@ -166,6 +218,20 @@ class ModelSettings(Settings):
             )
         keys = {key: value for key, value in self.llm.items() if key != "model_type"}
         _check_keys("llm", keys, CONFIG_MAPPING[kind])
+        return self
+
+    @model_validator(mode="after")
+    def _check_layout(self) -> ModelSettings:
+        if self.regions.kind == "levels" and self.vision.bridge != "mlp2x_gelu":
+            raise UserError("regions.kind 'levels' needs vision.bridge 'mlp2x_gelu'", "invalid_config")
+        if self.vision.bridge != "comm" and self.tokens_read_stem:
+            raise UserError("tokens_read_stem needs vision.bridge 'comm'", "invalid_config")
+        if (self.lead_tokens or self.prompt_layout == "sequential") and self.prefix_attention != "causal":
+            raise UserError(
+                "prompt_layout 'sequential' and lead_tokens need prefix_attention 'causal'", "invalid_config"
+            )
+        if self.prompt_layout == "sequential" and self.link_reads_words:
+            raise UserError("link_reads_words needs prompt_layout 'branches'", "invalid_config")
         return self
 
     @model_validator(mode="after")

@@ -1,12 +1,17 @@
-"""The text tokenizer: byte-level BPE from `tokenizers`, with the special tokens of the prompt layout."""
+"""The text tokenizer: one of `tokenizers`, with the special tokens of the prompt layout.
+
+Trained from scratch it is byte-level BPE. A published LLM brings its own, in which some of those tokens go by other
+names; which ones is kept beside it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lumen_ray.errors import UserError
 from lumen_ray.tasks import LINK_FAMILIES, REGION_TOKEN, ROUTING_TOKENS
@@ -15,19 +20,34 @@ PAD, EOS, USER, ASSISTANT = "<pad>", "<eos>", "<user>", "<assistant>"
 _LAYOUT_TOKENS = (PAD, EOS, USER, ASSISTANT, REGION_TOKEN)
 #: of the routing tokens a tokenizer may lack those that its model has no decoder for
 SPECIAL_TOKENS: tuple[str, ...] = (*_LAYOUT_TOKENS, *ROUTING_TOKENS)
+#: turns of a conversation; a tokenizer for the sequential layout spells them out instead
+TURNS = (USER, ASSISTANT)
+#: beside a tokenizer in which special tokens go by other names: {ours: its own}
+NAMES_FILE = "special_tokens.json"
 
 
 class LumenTokenizer:
     """Encodes prompt and response text; any string can be encoded, since unseen words fall back to bytes."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, names: Mapping[str, str] | None = None):
+        """`names`: how special tokens are called in this vocabulary, where other than here."""
         self.backend = tokenizer
-        found = {token: tokenizer.token_to_id(token) for token in SPECIAL_TOKENS}
+        self.names = dict(names or {})
+        found = {token: tokenizer.token_to_id(self.names.get(token, token)) for token in SPECIAL_TOKENS}
         self.ids = {token: i for token, i in found.items() if i is not None}
-        missing = [token for token in _LAYOUT_TOKENS if token not in self.ids]
+        missing = [token for token in _LAYOUT_TOKENS if token not in self.ids and token not in TURNS]
         if missing:
             raise UserError(f"the tokenizer lacks the special tokens {missing}", "invalid_model")
         self.encode = lru_cache(maxsize=65536)(self._encode)
+
+    @classmethod
+    def extend(cls, tokenizer: Tokenizer, names: Mapping[str, str]) -> tuple[LumenTokenizer, int]:
+        """A published LLM's tokenizer with the special tokens it lacks added, and the id of the first that was."""
+        before = vocabulary_rows(tokenizer)
+        wanted = [names.get(token, token) for token in SPECIAL_TOKENS]
+        absent = [token for token in wanted if tokenizer.token_to_id(token) is None]
+        tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in absent])
+        return cls(tokenizer, names), before
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, families: Iterable[str] = ("perception",)) -> LumenTokenizer:
@@ -49,28 +69,50 @@ class LumenTokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> LumenTokenizer:
-        return cls(Tokenizer.from_file(str(path)))
+        names = Path(path).with_name(NAMES_FILE)
+        return cls(Tokenizer.from_file(str(path)), json.loads(names.read_text()) if names.is_file() else None)
 
     @classmethod
-    def from_json(cls, text: str) -> LumenTokenizer:
-        return cls(Tokenizer.from_str(text))
+    def from_json(cls, text: str, names: Mapping[str, str] | None = None) -> LumenTokenizer:
+        return cls(Tokenizer.from_str(text), names)
 
     def to_json(self) -> str:
         return self.backend.to_str()
 
     def save(self, path: str | Path) -> None:
         self.backend.save(str(path))
+        beside = Path(path).with_name(NAMES_FILE)
+        if self.names:
+            beside.write_text(json.dumps(self.names, indent=1))
+        else:
+            beside.unlink(missing_ok=True)
 
     def __len__(self) -> int:
-        return self.backend.get_vocab_size()
+        """Rows of the embedding."""
+        return vocabulary_rows(self.backend)
 
     def __reduce__(self):
-        return LumenTokenizer.from_json, (self.to_json(),)
+        return LumenTokenizer.from_json, (self.to_json(), self.names)
+
+    @property
+    def prompt_layout(self) -> str:
+        """'sequential' for a vocabulary that has no tokens for the turns of a conversation."""
+        return "branches" if all(token in self.ids for token in TURNS) else "sequential"
 
     def _encode(self, text: str) -> tuple[int, ...]:
         """Token ids of plain text; special tokens written in it (`<region>`) keep their own id."""
         return tuple(self.backend.encode(text, add_special_tokens=False).ids)
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """(token id, where it starts in `text`) of every token of plain text."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return [(token, start) for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)]
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, special tokens left out."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True).strip()
+
+
+def vocabulary_rows(tokenizer: Tokenizer) -> int:
+    """One more than the highest token id: ids of published vocabularies may have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from lumen_ray.errors import UserError
 from lumen_ray.model.dense import ConvStem, DenseFeatures
 from lumen_ray.model.heads import link_head
 from lumen_ray.model.prompts import (
@@ -27,10 +28,11 @@ from lumen_ray.model.prompts import (
     prefix_allowed,
     unpacked,
 )
-from lumen_ray.model.regions import RegionEncoder
+from lumen_ray.model.regions import build_regions
 from lumen_ray.model.settings import ModelSettings
+from lumen_ray.model.skeleton import published
 from lumen_ray.model.superlink import SuperLink, SuperLinkQueries, mean_words
-from lumen_ray.model.vision import CommVision
+from lumen_ray.model.vision import build_vision
 from lumen_ray.tasks import DECODERS
 
 
@@ -72,13 +74,14 @@ class Trunk(nn.Module):
         self.settings = settings
         llm = dict(settings.llm)
         config = AutoConfig.for_model(llm.pop("model_type"), vocab_size=vocab_size, **llm)
-        self.llm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        self.llm = published(lambda: AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
         width = config.hidden_size
         std = getattr(config, "initializer_range", 0.02)
-        self.stem = ConvStem(settings.stem_channels)
+        self.stem = ConvStem(settings.stem_channels) if settings.tokens_read_stem or settings.lumen else None
         stem_width = self.stem.widths[-1] if settings.tokens_read_stem else 0
-        self.vision = CommVision(settings.vision, settings.image_size, width, std, stem_width)
-        self.regions = RegionEncoder(self.vision.merged_width, width, self.vision.patch_size)
+        self.vision = build_vision(settings.vision, settings.image_size, width, std, stem_width)
+        self.regions = build_regions(settings.regions, self.vision, width)
+        self.register_buffer("lead", torch.tensor(settings.lead_tokens, dtype=torch.int64), persistent=False)
         self.queries = SuperLinkQueries(width, std, settings.families)
         self.link_heads = nn.ModuleDict({name: link_head(name, settings, width) for name in settings.decoder_names})
         self.dense = None
@@ -86,10 +89,17 @@ class Trunk(nn.Module):
             self.dense = DenseFeatures(self.stem.widths, settings.dense_channels, self.vision.merged_width, width)
 
     def see(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """images [B, 3, H, W] in 0..1 -> (image tokens, merged map, stem features)."""
-        stem = self.stem(images)
+        """images [B, 3, H, W] in 0..1 -> (tokens of the prefix, merged map, stem features)."""
+        stem = None if self.stem is None else self.stem(images)
         tokens, merged = self.vision(images, stem[-1] if self.settings.tokens_read_stem else None)
-        return tokens, merged, stem
+        return self._led(tokens), merged, stem
+
+    def _led(self, tokens: Tensor) -> Tensor:
+        """Image tokens [B, P, width] behind the text that stands in front of every image."""
+        if not len(self.lead):
+            return tokens
+        lead = self.llm.get_input_embeddings()(self.lead).to(tokens.dtype)
+        return torch.cat([lead.expand(len(tokens), -1, -1), tokens], dim=1)
 
     def embed_branches(self, layout: Layout, regions: Tensor | None) -> Tensor:
         """Token embeddings [B, T, width] with the queries and region embeddings put in their slots."""
@@ -102,12 +112,13 @@ class Trunk(nn.Module):
             embeds[slots[:, 0], slots[:, 1]] = regions[layout.region_index].to(embeds.dtype)
         return embeds
 
-    def links(self, hidden: Tensor, layout: Layout) -> dict[str, SuperLink]:
+    def links(self, hidden: Tensor, layout: Layout, embeds: Tensor) -> dict[str, SuperLink]:
         """The super links by decoder: last hidden states [B, T, width] at the query slots of its family (and, by
-        setting, the mean embedding of the instruction), through its head. Each has all prompts of the family."""
+        setting, the mean of what the instruction's tokens enter as, `embeds` [B, T, width]), through its head. Each has
+        all prompts of the family."""
         words = None
         if self.settings.link_reads_words and layout.query_slots:
-            words = self._words(layout)
+            words = self._words(embeds, layout)
         out = {}
         for name, head in self.link_heads.items():
             family = DECODERS[name].family
@@ -119,9 +130,9 @@ class Trunk(nn.Module):
             out[name] = SuperLink(name, embeddings.float(), layout.link_images[family], parents)
         return out
 
-    def _words(self, layout: Layout) -> Tensor:
+    @staticmethod
+    def _words(embeds: Tensor, layout: Layout) -> Tensor:
         """Mean embedding of every branch's tokens before its queries: [number of branches, width]."""
-        embeds = self.llm.get_input_embeddings()(layout.input_ids)
         queries = torch.cat([slots.flatten(0, 1) for slots in layout.query_slots.values()])
         return mean_words(embeds, layout.branch_ids, queries, len(layout.last_slots))
 
@@ -139,7 +150,8 @@ class Trunk(nn.Module):
         prefix = tokens.shape[1]
         if layout.pack is not None:
             tokens = F.pad(tokens, (0, 0, 0, 0, 0, len(layout.input_ids) - len(images)))
-        embeds = torch.cat([tokens, self.embed_branches(layout, regions)], dim=1)
+        asked = self.embed_branches(layout, regions)
+        embeds = torch.cat([tokens, asked], dim=1)
         if layout.pack is None:
             mask = self._training_mask(layout, batch["has_image"], prefix, embeds.dtype)
             hidden = self._llm(embeds, mask, self._positions(layout, prefix))
@@ -151,8 +163,8 @@ class Trunk(nn.Module):
         dense = None
         if self.dense is not None and layout.query_slots:
             grid = self.vision.grid(*images.shape[-2:])
-            dense = self.dense(images, stem, merged, hidden[: len(images), :prefix], grid)
-        return TrunkTraining(losses, supervised, dense, self.links(branches, layout))
+            dense = self.dense(images, stem, merged, hidden[: len(images), len(self.lead) : prefix], grid)
+        return TrunkTraining(losses, supervised, dense, self.links(branches, layout, asked))
 
     def _llm(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         return self.llm.model(
@@ -161,6 +173,8 @@ class Trunk(nn.Module):
 
     def _packed(self, embeds: Tensor, layout: Layout, prefix: int) -> Tensor:
         """Hidden states [B, P + T, width] by way of the rows of `layout.pack`; 0 at what is not packed."""
+        if len(self.lead) or self.settings.prompt_layout != "branches":  # a row may start with neither image nor lead
+            raise UserError("pack_tokens needs prompt_layout 'branches' and no lead_tokens; set it to 0", "packed_lead")
         flat = embeds.flatten(0, 1)
         rows = flat.index_select(0, layout.pack.clamp_min(0).flatten()).unflatten(0, layout.pack.shape)
         allowed = packed_allowed(layout.pack, layout.branch_ids, prefix, self.settings.prefix_attention)
@@ -174,7 +188,10 @@ class Trunk(nn.Module):
         device = layout.input_ids.device
         top = prefix_allowed(batch, prefix, self.settings.prefix_attention, device)
         top = torch.cat([top, torch.zeros(batch, prefix, length, dtype=torch.bool, device=device)], dim=2)
-        return additive(torch.cat([top, branch_allowed(layout.branch_ids, has_image, prefix)], dim=1), dtype)
+        return additive(torch.cat([top, self._branches(layout, has_image, prefix)], dim=1), dtype)
+
+    def _branches(self, layout: Layout, has_image: Tensor, prefix: int) -> Tensor:
+        return branch_allowed(layout.branch_ids, has_image, prefix, len(self.lead))
 
     @staticmethod
     def _positions(layout: Layout, prefix: int) -> Tensor:
@@ -205,7 +222,8 @@ class Trunk(nn.Module):
         valid = torch.ones(batch, dtype=torch.bool, device=images.device) if valid is None else valid
         dense = None
         if self.dense is not None:
-            dense = self.dense(images, stem, merged, out.last_hidden_state, self.vision.grid(*images.shape[-2:]))
+            states = out.last_hidden_state[:, len(self.lead) :]
+            dense = self.dense(images, stem, merged, states, self.vision.grid(*images.shape[-2:]))
         return Prefix(images, merged, dense, valid, cache, length)
 
     @torch.inference_mode()
@@ -213,12 +231,25 @@ class Trunk(nn.Module):
         self, prefix: Prefix, layout: Layout, region_masks: Tensor, region_images: Tensor
     ) -> tuple[Tensor, DynamicCache]:
         """Hidden states [B, T, width] of a chunk of branches against the cached prefix, and the extended cache."""
+        return self._run(prefix, layout, self._enter(prefix, layout, region_masks, region_images))
+
+    @torch.inference_mode()
+    def ask(self, prefix: Prefix, layout: Layout, region_masks: Tensor, region_images: Tensor) -> dict[str, SuperLink]:
+        """The super links, by decoder, of a chunk of branches against the cached prefix."""
+        embeds = self._enter(prefix, layout, region_masks, region_images)
+        hidden, _ = self._run(prefix, layout, embeds)
+        return self.links(hidden, layout, embeds)
+
+    def _enter(self, prefix: Prefix, layout: Layout, region_masks: Tensor, region_images: Tensor) -> Tensor:
+        """What the branches' tokens enter the LLM as: [B, T, width]."""
         regions = None
         if len(region_masks):
             regions = self.regions(prefix.images, prefix.merged, region_masks, region_images)
-        embeds = self.embed_branches(layout, regions)
+        return self.embed_branches(layout, regions)
+
+    def _run(self, prefix: Prefix, layout: Layout, embeds: Tensor) -> tuple[Tensor, DynamicCache]:
         cache = prefix.fork()
-        mask = additive(branch_allowed(layout.branch_ids, prefix.valid, prefix.length), embeds.dtype)
+        mask = additive(self._branches(layout, prefix.valid, prefix.length), embeds.dtype)
         out = self.llm.model(
             inputs_embeds=embeds,
             attention_mask=mask,
@@ -256,8 +287,9 @@ class Trunk(nn.Module):
         row = torch.arange(len(images), device=images.device)
         last = layout.last_slots[:, 1]
         tokens = self.llm.lm_head(hidden[row, last]).argmax(-1)
+        image = rows.valid[:, None].expand(-1, prefix.length - len(self.lead))
         visible = torch.cat(
-            [rows.valid[:, None].expand(-1, prefix.length), layout.branch_ids >= 0], dim=1
+            [torch.ones_like(image[:, :1]).expand(-1, len(self.lead)), image, layout.branch_ids >= 0], dim=1
         )  # bool [N, P + T], padding is hidden
         answers: list[list[int]] = [[] for _ in range(len(images))]
         done = [False] * len(images)

@@ -18,7 +18,7 @@ from lumen_ray.decoders.lumen import KERNEL_WIDTH, LumenDecoder
 from lumen_ray.model.build import Generalist
 from lumen_ray.model.dense import ConvStem, DenseFeatures
 from lumen_ray.model.prompts import IGNORE
-from lumen_ray.model.vision import CommVision, MergedEncoder
+from lumen_ray.model.vision import BridgedVision, CommVision, Encoder, MergedEncoder
 from lumen_ray.train.blocks import part
 from lumen_ray.train.lora import frozen_names
 
@@ -129,12 +129,13 @@ def _vocabulary(config: Any) -> float:
     return config.hidden_size * config.vocab_size
 
 
-def vision(module: CommVision, height: int, width: int) -> float:
+def vision(module: CommVision | BridgedVision, height: int, width: int) -> float:
     """Both encoders, their layer merges and the projector, for one image."""
     patches = (height // module.patch_size) * (width // module.patch_size)
-    total = 2.0 * patches * module.projector.in_features / module.token_merge**2 * module.projector.out_features
+    tokens = patches / module.token_merge**2
+    total = sum(2.0 * tokens * m.in_features * m.out_features for m in module.projector.modules() if _is_linear(m))
     if module.from_stem is not None:
-        total += 2.0 * patches / module.token_merge**2 * module.from_stem.in_features * module.from_stem.out_features
+        total += 2.0 * tokens * module.from_stem.in_features * module.from_stem.out_features
     for encoder in (module.clip, module.dinov2):
         if encoder is not None:
             total += _encoder(encoder, patches)
@@ -143,12 +144,13 @@ def vision(module: CommVision, height: int, width: int) -> float:
     return total
 
 
-def _encoder(encoder: MergedEncoder, patches: int) -> float:
+def _encoder(encoder: Encoder, patches: int) -> float:
     config = encoder.model.config
     width = config.hidden_size
     hidden = getattr(config, "intermediate_size", None) or int(width * config.mlp_ratio)
     layers = config.num_hidden_layers * _layer(patches + 1, width, width, width, hidden, 2)
-    merged = sum(2.0 * patches * p.in_features * p.out_features for p in encoder.merge.projections)
+    projections = encoder.merge.projections if isinstance(encoder, MergedEncoder) else ()
+    merged = sum(2.0 * patches * p.in_features * p.out_features for p in projections)
     return 2.0 * patches * 3 * encoder.patch_size**2 * width + layers + merged
 
 

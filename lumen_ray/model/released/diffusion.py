@@ -5,7 +5,7 @@ Each holds the mapper, here the link head of the decoder's family, and the publi
 
 from __future__ import annotations
 
-from lumen_ray.model.released.rules import Rule
+from lumen_ray.model.released.rules import Part, Rule
 
 #: of `model.diffusion_head.DiffusionHead`
 HEAD_RULES: list[Rule] = [
@@ -20,3 +20,8 @@ DECODER_RULES: list[Rule] = [
     Rule(r"sd_vae\.(.+)", r"vae.\1"),
     Rule(r"sd_text_encoder\.text_model\.(.+)", r"text_encoder.\1"),
 ]
+
+
+def released_parts(decoder: str, link_head: str, source: str) -> list[Part]:
+    """Where the tensors of the module `source` go: `decoder` and `link_head` are our prefixes. All end with a dot."""
+    return [Part(source, link_head, HEAD_RULES), Part(source, decoder, DECODER_RULES)]

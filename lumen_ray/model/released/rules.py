@@ -27,7 +27,7 @@ from torch import Tensor
 
 from lumen_ray.errors import UserError
 
-Outcome = Literal["renamed", "split", "alias", "dropped", "unknown"]
+Outcome = Literal["renamed", "split", "merged", "alias", "dropped", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Entry:
-    """What happened to one tensor of the checkpoint. `to`: our names; of an alias those that were there already."""
+    """What happened to one tensor of the checkpoint. `to`: our names; of an alias those that were there already, of an
+    adapter those of the weight it was added to."""
 
     name: str
     shape: tuple[int, ...]
@@ -100,6 +101,15 @@ class Report:
 
     def of(self, outcome: Outcome) -> list[Entry]:
         return [entry for entry in self.entries if entry.outcome == outcome]
+
+    def refuse(self, what: str) -> None:
+        """`UserError` where a tensor was not understood; `what` is the checkpoint's path."""
+        if unknown := self.of("unknown"):
+            names = ", ".join(f"'{entry.name}'" for entry in unknown[:3])
+            raise UserError(
+                f"{what}: {len(unknown)} tensors are not of a known layout: {names}; give a checkpoint as published",
+                "unknown_layout",
+            )
 
     def counts(self) -> dict[str, int]:
         """Outcome -> number of tensors."""
@@ -143,6 +153,22 @@ def apply(tensors: Mapping[str, Tensor], parts: Iterable[Part]) -> tuple[dict[st
             Entry(name, shape, outcome, targets, f"same as {origin[targets[0]]}" * (outcome == "alias"))
         )
     return out, report
+
+
+def check_fits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+    """`UserError` unless `state` has the names and shapes of `expected`, no more and no less."""
+    for name in expected:
+        if name not in state:
+            raise UserError(f"{what} has no tensor for '{name}'; give a complete checkpoint", "incomplete_checkpoint")
+    for name, tensor in state.items():
+        if name not in expected:
+            raise UserError(f"{what} has a tensor for '{name}', which the model lacks", "unknown_layout")
+        if tensor.shape != expected[name].shape:
+            theirs, ours = (list(t.shape) for t in (tensor, expected[name]))
+            raise UserError(
+                f"{what}: the tensor for '{name}' is {theirs}, by the settings {ours}; give a checkpoint of that size",
+                "wrong_size",
+            )
 
 
 def _check_same(first: str, kept: Tensor, name: str, tensor: Tensor) -> None:

@@ -1,0 +1,332 @@
+"""`lumen-ray doctor`: what a preset needs, what this machine has, and what is missing.
+
+Sizes are counted on the model itself, built on the meta device: nothing is allocated, so a laptop can tell what the
+largest preset needs. Activations come on top; they depend on batch and image size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.markup import escape
+
+from lumen_ray.console import say
+from lumen_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lumen_ray.model.settings import ModelSettings
+
+GIB = 1 << 30
+FP32, BF16 = 4, 2
+#: bytes of AdamW and the gradient per number that is trained, in fp32
+OPTIMISER, GRADIENT = 8, 4
+State = Literal["ok", "note", "missing"]
+#: what the extras of this package are for
+OPTIONAL = {
+    "speed": "decodes JPEG faster",
+    "lora": "trains the LLM through adapters (recipes with 'lora')",
+    "mlflow": "logs runs to MLflow (recipes with 'mlflow')",
+}
+CONNECT_S = 3.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. What is `missing` keeps the preset from running."""
+
+    state: State
+    text: str
+
+
+@dataclass(frozen=True)
+class Role:
+    """A part of a model that can be deployed by itself. `learns`: parameters that training changes; `block`: those of
+    its largest shard group that is gathered while it computes, `unsharded`: those that are gathered for the whole step.
+    """
+
+    name: str
+    parameters: int
+    learns: int
+    block: int = 0
+    unsharded: int = 0
+
+    def training(self, workers: int) -> int:
+        """Bytes per rank while all that learns is trained in fp32 under FSDP, activations aside: its share of weights,
+        gradients and optimiser, and what is gathered (with the next block on its way)."""
+        whole = self.parameters * FP32 + self.learns * (GRADIENT + OPTIMISER)
+        if workers == 1:
+            return whole
+        return whole // workers + (2 * self.block + self.unsharded) * FP32
+
+
+def add_args(verbs: Any) -> None:
+    """The verb's options; `verbs` are argparse's subparsers."""
+    p = verbs.add_parser("doctor", help="what a preset needs, what is there and what is missing")
+    p.add_argument("--preset", default="nano", help="name in configs/models or a YAML file (default: nano)")
+    p.add_argument("--model", help="model folder with the preset's weights (default: the bundled ones, if there are)")
+    p.add_argument("--workers", type=int, help="ranks that train (default: those of the recipe of the preset's name)")
+    p.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    sections, able = examine(args.preset, args.model, args.workers)
+    for title, findings in sections.items():
+        say(title)
+        for finding in findings:
+            say(escape(f"  {finding.state if finding.state != 'note' else '-':<8} {finding.text}"))
+    missing = [finding.text for findings in sections.values() for finding in findings if finding.state == "missing"]
+    say(f"preset '{args.preset}' can run here" if able else f"preset '{args.preset}' cannot run here: {missing[0]}")
+    return 0 if able else 1
+
+
+def examine(preset: str, model: str | None = None, workers: int | None = None) -> tuple[dict[str, list[Finding]], bool]:
+    """Findings by section, and whether the preset can run. `UserError` for a preset or a model that does not exist."""
+    packages = list(_packages())
+    sections = {"packages": packages}
+    if all(finding.state != "missing" for finding in packages):
+        from lumen_ray import config
+        from lumen_ray.model.settings import ModelSettings
+        from lumen_ray.presets import model_path
+
+        settings = config.load(ModelSettings, model_path(preset))
+        sections["machine"] = list(_machine())
+        sections[f"memory of '{settings.name}', weights and optimiser, activations aside"] = [
+            *_memory(settings, workers or _recipe_workers(settings.name))
+        ]
+        sections["weights"] = list(_weights(settings, model))
+    able = all(finding.state != "missing" for findings in sections.values() for finding in findings)
+    return sections, able
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / GIB:.1f} GiB" if count >= GIB / 10 else f"{count / (1 << 20):.1f} MiB"
+
+
+def requirements() -> list[str]:
+    """What this package needs, with the versions it is tested with; optional ones name their extra."""
+    checkout = Path(__file__).parents[1] / "pyproject.toml"
+    if checkout.is_file():
+        import tomllib
+
+        project = tomllib.loads(checkout.read_text(encoding="utf-8"))["project"]
+        optional = project.get("optional-dependencies", {})
+        return [*project["dependencies"], *(f'{r}; extra == "{name}"' for name, rs in optional.items() for r in rs)]
+    from importlib.metadata import requires
+
+    return requires("lumen-ray") or []
+
+
+def _packages() -> Iterator[Finding]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    from packaging.requirements import Requirement
+
+    yield Finding("ok", f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
+    optional: dict[str, list[str]] = {}
+    for line in requirements():
+        wanted = Requirement(line)
+        extra = re.search(r"extra == ['\"](.+?)['\"]", str(wanted.marker))
+        if wanted.name == "lumen-ray" or not (extra or wanted.marker is None or wanted.marker.evaluate()):
+            continue
+        try:
+            found = version(wanted.name)
+        except PackageNotFoundError:
+            found = None
+        fits = found is not None and wanted.specifier.contains(found, prereleases=True)
+        told = f"{wanted.name} {found or 'is not installed'}" + ("" if fits else f", tested with {wanted.specifier}")
+        if extra is None:
+            yield Finding("ok" if fits else "missing", told)
+        elif extra[1] != "test":
+            optional.setdefault(extra[1], []).append(told)
+    for extra, told in optional.items():
+        use = f"optional: {OPTIONAL[extra]}" if extra in OPTIONAL else "optional"
+        yield Finding("note", f"{', '.join(told)} ({use}; pip install 'lumen-ray[{extra}]')")
+
+
+def host_memory() -> int:
+    """Bytes of memory that this process can still get; 0 where the system does not tell."""
+    told = Path("/proc/meminfo")
+    lines = told.read_text().splitlines() if told.is_file() else []
+    free = next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), 0)
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and (most := limit.read_text().strip()).isdigit():  # a container's own
+        free = min(free, int(most) - int(used.read_text()))
+    return max(0, free)
+
+
+def gpu_memory() -> list[int]:
+    """Bytes of each GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
+
+
+def _machine() -> Iterator[Finding]:
+    import torch
+
+    build = (
+        f"CUDA {torch.version.cuda}"
+        if torch.version.cuda
+        else f"ROCm {torch.version.hip}"
+        if torch.version.hip
+        else "CPU"
+    )
+    yield Finding(
+        "note", f"torch built for {build}; {len(os.sched_getaffinity(0))} cores, {size(host_memory())} of memory free"
+    )
+    for i, memory in enumerate(gpu_memory()):
+        name = torch.cuda.get_device_name(i)
+        half = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16"
+        yield Finding("ok", f"GPU {i}: {name}, {size(memory)}, {half}")
+    yield _ray()
+
+
+def _ray() -> Finding:
+    """Whether the cluster that the commands would use answers."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address in ("", "local"):
+        return Finding("ok", "Ray: no RAY_ADDRESS is set, commands start one on this machine")
+    host, _, port = address.removeprefix("ray://").removeprefix("http://").rpartition(":")
+    if not port.isdigit():
+        return Finding("note", f"Ray: RAY_ADDRESS is '{address}', looked up when a command starts")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_S).close()
+    except OSError as error:
+        return Finding("missing", f"Ray: nothing answers at RAY_ADDRESS {address} ({error.strerror or error})")
+    return Finding("ok", f"Ray: the cluster at {address} answers")
+
+
+def roles_of(settings: ModelSettings) -> list[Role]:
+    """Trunk and decoders of a preset, counted on the meta device."""
+    import torch
+
+    from lumen_ray.model.build import Generalist
+
+    with torch.device("meta"):
+        model = Generalist(settings, settings.vocab_size)
+    trunk = _role("trunk", model.trunk, sharded=("vision", "llm"))
+    return [trunk, *(_role(name, decoder) for name, decoder in model.decoders.items())]
+
+
+def _role(name: str, module: nn.Module, sharded: tuple[str, ...] = ()) -> Role:
+    """A module as `train.parallel.shard` cuts it: large blocks of its `sharded` parts apart, the rest together."""
+    from lumen_ray.model.build import count_parameters
+    from lumen_ray.train.blocks import blocks
+    from lumen_ray.train.parallel import MIN_BLOCK_PARAMETERS
+
+    counted = [count_parameters(block) for part in sharded for _, block in blocks(getattr(module, part))]
+    apart = [count for count in counted if count >= MIN_BLOCK_PARAMETERS]
+    whole = count_parameters(module)
+    learns = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return Role(name, whole, learns, max(apart, default=0), whole - sum(apart))
+
+
+def _recipe_workers(preset: str) -> int:
+    from lumen_ray import config
+    from lumen_ray.presets import recipe_path
+    from lumen_ray.train.recipe import Recipe
+
+    try:
+        return config.load(Recipe, recipe_path(preset)).workers
+    except UserError:  # no recipe goes by the preset's name
+        return 1
+
+
+def _memory(settings: ModelSettings, workers: int) -> Iterator[Finding]:
+    try:
+        roles = roles_of(settings)
+    except ImportError as error:  # a decoder whose package is optional
+        yield Finding("missing", f"preset '{settings.name}' needs a package that is not installed: {error}")
+        return
+    yield from _needs(roles, workers)
+    yield from _room(roles)
+
+
+def _needs(roles: list[Role], workers: int) -> Iterator[Finding]:
+    total = Role(
+        "in all",
+        sum(role.parameters for role in roles),
+        sum(role.learns for role in roles),
+        max(role.block for role in roles),
+        sum(role.unsharded for role in roles),
+    )
+    width = max(len(role.name) for role in (*roles, total))
+    for role in (*roles, total):
+        share = f", {size(role.training(workers))} on each of {workers} ranks" if workers > 1 else ""
+        yield Finding(
+            "note",
+            f"{role.name:<{width}} {role.parameters:>15,} parameters; inference {size(role.parameters * FP32)} fp32, "
+            f"{size(role.parameters * BF16)} bf16; training {size(role.training(1))}{share}",
+        )
+
+
+def _room(roles: list[Role]) -> Iterator[Finding]:
+    """Whether the model fits: models are loaded in fp32, on a GPU where there is one."""
+    whole, largest = (f(role.parameters * FP32 for role in roles) for f in (sum, max))
+    gpus = gpu_memory()
+    room, where = (max(gpus), "the largest GPU") if gpus else (host_memory(), "this machine's memory")
+    if whole <= room:
+        yield Finding("ok", f"inference fits in {where}: {size(whole)} of {size(room)}")
+    elif largest <= room and len(gpus) >= len(roles):
+        yield Finding(
+            "ok",
+            f"inference fits with a GPU for each role, as 'serve' can place them: {size(largest)} of {size(room)}",
+        )
+    else:
+        yield Finding(
+            "missing", f"inference needs {size(whole)} but {where} has {size(room)}; use a larger machine or GPU"
+        )
+
+
+def _weights(settings: ModelSettings, model: str | None) -> Iterator[Finding]:
+    from lumen_ray.model.build import read_meta
+    from lumen_ray.presets import bundled_models, model_folder
+
+    bundled = bundled_models()
+    yield Finding("note", f"bundled: {', '.join(bundled) or 'none'}")
+    name = model or (settings.name if settings.name in bundled else None)
+    if name is not None:
+        meta = read_meta(name)  # says in a sentence what is wrong with a folder
+        weights = model_folder(name) / "model.safetensors"
+        fits = meta.preset == settings.name
+        told = f"{weights}, {size(weights.stat().st_size)}"
+        yield Finding("ok" if fits else "missing", told if fits else f"{told}: of preset '{meta.preset}'")
+    elif settings.published_weights:
+        source = "visionllm-v2 CHECKPOINT" if settings.prompt_layout == "sequential" else "pretrained ..."
+        count = sum(published_parameters(settings).values())
+        yield Finding(
+            "missing",
+            f"no model folder was given; make one from published weights ({count:,} parameters, {size(count * BF16)} "
+            f"in bf16) with 'lumen-ray convert {source} --preset {settings.name} DIR', then --model DIR",
+        )
+    else:
+        yield Finding("note", "none come with the package: train it, its recipe starts from fresh weights")
+    for part, count in published_parameters(settings).items() if settings.published_weights else ():
+        yield Finding("note", f"published {part}: {count:,} parameters, {size(count * BF16)} in bf16")
+
+
+def published_parameters(settings: ModelSettings) -> dict[str, int]:
+    """Parameters of the encoders and the LLM, by part."""
+    import torch
+
+    from lumen_ray.model.build import count_parameters
+    from lumen_ray.model.trunk import Trunk
+
+    with torch.device("meta"):
+        trunk = Trunk(settings, settings.vocab_size)
+    encoders = {"clip": trunk.vision.clip, "dinov2": trunk.vision.dinov2}
+    found = {name: count_parameters(encoder.model) for name, encoder in encoders.items() if encoder is not None}
+    return found | {"llm": count_parameters(trunk.llm)}

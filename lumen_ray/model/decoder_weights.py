@@ -1,0 +1,105 @@
+"""Published weights of the expert decoders, by our names: one loader for each kind of checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lumen_ray.errors import UserError
+from lumen_ray.model.published import Checkpoint, fetch
+from lumen_ray.model.released.rules import apply, check_fits
+from lumen_ray.tasks import decoder_class
+
+if TYPE_CHECKING:
+    from lumen_ray.model.settings import ModelSettings
+
+
+@dataclass(frozen=True)
+class Loader:
+    """`sizes`: (folder) -> keys of the decoder's settings that the checkpoint determines. `load`: (folder, settings of
+    the model, whether pickle is allowed) -> {name below `decoders.<decoder>.`: tensor}."""
+
+    sizes: Callable[[Path], dict[str, Any]]
+    load: Callable[[Path, ModelSettings, bool], dict[str, Tensor]]
+
+
+def grounding_dino_state(tensors: Mapping[str, Tensor], settings: ModelSettings, what: str) -> dict[str, Tensor]:
+    """What `GroundingDinoForObjectDetection.save_pretrained` writes, by our names. It has no mask head and nothing that
+    projects links; all else must be there."""
+    from lumen_ray.model.released.gdino import published_parts
+
+    state, report = apply(tensors, published_parts())
+    report.refuse(what)
+    with torch.device("meta"):
+        whole = decoder_class("grounding_dino").build(settings).state_dict()
+    own = ("link_proj.", "mask_head.", "mask_embed.", "trunk.backbone.hidden_states_norms.stage1.", "class_")
+    check_fits(state, {n: t for n, t in whole.items() if n in state or not n.startswith(own)}, what)
+    return state
+
+
+def _grounding_dino(folder: Path, settings: ModelSettings, pickle: bool) -> dict[str, Tensor]:
+    return grounding_dino_state(Checkpoint(folder, pickle), settings, f"'{folder}'")
+
+
+def _grounding_dino_sizes(folder: Path) -> dict[str, Any]:
+    """Those of its config.json; the preset's for what masks and losses need."""
+    from transformers import GroundingDinoConfig
+
+    config = Checkpoint.read_config(folder)
+    if config.get("model_type") != "grounding-dino":
+        raise UserError(
+            f"'{folder}' holds a model of type '{config.get('model_type')}', not grounding-dino", "wrong_checkpoint"
+        )
+    told = GroundingDinoConfig.from_dict(config)
+    swin = {name: getattr(told.backbone_config, name) for name in ("embed_dim", "depths", "num_heads", "window_size")}
+    return {
+        "backbone": {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in swin.items()},
+        "hidden_size": told.d_model,
+        "num_heads": told.encoder_attention_heads,
+        "encoder_layers": told.encoder_layers,
+        "decoder_layers": told.decoder_layers,
+        "encoder_ffn": told.encoder_ffn_dim,
+        "decoder_ffn": told.decoder_ffn_dim,
+        "encoder_points": told.encoder_n_points,
+        "decoder_points": told.decoder_n_points,
+        "num_queries": told.num_queries,
+    }
+
+
+def _diffusion(name: str) -> Loader:
+    def sizes(folder: Path) -> dict[str, Any]:
+        from lumen_ray.decoders.diffusion_folder import published_settings
+
+        return published_settings(folder)
+
+    def load(folder: Path, settings: ModelSettings, pickle: bool) -> dict[str, Tensor]:
+        from lumen_ray.decoders.diffusion_folder import load_published
+
+        decoder = decoder_class(name).build(settings)
+        load_published(decoder, folder, pickle)
+        parts = ("unet.", "vae.", "text_encoder.")
+        return {key: tensor for key, tensor in decoder.state_dict().items() if key.startswith(parts)}
+
+    return Loader(sizes, load)
+
+
+LOADERS: dict[str, Loader] = {
+    "grounding_dino": Loader(_grounding_dino_sizes, _grounding_dino),
+    "stable_diffusion": _diffusion("stable_diffusion"),
+    "instruct_pix2pix": _diffusion("instruct_pix2pix"),
+}
+
+
+def find(sources: Mapping[str, str | Path], pickle: bool) -> dict[str, Path]:
+    """The folders of decoders' checkpoints; `UserError` for a decoder that none are known for."""
+    for name in sources:
+        if name not in LOADERS:
+            raise UserError(
+                f"no published weights are known for decoder '{name}'; known: {', '.join(LOADERS)}", "unknown_decoder"
+            )
+    return {name: fetch(source, pickle) for name, source in sources.items()}

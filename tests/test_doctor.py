@@ -1,0 +1,126 @@
+"""What `doctor` says is counted on the model, and its exit status says whether the preset can run."""
+
+import socket
+
+import pytest
+import torch
+from tiny_models import tiny_model, tiny_settings, tiny_tokenizer
+
+from lumen_ray import cli, doctor
+from lumen_ray.doctor import Finding, Role, examine, roles_of
+from lumen_ray.model.build import ModelMeta, count_parameters, save_model
+
+
+@pytest.fixture(autouse=True)
+def no_cluster(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+
+
+def states(sections, title):
+    return [finding.state for name, findings in sections.items() if name.startswith(title) for finding in findings]
+
+
+def text(sections):
+    return "\n".join(finding.text for findings in sections.values() for finding in findings)
+
+
+def test_nano_can_run_with_what_is_bundled(capsys):
+    assert cli.main(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert "preset 'nano' can run here" in told and "weights/nano/model.safetensors" in told
+    assert "lumen-ray[lora]" in told.replace("\n", "")  # brackets are not markup
+
+
+def test_7b_says_which_weights_are_missing(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "gpu_memory", lambda: [80 * doctor.GIB])
+    monkeypatch.setattr(doctor, "_machine", lambda: iter(()))
+    assert cli.main(["doctor", "--preset", "7b"]) == 1
+    told = capsys.readouterr().out
+    assert "lumen-ray convert pretrained ... --preset 7b DIR" in told
+    assert "7,346,422,784 parameters" in told  # CLIP, DINOv2 and the LLM with the preset's vocabulary
+    assert "on each of 32 ranks" in told  # of its recipe
+    assert "inference fits in the largest GPU" in told
+
+
+@pytest.mark.parametrize(
+    ("free", "gpus", "able"),
+    [(1 << 40, [], True), (1 << 20, [], False), (1 << 20, [1 << 40], True), (1 << 40, [1 << 20], False)],
+)
+def test_memory_decides(monkeypatch, free, gpus, able):
+    monkeypatch.setattr(doctor, "_machine", lambda: iter(()))  # it asks real GPUs for their names
+    monkeypatch.setattr(doctor, "host_memory", lambda: free)
+    monkeypatch.setattr(doctor, "gpu_memory", lambda: gpus)
+    assert examine("nano")[1] is able
+
+
+def test_roles_may_have_a_gpu_each(monkeypatch):
+    roles = [Role("trunk", 10**6, 0), Role("decoder", 10**6, 0)]
+    for gpus, state in (([5 * 10**6], "missing"), ([5 * 10**6] * 2, "ok"), ([3 * 10**6] * 2, "missing")):
+        monkeypatch.setattr(doctor, "gpu_memory", lambda gpus=gpus: gpus)
+        assert [f.state for f in doctor._room(roles)] == [state]
+
+
+def test_roles_are_counted_on_the_model():
+    model, roles = tiny_model(), roles_of(tiny_settings(vocab_size=len(tiny_tokenizer())))
+    assert [role.name for role in roles] == ["trunk", *model.decoders]
+    assert roles[0].parameters == count_parameters(model.trunk)
+    assert roles[0].unsharded == roles[0].parameters and roles[0].block == 0  # all blocks are small
+
+
+def test_training_memory_is_shared_by_the_ranks():
+    role = Role("trunk", 1000, 1000, block=10, unsharded=100)
+    assert role.training(1) == 1000 * 16
+    assert role.training(4) == 4000 + (20 + 100) * 4
+    assert Role("frozen", 1000, 0).training(1) == 1000 * 4
+
+
+def test_the_per_rank_count_is_what_sharding_leaves(monkeypatch):
+    """The same split as `train.parallel.shard`: large blocks by themselves, the rest in the root's group."""
+    from lumen_ray.train import parallel
+
+    monkeypatch.setattr(parallel, "MIN_BLOCK_PARAMETERS", 1)
+    role, model = roles_of(tiny_settings(vocab_size=len(tiny_tokenizer())))[0], tiny_model()
+    inside = [
+        count_parameters(block)
+        for name in ("vision", "llm") for _, block in parallel.blocks(getattr(model.trunk, name))
+    ]  # fmt: skip
+    assert role.block == max(inside) and role.unsharded == role.parameters - sum(inside)
+
+
+def test_a_model_folder_must_be_of_the_preset(tmp_path):
+    folder = save_model(tmp_path / "m", tiny_model().state_dict(), tiny_settings(), tiny_tokenizer(), ModelMeta("tiny"))
+    sections, able = examine("nano", str(folder))
+    assert not able and "of preset 'tiny'" in text(sections)
+    assert cli.main(["doctor", "--model", str(tmp_path / "nowhere")]) == 2
+
+
+def test_packages_are_held_against_the_tested_versions(monkeypatch):
+    wanted = ["torch>=99", "no-such-package>=1", 'peft>=0.1; extra == "lora"', 'ruff; extra == "test"',
+              'winthing; sys_platform == "win32"']  # fmt: skip
+    monkeypatch.setattr(doctor, "requirements", lambda: wanted)
+    sections, able = examine("nano")
+    assert not able and list(sections) == ["packages"]  # nothing that needs them is tried
+    told = text(sections)
+    assert f"torch {torch.__version__}, tested with >=99" in told and "no-such-package is not installed" in told
+    assert "ruff" not in told and "winthing" not in told and "lumen-ray[lora]" in told
+    assert states(sections, "packages").count("missing") == 2
+
+
+def test_a_decoder_without_its_package(monkeypatch):
+    def build(settings):
+        raise ModuleNotFoundError("No module named 'diffusers'")
+
+    monkeypatch.setattr(doctor, "roles_of", build)
+    sections, able = examine("nano")
+    assert not able and "needs a package that is not installed: No module named 'diffusers'" in text(sections)
+
+
+def test_ray_is_asked(monkeypatch):
+    assert doctor._ray().state == "ok"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert doctor._ray() == Finding("ok", f"Ray: the cluster at {address} answers")
+    assert doctor._ray().state == "missing"
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert doctor._ray().state == "note"
