@@ -150,6 +150,16 @@ TASKS: dict[str, Task] = {
             _PERCEPTION,
             keypoint_template="{keypoint} of {}",
         ),
+        Task(
+            "region_segment",
+            "region",
+            "masks",
+            (f"segment {REGION_TOKEN}", f"outline what is at {REGION_TOKEN}"),
+            "region_segment_iou",
+            "[SEG]",
+            _PERCEPTION,
+        ),
+        Task("semantic", "classes", "masks", ("segment {}", "outline every {}"), "semantic_miou", "[SEG]", _PERCEPTION),
         Task("count", "classes", "count", ("count {}", "count every {}"), "count_error", "[DET]", _PERCEPTION),
         Task(
             "generate",
@@ -201,12 +211,12 @@ def family_of(routing_token: str) -> LinkFamily:
 def task_of_prompt(text: str) -> tuple[str, str] | None:
     """The (task, phrase) whose template `text` fits, e.g. ``"find every red circle" -> ("detect", "red circle")``.
 
-    None for text that fits no perception template.
+    None for text that fits no template with a phrase in it.
     """
     for task in TASKS.values():
         if task.is_text:
             continue
-        for template in sorted(task.templates, key=len, reverse=True):
+        for template in sorted((t for t in task.templates if "{}" in t), key=len, reverse=True):
             pattern = re.escape(template).replace(r"\{\}", "(.+)")
             if match := re.fullmatch(pattern, text.strip()):
                 return task.name, match.group(1).strip()

@@ -23,4 +23,5 @@ def test_a_tasks_decoders_read_the_queries_behind_its_routing_token(task):
     assert task.decoders
     assert {DECODERS[name].family for name in task.decoders} == {family_of(task.routing_token).name}
     for template in task.templates:
-        assert task_of_prompt(template.replace("{}", "a red circle")) is not None
+        found = task_of_prompt(template.replace("{}", "a red circle"))
+        assert "{}" not in template or found[1] == "a red circle"

@@ -85,10 +85,22 @@ def _gpu(args: argparse.Namespace, folder: Path) -> list[Result]:
     return gpu.bench(args.preset, **load, **_set({"turns": args.turns}))
 
 
-def _check_gpu(args: argparse.Namespace) -> None:
+def _check_preset(args: argparse.Namespace) -> None:
     from lumen_ray.presets import model_path
 
     model_path(args.preset)
+
+
+def _grounding_dino(args: argparse.Namespace, folder: Path) -> list[Result]:
+    from lumen_ray.bench import decoders
+
+    return decoders.bench(**_set({"turns": args.turns, "threads": args.threads}))
+
+
+def _memory(args: argparse.Namespace, folder: Path) -> list[Result]:
+    from lumen_ray.bench import decoders
+
+    return decoders.training_memory(args.preset, **_set({"images": args.batch_size}))
 
 
 #: kind -> its benches by name, in the order they run
@@ -97,7 +109,11 @@ KINDS: dict[str, dict[str, Bench]] = {
         "prompts": Bench(_prompts, _check_prompts),
         "input": Bench(_input, _check_input),
         "pipeline": Bench(_pipeline, _check_pipeline),
-        "gpu": Bench(_gpu, _check_gpu),
+        "gpu": Bench(_gpu, _check_preset),
+    },
+    "decoders": {
+        "grounding_dino": Bench(_grounding_dino, lambda args: None),
+        "memory": Bench(_memory, _check_preset),
     },
 }
 AT_LEAST_ONE = ("workers", "threads", "turns", "steps", "batch_size")
@@ -111,19 +127,28 @@ def _set(options: dict[str, Any]) -> dict[str, Any]:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="bench.py", description="Measures both sides of a comparison in one run.")
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
-    p = kinds.add_parser("train", help="training pipeline, input pipeline, prompts in one pass, GPU utilisation")
-    p.add_argument("--only", help=f"comma separated, of {', '.join(KINDS['train'])} (default: all)")
-    p.add_argument("--output", default="bench-train.json", help="JSON to write (default: bench-train.json)")
-    p.add_argument("--check", action="store_true", help="exit status 1 when an aim is missed")
+    p = _add_kind(kinds, "train", "training pipeline, input pipeline, prompts in one pass, GPU utilisation")
     p.add_argument("--shards", help="shards for input and pipeline (default: rendered scenes)")
     p.add_argument("--model", help="model folder for prompts (default: nano with random weights)")
     p.add_argument("--preset", default="small", help="preset for gpu (default: small)")
     p.add_argument("--workers", type=int, default=1, help="training workers of pipeline, reading processes of input")
     p.add_argument("--threads", type=int, help="threads of a training process (default: a core is left for reading)")
-    p.add_argument("--turns", type=int, help="how often the sides take turns")
     p.add_argument("--steps", type=int, help="steps a side runs in one turn, warm-up included")
-    p.add_argument("--batch-size", type=int, help="images a step")
+    p = _add_kind(kinds, "decoders", "grounding_dino against transformers, memory of every decoder's training step")
+    p.add_argument("--preset", default="nano", help="preset whose decoders memory looks at (default: nano)")
+    p.add_argument("--threads", type=int, help="threads of grounding_dino's sides (default: torch's)")
     return parser
+
+
+def _add_kind(kinds: Any, kind: str, about: str) -> argparse.ArgumentParser:
+    """The parser of a kind, with the options that all have."""
+    p = kinds.add_parser(kind, help=about)
+    p.add_argument("--only", help=f"comma separated, of {', '.join(KINDS[kind])} (default: all)")
+    p.add_argument("--output", default=f"bench-{kind}.json", help=f"JSON to write (default: bench-{kind}.json)")
+    p.add_argument("--check", action="store_true", help="exit status 1 when an aim is missed")
+    p.add_argument("--turns", type=int, help="how often the sides take turns")
+    p.add_argument("--batch-size", type=int, help="images a step")
+    return p
 
 
 def chosen(kind: str, only: str | None) -> dict[str, Bench]:
@@ -141,7 +166,7 @@ def chosen(kind: str, only: str | None) -> dict[str, Bench]:
 def check(args: argparse.Namespace, benches: dict[str, Bench]) -> None:
     """`UserError` for options that a bench would only stumble over when it, or those before it, have run."""
     for option in AT_LEAST_ONE:
-        value = getattr(args, option)
+        value = getattr(args, option, None)
         if value is not None and value < 1:
             raise UserError(f"--{option.replace('_', '-')} {value} must be 1 or more", "invalid_option")
     _check_output(Path(args.output))

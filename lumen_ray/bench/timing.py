@@ -47,6 +47,10 @@ class Result:
         """One line: reached or missed, the ratio with its spread over the turns, the aim."""
         if self.skipped:
             return f"{self.name} was left out: {self.skipped}"
+        if not self.ratios:
+            return f"{self.name}: " + ", ".join(
+                f"{n} {_range(spread(r), '.1f')} {self.unit}" for n, r in self.rates.items()
+            )
         first, second = self.rates
         turns = f"{len(self.ratios)} turn" + ("s" if len(self.ratios) > 1 else "")
         ratio = f"{first} / {second} is {_range(spread(self.ratios), '.3f')} over {turns}"

@@ -43,6 +43,7 @@ class BranchSettings(Settings):
     max_classes: int = Field(24, gt=0, description="classes present that are asked for, at most")
     max_phrases: int = Field(3, ge=0, description="ground and refer phrases, at most")
     max_messages: int = Field(4, ge=0, description="captions, questions, region captions and chats, at most")
+    max_regions: int = Field(1, ge=0, description="instances whose mask is asked for by a place on them, at most")
     max_poses: int = Field(1, ge=0, description="classes with keypoints whose pose is asked for, at most")
 
 

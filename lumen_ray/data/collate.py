@@ -21,6 +21,7 @@ from lumen_ray.data.class_choice import BranchSettings, choose_classes, draw
 from lumen_ray.data.images import Picture
 from lumen_ray.data.packing import Packing, fit_branches, pack
 from lumen_ray.data.transforms import (
+    MASK_STRIDE,
     MIN_VISIBLE,
     AugmentSettings,
     Sample,
@@ -149,6 +150,43 @@ def add_phrases(
         text = task.prompt(item["phrase"], int(rng.integers(len(task.templates))))
         want = Want([place[i] for i in item["instances"] if i in place])
         prompts.add(task.name, Branch(image, text, route=task.routing_token), want)
+
+
+def add_region_segments(
+    prompts: Prompts, image: int, row: dict, sample: Sample, s: BranchSettings, rng: np.random.Generator
+) -> None:
+    """Instances with a mask, asked for by a box, a point, a scribble or a polygon on them."""
+    task = TASKS["region_segment"]
+    usable = [n for n, mask in enumerate(sample.masks) if mask is not None and mask.any() and not sample.crowd[n]]
+    for n in draw(usable, s.max_regions, rng):
+        size = sample.image.shape[:2]
+        region = _drawn_region(sample.masks[n], sample.boxes[n], size, rng)
+        prompts.regions.append(region_mask(region, size))
+        prompts.region_images.append(image)
+        text = task.prompt(template=int(rng.integers(len(task.templates))))
+        branch = Branch(image, text, route=task.routing_token, regions=(len(prompts.regions) - 1,))
+        prompts.add(task.name, branch, Want([n]))
+
+
+def _drawn_region(mask: np.ndarray, box: np.ndarray, size: Size, rng: np.random.Generator) -> Region:
+    """What a user might draw on an instance: `mask` uint8 [H/4, W/4], `box` xyxy in input pixels."""
+    kind = ("box", "point", "scribble", "polygon")[int(rng.integers(4))]
+    if mask.sum() < 2:
+        kind = "point"
+    if kind == "box":
+        low, high = box[:2], box[2:]
+        loose = np.stack([low, high]) + rng.uniform(-0.1, 0.1, (2, 2)) * (high - low)
+        low, high = clip_boxes(loose.reshape(1, 4), size).reshape(2, 2)
+        return Region("box", size, np.stack([low, np.maximum(high, low + 1)]))
+    ys, xs = np.nonzero(mask)
+    inside = (np.stack([xs, ys], 1) + 0.5) * MASK_STRIDE
+    if kind == "polygon":  # the support points in 8 directions
+        turns = np.arange(8) * np.pi / 4
+        points = inside[np.argmax(inside @ np.stack([np.cos(turns), np.sin(turns)]), axis=0)]
+    else:
+        points = inside[rng.choice(len(inside), min(1 if kind == "point" else 4, len(inside)), replace=False)]
+        points = points[np.argsort(points[:, 0])]
+    return Region(kind, size, points.astype(np.float32))
 
 
 def add_messages(
@@ -330,6 +368,8 @@ class Collator:
             if "pose" in self.tasks:
                 add_poses(prompts, index, row, sample, self.skeletons, self.branches, rng)
             add_phrases(prompts, index, row, sample, self.tasks, self.branches, rng)
+            if "region_segment" in self.tasks:
+                add_region_segments(prompts, index, row, sample, self.branches, rng)
             add_messages(prompts, index, row, sample, self.tasks, self.branches, rng)
         has_image = torch.tensor([image is not None and not blind for image in images])
         truncated = self._truncate(prompts, has_image) if self.packing else {}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lumen_ray.keypoints import DEFAULT_SIGMA
 from lumen_ray.structures import Prediction, SampleSettings, Size, as_size
 
 if TYPE_CHECKING:
@@ -88,7 +89,8 @@ class PerceptionTargets:
     uint8 [M, H/4, W/4] or -1; `keypoints` float32 [P, G, 3], for keypoint prompts: the keypoint in each instance of
     the parent prompt (v = 0 where unlabelled). `counted` bool [P]: False for prompts without detection targets.
     `instance` int64 [P, G]: which instance of its image an entry is, -1 at padding; prompts may name the same one.
-    Where it is not given, no two do.
+    Where it is not given, no two do. `sigma` float32 [P], for keypoint prompts: how precisely the keypoint is placed
+    (`keypoints.keypoint_sigmas`); where it is not given, the default.
     """
 
     boxes: Tensor
@@ -99,8 +101,11 @@ class PerceptionTargets:
     keypoints: Tensor
     counted: Tensor
     instance: Tensor | None = None
+    sigma: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if self.sigma is None:
+            self.sigma = torch.full_like(self.counted, DEFAULT_SIGMA, dtype=torch.float32)
         if self.instance is None:
             numbers = torch.arange(self.valid.numel(), device=self.valid.device).view(self.valid.shape)
             self.instance = numbers.masked_fill(~self.valid, -1)

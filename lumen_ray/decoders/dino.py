@@ -135,18 +135,23 @@ class GroupNorm(nn.GroupNorm):
 
 
 class FusedAttention(hf.GroundingDinoMultiheadAttention):
-    """The same attention by torch's fused kernels: it holds no weights of Q x Q per head."""
+    """The same attention by torch's fused kernels: it holds no weights of Q x Q per head.
+
+    A mask with more rows than there are groups cuts the queries and keys of each group into as many blocks of one size,
+    which do not read each other."""
 
     def forward(self, queries, keys, values, attention_mask=None, output_attentions=False):
+        rows = len(queries) if attention_mask is None else max(len(queries), len(attention_mask))
+
         def heads(x: Tensor) -> Tensor:
-            return x.unflatten(-1, (self.num_attention_heads, -1)).transpose(1, 2)
+            return x.reshape(rows, -1, self.num_attention_heads, self.attention_head_size).transpose(1, 2)
 
         query, key, value = heads(self.query(queries)), heads(self.key(keys)), heads(self.value(values))
         if attention_mask is not None:
             attention_mask = attention_mask.to(query.dtype)
         dropout = self.dropout.p if self.training else 0.0
         read = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout)
-        return self.out_proj(read.transpose(1, 2).flatten(2)), None
+        return self.out_proj(read.transpose(1, 2).reshape_as(queries)), None
 
 
 def library_config(s: DinoSettings) -> GroundingDinoConfig:
@@ -304,7 +309,8 @@ class DinoTrunk(nn.Module):
     ) -> Tensor:
         """One decoder layer: queries [G, Q, C] at `reference` boxes [G, Q, 4] read each other, links and pixels.
 
-        `self_mask`: additive, to be broadcast to [G, heads, Q, Q]."""
+        `self_mask`: additive, to be broadcast to [G, heads, Q, Q]; or [G * N, 1, 1, Q / N], where queries only read
+        those of their own of N blocks."""
         on_levels = reference[:, :, None] * memory.valid_ratios.repeat(1, 1, 2)[:, None]
         return self.decoder.layers[index](
             hidden_states=hidden,

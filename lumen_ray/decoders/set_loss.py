@@ -90,42 +90,55 @@ class Matches(NamedTuple):
 @torch.no_grad()
 def match(stages: list[Queries], query_valid: Tensor, objects: Objects, s: DinoLossSettings) -> list[Matches]:
     """The cheapest assignment of objects to queries, stage by stage; an object goes without where queries are few."""
-    device, counts = objects.group.device, objects.counts.tolist()
+    device = objects.group.device
     if not len(objects):
         none = torch.empty(0, dtype=torch.int64, device=device)
         return [Matches(none, none, none)] * len(stages)
-    costs = torch.stack([_costs(stage, objects, s) for stage in stages])  # L G Q M
+    allowed = query_valid[..., None]
+    return [assign(_costs(stage, objects, s), allowed, objects.counts) for stage in stages]
+
+
+def assign(costs: Tensor, allowed: Tensor, counts: Tensor) -> Matches:
+    """The cheapest assignment in each group: costs [G, Q, M], of which the first `counts` (int64 [G]) columns are
+    objects, group by group; `allowed` bool [G, Q, M or 1]: pairs that may be."""
+    device = costs.device
     costs = costs.nan_to_num(NEVER, NEVER, NEVER)  # a loss that is none is found by the loop, with its samples
-    costs = costs.masked_fill(~query_valid[..., None], NEVER).cpu().numpy()
-    valid, found = query_valid.cpu().numpy(), []
-    for stage in costs:
-        triples, start = [], 0
-        for group, count in enumerate(counts):
-            for query, place in zip(*linear_sum_assignment(stage[group, :, :count]), strict=True):
-                if valid[group, query]:
-                    triples.append((group, int(query), start + int(place)))
-            start += count
-        table = torch.tensor(triples, dtype=torch.int64).view(-1, 3).to(device)
-        found.append(Matches(*table.unbind(1)))
-    return found
+    table = costs.masked_fill(~allowed, NEVER).cpu().numpy()
+    allowed, triples, start = allowed.expand_as(costs).cpu().numpy(), [], 0
+    for group, count in enumerate(counts.tolist()):
+        for query, place in zip(*linear_sum_assignment(table[group, :, :count]), strict=True):
+            if allowed[group, query, place]:
+                triples.append((group, int(query), start + int(place)))
+        start += count
+    return Matches(*torch.tensor(triples, dtype=torch.int64).view(-1, 3).to(device).unbind(1))
 
 
 def _costs(stage: Queries, objects: Objects, s: DinoLossSettings) -> Tensor:
-    """[G, Q, M]: class by focal loss, boxes by L1 and GIoU (Deformable DETR, arXiv 2010.04159)."""
+    """[G, Q, M]: class and boxes (Deformable DETR, arXiv 2010.04159)."""
     seats = objects.seats
     labels, wanted = seats.fill(objects.labels), seats.fill(objects.boxes)  # G M T, G M 4
-    p = stage.logits.sigmoid()
+    share = labels / labels.sum(-1, keepdim=True).clamp_min(1)
+    kind = class_cost(stage.logits) @ share.transpose(1, 2)
+    return s.class_cost * kind + box_cost(stage.boxes, wanted, objects.scale, s)
+
+
+def class_cost(logits: Tensor) -> Tensor:
+    """How much the focal loss grows when a query is an object, element by element."""
+    p = logits.sigmoid()
     positive = -FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * (p + 1e-8).log()
     negative = -(1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * (1 - p + 1e-8).log()
-    share = labels / labels.sum(-1, keepdim=True).clamp_min(1)
-    kind = (positive - negative) @ share.transpose(1, 2)
-    pairs = (*kind.shape, 4)
-    scale = objects.scale[:, None]
+    return positive - negative
+
+
+def box_cost(boxes: Tensor, wanted: Tensor, scale: Tensor, s: DinoLossSettings) -> Tensor:
+    """L1 and GIoU, weighted, of boxes [G, Q, 4] and [G, M, 4] in images of `scale` [G, 4]: [G, Q, M]."""
+    pairs = (*boxes.shape[:2], *wanted.shape[1:])
+    scale = scale[:, None]
     giou = giou_loss(
-        (to_xyxy(stage.boxes) * scale)[:, :, None].expand(pairs).reshape(-1, 4),
+        (to_xyxy(boxes) * scale)[:, :, None].expand(pairs).reshape(-1, 4),
         (to_xyxy(wanted) * scale)[:, None].expand(pairs).reshape(-1, 4),
-    ).view(kind.shape)
-    return s.class_cost * kind + s.box_cost * torch.cdist(stage.boxes, wanted, p=1) + s.giou_cost * giou
+    ).view(pairs[:3])
+    return s.box_cost * torch.cdist(boxes, wanted, p=1) + s.giou_cost * giou
 
 
 def focal_loss(logits: Tensor, wanted: Tensor) -> Tensor:

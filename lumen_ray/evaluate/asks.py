@@ -9,6 +9,7 @@ import numpy as np
 
 from lumen_ray.evaluate.coco import CocoEvaluator
 from lumen_ray.evaluate.grounding import CountEvaluator, GroundEvaluator, ReferEvaluator
+from lumen_ray.evaluate.masks import RegionSegmentEvaluator, SemanticEvaluator, region_prompts
 from lumen_ray.evaluate.pictures import PicturesEvaluator
 from lumen_ray.evaluate.text import CaptionEvaluator, RegionCaptionEvaluator, RoutingEvaluator, VqaEvaluator
 from lumen_ray.inference.request import Request, make_request
@@ -37,10 +38,18 @@ class SplitScorer:
         self.vqa, self.caption, self.region = VqaEvaluator(), CaptionEvaluator(), RegionCaptionEvaluator()
         self.routing = RoutingEvaluator()
         self.pictures = PicturesEvaluator()
+        self.region_mask, self.semantic = RegionSegmentEvaluator(), SemanticEvaluator(classes)
 
     def asks(self, row: Row) -> list[Ask]:
         """Everything the row is annotated for, with the routing token forced."""
         return self._class_asks(row) + self._phrase_asks(row) + self._text_asks(row)
+
+    def decision_asks(self, row: Row) -> list[Ask]:
+        """What is made of all instances together, and so wants only those that count as found."""
+        names = [name for name in self.classes if name in row["classes"]]
+        if "semantic" not in self.tasks or not names or not any(i["mask"] for i in row["instances"]):
+            return []
+        return [(make_request("semantic", classes=names), lambda a: self.semantic.process(row, a))]
 
     def picture_asks(self, row: Row, number: int) -> tuple[list[Ask], list[Ask]]:
         """(pictures to make of words alone, edits of the row's own picture); `number` is their seed."""
@@ -57,6 +66,9 @@ class SplitScorer:
             asks.append((make_request("detect", classes=names), lambda a: self.box.process([row], [a])))
         if "segment" in self.tasks and names:
             asks.append((make_request("segment", classes=names), lambda a: self.mask.process([row], [a])))
+        for region, mask in region_prompts(row) if "region_segment" in self.tasks else ():
+            request = make_request("region_segment", region=region)
+            asks.append((request, lambda a, mask=mask: self.region_mask.process(mask, a)))
         if "count" in self.tasks and names:
             asks.append((make_request("count", classes=names), lambda a: self.count.process(row, a)))
         # one request per skeleton, because a pose request names one list of keypoints
@@ -149,7 +161,10 @@ class SplitScorer:
             metrics.update({f"{kind}_{name}": value for name, value in values.items()})
             if task in self.tasks and values["AP"] is not None:
                 tables[f"{kind}_AP50_per_class"] = per_class
-        others = (self.refer, self.ground, self.count, self.vqa, self.caption, self.region, self.routing)
+        others = (
+            self.refer, self.ground, self.count, self.region_mask, self.semantic, self.vqa, self.caption, self.region,
+            self.routing,
+        )  # fmt: skip
         for evaluator in others:
             metrics.update(evaluator.evaluate())
         if per_task := metrics.pop("routing_per_task"):

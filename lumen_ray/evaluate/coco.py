@@ -16,16 +16,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from lumen_ray.keypoints import COCO_SIGMAS, DEFAULT_SIGMA
 from lumen_ray.structures import Answer, Boxes, Prediction
 
 Kind = Literal["bbox", "segm", "keypoints"]
-
-#: COCO's per-keypoint fall-off of the object keypoint similarity, for its 17 body keypoints.
-COCO_SIGMAS = (
-    0.026, 0.025, 0.025, 0.035, 0.035, 0.079, 0.079, 0.072, 0.072,
-    0.062, 0.062, 0.107, 0.107, 0.087, 0.087, 0.089, 0.089,
-)  # fmt: skip
-DEFAULT_SIGMA = 0.05
 
 # name -> (is a precision, IoU threshold or None for the mean over 0.50:0.95, area range, detections per image)
 _LINES: dict[str, tuple[bool, float | None, str, int]] = {
@@ -58,7 +52,7 @@ _KEYPOINT_LINES: dict[str, tuple[bool, float | None, str, int]] = {
 
 def default_sigmas(num_keypoints: int) -> tuple[float, ...]:
     """COCO's own values for 17 keypoints, else `DEFAULT_SIGMA` for each."""
-    return COCO_SIGMAS if num_keypoints == len(COCO_SIGMAS) else (DEFAULT_SIGMA,) * num_keypoints
+    return tuple(COCO_SIGMAS.values()) if num_keypoints == len(COCO_SIGMAS) else (DEFAULT_SIGMA,) * num_keypoints
 
 
 class CocoEvaluator:

@@ -18,6 +18,8 @@ _LINES: tuple[tuple[str, str, str, str | None], ...] = (
     ("detect", "box AR, 100 boxes", "box_AR100", None),
     ("segment", "mask AP50", "mask_AP50", None),
     ("segment", "mask AP", "mask_AP", None),
+    ("region_segment", "mask IoU, IoU of 0.5 or more", "region_segment_iou region_segment_p50", None),
+    ("semantic", "mean IoU of classes", "semantic_miou", None),
     ("pose", "keypoint AP50", "keypoint_AP50", None),
     ("pose", "keypoint AP", "keypoint_AP", None),
     ("refer", "P@0.5", "refer_p50", None),

@@ -20,6 +20,7 @@ from lumen_ray.data.images import decode
 from lumen_ray.data.shards import read_manifest, read_row_group
 from lumen_ray.errors import UserError
 from lumen_ray.evaluate.asks import Ask, Row, SplitScorer
+from lumen_ray.evaluate.grounding import DECISION_THRESHOLD
 from lumen_ray.evaluate.pictures import detector_of
 from lumen_ray.evaluate.report import write_report
 from lumen_ray.label.ledger import write_atomically
@@ -118,7 +119,7 @@ def _check(batch_size: int, limits: dict[str, int | None]) -> None:
 
 
 #: what a task can be scored on where a split names it nowhere
-_SCORED_ON = {"generate": "caption"}
+_SCORED_ON = {"generate": "caption", "region_segment": "segment", "semantic": "segment"}
 
 
 def _scorer(manifest: dict[str, Any], tasks: Sequence[str] | None, served: Sequence[str]) -> SplitScorer:
@@ -178,13 +179,13 @@ def _score_batch(
 
     Rows whose image cannot be read or whose texts cannot be asked go to `errors`.
     """
-    images, asks, chats, made, readable = [], [], [], [], []
+    images, asks, decisions, chats, made, readable = [], [], [], [], [], []
     for number, row in enumerate(rows, start=first):
         try:
             if row["image"] is None:
                 raise UserError("the row has no image", "no_image")
             image = decode(row["image"])
-            mine = scorer.asks(row)
+            mine, decided = scorer.asks(row), scorer.decision_asks(row)
             free = scorer.chat_asks(row, number) if number < limits["chat_limit"] else []
             fresh, edits = scorer.picture_asks(row, number) if number < limits["picture_limit"] else ([], [])
         except UserError as error:
@@ -193,6 +194,7 @@ def _score_batch(
         readable.append(row)
         images.append(image)
         asks.append(mine)
+        decisions.append(decided)
         chats.append(free + edits)
         made.append(fresh)
     records = []
@@ -200,6 +202,7 @@ def _score_batch(
     for row, mine, found in zip(readable, asks, answers, strict=True):
         for (request, _), answer in zip(mine, found, strict=True):
             records += answer_records(row["image_id"], row["source"], request, answer)
+    _ask(engine, images, decisions, score_threshold=DECISION_THRESHOLD, max_per_phrase=MAX_PER_PHRASE)
     # of free chat nothing is wanted of a decoder, only which one would have been called
     _ask(engine, images, chats, score_threshold=1.0, max_new_tokens=ROUTING_TOKENS)
     _ask(engine, [None] * len(made), made)

@@ -20,6 +20,7 @@ from lumen_ray.data.transforms import fit
 from lumen_ray.decoders.base import Frame, ImageDecoder, Pixels, PredictSettings, PromptSpec
 from lumen_ray.errors import UserError
 from lumen_ray.inference.request import Request
+from lumen_ray.inference.semantic import class_regions
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.model.prompts import Branch, build_layout
 from lumen_ray.model.regions import region_mask
@@ -30,6 +31,8 @@ from lumen_ray.structures import Answer, Prediction, Region, SampleSettings, Siz
 from lumen_ray.tasks import DECODERS, ROUTING_TOKENS, TASKS, decoder_class, task_of_prompt
 
 DEFAULTS = PredictSettings()
+#: What stands for a region prompt among an answer's phrases.
+REGION_PHRASE = "region"
 #: What a decoder makes of one link: instances, pictures (uint8 [h, w, 3]), or nothing of its own.
 Found = Prediction | list[np.ndarray] | None
 #: Object prompts times cells of the dense features that are decoded at once: 512 prompts at 128 pixels, 128 at 256.
@@ -142,6 +145,7 @@ class _Ask:
     image: int
     request: int
     decoder: str
+    region: Region | None = None
 
 
 class TrunkStage:
@@ -152,6 +156,7 @@ class TrunkStage:
         self.device = torch.device(device)
         self.trunk = loaded.model.trunk.to(self.device)
         self.tokenizer = loaded.tokenizer
+        self.prompt_layout = loaded.settings.prompt_layout
         self.skeletons = {name: tuple(names) for name, names in loaded.meta.skeletons.items()}
         square = (loaded.settings.image_size,) * 2
         self.buckets = tuple((int(h), int(w)) for h, w in loaded.meta.buckets) or (square,)
@@ -233,14 +238,19 @@ class TrunkStage:
         if task.is_text:
             return []
         decoder, asks = self._decoder(request), []
+        if request.region is not None:
+            branch = Branch(image, task.prompt(template=request.template), route=task.routing_token, regions=(0,))
+            return [_Ask(branch, PromptSpec(REGION_PHRASE, masks=True), image, index, decoder, request.region)]
         for phrase in request.phrases:
             names = self._keypoints(request, phrase) if task.name == "pose" else ()
             spec = PromptSpec(phrase, masks=task.result == "masks", keypoints=names, sample=request.sample)
             text = task.prompt(phrase, request.template)
-            asks.append(_Ask(Branch(image, text, route=task.routing_token), spec, image, index, decoder))
+            branch = Branch(image, text, route=task.routing_token, phrase=phrase, group=index)
+            asks.append(_Ask(branch, spec, image, index, decoder))
             for name in names:
                 text = task.keypoint_template.replace("{keypoint}", name).replace("{}", phrase)
-                asks.append(_Ask(Branch(image, text, route=task.routing_token, parent=0), None, image, index, decoder))
+                branch = Branch(image, text, route=task.routing_token, parent=0, phrase=name, group=index)
+                asks.append(_Ask(branch, None, image, index, decoder))
         return asks
 
     def _keypoints(self, request: Request, phrase: str) -> tuple[str, ...]:
@@ -274,14 +284,12 @@ class TrunkStage:
                 rows.append((b, r))
         if not rows:
             return
-        layout = build_layout(branches, len(rows), self.tokenizer).to(self.device)
-        masks = torch.from_numpy(np.stack([self._region(x) for x in regions])) if regions else torch.zeros(0)
-        owners = torch.tensor([i for i, branch in enumerate(branches) if branch.regions], dtype=torch.int64)
+        layout = build_layout(branches, len(rows), self.tokenizer, self.prompt_layout).to(self.device)
+        owners = [i for i, branch in enumerate(branches) if branch.regions]
         routing = {i: token for token, i in self.tokenizer.ids.items() if token in ROUTING_TOKENS}
         images = torch.tensor([b for b, _ in rows], device=self.device)
         written = self.trunk.generate(
-            prefix, layout, images, masks.to(self.device), owners.to(self.device),
-            self.tokenizer.ids[EOS], limit, frozenset(routing),
+            prefix, layout, images, *self._regions(regions, owners), self.tokenizer.ids[EOS], limit, frozenset(routing),
         )  # fmt: skip
         for (b, r), tokens in zip(rows, written, strict=True):
             plan, request = plans[b][r], requests[b][r]
@@ -303,8 +311,11 @@ class TrunkStage:
         decoder = self._decoder(Request(task.name))
         return [_Ask(Branch(image, request.text, route=route), spec, image, index, decoder)]
 
-    def _region(self, region: Region) -> np.ndarray:
-        return region_mask(region, self.bucket(region.size))
+    def _regions(self, regions: list[Region], images: list[int]) -> tuple[Tensor, Tensor]:
+        """Masks of the model input [R, H, W] and the images they lie in, int64 [R]."""
+        masks = [region_mask(region, self.bucket(region.size)) for region in regions]
+        stack = torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0)
+        return stack.to(self.device), torch.tensor(images, dtype=torch.int64, device=self.device)
 
     def _links(
         self, prefix: Prefix, asks: list[_Ask], plans: list[list[RequestPlan]], chunk: int
@@ -314,14 +325,19 @@ class TrunkStage:
         for i, ask in enumerate(asks):
             per_image.setdefault(ask.image, []).append(i)
         embeddings: dict[int, Tensor] = {}  # by number of the ask
-        none = torch.zeros(0, device=self.device)
         longest = max([len(members) for members in per_image.values()] + [0])
         for start in range(0, longest, chunk):
             members = [i for ms in per_image.values() for i in ms[start : start + chunk]]
-            branches = [replace(asks[i].branch, parent=-1) for i in members]
-            layout = build_layout(branches, len(prefix.valid), self.tokenizer).to(self.device)
-            hidden, _ = self.trunk.run_branches(prefix, layout, none, none)
-            for name, link in self.trunk.links(hidden, layout).items():
+            branches, regions, owners = [], [], []
+            for ask in (asks[i] for i in members):
+                branches.append(replace(ask.branch, parent=-1))
+                if ask.region is not None:
+                    branches[-1] = replace(branches[-1], regions=(len(regions),))
+                    regions.append(ask.region)
+                    owners.append(ask.image)
+            layout = build_layout(branches, len(prefix.valid), self.tokenizer, self.prompt_layout).to(self.device)
+            links = self.trunk.ask(prefix, layout, *self._regions(regions, owners))
+            for name, link in links.items():
                 numbers = layout.link_branches[DECODERS[name].family].tolist()
                 for number, embedding in zip(numbers, link.embeddings.float().cpu(), strict=True):
                     if asks[members[number]].decoder == name:
@@ -461,6 +477,13 @@ def _answer(plan: RequestPlan, predictions: Mapping[str, Sequence[Found]]) -> An
     return Answer(plan.task, plan.size, found, text=plan.text, route=plan.route)
 
 
+def finished(answer: Answer | None) -> Answer | None:
+    """What is made of all instances of an answer together, once those below its score threshold are gone."""
+    if answer is None or answer.task != "semantic":
+        return answer
+    return replace(answer, predictions=class_regions(answer.predictions))
+
+
 class Engine:
     """Trunk and decoders in one process."""
 
@@ -534,5 +557,6 @@ class Engine:
                 class_chunk=class_chunk,
             )
             predictions = {name: self.decoders[name].run(out, settings) for name in out.parts}
-            answers.update(zip(members, assemble(out.plans, predictions), strict=True))
+            found = [[finished(answer) for answer in row] for row in assemble(out.plans, predictions)]
+            answers.update(zip(members, found, strict=True))
         return [answers[i] for i in range(len(images))]

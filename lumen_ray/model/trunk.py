@@ -112,12 +112,13 @@ class Trunk(nn.Module):
             embeds[slots[:, 0], slots[:, 1]] = regions[layout.region_index].to(embeds.dtype)
         return embeds
 
-    def links(self, hidden: Tensor, layout: Layout) -> dict[str, SuperLink]:
+    def links(self, hidden: Tensor, layout: Layout, embeds: Tensor) -> dict[str, SuperLink]:
         """The super links by decoder: last hidden states [B, T, width] at the query slots of its family (and, by
-        setting, the mean embedding of the instruction), through its head. Each has all prompts of the family."""
+        setting, the mean of what the instruction's tokens enter as, `embeds` [B, T, width]), through its head. Each has
+        all prompts of the family."""
         words = None
         if self.settings.link_reads_words and layout.query_slots:
-            words = self._words(layout)
+            words = self._words(embeds, layout)
         out = {}
         for name, head in self.link_heads.items():
             family = DECODERS[name].family
@@ -129,9 +130,9 @@ class Trunk(nn.Module):
             out[name] = SuperLink(name, embeddings.float(), layout.link_images[family], parents)
         return out
 
-    def _words(self, layout: Layout) -> Tensor:
+    @staticmethod
+    def _words(embeds: Tensor, layout: Layout) -> Tensor:
         """Mean embedding of every branch's tokens before its queries: [number of branches, width]."""
-        embeds = self.llm.get_input_embeddings()(layout.input_ids)
         queries = torch.cat([slots.flatten(0, 1) for slots in layout.query_slots.values()])
         return mean_words(embeds, layout.branch_ids, queries, len(layout.last_slots))
 
@@ -149,7 +150,8 @@ class Trunk(nn.Module):
         prefix = tokens.shape[1]
         if layout.pack is not None:
             tokens = F.pad(tokens, (0, 0, 0, 0, 0, len(layout.input_ids) - len(images)))
-        embeds = torch.cat([tokens, self.embed_branches(layout, regions)], dim=1)
+        asked = self.embed_branches(layout, regions)
+        embeds = torch.cat([tokens, asked], dim=1)
         if layout.pack is None:
             mask = self._training_mask(layout, batch["has_image"], prefix, embeds.dtype)
             hidden = self._llm(embeds, mask, self._positions(layout, prefix))
@@ -162,7 +164,7 @@ class Trunk(nn.Module):
         if self.dense is not None and layout.query_slots:
             grid = self.vision.grid(*images.shape[-2:])
             dense = self.dense(images, stem, merged, hidden[: len(images), len(self.lead) : prefix], grid)
-        return TrunkTraining(losses, supervised, dense, self.links(branches, layout))
+        return TrunkTraining(losses, supervised, dense, self.links(branches, layout, asked))
 
     def _llm(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         return self.llm.model(
@@ -229,10 +231,23 @@ class Trunk(nn.Module):
         self, prefix: Prefix, layout: Layout, region_masks: Tensor, region_images: Tensor
     ) -> tuple[Tensor, DynamicCache]:
         """Hidden states [B, T, width] of a chunk of branches against the cached prefix, and the extended cache."""
+        return self._run(prefix, layout, self._enter(prefix, layout, region_masks, region_images))
+
+    @torch.inference_mode()
+    def ask(self, prefix: Prefix, layout: Layout, region_masks: Tensor, region_images: Tensor) -> dict[str, SuperLink]:
+        """The super links, by decoder, of a chunk of branches against the cached prefix."""
+        embeds = self._enter(prefix, layout, region_masks, region_images)
+        hidden, _ = self._run(prefix, layout, embeds)
+        return self.links(hidden, layout, embeds)
+
+    def _enter(self, prefix: Prefix, layout: Layout, region_masks: Tensor, region_images: Tensor) -> Tensor:
+        """What the branches' tokens enter the LLM as: [B, T, width]."""
         regions = None
         if len(region_masks):
             regions = self.regions(prefix.images, prefix.merged, region_masks, region_images)
-        embeds = self.embed_branches(layout, regions)
+        return self.embed_branches(layout, regions)
+
+    def _run(self, prefix: Prefix, layout: Layout, embeds: Tensor) -> tuple[Tensor, DynamicCache]:
         cache = prefix.fork()
         mask = additive(self._branches(layout, prefix.valid, prefix.length), embeds.dtype)
         out = self.llm.model(

@@ -63,7 +63,7 @@ class Decoder:
 
     def _run_group(self, items: list[Item]) -> list[Answers]:
         from lumen_ray.decoders.base import PredictSettings
-        from lumen_ray.inference.engine import assemble, merge
+        from lumen_ray.inference.engine import assemble, finished, merge
 
         queries = [query for _, asked in items for query in asked]
         limits = PredictSettings(
@@ -71,4 +71,4 @@ class Decoder:
         )
         output = merge([output for output, _ in items])
         answers = assemble(output.plans, {self.stage.name: self.stage.run(output, limits)})
-        return [trim(row, asked) for row, (_, asked) in zip(answers, items, strict=True)]
+        return [[finished(a) for a in trim(row, asked)] for row, (_, asked) in zip(answers, items, strict=True)]

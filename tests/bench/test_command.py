@@ -121,6 +121,20 @@ def test_options_that_cannot_work_are_told_before_the_first_bench(never, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_decoders_have_benches_of_their_own(monkeypatch, tmp_path, capsys):
+    fast = made(Result("fast", "images/s", {"ours": [3.0], "theirs": [1.0]}, 1.0))
+    monkeypatch.setitem(command.KINDS, "decoders", {"fast": fast, "memory": command.KINDS["decoders"]["memory"]})
+    path = tmp_path / "out.json"
+    assert command.main(["decoders", "--only", "fast", "--output", str(path)]) == 0
+    assert json.loads(path.read_text())["kind"] == "decoders"
+    assert command.main(["decoders", "--preset", "nanoo", "--output", str(path)]) == 2
+    assert "did you mean 'nano'" in capsys.readouterr().err
+
+
+def test_what_has_one_side_is_told_without_a_ratio():
+    assert Result("memory/a", "MiB", {"a step": [3.25]}).verdict() == "memory/a: a step 3.2 (3.2 - 3.2) MiB"
+
+
 def test_only_some(benches, tmp_path):
     path = tmp_path / "out.json"
     command.main(["train", "--only", "absent", "--output", str(path)])

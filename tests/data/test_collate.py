@@ -185,3 +185,21 @@ def test_an_edited_picture_lies_where_the_picture_does(augment):
     assert torch.equal(seen["edited"]["images"], batch["images"]) and (other - target).abs().mean() > 5
     without = Collator(tiny_tokenizer(), SIDE, ("edit",), {})([row], [decode(row["image"])], rngs(1))
     assert without["tasks"] == []
+
+
+def test_a_region_on_an_instance_asks_for_its_mask():
+    rows = [scenes.scene_row(5, n, SIDE) for n in range(4)]
+    branches = BranchSettings(max_regions=2)
+    collator = Collator(tiny_tokenizer(), SIDE, ("region_segment",), {}, branches)
+    seen = set()
+    for seed in range(6):
+        generators = [np.random.default_rng((seed, n)) for n in range(4)]
+        batch = collator(rows, [decode(row["image"]) for row in rows], generators)
+        targets, masks = batch["targets"]["perception"], batch["region_masks"]
+        assert len(masks) == len(batch["tasks"]) == len(targets.boxes) == sum(min(2, len(r["instances"])) for r in rows)
+        for link, branch in enumerate(batch["layout"].link_branches["perception"].tolist()):
+            wanted = targets.masks[targets.mask_index[link, 0]].bool()
+            region = torch.nn.functional.max_pool2d(masks[branch][None].float(), 4)[0].bool()
+            assert targets.valid[link].sum() == 1 and (region & wanted).any()
+            seen.add(int(region.sum() > wanted.sum()))
+    assert seen == {0, 1}  # boxes are more than the instance, points and scribbles less

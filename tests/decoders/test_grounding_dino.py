@@ -12,7 +12,7 @@ from tiny_models import scrambled
 
 from lumen_ray.decoders.base import Frame, Pixels, PredictSettings, PromptSpec
 from lumen_ray.decoders.denoising import make_denoising
-from lumen_ray.decoders.grounding_dino import Groups
+from lumen_ray.decoders.dino_decoder import Groups
 from lumen_ray.decoders.set_loss import find_objects
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.structures import Boxes

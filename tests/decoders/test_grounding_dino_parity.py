@@ -39,10 +39,9 @@ def run(decoder, levels, links, link_valid, **text):
     ratio = memory.valid_ratios[:, :1].repeat(1, 1, 2)
     query_position = type(decoder.trunk).query_position
     decoder.trunk.query_position = lambda reference: query_position(decoder.trunk, reference * ratio)
-    encoder, query_valid = decoder._propose(memory)
+    encoder, stages, query_valid = decoder.decode(memory)
     assert query_valid.all()
-    content = decoder.trunk.query_position_embeddings.weight.expand(len(links), -1, -1)
-    return memory, encoder, decoder._decode(memory, content, encoder.boxes, torch.zeros(1, 1, 1, 1))
+    return memory, encoder, stages
 
 
 # transformers

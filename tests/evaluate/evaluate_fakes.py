@@ -8,6 +8,8 @@ from lumen_ray.data.images import decode
 from lumen_ray.data.scenes import SKELETON_EDGES, SKELETONS
 from lumen_ray.data.scenes_text import CLASSES
 from lumen_ray.data.shards import ShardWriter, build_manifest, write_manifest
+from lumen_ray.evaluate.masks import region_prompts
+from lumen_ray.inference.semantic import class_regions
 from lumen_ray.structures import Answer, Boxes, Keypoints, Masks, Prediction
 from lumen_ray.tasks import TASKS, UNDERSTANDING, task_of_prompt
 
@@ -58,7 +60,10 @@ class FakeEngine:
             return Answer("chat", size, text="" if token is None else None, route=self._route(token))
         if task.is_text:
             return Answer(request.task, size, text=self._truth(row, request) if self.text is None else self.text)
+        if request.task == "region_segment":
+            return Answer(request.task, size, [self._prediction(row, request, "region")], route=task.routing_token)
         predictions = [self._prediction(row, request, phrase) for phrase in request.phrases]
+        predictions = class_regions(predictions) if request.task == "semantic" else predictions
         return Answer(request.task, size, predictions, route=task.routing_token)
 
     def _route(self, token):
@@ -86,10 +91,15 @@ class FakeEngine:
         if request.task in ("refer", "ground"):
             items = [p for p in row["phrases"] if p["task"] == request.task and p["phrase"] == phrase]
             indices = items[0]["instances"]
+        if request.region is not None:
+            meant = [
+                mask for region, mask in region_prompts(row) if np.array_equal(region.points, request.region.points)
+            ]
+            indices = [i for i, x in enumerate(row["instances"]) if x["mask"] in meant]
         found = [row["instances"][i] for i in indices] if self.instances else []
         boxes = np.array([x["box"] for x in found], np.float32).reshape(-1, 4) + self.shift
         prediction = Prediction(phrase, Boxes(boxes, size), np.linspace(0.9, 0.5, len(found)))
-        if request.task == "segment":
+        if TASKS[request.task].result == "masks":
             masks = Masks([x["mask"] for x in found], size).to_arrays()
             prediction.masks = Masks.from_arrays(np.roll(masks, round(self.shift), axis=2), size)
         if request.task == "pose":

@@ -31,6 +31,7 @@ def test_an_engine_that_knows_the_truth_scores_one_everywhere(split, rows, tmp_p
     report = evaluate(engine, split, tmp_path, batch_size=5, progress=lambda *a: seen.append(a))
     metrics = report["metrics"]
     for name in ("box_AP", "mask_AP", "keypoint_AP", "refer_p50", "ground_f1", "count_accuracy", "vqa_accuracy",
+                 "region_segment_iou", "semantic_miou",
                  "caption_attributes", "region_caption_accuracy", "routing_accuracy"):  # fmt: skip
         assert metrics[name] == pytest.approx(1.0), name
     assert metrics["count_error"] == 0 and 0 < metrics["vqa_chance"] < 0.6 and metrics["caption_chance"] < 0.5

@@ -11,6 +11,7 @@ from lumen_ray.data.collate import Collator
 from lumen_ray.data.images import decode
 from lumen_ray.inference.engine import Engine, merge
 from lumen_ray.inference.request import make_request
+from lumen_ray.structures import Region
 from lumen_ray.tasks import UNDERSTANDING
 
 DINO = {"grounding_dino": EXPERTS["grounding_dino"]}
@@ -105,3 +106,22 @@ def test_a_model_can_do_without_the_light_decoder():
     out = engine.trunk.run(PICTURES[:1], [[DETECT]])
     assert out.dense is None and "lumen" not in engine.decoders and engine.trunk.trunk.dense is None
     assert len(engine.run(PICTURES[:1], [[DETECT]], score_threshold=0.0)[0][0].predictions) == 3
+
+
+@pytest.mark.parametrize("decoder", ["lumen", "grounding_dino"])
+def test_a_place_asks_for_the_mask_of_what_is_there(decoder):
+    engine = Engine(tiny_loaded(decoders={"region_segment": decoder, "semantic": decoder}, **DINO))
+    size = PICTURES[0].shape[:2]
+    boxes = (np.array([[2, 3], [30, 40]]), np.array([[20, 20], [60, 60]]))
+    asked = [make_request("region_segment", region=Region("box", size, box)) for box in boxes]
+    semantic = make_request("semantic", classes=["red circle", "blue square"])
+    answers = engine.run(PICTURES[:2], [[*asked, semantic], [asked[1]]], score_threshold=0.0)
+    for answer in (*answers[0][:2], *answers[1]):
+        (prediction,) = answer.predictions
+        assert prediction.phrase == "region" and prediction.masks.size == size and answer.route == "[SEG]"
+    same(engine.run(PICTURES[:1], [[asked[1]]], score_threshold=0.0)[0][0], answers[0][1])
+    first, other = engine.trunk.run(PICTURES[:1], [asked]).parts[decoder].link.embeddings
+    assert (first - other).abs().max() > 1e-3
+    regions = [p.masks.to_arrays() for p in answers[0][2].predictions]
+    assert sum(len(masks) for masks in regions) > 0
+    assert np.concatenate(regions).sum(0).max() <= 1

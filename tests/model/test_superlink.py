@@ -163,14 +163,15 @@ def test_class_names_differ_in_fresh_links_when_words_are_read():
             Branch(0, f"find all {name} .", route="[DET]") for name in ("red circle", "blue square", "green figure")
         ]
         layout = build_layout(branches, 1, tiny_tokenizer())
+        embeds = model.trunk.embed_branches(layout, None)
         hidden = model.trunk.llm.model(
-            inputs_embeds=model.trunk.embed_branches(layout, None),
+            inputs_embeds=embeds,
             attention_mask=additive(
                 branch_allowed(layout.branch_ids, torch.ones(1, dtype=torch.bool), 0), torch.float32
             ),
             position_ids=layout.offsets,
         ).last_hidden_state
-        links = model.trunk.links(hidden, layout)["lumen"].embeddings
+        links = model.trunk.links(hidden, layout, embeds)["lumen"].embeddings
         return float((links - links.mean(0)).square().sum() / links.square().sum())
 
     assert share(True) > 0.02 > 5 * share(False)

@@ -1,0 +1,238 @@
+"""The expert detector against `transformers`' own loop, and what a training step of every decoder needs in memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from transformers import (
+    BertConfig,
+    BertTokenizer,
+    GroundingDinoForObjectDetection,
+    GroundingDinoImageProcessorPil,
+    GroundingDinoProcessor,
+)
+
+from lumen_ray import config
+from lumen_ray.bench import gpu
+from lumen_ray.bench.timing import Result, in_turns
+from lumen_ray.data import scenes, scenes_edits
+from lumen_ray.data.collate import Collator
+from lumen_ray.data.images import decode
+from lumen_ray.data.transforms import fit
+from lumen_ray.decoders.base import Pixels, PredictSettings, PromptSpec
+from lumen_ray.decoders.dino import library_config
+from lumen_ray.decoders.grounding_dino import GroundingDinoDecoder
+from lumen_ray.decoders.settings import GroundingDinoSettings
+from lumen_ray.model.build import Generalist, build_model
+from lumen_ray.model.released.gdino import published_parts
+from lumen_ray.model.released.rules import apply
+from lumen_ray.model.settings import ModelSettings
+from lumen_ray.model.superlink import SuperLink
+from lumen_ray.model.tokenizer import LumenTokenizer
+from lumen_ray.presets import model_path
+from lumen_ray.structures import Prediction
+from lumen_ray.tasks import TASKS
+
+AIM = 1.0
+TOLERANCE = 1e-4
+BATCHES = (1, 8)
+SIDE, STORED_SIDE = 96, 128  # pixels of the model input and of the images
+WORDS = ("circle", "square", "triangle", "star", "figure", "ring", "cross", "heart")  # a class each
+#: where `transformers` expects these in a BERT vocabulary
+SPECIAL = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
+THRESHOLD = 0.3
+SETTINGS = GroundingDinoSettings(
+    backbone={"embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4},
+    hidden_size=32,
+    num_heads=4,
+    encoder_layers=1,
+    decoder_layers=2,
+    encoder_ffn=64,
+    decoder_ffn=64,
+    num_queries=20,
+    mask_channels=32,
+)
+
+
+@dataclass
+class Library:
+    """`transformers`' processor and model."""
+
+    processor: GroundingDinoProcessor
+    model: GroundingDinoForObjectDetection
+
+    @classmethod
+    def fresh(cls, settings: GroundingDinoSettings) -> Library:
+        vocabulary = SPECIAL | {word: 2000 + i for i, word in enumerate(WORDS)}
+        shape = library_config(settings)
+        shape.backbone_config.out_features = ["stage2", "stage3", "stage4"]
+        shape.text_config = BertConfig(
+            vocab_size=2000 + len(WORDS),
+            hidden_size=settings.hidden_size,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+        )
+        images = GroundingDinoImageProcessorPil(size={"shortest_edge": SIDE, "longest_edge": SIDE})
+        processor = GroundingDinoProcessor(images, BertTokenizer(vocabulary))
+        return cls(processor, GroundingDinoForObjectDetection(shape).eval())
+
+    def inputs(self, images: list[np.ndarray]) -> dict[str, Tensor]:
+        return self.processor(images=images, text=[list(WORDS)] * len(images), return_tensors="pt")
+
+    @torch.inference_mode()
+    def find(self, images: list[np.ndarray]) -> list[dict[str, Tensor]]:
+        inputs = self.inputs(images)
+        sizes = [image.shape[:2] for image in images]
+        return self.processor.post_process_grounded_object_detection(
+            self.model(**inputs), inputs["input_ids"], THRESHOLD, THRESHOLD, sizes
+        )
+
+
+@dataclass
+class Ours:
+    """Our decoder, with a link for every class."""
+
+    decoder: GroundingDinoDecoder
+    links: Tensor
+
+    @classmethod
+    def like(cls, library: Library, settings: GroundingDinoSettings) -> Ours:
+        """With the weights of `library`'s model; it has no mask head, and its boxes do not need one."""
+        decoder = GroundingDinoDecoder(settings, settings.hidden_size)
+        state, _ = apply(library.model.state_dict(), published_parts())
+        decoder.load_state_dict(state, strict=False)
+        return cls(decoder.eval(), torch.randn(len(WORDS), settings.hidden_size))
+
+    @torch.inference_mode()
+    def find(self, images: list[np.ndarray]) -> list[Prediction | None]:
+        fitted = [fit(image, SIDE) for image in images]
+        frames = [frame for _, frame in fitted]
+        pixels = torch.from_numpy(np.stack([image for image, _ in fitted])).permute(0, 3, 1, 2)
+        image = torch.arange(len(images)).repeat_interleave(len(WORDS))
+        link = SuperLink(self.decoder.name, self.links.repeat(len(images), 1), image, torch.full_like(image, -1))
+        raw = self.decoder(link, Pixels(pixels, torch.tensor([frame.extent for frame in frames])))
+        specs = [PromptSpec(word) for word in WORDS] * len(images)
+        return self.decoder.predict(raw, frames, specs, PredictSettings(THRESHOLD))
+
+
+@torch.inference_mode()
+def difference(library: Library, ours: Ours, images: list[np.ndarray]) -> float:
+    """Largest difference of logits and boxes where our decoder is given the other side's pixels and text features."""
+    inputs, given = library.inputs(images), {}
+    encoder = library.model.model.encoder
+    hook = encoder.register_forward_pre_hook(lambda _, args, kwargs: given.update(kwargs), with_kwargs=True)
+    theirs = library.model(**inputs)
+    hook.remove()
+    trunk, pixels = ours.decoder.trunk, inputs["pixel_values"]
+    memory = trunk.encode(
+        trunk.see(pixels, [tuple(pixels.shape[-2:])] * len(pixels)),
+        torch.arange(len(pixels)),
+        given["text_features"],
+        ~given["text_attention_mask"],
+        given["text_position_ids"],
+        given["text_self_attention_masks"],
+    )
+    last = ours.decoder.decode(memory)[1][-1]
+    logits = theirs.logits[..., : last.logits.shape[-1]]
+    apart = [(last.boxes - theirs.pred_boxes).abs().max(), (last.logits - logits).nan_to_num().abs().max()]
+    return float(torch.stack(apart).max())
+
+
+def bench(*, turns: int = 5, repeats: int = 10, threads: int | None = None) -> list[Result]:
+    """Images per second of both sides for every batch size; refuses to report a speed when their results differ."""
+    threads = threads or torch.get_num_threads()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            library = Library.fresh(SETTINGS)
+            ours = Ours.like(library, SETTINGS)
+            return [_speed(library, ours, size, turns, repeats, threads) for size in BATCHES]
+    finally:
+        torch.set_num_threads(before)
+
+
+def _speed(library: Library, ours: Ours, batch_size: int, turns: int, repeats: int, threads: int) -> Result:
+    images = [decode(scenes.scene_row(0, i, STORED_SIDE)["image"]) for i in range(batch_size)]
+    worst = difference(library, ours, images)
+    if not worst <= TOLERANCE:
+        raise RuntimeError(f"our decoder and transformers differ by {worst:.2e}, more than {TOLERANCE:g}")
+
+    def rate(find: Callable[[list[np.ndarray]], object]) -> float:
+        find(images)  # warms up
+        began = time.perf_counter()
+        for _ in range(repeats):
+            find(images)
+        return repeats * batch_size / (time.perf_counter() - began)
+
+    return Result(
+        f"grounding_dino/batch {batch_size}",
+        "images/s",
+        in_turns({"grounding_dino": lambda: rate(ours.find), "transformers": lambda: rate(library.find)}, turns),
+        AIM,
+        equal=f"logits and boxes to {worst:.1e} (at most {TOLERANCE:g}), given the same text features",
+        budget=f"{threads} threads",
+        details={"classes": len(WORDS), "input": SIDE, "links": "given; transformers encodes its text every time"},
+    )
+
+
+def training_memory(preset: str = "nano", images: int = 2) -> list[Result]:
+    """MiB that a forward and backward pass of each decoder of a preset allocates at most, beside weights and inputs, on
+    scenes with all that it can learn from them."""
+    settings = config.load(ModelSettings, model_path(preset))
+    tokenizer = gpu.make_tokenizer(settings)
+    model = build_model(settings, len(tokenizer)).train()
+    details = {"preset": preset, "images": images}
+    return [
+        Result(
+            f"memory/{name}",
+            "MiB",
+            {"a training step": [training_peak(model, name, tokenizer, images) / 2**20]},
+            details=details,
+        )
+        for name in model.decoders
+    ]
+
+
+def training_peak(model: Generalist, name: str, tokenizer: LumenTokenizer, images: int) -> int:
+    """Bytes of one training step of a decoder."""
+    decoder, side = model.decoders[name], model.settings.image_size
+    rows = [
+        scenes_edits.with_edit(scenes.scene_row(0, i, side), scenes_edits.scene_edit(0, i, side)) for i in range(images)
+    ]
+    tasks = tuple(task.name for task in TASKS.values() if name in task.decoders)
+    pictures, edited = ([row[key] and decode(row[key]) for row in rows] for key in ("image", "target_image"))
+    rngs = [np.random.default_rng(i) for i in range(images)]
+    batch = Collator(tokenizer, side, tasks, scenes.SKELETONS)(rows, pictures, rngs, edited)
+    with torch.no_grad():
+        out = model.trunk(batch)
+    link = replace(out.links[name], embeddings=out.links[name].embeddings.requires_grad_())
+    view = out.dense.requires_grad_() if decoder.reads == "dense" else Pixels(batch["images"], batch["extents"])
+
+    def step() -> None:
+        decoder.zero_grad(set_to_none=False)
+        losses = decoder.losses(link, view, batch["targets"][decoder.family])
+        sum(term.total for term in losses.values()).backward()
+
+    step()  # allocates the gradients of the weights
+    return peak_memory(step)
+
+
+def peak_memory(step: Callable[[], object]) -> int:
+    """Bytes that `step` has allocated at most at one time on the CPU, of those it allocates itself."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        step()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak

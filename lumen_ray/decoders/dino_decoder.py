@@ -1,0 +1,205 @@
+"""What the decoders on Grounding DINO's transformer do alike: queries for the objects of a group, and their losses.
+
+Legend: P' object prompts, G groups, T prompts of the largest group, Q queries, D denoising queries, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lumen_ray.decoders.base import Decoder, LossTerm, PerceptionTargets, Pixels
+from lumen_ray.decoders.denoising import Denoising
+from lumen_ray.decoders.dino import DinoTrunk, Levels, Memory, additive, box_head, class_logits, gather_rows
+from lumen_ray.decoders.set_loss import Matches, Objects, box_loss, class_loss, find_objects, match
+from lumen_ray.decoders.settings import DinoLossSettings
+from lumen_ray.model.aligner import Seats
+from lumen_ray.model.superlink import SuperLink
+from lumen_ray.structures import Size
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in 0..1, as the published weights use
+FEW_OBJECTS = -4.6  # logit of one query in a hundred
+
+
+@dataclass
+class Stage:
+    """What one layer makes of the queries."""
+
+    hidden: Tensor  # [G, Q, C]
+    logits: Tensor  # float32 [G, Q, T], -inf at padded links
+    boxes: Tensor  # float32 [G, Q, 4] cxcywh in 0..1 of the image without padding
+
+    def split(self, count: int) -> tuple[Stage, Stage]:
+        """The first `count` queries, and the others."""
+        parts = zip(*(v.split([count, v.shape[1] - count], dim=1) for v in vars(self).values()), strict=True)
+        first, rest = (Stage(*values) for values in parts)
+        return first, rest
+
+
+@dataclass
+class Groups:
+    """Which prompts are looked at together."""
+
+    objects: Tensor  # int64 [P']: the links that are object prompts; the others ask for a keypoint of their parent
+    seats: Seats  # row (group) and column of each in [G, T]
+    shown: Tensor  # int64, rising: the images that prompts are about
+    image: Tensor  # int64 [G]: of each group, among `shown`
+    sizes: list[Size]  # (height, width) of each group's image in input pixels, without padding
+
+    @classmethod
+    def of(cls, link: SuperLink, pixels: Pixels) -> Groups:
+        objects = torch.nonzero(link.parent < 0).flatten()
+        groups, row = link.group[objects].unique(return_inverse=True)
+        shown, place = link.image_index[objects].unique(return_inverse=True)
+        image = place.new_zeros(len(groups)).scatter(0, row, place)
+        sizes = [(height, width) for height, width in pixels.extents[shown[image]].tolist()]
+        return cls(objects, Seats.of(row, len(groups)), shown, image, sizes)
+
+    def per_link(self, values: Tensor, links: int) -> Tensor:
+        """values [G, T] -> [links], 0 at keypoint prompts."""
+        return values.new_zeros(links).scatter(0, self.objects, self.seats.take(values))
+
+
+@dataclass
+class Start:
+    """Queries before the first layer: denoising ones, then the encoder's selection."""
+
+    encoder: Stage  # the selection as the encoder sees it
+    valid: Tensor  # bool [G, Q], of the selection; an image with fewer places than queries leaves some unused
+    content: Tensor  # [G, D + Q, C]
+    boxes: Tensor  # float32 [G, D + Q, 4], without gradient
+    self_mask: Tensor  # additive, to be broadcast to [G, heads, D + Q, D + Q]
+
+    @property
+    def denoising(self) -> int:
+        """D"""
+        return self.boxes.shape[1] - self.valid.shape[1]
+
+
+@dataclass
+class DinoRaw:
+    link: SuperLink
+    groups: Groups
+    encoder: Stage  # the selected places as the encoder sees them
+    stages: list[Stage]  # of the decoder's layers that look for objects
+    query_valid: Tensor  # bool [G, Q]; an image with fewer places than queries leaves some unused
+    denoising: Denoising | None
+    denoised: list[Stage]  # of all layers of the decoder, for the denoising queries
+
+
+class DinoDecoder(Decoder):
+    """A subclass looks (`_look`) and sums its losses (`_losses`). Its settings also have `look_forward_twice` and
+    `learned_class_scale`."""
+
+    family = "perception"
+    reads = "pixels"
+    independent = False
+
+    def __init__(self, settings: DinoLossSettings, link_channels: int):
+        super().__init__()
+        self.settings = settings
+        c = settings.hidden_size
+        self.link_proj = self._link_proj(link_channels)
+        self.trunk = DinoTrunk(settings)
+        self.bbox_embed = box_head(c)
+        if settings.learned_class_scale:
+            self.class_scale = nn.Parameter(torch.tensor(c**-0.5))
+            self.class_bias = nn.Parameter(torch.tensor(FEW_OBJECTS))
+
+    def _link_proj(self, link_channels: int) -> nn.Module:
+        c = self.settings.hidden_size
+        return nn.Identity() if link_channels == c else nn.Linear(link_channels, c)
+
+    def forward(self, link: SuperLink, pixels: Pixels) -> DinoRaw:
+        """link of P prompts, at least one of them an object prompt -> what every group finds."""
+        return self._look(link, pixels, Groups.of(link, pixels))
+
+    def _look(self, link: SuperLink, pixels: Pixels, groups: Groups, wanted: Objects | None = None) -> DinoRaw:
+        """`wanted`: what denoising queries are made of."""
+        raise NotImplementedError
+
+    def _see(self, pixels: Pixels, groups: Groups) -> Levels:
+        images = pixels.images[groups.shown].float() / 255
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+        extents = [(height, width) for height, width in pixels.extents[groups.shown].tolist()]
+        return self.trunk.see((images - mean) / std, extents)
+
+    def _encode(self, levels: Levels, groups: Groups, links: Tensor) -> tuple[Memory, Tensor]:
+        """Pixels and object prompts, links [P', C], read each other; and those links by group, [G, T, C]."""
+        seats = groups.seats
+        table = seats.fill(links)
+        valid = seats.fill(torch.ones_like(seats.row, dtype=torch.bool)[:, None])[..., 0]
+        return self.trunk.encode(levels, groups.image, table, valid), table
+
+    def _classify(self, hidden: Tensor, memory: Memory) -> Tensor:
+        if self.settings.learned_class_scale:
+            return class_logits(hidden, memory, self.class_scale, self.class_bias)
+        return class_logits(hidden, memory)
+
+    def begin(self, memory: Memory, denoising: Denoising | None = None) -> Start:
+        """The places that become queries, best first, behind the denoising queries."""
+        proposals = self.trunk.propose(memory)
+        logits = self._classify(proposals.features, memory)
+        chosen = self.trunk.select(proposals, logits.detach().amax(-1))
+        features, logits, boxes = (gather_rows(v, chosen) for v in (proposals.features, logits, proposals.logits))
+        encoder, valid = Stage(features, logits, boxes.float().sigmoid()), proposals.valid.gather(1, chosen)
+        content = self.trunk.query_position_embeddings.weight[: valid.shape[1]].expand(len(valid), -1, -1)
+        boxes, blocked = encoder.boxes.detach(), ~valid[:, None]
+        if denoising is not None:
+            content = torch.cat([denoising.content, content], dim=1)
+            boxes = torch.cat([denoising.boxes, boxes], dim=1)
+            blocked = denoising.blocked(valid)
+        return Start(encoder, valid, content, boxes, additive(blocked, content.dtype)[:, None])
+
+    def layers(
+        self, memory: Memory, hidden: Tensor, reference: Tensor, self_mask: Tensor, which: Iterable[int]
+    ) -> tuple[list[Stage], Tensor, Tensor]:
+        """A stage for each of the decoder's layers `which`; and the queries and their boxes as the next one gets them.
+
+        Layers pass boxes on without gradient; with `look_forward_twice` the next layer's loss reaches them."""
+        trunk, stages = self.trunk, []
+        for index in which:
+            hidden = trunk.layer(index, hidden, reference.detach(), memory, self_mask)
+            normed = trunk.decoder.layer_norm(hidden)
+            boxes = trunk.moved(reference, self.bbox_embed, normed)
+            stages.append(Stage(normed, self._classify(normed, memory), boxes))
+            reference = trunk.moved(reference.detach(), self.bbox_embed, hidden)
+            if not self.settings.look_forward_twice:
+                reference = reference.detach()
+        return stages, hidden, reference
+
+    def losses(self, link: SuperLink, pixels: Pixels, targets: PerceptionTargets) -> dict[str, LossTerm]:
+        """With denoising. `targets` has one entry per link, keypoint prompts included."""
+        groups = Groups.of(link, pixels)
+        wanted = find_objects(targets, groups.objects, groups.seats, groups.sizes)
+        return self._losses(self._look(link, pixels, groups, wanted), wanted, targets)
+
+    def loss(self, raw: DinoRaw, targets: PerceptionTargets) -> dict[str, LossTerm]:
+        groups = raw.groups
+        wanted = find_objects(targets, groups.objects, groups.seats, groups.sizes)
+        return self._losses(raw, wanted, targets)
+
+    def _losses(self, raw: DinoRaw, wanted: Objects, targets: PerceptionTargets) -> dict[str, LossTerm]:
+        raise NotImplementedError
+
+    def _matched(self, raw: DinoRaw, wanted: Objects) -> list[tuple[Stage, Matches, Tensor]]:
+        """The encoder's selection, the stages and what was denoised: with the objects that queries should be, and the
+        weights of queries, float [G, queries]."""
+        found, weight = [raw.encoder, *raw.stages], raw.query_valid.float()
+        matches = match(found, raw.query_valid, wanted, self.settings)
+        matched = [(stage, own, weight) for stage, own in zip(found, matches, strict=True)]
+        if raw.denoising is not None:
+            matched += [(stage, raw.denoising.matches, raw.denoising.weight) for stage in raw.denoised]
+        return matched
+
+    def _class_and_box(self, matched: list[tuple[Stage, Matches, Tensor]], wanted: Objects) -> tuple[Tensor, Tensor]:
+        """Weighted sums of the class, [G, T], and of boxes."""
+        s = self.settings
+        kinds, box = torch.zeros_like(wanted.counted, dtype=torch.float32), wanted.boxes.new_zeros(())
+        for stage, own, weight in matched:
+            kinds = kinds + s.class_weight * class_loss(stage, own, wanted, weight)
+            box = box + (box_loss(stage, own, wanted, s) * weight[own.group, own.query]).sum()
+        return kinds, box
