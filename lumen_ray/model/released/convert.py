@@ -23,7 +23,8 @@ from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import EOS, PAD, LumenTokenizer
 
 #: of a decoder's module in the checkpoint: our decoder, and where its rules are. Their function
-#: `released_parts(decoder, link_head, source)` takes prefixes: of our decoder, its link head, and in the checkpoint
+#: `released_parts(decoder, link_head, source)` takes prefixes: of our decoder, its link head, and in the checkpoint. A
+#: `FRESH` beside it lists prefixes of what our decoder has and the released one has not
 DECODERS: dict[str, tuple[str, str]] = {
     "gdino": ("grounding_dino", "lumen_ray.model.released.gdino"),
     "unipose": ("unipose", "lumen_ray.model.released.unipose"),
@@ -58,6 +59,15 @@ def parts(model: Collection[str]) -> tuple[Part, ...]:
     return tuple(found)
 
 
+def may_be_fresh(model: Collection[str]) -> tuple[str, ...]:
+    """Prefixes of the names of a model's tensors that the released one does not have."""
+    own = []
+    for decoder, table in DECODERS.values():
+        if any(name.startswith(f"decoders.{decoder}.") for name in model):
+            own += [f"decoders.{decoder}.{prefix}" for prefix in getattr(importlib.import_module(table), "FRESH", ())]
+    return (*LIGHT, *own)
+
+
 def convert_tensors(
     tensors: Mapping[str, Tensor], model: Collection[str], lora_alpha: float = LORA_ALPHA
 ) -> tuple[dict[str, Tensor], Report]:
@@ -90,8 +100,8 @@ def convert(
 ) -> tuple[Assembly, Report]:
     """Converts a released VisionLLM v2 checkpoint of the preset's size and writes a model folder to `output`.
 
-    `lora_alpha`: of adapters that were not merged. The light decoder, which the reference does not have, gets fresh
-    weights. `UserError` where a tensor is left over, missing or of another size.
+    `lora_alpha`: of adapters that were not merged. What the reference does not have, such as the light decoder, gets
+    fresh weights. `UserError` where a tensor is left over, missing or of another size.
     """
     source = Checkpoint(checkpoint, pickle)
     for key, value in CONFIG.items():
@@ -106,7 +116,7 @@ def convert(
     fresh = blank(settings, len(tokenizer), seed)
     loaded, report = convert_tensors(source, fresh, lora_alpha)
     report.refuse(f"'{source.folder}'")
-    state = fill(fresh, loaded, f"'{source.folder}'", LIGHT)
+    state = fill(fresh, loaded, f"'{source.folder}'", may_be_fresh(fresh))
     save_model(output, state, settings, tokenizer, ModelMeta(settings.name, seed=seed))
     _write_report(Path(output), source, report, sorted(set(state) - set(loaded)))
     return Assembly(settings, tokenizer, state, set(loaded)), report
