@@ -29,7 +29,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.model.build import Generalist, load_model
 from lumen_ray.model.pretrained import Sources, assemble, encoder_state, fill, llm_state, settings_from
 from lumen_ray.model.prompts import Branch, build_layout
-from lumen_ray.model.published import Checkpoint
+from lumen_ray.model.published import Checkpoint, fetch
 from lumen_ray.model.released.encoders import CLIP as CLIP_RULES
 from lumen_ray.model.released.encoders import DINOV2 as DINOV2_RULES
 from lumen_ray.model.settings import ModelSettings
@@ -256,3 +256,21 @@ def test_the_7b_preset_in_full_size(capsys):
     with capsys.disabled():
         print(f"\n7b: {count:,} published parameters, {sum(state[n].numel() for n in others):,} fresh")
     assert count == sum(p.numel() for n, p in model.named_parameters() if n.startswith(encoders))
+
+
+def test_a_hub_id_is_fetched_and_failures_are_told(folders, monkeypatch):
+    asked = {}
+
+    def download(name, allow_patterns):
+        asked[name] = allow_patterns
+        if name == "nobody/nothing":
+            raise OSError("no such repository\nand more")
+        return str(folders / "clip")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert fetch("openai/clip", pickle=True) == folders / "clip" and "*.bin" in asked["openai/clip"]
+    assert fetch("openai/other") == folders / "clip" and "*.bin" not in asked["openai/other"]
+    with pytest.raises(UserError, match="cannot be fetched: no such repository$"):
+        fetch("nobody/nothing")
+    with pytest.raises(UserError, match="is not a folder"):
+        fetch("./a/b")

@@ -12,7 +12,7 @@ from lumen_ray.model.build import Generalist
 from lumen_ray.model.pretrained import fill
 from lumen_ray.model.prompts import IGNORE, Layout
 from lumen_ray.model.regions import LevelRegionEncoder
-from lumen_ray.model.released.convert import DECODERS, FRESH, convert_tensors
+from lumen_ray.model.released.convert import DECODERS, convert_tensors, may_be_fresh
 from lumen_ray.model.released.encoders import CLIP as CLIP_RULES
 from lumen_ray.model.released.rules import Part, apply
 from lumen_ray.model.released.trunk import BRIDGE, QUERIES, REGIONS, parts
@@ -159,7 +159,9 @@ def test_the_full_size_layout_converts_with_nothing_missing_and_nothing_left_ove
     state, report = convert_tensors(tensors, expected)
     assert len(report.entries) == len(told) == 4742
     assert not report.of("unknown")
-    whole = fill(expected, state, "the layout", FRESH)  # raises for what is missing, left over or of another shape
+    whole = fill(
+        expected, state, "the layout", may_be_fresh(expected)
+    )  # raises for what is missing, left over or of another shape
     assert whole.keys() == expected.keys()
     gone = {entry.name for entry in report.of("dropped")}
     decoderless = {module for module, (decoder, _) in DECODERS.items() if decoder not in model.decoders}

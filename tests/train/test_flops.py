@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import scene_batch, tiny_model
+from tiny_models import CLIP, scene_batch, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,6 +43,14 @@ def test_forward(tasks):
     # masks and poses are computed outside of the decoder's `forward`; masks are counted for the most there can be
     others = sum(wanted.get(f"trunk.{name}", 0) for name in ("vision", "llm", "dense", "link_heads", "regions"))
     assert found["lumen"] == pytest.approx(wanted["Global"] - others, rel=0.1, abs=1)
+
+
+def test_clip_with_an_mlp_bridge():
+    vision = {"clip": CLIP, "bridge": "mlp2x_gelu", "clip_layers": "last", "token_merge": 2}
+    model = tiny_model(vision=vision, tokens_read_stem=False, **WIDE)
+    batch = scene_batch(4, ("caption",))
+    found, wanted = flops.forward(model, batch)["vision"], counted(model, batch, backward=False)["trunk.vision"]
+    assert found == pytest.approx(wanted, rel=0.01)
 
 
 @pytest.mark.parametrize(
