@@ -52,7 +52,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores `engine` on the shard folder `shards_dir`; writes ``report.json`` and ``predictions.parquet``.
 
-    tasks: of the registry, all that the split is annotated for by default; ``chat`` stands for routing accuracy.
+    tasks: of the registry, by default all that the split says it is annotated for; ``chat`` stands for routing
+    accuracy; ``region_segment``, ``semantic`` and ``generate`` are scored on masks and captions where they are named.
     limit: images at most. chat_limit: images whose instructions are also asked as free chat (slow: text is sampled).
     picture_limit: images of which a picture is made from their caption or edited (slower still).
     progress: called with (images done, images in all) after each batch.
@@ -118,7 +119,7 @@ def _check(batch_size: int, limits: dict[str, int | None]) -> None:
             raise UserError(f"{name} is {value}; give {least} or more", "invalid_setting")
 
 
-#: what a task can be scored on where a split names it nowhere
+#: tasks that no split names, and what they are scored on; they are asked where they are named
 _SCORED_ON = {"generate": "caption", "region_segment": "segment", "semantic": "segment"}
 
 
@@ -134,7 +135,8 @@ def _scorer(manifest: dict[str, Any], tasks: Sequence[str] | None, served: Seque
         raise UserError(f"no task given; give some that the split is annotated for, {has}", "empty_tasks")
     for name in tasks or ():
         get_task(name)
-    wanted = [*annotated, "chat"] if tasks is None else list(dict.fromkeys(tasks))
+    by_default = [*(name for name in annotated if name not in _SCORED_ON), "chat"]
+    wanted = by_default if tasks is None else list(dict.fromkeys(tasks))
     missing = [name for name in wanted if name not in annotated and name != "chat"]
     if missing or not annotated:
         raise UserError(

@@ -31,7 +31,6 @@ def test_an_engine_that_knows_the_truth_scores_one_everywhere(split, rows, tmp_p
     report = evaluate(engine, split, tmp_path, batch_size=5, progress=lambda *a: seen.append(a))
     metrics = report["metrics"]
     for name in ("box_AP", "mask_AP", "keypoint_AP", "refer_p50", "ground_f1", "count_accuracy", "vqa_accuracy",
-                 "region_segment_iou", "semantic_miou",
                  "caption_attributes", "region_caption_accuracy", "routing_accuracy"):  # fmt: skip
         assert metrics[name] == pytest.approx(1.0), name
     assert metrics["count_error"] == 0 and 0 < metrics["vqa_chance"] < 0.6 and metrics["caption_chance"] < 0.5
@@ -42,6 +41,14 @@ def test_an_engine_that_knows_the_truth_scores_one_everywhere(split, rows, tmp_p
     labels = pq.read_table(tmp_path / "predictions.parquet").to_pylist()
     boxes = [r for r in labels if r["task"] == "detect" and r["box"]]
     assert len(boxes) == sum(len(row["instances"]) for row in rows)
+
+
+def test_tasks_without_annotations_of_their_own_are_scored_where_they_are_named(split, rows, tmp_path):
+    tasks = ["region_segment", "semantic"]
+    metrics = evaluate(FakeEngine(rows, skeletons=POSED), split, tmp_path, tasks=tasks)["metrics"]
+    assert metrics["region_segment_iou"] == metrics["semantic_miou"] == pytest.approx(1.0)
+    shifted = evaluate(FakeEngine(rows, skeletons=POSED, shift=3.0), split, tmp_path, tasks=tasks)["metrics"]
+    assert shifted["region_segment_iou"] < 0.95 and shifted["semantic_miou"] < 0.95
 
 
 def test_worse_engines_score_worse(split, rows, tmp_path):
