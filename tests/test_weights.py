@@ -70,3 +70,8 @@ def test_a_folder_of_that_name_goes_first(tmp_path, monkeypatch):
     assert model_folder(DEFAULT_MODEL).is_absolute()
     (tmp_path / DEFAULT_MODEL).mkdir()
     assert str(model_folder(DEFAULT_MODEL)) == DEFAULT_MODEL
+
+
+def test_they_say_what_they_were_trained_for(folder):
+    tasks = Engine.load(folder).tasks
+    assert {"detect", "segment", "semantic", "pose", "vqa"} <= set(tasks) and "region_segment" not in tasks

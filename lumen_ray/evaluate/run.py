@@ -52,8 +52,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores `engine` on the shard folder `shards_dir`; writes ``report.json`` and ``predictions.parquet``.
 
-    tasks: of the registry, by default all that the split says it is annotated for; ``chat`` stands for routing
-    accuracy; ``region_segment``, ``semantic`` and ``generate`` are scored on masks and captions where they are named.
+    tasks: of the registry, by default all that the model serves and the split says it is annotated for; ``chat`` stands
+    for routing accuracy; ``region_segment``, ``semantic`` and ``generate`` are scored on masks and captions where they
+    are named.
     limit: images at most. chat_limit: images whose instructions are also asked as free chat (slow: text is sampled).
     picture_limit: images of which a picture is made from their caption or edited (slower still).
     progress: called with (images done, images in all) after each batch.
@@ -125,17 +126,13 @@ _SCORED_ON = {"generate": "caption", "region_segment": "segment", "semantic": "s
 
 def _scorer(manifest: dict[str, Any], tasks: Sequence[str] | None, served: Sequence[str]) -> SplitScorer:
     # any annotated task can also be asked in free chat, whether or not the split holds conversations
-    annotated = [
-        name
-        for name in TASKS
-        if manifest["tasks"].get(_SCORED_ON.get(name, name)) and name != "chat" and name in served
-    ]
+    annotated = [n for n in TASKS if manifest["tasks"].get(_SCORED_ON.get(n, n)) and n != "chat"]
     has = f"its tasks: {', '.join(annotated) or 'none'}"
     if tasks is not None and not tasks:
         raise UserError(f"no task given; give some that the split is annotated for, {has}", "empty_tasks")
     for name in tasks or ():
         get_task(name)
-    by_default = [*(name for name in annotated if name not in _SCORED_ON), "chat"]
+    by_default = [*(name for name in annotated if name in served and name not in _SCORED_ON), "chat"]
     wanted = by_default if tasks is None else list(dict.fromkeys(tasks))
     missing = [name for name in wanted if name not in annotated and name != "chat"]
     if missing or not annotated:

@@ -228,9 +228,11 @@ class TrunkStage:
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks that this model can serve."""
-        serving = self.loaded.settings.serving
-        return tuple(task.name for task in TASKS.values() if task.is_text or task.name in serving)
+        """Names of the tasks that this model has a decoder for, where needed, and was trained for as far as it says."""
+        serving, trained = self.loaded.settings.serving, set(self.loaded.meta.tasks or TASKS)
+        if "segment" in trained:
+            trained.add("semantic")  # made of what `segment` finds
+        return tuple(t.name for t in TASKS.values() if t.name in trained and (t.is_text or t.name in serving))
 
     def _asks(self, request: Request, image: int, index: int) -> list[_Ask]:
         """The routed branches of a structured request; its routing token is forced, so nothing is sampled."""

@@ -95,6 +95,7 @@ class ModelMeta:
     skeletons: dict[str, list[str]] = field(default_factory=dict)
     edges: dict[str, list[list[int]]] = field(default_factory=dict)
     buckets: list[list[int]] = field(default_factory=list)  # [height, width]; none: the square of the preset
+    tasks: list[str] = field(default_factory=list)  # that it was trained for; none: nobody knows
     recipe: str = ""
     steps: int = 0
     seed: int = 0

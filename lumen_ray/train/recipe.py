@@ -226,6 +226,12 @@ class Recipe(Settings):
         return self
 
     @property
+    def tasks(self) -> list[str]:
+        """Every task that a stage trains, in the registry's order."""
+        named = {task for stage in self.stages for group in stage.groups for task in group.tasks}
+        return [task for task in TASKS if task in named]
+
+    @property
     def total_steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 

@@ -83,6 +83,7 @@ def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: st
             preset=settings.name,
             classes=[c["name"] for c in manifest["categories"] if not c.get("supercategory_only")],
             skeletons={name: list(points) for name, points in skeletons.items()},
+            tasks=recipe.tasks,
             edges={c["name"]: c.get("skeleton") or [] for c in manifest["categories"] if c.get("keypoints")},
             buckets=[list(bucket) for bucket in recipe.buckets or ()],
         )

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import tiny_model
+from tiny_models import EXPERTS, tiny_model
 from train_fakes import job_of
 
 from lumen_ray import config
@@ -24,7 +24,7 @@ def recipe(*stages, **changes):
 @pytest.mark.parametrize(
     ("stage", "message"),
     [
-        ({"loss_weights": {"heatmaps": 1}}, "unknown loss 'heatmaps'; did you mean 'heatmap'.*losses: box, heatmap"),
+        ({"loss_weights": {"heatmaps": 1}}, "unknown loss 'heatmaps'; did you mean 'heatmap'.*losses: box, edit"),
         ({"trainable": ["lumens"]}, "unknown part 'lumens'; did you mean 'lumen'"),
         ({"lr_scale": {"visoin": 1}}, "did you mean 'vision'"),
         ({"trainable": []}, "stage 's0' trains nothing"),
@@ -54,7 +54,8 @@ def test_stages_are_needed_and_have_their_own_names():
 
 
 def test_the_losses_that_can_be_weighed_are_those_of_the_model():
-    assert tiny_model().loss_names == LOSSES
+    assert tiny_model(**EXPERTS).loss_names == LOSSES
+    assert set(tiny_model().loss_names) < set(LOSSES)
 
 
 def test_steps_belong_to_stages():
