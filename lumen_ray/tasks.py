@@ -87,6 +87,11 @@ DECODERS: dict[str, DecoderInfo] = {
         "perception",
         ("gdino_class", "gdino_box", "gdino_mask"),
     ),
+    "unipose": DecoderInfo(
+        "lumen_ray.decoders.unipose:UniPoseDecoder",
+        "perception",
+        ("unipose_class", "unipose_box", "unipose_keypoint", "unipose_oks", "unipose_visible"),
+    ),
     "stable_diffusion": DecoderInfo(
         "lumen_ray.decoders.stable_diffusion:StableDiffusionDecoder",
         "generation",
@@ -147,7 +152,7 @@ TASKS: dict[str, Task] = {
             ("pose of {}", "estimate the pose of every {}"),
             "keypoint_ap",
             "[POSE]",
-            _PERCEPTION,
+            ("lumen", "unipose"),
             keypoint_template="{keypoint} of {}",
         ),
         Task(

@@ -57,6 +57,14 @@ def tiny_settings(**changes: Any) -> ModelSettings:
     return ModelSettings.model_validate(data | changes)
 
 
+_DINO = {
+    "backbone": {
+        "image_size": SIDE, "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4,
+        "drop_path_rate": 0.0,
+    },
+    "hidden_size": 32, "num_heads": 4, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn": 64, "decoder_ffn": 64,
+    "num_queries": 20, "fusion_drop_path": 0.0,
+}  # fmt: skip
 _UNET = {
     "block_out_channels": [8, 16], "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "layers_per_block": 1, "cross_attention_dim": 16,
@@ -72,14 +80,8 @@ _DIFFUSION = {
 }  # fmt: skip
 #: the sections of expert decoders in a model's settings, as small as they can be
 EXPERTS = {
-    "grounding_dino": {
-        "backbone": {
-            "image_size": SIDE, "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 2, 4], "window_size": 4,
-            "drop_path_rate": 0.0,
-        },
-        "hidden_size": 32, "num_heads": 4, "encoder_layers": 1, "decoder_layers": 2, "encoder_ffn": 64,
-        "decoder_ffn": 64, "num_queries": 20, "fusion_drop_path": 0.0, "mask_channels": 16,
-    },
+    "grounding_dino": {**_DINO, "mask_channels": 16},
+    "unipose": {**_DINO, "box_layers": 1, "num_instances": 5},
     "stable_diffusion": {**_DIFFUSION, "unet": _UNET},
     "instruct_pix2pix": {**_DIFFUSION, "unet": {**_UNET, "in_channels": 8}},
 }  # fmt: skip

@@ -34,6 +34,7 @@ from lumen_ray.data.transforms import (
     warp,
 )
 from lumen_ray.decoders.base import ImageTargets, PerceptionTargets
+from lumen_ray.keypoints import DEFAULT_SIGMA, keypoint_sigmas
 from lumen_ray.model.prompts import Branch, build_layout
 from lumen_ray.model.regions import region_mask
 from lumen_ray.model.tokenizer import LumenTokenizer
@@ -51,6 +52,7 @@ class Want:
 
     instances: list[int] = field(default_factory=list)
     keypoint: int = -1
+    sigma: float = DEFAULT_SIGMA
     picture: np.ndarray | None = None
 
 
@@ -124,9 +126,10 @@ def add_poses(
         found = instances_of(phrase, row, sample)
         text = task.prompt(phrase, int(rng.integers(len(task.templates))))
         parent = prompts.add("pose", Branch(image, text, route=task.routing_token), Want(found))
+        sigmas = keypoint_sigmas(skeletons[phrase])
         for k, name in enumerate(skeletons[phrase]):
             text = task.keypoint_template.replace("{keypoint}", name).replace("{}", phrase)
-            prompts.add("pose", Branch(image, text, route=task.routing_token, parent=parent), Want(found, keypoint=k))
+            prompts.add("pose", Branch(image, text, route=task.routing_token, parent=parent), Want(found, k, sigmas[k]))
 
 
 def add_phrases(
@@ -310,7 +313,8 @@ def perception_targets(
     stack = np.stack(masks) if masks else np.zeros((0, *mask_shape(input_size)), np.uint8)
     counted = torch.tensor([w.keypoint < 0 for w in wants])
     arrays = (torch.from_numpy(a) for a in (boxes, valid, crowd, mask_index, stack, keypoints))
-    return PerceptionTargets(*arrays, counted, torch.from_numpy(instance))
+    sigma = torch.tensor([w.sigma for w in wants])
+    return PerceptionTargets(*arrays, counted, torch.from_numpy(instance), sigma)
 
 
 def image_targets(prompts: Prompts, samples: list[Sample], members: list[int]) -> ImageTargets:

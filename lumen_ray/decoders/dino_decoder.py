@@ -91,8 +91,7 @@ class DinoRaw:
 
 
 class DinoDecoder(Decoder):
-    """A subclass looks (`_look`) and sums its losses (`_losses`). Its settings also have `look_forward_twice` and
-    `learned_class_scale`."""
+    """A subclass looks (`_look`) and sums its losses (`_losses`)."""
 
     family = "perception"
     reads = "pixels"

@@ -12,7 +12,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoMLPPredictionHead
@@ -165,28 +164,3 @@ class GroundingDinoDecoder(DinoDecoder):
             full = at_stored_size(one, MASK_STRIDE, frame) > 0.5
             rles += Masks.from_arrays(full.cpu().numpy()[None]).rles
         return Masks(rles, frame.size)
-
-    @torch.inference_mode()
-    def class_maps(self, raw: GroundingDinoRaw, frames: list[Frame], settings: PredictSettings) -> list[np.ndarray]:
-        """Semantic segmentation: for every group an int64 map [height, width] of the stored image, which of the
-        group's object prompts (in their order) each pixel belongs to, -1 where none reaches the score threshold.
-
-        A pixel's evidence for a class is the sum over queries of class score times mask (MaskFormer, arXiv 2107.06278,
-        sec. 3.4), with the sigmoid scores of this model in place of a softmax. `frames`: one per image."""
-        scores, features, out = raw.scores(), self.mask_features(raw), []
-        shown = raw.groups.shown.tolist()
-        prompts = raw.groups.seats.row.bincount().tolist()
-        for row, image in enumerate(raw.groups.image.tolist()):
-            frame = frames[shown[image]]
-            own = scores[row, :, : prompts[row]]
-            used = torch.nonzero(own.amax(1) >= settings.score_threshold).flatten()
-            masks = self._probabilities(raw, features, row, used)
-            evidence = torch.einsum("qt,qhw->thw", own[used], masks)
-            best = torch.full(frame.size, settings.score_threshold, device=evidence.device)
-            classes = torch.full(frame.size, -1, dtype=torch.int64, device=evidence.device)
-            for index, one in enumerate(evidence):  # one at a time: many classes of a large photo would not fit
-                full = at_stored_size(one, MASK_STRIDE, frame)
-                classes = torch.where(full >= best, index, classes)
-                best = torch.maximum(best, full)
-            out.append(classes.cpu().numpy())
-        return out

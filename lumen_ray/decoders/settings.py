@@ -148,6 +148,14 @@ class DinoLossSettings(DinoSettings):
     )
     label_noise: float = Field(0.25, ge=0, le=1, description="share of the copies that get any prompt's link")
     box_noise: float = Field(1.0, ge=0, description="how far copies move, in units of half their size")
+    look_forward_twice: bool = Field(
+        False, description="a layer's loss also trains the layer before it (DINO, arXiv 2203.03605, sec. 3.5)"
+    )
+    learned_class_scale: bool = Field(
+        False,
+        description="class logits get a learned scale and bias that start at 1/sqrt(hidden_size) and few objects; for "
+        "training from scratch, published weights have none",
+    )
 
 
 class GroundingDinoSettings(DinoLossSettings):
@@ -157,14 +165,6 @@ class GroundingDinoSettings(DinoLossSettings):
     mask_points: int = Field(12544, gt=3, description="points of a mask that a training step looks at")
     mask_weight: float = Field(5.0, ge=0, description="loss: weight of masks' cross entropy")
     dice_weight: float = Field(5.0, ge=0, description="loss: weight of masks' dice loss")
-    look_forward_twice: bool = Field(
-        False, description="a layer's loss also trains the layer before it (DINO, arXiv 2203.03605, sec. 3.5)"
-    )
-    learned_class_scale: bool = Field(
-        False,
-        description="class logits get a learned scale and bias that start at 1/sqrt(hidden_size) and few objects; for "
-        "training from scratch, published weights have none",
-    )
 
 
 class UniPoseSettings(DinoLossSettings):
@@ -185,11 +185,6 @@ class UniPoseSettings(DinoLossSettings):
     visible_weight: float = Field(1.0, ge=0, description="loss: weight of the visibility's cross entropy")
     look_forward_twice: bool = Field(
         True, description="a layer's loss also trains the layer before it (DINO, arXiv 2203.03605, sec. 3.5)"
-    )
-    learned_class_scale: bool = Field(
-        False,
-        description="class logits get a learned scale and bias that start at 1/sqrt(hidden_size) and few objects; for "
-        "training from scratch, published weights have none",
     )
 
     @model_validator(mode="after")

@@ -109,7 +109,7 @@ class UniPoseDecoder(DinoDecoder):
         """A stage for every layer after the box layers. hidden [G, N, C] and boxes [G, N, 4] of the slots' objects,
         `keypoints` [G, N, K, C]: their keypoint prompts; `self_mask` as in `DinoTrunk.layer`.
 
-        Layers pass places on without gradient, as boxes in `_decode`; but sizes with it, as nothing else trains them:
+        Layers pass places on without gradient, as boxes in `layers`; but sizes with it, as nothing else trains them:
         they say how far a keypoint looks around."""
         stages = []
         content = self.keypoint_start.content(keypoints, hidden)

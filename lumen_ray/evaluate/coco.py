@@ -16,7 +16,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from lumen_ray.keypoints import COCO_SIGMAS, DEFAULT_SIGMA
+from lumen_ray.keypoints import keypoint_sigmas
 from lumen_ray.structures import Answer, Boxes, Prediction
 
 Kind = Literal["bbox", "segm", "keypoints"]
@@ -50,17 +50,12 @@ _KEYPOINT_LINES: dict[str, tuple[bool, float | None, str, int]] = {
 }
 
 
-def default_sigmas(num_keypoints: int) -> tuple[float, ...]:
-    """COCO's own values for 17 keypoints, else `DEFAULT_SIGMA` for each."""
-    return tuple(COCO_SIGMAS.values()) if num_keypoints == len(COCO_SIGMAS) else (DEFAULT_SIGMA,) * num_keypoints
-
-
 class CocoEvaluator:
     """COCO's AP and AR lines over `classes`; `reset` / `process` / `evaluate`.
 
     kind: ``bbox``, ``segm`` or ``keypoints``.
     skeletons: class -> keypoint names; ``keypoints`` scores exactly these classes.
-    sigmas: class -> one value per keypoint, instead of `default_sigmas`.
+    sigmas: class -> one value per keypoint, instead of `keypoint_sigmas`.
     """
 
     def __init__(
@@ -74,7 +69,7 @@ class CocoEvaluator:
         self.kind = kind
         self.skeletons = dict(skeletons or {})
         self.classes = [c for c in classes if kind != "keypoints" or c in self.skeletons]
-        self.sigmas = {c: tuple(default_sigmas(len(names))) for c, names in self.skeletons.items()}
+        self.sigmas = {c: keypoint_sigmas(names) for c, names in self.skeletons.items()}
         self.sigmas.update({c: tuple(values) for c, values in (sigmas or {}).items()})
         self._ids = {name: i + 1 for i, name in enumerate(self.classes)}
         self.reset()

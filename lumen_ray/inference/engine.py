@@ -330,12 +330,16 @@ class TrunkStage:
             members = [i for ms in per_image.values() for i in ms[start : start + chunk]]
             branches, regions, owners = [], [], []
             for ask in (asks[i] for i in members):
-                branches.append(replace(ask.branch, parent=-1))
+                branches.append(ask.branch)
                 if ask.region is not None:
                     branches[-1] = replace(branches[-1], regions=(len(regions),))
                     regions.append(ask.region)
                     owners.append(ask.image)
-            layout = build_layout(branches, len(prefix.valid), self.tokenizer, self.prompt_layout).to(self.device)
+            layout = build_layout(branches, len(prefix.valid), self.tokenizer, self.prompt_layout)
+            for family, numbers in layout.link_branches.items():  # a keypoint's object may be in another chunk
+                keypoints = [asks[members[number]].spec is None for number in numbers.tolist()]
+                layout.link_parents[family] = torch.tensor(keypoints).long() - 1
+            layout = layout.to(self.device)
             links = self.trunk.ask(prefix, layout, *self._regions(regions, owners))
             for name, link in links.items():
                 numbers = layout.link_branches[DECODERS[name].family].tolist()

@@ -9,6 +9,7 @@ from torch import nn
 
 from lumen_ray.decoders.settings import DiffusionSettings
 from lumen_ray.model.diffusion_head import DiffusionHead
+from lumen_ray.model.pose_head import PoseLinkHead
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.superlink import LinkHead
 
@@ -19,4 +20,5 @@ def link_head(decoder: str, settings: ModelSettings, llm_width: int) -> nn.Modul
     if isinstance(own, DiffusionSettings):
         width = own.unet["cross_attention_dim"]
         return DiffusionHead(llm_width, width, own.num_tokens, own.mapper_heads, own.mapper_layers)
-    return LinkHead(llm_width, settings.link_width(decoder), settings.link_reads_words)
+    kind = PoseLinkHead if decoder == "unipose" else LinkHead
+    return kind(llm_width, settings.link_width(decoder), settings.link_reads_words)

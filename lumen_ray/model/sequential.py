@@ -123,7 +123,7 @@ def _add_turn(piece: Piece, asked: str, answer: str | None, tokenizer: LumenToke
 def _routed(group: Sequence[tuple[int, Branch]], tokenizer: LumenTokenizer) -> Piece:
     by_route: dict[str, list[tuple[int, Branch]]] = {}
     for index, branch in group:
-        by_route.setdefault(branch.route, []).append((index, branch))
+        by_route.setdefault(_route(branch), []).append((index, branch))
     ordered = [member for members in by_route.values() for member in members]
     piece = Piece(group[0][0], members=[index for index, _ in ordered])
     questions, answers, regions = [], [], 0
@@ -148,6 +148,11 @@ def _routed(group: Sequence[tuple[int, Branch]], tokenizer: LumenTokenizer) -> P
             piece.add_queries(index, branch.route, tokenizer.ids[PAD])
     piece.add([tokenizer.ids[EOS]], True)
     return piece
+
+
+def _route(branch: Branch) -> str:
+    """The objects whose pose is asked for are detected; [POSE] stands behind their keypoints."""
+    return "[DET]" if branch.route == "[POSE]" and branch.parent < 0 else branch.route
 
 
 def _phrase(branch: Branch) -> str:

@@ -15,6 +15,7 @@ from lumen_ray.decoders.settings import (
     GroundingDinoSettings,
     InstructPix2PixSettings,
     StableDiffusionSettings,
+    UniPoseSettings,
 )
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.structures import Size
@@ -149,6 +150,10 @@ class ModelSettings(Settings):
     vocab_size: int = Field(512, gt=0, description="size of a tokenizer trained from scratch, special tokens included")
     lumen: LumenSettings | None = Field(LumenSettings(), description="the light decoder; null: the model has none")
     grounding_dino: GroundingDinoSettings | None = Field(None, description="detects, grounds and segments")
+    unipose: UniPoseSettings | None = Field(None, description="finds poses")
+    pose_queries: bool = Field(
+        False, description="keypoint prompts have super-link queries of their own, as in the released VisionLLM v2"
+    )
     stable_diffusion: StableDiffusionSettings | None = Field(None, description="generates pictures")
     instruct_pix2pix: InstructPix2PixSettings | None = Field(None, description="edits pictures")
     decoders: dict[str, str] = Field(

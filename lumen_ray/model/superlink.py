@@ -84,15 +84,25 @@ def concat(links: Sequence[SuperLink], first_images: Sequence[int]) -> SuperLink
 class SuperLinkQueries(nn.Module):
     """The learned query embeddings, one set per decoder family: [num_queries, llm_width]."""
 
-    def __init__(self, llm_width: int, std: float, families: Iterable[str] = ("perception",)):
-        """`std` is that of the LLM's own token embeddings, so that the queries enter on the same scale."""
+    def __init__(
+        self, llm_width: int, std: float, families: Iterable[str] = ("perception",), pose_queries: bool = False
+    ):
+        """`std` is that of the LLM's own token embeddings, so that the queries enter on the same scale;
+        `pose_queries`: keypoint prompts have some of their own."""
         super().__init__()
+        numbers = {name: LINK_FAMILIES[name].num_queries for name in families}
+        if pose_queries:
+            numbers["pose"] = numbers["perception"]
         self.queries = nn.ParameterDict(
-            {name: nn.Parameter(torch.randn(LINK_FAMILIES[name].num_queries, llm_width) * std) for name in families}
+            {name: nn.Parameter(torch.randn(number, llm_width) * std) for name, number in numbers.items()}
         )
 
-    def forward(self, family: str) -> Tensor:
-        return self.queries[family]
+    def forward(self, family: str, parents: Tensor) -> Tensor:
+        """[P, num_queries, llm_width] of prompts with these `parents` (int64 [P], -1 but for keypoint prompts)."""
+        queries = self.queries[family].expand(len(parents), -1, -1)
+        if family != "perception" or "pose" not in self.queries:
+            return queries
+        return torch.where((parents >= 0)[:, None, None], self.queries["pose"], queries)
 
 
 class LinkHead(nn.Module):

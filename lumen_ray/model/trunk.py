@@ -82,7 +82,7 @@ class Trunk(nn.Module):
         self.vision = build_vision(settings.vision, settings.image_size, width, std, stem_width)
         self.regions = build_regions(settings.regions, self.vision, width)
         self.register_buffer("lead", torch.tensor(settings.lead_tokens, dtype=torch.int64), persistent=False)
-        self.queries = SuperLinkQueries(width, std, settings.families)
+        self.queries = SuperLinkQueries(width, std, settings.families, settings.pose_queries)
         self.link_heads = nn.ModuleDict({name: link_head(name, settings, width) for name in settings.decoder_names})
         self.dense = None
         if settings.lumen:
@@ -105,8 +105,7 @@ class Trunk(nn.Module):
         """Token embeddings [B, T, width] with the queries and region embeddings put in their slots."""
         embeds = self.llm.get_input_embeddings()(layout.input_ids).clone()
         for family, slots in layout.query_slots.items():
-            queries = self.queries(family).to(embeds.dtype)
-            embeds[slots[..., 0], slots[..., 1]] = queries.expand(len(slots), -1, -1)
+            embeds[slots[..., 0], slots[..., 1]] = self.queries(family, layout.link_parents[family]).to(embeds.dtype)
         if len(layout.region_slots):
             slots = layout.region_slots
             embeds[slots[:, 0], slots[:, 1]] = regions[layout.region_index].to(embeds.dtype)

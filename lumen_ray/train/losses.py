@@ -17,12 +17,16 @@ from torch import Tensor
 
 from lumen_ray.decoders.base import LossTerm
 from lumen_ray.model.prompts import IGNORE
-from lumen_ray.tasks import TASKS
+from lumen_ray.tasks import DECODERS, TASKS
 from lumen_ray.train import parallel
 
 #: the fixed list behind the per-task columns, so that all ranks reduce the same ones
 TASK_NAMES = tuple(TASKS)
 _TASK_INDEX = {name: i for i, name in enumerate(TASK_NAMES)}
+
+
+#: losses that count objects, or the places of each
+_OF_OBJECTS = ("heatmap", "match", "box", "gdino_class", "gdino_box")
 
 
 def expected_counts(batch: dict[str, Any], names: tuple[str, ...]) -> Tensor:
@@ -33,14 +37,15 @@ def expected_counts(batch: dict[str, Any], names: tuple[str, ...]) -> Tensor:
     known: dict[str, float] = {"lm": float((batch["layout"].labels[:, 1:] != IGNORE).sum())}
     if (t := batch["targets"].get("perception")) is not None:
         objects = t.valid & ~t.crowd & t.counted[:, None]
-        known["heatmap"] = known["match"] = known["box"] = float(objects.sum())
-        known["mask"] = float((objects & (t.mask_index >= 0)).sum())
+        known |= dict.fromkeys(_OF_OBJECTS, float(objects.sum()))
+        known["mask"] = known["gdino_mask"] = float((objects & (t.mask_index >= 0)).sum())
         parents = batch["layout"].link_parents["perception"]
         children = torch.nonzero(parents >= 0).flatten()
         shown = (t.valid & ~t.crowd)[parents[children]]
         known["keypoint"] = float((shown & (t.keypoints[children][..., 2] > 0)).sum())
     else:
-        known |= dict.fromkeys(("heatmap", "match", "box", "mask", "keypoint"), 0.0)
+        perception = [info.losses for info in DECODERS.values() if info.family == "perception"]
+        known |= dict.fromkeys((name for losses in perception for name in losses), 0.0)
     return torch.tensor([known.get(name, 1.0) for name in names])
 
 

@@ -137,11 +137,6 @@ def test_it_learns_two_pictures_by_heart():
         wanted[y1:y2, x1:x2] = True
         assert (mask & wanted).sum() / (mask | wanted).sum() > 0.6
     assert min(found[p].scores[0] for p in (0, 1, 4)) > 2 * max(found[p].scores[0] for p in (2, 3))
-    first, second = decoder.class_maps(raw, frames, PredictSettings(0.3))
-    for classes, box, index in ((first, BOXES[0], 0), (first, BOXES[1], 1), (second, BOXES[2], 2)):
-        x1, y1, x2, y2 = map(int, box)
-        assert (classes[y1 + 4 : y2 - 4, x1 + 4 : x2 - 4] == index).mean() > 0.8
-    assert (first[60:, :30] == -1).mean() > 0.8
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -311,19 +306,3 @@ def test_masks_do_not_change_scores_and_the_threshold_holds(decoder):
     assert len(some[0]) == (plain[0].scores >= middle).sum() < len(plain[0])
     none = decoder.predict(raw, frames, [PromptSpec("a", masks=True), PromptSpec("b")], PredictSettings(1.1))
     assert len(none[0]) == 0 and len(none[0].masks) == 0
-
-
-def test_a_class_map_is_the_sum_of_masks_times_scores(decoder):
-    link, pixels = random_link([2, 3]), random_pixels([(64, 64), (40, 64)], (64, 64))
-    with torch.no_grad():
-        raw = decoder(link, pixels)
-        frames = [Frame((64, 64), 1.0, (64, 64)), Frame((20, 32), 2.0, (64, 64))]
-        maps = decoder.class_maps(raw, frames, PredictSettings(0.0))
-        features = decoder.mask_features(raw)
-        masks = torch.einsum("qc,chw->qhw", decoder.mask_embed(raw.stages[-1].hidden[1]), features[1]).sigmoid()
-        evidence = torch.einsum("qt,qhw->thw", raw.scores()[1], masks[:, :10])
-    assert [m.shape for m in maps] == [(64, 64), (20, 32)]
-    assert maps[1].min() >= 0 and maps[1].max() <= 2
-    full = torch.nn.functional.interpolate(evidence[None], (20, 32), mode="bilinear", align_corners=False)[0]
-    assert np.array_equal(maps[1], full.argmax(0).numpy())
-    assert (decoder.class_maps(raw, frames, PredictSettings(100.0))[0] == -1).all()

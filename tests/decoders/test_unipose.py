@@ -10,7 +10,9 @@ from tiny_models import scrambled
 from unipose_tiny import figures, pose_link, pose_targets, tiny_decoder
 
 from lumen_ray.data.scenes import KEYPOINTS
+from lumen_ray.decoders import unipose
 from lumen_ray.decoders.base import Frame, Pixels, PredictSettings, PromptSpec
+from lumen_ray.decoders.denoising import make_denoising
 from lumen_ray.decoders.dino_decoder import Groups
 from lumen_ray.decoders.set_loss import find_objects
 from lumen_ray.decoders.settings import UniPoseSettings
@@ -226,6 +228,30 @@ def test_denoising_does_not_tell_slots_the_answer():
     for one, other in zip(without.poses, with_.poses, strict=True):
         for name, value in vars(one).items():
             torch.testing.assert_close(value, getattr(other, name), **CLOSE)
+
+
+def test_rounds_of_denoising_do_not_read_each_other_in_any_layer(monkeypatch):
+    link, pixels, targets = figures([192, 195], SIDE)
+    decoder = scrambled(tiny_decoder(denoising_queries=12), std=0.05)
+    groups = Groups.of(link, pixels)
+    wanted = find_objects(targets, groups.objects, groups.seats, groups.sizes)
+    found = []
+    for change in (0.0, 1.0):
+
+        def changed(*args, change=change):
+            denoising = make_denoising(*args)
+            denoising.content = denoising.content + change * (denoising.round == 0)[..., None]
+            return denoising
+
+        monkeypatch.setattr(unipose, "make_denoising", changed)
+        torch.manual_seed(0)
+        with torch.no_grad():
+            found.append(decoder._look(link, pixels, groups, wanted))
+    rounds = found[0].denoising.round
+    assert rounds.max() >= 1
+    for one, other in zip(found[0].denoised, found[1].denoised, strict=True):
+        torch.testing.assert_close(one.boxes[rounds > 0], other.boxes[rounds > 0], **CLOSE)
+        assert not torch.allclose(one.boxes[rounds == 0], other.boxes[rounds == 0])
 
 
 @pytest.mark.parametrize("counted", [True, False])

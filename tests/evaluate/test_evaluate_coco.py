@@ -7,7 +7,7 @@ import pytest
 from pycocotools import mask as coco_mask
 
 from lumen_ray.data.schema import make_row
-from lumen_ray.evaluate.coco import CocoEvaluator, default_sigmas
+from lumen_ray.evaluate.coco import CocoEvaluator
 from lumen_ray.structures import Answer, Boxes, Keypoints, Masks, Prediction
 
 CROWDPOSE_SIGMAS = np.array([0.79, 0.79, 0.72, 0.72, 0.62, 0.62, 1.07, 1.07, 0.87, 0.87, 0.89, 0.89, 0.79, 0.79]) / 10
@@ -203,4 +203,3 @@ def test_classes_with_different_keypoints_share_one_table():
     values = run(row, found, "keypoints", skeletons=skeletons)
     assert values["per_class"] == {"cat": pytest.approx(1.0), "dog": 0.0}
     assert values["AP"] == pytest.approx(0.5)
-    assert default_sigmas(3) == (0.05,) * 3 and len(default_sigmas(17)) == 17

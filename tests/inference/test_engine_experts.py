@@ -74,7 +74,7 @@ def test_both_families_learn_from_one_pass():
     losses = model(scene_batch(2))
     assert {"heatmap", "gdino_class", "gdino_box", "gdino_mask"} <= set(losses)
     sum(losses[name].total for name in ("gdino_class", "gdino_box")).backward()
-    assert model.trunk.queries("perception").grad.abs().sum() > 0
+    assert model.trunk.queries.queries["perception"].grad.abs().sum() > 0
     head = model.trunk.link_heads["grounding_dino"].mlp[0].weight
     assert head.grad.abs().sum() > 0
     alone = model(scene_batch(2) | {"decoders": ["lumen"]})
@@ -125,3 +125,37 @@ def test_a_place_asks_for_the_mask_of_what_is_there(decoder):
     regions = [p.masks.to_arrays() for p in answers[0][2].predictions]
     assert sum(len(masks) for masks in regions) > 0
     assert np.concatenate(regions).sum(0).max() <= 1
+
+
+POSE = make_request("pose", classes=["red figure", "teapot"], keypoints=["spout", "lid", "handle"])
+
+
+@pytest.mark.parametrize("pose_queries", [False, True])
+def test_poses_of_any_skeleton_come_from_the_expert(pose_queries):
+    engine = Engine(tiny_loaded(decoders={"pose": "unipose"}, pose_queries=pose_queries, unipose=EXPERTS["unipose"]))
+    known = make_request("pose", classes=["figure"])
+    asked = [[POSE, DETECT], [known]]
+    answers = engine.run(PICTURES[:2], asked, score_threshold=0.0)
+    assert [p.keypoints.names for p in answers[0][0].predictions] == [("spout", "lid", "handle")] * 2
+    assert answers[1][0].predictions[0].keypoints.names == scenes.KEYPOINTS
+    found = answers[0][0].predictions[0]
+    assert len(found) > 0 and found.keypoints.xyv.shape == (len(found), 3, 3)
+    for picture, requests, together in zip(PICTURES, asked, answers, strict=False):
+        for chunk in (2, 64):  # an object and its keypoints may be in different passes
+            alone = engine.run([picture], [requests[:1]], score_threshold=0.0, class_chunk=chunk)[0][0]
+            same(alone, together[0])
+            for one, other in zip(alone.predictions, together[0].predictions, strict=True):
+                assert np.allclose(one.keypoints.xyv, other.keypoints.xyv, atol=1e-2)
+
+
+def test_object_and_keypoint_prompts_pass_heads_and_queries_of_their_own():
+    model = tiny_model(pose_queries=True, unipose=EXPERTS["unipose"])
+    rows = [row for row in (scenes.scene_row(0, n, SIDE) for n in range(12)) if "pose" in row["tasks"]][:2]
+    losses = model(scene_batch(rows, ("pose",)))
+    names = [name for name in losses if name.startswith("unipose")]
+    assert len(names) == 5 and losses["unipose_oks"].count > 0
+    sum(losses[name].total for name in names).backward()
+    head = model.trunk.link_heads["unipose"]
+    for queries in ("perception", "pose"):
+        assert model.trunk.queries.queries[queries].grad.abs().sum() > 0
+    assert head.objects.mlp[0].weight.grad.abs().sum() > 0 and head.keypoints.mlp[0].weight.grad.abs().sum() > 0

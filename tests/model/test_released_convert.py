@@ -105,8 +105,7 @@ def test_the_engine_asks_a_converted_model_in_its_layout(released, tmp_path):
     branches = [Branch(0, f"detect {word}", route="[DET]") for word in ("word4", "word5")]
     layout = build_layout(branches, 1, tokenizer, "sequential")
     prefix = trunk.encode(torch.from_numpy(image).permute(2, 0, 1)[None])
-    hidden, _ = trunk.run_branches(prefix, layout, torch.zeros(0), torch.zeros(0))
-    expected = trunk.links(hidden, layout)["lumen"].embeddings
+    expected = trunk.ask(prefix, layout, torch.zeros(0), torch.zeros(0))["lumen"].embeddings
     torch.testing.assert_close(found.parts["lumen"].link.embeddings, expected)
     assert isinstance(found.plans[0][1].text, str)
 

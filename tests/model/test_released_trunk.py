@@ -12,7 +12,7 @@ from lumen_ray.model.build import Generalist
 from lumen_ray.model.pretrained import fill
 from lumen_ray.model.prompts import IGNORE, Layout
 from lumen_ray.model.regions import LevelRegionEncoder
-from lumen_ray.model.released.convert import DECODERS, convert_tensors, may_be_fresh
+from lumen_ray.model.released.convert import DECODERS, FRESH, convert_tensors
 from lumen_ray.model.released.encoders import CLIP as CLIP_RULES
 from lumen_ray.model.released.rules import Part, apply
 from lumen_ray.model.released.trunk import BRIDGE, QUERIES, REGIONS, parts
@@ -105,7 +105,8 @@ def splice_layout(data, ids) -> Layout:
         branch_ids=torch.where(valid, torch.arange(2)[:, None], -1),
         offsets=torch.arange(tokens.shape[1]).expand(2, -1),
         query_slots=slots,
-        link_branches={}, link_images={}, link_parents={},
+        link_branches={}, link_images={},
+        link_parents={family: torch.full((len(found),), -1) for family, found in slots.items()},
         region_slots=(tokens == ids["reg_token_id"]).nonzero(),
         region_index=torch.arange(3),
         last_slots=valid.sum(1, keepdim=True).sub(1),
@@ -158,9 +159,7 @@ def test_the_full_size_layout_converts_with_nothing_missing_and_nothing_left_ove
     state, report = convert_tensors(tensors, expected)
     assert len(report.entries) == len(told) == 4742
     assert not report.of("unknown")
-    whole = fill(
-        expected, state, "the layout", may_be_fresh(expected)
-    )  # raises for what is missing, left over or of another shape
+    whole = fill(expected, state, "the layout", FRESH)  # raises for what is missing, left over or of another shape
     assert whole.keys() == expected.keys()
     gone = {entry.name for entry in report.of("dropped")}
     decoderless = {module for module, (decoder, _) in DECODERS.items() if decoder not in model.decoders}
@@ -170,7 +169,8 @@ def test_the_full_size_layout_converts_with_nothing_missing_and_nothing_left_ove
     trunk = {name for name in told if name.split(".")[0] not in DECODERS}
     assert trunk & gone == unread
     assert all(name in gone for name in told if name.split(".")[0] in decoderless)
-    assert all(name.startswith(may_be_fresh(expected)) for name in whole.keys() - state.keys())
+    fresh = whole.keys() - state.keys()
+    assert fresh and all(name.startswith("decoders.unipose.") for name in fresh)  # a visibility, and what starts at 0
     counted = {part: sum(t.numel() for n, t in state.items() if n.startswith(part)) for part in ("trunk", "decoders")}
     print(", ".join(f"{count:,} parameters in {part}" for part, count in counted.items()))
 

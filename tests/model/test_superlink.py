@@ -19,7 +19,7 @@ def test_gradients_of_a_decoders_loss_alone_reach_llm_queries_link_head_and_visi
         "LLM": trunk.llm.model.layers[0].self_attn.q_proj.weight,
         "LLM MLP": trunk.llm.model.layers[-1].mlp.down_proj.weight,
         "word embeddings": trunk.llm.get_input_embeddings().weight,
-        "queries": trunk.queries("perception"),
+        "queries": trunk.queries.queries["perception"],
         "link head": trunk.link_heads["lumen"].mlp[0].weight,
         "projector": trunk.vision.projector.weight,
         "CLIP": trunk.vision.clip.merge.weights,
@@ -35,7 +35,7 @@ def test_gradients_of_a_decoders_loss_alone_reach_llm_queries_link_head_and_visi
 def test_heatmap_loss_alone_reaches_the_queries():
     model = tiny_model()
     model(scene_batch(1, tasks=("detect",)))["heatmap"].total.backward()
-    assert model.trunk.queries("perception").grad.abs().min() > 0
+    assert model.trunk.queries.queries["perception"].grad.abs().min() > 0
 
 
 class Raised(nn.Module):
@@ -77,8 +77,8 @@ def test_the_routing_token_is_in_the_lm_loss():
 def test_queries_are_one_set_per_family_on_the_scale_of_the_word_embeddings():
     torch.manual_seed(0)
     queries = SuperLinkQueries(256, std=0.08)
-    assert queries("perception").shape == (LINK_FAMILIES["perception"].num_queries, 256)
-    assert 0.06 < queries("perception").std() < 0.1
+    assert queries.queries["perception"].shape == (LINK_FAMILIES["perception"].num_queries, 256)
+    assert 0.06 < queries.queries["perception"].std() < 0.1
 
 
 def test_the_link_head_averages_over_the_queries():

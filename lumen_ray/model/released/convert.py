@@ -15,7 +15,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.model.build import ModelMeta, save_model
 from lumen_ray.model.pretrained import Assembly, blank, fill, read_tokenizer
 from lumen_ray.model.published import Checkpoint
-from lumen_ray.model.released import trunk
+from lumen_ray.model.released import trunk, unipose
 from lumen_ray.model.released.lora import Merged
 from lumen_ray.model.released.rules import Entry, Part, Report, Rule, apply, find_rule
 from lumen_ray.model.sequential import lead_tokens
@@ -23,8 +23,7 @@ from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import EOS, PAD, LumenTokenizer
 
 #: of a decoder's module in the checkpoint: our decoder, and where its rules are. Their function
-#: `released_parts(decoder, link_head, source)` takes prefixes: of our decoder, its link head, and in the checkpoint. A
-#: `FRESH` beside it lists prefixes of what our decoder has and the released one has not
+#: `released_parts(decoder, link_head, source)` takes prefixes: of our decoder, its link head, and in the checkpoint
 DECODERS: dict[str, tuple[str, str]] = {
     "gdino": ("grounding_dino", "lumen_ray.model.released.gdino"),
     "unipose": ("unipose", "lumen_ray.model.released.unipose"),
@@ -36,8 +35,11 @@ NAMES = {PAD: "[PAD]", EOS: "</s>"}
 START = "<s>"
 #: values of its config.json that this layout stands for
 CONFIG = {"vl_bridge_type": "mlp2x_gelu", "vis_output_layer": -2, "use_pixelshuffle": False, "num_embs": 4}
-#: the light decoder and what only it reads
-LIGHT = ("trunk.stem.", "trunk.dense.", "trunk.link_heads.lumen.", "decoders.lumen.")
+#: what the reference has no counterpart of: the light decoder with what only it reads, and parts of UniPose
+FRESH = (
+    "trunk.stem.", "trunk.dense.", "trunk.link_heads.lumen.", "decoders.lumen.",
+    *(f"decoders.unipose.{name}" for name in unipose.FRESH),
+)  # fmt: skip
 #: of the adapters that the reference trains on the LLM
 LORA_ALPHA = 64.0
 REPORT_FILE = "conversion.json"
@@ -57,15 +59,6 @@ def parts(model: Collection[str]) -> tuple[Part, ...]:
         else:
             found.append(Part(f"{module}.", "", [Rule(r".+", drop=f"the preset has no decoder '{decoder}'")]))
     return tuple(found)
-
-
-def may_be_fresh(model: Collection[str]) -> tuple[str, ...]:
-    """Prefixes of the names of a model's tensors that the released one does not have."""
-    own = []
-    for decoder, table in DECODERS.values():
-        if any(name.startswith(f"decoders.{decoder}.") for name in model):
-            own += [f"decoders.{decoder}.{prefix}" for prefix in getattr(importlib.import_module(table), "FRESH", ())]
-    return (*LIGHT, *own)
 
 
 def convert_tensors(
@@ -116,7 +109,7 @@ def convert(
     fresh = blank(settings, len(tokenizer), seed)
     loaded, report = convert_tensors(source, fresh, lora_alpha)
     report.refuse(f"'{source.folder}'")
-    state = fill(fresh, loaded, f"'{source.folder}'", may_be_fresh(fresh))
+    state = fill(fresh, loaded, f"'{source.folder}'", FRESH)
     save_model(output, state, settings, tokenizer, ModelMeta(settings.name, seed=seed))
     _write_report(Path(output), source, report, sorted(set(state) - set(loaded)))
     return Assembly(settings, tokenizer, state, set(loaded)), report
