@@ -29,7 +29,7 @@ def test_command_lines_parse(command):
 
 def test_the_readme_has_commands_of_every_verb():
     verbs = {shlex.split(c)[1] for c in commands()}
-    assert verbs == {"quickstart", "prepare", "data", "train", "evaluate", "label", "serve"}
+    assert verbs == {"quickstart", "prepare", "data", "train", "evaluate", "label", "serve", "convert", "doctor"}
 
 
 def test_links_point_at_files():
