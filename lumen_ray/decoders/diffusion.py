@@ -254,11 +254,14 @@ class DiffusionDecoder(ImageDecoder):
         return LossTerm(self.settings.align_weight * error.sum(), error.new_tensor(float(len(error))))
 
     def _vae_loss(self, pixels: Tensor) -> LossTerm:
-        """Reconstruction (L1 and MSE) and KL to a standard normal, each a mean per value of a picture."""
+        """Reconstruction and KL to a standard normal, each a mean per value of a picture or its latents.
+
+        MSE alone: beside an L1, whose gradient is the same for any error, hues are learned last.
+        """
         posterior = self.vae.encode(pixels).latent_dist
         error = (self.vae.decode(posterior.sample()).sample - pixels).float()
         values = posterior.mean[0].numel()
-        each = (error.abs() + error.square()).flatten(1).mean(1) + self.settings.vae_kl_weight * posterior.kl() / values
+        each = error.square().flatten(1).mean(1) + self.settings.vae_kl_weight * posterior.kl() / values
         return LossTerm(self.settings.vae_weight * each.sum(), each.new_tensor(float(len(each))))
 
     # Sampling
