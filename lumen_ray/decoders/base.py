@@ -122,7 +122,7 @@ class PerceptionTargets:
 @dataclass(frozen=True)
 class PredictSettings:
     score_threshold: float = 0.05
-    max_per_phrase: int = 100
+    max_per_phrase: int = 300
 
 
 @dataclass

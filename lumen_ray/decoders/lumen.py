@@ -1,10 +1,11 @@
 """The light decoder: heatmap, boxes, masks and keypoints of all prompts in one forward (Lumen, sec. 3.3).
 
-Per prompt the aligner yields a heatmap over the shared dense features; peaks above their 8 neighbours are instances.
-A box is the distances from the peak to its four sides; a mask comes from a dynamic kernel taken at the peak that reads
-mask features and coordinates relative to it (CondInst, arXiv 2003.05664); keypoints come from cross-attention of each
-instance and keypoint name over the instance's box. Several places per object are positives (see `assigner`), their
-score learns the IoU (quality focal loss, arXiv 2006.04388).
+Per prompt the aligner yields a heatmap over the shared dense features. Each place says a box, the distances from it to
+its four sides; places of high score are instances, after suppression of overlapping boxes. (Lumen takes peaks above
+their 8 neighbours, which loses one of two small objects in neighbouring cells.) A mask comes from a dynamic kernel
+taken at the place that reads mask features and coordinates relative to it (CondInst, arXiv 2003.05664); keypoints come
+from cross-attention of each instance and keypoint name over the instance's box. Several places per object are positives
+(see `assigner`), their score learns the IoU (quality focal loss, arXiv 2006.04388).
 
 Legend: P prompts, L = h * w places at `stride`, I instances, K keypoints, C channels. Coordinates: input pixels.
 """
@@ -29,6 +30,9 @@ from lumen_ray.model.superlink import SuperLink
 from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
 
 KERNEL_WIDTH = 8
+#: places that are looked at before overlaps are suppressed: about those that one instance makes likely, and a bound on
+#: the matrix of overlaps
+PLACES_PER_INSTANCE, MOST_PLACES = 10, 3000
 MASK_STRIDE = 4  # of the dense features and the masks
 
 
@@ -282,7 +286,8 @@ class LumenDecoder(Decoder):
         extent = (boxes[:, 2:] - boxes[:, :2]).clamp_min(1)
         difference = (xy - truth[:, :2]) / extent
         l1 = difference.abs().sum(-1)
-        oks = torch.exp(-difference.square().sum(-1) / (2 * 0.1**2))  # sigma 0.05 for every keypoint, OKS uses 2 sigma
+        spread = 2 * targets.sigma[children[child]]  # COCO's OKS falls off with twice the sigma
+        oks = torch.exp(-difference.square().sum(-1) / (2 * spread.square()))
         place = (l1 * 4 + 1 - oks)[labelled].sum()
         seen = F.binary_cross_entropy_with_logits(visible, (truth[:, 2] == 2).float(), reduction="none")[labelled].sum()
         return LossTerm(self.settings.keypoint_weight * (place + 0.5 * seen), labelled.float().sum())
@@ -301,32 +306,24 @@ class LumenDecoder(Decoder):
                 children.setdefault(parent, []).append(child)
         out: list[Prediction | None] = [None] * len(raw.link)
         scores = raw.logits.sigmoid()
-        peaks = self._peaks(scores, raw.shape)
         for p, link_index in enumerate(raw.objects.tolist()):
             frame = frames[int(raw.link.image_index[link_index])]
-            found = self._instances(raw, p, scores[p], peaks[p], frame, settings)
+            found = self._instances(raw, p, scores[p], frame, settings)
             out[link_index] = self._prediction(
                 raw, p, found, scores[p], frame, prompts[link_index], children.get(link_index, [])
             )
         return out
 
-    @staticmethod
-    def _peaks(scores: Tensor, shape: tuple[int, int]) -> Tensor:
-        """bool [P, L]: places not below any of their 8 neighbours."""
-        grid = scores.view(-1, 1, *shape)
-        return (F.max_pool2d(grid, 3, stride=1, padding=1) == grid).flatten(1)
-
-    def _instances(
-        self, raw: LumenRaw, p: int, scores: Tensor, peaks: Tensor, frame: Frame, settings: PredictSettings
-    ) -> Tensor:
-        """Places of one prompt's instances, best first: peaks inside the image, above the threshold, after NMS."""
+    def _instances(self, raw: LumenRaw, p: int, scores: Tensor, frame: Frame, settings: PredictSettings) -> Tensor:
+        """Places of one prompt's instances, best first: inside the image, above the threshold, after NMS."""
         height, width = (side * frame.scale for side in frame.size)
         centers = raw.centers
         inside = (centers[:, 0] < width) & (centers[:, 1] < height)
-        found = torch.nonzero(peaks & inside & (scores >= settings.score_threshold)).flatten()
+        found = torch.nonzero(inside & (scores >= settings.score_threshold)).flatten()
         if len(found) == 0:
             return found
-        best = scores[found].argsort(descending=True, stable=True)[: 4 * settings.max_per_phrase]
+        most = min(PLACES_PER_INSTANCE * settings.max_per_phrase, MOST_PLACES)
+        best = scores[found].argsort(descending=True, stable=True)[:most]
         found = found[best]
         return found[greedy_nms(raw.boxes[p, found], scores[found], self.settings.nms_iou)][: settings.max_per_phrase]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from lumen_ray.keypoints import keypoint_sigmas
 from lumen_ray.structures import Answer, Boxes, Prediction
 
 Kind = Literal["bbox", "segm", "keypoints"]
+COCO_MAX_DETS = 100
 
 # name -> (is a precision, IoU threshold or None for the mean over 0.50:0.95, area range, detections per image)
 _LINES: dict[str, tuple[bool, float | None, str, int]] = {
@@ -98,19 +100,24 @@ class CocoEvaluator:
                     self._found.extend(self._results(prediction, image))
 
     def evaluate(self) -> dict[str, Any]:
-        """``{"AP": .., "AP50": .., ...}`` in 0..1, and ``per_class``: class -> AP50.
+        """``{"AP": .., "AP50": .., ...}`` in 0..1, ``max_dets``, and ``per_class``: class -> AP50.
 
-        None stands for what the split has no annotations for.
+        None stands for what the split has no annotations for. COCO counts the 100 best detections of a class in an
+        image; where an image shows more objects, as many as the most (``max_dets``), or they could not all be found.
         """
         lines = _KEYPOINT_LINES if self.kind == "keypoints" else _LINES
+        crowds = Counter((a["image_id"], a["category_id"]) for a in self._truth)
+        dets = max([COCO_MAX_DETS, *crowds.values()])
+        lines = {k: (*line[:3], dets if line[3] == COCO_MAX_DETS else line[3]) for k, line in lines.items()}
         groups = self._groups()
         evaluations = [self._run(group, lines) for group in groups]
         if not evaluations:
-            return {**dict.fromkeys(lines), "per_class": {}}
+            return {**dict.fromkeys(lines), "max_dets": None, "per_class": {}}
         precision = np.concatenate([e.eval["precision"] for e in evaluations], axis=2)  # [T, R, classes, areas, dets]
         recall = np.concatenate([e.eval["recall"] for e in evaluations], axis=1)  # [T, classes, areas, dets]
         params = evaluations[0].params
         values: dict[str, Any] = {name: _line(precision, recall, params, line) for name, line in lines.items()}
+        values["max_dets"] = max(line[3] for line in lines.values())
         names = [name for group in groups for name in group]
         values["per_class"] = {
             name: _line(precision[:, :, k : k + 1], recall[:, k : k + 1], params, lines["AP50"])

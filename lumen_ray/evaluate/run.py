@@ -32,9 +32,9 @@ from lumen_ray.tasks import TASKS, get_task
 SCORE_THRESHOLD = 0.01
 #: Free chat is only asked for its first token; this many leave room for a word before it.
 ROUTING_TOKENS = 8
-MAX_PER_PHRASE = 100
-#: AP counts this many instances of an image over all classes, as LVIS does; 1,200 classes would fill the memory.
-MAX_PER_IMAGE = 300
+MAX_PER_PHRASE = 500
+#: AP counts this many instances of an image over all classes (LVIS: 300); those of 1,200 classes would fill the memory.
+MAX_PER_IMAGE = 500
 _AP_TASKS = ("detect", "segment", "pose")
 
 

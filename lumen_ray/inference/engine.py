@@ -539,7 +539,7 @@ class Engine:
         requests: Sequence[Sequence[Request]],
         *,
         score_threshold: float = 0.05,
-        max_per_phrase: int = 100,
+        max_per_phrase: int = 300,
         max_new_tokens: int = 48,
         class_chunk: int = 64,
     ) -> list[list[Answer]]:

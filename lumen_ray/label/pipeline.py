@@ -111,7 +111,7 @@ def label(
     num_actors: int = 1,
     batch_size: int = 8,
     score_threshold: float = 0.3,
-    max_per_phrase: int = 100,
+    max_per_phrase: int = 300,
     max_new_tokens: int = 48,
     device: str = "cpu",
     fragment_size: int = 32,

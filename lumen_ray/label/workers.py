@@ -36,7 +36,7 @@ class WorkerSettings:
     batch_size: int = 8
     num_actors: int = 1
     score_threshold: float = 0.3
-    max_per_phrase: int = 100
+    max_per_phrase: int = 300
     max_new_tokens: int = 48
 
 

@@ -126,7 +126,7 @@ class Defaults(Settings):
     """What a request gets when it does not say."""
 
     score_threshold: float = Field(0.3, ge=0, le=1)
-    max_per_phrase: int = Field(100, ge=1, le=1000)
+    max_per_phrase: int = Field(300, ge=1, le=1000)
     max_new_tokens: int = Field(48, ge=1, le=1024)
 
 

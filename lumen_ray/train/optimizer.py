@@ -23,7 +23,8 @@ def parts(model: Generalist) -> dict[str, nn.Module]:
 def set_trainable(model: Generalist, stage: Stage) -> None:
     """Only the stage's parts learn, and of those not what has a rate of 0 or what LoRA keeps as it is."""
     for name, module in parts(model).items():
-        module.requires_grad_(name in stage.trainable and stage.lr_scale.get(name) != 0)
+        learns = stage.trainable is None or name in stage.trainable
+        module.requires_grad_(learns and stage.lr_scale.get(name) != 0)
     still = {pattern for pattern, factor in stage.lr_scale.items() if is_pattern(pattern) and factor == 0}
     names = {name: p for name, p in model.named_parameters() if p.requires_grad} if still else {}
     for name in {name for pattern in still for name in _fitting(pattern, names, stage)} | frozen_names(model):

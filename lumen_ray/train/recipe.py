@@ -115,7 +115,9 @@ class Stage(Settings):
         (TaskGroup(tasks=UNDERSTANDING),),
         description="what step t trains is drawn from these by (seed, t)",
     )
-    trainable: tuple[str, ...] = Field(MODULES, description=f"parts that learn, of {', '.join(MODULES)}")
+    trainable: tuple[str, ...] | None = Field(
+        None, description=f"parts that learn, of {', '.join(MODULES)}; null: all that the model has"
+    )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     lr_scale: dict[str, float] = Field(
         {},
@@ -137,7 +139,7 @@ class Stage(Settings):
 
     @model_validator(mode="after")
     def _parts(self) -> Stage:
-        for name in (*self.trainable, *(n for n in self.lr_scale if not is_pattern(n))):
+        for name in (*(self.trainable or ()), *(n for n in self.lr_scale if not is_pattern(n))):
             if name not in MODULES:
                 raise unknown("part", name, MODULES)
         for name, factor in self.layer_decay.items():
@@ -151,7 +153,7 @@ class Stage(Settings):
         for name in self.loss_weights:
             if name not in LOSSES:
                 raise unknown("loss", name, LOSSES, plural="losses")
-        if not self.trainable:
+        if self.trainable == ():
             raise UserError(
                 f"stage '{self.name}' trains nothing; name parts under 'trainable', of {', '.join(MODULES)}",
                 "invalid_config",

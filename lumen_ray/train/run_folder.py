@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lumen_ray import config
+from lumen_ray.config import Settings
 from lumen_ray.data import files
 from lumen_ray.data.feed import read_texts
 from lumen_ray.errors import UserError
@@ -58,7 +59,8 @@ def keep_start(run: Path, start: dict[str, Any], resumes: bool) -> None:
     saved = run / "recipe.json"
     if resumes and saved.is_file():
         before = json.loads(saved.read_text())
-        before["recipe"] = _of_today(before.get("recipe"))
+        for name, kind in (("recipe", Recipe), ("model", ModelSettings)):
+            before[name] = _of_today(kind, before.get(name))
         names = {"recipe": "recipe", "model": "model settings", "shards": "shards", "init_from": "model to start from"}
         other = [text for name, text in names.items() if _deciding(before.get(name)) != _deciding(start[name])]
         if other:
@@ -91,12 +93,12 @@ def keep_tokenizer(
     return tokenizer
 
 
-def _of_today(recipe: Any) -> Any:
-    """A recipe that an earlier version saved, with the settings it did not know at their defaults."""
+def _of_today(kind: type[Settings], saved: Any) -> Any:
+    """Settings that an earlier version saved, with those that it did not know at their defaults."""
     try:
-        return config.validate(Recipe, recipe, "recipe.json").model_dump(mode="json")
+        return config.validate(kind, saved, "recipe.json").model_dump(mode="json")
     except UserError:
-        return recipe
+        return saved
 
 
 def _deciding(value: Any) -> Any:

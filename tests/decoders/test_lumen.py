@@ -341,14 +341,26 @@ def test_every_stride_builds_boxes_around_its_places(stride):
     assert ((x1 < x) & (x < x2) & (y1 < y) & (y < y2)).all()
 
 
-def test_peaks_are_places_not_below_their_neighbours():
-    grid = torch.rand(3, 5, 7, generator=torch.Generator().manual_seed(0))
-    peaks = LumenDecoder._peaks(grid.flatten(1), (5, 7)).view(3, 5, 7)
-    for p in range(3):
-        for y in range(5):
-            for x in range(7):
-                around = grid[p, max(0, y - 1) : y + 2, max(0, x - 1) : x + 2]
-                assert bool(peaks[p, y, x]) == bool(grid[p, y, x] == around.max())
+def test_objects_in_neighbouring_places_are_all_found():
+    """Two of equal score, and one beside a better one, side by side: their boxes hardly overlap."""
+    model = decoder(stride=4)
+    with torch.no_grad():
+        raw = model(make_link(*random_inputs(1, 1)[:1], [0]), random_inputs(1, 1)[1])
+    size, (y, x) = raw.shape, (5, 6)
+    logits = torch.full_like(raw.logits, -9.0)
+    for column, logit in ((x, 2.0), (x + 1, 2.0), (x + 2, 1.0)):
+        place = y * size[1] + column
+        logits[0, place] = logit
+        cx, cy = raw.centers[place].tolist()
+        raw.boxes[0, place] = torch.tensor([cx - 2, cy - 4, cx + 2, cy + 4])
+    raw.logits = logits
+    (found,) = model.predict(raw, [Frame.fit((SIDE, SIDE), SIDE)], [DETECT], PredictSettings(0.3))
+    assert len(found) == 3 and sorted(found.boxes.xyxy[:, 0].tolist()) == [24.0, 28.0, 32.0]
+    doubled = raw.boxes.clone()
+    doubled[0, y * size[1] + x + 1] = doubled[0, y * size[1] + x]  # the same object, said twice
+    raw.boxes = doubled
+    (found,) = model.predict(raw, [Frame.fit((SIDE, SIDE), SIDE)], [DETECT], PredictSettings(0.3))
+    assert len(found) == 2
 
 
 def naive_giou_loss(a, b):

@@ -123,7 +123,7 @@ def test_what_cannot_be_evaluated_is_refused(rows, tmp_path, options, message):
 def test_the_report_holds_its_settings(split, rows, tmp_path):
     evaluate(FakeEngine(rows, skeletons=POSED), split, tmp_path, tasks=["vqa"], limit=2, batch_size=3, chat_limit=1)
     assert json.loads((tmp_path / "report.json").read_text())["settings"] == {
-        "score_threshold": 0.01, "max_per_phrase": 100, "max_per_image": 300, "limit": 2, "chat_limit": 1,
+        "score_threshold": 0.01, "max_per_phrase": 500, "max_per_image": 500, "limit": 2, "chat_limit": 1,
         "picture_limit": 32,        "batch_size": 3,
     }  # fmt: skip
 
