@@ -39,6 +39,9 @@ def test_they_say_what_made_them_and_how_good_they_are(folder):
     digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert report["model"] == {"preset": meta.preset, "version": digest[:12]}
     assert report["images"] == report["scored"] > 100
+    least = {"box_AP50": 0.85, "box_AP": 0.60, "mask_AP50": 0.80, "keypoint_AP": 0.50, "refer_p50": 0.80,
+             "vqa_accuracy": 0.90}  # fmt: skip
+    assert all(report["metrics"][name] >= value for name, value in least.items())
 
 
 def test_what_the_report_says_is_what_the_weights_do(folder):

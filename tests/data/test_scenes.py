@@ -1,5 +1,7 @@
 """Scenes: every annotation and every answer is checked against the picture or recomputed from the instances."""
 
+import hashlib
+import json
 from collections import Counter
 from types import SimpleNamespace
 
@@ -269,3 +271,14 @@ def test_twins_that_no_comparison_tells_apart_get_no_expression():
     twin = SimpleNamespace(colour="red", shape="circle", area=100.0, centre=(40.0, 40.0))
     other = SimpleNamespace(colour="red", shape="circle", area=100.0, centre=(44.0, 44.0))
     assert scenes_text.refer_phrases([twin, other], 128, np.random.default_rng(1)) == []
+
+
+def test_the_same_number_is_the_same_scene_in_every_version():
+    """The bundled weights, the quickstart and every figure in the README rest on these scenes."""
+    told = []
+    for index in range(16):
+        row = scenes.scene_row(0, index)
+        objects = [(i["phrase"], [round(c) for c in i["box"]]) for i in row["instances"]]
+        told.append([objects, row["phrases"], row["messages"]])
+    digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+    assert digest == "d0e4176281da1cd60df67b9dfc28cf9c715eabb3111f98140aa0a7272db3aaa4"
