@@ -1,7 +1,8 @@
 """The input pipeline (row groups -> decode -> augment -> collate on Ray Data) against torch's DataLoader.
 
 Both run the same `BatchReader` over the same plan in as many processes, and hand whole batches to a consumer that does
-nothing with them.
+nothing with them. On both sides a process makes the next batch while a thread of it hands the one before over: in the
+DataLoader the feeder of its queue, in Ray Data's task the one that makes batches (`feed.one_ahead`).
 
 When to start the clock: a Ray Data task makes `STEPS_PER_BLOCK` consecutive steps, a DataLoader's process every
 `workers`-th. Batches come in the order of the plan, so while the first task's arrive, those of the tasks beside it pile
@@ -176,7 +177,7 @@ def bench(
         rates,
         AIM,
         equal=f"every tensor of the first {len(few)} batches",
-        budget=f"{workers} reading processes a side, {os.cpu_count()} cores",
+        budget=f"{workers} reading processes a side, each with a thread that hands batches over, {os.cpu_count()} cores",
         details={
             "batch_size": batch_size,
             "steps": steps,
