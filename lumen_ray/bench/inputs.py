@@ -177,7 +177,7 @@ def bench(
         rates,
         AIM,
         equal=f"every tensor of the first {len(few)} batches",
-        budget=f"{workers} reading processes a side, each with a thread that hands batches over, {os.cpu_count()} cores",
+        budget=f"{workers} reading processes a side, each with a thread beside it, {os.cpu_count()} cores",
         details={
             "batch_size": batch_size,
             "steps": steps,

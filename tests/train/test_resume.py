@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from ranks import Moment, run_ranks
+from safetensors.torch import load_file
 from train_fakes import cut_after, make_job
 
 from lumen_ray.train import checkpoint
@@ -113,3 +114,18 @@ def test_another_number_of_workers_goes_on_with_the_same_loss_curve(data, whole,
     for step in STEPS:
         ranks = before if step < 5 else after
         assert sum((ours[rank, step][-1] for rank in range(ranks)), []) == theirs[0, step][0] + theirs[1, step][0]
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_another_number_of_workers_takes_over_in_mid_stage(data, tmp_path, before, after):
+    """Moments of the optimizer and the average of the weights are shared out anew."""
+    options = OPTIONS | {"keep_checkpoints": 0, "ema": {"decay": 0.5, "warmup": False}}
+    run = tmp_path / "run"
+    assert run_ranks(make_job(data, run, **options | {"workers": before}), before) == [0] * before
+    expected, averaged = losses(run), load_file(run / "model" / "model.safetensors")
+    cut_after(run, 4)
+    assert run_ranks(make_job(data, run, **options | {"workers": after}), after) == [0] * after
+    (steps, values), (_, wanted) = zip(*losses(run), strict=True), zip(*expected, strict=True)
+    assert steps == tuple(STEPS) and values == pytest.approx(wanted, rel=1e-4, abs=1e-4)
+    for name, value in load_file(run / "model" / "model.safetensors").items():
+        assert (value - averaged[name]).norm() <= 1e-3 * averaged[name].norm() + 1e-6, name
