@@ -34,11 +34,10 @@ from lumen_ray.errors import UserError
 from lumen_ray.model.build import ModelMeta
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.presets import model_folder, model_path
-from lumen_ray.train import checkpoint, parallel, precision
+from lumen_ray.train import checkpoint, memory, parallel, precision
 from lumen_ray.train.checks import check_recipe, with_sizes
 from lumen_ray.train.failures import told
 from lumen_ray.train.loop import Job, Trainer
-from lumen_ray.train.memory import keep_freed_memory
 from lumen_ray.train.metrics import MetricsWatcher, Progress
 from lumen_ray.train.recipe import Recipe
 from lumen_ray.train.resources import WORKER_CPUS, cluster_resources, uses_gpus
@@ -144,7 +143,6 @@ def _worker(config: dict[str, Any]) -> None:
 
     from lumen_ray.ray_env import prepare_data
 
-    keep_freed_memory()
     prepare_data()
     share = (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()
     torch.set_num_threads(config["threads"] or max(1, share))
@@ -250,5 +248,6 @@ def _ray_trainer(prepared: Prepared, use_gpu: bool) -> Any:
             storage_path=prepared.job.run,
             failure_config=FailureConfig(max_failures=recipe.max_failures),
             callbacks=[GiveUp()],
+            worker_runtime_env={"env_vars": memory.ENVIRONMENT},
         ),
     )
