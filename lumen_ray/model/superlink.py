@@ -99,7 +99,7 @@ class SuperLinkQueries(nn.Module):
 
     def forward(self, family: str, parents: Tensor) -> Tensor:
         """[P, num_queries, llm_width] of prompts with these `parents` (int64 [P], -1 but for keypoint prompts)."""
-        queries = self.queries[family].expand(len(parents), -1, -1)
+        queries = self.queries[family].repeat(len(parents), 1, 1)
         if family != "perception" or "pose" not in self.queries:
             return queries
         return torch.where((parents >= 0)[:, None, None], self.queries["pose"], queries)

@@ -68,9 +68,9 @@ def test_the_slow_side_makes_one_pass_per_prompt_and_both_write_as_much(engine, 
     single = prompts.prompts(3)
     image = prompts.decode(prompts.scenes.scene_row(0, 0, engine.image_size)["image"])
 
-    def counted(images):
+    def counted(images, *rest):
         encoded.append(len(images))
-        return encode(images)
+        return encode(images, *rest)
 
     def limited(prefix, *args):
         limits.append(args[5])

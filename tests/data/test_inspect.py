@@ -90,7 +90,7 @@ def test_prompts_and_targets_are_those_of_the_collator(sampler, rows):
                 assert prompt.negative == (prompt.phrase not in present)
                 assert prompt.pieces[-5][0] in ("[DET]", "[SEG]") and prompt.pieces[-5][2]
                 assert [kind for _, kind, _ in prompt.pieces[-4:]] == ["query"] * 4
-        told = {m["turns"][-1]["content"] for m in rows[number]["messages"]}
+        told = {" ".join(t["content"] for t in m["turns"][1::2]) for m in rows[number]["messages"]}
         for prompt in prompts:
             learned = "".join(text for text, kind, is_learned in prompt.pieces if is_learned and kind == "text")
             assert not TASKS[prompt.task].is_text or learned.strip() in told
