@@ -1,14 +1,14 @@
 """The engine: trunk -> super links -> decoders -> answers. Label, evaluate and serve share it.
 
 It is two halves, so that serving can deploy them apart: `TrunkStage` turns images and requests into a `TrunkOutput`
-(links, dense features, texts), `DecoderStage` turns links and dense features into predictions, and `assemble` puts
-answers together. `Engine` runs both in one process.
+(links, dense features, texts), `DecoderStage` turns its decoder's part of that into predictions, and `assemble` puts
+answers together (see `outputs`). `Engine` runs both in one process.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,123 +17,26 @@ from torch import Tensor
 
 from lumen_ray.data.buckets import choose
 from lumen_ray.data.transforms import fit
-from lumen_ray.decoders.base import Frame, ImageDecoder, Pixels, PredictSettings, PromptSpec
+from lumen_ray.decoders.base import ImageDecoder, Pixels, PredictSettings, PromptSpec
 from lumen_ray.errors import UserError
-from lumen_ray.inference.request import Request
-from lumen_ray.inference.semantic import class_regions
+from lumen_ray.inference.outputs import Found, LinkPart, RequestPlan, TrunkOutput, assemble, finished
+from lumen_ray.inference.request import Request, check_asked
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.model.prompts import Branch, build_layout
 from lumen_ray.model.regions import region_mask
-from lumen_ray.model.superlink import SuperLink, concat
+from lumen_ray.model.superlink import SuperLink
 from lumen_ray.model.tokenizer import EOS
 from lumen_ray.model.trunk import Prefix
-from lumen_ray.structures import Answer, Prediction, Region, SampleSettings, Size
+from lumen_ray.structures import Answer, Region, SampleSettings, Size
 from lumen_ray.tasks import DECODERS, ROUTING_TOKENS, TASKS, decoder_class, task_of_prompt
 
 DEFAULTS = PredictSettings()
 #: What stands for a region prompt among an answer's phrases.
 REGION_PHRASE = "region"
-#: What a decoder makes of one link: instances, pictures (uint8 [h, w, 3]), or nothing of its own.
-Found = Prediction | list[np.ndarray] | None
 #: Object prompts times cells of the dense features that are decoded at once: 512 prompts at 128 pixels, 128 at 256.
 MAX_DECODER_CELLS = 1 << 19
 #: Groups of prompts that an expert decoder looks at in one pass.
 MAX_DECODER_GROUPS = 8
-
-
-@dataclass
-class RequestPlan:
-    """Where one request's answer comes from: `links` are indices into the super link of its `decoder`, `text` is what
-    the LLM wrote."""
-
-    task: str
-    size: Size
-    links: list[int] = field(default_factory=list)
-    decoder: str | None = None
-    route: str | None = None
-    text: str | None = None
-
-
-@dataclass
-class LinkPart:
-    """What one decoder is asked: its super link, and a `PromptSpec` per link, None for keypoint prompts."""
-
-    link: SuperLink
-    prompts: list[PromptSpec | None]
-
-    def only(self, members: Tensor) -> LinkPart:
-        return LinkPart(self.link.only(members), [self.prompts[i] for i in members.tolist()])
-
-
-@dataclass
-class TrunkOutput:
-    """What leaves the trunk for a batch of images. Tensors are contiguous and on the CPU, ready for the wire.
-
-    `parts`: by decoder, those that are asked something; `dense`: float32 [B, C, H/4, W/4] of inputs of one bucket
-    (H, W), and `pixels` of the same inputs, each where a decoder of `parts` reads it; `plans`: per image, one per
-    request.
-    """
-
-    parts: dict[str, LinkPart]
-    dense: Tensor | None
-    pixels: Pixels | None
-    frames: list[Frame]
-    plans: list[list[RequestPlan]]
-
-    def select(self, image: int) -> TrunkOutput:
-        """The part of the output about one image of the batch."""
-        parts, places = {}, {}
-        for name, part in self.parts.items():
-            members = torch.nonzero(part.link.image_index == image).flatten()
-            if len(members):
-                parts[name] = part.only(members)
-                parts[name].link.image_index = torch.zeros_like(members)
-                places[name] = {int(old): new for new, old in enumerate(members)}
-        plans = [
-            replace(plan, links=[places[plan.decoder][i] for i in plan.links]) if plan.links else plan
-            for plan in self.plans[image]
-        ]
-        own = torch.tensor([image])  # as an index it copies, so that not the whole batch travels
-        dense = None if self.dense is None else self.dense[own]
-        pixels = None if self.pixels is None else self.pixels[own]
-        return TrunkOutput(parts, dense, pixels, [self.frames[image]], [plans])
-
-    @property
-    def input_size(self) -> Size:
-        return self.frames[0].input_size
-
-
-def merge(outputs: Sequence[TrunkOutput]) -> TrunkOutput:
-    """Outputs of several passes over inputs of one size as one batch, in order: the inverse of `TrunkOutput.select`."""
-    if len(outputs) == 1:
-        return outputs[0]
-    collected: dict[str, list[tuple[LinkPart, int]]] = {}  # each with its first image
-    frames: list[Frame] = []
-    plans: list[list[RequestPlan]] = []
-    for output in outputs:
-        first = {name: sum(len(part.link) for part, _ in parts) for name, parts in collected.items()}
-        plans += [
-            [replace(p, links=[i + first.get(p.decoder, 0) for i in p.links]) for p in row] for row in output.plans
-        ]
-        for name, part in output.parts.items():
-            collected.setdefault(name, []).append((part, len(frames)))
-        frames += output.frames
-    parts = {
-        name: LinkPart(
-            concat([part.link for part, _ in found], [image for _, image in found]),
-            [prompt for part, _ in found for prompt in part.prompts],
-        )
-        for name, found in collected.items()
-    }
-    dense = [output.dense for output in outputs]
-    pixels = [output.pixels for output in outputs]
-    return TrunkOutput(
-        parts,
-        None if any(x is None for x in dense) else torch.cat(dense),
-        None if any(x is None for x in pixels) else Pixels.cat(pixels),
-        frames,
-        plans,
-    )
 
 
 @dataclass
@@ -190,7 +93,7 @@ class TrunkStage:
         if len(images) != len(requests):
             raise ValueError(f"{len(images)} images but {len(requests)} lists of requests")
         for image, asked in zip(images, requests, strict=True):
-            check_asked(image, asked)
+            check_asked(None if image is None else image.shape[:2], asked)
         buckets = {self.bucket_of(image) for image in images}
         if len(buckets) > 1:
             raise ValueError(f"images of one pass must share a bucket, got {sorted(buckets)}")
@@ -439,55 +342,6 @@ class DecoderStage:
         if self.decoder.reads == "dense":
             return output.dense[images].to(self.device)
         return output.pixels[images].to(self.device)
-
-
-def check_asked(image: np.ndarray | None, requests: Sequence[Request]) -> None:
-    """`UserError` for what cannot be asked about an image, or of words alone (None); free chat can be either."""
-    for request in requests:
-        task = TASKS[request.task]
-        if image is None and task.sees_image and task.name != "chat":
-            raise UserError(f"task '{task.name}' needs an image; give one", "missing_image")
-        if image is not None and not task.sees_image:
-            raise UserError(f"task '{task.name}' takes no image, only a text; leave it out", "unexpected_image")
-    if image is not None:
-        _check_regions(image.shape[:2], requests)
-
-
-def _check_regions(size: Size, requests: Sequence[Request]) -> None:
-    """A region's coordinates mean nothing in an image of another size."""
-    for request in requests:
-        if request.region is not None and tuple(request.region.size) != tuple(size):
-            theirs, ours = (f"{width}x{height}" for height, width in (request.region.size, size))
-            raise UserError(
-                f"the region is for an image of {theirs} but the image is {ours} pixels; "
-                "make the region with the image's own (height, width)",
-                "invalid_region",
-            )
-
-
-def assemble(
-    plans: Sequence[Sequence[RequestPlan]], predictions: Mapping[str, Sequence[Found]]
-) -> list[list[Answer | None]]:
-    """Answers per image and request from what the trunk planned and what each decoder found; None where the request's
-    decoder is not among them."""
-    return [[_answer(plan, predictions) for plan in row] for row in plans]
-
-
-def _answer(plan: RequestPlan, predictions: Mapping[str, Sequence[Found]]) -> Answer | None:
-    if plan.links and plan.decoder not in predictions:
-        return None
-    found = [predictions[plan.decoder][i] for i in plan.links]
-    if found and isinstance(found[0], list):
-        images = [picture for pictures in found for picture in pictures]
-        return Answer(plan.task, plan.size, text=plan.text, route=plan.route, images=images)
-    return Answer(plan.task, plan.size, found, text=plan.text, route=plan.route)
-
-
-def finished(answer: Answer | None) -> Answer | None:
-    """What is made of all instances of an answer together, once those below its score threshold are gone."""
-    if answer is None or answer.task != "semantic":
-        return answer
-    return replace(answer, predictions=class_regions(answer.predictions))
 
 
 class Engine:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lumen_ray.errors import UserError
 from lumen_ray.model.tokenizer import SPECIAL_TOKENS
-from lumen_ray.structures import Region, SampleSettings
+from lumen_ray.structures import Region, SampleSettings, Size
 from lumen_ray.tasks import check_classes, get_task, split_phrases
 
 
@@ -90,3 +91,33 @@ def _refuse_reserved(text: str) -> None:
     """A special token in the caller's text would be read as part of the prompt's layout."""
     if reserved := next((token for token in SPECIAL_TOKENS if token in text), None):
         raise UserError(f"a text may not contain '{reserved}', which the prompt layout uses", "reserved_text")
+
+
+def check_asked(size: Size | None, requests: Sequence[Request]) -> None:
+    """`UserError` for what cannot be asked about an image of (height, width) `size`, or of words alone (None); free
+    chat can be either."""
+    for request in requests:
+        if size is not None or request.task != "chat":
+            check_image(request.task, size is not None)
+        if size is not None and request.region is not None:
+            _check_region(size, request.region)
+
+
+def check_image(task: str, given: bool) -> None:
+    """`UserError` for a task that needs an image and gets none, or that takes none and gets one."""
+    if get_task(task).sees_image == given:
+        return
+    if given:
+        raise UserError(f"task '{task}' takes no image, only a text; leave it out", "unexpected_image")
+    raise UserError(f"task '{task}' needs an image; give one", "missing_image")
+
+
+def _check_region(size: Size, region: Region) -> None:
+    """A region's coordinates mean nothing in an image of another size."""
+    if tuple(region.size) != tuple(size):
+        theirs, ours = (f"{width}x{height}" for height, width in (region.size, size))
+        raise UserError(
+            f"the region is for an image of {theirs} but the image is {ours} pixels; "
+            "make the region with the image's own (height, width)",
+            "invalid_region",
+        )

@@ -14,7 +14,8 @@ from lumen_ray.serve.job import Query, trim
 from lumen_ray.structures import Answer
 
 if TYPE_CHECKING:
-    from lumen_ray.inference.engine import DecoderStage, TrunkOutput
+    from lumen_ray.inference.engine import DecoderStage
+    from lumen_ray.inference.outputs import TrunkOutput
 
 Item = tuple["TrunkOutput", tuple[Query, ...]]
 Answers = list[Answer | None]
@@ -63,7 +64,7 @@ class Decoder:
 
     def _run_group(self, items: list[Item]) -> list[Answers]:
         from lumen_ray.decoders.base import PredictSettings
-        from lumen_ray.inference.engine import assemble, finished, merge
+        from lumen_ray.inference.outputs import assemble, finished, merge
 
         queries = [query for _, asked in items for query in asked]
         limits = PredictSettings(

@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from starlette.datastructures import FormData, UploadFile
 
 from lumen_ray.errors import UserError
-from lumen_ray.inference.request import make_request
+from lumen_ray.inference.request import check_image, make_request
 from lumen_ray.serve import schemas
 from lumen_ray.serve.http import json_schema_ref
 from lumen_ray.serve.images import checked_rle, decode_image, image_bytes
@@ -131,9 +131,8 @@ async def answer(
     """Answers to `tasks` about one encoded image, or about words alone, and the fields `model` and `timing_ms` of the
     response."""
     start = time.perf_counter()
-    for task, _ in tasks:  # said before the image is looked at
-        if get_task(task).sees_image == (image is None):
-            _refuse_image(task, image)
+    for task, _ in tasks:
+        check_image(task, image is not None)  # said before the image is looked at
     pixels = None if image is None else await asyncio.to_thread(decode_image, image, settings.limits.max_pixels)
     decoded = time.perf_counter()
     size = (1, 1) if pixels is None else pixels.shape[:2]
@@ -146,12 +145,6 @@ async def answer(
     timing = {"decode": decoded - start, "model": end - decoded, "total": end - start}
     timing_ms = {name: round(1000 * seconds, 1) for name, seconds in timing.items()}
     return answers, {"model": f"{info['preset']}@{info['version']}", "timing_ms": timing_ms}
-
-
-def _refuse_image(task: str, image: bytes | None) -> None:
-    if image is None:
-        raise UserError(f"'image' is missing: task '{task}' needs one, in base64 or as a data URL", "missing_image")
-    raise UserError(f"task '{task}' takes no image, only a text; leave 'image' out", "unexpected_image")
 
 
 async def _read_task(request: Request) -> tuple[bytes | None, schemas.TaskFields]:

@@ -14,7 +14,8 @@ from lumen_ray.serve.job import TrunkJob, trim
 from lumen_ray.structures import Answer, Size
 
 if TYPE_CHECKING:
-    from lumen_ray.inference.engine import TrunkOutput, TrunkStage
+    from lumen_ray.inference.engine import TrunkStage
+    from lumen_ray.inference.outputs import TrunkOutput
 
 
 def load_trunk(model: str, device: str) -> TrunkStage:
@@ -43,7 +44,7 @@ class Trunk:
 
     async def answer(self, job: TrunkJob) -> list[Answer]:
         """Answers to queries that need no decoder."""
-        from lumen_ray.inference.engine import assemble
+        from lumen_ray.inference.outputs import assemble
 
         output = value_of(await self._batched(job))
         return trim(assemble(output.plans, {})[0], job.queries)

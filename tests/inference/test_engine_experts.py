@@ -9,7 +9,8 @@ from tiny_models import EXPERTS, SIDE, scene_batch, tiny_loaded, tiny_model, tin
 from lumen_ray.data import scenes
 from lumen_ray.data.collate import Collator
 from lumen_ray.data.images import decode
-from lumen_ray.inference.engine import Engine, merge
+from lumen_ray.inference.engine import Engine
+from lumen_ray.inference.outputs import merge
 from lumen_ray.inference.request import make_request
 from lumen_ray.structures import Region
 from lumen_ray.tasks import UNDERSTANDING

@@ -8,7 +8,8 @@ from tiny_models import EXPERTS, SIDE, scene_batch, tiny_loaded
 from lumen_ray.data import scenes
 from lumen_ray.data.images import decode
 from lumen_ray.errors import UserError
-from lumen_ray.inference.engine import Engine, merge
+from lumen_ray.inference.engine import Engine
+from lumen_ray.inference.outputs import merge
 from lumen_ray.inference.request import make_request
 from lumen_ray.structures import Answer, SampleSettings
 

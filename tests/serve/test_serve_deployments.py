@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from lumen_ray.errors import UserError
-from lumen_ray.inference.engine import Engine, merge
+from lumen_ray.inference.engine import Engine
+from lumen_ray.inference.outputs import merge
 from lumen_ray.inference.request import make_request
 from lumen_ray.serve.batching import run_grouped
 from lumen_ray.serve.decoder import Decoder
