@@ -63,7 +63,7 @@ def make_batch(settings: ModelSettings, tokenizer: LumenTokenizer, load: Load, s
             words = "a picture of a small object beside a large one"
             branches.append(Branch(image, TASKS["caption"].prompt("", 0), response=words))
             tasks.append("caption")
-    layout = build_layout(branches, load.images, tokenizer)
+    layout = build_layout(branches, load.images, tokenizer, settings.prompt_layout)
     prompts, count = load.images * load.classes, load.images * load.classes * load.objects
     low = torch.rand(prompts, load.objects, 2, generator=generator) * side * 0.6
     boxes = torch.cat([low, low + side * (0.1 + 0.3 * torch.rand(low.shape, generator=generator))], dim=-1)

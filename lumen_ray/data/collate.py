@@ -13,24 +13,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from pycocotools import mask as coco_mask
 from torch import Tensor
 
 from lumen_ray.data.class_choice import BranchSettings, choose_classes, draw
 from lumen_ray.data.images import Picture
 from lumen_ray.data.packing import Packing, fit_branches, pack
+from lumen_ray.data.region_prompts import drawn_region, region_input, region_visible
 from lumen_ray.data.transforms import (
-    MASK_STRIDE,
-    MIN_VISIBLE,
     AugmentSettings,
     Sample,
-    clip_boxes,
-    map_boxes,
-    map_points,
     mask_shape,
     transform,
-    visible_share,
     warp,
 )
 from lumen_ray.decoders.base import ImageTargets, PerceptionTargets
@@ -38,7 +31,7 @@ from lumen_ray.keypoints import DEFAULT_SIGMA, keypoint_sigmas
 from lumen_ray.model.prompts import Branch, build_layout
 from lumen_ray.model.regions import region_mask
 from lumen_ray.model.tokenizer import LumenTokenizer
-from lumen_ray.structures import Region, Size, as_size
+from lumen_ray.structures import Size, as_size
 from lumen_ray.tasks import TASKS
 
 CLASS_TASKS = ("detect", "segment", "count")  # one box target each; they differ in wording and routing token
@@ -163,33 +156,12 @@ def add_region_segments(
     usable = [n for n, mask in enumerate(sample.masks) if mask is not None and mask.any() and not sample.crowd[n]]
     for n in draw(usable, s.max_regions, rng):
         size = sample.image.shape[:2]
-        region = _drawn_region(sample.masks[n], sample.boxes[n], size, rng)
+        region = drawn_region(sample.masks[n], sample.boxes[n], size, rng)
         prompts.regions.append(region_mask(region, size))
         prompts.region_images.append(image)
         text = task.prompt(template=int(rng.integers(len(task.templates))))
         branch = Branch(image, text, route=task.routing_token, regions=(len(prompts.regions) - 1,))
         prompts.add(task.name, branch, Want([n]))
-
-
-def _drawn_region(mask: np.ndarray, box: np.ndarray, size: Size, rng: np.random.Generator) -> Region:
-    """What a user might draw on an instance: `mask` uint8 [H/4, W/4], `box` xyxy in input pixels."""
-    kind = ("box", "point", "scribble", "polygon")[int(rng.integers(4))]
-    if mask.sum() < 2:
-        kind = "point"
-    if kind == "box":
-        low, high = box[:2], box[2:]
-        loose = np.stack([low, high]) + rng.uniform(-0.1, 0.1, (2, 2)) * (high - low)
-        low, high = clip_boxes(loose.reshape(1, 4), size).reshape(2, 2)
-        return Region("box", size, np.stack([low, np.maximum(high, low + 1)]))
-    ys, xs = np.nonzero(mask)
-    inside = (np.stack([xs, ys], 1) + 0.5) * MASK_STRIDE
-    if kind == "polygon":  # the support points in 8 directions
-        turns = np.arange(8) * np.pi / 4
-        points = inside[np.argmax(inside @ np.stack([np.cos(turns), np.sin(turns)]), axis=0)]
-    else:
-        points = inside[rng.choice(len(inside), min(1 if kind == "point" else 4, len(inside)), replace=False)]
-        points = points[np.argsort(points[:, 0])]
-    return Region(kind, size, points.astype(np.float32))
 
 
 def add_messages(
@@ -212,7 +184,7 @@ def add_messages(
         history, prompt, response = exchanges(message["turns"])
         first = len(prompts.regions)
         for index in message["regions"]:
-            prompts.regions.append(_region_input(sample, row["regions"][index]))
+            prompts.regions.append(region_input(sample, row["regions"][index]))
             prompts.region_images.append(image)
         regions = tuple(range(first, len(prompts.regions)))
         branch = Branch(image, prompt, response=response, regions=regions, history=history)
@@ -247,42 +219,6 @@ def exchanges(turns: Sequence[dict[str, str]]) -> tuple[tuple[tuple[str, str], .
     texts = [turn["content"] for turn in turns]
     *earlier, last = zip(texts[::2], texts[1::2], strict=True)
     return tuple(earlier), *last
-
-
-def _region_box(region: dict) -> np.ndarray:
-    """The xyxy box [1, 4] of a stored region, at least one pixel wide and high."""
-    if region["mask"]:
-        x, y, width, height = coco_mask.toBbox(region["mask"])
-        low, high = np.array([x, y]), np.array([x + width, y + height])
-    else:
-        points = np.array(region["points"], np.float64).reshape(-1, 2)
-        low, high = points.min(0), points.max(0)
-    grow = np.maximum(1 - (high - low), 0) / 2
-    return np.concatenate([low - grow, high + grow])[None]
-
-
-def region_visible(region: dict, sample: Sample) -> bool:
-    """Whether enough of a stored region is left in the (augmented) model input, as for instances."""
-    boxes = map_boxes(_region_box(region), sample.matrix)
-    return bool(visible_share(boxes, sample.image.shape[:2])[0] >= MIN_VISIBLE)
-
-
-def _region_input(sample: Sample, region: dict) -> np.ndarray:
-    """A stored region, visible in the (augmented) model input, as a binary mask [H, W] of it."""
-    size = sample.image.shape[:2]
-    if region["mask"]:
-        inverse = np.linalg.inv(np.vstack([sample.matrix, [0, 0, 1]]))[:2]
-        picture = Image.fromarray(coco_mask.decode(region["mask"]) * 255)
-        out = picture.transform(size[::-1], Image.Transform.AFFINE, inverse.flatten(), Image.Resampling.BILINEAR)
-        if (inside := np.asarray(out) > 127).any():
-            return inside.astype(np.uint8)
-        low, high = clip_boxes(map_boxes(_region_box(region), sample.matrix), size).reshape(2, 2)
-        # too small for a pixel of the input, but still a place
-        return region_mask(Region("point", size, (low + high)[None] / 2), size)
-    points = map_points(np.array(region["points"], np.float64).reshape(-1, 2), sample.matrix)
-    if region["kind"] == "box":
-        points = map_boxes(_region_box(region), sample.matrix).reshape(2, 2)
-    return region_mask(Region(region["kind"], size, clip_boxes(points, size)), size)
 
 
 def perception_targets(
@@ -336,6 +272,7 @@ class Collator:
     augment: AugmentSettings = AugmentSettings()
     frequencies: dict[str, int] = field(default_factory=dict)  # images per class, weighs the negatives
     packing: Packing | None = None
+    prompt_layout: str = "branches"  # the model's
 
     def __call__(
         self,
@@ -377,17 +314,17 @@ class Collator:
             add_messages(prompts, index, row, sample, self.tasks, self.branches, rng)
         has_image = torch.tensor([image is not None and not blind for image in images])
         truncated = self._truncate(prompts, has_image) if self.packing else {}
-        layout = build_layout(prompts.branches, len(rows), self.tokenizer)
+        layout = build_layout(prompts.branches, len(rows), self.tokenizer, self.prompt_layout)
         shown = samples
         if self.packing:
             layout.pack = pack(layout, has_image, self.packing)
             shown = samples[: max(1, int(has_image.sum()))]
-        targets = {
-            family: perception_targets(prompts, samples, members.tolist(), self.input_size)
-            if family == "perception"
-            else image_targets(prompts, samples, members.tolist())
-            for family, members in layout.link_branches.items()
-        }
+        targets = {}
+        for family, members in layout.link_branches.items():
+            if family == "perception":
+                targets[family] = perception_targets(prompts, samples, members.tolist(), self.input_size)
+            else:
+                targets[family] = image_targets(prompts, samples, members.tolist())
         masks = np.stack(prompts.regions) if prompts.regions else np.zeros((0, *as_size(self.input_size)), np.uint8)
         return {
             "images": torch.from_numpy(np.stack([s.image for s in shown])).permute(0, 3, 1, 2).contiguous(),

@@ -56,6 +56,7 @@ class BatchReader:
     skeletons: dict[str, tuple[str, ...]]
     frequencies: dict[str, int] = field(default_factory=dict)  # images per class
     token_side: int = 0  # input pixels per side of one image token; needed where the recipe packs
+    prompt_layout: str = "branches"  # the model's
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """`item` as of `plan_items` -> the batch, with the pictures that could not be read under `rejected`.
@@ -87,7 +88,7 @@ class BatchReader:
                 rngs.append(row_rng(self.recipe.seed, step, file, index, number))
         collator = Collator(
             self.tokenizer, size, tasks, self.skeletons, stage.branches, stage.augment, self.frequencies,
-            self._packing(size),
+            self._packing(size), self.prompt_layout,
         )  # fmt: skip
         batch = collator(rows, images, rngs, edited)
         decoders = list(stage.groups[item["group"]].decoders)

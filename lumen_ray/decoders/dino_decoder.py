@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +19,12 @@ from lumen_ray.decoders.set_loss import Matches, Objects, box_loss, class_loss, 
 from lumen_ray.decoders.settings import DinoLossSettings
 from lumen_ray.model.aligner import Seats
 from lumen_ray.model.superlink import SuperLink
+from lumen_ray.model.vision import IMAGENET_MEAN, IMAGENET_STD
 from lumen_ray.structures import Size
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in 0..1, as the published weights use
+if TYPE_CHECKING:
+    from lumen_ray.model.settings import ModelSettings
+
 FEW_OBJECTS = -4.6  # logit of one query in a hundred
 
 
@@ -97,6 +101,10 @@ class DinoDecoder(Decoder):
     reads = "pixels"
     independent = False
 
+    @classmethod
+    def build(cls, settings: ModelSettings) -> DinoDecoder:
+        return cls(getattr(settings, cls.name), settings.link_width(cls.name))
+
     def __init__(self, settings: DinoLossSettings, link_channels: int):
         super().__init__()
         self.settings = settings
@@ -122,7 +130,7 @@ class DinoDecoder(Decoder):
 
     def _see(self, pixels: Pixels, groups: Groups) -> Levels:
         images = pixels.images[groups.shown].float() / 255
-        mean, std = (images.new_tensor(values)[:, None, None] for values in (MEAN, STD))
+        mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         extents = [(height, width) for height, width in pixels.extents[groups.shown].tolist()]
         return self.trunk.see((images - mean) / std, extents)
 

@@ -10,7 +10,6 @@ Legend: P' object prompts, G groups, T prompts of the largest group, Q queries, 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -28,9 +27,6 @@ from lumen_ray.decoders.stored_size import at_stored_size
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.structures import Boxes, Masks, Prediction
 
-if TYPE_CHECKING:
-    from lumen_ray.model.settings import ModelSettings
-
 
 @dataclass
 class GroundingDinoRaw(DinoRaw):
@@ -45,10 +41,6 @@ class GroundingDinoRaw(DinoRaw):
 class GroundingDinoDecoder(DinoDecoder):
     name = "grounding_dino"
     loss_names = ("gdino_class", "gdino_box", "gdino_mask")
-
-    @classmethod
-    def build(cls, settings: ModelSettings) -> GroundingDinoDecoder:
-        return cls(settings.grounding_dino, settings.link_width(cls.name))
 
     def __init__(self, settings: GroundingDinoSettings, link_channels: int):
         super().__init__(settings, link_channels)

@@ -134,6 +134,9 @@ class DinoSettings(Settings):
         return self
 
 
+_TWICE = "a layer's loss also trains the layer before it (DINO, arXiv 2203.03605, sec. 3.5)"
+
+
 class DinoLossSettings(DinoSettings):
     """Matching, losses and denoising of a set of boxes."""
 
@@ -148,9 +151,7 @@ class DinoLossSettings(DinoSettings):
     )
     label_noise: float = Field(0.25, ge=0, le=1, description="share of the copies that get any prompt's link")
     box_noise: float = Field(1.0, ge=0, description="how far copies move, in units of half their size")
-    look_forward_twice: bool = Field(
-        False, description="a layer's loss also trains the layer before it (DINO, arXiv 2203.03605, sec. 3.5)"
-    )
+    look_forward_twice: bool = Field(False, description=_TWICE)
     learned_class_scale: bool = Field(
         False,
         description="class logits get a learned scale and bias that start at 1/sqrt(hidden_size) and few objects; for "
@@ -183,9 +184,7 @@ class UniPoseSettings(DinoLossSettings):
     keypoint_weight: float = Field(10.0, ge=0, description="loss: weight of L1 between keypoints")
     oks_weight: float = Field(4.0, ge=0, description="loss: weight of 1 - OKS")
     visible_weight: float = Field(1.0, ge=0, description="loss: weight of the visibility's cross entropy")
-    look_forward_twice: bool = Field(
-        True, description="a layer's loss also trains the layer before it (DINO, arXiv 2203.03605, sec. 3.5)"
-    )
+    look_forward_twice: bool = Field(True, description=_TWICE)
 
     @model_validator(mode="after")
     def _check_layers(self) -> UniPoseSettings:

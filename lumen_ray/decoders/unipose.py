@@ -12,7 +12,6 @@ keypoints of the largest skeleton, C channels. Coordinates inside are in 0..1 of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -28,9 +27,6 @@ from lumen_ray.decoders.set_loss import Objects
 from lumen_ray.decoders.settings import UniPoseSettings
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.structures import Boxes, Keypoints, Prediction
-
-if TYPE_CHECKING:
-    from lumen_ray.model.settings import ModelSettings
 
 LIKELY_VISIBLE = 1.0  # logit of a fresh visibility; the released code's constant
 
@@ -55,10 +51,6 @@ class UniPoseRaw(DinoRaw):
 class UniPoseDecoder(DinoDecoder):
     name = "unipose"
     loss_names = ("unipose_class", "unipose_box", "unipose_keypoint", "unipose_oks", "unipose_visible")
-
-    @classmethod
-    def build(cls, settings: ModelSettings) -> UniPoseDecoder:
-        return cls(settings.unipose, settings.link_width(cls.name))
 
     def __init__(self, settings: UniPoseSettings, link_channels: int):
         super().__init__(settings, link_channels)

@@ -126,13 +126,13 @@ def _pieces(
 
 
 def build_layout(
-    branches: Sequence[Branch], num_images: int, tokenizer: LumenTokenizer, prompt_layout: str | None = None
+    branches: Sequence[Branch], num_images: int, tokenizer: LumenTokenizer, prompt_layout: str = "branches"
 ) -> Layout:
     """All tensors of the layout from a list of branches, packed one after the other behind each image's prefix.
 
-    `prompt_layout`: as in `ModelSettings`; where it is not given, the one that the tokenizer is made for.
+    `prompt_layout`: as in `ModelSettings`.
     """
-    rows = _pieces(branches, num_images, tokenizer, prompt_layout or tokenizer.prompt_layout)
+    rows = _pieces(branches, num_images, tokenizer, prompt_layout)
     length = max([sum(len(piece.tokens) for piece in row) for row in rows] + [1])
     # arrays, since writing a few numbers into a tensor costs ten times as much
     input_ids = np.full((num_images, length), tokenizer.ids[PAD])

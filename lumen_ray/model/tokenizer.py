@@ -94,11 +94,6 @@ class LumenTokenizer:
     def __reduce__(self):
         return LumenTokenizer.from_json, (self.to_json(), self.names)
 
-    @property
-    def prompt_layout(self) -> str:
-        """'sequential' for a vocabulary that has no tokens for the turns of a conversation."""
-        return "branches" if all(token in self.ids for token in TURNS) else "sequential"
-
     def _encode(self, text: str) -> tuple[int, ...]:
         """Token ids of plain text; special tokens written in it (`<region>`) keep their own id."""
         return tuple(self.backend.encode(text, add_special_tokens=False).ids)

@@ -132,6 +132,16 @@ def test_a_batch_of_nothing_can_be_stepped():
     assert all(g is not None and not g.any() for g in decoder)
 
 
+def test_prompts_are_laid_out_as_the_model_wants_them():
+    row = scenes.scene_row(5, 0, SIDE)
+    texts = {}
+    for layout in ("branches", "sequential"):
+        collator = Collator(tiny_tokenizer(), SIDE, ("detect",), {}, prompt_layout=layout)
+        batch = collator([row], [decode(row["image"])], rngs(1))
+        texts[layout] = tiny_tokenizer().decode(batch["layout"].input_ids[0].tolist())
+    assert "Can you analyze the image" in texts["sequential"] and "analyze" not in texts["branches"]
+
+
 # -- pictures as answers ----------------------------------------------------------------------------------------------
 
 

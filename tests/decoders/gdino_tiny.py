@@ -64,3 +64,14 @@ def targets_of(boxes: list[list[list[float]]], side: int = 96, masks: bool = Fal
     counted = torch.ones(len(boxes), dtype=torch.bool)
     keypoints = torch.zeros(len(boxes), most, 3)
     return PerceptionTargets(table, valid, torch.zeros_like(valid), index, maps, keypoints, counted)
+
+
+def check_everything_learns(decoder, link: SuperLink, pixels: Pixels, targets: PerceptionTargets) -> None:
+    """Every parameter and every link gets a gradient, but for biases that attention ignores."""
+    link.embeddings.requires_grad_()
+    sum(term.total for term in decoder.losses(link, pixels, targets).values()).backward()
+    for name, parameter in [*decoder.named_parameters(), ("links", link.embeddings)]:
+        assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+    without = [name for name, p in decoder.named_parameters() if not p.grad.any()]
+    assert all(name.endswith(("key.bias", "k_proj.bias")) for name in without), without  # softmax ignores them
+    assert link.embeddings.grad.any(1).all()

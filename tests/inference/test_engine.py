@@ -86,7 +86,7 @@ def test_memory_is_bounded_whatever_is_asked(engine, monkeypatch):
     images = PICTURES[:2]
     expected = engine.run(images, requests * 2, **EVERYTHING)
     cells = (64 // 4) ** 2
-    monkeypatch.setattr("lumen_ray.inference.engine.MAX_DECODER_CELLS", 5 * cells)
+    monkeypatch.setattr("lumen_ray.inference.decoder_stage.MAX_DECODER_CELLS", 5 * cells)
     forward = stage.decoder.forward
     monkeypatch.setattr(stage.decoder, "forward", lambda link, dense: seen.append(link) or forward(link, dense))
     chunked = engine.run(images, requests * 2, **EVERYTHING)
