@@ -154,28 +154,39 @@ def read_meta(folder: str | Path) -> ModelMeta:
         ) from None
 
 
-def load_model(folder: str | Path, expect_preset: str | None = None) -> LoadedModel:
-    """The model in a folder (or bundled weights, by name), in eval mode on the CPU. `UserError` when it is not a model
-    folder, is damaged, or was trained with another preset than `expect_preset`."""
-    meta = read_meta(folder)
-    folder = model_folder(folder)
-    settings = config.load(ModelSettings, folder / "config.yaml")
-    if expect_preset and settings.name != expect_preset:
-        raise UserError(
-            f"'{folder}' holds a checkpoint of preset '{settings.name}', not '{expect_preset}'; "
-            f"give a checkpoint of '{expect_preset}' or choose preset '{settings.name}'",
-            "wrong_preset",
-        )
+def read_settings(folder: str | Path) -> ModelSettings:
+    """The settings of the model in a folder (or bundled weights, by name); `UserError` when it is none."""
+    read_meta(folder)
+    return config.load(ModelSettings, model_folder(folder) / "config.yaml")
+
+
+def read_tokenizer(folder: str | Path) -> LumenTokenizer:
+    """The tokenizer of the model in a folder (or bundled weights, by name); `UserError` when it is damaged."""
+    file = model_folder(folder) / "tokenizer.json"
     try:
-        tokenizer = LumenTokenizer.load(folder / "tokenizer.json")
+        return LumenTokenizer.load(file)
     except Exception as error:  # `tokenizers` raises nothing more specific
-        reason = str(error).splitlines()[0]
-        raise UserError(f"'{folder / 'tokenizer.json'}' is damaged: {reason}", "damaged_model") from None
-    weights = folder / "model.safetensors"
+        raise UserError(f"'{file}' is damaged: {str(error).splitlines()[0]}", "damaged_model") from None
+
+
+def read_weights(folder: str | Path) -> dict[str, Tensor]:
+    """The weights of the model in a folder (or bundled weights, by name); `UserError` when they are damaged."""
+    file = model_folder(folder) / "model.safetensors"
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"'{file}' is damaged: {str(error).splitlines()[-1].strip()}", "damaged_model") from None
+
+
+def load_model(folder: str | Path) -> LoadedModel:
+    """The model in a folder (or bundled weights, by name), in eval mode on the CPU. `UserError` when it is not a model
+    folder or is damaged."""
+    meta, settings, tokenizer = read_meta(folder), read_settings(folder), read_tokenizer(folder)
+    weights = model_folder(folder) / "model.safetensors"
     model = build_model(settings, len(tokenizer))
     try:
-        missing, unexpected = model.load_state_dict(load_file(weights), strict=False)
-    except (SafetensorError, RuntimeError) as error:
+        missing, unexpected = model.load_state_dict(read_weights(folder), strict=False)
+    except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise UserError(
             f"'{weights}' cannot be loaded into preset '{settings.name}': {reason}", "damaged_model"

@@ -19,15 +19,15 @@ class DiffusionHead(nn.Module):
     def __init__(self, llm_width: int, width: int, num_tokens: int = 77, heads: int = 8, layers: int = 1):
         super().__init__()
         self.proj = nn.Sequential(nn.Linear(llm_width, width), nn.GELU(), nn.Linear(width, width))
+        kind = {"dim_feedforward": 4 * width, "dropout": 0.0, "batch_first": True, "norm_first": True}
+        encoder = nn.TransformerEncoder(
+            nn.TransformerEncoderLayer(width, heads, **kind),
+            layers,
+            nn.LayerNorm(width),
+            enable_nested_tensor=False,  # which norm_first does not have; the default warns that it has not
+        )
         self.mapper = nn.Transformer(
-            d_model=width,
-            nhead=heads,
-            num_encoder_layers=layers,
-            num_decoder_layers=layers,
-            dim_feedforward=4 * width,
-            dropout=0.0,
-            batch_first=True,
-            norm_first=True,
+            d_model=width, nhead=heads, num_decoder_layers=layers, custom_encoder=encoder, **kind
         )
         self.queries = nn.Parameter(torch.randn(num_tokens, width))
 

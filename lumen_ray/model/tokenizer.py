@@ -41,10 +41,13 @@ class LumenTokenizer:
         self.encode = lru_cache(maxsize=65536)(self._encode)
 
     @classmethod
-    def extend(cls, tokenizer: Tokenizer, names: Mapping[str, str]) -> tuple[LumenTokenizer, int]:
-        """A published LLM's tokenizer with the special tokens it lacks added, and the id of the first that was."""
+    def extend(
+        cls, tokenizer: Tokenizer, names: Mapping[str, str], families: Iterable[str] = tuple(LINK_FAMILIES)
+    ) -> tuple[LumenTokenizer, int]:
+        """A tokenizer with the special tokens it lacks added, routing tokens of these link families among them, and the
+        id of the first that was."""
         before = vocabulary_rows(tokenizer)
-        wanted = [names.get(token, token) for token in SPECIAL_TOKENS]
+        wanted = [names.get(token, token) for token in (*_LAYOUT_TOKENS, *routing_tokens(families))]
         absent = [token for token in wanted if tokenizer.token_to_id(token) is None]
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in absent])
         return cls(tokenizer, names), before
@@ -53,14 +56,13 @@ class LumenTokenizer:
     def train(cls, texts: Iterable[str], vocab_size: int, families: Iterable[str] = ("perception",)) -> LumenTokenizer:
         """A tokenizer learned from `texts`, with the routing tokens of these link families; the same texts in the same
         order give the same tokenizer."""
-        routing = [token for name in families for token in LINK_FAMILIES[name].routing_tokens]
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         tokenizer.decoder = decoders.ByteLevel()
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,
-            special_tokens=[*_LAYOUT_TOKENS, *routing],
+            special_tokens=[*_LAYOUT_TOKENS, *routing_tokens(families)],
             initial_alphabet=alphabet,
             show_progress=False,
         )
@@ -106,6 +108,10 @@ class LumenTokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, special tokens left out."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True).strip()
+
+
+def routing_tokens(families: Iterable[str]) -> list[str]:
+    return [token for name in families for token in LINK_FAMILIES[name].routing_tokens]
 
 
 def vocabulary_rows(tokenizer: Tokenizer) -> int:

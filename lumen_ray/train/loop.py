@@ -20,6 +20,7 @@ import torch
 from lumen_ray.model.build import Generalist, ModelMeta, build_model, save_model
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import LumenTokenizer
+from lumen_ray.model.warm_start import load_start
 from lumen_ray.train import checkpoint, lora, parallel, precision
 from lumen_ray.train.batch import to_device
 from lumen_ray.train.blocks import checkpoint_blocks, compile_blocks
@@ -76,9 +77,7 @@ def fresh_model(job: Job, resume: Path | None, device: torch.device) -> Generali
     precision.check(recipe.precision, device)
     model = build_model(job.settings, len(job.tokenizer), recipe.seed).to(device)
     if job.init_from and (resume is None or recipe.lora):
-        from lumen_ray.model.build import load_model
-
-        model.load_state_dict(load_model(job.init_from, job.settings.name).model.state_dict())
+        load_start(model, job.init_from)
     if recipe.lora:
         lora.inject(model, recipe.lora, recipe.seed)
         model.to(device)

@@ -18,9 +18,10 @@ from lumen_ray.config import Settings
 from lumen_ray.data import files
 from lumen_ray.data.feed import read_texts
 from lumen_ray.errors import UserError
-from lumen_ray.model.build import load_model, read_meta
+from lumen_ray.model.build import read_meta
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import LumenTokenizer
+from lumen_ray.model.warm_start import start_tokenizer
 from lumen_ray.train.recipe import CARRIED_OUT, Recipe
 
 #: how long a new try waits for the last one's processes to be gone; Ray takes seconds to end what a dead driver left
@@ -80,7 +81,7 @@ def keep_tokenizer(
     """The tokenizer of the run, written to `RUN/tokenizer.json`."""
     file = run / "tokenizer.json"
     if init_from:
-        tokenizer = load_model(init_from, settings.name).tokenizer
+        tokenizer = start_tokenizer(settings, init_from)
     elif resumes and file.is_file():
         tokenizer = LumenTokenizer.load(file)
     else:

@@ -31,9 +31,11 @@ from lumen_ray.data.feed import (
 from lumen_ray.data.mixture import Plan
 from lumen_ray.data.shards import read_manifest
 from lumen_ray.errors import UserError
-from lumen_ray.model.build import ModelMeta
+from lumen_ray.model.build import ModelMeta, read_meta
 from lumen_ray.model.settings import ModelSettings
+from lumen_ray.model.warm_start import start_settings
 from lumen_ray.presets import model_folder, model_path
+from lumen_ray.tasks import TASKS
 from lumen_ray.train import checkpoint, memory, parallel, precision
 from lumen_ray.train.checks import check_recipe, with_sizes
 from lumen_ray.train.failures import told
@@ -68,6 +70,8 @@ def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: st
     init_from = str(model_folder(init_from).absolute()) if init_from else None
     manifest = read_manifest(shards)
     settings = config.load(ModelSettings, model_path(recipe.model))
+    if init_from:
+        settings = start_settings(settings, init_from)
     recipe = with_sizes(recipe, settings)
     with sole_starter(run):
         with sole_writer(run):
@@ -82,7 +86,7 @@ def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: st
             preset=settings.name,
             classes=[c["name"] for c in manifest["categories"] if not c.get("supercategory_only")],
             skeletons={name: list(points) for name, points in skeletons.items()},
-            tasks=recipe.tasks,
+            tasks=_tasks(recipe, init_from),
             edges={c["name"]: c.get("skeleton") or [] for c in manifest["categories"] if c.get("keypoints")},
             buckets=[list(bucket) for bucket in recipe.buckets or ()],
         )
@@ -92,6 +96,12 @@ def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: st
             settings.token_side, settings.prompt_layout,
         )  # fmt: skip
         yield Prepared(job, reader, manifest)
+
+
+def _tasks(recipe: Recipe, init_from: str | None) -> list[str]:
+    """What the recipe trains, and what the model it starts from was trained for."""
+    before = read_meta(init_from).tasks if init_from else []
+    return [task for task in TASKS if task in before or task in recipe.tasks]
 
 
 def train_local(prepared: Prepared, device: str = "cpu") -> Path:

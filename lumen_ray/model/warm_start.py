@@ -1,0 +1,77 @@
+"""A trained model as the start of another: its trunk, its decoders, and fresh weights for decoders it does not have.
+
+The trunk's settings are what its weights were trained with, so both must agree on them. What the folder's decoders
+have that the new model lacks is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from lumen_ray.errors import UserError
+from lumen_ray.model.build import Generalist, read_settings, read_tokenizer, read_weights
+from lumen_ray.model.pretrained import fill, resized
+from lumen_ray.model.settings import ModelSettings
+from lumen_ray.model.tokenizer import LumenTokenizer
+from lumen_ray.tasks import DECODERS
+
+#: settings that two models with one trunk may differ in. A folder's lead tokens go with its tokenizer.
+_FREE = {"name", "published_weights", "vocab_size", "lead_tokens", "decoders", *DECODERS}
+_VOCABULARY = ("trunk.llm.model.embed_tokens.weight", "trunk.llm.lm_head.weight")
+
+
+def start_settings(settings: ModelSettings, folder: str | Path) -> ModelSettings:
+    """Settings of a model that starts from the one in `folder`: its lead tokens, all else as asked. `UserError` where
+    the trunks differ."""
+    source = read_settings(folder)
+    ours, theirs = (s.model_dump(mode="json", exclude=_FREE) for s in (settings, source))
+    if different := list(_differences(ours, theirs)):
+        raise UserError(
+            f"'{folder}' cannot be where preset '{settings.name}' starts, its trunk has {', '.join(different[:3])}; "
+            "give a model with the trunk of the preset, or name the folder's config.yaml as the recipe's model",
+            "wrong_start",
+        )
+    return settings.model_copy(update={"lead_tokens": source.lead_tokens})
+
+
+def _differences(ours: object, theirs: object, where: str = "") -> Iterator[str]:
+    """'llm.hidden_size 96 instead of 128', key by key."""
+    if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+        for key in sorted({*ours, *theirs}):
+            yield from _differences(ours.get(key), theirs.get(key), f"{where}.{key}" if where else str(key))
+    elif ours != theirs:
+        yield f"{where} {theirs} instead of {ours}"
+
+
+def start_tokenizer(settings: ModelSettings, folder: str | Path) -> LumenTokenizer:
+    """The tokenizer in `folder`, with the routing tokens of the model's decoders that it lacks behind its own."""
+    tokenizer = read_tokenizer(folder)
+    return LumenTokenizer.extend(tokenizer.backend, tokenizer.names, settings.families)[0]
+
+
+def load_start(model: Generalist, folder: str | Path) -> None:
+    """Puts the weights in `folder` into a model with fresh ones, made with its `start_settings` and `start_tokenizer`.
+
+    New rows of the vocabulary start at the mean of the old ones. `UserError` where a tensor does not fit.
+    """
+    source, weights = read_settings(folder), read_weights(folder)
+    unknown = _parts_of_one_alone(source, model.settings)
+    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(unknown)}
+    fresh = model.state_dict()
+    for name in _VOCABULARY:
+        if name in kept:
+            kept[name] = resized(kept[name], len(kept[name]), len(fresh[name]))
+    new = _parts_of_one_alone(model.settings, source)
+    state: dict[str, Tensor] = fill(fresh, kept, f"'{folder}'", may_be_fresh=new)
+    model.load_state_dict(state)
+
+
+def _parts_of_one_alone(one: ModelSettings, other: ModelSettings) -> tuple[str, ...]:
+    """How names of tensors begin that belong to decoders and link families which only the first model has."""
+    decoders = [name for name in one.decoder_names if name not in other.decoder_names]
+    families = [name for name in one.families if name not in other.families]
+    parts = [f"{part}.{name}." for name in decoders for part in ("decoders", "trunk.link_heads")]
+    return (*parts, *(f"trunk.queries.queries.{name}" for name in families))

@@ -1,0 +1,95 @@
+"""A trained model as the start of one with other decoders."""
+
+import pytest
+import torch
+from tiny_models import EXPERTS, scene_batch, scrambled, tiny_model, tiny_settings
+
+from lumen_ray.errors import UserError
+from lumen_ray.model.build import ModelMeta, build_model, load_model, save_model
+from lumen_ray.model.tokenizer import LumenTokenizer
+from lumen_ray.model.warm_start import load_start, start_settings, start_tokenizer
+from lumen_ray.tasks import TASKS
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """One with the routing tokens of perception only."""
+    return LumenTokenizer.train(["red circle blue square"] * 3 + [t.prompt("x") for t in TASKS.values()], 320)
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer):
+    model = scrambled(build_model(tiny_settings(), len(tokenizer)))
+    return save_model(tmp_path / "model", model.state_dict(), tiny_settings(), tokenizer, ModelMeta("tiny"))
+
+
+def started(folder, **changes):
+    settings = start_settings(tiny_settings(**changes), folder)
+    tokenizer = start_tokenizer(settings, folder)
+    model = build_model(settings, len(tokenizer), seed=7)
+    load_start(model, folder)
+    return model, tokenizer
+
+
+def test_the_same_model_goes_on_as_it_was(folder, tokenizer):
+    model, ours = started(folder)
+    before = load_model(folder).model.state_dict()
+    assert ours.to_json() == tokenizer.to_json()
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_new_decoders_have_fresh_weights_and_all_else_is_kept(folder, tokenizer):
+    model, ours = started(folder, name="more", **EXPERTS)
+    old, new = load_model(folder).model.state_dict(), model.state_dict()
+    fresh = build_model(model.settings, len(ours), seed=7).state_dict()
+    known = len(tokenizer)
+    assert len(ours) == known + 2 and ours.ids["[GEN]"] == known and ours.ids["[EDIT]"] == known + 1
+    for name, tensor in new.items():
+        if name in old and tensor.shape == old[name].shape:
+            assert torch.equal(tensor, old[name]), name
+        elif name in old:
+            assert torch.equal(tensor[:known], old[name]), name
+            assert torch.allclose(tensor[known:], old[name].mean(0), atol=1e-6), name
+        else:
+            assert torch.equal(tensor, fresh[name]), name
+    added = {".".join(name.split(".")[:2]) for name in new.keys() - old.keys()}
+    assert added == {f"decoders.{name}" for name in EXPERTS} | {"trunk.link_heads", "trunk.queries"}
+
+
+def test_the_decoder_that_is_kept_gives_the_same_losses(folder):
+    batch = scene_batch(2, tasks=("detect", "segment"))
+    before = load_model(folder).model
+    after, _ = started(folder, grounding_dino=EXPERTS["grounding_dino"])
+    with torch.no_grad():
+        one, two = before(batch), after.eval()({**batch, "decoders": ["lumen"]})
+    assert one.keys() == two.keys()
+    assert all(float(one[name].total) == float(two[name].total) for name in one)
+
+
+def test_decoders_that_the_new_model_lacks_are_left_out(tmp_path, tokenizer):
+    both = tiny_settings(**{k: v for k, v in EXPERTS.items() if k == "grounding_dino"})
+    model = scrambled(build_model(both, len(tokenizer)))
+    folder = save_model(tmp_path / "both", model.state_dict(), both, tokenizer, ModelMeta("tiny"))
+    less, _ = started(folder)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in less.state_dict().items())
+
+
+def test_another_trunk_is_refused(folder):
+    with pytest.raises(UserError) as error:
+        start_settings(tiny_settings(name="wide", dense_channels=24, prefix_attention="causal"), folder)
+    assert error.value.reason == "wrong_start" and "\n" not in str(error.value)
+    assert "dense_channels 16 instead of 24, prefix_attention full instead of causal" in str(error.value)
+
+
+def test_another_width_of_a_kept_decoder_is_refused(folder):
+    with pytest.raises(UserError, match="by the settings") as error:
+        started(folder, lumen={"hidden_size": 32, "num_layers": 1, "num_heads": 2})
+    assert error.value.reason == "wrong_size"
+
+
+def test_lead_tokens_go_with_the_tokenizer(tmp_path, tokenizer):
+    settings = tiny_settings(prefix_attention="causal", lead_tokens=(5,))
+    state = tiny_model(prefix_attention="causal").state_dict()
+    folder = save_model(tmp_path / "lead", state, settings, tokenizer, ModelMeta("tiny"))
+    assert start_settings(tiny_settings(prefix_attention="causal"), folder).lead_tokens == (5,)
