@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,10 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from lumen_ray import config
 from lumen_ray.decoders.base import Decoder, ImageDecoder, LossTerm, Pixels
 from lumen_ray.errors import UserError
-from lumen_ray.model.settings import ModelSettings
+from lumen_ray.model.settings import ModelSettings, read_settings
 from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.model.trunk import Trunk, TrunkTraining
 from lumen_ray.presets import model_folder
@@ -135,6 +135,7 @@ class LoadedModel:
     tokenizer: LumenTokenizer
     meta: ModelMeta
     version: str  # first 12 hex digits of the sha256 of the weights file
+    chosen: dict[str, str] = field(default_factory=dict)  # task -> decoder, where it is not what the folder says
 
 
 def read_meta(folder: str | Path) -> ModelMeta:
@@ -154,12 +155,19 @@ def read_meta(folder: str | Path) -> ModelMeta:
         ) from None
 
 
-def load_model(folder: str | Path, expect_preset: str | None = None) -> LoadedModel:
-    """The model in a folder (or bundled weights, by name), in eval mode on the CPU. `UserError` when it is not a model
-    folder, is damaged, or was trained with another preset than `expect_preset`."""
+def load_model(
+    folder: str | Path, expect_preset: str | None = None, decoders: Mapping[str, str] | None = None
+) -> LoadedModel:
+    """The model in a folder (or bundled weights, by name), in eval mode on the CPU.
+
+    decoders: task -> the decoder that serves it, where it should be another than the folder's settings say.
+    Raises `UserError` when it is not a model folder, is damaged, or was trained with another preset than
+    `expect_preset`, and for a decoder that cannot serve its task.
+    """
     meta = read_meta(folder)
     folder = model_folder(folder)
-    settings = config.load(ModelSettings, folder / "config.yaml")
+    own = read_settings(folder)
+    settings = own.choose(decoders or {}, str(folder))
     if expect_preset and settings.name != expect_preset:
         raise UserError(
             f"'{folder}' holds a checkpoint of preset '{settings.name}', not '{expect_preset}'; "
@@ -184,4 +192,4 @@ def load_model(folder: str | Path, expect_preset: str | None = None) -> LoadedMo
         names = ", ".join((missing + unexpected)[:3])
         raise UserError(f"'{weights}' does not fit its config.yaml: check {names}", "damaged_model")
     version = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
-    return LoadedModel(model.eval(), settings, tokenizer, meta, version)
+    return LoadedModel(model.eval(), settings, tokenizer, meta, version, settings.chosen_over(own))
