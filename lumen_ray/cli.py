@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -125,7 +126,7 @@ def _train_args(verbs: Any) -> None:
     p.add_argument("--recipe", required=True, help="name in configs/recipes or a YAML file")
     p.add_argument("--shards", required=True, help="shard folder")
     p.add_argument("--output", required=True, help="run folder; the trained model is in its 'model' folder")
-    p.add_argument("--init-from", help="model folder (or bundled weights) the run starts from; decoders it lacks start fresh")
+    p.add_argument("--init-from", help="model folder (or bundled weights) to start from; decoders it lacks start fresh")
     p.add_argument("--workers", type=int, help="Ray Train workers, instead of the recipe's")
     p.set_defaults(run=_train)
 
@@ -138,9 +139,21 @@ def _model_arg(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _decoders_arg(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--decoders",
+        type=_names,
+        default=[],
+        metavar="TASK=DECODER,..",
+        help="who serves a task that several of the model's decoders can, e.g. detect=grounding_dino,pose=unipose "
+        "(default: what the model's settings say)",
+    )
+
+
 def _evaluate_args(verbs: Any) -> None:
     p = verbs.add_parser("evaluate", help="score a model on shards: one table, one JSON")
     _model_arg(p)
+    _decoders_arg(p)
     p.add_argument("--shards", required=True, help="shard folder of the held-out split")
     p.add_argument("--output", required=True, help="folder for report.json and predictions.parquet")
     p.add_argument("--tasks", type=_names, help="only these, comma separated (default: all the split is annotated for)")
@@ -152,6 +165,7 @@ def _label_args(verbs: Any) -> None:
     p = verbs.add_parser("label", help="label a folder of images: Parquet, COCO json, HTML gallery")
     p.add_argument("input", help="folder, glob or shard folder")
     _model_arg(p)
+    _decoders_arg(p)
     p.add_argument("--output", required=True, help="folder for the labels; run again to continue after a stop")
     p.add_argument(
         "--tasks", type=_names, default=["detect"], help="comma separated, e.g. segment,caption (default: detect)"
@@ -176,6 +190,7 @@ def _serve_args(verbs: Any) -> None:
     p = verbs.add_parser("serve", help="serve a model over HTTP with Ray Serve")
     p.add_argument("--config", default="nano", help="name in configs/serve or a YAML file (default: nano)")
     p.add_argument("--model", help="model folder or name of bundled weights, instead of the config's")
+    _decoders_arg(p)
     p.add_argument("--host", help="address to bind, instead of the config's")
     p.add_argument("--port", type=int, help="port, instead of the config's")
     p.set_defaults(run=_serve)
@@ -277,7 +292,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from lumen_ray.evaluate.run import evaluate
     from lumen_ray.inference.engine import Engine
 
-    engine = Engine.load(args.model)
+    engine = Engine.load(args.model, decoders=_decoders(args.decoders))
     with bar("evaluate") as progress:
         report = evaluate(
             engine, args.shards, args.output, tasks=args.tasks, limit=args.limit, progress=progress.update
@@ -286,17 +301,30 @@ def _evaluate(args: argparse.Namespace) -> None:
     say(f"report -> {args.output}/report.json")
 
 
+def _split(option: str, pairs: list[str], form: str, example: str) -> Iterable[tuple[str, str]]:
+    for pair in pairs:
+        task, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"{option} '{pair}' must be {form}, e.g. {option} {example}", "usage")
+        yield task.strip(), value.strip()
+
+
 def _texts(pairs: list[str]) -> dict[str, list[str]]:
     """``["vqa=how many ?"] -> {"vqa": ["how many ?"]}``."""
     prompts: dict[str, list[str]] = {}
-    for pair in pairs:
-        task, equals, text = pair.partition("=")
-        if not equals:
-            raise UserError(
-                f"--text '{pair}' must be TASK=TEXT, e.g. --text 'vqa=how many circles are there ?'", "usage"
-            )
-        prompts.setdefault(task.strip(), []).append(text.strip())
+    for task, text in _split("--text", pairs, "TASK=TEXT", "'vqa=how many circles are there ?'"):
+        prompts.setdefault(task, []).append(text)
     return prompts
+
+
+def _decoders(pairs: list[str]) -> dict[str, str]:
+    """``["detect=lumen"] -> {"detect": "lumen"}``."""
+    chosen: dict[str, str] = {}
+    for task, decoder in _split("--decoders", pairs, "TASK=DECODER", "detect=grounding_dino,pose=unipose"):
+        if task in chosen:
+            raise UserError(f"--decoders names task '{task}' twice; give one decoder for it", "usage")
+        chosen[task] = decoder
+    return chosen
 
 
 def _label(args: argparse.Namespace) -> None:
@@ -314,6 +342,7 @@ def _label(args: argparse.Namespace) -> None:
             tasks=args.tasks,
             classes=classes,
             prompts=_texts(args.text),
+            decoders=_decoders(args.decoders),
             num_actors=args.actors,
             batch_size=args.batch_size,
             score_threshold=args.score_threshold,
@@ -340,7 +369,8 @@ def _serve(args: argparse.Namespace) -> None:
     from lumen_ray.serve.app import run
     from lumen_ray.serve.settings import load_settings
 
-    settings = load_settings(args.config, model=args.model, host=args.host, port=args.port)
+    chosen = _decoders(args.decoders)
+    settings = load_settings(args.config, model=args.model, host=args.host, port=args.port, serving=chosen)
     read_meta(settings.model)  # a folder without a model is told here, not by a replica
     server = run(settings, blocking=False)
     say(f"serving {settings.model} at {server.url} (page at /, API at /docs); stop with Ctrl-C")

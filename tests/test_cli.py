@@ -30,6 +30,15 @@ def told(capsys, *argv: str) -> str:
         (["serve", "--config", "nanoo"], ["did you mean 'nano'"]),
         (["label", "nowhere", "--model", "x", "--output", "y", "--classes", ""], ["at least one class name"]),
         (["label", "nowhere", "--model", "x", "--output", "y", "--classes", ","], ["at least one class name"]),
+        (
+            ["evaluate", "--shards", "x", "--output", "y", "--decoders", "detect=unipose"],
+            ["weights/nano: decoders: 'unipose' cannot serve task 'detect'; this model's for it: lumen"],
+        ),
+        (
+            ["label", "nowhere", "--output", "y", "--decoders", "detect=unipose"],
+            ["nano: decoders: 'unipose' cannot serve task 'detect'; this model's for it: lumen"],
+        ),
+        (["evaluate", "--shards", "x", "--output", "y", "--decoders", "unipose"], ["'unipose' must be TASK=DECODER"]),
     ],
 )
 def test_mistakes_are_one_sentence(capsys, tmp_path, monkeypatch, argv, words):
@@ -89,6 +98,13 @@ def test_text_pairs(capsys):
     assert cli._texts(["vqa=how many ?", "vqa=what = this ?"]) == {"vqa": ["how many ?", "what = this ?"]}
     with pytest.raises(cli.UserError, match="TASK=TEXT"):
         cli._texts(["how many"])
+
+
+def test_decoders_by_task():
+    assert cli._decoders(["detect=lumen", "pose = unipose"]) == {"detect": "lumen", "pose": "unipose"}
+    assert cli._decoders([]) == {}
+    with pytest.raises(cli.UserError, match="task 'pose' twice"):
+        cli._decoders(["pose=lumen", "pose=unipose"])
 
 
 def test_coco_json_that_is_not_json(capsys, tmp_path):

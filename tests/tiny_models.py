@@ -17,7 +17,7 @@ from lumen_ray.data.images import decode
 from lumen_ray.data.schema import make_message, make_row
 from lumen_ray.data.shards import ShardWriter, build_manifest, write_manifest
 from lumen_ray.data.transforms import AugmentSettings
-from lumen_ray.model.build import Generalist, LoadedModel, ModelMeta, build_model
+from lumen_ray.model.build import Generalist, LoadedModel, ModelMeta, build_model, save_model
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.tasks import LINK_FAMILIES, TASKS, UNDERSTANDING
@@ -102,6 +102,12 @@ def tiny_loaded(seed: int = 0, **changes: Any) -> LoadedModel:
     skeletons = {"figure": list(scenes.KEYPOINTS), "red figure": list(scenes.KEYPOINTS)}
     meta = ModelMeta("tiny", classes=["red circle", "blue square"], skeletons=skeletons)
     return LoadedModel(tiny_model(seed, **changes).eval(), tiny_settings(**changes), tiny_tokenizer(), meta, "0" * 12)
+
+
+def tiny_folder(folder: Path, **changes: Any) -> Path:
+    """The folder of such a model."""
+    loaded = tiny_loaded(**changes)
+    return save_model(folder, loaded.model.state_dict(), loaded.settings, loaded.tokenizer, loaded.meta)
 
 
 def scene_batch(

@@ -99,6 +99,7 @@ def evaluate(
             "max_per_image": MAX_PER_IMAGE,
             **limits,
             "batch_size": batch_size,
+            **({"decoders": engine.chosen_decoders} if engine.chosen_decoders else {}),
         },
         "images": done,
         "scored": done - len(errors),

@@ -7,7 +7,7 @@ answers together (see `outputs`). `Engine` runs both in one process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -61,8 +61,8 @@ class TrunkStage:
         self.buckets = tuple((int(h), int(w)) for h, w in loaded.meta.buckets) or (square,)
 
     @classmethod
-    def load(cls, model: str | Path, device: str = "cpu") -> TrunkStage:
-        return cls(load_model(model), device)
+    def load(cls, model: str | Path, device: str = "cpu", decoders: Mapping[str, str] | None = None) -> TrunkStage:
+        return cls(load_model(model, decoders=decoders), device)
 
     def bucket(self, size: Size) -> Size:
         """(height, width) of the model input for an image of (height, width) `size`."""
@@ -282,9 +282,10 @@ class Engine:
         self.decoders = {name: DecoderStage(loaded, name, device) for name in loaded.model.decoders}
 
     @classmethod
-    def load(cls, model: str | Path, device: str = "cpu") -> Engine:
-        """The engine of a model folder; `UserError` when the folder holds none."""
-        return cls(load_model(model), device)
+    def load(cls, model: str | Path, device: str = "cpu", decoders: Mapping[str, str] | None = None) -> Engine:
+        """The engine of a model folder; `UserError` when the folder holds none. `decoders` (task -> decoder) says who
+        serves a task that several can, instead of the folder's settings."""
+        return cls(load_model(model, decoders=decoders), device)
 
     @property
     def preset(self) -> str:
@@ -294,6 +295,11 @@ class Engine:
     def version(self) -> str:
         """First 12 hex digits of the weights' sha256."""
         return self.loaded.version
+
+    @property
+    def chosen_decoders(self) -> dict[str, str]:
+        """Task -> decoder, where another than the model folder says serves it."""
+        return self.loaded.chosen
 
     @property
     def image_size(self) -> int:

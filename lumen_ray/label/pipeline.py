@@ -108,6 +108,7 @@ def label(
     classes: Sequence[str] | None = None,
     prompts: Mapping[str, Sequence[str]] | None = None,
     keypoints: Sequence[str] | None = None,
+    decoders: Mapping[str, str] | None = None,
     num_actors: int = 1,
     batch_size: int = 8,
     score_threshold: float = 0.3,
@@ -122,19 +123,21 @@ def label(
 
     model: model folder, or a function that returns an engine (called in each actor).
     prompts: task -> texts for the tasks that need one (see `build_requests`).
+    decoders: task -> the decoder that serves it, where it should be another than the model folder says.
     num_actors: model actors on Ray; 0 labels in this process, without Ray.
     progress: called with a `Status` after every image.
 
     Writes ``labels/*.parquet``, ``errors.parquet``, the `exports` and ``summary.json``. Run again after an interruption
     it continues where it stopped. In the summary, ``images == labelled + errors``. Raises `UserError` for what cannot
-    be asked, an input without images, or an output folder that is a URL or holds labels made with other settings; and,
-    once the errors are written, when no image at all could be labelled.
+    be asked, a decoder that cannot serve its task, an input without images, or an output folder that is a URL or holds
+    labels made with other settings; and, once the errors are written, when no image at all could be labelled.
     """
     _check(num_actors, batch_size, score_threshold, fragment_size, exports)
     output = files.local_folder(output)
     requests = build_requests(tasks, classes, prompts, keypoints)
+    chosen = _chosen_decoders(model, decoders or {})
     worker = WorkerSettings(
-        model, tuple(requests), device, batch_size, num_actors, score_threshold, max_per_phrase, max_new_tokens
+        model, tuple(requests), device, batch_size, num_actors, score_threshold, max_per_phrase, max_new_tokens, chosen
     )
     ledger = Ledger(output)
     items = find_inputs(input, exclude=output)
@@ -146,6 +149,7 @@ def label(
             "classes": list(classes or ()),
             "prompts": {name: list(texts) for name, texts in (prompts or {}).items()},
             "keypoints": list(keypoints or ()),
+            "decoders": chosen or None,  # null, as in folders from before it could be chosen
             "score_threshold": score_threshold,
             "max_per_phrase": max_per_phrase,
             "max_new_tokens": max_new_tokens,
@@ -175,6 +179,18 @@ def _check(
     for name in exports:
         if name not in EXPORTS:
             raise unknown("export", name, EXPORTS)
+
+
+def _chosen_decoders(model: str | Path | Callable[[], Any], decoders: Mapping[str, str]) -> dict[str, str]:
+    """Of `decoders`, what differs from the model folder's own settings, which its fingerprint covers."""
+    if not decoders:
+        return {}
+    if callable(model):
+        raise UserError("decoders can be chosen for a model folder only; give one as the model", "invalid_setting")
+    from lumen_ray.model.settings import read_settings
+
+    own = read_settings(model)
+    return own.choose(decoders, str(model)).chosen_over(own)
 
 
 def _collect(

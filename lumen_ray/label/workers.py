@@ -6,8 +6,8 @@ import contextlib
 import hashlib
 import json
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ _SAMPLE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What a model actor needs. `model`: folder, or a function that returns an engine."""
+    """What a model actor needs. `model`: folder, or a function that returns an engine; `decoders`: task -> decoder,
+    where another than the folder says should serve it."""
 
     model: str | Path | Callable[[], Any]
     requests: tuple[Request, ...]
@@ -38,6 +39,7 @@ class WorkerSettings:
     score_threshold: float = 0.3
     max_per_phrase: int = 300
     max_new_tokens: int = 48
+    decoders: Mapping[str, str] = field(default_factory=dict)
 
 
 def fingerprint(model: str | Path | Callable[[], Any]) -> str:
@@ -92,6 +94,8 @@ class Labeller:
             "preset": self.engine.preset,
             "settings": self._run_settings(),
         }
+        if self.engine.chosen_decoders:
+            provenance["settings"]["decoders"] = self.engine.chosen_decoders
         if any(request.task == "pose" for request in self.requests):
             provenance["edges"] = getattr(self.engine, "edges", {})  # to draw and export skeletons without the model
         self.provenance = json.dumps(provenance, sort_keys=True)
@@ -165,7 +169,7 @@ def _load(settings: WorkerSettings) -> Any:
         return settings.model()
     from lumen_ray.inference.engine import Engine
 
-    return Engine.load(settings.model, device=settings.device)
+    return Engine.load(settings.model, settings.device, settings.decoders)
 
 
 def _fit_requests(requests: Iterable[Request], engine: Any) -> list[Request]:

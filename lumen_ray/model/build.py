@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -18,10 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from lumen_ray import config
 from lumen_ray.decoders.base import Decoder, ImageDecoder, LossTerm, Pixels
 from lumen_ray.errors import UserError
-from lumen_ray.model.settings import ModelSettings
+from lumen_ray.model.settings import ModelSettings, read_settings
 from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.model.trunk import Trunk, TrunkTraining
 from lumen_ray.presets import model_folder
@@ -135,6 +135,7 @@ class LoadedModel:
     tokenizer: LumenTokenizer
     meta: ModelMeta
     version: str  # first 12 hex digits of the sha256 of the weights file
+    chosen: dict[str, str] = field(default_factory=dict)  # task -> decoder, where it is not what the folder says
 
 
 def read_meta(folder: str | Path) -> ModelMeta:
@@ -152,12 +153,6 @@ def read_meta(folder: str | Path) -> ModelMeta:
         raise UserError(
             f"'{folder / 'meta.json'}' is damaged or of another version: {error}", "damaged_model"
         ) from None
-
-
-def read_settings(folder: str | Path) -> ModelSettings:
-    """The settings of the model in a folder (or bundled weights, by name); `UserError` when it is none."""
-    read_meta(folder)
-    return config.load(ModelSettings, model_folder(folder) / "config.yaml")
 
 
 def read_tokenizer(folder: str | Path) -> LumenTokenizer:
@@ -178,10 +173,14 @@ def read_weights(folder: str | Path) -> dict[str, Tensor]:
         raise UserError(f"'{file}' is damaged: {str(error).splitlines()[-1].strip()}", "damaged_model") from None
 
 
-def load_model(folder: str | Path) -> LoadedModel:
-    """The model in a folder (or bundled weights, by name), in eval mode on the CPU. `UserError` when it is not a model
-    folder or is damaged."""
-    meta, settings, tokenizer = read_meta(folder), read_settings(folder), read_tokenizer(folder)
+def load_model(folder: str | Path, decoders: Mapping[str, str] | None = None) -> LoadedModel:
+    """The model in a folder (or bundled weights, by name), in eval mode on the CPU.
+
+    decoders: task -> the decoder that serves it, where it should be another than the folder's settings say.
+    Raises `UserError` when it is not a model folder or is damaged, and for a decoder that cannot serve its task.
+    """
+    meta, own, tokenizer = read_meta(folder), read_settings(folder), read_tokenizer(folder)
+    settings = own.choose(decoders or {}, str(folder))
     weights = model_folder(folder) / "model.safetensors"
     model = build_model(settings, len(tokenizer))
     try:
@@ -194,5 +193,6 @@ def load_model(folder: str | Path) -> LoadedModel:
     if missing or unexpected:
         names = ", ".join((missing + unexpected)[:3])
         raise UserError(f"'{weights}' does not fit its config.yaml: check {names}", "damaged_model")
-    version = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
-    return LoadedModel(model.eval(), settings, tokenizer, meta, version)
+    with open(weights, "rb") as file:
+        version = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+    return LoadedModel(model.eval(), settings, tokenizer, meta, version, settings.chosen_over(own))

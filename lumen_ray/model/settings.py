@@ -5,10 +5,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from lumen_ray import config
 from lumen_ray.config import Settings
 from lumen_ray.decoders.settings import (
     DinoSettings,
@@ -18,6 +21,7 @@ from lumen_ray.decoders.settings import (
     UniPoseSettings,
 )
 from lumen_ray.errors import UserError, suggest
+from lumen_ray.presets import model_folder
 from lumen_ray.structures import Size
 from lumen_ray.tasks import DECODERS, TASKS, get_task
 
@@ -181,6 +185,16 @@ class ModelSettings(Settings):
         able = {t.name: [name for name in t.decoders if name in self.decoder_names] for t in TASKS.values()}
         return {task: self.decoders.get(task, names[0]) for task, names in able.items() if names}
 
+    def choose(self, decoders: Mapping[str, str], origin: str) -> ModelSettings:
+        """These settings with other `decoders` for the tasks named; a `UserError`, which begins with `origin`, for one
+        that cannot serve its task."""
+        data = self.model_dump(mode="json") | {"decoders": self.decoders | dict(decoders)}
+        return config.validate(ModelSettings, data, origin)
+
+    def chosen_over(self, own: ModelSettings) -> dict[str, str]:
+        """Task -> decoder, for the tasks that another decoder serves than in the same model's `own` settings."""
+        return {task: decoder for task, decoder in self.serving.items() if decoder != own.serving[task]}
+
     @property
     def token_side(self) -> int:
         """Input pixels per side of one image token."""
@@ -265,3 +279,9 @@ class ModelSettings(Settings):
                 "invalid_config",
             )
         return self
+
+
+def read_settings(model: str | Path) -> ModelSettings:
+    """What a model folder, or bundled weights by name, is made of; `UserError` when there is no such folder or its
+    config.yaml does not fit."""
+    return config.load(ModelSettings, model_folder(model) / "config.yaml")

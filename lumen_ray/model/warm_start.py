@@ -12,9 +12,9 @@ from pathlib import Path
 from torch import Tensor
 
 from lumen_ray.errors import UserError
-from lumen_ray.model.build import Generalist, read_settings, read_tokenizer, read_weights
+from lumen_ray.model.build import Generalist, read_meta, read_tokenizer, read_weights
 from lumen_ray.model.pretrained import fill, resized
-from lumen_ray.model.settings import ModelSettings
+from lumen_ray.model.settings import ModelSettings, read_settings
 from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.tasks import DECODERS
 
@@ -26,6 +26,7 @@ _VOCABULARY = ("trunk.llm.model.embed_tokens.weight", "trunk.llm.lm_head.weight"
 def start_settings(settings: ModelSettings, folder: str | Path) -> ModelSettings:
     """Settings of a model that starts from the one in `folder`: its lead tokens, all else as asked. `UserError` where
     the trunks differ."""
+    read_meta(folder)
     source = read_settings(folder)
     ours, theirs = (s.model_dump(mode="json", exclude=_FREE) for s in (settings, source))
     if different := list(_differences(ours, theirs)):

@@ -13,7 +13,6 @@ import urllib.request
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lumen_ray import config
 from lumen_ray.errors import UserError
 from lumen_ray.presets import model_folder
 from lumen_ray.ray_env import init_local, prepare_environment, shutdown
@@ -50,12 +49,13 @@ def build_app(settings: ServeSettings) -> Application:
     model = str(model_folder(settings.model).resolve())
     trunk = serve.deployment(Trunk, name="Trunk", **settings.trunk.options())
     ingress = serve.deployment(Ingress, name="Ingress", **settings.ingress.options())
-    decoders, has = {}, model_settings(settings.model)
+    decoders, has = {}, model_settings(settings)
     for name in has.decoder_names:
         part = settings.decoder(name)
         deployment = serve.deployment(Decoder, name=deployment_name(name), **part.options())
         decoders[name] = deployment.bind(model, name, part.torch_device)
-    return ingress.bind(settings, trunk.bind(model, settings.trunk.torch_device), decoders, has.serving)
+    bound = trunk.bind(model, settings.trunk.torch_device, settings.serving)
+    return ingress.bind(settings, bound, decoders, has.serving)
 
 
 def deployment_name(decoder: str) -> str:
@@ -63,11 +63,11 @@ def deployment_name(decoder: str) -> str:
     return DECODERS[decoder].path.partition(":")[2]
 
 
-def model_settings(model: str) -> ModelSettings:
-    """What a model folder, or bundled weights by name, is made of."""
-    from lumen_ray.model.settings import ModelSettings
+def model_settings(settings: ServeSettings) -> ModelSettings:
+    """What the served model is made of, with the decoders that `settings.serving` chooses."""
+    from lumen_ray.model.settings import read_settings
 
-    return config.load(ModelSettings, model_folder(model) / "config.yaml")
+    return read_settings(settings.model).choose(settings.serving, settings.model)
 
 
 @dataclass
@@ -110,7 +110,7 @@ def run(settings: ServeSettings, blocking: bool = True, timeout_s: float = 300) 
     http = settings.http
     if started:
         check_port(http.host, http.port)
-    init_local(num_cpus=settings.logical_cpus(model_settings(settings.model).decoder_names) + _SPARE_CPUS)
+    init_local(num_cpus=settings.logical_cpus(model_settings(settings).decoder_names) + _SPARE_CPUS)
     if not started:
         _check_joined(http.host, http.port, bool(serve.status().proxies))
     server = Server(f"http://{_reachable(http.host)}:{http.port}", started)

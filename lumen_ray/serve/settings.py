@@ -140,6 +140,9 @@ class ServeSettings(Settings):
     ingress: Deployment = Deployment(max_ongoing_requests=64, max_queued_requests=128, num_cpus=0.5)
     trunk: ModelDeployment = ModelDeployment(num_cpus=1)
     decoders: dict[str, ModelDeployment] = Field({}, description="by decoder; those left out get the defaults")
+    serving: dict[str, str] = Field(
+        {}, description="which decoder serves a task, as {detect: grounding_dino}; those left out: what the model says"
+    )
 
     @field_validator("decoders")
     @classmethod
@@ -161,7 +164,12 @@ class ServeSettings(Settings):
 
 
 def load_settings(
-    name: str, *, model: str | None = None, host: str | None = None, port: int | None = None
+    name: str,
+    *,
+    model: str | None = None,
+    host: str | None = None,
+    port: int | None = None,
+    serving: dict[str, str] | None = None,
 ) -> ServeSettings:
     """The settings in `configs/serve/<name>.yaml`, or in the YAML file `name`; what else is given replaces theirs.
 
@@ -170,8 +178,10 @@ def load_settings(
     data = config.load_yaml(find("serve", name))
     if model is not None:
         data["model"] = model
-    if data.get("http") is None:
-        data["http"] = {}
-    if isinstance(data["http"], dict):  # else validation refuses it
-        data["http"] |= {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    http = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
+    for section, given in (("http", http), ("serving", serving or {})):
+        if data.get(section) is None:
+            data[section] = {}
+        if isinstance(data[section], dict):  # else validation refuses it
+            data[section] |= given
     return config.validate(ServeSettings, data, name)

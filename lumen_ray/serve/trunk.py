@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -18,17 +18,24 @@ if TYPE_CHECKING:
     from lumen_ray.inference.outputs import TrunkOutput
 
 
-def load_trunk(model: str, device: str) -> TrunkStage:
+def load_trunk(model: str, device: str, serving: Mapping[str, str]) -> TrunkStage:
     from lumen_ray.inference.engine import TrunkStage
 
-    return TrunkStage.load(model, device)
+    return TrunkStage.load(model, device, serving)
 
 
 class Trunk:
-    """`load` gives the engine's trunk half; tests hand in their own."""
+    """`serving`: task -> the decoder that serves it, where it is another than the model says. `load` gives the engine's
+    trunk half; tests hand in their own."""
 
-    def __init__(self, model: str, device: str, load: Callable[[str, str], TrunkStage] = load_trunk):
-        self.stage = load(model, device)
+    def __init__(
+        self,
+        model: str,
+        device: str,
+        serving: Mapping[str, str],
+        load: Callable[[str, str, Mapping[str, str]], TrunkStage] = load_trunk,
+    ):
+        self.stage = load(model, device, serving)
         # One thread does all model work: the event loop stays free to collect the next batch and to answer pings,
         # and torch keeps one pool of workers.
         self.worker = ThreadPoolExecutor(1)

@@ -37,6 +37,7 @@ class FakeEngine:
     `route`: what free chat always chooses, "truth" for the right token; `instances`: False finds nothing."""
 
     preset, version, image_size, tasks = "fake", "0000", 128, UNDERSTANDING
+    chosen_decoders = {}
 
     def __init__(self, rows, *, skeletons=(), shift=0.0, text=None, route="truth", instances=True):
         self.rows = {image_key(decode(row["image"])): row for row in rows}

@@ -128,6 +128,13 @@ def test_the_report_holds_its_settings(split, rows, tmp_path):
     }  # fmt: skip
 
 
+def test_the_report_tells_a_choice_of_decoders(split, rows, tmp_path):
+    engine = FakeEngine(rows, skeletons=POSED)
+    engine.chosen_decoders = {"detect": "grounding_dino"}
+    report = evaluate(engine, split, tmp_path, tasks=["vqa"], limit=1)
+    assert report["settings"]["decoders"] == {"detect": "grounding_dino"}
+
+
 def test_a_text_that_cannot_be_asked_is_reported_and_the_rest_scored(rows, tmp_path):
     turns = [{"role": "user", "content": "what is <region> ?"}, {"role": "assistant", "content": "x"}]
     template = next(m for m in rows[0]["messages"] if m["task"] == "vqa")

@@ -4,11 +4,21 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny_models import EXPERTS, SIDE, scene_batch, tiny_loaded, tiny_model, tiny_settings, tiny_tokenizer
+from tiny_models import (
+    EXPERTS,
+    SIDE,
+    scene_batch,
+    tiny_folder,
+    tiny_loaded,
+    tiny_model,
+    tiny_settings,
+    tiny_tokenizer,
+)
 
 from lumen_ray.data import scenes
 from lumen_ray.data.collate import Collator
 from lumen_ray.data.images import decode
+from lumen_ray.errors import UserError
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.outputs import merge
 from lumen_ray.inference.request import make_request
@@ -42,6 +52,37 @@ def test_a_task_goes_to_the_decoder_the_settings_name(engine):
         "grounding_dino": list(DETECT.phrases), "lumen": [REFER.text],
     }  # fmt: skip
     assert out.dense is not None and out.pixels is not None
+
+
+def test_who_serves_a_task_can_be_chosen_when_the_model_is_loaded(tmp_path, engine):
+    folder = tiny_folder(tmp_path, decoders={"segment": "grounding_dino"}, **DINO)
+    own, chosen = Engine.load(folder), Engine.load(folder, decoders={"detect": "grounding_dino", "refer": "lumen"})
+    assert own.chosen_decoders == {} and chosen.chosen_decoders == {"detect": "grounding_dino"}
+    assert own.version == chosen.version
+    serving = {n: {p.decoder: p.task for p in e.trunk.run(PICTURES[:1], [[DETECT, SEGMENT]]).plans[0]}
+               for n, e in (("own", own), ("chosen", chosen))}  # fmt: skip
+    assert serving["own"] == {"lumen": "detect", "grounding_dino": "segment"}
+    assert list(serving["chosen"]) == ["grounding_dino"]  # detect as chosen, segment as the folder says
+    asked = [[DETECT]]
+    expected = engine.run(PICTURES[:1], asked, score_threshold=0.0)[0][0]
+    same(chosen.run(PICTURES[:1], asked, score_threshold=0.0)[0][0], expected)
+
+
+@pytest.mark.parametrize(
+    ("decoders", "says"),
+    [
+        ({"detect": "unipose"}, "'unipose' cannot serve task 'detect'; this model's for it: lumen, grounding_dino"),
+        ({"generate": "lumen"}, "'lumen' cannot serve task 'generate'; this model has none for it"),
+        ({"caption": "lumen"}, "'lumen' cannot serve task 'caption'; this model has none for it"),
+        ({"detct": "lumen"}, "unknown task 'detct'; did you mean 'detect'?"),
+    ],
+)
+def test_a_choice_that_cannot_serve_is_refused_as_in_the_settings(tmp_path, decoders, says):
+    folder = tiny_folder(tmp_path, **DINO)
+    with pytest.raises(UserError) as caught:
+        Engine.load(folder, decoders=decoders)
+    assert str(caught.value).startswith(f"{folder}: ") and says in str(caught.value)
+    assert caught.value.reason == "invalid_config"
 
 
 def test_requests_and_images_do_not_change_each_others_answers(engine):

@@ -39,6 +39,7 @@ class FakeEngine:
     skeletons = {"square": NAMES}
     classes = ("square", "circle")
     edges = {"square": [[0, 1]]}
+    chosen_decoders = {}
 
     def __init__(self, fails=lambda image: False):
         self.fails = fails

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from label_fakes import FakeEngine, picture, write_images
+from tiny_models import EXPERTS, tiny_folder
 
 from lumen_ray.errors import UserError
 from lumen_ray.label.pipeline import build_requests, label
@@ -149,6 +150,8 @@ def test_a_killed_job_resumes_without_duplicate_or_gap(tmp_path):
         ({"exports": ["voc"]}, "unknown export"),
         ({"tasks": ["pose"], "classes": ["circle"]}, "no class with keypoints"),
         ({"model": "nowhere"}, "model folder 'nowhere' does not exist"),
+        ({"model": "nowhere", "decoders": {"detect": "lumen"}}, "model folder 'nowhere' does not exist"),
+        ({"decoders": {"detect": "lumen"}}, "chosen for a model folder only"),
     ],
 )
 def test_user_mistakes_are_one_sentence(tmp_path, changes, text):
@@ -157,6 +160,39 @@ def test_user_mistakes_are_one_sentence(tmp_path, changes, text):
     with pytest.raises(UserError, match=text):
         label(input=photos, output=tmp_path / "out", **options)
     assert not (tmp_path / "out" / "labels").exists()
+
+
+def test_labels_tell_the_decoder_that_was_chosen_and_are_not_mixed_with_anothers(tmp_path):
+    photos = write_images(tmp_path / "photos", 2)
+    model = tiny_folder(tmp_path / "model", grounding_dino=EXPERTS["grounding_dino"])
+    chosen = {"detect": "grounding_dino"}
+
+    def run(name, decoders):
+        label(model, photos, tmp_path / name, tasks=["detect"], decoders=decoders, score_threshold=0, **OPTIONS)
+        rows = read_labels(tmp_path / name)
+        return rows, json.loads(rows[0]["provenance"])["settings"]
+
+    plain, settings = run("plain", None)
+    assert "decoders" not in settings and run("plain", {"detect": "lumen"})[0] == plain  # who serves it anyway
+    expert, settings = run("expert", chosen)
+    assert settings["decoders"] == chosen and [r["score"] for r in expert] != [r["score"] for r in plain]
+    write_images(photos, 1, start=2)
+    for name, decoders in (("plain", chosen), ("expert", None)):
+        with pytest.raises(UserError, match="made with other settings .decoders was") as caught:
+            run(name, decoders)
+        assert caught.value.reason == "other_settings"
+    assert len({r["image_id"] for r in run("expert", chosen)[0]}) == 3
+    with pytest.raises(UserError, match="'unipose' cannot serve task 'detect'; this model's for it: lumen, ground"):
+        run("third", {"detect": "unipose"})
+    assert not (tmp_path / "third").exists()
+
+
+def test_a_folder_from_before_decoders_could_be_chosen_is_resumed(tmp_path):
+    photos, out = write_images(tmp_path / "photos", 2), tmp_path / "out"
+    label(make_engine, photos, out, tasks=["detect"], **OPTIONS)
+    job = json.loads((out / "job.json").read_text())
+    (out / "job.json").write_text(json.dumps({key: value for key, value in job.items() if key != "decoders"}))
+    assert label(make_engine, photos, out, tasks=["detect"], **OPTIONS)["finished_before"] == 2
 
 
 def test_one_request_per_text():

@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from tiny_models import CLIP, DINOV2, llm, tiny_settings
+from tiny_models import CLIP, DINOV2, EXPERTS, llm, tiny_settings
 
 from lumen_ray import config
 from lumen_ray.errors import UserError
@@ -47,3 +47,14 @@ def test_the_preset_is_valid_and_survives_a_round_trip():
     assert settings.name == "nano"
     again = yaml.safe_load(yaml.safe_dump(settings.model_dump(mode="json")))
     assert config.validate(ModelSettings, again, "copy") == settings
+
+
+def test_a_choice_of_decoders_keeps_what_it_does_not_name():
+    both = {"grounding_dino": EXPERTS["grounding_dino"]}
+    own = tiny_settings(decoders={"segment": "grounding_dino"}, **both)
+    chosen = own.choose({"detect": "grounding_dino", "count": "lumen"}, "here")
+    assert chosen.decoders == {"segment": "grounding_dino", "detect": "grounding_dino", "count": "lumen"}
+    assert chosen.serving == own.serving | {"detect": "grounding_dino"}
+    assert chosen.chosen_over(own) == {"detect": "grounding_dino"}  # lumen counts without being told to
+    assert own.choose({"segment": "lumen"}, "here").chosen_over(own) == {"segment": "lumen"}
+    assert own.choose({}, "here") == own

@@ -10,6 +10,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from tiny_models import EXPERTS, tiny_folder
 
 from lumen_ray.errors import UserError
 from lumen_ray.inference.engine import Engine
@@ -42,7 +43,7 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def trunk(model_folder):
-    return Trunk(str(model_folder), "cpu")
+    return Trunk(str(model_folder), "cpu", {})
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +140,15 @@ def test_text_answers_and_info(trunk, jobs, monkeypatch):
     (answer,), info = asyncio.run(both())
     assert answer.task == "vqa" and answer.text is not None
     assert info["preset"] == "nano" and info["skeletons"] == {"figure": ["head", "left hand"]}
+
+
+def test_the_trunk_sends_a_task_to_the_decoder_that_was_chosen(tmp_path):
+    model = str(tiny_folder(tmp_path, grounding_dino=EXPERTS["grounding_dino"]))
+    asked = job(1, query("detect", classes=["red circle"]))
+    for serving, name in (({}, "lumen"), ({"detect": "grounding_dino"}, "grounding_dino")):
+        trunk = Trunk(model, "cpu", serving)
+        (output,) = trunk.run([asked])
+        assert list(output.parts) == [name] and asyncio.run(trunk.info())["decoders"]["detect"] == name
 
 
 def test_run_grouped_keeps_order_and_groups():

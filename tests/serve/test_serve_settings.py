@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny_models import EXPERTS, tiny_folder
 
 from lumen_ray.config import load, validate
 from lumen_ray.errors import UserError
+from lumen_ray.serve.app import model_settings
 from lumen_ray.serve.settings import ServeSettings, load_settings
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "serve"
@@ -56,6 +58,16 @@ def test_what_is_given_replaces_the_files(tmp_path):
     settings = load_settings(str(path), port=8001)
     assert (settings.model, settings.http.host, settings.http.port) == ("m", "127.0.0.1", 8001)
     assert load_settings("nano", model="n", host="0.0.0.0").http.host == "0.0.0.0"
+
+
+def test_who_serves_a_task_is_the_models_choice_or_the_settings(tmp_path):
+    model = tiny_folder(tmp_path / "model", grounding_dino=EXPERTS["grounding_dino"])
+    path = tmp_path / "a.yaml"
+    path.write_text(f"model: {model}\nserving: {{detect: grounding_dino}}\n")
+    serving = model_settings(load_settings(str(path), serving={"count": "grounding_dino"})).serving
+    assert (serving["detect"], serving["count"], serving["segment"]) == ("grounding_dino", "grounding_dino", "lumen")
+    with pytest.raises(UserError, match="'unipose' cannot serve task 'detect'; this model's for it: lumen, ground"):
+        model_settings(load_settings(str(path), serving={"detect": "unipose"}))
 
 
 def test_every_deployment_of_nano_scales_by_itself():
