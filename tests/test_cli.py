@@ -32,7 +32,7 @@ def told(capsys, *argv: str) -> str:
         (["label", "nowhere", "--model", "x", "--output", "y", "--classes", ","], ["at least one class name"]),
         (
             ["evaluate", "--shards", "x", "--output", "y", "--decoders", "detect=unipose"],
-            ["weights/nano: decoders: 'unipose' cannot serve task 'detect'; this model's for it: lumen"],
+            ["nano: decoders: 'unipose' cannot serve task 'detect'; this model's for it: lumen"],
         ),
         (
             ["label", "nowhere", "--output", "y", "--decoders", "detect=unipose"],

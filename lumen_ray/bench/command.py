@@ -135,7 +135,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, help="threads of a training process (default: a core is left for reading)")
     p.add_argument("--steps", type=int, help="steps a side runs in one turn, warm-up included")
     p = _add_kind(kinds, "decoders", "grounding_dino against transformers, memory of every decoder's training step")
-    p.add_argument("--preset", default="nano", help="preset whose decoders memory looks at (default: nano)")
+    p.add_argument("--preset", default="nano-experts", help="whose decoders memory looks at (default: nano-experts)")
     p.add_argument("--threads", type=int, help="threads of grounding_dino's sides (default: torch's)")
     return parser
 

@@ -46,7 +46,8 @@ class Load:
 
 
 def make_tokenizer(settings: ModelSettings) -> LumenTokenizer:
-    return LumenTokenizer.train([t for task in TASKS.values() for t in task.templates], settings.vocab_size)
+    texts = [t for task in TASKS.values() for t in task.templates]
+    return LumenTokenizer.train(texts, settings.vocab_size, settings.families)
 
 
 def make_batch(settings: ModelSettings, tokenizer: LumenTokenizer, load: Load, seed: int = 0) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class TrunkStage:
         self.trunk = loaded.model.trunk.to(self.device)
         self.tokenizer = loaded.tokenizer
         self.prompt_layout = loaded.settings.prompt_layout
+        self.serving = loaded.settings.serving
         self.skeletons = {name: tuple(names) for name, names in loaded.meta.skeletons.items()}
         square = (loaded.settings.image_size,) * 2
         self.buckets = tuple((int(h), int(w)) for h, w in loaded.meta.buckets) or (square,)
@@ -119,7 +120,7 @@ class TrunkStage:
         task = TASKS[request.task]
         if task.is_text:
             return None
-        if (name := self.loaded.settings.serving.get(request.task)) is None:
+        if (name := self.serving.get(request.task)) is None:
             raise UserError(
                 f"the model has no decoder for task '{task.name}'; it serves: {', '.join(self.tasks)}", "no_decoder"
             )
@@ -128,10 +129,10 @@ class TrunkStage:
     @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks that this model has a decoder for, where needed, and was trained for as far as it says."""
-        serving, trained = self.loaded.settings.serving, set(self.loaded.meta.tasks or TASKS)
+        trained = set(self.loaded.meta.tasks or TASKS)
         if "segment" in trained:
             trained.add("semantic")  # made of what `segment` finds
-        return tuple(t.name for t in TASKS.values() if t.name in trained and (t.is_text or t.name in serving))
+        return tuple(t.name for t in TASKS.values() if t.name in trained and (t.is_text or t.name in self.serving))
 
     def _asks(self, request: Request, image: int, index: int) -> list[_Ask]:
         """The routed branches of a structured request; its routing token is forced, so nothing is sampled."""
