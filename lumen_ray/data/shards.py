@@ -259,7 +259,8 @@ def open_file(folder: files.Location, file: str) -> pq.ParquetFile:
 def read_row_group(
     folder: files.Location, file: str, index: int, rows: Sequence[int] | None = None
 ) -> list[dict[str, Any]]:
-    """The rows of row group `index` of a file named in the manifest, all of them or those with the numbers `rows`.
+    """The rows of row group `index` of a file named in the manifest: all of them, or those with the numbers `rows` in
+    that order, some perhaps more than once.
 
     `UserError` (`broken_shards`) when the file is damaged.
     """
@@ -270,7 +271,7 @@ def read_row_group(
                 "broken_shards",
             )
         table = _read_group(parquet, index, file)
-        if rows is not None and len(rows) < len(table):
+        if rows is not None and list(rows) != list(range(len(table))):
             table = table.take(list(rows))
         return table.to_pylist()
 
