@@ -13,7 +13,7 @@ from lumen_ray.data import scenes
 from lumen_ray.data.feed import BatchReader, local_batches, one_ahead, plan_items, read_texts, skeletons_of, to_bytes
 from lumen_ray.data.mixture import Plan
 from lumen_ray.data.prepare import prepare_source
-from lumen_ray.data.shards import ShardWriter, build_manifest, read_manifest, write_manifest
+from lumen_ray.data.shards import ShardWriter, build_manifest, read_manifest, read_row_group, write_manifest
 from lumen_ray.data.sources.scenes import ScenesSource
 from lumen_ray.train.recipe import Recipe
 
@@ -64,6 +64,18 @@ def test_two_ranks_read_the_halves_of_the_batch(shards):
     halves = [read(plan_items(plan, rank, 2)[2]) for rank in range(2)]
     assert torch.equal(torch.cat([h["images"] for h in halves]), whole["images"])
     assert halves[0]["tasks"] + halves[1]["tasks"] == whole["tasks"]
+
+
+def test_a_step_of_more_images_than_there_are_has_some_again(tmp_path):
+    """Buckets deal out rows, so the end of an epoch and the beginning of the next can meet in one row group."""
+    prepare_source(tmp_path / "few", ScenesSource(5, side=SIDE), rows_per_group=5, workers=0)
+    made = recipe(buckets=[[SIDE, SIDE], [SIDE, 2 * SIDE]])
+    read = BatchReader(str(tmp_path / "few"), made, tiny_tokenizer(), SIDE, {})
+    names = [row["image_id"] for row in read_row_group(tmp_path / "few", "part-00000.parquet", 0)]
+    for item in plan_items(Plan(read_manifest(tmp_path / "few"), made), 0, 1):
+        numbers = [number for _, _, rows in item["parts"] for number in rows]
+        assert len(numbers) == 8
+        assert read(item)["image_ids"] == [names[number] for number in numbers]
 
 
 def test_items_start_at_a_step(shards):

@@ -33,6 +33,12 @@ def test_rows_come_back_as_written(folder, rows):
     assert [len(shards.read_row_group(folder, file["path"], i)) for i in range(3)] == [4, 4, 2]
 
 
+@pytest.mark.parametrize("numbers", [[0, 1, 2, 3], [2, 0], [3, 2, 1, 0], [1, 1, 3, 3], [3, 0, 1, 2, 3, 0], range(3)])
+def test_rows_come_in_the_order_they_are_asked_for(folder, rows, numbers):
+    """A step over the end of an epoch may have a row group's last rows and then its first, some of them twice."""
+    assert shards.read_row_group(folder, "part-00000.parquet", 1, numbers) == [rows[4 + number] for number in numbers]
+
+
 def test_manifest_counts_tasks_per_row_group(folder, rows):
     manifest = shards.read_manifest(folder)
     (file,) = manifest["files"]
