@@ -55,6 +55,13 @@ class Task:
     decoders: tuple[str, ...] = ()
     #: phrasing of the branch that asks for one keypoint of an object (pose only)
     keypoint_template: str | None = None
+    #: the task whose annotations in shards also are this one's, which none name: it is learned from and scored on them
+    annotated_as: str | None = None
+
+    @property
+    def annotation(self) -> str:
+        """The task that shards name where they are annotated for this one."""
+        return self.annotated_as or self.name
 
     @property
     def sees_image(self) -> bool:
@@ -163,8 +170,18 @@ TASKS: dict[str, Task] = {
             "region_segment_iou",
             "[SEG]",
             _PERCEPTION,
+            annotated_as="segment",
         ),
-        Task("semantic", "classes", "masks", ("segment {}", "outline every {}"), "semantic_miou", "[SEG]", _PERCEPTION),
+        Task(
+            "semantic",
+            "classes",
+            "masks",
+            ("segment {}", "outline every {}"),
+            "semantic_miou",
+            "[SEG]",
+            _PERCEPTION,
+            annotated_as="segment",
+        ),
         Task("count", "classes", "count", ("count {}", "count every {}"), "count_error", "[DET]", _PERCEPTION),
         Task(
             "generate",
@@ -174,6 +191,7 @@ TASKS: dict[str, Task] = {
             "generate_objects",
             "[GEN]",
             ("stable_diffusion",),
+            annotated_as="caption",
         ),
         Task(
             "edit",

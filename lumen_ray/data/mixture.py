@@ -19,6 +19,7 @@ from lumen_ray.data.buckets import BucketRange, BucketStream
 from lumen_ray.data.shards import row_sizes
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Size
+from lumen_ray.tasks import get_task
 from lumen_ray.train.recipe import Recipe, Stage
 
 RowGroup = tuple[str, int, int]  # file, index, number of rows
@@ -157,7 +158,7 @@ def _eligible(manifest: dict[str, Any], tasks: tuple[str, ...]) -> list[RowGroup
         (file["path"], index, group["rows"])
         for file in manifest["files"]
         for index, group in enumerate(file["row_groups"])
-        if any(group["tasks"].get(task, 0) for task in tasks)
+        if any(group["tasks"].get(get_task(task).annotation, 0) for task in tasks)
     ]
     if not found:
         have = sorted({t for f in manifest["files"] for g in f["row_groups"] for t in g["tasks"]})

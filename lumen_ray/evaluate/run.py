@@ -121,19 +121,16 @@ def _check(batch_size: int, limits: dict[str, int | None]) -> None:
             raise UserError(f"{name} is {value}; give {least} or more", "invalid_setting")
 
 
-#: tasks that no split names, and what they are scored on; they are asked where they are named
-_SCORED_ON = {"generate": "caption", "region_segment": "segment", "semantic": "segment"}
-
-
 def _scorer(manifest: dict[str, Any], tasks: Sequence[str] | None, served: Sequence[str]) -> SplitScorer:
     # any annotated task can also be asked in free chat, whether or not the split holds conversations
-    annotated = [n for n in TASKS if manifest["tasks"].get(_SCORED_ON.get(n, n)) and n != "chat"]
+    annotated = [n for n in TASKS if manifest["tasks"].get(TASKS[n].annotation) and n != "chat"]
     has = f"its tasks: {', '.join(annotated) or 'none'}"
     if tasks is not None and not tasks:
         raise UserError(f"no task given; give some that the split is annotated for, {has}", "empty_tasks")
     for name in tasks or ():
         get_task(name)
-    by_default = [*(name for name in annotated if name in served and name not in _SCORED_ON), "chat"]
+    # what a split is not annotated for by name is asked where it is named
+    by_default = [*(name for name in annotated if name in served and not TASKS[name].annotated_as), "chat"]
     wanted = by_default if tasks is None else list(dict.fromkeys(tasks))
     missing = [name for name in wanted if name not in annotated and name != "chat"]
     if missing or not annotated:

@@ -8,6 +8,7 @@ from lumen_ray.data.mixture import Plan, row_rng
 from lumen_ray.errors import UserError
 from lumen_ray.train.recipe import Recipe
 
+STAGE = {"name": "one", "steps": 20}
 DETECT, TEXT = {"tasks": ["detect"]}, {"tasks": ["caption", "vqa"], "weight": 2}
 
 
@@ -26,6 +27,17 @@ def manifest(groups=12, rows=2, tasks=("detect", "caption")):
 def recipe(**changes):
     stages = [{"name": "one", "steps": 20, "groups": [DETECT, TEXT]}, {"name": "two", "steps": 9, "groups": [DETECT]}]
     return Recipe.model_validate({"name": "r", "batch_size": 4, "stages": stages} | changes)
+
+
+@pytest.mark.parametrize(("task", "learned_from"), [("generate", "caption"), ("region_segment", "segment")])
+def test_a_task_that_no_shard_names_is_learned_from_what_annotates_it(task, learned_from):
+    plan = Plan(manifest(tasks=("detect", learned_from)), recipe(stages=[STAGE | {"groups": [{"tasks": [task]}]}]))
+    read = {(file, index) for t in range(20) for file, index, _ in plan[t].parts}
+    assert read == {
+        (f, i) for f in ("a.parquet", "b.parquet") for i in range(6) if learned_from != "caption" or i % 2 == 0
+    }
+    with pytest.raises(UserError, match=f"no annotations for {task}"):
+        Plan(manifest(tasks=("detect",)), recipe(stages=[STAGE | {"groups": [{"tasks": [task]}]}]))[0]
 
 
 def test_it_is_a_pure_function_of_seed_and_step():
