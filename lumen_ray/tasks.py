@@ -187,6 +187,8 @@ TASKS: dict[str, Task] = {
     )
 }
 
+#: tasks that no data set names -> the one whose annotations they are trained and scored on
+ANNOTATED_AS = {"generate": "caption", "region_segment": "segment", "semantic": "segment"}
 #: the tasks whose answers are texts and places, not pictures
 UNDERSTANDING = tuple(name for name, task in TASKS.items() if task.result != "image")
 ROUTING_TOKENS: tuple[str, ...] = tuple(t for family in LINK_FAMILIES.values() for t in family.routing_tokens)

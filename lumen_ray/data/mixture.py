@@ -19,6 +19,7 @@ from lumen_ray.data.buckets import BucketRange, BucketStream
 from lumen_ray.data.shards import row_sizes
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Size
+from lumen_ray.tasks import ANNOTATED_AS
 from lumen_ray.train.recipe import Recipe, Stage
 
 RowGroup = tuple[str, int, int]  # file, index, number of rows
@@ -153,11 +154,12 @@ class Plan:
 
 def _eligible(manifest: dict[str, Any], tasks: tuple[str, ...]) -> list[RowGroup]:
     """Row groups with at least one annotation for one of the tasks; `UserError` when there is none."""
+    named = {ANNOTATED_AS.get(task, task) for task in tasks}
     found = [
         (file["path"], index, group["rows"])
         for file in manifest["files"]
         for index, group in enumerate(file["row_groups"])
-        if any(group["tasks"].get(task, 0) for task in tasks)
+        if any(group["tasks"].get(task, 0) for task in named)
     ]
     if not found:
         have = sorted({t for f in manifest["files"] for g in f["row_groups"] for t in g["tasks"]})

@@ -26,7 +26,7 @@ from lumen_ray.evaluate.report import write_report
 from lumen_ray.label.ledger import write_atomically
 from lumen_ray.label.records import LABEL_SCHEMA, answer_records
 from lumen_ray.structures import Answer
-from lumen_ray.tasks import TASKS, get_task
+from lumen_ray.tasks import ANNOTATED_AS, TASKS, get_task
 
 #: AP needs the low-scored predictions too; decisions (absence, counts, F1) use their own threshold.
 SCORE_THRESHOLD = 0.01
@@ -120,19 +120,16 @@ def _check(batch_size: int, limits: dict[str, int | None]) -> None:
             raise UserError(f"{name} is {value}; give {least} or more", "invalid_setting")
 
 
-#: tasks that no split names, and what they are scored on; they are asked where they are named
-_SCORED_ON = {"generate": "caption", "region_segment": "segment", "semantic": "segment"}
-
-
 def _scorer(manifest: dict[str, Any], tasks: Sequence[str] | None, served: Sequence[str]) -> SplitScorer:
     # any annotated task can also be asked in free chat, whether or not the split holds conversations
-    annotated = [n for n in TASKS if manifest["tasks"].get(_SCORED_ON.get(n, n)) and n != "chat"]
+    annotated = [n for n in TASKS if manifest["tasks"].get(ANNOTATED_AS.get(n, n)) and n != "chat"]
     has = f"its tasks: {', '.join(annotated) or 'none'}"
     if tasks is not None and not tasks:
         raise UserError(f"no task given; give some that the split is annotated for, {has}", "empty_tasks")
     for name in tasks or ():
         get_task(name)
-    by_default = [*(name for name in annotated if name in served and name not in _SCORED_ON), "chat"]
+    # those that no split names are asked where they are asked for
+    by_default = [*(name for name in annotated if name in served and name not in ANNOTATED_AS), "chat"]
     wanted = by_default if tasks is None else list(dict.fromkeys(tasks))
     missing = [name for name in wanted if name not in annotated and name != "chat"]
     if missing or not annotated:

@@ -64,6 +64,15 @@ def test_groups_are_drawn_by_weight_from_row_groups_that_have_their_tasks():
     assert {index % 2 for s in steps if s.group == 1 for _, index, _ in s.parts} == {0}
 
 
+def test_pictures_are_made_of_what_captions_say_and_regions_of_masks():
+    """No data set names these tasks."""
+    stages = [{"name": "one", "steps": 9, "groups": [{"tasks": ["generate"]}, {"tasks": ["region_segment"]}]}]
+    plan = Plan(manifest(tasks=("caption", "segment")), recipe(stages=stages))
+    assert {index % 2 for t in range(9) if plan[t].group == 0 for _, index, _ in plan[t].parts} == {0}
+    with pytest.raises(UserError, match="no annotations for generate; they have: segment"):
+        Plan(manifest(tasks=("segment",)), recipe(stages=stages))
+
+
 def test_what_cannot_be_planned_is_told():
     with pytest.raises(UserError, match="batch_size 3 must be a multiple of 2 rows"):
         Plan(manifest(), recipe(batch_size=3))
