@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lumen_ray import config
@@ -24,6 +24,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.model.trunk import Trunk, TrunkTraining
+from lumen_ray.model.weights_file import write_weights
 from lumen_ray.presets import model_folder
 from lumen_ray.tasks import TASKS, decoder_class
 
@@ -121,9 +122,8 @@ def save_model(
     (folder / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
     tokenizer.save(folder / "tokenizer.json")
     (folder / "meta.json").write_text(json.dumps(asdict(meta), indent=1))
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     partial = folder / "model.safetensors.tmp"
-    partial.write_bytes(save(state))  # safetensors' own writer does not say by number that a disk is full
+    write_weights(partial, state)
     os.replace(partial, folder / "model.safetensors")
     return folder
 
@@ -183,5 +183,6 @@ def load_model(folder: str | Path, expect_preset: str | None = None) -> LoadedMo
     if missing or unexpected:
         names = ", ".join((missing + unexpected)[:3])
         raise UserError(f"'{weights}' does not fit its config.yaml: check {names}", "damaged_model")
-    version = hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
+    with weights.open("rb") as file:
+        version = hashlib.file_digest(file, "sha256").hexdigest()[:12]
     return LoadedModel(model.eval(), settings, tokenizer, meta, version)
