@@ -32,7 +32,7 @@ def add_args(verbs: Any, parser_class: type) -> None:
         action="append",
         default=[],
         metavar="NAME=DIR",
-        help="a decoder's weights; can be given several times",
+        help="a decoder's weights, for each that has published ones; several times",
     )
     parts.add_argument("--seed", type=int, default=0, help="of the weights that are not published (default: 0)")
     parts.set_defaults(run=_pretrained)

@@ -24,6 +24,7 @@ from lumen_ray.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
+    from lumen_ray.model.build import Generalist
     from lumen_ray.model.settings import ModelSettings
 
 GIB = 1 << 30
@@ -296,6 +297,7 @@ def _weights(settings: ModelSettings, model: str | None) -> Iterator[Finding]:
     from lumen_ray.presets import bundled_models, model_folder
 
     bundled = bundled_models()
+    published = published_parameters(settings) if settings.published_weights else {}
     yield Finding("note", f"bundled: {', '.join(bundled) or 'none'}")
     name = model or (settings.name if settings.name in bundled else None)
     if name is not None:
@@ -306,7 +308,7 @@ def _weights(settings: ModelSettings, model: str | None) -> Iterator[Finding]:
         yield Finding("ok" if fits else "missing", told if fits else f"{told}: of preset '{meta.preset}'")
     elif settings.published_weights:
         source = "visionllm-v2 CHECKPOINT" if settings.prompt_layout == "sequential" else "pretrained ..."
-        count = sum(published_parameters(settings).values())
+        count = sum(published.values())
         yield Finding(
             "missing",
             f"no model folder was given; make one from published weights ({count:,} parameters, {size(count * BF16)} "
@@ -314,19 +316,37 @@ def _weights(settings: ModelSettings, model: str | None) -> Iterator[Finding]:
         )
     else:
         yield Finding("note", "none come with the package: train it, its recipe starts from fresh weights")
-    for part, count in published_parameters(settings).items() if settings.published_weights else ():
+    for part, count in published.items():
         yield Finding("note", f"published {part}: {count:,} parameters, {size(count * BF16)} in bf16")
+    if published and (fresh := [name for name in settings.decoder_names if name not in published]):
+        yield Finding("note", f"not published, so that they start from fresh weights: {', '.join(fresh)}")
 
 
 def published_parameters(settings: ModelSettings) -> dict[str, int]:
-    """Parameters of the encoders and the LLM, by part."""
+    """Parameters of the encoders, the LLM and the decoders that have published weights, by part."""
     import torch
 
-    from lumen_ray.model.build import count_parameters
-    from lumen_ray.model.trunk import Trunk
+    from lumen_ray.model.build import Generalist, count_parameters
 
     with torch.device("meta"):
-        trunk = Trunk(settings, settings.vocab_size)
+        model = Generalist(settings, settings.vocab_size)
+    trunk, fresh = model.trunk, _fresh(settings, model)
     encoders = {"clip": trunk.vision.clip, "dinov2": trunk.vision.dinov2}
     found = {name: count_parameters(encoder.model) for name, encoder in encoders.items() if encoder is not None}
-    return found | {"llm": count_parameters(trunk.llm)}
+    found["llm"] = count_parameters(trunk.llm)
+    for name in model.decoders:
+        named = model.decoders[name].named_parameters(prefix=f"decoders.{name}")
+        if count := sum(p.numel() for own, p in named if not own.startswith(fresh)):
+            found[name] = count
+    return found
+
+
+def _fresh(settings: ModelSettings, model: Generalist) -> tuple[str, ...]:
+    """Prefixes of the names of decoders' parameters that no published checkpoint has."""
+    from lumen_ray.model.decoder_weights import LOADERS
+    from lumen_ray.model.released.convert import may_be_fresh
+
+    if settings.prompt_layout == "sequential":  # the released VisionLLM v2
+        return may_be_fresh(model.state_dict())
+    own = {name: LOADERS[name].fresh if name in LOADERS else ("",) for name in model.decoders}
+    return tuple(f"decoders.{name}.{prefix}" for name, prefixes in own.items() for prefix in prefixes)

@@ -1,5 +1,6 @@
 """What `doctor` says is counted on the model, and its exit status says whether the preset can run."""
 
+import re
 import socket
 
 import pytest
@@ -37,7 +38,11 @@ def test_7b_says_which_weights_are_missing(capsys, monkeypatch):
     assert cli.main(["doctor", "--preset", "7b"]) == 1
     told = capsys.readouterr().out
     assert "lumen-ray convert pretrained ... --preset 7b DIR" in told
-    assert "7,346,422,784 parameters" in told  # CLIP, DINOv2 and the LLM with the preset's vocabulary
+    assert "9,542,065,496 parameters" in told  # CLIP, DINOv2, the LLM with the preset's vocabulary, three decoders
+    assert "published grounding_dino: 63,160,578" in told  # without masks and what projects links
+    assert "start from fresh weights: lumen, unipose" in told
+    for role in ("trunk", "lumen", "grounding_dino", "unipose", "stable_diffusion", "instruct_pix2pix", "in all"):
+        assert re.search(rf"{role} +[\d,]+ parameters; inference", told)
     assert "on each of 32 ranks" in told  # of its recipe
     assert "inference fits in the largest GPU" in told
 

@@ -284,7 +284,7 @@ class Collator:
         """The batch `Generalist.forward` takes. `images`: decoded, None for text-only rows; `edited`: the target images
         of rows that have one.
 
-        To generate, prompts see no image: those of the rows are what they should give.
+        To generate, prompts see no image: those of the rows are what they should give, and so they are not augmented.
 
         Packed, rows with an image come first, and the batch's `images` are theirs alone (one grey where there is none).
         """
@@ -299,6 +299,7 @@ class Collator:
             editing = "edit" in self.tasks and edited[index] is not None
             # other colours before and after would be another edit
             augment = self.augment.model_copy(update={"color": 0.0}) if editing else self.augment
+            augment = AugmentSettings() if blind else augment  # else it learns to draw borders, and colours unsaid
             sample = transform(row, pixels, self.input_size, augment, rng, self.skeletons)
             samples.append(sample)
             if blind and image is not None:

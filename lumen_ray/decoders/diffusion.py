@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lumen_ray.decoders.base import ImageDecoder, ImageTargets, LossTerm, Pixels, SampleSettings
 from lumen_ray.decoders.settings import SAMPLERS, DiffusionSettings
 from lumen_ray.errors import UserError, suggest
+from lumen_ray.model.skeleton import published
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.structures import Size
 
@@ -58,7 +59,7 @@ def _build(cls: type[nn.Module], where: str, keys: dict[str, Any]) -> nn.Module:
     """A model of `diffusers` with fresh weights; `UserError` for keys that make none."""
     check_keys(where, keys, config_keys(cls), f"diffusers.{cls.__name__}")
     try:
-        return cls(**keys)
+        return published(lambda: cls(**keys))
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {str(error).splitlines()[0]}", "invalid_config") from None
 
@@ -126,7 +127,7 @@ class DiffusionDecoder(ImageDecoder):
 
         valid = {f.name for f in dataclasses.fields(CLIPTextConfig)}
         check_keys(f"{self.name}.text_encoder", keys, valid, "transformers.CLIPTextConfig")
-        return CLIPTextModel(CLIPTextConfig(**keys))
+        return published(lambda: CLIPTextModel(CLIPTextConfig(**keys)))
 
     def _check(self) -> None:
         """The parts must fit together."""

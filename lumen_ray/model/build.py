@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lumen_ray.decoders.base import Decoder, ImageDecoder, LossTerm, Pixels
@@ -24,6 +24,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.model.settings import ModelSettings, read_settings
 from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.model.trunk import Trunk, TrunkTraining
+from lumen_ray.model.weights_file import write_weights
 from lumen_ray.presets import model_folder
 from lumen_ray.tasks import TASKS, decoder_class
 
@@ -121,9 +122,8 @@ def save_model(
     (folder / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
     tokenizer.save(folder / "tokenizer.json")
     (folder / "meta.json").write_text(json.dumps(asdict(meta), indent=1))
-    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     partial = folder / "model.safetensors.tmp"
-    partial.write_bytes(save(state))  # safetensors' own writer does not say by number that a disk is full
+    write_weights(partial, state)
     os.replace(partial, folder / "model.safetensors")
     return folder
 

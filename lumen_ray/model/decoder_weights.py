@@ -22,23 +22,34 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Loader:
     """`sizes`: (folder) -> keys of the decoder's settings that the checkpoint determines. `load`: (folder, settings of
-    the model, whether pickle is allowed) -> {name below `decoders.<decoder>.`: tensor}."""
+    the model, whether pickle is allowed) -> {name below `decoders.<decoder>.`: tensor}. `fresh`: prefixes of such names
+    that the checkpoint has nothing for."""
 
     sizes: Callable[[Path], dict[str, Any]]
     load: Callable[[Path, ModelSettings, bool], dict[str, Tensor]]
+    fresh: tuple[str, ...] = ()
+
+
+#: of Grounding DINO: masks, the norm of the map that only they read, what projects links, and a scale of their scores
+GROUNDING_DINO_FRESH = (
+    "link_proj.",
+    "mask_head.",
+    "mask_embed.",
+    "trunk.backbone.hidden_states_norms.stage1.",
+    "class_",
+)
 
 
 def grounding_dino_state(tensors: Mapping[str, Tensor], settings: ModelSettings, what: str) -> dict[str, Tensor]:
-    """What `GroundingDinoForObjectDetection.save_pretrained` writes, by our names. It has no mask head and nothing that
-    projects links; all else must be there."""
+    """What `GroundingDinoForObjectDetection.save_pretrained` writes, by our names. Only `GROUNDING_DINO_FRESH`
+    may be missing."""
     from lumen_ray.model.released.gdino import published_parts
 
     state, report = apply(tensors, published_parts())
     report.refuse(what)
     with torch.device("meta"):
         whole = decoder_class("grounding_dino").build(settings).state_dict()
-    own = ("link_proj.", "mask_head.", "mask_embed.", "trunk.backbone.hidden_states_norms.stage1.", "class_")
-    check_fits(state, {n: t for n, t in whole.items() if n in state or not n.startswith(own)}, what)
+    check_fits(state, {n: t for n, t in whole.items() if n in state or not n.startswith(GROUNDING_DINO_FRESH)}, what)
     return state
 
 
@@ -82,14 +93,13 @@ def _diffusion(name: str) -> Loader:
 
         decoder = decoder_class(name).build(settings)
         load_published(decoder, folder, pickle)
-        parts = ("unet.", "vae.", "text_encoder.")
-        return {key: tensor for key, tensor in decoder.state_dict().items() if key.startswith(parts)}
+        return decoder.state_dict()
 
     return Loader(sizes, load)
 
 
 LOADERS: dict[str, Loader] = {
-    "grounding_dino": Loader(_grounding_dino_sizes, _grounding_dino),
+    "grounding_dino": Loader(_grounding_dino_sizes, _grounding_dino, GROUNDING_DINO_FRESH),
     "stable_diffusion": _diffusion("stable_diffusion"),
     "instruct_pix2pix": _diffusion("instruct_pix2pix"),
 }

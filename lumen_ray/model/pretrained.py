@@ -129,6 +129,13 @@ def settings_from(
         _expect(checkpoint, kinds, f"a {'CLIP vision tower' if name == 'clip' else 'DINOv2'}")
         published = checkpoint.config.get("vision_config") or checkpoint.config
         data["vision"][name] = config_keys(config_class, published)
+    for name in preset.decoder_names:
+        if name in decoder_weights.LOADERS and name not in decoders:
+            raise UserError(
+                f"preset '{preset.name}' has {name}; give its checkpoint with --decoder {name}=DIR, or set {name}: "
+                "null in a preset file of your own",
+                "missing_checkpoint",
+            )
     llm = checkpoints["llm"]
     _expect(llm, LLM_TYPES, "a causal LM of a known family")
     kind = llm.config["model_type"]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import Generalist
+from lumen_ray.model.weights_file import write_weights
 
 if TYPE_CHECKING:
     from lumen_ray.train.recipe import LoraSettings
@@ -82,8 +82,7 @@ def _peft():
 
 def save_adapters(run: Path, state: dict[str, Tensor]) -> None:
     """Writes the adapters alone to `RUN/adapters.safetensors`."""
-    adapters = {name: value.contiguous() for name, value in state.items() if ".lora_" in name}
-    (run / "adapters.safetensors").write_bytes(save(adapters))
+    write_weights(run / "adapters.safetensors", {name: t for name, t in state.items() if ".lora_" in name})
 
 
 def plain_state(state: dict[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:

@@ -149,6 +149,9 @@ def rngs(number):
     return [np.random.default_rng(i) for i in range(number)]
 
 
+MOVED = AugmentSettings(flip_x=True, scale=(0.8, 1.2), shift=0.1, color=0.4)
+
+
 def edit_row(number=0):
     """A row whose edited picture is its own, upside down and twice as large."""
     row = scenes.scene_row(5, number, SIDE)
@@ -159,8 +162,10 @@ def edit_row(number=0):
 
 
 def test_a_description_asks_for_the_picture_that_it_does_not_see():
+    """As it is, whatever augmentation the other tasks of the stage get."""
     rows = [scenes.scene_row(5, n, SIDE) for n in range(2)]
-    batch = Collator(tiny_tokenizer(), SIDE, ("generate",), {})(rows, [decode(r["image"]) for r in rows], rngs(2))
+    collate = Collator(tiny_tokenizer(), SIDE, ("generate",), {}, augment=MOVED)
+    batch = collate(rows, [decode(r["image"]) for r in rows], rngs(2))
     assert batch["tasks"] == ["generate"] * 2 and not batch["has_image"].any()
     targets = batch["targets"]["generation"]
     for number, row in enumerate(rows):
@@ -174,9 +179,6 @@ def test_rows_without_a_caption_or_a_picture_ask_for_none():
     silent = {**row, "messages": [m for m in row["messages"] if m["task"] != "caption"]}
     batch = Collator(tiny_tokenizer(), SIDE, ("generate",), {})([silent, row], [decode(row["image"]), None], rngs(2))
     assert batch["tasks"] == [] and "generation" not in batch["targets"]
-
-
-MOVED = AugmentSettings(flip_x=True, scale=(0.8, 1.2), shift=0.1, color=0.4)
 
 
 @pytest.mark.parametrize("augment", [AugmentSettings(), MOVED])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from released_fakes import CLIP, llama_tokenizer
 from safetensors.torch import load_file, save_file
-from tiny_models import llm, tiny_settings
+from tiny_models import EXPERTS, llm, tiny_settings
 from transformers import (
     BertConfig,
     CLIPTextConfig,
@@ -25,7 +25,7 @@ from lumen_ray import config
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import load_model
 from lumen_ray.model.decoder_weights import grounding_dino_state
-from lumen_ray.model.pretrained import Sources, assemble
+from lumen_ray.model.pretrained import Sources, assemble, blank
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.presets import model_path
 
@@ -143,3 +143,13 @@ def test_grounding_dino_in_full_size():
     assert state["trunk.query_position_embeddings.weight"].shape == (900, 256)
     with pytest.raises(UserError, match="incomplete"):
         grounding_dino_state({k: v for k, v in tensors.items() if "enc_output." not in k}, settings, "incomplete")
+
+
+def test_what_is_published_is_not_initialised_first():
+    """It would take minutes, and as much memory, before the checkpoint's numbers take its place."""
+    state = blank(tiny_settings(**EXPERTS), 320, seed=0)
+    later = {name for name, tensor in state.items() if tensor.is_meta}
+    for part in ("decoders.stable_diffusion.unet.", "decoders.stable_diffusion.vae.", "trunk.llm."):
+        named = {name for name in state if name.startswith(part)}
+        assert named and named <= later
+    assert not any(name.startswith(("decoders.grounding_dino.", "trunk.link_heads.")) for name in later)

@@ -1,4 +1,4 @@
-"""Models put together from tiny checkpoints, saved by the classes that published ones are; the 7b preset in full."""
+"""Models put together from tiny checkpoints, saved by the classes that published ones are."""
 
 import json
 import shutil
@@ -24,17 +24,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from lumen_ray import config
 from lumen_ray.errors import UserError
-from lumen_ray.model.build import Generalist, load_model
-from lumen_ray.model.pretrained import Sources, assemble, encoder_state, fill, llm_state, settings_from
+from lumen_ray.model.build import load_model
+from lumen_ray.model.pretrained import Sources, assemble, encoder_state, settings_from
 from lumen_ray.model.prompts import Branch, build_layout
 from lumen_ray.model.published import Checkpoint, fetch
-from lumen_ray.model.released.encoders import CLIP as CLIP_RULES
 from lumen_ray.model.released.encoders import DINOV2 as DINOV2_RULES
-from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import EOS, PAD, SPECIAL_TOKENS
-from lumen_ray.presets import model_path
 
 SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
          "num_key_value_heads": 1, "max_position_embeddings": 512}  # fmt: skip
@@ -222,40 +218,6 @@ def test_each_mistake_is_told_in_a_sentence(folders, tmp_path):
     assert "wrong_tokenizer" in refused(folders, tmp_path, llm=tmp_path / "short")
     (tmp_path / "short" / "model.safetensors").write_bytes(b"no weights")
     assert "damaged_checkpoint" in refused(folders, tmp_path, llm=tmp_path / "short")
-
-
-def test_the_7b_preset_in_full_size(capsys):
-    """Every key and shape of CLIP ViT-L/14-336, DINOv2-L and Vicuna 7B as they are published, on the meta device."""
-    settings = config.load(ModelSettings, model_path("7b"))
-    vision, llm = settings.vision, {k: v for k, v in settings.llm.items() if k != "model_type"}
-    with torch.device("meta"):
-        clip = CLIPVisionModel(CLIPVisionConfig(**vision.clip | {"image_size": 336})).state_dict()
-        dinov2 = Dinov2Model(Dinov2Config(**vision.dinov2)).state_dict()
-        vicuna = LlamaForCausalLM(LlamaConfig(**llm, vocab_size=32000)).state_dict()
-        text = {"text_model.final_layer_norm.weight": torch.empty(768), "logit_scale": torch.empty(())}
-        rotary = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.empty(64) for i in range(32)}
-        rows = 32000 + len(SPECIAL_TOKENS) - 1  # Vicuna's own </s> ends an answer
-        model = Generalist(settings, rows)
-    for ours, theirs in (("q_proj", "attention.query"), ("k_proj", "attention.key"), ("v_proj", "attention.value"),
-                         ("o_proj", "output.dense")):  # fmt: skip
-        dinov2 = {name.replace(ours, theirs): tensor for name, tensor in dinov2.items()}
-    published = {f"vision_model.{name}": tensor for name, tensor in clip.items()} | text
-    loaded = (
-        encoder_state(published, CLIP_RULES, "trunk.vision.clip.model.", "CLIP")
-        | encoder_state(dinov2, DINOV2_RULES, "trunk.vision.dinov2.model.", "DINOv2")
-        | llm_state(vicuna | rotary, 32000, rows, tied=False, what="Vicuna")
-    )
-    assert len(loaded) == len(clip) + len(dinov2) + len(vicuna)
-    state = model.state_dict()
-    encoders = ("trunk.vision.clip.model.", "trunk.vision.dinov2.model.", "trunk.llm.")
-    others = tuple(name for name in state if not name.startswith(encoders))
-    filled = fill(state, loaded, "the checkpoints", others)
-    assert filled.keys() == state.keys()
-    assert {name for name in state if name.startswith(encoders)} == set(loaded)
-    count = sum(tensor.numel() for tensor in loaded.values())
-    with capsys.disabled():
-        print(f"\n7b: {count:,} published parameters, {sum(state[n].numel() for n in others):,} fresh")
-    assert count == sum(p.numel() for n, p in model.named_parameters() if n.startswith(encoders))
 
 
 def test_a_hub_id_is_fetched_and_failures_are_told(folders, monkeypatch):
