@@ -113,8 +113,8 @@ class DinoDecoder(Decoder):
         self.trunk = DinoTrunk(settings)
         self.bbox_embed = box_head(c)
         if settings.learned_class_scale:
-            self.class_scale = nn.Parameter(torch.tensor(c**-0.5))
-            self.class_bias = nn.Parameter(torch.tensor(FEW_OBJECTS))
+            self.class_scale = nn.Parameter(torch.tensor([c**-0.5]))  # of one dimension: FSDP shards no scalars
+            self.class_bias = nn.Parameter(torch.tensor([FEW_OBJECTS]))
 
     def _link_proj(self, link_channels: int) -> nn.Module:
         c = self.settings.hidden_size
