@@ -158,6 +158,7 @@ def _evaluate_args(verbs: Any) -> None:
     p.add_argument("--output", required=True, help="folder for report.json and predictions.parquet")
     p.add_argument("--tasks", type=_names, help="only these, comma separated (default: all the split is annotated for)")
     p.add_argument("--limit", type=int, help="first images only")
+    p.add_argument("--pictures", type=int, default=32, help="first images only, for tasks that make pictures: 32")
     p.set_defaults(run=_evaluate)
 
 
@@ -295,7 +296,13 @@ def _evaluate(args: argparse.Namespace) -> None:
     engine = Engine.load(args.model, decoders=_decoders(args.decoders))
     with bar("evaluate") as progress:
         report = evaluate(
-            engine, args.shards, args.output, tasks=args.tasks, limit=args.limit, progress=progress.update
+            engine,
+            args.shards,
+            args.output,
+            tasks=args.tasks,
+            limit=args.limit,
+            picture_limit=args.pictures,
+            progress=progress.update,
         )
     print_report(report, console)
     say(f"report -> {args.output}/report.json")

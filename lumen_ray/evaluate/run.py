@@ -50,7 +50,8 @@ def evaluate(
     picture_limit: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Scores `engine` on the shard folder `shards_dir`; writes ``report.json`` and ``predictions.parquet``.
+    """Scores `engine` on the shard folder `shards_dir`; writes ``report.json`` and ``predictions.parquet``, and of
+    pictures that were made ``generated.png`` and ``edited.png``.
 
     tasks: of the registry, by default all that the model serves and the split says it is annotated for; ``chat`` stands
     for routing accuracy; ``region_segment``, ``semantic`` and ``generate`` are scored on masks and captions where they
@@ -88,6 +89,7 @@ def evaluate(
     write_atomically(output / "predictions.parquet", run)
     metrics, tables = scorer.evaluate()
     metrics |= scorer.pictures.evaluate(detector_of(engine, scorer.classes))
+    scorer.pictures.save(output)
     seconds = time.monotonic() - started
     report = {
         "split": str(shards_dir),

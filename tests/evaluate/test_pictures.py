@@ -5,9 +5,11 @@ import hashlib
 import numpy as np
 import pytest
 from evaluate_fakes import FakeEngine, write_split
+from PIL import Image
 
 from lumen_ray.data import scenes, scenes_edits
 from lumen_ray.data.images import decode
+from lumen_ray.evaluate.pictures import write_sheet
 from lumen_ray.evaluate.run import evaluate
 from lumen_ray.structures import Answer, Boxes, Prediction
 from lumen_ray.tasks import TASKS
@@ -79,6 +81,26 @@ def test_pictures_as_wanted_score_full_marks(split, tmp_path):
 def test_pictures_that_do_not_listen_score_what_chance_gives(split, tmp_path):
     metrics = evaluate(Painter(rows(), listens=False), split, tmp_path, tasks=["generate", "edit"])["metrics"]
     assert metrics["generate_objects"] < 0.7 and metrics["edit_done"] == 0 and metrics["edit_kept"] > 0.9
+
+
+def test_the_pictures_can_be_looked_at(split, tmp_path):
+    evaluate(Painter(rows()), split, tmp_path, tasks=["generate", "edit"])
+    made, edited = (np.asarray(Image.open(tmp_path / name)) for name in ("generated.png", "edited.png"))
+    assert made.shape[2] == edited.shape[2] == 3 and edited.size > made.size
+    assert len(np.unique(made.reshape(-1, 3), axis=0)) > 100
+    evaluate(Painter(rows()), split, tmp_path / "generate", tasks=["generate"])
+    assert not (tmp_path / "generate" / "edited.png").exists()
+
+
+def test_a_sheet_has_all_pictures_in_their_places(tmp_path):
+    colours = [[(250, 0, 0), (0, 250, 0)], [(0, 0, 250), (250, 250, 0)], [(0, 250, 250), (250, 0, 250)]]
+    pictures = [[np.full((8, 8, 3), colour, np.uint8) for colour in row] for row in colours]
+    write_sheet(tmp_path / "sheet.png", pictures, ["one", "two words", "x" * 500])
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    where = [[np.argwhere((sheet == colour).all(-1)).mean(0) for colour in row] for row in colours]
+    for left, right in where:
+        assert left[0] == right[0] and left[1] < right[1]
+    assert where[0][1][1] < where[1][0][1] or where[0][0][0] < where[1][0][0]
 
 
 def test_a_limit_bounds_what_is_made(split, tmp_path):
