@@ -91,10 +91,9 @@ class BatchReader:
             self._packing(size), self.prompt_layout,
         )  # fmt: skip
         batch = collator(rows, images, rngs, edited)
-        decoders = list(stage.groups[item["group"]].decoders)
         return batch | {
             "step": step,
-            "decoders": decoders,
+            "decoders": stage.groups[item["group"]].learning,
             "rejected": rejected,
             "read_s": time.perf_counter() - started,
         }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -48,15 +48,16 @@ class Generalist(nn.Module):
     def forward(self, batch: dict) -> dict[str, LossTerm]:
         """Losses by name. `each` of "lm" is per branch, of "heatmap" per link.
 
-        `batch["decoders"]`: the decoders that learn from it; None: all.
+        `batch["decoders"]`: the decoders that learn from it, the same on all ranks; the others get no gradient, so that
+        an optimizer leaves them as they are. None: all.
         """
         out = self.trunk(batch)
         per_branch = out.lm_losses.new_zeros(len(batch["tasks"]) + 1)
         owner = batch["layout"].branch_ids[:, 1:].flatten() + 1  # padding goes to 0
         per_branch.scatter_add_(0, owner, out.lm_losses.detach().flatten())
-        total = LM_WEIGHT * out.lm_losses.sum() + self._anchor()
+        wanted = set(self.decoders) if batch.get("decoders") is None else set(batch["decoders"])
+        total = LM_WEIGHT * out.lm_losses.sum() + self._anchor(wanted)
         losses = {"lm": LossTerm(total, out.lm_tokens, per_branch[1:])}
-        wanted = batch.get("decoders") or tuple(self.decoders)
         for name, decoder in self.decoders.items():
             if name in wanted and name in out.links:
                 losses |= self._decoder_losses(decoder, out, batch)
@@ -76,14 +77,15 @@ class Generalist(nn.Module):
         view = out.dense if decoder.reads == "dense" else Pixels(batch["images"], batch["extents"])
         return decoder.losses(link, view, targets)
 
-    def _anchor(self) -> Tensor:
-        """Zero, with every parameter of the optional parts in its graph.
+    def _anchor(self, decoders: Collection[str]) -> Tensor:
+        """Zero, with every parameter of the optional parts in its graph, of decoders those of the given ones.
 
         Whether a batch has regions, poses, masks or perception prompts at all (without which nothing reads the dense
         features) differs from rank to rank; all ranks must still reduce the same gradients.
         """
-        trunk = self.trunk
-        parts = (trunk.regions, trunk.queries, trunk.link_heads, trunk.stem, trunk.dense, self.decoders)
+        trunk, own = self.trunk, [name for name in self.decoders if name in decoders]
+        parts = [trunk.regions, trunk.queries, trunk.stem, trunk.dense]
+        parts += [group[name] for group in (trunk.link_heads, self.decoders) for name in own]
         return sum(p.sum() for part in parts if part for p in part.parameters() if p.requires_grad) * 0.0
 
 

@@ -9,10 +9,10 @@ from lumen_ray.data.packing import MIN_BRANCH_TOKENS
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import build_model
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.tasks import TASKS
+from lumen_ray.tasks import DECODERS, TASKS
 from lumen_ray.train import lora
 from lumen_ray.train.optimizer import lr_factors, set_trainable
-from lumen_ray.train.recipe import Recipe, Stage, TaskGroup, is_pattern
+from lumen_ray.train.recipe import MODULES, Recipe, Stage, TaskGroup, is_pattern
 from lumen_ray.train.tracker import check_mlflow
 
 
@@ -71,3 +71,10 @@ def _check_decoders(stage: Stage, group: TaskGroup, settings: ModelSettings) -> 
                 f"{', '.join(task.decoders)}, and the group has {', '.join(learning) or 'none'}",
                 "no_decoder",
             )
+    taught = [*(name for name in MODULES if name not in DECODERS), *group.learning]
+    if stage.trainable is not None and not set(stage.trainable) & set(taught):
+        raise UserError(
+            f"stage '{stage.name}': nothing under 'trainable' learns from the group {', '.join(group.tasks)}; leave "
+            f"it out, or train one of {', '.join(taught)}",
+            "no_decoder",
+        )

@@ -87,6 +87,12 @@ class TaskGroup(Settings):
     decoders: tuple[str, ...] = Field((), description="decoders that learn from it; none: all that the model has")
     weight: float = Field(1.0, gt=0, description="how often this group is drawn, relative to the stage's other groups")
 
+    @property
+    def learning(self) -> tuple[str, ...]:
+        """The decoders that learn from it, of those a model can have."""
+        able = {decoder for task in self.tasks for decoder in get_task(task).decoders}
+        return tuple(name for name in DECODERS if name in able and name in (self.decoders or able))
+
     @field_validator("tasks")
     @classmethod
     def _known(cls, tasks: tuple[str, ...]) -> tuple[str, ...]:

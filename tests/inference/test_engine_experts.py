@@ -119,8 +119,17 @@ def test_both_families_learn_from_one_pass():
     assert model.trunk.queries.queries["perception"].grad.abs().sum() > 0
     head = model.trunk.link_heads["grounding_dino"].mlp[0].weight
     assert head.grad.abs().sum() > 0
-    alone = model(scene_batch(2) | {"decoders": ["lumen"]})
-    assert "heatmap" in alone and not [name for name in alone if name.startswith("gdino")]
+
+
+def test_a_decoder_that_a_step_does_not_train_gets_no_gradient():
+    """So that an optimizer leaves it alone: with gradients of zero AdamW would go on where it was heading."""
+    model = tiny_model(**DINO)
+    losses = model(scene_batch(2) | {"decoders": ["lumen"]})
+    assert "heatmap" in losses and not [name for name in losses if name.startswith("gdino")]
+    sum(term.total for term in losses.values()).backward()
+    for part in (model.decoders, model.trunk.link_heads):
+        assert all(p.grad is None for p in part["grounding_dino"].parameters())
+        assert all(p.grad is not None for p in part["lumen"].parameters())
 
 
 def test_the_loss_of_a_batch_does_not_depend_on_how_it_is_split():

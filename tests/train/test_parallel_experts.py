@@ -1,5 +1,6 @@
 """Two FSDP ranks train a model with every decoder, on steps that each need another one."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,13 +10,14 @@ import yaml
 from safetensors.torch import load_file
 from test_parallel import _rank
 from tiny_models import EXPERTS, SIDE, tiny_settings
-from train_fakes import log_of
+from train_fakes import cut_after, log_of
 
 from lumen_ray.data.prepare import prepare_source
 from lumen_ray.data.sources.scenes import ScenesSource
+from lumen_ray.errors import UserError
 from lumen_ray.model.build import build_model
 from lumen_ray.train.recipe import Recipe
-from lumen_ray.train.trainer import prepare_job
+from lumen_ray.train.trainer import prepare_job, train_local
 
 GROUPS = [
     {"tasks": ["detect", "segment"], "decoders": ["grounding_dino"]},
@@ -27,19 +29,24 @@ GROUPS = [
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory):
+def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("experts")
     prepare_source(folder / "shards", ScenesSource(16, side=SIDE, edits=True), rows_per_group=2, workers=0)
     learned = {"learned_class_scale": True, "denoising_queries": 4}
     sections = {name: EXPERTS[name] | (learned if "backbone" in EXPERTS[name] else {}) for name in EXPERTS}
     settings = tiny_settings(vocab_size=330, **sections)
     (folder / "tiny.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    return folder
+
+
+def job_of(folder, run, **changes):
     stages = [{"name": "joint", "steps": 10, "warmup_steps": 0, "groups": GROUPS}]
-    recipe = {"name": "tiny", "model": str(folder / "tiny.yaml"), "batch_size": 4, "stages": stages}
-    return prepare_job(folder / "shards", Recipe.model_validate(recipe), folder / "run")
+    recipe = {"name": "tiny", "model": str(folder / "tiny.yaml"), "batch_size": 4, "stages": stages} | changes
+    return prepare_job(folder / "shards", Recipe.model_validate(recipe), run)
 
 
-def test_every_decoder_learns_and_no_rank_waits(job, tmp_path):
+def test_every_decoder_learns_and_no_rank_waits(folder, tmp_path):
+    job = job_of(folder, tmp_path / "run")
     mp.spawn(_rank, (job, tmp_path / "store"), nprocs=2)
     trained = load_file(f"{job.job.run}/model/model.safetensors")
     fresh = build_model(job.job.settings, len(job.job.tokenizer), job.job.recipe.seed)
@@ -50,3 +57,23 @@ def test_every_decoder_learns_and_no_rank_waits(job, tmp_path):
     lines = log_of(Path(job.job.run))
     for loss in ("gdino_class", "unipose_keypoint", "generate", "edit", "heatmap"):
         assert any(line[f"loss/{loss}"] > 0 for line in lines), loss
+
+
+def test_a_run_resumed_before_every_decoder_has_learned_ends_with_the_same_bits(folder, tmp_path):
+    """Decoders that no step has trained yet have no optimizer state in the checkpoint, and get theirs afterwards."""
+    whole, cut = (tmp_path / name for name in ("whole", "cut"))
+    train_local(job_of(folder, whole, checkpoint_every=3))
+    shutil.copytree(whole, cut)
+    cut_after(cut, 3)
+    trained = {name for line in log_of(cut)[:3] for name in ("gdino_class", "generate", "edit") if line[f"loss/{name}"]}
+    assert len(trained) < 3  # else this run shows nothing
+    train_local(job_of(folder, cut, checkpoint_every=3))
+    assert (cut / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
+
+
+def test_a_stage_that_its_group_cannot_train_is_refused(folder, tmp_path):
+    stages = [{"name": "s", "steps": 1, "trainable": ["unipose"], "groups": GROUPS[:2]}]
+    with pytest.raises(
+        UserError, match="nothing under 'trainable' learns from the group detect, segment; leave it out"
+    ):
+        job_of(folder, tmp_path / "run", stages=stages)
