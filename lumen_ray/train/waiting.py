@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -108,6 +108,16 @@ class RoomWatcher:
         self._thread.join(timeout=10)
 
 
+def wants_room(actors: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether Ray Train's controller looks for room, by its job's actors: it makes workers once it has found some.
+
+    Workers take seconds to come up, and their room is no longer free then.
+    """
+    states = {(actor["ActorClassName"], actor["State"]) for actor in actors}
+    there = {name for name, state in states if state != "DEAD"}
+    return ("TrainController", "ALIVE") in states and "RayTrainWorker" not in there
+
+
 def look_at(trainer: Any) -> Callable[[], Room | None]:
     """`look` of a `RoomWatcher` for a Ray Train trainer of this process.
 
@@ -119,8 +129,7 @@ def look_at(trainer: Any) -> Callable[[], Room | None]:
     job = ray.JobID(bytes.fromhex(ray.get_runtime_context().get_job_id()))
 
     def look() -> Room | None:
-        alive = {actor["ActorClassName"] for actor in state.actor_table(None, job, "ALIVE").values()}
-        if "TrainController" not in alive or "RayTrainWorker" in alive:
+        if not wants_room(state.actor_table(None, job).values()):
             return None
         return Room(state.total_resources_per_node(), state.available_resources_per_node(), _kept_for(trainer))
 

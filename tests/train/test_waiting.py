@@ -6,7 +6,7 @@ import pytest
 
 from lumen_ray.train import waiting
 from lumen_ray.train.resources import of_worker
-from lumen_ray.train.waiting import TOLD_AFTER_S, Demand, Room, RoomWatcher, lack
+from lumen_ray.train.waiting import TOLD_AFTER_S, Demand, Room, RoomWatcher, lack, wants_room
 
 TWO = Demand(2, of_worker(use_gpu=False))
 ONE = Demand(1, of_worker(use_gpu=False))
@@ -54,6 +54,27 @@ def test_what_is_missing_is_told_in_one_line(demand, room, words):
     assert sentence.startswith("waiting for room") and "\n" not in sentence
     for word in words:
         assert word in sentence
+
+
+@pytest.mark.parametrize(
+    ("controller", "workers", "wants"),
+    [
+        (None, [], False),
+        ("PENDING_CREATION", [], False),  # it has asked Ray for nothing yet
+        ("ALIVE", [], True),
+        ("ALIVE", ["PENDING_CREATION"] * 2, False),  # the room is theirs
+        ("ALIVE", ["ALIVE", "PENDING_CREATION"], False),
+        ("ALIVE", ["ALIVE"] * 2, False),
+        ("ALIVE", ["DEAD"] * 2, True),  # and are to be started again
+        ("ALIVE", ["DEAD", "ALIVE"], False),
+        ("DEAD", ["DEAD"] * 2, False),
+    ],
+)
+def test_room_is_wanted_until_workers_are_made(controller, workers, wants):
+    states = [("SynchronizationActor", "ALIVE"), *(("RayTrainWorker", state) for state in workers)]
+    if controller:
+        states.append(("TrainController", controller))
+    assert wants_room([{"ActorClassName": name, "State": state} for name, state in states]) is wants
 
 
 class Cluster:
