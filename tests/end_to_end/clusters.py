@@ -70,9 +70,9 @@ def kill_session(session: int) -> None:
 
 
 @contextmanager
-def in_session(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen]:
+def in_session(command: list[str], environment: dict[str, str], **pipes: object) -> Iterator[subprocess.Popen]:
     """A process with a session of its own, of which nothing is left after the block."""
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
     try:
         yield process
     finally:

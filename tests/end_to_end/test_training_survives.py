@@ -24,6 +24,7 @@ from lumen_ray.train.trainer import train_local
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 JOB = str(Path(__file__).parents[2] / "jobs" / "train.py")
+PATIENCE_S = 600  # with a run of less than half a minute, on a machine that does much else
 OPTIONS = {
     "stages": ((26, None), (10, ["lumen"])),
     "checkpoint_every": 4,
@@ -165,7 +166,7 @@ def undisturbed(data, local_ray):
     """The run that was never killed, on a local Ray."""
     run = data / "undisturbed"
     with in_session(arguments(data, "fixed", run), local_ray) as driver:
-        assert driver.wait(timeout=300) == 0
+        assert driver.wait(timeout=PATIENCE_S) == 0
     assert len(tries(run)) == 1
     return run
 
@@ -211,11 +212,11 @@ def test_killed_after_a_checkpoint_a_run_ends_with_the_same_bits(data, local_ray
         KILLS[killed](driver)
         assert checkpoint.start_step(checkpoint.latest(run)) < 26  # in the midst of the first stage
         if killed == "a worker":
-            assert driver.wait(timeout=300) == 0
+            assert driver.wait(timeout=PATIENCE_S) == 0
         else:
             assert driver.wait(timeout=60) == -signal.SIGKILL
             with in_session(command, local_ray) as again:
-                assert again.wait(timeout=300) == 0
+                assert again.wait(timeout=PATIENCE_S) == 0
             wait_for(lambda: not members(driver.pid), "the end of the dead driver's Ray", 60)
     first, *more = tries(run)
     assert first == 0 and more and all(0 < saved <= step < 36 for step in more)
