@@ -4,9 +4,10 @@ import threading
 
 import pytest
 
+from lumen_ray.ray_env import prepare_environment
 from lumen_ray.train import waiting
 from lumen_ray.train.resources import of_worker
-from lumen_ray.train.waiting import TOLD_AFTER_S, Demand, Room, RoomWatcher, lack, wants_room
+from lumen_ray.train.waiting import KEPT_S, TOLD_AFTER_S, Demand, Room, RoomWatcher, lack, wants_room
 
 TWO = Demand(2, of_worker(use_gpu=False))
 ONE = Demand(1, of_worker(use_gpu=False))
@@ -133,3 +134,29 @@ def test_it_watches_beside_the_run_also_after_the_cluster_could_not_be_asked(mon
     with RoomWatcher(TWO, look, lambda sentence: heard.set()) as watcher:
         assert heard.wait(10)
     assert not watcher._thread.is_alive()
+
+
+def test_ray_keeps_what_a_killed_run_had_asked_for_no_longer_than_told():
+    """Ray's own coordinator, with a clock and a cluster of the test's."""
+    prepare_environment()
+    from ray.data._internal.cluster_autoscaler import ResourceRequestPriority
+    from ray.data._internal.cluster_autoscaler import default_autoscaling_coordinator as coordinators
+    from ray.train.v2._internal.execution.scaling_policy import AUTOSCALING_REQUESTS_EXPIRE_TIME_S
+
+    now, node = [0.0], {"NodeID": "a", "Alive": True, "Resources": {"CPU": 2.0}}
+    coordinator = coordinators._AutoscalingCoordinatorActor(lambda: now[0], lambda *_, **__: None, lambda: [node])
+
+    def asks(run):
+        workers, high = [of_worker(use_gpu=False)] * 2, ResourceRequestPriority.HIGH
+        coordinator.request_resources(f"train-{run}", workers, AUTOSCALING_REQUESTS_EXPIRE_TIME_S, priority=high)
+
+    asks("killed")
+    reasons = []
+    for second in range(10, int(KEPT_S) + 1, coordinator.TICK_INTERVAL_S):
+        now[0] = float(second)
+        coordinator._tick()
+        asks("next")
+        found = lack(ONE, Room(IDLE.total, IDLE.free, coordinator.get_reserved_resources("train-next")))
+        reasons.append(found and found.reason)
+    assert reasons == ["kept"] * 9 + [None]
+    assert KEPT_S == AUTOSCALING_REQUESTS_EXPIRE_TIME_S + coordinator.TICK_INTERVAL_S
