@@ -284,6 +284,7 @@ def _train(args: argparse.Namespace) -> None:
             args.output,
             init_from=args.init_from,
             progress=lambda line: progress.update(line["step"] + 1, recipe.total_steps, training_note(line)),
+            waiting=progress.line,
         )
     say(f"model -> {model}; logs -> {args.output}/metrics.jsonl and {args.output}/tensorboard")
 

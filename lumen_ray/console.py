@@ -47,6 +47,10 @@ class Bar:
             left = f", about {seconds((now - began) * (total - done) / (done - first))} left"
         say(f"  {self._title}: {done}/{total}{left}{'  ' + note if note else ''}")
 
+    def line(self, text: str) -> None:
+        """What is to be known between updates, as a line that stays."""
+        say(f"  {self._title}: {text}")
+
 
 @contextmanager
 def bar(title: str) -> Iterator[Bar]:

@@ -123,6 +123,7 @@ def _train(output: Path, recipe: Any) -> Path:
             recipe,
             output / "train",
             progress=lambda line: progress.update(line["step"] + 1, recipe.total_steps, training_note(line)),
+            waiting=progress.line,
         )
     stages = ", ".join(f"{stage.name} {stage.steps}" for stage in recipe.stages)
     say(f"  {recipe.total_steps} steps of {recipe.batch_size} images ({stages}) on {recipe.workers} FSDP workers")

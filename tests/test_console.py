@@ -44,3 +44,9 @@ def test_a_slower_stage_is_told_at_its_own_speed(lines):
         clock[0] += 10
         bar.update(step, 200)
     assert said[-1] == "  train: 114/200, about 14:20 left"  # 86 steps of 10 s
+
+
+def test_a_line_between_updates_is_told_at_once(lines):
+    _, said = lines
+    console.Bar("train few", None).line("waiting for room")
+    assert said == ["  train few: waiting for room"]

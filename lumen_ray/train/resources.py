@@ -11,6 +11,11 @@ from lumen_ray.train.recipe import Recipe
 WORKER_CPUS = 0.75  # logical CPUs of a worker and its reads; below one, so that two fit on 2 cores beside other tasks
 
 
+def of_worker(use_gpu: bool) -> dict[str, float]:
+    """What Ray sets aside for each worker."""
+    return {"CPU": WORKER_CPUS} | ({"GPU": 1} if use_gpu else {})
+
+
 def cluster_resources() -> dict[str, float]:
     """CPUs and GPUs that the cluster has, or can have once its autoscaler has started all nodes it may."""
     import ray

@@ -42,8 +42,9 @@ from lumen_ray.train.failures import told
 from lumen_ray.train.loop import Job, Trainer
 from lumen_ray.train.metrics import MetricsWatcher, Progress
 from lumen_ray.train.recipe import Recipe
-from lumen_ray.train.resources import WORKER_CPUS, cluster_resources, uses_gpus
+from lumen_ray.train.resources import cluster_resources, of_worker, uses_gpus
 from lumen_ray.train.run_folder import keep_start, keep_tokenizer, sole_starter, sole_writer, start_of
+from lumen_ray.train.waiting import Demand, RoomWatcher, look_at
 
 
 @dataclass
@@ -176,17 +177,18 @@ def train(
     *,
     init_from: str | None = None,
     progress: Progress | None = None,
+    waiting: Callable[[str], None] | None = None,
 ) -> Path:
     """Runs a recipe on Ray, resuming `run` where its newest checkpoint left it; returns the model folder.
 
-    `progress` gets every line of `metrics.jsonl` as it is written. Raises `UserError` for what the user must change,
-    also while another process trains into `run`.
+    `progress` gets every line of `metrics.jsonl` as it is written, `waiting` a sentence when the run waits for room in
+    the cluster. Raises `UserError` for what the user must change, also while another process trains into `run`.
     """
     with _prepared(shards, recipe, run, init_from) as prepared:
-        return _train(prepared, progress)
+        return _train(prepared, progress, waiting)
 
 
-def _train(prepared: Prepared, progress: Progress | None) -> Path:
+def _train(prepared: Prepared, progress: Progress | None, waiting: Callable[[str], None] | None) -> Path:
     recipe = prepared.job.recipe
     Plan(prepared.manifest, recipe, recipe.workers)  # wrong batch sizes are told before workers start
     run = Path(prepared.job.run)
@@ -197,14 +199,14 @@ def _train(prepared: Prepared, progress: Progress | None) -> Path:
         return run / "model"
     watcher = MetricsWatcher(run / "metrics.jsonl", start, progress) if progress else None
     try:
-        _fit(prepared)
+        _fit(prepared, waiting)
     finally:
         if watcher:
             watcher.stop()
     return run / "model"
 
 
-def _fit(prepared: Prepared) -> None:
+def _fit(prepared: Prepared, waiting: Callable[[str], None] | None) -> None:
     """Fits until it is done, or until `max_failures` restarts brought no new checkpoint."""
     from lumen_ray.ray_env import init_local
 
@@ -215,10 +217,13 @@ def _fit(prepared: Prepared) -> None:
     use_gpu = uses_gpus(cluster_resources(), recipe)
     if note := precision.advice(recipe.precision, torch.device("cuda" if use_gpu else "cpu")):
         warnings.warn(note, stacklevel=2)
+    demand = Demand(recipe.min_workers or recipe.workers, of_worker(use_gpu))
     while True:
         before = checkpoint.latest(run)
+        trainer = _ray_trainer(prepared, use_gpu)
         try:
-            _ray_trainer(prepared, use_gpu).fit()
+            with RoomWatcher(demand, look_at(trainer), waiting) if waiting else nullcontext():
+                trainer.fit()
             return
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
             cause = told(error, run)
@@ -248,7 +253,7 @@ def _ray_trainer(prepared: Prepared, use_gpu: bool) -> Any:
         scaling_config=ScalingConfig(
             num_workers=(recipe.min_workers, recipe.workers) if elastic else recipe.workers,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": WORKER_CPUS} | ({"GPU": 1} if use_gpu else {}),
+            resources_per_worker=of_worker(use_gpu),
             placement_strategy="PACK" if use_gpu else "SPREAD",  # a CPU rank has use for all cores of its node
         ),
         run_config=RunConfig(

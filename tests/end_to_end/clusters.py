@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -42,6 +43,41 @@ def kill_tree(pid: int) -> None:
         except psutil.NoSuchProcess:
             continue
     psutil.wait_procs(group, timeout=20)
+
+
+def members(session: int) -> list[psutil.Process]:
+    """The living processes of a session, also those whose parents are dead."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if os.getsid(process.pid) == session and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (ProcessLookupError, psutil.NoSuchProcess):
+            continue
+    return found
+
+
+def kill_session(session: int) -> None:
+    """`kill -9` of all processes of a session, also of those that start others meanwhile."""
+
+    def gone() -> bool:
+        for process in members(session):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+        return not members(session)
+
+    wait_for(gone, "the end of all processes", 60)
+
+
+@contextmanager
+def in_session(command: list[str], environment: dict[str, str], **pipes: object) -> Iterator[subprocess.Popen]:
+    """A process with a session of its own, of which nothing is left after the block."""
+    process = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
+    try:
+        yield process
+    finally:
+        kill_session(process.pid)
+        process.wait()
 
 
 def train_workers(pid: int) -> list[psutil.Process]:

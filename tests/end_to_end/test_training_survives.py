@@ -1,26 +1,30 @@
-"""Training on Ray whose driver, workers, node and whole local cluster are killed; measured against plain gloo ranks."""
+"""Training on Ray whose workers, node, driver and whole job are killed; measured against runs that never were."""
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 import yaml
-from clusters import RAY, Cluster, kill_tree, train_workers, wait_for
+from clusters import RAY, Cluster, in_session, kill_session, kill_tree, members, train_workers, wait_for
 from ranks import run_ranks
 from train_fakes import make_job, make_recipe, make_shards
 
 from lumen_ray.model.build import build_model
-from lumen_ray.ray_env import prepare_environment
 from lumen_ray.train import checkpoint
 from lumen_ray.train.trainer import train_local
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 JOB = str(Path(__file__).parents[2] / "jobs" / "train.py")
+PATIENCE_S = 600  # with a run of less than half a minute, on a machine that does much else
 OPTIONS = {
     "stages": ((26, None), (10, ["lumen"])),
     "checkpoint_every": 4,
@@ -148,16 +152,72 @@ def test_one_worker_goes_on_with_the_same_loss_curve_and_no_sample_skipped_or_re
     assert all(ids == second[step][0] for step, tries in samples(survivor[0], 1).items() for ids in tries)
 
 
-def test_the_whole_job_is_killed_with_its_local_ray(data, whole):
-    """The driver and every process of the Ray it has started; the run is then ended without Ray, to the same bits."""
-    run = data / "local"
-    prepare_environment()
-    driver = subprocess.Popen(arguments(data, "fixed", run))
-    wait_for(lambda: step_of(run) >= 6, "step 6", process=driver)
-    kill_tree(driver.pid)
-    driver.wait()
-    assert checkpoint.position(checkpoint.latest(run))["step"] < 36
-    assert run_ranks(make_job(data, run, **OPTIONS)) == [0, 0]
+@pytest.fixture(scope="module")
+def local_ray(tmp_path_factory):
+    """Environment of a process that starts a Ray of its own."""
+    folder = tempfile.mkdtemp(prefix="lr", dir="/tmp")  # sockets' paths must be short
+    ours = {"RAY_TMPDIR": folder, "OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
+    yield {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | ours
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, local_ray):
+    """The run that was never killed, on a local Ray."""
+    run = data / "undisturbed"
+    with in_session(arguments(data, "fixed", run), local_ray) as driver:
+        assert driver.wait(timeout=PATIENCE_S) == 0
+    assert len(tries(run)) == 1
+    return run
+
+
+def tries(run: Path) -> list[int]:
+    """The step at which each try began; each has a file for TensorBoard."""
+    return sorted(int(path.suffix[1:]) for path in (run / "tensorboard").glob("events*"))
+
+
+def check_same(run: Path, whole: Path) -> None:
+    """The same weights to the bit, the same losses, and the same samples in every try."""
+    assert (run / "model" / "model.safetensors").read_bytes() == (whole / "model" / "model.safetensors").read_bytes()
     assert losses(run) == losses(whole)
-    ours, theirs = (r / "model" / "model.safetensors" for r in (run, whole))
-    assert ours.read_bytes() == theirs.read_bytes()
+    for rank in (0, 1):
+        ours, theirs = samples(run, rank), samples(whole, rank)
+        assert sorted(ours) == sorted(theirs) == list(range(36))
+        assert all(again == theirs[step][0] for step, seen in ours.items() for again in seen)
+
+
+def test_a_run_on_ray_ends_with_the_bits_of_one_without(undisturbed, whole):
+    check_same(undisturbed, whole)
+
+
+def kill_a_worker(driver: subprocess.Popen) -> None:
+    first, second = train_workers(driver.pid)
+    second.kill()
+
+
+#: what is killed; the driver's Ray ends by itself when the driver is dead, which takes it some seconds
+KILLS = {
+    "a worker": kill_a_worker,
+    "the driver": subprocess.Popen.kill,
+    "the whole job": lambda driver: kill_session(driver.pid),
+}
+
+
+@pytest.mark.parametrize("killed", KILLS)
+def test_killed_after_a_checkpoint_a_run_ends_with_the_same_bits(data, local_ray, undisturbed, killed):
+    run = data / killed.replace(" ", "-")
+    command = arguments(data, "fixed", run)
+    with in_session(command, local_ray) as driver:
+        saved = checkpoint.start_step(wait_for(lambda: checkpoint.latest(run), "a checkpoint", process=driver))
+        KILLS[killed](driver)
+        assert checkpoint.start_step(checkpoint.latest(run)) < 26  # in the midst of the first stage
+        if killed == "a worker":
+            assert driver.wait(timeout=PATIENCE_S) == 0
+        else:
+            assert driver.wait(timeout=60) == -signal.SIGKILL
+            with in_session(command, local_ray) as again:
+                assert again.wait(timeout=PATIENCE_S) == 0
+            wait_for(lambda: not members(driver.pid), "the end of the dead driver's Ray", 60)
+    first, *more = tries(run)
+    assert first == 0 and more and all(0 < saved <= step < 36 for step in more)
+    check_same(run, undisturbed)

@@ -42,7 +42,7 @@ def kept(run):
 def test_a_busy_folder_is_refused_before_anything_is_written(data, tmp_path, monkeypatch):
     run, refused = tmp_path / "run", []
 
-    def fit(prepared):
+    def fit(prepared, waiting):
         before = kept(run)
         for start in (prepare_job, train):
             with pytest.raises(UserError, match="another process trains into") as error:
