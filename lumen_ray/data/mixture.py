@@ -137,6 +137,14 @@ class Plan:
         parts = tuple(pool[self._order(len(pool), i // len(pool))[i % len(pool)]] for i in positions)
         return PlanStep(step, stage, group, parts, self.buckets[0] if self.buckets else None)
 
+    @property
+    def used_buckets(self) -> tuple[Size, ...]:
+        """The buckets that images are sorted into; those that would not fill a batch are not used (see `assign`)."""
+        if len(self.buckets) < 2:
+            return self.buckets
+        used = {bucket for stream in self._streams.values() for bucket in stream.buckets}
+        return tuple(bucket for bucket in self.buckets if bucket in used)
+
     def _add_pool(self, manifest: dict[str, Any], tasks: tuple[str, ...]) -> None:
         self._pools[tasks] = pool = _eligible(manifest, tasks)
         if len(self.buckets) > 1:

@@ -89,7 +89,7 @@ def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: st
             skeletons={name: list(points) for name, points in skeletons.items()},
             tasks=_tasks(recipe, init_from),
             edges={c["name"]: c.get("skeleton") or [] for c in manifest["categories"] if c.get("keypoints")},
-            buckets=[list(bucket) for bucket in recipe.buckets or ()],
+            buckets=_buckets(manifest, recipe),
         )
         job = Job(recipe, settings, tokenizer, meta, str(run), init_from)
         reader = BatchReader(
@@ -97,6 +97,13 @@ def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: st
             settings.token_side, settings.prompt_layout,
         )  # fmt: skip
         yield Prepared(job, reader, manifest)
+
+
+def _buckets(manifest: dict[str, Any], recipe: Recipe) -> list[list[int]]:
+    """The sizes that the model sees in training. At one that it never saw it would find little."""
+    several = recipe.buckets is not None and len(recipe.buckets) > 1
+    used = Plan(manifest, recipe).used_buckets if several else recipe.buckets or ()
+    return [list(bucket) for bucket in used]
 
 
 def _tasks(recipe: Recipe, init_from: str | None) -> list[str]:

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from tiny_models import mixed_shards, tiny_settings
 from train_fakes import make_recipe
 
+from lumen_ray.data.mixture import Plan
+from lumen_ray.data.shards import read_manifest
 from lumen_ray.errors import UserError
 from lumen_ray.inference.engine import Engine
 from lumen_ray.train import checkpoint
@@ -50,6 +52,15 @@ def test_a_resumed_run_ends_with_the_same_weights(data, tmp_path):
     assert [line["loss"] for line in lines(run)] == [line["loss"] for line in lines(whole)]
     engine = Engine.load(whole / "model")
     assert engine.trunk.buckets == tuple(map(tuple, BUCKETS))
+
+
+def test_a_model_knows_the_sizes_it_was_trained_at_and_no_others(data, tmp_path):
+    """Of each shape there are too few to fill a batch, so all are seen at one size, and later too."""
+    assert make_job(data, tmp_path / "all").job.meta.buckets == BUCKETS
+    job = make_job(data, tmp_path / "some", batch_size=20).job
+    seen = {Plan(read_manifest(data / "shards"), job.recipe)[step].bucket for step in range(9)}
+    assert job.meta.buckets == [list(bucket) for bucket in seen] == [[48, 64]]
+    assert make_job(data, tmp_path / "one", buckets=BUCKETS[:1], batch_size=20).job.meta.buckets == BUCKETS[:1]
 
 
 def test_two_ranks_train_what_one_does(data, tmp_path):
