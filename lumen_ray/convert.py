@@ -96,7 +96,9 @@ def _visionllm_v2(args: argparse.Namespace) -> None:
 
 
 def summary(made: Assembly) -> list[str]:
-    """Parameters of a model's parts, those from checkpoints and fresh ones, a line each."""
+    """Parameters of a model's parts, those from checkpoints and fresh ones, a line each; and what it cannot learn."""
+    from lumen_ray.model.decoder_weights import text_encoders
+
     parts = made.parameters()
     width = max(len(name) for name in parts)
     lines = [
@@ -104,4 +106,10 @@ def summary(made: Assembly) -> list[str]:
         for name, (loaded, fresh) in parts.items()
     ]
     loaded, fresh = (sum(counts) for counts in zip(*parts.values(), strict=True))
-    return [*lines, f"  {'in all':<{width}} {loaded:>15,} from checkpoints {fresh:>13,} fresh"]
+    lines.append(f"  {'in all':<{width}} {loaded:>15,} from checkpoints {fresh:>13,} fresh")
+    if made.tokenizer.captions is None and (names := text_encoders(made.settings)):
+        lines.append(
+            f"no tokenizer came for the text encoder of {' and '.join(names)}: in training, links are not aligned with "
+            "captions"
+        )
+    return lines

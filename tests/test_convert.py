@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from tiny_models import EXPERTS, captioning_tokenizer, tiny_settings, tiny_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from lumen_ray import cli
+from lumen_ray.convert import summary
 from lumen_ray.model.build import load_model
+from lumen_ray.model.pretrained import Assembly
 
 CLIP = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 16,
         "image_size": 64}  # fmt: skip
@@ -58,6 +61,15 @@ def test_a_model_is_put_together(published, capsys):
 
     assert cli.main(command(published)) == 2  # a model is not overwritten
     assert "is not empty; give a new folder" in capsys.readouterr().err
+
+
+def test_what_links_cannot_learn_is_told():
+    section = EXPERTS["stable_diffusion"] | {"text_encoder": {"hidden_size": 16, "max_position_embeddings": 6}}
+    settings, state = tiny_settings(stable_diffusion=section), {"trunk.llm.x": torch.zeros(3)}
+    told = "no tokenizer came for the text encoder of stable_diffusion"
+    assert told in summary(Assembly(settings, tiny_tokenizer(), state, set()))[-1]
+    assert told not in summary(Assembly(settings, captioning_tokenizer(6), state, set()))[-1]
+    assert told not in summary(Assembly(tiny_settings(), tiny_tokenizer(), state, set()))[-1]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tokenizers import Tokenizer
+from transformers import CLIPTokenizer
 
 from lumen_ray.data import scenes
 from lumen_ray.data.collate import BranchSettings, Collator
@@ -91,6 +93,23 @@ EXPERTS = {
 def tiny_tokenizer() -> LumenTokenizer:
     texts = [f"{colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square", "figure")]
     return LumenTokenizer.train(texts * 3 + [t for task in TASKS.values() for t in task.templates], 320, LINK_FAMILIES)
+
+
+@lru_cache
+def clip_tokenizer() -> CLIPTokenizer:
+    """Letters, two merges and the special tokens of CLIP's, which come last, as in the published vocabulary."""
+    letters = [chr(n) for n in range(ord("a"), ord("z") + 1)]
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "re", "red</w>", "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer({word: i for i, word in enumerate(words)}, [("r", "e"), ("re", "d</w>")])
+
+
+def captioning_tokenizer(length: int) -> LumenTokenizer:
+    """`tiny_tokenizer` with that of a text encoder of `length` positions."""
+    captions = Tokenizer.from_str(clip_tokenizer().backend_tokenizer.to_str())
+    end = clip_tokenizer().eos_token_id
+    captions.enable_truncation(length)
+    captions.enable_padding(pad_id=end, pad_token="<|endoftext|>", length=length)
+    return LumenTokenizer(tiny_tokenizer().backend, captions=captions)
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> Generalist:

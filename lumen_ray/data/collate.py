@@ -41,12 +41,14 @@ TEXT_TASKS = tuple(name for name, task in TASKS.items() if task.is_text)
 @dataclass
 class Want:
     """What a branch asks of a decoder: indices into the sample's instances, or a keypoint of them; or a picture, uint8
-    [H, W, 3] in the input's frame."""
+    [H, W, 3] in the input's frame, and the `text` that says what is to be seen or changed, without a prompt around it.
+    """
 
     instances: list[int] = field(default_factory=list)
     keypoint: int = -1
     sigma: float = DEFAULT_SIGMA
     picture: np.ndarray | None = None
+    text: str = ""
 
 
 @dataclass
@@ -197,7 +199,8 @@ def add_generation(prompts: Prompts, image: int, row: dict, sample: Sample, rng:
     for caption in draw(captions, 1, rng):
         task = TASKS["generate"]
         text = task.prompt(caption, int(rng.integers(len(task.templates))))
-        prompts.add(task.name, Branch(image, text, route=task.routing_token), Want(picture=sample.image))
+        want = Want(picture=sample.image, text=caption)
+        prompts.add(task.name, Branch(image, text, route=task.routing_token), want)
 
 
 def add_edits(
@@ -210,8 +213,10 @@ def add_edits(
     task = TASKS["edit"]
     for message in row["messages"]:
         if message["task"] == "edit":
-            text = task.prompt(message["turns"][0]["content"], int(rng.integers(len(task.templates))))
-            prompts.add(task.name, Branch(image, text, route=task.routing_token), Want(picture=picture))
+            instruction = message["turns"][0]["content"]
+            text = task.prompt(instruction, int(rng.integers(len(task.templates))))
+            want = Want(picture=picture, text=instruction)
+            prompts.add(task.name, Branch(image, text, route=task.routing_token), want)
 
 
 def exchanges(turns: Sequence[dict[str, str]]) -> tuple[tuple[tuple[str, str], ...], str, str]:
@@ -253,11 +258,14 @@ def perception_targets(
     return PerceptionTargets(*arrays, counted, torch.from_numpy(instance), sigma)
 
 
-def image_targets(prompts: Prompts, samples: list[Sample], members: list[int]) -> ImageTargets:
+def image_targets(
+    prompts: Prompts, samples: list[Sample], members: list[int], tokenizer: LumenTokenizer
+) -> ImageTargets:
     """Targets of the given branches, which ask for pictures."""
     pictures = np.stack([prompts.wants[b].picture for b in members])
+    captions = tokenizer.caption_ids([prompts.wants[b].text for b in members])
     extents = torch.tensor([samples[prompts.branches[b].image].extent for b in members])
-    return ImageTargets(torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), extents)
+    return ImageTargets(torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), extents, captions)
 
 
 @dataclass
@@ -325,7 +333,7 @@ class Collator:
             if family == "perception":
                 targets[family] = perception_targets(prompts, samples, members.tolist(), self.input_size)
             else:
-                targets[family] = image_targets(prompts, samples, members.tolist())
+                targets[family] = image_targets(prompts, samples, members.tolist(), self.tokenizer)
         masks = np.stack(prompts.regions) if prompts.regions else np.zeros((0, *as_size(self.input_size)), np.uint8)
         return {
             "images": torch.from_numpy(np.stack([s.image for s in shown])).permute(0, 3, 1, 2).contiguous(),

@@ -172,9 +172,9 @@ class ImageTargets:
     """What G generation or editing prompts should give: `images` uint8 [G, 3, H, W].
 
     `extents` int64 [G, 2], as in `Pixels`: the part at the top left that counts; None: all of each image. An edit's
-    target lies in the same frame as the image it starts from. `caption_ids` int64 [G, L]: each prompt's text (of an
-    edit its instruction) in the ids of the CLIP text encoder's tokenizer, a row of -1 where there is none; None where
-    no decoder has a text encoder.
+    target lies in the same frame as the image it starts from. `caption_ids` int64 [G, L]: each picture's
+    description, or the instruction of an edit, in the ids of the CLIP text encoder's tokenizer; None where the model
+    has no such tokenizer.
     """
 
     images: Tensor

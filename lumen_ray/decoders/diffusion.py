@@ -27,7 +27,7 @@ from lumen_ray.structures import Size
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
-    from transformers import CLIPTextConfig, PreTrainedTokenizerBase
+    from transformers import CLIPTextConfig
 
     from lumen_ray.model.settings import ModelSettings
 
@@ -70,14 +70,6 @@ def empty_caption_ids(config: CLIPTextConfig) -> Tensor:
     if end == 2:  # published configs say so; their tokenizer's are the vocabulary's last two
         begin, end = config.vocab_size - 2, config.vocab_size - 1
     return torch.tensor([[begin, *[end] * (config.max_position_embeddings - 1)]])
-
-
-def caption_ids(tokenizer: PreTrainedTokenizerBase, captions: list[str | None], length: int) -> Tensor:
-    """int64 [G, length], as `ImageTargets` holds them: cut or padded to `length`, -1 where there is no caption."""
-    texts = [caption or "" for caption in captions]
-    ids = tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt").input_ids
-    missing = torch.tensor([caption is None for caption in captions])
-    return ids.masked_fill(missing[:, None], -1)
 
 
 def fit_pixels(images: Tensor, extents: Tensor | None, size: Size) -> Tensor:
@@ -200,7 +192,7 @@ class DiffusionDecoder(ImageDecoder):
     # Training
 
     def losses(self, link: SuperLink, view: Pixels, targets: ImageTargets) -> dict[str, LossTerm]:
-        """Noise MSE per prompt; MSE to the encoded captions per caption; the VAE's loss per picture it learns from.
+        """Noise MSE per prompt; MSE to the encoded captions per prompt; the VAE's loss per picture it learns from.
 
         Only its own loss reaches the VAE. Pictures are stretched to a square of `image_size`.
         """
@@ -254,10 +246,9 @@ class DiffusionDecoder(ImageDecoder):
 
     def _align_loss(self, embeddings: Tensor, ids: Tensor) -> LossTerm:
         """MSE to the last hidden state of the CLIP text encoder; dropped conditions take part as they were."""
-        known = ids[:, 0] >= 0
         with torch.no_grad():
-            said = self.text_encoder(ids[known]).last_hidden_state
-        error = (embeddings[known].float() - said.float()).square().flatten(1).mean(1)
+            said = self.text_encoder(ids).last_hidden_state
+        error = (embeddings.float() - said.float()).square().flatten(1).mean(1)
         return LossTerm(self.settings.align_weight * error.sum(), error.new_tensor(float(len(error))))
 
     def _vae_loss(self, pixels: Tensor) -> LossTerm:

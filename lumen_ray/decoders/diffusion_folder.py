@@ -1,6 +1,8 @@
-"""Stable Diffusion and InstructPix2Pix as they are published: a folder with `unet`, `vae`, `text_encoder`, `scheduler`.
+"""Stable Diffusion and InstructPix2Pix as they are published: a folder with `unet`, `vae`, `text_encoder`, `scheduler`,
+`tokenizer`.
 
-`published_settings` reads what a decoder is built from, `load_published` fills it with the weights.
+`published_settings` reads what a decoder is built from, `load_published` fills it with the weights, and
+`published_tokenizer` reads what gives its text encoder the ids of captions.
 """
 
 from __future__ import annotations
@@ -15,7 +17,11 @@ from lumen_ray.decoders.settings import SAMPLERS
 from lumen_ray.errors import UserError
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
     from torch import nn
+
+#: any of these sets; without them `transformers` would make a tokenizer of no words
+_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
 def _read(folder: Path, part: str, name: str) -> dict[str, Any]:
@@ -62,6 +68,32 @@ def published_settings(folder: str | Path) -> dict[str, Any]:
         "image_size": int(unet.get("sample_size", 64)) * 2**halvings,
         "num_tokens": CLIPTextConfig(**text).max_position_embeddings,
     }
+
+
+def published_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer of a published folder's text encoder, which cuts and pads to the length that encoder takes. Raises
+    `UserError` where there is none, or a damaged one."""
+    from tokenizers import Tokenizer
+    from transformers import CLIPTextConfig, CLIPTokenizer
+
+    path = Path(folder) / "tokenizer"
+    if not any(all((path / name).is_file() for name in names) for names in _TOKENIZER_FILES):
+        raise UserError(
+            f"'{folder}' has no tokenizer for its text encoder; give it tokenizer/vocab.json and tokenizer/merges.txt, "
+            "or tokenizer/tokenizer.json, as they are published with it",
+            "missing_tokenizer",
+        )
+    try:
+        read = CLIPTokenizer.from_pretrained(str(path), local_files_only=True)
+        tokenizer = Tokenizer.from_str(read.backend_tokenizer.to_str())
+    except Exception as error:  # `tokenizers` raises nothing more specific
+        raise UserError(
+            f"the tokenizer in '{path}' cannot be read: {str(error).strip().splitlines()[0]}", "damaged_weights"
+        ) from None
+    length = CLIPTextConfig(**_read(Path(folder), "text_encoder", "config.json")).max_position_embeddings
+    tokenizer.enable_truncation(length)
+    tokenizer.enable_padding(pad_id=read.pad_token_id, pad_token=read.pad_token, length=length)
+    return tokenizer
 
 
 def load_published(decoder: DiffusionDecoder, folder: str | Path, allow_pickle: bool = False) -> None:

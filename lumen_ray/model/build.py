@@ -1,7 +1,8 @@
 """The whole model, and its folder on disk.
 
-A model folder holds `model.safetensors`, `config.yaml` (settings of the preset), `tokenizer.json` and `meta.json`
-(classes and skeletons it was trained with). `load_model` reads it on any machine, with no hub.
+A model folder holds `model.safetensors`, `config.yaml` (settings of the preset), `tokenizer.json` (with what
+`LumenTokenizer.save` keeps beside it) and `meta.json` (classes and skeletons it was trained with). `load_model` reads
+it on any machine, with no hub.
 """
 
 from __future__ import annotations
@@ -163,7 +164,9 @@ def read_tokenizer(folder: str | Path) -> LumenTokenizer:
     try:
         return LumenTokenizer.load(file)
     except Exception as error:  # `tokenizers` raises nothing more specific
-        raise UserError(f"'{file}' is damaged: {str(error).splitlines()[0]}", "damaged_model") from None
+        raise UserError(
+            f"'{file}', or what is kept beside it, is damaged: {str(error).splitlines()[0]}", "damaged_model"
+        ) from None
 
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:

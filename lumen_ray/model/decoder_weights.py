@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,12 @@ from torch import Tensor
 from lumen_ray.errors import UserError
 from lumen_ray.model.published import Checkpoint, fetch
 from lumen_ray.model.released.rules import apply, check_fits
+from lumen_ray.model.tokenizer import vocabulary_rows
 from lumen_ray.tasks import decoder_class
 
 if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
     from lumen_ray.model.settings import ModelSettings
 
 
@@ -23,11 +27,12 @@ if TYPE_CHECKING:
 class Loader:
     """`sizes`: (folder) -> keys of the decoder's settings that the checkpoint determines. `load`: (folder, settings of
     the model, whether pickle is allowed) -> {name below `decoders.<decoder>.`: tensor}. `fresh`: prefixes of such names
-    that the checkpoint has nothing for."""
+    that the checkpoint has nothing for. `tokenizer`: (folder) -> that of the checkpoint's text encoder."""
 
     sizes: Callable[[Path], dict[str, Any]]
     load: Callable[[Path, ModelSettings, bool], dict[str, Tensor]]
     fresh: tuple[str, ...] = ()
+    tokenizer: Callable[[Path], Tokenizer] | None = None
 
 
 #: of Grounding DINO: masks, the norm of the map that only they read, what projects links, and a scale of their scores
@@ -95,7 +100,12 @@ def _diffusion(name: str) -> Loader:
         load_published(decoder, folder, pickle)
         return decoder.state_dict()
 
-    return Loader(sizes, load)
+    def tokenizer(folder: Path) -> Tokenizer:
+        from lumen_ray.decoders.diffusion_folder import published_tokenizer
+
+        return published_tokenizer(folder)
+
+    return Loader(sizes, load, tokenizer=tokenizer)
 
 
 LOADERS: dict[str, Loader] = {
@@ -113,3 +123,43 @@ def find(sources: Mapping[str, str | Path], pickle: bool) -> dict[str, Path]:
                 f"no published weights are known for decoder '{name}'; known: {', '.join(LOADERS)}", "unknown_decoder"
             )
     return {name: fetch(source, pickle) for name, source in sources.items()}
+
+
+def caption_tokenizer(folders: Mapping[str, Path]) -> Tokenizer | None:
+    """The tokenizer of the text encoders in decoders' folders; None where no decoder has one. A model keeps one for all
+    its decoders: `UserError` where theirs give other ids."""
+    readers = {name: LOADERS[name].tokenizer for name in folders}
+    read = {name: reader(folders[name]) for name, reader in readers.items() if reader is not None}
+    told = {name: json.loads(tokenizer.to_str()) for name, tokenizer in read.items()}
+    for key, what in (("model", "vocabularies"), ("truncation", "lengths"), ("padding", "padding")):
+        if any(one[key] != next(iter(told.values()))[key] for one in told.values()):
+            raise UserError(
+                f"the tokenizers of the text encoders of {' and '.join(told)} have different {what}, and a model keeps "
+                "one of them; give decoders whose text encoders were published with the same",
+                "wrong_tokenizer",
+            )
+    return next(iter(read.values()), None)
+
+
+def text_encoders(settings: ModelSettings) -> dict[str, dict[str, Any]]:
+    """Keys of `transformers.CLIPTextConfig` by decoder, of those that have a text encoder."""
+    found = {name: getattr(getattr(settings, name), "text_encoder", None) for name in settings.decoder_names}
+    return {name: keys for name, keys in found.items() if keys is not None}
+
+
+def check_captions(captions: Tokenizer | None, settings: ModelSettings, what: str) -> None:
+    """`UserError` where a text encoder of the model's decoders cannot take what the tokenizer for them gives. `what`
+    names the tokenizer."""
+    from transformers import CLIPTextConfig
+
+    if captions is None:
+        return
+    for name, keys in text_encoders(settings).items():
+        encoder, length = CLIPTextConfig(**keys), (captions.truncation or {}).get("max_length")
+        if length != encoder.max_position_embeddings or vocabulary_rows(captions) > encoder.vocab_size:
+            raise UserError(
+                f"{what} gives {length} ids below {vocabulary_rows(captions)}, but {name}.text_encoder takes "
+                f"{encoder.max_position_embeddings} below {encoder.vocab_size}; give it the "
+                "max_position_embeddings and vocab_size that the tokenizer was published with",
+                "wrong_tokenizer",
+            )

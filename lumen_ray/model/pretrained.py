@@ -189,9 +189,11 @@ def _token_name(tokenizer: Tokenizer, checkpoint: Checkpoint, told: Mapping[str,
     return name if name is not None and tokenizer.token_to_id(name) is not None else None
 
 
-def lumen_tokenizer(checkpoint: Checkpoint) -> tuple[LumenTokenizer, int, tuple[int, ...]]:
+def lumen_tokenizer(
+    checkpoint: Checkpoint, captions: Tokenizer | None = None
+) -> tuple[LumenTokenizer, int, tuple[int, ...]]:
     """An LLM's tokenizer with our special tokens, the id of the first that was added, and the token ids that its
-    sequences begin with."""
+    sequences begin with. `captions`: the tokenizer of the diffusion decoders' text encoder."""
     tokenizer, told = read_tokenizer(checkpoint)
     plain, started = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
     lead = tuple(started[: started.index(plain[0])]) if plain and plain[0] in started else ()
@@ -201,7 +203,7 @@ def lumen_tokenizer(checkpoint: Checkpoint) -> tuple[LumenTokenizer, int, tuple[
     names = {EOS: eos} if eos else {}
     if pad and pad != eos:
         names[PAD] = pad
-    ours, first = LumenTokenizer.extend(tokenizer, names)
+    ours, first = LumenTokenizer.extend(tokenizer, names, captions=captions)
     return ours, first, lead
 
 
@@ -267,7 +269,9 @@ def assemble(
     checkpoints = {name: Checkpoint(source, pickle) for name, source in given.items() if source is not None}
     folders = decoder_weights.find(sources.decoders, pickle)
     settings = settings_from(preset, checkpoints, folders)
-    tokenizer, known, lead = lumen_tokenizer(checkpoints["llm"])
+    captions = decoder_weights.caption_tokenizer(folders)
+    decoder_weights.check_captions(captions, settings, "the tokenizer of the decoders' text encoder")
+    tokenizer, known, lead = lumen_tokenizer(checkpoints["llm"], captions)
     if settings.prefix_attention == "causal":
         settings = settings.model_copy(update={"lead_tokens": lead})
     loaded: dict[str, Tensor] = {}

@@ -1,20 +1,24 @@
 """The text tokenizer: one of `tokenizers`, with the special tokens of the prompt layout.
 
 Trained from scratch it is byte-level BPE. A published LLM brings its own, in which some of those tokens go by other
-names; which ones is kept beside it.
+names; which ones is kept beside it. So is the tokenizer of the text encoder that published diffusion decoders bring.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from lumen_ray.errors import UserError
 from lumen_ray.tasks import LINK_FAMILIES, REGION_TOKEN, ROUTING_TOKENS
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PAD, EOS, USER, ASSISTANT = "<pad>", "<eos>", "<user>", "<assistant>"
 _LAYOUT_TOKENS = (PAD, EOS, USER, ASSISTANT, REGION_TOKEN)
@@ -24,14 +28,17 @@ SPECIAL_TOKENS: tuple[str, ...] = (*_LAYOUT_TOKENS, *ROUTING_TOKENS)
 TURNS = (USER, ASSISTANT)
 #: beside a tokenizer in which special tokens go by other names: {ours: its own}
 NAMES_FILE = "special_tokens.json"
+#: beside the tokenizer of a model whose diffusion decoders have a published text encoder: the tokenizer of that
+CAPTIONS_FILE = "caption_tokenizer.json"
 
 
 class LumenTokenizer:
     """Encodes prompt and response text; any string can be encoded, since unseen words fall back to bytes."""
 
-    def __init__(self, tokenizer: Tokenizer, names: Mapping[str, str] | None = None):
-        """`names`: how special tokens are called in this vocabulary, where other than here."""
-        self.backend = tokenizer
+    def __init__(self, tokenizer: Tokenizer, names: Mapping[str, str] | None = None, captions: Tokenizer | None = None):
+        """`names`: how special tokens are called in this vocabulary, where other than here. `captions`: the tokenizer
+        of the diffusion decoders' text encoder, which cuts and pads to the length that this takes."""
+        self.backend, self.captions = tokenizer, captions
         self.names = dict(names or {})
         found = {token: tokenizer.token_to_id(self.names.get(token, token)) for token in SPECIAL_TOKENS}
         self.ids = {token: i for token, i in found.items() if i is not None}
@@ -42,7 +49,11 @@ class LumenTokenizer:
 
     @classmethod
     def extend(
-        cls, tokenizer: Tokenizer, names: Mapping[str, str], families: Iterable[str] = tuple(LINK_FAMILIES)
+        cls,
+        tokenizer: Tokenizer,
+        names: Mapping[str, str],
+        families: Iterable[str] = tuple(LINK_FAMILIES),
+        captions: Tokenizer | None = None,
     ) -> tuple[LumenTokenizer, int]:
         """A tokenizer with the special tokens it lacks added, routing tokens of these link families among them, and the
         id of the first that was."""
@@ -50,7 +61,7 @@ class LumenTokenizer:
         wanted = [names.get(token, token) for token in (*_LAYOUT_TOKENS, *routing_tokens(families))]
         absent = [token for token in wanted if tokenizer.token_to_id(token) is None]
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in absent])
-        return cls(tokenizer, names), before
+        return cls(tokenizer, names, captions), before
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, families: Iterable[str] = ("perception",)) -> LumenTokenizer:
@@ -71,30 +82,41 @@ class LumenTokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> LumenTokenizer:
-        names = Path(path).with_name(NAMES_FILE)
-        return cls(Tokenizer.from_file(str(path)), json.loads(names.read_text()) if names.is_file() else None)
+        names, captions = (Path(path).with_name(name) for name in (NAMES_FILE, CAPTIONS_FILE))
+        return cls(
+            Tokenizer.from_file(str(path)),
+            json.loads(names.read_text()) if names.is_file() else None,
+            Tokenizer.from_file(str(captions)) if captions.is_file() else None,
+        )
 
     @classmethod
-    def from_json(cls, text: str, names: Mapping[str, str] | None = None) -> LumenTokenizer:
-        return cls(Tokenizer.from_str(text), names)
+    def from_json(
+        cls, text: str, names: Mapping[str, str] | None = None, captions: str | None = None
+    ) -> LumenTokenizer:
+        return cls(Tokenizer.from_str(text), names, None if captions is None else Tokenizer.from_str(captions))
 
     def to_json(self) -> str:
         return self.backend.to_str()
 
     def save(self, path: str | Path) -> None:
         self.backend.save(str(path))
-        beside = Path(path).with_name(NAMES_FILE)
+        names, captions = (Path(path).with_name(name) for name in (NAMES_FILE, CAPTIONS_FILE))
         if self.names:
-            beside.write_text(json.dumps(self.names, indent=1))
+            names.write_text(json.dumps(self.names, indent=1))
         else:
-            beside.unlink(missing_ok=True)
+            names.unlink(missing_ok=True)
+        if self.captions is not None:
+            self.captions.save(str(captions))
+        else:
+            captions.unlink(missing_ok=True)
 
     def __len__(self) -> int:
         """Rows of the embedding."""
         return vocabulary_rows(self.backend)
 
     def __reduce__(self):
-        return LumenTokenizer.from_json, (self.to_json(), self.names)
+        captions = None if self.captions is None else self.captions.to_str()
+        return LumenTokenizer.from_json, (self.to_json(), self.names, captions)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         """Token ids of plain text; special tokens written in it (`<region>`) keep their own id."""
@@ -104,6 +126,15 @@ class LumenTokenizer:
         """(token id, where it starts in `text`) of every token of plain text."""
         encoding = self.backend.encode(text, add_special_tokens=False)
         return [(token, start) for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)]
+
+    def caption_ids(self, texts: Sequence[str]) -> Tensor | None:
+        """int64 [G, L], the texts as the diffusion decoders' text encoder reads them; None where the model has no
+        tokenizer for it."""
+        if self.captions is None:
+            return None
+        import torch  # which preparing data does without
+
+        return torch.tensor([self.captions.encode(text).ids for text in texts])
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, special tokens left out."""

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import Generalist, read_meta, read_tokenizer, read_weights
+from lumen_ray.model.decoder_weights import check_captions
 from lumen_ray.model.pretrained import fill, resized
 from lumen_ray.model.settings import ModelSettings, read_settings
-from lumen_ray.model.tokenizer import LumenTokenizer
+from lumen_ray.model.tokenizer import CAPTIONS_FILE, LumenTokenizer
 from lumen_ray.tasks import DECODERS
 
 #: settings that two models with one trunk may differ in. A folder's lead tokens go with its tokenizer.
@@ -48,9 +49,11 @@ def _differences(ours: object, theirs: object, where: str = "") -> Iterator[str]
 
 
 def start_tokenizer(settings: ModelSettings, folder: str | Path) -> LumenTokenizer:
-    """The tokenizer in `folder`, with the routing tokens of the model's decoders that it lacks behind its own."""
+    """The tokenizer in `folder`, with the routing tokens of the model's decoders that it lacks behind its own.
+    `UserError` where the one kept beside it does not fit the text encoder of such a decoder."""
     tokenizer = read_tokenizer(folder)
-    return LumenTokenizer.extend(tokenizer.backend, tokenizer.names, settings.families)[0]
+    check_captions(tokenizer.captions, settings, f"{CAPTIONS_FILE} in '{folder}'")
+    return LumenTokenizer.extend(tokenizer.backend, tokenizer.names, settings.families, tokenizer.captions)[0]
 
 
 def load_start(model: Generalist, folder: str | Path) -> None:

@@ -20,7 +20,7 @@ from lumen_ray.data.feed import read_texts
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import read_meta
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.model.tokenizer import LumenTokenizer
+from lumen_ray.model.tokenizer import CAPTIONS_FILE, LumenTokenizer
 from lumen_ray.model.warm_start import start_tokenizer
 from lumen_ray.train.recipe import CARRIED_OUT, Recipe
 
@@ -42,11 +42,12 @@ def start_of(
 
 
 def _digest_of_model(folder: str) -> str:
-    """sha256 of a model folder's weights and tokenizer; `UserError` when it is none."""
+    """sha256 of a model folder's weights and tokenizers; `UserError` when it is none."""
     read_meta(folder)
     digest = hashlib.sha256()
-    for name in ("model.safetensors", "tokenizer.json"):
-        with open(Path(folder) / name, "rb") as file:
+    paths = (Path(folder) / name for name in ("model.safetensors", "tokenizer.json", CAPTIONS_FILE))
+    for path in filter(Path.is_file, paths):  # the last is not in every folder
+        with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_models import SIDE, scene_batch, tiny_model, tiny_tokenizer
+from tiny_models import SIDE, captioning_tokenizer, clip_tokenizer, scene_batch, tiny_model, tiny_tokenizer
 
 from lumen_ray.data import scenes
 from lumen_ray.data.collate import BranchSettings, Collator, Prompts, add_classes, add_messages, add_poses
@@ -179,6 +179,26 @@ def test_rows_without_a_caption_or_a_picture_ask_for_none():
     silent = {**row, "messages": [m for m in row["messages"] if m["task"] != "caption"]}
     batch = Collator(tiny_tokenizer(), SIDE, ("generate",), {})([silent, row], [decode(row["image"]), None], rngs(2))
     assert batch["tasks"] == [] and "generation" not in batch["targets"]
+
+
+@pytest.mark.parametrize(("task", "family"), [("generate", "generation"), ("edit", "editing")])
+def test_captions_are_read_as_the_text_encoder_reads_them(task, family):
+    """The description or the instruction itself, whatever prompt is around it; long ones are cut."""
+    said = ["a red one", "turn it over , and then over once more", "Red"]
+    rows = []
+    for number, text in enumerate(said):
+        message = make_message("caption" if task == "generate" else "edit", "describe the image .", text)
+        if task == "edit":
+            message["turns"] = [{"role": "user", "content": text}]
+        rows.append({**scenes.scene_row(5, number, SIDE), "messages": [message]})
+    images = [decode(row["image"]) for row in rows]
+    targets = {}
+    for tokenizer in (captioning_tokenizer(9), tiny_tokenizer()):
+        batch = Collator(tokenizer, SIDE, (task,), {})(rows, images, rngs(3), images)
+        targets[tokenizer.captions is None] = batch["targets"][family]
+    ids = clip_tokenizer()(said, padding="max_length", truncation=True, max_length=9, return_tensors="pt").input_ids
+    assert targets[False].caption_ids.dtype == torch.int64 and torch.equal(targets[False].caption_ids, ids)
+    assert targets[True].caption_ids is None
 
 
 @pytest.mark.parametrize("augment", [AugmentSettings(), MOVED])

@@ -159,14 +159,13 @@ def test_links_learn_to_say_what_the_text_encoder_says(make):
     ids = torch.randint(20, (3, TOKENS))
     with torch.no_grad():
         said = decoder.text_encoder(ids).last_hidden_state
-    ids[1] = -1  # no caption
     link = make_link()
     link.embeddings = said.clone()
-    link.embeddings[1:] += 2
+    link.embeddings[1:] += torch.tensor([2.0, 4.0])[:, None, None]
     losses = decoder.losses(link, make_pixels(), make_targets(caption_ids=ids))
     align = losses[decoder.loss_names[1]]
-    assert align.count == 2
-    assert torch.allclose(align.total, torch.tensor(0.5 * 4), atol=1e-4)
+    assert align.count == 3
+    assert torch.allclose(align.total, torch.tensor(0.5 * (4 + 16)), atol=1e-4)
     assert losses.keys() == decoder.losses(link, make_pixels(), make_targets()).keys()
 
 

@@ -7,12 +7,13 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, PNDMScheduler, StableDiffusionPipeline
 from diffusion_fakes import SIDE, TEXT, TOKENS, instruct_pix2pix, make_link, make_pixels, stable_diffusion
+from tiny_models import clip_tokenizer
 from transformers import CLIPTokenizer
 
 from lumen_ray.config import validate
 from lumen_ray.decoders.base import SampleSettings
-from lumen_ray.decoders.diffusion import caption_ids, empty_caption_ids
-from lumen_ray.decoders.diffusion_folder import load_published, published_settings
+from lumen_ray.decoders.diffusion import empty_caption_ids
+from lumen_ray.decoders.diffusion_folder import load_published, published_settings, published_tokenizer
 from lumen_ray.decoders.settings import StableDiffusionSettings
 from lumen_ray.decoders.stable_diffusion import StableDiffusionDecoder
 from lumen_ray.errors import UserError
@@ -111,10 +112,47 @@ def test_what_is_missing_or_does_not_fit_is_told(folder, tmp_path):
         published_settings(broken)
 
 
-def test_captions_become_ids_as_clip_reads_them():
-    words = ["a</w>", "b</w>", "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer({word: i for i, word in enumerate(words)}, [], pad_token="<|endoftext|>")
-    ids = caption_ids(tokenizer, ["a b", "", None, "a b a b a b"], 5)
-    assert ids.tolist() == [[2, 0, 1, 3, 3], [2, 3, 3, 3, 3], [-1] * 5, [2, 0, 1, 0, 3]]
-    config = stable_diffusion(text_encoder={**TEXT, "vocab_size": 4}).text_encoder.config
-    assert empty_caption_ids(config)[0, :5].tolist() == ids[1].tolist()
+CAPTIONS = ["red b", "", "A  RED red, dearer"]
+
+
+@pytest.mark.parametrize("files", ["tokenizer.json", "vocab.json"])
+def test_captions_become_ids_as_clip_reads_them(folder, tmp_path, files):
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    if files == "tokenizer.json":
+        clip_tokenizer().save_pretrained(whole / "tokenizer")
+    else:  # as folders were published first
+        (whole / "tokenizer").mkdir()
+        clip_tokenizer().backend_tokenizer.model.save(str(whole / "tokenizer"))
+        (whole / "tokenizer" / "tokenizer_config.json").write_text('{"model_max_length": 77}')
+    tokenizer = published_tokenizer(whole)
+    expected = clip_tokenizer()(CAPTIONS, padding="max_length", truncation=True, max_length=TOKENS).input_ids
+    assert [tokenizer.encode(caption).ids for caption in CAPTIONS] == expected
+    rows = len(clip_tokenizer())
+    assert expected[0] == [rows - 2, 53, 27, *[rows - 1] * (TOKENS - 3)] and expected[2][-1] == rows - 1
+    config = stable_diffusion(text_encoder={**TEXT, "vocab_size": rows}).text_encoder.config
+    assert empty_caption_ids(config)[0].tolist() == expected[1]
+
+
+def test_a_padding_token_of_its_own_is_kept(folder, tmp_path):
+    """Stable Diffusion 2 pads with "!", which is id 0."""
+    whole = shutil.copytree(folder, tmp_path / "whole")
+    own = CLIPTokenizer(clip_tokenizer().get_vocab(), [], pad_token="z")
+    own.save_pretrained(whole / "tokenizer")
+    assert published_tokenizer(whole).encode("b").ids[-1] == own.pad_token_id == 25
+
+
+def test_a_tokenizer_that_is_missing_or_damaged_is_told(folder, tmp_path):
+    whole = shutil.copytree(folder, tmp_path / "whole")
+
+    def refused():
+        with pytest.raises(UserError) as error:
+            published_tokenizer(whole)
+        assert "\n" not in str(error.value) and str(whole) in str(error.value)
+        return error.value.reason
+
+    assert refused() == "missing_tokenizer"
+    (whole / "tokenizer").mkdir()
+    (whole / "tokenizer" / "vocab.json").write_text("{}")
+    assert refused() == "missing_tokenizer"
+    (whole / "tokenizer" / "tokenizer.json").write_text("nothing")
+    assert refused() == "damaged_weights"

@@ -7,11 +7,12 @@ import pytest
 import torch
 from released_fakes import CLIP, llama_tokenizer
 from safetensors.torch import load_file, save_file
-from tiny_models import EXPERTS, llm, tiny_settings
+from tiny_models import EXPERTS, clip_tokenizer, llm, tiny_settings
 from transformers import (
     BertConfig,
     CLIPTextConfig,
     CLIPTextModel,
+    CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
     GroundingDinoConfig,
@@ -24,7 +25,7 @@ from transformers import (
 from lumen_ray import config
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import load_model
-from lumen_ray.model.decoder_weights import grounding_dino_state
+from lumen_ray.model.decoder_weights import caption_tokenizer, grounding_dino_state
 from lumen_ray.model.pretrained import Sources, assemble, blank
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.presets import model_path
@@ -40,7 +41,7 @@ VAE = {
     "up_block_types": ["UpDecoderBlock2D"] * 2, "layers_per_block": 1, "norm_num_groups": 4,
 }  # fmt: skip
 TEXT = {
-    "vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+    "vocab_size": 56, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
     "max_position_embeddings": 6, "bos_token_id": 0, "eos_token_id": 2,
 }  # fmt: skip
 
@@ -61,6 +62,7 @@ def stable_diffusion(folder):
     diffusers.AutoencoderKL(**VAE).save_pretrained(folder / "vae")
     CLIPTextModel(CLIPTextConfig(**TEXT)).save_pretrained(folder / "text_encoder")
     diffusers.DDIMScheduler().save_pretrained(folder / "scheduler")
+    clip_tokenizer().save_pretrained(folder / "tokenizer")
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,8 @@ def test_decoders_get_the_published_numbers(folders, tmp_path):
     unet = load_file(folders / "sd" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(tensor, unet[name]) for name, tensor in painter.unet.state_dict().items())
     assert loaded.settings.stable_diffusion.num_tokens == 6 and loaded.settings.stable_diffusion.mapper_heads == 2
+    ids = clip_tokenizer()(["a red cat"], padding="max_length", truncation=True, max_length=6).input_ids
+    assert loaded.tokenizer.caption_ids(["a red cat"]).tolist() == ids
     fresh = {name for name in made.state if name.startswith("decoders.") and name not in made.loaded}
     assert {name.split(".")[2] for name in fresh} <= {"mask_head", "mask_embed", "link_proj", "trunk"}
     assert all("stage1" in name for name in fresh if name.split(".")[2] == "trunk")
@@ -118,6 +122,13 @@ def test_decoders_that_do_not_fit_are_told(folders, tmp_path):
     assert "not grounding-dino" in refused(grounding_dino=folders / "clip")
     assert "unet/config.json is missing" in refused(stable_diffusion=folders / "clip")
     assert "preset 'tiny' has no decoder 'instruct_pix2pix'" in refused(instruct_pix2pix=folders / "sd")
+    shutil.copytree(folders / "sd", tmp_path / "mute", ignore=shutil.ignore_patterns("tokenizer"))
+    assert "missing_tokenizer" in refused(stable_diffusion=tmp_path / "mute")
+    shutil.copytree(folders / "sd", tmp_path / "wordy")
+    more = CLIPTokenizer(clip_tokenizer().get_vocab() | {"cat</w>": 56}, [])
+    more.save_pretrained(tmp_path / "wordy" / "tokenizer")
+    told = refused(stable_diffusion=tmp_path / "wordy")
+    assert "gives 6 ids below 57, but stable_diffusion.text_encoder takes 6 below 56" in told
     shutil.copytree(folders / "gdino", tmp_path / "short")
     weights = load_file(tmp_path / "short" / "model.safetensors")
     save_file(
@@ -128,6 +139,23 @@ def test_decoders_that_do_not_fit_are_told(folders, tmp_path):
     (tmp_path / "short" / "config.json").write_text(json.dumps(told | {"num_queries": 21}))
     save_file(weights, tmp_path / "short" / "model.safetensors")
     assert "wrong_size" in refused(grounding_dino=tmp_path / "short")
+
+
+def test_decoders_share_one_tokenizer_of_captions(folders, tmp_path):
+    def of_both(other):
+        return caption_tokenizer({"stable_diffusion": folders / "sd", "instruct_pix2pix": other})
+
+    assert of_both(folders / "sd").encode("red").ids[1] == 53
+    assert caption_tokenizer({"grounding_dino": folders / "gdino"}) is None
+    other = shutil.copytree(folders / "sd", tmp_path / "other")
+    vocabulary = clip_tokenizer().get_vocab()
+    for changed, what in (({"pad_token": "z"}, "padding"), ({"vocab": vocabulary | {"a": 1, "b": 0}}, "vocabularies")):
+        CLIPTokenizer(**{"vocab": vocabulary, "merges": [("r", "e"), ("re", "d</w>")]} | changed).save_pretrained(
+            other / "tokenizer"
+        )
+        with pytest.raises(UserError, match=f"stable_diffusion and instruct_pix2pix have different {what}") as error:
+            of_both(other)
+        assert error.value.reason == "wrong_tokenizer" and "\n" not in str(error.value)
 
 
 def test_grounding_dino_in_full_size():

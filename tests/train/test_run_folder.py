@@ -7,10 +7,11 @@ import time
 
 import pytest
 from safetensors.torch import load_file, save_file
-from tiny_models import tiny_settings
+from tiny_models import captioning_tokenizer, tiny_settings
 from train_fakes import make_job, make_recipe
 
 from lumen_ray.errors import UserError
+from lumen_ray.model.tokenizer import CAPTIONS_FILE
 from lumen_ray.train import trainer as trainer_module
 from lumen_ray.train.metrics import MetricsWatcher, drop_from
 from lumen_ray.train.run_folder import keep_start, sole_starter, sole_writer, start_of
@@ -124,6 +125,20 @@ def test_the_weights_a_run_started_from_are_known_by_what_is_in_them(data, tmp_p
         with pytest.raises(UserError, match="a run of another model to start from;") as error:
             prepare_job(data / "shards", recipe, tmp_path / "run", changed)
         assert error.value.reason == "run_exists"
+
+
+def test_the_tokenizer_of_captions_goes_from_model_to_model(data, tmp_path):
+    """And it decides what is learned, so a run does not go on with another."""
+    start = train_local(make_job(data, tmp_path / "first", stages=((1, None),)))
+    assert not (start / CAPTIONS_FILE).exists()
+    captioning_tokenizer(6).captions.save(str(start / CAPTIONS_FILE))
+    recipe, run = make_recipe(data, stages=((1, None),)), tmp_path / "run"
+    model = train_local(prepare_job(data / "shards", recipe, run, str(start)))
+    before = (start / CAPTIONS_FILE).read_text()
+    assert [(folder / CAPTIONS_FILE).read_text() for folder in (run, model)] == [before] * 2
+    captioning_tokenizer(7).captions.save(str(start / CAPTIONS_FILE))
+    with pytest.raises(UserError, match="a run of another model to start from;"):
+        prepare_job(data / "shards", recipe, run, str(start))
 
 
 def test_a_run_of_an_earlier_version_goes_on(data, tmp_path):

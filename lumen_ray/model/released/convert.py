@@ -101,7 +101,8 @@ def convert(
     """Converts a released VisionLLM v2 checkpoint of the preset's size and writes a model folder to `output`.
 
     `lora_alpha`: of adapters that were not merged. What the reference does not have, such as the light decoder, gets
-    fresh weights. `UserError` where a tensor is left over, missing or of another size.
+    fresh weights. It brings no tokenizer of its text encoders, so in further training links are not aligned with
+    captions. `UserError` where a tensor is left over, missing or of another size.
     """
     source = Checkpoint(checkpoint, pickle)
     for key, value in CONFIG.items():
