@@ -72,7 +72,7 @@ def bar(title: str) -> Iterator[Bar]:
 
 def training_note(line: dict[str, Any]) -> str:
     """One line for one entry of `metrics.jsonl`."""
-    losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in line.items() if k.startswith("loss/") and v)
+    losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in line.items() if k.startswith("loss/"))
     speed = f"{line['samples_per_s']:.0f} img/s, {line['tokens_per_s']:.0f} tokens/s, {line['memory_gb']:.1f} GB"
     return f"{line['stage']}: {losses}  {speed}, {line['data_wait']:.0%} waiting for data"
 

@@ -27,7 +27,7 @@ from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.model.trunk import Trunk, TrunkTraining
 from lumen_ray.model.weights_file import write_weights
 from lumen_ray.presets import model_folder
-from lumen_ray.tasks import TASKS, decoder_class
+from lumen_ray.tasks import DECODERS, TASKS, decoder_class
 
 LM_WEIGHT = 1.0
 
@@ -47,7 +47,7 @@ class Generalist(nn.Module):
         return ("lm", *(name for decoder in self.decoders.values() for name in decoder.loss_names))
 
     def forward(self, batch: dict) -> dict[str, LossTerm]:
-        """Losses by name. `each` of "lm" is per branch, of "heatmap" per link.
+        """Losses by name. `each` of "lm" is per branch, of a decoder's losses per prompt of `served_links`.
 
         `batch["decoders"]`: the decoders that learn from it, the same on all ranks; the others get no gradient, so that
         an optimizer leaves them as they are. None: all.
@@ -68,8 +68,7 @@ class Generalist(nn.Module):
     def _decoder_losses(decoder: Decoder | ImageDecoder, out: TrunkTraining, batch: dict) -> dict[str, LossTerm]:
         """A decoder's losses over those prompts of its family whose task it serves."""
         link, targets = out.links[decoder.name], batch["targets"][decoder.family]
-        tasks = [batch["tasks"][i] for i in batch["layout"].link_branches[decoder.family].tolist()]
-        served = [i for i, task in enumerate(tasks) if decoder.name in TASKS[task].decoders]
+        served = served_links(decoder.name, batch)
         if not served:
             return {}
         if len(served) < len(link):
@@ -88,6 +87,12 @@ class Generalist(nn.Module):
         parts = [trunk.regions, trunk.queries, trunk.stem, trunk.dense]
         parts += [group[name] for group in (trunk.link_heads, self.decoders) for name in own]
         return sum(p.sum() for part in parts if part for p in part.parameters() if p.requires_grad) * 0.0
+
+
+def served_links(decoder: str, batch: dict) -> list[int]:
+    """Which links of the decoder's family in a training batch are of tasks that it serves, in order."""
+    branches = batch["layout"].link_branches[DECODERS[decoder].family].tolist()
+    return [link for link, i in enumerate(branches) if decoder in TASKS[batch["tasks"][i]].decoders]
 
 
 @dataclass

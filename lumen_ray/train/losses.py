@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lumen_ray.decoders.base import LossTerm
+from lumen_ray.model.build import served_links
 from lumen_ray.model.prompts import IGNORE
 from lumen_ray.tasks import DECODERS, TASKS
 from lumen_ray.train import parallel
@@ -23,7 +24,7 @@ from lumen_ray.train import parallel
 #: the fixed list behind the per-task columns, so that all ranks reduce the same ones
 TASK_NAMES = tuple(TASKS)
 _TASK_INDEX = {name: i for i, name in enumerate(TASK_NAMES)}
-
+_DECODER_OF = {loss: name for name, info in DECODERS.items() for loss in info.losses}
 
 #: losses that count objects, or the places of each
 _OF_OBJECTS = ("heatmap", "match", "box", "gdino_class", "gdino_box")
@@ -58,23 +59,35 @@ def count_tokens(batch: dict[str, Any], image_tokens: int) -> tuple[int, int]:
     return real, rows * length
 
 
-def per_task(batch: dict[str, Any], losses: dict[str, LossTerm], device: torch.device) -> Tensor:
-    """Sums and counts by task, [2, 2, tasks]: of the LM (routing token or text), and of perception prompts' heatmap."""
-    out = torch.zeros(2, 2, len(TASK_NAMES), device=device)
-    owners = torch.tensor([_TASK_INDEX[task] for task in batch["tasks"]], dtype=torch.int64)
-    found = [(owners, losses["lm"].each)]
-    if "heatmap" in losses:
-        found.append((owners[batch["layout"].link_branches["perception"].cpu()], losses["heatmap"].each))
-    for row, (index, values) in enumerate(found):
-        index = index.to(device)
-        out[row, 0].index_add_(0, index, values.float())
-        out[row, 1].index_add_(0, index, torch.ones_like(values, dtype=torch.float32))
+def per_task(batch: dict[str, Any], losses: dict[str, LossTerm], names: tuple[str, ...], device: torch.device) -> Tensor:
+    """Sums and counts by task, [names, 2, tasks], of those losses that say what each prompt gave (`LossTerm.each`).
+
+    Keypoint prompts do not count: what they give is part of their object prompt.
+    """
+    out = torch.zeros(len(names), 2, len(TASK_NAMES), device=device)
+    tasks = torch.tensor([_TASK_INDEX[task] for task in batch["tasks"]], dtype=torch.int64)
+    for row, name in enumerate(names):
+        if name not in losses or (each := losses[name].each) is None:
+            continue
+        index, values = tasks.to(device), each.float()
+        if name in _DECODER_OF:
+            links, layout = served_links(_DECODER_OF[name], batch), batch["layout"]
+            family = DECODERS[_DECODER_OF[name]].family
+            objects = layout.link_parents[family].cpu()[links] < 0
+            index = tasks[layout.link_branches[family].cpu()[links]][objects].to(device)
+            values = values[objects.to(device)]
+        out[row, 0].index_add_(0, index, values)
+        out[row, 1].index_add_(0, index, torch.ones_like(values))
     return out
 
 
 @dataclass(frozen=True)
 class StepSums:
-    """An optimizer step over all ranks: mean of each loss, mean by task, tokens without and with padding, images."""
+    """An optimizer step over all ranks: mean of each loss, mean by task, tokens without and with padding, images.
+
+    `means` leaves out losses that nothing was counted for: those of decoders that the step does not train, and those of
+    what none of its images has (masks, keypoints). They are no zeros to be averaged.
+    """
 
     means: dict[str, float]
     tasks: dict[str, float]
@@ -110,7 +123,7 @@ class StepLosses:
         counts = torch.stack([losses[n].count.detach() if n in losses else zero for n in self.names])
         sizes = (*count_tokens(batch, image_tokens), len(batch["image_ids"]))
         sizes = torch.tensor(sizes, dtype=torch.float32, device=device)
-        tasks = per_task(batch, losses, device).flatten()
+        tasks = per_task(batch, losses, self.names, device).flatten()
         reduced = parallel.sum_over_ranks(torch.cat([sums, counts, sizes, tasks]))
         self._sums = reduced if self._sums is None else self._sums + reduced
         self.done += 1
@@ -132,12 +145,14 @@ class StepLosses:
         """What the micro-steps so far add up to, over all ranks. Waits for the device, once."""
         n, t = len(self.names), len(TASK_NAMES)
         values = self._sums.tolist()
-        means = {name: values[i] / max(values[n + i], 1.0) for i, name in enumerate(self.names)}
+        # a class loss without objects has a sum and no count; what has neither was not measured by any rank
+        measured = {name: i for i, name in enumerate(self.names) if values[i] != 0 or values[n + i] != 0}
+        means = {name: values[i] / max(values[n + i], 1.0) for name, i in measured.items()}
         real, computed, images = values[2 * n : 2 * n + 3]
         tasks = {}
-        for row, kind in enumerate(("lm", "heatmap")):
+        for row, name in enumerate(self.names):
             first = 2 * n + 3 + row * 2 * t
             for i, task in enumerate(TASK_NAMES):
                 if count := values[first + t + i]:
-                    tasks[f"{kind}/{task}"] = values[first + i] / count
+                    tasks[f"{name}/{task}"] = values[first + i] / count
         return StepSums(means, tasks, real, computed, int(images))

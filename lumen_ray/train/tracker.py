@@ -14,6 +14,9 @@ from lumen_ray.train.recipe import MlflowSettings, Recipe
 
 RUN_FILE = "mlflow.json"  # which MLflow run a run folder goes on with when it is resumed
 URI = "MLFLOW_TRACKING_URI"
+#: sums of parts that have a name of their own: stores of files cannot hold both `loss` and `loss/lm`, nor may a name
+#: hang on which parts a step happens to have
+TOTALS = ("loss", "mfu")
 
 
 def settings_of(recipe: Recipe) -> MlflowSettings | None:
@@ -81,9 +84,8 @@ class MlflowTracker:
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         now = int(time.time() * 1000)
-        groups = {name.partition("/")[0] for name in numbers if "/" in name}
-        for name, value in numbers.items():  # stores of files cannot hold both `loss` and `loss/lm`
-            self._waiting.append(self._metric(f"{name}/total" if name in groups else name, value, now, step))
+        for name, value in numbers.items():
+            self._waiting.append(self._metric(f"{name}/total" if name in TOTALS else name, value, now, step))
         if (step + 1) % self._every == 0:
             self.flush()
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import SIDE, scene_batch, tiny_model, tiny_tokenizer
+from tiny_models import EXPERTS, SIDE, scene_batch, tiny_model, tiny_tokenizer
 from train_fakes import cut_after, job_of, log_of, on_two_ranks, weights_of
 
 from lumen_ray.data import scenes
@@ -113,6 +113,70 @@ def test_losses_by_task_are_means_over_branches():
             assert sums.tasks[f"lm/{task}"] == pytest.approx(sum(mine) / len(mine), rel=1e-5)
     assert set(TASK_NAMES) == set(TASKS)
     assert "heatmap/detect" in sums.tasks and "heatmap/caption" not in sums.tasks
+
+
+@pytest.fixture(scope="module")
+def experts():
+    return tiny_model(**EXPERTS)
+
+
+def sums_of(model, batch):
+    losses = model(batch)
+    step = StepLosses(model.loss_names, {}, [batch], CPU)
+    step.add(batch, losses)
+    return losses, step.read()
+
+
+def test_losses_that_a_step_does_not_train_are_left_out(experts):
+    """A zero would pull down every average, and every curve in each step of another group."""
+    _, text = sums_of(experts, scene_batch(2, tuple(TEXT)))
+    assert set(text.means) == {"lm"}
+    batch = scene_batch(4, ("detect",)) | {"decoders": ["grounding_dino"]}
+    batch["targets"]["perception"].mask_index[:] = -1  # images that are annotated with boxes alone
+    _, boxes = sums_of(experts, batch)
+    assert set(boxes.means) == {"lm", "gdino_class", "gdino_box"}
+    assert all(value > 0 for value in boxes.means.values())
+
+
+def test_a_class_loss_without_objects_is_told(experts):
+    batch = scene_batch(2, ("detect",)) | {"decoders": ["grounding_dino"]}
+    batch["targets"]["perception"].valid[:] = False
+    losses, sums = sums_of(experts, batch)
+    assert float(losses["gdino_class"].count) == 0
+    assert sums.means["gdino_class"] == pytest.approx(float(losses["gdino_class"].total.detach())) != 0
+
+
+def test_the_losses_of_experts_are_told_by_task(experts):
+    """Of each object prompt; keypoint prompts are part of it, and prompts of tasks that it does not serve are none."""
+    batch = scene_batch(4, ("detect", "segment", "refer", "pose"))
+    losses, sums = sums_of(experts, batch)
+    layout = batch["layout"]
+    tasks = [batch["tasks"][i] for i in layout.link_branches["perception"].tolist()]
+    objects = [parent < 0 for parent in layout.link_parents["perception"].tolist()]
+    assert not all(objects)
+    for loss, served in (("gdino_class", {"detect", "segment", "refer"}), ("unipose_class", {"pose"})):
+        told = {name.partition("/")[2] for name in sums.tasks if name.startswith(f"{loss}/")}
+        assert told == served
+        kept = [is_object for is_object, task in zip(objects, tasks, strict=True) if task in served]
+        names = [task for task in tasks if task in served]
+        for task in served:
+            each = zip(losses[loss].each.tolist(), names, kept, strict=True)
+            mine = [value for value, name, is_object in each if name == task and is_object]
+            assert sums.tasks[f"{loss}/{task}"] == pytest.approx(sum(mine) / len(mine), rel=1e-4)
+    _, pictures = sums_of(experts, scene_batch(2, ("generate",)))
+    assert pictures.tasks["generate/generate"] == pytest.approx(pictures.means["generate"], rel=1e-4)
+
+
+def _rank_with_its_own_losses():
+    """One rank has objects, the other text only: both tell of the objects, and neither of keypoints."""
+    mine = ("detect",) if parallel.rank() == 0 else ("caption",)
+    _, sums = sums_of(tiny_model(), scene_batch(2, mine))
+    assert set(sums.means) == {"lm", "heatmap", "match", "box", "mask"}
+    assert {"lm/detect", "lm/caption", "heatmap/detect"} == set(sums.tasks)
+
+
+def test_losses_are_those_that_any_rank_gave():
+    on_two_ranks(_rank_with_its_own_losses)
 
 
 def _rank_with_its_own_task():

@@ -9,9 +9,11 @@ from train_fakes import cut_after, job_of, log_of
 
 from lumen_ray.errors import UserError
 from lumen_ray.train import checkpoint, tracker
+from lumen_ray.train.recipe import Recipe
 from lumen_ray.train.trainer import train_local
 
 STAGE = {"steps": 4, "groups": [{"tasks": ["caption"]}]}
+RECIPE = Recipe.model_validate({"name": "r", "stages": [{"name": "s"} | STAGE], "mlflow": {}})
 
 
 def test_without_the_package_the_user_is_told(data, tmp_path, monkeypatch):
@@ -65,6 +67,18 @@ class FakeMlflow:
             log_batch=lambda run_id, metrics: self.sent.update(metric.step for metric in metrics),
             set_terminated=lambda *args: None,
         )
+
+
+def test_the_name_of_the_sum_does_not_hang_on_its_parts(tmp_path, monkeypatch):
+    """A store of files would not take `loss` in one step and `loss/lm` in another."""
+    mlflow, sent = FakeMlflow(), []
+    monkeypatch.setattr(tracker, "_mlflow", lambda: mlflow)
+    log = tracker.MlflowTracker(tmp_path, RECIPE, RECIPE.mlflow)
+    log._client.log_batch = lambda run_id, metrics: sent.extend(metric.key for metric in metrics)
+    log.write(0, {"loss": 1.0, "loss/lm": 1.0})
+    log.write(1, {"loss": 0.0, "lr": 0.1})
+    log.flush()
+    assert sent == ["loss/total", "loss/lm", "loss/total", "lr"]
 
 
 def test_what_a_checkpoint_has_the_server_has_too(data, tmp_path, monkeypatch):
