@@ -74,8 +74,11 @@ def load_start(model: Generalist, folder: str | Path) -> None:
 
 
 def _parts_of_one_alone(one: ModelSettings, other: ModelSettings) -> tuple[str, ...]:
-    """How names of tensors begin that belong to decoders and link families which only the first model has."""
+    """How names of tensors begin that belong to decoders and link families which only the first model has, and to what
+    the trunk has for such decoders alone."""
     decoders = [name for name in one.decoder_names if name not in other.decoder_names]
     families = [name for name in one.families if name not in other.families]
     parts = [f"{part}.{name}." for name in decoders for part in ("decoders", "trunk.link_heads")]
+    if "lumen" in decoders:
+        parts += ["trunk.dense."] if one.tokens_read_stem else ["trunk.dense.", "trunk.stem."]
     return (*parts, *(f"trunk.queries.queries.{name}" for name in families))

@@ -59,7 +59,9 @@ def count_tokens(batch: dict[str, Any], image_tokens: int) -> tuple[int, int]:
     return real, rows * length
 
 
-def per_task(batch: dict[str, Any], losses: dict[str, LossTerm], names: tuple[str, ...], device: torch.device) -> Tensor:
+def per_task(
+    batch: dict[str, Any], losses: dict[str, LossTerm], names: tuple[str, ...], device: torch.device
+) -> Tensor:
     """Sums and counts by task, [names, 2, tasks], of those losses that say what each prompt gave (`LossTerm.each`).
 
     Keypoint prompts do not count: what they give is part of their object prompt.

@@ -75,6 +75,35 @@ def test_decoders_that_the_new_model_lacks_are_left_out(tmp_path, tokenizer):
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in less.state_dict().items())
 
 
+DINO = {"grounding_dino": EXPERTS["grounding_dino"]}
+
+
+@pytest.mark.parametrize("tokens_read_stem", [True, False])
+def test_the_light_decoder_may_be_dropped_and_added(tmp_path, tokenizer, tokens_read_stem):
+    """It alone reads the dense features, and, where image tokens do not, the stem."""
+    light = {"tokens_read_stem": tokens_read_stem}
+    expert = light | {"lumen": None} | DINO
+
+    def saved(name, **changes):
+        settings = tiny_settings(**changes)
+        state = scrambled(build_model(settings, len(tokenizer))).state_dict()
+        return save_model(tmp_path / name, state, settings, tokenizer, ModelMeta("tiny")), state
+
+    (lumen, ours), (dino, theirs) = saved("lumen", **light), saved("dino", **expert)
+    less = started(lumen, **expert)[0].state_dict()
+    assert not any(name.startswith("trunk.dense.") for name in less)
+    assert any(name.startswith("trunk.stem.") for name in less) == tokens_read_stem
+    more = started(dino, **light, **DINO)[0].state_dict()
+    fresh = build_model(tiny_settings(**light, **DINO), len(tokenizer), seed=7).state_dict()
+    for result, before in ((less, ours), (more, theirs)):
+        assert all(torch.equal(result[name], before[name]) for name in result.keys() & before.keys())
+    added = more.keys() - theirs.keys()
+    assert all(torch.equal(more[name], fresh[name]) for name in added)
+    places = {".".join(name.split(".")[:2]) for name in added}
+    stem = set() if tokens_read_stem else {"trunk.stem"}
+    assert places == {"decoders.lumen", "trunk.link_heads", "trunk.dense"} | stem
+
+
 def test_another_trunk_is_refused(folder):
     with pytest.raises(UserError) as error:
         start_settings(tiny_settings(name="wide", dense_channels=24, prefix_attention="causal"), folder)
