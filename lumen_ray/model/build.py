@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,13 +24,14 @@ from torch import Tensor, nn
 from lumen_ray.decoders.base import Decoder, ImageDecoder, LossTerm, Pixels
 from lumen_ray.errors import UserError
 from lumen_ray.model.settings import ModelSettings, read_settings
-from lumen_ray.model.tokenizer import LumenTokenizer
+from lumen_ray.model.tokenizer import CAPTIONS_FILE, NAMES_FILE, LumenTokenizer
 from lumen_ray.model.trunk import Trunk, TrunkTraining
-from lumen_ray.model.weights_file import write_weights
+from lumen_ray.model.weights_file import sync, write_weights
 from lumen_ray.presets import model_folder
 from lumen_ray.tasks import DECODERS, TASKS, decoder_class
 
 LM_WEIGHT = 1.0
+WEIGHTS = "model.safetensors"
 
 
 class Generalist(nn.Module):
@@ -124,16 +126,39 @@ def count_parameters(model: nn.Module) -> int:
 def save_model(
     folder: str | Path, state: dict[str, Tensor], settings: ModelSettings, tokenizer: LumenTokenizer, meta: ModelMeta
 ) -> Path:
-    """Writes a model folder; the weights last, by an atomic rename, so a folder with weights is complete."""
+    """Writes a model folder. One with weights is complete, also after a kill or a crash while another model was there.
+
+    All of it is written aside and flushed to the disk first; then the weights are the first to go and the last to come.
+    """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
-    tokenizer.save(folder / "tokenizer.json")
-    (folder / "meta.json").write_text(json.dumps(asdict(meta), indent=1))
-    partial = folder / "model.safetensors.tmp"
-    write_weights(partial, state)
-    os.replace(partial, folder / "model.safetensors")
+    aside = folder / ".partial"
+    shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
+    aside.mkdir(parents=True)
+    try:
+        (aside / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
+        tokenizer.save(aside / "tokenizer.json")
+        (aside / "meta.json").write_text(json.dumps(asdict(meta), indent=1))
+        write_weights(aside / WEIGHTS, state)
+        for path in aside.iterdir():
+            sync(path)
+        _publish(aside, folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return folder
+
+
+def _publish(aside: Path, folder: Path) -> None:
+    """Moves the files of a model from `aside` into `folder`, which may hold another model."""
+    names = {path.name for path in aside.iterdir()} - {WEIGHTS}
+    (folder / WEIGHTS).unlink(missing_ok=True)
+    sync(folder)
+    for name in {NAMES_FILE, CAPTIONS_FILE} - names:
+        (folder / name).unlink(missing_ok=True)
+    for name in names:
+        os.replace(aside / name, folder / name)
+    sync(folder)
+    os.replace(aside / WEIGHTS, folder / WEIGHTS)
+    sync(folder)
 
 
 @dataclass
@@ -149,7 +174,7 @@ class LoadedModel:
 def read_meta(folder: str | Path) -> ModelMeta:
     """What a model folder (or bundled weights, by name) says about its training data; `UserError` when it is none."""
     folder = model_folder(folder)
-    for name in ("config.yaml", "tokenizer.json", "meta.json", "model.safetensors"):
+    for name in ("config.yaml", "tokenizer.json", "meta.json", WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(
                 f"'{folder}' is not a model folder: {name} is missing; give the 'model' folder a training run wrote",
@@ -176,7 +201,7 @@ def read_tokenizer(folder: str | Path) -> LumenTokenizer:
 
 def read_weights(folder: str | Path) -> dict[str, Tensor]:
     """The weights of the model in a folder (or bundled weights, by name); `UserError` when they are damaged."""
-    file = model_folder(folder) / "model.safetensors"
+    file = model_folder(folder) / WEIGHTS
     try:
         return load_file(file)
     except SafetensorError as error:
@@ -191,7 +216,7 @@ def load_model(folder: str | Path, decoders: Mapping[str, str] | None = None) ->
     """
     meta, own, tokenizer = read_meta(folder), read_settings(folder), read_tokenizer(folder)
     settings = own.choose(decoders or {}, str(folder))
-    weights = model_folder(folder) / "model.safetensors"
+    weights = model_folder(folder) / WEIGHTS
     model = build_model(settings, len(tokenizer))
     try:
         missing, unexpected = model.load_state_dict(read_weights(folder), strict=False)

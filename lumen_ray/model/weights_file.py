@@ -7,6 +7,7 @@ full, and leaves a nameless temporary file behind when the process is killed. Re
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -52,3 +53,12 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
         file.write(told)
         for name in names:
             file.write(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+
+
+def sync(path: Path) -> None:
+    """Flushes a file's bytes, or the names in a folder, to the disk: a crash of the machine then leaves them there."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

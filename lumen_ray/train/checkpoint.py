@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from lumen_ray.errors import UserError
+from lumen_ray.model.weights_file import sync
 from lumen_ray.train import parallel
 from lumen_ray.train.lora import changing_state, frozen_names
 
@@ -86,18 +87,9 @@ def _publish(partial: Path, final: Path, position: dict[str, Any]) -> None:
         os.fsync(file.fileno())
     if final.exists():  # torn: a complete one of this step would have been resumed from
         final.rename(_aside(final, uuid.uuid4().hex[:8]))
-    _sync(partial)
+    sync(partial)
     os.replace(partial, final)
-    _sync(final.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Flushes the names in a folder to the disk, so that a crash of the machine does not undo a rename."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(final.parent)
 
 
 def complete(run: str | Path) -> list[Path]:

@@ -2,13 +2,17 @@
 
 import errno
 import json
+import os
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import scene_batch, scrambled, tiny_model, tiny_settings, tiny_tokenizer
+from tiny_models import captioning_tokenizer, scene_batch, scrambled, tiny_model, tiny_settings, tiny_tokenizer
 
 from lumen_ray.errors import UserError
+from lumen_ray.model import build
 from lumen_ray.model.build import ModelMeta, build_model, load_model, save_model
 
 
@@ -125,10 +129,58 @@ def test_a_typo_in_the_config_is_told(folder):
     assert "did you mean 'stem_channels'?" in refused(folder, "invalid_config")
 
 
-def test_a_full_disk_leaves_the_weights_of_before(folder):
-    before = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors.tmp").symlink_to("/dev/full")  # a disk without room
+def test_a_full_disk_leaves_the_model_of_before(folder, monkeypatch):
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    write_weights = build.write_weights
+    monkeypatch.setattr(build, "write_weights", lambda path, state: write_weights(Path("/dev/full"), state))
+    other = tiny_model(4)
     with pytest.raises(OSError, match="No space left") as error:
-        write(folder, tiny_model(4))
+        save_model(folder, other.state_dict(), other.settings, tiny_tokenizer(), ModelMeta("tiny", ["blue square"]))
     assert error.value.errno == errno.ENOSPC
-    assert (folder / "model.safetensors").read_bytes() == before and load_model(folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before and load_model(folder)
+
+
+class Killed(BaseException):
+    """Not an `Exception`, as a kill is none."""
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+def test_a_model_that_is_overwritten_is_never_half_another(tmp_path, monkeypatch):
+    """Killed at any moment: the model of before, none, or the new one. What is moved was flushed to the disk."""
+    new, tokenizer, model = ModelMeta("tiny", ["blue square"]), captioning_tokenizer(6), tiny_model(4)
+
+    def save_new(folder):
+        save_model(folder, model.state_dict(), model.settings, tokenizer, new)
+        return folder
+
+    whole, seen, flushed = contents(save_new(tmp_path / "whole")), [], set()
+    sync, replace, left = build.sync, os.replace, 0
+
+    def step(function):
+        def counted(path, *to):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            assert not to or path in flushed
+            flushed.add(path)
+            return function(path, *to)
+
+        return counted
+
+    while whole not in seen:
+        assert len(seen) < 50
+        folder = write(tmp_path / str(len(seen)), tiny_model(3))
+        before, left = contents(folder), len(seen)
+        with monkeypatch.context() as patch, suppress(Killed):
+            patch.setattr(build, "sync", step(sync))
+            patch.setattr(build.os, "replace", step(replace))
+            save_new(folder)
+        found = contents(folder)
+        seen.append(found if "model.safetensors" in found else None)
+        assert seen[-1] in (None, before, whole)
+    assert seen[0] == before and None in seen
+    assert not list(tmp_path.glob("*/.partial"))

@@ -1,6 +1,7 @@
 """A run that cannot go on says where, on what, and what to change; its last checkpoint stays as it was."""
 
 import errno
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from train_fakes import job_of, on_two_ranks
 from lumen_ray.data.feed import local_batches
 from lumen_ray.data.mixture import Plan
 from lumen_ray.errors import UserError
+from lumen_ray.model import build
+from lumen_ray.model.weights_file import write_weights
 from lumen_ray.train import checkpoint, parallel
 from lumen_ray.train.failures import DivergedError, explained, find_module, module_of, told, where
 from lumen_ray.train.loop import Trainer
@@ -153,10 +156,9 @@ def test_a_full_disk_during_a_log(data, tmp_path, monkeypatch):
     assert message.startswith("step 2") and "disk of the run folder is full at '/disk/file'; free space" in message
 
 
-def test_a_full_disk_during_the_export(data, tmp_path):
+def test_a_full_disk_during_the_export(data, tmp_path, monkeypatch):
     trainer, batches = started(data, tmp_path / "run")
-    (tmp_path / "run" / "model").mkdir(exist_ok=True)
-    (tmp_path / "run" / "model" / "model.safetensors.tmp").symlink_to("/dev/full")
+    monkeypatch.setattr(build, "write_weights", lambda path, state: write_weights(Path("/dev/full"), state))
     with pytest.raises(UserError, match="^writing the model: the disk of the run folder is full") as error:
         trainer.fit(batches)
     assert error.value.reason == "disk_full" and "'0000003-s0', is intact" in str(error.value)

@@ -29,7 +29,7 @@ NAMED = {
     "while saving, another rank's shard is missing": Moment(1, "__1_0.distcp", 2),
     "while saving, before the checkpoint gets its name": Moment(0, "partial /", 2),
     "while an old checkpoint is removed": Moment(0, "os.remove", 2),
-    "during the export, after the last checkpoint": Moment(0, "model.safetensors.tmp"),
+    "during the export, after the last checkpoint": Moment(0, "model/.partial/model.safetensors"),
 }
 
 
