@@ -57,6 +57,8 @@ class Task:
     keypoint_template: str | None = None
     #: the task whose annotations in shards also are this one's, which none name: it is learned from and scored on them
     annotated_as: str | None = None
+    #: the task whose answers this one's are made of: what a model is trained for in its place
+    made_of: str | None = None
 
     @property
     def annotation(self) -> str:
@@ -181,6 +183,7 @@ TASKS: dict[str, Task] = {
             "[SEG]",
             _PERCEPTION,
             annotated_as="segment",
+            made_of="segment",
         ),
         Task("count", "classes", "count", ("count {}", "count every {}"), "count_error", "[DET]", _PERCEPTION),
         Task(

@@ -130,9 +130,8 @@ class TrunkStage:
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks that this model has a decoder for, where needed, and was trained for as far as it says."""
         trained = set(self.loaded.meta.tasks or TASKS)
-        if "segment" in trained:
-            trained.add("semantic")  # made of what `segment` finds
-        return tuple(t.name for t in TASKS.values() if t.name in trained and (t.is_text or t.name in self.serving))
+        can = (t for t in TASKS.values() if t.is_text or t.name in self.serving)
+        return tuple(t.name for t in can if (t.made_of or t.name) in trained)
 
     def _asks(self, request: Request, image: int, index: int) -> list[_Ask]:
         """The routed branches of a structured request; its routing token is forced, so nothing is sampled."""

@@ -103,7 +103,14 @@ class TaskGroup(Settings):
             raise UserError(
                 f"task '{blind[0]}' must be in a group of its own: its images are what is asked for", "invalid_config"
             )
-        return tuple(get_task(name).name for name in tasks)
+        for task in map(get_task, tasks):
+            if task.made_of:
+                raise UserError(
+                    f"task '{task.name}' cannot be trained, its answers are made of those of '{task.made_of}'; name "
+                    f"'{task.made_of}'",
+                    "invalid_config",
+                )
+        return tasks
 
     @field_validator("decoders")
     @classmethod
@@ -118,7 +125,7 @@ class Stage(Settings):
     name: str
     steps: int = Field(gt=0, description="optimizer steps")
     groups: tuple[TaskGroup, ...] = Field(
-        (TaskGroup(tasks=UNDERSTANDING),),
+        (TaskGroup(tasks=tuple(name for name in UNDERSTANDING if not TASKS[name].made_of)),),
         description="what step t trains is drawn from these by (seed, t)",
     )
     trainable: tuple[str, ...] | None = Field(

@@ -33,6 +33,10 @@ def recipe(*stages, **changes):
         ({"groups": []}, "needs at least one task group"),
         ({"groups": [{"tasks": []}]}, "needs at least one task"),
         ({"groups": [{"tasks": ["detekt"]}]}, "detect"),
+        (
+            {"groups": [{"tasks": ["detect", "semantic"]}]},
+            "'semantic' cannot be trained, .*; name 'segment'",
+        ),
         ({"augment": {"scale": [0, 1]}}, "0 < smallest <= largest"),
         ({"lerning_rate": 1}, "unknown key"),
         ({"steps": 0}, "steps"),
@@ -58,6 +62,11 @@ def test_stages_are_needed_and_have_their_own_names():
 def test_the_losses_that_can_be_weighed_are_those_of_the_model():
     assert tiny_model(**EXPERTS).loss_names == LOSSES
     assert set(tiny_model().loss_names) < set(LOSSES)
+
+
+def test_a_stage_trains_by_default_what_can_be_trained():
+    assert {"segment", "region_segment", "vqa"} < set(recipe().tasks)
+    assert not {"semantic", "generate", "edit"} & set(recipe().tasks)
 
 
 def test_steps_belong_to_stages():
