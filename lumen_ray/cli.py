@@ -126,7 +126,10 @@ def _train_args(verbs: Any) -> None:
     p.add_argument("--recipe", required=True, help="name in configs/recipes or a YAML file")
     p.add_argument("--shards", required=True, help="shard folder")
     p.add_argument("--output", required=True, help="run folder; the trained model is in its 'model' folder")
-    p.add_argument("--init-from", help="model folder (or bundled weights) to start from; decoders it lacks start fresh")
+    p.add_argument(
+        "--init-from",
+        help="model folder (or bundled weights) to start from, instead of the recipe's; decoders it lacks start fresh",
+    )
     p.add_argument("--workers", type=int, help="Ray Train workers, instead of the recipe's")
     p.set_defaults(run=_train)
 

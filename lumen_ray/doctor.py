@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from lumen_ray.model.build import Generalist
     from lumen_ray.model.settings import ModelSettings
+    from lumen_ray.train.recipe import Recipe
 
 GIB = 1 << 30
 FP32, BF16 = 4, 2
@@ -102,7 +103,7 @@ def examine(preset: str, model: str | None = None, workers: int | None = None) -
         settings = config.load(ModelSettings, model_path(preset))
         sections["machine"] = list(_machine())
         sections[f"memory of '{settings.name}', weights and optimiser, activations aside"] = [
-            *_memory(settings, workers or _recipe_workers(settings.name))
+            *_memory(settings, workers or (recipe.workers if (recipe := _recipe(settings.name)) else 1))
         ]
         sections["weights"] = list(_weights(settings, model))
     able = all(finding.state != "missing" for findings in sections.values() for finding in findings)
@@ -235,15 +236,25 @@ def _role(name: str, module: nn.Module, sharded: tuple[str, ...] = ()) -> Role:
     return Role(name, whole, learns, max(apart, default=0), whole - sum(apart))
 
 
-def _recipe_workers(preset: str) -> int:
+def _recipe(preset: str) -> Recipe | None:
+    """The recipe that goes by the preset's name, where there is one."""
     from lumen_ray import config
     from lumen_ray.presets import recipe_path
     from lumen_ray.train.recipe import Recipe
 
     try:
-        return config.load(Recipe, recipe_path(preset)).workers
-    except UserError:  # no recipe goes by the preset's name
-        return 1
+        path = recipe_path(preset)
+    except UserError:
+        return None
+    return config.load(Recipe, path)
+
+
+def _start(preset: str) -> str:
+    """Where the recipe of the preset's name starts from."""
+    if (recipe := _recipe(preset)) is None:
+        return ""
+    start = f"'{recipe.init_from}'" if recipe.init_from else "fresh weights"
+    return f", its recipe starts from {start}"
 
 
 def _memory(settings: ModelSettings, workers: int) -> Iterator[Finding]:
@@ -307,15 +318,14 @@ def _weights(settings: ModelSettings, model: str | None) -> Iterator[Finding]:
         told = f"{weights}, {size(weights.stat().st_size)}"
         yield Finding("ok" if fits else "missing", told if fits else f"{told}: of preset '{meta.preset}'")
     elif settings.published_weights:
-        source = "visionllm-v2 CHECKPOINT" if settings.prompt_layout == "sequential" else "pretrained ..."
         count = sum(published.values())
         yield Finding(
             "missing",
             f"no model folder was given; make one from published weights ({count:,} parameters, {size(count * BF16)} "
-            f"in bf16) with 'lumen-ray convert {source} --preset {settings.name} DIR', then --model DIR",
+            f"in bf16) with '{settings.conversion}', then --model DIR; 'train' starts from it with --init-from DIR",
         )
     else:
-        yield Finding("note", "none come with the package: train it, its recipe starts from fresh weights")
+        yield Finding("note", f"none come with the package: train it{_start(settings.name)}")
     for part, count in published.items():
         yield Finding("note", f"published {part}: {count:,} parameters, {size(count * BF16)} in bf16")
     if published and (fresh := [name for name in settings.decoder_names if name not in published]):

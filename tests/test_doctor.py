@@ -32,12 +32,26 @@ def test_nano_can_run_with_what_is_bundled(capsys):
     assert "lumen-ray[lora]" in told.replace("\n", "")  # brackets are not markup
 
 
+@pytest.mark.parametrize(
+    ("preset", "said"),
+    [
+        ("nano-experts", "train it, its recipe starts from 'nano'"),
+        ("small", "train it, its recipe starts from fresh weights"),
+        ("nano-256", "train it"),  # no recipe goes by that name
+    ],
+)
+def test_where_a_training_starts_is_told(preset, said, monkeypatch):
+    monkeypatch.setattr(doctor, "_memory", lambda settings, workers: iter(()))
+    assert text(examine(preset)[0]).endswith(said)
+
+
 def test_7b_says_which_weights_are_missing(capsys, monkeypatch):
     monkeypatch.setattr(doctor, "gpu_memory", lambda: [80 * doctor.GIB])
     monkeypatch.setattr(doctor, "_machine", lambda: iter(()))
     assert cli.main(["doctor", "--preset", "7b"]) == 1
     told = capsys.readouterr().out
     assert "lumen-ray convert pretrained ... --preset 7b DIR" in told
+    assert "'train' starts from it with --init-from DIR" in told
     assert "9,542,065,496 parameters" in told  # CLIP, DINOv2, the LLM with the preset's vocabulary, three decoders
     assert "published grounding_dino: 63,160,578" in told  # without masks and what projects links
     assert "start from fresh weights: lumen, unipose" in told

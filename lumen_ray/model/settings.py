@@ -165,6 +165,12 @@ class ModelSettings(Settings):
     )
 
     @property
+    def conversion(self) -> str:
+        """The command that makes a model folder `DIR` of the published weights."""
+        source = "visionllm-v2 CHECKPOINT" if self.prompt_layout == "sequential" else "pretrained ..."
+        return f"lumen-ray convert {source} --preset {self.name} DIR"
+
+    @property
     def decoder_names(self) -> tuple[str, ...]:
         """The decoders this model has, in the registry's order."""
         return tuple(name for name in DECODERS if getattr(self, name) is not None)

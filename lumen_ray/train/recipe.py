@@ -179,6 +179,11 @@ class Stage(Settings):
 class Recipe(Settings):
     name: str
     model: str = Field("nano", description="preset in configs/models, or a path to a model YAML")
+    init_from: str | None = Field(
+        None,
+        description="model folder, or bundled weights, that a run starts from where '--init-from' names no other; "
+        "null: fresh weights",
+    )
     seed: int = Field(0, ge=0)
     batch_size: int = Field(32, gt=0, description="images per optimizer step, over all workers")
     buckets: tuple[Size, ...] | BucketRange | None = Field(

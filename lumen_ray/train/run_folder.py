@@ -55,8 +55,9 @@ def _digest_of_model(folder: str) -> str:
 def keep_start(run: Path, start: dict[str, Any], resumes: bool) -> None:
     """Writes `RUN/recipe.json`; `UserError` when the run was started with something else than it is continued with.
 
-    Settings that do not decide the result (`CARRIED_OUT`) may change, and so may the recipe's word for the model: what
-    it stands for is compared by itself. For the process that holds the folder (`sole_starter`, `sole_writer`).
+    Settings that do not decide the result (`CARRIED_OUT`) may change, and so may the recipe's words for the model and
+    for where it starts: what they stand for is compared by itself. For the process that holds the folder
+    (`sole_starter`, `sole_writer`).
     """
     saved = run / "recipe.json"
     if resumes and saved.is_file():
@@ -104,7 +105,9 @@ def _of_today(kind: type[Settings], saved: Any) -> Any:
 
 
 def _deciding(value: Any) -> Any:
-    return {k: v for k, v in value.items() if k not in (*CARRIED_OUT, "model")} if isinstance(value, dict) else value
+    """Of a mapping, without what is compared by itself, as what it stands for."""
+    apart = (*CARRIED_OUT, "model", "init_from")
+    return {k: v for k, v in value.items() if k not in apart} if isinstance(value, dict) else value
 
 
 @contextmanager

@@ -58,7 +58,7 @@ def prepare_job(shards: str | Path, recipe: Recipe, run: str | Path, init_from: 
     """Checks everything that can be wrong before a worker starts; trains the tokenizer on the shards' text.
 
     A run folder keeps what it was started with: continuing it with anything else is a `UserError`, and so is a folder
-    that somebody else trains into.
+    that somebody else trains into. `init_from`: where it starts, instead of where the recipe says.
     """
     with _prepared(shards, recipe, run, init_from) as prepared:
         return prepared
@@ -68,11 +68,19 @@ def prepare_job(shards: str | Path, recipe: Recipe, run: str | Path, init_from: 
 def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: str | None) -> Iterator[Prepared]:
     """`prepare_job`, whose run folder stays refused to other starters inside."""
     run = files.local_folder(run).absolute()
+    init_from = init_from or recipe.init_from
     init_from = str(model_folder(init_from).absolute()) if init_from else None
+    recipe = recipe.model_copy(update={"init_from": init_from})
     manifest = read_manifest(shards)
     settings = config.load(ModelSettings, model_path(recipe.model))
     if init_from:
         settings = start_settings(settings, init_from)
+    elif settings.published_weights:
+        raise UserError(
+            f"preset '{settings.name}' needs published weights to start from; give the model folder that "
+            f"'{settings.conversion}' makes with --init-from, or as 'init_from' in the recipe",
+            "no_start",
+        )
     recipe = with_sizes(recipe, settings)
     with sole_starter(run):
         with sole_writer(run):

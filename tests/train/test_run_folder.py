@@ -6,8 +6,9 @@ import threading
 import time
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
-from tiny_models import captioning_tokenizer, tiny_settings
+from tiny_models import captioning_tokenizer, tiny_folder, tiny_settings
 from train_fakes import make_job, make_recipe
 
 from lumen_ray.errors import UserError
@@ -125,6 +126,35 @@ def test_the_weights_a_run_started_from_are_known_by_what_is_in_them(data, tmp_p
         with pytest.raises(UserError, match="a run of another model to start from;") as error:
             prepare_job(data / "shards", recipe, tmp_path / "run", changed)
         assert error.value.reason == "run_exists"
+
+
+def test_a_recipe_says_where_it_starts_from(data, tmp_path):
+    """By its content, and once: another spelling of the same start goes on, another start is one thing that differs."""
+    start, other = tiny_folder(tmp_path / "start"), tiny_folder(tmp_path / "other", seed=1)
+    recipe = make_recipe(data, init_from=str(start))
+    prepared = prepare_job(data / "shards", recipe, tmp_path / "run")
+    assert prepared.job.init_from == prepared.job.recipe.init_from == str(start)
+    assert prepare_job(data / "shards", recipe, tmp_path / "second", str(other)).job.init_from == str(other)
+    assert make_job(data, tmp_path / "third").job.init_from is None
+    settings, manifest = prepared.job.settings, prepared.manifest
+    moved = shutil.copytree(start, tmp_path / "moved")
+    for respelled, folder in ((recipe, moved), (make_recipe(data, init_from=str(moved)), moved)):
+        keep_start(tmp_path / "run", start_of(respelled, settings, manifest, str(folder)), resumes=True)
+    changed = start_of(make_recipe(data, init_from=str(other)), settings, manifest, str(other))
+    with pytest.raises(UserError, match="a run of another model to start from;"):
+        keep_start(tmp_path / "run", changed, resumes=True)
+
+
+def test_a_preset_of_published_weights_needs_a_start(data, tmp_path):
+    settings = tiny_settings(vocab_size=330, published_weights=True)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    recipe = make_recipe(data, model=str(tmp_path / "tiny.yaml"))
+    with pytest.raises(UserError, match="'tiny' needs published weights to start from; .* --init-from") as error:
+        prepare_job(data / "shards", recipe, tmp_path / "run")
+    assert error.value.reason == "no_start" and "\n" not in str(error.value)
+    assert "lumen-ray convert pretrained" in str(error.value) and not (tmp_path / "run").exists()
+    start = tiny_folder(tmp_path / "start")
+    assert prepare_job(data / "shards", recipe, tmp_path / "run", str(start)).job.init_from == str(start)
 
 
 def test_the_tokenizer_of_captions_goes_from_model_to_model(data, tmp_path):
