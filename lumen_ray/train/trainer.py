@@ -91,14 +91,7 @@ def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: st
             tokenizer = keep_tokenizer(run, shards, settings, init_from, resumes=newest is not None)
         check_recipe(recipe, settings, len(tokenizer))
         skeletons = skeletons_of(manifest)
-        meta = ModelMeta(
-            preset=settings.name,
-            classes=[c["name"] for c in manifest["categories"] if not c.get("supercategory_only")],
-            skeletons={name: list(points) for name, points in skeletons.items()},
-            tasks=_tasks(recipe, init_from),
-            edges={c["name"]: c.get("skeleton") or [] for c in manifest["categories"] if c.get("keypoints")},
-            buckets=_buckets(manifest, recipe),
-        )
+        meta = _meta(recipe, settings, manifest, skeletons, read_meta(init_from) if init_from else None)
         job = Job(recipe, settings, tokenizer, meta, str(run), init_from)
         reader = BatchReader(
             files.absolute(shards), recipe, tokenizer, settings.image_size, skeletons, class_frequencies(manifest),
@@ -114,10 +107,27 @@ def _buckets(manifest: dict[str, Any], recipe: Recipe) -> list[list[int]]:
     return [list(bucket) for bucket in used]
 
 
-def _tasks(recipe: Recipe, init_from: str | None) -> list[str]:
-    """What the recipe trains, and what the model it starts from was trained for."""
-    before = read_meta(init_from).tasks if init_from else []
-    return [task for task in TASKS if task in before or task in recipe.tasks]
+def _meta(
+    recipe: Recipe,
+    settings: ModelSettings,
+    manifest: dict[str, Any],
+    skeletons: dict[str, tuple[str, ...]],
+    start: ModelMeta | None,
+) -> ModelMeta:
+    """What the model will know: the tasks of the recipe and of `start`, the model it starts from; the classes of the
+    shards; their skeletons, and those of other classes that `start` knows poses of."""
+    categories = manifest["categories"]
+    meta = ModelMeta(
+        preset=settings.name,
+        classes=[c["name"] for c in categories if not c.get("supercategory_only")],
+        skeletons={name: list(points) for name, points in skeletons.items()},
+        edges={c["name"]: c.get("skeleton") or [] for c in categories if c.get("keypoints")},
+        buckets=_buckets(manifest, recipe),
+        tasks=[task for task in TASKS if task in recipe.tasks or (start and task in start.tasks)],
+    )
+    if start and "pose" in start.tasks:
+        meta.skeletons, meta.edges = start.skeletons | meta.skeletons, start.edges | meta.edges
+    return meta
 
 
 def train_local(prepared: Prepared, device: str = "cpu") -> Path:

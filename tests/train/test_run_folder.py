@@ -4,6 +4,7 @@ import json
 import shutil
 import threading
 import time
+from dataclasses import asdict
 
 import pytest
 import yaml
@@ -12,6 +13,7 @@ from tiny_models import captioning_tokenizer, tiny_folder, tiny_settings
 from train_fakes import make_job, make_recipe
 
 from lumen_ray.errors import UserError
+from lumen_ray.model.build import read_meta
 from lumen_ray.model.tokenizer import CAPTIONS_FILE
 from lumen_ray.train import trainer as trainer_module
 from lumen_ray.train.metrics import MetricsWatcher, drop_from
@@ -155,6 +157,23 @@ def test_a_preset_of_published_weights_needs_a_start(data, tmp_path):
     assert "lumen-ray convert pretrained" in str(error.value) and not (tmp_path / "run").exists()
     start = tiny_folder(tmp_path / "start")
     assert prepare_job(data / "shards", recipe, tmp_path / "run", str(start)).job.init_from == str(start)
+
+
+@pytest.mark.parametrize("tasks", [("caption", "pose"), ("caption",)])
+def test_poses_that_the_start_knows_stay_known(data, tmp_path, tasks):
+    """Where its task is kept; of a class that the new shards have too, their skeleton counts. Classes are theirs."""
+    start = tiny_folder(tmp_path / "start")
+    before = read_meta(start)
+    before.tasks, before.classes = list(tasks), ["hand"]
+    before.skeletons = {"hand": ["thumb", "wrist"], "red figure": ["head"]}
+    before.edges = {"hand": [[0, 1]], "red figure": []}
+    (start / "meta.json").write_text(json.dumps(asdict(before)))
+    fresh = make_job(data, tmp_path / "fresh").job.meta
+    meta = prepare_job(data / "shards", make_recipe(data), tmp_path / "run", str(start)).job.meta
+    known = "pose" in tasks
+    assert meta.skeletons == fresh.skeletons | ({"hand": ["thumb", "wrist"]} if known else {})
+    assert meta.edges == fresh.edges | ({"hand": [[0, 1]]} if known else {})
+    assert len(meta.skeletons["red figure"]) == 5 and meta.classes == fresh.classes and "hand" not in meta.classes
 
 
 def test_the_tokenizer_of_captions_goes_from_model_to_model(data, tmp_path):
