@@ -22,6 +22,7 @@ from lumen_ray.model.build import read_meta
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import CAPTIONS_FILE, LumenTokenizer
 from lumen_ray.model.warm_start import start_tokenizer
+from lumen_ray.tasks import TASKS
 from lumen_ray.train.recipe import CARRIED_OUT, Recipe
 
 #: how long a new try waits for the last one's processes to be gone; Ray takes seconds to end what a dead driver left
@@ -97,7 +98,11 @@ def keep_tokenizer(
 
 
 def _of_today(kind: type[Settings], saved: Any) -> Any:
-    """Settings that an earlier version saved, with those that it did not know at their defaults."""
+    """Settings that an earlier version saved, with those that it did not know at their defaults, and without the tasks
+    that it named and gave no prompt to."""
+    for stage in saved.get("stages", ()) if isinstance(saved, dict) else ():
+        for group in stage.get("groups", ()):
+            group["tasks"] = [name for name in group.get("tasks", ()) if name not in TASKS or not TASKS[name].made_of]
     try:
         return config.validate(kind, saved, "recipe.json").model_dump(mode="json")
     except UserError:
