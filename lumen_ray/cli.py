@@ -345,9 +345,10 @@ def _decoders(pairs: list[str]) -> dict[str, str]:
 def _label(args: argparse.Namespace) -> None:
     from lumen_ray.label.pipeline import label
     from lumen_ray.model.build import read_meta
+    from lumen_ray.tasks import get_task
 
     classes = args.classes
-    if classes is None and {"detect", "segment", "pose", "count"} & set(args.tasks):
+    if classes is None and any(get_task(name).needs == "classes" for name in args.tasks):
         classes = read_meta(args.model).classes
     with bar("label") as progress:
         summary = label(

@@ -134,6 +134,21 @@ def test_label_hands_the_device_on(monkeypatch):
     assert seen == [None, "cuda"]
 
 
+@pytest.mark.parametrize(("tasks", "own"), [("semantic", True), ("caption,count", True), ("caption", False)])
+def test_classes_are_the_models_own_where_none_are_given(monkeypatch, tasks, own):
+    from lumen_ray.model.build import read_meta
+
+    seen = []
+
+    def label(*args, classes, **options):
+        seen.append(classes)
+        return {"images": 0, "labelled": 0, "errors": 0, "first_error": None}
+
+    monkeypatch.setattr("lumen_ray.label.pipeline.label", label)
+    assert cli.main(["label", "x", "--output", "y", "--tasks", tasks]) == 0
+    assert seen == [read_meta("nano").classes if own else None]
+
+
 def test_decoders_by_task():
     assert cli._decoders(["detect=lumen", "pose = unipose"]) == {"detect": "lumen", "pose": "unipose"}
     assert cli._decoders([]) == {}

@@ -61,8 +61,8 @@ def build_requests(
 ) -> list[Request]:
     """What to ask about every image.
 
-    detect, segment, pose and count ask for `classes`; ground, refer, vqa and chat take one request per text in
-    `prompts[task]`. Raises `UserError` for unknown tasks, missing classes or texts.
+    Tasks that need classes ask for `classes`, those that need a text take one request per text in `prompts[task]`.
+    Raises `UserError` for unknown tasks, missing classes or texts.
     """
     prompts = prompts or {}
     if not tasks:
