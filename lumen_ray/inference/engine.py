@@ -312,6 +312,11 @@ class Engine:
         return self.trunk.tasks
 
     @property
+    def serving(self) -> dict[str, str]:
+        """Task -> the decoder that serves it, of every task that the model has one for."""
+        return self.trunk.serving
+
+    @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self.loaded.meta.classes)
 

@@ -9,6 +9,8 @@ from PIL import Image
 
 from lumen_ray.data import scenes, scenes_edits
 from lumen_ray.data.images import decode
+from lumen_ray.data.schema import make_message
+from lumen_ray.errors import UserError
 from lumen_ray.evaluate.pictures import write_sheet
 from lumen_ray.evaluate.run import evaluate
 from lumen_ray.structures import Answer, Boxes, Prediction
@@ -25,6 +27,7 @@ class Painter(FakeEngine):
     """Makes the pictures that were wanted, or with `listens` False those of other rows; finds what is in each."""
 
     tasks = tuple(TASKS)
+    serving = {name: "painter" for name in TASKS if not TASKS[name].is_text}
 
     def __init__(self, rows, listens=True):
         super().__init__(rows)
@@ -107,3 +110,45 @@ def test_a_limit_bounds_what_is_made(split, tmp_path):
     engine = Painter(rows())
     evaluate(engine, split, tmp_path, tasks=["generate"], picture_limit=3)
     assert sum(asked == ["generate"] for call in engine.calls for asked in call) == 3
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("generate", lambda n: {**rows()[n], "messages": [make_message("caption", "what is it ?", "a photo .")]}),
+        ("edit", lambda n: {**rows()[n], "target_image": None}),
+    ],
+)
+def test_what_made_no_picture_has_no_value(tmp_path, task, row):
+    split = write_split(tmp_path / "split", [row(0), row(1)])
+    metrics = evaluate(Painter(rows()), split, tmp_path, tasks=[task])["metrics"]
+    found = {name: value for name, value in metrics.items() if name.startswith(f"{task}_")}
+    assert len(found) >= 4 and set(found.values()) == {None}
+    assert not any(name.startswith("edit_" if task == "generate" else "generate_") for name in metrics)
+
+
+@pytest.mark.parametrize(
+    ("served", "task", "words"),
+    [
+        (["detect"], "generate", "no decoder for task 'generate'; it serves: detect"),
+        (["detect"], "pose", "no decoder for task 'pose'"),
+        (
+            ["generate", "edit"],
+            "edit",
+            "scored by what the model detects in its pictures, but it has no",
+        ),
+    ],
+)
+def test_what_the_model_has_no_decoder_for_is_refused_before_the_run(split, tmp_path, served, task, words):
+    engine = Painter(rows())
+    engine.tasks, engine.serving = served, dict.fromkeys(served, "one")
+    with pytest.raises(UserError, match=words) as caught:
+        evaluate(engine, split, tmp_path / "out", tasks=[task])
+    assert caught.value.reason == "no_decoder" and not engine.calls and not (tmp_path / "out").exists()
+
+
+def test_pictures_that_nothing_can_judge_are_left_out_by_default(split, tmp_path):
+    engine = Painter(rows())
+    engine.tasks, engine.serving = ["caption", "edit"], {"edit": "one"}
+    engine.reply = lambda image, request: Answer(request.task, (SIDE, SIDE), text="")
+    assert evaluate(engine, split, tmp_path, limit=1)["tasks"] == ["chat", "caption"]
