@@ -160,7 +160,9 @@ def _scorer(manifest: dict[str, Any], tasks: Sequence[str] | None, engine: Any) 
             )
     categories = manifest["categories"]
     skeletons = {c["name"]: c["keypoints"] for c in categories if c.get("keypoints")}
-    return SplitScorer([c["name"] for c in categories], skeletons, wanted)
+    # of pictures no score is wanted that was not asked for, but whether the LLM knows when to draw
+    spoken = [name for name in annotated if name in engine.tasks and _draws(name)] if tasks is None else []
+    return SplitScorer([c["name"] for c in categories], skeletons, wanted, spoken)
 
 
 def _draws(task: str) -> bool:
@@ -197,15 +199,15 @@ def _score_batch(
 
     Rows whose image cannot be read or whose texts cannot be asked go to `errors`.
     """
-    images, asks, decisions, chats, made, readable = [], [], [], [], [], []
+    images, asks, decisions, chats, blind_chats, edits, made, readable = [], [], [], [], [], [], [], []
     for number, row in enumerate(rows, start=first):
         try:
             if row["image"] is None:
                 raise UserError("the row has no image", "no_image")
             image = decode(row["image"])
             mine, decided = scorer.asks(row), scorer.decision_asks(row)
-            free = scorer.chat_asks(row, number) if number < limits["chat_limit"] else []
-            fresh, edits = scorer.picture_asks(row, number) if number < limits["picture_limit"] else ([], [])
+            free, blind = scorer.chat_asks(row, number) if number < limits["chat_limit"] else ([], [])
+            fresh, edited = scorer.picture_asks(row, number) if number < limits["picture_limit"] else ([], [])
         except UserError as error:
             errors.append({"image_id": row["image_id"], "reason": error.reason, "message": str(error)})
             continue
@@ -213,7 +215,9 @@ def _score_batch(
         images.append(image)
         asks.append(mine)
         decisions.append(decided)
-        chats.append(free + edits)
+        chats.append(free)
+        blind_chats.append(blind)
+        edits.append(edited)
         made.append(fresh)
     records = []
     answers = _ask(engine, images, asks, score_threshold=SCORE_THRESHOLD, max_per_phrase=MAX_PER_PHRASE)
@@ -222,8 +226,11 @@ def _score_batch(
             records += answer_records(row["image_id"], row["source"], request, answer)
     _ask(engine, images, decisions, score_threshold=DECISION_THRESHOLD, max_per_phrase=MAX_PER_PHRASE)
     # of free chat nothing is wanted of a decoder, only which one would have been called
-    _ask(engine, images, chats, score_threshold=1.0, max_new_tokens=ROUTING_TOKENS)
-    _ask(engine, [None] * len(made), made)
+    nothing = [None] * len(images)
+    for pictures, free in ((images, chats), (nothing, blind_chats)):
+        _ask(engine, pictures, free, max_new_tokens=ROUTING_TOKENS, route_only=True)
+    _ask(engine, images, edits)
+    _ask(engine, nothing, made)
     return records
 
 

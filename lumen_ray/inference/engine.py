@@ -81,11 +81,13 @@ class TrunkStage:
         *,
         max_new_tokens: int = 48,
         class_chunk: int = 64,
+        route_only: bool = False,
     ) -> TrunkOutput:
         """One prefix per image, then all branches of all requests against it.
 
         images: uint8 [h, w, 3] RGB, EXIF-rotated, all of one `bucket`, None for words alone; requests: per image.
         `class_chunk` bounds the branches per image and pass; it does not change results.
+        With `route_only` nothing is asked of a decoder: the plans say what the LLM wrote or the route it chose.
         """
         if len(images) != len(requests):
             raise ValueError(f"{len(images)} images but {len(requests)} lists of requests")
@@ -101,12 +103,20 @@ class TrunkStage:
         valid = torch.tensor([image is not None for image in images])
         prefix = self.trunk.encode(pixels.to(self.device), valid.to(self.device))
         plans = [
-            [RequestPlan(r.task, frames[b].size, decoder=self._decoder(r)) for r in rs] for b, rs in enumerate(requests)
+            [
+                RequestPlan(r.task, frames[b].size, decoder=self._decoder(r), route=TASKS[r.task].routing_token)
+                for r in rs
+            ]
+            for b, rs in enumerate(requests)
         ]
         asks = [
             ask for b, rs in enumerate(requests) for r, request in enumerate(rs) for ask in self._asks(request, b, r)
         ]
-        self._write_texts(prefix, requests, plans, asks, max_new_tokens)
+        chosen = self._write_texts(prefix, requests, plans, max_new_tokens)
+        if route_only:
+            asks = []
+        else:
+            asks += [ask for b, r in chosen for ask in self._routed(requests[b][r], plans[b][r].route, b, r)]
         parts = self._links(prefix, asks, plans, class_chunk)
         read = {decoder_class(name).reads for name in parts}
         dense = prefix.dense.float().cpu().contiguous() if "dense" in read else None
@@ -170,11 +180,11 @@ class TrunkStage:
         prefix,
         requests: Sequence[Sequence[Request]],
         plans: list[list[RequestPlan]],
-        asks: list[_Ask],
         limit: int,
-    ) -> None:
-        """Greedy answers of all text requests; a chat answer that routes becomes a routed branch in `asks`."""
-        rows, branches, regions = [], [], []
+    ) -> list[tuple[int, int]]:
+        """Enters greedy answers of all text requests, or the routes they chose, in the plans; returns (image, request)
+        of every chat that chose one."""
+        rows, branches, regions, chosen = [], [], [], []
         for b, rs in enumerate(requests):
             for r, request in enumerate(rs):
                 task = TASKS[request.task]
@@ -185,7 +195,7 @@ class TrunkStage:
                 branches.append(Branch(len(rows), task.prompt(request.text, request.template), regions=where))
                 rows.append((b, r))
         if not rows:
-            return
+            return []
         layout = build_layout(branches, len(rows), self.tokenizer, self.prompt_layout).to(self.device)
         owners = [i for i, branch in enumerate(branches) if branch.regions]
         routing = {i: token for token, i in self.tokenizer.ids.items() if token in ROUTING_TOKENS}
@@ -197,9 +207,10 @@ class TrunkStage:
             plan, request = plans[b][r], requests[b][r]
             if tokens and tokens[-1] in routing and request.task == "chat":
                 plan.route = routing[tokens[-1]]
-                asks += self._routed(request, plan.route, b, r)
+                chosen.append((b, r))
             else:
                 plan.text = self.tokenizer.decode(t for t in tokens if t not in routing)
+        return chosen
 
     def _routed(self, request: Request, route: str, image: int, index: int) -> list[_Ask]:
         """Free chat in which the LLM chose a routing token: one more branch, with the queries behind the token."""
@@ -263,7 +274,7 @@ class TrunkStage:
                 last = i
                 plan = plans[ask.image][ask.request]
                 plan.links.append(i)
-                plan.route, plan.decoder = ask.branch.route, name
+                plan.decoder = name
             parents.append(-1 if ask.spec is not None else last)
             groups.setdefault((ask.image, ask.request), len(groups))
         columns = (
@@ -337,11 +348,13 @@ class Engine:
         max_per_phrase: int = 300,
         max_new_tokens: int = 48,
         class_chunk: int = 64,
+        route_only: bool = False,
     ) -> list[list[Answer]]:
         """An `Answer` per request of each image, predictions best first.
 
         images: uint8 [h, w, 3] RGB in the EXIF-rotated frame, None for words alone; requests: per image (see
-        `make_request`). Images that share a size bucket pass together.
+        `make_request`). Images that share a size bucket pass together. With `route_only` no decoder is called: an
+        answer has what the LLM wrote or the routing token, which of free chat says what the LLM would have called.
         """
         if len(images) == 0:
             return []
@@ -356,6 +369,7 @@ class Engine:
                 [requests[i] for i in members],
                 max_new_tokens=max_new_tokens,
                 class_chunk=class_chunk,
+                route_only=route_only,
             )
             predictions = {name: self.decoders[name].run(out, settings) for name in out.parts}
             found = [[finished(answer) for answer in row] for row in assemble(out.plans, predictions)]

@@ -14,7 +14,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.evaluate.pictures import write_sheet
 from lumen_ray.evaluate.run import evaluate
 from lumen_ray.structures import Answer, Boxes, Prediction
-from lumen_ray.tasks import TASKS
+from lumen_ray.tasks import TASKS, task_of_prompt
 
 ROWS, SIDE = 8, 128
 
@@ -31,7 +31,7 @@ class Painter(FakeEngine):
 
     def __init__(self, rows, listens=True):
         super().__init__(rows)
-        self.seen, self.captions, self.edits = {}, {}, {}
+        self.seen, self.captions, self.edits, self.settings = {}, {}, {}, []
         for number, row in enumerate(rows):
             other = rows[number if listens else (number + 1) % len(rows)]
             caption = next(m for m in row["messages"] if m["task"] == "caption")["turns"][-1]["content"]
@@ -47,6 +47,7 @@ class Painter(FakeEngine):
 
     def run(self, images, requests, **settings):
         self.calls.append([[r.task for r in mine] for mine in requests])
+        self.settings.append(settings)
         return [[self.reply(image, r) for r in mine] for image, mine in zip(images, requests, strict=True)]
 
     def reply(self, image, request):
@@ -55,6 +56,10 @@ class Painter(FakeEngine):
             return Answer("generate", (SIDE, SIDE), images=[self.captions[request.text]])
         if request.task == "edit":
             return Answer("edit", (SIDE, SIDE), images=[self.edits[key(image)]])
+        if request.task == "chat":
+            task, phrase = task_of_prompt(request.text)
+            assert phrase and (image is None) is (task == "generate")
+            return Answer("chat", (SIDE, SIDE), route=TASKS[task].routing_token)
         assert request.task == "detect"
         found = []
         for name in request.phrases:
@@ -152,3 +157,26 @@ def test_pictures_that_nothing_can_judge_are_left_out_by_default(split, tmp_path
     engine.tasks, engine.serving = ["caption", "edit"], {"edit": "one"}
     engine.reply = lambda image, request: Answer(request.task, (SIDE, SIDE), text="")
     assert evaluate(engine, split, tmp_path, limit=1)["tasks"] == ["chat", "caption"]
+
+
+def test_whether_the_llm_knows_when_to_draw_is_asked_without_drawing(split, tmp_path):
+    engine = Painter(rows())
+    report = evaluate(engine, split, tmp_path, tasks=["generate", "edit", "chat"], picture_limit=0, chat_limit=4)
+    assert report["tables"]["routing_per_task"] == {"generate": 1, "edit": 1}
+    chats = [s for tasks, s in zip(engine.calls, engine.settings, strict=True) if tasks[0] == ["chat"]]
+    assert len(chats) == 2 and all(settings["route_only"] for settings in chats)
+
+
+def test_by_default_it_is_asked_of_models_that_can_draw(split, tmp_path):
+    engine = Painter(rows())
+    engine.tasks, engine.serving = ["edit", "generate", "caption"], {"edit": "one", "generate": "other"}
+    reply = engine.reply
+
+    def write_captions(image, request):
+        asked = task_of_prompt(request.text) if request.task == "chat" else None
+        return reply(image, request) if asked else Answer(request.task, (SIDE, SIDE), text="")
+
+    engine.reply = write_captions
+    report = evaluate(engine, split, tmp_path, limit=4, chat_limit=4)
+    assert report["tasks"] == ["chat", "caption"]  # no picture is made
+    assert report["tables"]["routing_per_task"] == {"caption": 1, "generate": 1, "edit": 1}
