@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, groupby, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +87,8 @@ class TrunkStage:
         """One prefix per image, then all branches of all requests against it.
 
         images: uint8 [h, w, 3] RGB, EXIF-rotated, all of one `bucket`, None for words alone; requests: per image.
-        `class_chunk` bounds the branches per image and pass; it does not change results.
+        `class_chunk` bounds the branches per image and pass; it does not change results. In the sequential layout,
+        where the prompts of a request are one text, those are never cut apart, however many.
         With `route_only` nothing is asked of a decoder: the plans say what the LLM wrote or the route it chose.
         """
         if len(images) != len(requests):
@@ -151,7 +153,8 @@ class TrunkStage:
             return []
         decoder, asks = self._decoder(request), []
         if request.region is not None:
-            branch = Branch(image, task.prompt(template=request.template), route=task.routing_token, regions=(0,))
+            text = task.prompt(template=request.template)
+            branch = Branch(image, text, route=task.routing_token, regions=(0,), group=index)
             return [_Ask(branch, PromptSpec(REGION_PHRASE, masks=True), image, index, decoder, request.region)]
         for phrase in request.phrases:
             names = self._keypoints(request, phrase) if task.name == "pose" else ()
@@ -222,7 +225,7 @@ class TrunkStage:
         sample = SampleSettings() if task.result == "image" else None
         spec = PromptSpec(phrase, masks=task.result == "masks", sample=sample)
         decoder = self._decoder(Request(task.name))
-        return [_Ask(Branch(image, request.text, route=route), spec, image, index, decoder)]
+        return [_Ask(Branch(image, request.text, route=route, group=index), spec, image, index, decoder)]
 
     def _regions(self, regions: list[Region], images: list[int]) -> tuple[Tensor, Tensor]:
         """Masks of the model input [R, H, W] and the images they lie in, int64 [R]."""
@@ -234,13 +237,8 @@ class TrunkStage:
         self, prefix: Prefix, asks: list[_Ask], plans: list[list[RequestPlan]], chunk: int
     ) -> dict[str, LinkPart]:
         """Runs the routed branches in chunks per image; the super link of each decoder, in the order of `asks`."""
-        per_image: dict[int, list[int]] = {}
-        for i, ask in enumerate(asks):
-            per_image.setdefault(ask.image, []).append(i)
         embeddings: dict[int, Tensor] = {}  # by number of the ask
-        longest = max([len(members) for members in per_image.values()] + [0])
-        for start in range(0, longest, chunk):
-            members = [i for ms in per_image.values() for i in ms[start : start + chunk]]
+        for members in self._passes(asks, chunk):
             branches, regions, owners = [], [], []
             for ask in (asks[i] for i in members):
                 branches.append(ask.branch)
@@ -264,6 +262,18 @@ class TrunkStage:
             mine = [i for i, ask in enumerate(asks) if ask.decoder == name]
             parts[name] = self._part(name, [asks[i] for i in mine], torch.stack([embeddings[i] for i in mine]), plans)
         return parts
+
+    def _passes(self, asks: list[_Ask], chunk: int) -> list[list[int]]:
+        """Numbers of the asks of each pass: `chunk` at most of an image, but for requests that are one text."""
+        one_text = self.prompt_layout == "sequential"
+        per_image: dict[int, list[list[int]]] = {}
+        for _, run in groupby(range(len(asks)), lambda i: (asks[i].image, asks[i].request) if one_text else i):
+            numbers = list(run)
+            chunks = per_image.setdefault(asks[numbers[0]].image, [[]])
+            if chunks[-1] and len(chunks[-1]) + len(numbers) > chunk:
+                chunks.append([])
+            chunks[-1] += numbers
+        return [list(chain.from_iterable(parts)) for parts in zip_longest(*per_image.values(), fillvalue=())]
 
     @staticmethod
     def _part(name: str, asks: list[_Ask], embeddings: Tensor, plans: list[list[RequestPlan]]) -> LinkPart:
