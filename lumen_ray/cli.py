@@ -153,10 +153,15 @@ def _decoders_arg(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _device_arg(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--device", help=f"cpu, cuda or cuda:N, to run the model on (default: {default})")
+
+
 def _evaluate_args(verbs: Any) -> None:
     p = verbs.add_parser("evaluate", help="score a model on shards: one table, one JSON")
     _model_arg(p)
     _decoders_arg(p)
+    _device_arg(p, "cuda where torch sees a GPU, else cpu")
     p.add_argument("--shards", required=True, help="shard folder of the held-out split")
     p.add_argument("--output", required=True, help="folder for report.json and predictions.parquet")
     p.add_argument("--tasks", type=_names, help="only these, comma separated (default: all the split is annotated for)")
@@ -170,6 +175,7 @@ def _label_args(verbs: Any) -> None:
     p.add_argument("input", help="folder, glob or shard folder")
     _model_arg(p)
     _decoders_arg(p)
+    _device_arg(p, "a GPU for each actor where the Ray cluster has any, else cpu")
     p.add_argument("--output", required=True, help="folder for the labels; run again to continue after a stop")
     p.add_argument(
         "--tasks", type=_names, default=["detect"], help="comma separated, e.g. segment,caption (default: detect)"
@@ -295,9 +301,10 @@ def _train(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> None:
     from lumen_ray.evaluate.report import print_report
     from lumen_ray.evaluate.run import evaluate
+    from lumen_ray.inference.device import find_device
     from lumen_ray.inference.engine import Engine
 
-    engine = Engine.load(args.model, decoders=_decoders(args.decoders))
+    engine = Engine.load(args.model, find_device(args.device), _decoders(args.decoders))
     with bar("evaluate") as progress:
         report = evaluate(
             engine,
@@ -341,9 +348,10 @@ def _decoders(pairs: list[str]) -> dict[str, str]:
 def _label(args: argparse.Namespace) -> None:
     from lumen_ray.label.pipeline import label
     from lumen_ray.model.build import read_meta
+    from lumen_ray.tasks import get_task
 
     classes = args.classes
-    if classes is None and {"detect", "segment", "pose", "count"} & set(args.tasks):
+    if classes is None and any(get_task(name).needs == "classes" for name in args.tasks):
         classes = read_meta(args.model).classes
     with bar("label") as progress:
         summary = label(
@@ -354,6 +362,7 @@ def _label(args: argparse.Namespace) -> None:
             classes=classes,
             prompts=_texts(args.text),
             decoders=_decoders(args.decoders),
+            device=args.device,
             num_actors=args.actors,
             batch_size=args.batch_size,
             score_threshold=args.score_threshold,

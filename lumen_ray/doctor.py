@@ -20,19 +20,15 @@ from rich.markup import escape
 
 from lumen_ray.console import say
 from lumen_ray.errors import UserError
+from lumen_ray.footprint import BF16, FP32, ByRecipe, Role, count_recipe, on_meta, roles_of, together
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from lumen_ray.model.build import Generalist
     from lumen_ray.model.settings import ModelSettings
     from lumen_ray.train.recipe import Recipe
 
 GIB = 1 << 30
-FP32, BF16 = 4, 2
-#: bytes of AdamW and the gradient per number that is trained, in fp32
-OPTIMISER, GRADIENT = 8, 4
-State = Literal["ok", "note", "missing"]
+State = Literal["ok", "note", "short", "missing"]
 #: what the extras of this package are for
 OPTIONAL = {
     "speed": "decodes JPEG faster",
@@ -44,31 +40,11 @@ CONNECT_S = 3.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at. What is `missing` keeps the preset from running."""
+    """One thing that was looked at. What is `missing` keeps the preset from running, what is `short` from being
+    trained by its recipe on this machine."""
 
     state: State
     text: str
-
-
-@dataclass(frozen=True)
-class Role:
-    """A part of a model that can be deployed by itself. `learns`: parameters that training changes; `block`: those of
-    its largest shard group that is gathered while it computes, `unsharded`: those that are gathered for the whole step.
-    """
-
-    name: str
-    parameters: int
-    learns: int
-    block: int = 0
-    unsharded: int = 0
-
-    def training(self, workers: int) -> int:
-        """Bytes per rank while all that learns is trained in fp32 under FSDP, activations aside: its share of weights,
-        gradients and optimiser, and what is gathered (with the next block on its way)."""
-        whole = self.parameters * FP32 + self.learns * (GRADIENT + OPTIMISER)
-        if workers == 1:
-            return whole
-        return whole // workers + (2 * self.block + self.unsharded) * FP32
 
 
 def add_args(verbs: Any) -> None:
@@ -86,8 +62,9 @@ def _run(args: argparse.Namespace) -> int:
         say(title)
         for finding in findings:
             say(escape(f"  {finding.state if finding.state != 'note' else '-':<8} {finding.text}"))
-    missing = [finding.text for findings in sections.values() for finding in findings if finding.state == "missing"]
-    say(f"preset '{args.preset}' can run here" if able else f"preset '{args.preset}' cannot run here: {missing[0]}")
+    first = {finding.state: finding.text for found in reversed(sections.values()) for finding in reversed(found)}
+    trained = f", but not be trained by its recipe: {first['short']}" if "short" in first else ""
+    say(f"preset '{args.preset}' " + (f"can run here{trained}" if able else f"cannot run here: {first['missing']}"))
     return 0 if able else 1
 
 
@@ -102,9 +79,18 @@ def examine(preset: str, model: str | None = None, workers: int | None = None) -
 
         settings = config.load(ModelSettings, model_path(preset))
         sections["machine"] = list(_machine())
-        sections[f"memory of '{settings.name}', weights and optimiser, activations aside"] = [
-            *_memory(settings, workers or (recipe.workers if (recipe := _recipe(settings.name)) else 1))
-        ]
+        recipe = _recipe(settings.name)
+        workers = workers or (recipe.workers if recipe else 1)
+        title = f"memory of '{settings.name}', weights and optimiser, activations aside"
+        try:
+            roles = roles_of(settings)
+        except ImportError as error:  # a decoder whose package is optional
+            needs = f"preset '{settings.name}' needs a package that is not installed: {error}"
+            sections[title] = [Finding("missing", needs)]
+        else:
+            by_recipe = count_recipe(settings, recipe) if recipe else None
+            sections[title] = [*_needs(roles, workers, by_recipe), *_room(roles)]
+            sections[f"GPUs for '{settings.name}'"] = list(_gpus(roles, by_recipe, workers))
         sections["weights"] = list(_weights(settings, model))
     able = all(finding.state != "missing" for findings in sections.values() for finding in findings)
     return sections, able
@@ -211,42 +197,17 @@ def _ray() -> Finding:
     return Finding("ok", f"Ray: the cluster at {address} answers")
 
 
-def roles_of(settings: ModelSettings) -> list[Role]:
-    """Trunk and decoders of a preset, counted on the meta device."""
-    import torch
-
-    from lumen_ray.model.build import Generalist
-
-    with torch.device("meta"):
-        model = Generalist(settings, settings.vocab_size)
-    trunk = _role("trunk", model.trunk, sharded=("vision", "llm"))
-    return [trunk, *(_role(name, decoder) for name, decoder in model.decoders.items())]
-
-
-def _role(name: str, module: nn.Module, sharded: tuple[str, ...] = ()) -> Role:
-    """A module as `train.parallel.shard` cuts it: large blocks of its `sharded` parts apart, the rest together."""
-    from lumen_ray.model.build import count_parameters
-    from lumen_ray.train.blocks import blocks
-    from lumen_ray.train.parallel import MIN_BLOCK_PARAMETERS
-
-    counted = [count_parameters(block) for part in sharded for _, block in blocks(getattr(module, part))]
-    apart = [count for count in counted if count >= MIN_BLOCK_PARAMETERS]
-    whole = count_parameters(module)
-    learns = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return Role(name, whole, learns, max(apart, default=0), whole - sum(apart))
-
-
 def _recipe(preset: str) -> Recipe | None:
-    """The recipe that goes by the preset's name, where there is one."""
+    """The recipe that goes by the preset's name and trains it."""
     from lumen_ray import config
     from lumen_ray.presets import recipe_path
     from lumen_ray.train.recipe import Recipe
 
     try:
-        path = recipe_path(preset)
+        recipe = config.load(Recipe, recipe_path(preset))
     except UserError:
         return None
-    return config.load(Recipe, path)
+    return recipe if recipe.model == preset else None
 
 
 def _start(preset: str) -> str:
@@ -257,32 +218,31 @@ def _start(preset: str) -> str:
     return f", its recipe starts from {start}"
 
 
-def _memory(settings: ModelSettings, workers: int) -> Iterator[Finding]:
-    try:
-        roles = roles_of(settings)
-    except ImportError as error:  # a decoder whose package is optional
-        yield Finding("missing", f"preset '{settings.name}' needs a package that is not installed: {error}")
-        return
-    yield from _needs(roles, workers)
-    yield from _room(roles)
-
-
-def _needs(roles: list[Role], workers: int) -> Iterator[Finding]:
-    total = Role(
-        "in all",
-        sum(role.parameters for role in roles),
-        sum(role.learns for role in roles),
-        max(role.block for role in roles),
-        sum(role.unsharded for role in roles),
-    )
+def _needs(roles: list[Role], workers: int, by_recipe: ByRecipe | None) -> Iterator[Finding]:
+    """`training` is that of all weights but those that the model's settings keep as they are; the last line is what
+    the recipe trains of them."""
+    total = together(roles)
     width = max(len(role.name) for role in (*roles, total))
     for role in (*roles, total):
         share = f", {size(role.training(workers))} on each of {workers} ranks" if workers > 1 else ""
         yield Finding(
             "note",
             f"{role.name:<{width}} {role.parameters:>15,} parameters; inference {size(role.parameters * FP32)} fp32, "
-            f"{size(role.parameters * BF16)} bf16; training {size(role.training(1))}{share}",
+            f"{size(role.parameters * BF16)} bf16; training all of it {size(role.training(1))}{share}",
         )
+    if by_recipe is None:
+        return
+    name = f"recipe '{by_recipe.recipe.name}'"
+    if by_recipe.model is None:
+        yield Finding("note", f"{name}: what it trains cannot be counted: {by_recipe.fault}")
+        return
+    share = f", {size(by_recipe.memory(workers))} on each of {workers} ranks" if workers > 1 else ""
+    kept = " and an average of the weights" if by_recipe.averaged else ""
+    yield Finding(
+        "note",
+        f"{name} trains {by_recipe.model.learns:,} parameters at most{kept}, in stage '{by_recipe.stage}': "
+        f"{size(by_recipe.memory(1))}{share}",
+    )
 
 
 def _room(roles: list[Role]) -> Iterator[Finding]:
@@ -301,6 +261,32 @@ def _room(roles: list[Role]) -> Iterator[Finding]:
         yield Finding(
             "missing", f"inference needs {size(whole)} but {where} has {size(room)}; use a larger machine or GPU"
         )
+
+
+def _gpus(roles: list[Role], by_recipe: ByRecipe | None, workers: int) -> Iterator[Finding]:
+    """Whether GPUs are needed, and which are there."""
+    whole, largest = (f(role.parameters * FP32 for role in roles) for f in (sum, max))
+    gpus = gpu_memory()
+    yield Finding(
+        "note", f"found on this machine: {', '.join(map(size, gpus))}" if gpus else "none found on this machine"
+    )
+    yield Finding(
+        "note",
+        f"inference runs without one; it takes one of {size(whole)}, or to serve one for each role, of at most "
+        f"{size(largest)}",
+    )
+    if by_recipe is None or by_recipe.model is None:
+        return
+    name, least = f"recipe '{by_recipe.recipe.name}'", by_recipe.memory(workers)
+    if by_recipe.recipe.precision == "fp32":
+        yield Finding("note", f"training by {name} runs without one, in fp32")
+        return
+    have = sum(memory > least for memory in gpus)
+    yield Finding(
+        "ok" if have >= workers else "short",
+        f"training by {name}, in bf16, needs {workers} with more than {size(least)} each; this machine has {have}"
+        + ("" if have >= workers else ", the others must be in the Ray cluster"),
+    )
 
 
 def _weights(settings: ModelSettings, model: str | None) -> Iterator[Finding]:
@@ -334,12 +320,9 @@ def _weights(settings: ModelSettings, model: str | None) -> Iterator[Finding]:
 
 def published_parameters(settings: ModelSettings) -> dict[str, int]:
     """Parameters of the encoders, the LLM and the decoders that have published weights, by part."""
-    import torch
+    from lumen_ray.model.build import count_parameters
 
-    from lumen_ray.model.build import Generalist, count_parameters
-
-    with torch.device("meta"):
-        model = Generalist(settings, settings.vocab_size)
+    model = on_meta(settings)
     trunk, fresh = model.trunk, _fresh(settings, model)
     encoders = {"clip": trunk.vision.clip, "dinov2": trunk.vision.dinov2}
     found = {name: count_parameters(encoder.model) for name, encoder in encoders.items() if encoder is not None}

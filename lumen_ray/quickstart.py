@@ -136,12 +136,13 @@ def _evaluate(output: Path, model: Path) -> dict[str, Any]:
 
     from lumen_ray.evaluate.report import print_report
     from lumen_ray.evaluate.run import evaluate
+    from lumen_ray.inference.device import find_device
     from lumen_ray.inference.engine import Engine
 
     torch.set_num_threads(os.cpu_count() or 1)
     with bar("evaluate") as progress:
         report = evaluate(
-            Engine.load(model),
+            Engine.load(model, find_device()),
             output / "shards" / "val",
             output / "evaluation",
             batch_size=16,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -218,6 +219,12 @@ def get_task(name: str) -> Task:
     if name not in TASKS:
         raise unknown("task", name, TASKS)
     return TASKS[name]
+
+
+def in_words(wanted: Callable[[Task], bool]) -> str:
+    """The names of the tasks that are `wanted`, e.g. ``"detect, pose and count"``."""
+    *names, end = [task.name for task in TASKS.values() if wanted(task)]
+    return f"{', '.join(names)} and {end}" if names else end
 
 
 def decoder_class(name: str) -> type:

@@ -38,6 +38,10 @@ def told(capsys, *argv: str) -> str:
             ["label", "nowhere", "--output", "y", "--decoders", "detect=unipose"],
             ["nano: decoders: 'unipose' cannot serve task 'detect'; this model's for it: lumen"],
         ),
+        (["evaluate", "--shards", "x", "--output", "y", "--device", "gpu"], ["'gpu'; devices: cpu, cuda, cuda:N"]),
+        (["evaluate", "--shards", "x", "--output", "y", "--device", "cuda:99"], ["'cuda:99' is not there", "cpu"]),
+        (["label", "x", "--output", "y", "--actors", "0", "--device", "cuda:99"], ["'cuda:99' is not there", "cpu"]),
+        (["label", "x", "--output", "y", "--device", "cuda:1"], ["'cuda:1' cannot be asked of Ray's actors"]),
         (["evaluate", "--shards", "x", "--output", "y", "--decoders", "unipose"], ["'unipose' must be TASK=DECODER"]),
     ],
 )
@@ -98,6 +102,51 @@ def test_text_pairs(capsys):
     assert cli._texts(["vqa=how many ?", "vqa=what = this ?"]) == {"vqa": ["how many ?", "what = this ?"]}
     with pytest.raises(cli.UserError, match="TASK=TEXT"):
         cli._texts(["how many"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "gpus", "used"), [([], 0, "cpu"), ([], 2, "cuda"), (["--device", "cuda:1"], 2, "cuda:1")]
+)
+def test_evaluate_runs_on_a_gpu_where_there_is_one(monkeypatch, asked, gpus, used):
+    class Loaded(Exception):
+        pass
+
+    def load(model, device="cpu", decoders=None):
+        raise Loaded(device)
+
+    monkeypatch.setattr("lumen_ray.inference.engine.Engine.load", load)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    with pytest.raises(Loaded, match=f"^{used}$"):
+        cli.main(["evaluate", "--shards", "x", "--output", "y", *asked])
+
+
+def test_label_hands_the_device_on(monkeypatch):
+    seen = []
+
+    def label(*args, device, **options):
+        seen.append(device)
+        return {"images": 0, "labelled": 0, "errors": 0, "first_error": None}
+
+    monkeypatch.setattr("lumen_ray.label.pipeline.label", label)
+    for device in ([], ["--device", "cuda"]):
+        assert cli.main(["label", "x", "--output", "y", "--classes", "a", *device]) == 0
+    assert seen == [None, "cuda"]
+
+
+@pytest.mark.parametrize(("tasks", "own"), [("semantic", True), ("caption,count", True), ("caption", False)])
+def test_classes_are_the_models_own_where_none_are_given(monkeypatch, tasks, own):
+    from lumen_ray.model.build import read_meta
+
+    seen = []
+
+    def label(*args, classes, **options):
+        seen.append(classes)
+        return {"images": 0, "labelled": 0, "errors": 0, "first_error": None}
+
+    monkeypatch.setattr("lumen_ray.label.pipeline.label", label)
+    assert cli.main(["label", "x", "--output", "y", "--tasks", tasks]) == 0
+    assert seen == [read_meta("nano").classes if own else None]
 
 
 def test_decoders_by_task():

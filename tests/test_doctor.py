@@ -9,7 +9,10 @@ from tiny_models import tiny_model, tiny_settings, tiny_tokenizer
 
 from lumen_ray import cli, doctor
 from lumen_ray.doctor import Finding, Role, examine, roles_of
+from lumen_ray.errors import UserError
+from lumen_ray.footprint import count_recipe
 from lumen_ray.model.build import ModelMeta, count_parameters, save_model
+from lumen_ray.train.recipe import Recipe
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +62,10 @@ def test_7b_says_which_weights_are_missing(capsys, monkeypatch):
         assert re.search(rf"{role} +[\d,]+ parameters; inference", told)
     assert "on each of 32 ranks" in told  # of its recipe
     assert "inference fits in the largest GPU" in told
+    told = " ".join(told.split())
+    assert "none found" not in told and "found on this machine: 80.0 GiB" in told
+    assert "training by recipe '7b', in bf16, needs 32 with more than 13.3 GiB each; this machine has 1" in told
+    assert "trains 2,148,336,440 parameters at most, in stage 'joint'" in told  # LoRA's adapters, not the LLM
 
 
 @pytest.mark.parametrize(
@@ -70,6 +77,62 @@ def test_memory_decides(monkeypatch, free, gpus, able):
     monkeypatch.setattr(doctor, "host_memory", lambda: free)
     monkeypatch.setattr(doctor, "gpu_memory", lambda: gpus)
     assert examine("nano")[1] is able
+
+
+def tiny_recipe(**changes):
+    stages = ({"name": "all", "steps": 1}, {"name": "some", "steps": 1, "trainable": ["lumen"]})
+    return Recipe.model_validate({"name": "tiny", "model": "tiny", "stages": stages, **changes})
+
+
+@pytest.mark.parametrize(
+    ("gpus", "precision", "state", "words"),
+    [
+        ([], "bf16", "short", "none found on this machine"),
+        ([1 << 20], "bf16", "short", "needs 2 with more than .* this machine has 0, the others"),  # too small
+        ([1 << 40], "bf16", "short", "this machine has 1, the others must be in the Ray cluster"),
+        ([1 << 40] * 2, "bf16", "ok", "this machine has 2$"),
+        ([], "fp32", "note", "training by recipe 'tiny' runs without one, in fp32"),
+    ],
+)
+def test_what_is_needed_of_gpus_and_what_is_missing(monkeypatch, gpus, precision, state, words):
+    monkeypatch.setattr(doctor, "gpu_memory", lambda: gpus)
+    settings = tiny_settings()
+    counted = count_recipe(settings, tiny_recipe(precision=precision))
+    findings = list(doctor._gpus(roles_of(settings), counted, 2))
+    assert findings[-1].state == state
+    assert re.search(words, "\n".join(finding.text for finding in findings), re.MULTILINE)
+
+
+def test_a_preset_without_the_gpus_to_train_it_says_so_and_can_run(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "_machine", lambda: iter(()))
+    monkeypatch.setattr(doctor, "gpu_memory", list)
+    monkeypatch.setattr(doctor, "host_memory", lambda: 1 << 40)
+    assert cli.main(["doctor", "--preset", "small"]) == 0  # its recipe computes in bf16
+    told = " ".join(capsys.readouterr().out.split())
+    assert "preset 'small' can run here, but not be trained by its recipe: training by recipe 'small', in bf16" in told
+
+
+def test_what_a_recipe_trains_is_counted():
+    settings, model = tiny_settings(vocab_size=len(tiny_tokenizer())), tiny_model()
+    whole, part = count_parameters(model), count_parameters(model.decoders["lumen"])
+    counted = count_recipe(settings, tiny_recipe())
+    assert (counted.stage, counted.model.learns, counted.averaged) == ("all", whole, 0)
+    averaging = count_recipe(settings, tiny_recipe(ema={}))
+    assert averaging.memory(1) - counted.memory(1) == 4 * averaging.averaged >= 4 * whole
+    one = count_recipe(settings, tiny_recipe(stages=[{"name": "some", "steps": 1, "trainable": ["lumen"]}]))
+    assert one.model.learns == part and one.model.parameters == whole
+    lora = count_recipe(settings, tiny_recipe(lora={"rank": 2}))
+    assert lora.model.parameters > whole and lora.model.learns < whole
+
+
+def test_without_peft_it_says_what_it_cannot_count(monkeypatch):
+    def missing():
+        raise UserError("pip install 'lumen-ray[lora]'")
+
+    monkeypatch.setattr("lumen_ray.train.lora._peft", missing)
+    counted = count_recipe(tiny_settings(), tiny_recipe(lora={}))
+    told = [finding.text for finding in doctor._needs(roles_of(tiny_settings()), 1, counted)]
+    assert told[-1] == "recipe 'tiny': what it trains cannot be counted: pip install 'lumen-ray[lora]'"
 
 
 def test_roles_may_have_a_gpu_each(monkeypatch):

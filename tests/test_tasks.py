@@ -3,7 +3,7 @@
 import pytest
 
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.tasks import DECODERS, LINK_FAMILIES, TASKS, decoder_class, family_of, task_of_prompt
+from lumen_ray.tasks import DECODERS, LINK_FAMILIES, TASKS, decoder_class, family_of, in_words, task_of_prompt
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -25,3 +25,9 @@ def test_a_tasks_decoders_read_the_queries_behind_its_routing_token(task):
     for template in task.templates:
         found = task_of_prompt(template.replace("{}", "a red circle"))
         assert "{}" not in template or found[1] == "a red circle"
+
+
+def test_tasks_are_named_in_words():
+    assert in_words(lambda task: task.result == "keypoints") == "pose"
+    assert in_words(lambda task: task.result == "image") == "generate and edit"
+    assert in_words(lambda task: task.needs == "classes") == "detect, segment, pose, semantic and count"

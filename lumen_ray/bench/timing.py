@@ -31,6 +31,7 @@ class Result:
     budget: str = ""  # the CPUs or device each side had
     details: dict[str, Any] = field(default_factory=dict)
     skipped: str = ""  # why nothing was measured
+    note: str = ""  # what the figures do not hold
 
     @property
     def ratios(self) -> list[float]:
@@ -48,9 +49,8 @@ class Result:
         if self.skipped:
             return f"{self.name} was left out: {self.skipped}"
         if not self.ratios:
-            return f"{self.name}: " + ", ".join(
-                f"{n} {_range(spread(r), '.1f')} {self.unit}" for n, r in self.rates.items()
-            )
+            told = (f"{n} {_range(spread(r), '.1f')} {self.unit}" for n, r in self.rates.items())
+            return f"{self.name}: {', '.join(told)}" + (f"; {self.note}" if self.note else "")
         first, second = self.rates
         turns = f"{len(self.ratios)} turn" + ("s" if len(self.ratios) > 1 else "")
         ratio = f"{first} / {second} is {_range(spread(self.ratios), '.3f')} over {turns}"
@@ -71,6 +71,7 @@ class Result:
             "reached": self.reached,
             "equal": self.equal,
             "budget": self.budget,
+            **({"note": self.note} if self.note else {}),
             **self.details,
         }
 

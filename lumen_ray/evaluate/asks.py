@@ -24,13 +24,21 @@ Ask = tuple[Request, Callable[[Answer], None]]
 class SplitScorer:
     """Turns rows into requests, and their answers into metrics.
 
-    classes: all class names of the split; skeletons: class -> keypoint names; tasks: what to ask.
+    classes: all class names of the split; skeletons: class -> keypoint names; tasks: what to ask; spoken: what is asked
+    in free chat besides, if anything is.
     """
 
-    def __init__(self, classes: Sequence[str], skeletons: Mapping[str, Sequence[str]], tasks: Sequence[str]):
+    def __init__(
+        self,
+        classes: Sequence[str],
+        skeletons: Mapping[str, Sequence[str]],
+        tasks: Sequence[str],
+        spoken: Sequence[str] = (),
+    ):
         self.classes = list(classes)
         self.skeletons = {name: tuple(points) for name, points in skeletons.items()}
         self.tasks = set(tasks)
+        self.spoken = self.tasks | set(spoken)
         self.box = CocoEvaluator("bbox", classes)
         self.mask = CocoEvaluator("segm", classes)
         self.keypoint = CocoEvaluator("keypoints", classes, skeletons=self.skeletons)
@@ -116,16 +124,19 @@ class SplitScorer:
                 asks.append((request, lambda a, t=truth: self.region.process(t, a.text)))
         return asks
 
-    def chat_asks(self, row: Row, number: int) -> list[Ask]:
-        """Each task's instruction as free chat: the LLM itself must choose the route. `number` varies the wording."""
+    def chat_asks(self, row: Row, number: int) -> tuple[list[Ask], list[Ask]]:
+        """Each task's instruction as free chat: the LLM itself must choose the route. `number` varies the wording.
+        (those about the row's image, those of words alone)"""
         if "chat" not in self.tasks:
-            return []
-        asks: list[Ask] = []
+            return [], []
+        seen: list[Ask] = []
+        blind: list[Ask] = []
         for task, phrase in self._instructions(row, number).items():
             text = get_task(task).prompt(phrase, number)
             request = make_request("chat", text=text)
+            asks = seen if get_task(task).sees_image else blind
             asks.append((request, lambda a, task=task: self.routing.process(task, a.route)))
-        return asks
+        return seen, blind
 
     def _instructions(self, row: Row, number: int) -> dict[str, str]:
         """Task -> the phrase to ask for; only what the split has. Classes rotate, present or not."""
@@ -133,18 +144,20 @@ class SplitScorer:
         names = [name for name in self.classes if name in row["classes"]]
         posed = [name for name in names if name in self.skeletons]
         for task in ("detect", "segment", "count"):
-            if task in self.tasks and names:
+            if task in self.spoken and names:
                 phrases[task] = names[number % len(names)]
-        if "pose" in self.tasks and posed:
+        if "pose" in self.spoken and posed:
             phrases["pose"] = posed[number % len(posed)]
         for item in row["phrases"]:
-            if item["task"] in self.tasks:
+            if item["task"] in self.spoken:
                 phrases.setdefault(item["task"], item["phrase"])
         for message in row["messages"]:
-            if message["task"] == "vqa" and "vqa" in self.tasks:
-                phrases.setdefault("vqa", message["turns"][0]["content"])
-            if message["task"] == "caption" and "caption" in self.tasks:
+            if message["task"] in ("vqa", "edit") and message["task"] in self.spoken:
+                phrases.setdefault(message["task"], message["turns"][0]["content"])
+            if message["task"] == "caption" and "caption" in self.spoken:
                 phrases.setdefault("caption", "")
+            if message["task"] == "caption" and "generate" in self.spoken:
+                phrases.setdefault("generate", message["turns"][-1]["content"])
         return phrases
 
     def evaluate(self) -> tuple[dict[str, Any], dict[str, dict[str, float | None]]]:

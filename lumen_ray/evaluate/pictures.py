@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,13 @@ class PicturesEvaluator:
         self.wanted.append(wanted)
         self.edited += answer.images
 
-    def evaluate(self, detect: Detector) -> dict[str, float | None]:
-        """The metrics of `score_generated` and `score_edits`, of what there is."""
+    def evaluate(self, tasks: Collection[str], detect: Detector) -> dict[str, float | None]:
+        """The metrics of `score_generated` and `score_edits`, for those of their tasks that were asked; None where no
+        picture was made."""
         metrics: dict[str, float | None] = {}
-        if self.generated:
+        if "generate" in tasks:
             metrics |= score_generated(self.described, self.generated, detect)
-        if self.edited:
+        if "edit" in tasks:
             metrics |= score_edits(self.before, self.wanted, self.edited, detect)
         return metrics
 

@@ -59,8 +59,8 @@ def evaluate(
     limit: images at most. chat_limit: images whose instructions are also asked as free chat (slow: text is sampled).
     picture_limit: images of which a picture is made from their caption or edited (slower still).
     progress: called with (images done, images in all) after each batch.
-    Raises `UserError` for tasks that the split is not annotated for, numbers that make no sense, and an
-    output folder that is a URL.
+    Raises `UserError` for tasks that the split is not annotated for or that the model has no decoder for, numbers that
+    make no sense, and an output folder that is a URL.
 
     Returns the report as a plain dict: ``metrics`` (metric -> value or None where the split has no annotations),
     ``tables``, ``settings``, counts and timing; ``images == scored + skipped``, the skipped ones with their reason in
@@ -70,7 +70,7 @@ def evaluate(
     _check(batch_size, limits)
     output = files.local_folder(output_dir)
     manifest = read_manifest(shards_dir)
-    scorer = _scorer(manifest, tasks, engine.tasks)
+    scorer = _scorer(manifest, tasks, engine)
     total = min(manifest["rows"], limit) if limit is not None else manifest["rows"]
     started = time.monotonic()
     errors: list[dict[str, str]] = []
@@ -88,7 +88,7 @@ def evaluate(
 
     write_atomically(output / "predictions.parquet", run)
     metrics, tables = scorer.evaluate()
-    metrics |= scorer.pictures.evaluate(detector_of(engine, scorer.classes))
+    metrics |= scorer.pictures.evaluate(scorer.tasks, detector_of(engine, scorer.classes))
     scorer.pictures.save(output)
     seconds = time.monotonic() - started
     report = {
@@ -123,7 +123,7 @@ def _check(batch_size: int, limits: dict[str, int | None]) -> None:
             raise UserError(f"{name} is {value}; give {least} or more", "invalid_setting")
 
 
-def _scorer(manifest: dict[str, Any], tasks: Sequence[str] | None, served: Sequence[str]) -> SplitScorer:
+def _scorer(manifest: dict[str, Any], tasks: Sequence[str] | None, engine: Any) -> SplitScorer:
     # any annotated task can also be asked in free chat, whether or not the split holds conversations
     annotated = [n for n in TASKS if manifest["tasks"].get(TASKS[n].annotation) and n != "chat"]
     has = f"its tasks: {', '.join(annotated) or 'none'}"
@@ -131,8 +131,12 @@ def _scorer(manifest: dict[str, Any], tasks: Sequence[str] | None, served: Seque
         raise UserError(f"no task given; give some that the split is annotated for, {has}", "empty_tasks")
     for name in tasks or ():
         get_task(name)
+    judged = "detect" in engine.serving  # pictures are, by the model's own detector
     # what a split is not annotated for by name is asked where it is named
-    by_default = [*(name for name in annotated if name in served and not TASKS[name].annotated_as), "chat"]
+    by_default = [
+        *(n for n in annotated if n in engine.tasks and not TASKS[n].annotated_as and (judged or not _draws(n))),
+        "chat",
+    ]
     wanted = by_default if tasks is None else list(dict.fromkeys(tasks))
     missing = [name for name in wanted if name not in annotated and name != "chat"]
     if missing or not annotated:
@@ -143,9 +147,26 @@ def _scorer(manifest: dict[str, Any], tasks: Sequence[str] | None, served: Seque
         raise UserError(
             f"task 'chat' asks for the other tasks in free chat; give some of them too, {has}", "nothing_to_evaluate"
         )
+    for name in wanted:
+        if not TASKS[name].is_text and name not in engine.serving:
+            raise UserError(
+                f"the model has no decoder for task '{name}'; it serves: {', '.join(engine.tasks)}", "no_decoder"
+            )
+        if _draws(name) and not judged:
+            raise UserError(
+                f"task '{name}' is scored by what the model detects in its pictures, but it has no decoder for task "
+                "'detect'; leave it out",
+                "no_decoder",
+            )
     categories = manifest["categories"]
     skeletons = {c["name"]: c["keypoints"] for c in categories if c.get("keypoints")}
-    return SplitScorer([c["name"] for c in categories], skeletons, wanted)
+    # of pictures no score is wanted that was not asked for, but whether the LLM knows when to draw
+    spoken = [name for name in annotated if name in engine.tasks and _draws(name)] if tasks is None else []
+    return SplitScorer([c["name"] for c in categories], skeletons, wanted, spoken)
+
+
+def _draws(task: str) -> bool:
+    return TASKS[task].result == "image"
 
 
 def _batches(folder: str | Path, manifest: dict[str, Any], total: int, batch_size: int) -> Iterator[list[Row]]:
@@ -178,15 +199,15 @@ def _score_batch(
 
     Rows whose image cannot be read or whose texts cannot be asked go to `errors`.
     """
-    images, asks, decisions, chats, made, readable = [], [], [], [], [], []
+    images, asks, decisions, chats, blind_chats, edits, made, readable = [], [], [], [], [], [], [], []
     for number, row in enumerate(rows, start=first):
         try:
             if row["image"] is None:
                 raise UserError("the row has no image", "no_image")
             image = decode(row["image"])
             mine, decided = scorer.asks(row), scorer.decision_asks(row)
-            free = scorer.chat_asks(row, number) if number < limits["chat_limit"] else []
-            fresh, edits = scorer.picture_asks(row, number) if number < limits["picture_limit"] else ([], [])
+            free, blind = scorer.chat_asks(row, number) if number < limits["chat_limit"] else ([], [])
+            fresh, edited = scorer.picture_asks(row, number) if number < limits["picture_limit"] else ([], [])
         except UserError as error:
             errors.append({"image_id": row["image_id"], "reason": error.reason, "message": str(error)})
             continue
@@ -194,7 +215,9 @@ def _score_batch(
         images.append(image)
         asks.append(mine)
         decisions.append(decided)
-        chats.append(free + edits)
+        chats.append(free)
+        blind_chats.append(blind)
+        edits.append(edited)
         made.append(fresh)
     records = []
     answers = _ask(engine, images, asks, score_threshold=SCORE_THRESHOLD, max_per_phrase=MAX_PER_PHRASE)
@@ -203,8 +226,11 @@ def _score_batch(
             records += answer_records(row["image_id"], row["source"], request, answer)
     _ask(engine, images, decisions, score_threshold=DECISION_THRESHOLD, max_per_phrase=MAX_PER_PHRASE)
     # of free chat nothing is wanted of a decoder, only which one would have been called
-    _ask(engine, images, chats, score_threshold=1.0, max_new_tokens=ROUTING_TOKENS)
-    _ask(engine, [None] * len(made), made)
+    nothing = [None] * len(images)
+    for pictures, free in ((images, chats), (nothing, blind_chats)):
+        _ask(engine, pictures, free, max_new_tokens=ROUTING_TOKENS, route_only=True)
+    _ask(engine, images, edits)
+    _ask(engine, nothing, made)
     return records
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, groupby, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -81,11 +82,14 @@ class TrunkStage:
         *,
         max_new_tokens: int = 48,
         class_chunk: int = 64,
+        route_only: bool = False,
     ) -> TrunkOutput:
         """One prefix per image, then all branches of all requests against it.
 
         images: uint8 [h, w, 3] RGB, EXIF-rotated, all of one `bucket`, None for words alone; requests: per image.
-        `class_chunk` bounds the branches per image and pass; it does not change results.
+        `class_chunk` bounds the branches per image and pass; it does not change results. In the sequential layout,
+        where the prompts of a request are one text, those are never cut apart, however many.
+        With `route_only` nothing is asked of a decoder: the plans say what the LLM wrote or the route it chose.
         """
         if len(images) != len(requests):
             raise ValueError(f"{len(images)} images but {len(requests)} lists of requests")
@@ -101,12 +105,20 @@ class TrunkStage:
         valid = torch.tensor([image is not None for image in images])
         prefix = self.trunk.encode(pixels.to(self.device), valid.to(self.device))
         plans = [
-            [RequestPlan(r.task, frames[b].size, decoder=self._decoder(r)) for r in rs] for b, rs in enumerate(requests)
+            [
+                RequestPlan(r.task, frames[b].size, decoder=self._decoder(r), route=TASKS[r.task].routing_token)
+                for r in rs
+            ]
+            for b, rs in enumerate(requests)
         ]
         asks = [
             ask for b, rs in enumerate(requests) for r, request in enumerate(rs) for ask in self._asks(request, b, r)
         ]
-        self._write_texts(prefix, requests, plans, asks, max_new_tokens)
+        chosen = self._write_texts(prefix, requests, plans, max_new_tokens)
+        if route_only:
+            asks = []
+        else:
+            asks += [ask for b, r in chosen for ask in self._routed(requests[b][r], plans[b][r].route, b, r)]
         parts = self._links(prefix, asks, plans, class_chunk)
         read = {decoder_class(name).reads for name in parts}
         dense = prefix.dense.float().cpu().contiguous() if "dense" in read else None
@@ -140,7 +152,8 @@ class TrunkStage:
             return []
         decoder, asks = self._decoder(request), []
         if request.region is not None:
-            branch = Branch(image, task.prompt(template=request.template), route=task.routing_token, regions=(0,))
+            text = task.prompt(template=request.template)
+            branch = Branch(image, text, route=task.routing_token, regions=(0,), group=index)
             return [_Ask(branch, PromptSpec(REGION_PHRASE, masks=True), image, index, decoder, request.region)]
         for phrase in request.phrases:
             names = self._keypoints(request, phrase) if task.name == "pose" else ()
@@ -169,11 +182,11 @@ class TrunkStage:
         prefix,
         requests: Sequence[Sequence[Request]],
         plans: list[list[RequestPlan]],
-        asks: list[_Ask],
         limit: int,
-    ) -> None:
-        """Greedy answers of all text requests; a chat answer that routes becomes a routed branch in `asks`."""
-        rows, branches, regions = [], [], []
+    ) -> list[tuple[int, int]]:
+        """Enters greedy answers of all text requests, or the routes they chose, in the plans; returns (image, request)
+        of every chat that chose one."""
+        rows, branches, regions, chosen = [], [], [], []
         for b, rs in enumerate(requests):
             for r, request in enumerate(rs):
                 task = TASKS[request.task]
@@ -184,7 +197,7 @@ class TrunkStage:
                 branches.append(Branch(len(rows), task.prompt(request.text, request.template), regions=where))
                 rows.append((b, r))
         if not rows:
-            return
+            return []
         layout = build_layout(branches, len(rows), self.tokenizer, self.prompt_layout).to(self.device)
         owners = [i for i, branch in enumerate(branches) if branch.regions]
         routing = {i: token for token, i in self.tokenizer.ids.items() if token in ROUTING_TOKENS}
@@ -196,9 +209,10 @@ class TrunkStage:
             plan, request = plans[b][r], requests[b][r]
             if tokens and tokens[-1] in routing and request.task == "chat":
                 plan.route = routing[tokens[-1]]
-                asks += self._routed(request, plan.route, b, r)
+                chosen.append((b, r))
             else:
                 plan.text = self.tokenizer.decode(t for t in tokens if t not in routing)
+        return chosen
 
     def _routed(self, request: Request, route: str, image: int, index: int) -> list[_Ask]:
         """Free chat in which the LLM chose a routing token: one more branch, with the queries behind the token."""
@@ -210,7 +224,7 @@ class TrunkStage:
         sample = SampleSettings() if task.result == "image" else None
         spec = PromptSpec(phrase, masks=task.result == "masks", sample=sample)
         decoder = self._decoder(Request(task.name))
-        return [_Ask(Branch(image, request.text, route=route), spec, image, index, decoder)]
+        return [_Ask(Branch(image, request.text, route=route, group=index), spec, image, index, decoder)]
 
     def _regions(self, regions: list[Region], images: list[int]) -> tuple[Tensor, Tensor]:
         """Masks of the model input [R, H, W] and the images they lie in, int64 [R]."""
@@ -222,13 +236,8 @@ class TrunkStage:
         self, prefix: Prefix, asks: list[_Ask], plans: list[list[RequestPlan]], chunk: int
     ) -> dict[str, LinkPart]:
         """Runs the routed branches in chunks per image; the super link of each decoder, in the order of `asks`."""
-        per_image: dict[int, list[int]] = {}
-        for i, ask in enumerate(asks):
-            per_image.setdefault(ask.image, []).append(i)
         embeddings: dict[int, Tensor] = {}  # by number of the ask
-        longest = max([len(members) for members in per_image.values()] + [0])
-        for start in range(0, longest, chunk):
-            members = [i for ms in per_image.values() for i in ms[start : start + chunk]]
+        for members in self._passes(asks, chunk):
             branches, regions, owners = [], [], []
             for ask in (asks[i] for i in members):
                 branches.append(ask.branch)
@@ -253,6 +262,18 @@ class TrunkStage:
             parts[name] = self._part(name, [asks[i] for i in mine], torch.stack([embeddings[i] for i in mine]), plans)
         return parts
 
+    def _passes(self, asks: list[_Ask], chunk: int) -> list[list[int]]:
+        """Numbers of the asks of each pass: `chunk` at most of an image, but for requests that are one text."""
+        one_text = self.prompt_layout == "sequential"
+        per_image: dict[int, list[list[int]]] = {}
+        for _, run in groupby(range(len(asks)), lambda i: (asks[i].image, asks[i].request) if one_text else i):
+            numbers = list(run)
+            chunks = per_image.setdefault(asks[numbers[0]].image, [[]])
+            if chunks[-1] and len(chunks[-1]) + len(numbers) > chunk:
+                chunks.append([])
+            chunks[-1] += numbers
+        return [list(chain.from_iterable(parts)) for parts in zip_longest(*per_image.values(), fillvalue=())]
+
     @staticmethod
     def _part(name: str, asks: list[_Ask], embeddings: Tensor, plans: list[list[RequestPlan]]) -> LinkPart:
         """A decoder's super link; the prompts of one request are a group. Enters its prompts in the plans."""
@@ -262,7 +283,7 @@ class TrunkStage:
                 last = i
                 plan = plans[ask.image][ask.request]
                 plan.links.append(i)
-                plan.route, plan.decoder = ask.branch.route, name
+                plan.decoder = name
             parents.append(-1 if ask.spec is not None else last)
             groups.setdefault((ask.image, ask.request), len(groups))
         columns = (
@@ -311,6 +332,11 @@ class Engine:
         return self.trunk.tasks
 
     @property
+    def serving(self) -> dict[str, str]:
+        """Task -> the decoder that serves it, of every task that the model has one for."""
+        return self.trunk.serving
+
+    @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self.loaded.meta.classes)
 
@@ -331,11 +357,13 @@ class Engine:
         max_per_phrase: int = 300,
         max_new_tokens: int = 48,
         class_chunk: int = 64,
+        route_only: bool = False,
     ) -> list[list[Answer]]:
         """An `Answer` per request of each image, predictions best first.
 
         images: uint8 [h, w, 3] RGB in the EXIF-rotated frame, None for words alone; requests: per image (see
-        `make_request`). Images that share a size bucket pass together.
+        `make_request`). Images that share a size bucket pass together. With `route_only` no decoder is called: an
+        answer has what the LLM wrote or the routing token, which of free chat says what the LLM would have called.
         """
         if len(images) == 0:
             return []
@@ -350,6 +378,7 @@ class Engine:
                 [requests[i] for i in members],
                 max_new_tokens=max_new_tokens,
                 class_chunk=class_chunk,
+                route_only=route_only,
             )
             predictions = {name: self.decoders[name].run(out, settings) for name in out.parts}
             found = [[finished(answer) for answer in row] for row in assemble(out.plans, predictions)]

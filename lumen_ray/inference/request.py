@@ -42,8 +42,8 @@ def make_request(
 ) -> Request:
     """A validated `Request`. Raises `UserError` (one sentence, machine-readable reason) for what cannot be asked.
 
-    detect, segment, pose and count need `classes`; ground, refer, vqa, chat, generate and edit need `text`;
-    region_caption needs `region`; caption needs nothing.
+    Of what a task `needs` by the registry, "classes" are given in `classes`, a "region" in `region`, "nothing" in none,
+    all else in `text`.
     """
     needs = get_task(task).needs
     for given in (text or "", *(classes or ()), *(keypoints or ())):

@@ -18,6 +18,7 @@ from typing import Any
 
 from lumen_ray.data import files
 from lumen_ray.errors import UserError, unknown
+from lumen_ray.inference.device import find_device
 from lumen_ray.inference.request import Request, make_request
 from lumen_ray.label.inputs import find_inputs
 from lumen_ray.label.ledger import Fragment, Ledger
@@ -60,8 +61,8 @@ def build_requests(
 ) -> list[Request]:
     """What to ask about every image.
 
-    detect, segment, pose and count ask for `classes`; ground, refer, vqa and chat take one request per text in
-    `prompts[task]`. Raises `UserError` for unknown tasks, missing classes or texts.
+    Tasks that need classes ask for `classes`, those that need a text take one request per text in `prompts[task]`.
+    Raises `UserError` for unknown tasks, missing classes or texts.
     """
     prompts = prompts or {}
     if not tasks:
@@ -114,7 +115,7 @@ def label(
     score_threshold: float = 0.3,
     max_per_phrase: int = 300,
     max_new_tokens: int = 48,
-    device: str = "cpu",
+    device: str | None = None,
     fragment_size: int = 32,
     exports: Sequence[str] = EXPORTS,
     progress: Progress | None = None,
@@ -125,14 +126,17 @@ def label(
     prompts: task -> texts for the tasks that need one (see `build_requests`).
     decoders: task -> the decoder that serves it, where it should be another than the model folder says.
     num_actors: model actors on Ray; 0 labels in this process, without Ray.
+    device: 'cpu' or 'cuda', in this process 'cuda:N' too; None: a GPU for each actor where the cluster has any.
     progress: called with a `Status` after every image.
 
     Writes ``labels/*.parquet``, ``errors.parquet``, the `exports` and ``summary.json``. Run again after an interruption
     it continues where it stopped. In the summary, ``images == labelled + errors``. Raises `UserError` for what cannot
-    be asked, a decoder that cannot serve its task, an input without images, or an output folder that is a URL or holds
-    labels made with other settings; and, once the errors are written, when no image at all could be labelled.
+    be asked, a decoder that cannot serve its task, a device that is not there, an input without images, or an output
+    folder that is a URL or holds labels made with other settings; and, once the errors are written, when no image at
+    all could be labelled.
     """
     _check(num_actors, batch_size, score_threshold, fragment_size, exports)
+    device = _check_device(device, num_actors)
     output = files.local_folder(output)
     requests = build_requests(tasks, classes, prompts, keypoints)
     chosen = _chosen_decoders(model, decoders or {})
@@ -179,6 +183,19 @@ def _check(
     for name in exports:
         if name not in EXPORTS:
             raise unknown("export", name, EXPORTS)
+
+
+def _check_device(device: str | None, num_actors: int) -> str | None:
+    """The device of this process. Which GPU an actor gets is Ray's choice, and whether there is one is known there."""
+    if num_actors == 0:
+        return find_device(device)
+    if device not in (None, "cpu", "cuda"):
+        raise UserError(
+            f"device '{device}' cannot be asked of Ray's actors, which get a GPU each; give 'cpu' or 'cuda', or "
+            "num_actors 0",
+            "unknown_device",
+        )
+    return device
 
 
 def _chosen_decoders(model: str | Path | Callable[[], Any], decoders: Mapping[str, str]) -> dict[str, str]:

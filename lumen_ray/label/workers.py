@@ -15,6 +15,7 @@ import numpy as np
 
 from lumen_ray.data.images import decode
 from lumen_ray.errors import UserError
+from lumen_ray.inference.device import find_device
 from lumen_ray.inference.request import Request
 from lumen_ray.label.inputs import read_bytes
 from lumen_ray.label.ledger import Fragment
@@ -29,11 +30,11 @@ _SAMPLE_BYTES = 1 << 20
 @dataclass(frozen=True)
 class WorkerSettings:
     """What a model actor needs. `model`: folder, or a function that returns an engine; `decoders`: task -> decoder,
-    where another than the folder says should serve it."""
+    where another than the folder says should serve it; `device`: None is a GPU where there is one."""
 
     model: str | Path | Callable[[], Any]
     requests: tuple[Request, ...]
-    device: str = "cpu"
+    device: str | None = None
     batch_size: int = 8
     num_actors: int = 1
     score_threshold: float = 0.3
@@ -169,7 +170,7 @@ def _load(settings: WorkerSettings) -> Any:
         return settings.model()
     from lumen_ray.inference.engine import Engine
 
-    return Engine.load(settings.model, settings.device, settings.decoders)
+    return Engine.load(settings.model, find_device(settings.device), settings.decoders)
 
 
 def _fit_requests(requests: Iterable[Request], engine: Any) -> list[Request]:
@@ -212,10 +213,11 @@ def label_on_ray(fragments: Sequence[Fragment], settings: WorkerSettings) -> Ite
     import ray
     import ray.data
 
+    from lumen_ray.train.resources import cluster_resources
+
     if not ray.is_initialized():
         init_local()
-    gpus = 1 if settings.device.startswith("cuda") else 0
-    _check_resources(ray.cluster_resources(), settings.num_actors, gpus)
+    settings, resources = actor_resources(settings, cluster_resources())
     rows = [{"item": fragment} for fragment in fragments]
     with _data_context(ray.data.DataContext.get_current()):
         dataset = (
@@ -227,21 +229,35 @@ def label_on_ray(fragments: Sequence[Fragment], settings: WorkerSettings) -> Ite
                 batch_size=settings.batch_size,
                 batch_format="numpy",
                 compute=ray.data.ActorPoolStrategy(size=settings.num_actors),
-                num_cpus=0 if gpus else 1,
-                num_gpus=gpus,
+                **resources,
             )
         )
         yield from dataset.iter_rows()
 
 
-def _check_resources(available: dict[str, float], num_actors: int, gpus: int) -> None:
+def actor_resources(
+    settings: WorkerSettings, available: Mapping[str, float]
+) -> tuple[WorkerSettings, dict[str, float]]:
+    """What an actor is told and what it asks Ray for, without which it would see no GPU, or one that is another's.
+
+    available: "CPU" and "GPU" of the cluster. GPUs are used where there are any. Raises `UserError` when the actors do
+    not fit.
+    """
+    on_gpu = settings.device == "cuda" or (settings.device is None and available.get("GPU", 0) >= 1)
+    _check_resources(available, settings.num_actors, on_gpu)
+    if on_gpu:
+        return settings, {"num_cpus": 0, "num_gpus": 1}
+    return replace(settings, device="cpu"), {"num_cpus": 1, "num_gpus": 0}
+
+
+def _check_resources(available: Mapping[str, float], num_actors: int, on_gpu: bool) -> None:
     """Ray Data would wait without a word for actors that never fit; one CPU must be left for reading."""
-    kind, need = ("GPU", num_actors * gpus) if gpus else ("CPU", num_actors + 1)
+    kind, need = ("GPU", num_actors) if on_gpu else ("CPU", num_actors + 1)
     have = int(available.get(kind, 0))
     if need > have:
-        most = max(have // gpus if gpus else have - 1, 0)
+        others = ([f"at most {have}"] if have else []) + ["device 'cpu'"] if on_gpu else [f"at most {max(have - 1, 0)}"]
         raise UserError(
-            f"num_actors {num_actors} needs {need} {kind}s but the Ray cluster has {have}; give at most {most}",
+            f"num_actors {num_actors} needs {need} {kind}s but the Ray cluster has {have}; give {' or '.join(others)}",
             "too_many_actors",
         )
 

@@ -10,9 +10,18 @@ from pydantic import BaseModel, ConfigDict, Field
 from lumen_ray.config import Settings, validate
 from lumen_ray.errors import UserError
 from lumen_ray.structures import REGION_KINDS
+from lumen_ray.tasks import Needs, in_words
 
 _FRAME = "pixels of the image after EXIF rotation, x to the right, y down, origin at the top left corner"
 T = TypeVar("T", bound=Settings)
+
+
+def _needing(what: Needs) -> str:
+    return in_words(lambda task: task.needs == what)
+
+
+_POSES = in_words(lambda task: task.result == "keypoints")
+_PICTURES = in_words(lambda task: task.result == "image")
 
 
 class RegionPrompt(Settings):
@@ -35,15 +44,16 @@ class RegionPrompt(Settings):
 class TaskFields(Settings):
     """What is asked about an image, whatever the task."""
 
-    classes: list[str] | None = Field(None, description="class names; detect, segment, pose and count need them")
+    classes: list[str] | None = Field(None, description=f"class names; {_needing('classes')} need them")
     text: str | None = Field(
         None,
-        description="the question (vqa, chat), the sentence whose phrases are to be found (ground), the expression "
-        "that describes one object (refer), the picture to make (generate) or what to change in it (edit)",
+        description=f"the question ({_needing('question')}), the sentence whose phrases are to be found "
+        f"({_needing('sentence')}), the expression that describes one object ({_needing('expression')}), the picture "
+        f"to make ({_needing('description')}) or what to change in it ({_needing('instruction')})",
     )
-    region: RegionPrompt | None = Field(None, description="the place that region_caption describes")
+    region: RegionPrompt | None = Field(None, description=f"the place that {_needing('region')} are about")
     keypoints: list[str] | None = Field(
-        None, description="names of the keypoints that pose looks for; null for those the model was trained with"
+        None, description=f"names of the keypoints that {_POSES} looks for; null for those the model was trained with"
     )
     score_threshold: float | None = Field(
         None,
@@ -59,17 +69,17 @@ class TaskFields(Settings):
         description="most instances of one class or phrase, best first; null for the server's default",
     )
     max_new_tokens: int | None = Field(None, ge=1, le=1024, description="longest text answer, in tokens of the model")
-    seed: int | None = Field(None, ge=0, description="generate and edit: another seed, another picture; null is 0")
-    steps: int | None = Field(None, ge=1, le=200, description="generate and edit: denoising steps; null is 30")
+    seed: int | None = Field(None, ge=0, description=f"{_PICTURES}: another seed, another picture; null is 0")
+    steps: int | None = Field(None, ge=1, le=200, description=f"{_PICTURES}: denoising steps; null is 30")
     guidance: float | None = Field(
-        None, ge=0, le=100, description="generate and edit: how strictly the text is followed; null is 7.5"
+        None, ge=0, le=100, description=f"{_PICTURES}: how strictly the text is followed; null is 7.5"
     )
     image_guidance: float | None = Field(
-        None, ge=0, le=100, description="edit: how much of the image is kept; null is 1.5"
+        None, ge=0, le=100, description=f"{_needing('instruction')}: how much of the image is kept; null is 1.5"
     )
     height: int | None = Field(None, ge=8, le=4096, description="of the picture made, with `width`; null: the model's")
     width: int | None = Field(None, ge=8, le=4096, description="of the picture made, with `height`")
-    num_images: int | None = Field(None, ge=1, le=16, description="generate and edit: pictures to make; null is 1")
+    num_images: int | None = Field(None, ge=1, le=16, description=f"{_PICTURES}: pictures to make; null is 1")
 
 
 _IMAGE_TEXT = "the encoded image (JPEG, PNG, WebP) in base64, or a data URL; remote URLs are refused"
@@ -106,9 +116,9 @@ class Instance(BaseModel):
     phrase: str = Field(description="the class, phrase or expression it was found for")
     score: float = Field(description="confidence, 0..1")
     box: tuple[float, float, float, float] = Field(description=f"x1, y1, x2, y2 in {_FRAME}; the far edge is exclusive")
-    mask: Mask | None = Field(None, description="its pixels; segment only")
+    mask: Mask | None = Field(None, description=f"its pixels; {in_words(lambda task: task.result == 'masks')} only")
     keypoints: dict[str, tuple[float, float, float]] | None = Field(
-        None, description=f"name -> x, y (in {_FRAME}) and score 0..1; pose only"
+        None, description=f"name -> x, y (in {_FRAME}) and score 0..1; {_POSES} only"
     )
 
 
@@ -118,12 +128,12 @@ class TaskAnswer(BaseModel):
     task: str
     height: int = Field(description="of the image after EXIF rotation, in pixels")
     width: int = Field(description="of the image after EXIF rotation, in pixels")
-    text: str | None = Field(None, description="the written answer of chat, vqa, caption and region_caption")
+    text: str | None = Field(None, description=f"the written answer of {in_words(lambda task: task.is_text)}")
     route: str | None = Field(None, description="routing token that sent the prompt to a decoder; absent for text")
     phrases: list[str] | None = Field(None, description="what was looked for; absent for text")
     instances: list[Instance] | None = Field(None, description="objects found, per phrase best first; absent for text")
     counts: dict[str, int] | None = Field(None, description="count only: phrase -> number of objects")
-    images: list[str] | None = Field(None, description="generate and edit only: the pictures, PNG in base64")
+    images: list[str] | None = Field(None, description=f"{_PICTURES} only: the pictures, PNG in base64")
 
 
 class TaskResponse(TaskAnswer):

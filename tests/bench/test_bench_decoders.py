@@ -41,7 +41,9 @@ def test_memory_of_a_training_step_of_each_decoder():
     (lumen,) = [r for r in decoders.training_memory(images=1) if r.name == "memory/lumen"]
     ((used,),) = lumen.rates.values()
     assert 1 < used < 1000 and lumen.reached is None
-    assert lumen.verdict().endswith("MiB") and str(round(used, 1)) in lumen.verdict()
+    assert str(round(used, 1)) in lumen.verdict()
+    assert lumen.verdict().endswith("gradients and inputs, and without trunk and optimiser")
+    assert lumen.to_json()["note"] in lumen.verdict()
 
 
 def test_the_peak_is_what_is_held_at_one_time():

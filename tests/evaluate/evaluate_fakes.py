@@ -38,6 +38,7 @@ class FakeEngine:
 
     preset, version, image_size, tasks = "fake", "0000", 128, UNDERSTANDING
     chosen_decoders = {}
+    serving = {name: "fake" for name in UNDERSTANDING if not TASKS[name].is_text}
 
     def __init__(self, rows, *, skeletons=(), shift=0.0, text=None, route="truth", instances=True):
         self.rows = {image_key(decode(row["image"])): row for row in rows}
@@ -45,7 +46,7 @@ class FakeEngine:
         self.shift, self.text, self.route, self.instances = shift, text, route, instances
         self.calls = []
 
-    def run(self, images, requests, *, score_threshold=0.05, max_per_phrase=100, max_new_tokens=48, class_chunk=128):
+    def run(self, images, requests, *, score_threshold=0.05, max_per_phrase=100, max_new_tokens=48, route_only=False):
         self.calls.append([[r.task for r in mine] for mine in requests])
         return [
             [self._answer(self.rows[image_key(image)], request) for request in mine]

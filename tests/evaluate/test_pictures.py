@@ -9,10 +9,12 @@ from PIL import Image
 
 from lumen_ray.data import scenes, scenes_edits
 from lumen_ray.data.images import decode
+from lumen_ray.data.schema import make_message
+from lumen_ray.errors import UserError
 from lumen_ray.evaluate.pictures import write_sheet
 from lumen_ray.evaluate.run import evaluate
 from lumen_ray.structures import Answer, Boxes, Prediction
-from lumen_ray.tasks import TASKS
+from lumen_ray.tasks import TASKS, task_of_prompt
 
 ROWS, SIDE = 8, 128
 
@@ -25,10 +27,11 @@ class Painter(FakeEngine):
     """Makes the pictures that were wanted, or with `listens` False those of other rows; finds what is in each."""
 
     tasks = tuple(TASKS)
+    serving = {name: "painter" for name in TASKS if not TASKS[name].is_text}
 
     def __init__(self, rows, listens=True):
         super().__init__(rows)
-        self.seen, self.captions, self.edits = {}, {}, {}
+        self.seen, self.captions, self.edits, self.settings = {}, {}, {}, []
         for number, row in enumerate(rows):
             other = rows[number if listens else (number + 1) % len(rows)]
             caption = next(m for m in row["messages"] if m["task"] == "caption")["turns"][-1]["content"]
@@ -44,6 +47,7 @@ class Painter(FakeEngine):
 
     def run(self, images, requests, **settings):
         self.calls.append([[r.task for r in mine] for mine in requests])
+        self.settings.append(settings)
         return [[self.reply(image, r) for r in mine] for image, mine in zip(images, requests, strict=True)]
 
     def reply(self, image, request):
@@ -52,6 +56,10 @@ class Painter(FakeEngine):
             return Answer("generate", (SIDE, SIDE), images=[self.captions[request.text]])
         if request.task == "edit":
             return Answer("edit", (SIDE, SIDE), images=[self.edits[key(image)]])
+        if request.task == "chat":
+            task, phrase = task_of_prompt(request.text)
+            assert phrase and (image is None) is (task == "generate")
+            return Answer("chat", (SIDE, SIDE), route=TASKS[task].routing_token)
         assert request.task == "detect"
         found = []
         for name in request.phrases:
@@ -107,3 +115,68 @@ def test_a_limit_bounds_what_is_made(split, tmp_path):
     engine = Painter(rows())
     evaluate(engine, split, tmp_path, tasks=["generate"], picture_limit=3)
     assert sum(asked == ["generate"] for call in engine.calls for asked in call) == 3
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("generate", lambda n: {**rows()[n], "messages": [make_message("caption", "what is it ?", "a photo .")]}),
+        ("edit", lambda n: {**rows()[n], "target_image": None}),
+    ],
+)
+def test_what_made_no_picture_has_no_value(tmp_path, task, row):
+    split = write_split(tmp_path / "split", [row(0), row(1)])
+    metrics = evaluate(Painter(rows()), split, tmp_path, tasks=[task])["metrics"]
+    found = {name: value for name, value in metrics.items() if name.startswith(f"{task}_")}
+    assert len(found) >= 4 and set(found.values()) == {None}
+    assert not any(name.startswith("edit_" if task == "generate" else "generate_") for name in metrics)
+
+
+@pytest.mark.parametrize(
+    ("served", "task", "words"),
+    [
+        (["detect"], "generate", "no decoder for task 'generate'; it serves: detect"),
+        (["detect"], "pose", "no decoder for task 'pose'"),
+        (
+            ["generate", "edit"],
+            "edit",
+            "scored by what the model detects in its pictures, but it has no",
+        ),
+    ],
+)
+def test_what_the_model_has_no_decoder_for_is_refused_before_the_run(split, tmp_path, served, task, words):
+    engine = Painter(rows())
+    engine.tasks, engine.serving = served, dict.fromkeys(served, "one")
+    with pytest.raises(UserError, match=words) as caught:
+        evaluate(engine, split, tmp_path / "out", tasks=[task])
+    assert caught.value.reason == "no_decoder" and not engine.calls and not (tmp_path / "out").exists()
+
+
+def test_pictures_that_nothing_can_judge_are_left_out_by_default(split, tmp_path):
+    engine = Painter(rows())
+    engine.tasks, engine.serving = ["caption", "edit"], {"edit": "one"}
+    engine.reply = lambda image, request: Answer(request.task, (SIDE, SIDE), text="")
+    assert evaluate(engine, split, tmp_path, limit=1)["tasks"] == ["chat", "caption"]
+
+
+def test_whether_the_llm_knows_when_to_draw_is_asked_without_drawing(split, tmp_path):
+    engine = Painter(rows())
+    report = evaluate(engine, split, tmp_path, tasks=["generate", "edit", "chat"], picture_limit=0, chat_limit=4)
+    assert report["tables"]["routing_per_task"] == {"generate": 1, "edit": 1}
+    chats = [s for tasks, s in zip(engine.calls, engine.settings, strict=True) if tasks[0] == ["chat"]]
+    assert len(chats) == 2 and all(settings["route_only"] for settings in chats)
+
+
+def test_by_default_it_is_asked_of_models_that_can_draw(split, tmp_path):
+    engine = Painter(rows())
+    engine.tasks, engine.serving = ["edit", "generate", "caption"], {"edit": "one", "generate": "other"}
+    reply = engine.reply
+
+    def write_captions(image, request):
+        asked = task_of_prompt(request.text) if request.task == "chat" else None
+        return reply(image, request) if asked else Answer(request.task, (SIDE, SIDE), text="")
+
+    engine.reply = write_captions
+    report = evaluate(engine, split, tmp_path, limit=4, chat_limit=4)
+    assert report["tasks"] == ["chat", "caption"]  # no picture is made
+    assert report["tables"]["routing_per_task"] == {"caption": 1, "generate": 1, "edit": 1}

@@ -104,3 +104,32 @@ def edit_batch(rows):
     pictures = [decode(row["image"]) for row in rows]
     rngs = [np.random.default_rng(i) for i in range(len(rows))]
     return Collator(tiny_tokenizer(), SIDE, ("edit",), {})(rows, pictures, rngs, pictures)
+
+
+@pytest.mark.parametrize(
+    ("token", "image", "text"), [("[GEN]", None, "draw a circle"), ("[EDIT]", PICTURE, "edit : x")]
+)
+def test_the_route_of_free_chat_can_be_asked_without_a_picture_being_drawn(engine, monkeypatch, token, image, text):
+    def choose(prefix, layout, images, *rest):
+        return [[engine.trunk.tokenizer.ids[token]]] * len(images)
+
+    def draw(*args):
+        raise AssertionError("a decoder was called")
+
+    monkeypatch.setattr(engine.trunk.trunk, "generate", choose)
+    for decoder in engine.decoders.values():
+        monkeypatch.setattr(decoder, "run", draw)
+    chat = make_request("chat", text=text)
+    (answer,) = engine.run([image], [[chat]], route_only=True)[0]
+    assert (answer.route, answer.text, answer.images, answer.predictions) == (token, None, None, [])
+    with pytest.raises(AssertionError, match="was called"):
+        engine.run([image], [[chat]])
+
+
+def test_a_route_that_the_model_has_no_decoder_for_is_told_all_the_same(monkeypatch):
+    plain = Engine(tiny_loaded())
+    choose = [[plain.trunk.tokenizer.ids["[GEN]"]]]
+    monkeypatch.setattr(plain.trunk.trunk, "generate", lambda *args: choose)
+    detect = make_request("detect", classes=["circle"])
+    chat, place = plain.run([PICTURE], [[make_request("chat", text="draw a circle"), detect]], route_only=True)[0]
+    assert (chat.route, place.route, place.predictions) == ("[GEN]", "[DET]", [])

@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from released_fakes import NEW_TOKENS, gpt_tokenizer, llama_tokenizer, released_settings
@@ -10,10 +11,14 @@ from tiny_models import random_images, scrambled, tiny_tokenizer
 from tokenizers import AddedToken
 
 from lumen_ray.errors import UserError
+from lumen_ray.inference.engine import TrunkStage
+from lumen_ray.inference.request import make_request
+from lumen_ray.model.build import LoadedModel, ModelMeta, build_model
 from lumen_ray.model.prompts import IGNORE, Branch, build_layout
 from lumen_ray.model.sequential import SYSTEM, lead_tokens
 from lumen_ray.model.tokenizer import ASSISTANT, EOS, PAD, USER, LumenTokenizer
 from lumen_ray.model.trunk import Trunk
+from lumen_ray.structures import Region
 
 WORDS = (
     f"{SYSTEM} USER: ASSISTANT: Can you analyze the image and identify the red cat dog present? Yes, here are results"
@@ -139,6 +144,48 @@ def test_in_one_string_a_prompt_changes_those_after_it_and_none_before():
         return trunk.ask(prefix, layout, none, none)["lumen"].embeddings
 
     assert (links("cat", "dog")[1] - links("red", "dog")[1]).abs().max() > 1e-4
+
+
+@pytest.fixture(scope="module")
+def stage():
+    settings = released_settings(lead_tokens=lead_tokens(TOKENIZER, "<s>"))
+    model = scrambled(build_model(settings, len(TOKENIZER)))
+    return TrunkStage(LoadedModel(model, settings, TOKENIZER, ModelMeta("tiny-released"), ""))
+
+
+PICTURE = np.random.default_rng(0).integers(0, 256, (56, 56, 3), np.uint8)
+
+
+def links_of(stage, requests, **options):
+    """Request -> its links."""
+    out = stage.run([PICTURE], [requests], **options)
+    return [out.parts["lumen"].link.embeddings[plan.links] for plan in out.plans[0]]
+
+
+def test_requests_do_not_share_a_string(stage):
+    boxes = ([[2, 3], [20, 20]], [[30, 30], [50, 50]])
+    regions = [make_request("region_segment", region=Region("box", (56, 56), np.array(box))) for box in boxes]
+    asked = [make_request("segment", classes=["cat", "dog"]), *regions, make_request("detect", classes=["red"])]
+    together = links_of(stage, asked)
+    for request, links in zip(asked, together, strict=True):
+        torch.testing.assert_close(links, links_of(stage, [request])[0], atol=1e-4, rtol=1e-4)
+    assert (together[1] - together[2]).abs().max() > 1e-3
+
+
+def test_what_free_chat_routes_to_is_no_part_of_another_request(stage, monkeypatch):
+    monkeypatch.setattr(stage.trunk, "generate", lambda *args: [[TOKENIZER.ids["[DET]"]]])
+    chat, other = make_request("chat", text="detect cat"), make_request("detect", classes=["dog"])
+    found = links_of(stage, [other, chat])
+    torch.testing.assert_close(found[0], links_of(stage, [other])[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found[1], links_of(stage, [chat])[0], atol=1e-4, rtol=1e-4)
+
+
+def test_chunks_do_not_cut_a_string(stage):
+    asked = [make_request("detect", classes=["red", "cat", "dog"]), make_request("segment", classes=["cat", "dog"])]
+    whole = links_of(stage, asked)
+    for chunk in (1, 2, 4):
+        for links, wanted in zip(links_of(stage, asked, class_chunk=chunk), whole, strict=True):
+            torch.testing.assert_close(links, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_without_an_image_the_lead_is_still_seen():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +12,8 @@ from serve_fakes import base64_png, png
 
 from lumen_ray.errors import UserError
 from lumen_ray.serve.http import Overloaded, Unavailable
+from lumen_ray.serve.schemas import TaskFields
+from lumen_ray.serve.task_api import fields_of
 from lumen_ray.structures import Masks, SampleSettings, decode_png
 from lumen_ray.tasks import TASKS
 
@@ -251,6 +254,14 @@ def test_about_routes_and_pages(client, backend):
     assert client.get("/nothing").json()["error"]["reason"] == "not_found"
     wrong = client.get("/v1/detect")
     assert (wrong.status_code, wrong.json()["error"]["reason"]) == (405, "method_not_allowed")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_fields_of_the_api_name_the_tasks_that_take_them(name):
+    fields = TaskFields.model_fields
+    for field in fields_of(TASKS[name]):
+        if field not in ("height", "width"):  # told to be of the picture made
+            assert re.search(rf"\b{name}\b", fields[field].description), field
 
 
 def test_openapi_describes_every_task_and_resolves(client):
