@@ -43,8 +43,7 @@ def test_nano_can_run_with_what_is_bundled(capsys):
         ("nano-256", "train it"),  # no recipe goes by that name
     ],
 )
-def test_where_a_training_starts_is_told(preset, said, monkeypatch):
-    monkeypatch.setattr(doctor, "_memory", lambda settings, workers: iter(()))
+def test_where_a_training_starts_is_told(preset, said):
     assert text(examine(preset)[0]).endswith(said)
 
 
