@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from lumen_ray.data.collate import CLASS_TASKS
 from lumen_ray.data.images import decode
 from lumen_ray.data.inspect import Sampler, Section, View, shown
-from lumen_ray.data.inspect_prompts import Prompt, prompts_of
+from lumen_ray.data.inspect_prompts import Piece, Prompt, prompts_of
 from lumen_ray.data.statistics import Statistics
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
@@ -25,6 +25,8 @@ from lumen_ray.viz import Colour, draw, known_edges, palette, upscale_factor
 STORED_SIDE = 640
 #: From this many objects on, names would hide the picture.
 MAX_NAMED = 40
+#: More queries than these are not listed one by one.
+MAX_QUERIES = 8
 
 _PAGE = Template((Path(__file__).parent / "inspect.html").read_text())
 Row = dict[str, Any]
@@ -311,7 +313,19 @@ def _item(prompt: Prompt, prompts: list[Prompt], colours: dict[str, Colour]) -> 
 
 def _line(prompt: Prompt) -> str:
     """Tokens as the model gets them, what is to be found, and how many tokens it costs."""
-    return f"<span class=tokens>{''.join(_token(t) for t in prompt.pieces)}</span> <small>{safe(prompt.note)}</small>"
+    tokens = "".join(_token(piece) for piece in _few_queries(prompt.pieces))
+    return f"<span class=tokens>{tokens}</span> <small>{safe(prompt.note)}</small>"
+
+
+def _few_queries(pieces: list[Piece]) -> list[Piece]:
+    """Of many queries the first and the last: a picture has 64, a line has no room for them."""
+    queries = [i for i, (_, kind, _) in enumerate(pieces) if kind == "query"]
+    left_out = set(queries[1:-1]) if len(queries) > MAX_QUERIES else set()
+    return [
+        ("…", "query", False) if i == min(left_out, default=-1) else piece
+        for i, piece in enumerate(pieces)
+        if i not in left_out or i == min(left_out)
+    ]
 
 
 def _token(piece: tuple[str, str, bool]) -> str:

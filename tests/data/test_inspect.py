@@ -161,6 +161,8 @@ def test_pictures_to_make_are_shown_beside_what_they_are_made_of(edits, tmp_path
     assert np.abs(drawn.picture.astype(int) - np.asarray(wanted)).mean() < 6
     inspect(folder, tmp_path / "out", samples=len(rows), recipe=recipe and str(name))
     page = (tmp_path / "out" / "index.html").read_text()
+    queries = re.findall(r">(q\d+|…)</s>", page[page.index("<em>" + task) :])
+    assert queries[:3] == ["q1", "…", "q64"]
     assert page.count('alt="stored picture after the edit"') == page.count('alt="to make"') == len(rows)
 
 
