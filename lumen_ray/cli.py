@@ -111,7 +111,9 @@ def _data_args(verbs: Any) -> None:
     look.add_argument("shards", help="shard folder")
     look.add_argument("--output", default="inspect", help="folder for index.html, statistics.json (default: inspect)")
     look.add_argument("--samples", type=int, default=24, help="rows on the page (default: 24)")
-    look.add_argument("--recipe", help="whose prompts and augmentation are shown (default: all tasks, unaugmented)")
+    look.add_argument(
+        "--recipe", help="whose prompts and augmentation are shown (default: all tasks but generate, unaugmented)"
+    )
     look.add_argument("--stage", help="stage of the recipe (default: the one with most tasks)")
     look.add_argument("--top", type=int, default=30, help="classes listed one by one; the rest in a line (default: 30)")
     look.add_argument("--seed", type=int, default=0, help="which rows are sampled (default: 0)")

@@ -25,8 +25,9 @@ from lumen_ray.errors import UserError, unknown
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.presets import model_path, recipe_path
+from lumen_ray.tasks import TASKS, UNDERSTANDING
 from lumen_ray.train.checks import with_sizes
-from lumen_ray.train.recipe import Recipe, Stage
+from lumen_ray.train.recipe import Recipe, Stage, TaskGroup
 
 #: classes and reasons listed one by one; the rest is summed up
 TOP = 30
@@ -186,7 +187,7 @@ class Sampler:
     def _group(self, row: dict[str, Any], rng: np.random.Generator) -> int:
         """A group of the stage that the row is annotated for, drawn by weight; the first where there is none."""
         groups = self.recipe.stages[self.stage].groups
-        weights = np.array([g.weight * bool(set(g.tasks) & set(row["tasks"])) for g in groups])
+        weights = np.array([g.weight * any(TASKS[t].annotation in row["tasks"] for t in g.tasks) for g in groups])
         return int(rng.choice(len(groups), p=weights / weights.sum())) if weights.any() else 0
 
 
@@ -199,10 +200,13 @@ def _stage_index(recipe: Recipe, name: str | None) -> int:
     return names.index(name)
 
 
-def load_recipe(name: str | None) -> Recipe:
-    """A recipe by name or file; without one, all tasks with the settings that a recipe has by default."""
+def load_recipe(name: str | None, edits: bool = False) -> Recipe:
+    """A recipe by name or file; without one, all tasks about images with the settings that a recipe has by default, and
+    with `edits` that task too, of a model that has a decoder for it."""
     if name is None:
-        return Recipe(name="defaults", stages=(Stage(name="all tasks", steps=1),))
+        tasks = (*UNDERSTANDING, "edit") if edits else UNDERSTANDING
+        stage = Stage(name="all tasks", steps=1, groups=(TaskGroup(tasks=tasks),))
+        return Recipe(name="defaults", model="nano-experts" if edits else "nano", stages=(stage,))
     return config.load(Recipe, recipe_path(name))
 
 
@@ -234,7 +238,7 @@ def inspect(
         if value < least:
             raise UserError(f"{name} is {value}; give {least} or more", "invalid_setting")
     manifest = read_manifest(folder)
-    sampler = Sampler(folder, manifest, load_recipe(recipe), stage)
+    sampler = Sampler(folder, manifest, load_recipe(recipe, "edit" in manifest["tasks"]), stage)
     output = files.absolute(output)
     files.make_folder(output)
     if verify and (problems := shards.verify(folder)):

@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 from lumen_ray.data.collate import CLASS_TASKS
 from lumen_ray.data.images import decode
 from lumen_ray.data.inspect import Sampler, Section, View, shown
-from lumen_ray.data.inspect_prompts import Prompt, prompts_of
+from lumen_ray.data.inspect_prompts import Piece, Prompt, prompts_of
 from lumen_ray.data.statistics import Statistics
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
@@ -25,6 +25,8 @@ from lumen_ray.viz import Colour, draw, known_edges, palette, upscale_factor
 STORED_SIDE = 640
 #: From this many objects on, names would hide the picture.
 MAX_NAMED = 40
+#: More queries than these are not listed one by one.
+MAX_QUERIES = 8
 
 _PAGE = Template((Path(__file__).parent / "inspect.html").read_text())
 Row = dict[str, Any]
@@ -129,7 +131,20 @@ def _stored(row: Row, names: dict[str, tuple[str, ...]], edges: dict[str, Any], 
               for p in row["phrases"]]  # fmt: skip
     listed = f"<details><summary>{len(texts)} texts</summary><ul>{''.join(texts)}</ul></details>" if texts else ""
     words = f"<p>{caption}</p>" + "".join(f"<p>{note}</p>" for note in notes)
-    return f"{_stored_picture(row, names, edges, colours)}<figcaption><i>as stored</i>{words}{listed}</figcaption>"
+    stored, told = _stored_picture(row, names, edges, colours), "as stored"
+    if row["target_image"] is not None:
+        stored = _pair(stored, _edited_picture(row["target_image"]))
+        told += ", before and after the edit"
+    return f"{stored}<figcaption><i>{told}</i>{words}{listed}</figcaption>"
+
+
+def _edited_picture(encoded: bytes) -> str:
+    try:
+        edited = Image.fromarray(decode(encoded))
+    except UserError as error:
+        return f"<div class=none>{safe(error)}</div>"
+    edited.thumbnail((STORED_SIDE, STORED_SIDE), Image.Resampling.LANCZOS)
+    return f'<img class=zoom loading=lazy src="{_url(edited)}" alt="stored picture after the edit">'
 
 
 def _stored_picture(
@@ -198,19 +213,29 @@ def _url(picture: Image.Image, kind: str = "JPEG") -> str:
 
 def _seen(view: View, prompts: list[Prompt], colours: dict[str, Colour]) -> str:
     """The augmented model input, and over it what each prompt should find."""
+    wanted = next((p.picture for p in prompts if p.picture is not None), None)  # a row has one
+    made = "" if wanted is None else f'<img loading=lazy src="{_url(Image.fromarray(wanted), "PNG")}" alt="to make">'
     if not bool(view.batch["has_image"][0]):
-        return "<div class=none>no image</div><figcaption><i>model input</i></figcaption>"
+        told = f"<i>model input</i>, and {wanted.shape[1]}×{wanted.shape[0]} to make" if made else "<i>model input</i>"
+        return f"{_pair('<div class=none>no image</div>', made)}<figcaption>{told}</figcaption>"
     pixels = view.batch["images"][0].permute(1, 2, 0).numpy()
     height, width = pixels.shape[:2]
     layers = "".join(_layer(p, colours.get(p.phrase, (255, 255, 255)), view, (height, width)) for p in prompts)
     lost = _lost(view.row, prompts)
     left_out = f"<p>{lost} objects of the classes asked for are not in it: cropped away or too small</p>" * bool(lost)
-    return (
+    seen = (
         f'<div class=input><img loading=lazy src="{_url(Image.fromarray(pixels), "PNG")}" alt="model input">'
         f'<svg viewBox="0 0 {width} {height}">{layers}</svg></div>'
-        f"<figcaption><i>model input</i> {width}×{height}, after augmentation, with what the prompts should find"
-        f"{left_out}</figcaption>"
     )
+    beside = ", and the picture to make of it" if made else ""
+    return (
+        f"{_pair(seen, made)}<figcaption><i>model input</i> {width}×{height}, after augmentation, with what the "
+        f"prompts should find{beside}{left_out}</figcaption>"
+    )
+
+
+def _pair(left: str, right: str) -> str:
+    return f"<div class=pair>{left}{right}</div>" if right else left
 
 
 def _lost(row: Row, prompts: list[Prompt]) -> int:
@@ -288,7 +313,19 @@ def _item(prompt: Prompt, prompts: list[Prompt], colours: dict[str, Colour]) -> 
 
 def _line(prompt: Prompt) -> str:
     """Tokens as the model gets them, what is to be found, and how many tokens it costs."""
-    return f"<span class=tokens>{''.join(_token(t) for t in prompt.pieces)}</span> <small>{safe(prompt.note)}</small>"
+    tokens = "".join(_token(piece) for piece in _few_queries(prompt.pieces))
+    return f"<span class=tokens>{tokens}</span> <small>{safe(prompt.note)}</small>"
+
+
+def _few_queries(pieces: list[Piece]) -> list[Piece]:
+    """Of many queries the first and the last: a picture has 64, a line has no room for them."""
+    queries = [i for i, (_, kind, _) in enumerate(pieces) if kind == "query"]
+    left_out = set(queries[1:-1]) if len(queries) > MAX_QUERIES else set()
+    return [
+        ("…", "query", False) if i == min(left_out, default=-1) else piece
+        for i, piece in enumerate(pieces)
+        if i not in left_out or i == min(left_out)
+    ]
 
 
 def _token(piece: tuple[str, str, bool]) -> str:

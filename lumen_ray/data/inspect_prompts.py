@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumen_ray.decoders.base import PerceptionTargets
+from lumen_ray.decoders.base import ImageTargets, PerceptionTargets
 from lumen_ray.model.prompts import IGNORE, Layout
 from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.tasks import TASKS, task_of_prompt
@@ -38,11 +38,13 @@ class Prompt:
     keypoint_names: tuple[str, ...] = ()
     edges: list[list[int]] = field(default_factory=list)
     labelled: int = -1  # of a keypoint prompt: in how many of the instances it is labelled
+    picture: np.ndarray | None = None  # that it should make, uint8 [h, w, 3]
 
     @property
     def negative(self) -> bool:
         """A perception prompt that should find nothing."""
-        return not TASKS[self.task].is_text and self.parent < 0 and not self.boxes
+        finds = not TASKS[self.task].is_text and TASKS[self.task].result != "image"
+        return finds and self.parent < 0 and not self.boxes
 
     @property
     def note(self) -> str:
@@ -51,6 +53,9 @@ class Prompt:
             return f"{self.tokens} tokens"
         if self.parent >= 0:
             return f"labelled in {self.labelled}, {self.tokens} tokens"
+        if self.picture is not None:
+            height, width = self.picture.shape[:2]
+            return f"to make: a picture of {width}×{height}, {self.tokens} tokens"
         if self.negative:
             return f"nothing to find, {self.tokens} tokens"
         masks = f", {len(self.masks)} with a mask" if self.masks else ""
@@ -74,7 +79,10 @@ def prompts_of(view: View, tokenizer: LumenTokenizer, edges: dict[str, Any]) -> 
         for link, branch in enumerate(members):
             if parents[link] >= 0:
                 prompts[branch].parent = members[parents[link]]
-            _targets(prompts[branch], targets, link)
+            if isinstance(targets, ImageTargets):
+                prompts[branch].picture = _picture(targets, link)
+            else:
+                _targets(prompts[branch], targets, link)
         for link, branch in enumerate(members):
             if children := [i for i, parent in enumerate(parents) if parent == link]:
                 _pose(prompts[branch], [prompts[members[i]] for i in children], targets, link, children, edges)
@@ -123,6 +131,13 @@ def _targets(prompt: Prompt, targets: PerceptionTargets, link: int) -> None:
     prompt.boxes = targets.boxes[link, valid].tolist()
     prompt.crowd = targets.crowd[link, valid].tolist()
     prompt.masks = [targets.masks[i].numpy() for i in targets.mask_index[link, valid].tolist() if i >= 0]
+
+
+def _picture(targets: ImageTargets, link: int) -> np.ndarray:
+    """The part of the target that counts."""
+    picture = targets.images[link].permute(1, 2, 0)
+    height, width = picture.shape[:2] if targets.extents is None else targets.extents[link].tolist()
+    return picture[:height, :width].contiguous().numpy()
 
 
 def _pose(

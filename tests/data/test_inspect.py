@@ -7,10 +7,11 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from lumen_ray import cli
-from lumen_ray.data import scenes, shards
+from lumen_ray.data import scenes, scenes_edits, shards
 from lumen_ray.data.collate import Collator
 from lumen_ray.data.images import decode
 from lumen_ray.data.inspect import Sampler, inspect, load_recipe, print_sections, sample_places, sections
@@ -125,6 +126,49 @@ def test_the_page_needs_nothing_beside_it(folder, tmp_path):
     counts = json.loads((tmp_path / "out" / "statistics.json").read_text())
     assert counts["rows"] == statistics.rows == 16
     assert counts["class_instances"] == dict(statistics.class_instances)
+
+
+@pytest.fixture(scope="module")
+def edits(tmp_path_factory):
+    """Rows of scenes with an edit, and their shard folder."""
+    folder = tmp_path_factory.mktemp("edits")
+    rows = [scenes_edits.with_edit(scenes.scene_row(2, i, 64), scenes_edits.scene_edit(2, i, 64)) for i in range(6)]
+    rows = [row for row in rows if row["target_image"] is not None]
+    with shards.ShardWriter(folder, FILE, rows_per_group=4) as writer:
+        for row in rows:
+            writer.write(row)
+    categories = [{"name": name, "keypoints": [], "skeleton": []} for name in scenes.CLASSES]
+    shards.write_manifest(folder, shards.build_manifest([writer.entry], categories=categories))
+    return rows, folder
+
+
+@pytest.mark.parametrize("recipe", [None, "edit", "generate"])
+def test_pictures_to_make_are_shown_beside_what_they_are_made_of(edits, tmp_path, recipe):
+    rows, folder = edits
+    name = recipe and tmp_path / "recipe.yaml"
+    if recipe:
+        name.write_text(
+            f"name: one\nmodel: nano-experts\nstages: [{{name: a, steps: 1, groups: [{{tasks: [{recipe}]}}]}}]\n"
+        )
+    sampler = Sampler(folder, shards.read_manifest(folder), load_recipe(recipe and str(name), edits=True))
+    prompts = prompts_of(view_of(sampler, 0), sampler.tokenizer, {})
+    (drawn,) = (p for p in prompts if p.picture is not None)
+    source, task = ("image", "generate") if recipe == "generate" else ("target_image", "edit")
+    text = next(m for m in rows[0]["messages"] if m["task"] == ("caption" if recipe == "generate" else "edit"))
+    assert drawn.task == task and text["turns"][-1]["content"].lower() in instruction(drawn)
+    assert drawn.note.startswith(f"to make: a picture of {sampler.settings.image_size}×") and not drawn.negative
+    wanted = Image.fromarray(decode(rows[0][source])).resize(drawn.picture.shape[1::-1], Image.Resampling.BILINEAR)
+    assert np.abs(drawn.picture.astype(int) - np.asarray(wanted)).mean() < 6
+    inspect(folder, tmp_path / "out", samples=len(rows), recipe=recipe and str(name))
+    page = (tmp_path / "out" / "index.html").read_text()
+    queries = re.findall(r">(q\d+|…)</s>", page[page.index("<em>" + task) :])
+    assert queries[:3] == ["q1", "…", "q64"]
+    assert page.count('alt="stored picture after the edit"') == page.count('alt="to make"') == len(rows)
+
+
+def test_without_edits_the_page_has_no_pairs(folder, tmp_path):
+    inspect(folder, tmp_path / "out", samples=4)
+    assert "<div class=pair>" not in (tmp_path / "out" / "index.html").read_text()
 
 
 def test_long_lists_end_in_one_line_and_a_pipe_gets_plain_lines():
