@@ -127,7 +127,7 @@ def test_a_batch_of_nothing_can_be_stepped():
     losses = model(batch)
     step = StepLosses(model.loss_names, {}, [batch], torch.device("cpu"))
     step.add(batch, losses).backward()
-    assert set(step.read().means.values()) == {0.0} and step.read().tasks == {}
+    assert step.read().means == {} and step.read().tasks == {}
     decoder = [p.grad for p in model.decoders.parameters()]
     assert all(g is not None and not g.any() for g in decoder)
 
