@@ -211,6 +211,8 @@ TASKS: dict[str, Task] = {
 
 #: the tasks whose answers are texts and places, not pictures
 UNDERSTANDING = tuple(name for name, task in TASKS.items() if task.result != "image")
+#: those of them that a training step can have prompts of
+LEARNED = tuple(name for name in UNDERSTANDING if not TASKS[name].made_of)
 ROUTING_TOKENS: tuple[str, ...] = tuple(t for family in LINK_FAMILIES.values() for t in family.routing_tokens)
 
 

@@ -93,7 +93,7 @@ class BatchReader:
         batch = collator(rows, images, rngs, edited)
         return batch | {
             "step": step,
-            "decoders": stage.groups[item["group"]].learning,
+            "decoders": list(stage.groups[item["group"]].learning),
             "rejected": rejected,
             "read_s": time.perf_counter() - started,
         }

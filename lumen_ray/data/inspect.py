@@ -25,7 +25,7 @@ from lumen_ray.errors import UserError, unknown
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.presets import model_path, recipe_path
-from lumen_ray.tasks import TASKS, UNDERSTANDING
+from lumen_ray.tasks import LEARNED, TASKS
 from lumen_ray.train.checks import with_sizes
 from lumen_ray.train.recipe import Recipe, Stage, TaskGroup
 
@@ -204,7 +204,7 @@ def load_recipe(name: str | None, edits: bool = False) -> Recipe:
     """A recipe by name or file; without one, all tasks about images with the settings that a recipe has by default, and
     with `edits` that task too, of a model that has a decoder for it."""
     if name is None:
-        tasks = (*UNDERSTANDING, "edit") if edits else UNDERSTANDING
+        tasks = (*LEARNED, "edit") if edits else LEARNED
         stage = Stage(name="all tasks", steps=1, groups=(TaskGroup(tasks=tasks),))
         return Recipe(name="defaults", model="nano-experts" if edits else "nano", stages=(stage,))
     return config.load(Recipe, recipe_path(name))

@@ -13,7 +13,7 @@ from lumen_ray.data.collate import BranchSettings
 from lumen_ray.data.transforms import AugmentSettings
 from lumen_ray.errors import UserError, unknown
 from lumen_ray.structures import Size
-from lumen_ray.tasks import DECODERS, TASKS, UNDERSTANDING, get_task
+from lumen_ray.tasks import DECODERS, LEARNED, TASKS, get_task
 
 #: names a stage may list under `trainable`; each is a part of the model
 MODULES = ("stem", "vision", "regions", "llm", "queries", "link_heads", "dense", *DECODERS)
@@ -125,7 +125,7 @@ class Stage(Settings):
     name: str
     steps: int = Field(gt=0, description="optimizer steps")
     groups: tuple[TaskGroup, ...] = Field(
-        (TaskGroup(tasks=tuple(name for name in UNDERSTANDING if not TASKS[name].made_of)),),
+        (TaskGroup(tasks=LEARNED),),
         description="what step t trains is drawn from these by (seed, t)",
     )
     trainable: tuple[str, ...] | None = Field(

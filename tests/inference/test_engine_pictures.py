@@ -81,6 +81,7 @@ def test_the_loss_of_the_noise_reaches_the_llm_and_the_queries(engine, task, fam
     rows = [scenes.scene_row(0, n, SIDE) for n in range(2)]
     batch = scene_batch(rows, (task,)) if task == "generate" else edit_batch(rows)
     model.train()
+    torch.manual_seed(0)  # a prompt may be dropped for guidance, and then nothing reaches the LLM
     losses = model(batch)
     model.zero_grad()
     losses[task].total.backward()
