@@ -148,6 +148,7 @@ def _decoders_arg(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decoders",
         type=_names,
+        action="extend",
         default=[],
         metavar="TASK=DECODER,..",
         help="who serves a task that several of the model's decoders can, e.g. detect=grounding_dino,pose=unipose "

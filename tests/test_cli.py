@@ -152,6 +152,12 @@ def test_classes_are_the_models_own_where_none_are_given(monkeypatch, tasks, own
 def test_decoders_by_task():
     assert cli._decoders(["detect=lumen", "pose = unipose"]) == {"detect": "lumen", "pose": "unipose"}
     assert cli._decoders([]) == {}
+    common = ["evaluate", "--shards", "x", "--output", "y", "--decoders", "detect=lumen"]
+    assert cli.build_parser().parse_args([*common, "--decoders", "pose=unipose"]).decoders == [
+        "detect=lumen",
+        "pose=unipose",
+    ]
+    assert cli.build_parser().parse_args(common).decoders == ["detect=lumen"]
     with pytest.raises(cli.UserError, match="task 'pose' twice"):
         cli._decoders(["pose=lumen", "pose=unipose"])
 
