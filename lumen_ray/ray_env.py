@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
+
+from lumen_ray.errors import UserError
 
 
 def prepare_environment() -> None:
@@ -49,14 +52,24 @@ def init_local(num_cpus: int = 6, object_store_mb: int = 512) -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**common)
     else:
-        ray.init(
-            address="local",  # never somebody else's cluster that happens to run on this machine
-            num_cpus=max(num_cpus, os.cpu_count() or 1),
-            object_store_memory=object_store_mb << 20,
-            include_dashboard=False,
-            **common,
-        )
+        _start(num_cpus=max(num_cpus, os.cpu_count() or 1), object_store_memory=object_store_mb << 20, **common)
     prepare_data()
+
+
+def _start(**settings: Any) -> None:
+    """A Ray of our own on this machine; `UserError` when it is too busy for its processes to come up in time."""
+    import ray
+
+    try:
+        # never somebody else's cluster that happens to run on this machine
+        ray.init(address="local", include_dashboard=False, **settings)
+    except Exception as error:  # Ray raises no class of its own for it
+        if "timed out during startup" not in str(error):
+            raise
+        raise UserError(
+            "Ray did not start in time on this machine, which may be busy; run the command again when it is less so",
+            "ray_start",
+        ) from None
 
 
 def prepare_data() -> None:

@@ -1,9 +1,12 @@
-"""What stays behind in a process when its Ray ends."""
+"""How Ray starts, and what stays behind in a process when it ends."""
 
 import os
 import sys
 
-from lumen_ray.ray_env import prepare_environment, shutdown
+import pytest
+
+from lumen_ray.errors import UserError
+from lumen_ray.ray_env import init_local, prepare_environment, shutdown
 
 
 def test_serve_forgets_the_cluster_that_has_ended(monkeypatch):
@@ -24,3 +27,18 @@ def test_what_the_user_has_set_wins(monkeypatch):
     prepare_environment()
     assert os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "300"
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_a_machine_too_busy_to_start_ray_is_told(monkeypatch):
+    prepare_environment()
+    import ray
+
+    def init(**settings):
+        raise Exception("The current node timed out during startup. Some of the raylet failed")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(UserError, match="Ray did not start in time .* run the command again") as error:
+        init_local()
+    assert error.value.reason == "ray_start"
