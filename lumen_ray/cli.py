@@ -14,9 +14,10 @@ from typing import Any, NoReturn
 
 from lumen_ray import __version__, convert, doctor
 from lumen_ray.console import bar, console, say, training_note
+from lumen_ray.data import command as data_command
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.presets import DEFAULT_MODEL
-from lumen_ray.ray_env import prepare_environment, tasks_at_once
+from lumen_ray.ray_env import prepare_environment
 
 EXIT_USER_ERROR = 2
 #: verbs that continue where they stopped
@@ -52,8 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"lumen-ray {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
     _quickstart_args(verbs)
-    _prepare_args(verbs)
-    _data_args(verbs)
+    data_command.add_args(verbs, _Parser)
     _train_args(verbs)
     _evaluate_args(verbs)
     _label_args(verbs)
@@ -72,55 +72,6 @@ def _quickstart_args(verbs: Any) -> None:
     p.add_argument("--port", type=int, default=8000)
     p.add_argument("--keep-serving", action="store_true", help="leave the server up at the end")
     p.set_defaults(run=_quickstart)
-
-
-def _prepare_args(verbs: Any) -> None:
-    from lumen_ray.data.sources.registry import SOURCES
-
-    p = verbs.add_parser("prepare", help="write training shards from synthetic scenes or annotated data")
-    kinds = p.add_subparsers(dest="kind", metavar="SOURCE", parser_class=_Parser)
-    for name, source in SOURCES.items():
-        q = kinds.add_parser(name, help=source.help, description=f"{source.help}. {source.layout}".strip())
-        for argument in source.arguments:
-            argument.add_to(q)
-        q.add_argument("--output", required=True, help="shard folder to write; local, s3:// or gs://")
-        q.add_argument("--shuffle-seed", type=int, default=0, help="order of the rows (default: 0)")
-        q.add_argument("--rows-per-group", type=int, default=8, help="images per row group; batch sizes are multiples")
-        q.add_argument(
-            "--rows-per-file", type=int, default=512, help="images per file, the unit of work (default: 512)"
-        )
-        q.add_argument("--overwrite", action="store_true", help="replace shards that are there")
-        q.add_argument(
-            "--workers",
-            type=int,
-            help="most tasks at once (default: one per core, on a cluster as many as it has room for; 0: without Ray)",
-        )
-    p.set_defaults(run=_prepare)
-
-
-def _data_args(verbs: Any) -> None:
-    p = verbs.add_parser("data", help="look at shards, or write them in other formats")
-    kinds = p.add_subparsers(dest="action", metavar="ACTION", parser_class=_Parser, required=True)
-    export = kinds.add_parser("export", help="shards -> COCO json (boxes, masks, keypoints, captions)")
-    export.add_argument("shards", help="shard folder")
-    export.add_argument("--output", required=True, help="folder for instances.json and captions.json")
-    export.add_argument("--format", choices=("coco",), default="coco", help="format to write (default: coco)")
-    export.add_argument("--images", action="store_true", help="also write the images, byte for byte")
-    export.set_defaults(run=_data_export)
-    look = kinds.add_parser("inspect", help="counts and histograms, and a page of samples as training sees them")
-    look.add_argument("shards", help="shard folder")
-    look.add_argument("--output", default="inspect", help="folder for index.html, statistics.json (default: inspect)")
-    look.add_argument("--samples", type=int, default=24, help="rows on the page (default: 24)")
-    look.add_argument(
-        "--recipe", help="whose prompts and augmentation are shown (default: all tasks but generate, unaugmented)"
-    )
-    look.add_argument("--stage", help="stage of the recipe (default: the one with most tasks)")
-    look.add_argument("--top", type=int, default=30, help="classes listed one by one; the rest in a line (default: 30)")
-    look.add_argument("--seed", type=int, default=0, help="which rows are sampled (default: 0)")
-    look.add_argument(
-        "--verify", action=argparse.BooleanOptionalAction, default=True, help="check the checksums of all files first"
-    )
-    look.set_defaults(run=_data_inspect)
 
 
 def _train_args(verbs: Any) -> None:
@@ -220,64 +171,6 @@ def _quickstart(args: argparse.Namespace) -> None:
         port=args.port,
         keep_serving=args.keep_serving,
     )
-
-
-def _prepare(args: argparse.Namespace) -> None:
-    from lumen_ray.data.sources.registry import SOURCES
-
-    if not args.kind:
-        raise UserError(
-            f"prepare needs a source; sources: {', '.join(SOURCES)} (see 'lumen-ray prepare --help')", "usage"
-        )
-    from lumen_ray.data.prepare import prepare_source
-
-    with bar("prepare") as progress:
-        summary = prepare_source(
-            args.output,
-            SOURCES[args.kind].make(vars(args)),
-            shuffle_seed=args.shuffle_seed,
-            rows_per_group=args.rows_per_group,
-            rows_per_file=args.rows_per_file,
-            overwrite=args.overwrite,
-            workers=tasks_at_once() if args.workers is None else args.workers,
-            progress=progress.update,
-        )
-    say(prepared_line(summary))
-
-
-def prepared_line(summary: dict[str, Any]) -> str:
-    """What `prepare` wrote, in one line."""
-    tasks = ", ".join(f"{name} {count}" for name, count in summary["tasks"].items())
-    rejected = f"; {summary['rejected']} rejected, see rejected.parquet" if summary["rejected"] else ""
-    changed = "".join(f"; {number} {what}" for what, number in summary["changed"].items())
-    return f"{summary['rows']} rows in {summary['files']} files -> {summary['output']} ({tasks}{rejected}{changed})"
-
-
-def _data_export(args: argparse.Namespace) -> None:
-    from lumen_ray.data.export import export_coco
-
-    counts = export_coco(args.shards, args.output, images=args.images)
-    told = ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in counts.items() if number)
-    say(f"{told} -> {args.output}")
-
-
-def _data_inspect(args: argparse.Namespace) -> None:
-    from lumen_ray.data.inspect import inspect, print_sections, sections
-
-    with bar("inspect") as progress:
-        statistics, page = inspect(
-            args.shards,
-            args.output,
-            samples=args.samples,
-            recipe=args.recipe,
-            stage=args.stage,
-            top=args.top,
-            seed=args.seed,
-            verify=args.verify,
-            progress=progress.update,
-        )
-    print_sections(sections(statistics, args.top), console)
-    say(f"page -> {page}; the counts as JSON are beside it")
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ import os
 import platform
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -82,16 +82,19 @@ def examine(preset: str, model: str | None = None, workers: int | None = None) -
         recipe = _recipe(settings.name)
         workers = workers or (recipe.workers if recipe else 1)
         title = f"memory of '{settings.name}', weights and optimiser, activations aside"
+        published: dict[str, int] = {}
         try:
-            roles = roles_of(settings)
+            counted = on_meta(settings)
         except ImportError as error:  # a decoder whose package is optional
             needs = f"preset '{settings.name}' needs a package that is not installed: {error}"
             sections[title] = [Finding("missing", needs)]
         else:
+            roles = roles_of(counted)
+            published = published_parameters(settings, counted) if settings.published_weights else {}
             by_recipe = count_recipe(settings, recipe) if recipe else None
             sections[title] = [*_needs(roles, workers, by_recipe), *_room(roles)]
             sections[f"GPUs for '{settings.name}'"] = list(_gpus(roles, by_recipe, workers))
-        sections["weights"] = list(_weights(settings, model))
+        sections["weights"] = list(_weights(settings, model, published, recipe))
     able = all(finding.state != "missing" for findings in sections.values() for finding in findings)
     return sections, able
 
@@ -210,9 +213,9 @@ def _recipe(preset: str) -> Recipe | None:
     return recipe if recipe.model == preset else None
 
 
-def _start(preset: str) -> str:
+def _start(recipe: Recipe | None) -> str:
     """Where the recipe of the preset's name starts from."""
-    if (recipe := _recipe(preset)) is None:
+    if recipe is None:
         return ""
     start = f"'{recipe.init_from}'" if recipe.init_from else "fresh weights"
     return f", its recipe starts from {start}"
@@ -289,12 +292,14 @@ def _gpus(roles: list[Role], by_recipe: ByRecipe | None, workers: int) -> Iterat
     )
 
 
-def _weights(settings: ModelSettings, model: str | None) -> Iterator[Finding]:
+def _weights(
+    settings: ModelSettings, model: str | None, published: Mapping[str, int], recipe: Recipe | None
+) -> Iterator[Finding]:
+    """`published`: parameters by part, of those that have published weights."""
     from lumen_ray.model.build import read_meta
     from lumen_ray.presets import bundled_models, model_folder
 
     bundled = bundled_models()
-    published = published_parameters(settings) if settings.published_weights else {}
     yield Finding("note", f"bundled: {', '.join(bundled) or 'none'}")
     name = model or (settings.name if settings.name in bundled else None)
     if name is not None:
@@ -311,18 +316,17 @@ def _weights(settings: ModelSettings, model: str | None) -> Iterator[Finding]:
             f"in bf16) with '{settings.conversion}', then --model DIR; 'train' starts from it with --init-from DIR",
         )
     else:
-        yield Finding("note", f"none come with the package: train it{_start(settings.name)}")
+        yield Finding("note", f"none come with the package: train it{_start(recipe)}")
     for part, count in published.items():
         yield Finding("note", f"published {part}: {count:,} parameters, {size(count * BF16)} in bf16")
     if published and (fresh := [name for name in settings.decoder_names if name not in published]):
         yield Finding("note", f"not published, so that they start from fresh weights: {', '.join(fresh)}")
 
 
-def published_parameters(settings: ModelSettings) -> dict[str, int]:
-    """Parameters of the encoders, the LLM and the decoders that have published weights, by part."""
+def published_parameters(settings: ModelSettings, model: Generalist) -> dict[str, int]:
+    """Parameters of the encoders, the LLM and the decoders of a preset's model that have published weights, by part."""
     from lumen_ray.model.build import count_parameters
 
-    model = on_meta(settings)
     trunk, fresh = model.trunk, _fresh(settings, model)
     encoders = {"clip": trunk.vision.clip, "dinov2": trunk.vision.dinov2}
     found = {name: count_parameters(encoder.model) for name, encoder in encoders.items() if encoder is not None}

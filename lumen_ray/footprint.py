@@ -40,11 +40,6 @@ class Role:
         return whole // workers + (2 * self.block + self.unsharded) * FP32
 
 
-def roles_of(settings: ModelSettings) -> list[Role]:
-    """Trunk and decoders of a preset."""
-    return _roles(on_meta(settings))
-
-
 def on_meta(settings: ModelSettings) -> Generalist:
     """The model without its numbers, to be counted."""
     import torch
@@ -55,7 +50,8 @@ def on_meta(settings: ModelSettings) -> Generalist:
         return Generalist(settings, settings.vocab_size)
 
 
-def _roles(model: Generalist) -> list[Role]:
+def roles_of(model: Generalist) -> list[Role]:
+    """Trunk and decoders of a model."""
     trunk = _role("trunk", model.trunk, sharded=("vision", "llm"))
     return [trunk, *(_role(name, decoder) for name, decoder in model.decoders.items())]
 
@@ -109,7 +105,7 @@ def count_recipe(settings: ModelSettings, recipe: Recipe) -> ByRecipe:
             inject(model, recipe.lora, recipe.seed)
         for stage in recipe.stages:
             set_trainable(model, stage)
-            stages[stage.name] = together(_roles(model))
+            stages[stage.name] = together(roles_of(model))
     except UserError as error:  # `peft` is optional
         return ByRecipe(recipe, fault=str(error))
     most = max(stages, key=lambda name: stages[name].learns)

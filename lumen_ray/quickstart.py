@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumen_ray import config
-from lumen_ray.cli import labelled_line, prepared_line
+from lumen_ray.cli import labelled_line
 from lumen_ray.console import bar, console, say, seconds, training_note
 from lumen_ray.data import files
+from lumen_ray.data.command import prepared_line
 from lumen_ray.errors import UserError
 from lumen_ray.presets import recipe_path
 
@@ -113,7 +114,8 @@ def _prepare(folder: Path, num: int, seed: int) -> None:
 
 
 def _train(output: Path, recipe: Any) -> Path:
-    from lumen_ray.train.resources import cluster_resources, fitted
+    from lumen_ray.ray_env import cluster_resources
+    from lumen_ray.train.resources import fitted
     from lumen_ray.train.trainer import train
 
     recipe = fitted(cluster_resources(), recipe)

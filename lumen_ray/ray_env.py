@@ -72,6 +72,16 @@ def _start(**settings: Any) -> None:
         ) from None
 
 
+def cluster_resources() -> dict[str, float]:
+    """CPUs and GPUs that the cluster has, or can have once its autoscaler has started all nodes it may."""
+    import ray
+    from ray._private.state import state
+
+    most = state.get_max_resources_from_cluster_config() or {}
+    now = ray.cluster_resources()
+    return {name: max(most.get(name, 0), now.get(name, 0)) for name in ("CPU", "GPU")}
+
+
 def prepare_data() -> None:
     """Ray Data's settings in this process, for the data sets it makes."""
     import ray.data

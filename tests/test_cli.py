@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lumen_ray import cli, config
+from lumen_ray.data import command
 
 
 def told(capsys, *argv: str) -> str:
@@ -230,7 +231,8 @@ def test_only_what_resumes_says_so(capsys, monkeypatch, argv, resumes):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, f"_{argv[0]}", interrupted)
+    module = command if argv[0] == "prepare" else cli
+    monkeypatch.setattr(module, f"_{argv[0]}", interrupted)
     assert cli.main(argv) == 130
     err = capsys.readouterr().err.strip()
     assert err == "lumen-ray: stopped" + ("; run the same command again to continue" if resumes else "")

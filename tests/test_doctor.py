@@ -8,7 +8,7 @@ import torch
 from tiny_models import tiny_model, tiny_settings, tiny_tokenizer
 
 from lumen_ray import cli, doctor
-from lumen_ray.doctor import Finding, Role, examine, roles_of
+from lumen_ray.doctor import Finding, Role, examine, on_meta, roles_of
 from lumen_ray.errors import UserError
 from lumen_ray.footprint import count_recipe
 from lumen_ray.model.build import ModelMeta, count_parameters, save_model
@@ -97,7 +97,7 @@ def test_what_is_needed_of_gpus_and_what_is_missing(monkeypatch, gpus, precision
     monkeypatch.setattr(doctor, "gpu_memory", lambda: gpus)
     settings = tiny_settings()
     counted = count_recipe(settings, tiny_recipe(precision=precision))
-    findings = list(doctor._gpus(roles_of(settings), counted, 2))
+    findings = list(doctor._gpus(roles_of(on_meta(settings)), counted, 2))
     assert findings[-1].state == state
     assert re.search(words, "\n".join(finding.text for finding in findings), re.MULTILINE)
 
@@ -130,7 +130,7 @@ def test_without_peft_it_says_what_it_cannot_count(monkeypatch):
 
     monkeypatch.setattr("lumen_ray.train.lora._peft", missing)
     counted = count_recipe(tiny_settings(), tiny_recipe(lora={}))
-    told = [finding.text for finding in doctor._needs(roles_of(tiny_settings()), 1, counted)]
+    told = [finding.text for finding in doctor._needs(roles_of(on_meta(tiny_settings())), 1, counted)]
     assert told[-1] == "recipe 'tiny': what it trains cannot be counted: pip install 'lumen-ray[lora]'"
 
 
@@ -142,7 +142,7 @@ def test_roles_may_have_a_gpu_each(monkeypatch):
 
 
 def test_roles_are_counted_on_the_model():
-    model, roles = tiny_model(), roles_of(tiny_settings(vocab_size=len(tiny_tokenizer())))
+    model, roles = tiny_model(), roles_of(on_meta(tiny_settings(vocab_size=len(tiny_tokenizer()))))
     assert [role.name for role in roles] == ["trunk", *model.decoders]
     assert roles[0].parameters == count_parameters(model.trunk)
     assert roles[0].unsharded == roles[0].parameters and roles[0].block == 0  # all blocks are small
@@ -160,7 +160,7 @@ def test_the_per_rank_count_is_what_sharding_leaves(monkeypatch):
     from lumen_ray.train import parallel
 
     monkeypatch.setattr(parallel, "MIN_BLOCK_PARAMETERS", 1)
-    role, model = roles_of(tiny_settings(vocab_size=len(tiny_tokenizer())))[0], tiny_model()
+    role, model = roles_of(on_meta(tiny_settings(vocab_size=len(tiny_tokenizer()))))[0], tiny_model()
     inside = [
         count_parameters(block)
         for name in ("vision", "llm") for _, block in parallel.blocks(getattr(model.trunk, name))
@@ -191,7 +191,7 @@ def test_a_decoder_without_its_package(monkeypatch):
     def build(settings):
         raise ModuleNotFoundError("No module named 'diffusers'")
 
-    monkeypatch.setattr(doctor, "roles_of", build)
+    monkeypatch.setattr(doctor, "on_meta", build)
     sections, able = examine("nano")
     assert not able and "needs a package that is not installed: No module named 'diffusers'" in text(sections)
 

@@ -41,10 +41,11 @@ def test_a_taken_port_is_told_before_anything_is_made(tmp_path, monkeypatch):
 
 
 def test_training_takes_no_more_workers_than_there_are_gpus(tmp_path, monkeypatch):
-    from lumen_ray.train import resources, trainer
+    from lumen_ray import ray_env
+    from lumen_ray.train import trainer
 
     asked = []
-    monkeypatch.setattr(resources, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
+    monkeypatch.setattr(ray_env, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
     monkeypatch.setattr(trainer, "train", lambda shards, recipe, *args, **kwargs: asked.append(recipe))
     quickstart._train(tmp_path, config.load(Recipe, recipe_path("quickstart")))
     assert [recipe.workers for recipe in asked] == [1]

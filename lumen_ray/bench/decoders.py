@@ -113,7 +113,7 @@ class Ours:
 
     @classmethod
     def like(cls, library: Library, settings: GroundingDinoSettings) -> Ours:
-        text, decoder = library.model.config.text_config, settings.model_dump()
+        text = library.model.config.text_config
         told = ModelSettings(
             name="bench",
             image_size=SIDE,
@@ -127,7 +127,7 @@ class Ours:
                 "num_key_value_heads": text.num_attention_heads,
             },
             lumen=None,
-            grounding_dino=decoder,
+            grounding_dino=settings,
         )
         tokenizer = LumenTokenizer.train([*WORDS, *TASKS["detect"].templates] * 2, told.vocab_size, told.families)
         model = build_model(told, len(tokenizer))

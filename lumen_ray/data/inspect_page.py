@@ -320,12 +320,9 @@ def _line(prompt: Prompt) -> str:
 def _few_queries(pieces: list[Piece]) -> list[Piece]:
     """Of many queries the first and the last: a picture has 64, a line has no room for them."""
     queries = [i for i, (_, kind, _) in enumerate(pieces) if kind == "query"]
-    left_out = set(queries[1:-1]) if len(queries) > MAX_QUERIES else set()
-    return [
-        ("…", "query", False) if i == min(left_out, default=-1) else piece
-        for i, piece in enumerate(pieces)
-        if i not in left_out or i == min(left_out)
-    ]
+    if len(queries) <= MAX_QUERIES:
+        return pieces
+    return [*pieces[: queries[0] + 1], ("…", "query", False), *pieces[queries[-1] :]]
 
 
 def _token(piece: tuple[str, str, bool]) -> str:

@@ -139,9 +139,8 @@ class Plan:
 
     @property
     def used_buckets(self) -> tuple[Size, ...]:
-        """The buckets that images are sorted into; those that would not fill a batch are not used (see `assign`)."""
-        if len(self.buckets) < 2:
-            return self.buckets
+        """Of several buckets those that images are sorted into: one that would not fill a batch is not used (see
+        `assign`)."""
         used = {bucket for stream in self._streams.values() for bucket in stream.buckets}
         return tuple(bucket for bucket in self.buckets if bucket in used)
 

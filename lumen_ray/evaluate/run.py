@@ -23,6 +23,7 @@ from lumen_ray.evaluate.asks import Ask, Row, SplitScorer
 from lumen_ray.evaluate.grounding import DECISION_THRESHOLD
 from lumen_ray.evaluate.pictures import detector_of
 from lumen_ray.evaluate.report import write_report
+from lumen_ray.inference.request import no_decoder
 from lumen_ray.label.ledger import write_atomically
 from lumen_ray.label.records import LABEL_SCHEMA, answer_records
 from lumen_ray.structures import Answer
@@ -149,9 +150,7 @@ def _scorer(manifest: dict[str, Any], tasks: Sequence[str] | None, engine: Any) 
         )
     for name in wanted:
         if not TASKS[name].is_text and name not in engine.serving:
-            raise UserError(
-                f"the model has no decoder for task '{name}'; it serves: {', '.join(engine.tasks)}", "no_decoder"
-            )
+            raise no_decoder(name, engine.tasks)
         if _draws(name) and not judged:
             raise UserError(
                 f"task '{name}' is scored by what the model detects in its pictures, but it has no decoder for task "

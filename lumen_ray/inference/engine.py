@@ -22,7 +22,7 @@ from lumen_ray.decoders.base import Pixels, PredictSettings, PromptSpec
 from lumen_ray.errors import UserError
 from lumen_ray.inference.decoder_stage import DecoderStage
 from lumen_ray.inference.outputs import LinkPart, RequestPlan, TrunkOutput, assemble, finished
-from lumen_ray.inference.request import Request, check_asked
+from lumen_ray.inference.request import Request, check_asked, no_decoder
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.model.prompts import Branch, build_layout
 from lumen_ray.model.regions import region_mask
@@ -133,9 +133,7 @@ class TrunkStage:
         if task.is_text:
             return None
         if (name := self.serving.get(request.task)) is None:
-            raise UserError(
-                f"the model has no decoder for task '{task.name}'; it serves: {', '.join(self.tasks)}", "no_decoder"
-            )
+            raise no_decoder(task.name, self.tasks)
         return name
 
     @property

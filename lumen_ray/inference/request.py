@@ -112,6 +112,11 @@ def check_image(task: str, given: bool) -> None:
     raise UserError(f"task '{task}' needs an image; give one", "missing_image")
 
 
+def no_decoder(task: str, serves: Sequence[str]) -> UserError:
+    """For a task that the model has no decoder for; `serves`: those that can be asked."""
+    return UserError(f"the model has no decoder for task '{task}'; it serves: {', '.join(serves)}", "no_decoder")
+
+
 def _check_region(size: Size, region: Region) -> None:
     """A region's coordinates mean nothing in an image of another size."""
     if tuple(region.size) != tuple(size):

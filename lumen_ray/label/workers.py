@@ -207,13 +207,11 @@ def label_in_process(fragments: Sequence[Fragment], settings: WorkerSettings) ->
 
 def label_on_ray(fragments: Sequence[Fragment], settings: WorkerSettings) -> Iterator[dict[str, Any]]:
     """The result of every image, as the actors deliver them, in no order. Starts a local Ray when none is running."""
-    from lumen_ray.ray_env import init_local, prepare_environment
+    from lumen_ray.ray_env import cluster_resources, init_local, prepare_environment
 
     prepare_environment()
     import ray
     import ray.data
-
-    from lumen_ray.train.resources import cluster_resources
 
     if not ray.is_initialized():
         init_local()

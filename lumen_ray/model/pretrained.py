@@ -207,6 +207,10 @@ def lumen_tokenizer(
     return ours, first, lead
 
 
+#: names of what has a row per token of the LLM, where it comes in and where it goes out
+VOCABULARY = ("trunk.llm.model.embed_tokens.weight", "trunk.llm.lm_head.weight")
+
+
 def resized(weight: Tensor, known: int, rows: int) -> Tensor:
     """An embedding [old rows, width] with `rows` rows: the first `known` as they are, the others their mean."""
     mean = weight[:known].float().mean(0).to(weight.dtype)
@@ -223,10 +227,10 @@ def encoder_state(tensors: Mapping[str, Tensor], rules: tuple[Rule, ...], target
 def llm_state(tensors: Mapping[str, Tensor], known: int, rows: int, tied: bool, what: str) -> dict[str, Tensor]:
     """A published LLM's tensors by our names, for a vocabulary of `rows` tokens of which it knows the first `known`."""
     state = encoder_state(tensors, LLM, "trunk.llm.", what)
-    inner, outer = "trunk.llm.model.embed_tokens.weight", "trunk.llm.lm_head.weight"
+    inner, outer = VOCABULARY
     if tied and inner in state:
         state.setdefault(outer, state[inner])
-    for name in (inner, outer):
+    for name in VOCABULARY:
         if name in state:
             if len(state[name]) < known:
                 raise UserError(

@@ -14,14 +14,13 @@ from torch import Tensor
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import Generalist, read_meta, read_tokenizer, read_weights
 from lumen_ray.model.decoder_weights import check_captions
-from lumen_ray.model.pretrained import fill, resized
+from lumen_ray.model.pretrained import VOCABULARY, fill, resized
 from lumen_ray.model.settings import ModelSettings, read_settings
 from lumen_ray.model.tokenizer import CAPTIONS_FILE, LumenTokenizer
 from lumen_ray.tasks import DECODERS
 
 #: settings that two models with one trunk may differ in. A folder's lead tokens go with its tokenizer.
 _FREE = {"name", "published_weights", "vocab_size", "lead_tokens", "decoders", *DECODERS}
-_VOCABULARY = ("trunk.llm.model.embed_tokens.weight", "trunk.llm.lm_head.weight")
 
 
 def start_settings(settings: ModelSettings, folder: str | Path) -> ModelSettings:
@@ -65,7 +64,7 @@ def load_start(model: Generalist, folder: str | Path) -> None:
     unknown = _parts_of_one_alone(source, model.settings)
     kept = {name: tensor for name, tensor in weights.items() if not name.startswith(unknown)}
     fresh = model.state_dict()
-    for name in _VOCABULARY:
+    for name in VOCABULARY:
         if name in kept:
             kept[name] = resized(kept[name], len(kept[name]), len(fresh[name]))
     new = _parts_of_one_alone(model.settings, source)

@@ -16,16 +16,6 @@ def of_worker(use_gpu: bool) -> dict[str, float]:
     return {"CPU": WORKER_CPUS} | ({"GPU": 1} if use_gpu else {})
 
 
-def cluster_resources() -> dict[str, float]:
-    """CPUs and GPUs that the cluster has, or can have once its autoscaler has started all nodes it may."""
-    import ray
-    from ray._private.state import state
-
-    most = state.get_max_resources_from_cluster_config() or {}
-    now = ray.cluster_resources()
-    return {name: max(most.get(name, 0), now.get(name, 0)) for name in ("CPU", "GPU")}
-
-
 def uses_gpus(resources: Mapping[str, float], recipe: Recipe) -> bool:
     """Whether each worker gets a GPU (else none does); `UserError` when the workers do not fit in the cluster.
 

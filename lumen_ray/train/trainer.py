@@ -42,7 +42,7 @@ from lumen_ray.train.failures import told
 from lumen_ray.train.loop import Job, Trainer
 from lumen_ray.train.metrics import MetricsWatcher, Progress
 from lumen_ray.train.recipe import Recipe
-from lumen_ray.train.resources import cluster_resources, of_worker, uses_gpus
+from lumen_ray.train.resources import of_worker, uses_gpus
 from lumen_ray.train.run_folder import keep_start, keep_tokenizer, sole_starter, sole_writer, start_of
 from lumen_ray.train.waiting import Demand, RoomWatcher, look_at
 
@@ -233,7 +233,7 @@ def _train(prepared: Prepared, progress: Progress | None, waiting: Callable[[str
 
 def _fit(prepared: Prepared, waiting: Callable[[str], None] | None) -> None:
     """Fits until it is done, or until `max_failures` restarts brought no new checkpoint."""
-    from lumen_ray.ray_env import init_local
+    from lumen_ray.ray_env import cluster_resources, init_local
 
     init_local()
     import ray.train

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from lumen_ray import cli
 from lumen_ray.data import files, scenes, shards
+from lumen_ray.data.command import prepared_line
 from lumen_ray.data.inspect import sections
 from lumen_ray.data.prepare import prepare_source
 from lumen_ray.data.scenes import encode_jpeg
@@ -114,7 +114,7 @@ def test_what_is_cut_off_at_the_image_is_counted_and_told(tmp_path, small_coco, 
     wanted = {"boxes clipped": 2, "keypoints outside the image": 3}  # nothing of those rejected whole
     assert summary["changed"] == shards.read_manifest(tmp_path / "out")["changed"] == wanted
     assert summary["counts"]["annotations"] == {"in": 5, "written": 3, "rejected": 2}
-    assert "; 2 boxes clipped; 3 keypoints outside the image)" in cli.prepared_line(summary)
+    assert "; 2 boxes clipped; 3 keypoints outside the image)" in prepared_line(summary)
     statistics = gather(tmp_path / "out")
     (section,) = [s for s in sections(statistics) if s.title == "records changed"]
     assert section.rows == list(wanted.items()) and statistics.to_dict()["changed"] == wanted

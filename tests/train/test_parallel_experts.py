@@ -5,19 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import yaml
+from ranks import run_ranks
 from safetensors.torch import load_file
-from test_parallel import _rank
 from tiny_models import EXPERTS, SIDE, tiny_settings
-from train_fakes import cut_after, log_of
+from train_fakes import cut_after, job_of, log_of
 
 from lumen_ray.data.prepare import prepare_source
 from lumen_ray.data.sources.scenes import ScenesSource
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import build_model
-from lumen_ray.train.recipe import Recipe
-from lumen_ray.train.trainer import prepare_job, train_local
+from lumen_ray.train.trainer import train_local
 
 GROUPS = [
     {"tasks": ["detect", "segment"], "decoders": ["grounding_dino"]},
@@ -39,15 +37,12 @@ def folder(tmp_path_factory):
     return folder
 
 
-def job_of(folder, run, **changes):
-    stages = [{"name": "joint", "steps": 10, "warmup_steps": 0, "groups": GROUPS}]
-    recipe = {"name": "tiny", "model": str(folder / "tiny.yaml"), "batch_size": 4, "stages": stages} | changes
-    return prepare_job(folder / "shards", Recipe.model_validate(recipe), run)
+STAGE = {"steps": 10, "warmup_steps": 0, "groups": GROUPS}
 
 
 def test_every_decoder_learns_and_no_rank_waits(folder, tmp_path):
-    job = job_of(folder, tmp_path / "run")
-    mp.spawn(_rank, (job, tmp_path / "store"), nprocs=2)
+    job = job_of(folder, tmp_path / "run", STAGE, batch_size=4)
+    assert run_ranks(job) == [0, 0]
     trained = load_file(f"{job.job.run}/model/model.safetensors")
     fresh = build_model(job.job.settings, len(job.job.tokenizer), job.job.recipe.seed)
     for name, decoder in fresh.decoders.items():
@@ -65,18 +60,18 @@ def test_every_decoder_learns_and_no_rank_waits(folder, tmp_path):
 def test_a_run_resumed_before_every_decoder_has_learned_ends_with_the_same_bits(folder, tmp_path):
     """Decoders that no step has trained yet have no optimizer state in the checkpoint, and get theirs afterwards."""
     whole, cut = (tmp_path / name for name in ("whole", "cut"))
-    train_local(job_of(folder, whole, checkpoint_every=3))
+    train_local(job_of(folder, whole, STAGE, batch_size=4, checkpoint_every=3))
     shutil.copytree(whole, cut)
     cut_after(cut, 3)
     trained = {"loss/gdino_class", "loss/generate", "loss/edit"} & {name for line in log_of(cut)[:3] for name in line}
     assert len(trained) < 3  # else this run shows nothing
-    train_local(job_of(folder, cut, checkpoint_every=3))
+    train_local(job_of(folder, cut, STAGE, batch_size=4, checkpoint_every=3))
     assert (cut / "model/model.safetensors").read_bytes() == (whole / "model/model.safetensors").read_bytes()
 
 
 def test_a_stage_that_its_group_cannot_train_is_refused(folder, tmp_path):
-    stages = [{"name": "s", "steps": 1, "trainable": ["unipose"], "groups": GROUPS[:2]}]
+    stage = {"steps": 1, "trainable": ["unipose"], "groups": GROUPS[:2]}
     with pytest.raises(
         UserError, match="nothing under 'trainable' learns from the group detect, segment; leave it out"
     ):
-        job_of(folder, tmp_path / "run", stages=stages)
+        job_of(folder, tmp_path / "run", stage, batch_size=4)
