@@ -18,7 +18,6 @@ from lumen_ray.data.collate import BranchSettings, Collator
 from lumen_ray.data.images import decode
 from lumen_ray.data.schema import make_message, make_row
 from lumen_ray.data.shards import ShardWriter, build_manifest, write_manifest
-from lumen_ray.data.transforms import AugmentSettings
 from lumen_ray.model.build import Generalist, LoadedModel, ModelMeta, build_model, save_model
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import LumenTokenizer
@@ -137,7 +136,8 @@ def scene_batch(
 ) -> dict[str, Any]:
     """The training batch of some synthetic scenes."""
     rows = [scenes.scene_row(seed, i, SIDE) for i in range(rows)] if isinstance(rows, int) else rows
-    collator = Collator(tiny_tokenizer(), SIDE, tasks, scenes.SKELETONS, branches, AugmentSettings())
+    sizes = tiny_settings(**EXPERTS).own_sizes
+    collator = Collator(tiny_tokenizer(), SIDE, tasks, scenes.SKELETONS, branches, own_sizes=sizes)
     images = [None if row["image"] is None else decode(row["image"]) for row in rows]
     return collator(rows, images, [np.random.default_rng((seed, i)) for i in range(len(rows))])
 

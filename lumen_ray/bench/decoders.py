@@ -24,13 +24,12 @@ from lumen_ray.bench.timing import Result, in_turns
 from lumen_ray.data import scenes, scenes_edits
 from lumen_ray.data.collate import Collator
 from lumen_ray.data.images import decode
-from lumen_ray.decoders.base import Pixels
 from lumen_ray.decoders.dino import library_config
 from lumen_ray.decoders.grounding_dino import GroundingDinoDecoder
 from lumen_ray.decoders.settings import GroundingDinoSettings
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import Request, make_request
-from lumen_ray.model.build import Generalist, LoadedModel, ModelMeta, build_model
+from lumen_ray.model.build import Generalist, LoadedModel, ModelMeta, build_model, given
 from lumen_ray.model.released.gdino import published_parts
 from lumen_ray.model.released.rules import apply
 from lumen_ray.model.settings import ModelSettings
@@ -219,8 +218,8 @@ def training_memory(preset: str = "nano-experts", images: int = 2) -> list[Resul
             "MiB",
             {"a training step": [training_peak(model, name, tokenizer, images) / 2**20]},
             details=details,
-            note=f"at {settings.image_size} pixels, beside the decoder's weights, gradients and inputs, and without "
-            "trunk and optimiser",
+            note=f"at {settings.own_sizes.get(name, settings.image_size)} pixels, beside the decoder's weights, "
+            "gradients and inputs, and without trunk and optimiser",
         )
         for name in model.decoders
     ]
@@ -235,15 +234,17 @@ def training_peak(model: Generalist, name: str, tokenizer: LumenTokenizer, image
     tasks = tuple(task.name for task in TASKS.values() if name in task.decoders)
     pictures, edited = ([row[key] and decode(row[key]) for row in rows] for key in ("image", "target_image"))
     rngs = [np.random.default_rng(i) for i in range(images)]
-    batch = Collator(tokenizer, side, tasks, scenes.SKELETONS)(rows, pictures, rngs, edited)
+    collator = Collator(tokenizer, side, tasks, scenes.SKELETONS, own_sizes=model.settings.own_sizes)
+    batch = collator(rows, pictures, rngs, edited)
     with torch.no_grad():
         out = model.trunk(batch)
     link = replace(out.links[name], embeddings=out.links[name].embeddings.requires_grad_())
-    view = out.dense.requires_grad_() if decoder.reads == "dense" else Pixels(batch["images"], batch["extents"])
+    pixels, targets = given(decoder, batch)
+    view = out.dense.requires_grad_() if decoder.reads == "dense" else pixels
 
     def step() -> None:
         decoder.zero_grad(set_to_none=False)
-        losses = decoder.losses(link, view, batch["targets"][decoder.family])
+        losses = decoder.losses(link, view, targets)
         sum(term.total for term in losses.values()).backward()
 
     step()  # allocates the gradients of the weights

@@ -17,22 +17,18 @@ from torch import Tensor
 
 from lumen_ray.data.class_choice import BranchSettings, choose_classes, draw
 from lumen_ray.data.images import Picture
+from lumen_ray.data.own_size import Shown, as_pixels, asked_images
 from lumen_ray.data.packing import Packing, fit_branches, pack
 from lumen_ray.data.region_prompts import drawn_region, region_input, region_visible
-from lumen_ray.data.transforms import (
-    AugmentSettings,
-    Sample,
-    mask_shape,
-    transform,
-    warp,
-)
-from lumen_ray.decoders.base import ImageTargets, PerceptionTargets
+from lumen_ray.data.transforms import AugmentSettings, Sample, as_picture, mask_shape, picture_of, transform
+from lumen_ray.decoders.base import ImageTargets, PerceptionTargets, Pixels
+from lumen_ray.decoders.sizes import SizeRule
 from lumen_ray.keypoints import DEFAULT_SIGMA, keypoint_sigmas
-from lumen_ray.model.prompts import Branch, build_layout
+from lumen_ray.model.prompts import Branch, Layout, build_layout
 from lumen_ray.model.regions import region_mask
 from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.structures import Size, as_size
-from lumen_ray.tasks import TASKS
+from lumen_ray.tasks import DECODERS, TASKS
 
 CLASS_TASKS = ("detect", "segment", "count")  # one box target each; they differ in wording and routing token
 TEXT_TASKS = tuple(name for name, task in TASKS.items() if task.is_text)
@@ -40,14 +36,14 @@ TEXT_TASKS = tuple(name for name, task in TASKS.items() if task.is_text)
 
 @dataclass
 class Want:
-    """What a branch asks of a decoder: indices into the sample's instances, or a keypoint of them; or a picture, uint8
-    [H, W, 3] in the input's frame, and the `text` that says what is to be seen or changed, without a prompt around it.
-    """
+    """What a branch asks of a decoder: indices into the sample's instances, or a keypoint of them; or a picture as
+    large as the image, of which it asks for what the sample shows, and the `text` that says what is to be seen or
+    changed, without a prompt around it."""
 
     instances: list[int] = field(default_factory=list)
     keypoint: int = -1
     sigma: float = DEFAULT_SIGMA
-    picture: np.ndarray | None = None
+    picture: Picture | None = None
     text: str = ""
 
 
@@ -193,29 +189,24 @@ def add_messages(
         prompts.add(message["task"], branch)
 
 
-def add_generation(prompts: Prompts, image: int, row: dict, sample: Sample, rng: np.random.Generator) -> None:
+def add_generation(prompts: Prompts, image: int, row: dict, picture: Picture, rng: np.random.Generator) -> None:
     """A caption of the row as the description of its picture, which the prompt does not see."""
     captions = [m["turns"][-1]["content"] for m in row["messages"] if m["task"] == "caption"]
     for caption in draw(captions, 1, rng):
         task = TASKS["generate"]
         text = task.prompt(caption, int(rng.integers(len(task.templates))))
-        want = Want(picture=sample.image, text=caption)
+        want = Want(picture=picture, text=caption)
         prompts.add(task.name, Branch(image, text, route=task.routing_token), want)
 
 
-def add_edits(
-    prompts: Prompts, image: int, row: dict, sample: Sample, edited: np.ndarray | Picture, rng: np.random.Generator
-) -> None:
-    """The row's instructions, and the edited picture where the sample's lies."""
-    shown = edited if isinstance(edited, Picture) else Picture(edited, edited.shape[:2])
-    same = np.diag([sample.size[1] / shown.size[1], sample.size[0] / shown.size[0], 1.0])  # the edited one's own pixels
-    picture = warp(shown.pixels, sample.matrix @ same, sample.image.shape[:2], reduction=shown.reduction)
+def add_edits(prompts: Prompts, image: int, row: dict, edited: Picture, rng: np.random.Generator) -> None:
+    """The row's instructions, and the edited picture."""
     task = TASKS["edit"]
     for message in row["messages"]:
         if message["task"] == "edit":
             instruction = message["turns"][0]["content"]
             text = task.prompt(instruction, int(rng.integers(len(task.templates))))
-            want = Want(picture=picture, text=instruction)
+            want = Want(picture=edited, text=instruction)
             prompts.add(task.name, Branch(image, text, route=task.routing_token), want)
 
 
@@ -226,10 +217,11 @@ def exchanges(turns: Sequence[dict[str, str]]) -> tuple[tuple[tuple[str, str], .
     return tuple(earlier), *last
 
 
-def perception_targets(
-    prompts: Prompts, samples: list[Sample], members: list[int], input_size: int | Size
-) -> PerceptionTargets:
-    """Targets of the given branches (those that are links of the perception family), padded to the most instances."""
+def perception_targets(prompts: Prompts, samples: list[Sample | None], members: list[int]) -> PerceptionTargets:
+    """Targets of the given branches (those that are links of the perception family), padded to the most instances.
+
+    Those about an image without a sample have none. Masks of samples of different sizes are padded to the largest.
+    """
     wants = [prompts.wants[b] for b in members]
     most = max([len(w.instances) for w in wants] + [1])
     boxes = np.zeros((len(members), most, 4), np.float32)
@@ -241,7 +233,7 @@ def perception_targets(
     for row, (branch, want) in enumerate(zip(members, wants, strict=True)):
         image = prompts.branches[branch].image
         sample = samples[image]
-        for g, n in enumerate(want.instances):
+        for g, n in enumerate(want.instances if sample else ()):
             boxes[row, g], valid[row, g], crowd[row, g] = sample.boxes[n], True, sample.crowd[n]
             instance[row, g] = n
             if sample.masks[n] is not None and not sample.crowd[n]:
@@ -251,7 +243,10 @@ def perception_targets(
                 mask_index[row, g] = stored[image, n]
             if want.keypoint >= 0 and sample.keypoints[n] is not None:
                 keypoints[row, g] = sample.keypoints[n][want.keypoint]
-    stack = np.stack(masks) if masks else np.zeros((0, *mask_shape(input_size)), np.uint8)
+    sides = [mask_shape(sample.image.shape[:2]) for sample in samples if sample]
+    stack = np.zeros((len(masks), *map(max, zip(*sides, strict=True))), np.uint8)
+    for place, mask in zip(stack, masks, strict=True):
+        place[: mask.shape[0], : mask.shape[1]] = mask
     counted = torch.tensor([w.keypoint < 0 for w in wants])
     arrays = (torch.from_numpy(a) for a in (boxes, valid, crowd, mask_index, stack, keypoints))
     sigma = torch.tensor([w.sigma for w in wants])
@@ -259,13 +254,12 @@ def perception_targets(
 
 
 def image_targets(
-    prompts: Prompts, samples: list[Sample], members: list[int], tokenizer: LumenTokenizer
+    prompts: Prompts, samples: list[Sample], members: list[int], tokenizer: LumenTokenizer, rule: SizeRule
 ) -> ImageTargets:
-    """Targets of the given branches, which ask for pictures."""
-    pictures = np.stack([prompts.wants[b].picture for b in members])
-    captions = tokenizer.caption_ids([prompts.wants[b].text for b in members])
-    extents = torch.tensor([samples[prompts.branches[b].image].extent for b in members])
-    return ImageTargets(torch.from_numpy(pictures).permute(0, 3, 1, 2).contiguous(), extents, captions)
+    """Targets of the given branches, which ask for pictures, in the size of a rule."""
+    wants = [(prompts.wants[b], samples[prompts.branches[b].image]) for b in members]
+    pictures = as_pixels([picture_of(sample, want.picture, rule) for want, sample in wants])
+    return ImageTargets(pictures.images, pictures.extents, tokenizer.caption_ids([want.text for want, _ in wants]))
 
 
 @dataclass
@@ -281,6 +275,7 @@ class Collator:
     frequencies: dict[str, int] = field(default_factory=dict)  # images per class, weighs the negatives
     packing: Packing | None = None
     prompt_layout: str = "branches"  # the model's
+    own_sizes: dict[str, SizeRule] = field(default_factory=dict)  # of decoders; those that make pictures need one
 
     def __call__(
         self,
@@ -290,7 +285,8 @@ class Collator:
         edited: list[np.ndarray | Picture | None] | None = None,
     ) -> dict:
         """The batch `Generalist.forward` takes. `images`: decoded, None for text-only rows; `edited`: the target images
-        of rows that have one.
+        of rows that have one. `targets` are by family of decoders, in the frame of `images`; a decoder with a size of
+        its own has its own `pixels`, and targets in their frame.
 
         To generate, prompts see no image: those of the rows are what they should give, and so they are not augmented.
 
@@ -300,20 +296,21 @@ class Collator:
         if self.packing:
             order = sorted(range(len(rows)), key=lambda i: images[i] is None)
             rows, images, rngs, edited = ([values[i] for i in order] for values in (rows, images, rngs, edited))
+        grey = np.full((8, 8, 3), 114, np.uint8)
+        pictures = [as_picture(grey if image is None else image) for image in images]
         prompts, samples = Prompts(), []
         blind = not all(TASKS[task].sees_image for task in self.tasks)
         for index, (row, image, rng) in enumerate(zip(rows, images, rngs, strict=True)):
-            pixels = np.full((8, 8, 3), 114, np.uint8) if image is None else image
             editing = "edit" in self.tasks and edited[index] is not None
             # other colours before and after would be another edit
             augment = self.augment.model_copy(update={"color": 0.0}) if editing else self.augment
             augment = AugmentSettings() if blind else augment  # else it learns to draw borders, and colours unsaid
-            sample = transform(row, pixels, self.input_size, augment, rng, self.skeletons)
+            sample = transform(row, pictures[index], self.input_size, augment, rng, self.skeletons)
             samples.append(sample)
             if blind and image is not None:
-                add_generation(prompts, index, row, sample, rng)
+                add_generation(prompts, index, row, pictures[index], rng)
             if editing:
-                add_edits(prompts, index, row, sample, edited[index], rng)
+                add_edits(prompts, index, row, as_picture(edited[index]), rng)
             add_classes(prompts, index, row, sample, self.tasks, self.branches, rng, self.frequencies)
             if "pose" in self.tasks:
                 add_poses(prompts, index, row, sample, self.skeletons, self.branches, rng)
@@ -324,20 +321,17 @@ class Collator:
         has_image = torch.tensor([image is not None and not blind for image in images])
         truncated = self._truncate(prompts, has_image) if self.packing else {}
         layout = build_layout(prompts.branches, len(rows), self.tokenizer, self.prompt_layout)
-        shown = samples
+        number = len(rows)
         if self.packing:
             layout.pack = pack(layout, has_image, self.packing)
-            shown = samples[: max(1, int(has_image.sum()))]
-        targets = {}
-        for family, members in layout.link_branches.items():
-            if family == "perception":
-                targets[family] = perception_targets(prompts, samples, members.tolist(), self.input_size)
-            else:
-                targets[family] = image_targets(prompts, samples, members.tolist(), self.tokenizer)
+            number = max(1, int(has_image.sum()))
+        pixels, targets = self._given(prompts, Shown(rows, pictures, samples), layout, number)
+        shown = samples[:number]
         masks = np.stack(prompts.regions) if prompts.regions else np.zeros((0, *as_size(self.input_size)), np.uint8)
         return {
             "images": torch.from_numpy(np.stack([s.image for s in shown])).permute(0, 3, 1, 2).contiguous(),
             "extents": torch.tensor([s.extent for s in shown]),
+            "pixels": pixels,
             "has_image": has_image,
             "layout": layout,
             "region_masks": torch.from_numpy(masks),
@@ -347,6 +341,36 @@ class Collator:
             "image_ids": [row["image_id"] for row in rows],
             "truncated": truncated,
         }
+
+    def _given(
+        self, prompts: Prompts, shown: Shown, layout: Layout, number: int
+    ) -> tuple[dict[str, Pixels], dict[str, PerceptionTargets | ImageTargets]]:
+        """What decoders with a size of their own look at, of the first `number` images, and targets: by family, and of
+        those decoders."""
+        pixels: dict[str, Pixels] = {}
+        targets: dict[str, PerceptionTargets | ImageTargets] = {}
+        links = {family: members.tolist() for family, members in layout.link_branches.items()}
+        if "perception" in links:
+            targets["perception"] = perception_targets(prompts, shown.samples, links["perception"])
+        of_rule: dict[SizeRule, list[str]] = {}
+        for name, rule in self.own_sizes.items():
+            if (family := DECODERS[name].family) not in links:
+                continue
+            if family == "perception":
+                of_rule.setdefault(rule, []).append(name)
+                continue
+            targets[family] = image_targets(prompts, shown.samples, links[family], self.tokenizer, rule)
+            if family == "editing":
+                sources = shown.pictured(asked_images(layout, prompts.tasks, name), rule)
+                pixels[name] = as_pixels(sources[:number])
+        for rule, names in of_rule.items():
+            asked = set().union(*(asked_images(layout, prompts.tasks, name) for name in names))
+            if asked:
+                own = shown.resized(asked, rule, self.skeletons)
+                found = perception_targets(prompts, own, links["perception"])
+                pixels |= dict.fromkeys(names, as_pixels([sample and sample.image for sample in own[:number]]))
+                targets |= dict.fromkeys(names, found)
+        return pixels, targets
 
     def _truncate(self, prompts: Prompts, has_image: Tensor) -> dict[str, int]:
         """Makes the prompts of each sample fit into a packed row; what was lost, where anything was."""

@@ -26,11 +26,12 @@ from lumen_ray.data.mixture import Plan, join_rows, row_rng
 from lumen_ray.data.packing import Packing
 from lumen_ray.data.schema import make_row
 from lumen_ray.data.shards import read_manifest, read_row_group, read_rows
+from lumen_ray.decoders.sizes import SizeRule
 from lumen_ray.errors import UserError
 from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.structures import Size, as_size
 from lumen_ray.tasks import TASKS, family_of
-from lumen_ray.train.recipe import Recipe
+from lumen_ray.train.recipe import Recipe, Stage
 
 if TYPE_CHECKING:
     import ray.data
@@ -57,6 +58,7 @@ class BatchReader:
     frequencies: dict[str, int] = field(default_factory=dict)  # images per class
     token_side: int = 0  # input pixels per side of one image token; needed where the recipe packs
     prompt_layout: str = "branches"  # the model's
+    own_sizes: dict[str, SizeRule] = field(default_factory=dict)  # of its decoders
 
     def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
         """`item` as of `plan_items` -> the batch, with the pictures that could not be read under `rejected`.
@@ -66,13 +68,14 @@ class BatchReader:
         """
         started = time.perf_counter()
         stage = self.recipe.stages[item["stage"]]
-        step, tasks = item["step"], stage.groups[item["group"]].tasks
-        size = as_size(item.get("bucket") or self.input_size)
-        side = math.ceil(max(size) * max(1.0, stage.augment.scale[1]))  # what the largest zoom shows of a whole image
+        step, group = item["step"], stage.groups[item["group"]]
+        tasks, size = group.tasks, as_size(item.get("bucket") or self.input_size)
+        own_sizes = {name: rule for name, rule in self.own_sizes.items() if name in group.learning}
         rows, images, edited, rngs, rejected = [], [], [], [], []
         for file, index, wanted in item["parts"]:
             numbers = range(wanted) if isinstance(wanted, int) else wanted
             for number, row in zip(numbers, read_row_group(self.shards, file, index, numbers), strict=True):
+                side = self._decoded(stage, size, row, own_sizes)
                 try:
                     image = None if row["image"] is None else decode_reduced(row["image"], side)
                     target = None
@@ -88,15 +91,23 @@ class BatchReader:
                 rngs.append(row_rng(self.recipe.seed, step, file, index, number))
         collator = Collator(
             self.tokenizer, size, tasks, self.skeletons, stage.branches, stage.augment, self.frequencies,
-            self._packing(size), self.prompt_layout,
+            self._packing(size), self.prompt_layout, own_sizes,
         )  # fmt: skip
         batch = collator(rows, images, rngs, edited)
         return batch | {
             "step": step,
-            "decoders": list(stage.groups[item["group"]].learning),
+            "decoders": list(group.learning),
             "rejected": rejected,
             "read_s": time.perf_counter() - started,
         }
+
+    @staticmethod
+    def _decoded(stage: Stage, size: Size, row: dict[str, Any], own_sizes: dict[str, SizeRule]) -> int:
+        """Pixels that the longer side of an image must be decoded to: what the largest zoom shows of it all, in the
+        largest of the sizes in which it is seen."""
+        shape = (max(1, row["height"]), max(1, row["width"]))
+        sides = [max(size), *(max(rule.fit(shape)[0]) for rule in own_sizes.values())]
+        return math.ceil(max(sides) * max(1.0, stage.augment.scale[1]))
 
     def _packing(self, size: Size) -> Packing | None:
         if not self.recipe.pack_tokens:

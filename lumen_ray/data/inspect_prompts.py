@@ -75,6 +75,8 @@ def prompts_of(view: View, tokenizer: LumenTokenizer, edges: dict[str, Any]) -> 
         prompt.regions = layout.region_index[torch.isin(slots, places)].tolist()
         prompts.append(prompt)
     for family, targets in view.batch["targets"].items():
+        if family not in layout.link_branches:  # those of a decoder, in its own size
+            continue
         members, parents = layout.link_branches[family].tolist(), layout.link_parents[family].tolist()
         for link, branch in enumerate(members):
             if parents[link] >= 0:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +24,7 @@ from pydantic import Field, field_validator
 from lumen_ray.config import Settings
 from lumen_ray.data.images import Picture
 from lumen_ray.decoders.base import Frame
+from lumen_ray.decoders.sizes import SizeRule
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Size, as_size
 
@@ -58,7 +59,8 @@ class AugmentSettings(Settings):
 class Sample:
     """One image in the input frame. `boxes` float32 [N, 4]; `crowd` bool [N]; `masks`: N uint8 arrays [H/4, W/4] or
     None; `keypoints`: N float32 arrays [K, 3] or None; `kept` int [N]: the row's instance each one was; `matrix`
-    [2, 3]: stored -> input pixels; `size`: (height, width) of the stored image."""
+    [2, 3]: stored -> input pixels; `size`: (height, width) of the stored image; `colors` [3]: what its brightness,
+    contrast and saturation were multiplied by."""
 
     image: np.ndarray
     boxes: np.ndarray
@@ -68,13 +70,25 @@ class Sample:
     kept: np.ndarray
     matrix: np.ndarray
     size: Size
+    colors: np.ndarray = field(default_factory=lambda: np.ones(3))
 
     @property
-    def extent(self) -> tuple[int, int]:
+    def visible(self) -> tuple[float, float]:
         """(height, width) of the part at the top left of the input beyond which there is only padding."""
         height, width = self.image.shape[:2]
         corners = map_boxes(np.array([[0.0, 0.0, self.size[1], self.size[0]]]), self.matrix)[0]
-        return min(height, max(1, math.ceil(corners[3]))), min(width, max(1, math.ceil(corners[2])))
+        return min(height, max(1.0, corners[3])), min(width, max(1.0, corners[2]))
+
+    @property
+    def extent(self) -> Size:
+        """`visible` in whole pixels."""
+        return tuple(math.ceil(side) for side in self.visible)
+
+    @property
+    def room(self) -> float:
+        """How many times larger the image would fit into the input than it is; 1 where it is not zoomed out."""
+        whole = np.abs(self.matrix[::-1, :2]) @ self.size[::-1]
+        return max(1.0, (self.image.shape[:2] / whole).min())
 
 
 def fit(image: np.ndarray, input_size: int | Size) -> tuple[np.ndarray, Frame]:
@@ -129,11 +143,11 @@ def warp(
     matrix = matrix * [reduction, reduction, 1]
     shape = as_size(input_size)[::-1]  # Pillow's (width, height)
     picture = Image.fromarray(image)
-    scale = np.sqrt(abs(np.linalg.det(matrix[:, :2])))
-    if scale < 1:  # antialias: sampling an image at every second pixel would drop thin structures
-        small = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    scale = np.abs(matrix[:, :2]).sum(0)  # along the picture's own x and y
+    if scale.min() < 1:  # antialias: sampling an image at every second pixel would drop thin structures
+        small = [max(1, round(side * min(1, s))) for side, s in zip(picture.size, scale.tolist(), strict=True)]
         factor = np.array([picture.width / small[0], picture.height / small[1]])
-        picture = picture.resize(small, Image.Resampling.BOX if scale < 0.5 else Image.Resampling.BILINEAR)
+        picture = picture.resize(small, Image.Resampling.BOX if scale.min() < 0.5 else Image.Resampling.BILINEAR)
         matrix = matrix * [*factor, 1]
     if (place := _whole_shift(picture.size, matrix)) is not None:
         canvas = Image.new("RGB", shape, (fill,) * 3)
@@ -173,7 +187,7 @@ def map_boxes(boxes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
 def mask_shape(input_size: int | Size) -> Size:
     """(height, width) of the masks of an input."""
     height, width = as_size(input_size)
-    return height // MASK_STRIDE, width // MASK_STRIDE
+    return -(-height // MASK_STRIDE), -(-width // MASK_STRIDE)
 
 
 def map_mask(rle: dict[str, Any], matrix: np.ndarray, input_size: int | Size) -> np.ndarray:
@@ -195,10 +209,14 @@ def map_mask(rle: dict[str, Any], matrix: np.ndarray, input_size: int | Size) ->
     return (np.asarray(out) > 127).astype(np.uint8)
 
 
-def jitter_color(image: np.ndarray, strength: float, rng: np.random.Generator) -> np.ndarray:
-    """Brightness, contrast and saturation, each by a factor in 1 +- strength / 2."""
-    factors = 1 + rng.uniform(-0.5, 0.5, 3) * strength
-    if strength == 0:
+def draw_colors(strength: float, rng: np.random.Generator) -> np.ndarray:
+    """Factors [3] of brightness, contrast and saturation, each in 1 +- strength / 2."""
+    return 1 + rng.uniform(-0.5, 0.5, 3) * strength
+
+
+def change_colors(image: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """uint8 [H, W, 3] with brightness, contrast and saturation multiplied by `factors` [3]."""
+    if (factors == 1).all():
         return image
     picture = Image.fromarray(image)
     for enhance, factor in zip(
@@ -246,15 +264,57 @@ def transform(
 
     `skeletons`: keypoint names by class; where the image is mirrored, left and right ones of them are exchanged.
     """
-    picture = image if isinstance(image, Picture) else Picture(image, image.shape[:2])
+    picture = as_picture(image)
     matrix = draw_matrix(picture.size, input_size, augment, rng)
-    pixels = warp(picture.pixels, matrix, input_size, reduction=picture.reduction)
-    pixels = jitter_color(pixels, augment.color, rng)
-    instances = row["instances"] or []
-    stored = np.array([i["box"] for i in instances], np.float64).reshape(-1, 4)
-    boxes = map_boxes(stored, matrix)
+    boxes = map_boxes(_stored_boxes(row), matrix)
     area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
     kept = np.flatnonzero((visible_share(boxes, input_size) >= MIN_VISIBLE) & (area > 4))
+    return _placed(row, picture, matrix, input_size, kept, draw_colors(augment.color, rng), skeletons)
+
+
+def resized(
+    sample: Sample,
+    row: dict[str, Any],
+    image: np.ndarray | Picture,
+    rule: SizeRule,
+    skeletons: Mapping[str, Sequence[str]] | None = None,
+) -> Sample:
+    """What a sample of `row` shows, with the same instances, in the size that a rule gives it, resampled from `image`.
+
+    Its input ends where the sample's own has nothing but padding. An image that was zoomed out is smaller by as much.
+    """
+    size, scale = rule.fit(sample.visible, sample.room)
+    return _placed(row, as_picture(image), np.diag(scale) @ sample.matrix, size, sample.kept, sample.colors, skeletons)
+
+
+def picture_of(sample: Sample, picture: Picture, rule: SizeRule) -> np.ndarray:
+    """uint8 [h, w, 3]: what a sample shows, of its own picture or of one in its place that may have another size, in
+    the size that the rule gives it."""
+    size, scale = rule.fit(sample.visible)
+    own = np.diag([sample.size[1] / picture.size[1], sample.size[0] / picture.size[0], 1.0])
+    return warp(picture.pixels, np.diag(scale) @ sample.matrix @ own, size, reduction=picture.reduction)
+
+
+def as_picture(image: np.ndarray | Picture) -> Picture:
+    return image if isinstance(image, Picture) else Picture(image, image.shape[:2])
+
+
+def _stored_boxes(row: dict[str, Any]) -> np.ndarray:
+    return np.array([i["box"] for i in row["instances"] or []], np.float64).reshape(-1, 4)
+
+
+def _placed(
+    row: dict[str, Any],
+    picture: Picture,
+    matrix: np.ndarray,
+    input_size: int | Size,
+    kept: np.ndarray,
+    colors: np.ndarray,
+    skeletons: Mapping[str, Sequence[str]] | None,
+) -> Sample:
+    """The picture, and those instances of the row that are `kept`, through a stored -> input map."""
+    pixels = change_colors(warp(picture.pixels, matrix, input_size, reduction=picture.reduction), colors)
+    instances, boxes = row["instances"] or [], map_boxes(_stored_boxes(row), matrix)
     mirrored = np.linalg.det(matrix[:, :2]) < 0
     masks, keypoints = [], []
     for i in kept:
@@ -266,7 +326,7 @@ def transform(
         keypoints.append(points)
     crowd = np.array([bool(instances[i]["crowd"]) for i in kept], bool)
     clipped = clip_boxes(boxes[kept], input_size).astype(np.float32)
-    return Sample(pixels, clipped, crowd, masks, keypoints, kept, matrix, picture.size)
+    return Sample(pixels, clipped, crowd, masks, keypoints, kept, matrix, picture.size, colors)
 
 
 def _map_keypoints(flat: list[float], matrix: np.ndarray, input_size: int | Size) -> np.ndarray:

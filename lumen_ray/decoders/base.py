@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumen_ray.keypoints import DEFAULT_SIGMA
@@ -56,8 +57,8 @@ class LossTerm(NamedTuple):
 class Pixels:
     """What an expert decoder with its own image backbone looks at.
 
-    `images` uint8 [B, 3, H, W], the model input; `extents` int64 [B, 2]: (height, width) of the part at the top left
-    that shows the image, the rest is padding.
+    `images` uint8 [B, 3, H, W], the trunk's input or images in the decoder's own size; `extents` int64 [B, 2]: (height,
+    width) of the part at the top left that shows the image, the rest is padding.
     """
 
     images: Tensor
@@ -66,12 +67,14 @@ class Pixels:
     def to(self, device: torch.device | str) -> Pixels:
         return Pixels(self.images.to(device), self.extents.to(device))
 
-    def __getitem__(self, index: Tensor | slice) -> Pixels:
-        return Pixels(self.images[index], self.extents[index])
-
     @classmethod
-    def cat(cls, parts: Sequence[Pixels]) -> Pixels:
-        return cls(torch.cat([part.images for part in parts]), torch.cat([part.extents for part in parts]))
+    def stack(cls, images: Sequence[Tensor], extents: Sequence[Size] | None = None) -> Pixels:
+        """Images uint8 [3, h, w] of any sizes, padded to the largest; `extents`: (height, width) of the part of each
+        that is not padding, by default all of it."""
+        shapes = [tuple(image.shape[1:]) for image in images]
+        height, width = (max(sides) for sides in zip(*shapes, strict=True))
+        padded = [F.pad(image, (0, width - w, 0, height - h)) for image, (h, w) in zip(images, shapes, strict=True)]
+        return cls(torch.stack(padded), torch.tensor(extents or shapes))
 
     def valid(self) -> Tensor:
         """bool [B, H, W], False at padding."""
@@ -169,12 +172,12 @@ class Decoder(nn.Module):
 
 @dataclass
 class ImageTargets:
-    """What G generation or editing prompts should give: `images` uint8 [G, 3, H, W].
+    """What G generation or editing prompts should give: `images` uint8 [G, 3, H, W], in the size they are learned in.
 
-    `extents` int64 [G, 2], as in `Pixels`: the part at the top left that counts; None: all of each image. An edit's
-    target lies in the same frame as the image it starts from. `caption_ids` int64 [G, L]: each picture's
-    description, or the instruction of an edit, in the ids of the CLIP text encoder's tokenizer; None where the model
-    has no such tokenizer.
+    `extents` int64 [G, 2], as in `Pixels`: the part at the top left that counts, of a (height, width) that the decoder
+    can draw; None: all of each image. An edit's target lies in the same frame as the image it starts from.
+    `caption_ids` int64 [G, L]: each picture's description, or the instruction of an edit, in the ids of the CLIP text
+    encoder's tokenizer; None where the model has no such tokenizer.
     """
 
     images: Tensor
@@ -195,21 +198,17 @@ class ImageDecoder(nn.Module):
     name: ClassVar[str]
     family: ClassVar[str]
     loss_names: ClassVar[tuple[str, ...]]
-    reads: ClassVar[Literal["dense", "pixels"]] = "pixels"
+    reads: ClassVar[Literal["pixels"] | None]  # the picture that is to be edited, or nothing
 
     @classmethod
     def build(cls, settings: ModelSettings) -> ImageDecoder:
         """The decoder of a model with these settings, with fresh weights."""
         raise NotImplementedError
 
-    def losses(self, link: SuperLink, view: Pixels, targets: ImageTargets) -> dict[str, LossTerm]:
+    def losses(self, link: SuperLink, view: Pixels | None, targets: ImageTargets) -> dict[str, LossTerm]:
         """A training step; `view` holds the images that editing starts from, by `link.image_index`."""
         raise NotImplementedError
 
-    def fit_size(self, extent: Size) -> Size:
-        """(height, width) in pixels of a picture in the shape of `extent`, as `sample` takes it."""
-        raise NotImplementedError
-
-    def sample(self, link: SuperLink, view: Pixels, settings: SampleSettings) -> Tensor:
+    def sample(self, link: SuperLink, view: Pixels | None, settings: SampleSettings) -> Tensor:
         """uint8 [G * num_images, 3, h, w], prompt by prompt."""
         raise NotImplementedError

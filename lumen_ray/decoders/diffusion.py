@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from lumen_ray.model.settings import ModelSettings
 
-_PIPELINE_STEP = 8  # height and width that `diffusers`' pipelines take are multiples of it, whatever the VAE
-
 
 def check_keys(where: str, keys: Collection[str], valid: Collection[str], owner: str) -> None:
     """`UserError` for a key that `owner` does not know; library classes would pass over some of them in silence."""
@@ -84,6 +82,18 @@ def fit_pixels(images: Tensor, extents: Tensor | None, size: Size) -> Tensor:
         part = images[members, :, :height, :width].float() / 255
         out[members] = F.interpolate(part, size, mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
     return out
+
+
+def _summed(terms: list[LossTerm]) -> LossTerm:
+    return LossTerm(sum(term.total for term in terms), sum(term.count for term in terms))
+
+
+def by_size(targets: ImageTargets) -> dict[Size, Tensor]:
+    """Which pictures have each (height, width): int64 [N], rising."""
+    if targets.extents is None:
+        return {tuple(targets.images.shape[-2:]): torch.arange(len(targets.images), device=targets.images.device)}
+    sizes, which = targets.extents.unique(dim=0, return_inverse=True)
+    return {tuple(size): torch.nonzero(which == n).flatten() for n, size in enumerate(sizes.tolist())}
 
 
 class DiffusionDecoder(ImageDecoder):
@@ -153,17 +163,8 @@ class DiffusionDecoder(ImageDecoder):
 
     @property
     def step(self) -> int:
-        """What height and width of a picture are multiples of: UNet and VAE halve it again and again."""
-        halvings = len(self.vae.config.block_out_channels) + len(self.unet.config.block_out_channels) - 2
-        return math.lcm(2**halvings, _PIPELINE_STEP)
-
-    def fit_size(self, extent: Size) -> Size:
-        """(height, width) of about as many pixels as `image_size` squared in the shape of `extent`, as `sample` takes
-        it."""
-        side, step, most = self.settings.image_size, self.step, self.settings.max_image_size
-        scale = side / math.sqrt(extent[0] * extent[1])
-        height, width = (min(max(1, round(e * scale / step)), most // step) * step for e in extent)
-        return height, width
+        """What height and width of a picture are multiples of."""
+        return self.settings.step
 
     def requires_grad_(self, requires_grad: bool = True) -> DiffusionDecoder:
         """What the settings do not train stays frozen, whatever a stage of a recipe asks for."""
@@ -191,10 +192,11 @@ class DiffusionDecoder(ImageDecoder):
 
     # Training
 
-    def losses(self, link: SuperLink, view: Pixels, targets: ImageTargets) -> dict[str, LossTerm]:
+    def losses(self, link: SuperLink, view: Pixels | None, targets: ImageTargets) -> dict[str, LossTerm]:
         """Noise MSE per prompt; MSE to the encoded captions per prompt; the VAE's loss per picture it learns from.
 
-        Only its own loss reaches the VAE. Pictures are stretched to a square of `image_size`.
+        Only its own loss reaches the VAE. Pictures are learned in the size they come in (`settings.own_size`), those of
+        one size together: as the UNet has no mask, no padding may be among them.
         """
         noise_name, align_name, vae_name = self.loss_names
         zero = link.embeddings.new_zeros(())
@@ -206,21 +208,29 @@ class DiffusionDecoder(ImageDecoder):
             losses[vae_name] = LossTerm(zero, zero)
         if not len(link):
             return losses
-        pixels = 2 * fit_pixels(targets.images, targets.extents, (self.settings.image_size,) * 2) - 1
+        chosen = torch.randperm(len(link))[: self.settings.vae_images].to(link.parent) if learns_vae else None
+        each, noise, vae = torch.zeros(len(link), device=zero.device), [], []
+        for size, members in by_size(targets).items():
+            part = targets.only(members)
+            pixels = 2 * fit_pixels(part.images, part.extents, size) - 1
+            if learns_vae and len(own := chosen[torch.isin(chosen, members)]):
+                vae.append(self._vae_loss(pixels[torch.searchsorted(members, own)]))
+            noise.append(self._noise_loss(link.only(members), view, pixels))
+            each[members] = noise[-1].each
+        losses[noise_name] = _summed(noise)._replace(each=each)
         if learns_vae:
-            losses[vae_name] = self._vae_loss(pixels[torch.randperm(len(pixels))[: self.settings.vae_images]])
-        losses[noise_name] = self._noise_loss(link, view, pixels)
+            losses[vae_name] = _summed(vae)
         if self.text_encoder is not None and targets.caption_ids is not None:
             losses[align_name] = self._align_loss(link.embeddings, targets.caption_ids)
         return losses
 
-    def _noise_loss(self, link: SuperLink, view: Pixels, pixels: Tensor) -> LossTerm:
+    def _noise_loss(self, link: SuperLink, view: Pixels | None, pixels: Tensor) -> LossTerm:
         scheduler = self._scheduler("DDPMScheduler")
         with torch.no_grad():
             latents = self.vae.encode(pixels).latent_dist.sample() * self.vae.config.scaling_factor
         noise = torch.randn_like(latents)
         times = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
-        condition, beside = self._training_condition(link, view)
+        condition, beside = self._training_condition(link, view, tuple(pixels.shape[-2:]))
         noisy = torch.cat([scheduler.add_noise(latents, noise, times), *beside], dim=1)
         predicted = self.unet(noisy, times, encoder_hidden_states=condition).sample
         wanted = self._wanted(scheduler, latents, noise, times)
@@ -235,9 +245,9 @@ class DiffusionDecoder(ImageDecoder):
             return scheduler.get_velocity(latents, noise, times)
         return latents if kind == "sample" else noise
 
-    def _training_condition(self, link: SuperLink, view: Pixels) -> tuple[Tensor, list[Tensor]]:
-        """The condition [G, T, C] with some of it dropped, for classifier-free guidance, and the latents that the UNet
-        reads beside the noisy ones, [G, z, h, w] each."""
+    def _training_condition(self, link: SuperLink, view: Pixels | None, size: Size) -> tuple[Tensor, list[Tensor]]:
+        """For pictures of (height, width) `size`: the condition [G, T, C] with some of it dropped, for classifier-free
+        guidance, and the latents that the UNet reads beside the noisy ones, [G, z, h, w] each."""
         raise NotImplementedError
 
     def _replaced(self, embeddings: Tensor, dropped: Tensor) -> Tensor:
@@ -265,7 +275,7 @@ class DiffusionDecoder(ImageDecoder):
     # Sampling
 
     @torch.no_grad()
-    def sample(self, link: SuperLink, view: Pixels, settings: SampleSettings) -> Tensor:
+    def sample(self, link: SuperLink, view: Pixels | None, settings: SampleSettings) -> Tensor:
         """uint8 [G * num_images, 3, height, width], prompt by prompt, drawn by the pipeline of `diffusers`.
 
         Picture n of every prompt starts from the noise of seed + n. Raises `UserError` for settings that cannot work.
@@ -288,7 +298,12 @@ class DiffusionDecoder(ImageDecoder):
         return torch.cat(pictures)
 
     def _draw(
-        self, link: SuperLink, view: Pixels, size: Size, settings: SampleSettings, generators: list[torch.Generator]
+        self,
+        link: SuperLink,
+        view: Pixels | None,
+        size: Size,
+        settings: SampleSettings,
+        generators: list[torch.Generator],
     ) -> Tensor:
         """float [G, 3, *size] in 0..1, one picture for every entry of the link."""
         pipeline = self._pipeline()
@@ -321,24 +336,16 @@ class DiffusionDecoder(ImageDecoder):
     def _pipeline_class() -> type[DiffusionPipeline]:
         raise NotImplementedError
 
-    def _inputs(self, link: SuperLink, view: Pixels, size: Size, settings: SampleSettings) -> dict[str, Any]:
+    def _inputs(self, link: SuperLink, view: Pixels | None, size: Size, settings: SampleSettings) -> dict[str, Any]:
         """Arguments of the pipeline that not all have."""
         raise NotImplementedError
 
     def _checked(self, settings: SampleSettings) -> Size:
         """The size to draw, of settings that can work; else a `UserError`."""
         size = settings.size or (self.settings.image_size,) * 2
+        self.settings.own_size.check(size)
         most_steps = self._scheduler("DDPMScheduler").config.num_train_timesteps
         rules = [
-            (
-                all(e > 0 and e % self.step == 0 for e in size),
-                f"the size {size[1]}x{size[0]} cannot be drawn; give a width and a height that are multiples of "
-                f"{self.step}",
-            ),
-            (
-                max(size) <= self.settings.max_image_size,
-                f"the size {size[1]}x{size[0]} is too large; give sides of at most {self.settings.max_image_size}",
-            ),
             (1 <= settings.steps <= most_steps, f"steps must be in 1..{most_steps}, got {settings.steps}"),
             (math.isfinite(settings.guidance), f"guidance must be a finite number, got {settings.guidance}"),
             (settings.num_images >= 1, f"num_images must be at least 1, got {settings.num_images}"),

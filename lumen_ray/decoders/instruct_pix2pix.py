@@ -26,15 +26,16 @@ class InstructPix2PixDecoder(DiffusionDecoder):
     name = "instruct_pix2pix"
     family = "editing"
     loss_names = ("edit", "edit_align", "edit_vae")
+    reads = "pixels"
     latents_read = 2
     settings: InstructPix2PixSettings
 
-    def _training_condition(self, link: SuperLink, view: Pixels) -> tuple[Tensor, list[Tensor]]:
+    def _training_condition(self, link: SuperLink, view: Pixels, size: Size) -> tuple[Tensor, list[Tensor]]:
         """One draw per prompt decides (sec. 3.2.1 of InstructPix2Pix): first the text alone is dropped, then both, then
         the picture alone."""
         s, draw = self.settings, torch.rand(len(link), device=link.embeddings.device)
         text, both = s.drop_text, s.drop_text + s.drop_both
-        pixels = 2 * self._source(link, view, (s.image_size,) * 2) - 1
+        pixels = 2 * self._source(link, view, size) - 1
         with torch.no_grad():
             source = self.vae.encode(pixels).latent_dist.mode()
         unseen = (draw >= text) & (draw < both + s.drop_image)

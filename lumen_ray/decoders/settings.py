@@ -4,11 +4,15 @@ of the same classes can be described. Importing this module loads no model code.
 from __future__ import annotations
 
 import dataclasses
+import inspect
+import math
+from functools import lru_cache
 from typing import Any, Literal, get_args
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from lumen_ray.config import Settings
+from lumen_ray.decoders.sizes import PictureSize, ShortSide
 from lumen_ray.errors import UserError, suggest
 
 Sampler = Literal[
@@ -20,12 +24,25 @@ Sampler = Literal[
     "PNDMScheduler",
 ]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
+_PIPELINE_STEP = 8  # height and width that `diffusers`' pipelines take are multiples of it, whatever the VAE
+
+
+@lru_cache
+def _published_blocks(name: str) -> int:
+    """The number of blocks that a class of `diffusers` has where nothing is said."""
+    import diffusers
+
+    return len(inspect.signature(getattr(diffusers, name).__init__).parameters["block_out_channels"].default)
 
 
 class DiffusionSettings(Settings):
     """What the decoders that make pictures share (see `decoders/diffusion.py`)."""
 
-    image_size: int = Field(gt=0, description="side in pixels of the pictures it is trained on, and of a default one")
+    image_size: int = Field(
+        gt=0,
+        description="side in pixels of a square picture; others, to learn from or to edit, have about as many pixels "
+        "in their own shape",
+    )
     max_image_size: int = Field(1024, gt=0, description="longest side in pixels a request may ask for")
     unet: dict[str, Any] = Field(description="keys of diffusers.UNet2DConditionModel")
     vae: dict[str, Any] = Field(description="keys of diffusers.AutoencoderKL")
@@ -64,6 +81,18 @@ class DiffusionSettings(Settings):
                 f"max_image_size {self.max_image_size} must be at least image_size {self.image_size}", "invalid_config"
             )
         return self
+
+    @property
+    def step(self) -> int:
+        """What height and width of a picture are multiples of: UNet and VAE halve it again and again."""
+        parts = (("AutoencoderKL", self.vae), ("UNet2DConditionModel", self.unet))
+        blocks = [len(keys.get("block_out_channels") or ()) or _published_blocks(name) for name, keys in parts]
+        return math.lcm(2 ** (sum(blocks) - 2), _PIPELINE_STEP)
+
+    @property
+    def own_size(self) -> PictureSize:
+        """The size of the pictures it learns from and edits."""
+        return PictureSize(self.image_size, self.max_image_size, self.step)
 
 
 class StableDiffusionSettings(DiffusionSettings):
@@ -110,6 +139,26 @@ class DinoSettings(Settings):
     dropout: float = Field(0.0, ge=0, lt=1)
     fusion_drop_path: float = Field(0.1, ge=0, lt=1, description="share of groups that train without fusion")
     inverse_sigmoid_eps: float = Field(1e-5, gt=0, lt=0.5, description="how near to 0 and 1 a reference may come")
+    input_size: tuple[int, int] | None = Field(
+        None,
+        description="[short, long]: an image's shorter side gets `short` pixels, unless the longer one would get more "
+        "than `long`; published weights have [800, 1333]. null: the trunk's input",
+    )
+
+    @field_validator("input_size")
+    @classmethod
+    def _ordered(cls, sides: tuple[int, int] | None) -> tuple[int, int] | None:
+        if sides is not None and not 0 < sides[0] <= sides[1]:
+            raise UserError(
+                f"give [short, long] in pixels with 0 < short <= long, e.g. [800, 1333], got {list(sides)}",
+                "invalid_config",
+            )
+        return sides
+
+    @property
+    def own_size(self) -> ShortSide | None:
+        """The size of the images it looks at; None: the trunk's."""
+        return None if self.input_size is None else ShortSide(*self.input_size)
 
     @model_validator(mode="after")
     def _check_backbone(self) -> DinoSettings:

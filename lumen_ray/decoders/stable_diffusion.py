@@ -21,10 +21,11 @@ class StableDiffusionDecoder(DiffusionDecoder):
     name = "stable_diffusion"
     family = "generation"
     loss_names = ("generate", "generate_align", "generate_vae")
+    reads = None
     latents_read = 1
     settings: StableDiffusionSettings
 
-    def _training_condition(self, link: SuperLink, view: Pixels) -> tuple[Tensor, list[Tensor]]:
+    def _training_condition(self, link: SuperLink, view: Pixels | None, size: Size) -> tuple[Tensor, list[Tensor]]:
         dropped = torch.rand(len(link), device=link.embeddings.device) < self.settings.drop_text
         return self._replaced(link.embeddings, dropped), []
 
@@ -34,5 +35,5 @@ class StableDiffusionDecoder(DiffusionDecoder):
 
         return StableDiffusionPipeline
 
-    def _inputs(self, link: SuperLink, view: Pixels, size: Size, settings: SampleSettings) -> dict[str, Any]:
+    def _inputs(self, link: SuperLink, view: Pixels | None, size: Size, settings: SampleSettings) -> dict[str, Any]:
         return {"height": size[0], "width": size[1]}

@@ -8,18 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lumen_ray.decoders.base import ImageDecoder, Pixels, PredictSettings
+from lumen_ray.decoders.base import Frame, ImageDecoder, Pixels, PredictSettings
 from lumen_ray.errors import UserError
 from lumen_ray.inference.outputs import Found, LinkPart, TrunkOutput
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.model.superlink import SuperLink
-from lumen_ray.structures import SampleSettings
+from lumen_ray.structures import SampleSettings, Size
 
 DEFAULTS = PredictSettings()
 #: Object prompts times cells of the dense features that are decoded at once: 512 prompts at 128 pixels, 128 at 256.
 MAX_DECODER_CELLS = 1 << 19
 #: Groups of prompts that an expert decoder looks at in one pass.
 MAX_DECODER_GROUPS = 8
+#: Pixels of the images that those groups are about: 4 at 1024 x 1024.
+MAX_DECODER_PIXELS = 1 << 22
 
 
 class DecoderStage:
@@ -31,6 +33,7 @@ class DecoderStage:
             raise UserError(f"the model has no decoder '{name}'; decoders: {have}", "unknown_decoder")
         self.name = name
         self.decoder = loaded.model.decoders[name].to(device)
+        self.own_size = loaded.settings.own_sizes.get(name)
         self.device = torch.device(device)
 
     @classmethod
@@ -47,43 +50,56 @@ class DecoderStage:
         if (part := output.parts.get(self.name)) is None:
             return []
         if isinstance(self.decoder, ImageDecoder):
-            return self._draw(part, output)
+            return self._draw(part)
         found: list[Found] = [None] * len(part.link)
-        for members in self._chunks(part.link, output):
+        for members in self._chunks(part, output):
             link, images = part.link.take(members)
-            raw = self.decoder(link.to(self.device), self._view(output, images))
+            frames = [self._frame(output.frames[i]) for i in images.tolist()]
+            if self.decoder.reads == "dense":
+                view = output.dense[images].to(self.device)
+            else:
+                view = self._pixels(part, members, link, [frame.extent for frame in frames])
+            raw = self.decoder(link.to(self.device), view)
             specs = [part.prompts[i] for i in members.tolist()]
-            frames = [output.frames[i] for i in images.tolist()]
             for i, prediction in zip(members.tolist(), self.decoder.predict(raw, frames, specs, settings), strict=True):
                 found[i] = prediction
         return found
 
-    def _draw(self, part: LinkPart, output: TrunkOutput) -> list[Found]:
+    def _draw(self, part: LinkPart) -> list[Found]:
         """The pictures of every prompt; those that want the same settings are drawn together."""
         found: list[Found] = [None] * len(part.link)
         wishes: dict[SampleSettings, list[int]] = {}
         for i, spec in enumerate(part.prompts):
             sample = spec.sample
-            if sample.size is None and self.decoder.family == "editing":  # in the shape of the picture it starts from
-                extent = output.pixels.extents[part.link.image_index[i]]
-                sample = replace(sample, size=self.decoder.fit_size(tuple(extent.tolist())))
+            if part.pixels:  # in the size in which it got the picture that it starts from
+                sample = replace(sample, size=tuple(part.pixels[i].shape[1:]))
             wishes.setdefault(sample, []).append(i)
         for sample, members in wishes.items():
-            link, images = part.link.take(torch.tensor(members))
-            drawn = self.decoder.sample(link.to(self.device), self._view(output, images), sample)
+            link, _ = part.link.take(torch.tensor(members))
+            view = self._pixels(part, torch.tensor(members), link) if part.pixels else None
+            drawn = self.decoder.sample(link.to(self.device), view, sample)
             pictures = drawn.permute(0, 2, 3, 1).cpu().numpy()
             for number, i in enumerate(members):
                 found[i] = list(pictures[number * sample.num_images : (number + 1) * sample.num_images])
         return found
 
-    def _chunks(self, link: SuperLink, output: TrunkOutput) -> list[Tensor]:
+    def _chunks(self, part: LinkPart, output: TrunkOutput) -> list[Tensor]:
+        link = part.link
         if self.decoder.independent:
             height, width = output.dense.shape[-2:]
             return link.chunks(max(1, MAX_DECODER_CELLS // (height * width)))
-        groups = link.group.unique().split(MAX_DECODER_GROUPS)
+        largest = max(image[0].numel() for image in part.pixels)
+        groups = link.group.unique().split(max(1, min(MAX_DECODER_GROUPS, MAX_DECODER_PIXELS // largest)))
         return [torch.nonzero(torch.isin(link.group, some)).flatten() for some in groups]
 
-    def _view(self, output: TrunkOutput, images: Tensor) -> Tensor | Pixels:
-        if self.decoder.reads == "dense":
-            return output.dense[images].to(self.device)
-        return output.pixels[images].to(self.device)
+    def _frame(self, frame: Frame) -> Frame:
+        """Where the image that lies so in the trunk's input lies in this decoder's."""
+        if self.own_size is None:
+            return frame
+        size, (scale, _) = self.own_size.fit(frame.size)
+        return Frame(frame.size, scale, size)
+
+    def _pixels(self, part: LinkPart, members: Tensor, link: SuperLink, extents: list[Size] | None = None) -> Pixels:
+        """The images of a part's prompts at `members`, whose link counts the images among themselves."""
+        images = dict(zip(link.image_index.tolist(), (part.pixels[i] for i in members.tolist()), strict=True))
+        return Pixels.stack([images[i] for i in range(len(images))], extents).to(self.device)

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from lumen_ray.data.buckets import choose
 from lumen_ray.data.transforms import fit
-from lumen_ray.decoders.base import Pixels, PredictSettings, PromptSpec
+from lumen_ray.decoders.base import PredictSettings, PromptSpec
 from lumen_ray.errors import UserError
 from lumen_ray.inference.decoder_stage import DecoderStage
 from lumen_ray.inference.outputs import LinkPart, RequestPlan, TrunkOutput, assemble, finished
+from lumen_ray.inference.own_pixels import looked_at
 from lumen_ray.inference.request import Request, check_asked, no_decoder
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.model.prompts import Branch, build_layout
@@ -58,6 +59,7 @@ class TrunkStage:
         self.tokenizer = loaded.tokenizer
         self.prompt_layout = loaded.settings.prompt_layout
         self.serving = loaded.settings.serving
+        self.own_sizes = loaded.settings.own_sizes
         self.skeletons = {name: tuple(names) for name, names in loaded.meta.skeletons.items()}
         square = (loaded.settings.image_size,) * 2
         self.buckets = tuple((int(h), int(w)) for h, w in loaded.meta.buckets) or (square,)
@@ -99,7 +101,8 @@ class TrunkStage:
         if len(buckets) > 1:
             raise ValueError(f"images of one pass must share a bucket, got {sorted(buckets)}")
         (bucket,) = buckets
-        fitted = [fit(np.full((*bucket, 3), 114, np.uint8) if image is None else image, bucket) for image in images]
+        stored = [np.full((*bucket, 3), 114, np.uint8) if image is None else image for image in images]
+        fitted = [fit(image, bucket) for image in stored]
         pixels = torch.from_numpy(np.stack([image for image, _ in fitted])).permute(0, 3, 1, 2)
         frames = [frame for _, frame in fitted]
         valid = torch.tensor([image is not None for image in images])
@@ -120,12 +123,13 @@ class TrunkStage:
         else:
             asks += [ask for b, r in chosen for ask in self._routed(requests[b][r], plans[b][r].route, b, r)]
         parts = self._links(prefix, asks, plans, class_chunk)
-        read = {decoder_class(name).reads for name in parts}
-        dense = prefix.dense.float().cpu().contiguous() if "dense" in read else None
-        extents = torch.tensor([frame.extent for frame in frames])
-        return TrunkOutput(
-            parts, dense, Pixels(pixels.contiguous(), extents) if "pixels" in read else None, frames, plans
-        )
+        reads = {name: decoder_class(name).reads for name in parts}
+        dense = prefix.dense.float().cpu().contiguous() if "dense" in reads.values() else None
+        for name, part in parts.items():
+            if reads[name] == "pixels":
+                rule, about = self.own_sizes.get(name), part.link.image_index.tolist()
+                part.pixels = looked_at(about, part.prompts, rule, stored, pixels)
+        return TrunkOutput(parts, dense, frames, plans)
 
     def _decoder(self, request: Request) -> str | None:
         """The decoder that serves a request; None for text."""

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumen_ray.decoders.base import Frame, Pixels, PromptSpec
+from lumen_ray.decoders.base import Frame, PromptSpec
 from lumen_ray.inference.semantic import class_regions
 from lumen_ray.model.superlink import SuperLink, concat
 from lumen_ray.structures import Answer, Prediction, Size
@@ -36,13 +36,20 @@ class RequestPlan:
 
 @dataclass
 class LinkPart:
-    """What one decoder is asked: its super link, and a `PromptSpec` per link, None for keypoint prompts."""
+    """What one decoder is asked: its super link, and a `PromptSpec` per link, None for keypoint prompts.
+
+    `pixels`: for a decoder that looks at images itself, the image of each link as it gets it, uint8 [3, h, w] on the
+    CPU; links about the same image share a tensor. Empty for others.
+    """
 
     link: SuperLink
     prompts: list[PromptSpec | None]
+    pixels: list[Tensor] = field(default_factory=list)
 
     def only(self, members: Tensor) -> LinkPart:
-        return LinkPart(self.link.only(members), [self.prompts[i] for i in members.tolist()])
+        chosen = members.tolist()
+        pixels = [self.pixels[i] for i in chosen] if self.pixels else []
+        return LinkPart(self.link.only(members), [self.prompts[i] for i in chosen], pixels)
 
 
 @dataclass
@@ -50,13 +57,11 @@ class TrunkOutput:
     """What leaves the trunk for a batch of images. Tensors are contiguous and on the CPU, ready for the wire.
 
     `parts`: by decoder, those that are asked something; `dense`: float32 [B, C, H/4, W/4] of inputs of one bucket
-    (H, W), and `pixels` of the same inputs, each where a decoder of `parts` reads it; `plans`: per image, one per
-    request.
+    (H, W), where a decoder of `parts` reads it; `frames`: of those inputs; `plans`: per image, one per request.
     """
 
     parts: dict[str, LinkPart]
     dense: Tensor | None
-    pixels: Pixels | None
     frames: list[Frame]
     plans: list[list[RequestPlan]]
 
@@ -75,8 +80,7 @@ class TrunkOutput:
         ]
         own = torch.tensor([image])  # as an index it copies, so that not the whole batch travels
         dense = None if self.dense is None else self.dense[own]
-        pixels = None if self.pixels is None else self.pixels[own]
-        return TrunkOutput(parts, dense, pixels, [self.frames[image]], [plans])
+        return TrunkOutput(parts, dense, [self.frames[image]], [plans])
 
     @property
     def input_size(self) -> Size:
@@ -102,18 +106,12 @@ def merge(outputs: Sequence[TrunkOutput]) -> TrunkOutput:
         name: LinkPart(
             concat([part.link for part, _ in found], [image for _, image in found]),
             [prompt for part, _ in found for prompt in part.prompts],
+            [image for part, _ in found for image in part.pixels],
         )
         for name, found in collected.items()
     }
     dense = [output.dense for output in outputs]
-    pixels = [output.pixels for output in outputs]
-    return TrunkOutput(
-        parts,
-        None if any(x is None for x in dense) else torch.cat(dense),
-        None if any(x is None for x in pixels) else Pixels.cat(pixels),
-        frames,
-        plans,
-    )
+    return TrunkOutput(parts, None if any(x is None for x in dense) else torch.cat(dense), frames, plans)
 
 
 def assemble(

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lumen_ray.decoders.base import Decoder, ImageDecoder, LossTerm, Pixels
+from lumen_ray.decoders.base import Decoder, ImageDecoder, ImageTargets, LossTerm, PerceptionTargets, Pixels
 from lumen_ray.errors import UserError
 from lumen_ray.model.settings import ModelSettings, read_settings
 from lumen_ray.model.tokenizer import CAPTIONS_FILE, NAMES_FILE, LumenTokenizer
@@ -69,15 +69,14 @@ class Generalist(nn.Module):
     @staticmethod
     def _decoder_losses(decoder: Decoder | ImageDecoder, out: TrunkTraining, batch: dict) -> dict[str, LossTerm]:
         """A decoder's losses over those prompts of its family whose task it serves."""
-        link, targets = out.links[decoder.name], batch["targets"][decoder.family]
+        link, (pixels, targets) = out.links[decoder.name], given(decoder, batch)
         served = served_links(decoder.name, batch)
         if not served:
             return {}
         if len(served) < len(link):
             members = torch.tensor(served, device=link.parent.device)
             link, targets = link.only(members), targets.only(members)
-        view = out.dense if decoder.reads == "dense" else Pixels(batch["images"], batch["extents"])
-        return decoder.losses(link, view, targets)
+        return decoder.losses(link, out.dense if decoder.reads == "dense" else pixels, targets)
 
     def _anchor(self, decoders: Collection[str]) -> Tensor:
         """Zero, with every parameter of the optional parts in its graph, of decoders those of the given ones.
@@ -89,6 +88,13 @@ class Generalist(nn.Module):
         parts = [trunk.regions, trunk.queries, trunk.stem, trunk.dense]
         parts += [group[name] for group in (trunk.link_heads, self.decoders) for name in own]
         return sum(p.sum() for part in parts if part for p in part.parameters() if p.requires_grad) * 0.0
+
+
+def given(decoder: Decoder | ImageDecoder, batch: dict) -> tuple[Pixels, PerceptionTargets | ImageTargets]:
+    """The images of a training batch as a decoder looks at them, and what it should find there: in its own size, where
+    it has one, or as the trunk sees them."""
+    pixels = batch["pixels"].get(decoder.name) or Pixels(batch["images"], batch["extents"])
+    return pixels, batch["targets"].get(decoder.name, batch["targets"][decoder.family])
 
 
 def served_links(decoder: str, batch: dict) -> list[int]:

@@ -20,6 +20,7 @@ from lumen_ray.decoders.settings import (
     StableDiffusionSettings,
     UniPoseSettings,
 )
+from lumen_ray.decoders.sizes import SizeRule
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.presets import model_folder
 from lumen_ray.structures import Size
@@ -184,6 +185,12 @@ class ModelSettings(Settings):
         """Channels of the link embeddings of a decoder of places."""
         own = getattr(self, decoder)
         return own.hidden_size if isinstance(own, DinoSettings) else self.link_channels
+
+    @property
+    def own_sizes(self) -> dict[str, SizeRule]:
+        """Decoder -> the size of the images it looks at or learns to make, of those that do not take the trunk's."""
+        rules = {name: getattr(getattr(self, name), "own_size", None) for name in self.decoder_names}
+        return {name: rule for name, rule in rules.items() if rule is not None}
 
     @property
     def serving(self) -> dict[str, str]:

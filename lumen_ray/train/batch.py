@@ -12,5 +12,7 @@ def to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     moved = dict(batch)
     for name in ("images", "extents", "has_image", "layout", "region_masks", "region_images"):
         moved[name] = batch[name].to(device)
-    moved["targets"] = {family: targets.to(device) for family, targets in batch["targets"].items()}
+    for name in ("targets", "pixels"):
+        own = {id(value): value.to(device) for value in batch[name].values()}  # decoders of one size share theirs
+        moved[name] = {key: own[id(value)] for key, value in batch[name].items()}
     return moved

@@ -66,5 +66,5 @@ def make_pixels(number=2, side=24, seed=2):
     return Pixels(images, torch.tensor([[side, side - 8]] * number))
 
 
-def make_targets(number=3, side=24, seed=3, **values):
+def make_targets(number=3, side=SIDE, seed=3, **values):
     return ImageTargets(make_pixels(number, side, seed).images, **values)

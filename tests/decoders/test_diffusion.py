@@ -186,14 +186,6 @@ def test_the_empty_condition_is_the_encoded_empty_text_or_learned():
     assert decoder.null.grad.abs().sum() > 0
 
 
-def test_fit_size_keeps_the_shape_and_the_number_of_pixels():
-    decoder = instruct_pix2pix(image_size=64, max_image_size=96)
-    assert decoder.step == 8
-    assert decoder.fit_size((300, 300)) == (64, 64)
-    assert decoder.fit_size((100, 200)) == (48, 88)
-    assert decoder.fit_size((10, 1000)) == (8, 96)
-
-
 @pytest.mark.parametrize(
     ("keys", "message"),
     [

@@ -51,7 +51,8 @@ def test_a_task_goes_to_the_decoder_the_settings_name(engine):
     assert {name: [spec.phrase for spec in part.prompts] for name, part in out.parts.items()} == {
         "grounding_dino": list(DETECT.phrases), "lumen": [REFER.text],
     }  # fmt: skip
-    assert out.dense is not None and out.pixels is not None
+    assert out.dense is not None and not out.parts["lumen"].pixels
+    assert [tuple(image.shape) for image in out.parts["grounding_dino"].pixels] == [(3, SIDE, SIDE)] * 3
 
 
 def test_who_serves_a_task_can_be_chosen_when_the_model_is_loaded(tmp_path, engine):
