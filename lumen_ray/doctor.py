@@ -93,6 +93,7 @@ def examine(preset: str, model: str | None = None, workers: int | None = None) -
             published = published_parameters(settings, counted) if settings.published_weights else {}
             by_recipe = count_recipe(settings, recipe) if recipe else None
             sections[title] = [*_needs(roles, workers, by_recipe), *_room(roles)]
+            sections["images as they are seen"] = list(_inputs(settings))
             sections[f"GPUs for '{settings.name}'"] = list(_gpus(roles, by_recipe, workers))
         sections["weights"] = list(_weights(settings, model, published, recipe))
     able = all(finding.state != "missing" for findings in sections.values() for finding in findings)
@@ -246,6 +247,17 @@ def _needs(roles: list[Role], workers: int, by_recipe: ByRecipe | None) -> Itera
         f"{name} trains {by_recipe.model.learns:,} parameters at most{kept}, in stage '{by_recipe.stage}': "
         f"{size(by_recipe.memory(1))}{share}",
     )
+
+
+def _inputs(settings: ModelSettings) -> Iterator[Finding]:
+    """The sizes that activations depend on."""
+    side = settings.image_size
+    yield Finding("note", f"trunk: {side} x {side} pixels, or what a recipe's buckets say")
+    for name in settings.decoder_names:
+        if (rule := settings.own_sizes.get(name)) is not None:
+            yield Finding("note", f"{name}: {rule}")
+        elif name != "lumen":  # which reads what the trunk makes of them
+            yield Finding("note", f"{name}: as the trunk; '{name}: {{input_size: [800, 1333]}}' is as published")
 
 
 def _room(roles: list[Role]) -> Iterator[Finding]:

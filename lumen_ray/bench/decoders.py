@@ -218,7 +218,7 @@ def training_memory(preset: str = "nano-experts", images: int = 2) -> list[Resul
             "MiB",
             {"a training step": [training_peak(model, name, tokenizer, images) / 2**20]},
             details=details,
-            note=f"at {settings.own_sizes.get(name, settings.image_size)} pixels, beside the decoder's weights, "
+            note=f"at {settings.own_sizes.get(name, f'{settings.image_size} pixels')}, beside the decoder's weights, "
             "gradients and inputs, and without trunk and optimiser",
         )
         for name in model.decoders

@@ -55,8 +55,8 @@ def asked_images(layout: Layout, tasks: Sequence[str], decoder: str) -> set[int]
 
 
 def as_tensor(image: np.ndarray) -> Tensor:
-    """uint8 [h, w, 3] -> [3, h, w]."""
-    return torch.from_numpy(image).permute(2, 0, 1)
+    """A copy of uint8 [h, w, 3] as [3, h, w]."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
 def as_pixels(images: Sequence[np.ndarray | None]) -> Pixels:

@@ -26,7 +26,7 @@ class ShortSide:
     long: int
 
     def __str__(self) -> str:
-        return f"{self.short} to {self.long}"
+        return f"{self.short} pixels of the shorter side, of the longer {self.long} at most"
 
     def fit(self, shape: Shape, room: float = 1.0) -> tuple[Size, Scale]:
         """(height, width) in pixels of an image of this shape, and what its coordinates are multiplied by.
@@ -48,7 +48,7 @@ class PictureSize:
     asked: Size | None = None
 
     def __str__(self) -> str:
-        return f"{self.side}"
+        return f"{self.side} x {self.side} pixels, or about as many in another shape"
 
     def fit(self, shape: Shape, room: float = 1.0) -> tuple[Size, Scale]:
         """(height, width) in pixels for an image of this shape, and what its coordinates are multiplied by.

@@ -24,9 +24,9 @@ def rule_for(rule: SizeRule | None, sample: SampleSettings | None) -> SizeRule |
 
 
 def in_size(image: np.ndarray, rule: SizeRule) -> Tensor:
-    """uint8 [h, w, 3] -> [3, *size], contiguous, in the size that the rule gives it."""
+    """uint8 [h, w, 3] -> [3, *size], in the size that the rule gives it."""
     size, scale = rule.fit(image.shape[:2])
-    return as_tensor(warp(image, np.diag((*scale, 1.0))[:2], size)).contiguous()
+    return as_tensor(warp(image, np.diag((*scale, 1.0))[:2], size))
 
 
 def looked_at(

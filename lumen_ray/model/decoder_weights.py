@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lumen_ray.errors import UserError
-from lumen_ray.model.published import Checkpoint, fetch
+from lumen_ray.model.published import Checkpoint, fetch, read_json
 from lumen_ray.model.released.rules import apply, check_fits
 from lumen_ray.model.tokenizer import vocabulary_rows
 from lumen_ray.tasks import decoder_class
@@ -84,7 +84,16 @@ def _grounding_dino_sizes(folder: Path) -> dict[str, Any]:
         "encoder_points": told.encoder_n_points,
         "decoder_points": told.decoder_n_points,
         "num_queries": told.num_queries,
+        **_input_size(folder),
     }
+
+
+def _input_size(folder: Path) -> dict[str, Any]:
+    """What its preprocessor_config.json says of the images' size, where it has one."""
+    path = folder / "preprocessor_config.json"
+    size = read_json(path).get("size") if path.is_file() else None
+    edges = [size.get(name) for name in ("shortest_edge", "longest_edge")] if isinstance(size, dict) else [None]
+    return {"input_size": edges} if None not in edges else {}
 
 
 def _diffusion(name: str) -> Loader:

@@ -11,6 +11,7 @@ from lumen_ray.data.collate import BranchSettings, Collator, Prompts, add_classe
 from lumen_ray.data.images import decode
 from lumen_ray.data.schema import make_message, make_row
 from lumen_ray.data.transforms import AugmentSettings, Sample, transform
+from lumen_ray.decoders.sizes import PictureSize
 from lumen_ray.train.losses import StepLosses
 
 TASKS = ("detect", "segment", "pose", "region_caption")
@@ -149,6 +150,7 @@ def rngs(number):
     return [np.random.default_rng(i) for i in range(number)]
 
 
+PICTURES = {name: PictureSize(SIDE, 2 * SIDE, 8) for name in ("stable_diffusion", "instruct_pix2pix")}
 MOVED = AugmentSettings(flip_x=True, scale=(0.8, 1.2), shift=0.1, color=0.4)
 
 
@@ -164,7 +166,7 @@ def edit_row(number=0):
 def test_a_description_asks_for_the_picture_that_it_does_not_see():
     """As it is, whatever augmentation the other tasks of the stage get."""
     rows = [scenes.scene_row(5, n, SIDE) for n in range(2)]
-    collate = Collator(tiny_tokenizer(), SIDE, ("generate",), {}, augment=MOVED)
+    collate = Collator(tiny_tokenizer(), SIDE, ("generate",), {}, augment=MOVED, own_sizes=PICTURES)
     batch = collate(rows, [decode(r["image"]) for r in rows], rngs(2))
     assert batch["tasks"] == ["generate"] * 2 and not batch["has_image"].any()
     targets = batch["targets"]["generation"]
@@ -194,7 +196,7 @@ def test_captions_are_read_as_the_text_encoder_reads_them(task, family):
     images = [decode(row["image"]) for row in rows]
     targets = {}
     for tokenizer in (captioning_tokenizer(9), tiny_tokenizer()):
-        batch = Collator(tokenizer, SIDE, (task,), {})(rows, images, rngs(3), images)
+        batch = Collator(tokenizer, SIDE, (task,), {}, own_sizes=PICTURES)(rows, images, rngs(3), images)
         targets[tokenizer.captions is None] = batch["targets"][family]
     ids = clip_tokenizer()(said, padding="max_length", truncation=True, max_length=9, return_tensors="pt").input_ids
     assert targets[False].caption_ids.dtype == torch.int64 and torch.equal(targets[False].caption_ids, ids)
@@ -203,16 +205,18 @@ def test_captions_are_read_as_the_text_encoder_reads_them(task, family):
 
 @pytest.mark.parametrize("augment", [AugmentSettings(), MOVED])
 def test_an_edited_picture_lies_where_the_picture_does(augment):
-    """Turned over once more it is the model's input, whatever augmentation did to both."""
+    """Whatever augmentation does to both."""
     row, edited = edit_row()
     seen = {}
     for name, target in (("edited", edited), ("own", decode(row["image"]))):
-        collator = Collator(tiny_tokenizer(), SIDE, ("edit", "caption"), {}, augment=augment)
+        collator = Collator(tiny_tokenizer(), SIDE, ("edit", "caption"), {}, augment=augment, own_sizes=PICTURES)
         seen[name] = collator([row], [decode(row["image"])], rngs(1), [target])
     batch = seen["own"]
     assert batch["has_image"].all() and batch["tasks"].count("edit") == 1
     target = batch["targets"]["editing"].images[0].float()
-    assert (target - batch["images"][0].float()).abs().mean() < 1
+    assert torch.equal(target, batch["pixels"]["instruct_pix2pix"].images[0].float())
+    if augment == AugmentSettings():
+        assert (target - batch["images"][0].float()).abs().mean() < 1
     other = seen["edited"]["targets"]["editing"].images[0].float()
     assert torch.equal(seen["edited"]["images"], batch["images"]) and (other - target).abs().mean() > 5
     without = Collator(tiny_tokenizer(), SIDE, ("edit",), {})([row], [decode(row["image"])], rngs(1))

@@ -156,7 +156,8 @@ def test_pictures_to_make_are_shown_beside_what_they_are_made_of(edits, tmp_path
     source, task = ("image", "generate") if recipe == "generate" else ("target_image", "edit")
     text = next(m for m in rows[0]["messages"] if m["task"] == ("caption" if recipe == "generate" else "edit"))
     assert drawn.task == task and text["turns"][-1]["content"].lower() in instruction(drawn)
-    assert drawn.note.startswith(f"to make: a picture of {sampler.settings.image_size}×") and not drawn.negative
+    side = sampler.settings.stable_diffusion.image_size
+    assert drawn.note.startswith(f"to make: a picture of {side}×{side}") and not drawn.negative
     wanted = Image.fromarray(decode(rows[0][source])).resize(drawn.picture.shape[1::-1], Image.Resampling.BILINEAR)
     assert np.abs(drawn.picture.astype(int) - np.asarray(wanted)).mean() < 6
     inspect(folder, tmp_path / "out", samples=len(rows), recipe=recipe and str(name))

@@ -287,7 +287,7 @@ def test_targets_move_with_all_they_hold():
 
 def test_targets_count_only_what_lies_in_their_extents():
     decoder = stable_diffusion(train_unet=True)
-    images = make_targets(2).images
+    images = make_targets(2, side=24).images
     extents = torch.tensor([[24, 16], [16, 24]])
     other = images.clone()
     other[0, :, :, 16:], other[1, :, 16:] = 0, 255
@@ -297,6 +297,39 @@ def test_targets_count_only_what_lies_in_their_extents():
         targets = ImageTargets(pictures, extents)
         losses.append(decoder.losses(make_link(2), make_pixels(), targets)["generate"].total)
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_pictures_of_one_size_are_learned_together_and_none_is_stretched(make, monkeypatch):
+    decoder, seen = make(train_unet=True, train_vae=True, vae_images=3), []
+    extents = torch.tensor([[24, 16], [16, 16], [24, 16], [16, 24]])
+    targets = ImageTargets(make_targets(4, side=24).images, extents)
+    shown = [image[:, :h, :w].float() / 127.5 - 1 for image, (h, w) in zip(targets.images, extents, strict=True)]
+    learn, encode = decoder._noise_loss, decoder.vae.encode
+
+    def noise_loss(link, view, pixels):
+        seen.append((tuple(pixels.shape), link.embeddings))
+        return learn(link, view, pixels)._replace(each=pixels.flatten(1).mean(1))
+
+    monkeypatch.setattr(decoder, "_noise_loss", noise_loss)
+    link = make_link(4)
+    losses = decoder.losses(link, make_pixels(), targets)
+    noise, _, vae = decoder.loss_names
+    assert losses[noise].count == 4 and losses[vae].count == 3
+    torch.testing.assert_close(losses[noise].each, torch.stack([image.mean() for image in shown]))
+    together = dict(seen)
+    assert set(together) == {(2, 3, 24, 16), (1, 3, 16, 16), (1, 3, 16, 24)}
+    assert torch.equal(together[2, 3, 24, 16], link.embeddings[[0, 2]])
+    sources = {tuple(pixels.shape[-2:]) for pixels in _encoded(decoder, encode, link, targets, monkeypatch)}
+    assert sources == {(24, 16), (16, 16), (16, 24)}  # a picture to edit is as large as the one that it becomes
+
+
+def _encoded(decoder, encode, link, targets, monkeypatch):
+    """All that the VAE encodes in a training step."""
+    found = []
+    monkeypatch.setattr(decoder.vae, "encode", lambda pixels: found.append(pixels) or encode(pixels))
+    decoder.losses(link, make_pixels(), targets)
+    return found
 
 
 def test_pixels_of_the_view_do_not_matter_to_text_to_image():

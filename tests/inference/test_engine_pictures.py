@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import EXPERTS, SIDE, scene_batch, tiny_loaded
+from tiny_models import EXPERTS, SIDE, scene_batch, tiny_loaded, tiny_settings
 
 from lumen_ray.data import scenes
 from lumen_ray.data.images import decode
@@ -104,7 +104,8 @@ def edit_batch(rows):
     rows = [{**row, "messages": [make_message("edit", "make it blue", None)]} for row in rows]
     pictures = [decode(row["image"]) for row in rows]
     rngs = [np.random.default_rng(i) for i in range(len(rows))]
-    return Collator(tiny_tokenizer(), SIDE, ("edit",), {})(rows, pictures, rngs, pictures)
+    own_sizes = tiny_settings(**EXPERTS).own_sizes
+    return Collator(tiny_tokenizer(), SIDE, ("edit",), {}, own_sizes=own_sizes)(rows, pictures, rngs, pictures)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,8 @@ def test_a_step_aligns_links_with_captions(folder, task, decoder, loss):
         ]
     images = [decode(row["image"]) for row in rows]
     generators = [np.random.default_rng(n) for n in range(2)]
-    batch = Collator(loaded.tokenizer, SIDE, (task,), {})(rows, images, generators, images)
+    collator = Collator(loaded.tokenizer, SIDE, (task,), {}, own_sizes=loaded.settings.own_sizes)
+    batch = collator(rows, images, generators, images)
     torch.manual_seed(0)
     term = model(batch)[loss]
     assert term.count == 2 and term.total > 0

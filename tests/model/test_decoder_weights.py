@@ -102,6 +102,7 @@ def test_decoders_get_the_published_numbers(folders, tmp_path):
         detector.trunk.query_position_embeddings.weight, theirs["model.query_position_embeddings.weight"]
     )
     assert loaded.settings.grounding_dino.num_queries == 20 and loaded.settings.grounding_dino.mask_points == 16
+    assert loaded.settings.grounding_dino.input_size == (96, 160)
     unet = load_file(folders / "sd" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(tensor, unet[name]) for name, tensor in painter.unet.state_dict().items())
     assert loaded.settings.stable_diffusion.num_tokens == 6 and loaded.settings.stable_diffusion.mapper_heads == 2
