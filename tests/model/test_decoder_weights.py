@@ -54,6 +54,8 @@ def grounding_dino(folder):
         encoder_attention_heads=4, decoder_attention_heads=4, num_queries=20, max_text_len=16,
     )  # fmt: skip
     GroundingDinoForObjectDetection(config).save_pretrained(folder)
+    size = {"shortest_edge": 96, "longest_edge": 160}
+    (folder / "preprocessor_config.json").write_text(json.dumps({"size": size, "do_resize": True}))
 
 
 def stable_diffusion(folder):
