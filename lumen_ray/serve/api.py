@@ -1,4 +1,4 @@
-"""The FastAPI application: task routes, OpenAI's route, health, documentation and the page. It knows no Ray."""
+"""The FastAPI application: task routes, OpenAI's routes, health, documentation and the page. It knows no Ray."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from lumen_ray import __version__
-from lumen_ray.serve import openai_api, schemas, task_api
+from lumen_ray.serve import openai_api, openai_images, schemas, task_api
 from lumen_ray.serve.http import Guard, install_error_handlers
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.serve.task_api import Backend
@@ -32,6 +32,7 @@ def create_api(backend: Backend, settings: ServeSettings) -> FastAPI:
     install_error_handlers(api)
     api.include_router(task_api.make_router(backend, settings), responses=errors)
     api.include_router(openai_api.make_router(backend, settings), responses=errors)
+    api.include_router(openai_images.make_router(backend, settings), responses=errors)
     api.include_router(task_api.make_fallback())
     _add_health(api, backend)
     _add_pages(api)
@@ -69,7 +70,12 @@ def _add_request_schemas(api: FastAPI) -> None:
         if api.openapi_schema is None:
             document = get_openapi(title=api.title, version=api.version, summary=api.summary, routes=api.routes)
             known = document.setdefault("components", {}).setdefault("schemas", {})
-            for model in (schemas.TaskRequest, schemas.InferRequest, openai_api.ChatRequest):
+            for model in (
+                schemas.TaskRequest,
+                schemas.InferRequest,
+                openai_api.ChatRequest,
+                openai_images.ImageRequest,
+            ):
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 known.update(schema.pop("$defs", {}))
                 known[model.__name__] = schema
