@@ -51,8 +51,8 @@ class Generalist(nn.Module):
     def forward(self, batch: dict) -> dict[str, LossTerm]:
         """Losses by name. `each` of "lm" is per branch, of a decoder's losses per prompt of `served_links`.
 
-        `batch["decoders"]`: the decoders that learn from it, `batch["asked"]`: the tasks it may have prompts of, the same
-        on all ranks; what is for others alone gets no gradient, and an optimizer leaves it as it is. None: all.
+        `batch["decoders"]`: the decoders that learn from it, `batch["asked"]`: the tasks it may have prompts of. None:
+        all. Both are the same on all ranks. What is for others gets no gradient, so that an optimizer leaves it alone.
         """
         out = self.trunk(batch)
         per_branch = out.lm_losses.new_zeros(len(batch["tasks"]) + 1)

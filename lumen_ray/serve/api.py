@@ -16,6 +16,7 @@ from lumen_ray.serve.http import Guard, install_error_handlers
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.serve.task_api import Backend
 
+_REQUESTS = (schemas.TaskRequest, schemas.InferRequest, openai_api.ChatRequest, openai_images.ImageRequest)
 _PAGES = Path(__file__).parent / "page"
 _SUMMARY = "Answers, finds, segments, poses and counts what is in an image. One schema for all tasks."
 
@@ -70,12 +71,7 @@ def _add_request_schemas(api: FastAPI) -> None:
         if api.openapi_schema is None:
             document = get_openapi(title=api.title, version=api.version, summary=api.summary, routes=api.routes)
             known = document.setdefault("components", {}).setdefault("schemas", {})
-            for model in (
-                schemas.TaskRequest,
-                schemas.InferRequest,
-                openai_api.ChatRequest,
-                openai_images.ImageRequest,
-            ):
+            for model in _REQUESTS:
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 known.update(schema.pop("$defs", {}))
                 known[model.__name__] = schema
