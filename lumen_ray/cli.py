@@ -16,7 +16,7 @@ from lumen_ray import __version__, convert, doctor
 from lumen_ray.console import bar, console, say, training_note
 from lumen_ray.data import command as data_command
 from lumen_ray.errors import UserError, suggest
-from lumen_ray.presets import DEFAULT_MODEL
+from lumen_ray.presets import DEFAULT_MODEL, bundled_models
 from lumen_ray.ray_env import prepare_environment
 
 EXIT_USER_ERROR = 2
@@ -249,6 +249,7 @@ def _label(args: argparse.Namespace) -> None:
     classes = args.classes
     if classes is None and any(get_task(name).needs == "classes" for name in args.tasks):
         classes = read_meta(args.model).classes
+    _tell_bundled(args.model)
     with bar("label") as progress:
         summary = label(
             args.model,
@@ -265,6 +266,15 @@ def _label(args: argparse.Namespace) -> None:
             progress=lambda s: progress.update(s.done, s.total, f"{s.rate:.1f} img/s, {s.errors} errors"),
         )
     say(labelled_line(summary, args.output))
+
+
+def _tell_bundled(model: str) -> None:
+    """Says what bundled weights cannot be asked for, before a user wonders at what they find in photographs."""
+    if not Path(model).is_dir() and model in bundled_models():
+        say(
+            f"the bundled weights '{model}' know the drawn shapes of 'lumen-ray prepare scenes' and nothing else; for "
+            "other images train on your own and give --model"
+        )
 
 
 def labelled_line(summary: dict[str, Any], output: str | Path) -> str:
@@ -288,6 +298,7 @@ def _serve(args: argparse.Namespace) -> None:
     chosen = _decoders(args.decoders)
     settings = load_settings(args.config, model=args.model, host=args.host, port=args.port, serving=chosen)
     read_meta(settings.model)  # a folder without a model is told here, not by a replica
+    _tell_bundled(settings.model)
     server = run(settings, blocking=False)
     say(f"serving {settings.model} at {server.url} (page at /, API at /docs); stop with Ctrl-C")
     server.wait()

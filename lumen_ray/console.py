@@ -56,6 +56,7 @@ class Bar:
 def bar(title: str) -> Iterator[Bar]:
     """A progress display that ends with the block."""
     if not console.is_terminal:
+        say(f"{title}: starting")  # Ray takes a while, on a busy machine a minute
         yield Bar(title, None)
         return
     columns = (

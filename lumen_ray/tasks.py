@@ -72,6 +72,11 @@ class Task:
         return self.needs != "description"
 
     @property
+    def may_have_regions(self) -> bool:
+        """Whether its prompts can name regions of the image."""
+        return self.is_text or self.needs == "region"
+
+    @property
     def is_text(self) -> bool:
         """True when the answer is written by the LLM and no decoder is involved."""
         return self.routing_token is None

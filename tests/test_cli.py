@@ -135,6 +135,15 @@ def test_label_hands_the_device_on(monkeypatch):
     assert seen == [None, "cuda"]
 
 
+@pytest.mark.parametrize("own", [False, True])
+def test_label_says_what_the_bundled_weights_know(monkeypatch, tmp_path, capsys, own):
+    done = {"images": 0, "labelled": 0, "errors": 0, "first_error": None}
+    monkeypatch.setattr("lumen_ray.label.pipeline.label", lambda *args, **options: done)
+    model = ["--model", str(tmp_path)] if own else []
+    assert cli.main(["label", "x", "--output", "y", "--classes", "a", *model]) == 0
+    assert ("know the drawn shapes" in capsys.readouterr().out) == (not own)
+
+
 @pytest.mark.parametrize(("tasks", "own"), [("semantic", True), ("caption,count", True), ("caption", False)])
 def test_classes_are_the_models_own_where_none_are_given(monkeypatch, tasks, own):
     from lumen_ray.model.build import read_meta

@@ -45,6 +45,7 @@ class BranchSettings(Settings):
     max_messages: int = Field(4, ge=0, description="captions, questions, region captions and chats, at most")
     max_regions: int = Field(1, ge=0, description="instances whose mask is asked for by a place on them, at most")
     max_poses: int = Field(1, ge=0, description="classes with keypoints whose pose is asked for, at most")
+    absent_poses: int = Field(1, ge=0, description="absent classes with keypoints whose pose is asked for, at most")
 
 
 def class_frequencies(manifest: dict[str, Any]) -> dict[str, int]:

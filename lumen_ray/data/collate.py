@@ -56,9 +56,17 @@ class Prompts:
     wants: list[Want | None] = field(default_factory=list)
     regions: list[np.ndarray] = field(default_factory=list)
     region_images: list[int] = field(default_factory=list)
+    _requests: dict[tuple, int] = field(default_factory=dict)
 
-    def add(self, task: str, branch: Branch, want: Want | None = None) -> int:
-        self.branches.append(branch)
+    def add(self, task: str, branch: Branch, want: Want | None = None, request: str = "") -> int:
+        """The prompt's number. Those of an image with the same `request` are one group, as where a user asks for them
+        at once; a keypoint prompt is in its object's, any other in one of its own."""
+        if branch.parent >= 0:
+            group = self.branches[branch.parent].group
+        else:
+            asked = (branch.image, request) if request else (len(self.branches),)
+            group = self._requests.setdefault(asked, len(self._requests))
+        self.branches.append(replace(branch, group=group))
         self.tasks.append(task)
         self.wants.append(want)
         return len(self.branches) - 1
@@ -97,7 +105,7 @@ def add_classes(
         task = TASKS[tasks[int(rng.integers(len(tasks)))]]
         text = task.prompt(phrase, int(rng.integers(len(task.templates))))
         want = Want(instances_of(phrase, row, sample))
-        prompts.add(task.name, Branch(image, text, route=task.routing_token), want)
+        prompts.add(task.name, Branch(image, text, route=task.routing_token), want, request=task.name)
 
 
 def add_poses(
@@ -109,14 +117,17 @@ def add_poses(
     s: BranchSettings,
     rng: np.random.Generator,
 ) -> None:
-    """Pose prompts of classes present with keypoints: an object branch and one branch per keypoint name."""
+    """Pose prompts of classes with a skeleton, present with keypoints or absent: an object branch and one branch per
+    keypoint name."""
     task = TASKS["pose"]
     with_pose = {row["instances"][i]["phrase"] for n, i in enumerate(sample.kept) if sample.keypoints[n] is not None}
-    candidates = [c for c in skeletons if c in with_pose and c in row["classes"]]
-    for phrase in draw(candidates, s.max_poses, rng):
+    seen = {instance["phrase"] for instance in row["instances"]}
+    annotated = [c for c in skeletons if c in row["classes"]]
+    chosen = draw([c for c in annotated if c in with_pose], s.max_poses, rng)
+    for phrase in chosen + draw([c for c in annotated if c not in seen], s.absent_poses, rng):
         found = instances_of(phrase, row, sample)
         text = task.prompt(phrase, int(rng.integers(len(task.templates))))
-        parent = prompts.add("pose", Branch(image, text, route=task.routing_token), Want(found))
+        parent = prompts.add("pose", Branch(image, text, route=task.routing_token), Want(found), request="pose")
         sigmas = keypoint_sigmas(skeletons[phrase])
         for k, name in enumerate(skeletons[phrase]):
             text = task.keypoint_template.replace("{keypoint}", name).replace("{}", phrase)
@@ -143,7 +154,8 @@ def add_phrases(
         task = TASKS[item["task"]]
         text = task.prompt(item["phrase"], int(rng.integers(len(task.templates))))
         want = Want([place[i] for i in item["instances"] if i in place])
-        prompts.add(task.name, Branch(image, text, route=task.routing_token), want)
+        request = task.name if task.needs == "sentence" else ""  # which names all its phrases at once
+        prompts.add(task.name, Branch(image, text, route=task.routing_token), want, request)
 
 
 def add_region_segments(

@@ -78,8 +78,11 @@ def _content(objects: Objects, which: Tensor, links: Tensor, link_valid: Tensor,
 
 
 def _noisy_boxes(boxes: Tensor, positive: Tensor, noise: float) -> Tensor:
-    """Every corner moved by up to half the box's size (positives), or by half to all of it (negatives)."""
+    """Every corner moved by up to half the box's size (positives), or by half to all of it (negatives).
+
+    A negative's corners may pass each other: they are exchanged, since a size below 0 would tell that it is one."""
     half = (boxes[..., 2:] / 2).repeat(1, 1, 2)
     sign = torch.randint(0, 2, boxes.shape, device=boxes.device) * 2 - 1
     share = torch.rand(boxes.shape, device=boxes.device) + (~positive)[..., None]
-    return to_cxcywh((to_xyxy(boxes) + sign * share * half * noise).clamp(0, 1))
+    first, second = (to_xyxy(boxes) + sign * share * half * noise).clamp(0, 1).chunk(2, dim=-1)
+    return to_cxcywh(torch.cat([torch.minimum(first, second), torch.maximum(first, second)], dim=-1))

@@ -51,15 +51,15 @@ class Generalist(nn.Module):
     def forward(self, batch: dict) -> dict[str, LossTerm]:
         """Losses by name. `each` of "lm" is per branch, of a decoder's losses per prompt of `served_links`.
 
-        `batch["decoders"]`: the decoders that learn from it, the same on all ranks; the others get no gradient, so that
-        an optimizer leaves them as they are. None: all.
+        `batch["decoders"]`: the decoders that learn from it, `batch["asked"]`: the tasks it may have prompts of. None:
+        all. Both are the same on all ranks. What is for others gets no gradient, so that an optimizer leaves it alone.
         """
         out = self.trunk(batch)
         per_branch = out.lm_losses.new_zeros(len(batch["tasks"]) + 1)
         owner = batch["layout"].branch_ids[:, 1:].flatten() + 1  # padding goes to 0
         per_branch.scatter_add_(0, owner, out.lm_losses.detach().flatten())
         wanted = set(self.decoders) if batch.get("decoders") is None else set(batch["decoders"])
-        total = LM_WEIGHT * out.lm_losses.sum() + self._anchor(wanted)
+        total = LM_WEIGHT * out.lm_losses.sum() + self._anchor(wanted, batch.get("asked"))
         losses = {"lm": LossTerm(total, out.lm_tokens, per_branch[1:])}
         for name, decoder in self.decoders.items():
             if name in wanted and name in out.links:
@@ -78,16 +78,21 @@ class Generalist(nn.Module):
             link, targets = link.only(members), targets.only(members)
         return decoder.losses(link, out.dense if decoder.reads == "dense" else pixels, targets)
 
-    def _anchor(self, decoders: Collection[str]) -> Tensor:
-        """Zero, with every parameter of the optional parts in its graph, of decoders those of the given ones.
+    def _anchor(self, decoders: Collection[str], tasks: Collection[str] | None) -> Tensor:
+        """Zero, with every parameter in its graph of the optional parts that the given decoders and tasks can use.
 
         Whether a batch has regions, poses, masks or perception prompts at all (without which nothing reads the dense
         features) differs from rank to rank; all ranks must still reduce the same gradients.
         """
         trunk, own = self.trunk, [name for name in self.decoders if name in decoders]
-        parts = [trunk.regions, trunk.queries, trunk.stem, trunk.dense]
-        parts += [group[name] for group in (trunk.link_heads, self.decoders) for name in own]
-        return sum(p.sum() for part in parts if part for p in part.parameters() if p.requires_grad) * 0.0
+        parts = [group[name] for group in (trunk.link_heads, self.decoders) for name in own]
+        if tasks is None or any(TASKS[name].may_have_regions for name in tasks):
+            parts.append(trunk.regions)
+        if any(decoder_class(name).reads == "dense" for name in own):
+            parts += [trunk.stem, trunk.dense]
+        optional = [p for part in parts if part for p in part.parameters()]
+        optional += [p for family in {DECODERS[name].family for name in own} for p in trunk.queries.of(family)]
+        return sum((p.sum() for p in optional if p.requires_grad), torch.zeros(())) * 0.0
 
 
 def given(decoder: Decoder | ImageDecoder, batch: dict) -> tuple[Pixels, PerceptionTargets | ImageTargets]:

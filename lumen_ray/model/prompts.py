@@ -37,8 +37,8 @@ class Branch:
     `parent`: for a keypoint prompt the index (in the list of branches) of its object's prompt, else -1.
     `limit`: the tokens at most; a response is cut off there, without an end token.
 
-    For the sequential layout: `phrase`, what the prompt asks for (else it is read from the prompt), and `group`:
-    prompts of one image and group share a string.
+    `group`: prompts of one image and group are one request: experts look at them together, and in the sequential layout
+    they share a string. There `phrase` is what the prompt asks for (else it is read from the prompt).
     """
 
     image: int
@@ -65,6 +65,7 @@ class Layout:
     link_branches: dict[str, Tensor]  # family -> int64 [Q], the branch of each link
     link_images: dict[str, Tensor]  # family -> int64 [Q]
     link_parents: dict[str, Tensor]  # family -> int64 [Q], index among the links of that family or -1
+    link_groups: dict[str, Tensor]  # family -> int64 [Q], a number for each image and group of its branches
     region_slots: Tensor  # int64 [R, 2]
     region_index: Tensor  # int64 [R], which region fills the slot
     last_slots: Tensor  # int64 [number of branches, 2], each branch's last token
@@ -164,10 +165,12 @@ def build_layout(
             region_slots += [[image, t] for t in regions]
             region_index += list(piece.regions)
             start = end
-    link_parents = {}
+    link_parents, link_groups = {}, {}
+    numbers = {asked: n for n, asked in enumerate(dict.fromkeys((b.image, b.group) for b in branches))}
     for family, members in links.items():
         place = {branch: i for i, branch in enumerate(members)}
         link_parents[family] = torch.tensor([place.get(branches[b].parent, -1) for b in members])
+        link_groups[family] = torch.tensor([numbers[branches[b].image, branches[b].group] for b in members])
     return Layout(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
@@ -177,6 +180,7 @@ def build_layout(
         link_branches={family: torch.tensor(b) for family, b in links.items()},
         link_images={family: torch.tensor([branches[b].image for b in m]) for family, m in links.items()},
         link_parents=link_parents,
+        link_groups=link_groups,
         region_slots=torch.tensor(region_slots, dtype=torch.int64).reshape(-1, 2),
         region_index=torch.tensor(region_index, dtype=torch.int64),
         last_slots=torch.from_numpy(last_slots),

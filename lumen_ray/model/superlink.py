@@ -97,6 +97,11 @@ class SuperLinkQueries(nn.Module):
             {name: nn.Parameter(torch.randn(number, llm_width) * std) for name, number in numbers.items()}
         )
 
+    def of(self, family: str) -> list[nn.Parameter]:
+        """The query sets that prompts of a family can have."""
+        names = (family, "pose") if family == "perception" else (family,)
+        return [self.queries[name] for name in names if name in self.queries]
+
     def forward(self, family: str, parents: Tensor) -> Tensor:
         """[P, num_queries, llm_width] of prompts with these `parents` (int64 [P], -1 but for keypoint prompts)."""
         queries = self.queries[family].repeat(len(parents), 1, 1)

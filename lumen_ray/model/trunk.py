@@ -126,7 +126,8 @@ class Trunk(nn.Module):
             parents = layout.link_parents[family]
             read = None if words is None else words[layout.link_branches[family]]
             embeddings = head(hidden[slots[..., 0], slots[..., 1]], read, parents)
-            out[name] = SuperLink(name, embeddings.float(), layout.link_images[family], parents)
+            images, groups = layout.link_images[family], layout.link_groups[family]
+            out[name] = SuperLink(name, embeddings.float(), images, parents, groups)
         return out
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The FastAPI application: task routes, OpenAI's route, health, documentation and the page. It knows no Ray."""
+"""The FastAPI application: task routes, OpenAI's routes, health, documentation and the page. It knows no Ray."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from lumen_ray import __version__
-from lumen_ray.serve import openai_api, schemas, task_api
+from lumen_ray.serve import openai_api, openai_images, schemas, task_api
 from lumen_ray.serve.http import Guard, install_error_handlers
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.serve.task_api import Backend
 
+_REQUESTS = (schemas.TaskRequest, schemas.InferRequest, openai_api.ChatRequest, openai_images.ImageRequest)
 _PAGES = Path(__file__).parent / "page"
 _SUMMARY = "Answers, finds, segments, poses and counts what is in an image. One schema for all tasks."
 
@@ -32,6 +33,7 @@ def create_api(backend: Backend, settings: ServeSettings) -> FastAPI:
     install_error_handlers(api)
     api.include_router(task_api.make_router(backend, settings), responses=errors)
     api.include_router(openai_api.make_router(backend, settings), responses=errors)
+    api.include_router(openai_images.make_router(backend, settings), responses=errors)
     api.include_router(task_api.make_fallback())
     _add_health(api, backend)
     _add_pages(api)
@@ -69,7 +71,7 @@ def _add_request_schemas(api: FastAPI) -> None:
         if api.openapi_schema is None:
             document = get_openapi(title=api.title, version=api.version, summary=api.summary, routes=api.routes)
             known = document.setdefault("components", {}).setdefault("schemas", {})
-            for model in (schemas.TaskRequest, schemas.InferRequest, openai_api.ChatRequest):
+            for model in _REQUESTS:
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 known.update(schema.pop("$defs", {}))
                 known[model.__name__] = schema

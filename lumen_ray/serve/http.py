@@ -55,6 +55,11 @@ def error_response(reason: str, message: str, request_id: str, headers: dict[str
     return JSONResponse(content, STATUS.get(reason, 400), headers)
 
 
+def content_type(request: Request) -> str:
+    """Without parameters, in lower case; JSON where the request names none."""
+    return request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+
+
 def request_id(request: Request) -> str:
     return request.scope.get("lumen_request_id", "-")
 

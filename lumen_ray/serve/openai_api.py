@@ -66,15 +66,20 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
     async def chat_completions(request: Request) -> dict[str, Any]:
         asked = schemas.parse(ChatRequest, schemas.parse_json(await request.body()))
         _refuse_unsupported(asked)
-        info = await backend.info()
-        if asked.model is not None and asked.model not in (info["preset"], f"{info['preset']}@{info['version']}"):
-            raise UserError(f"unknown model '{asked.model}'; models: {info['preset']}", "unknown_model")
+        await check_model(backend, asked.model)
         question, image = _question_and_image(asked.messages)
         fields = schemas.TaskFields(text=question, max_new_tokens=asked.max_completion_tokens or asked.max_tokens)
         answers, extra = await answer(backend, settings, image, [("chat", fields)])
         return _completion(answers[0].to_dict(), extra)
 
     return router
+
+
+async def check_model(backend: Backend, name: str | None) -> None:
+    """`UserError` when a request names another model than the one that is loaded."""
+    info = await backend.info()
+    if name is not None and name not in (info["preset"], f"{info['preset']}@{info['version']}"):
+        raise UserError(f"unknown model '{name}'; models: {info['preset']}", "unknown_model")
 
 
 def _refuse_unsupported(asked: ChatRequest) -> None:

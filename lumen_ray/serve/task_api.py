@@ -15,7 +15,7 @@ from starlette.datastructures import FormData, UploadFile
 from lumen_ray.errors import UserError
 from lumen_ray.inference.request import check_image, make_request
 from lumen_ray.serve import schemas
-from lumen_ray.serve.http import json_schema_ref
+from lumen_ray.serve.http import content_type, json_schema_ref
 from lumen_ray.serve.images import checked_rle, decode_image, image_bytes
 from lumen_ray.serve.job import Query
 from lumen_ray.serve.settings import ServeSettings
@@ -149,7 +149,7 @@ async def answer(
 
 async def _read_task(request: Request) -> tuple[bytes | None, schemas.TaskFields]:
     """Image bytes, where there is an image, and fields of a JSON body or of a multipart form."""
-    kind = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    kind = content_type(request)
     if kind == "application/json":
         body = schemas.parse(schemas.TaskRequest, schemas.parse_json(await request.body()))
         return None if body.image is None else image_bytes(body.image), body

@@ -15,7 +15,7 @@ from lumen_ray.decoders.sizes import PictureSize
 from lumen_ray.train.losses import StepLosses
 
 TASKS = ("detect", "segment", "pose", "region_caption")
-MANY = BranchSettings(negatives=50, max_poses=9, max_messages=9)
+MANY = BranchSettings(negatives=50, max_poses=9, absent_poses=0, max_messages=9)
 
 
 def sample_of(row, augment=AugmentSettings(), seed=0):  # noqa: B008  frozen
@@ -68,6 +68,46 @@ def test_only_exhaustive_classes_are_asked_for():
         add_poses(prompts, 0, changed, sample, scenes.SKELETONS, MANY, np.random.default_rng(0))
         assert any(phrase in branch.prompt for branch in prompts.branches) == asked
         assert ("pose" in prompts.tasks) == asked
+
+
+def test_prompts_are_grouped_as_requests_are():
+    row = next(
+        row
+        for row in (scenes.scene_row(1, i, SIDE) for i in range(50))
+        if len(row["instances"]) > 2 and any(p["task"] == "refer" for p in row["phrases"])
+    )
+    tasks = ("detect", "segment", "refer", "ground", "region_segment", "pose")
+    row["phrases"] = [p for p in row["phrases"] if p["task"] == "refer"][:1] * 2 + [
+        {"task": "ground", "phrase": phrase, "instances": []} for phrase in ("one", "two")
+    ]
+    wide = BranchSettings(negatives=9, max_phrases=9, max_poses=9, absent_poses=9, max_regions=2)
+    batch = scene_batch([row, row], tasks, wide)
+    layout = batch["layout"]
+    asked: dict[int, list] = {}
+    links = zip(layout.link_branches["perception"].tolist(), layout.link_images["perception"].tolist(), strict=True)
+    for (branch, image), group in zip(links, layout.link_groups["perception"].tolist(), strict=True):
+        asked.setdefault(group, []).append((image, batch["tasks"][branch]))
+    assert all(len(set(members)) == 1 for members in asked.values())  # of one image and task
+    requests = [members[0] for members in asked.values()]
+    for image in range(2):
+        alone = {task: requests.count((image, task)) for task in tasks}
+        assert alone == {"detect": 1, "segment": 1, "refer": 2, "ground": 1, "region_segment": 2, "pose": 1}
+
+
+def test_poses_of_absent_classes_are_asked_for():
+    row = next(
+        row
+        for row in (scenes.scene_row(0, i, SIDE) for i in range(50))
+        if all(i["phrase"] not in scenes.SKELETONS for i in row["instances"])
+    )
+    for absent in (0, 1):
+        batch = scene_batch([row], ("pose",), BranchSettings(absent_poses=absent))
+        names = next(iter(scenes.SKELETONS.values()))
+        assert batch["tasks"] == ["pose"] * (absent * (1 + len(names)))
+        if absent:
+            targets = batch["targets"]["perception"]
+            assert not targets.valid.any() and targets.counted.tolist() == [True] + [False] * len(names)
+            assert batch["layout"].link_parents["perception"].tolist() == [-1] + [0] * len(names)
 
 
 @pytest.mark.parametrize(

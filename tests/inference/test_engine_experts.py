@@ -133,6 +133,20 @@ def test_a_decoder_that_a_step_does_not_train_gets_no_gradient():
         assert all(p.grad is not None for p in part["lumen"].parameters())
 
 
+def test_parts_that_only_other_tasks_use_get_no_gradient():
+    model = tiny_model(**DINO)
+    asked = ("detect", "refer")
+    losses = model(scene_batch(2, tasks=asked) | {"decoders": ["grounding_dino"], "asked": asked})
+    sum(term.total for term in losses.values()).backward()
+    trunk = model.trunk
+    for part in (trunk.dense, trunk.regions):
+        assert all(p.grad is None for p in part.parameters())
+    losses = model(scene_batch(2, tasks=("caption",)) | {"decoders": ["lumen"], "asked": ("caption",)})
+    sum(term.total for term in losses.values()).backward()
+    for part in (trunk.dense, trunk.stem, trunk.regions, trunk.queries):  # used or not in this batch
+        assert all(p.grad is not None for p in part.parameters())
+
+
 def test_the_loss_of_a_batch_does_not_depend_on_how_it_is_split():
     model = tiny_model(grounding_dino={**EXPERTS["grounding_dino"], "denoising_queries": 0, "mask_points": 10**4})
     rows = [scenes.scene_row(0, n, SIDE) for n in range(3)]

@@ -107,6 +107,7 @@ def splice_layout(data, ids) -> Layout:
         query_slots=slots,
         link_branches={}, link_images={},
         link_parents={family: torch.full((len(found),), -1) for family, found in slots.items()},
+        link_groups={},
         region_slots=(tokens == ids["reg_token_id"]).nonzero(),
         region_index=torch.arange(3),
         last_slots=valid.sum(1, keepdim=True).sub(1),

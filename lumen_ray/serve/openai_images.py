@@ -1,0 +1,101 @@
+"""`/v1/images/generations` and `/v1/images/edits` in OpenAI's shape, over the tasks `generate` and `edit`.
+
+What would be ignored is refused instead. Pictures come as PNG in base64; none is kept that a URL could name.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from typing import Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import Field
+from starlette.datastructures import FormData, UploadFile
+
+from lumen_ray.config import Settings
+from lumen_ray.errors import UserError
+from lumen_ray.serve import schemas
+from lumen_ray.serve.http import content_type, json_schema_ref
+from lumen_ray.serve.openai_api import check_model
+from lumen_ray.serve.settings import ServeSettings
+from lumen_ray.serve.task_api import Backend, answer
+
+_SIZE = re.compile(r"^([1-9]\d{0,4})x([1-9]\d{0,4})$")
+
+
+class ImageRequest(Settings):
+    """A picture to make of words."""
+
+    prompt: str = Field(description="what is to be seen in the picture")
+    model: str | None = Field(None, description="the preset from GET /v1/models; null for the model that is loaded")
+    n: int | None = Field(None, ge=1, le=10, description="pictures to make; null is 1")
+    size: str | None = Field(None, description="'WIDTHxHEIGHT' in pixels; null or 'auto' for the model's own size")
+    response_format: Literal["b64_json"] | None = Field(None, description="b64_json or null: PNG in base64")
+    output_format: Literal["png"] | None = Field(None, description="png or null")
+    user: str | None = Field(None, description="accepted and without effect")
+    seed: int | None = Field(None, ge=0, description="not of OpenAI: another seed, another picture; null is 0")
+
+
+class ImageEditForm(ImageRequest):
+    """What is to be changed in the picture that the form's file `image` is."""
+
+    prompt: str = Field(description="what to change")
+
+
+def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
+    router = APIRouter(prefix="/v1/images", tags=["openai"])
+    body = {"required": True, "content": {"application/json": {"schema": json_schema_ref(ImageRequest)}}}
+
+    @router.post("/generations", summary="Pictures of words, in OpenAI's shape", openapi_extra={"requestBody": body})
+    async def generations(request: Request) -> dict[str, Any]:
+        asked = schemas.parse(ImageRequest, schemas.parse_json(await request.body()))
+        return await _draw("generate", asked, None)
+
+    @router.post("/edits", summary="A picture changed as told, in OpenAI's shape", openapi_extra=_form_body())
+    async def edits(request: Request) -> dict[str, Any]:
+        if (kind := content_type(request)) != "multipart/form-data":
+            raise UserError(
+                f"content type '{kind}' is not supported; send multipart/form-data with the file 'image'",
+                "unsupported_media_type",
+            )
+        async with request.form(max_files=2, max_fields=16) as form:
+            asked, image = await _read_edit(form)
+        return await _draw("edit", asked, image)
+
+    async def _draw(task: str, asked: ImageRequest, image: bytes | None) -> dict[str, Any]:
+        await check_model(backend, asked.model)
+        height, width = _size(asked.size)
+        drawn = {"num_images": asked.n, "seed": asked.seed, "height": height, "width": width}
+        fields = schemas.parse(schemas.TaskFields, {"text": asked.prompt, **drawn})
+        answers, extra = await answer(backend, settings, image, [(task, fields)])
+        pictures = answers[0].to_dict()["images"]
+        return {"created": int(time.time()), "data": [{"b64_json": picture} for picture in pictures], "lumen": extra}
+
+    return router
+
+
+def _size(text: str | None) -> tuple[int | None, int | None]:
+    """(height, width), or Nones for the model's own."""
+    if text in (None, "auto"):
+        return None, None
+    if not (found := _SIZE.match(text)):
+        raise UserError(f"size '{text}' is not of the form 'WIDTHxHEIGHT', such as '512x512'", "invalid_size")
+    return int(found[2]), int(found[1])
+
+
+async def _read_edit(form: FormData) -> tuple[ImageRequest, bytes]:
+    files = [value for name, value in form.multi_items() if name in ("image", "image[]")]
+    if len(files) != 1 or not isinstance(files[0], UploadFile):
+        raise UserError(f"the form needs exactly one file 'image', got {len(files)} of that name", "missing_image")
+    if "mask" in form:
+        raise UserError("edits take no mask; say in 'prompt' what to change and leave 'mask' out", "mask_unsupported")
+    texts = {name: value for name, value in form.multi_items() if name not in ("image", "image[]")}
+    return schemas.parse(ImageEditForm, texts), await files[0].read()
+
+
+def _form_body() -> dict[str, Any]:
+    schema = ImageEditForm.model_json_schema()
+    schema["properties"]["image"] = {"type": "string", "format": "binary", "description": "the picture to change"}
+    schema["required"] = ["image", "prompt"]
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
