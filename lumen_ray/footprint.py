@@ -96,13 +96,16 @@ class ByRecipe:
 
 
 def count_recipe(settings: ModelSettings, recipe: Recipe) -> ByRecipe:
+    import torch
+
     from lumen_ray.train.lora import changing_state, inject
     from lumen_ray.train.optimizer import set_trainable
 
     model, stages = on_meta(settings), {}
     try:
         if recipe.lora is not None:
-            inject(model, recipe.lora, recipe.seed)
+            with torch.device("meta"):
+                inject(model, recipe.lora, recipe.seed)
         for stage in recipe.stages:
             set_trainable(model, stage)
             stages[stage.name] = together(roles_of(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lumen_ray.decoders.base import ImageDecoder, Pixels, PredictSettings
-from lumen_ray.errors import UserError
 from lumen_ray.inference.outputs import Found, LinkPart, TrunkOutput
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.model.superlink import SuperLink
@@ -26,16 +26,14 @@ class DecoderStage:
     """A decoder's half: its part of a trunk's output -> predictions in stored-image pixels."""
 
     def __init__(self, loaded: LoadedModel, name: str = "lumen", device: str = "cpu"):
-        if name not in loaded.model.decoders:
-            have = ", ".join(loaded.model.decoders)
-            raise UserError(f"the model has no decoder '{name}'; decoders: {have}", "unknown_decoder")
         self.name = name
-        self.decoder = loaded.model.decoders[name].to(device)
+        self.decoder = loaded.decoder(name, device)
         self.device = torch.device(device)
 
     @classmethod
     def load(cls, model: str | Path, name: str = "lumen", device: str = "cpu") -> DecoderStage:
-        return cls(load_model(model), name, device)
+        """Of a model folder only the decoder is read, and kept."""
+        return cls(load_model(model, parts=()), name, device)
 
     @torch.inference_mode()
     def run(self, output: TrunkOutput, settings: PredictSettings = DEFAULTS) -> list[Found]:
@@ -87,3 +85,24 @@ class DecoderStage:
         if self.decoder.reads == "dense":
             return output.dense[images].to(self.device)
         return output.pixels[images].to(self.device)
+
+
+class DecoderStages(Mapping[str, DecoderStage]):
+    """The stages of a model's decoders, each made when it is first asked for, which may read its weights."""
+
+    def __init__(self, loaded: LoadedModel, device: str):
+        self._loaded, self._device = loaded, device
+        self._made: dict[str, DecoderStage] = {}
+
+    def __getitem__(self, name: str) -> DecoderStage:
+        if name not in self._loaded.model.decoders:
+            raise KeyError(name)
+        if name not in self._made:
+            self._made[name] = DecoderStage(self._loaded, name, self._device)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaded.model.decoders)
+
+    def __len__(self) -> int:
+        return len(self._loaded.model.decoders)
