@@ -108,11 +108,15 @@ def plain_name(name: str) -> str:
 
 
 def plain_state(state: dict[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:
-    """The full weights of a model with adapters under the names of the model without, the adapters added to them."""
+    """The full weights of a model with adapters under the names of the model without, the adapters added to them.
+
+    Takes out of `state` what it adds them to, so that no second copy of the weights is needed.
+    """
     out = {}
-    for name, value in state.items():
+    for name in list(state):
         if ".lora_A." in name or ".lora_B." in name:
             continue
+        value = state.pop(name)
         if name.endswith(".base_layer.weight"):
             layer = name.removesuffix(".base_layer.weight")
             down, up = (state[f"{layer}.lora_{side}.{ADAPTER}.weight"].float() for side in "AB")
