@@ -73,7 +73,7 @@ class StartWeights(Mapping[str, Tensor]):
             kept[name] = self._with_new_rows(name, kept[name])
         needed = {name: t for name, t in expected.items() if name in kept or not name.startswith(added)}
         check_fits(kept, needed, f"'{folder}'")
-        self._names = list(kept)
+        self._names = kept.keys()
 
     def _with_new_rows(self, name: str, weight: Tensor) -> Tensor:
         return resized(weight, len(weight), self._rows[name])

@@ -74,9 +74,7 @@ def shard(model: Generalist, device: torch.device, precision: str = "fp32") -> G
 def materialise(model: nn.Module, device: torch.device) -> None:
     """Memory on the device for the weights that are on the meta device, this rank's part of them; without values."""
     swaps = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(
-        True
-    )  # parameters remain the objects they are: tied ones tied
+    torch.__future__.set_swap_module_params_on_conversion(True)  # in the same objects, so that tied ones stay tied
     try:
         model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
     finally:
@@ -104,7 +102,7 @@ def _receive(target: Tensor, values: Tensor | None, device: torch.device) -> Non
     """The first rank's `values` into a tensor of all ranks, sharded or not."""
     if values is None:
         values = torch.empty(target.shape, dtype=target.dtype, device=device)
-    values = values.to(device, target.dtype)
+    values = values.to(device, target.dtype).contiguous()
     if isinstance(target, DTensor):
         target.to_local().copy_(distribute_tensor(values, target.device_mesh, target.placements).to_local())
     else:
