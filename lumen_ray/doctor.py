@@ -234,6 +234,11 @@ def _needs(roles: list[Role], workers: int, by_recipe: ByRecipe | None) -> Itera
             f"{role.name:<{width}} {role.parameters:>15,} parameters; inference {size(role.parameters * FP32)} fp32, "
             f"{size(role.parameters * BF16)} bf16; training all of it {size(role.training(1))}{share}",
         )
+    yield Finding(
+        "note",
+        "a role reads its own weights, tensor by tensor: its host needs memory for those that stay on it, none where "
+        f"they go to a GPU, and at most {size(total.largest * FP32)} for the one on its way",
+    )
     if by_recipe is None:
         return
     name = f"recipe '{by_recipe.recipe.name}'"
@@ -247,6 +252,13 @@ def _needs(roles: list[Role], workers: int, by_recipe: ByRecipe | None) -> Itera
         f"{name} trains {by_recipe.model.learns:,} parameters at most{kept}, in stage '{by_recipe.stage}': "
         f"{size(by_recipe.memory(1))}{share}",
     )
+    if workers > 1:
+        whole, largest = (size(count * FP32) for count in (by_recipe.model.parameters, by_recipe.model.largest))
+        yield Finding(
+            "note",
+            f"{name}: the host of the first rank also holds the whole model, {whole}, while it draws fresh weights or "
+            f"writes the model; the weights of a model folder reach the ranks tensor by tensor, {largest} at most",
+        )
 
 
 def _inputs(settings: ModelSettings) -> Iterator[Finding]:

@@ -22,7 +22,8 @@ OPTIMISER, GRADIENT = 8, 4
 @dataclass(frozen=True)
 class Role:
     """A part of a model that can be deployed by itself. `learns`: parameters that training changes; `block`: those of
-    its largest shard group that is gathered while it computes, `unsharded`: those that are gathered for the whole step.
+    its largest shard group that is gathered while it computes, `unsharded`: those that are gathered for the whole step;
+    `largest`: those of its largest tensor, which weights pass through one by one on their way to a GPU or a rank.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Role:
     learns: int
     block: int = 0
     unsharded: int = 0
+    largest: int = 0
 
     def training(self, workers: int) -> int:
         """Bytes per rank while all that learns is trained in fp32 under FSDP, activations aside: its share of weights,
@@ -66,7 +68,8 @@ def _role(name: str, module: nn.Module, sharded: tuple[str, ...] = ()) -> Role:
     apart = [count for count in counted if count >= MIN_BLOCK_PARAMETERS]
     whole = count_parameters(module)
     learns = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    return Role(name, whole, learns, max(apart, default=0), whole - sum(apart))
+    largest = max(p.numel() for p in module.parameters())
+    return Role(name, whole, learns, max(apart, default=0), whole - sum(apart), largest)
 
 
 def together(roles: list[Role]) -> Role:
@@ -76,6 +79,7 @@ def together(roles: list[Role]) -> Role:
         sum(role.learns for role in roles),
         max(role.block for role in roles),
         sum(role.unsharded for role in roles),
+        max(role.largest for role in roles),
     )
 
 
@@ -96,13 +100,16 @@ class ByRecipe:
 
 
 def count_recipe(settings: ModelSettings, recipe: Recipe) -> ByRecipe:
+    import torch
+
     from lumen_ray.train.lora import changing_state, inject
     from lumen_ray.train.optimizer import set_trainable
 
     model, stages = on_meta(settings), {}
     try:
         if recipe.lora is not None:
-            inject(model, recipe.lora, recipe.seed)
+            with torch.device("meta"):
+                inject(model, recipe.lora, recipe.seed)
         for stage in recipe.stages:
             set_trainable(model, stage)
             stages[stage.name] = together(roles_of(model))

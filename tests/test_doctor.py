@@ -10,7 +10,7 @@ from tiny_models import tiny_model, tiny_settings, tiny_tokenizer
 from lumen_ray import cli, doctor
 from lumen_ray.doctor import Finding, Role, examine, on_meta, roles_of
 from lumen_ray.errors import UserError
-from lumen_ray.footprint import count_recipe
+from lumen_ray.footprint import count_recipe, together
 from lumen_ray.model.build import ModelMeta, count_parameters, save_model
 from lumen_ray.train.recipe import Recipe
 
@@ -60,6 +60,8 @@ def test_7b_says_which_weights_are_missing(capsys, monkeypatch):
     for role in ("trunk", "lumen", "grounding_dino", "unipose", "stable_diffusion", "instruct_pix2pix", "in all"):
         assert re.search(rf"{role} +[\d,]+ parameters; inference", told)
     assert "on each of 32 ranks" in told  # of its recipe
+    assert "and at most 0.5 GiB for the one on its way" in " ".join(told.split())  # the LLM's embedding
+    assert "the host of the first rank also holds the whole model, 36.9 GiB" in " ".join(told.split())
     assert "inference fits in the largest GPU" in told
     told = " ".join(told.split())
     assert "none found" not in told and "found on this machine: 80.0 GiB" in told
@@ -122,6 +124,7 @@ def test_what_a_recipe_trains_is_counted():
     assert one.model.learns == part and one.model.parameters == whole
     lora = count_recipe(settings, tiny_recipe(lora={"rank": 2}))
     assert lora.model.parameters > whole and lora.model.learns < whole
+    assert "first rank" not in str(list(doctor._needs(roles_of(on_meta(settings)), 1, counted)))  # it keeps all anyway
 
 
 def test_without_peft_it_says_what_it_cannot_count(monkeypatch):
@@ -146,6 +149,7 @@ def test_roles_are_counted_on_the_model():
     assert [role.name for role in roles] == ["trunk", *model.decoders]
     assert roles[0].parameters == count_parameters(model.trunk)
     assert roles[0].unsharded == roles[0].parameters and roles[0].block == 0  # all blocks are small
+    assert roles[0].largest == max(p.numel() for p in model.trunk.parameters()) == together(roles).largest
 
 
 def test_training_memory_is_shared_by_the_ranks():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import torch
 from torch import Tensor
 
 from lumen_ray.decoders.base import Frame, ImageDecoder, Pixels, PredictSettings
-from lumen_ray.errors import UserError
 from lumen_ray.inference.outputs import Found, LinkPart, TrunkOutput
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.model.superlink import SuperLink
@@ -28,17 +28,15 @@ class DecoderStage:
     """A decoder's half: its part of a trunk's output -> predictions in stored-image pixels."""
 
     def __init__(self, loaded: LoadedModel, name: str = "lumen", device: str = "cpu"):
-        if name not in loaded.model.decoders:
-            have = ", ".join(loaded.model.decoders)
-            raise UserError(f"the model has no decoder '{name}'; decoders: {have}", "unknown_decoder")
         self.name = name
-        self.decoder = loaded.model.decoders[name].to(device)
+        self.decoder = loaded.decoder(name, device)
         self.own_size = loaded.settings.own_sizes.get(name)
         self.device = torch.device(device)
 
     @classmethod
     def load(cls, model: str | Path, name: str = "lumen", device: str = "cpu") -> DecoderStage:
-        return cls(load_model(model), name, device)
+        """Of a model folder only the decoder is read, and kept."""
+        return cls(load_model(model, parts=()), name, device)
 
     @torch.inference_mode()
     def run(self, output: TrunkOutput, settings: PredictSettings = DEFAULTS) -> list[Found]:
@@ -103,3 +101,24 @@ class DecoderStage:
         """The images of a part's prompts at `members`, whose link counts the images among themselves."""
         images = dict(zip(link.image_index.tolist(), (part.pixels[i] for i in members.tolist()), strict=True))
         return Pixels.stack([images[i] for i in range(len(images))], extents).to(self.device)
+
+
+class DecoderStages(Mapping[str, DecoderStage]):
+    """The stages of a model's decoders, each made when it is first asked for, which may read its weights."""
+
+    def __init__(self, loaded: LoadedModel, device: str):
+        self._loaded, self._device = loaded, device
+        self._made: dict[str, DecoderStage] = {}
+
+    def __getitem__(self, name: str) -> DecoderStage:
+        if name not in self._loaded.model.decoders:
+            raise KeyError(name)
+        if name not in self._made:
+            self._made[name] = DecoderStage(self._loaded, name, self._device)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaded.model.decoders)
+
+    def __len__(self) -> int:
+        return len(self._loaded.model.decoders)

@@ -20,7 +20,7 @@ from lumen_ray.data.buckets import choose
 from lumen_ray.data.transforms import fit
 from lumen_ray.decoders.base import PredictSettings, PromptSpec
 from lumen_ray.errors import UserError
-from lumen_ray.inference.decoder_stage import DecoderStage
+from lumen_ray.inference.decoder_stage import DecoderStages
 from lumen_ray.inference.outputs import LinkPart, RequestPlan, TrunkOutput, assemble, finished
 from lumen_ray.inference.own_pixels import looked_at
 from lumen_ray.inference.request import Request, check_asked, no_decoder
@@ -66,7 +66,8 @@ class TrunkStage:
 
     @classmethod
     def load(cls, model: str | Path, device: str = "cpu", decoders: Mapping[str, str] | None = None) -> TrunkStage:
-        return cls(load_model(model, decoders=decoders), device)
+        """Of a model folder only the trunk is read."""
+        return cls(load_model(model, decoders, device, parts=("trunk",)), device)
 
     def bucket(self, size: Size) -> Size:
         """(height, width) of the model input for an image of (height, width) `size`."""
@@ -302,13 +303,13 @@ class Engine:
     def __init__(self, loaded: LoadedModel, device: str = "cpu"):
         self.loaded = loaded
         self.trunk = TrunkStage(loaded, device)
-        self.decoders = {name: DecoderStage(loaded, name, device) for name in loaded.model.decoders}
+        self.decoders = DecoderStages(loaded, device)
 
     @classmethod
     def load(cls, model: str | Path, device: str = "cpu", decoders: Mapping[str, str] | None = None) -> Engine:
         """The engine of a model folder; `UserError` when the folder holds none. `decoders` (task -> decoder) says who
-        serves a task that several can, instead of the folder's settings."""
-        return cls(load_model(model, decoders=decoders), device)
+        serves a task that several can, instead of the folder's settings. A decoder is read when it is first needed."""
+        return cls(load_model(model, decoders, device, parts=("trunk",)), device)
 
     @property
     def preset(self) -> str:

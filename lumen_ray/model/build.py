@@ -7,7 +7,6 @@ it on any machine, with no hub.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,16 +16,15 @@ from pathlib import Path
 
 import torch
 import yaml
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lumen_ray.decoders.base import Decoder, ImageDecoder, ImageTargets, LossTerm, PerceptionTargets, Pixels
 from lumen_ray.errors import UserError
 from lumen_ray.model.settings import ModelSettings, read_settings
+from lumen_ray.model.skeleton import put_weights, without_weights
 from lumen_ray.model.tokenizer import CAPTIONS_FILE, NAMES_FILE, LumenTokenizer
 from lumen_ray.model.trunk import Trunk, TrunkTraining
-from lumen_ray.model.weights_file import sync, write_weights
+from lumen_ray.model.weights_file import WeightsFile, sync, write_weights
 from lumen_ray.presets import model_folder
 from lumen_ray.tasks import DECODERS, TASKS, decoder_class
 
@@ -174,12 +172,25 @@ def _publish(aside: Path, folder: Path) -> None:
 
 @dataclass
 class LoadedModel:
+    """A model and what its folder says of it. Decoders may still be without their weights, which `weights` then has."""
+
     model: Generalist
     settings: ModelSettings
     tokenizer: LumenTokenizer
     meta: ModelMeta
-    version: str  # first 12 hex digits of the sha256 of the weights file
+    version: str  # first 12 hex digits of the sha256 of the weights file; empty where the trunk was not read
     chosen: dict[str, str] = field(default_factory=dict)  # task -> decoder, where it is not what the folder says
+    weights: WeightsFile | None = None
+
+    def decoder(self, name: str, device: torch.device | str = "cpu") -> Decoder | ImageDecoder:
+        """A decoder on a device, its weights read if they are not yet. `UserError` where the model has none such."""
+        if name not in self.model.decoders:
+            have = ", ".join(self.model.decoders)
+            raise UserError(f"the model has no decoder '{name}'; decoders: {have}", "unknown_decoder")
+        decoder = self.model.decoders[name]
+        if any(p.is_meta for p in decoder.parameters()):
+            put_weights(decoder, lambda key: self.weights[f"decoders.{name}.{key}"], device)
+        return decoder.to(device)
 
 
 def read_meta(folder: str | Path) -> ModelMeta:
@@ -210,35 +221,49 @@ def read_tokenizer(folder: str | Path) -> LumenTokenizer:
         ) from None
 
 
-def read_weights(folder: str | Path) -> dict[str, Tensor]:
+def open_weights(folder: str | Path) -> WeightsFile:
     """The weights of the model in a folder (or bundled weights, by name); `UserError` when they are damaged."""
-    file = model_folder(folder) / WEIGHTS
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise UserError(f"'{file}' is damaged: {str(error).splitlines()[-1].strip()}", "damaged_model") from None
+    return WeightsFile(model_folder(folder) / WEIGHTS)
 
 
-def load_model(folder: str | Path, decoders: Mapping[str, str] | None = None) -> LoadedModel:
-    """The model in a folder (or bundled weights, by name), in eval mode on the CPU.
+def load_model(
+    folder: str | Path,
+    decoders: Mapping[str, str] | None = None,
+    device: torch.device | str = "cpu",
+    parts: Collection[str] | None = None,
+) -> LoadedModel:
+    """The model in a folder (or bundled weights, by name), in eval mode.
 
-    decoders: task -> the decoder that serves it, where it should be another than the folder's settings say.
-    Raises `UserError` when it is not a model folder or is damaged, and for a decoder that cannot serve its task.
+    decoders: task -> the decoder that serves it, where it should be another than the folder's settings say. parts:
+    "trunk" and names of decoders, those to be read, all by default; the others have no weights.
+    What is read goes to the device tensor by tensor. Raises `UserError` when it is not a model folder or is damaged,
+    for a decoder that cannot serve its task, and for one that the model has not.
     """
     meta, own, tokenizer = read_meta(folder), read_settings(folder), read_tokenizer(folder)
     settings = own.choose(decoders or {}, str(folder))
-    weights = model_folder(folder) / WEIGHTS
-    model = build_model(settings, len(tokenizer))
-    try:
-        missing, unexpected = model.load_state_dict(read_weights(folder), strict=False)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise UserError(
-            f"'{weights}' cannot be loaded into preset '{settings.name}': {reason}", "damaged_model"
-        ) from None
-    if missing or unexpected:
-        names = ", ".join((missing + unexpected)[:3])
-        raise UserError(f"'{weights}' does not fit its config.yaml: check {names}", "damaged_model")
-    with open(weights, "rb") as file:
-        version = hashlib.file_digest(file, "sha256").hexdigest()[:12]
-    return LoadedModel(model.eval(), settings, tokenizer, meta, version, settings.chosen_over(own))
+    weights = open_weights(folder)
+    with without_weights():
+        model = build_model(settings, len(tokenizer)).eval()
+    _check_fits(weights, model, settings.name)
+    parts = {"trunk", *model.decoders} if parts is None else set(parts)
+    version = weights.digest()[:12] if "trunk" in parts else ""
+    loaded = LoadedModel(model, settings, tokenizer, meta, version, settings.chosen_over(own), weights)
+    if "trunk" in parts:
+        put_weights(model.trunk, lambda key: weights[f"trunk.{key}"], device)
+    for name in parts - {"trunk"}:
+        loaded.decoder(name, device)
+    return loaded
+
+
+def _check_fits(weights: WeightsFile, model: Generalist, preset: str) -> None:
+    """`UserError` unless the file has the tensors of the model, no more and no less."""
+    found, expected = weights.shapes(), model.state_dict()
+    if wrong := [*(n for n in expected if n not in found), *(n for n in found if n not in expected)]:
+        raise UserError(f"'{weights.path}' does not fit its config.yaml: check {', '.join(wrong[:3])}", "damaged_model")
+    for name, tensor in expected.items():
+        if found[name].shape != tensor.shape:
+            raise UserError(
+                f"'{weights.path}' cannot be loaded into preset '{preset}': {name} is {list(found[name].shape)}, by "
+                f"the settings {list(tensor.shape)}",
+                "damaged_model",
+            )

@@ -12,9 +12,10 @@ from pathlib import Path
 from torch import Tensor
 
 from lumen_ray.errors import UserError
-from lumen_ray.model.build import Generalist, read_meta, read_tokenizer, read_weights
+from lumen_ray.model.build import Generalist, open_weights, read_meta, read_tokenizer
 from lumen_ray.model.decoder_weights import check_captions
-from lumen_ray.model.pretrained import VOCABULARY, fill, resized
+from lumen_ray.model.pretrained import VOCABULARY, resized
+from lumen_ray.model.released.rules import check_fits
 from lumen_ray.model.settings import ModelSettings, read_settings
 from lumen_ray.model.tokenizer import CAPTIONS_FILE, LumenTokenizer
 from lumen_ray.tasks import DECODERS
@@ -55,21 +56,38 @@ def start_tokenizer(settings: ModelSettings, folder: str | Path) -> LumenTokeniz
     return LumenTokenizer.extend(tokenizer.backend, tokenizer.names, settings.families, tokenizer.captions)[0]
 
 
-def load_start(model: Generalist, folder: str | Path) -> None:
-    """Puts the weights in `folder` into a model with fresh ones, made with its `start_settings` and `start_tokenizer`.
+class StartWeights(Mapping[str, Tensor]):
+    """What the folder of a model gives one with its `start_settings` and `start_tokenizer`, read when it is asked for.
 
-    New rows of the vocabulary start at the mean of the old ones. `UserError` where a tensor does not fit.
+    New rows of the vocabulary are the mean of the old ones. Decoders that the folder lacks are left out.
     """
-    source, weights = read_settings(folder), read_weights(folder)
-    unknown = _parts_of_one_alone(source, model.settings)
-    kept = {name: tensor for name, tensor in weights.items() if not name.startswith(unknown)}
-    fresh = model.state_dict()
-    for name in VOCABULARY:
-        if name in kept:
-            kept[name] = resized(kept[name], len(kept[name]), len(fresh[name]))
-    new = _parts_of_one_alone(model.settings, source)
-    state: dict[str, Tensor] = fill(fresh, kept, f"'{folder}'", may_be_fresh=new)
-    model.load_state_dict(state)
+
+    def __init__(self, model: Generalist, folder: str | Path):
+        """`model` may be without weights. `UserError` where a tensor does not fit."""
+        self._file, source = open_weights(folder), read_settings(folder)
+        dropped, added = (_parts_of_one_alone(*pair) for pair in ((source, model.settings), (model.settings, source)))
+        kept = {name: t for name, t in self._file.shapes().items() if not name.startswith(dropped)}
+        expected = model.state_dict()
+        self._rows = {name: len(expected[name]) for name in VOCABULARY if name in expected}
+        for name in self._rows.keys() & kept.keys():
+            kept[name] = self._with_new_rows(name, kept[name])
+        needed = {name: t for name, t in expected.items() if name in kept or not name.startswith(added)}
+        check_fits(kept, needed, f"'{folder}'")
+        self._names = kept.keys()
+
+    def _with_new_rows(self, name: str, weight: Tensor) -> Tensor:
+        return resized(weight, len(weight), self._rows[name])
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        return self._with_new_rows(name, self._file[name]) if name in self._rows else self._file[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def _parts_of_one_alone(one: ModelSettings, other: ModelSettings) -> tuple[str, ...]:

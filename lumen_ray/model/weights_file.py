@@ -1,18 +1,24 @@
-"""Writing weights in safetensors' format, tensor by tensor.
+"""Weights in safetensors' format, written and read tensor by tensor.
 
 `safetensors.torch.save` makes one block of bytes of all of them; its `save_file` does not say by number that a disk is
-full, and leaves a nameless temporary file behind when the process is killed. Reading is left to the library.
+full, and leaves a nameless temporary file behind when the process is killed. What it reads are views of a mapped file:
+copied to where they belong they stay in the process's memory a second time until all are, and kept they are at the
+mercy of whoever writes into the file. It does say whether a file is whole.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from lumen_ray.errors import UserError
 
 #: the format's name of every type, in the order in which safetensors puts them into a file
 DTYPES = {
@@ -31,7 +37,9 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_TYPES = {name: dtype for dtype, name in DTYPES.items()}
 ALIGNMENT = 8  # of the first tensor, in bytes from the start of the file
+LENGTH = 8  # bytes that say how long the header is
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
@@ -49,7 +57,7 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     told = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     told += b" " * (-len(told) % ALIGNMENT)
     with path.open("wb") as file:
-        file.write(len(told).to_bytes(8, "little"))
+        file.write(len(told).to_bytes(LENGTH, "little"))
         file.write(told)
         for name in names:
             file.write(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -62,3 +70,51 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+class WeightsFile(Mapping[str, Tensor]):
+    """The tensors of a file by name, each read anew, into memory of its own, when it is asked for.
+
+    They are those of the file that was opened, also where another has taken its place since. Raises `UserError` when
+    it is damaged.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            with safe_open(path, framework="pt"):  # which checks the header, and that all tensors are there
+                pass
+        except SafetensorError as error:
+            raise UserError(f"'{path}' is damaged: {str(error).splitlines()[-1].strip()}", "damaged_model") from None
+        self._file = path.open("rb")
+        length = int.from_bytes(self._file.read(LENGTH), "little")
+        self._header = json.loads(self._file.read(length))
+        self._header.pop("__metadata__", None)
+        self._start = LENGTH + length
+
+    def shapes(self) -> dict[str, Tensor]:
+        """All tensors without their values: on the meta device."""
+        return {
+            name: torch.empty(told["shape"], dtype=_TYPES[told["dtype"]], device="meta")
+            for name, told in self._header.items()
+        }
+
+    def digest(self) -> str:
+        """sha256 of the whole file, in hexadecimal."""
+        self._file.seek(0)
+        return hashlib.file_digest(self._file, "sha256").hexdigest()
+
+    def __getitem__(self, name: str) -> Tensor:
+        told = self._header[name]
+        start, end = told["data_offsets"]
+        self._file.seek(self._start + start)
+        values = torch.empty(end - start, dtype=torch.uint8)
+        if self._file.readinto(values.numpy()) != end - start:
+            raise UserError(f"'{self.path}' is damaged: it ends in '{name}'", "damaged_model")
+        return values.view(_TYPES[told["dtype"]]).reshape(told["shape"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._header)
+
+    def __len__(self) -> int:
+        return len(self._header)

@@ -14,7 +14,7 @@ from lumen_ray.serve.job import Query, trim
 from lumen_ray.structures import Answer
 
 if TYPE_CHECKING:
-    from lumen_ray.inference.engine import DecoderStage
+    from lumen_ray.inference.decoder_stage import DecoderStage
     from lumen_ray.inference.outputs import TrunkOutput
 
 Item = tuple["TrunkOutput", tuple[Query, ...]]
@@ -22,7 +22,7 @@ Answers = list[Answer | None]
 
 
 def load_decoder(model: str, name: str, device: str) -> DecoderStage:
-    from lumen_ray.inference.engine import DecoderStage
+    from lumen_ray.inference.decoder_stage import DecoderStage
 
     return DecoderStage.load(model, name, device)
 

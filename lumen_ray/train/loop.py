@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lumen_ray.model.build import Generalist, ModelMeta, build_model, save_model
 from lumen_ray.model.settings import ModelSettings
+from lumen_ray.model.skeleton import without_weights
 from lumen_ray.model.tokenizer import LumenTokenizer
-from lumen_ray.model.warm_start import load_start
+from lumen_ray.model.warm_start import StartWeights
 from lumen_ray.train import checkpoint, lora, parallel, precision
 from lumen_ray.train.batch import to_device
 from lumen_ray.train.blocks import checkpoint_blocks, compile_blocks
@@ -71,22 +74,37 @@ def step_seed(seed: int, step: int, rank: int) -> int:
 def fresh_model(job: Job, resume: Path | None, device: torch.device) -> Generalist:
     """A model as the recipe wants it, with the weights of `resume`, of `init_from`, or fresh ones.
 
-    With LoRA a checkpoint leaves out what stays as it was at the start, so a resumed run starts there too.
+    It is built and sharded without weights, which then go to where they belong one after the other. With LoRA a
+    checkpoint leaves out what stays as it was at the start, so a resumed run starts there too.
     """
     recipe = job.recipe
     precision.check(recipe.precision, device)
-    model = build_model(job.settings, len(job.tokenizer), recipe.seed).to(device)
-    if job.init_from and (resume is None or recipe.lora):
-        load_start(model, job.init_from)
+    with without_weights():
+        model = build_model(job.settings, len(job.tokenizer), recipe.seed)
+    start = _start_weights(job, model) if resume is None or recipe.lora else None
     if recipe.lora:
         lora.inject(model, recipe.lora, recipe.seed)
-        model.to(device)
     checkpoint_blocks(model, recipe.activation_checkpointing)
     compile_blocks(model, recipe.compile, device)
     model = parallel.shard(model, device, recipe.precision)
+    if start is None:
+        parallel.materialise(model, device)
+    else:
+        parallel.fill(model, lambda name: start[lora.plain_name(name)], device)
     if resume is not None:
         checkpoint.load_weights(resume, model)
     return model
+
+
+def _start_weights(job: Job, model: Generalist) -> Mapping[str, Tensor]:
+    """What a run starts from, by the names of its model without adapters: what `init_from` has, and fresh weights, on
+    the first rank alone, for the rest."""
+    stored = StartWeights(model, job.init_from) if job.init_from else {}
+    drawn = {}
+    if parallel.rank() == 0 and (lacking := model.state_dict().keys() - stored.keys()):
+        fresh = build_model(job.settings, len(job.tokenizer), job.recipe.seed).state_dict()
+        drawn = {name: fresh[name] for name in lacking}
+    return ChainMap(drawn, stored)
 
 
 class Trainer:

@@ -7,6 +7,8 @@ nothing but a module: `x.weight` becomes `x.base_layer.weight`, beside it `x.lor
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,8 @@ ADAPTER = "default"
 def inject(model: Generalist, settings: LoraSettings, seed: int) -> None:
     """Adapters on the linear layers whose names match `targets`; `frozen_names` then has what they leave as it is.
 
-    The model computes what it did before: fresh adapters add zero. `UserError` when a pattern matches nothing.
+    The model computes what it did before: fresh adapters add zero. Of a model without weights they have theirs, on the
+    CPU. `UserError` when a pattern matches nothing.
     """
     peft = _peft()
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -37,13 +40,27 @@ def inject(model: Generalist, settings: LoraSettings, seed: int) -> None:
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets
     )
     frozen = _adapted(model, targets, kept)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _stand_ins([model.get_submodule(name) for name in targets]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     by_id = {id(p): name for name, p in model.named_parameters()}
     model.frozen_by_lora = frozenset(by_id[id(p)] for p in frozen)
     for name, parameter in model.named_parameters():  # peft froze all that is no adapter
         parameter.requires_grad_(name not in model.frozen_by_lora)
+
+
+@contextmanager
+def _stand_ins(layers: list[nn.Linear]) -> Iterator[None]:
+    """Layers without weights get some without memory meanwhile: `peft` puts adapters where the weights are, and those
+    on the meta device would lose their numbers."""
+    blank = {layer: layer.weight for layer in layers if layer.weight.is_meta}
+    for layer, weight in blank.items():
+        layer.weight = nn.Parameter(torch.zeros((), dtype=weight.dtype).expand(weight.shape), weight.requires_grad)
+    try:
+        yield
+    finally:
+        for layer, weight in blank.items():
+            layer.weight = weight
 
 
 def _adapted(model: Generalist, targets: list[str], kept: set[str]) -> list[nn.Parameter]:
@@ -85,15 +102,24 @@ def save_adapters(run: Path, state: dict[str, Tensor]) -> None:
     write_weights(run / "adapters.safetensors", {name: t for name, t in state.items() if ".lora_" in name})
 
 
+def plain_name(name: str) -> str:
+    """What a tensor of a model with adapters is called in the model without."""
+    return name.replace(".base_layer.", ".")
+
+
 def plain_state(state: dict[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:
-    """The full weights of a model with adapters under the names of the model without, the adapters added to them."""
+    """The full weights of a model with adapters under the names of the model without, the adapters added to them.
+
+    Takes out of `state` what it adds them to, so that no second copy of the weights is needed.
+    """
     out = {}
-    for name, value in state.items():
+    for name in list(state):
         if ".lora_A." in name or ".lora_B." in name:
             continue
+        value = state.pop(name)
         if name.endswith(".base_layer.weight"):
             layer = name.removesuffix(".base_layer.weight")
             down, up = (state[f"{layer}.lora_{side}.{ADAPTER}.weight"].float() for side in "AB")
             value = (value.float() + settings.alpha / settings.rank * up @ down).to(value.dtype)
-        out[name.replace(".base_layer.", ".")] = value
+        out[plain_name(name)] = value
     return out

@@ -5,6 +5,7 @@ With one process and no process group all functions do the obvious thing, so the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lumen_ray.model.build import Generalist
+from lumen_ray.model.skeleton import persistent_buffers, put_weights
 from lumen_ray.train.blocks import blocks, part
 from lumen_ray.train.precision import block_policy
 
@@ -55,8 +58,8 @@ def from_all_ranks(value: Any) -> list[Any]:
 def shard(model: Generalist, device: torch.device, precision: str = "fp32") -> Generalist:
     """FSDP2 (`fully_shard`) in place: blocks of the encoders and the LLM that are large enough, then the root.
 
-    With bf16 a block is gathered and computes in bf16; the root stays fp32, and autocast does its arithmetic. Decoders
-    stay in the root's group, because `Generalist` reads their weights itself.
+    A model without weights stays without. With bf16 a block is gathered and computes in bf16; the root stays fp32, and
+    autocast does its arithmetic. Decoders stay in the root's group, because `Generalist` reads their weights itself.
     """
     if not dist.is_initialized():
         return model
@@ -66,6 +69,45 @@ def shard(model: Generalist, device: torch.device, precision: str = "fp32") -> G
             fully_shard(block, mesh=mesh, mp_policy=block_policy(precision))
     fully_shard(model, mesh=mesh)
     return model
+
+
+def materialise(model: nn.Module, device: torch.device) -> None:
+    """Memory on the device for the weights that are on the meta device, this rank's part of them; without values."""
+    swaps = torch.__future__.get_swap_module_params_on_conversion()
+    torch.__future__.set_swap_module_params_on_conversion(True)  # in the same objects, so that tied ones stay tied
+    try:
+        model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(swaps)
+
+
+def fill(model: Generalist, read: Callable[[str], Tensor], device: torch.device) -> None:
+    """Puts a model built without weights, sharded or not, on the device and gives it those that `read` has; a
+    collective.
+
+    `read` is called on the first rank, one name after the other, and each gets its part of what it gives: no rank holds
+    more than its part of the model and one whole tensor.
+    """
+    if not isinstance(model, FSDPModule):
+        put_weights(model, read, device)
+        return
+    names = [name for name, p in model.named_parameters() if p.is_meta]
+    materialise(model, device)
+    state = model.state_dict()
+    for name in (*names, *persistent_buffers(model)):
+        _receive(state[name], read(name) if rank() == 0 else None, device)
+
+
+def _receive(target: Tensor, values: Tensor | None, device: torch.device) -> None:
+    """The first rank's `values` into a tensor of all ranks, sharded or not."""
+    if values is None:
+        values = torch.empty(target.shape, dtype=target.dtype, device=device)
+    values = values.to(device, target.dtype).contiguous()
+    if isinstance(target, DTensor):
+        target.to_local().copy_(distribute_tensor(values, target.device_mesh, target.placements).to_local())
+    else:
+        dist.broadcast(values, 0)
+        target.copy_(values)
 
 
 def reduce_gradients(model: nn.Module, reduce: bool) -> None:

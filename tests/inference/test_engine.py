@@ -7,10 +7,12 @@ from tiny_models import scrambled, tiny_loaded, tiny_tokenizer
 
 from lumen_ray.data.scenes import KEYPOINTS
 from lumen_ray.errors import UserError
-from lumen_ray.inference.engine import DecoderStage, Engine, TrunkStage
+from lumen_ray.inference.decoder_stage import DecoderStage
+from lumen_ray.inference.engine import Engine, TrunkStage
 from lumen_ray.inference.outputs import assemble, merge
 from lumen_ray.inference.request import make_request
 from lumen_ray.model.build import save_model
+from lumen_ray.model.weights_file import WeightsFile
 from lumen_ray.structures import Region
 
 CLASSES = [
@@ -291,3 +293,33 @@ def test_stages_load_apart_and_together(tmp_path, engine):
         DecoderStage.load(tmp_path, "lumin")
     with pytest.raises(UserError, match="does not exist"):
         Engine.load(tmp_path / "nothing")
+
+
+def test_a_stage_reads_and_holds_its_part_only(tmp_path, engine, monkeypatch):
+    loaded, read = engine.loaded, []
+    save_model(tmp_path, loaded.model.state_dict(), loaded.settings, loaded.tokenizer, loaded.meta)
+    given = WeightsFile.__getitem__
+    monkeypatch.setattr(WeightsFile, "__getitem__", lambda file, name: read.append(name) or given(file, name))
+
+    def held(make):
+        read.clear()
+        stage = make()
+        return stage, {name.partition(".")[0] for name in read}, len(read)
+
+    names = dict(loaded.model.named_parameters())  # tied ones once
+    of_trunk, of_decoder = (sum(name.startswith(part) for name in names) for part in ("trunk.", "decoders.lumen."))
+    decoder, parts, count = held(lambda: DecoderStage.load(tmp_path, "lumen"))
+    assert (parts, count) == ({"decoders"}, of_decoder)
+    assert [name for name, value in vars(decoder).items() if hasattr(value, "__dict__")] == ["decoder"]
+    trunk, parts, count = held(lambda: TrunkStage.load(tmp_path))
+    assert (parts, count) == ({"trunk"}, of_trunk)
+    assert all(p.is_meta for p in trunk.loaded.model.decoders.parameters())
+    whole, parts, _ = held(lambda: Engine.load(tmp_path))
+    assert parts == {"trunk"}
+    read.clear()
+    whole.run(PICTURES[:1], [[make_request("caption")]])
+    assert read == []
+    asked = [[make_request("detect", classes=CLASSES[:2])]]
+    for _ in range(2):
+        whole.run(PICTURES[:1], asked)
+    assert len(read) == of_decoder and all(name.startswith("decoders.lumen.") for name in read)

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import scrambled, tiny_loaded
 
-from lumen_ray.inference.engine import DecoderStage, Engine, TrunkStage
+from lumen_ray.inference.decoder_stage import DecoderStage
+from lumen_ray.inference.engine import Engine, TrunkStage
 from lumen_ray.inference.request import make_request
 from lumen_ray.model.build import load_model, save_model
 from lumen_ray.serve.decoder import Decoder

@@ -7,7 +7,7 @@ from tiny_models import EXPERTS, scene_batch, scrambled, tiny_model, tiny_settin
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import ModelMeta, build_model, load_model, save_model
 from lumen_ray.model.tokenizer import LumenTokenizer
-from lumen_ray.model.warm_start import load_start, start_settings, start_tokenizer
+from lumen_ray.model.warm_start import StartWeights, start_settings, start_tokenizer
 from lumen_ray.tasks import TASKS
 
 
@@ -27,7 +27,7 @@ def started(folder, **changes):
     settings = start_settings(tiny_settings(**changes), folder)
     tokenizer = start_tokenizer(settings, folder)
     model = build_model(settings, len(tokenizer), seed=7)
-    load_start(model, folder)
+    model.load_state_dict(model.state_dict() | dict(StartWeights(model, folder)))
     return model, tokenizer
 
 
