@@ -151,8 +151,9 @@ class DinoDecoder(Decoder):
         proposals = self.trunk.propose(memory)
         logits = self._classify(proposals.features, memory)
         chosen = self.trunk.select(proposals, logits.detach().amax(-1))
-        features, logits, boxes = (gather_rows(v, chosen) for v in (proposals.features, logits, proposals.logits))
-        encoder, valid = Stage(features, logits, boxes.float().sigmoid()), proposals.valid.gather(1, chosen)
+        features, logits, boxes = (gather_rows(v, chosen) for v in (proposals.features, logits, proposals.start))
+        boxes = (self.trunk.encoder_output_bbox_embed(features).float() + boxes).sigmoid()
+        encoder, valid = Stage(features, logits, boxes), proposals.valid.gather(1, chosen)
         content = self.trunk.query_position_embeddings.weight[: valid.shape[1]].expand(len(valid), -1, -1)
         boxes, blocked = encoder.boxes.detach(), ~valid[:, None]
         if denoising is not None:

@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoMultiheadAttention
 
 from lumen_ray.decoders.dino import (
-    FusedAttention,
     GroupNorm,
     additive,
     cells,
@@ -20,6 +19,7 @@ from lumen_ray.decoders.dino import (
     to_cxcywh,
     to_xyxy,
 )
+from lumen_ray.decoders.dino_layers import FusedAttention
 from lumen_ray.decoders.settings import DinoSettings, GroundingDinoSettings
 from lumen_ray.errors import UserError
 from lumen_ray.train.blocks import blocks
