@@ -147,9 +147,9 @@ def fitted():
         learned_class_scale=True, box_layers=1, decoder_layers=3, visible_weight=4.0, denoising_queries=8
     )
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
-    for step in range(120):
+    for step in range(160):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 if step < 90 else 6e-4
+            group["lr"] = 3e-3 if step < 120 else 6e-4
         total = sum(term.total / term.count for term in decoder.losses(link, pixels, targets).values())
         optimizer.zero_grad()
         total.backward()
