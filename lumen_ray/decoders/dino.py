@@ -11,17 +11,19 @@ levels, Q queries, C channels. Boxes inside are cxcywh in 0..1 of the image with
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GroundingDinoConfig, SwinConfig
 from transformers.models.grounding_dino import modeling_grounding_dino as hf
 from transformers.models.swin.modeling_swin import SwinBackbone
 
+from lumen_ray.decoders.deformable import DeformableAttention, Grid
+from lumen_ray.decoders.dino_layers import Encoder, FusedAttention
 from lumen_ray.decoders.settings import DinoSettings
 from lumen_ray.structures import Size
 
@@ -30,6 +32,7 @@ MASK_STRIDE = 4  # of the backbone's first map, which only masks read
 GROUPS = 32  # of every GroupNorm
 MIN_PROPOSAL, MAX_PROPOSAL = 0.01, 0.99  # places whose proposal leaves this range are no proposals
 PROPOSAL_SIZE = 0.05  # side of a proposal on the finest level, relative to the image
+PLACE_TEMPERATURE, TEMPERATURE = 20, 10_000  # of the sines of places, and of those of queries and links
 
 
 def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
@@ -69,31 +72,55 @@ def gather_rows(values: Tensor, index: Tensor) -> Tensor:
 
 @dataclass
 class Levels:
-    """What the backbone says of B images: maps padded to the largest image, `valid` where they are not padding."""
+    """What the backbone says of B images: maps padded to the largest image."""
 
     sizes: list[Size]  # (height, width) of each image in input pixels, without padding
+    shown: list[list[Size]]  # (rows, columns) of each image's maps at `STRIDES`, without padding
     sources: list[Tensor]  # [B, C, h, w] at `STRIDES`
-    valid: list[Tensor]  # bool [B, h, w]
     stride4: Tensor  # [B, backbone channels, h, w] at `MASK_STRIDE`
 
 
 @dataclass
 class Memory:
-    """The encoder's output for G groups, and what is needed to look at it."""
+    """The encoder's output for G groups, and what is needed to look at it.
+
+    Where all images have one size, what is about places has one row for all groups, [1, ...] for [G, ...]."""
 
     vision: Tensor  # [G, S, C]
-    vision_valid: Tensor  # bool [G, S]
     links: Tensor  # [G, T, C]
     link_valid: Tensor  # bool [G, T]
-    valid_ratios: Tensor  # float32 [G, levels, 2] (x, y): share of each map that shows the image
-    shapes: list[Size]  # (rows, columns) of the levels
+    shapes: tuple[Size, ...]  # (rows, columns) of the levels
+    shown: Tensor  # float32 [G, levels, 2]: columns and rows without padding
+    padded: bool  # whether any image leaves some of its maps empty
 
     @cached_property
-    def spatial(self) -> dict[str, Tensor | list[Size]]:
-        """How deformable attention is told the levels."""
-        shapes = torch.tensor(self.shapes, dtype=torch.int64, device=self.vision.device)
-        starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
-        return {"spatial_shapes": shapes, "spatial_shapes_list": self.shapes, "level_start_index": starts}
+    def grid(self) -> Grid:
+        return Grid.of(self.shapes, self.vision.device)
+
+    @cached_property
+    def valid_ratios(self) -> Tensor:
+        """float32 [G, levels, 2] (x, y): share of each map that shows the image."""
+        return self.shown / self.grid.shape
+
+    @cached_property
+    def own_size(self) -> Tensor:
+        """float32 [G, S, 2]: columns and rows, without padding, of the map that each place is on."""
+        return self.shown[:, self.grid.level]
+
+    @cached_property
+    def centers(self) -> Tensor:
+        """float32 [G, S, 2] (x, y) of the places."""
+        return (self.grid.place + 0.5) / self.own_size
+
+    @cached_property
+    def vision_valid(self) -> Tensor | None:
+        """bool [G, S], None where nothing is padding."""
+        return (self.grid.place < self.own_size).all(-1) if self.padded else None
+
+    @cached_property
+    def vision_mask(self) -> Tensor | None:
+        """Additive, [G, 1, 1, S], None where nothing is padding."""
+        return additive(~self.vision_valid, self.vision.dtype)[:, None, None] if self.padded else None
 
     @cached_property
     def link_mask(self) -> Tensor:
@@ -109,11 +136,19 @@ class Memory:
 
 @dataclass
 class Proposals:
-    """What the encoder takes every place for. Places that are no proposals have logits +inf and are not `valid`."""
+    """What the encoder takes every place for. Places that are no proposals start at +inf and are not `valid`."""
 
     features: Tensor  # [G, S, C]
-    logits: Tensor  # float32 [G, S, 4], of boxes
+    start: Tensor  # float32 [G, S, 4]: logits of the places' own boxes
     valid: Tensor  # bool [G, S]
+
+
+def sines(values: Tensor, channels: int, temperature: float = TEMPERATURE) -> Tensor:
+    """[..., N] -> [..., N * channels]: sine and cosine of each, in turns, of ever longer periods (arXiv 1706.03762,
+    sec. 3.5)."""
+    steps = torch.arange(0, channels, 2, device=values.device) / channels
+    angle = values[..., None] * (2 * math.pi / temperature**steps)
+    return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-3)
 
 
 def additive(blocked: Tensor, dtype: torch.dtype) -> Tensor:
@@ -132,26 +167,6 @@ class GroupNorm(nn.GroupNorm):
         if x[0].numel() == self.num_groups:
             return x * 0 * self.weight[:, None, None] + self.bias[:, None, None]
         return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
-
-
-class FusedAttention(hf.GroundingDinoMultiheadAttention):
-    """The same attention by torch's fused kernels: it holds no weights of Q x Q per head.
-
-    A mask with more rows than there are groups cuts the queries and keys of each group into as many blocks of one size,
-    which do not read each other."""
-
-    def forward(self, queries, keys, values, attention_mask=None, output_attentions=False):
-        rows = len(queries) if attention_mask is None else max(len(queries), len(attention_mask))
-
-        def heads(x: Tensor) -> Tensor:
-            return x.reshape(rows, -1, self.num_attention_heads, self.attention_head_size).transpose(1, 2)
-
-        query, key, value = heads(self.query(queries)), heads(self.key(keys)), heads(self.value(values))
-        if attention_mask is not None:
-            attention_mask = attention_mask.to(query.dtype)
-        dropout = self.dropout.p if self.training else 0.0
-        read = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, dropout_p=dropout)
-        return self.out_proj(read.transpose(1, 2).reshape_as(queries)), None
 
 
 def library_config(s: DinoSettings) -> GroundingDinoConfig:
@@ -202,10 +217,9 @@ class DinoTrunk(nn.Module):
         )
         coarsest = nn.Conv2d(channels[-1], c, 3, stride=2, padding=1)
         self.input_proj_vision.append(nn.Sequential(coarsest, GroupNorm(c)))
-        self.position = hf.GroundingDinoSinePositionEmbedding(config)
         self.level_embed = nn.Parameter(torch.randn(len(STRIDES), c))
         self.query_position_embeddings = nn.Embedding(settings.num_queries, c)
-        self.encoder = hf.GroundingDinoEncoder(config)
+        self.encoder = Encoder(config)
         self.enc_output = nn.Linear(c, c)
         self.enc_output_norm = nn.LayerNorm(c)
         self.encoder_output_bbox_embed = box_head(c)
@@ -213,17 +227,21 @@ class DinoTrunk(nn.Module):
         for layer in self.decoder.layers:
             layer.self_attn = FusedAttention(config, settings.num_heads)
             layer.encoder_attn_text = FusedAttention(config, settings.num_heads)
+            layer.encoder_attn = DeformableAttention(config, settings.num_heads, settings.decoder_points)
         self._reset()
 
     def _reset(self) -> None:
         """Fresh weights as in Deformable DETR: Xavier, where the library draws from N(0, 0.02) and zeroes the last
-        layer of every head, that of the query positions, too. What deformable attention starts from stays."""
+        layer of every head, that of the query positions, too. What deformable attention starts from is the library's.
+        """
         for part in (self.encoder, self.decoder, self.enc_output, self.input_proj_vision):
-            for name, module in part.named_modules():
-                kept = name.endswith(("sampling_offsets", "attention_weights"))
-                if isinstance(module, nn.Linear | nn.Conv2d) and not kept:
+            for module in part.modules():
+                if isinstance(module, nn.Linear | nn.Conv2d):
                     nn.init.xavier_uniform_(module.weight)
                     nn.init.zeros_(module.bias)
+            for module in part.modules():
+                if isinstance(module, DeformableAttention):
+                    self.decoder._init_weights(module)
 
     def see(self, pixels: Tensor, extents: list[Size]) -> Levels:
         """pixels [B, 3, H, W], normalised; extents: (height, width) of the part of each that is not padding."""
@@ -243,9 +261,8 @@ class DinoTrunk(nn.Module):
             ]
             for whole, m in zip(maps, found, strict=True):
                 whole[members, :, : m.shape[2], : m.shape[3]] = m
-        sizes = torch.tensor(extents, device=pixels.device)
-        valid = [_inside(-(-sizes // stride), shape) for stride, shape in zip(STRIDES, shapes[1:], strict=True)]
-        return Levels(list(extents), maps[1:], valid, maps[0])
+        shown = [[cells(size, stride) for stride in STRIDES] for size in extents]
+        return Levels(list(extents), shown, maps[1:], maps[0])
 
     def encode(
         self,
@@ -261,43 +278,39 @@ class DinoTrunk(nn.Module):
         `image` int64 [G]: the image of each group; `links` [G, T, C] with `link_valid` bool [G, T]. `positions` int64
         [G, T] of the links, by default 0, 1, 2 ...; `blocked` bool [G, T, T]: which links do not read which, by default
         padding."""
-        places = [m.flatten(2).transpose(1, 2) for m in levels.sources]
-        embeds = [
-            self.position(m, valid).flatten(2).transpose(1, 2) + level
-            for m, valid, level in zip(levels.sources, levels.valid, self.level_embed, strict=True)
-        ]
+        shapes, shown = tuple(tuple(m.shape[-2:]) for m in levels.sources), levels.shown
+        alike = all(own == shown[0] for own in shown)
+        counts = links.new_tensor(shown[:1] if alike else shown, dtype=torch.float32).flip(-1)
+        memory = Memory(
+            torch.cat([m.flatten(2) for m in levels.sources], 2).transpose(1, 2)[image], links, link_valid, shapes,
+            counts if alike else counts[image], any(tuple(own) != shapes for own in shown),
+        )  # fmt: skip
+        places = torch.minimum(memory.grid.place + 1, memory.own_size) / memory.own_size
+        if memory.padded:  # as published: a row of padding has no columns, and the other way round
+            places = places * (memory.grid.place < memory.own_size).flip(-1)
+        places = sines(places.flip(-1), self.settings.hidden_size // 2, PLACE_TEMPERATURE)
+        reference = memory.centers[:, :, None] * memory.valid_ratios[:, None]
         if positions is None:
-            positions = torch.arange(links.shape[1], device=links.device).expand(len(links), -1)
+            positions = torch.arange(links.shape[1], device=links.device)[None]
         if blocked is None:
             alone = torch.eye(links.shape[1], dtype=torch.bool, device=links.device)
             blocked = ~(link_valid[:, :, None] & link_valid[:, None, :] | alone)
-        ratios = torch.stack([_valid_ratio(valid) for valid in levels.valid], dim=1)[image]
-        memory = Memory(
-            torch.cat(places, 1)[image], torch.cat([v.flatten(1) for v in levels.valid], 1)[image], links, link_valid,
-            ratios, [tuple(m.shape[-2:]) for m in levels.sources],
+        told = (
+            memory, places + self.level_embed[memory.grid.level], reference,
+            sines(positions[..., None].float(), self.settings.hidden_size), additive(blocked, links.dtype)[:, None],
         )  # fmt: skip
-        out = self.encoder(
-            vision_features=memory.vision,
-            vision_attention_mask=~memory.vision_valid,
-            vision_position_embedding=torch.cat(embeds, 1)[image],
-            valid_ratios=ratios,
-            text_features=links,
-            text_attention_mask=~link_valid,
-            text_self_attention_masks=blocked,
-            text_position_ids=positions,
-            return_dict=True,
-            **memory.spatial,
-        )
-        memory.vision, memory.links = out.last_hidden_state_vision, out.last_hidden_state_text
+        for layer in self.encoder.layers:
+            memory.vision, memory.links = layer(memory.vision, memory.links, *told)
         return memory
 
     def propose(self, memory: Memory) -> Proposals:
         """Every place as a box of its level's size around its centre, moved by what the encoder found there."""
-        boxes = _place_boxes(memory)
-        valid = ((boxes > MIN_PROPOSAL) & (boxes < MAX_PROPOSAL)).all(-1) & memory.vision_valid
+        side = PROPOSAL_SIZE * 2.0 ** memory.grid.level[:, None]
+        boxes = torch.cat([memory.centers, side.expand_as(memory.centers)], dim=-1)
+        valid = ((boxes > MIN_PROPOSAL) & (boxes < MAX_PROPOSAL)).all(-1)  # centres of padding lie beyond 1
         features = self.enc_output_norm(self.enc_output(memory.vision.masked_fill(~valid[..., None], 0.0)))
         start = torch.log(boxes / (1 - boxes)).masked_fill(~valid[..., None], float("inf"))
-        return Proposals(features, self.encoder_output_bbox_embed(features) + start, valid)
+        return Proposals(features, *(v.expand(len(features), *v.shape[1:]) for v in (start, valid)))
 
     def select(self, proposals: Proposals, scores: Tensor) -> Tensor:
         """int64 [G, Q]: places of the highest scores [G, S]; those that are no proposals come last."""
@@ -321,14 +334,14 @@ class DinoTrunk(nn.Module):
             text_encoder_hidden_states=memory.links,
             text_encoder_attention_mask=memory.link_mask,
             self_attn_mask=self_mask,
-            **memory.spatial,
+            spatial_shapes_list=memory.shapes,
         )[0]
 
     def query_position(self, reference: Tensor) -> Tensor:
         """[G, Q, C] of boxes [G, Q, 4]. The published code counts in the padded input, so that padding tells; without
         padding it is the same."""
-        sine = hf.encode_sinusoidal_position_embedding(reference, self.settings.hidden_size // 2)
-        return self.decoder.reference_points_head(sine)
+        y_first = torch.cat([reference[..., :2].flip(-1), reference[..., 2:]], dim=-1)
+        return self.decoder.reference_points_head(sines(y_first, self.settings.hidden_size // 2))
 
     def moved(self, reference: Tensor, head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
         """Boxes in 0..1, float32: `reference` moved by what `head` makes of `hidden`."""
@@ -340,28 +353,3 @@ def class_logits(hidden: Tensor, memory: Memory, scale: Tensor | float = 1.0, bi
     with torch.autocast(hidden.device.type, enabled=False):  # values of some tens that differ by hundredths
         logits = hidden.float() @ memory.links.float().transpose(1, 2) * scale + bias
     return logits.masked_fill(~memory.link_valid[:, None], float("-inf"))
-
-
-def _inside(counts: Tensor, shape: Size) -> Tensor:
-    """bool [B, rows, columns]: the first `counts` [B, 2] rows and columns."""
-    y = torch.arange(shape[0], device=counts.device)
-    x = torch.arange(shape[1], device=counts.device)
-    return (y < counts[:, :1])[:, :, None] & (x < counts[:, 1:])[:, None, :]
-
-
-def _valid_ratio(valid: Tensor) -> Tensor:
-    """bool [B, rows, columns] -> float32 [B, 2] (x, y)."""
-    return torch.stack([valid[:, 0].float().mean(1), valid[:, :, 0].float().mean(1)], dim=-1)
-
-
-def _place_boxes(memory: Memory) -> Tensor:
-    """float32 [G, S, 4]: cells of every level as boxes around their centres."""
-    found = []
-    for level, (rows, columns) in enumerate(memory.shapes):
-        ratio = memory.valid_ratios[:, level]
-        x = (torch.arange(columns, device=ratio.device) + 0.5) / (ratio[:, :1] * columns)
-        y = (torch.arange(rows, device=ratio.device) + 0.5) / (ratio[:, 1:] * rows)
-        x, y = x[:, None].expand(-1, rows, -1), y[:, :, None].expand(-1, -1, columns)
-        side = torch.full_like(x, PROPOSAL_SIZE * 2**level)
-        found.append(torch.stack([x, y, side, side], dim=-1).flatten(1, 2))
-    return torch.cat(found, dim=1)

@@ -5,8 +5,9 @@ Legend: P' object prompts, G groups, T prompts of the largest group, Q queries, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,18 +29,32 @@ if TYPE_CHECKING:
 FEW_OBJECTS = -4.6  # logit of one query in a hundred
 
 
-@dataclass
 class Stage:
-    """What one layer makes of the queries."""
+    """What one layer makes of the queries. Of most layers only losses ask for more than `hidden`, so that logits and
+    boxes are computed when they are first read, with gradients where the stage was made with gradients."""
 
-    hidden: Tensor  # [G, Q, C]
-    logits: Tensor  # float32 [G, Q, T], -inf at padded links
-    boxes: Tensor  # float32 [G, Q, 4] cxcywh in 0..1 of the image without padding
+    def __init__(self, hidden: Tensor, logits: Callable[[], Tensor], boxes: Callable[[], Tensor]):
+        self.hidden = hidden  # [G, Q, C]
+        self._logits, self._boxes, self._learns = logits, boxes, torch.is_grad_enabled()
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """float32 [G, Q, T], -inf at padded links."""
+        with torch.set_grad_enabled(self._learns):
+            return self._logits()
+
+    @cached_property
+    def boxes(self) -> Tensor:
+        """float32 [G, Q, 4] cxcywh in 0..1 of the image without padding."""
+        with torch.set_grad_enabled(self._learns):
+            return self._boxes()
 
     def split(self, count: int) -> tuple[Stage, Stage]:
         """The first `count` queries, and the others."""
-        parts = zip(*(v.split([count, v.shape[1] - count], dim=1) for v in vars(self).values()), strict=True)
-        first, rest = (Stage(*values) for values in parts)
+        first, rest = (
+            Stage(self.hidden[:, part], lambda part=part: self.logits[:, part], lambda part=part: self.boxes[:, part])
+            for part in (slice(count), slice(count, None))
+        )
         return first, rest
 
 
@@ -151,32 +166,38 @@ class DinoDecoder(Decoder):
         proposals = self.trunk.propose(memory)
         logits = self._classify(proposals.features, memory)
         chosen = self.trunk.select(proposals, logits.detach().amax(-1))
-        features, logits, boxes = (gather_rows(v, chosen) for v in (proposals.features, logits, proposals.logits))
-        encoder, valid = Stage(features, logits, boxes.float().sigmoid()), proposals.valid.gather(1, chosen)
+        features, logits, boxes = (gather_rows(v, chosen) for v in (proposals.features, logits, proposals.start))
+        boxes = (self.trunk.encoder_output_bbox_embed(features).float() + boxes).sigmoid()
+        valid, encoder = proposals.valid.gather(1, chosen), Stage(features, lambda: logits, lambda: boxes)
         content = self.trunk.query_position_embeddings.weight[: valid.shape[1]].expand(len(valid), -1, -1)
-        boxes, blocked = encoder.boxes.detach(), ~valid[:, None]
+        reference, blocked = boxes.detach(), ~valid[:, None]
         if denoising is not None:
             content = torch.cat([denoising.content, content], dim=1)
-            boxes = torch.cat([denoising.boxes, boxes], dim=1)
+            reference = torch.cat([denoising.boxes, reference], dim=1)
             blocked = denoising.blocked(valid)
-        return Start(encoder, valid, content, boxes, additive(blocked, content.dtype)[:, None])
+        return Start(encoder, valid, content, reference, additive(blocked, content.dtype)[:, None])
 
     def layers(
         self, memory: Memory, hidden: Tensor, reference: Tensor, self_mask: Tensor, which: Iterable[int]
     ) -> tuple[list[Stage], Tensor, Tensor]:
-        """A stage for each of the decoder's layers `which`; and the queries and their boxes as the next one gets them.
-
-        Layers pass boxes on without gradient; with `look_forward_twice` the next layer's loss reaches them."""
+        """A stage for each of the decoder's layers `which`; and the queries that the last one leaves, with the boxes
+        [G, Q, 4] it started from."""
         trunk, stages = self.trunk, []
         for index in which:
+            if stages:
+                reference = self.passed_on(reference, hidden)
             hidden = trunk.layer(index, hidden, reference.detach(), memory, self_mask)
             normed = trunk.decoder.layer_norm(hidden)
-            boxes = trunk.moved(reference, self.bbox_embed, normed)
-            stages.append(Stage(normed, self._classify(normed, memory), boxes))
-            reference = trunk.moved(reference.detach(), self.bbox_embed, hidden)
-            if not self.settings.look_forward_twice:
-                reference = reference.detach()
+            logits = partial(self._classify, normed, memory)
+            stages.append(Stage(normed, logits, partial(trunk.moved, reference, self.bbox_embed, normed)))
         return stages, hidden, reference
+
+    def passed_on(self, reference: Tensor, hidden: Tensor) -> Tensor:
+        """The boxes [G, Q, 4] that the layer behind the one that made `hidden` of `reference` starts from.
+
+        Layers pass boxes on without gradient; with `look_forward_twice` the next layer's loss reaches them."""
+        moved = self.trunk.moved(reference.detach(), self.bbox_embed, hidden)
+        return moved if self.settings.look_forward_twice else moved.detach()
 
     def losses(self, link: SuperLink, pixels: Pixels, targets: PerceptionTargets) -> dict[str, LossTerm]:
         """With denoising. `targets` has one entry per link, keypoint prompts included."""

@@ -71,6 +71,7 @@ class UniPoseDecoder(DinoDecoder):
         start = self.begin(memory, denoising)
         first, mask = start.denoising, start.self_mask
         stages, hidden, boxes = self.layers(memory, start.content, start.boxes, mask, range(box_layers))
+        boxes = self.passed_on(boxes, hidden)
         denoised, stages = (list(part) for part in zip(*(stage.split(first) for stage in stages), strict=True))
         if denoising is not None:  # apart from the slots, which are many
             own = (hidden[:, :first], boxes[:, :first], mask[..., :first, :first])

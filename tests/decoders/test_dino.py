@@ -8,18 +8,24 @@ from gdino_tiny import random_link, random_pixels, targets_of, tiny_decoder
 from tiny_models import scrambled
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoMultiheadAttention
+from transformers.models.grounding_dino.modeling_grounding_dino import (
+    GroundingDinoBiMultiHeadAttention,
+    GroundingDinoMultiheadAttention,
+    encode_sinusoidal_position_embedding,
+)
 
 from lumen_ray.decoders.dino import (
-    FusedAttention,
     GroupNorm,
     additive,
     cells,
     inverse_sigmoid,
     library_config,
+    sines,
     to_cxcywh,
     to_xyxy,
 )
+from lumen_ray.decoders.dino_decoder import Stage
+from lumen_ray.decoders.dino_layers import FusedAttention, FusedFusion
 from lumen_ray.decoders.settings import DinoSettings, GroundingDinoSettings
 from lumen_ray.errors import UserError
 from lumen_ray.train.blocks import blocks
@@ -69,6 +75,37 @@ def test_fused_attention_is_the_librarys(masked):
     q, k, v = torch.randn(2, 5, 32), torch.randn(2, 7, 32), torch.randn(2, 7, 32)
     mask = additive(torch.rand(2, 1, 5, 7) < 0.4, q.dtype) if masked else None
     torch.testing.assert_close(ours(q, k, v, mask)[0], theirs(q, k, v, mask)[0])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_fused_fusion_is_the_librarys(masked):
+    config = library_config(DinoSettings(hidden_size=32, num_heads=4, encoder_ffn=64))
+    torch.manual_seed(0)
+    theirs, ours = GroundingDinoBiMultiHeadAttention(config), FusedFusion(config)
+    ours.load_state_dict(theirs.state_dict())
+    vision, text = torch.randn(2, 9, 32), torch.randn(2, 4, 32)
+    padding = (torch.rand(2, 9) < 0.4, torch.rand(2, 4) < 0.4) if masked else (None, None)
+    added = [mask if mask is None else additive(mask, torch.float32)[:, None, None] for mask in padding]
+    for one, other in zip(ours(vision, text, *added), theirs(vision, text, *padding), strict=True):
+        torch.testing.assert_close(one[0], other[0])
+
+
+def test_sines_are_the_librarys():
+    values = torch.rand(2, 5, 4)
+    wanted = encode_sinusoidal_position_embedding(values, 8)
+    torch.testing.assert_close(sines(values[..., [1, 0, 2, 3]], 8), wanted, atol=1e-5, rtol=0)
+
+
+def test_a_stage_first_read_without_gradients_still_learns():
+    weight = torch.ones(1, requires_grad=True)
+    whole = Stage(torch.zeros(1, 3, 2), lambda: weight * torch.ones(1, 3, 2), lambda: weight * torch.ones(1, 3, 4))
+    first, rest = whole.split(1)
+    with torch.no_grad():
+        assert rest.logits.shape == (1, 2, 2) and first.boxes.shape == (1, 1, 4)
+    assert rest.logits.requires_grad and whole.boxes.requires_grad
+    with torch.no_grad():
+        fixed = Stage(whole.hidden, lambda: weight * 2, lambda: weight * 2)
+    assert not fixed.logits.requires_grad
 
 
 def test_group_norm_of_single_values_is_the_bias_and_of_others_torchs():

@@ -116,7 +116,7 @@ def scene():
 
 def test_it_learns_two_pictures_by_heart():
     link, pixels, targets = scene()
-    decoder = tiny_decoder(learned_class_scale=True, **SMALL)
+    decoder = tiny_decoder(1, learned_class_scale=True, **SMALL)
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=2e-3)
     for _ in range(80):
         total = sum(term.total / term.count for term in decoder.losses(link, pixels, targets).values())

@@ -25,9 +25,10 @@ CLOSE = {"atol": 1e-4, "rtol": 1e-5}
 def with_padding_seen(decoder, pixels, pixel_mask):
     """`Levels` as the references make them: the backbone sees the padding, which counts as image there."""
     levels = decoder.trunk.see(pixels, [tuple(pixels.shape[-2:])] * len(pixels))
-    levels.valid = [
-        torch.nn.functional.interpolate(pixel_mask[None].float(), size=m.shape[-2:])[0].bool() for m in levels.sources
-    ]
+    for level, m in enumerate(levels.sources):
+        seen = torch.nn.functional.interpolate(pixel_mask[None].float(), size=m.shape[-2:])[0].bool()
+        for shown, one in zip(levels.shown, seen, strict=True):
+            shown[level] = int(one.any(1).sum()), int(one.any(0).sum())
     return levels
 
 
@@ -174,9 +175,11 @@ def test_known_answers_of_the_released_code(test_data, name):
     torch.testing.assert_close(levels.stride4, data["outputs.backbone.0"], **CLOSE)
     torch.testing.assert_close(memory.vision, data["outputs.encoder_vision"], **CLOSE)
     torch.testing.assert_close(memory.links, data["outputs.encoder_text"], **CLOSE)
-    torch.testing.assert_close(memory.valid_ratios, data["outputs.valid_ratios"], **CLOSE)
+    ratios = data["outputs.valid_ratios"]
+    torch.testing.assert_close(memory.valid_ratios.expand_as(ratios), ratios, **CLOSE)
     torch.testing.assert_close(logits, data["outputs.enc_class_logits"], **CLOSE)
-    torch.testing.assert_close(proposals.logits, data["outputs.enc_coord_logits"], **CLOSE)
+    proposed = decoder.trunk.encoder_output_bbox_embed(proposals.features) + proposals.start
+    torch.testing.assert_close(proposed, data["outputs.enc_coord_logits"], **CLOSE)
     assert torch.equal(chosen, data["outputs.topk_indices"])
     torch.testing.assert_close(encoder.boxes, data["outputs.init_reference_boxes"], **CLOSE)
     torch.testing.assert_close(encoder.logits, gather_rows(logits, chosen), **CLOSE)

@@ -148,9 +148,9 @@ def fitted():
     )
     optimizer = torch.optim.AdamW(decoder.parameters(), lr=3e-3)
     torch.manual_seed(0)  # what the noisy copies are drawn from
-    for step in range(150):
+    for step in range(160):
         for group in optimizer.param_groups:
-            group["lr"] = 3e-3 if step < 115 else 6e-4
+            group["lr"] = 3e-3 if step < 120 else 6e-4
         total = sum(term.total / term.count for term in decoder.losses(link, pixels, targets).values())
         optimizer.zero_grad()
         total.backward()
