@@ -204,7 +204,7 @@ def test_poses_of_any_skeleton_come_from_the_expert(pose_queries):
     answers = engine.run(PICTURES[:2], asked, score_threshold=0.0)
     assert [p.keypoints.names for p in answers[0][0].predictions] == [("spout", "lid", "handle")] * 2
     assert answers[1][0].predictions[0].keypoints.names == scenes.KEYPOINTS
-    found = answers[0][0].predictions[0]
+    found = max(answers[0][0].predictions, key=len)  # fresh weights may give all slots to one prompt
     assert len(found) > 0 and found.keypoints.xyv.shape == (len(found), 3, 3)
     for picture, requests, together in zip(PICTURES, asked, answers, strict=False):
         for chunk in (2, 64):  # an object and its keypoints may be in different passes
