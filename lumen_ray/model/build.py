@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -21,9 +22,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lumen_ray.decoders.base import Decoder, ImageDecoder, LossTerm, Pixels
+from lumen_ray.decoders.base import Decoder, ImageDecoder, LossTerm, Pixels, anchor
 from lumen_ray.errors import UserError
 from lumen_ray.model.settings import ModelSettings, read_settings
+from lumen_ray.model.superlink import SuperLink
 from lumen_ray.model.tokenizer import CAPTIONS_FILE, NAMES_FILE, LumenTokenizer
 from lumen_ray.model.trunk import Trunk, TrunkTraining
 from lumen_ray.model.weights_file import sync, write_weights
@@ -60,35 +62,38 @@ class Generalist(nn.Module):
         per_branch.scatter_add_(0, owner, out.lm_losses.detach().flatten())
         wanted = set(self.decoders) if batch.get("decoders") is None else set(batch["decoders"])
         total = LM_WEIGHT * out.lm_losses.sum() + self._anchor(wanted)
-        losses = {"lm": LossTerm(total, out.lm_tokens, per_branch[1:])}
+        losses = {}
         for name, decoder in self.decoders.items():
-            if name in wanted and name in out.links:
-                losses |= self._decoder_losses(decoder, out, batch)
-        return losses
+            if name in wanted:
+                found, zero = decoder.learn(*self._asked(decoder, out, batch), zero=total * 0.0)
+                losses |= found
+                total = total + zero
+        return {"lm": LossTerm(total, out.lm_tokens, per_branch[1:])} | losses
 
     @staticmethod
-    def _decoder_losses(decoder: Decoder | ImageDecoder, out: TrunkTraining, batch: dict) -> dict[str, LossTerm]:
-        """A decoder's losses over those prompts of its family whose task it serves."""
-        link, targets = out.links[decoder.name], batch["targets"][decoder.family]
-        served = served_links(decoder.name, batch)
+    def _asked(decoder: Decoder | ImageDecoder, out: TrunkTraining, batch: dict) -> tuple[SuperLink | None, Any, Any]:
+        """What a decoder learns from: those links of its family whose task it serves, what it looks at, and targets;
+        without such links None."""
+        served = served_links(decoder.name, batch) if decoder.name in out.links else []
         if not served:
-            return {}
+            return None, None, None
+        link, targets = out.links[decoder.name], batch["targets"][decoder.family]
         if len(served) < len(link):
             members = torch.tensor(served, device=link.parent.device)
             link, targets = link.only(members), targets.only(members)
         view = out.dense if decoder.reads == "dense" else Pixels(batch["images"], batch["extents"])
-        return decoder.losses(link, view, targets)
+        return link, view, targets
 
-    def _anchor(self, decoders: Collection[str]) -> Tensor:
-        """Zero, with every parameter of the optional parts in its graph, of decoders those of the given ones.
+    def _anchor(self, decoders: Collection[str]) -> Tensor | float:
+        """Zero, with every parameter of the trunk's optional parts in its graph, of link heads those of the decoders.
 
         Whether a batch has regions, poses, masks or perception prompts at all (without which nothing reads the dense
         features) differs from rank to rank; all ranks must still reduce the same gradients.
         """
-        trunk, own = self.trunk, [name for name in self.decoders if name in decoders]
+        trunk = self.trunk
         parts = [trunk.regions, trunk.queries, trunk.stem, trunk.dense]
-        parts += [group[name] for group in (trunk.link_heads, self.decoders) for name in own]
-        return sum(p.sum() for part in parts if part for p in part.parameters() if p.requires_grad) * 0.0
+        parts += [trunk.link_heads[name] for name in self.decoders if name in decoders]
+        return anchor(p for part in parts if part for p in part.parameters())
 
 
 def served_links(decoder: str, batch: dict) -> list[int]:
