@@ -143,6 +143,9 @@ def anchor(parameters: Iterable[nn.Parameter]) -> Tensor | float:
 class Learner(nn.Module):
     """What learns from super links. `losses` is its own; `learn` is how a model calls it."""
 
+    #: modules whose arithmetic is fp32 also where a model answers in bf16, whose rounding would show
+    exact: ClassVar[tuple[str, ...]] = ()
+
     def losses(self, link: SuperLink, view: Any, targets: Any) -> dict[str, LossTerm]:
         raise NotImplementedError
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lumen_ray.decoders.base import ImageDecoder, Pixels, PredictSettings
 from lumen_ray.errors import UserError
 from lumen_ray.inference.outputs import Found, LinkPart, TrunkOutput
+from lumen_ray.inference.precision import check_dtype, in_own_dtype, lower
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.structures import SampleSettings
@@ -30,14 +31,17 @@ class DecoderStage:
             have = ", ".join(loaded.model.decoders)
             raise UserError(f"the model has no decoder '{name}'; decoders: {have}", "unknown_decoder")
         self.name = name
-        self.decoder = loaded.model.decoders[name].to(device)
-        self.device = torch.device(device)
+        self.device, self.dtype = torch.device(device), loaded.dtype
+        self.decoder = loaded.model.decoders[name]
+        lower(self.decoder, self.dtype)
+        self.decoder.to(self.device)
 
     @classmethod
-    def load(cls, model: str | Path, name: str = "lumen", device: str = "cpu") -> DecoderStage:
-        return cls(load_model(model), name, device)
+    def load(cls, model: str | Path, name: str = "lumen", device: str = "cpu", dtype: str = "float32") -> DecoderStage:
+        dtype = check_dtype(dtype)
+        return cls(replace(load_model(model), dtype=dtype), name, device)
 
-    @torch.inference_mode()
+    @in_own_dtype
     def run(self, output: TrunkOutput, settings: PredictSettings = DEFAULTS) -> list[Found]:
         """What was found for each link of this decoder, None for keypoint prompts. Received tensors are only read.
 

@@ -22,6 +22,7 @@ from lumen_ray.decoders.base import Pixels, PredictSettings, PromptSpec
 from lumen_ray.errors import UserError
 from lumen_ray.inference.decoder_stage import DecoderStage
 from lumen_ray.inference.outputs import LinkPart, RequestPlan, TrunkOutput, assemble, finished
+from lumen_ray.inference.precision import check_dtype, in_own_dtype, lower
 from lumen_ray.inference.request import Request, check_asked, no_decoder
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.model.prompts import Branch, build_layout
@@ -53,8 +54,10 @@ class TrunkStage:
 
     def __init__(self, loaded: LoadedModel, device: str = "cpu"):
         self.loaded = loaded
-        self.device = torch.device(device)
-        self.trunk = loaded.model.trunk.to(self.device)
+        self.device, self.dtype = torch.device(device), loaded.dtype
+        self.trunk = loaded.model.trunk
+        lower(self.trunk, self.dtype)
+        self.trunk.to(self.device)
         self.tokenizer = loaded.tokenizer
         self.prompt_layout = loaded.settings.prompt_layout
         self.serving = loaded.settings.serving
@@ -63,8 +66,15 @@ class TrunkStage:
         self.buckets = tuple((int(h), int(w)) for h, w in loaded.meta.buckets) or (square,)
 
     @classmethod
-    def load(cls, model: str | Path, device: str = "cpu", decoders: Mapping[str, str] | None = None) -> TrunkStage:
-        return cls(load_model(model, decoders=decoders), device)
+    def load(
+        cls,
+        model: str | Path,
+        device: str = "cpu",
+        decoders: Mapping[str, str] | None = None,
+        dtype: str = "float32",
+    ) -> TrunkStage:
+        dtype = check_dtype(dtype)
+        return cls(replace(load_model(model, decoders=decoders), dtype=dtype), device)
 
     def bucket(self, size: Size) -> Size:
         """(height, width) of the model input for an image of (height, width) `size`."""
@@ -74,7 +84,7 @@ class TrunkStage:
         """(height, width) of the model input for an image, or for words alone."""
         return self.buckets[0] if image is None else self.bucket(image.shape[:2])
 
-    @torch.inference_mode()
+    @in_own_dtype
     def run(
         self,
         images: Sequence[np.ndarray | None],
@@ -301,10 +311,18 @@ class Engine:
         self.decoders = {name: DecoderStage(loaded, name, device) for name in loaded.model.decoders}
 
     @classmethod
-    def load(cls, model: str | Path, device: str = "cpu", decoders: Mapping[str, str] | None = None) -> Engine:
+    def load(
+        cls,
+        model: str | Path,
+        device: str = "cpu",
+        decoders: Mapping[str, str] | None = None,
+        dtype: str = "float32",
+    ) -> Engine:
         """The engine of a model folder; `UserError` when the folder holds none. `decoders` (task -> decoder) says who
-        serves a task that several can, instead of the folder's settings."""
-        return cls(load_model(model, decoders=decoders), device)
+        serves a task that several can, instead of the folder's settings; `dtype`: 'float32', or 'bfloat16' for half the
+        memory and, on GPUs, the faster arithmetic (see `inference.precision`)."""
+        dtype = check_dtype(dtype)
+        return cls(replace(load_model(model, decoders=decoders), dtype=dtype), device)
 
     @property
     def preset(self) -> str:
@@ -319,6 +337,10 @@ class Engine:
     def chosen_decoders(self) -> dict[str, str]:
         """Task -> decoder, where another than the model folder says serves it."""
         return self.loaded.chosen
+
+    @property
+    def dtype(self) -> str:
+        return self.loaded.dtype
 
     @property
     def image_size(self) -> int:

@@ -30,6 +30,7 @@ from lumen_ray.model.tokenizer import CAPTIONS_FILE, NAMES_FILE, LumenTokenizer
 from lumen_ray.model.trunk import Trunk, TrunkTraining
 from lumen_ray.model.weights_file import sync, write_weights
 from lumen_ray.presets import model_folder
+from lumen_ray.structures import Dtype
 from lumen_ray.tasks import DECODERS, TASKS, decoder_class
 
 LM_WEIGHT = 1.0
@@ -174,6 +175,7 @@ class LoadedModel:
     meta: ModelMeta
     version: str  # first 12 hex digits of the sha256 of the weights file
     chosen: dict[str, str] = field(default_factory=dict)  # task -> decoder, where it is not what the folder says
+    dtype: Dtype = "float32"  # of its weights and arithmetic where it answers
 
 
 def read_meta(folder: str | Path) -> ModelMeta:
