@@ -116,6 +116,33 @@ def test_checkpointed_compiled_and_sharded():
     on_two_ranks(_sharded_blocks)
 
 
+def test_the_experts_are_compiled_but_for_their_backbones(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda forward, backend: compiled.append(forward.__self__) or forward)
+    model = expert_model()
+    compile_blocks(model, tuple(TASKS), CPU, backend="aot_eager")
+    for name in TASKS:
+        found = [path for path, block in blocks(part(model, name)) if block in compiled]
+        skipped = [path for path, block in blocks(part(model, name)) if block not in compiled]
+        assert found and all(path.startswith(("trunk.backbone", "trunk.input_proj")) for path in skipped)
+        assert len(skipped) == (8 if "trunk.encoder.layers.0" in found else 0)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("expert", TASKS)
+def test_compiled_experts_give_the_same_losses(expert):
+    """Real kernels, of which each kind of block has some: minutes."""
+    batch, plain, model = expert_batch(TASKS[expert]) | {"decoders": [expert]}, expert_model(), expert_model()
+    compile_blocks(model, (expert,), CPU)
+    ours, wanted = gradients(model, batch), gradients(plain, batch)
+    assert ours[0] == pytest.approx(wanted[0], rel=1e-3)
+    apart, whole = (
+        sum(float((g - (ours[1][n] if other else 0)).square().sum()) for n, g in wanted[1].items()) for other in (1, 0)
+    )
+    assert apart < 1e-4 * whole
+
+
 @needs_compiler
 def test_compiled_blocks_give_the_same_losses():
     """Real kernels, of one kind of block and one shape: each takes many seconds to build."""
