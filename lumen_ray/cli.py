@@ -111,11 +111,21 @@ def _device_arg(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--device", help=f"cpu, cuda or cuda:N, to run the model on (default: {default})")
 
 
+def _dtype_arg(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dtype",
+        default="float32",
+        help="float32, or bfloat16: half the memory and, on GPUs, faster; boxes move by less than a pixel "
+        "(default: float32)",
+    )
+
+
 def _evaluate_args(verbs: Any) -> None:
     p = verbs.add_parser("evaluate", help="score a model on shards: one table, one JSON")
     _model_arg(p)
     _decoders_arg(p)
     _device_arg(p, "cuda where torch sees a GPU, else cpu")
+    _dtype_arg(p)
     p.add_argument("--shards", required=True, help="shard folder of the held-out split")
     p.add_argument("--output", required=True, help="folder for report.json and predictions.parquet")
     p.add_argument("--tasks", type=_names, help="only these, comma separated (default: all the split is annotated for)")
@@ -130,6 +140,7 @@ def _label_args(verbs: Any) -> None:
     _model_arg(p)
     _decoders_arg(p)
     _device_arg(p, "a GPU for each actor where the Ray cluster has any, else cpu")
+    _dtype_arg(p)
     p.add_argument("--output", required=True, help="folder for the labels; run again to continue after a stop")
     p.add_argument(
         "--tasks", type=_names, default=["detect"], help="comma separated, e.g. segment,caption (default: detect)"
@@ -200,7 +211,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     from lumen_ray.inference.device import find_device
     from lumen_ray.inference.engine import Engine
 
-    engine = Engine.load(args.model, find_device(args.device), _decoders(args.decoders))
+    engine = Engine.load(args.model, find_device(args.device), _decoders(args.decoders), args.dtype)
     with bar("evaluate") as progress:
         report = evaluate(
             engine,
@@ -260,6 +271,7 @@ def _label(args: argparse.Namespace) -> None:
             prompts=_texts(args.text),
             decoders=_decoders(args.decoders),
             device=args.device,
+            dtype=args.dtype,
             num_actors=args.actors,
             batch_size=args.batch_size,
             score_threshold=args.score_threshold,

@@ -21,25 +21,25 @@ OPTIMISER, GRADIENT = 8, 4
 
 @dataclass(frozen=True)
 class Role:
-    """A part of a model that can be deployed by itself. `learns`: parameters that training changes; `block`: those of
-    its largest shard group that is gathered while it computes, `unsharded`: those that are gathered for the whole step;
+    """A part of a model that can be deployed by itself. `learns`: parameters that training changes; `gathered`: the
+    most that are gathered at a time while it computes, `unsharded`: those that are gathered for the whole step;
     `largest`: those of its largest tensor, which weights pass through one by one on their way to a GPU or a rank.
     """
 
     name: str
     parameters: int
     learns: int
-    block: int = 0
+    gathered: int = 0
     unsharded: int = 0
     largest: int = 0
 
     def training(self, workers: int) -> int:
         """Bytes per rank while all that learns is trained in fp32 under FSDP, activations aside: its share of weights,
-        gradients and optimiser, and what is gathered (with the next block on its way)."""
+        gradients and optimiser, and what is gathered."""
         whole = self.parameters * FP32 + self.learns * (GRADIENT + OPTIMISER)
         if workers == 1:
             return whole
-        return whole // workers + (2 * self.block + self.unsharded) * FP32
+        return whole // workers + (self.gathered + self.unsharded) * FP32
 
 
 def on_meta(settings: ModelSettings) -> Generalist:
@@ -59,25 +59,29 @@ def roles_of(model: Generalist) -> list[Role]:
 
 
 def _role(name: str, module: nn.Module, sharded: tuple[str, ...] = ()) -> Role:
-    """A module as `train.parallel.shard` cuts it: large blocks of its `sharded` parts apart, the rest together."""
+    """A module as `train.parallel.shard` cuts it: an expert is gathered as a whole; of another one large blocks of its
+    `sharded` parts apart, with the next one on its way, and the rest together."""
     from lumen_ray.model.build import count_parameters
     from lumen_ray.train.blocks import blocks
-    from lumen_ray.train.parallel import MIN_BLOCK_PARAMETERS
+    from lumen_ray.train.parallel import MIN_BLOCK_PARAMETERS, is_expert
 
-    counted = [count_parameters(block) for part in sharded for _, block in blocks(getattr(module, part))]
-    apart = [count for count in counted if count >= MIN_BLOCK_PARAMETERS]
     whole = count_parameters(module)
     learns = sum(p.numel() for p in module.parameters() if p.requires_grad)
     largest = max(p.numel() for p in module.parameters())
-    return Role(name, whole, learns, max(apart, default=0), whole - sum(apart), largest)
+    if not sharded and is_expert(module):
+        return Role(name, whole, learns, gathered=whole, largest=largest)
+    counted = [count_parameters(block) for part in sharded for _, block in blocks(getattr(module, part))]
+    apart = [count for count in counted if count >= MIN_BLOCK_PARAMETERS]
+    return Role(name, whole, learns, 2 * max(apart, default=0), whole - sum(apart), largest)
 
 
 def together(roles: list[Role]) -> Role:
+    """All of them in one process, whose steps train one expert at most."""
     return Role(
         "in all",
         sum(role.parameters for role in roles),
         sum(role.learns for role in roles),
-        max(role.block for role in roles),
+        max(role.gathered for role in roles),
         sum(role.unsharded for role in roles),
         max(role.largest for role in roles),
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -18,6 +18,7 @@ from PIL import Image
 from lumen_ray.errors import UserError
 
 Size = tuple[int, int]  # (height, width)
+Dtype = Literal["float32", "bfloat16"]  # of the arithmetic of a model that answers
 
 
 def as_size(size: int | Size) -> Size:

@@ -112,27 +112,27 @@ def test_evaluate_runs_on_a_gpu_where_there_is_one(monkeypatch, asked, gpus, use
     class Loaded(Exception):
         pass
 
-    def load(model, device="cpu", decoders=None):
-        raise Loaded(device)
+    def load(model, device, decoders, dtype):
+        raise Loaded(f"{device} {dtype}")
 
     monkeypatch.setattr("lumen_ray.inference.engine.Engine.load", load)
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    with pytest.raises(Loaded, match=f"^{used}$"):
-        cli.main(["evaluate", "--shards", "x", "--output", "y", *asked])
+    with pytest.raises(Loaded, match=f"^{used} bfloat16$"):
+        cli.main(["evaluate", "--shards", "x", "--output", "y", "--dtype", "bfloat16", *asked])
 
 
 def test_label_hands_the_device_on(monkeypatch):
     seen = []
 
-    def label(*args, device, **options):
-        seen.append(device)
+    def label(*args, device, dtype, **options):
+        seen.append((device, dtype))
         return {"images": 0, "labelled": 0, "errors": 0, "first_error": None}
 
     monkeypatch.setattr("lumen_ray.label.pipeline.label", label)
-    for device in ([], ["--device", "cuda"]):
-        assert cli.main(["label", "x", "--output", "y", "--classes", "a", *device]) == 0
-    assert seen == [None, "cuda"]
+    for options in ([], ["--device", "cuda", "--dtype", "bfloat16"]):
+        assert cli.main(["label", "x", "--output", "y", "--classes", "a", *options]) == 0
+    assert seen == [(None, "float32"), ("cuda", "bfloat16")]
 
 
 @pytest.mark.parametrize("own", [False, True])

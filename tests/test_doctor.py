@@ -5,7 +5,7 @@ import socket
 
 import pytest
 import torch
-from tiny_models import tiny_model, tiny_settings, tiny_tokenizer
+from tiny_models import EXPERTS, tiny_model, tiny_settings, tiny_tokenizer
 
 from lumen_ray import cli, doctor
 from lumen_ray.doctor import Finding, Role, examine, on_meta, roles_of
@@ -65,7 +65,7 @@ def test_7b_says_which_weights_are_missing(capsys, monkeypatch):
     assert "inference fits in the largest GPU" in told
     told = " ".join(told.split())
     assert "none found" not in told and "found on this machine: 80.0 GiB" in told
-    assert "training by recipe '7b', in bf16, needs 32 with more than 13.3 GiB each; this machine has 1" in told
+    assert "training by recipe '7b', in bf16, needs 32 with more than 7.4 GiB each; this machine has 1" in told
     assert "trains 2,148,336,440 parameters at most, in stage 'joint'" in told  # LoRA's adapters, not the LLM
 
 
@@ -148,12 +148,12 @@ def test_roles_are_counted_on_the_model():
     model, roles = tiny_model(), roles_of(on_meta(tiny_settings(vocab_size=len(tiny_tokenizer()))))
     assert [role.name for role in roles] == ["trunk", *model.decoders]
     assert roles[0].parameters == count_parameters(model.trunk)
-    assert roles[0].unsharded == roles[0].parameters and roles[0].block == 0  # all blocks are small
+    assert roles[0].unsharded == roles[0].parameters and roles[0].gathered == 0  # all blocks are small
     assert roles[0].largest == max(p.numel() for p in model.trunk.parameters()) == together(roles).largest
 
 
 def test_training_memory_is_shared_by_the_ranks():
-    role = Role("trunk", 1000, 1000, block=10, unsharded=100)
+    role = Role("trunk", 1000, 1000, gathered=20, unsharded=100)
     assert role.training(1) == 1000 * 16
     assert role.training(4) == 4000 + (20 + 100) * 4
     assert Role("frozen", 1000, 0).training(1) == 1000 * 4
@@ -169,7 +169,17 @@ def test_the_per_rank_count_is_what_sharding_leaves(monkeypatch):
         count_parameters(block)
         for name in ("vision", "llm") for _, block in parallel.blocks(getattr(model.trunk, name))
     ]  # fmt: skip
-    assert role.block == max(inside) and role.unsharded == role.parameters - sum(inside)
+    assert role.gathered == 2 * max(inside) and role.unsharded == role.parameters - sum(inside)
+
+
+def test_an_expert_is_gathered_while_it_computes():
+    counted = roles_of(on_meta(tiny_settings(vocab_size=330, **EXPERTS)))
+    experts = {role.name: role for role in counted if role.name in EXPERTS}
+    assert set(experts) == set(EXPERTS)
+    assert all(role.gathered == role.parameters and role.unsharded == 0 for role in experts.values())
+    whole = together(counted)
+    assert whole.gathered == max(role.parameters for role in experts.values())
+    assert whole.unsharded == sum(role.parameters for role in counted if role.name not in EXPERTS)
 
 
 def test_a_model_folder_must_be_of_the_preset(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -138,7 +138,34 @@ class PromptSpec:
     sample: SampleSettings | None = None  # of prompts that ask for pictures
 
 
-class Decoder(nn.Module):
+def anchor(parameters: Iterable[nn.Parameter]) -> Tensor | float:
+    """Zero, with those of the parameters that learn in its graph: a step gives each a gradient, were it zero."""
+    return sum(p.sum() for p in parameters if p.requires_grad) * 0.0
+
+
+class Learner(nn.Module):
+    """What learns from super links. `losses` is its own; `learn` is how a model calls it."""
+
+    #: modules whose arithmetic is fp32 also where a model answers in bf16, whose rounding would show
+    exact: ClassVar[tuple[str, ...]] = ()
+
+    def losses(self, link: SuperLink, view: Any, targets: Any) -> dict[str, LossTerm]:
+        raise NotImplementedError
+
+    def learn(
+        self, link: SuperLink | None, view: Any, targets: Any, zero: Tensor
+    ) -> tuple[dict[str, LossTerm], Tensor]:
+        """The losses of a training step, none where nothing is asked (`link` is None), and `zero` with all weights that
+        learn in its graph.
+
+        Whether a batch asks anything differs from rank to rank. All must gather the same weights and reduce the same
+        gradients, in the same order: for that `zero`, which comes from what the link does, passes through.
+        """
+        found = {} if link is None else self.losses(link, view, targets)
+        return found, zero + anchor(self.parameters())
+
+
+class Decoder(Learner):
     """`forward(link, view) -> raw`, `loss(raw, targets) -> {name: LossTerm}`, `predict(raw, ...) -> [Prediction]`.
 
     `view` is what the decoder `reads`: the trunk's dense features [B, C, H/4, W/4], or `Pixels`.
@@ -192,7 +219,7 @@ class ImageTargets:
         return ImageTargets(*(None if value is None else value[members] for value in self.__dict__.values()))
 
 
-class ImageDecoder(nn.Module):
+class ImageDecoder(Learner):
     """A decoder that makes pictures. `link.embeddings`: [G, T, C], the cross-attention input of each prompt."""
 
     name: ClassVar[str]

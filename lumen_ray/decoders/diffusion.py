@@ -103,6 +103,9 @@ class DiffusionDecoder(ImageDecoder):
     """
 
     latents_read: ClassVar[int]  # stacked on the UNet's input channels
+    #: latents go through every step of a sampler, which takes the precision of the UNet's first layer for theirs; a
+    #: picture's 8 bits are all that bf16 has, and its VAE runs once
+    exact = ("vae", "unet.conv_in", "unet.conv_out")
 
     @classmethod
     def build(cls, settings: ModelSettings) -> DiffusionDecoder:

@@ -103,6 +103,7 @@ def evaluate(
             **limits,
             "batch_size": batch_size,
             **({"decoders": engine.chosen_decoders} if engine.chosen_decoders else {}),
+            **({"dtype": engine.dtype} if engine.dtype != "float32" else {}),
         },
         "images": done,
         "scored": done - len(errors),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lumen_ray.decoders.base import Frame, ImageDecoder, Pixels, PredictSettings
 from lumen_ray.inference.outputs import Found, LinkPart, TrunkOutput
+from lumen_ray.inference.precision import check_dtype, in_own_dtype, lower
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.structures import SampleSettings, Size
@@ -29,16 +30,18 @@ class DecoderStage:
 
     def __init__(self, loaded: LoadedModel, name: str = "lumen", device: str = "cpu"):
         self.name = name
+        self.device, self.dtype = torch.device(device), loaded.dtype
         self.decoder = loaded.decoder(name, device)
+        lower(self.decoder, self.dtype)
         self.own_size = loaded.settings.own_sizes.get(name)
-        self.device = torch.device(device)
 
     @classmethod
-    def load(cls, model: str | Path, name: str = "lumen", device: str = "cpu") -> DecoderStage:
+    def load(cls, model: str | Path, name: str = "lumen", device: str = "cpu", dtype: str = "float32") -> DecoderStage:
         """Of a model folder only the decoder is read, and kept."""
-        return cls(load_model(model, parts=()), name, device)
+        dtype = check_dtype(dtype)
+        return cls(replace(load_model(model, parts=()), dtype=dtype), name, device)
 
-    @torch.inference_mode()
+    @in_own_dtype
     def run(self, output: TrunkOutput, settings: PredictSettings = DEFAULTS) -> list[Found]:
         """What was found for each link of this decoder, None for keypoint prompts. Received tensors are only read.
 

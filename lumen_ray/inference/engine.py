@@ -23,6 +23,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.inference.decoder_stage import DecoderStages
 from lumen_ray.inference.outputs import LinkPart, RequestPlan, TrunkOutput, assemble, finished
 from lumen_ray.inference.own_pixels import looked_at
+from lumen_ray.inference.precision import check_dtype, in_own_dtype, lower
 from lumen_ray.inference.request import Request, check_asked, no_decoder
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.model.prompts import Branch, build_layout
@@ -54,8 +55,10 @@ class TrunkStage:
 
     def __init__(self, loaded: LoadedModel, device: str = "cpu"):
         self.loaded = loaded
-        self.device = torch.device(device)
-        self.trunk = loaded.model.trunk.to(self.device)
+        self.device, self.dtype = torch.device(device), loaded.dtype
+        self.trunk = loaded.model.trunk
+        lower(self.trunk, self.dtype)
+        self.trunk.to(self.device)
         self.tokenizer = loaded.tokenizer
         self.prompt_layout = loaded.settings.prompt_layout
         self.serving = loaded.settings.serving
@@ -65,9 +68,16 @@ class TrunkStage:
         self.buckets = tuple((int(h), int(w)) for h, w in loaded.meta.buckets) or (square,)
 
     @classmethod
-    def load(cls, model: str | Path, device: str = "cpu", decoders: Mapping[str, str] | None = None) -> TrunkStage:
+    def load(
+        cls,
+        model: str | Path,
+        device: str = "cpu",
+        decoders: Mapping[str, str] | None = None,
+        dtype: str = "float32",
+    ) -> TrunkStage:
         """Of a model folder only the trunk is read."""
-        return cls(load_model(model, decoders, device, parts=("trunk",)), device)
+        dtype = check_dtype(dtype)
+        return cls(replace(load_model(model, decoders, device, parts=("trunk",)), dtype=dtype), device)
 
     def bucket(self, size: Size) -> Size:
         """(height, width) of the model input for an image of (height, width) `size`."""
@@ -77,7 +87,7 @@ class TrunkStage:
         """(height, width) of the model input for an image, or for words alone."""
         return self.buckets[0] if image is None else self.bucket(image.shape[:2])
 
-    @torch.inference_mode()
+    @in_own_dtype
     def run(
         self,
         images: Sequence[np.ndarray | None],
@@ -306,10 +316,19 @@ class Engine:
         self.decoders = DecoderStages(loaded, device)
 
     @classmethod
-    def load(cls, model: str | Path, device: str = "cpu", decoders: Mapping[str, str] | None = None) -> Engine:
+    def load(
+        cls,
+        model: str | Path,
+        device: str = "cpu",
+        decoders: Mapping[str, str] | None = None,
+        dtype: str = "float32",
+    ) -> Engine:
         """The engine of a model folder; `UserError` when the folder holds none. `decoders` (task -> decoder) says who
-        serves a task that several can, instead of the folder's settings. A decoder is read when it is first needed."""
-        return cls(load_model(model, decoders, device, parts=("trunk",)), device)
+        serves a task that several can, instead of the folder's settings; `dtype`: 'float32', or 'bfloat16' for half the
+        memory and, on GPUs, the faster arithmetic (see `inference.precision`). A decoder is read when it is first
+        needed."""
+        dtype = check_dtype(dtype)
+        return cls(replace(load_model(model, decoders, device, parts=("trunk",)), dtype=dtype), device)
 
     @property
     def preset(self) -> str:
@@ -324,6 +343,10 @@ class Engine:
     def chosen_decoders(self) -> dict[str, str]:
         """Task -> decoder, where another than the model folder says serves it."""
         return self.loaded.chosen
+
+    @property
+    def dtype(self) -> str:
+        return self.loaded.dtype
 
     @property
     def image_size(self) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 from lumen_ray.data import files
 from lumen_ray.errors import UserError, unknown
 from lumen_ray.inference.device import find_device
+from lumen_ray.inference.precision import check_dtype
 from lumen_ray.inference.request import Request, make_request
 from lumen_ray.label.inputs import find_inputs
 from lumen_ray.label.ledger import Fragment, Ledger
@@ -116,6 +117,7 @@ def label(
     max_per_phrase: int = 300,
     max_new_tokens: int = 48,
     device: str | None = None,
+    dtype: str = "float32",
     fragment_size: int = 32,
     exports: Sequence[str] = EXPORTS,
     progress: Progress | None = None,
@@ -127,6 +129,7 @@ def label(
     decoders: task -> the decoder that serves it, where it should be another than the model folder says.
     num_actors: model actors on Ray; 0 labels in this process, without Ray.
     device: 'cpu' or 'cuda', in this process 'cuda:N' too; None: a GPU for each actor where the cluster has any.
+    dtype: 'float32' or 'bfloat16', of the model's weights and arithmetic.
     progress: called with a `Status` after every image.
 
     Writes ``labels/*.parquet``, ``errors.parquet``, the `exports` and ``summary.json``. Run again after an interruption
@@ -141,8 +144,9 @@ def label(
     requests = build_requests(tasks, classes, prompts, keypoints)
     chosen = _chosen_decoders(model, decoders or {})
     worker = WorkerSettings(
-        model, tuple(requests), device, batch_size, num_actors, score_threshold, max_per_phrase, max_new_tokens, chosen
-    )
+        model, tuple(requests), device, batch_size, num_actors, score_threshold, max_per_phrase, max_new_tokens, chosen,
+        check_dtype(dtype),
+    )  # fmt: skip
     ledger = Ledger(output)
     items = find_inputs(input, exclude=output)
     ledger.open(
@@ -154,6 +158,7 @@ def label(
             "prompts": {name: list(texts) for name, texts in (prompts or {}).items()},
             "keypoints": list(keypoints or ()),
             "decoders": chosen or None,  # null, as in folders from before it could be chosen
+            "dtype": None if dtype == "float32" else dtype,  # likewise
             "score_threshold": score_threshold,
             "max_per_phrase": max_per_phrase,
             "max_new_tokens": max_new_tokens,

@@ -41,6 +41,7 @@ class WorkerSettings:
     max_per_phrase: int = 300
     max_new_tokens: int = 48
     decoders: Mapping[str, str] = field(default_factory=dict)
+    dtype: str = "float32"
 
 
 def fingerprint(model: str | Path | Callable[[], Any]) -> str:
@@ -97,6 +98,8 @@ class Labeller:
         }
         if self.engine.chosen_decoders:
             provenance["settings"]["decoders"] = self.engine.chosen_decoders
+        if settings.dtype != "float32":
+            provenance["settings"]["dtype"] = settings.dtype
         if any(request.task == "pose" for request in self.requests):
             provenance["edges"] = getattr(self.engine, "edges", {})  # to draw and export skeletons without the model
         self.provenance = json.dumps(provenance, sort_keys=True)
@@ -170,7 +173,7 @@ def _load(settings: WorkerSettings) -> Any:
         return settings.model()
     from lumen_ray.inference.engine import Engine
 
-    return Engine.load(settings.model, find_device(settings.device), settings.decoders)
+    return Engine.load(settings.model, find_device(settings.device), settings.decoders, settings.dtype)
 
 
 def _fit_requests(requests: Iterable[Request], engine: Any) -> list[Request]:

@@ -13,19 +13,22 @@ import shutil
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from torch import Tensor, nn
 
-from lumen_ray.decoders.base import Decoder, ImageDecoder, ImageTargets, LossTerm, PerceptionTargets, Pixels
+from lumen_ray.decoders.base import Decoder, ImageDecoder, ImageTargets, LossTerm, PerceptionTargets, Pixels, anchor
 from lumen_ray.errors import UserError
 from lumen_ray.model.settings import ModelSettings, read_settings
 from lumen_ray.model.skeleton import put_weights, without_weights
+from lumen_ray.model.superlink import SuperLink
 from lumen_ray.model.tokenizer import CAPTIONS_FILE, NAMES_FILE, LumenTokenizer
 from lumen_ray.model.trunk import Trunk, TrunkTraining
 from lumen_ray.model.weights_file import WeightsFile, sync, write_weights
 from lumen_ray.presets import model_folder
+from lumen_ray.structures import Dtype
 from lumen_ray.tasks import DECODERS, TASKS, decoder_class
 
 LM_WEIGHT = 1.0
@@ -58,39 +61,42 @@ class Generalist(nn.Module):
         per_branch.scatter_add_(0, owner, out.lm_losses.detach().flatten())
         wanted = set(self.decoders) if batch.get("decoders") is None else set(batch["decoders"])
         total = LM_WEIGHT * out.lm_losses.sum() + self._anchor(wanted, batch.get("asked"))
-        losses = {"lm": LossTerm(total, out.lm_tokens, per_branch[1:])}
+        losses = {}
         for name, decoder in self.decoders.items():
-            if name in wanted and name in out.links:
-                losses |= self._decoder_losses(decoder, out, batch)
-        return losses
+            if name in wanted:
+                found, zero = decoder.learn(*self._asked(decoder, out, batch), zero=total * 0.0)
+                losses |= found
+                total = total + zero
+        return {"lm": LossTerm(total, out.lm_tokens, per_branch[1:])} | losses
 
     @staticmethod
-    def _decoder_losses(decoder: Decoder | ImageDecoder, out: TrunkTraining, batch: dict) -> dict[str, LossTerm]:
-        """A decoder's losses over those prompts of its family whose task it serves."""
-        link, (pixels, targets) = out.links[decoder.name], given(decoder, batch)
-        served = served_links(decoder.name, batch)
+    def _asked(decoder: Decoder | ImageDecoder, out: TrunkTraining, batch: dict) -> tuple[SuperLink | None, Any, Any]:
+        """What a decoder learns from: those links of its family whose task it serves, what it looks at, and targets;
+        without such links None."""
+        served = served_links(decoder.name, batch) if decoder.name in out.links else []
         if not served:
-            return {}
+            return None, None, None
+        link, (pixels, targets) = out.links[decoder.name], given(decoder, batch)
         if len(served) < len(link):
             members = torch.tensor(served, device=link.parent.device)
             link, targets = link.only(members), targets.only(members)
-        return decoder.losses(link, out.dense if decoder.reads == "dense" else pixels, targets)
+        return link, out.dense if decoder.reads == "dense" else pixels, targets
 
-    def _anchor(self, decoders: Collection[str], tasks: Collection[str] | None) -> Tensor:
-        """Zero, with every parameter in its graph of the optional parts that the given decoders and tasks can use.
+    def _anchor(self, decoders: Collection[str], tasks: Collection[str] | None) -> Tensor | float:
+        """Zero, with every parameter in its graph of the trunk's optional parts that given decoders and tasks can use.
 
         Whether a batch has regions, poses, masks or perception prompts at all (without which nothing reads the dense
         features) differs from rank to rank; all ranks must still reduce the same gradients.
         """
         trunk, own = self.trunk, [name for name in self.decoders if name in decoders]
-        parts = [group[name] for group in (trunk.link_heads, self.decoders) for name in own]
+        parts = [trunk.link_heads[name] for name in own]
         if tasks is None or any(TASKS[name].may_have_regions for name in tasks):
             parts.append(trunk.regions)
         if any(decoder_class(name).reads == "dense" for name in own):
             parts += [trunk.stem, trunk.dense]
         optional = [p for part in parts if part for p in part.parameters()]
         optional += [p for family in {DECODERS[name].family for name in own} for p in trunk.queries.of(family)]
-        return sum((p.sum() for p in optional if p.requires_grad), torch.zeros(())) * 0.0
+        return anchor(optional)
 
 
 def given(decoder: Decoder | ImageDecoder, batch: dict) -> tuple[Pixels, PerceptionTargets | ImageTargets]:
@@ -180,6 +186,7 @@ class LoadedModel:
     meta: ModelMeta
     version: str  # first 12 hex digits of the sha256 of the weights file; empty where the trunk was not read
     chosen: dict[str, str] = field(default_factory=dict)  # task -> decoder, where it is not what the folder says
+    dtype: Dtype = "float32"  # of its weights and arithmetic where it answers
     weights: WeightsFile | None = None
 
     def decoder(self, name: str, device: torch.device | str = "cpu") -> Decoder | ImageDecoder:

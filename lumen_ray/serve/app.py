@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from lumen_ray.errors import UserError
@@ -42,9 +43,9 @@ def build_app(settings: ServeSettings) -> Application:
     prepare_serve_environment()
     from ray import serve
 
-    from lumen_ray.serve.decoder import Decoder
+    from lumen_ray.serve.decoder import Decoder, load_decoder
     from lumen_ray.serve.ingress import Ingress
-    from lumen_ray.serve.trunk import Trunk
+    from lumen_ray.serve.trunk import Trunk, load_trunk
 
     model = str(model_folder(settings.model).resolve())
     trunk = serve.deployment(Trunk, name="Trunk", **settings.trunk.options())
@@ -53,8 +54,9 @@ def build_app(settings: ServeSettings) -> Application:
     for name in has.decoder_names:
         part = settings.decoder(name)
         deployment = serve.deployment(Decoder, name=deployment_name(name), **part.options())
-        decoders[name] = deployment.bind(model, name, part.torch_device)
-    bound = trunk.bind(model, settings.trunk.torch_device, settings.serving)
+        decoders[name] = deployment.bind(model, name, part.torch_device, partial(load_decoder, dtype=part.dtype))
+    load = partial(load_trunk, dtype=settings.trunk.dtype)
+    bound = trunk.bind(model, settings.trunk.torch_device, settings.serving, load)
     return ingress.bind(settings, bound, decoders, has.serving)
 
 

@@ -21,10 +21,10 @@ Item = tuple["TrunkOutput", tuple[Query, ...]]
 Answers = list[Answer | None]
 
 
-def load_decoder(model: str, name: str, device: str) -> DecoderStage:
+def load_decoder(model: str, name: str, device: str, dtype: str = "float32") -> DecoderStage:
     from lumen_ray.inference.decoder_stage import DecoderStage
 
-    return DecoderStage.load(model, name, device)
+    return DecoderStage.load(model, name, device, dtype)
 
 
 class Decoder:

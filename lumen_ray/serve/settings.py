@@ -14,6 +14,7 @@ from lumen_ray import config
 from lumen_ray.config import Settings
 from lumen_ray.errors import unknown
 from lumen_ray.presets import find
+from lumen_ray.structures import Dtype
 from lumen_ray.tasks import DECODERS
 
 
@@ -85,6 +86,7 @@ class ModelDeployment(Deployment):
     """A deployment that holds a part of the model."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda when the replica reserves a GPU")
+    dtype: Dtype = Field("float32", description="of weights and arithmetic; bfloat16 takes half the memory")
     batching: Batching = Batching()
 
     @model_validator(mode="after")

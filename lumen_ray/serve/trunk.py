@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from lumen_ray.inference.outputs import TrunkOutput
 
 
-def load_trunk(model: str, device: str, serving: Mapping[str, str]) -> TrunkStage:
+def load_trunk(model: str, device: str, serving: Mapping[str, str], dtype: str = "float32") -> TrunkStage:
     from lumen_ray.inference.engine import TrunkStage
 
-    return TrunkStage.load(model, device, serving)
+    return TrunkStage.load(model, device, serving, dtype)
 
 
 class Trunk:

@@ -21,6 +21,9 @@ from lumen_ray.tasks import DECODERS
 
 #: recompilations of one kind of block before PyTorch falls back to eager: shapes, stages and kinds share the count
 RECOMPILES = 64
+#: parts of decoders that stay eager. Swin cuts maps into windows by Python arithmetic on their sizes, so that every
+#: size of image is a graph of its own (on CPUs, one that is not done in five minutes); a projection is a convolution.
+EAGER = ("trunk.backbone.", "trunk.input_proj_vision.")
 
 
 def part(model: Generalist, name: str) -> nn.Module | None:
@@ -59,15 +62,17 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compile_blocks(model: Generalist, parts: tuple[str, ...], device: torch.device, backend: str = "inductor") -> None:
-    """Blocks of these parts are compiled, each kind once; a dimension that changes is compiled as dynamic."""
+    """Blocks of these parts are compiled, each kind once, but for those of `EAGER`; a dimension that changes is
+    compiled as dynamic."""
     if not parts:
         return
     if backend == "inductor":
         check_compiler(device)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
     for name in parts:
-        for _, block in blocks(part(model, name) or nn.Identity()):
-            block.forward = torch.compile(block.forward, backend=backend)
+        for path, block in blocks(part(model, name) or nn.Identity()):
+            if not path.startswith(EAGER):
+                block.forward = torch.compile(block.forward, backend=backend)
 
 
 def check_compiler(device: torch.device) -> None:

@@ -56,13 +56,33 @@ def peak_of(name: str, precision: str) -> float | None:
 
 
 def of_step(model: Generalist, batches: list[dict[str, Any]]) -> dict[str, float]:
-    """Forward and backward FLOPs of this rank's micro-steps by component: vision, llm, dense, lumen."""
+    """Forward and backward FLOPs of this rank's micro-steps by component: vision, llm, dense, and the decoders that the
+    steps train."""
     passes = passes_by_part(model)
     total: dict[str, float] = {}
     for batch in batches:
-        for name, count in forward(model, batch).items():
-            total[name] = total.get(name, 0.0) + count * passes[name]
+        found = {name: count * passes[name] for name, count in forward(model, batch).items()}
+        wanted = set(model.decoders) if batch.get("decoders") is None else set(batch["decoders"])
+        if "lumen" not in wanted:
+            found.pop("lumen", None)
+        for name, count in (found | experts(model, batch, wanted - {"lumen"}, passes["llm"] > 1)).items():
+            total[name] = total.get(name, 0.0) + count
     return total
+
+
+def learns(module: nn.Module | None) -> bool:
+    return module is not None and any(p.requires_grad for p in module.parameters())
+
+
+def experts(model: Generalist, batch: dict[str, Any], names: set[str], flows: bool) -> dict[str, float]:
+    """Forward and backward FLOPs of expert decoders; `flows`: whether the trunk's hidden states need gradients."""
+    names = [name for name in model.decoders if name in names]
+    if not names:
+        return {}
+    from lumen_ray.train.expert_flops import of_expert  # with the experts' libraries, which take seconds
+
+    heads = model.trunk.link_heads
+    return {name: of_expert(model, name, batch, flows or learns(heads[name])) for name in names}
 
 
 def passes_by_part(model: Generalist) -> dict[str, int]:
@@ -73,7 +93,7 @@ def passes_by_part(model: Generalist) -> dict[str, int]:
     frozen = frozen_names(model)
     trunk = model.trunk
     out, flows = {}, False
-    seen = trunk.settings.tokens_read_stem and any(p.requires_grad for p in trunk.stem.parameters())
+    seen = trunk.settings.tokens_read_stem and learns(trunk.stem)
     for name, modules in (
         ("vision", (trunk.vision,)),
         ("llm", (trunk.llm, trunk.regions, trunk.queries)),
@@ -82,10 +102,9 @@ def passes_by_part(model: Generalist) -> dict[str, int]:
     ):
         if modules[0] is None:
             continue
-        learns = any(p.requires_grad for module in modules for p in module.parameters())
-        flows = flows or learns
+        flows = flows or any(learns(module) for module in modules)
         adapted = name == "llm" and bool(frozen)  # adapters pass gradients on, the weights beside them get none
-        own = any(p.requires_grad for p in modules[0].parameters()) and not adapted
+        own = learns(modules[0]) and not adapted
         out[name] = 1 + flows + own
         flows = flows or seen  # tokens pass gradients on to the stem, beside the encoders
     return out

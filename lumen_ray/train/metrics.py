@@ -46,8 +46,7 @@ class Meter:
         }
         if self._peak:
             parts = flops.of_step(self._model, batches)
-            if set(self._model.decoders) <= set(parts):  # what expert decoders compute is not counted
-                values["mfu"] = round(sum(parts.values()) / seconds / self._peak, 5)
+            values["mfu"] = round(sum(parts.values()) / seconds / self._peak, 5)
             values |= {f"mfu/{name}": round(count / seconds / self._peak, 5) for name, count in parts.items()}
         return values
 

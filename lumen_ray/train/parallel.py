@@ -13,13 +13,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from lumen_ray.decoders.base import ImageDecoder
 from lumen_ray.model.build import Generalist
 from lumen_ray.model.skeleton import persistent_buffers, put_weights
 from lumen_ray.train.blocks import blocks, part
-from lumen_ray.train.precision import block_policy
+from lumen_ray.train.precision import block_policy, learn_policy
 
 #: blocks smaller than this stay in the root's group: for a small model one gather a step is cheaper than many
 MIN_BLOCK_PARAMETERS = 5_000_000
@@ -56,10 +57,15 @@ def from_all_ranks(value: Any) -> list[Any]:
 
 
 def shard(model: Generalist, device: torch.device, precision: str = "fp32") -> Generalist:
-    """FSDP2 (`fully_shard`) in place: blocks of the encoders and the LLM that are large enough, then the root.
+    """FSDP2 (`fully_shard`) in place: blocks of the encoders and the LLM that are large enough, every expert decoder,
+    then the root.
 
     A model without weights stays without. With bf16 a block is gathered and computes in bf16; the root stays fp32, and
-    autocast does its arithmetic. Decoders stay in the root's group, because `Generalist` reads their weights itself.
+    autocast does its arithmetic.
+
+    An expert is one group, gathered in those steps alone that train it, from its forward pass to the end of its
+    backward pass. Its blocks are no groups of their own: how often they run (for pictures of each size, for denoising,
+    or not at all) differs from rank to rank, and all ranks must gather and reduce alike.
     """
     if not dist.is_initialized():
         return model
@@ -67,6 +73,12 @@ def shard(model: Generalist, device: torch.device, precision: str = "fp32") -> G
     for _, block in (found for name in ("vision", "llm") for found in blocks(part(model, name))):
         if sum(p.numel() for p in block.parameters()) >= MIN_BLOCK_PARAMETERS:
             fully_shard(block, mesh=mesh, mp_policy=block_policy(precision))
+    for decoder in model.decoders.values():
+        if is_expert(decoder):
+            # queries' places are sums of small moves: as much as rounds off in bf16 moves boxes by pixels
+            policy = learn_policy(precision if isinstance(decoder, ImageDecoder) else "fp32")
+            fully_shard(decoder, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+            register_fsdp_forward_method(decoder, "learn")
     fully_shard(model, mesh=mesh)
     return model
 
@@ -108,6 +120,11 @@ def _receive(target: Tensor, values: Tensor | None, device: torch.device) -> Non
     else:
         dist.broadcast(values, 0)
         target.copy_(values)
+
+
+def is_expert(decoder: nn.Module) -> bool:
+    """Whether a decoder has an image backbone of its own, and with it a group; others are small."""
+    return decoder.reads != "dense"
 
 
 def reduce_gradients(model: nn.Module, reduce: bool) -> None:

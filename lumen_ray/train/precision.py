@@ -7,6 +7,7 @@ bf16 already, which halves what goes over the network; gradients are added up ov
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -26,6 +27,12 @@ def block_policy(precision: str) -> MixedPrecisionPolicy:
     if precision == "fp32":
         return MixedPrecisionPolicy()
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+
+
+def learn_policy(precision: str) -> MixedPrecisionPolicy:
+    """How FSDP gathers and reduces a decoder whose `Learner.learn` it wraps. What that is given stays as it is: targets
+    are in pixels."""
+    return replace(block_policy(precision), cast_forward_inputs=False)
 
 
 def check(precision: str, device: torch.device) -> None:

@@ -20,7 +20,7 @@ MODULES = ("stem", "vision", "regions", "llm", "queries", "link_heads", "dense",
 #: names a stage may weigh under `loss_weights`: every loss of the model
 LOSSES = ("lm", *(loss for decoder in DECODERS.values() for loss in decoder.losses))
 #: parts made of repeated blocks, which are checkpointed, compiled and decayed block by block
-BLOCK_PARTS = ("vision", "llm", "lumen")
+BLOCK_PARTS = ("vision", "llm", *DECODERS)
 #: parts whose layers are deep enough for a learning rate by depth
 DEEP_PARTS = ("vision", "llm")
 

@@ -24,6 +24,7 @@ from transformers import CLIPTextConfig
 from lumen_ray.decoders.base import ImageTargets, Pixels, SampleSettings
 from lumen_ray.decoders.diffusion import empty_caption_ids, fit_pixels
 from lumen_ray.errors import UserError
+from lumen_ray.inference.precision import arithmetic, lower
 from lumen_ray.model.superlink import SuperLink
 
 MAKERS = [stable_diffusion, instruct_pix2pix]
@@ -338,3 +339,36 @@ def test_pixels_of_the_view_do_not_matter_to_text_to_image():
     blank = Pixels(torch.zeros(2, 3, 24, 24, dtype=torch.uint8), torch.tensor([[24, 24]] * 2))
     first, second = (decoder.sample(make_link(), view, settings) for view in (make_pixels(), blank))
     assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_losses_in_bfloat16_are_close_to_float32(make):
+    """Autocast, as in training; the VAE with it, whose latents get noise."""
+    decoder, found = make(train_unet=True, train_vae=True), {}
+    for low in (False, True):
+        decoder.zero_grad()
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+            losses = decoder.losses(make_link(), make_pixels(), make_targets())
+        sum(term.total for term in losses.values()).backward()
+        found[low] = losses, torch.cat([p.grad.flatten() for p in decoder.parameters() if p.grad is not None])
+    for name, term in found[False][0].items():
+        low = found[True][0][name].total
+        assert low.dtype == torch.float32 and low != term.total
+        torch.testing.assert_close(low, term.total, rtol=0.02, atol=0)
+    exact, low = (gradient for _, gradient in found.values())
+    assert low.dtype == torch.float32 and (exact - low).norm() < 0.05 * exact.norm()
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_pictures_in_bfloat16_are_close_to_float32(make):
+    """Weights as a model that answers has them: the noise is the same, latents and the VAE stay fp32."""
+    decoder, settings = make(), SampleSettings(steps=6, num_images=2)
+    exact = decoder.sample(make_link(), make_pixels(), settings)
+    lower(decoder, "bfloat16")
+    assert {p.dtype for p in decoder.vae.parameters()} == {torch.float32} == {decoder.unet.dtype}
+    assert decoder.unet.down_blocks[0].resnets[0].conv1.weight.dtype == torch.bfloat16
+    with arithmetic("bfloat16", torch.device("cpu")):
+        low = decoder.sample(make_link(), make_pixels(), settings)
+    apart = (exact.int() - low.int()).abs().float()
+    assert 0 < apart.mean() < 1 and apart.max() < 16  # of 255

@@ -14,6 +14,7 @@ from lumen_ray.decoders.base import Frame, Pixels, PredictSettings, PromptSpec
 from lumen_ray.decoders.denoising import make_denoising
 from lumen_ray.decoders.dino_decoder import Groups
 from lumen_ray.decoders.set_loss import find_objects
+from lumen_ray.inference.precision import arithmetic, lower
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.structures import Boxes
 
@@ -258,6 +259,21 @@ def test_bfloat16_is_close_to_float32():
         assert not torch.equal(exact, low) and (exact - low).abs().mean() < 0.02 * exact.abs().mean()
     for name, value in found[False][2].items():  # another place may win a query by rounding
         assert abs(found[True][2][name] - value) < 0.3 * value, name
+
+
+def test_weights_in_bfloat16_are_close_to_float32():
+    link, pixels, _ = scene()
+    decoder = scrambled(tiny_decoder(learned_class_scale=True, **SMALL), std=0.05)
+    with torch.no_grad():
+        exact = decoder(link, pixels)
+        lower(decoder, "bfloat16")
+        with arithmetic("bfloat16", torch.device("cpu")):
+            low = decoder(link, pixels)
+    for one, other in ((exact.memory.vision, low.memory.vision), (exact.memory.links, low.memory.links)):
+        assert not torch.equal(one, other.float()) and (one - other.float()).abs().mean() < 0.02 * one.abs().mean()
+    assert {v.dtype for stage in low.stages for v in (stage.logits, stage.boxes)} == {torch.float32}
+    same = (exact.scores().amax(-1).sort().values - low.scores().amax(-1).sort().values).abs()
+    assert same.max() < 0.02  # another place may win a query by rounding
 
 
 # Predictions

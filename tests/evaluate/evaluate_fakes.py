@@ -38,6 +38,7 @@ class FakeEngine:
 
     preset, version, image_size, tasks = "fake", "0000", 128, UNDERSTANDING
     chosen_decoders = {}
+    dtype = "float32"
     serving = {name: "fake" for name in UNDERSTANDING if not TASKS[name].is_text}
 
     def __init__(self, rows, *, skeletons=(), shift=0.0, text=None, route="truth", instances=True):

@@ -187,11 +187,30 @@ def test_labels_tell_the_decoder_that_was_chosen_and_are_not_mixed_with_anothers
     assert not (tmp_path / "third").exists()
 
 
+def test_labels_tell_their_arithmetic_and_are_not_mixed_with_anothers(tmp_path):
+    photos, model = write_images(tmp_path / "photos", 2), tiny_folder(tmp_path / "model")
+
+    def run(name, **options):
+        label(model, photos, tmp_path / name, tasks=["detect"], score_threshold=0, **OPTIONS, **options)
+        rows = read_labels(tmp_path / name)
+        return [r["score"] for r in rows], json.loads(rows[0]["provenance"])["settings"]
+
+    (exact, told), (low, settings) = run("exact"), run("low", dtype="bfloat16")
+    assert "dtype" not in told and settings["dtype"] == "bfloat16" and low != exact
+    write_images(photos, 1, start=2)
+    with pytest.raises(UserError, match="made with other settings .dtype was"):
+        run("low")
+    with pytest.raises(UserError, match="unknown dtype 'half'"):
+        run("third", dtype="half")
+
+
 def test_a_folder_from_before_decoders_could_be_chosen_is_resumed(tmp_path):
     photos, out = write_images(tmp_path / "photos", 2), tmp_path / "out"
     label(make_engine, photos, out, tasks=["detect"], **OPTIONS)
     job = json.loads((out / "job.json").read_text())
-    (out / "job.json").write_text(json.dumps({key: value for key, value in job.items() if key != "decoders"}))
+    (out / "job.json").write_text(
+        json.dumps({key: value for key, value in job.items() if key not in ("decoders", "dtype")})
+    )
     assert label(make_engine, photos, out, tasks=["detect"], **OPTIONS)["finished_before"] == 2
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,9 +18,9 @@ from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.outputs import merge
 from lumen_ray.inference.request import make_request
 from lumen_ray.serve.batching import run_grouped
-from lumen_ray.serve.decoder import Decoder
+from lumen_ray.serve.decoder import Decoder, load_decoder
 from lumen_ray.serve.job import Query, TrunkJob, trim
-from lumen_ray.serve.trunk import Trunk
+from lumen_ray.serve.trunk import Trunk, load_trunk
 from lumen_ray.structures import Region
 
 
@@ -149,6 +150,12 @@ def test_the_trunk_sends_a_task_to_the_decoder_that_was_chosen(tmp_path):
         trunk = Trunk(model, "cpu", serving)
         (output,) = trunk.run([asked])
         assert list(output.parts) == [name] and asyncio.run(trunk.info())["decoders"]["detect"] == name
+
+
+def test_replicas_answer_in_the_dtype_that_is_set(model_folder):
+    trunk = Trunk(str(model_folder), "cpu", {}, partial(load_trunk, dtype="bfloat16"))
+    decoder = Decoder(str(model_folder), "lumen", "cpu", partial(load_decoder, dtype="bfloat16"))
+    assert trunk.stage.dtype == decoder.stage.dtype == "bfloat16"
 
 
 def test_run_grouped_keeps_order_and_groups():

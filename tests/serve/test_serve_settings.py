@@ -30,6 +30,7 @@ def test_shipped_configs_load(path):
         ({"trunk": {"num_replicas": 1, "autoscaling": {}}}, "not both"),
         ({"trunk": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}, "min_replicas <= initial_replicas"),
         ({"trunk": {"batching": {"max_batch_size": 64}}}, "no batch can fill"),
+        ({"trunk": {"dtype": "half"}}, "trunk.dtype"),
         ({"http": {"port": 0}}, "http.port"),
     ],
 )

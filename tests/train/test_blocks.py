@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from expert_fakes import TASKS, expert_batch, expert_model
 from tiny_models import scene_batch, tiny_model
 from torch.distributed.fsdp import FSDPModule
 from train_fakes import on_two_ranks
@@ -19,8 +20,9 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.c
 
 
 def gradients(model, batch):
-    """(losses, gradient by name) of one pass."""
+    """(losses, gradient by name) of one pass, which draws the same random numbers each time."""
     model.zero_grad()
+    torch.manual_seed(0)
     losses = model(batch)
     sum(term.total / term.count.clamp_min(1) for term in losses.values()).backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
@@ -40,6 +42,36 @@ def test_blocks_are_the_layers_of_the_encoders_the_llm_and_the_aligner():
     assert [name for name, _ in blocks(part(model, "llm"))] == ["model.layers.0", "model.layers.1"]
     assert len(list(blocks(part(model, "vision")))) == 4
     assert [name for name, _ in blocks(part(model, "lumen"))] == ["aligner.layers.0"]
+
+
+def test_blocks_of_the_experts_are_the_stages_layers_and_blocks_of_their_parts():
+    model = expert_model()
+    counts = {"backbone.swin.encoder": 4, "input_proj_vision": 4, "encoder": 1, "decoder": 2}
+    for name in ("grounding_dino", "unipose"):
+        names = [path.rpartition(".")[0] for path, _ in blocks(part(model, name))]
+        lists = [path.removeprefix("trunk.").removesuffix(".layers") for path in names]
+        assert {path: lists.count(path) for path in lists} == counts
+    names = [path for path, _ in blocks(part(model, "stable_diffusion"))]
+    assert {"unet.down_blocks.1", "unet.mid_block.resnets.0", "vae.encoder.down_blocks.0"} <= set(names)
+
+
+@pytest.mark.parametrize("expert", TASKS)
+def test_checkpointed_experts_draw_the_same_random_numbers(expert):
+    """Denoising, diffusion's noise, dropout and dropped paths: what is computed again is what was computed."""
+    batch, calls, found = expert_batch(TASKS[expert]) | {"decoders": [expert]}, [], []
+    for parts in ((), BLOCK_PARTS):
+        model = expert_model(dropping=True)
+        checkpoint_blocks(model, parts)
+        *_, (_, block) = blocks(part(model, expert))
+        next(block.children()).register_forward_pre_hook(lambda *_: calls.append(1))
+        found.append((gradients(model, batch), len(calls)))
+        calls.clear()
+    (plain, once), (checkpointed, twice) = found
+    same(checkpointed, plain, 0)
+    assert twice == 2 * once > 0
+    name = model.decoders[expert].loss_names[0]
+    with torch.no_grad():
+        assert float(model(batch)[name].total) != plain[0][name]  # it does draw
 
 
 @pytest.mark.parametrize("trainable", [BLOCK_PARTS, ("llm",)])
@@ -82,6 +114,33 @@ def _sharded_blocks():
 
 def test_checkpointed_compiled_and_sharded():
     on_two_ranks(_sharded_blocks)
+
+
+def test_the_experts_are_compiled_but_for_their_backbones(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda forward, backend: compiled.append(forward.__self__) or forward)
+    model = expert_model()
+    compile_blocks(model, tuple(TASKS), CPU, backend="aot_eager")
+    for name in TASKS:
+        found = [path for path, block in blocks(part(model, name)) if block in compiled]
+        skipped = [path for path, block in blocks(part(model, name)) if block not in compiled]
+        assert found and all(path.startswith(("trunk.backbone", "trunk.input_proj")) for path in skipped)
+        assert len(skipped) == (8 if "trunk.encoder.layers.0" in found else 0)
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("expert", TASKS)
+def test_compiled_experts_give_the_same_losses(expert):
+    """Real kernels, of which each kind of block has some: minutes."""
+    batch, plain, model = expert_batch(TASKS[expert]) | {"decoders": [expert]}, expert_model(), expert_model()
+    compile_blocks(model, (expert,), CPU)
+    ours, wanted = gradients(model, batch), gradients(plain, batch)
+    assert ours[0] == pytest.approx(wanted[0], rel=1e-3)
+    apart, whole = (
+        sum(float((g - (ours[1][n] if other else 0)).square().sum()) for n, g in wanted[1].items()) for other in (1, 0)
+    )
+    assert apart < 1e-4 * whole
 
 
 @needs_compiler

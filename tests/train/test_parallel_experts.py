@@ -5,16 +5,25 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
+from expert_fakes import TASKS, expert_batch, expert_model
 from ranks import run_ranks
 from safetensors.torch import load_file
 from tiny_models import EXPERTS, SIDE, tiny_settings
-from train_fakes import cut_after, job_of, log_of
+from torch.distributed.tensor import DTensor
+from train_fakes import cut_after, job_of, log_of, on_two_ranks
 
 from lumen_ray.data.prepare import prepare_source
 from lumen_ray.data.sources.scenes import ScenesSource
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import build_model
+from lumen_ray.train import parallel
+from lumen_ray.train.blocks import checkpoint_blocks
+from lumen_ray.train.losses import StepLosses
+from lumen_ray.train.optimizer import set_trainable
+from lumen_ray.train.precision import arithmetic
+from lumen_ray.train.recipe import BLOCK_PARTS, Stage
 from lumen_ray.train.trainer import train_local
 
 GROUPS = [
@@ -75,3 +84,105 @@ def test_a_stage_that_its_group_cannot_train_is_refused(folder, tmp_path):
         UserError, match="nothing under 'trainable' learns from the group detect, segment; leave it out"
     ):
         job_of(folder, tmp_path / "run", stage, batch_size=4)
+
+
+CPU = torch.device("cpu")
+#: (decoders that the step trains, task of each rank): some ranks ask nothing of a decoder that all of them train
+STEPS = (
+    (("grounding_dino",), ("segment", "caption")),
+    (("unipose",), ("caption", "pose")),
+    (("stable_diffusion",), ("generate", "caption")),
+    (("instruct_pix2pix",), ("caption", "edit")),
+    (("grounding_dino", "unipose"), ("pose", "segment")),
+)
+
+
+def batches_of(decoders, tasks):
+    return [expert_batch(task, 2, rank) | {"decoders": decoders} for rank, task in enumerate(tasks)]
+
+
+def backward(model, batch, seed, precision="fp32"):
+    """A step on this rank; the mean losses of both."""
+    torch.manual_seed(seed)
+    losses = StepLosses(model.loss_names, {}, [batch], CPU)
+    with arithmetic(precision, CPU):
+        found = model(batch)
+    losses.add(batch, found).backward()
+    return losses.read().means
+
+
+def gradients(model):
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in found.items()}
+
+
+def alone(model, batches):
+    """The gradients of a step over the batches of both ranks, in this process."""
+    terms = []
+    for seed, batch in enumerate(batches):
+        torch.manual_seed(seed)
+        terms += model(batch).items()
+    counts = dict.fromkeys(model.loss_names, 0.0)
+    for name, term in terms:
+        counts[name] += float(term.count)
+    sum(term.total / max(counts[name], 1.0) for name, term in terms).backward()
+    return gradients(model)
+
+
+def _uneven():
+    model, plain = expert_model(), expert_model()
+    checkpoint_blocks(model, BLOCK_PARTS)
+    parallel.MIN_BLOCK_PARAMETERS = 0  # groups of the trunk beside those of the experts
+    parallel.shard(model, CPU)
+    # all of it; experts behind a trunk that does not learn; experts that only pass gradients on
+    for trainable, steps in ((None, STEPS), (tuple(TASKS), STEPS[:3]), (("llm",), STEPS[::2])):
+        for each in (plain, model):
+            set_trainable(each, Stage.model_validate({"name": "s", "steps": 1, "trainable": trainable}))
+        for decoders, tasks in steps:
+            batches = batches_of(decoders, tasks)
+            backward(model, batches[dist.get_rank()], dist.get_rank())
+            ours, wanted = gradients(model), alone(plain, batches)
+            assert ours.keys() == wanted.keys()
+            for name, gradient in wanted.items():
+                torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-5, msg=f"{name} {decoders} {tasks}")
+
+
+def test_ranks_that_ask_nothing_of_an_expert_train_it_with_the_others():
+    on_two_ranks(_uneven)
+
+
+def _gathered():
+    """In every rank: which experts a step gathers and as what; that its losses are those of one process."""
+    model, plain = expert_model(), expert_model()
+    parallel.shard(model, CPU, "bf16")
+    seen = {}
+    for name, decoder in model.decoders.items():
+        losses = type(decoder).losses
+
+        def watched(*args, name=name, decoder=decoder, losses=losses):
+            seen[name] = {n for n, d in model.decoders.items() if not isinstance(next(d.parameters()), DTensor)}
+            seen[name, "kinds"] = {p.dtype for p in decoder.parameters()}
+            return losses(decoder, *args)
+
+        decoder.losses = watched
+    for expert, task in TASKS.items():
+        batches = batches_of([expert], (task, task))
+        means = backward(model, batches[dist.get_rank()], dist.get_rank(), "bf16")
+        assert seen[expert] == {expert}
+        pictures = task in ("generate", "edit")
+        assert seen[expert, "kinds"] == {torch.bfloat16 if pictures else torch.float32}
+        assert all(isinstance(p, DTensor) and p.dtype == torch.float32 for p in model.parameters())
+        assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
+        model.zero_grad()
+        if not pictures:  # gathered as fp32: what bf16 does to their losses is the same in one process
+            continue
+        with torch.no_grad():
+            terms = [plain(batch) for seed, batch in enumerate(batches) if torch.manual_seed(seed)]
+        for name, mean in means.items():
+            exact = sum(float(t[name].total) for t in terms) / max(sum(float(t[name].count) for t in terms), 1.0)
+            assert mean == pytest.approx(exact, rel=0.03), name
+
+
+def test_a_step_gathers_the_experts_it_trains_and_those_that_draw_as_bf16():
+    on_two_ranks(_gathered)

@@ -79,7 +79,7 @@ def test_steps_belong_to_stages():
     ("changes", "message"),
     [
         ({"precision": "fp16"}, "'precision' is invalid.*'fp32' or 'bf16'"),
-        ({"compile": ["lmu"]}, "unknown part with blocks 'lmu'; .*parts with blocks: llm, lumen, vision"),
+        ({"compile": ["lmu"]}, "unknown part with blocks 'lmu'; .*parts with blocks: .*llm, lumen, .*, vision"),
         ({"activation_checkpointing": ["dense"]}, "unknown part with blocks 'dense'"),
         ({"lora": {"rank": 0}}, "lora.rank"),
         ({"lora": {"ranks": 4}}, "unknown key 'lora.ranks'; did you mean 'rank'"),

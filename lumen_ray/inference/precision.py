@@ -1,0 +1,71 @@
+"""The arithmetic of a model that answers: fp32, or bf16 where it does not show.
+
+In bf16 the weights of linear layers, convolutions and embeddings, which are nearly all of a model, are stored as such,
+and autocast computes their products so. Norms, sums and boxes stay fp32, and so does what a decoder names as `exact`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import wraps
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from lumen_ray.errors import unknown
+from lumen_ray.structures import Dtype
+
+DTYPES: tuple[str, ...] = get_args(Dtype)
+_PRODUCTS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)
+
+
+def check_dtype(name: str) -> Dtype:
+    """`UserError` for a name that is none of `DTYPES`."""
+    if name not in DTYPES:
+        raise unknown("dtype", name, DTYPES)
+    return name
+
+
+def lower(module: nn.Module, dtype: Dtype) -> None:
+    """Stores a module's weights in `dtype`, in place."""
+    if dtype == "float32":
+        return
+    kept: set[nn.Module] = set()
+    for path in getattr(module, "exact", ()):
+        part = module.get_submodule(path)
+        kept |= set(part.modules())
+        for method in ("forward", "encode", "decode"):
+            if hasattr(part, method):
+                setattr(part, method, _exactly(getattr(part, method)))
+    for part in module.modules():
+        if isinstance(part, _PRODUCTS) and part not in kept:
+            part.to(getattr(torch, dtype))
+
+
+def _exactly(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a module with fp32 weights, called with tensors of any precision."""
+
+    @wraps(method)
+    def run(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(first.device.type, enabled=False):
+            return method(first.float(), *args, **kwargs)
+
+    return run
+
+
+def arithmetic(dtype: Dtype, device: torch.device) -> AbstractContextManager:
+    """What a module that was lowered to `dtype` runs in."""
+    return nullcontext() if dtype == "float32" else torch.autocast(device.type, getattr(torch, dtype))
+
+
+def in_own_dtype(run: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of something with a `device` and a `dtype`, run without gradients in that arithmetic."""
+
+    @wraps(run)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with torch.inference_mode(), arithmetic(self.dtype, self.device):
+            return run(self, *args, **kwargs)
+
+    return wrapped
