@@ -3,7 +3,7 @@
 from typing import Any
 
 import numpy as np
-from tiny_models import EXPERTS, SIDE, tiny_model, tiny_tokenizer
+from tiny_models import EXPERTS, SIDE, tiny_model, tiny_settings, tiny_tokenizer
 
 from lumen_ray.data import scenes, scenes_edits
 from lumen_ray.data.collate import Collator
@@ -42,4 +42,5 @@ def expert_batch(task: str, count: int = 2, seed: int = 0) -> dict[str, Any]:
         [None if row[key] is None else decode(row[key]) for row in rows] for key in ("image", "target_image")
     )
     rngs = [np.random.default_rng((seed, n)) for n in range(count)]
-    return Collator(tiny_tokenizer(), SIDE, (task,), scenes.SKELETONS)(rows, pictures, rngs, edited)
+    collator = Collator(tiny_tokenizer(), SIDE, (task,), scenes.SKELETONS, own_sizes=tiny_settings(**EXPERTS).own_sizes)
+    return collator(rows, pictures, rngs, edited)
