@@ -254,7 +254,8 @@ def load_model(
     _check_fits(weights, model, settings.name)
     parts = {"trunk", *model.decoders} if parts is None else set(parts)
     version = weights.digest()[:12] if "trunk" in parts else ""
-    loaded = LoadedModel(model, settings, tokenizer, meta, version, settings.chosen_over(own), weights)
+    chosen = settings.chosen_over(own)
+    loaded = LoadedModel(model, settings, tokenizer, meta, version, chosen, weights=weights)
     if "trunk" in parts:
         put_weights(model.trunk, lambda key: weights[f"trunk.{key}"], device)
     for name in parts - {"trunk"}:
