@@ -13,7 +13,7 @@ import json
 import re
 from typing import Any
 
-from lumen_ray.data import files
+from lumen_ray.data import files, urls
 from lumen_ray.data.shards import read_manifest, read_rows
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Boxes
@@ -24,7 +24,7 @@ _SIGNATURES |= {b"II*": ".tif", b"MM\0*": ".tif"}
 INSTANCES, CAPTIONS, IMAGES = "instances.json", "captions.json", "images"
 
 
-def export_coco(shards: files.Location, output: files.Location, *, images: bool = False) -> dict[str, int]:
+def export_coco(shards: urls.Location, output: urls.Location, *, images: bool = False) -> dict[str, int]:
     """Write ``instances.json`` (and ``captions.json`` where there are captions) into the folder `output`; counts.
 
     Boxes are xywh in float64 without rounding, so that reading them again gives the same float32 corners; masks are
@@ -63,7 +63,7 @@ def export_coco(shards: files.Location, output: files.Location, *, images: bool 
             _write_image(output, row)
     for entry, (exhaustive, shown) in zip(listed, asked, strict=True):  # now that all categories are known
         entry |= _federated(exhaustive, shown, categories)
-    base = {"info": {"description": f"from {files.base_name(shards)}"}, "images": listed}
+    base = {"info": {"description": f"from {urls.base_name(shards)}"}, "images": listed}
     _write(output, INSTANCES, base | {"annotations": annotations, "categories": list(categories.values())})
     if captions:
         _write(output, CAPTIONS, base | {"annotations": captions})
@@ -117,16 +117,16 @@ def _annotation(instance: dict[str, Any], category: dict[str, Any], row: dict[st
     return found
 
 
-def _write_image(output: files.Location, row: dict[str, Any]) -> None:
+def _write_image(output: urls.Location, row: dict[str, Any]) -> None:
     """The encoded bytes under the image's own name, which must not lead out of the folder."""
     name = _file_name(row).replace("\\", "/")
-    if name.startswith("/") or ".." in name.split("/") or files.is_url(name):
+    if name.startswith("/") or ".." in name.split("/") or urls.is_url(name):
         raise UserError(f"the image id '{name}' cannot be a file name below '{IMAGES}'; export without images",
                         "invalid_image_id")  # fmt: skip
-    location = files.join(output, IMAGES, name)
-    files.make_folder(files.parent(location))
+    location = urls.join(output, IMAGES, name)
+    files.make_folder(urls.parent(location))
     files.write_bytes(location, row["image"])
 
 
-def _write(output: files.Location, name: str, data: dict[str, Any]) -> None:
-    files.write_bytes(files.join(files.absolute(output), name), json.dumps(data).encode())
+def _write(output: urls.Location, name: str, data: dict[str, Any]) -> None:
+    files.write_bytes(urls.join(urls.absolute(output), name), json.dumps(data).encode())

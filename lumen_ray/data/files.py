@@ -1,10 +1,5 @@
 """One path layer for local paths, ``s3://``, ``gs://`` and every other fsspec URL (``memory://`` in tests).
 
-A location is a plain string, so that it pickles and prints. What follows ``scheme://bucket/`` is the key, taken
-literally: image names with blanks, ``%`` or ``#`` need no quoting. Settings of the store stand behind a ``?``
-at the end, as in pyarrow: ``s3://bucket/folder?region=eu-west-1&endpoint_override=localhost:9000&scheme=http``;
-``s3://anonymous@bucket/folder`` reads a public bucket without credentials.
-
 Errors: `UserError` with reason ``missing_file`` or ``unreadable_file`` for one file that is read, ``disk_full`` or
 ``invalid_output`` for one that cannot be written; `StoreError` for what concerns the whole store (no credentials, no
 such bucket, no connection): it must stop a job and not reject its images one by one.
@@ -18,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -29,12 +24,9 @@ from urllib.parse import parse_qsl
 import fsspec
 from pyarrow import fs
 
+from lumen_ray.data.urls import NATIVE, Location, is_url, join, parent, shown, split, url_of
 from lumen_ray.errors import UserError
 
-Location = str | os.PathLike[str]
-_URL = re.compile(r"^([a-z][a-z0-9+.-]+)://(.*)$", re.DOTALL)
-_NATIVE = ("s3", "gs", "gcs")
-_SETTINGS = re.compile(r"^(.*)\?((?:[a-z_]+=[^&?/]*)(?:&[a-z_]+=[^&?]*)*)$", re.DOTALL)
 _WILD = re.compile(r"[*?\[]")
 _LONGEST_KEY = 1024  # bytes, of S3 and GCS alike
 
@@ -43,83 +35,9 @@ class StoreError(UserError):
     """The store itself cannot be used: credentials, bucket or connection."""
 
 
-def is_url(location: Location) -> bool:
-    """Whether it is a URL of a store and no local path (``file://`` counts as local)."""
-    return bool(match := _URL.match(str(location))) and match[1] != "file"
-
-
-def _split(location: Location) -> tuple[str, str, str]:
-    """(scheme, path without settings, settings); scheme "" for local paths."""
-    text = os.fspath(location)
-    match = _URL.match(text)
-    if not match:
-        return "", text, ""
-    scheme, path = match.groups()
-    if scheme == "file":
-        return "", path, ""
-    settings = _SETTINGS.match(path) if scheme in _NATIVE else None
-    return (scheme, settings[1], settings[2]) if settings else (scheme, path, "")
-
-
-def _url(scheme: str, path: str, settings: str) -> str:
-    return (f"{scheme}://{path}" if scheme else path) + (f"?{settings}" if settings else "")
-
-
-def shown(location: Location) -> str:
-    """The location for messages and records: without the store's settings and without what may be a password."""
-    scheme, path, _ = _split(location)
-    if not scheme:
-        return path
-    bucket, slash, key = path.partition("/")
-    return f"{scheme}://{bucket.rpartition('@')[2]}{slash}{key}"
-
-
-def absolute(location: Location) -> str:
-    """The location as any process of the cluster can use it; a URL as it is, without a slash at its end."""
-    scheme, path, settings = _split(location)
-    return _url(scheme, path.rstrip("/"), settings) if scheme else str(Path(path).expanduser().absolute())
-
-
-def join(folder: Location, *names: str) -> str:
-    """`names` below `folder`; a name that is itself absolute or a URL replaces the folder, as in `os.path.join`."""
-    scheme, path, settings = _split(folder)
-    for name in names:
-        if is_url(name):
-            return name
-        if scheme:
-            path = f"{path.rstrip('/')}/{name.lstrip('/')}"
-        else:
-            path = os.path.join(path, name)
-    return _url(scheme, path, settings)
-
-
-def base_name(location: Location) -> str:
-    """The last part: ``"s3://b/x/train.json?region=r" -> "train.json"``."""
-    return _split(location)[1].replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
-
-
-def map_path(location: Location, change: Callable[[str], str]) -> str:
-    """The location with `change` made to its path; scheme and settings of the store stay."""
-    scheme, path, settings = _split(location)
-    return _url(scheme, change(path), settings)
-
-
-def stem(location: Location) -> str:
-    """`base_name` without its extension."""
-    return os.path.splitext(base_name(location))[0]
-
-
-def parent(location: Location) -> str:
-    """The folder that holds it."""
-    scheme, path, settings = _split(location)
-    if not scheme:
-        return str(Path(path).parent)
-    return _url(scheme, path.rstrip("/").rpartition("/")[0], settings)
-
-
 @lru_cache(maxsize=256)
 def _store(scheme: str, bucket: str, settings: str) -> fs.FileSystem:
-    if scheme not in _NATIVE:
+    if scheme not in NATIVE:
         try:
             return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme)))
         except (ValueError, ImportError) as error:
@@ -132,15 +50,17 @@ def _store(scheme: str, bucket: str, settings: str) -> fs.FileSystem:
         query = f"?{settings}" if settings else ""
         return fs.FileSystem.from_uri(f"{'gs' if scheme == 'gcs' else scheme}://{bucket}{query}")[0]
     except (OSError, ValueError, TypeError) as error:
-        raise StoreError(f"cannot open '{shown(_url(scheme, bucket, ''))}': {_first(error)}", "unknown_store") from None
+        raise StoreError(
+            f"cannot open '{shown(url_of(scheme, bucket, ''))}': {_first(error)}", "unknown_store"
+        ) from None
 
 
 def filesystem(location: Location) -> tuple[fs.FileSystem, str]:
     """The pyarrow file system (made once per process and bucket) and the path in it."""
-    scheme, path, settings = _split(location)
+    scheme, path, settings = split(location)
     if not scheme:
         return _local(), str(Path(path).expanduser().absolute())
-    if scheme not in _NATIVE:
+    if scheme not in NATIVE:
         return _store(scheme, "", settings), path
     bucket, slash, key = path.partition("/")
     if not bucket:
@@ -192,7 +112,7 @@ def _local_error(location: Location, verb: str, error: OSError) -> UserError:
 
 
 def _store_error(location: Location, error: BaseException) -> StoreError:
-    scheme = _split(location)[0]
+    scheme = split(location)[0]
     hint = {
         "s3": "check the bucket's name and region, and the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE or a role)",
         "gs": "check the bucket's name and the credentials (GOOGLE_APPLICATION_CREDENTIALS)",
@@ -300,14 +220,14 @@ def idle_folders(folder: Location, prefix: str, seconds: float) -> list[str]:
 def expand(pattern: Location) -> list[str]:
     """The files that a location with ``*``, ``?`` or ``[...]`` stands for, sorted, ``**`` for any depth; one without
     is itself. Raises `UserError` (`missing_file`) when nothing fits."""
-    scheme, path, settings = _split(pattern)
+    scheme, path, settings = split(pattern)
     if not _WILD.search(path):
         return [os.fspath(pattern)]
     if not scheme:
         found = [name for name in local_glob.glob(os.path.expanduser(path), recursive=True) if os.path.isfile(name)]
     else:
         fixed = path[: _WILD.search(path).start()].rpartition("/")[0]
-        folder = _url(scheme, fixed, settings)
+        folder = url_of(scheme, fixed, settings)
         rest = _as_regex(path[len(fixed) :].lstrip("/"))
         names = list_files(folder, recursive="/" in path[len(fixed) + 1 :]) if is_dir(folder) else []
         found = [join(folder, name) for name in names if rest.fullmatch(name)]
@@ -326,7 +246,7 @@ def put(local: Location, location: Location) -> None:
     """Move a finished local file into place: it appears there whole or not at all."""
     with told(location, "written"):
         if not is_url(location):
-            os.replace(local, _split(location)[1])
+            os.replace(local, split(location)[1])
             return
         store, path = filesystem(location)
         _make_folder(store, location)
@@ -355,7 +275,7 @@ def write_bytes(location: Location, data: bytes) -> None:
 
 
 def _make_folder(store: fs.FileSystem, location: Location) -> None:
-    if _split(location)[0] not in _NATIVE:  # buckets have no folders
+    if split(location)[0] not in NATIVE:  # buckets have no folders
         store.create_dir(filesystem(parent(location))[1], recursive=True)
 
 
@@ -384,7 +304,7 @@ def local_folder(folder: Location) -> Path:
             "all nodes see",
             "invalid_output",
         )
-    return Path(_split(folder)[1]).expanduser()
+    return Path(split(folder)[1]).expanduser()
 
 
 def move(source: Location, target: Location) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lumen_ray import config
-from lumen_ray.data import buckets, files, shards
+from lumen_ray.data import buckets, files, shards, urls
 from lumen_ray.data.class_choice import class_frequencies
 from lumen_ray.data.feed import BatchReader, read_texts, skeletons_of
 from lumen_ray.data.shards import read_manifest, read_row_group
@@ -153,10 +153,10 @@ def sample_places(manifest: dict[str, Any], number: int, seed: int) -> Iterator[
 class Sampler:
     """Makes the `View` of a row with a stage of a recipe."""
 
-    def __init__(self, folder: files.Location, manifest: dict[str, Any], recipe: Recipe, stage: str | None = None):
+    def __init__(self, folder: urls.Location, manifest: dict[str, Any], recipe: Recipe, stage: str | None = None):
         settings = config.load(ModelSettings, model_path(recipe.model))
         recipe = with_sizes(recipe, settings)
-        self.folder, self.recipe, self.settings = files.absolute(folder), recipe, settings
+        self.folder, self.recipe, self.settings = urls.absolute(folder), recipe, settings
         self.stage = _stage_index(recipe, stage)
         tokenizer = LumenTokenizer.train(
             read_texts(folder, families=settings.families), settings.vocab_size, settings.families
@@ -211,8 +211,8 @@ def load_recipe(name: str | None, edits: bool = False) -> Recipe:
 
 
 def inspect(
-    folder: files.Location,
-    output: files.Location,
+    folder: urls.Location,
+    output: urls.Location,
     *,
     samples: int = 24,
     recipe: str | None = None,
@@ -239,19 +239,19 @@ def inspect(
             raise UserError(f"{name} is {value}; give {least} or more", "invalid_setting")
     manifest = read_manifest(folder)
     sampler = Sampler(folder, manifest, load_recipe(recipe, "edit" in manifest["tasks"]), stage)
-    output = files.absolute(output)
+    output = urls.absolute(output)
     files.make_folder(output)
     if verify and (problems := shards.verify(folder)):
         more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
         raise UserError(
-            f"the shards '{files.shown(folder)}' are damaged: {problems[0]}{more}; run `lumen-ray prepare` again",
+            f"the shards '{urls.shown(folder)}' are damaged: {problems[0]}{more}; run `lumen-ray prepare` again",
             "broken_shards",
         )
     statistics = gather(folder, progress)
     rng = np.random.default_rng((seed, 5))
     views = (sampler.view(*place, rng) for place in sample_places(manifest, samples, seed))
     text = page(str(folder), manifest, sections(statistics, top), statistics, sampler, views)
-    files.write_bytes(files.join(output, "statistics.json"), json.dumps(statistics.to_dict(), indent=1).encode())
-    location = files.join(output, "index.html")
+    files.write_bytes(urls.join(output, "statistics.json"), json.dumps(statistics.to_dict(), indent=1).encode())
+    location = urls.join(output, "index.html")
     files.write_bytes(location, text.encode())
     return statistics, location

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from lumen_ray.data import files, shards
+from lumen_ray.data import files, shards, urls
 from lumen_ray.data.sources.base import Listing, Rejected, Source
 from lumen_ray.errors import UserError
 
@@ -34,7 +34,7 @@ _ABANDONED = 24 * 3600  # seconds without a change after which a staging folder 
 
 
 def prepare_source(
-    output: files.Location,
+    output: urls.Location,
     source: Source,
     *,
     shuffle_seed: int = 0,
@@ -56,17 +56,17 @@ def prepare_source(
     for name, value, least in limits:
         if value is not None and value < least:
             raise UserError(f"{name} must be at least {least}, got {value}", "invalid_config")
-    output = files.absolute(output)
+    output = urls.absolute(output)
     _check_output(output, overwrite)
     listing = source.list()
     if not listing.records:
         first = f"; the first record: {listing.rejected[0]['reason']}" if listing.rejected else ""
         raise UserError(f"the {source.kind} input lists no {source.row_kind} that can be used{first}", "empty_input")
-    staging = files.join(output, f"{_STAGING}-{uuid.uuid4().hex[:12]}")
+    staging = urls.join(output, f"{_STAGING}-{uuid.uuid4().hex[:12]}")
     files.make_folder(staging)
     try:
         for name in files.idle_folders(output, _STAGING, _ABANDONED):
-            files.remove_folder(files.join(output, name))
+            files.remove_folder(urls.join(output, name))
         writer = _Writer(source, listing.shared, staging, rows_per_group, rows_per_file, shuffle_seed, _window(listing))
         results = _run(_units(listing, rows_per_file, shuffle_seed), writer, workers, progress)
         rejected = [*listing.rejected, *(record for result in results for record in result["rejected"])]
@@ -85,15 +85,15 @@ def prepare_source(
         files.remove_folder(staging)
     size = sum(entry["bytes"] for entry in entries)
     summary = {key: manifest[key] for key in ("rows", "tasks", "counts", "rejected", "changed")}
-    return {"output": files.shown(output), "files": len(entries), "bytes": size, **summary}
+    return {"output": urls.shown(output), "files": len(entries), "bytes": size, **summary}
 
 
 def _check_output(output: str, overwrite: bool) -> None:
     if files.is_file(output):
-        raise UserError(f"output '{files.shown(output)}' is a file; give a folder", "invalid_output")
-    if files.exists(files.join(output, shards.MANIFEST)) and not overwrite:
+        raise UserError(f"output '{urls.shown(output)}' is a file; give a folder", "invalid_output")
+    if files.exists(urls.join(output, shards.MANIFEST)) and not overwrite:
         raise UserError(
-            f"'{files.shown(output)}' already holds shards; give another output folder or allow overwriting",
+            f"'{urls.shown(output)}' already holds shards; give another output folder or allow overwriting",
             "output_exists",
         )
 
@@ -248,13 +248,13 @@ def _publish(output: str, staging: str, manifest: dict[str, Any], rejected: list
     before = _listed_before(output)
     placed = [{**entry, "path": _free_name(entry, before)} for entry in manifest["files"]]
     for entry, target in zip(manifest["files"], placed, strict=True):
-        files.move(files.join(staging, entry["path"]), files.join(output, target["path"]))
+        files.move(urls.join(staging, entry["path"]), urls.join(output, target["path"]))
     shards.write_rejected(output, rejected)
     shards.write_manifest(output, manifest | {"files": placed})
     named = {entry["path"] for entry in placed}
     for name in files.list_files(output, [".parquet"]):
         if name.startswith("part-") and name not in named:
-            files.remove(files.join(output, name))
+            files.remove(urls.join(output, name))
 
 
 def _listed_before(output: str) -> dict[str, str]:
@@ -270,4 +270,4 @@ def _listed_before(output: str) -> dict[str, str]:
 def _free_name(entry: dict[str, Any], before: dict[str, str]) -> str:
     """The file's name; where an older file of other content has it, one that tells its content."""
     name, digest = entry["path"], entry["sha256"]
-    return name if before.get(name, digest) == digest else f"{files.stem(name)}-{digest[:12]}.parquet"
+    return name if before.get(name, digest) == digest else f"{urls.stem(name)}-{digest[:12]}.parquet"

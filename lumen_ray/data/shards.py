@@ -20,7 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lumen_ray.data import files
+from lumen_ray.data import files, urls
 from lumen_ray.data.schema import REJECTED_SCHEMA, SCHEMA
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Size
@@ -41,10 +41,10 @@ class ShardWriter:
     `UserError` (`disk_full`, `invalid_output`) where the file cannot be written.
     """
 
-    def __init__(self, folder: files.Location, name: str, rows_per_group: int = ROWS_PER_GROUP):
+    def __init__(self, folder: urls.Location, name: str, rows_per_group: int = ROWS_PER_GROUP):
         if rows_per_group < 1:
             raise UserError(f"rows_per_group must be at least 1, got {rows_per_group}", "invalid_config")
-        self.folder, self.name = files.absolute(folder), name
+        self.folder, self.name = urls.absolute(folder), name
         self.rows_per_group = rows_per_group
         self.entry: dict[str, Any] | None = None
         self._aside: Path | None = None  # local folder for the unfinished file
@@ -95,7 +95,7 @@ class ShardWriter:
             "sha256": sha256(partial),
             "class_images": dict(sorted(self._class_images.items())),
         }
-        files.put(partial, files.join(self.folder, self.name))
+        files.put(partial, urls.join(self.folder, self.name))
         self._drop()
         return self.entry
 
@@ -145,12 +145,12 @@ def row_sizes(group: dict[str, Any]) -> list[Size | None]:
 
 def _aside(folder: str) -> Path:
     """A local folder for unfinished files: beneath `folder`, where a file can be renamed from, if that is local."""
-    place = tempfile.gettempdir() if files.is_url(folder) else folder
+    place = tempfile.gettempdir() if urls.is_url(folder) else folder
     with files.told(place, "written"):
         return Path(tempfile.mkdtemp(prefix=".partial-", dir=place))
 
 
-def sha256(location: files.Location) -> str:
+def sha256(location: urls.Location) -> str:
     """Hex digest of a file."""
     digest = hashlib.sha256()
     with files.open_input(location) as file:
@@ -202,20 +202,20 @@ def build_manifest(
     }
 
 
-def write_manifest(folder: files.Location, manifest: dict[str, Any]) -> str:
+def write_manifest(folder: urls.Location, manifest: dict[str, Any]) -> str:
     """Write `manifest` into the folder, atomically."""
-    location = files.join(files.absolute(folder), MANIFEST)
+    location = urls.join(urls.absolute(folder), MANIFEST)
     files.write_bytes(location, (json.dumps(manifest, indent=1) + "\n").encode())
     return location
 
 
-def read_manifest(folder: files.Location) -> dict[str, Any]:
+def read_manifest(folder: urls.Location) -> dict[str, Any]:
     """The manifest of a shard folder; `UserError` (reason `not_shards`) when the folder is none."""
-    location = files.join(files.absolute(folder), MANIFEST)
+    location = urls.join(urls.absolute(folder), MANIFEST)
     if not files.is_file(location):
         why = "does not exist" if not files.exists(folder) else f"holds no {MANIFEST}"
         raise UserError(
-            f"'{files.shown(folder)}' {why}; give a folder that `lumen-ray prepare` has written", "not_shards"
+            f"'{urls.shown(folder)}' {why}; give a folder that `lumen-ray prepare` has written", "not_shards"
         )
     try:
         manifest = json.loads(files.read_bytes(location))
@@ -223,24 +223,24 @@ def read_manifest(folder: files.Location) -> dict[str, Any]:
         manifest["files"], manifest["tasks"], manifest["categories"]  # noqa: B018  all three must be there
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise UserError(
-            f"'{files.shown(location)}' is not a shard manifest; run `lumen-ray prepare` again", "not_shards"
+            f"'{urls.shown(location)}' is not a shard manifest; run `lumen-ray prepare` again", "not_shards"
         ) from None
     if version != SCHEMA_VERSION:
         raise UserError(
-            f"'{files.shown(location)}' has schema version {version}, not {SCHEMA_VERSION}; "
+            f"'{urls.shown(location)}' has schema version {version}, not {SCHEMA_VERSION}; "
             "run `lumen-ray prepare` again",
             "not_shards",
         )
     return manifest
 
 
-def open_file(folder: files.Location, file: str) -> pq.ParquetFile:
+def open_file(folder: urls.Location, file: str) -> pq.ParquetFile:
     """A Parquet file named in the manifest; `UserError` (`broken_shards`) when it is missing or damaged.
 
     A context manager. Of a file in a bucket only the columns and row groups that are read are fetched.
     """
-    location = files.join(files.absolute(folder), file)
-    remote = files.is_url(location)
+    location = urls.join(urls.absolute(folder), file)
+    remote = urls.is_url(location)
     try:
         # a local path, not an open file: Arrow then reads ahead and closes by itself
         source = files.open_input(location) if remote else files.filesystem(location)[1]
@@ -253,11 +253,11 @@ def open_file(folder: files.Location, file: str) -> pq.ParquetFile:
         why = "missing" if error.reason == "missing_file" else f"unreadable ({error})"
     except (pa.ArrowInvalid, OSError) as error:
         why = f"damaged ({str(error).splitlines()[0]})"
-    raise UserError(f"shard file '{files.shown(location)}' is {why}; run `lumen-ray prepare` again", "broken_shards")
+    raise UserError(f"shard file '{urls.shown(location)}' is {why}; run `lumen-ray prepare` again", "broken_shards")
 
 
 def read_row_group(
-    folder: files.Location, file: str, index: int, rows: Sequence[int] | None = None
+    folder: urls.Location, file: str, index: int, rows: Sequence[int] | None = None
 ) -> list[dict[str, Any]]:
     """The rows of row group `index` of a file named in the manifest: all of them, or those with the numbers `rows` in
     that order, some perhaps more than once.
@@ -276,7 +276,7 @@ def read_row_group(
         return table.to_pylist()
 
 
-def read_rows(folder: files.Location, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+def read_rows(folder: urls.Location, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
     """Every row of a shard folder in the manifest's order, one row group in memory at a time; all columns when None."""
     for entry in read_manifest(folder)["files"]:
         with open_file(folder, entry["path"]) as parquet:
@@ -295,11 +295,11 @@ def _read_group(parquet: pq.ParquetFile, index: int, file: str, columns: Sequenc
         ) from None
 
 
-def verify(folder: files.Location) -> list[str]:
+def verify(folder: urls.Location) -> list[str]:
     """What is wrong with a shard folder, one sentence each; empty when files, sizes, checksums and rows agree."""
     problems = []
     for entry in read_manifest(folder)["files"]:
-        location = files.join(files.absolute(folder), entry["path"])
+        location = urls.join(urls.absolute(folder), entry["path"])
         if not files.is_file(location):
             problems.append(f"{entry['path']} is missing")
         elif (size := files.size(location)) != entry["bytes"]:
@@ -314,17 +314,17 @@ def verify(folder: files.Location) -> list[str]:
     return problems
 
 
-def write_rejected(folder: files.Location, records: Sequence[dict[str, str]]) -> None:
+def write_rejected(folder: urls.Location, records: Sequence[dict[str, str]]) -> None:
     """Write `rejected.parquet` (kind, image_id, origin, reason), also when nothing was rejected."""
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(list(records), schema=REJECTED_SCHEMA), buffer, compression="zstd")
-    files.write_bytes(files.join(files.absolute(folder), REJECTED), buffer.getvalue().to_pybytes())
+    files.write_bytes(urls.join(urls.absolute(folder), REJECTED), buffer.getvalue().to_pybytes())
 
 
-def read_rejected(folder: files.Location) -> Iterator[dict[str, str]]:
+def read_rejected(folder: urls.Location) -> Iterator[dict[str, str]]:
     """The records set aside by `prepare`, each with its reason, a few thousand in memory at a time; none where there is
     no such file."""
-    location = files.join(files.absolute(folder), REJECTED)
+    location = urls.join(urls.absolute(folder), REJECTED)
     if not files.is_file(location):
         return
     with files.open_input(location) as source, pq.ParquetFile(source) as parquet:

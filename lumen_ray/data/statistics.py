@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from lumen_ray.data import files
+from lumen_ray.data import urls
 from lumen_ray.data.shards import open_file, read_manifest, read_rejected
 
 BATCH_ROWS = 2048
@@ -102,7 +102,7 @@ def _histogram(values: Counter[int], limits: Sequence[int], within: str, beyond:
     return {label: found[label] for label in labels[filled[0] : filled[-1] + 1]} if filled else {}
 
 
-def gather(folder: files.Location, progress: Callable[[int, int], None] | None = None) -> Statistics:
+def gather(folder: urls.Location, progress: Callable[[int, int], None] | None = None) -> Statistics:
     """Counts everything in the shard folder. `progress`: called with (rows done, rows in all).
 
     Raises `UserError` for a folder that holds no shards, shards of another schema version, or damaged files.

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lumen_ray import config
-from lumen_ray.data import files
+from lumen_ray.data import files, urls
 from lumen_ray.data.class_choice import class_frequencies
 from lumen_ray.data.feed import (
     BatchReader,
@@ -94,7 +94,7 @@ def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: st
         meta = _meta(recipe, settings, manifest, skeletons, read_meta(init_from) if init_from else None)
         job = Job(recipe, settings, tokenizer, meta, str(run), init_from)
         reader = BatchReader(
-            files.absolute(shards), recipe, tokenizer, settings.image_size, skeletons, class_frequencies(manifest),
+            urls.absolute(shards), recipe, tokenizer, settings.image_size, skeletons, class_frequencies(manifest),
             settings.token_side, settings.prompt_layout, settings.own_sizes,
         )  # fmt: skip
         yield Prepared(job, reader, manifest)

@@ -9,7 +9,7 @@ import fsspec
 import pytest
 from pyarrow import fs
 
-from lumen_ray.data import files
+from lumen_ray.data import files, urls
 from lumen_ray.errors import UserError
 
 
@@ -28,22 +28,22 @@ def root(request, tmp_path):
 
 def put(root, *names):
     for name in names:
-        location = files.join(root, name)
-        files.make_folder(files.parent(location))
+        location = urls.join(root, name)
+        files.make_folder(urls.parent(location))
         files.write_bytes(location, name.encode())
 
 
 def test_what_is_written_is_there(root):
-    name = "a b%20#1/ä?.txt" if files.is_url(root) else "a b%20#1/ä.txt"
+    name = "a b%20#1/ä?.txt" if urls.is_url(root) else "a b%20#1/ä.txt"
     put(root, name)
-    location = files.join(root, name)
+    location = urls.join(root, name)
     assert files.read_bytes(location) == name.encode()
     assert files.read_text(location) == name
     assert files.size(location) == len(name.encode())
     assert files.is_file(location)
     assert files.is_dir(root)
-    assert files.is_dir(files.parent(location))
-    assert not files.exists(files.join(root, "b"))
+    assert files.is_dir(urls.parent(location))
+    assert not files.exists(urls.join(root, "b"))
     with files.open_input(location) as file:
         file.seek(2)
         assert file.read(1) == b"b"
@@ -54,16 +54,16 @@ def test_listing_is_sorted_and_relative(root):
     put(root, "b.JPG", "a.jpg", "x/c.jpg", "x/y/d.png", ".staging-1/e.txt")
     assert files.list_files(root) == ["a.jpg", "b.JPG"]
     assert files.list_files(root, [".jpg"], recursive=True) == ["a.jpg", "b.JPG", "x/c.jpg"]
-    assert files.list_files(files.join(root, "x"), recursive=True) == ["c.jpg", "y/d.png"]
+    assert files.list_files(urls.join(root, "x"), recursive=True) == ["c.jpg", "y/d.png"]
     with pytest.raises(UserError, match="folder .* does not exist"):
-        files.list_files(files.join(root, "no"))
+        files.list_files(urls.join(root, "no"))
 
 
 def test_patterns(root):
     put(root, "b.jpg", "a.jpg", "x/c.jpg", "x/y/d.jpg", "e.png")
 
     def found(pattern):
-        return [location[len(root) + 1 :] for location in files.expand(files.join(root, pattern))]
+        return [location[len(root) + 1 :] for location in files.expand(urls.join(root, pattern))]
 
     assert found("*.jpg") == ["a.jpg", "b.jpg"]
     assert found("**/*.jpg") == ["a.jpg", "b.jpg", "x/c.jpg", "x/y/d.jpg"]
@@ -77,22 +77,22 @@ def test_patterns(root):
 
 def test_moving_and_removing(root):
     put(root, "s/a", "s/b")
-    files.move(files.join(root, "s/a"), files.join(root, "c"))
+    files.move(urls.join(root, "s/a"), urls.join(root, "c"))
     assert files.list_files(root, recursive=True) == ["c", "s/b"]
-    files.remove(files.join(root, "c"))
-    files.remove(files.join(root, "c"))
-    files.remove_folder(files.join(root, "s"))
-    files.remove_folder(files.join(root, "s"))
-    assert not files.exists(files.join(root, "s"))
+    files.remove(urls.join(root, "c"))
+    files.remove(urls.join(root, "c"))
+    files.remove_folder(urls.join(root, "s"))
+    files.remove_folder(urls.join(root, "s"))
+    assert not files.exists(urls.join(root, "s"))
     with pytest.raises(UserError, match="does not exist"):
-        files.remove(files.join(root, "c"), missing_ok=False)
+        files.remove(urls.join(root, "c"), missing_ok=False)
 
 
 def test_a_finished_file_is_put_into_place(root, tmp_path):
     (tmp_path / "partial").write_bytes(b"done")
     files.make_folder(root)
-    files.put(tmp_path / "partial", files.join(root, "whole"))
-    assert files.read_bytes(files.join(root, "whole")) == b"done"
+    files.put(tmp_path / "partial", urls.join(root, "whole"))
+    assert files.read_bytes(urls.join(root, "whole")) == b"done"
     assert not (tmp_path / "partial").exists()
 
 
@@ -100,14 +100,14 @@ def test_what_cannot_be_read_is_one_sentence(root):
     put(root, "x/a")
     for name in ("no", "x", "x" * 5000):
         with pytest.raises(UserError) as error:
-            files.read_bytes(files.join(root, name))
+            files.read_bytes(urls.join(root, name))
         assert error.value.reason in ("missing_file", "unreadable_file")
         assert not isinstance(error.value, files.StoreError)
-        assert not files.is_file(files.join(root, name))
-    files.write_bytes(files.join(root, "latin"), b"\xff\xfe\xfa")
+        assert not files.is_file(urls.join(root, name))
+    files.write_bytes(urls.join(root, "latin"), b"\xff\xfe\xfa")
     with pytest.raises(UserError, match="is not UTF-8 text"):
-        files.read_text(files.join(root, "latin"))
-    texts = list(files.read_texts([files.join(root, n) for n in ("x/a", "no", "latin")]))
+        files.read_text(urls.join(root, "latin"))
+    texts = list(files.read_texts([urls.join(root, n) for n in ("x/a", "no", "latin")]))
     assert texts[0] == "x/a"
     assert [t.reason for t in texts[1:]] == ["missing_file", "invalid_text"]
 
@@ -190,17 +190,17 @@ STORE = "?endpoint_override=localhost:9&scheme=http"
 
 def test_settings_of_a_store_stay_behind_the_path():
     base = "s3://bucket/folder" + STORE
-    assert files.join(base, "x", "a b.jpg") == "s3://bucket/folder/x/a b.jpg" + STORE
-    assert files.parent(base) == "s3://bucket" + STORE
-    assert files.base_name(base) == "folder"
-    assert files.stem("gs://b/x/train.json?retry_limit_seconds=3") == "train"
-    assert files.shown("s3://key:secret@bucket/folder" + STORE) == "s3://bucket/folder"
-    assert files.map_path(base, str.upper) == "s3://BUCKET/FOLDER" + STORE
-    assert files.absolute("s3://bucket/folder/" + STORE) == base
-    assert files.join("s3://b/x", "what?.jpg") == "s3://b/x/what?.jpg"  # no settings: the name's own question mark
-    assert files.join("/data", "s3://b/x") == "s3://b/x"
-    assert files.absolute("file:///x/y") == "/x/y"
-    assert files.absolute("x") == os.path.abspath("x")
+    assert urls.join(base, "x", "a b.jpg") == "s3://bucket/folder/x/a b.jpg" + STORE
+    assert urls.parent(base) == "s3://bucket" + STORE
+    assert urls.base_name(base) == "folder"
+    assert urls.stem("gs://b/x/train.json?retry_limit_seconds=3") == "train"
+    assert urls.shown("s3://key:secret@bucket/folder" + STORE) == "s3://bucket/folder"
+    assert urls.map_path(base, str.upper) == "s3://BUCKET/FOLDER" + STORE
+    assert urls.absolute("s3://bucket/folder/" + STORE) == base
+    assert urls.join("s3://b/x", "what?.jpg") == "s3://b/x/what?.jpg"  # no settings: the name's own question mark
+    assert urls.join("/data", "s3://b/x") == "s3://b/x"
+    assert urls.absolute("file:///x/y") == "/x/y"
+    assert urls.absolute("x") == os.path.abspath("x")
     store, path = files.filesystem("s3://key:secret@bucket/a b#%20.jpg" + STORE + "&region=x")
     assert isinstance(store, fs.S3FileSystem)
     assert path == "bucket/a b#%20.jpg"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from lumen_ray.data import files, scenes, shards
+from lumen_ray.data import files, scenes, shards, urls
 from lumen_ray.data.command import prepared_line
 from lumen_ray.data.inspect import sections
 from lumen_ray.data.prepare import prepare_source
@@ -343,7 +343,7 @@ def test_a_store_gives_and_takes_the_same_as_a_folder(tmp_path, small_coco):
     path, images = small_coco
     base = "memory://test-prepare"
     for file in (path, *images.iterdir()):
-        files.write_bytes(files.join(base, "in", file.name), file.read_bytes())
+        files.write_bytes(urls.join(base, "in", file.name), file.read_bytes())
     prepare_coco(tmp_path / "out", [path], images, rows_per_file=4, workers=0)
     for _ in range(2):  # the second over the first
         options = {"rows_per_file": 4, "workers": 0, "overwrite": True}

@@ -17,7 +17,7 @@ How to add one
 2. `list` raises `UserError` for what the user must change, and returns `records`: plain json values, one per image, or
    one per container (a tar, a chunk of a text file) that gives many rows. What all records need (number of keypoints
    per class, ..) goes to `shared`; do not keep the listing on `self`, which is pickled into every task. Make paths
-   `files.absolute`: tasks run in other folders and on other machines.
+   `urls.absolute`: tasks run in other folders and on other machines.
 3. `rows` is pure: the same record gives the same rows anywhere. Bad input never raises; it is a `reject(...)`. Read
    images with `read_first(*image_locations(folder, name))` and give the bytes to `frames.read_frame`, which decodes
    them fully once (a truncated file shows only then) and tells the frame; coordinates of rows live in the EXIF-rotated
@@ -37,7 +37,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from lumen_ray.data import files
+from lumen_ray.data import files, urls
 from lumen_ray.data import rle as rle_tools
 from lumen_ray.data.sources.parts import reserved_token
 from lumen_ray.errors import UserError
@@ -121,7 +121,7 @@ class Source(ABC):
 
 def _remembered(value: Any) -> Any:
     if isinstance(value, str) and ("/" in value or "\\" in value):
-        return files.base_name(value)
+        return urls.base_name(value)
     return [_remembered(v) for v in value] if isinstance(value, list | tuple) else value
 
 
@@ -140,8 +140,8 @@ def read_first(*locations: str) -> bytes | None:
 def image_locations(folder: str, file_name: str) -> tuple[str, ...]:
     """Where an image may lie: under `folder` as named; by its bare name, where the annotations hold another machine's
     folders."""
-    bare = files.base_name(file_name)
-    return (files.join(folder, file_name), files.join(folder, bare)) if bare else (files.join(folder, file_name),)
+    bare = urls.base_name(file_name)
+    return (urls.join(folder, file_name), urls.join(folder, bare)) if bare else (urls.join(folder, file_name),)
 
 
 def instance(

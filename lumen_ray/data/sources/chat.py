@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lumen_ray.data import files
+from lumen_ray.data import files, urls
 from lumen_ray.data.frames import Frame
 from lumen_ray.data.schema import make_row
 from lumen_ray.data.sources.base import Listing, Outcome, Source, reject
@@ -66,7 +66,7 @@ class ChatSource(Source):
         check_choice("task", self.task, TASK_NAMES)
         check_choice("box format", self.box_format, BOX_FORMATS)
         if self.images is not None:
-            self.images = files.absolute(self.images)
+            self.images = urls.absolute(self.images)
             if not files.is_dir(self.images):
                 raise UserError(f"image folder '{self.images}' does not exist", "missing_images")
         groups = Images(ITEMS)

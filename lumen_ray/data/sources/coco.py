@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lumen_ray.data import files
+from lumen_ray.data import files, urls
 from lumen_ray.data import rle as rle_tools
 from lumen_ray.data.frames import Frame, read_frame
 from lumen_ray.data.schema import make_message, make_row
@@ -49,14 +49,14 @@ class CocoSource(Source):
     kind = "coco"
 
     def __post_init__(self) -> None:
-        self.images = files.absolute(self.images)
+        self.images = urls.absolute(self.images)
 
     def list(self) -> Listing:
         if not files.is_dir(self.images):
-            raise UserError(f"image folder '{files.shown(self.images)}' does not exist", "missing_images")
+            raise UserError(f"image folder '{urls.shown(self.images)}' does not exist", "missing_images")
         loaded = coco_json.load(self.annotations)
         if not loaded.images:
-            raise UserError(f"no image is listed in {', '.join(map(files.shown, self.annotations))}", "empty_input")
+            raise UserError(f"no image is listed in {', '.join(map(urls.shown, self.annotations))}", "empty_input")
         shared = {
             "keypoints": {c["name"]: len(c["keypoints"]) for c in loaded.categories},
             "classes": loaded.classes,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lumen_ray.data import files
+from lumen_ray.data import urls
 from lumen_ray.data.sources.base import Rejected, reject
 from lumen_ray.data.sources.parts import is_numbers, load_json
 from lumen_ray.errors import UserError
@@ -62,7 +62,7 @@ def parse(path: str) -> dict[str, Any]:
     for key in ("images", "annotations"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
             raise UserError(
-                f"annotation file '{files.shown(path)}' is not COCO json: it has no list '{key}'", "invalid_annotations"
+                f"annotation file '{urls.shown(path)}' is not COCO json: it has no list '{key}'", "invalid_annotations"
             )
     return data
 
@@ -91,23 +91,23 @@ def _merge_categories(path: str, data: dict[str, Any], known: dict[str, dict[str
     names: dict[Any, str] = {}
     entries = data.get("categories") or []
     if not isinstance(entries, list):
-        raise UserError(f"'{files.shown(path)}': categories must be a list", "invalid_annotations")
+        raise UserError(f"'{urls.shown(path)}': categories must be a list", "invalid_annotations")
     for entry in entries:
         named = isinstance(entry, dict) and str(entry.get("name") or "").strip()
         if not named or not isinstance(entry.get("id"), int | str):
             raise UserError(
-                f"'{files.shown(path)}': a category needs 'id' and 'name', got {entry!r}", "invalid_annotations"
+                f"'{urls.shown(path)}': a category needs 'id' and 'name', got {entry!r}", "invalid_annotations"
             )
         try:
             new = _category(entry)
         except UserError as error:
-            raise UserError(f"'{files.shown(path)}': category '{entry['name']}': {error}", error.reason) from None
+            raise UserError(f"'{urls.shown(path)}': category '{entry['name']}': {error}", error.reason) from None
         old = known.setdefault(new["name"], new)
         if not old["keypoints"]:
             old.update(keypoints=new["keypoints"], skeleton=new["skeleton"])
         elif new["keypoints"] and new["keypoints"] != old["keypoints"]:
             raise UserError(
-                f"'{files.shown(path)}': category '{new['name']}' has other keypoints than in the files before; "
+                f"'{urls.shown(path)}': category '{new['name']}' has other keypoints than in the files before; "
                 "prepare files with different keypoints separately",
                 "invalid_annotations",
             )
@@ -125,7 +125,7 @@ def _url_path(entry: dict[str, Any]) -> str:
     return "/".join(str(entry.get("coco_url") or "").split("/")[3:][-2:])
 
 
-def load(paths: Sequence[files.Location]) -> CocoSet:
+def load(paths: Sequence[urls.Location]) -> CocoSet:
     """Parse and merge COCO json files: images by file name, categories by name, objects that two files list.
 
     Raises `UserError` for a file that is missing or not COCO json. What one bad annotation breaks is in `rejected`.
@@ -162,7 +162,7 @@ class _Merger:
         self.listed += len(data["annotations"])
         for number, entry in enumerate(data["annotations"]):
             entry = entry if isinstance(entry, dict) else {}
-            origin = f"{files.base_name(path)} annotation {entry.get('id', f'number {number}')}"
+            origin = f"{urls.base_name(path)} annotation {entry.get('id', f'number {number}')}"
             self._add_annotation(entry, origin, by_id, names)
 
     def _add_images(self, path: str, entries: list[Any], names: dict[Any, str]) -> dict[Any, CocoImage]:
@@ -171,11 +171,11 @@ class _Merger:
             key = entry.get("id") if isinstance(entry, dict) else None
             if not isinstance(key, int | str) or (name := _file_name(entry)) is None:
                 raise UserError(
-                    f"'{files.shown(path)}': image {number} needs 'id' and 'file_name'", "invalid_annotations"
+                    f"'{urls.shown(path)}': image {number} needs 'id' and 'file_name'", "invalid_annotations"
                 )
             if key in by_id and by_id[key].file_name != name:
-                raise UserError(f"'{files.shown(path)}': image id {key} stands for two files", "invalid_annotations")
-            image = by_id[key] = self.images.setdefault(name, CocoImage(name, files.base_name(path)))
+                raise UserError(f"'{urls.shown(path)}': image id {key} stands for two files", "invalid_annotations")
+            image = by_id[key] = self.images.setdefault(name, CocoImage(name, urls.base_name(path)))
             image.sizes.append([entry.get("height") or 0, entry.get("width") or 0])
             image.path = image.path or _url_path(entry)
             if "neg_category_ids" in entry:  # LVIS: only some classes were looked for in this image

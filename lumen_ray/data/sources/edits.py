@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lumen_ray.data import files
+from lumen_ray.data import files, urls
 from lumen_ray.data.schema import make_message, make_row
 from lumen_ray.data.sources import tables
 from lumen_ray.data.sources.base import Listing, Outcome, Rejected, Source, reject
@@ -48,11 +48,11 @@ class EditsSource(Source):
     def list(self) -> Listing:
         check_choice("sizes", self.sizes, SIZES)
         if self.images is not None:
-            self.images = files.absolute(self.images)
+            self.images = urls.absolute(self.images)
             if not files.is_dir(self.images):
                 raise UserError(f"image folder '{self.images}' does not exist", "missing_images")
         listing = Listing([], {"edits": 0})
-        for location in (files.absolute(path) for pattern in self.data for path in files.expand(pattern)):
+        for location in (urls.absolute(path) for pattern in self.data for path in files.expand(pattern)):
             records, rejected, number = self._listed(location)
             listing.records += records
             listing.rejected += rejected
@@ -79,7 +79,7 @@ class EditsSource(Source):
 
     def rows(self, record: Any, shared: Any) -> Iterator[Outcome]:
         if "folder" in record:
-            folder = files.join(record["folder"], record["inside"])
+            folder = urls.join(record["folder"], record["inside"])
             triples = [(record["origin"], lambda: _read_folder(folder, record))]
         else:
             triples = ((origin, lambda value=value: self._cells(value)) for origin, value in tables.read_chunk(record))
@@ -127,7 +127,7 @@ def list_folder(folder: str) -> tuple[list[dict[str, str]], list[Rejected], int]
     records: list[dict[str, str]] = []
     rejected: list[Rejected] = []
     for place, names in sorted(inside.items()):
-        origin = f"{files.base_name(folder)}/{place}" if place else files.base_name(folder)
+        origin = f"{urls.base_name(folder)}/{place}" if place else urls.base_name(folder)
         sides: dict[str, dict[str, str]] = {}
         for name in names:
             if match := _SIDE.fullmatch(name):
@@ -151,7 +151,7 @@ def list_folder(folder: str) -> tuple[list[dict[str, str]], list[Rejected], int]
 
 def _read_folder(folder: str, record: dict[str, str]) -> tuple[Any, Any, Any]:
     try:
-        prompt = json.loads(files.read_text(files.join(folder, _PROMPT)))
+        prompt = json.loads(files.read_text(urls.join(folder, _PROMPT)))
     except (ValueError, RecursionError) as error:
         if isinstance(error, files.StoreError):
             raise

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lumen_ray.data import files
+from lumen_ray.data import files, urls
 from lumen_ray.data.schema import make_message, make_row
 from lumen_ray.data.sources import tables, tars
 from lumen_ray.data.sources.base import Listing, Outcome, Source, reject
@@ -43,12 +43,12 @@ class PairsSource(Source):
 
     def list(self) -> Listing:
         if self.images is not None:
-            self.images = files.absolute(self.images)
+            self.images = urls.absolute(self.images)
             if not files.is_dir(self.images):
                 raise UserError(f"image folder '{self.images}' does not exist", "missing_images")
         records: list[Any] = []
         number = 0
-        for location in (files.absolute(path) for pattern in self.data for path in files.expand(pattern)):
+        for location in (urls.absolute(path) for pattern in self.data for path in files.expand(pattern)):
             if location.lower().endswith(tars.SUFFIXES):
                 if not files.is_file(location):
                     raise UserError(f"tar '{location}' does not exist", "missing_annotations")
@@ -80,7 +80,7 @@ class PairsSource(Source):
                 yield Outcome(rejected=[reject("pairs", name, origin, error)])
 
     def _tar_rows(self, location: str) -> Iterator[Outcome]:
-        tar = files.base_name(location)
+        tar = urls.base_name(location)
         for key, parts in tars.samples(location, (*IMAGE_EXTENSIONS, "txt", "json")):
             name = f"{tar}/{key}" if key else tar
             try:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from lumen_ray.data import files
+from lumen_ray.data import files, urls
 from lumen_ray.data import rle as rle_tools
 from lumen_ray.data.frames import Frame, read_frame
 from lumen_ray.data.images import decode
@@ -54,14 +54,14 @@ class PanopticSource(Source):
     kind = "panoptic"
 
     def __post_init__(self) -> None:
-        self.segments, self.images = files.absolute(self.segments), files.absolute(self.images)
+        self.segments, self.images = urls.absolute(self.segments), urls.absolute(self.images)
         if self.stuff not in STUFF:
             raise unknown("stuff rule", self.stuff, STUFF)
 
     def list(self) -> Listing:
         for folder in (self.segments, self.images):
             if not files.is_dir(folder):
-                raise UserError(f"folder '{files.shown(folder)}' does not exist", "missing_folder")
+                raise UserError(f"folder '{urls.shown(folder)}' does not exist", "missing_folder")
         data = parse(self.annotations)
         categories = _categories(self.annotations, data)
         skipped = {i for i, c in categories.items() if c["stuff"] and self.stuff == "skip"}
@@ -71,7 +71,7 @@ class PanopticSource(Source):
         listed, annotated = 0, set()
         for number, entry in enumerate(data["annotations"]):
             entry = entry if isinstance(entry, dict) else {}
-            origin = f"{files.base_name(self.annotations)} annotation {number}"
+            origin = f"{urls.base_name(self.annotations)} annotation {number}"
             segments = [s for s in _segments(entry, names, origin) if s["category_id"] not in skipped]
             listed += len(segments)
             key = _key(entry.get("image_id"))
@@ -95,7 +95,7 @@ class PanopticSource(Source):
         try:
             if not record["png"]:
                 raise UserError("no panoptic annotation names its PNG file", "missing_annotations")
-            ids = decode(files.read_bytes(files.join(self.segments, record["png"]))).astype(np.int64) @ _WEIGHTS
+            ids = decode(files.read_bytes(urls.join(self.segments, record["png"]))).astype(np.int64) @ _WEIGHTS
             frame = read_frame(data, [record["size"], ids.shape])
         except UserError as error:
             yield lost_image(name, record["annotated"], error, origins=[s["origin"] for s in record["segments"]])
@@ -126,12 +126,12 @@ def _categories(path: str, data: dict[str, Any]) -> dict[Any, dict[str, Any]]:
         name = str(entry.get("name") or "").strip() if isinstance(entry, dict) else ""
         if not name or _key(entry.get("id")) is None:
             raise UserError(
-                f"'{files.shown(path)}': a category needs 'id' and 'name', got {entry!r}", "invalid_annotations"
+                f"'{urls.shown(path)}': a category needs 'id' and 'name', got {entry!r}", "invalid_annotations"
             )
         found[entry["id"]] = {"name": name, "keypoints": [], "skeleton": [], "stuff": entry.get("isthing") == 0}
     if not found:
         raise UserError(
-            f"'{files.shown(path)}' is not panoptic json: it has no list 'categories'", "invalid_annotations"
+            f"'{urls.shown(path)}' is not panoptic json: it has no list 'categories'", "invalid_annotations"
         )
     return found
 
@@ -143,11 +143,11 @@ def _images(path: str, entries: list[Any]) -> dict[Any, dict[str, Any]]:
         key = _key(entry.get("id")) if isinstance(entry, dict) else None
         if key is None or not isinstance(entry.get("file_name"), str) or key in found:
             raise UserError(
-                f"'{files.shown(path)}': image {number} needs a unique 'id' and a 'file_name'", "invalid_annotations"
+                f"'{urls.shown(path)}': image {number} needs a unique 'id' and a 'file_name'", "invalid_annotations"
             )
         size = [entry.get("height") or 0, entry.get("width") or 0]
         found[key] = {"file_name": entry["file_name"], "size": size, "png": "", "segments": []}
-        found[key]["annotated"] = files.base_name(path)
+        found[key]["annotated"] = urls.base_name(path)
     return found
 
 

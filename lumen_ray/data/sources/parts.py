@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from lumen_ray.data import files
+from lumen_ray.data import files, urls
 from lumen_ray.data import rle as rle_tools
 from lumen_ray.errors import UserError
 from lumen_ray.model.tokenizer import SPECIAL_TOKENS
@@ -27,12 +27,12 @@ LINE_SUFFIXES = (".jsonl", ".ndjson")
 def load_json(location: str) -> Any:
     """The value of a json file; `UserError` for one that is missing or not json."""
     if not files.is_file(location):
-        raise UserError(f"annotation file '{files.shown(location)}' does not exist", "missing_annotations")
+        raise UserError(f"annotation file '{urls.shown(location)}' does not exist", "missing_annotations")
     try:
         return json.loads(files.read_text(location))
     except (ValueError, RecursionError) as error:
         hint = "; rename a file of one record per line to .jsonl" if "Extra data" in str(error) else ""
-        why = f"annotation file '{files.shown(location)}' is not valid json: {error}{hint}"
+        why = f"annotation file '{urls.shown(location)}' is not valid json: {error}{hint}"
         raise UserError(why, "invalid_annotations") from None
 
 
@@ -44,14 +44,14 @@ def load_records(location: str, keys: Sequence[str] = ()) -> list[tuple[str, Any
     """
     if location.lower().endswith(LINE_SUFFIXES) and files.is_file(location):
         lines = files.read_bytes(location).removeprefix(b"\xef\xbb\xbf").split(b"\n")
-        name = files.base_name(location)
+        name = urls.base_name(location)
         return [(f"{name} line {n}", parse_line(line)) for n, line in enumerate(lines, start=1) if line.strip()]
     return records_in(load_json(location), location, keys)
 
 
 def records_in(data: Any, location: str, keys: Sequence[str] = ()) -> list[tuple[str, Any]]:
     """The (origin, record) pairs in the value of a json file, as `load_records`."""
-    name = files.base_name(location)
+    name = urls.base_name(location)
     if isinstance(data, dict):
         found = next((data[key] for key in keys if isinstance(data.get(key), list)), None)
         if found is None and data and all(isinstance(value, dict) for value in data.values()):
@@ -59,7 +59,7 @@ def records_in(data: Any, location: str, keys: Sequence[str] = ()) -> list[tuple
         data = found
     if not isinstance(data, list):
         expected = "a list of records" + "".join(f" or a list '{key}'" for key in keys)
-        raise UserError(f"annotation file '{files.shown(location)}' must hold {expected}", "invalid_annotations")
+        raise UserError(f"annotation file '{urls.shown(location)}' must hold {expected}", "invalid_annotations")
     return [(f"{name} record {n}", record) for n, record in enumerate(data)]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lumen_ray.data import files
+from lumen_ray.data import files, urls
 from lumen_ray.data.frames import Frame
 from lumen_ray.data.schema import make_row
 from lumen_ray.data.sources.base import Listing, Outcome, Source, reject
@@ -58,7 +58,7 @@ class ReferSource(Source):
 
     def list(self) -> Listing:
         check_choice("box format", self.box_format, BOX_FORMATS)
-        self.images = files.absolute(self.images)
+        self.images = urls.absolute(self.images)
         if not files.is_dir(self.images):
             raise UserError(f"image folder '{self.images}' does not exist", "missing_images")
         pickled = next((location for location in self.refs if _is_pickle(location)), None)
@@ -126,7 +126,7 @@ def load_refs(location: str) -> list[tuple[str, Any]]:
 
     Raises `UserError` for a file that is missing or malformed, and for a pickle that holds more than plain data.
     """
-    name = files.base_name(location)
+    name = urls.base_name(location)
     if not _is_pickle(name):
         return load_records(location, ("refs", "annotations", "data"))
     try:  # the published files were written by Python 2, whose texts are bytes

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lumen_ray.data import files
+from lumen_ray.data import files, urls
 from lumen_ray.data.frames import read_frame
 from lumen_ray.data.sources.base import image_locations, read_first
 from lumen_ray.data.sources.parts import LINE_SUFFIXES, Record, check_name, first_of, parse_line, short
@@ -68,7 +68,7 @@ def chunks(location: str, has_header: bool = True, size: int = CHUNK_RECORDS) ->
 
 def read_chunk(chunk: Chunk) -> Iterator[tuple[str, Record | UserError]]:
     """(origin, record) of each record, in order; in the place of one that cannot be read, the reason."""
-    name = files.base_name(chunk["path"])
+    name = urls.base_name(chunk["path"])
     for number, value in enumerate(_values(chunk), start=chunk["first"]):
         yield f"{name} record {number}", value
 
@@ -88,7 +88,7 @@ def _values(chunk: Chunk) -> Iterator[Any]:
 
 
 def _suffix(location: str) -> str:
-    return os.path.splitext(files.base_name(location))[1].lower()
+    return os.path.splitext(urls.base_name(location))[1].lower()
 
 
 @contextmanager
@@ -218,7 +218,7 @@ def load_image(value: Any, folder: str | None, what: str = "the image") -> tuple
         value = value["bytes"] if value.get("bytes") is not None else name
     if isinstance(value, str):
         name = check_name(value)
-        if folder is None and not files.is_url(name) and not os.path.isabs(name):
+        if folder is None and not urls.is_url(name) and not os.path.isabs(name):
             raise UserError(f"{what} '{name}' is a path; give its folder as --images", "missing_image")
         value = read_first(*image_locations(folder or "", name))
     if value is not None and not isinstance(value, bytes):

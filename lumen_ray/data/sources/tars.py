@@ -11,7 +11,7 @@ import tarfile
 import zlib
 from collections.abc import Collection, Iterator
 
-from lumen_ray.data import files
+from lumen_ray.data import files, urls
 from lumen_ray.errors import UserError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -60,7 +60,7 @@ def samples(location: str, wanted: Collection[str]) -> Iterator[tuple[str, Parts
     except UserError:
         raise
     except _DAMAGE as error:
-        if isinstance(error, OSError) and files.is_url(location):
+        if isinstance(error, OSError) and urls.is_url(location):
             raise files.StoreError(f"'{location}' cannot be read on: {error}", "store_unreachable") from None
         if parts:
             yield key, parts

@@ -22,7 +22,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from lumen_ray.data import files
+from lumen_ray.data import files, urls
 from lumen_ray.data.frames import Frame, read_frame
 from lumen_ray.data.images import decode_labels
 from lumen_ray.data.schema import make_row
@@ -60,9 +60,9 @@ class VocSource(Source):
     kind = "voc"
 
     def __post_init__(self) -> None:
-        self.annotations, self.images = files.absolute(self.annotations), files.absolute(self.images)
-        self.split = self.split and files.absolute(self.split)
-        self.masks = self.masks and files.absolute(self.masks)
+        self.annotations, self.images = urls.absolute(self.annotations), urls.absolute(self.images)
+        self.split = self.split and urls.absolute(self.split)
+        self.masks = self.masks and urls.absolute(self.masks)
         if self.difficult not in DIFFICULT:
             raise unknown("difficult rule", self.difficult, DIFFICULT)
         if self.first_pixel not in (0, 1):
@@ -71,23 +71,23 @@ class VocSource(Source):
     def list(self) -> Listing:
         for folder in (self.annotations, self.images, *([self.masks] if self.masks else [])):
             if not files.is_dir(folder):
-                raise UserError(f"folder '{files.shown(folder)}' does not exist", "missing_folder")
+                raise UserError(f"folder '{urls.shown(folder)}' does not exist", "missing_folder")
         found = set(files.list_files(self.annotations, [".xml"], recursive=True))
         names = [f"{name}.xml" for name in _split_names(self.split)] if self.split else sorted(found)
         if not names:
-            raise UserError(f"no xml file lies in '{files.shown(self.split or self.annotations)}'", "empty_input")
+            raise UserError(f"no xml file lies in '{urls.shown(self.split or self.annotations)}'", "empty_input")
         rejected = [reject("images", name, name, "the split names it, but it has no xml file")
                     for name in names if name not in found]  # fmt: skip
         names = [name for name in names if name in found]
         masked = set(files.list_files(self.masks, [".png"])) if self.masks else set()
         records, classes = [], set()
-        for name, text in zip(names, files.read_texts([files.join(self.annotations, n) for n in names]), strict=True):
+        for name, text in zip(names, files.read_texts([urls.join(self.annotations, n) for n in names]), strict=True):
             try:
                 record = _parse(name, text)
             except UserError as error:
                 rejected.append(reject("images", name, name, error))
                 continue
-            png = f"{files.stem(name)}.png"
+            png = f"{urls.stem(name)}.png"
             records.append(record | {"mask": png if png in masked else None})
             classes.update(o["name"] for o in record["objects"] if o["name"])
         if not records:
@@ -130,7 +130,7 @@ class VocSource(Source):
         if not record["mask"]:
             return None
         try:
-            labels = decode_labels(files.read_bytes(files.join(self.masks, record["mask"])))
+            labels = decode_labels(files.read_bytes(urls.join(self.masks, record["mask"])))
             if labels.shape != tuple(frame.size):
                 raise UserError(f"the mask image is {labels.shape[1]}x{labels.shape[0]}, the annotations are for "
                                 f"{frame.size[1]}x{frame.size[0]} pixels", "size_mismatch")  # fmt: skip

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from lumen_ray.data import files
+from lumen_ray.data import files, urls
 from lumen_ray.data.schema import make_message, make_row
 from lumen_ray.data.sources.base import Listing, Outcome, Source
 from lumen_ray.data.sources.groups import Images, finished_group, lost_group, open_group
@@ -55,7 +55,7 @@ class VqaSource(Source):
     def list(self) -> Listing:
         check_choice("answers", self.answers, ANSWERS)
         check_pattern(self.image_pattern)
-        self.images = files.absolute(self.images)
+        self.images = urls.absolute(self.images)
         if not files.is_dir(self.images):
             raise UserError(f"image folder '{self.images}' does not exist", "missing_images")
         given = load_answers(self.annotations)

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lumen_ray.data import files
+from lumen_ray.data import files, urls
 from lumen_ray.data.frames import read_frame
 from lumen_ray.data.schema import make_row
 from lumen_ray.data.sources import yolo_yaml
@@ -59,7 +59,7 @@ class YoloSource(Source):
     def __post_init__(self) -> None:
         for name in ("data", "images", "labels", "classes"):
             value = getattr(self, name)
-            setattr(self, name, value and files.absolute(value))
+            setattr(self, name, value and urls.absolute(value))
         if (self.data is None) == (self.images is None):
             raise UserError("give either --data with a data.yaml, or --images and --classes", "invalid_config")
         if self.images and not self.classes:
@@ -67,7 +67,7 @@ class YoloSource(Source):
 
     def list(self) -> Listing:
         if self.labels and not files.is_dir(self.labels):
-            raise UserError(f"labels folder '{files.shown(self.labels)}' does not exist; give --labels with the folder "
+            raise UserError(f"labels folder '{urls.shown(self.labels)}' does not exist; give --labels with the folder "
                             "of the label files", "missing_folder")  # fmt: skip
         rejected: Sequence[Rejected] = ()
         if self.data:
@@ -78,7 +78,7 @@ class YoloSource(Source):
             settings = {"names": [line.strip() for line in lines if line.strip()]}
             images = yolo_yaml.folder_images(self.images)
         if not images:
-            raise UserError(f"'{files.shown(self.data or self.images)}' names no image", "empty_input")
+            raise UserError(f"'{urls.shown(self.data or self.images)}' names no image", "empty_input")
         names = yolo_yaml.class_names(self.data or self.classes, settings)
         shape, points = yolo_yaml.keypoint_names(settings, len(names))
         categories = [{"name": name, "keypoints": p, "skeleton": []} for name, p in zip(names, points, strict=True)]
@@ -90,16 +90,16 @@ class YoloSource(Source):
     def _label_of(self, image_id: str, path: str) -> str:
         """Where the label file of an image lies."""
         if self.labels:
-            return files.join(self.labels, posixpath.splitext(image_id)[0] + ".txt")
+            return urls.join(self.labels, posixpath.splitext(image_id)[0] + ".txt")
 
         def beside(path: str) -> str:
             return posixpath.splitext("/labels/".join(path.rsplit("/images/", 1)))[0] + ".txt"
 
-        return files.map_path(path, beside)
+        return urls.map_path(path, beside)
 
     def rows(self, record: list[str], shared: dict[str, Any]) -> Iterator[Outcome]:
         image_id, path, label = record
-        where = files.base_name(label)
+        where = urls.base_name(label)
         try:
             lines = files.read_text(label).splitlines() if files.is_file(label) else []
         except UserError as error:
@@ -113,11 +113,11 @@ def _check_labels(labels: Sequence[str]) -> None:
     """`UserError` when not one label file is there: all images would become negatives of all classes."""
     by_folder: dict[str, set[str]] = {}
     for label in labels:
-        by_folder.setdefault(files.parent(label), set()).add(files.base_name(label))
+        by_folder.setdefault(urls.parent(label), set()).add(urls.base_name(label))
     for folder, names in by_folder.items():  # a listing each, as a store answers slowly for single files
         if files.is_dir(folder) and not names.isdisjoint(files.list_files(folder, [".txt"])):
             return
-    where, name = files.shown(files.parent(labels[0])), files.base_name(labels[0])
+    where, name = urls.shown(urls.parent(labels[0])), urls.base_name(labels[0])
     raise UserError(f"not one of {len(labels)} images has a label file in '{where}', such as '{name}'; give --labels "
                     "with their folder, or an empty label file where an image shows nothing",
                     "missing_annotations")  # fmt: skip
@@ -130,7 +130,7 @@ def _outcome(image_id: str, path: str, labels: list[tuple[str, list[str]]], shar
         data = read_first(path)
         size = read_frame(data, []).rotated_size
     except UserError as error:
-        lost = lost_image(image_id, files.base_name(path), error, origins=[origin for origin, _ in labels])
+        lost = lost_image(image_id, urls.base_name(path), error, origins=[origin for origin, _ in labels])
         return replace(lost, came_in=came_in)
     outcome, instances, incomplete = Outcome(came_in=came_in), [], set()
     seen: set[tuple[str, ...]] = set()

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from lumen_ray.data import files
+from lumen_ray.data import files, urls
 from lumen_ray.data.sources.base import Rejected, reject
 from lumen_ray.errors import UserError, suggest
 
@@ -21,16 +21,16 @@ def read(location: str) -> dict[str, Any]:
         settings = yaml.safe_load(files.read_text(location))
     except yaml.YAMLError as error:
         why = " ".join(str(error).split())
-        raise UserError(f"'{files.shown(location)}' is not valid yaml: {why}", "invalid_annotations") from None
+        raise UserError(f"'{urls.shown(location)}' is not valid yaml: {why}", "invalid_annotations") from None
     if not isinstance(settings, dict):
-        raise UserError(f"'{files.shown(location)}' must hold settings such as 'train' and 'names'",
+        raise UserError(f"'{urls.shown(location)}' must hold settings such as 'train' and 'names'",
                         "invalid_annotations")  # fmt: skip
     return settings
 
 
 def folder_images(folder: str) -> list[tuple[str, str]]:
     """(image id, location) of the images below a folder; ids are paths relative to it."""
-    return [(name, files.join(folder, name)) for name in files.list_files(folder, SUFFIXES, recursive=True)]
+    return [(name, urls.join(folder, name)) for name in files.list_files(folder, SUFFIXES, recursive=True)]
 
 
 def split_images(data: str, settings: dict[str, Any], split: str) -> tuple[list[tuple[str, str]], list[Rejected]]:
@@ -42,7 +42,7 @@ def split_images(data: str, settings: dict[str, Any], split: str) -> tuple[list[
     value = settings.get(split)
     if not value:
         splits = [name for name in ("train", "val", "test") if settings.get(name)]
-        raise UserError(f"'{files.shown(data)}' has no split '{split}';{suggest(split, splits)} "
+        raise UserError(f"'{urls.shown(data)}' has no split '{split}';{suggest(split, splits)} "
                         f"splits: {', '.join(splits) or 'none'}", "unknown_split")  # fmt: skip
     places = [str(v) for v in (value if isinstance(value, list) else [value])]
     found = [_find(data, str(settings.get("path") or ""), place) for place in places]
@@ -54,7 +54,7 @@ def split_images(data: str, settings: dict[str, Any], split: str) -> tuple[list[
         for folder in folders
         for name, path in folder_images(folder)
     ]
-    homes = _telling_names(map(files.parent, lists))
+    homes = _telling_names(map(urls.parent, lists))
     for place in lists:
         images += _listed_images(place, _root(data, settings), homes)
     return _without_repeats(images)
@@ -63,18 +63,18 @@ def split_images(data: str, settings: dict[str, Any], split: str) -> tuple[list[
 def _listed_images(place: str, root: str, homes: dict[str, str]) -> Iterator[tuple[str, str, str]]:
     """(image id, location, where it stands) of the lines of a text file; `homes`: names of the lists' folders."""
     for number, line in enumerate(files.read_text(place).splitlines(), start=1):
-        name, origin = line.strip(), f"{files.base_name(place)} line {number}"
+        name, origin = line.strip(), f"{urls.base_name(place)} line {number}"
         if name.startswith("./"):  # stands for the folder of the list, as in ultralytics
-            home, name = files.parent(place), name.removeprefix("./")
+            home, name = urls.parent(place), name.removeprefix("./")
             prefix = f"{homes[home]}/" if len(homes) > 1 else ""
-            yield prefix + name, _normal(files.join(home, name)), origin
+            yield prefix + name, _normal(urls.join(home, name)), origin
         elif name:
-            yield name, _normal(files.join(root, name)), origin
+            yield name, _normal(urls.join(root, name)), origin
 
 
 def _telling_names(folders: Iterable[str]) -> dict[str, str]:
     """Each folder's last name, with as many of those above it as tell all of them apart."""
-    parts = {folder: files.shown(folder).strip("/").split("/") for folder in folders}
+    parts = {folder: urls.shown(folder).strip("/").split("/") for folder in folders}
     for depth in range(1, max(map(len, parts.values()), default=0) + 1):
         names = {folder: "/".join(path[-depth:]) for folder, path in parts.items()}
         if len(set(names.values())) == len(names):
@@ -91,7 +91,7 @@ def _without_repeats(images: Iterable[tuple[str, str, str]]) -> tuple[list[tuple
         if path in locations:
             rejected.append(reject("images", image_id, origin, "the split lists this image before"))
         elif image_id in by_id:
-            reason = f"the split gives the name of this image to another one before, '{files.shown(by_id[image_id])}'"
+            reason = f"the split gives the name of this image to another one before, '{urls.shown(by_id[image_id])}'"
             rejected.append(reject("images", image_id, origin, reason))
         else:
             by_id[image_id] = path
@@ -100,25 +100,25 @@ def _without_repeats(images: Iterable[tuple[str, str, str]]) -> tuple[list[tuple
 
 
 def _root(data: str, settings: dict[str, Any]) -> str:
-    home = files.parent(data)
-    root = files.join(home, str(settings.get("path") or ""))
+    home = urls.parent(data)
+    root = urls.join(home, str(settings.get("path") or ""))
     return root if files.is_dir(root) else home
 
 
 def _find(data: str, root: str, place: str) -> str:
     """A folder or file that the yaml names: below its `path`, beside the yaml, or, as exporting sites write it, with a
     '../' too many."""
-    home = files.parent(data)
-    tried = [files.join(home, root, place), files.join(home, place), files.join(home, place.removeprefix("../"))]
+    home = urls.parent(data)
+    tried = [urls.join(home, root, place), urls.join(home, place), urls.join(home, place.removeprefix("../"))]
     for location in map(_normal, tried):
         if files.exists(location):
             return location
-    raise UserError(f"'{files.shown(data)}' names '{place}', which is not at '{files.shown(_normal(tried[0]))}'",
+    raise UserError(f"'{urls.shown(data)}' names '{place}', which is not at '{urls.shown(_normal(tried[0]))}'",
                     "missing_images")  # fmt: skip
 
 
 def _normal(location: str) -> str:
-    return files.map_path(location, posixpath.normpath)
+    return urls.map_path(location, posixpath.normpath)
 
 
 def class_names(where: str, settings: dict[str, Any]) -> list[str]:
@@ -127,12 +127,12 @@ def class_names(where: str, settings: dict[str, Any]) -> list[str]:
     if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
         names = [names[i] for i in range(len(names))]
     if not isinstance(names, list) or not names or not all(str(n).strip() for n in names):
-        raise UserError(f"'{files.shown(where)}' needs the class names, a list or numbered from 0", "invalid_classes")
+        raise UserError(f"'{urls.shown(where)}' needs the class names, a list or numbered from 0", "invalid_classes")
     names = [" ".join(str(name).split()) for name in names]
     if len(set(names)) < len(names):
-        raise UserError(f"'{files.shown(where)}' names a class twice; class names must differ", "invalid_classes")
+        raise UserError(f"'{urls.shown(where)}' names a class twice; class names must differ", "invalid_classes")
     if settings.get("nc") not in (None, len(names)):
-        raise UserError(f"'{files.shown(where)}' says nc: {settings['nc']} but names {len(names)} classes",
+        raise UserError(f"'{urls.shown(where)}' says nc: {settings['nc']} but names {len(names)} classes",
                         "invalid_classes")  # fmt: skip
     return names
 
