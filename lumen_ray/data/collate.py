@@ -96,13 +96,13 @@ def add_classes(
     rng: np.random.Generator,
     frequencies: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
-    """Class prompts: those of `choose_classes`, present and absent, each in the wording of a task drawn at random."""
+    """Class prompts: those of `choose_classes`, present and absent, as one request of a task drawn at random."""
     tasks = [t for t in tasks if t in CLASS_TASKS]
     if not tasks:
         return
     visible = list(dict.fromkeys(row["instances"][i]["phrase"] for i in sample.kept))
+    task = TASKS[tasks[int(rng.integers(len(tasks)))]]
     for phrase in choose_classes(row, visible, s, frequencies, rng):
-        task = TASKS[tasks[int(rng.integers(len(tasks)))]]
         text = task.prompt(phrase, int(rng.integers(len(task.templates))))
         want = Want(instances_of(phrase, row, sample))
         prompts.add(task.name, Branch(image, text, route=task.routing_token), want, request=task.name)

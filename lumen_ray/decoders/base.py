@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -152,17 +152,21 @@ class Learner(nn.Module):
     def losses(self, link: SuperLink, view: Any, targets: Any) -> dict[str, LossTerm]:
         raise NotImplementedError
 
+    def used(self, tasks: Collection[str] | None) -> Iterable[nn.Parameter]:
+        """The weights that prompts of these tasks (None: any) can use."""
+        return self.parameters()
+
     def learn(
-        self, link: SuperLink | None, view: Any, targets: Any, zero: Tensor
+        self, link: SuperLink | None, view: Any, targets: Any, zero: Tensor, tasks: Collection[str] | None = None
     ) -> tuple[dict[str, LossTerm], Tensor]:
-        """The losses of a training step, none where nothing is asked (`link` is None), and `zero` with all weights that
-        learn in its graph.
+        """The losses of a training step, none where nothing is asked (`link` is None), and `zero` with all weights in
+        its graph that learn from these tasks.
 
         Whether a batch asks anything differs from rank to rank. All must gather the same weights and reduce the same
         gradients, in the same order: for that `zero`, which comes from what the link does, passes through.
         """
         found = {} if link is None else self.losses(link, view, targets)
-        return found, zero + anchor(self.parameters())
+        return found, zero + anchor(self.used(tasks))
 
 
 class Decoder(Learner):

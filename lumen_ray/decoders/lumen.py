@@ -12,6 +12,7 @@ Legend: P prompts, L = h * w places at `stride`, I instances, K keypoints, C cha
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -168,6 +169,10 @@ class LumenDecoder(Decoder):
         z = torch.relu(torch.bmm(w1.view(len(z), k, -1), z) + b1.unsqueeze(-1))
         z = torch.relu(torch.bmm(w2.view(len(z), k, k), z) + b2.unsqueeze(-1))
         return (torch.bmm(w3.view(len(z), 1, k), z) + b3.unsqueeze(-1)).view(-1, h, w)
+
+    def used(self, tasks: Collection[str] | None) -> Iterable[nn.Parameter]:
+        posed = tasks is None or "pose" in tasks
+        return (p for name, p in self.named_parameters() if posed or not name.startswith("pose."))
 
     def loss(self, raw: LumenRaw, targets: PerceptionTargets) -> dict[str, LossTerm]:
         """Heatmap, box, mask and keypoint losses; `targets` has one entry per link, keypoint prompts included."""

@@ -64,7 +64,7 @@ class Generalist(nn.Module):
         losses = {}
         for name, decoder in self.decoders.items():
             if name in wanted:
-                found, zero = decoder.learn(*self._asked(decoder, out, batch), zero=total * 0.0)
+                found, zero = decoder.learn(*self._asked(decoder, out, batch), total * 0.0, batch.get("asked"))
                 losses |= found
                 total = total + zero
         return {"lm": LossTerm(total, out.lm_tokens, per_branch[1:])} | losses
@@ -95,7 +95,8 @@ class Generalist(nn.Module):
         if any(decoder_class(name).reads == "dense" for name in own):
             parts += [trunk.stem, trunk.dense]
         optional = [p for part in parts if part for p in part.parameters()]
-        optional += [p for family in {DECODERS[name].family for name in own} for p in trunk.queries.of(family)]
+        families = {DECODERS[name].family for name in own}
+        optional += [p for family in families for p in trunk.queries.of(family, tasks is None or "pose" in tasks)]
         return anchor(optional)
 
 

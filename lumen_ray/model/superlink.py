@@ -97,9 +97,9 @@ class SuperLinkQueries(nn.Module):
             {name: nn.Parameter(torch.randn(number, llm_width) * std) for name, number in numbers.items()}
         )
 
-    def of(self, family: str) -> list[nn.Parameter]:
-        """The query sets that prompts of a family can have."""
-        names = (family, "pose") if family == "perception" else (family,)
+    def of(self, family: str, posed: bool) -> list[nn.Parameter]:
+        """The query sets that prompts of a family can have, those of keypoints among them where poses are asked for."""
+        names = (family, "pose") if family == "perception" and posed else (family,)
         return [self.queries[name] for name in names if name in self.queries]
 
     def forward(self, family: str, parents: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.skeleton import published
 from lumen_ray.model.superlink import SuperLink, SuperLinkQueries, mean_words
 from lumen_ray.model.vision import build_vision
-from lumen_ray.tasks import DECODERS
+from lumen_ray.tasks import DECODERS, decoder_class
 
 
 @dataclass
@@ -141,6 +141,7 @@ class Trunk(nn.Module):
 
         batch: `images` uint8 [B, 3, H, W]; `has_image` bool [B]; `layout`; `region_masks` uint8 [R, H, W] and
         `region_images` int64 [R]. Where `layout.pack` is set, the last samples need no image in `images`.
+        Dense features are made where one of `decoders` (those that learn from it; None or absent: all) reads them.
         """
         images, layout = batch["images"].float() / 255, batch["layout"]
         tokens, merged, stem = self.see(images)
@@ -161,7 +162,9 @@ class Trunk(nn.Module):
         losses = self._lm_losses(branches, layout.labels)
         supervised = (layout.labels[:, 1:] != IGNORE).sum().float()
         dense = None
-        if self.dense is not None and layout.query_slots:
+        learning = batch.get("decoders")
+        read = learning is None or any(decoder_class(name).reads == "dense" for name in learning)
+        if self.dense is not None and layout.query_slots and read:
             grid = self.vision.grid(*images.shape[-2:])
             dense = self.dense(images, stem, merged, hidden[: len(images), len(self.lead) : prefix], grid)
         return TrunkTraining(losses, supervised, dense, self.links(branches, layout, asked))

@@ -26,7 +26,7 @@ from lumen_ray.decoders.grounding_dino import GroundingDinoDecoder
 from lumen_ray.decoders.pose_slots import Skeletons
 from lumen_ray.decoders.set_loss import find_objects
 from lumen_ray.decoders.unipose import UniPoseDecoder
-from lumen_ray.model.build import Generalist, served_links
+from lumen_ray.model.build import Generalist, given, served_links
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.structures import Size
 from lumen_ray.tasks import decoder_class
@@ -102,12 +102,14 @@ def of_expert(model: Generalist, name: str, batch: dict[str, Any], flows: bool) 
     served = served_links(name, batch) if decoder.family in layout.link_branches else []
     if not served:
         return 0.0
-    parents, images = layout.link_parents[decoder.family], layout.link_images[decoder.family]
-    link = SuperLink(name, torch.empty(len(images), 0), images.cpu(), parents.cpu()).only(torch.tensor(served))
-    targets, counted = batch["targets"][decoder.family].only(torch.tensor(served)), Counted.of(model, name)
+    columns = (layout.link_images, layout.link_parents, layout.link_groups)
+    images, parents, groups = (column[decoder.family].cpu() for column in columns)
+    members = torch.tensor(served)
+    link = SuperLink(name, torch.empty(len(images), 0), images, parents, groups).only(members)
+    pixels, targets = given(decoder, batch)
+    targets, counted = targets.only(members), Counted.of(model, name)
     if isinstance(decoder, DiffusionDecoder):
-        return diffusion(decoder, counted, [(decoder.settings.image_size,) * 2] * len(link), targets, flows)
-    pixels = Pixels(batch["images"], batch["extents"])
+        return diffusion(decoder, counted, [(h, w) for h, w in targets.extents.tolist()], targets, flows)
     return dino(decoder, counted, link, pixels, targets, flows)
 
 

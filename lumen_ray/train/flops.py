@@ -63,8 +63,8 @@ def of_step(model: Generalist, batches: list[dict[str, Any]]) -> dict[str, float
     for batch in batches:
         found = {name: count * passes[name] for name, count in forward(model, batch).items()}
         wanted = set(model.decoders) if batch.get("decoders") is None else set(batch["decoders"])
-        if "lumen" not in wanted:
-            found.pop("lumen", None)
+        if "lumen" not in wanted:  # nor does anything read the dense features
+            found = {name: count for name, count in found.items() if name not in ("dense", "lumen")}
         for name, count in (found | experts(model, batch, wanted - {"lumen"}, passes["llm"] > 1)).items():
             total[name] = total.get(name, 0.0) + count
     return total

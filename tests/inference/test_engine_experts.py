@@ -141,6 +141,11 @@ def test_parts_that_only_other_tasks_use_get_no_gradient():
     trunk = model.trunk
     for part in (trunk.dense, trunk.regions):
         assert all(p.grad is None for p in part.parameters())
+    model.zero_grad()
+    losses = model(scene_batch(2, tasks=asked) | {"decoders": ["lumen"], "asked": asked})
+    sum(term.total for term in losses.values()).backward()
+    for name, p in model.decoders["lumen"].named_parameters():
+        assert (p.grad is None) == name.startswith("pose."), name
     losses = model(scene_batch(2, tasks=("caption",)) | {"decoders": ["lumen"], "asked": ("caption",)})
     sum(term.total for term in losses.values()).backward()
     for part in (trunk.dense, trunk.stem, trunk.regions, trunk.queries):  # used or not in this batch

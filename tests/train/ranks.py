@@ -91,7 +91,7 @@ def run_ranks(
     moment: Moment | None = None,
     counts: Path | None = None,
     together: bool = True,
-    timeout: float = 120,
+    timeout: float = 300,
 ) -> list[int]:
     """Trains with `ranks` processes; their exit codes. Fails when they are not done in `timeout` seconds.
 

@@ -1,12 +1,16 @@
 """The counted operations of the experts are those that PyTorch counts."""
 
+import numpy as np
 import pytest
 import torch
 from expert_fakes import TASKS, expert_batch, expert_model
-from tiny_models import EXPERTS
+from tiny_models import EXPERTS, SIDE, tiny_tokenizer
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lumen_ray.data import scenes
+from lumen_ray.data.collate import Collator
+from lumen_ray.data.images import decode
 from lumen_ray.train import flops
 from lumen_ray.train.losses import StepSums
 from lumen_ray.train.metrics import Meter
@@ -41,6 +45,20 @@ def test_forward_and_backward(name, trainable):
     wanted, found = counted(model, name, batch, flows), flops.of_step(model, [batch])
     assert found[name] == pytest.approx(wanted, rel=0.05)
     assert set(found) == {"vision", "llm", name}
+
+
+def test_every_request_and_an_own_size_are_counted():
+    sections = SECTIONS | {"grounding_dino": SECTIONS["grounding_dino"] | {"input_size": [2 * SIDE, 2 * SIDE]}}
+    model = expert_model(**sections)
+    rows = [scenes.scene_row(0, n, SIDE) for n in range(3)]
+    collator = Collator(
+        tiny_tokenizer(), SIDE, ("segment", "refer", "ground"), scenes.SKELETONS, own_sizes=model.settings.own_sizes
+    )
+    batch = collator(rows, [decode(row["image"]) for row in rows], [np.random.default_rng(n) for n in range(3)])
+    batch |= {"decoders": ["grounding_dino"]}
+    assert len(batch["layout"].link_groups["perception"].unique()) > 6
+    found = flops.of_step(model, [batch])["grounding_dino"]
+    assert found == pytest.approx(counted(model, "grounding_dino", batch, True), rel=0.05)
 
 
 def test_an_expert_that_is_asked_nothing_computes_nothing():

@@ -77,7 +77,7 @@ def on_two_ranks(function: Callable, *args) -> None:
         for process in group:
             process.start()
         for process in group:
-            process.join(240)
+            process.join(300)
             process.kill()
         assert [process.exitcode for process in group] == [0, 0]
 
