@@ -19,6 +19,7 @@ def link_head(decoder: str, settings: ModelSettings, llm_width: int) -> nn.Modul
     own = getattr(settings, decoder)
     if isinstance(own, DiffusionSettings):
         width = own.unet["cross_attention_dim"]
-        return DiffusionHead(llm_width, width, own.num_tokens, own.mapper_heads, own.mapper_layers)
+        words = settings.link_reads_words
+        return DiffusionHead(llm_width, width, own.num_tokens, own.mapper_heads, own.mapper_layers, words)
     kind = PoseLinkHead if decoder == "unipose" else LinkHead
     return kind(llm_width, settings.link_width(decoder), settings.link_reads_words)

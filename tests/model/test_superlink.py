@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_models import scene_batch, scrambled, tiny_model, tiny_tokenizer
+from tiny_models import EXPERTS, scene_batch, scrambled, tiny_model, tiny_tokenizer
 from torch import nn
 
 from lumen_ray.model.prompts import IGNORE, Branch, additive, branch_allowed, build_layout
@@ -156,12 +156,11 @@ def test_mean_words_is_the_mean_over_a_branchs_tokens_without_its_queries():
 def test_class_names_differ_in_fresh_links_when_words_are_read():
     """Share of the links' squared norm that differs from name to name, before any training."""
 
-    def share(reads_words):
-        model = tiny_model(link_reads_words=reads_words)
+    def share(reads_words, route="[DET]", decoder="lumen"):
+        model = tiny_model(link_reads_words=reads_words, **EXPERTS)
         model.train()
-        branches = [
-            Branch(0, f"find all {name} .", route="[DET]") for name in ("red circle", "blue square", "green figure")
-        ]
+        names = ("red circle", "blue square", "green figure")
+        branches = [Branch(0, f"find all {name} .", route=route) for name in names]
         layout = build_layout(branches, 1, tiny_tokenizer())
         embeds = model.trunk.embed_branches(layout, None)
         hidden = model.trunk.llm.model(
@@ -171,7 +170,9 @@ def test_class_names_differ_in_fresh_links_when_words_are_read():
             ),
             position_ids=layout.offsets,
         ).last_hidden_state
-        links = model.trunk.links(hidden, layout, embeds)["lumen"].embeddings
+        links = model.trunk.links(hidden, layout, embeds)[decoder].embeddings
         return float((links - links.mean(0)).square().sum() / links.square().sum())
 
     assert share(True) > 0.02 > 5 * share(False)
+    picture = "[GEN]", "stable_diffusion"
+    assert share(True, *picture) > 0.01 > 5 * share(False, *picture)
