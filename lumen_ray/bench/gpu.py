@@ -82,6 +82,7 @@ def make_batch(settings: ModelSettings, tokenizer: LumenTokenizer, load: Load, s
     return {
         "images": images.to(torch.uint8),
         "extents": torch.full((load.images, 2), side),
+        "pixels": {},  # of decoders with a size of their own
         "has_image": torch.ones(load.images, dtype=torch.bool),
         "layout": layout,
         "region_masks": torch.zeros(0, side, side, dtype=torch.uint8),
