@@ -96,7 +96,7 @@ class BatchReader:
         batch = collator(rows, images, rngs, edited)
         return batch | {
             "step": step,
-            "asked": tasks,
+            "asked": list(tasks),
             "decoders": list(group.learning),
             "rejected": rejected,
             "read_s": time.perf_counter() - started,
