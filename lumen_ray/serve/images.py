@@ -81,9 +81,11 @@ def checked_rle(mask: Any, size: tuple[int, int]) -> dict[str, Any]:
 def _runs_of(counts: str) -> list[int] | None:
     """Run lengths of COCO's compressed string, None when it is not one. 5 bits a character, the sixth says 'more
     follows', the sign is in the last; from the third run on, each is the difference to the one two before."""
+    if not counts.isascii():
+        return None
     runs: list[int] = []
     value = shift = 0
-    for char in counts.encode("latin-1", "replace"):
+    for char in counts.encode():
         code = char - 48
         if not 0 <= code < 64 or shift > 30:
             return None

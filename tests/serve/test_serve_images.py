@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
@@ -28,6 +28,7 @@ def test_checked_rle_agrees_with_pycocotools(height, width, seed, share):
 
 
 @given(st.text(max_size=30))
+@example("5Ā")
 def test_arbitrary_counts_are_refused_or_safe(counts):
     try:
         rle = checked_rle({"size": [5, 4], "counts": counts}, (5, 4))
