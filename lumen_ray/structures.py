@@ -10,15 +10,22 @@ from __future__ import annotations
 import base64
 import io
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from PIL import Image
 
-from lumen_ray.errors import UserError
+from lumen_ray.errors import UserError, unknown
 
 Size = tuple[int, int]  # (height, width)
 Dtype = Literal["float32", "bfloat16"]  # of the arithmetic of a model that answers
+
+
+def check_dtype(name: str) -> Dtype:
+    """`UserError` for a name that is none of `Dtype`."""
+    if name not in get_args(Dtype):
+        raise unknown("dtype", name, get_args(Dtype))
+    return name
 
 
 def as_size(size: int | Size) -> Size:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -238,6 +238,11 @@ def decoder_class(name: str) -> type:
     """The class of a decoder, imported now."""
     module, _, attribute = DECODERS[name].path.partition(":")
     return getattr(importlib.import_module(module), attribute)
+
+
+def reads_dense(decoders: Iterable[str] | None) -> bool:
+    """Whether one of the decoders (None: any there may be) reads the trunk's dense features."""
+    return decoders is None or any(decoder_class(name).reads == "dense" for name in decoders)
 
 
 def family_of(routing_token: str) -> LinkFamily:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lumen_ray.decoders.base import ImageDecoder, ImageTargets, LossTerm, Pixels, SampleSettings
 from lumen_ray.decoders.settings import SAMPLERS, DiffusionSettings
+from lumen_ray.decoders.sizes import by_size
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.model.skeleton import published
 from lumen_ray.model.superlink import SuperLink
@@ -72,7 +73,7 @@ def empty_caption_ids(config: CLIPTextConfig) -> Tensor:
 
 def fit_pixels(images: Tensor, extents: Tensor | None, size: Size) -> Tensor:
     """uint8 [N, 3, H, W] -> float32 [N, 3, *size] in 0..1: the part within `extents` (int64 [N, 2] (height, width);
-    None: all), resized with an area filter. An image's result does not depend on the others."""
+    None: all), resized with an antialiasing filter. An image's result does not depend on the others."""
     if extents is None:
         extents = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
     out = torch.empty(len(images), 3, *size, device=images.device)
@@ -86,14 +87,6 @@ def fit_pixels(images: Tensor, extents: Tensor | None, size: Size) -> Tensor:
 
 def _summed(terms: list[LossTerm]) -> LossTerm:
     return LossTerm(sum(term.total for term in terms), sum(term.count for term in terms))
-
-
-def by_size(targets: ImageTargets) -> dict[Size, Tensor]:
-    """Which pictures have each (height, width): int64 [N], rising."""
-    if targets.extents is None:
-        return {tuple(targets.images.shape[-2:]): torch.arange(len(targets.images), device=targets.images.device)}
-    sizes, which = targets.extents.unique(dim=0, return_inverse=True)
-    return {tuple(size): torch.nonzero(which == n).flatten() for n, size in enumerate(sizes.tolist())}
 
 
 class DiffusionDecoder(ImageDecoder):
@@ -213,7 +206,9 @@ class DiffusionDecoder(ImageDecoder):
             return losses
         chosen = torch.randperm(len(link))[: self.settings.vae_images].to(link.parent) if learns_vae else None
         each, noise, vae = torch.zeros(len(link), device=zero.device), [], []
-        for size, members in by_size(targets).items():
+        extents = targets.extents.tolist() if targets.extents is not None else [targets.images.shape[-2:]] * len(link)
+        for size, numbers in sorted(by_size([(h, w) for h, w in extents]).items()):
+            members = torch.tensor(numbers, device=targets.images.device)
             part = targets.only(members)
             pixels = 2 * fit_pixels(part.images, part.extents, size) - 1
             if learns_vae and len(own := chosen[torch.isin(chosen, members)]):

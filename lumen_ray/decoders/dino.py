@@ -25,6 +25,7 @@ from transformers.models.swin.modeling_swin import SwinBackbone
 from lumen_ray.decoders.deformable import DeformableAttention, Grid
 from lumen_ray.decoders.dino_layers import Encoder, FusedAttention
 from lumen_ray.decoders.settings import DinoSettings
+from lumen_ray.decoders.sizes import by_size
 from lumen_ray.structures import Size
 
 STRIDES = (8, 16, 32, 64)  # of the levels the transformer reads
@@ -55,14 +56,6 @@ def to_cxcywh(boxes: Tensor) -> Tensor:
 def cells(size: Size, stride: int) -> Size:
     """Rows and columns of the map of an image of `size` pixels; partial cells count."""
     return -(-size[0] // stride), -(-size[1] // stride)
-
-
-def by_size(sizes: list[Size]) -> dict[Size, list[int]]:
-    """Size -> indices of the images that have it."""
-    found: dict[Size, list[int]] = {}
-    for index, size in enumerate(sizes):
-        found.setdefault(size, []).append(index)
-    return found
 
 
 def gather_rows(values: Tensor, index: Tensor) -> Tensor:

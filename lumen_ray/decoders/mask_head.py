@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lumen_ray.decoders.dino import MASK_STRIDE, STRIDES, GroupNorm, Levels, Memory, by_size, cells
+from lumen_ray.decoders.dino import MASK_STRIDE, STRIDES, GroupNorm, Levels, Memory, cells
+from lumen_ray.decoders.sizes import by_size
 
 
 class MaskHead(nn.Module):

@@ -77,3 +77,11 @@ class PictureSize:
 
 
 SizeRule = ShortSide | PictureSize
+
+
+def by_size(sizes: list[Size]) -> dict[Size, list[int]]:
+    """Size -> indices of the images that have it."""
+    found: dict[Size, list[int]] = {}
+    for index, size in enumerate(sizes):
+        found.setdefault(size, []).append(index)
+    return found

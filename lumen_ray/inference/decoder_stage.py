@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lumen_ray.decoders.base import Frame, ImageDecoder, Pixels, PredictSettings
 from lumen_ray.inference.outputs import Found, LinkPart, TrunkOutput
-from lumen_ray.inference.precision import check_dtype, in_own_dtype, lower
+from lumen_ray.inference.precision import in_own_dtype, lower
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.structures import SampleSettings, Size
@@ -38,8 +38,7 @@ class DecoderStage:
     @classmethod
     def load(cls, model: str | Path, name: str = "lumen", device: str = "cpu", dtype: str = "float32") -> DecoderStage:
         """Of a model folder only the decoder is read, and kept."""
-        dtype = check_dtype(dtype)
-        return cls(replace(load_model(model, parts=()), dtype=dtype), name, device)
+        return cls(load_model(model, parts=(), dtype=dtype), name, device)
 
     @in_own_dtype
     def run(self, output: TrunkOutput, settings: PredictSettings = DEFAULTS) -> list[Found]:

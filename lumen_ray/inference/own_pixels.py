@@ -41,10 +41,7 @@ def looked_at(
     `about`: index of each prompt's image, `images`: as they are stored, `inputs` [B, 3, H, W]: as the trunk sees them,
     which is what a decoder without a rule gets.
     """
-    made: dict[tuple[int, SizeRule | None], Tensor] = {}
-    for image, spec in zip(about, prompts, strict=True):
-        own = rule_for(rule, spec and spec.sample)
-        if (image, own) not in made:
-            # copied, so that not the whole batch travels with a part of it
-            made[image, own] = inputs[image].clone() if own is None else in_size(images[image], own)
-    return [made[image, rule_for(rule, spec and spec.sample)] for image, spec in zip(about, prompts, strict=True)]
+    asked = [(i, rule_for(rule, spec and spec.sample)) for i, spec in zip(about, prompts, strict=True)]
+    # a copy of an input, so that not the whole batch travels with a part of it
+    made = {(i, own): inputs[i].clone() if own is None else in_size(images[i], own) for i, own in dict.fromkeys(asked)}
+    return [made[image] for image in asked]

@@ -9,23 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import wraps
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
-from lumen_ray.errors import unknown
 from lumen_ray.structures import Dtype
 
-DTYPES: tuple[str, ...] = get_args(Dtype)
 _PRODUCTS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)
-
-
-def check_dtype(name: str) -> Dtype:
-    """`UserError` for a name that is none of `DTYPES`."""
-    if name not in DTYPES:
-        raise unknown("dtype", name, DTYPES)
-    return name
 
 
 def lower(module: nn.Module, dtype: Dtype) -> None:

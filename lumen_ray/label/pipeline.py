@@ -19,11 +19,11 @@ from typing import Any
 from lumen_ray.data import files
 from lumen_ray.errors import UserError, unknown
 from lumen_ray.inference.device import find_device
-from lumen_ray.inference.precision import check_dtype
 from lumen_ray.inference.request import Request, make_request
 from lumen_ray.label.inputs import find_inputs
 from lumen_ray.label.ledger import Fragment, Ledger
 from lumen_ray.label.workers import WorkerSettings, fingerprint, label_in_process, label_on_ray
+from lumen_ray.structures import check_dtype
 from lumen_ray.tasks import get_task
 
 EXPORTS = ("coco", "gallery")

@@ -28,8 +28,8 @@ from lumen_ray.model.tokenizer import CAPTIONS_FILE, NAMES_FILE, LumenTokenizer
 from lumen_ray.model.trunk import Trunk, TrunkTraining
 from lumen_ray.model.weights_file import WeightsFile, sync, write_weights
 from lumen_ray.presets import model_folder
-from lumen_ray.structures import Dtype
-from lumen_ray.tasks import DECODERS, TASKS, decoder_class
+from lumen_ray.structures import Dtype, check_dtype
+from lumen_ray.tasks import DECODERS, TASKS, decoder_class, reads_dense
 
 LM_WEIGHT = 1.0
 WEIGHTS = "model.safetensors"
@@ -92,7 +92,7 @@ class Generalist(nn.Module):
         parts = [trunk.link_heads[name] for name in own]
         if tasks is None or any(TASKS[name].may_have_regions for name in tasks):
             parts.append(trunk.regions)
-        if any(decoder_class(name).reads == "dense" for name in own):
+        if reads_dense(own):
             parts += [trunk.stem, trunk.dense]
         optional = [p for part in parts if part for p in part.parameters()]
         families = {DECODERS[name].family for name in own}
@@ -239,14 +239,17 @@ def load_model(
     decoders: Mapping[str, str] | None = None,
     device: torch.device | str = "cpu",
     parts: Collection[str] | None = None,
+    dtype: str = "float32",
 ) -> LoadedModel:
     """The model in a folder (or bundled weights, by name), in eval mode.
 
     decoders: task -> the decoder that serves it, where it should be another than the folder's settings say. parts:
-    "trunk" and names of decoders, those to be read, all by default; the others have no weights.
+    "trunk" and names of decoders, those to be read, all by default; the others have no weights. dtype: in which the
+    model is to answer; what is read here stays fp32.
     What is read goes to the device tensor by tensor. Raises `UserError` when it is not a model folder or is damaged,
     for a decoder that cannot serve its task, and for one that the model has not.
     """
+    dtype = check_dtype(dtype)
     meta, own, tokenizer = read_meta(folder), read_settings(folder), read_tokenizer(folder)
     settings = own.choose(decoders or {}, str(folder))
     weights = open_weights(folder)
@@ -256,7 +259,7 @@ def load_model(
     parts = {"trunk", *model.decoders} if parts is None else set(parts)
     version = weights.digest()[:12] if "trunk" in parts else ""
     chosen = settings.chosen_over(own)
-    loaded = LoadedModel(model, settings, tokenizer, meta, version, chosen, weights=weights)
+    loaded = LoadedModel(model, settings, tokenizer, meta, version, chosen, dtype, weights)
     if "trunk" in parts:
         put_weights(model.trunk, lambda key: weights[f"trunk.{key}"], device)
     for name in parts - {"trunk"}:

@@ -33,7 +33,7 @@ from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.skeleton import published
 from lumen_ray.model.superlink import SuperLink, SuperLinkQueries, mean_words
 from lumen_ray.model.vision import build_vision
-from lumen_ray.tasks import DECODERS, decoder_class
+from lumen_ray.tasks import DECODERS, reads_dense
 
 
 @dataclass
@@ -162,9 +162,7 @@ class Trunk(nn.Module):
         losses = self._lm_losses(branches, layout.labels)
         supervised = (layout.labels[:, 1:] != IGNORE).sum().float()
         dense = None
-        learning = batch.get("decoders")
-        read = learning is None or any(decoder_class(name).reads == "dense" for name in learning)
-        if self.dense is not None and layout.query_slots and read:
+        if self.dense is not None and layout.query_slots and reads_dense(batch.get("decoders")):
             grid = self.vision.grid(*images.shape[-2:])
             dense = self.dense(images, stem, merged, hidden[: len(images), len(self.lead) : prefix], grid)
         return TrunkTraining(losses, supervised, dense, self.links(branches, layout, asked))

@@ -14,12 +14,12 @@ from lumen_ray.serve.job import TrunkJob, trim
 from lumen_ray.structures import Answer, Size
 
 if TYPE_CHECKING:
-    from lumen_ray.inference.engine import TrunkStage
     from lumen_ray.inference.outputs import TrunkOutput
+    from lumen_ray.inference.trunk_stage import TrunkStage
 
 
 def load_trunk(model: str, device: str, serving: Mapping[str, str], dtype: str = "float32") -> TrunkStage:
-    from lumen_ray.inference.engine import TrunkStage
+    from lumen_ray.inference.trunk_stage import TrunkStage
 
     return TrunkStage.load(model, device, serving, dtype)
 

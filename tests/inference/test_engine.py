@@ -8,9 +8,10 @@ from tiny_models import scrambled, tiny_loaded, tiny_tokenizer
 from lumen_ray.data.scenes import KEYPOINTS
 from lumen_ray.errors import UserError
 from lumen_ray.inference.decoder_stage import DecoderStage
-from lumen_ray.inference.engine import Engine, TrunkStage
+from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.outputs import assemble, merge
 from lumen_ray.inference.request import make_request
+from lumen_ray.inference.trunk_stage import TrunkStage
 from lumen_ray.model.build import save_model
 from lumen_ray.model.weights_file import WeightsFile
 from lumen_ray.structures import Region

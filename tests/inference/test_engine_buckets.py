@@ -7,8 +7,9 @@ from hypothesis import strategies as st
 from tiny_models import scrambled, tiny_loaded
 
 from lumen_ray.inference.decoder_stage import DecoderStage
-from lumen_ray.inference.engine import Engine, TrunkStage
+from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import make_request
+from lumen_ray.inference.trunk_stage import TrunkStage
 from lumen_ray.model.build import load_model, save_model
 from lumen_ray.serve.decoder import Decoder
 from lumen_ray.serve.job import Query, TrunkJob, trim

@@ -11,8 +11,9 @@ from lumen_ray.data import scenes
 from lumen_ray.data.images import decode
 from lumen_ray.errors import UserError
 from lumen_ray.inference.decoder_stage import DecoderStage
-from lumen_ray.inference.engine import Engine, TrunkStage
+from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import make_request
+from lumen_ray.inference.trunk_stage import TrunkStage
 
 
 @pytest.fixture(scope="module")

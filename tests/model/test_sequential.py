@@ -11,8 +11,8 @@ from tiny_models import random_images, scrambled, tiny_tokenizer
 from tokenizers import AddedToken
 
 from lumen_ray.errors import UserError
-from lumen_ray.inference.engine import TrunkStage
 from lumen_ray.inference.request import make_request
+from lumen_ray.inference.trunk_stage import TrunkStage
 from lumen_ray.model.build import LoadedModel, ModelMeta, build_model
 from lumen_ray.model.prompts import IGNORE, Branch, build_layout
 from lumen_ray.model.sequential import SYSTEM, lead_tokens
