@@ -260,8 +260,8 @@ class SampleSettings:
     """How images are drawn. A prompt's picture depends on `seed` and the prompt, not on what is drawn beside it."""
 
     steps: int = 30  # of the scheduler
-    guidance: float = 7.5
-    image_guidance: float = 1.5  # editing only
+    guidance: float | None = None  # how strictly the text is followed; None: as the decoder's settings say
+    image_guidance: float | None = None  # editing only: how much of the picture is kept; None: as they say
     seed: int = 0
     size: Size | None = None  # (height, width) in pixels; None: the decoder's own
     num_images: int = 1  # per prompt

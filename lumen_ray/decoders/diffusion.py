@@ -96,6 +96,7 @@ class DiffusionDecoder(ImageDecoder):
     """
 
     latents_read: ClassVar[int]  # stacked on the UNet's input channels
+    guides: ClassVar[tuple[str, ...]] = ("guidance",)  # of the sample settings, those its pipeline takes
     #: latents go through every step of a sampler, which takes the precision of the UNet's first layer for theirs; a
     #: picture's 8 bits are all that bf16 has, and its VAE runs once
     exact = ("vae", "unet.conv_in", "unet.conv_out")
@@ -278,6 +279,7 @@ class DiffusionDecoder(ImageDecoder):
 
         Picture n of every prompt starts from the noise of seed + n. Raises `UserError` for settings that cannot work.
         """
+        settings = self._with_own(settings)
         size = self._checked(settings)
         order = [(p, n) for p in range(len(link)) for n in range(settings.num_images)]
         pictures = [torch.empty(0, 3, *size, dtype=torch.uint8)]
@@ -337,6 +339,11 @@ class DiffusionDecoder(ImageDecoder):
     def _inputs(self, link: SuperLink, view: Pixels | None, size: Size, settings: SampleSettings) -> dict[str, Any]:
         """Arguments of the pipeline that not all have."""
         raise NotImplementedError
+
+    def _with_own(self, settings: SampleSettings) -> SampleSettings:
+        """With the decoder's own guidance where none is asked for."""
+        own = {name: getattr(self.settings, name) for name in self.guides if getattr(settings, name) is None}
+        return dataclasses.replace(settings, **own)
 
     def _checked(self, settings: SampleSettings) -> Size:
         """The size to draw, of settings that can work; else a `UserError`."""

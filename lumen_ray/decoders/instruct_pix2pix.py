@@ -28,6 +28,7 @@ class InstructPix2PixDecoder(DiffusionDecoder):
     loss_names = ("edit", "edit_align", "edit_vae")
     reads = "pixels"
     latents_read = 2
+    guides = ("guidance", "image_guidance")
     settings: InstructPix2PixSettings
 
     def _training_condition(self, link: SuperLink, view: Pixels, size: Size) -> tuple[Tensor, list[Tensor]]:

@@ -64,6 +64,7 @@ class DiffusionSettings(Settings):
         description="the noise schedule: keys of diffusers' schedulers; each takes those it has",
     )
     sampler: Sampler = Field("DDIMScheduler", description="scheduler of diffusers that pictures are drawn with")
+    guidance: float = Field(7.5, ge=0, le=100, description="how strictly a text is followed where a request says nothing")
     num_tokens: int = Field(77, gt=0, description="tokens of a condition, as the link head gives them")
     mapper_heads: int = Field(8, gt=0, description="attention heads of the link head's transformer")
     mapper_layers: int = Field(1, gt=0, description="layers of its encoder, and of its decoder")
@@ -106,6 +107,9 @@ class InstructPix2PixSettings(DiffusionSettings):
     """Edits (see `decoders/instruct_pix2pix.py`). VisionLLM v2 goes on training the published UNet."""
 
     train_unet: bool = Field(True, description="whether the UNet learns, or only what conditions it")
+    image_guidance: float = Field(
+        1.5, ge=1, le=100, description="how much of a picture is kept where a request says nothing"
+    )
     drop_text: float = Field(0.05, ge=0, description="share of edits trained without their instruction")
     drop_both: float = Field(0.05, ge=0, description="share trained without instruction and picture")
     drop_image: float = Field(0.05, ge=0, description="share trained without the picture to edit")

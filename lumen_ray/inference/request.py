@@ -79,10 +79,9 @@ _SAMPLE_LIMITS = {"steps": (1, 1000), "guidance": (0, 100), "image_guidance": (0
 
 def _check_sample(sample: SampleSettings) -> None:
     for name, (low, high) in _SAMPLE_LIMITS.items():
-        if not low <= getattr(sample, name) <= high:
-            raise UserError(
-                f"'{name}' must be from {low} to {high}, got {getattr(sample, name)}", "invalid_sample_settings"
-            )
+        value = getattr(sample, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"'{name}' must be from {low} to {high}, got {value}", "invalid_sample_settings")
     if not 0 <= sample.seed < 2**63:
         raise UserError(f"'seed' must be from 0 to 2^63 - 1, got {sample.seed}", "invalid_sample_settings")
 

@@ -72,10 +72,10 @@ class TaskFields(Settings):
     seed: int | None = Field(None, ge=0, description=f"{_PICTURES}: another seed, another picture; null is 0")
     steps: int | None = Field(None, ge=1, le=200, description=f"{_PICTURES}: denoising steps; null is 30")
     guidance: float | None = Field(
-        None, ge=0, le=100, description=f"{_PICTURES}: how strictly the text is followed; null is 7.5"
+        None, ge=0, le=100, description=f"{_PICTURES}: how strictly the text is followed; null: the model's own"
     )
     image_guidance: float | None = Field(
-        None, ge=0, le=100, description=f"{_needing('instruction')}: how much of the image is kept; null is 1.5"
+        None, ge=0, le=100, description=f"{_needing('instruction')}: how much of the image is kept; null: the model's own"
     )
     height: int | None = Field(None, ge=8, le=4096, description="of the picture made, with `width`; null: the model's")
     width: int | None = Field(None, ge=8, le=4096, description="of the picture made, with `height`")

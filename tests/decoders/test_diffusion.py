@@ -155,6 +155,32 @@ def test_the_unet_learns_what_the_schedule_says_it_predicts(make, kind, monkeypa
 
 
 @pytest.mark.parametrize("make", MAKERS)
+def test_a_schedule_can_end_in_noise_alone(make, monkeypatch):
+    """With "rescale_betas_zero_snr" nothing of a picture is left in the last step, in which sampling starts."""
+    keys = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    decoder = make(train_unet=True, scheduler=keys)
+    monkeypatch.setattr(torch, "randint", lambda most, size, **_: torch.full(size, most - 1))
+    seen = {}
+
+    def unet(noisy, times, encoder_hidden_states):
+        seen.update(noisy=noisy[:, :4], times=times)
+        return type("Output", (), {"sample": torch.zeros_like(noisy[:, :4])})
+
+    monkeypatch.setattr(decoder.unet, "forward", unet)
+    found = []
+    for value in (0, 255):
+        targets = make_targets()
+        targets.images = torch.full_like(targets.images, value)
+        torch.manual_seed(3)
+        decoder.losses(make_link(), make_pixels(), targets)
+        found.append(seen["noisy"])
+    assert torch.allclose(*found, atol=1e-3)
+    scheduler = decoder._scheduler(decoder.settings.sampler)
+    scheduler.set_timesteps(5)
+    assert scheduler.timesteps[0] == seen["times"][0] == 999
+
+
+@pytest.mark.parametrize("make", MAKERS)
 def test_links_learn_to_say_what_the_text_encoder_says(make):
     decoder = make(text_encoder=TEXT, align_weight=0.5).eval()
     ids = torch.randint(20, (3, TOKENS))
@@ -230,6 +256,19 @@ def test_sampling_that_cannot_work_is_told(make, keys, message):
         make().sample(make_link(), make_pixels(), SampleSettings(**keys))
     assert message in str(error.value)
     assert error.value.reason == "invalid_sampling"
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_guidance_is_the_decoders_own_where_none_is_asked_for(make):
+    own = {"guidance": 3.0} | ({"image_guidance": 2.0} if make is instruct_pix2pix else {})
+    decoder = make(**own).eval()
+
+    def draw(**keys):
+        return decoder.sample(make_link(), make_pixels(), SampleSettings(steps=2, **keys))
+
+    assert torch.equal(draw(), draw(**own))
+    for name in own:
+        assert not torch.equal(draw(), draw(**{name: 5.0}))
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -68,9 +68,11 @@ def test_pictures_are_those_of_the_pipeline(sampler, guidance):
     assert torch.equal(decoder.sample(link, make_pixels(), settings), (drawn * 255).round().to(torch.uint8))
 
 
-def test_sampling_is_classifier_free_guidance_written_out():
+@pytest.mark.parametrize("keys", [{}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}])
+def test_sampling_is_classifier_free_guidance_written_out(keys):
     """The same by hand: both conditions by themselves, extrapolated, DDIM's steps."""
-    decoder, link = stable_diffusion().eval(), make_link(1)
+    published = stable_diffusion().settings.scheduler
+    decoder, link = stable_diffusion(scheduler={**published, **keys}).eval(), make_link(1)
     scheduler = DDIMScheduler(**decoder.settings.scheduler)
     scheduler.set_timesteps(4)
     with torch.no_grad():
