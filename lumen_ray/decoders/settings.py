@@ -64,7 +64,9 @@ class DiffusionSettings(Settings):
         description="the noise schedule: keys of diffusers' schedulers; each takes those it has",
     )
     sampler: Sampler = Field("DDIMScheduler", description="scheduler of diffusers that pictures are drawn with")
-    guidance: float = Field(7.5, ge=0, le=100, description="how strictly a text is followed where a request says nothing")
+    guidance: float = Field(
+        7.5, ge=0, le=100, description="how strictly a text is followed where a request says nothing"
+    )
     num_tokens: int = Field(77, gt=0, description="tokens of a condition, as the link head gives them")
     mapper_heads: int = Field(8, gt=0, description="attention heads of the link head's transformer")
     mapper_layers: int = Field(1, gt=0, description="layers of its encoder, and of its decoder")

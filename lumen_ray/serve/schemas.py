@@ -75,7 +75,10 @@ class TaskFields(Settings):
         None, ge=0, le=100, description=f"{_PICTURES}: how strictly the text is followed; null: the model's own"
     )
     image_guidance: float | None = Field(
-        None, ge=0, le=100, description=f"{_needing('instruction')}: how much of the image is kept; null: the model's own"
+        None,
+        ge=0,
+        le=100,
+        description=f"{_needing('instruction')}: how much of the image is kept; null: the model's own",
     )
     height: int | None = Field(None, ge=8, le=4096, description="of the picture made, with `width`; null: the model's")
     width: int | None = Field(None, ge=8, le=4096, description="of the picture made, with `height`")
