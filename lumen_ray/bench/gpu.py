@@ -23,9 +23,10 @@ from lumen_ray.model.prompts import Branch, build_layout
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.model.tokenizer import LumenTokenizer
+from lumen_ray.precision import arithmetic
 from lumen_ray.presets import model_path
 from lumen_ray.tasks import TASKS
-from lumen_ray.train import flops, precision
+from lumen_ray.train import flops
 from lumen_ray.train.batch import to_device
 from lumen_ray.train.blocks import compile_blocks
 
@@ -110,7 +111,7 @@ class Worker:
         self.embeddings = self.link.embeddings.detach().requires_grad_()
 
     def _arithmetic(self):
-        return precision.arithmetic(self.precision, self.device)
+        return arithmetic(self.precision == "bf16", self.device)
 
     def trunk(self) -> torch.Tensor:
         out = self.model.trunk(self.batch)

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lumen_ray.decoders.base import Frame, ImageDecoder, Pixels, PredictSettings
 from lumen_ray.inference.outputs import Found, LinkPart, TrunkOutput
-from lumen_ray.inference.precision import in_own_dtype, lower
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.model.superlink import SuperLink
+from lumen_ray.precision import in_own_dtype, lower
 from lumen_ray.structures import SampleSettings, Size
 
 DEFAULTS = PredictSettings()

@@ -39,7 +39,7 @@ class Engine:
     ) -> Engine:
         """The engine of a model folder; `UserError` when the folder holds none. `decoders` (task -> decoder) says who
         serves a task that several can, instead of the folder's settings; `dtype`: 'float32', or 'bfloat16' for half the
-        memory and, on GPUs, the faster arithmetic (see `inference.precision`). A decoder is read when it is first
+        memory and, on GPUs, the faster arithmetic (see `lumen_ray.precision`). A decoder is read when it is first
         needed."""
         return cls(load_model(model, decoders, device, ("trunk",), dtype), device)
 

@@ -17,7 +17,6 @@ from lumen_ray.decoders.base import PromptSpec
 from lumen_ray.errors import UserError
 from lumen_ray.inference.outputs import LinkPart, RequestPlan, TrunkOutput
 from lumen_ray.inference.own_pixels import looked_at
-from lumen_ray.inference.precision import in_own_dtype, lower
 from lumen_ray.inference.request import Request, check_asked, no_decoder
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.model.prompts import Branch, build_layout
@@ -25,6 +24,7 @@ from lumen_ray.model.regions import region_mask
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.model.tokenizer import EOS
 from lumen_ray.model.trunk import Prefix
+from lumen_ray.precision import in_own_dtype, lower
 from lumen_ray.structures import Region, SampleSettings, Size
 from lumen_ray.tasks import DECODERS, ROUTING_TOKENS, TASKS, decoder_class, task_of_prompt
 

@@ -27,6 +27,7 @@ from lumen_ray.model.superlink import SuperLink
 from lumen_ray.model.tokenizer import CAPTIONS_FILE, NAMES_FILE, LumenTokenizer
 from lumen_ray.model.trunk import Trunk, TrunkTraining
 from lumen_ray.model.weights_file import WeightsFile, sync, write_weights
+from lumen_ray.precision import lower
 from lumen_ray.presets import model_folder
 from lumen_ray.structures import Dtype, check_dtype
 from lumen_ray.tasks import DECODERS, TASKS, decoder_class, reads_dense
@@ -197,6 +198,7 @@ class LoadedModel:
             raise UserError(f"the model has no decoder '{name}'; decoders: {have}", "unknown_decoder")
         decoder = self.model.decoders[name]
         if any(p.is_meta for p in decoder.parameters()):
+            lower(decoder, self.dtype)
             put_weights(decoder, lambda key: self.weights[f"decoders.{name}.{key}"], device)
         return decoder.to(device)
 
@@ -245,7 +247,7 @@ def load_model(
 
     decoders: task -> the decoder that serves it, where it should be another than the folder's settings say. parts:
     "trunk" and names of decoders, those to be read, all by default; the others have no weights. dtype: in which the
-    model is to answer; what is read here stays fp32.
+    model is to answer, and its weights are stored.
     What is read goes to the device tensor by tensor. Raises `UserError` when it is not a model folder or is damaged,
     for a decoder that cannot serve its task, and for one that the model has not.
     """
@@ -261,6 +263,7 @@ def load_model(
     chosen = settings.chosen_over(own)
     loaded = LoadedModel(model, settings, tokenizer, meta, version, chosen, dtype, weights)
     if "trunk" in parts:
+        lower(model.trunk, dtype)
         put_weights(model.trunk, lambda key: weights[f"trunk.{key}"], device)
     for name in parts - {"trunk"}:
         loaded.decoder(name, device)

@@ -24,6 +24,7 @@ from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.skeleton import without_weights
 from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.model.warm_start import StartWeights
+from lumen_ray.precision import arithmetic
 from lumen_ray.train import checkpoint, lora, parallel, precision
 from lumen_ray.train.batch import to_device
 from lumen_ray.train.blocks import checkpoint_blocks, compile_blocks
@@ -195,7 +196,7 @@ class Trainer:
         for number, batch in enumerate(micro_steps, 1):
             if len(micro_steps) > 1:
                 parallel.reduce_gradients(self.model, number == len(micro_steps))
-            with precision.arithmetic(self.job.recipe.precision, self.device):
+            with arithmetic(self.job.recipe.precision == "bf16", self.device):
                 found = self.model(to_device(batch, self.device))
             image_tokens = math.prod(self.model.trunk.vision.grid(*batch["images"].shape[-2:]))
             losses.add(batch, found, image_tokens).backward()

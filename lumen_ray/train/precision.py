@@ -1,25 +1,17 @@
-"""bf16 arithmetic over fp32 weights.
+"""bf16 arithmetic over fp32 weights (see `lumen_ray.precision`), as FSDP and devices have it.
 
-Autocast computes matrix products in bf16 and sums, norms and losses in fp32. Blocks that FSDP shards are gathered as
-bf16 already, which halves what goes over the network; gradients are added up over ranks in fp32.
+Blocks that FSDP shards are gathered as bf16 already, which halves what goes over the network; gradients are added up
+over ranks in fp32.
 """
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 
 import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from lumen_ray.errors import UserError
-
-
-def arithmetic(precision: str, device: torch.device) -> AbstractContextManager:
-    """The context of a forward pass. The cache of autocast is off: it would keep a second copy of all weights."""
-    if precision == "fp32":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16, cache_enabled=False)
 
 
 def block_policy(precision: str) -> MixedPrecisionPolicy:

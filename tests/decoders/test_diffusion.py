@@ -24,8 +24,8 @@ from transformers import CLIPTextConfig
 from lumen_ray.decoders.base import ImageTargets, Pixels, SampleSettings
 from lumen_ray.decoders.diffusion import empty_caption_ids, fit_pixels
 from lumen_ray.errors import UserError
-from lumen_ray.inference.precision import arithmetic, lower
 from lumen_ray.model.superlink import SuperLink
+from lumen_ray.precision import arithmetic, lower
 
 MAKERS = [stable_diffusion, instruct_pix2pix]
 
@@ -407,7 +407,7 @@ def test_pictures_in_bfloat16_are_close_to_float32(make):
     lower(decoder, "bfloat16")
     assert {p.dtype for p in decoder.vae.parameters()} == {torch.float32} == {decoder.unet.dtype}
     assert decoder.unet.down_blocks[0].resnets[0].conv1.weight.dtype == torch.bfloat16
-    with arithmetic("bfloat16", torch.device("cpu")):
+    with arithmetic(True, torch.device("cpu")):
         low = decoder.sample(make_link(), make_pixels(), settings)
     apart = (exact.int() - low.int()).abs().float()
     assert 0 < apart.mean() < 1 and apart.max() < 16  # of 255

@@ -14,8 +14,8 @@ from lumen_ray.decoders.base import Frame, Pixels, PredictSettings, PromptSpec
 from lumen_ray.decoders.denoising import make_denoising
 from lumen_ray.decoders.dino_decoder import Groups
 from lumen_ray.decoders.set_loss import find_objects
-from lumen_ray.inference.precision import arithmetic, lower
 from lumen_ray.model.superlink import SuperLink
+from lumen_ray.precision import arithmetic, lower
 from lumen_ray.structures import Boxes
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -267,7 +267,7 @@ def test_weights_in_bfloat16_are_close_to_float32():
     with torch.no_grad():
         exact = decoder(link, pixels)
         lower(decoder, "bfloat16")
-        with arithmetic("bfloat16", torch.device("cpu")):
+        with arithmetic(True, torch.device("cpu")):
             low = decoder(link, pixels)
     for one, other in ((exact.memory.vision, low.memory.vision), (exact.memory.links, low.memory.links)):
         assert not torch.equal(one, other.float()) and (one - other.float()).abs().mean() < 0.02 * one.abs().mean()

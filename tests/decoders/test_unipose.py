@@ -18,8 +18,8 @@ from lumen_ray.decoders.denoising import make_denoising
 from lumen_ray.decoders.dino_decoder import Groups
 from lumen_ray.decoders.set_loss import find_objects
 from lumen_ray.decoders.settings import UniPoseSettings
-from lumen_ray.inference.precision import arithmetic, lower
 from lumen_ray.model.superlink import SuperLink
+from lumen_ray.precision import arithmetic, lower
 from lumen_ray.structures import Boxes
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
@@ -212,7 +212,7 @@ def test_weights_in_bfloat16_find_the_same(fitted):
     lower(low, "bfloat16")
     assert low.trunk.encoder.layers[0].deformable_layer.fc1.weight.dtype == torch.bfloat16
     assert low.trunk.enc_output_norm.weight.dtype == torch.float32
-    with arithmetic("bfloat16", torch.device("cpu")):
+    with arithmetic(True, torch.device("cpu")):
         found = compared(low, *fitted[1:])
     assert not np.array_equal(exact[0], found[0])
     assert np.abs(exact[0] - found[0]).max() < 1.5 and np.abs(exact[1] - found[1]).max() < 0.2

@@ -14,6 +14,7 @@ from lumen_ray.inference.decoder_stage import DecoderStage
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import make_request
 from lumen_ray.inference.trunk_stage import TrunkStage
+from lumen_ray.model.build import load_model
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +86,21 @@ def test_large_weights_are_stored_in_it_and_small_ones_are_not():
         seen = None if request.task == "generate" else picture
         (answer,) = engine.run([seen], [[request]], score_threshold=0.0)[0]
         assert answer.images or len(answer.predictions[0])
+
+
+def test_weights_are_read_into_it(tmp_path):
+    """None of them is there in fp32 first, and asking twice changes nothing."""
+    folder = tiny_folder(tmp_path, **EXPERTS)
+    loaded = load_model(folder, parts=("trunk",), dtype="bfloat16")
+    assert loaded.model.trunk.llm.lm_head.weight.dtype == torch.bfloat16
+    for name in loaded.model.decoders:
+        decoder = loaded.decoder(name)
+        kinds = {p.dtype: p for p in decoder.parameters()}
+        assert set(kinds) == {torch.float32, torch.bfloat16}
+        methods = {path: vars(decoder.get_submodule(path)).get("forward") for path in decoder.exact}
+        stage = DecoderStage(loaded, name)
+        assert stage.decoder is decoder
+        assert methods == {path: vars(decoder.get_submodule(path)).get("forward") for path in decoder.exact}
 
 
 def test_every_way_to_load_takes_it(tmp_path):

@@ -18,11 +18,11 @@ from lumen_ray.data.prepare import prepare_source
 from lumen_ray.data.sources.scenes import ScenesSource
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import build_model
+from lumen_ray.precision import arithmetic
 from lumen_ray.train import parallel
 from lumen_ray.train.blocks import checkpoint_blocks
 from lumen_ray.train.losses import StepLosses
 from lumen_ray.train.optimizer import set_trainable
-from lumen_ray.train.precision import arithmetic
 from lumen_ray.train.recipe import BLOCK_PARTS, Stage
 from lumen_ray.train.trainer import train_local
 
@@ -105,7 +105,7 @@ def backward(model, batch, seed, precision="fp32"):
     """A step on this rank; the mean losses of both."""
     torch.manual_seed(seed)
     losses = StepLosses(model.loss_names, {}, [batch], CPU)
-    with arithmetic(precision, CPU):
+    with arithmetic(precision == "bf16", CPU):
         found = model(batch)
     losses.add(batch, found).backward()
     return losses.read().means

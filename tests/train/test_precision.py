@@ -5,9 +5,10 @@ import torch
 from tiny_models import scene_batch, tiny_model
 from train_fakes import job_of, log_of, on_two_ranks, weights_of
 
+from lumen_ray.precision import arithmetic
 from lumen_ray.train import parallel
 from lumen_ray.train.blocks import checkpoint_blocks, part
-from lumen_ray.train.precision import advice, arithmetic, block_policy
+from lumen_ray.train.precision import advice, block_policy
 from lumen_ray.train.recipe import BLOCK_PARTS
 from lumen_ray.train.trainer import train_local
 
@@ -19,7 +20,7 @@ def test_losses_and_gradients_stay_fp32_and_near():
     exact = model(batch)
     seen = []
     part(model, "llm").model.layers[0].mlp.down_proj.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
-    with arithmetic("bf16", CPU):
+    with arithmetic(True, CPU):
         losses = model(batch)
     sum(term.total for term in losses.values()).backward()
     assert seen == [torch.bfloat16]
@@ -27,7 +28,7 @@ def test_losses_and_gradients_stay_fp32_and_near():
         assert term.total.dtype == torch.float32
         assert float(term.total.detach()) == pytest.approx(float(exact[name].total.detach()), rel=0.05)
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
-    with arithmetic("fp32", CPU):
+    with arithmetic(False, CPU):
         assert torch.equal(model(batch)["lm"].total, exact["lm"].total)
 
 
@@ -41,7 +42,7 @@ def _sharded():
     block = part(model, "llm").model.layers[0]
     forward = block.mlp.forward
     block.mlp.forward = lambda x: (kinds.add((x.dtype, block.mlp.up_proj.weight.dtype)), forward(x))[1]
-    with arithmetic("bf16", CPU):
+    with arithmetic(True, CPU):
         losses = model(batch)
     sum(term.total for term in losses.values()).backward()
     assert kinds == {(torch.bfloat16, torch.bfloat16)}
