@@ -6,12 +6,13 @@ Legend: P' object prompts, G groups, T prompts of the largest group, Q queries, 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lumen_ray.decoders.base import Decoder, LossTerm, PerceptionTargets, Pixels
 from lumen_ray.decoders.denoising import Denoising
@@ -77,6 +78,20 @@ class Groups:
         sizes = [(height, width) for height, width in pixels.extents[shown[image]].tolist()]
         return cls(objects, Seats.of(row, len(groups)), shown, image, sizes)
 
+    def parts(self, link: SuperLink, most: int) -> list[Tensor]:
+        """The link's prompts, int64 each, in parts of whole groups whose images have at most `most` pixels together, or
+        of one group."""
+        largest = max(height * width for height, width in self.sizes)
+        owner = torch.where(link.parent < 0, torch.arange(len(link), device=link.parent.device), link.parent)
+        group = link.group[owner]
+        return [
+            torch.nonzero(torch.isin(group, own)).flatten() for own in group.unique().split(max(1, most // largest))
+        ]
+
+    def among(self, whole: Groups) -> Groups:
+        """The same, its images counted among those that `whole` shows."""
+        return replace(self, shown=whole.shown, image=torch.searchsorted(whole.shown, self.shown)[self.image])
+
     def per_link(self, values: Tensor, links: int) -> Tensor:
         """values [G, T] -> [links], 0 at keypoint prompts."""
         return values.new_zeros(links).scatter(0, self.objects, self.seats.take(values))
@@ -109,6 +124,16 @@ class DinoRaw:
     denoised: list[Stage]  # of all layers of the decoder, for the denoising queries
 
 
+def _joined(terms: list[LossTerm], parts: list[Tensor]) -> LossTerm:
+    """One term of those of the prompts in each part."""
+    each = terms[0].each
+    if each is not None:
+        each = each.new_zeros(sum(map(len, parts)))
+        for term, members in zip(terms, parts, strict=True):
+            each[members] = term.each
+    return LossTerm(sum(term.total for term in terms), sum(term.count for term in terms), each)
+
+
 class DinoDecoder(Decoder):
     """A subclass looks (`_look`) and sums its losses (`_losses`)."""
 
@@ -137,9 +162,10 @@ class DinoDecoder(Decoder):
 
     def forward(self, link: SuperLink, pixels: Pixels) -> DinoRaw:
         """link of P prompts, at least one of them an object prompt -> what every group finds."""
-        return self._look(link, pixels, Groups.of(link, pixels))
+        groups = Groups.of(link, pixels)
+        return self._look(link, self._see(pixels, groups), groups)
 
-    def _look(self, link: SuperLink, pixels: Pixels, groups: Groups, wanted: Objects | None = None) -> DinoRaw:
+    def _look(self, link: SuperLink, levels: Levels, groups: Groups, wanted: Objects | None = None) -> DinoRaw:
         """`wanted`: what denoising queries are made of."""
         raise NotImplementedError
 
@@ -200,10 +226,26 @@ class DinoDecoder(Decoder):
         return moved if self.settings.look_forward_twice else moved.detach()
 
     def losses(self, link: SuperLink, pixels: Pixels, targets: PerceptionTargets) -> dict[str, LossTerm]:
-        """With denoising. `targets` has one entry per link, keypoint prompts included."""
+        """With denoising. `targets` has one entry per link, keypoint prompts included.
+
+        Every image is seen once. Groups of more pixels than `pixels_at_once` are looked at part by part.
+        """
         groups = Groups.of(link, pixels)
+        levels, parts = self._see(pixels, groups), groups.parts(link, self.settings.pixels_at_once)
+        if len(parts) == 1:
+            return self._losses_of(link, levels, groups, targets)
+        found = []
+        for members in parts:
+            own = link.only(members)
+            part = own, levels, Groups.of(own, pixels).among(groups), targets.only(members)
+            found.append(checkpoint(self._losses_of, *part, use_reentrant=False))
+        return {name: _joined([terms[name] for terms in found], parts) for name in found[0]}
+
+    def _losses_of(
+        self, link: SuperLink, levels: Levels, groups: Groups, targets: PerceptionTargets
+    ) -> dict[str, LossTerm]:
         wanted = find_objects(targets, groups.objects, groups.seats, groups.sizes)
-        return self._losses(self._look(link, pixels, groups, wanted), wanted, targets)
+        return self._losses(self._look(link, levels, groups, wanted), wanted, targets)
 
     def loss(self, raw: DinoRaw, targets: PerceptionTargets) -> dict[str, LossTerm]:
         groups = raw.groups

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers.models.grounding_dino.modeling_grounding_dino import GroundingDinoMLPPredictionHead
 
-from lumen_ray.decoders.base import Frame, LossTerm, PerceptionTargets, Pixels, PredictSettings, PromptSpec
+from lumen_ray.decoders.base import Frame, LossTerm, PerceptionTargets, PredictSettings, PromptSpec
 from lumen_ray.decoders.denoising import Denoising, make_denoising
 from lumen_ray.decoders.dino import MASK_STRIDE, Levels, Memory, cells, to_xyxy
 from lumen_ray.decoders.dino_decoder import DinoDecoder, DinoRaw, Groups, Stage
@@ -48,8 +48,7 @@ class GroundingDinoDecoder(DinoDecoder):
         self.mask_head = MaskHead(c, self.trunk.stride4_channels, settings.mask_channels)
         self.mask_embed = GroundingDinoMLPPredictionHead(c, c, settings.mask_channels, 3)
 
-    def _look(self, link: SuperLink, pixels: Pixels, groups: Groups, wanted: Objects | None = None) -> GroundingDinoRaw:
-        levels = self._see(pixels, groups)
+    def _look(self, link: SuperLink, levels: Levels, groups: Groups, wanted: Objects | None = None) -> GroundingDinoRaw:
         memory, links = self._encode(levels, groups, self.link_proj(link.embeddings[groups.objects]))
         denoising = None if wanted is None else make_denoising(wanted, links, memory.link_valid, self.settings)
         encoder, stages, query_valid = self.decode(memory, denoising)

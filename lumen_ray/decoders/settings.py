@@ -206,6 +206,12 @@ class DinoLossSettings(DinoSettings):
     )
     label_noise: float = Field(0.25, ge=0, le=1, description="share of the copies that get any prompt's link")
     box_noise: float = Field(1.0, ge=0, description="how far copies move, in units of half their size")
+    pixels_at_once: int = Field(
+        1 << 23,
+        gt=0,
+        description="how much a training step looks at together: pixels of the images of its groups of prompts, each "
+        "group counted; more are looked at part by part, and activations computed again in the backward pass",
+    )
     look_forward_twice: bool = Field(False, description=_TWICE)
     learned_class_scale: bool = Field(
         False,

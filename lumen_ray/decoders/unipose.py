@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lumen_ray.decoders.base import Frame, LossTerm, PerceptionTargets, Pixels, PredictSettings, PromptSpec
+from lumen_ray.decoders.base import Frame, LossTerm, PerceptionTargets, PredictSettings, PromptSpec
 from lumen_ray.decoders.denoising import make_denoising
-from lumen_ray.decoders.dino import Memory, additive, box_head, gather_rows, to_xyxy
+from lumen_ray.decoders.dino import Levels, Memory, additive, box_head, gather_rows, to_xyxy
 from lumen_ray.decoders.dino_decoder import DinoDecoder, DinoRaw, Groups
 from lumen_ray.decoders.pose_loss import find_poses, match_poses, pose_losses
 from lumen_ray.decoders.pose_slots import KeypointStart, Skeletons, Slots
@@ -63,9 +63,8 @@ class UniPoseDecoder(DinoDecoder):
         nn.init.constant_(self.visible_embed.layers[-1].bias, LIKELY_VISIBLE)
         self.trunk.backbone.hidden_states_norms["stage1"] = nn.Identity()  # of a map that only masks read
 
-    def _look(self, link: SuperLink, pixels: Pixels, groups: Groups, wanted: Objects | None = None) -> UniPoseRaw:
+    def _look(self, link: SuperLink, levels: Levels, groups: Groups, wanted: Objects | None = None) -> UniPoseRaw:
         box_layers, layers = self.settings.box_layers, self.settings.decoder_layers
-        levels = self._see(pixels, groups)
         memory, links = self._encode(levels, groups, self.link_proj(link.embeddings[groups.objects]))
         denoising = None if wanted is None else make_denoising(wanted, links, memory.link_valid, self.settings)
         start = self.begin(memory, denoising)

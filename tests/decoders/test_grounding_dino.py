@@ -166,7 +166,7 @@ def test_denoising_does_not_tell_matching_queries_the_answer():
     wanted = find_objects(targets, groups.objects, groups.seats, groups.sizes)
     with torch.no_grad():
         without = decoder(link, pixels)
-        with_ = decoder._look(link, pixels, groups, wanted)
+        with_ = decoder._look(link, decoder._see(pixels, groups), groups, wanted)
     assert with_.denoised[-1].boxes.shape[1] > 0 and not without.denoised[-1].boxes.numel()
     for one, other in zip(without.stages, with_.stages, strict=True):
         torch.testing.assert_close(one.logits, other.logits, **CLOSE)

@@ -232,7 +232,7 @@ def test_denoising_does_not_tell_slots_the_answer():
     groups = Groups.of(link, pixels)
     wanted = find_objects(targets, groups.objects, groups.seats, groups.sizes)
     with torch.no_grad():
-        without, with_ = decoder(link, pixels), decoder._look(link, pixels, groups, wanted)
+        without, with_ = decoder(link, pixels), decoder._look(link, decoder._see(pixels, groups), groups, wanted)
     assert len(with_.denoised) == decoder.settings.decoder_layers and with_.denoised[-1].boxes.shape[1] > 0
     assert torch.equal(without.slots.query, with_.slots.query)
     for one, other in zip(without.poses, with_.poses, strict=True):
@@ -256,7 +256,7 @@ def test_rounds_of_denoising_do_not_read_each_other_in_any_layer(monkeypatch):
         monkeypatch.setattr(unipose, "make_denoising", changed)
         torch.manual_seed(0)
         with torch.no_grad():
-            found.append(decoder._look(link, pixels, groups, wanted))
+            found.append(decoder._look(link, decoder._see(pixels, groups), groups, wanted))
     rounds = found[0].denoising.round
     assert rounds.max() >= 1
     for one, other in zip(found[0].denoised, found[1].denoised, strict=True):
