@@ -98,9 +98,21 @@ def _grounding_dino(args: argparse.Namespace, folder: Path) -> list[Result]:
 
 
 def _memory(args: argparse.Namespace, folder: Path) -> list[Result]:
-    from lumen_ray.bench import decoders
+    from lumen_ray.bench import memory
 
-    return decoders.training_memory(args.preset, **_set({"images": args.batch_size}))
+    given = {"images": args.batch_size, "checkpointed": args.activation_checkpointing}
+    return memory.bench(args.preset, _names(args.decoders), **_set(given))
+
+
+def _check_memory(args: argparse.Namespace) -> None:
+    from lumen_ray.bench import memory
+
+    memory.read_preset(args.preset, _names(args.decoders))
+
+
+def _names(given: str | None) -> list[str] | None:
+    """A comma separated option."""
+    return None if given is None else [name.strip() for name in given.split(",") if name.strip()]
 
 
 #: kind -> its benches by name, in the order they run
@@ -113,7 +125,7 @@ KINDS: dict[str, dict[str, Bench]] = {
     },
     "decoders": {
         "grounding_dino": Bench(_grounding_dino, lambda args: None),
-        "memory": Bench(_memory, _check_preset),
+        "memory": Bench(_memory, _check_memory),
     },
 }
 AT_LEAST_ONE = ("workers", "threads", "turns", "steps", "batch_size")
@@ -136,6 +148,8 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, help="steps a side runs in one turn, warm-up included")
     p = _add_kind(kinds, "decoders", "grounding_dino against transformers, memory of every decoder's training step")
     p.add_argument("--preset", default="nano-experts", help="whose decoders memory looks at (default: nano-experts)")
+    p.add_argument("--decoders", help="comma separated, those of the preset that memory looks at (default: all)")
+    p.add_argument("--activation-checkpointing", action="store_true", help="of memory: as a recipe has it")
     p.add_argument("--threads", type=int, help="threads of grounding_dino's sides (default: torch's)")
     return parser
 
@@ -154,7 +168,7 @@ def _add_kind(kinds: Any, kind: str, about: str) -> argparse.ArgumentParser:
 def chosen(kind: str, only: str | None) -> dict[str, Bench]:
     """The benches of a kind that were asked for; `UserError` for a name that is none, or for no name."""
     benches = KINDS[kind]
-    names = list(benches) if only is None else [name.strip() for name in only.split(",") if name.strip()]
+    names = list(benches) if only is None else _names(only)
     if not names:
         raise UserError(f"--only '{only}' names no bench; benches: {', '.join(sorted(benches))}", "invalid_option")
     for name in names:

@@ -1,15 +1,14 @@
-"""The expert detector through the engine, against `transformers`' own loop; memory of every decoder's training step."""
+"""The expert detector through the engine, against `transformers`' own loop."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from transformers import (
     BertConfig,
     BertTokenizer,
@@ -18,23 +17,19 @@ from transformers import (
     GroundingDinoProcessor,
 )
 
-from lumen_ray import config
-from lumen_ray.bench import gpu
 from lumen_ray.bench.timing import Result, in_turns
-from lumen_ray.data import scenes, scenes_edits
-from lumen_ray.data.collate import Collator
+from lumen_ray.data import scenes
 from lumen_ray.data.images import decode
 from lumen_ray.decoders.dino import library_config
 from lumen_ray.decoders.grounding_dino import GroundingDinoDecoder
 from lumen_ray.decoders.settings import GroundingDinoSettings
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import Request, make_request
-from lumen_ray.model.build import Generalist, LoadedModel, ModelMeta, build_model, given
+from lumen_ray.model.build import LoadedModel, ModelMeta, build_model
 from lumen_ray.model.released.gdino import published_parts
 from lumen_ray.model.released.rules import apply
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import LumenTokenizer
-from lumen_ray.presets import model_path
 from lumen_ray.structures import Answer
 from lumen_ray.tasks import TASKS
 
@@ -203,61 +198,3 @@ def _speed(library: Library, ours: Ours, batch_size: int, turns: int, repeats: i
         budget=f"{threads} threads",
         details={"classes": len(WORDS), "input": SIDE},
     )
-
-
-def training_memory(preset: str = "nano-experts", images: int = 2) -> list[Result]:
-    """MiB that a forward and backward pass of each decoder of a preset allocates at most, beside weights and inputs, on
-    scenes with all that it can learn from them."""
-    settings = config.load(ModelSettings, model_path(preset))
-    tokenizer = gpu.make_tokenizer(settings)
-    model = build_model(settings, len(tokenizer)).train()
-    details = {"preset": preset, "images": images}
-    return [
-        Result(
-            f"memory/{name}",
-            "MiB",
-            {"a training step": [training_peak(model, name, tokenizer, images) / 2**20]},
-            details=details,
-            note=f"at {settings.own_sizes.get(name, f'{settings.image_size} pixels')}, beside the decoder's weights, "
-            "gradients and inputs, and without trunk and optimiser",
-        )
-        for name in model.decoders
-    ]
-
-
-def training_peak(model: Generalist, name: str, tokenizer: LumenTokenizer, images: int) -> int:
-    """Bytes of one training step of a decoder."""
-    decoder, side = model.decoders[name], model.settings.image_size
-    rows = [
-        scenes_edits.with_edit(scenes.scene_row(0, i, side), scenes_edits.scene_edit(0, i, side)) for i in range(images)
-    ]
-    tasks = tuple(task.name for task in TASKS.values() if name in task.decoders)
-    pictures, edited = ([row[key] and decode(row[key]) for row in rows] for key in ("image", "target_image"))
-    rngs = [np.random.default_rng(i) for i in range(images)]
-    collator = Collator(tokenizer, side, tasks, scenes.SKELETONS, own_sizes=model.settings.own_sizes)
-    batch = collator(rows, pictures, rngs, edited)
-    with torch.no_grad():
-        out = model.trunk(batch)
-    link = replace(out.links[name], embeddings=out.links[name].embeddings.requires_grad_())
-    pixels, targets = given(decoder, batch)
-    view = out.dense.requires_grad_() if decoder.reads == "dense" else pixels
-
-    def step() -> None:
-        decoder.zero_grad(set_to_none=False)
-        losses = decoder.losses(link, view, targets)
-        sum(term.total for term in losses.values()).backward()
-
-    step()  # allocates the gradients of the weights
-    return peak_memory(step)
-
-
-def peak_memory(step: Callable[[], object]) -> int:
-    """Bytes that `step` has allocated at most at one time on the CPU, of those it allocates itself."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        step()
-    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
-    return peak

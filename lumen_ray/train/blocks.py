@@ -48,8 +48,13 @@ def blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
 def checkpoint_blocks(model: Generalist, parts: tuple[str, ...]) -> None:
     """Blocks of these parts keep only their inputs, and compute the rest again in the backward pass."""
     for name in parts:
-        for _, block in blocks(part(model, name) or nn.Identity()):
-            block.forward = _checkpointed(block.forward)
+        checkpoint_module(part(model, name) or nn.Identity())
+
+
+def checkpoint_module(module: nn.Module) -> None:
+    """The same of the blocks of one module."""
+    for _, block in blocks(module):
+        block.forward = _checkpointed(block.forward)
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Both sides find the same, the bench sees when they do not, and memory is what was allocated at one time."""
+"""Both sides find the same, and the bench sees when they do not."""
 
 import pytest
 import torch
@@ -35,22 +35,3 @@ def test_a_difference_is_refused(sides, monkeypatch):
     monkeypatch.setitem(ours.decoder.bbox_embed.layers[-1]._parameters, "bias", torch.full((4,), 0.01))
     with pytest.raises(RuntimeError, match="differ by"):
         decoders._speed(library, ours, 1, turns=1, repeats=1, threads=1)
-
-
-def test_memory_of_a_training_step_of_each_decoder():
-    (lumen,) = [r for r in decoders.training_memory(images=1) if r.name == "memory/lumen"]
-    ((used,),) = lumen.rates.values()
-    assert 1 < used < 1000 and lumen.reached is None
-    assert str(round(used, 1)) in lumen.verdict()
-    assert lumen.verdict().endswith("gradients and inputs, and without trunk and optimiser")
-    assert lumen.to_json()["note"] in lumen.verdict()
-
-
-def test_the_peak_is_what_is_held_at_one_time():
-    def step():
-        a = torch.zeros(1000, 1000)
-        b = a + 1
-        del a
-        return b.double()
-
-    assert decoders.peak_memory(step) == pytest.approx(12e6, rel=0.01)
