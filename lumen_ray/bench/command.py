@@ -27,10 +27,12 @@ TABLE_WIDTH = 110  # columns, also where the terminal or the log has fewer
 
 @dataclass(frozen=True)
 class Bench:
-    """`check` raises `UserError` for options with which `run` could not end; all are called before the first runs."""
+    """`check` raises `UserError` for options with which `run` could not end; all are called before the first runs.
+    `asked`: it only runs where `--only` names it."""
 
     run: Callable[[argparse.Namespace, Path], list[Result]]
     check: Callable[[argparse.Namespace], None]
+    asked: bool = False
 
 
 # A bench imports what it runs when it is called: the one for GPUs runs where Ray is not installed.
@@ -104,6 +106,13 @@ def _memory(args: argparse.Namespace, folder: Path) -> list[Result]:
     return memory.bench(args.preset, _names(args.decoders), **_set(given))
 
 
+def _variants(args: argparse.Namespace, folder: Path) -> list[Result]:
+    from lumen_ray.bench import variants
+
+    given = {"images": args.batch_size, "turns": args.turns}
+    return variants.bench(args.preset, _names(args.decoders), **_set(given))
+
+
 def _check_memory(args: argparse.Namespace) -> None:
     from lumen_ray.bench import memory
 
@@ -126,6 +135,7 @@ KINDS: dict[str, dict[str, Bench]] = {
     "decoders": {
         "grounding_dino": Bench(_grounding_dino, lambda args: None),
         "memory": Bench(_memory, _check_memory),
+        "variants": Bench(_variants, _check_memory, asked=True),
     },
 }
 AT_LEAST_ONE = ("workers", "threads", "turns", "steps", "batch_size")
@@ -146,9 +156,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--workers", type=int, default=1, help="training workers of pipeline, reading processes of input")
     p.add_argument("--threads", type=int, help="threads of a training process (default: a core is left for reading)")
     p.add_argument("--steps", type=int, help="steps a side runs in one turn, warm-up included")
-    p = _add_kind(kinds, "decoders", "grounding_dino against transformers, memory of every decoder's training step")
-    p.add_argument("--preset", default="nano-experts", help="whose decoders memory looks at (default: nano-experts)")
-    p.add_argument("--decoders", help="comma separated, those of the preset that memory looks at (default: all)")
+    p = _add_kind(kinds, "decoders", "grounding_dino against transformers, training steps of every decoder")
+    p.add_argument(
+        "--preset", default="nano-experts", help="whose decoders memory and variants look at (default: nano-experts)"
+    )
+    p.add_argument("--decoders", help="comma separated, of the preset, for memory and variants (default: all)")
     p.add_argument("--activation-checkpointing", action="store_true", help="of memory: as a recipe has it")
     p.add_argument("--threads", type=int, help="threads of grounding_dino's sides (default: torch's)")
     return parser
@@ -157,7 +169,9 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_kind(kinds: Any, kind: str, about: str) -> argparse.ArgumentParser:
     """The parser of a kind, with the options that all have."""
     p = kinds.add_parser(kind, help=about)
-    p.add_argument("--only", help=f"comma separated, of {', '.join(KINDS[kind])} (default: all)")
+    rest = [name for name, bench in KINDS[kind].items() if bench.asked]
+    default = f"all but {', '.join(rest)}" if rest else "all"
+    p.add_argument("--only", help=f"comma separated, of {', '.join(KINDS[kind])} (default: {default})")
     p.add_argument("--output", default=f"bench-{kind}.json", help=f"JSON to write (default: bench-{kind}.json)")
     p.add_argument("--check", action="store_true", help="exit status 1 when an aim is missed")
     p.add_argument("--turns", type=int, help="how often the sides take turns")
@@ -168,7 +182,7 @@ def _add_kind(kinds: Any, kind: str, about: str) -> argparse.ArgumentParser:
 def chosen(kind: str, only: str | None) -> dict[str, Bench]:
     """The benches of a kind that were asked for; `UserError` for a name that is none, or for no name."""
     benches = KINDS[kind]
-    names = list(benches) if only is None else _names(only)
+    names = [name for name, bench in benches.items() if not bench.asked] if only is None else _names(only)
     if not names:
         raise UserError(f"--only '{only}' names no bench; benches: {', '.join(sorted(benches))}", "invalid_option")
     for name in names:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from lumen_ray import config
@@ -103,17 +104,20 @@ def link_of(batch: dict[str, Any], decoder: Decoder | ImageDecoder, settings: Mo
 
 def training_step(
     decoder: Decoder | ImageDecoder, settings: ModelSettings, batch: dict[str, Any], link: SuperLink
-) -> Callable[[], None]:
-    """A forward and backward pass of what a decoder learns."""
+) -> Callable[[], Tensor]:
+    """A forward and backward pass of what a decoder learns, which gives the loss."""
     view, targets = given(decoder, batch)
     if decoder.reads == "dense":
         side = settings.image_size // 4
-        view = torch.randn(len(batch["images"]), settings.dense_channels, side, side).requires_grad_()
+        view = torch.randn(len(batch["images"]), settings.dense_channels, side, side)
+        view = view.to(link.embeddings.device).requires_grad_()
 
-    def step() -> None:
+    def step() -> Tensor:
         decoder.zero_grad(set_to_none=False)
         losses = decoder.losses(link, view, targets)
-        sum(term.total for term in losses.values()).backward()
+        loss = sum(term.total for term in losses.values())
+        loss.backward()
+        return loss.detach()
 
     return step
 

@@ -69,15 +69,18 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 def compile_blocks(model: Generalist, parts: tuple[str, ...], device: torch.device, backend: str = "inductor") -> None:
     """Blocks of these parts are compiled, each kind once, but for those of `EAGER`; a dimension that changes is
     compiled as dynamic."""
-    if not parts:
-        return
+    for name in parts:
+        compile_module(part(model, name) or nn.Identity(), device, backend)
+
+
+def compile_module(module: nn.Module, device: torch.device, backend: str = "inductor") -> None:
+    """The same of the blocks of one module."""
     if backend == "inductor":
         check_compiler(device)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
-    for name in parts:
-        for path, block in blocks(part(model, name) or nn.Identity()):
-            if not path.startswith(EAGER):
-                block.forward = torch.compile(block.forward, backend=backend)
+    for path, block in blocks(module):
+        if not path.startswith(EAGER):
+            block.forward = torch.compile(block.forward, backend=backend)
 
 
 def check_compiler(device: torch.device) -> None:
