@@ -130,13 +130,17 @@ def alone(model, batches):
     return gradients(model)
 
 
-def _uneven():
+def _uneven(in_parts=False):
     model, plain = expert_model(), expert_model()
+    for name in ("grounding_dino", "unipose") if in_parts else ():  # each group of prompts by itself, and again
+        for decoder in (model.decoders[name], plain.decoders[name]):
+            decoder.settings = decoder.settings.model_copy(update={"pixels_at_once": 1})
     checkpoint_blocks(model, BLOCK_PARTS)
     parallel.MIN_BLOCK_PARAMETERS = 0  # groups of the trunk beside those of the experts
     parallel.shard(model, CPU)
     # all of it; experts behind a trunk that does not learn; experts that only pass gradients on
-    for trainable, steps in ((None, STEPS), (tuple(TASKS), STEPS[:3]), (("llm",), STEPS[::2])):
+    every = ((None, STEPS), (tuple(TASKS), STEPS[:3]), (("llm",), STEPS[::2]))
+    for trainable, steps in ((None, STEPS[:2]),) if in_parts else every:
         for each in (plain, model):
             set_trainable(each, Stage.model_validate({"name": "s", "steps": 1, "trainable": trainable}))
         for decoders, tasks in steps:
@@ -150,6 +154,10 @@ def _uneven():
 
 def test_ranks_that_ask_nothing_of_an_expert_train_it_with_the_others():
     on_two_ranks(_uneven)
+
+
+def test_ranks_that_look_at_their_prompts_part_by_part():
+    on_two_ranks(_uneven, True)
 
 
 def _gathered():
