@@ -273,7 +273,7 @@ def _inputs(settings: ModelSettings) -> Iterator[Finding]:
 
 
 def _room(roles: list[Role]) -> Iterator[Finding]:
-    """Whether the model fits: models are loaded in fp32, on a GPU where there is one."""
+    """Whether the model fits, on a GPU where there is one; in bf16, where it does not in fp32."""
     whole, largest = (f(role.parameters * FP32 for role in roles) for f in (sum, max))
     gpus = gpu_memory()
     room, where = (max(gpus), "the largest GPU") if gpus else (host_memory(), "this machine's memory")
@@ -283,6 +283,11 @@ def _room(roles: list[Role]) -> Iterator[Finding]:
         yield Finding(
             "ok",
             f"inference fits with a GPU for each role, as 'serve' can place them: {size(largest)} of {size(room)}",
+        )
+    elif whole * BF16 // FP32 <= room:
+        yield Finding(
+            "ok",
+            f"inference fits in {where} with --dtype bfloat16: about {size(whole * BF16 / FP32)} of {size(room)}",
         )
     else:
         yield Finding(
@@ -300,7 +305,7 @@ def _gpus(roles: list[Role], by_recipe: ByRecipe | None, workers: int) -> Iterat
     yield Finding(
         "note",
         f"inference runs without one; it takes one of {size(whole)}, or to serve one for each role, of at most "
-        f"{size(largest)}",
+        f"{size(largest)}; about half with --dtype bfloat16",
     )
     if by_recipe is None or by_recipe.model is None:
         return

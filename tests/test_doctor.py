@@ -139,9 +139,15 @@ def test_without_peft_it_says_what_it_cannot_count(monkeypatch):
 
 def test_roles_may_have_a_gpu_each(monkeypatch):
     roles = [Role("trunk", 10**6, 0), Role("decoder", 10**6, 0)]
-    for gpus, state in (([5 * 10**6], "missing"), ([5 * 10**6] * 2, "ok"), ([3 * 10**6] * 2, "missing")):
+    cases = (
+        ([5 * 10**6], "ok", "with --dtype bfloat16: about 3.8 MiB of 4.8 MiB"),
+        ([5 * 10**6] * 2, "ok", "with a GPU for each role"),
+        ([3 * 10**6] * 2, "missing", "needs 7.6 MiB but"),
+    )
+    for gpus, state, told in cases:
         monkeypatch.setattr(doctor, "gpu_memory", lambda gpus=gpus: gpus)
-        assert [f.state for f in doctor._room(roles)] == [state]
+        ((found, text),) = [(f.state, f.text) for f in doctor._room(roles)]
+        assert found == state and told in text
 
 
 def test_roles_are_counted_on_the_model():

@@ -9,7 +9,7 @@ import os
 import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +30,7 @@ class Bench:
     """`check` raises `UserError` for options with which `run` could not end; all are called before the first runs.
     `asked`: it only runs where `--only` names it."""
 
-    run: Callable[[argparse.Namespace, Path], list[Result]]
+    run: Callable[[argparse.Namespace, Path], Iterable[Result]]
     check: Callable[[argparse.Namespace], None]
     asked: bool = False
 
@@ -106,7 +106,7 @@ def _memory(args: argparse.Namespace, folder: Path) -> list[Result]:
     return memory.bench(args.preset, _names(args.decoders), **_set(given))
 
 
-def _variants(args: argparse.Namespace, folder: Path) -> list[Result]:
+def _variants(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
     from lumen_ray.bench import variants
 
     given = {"images": args.batch_size, "turns": args.turns}
@@ -117,6 +117,12 @@ def _check_memory(args: argparse.Namespace) -> None:
     from lumen_ray.bench import memory
 
     memory.read_preset(args.preset, _names(args.decoders))
+
+
+def _check_variants(args: argparse.Namespace) -> None:
+    from lumen_ray.bench import variants
+
+    variants.check(args.preset, _names(args.decoders))
 
 
 def _names(given: str | None) -> list[str] | None:
@@ -135,7 +141,7 @@ KINDS: dict[str, dict[str, Bench]] = {
     "decoders": {
         "grounding_dino": Bench(_grounding_dino, lambda args: None),
         "memory": Bench(_memory, _check_memory),
-        "variants": Bench(_variants, _check_memory, asked=True),
+        "variants": Bench(_variants, _check_variants, asked=True),
     },
 }
 AT_LEAST_ONE = ("workers", "threads", "turns", "steps", "batch_size")

@@ -25,6 +25,7 @@ from lumen_ray.errors import unknown
 from lumen_ray.model.build import given
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.superlink import SuperLink
+from lumen_ray.precision import arithmetic
 from lumen_ray.presets import model_path
 from lumen_ray.tasks import TASKS, decoder_class
 from lumen_ray.train.blocks import checkpoint_module
@@ -103,21 +104,25 @@ def link_of(batch: dict[str, Any], decoder: Decoder | ImageDecoder, settings: Mo
 
 
 def training_step(
-    decoder: Decoder | ImageDecoder, settings: ModelSettings, batch: dict[str, Any], link: SuperLink
-) -> Callable[[], Tensor]:
-    """A forward and backward pass of what a decoder learns, which gives the loss."""
+    decoder: Decoder | ImageDecoder,
+    settings: ModelSettings,
+    batch: dict[str, Any],
+    link: SuperLink,
+    low: bool = False,
+) -> Callable[[], dict[str, Tensor]]:
+    """A forward pass of what a decoder learns, with `low` in bf16, and its backward pass; it gives the losses."""
     view, targets = given(decoder, batch)
     if decoder.reads == "dense":
         side = settings.image_size // 4
         view = torch.randn(len(batch["images"]), settings.dense_channels, side, side)
         view = view.to(link.embeddings.device).requires_grad_()
 
-    def step() -> Tensor:
+    def step() -> dict[str, Tensor]:
         decoder.zero_grad(set_to_none=False)
-        losses = decoder.losses(link, view, targets)
-        loss = sum(term.total for term in losses.values())
-        loss.backward()
-        return loss.detach()
+        with arithmetic(low, link.embeddings.device):
+            losses = decoder.losses(link, view, targets)
+        sum(term.total for term in losses.values()).backward()
+        return {name: term.total.detach() for name, term in losses.items()}
 
     return step
 

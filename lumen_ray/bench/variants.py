@@ -3,48 +3,60 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
 from lumen_ray.bench.memory import batch_of, link_of, read_preset, training_step
 from lumen_ray.bench.timing import Result, in_turns
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.precision import arithmetic
 from lumen_ray.tasks import decoder_class
 from lumen_ray.train.batch import to_device
-from lumen_ray.train.blocks import compile_module
+from lumen_ray.train.blocks import check_compiler, compile_module
 
-#: how far losses may be apart, relative: other kernels round otherwise, and another place may win a query by rounding
-TOLERANCE = {"compiled": 0.01, "bf16": 0.1}
-PLAIN = {"compiled": "eager", "bf16": "fp32"}
+PLAIN = {"bf16": "fp32", "compiled": "eager"}
+#: how far each loss of a compiled step may be from the eager one's, relative. In bf16 none is held to it: fresh weights
+#: find every place alike, so that rounding says which become queries; tests compare what queries are made of instead
+COMPILED_TOLERANCE = 0.01
+#: of fresh weights' deviation that is added to them, so that places differ enough to be chosen alike
+SCRAMBLE = 0.05
+Step = Callable[[], dict[str, float]]
+
+
+def find_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check(preset: str, names: Sequence[str] | None) -> None:
+    """`UserError` for a decoder that the preset has not, or where nothing can be compiled."""
+    read_preset(preset, names)
+    check_compiler(find_device())
 
 
 def bench(
     preset: str = "nano-experts", names: Sequence[str] | None = None, images: int = 2, turns: int = 3, repeats: int = 3
-) -> list[Result]:
-    """Images per second of both sides, on the GPU where there is one; refuses to report a speed when losses differ."""
+) -> Iterator[Result]:
+    """Images per second of both sides, on the GPU where there is one; no speed where losses differ."""
     settings, names = read_preset(preset, names)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return [_measure(settings, name, how, images, turns, repeats, device) for name in names for how in PLAIN]
+    for how in PLAIN:
+        for name in names:
+            yield _measure(settings, name, how, images, turns, repeats)
 
 
-def _measure(
-    settings: ModelSettings, name: str, how: str, images: int, turns: int, repeats: int, device: torch.device
-) -> Result:
+def _measure(settings: ModelSettings, name: str, how: str, images: int, turns: int, repeats: int) -> Result:
+    device, losses, seconds = find_device(), {}, {}
     sides = {side: _side(settings, name, side, images, device) for side in (how, PLAIN[how])}
-    losses, began = {}, time.perf_counter()
     for side, step in sides.items():
+        began = time.perf_counter()
         torch.manual_seed(1)  # of noise
         losses[side] = step()
-        if side == how:
-            warm = time.perf_counter() - began
-    ours, wanted = losses.values()
-    apart = abs(ours - wanted) / abs(wanted)
-    if not apart < TOLERANCE[how]:
-        raise RuntimeError(f"{name}: {how} and {PLAIN[how]} losses differ by {apart:.1%}: {ours}, {wanted}")
+        seconds[side] = round(time.perf_counter() - began, 1)
+    apart = furthest(*losses.values())
+    if how == "compiled" and not apart <= COMPILED_TOLERANCE:
+        told = f"a loss differs by {apart:.1%}, more than {COMPILED_TOLERANCE:.0%}: {losses}"
+        return Result(f"{how}/{name}", "images/s", {}, skipped=told)
 
-    def rate(step: Callable[[], float]) -> float:
+    def rate(step: Step) -> float:
         began = time.perf_counter()
         for _ in range(repeats):
             step()
@@ -54,23 +66,26 @@ def _measure(
         f"{how}/{name}",
         "images/s",
         in_turns({side: lambda step=step: rate(step) for side, step in sides.items()}, turns),
-        equal=f"the loss to {apart:.1e} (at most {TOLERANCE[how]:g})",
+        equal=f"each loss to {apart:.1e}" + (f" (at most {COMPILED_TOLERANCE:g})" if how == "compiled" else ""),
         budget=torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads",
-        details={"preset": settings.name, "images": images, "first_step_seconds": round(warm, 1)},
+        details={"preset": settings.name, "images": images, "first_step_seconds": seconds},
     )
 
 
-def _side(settings: ModelSettings, name: str, side: str, images: int, device: torch.device) -> Callable[[], float]:
-    """A step that gives its loss, which waits for the device. Weights, links and batch are the same for all sides."""
+def furthest(ours: Mapping[str, float], wanted: Mapping[str, float]) -> float:
+    """The largest relative difference of a loss."""
+    return max(abs(ours[name] - value) / max(abs(value), 1e-6) for name, value in wanted.items())
+
+
+def _side(settings: ModelSettings, name: str, side: str, images: int, device: torch.device) -> Step:
+    """A step that gives its losses, which waits for the device. Weights, links and batch are the same for all sides."""
     torch.manual_seed(0)
     batch, decoder = batch_of(settings, name, images), decoder_class(name).build(settings).to(device).train()
+    with torch.no_grad():
+        for p in decoder.parameters():
+            p.add_(torch.randn(p.shape).to(device), alpha=SCRAMBLE)
     link = link_of(batch, decoder, settings).to(device)
     if side == "compiled":
         compile_module(decoder, device)
-    step = training_step(decoder, settings, to_device(batch, device), link)
-
-    def run() -> float:
-        with arithmetic(side == "bf16", device):
-            return float(step())
-
-    return run
+    step = training_step(decoder, settings, to_device(batch, device), link, low=side == "bf16")
+    return lambda: {name: float(value) for name, value in step().items()}

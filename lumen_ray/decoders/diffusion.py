@@ -9,7 +9,6 @@ Legend: G prompts, T tokens of a condition, C its width, z latent channels, h x 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import math
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumen_ray.decoders.base import ImageDecoder, ImageTargets, LossTerm, Pixels, SampleSettings
-from lumen_ray.decoders.settings import SAMPLERS, DiffusionSettings
+from lumen_ray.decoders.schedule import TRAINING, check_schedule, config_keys, make_scheduler, scheduler_keys
+from lumen_ray.decoders.settings import DiffusionSettings
 from lumen_ray.decoders.sizes import by_size
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.model.skeleton import published
@@ -40,18 +40,6 @@ def check_keys(where: str, keys: Collection[str], valid: Collection[str], owner:
             raise UserError(
                 f"unknown key '{where}.{key}';{suggest(key, valid)} valid keys are those of {owner}", "invalid_config"
             )
-
-
-def config_keys(cls: type) -> set[str]:
-    """The keys of the config of a class of `diffusers`."""
-    return set(inspect.signature(cls.__init__).parameters) - {"self", "kwargs"}
-
-
-def scheduler_keys() -> set[str]:
-    """The keys of all samplers and of the noise schedule of training, so that one set of keys serves any of them."""
-    import diffusers
-
-    return set().union(*(config_keys(getattr(diffusers, name)) for name in SAMPLERS))
 
 
 def _build(cls: type[nn.Module], where: str, keys: dict[str, Any]) -> nn.Module:
@@ -152,6 +140,7 @@ class DiffusionDecoder(ImageDecoder):
         for holds, message in rules:
             if not holds:
                 raise UserError(f"{self.name}.{message}", "invalid_config")
+        check_schedule(self.name, s)
 
     @property
     def width(self) -> int:
@@ -173,11 +162,7 @@ class DiffusionDecoder(ImageDecoder):
         return self
 
     def _scheduler(self, name: str) -> SchedulerMixin:
-        import diffusers
-
-        cls = getattr(diffusers, name)
-        valid = config_keys(cls)
-        return cls(**{key: value for key, value in self.settings.scheduler.items() if key in valid})
+        return make_scheduler(name, self.settings.scheduler)
 
     def empty_condition(self) -> Tensor:
         """[1, T, C]: what stands for "no prompt": the encoded empty text, or what was learned for it."""
@@ -224,9 +209,9 @@ class DiffusionDecoder(ImageDecoder):
         return losses
 
     def _noise_loss(self, link: SuperLink, view: Pixels | None, pixels: Tensor) -> LossTerm:
-        scheduler = self._scheduler("DDPMScheduler")
+        scheduler = self._scheduler(TRAINING)
         with torch.no_grad():
-            latents = self.vae.encode(pixels).latent_dist.sample() * self.vae.config.scaling_factor
+            latents = self.vae.encode(pixels).latent_dist.sample().float() * self.vae.config.scaling_factor
         noise = torch.randn_like(latents)
         times = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
         condition, beside = self._training_condition(link, view, tuple(pixels.shape[-2:]))
@@ -238,11 +223,12 @@ class DiffusionDecoder(ImageDecoder):
 
     @staticmethod
     def _wanted(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What the UNet predicts, by the schedule's `prediction_type`."""
+        """What the UNet predicts, by the schedule's `prediction_type`; all in fp32, as schedulers take their precision
+        from what they are given, and in bf16 the first steps would add no noise at all."""
         kind = scheduler.config.prediction_type
         if kind == "v_prediction":
             return scheduler.get_velocity(latents, noise, times)
-        return latents if kind == "sample" else noise
+        return {"sample": latents, "epsilon": noise}[kind]
 
     def _training_condition(self, link: SuperLink, view: Pixels | None, size: Size) -> tuple[Tensor, list[Tensor]]:
         """For pictures of (height, width) `size`: the condition [G, T, C] with some of it dropped, for classifier-free
@@ -349,7 +335,7 @@ class DiffusionDecoder(ImageDecoder):
         """The size to draw, of settings that can work; else a `UserError`."""
         size = settings.size or (self.settings.image_size,) * 2
         self.settings.own_size.check(size)
-        most_steps = self._scheduler("DDPMScheduler").config.num_train_timesteps
+        most_steps = self._scheduler(TRAINING).config.num_train_timesteps
         rules = [
             (1 <= settings.steps <= most_steps, f"steps must be in 1..{most_steps}, got {settings.steps}"),
             (math.isfinite(settings.guidance), f"guidance must be a finite number, got {settings.guidance}"),

@@ -12,7 +12,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lumen_ray.decoders.diffusion import DiffusionDecoder, config_keys, scheduler_keys
+from lumen_ray.decoders.diffusion import DiffusionDecoder
+from lumen_ray.decoders.schedule import config_keys, scheduler_keys
 from lumen_ray.decoders.settings import SAMPLERS
 from lumen_ray.errors import UserError
 

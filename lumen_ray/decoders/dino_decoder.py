@@ -5,6 +5,7 @@ Legend: P' object prompts, G groups, T prompts of the largest group, Q queries, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -12,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lumen_ray.decoders.base import Decoder, LossTerm, PerceptionTargets, Pixels
 from lumen_ray.decoders.denoising import Denoising
@@ -22,6 +22,7 @@ from lumen_ray.decoders.settings import DinoLossSettings
 from lumen_ray.model.aligner import Seats
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.model.vision import IMAGENET_MEAN, IMAGENET_STD
+from lumen_ray.recompute import recomputed
 from lumen_ray.structures import Size
 
 if TYPE_CHECKING:
@@ -80,8 +81,8 @@ class Groups:
 
     def parts(self, link: SuperLink, most: int) -> list[Tensor]:
         """The link's prompts, int64 each, in parts of whole groups whose images have at most `most` pixels together, or
-        of one group."""
-        largest = max(height * width for height, width in self.sizes)
+        of one group. Maps are padded to the longest sides, so those count."""
+        largest = math.prod(max(sides) for sides in zip(*self.sizes, strict=True))
         owner = torch.where(link.parent < 0, torch.arange(len(link), device=link.parent.device), link.parent)
         group = link.group[owner]
         return [
@@ -238,7 +239,7 @@ class DinoDecoder(Decoder):
         for members in parts:
             own = link.only(members)
             part = own, levels, Groups.of(own, pixels).among(groups), targets.only(members)
-            found.append(checkpoint(self._losses_of, *part, use_reentrant=False))
+            found.append(recomputed(self._losses_of, link.embeddings.device, *part))
         return {name: _joined([terms[name] for terms in found], parts) for name in found[0]}
 
     def _losses_of(

@@ -117,11 +117,17 @@ class InstructPix2PixSettings(DiffusionSettings):
     drop_image: float = Field(0.05, ge=0, description="share trained without the picture to edit")
 
     @model_validator(mode="after")
-    def _shares(self) -> InstructPix2PixSettings:
+    def _fits(self) -> InstructPix2PixSettings:
         total = self.drop_text + self.drop_both + self.drop_image
         if total >= 1:
             raise UserError(
                 f"drop_text, drop_both and drop_image are shares that add up to less than 1, got {total:g}",
+                "invalid_config",
+            )
+        if self.guidance <= 1 < self.image_guidance:
+            raise UserError(
+                f"guidance {self.guidance:g} is none, so the picture cannot guide alone; set a guidance above 1, or "
+                "image_guidance: 1",
                 "invalid_config",
             )
         return self
@@ -209,8 +215,8 @@ class DinoLossSettings(DinoSettings):
     pixels_at_once: int = Field(
         1 << 23,
         gt=0,
-        description="how much a training step looks at together: pixels of the images of its groups of prompts, each "
-        "group counted; more are looked at part by part, and activations computed again in the backward pass",
+        description="how much of its requests a training step looks at together, in pixels of the images that they are "
+        "about; more are looked at part by part, and activations computed again in the backward pass",
     )
     look_forward_twice: bool = Field(False, description=_TWICE)
     learned_class_scale: bool = Field(

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import Generalist
+from lumen_ray.recompute import recomputed
 from lumen_ray.tasks import DECODERS
 
 #: recompilations of one kind of block before PyTorch falls back to eager: shapes, stages and kinds share the count
@@ -54,14 +54,14 @@ def checkpoint_blocks(model: Generalist, parts: tuple[str, ...]) -> None:
 def checkpoint_module(module: nn.Module) -> None:
     """The same of the blocks of one module."""
     for _, block in blocks(module):
-        block.forward = _checkpointed(block.forward)
+        block.forward = _checkpointed(block)
 
 
-def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _checkpointed(block: nn.Module) -> Callable[..., Any]:
+    forward = block.forward
+
     def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return recomputed(forward, next(block.parameters()).device, *args, **kwargs)
 
     return run
 

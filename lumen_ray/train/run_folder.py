@@ -22,9 +22,11 @@ from lumen_ray.model.build import read_meta
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import CAPTIONS_FILE, LumenTokenizer
 from lumen_ray.model.warm_start import start_tokenizer
-from lumen_ray.tasks import TASKS
+from lumen_ray.tasks import DECODERS, TASKS
 from lumen_ray.train.recipe import CARRIED_OUT, Recipe
 
+#: of decoders' settings, those that only say how a step is carried out or how pictures are drawn
+NOT_LEARNED = ("pixels_at_once", "guidance", "image_guidance", "sampler")
 #: how long a new try waits for the last one's processes to be gone; Ray takes seconds to end what a dead driver left
 LOCK_SECONDS = 60.0
 
@@ -110,9 +112,14 @@ def _of_today(kind: type[Settings], saved: Any) -> Any:
 
 
 def _deciding(value: Any) -> Any:
-    """Of a mapping, without what is compared by itself, as what it stands for."""
+    """Of a mapping, without what is compared by itself, as what it stands for; of a decoder's section, without what its
+    weights do not depend on."""
+    if not isinstance(value, dict):
+        return value
     apart = (*CARRIED_OUT, "model", "init_from")
-    return {k: v for k, v in value.items() if k not in apart} if isinstance(value, dict) else value
+    decoders = {k: v for k, v in value.items() if k in DECODERS and isinstance(v, dict)}
+    kept = {name: {k: v for k, v in own.items() if k not in NOT_LEARNED} for name, own in decoders.items()}
+    return {k: v for k, v in value.items() if k not in apart} | kept
 
 
 @contextmanager

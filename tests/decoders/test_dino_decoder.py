@@ -59,7 +59,7 @@ def test_parts_add_up_to_the_whole(make):
     """Without what is drawn at random: of parts, other numbers are drawn."""
     exact, whole, once, again = step(make, 1 << 20, denoising_queries=0)
     assert len(once) == 1 and not again
-    largest = 96 * 96 if make is poses else 96 * 80
+    largest = 96 * 96  # which all maps are padded to
     for most in (1, 2 * largest):
         losses, grads, forward, again = step(make, most, denoising_queries=0)
         assert max(forward) == max(1, most // largest) and sum(forward) == once[0] and len(forward) > 1
@@ -78,7 +78,7 @@ def test_parts_add_up_to_the_whole(make):
 def test_what_is_computed_again_is_what_was_computed(make, monkeypatch):
     """Noise, masks' points and dropout included."""
     losses, grads, *_ = step(make, 1, dropout=0.1)
-    monkeypatch.setattr(dino_decoder, "checkpoint", lambda run, *args, **_: run(*args))
+    monkeypatch.setattr(dino_decoder, "recomputed", lambda run, device, *args: run(*args))
     kept, expected, *_ = step(make, 1, dropout=0.1)
     assert all(torch.equal(losses[name].total, term.total) for name, term in kept.items())
     for name, grad in expected.items():

@@ -116,6 +116,13 @@ def test_guidance_that_the_pipeline_would_leave_out_is_told(keys, message):
         instruct_pix2pix().sample(make_link(1), make_pixels(), SampleSettings(**keys))
 
 
+def test_guidance_of_its_own_that_refuses_every_edit_is_told():
+    keys = {"image_size": 64, "unet": {}, "vae": {}, "guidance": 1.0}
+    with pytest.raises(UserError, match="guidance 1 is none.*image_guidance: 1"):
+        validate(InstructPix2PixSettings, keys, "test")
+    validate(InstructPix2PixSettings, keys | {"image_guidance": 1.0}, "test")
+
+
 def test_shares_of_what_is_dropped_leave_something():
     keys = {"image_size": 64, "unet": {}, "vae": {}, "drop_text": 0.5, "drop_both": 0.3, "drop_image": 0.2}
     with pytest.raises(UserError, match="shares that add up to less than 1, got 1"):

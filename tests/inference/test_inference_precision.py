@@ -15,6 +15,7 @@ from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import make_request
 from lumen_ray.inference.trunk_stage import TrunkStage
 from lumen_ray.model.build import load_model
+from lumen_ray.model.skeleton import put_weights
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +89,18 @@ def test_large_weights_are_stored_in_it_and_small_ones_are_not():
         assert answer.images or len(answer.predictions[0])
 
 
-def test_weights_are_read_into_it(tmp_path):
+def test_weights_are_read_into_it(tmp_path, monkeypatch):
     """None of them is there in fp32 first, and asking twice changes nothing."""
-    folder = tiny_folder(tmp_path, **EXPERTS)
+    folder, put = tiny_folder(tmp_path, **EXPERTS), []
+
+    def watched(module, read, device):
+        put.append({p.dtype for p in module.parameters()})
+        assert all(p.is_meta for p in module.parameters())
+        put_weights(module, read, device)
+
+    monkeypatch.setattr("lumen_ray.model.build.put_weights", watched)
     loaded = load_model(folder, parts=("trunk",), dtype="bfloat16")
+    assert put == [{torch.float32, torch.bfloat16}]
     assert loaded.model.trunk.llm.lm_head.weight.dtype == torch.bfloat16
     for name in loaded.model.decoders:
         decoder = loaded.decoder(name)
@@ -99,7 +108,7 @@ def test_weights_are_read_into_it(tmp_path):
         assert set(kinds) == {torch.float32, torch.bfloat16}
         methods = {path: vars(decoder.get_submodule(path)).get("forward") for path in decoder.exact}
         stage = DecoderStage(loaded, name)
-        assert stage.decoder is decoder
+        assert stage.decoder is decoder and put[-1] == set(kinds)
         assert methods == {path: vars(decoder.get_submodule(path)).get("forward") for path in decoder.exact}
 
 

@@ -1,6 +1,7 @@
 """Two FSDP ranks train a model with every decoder, on steps that each need another one."""
 
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -130,11 +131,17 @@ def alone(model, batches):
     return gradients(model)
 
 
+def _looked(parts, look, link, levels, groups, *rest):
+    parts.append(len(groups.image))
+    return look(link, levels, groups, *rest)
+
+
 def _uneven(in_parts=False):
-    model, plain = expert_model(), expert_model()
+    model, plain, parts = expert_model(), expert_model(), []
     for name in ("grounding_dino", "unipose") if in_parts else ():  # each group of prompts by itself, and again
         for decoder in (model.decoders[name], plain.decoders[name]):
             decoder.settings = decoder.settings.model_copy(update={"pixels_at_once": 1})
+            decoder._look = partial(_looked, parts, decoder._look)
     checkpoint_blocks(model, BLOCK_PARTS)
     parallel.MIN_BLOCK_PARAMETERS = 0  # groups of the trunk beside those of the experts
     parallel.shard(model, CPU)
@@ -147,6 +154,7 @@ def _uneven(in_parts=False):
             batches = batches_of(decoders, tasks)
             backward(model, batches[dist.get_rank()], dist.get_rank())
             ours, wanted = gradients(model), alone(plain, batches)
+            assert set(parts) <= {1} and bool(parts) == in_parts
             assert ours.keys() == wanted.keys()
             for name, gradient in wanted.items():
                 torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-5, msg=f"{name} {decoders} {tasks}")

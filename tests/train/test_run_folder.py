@@ -9,7 +9,7 @@ from dataclasses import asdict
 import pytest
 import yaml
 from safetensors.torch import load_file, save_file
-from tiny_models import captioning_tokenizer, tiny_folder, tiny_settings
+from tiny_models import EXPERTS, captioning_tokenizer, tiny_folder, tiny_settings
 from train_fakes import make_job, make_recipe
 
 from lumen_ray.errors import UserError
@@ -94,6 +94,19 @@ def test_how_a_run_is_carried_out_may_change(data, tmp_path):
     changed = make_recipe(data, workers=2, min_workers=1, max_failures=9, keep_checkpoints=1, checkpoint_every=3)
     keep_start(tmp_path, start_of(changed, settings, manifest, None), resumes=True)
     assert json.loads((tmp_path / "recipe.json").read_text())["recipe"]["workers"] == 2
+
+
+def test_what_no_weight_depends_on_may_change(data, tmp_path):
+    manifest = {"files": [{"sha256": "a"}], "categories": []}
+
+    def start(name, **changes):
+        return start_of(make_recipe(data), tiny_settings(**EXPERTS | {name: EXPERTS[name] | changes}), manifest, None)
+
+    keep_start(tmp_path, start("unipose"), resumes=False)
+    for changes in ({"pixels_at_once": 5}, {"guidance": 2.0}, {"sampler": "EulerDiscreteScheduler"}):
+        keep_start(tmp_path, start("unipose" if "pixels_at_once" in changes else "stable_diffusion", **changes), True)
+    with pytest.raises(UserError, match="another model settings"):
+        keep_start(tmp_path, start("unipose", box_weight=1.0), resumes=True)
 
 
 def test_a_run_is_continued_with_what_it_was_started_with(data, tmp_path):
