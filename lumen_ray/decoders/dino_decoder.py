@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lumen_ray.decoders.base import Decoder, LossTerm, PerceptionTargets, Pixels
 from lumen_ray.decoders.denoising import Denoising
@@ -22,7 +23,6 @@ from lumen_ray.decoders.settings import DinoLossSettings
 from lumen_ray.model.aligner import Seats
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.model.vision import IMAGENET_MEAN, IMAGENET_STD
-from lumen_ray.recompute import recomputed
 from lumen_ray.structures import Size
 
 if TYPE_CHECKING:
@@ -239,7 +239,9 @@ class DinoDecoder(Decoder):
         for members in parts:
             own = link.only(members)
             part = own, levels, Groups.of(own, pixels).among(groups), targets.only(members)
-            found.append(recomputed(self._losses_of, link.embeddings.device, *part))
+            # torch keeps the random numbers of the devices of tensors among the arguments, and looks into no dataclass
+            again = checkpoint(lambda _, *of: self._losses_of(*of), own.embeddings, *part, use_reentrant=False)
+            found.append(again)
         return {name: _joined([terms[name] for terms in found], parts) for name in found[0]}
 
     def _losses_of(

@@ -15,9 +15,10 @@ class DiffusionHead(nn.Module):
 
     `width`: that of the UNet's cross attention; `heads` must divide it. `layers` of the encoder and of the decoder.
 
-    With `reads_words` a linear path adds to every token what it makes of the mean embedding of the instruction's words.
-    Of what differs between the states of two instructions a fresh mapper lets through less than a thousandth, since its
-    own queries outweigh it, and a UNet that is not told what to draw learns to do without.
+    With a `vocabulary`, the LLM's size of it, a linear path adds to every token what it makes of the mean of the
+    instruction's words, in embeddings of its own. Of what differs between the states of two instructions a fresh mapper
+    lets through less than a thousandth, since its own queries outweigh it, and so little of a small LLM's embeddings
+    tells one colour from another; a UNet that is not told what to draw learns to do without.
     """
 
     def __init__(
@@ -27,7 +28,7 @@ class DiffusionHead(nn.Module):
         num_tokens: int = 77,
         heads: int = 8,
         layers: int = 1,
-        reads_words: bool = False,
+        vocabulary: int = 0,
     ):
         super().__init__()
         self.proj = nn.Sequential(nn.Linear(llm_width, width), nn.GELU(), nn.Linear(width, width))
@@ -42,12 +43,13 @@ class DiffusionHead(nn.Module):
             d_model=width, nhead=heads, num_decoder_layers=layers, custom_encoder=encoder, **kind
         )
         self.queries = nn.Parameter(torch.randn(num_tokens, width))
-        self.words = None
-        if reads_words:
+        self.vocabulary = self.words = None
+        if vocabulary:
+            self.vocabulary = nn.Embedding(vocabulary, llm_width)
             self.words = nn.Sequential(nn.LayerNorm(llm_width), nn.Linear(llm_width, num_tokens * width))
 
     def forward(self, states: Tensor, words: Tensor | None = None, parents: Tensor | None = None) -> Tensor:
         """states [P, N, llm_width] at the queries behind the routing token, whose own state takes no part; words
-        [P, llm_width] with `reads_words`; `parents` are for other heads."""
+        [P, llm_width], the mean of `vocabulary` over each instruction; `parents` are for other heads."""
         tokens = self.mapper(self.proj(states), self.queries.expand(len(states), -1, -1))
         return tokens if self.words is None else tokens + self.words(words).view_as(tokens)

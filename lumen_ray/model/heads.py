@@ -14,12 +14,14 @@ from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.superlink import LinkHead
 
 
-def link_head(decoder: str, settings: ModelSettings, llm_width: int) -> nn.Module:
-    """The head of a decoder: (states [P, N, llm_width], words [P, llm_width] or None, parents [P]) -> embeddings."""
+def link_head(decoder: str, settings: ModelSettings, llm_width: int, vocab_size: int) -> nn.Module:
+    """The head of a decoder: (states [P, N, llm_width], words [P, llm_width] or None, parents [P]) -> embeddings.
+
+    Words are means of the LLM's embeddings, or where a head has a `vocabulary`, of those."""
     own = getattr(settings, decoder)
     if isinstance(own, DiffusionSettings):
         width = own.unet["cross_attention_dim"]
-        words = settings.link_reads_words
-        return DiffusionHead(llm_width, width, own.num_tokens, own.mapper_heads, own.mapper_layers, words)
+        vocabulary = vocab_size if settings.link_reads_words else 0
+        return DiffusionHead(llm_width, width, own.num_tokens, own.mapper_heads, own.mapper_layers, vocabulary)
     kind = PoseLinkHead if decoder == "unipose" else LinkHead
     return kind(llm_width, settings.link_width(decoder), settings.link_reads_words)

@@ -83,7 +83,9 @@ class Trunk(nn.Module):
         self.regions = build_regions(settings.regions, self.vision, width)
         self.register_buffer("lead", torch.tensor(settings.lead_tokens, dtype=torch.int64), persistent=False)
         self.queries = SuperLinkQueries(width, std, settings.families, settings.pose_queries)
-        self.link_heads = nn.ModuleDict({name: link_head(name, settings, width) for name in settings.decoder_names})
+        self.link_heads = nn.ModuleDict(
+            {name: link_head(name, settings, width, vocab_size) for name in settings.decoder_names}
+        )
         self.dense = None
         if settings.lumen:
             self.dense = DenseFeatures(self.stem.widths, settings.dense_channels, self.vision.merged_width, width)
@@ -113,8 +115,8 @@ class Trunk(nn.Module):
 
     def links(self, hidden: Tensor, layout: Layout, embeds: Tensor) -> dict[str, SuperLink]:
         """The super links by decoder: last hidden states [B, T, width] at the query slots of its family (and, by
-        setting, the mean of what the instruction's tokens enter as, `embeds` [B, T, width]), through its head. Each has
-        all prompts of the family."""
+        setting, the mean of the instruction's words: of what they enter as, `embeds` [B, T, width], or of embeddings
+        that the head has), through its head. Each has all prompts of the family."""
         words = None
         if self.settings.link_reads_words and layout.query_slots:
             words = self._words(embeds, layout)
@@ -124,7 +126,10 @@ class Trunk(nn.Module):
             if (slots := layout.query_slots.get(family)) is None:
                 continue
             parents = layout.link_parents[family]
-            read = None if words is None else words[layout.link_branches[family]]
+            own = words
+            if words is not None and getattr(head, "vocabulary", None) is not None:
+                own = self._words(head.vocabulary(layout.input_ids), layout)
+            read = None if own is None else own[layout.link_branches[family]]
             embeddings = head(hidden[slots[..., 0], slots[..., 1]], read, parents)
             images, groups = layout.link_images[family], layout.link_groups[family]
             out[name] = SuperLink(name, embeddings.float(), images, parents, groups)

@@ -68,7 +68,9 @@ class StartWeights(Mapping[str, Tensor]):
         dropped, added = (_parts_of_one_alone(*pair) for pair in ((source, model.settings), (model.settings, source)))
         kept = {name: t for name, t in self._file.shapes().items() if not name.startswith(dropped)}
         expected = model.state_dict()
-        self._rows = {name: len(expected[name]) for name in VOCABULARY if name in expected}
+        self._rows = {
+            name: len(t) for name, t in expected.items() if name in VOCABULARY or name.endswith(".vocabulary.weight")
+        }
         for name in self._rows.keys() & kept.keys():
             kept[name] = self._with_new_rows(name, kept[name])
         needed = {name: t for name, t in expected.items() if name in kept or not name.startswith(added)}

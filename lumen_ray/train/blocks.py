@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import Generalist
-from lumen_ray.recompute import recomputed
 from lumen_ray.tasks import DECODERS
 
 #: recompilations of one kind of block before PyTorch falls back to eager: shapes, stages and kinds share the count
@@ -54,14 +54,20 @@ def checkpoint_blocks(model: Generalist, parts: tuple[str, ...]) -> None:
 def checkpoint_module(module: nn.Module) -> None:
     """The same of the blocks of one module."""
     for _, block in blocks(module):
-        block.forward = _checkpointed(block)
+        block.forward = _checkpointed(block.forward)
 
 
-def _checkpointed(block: nn.Module) -> Callable[..., Any]:
-    forward = block.forward
+def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Random numbers are drawn again alike on the devices of tensors among the arguments, if they are no keywords: so one
+    that is takes a place among them."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        return recomputed(forward, next(block.parameters()).device, *args, **kwargs)
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        if any(isinstance(arg, torch.Tensor) for arg in args):
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        place = next((value for value in kwargs.values() if isinstance(value, torch.Tensor)), None)
+        return checkpoint(lambda _, *own, **named: forward(*own, **named), place, *args, use_reentrant=False, **kwargs)
 
     return run
 

@@ -97,6 +97,21 @@ def test_a_checkpointed_block_is_computed_again():
     assert len(calls) == 4
 
 
+def test_torch_is_told_whose_random_numbers_to_keep(monkeypatch):
+    """By a tensor on the device; it does not look at keywords, by which some blocks are called."""
+    given, model = [], expert_model().train()
+
+    def checkpoint(forward, *args, use_reentrant, **kwargs):
+        given.append(any(isinstance(arg, torch.Tensor) for arg in args))
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr("lumen_ray.train.blocks.checkpoint", checkpoint)
+    checkpoint_blocks(model, BLOCK_PARTS)
+    for expert, task in TASKS.items():
+        model(expert_batch(task) | {"decoders": [expert]})
+    assert len(given) > 20 and all(given)
+
+
 def _sharded_blocks():
     """In each rank: checkpointed, compiled, then sharded block by block, against a plain model; two lengths."""
     plain, model = tiny_model().train(), tiny_model().train()
