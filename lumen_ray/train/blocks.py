@@ -58,8 +58,8 @@ def checkpoint_module(module: nn.Module) -> None:
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Random numbers are drawn again alike on the devices of tensors among the arguments, if they are no keywords: so one
-    that is takes a place among them."""
+    """Random numbers are drawn again alike on the devices of tensors among the arguments that are no keywords: where
+    there is none, one that is a keyword takes a place there."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
