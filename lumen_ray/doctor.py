@@ -229,10 +229,11 @@ def _needs(roles: list[Role], workers: int, by_recipe: ByRecipe | None) -> Itera
     width = max(len(role.name) for role in (*roles, total))
     for role in (*roles, total):
         share = f", {size(role.training(workers))} on each of {workers} ranks" if workers > 1 else ""
+        learns = "all of it" if role.learns == role.parameters else f"{role.learns:,} of them"
         yield Finding(
             "note",
             f"{role.name:<{width}} {role.parameters:>15,} parameters; inference {size(role.parameters * FP32)} fp32, "
-            f"{size(role.parameters * BF16)} bf16; training all of it {size(role.training(1))}{share}",
+            f"{size(role.parameters * BF16)} bf16; training {learns} {size(role.training(1))}{share}",
         )
     yield Finding(
         "note",

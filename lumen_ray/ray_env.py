@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from typing import Any
 
 from lumen_ray.errors import UserError
+
+CONNECT_SECONDS = 10.0
 
 
 def prepare_environment() -> None:
@@ -49,11 +52,28 @@ def init_local(num_cpus: int = 6, object_store_mb: int = 512) -> None:
     if ray.is_initialized():
         return
     common = {"log_to_driver": os.environ.get("LUMEN_RAY_WORKER_LOGS") == "1", "logging_level": logging.ERROR}
-    if os.environ.get("RAY_ADDRESS"):
+    if address := os.environ.get("RAY_ADDRESS"):
+        _check_reachable(address)
         ray.init(**common)
     else:
         _start(num_cpus=max(num_cpus, os.cpu_count() or 1), object_store_memory=object_store_mb << 20, **common)
     prepare_data()
+
+
+def _check_reachable(address: str) -> None:
+    """`UserError` where nothing listens at a HOST:PORT, which Ray itself would try again for many minutes. Names that
+    Ray gives a meaning of its own, such as "auto", are left to it."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=CONNECT_SECONDS).close()
+    except (OSError, OverflowError):
+        raise UserError(
+            f"no Ray cluster answers at RAY_ADDRESS={address}; start one there, or unset RAY_ADDRESS to start one on "
+            "this machine",
+            "ray_unreachable",
+        ) from None
 
 
 def _start(**settings: Any) -> None:

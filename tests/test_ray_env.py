@@ -1,12 +1,13 @@
 """How Ray starts, and what stays behind in a process when it ends."""
 
 import os
+import socket
 import sys
 
 import pytest
 
 from lumen_ray.errors import UserError
-from lumen_ray.ray_env import init_local, prepare_environment, shutdown
+from lumen_ray.ray_env import _check_reachable, init_local, prepare_environment, shutdown
 
 
 def test_serve_forgets_the_cluster_that_has_ended(monkeypatch):
@@ -27,6 +28,26 @@ def test_what_the_user_has_set_wins(monkeypatch):
     prepare_environment()
     assert os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] == "300"
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+@pytest.mark.parametrize("scheme", ["", "ray://"])
+def test_an_address_at_which_no_cluster_answers_is_told(monkeypatch, scheme):
+    prepare_environment()
+    import ray
+
+    def init(**settings):
+        raise AssertionError("Ray would try for many minutes")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"{scheme}127.0.0.1:{server.getsockname()[1]}"
+        _check_reachable(address)
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=f"no Ray cluster answers at RAY_ADDRESS={address}; start one") as error:
+        init_local()
+    assert error.value.reason == "ray_unreachable"
+    _check_reachable("auto")
 
 
 def test_a_machine_too_busy_to_start_ray_is_told(monkeypatch):
