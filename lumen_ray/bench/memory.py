@@ -56,9 +56,8 @@ def _measure(settings: ModelSettings, name: str, images: int, checkpointed: bool
         checkpoint_module(decoder)
     link = link_of(batch, decoder, settings)
     step = training_step(decoder, settings, batch, link)
-    step()  # allocates the gradients of the weights
     began = time.perf_counter()
-    step()
+    step()  # allocates the gradients of the weights; at full size a step takes minutes, so no other is timed
     seconds = time.perf_counter() - began
     peak = peak_memory(step)
     size = settings.own_sizes.get(name, f"{settings.image_size} pixels")
