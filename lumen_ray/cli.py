@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lumen_ray import __version__, convert, doctor
-from lumen_ray.console import bar, console, say, training_note
+from lumen_ray.console import bar, comma_separated, console, say, training_note
 from lumen_ray.data import command as data_command
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.presets import DEFAULT_MODEL, bundled_models
@@ -31,15 +31,11 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message.replace(chr(10), ' ')} (see '{self.prog} --help')", "usage")
 
 
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _classes(text: str) -> list[str]:
     """Class names of a command line, or of a file with one name a line."""
     path = Path(text)
     if not os.path.isfile(path):  # `Path.is_file` raises for a text longer than a file's name may be
-        return _names(text)
+        return comma_separated(text)
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError):
@@ -98,7 +94,7 @@ def _model_arg(parser: argparse.ArgumentParser) -> None:
 def _decoders_arg(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--decoders",
-        type=_names,
+        type=comma_separated,
         action="extend",
         default=[],
         metavar="TASK=DECODER,..",
@@ -128,7 +124,9 @@ def _evaluate_args(verbs: Any) -> None:
     _dtype_arg(p)
     p.add_argument("--shards", required=True, help="shard folder of the held-out split")
     p.add_argument("--output", required=True, help="folder for report.json and predictions.parquet")
-    p.add_argument("--tasks", type=_names, help="only these, comma separated (default: all the split is annotated for)")
+    p.add_argument(
+        "--tasks", type=comma_separated, help="only these, comma separated (default: all the split is annotated for)"
+    )
     p.add_argument("--limit", type=int, help="first images only")
     p.add_argument("--pictures", type=int, default=32, help="first images only, for tasks that make pictures: 32")
     p.set_defaults(run=_evaluate)
@@ -143,7 +141,10 @@ def _label_args(verbs: Any) -> None:
     _dtype_arg(p)
     p.add_argument("--output", required=True, help="folder for the labels; run again to continue after a stop")
     p.add_argument(
-        "--tasks", type=_names, default=["detect"], help="comma separated, e.g. segment,caption (default: detect)"
+        "--tasks",
+        type=comma_separated,
+        default=["detect"],
+        help="comma separated, e.g. segment,caption (default: detect)",
     )
     p.add_argument(
         "--classes", type=_classes, help="comma separated, or a file with one a line (default: the model's own)"

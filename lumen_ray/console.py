@@ -1,4 +1,4 @@
-"""What the commands print: a live bar on a terminal, a line now and then in a log file."""
+"""What the commands read and print: lists of names; a live bar on a terminal, a line now and then in a log file."""
 
 from __future__ import annotations
 
@@ -14,6 +14,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 console = Console(highlight=False)
 LINE_EVERY_S = 10.0
 RECENT_S = 60.0  # time left is told from the speed of this long
+
+
+def comma_separated(text: str) -> list[str]:
+    """The names in an option of a command line."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def say(text: str) -> None:

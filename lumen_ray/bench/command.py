@@ -19,7 +19,7 @@ from rich.console import Console
 
 from lumen_ray import __version__
 from lumen_ray.bench.timing import Result, table
-from lumen_ray.console import console, say
+from lumen_ray.console import comma_separated, console, say
 from lumen_ray.errors import UserError, unknown
 
 TABLE_WIDTH = 110  # columns, also where the terminal or the log has fewer
@@ -103,31 +103,26 @@ def _memory(args: argparse.Namespace, folder: Path) -> list[Result]:
     from lumen_ray.bench import memory
 
     given = {"images": args.batch_size, "checkpointed": args.activation_checkpointing}
-    return memory.bench(args.preset, _names(args.decoders), **_set(given))
+    return memory.bench(args.preset, args.decoders, **_set(given))
 
 
 def _variants(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
     from lumen_ray.bench import variants
 
     given = {"images": args.batch_size, "turns": args.turns}
-    return variants.bench(args.preset, _names(args.decoders), **_set(given))
+    return variants.bench(args.preset, args.decoders, **_set(given))
 
 
 def _check_memory(args: argparse.Namespace) -> None:
-    from lumen_ray.bench import memory
+    from lumen_ray.bench.training_step import read_preset
 
-    memory.read_preset(args.preset, _names(args.decoders))
+    read_preset(args.preset, args.decoders)
 
 
 def _check_variants(args: argparse.Namespace) -> None:
     from lumen_ray.bench import variants
 
-    variants.check(args.preset, _names(args.decoders))
-
-
-def _names(given: str | None) -> list[str] | None:
-    """A comma separated option."""
-    return None if given is None else [name.strip() for name in given.split(",") if name.strip()]
+    variants.check(args.preset, args.decoders)
 
 
 #: kind -> its benches by name, in the order they run
@@ -166,7 +161,11 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--preset", default="nano-experts", help="whose decoders memory and variants look at (default: nano-experts)"
     )
-    p.add_argument("--decoders", help="comma separated, of the preset, for memory and variants (default: all)")
+    p.add_argument(
+        "--decoders",
+        type=comma_separated,
+        help="comma separated, of the preset, for memory and variants (default: all)",
+    )
     p.add_argument("--activation-checkpointing", action="store_true", help="of memory: as a recipe has it")
     p.add_argument("--threads", type=int, help="threads of grounding_dino's sides (default: torch's)")
     return parser
@@ -188,7 +187,7 @@ def _add_kind(kinds: Any, kind: str, about: str) -> argparse.ArgumentParser:
 def chosen(kind: str, only: str | None) -> dict[str, Bench]:
     """The benches of a kind that were asked for; `UserError` for a name that is none, or for no name."""
     benches = KINDS[kind]
-    names = [name for name, bench in benches.items() if not bench.asked] if only is None else _names(only)
+    names = [name for name, bench in benches.items() if not bench.asked] if only is None else comma_separated(only)
     if not names:
         raise UserError(f"--only '{only}' names no bench; benches: {', '.join(sorted(benches))}", "invalid_option")
     for name in names:

@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
-from lumen_ray.bench.memory import batch_of, link_of, read_preset, training_step
 from lumen_ray.bench.timing import Result, in_turns
+from lumen_ray.bench.training_step import batch_of, link_of, read_preset, training_step
+from lumen_ray.inference.device import find_device
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.tasks import decoder_class
 from lumen_ray.train.batch import to_device
@@ -23,14 +24,10 @@ SCRAMBLE = 0.05
 Step = Callable[[], dict[str, float]]
 
 
-def find_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def check(preset: str, names: Sequence[str] | None) -> None:
     """`UserError` for a decoder that the preset has not, or where nothing can be compiled."""
     read_preset(preset, names)
-    check_compiler(find_device())
+    check_compiler(torch.device(find_device()))
 
 
 def bench(
@@ -44,7 +41,7 @@ def bench(
 
 
 def _measure(settings: ModelSettings, name: str, how: str, images: int, turns: int, repeats: int) -> Result:
-    device, losses, seconds = find_device(), {}, {}
+    device, losses, seconds = torch.device(find_device()), {}, {}
     sides = {side: _side(settings, name, side, images, device) for side in (how, PLAIN[how])}
     for side, step in sides.items():
         began = time.perf_counter()

@@ -79,16 +79,6 @@ class Groups:
         sizes = [(height, width) for height, width in pixels.extents[shown[image]].tolist()]
         return cls(objects, Seats.of(row, len(groups)), shown, image, sizes)
 
-    def parts(self, link: SuperLink, most: int) -> list[Tensor]:
-        """The link's prompts, int64 each, in parts of whole groups whose images have at most `most` pixels together, or
-        of one group. Maps are padded to the longest sides, so those count."""
-        largest = math.prod(max(sides) for sides in zip(*self.sizes, strict=True))
-        owner = torch.where(link.parent < 0, torch.arange(len(link), device=link.parent.device), link.parent)
-        group = link.group[owner]
-        return [
-            torch.nonzero(torch.isin(group, own)).flatten() for own in group.unique().split(max(1, most // largest))
-        ]
-
     def among(self, whole: Groups) -> Groups:
         """The same, its images counted among those that `whole` shows."""
         return replace(self, shown=whole.shown, image=torch.searchsorted(whole.shown, self.shown)[self.image])
@@ -232,7 +222,8 @@ class DinoDecoder(Decoder):
         Every image is seen once. Groups of more pixels than `pixels_at_once` are looked at part by part.
         """
         groups = Groups.of(link, pixels)
-        levels, parts = self._see(pixels, groups), groups.parts(link, self.settings.pixels_at_once)
+        largest = math.prod(max(sides) for sides in zip(*groups.sizes, strict=True))  # which maps are padded to
+        levels, parts = self._see(pixels, groups), link.group_chunks(max(1, self.settings.pixels_at_once // largest))
         if len(parts) == 1:
             return self._losses_of(link, levels, groups, targets)
         found = []

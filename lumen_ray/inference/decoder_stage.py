@@ -13,7 +13,7 @@ from lumen_ray.decoders.base import Frame, ImageDecoder, Pixels, PredictSettings
 from lumen_ray.inference.outputs import Found, LinkPart, TrunkOutput
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.model.superlink import SuperLink
-from lumen_ray.precision import in_own_dtype, lower
+from lumen_ray.precision import in_own_dtype
 from lumen_ray.structures import SampleSettings, Size
 
 DEFAULTS = PredictSettings()
@@ -32,7 +32,6 @@ class DecoderStage:
         self.name = name
         self.device, self.dtype = torch.device(device), loaded.dtype
         self.decoder = loaded.decoder(name, device)
-        lower(self.decoder, self.dtype)
         self.own_size = loaded.settings.own_sizes.get(name)
 
     @classmethod
@@ -89,8 +88,7 @@ class DecoderStage:
             height, width = output.dense.shape[-2:]
             return link.chunks(max(1, MAX_DECODER_CELLS // (height * width)))
         largest = max(image[0].numel() for image in part.pixels)
-        groups = link.group.unique().split(max(1, min(MAX_DECODER_GROUPS, MAX_DECODER_PIXELS // largest)))
-        return [torch.nonzero(torch.isin(link.group, some)).flatten() for some in groups]
+        return link.group_chunks(max(1, min(MAX_DECODER_GROUPS, MAX_DECODER_PIXELS // largest)))
 
     def _frame(self, frame: Frame) -> Frame:
         """Where the image that lies so in the trunk's input lies in this decoder's."""

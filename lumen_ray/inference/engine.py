@@ -7,8 +7,7 @@ answers together (see `outputs`). `Engine` runs both in one process.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,32 +15,18 @@ from lumen_ray.decoders.base import PredictSettings
 from lumen_ray.inference.decoder_stage import DecoderStages
 from lumen_ray.inference.outputs import assemble, finished
 from lumen_ray.inference.request import Request
-from lumen_ray.inference.trunk_stage import TrunkStage
-from lumen_ray.model.build import LoadedModel, load_model
+from lumen_ray.inference.trunk_stage import FromFolder, TrunkStage
+from lumen_ray.model.build import LoadedModel
 from lumen_ray.structures import Answer, Size
 
 
-class Engine:
+class Engine(FromFolder):
     """Trunk and decoders in one process."""
 
     def __init__(self, loaded: LoadedModel, device: str = "cpu"):
         self.loaded = loaded
         self.trunk = TrunkStage(loaded, device)
         self.decoders = DecoderStages(loaded, device)
-
-    @classmethod
-    def load(
-        cls,
-        model: str | Path,
-        device: str = "cpu",
-        decoders: Mapping[str, str] | None = None,
-        dtype: str = "float32",
-    ) -> Engine:
-        """The engine of a model folder; `UserError` when the folder holds none. `decoders` (task -> decoder) says who
-        serves a task that several can, instead of the folder's settings; `dtype`: 'float32', or 'bfloat16' for half the
-        memory and, on GPUs, the faster arithmetic (see `lumen_ray.precision`). A decoder is read when it is first
-        needed."""
-        return cls(load_model(model, decoders, device, ("trunk",), dtype), device)
 
     @property
     def preset(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, zip_longest
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from lumen_ray.model.regions import region_mask
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.model.tokenizer import EOS
 from lumen_ray.model.trunk import Prefix
-from lumen_ray.precision import in_own_dtype, lower
+from lumen_ray.precision import in_own_dtype
 from lumen_ray.structures import Region, SampleSettings, Size
 from lumen_ray.tasks import DECODERS, ROUTING_TOKENS, TASKS, decoder_class, task_of_prompt
 
@@ -44,22 +45,8 @@ class _Ask:
     region: Region | None = None
 
 
-class TrunkStage:
-    """The trunk's half: holds vision, LLM, link heads and dense features of a model."""
-
-    def __init__(self, loaded: LoadedModel, device: str = "cpu"):
-        self.loaded = loaded
-        self.device, self.dtype = torch.device(device), loaded.dtype
-        self.trunk = loaded.model.trunk
-        lower(self.trunk, self.dtype)
-        self.trunk.to(self.device)
-        self.tokenizer = loaded.tokenizer
-        self.prompt_layout = loaded.settings.prompt_layout
-        self.serving = loaded.settings.serving
-        self.own_sizes = loaded.settings.own_sizes
-        self.skeletons = {name: tuple(names) for name, names in loaded.meta.skeletons.items()}
-        square = (loaded.settings.image_size,) * 2
-        self.buckets = tuple((int(h), int(w)) for h, w in loaded.meta.buckets) or (square,)
+class FromFolder:
+    """What is made of a model and a device, and reads decoders when they are first needed, if ever."""
 
     @classmethod
     def load(
@@ -68,9 +55,29 @@ class TrunkStage:
         device: str = "cpu",
         decoders: Mapping[str, str] | None = None,
         dtype: str = "float32",
-    ) -> TrunkStage:
-        """Of a model folder only the trunk is read."""
+    ) -> Self:
+        """That of a model folder; `UserError` when the folder holds none.
+
+        `decoders` (task -> decoder) says who serves a task that several can, instead of the folder's settings; `dtype`:
+        'float32', or 'bfloat16' for half the memory and, on GPUs, the faster arithmetic (see `lumen_ray.precision`).
+        Only the trunk is read at once."""
         return cls(load_model(model, decoders, device, ("trunk",), dtype), device)
+
+
+class TrunkStage(FromFolder):
+    """The trunk's half: holds vision, LLM, link heads and dense features of a model."""
+
+    def __init__(self, loaded: LoadedModel, device: str = "cpu"):
+        self.loaded = loaded
+        self.device, self.dtype = torch.device(device), loaded.dtype
+        self.trunk = loaded.trunk(self.device)
+        self.tokenizer = loaded.tokenizer
+        self.prompt_layout = loaded.settings.prompt_layout
+        self.serving = loaded.settings.serving
+        self.own_sizes = loaded.settings.own_sizes
+        self.skeletons = {name: tuple(names) for name, names in loaded.meta.skeletons.items()}
+        square = (loaded.settings.image_size,) * 2
+        self.buckets = tuple((int(h), int(w)) for h, w in loaded.meta.buckets) or (square,)
 
     def bucket(self, size: Size) -> Size:
         """(height, width) of the model input for an image of (height, width) `size`."""

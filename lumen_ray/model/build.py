@@ -196,11 +196,17 @@ class LoadedModel:
         if name not in self.model.decoders:
             have = ", ".join(self.model.decoders)
             raise UserError(f"the model has no decoder '{name}'; decoders: {have}", "unknown_decoder")
-        decoder = self.model.decoders[name]
-        if any(p.is_meta for p in decoder.parameters()):
-            lower(decoder, self.dtype)
-            put_weights(decoder, lambda key: self.weights[f"decoders.{name}.{key}"], device)
-        return decoder.to(device)
+        return self._ready(self.model.decoders[name], f"decoders.{name}", device)
+
+    def trunk(self, device: torch.device | str = "cpu") -> Trunk:
+        """The trunk on a device, its weights read if they are not yet."""
+        return self._ready(self.model.trunk, "trunk", device)
+
+    def _ready(self, part: nn.Module, prefix: str, device: torch.device | str) -> Any:
+        lower(part, self.dtype)
+        if any(p.is_meta for p in part.parameters()):
+            put_weights(part, lambda key: self.weights[f"{prefix}.{key}"], device)
+        return part.to(device)
 
 
 def read_meta(folder: str | Path) -> ModelMeta:
@@ -263,8 +269,7 @@ def load_model(
     chosen = settings.chosen_over(own)
     loaded = LoadedModel(model, settings, tokenizer, meta, version, chosen, dtype, weights)
     if "trunk" in parts:
-        lower(model.trunk, dtype)
-        put_weights(model.trunk, lambda key: weights[f"trunk.{key}"], device)
+        loaded.trunk(device)
     for name in parts - {"trunk"}:
         loaded.decoder(name, device)
     return loaded

@@ -11,6 +11,8 @@ from lumen_ray.model.superlink import LinkHead
 class PoseLinkHead(nn.Module):
     """A `LinkHead` for object prompts and one for keypoint prompts (VisionLLM v2, arXiv 2406.08394; UniPose's two)."""
 
+    vocabulary = LinkHead.vocabulary
+
     def __init__(self, llm_width: int, channels: int, reads_words: bool = False):
         super().__init__()
         self.objects = LinkHead(llm_width, channels, reads_words)

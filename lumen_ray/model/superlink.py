@@ -66,6 +66,10 @@ class SuperLink:
         objects = torch.nonzero(self.parent < 0).flatten()
         return [torch.nonzero(torch.isin(owner, part)).flatten() for part in objects.split(most) if len(part)]
 
+    def group_chunks(self, most: int) -> list[Tensor]:
+        """Indices of all prompts in parts of at most `most` groups."""
+        return [torch.nonzero(torch.isin(self.group, part)).flatten() for part in self.group.unique().split(most)]
+
 
 def concat(links: Sequence[SuperLink], first_images: Sequence[int]) -> SuperLink:
     """Links of one decoder as one, each about images from its `first_images` on; groups stay apart."""
@@ -117,6 +121,8 @@ class LinkHead(nn.Module):
     starts from fresh weights less than a thousandth of what the queries say differs from one class name to the next;
     names that the image does not tell apart yet would fall together before a decoder can use the difference.
     """
+
+    vocabulary = None  # reads words in the LLM's embeddings
 
     def __init__(self, llm_width: int, channels: int, reads_words: bool = False):
         super().__init__()

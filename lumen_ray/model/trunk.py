@@ -126,9 +126,7 @@ class Trunk(nn.Module):
             if (slots := layout.query_slots.get(family)) is None:
                 continue
             parents = layout.link_parents[family]
-            own = words
-            if words is not None and getattr(head, "vocabulary", None) is not None:
-                own = self._words(head.vocabulary(layout.input_ids), layout)
+            own = words if head.vocabulary is None else self._words(head.vocabulary(layout.input_ids), layout)
             read = None if own is None else own[layout.link_branches[family]]
             embeddings = head(hidden[slots[..., 0], slots[..., 1]], read, parents)
             images, groups = layout.link_images[family], layout.link_groups[family]

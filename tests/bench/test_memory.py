@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from lumen_ray.bench import memory
+from lumen_ray.bench.training_step import read_preset
 from lumen_ray.errors import UserError
 
 
 def test_every_decoder_of_a_preset_is_measured():
     results = memory.bench(images=1)
-    assert [r.name for r in results] == [f"memory/{name}" for name in memory.read_preset("nano-experts", None)[1]]
+    assert [r.name for r in results] == [f"memory/{name}" for name in read_preset("nano-experts", None)[1]]
     assert len(results) == 5
     for result in results:
         ((used,),) = result.rates.values()
@@ -25,9 +26,9 @@ def test_activation_checkpointing_takes_less():
 
 def test_a_decoder_that_the_preset_has_not_is_told():
     with pytest.raises(UserError, match="unknown decoder 'sam'.*grounding_dino"):
-        memory.read_preset("nano-experts", ["sam"])
+        read_preset("nano-experts", ["sam"])
     with pytest.raises(UserError, match="unknown decoder 'unipose'"):
-        memory.read_preset("nano", ["unipose"])
+        read_preset("nano", ["unipose"])
 
 
 def test_the_peak_is_what_is_held_at_one_time():
