@@ -57,6 +57,20 @@ def test_new_decoders_have_fresh_weights_and_all_else_is_kept(folder, tokenizer)
     assert added == {f"decoders.{name}" for name in EXPERTS} | {"trunk.link_heads", "trunk.queries"}
 
 
+def test_word_embeddings_of_a_picture_head_grow_with_the_vocabulary(tmp_path, tokenizer):
+    draws = {"stable_diffusion": EXPERTS["stable_diffusion"]}
+    settings = tiny_settings(**draws)
+    drawing = LumenTokenizer.extend(tokenizer.backend, tokenizer.names, settings.families)[0]
+    before = scrambled(build_model(settings, len(drawing))).state_dict()
+    folder = save_model(tmp_path / "draws", before, settings, drawing, ModelMeta("tiny"))
+    model, ours = started(folder, **draws, instruct_pix2pix=EXPERTS["instruct_pix2pix"])
+    head = "trunk.link_heads.stable_diffusion.vocabulary.weight"
+    old, new = before[head], model.state_dict()[head]
+    assert len(new) == len(ours) == len(old) + 1
+    assert torch.equal(new[: len(old)], old)
+    assert torch.allclose(new[len(old) :], old.mean(0), atol=1e-6)
+
+
 def test_the_decoder_that_is_kept_gives_the_same_losses(folder):
     batch = scene_batch(2, tasks=("detect", "segment"))
     before = load_model(folder).model
