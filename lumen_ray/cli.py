@@ -16,7 +16,7 @@ from lumen_ray import __version__, convert, doctor
 from lumen_ray.console import bar, comma_separated, console, say, training_note
 from lumen_ray.data import command as data_command
 from lumen_ray.errors import UserError, suggest
-from lumen_ray.presets import DEFAULT_MODEL, bundled_models
+from lumen_ray.presets import DEFAULT_MODEL, bundled_models, model_folder
 from lumen_ray.ray_env import prepare_environment
 
 EXIT_USER_ERROR = 2
@@ -207,6 +207,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    model_folder(args.model)  # no wait for the imports where there is none
     from lumen_ray.evaluate.report import print_report
     from lumen_ray.evaluate.run import evaluate
     from lumen_ray.inference.device import find_device
@@ -254,6 +255,7 @@ def _decoders(pairs: list[str]) -> dict[str, str]:
 
 
 def _label(args: argparse.Namespace) -> None:
+    model_folder(args.model)
     from lumen_ray.label.pipeline import label
     from lumen_ray.model.build import read_meta
     from lumen_ray.tasks import get_task
@@ -301,6 +303,8 @@ def labelled_line(summary: dict[str, Any], output: str | Path) -> str:
 
 
 def _serve(args: argparse.Namespace) -> None:
+    if args.model:
+        model_folder(args.model)
     from lumen_ray.serve.app import prepare_serve_environment
 
     prepare_serve_environment()
