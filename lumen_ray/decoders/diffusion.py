@@ -18,7 +18,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumen_ray.decoders.base import ImageDecoder, ImageTargets, LossTerm, Pixels, SampleSettings
-from lumen_ray.decoders.schedule import TRAINING, check_schedule, config_keys, make_scheduler, scheduler_keys
+from lumen_ray.decoders.schedule import (
+    TRAINING,
+    check_schedule,
+    check_steps,
+    config_keys,
+    make_scheduler,
+    scheduler_keys,
+)
 from lumen_ray.decoders.settings import DiffusionSettings
 from lumen_ray.decoders.sizes import by_size
 from lumen_ray.errors import UserError, suggest
@@ -335,9 +342,7 @@ class DiffusionDecoder(ImageDecoder):
         """The size to draw, of settings that can work; else a `UserError`."""
         size = settings.size or (self.settings.image_size,) * 2
         self.settings.own_size.check(size)
-        most_steps = self._scheduler(TRAINING).config.num_train_timesteps
         rules = [
-            (1 <= settings.steps <= most_steps, f"steps must be in 1..{most_steps}, got {settings.steps}"),
             (math.isfinite(settings.guidance), f"guidance must be a finite number, got {settings.guidance}"),
             (settings.num_images >= 1, f"num_images must be at least 1, got {settings.num_images}"),
             (settings.batch_size >= 1, f"batch_size must be at least 1, got {settings.batch_size}"),
@@ -346,4 +351,5 @@ class DiffusionDecoder(ImageDecoder):
         for holds, message in rules:
             if not holds:
                 raise UserError(message, "invalid_sampling")
+        check_steps(self.name, self.settings, settings.steps)
         return size

@@ -42,6 +42,24 @@ def make_scheduler(name: str, keys: Mapping[str, Any]) -> SchedulerMixin:
     return cls(**{key: value for key, value in keys.items() if key in valid})
 
 
+#: keys of a noise schedule that decide what a trained UNet predicts, and from what
+_LEARNED = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "rescale_betas_zero_snr",
+)
+
+
+def learned_schedule(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The noise schedule that a UNet learns with the `scheduler` of its settings, keys that are left out among it."""
+    found = make_scheduler(TRAINING, keys).config
+    return {key: found[key] for key in _LEARNED}
+
+
 def check_schedule(decoder: str, settings: DiffusionSettings) -> None:
     """`UserError` where training and sampling cannot both work with these settings, found by a step of each."""
     keys, sampler = settings.scheduler, settings.sampler
@@ -70,6 +88,25 @@ def check_schedule(decoder: str, settings: DiffusionSettings) -> None:
         except (ValueError, TypeError, NotImplementedError) as error:
             told = str(error).strip().splitlines()[0]
             raise UserError(f"{decoder}.scheduler cannot work with {name}: {told}", "invalid_config") from None
+
+
+def check_steps(decoder: str, settings: DiffusionSettings, steps: int) -> None:
+    """`UserError` where the sampler cannot draw in so many steps: PNDM's first ones take several each, unless
+    `skip_prk_steps` is set, and with a `steps_offset` as many as there are would begin behind the last."""
+    scheduler = make_scheduler(settings.sampler, settings.scheduler)
+    whole = scheduler.config.num_train_timesteps
+    fits = 1 <= steps <= whole
+    if fits:
+        try:
+            scheduler.set_timesteps(steps)
+            fits = float(scheduler.timesteps.max()) < whole
+        except (ValueError, IndexError):
+            fits = False
+    if not fits:
+        raise UserError(
+            f"{decoder}: {settings.sampler} cannot draw in {steps} steps; give a number from 4 to {whole - 1}",
+            "invalid_sampling",
+        )
 
 
 def _draw(scheduler: SchedulerMixin) -> None:

@@ -28,11 +28,11 @@ _PIPELINE_STEP = 8  # height and width that `diffusers`' pipelines take are mult
 
 
 @lru_cache
-def _published_blocks(name: str) -> int:
-    """The number of blocks that a class of `diffusers` has where nothing is said."""
+def _default(name: str, key: str) -> Any:
+    """What a class of `diffusers` has for a key where nothing is said."""
     import diffusers
 
-    return len(inspect.signature(getattr(diffusers, name).__init__).parameters["block_out_channels"].default)
+    return inspect.signature(getattr(diffusers, name).__init__).parameters[key].default
 
 
 class DiffusionSettings(Settings):
@@ -60,6 +60,7 @@ class DiffusionSettings(Settings):
             "steps_offset": 1,
             "clip_sample": False,
             "set_alpha_to_one": False,
+            "skip_prk_steps": True,
         },
         description="the noise schedule: keys of diffusers' schedulers; each takes those it has",
     )
@@ -89,8 +90,13 @@ class DiffusionSettings(Settings):
     def step(self) -> int:
         """What height and width of a picture are multiples of: UNet and VAE halve it again and again."""
         parts = (("AutoencoderKL", self.vae), ("UNet2DConditionModel", self.unet))
-        blocks = [len(keys.get("block_out_channels") or ()) or _published_blocks(name) for name, keys in parts]
+        blocks = [len(keys.get("block_out_channels") or _default(name, "block_out_channels")) for name, keys in parts]
         return math.lcm(2 ** (sum(blocks) - 2), _PIPELINE_STEP)
+
+    @property
+    def latent_scale(self) -> float:
+        """What the VAE's latents are multiplied by for the UNet."""
+        return self.vae.get("scaling_factor", _default("AutoencoderKL", "scaling_factor"))
 
     @property
     def own_size(self) -> PictureSize:

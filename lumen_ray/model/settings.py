@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,6 +25,9 @@ from lumen_ray.errors import UserError, suggest
 from lumen_ray.presets import model_folder
 from lumen_ray.structures import Size
 from lumen_ray.tasks import DECODERS, TASKS, get_task
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 #: keys that `transformers` reads from published config files though its classes have no such field
 _LEGACY_KEYS = ("rope_theta", "rope_scaling")
@@ -75,6 +78,18 @@ class VisionSettings(Settings):
                 "invalid_config",
             )
         return self
+
+    def configs(self, image_size: int) -> dict[str, PretrainedConfig]:
+        """The library's configs of the encoders there are, 'clip' and 'dinov2'. Those that say nothing of the pictures
+        they were published for have positions for `image_size` pixels. `UserError` for keys that the library lacks."""
+        from transformers import CLIPVisionConfig, Dinov2Config
+
+        found = {}
+        for name, config_class in (("clip", CLIPVisionConfig), ("dinov2", Dinov2Config)):
+            if (keys := getattr(self, name)) is not None:
+                _check_keys(f"vision.{name}", keys, config_class)
+                found[name] = config_class(**{"image_size": image_size, **keys})
+        return found
 
 
 class RegionSettings(Settings):
@@ -208,13 +223,17 @@ class ModelSettings(Settings):
         """Task -> decoder, for the tasks that another decoder serves than in the same model's `own` settings."""
         return {task: decoder for task, decoder in self.serving.items() if decoder != own.serving[task]}
 
+    def llm_config(self, **more: Any) -> PretrainedConfig:
+        """The library's config of the LLM, with `more` keys."""
+        from transformers import AutoConfig
+
+        keys = dict(self.llm)
+        return AutoConfig.for_model(keys.pop("model_type"), **keys, **more)
+
     @property
     def token_side(self) -> int:
         """Input pixels per side of one image token."""
-        from transformers import CLIPVisionConfig, Dinov2Config
-
-        clip, dinov2 = self.vision.clip, self.vision.dinov2
-        encoder = Dinov2Config(**dinov2) if clip is None else CLIPVisionConfig(**clip)
+        encoder, *_ = self.vision.configs(self.image_size).values()  # both share a grid
         return encoder.patch_size * self.vision.token_merge
 
     def image_tokens(self, size: Size) -> int:
@@ -269,13 +288,9 @@ class ModelSettings(Settings):
     @model_validator(mode="after")
     def _check_grid(self) -> ModelSettings:
         """Image tokens and the decoder's places must tile the input."""
-        from transformers import CLIPVisionConfig, Dinov2Config
-
         tiles = {"lumen.stride": self.lumen.stride} if self.lumen else {}
-        for name, config_class in (("clip", CLIPVisionConfig), ("dinov2", Dinov2Config)):
-            if (keys := getattr(self.vision, name)) is not None:
-                _check_keys(f"vision.{name}", keys, config_class)
-                tiles[f"vision.{name}.patch_size"] = config_class(**keys).patch_size
+        for name, encoder in self.vision.configs(self.image_size).items():
+            tiles[f"vision.{name}.patch_size"] = encoder.patch_size
         patches = {size for name, size in tiles.items() if name != "lumen.stride"}
         if len(patches) > 1:
             raise UserError(

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from lumen_ray.errors import UserError
 from lumen_ray.model.dense import ConvStem, DenseFeatures
@@ -72,8 +72,7 @@ class Trunk(nn.Module):
     def __init__(self, settings: ModelSettings, vocab_size: int):
         super().__init__()
         self.settings = settings
-        llm = dict(settings.llm)
-        config = AutoConfig.for_model(llm.pop("model_type"), vocab_size=vocab_size, **llm)
+        config = settings.llm_config(vocab_size=vocab_size)
         self.llm = published(lambda: AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
         width = config.hidden_size
         std = getattr(config, "initializer_range", 0.02)

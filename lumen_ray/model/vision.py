@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel, Dinov2Config, Dinov2Model
+from transformers import CLIPVisionModel, Dinov2Model
 
 from lumen_ray.model.settings import VisionSettings
 from lumen_ray.model.skeleton import published
@@ -132,7 +132,7 @@ class BridgedVision(TokenGrid):
     LEVELS = 3
 
     def __init__(self, settings: VisionSettings, image_size: int, llm_width: int):
-        config = CLIPVisionConfig(**{"image_size": image_size, **settings.clip})
+        config = settings.configs(image_size)["clip"]
         super().__init__(config.patch_size, settings.token_merge)
         self.clip = Encoder(published(lambda: CLIPVisionModel(config)), CLIP_MEAN, CLIP_STD)
         self.dinov2 = self.from_stem = None
@@ -167,22 +167,18 @@ class CommVision(TokenGrid):
     def __init__(
         self, settings: VisionSettings, image_size: int, llm_width: int, token_std: float = 0.02, stem_width: int = 0
     ):
-        config_class, keys = (
-            (Dinov2Config, settings.dinov2) if settings.clip is None else (CLIPVisionConfig, settings.clip)
-        )
-        super().__init__(config_class(**keys).patch_size, settings.token_merge)  # both encoders share a grid
+        configs = settings.configs(image_size)
+        super().__init__(next(iter(configs.values())).patch_size, settings.token_merge)  # both encoders share a grid
         self.clip = self.dinov2 = None
         width = 0
-        if settings.clip is not None:
-            config = CLIPVisionConfig(**{"image_size": image_size, **settings.clip})
+        if (config := configs.get("clip")) is not None:
             count = config.num_hidden_layers
             layers = list(range(count)) if settings.clip_layers == "all" else [count - 1]
             self.clip = MergedEncoder(
                 published(lambda: CLIPVisionModel(config)), layers, config.hidden_size, CLIP_MEAN, CLIP_STD
             )
             width += config.hidden_size
-        if settings.dinov2 is not None:
-            config = Dinov2Config(**{"image_size": image_size, **settings.dinov2})
+        if (config := configs.get("dinov2")) is not None:
             count = config.num_hidden_layers
             chosen = {"all": count, "last_quarter": math.ceil(count / 4), "last": 1}[settings.dinov2_layers]
             self.dinov2 = MergedEncoder(

@@ -1,16 +1,19 @@
 """A trained model as the start of another: its trunk, its decoders, and fresh weights for decoders it does not have.
 
-The trunk's settings are what its weights were trained with, so both must agree on them. What the folder's decoders
-have that the new model lacks is left out.
+Settings by which weights are read are those they were trained with, so both must agree on them. What the folder's
+decoders have that the new model lacks is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from lumen_ray.decoders.schedule import learned_schedule
+from lumen_ray.decoders.settings import DiffusionSettings
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import Generalist, open_weights, read_meta, read_tokenizer
 from lumen_ray.model.decoder_weights import check_captions
@@ -22,21 +25,39 @@ from lumen_ray.tasks import DECODERS
 
 #: settings that two models with one trunk may differ in. A folder's lead tokens go with its tokenizer.
 _FREE = {"name", "published_weights", "vocab_size", "lead_tokens", "decoders", *DECODERS}
+#: settings of decoders that no shape of a tensor shows
+_UNSHAPED = ("num_heads", "mapper_heads", "inverse_sigmoid_eps", "latent_scale")
 
 
 def start_settings(settings: ModelSettings, folder: str | Path) -> ModelSettings:
     """Settings of a model that starts from the one in `folder`: its lead tokens, all else as asked. `UserError` where
-    the trunks differ."""
+    the trunks differ, or a decoder of both would read its weights in another way than they were trained in."""
     read_meta(folder)
     source = read_settings(folder)
-    ours, theirs = (s.model_dump(mode="json", exclude=_FREE) for s in (settings, source))
+    shared = [name for name in settings.decoder_names if name in source.decoder_names]
+    ours, theirs = (_read_by(s, shared) for s in (settings, source))
     if different := list(_differences(ours, theirs)):
         raise UserError(
-            f"'{folder}' cannot be where preset '{settings.name}' starts, its trunk has {', '.join(different[:3])}; "
-            "give a model with the trunk of the preset, or name the folder's config.yaml as the recipe's model",
+            f"'{folder}' cannot be where preset '{settings.name}' starts, it has {', '.join(different[:3])}; give a "
+            "model with these settings of the preset, or name the folder's config.yaml as the recipe's model",
             "wrong_start",
         )
     return settings.model_copy(update={"lead_tokens": source.lead_tokens})
+
+
+def _read_by(settings: ModelSettings, decoders: Iterable[str]) -> dict[str, Any]:
+    """What weights of the trunk and of `decoders` are read by, but for their shapes; of a published part with all keys
+    of the library's config, as presets leave out other defaults of it than converted checkpoints."""
+    found = settings.model_dump(mode="json", exclude=_FREE)
+    encoders = settings.vision.configs(settings.image_size)
+    found["vision"] |= {name: encoder.to_dict() for name, encoder in encoders.items()}
+    found["llm"] = settings.llm_config().to_dict()
+    for name in decoders:
+        own = getattr(settings, name)
+        found[name] = {key: getattr(own, key) for key in _UNSHAPED if hasattr(own, key)}
+        if isinstance(own, DiffusionSettings):
+            found[name]["scheduler"] = learned_schedule(own.scheduler)
+    return found
 
 
 def _differences(ours: object, theirs: object, where: str = "") -> Iterator[str]:

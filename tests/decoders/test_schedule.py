@@ -2,11 +2,12 @@
 
 import pytest
 import torch
-from diffusion_fakes import instruct_pix2pix, stable_diffusion
+from diffusion_fakes import instruct_pix2pix, make_link, stable_diffusion
 
-from lumen_ray.decoders.schedule import PREDICTED, make_scheduler, scheduler_keys
+from lumen_ray.decoders.schedule import PREDICTED, check_steps, make_scheduler, scheduler_keys
 from lumen_ray.decoders.settings import SAMPLERS, StableDiffusionSettings
 from lumen_ray.errors import UserError
+from lumen_ray.structures import SampleSettings
 
 ZERO = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 
@@ -38,6 +39,25 @@ def test_a_schedule_that_cannot_work_is_told(keys, sampler, message):
         with pytest.raises(UserError, match=message) as error:
             make(scheduler={**published, **keys}, sampler=sampler)
         assert error.value.reason == "invalid_config" and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("steps", [1, 2, 999])
+def test_any_sampler_draws_in_few_steps_and_knows_the_most(sampler, steps):
+    decoder = stable_diffusion(sampler=sampler)
+    check_steps("stable_diffusion", decoder.settings, steps)
+    if steps < 999:
+        drawn = decoder.eval().sample(make_link(1, images=1), None, SampleSettings(steps=steps, guidance=1.0))
+        assert len(drawn) == 1
+
+
+def test_steps_that_a_sampler_does_not_have_are_told():
+    keys = {**StableDiffusionSettings.model_fields["scheduler"].default, "skip_prk_steps": False}
+    decoder = stable_diffusion(sampler="PNDMScheduler", scheduler=keys)
+    with pytest.raises(UserError, match="PNDMScheduler cannot draw in 3 steps; give a number from 4 to 999") as error:
+        decoder.sample(make_link(1, images=1), None, SampleSettings(steps=3))
+    assert error.value.reason == "invalid_sampling"
+    check_steps("stable_diffusion", decoder.settings, 4)
 
 
 def test_without_its_numbers_a_decoder_is_checked_as_well():

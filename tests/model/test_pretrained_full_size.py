@@ -9,6 +9,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+import yaml
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -24,13 +25,15 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from lumen_ray import config
+from lumen_ray.decoders.schedule import learned_schedule, make_scheduler
 from lumen_ray.errors import UserError
-from lumen_ray.model.build import Generalist
+from lumen_ray.model.build import WEIGHTS, Generalist
 from lumen_ray.model.decoder_weights import LOADERS, grounding_dino_state
 from lumen_ray.model.pretrained import encoder_state, fill, llm_state, settings_from
 from lumen_ray.model.released.encoders import CLIP, DINOV2
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.tokenizer import SPECIAL_TOKENS
+from lumen_ray.model.warm_start import start_settings
 from lumen_ray.presets import model_path
 
 # The sizes in the config.json of openai/clip-vit-large-patch14-336, facebook/dinov2-large, lmsys/vicuna-7b-v1.5,
@@ -168,17 +171,48 @@ def model_state(settings):
         return Generalist(settings, ROWS).state_dict()
 
 
-def test_the_preset_is_of_the_published_sizes(folders):
-    preset = config.load(ModelSettings, model_path("7b"))
+@pytest.fixture
+def preset():
+    return config.load(ModelSettings, model_path("7b"))
+
+
+@pytest.fixture
+def converted(preset, folders):
+    """The settings that `convert pretrained` writes for the published checkpoints."""
     checkpoints = {"clip": CLIP_L, "dinov2": DINOV2_L, "llm": VICUNA}
-    found = settings_from(preset, {k: Published(Path(k), v) for k, v in checkpoints.items()}, folders)
-    assert shapes(model_state(found)) == shapes(model_state(preset))
-    assert found.serving == preset.serving
+    return settings_from(preset, {k: Published(Path(k), v) for k, v in checkpoints.items()}, folders)
+
+
+def test_the_preset_is_of_the_published_sizes(preset, converted):
+    assert shapes(model_state(converted)) == shapes(model_state(preset))
+    assert converted.serving == preset.serving
     for name in DIFFUSION:
-        ours, theirs = getattr(preset, name), getattr(found, name)
+        ours, theirs = getattr(preset, name), getattr(converted, name)
         told = ("sampler", "image_size", "num_tokens", "train_unet", "train_vae")
         assert all(getattr(ours, key) == getattr(theirs, key) for key in told)
-        assert NOISE.items() <= ours.scheduler.items() and NOISE.items() <= theirs.scheduler.items()
+        assert learned_schedule(ours.scheduler) == learned_schedule(theirs.scheduler)
+        draws = [dict(make_scheduler(s.sampler, s.scheduler).config) for s in (ours, theirs)]
+        for keys in draws:
+            del keys["_use_default_values"]  # which keys were given, and not what they are
+        assert draws[0] == draws[1]
+
+
+def test_a_recipe_of_the_preset_starts_from_what_convert_writes(tmp_path, preset, converted):
+    """Both describe the same model, though not by the same keys."""
+
+    def written(settings):
+        folder = tmp_path / "model"
+        folder.mkdir(exist_ok=True)
+        (folder / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+        (folder / "meta.json").write_text(json.dumps({"preset": "7b"}))
+        for name in ("tokenizer.json", WEIGHTS):
+            (folder / name).touch()
+        return folder
+
+    assert start_settings(preset, written(converted)) == preset
+    narrow = converted.model_copy(update={"llm": converted.llm | {"num_attention_heads": 16}})
+    with pytest.raises(UserError, match=r"it has llm.*num_attention_heads 16 instead of 32"):
+        start_settings(preset, written(narrow))
 
 
 @pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")

@@ -125,6 +125,35 @@ def test_another_trunk_is_refused(folder):
     assert "dense_channels 16 instead of 24, prefix_attention full instead of causal" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("decoder", "change", "words"),
+    [
+        ("lumen", {"num_heads": 1}, "lumen.num_heads 2 instead of 1"),
+        ("grounding_dino", {"inverse_sigmoid_eps": 0.01}, "grounding_dino.inverse_sigmoid_eps 1e-05 instead of 0.01"),
+        ("instruct_pix2pix", {"vae": {"scaling_factor": 0.5}}, "instruct_pix2pix.latent_scale 0.18215 instead of 0.5"),
+        ("stable_diffusion", {"mapper_heads": 1}, "stable_diffusion.mapper_heads 2 instead of 1"),
+        (
+            "stable_diffusion",
+            {"scheduler": {"prediction_type": "v_prediction"}},
+            "stable_diffusion.scheduler.prediction_type epsilon instead of v_prediction",
+        ),
+    ],
+)
+def test_a_kept_decoder_reads_its_weights_as_they_were_trained(tmp_path, tokenizer, decoder, change, words):
+    """Of what no shape shows; how a decoder learns and answers may be another."""
+    source = tiny_settings(**EXPERTS)
+    state = dict.fromkeys(["lm"], torch.zeros(1))  # settings are compared before weights are read
+    folder = save_model(tmp_path / "experts", state, source, tokenizer, ModelMeta("tiny"))
+    own = getattr(source, decoder).model_dump(mode="json")
+    other = {key: own[key] | value if isinstance(value, dict) else value for key, value in change.items()}
+    with pytest.raises(UserError) as error:
+        start_settings(tiny_settings(**EXPERTS | {decoder: own | other}), folder)
+    assert error.value.reason == "wrong_start" and words in str(error.value)
+    free = {"grounding_dino": EXPERTS["grounding_dino"] | {"dropout": 0.1, "pixels_at_once": 99}}
+    free["stable_diffusion"] = EXPERTS["stable_diffusion"] | {"sampler": "EulerDiscreteScheduler", "guidance": 3.0}
+    assert start_settings(tiny_settings(**EXPERTS | free), folder).stable_diffusion.guidance == 3.0
+
+
 def test_another_width_of_a_kept_decoder_is_refused(folder):
     with pytest.raises(UserError, match="by the settings") as error:
         started(folder, lumen={"hidden_size": 32, "num_layers": 1, "num_heads": 2})
