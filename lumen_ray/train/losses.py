@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumen_ray.decoders.base import LossTerm
+from lumen_ray.decoders.base import LossTerm, PerceptionTargets
 from lumen_ray.model.build import served_links
 from lumen_ray.model.prompts import IGNORE
 from lumen_ray.tasks import DECODERS, TASKS
@@ -26,8 +26,8 @@ TASK_NAMES = tuple(TASKS)
 _TASK_INDEX = {name: i for i, name in enumerate(TASK_NAMES)}
 _DECODER_OF = {loss: name for name, info in DECODERS.items() for loss in info.losses}
 
-#: losses that count objects, or the places of each
-_OF_OBJECTS = ("heatmap", "match", "box", "gdino_class", "gdino_box")
+#: losses that count objects with a mask; all others of decoders that find places but `keypoint` count objects
+_OF_MASKS = ("mask", "gdino_mask")
 
 
 def expected_counts(batch: dict[str, Any], names: tuple[str, ...]) -> Tensor:
@@ -36,18 +36,25 @@ def expected_counts(batch: dict[str, Any], names: tuple[str, ...]) -> Tensor:
     A loss that it says nothing of is averaged over the micro-steps.
     """
     known: dict[str, float] = {"lm": float((batch["layout"].labels[:, 1:] != IGNORE).sum())}
-    if (t := batch["targets"].get("perception")) is not None:
-        objects = t.valid & ~t.crowd & t.counted[:, None]
-        known |= dict.fromkeys(_OF_OBJECTS, float(objects.sum()))
-        known["mask"] = known["gdino_mask"] = float((objects & (t.mask_index >= 0)).sum())
-        parents = batch["layout"].link_parents["perception"]
-        children = torch.nonzero(parents >= 0).flatten()
-        shown = (t.valid & ~t.crowd)[parents[children]]
-        known["keypoint"] = float((shown & (t.keypoints[children][..., 2] > 0)).sum())
-    else:
-        perception = [info.losses for info in DECODERS.values() if info.family == "perception"]
-        known |= dict.fromkeys((name for losses in perception for name in losses), 0.0)
+    targets = batch["targets"].get("perception")
+    for decoder, info in DECODERS.items():
+        if info.family == "perception":
+            known |= _objects(decoder, batch, targets) if targets is not None else dict.fromkeys(info.losses, 0.0)
     return torch.tensor([known.get(name, 1.0) for name in names])
+
+
+def _objects(decoder: str, batch: dict[str, Any], t: PerceptionTargets) -> dict[str, float]:
+    """Objects, masks and keypoints of the prompts that the decoder serves, by the losses that count them."""
+    served = torch.tensor(served_links(decoder, batch), dtype=torch.int64)
+    objects = (t.valid & ~t.crowd & t.counted[:, None])[served]
+    known = dict.fromkeys(DECODERS[decoder].losses, float(objects.sum()))
+    masks = float((objects & (t.mask_index[served] >= 0)).sum())
+    parents = batch["layout"].link_parents["perception"]
+    children = torch.nonzero(parents >= 0).flatten()
+    shown = (t.valid & ~t.crowd)[parents[children]]
+    keypoints = float((shown & (t.keypoints[children][..., 2] > 0)).sum())
+    other = dict.fromkeys(_OF_MASKS, masks) | {"keypoint": keypoints}
+    return known | {name: count for name, count in other.items() if name in known}
 
 
 def count_tokens(batch: dict[str, Any], image_tokens: int) -> tuple[int, int]:

@@ -11,8 +11,9 @@ from lumen_ray.data.collate import BranchSettings, Collator
 from lumen_ray.data.images import decode
 from lumen_ray.data.mixture import Plan
 from lumen_ray.data.transforms import AugmentSettings
+from lumen_ray.decoders.base import LossTerm
 from lumen_ray.errors import UserError
-from lumen_ray.tasks import TASKS
+from lumen_ray.tasks import DECODERS, TASKS
 from lumen_ray.train import parallel
 from lumen_ray.train.losses import TASK_NAMES, StepLosses, expected_counts
 from lumen_ray.train.trainer import train_local
@@ -97,6 +98,37 @@ def test_what_is_known_beforehand_is_what_the_losses_count():
     assert expected["heatmap"] == expected["box"] >= expected["mask"] > 0
     text_only = expected_counts(scene_batch(2, tuple(TEXT)), (*model.loss_names, "other"))
     assert text_only[1:].tolist() == [0] * (len(model.loss_names) - 1) + [1]
+
+
+@pytest.mark.parametrize("decoder", ["grounding_dino", "unipose"])
+def test_experts_count_the_objects_of_the_prompts_they_serve(decoder):
+    """Among prompts that other decoders serve; of objects without keypoints, and of those that the batch lacks."""
+    model = tiny_model(**EXPERTS)
+    for batch in (scene_batch(4, ("detect", "pose", "region_caption")), scene_batch(4, ("detect",))):
+        names = DECODERS[decoder].losses
+        expected = dict(zip(names, expected_counts(batch, names).tolist(), strict=True))
+        losses = model({**batch, "decoders": [decoder]})
+        counts = {name: float(losses[name].count) if name in losses else 0.0 for name in names}
+        if decoder == "unipose":
+            assert expected == counts
+        else:  # which counts an object once, however many prompts of a group name it
+            assert all(expected[name] >= counts[name] > 0 for name in names)
+
+
+def test_micro_steps_weigh_every_object_alike():
+    """Of one scene and of six: an object of either adds as much to the step."""
+    batches = [
+        scene_batch([scenes.scene_row(0, i, SIDE) for i in rows], ("detect", "pose")) for rows in ([0], range(1, 7))
+    ]
+    names = ("lm", "box", "gdino_box", *DECODERS["unipose"].losses)
+    step, weights = StepLosses(names, {}, batches, CPU), []
+    for batch in batches:
+        counts = expected_counts(batch, names)
+        share = torch.zeros(len(names), requires_grad=True)  # what is added for each object or token
+        step.add(batch, {n: LossTerm((share[i] + 1) * counts[i], counts[i]) for i, n in enumerate(names)}).backward()
+        weights.append(share.grad / counts)
+    one, other = weights
+    assert torch.allclose(one, other) and bool((one < 1).all())
 
 
 def test_losses_by_task_are_means_over_branches():
