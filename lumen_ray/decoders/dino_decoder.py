@@ -5,7 +5,6 @@ Legend: P' object prompts, G groups, T prompts of the largest group, Q queries, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -20,6 +19,7 @@ from lumen_ray.decoders.denoising import Denoising
 from lumen_ray.decoders.dino import DinoTrunk, Levels, Memory, additive, box_head, class_logits, gather_rows
 from lumen_ray.decoders.set_loss import Matches, Objects, box_loss, class_loss, find_objects, match
 from lumen_ray.decoders.settings import DinoLossSettings
+from lumen_ray.decoders.sizes import padded_pixels
 from lumen_ray.model.aligner import Seats
 from lumen_ray.model.superlink import SuperLink
 from lumen_ray.model.vision import IMAGENET_MEAN, IMAGENET_STD
@@ -222,8 +222,8 @@ class DinoDecoder(Decoder):
         Every image is seen once. Groups of more pixels than `pixels_at_once` are looked at part by part.
         """
         groups = Groups.of(link, pixels)
-        largest = math.prod(max(sides) for sides in zip(*groups.sizes, strict=True))  # which maps are padded to
-        levels, parts = self._see(pixels, groups), link.group_chunks(max(1, self.settings.pixels_at_once // largest))
+        most = max(1, self.settings.pixels_at_once // padded_pixels(groups.sizes))
+        levels, parts = self._see(pixels, groups), link.group_chunks(most)
         if len(parts) == 1:
             return self._losses_of(link, levels, groups, targets)
         found = []

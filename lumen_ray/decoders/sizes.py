@@ -7,6 +7,7 @@ own, resampled from the stored one, in training and at inference alike.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lumen_ray.errors import UserError
@@ -77,6 +78,11 @@ class PictureSize:
 
 
 SizeRule = ShortSide | PictureSize
+
+
+def padded_pixels(sizes: Iterable[Size]) -> int:
+    """Pixels of each of some images of (height, width) `sizes` once they are padded to lie in one tensor."""
+    return math.prod(max(sides) for sides in zip(*sizes, strict=True))
 
 
 def by_size(sizes: list[Size]) -> dict[Size, list[int]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lumen_ray.decoders.base import Frame, ImageDecoder, Pixels, PredictSettings
+from lumen_ray.decoders.sizes import padded_pixels
 from lumen_ray.inference.outputs import Found, LinkPart, TrunkOutput
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.model.superlink import SuperLink
@@ -87,8 +88,8 @@ class DecoderStage:
         if self.decoder.independent:
             height, width = output.dense.shape[-2:]
             return link.chunks(max(1, MAX_DECODER_CELLS // (height * width)))
-        largest = max(image[0].numel() for image in part.pixels)
-        return link.group_chunks(max(1, min(MAX_DECODER_GROUPS, MAX_DECODER_PIXELS // largest)))
+        each = padded_pixels(tuple(image.shape[1:]) for image in part.pixels)
+        return link.group_chunks(max(1, min(MAX_DECODER_GROUPS, MAX_DECODER_PIXELS // each)))
 
     def _frame(self, frame: Frame) -> Frame:
         """Where the image that lies so in the trunk's input lies in this decoder's."""

@@ -27,7 +27,7 @@ from lumen_ray.model.tokenizer import EOS
 from lumen_ray.model.trunk import Prefix
 from lumen_ray.precision import in_own_dtype
 from lumen_ray.structures import Region, SampleSettings, Size
-from lumen_ray.tasks import DECODERS, ROUTING_TOKENS, TASKS, decoder_class, task_of_prompt
+from lumen_ray.tasks import DECODERS, ROUTING_TOKENS, TASKS, Task, decoder_class, task_of_prompt
 
 #: What stands for a region prompt among an answer's phrases.
 REGION_PHRASE = "region"
@@ -132,7 +132,10 @@ class TrunkStage(FromFolder):
         if route_only:
             asks = []
         else:
-            asks += [ask for b, r in chosen for ask in self._routed(requests[b][r], plans[b][r].route, b, r)]
+            for b, r in chosen:
+                task = next(task for task in TASKS.values() if task.routing_token == plans[b][r].route)
+                if images[b] is not None or not task.sees_image:  # else there is no place in words alone
+                    asks += self._routed(requests[b][r], task, b, r)
         parts = self._links(prefix, asks, plans, class_chunk)
         reads = {name: decoder_class(name).reads for name in parts}
         dense = prefix.dense.float().cpu().contiguous() if "dense" in reads.values() else None
@@ -227,17 +230,16 @@ class TrunkStage(FromFolder):
                 plan.text = self.tokenizer.decode(t for t in tokens if t not in routing)
         return chosen
 
-    def _routed(self, request: Request, route: str, image: int, index: int) -> list[_Ask]:
-        """Free chat in which the LLM chose a routing token: one more branch, with the queries behind the token."""
+    def _routed(self, request: Request, task: Task, image: int, index: int) -> list[_Ask]:
+        """Free chat in which the LLM chose a task's routing token: one more branch, with the queries behind it."""
         named = task_of_prompt(request.text)
         phrase = named[1] if named else request.text
-        if route == "[POSE]" and phrase in self.skeletons:
+        if task.name == "pose" and phrase in self.skeletons:
             return self._asks(Request("pose", (phrase,)), image, index)
-        task = next(task for task in TASKS.values() if task.routing_token == route)
         sample = SampleSettings() if task.result == "image" else None
         spec = PromptSpec(phrase, masks=task.result == "masks", sample=sample)
         decoder = self._decoder(Request(task.name))
-        return [_Ask(Branch(image, request.text, route=route, group=index), spec, image, index, decoder)]
+        return [_Ask(Branch(image, request.text, route=task.routing_token, group=index), spec, image, index, decoder)]
 
     def _regions(self, regions: list[Region], images: list[int]) -> tuple[Tensor, Tensor]:
         """Masks of the model input [R, H, W] and the images they lie in, int64 [R]."""

@@ -221,6 +221,14 @@ def test_a_routing_token_in_chat_gives_the_answer_of_the_structured_request(rout
     assert len(answer.predictions) == 1
 
 
+@pytest.mark.parametrize("token", ["[DET]", "[SEG]", "[POSE]"])
+def test_words_alone_have_no_places(routed, token):
+    asked = [[make_request("chat", text="pose of red figure")], [make_request("chat", text="detect circle")]]
+    alone, seen = (answers[0] for answers in routed(token).run([None, PICTURES[0]], asked, **EVERYTHING))
+    assert (alone.route, alone.text, alone.predictions) == (token, None, [])
+    assert seen.predictions
+
+
 def test_a_pose_in_chat_brings_the_skeleton(routed):
     answers = routed("[POSE]").run([PICTURES[0]], [[make_request("chat", text="pose of red figure")]], **EVERYTHING)[0]
     assert answers[0].predictions[0].keypoints.names == KEYPOINTS

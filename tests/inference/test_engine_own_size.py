@@ -137,7 +137,7 @@ def test_few_large_images_are_looked_at_at_once(engine, monkeypatch):
     monkeypatch.setattr(
         stage.decoder, "forward", lambda link, pixels: seen.append(len(pixels.images)) or look(link, pixels)
     )
-    for most, expected in ((2 * 192 * 128, [2, 1]), (1, [1, 1, 1]), (1 << 30, [3])):
+    for most, expected in ((2 * 192 * 192, [2, 1]), (2 * 192 * 192 - 1, [1, 1, 1]), (1, [1, 1, 1]), (1 << 30, [3])):
         monkeypatch.setattr("lumen_ray.inference.decoder_stage.MAX_DECODER_PIXELS", most)
         seen.clear()
         engine.run(PHOTOS, [[DETECT]] * 3)
