@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from lumen_ray import __version__
-from lumen_ray.bench.timing import Result, table
+from lumen_ray.bench.timing import Result, SidesDiffer, table
 from lumen_ray.console import comma_separated, console, say
 from lumen_ray.errors import UserError, unknown
 
@@ -93,13 +93,13 @@ def _check_preset(args: argparse.Namespace) -> None:
     model_path(args.preset)
 
 
-def _grounding_dino(args: argparse.Namespace, folder: Path) -> list[Result]:
+def _grounding_dino(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
     from lumen_ray.bench import decoders
 
     return decoders.bench(**_set({"turns": args.turns, "threads": args.threads}))
 
 
-def _memory(args: argparse.Namespace, folder: Path) -> list[Result]:
+def _memory(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
     from lumen_ray.bench import memory
 
     given = {"images": args.batch_size, "checkpointed": args.activation_checkpointing}
@@ -178,7 +178,7 @@ def _add_kind(kinds: Any, kind: str, about: str) -> argparse.ArgumentParser:
     default = f"all but {', '.join(rest)}" if rest else "all"
     p.add_argument("--only", help=f"comma separated, of {', '.join(KINDS[kind])} (default: {default})")
     p.add_argument("--output", default=f"bench-{kind}.json", help=f"JSON to write (default: bench-{kind}.json)")
-    p.add_argument("--check", action="store_true", help="exit status 1 when an aim is missed")
+    p.add_argument("--check", action="store_true", help="exit status 1 when an aim is missed or the sides differ")
     p.add_argument("--turns", type=int, help="how often the sides take turns")
     p.add_argument("--batch-size", type=int, help="images a step")
     return p
@@ -251,7 +251,10 @@ def results_of(benches: dict[str, Bench], args: argparse.Namespace) -> Iterator[
     for name, bench in benches.items():
         say(f"{name} ...")
         with tempfile.TemporaryDirectory(prefix="lumen-bench-") as folder:
-            yield from bench.run(args, Path(folder))
+            try:
+                yield from bench.run(args, Path(folder))
+            except SidesDiffer as error:
+                yield Result(name, "", {}, failed=str(error))
 
 
 def run(args: argparse.Namespace) -> list[Result]:
@@ -285,7 +288,7 @@ def _print_top(result: Result) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, 1 with `--check` when an aim is missed, or 2 for what the user must change."""
+    """Exit status 0, 1 with `--check` when an aim is missed or the sides differ, or 2 for what the user must change."""
     from lumen_ray.ray_env import prepare_environment
 
     prepare_environment()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from transformers import (
     GroundingDinoProcessor,
 )
 
-from lumen_ray.bench.timing import Result, in_turns
+from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
 from lumen_ray.data import scenes
 from lumen_ray.data.images import decode
 from lumen_ray.decoders.dino import library_config
@@ -161,8 +161,8 @@ def difference(library: Library, ours: Ours, images: list[np.ndarray]) -> float:
     return float(torch.stack(apart).max())
 
 
-def bench(*, turns: int = 5, repeats: int = 10, threads: int | None = None) -> list[Result]:
-    """Images per second of both sides for every batch size; refuses to report a speed when their results differ."""
+def bench(*, turns: int = 5, repeats: int = 10, threads: int | None = None) -> Iterator[Result]:
+    """Images per second of both sides for every batch size; `SidesDiffer` in place of a speed when results differ."""
     threads = threads or torch.get_num_threads()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -171,7 +171,8 @@ def bench(*, turns: int = 5, repeats: int = 10, threads: int | None = None) -> l
             torch.manual_seed(0)
             library = Library.fresh(SETTINGS)
             ours = Ours.like(library, SETTINGS)
-            return [_speed(library, ours, size, turns, repeats, threads) for size in BATCHES]
+            for size in BATCHES:
+                yield _speed(library, ours, size, turns, repeats, threads)
     finally:
         torch.set_num_threads(before)
 
@@ -180,7 +181,7 @@ def _speed(library: Library, ours: Ours, batch_size: int, turns: int, repeats: i
     images = [decode(scenes.scene_row(0, i, STORED_SIDE)["image"]) for i in range(batch_size)]
     worst = difference(library, ours, images)
     if not worst <= TOLERANCE:
-        raise RuntimeError(f"our decoder and transformers differ by {worst:.2e}, more than {TOLERANCE:g}")
+        raise SidesDiffer(f"our decoder and transformers differ by {worst:.2e}, more than {TOLERANCE:g}")
 
     def rate(find: Callable[[list[np.ndarray]], object]) -> float:
         find(images)  # warms up

@@ -16,7 +16,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lumen_ray import config
-from lumen_ray.bench.timing import Result, in_turns
+from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
 from lumen_ray.decoders.base import PerceptionTargets
 from lumen_ray.model.build import Generalist, build_model
 from lumen_ray.model.prompts import Branch, build_layout
@@ -232,5 +232,5 @@ def _warm_up(sides: dict[str, Worker], part: str, warm: int) -> float:
     values = [[float(worker.run(part)) for _ in range(max(1, warm))][0] for worker in sides.values()]
     apart = abs(values[0] - values[1]) / max(1e-6, abs(values[1]))
     if not apart < 0.05:
-        raise RuntimeError(f"compiled and eager {part} differ by {apart:.1%}: {values}")
+        raise SidesDiffer(f"compiled and eager {part} differ by {apart:.1%}: {values}")
     return apart

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from lumen_ray.bench.timing import Result, in_turns
+from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
 from lumen_ray.bench.workload import Stamped, check_batches, make_recipe, plan_of, same, scene_shards
 from lumen_ray.data.feed import STEPS_PER_BLOCK, dataset_for_rank, plan_items, ray_batches
 from lumen_ray.errors import UserError
@@ -155,7 +155,7 @@ def bench(
         pipeline_batches(prepared.reader, few, workers), loader_batches(prepared.reader, few, workers), strict=True
     )
     if not all(same(one, other) for one, other in pairs):
-        raise RuntimeError("the input pipeline and the DataLoader give different batches")
+        raise SidesDiffer("the input pipeline and the DataLoader give different batches")
     reader = Stamped(prepared.reader)
     lying: dict[str, list[tuple[int, int]]] = {"Ray Data": [], "DataLoader": []}
 

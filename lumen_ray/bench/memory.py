@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -17,11 +17,12 @@ from lumen_ray.train.blocks import checkpoint_module
 
 def bench(
     preset: str = "nano-experts", names: Sequence[str] | None = None, images: int = 2, checkpointed: bool = False
-) -> list[Result]:
+) -> Iterator[Result]:
     """MiB that a forward and backward pass of each decoder allocates at most, beside weights, gradients and inputs, on
     scenes with all that it can learn from them; `checkpointed`: as with `activation_checkpointing` in a recipe."""
     settings, names = read_preset(preset, names)
-    return [_measure(settings, name, images, checkpointed) for name in names]
+    for name in names:
+        yield _measure(settings, name, images, checkpointed)
 
 
 def _measure(settings: ModelSettings, name: str, images: int, checkpointed: bool) -> Result:

@@ -18,7 +18,7 @@ from typing import Any
 
 from lumen_ray.bench.bare import BareRun
 from lumen_ray.bench.bare import run as run_bare
-from lumen_ray.bench.timing import Result, in_turns
+from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
 from lumen_ray.bench.workload import check_batches, make_recipe, plan_of, scene_shards
 from lumen_ray.data.feed import STEPS_PER_BLOCK, plan_items
 from lumen_ray.errors import UserError
@@ -139,9 +139,9 @@ def rate(times: list[float], warm: int, cool: int, batch_size: int) -> float:
 
 
 def check_losses(one: list[float], other: list[float]) -> None:
-    """`RuntimeError` naming the first step whose losses differ, relative to the loss where that is above 1."""
+    """`SidesDiffer` naming the first step whose losses differ, relative to the loss where that is above 1."""
     if len(one) != len(other):
-        raise RuntimeError(f"one side has made {len(one)} steps, the other {len(other)}")
+        raise SidesDiffer(f"one side has made {len(one)} steps, the other {len(other)}")
     for step, (a, b) in enumerate(zip(one, other, strict=True)):
         if not abs(a - b) / max(1.0, abs(b)) < 10**-LOSS_DIGITS:
-            raise RuntimeError(f"the losses of the two sides differ from step {step} on: {a:.6f} and {b:.6f}")
+            raise SidesDiffer(f"the losses of the two sides differ from step {step} on: {a:.6f} and {b:.6f}")

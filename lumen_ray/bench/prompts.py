@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lumen_ray import config
-from lumen_ray.bench.timing import Result, in_turns
+from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
 from lumen_ray.data import scenes
 from lumen_ray.data.images import decode
 from lumen_ray.inference.engine import Engine
@@ -105,7 +105,7 @@ def bench(
     try:
         worst = difference(engine, image, single, max_new_tokens)  # warms both sides up, too
         if not worst <= TOLERANCE:
-            raise RuntimeError(f"one pass and a pass per prompt differ by {worst:.2e}, more than {TOLERANCE:g}")
+            raise SidesDiffer(f"one pass and a pass per prompt differ by {worst:.2e}, more than {TOLERANCE:g}")
 
         def rate(side, repeats: int) -> float:
             began = time.perf_counter()

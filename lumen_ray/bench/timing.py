@@ -16,6 +16,10 @@ from rich.table import Table
 Measure = Callable[[], float]
 
 
+class SidesDiffer(RuntimeError):
+    """The sides of a comparison do not compute the same, so that how fast they are says nothing."""
+
+
 @dataclass
 class Result:
     """One comparison: the rates of every turn by side, the first side over the second.
@@ -31,6 +35,7 @@ class Result:
     budget: str = ""  # the CPUs or device each side had
     details: dict[str, Any] = field(default_factory=dict)
     skipped: str = ""  # why nothing was measured
+    failed: str = ""  # how the sides differ, in place of rates
     note: str = ""  # what the figures do not hold
 
     @property
@@ -41,13 +46,18 @@ class Result:
 
     @property
     def reached(self) -> bool | None:
-        """Whether the median ratio is the aim or more; None where there is no aim or nothing was measured."""
+        """Whether the median ratio is the aim or more; None where there is no aim or nothing was measured. What failed
+        reaches nothing."""
+        if self.failed:
+            return False
         return None if self.aim is None or not self.ratios else statistics.median(self.ratios) >= self.aim
 
     def verdict(self) -> str:
-        """One line: reached or missed, the ratio with its spread over the turns, the aim."""
+        """One line: reached, missed or failed, the ratio with its spread over the turns, the aim."""
         if self.skipped:
             return f"{self.name} was left out: {self.skipped}"
+        if self.failed:
+            return f"{self.name} failed: {self.failed}"
         if not self.ratios:
             told = (f"{n} {_range(spread(r), '.1f')} {self.unit}" for n, r in self.rates.items())
             return f"{self.name}: {', '.join(told)}" + (f"; {self.note}" if self.note else "")
@@ -62,6 +72,8 @@ class Result:
         """Plain values, with median, lowest and highest of every side and of the ratio."""
         if self.skipped:
             return {"name": self.name, "skipped": self.skipped}
+        if self.failed:
+            return {"name": self.name, "failed": self.failed, "reached": False}
         return {
             "name": self.name,
             "unit": self.unit,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lumen_ray.bench import decoders
+from lumen_ray.bench.timing import SidesDiffer
 
 
 @pytest.fixture(scope="module")
@@ -33,5 +34,5 @@ def test_both_sides_look_for_every_class_in_every_image(sides):
 def test_a_difference_is_refused(sides, monkeypatch):
     library, ours = sides
     monkeypatch.setitem(ours.decoder.bbox_embed.layers[-1]._parameters, "bias", torch.full((4,), 0.01))
-    with pytest.raises(RuntimeError, match="differ by"):
+    with pytest.raises(SidesDiffer, match="differ by"):
         decoders._speed(library, ours, 1, turns=1, repeats=1, threads=1)

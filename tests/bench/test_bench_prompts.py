@@ -6,6 +6,7 @@ import pytest
 from tiny_models import tiny_loaded
 
 from lumen_ray.bench import prompts
+from lumen_ray.bench.timing import SidesDiffer
 from lumen_ray.inference.engine import Engine
 
 
@@ -46,7 +47,7 @@ def test_a_difference_is_refused(engine, monkeypatch, what):
         return out
 
     monkeypatch.setattr(engine.trunk, "run", other_when_packed)
-    with pytest.raises(RuntimeError, match="differ by"):
+    with pytest.raises(SidesDiffer, match="differ by"):
         prompts.bench(engine, classes=3, turns=1, max_new_tokens=4, threads=1)
 
 
@@ -58,7 +59,7 @@ def test_numbers_that_are_none_are_a_difference(engine, monkeypatch):
         return [values[0], values[1] * float("nan"), values[2]] if len(requests) > 1 else values
 
     monkeypatch.setattr(prompts, "raw_outputs", broken_when_packed)
-    with pytest.raises(RuntimeError, match="differ by nan"):
+    with pytest.raises(SidesDiffer, match="differ by nan"):
         prompts.bench(engine, classes=3, turns=1, max_new_tokens=4, threads=1)
 
 

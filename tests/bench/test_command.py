@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lumen_ray.bench import command
-from lumen_ray.bench.timing import Result
+from lumen_ray.bench.timing import Result, SidesDiffer
 
 
 def made(*results):
@@ -36,6 +36,22 @@ def never(monkeypatch):
 
     found = {name: command.Bench(run, bench.check) for name, bench in command.KINDS["train"].items()}
     monkeypatch.setitem(command.KINDS, "train", found)
+
+
+def test_sides_that_differ_are_told_and_the_other_results_kept(benches, tmp_path, capsys):
+    def differs(args, folder):
+        yield Result("first", "images/s", {"ours": [3.0], "theirs": [1.0]})
+        raise SidesDiffer("the second differs by 3")
+
+    benches["half"] = command.Bench(differs, lambda args: None)
+    benches["last"] = made(Result("last", "images/s", {"ours": [3.0], "theirs": [1.0]}))
+    path = tmp_path / "out.json"
+    assert command.main(["train", "--only", "half,last", "--output", str(path)]) == 0
+    first, half, last = json.loads(path.read_text())["results"]
+    assert (first["name"], last["name"]) == ("first", "last")
+    assert half == {"name": "half", "failed": "the second differs by 3", "reached": False}
+    assert "half failed: the second differs by 3" in capsys.readouterr().out
+    assert command.main(["train", "--only", "half", "--check", "--output", str(path)]) == 1
 
 
 def test_every_bench_is_printed_and_written(benches, tmp_path, capsys):

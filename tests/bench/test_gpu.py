@@ -8,6 +8,7 @@ import torch
 from tiny_models import tiny_settings
 
 from lumen_ray.bench import gpu
+from lumen_ray.bench.timing import SidesDiffer
 
 LOAD = gpu.Load(images=2, classes=2, captions=1, objects=2)
 CPU = torch.device("cpu")
@@ -59,7 +60,7 @@ def test_sides_that_differ_are_refused(worker):
     settings = tiny_settings()
     tokenizer = gpu.make_tokenizer(settings)
     other = Other(settings, len(tokenizer), gpu.make_batch(settings, tokenizer, LOAD), CPU, compiled=False)
-    with pytest.raises(RuntimeError, match="differ by 20"):
+    with pytest.raises(SidesDiffer, match="differ by 20"):
         gpu._warm_up({"compiled": other, "eager": worker}, "trunk", 1)
     assert gpu._warm_up({"compiled": worker, "eager": worker}, "trunk", 1) == 0
 

@@ -9,7 +9,7 @@ from lumen_ray.errors import UserError
 
 
 def test_every_decoder_of_a_preset_is_measured():
-    results = memory.bench(images=1)
+    results = list(memory.bench(images=1))
     assert [r.name for r in results] == [f"memory/{name}" for name in read_preset("nano-experts", None)[1]]
     assert len(results) == 5
     for result in results:

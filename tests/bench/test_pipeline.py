@@ -5,6 +5,7 @@ from bench_fakes import tiny_preset
 
 from lumen_ray import ray_env
 from lumen_ray.bench import inputs, pipeline
+from lumen_ray.bench.timing import SidesDiffer
 from lumen_ray.bench.workload import make_recipe, plan_of, same, scene_shards
 from lumen_ray.data.feed import plan_items
 from lumen_ray.train.trainer import prepare_job
@@ -23,7 +24,7 @@ def test_losses_are_compared():
         ([1.0], [float("nan")], "from step 0"),
         ([1.0], [1.0, 1.0], "has made 1 steps, the other 2"),
     ):
-        with pytest.raises(RuntimeError, match=why):
+        with pytest.raises(SidesDiffer, match=why):
             pipeline.check_losses(one, other)
 
 
