@@ -35,6 +35,8 @@ def _classes(text: str) -> list[str]:
     """Class names of a command line, or of a file with one name a line."""
     path = Path(text)
     if not os.path.isfile(path):  # `Path.is_file` raises for a text longer than a file's name may be
+        if path.suffix == ".txt":
+            raise UserError(f"class file '{text}' does not exist", "invalid_classes")
         return comma_separated(text)
     try:
         return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -146,15 +148,13 @@ def _label_args(verbs: Any) -> None:
         default=["detect"],
         help="comma separated, e.g. segment,caption (default: detect)",
     )
-    p.add_argument(
-        "--classes", type=_classes, help="comma separated, or a file with one a line (default: the model's own)"
-    )
+    p.add_argument("--classes", help="comma separated, or a .txt file with one a line (default: the model's own)")
     p.add_argument(
         "--text",
         action="append",
         default=[],
         metavar="TASK=TEXT",
-        help="what to ask for vqa, refer, ground or chat; can be given several times",
+        help="what to ask for vqa, refer, ground or chat, beside --tasks; can be given several times",
     )
     p.add_argument("--score-threshold", type=float, default=0.3, help="answers below are left out (default: 0.3)")
     p.add_argument("--batch-size", type=int, default=8, help="images per pass (default: 8)")
@@ -260,8 +260,10 @@ def _label(args: argparse.Namespace) -> None:
     from lumen_ray.model.build import read_meta
     from lumen_ray.tasks import get_task
 
-    classes = args.classes
-    if classes is None and any(get_task(name).needs == "classes" for name in args.tasks):
+    classes = None if args.classes is None else _classes(args.classes)
+    prompts = _texts(args.text)
+    tasks = list(dict.fromkeys([*args.tasks, *prompts]))
+    if classes is None and any(get_task(name).needs == "classes" for name in tasks):
         classes = read_meta(args.model).classes
     _tell_bundled(args.model)
     with bar("label") as progress:
@@ -269,9 +271,9 @@ def _label(args: argparse.Namespace) -> None:
             args.model,
             args.input,
             args.output,
-            tasks=args.tasks,
+            tasks=tasks,
             classes=classes,
-            prompts=_texts(args.text),
+            prompts=prompts,
             decoders=_decoders(args.decoders),
             device=args.device,
             dtype=args.dtype,

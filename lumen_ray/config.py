@@ -80,9 +80,10 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     except OSError as error:
         raise UserError(f"config file '{path}' cannot be read: {error.strerror}", "invalid_config") from None
     except yaml.YAMLError as error:
-        raise UserError(
-            f"config file '{path}' is not valid YAML: {str(error).splitlines()[0]}", "invalid_config"
-        ) from None
+        mark = getattr(error, "problem_mark", None)
+        where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        told = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"config file '{path}' is not valid YAML{where}: {told}", "invalid_config") from None
     if data is None:
         return {}
     if not isinstance(data, dict):

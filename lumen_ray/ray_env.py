@@ -87,7 +87,8 @@ def _start(**settings: Any) -> None:
         if "timed out during startup" not in str(error):
             raise
         raise UserError(
-            "Ray did not start in time on this machine, which may be busy; run the command again when it is less so",
+            "Ray did not start in time on this machine, which may be busy; run the command again when it is less so, "
+            "or without Ray where it can: label with --actors 0, prepare with --workers 0",
             "ray_start",
         ) from None
 

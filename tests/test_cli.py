@@ -31,6 +31,7 @@ def told(capsys, *argv: str) -> str:
         (["serve", "--config", "nanoo"], ["did you mean 'nano'"]),
         (["label", "nowhere", "--output", "y", "--classes", ""], ["at least one class name"]),
         (["label", "nowhere", "--output", "y", "--classes", ","], ["at least one class name"]),
+        (["label", "nowhere", "--output", "y", "--classes", "no.txt"], ["class file 'no.txt' does not exist"]),
         (
             ["evaluate", "--shards", "x", "--output", "y", "--decoders", "detect=unipose"],
             ["nano: decoders: 'unipose' cannot serve task 'detect'; this model's for it: lumen"],
@@ -65,6 +66,19 @@ def test_what_must_lie_on_a_file_system_is_not_written_to_a_url(capsys, tmp_path
     monkeypatch.chdir(tmp_path)
     assert "output folder 's3://bucket/run' is a URL" in told(capsys, *argv, "--output", "s3://bucket/run")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_text_asks_for_its_task(monkeypatch, tmp_path):
+    seen = {}
+
+    def label(model, source, output, **options):
+        seen.update(options)
+        return {"images": 0, "labelled": 0, "errors": 0, "first_error": None}
+
+    monkeypatch.setattr("lumen_ray.label.pipeline.label", label)
+    texts = ["--text", "vqa=how many ?", "--text", "vqa=is it red ?"]
+    assert cli.main(["label", "x", "--output", str(tmp_path), "--tasks", "caption", *texts]) == 0
+    assert seen["tasks"] == ["caption", "vqa"] and seen["prompts"] == {"vqa": ["how many ?", "is it red ?"]}
 
 
 @pytest.mark.parametrize(
@@ -211,7 +225,8 @@ def test_help_and_a_model_that_is_not_there_need_no_heavy_import(argv):
         (b"model: m\nhttp: abc\n", ["'http'", "abc"]),
         (b"model: m\nhttp: [8000]\n", ["'http'"]),
         (b"model: \xff\xfe\n", ["not UTF-8"]),
-        (b"a: [\n", ["not valid YAML"]),
+        (b"a: [\n", ["not valid YAML at line 2, column 1"]),
+        (b"a: \x01\n", ["not valid YAML"]),
         (b"", ["'model' is required"]),
     ],
 )

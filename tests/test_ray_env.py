@@ -60,6 +60,6 @@ def test_a_machine_too_busy_to_start_ray_is_told(monkeypatch):
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(UserError, match="Ray did not start in time .* run the command again") as error:
+    with pytest.raises(UserError, match="Ray did not start in time .* run the command again .*--actors 0") as error:
         init_local()
     assert error.value.reason == "ray_start"

@@ -93,7 +93,7 @@ def _check_output(output: str, overwrite: bool) -> None:
         raise UserError(f"output '{urls.shown(output)}' is a file; give a folder", "invalid_output")
     if files.exists(urls.join(output, shards.MANIFEST)) and not overwrite:
         raise UserError(
-            f"'{urls.shown(output)}' already holds shards; give another output folder or allow overwriting",
+            f"'{urls.shown(output)}' already holds shards; give another output folder, or --overwrite to replace them",
             "output_exists",
         )
 
