@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -75,13 +76,15 @@ def _role(name: str, module: nn.Module, sharded: tuple[str, ...] = ()) -> Role:
     return Role(name, whole, learns, 2 * max(apart, default=0), whole - sum(apart), largest)
 
 
-def together(roles: list[Role]) -> Role:
-    """All of them in one process, whose steps train one expert at most."""
+def together(roles: list[Role], groups: Iterable[Collection[str]] = ()) -> Role:
+    """All of them in one process. `groups`: the decoders that learn in one step, by name; what an expert gathers is
+    held until the step ends. Without them a step trains one expert at most."""
+    steps = [*([role.name] for role in roles), *groups]
     return Role(
         "in all",
         sum(role.parameters for role in roles),
         sum(role.learns for role in roles),
-        max(role.gathered for role in roles),
+        max(sum(role.gathered for role in roles if role.name in names) for names in steps),
         sum(role.unsharded for role in roles),
         max(role.largest for role in roles),
     )
@@ -116,7 +119,7 @@ def count_recipe(settings: ModelSettings, recipe: Recipe) -> ByRecipe:
                 inject(model, recipe.lora, recipe.seed)
         for stage in recipe.stages:
             set_trainable(model, stage)
-            stages[stage.name] = together(roles_of(model))
+            stages[stage.name] = together(roles_of(model), [group.learning for group in stage.groups])
     except UserError as error:  # `peft` is optional
         return ByRecipe(recipe, fault=str(error))
     most = max(stages, key=lambda name: stages[name].learns)

@@ -185,6 +185,14 @@ def test_an_expert_is_gathered_while_it_computes():
     assert all(role.gathered == role.parameters and role.unsharded == 0 for role in experts.values())
     whole = together(counted)
     assert whole.gathered == max(role.parameters for role in experts.values())
+    pair = together(counted, [["lumen", "grounding_dino", "unipose"], ["stable_diffusion"]])
+    assert pair.gathered == experts["grounding_dino"].parameters + experts["unipose"].parameters
+    group = {"tasks": ["detect", "pose"]}  # that all decoders learn from which can
+    stages = ({"name": "all", "steps": 1, "groups": [group]},)
+    assert (
+        count_recipe(tiny_settings(vocab_size=330, **EXPERTS), tiny_recipe(stages=stages)).model.gathered
+        == pair.gathered
+    )
     assert whole.unsharded == sum(role.parameters for role in counted if role.name not in EXPERTS)
 
 

@@ -25,7 +25,8 @@ from lumen_ray.model.warm_start import start_tokenizer
 from lumen_ray.tasks import DECODERS, TASKS
 from lumen_ray.train.recipe import CARRIED_OUT, Recipe
 
-#: of decoders' settings, those that only say how a step is carried out or how pictures are drawn
+#: of decoders' settings, those that only say how a step is carried out (`pixels_at_once` also in which order it draws
+#: its noise) or how pictures are drawn
 NOT_LEARNED = ("pixels_at_once", "guidance", "image_guidance", "sampler")
 #: how long a new try waits for the last one's processes to be gone; Ray takes seconds to end what a dead driver left
 LOCK_SECONDS = 60.0
