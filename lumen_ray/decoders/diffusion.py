@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -78,6 +79,19 @@ def fit_pixels(images: Tensor, extents: Tensor | None, size: Size) -> Tensor:
         part = images[members, :, :height, :width].float() / 255
         out[members] = F.interpolate(part, size, mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
     return out
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """`transformers` logs errors alone."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _summed(terms: list[LossTerm]) -> LossTerm:
@@ -314,7 +328,9 @@ class DiffusionDecoder(ImageDecoder):
 
     def _pipeline(self) -> DiffusionPipeline:
         """The pipeline around this decoder's own modules."""
-        return self._pipeline_class()(
+        with _without_warnings():  # of processors that it has none of, which would like to have torchvision
+            pipeline = self._pipeline_class()
+        return pipeline(
             vae=self.vae,
             text_encoder=None,
             tokenizer=None,
