@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from diffusion_fakes import TEXT, make_link, make_pixels, make_targets, stable_diffusion
 
 from lumen_ray.decoders.base import SampleSettings
+from lumen_ray.decoders.schedule import make_scheduler
 
 
 def conditions(decoder, link, draws, monkeypatch):
@@ -73,7 +74,7 @@ def test_sampling_is_classifier_free_guidance_written_out(keys):
     """The same by hand: both conditions by themselves, extrapolated, DDIM's steps."""
     published = stable_diffusion().settings.scheduler
     decoder, link = stable_diffusion(scheduler={**published, **keys}).eval(), make_link(1)
-    scheduler = DDIMScheduler(**decoder.settings.scheduler)
+    scheduler = make_scheduler("DDIMScheduler", decoder.settings.scheduler)
     scheduler.set_timesteps(4)
     with torch.no_grad():
         latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
