@@ -113,8 +113,7 @@ def _dtype_arg(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype",
         default="float32",
-        help="float32, or bfloat16: half the memory and, on GPUs, faster; boxes of the light decoder move by less than "
-        "a pixel, those of the experts by some (default: float32)",
+        help="float32, or bfloat16: half the memory and, on GPUs, faster (default: float32)",
     )
 
 
