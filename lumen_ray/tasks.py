@@ -273,7 +273,8 @@ def check_classes(classes: list[str] | tuple[str, ...], task: str) -> list[str]:
     names = list(dict.fromkeys(name.strip() for name in classes if name and name.strip()))
     if not names:
         raise UserError(
-            f"task '{task}' needs at least one class name; give e.g. classes 'red circle,blue square'", "empty_classes"
+            f"task '{task}' needs at least one class name, such as red circle or blue square; give some",
+            "empty_classes",
         )
     return names
 

@@ -16,6 +16,7 @@ from lumen_ray.decoders.base import Frame, PromptSpec
 from lumen_ray.inference.semantic import class_regions
 from lumen_ray.model.superlink import SuperLink, concat
 from lumen_ray.structures import Answer, Prediction, Size
+from lumen_ray.tasks import TASKS
 
 #: What a decoder makes of one link: instances, pictures (uint8 [h, w, 3]), or nothing of its own.
 Found = Prediction | list[np.ndarray] | None
@@ -128,7 +129,8 @@ def _answer(plan: RequestPlan, predictions: Mapping[str, Sequence[Found]]) -> An
     found = [predictions[plan.decoder][i] for i in plan.links]
     if found and isinstance(found[0], list):
         images = [picture for pictures in found for picture in pictures]
-        return Answer(plan.task, plan.size, text=plan.text, route=plan.route, images=images)
+        size = plan.size if TASKS[plan.task].sees_image else images[0].shape[:2]
+        return Answer(plan.task, size, text=plan.text, route=plan.route, images=images)
     return Answer(plan.task, plan.size, found, text=plan.text, route=plan.route)
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from lumen_ray.errors import UserError
 from lumen_ray.presets import model_folder
-from lumen_ray.ray_env import init_local, prepare_environment, shutdown
+from lumen_ray.ray_env import cluster_resources, init_local, prepare_environment, shutdown
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.tasks import DECODERS
 
@@ -101,7 +101,8 @@ def run(settings: ServeSettings, blocking: bool = True, timeout_s: float = 300) 
 
     Joins the Ray that this process is connected to, or that `RAY_ADDRESS` names; else starts one on this machine, with
     logical CPUs counted from the settings. With `blocking` it serves until SIGINT or SIGTERM and stops everything it
-    started. Raises `UserError` for a missing model folder, a port that is taken, and when `timeout_s` was not enough.
+    started. Raises `UserError` for a missing model folder, a port that is taken, a
+    Ray that cannot hold the deployments, and when `timeout_s` was not enough.
     """
     model_folder(settings.model)  # one that is missing is told before Ray starts
     prepare_serve_environment()
@@ -112,7 +113,14 @@ def run(settings: ServeSettings, blocking: bool = True, timeout_s: float = 300) 
     http = settings.http
     if started:
         check_port(http.host, http.port)
-    init_local(num_cpus=settings.logical_cpus(model_settings(settings).decoder_names) + _SPARE_CPUS)
+    decoders = model_settings(settings).decoder_names
+    init_local(num_cpus=settings.logical_cpus(decoders) + _SPARE_CPUS)
+    try:
+        settings.check_room(decoders, cluster_resources())
+    except UserError:
+        if started:
+            shutdown()
+        raise
     if not started:
         _check_joined(http.host, http.port, bool(serve.status().proxies))
     server = Server(f"http://{_reachable(http.host)}:{http.port}", started)

@@ -129,8 +129,8 @@ class TaskAnswer(BaseModel):
     """The answer to one task."""
 
     task: str
-    height: int = Field(description="of the image after EXIF rotation, in pixels")
-    width: int = Field(description="of the image after EXIF rotation, in pixels")
+    height: int = Field(description="of the image after EXIF rotation, in pixels; without one, of the pictures made")
+    width: int = Field(description="of the image after EXIF rotation, in pixels; without one, of the pictures made")
     text: str | None = Field(None, description=f"the written answer of {in_words(lambda task: task.is_text)}")
     route: str | None = Field(None, description="routing token that sent the prompt to a decoder; absent for text")
     phrases: list[str] | None = Field(None, description="what was looked for; absent for text")

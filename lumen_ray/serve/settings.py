@@ -5,14 +5,14 @@ Unknown keys are refused here, because Ray Serve accepts them silently."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from lumen_ray import config
 from lumen_ray.config import Settings
-from lumen_ray.errors import unknown
+from lumen_ray.errors import UserError, unknown
 from lumen_ray.presets import find
 from lumen_ray.structures import Dtype
 from lumen_ray.tasks import DECODERS
@@ -54,6 +54,10 @@ class Deployment(Settings):
         if self.num_replicas is not None and self.autoscaling is not None:
             raise ValueError("give num_replicas or autoscaling, not both")
         return self
+
+    @property
+    def min_replicas(self) -> int:
+        return self.autoscaling.min_replicas if self.autoscaling else self.num_replicas or 1
 
     @property
     def max_replicas(self) -> int:
@@ -158,11 +162,29 @@ class ServeSettings(Settings):
         """The deployment of one of the model's decoders."""
         return self.decoders.get(name, ModelDeployment(num_cpus=0.5))
 
+    def deployments(self, decoders: Iterable[str]) -> dict[str, Deployment]:
+        """Those of a model with these decoders, by name."""
+        return {"ingress": self.ingress, "trunk": self.trunk, **{name: self.decoder(name) for name in decoders}}
+
     def logical_cpus(self, decoders: Iterable[str]) -> int:
         """Logical CPUs a Ray needs so that every deployment of a model with these decoders can reach its largest
         size."""
-        parts = (self.ingress, self.trunk, *(self.decoder(name) for name in decoders))
+        parts = self.deployments(decoders).values()
         return max(1, math.ceil(sum(part.num_cpus * part.max_replicas for part in parts)))
+
+    def check_room(self, decoders: Iterable[str], has: Mapping[str, float]) -> None:
+        """`UserError` where a Ray with so many "CPU" and "GPU" cannot hold the least replicas that these settings ask
+        for; Serve would wait for them in silence."""
+        parts = self.deployments(decoders)
+        for key, field in (("GPU", "num_gpus"), ("CPU", "num_cpus")):
+            asked = {name: getattr(part, field) * part.min_replicas for name, part in parts.items()}
+            if (whole := sum(asked.values())) > has[key]:
+                told = ", ".join(f"{name} {count:g}" for name, count in asked.items() if count)
+                raise UserError(
+                    f"the deployments ask for {whole:g} {key}s ({told}), but this Ray has {has[key]:g}; lower "
+                    f"{field} or replicas in the settings, or serve on a Ray with more",
+                    "no_room",
+                )
 
 
 def load_settings(

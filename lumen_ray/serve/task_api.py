@@ -209,6 +209,9 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
     async def infer(request: Request) -> Any:
         body = schemas.parse(schemas.InferRequest, schemas.parse_json(await request.body()))
         asked = [(entry.task, entry) for entry in body.requests]
+        for name, _ in asked:
+            if not get_task(name).sees_image:
+                raise UserError(f"task '{name}' is not about an image; ask /v1/{name}", "unexpected_image")
         answers, extra = await answer(backend, settings, image_bytes(body.image), asked)
         return {"answers": [a.to_dict() for a in answers], **extra}
 

@@ -250,6 +250,8 @@ def _fit(prepared: Prepared, waiting: Callable[[str], None] | None) -> None:
             with RoomWatcher(demand, look_at(trainer), waiting) if waiting else nullcontext():
                 trainer.fit()
             return
+        except SystemExit:  # which Ray makes of SIGINT once it has ended the workers
+            raise KeyboardInterrupt from None
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
             cause = told(error, run)
             if isinstance(cause, UserError) or checkpoint.latest(run) == before:

@@ -29,7 +29,7 @@ def test_pictures_come_in_the_size_and_number_asked(engine):
     (answer,) = engine.run([None], [[make_request("generate", text="a red circle .", sample=sample)]])[0]
     assert (answer.route, answer.predictions, answer.text) == ("[GEN]", [], None)
     assert [(p.shape, p.dtype) for p in answer.images] == [((16, 32, 3), np.uint8)] * 2
-    assert not np.array_equal(*answer.images)
+    assert not np.array_equal(*answer.images) and answer.size == (16, 32)
     again = Answer.from_dict(answer.to_dict())
     assert all(np.array_equal(a, b) for a, b in zip(again.images, answer.images, strict=True))
 

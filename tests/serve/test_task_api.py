@@ -195,6 +195,7 @@ def test_infer_refuses_a_bad_entry_as_a_whole(client, backend):
         ([], 400, "invalid_request"),
         ([{"task": "caption"}] * 4, 400, "too_many_requests"),
         ([{"task": "detect", "classes": ["a", "b", "c"]}] * 2, 400, "too_many_classes"),
+        ([{"task": "generate", "text": "a red circle"}], 400, "unexpected_image"),
     ]:
         response = client.post("/v1/infer", json={"image": GOOD, "requests": requests})
         assert (response.status_code, response.json()["error"]["reason"]) == (status, reason)

@@ -39,6 +39,20 @@ def test_one_process_at_a_time_writes_to_a_run(tmp_path):
     thread.join()
 
 
+def test_ctrl_c_is_told_as_such(data, tmp_path, monkeypatch):
+    """Ray ends the workers, and then the process with the status of a program that has done its work."""
+
+    class Interrupted:
+        def fit(self):
+            raise SystemExit(0)
+
+    monkeypatch.setattr("lumen_ray.ray_env.init_local", lambda: None)
+    monkeypatch.setattr("lumen_ray.ray_env.cluster_resources", lambda: {"CPU": 2, "GPU": 0})
+    monkeypatch.setattr(trainer_module, "_ray_trainer", lambda *_: Interrupted())
+    with pytest.raises(KeyboardInterrupt):
+        train(data / "shards", make_recipe(data), tmp_path / "run")
+
+
 def kept(run):
     return [(run / name).read_bytes() for name in ("recipe.json", "tokenizer.json")]
 

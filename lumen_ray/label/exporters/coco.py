@@ -47,8 +47,9 @@ def export_coco(output: str | Path) -> list[Path]:
             "info": {"description": f"lumen_ray labels, task {task}", "settings": job},
             "images": list(images.values()),
             "annotations": items,
-            "categories": list(categories[task].values()),
         }
+        if not get_task(task).is_text:  # as in COCO's captions: `pycocotools` would look for the category of each
+            data["categories"] = list(categories[task].values())
         write_atomically(path, lambda p, data=data: p.write_text(json.dumps(data)))
         paths.append(path)
     return paths
