@@ -317,6 +317,7 @@ def _serve(args: argparse.Namespace) -> None:
     settings = load_settings(args.config, model=args.model, host=args.host, port=args.port, serving=chosen)
     read_meta(settings.model)  # a folder without a model is told here, not by a replica
     _tell_bundled(settings.model)
+    say("serve: starting")
     server = run(settings, blocking=False)
     say(f"serving {settings.model} at {server.url} (page at /, API at /docs); stop with Ctrl-C")
     server.wait()

@@ -174,7 +174,7 @@ def check_port(host: str, port: int) -> None:
             probe.bind((host, port))
         except OSError as error:
             raise UserError(
-                f"cannot listen on {host}:{port} ({error.strerror}); choose another http.port", "port_taken"
+                f"cannot listen on {host}:{port} ({error.strerror}); choose another --port (http.port)", "port_taken"
             ) from None
 
 

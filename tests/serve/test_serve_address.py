@@ -25,9 +25,9 @@ def free_port():
 
 
 def test_a_port_that_another_program_holds(taken):
-    with pytest.raises(UserError, match="choose another http.port"):
+    with pytest.raises(UserError, match="choose another --port"):
         app.check_port("127.0.0.1", taken)
-    with pytest.raises(UserError, match="choose another http.port"):
+    with pytest.raises(UserError, match="choose another --port"):
         app._check_joined("127.0.0.1", taken, proxy_runs=False)
     app._check_joined("127.0.0.1", free_port(), proxy_runs=False)
 
