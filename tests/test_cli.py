@@ -280,11 +280,20 @@ def test_the_line_about_labels_names_the_first_error():
     )
 
 
-def test_classes_are_names_or_a_file_of_names(tmp_path):
-    names = [f"class number {i}" for i in range(80)]
-    parser = cli.build_parser()
-    common = ["label", "photos", "--model", "m", "--output", "o", "--classes"]
-    assert parser.parse_args([*common, ",".join(names)]).classes == names  # longer than a file's name may be
-    assert parser.parse_args([*common, "a" * 300]).classes == ["a" * 300]
-    (tmp_path / "names.txt").write_text("\n".join(names) + "\n\n")
-    assert parser.parse_args([*common, str(tmp_path / "names.txt")]).classes == names
+def test_classes_are_names_or_a_file_of_names(capsys, monkeypatch, tmp_path):
+    seen = []
+
+    def label(*args, classes, **options):
+        seen.append(classes)
+        return {"images": 0, "labelled": 0, "errors": 0, "first_error": None}
+
+    monkeypatch.setattr("lumen_ray.label.pipeline.label", label)
+    names, file = [f"class number {i}" for i in range(80)], tmp_path / "names.txt"
+    file.write_text("\n".join(names) + "\n\n")
+    for given in (",".join(names), "a" * 300, str(file)):  # longer than a file's name may be
+        assert cli.main(["label", "photos", "--output", "o", "--classes", given]) == 0
+    assert seen == [names, ["a" * 300], names]
+    file.write_bytes(b"\xff\xfe")
+    assert "cannot be read; give a UTF-8 text file" in told(
+        capsys, "label", "x", "--output", "o", "--classes", str(file)
+    )
