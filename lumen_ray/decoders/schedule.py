@@ -95,16 +95,20 @@ def check_steps(decoder: str, settings: DiffusionSettings, steps: int) -> None:
     `skip_prk_steps` is set, and with a `steps_offset` as many as there are would begin behind the last."""
     scheduler = make_scheduler(settings.sampler, settings.scheduler)
     whole = scheduler.config.num_train_timesteps
-    fits = 1 <= steps <= whole
-    if fits:
+
+    def fits(steps: int) -> bool:
+        if not 1 <= steps <= whole:
+            return False
         try:
             scheduler.set_timesteps(steps)
-            fits = float(scheduler.timesteps.max()) < whole
         except (ValueError, IndexError):
-            fits = False
-    if not fits:
+            return False
+        return float(scheduler.timesteps.max()) < whole
+
+    if not fits(steps):
+        least, most = 1 if fits(1) else 4, whole if fits(whole) else whole - 1
         raise UserError(
-            f"{decoder}: {settings.sampler} cannot draw in {steps} steps; give a number from 4 to {whole - 1}",
+            f"{decoder}: {settings.sampler} cannot draw in {steps} steps; give a number from {least} to {most}",
             "invalid_sampling",
         )
 

@@ -101,8 +101,8 @@ def run(settings: ServeSettings, blocking: bool = True, timeout_s: float = 300) 
 
     Joins the Ray that this process is connected to, or that `RAY_ADDRESS` names; else starts one on this machine, with
     logical CPUs counted from the settings. With `blocking` it serves until SIGINT or SIGTERM and stops everything it
-    started. Raises `UserError` for a missing model folder, a port that is taken, a
-    Ray that cannot hold the deployments, and when `timeout_s` was not enough.
+    started. Raises `UserError` for a missing model folder, a port that is taken, a Ray that cannot hold the
+    deployments, and when `timeout_s` was not enough.
     """
     model_folder(settings.model)  # one that is missing is told before Ray starts
     prepare_serve_environment()
