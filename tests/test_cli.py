@@ -17,6 +17,19 @@ def told(capsys, *argv: str) -> str:
     return err
 
 
+@pytest.fixture
+def labelling(monkeypatch):
+    """The options of every call of `label`, which labels nothing."""
+    calls = []
+
+    def label(model, source, output, **options):
+        calls.append(options)
+        return {"images": 0, "labelled": 0, "errors": 0, "first_error": None}
+
+    monkeypatch.setattr("lumen_ray.label.pipeline.label", label)
+    return calls
+
+
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
@@ -68,16 +81,10 @@ def test_what_must_lie_on_a_file_system_is_not_written_to_a_url(capsys, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_text_asks_for_its_task(monkeypatch, tmp_path):
-    seen = {}
-
-    def label(model, source, output, **options):
-        seen.update(options)
-        return {"images": 0, "labelled": 0, "errors": 0, "first_error": None}
-
-    monkeypatch.setattr("lumen_ray.label.pipeline.label", label)
+def test_a_text_asks_for_its_task(labelling, tmp_path):
     texts = ["--text", "vqa=how many ?", "--text", "vqa=is it red ?"]
     assert cli.main(["label", "x", "--output", str(tmp_path), "--tasks", "caption", *texts]) == 0
+    (seen,) = labelling
     assert seen["tasks"] == ["caption", "vqa"] and seen["prompts"] == {"vqa": ["how many ?", "is it red ?"]}
 
 
@@ -136,41 +143,25 @@ def test_evaluate_runs_on_a_gpu_where_there_is_one(monkeypatch, asked, gpus, use
         cli.main(["evaluate", "--shards", "x", "--output", "y", "--dtype", "bfloat16", *asked])
 
 
-def test_label_hands_the_device_on(monkeypatch):
-    seen = []
-
-    def label(*args, device, dtype, **options):
-        seen.append((device, dtype))
-        return {"images": 0, "labelled": 0, "errors": 0, "first_error": None}
-
-    monkeypatch.setattr("lumen_ray.label.pipeline.label", label)
+def test_label_hands_the_device_on(labelling):
     for options in ([], ["--device", "cuda", "--dtype", "bfloat16"]):
         assert cli.main(["label", "x", "--output", "y", "--classes", "a", *options]) == 0
-    assert seen == [(None, "float32"), ("cuda", "bfloat16")]
+    assert [(o["device"], o["dtype"]) for o in labelling] == [(None, "float32"), ("cuda", "bfloat16")]
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_label_says_what_the_bundled_weights_know(monkeypatch, tmp_path, capsys, own):
-    done = {"images": 0, "labelled": 0, "errors": 0, "first_error": None}
-    monkeypatch.setattr("lumen_ray.label.pipeline.label", lambda *args, **options: done)
+def test_label_says_what_the_bundled_weights_know(labelling, tmp_path, capsys, own):
     model = ["--model", str(tmp_path)] if own else []
     assert cli.main(["label", "x", "--output", "y", "--classes", "a", *model]) == 0
     assert ("know the drawn shapes" in capsys.readouterr().out) == (not own)
 
 
 @pytest.mark.parametrize(("tasks", "own"), [("semantic", True), ("caption,count", True), ("caption", False)])
-def test_classes_are_the_models_own_where_none_are_given(monkeypatch, tasks, own):
+def test_classes_are_the_models_own_where_none_are_given(labelling, tasks, own):
     from lumen_ray.model.build import read_meta
 
-    seen = []
-
-    def label(*args, classes, **options):
-        seen.append(classes)
-        return {"images": 0, "labelled": 0, "errors": 0, "first_error": None}
-
-    monkeypatch.setattr("lumen_ray.label.pipeline.label", label)
     assert cli.main(["label", "x", "--output", "y", "--tasks", tasks]) == 0
-    assert seen == [read_meta("nano").classes if own else None]
+    assert [options["classes"] for options in labelling] == [read_meta("nano").classes if own else None]
 
 
 def test_decoders_by_task():
@@ -280,19 +271,12 @@ def test_the_line_about_labels_names_the_first_error():
     )
 
 
-def test_classes_are_names_or_a_file_of_names(capsys, monkeypatch, tmp_path):
-    seen = []
-
-    def label(*args, classes, **options):
-        seen.append(classes)
-        return {"images": 0, "labelled": 0, "errors": 0, "first_error": None}
-
-    monkeypatch.setattr("lumen_ray.label.pipeline.label", label)
+def test_classes_are_names_or_a_file_of_names(labelling, capsys, tmp_path):
     names, file = [f"class number {i}" for i in range(80)], tmp_path / "names.txt"
     file.write_text("\n".join(names) + "\n\n")
     for given in (",".join(names), "a" * 300, str(file)):  # longer than a file's name may be
         assert cli.main(["label", "photos", "--output", "o", "--classes", given]) == 0
-    assert seen == [names, ["a" * 300], names]
+    assert [options["classes"] for options in labelling] == [names, ["a" * 300], names]
     file.write_bytes(b"\xff\xfe")
     assert "cannot be read; give a UTF-8 text file" in told(
         capsys, "label", "x", "--output", "o", "--classes", str(file)

@@ -80,7 +80,7 @@ def _check_prompts(args: argparse.Namespace) -> None:
         model_folder(args.model)
 
 
-def _gpu(args: argparse.Namespace, folder: Path) -> list[Result]:
+def _gpu(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
     from lumen_ray.bench import gpu
 
     load = {"load": gpu.Load(images=args.batch_size)} if args.batch_size else {}

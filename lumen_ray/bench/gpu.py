@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,10 +191,11 @@ def bench(
     warm: int = 3,
     turns: int = 5,
     parts: tuple[str, ...] = tuple(PARTS),
-) -> list[Result]:
+) -> Iterator[Result]:
     """One result per part, compiled against eager; a single skipped one where there is no such device."""
     if device == "cuda" and not torch.cuda.is_available():
-        return [Result("gpu", "", {}, skipped="there is no CUDA device here; run it on a GPU machine")]
+        yield Result("gpu", "", {}, skipped="there is no CUDA device here; run it on a GPU machine")
+        return
     load, place = load or Load(), torch.device(device)
     settings = config.load(ModelSettings, model_path(preset))
     tokenizer = make_tokenizer(settings)
@@ -203,7 +204,8 @@ def bench(
         name: Worker(settings, len(tokenizer), batch, place, compiled)
         for name, compiled in (("compiled", True), ("eager", False))
     }
-    return [_measure(part, sides, settings.name, place, repeats, warm, turns) for part in parts]
+    for part in parts:
+        yield _measure(part, sides, settings.name, place, repeats, warm, turns)
 
 
 def _measure(

@@ -27,7 +27,7 @@ _TASK_INDEX = {name: i for i, name in enumerate(TASK_NAMES)}
 _DECODER_OF = {loss: name for name, info in DECODERS.items() for loss in info.losses}
 
 #: losses that count objects with a mask; all others of decoders that find places but `keypoint` count objects
-_OF_MASKS = ("mask", "gdino_mask")
+_OF_MASKS = {"mask", "gdino_mask"}
 
 
 def expected_counts(batch: dict[str, Any], names: tuple[str, ...]) -> Tensor:
@@ -48,13 +48,14 @@ def _objects(decoder: str, batch: dict[str, Any], t: PerceptionTargets) -> dict[
     served = torch.tensor(served_links(decoder, batch), dtype=torch.int64)
     objects = (t.valid & ~t.crowd & t.counted[:, None])[served]
     known = dict.fromkeys(DECODERS[decoder].losses, float(objects.sum()))
-    masks = float((objects & (t.mask_index[served] >= 0)).sum())
-    parents = batch["layout"].link_parents["perception"]
-    children = torch.nonzero(parents >= 0).flatten()
-    shown = (t.valid & ~t.crowd)[parents[children]]
-    keypoints = float((shown & (t.keypoints[children][..., 2] > 0)).sum())
-    other = dict.fromkeys(_OF_MASKS, masks) | {"keypoint": keypoints}
-    return known | {name: count for name, count in other.items() if name in known}
+    for name in known.keys() & _OF_MASKS:
+        known[name] = float((objects & (t.mask_index[served] >= 0)).sum())
+    if "keypoint" in known:
+        parents = batch["layout"].link_parents["perception"]
+        children = torch.nonzero(parents >= 0).flatten()
+        shown = (t.valid & ~t.crowd)[parents[children]]
+        known["keypoint"] = float((shown & (t.keypoints[children][..., 2] > 0)).sum())
+    return known
 
 
 def count_tokens(batch: dict[str, Any], image_tokens: int) -> tuple[int, int]:

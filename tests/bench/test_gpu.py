@@ -39,7 +39,7 @@ def test_the_result_of_every_part(worker, monkeypatch, tmp_path):
 
     monkeypatch.setattr(gpu, "COMPILED", ())  # compiling takes minutes
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_settings().model_dump(mode="json")))
-    results = gpu.bench(str(tmp_path / "tiny.yaml"), device="cpu", load=LOAD, repeats=1, warm=1, turns=1)
+    results = list(gpu.bench(str(tmp_path / "tiny.yaml"), device="cpu", load=LOAD, repeats=1, warm=1, turns=1))
     assert [r.name for r in results] == ["gpu/trunk", "gpu/decoders", "gpu/step"]
     for result in results:
         assert set(result.rates) == {"compiled", "eager"}
