@@ -12,10 +12,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lumen_ray import __version__, convert, doctor
+from lumen_ray import __version__, doctor
 from lumen_ray.console import bar, comma_separated, console, say, training_note
 from lumen_ray.data import command as data_command
 from lumen_ray.errors import UserError, suggest
+from lumen_ray.label.pipeline import labelled_line
+from lumen_ray.model.convert import command as convert
 from lumen_ray.presets import DEFAULT_MODEL, bundled_models, model_folder
 from lumen_ray.ray_env import prepare_environment
 
@@ -187,8 +189,8 @@ def _quickstart(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     from lumen_ray import config
     from lumen_ray.presets import recipe_path
-    from lumen_ray.train.recipe import Recipe
-    from lumen_ray.train.trainer import train
+    from lumen_ray.recipe import Recipe
+    from lumen_ray.train.launch import train
 
     recipe = config.load(Recipe, recipe_path(args.recipe))
     if args.workers is not None:
@@ -291,16 +293,6 @@ def _tell_bundled(model: str) -> None:
             f"the bundled weights '{model}' know the drawn shapes of 'lumen-ray prepare scenes' and nothing else; for "
             "other images train on your own and give --model"
         )
-
-
-def labelled_line(summary: dict[str, Any], output: str | Path) -> str:
-    """What `label` wrote, in one line."""
-    first = summary["first_error"]
-    reason = f" (e.g. {first['image_id']}: {first['message']}; see errors.parquet)" if first else ""
-    return (
-        f"{summary['images']} images: {summary['labelled']} labelled, {summary['errors']} errors{reason} -> {output} "
-        f"(labels/*.parquet, coco/*.json, gallery.html)"
-    )
 
 
 def _serve(args: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from lumen_ray.footprint import BF16, FP32, ByRecipe, Role, count_recipe, on_met
 if TYPE_CHECKING:
     from lumen_ray.model.build import Generalist
     from lumen_ray.model.settings import ModelSettings
-    from lumen_ray.train.recipe import Recipe
+    from lumen_ray.recipe import Recipe
 
 GIB = 1 << 30
 State = Literal["ok", "note", "short", "missing"]
@@ -205,7 +205,7 @@ def _recipe(preset: str) -> Recipe | None:
     """The recipe that goes by the preset's name and trains it."""
     from lumen_ray import config
     from lumen_ray.presets import recipe_path
-    from lumen_ray.train.recipe import Recipe
+    from lumen_ray.recipe import Recipe
 
     try:
         recipe = config.load(Recipe, recipe_path(preset))
@@ -370,8 +370,8 @@ def published_parameters(settings: ModelSettings, model: Generalist) -> dict[str
 
 def _fresh(settings: ModelSettings, model: Generalist) -> tuple[str, ...]:
     """Prefixes of the names of decoders' parameters that no published checkpoint has."""
-    from lumen_ray.model.decoder_weights import LOADERS
-    from lumen_ray.model.released.convert import may_be_fresh
+    from lumen_ray.model.convert.decoders import LOADERS
+    from lumen_ray.model.convert.visionllm_v2 import may_be_fresh
 
     if settings.prompt_layout == "sequential":  # the released VisionLLM v2
         return may_be_fresh(model.state_dict())

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from lumen_ray.model.build import Generalist
     from lumen_ray.model.settings import ModelSettings
-    from lumen_ray.train.recipe import Recipe
+    from lumen_ray.recipe import Recipe
 
 FP32, BF16 = 4, 2
 #: bytes of AdamW and the gradient per number that is trained, in fp32

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumen_ray import config
-from lumen_ray.cli import labelled_line
 from lumen_ray.console import bar, console, say, seconds, training_note
 from lumen_ray.data import files
 from lumen_ray.data.command import prepared_line
 from lumen_ray.errors import UserError
+from lumen_ray.label.pipeline import labelled_line
 from lumen_ray.presets import recipe_path
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def quickstart(
 
     prepare_serve_environment()
     from lumen_ray.ray_env import init_local, shutdown
-    from lumen_ray.train.recipe import Recipe
+    from lumen_ray.recipe import Recipe
 
     output = files.local_folder(output)
     recipe = config.load(Recipe, recipe_path(recipe_name))
@@ -90,8 +90,8 @@ def quickstart(
 
 
 def _prepare(folder: Path, num: int, seed: int) -> None:
-    from lumen_ray.data.prepare import prepare_source
-    from lumen_ray.data.shards import read_manifest
+    from lumen_ray.data.shards.prepare import prepare_source
+    from lumen_ray.data.shards.shards import read_manifest
     from lumen_ray.data.sources.scenes import ScenesSource
     from lumen_ray.ray_env import tasks_at_once
 
@@ -115,8 +115,8 @@ def _prepare(folder: Path, num: int, seed: int) -> None:
 
 def _train(output: Path, recipe: Any) -> Path:
     from lumen_ray.ray_env import cluster_resources
-    from lumen_ray.train.resources import fitted
-    from lumen_ray.train.trainer import train
+    from lumen_ray.train.launch import train
+    from lumen_ray.train.run.resources import fitted
 
     recipe = fitted(cluster_resources(), recipe)
     with bar(f"train {recipe.model}") as progress:
@@ -157,7 +157,7 @@ def _evaluate(output: Path, model: Path) -> dict[str, Any]:
 
 
 def _label(output: Path, model: Path) -> None:
-    from lumen_ray.data.shards import read_manifest, read_row_group
+    from lumen_ray.data.shards.shards import read_manifest, read_row_group
     from lumen_ray.label.pipeline import label
     from lumen_ray.model.build import read_meta
 
@@ -247,7 +247,7 @@ def _serve(output: Path, settings: ServeSettings) -> Server:
 
 
 def _scene_with_figure(shards: Path) -> dict[str, Any]:
-    from lumen_ray.data.shards import read_manifest, read_row_group
+    from lumen_ray.data.shards.shards import read_manifest, read_row_group
 
     first = read_manifest(shards)["files"][0]
     rows = [row for i in range(len(first["row_groups"])) for row in read_row_group(shards, first["path"], i)]

@@ -95,25 +95,27 @@ LINK_FAMILIES: dict[str, LinkFamily] = {
 #: the decoders a model can have, by the name of their section in its settings
 DECODERS: dict[str, DecoderInfo] = {
     "lumen": DecoderInfo(
-        "lumen_ray.decoders.lumen:LumenDecoder", "perception", ("heatmap", "match", "box", "mask", "keypoint")
+        "lumen_ray.decoders.lumen.decoder:LumenDecoder", "perception", ("heatmap", "match", "box", "mask", "keypoint")
     ),
     "grounding_dino": DecoderInfo(
-        "lumen_ray.decoders.grounding_dino:GroundingDinoDecoder",
+        "lumen_ray.decoders.grounding_dino.decoder:GroundingDinoDecoder",
         "perception",
         ("gdino_class", "gdino_box", "gdino_mask"),
     ),
     "unipose": DecoderInfo(
-        "lumen_ray.decoders.unipose:UniPoseDecoder",
+        "lumen_ray.decoders.unipose.decoder:UniPoseDecoder",
         "perception",
         ("unipose_class", "unipose_box", "unipose_keypoint", "unipose_oks", "unipose_visible"),
     ),
     "stable_diffusion": DecoderInfo(
-        "lumen_ray.decoders.stable_diffusion:StableDiffusionDecoder",
+        "lumen_ray.decoders.diffusion.stable_diffusion:StableDiffusionDecoder",
         "generation",
         ("generate", "generate_align", "generate_vae"),
     ),
     "instruct_pix2pix": DecoderInfo(
-        "lumen_ray.decoders.instruct_pix2pix:InstructPix2PixDecoder", "editing", ("edit", "edit_align", "edit_vae")
+        "lumen_ray.decoders.diffusion.instruct_pix2pix:InstructPix2PixDecoder",
+        "editing",
+        ("edit", "edit_align", "edit_vae"),
     ),
 }
 

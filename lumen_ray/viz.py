@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lumen_ray.data import scenes
+from lumen_ray.data.scenes import render as scenes
 from lumen_ray.structures import Answer, Prediction
 
 Colour = tuple[int, int, int]

@@ -99,7 +99,7 @@ def test_prepare_is_as_wide_as_the_cluster_or_this_machine(monkeypatch, tmp_path
         seen.update(options)
         return {"rows": 1, "tasks": {}, "rejected": 0, "changed": {}, "files": 1, "output": str(output)}
 
-    monkeypatch.setattr("lumen_ray.data.prepare.prepare_source", prepare_source)
+    monkeypatch.setattr("lumen_ray.data.shards.prepare.prepare_source", prepare_source)
     monkeypatch.setattr("os.cpu_count", lambda: 5)
     monkeypatch.setenv("RAY_ADDRESS", address)
     assert cli.main(["prepare", "scenes", "--num", "1", "--output", str(tmp_path / "o"), *asked]) == 0

@@ -5,14 +5,14 @@ import socket
 
 import pytest
 import torch
-from tiny_models import EXPERTS, tiny_model, tiny_settings, tiny_tokenizer
+from support.tiny_models import EXPERTS, tiny_model, tiny_settings, tiny_tokenizer
 
 from lumen_ray import cli, doctor
 from lumen_ray.doctor import Finding, Role, examine, on_meta, roles_of
 from lumen_ray.errors import UserError
 from lumen_ray.footprint import count_recipe, together
 from lumen_ray.model.build import ModelMeta, count_parameters, save_model
-from lumen_ray.train.recipe import Recipe
+from lumen_ray.recipe import Recipe
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import pytest
 from lumen_ray import config, quickstart
 from lumen_ray.errors import UserError
 from lumen_ray.presets import recipe_path
-from lumen_ray.train.recipe import Recipe
+from lumen_ray.recipe import Recipe
 
 ROW = {
     "instances": [{"phrase": "red circle", "box": [1, 2, 3, 4]}, {"phrase": "figure", "box": [1, 2, 3, 4]}],
@@ -42,7 +42,7 @@ def test_a_taken_port_is_told_before_anything_is_made(tmp_path, monkeypatch):
 
 def test_training_takes_no_more_workers_than_there_are_gpus(tmp_path, monkeypatch):
     from lumen_ray import ray_env
-    from lumen_ray.train import trainer
+    from lumen_ray.train import launch as trainer
 
     asked = []
     monkeypatch.setattr(ray_env, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})

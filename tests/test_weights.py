@@ -9,7 +9,7 @@ import yaml
 
 from lumen_ray import cli
 from lumen_ray.data.images import decode
-from lumen_ray.data.scenes import CLASSES, scene_row
+from lumen_ray.data.scenes.render import CLASSES, scene_row
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import make_request
 from lumen_ray.model.build import read_meta

@@ -15,12 +15,12 @@ from torch import nn
 
 from lumen_ray.model.build import build_model
 from lumen_ray.model.settings import ModelSettings
+from lumen_ray.recipe import Recipe, Stage
 from lumen_ray.train import parallel
 from lumen_ray.train.batch import to_device
-from lumen_ray.train.loop import reproducible
-from lumen_ray.train.memory import keep_freed_memory
 from lumen_ray.train.optimizer import build_optimizer, set_lr, set_trainable
-from lumen_ray.train.recipe import Recipe, Stage
+from lumen_ray.train.run.malloc import keep_freed_memory
+from lumen_ray.train.trainer import reproducible
 
 
 @dataclass

@@ -18,20 +18,20 @@ from transformers import (
 )
 
 from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
-from lumen_ray.data import scenes
+from lumen_ray.checkpoints.rules import apply
 from lumen_ray.data.images import decode
-from lumen_ray.decoders.dino import library_config
-from lumen_ray.decoders.grounding_dino import GroundingDinoDecoder
-from lumen_ray.decoders.settings import GroundingDinoSettings
+from lumen_ray.data.scenes import render as scenes
+from lumen_ray.decoders.dino.transformer import library_config
+from lumen_ray.decoders.grounding_dino.decoder import GroundingDinoDecoder
+from lumen_ray.decoders.grounding_dino.released import published_parts
+from lumen_ray.decoders.grounding_dino.settings import GroundingDinoSettings
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import Request, make_request
 from lumen_ray.model.build import LoadedModel, ModelMeta, build_model
-from lumen_ray.model.released.gdino import published_parts
-from lumen_ray.model.released.rules import apply
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.structures import Answer
 from lumen_ray.tasks import TASKS
+from lumen_ray.trunk.tokenizer import LumenTokenizer
 
 AIM = 1.0
 TOLERANCE = 1e-4

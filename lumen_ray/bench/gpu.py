@@ -17,18 +17,19 @@ from torch.profiler import ProfilerActivity, profile
 
 from lumen_ray import config
 from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
-from lumen_ray.decoders.base import PerceptionTargets
 from lumen_ray.model.build import Generalist, build_model
-from lumen_ray.model.prompts import Branch, build_layout
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.model.superlink import SuperLink
-from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.precision import arithmetic
 from lumen_ray.presets import model_path
+from lumen_ray.superlink import SuperLink
+from lumen_ray.targets import PerceptionTargets
 from lumen_ray.tasks import TASKS
-from lumen_ray.train import flops
 from lumen_ray.train.batch import to_device
 from lumen_ray.train.blocks import compile_blocks
+from lumen_ray.train.metrics import flops
+from lumen_ray.trunk.branch import Branch
+from lumen_ray.trunk.layout import build_layout
+from lumen_ray.trunk.tokenizer import LumenTokenizer
 
 TOP = 5
 COMPILED = ("vision", "llm", "lumen")  # as `compile: true` in a recipe

@@ -27,9 +27,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
 from lumen_ray.bench.workload import Stamped, check_batches, make_recipe, plan_of, same, scene_shards
-from lumen_ray.data.feed import STEPS_PER_BLOCK, dataset_for_rank, plan_items, ray_batches
+from lumen_ray.data.batches.feed import STEPS_PER_BLOCK, dataset_for_rank, plan_items, ray_batches
 from lumen_ray.errors import UserError
-from lumen_ray.train.trainer import prepare_job
+from lumen_ray.train.launch import prepare_job
 
 AIM = 1.0
 BATCH_SIZE = 16

@@ -20,10 +20,10 @@ from lumen_ray.bench.bare import BareRun
 from lumen_ray.bench.bare import run as run_bare
 from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
 from lumen_ray.bench.workload import check_batches, make_recipe, plan_of, scene_shards
-from lumen_ray.data.feed import STEPS_PER_BLOCK, plan_items
+from lumen_ray.data.batches.feed import STEPS_PER_BLOCK, plan_items
 from lumen_ray.errors import UserError
-from lumen_ray.train.recipe import Recipe
-from lumen_ray.train.trainer import Prepared, prepare_job, train
+from lumen_ray.recipe import Recipe
+from lumen_ray.train.launch import Prepared, prepare_job, train
 
 AIM = 0.95
 BATCH_SIZE = 16

@@ -14,16 +14,17 @@ from torch import Tensor
 
 from lumen_ray import config
 from lumen_ray.bench import gpu
-from lumen_ray.data import scenes, scenes_edits
-from lumen_ray.data.collate import Collator
+from lumen_ray.data.batches.collate import Collator
 from lumen_ray.data.images import decode
+from lumen_ray.data.scenes import edits as scenes_edits
+from lumen_ray.data.scenes import render as scenes
 from lumen_ray.decoders.base import Decoder, ImageDecoder
 from lumen_ray.errors import unknown
 from lumen_ray.model.build import given
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.model.superlink import SuperLink
 from lumen_ray.precision import arithmetic
 from lumen_ray.presets import model_path
+from lumen_ray.superlink import SuperLink
 from lumen_ray.tasks import TASKS
 
 

@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lumen_ray.data import scenes
-from lumen_ray.data.feed import BatchReader
+from lumen_ray.data.batches.feed import BatchReader
+from lumen_ray.data.batches.plan import Plan, batch_parts
 from lumen_ray.data.images import decode
-from lumen_ray.data.mixture import Plan, batch_parts
-from lumen_ray.data.shards import ShardWriter, build_manifest, read_manifest, write_manifest
-from lumen_ray.train.recipe import Recipe
+from lumen_ray.data.scenes import render as scenes
+from lumen_ray.data.shards.shards import ShardWriter, build_manifest, read_manifest, write_manifest
+from lumen_ray.recipe import Recipe
 
 ROWS_PER_GROUP = 8
 

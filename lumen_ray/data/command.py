@@ -75,7 +75,7 @@ def _prepare(args: argparse.Namespace) -> None:
         raise UserError(
             f"prepare needs a source; sources: {', '.join(SOURCES)} (see 'lumen-ray prepare --help')", "usage"
         )
-    from lumen_ray.data.prepare import prepare_source
+    from lumen_ray.data.shards.prepare import prepare_source
 
     with bar("prepare") as progress:
         summary = prepare_source(
@@ -100,7 +100,7 @@ def prepared_line(summary: dict[str, Any]) -> str:
 
 
 def _data_export(args: argparse.Namespace) -> None:
-    from lumen_ray.data.export import export_coco
+    from lumen_ray.data.shards.export import export_coco
 
     counts = export_coco(args.shards, args.output, images=args.images)
     told = ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in counts.items() if number)
@@ -108,7 +108,7 @@ def _data_export(args: argparse.Namespace) -> None:
 
 
 def _data_inspect(args: argparse.Namespace) -> None:
-    from lumen_ray.data.inspect import inspect, print_sections, sections
+    from lumen_ray.data.inspect.command import inspect, print_sections, sections
 
     with bar("inspect") as progress:
         statistics, page = inspect(

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import lru_cache
@@ -328,3 +328,13 @@ def remove_folder(folder: Location) -> None:
         store, path = filesystem(folder)
         if is_dir(folder):
             store.delete_dir(path)
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Calls `write(temporary path)` and renames the result to `path`: readers see the old file, the new one or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    write(temporary)
+    with temporary.open("rb") as file:  # on disk before it gets its name, or a power cut leaves an empty file
+        os.fsync(file.fileno())
+    temporary.replace(path)

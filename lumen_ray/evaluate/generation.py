@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
-from lumen_ray.data.scenes_metrics import caption_attributes
 from lumen_ray.evaluate.grounding import DECISION_THRESHOLD, HIT_IOU
+from lumen_ray.evaluate.scene_captions import caption_attributes
 from lumen_ray.structures import Answer, Boxes, Size
 
 Found = Mapping[str, Boxes]  # by class; classes of which there is nothing may be absent

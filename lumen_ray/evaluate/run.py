@@ -16,16 +16,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lumen_ray.data import files
+from lumen_ray.data.files import write_atomically
 from lumen_ray.data.images import decode
-from lumen_ray.data.shards import read_manifest, read_row_group
+from lumen_ray.data.shards.shards import read_manifest, read_row_group
 from lumen_ray.errors import UserError
-from lumen_ray.evaluate.asks import Ask, Row, SplitScorer
 from lumen_ray.evaluate.grounding import DECISION_THRESHOLD
 from lumen_ray.evaluate.pictures import detector_of
 from lumen_ray.evaluate.report import write_report
+from lumen_ray.evaluate.scorer import Ask, Row, SplitScorer
+from lumen_ray.inference.records import LABEL_SCHEMA, answer_records
 from lumen_ray.inference.request import no_decoder
-from lumen_ray.label.ledger import write_atomically
-from lumen_ray.label.records import LABEL_SCHEMA, answer_records
 from lumen_ray.structures import Answer
 from lumen_ray.tasks import TASKS, get_task
 

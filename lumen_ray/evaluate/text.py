@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lumen_ray.data.scenes_metrics import (
+from lumen_ray.evaluate.scene_captions import (
     caption_attribute_chance,
     caption_attributes,
     caption_score,

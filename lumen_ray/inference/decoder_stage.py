@@ -9,13 +9,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lumen_ray.decoders.base import Frame, ImageDecoder, Pixels, PredictSettings
-from lumen_ray.decoders.sizes import padded_pixels
+from lumen_ray.decoders.base import ImageDecoder, PredictSettings
 from lumen_ray.inference.outputs import Found, LinkPart, TrunkOutput
+from lumen_ray.input_size import padded_pixels
 from lumen_ray.model.build import LoadedModel, load_model
-from lumen_ray.model.superlink import SuperLink
 from lumen_ray.precision import in_own_dtype
 from lumen_ray.structures import SampleSettings, Size
+from lumen_ray.superlink import SuperLink
+from lumen_ray.targets import Frame, Pixels
 
 DEFAULTS = PredictSettings()
 #: Object prompts times cells of the dense features that are decoded at once: 512 prompts at 128 pixels, 128 at 256.

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumen_ray.decoders.base import Frame, PromptSpec
+from lumen_ray.decoders.base import PromptSpec
 from lumen_ray.inference.semantic import class_regions
-from lumen_ray.model.superlink import SuperLink, concat
 from lumen_ray.structures import Answer, Prediction, Size
+from lumen_ray.superlink import SuperLink, concat
+from lumen_ray.targets import Frame
 from lumen_ray.tasks import TASKS
 
 #: What a decoder makes of one link: instances, pictures (uint8 [h, w, 3]), or nothing of its own.

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lumen_ray.errors import UserError
-from lumen_ray.model.tokenizer import SPECIAL_TOKENS
 from lumen_ray.structures import Region, SampleSettings, Size
 from lumen_ray.tasks import check_classes, get_task, split_phrases
+from lumen_ray.trunk.tokenizer import SPECIAL_TOKENS
 
 
 @dataclass(frozen=True)

@@ -12,22 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumen_ray.data.buckets import choose
-from lumen_ray.data.transforms import fit
+from lumen_ray.data.batches.buckets import choose
+from lumen_ray.data.batches.transforms import fit
 from lumen_ray.decoders.base import PromptSpec
 from lumen_ray.errors import UserError
+from lumen_ray.inference.decoder_inputs import looked_at
 from lumen_ray.inference.outputs import LinkPart, RequestPlan, TrunkOutput
-from lumen_ray.inference.own_pixels import looked_at
 from lumen_ray.inference.request import Request, check_asked, no_decoder
 from lumen_ray.model.build import LoadedModel, load_model
-from lumen_ray.model.prompts import Branch, build_layout
-from lumen_ray.model.regions import region_mask
-from lumen_ray.model.superlink import SuperLink
-from lumen_ray.model.tokenizer import EOS
-from lumen_ray.model.trunk import Prefix
 from lumen_ray.precision import in_own_dtype
 from lumen_ray.structures import Region, SampleSettings, Size
+from lumen_ray.superlink import SuperLink
 from lumen_ray.tasks import DECODERS, ROUTING_TOKENS, TASKS, Task, decoder_class, task_of_prompt
+from lumen_ray.trunk.branch import Branch
+from lumen_ray.trunk.layout import build_layout
+from lumen_ray.trunk.regions import region_mask
+from lumen_ray.trunk.tokenizer import EOS
+from lumen_ray.trunk.trunk import Prefix
 
 #: What stands for a region prompt among an answer's phrases.
 REGION_PHRASE = "region"

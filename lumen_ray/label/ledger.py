@@ -9,8 +9,7 @@ the ledger which parts count.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lumen_ray.data.files import write_atomically
 from lumen_ray.errors import UserError
+from lumen_ray.inference.records import ERROR_SCHEMA, LABEL_SCHEMA
 from lumen_ray.label.inputs import Item
-from lumen_ray.label.records import ERROR_SCHEMA, LABEL_SCHEMA
 
 _INPUT_SCHEMA = pa.schema(
     [
@@ -39,16 +39,6 @@ class Fragment:
 
     index: int
     items: tuple[Item, ...]
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write(temporary path)` and renames the result to `path`: readers see the old file, the new one or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    with temporary.open("rb") as file:  # on disk before it gets its name, or a power cut leaves an empty file
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _write_json(path: Path, data: Any) -> None:

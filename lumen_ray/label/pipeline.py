@@ -302,3 +302,13 @@ def _finish(ledger: Ledger, status: Status, exports: Sequence[str]) -> dict[str,
         summary["gallery"] = str(write_gallery(ledger.output))
     (ledger.output / "summary.json").write_text(json.dumps(summary, indent=1))
     return summary
+
+
+def labelled_line(summary: dict[str, Any], output: str | Path) -> str:
+    """What `label` wrote, in one line."""
+    first = summary["first_error"]
+    reason = f" (e.g. {first['image_id']}: {first['message']}; see errors.parquet)" if first else ""
+    return (
+        f"{summary['images']} images: {summary['labelled']} labelled, {summary['errors']} errors{reason} -> {output} "
+        f"(labels/*.parquet, coco/*.json, gallery.html)"
+    )

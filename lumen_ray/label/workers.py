@@ -16,10 +16,10 @@ import numpy as np
 from lumen_ray.data.images import decode
 from lumen_ray.errors import UserError
 from lumen_ray.inference.device import find_device
+from lumen_ray.inference.records import answer_records
 from lumen_ray.inference.request import Request
 from lumen_ray.label.inputs import read_bytes
 from lumen_ray.label.ledger import Fragment
-from lumen_ray.label.records import answer_records
 from lumen_ray.presets import model_folder
 
 #: Ray Data gives up after so long without a result, instead of its 30 minutes; loading a large model has to fit.

@@ -19,18 +19,19 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from lumen_ray.decoders.base import Decoder, ImageDecoder, ImageTargets, LossTerm, PerceptionTargets, Pixels, anchor
+from lumen_ray.checkpoints.safetensors_file import WeightsFile, sync, write_weights
+from lumen_ray.decoders.base import Decoder, ImageDecoder, LossTerm, anchor
 from lumen_ray.errors import UserError
+from lumen_ray.meta_init import put_weights, without_weights
 from lumen_ray.model.settings import ModelSettings, read_settings
-from lumen_ray.model.skeleton import put_weights, without_weights
-from lumen_ray.model.superlink import SuperLink
-from lumen_ray.model.tokenizer import CAPTIONS_FILE, NAMES_FILE, LumenTokenizer
-from lumen_ray.model.trunk import Trunk, TrunkTraining
-from lumen_ray.model.weights_file import WeightsFile, sync, write_weights
 from lumen_ray.precision import lower
 from lumen_ray.presets import model_folder
 from lumen_ray.structures import Dtype, check_dtype
+from lumen_ray.superlink import SuperLink
+from lumen_ray.targets import ImageTargets, PerceptionTargets, Pixels
 from lumen_ray.tasks import DECODERS, TASKS, decoder_class, reads_dense
+from lumen_ray.trunk.tokenizer import CAPTIONS_FILE, NAMES_FILE, LumenTokenizer
+from lumen_ray.trunk.trunk import Trunk, TrunkTraining
 
 LM_WEIGHT = 1.0
 WEIGHTS = "model.safetensors"

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from lumen_ray.decoders.settings import DiffusionSettings
-from lumen_ray.model.diffusion_head import DiffusionHead
-from lumen_ray.model.pose_head import PoseLinkHead
+from lumen_ray.decoders.diffusion.link_head import DiffusionHead
+from lumen_ray.decoders.diffusion.settings import DiffusionSettings
+from lumen_ray.decoders.unipose.link_head import PoseLinkHead
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.model.superlink import LinkHead
+from lumen_ray.trunk.queries import LinkHead
 
 
 def link_head(decoder: str, settings: ModelSettings, llm_width: int, vocab_size: int) -> nn.Module:

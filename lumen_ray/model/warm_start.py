@@ -12,16 +12,16 @@ from typing import Any
 
 from torch import Tensor
 
-from lumen_ray.decoders.schedule import learned_schedule
-from lumen_ray.decoders.settings import DiffusionSettings
+from lumen_ray.checkpoints.rules import check_fits
+from lumen_ray.decoders.diffusion.schedule import learned_schedule
+from lumen_ray.decoders.diffusion.settings import DiffusionSettings
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import Generalist, open_weights, read_meta, read_tokenizer
-from lumen_ray.model.decoder_weights import check_captions
-from lumen_ray.model.pretrained import VOCABULARY, resized
-from lumen_ray.model.released.rules import check_fits
+from lumen_ray.model.convert.decoders import check_captions
+from lumen_ray.model.convert.pretrained import VOCABULARY, resized
 from lumen_ray.model.settings import ModelSettings, read_settings
-from lumen_ray.model.tokenizer import CAPTIONS_FILE, LumenTokenizer
 from lumen_ray.tasks import DECODERS
+from lumen_ray.trunk.tokenizer import CAPTIONS_FILE, LumenTokenizer
 
 #: settings that two models with one trunk may differ in. A folder's lead tokens go with its tokenizer.
 _FREE = {"name", "published_weights", "vocab_size", "lead_tokens", "decoders", *DECODERS}

@@ -4,32 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from lumen_ray.data import buckets
-from lumen_ray.data.packing import MIN_BRANCH_TOKENS
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import build_model
 from lumen_ray.model.settings import ModelSettings
+from lumen_ray.recipe import MODULES, Recipe, Stage, TaskGroup, is_pattern
 from lumen_ray.tasks import DECODERS, TASKS
 from lumen_ray.train import lora
+from lumen_ray.train.metrics.mlflow import check_mlflow
 from lumen_ray.train.optimizer import lr_factors, set_trainable
-from lumen_ray.train.recipe import MODULES, Recipe, Stage, TaskGroup, is_pattern
-from lumen_ray.train.tracker import check_mlflow
-
-
-def with_sizes(recipe: Recipe, settings: ModelSettings) -> Recipe:
-    """The recipe with its buckets as sizes; `UserError` when the model's grid or `pack_tokens` does not allow them."""
-    if recipe.buckets is not None:
-        recipe = recipe.model_copy(update={"buckets": buckets.resolve(recipe.buckets, settings)})
-    side = settings.image_size
-    height, width = max(recipe.buckets or [(side, side)], key=settings.image_tokens)
-    least = settings.image_tokens((height, width)) + MIN_BRANCH_TOKENS
-    if 0 < recipe.pack_tokens < least:
-        raise UserError(
-            f"pack_tokens {recipe.pack_tokens} leaves no room for prompts beside the image tokens of an input of "
-            f"{width}x{height} pixels; give at least {least}, or 0 for a row per image",
-            "invalid_config",
-        )
-    return recipe
 
 
 def check_recipe(recipe: Recipe, settings: ModelSettings, vocab_size: int) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lumen_ray.recipe import EmaSettings
 from lumen_ray.train.lora import changing_state
-from lumen_ray.train.recipe import EmaSettings
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -18,19 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lumen_ray.decoders.base import Pixels
-from lumen_ray.decoders.diffusion import DiffusionDecoder
-from lumen_ray.decoders.dino import MASK_STRIDE, STRIDES, cells
-from lumen_ray.decoders.dino_decoder import DinoDecoder, Groups
-from lumen_ray.decoders.grounding_dino import GroundingDinoDecoder
-from lumen_ray.decoders.pose_slots import Skeletons
-from lumen_ray.decoders.set_loss import find_objects
-from lumen_ray.decoders.unipose import UniPoseDecoder
+from lumen_ray.decoders.diffusion.decoder import DiffusionDecoder
+from lumen_ray.decoders.dino.decoder import DinoDecoder, Groups
+from lumen_ray.decoders.dino.set_loss import find_objects
+from lumen_ray.decoders.dino.transformer import STRIDES, cells
+from lumen_ray.decoders.grounding_dino.decoder import GroundingDinoDecoder
+from lumen_ray.decoders.unipose.decoder import UniPoseDecoder
+from lumen_ray.decoders.unipose.slots import Skeletons
 from lumen_ray.model.build import Generalist, given, served_links
-from lumen_ray.model.superlink import SuperLink
 from lumen_ray.structures import Size
+from lumen_ray.superlink import SuperLink
+from lumen_ray.targets import MASK_STRIDE, Pixels
 from lumen_ray.tasks import decoder_class
-from lumen_ray.train.flops import learns
+from lumen_ray.train.metrics.flops import learns
 
 _counted: WeakKeyDictionary[nn.Module, Counted] = WeakKeyDictionary()
 

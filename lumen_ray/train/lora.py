@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from lumen_ray.checkpoints.safetensors_file import write_weights
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import Generalist
-from lumen_ray.model.weights_file import write_weights
 
 if TYPE_CHECKING:
-    from lumen_ray.train.recipe import LoraSettings
+    from lumen_ray.recipe import LoraSettings
 
 ADAPTER = "default"
 

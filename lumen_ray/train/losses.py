@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lumen_ray.decoders.base import LossTerm, PerceptionTargets
+from lumen_ray.decoders.base import LossTerm
 from lumen_ray.model.build import served_links
-from lumen_ray.model.prompts import IGNORE
+from lumen_ray.targets import PerceptionTargets
 from lumen_ray.tasks import DECODERS, TASKS
 from lumen_ray.train import parallel
+from lumen_ray.trunk.layout import IGNORE
 
 #: the fixed list behind the per-task columns, so that all ranks reduce the same ones
 TASK_NAMES = tuple(TASKS)

@@ -10,9 +10,9 @@ from torch import nn
 
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.model.build import Generalist
+from lumen_ray.recipe import MODULES, Stage, is_pattern
 from lumen_ray.train.blocks import blocks, part
 from lumen_ray.train.lora import frozen_names
-from lumen_ray.train.recipe import MODULES, Stage, is_pattern
 
 
 def parts(model: Generalist) -> dict[str, nn.Module]:

@@ -17,8 +17,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lumen_ray.decoders.base import ImageDecoder
+from lumen_ray.meta_init import persistent_buffers, put_weights
 from lumen_ray.model.build import Generalist
-from lumen_ray.model.skeleton import persistent_buffers, put_weights
 from lumen_ray.train.blocks import blocks, part
 from lumen_ray.train.precision import block_policy, learn_policy
 

@@ -1,295 +1,252 @@
-"""Ray Train runs the loop: workers, process group, restarts; Ray Data feeds each rank its own plan. No math here.
+"""The training loop of one rank: knows models and batches, not Ray.
 
-A data set split over ranks promises no order, so it cannot give the same samples again after a restart. Instead each
-rank makes a data set of its own part of the plan, anew at every start, from the step of the checkpoint that the ranks
-agreed on; the loop checks that every batch is the one of its step.
+Stages follow each other in one process. Each builds its optimizer anew over what it trains; weights go from stage to
+stage through memory, or, after a restart, through the newest checkpoint.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+import math
+import time
+from collections import ChainMap
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from lumen_ray import config
-from lumen_ray.data import files, urls
-from lumen_ray.data.class_choice import class_frequencies
-from lumen_ray.data.feed import (
-    BatchReader,
-    dataset_for_rank,
-    plan_items,
-    ray_batches,
-    skeletons_of,
-)
-from lumen_ray.data.mixture import Plan
-from lumen_ray.data.shards import read_manifest
-from lumen_ray.errors import UserError
-from lumen_ray.model.build import ModelMeta, read_meta
+from lumen_ray.meta_init import without_weights
+from lumen_ray.model.build import Generalist, ModelMeta, build_model, save_model
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.model.warm_start import start_settings
-from lumen_ray.presets import model_folder, model_path
-from lumen_ray.tasks import TASKS
-from lumen_ray.train import checkpoint, memory, parallel, precision
-from lumen_ray.train.checks import check_recipe, with_sizes
-from lumen_ray.train.failures import told
-from lumen_ray.train.loop import Job, Trainer
-from lumen_ray.train.metrics import MetricsWatcher, Progress
-from lumen_ray.train.recipe import Recipe
-from lumen_ray.train.resources import of_worker, uses_gpus
-from lumen_ray.train.run_folder import keep_start, keep_tokenizer, sole_starter, sole_writer, start_of
-from lumen_ray.train.waiting import Demand, RoomWatcher, look_at
+from lumen_ray.model.warm_start import StartWeights
+from lumen_ray.precision import arithmetic
+from lumen_ray.recipe import Recipe, Stage
+from lumen_ray.train import lora, parallel, precision
+from lumen_ray.train.batch import to_device
+from lumen_ray.train.blocks import checkpoint_blocks, compile_blocks
+from lumen_ray.train.ema import Ema
+from lumen_ray.train.losses import StepLosses, StepSums
+from lumen_ray.train.metrics.metrics import Meter, MetricsLog
+from lumen_ray.train.optimizer import build_optimizer, set_lr, set_trainable
+from lumen_ray.train.run import checkpoint
+from lumen_ray.train.run.failures import DivergedError, explained, find_module, resumption, where
+from lumen_ray.trunk.tokenizer import LumenTokenizer
 
 
 @dataclass
-class Prepared:
-    job: Job
-    reader: BatchReader
-    manifest: dict[str, Any]
+class Job:
+    """Everything a rank needs to train; plain values, so that Ray can ship it."""
 
-
-def prepare_job(shards: str | Path, recipe: Recipe, run: str | Path, init_from: str | None = None) -> Prepared:
-    """Checks everything that can be wrong before a worker starts; trains the tokenizer on the shards' text.
-
-    A run folder keeps what it was started with: continuing it with anything else is a `UserError`, and so is a folder
-    that somebody else trains into. `init_from`: where it starts, instead of where the recipe says.
-    """
-    with _prepared(shards, recipe, run, init_from) as prepared:
-        return prepared
+    recipe: Recipe
+    settings: ModelSettings
+    tokenizer: LumenTokenizer
+    meta: ModelMeta
+    run: str
+    init_from: str | None = None  # a model folder whose weights the run starts from
 
 
 @contextmanager
-def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: str | None) -> Iterator[Prepared]:
-    """`prepare_job`, whose run folder stays refused to other starters inside."""
-    run = files.local_folder(run).absolute()
-    init_from = init_from or recipe.init_from
-    init_from = str(model_folder(init_from).absolute()) if init_from else None
-    recipe = recipe.model_copy(update={"init_from": init_from})
-    manifest = read_manifest(shards)
-    settings = config.load(ModelSettings, model_path(recipe.model))
-    if init_from:
-        settings = start_settings(settings, init_from)
-    elif settings.published_weights:
-        raise UserError(
-            f"preset '{settings.name}' needs published weights to start from; give the model folder that "
-            f"'{settings.conversion}' makes with --init-from, or as 'init_from' in the recipe",
-            "no_start",
-        )
-    recipe = with_sizes(recipe, settings)
-    with sole_starter(run):
-        with sole_writer(run):
-            newest = checkpoint.latest(run)
-            if newest:
-                checkpoint.check_preset(newest, settings.name)
-            keep_start(run, start_of(recipe, settings, manifest, init_from), resumes=newest is not None)
-            tokenizer = keep_tokenizer(run, shards, settings, init_from, resumes=newest is not None)
-        check_recipe(recipe, settings, len(tokenizer))
-        skeletons = skeletons_of(manifest)
-        meta = _meta(recipe, settings, manifest, skeletons, read_meta(init_from) if init_from else None)
-        job = Job(recipe, settings, tokenizer, meta, str(run), init_from)
-        reader = BatchReader(
-            urls.absolute(shards), recipe, tokenizer, settings.image_size, skeletons, class_frequencies(manifest),
-            settings.token_side, settings.prompt_layout, settings.own_sizes,
-        )  # fmt: skip
-        yield Prepared(job, reader, manifest)
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Makes a CPU step bit-equal however many threads work on it.
 
-
-def _buckets(manifest: dict[str, Any], recipe: Recipe) -> list[list[int]]:
-    """The sizes that the model sees in training. At one that it never saw it would find little."""
-    several = recipe.buckets is not None and len(recipe.buckets) > 1
-    used = Plan(manifest, recipe).used_buckets if several else recipe.buckets or ()
-    return [list(bucket) for bucket in used]
-
-
-def _meta(
-    recipe: Recipe,
-    settings: ModelSettings,
-    manifest: dict[str, Any],
-    skeletons: dict[str, tuple[str, ...]],
-    start: ModelMeta | None,
-) -> ModelMeta:
-    """What the model will know: the tasks of the recipe and of `start`, the model it starts from; the classes of the
-    shards; their skeletons, and those of other classes that `start` knows poses of."""
-    categories = manifest["categories"]
-    meta = ModelMeta(
-        preset=settings.name,
-        classes=[c["name"] for c in categories if not c.get("supercategory_only")],
-        skeletons={name: list(points) for name, points in skeletons.items()},
-        edges={c["name"]: c.get("skeleton") or [] for c in categories if c.get("keypoints")},
-        buckets=_buckets(manifest, recipe),
-        tasks=[task for task in TASKS if task in recipe.tasks or (start and task in start.tasks)],
-    )
-    if start and "pose" in start.tasks:
-        meta.skeletons, meta.edges = start.skeletons | meta.skeletons, start.edges | meta.edges
-    return meta
-
-
-def train_local(prepared: Prepared, device: str = "cpu") -> Path:
-    """The same run without Ray: batches are read in line, by this process as one rank, or by each process of the
-    process group it belongs to. Returns the model folder."""
-    run = Path(prepared.job.run)
-    with sole_starter(run) if parallel.rank() == 0 else nullcontext():
-        return _fit_in_line(prepared, torch.device(device))
-
-
-def _fit_in_line(prepared: Prepared, device: torch.device) -> Path:
-    _fit_rank(prepared, device, lambda items: (prepared.reader(item) for item in items))
-    return Path(prepared.job.run) / "model"
-
-
-def _fit_rank(prepared: Prepared, device: torch.device, read: Callable[[list], Iterator[dict[str, Any]]]) -> None:
-    """Trains as one rank from the newest checkpoint on; `read` makes batches of the rank's items."""
-    run, recipe = Path(prepared.job.run), prepared.job.recipe
-    rank, ranks = parallel.rank(), parallel.world_size()
-    try:
-        with sole_writer(run) if rank == 0 else nullcontext():
-            if rank == 0:
-                checkpoint.clean(run)
-            parallel.barrier()  # nobody looks for checkpoints before an earlier try can publish none any more
-            trainer = Trainer(prepared.job, device)
-            batches = read(plan_items(Plan(prepared.manifest, recipe), rank, ranks, trainer.step))
-            trainer.fit(logged(batches, run) if recipe.log_samples else batches)
-    except Exception as error:
-        cause = told(error, run)
-        raise cause from (None if cause is error else error)
-
-
-def logged(batches: Iterator[dict[str, Any]], run: Path) -> Iterator[dict[str, Any]]:
-    """The batches, with what each step sees appended to `RUN/samples/<rank>.jsonl`.
-
-    A step that is done again after a restart has another line: the last one of a step counts.
+    Several threads otherwise add gradients that meet in one element (of a gather or an embedding) in whatever order
+    they come. CUDA keeps its own order, which would cost speed to fix.
     """
-    path = run / "samples" / f"{parallel.rank()}.jsonl"
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "a", buffering=1) as file:
-        for batch in batches:
-            file.write(json.dumps({"step": batch["step"], "image_ids": batch["image_ids"]}) + "\n")
-            yield batch
-
-
-def _worker(config: dict[str, Any]) -> None:
-    """One Ray Train worker."""
-    import ray.train
-
-    from lumen_ray.ray_env import prepare_data
-
-    prepare_data()
-    share = (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()
-    torch.set_num_threads(config["threads"] or max(1, share))
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    prepared = config["prepared"]
-
-    def read(items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        # split in one: it keeps the order, and moves the executor into an actor; as a thread of this process it would
-        # take the interpreter lock from the training step, which then ran at half speed
-        yield from ray_batches(
-            dataset_for_rank(prepared.reader, items, prepared.job.recipe.readers).streaming_split(1)[0]
-        )
-
-    _fit_rank(prepared, device, read)
-
-
-def train(
-    shards: str | Path,
-    recipe: Recipe,
-    run: str | Path,
-    *,
-    init_from: str | None = None,
-    progress: Progress | None = None,
-    waiting: Callable[[str], None] | None = None,
-) -> Path:
-    """Runs a recipe on Ray, resuming `run` where its newest checkpoint left it; returns the model folder.
-
-    `progress` gets every line of `metrics.jsonl` as it is written, `waiting` a sentence when the run waits for room in
-    the cluster. Raises `UserError` for what the user must change, also while another process trains into `run`.
-    """
-    with _prepared(shards, recipe, run, init_from) as prepared:
-        return _train(prepared, progress, waiting)
-
-
-def _train(prepared: Prepared, progress: Progress | None, waiting: Callable[[str], None] | None) -> Path:
-    recipe = prepared.job.recipe
-    Plan(prepared.manifest, recipe, recipe.workers)  # wrong batch sizes are told before workers start
-    run = Path(prepared.job.run)
-    start = checkpoint.start_step(checkpoint.latest(run))
-    if start == recipe.total_steps:
-        if not (run / "model" / "model.safetensors").is_file():  # killed between the last checkpoint and the export
-            _fit_in_line(prepared, torch.device("cpu"))
-        return run / "model"
-    watcher = MetricsWatcher(run / "metrics.jsonl", start, progress) if progress else None
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    if device.type == "cpu":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # every tensor here is written before it is read
     try:
-        _fit(prepared, waiting)
+        yield
     finally:
-        if watcher:
-            watcher.stop()
-    return run / "model"
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
-def _fit(prepared: Prepared, waiting: Callable[[str], None] | None) -> None:
-    """Fits until it is done, or until `max_failures` restarts brought no new checkpoint."""
-    from lumen_ray.ray_env import cluster_resources, init_local
-
-    init_local()
-    import ray.train
-
-    run, recipe = Path(prepared.job.run), prepared.job.recipe
-    use_gpu = uses_gpus(cluster_resources(), recipe)
-    if note := precision.advice(recipe.precision, torch.device("cuda" if use_gpu else "cpu")):
-        warnings.warn(note, stacklevel=2)
-    demand = Demand(recipe.min_workers or recipe.workers, of_worker(use_gpu))
-    while True:
-        before = checkpoint.latest(run)
-        trainer = _ray_trainer(prepared, use_gpu)
-        try:
-            with RoomWatcher(demand, look_at(trainer), waiting) if waiting else nullcontext():
-                trainer.fit()
-            return
-        except SystemExit:  # which Ray makes of SIGINT once it has ended the workers
-            raise KeyboardInterrupt from None
-        except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-            cause = told(error, run)
-            if isinstance(cause, UserError) or checkpoint.latest(run) == before:
-                raise cause from (None if cause is error else error)
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """What dropout and the like draw from in one step: as long as it follows from the step, a run can be resumed there
+    without anything that was drawn before."""
+    return int(np.random.SeedSequence((seed, 4, step, rank)).generate_state(1, np.uint64)[0])
 
 
-def _ray_trainer(prepared: Prepared, use_gpu: bool) -> Any:
-    from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
-    from ray.train.torch import TorchConfig, TorchTrainer
+def fresh_model(job: Job, resume: Path | None, device: torch.device) -> Generalist:
+    """A model as the recipe wants it, with the weights of `resume`, of `init_from`, or fresh ones.
 
-    class GiveUp(UserCallback):
-        """Ends a run whose error another try would not mend: an error here is one that Ray does not retry."""
+    It is built and sharded without weights, which then go to where they belong one after the other. With LoRA a
+    checkpoint leaves out what stays as it was at the start, so a resumed run starts there too.
+    """
+    recipe = job.recipe
+    precision.check(recipe.precision, device)
+    with without_weights():
+        model = build_model(job.settings, len(job.tokenizer), recipe.seed)
+    start = _start_weights(job, model) if resume is None or recipe.lora else None
+    if recipe.lora:
+        lora.inject(model, recipe.lora, recipe.seed)
+    checkpoint_blocks(model, recipe.activation_checkpointing)
+    compile_blocks(model, recipe.compile, device)
+    model = parallel.shard(model, device, recipe.precision)
+    if start is None:
+        parallel.materialise(model, device)
+    else:
+        parallel.fill(model, lambda name: start[lora.plain_name(name)], device)
+    if resume is not None:
+        checkpoint.load_weights(resume, model)
+    return model
 
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-            for error in worker_exceptions.values():
-                if isinstance(cause := told(error, run), UserError):
-                    raise cause
 
-    run, recipe = Path(prepared.job.run), prepared.job.recipe
-    elastic = 0 < recipe.min_workers < recipe.workers
-    return TorchTrainer(
-        _worker,
-        # the user's setting, read here: in the workers Ray sets the variable itself
-        train_loop_config={"prepared": prepared, "threads": int(os.environ.get("OMP_NUM_THREADS") or 0)},
-        torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
-        scaling_config=ScalingConfig(
-            num_workers=(recipe.min_workers, recipe.workers) if elastic else recipe.workers,
-            use_gpu=use_gpu,
-            resources_per_worker=of_worker(use_gpu),
-            placement_strategy="PACK" if use_gpu else "SPREAD",  # a CPU rank has use for all cores of its node
-        ),
-        run_config=RunConfig(
-            # checkpoints are not registered with Ray: its own list of them is not written atomically, so that a run
-            # could be left that cannot be started again
-            name=".ray",
-            storage_path=prepared.job.run,
-            failure_config=FailureConfig(max_failures=recipe.max_failures),
-            callbacks=[GiveUp()],
-            worker_runtime_env={"env_vars": memory.ENVIRONMENT},
-        ),
-    )
+def _start_weights(job: Job, model: Generalist) -> Mapping[str, Tensor]:
+    """What a run starts from, by the names of its model without adapters: what `init_from` has, and fresh weights, on
+    the first rank alone, for the rest."""
+    stored = StartWeights(model, job.init_from) if job.init_from else {}
+    drawn = {}
+    if parallel.rank() == 0 and (lacking := model.state_dict().keys() - stored.keys()):
+        fresh = build_model(job.settings, len(job.tokenizer), job.recipe.seed).state_dict()
+        drawn = {name: fresh[name] for name in lacking}
+    return ChainMap(drawn, stored)
+
+
+class Trainer:
+    def __init__(self, job: Job, device: torch.device):
+        self.job, self.device = job, device
+        self.run = Path(job.run)
+        self.resume = checkpoint.latest_of_ranks(self.run)
+        self.step = checkpoint.start_step(self.resume)
+        self.model = fresh_model(job, self.resume, device)
+        self.ema = Ema(self.model, job.recipe.ema) if job.recipe.ema else None
+        if self.ema and self.resume:
+            checkpoint.load_average(self.resume, self.ema.shadow)
+        self.meter = Meter(self.model, job.recipe.precision, device)
+        self.log = MetricsLog(self.run, self.step, job.recipe) if parallel.rank() == 0 else None
+
+    def fit(self, batches: Iterator[dict[str, Any]]) -> None:
+        """Runs the recipe from where the newest checkpoint left it. `batches` start at that step (`self.step`)."""
+        first, local = self.job.recipe.at(self.step)
+        with reproducible(self.device):
+            for index in range(first, len(self.job.recipe.stages)):
+                self._stage(self.job.recipe.stages[index], batches, local)
+                local = 0
+        with self._explained("writing the model"):
+            self._export()
+        if self.log:
+            self.log.close()
+
+    def _explained(self, place: str) -> AbstractContextManager[None]:
+        return explained(place, self.run, self.model, self.device)
+
+    def _stage(self, stage: Stage, batches: Iterator[dict[str, Any]], start: int) -> None:
+        set_trainable(self.model, stage)
+        self.model.train()
+        optimizer = build_optimizer(self.model, stage)
+        if start:
+            checkpoint.load_optimizer(self.resume, self.model, optimizer)
+        every = self.job.recipe.checkpoint_every
+        for local in range(start, stage.steps):
+            asked = time.perf_counter()
+            micro_steps = [self._next(batches) for _ in range(stage.accumulate)]
+            waited = time.perf_counter() - asked
+            with self._explained(self._where(stage, micro_steps)):
+                self._step(stage, local, micro_steps, optimizer, waited)
+            self.step += 1
+            if local + 1 == stage.steps or (every and (local + 1) % every == 0):
+                with self._explained(f"saving the checkpoint of step {self.step} (stage {stage.name})"):
+                    self._checkpoint(stage, optimizer)
+
+    def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        batch = next(batches)
+        if batch["step"] != self.step:
+            raise RuntimeError(f"the data gave the batch of step {batch['step']} at step {self.step}")
+        return batch
+
+    def _where(self, stage: Stage, micro_steps: list[dict[str, Any]]) -> str:
+        return where(self.step, stage.name, [name for batch in micro_steps for name in batch["image_ids"]])
+
+    def _step(
+        self,
+        stage: Stage,
+        local: int,
+        micro_steps: list[dict[str, Any]],
+        optimizer: torch.optim.Optimizer,
+        waited: float,
+    ) -> None:
+        """One optimizer step over this rank's micro-steps."""
+        began = time.perf_counter()
+        lr = set_lr(optimizer, stage, local)
+        optimizer.zero_grad(set_to_none=True)
+        losses = self._gradients(stage, micro_steps)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = parallel.clip_gradients(parameters, stage.grad_clip)
+        sums = losses.read()
+        bad = [f"loss {name}" for name, value in sums.means.items() if not math.isfinite(value)]
+        if bad or not math.isfinite(norm):
+            self._diverged(stage, micro_steps, ", ".join(bad) or "the gradient")
+        optimizer.step()
+        if self.ema:
+            self.ema.update(self.step)
+        if self.log:
+            values = self.meter.read(micro_steps, sums, waited, time.perf_counter() - began)
+            self._write(stage, micro_steps, sums, {"lr": lr, "grad_norm": round(norm, 5), **values})
+
+    def _gradients(self, stage: Stage, micro_steps: list[dict[str, Any]]) -> StepLosses:
+        """Forward and backward passes of a step; gradients are added up over ranks in the last."""
+        torch.manual_seed(step_seed(self.job.recipe.seed, self.step, parallel.rank()))
+        losses = StepLosses(self.model.loss_names, stage.loss_weights, micro_steps, self.device)
+        for number, batch in enumerate(micro_steps, 1):
+            if len(micro_steps) > 1:
+                parallel.reduce_gradients(self.model, number == len(micro_steps))
+            with arithmetic(self.job.recipe.precision == "bf16", self.device):
+                found = self.model(to_device(batch, self.device))
+            image_tokens = math.prod(self.model.trunk.vision.grid(*batch["images"].shape[-2:]))
+            losses.add(batch, found, image_tokens).backward()
+        return losses
+
+    def _diverged(self, stage: Stage, micro_steps: list[dict[str, Any]], what: str) -> None:
+        """Ends the run before the weights take the step, on all ranks alike, and says which module it came from."""
+        runs = [(lambda batch=batch: self._gradients(stage, [batch]), batch["image_ids"]) for batch in micro_steps]
+        module, image_ids = find_module(self.model, runs)
+        raise DivergedError(
+            f"{where(self.step, stage.name, image_ids)}: {what} is not finite; the first number that is not finite is "
+            f"in {module}; lower the learning rate or leave out the images; {resumption(self.run)}"
+        )
+
+    def _write(self, stage: Stage, micro_steps: list[dict[str, Any]], sums: StepSums, numbers: dict[str, Any]) -> None:
+        weighted = sum(stage.loss_weights.get(n, 1.0) * v for n, v in sums.means.items())
+        values = {
+            "loss": round(weighted, 6),
+            **{f"loss/{name}": round(value, 6) for name, value in sums.means.items()},
+            **{f"task/{name}": round(value, 5) for name, value in sums.tasks.items()},
+            **numbers,
+        }
+        if rejected := [entry for batch in micro_steps for entry in batch["rejected"]]:
+            values["rejected"] = rejected
+        for lost in ("branches", "tokens"):  # of samples longer than `pack_tokens`
+            if count := sum(batch["truncated"].get(lost, 0) for batch in micro_steps):
+                values[f"truncated_{lost}"] = count
+        self.log.write(self.step, stage.name, values)
+
+    def _checkpoint(self, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
+        if self.log:
+            self.log.flush()  # first: steps before a checkpoint are not done again
+        position = {"step": self.step, "stage": stage.name, "preset": self.job.settings.name}
+        checkpoint.save(
+            self.run, position, self.model, optimizer, self.job.recipe.keep_checkpoints, self.ema and self.ema.shadow
+        )
+
+    def _export(self) -> None:
+        """The plain safetensors model folder, from rank 0."""
+        recipe = self.job.recipe
+        if self.ema and recipe.ema.export:
+            self.ema.copy_to_model()
+        state = parallel.full_state(self.model)
+        if parallel.rank() == 0:
+            if recipe.lora:
+                if recipe.lora.save_adapters:
+                    lora.save_adapters(self.run, state)
+                state = lora.plain_state(state, recipe.lora)
+            meta = self.job.meta
+            meta.recipe, meta.steps, meta.seed = self.job.recipe.name, self.step, self.job.recipe.seed
+            save_model(self.run / "model", state, self.job.settings, self.job.tokenizer, meta)
+        parallel.barrier()

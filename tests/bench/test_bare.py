@@ -4,12 +4,12 @@ import json
 import pickle
 
 import pytest
-from bench_fakes import tiny_preset
+from support.bench_fakes import tiny_preset
 
 from lumen_ray.bench import pipeline
 from lumen_ray.bench.bare import BareRun, run
 from lumen_ray.bench.workload import make_recipe, scene_shards
-from lumen_ray.train.trainer import prepare_job, train_local
+from lumen_ray.train.launch import prepare_job, train_local
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from tiny_models import tiny_loaded
+from support.tiny_models import tiny_loaded
 
 from lumen_ray.bench import prompts
 from lumen_ray.bench.timing import SidesDiffer

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from tiny_models import tiny_settings
+from support.tiny_models import tiny_settings
 
 from lumen_ray.bench import gpu
 from lumen_ray.bench.timing import SidesDiffer

@@ -6,7 +6,7 @@ import pytest
 
 from lumen_ray.bench import inputs
 from lumen_ray.bench.inputs import Arrival
-from lumen_ray.data.feed import STEPS_PER_BLOCK
+from lumen_ray.data.batches.feed import STEPS_PER_BLOCK
 from lumen_ray.errors import UserError
 
 IMAGES = 8

@@ -1,14 +1,14 @@
 """Rates of the pipeline bench, and the bench itself at a tiny size."""
 
 import pytest
-from bench_fakes import tiny_preset
+from support.bench_fakes import tiny_preset
 
 from lumen_ray import ray_env
 from lumen_ray.bench import inputs, pipeline
 from lumen_ray.bench.timing import SidesDiffer
 from lumen_ray.bench.workload import make_recipe, plan_of, same, scene_shards
-from lumen_ray.data.feed import plan_items
-from lumen_ray.train.trainer import prepare_job
+from lumen_ray.data.batches.feed import plan_items
+from lumen_ray.train.launch import prepare_job
 
 
 def test_the_first_and_the_last_steps_do_not_count():

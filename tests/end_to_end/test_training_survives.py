@@ -13,13 +13,13 @@ import psutil
 import pytest
 import torch
 import yaml
-from clusters import RAY, Cluster, in_session, kill_session, kill_tree, members, train_workers, wait_for
-from ranks import run_ranks
-from train_fakes import make_job, make_recipe, make_shards
+from support.clusters import RAY, Cluster, in_session, kill_session, kill_tree, members, train_workers, wait_for
+from support.ranks import run_ranks
+from support.train_fakes import make_job, make_recipe, make_shards
 
 from lumen_ray.model.build import build_model
-from lumen_ray.train import checkpoint
-from lumen_ray.train.trainer import train_local
+from lumen_ray.train.launch import train_local
+from lumen_ray.train.run import checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from clusters import Cluster, in_session, wait_for
-from train_fakes import make_recipe, make_shards
+from support.clusters import Cluster, in_session, wait_for
+from support.train_fakes import make_recipe, make_shards
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

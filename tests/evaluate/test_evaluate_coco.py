@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
-from lumen_ray.data.schema import make_row
+from lumen_ray.data.shards.schema import make_row
 from lumen_ray.evaluate.coco import CocoEvaluator
 from lumen_ray.structures import Answer, Boxes, Keypoints, Masks, Prediction
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from lumen_ray.data.schema import make_row
+from lumen_ray.data.shards.schema import make_row
 from lumen_ray.evaluate.grounding import CountEvaluator, GroundEvaluator, ReferEvaluator, match_count
 from lumen_ray.structures import Answer, Boxes, Prediction
 

@@ -4,10 +4,10 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
-from evaluate_fakes import POSED, FakeEngine, write_split
 from rich.console import Console
+from support.evaluate_fakes import POSED, FakeEngine, write_split
 
-from lumen_ray.data.scenes import scene_row
+from lumen_ray.data.scenes.render import scene_row
 from lumen_ray.errors import UserError
 from lumen_ray.evaluate.report import print_report
 from lumen_ray.evaluate.run import evaluate

@@ -4,12 +4,13 @@ import hashlib
 
 import numpy as np
 import pytest
-from evaluate_fakes import FakeEngine, write_split
 from PIL import Image
+from support.evaluate_fakes import FakeEngine, write_split
 
-from lumen_ray.data import scenes, scenes_edits
 from lumen_ray.data.images import decode
-from lumen_ray.data.schema import make_message
+from lumen_ray.data.scenes import edits as scenes_edits
+from lumen_ray.data.scenes import render as scenes
+from lumen_ray.data.shards.schema import make_message
 from lumen_ray.errors import UserError
 from lumen_ray.evaluate.pictures import write_sheet
 from lumen_ray.evaluate.run import evaluate

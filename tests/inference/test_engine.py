@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import scrambled, tiny_loaded, tiny_tokenizer
+from support.tiny_models import scrambled, tiny_loaded, tiny_tokenizer
 
-from lumen_ray.data.scenes import KEYPOINTS
+from lumen_ray.checkpoints.safetensors_file import WeightsFile
+from lumen_ray.data.scenes.render import KEYPOINTS
 from lumen_ray.errors import UserError
 from lumen_ray.inference.decoder_stage import DecoderStage
 from lumen_ray.inference.engine import Engine
@@ -13,7 +14,6 @@ from lumen_ray.inference.outputs import assemble, merge
 from lumen_ray.inference.request import make_request
 from lumen_ray.inference.trunk_stage import TrunkStage
 from lumen_ray.model.build import save_model
-from lumen_ray.model.weights_file import WeightsFile
 from lumen_ray.structures import Region
 
 CLASSES = [

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import scrambled, tiny_loaded
+from support.tiny_models import scrambled, tiny_loaded
 
 from lumen_ray.inference.decoder_stage import DecoderStage
 from lumen_ray.inference.engine import Engine

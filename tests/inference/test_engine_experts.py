@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
-from tiny_models import (
+from support.tiny_models import (
     EXPERTS,
     SIDE,
     scene_batch,
@@ -15,9 +15,9 @@ from tiny_models import (
     tiny_tokenizer,
 )
 
-from lumen_ray.data import scenes
-from lumen_ray.data.collate import Collator
+from lumen_ray.data.batches.collate import Collator
 from lumen_ray.data.images import decode
+from lumen_ray.data.scenes import render as scenes
 from lumen_ray.errors import UserError
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.outputs import merge

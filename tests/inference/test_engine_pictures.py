@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import EXPERTS, SIDE, scene_batch, tiny_loaded, tiny_settings
+from support.tiny_models import EXPERTS, SIDE, scene_batch, tiny_loaded, tiny_settings
 
-from lumen_ray.data import scenes
 from lumen_ray.data.images import decode
+from lumen_ray.data.scenes import render as scenes
 from lumen_ray.errors import UserError
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.outputs import merge
@@ -96,10 +96,10 @@ def test_the_loss_of_the_noise_reaches_the_llm_and_the_queries(engine, task, fam
 
 def edit_batch(rows):
     """Each row asks for its own picture."""
-    from tiny_models import tiny_tokenizer
+    from support.tiny_models import tiny_tokenizer
 
-    from lumen_ray.data.collate import Collator
-    from lumen_ray.data.schema import make_message
+    from lumen_ray.data.batches.collate import Collator
+    from lumen_ray.data.shards.schema import make_message
 
     rows = [{**row, "messages": [make_message("edit", "make it blue", None)]} for row in rows]
     pictures = [decode(row["image"]) for row in rows]

@@ -5,17 +5,17 @@ from itertools import count, islice
 import numpy as np
 import pytest
 import torch
-from tiny_models import EXPERTS, SIDE, tiny_folder, tiny_loaded
+from support.tiny_models import EXPERTS, SIDE, tiny_folder, tiny_loaded
 
-from lumen_ray.data import scenes
 from lumen_ray.data.images import decode
+from lumen_ray.data.scenes import render as scenes
 from lumen_ray.errors import UserError
 from lumen_ray.inference.decoder_stage import DecoderStage
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import make_request
 from lumen_ray.inference.trunk_stage import TrunkStage
+from lumen_ray.meta_init import put_weights
 from lumen_ray.model.build import load_model
-from lumen_ray.model.skeleton import put_weights
 
 
 @pytest.fixture(scope="module")

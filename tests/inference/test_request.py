@@ -4,8 +4,8 @@ import pytest
 
 from lumen_ray.errors import UserError
 from lumen_ray.inference.request import make_request
-from lumen_ray.model.tokenizer import SPECIAL_TOKENS
 from lumen_ray.structures import Region
+from lumen_ray.trunk.tokenizer import SPECIAL_TOKENS
 
 
 def refused(reason, *args, **kwargs):

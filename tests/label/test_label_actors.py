@@ -1,7 +1,7 @@
 """What model actors ask Ray for, and what they are told."""
 
 import pytest
-from label_fakes import FakeEngine
+from support.label_fakes import FakeEngine
 
 from lumen_ray.errors import UserError
 from lumen_ray.label.workers import Labeller, WorkerSettings, actor_resources

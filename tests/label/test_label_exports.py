@@ -5,9 +5,9 @@ import re
 
 import numpy as np
 import pytest
-from label_fakes import FakeEngine, write_images
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
+from support.label_fakes import FakeEngine, write_images
 
 from lumen_ray.label.gallery import write_gallery
 from lumen_ray.label.pipeline import label

@@ -1,8 +1,8 @@
 import pytest
-from label_fakes import encode, picture, write_images
+from support.label_fakes import encode, picture, write_images
 
-from lumen_ray.data.schema import make_row
-from lumen_ray.data.shards import ShardWriter
+from lumen_ray.data.shards.schema import make_row
+from lumen_ray.data.shards.shards import ShardWriter
 from lumen_ray.errors import UserError
 from lumen_ray.label.inputs import Item, find_inputs, read_bytes
 

@@ -2,10 +2,11 @@ import json
 
 import pytest
 
+from lumen_ray.data.files import write_atomically
 from lumen_ray.errors import UserError
+from lumen_ray.inference.records import LABEL_SCHEMA
 from lumen_ray.label.inputs import Item
-from lumen_ray.label.ledger import Ledger, open_finished, write_atomically
-from lumen_ray.label.records import LABEL_SCHEMA
+from lumen_ray.label.ledger import Ledger, open_finished
 
 ITEMS = [Item(f"i{n}", f"/i{n}.png") for n in range(7)]
 

@@ -1,6 +1,7 @@
 """Label jobs in this process; `test_label_pipeline_ray.py` runs the same on Ray."""
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -9,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from label_fakes import FakeEngine, picture, write_images
-from tiny_models import EXPERTS, tiny_folder
+from support.label_fakes import FakeEngine, picture, write_images
+from support.tiny_models import EXPERTS, tiny_folder
 
 from lumen_ray.errors import UserError
 from lumen_ray.label.pipeline import build_requests, label
@@ -90,9 +91,8 @@ def make_failing():
 
 
 KILLED = """
-import os, sys
-sys.path.insert(0, {here!r})
-from label_fakes import FakeEngine
+import os
+from support.label_fakes import FakeEngine
 from lumen_ray.label.pipeline import label
 
 class Engine(FakeEngine):
@@ -115,8 +115,15 @@ def make_engine():
 
 def test_a_killed_job_resumes_without_duplicate_or_gap(tmp_path):
     photos, out = write_images(tmp_path / "photos", 11), tmp_path / "out"
-    script = KILLED.format(here=str(Path(__file__).parent), photos=str(photos), out=str(out))
-    killed = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    script = KILLED.format(photos=str(photos), out=str(out))
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    killed = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert killed.returncode == 9, killed.stderr
     done = sorted(path.stem for path in (out / "ledger").glob("0*.json"))
     assert done == ["000000", "000001", "000002"]

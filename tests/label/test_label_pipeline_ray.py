@@ -2,13 +2,13 @@
 
 from collections import Counter
 
-import label_fakes
 import pyarrow.parquet as pq
 import pytest
-from label_fakes import FakeEngine, encode, make_picky_engine, picture, write_images
+from support import label_fakes
+from support.label_fakes import FakeEngine, encode, make_picky_engine, picture, write_images
 
-from lumen_ray.data.schema import make_row
-from lumen_ray.data.shards import ShardWriter
+from lumen_ray.data.shards.schema import make_row
+from lumen_ray.data.shards.shards import ShardWriter
 from lumen_ray.errors import UserError
 from lumen_ray.label.pipeline import label
 

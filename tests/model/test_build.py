@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import captioning_tokenizer, scene_batch, scrambled, tiny_model, tiny_settings, tiny_tokenizer
+from support.tiny_models import captioning_tokenizer, scene_batch, scrambled, tiny_model, tiny_settings, tiny_tokenizer
 
 from lumen_ray.errors import UserError
 from lumen_ray.model import build

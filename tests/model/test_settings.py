@@ -2,7 +2,7 @@
 
 import pytest
 import yaml
-from tiny_models import CLIP, DINOV2, EXPERTS, llm, tiny_settings
+from support.tiny_models import CLIP, DINOV2, EXPERTS, llm, tiny_settings
 
 from lumen_ray import config
 from lumen_ray.errors import UserError

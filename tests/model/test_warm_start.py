@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from tiny_models import EXPERTS, scene_batch, scrambled, tiny_model, tiny_settings
+from support.tiny_models import EXPERTS, scene_batch, scrambled, tiny_model, tiny_settings
 
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import ModelMeta, build_model, load_model, save_model
-from lumen_ray.model.tokenizer import LumenTokenizer
 from lumen_ray.model.warm_start import StartWeights, start_settings, start_tokenizer
 from lumen_ray.tasks import TASKS
+from lumen_ray.trunk.tokenizer import LumenTokenizer
 
 
 @pytest.fixture(scope="module")

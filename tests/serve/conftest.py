@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
-from serve_fakes import FakeBackend, save_random_model
+from support.serve_fakes import FakeBackend, save_random_model
 
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.settings import Limits, ServeSettings

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from serve_fakes import INFO, base64_png
+from support.serve_fakes import INFO, base64_png
 
 from lumen_ray.structures import Answer, Boxes, Prediction
 

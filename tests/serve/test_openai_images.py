@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 
 import pytest
-from serve_fakes import png
+from support.serve_fakes import png
 
 from lumen_ray.structures import decode_png
 

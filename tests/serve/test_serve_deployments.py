@@ -11,7 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from tiny_models import EXPERTS, tiny_folder
+from support.tiny_models import EXPERTS, tiny_folder
 
 from lumen_ray.errors import UserError
 from lumen_ray.inference.engine import Engine

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from serve_fakes import fake_answer
+from support.serve_fakes import fake_answer
 
 from lumen_ray.errors import UserError
 from lumen_ray.inference.request import make_request

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny_models import EXPERTS, tiny_folder
+from support.tiny_models import EXPERTS, tiny_folder
 
 from lumen_ray.config import load, validate
 from lumen_ray.errors import UserError

@@ -8,7 +8,7 @@ import re
 
 import numpy as np
 import pytest
-from serve_fakes import base64_png, png
+from support.serve_fakes import base64_png, png
 
 from lumen_ray.errors import UserError
 from lumen_ray.serve.http import Overloaded, Unavailable

@@ -1,5 +1,5 @@
 import pytest
-from train_fakes import make_shards
+from support.train_fakes import make_shards
 
 
 @pytest.fixture(scope="session")

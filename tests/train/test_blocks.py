@@ -4,16 +4,16 @@ import shutil
 
 import pytest
 import torch
-from expert_fakes import TASKS, expert_batch, expert_model
-from tiny_models import scene_batch, tiny_model
+from support.expert_fakes import TASKS, expert_batch, expert_model
+from support.tiny_models import scene_batch, tiny_model
+from support.train_fakes import on_two_ranks
 from torch.distributed.fsdp import FSDPModule
-from train_fakes import on_two_ranks
 
 from lumen_ray.errors import UserError
+from lumen_ray.recipe import BLOCK_PARTS, Stage
 from lumen_ray.train import parallel
 from lumen_ray.train.blocks import blocks, check_compiler, checkpoint_blocks, compile_blocks, part
 from lumen_ray.train.optimizer import set_trainable
-from lumen_ray.train.recipe import BLOCK_PARTS, Stage
 
 CPU = torch.device("cpu")
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")

@@ -6,17 +6,17 @@ import shutil
 import pytest
 import torch
 import yaml
-from ranks import run_ranks
 from safetensors.torch import load_file
-from tiny_models import mixed_shards, tiny_settings
-from train_fakes import make_recipe
+from support.ranks import run_ranks
+from support.tiny_models import mixed_shards, tiny_settings
+from support.train_fakes import make_recipe
 
-from lumen_ray.data.mixture import Plan
-from lumen_ray.data.shards import read_manifest
+from lumen_ray.data.batches.plan import Plan
+from lumen_ray.data.shards.shards import read_manifest
 from lumen_ray.errors import UserError
 from lumen_ray.inference.engine import Engine
-from lumen_ray.train import checkpoint
-from lumen_ray.train.trainer import prepare_job, train_local
+from lumen_ray.train.launch import prepare_job, train_local
+from lumen_ray.train.run import checkpoint
 
 BUCKETS = [[64, 64], [48, 64], [64, 48]]
 

@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 import torch
-from tiny_models import tiny_model
-from train_fakes import cut_after, job_of, on_two_ranks, weights_of
+from support.tiny_models import tiny_model
+from support.train_fakes import cut_after, job_of, on_two_ranks, weights_of
 
+from lumen_ray.recipe import EmaSettings
 from lumen_ray.train.ema import Ema
-from lumen_ray.train.recipe import EmaSettings
-from lumen_ray.train.trainer import train_local
+from lumen_ray.train.launch import train_local
 
 STAGES = ({"steps": 4}, {"steps": 4, "trainable": ["lumen"]})
 EMA = {"decay": 0.8}

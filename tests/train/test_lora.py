@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from tiny_models import scene_batch, scrambled, tiny_model
-from train_fakes import cut_after, job_of, log_of, on_two_ranks, weights_of
+from support.tiny_models import scene_batch, scrambled, tiny_model
+from support.train_fakes import cut_after, job_of, log_of, on_two_ranks, weights_of
 
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import build_model, load_model
-from lumen_ray.train import checkpoint
+from lumen_ray.recipe import LoraSettings, Stage
+from lumen_ray.train.launch import train_local
 from lumen_ray.train.lora import changing_state, frozen_names, inject, plain_state
 from lumen_ray.train.optimizer import build_optimizer, set_trainable
-from lumen_ray.train.recipe import LoraSettings, Stage
-from lumen_ray.train.trainer import train_local
+from lumen_ray.train.run import checkpoint
 
 pytest.importorskip("peft", reason="LoRA needs peft (pip install 'lumen-ray[lora]')")
 

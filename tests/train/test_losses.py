@@ -3,20 +3,20 @@
 import numpy as np
 import pytest
 import torch
-from tiny_models import EXPERTS, SIDE, scene_batch, tiny_model, tiny_tokenizer
-from train_fakes import cut_after, job_of, log_of, on_two_ranks, weights_of
+from support.tiny_models import EXPERTS, SIDE, scene_batch, tiny_model, tiny_tokenizer
+from support.train_fakes import cut_after, job_of, log_of, on_two_ranks, weights_of
 
-from lumen_ray.data import scenes
-from lumen_ray.data.collate import BranchSettings, Collator
+from lumen_ray.data.batches.collate import BranchSettings, Collator
+from lumen_ray.data.batches.plan import Plan
 from lumen_ray.data.images import decode
-from lumen_ray.data.mixture import Plan
-from lumen_ray.data.transforms import AugmentSettings
+from lumen_ray.data.scenes import render as scenes
 from lumen_ray.decoders.base import LossTerm
 from lumen_ray.errors import UserError
+from lumen_ray.recipe import AugmentSettings
 from lumen_ray.tasks import DECODERS, TASKS
 from lumen_ray.train import parallel
+from lumen_ray.train.launch import train_local
 from lumen_ray.train.losses import TASK_NAMES, StepLosses, expected_counts
-from lumen_ray.train.trainer import train_local
 
 TEXT = ["caption", "vqa", "region_caption", "chat"]
 CPU = torch.device("cpu")

@@ -1,11 +1,11 @@
 """What learns, and how fast."""
 
 import pytest
-from tiny_models import tiny_model
+from support.tiny_models import tiny_model
 
 from lumen_ray.errors import UserError
+from lumen_ray.recipe import MODULES, Stage
 from lumen_ray.train.optimizer import build_optimizer, lr_factor, lr_factors, parts, set_lr, set_trainable
-from lumen_ray.train.recipe import MODULES, Stage
 
 
 def stage(**changes):

@@ -9,16 +9,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import load_file
-from train_fakes import job_of
+from support.train_fakes import job_of
 
-from lumen_ray.data.feed import plan_items
-from lumen_ray.data.mixture import Plan
+from lumen_ray.data.batches.feed import plan_items
+from lumen_ray.data.batches.plan import Plan
 from lumen_ray.model.build import build_model
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.model.tokenizer import LumenTokenizer
-from lumen_ray.train import checkpoint
-from lumen_ray.train.loop import Trainer
-from lumen_ray.train.trainer import train_local
+from lumen_ray.train.launch import train_local
+from lumen_ray.train.run import checkpoint
+from lumen_ray.train.trainer import Trainer
+from lumen_ray.trunk.tokenizer import LumenTokenizer
 
 # At a low rate: Adam's first steps are as large as the rate even where a gradient is nothing but rounding.
 STAGES = ({"steps": 12, "lr": 3e-4}, {"steps": 8, "lr": 3e-4, "trainable": ["lumen"]})

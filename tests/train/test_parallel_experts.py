@@ -8,24 +8,24 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
-from expert_fakes import TASKS, expert_batch, expert_model
-from ranks import run_ranks
 from safetensors.torch import load_file
-from tiny_models import EXPERTS, SIDE, tiny_settings
+from support.expert_fakes import TASKS, expert_batch, expert_model
+from support.ranks import run_ranks
+from support.tiny_models import EXPERTS, SIDE, tiny_settings
+from support.train_fakes import cut_after, job_of, log_of, on_two_ranks
 from torch.distributed.tensor import DTensor
-from train_fakes import cut_after, job_of, log_of, on_two_ranks
 
-from lumen_ray.data.prepare import prepare_source
+from lumen_ray.data.shards.prepare import prepare_source
 from lumen_ray.data.sources.scenes import ScenesSource
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import build_model
 from lumen_ray.precision import arithmetic
+from lumen_ray.recipe import BLOCK_PARTS, Stage
 from lumen_ray.train import parallel
 from lumen_ray.train.blocks import checkpoint_blocks
+from lumen_ray.train.launch import train_local
 from lumen_ray.train.losses import StepLosses
 from lumen_ray.train.optimizer import set_trainable
-from lumen_ray.train.recipe import BLOCK_PARTS, Stage
-from lumen_ray.train.trainer import train_local
 
 GROUPS = [
     {"tasks": ["detect", "segment"], "decoders": ["grounding_dino"]},

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from tiny_models import scene_batch, tiny_model
-from train_fakes import job_of, log_of, on_two_ranks, weights_of
+from support.tiny_models import scene_batch, tiny_model
+from support.train_fakes import job_of, log_of, on_two_ranks, weights_of
 
 from lumen_ray.precision import arithmetic
+from lumen_ray.recipe import BLOCK_PARTS
 from lumen_ray.train import parallel
 from lumen_ray.train.blocks import checkpoint_blocks, part
+from lumen_ray.train.launch import train_local
 from lumen_ray.train.precision import advice, block_policy
-from lumen_ray.train.recipe import BLOCK_PARTS
-from lumen_ray.train.trainer import train_local
 
 CPU = torch.device("cpu")
 

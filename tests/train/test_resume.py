@@ -7,11 +7,11 @@ import signal
 from pathlib import Path
 
 import pytest
-from ranks import Moment, run_ranks
 from safetensors.torch import load_file
-from train_fakes import cut_after, make_job
+from support.ranks import Moment, run_ranks
+from support.train_fakes import cut_after, make_job
 
-from lumen_ray.train import checkpoint
+from lumen_ray.train.run import checkpoint
 
 #: checkpoints after steps 2, 4, 5 (end of the first stage) and 6 (end); one stays, beside the newest of each stage
 OPTIONS = {

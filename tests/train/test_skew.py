@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml
-from ranks import run_ranks
-from tiny_models import SIDE, tiny_settings
-from train_fakes import job_of
+from support.ranks import run_ranks
+from support.tiny_models import SIDE, tiny_settings
+from support.train_fakes import job_of
 
-from lumen_ray.data import scenes
-from lumen_ray.data.feed import plan_items
-from lumen_ray.data.mixture import Plan
-from lumen_ray.data.schema import make_message, make_row
-from lumen_ray.data.shards import ShardWriter, build_manifest, write_manifest
+from lumen_ray.data.batches.feed import plan_items
+from lumen_ray.data.batches.plan import Plan
+from lumen_ray.data.scenes import render as scenes
+from lumen_ray.data.shards.schema import make_message, make_row
+from lumen_ray.data.shards.shards import ShardWriter, build_manifest, write_manifest
 
 STEPS, SEED = 9, 3  # such that every kind meets another
 GROUPS = [

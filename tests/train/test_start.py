@@ -5,17 +5,17 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from memory import peak_of
 from safetensors.torch import load_file
-from tiny_models import EXPERTS, llm, scrambled, tiny_settings
-from train_fakes import job_of, on_two_ranks, weights_of
+from support.memory import peak_of
+from support.tiny_models import EXPERTS, llm, scrambled, tiny_settings
+from support.train_fakes import job_of, on_two_ranks, weights_of
 
+from lumen_ray.checkpoints.safetensors_file import write_weights
 from lumen_ray.footprint import on_meta
 from lumen_ray.model.build import build_model, count_parameters, save_model
-from lumen_ray.model.weights_file import write_weights
 from lumen_ray.train import parallel
-from lumen_ray.train.loop import fresh_model
 from lumen_ray.train.lora import inject, plain_name
+from lumen_ray.train.trainer import fresh_model
 
 CPU = torch.device("cpu")
 STAGE = {"steps": 1}

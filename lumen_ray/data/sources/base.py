@@ -39,7 +39,7 @@ from typing import Any, ClassVar
 
 from lumen_ray.data import files, urls
 from lumen_ray.data import rle as rle_tools
-from lumen_ray.data.sources.parts import reserved_token
+from lumen_ray.data.sources.record_parsing import reserved_token
 from lumen_ray.errors import UserError
 
 Rejected = dict[str, str]  # kind, image_id, origin, reason: a row of rejected.parquet

@@ -20,7 +20,7 @@ from typing import Any
 from lumen_ray.data import files, urls
 from lumen_ray.data import rle as rle_tools
 from lumen_ray.data.frames import Frame, read_frame
-from lumen_ray.data.schema import make_message, make_row
+from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.data.sources import coco_json
 from lumen_ray.data.sources.base import (
     Listing,
@@ -34,7 +34,7 @@ from lumen_ray.data.sources.base import (
     reject,
 )
 from lumen_ray.data.sources.coco_json import CocoImage
-from lumen_ray.data.sources.parts import is_numbers, reserved_token, to_box, to_mask
+from lumen_ray.data.sources.record_parsing import is_numbers, reserved_token, to_box, to_mask
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Boxes, Size
 from lumen_ray.tasks import get_task

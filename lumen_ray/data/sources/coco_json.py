@@ -9,7 +9,7 @@ from typing import Any
 
 from lumen_ray.data import urls
 from lumen_ray.data.sources.base import Rejected, reject
-from lumen_ray.data.sources.parts import is_numbers, load_json
+from lumen_ray.data.sources.record_parsing import is_numbers, load_json
 from lumen_ray.errors import UserError
 
 

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lumen_ray.data import files, urls
-from lumen_ray.data.schema import make_message, make_row
+from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.data.sources import tables
 from lumen_ray.data.sources.base import Listing, Outcome, Rejected, Source, reject
-from lumen_ray.data.sources.parts import as_mapping, check_choice, clean_text
+from lumen_ray.data.sources.record_parsing import as_mapping, check_choice, clean_text
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Size
 

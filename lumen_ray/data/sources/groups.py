@@ -11,7 +11,7 @@ from typing import Any
 from lumen_ray.data import rle as rle_tools
 from lumen_ray.data.frames import Frame, read_frame
 from lumen_ray.data.sources.base import Outcome, Rejected, image_locations, instance, read_first, reject
-from lumen_ray.data.sources.parts import Record, to_box, to_mask
+from lumen_ray.data.sources.record_parsing import Record, to_box, to_mask
 from lumen_ray.errors import UserError
 
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lumen_ray.data import files, urls
-from lumen_ray.data.schema import make_message, make_row
+from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.data.sources import tables, tars
 from lumen_ray.data.sources.base import Listing, Outcome, Source, reject
-from lumen_ray.data.sources.parts import as_mapping, check_name, clean_text, first_of
+from lumen_ray.data.sources.record_parsing import as_mapping, check_name, clean_text, first_of
 from lumen_ray.errors import UserError
 from lumen_ray.tasks import get_task
 

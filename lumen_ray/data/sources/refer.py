@@ -15,10 +15,10 @@ from typing import Any
 
 from lumen_ray.data import files, urls
 from lumen_ray.data.frames import Frame
-from lumen_ray.data.schema import make_row
+from lumen_ray.data.shards.schema import make_row
 from lumen_ray.data.sources.base import Listing, Outcome, Source, reject
 from lumen_ray.data.sources.groups import Images, finished_group, lost_group, open_group, to_instance
-from lumen_ray.data.sources.parts import (
+from lumen_ray.data.sources.record_parsing import (
     BOX_FORMATS,
     Record,
     as_mapping,

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lumen_ray.data import scenes, scenes_edits
+from lumen_ray.data.scenes import edits as scenes_edits
+from lumen_ray.data.scenes import render as scenes
 from lumen_ray.data.sources.base import Listing, Outcome, Source
 from lumen_ray.errors import UserError
 

@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from lumen_ray.data import files, urls
 from lumen_ray.data.frames import read_frame
 from lumen_ray.data.sources.base import image_locations, read_first
-from lumen_ray.data.sources.parts import LINE_SUFFIXES, Record, check_name, first_of, parse_line, short
+from lumen_ray.data.sources.record_parsing import LINE_SUFFIXES, Record, check_name, first_of, parse_line, short
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Size
 

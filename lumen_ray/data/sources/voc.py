@@ -25,7 +25,7 @@ import numpy as np
 from lumen_ray.data import files, urls
 from lumen_ray.data.frames import Frame, read_frame
 from lumen_ray.data.images import decode_labels
-from lumen_ray.data.schema import make_row
+from lumen_ray.data.shards.schema import make_row
 from lumen_ray.data.sources.base import (
     Listing,
     Outcome,
@@ -37,7 +37,7 @@ from lumen_ray.data.sources.base import (
     read_first,
     reject,
 )
-from lumen_ray.data.sources.parts import reserved_token, to_box
+from lumen_ray.data.sources.record_parsing import reserved_token, to_box
 from lumen_ray.errors import UserError, unknown
 from lumen_ray.structures import Masks
 

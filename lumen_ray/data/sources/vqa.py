@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lumen_ray.data import files, urls
-from lumen_ray.data.schema import make_message, make_row
+from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.data.sources.base import Listing, Outcome, Source
 from lumen_ray.data.sources.groups import Images, finished_group, lost_group, open_group
-from lumen_ray.data.sources.parts import (
+from lumen_ray.data.sources.record_parsing import (
     IMAGE_ID_KEYS,
     LINE_SUFFIXES,
     Record,

@@ -23,7 +23,7 @@ from typing import Any
 
 from lumen_ray.data import files, urls
 from lumen_ray.data.frames import read_frame
-from lumen_ray.data.schema import make_row
+from lumen_ray.data.shards.schema import make_row
 from lumen_ray.data.sources import yolo_yaml
 from lumen_ray.data.sources.base import (
     Listing,
@@ -36,7 +36,7 @@ from lumen_ray.data.sources.base import (
     read_first,
     reject,
 )
-from lumen_ray.data.sources.parts import reserved_token, to_box, to_mask
+from lumen_ray.data.sources.record_parsing import reserved_token, to_box, to_mask
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Size
 

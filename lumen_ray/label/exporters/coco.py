@@ -10,8 +10,9 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from lumen_ray.label.ledger import open_finished, write_atomically
-from lumen_ray.label.records import record_edges
+from lumen_ray.data.files import write_atomically
+from lumen_ray.inference.records import record_edges
+from lumen_ray.label.ledger import open_finished
 from lumen_ray.structures import Boxes, Masks
 from lumen_ray.tasks import get_task
 from lumen_ray.viz import KEYPOINT_SCORE

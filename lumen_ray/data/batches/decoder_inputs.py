@@ -1,0 +1,64 @@
+"""What decoders with a size of their own get of a batch: the same samples, resampled from the stored images.
+
+Crop, flip, turn, zoom and colours are those that the trunk sees; boxes, masks and keypoints lie in the larger input.
+Pictures to edit, and those that prompts ask for, come in the size and shape in which the decoder will draw them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lumen_ray.data.batches.transforms import Sample, picture_of, resized
+from lumen_ray.data.images import Picture
+from lumen_ray.input_size import SizeRule
+from lumen_ray.targets import Pixels
+from lumen_ray.tasks import DECODERS, TASKS
+from lumen_ray.trunk.layout import Layout
+
+
+@dataclass
+class Shown:
+    """The images of a batch: row, decoded image and sample of each. Text-only rows have one, too, all grey."""
+
+    rows: Sequence[dict[str, Any]]
+    pictures: Sequence[Picture]
+    samples: Sequence[Sample]
+
+    def resized(self, images: Collection[int], rule: SizeRule, skeletons: Mapping) -> list[Sample | None]:
+        """The samples of the given images in the size of a rule, None in place of the others."""
+        return [
+            resized(self.samples[i], self.rows[i], self.pictures[i], rule, skeletons) if i in images else None
+            for i in range(len(self.samples))
+        ]
+
+    def pictured(self, images: Collection[int], rule: SizeRule) -> list[np.ndarray | None]:
+        """The pictures of the given images in the size of a rule, None in place of the others."""
+        return [
+            picture_of(self.samples[i], self.pictures[i], rule) if i in images else None
+            for i in range(len(self.samples))
+        ]
+
+
+def asked_images(layout: Layout, tasks: Sequence[str], decoder: str) -> set[int]:
+    """The images of a batch that a decoder's prompts are about; `tasks`: by branch."""
+    family = DECODERS[decoder].family
+    if family not in layout.link_branches:
+        return set()
+    pairs = zip(layout.link_branches[family].tolist(), layout.link_images[family].tolist(), strict=True)
+    return {image for branch, image in pairs if decoder in TASKS[tasks[branch]].decoders}
+
+
+def as_tensor(image: np.ndarray) -> Tensor:
+    """A copy of uint8 [h, w, 3] as [3, h, w]."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def as_pixels(images: Sequence[np.ndarray | None]) -> Pixels:
+    """Images uint8 [h, w, 3] as one batch; in place of None a single pixel, which nothing looks at."""
+    return Pixels.stack([torch.zeros(3, 1, 1, dtype=torch.uint8) if i is None else as_tensor(i) for i in images])

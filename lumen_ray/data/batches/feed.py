@@ -1,0 +1,218 @@
+"""Plan steps -> training batches: read the row groups, decode, augment, lay out the prompts.
+
+One function does it wherever it runs: in Ray Data CPU tasks (`dataset_for_rank`) or in the training process
+(`local_batches`), so that both see the same bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import pickle
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from lumen_ray.data.batches.collate import Collator
+from lumen_ray.data.batches.packing import Packing
+from lumen_ray.data.batches.plan import Plan, join_rows, row_rng
+from lumen_ray.data.images import decode_reduced
+from lumen_ray.data.shards.schema import make_row
+from lumen_ray.data.shards.shards import read_manifest, read_row_group, read_rows
+from lumen_ray.errors import UserError
+from lumen_ray.input_size import SizeRule
+from lumen_ray.recipe import Recipe, Stage
+from lumen_ray.structures import Size, as_size
+from lumen_ray.tasks import TASKS, family_of
+from lumen_ray.trunk.tokenizer import LumenTokenizer
+
+if TYPE_CHECKING:
+    import ray.data
+
+T, R = TypeVar("T"), TypeVar("R")
+
+STEPS_PER_BLOCK = 16  # plan steps one Ray Data task works off; tasks cost tens of milliseconds each
+
+
+def skeletons_of(manifest: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Keypoint names by class."""
+    return {c["name"]: tuple(c["keypoints"]) for c in manifest["categories"] if c.get("keypoints")}
+
+
+@dataclass
+class BatchReader:
+    """Makes the batch of one rank for one plan step. Small enough to be pickled into every task."""
+
+    shards: str
+    recipe: Recipe
+    tokenizer: LumenTokenizer
+    input_size: int  # side of the square input of steps whose plan names no bucket
+    skeletons: dict[str, tuple[str, ...]]
+    frequencies: dict[str, int] = field(default_factory=dict)  # images per class
+    token_side: int = 0  # input pixels per side of one image token; needed where the recipe packs
+    prompt_layout: str = "branches"  # the model's
+    own_sizes: dict[str, SizeRule] = field(default_factory=dict)  # of its decoders
+
+    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+        """`item` as of `plan_items` -> the batch, with the pictures that could not be read under `rejected`.
+
+        Their rows stay, without picture and annotations: a batch has the same shape whatever is broken, and a rank
+        whose pictures are all broken still takes part in the step.
+        """
+        started = time.perf_counter()
+        stage = self.recipe.stages[item["stage"]]
+        step, group = item["step"], stage.groups[item["group"]]
+        tasks, size = group.tasks, as_size(item.get("bucket") or self.input_size)
+        own_sizes = {name: rule for name, rule in self.own_sizes.items() if name in group.learning}
+        rows, images, edited, rngs, rejected = [], [], [], [], []
+        for file, index, wanted in item["parts"]:
+            numbers = range(wanted) if isinstance(wanted, int) else wanted
+            for number, row in zip(numbers, read_row_group(self.shards, file, index, numbers), strict=True):
+                side = self._decoded(stage, size, row, own_sizes)
+                try:
+                    image = None if row["image"] is None else decode_reduced(row["image"], side)
+                    target = None
+                    if "edit" in tasks and row["target_image"] is not None:
+                        target = decode_reduced(row["target_image"], side)
+                except UserError as error:  # a bad picture is reported with its step and does not stop the job
+                    rejected.append({"image_id": row["image_id"], "reason": str(error)})
+                    row, image = make_row(row["image_id"], None, (row["height"], row["width"]), row["source"]), None
+                    target = None
+                rows.append(row)
+                images.append(image)
+                edited.append(target)
+                rngs.append(row_rng(self.recipe.seed, step, file, index, number))
+        collator = Collator(
+            self.tokenizer, size, tasks, self.skeletons, stage.branches, stage.augment, self.frequencies,
+            self._packing(size), self.prompt_layout, own_sizes,
+        )  # fmt: skip
+        batch = collator(rows, images, rngs, edited)
+        return batch | {
+            "step": step,
+            "asked": list(tasks),
+            "decoders": list(group.learning),
+            "rejected": rejected,
+            "read_s": time.perf_counter() - started,
+        }
+
+    @staticmethod
+    def _decoded(stage: Stage, size: Size, row: dict[str, Any], own_sizes: dict[str, SizeRule]) -> int:
+        """Pixels that the longer side of an image must be decoded to: what the largest zoom shows of it all, in the
+        largest of the sizes in which it is seen."""
+        shape = (max(1, row["height"]), max(1, row["width"]))
+        sides = [max(size), *(max(rule.fit(shape)[0]) for rule in own_sizes.values())]
+        return math.ceil(max(sides) * max(1.0, stage.augment.scale[1]))
+
+    def _packing(self, size: Size) -> Packing | None:
+        if not self.recipe.pack_tokens:
+            return None
+        return Packing(self.recipe.pack_tokens, (size[0] // self.token_side) * (size[1] // self.token_side))
+
+
+def plan_items(plan: Plan, rank: int, world_size: int, start: int = 0) -> list[dict[str, Any]]:
+    """The plan of one rank from step `start` on, a dict a micro-step.
+
+    Whole row groups take a few bytes each; with buckets the number of every row is listed (8 bytes a row or more).
+    """
+    items = []
+    for s in (plan[t] for t in range(start, len(plan))):
+        micro_steps = plan.recipe.stages[s.stage].accumulate
+        for number in range(rank * micro_steps, (rank + 1) * micro_steps):
+            parts = join_rows(s.share(number, world_size * micro_steps))
+            items.append({"step": s.step, "stage": s.stage, "group": s.group, "bucket": s.bucket, "parts": parts})
+    return items
+
+
+def local_batches(reader: BatchReader, plan: Plan, start: int = 0) -> Iterator[dict[str, Any]]:
+    """Batches of a single process, without Ray."""
+    return (reader(item) for item in plan_items(plan, 0, 1, start))
+
+
+class _Pickler(pickle.Pickler):
+    """Tensors travel as arrays: torch's own way takes milliseconds a batch, of the training process as well."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (torch.from_numpy, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
+
+
+def to_bytes(batch: dict[str, Any]) -> bytes:
+    """A batch of CPU tensors for `pickle.loads`, which gives tensors that may be written to."""
+    out = io.BytesIO()
+    _Pickler(out, protocol=5).dump(batch)
+    return out.getvalue()
+
+
+def one_ahead(make: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+    """`make` of each item, the next one in a thread while the one before is handed over."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = None
+        for item in items:
+            made = thread.submit(make, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = made
+        if waiting is not None:
+            yield waiting.result()
+
+
+def dataset_for_rank(reader: BatchReader, items: list[dict[str, Any]], readers: int = 1) -> ray.data.Dataset:
+    """A Ray Data pipeline that reads, decodes and augments on `readers` CPU tasks; one block row per step, in plan
+    order.
+
+    The tasks ask for no logical CPU (the rank has asked for theirs), so that none waits for one that others hold, and
+    run on the node of this process. `preserve_order` is set on the data set's own context, so that other data sets of
+    the process keep theirs.
+    """
+    import ray.data
+
+    from lumen_ray.data.batches.throttle import Paced
+
+    def read(block: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        for batch in one_ahead(lambda text: to_bytes(reader(json.loads(text))), block["item"]):
+            yield {"batch": [batch]}
+
+    blocks = max(1, -(-len(items) // STEPS_PER_BLOCK))
+    dataset = ray.data.from_items([{"item": json.dumps(item)} for item in items], override_num_blocks=blocks)
+    dataset.context.execution_options.preserve_order = True
+    dataset.context.target_max_block_size = 1 << 20
+    dataset.context.custom_execution_callback_classes = [Paced]
+    pool = ray.data.TaskPoolStrategy(size=readers)
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return dataset.map_batches(read, batch_size=None, compute=pool, num_cpus=0, label_selector=here)
+
+
+def ray_batches(iterator: ray.data.DataIterator) -> Iterator[dict[str, Any]]:
+    """Batches out of the pipeline of `dataset_for_rank`."""
+    for row in iterator.iter_batches(batch_size=1, batch_format=None, prefetch_batches=2):
+        yield pickle.loads(row["batch"][0].as_buffer())
+
+
+def read_texts(shards: str | Path, limit_rows: int = 4000, families: Iterable[str] = ("perception",)) -> list[str]:
+    """Every text of the first rows of the shards, and every prompt of their classes: what a tokenizer learns from.
+
+    `families`: of super-link queries, those the model has.
+    """
+    manifest = read_manifest(shards)
+    texts: list[str] = []
+    skeletons = skeletons_of(manifest)
+    for category in manifest["categories"]:
+        for task in TASKS.values():
+            if not task.is_text and task.result != "image":
+                texts += [task.prompt(category["name"], t) for t in range(len(task.templates))]
+        pose = TASKS["pose"].keypoint_template
+        for name in skeletons.get(category["name"], ()):
+            texts.append(pose.replace("{keypoint}", name).replace("{}", category["name"]))
+    for row in islice(read_rows(shards, ["phrases", "messages"]), max(0, limit_rows)):
+        texts += [p["phrase"] for p in row["phrases"] or ()]
+        texts += [turn["content"] for m in row["messages"] or () for turn in m["turns"]]
+    for task in TASKS.values():
+        if task.result == "image" and family_of(task.routing_token).name in families:
+            texts += [task.prompt(template=t) for t in range(len(task.templates))]
+    return texts

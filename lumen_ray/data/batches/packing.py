@@ -1,0 +1,118 @@
+"""Packing: the images and texts of a batch share rows of the LLM's batch, so that little of it is padding.
+
+A sample is its image's tokens (none for a text) and its branches. Samples are dealt to rows of at most `tokens` tokens;
+the mask keeps them apart, and positions restart with each, so a sample's results do not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lumen_ray.trunk.branch import Branch
+from lumen_ray.trunk.layout import Layout, branch_tokens
+from lumen_ray.trunk.tokenizer import LumenTokenizer
+
+#: room that a row must have beside the largest image's tokens; the routed prompts of all tasks are shorter
+MIN_BRANCH_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Packing:
+    """`tokens`: the most a row holds; `image_tokens`: of an image of the batch."""
+
+    tokens: int
+    image_tokens: int
+
+
+def deal(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Indices of `lengths` in rows that sum up to at most `most`: few rows, and as equal as possible.
+
+    Longest first, each into the emptiest row, with one row more until all fit. Rows are padded to the fullest, so
+    equal rows waste less than full ones and a rest. Raises `ValueError` for a length above `most`.
+    """
+    if max(lengths, default=0) > most:
+        raise ValueError(f"a sample of {max(lengths)} tokens fits no row of {most}")
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    count = max(1, -(-sum(lengths) // most))
+    while True:
+        rows: list[list[int]] = [[] for _ in range(count)]
+        heap = [(0, row) for row in range(count)]
+        for i in order:
+            used, row = heap[0]
+            if used + lengths[i] > most:
+                break
+            rows[row].append(i)
+            heapq.heapreplace(heap, (used + lengths[i], row))
+        else:
+            return rows
+        count += 1
+
+
+def fit_branches(
+    branches: Sequence[Branch], image_tokens: Sequence[int], most: int, tokenizer: LumenTokenizer
+) -> tuple[list[Branch | None], dict[str, int]]:
+    """The branches, None for those left out of samples longer than `most` tokens, and what was lost.
+
+    Of a long sample branches are kept in their drawn order while they fit; one that does not is left out, a pose with
+    all its keypoints. When not one fits, the first text keeps as much of its response as there is room for.
+    `image_tokens`: of each sample. Lost: the number of `branches` left out and of response `tokens` cut off.
+    """
+    lengths = [len(branch_tokens(branch, tokenizer)[0]) for branch in branches]
+    room = [most - tokens for tokens in image_tokens]
+    kept: list[Branch | None] = list(branches)
+    need = list(lengths)
+    for index, branch in enumerate(branches):
+        if branch.parent >= 0:
+            need[branch.parent] += lengths[index]
+    totals = [0] * len(room)
+    for branch, length in zip(branches, lengths, strict=True):
+        totals[branch.image] += length
+    long = {image for image, total in enumerate(totals) if total > room[image]}
+    lost = {"branches": 0, "tokens": 0}
+    empty = set(long)
+    for index, branch in enumerate(branches):
+        if branch.image not in long:
+            continue
+        if branch.parent >= 0:
+            fits = kept[branch.parent] is not None
+        elif fits := need[index] <= room[branch.image]:
+            room[branch.image] -= need[index]
+            empty.discard(branch.image)
+        if not fits:
+            kept[index] = None
+    for index, branch in enumerate(branches):
+        if branch.image in empty and branch.response is not None:
+            prompt = len(branch_tokens(replace(branch, response=None), tokenizer)[0])
+            if prompt < room[branch.image]:
+                kept[index] = replace(branch, limit=room[branch.image])
+                lost["tokens"] += lengths[index] - room[branch.image]
+                empty.discard(branch.image)
+    lost["branches"] = sum(branch is None for branch in kept)
+    return kept, lost
+
+
+def sample_lengths(layout: Layout, has_image: Tensor, image_tokens: int) -> Tensor:
+    """int64 [B]: tokens of each sample, its image's included."""
+    return has_image.long() * image_tokens + (layout.branch_ids >= 0).sum(1)
+
+
+def pack(layout: Layout, has_image: Tensor, packing: Packing) -> Tensor:
+    """`Layout.pack` of a layout whose samples all fit: int64 [R, L]. L is at most `packing.tokens`."""
+    lengths = sample_lengths(layout, has_image, packing.image_tokens).tolist()
+    members = [i for i, length in enumerate(lengths) if length]
+    rows = deal([lengths[i] for i in members], packing.tokens)
+    width = packing.image_tokens + layout.branch_ids.shape[1]
+    slots = torch.full((len(rows), max([sum(lengths[members[m]] for m in row) for row in rows] + [1])), -1)
+    for r, row in enumerate(rows):
+        start = 0
+        for sample in (members[m] for m in row):
+            first = sample * width + (0 if has_image[sample] else packing.image_tokens)
+            end = start + lengths[sample]
+            slots[r, start:end] = torch.arange(first, first + lengths[sample])
+            start = end
+    return slots

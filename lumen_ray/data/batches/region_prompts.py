@@ -1,0 +1,70 @@
+"""Visual prompts in the frame of the model input: stored ones where augmentation puts them, and ones drawn on
+instances."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from lumen_ray.data.batches.transforms import MIN_VISIBLE, Sample, clip_boxes, map_boxes, map_points, visible_share
+from lumen_ray.structures import Region, Size
+from lumen_ray.targets import MASK_STRIDE
+from lumen_ray.trunk.regions import region_mask
+
+
+def _region_box(region: dict) -> np.ndarray:
+    """The xyxy box [1, 4] of a stored region, at least one pixel wide and high."""
+    if region["mask"]:
+        x, y, width, height = coco_mask.toBbox(region["mask"])
+        low, high = np.array([x, y]), np.array([x + width, y + height])
+    else:
+        points = np.array(region["points"], np.float64).reshape(-1, 2)
+        low, high = points.min(0), points.max(0)
+    grow = np.maximum(1 - (high - low), 0) / 2
+    return np.concatenate([low - grow, high + grow])[None]
+
+
+def region_visible(region: dict, sample: Sample) -> bool:
+    """Whether enough of a stored region is left in the (augmented) model input, as for instances."""
+    boxes = map_boxes(_region_box(region), sample.matrix)
+    return bool(visible_share(boxes, sample.image.shape[:2])[0] >= MIN_VISIBLE)
+
+
+def region_input(sample: Sample, region: dict) -> np.ndarray:
+    """A stored region, visible in the (augmented) model input, as a binary mask [H, W] of it."""
+    size = sample.image.shape[:2]
+    if region["mask"]:
+        inverse = np.linalg.inv(np.vstack([sample.matrix, [0, 0, 1]]))[:2]
+        picture = Image.fromarray(coco_mask.decode(region["mask"]) * 255)
+        out = picture.transform(size[::-1], Image.Transform.AFFINE, inverse.flatten(), Image.Resampling.BILINEAR)
+        if (inside := np.asarray(out) > 127).any():
+            return inside.astype(np.uint8)
+        low, high = clip_boxes(map_boxes(_region_box(region), sample.matrix), size).reshape(2, 2)
+        # too small for a pixel of the input, but still a place
+        return region_mask(Region("point", size, (low + high)[None] / 2), size)
+    points = map_points(np.array(region["points"], np.float64).reshape(-1, 2), sample.matrix)
+    if region["kind"] == "box":
+        points = map_boxes(_region_box(region), sample.matrix).reshape(2, 2)
+    return region_mask(Region(region["kind"], size, clip_boxes(points, size)), size)
+
+
+def drawn_region(mask: np.ndarray, box: np.ndarray, size: Size, rng: np.random.Generator) -> Region:
+    """What a user might draw on an instance: `mask` uint8 [H/4, W/4], `box` xyxy in input pixels."""
+    kind = ("box", "point", "scribble", "polygon")[int(rng.integers(4))]
+    if mask.sum() < 2:
+        kind = "point"
+    if kind == "box":
+        low, high = box[:2], box[2:]
+        loose = np.stack([low, high]) + rng.uniform(-0.1, 0.1, (2, 2)) * (high - low)
+        low, high = clip_boxes(loose.reshape(1, 4), size).reshape(2, 2)
+        return Region("box", size, np.stack([low, np.maximum(high, low + 1)]))
+    ys, xs = np.nonzero(mask)
+    inside = (np.stack([xs, ys], 1) + 0.5) * MASK_STRIDE
+    if kind == "polygon":  # the support points in 8 directions
+        turns = np.arange(8) * np.pi / 4
+        points = inside[np.argmax(inside @ np.stack([np.cos(turns), np.sin(turns)]), axis=0)]
+    else:
+        points = inside[rng.choice(len(inside), min(1 if kind == "point" else 4, len(inside)), replace=False)]
+        points = points[np.argsort(points[:, 0])]
+    return Region(kind, size, points.astype(np.float32))

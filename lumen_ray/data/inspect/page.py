@@ -1,0 +1,333 @@
+"""The page of `data inspect`: one HTML file that needs nothing beside it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Iterable
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from lumen_ray.data.batches.collate import CLASS_TASKS
+from lumen_ray.data.images import decode
+from lumen_ray.data.inspect.prompts import Piece, Prompt, prompts_of
+from lumen_ray.data.inspect.view import Sampler, Section, View, shown
+from lumen_ray.data.shards.statistics import Statistics
+from lumen_ray.errors import UserError
+from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
+from lumen_ray.viz import Colour, draw, known_edges, palette, upscale_factor
+
+STORED_SIDE = 640
+#: From this many objects on, names would hide the picture.
+MAX_NAMED = 40
+#: More queries than these are not listed one by one.
+MAX_QUERIES = 8
+
+_PAGE = Template((Path(__file__).parent / "inspect.html").read_text())
+Row = dict[str, Any]
+
+
+def page(
+    folder: str,
+    manifest: dict[str, Any],
+    tables: Iterable[Section],
+    statistics: Statistics,
+    sampler: Sampler,
+    views: Iterable[View],
+) -> str:
+    """The page's HTML. `views` are drawn one after the other, so that one is in memory at a time."""
+    edges = {c["name"]: c["skeleton"] for c in manifest["categories"] if c.get("skeleton")}
+    names = {c["name"]: tuple(c["keypoints"]) for c in manifest["categories"] if c.get("keypoints")}
+    cards = [card(view, sampler, names, edges) for view in views]
+    return _PAGE.substitute(
+        title=safe(folder),
+        facts=_facts(statistics, sampler),
+        sections="".join(map(_section, tables)),
+        settings=_settings(sampler),
+        cards="\n".join(cards) or "<p>no samples were asked for</p>",
+    )
+
+
+def safe(text: Any) -> str:
+    return html.escape(str(text))
+
+
+def _facts(s: Statistics, sampler: Sampler) -> str:
+    stage = sampler.recipe.stages[sampler.stage]
+    facts = {
+        "rows": f"{s.rows:,}",
+        "files": f"{s.files:,}",
+        "size": f"{s.bytes / 1e6:,.1f} MB",
+        "sources": ", ".join(s.sources),
+        "objects": f"{s.instances:,}",
+        "rejected": f"{s.reasons.total():,}",
+        "recipe": f"{sampler.recipe.name}, stage {stage.name}",
+        "model": sampler.settings.name,
+    }
+    return "".join(f"<div><dt>{safe(name)}</dt><dd>{safe(value)}</dd></div>" for name, value in facts.items())
+
+
+def _section(section: Section) -> str:
+    """A table whose first column of numbers is also drawn as bars."""
+    bar = section.first_number
+    values = [row[bar] if bar < len(row) and isinstance(row[bar], int) else 0 for row in section.rows]
+    most = max([*values, 1])
+    head = "".join(f"<th{' class=n' * (i >= bar)}>{safe(c)}</th>" for i, c in enumerate(section.columns))
+    body = ""
+    for row, value in zip(section.rows, values, strict=True):
+        cells = "".join(f"<td{' class=n' * (i >= bar)}>{safe(shown(c))}</td>" for i, c in enumerate(row))
+        body += f'<tr style="--share:{100 * value / most:.1f}%">{cells}</tr>'
+    return (
+        f"<details open class=table><summary>{safe(section.title)}</summary><div>"
+        f"<table><tr>{head}</tr>{body}</table></div></details>"
+    )
+
+
+def _settings(sampler: Sampler) -> str:
+    """What the recipe's stage does to a row, in its own keys."""
+    stage = sampler.recipe.stages[sampler.stage]
+    parts = {"augment": stage.augment, "branches": stage.branches}
+    lines = [f"<p><b>{name}</b> {_keys(value.model_dump(mode='json'))}</p>" for name, value in parts.items()]
+    groups = "; ".join(f"{', '.join(g.tasks)} (weight {g.weight:g})" for g in stage.groups)
+    return f"<p><b>groups</b> {safe(groups)}</p>" + "".join(lines)
+
+
+def _keys(values: dict[str, Any]) -> str:
+    return ", ".join(f"{safe(k)} <code>{safe(v)}</code>" for k, v in values.items())
+
+
+def card(view: View, sampler: Sampler, names: dict[str, tuple[str, ...]], edges: dict[str, Any]) -> str:
+    """One row: as it is stored, and what the model is given and should find."""
+    prompts = prompts_of(view, sampler.tokenizer, edges)
+    colours = palette([i["phrase"] for i in view.row["instances"]] + [p.phrase for p in prompts if p.phrase])
+    row = view.row
+    facts = f"{row['width']}×{row['height']} · {', '.join(row['tasks'])}"
+    head = f"<b>{safe(row['image_id'])}</b> <small>{safe(facts)}</small>"
+    return (
+        f"<article><h3>{head}</h3><div class=sample>"
+        f"<figure>{_stored(row, names, edges, colours)}</figure>"
+        f"<figure>{_seen(view, prompts, colours)}</figure>"
+        f"<div class=prompts>{_prompts(view, prompts, colours)}</div></div></article>"
+    )
+
+
+def _stored(row: Row, names: dict[str, tuple[str, ...]], edges: dict[str, Any], colours: dict[str, Colour]) -> str:
+    counts: dict[str, int] = {}
+    for instance in row["instances"]:
+        counts[instance["phrase"]] = counts.get(instance["phrase"], 0) + 1
+    caption = ", ".join(f"{n} × {safe(phrase)}" for phrase, n in counts.items())
+    absent = len(set(row["classes"]) - set(counts))
+    partial = sorted(set(counts) - set(row["classes"]))
+    notes = [f"classes annotated as absent: {absent:,}"] * bool(absent)
+    notes += [f"not all annotated, not asked for: {safe(', '.join(partial))}"] * bool(partial)
+    texts = [f"<li><i>{safe(m['task'])}</i> {' → '.join(safe(t['content']) for t in m['turns'])}</li>"
+             for m in row["messages"]]  # fmt: skip
+    texts += [f"<li><i>{safe(p['task'])}</i> {safe(p['phrase'])} → {len(p['instances'])} objects</li>"
+              for p in row["phrases"]]  # fmt: skip
+    listed = f"<details><summary>{len(texts)} texts</summary><ul>{''.join(texts)}</ul></details>" if texts else ""
+    words = f"<p>{caption}</p>" + "".join(f"<p>{note}</p>" for note in notes)
+    stored, told = _stored_picture(row, names, edges, colours), "as stored"
+    if row["target_image"] is not None:
+        stored = _pair(stored, _edited_picture(row["target_image"]))
+        told += ", before and after the edit"
+    return f"{stored}<figcaption><i>{told}</i>{words}{listed}</figcaption>"
+
+
+def _edited_picture(encoded: bytes) -> str:
+    try:
+        edited = Image.fromarray(decode(encoded))
+    except UserError as error:
+        return f"<div class=none>{safe(error)}</div>"
+    edited.thumbnail((STORED_SIDE, STORED_SIDE), Image.Resampling.LANCZOS)
+    return f'<img class=zoom loading=lazy src="{_url(edited)}" alt="stored picture after the edit">'
+
+
+def _stored_picture(
+    row: Row, names: dict[str, tuple[str, ...]], edges: dict[str, Any], colours: dict[str, Colour]
+) -> str:
+    if row["image"] is None:
+        return "<div class=none>text alone</div>"
+    try:
+        image = decode(row["image"])
+    except UserError as error:
+        return f"<div class=none>{safe(error)}</div>"
+    found = predictions(row, names)
+    tints = colours | {p.phrase: colours[p.phrase.removesuffix(" (crowd)")] for p in found}
+    drawn = Image.fromarray(
+        draw(image, found, edges=edges, colours=tints, labels=len(row["instances"]) <= MAX_NAMED, scores=False)
+    )
+    _draw_regions(drawn, row, upscale_factor(image.shape[:2]))
+    drawn.thumbnail((STORED_SIDE, STORED_SIDE), Image.Resampling.LANCZOS)
+    return f'<img class=zoom loading=lazy src="{_url(drawn)}" alt="stored image with its annotations">'
+
+
+def predictions(row: Row, names: dict[str, tuple[str, ...]]) -> list[Prediction]:
+    """A row's instances as what can be drawn, gathered by class, crowd and what they carry."""
+    size = (row["height"], row["width"])
+    groups: dict[tuple[str, bool, bool, bool], list[Row]] = {}
+    for instance in row["instances"]:
+        name = instance["phrase"]
+        posed = instance["keypoints"] is not None and name in names
+        groups.setdefault((name, bool(instance["crowd"]), instance["mask"] is not None, posed), []).append(instance)
+    found = []
+    for (name, crowd, masked, posed), members in groups.items():
+        p = Prediction(name + " (crowd)" * crowd, Boxes([i["box"] for i in members], size), np.ones(len(members)))
+        p.masks = Masks([i["mask"] for i in members], size) if masked else None
+        p.keypoints = Keypoints([i["keypoints"] for i in members], names[name], size) if posed else None
+        found.append(p)
+    return found
+
+
+def _draw_regions(picture: Image.Image, row: Row, scale: int) -> None:
+    """Region prompts in white on black, with the number by which messages name them."""
+    pen = ImageDraw.Draw(picture)
+    for number, region in enumerate(row["regions"]):
+        if region["mask"]:
+            box = Masks([region["mask"]], tuple(region["mask"]["size"])).to_arrays()[0].nonzero()
+            points = np.array([[box[1].min(), box[0].min()], [box[1].max() + 1, box[0].max() + 1]], float)
+        else:
+            points = np.array(region["points"], float).reshape(-1, 2)
+        points = points * scale
+        for colour, width in (((0, 0, 0), 4), ((255, 255, 255), 2)):
+            if region["kind"] in ("box", "mask"):
+                pen.rectangle([*points.min(0), *points.max(0)], outline=colour, width=width)
+            elif region["kind"] == "point":
+                pen.ellipse([*(points[0] - 3 - width), *(points[0] + 3 + width)], outline=colour, width=width)
+            else:
+                path = [tuple(p) for p in points]
+                pen.line(path + path[:1] * (region["kind"] == "polygon"), fill=colour, width=width)
+        spot = tuple(points.min(0) + 4)
+        pen.text(spot, f"region {number}", fill=(255, 255, 255), stroke_width=2, stroke_fill=(0, 0, 0), font_size=13)
+
+
+def _url(picture: Image.Image, kind: str = "JPEG") -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **({"quality": 88} if kind == "JPEG" else {}))
+    return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _seen(view: View, prompts: list[Prompt], colours: dict[str, Colour]) -> str:
+    """The augmented model input, and over it what each prompt should find."""
+    wanted = next((p.picture for p in prompts if p.picture is not None), None)  # a row has one
+    made = "" if wanted is None else f'<img loading=lazy src="{_url(Image.fromarray(wanted), "PNG")}" alt="to make">'
+    if not bool(view.batch["has_image"][0]):
+        told = f"<i>model input</i>, and {wanted.shape[1]}×{wanted.shape[0]} to make" if made else "<i>model input</i>"
+        return f"{_pair('<div class=none>no image</div>', made)}<figcaption>{told}</figcaption>"
+    pixels = view.batch["images"][0].permute(1, 2, 0).numpy()
+    height, width = pixels.shape[:2]
+    layers = "".join(_layer(p, colours.get(p.phrase, (255, 255, 255)), view, (height, width)) for p in prompts)
+    lost = _lost(view.row, prompts)
+    left_out = f"<p>{lost} objects of the classes asked for are not in it: cropped away or too small</p>" * bool(lost)
+    seen = (
+        f'<div class=input><img loading=lazy src="{_url(Image.fromarray(pixels), "PNG")}" alt="model input">'
+        f'<svg viewBox="0 0 {width} {height}">{layers}</svg></div>'
+    )
+    beside = ", and the picture to make of it" if made else ""
+    return (
+        f"{_pair(seen, made)}<figcaption><i>model input</i> {width}×{height}, after augmentation, with what the "
+        f"prompts should find{beside}{left_out}</figcaption>"
+    )
+
+
+def _pair(left: str, right: str) -> str:
+    return f"<div class=pair>{left}{right}</div>" if right else left
+
+
+def _lost(row: Row, prompts: list[Prompt]) -> int:
+    """Instances of the classes asked for that the model input no longer shows."""
+    left = {p.phrase: len(p.boxes) for p in prompts if p.task in CLASS_TASKS}
+    return sum(i["phrase"] in left for i in row["instances"]) - sum(left.values())
+
+
+def _layer(prompt: Prompt, colour: Colour, view: View, size: tuple[int, int]) -> str:
+    """What one prompt should find, as SVG in input pixels; regions it asks about are outlined by their mask."""
+    height, width = size
+    rgb, unit = f"rgb{colour}", max(size) / 256
+    parts = []
+    for mask in prompt.masks:
+        parts.append(_mask_image(mask, colour, width, height))
+    for region in prompt.regions:
+        parts.append(_mask_image(view.batch["region_masks"][region].numpy(), (255, 255, 255), width, height))
+    for (x1, y1, x2, y2), crowd in zip(prompt.boxes, prompt.crowd, strict=True):
+        dash = f' stroke-dasharray="{4 * unit}"' if crowd else ""
+        parts.append(
+            f'<rect x="{x1:.1f}" y="{y1:.1f}" width="{x2 - x1:.1f}" height="{y2 - y1:.1f}" stroke="{rgb}"{dash} '
+            f'stroke-width="{1.6 * unit:.2f}"/>'
+        )
+    for points in prompt.keypoints:
+        for a, b in prompt.edges or known_edges(prompt.keypoint_names):
+            if points[a][2] > 0 and points[b][2] > 0:
+                (x1, y1, _), (x2, y2, _) = points[a], points[b]
+                parts.append(
+                    f'<path d="M{x1:.1f} {y1:.1f}L{x2:.1f} {y2:.1f}" stroke="{rgb}" stroke-width="{1.5 * unit}"/>'
+                )
+        for x, y, v in points:
+            if v > 0:
+                fill = rgb if v == 2 else "none"  # hidden ones are rings
+                parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{2 * unit}" fill="{fill}" stroke="white" '
+                             f'stroke-width="{0.5 * unit}"/>')  # fmt: skip
+    shy = " class=shy" if prompt.regions and not prompt.boxes else ""  # regions only when their prompt is pointed at
+    return f'<g data-prompt="{prompt.index}"{shy}>{"".join(parts)}</g>'
+
+
+def _mask_image(mask: np.ndarray, colour: Colour, width: int, height: int) -> str:
+    pixels = np.zeros((*mask.shape, 4), np.uint8)
+    pixels[mask > 0] = (*colour, 110)
+    url = _url(Image.fromarray(pixels), "PNG")
+    return f'<image href="{url}" width="{width}" height="{height}" preserveAspectRatio="none"/>'
+
+
+def _prompts(view: View, prompts: list[Prompt], colours: dict[str, Colour]) -> str:
+    if rejected := view.batch["rejected"]:
+        return f"<p class=warn>{safe(rejected[0]['reason'])}; training goes on without it</p>"
+    if not prompts:
+        return f"<p class=warn>the row is not annotated for {safe(', '.join(view.tasks))}: nothing is asked</p>"
+    asked = sum(p.tokens for p in prompts)
+    learned = int((view.batch["layout"].labels != -100).sum())
+    head = (
+        f"<p>prompts: {len(prompts)}, together {asked:,} tokens ({learned:,} learned by the language model) behind "
+        f"{view.image_tokens:,} image tokens</p>"
+    )
+    if cut := view.batch.get("truncated"):
+        head += f"<p class=warn>cut to fit pack_tokens: {safe(cut)}</p>"
+    own = [p for p in prompts if p.parent < 0]
+    return head + "<ol>" + "".join(_item(p, prompts, colours) for p in own) + "</ol>"
+
+
+def _item(prompt: Prompt, prompts: list[Prompt], colours: dict[str, Colour]) -> str:
+    children = [p for p in prompts if p.parent == prompt.index]
+    below = ""
+    if children:
+        rows = "".join(f"<li>{_line(p)}</li>" for p in children)
+        below = f"<details><summary>{len(children)} keypoint prompts</summary><ul>{rows}</ul></details>"
+    tint = f' style="background:rgb{colours[prompt.phrase]}"' if prompt.phrase in colours else ""
+    kind = " class=absent" if prompt.negative else ""
+    head = f"<i class=dot{tint}></i><em>{safe(prompt.task)}</em><div>{_line(prompt)}</div>"
+    return f'<li data-prompt="{prompt.index}"{kind}>{head}{below}</li>'
+
+
+def _line(prompt: Prompt) -> str:
+    """Tokens as the model gets them, what is to be found, and how many tokens it costs."""
+    tokens = "".join(_token(piece) for piece in _few_queries(prompt.pieces))
+    return f"<span class=tokens>{tokens}</span> <small>{safe(prompt.note)}</small>"
+
+
+def _few_queries(pieces: list[Piece]) -> list[Piece]:
+    """Of many queries the first and the last: a picture has 64, a line has no room for them."""
+    queries = [i for i, (_, kind, _) in enumerate(pieces) if kind == "query"]
+    if len(queries) <= MAX_QUERIES:
+        return pieces
+    return [*pieces[: queries[0] + 1], ("…", "query", False), *pieces[queries[-1] :]]
+
+
+def _token(piece: tuple[str, str, bool]) -> str:
+    text, kind, learned = piece
+    title = {"query": "super-link query", "special": "special token", "text": ""}[kind]
+    return (
+        f'<s class="{kind}{" learned" * learned}"{f" title={chr(34)}{title}{chr(34)}" * bool(title)}>{safe(text)}</s>'
+    )

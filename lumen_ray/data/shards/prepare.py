@@ -1,0 +1,274 @@
+"""Write shard folders from any source, in parallel on Ray: one task per output file, a pure function of its records.
+
+So the files do not depend on how many tasks ran at once. Files are written into a staging folder beneath the output
+and moved into place when all are done, under names that the shards there before do not have; then the manifest is
+replaced and what it no longer names is removed. A job that dies leaves either the old shards whole or the new ones;
+only the list of rejected records, which comes just before the manifest, may be the new one beside old shards.
+
+Each job has a staging folder of its own, so two that write to one output do not touch each other's files until they
+publish: without `overwrite` the later one is then refused, with it the later one replaces the earlier. Nothing guards
+the seconds of publishing themselves. The staging folder of a job that was killed is removed by the next job that finds
+it unchanged for a day (where the store keeps times; elsewhere it stays).
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lumen_ray.data import files, urls
+from lumen_ray.data.shards import shards
+from lumen_ray.data.sources.base import Listing, Rejected, Source
+from lumen_ray.errors import UserError
+
+Progress = Callable[[int, int], None]  # records done, records in all
+Unit = dict[str, Any]  # {"number", "records", "payload"}: the records of one output file
+ROWS_PER_FILE = 512
+_STAGING = ".staging"  # what the names of staging folders begin with
+_ABANDONED = 24 * 3600  # seconds without a change after which a staging folder is a dead job's
+
+
+def prepare_source(
+    output: urls.Location,
+    source: Source,
+    *,
+    shuffle_seed: int = 0,
+    rows_per_group: int = shards.ROWS_PER_GROUP,
+    rows_per_file: int = ROWS_PER_FILE,
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write all that `source` holds into the shard folder `output` (local or a URL); returns a summary.
+
+    Rows are shuffled once with `shuffle_seed`. What cannot be used goes to `rejected.parquet` with its reason; per kind
+    of record, what came in is what was written and what was rejected. `workers`: most tasks at once (None: as the
+    cluster allows, 0: in this process, without Ray). Raises `UserError` for arguments that cannot work, when not one
+    row can be written, and for an output that already holds shards, unless `overwrite`.
+    """
+    limits = (("rows_per_group", rows_per_group, 1), ("rows_per_file", rows_per_file, 1), ("workers", workers, 0),
+              ("shuffle_seed", shuffle_seed, 0))  # fmt: skip
+    for name, value, least in limits:
+        if value is not None and value < least:
+            raise UserError(f"{name} must be at least {least}, got {value}", "invalid_config")
+    output = urls.absolute(output)
+    _check_output(output, overwrite)
+    listing = source.list()
+    if not listing.records:
+        first = f"; the first record: {listing.rejected[0]['reason']}" if listing.rejected else ""
+        raise UserError(f"the {source.kind} input lists no {source.row_kind} that can be used{first}", "empty_input")
+    staging = urls.join(output, f"{_STAGING}-{uuid.uuid4().hex[:12]}")
+    files.make_folder(staging)
+    try:
+        for name in files.idle_folders(output, _STAGING, _ABANDONED):
+            files.remove_folder(urls.join(output, name))
+        writer = _Writer(source, listing.shared, staging, rows_per_group, rows_per_file, shuffle_seed, _window(listing))
+        results = _run(_units(listing, rows_per_file, shuffle_seed), writer, workers, progress)
+        rejected = [*listing.rejected, *(record for result in results for record in result["rejected"])]
+        entries = [entry for result in results for entry in result["entries"]]
+        if not entries:
+            raise UserError(_nothing(source, listing, rejected), "empty_input")
+        counts = _count(source, listing, results, rejected)
+        origin = {"kind": source.kind, "shuffle_seed": shuffle_seed, **source.settings(), **listing.origin}
+        changed = sum((Counter(result["changed"]) for result in results), Counter())
+        manifest = shards.build_manifest(
+            entries, categories=listing.categories, counts=counts, changed=changed, origin=origin
+        )
+        _check_output(output, overwrite)  # another job may have finished meanwhile
+        _publish(output, staging, manifest, rejected)
+    finally:
+        files.remove_folder(staging)
+    size = sum(entry["bytes"] for entry in entries)
+    summary = {key: manifest[key] for key in ("rows", "tasks", "counts", "rejected", "changed")}
+    return {"output": urls.shown(output), "files": len(entries), "bytes": size, **summary}
+
+
+def _check_output(output: str, overwrite: bool) -> None:
+    if files.is_file(output):
+        raise UserError(f"output '{urls.shown(output)}' is a file; give a folder", "invalid_output")
+    if files.exists(urls.join(output, shards.MANIFEST)) and not overwrite:
+        raise UserError(
+            f"'{urls.shown(output)}' already holds shards; give another output folder, or --overwrite to replace them",
+            "output_exists",
+        )
+
+
+def _nothing(source: Source, listing: Listing, rejected: Sequence[Rejected]) -> str:
+    number = listing.inputs.get(source.row_kind)
+    first = next((r for r in rejected if r["kind"] == source.row_kind), rejected[0] if rejected else None)
+    why = f"; the first: '{first['image_id']}': {first['reason']}" if first else ""
+    return f"not one of {'the' if number is None else number} {source.row_kind} can be used{why}"
+
+
+def _window(listing: Listing) -> bool:
+    """Whether rows must be shuffled as they are written, because a record gives many that lie side by side."""
+    return listing.shuffle and listing.rows_per_record > 1
+
+
+def _units(listing: Listing, rows_per_file: int, shuffle_seed: int) -> list[Unit]:
+    """Records, in shuffled order, dealt to output files."""
+    number = len(listing.records)
+    order = np.random.default_rng(shuffle_seed).permutation(number) if listing.shuffle else range(number)
+    step = max(1, rows_per_file // max(1, listing.rows_per_record))
+    chunks = [[listing.records[i] for i in order[first : first + step]] for first in range(0, number, step)]
+    return [{"number": i, "records": len(c), "payload": json.dumps(c)} for i, c in enumerate(chunks)]
+
+
+@dataclass
+class _Writer:
+    """Writes the rows of one unit; small, since it is pickled into every task."""
+
+    source: Source
+    shared: Any
+    folder: str
+    rows_per_group: int
+    rows_per_file: int
+    shuffle_seed: int
+    window: bool
+
+    def __call__(self, unit: Unit) -> dict[str, Any]:
+        """The manifest entries of the unit's files (one, or more where its records gave more rows than a file holds),
+        its rejected records, its counts per kind and what was changed."""
+        rejected: list[Rejected] = []
+        came_in: Counter[str] = Counter()
+        written: Counter[str] = Counter()
+        changed: Counter[str] = Counter()
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for record in json.loads(unit["payload"]):
+                for outcome in self.source.rows(record, self.shared):
+                    rejected.extend(outcome.rejected)
+                    came_in.update(outcome.came_in)
+                    written.update(outcome.written)
+                    changed.update(outcome.changed)
+                    if outcome.row is not None:
+                        yield outcome.row
+
+        stream = self._shuffled(rows(), unit["number"]) if self.window else rows()
+        entries = list(self._files(stream, unit["number"]))
+        written[self.source.row_kind] += sum(entry["rows"] for entry in entries)
+        return {
+            "number": unit["number"],
+            "records": unit["records"],
+            "entries": entries,
+            "rejected": rejected,
+            "came_in": came_in,
+            "written": written,
+            "changed": changed,
+        }
+
+    def _files(self, rows: Iterator[dict[str, Any]], number: int) -> Iterator[dict[str, Any]]:
+        part, row = 0, next(rows, None)
+        while row is not None:
+            name = f"part-{number:05d}.parquet" if part == 0 else f"part-{number:05d}-{part:03d}.parquet"
+            with shards.ShardWriter(self.folder, name, self.rows_per_group) as writer:
+                for _ in range(self.rows_per_file):
+                    writer.write(row)
+                    if (row := next(rows, None)) is None:
+                        break
+            yield writer.entry
+            part += 1
+
+    def _shuffled(self, rows: Iterator[dict[str, Any]], number: int) -> Iterator[dict[str, Any]]:
+        """Rows in a random order out of a window of one file's rows."""
+        rng = np.random.default_rng((self.shuffle_seed, number))
+        window: list[dict[str, Any]] = []
+        for row in rows:
+            window.append(row)
+            if len(window) > self.rows_per_file:
+                chosen = int(rng.integers(len(window)))
+                window[chosen], window[-1] = window[-1], window[chosen]
+                yield window.pop()
+        yield from (window[i] for i in rng.permutation(len(window)))
+
+
+def _run(
+    units: list[Unit], write: Callable[[Unit], dict[str, Any]], workers: int | None, progress: Progress | None
+) -> list[dict[str, Any]]:
+    """The results of all units in their order, computed here (`workers=0`) or by Ray Data tasks."""
+    total, done, results = sum(unit["records"] for unit in units), 0, []
+    for result in map(write, units) if workers == 0 else _run_on_ray(units, write, workers):
+        done += result["records"]
+        results.append(result)
+        if progress is not None:
+            progress(done, total)
+    return sorted(results, key=lambda result: result["number"])
+
+
+def _run_on_ray(
+    units: list[Unit], write: Callable[[Unit], dict[str, Any]], workers: int | None
+) -> Iterator[dict[str, Any]]:
+    from lumen_ray import ray_env
+
+    ray_env.prepare_environment()
+    import ray
+
+    if not ray.is_initialized():
+        ray_env.init_local()
+
+    def write_batch(batch: dict[str, Any]) -> dict[str, Any]:
+        # results as json: their nested, sometimes empty lists have no fixed Arrow type
+        fields = zip(batch["number"], batch["records"], batch["payload"], strict=True)
+        try:
+            written = [write({"number": int(n), "records": int(r), "payload": str(p)}) for n, r, p in fields]
+        except UserError as error:  # as a value: Ray would wrap it into its own error and traceback
+            written = [{"error": str(error), "reason": error.reason}]
+        return {"result": [json.dumps(result) for result in written]}
+
+    dataset = ray.data.from_items(units, override_num_blocks=len(units))
+    size = None if workers is None else min(workers, len(units))
+    dataset = dataset.map_batches(write_batch, batch_size=1, compute=ray.data.TaskPoolStrategy(size=size))
+    for row in dataset.iter_rows():
+        result = json.loads(row["result"])
+        if "error" in result:
+            raise UserError(result["error"], result["reason"])
+        yield result
+
+
+def _count(
+    source: Source, listing: Listing, results: list[dict[str, Any]], rejected: Sequence[Rejected]
+) -> dict[str, dict[str, int]]:
+    """In, written and rejected records per kind. Counted apart, so that the manifest's check means something."""
+    came_in, written = Counter(listing.inputs), Counter()
+    for result in results:
+        came_in.update(result["came_in"])
+        written.update(result["written"])
+    lost = Counter(record["kind"] for record in rejected)
+    kinds = dict.fromkeys([source.row_kind, *came_in, *written, *lost])
+    return {k: {"in": came_in[k], "written": written[k], "rejected": lost[k]} for k in kinds}
+
+
+def _publish(output: str, staging: str, manifest: dict[str, Any], rejected: list[Rejected]) -> None:
+    """Move the staged files into place, then replace the manifest, then remove the parts that it does not name."""
+    before = _listed_before(output)
+    placed = [{**entry, "path": _free_name(entry, before)} for entry in manifest["files"]]
+    for entry, target in zip(manifest["files"], placed, strict=True):
+        files.move(urls.join(staging, entry["path"]), urls.join(output, target["path"]))
+    shards.write_rejected(output, rejected)
+    shards.write_manifest(output, manifest | {"files": placed})
+    named = {entry["path"] for entry in placed}
+    for name in files.list_files(output, [".parquet"]):
+        if name.startswith("part-") and name not in named:
+            files.remove(urls.join(output, name))
+
+
+def _listed_before(output: str) -> dict[str, str]:
+    """Checksums by name of the files of the shards that are there already; empty where none can be read."""
+    try:
+        return {entry["path"]: entry["sha256"] for entry in shards.read_manifest(output)["files"]}
+    except files.StoreError:
+        raise
+    except UserError:
+        return {}
+
+
+def _free_name(entry: dict[str, Any], before: dict[str, str]) -> str:
+    """The file's name; where an older file of other content has it, one that tells its content."""
+    name, digest = entry["path"], entry["sha256"]
+    return name if before.get(name, digest) == digest else f"{urls.stem(name)}-{digest[:12]}.parquet"

@@ -1,0 +1,332 @@
+"""Shard folders, local or in a bucket: Parquet files of rows (`data.schema`) and a manifest of what is in them.
+
+The manifest lists per file its row groups with their rows per task, so that a training plan can be drawn without
+opening a file. Files and manifest appear complete or not at all: each is written aside and moved into place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lumen_ray.data import files, urls
+from lumen_ray.data.shards.schema import REJECTED_SCHEMA, SCHEMA
+from lumen_ray.errors import UserError
+from lumen_ray.structures import Size
+
+MANIFEST = "manifest.json"
+REJECTED = "rejected.parquet"
+SCHEMA_VERSION = 1
+ROWS_PER_GROUP = 32
+
+
+class ShardWriter:
+    """Writes rows to one Parquet file. A context manager: on success the file is moved into place, on an error dropped.
+
+    with ShardWriter(folder, "part-00000.parquet", rows_per_group=32) as writer:
+        writer.write(row)
+    writer.entry   # the file's entry in the manifest
+
+    `UserError` (`disk_full`, `invalid_output`) where the file cannot be written.
+    """
+
+    def __init__(self, folder: urls.Location, name: str, rows_per_group: int = ROWS_PER_GROUP):
+        if rows_per_group < 1:
+            raise UserError(f"rows_per_group must be at least 1, got {rows_per_group}", "invalid_config")
+        self.folder, self.name = urls.absolute(folder), name
+        self.rows_per_group = rows_per_group
+        self.entry: dict[str, Any] | None = None
+        self._aside: Path | None = None  # local folder for the unfinished file
+        self._pending: list[dict[str, Any]] = []
+        self._groups: list[dict[str, Any]] = []
+        self._class_images: Counter[str] = Counter()
+        self._writer: pq.ParquetWriter | None = None
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row of `schema.make_row`."""
+        self._pending.append(row)
+        if len(self._pending) == self.rows_per_group:
+            self._flush()
+
+    def _flush(self) -> None:
+        rows, self._pending = self._pending, []
+        if self._aside is None:
+            files.make_folder(self.folder)
+            self._aside = _aside(self.folder)
+        with files.told(self._aside / self.name, "written"):
+            if self._writer is None:
+                self._writer = pq.ParquetWriter(
+                    self._aside / self.name,
+                    SCHEMA,
+                    compression="zstd",
+                    use_dictionary=["source"],  # a dictionary of image bytes would only cost time
+                    write_statistics=["image_id"],
+                )
+            self._writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), row_group_size=len(rows))
+        tasks = Counter(task for row in rows for task in set(row["tasks"]))
+        self._groups.append({"rows": len(rows), "tasks": dict(sorted(tasks.items())), "sizes": _sizes_text(rows)})
+        self._class_images.update(name for row in rows for name in {i["phrase"] for i in row["instances"]})
+
+    def close(self) -> dict[str, Any] | None:
+        """Finish the file; its manifest entry, or None (and no file) when no row was written."""
+        if self._pending:
+            self._flush()
+        if self._writer is None:
+            return None
+        partial = self._aside / self.name
+        with files.told(partial, "written"):
+            self._close()
+        self.entry = {
+            "path": self.name,
+            "rows": sum(group["rows"] for group in self._groups),
+            "row_groups": self._groups,
+            "bytes": partial.stat().st_size,
+            "sha256": sha256(partial),
+            "class_images": dict(sorted(self._class_images.items())),
+        }
+        files.put(partial, urls.join(self.folder, self.name))
+        self._drop()
+        return self.entry
+
+    def _close(self) -> None:
+        """Write the end of the file. What fails is not tried again, as it would be where the writer is collected."""
+        writer, self._writer = self._writer, None
+        try:
+            writer.close()
+        except OSError:
+            writer.is_open = False
+            raise
+
+    def _drop(self) -> None:
+        if self._writer is not None:
+            with suppress(OSError):  # a full disk, say, which is told already
+                self._close()
+        if self._aside is not None:
+            shutil.rmtree(self._aside, ignore_errors=True)
+            self._aside = None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self._drop()
+
+
+def _sizes_text(rows: Iterable[dict[str, Any]]) -> str:
+    """The images' sizes in the order of the rows, as width x height: one line of the manifest per row group."""
+    return " ".join("-" if row["image"] is None else f"{row['width']}x{row['height']}" for row in rows)
+
+
+def row_sizes(group: dict[str, Any]) -> list[Size | None]:
+    """(height, width) of the image of each row of a row group of the manifest, None for rows without one."""
+    if "sizes" not in group:
+        raise UserError(
+            "the shards were written without image sizes, which 'buckets' of several sizes need; prepare them again",
+            "old_shards",
+        )
+    sizes = (None if text == "-" else text.split("x") for text in group["sizes"].split())
+    return [size and (int(size[1]), int(size[0])) for size in sizes]
+
+
+def _aside(folder: str) -> Path:
+    """A local folder for unfinished files: beneath `folder`, where a file can be renamed from, if that is local."""
+    place = tempfile.gettempdir() if urls.is_url(folder) else folder
+    with files.told(place, "written"):
+        return Path(tempfile.mkdtemp(prefix=".partial-", dir=place))
+
+
+def sha256(location: urls.Location) -> str:
+    """Hex digest of a file."""
+    digest = hashlib.sha256()
+    with files.open_input(location) as file:
+        while chunk := file.read(8 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def build_manifest(
+    files: Iterable[dict[str, Any]],
+    *,
+    categories: Sequence[dict[str, Any]] = (),
+    counts: dict[str, dict[str, int]] | None = None,
+    changed: Mapping[str, int] | None = None,
+    origin: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The manifest of finished files (entries of `ShardWriter`).
+
+    `categories`: ``{"name", "keypoints": [names], "skeleton": [[i, j], ...]}``, 0-based; `counts`: what came in,
+    per kind of record, e.g. ``{"images": {"in": 10, "written": 9, "rejected": 1}}``, which must add up, or a source has
+    lost records (`RuntimeError`); `changed`: what of the records written was cut off, e.g. ``{"boxes clipped": 2}``;
+    `origin`: the settings used.
+    A category gets `images`, the number of rows that show it: training weighs the classes it asks for as absent by it.
+    """
+    files = [dict(file) for file in files]
+    class_images: Counter[str] = Counter()
+    for file in files:
+        class_images.update(file.pop("class_images", {}))
+    tasks: Counter[str] = Counter()
+    for group in (group for file in files for group in file["row_groups"]):
+        tasks.update(group["tasks"])
+    counts = counts or {}
+    for kind, count in counts.items():
+        if count["in"] != count["written"] + count["rejected"]:
+            raise RuntimeError(
+                f"{kind} do not add up: {count['in']} came in, {count['written']} were written and "
+                f"{count['rejected']} rejected"
+            )
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "rows": sum(file["rows"] for file in files),
+        "tasks": dict(sorted(tasks.items())),
+        "categories": [{**category, "images": class_images[category["name"]]} for category in categories],
+        "counts": counts,
+        "rejected": sum(count["rejected"] for count in counts.values()),
+        "changed": dict(sorted((changed or {}).items())),
+        "origin": origin or {},
+        "files": files,
+    }
+
+
+def write_manifest(folder: urls.Location, manifest: dict[str, Any]) -> str:
+    """Write `manifest` into the folder, atomically."""
+    location = urls.join(urls.absolute(folder), MANIFEST)
+    files.write_bytes(location, (json.dumps(manifest, indent=1) + "\n").encode())
+    return location
+
+
+def read_manifest(folder: urls.Location) -> dict[str, Any]:
+    """The manifest of a shard folder; `UserError` (reason `not_shards`) when the folder is none."""
+    location = urls.join(urls.absolute(folder), MANIFEST)
+    if not files.is_file(location):
+        why = "does not exist" if not files.exists(folder) else f"holds no {MANIFEST}"
+        raise UserError(
+            f"'{urls.shown(folder)}' {why}; give a folder that `lumen-ray prepare` has written", "not_shards"
+        )
+    try:
+        manifest = json.loads(files.read_bytes(location))
+        version = manifest["schema_version"]
+        manifest["files"], manifest["tasks"], manifest["categories"]  # noqa: B018  all three must be there
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        raise UserError(
+            f"'{urls.shown(location)}' is not a shard manifest; run `lumen-ray prepare` again", "not_shards"
+        ) from None
+    if version != SCHEMA_VERSION:
+        raise UserError(
+            f"'{urls.shown(location)}' has schema version {version}, not {SCHEMA_VERSION}; "
+            "run `lumen-ray prepare` again",
+            "not_shards",
+        )
+    return manifest
+
+
+def open_file(folder: urls.Location, file: str) -> pq.ParquetFile:
+    """A Parquet file named in the manifest; `UserError` (`broken_shards`) when it is missing or damaged.
+
+    A context manager. Of a file in a bucket only the columns and row groups that are read are fetched.
+    """
+    location = urls.join(urls.absolute(folder), file)
+    remote = urls.is_url(location)
+    try:
+        # a local path, not an open file: Arrow then reads ahead and closes by itself
+        source = files.open_input(location) if remote else files.filesystem(location)[1]
+        return pq.ParquetFile(source, pre_buffer=remote)
+    except files.StoreError:
+        raise
+    except FileNotFoundError:
+        why = "missing"
+    except UserError as error:
+        why = "missing" if error.reason == "missing_file" else f"unreadable ({error})"
+    except (pa.ArrowInvalid, OSError) as error:
+        why = f"damaged ({str(error).splitlines()[0]})"
+    raise UserError(f"shard file '{urls.shown(location)}' is {why}; run `lumen-ray prepare` again", "broken_shards")
+
+
+def read_row_group(
+    folder: urls.Location, file: str, index: int, rows: Sequence[int] | None = None
+) -> list[dict[str, Any]]:
+    """The rows of row group `index` of a file named in the manifest: all of them, or those with the numbers `rows` in
+    that order, some perhaps more than once.
+
+    `UserError` (`broken_shards`) when the file is damaged.
+    """
+    with open_file(folder, file) as parquet:
+        if not 0 <= index < parquet.num_row_groups:
+            raise UserError(
+                f"shard file '{file}' has {parquet.num_row_groups} row groups, not one of number {index}",
+                "broken_shards",
+            )
+        table = _read_group(parquet, index, file)
+        if rows is not None and list(rows) != list(range(len(table))):
+            table = table.take(list(rows))
+        return table.to_pylist()
+
+
+def read_rows(folder: urls.Location, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Every row of a shard folder in the manifest's order, one row group in memory at a time; all columns when None."""
+    for entry in read_manifest(folder)["files"]:
+        with open_file(folder, entry["path"]) as parquet:
+            for index in range(parquet.num_row_groups):
+                yield from _read_group(parquet, index, entry["path"], columns).to_pylist()
+
+
+def _read_group(parquet: pq.ParquetFile, index: int, file: str, columns: Sequence[str] | None = None) -> pa.Table:
+    try:
+        return parquet.read_row_group(index, columns=columns)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(
+            f"row group {index} of shard file '{file}' cannot be read ({str(error).splitlines()[0]}); run `lumen-ray "
+            "prepare` again",
+            "broken_shards",
+        ) from None
+
+
+def verify(folder: urls.Location) -> list[str]:
+    """What is wrong with a shard folder, one sentence each; empty when files, sizes, checksums and rows agree."""
+    problems = []
+    for entry in read_manifest(folder)["files"]:
+        location = urls.join(urls.absolute(folder), entry["path"])
+        if not files.is_file(location):
+            problems.append(f"{entry['path']} is missing")
+        elif (size := files.size(location)) != entry["bytes"]:
+            problems.append(f"{entry['path']} has {size} bytes, the manifest says {entry['bytes']}")
+        elif sha256(location) != entry["sha256"]:
+            problems.append(f"{entry['path']} does not match its checksum")
+        else:
+            with open_file(folder, entry["path"]) as parquet:
+                groups = [parquet.metadata.row_group(i).num_rows for i in range(parquet.num_row_groups)]
+            if groups != [group["rows"] for group in entry["row_groups"]]:
+                problems.append(f"{entry['path']} has row groups of {groups} rows, the manifest says otherwise")
+    return problems
+
+
+def write_rejected(folder: urls.Location, records: Sequence[dict[str, str]]) -> None:
+    """Write `rejected.parquet` (kind, image_id, origin, reason), also when nothing was rejected."""
+    buffer = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist(list(records), schema=REJECTED_SCHEMA), buffer, compression="zstd")
+    files.write_bytes(urls.join(urls.absolute(folder), REJECTED), buffer.getvalue().to_pybytes())
+
+
+def read_rejected(folder: urls.Location) -> Iterator[dict[str, str]]:
+    """The records set aside by `prepare`, each with its reason, a few thousand in memory at a time; none where there is
+    no such file."""
+    location = urls.join(urls.absolute(folder), REJECTED)
+    if not files.is_file(location):
+        return
+    with files.open_input(location) as source, pq.ParquetFile(source) as parquet:
+        for batch in parquet.iter_batches(2048):
+            yield from batch.to_pylist()

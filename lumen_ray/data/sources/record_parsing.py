@@ -1,0 +1,244 @@
+"""What sources share in reading records: json, texts, image names, boxes and masks, as pure functions.
+
+Every check raises a `UserError` whose sentence becomes the record's reason in `rejected.parquet`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from lumen_ray.data import files, urls
+from lumen_ray.data import rle as rle_tools
+from lumen_ray.errors import UserError
+from lumen_ray.structures import Boxes, Size
+from lumen_ray.trunk.tokenizer import SPECIAL_TOKENS
+
+Record = dict[str, Any]
+#: how box numbers are meant: xyxy and xywh in pixels of the stored image, relative: xyxy as shares of its sides, 0..1
+BOX_FORMATS = ("xyxy", "xywh", "relative")
+IMAGE_KEYS = ("image", "file_name", "img_path", "image_path", "img", "filename")
+IMAGE_ID_KEYS = ("image_id", "imageId")
+LINE_SUFFIXES = (".jsonl", ".ndjson")
+
+
+def load_json(location: str) -> Any:
+    """The value of a json file; `UserError` for one that is missing or not json."""
+    if not files.is_file(location):
+        raise UserError(f"annotation file '{urls.shown(location)}' does not exist", "missing_annotations")
+    try:
+        return json.loads(files.read_text(location))
+    except (ValueError, RecursionError) as error:
+        hint = "; rename a file of one record per line to .jsonl" if "Extra data" in str(error) else ""
+        why = f"annotation file '{urls.shown(location)}' is not valid json: {error}{hint}"
+        raise UserError(why, "invalid_annotations") from None
+
+
+def load_records(location: str, keys: Sequence[str] = ()) -> list[tuple[str, Any]]:
+    """The (origin, record) pairs of a json file (a list, or a mapping that holds it under one of `keys`, or of ids to
+    records) or of a jsonl file. A line that is no json comes as a `UserError` in the record's place.
+
+    Raises `UserError` for a file that is missing or not json at all.
+    """
+    if location.lower().endswith(LINE_SUFFIXES) and files.is_file(location):
+        lines = files.read_bytes(location).removeprefix(b"\xef\xbb\xbf").split(b"\n")
+        name = urls.base_name(location)
+        return [(f"{name} line {n}", parse_line(line)) for n, line in enumerate(lines, start=1) if line.strip()]
+    return records_in(load_json(location), location, keys)
+
+
+def records_in(data: Any, location: str, keys: Sequence[str] = ()) -> list[tuple[str, Any]]:
+    """The (origin, record) pairs in the value of a json file, as `load_records`."""
+    name = urls.base_name(location)
+    if isinstance(data, dict):
+        found = next((data[key] for key in keys if isinstance(data.get(key), list)), None)
+        if found is None and data and all(isinstance(value, dict) for value in data.values()):
+            return [(f"{name} record {key}", {"id": key} | value) for key, value in data.items()]
+        data = found
+    if not isinstance(data, list):
+        expected = "a list of records" + "".join(f" or a list '{key}'" for key in keys)
+        raise UserError(f"annotation file '{urls.shown(location)}' must hold {expected}", "invalid_annotations")
+    return [(f"{name} record {n}", record) for n, record in enumerate(data)]
+
+
+def parse_line(line: bytes) -> Any:
+    """The json value of a line, or the `UserError` that says why it is none."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return UserError(f"the line is not valid json: {error}", "invalid_record")
+
+
+def as_mapping(record: Any) -> Record:
+    """The record itself if it is a mapping; `UserError` for anything else."""
+    if isinstance(record, UserError):
+        raise record
+    if not isinstance(record, dict):
+        raise UserError(f"the record must be a mapping, got {short(record)}", "invalid_record")
+    return record
+
+
+def first_of(record: Record, keys: Iterable[str]) -> Any:
+    """The value of the first of `keys` that the record has, other than None; None when it has none."""
+    return next((record[key] for key in keys if record.get(key) is not None), None)
+
+
+def reserved_token(text: str) -> str | None:
+    """The first token of the prompt layout written in a text: there it would be read as layout, not as words."""
+    return next((token for token in SPECIAL_TOKENS if token in text), None)
+
+
+def clean_text(value: Any, what: str, *, allowed: Sequence[str] = (), keep_lines: bool = False) -> str:
+    """`value` as a text with single blanks (inner line breaks and indents stay with `keep_lines`).
+
+    Raises `UserError` for what is no text, empty, not encodable (half a surrogate pair), or holds a token of the
+    prompt layout that is not `allowed`. `what` names it in the sentence, e.g. ``"the caption"``.
+    """
+    if not isinstance(value, str):
+        raise UserError(f"{what} must be a text, got {short(value)}", "invalid_text")
+    text = value.strip() if keep_lines else " ".join(value.split())
+    if not text:
+        raise UserError(f"{what} is empty", "empty_text")
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise UserError(f"{what} is not valid UTF-8 text", "invalid_text")
+    bare = text
+    for token in allowed:
+        bare = bare.replace(token, "")
+    if token := reserved_token(bare):
+        raise UserError(f"{what} contains the reserved token {token}", "reserved_token")
+    return text
+
+
+def short(value: Any) -> str:
+    """What a sentence can show of any value: pickles can hold lists that contain themselves, json huge numbers."""
+    if isinstance(value, int) and abs(value) > 1 << 64:
+        return "a huge number"
+    if value is None or isinstance(value, bool | int | float | str):
+        text = repr(value)
+        return text if len(text) <= 80 else text[:77] + "..."
+    return "numbers " + str(list(value))[:80] if is_numbers(value) and value else f"a {type(value).__name__}"
+
+
+def image_name(record: Record, pattern: str | None = None, keys: Sequence[str] = IMAGE_KEYS) -> str | None:
+    """The image's file name in a record: what stands under one of `keys`, else `pattern` filled with its `image_id`.
+
+    None for a record without an image. Raises `UserError` for several images and for names that are none.
+    """
+    value = first_of(record, keys)
+    if isinstance(value, list) and len(value) > 1:
+        raise UserError(f"the record has {len(value)} images; one image per record is supported", "several_images")
+    if isinstance(value, list):
+        value = value[0] if value else None
+    if value is None or value == "":
+        number = first_of(record, IMAGE_ID_KEYS)
+        return None if number is None or pattern is None else fill_pattern(pattern, number)
+    return check_name(value)
+
+
+def check_name(value: Any) -> str:
+    """A file name that can be looked for; `UserError` for what is no text, or a web address."""
+    name = clean_text(value, "the image's name", allowed=SPECIAL_TOKENS, keep_lines=True)
+    if re.match(r"^(https?|data):", name):
+        raise UserError("the image is a web address; download the images first and give their folder", "remote_image")
+    if "\0" in name:
+        raise UserError("the image's name holds a null character", "invalid_text")
+    return name
+
+
+def fill_pattern(pattern: str, image_id: Any) -> str:
+    """``("COCO_train2014_%012d.jpg", 9) -> "COCO_train2014_000000000009.jpg"``; `%s` takes ids that are texts."""
+    if isinstance(image_id, str) and re.fullmatch(r"[0-9]{1,18}", image_id) and "%s" not in pattern:
+        image_id = int(image_id)
+    try:
+        if isinstance(image_id, bool) or not isinstance(image_id, int | str):
+            raise TypeError
+        return check_name(pattern % image_id)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        why = f"the image id {short(image_id)} does not fit the pattern '{pattern}'"
+        raise UserError(why, "invalid_image_id") from None
+
+
+def check_pattern(pattern: str | None) -> None:
+    """Refuses a pattern that takes no image id or more than one."""
+    try:
+        fits = pattern is None or (pattern % 1) != pattern
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise UserError(
+            f"image pattern '{pattern}' must hold the image id once, e.g. 'COCO_train2014_%012d.jpg' or '%s.jpg'",
+            "invalid_config",
+        )
+
+
+def check_choice(what: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UserError(f"{what} '{value}' is not one of: {', '.join(choices)}", "invalid_config")
+
+
+def is_numbers(values: Any) -> bool:
+    """Whether `values` is a list of finite numbers that float32 can hold."""
+    return isinstance(values, list | tuple) and all(
+        isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e9 for v in values
+    )
+
+
+def to_box(values: Any, box_format: str, size: Size) -> list[float]:
+    """Box numbers of one of `BOX_FORMATS` -> xyxy in pixels, clipped to the image of `size` (height, width).
+
+    Raises `UserError` (`invalid_box`) for a box that is malformed, degenerate or outside the image.
+    """
+    if not is_numbers(values) or len(values) != 4:
+        raise UserError(f"a box must be four finite numbers ({box_format}), got {short(values)}", "invalid_box")
+    if box_format == "xywh":
+        boxes = Boxes.from_xywh(values, size)
+    else:
+        x, y = relative_scale(values, size) if box_format == "relative" else (1, 1)
+        boxes = Boxes([value * scale for value, scale in zip(values, (x, y, x, y), strict=True)], size)
+    if boxes.area[0] <= 0:
+        raise UserError(f"degenerate box {list(values)} ({box_format}): it has no width or height", "invalid_box")
+    clipped = boxes.clip()
+    if clipped.area[0] <= 0:
+        where = f"the image of {size[1]}x{size[0]} pixels"
+        raise UserError(f"box {list(values)} ({box_format}) lies outside {where}", "invalid_box")
+    return [float(c) for c in clipped.xyxy[0]]
+
+
+def relative_scale(values: Sequence[float], size: Size) -> tuple[int, int]:
+    """What relative x and y are multiplied with; `UserError` for numbers that are pixels by the look of them."""
+    if max(values) > 1.01:
+        raise UserError(f"relative coordinates must lie in 0..1, got {short(values)}", "invalid_box")
+    return size[1], size[0]
+
+
+def plain_segmentation(value: Any) -> Any:
+    """A COCO segmentation with nothing in it but numbers and RLE counts: a list of polygons, an RLE, or None.
+
+    Raises `UserError` (`invalid_mask`) for anything else.
+    """
+    if value is None or value == []:
+        return None
+    if isinstance(value, dict) and is_numbers(value.get("size")) and len(value["size"]) == 2:
+        counts = value.get("counts")
+        if isinstance(counts, str) or is_numbers(counts):
+            return {"size": list(value["size"]), "counts": counts}
+    if is_numbers(value) or (isinstance(value, list) and all(is_numbers(polygon) for polygon in value)):
+        return value
+    raise UserError("a mask must be a list of polygons or an RLE with size and counts", "invalid_mask")
+
+
+def to_mask(segmentation: Any, size: Size) -> rle_tools.Rle | None:
+    """A COCO segmentation as an RLE, None for none; a flat list of numbers counts as one polygon.
+
+    `UserError` (`invalid_mask`) for one that is malformed, of another size than (height, width) or empty.
+    """
+    if is_numbers(segmentation) and segmentation:
+        segmentation = [list(segmentation)]
+    mask = rle_tools.from_segmentation(segmentation, size)
+    if mask is not None and rle_tools.area(mask) == 0:
+        raise UserError("its mask covers no pixel", "invalid_mask")
+    return mask

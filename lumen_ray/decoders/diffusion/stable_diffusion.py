@@ -1,0 +1,40 @@
+"""Text to image: Stable Diffusion (arXiv 2112.10752) with links as its text (VisionLLM v2, arXiv 2406.08394)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lumen_ray.decoders.base import SampleSettings
+from lumen_ray.decoders.diffusion.decoder import DiffusionDecoder
+from lumen_ray.decoders.diffusion.settings import StableDiffusionSettings
+from lumen_ray.structures import Size
+from lumen_ray.superlink import SuperLink
+from lumen_ray.targets import Pixels
+
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
+
+
+class StableDiffusionDecoder(DiffusionDecoder):
+    name = "stable_diffusion"
+    family = "generation"
+    loss_names = ("generate", "generate_align", "generate_vae")
+    reads = None
+    latents_read = 1
+    settings: StableDiffusionSettings
+
+    def _training_condition(self, link: SuperLink, view: Pixels | None, size: Size) -> tuple[Tensor, list[Tensor]]:
+        dropped = torch.rand(len(link), device=link.embeddings.device) < self.settings.drop_text
+        return self._replaced(link.embeddings, dropped), []
+
+    @staticmethod
+    def _pipeline_class() -> type[StableDiffusionPipeline]:
+        from diffusers import StableDiffusionPipeline
+
+        return StableDiffusionPipeline
+
+    def _inputs(self, link: SuperLink, view: Pixels | None, size: Size, settings: SampleSettings) -> dict[str, Any]:
+        return {"height": size[0], "width": size[1]}

@@ -1,0 +1,100 @@
+"""The layers of Grounding DINO's transformer on parts that do what the library's do, with its weights, in fewer and
+fused operations.
+
+Legend: G groups, T links of a group, S places of all levels, Q queries, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GroundingDinoConfig
+from transformers.models.grounding_dino import modeling_grounding_dino as hf
+
+from lumen_ray.decoders.dino.deformable import DeformableAttention
+
+if TYPE_CHECKING:
+    from lumen_ray.decoders.dino.memory import Memory
+
+
+class FusedAttention(hf.GroundingDinoMultiheadAttention):
+    """The same attention by torch's fused kernels: it holds no weights of Q x Q per head.
+
+    A mask with more rows than there are groups cuts the queries and keys of each group into as many blocks of one size,
+    which do not read each other."""
+
+    def forward(self, queries, keys, values, attention_mask=None, output_attentions=False):
+        rows = len(queries) if attention_mask is None else max(len(queries), len(attention_mask))
+
+        def heads(x: Tensor) -> Tensor:
+            return x.reshape(rows, -1, self.num_attention_heads, self.attention_head_size).transpose(1, 2)
+
+        query, key, value = heads(self.query(queries)), heads(self.key(keys)), heads(self.value(values))
+        read = fused(query, key, value, attention_mask, self.dropout.p if self.training else 0.0)
+        return self.out_proj(read.transpose(1, 2).reshape_as(queries)), None
+
+
+class FusedFusion(hf.GroundingDinoBiMultiHeadAttention):
+    """Pixels read links and links read pixels, by torch's fused kernels: it holds no weights of S x T per head. Masks
+    are biases, [G, 1, 1, S] and [G, 1, 1, T]."""
+
+    def forward(self, vision_features, text_features, vision_attention_mask=None, text_attention_mask=None):
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+        vision, text = heads(self.vision_proj(vision_features)), heads(self.text_proj(text_features))
+        of_vision, of_text = (
+            heads(self.values_vision_proj(vision_features)),
+            heads(self.values_text_proj(text_features)),
+        )
+        dropout = self.dropout if self.training else 0.0
+        by_vision = fused(vision, text, of_text, text_attention_mask, dropout).transpose(1, 2).flatten(2)
+        by_text = fused(text, vision, of_vision, vision_attention_mask, dropout).transpose(1, 2).flatten(2)
+        return (self.out_vision_proj(by_vision), None), (self.out_text_proj(by_text), None)
+
+
+def fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Attention of [rows, heads, Q, C / heads] by the kernels of torch; `mask` is a bias."""
+    mask = mask if mask is None else mask.to(query.dtype)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+
+
+class EncoderLayer(hf.GroundingDinoEncoderLayer):
+    """The library's, with its weights, on parts that do the same in fewer and fused operations."""
+
+    def __init__(self, config: GroundingDinoConfig):
+        super().__init__(config)
+        heads = config.encoder_attention_heads
+        self.text_enhancer_layer.self_attn = FusedAttention(config, heads // 2)
+        self.fusion_layer.attn = FusedFusion(config)
+        self.deformable_layer.self_attn = DeformableAttention(config, heads, config.encoder_n_points)
+
+    def forward(
+        self,
+        vision: Tensor,
+        links: Tensor,
+        memory: Memory,
+        places: Tensor,
+        reference: Tensor,
+        positions: Tensor,
+        blocked: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """vision [G, S, C] and links [G, T, C] of `memory` read each other, then themselves. `places` [G, S, C] and
+        `positions` [G, T, C] say where each is, `reference` [G, S, levels, 2] where pixels look; `blocked`: a bias,
+        [G, 1, T, T]."""
+        (vision, _), (links, _) = self.fusion_layer(vision, links, memory.vision_mask, memory.link_mask)
+        links, _ = self.text_enhancer_layer(links, blocked, positions)
+        vision, _ = self.deformable_layer(
+            vision, memory.vision_valid, places, reference, spatial_shapes_list=memory.shapes
+        )
+        return vision, links
+
+
+class Encoder(nn.Module):
+    """What `hf.GroundingDinoEncoder` has, of our layers; the trunk runs them."""
+
+    def __init__(self, config: GroundingDinoConfig):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(config) for _ in range(config.encoder_layers))

@@ -1,0 +1,105 @@
+"""Settings of decoders built on Grounding DINO's transformer."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from lumen_ray.config import Settings
+from lumen_ray.errors import UserError, suggest
+from lumen_ray.input_size import ShortSide
+
+
+class DinoSettings(Settings):
+    """What the decoders on Grounding DINO's transformer share (arXiv 2303.05499); the defaults are Swin-T's."""
+
+    backbone: dict[str, Any] = Field(
+        default_factory=dict, description="keys of transformers.SwinConfig; those not given are Swin-T's"
+    )
+    hidden_size: int = Field(256, gt=0, multiple_of=32, description="width of the transformer; 32 groups normalise it")
+    num_heads: int = Field(8, gt=0, multiple_of=2, description="heads; fusion and link self-attention have half")
+    encoder_layers: int = Field(6, gt=0)
+    decoder_layers: int = Field(6, gt=0)
+    encoder_ffn: int = Field(2048, gt=0, description="inner width of the encoder; fusion and links have half")
+    decoder_ffn: int = Field(2048, gt=0)
+    encoder_points: int = Field(4, gt=0, description="points a head samples on each level in the encoder")
+    decoder_points: int = Field(4, gt=0)
+    num_queries: int = Field(900, gt=0, description="the most instances of all prompts of a group together")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    fusion_drop_path: float = Field(0.1, ge=0, lt=1, description="share of groups that train without fusion")
+    inverse_sigmoid_eps: float = Field(1e-5, gt=0, lt=0.5, description="how near to 0 and 1 a reference may come")
+    input_size: tuple[int, int] | None = Field(
+        None,
+        description="[short, long]: an image's shorter side gets `short` pixels, unless the longer one would get more "
+        "than `long`; published weights have [800, 1333]. null: the trunk's input",
+    )
+
+    @field_validator("input_size")
+    @classmethod
+    def _ordered(cls, sides: tuple[int, int] | None) -> tuple[int, int] | None:
+        if sides is not None and not 0 < sides[0] <= sides[1]:
+            raise UserError(
+                f"give [short, long] in pixels with 0 < short <= long, e.g. [800, 1333], got {list(sides)}",
+                "invalid_config",
+            )
+        return sides
+
+    @property
+    def own_size(self) -> ShortSide | None:
+        """The size of the images it looks at; None: the trunk's."""
+        return None if self.input_size is None else ShortSide(*self.input_size)
+
+    @model_validator(mode="after")
+    def _check_backbone(self) -> DinoSettings:
+        if self.backbone:  # `transformers` takes unknown keys in silence
+            from transformers import SwinConfig
+
+            valid = {f.name for f in dataclasses.fields(SwinConfig)} | set(SwinConfig.attribute_map)
+            for key in self.backbone:
+                if key not in valid:
+                    raise UserError(
+                        f"unknown key 'backbone.{key}';{suggest(key, valid)} valid keys are those of "
+                        "transformers.SwinConfig",
+                        "invalid_config",
+                    )
+        return self
+
+    @model_validator(mode="after")
+    def _check_widths(self) -> DinoSettings:
+        for name, width in (("hidden_size", self.hidden_size), ("encoder_ffn", self.encoder_ffn)):
+            if width % self.num_heads:
+                raise UserError(f"{name} {width} must be a multiple of num_heads {self.num_heads}", "invalid_config")
+        return self
+
+
+_TWICE = "a layer's loss also trains the layer before it (DINO, arXiv 2203.03605, sec. 3.5)"
+
+
+class DinoLossSettings(DinoSettings):
+    """Matching, losses and denoising of a set of boxes."""
+
+    class_cost: float = Field(2.0, ge=0, description="matching: share of the class")
+    box_cost: float = Field(5.0, ge=0, description="matching: share of L1 between boxes")
+    giou_cost: float = Field(2.0, ge=0, description="matching: share of GIoU")
+    class_weight: float = Field(2.0, ge=0, description="loss: weight of the class")
+    box_weight: float = Field(5.0, ge=0, description="loss: weight of L1 between boxes")
+    giou_weight: float = Field(2.0, ge=0, description="loss: weight of GIoU")
+    denoising_queries: int = Field(
+        200, ge=0, description="noisy copies of the objects as queries of a training step; 0: none"
+    )
+    label_noise: float = Field(0.25, ge=0, le=1, description="share of the copies that get any prompt's link")
+    box_noise: float = Field(1.0, ge=0, description="how far copies move, in units of half their size")
+    pixels_at_once: int = Field(
+        1 << 23,
+        gt=0,
+        description="how much of its requests a training step looks at together, in pixels of the images that they are "
+        "about; more are looked at part by part, and activations computed again in the backward pass",
+    )
+    look_forward_twice: bool = Field(False, description=_TWICE)
+    learned_class_scale: bool = Field(
+        False,
+        description="class logits get a learned scale and bias that start at 1/sqrt(hidden_size) and few objects; for "
+        "training from scratch, published weights have none",
+    )

@@ -1,0 +1,95 @@
+"""Lumen's vision-language aligner (arXiv 2403.07304, sec. 3.2): words meet places.
+
+Two-way attention per prompt: the link token reads the dense features, then every place reads the link token. A place
+chooses between the token and a learned "nothing here" key, since a softmax over one key would be constant. Prompts
+never see each other.
+
+Legend: P prompts, B maps, S seats for prompts per map, L places, C channels, H heads, D = C / H.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lumen_ray.decoders.common.ragged import Seats
+
+
+class TwoWayLayer(nn.Module):
+    def __init__(self, channels: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.token_norm, self.place_norm = nn.LayerNorm(channels), nn.LayerNorm(channels)
+        self.token_query, self.token_out = nn.Linear(channels, channels), nn.Linear(channels, channels)
+        self.place_key_value = nn.Linear(channels, 2 * channels)
+        self.token_mlp = nn.Sequential(
+            nn.LayerNorm(channels), nn.Linear(channels, 2 * channels), nn.GELU(), nn.Linear(2 * channels, channels)
+        )
+        self.place_query = nn.Linear(channels, channels)
+        self.token_key_value = nn.Linear(channels, 2 * channels)
+        self.null_key = nn.Parameter(torch.zeros(num_heads, channels // num_heads))
+        self.place_out = nn.Linear(channels, channels)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+    def forward(self, token_PC: Tensor, places_BLC: Tensor, seats: Seats, position_LC: Tensor) -> tuple[Tensor, Tensor]:
+        """token [P, C], places [B, L, C] of the maps that `seats` says whose, position [L, C] -> token [P, C] and
+        places [P, L, C].
+
+        Both attentions are products of matrices per map, and the output projection is applied to a prompt's values
+        before they are spread over the places: nothing of size C x C is computed per prompt and place.
+        """
+        places = self.place_norm(places_BLC)
+        # the token reads the places
+        key, value = self.place_key_value(places + position_LC).chunk(2, dim=-1)
+        key, value = self._heads(key).transpose(1, 2), self._heads(value).transpose(1, 2)  # B H L D
+        query = self._heads(seats.fill(self.token_query(self.token_norm(token_PC)))).transpose(1, 2)  # B H S D
+        read = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # B S C
+        token_PC = token_PC + self.token_out(seats.take(read))
+        token_PC = token_PC + self.token_mlp(token_PC)
+        # the places read the token
+        query = self._heads(self.place_query(places)).transpose(1, 2)  # B H L D
+        key, value = (self._heads(t) for t in self.token_key_value(token_PC).chunk(2, dim=-1))  # P H D
+        scale = 1 / math.sqrt(query.shape[-1])
+        against = self._heads(seats.fill((key - self.null_key).flatten(1))).transpose(1, 2)  # B H S D
+        match = torch.matmul(against, query.transpose(2, 3))  # B H S L
+        weight = torch.sigmoid(seats.take(match.transpose(1, 2)) * scale)  # P H L; softmax over {token, nothing}
+        written = torch.einsum("phd,chd->phc", value, self._heads(self.place_out.weight))
+        places_PLC = places_BLC[seats.row] + self.place_out.bias
+        return token_PC, torch.baddbmm(places_PLC, weight.transpose(1, 2), written)
+
+
+class Aligner(nn.Module):
+    """Link tokens and dense features -> aligned tokens [P, C] and per-prompt places [P, L, C].
+
+    The first layer reads one map per image, the others one per prompt.
+    """
+
+    def __init__(self, channels: int, num_heads: int, num_layers: int):
+        super().__init__()
+        self.layers = nn.ModuleList(TwoWayLayer(channels, num_heads) for _ in range(num_layers))
+
+    def forward(self, tokens_PC: Tensor, places_BLC: Tensor, image_index: Tensor, position_LC: Tensor):
+        if len(tokens_PC) == 0:
+            return tokens_PC, places_BLC[image_index]
+        places, seats = places_BLC, Seats.of(image_index, len(places_BLC))
+        for layer in self.layers:
+            tokens_PC, places = layer(tokens_PC, places, seats, position_LC)
+            seats = Seats.of(torch.arange(len(places), device=places.device), len(places))
+        return tokens_PC, places
+
+
+def sine_position(height: int, width: int, channels: int, device: torch.device) -> Tensor:
+    """Fixed 2-D sine position embedding [height * width, channels]; y in the first half, x in the second."""
+    quarter = channels // 4
+    frequency = torch.exp(torch.arange(quarter, device=device) * (-math.log(100.0) / max(1, quarter - 1)))
+    y = (torch.arange(height, device=device) + 0.5) / height * 2 * math.pi
+    x = (torch.arange(width, device=device) + 0.5) / width * 2 * math.pi
+    y, x = y[:, None] * frequency, x[:, None] * frequency
+    y = torch.cat([y.sin(), y.cos()], dim=-1)[:, None].expand(-1, width, -1)
+    x = torch.cat([x.sin(), x.cos()], dim=-1)[None].expand(height, -1, -1)
+    return F.pad(torch.cat([y, x], dim=-1), (0, channels - 4 * quarter)).reshape(height * width, channels)

@@ -1,0 +1,294 @@
+"""A model from published weights: a CLIP vision tower, a DINOv2 and a causal LM in front of decoders, each from its own
+checkpoint. What no checkpoint has (merge, projector, region encoder, queries, link heads) gets fresh weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+from transformers import CONFIG_MAPPING, CLIPVisionConfig, Dinov2Config, PretrainedConfig
+
+from lumen_ray import config
+from lumen_ray.checkpoints.hub import Checkpoint, read_json
+from lumen_ray.checkpoints.rules import Part, Rule, apply, check_fits
+from lumen_ray.errors import UserError
+from lumen_ray.meta_init import weights_come_later
+from lumen_ray.model.build import ModelMeta, build_model, save_model
+from lumen_ray.model.convert import decoders as decoder_weights
+from lumen_ray.model.convert.encoder_rules import CLIP, DINOV2, LLM
+from lumen_ray.model.settings import ModelSettings
+from lumen_ray.trunk.tokenizer import EOS, PAD, LumenTokenizer
+
+#: LLMs whose layout is known: one stack of dense layers, `model` and `lm_head`
+LLM_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+#: keys of a published config.json that say nothing about the layers, or that are said elsewhere
+_OTHER_KEYS = frozenset(
+    [
+        "vocab_size",
+        "pad_token_id",
+        "bos_token_id",
+        "eos_token_id",
+        "use_cache",
+        "pretraining_tp",
+        "out_features",
+        "out_indices",
+        "stage_names",
+        "apply_layernorm",
+        "reshape_hidden_states",
+    ]
+)
+#: written into a model's settings even where they are the class's default
+_SIZES = frozenset(
+    [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "patch_size",
+        "image_size",
+        "tie_word_embeddings",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Folders or hub ids of published checkpoints. None: the preset has no such encoder. `decoders`: by name."""
+
+    llm: str | Path
+    clip: str | Path | None = None
+    dinov2: str | Path | None = None
+    decoders: Mapping[str, str | Path] = field(default_factory=dict)
+
+
+@dataclass
+class Assembly:
+    """A model put together: `state` are all its tensors, `loaded` the names of those that come from checkpoints."""
+
+    settings: ModelSettings
+    tokenizer: LumenTokenizer
+    state: dict[str, Tensor]
+    loaded: set[str]
+
+    def parameters(self) -> dict[str, tuple[int, int]]:
+        """Part of the model -> (numbers from checkpoints, fresh numbers)."""
+        loaded, fresh = Counter(), Counter()
+        for name, tensor in self.state.items():
+            (loaded if name in self.loaded else fresh)[".".join(name.split(".")[:2])] += tensor.numel()
+        return {part: (loaded[part], fresh[part]) for part in sorted(loaded | fresh)}
+
+
+def config_keys(config_class: type[PretrainedConfig], published: Mapping[str, Any]) -> dict[str, Any]:
+    """Those keys of a published config that describe the layers and are not the class's defaults."""
+    own = {f.name for f in dataclasses.fields(config_class)} - {f.name for f in dataclasses.fields(PretrainedConfig)}
+    values, defaults = config_class.from_dict(dict(published)).to_dict(), config_class().to_dict()
+    keys = {k: v for k, v in values.items() if k in own - _OTHER_KEYS and (k in _SIZES or v != defaults.get(k))}
+    if set(keys.get("layer_types") or ()) <= {"full_attention"}:
+        keys.pop("layer_types", None)  # one for each layer, all the same
+    return keys
+
+
+def _expect(checkpoint: Checkpoint, kinds: tuple[str, ...], what: str) -> None:
+    kind = checkpoint.config.get("model_type")
+    if kind not in kinds:
+        raise UserError(
+            f"'{checkpoint.folder}' holds a model of type '{kind}', not {what}; its config.json must have model_type "
+            f"{' or '.join(kinds)}",
+            "wrong_checkpoint",
+        )
+
+
+def settings_from(
+    preset: ModelSettings, checkpoints: Mapping[str, Checkpoint], decoders: Mapping[str, Path] = MappingProxyType({})
+) -> ModelSettings:
+    """The preset with the sizes of the checkpoints named clip, dinov2 and llm, and of decoders' folders."""
+    data = preset.model_dump(mode="json")
+    for name, folder in decoders.items():
+        if data[name] is None:
+            raise UserError(f"preset '{preset.name}' has no decoder '{name}'; leave out its weights", "unknown_decoder")
+        data[name] |= decoder_weights.LOADERS[name].sizes(folder)
+    for name, kinds, config_class in (
+        ("clip", ("clip", "clip_vision_model"), CLIPVisionConfig),
+        ("dinov2", ("dinov2",), Dinov2Config),
+    ):
+        if (checkpoint := checkpoints.get(name)) is None:
+            if data["vision"][name] is not None:
+                raise UserError(
+                    f"preset '{preset.name}' has {name}; give its checkpoint with --{name}, or set vision.{name}: null",
+                    "missing_checkpoint",
+                )
+            continue
+        _expect(checkpoint, kinds, f"a {'CLIP vision tower' if name == 'clip' else 'DINOv2'}")
+        published = checkpoint.config.get("vision_config") or checkpoint.config
+        data["vision"][name] = config_keys(config_class, published)
+    for name in preset.decoder_names:
+        if name in decoder_weights.LOADERS and name not in decoders:
+            raise UserError(
+                f"preset '{preset.name}' has {name}; give its checkpoint with --decoder {name}=DIR, or set {name}: "
+                "null in a preset file of your own",
+                "missing_checkpoint",
+            )
+    llm = checkpoints["llm"]
+    _expect(llm, LLM_TYPES, "a causal LM of a known family")
+    kind = llm.config["model_type"]
+    data["llm"] = {"model_type": kind, **config_keys(CONFIG_MAPPING[kind], llm.config)}
+    _check_patches(checkpoints, data["vision"])
+    return config.validate(ModelSettings, data, f"preset '{preset.name}' with these checkpoints")
+
+
+def _check_patches(checkpoints: Mapping[str, Checkpoint], vision: Mapping[str, Any]) -> None:
+    sizes = {name: vision[name]["patch_size"] for name in ("clip", "dinov2") if vision[name] is not None}
+    if len(set(sizes.values())) > 1:
+        told = " but ".join(
+            f"'{checkpoints[name].folder}' has patches of {size} pixels" for name, size in sizes.items()
+        )
+        raise UserError(f"{told}; give encoders of one patch size, so that they share a grid", "wrong_patch_size")
+
+
+def read_tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer, dict[str, Any]]:
+    """A checkpoint's tokenizer and the mapping in its tokenizer_config.json (empty where there is none)."""
+    path = checkpoint.folder / "tokenizer_config.json"
+    told = read_json(path) if path.is_file() else {}
+    if (path := checkpoint.folder / "tokenizer.json").is_file():
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # `tokenizers` raises nothing more specific
+            raise UserError(f"'{path}' is damaged: {str(error).splitlines()[0]}", "damaged_checkpoint") from None
+    else:
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder).backend_tokenizer
+        except Exception as error:  # no file of a tokenizer, or a package that reads it is missing
+            reason = str(error).strip().splitlines()[0]
+            raise UserError(
+                f"'{checkpoint.folder}' has no tokenizer.json, and none can be made of its other files: {reason}",
+                "missing_tokenizer",
+            ) from None
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer, told
+
+
+def _token_name(tokenizer: Tokenizer, checkpoint: Checkpoint, told: Mapping[str, Any], kind: str) -> str | None:
+    """The LLM's own token for `kind` ('eos', 'pad', 'bos'), where it has one."""
+    name = told.get(f"{kind}_token")
+    name = name.get("content") if isinstance(name, Mapping) else name
+    if name is None and told.get(f"{kind}_token", ...) is ...:  # the config knows the number only
+        number = checkpoint.config.get(f"{kind}_token_id")
+        number = number[0] if isinstance(number, list) else number
+        name = None if number is None or number < 0 else tokenizer.id_to_token(number)
+    return name if name is not None and tokenizer.token_to_id(name) is not None else None
+
+
+def lumen_tokenizer(
+    checkpoint: Checkpoint, captions: Tokenizer | None = None
+) -> tuple[LumenTokenizer, int, tuple[int, ...]]:
+    """An LLM's tokenizer with our special tokens, the id of the first that was added, and the token ids that its
+    sequences begin with. `captions`: the tokenizer of the diffusion decoders' text encoder."""
+    tokenizer, told = read_tokenizer(checkpoint)
+    plain, started = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
+    lead = tuple(started[: started.index(plain[0])]) if plain and plain[0] in started else ()
+    if not lead and told.get("add_bos_token") and (bos := _token_name(tokenizer, checkpoint, told, "bos")):
+        lead = (tokenizer.token_to_id(bos),)
+    eos, pad = (_token_name(tokenizer, checkpoint, told, kind) for kind in ("eos", "pad"))
+    names = {EOS: eos} if eos else {}
+    if pad and pad != eos:
+        names[PAD] = pad
+    ours, first = LumenTokenizer.extend(tokenizer, names, captions=captions)
+    return ours, first, lead
+
+
+#: names of what has a row per token of the LLM, where it comes in and where it goes out
+VOCABULARY = ("trunk.llm.model.embed_tokens.weight", "trunk.llm.lm_head.weight")
+
+
+def resized(weight: Tensor, known: int, rows: int) -> Tensor:
+    """An embedding [old rows, width] with `rows` rows: the first `known` as they are, the others their mean."""
+    mean = weight[:known].float().mean(0).to(weight.dtype)
+    return torch.cat([weight[:known], mean.expand(rows - known, -1)])
+
+
+def encoder_state(tensors: Mapping[str, Tensor], rules: tuple[Rule, ...], target: str, what: str) -> dict[str, Tensor]:
+    """A published encoder's tensors below our name `target`; `what` names it in errors."""
+    state, report = apply(tensors, [Part("", target, rules)])
+    report.refuse(what)
+    return state
+
+
+def llm_state(tensors: Mapping[str, Tensor], known: int, rows: int, tied: bool, what: str) -> dict[str, Tensor]:
+    """A published LLM's tensors by our names, for a vocabulary of `rows` tokens of which it knows the first `known`."""
+    state = encoder_state(tensors, LLM, "trunk.llm.", what)
+    inner, outer = VOCABULARY
+    if tied and inner in state:
+        state.setdefault(outer, state[inner])
+    for name in VOCABULARY:
+        if name in state:
+            if len(state[name]) < known:
+                raise UserError(
+                    f"{what}: its tokenizer has {known} tokens but its embedding {len(state[name])} rows; give the "
+                    "tokenizer that belongs to it",
+                    "wrong_tokenizer",
+                )
+            state[name] = resized(state[name], known, rows)
+    return state
+
+
+def blank(settings: ModelSettings, rows: int, seed: int) -> dict[str, Tensor]:
+    """The state of a model with fresh weights for what is not published; the rest is on the meta device."""
+    with weights_come_later():
+        return build_model(settings, rows, seed).state_dict()
+
+
+def fill(
+    fresh: dict[str, Tensor], loaded: dict[str, Tensor], what: str, may_be_fresh: tuple[str, ...] | None = None
+) -> dict[str, Tensor]:
+    """`fresh`, a `blank` model's state, with the loaded tensors in it. `UserError` unless they fit and leave out only
+    what has fresh weights; with `may_be_fresh` only what has a name that starts so."""
+
+    def needed(name: str, tensor: Tensor) -> bool:
+        return tensor.is_meta if may_be_fresh is None else not name.startswith(may_be_fresh)
+
+    check_fits(loaded, {n: t for n, t in fresh.items() if n in loaded or needed(n, t)}, what)
+    return fresh | loaded
+
+
+def assemble(
+    preset: ModelSettings, sources: Sources, output: str | Path, pickle: bool = False, seed: int = 0
+) -> Assembly:
+    """Builds the preset's model from published checkpoints and writes its model folder to `output`.
+
+    The encoders' and the LLM's sizes are those of the checkpoints. `pickle`: read pickled weights too. `seed`: of the
+    fresh weights. Raises `UserError` where a checkpoint is not what it should be.
+    """
+    given = {"clip": sources.clip, "dinov2": sources.dinov2, "llm": sources.llm}
+    checkpoints = {name: Checkpoint(source, pickle) for name, source in given.items() if source is not None}
+    folders = decoder_weights.find(sources.decoders, pickle)
+    settings = settings_from(preset, checkpoints, folders)
+    captions = decoder_weights.caption_tokenizer(folders)
+    decoder_weights.check_captions(captions, settings, "the tokenizer of the decoders' text encoder")
+    tokenizer, known, lead = lumen_tokenizer(checkpoints["llm"], captions)
+    if settings.prefix_attention == "causal":
+        settings = settings.model_copy(update={"lead_tokens": lead})
+    loaded: dict[str, Tensor] = {}
+    for name, rules in (("clip", CLIP), ("dinov2", DINOV2)):
+        if name in checkpoints:
+            folder = f"'{checkpoints[name].folder}'"
+            loaded |= encoder_state(checkpoints[name], rules, f"trunk.vision.{name}.model.", folder)
+    llm = checkpoints["llm"]
+    tied = bool(settings.llm.get("tie_word_embeddings"))
+    loaded |= llm_state(llm, known, len(tokenizer), tied, f"'{llm.folder}'")
+    for name, folder in folders.items():
+        state = decoder_weights.LOADERS[name].load(folder, settings, pickle)
+        loaded |= {f"decoders.{name}.{key}": tensor for key, tensor in state.items()}
+    state = fill(blank(settings, len(tokenizer), seed), loaded, "the checkpoints")
+    save_model(output, state, settings, tokenizer, ModelMeta(settings.name, seed=seed))
+    return Assembly(settings, tokenizer, state, set(loaded))

@@ -1,0 +1,130 @@
+"""Where an image lies in the model input, and the targets of a training batch in that frame."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lumen_ray.keypoints import DEFAULT_SIGMA
+from lumen_ray.structures import Size, as_size
+
+#: stride in input pixels of the dense features, and of the masks that decoders train on and predict
+MASK_STRIDE = 4
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Where an image lies in the model input: scaled by `scale`, at the top left, padded to `input_size`."""
+
+    size: Size  # (height, width) of the EXIF-rotated image, pixels
+    scale: float
+    input_size: Size
+
+    @property
+    def extent(self) -> Size:
+        """(height, width) of the image in the input, in whole pixels; the rest is padding."""
+        return tuple(
+            min(side, max(1, math.ceil(own * self.scale))) for own, side in zip(self.size, self.input_size, strict=True)
+        )
+
+    @classmethod
+    def fit(cls, size: Size, input_size: int | Size) -> Frame:
+        """The frame of an image as large as the input holds it: one of its sides fills the input's."""
+        height, width = as_size(input_size)
+        return cls((int(size[0]), int(size[1])), min(height / size[0], width / size[1]), (height, width))
+
+
+@dataclass
+class Pixels:
+    """What an expert decoder with its own image backbone looks at.
+
+    `images` uint8 [B, 3, H, W], the trunk's input or images in the decoder's own size; `extents` int64 [B, 2]: (height,
+    width) of the part at the top left that shows the image, the rest is padding.
+    """
+
+    images: Tensor
+    extents: Tensor
+
+    def to(self, device: torch.device | str) -> Pixels:
+        return Pixels(self.images.to(device), self.extents.to(device))
+
+    @classmethod
+    def stack(cls, images: Sequence[Tensor], extents: Sequence[Size] | None = None) -> Pixels:
+        """Images uint8 [3, h, w] of any sizes, padded to the largest; `extents`: (height, width) of the part of each
+        that is not padding, by default all of it."""
+        shapes = [tuple(image.shape[1:]) for image in images]
+        height, width = (max(sides) for sides in zip(*shapes, strict=True))
+        padded = [F.pad(image, (0, width - w, 0, height - h)) for image, (h, w) in zip(images, shapes, strict=True)]
+        return cls(torch.stack(padded), torch.tensor(extents or shapes))
+
+    def valid(self) -> Tensor:
+        """bool [B, H, W], False at padding."""
+        height, width = self.images.shape[-2:]
+        y = torch.arange(height, device=self.images.device)
+        x = torch.arange(width, device=self.images.device)
+        return (y < self.extents[:, :1])[:, :, None] & (x < self.extents[:, 1:])[:, None, :]
+
+
+@dataclass
+class PerceptionTargets:
+    """What P perception prompts should find, in input pixels (the frame of `Frame`).
+
+    `boxes` float32 [P, G, 4] xyxy, padded; `valid`, `crowd` bool [P, G]; `mask_index` int64 [P, G] into `masks`
+    uint8 [M, H/4, W/4] or -1; `keypoints` float32 [P, G, 3], for keypoint prompts: the keypoint in each instance of
+    the parent prompt (v = 0 where unlabelled). `counted` bool [P]: False for prompts without detection targets.
+    `instance` int64 [P, G]: which instance of its image an entry is, -1 at padding; prompts may name the same one.
+    Where it is not given, no two do. `sigma` float32 [P], for keypoint prompts: how precisely the keypoint is placed
+    (`keypoints.keypoint_sigmas`); where it is not given, the default.
+    """
+
+    boxes: Tensor
+    valid: Tensor
+    crowd: Tensor
+    mask_index: Tensor
+    masks: Tensor
+    keypoints: Tensor
+    counted: Tensor
+    instance: Tensor | None = None
+    sigma: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.sigma is None:
+            self.sigma = torch.full_like(self.counted, DEFAULT_SIGMA, dtype=torch.float32)
+        if self.instance is None:
+            numbers = torch.arange(self.valid.numel(), device=self.valid.device).view(self.valid.shape)
+            self.instance = numbers.masked_fill(~self.valid, -1)
+
+    def to(self, device: torch.device | str) -> PerceptionTargets:
+        return PerceptionTargets(**{name: value.to(device) for name, value in self.__dict__.items()})
+
+    def only(self, members: Tensor) -> PerceptionTargets:
+        """Those of the prompts at `members`, int64 [M]."""
+        per_prompt = {name: value[members] for name, value in self.__dict__.items() if name != "masks"}
+        return PerceptionTargets(masks=self.masks, **per_prompt)
+
+
+@dataclass
+class ImageTargets:
+    """What G generation or editing prompts should give: `images` uint8 [G, 3, H, W], in the size they are learned in.
+
+    `extents` int64 [G, 2], as in `Pixels`: the part at the top left that counts, of a (height, width) that the decoder
+    can draw; None: all of each image. An edit's target lies in the same frame as the image it starts from.
+    `caption_ids` int64 [G, L]: each picture's description, or the instruction of an edit, in the ids of the CLIP text
+    encoder's tokenizer; None where the model has no such tokenizer.
+    """
+
+    images: Tensor
+    extents: Tensor | None = None
+    caption_ids: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> ImageTargets:
+        return ImageTargets(*(None if value is None else value.to(device) for value in self.__dict__.values()))
+
+    def only(self, members: Tensor) -> ImageTargets:
+        """Those of the prompts at `members`, int64 [M]."""
+        return ImageTargets(*(None if value is None else value[members] for value in self.__dict__.values()))

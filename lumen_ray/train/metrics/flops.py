@@ -1,0 +1,237 @@
+"""Floating-point operations of a training step by component, from shapes, and what a GPU can do at most.
+
+A multiplication and addition count as two. Only matrix products and convolutions are counted, as is usual for the
+utilisation of a model (arXiv 2204.02311, app. B); what activation checkpointing computes again is not.
+
+Legend: B images, N patches, P prefix tokens, S tokens per image, C width, Q object prompts, L places of the heatmap.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from lumen_ray.decoders.lumen.decoder import KERNEL_WIDTH, LumenDecoder
+from lumen_ray.model.build import Generalist
+from lumen_ray.train.blocks import part
+from lumen_ray.train.lora import frozen_names
+from lumen_ray.trunk.comm import BridgedVision, CommVision, Encoder, MergedEncoder
+from lumen_ray.trunk.dense import ConvStem, DenseFeatures
+from lumen_ray.trunk.layout import IGNORE
+
+#: dense (no sparsity) peak of a GPU in FLOP/s: bf16 and fp32 without TF32; from the makers' data sheets
+PEAKS = {
+    "B200": (2250e12, 75e12),
+    "H200": (989e12, 67e12),
+    "H100 PCIe": (756e12, 51e12),
+    "H100 NVL": (835e12, 60e12),
+    "H100": (989e12, 67e12),
+    "A100": (312e12, 19.5e12),
+    "A10G": (70e12, 35e12),
+    "A10": (125e12, 31.2e12),
+    "L40S": (362e12, 91.6e12),
+    "L40": (181e12, 90.5e12),
+    "L4": (121e12, 30.3e12),
+    "RTX 4090": (165e12, 82.6e12),
+    "RTX 3090": (71e12, 35.6e12),
+}
+
+
+def peak(device: torch.device, precision: str) -> float | None:
+    """The most a device can do, FLOP/s; None where it is not known, as for CPUs."""
+    if device.type != "cuda":
+        return None
+    return peak_of(torch.cuda.get_device_name(device), precision)
+
+
+def peak_of(name: str, precision: str) -> float | None:
+    """By the name CUDA gives, e.g. ``NVIDIA H100 80GB HBM3``; longer keys first, since A10 is part of A100."""
+    for key in sorted(PEAKS, key=len, reverse=True):
+        if all(word in name for word in key.split()):
+            return PEAKS[key][0 if precision == "bf16" else 1]
+    return None
+
+
+def of_step(model: Generalist, batches: list[dict[str, Any]]) -> dict[str, float]:
+    """Forward and backward FLOPs of this rank's micro-steps by component: vision, llm, dense, and the decoders that the
+    steps train."""
+    passes = passes_by_part(model)
+    total: dict[str, float] = {}
+    for batch in batches:
+        found = {name: count * passes[name] for name, count in forward(model, batch).items()}
+        wanted = set(model.decoders) if batch.get("decoders") is None else set(batch["decoders"])
+        if "lumen" not in wanted:  # nor does anything read the dense features
+            found = {name: count for name, count in found.items() if name not in ("dense", "lumen")}
+        for name, count in (found | experts(model, batch, wanted - {"lumen"}, passes["llm"] > 1)).items():
+            total[name] = total.get(name, 0.0) + count
+    return total
+
+
+def learns(module: nn.Module | None) -> bool:
+    return module is not None and any(p.requires_grad for p in module.parameters())
+
+
+def experts(model: Generalist, batch: dict[str, Any], names: set[str], flows: bool) -> dict[str, float]:
+    """Forward and backward FLOPs of expert decoders; `flows`: whether the trunk's hidden states need gradients."""
+    names = [name for name in model.decoders if name in names]
+    if not names:
+        return {}
+    from lumen_ray.train.expert_flops import of_expert  # with the experts' libraries, which take seconds
+
+    heads = model.trunk.link_heads
+    return {name: of_expert(model, name, batch, flows or learns(heads[name])) for name in names}
+
+
+def passes_by_part(model: Generalist) -> dict[str, int]:
+    """How often each component's products are computed: forward, for the gradient of its inputs, of its weights.
+
+    The first part that learns needs no gradient of its inputs as a whole, but of each of its layers'.
+    """
+    frozen = frozen_names(model)
+    trunk = model.trunk
+    out, flows = {}, False
+    seen = trunk.settings.tokens_read_stem and learns(trunk.stem)
+    for name, modules in (
+        ("vision", (trunk.vision,)),
+        ("llm", (trunk.llm, trunk.regions, trunk.queries)),
+        ("dense", (trunk.dense, trunk.stem)),
+        ("lumen", (part(model, "lumen"), trunk.link_heads)),
+    ):
+        if modules[0] is None:
+            continue
+        flows = flows or any(learns(module) for module in modules)
+        adapted = name == "llm" and bool(frozen)  # adapters pass gradients on, the weights beside them get none
+        own = learns(modules[0]) and not adapted
+        out[name] = 1 + flows + own
+        flows = flows or seen  # tokens pass gradients on to the stem, beside the encoders
+    return out
+
+
+def forward(model: Generalist, batch: dict[str, Any]) -> dict[str, float]:
+    """FLOPs of one forward pass by component."""
+    height, width = batch["images"].shape[-2:]
+    images, layout = len(batch["images"]), batch["layout"]
+    rows, columns = model.trunk.vision.grid(height, width)
+    supervised = int((layout.labels[:, 1:] != IGNORE).sum())
+    sequences, tokens = layout.llm_shape(rows * columns)
+    total = {
+        "vision": images * vision(model.trunk.vision, height, width),
+        "llm": sequences * llm(model.trunk.llm.config, tokens) + 2 * supervised * _vocabulary(model.trunk.llm.config),
+    }
+    if (decoder := part(model, "lumen")) is None:
+        return total
+    maps = stem(model.trunk.stem, height, width)
+    if layout.query_slots:  # else nothing reads the dense features
+        maps += dense(model.trunk.dense, height, width, model.trunk.vision.patch_size, (rows, columns))
+    return total | {"dense": images * maps, "lumen": lumen(decoder, batch)}
+
+
+def _layer(tokens: int, width: int, attention: int, key_value: int, hidden: int, matrices: int) -> float:
+    """One transformer layer over `tokens`; `attention`, `key_value`: widths of all query, and key or value, heads."""
+    projections = 2 * tokens * width * (2 * attention + 2 * key_value)
+    return projections + 4 * tokens * tokens * attention + matrices * 2 * tokens * width * hidden
+
+
+def llm(config: Any, tokens: int) -> float:
+    """One row of image tokens and branches through a gated decoder-only LLM (Llama, Qwen, Mistral families)."""
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    key_value = head * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    attention = head * config.num_attention_heads
+    one = _layer(tokens, config.hidden_size, attention, key_value, config.intermediate_size, 3)
+    return config.num_hidden_layers * one
+
+
+def _vocabulary(config: Any) -> float:
+    return config.hidden_size * config.vocab_size
+
+
+def vision(module: CommVision | BridgedVision, height: int, width: int) -> float:
+    """Both encoders, their layer merges and the projector, for one image."""
+    patches = (height // module.patch_size) * (width // module.patch_size)
+    tokens = patches / module.token_merge**2
+    total = sum(2.0 * tokens * m.in_features * m.out_features for m in module.projector.modules() if _is_linear(m))
+    if module.from_stem is not None:
+        total += 2.0 * tokens * module.from_stem.in_features * module.from_stem.out_features
+    for encoder in (module.clip, module.dinov2):
+        if encoder is not None:
+            total += _encoder(encoder, patches)
+    if module.dinov2 is not None:
+        total += sum(2.0 * patches * m.in_features * m.out_features for m in module.dinov2_mlp if _is_linear(m))
+    return total
+
+
+def _encoder(encoder: Encoder, patches: int) -> float:
+    config = encoder.model.config
+    width = config.hidden_size
+    hidden = getattr(config, "intermediate_size", None) or int(width * config.mlp_ratio)
+    layers = config.num_hidden_layers * _layer(patches + 1, width, width, width, hidden, 2)
+    projections = encoder.merge.projections if isinstance(encoder, MergedEncoder) else ()
+    merged = sum(2.0 * patches * p.in_features * p.out_features for p in projections)
+    return 2.0 * patches * 3 * encoder.patch_size**2 * width + layers + merged
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _convolutions(module: nn.Module, height: int, width: int) -> tuple[float, int, int]:
+    """(FLOPs, height, width) after all convolutions in a module that follow each other."""
+    total = 0.0
+    for conv in module.modules():
+        if isinstance(conv, nn.Conv2d):
+            height, width = math.ceil(height / conv.stride[0]), math.ceil(width / conv.stride[0])
+            total += 2.0 * height * width * conv.in_channels * conv.out_channels * math.prod(conv.kernel_size)
+    return total, height, width
+
+
+def stem(module: ConvStem, height: int, width: int) -> float:
+    """The convolutional stem on one image."""
+    total, h, w = 0.0, height, width
+    for down in (module.down4, module.down8, module.down16):
+        count, h, w = _convolutions(down, h, w)
+        total += count
+    return total
+
+
+def dense(module: DenseFeatures, height: int, width: int, patch: int, grid: tuple[int, int]) -> float:
+    """The shared dense features of one image, the stem apart."""
+    total = 0.0
+    for stride, parts in (
+        (4, (module.lateral4, module.fuse4)),
+        (8, (module.lateral8, module.fuse8)),
+        (16, (module.lateral16, module.fuse16)),
+    ):
+        sides = math.ceil(height / stride), math.ceil(width / stride)
+        total += _convolutions(nn.ModuleList(parts), *sides)[0]
+    total += _convolutions(module.from_vision, height // patch, width // patch)[0]
+    return total + _convolutions(module.from_llm, *grid)[0]
+
+
+def lumen(module: LumenDecoder, batch: dict[str, Any]) -> float:
+    """The light decoder on a batch: per image the neck and mask features, per prompt the aligner and the heads.
+
+    Masks are counted as if every object had all the places that may train one.
+    """
+    targets = batch["targets"].get("perception")
+    if targets is None:
+        return 0.0
+    s, c = module.settings, module.settings.hidden_size
+    images, height, width = len(batch["images"]), batch["images"].shape[-2] // 4, batch["images"].shape[-1] // 4
+    neck, h, w = _convolutions(module.neck, height, width)
+    masks = _convolutions(module.mask_features, height, width)[0]
+    parents = batch["layout"].link_parents["perception"]
+    poses = int((parents >= 0).any()) * _convolutions(module.pose.key_value, height, width)[0]
+    prompts, places = int((parents < 0).sum()), h * w
+    link = 2.0 * module.link_proj[1].in_features * c
+    maps = images + (s.num_layers - 1) * prompts  # the aligner's first layer reads one map per image
+    read = maps * places * 2 * 3 * c * c
+    aligner = s.num_layers * (places * (2 * 3 * c + 2 * s.num_heads * c) + 2 * 9 * c * c)
+    heads = places * (2 * c + 2 * (c * c + 4 * c)) + 2 * 2 * c * c
+    objects = int(((targets.mask_index >= 0) & targets.valid & ~targets.crowd & targets.counted[:, None]).sum())
+    k, m = KERNEL_WIDTH, s.mask_channels
+    kernel = 2.0 * c * (c + sum(module.kernel_sizes)) + 2.0 * height * width * ((m + 2) * k + k * k + k)
+    trained = min(objects * min(s.max_masks_per_object, s.topk_assign), images * s.max_masks_per_image)
+    return images * (neck + masks + poses) + read + prompts * (link + aligner + heads) + trained * kernel

@@ -1,0 +1,105 @@
+"""MLflow, when a recipe or the environment names a server. Imported only then; a lost server does not stop a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+from lumen_ray.errors import UserError
+from lumen_ray.recipe import MlflowSettings, Recipe
+
+RUN_FILE = "mlflow.json"  # which MLflow run a run folder goes on with when it is resumed
+URI = "MLFLOW_TRACKING_URI"
+#: sums of parts that have a name of their own: stores of files cannot hold both `loss` and `loss/lm`, nor may a name
+#: hang on which parts a step happens to have
+TOTALS = ("loss", "mfu")
+
+
+def settings_of(recipe: Recipe) -> MlflowSettings | None:
+    """The recipe's, or those of an environment that names a tracking server."""
+    if recipe.mlflow or not os.environ.get(URI):
+        return recipe.mlflow
+    return MlflowSettings(experiment=os.environ.get("MLFLOW_EXPERIMENT_NAME", MlflowSettings().experiment))
+
+
+def check_mlflow(recipe: Recipe) -> None:
+    """`UserError` when MLflow is asked for and is not installed."""
+    if settings_of(recipe):
+        _mlflow()
+
+
+def _mlflow() -> Any:
+    try:
+        import mlflow
+    except ImportError:
+        raise UserError(
+            f"logging to MLflow needs its client; install it with: pip install 'lumen-ray[mlflow]', or unset {URI} and "
+            "'mlflow' in the recipe",
+            "missing_package",
+        ) from None
+    return mlflow
+
+
+def mlflow_tracker(run: Path, recipe: Recipe) -> MlflowTracker | None:
+    settings = settings_of(recipe)
+    return MlflowTracker(run, recipe, settings) if settings else None
+
+
+class MlflowTracker:
+    """Sends numbers some steps at a time."""
+
+    def __init__(self, run: Path, recipe: Recipe, settings: MlflowSettings):
+        mlflow = _mlflow()
+        self._error = mlflow.exceptions.MlflowException
+        self._metric = mlflow.entities.Metric
+        self._every = settings.every
+        self._waiting: list[Any] = []
+        try:
+            self._client = mlflow.MlflowClient(settings.tracking_uri)
+            self._run_id = self._open(run, recipe, settings)
+        except self._error as error:
+            raise UserError(
+                f"MLflow at '{settings.tracking_uri or os.environ.get(URI)}' cannot be used: "
+                f"{str(error).splitlines()[0]}; mend 'mlflow' in the recipe or {URI}",
+                "mlflow",
+            ) from error
+
+    def _open(self, run: Path, recipe: Recipe, settings: MlflowSettings) -> str:
+        """The id of the run that the folder had before, or of a new one with the recipe as its parameters."""
+        if (run / RUN_FILE).is_file():
+            known = json.loads((run / RUN_FILE).read_text())["run_id"]
+            self._client.set_terminated(known, "RUNNING")
+            return known
+        experiment = self._client.get_experiment_by_name(settings.experiment)
+        number = experiment.experiment_id if experiment else self._client.create_experiment(settings.experiment)
+        made = self._client.create_run(number, run_name=run.name).info.run_id
+        for name, value in recipe.model_dump(mode="json", exclude={"stages", "mlflow"}).items():
+            self._client.log_param(made, name, value)
+        (run / RUN_FILE).write_text(json.dumps({"run_id": made}))
+        return made
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        now = int(time.time() * 1000)
+        for name, value in numbers.items():
+            self._waiting.append(self._metric(f"{name}/total" if name in TOTALS else name, value, now, step))
+        if (step + 1) % self._every == 0:
+            self.flush()
+
+    def flush(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        try:
+            for first in range(0, len(waiting), 1000):  # the most that one request may hold
+                self._client.log_batch(self._run_id, metrics=waiting[first : first + 1000])
+        except self._error as error:
+            warnings.warn(f"MLflow did not take some metrics: {str(error).splitlines()[0]}", stacklevel=2)
+
+    def close(self) -> None:
+        self.flush()
+        try:
+            self._client.set_terminated(self._run_id)
+        except self._error as error:
+            warnings.warn(f"MLflow was not told of the end: {str(error).splitlines()[0]}", stacklevel=2)

@@ -1,0 +1,320 @@
+"""The trunk: vision branch, region encoder, LLM, super-link queries and link heads, and the shared dense features.
+
+Training packs prefix and branches into one pass (`forward`). Inference encodes the prefix once (`encode`), then runs
+branches against its cached keys and values (`run_branches`), in as many chunks as needed, and lets the LLM write
+(`generate`). Both give the same numbers.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from lumen_ray.attention import mask_to_bias
+from lumen_ray.errors import UserError
+from lumen_ray.meta_init import published
+from lumen_ray.model.heads import link_head
+from lumen_ray.model.settings import ModelSettings
+from lumen_ray.superlink import SuperLink
+from lumen_ray.tasks import DECODERS, reads_dense
+from lumen_ray.trunk.comm import build_vision
+from lumen_ray.trunk.dense import ConvStem, DenseFeatures
+from lumen_ray.trunk.layout import (
+    IGNORE,
+    Layout,
+    branch_allowed,
+    packed_allowed,
+    packed_positions,
+    prefix_allowed,
+    unpacked,
+)
+from lumen_ray.trunk.queries import SuperLinkQueries, mean_words
+from lumen_ray.trunk.regions import build_regions
+
+
+@dataclass
+class Prefix:
+    """An encoded image batch: everything about it that prompts have in common."""
+
+    images: Tensor  # [B, 3, H, W] in 0..1
+    merged: Tensor  # [B, C, h, w]
+    dense: Tensor | None  # [B, channels, H/4, W/4]; None where no decoder reads it
+    valid: Tensor  # bool [B], False where a sample has no image
+    cache: DynamicCache  # keys and values of the image tokens
+    length: int
+
+    def fork(self) -> DynamicCache:
+        """A cache to continue from. It shares the keys and values: the LLM appends to them by making new tensors."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        return cache
+
+    def repeat(self, index: Tensor) -> DynamicCache:
+        """A cache with one batch row per entry of `index`."""
+        cache = self.fork()
+        cache.batch_select_indices(index)
+        return cache
+
+
+@dataclass
+class TrunkTraining:
+    lm_losses: Tensor  # [B, T - 1], next-token cross entropy, 0 where unsupervised
+    lm_tokens: Tensor  # scalar, the number of supervised tokens
+    dense: Tensor | None  # None where no decoder reads it
+    links: dict[str, SuperLink]  # by decoder
+
+
+class Trunk(nn.Module):
+    def __init__(self, settings: ModelSettings, vocab_size: int):
+        super().__init__()
+        self.settings = settings
+        config = settings.llm_config(vocab_size=vocab_size)
+        self.llm = published(lambda: AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
+        width = config.hidden_size
+        std = getattr(config, "initializer_range", 0.02)
+        self.stem = ConvStem(settings.stem_channels) if settings.tokens_read_stem or settings.lumen else None
+        stem_width = self.stem.widths[-1] if settings.tokens_read_stem else 0
+        self.vision = build_vision(settings.vision, settings.image_size, width, std, stem_width)
+        self.regions = build_regions(settings.regions, self.vision, width)
+        self.register_buffer("lead", torch.tensor(settings.lead_tokens, dtype=torch.int64), persistent=False)
+        self.queries = SuperLinkQueries(width, std, settings.families, settings.pose_queries)
+        self.link_heads = nn.ModuleDict(
+            {name: link_head(name, settings, width, vocab_size) for name in settings.decoder_names}
+        )
+        self.dense = None
+        if settings.lumen:
+            self.dense = DenseFeatures(self.stem.widths, settings.dense_channels, self.vision.merged_width, width)
+
+    def see(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """images [B, 3, H, W] in 0..1 -> (tokens of the prefix, merged map, stem features)."""
+        stem = None if self.stem is None else self.stem(images)
+        tokens, merged = self.vision(images, stem[-1] if self.settings.tokens_read_stem else None)
+        return self._led(tokens), merged, stem
+
+    def _led(self, tokens: Tensor) -> Tensor:
+        """Image tokens [B, P, width] behind the text that stands in front of every image."""
+        if not len(self.lead):
+            return tokens
+        lead = self.llm.get_input_embeddings()(self.lead).to(tokens.dtype)
+        return torch.cat([lead.expand(len(tokens), -1, -1), tokens], dim=1)
+
+    def embed_branches(self, layout: Layout, regions: Tensor | None) -> Tensor:
+        """Token embeddings [B, T, width] with the queries and region embeddings put in their slots."""
+        embeds = self.llm.get_input_embeddings()(layout.input_ids).clone()
+        for family, slots in layout.query_slots.items():
+            embeds[slots[..., 0], slots[..., 1]] = self.queries(family, layout.link_parents[family]).to(embeds.dtype)
+        if len(layout.region_slots):
+            slots = layout.region_slots
+            embeds[slots[:, 0], slots[:, 1]] = regions[layout.region_index].to(embeds.dtype)
+        return embeds
+
+    def links(self, hidden: Tensor, layout: Layout, embeds: Tensor) -> dict[str, SuperLink]:
+        """The super links by decoder: last hidden states [B, T, width] at the query slots of its family (and, by
+        setting, the mean of the instruction's words: of what they enter as, `embeds` [B, T, width], or of embeddings
+        that the head has), through its head. Each has all prompts of the family."""
+        words = None
+        if self.settings.link_reads_words and layout.query_slots:
+            words = self._words(embeds, layout)
+        out = {}
+        for name, head in self.link_heads.items():
+            family = DECODERS[name].family
+            if (slots := layout.query_slots.get(family)) is None:
+                continue
+            parents = layout.link_parents[family]
+            own = words if head.vocabulary is None else self._words(head.vocabulary(layout.input_ids), layout)
+            read = None if own is None else own[layout.link_branches[family]]
+            embeddings = head(hidden[slots[..., 0], slots[..., 1]], read, parents)
+            images, groups = layout.link_images[family], layout.link_groups[family]
+            out[name] = SuperLink(name, embeddings.float(), images, parents, groups)
+        return out
+
+    @staticmethod
+    def _words(embeds: Tensor, layout: Layout) -> Tensor:
+        """Mean embedding of every branch's tokens before its queries: [number of branches, width]."""
+        queries = torch.cat([slots.flatten(0, 1) for slots in layout.query_slots.values()])
+        return mean_words(embeds, layout.branch_ids, queries, len(layout.last_slots))
+
+    def forward(self, batch: dict) -> TrunkTraining:
+        """One packed pass over prefix and branches.
+
+        batch: `images` uint8 [B, 3, H, W]; `has_image` bool [B]; `layout`; `region_masks` uint8 [R, H, W] and
+        `region_images` int64 [R]. Where `layout.pack` is set, the last samples need no image in `images`.
+        Dense features are made where one of `decoders` (those that learn from it; None or absent: all) reads them.
+        """
+        images, layout = batch["images"].float() / 255, batch["layout"]
+        tokens, merged, stem = self.see(images)
+        regions = None
+        if len(batch["region_masks"]):
+            regions = self.regions(images, merged, batch["region_masks"], batch["region_images"])
+        prefix = tokens.shape[1]
+        if layout.pack is not None:
+            tokens = F.pad(tokens, (0, 0, 0, 0, 0, len(layout.input_ids) - len(images)))
+        asked = self.embed_branches(layout, regions)
+        embeds = torch.cat([tokens, asked], dim=1)
+        if layout.pack is None:
+            mask = self._training_mask(layout, batch["has_image"], prefix, embeds.dtype)
+            hidden = self._llm(embeds, mask, self._positions(layout, prefix))
+        else:
+            hidden = self._packed(embeds, layout, prefix)
+        branches = hidden[:, prefix:]
+        losses = self._lm_losses(branches, layout.labels)
+        supervised = (layout.labels[:, 1:] != IGNORE).sum().float()
+        dense = None
+        if self.dense is not None and layout.query_slots and reads_dense(batch.get("decoders")):
+            grid = self.vision.grid(*images.shape[-2:])
+            dense = self.dense(images, stem, merged, hidden[: len(images), len(self.lead) : prefix], grid)
+        return TrunkTraining(losses, supervised, dense, self.links(branches, layout, asked))
+
+    def _llm(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        return self.llm.model(
+            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+        ).last_hidden_state
+
+    def _packed(self, embeds: Tensor, layout: Layout, prefix: int) -> Tensor:
+        """Hidden states [B, P + T, width] by way of the rows of `layout.pack`; 0 at what is not packed."""
+        if len(self.lead) or self.settings.prompt_layout != "branches":  # a row may start with neither image nor lead
+            raise UserError("pack_tokens needs prompt_layout 'branches' and no lead_tokens; set it to 0", "packed_lead")
+        flat = embeds.flatten(0, 1)
+        rows = flat.index_select(0, layout.pack.clamp_min(0).flatten()).unflatten(0, layout.pack.shape)
+        allowed = packed_allowed(layout.pack, layout.branch_ids, prefix, self.settings.prefix_attention)
+        positions = packed_positions(layout.pack, layout.offsets, prefix)
+        hidden = self._llm(rows, mask_to_bias(allowed, embeds.dtype)[:, None], positions).flatten(0, 1)
+        hidden = F.pad(hidden, (0, 0, 0, 1))  # places that are not packed read the zeros at the end
+        return hidden[unpacked(layout.pack, len(flat))].view(embeds.shape)
+
+    def _training_mask(self, layout: Layout, has_image: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
+        batch, length = layout.input_ids.shape
+        device = layout.input_ids.device
+        top = prefix_allowed(batch, prefix, self.settings.prefix_attention, device)
+        top = torch.cat([top, torch.zeros(batch, prefix, length, dtype=torch.bool, device=device)], dim=2)
+        return mask_to_bias(torch.cat([top, self._branches(layout, has_image, prefix)], dim=1), dtype)[:, None]
+
+    def _branches(self, layout: Layout, has_image: Tensor, prefix: int) -> Tensor:
+        return branch_allowed(layout.branch_ids, has_image, prefix, len(self.lead))
+
+    @staticmethod
+    def _positions(layout: Layout, prefix: int) -> Tensor:
+        start = torch.arange(prefix, device=layout.offsets.device).expand(len(layout.offsets), -1)
+        return torch.cat([start, prefix + layout.offsets], dim=1)
+
+    def _lm_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Next-token cross entropy [B, T - 1]; only supervised positions meet the vocabulary projection."""
+        targets = labels[:, 1:]
+        supervised = targets != IGNORE
+        logits = self.llm.lm_head(hidden[:, :-1][supervised])
+        losses = torch.zeros(targets.shape, device=hidden.device)
+        losses[supervised] = F.cross_entropy(logits.float(), targets[supervised], reduction="none")
+        return losses
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor, valid: Tensor | None = None) -> Prefix:
+        """images uint8 [B, 3, H, W] -> the prefix that all prompts about them share."""
+        images = images.float() / 255
+        tokens, merged, stem = self.see(images)
+        batch, length = tokens.shape[:2]
+        allowed = prefix_allowed(batch, length, self.settings.prefix_attention, images.device)
+        mask = mask_to_bias(allowed, tokens.dtype)[:, None]
+        cache = DynamicCache(config=self.llm.config)
+        positions = torch.arange(length, device=images.device).expand(batch, -1)
+        out = self.llm.model(
+            inputs_embeds=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+        )
+        valid = torch.ones(batch, dtype=torch.bool, device=images.device) if valid is None else valid
+        dense = None
+        if self.dense is not None:
+            states = out.last_hidden_state[:, len(self.lead) :]
+            dense = self.dense(images, stem, merged, states, self.vision.grid(*images.shape[-2:]))
+        return Prefix(images, merged, dense, valid, cache, length)
+
+    @torch.inference_mode()
+    def run_branches(
+        self, prefix: Prefix, layout: Layout, region_masks: Tensor, region_images: Tensor
+    ) -> tuple[Tensor, DynamicCache]:
+        """Hidden states [B, T, width] of a chunk of branches against the cached prefix, and the extended cache."""
+        return self._run(prefix, layout, self._enter(prefix, layout, region_masks, region_images))
+
+    @torch.inference_mode()
+    def ask(self, prefix: Prefix, layout: Layout, region_masks: Tensor, region_images: Tensor) -> dict[str, SuperLink]:
+        """The super links, by decoder, of a chunk of branches against the cached prefix."""
+        embeds = self._enter(prefix, layout, region_masks, region_images)
+        hidden, _ = self._run(prefix, layout, embeds)
+        return self.links(hidden, layout, embeds)
+
+    def _enter(self, prefix: Prefix, layout: Layout, region_masks: Tensor, region_images: Tensor) -> Tensor:
+        """What the branches' tokens enter the LLM as: [B, T, width]."""
+        regions = None
+        if len(region_masks):
+            regions = self.regions(prefix.images, prefix.merged, region_masks, region_images)
+        return self.embed_branches(layout, regions)
+
+    def _run(self, prefix: Prefix, layout: Layout, embeds: Tensor) -> tuple[Tensor, DynamicCache]:
+        cache = prefix.fork()
+        mask = mask_to_bias(self._branches(layout, prefix.valid, prefix.length), embeds.dtype)[:, None]
+        out = self.llm.model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=prefix.length + layout.offsets,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state, cache
+
+    @torch.inference_mode()
+    def generate(
+        self,
+        prefix: Prefix,
+        layout: Layout,
+        images: Tensor,
+        region_masks: Tensor,
+        region_images: Tensor,
+        eos: int,
+        max_new_tokens: int,
+        stop: frozenset[int] = frozenset(),
+    ) -> list[list[int]]:
+        """Greedy answers to N text branches. `layout` holds one branch per row; `images` [N] is each row's image.
+
+        A row ends at `eos` (left out) or right after a token of `stop` (kept): routing tokens end a free-chat answer.
+        """
+        rows = Prefix(
+            prefix.images[images],
+            prefix.merged[images],
+            None,
+            prefix.valid[images],
+            prefix.repeat(images),
+            prefix.length,
+        )
+        hidden, cache = self.run_branches(rows, layout, region_masks, region_images)
+        row = torch.arange(len(images), device=images.device)
+        last = layout.last_slots[:, 1]
+        tokens = self.llm.lm_head(hidden[row, last]).argmax(-1)
+        image = rows.valid[:, None].expand(-1, prefix.length - len(self.lead))
+        visible = torch.cat(
+            [torch.ones_like(image[:, :1]).expand(-1, len(self.lead)), image, layout.branch_ids >= 0], dim=1
+        )  # bool [N, P + T], padding is hidden
+        answers: list[list[int]] = [[] for _ in range(len(images))]
+        done = [False] * len(images)
+        for step in range(max_new_tokens):
+            for i, token in enumerate(tokens.tolist()):
+                if done[i]:
+                    continue
+                if token != eos:
+                    answers[i].append(token)
+                done[i] = token == eos or token in stop
+            if all(done) or step == max_new_tokens - 1:
+                break
+            visible = torch.cat([visible, torch.ones_like(visible[:, :1])], dim=1)
+            embeds = self.llm.get_input_embeddings()(tokens[:, None])
+            hidden = self.llm.model(
+                inputs_embeds=embeds,
+                attention_mask=mask_to_bias(visible[:, None, None, :], embeds.dtype),
+                position_ids=(prefix.length + last + 1 + step)[:, None],
+                past_key_values=cache,
+                use_cache=True,
+            ).last_hidden_state
+            tokens = self.llm.lm_head(hidden[:, -1]).argmax(-1)
+        return answers

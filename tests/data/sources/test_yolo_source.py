@@ -1,0 +1,250 @@
+"""YOLO labels to rows: boxes, polygons and poses in the rotated frame, and where images and labels are found."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pycocotools import mask as coco_mask
+from support.source_fakes import HEIGHT, WIDTH, jpeg, prepared, write, yolo_set
+
+from lumen_ray.data.batches.transforms import mirror_order
+from lumen_ray.data.shards import shards
+from lumen_ray.data.sources.yolo import YoloSource
+from lumen_ray.errors import UserError
+
+CLASSES = "classes.txt"
+
+
+def one(folder, labels, image=None, yaml=""):
+    """The row of one image with the given label lines."""
+    settings = f"train: images\nnames: [cat, dog]\n{yaml}"
+    contents = {"images/a.jpg": jpeg() if image is None else image, "labels/a.txt": labels, "data.yaml": settings}
+    rows, rejected, counts = prepared(YoloSource(f"{write(folder, contents)}/data.yaml"), folder / "out")
+    return rows["a.jpg"], rejected, counts
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 1), st.floats(0, 50), st.floats(0, 30), st.floats(1, 10), st.floats(1, 10)),
+                min_size=1, max_size=6, unique=True))  # fmt: skip
+def test_boxes_come_back(boxes):
+    lines = [f"{c} {(x + w / 2) / WIDTH!r} {(y + h / 2) / HEIGHT!r} {w / WIDTH!r} {h / HEIGHT!r}"
+             for c, x, y, w, h in boxes]  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        row, rejected, _ = one(Path(folder), "\n".join(lines))
+    assert rejected == []
+    assert [i["phrase"] for i in row["instances"]] == ["cat" if c == 0 else "dog" for c, *_ in boxes]
+    expected = [[x, y, x + w, y + h] for _, x, y, w, h in boxes]
+    assert np.array([i["box"] for i in row["instances"]]) == pytest.approx(np.array(expected), abs=1e-4)
+
+
+def test_polygons_become_masks_with_their_box(tmp_path):
+    points = [(6, 4), (30, 4), (30, 24)]
+    row, rejected, _ = one(tmp_path, "1 " + " ".join(f"{x / WIDTH} {y / HEIGHT}" for x, y in points))
+    assert rejected == []
+    (found,) = row["instances"]
+    assert found["box"] == pytest.approx([6, 4, 30, 24], abs=1e-4)
+    flat = [float(c) for point in points for c in point]
+    expected = coco_mask.decode(coco_mask.frPyObjects([flat], HEIGHT, WIDTH)[0])
+    got = coco_mask.decode(found["mask"])
+    assert (got != expected).sum() <= 2  # rasterised from numbers that differ in the last bit
+    assert row["tasks"] == ["detect", "count", "segment"]
+
+
+@pytest.mark.parametrize(("orientation", "size"), [(1, (HEIGHT, WIDTH)), (3, (HEIGHT, WIDTH)), (6, (WIDTH, HEIGHT))])
+def test_shares_are_of_the_rotated_image(tmp_path, orientation, size):
+    row, _, _ = one(tmp_path, "0 0.5 0.25 1.0 0.5", jpeg(orientation=orientation))
+    height, width = size
+    assert (row["height"], row["width"]) == size
+    assert row["instances"][0]["box"] == [0, 0, width, height / 2]
+
+
+def test_poses_with_and_without_visibility(tmp_path):
+    box = "0 0.5 0.5 0.5 0.5"
+    row, _, _ = one(tmp_path / "a", f"{box} 0.5 0.25 2 0.25 0.5 1 0.3 0.3 0", yaml="kpt_shape: [3, 3]")
+    assert row["instances"][0]["keypoints"] == [30, 10, 2, 15, 20, 1, 0, 0, 0]
+    row, _, _ = one(tmp_path / "b", f"{box} 0.5 0.25 0 0 -1 -1", yaml="kpt_shape: [3, 2]")
+    assert row["instances"][0]["keypoints"] == [30, 10, 2, 0, 0, 0, 0, 0, 0]
+    row, _, _ = one(tmp_path / "c", f"{box} 0 0 0 0", yaml="kpt_shape: [2, 2]")
+    assert row["instances"][0]["keypoints"] is None
+    assert "pose" not in row["tasks"]
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_default_names_mirror_as_flip_idx_says(data):
+    count = data.draw(st.integers(1, 8))
+    order = data.draw(st.permutations(range(count)))
+    pairs = data.draw(st.integers(0, count // 2))
+    flip = list(range(count))
+    for k in range(pairs):
+        flip[order[2 * k]], flip[order[2 * k + 1]] = order[2 * k + 1], order[2 * k]
+    with tempfile.TemporaryDirectory() as folder:
+        one(Path(folder), "", yaml=f"kpt_shape: [{count}, 3]\nflip_idx: {flip}")
+        (cat, _) = shards.read_manifest(f"{folder}/out")["categories"]
+    assert list(mirror_order(tuple(cat["keypoints"]))) == flip
+
+
+def test_keypoint_names_of_the_yaml(tmp_path):
+    one(tmp_path, "", yaml="kpt_shape: [2, 3]\nkpt_names: {0: [nose, tail]}")
+    cat, dog = shards.read_manifest(tmp_path / "out")["categories"]
+    assert cat["keypoints"] == ["nose", "tail"]
+    assert dog["keypoints"] == ["point 1", "point 2"]
+
+
+def test_empty_and_missing_label_files_are_negatives(tmp_path):
+    contents = yolo_set()
+    del contents["labels/train/1.txt"]
+    rows, rejected, counts = prepared(YoloSource(f"{write(tmp_path, contents)}/data.yaml"), tmp_path / "out")
+    assert rejected == []
+    for name in ("1.jpg", "2.jpg"):
+        assert (rows[name]["instances"], rows[name]["classes"]) == ([], ["cat", "dog"])
+        assert rows[name]["tasks"] == ["detect", "count"]
+    assert counts["annotations"] == {"in": 2, "written": 2, "rejected": 0}
+
+
+@pytest.mark.parametrize(
+    ("line", "reason", "classes"),
+    [
+        ("0 0.5 0.5 0.2", "3 or more points", ["dog"]),
+        ("0 0.5 0.5 0.2 0.2 0.9", "3 or more points", ["dog"]),
+        ("0 0.5 0.5 20 30", "are they pixels", ["dog"]),
+        ("0 nan 0.5 0.2 0.2", "are they pixels", ["dog"]),
+        ("0 0.5 0.5 0 0.2", "degenerate box", ["dog"]),
+        ("1 0.5 0.5 x 0.2", "no numbers", ["cat"]),
+        ("7 0.5 0.5 0.2 0.2", "class '7' is not one of 0..1", []),
+        ("cat 0.5 0.5 0.2 0.2", "class 'cat' is not one of 0..1", []),
+        ("1 0.25 0.25 0.5 0.5", "repeats an earlier line", ["cat", "dog"]),
+    ],
+)
+def test_a_bad_line_alone_is_rejected(tmp_path, line, reason, classes):
+    row, rejected, counts = one(tmp_path, f"1 0.25 0.25 0.5 0.5\n\n{line}\n")
+    (record,) = rejected
+    assert reason in record["reason"]
+    assert record["origin"] == "a.txt line 3"
+    assert counts["annotations"] == {"in": 2, "written": 1, "rejected": 1}
+    assert row["classes"] == classes
+
+
+def test_folders_and_classes_without_a_yaml(tmp_path):
+    line = "1 0.25 0.25 0.5 0.5"
+    write(tmp_path, {"photos/x/a.jpg": jpeg(), "notes/x/a.txt": line, "photos/b.png": jpeg(), CLASSES: "cat\ndog\n\n"})
+    source = YoloSource(images=f"{tmp_path}/photos", labels=f"{tmp_path}/notes", classes=f"{tmp_path}/{CLASSES}")
+    rows, _, _ = prepared(source, tmp_path / "out")
+    assert sorted(rows) == ["b.png", "x/a.jpg"]
+    assert rows["x/a.jpg"]["instances"][0]["phrase"] == "dog"
+
+
+@pytest.mark.parametrize(
+    ("place", "ids"),
+    [
+        ("images/train", ["0.jpg", "1.jpg", "2.jpg"]),
+        ("../images/train", ["0.jpg", "1.jpg", "2.jpg"]),
+        ("list.txt", ["images/train/0.jpg", "images/train/2.jpg"]),
+        ("[images/train, images/more]", ["more/0.jpg", "train/0.jpg", "train/1.jpg", "train/2.jpg"]),
+    ],
+)
+def test_splits_are_folders_lists_or_both(tmp_path, place, ids):
+    contents = yolo_set() | {"data.yaml": f"train: {place}\nnames: [cat, dog]\n"}
+    contents |= {"list.txt": "./images/train/0.jpg\nimages/train/2.jpg\n", "images/more/0.jpg": jpeg()}
+    rows, _, _ = prepared(YoloSource(f"{write(tmp_path, contents)}/data.yaml"), tmp_path / "out")
+    assert sorted(rows) == ids
+    assert sum(len(row["instances"]) for row in rows.values()) == 2 * sum(i[-5] in "01" for i in ids if "more" not in i)
+
+
+@pytest.mark.parametrize("lists", [False, True])
+def test_folders_of_one_name_do_not_hide_each_other(tmp_path, lists):
+    """Images of the same name in two sites, each with its own labels, by folders or by lists."""
+    contents = {"data.yaml": "train: [siteA/images, siteB/images]\nnames: [cat, dog]\n"}
+    if lists:
+        contents["data.yaml"] = "train: [siteA/list.txt, siteB/list.txt]\nnames: [cat, dog]\n"
+    for number, site in enumerate(("siteA", "siteB")):
+        contents |= {f"{site}/images/{name}": jpeg() for name in ("0.jpg", "1.jpg")}
+        contents |= {f"{site}/labels/{i}.txt": f"{number} 0.5 0.5 0.2 0.2" for i in range(2)}
+        contents[f"{site}/list.txt"] = "./images/0.jpg\n./images/1.jpg\n"
+    rows, rejected, counts = prepared(YoloSource(f"{write(tmp_path, contents)}/data.yaml"), tmp_path / "out")
+    assert rejected == []
+    assert counts["images"] == {"in": 4, "written": 4, "rejected": 0}
+    assert {name: row["instances"][0]["phrase"] for name, row in rows.items()} == {
+        f"{site}/images/{i}.jpg": phrase for site, phrase in (("siteA", "cat"), ("siteB", "dog")) for i in range(2)
+    }
+
+
+def test_what_a_split_lists_again_is_rejected_and_counted(tmp_path):
+    contents = yolo_set() | {"data.yaml": "train: [list.txt, more/list.txt]\nnames: [cat, dog]\n"}
+    contents |= {"more/list.txt": "images/train/1.jpg\n", "more/images/0.jpg": jpeg()}
+    contents["list.txt"] = "images/train/0.jpg\nimages/train/1.jpg\nimages/train/0.jpg\n"
+    rows, rejected, counts = prepared(YoloSource(f"{write(tmp_path, contents)}/data.yaml"), tmp_path / "out")
+    assert sorted(rows) == ["images/train/0.jpg", "images/train/1.jpg"]
+    assert counts["images"] == {"in": 4, "written": 2, "rejected": 2}
+    assert [(r["origin"], r["reason"]) for r in rejected] == [
+        ("list.txt line 3", "the split lists this image before"),
+        ("list.txt line 1", "the split lists this image before"),
+    ]
+
+
+def test_a_name_that_another_image_has_is_rejected(tmp_path):
+    contents = yolo_set() | {"data.yaml": "train: [images/train, list.txt]\nnames: [cat, dog]\n"}
+    contents |= {"list.txt": "train/0.jpg\n", "train/0.jpg": jpeg()}
+    rows, (record,), counts = prepared(YoloSource(f"{write(tmp_path, contents)}/data.yaml"), tmp_path / "out")
+    assert len(rows["train/0.jpg"]["instances"]) == 2
+    assert counts["images"] == {"in": 4, "written": 3, "rejected": 1}
+    assert record["image_id"] == "train/0.jpg"
+    assert "gives the name of this image to another one before" in record["reason"]
+
+
+def test_labels_that_are_nowhere_are_told(tmp_path):
+    contents = yolo_set() | {CLASSES: "cat\ndog\n", "elsewhere/7.txt": "0 0.5 0.5 0.2 0.2"}
+    write(tmp_path, {name: data for name, data in contents.items() if not name.startswith("labels/")})
+    images, classes = f"{tmp_path}/images/train", f"{tmp_path}/{CLASSES}"
+    for source, message in (
+        (YoloSource(f"{tmp_path}/data.yaml"), f"not one of 3 images has a label file in '{tmp_path}/labels/train'"),
+        (
+            YoloSource(images=images, classes=classes, labels=f"{tmp_path}/nowhere"),
+            "nowhere' does not exist; give --la",
+        ),
+        (
+            YoloSource(images=images, classes=classes, labels=f"{tmp_path}/elsewhere"),
+            "has a label file in '.*elsewhere'",
+        ),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            source.list()
+        assert "--labels" in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("train: [", "not valid yaml"),
+        ("- 3", "must hold settings"),
+        ("val: images\nnames: [a]", "no split 'train'; splits: val"),
+        ("train: nowhere\nnames: [a]", "names 'nowhere', which is not at"),
+        ("train: images/train", "needs the class names"),
+        ("train: images/train\nnames: {1: a, 2: b}", "needs the class names"),
+        ("train: images/train\nnames: [a, a]", "names a class twice"),
+        ("train: images/train\nnames: [a]\nnc: 2", "says nc: 2 but names 1"),
+        ("train: images/train\nnames: [a]\nkpt_shape: 3", "kpt_shape must be"),
+        ("train: images/train\nnames: [a]\nkpt_shape: [2, 3]\nflip_idx: [0, 0]", "flip_idx must hold each"),
+        ("train: images/train\nnames: [a]\nkpt_shape: [3, 3]\nflip_idx: [1, 2, 0]", "flip_idx must exchange pairs"),
+        ("train: images/train\nnames: [a]\nkpt_shape: [2, 3]\nkpt_names: [x]", "kpt_names must be 2 different"),
+    ],
+)
+def test_a_yaml_that_cannot_work_is_refused(tmp_path, yaml, message):
+    write(tmp_path, yolo_set() | {"data.yaml": yaml})
+    with pytest.raises(UserError, match=message) as error:
+        YoloSource(f"{tmp_path}/data.yaml").list()
+    assert "\n" not in str(error.value)
+
+
+def test_arguments_that_do_not_go_together_are_refused(tmp_path):
+    for options, message in (
+        ({}, "either --data"),
+        ({"data": "a", "images": "b"}, "either --data"),
+        ({"images": "b"}, "also needs --classes"),
+    ):
+        with pytest.raises(UserError, match=message):
+            YoloSource(**options)

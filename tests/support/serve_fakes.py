@@ -1,0 +1,95 @@
+"""A backend without Ray or a model, a model that is not trained, and small images."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from lumen_ray.serve.job import Query, trim
+from lumen_ray.structures import Answer, Boxes, Keypoints, Masks, Prediction
+from lumen_ray.tasks import TASKS, get_task
+
+INFO = {
+    "preset": "nano",
+    "version": "abc123",
+    "image_size": 128,
+    "tasks": list(TASKS),
+    "decoders": {},
+    "classes": ["red circle", "blue square"],
+    "skeletons": {"red circle": ["top", "left"]},
+}
+
+
+def fake_answer(query: Query, size: tuple[int, int]) -> Answer:
+    """Two instances per phrase, with scores 0.9 and 0.2, as the task's result type wants them."""
+    task = get_task(query.request.task)
+    if task.is_text:
+        return Answer(task.name, size, text=f"{task.name} says {query.request.text}".strip())
+    if task.result == "image":
+        pictures = [np.full((*(query.request.sample.size or (8, 8)), 3), 7, np.uint8)] * query.request.sample.num_images
+        return Answer(task.name, size, route=task.routing_token, images=pictures)
+    predictions = []
+    for phrase in query.request.phrases or ("region",):
+        boxes = Boxes([[2, 3, 12, 13], [5, 5, 9, 9]], size)
+        masks = keypoints = None
+        if task.result == "masks":
+            pixels = np.zeros((2, *size), bool)
+            pixels[:, 3:13, 2:12] = True
+            masks = Masks.from_arrays(pixels)
+        if task.result == "keypoints":
+            names = query.request.keypoints or ("top", "left")
+            keypoints = Keypoints(np.full((2, len(names), 3), 0.5), names, size)
+        predictions.append(Prediction(phrase, boxes, [0.9, 0.2], masks, keypoints))
+    return Answer(task.name, size, predictions, route=task.routing_token)
+
+
+class FakeBackend:
+    """Records what it was asked; `error` is raised instead of an answer."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[np.ndarray, list[Query], int]] = []
+        self.error: Exception | None = None
+        self.parts = {"trunk": True, "lumen": True}
+
+    async def infer(self, image: np.ndarray, queries: Sequence[Query], max_new_tokens: int) -> list[Answer]:
+        self.calls.append((image, list(queries), max_new_tokens))
+        if self.error is not None:
+            raise self.error
+        size = (8, 8) if image is None else image.shape[:2]
+        return trim([fake_answer(query, size) for query in queries], queries)
+
+    async def info(self) -> dict[str, Any]:
+        return INFO
+
+    async def ready(self) -> dict[str, bool]:
+        return self.parts
+
+
+def png(width: int = 20, height: int = 16) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((height, width, 3), 200, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def base64_png(width: int = 20, height: int = 16) -> str:
+    return base64.b64encode(png(width, height)).decode()
+
+
+def save_random_model(folder: Path) -> Path:
+    """The nano preset with fresh weights, knowing one skeleton."""
+    from lumen_ray import config
+    from lumen_ray.model.build import ModelMeta, build_model, save_model
+    from lumen_ray.model.settings import ModelSettings
+    from lumen_ray.trunk.tokenizer import LumenTokenizer
+
+    settings = config.load(ModelSettings, Path(__file__).parents[2] / "configs" / "models" / "nano.yaml")
+    tokenizer = LumenTokenizer.train(["detect red circle and blue square", "pose of figure"], settings.vocab_size)
+    meta = ModelMeta("nano", ["red circle", "figure"], {"figure": ["head", "left hand"]}, {"figure": [[0, 1]]})
+    state = build_model(settings, len(tokenizer)).state_dict()
+    return save_model(folder, state, settings, tokenizer, meta)

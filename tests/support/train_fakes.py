@@ -1,0 +1,90 @@
+"""Tiny runs on a few synthetic scenes, without Ray."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import yaml
+from safetensors.torch import load_file
+
+from lumen_ray.data.shards.prepare import prepare_source
+from lumen_ray.data.sources.scenes import ScenesSource
+from lumen_ray.recipe import Recipe
+from lumen_ray.train.launch import Prepared, prepare_job
+from lumen_ray.train.run import checkpoint
+from support.ranks import CONTEXT
+from support.tiny_models import SIDE, tiny_settings
+
+torch.set_num_threads(1)
+
+
+def make_shards(folder: Path) -> Path:
+    """32 scenes in row groups of 4, and the preset beside them."""
+    prepare_source(folder / "shards", ScenesSource(32, side=SIDE), rows_per_group=4, workers=0)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_settings(vocab_size=330).model_dump(mode="json")))
+    return folder
+
+
+def make_recipe(folder: Path, stages=((4, None), (4, ["lumen"])), **changes) -> Recipe:
+    """`stages`: (steps, trainable or None for all)."""
+    made = [
+        {"name": f"s{i}", "steps": steps, "warmup_steps": 2} | ({"trainable": parts} if parts else {})
+        for i, (steps, parts) in enumerate(stages)
+    ]
+    data = {"name": "tiny", "model": str(folder / "tiny.yaml"), "batch_size": 8, "stages": made}
+    return Recipe.model_validate(data | changes)
+
+
+def make_job(folder: Path, run: Path, **changes) -> Prepared:
+    return prepare_job(folder / "shards", make_recipe(folder, **changes), run)
+
+
+def job_of(folder: Path, run: Path, *stages: dict, **changes) -> Prepared:
+    """A run of stages given as in a recipe's YAML, `name` and `warmup_steps` filled in."""
+    made = [{"name": f"s{i}", "warmup_steps": 2} | stage for i, stage in enumerate(stages)]
+    data = {"name": "tiny", "model": str(folder / "tiny.yaml"), "batch_size": 8, "stages": made}
+    return prepare_job(folder / "shards", Recipe.model_validate(data | changes), run)
+
+
+def log_of(run: Path) -> list[dict]:
+    """The lines of a run's metrics."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    """What a run exported."""
+    return load_file(run / "model" / "model.safetensors")
+
+
+def cut_after(run: Path, step: int) -> None:
+    """Puts a finished run back to its checkpoint of `step`, as if it had been killed later."""
+    shutil.rmtree(run / "model")
+    for path in checkpoint.complete(run):
+        if checkpoint.position(path)["step"] > step:
+            shutil.rmtree(path)
+
+
+def on_two_ranks(function: Callable, *args) -> None:
+    """Calls `function(*args)` in two processes of a gloo group; fails when one of them does."""
+    with tempfile.TemporaryDirectory() as folder:
+        group = [CONTEXT.Process(target=_in_group, args=(rank, f"{folder}/store", function, args)) for rank in (0, 1)]
+        for process in group:
+            process.start()
+        for process in group:
+            process.join(300)
+            process.kill()
+        assert [process.exitcode for process in group] == [0, 0]
+
+
+def _in_group(rank: int, store: str, function: Callable, args: tuple) -> None:
+    torch.set_num_threads(1)
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=120), 2, rank)
+    function(*args)
+    dist.destroy_process_group()
