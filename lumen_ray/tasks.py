@@ -81,6 +81,12 @@ class Task:
         """True when the answer is written by the LLM and no decoder is involved."""
         return self.routing_token is None
 
+    def keypoint_prompt(self, keypoint: str, phrase: str) -> str:
+        """The instruction of the branch that asks for one keypoint of the objects of a class (pose only)."""
+        if self.keypoint_template is None:
+            raise ValueError(f"task '{self.name}' has no keypoints")
+        return self.keypoint_template.replace("{keypoint}", keypoint).replace("{}", phrase)
+
     def prompt(self, phrase: str = "", template: int = 0) -> str:
         """The instruction of one branch. `template` selects a phrasing, modulo their number."""
         return self.templates[template % len(self.templates)].replace("{}", phrase)

@@ -7,7 +7,6 @@ import pickle
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -17,10 +16,10 @@ from lumen_ray.model.build import build_model
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.recipe import Recipe, Stage
 from lumen_ray.train import parallel
-from lumen_ray.train.batch import to_device
 from lumen_ray.train.optimizer import build_optimizer, set_lr, set_trainable
 from lumen_ray.train.run.malloc import keep_freed_memory
 from lumen_ray.train.trainer import reproducible
+from lumen_ray.trunk.batch import TrainingBatch
 
 
 @dataclass
@@ -68,7 +67,7 @@ def _rank(job: BareRun, rank: int) -> None:
 
 
 def loop(
-    model: nn.Module, stage: Stage, batches: list[dict[str, Any]], device: torch.device
+    model: nn.Module, stage: Stage, batches: list[TrainingBatch], device: torch.device
 ) -> tuple[list[float], list[float]]:
     """Trains one stage; (time after each step in seconds, loss of each step)."""
     set_trainable(model, stage)
@@ -82,10 +81,10 @@ def loop(
     return times, losses
 
 
-def _step(model, stage: Stage, step: int, batch: dict[str, Any], optimizer, device: torch.device) -> float:
+def _step(model, stage: Stage, step: int, batch: TrainingBatch, optimizer, device: torch.device) -> float:
     set_lr(optimizer, stage, step)
     optimizer.zero_grad(set_to_none=True)
-    losses = model(to_device(batch, device))
+    losses = model(batch.to(device))
     names = [name for name in model.loss_names if name in losses]
     weights = [stage.loss_weights.get(name, 1.0) for name in names]
     sums = torch.stack([losses[name].total.detach() for name in names])

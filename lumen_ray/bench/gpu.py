@@ -24,9 +24,9 @@ from lumen_ray.presets import model_path
 from lumen_ray.superlink import SuperLink
 from lumen_ray.targets import PerceptionTargets
 from lumen_ray.tasks import TASKS
-from lumen_ray.train.batch import to_device
 from lumen_ray.train.blocks import compile_blocks
 from lumen_ray.train.metrics import flops
+from lumen_ray.trunk.batch import TrainingBatch
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.layout import build_layout
 from lumen_ray.trunk.tokenizer import LumenTokenizer
@@ -52,7 +52,7 @@ def make_tokenizer(settings: ModelSettings) -> LumenTokenizer:
     return LumenTokenizer.train(texts, settings.vocab_size, settings.families)
 
 
-def make_batch(settings: ModelSettings, tokenizer: LumenTokenizer, load: Load, seed: int = 0) -> dict[str, Any]:
+def make_batch(settings: ModelSettings, tokenizer: LumenTokenizer, load: Load, seed: int = 0) -> TrainingBatch:
     """A training batch as the collator makes them, of random images, boxes and masks. On the CPU."""
     generator = torch.Generator().manual_seed(seed)
     side = settings.image_size
@@ -81,28 +81,27 @@ def make_batch(settings: ModelSettings, tokenizer: LumenTokenizer, load: Load, s
         torch.ones(prompts, dtype=torch.bool),
     )
     images = torch.randint(0, 256, (load.images, 3, side, side), generator=generator)
-    return {
-        "images": images.to(torch.uint8),
-        "extents": torch.full((load.images, 2), side),
-        "pixels": {},  # of decoders with a size of their own
-        "has_image": torch.ones(load.images, dtype=torch.bool),
-        "layout": layout,
-        "region_masks": torch.zeros(0, side, side, dtype=torch.uint8),
-        "region_images": torch.zeros(0, dtype=torch.int64),
-        "targets": {"perception": targets},
-        "tasks": tasks,
-        "image_ids": [str(i) for i in range(load.images)],
-    }
+    return TrainingBatch(
+        images=images.to(torch.uint8),
+        extents=torch.full((load.images, 2), side),
+        has_image=torch.ones(load.images, dtype=torch.bool),
+        layout=layout,
+        tasks=tasks,
+        region_masks=torch.zeros(0, side, side, dtype=torch.uint8),
+        region_images=torch.zeros(0, dtype=torch.int64),
+        targets={"perception": targets},
+        image_ids=[str(i) for i in range(load.images)],
+    )
 
 
 class Worker:
     """One model and what is timed of it; `run` does one forward and backward pass of a part."""
 
-    def __init__(self, settings: ModelSettings, vocab_size: int, batch: dict[str, Any], device: torch.device, compiled):
+    def __init__(self, settings: ModelSettings, vocab_size: int, batch: TrainingBatch, device: torch.device, compiled):
         self.model: Generalist = build_model(settings, vocab_size).to(device).train()
         if compiled:
             compile_blocks(self.model, COMPILED, device)
-        self.batch, self.device = to_device(batch, device), device
+        self.batch, self.device = batch.to(device), device
         self.precision = "bf16" if device.type == "cuda" else "fp32"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, foreach=True)
         with torch.no_grad(), self._arithmetic():
@@ -123,7 +122,7 @@ class Worker:
         total = torch.zeros((), device=self.device)
         for decoder in self.model.decoders.values():
             raw = decoder(link, self.dense)
-            losses = decoder.loss(raw, self.batch["targets"][decoder.family])
+            losses = decoder.loss(raw, self.batch.targets[decoder.family])
             total = total + sum(term.total / term.count.clamp_min(1.0) for term in losses.values())
         return total
 
@@ -156,9 +155,9 @@ class Worker:
 
     def tokens(self) -> int:
         """LLM tokens of the batch, without padding."""
-        grid = self.model.trunk.vision.grid(*self.batch["images"].shape[-2:])
-        prefix = math.prod(grid) * int(self.batch["has_image"].sum())
-        return int((self.batch["layout"].branch_ids >= 0).sum()) + prefix
+        grid = self.model.trunk.vision.grid(*self.batch.images.shape[-2:])
+        prefix = math.prod(grid) * int(self.batch.has_image.sum())
+        return int((self.batch.layout.branch_ids >= 0).sum()) + prefix
 
 
 def top_operations(work: Callable[[], Any], device: torch.device, count: int = TOP) -> list[dict[str, Any]]:

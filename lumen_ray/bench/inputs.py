@@ -26,7 +26,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
-from lumen_ray.bench.workload import Stamped, check_batches, make_recipe, plan_of, same, scene_shards
+from lumen_ray.bench.workload import Stamped, StampedBatch, check_batches, make_recipe, plan_of, same, scene_shards
 from lumen_ray.data.batches.feed import STEPS_PER_BLOCK, dataset_for_rank, plan_items, ray_batches
 from lumen_ray.errors import UserError
 from lumen_ray.train.launch import prepare_job
@@ -38,8 +38,8 @@ LEAST_ROUNDS = 3
 AUGMENT = {"flip_x": True, "scale": [0.8, 1.25], "shift": 0.05, "color": 0.4}
 
 
-Reader = Callable[[dict[str, Any]], dict[str, Any]]
-Source = Callable[[Reader, list[dict[str, Any]], int], Iterator[dict[str, Any]]]
+Reader = Callable[[dict[str, Any]], StampedBatch]
+Source = Callable[[Reader, list[dict[str, Any]], int], Iterator[StampedBatch]]
 
 
 class PlanDataset(Dataset):
@@ -51,7 +51,7 @@ class PlanDataset(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> StampedBatch:
         return self.reader(self.items[index])
 
 
@@ -59,7 +59,7 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def loader_batches(reader: Reader, items: list[dict[str, Any]], workers: int) -> Iterator[dict[str, Any]]:
+def loader_batches(reader: Reader, items: list[dict[str, Any]], workers: int) -> Iterator[StampedBatch]:
     """The batches of a DataLoader; its processes are not forked, since Ray's threads run in this one."""
     yield from DataLoader(
         PlanDataset(reader, items),
@@ -70,7 +70,7 @@ def loader_batches(reader: Reader, items: list[dict[str, Any]], workers: int) ->
     )
 
 
-def pipeline_batches(reader: Reader, items: list[dict[str, Any]], workers: int) -> Iterator[dict[str, Any]]:
+def pipeline_batches(reader: Reader, items: list[dict[str, Any]], workers: int) -> Iterator[StampedBatch]:
     """The batches as a training worker gets them."""
     yield from ray_batches(dataset_for_rank(reader, items, workers).streaming_split(1)[0])
 
@@ -84,8 +84,8 @@ class Arrival:
     images: int
 
 
-def arrivals(batches: Iterable[dict[str, Any]]) -> list[Arrival]:
-    return [Arrival(batch["made"], time.time(), len(batch["image_ids"])) for batch in batches]
+def arrivals(batches: Iterable[StampedBatch]) -> list[Arrival]:
+    return [Arrival(batch.made, time.time(), len(batch.image_ids)) for batch in batches]
 
 
 def ready(seen: list[Arrival], index: int) -> int:

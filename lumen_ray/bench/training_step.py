@@ -6,7 +6,6 @@ The trunk is not built: what a decoder is given, links and dense features, are r
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from lumen_ray.precision import arithmetic
 from lumen_ray.presets import model_path
 from lumen_ray.superlink import SuperLink
 from lumen_ray.tasks import TASKS
+from lumen_ray.trunk.batch import TrainingBatch
 
 
 def read_preset(preset: str, names: Sequence[str] | None) -> tuple[ModelSettings, tuple[str, ...]]:
@@ -37,7 +37,7 @@ def read_preset(preset: str, names: Sequence[str] | None) -> tuple[ModelSettings
     return settings, tuple(names or settings.decoder_names)
 
 
-def batch_of(settings: ModelSettings, name: str, images: int) -> dict[str, Any]:
+def batch_of(settings: ModelSettings, name: str, images: int) -> TrainingBatch:
     """All that a decoder can learn from some scenes, as the collator gives it."""
     side, tokenizer = settings.image_size, gpu.make_tokenizer(settings)
     rows = [
@@ -50,9 +50,9 @@ def batch_of(settings: ModelSettings, name: str, images: int) -> dict[str, Any]:
     return collator(rows, pictures, rngs, edited)
 
 
-def link_of(batch: dict[str, Any], decoder: Decoder | ImageDecoder, settings: ModelSettings) -> SuperLink:
+def link_of(batch: TrainingBatch, decoder: Decoder | ImageDecoder, settings: ModelSettings) -> SuperLink:
     """Random numbers where the trunk would say what the batch asks."""
-    layout, family = batch["layout"], decoder.family
+    layout, family = batch.layout, decoder.family
     places = (part[family] for part in (layout.link_images, layout.link_parents, layout.link_groups))
     if isinstance(decoder, ImageDecoder):
         shape = (decoder.settings.num_tokens, decoder.width)
@@ -64,7 +64,7 @@ def link_of(batch: dict[str, Any], decoder: Decoder | ImageDecoder, settings: Mo
 def training_step(
     decoder: Decoder | ImageDecoder,
     settings: ModelSettings,
-    batch: dict[str, Any],
+    batch: TrainingBatch,
     link: SuperLink,
     low: bool = False,
 ) -> Callable[[], dict[str, Tensor]]:
@@ -72,7 +72,7 @@ def training_step(
     view, targets = given(decoder, batch)
     if decoder.reads == "dense":
         side = settings.image_size // 4
-        view = torch.randn(len(batch["images"]), settings.dense_channels, side, side)
+        view = torch.randn(len(batch.images), settings.dense_channels, side, side)
         view = view.to(link.embeddings.device).requires_grad_()
 
     def step() -> dict[str, Tensor]:

@@ -12,7 +12,6 @@ from lumen_ray.bench.training_step import batch_of, link_of, read_preset, traini
 from lumen_ray.inference.device import find_device
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.tasks import decoder_class
-from lumen_ray.train.batch import to_device
 from lumen_ray.train.blocks import check_compiler, compile_module
 
 PLAIN = {"bf16": "fp32", "compiled": "eager"}
@@ -91,5 +90,5 @@ def _side(settings: ModelSettings, name: str, side: str, images: int, device: to
     link = link_of(batch, decoder, settings).to(device)
     if side == "compiled":
         compile_module(decoder, device)
-    step = training_step(decoder, settings, to_device(batch, device), link, low=side == "bf16")
+    step = training_step(decoder, settings, batch.to(device), link, low=side == "bf16")
     return lambda: {name: float(value) for name, value in step().items()}

@@ -18,6 +18,7 @@ from lumen_ray.data.images import decode
 from lumen_ray.data.scenes import render as scenes
 from lumen_ray.data.shards.shards import ShardWriter, build_manifest, read_manifest, write_manifest
 from lumen_ray.recipe import Recipe
+from lumen_ray.trunk.batch import TrainingBatch
 
 ROWS_PER_GROUP = 8
 
@@ -69,13 +70,20 @@ def check_batches(shards: str | Path | None, batch_size: int, workers: int) -> N
 
 
 @dataclass
+class StampedBatch(TrainingBatch):
+    """A batch with the time at which it was made, in seconds since the epoch."""
+
+    made: float = 0.0
+
+
+@dataclass
 class Stamped:
-    """A reader whose batches say when they were made: `made`, in seconds since the epoch."""
+    """A reader that stamps its batches."""
 
     reader: BatchReader
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
-        return self.reader(item) | {"made": time.time()}
+    def __call__(self, item: dict[str, Any]) -> StampedBatch:
+        return StampedBatch(**vars(self.reader(item)), made=time.time())
 
 
 def same(one: Any, other: Any) -> bool:

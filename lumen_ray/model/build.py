@@ -30,6 +30,7 @@ from lumen_ray.structures import Dtype, check_dtype
 from lumen_ray.superlink import SuperLink
 from lumen_ray.targets import ImageTargets, PerceptionTargets, Pixels
 from lumen_ray.tasks import DECODERS, TASKS, decoder_class, reads_dense
+from lumen_ray.trunk.batch import TrainingBatch
 from lumen_ray.trunk.tokenizer import CAPTIONS_FILE, NAMES_FILE, LumenTokenizer
 from lumen_ray.trunk.trunk import Trunk, TrunkTraining
 
@@ -51,28 +52,30 @@ class Generalist(nn.Module):
         """Every loss `forward` can give, in a fixed order, so that ranks can add up their normalisers."""
         return ("lm", *(name for decoder in self.decoders.values() for name in decoder.loss_names))
 
-    def forward(self, batch: dict) -> dict[str, LossTerm]:
+    def forward(self, batch: TrainingBatch) -> dict[str, LossTerm]:
         """Losses by name. `each` of "lm" is per branch, of a decoder's losses per prompt of `served_links`.
 
-        `batch["decoders"]`: the decoders that learn from it, `batch["asked"]`: the tasks it may have prompts of. None:
-        all. Both are the same on all ranks. What is for others gets no gradient, so that an optimizer leaves it alone.
+        Weights that `batch.decoders` and `batch.possible_tasks` rule out get no gradient, so that an optimizer leaves
+        them alone.
         """
         out = self.trunk(batch)
-        per_branch = out.lm_losses.new_zeros(len(batch["tasks"]) + 1)
-        owner = batch["layout"].branch_ids[:, 1:].flatten() + 1  # padding goes to 0
+        per_branch = out.lm_losses.new_zeros(len(batch.tasks) + 1)
+        owner = batch.layout.branch_ids[:, 1:].flatten() + 1  # padding goes to 0
         per_branch.scatter_add_(0, owner, out.lm_losses.detach().flatten())
-        wanted = set(self.decoders) if batch.get("decoders") is None else set(batch["decoders"])
-        total = LM_WEIGHT * out.lm_losses.sum() + self._anchor(wanted, batch.get("asked"))
+        wanted = set(self.decoders) if batch.decoders is None else set(batch.decoders)
+        total = LM_WEIGHT * out.lm_losses.sum() + self._anchor(wanted, batch.possible_tasks)
         losses = {}
         for name, decoder in self.decoders.items():
             if name in wanted:
-                found, zero = decoder.learn(*self._asked(decoder, out, batch), total * 0.0, batch.get("asked"))
+                found, zero = decoder.learn(*self._asked(decoder, out, batch), total * 0.0, batch.possible_tasks)
                 losses |= found
                 total = total + zero
         return {"lm": LossTerm(total, out.lm_tokens, per_branch[1:])} | losses
 
     @staticmethod
-    def _asked(decoder: Decoder | ImageDecoder, out: TrunkTraining, batch: dict) -> tuple[SuperLink | None, Any, Any]:
+    def _asked(
+        decoder: Decoder | ImageDecoder, out: TrunkTraining, batch: TrainingBatch
+    ) -> tuple[SuperLink | None, Any, Any]:
         """What a decoder learns from: those links of its family whose task it serves, what it looks at, and targets;
         without such links None."""
         served = served_links(decoder.name, batch) if decoder.name in out.links else []
@@ -102,17 +105,17 @@ class Generalist(nn.Module):
         return anchor(optional)
 
 
-def given(decoder: Decoder | ImageDecoder, batch: dict) -> tuple[Pixels, PerceptionTargets | ImageTargets]:
+def given(decoder: Decoder | ImageDecoder, batch: TrainingBatch) -> tuple[Pixels, PerceptionTargets | ImageTargets]:
     """The images of a training batch as a decoder looks at them, and what it should find there: in its own size, where
     it has one, or as the trunk sees them."""
-    pixels = batch["pixels"].get(decoder.name) or Pixels(batch["images"], batch["extents"])
-    return pixels, batch["targets"].get(decoder.name, batch["targets"][decoder.family])
+    pixels = batch.pixels.get(decoder.name) or Pixels(batch.images, batch.extents)
+    return pixels, batch.targets.get(decoder.name, batch.targets[decoder.family])
 
 
-def served_links(decoder: str, batch: dict) -> list[int]:
+def served_links(decoder: str, batch: TrainingBatch) -> list[int]:
     """Which links of the decoder's family in a training batch are of tasks that it serves, in order."""
-    branches = batch["layout"].link_branches[DECODERS[decoder].family].tolist()
-    return [link for link, i in enumerate(branches) if decoder in TASKS[batch["tasks"][i]].decoders]
+    branches = batch.layout.link_branches[DECODERS[decoder].family].tolist()
+    return [link for link, i in enumerate(branches) if decoder in TASKS[batch.tasks[i]].decoders]
 
 
 @dataclass

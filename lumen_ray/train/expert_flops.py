@@ -31,6 +31,7 @@ from lumen_ray.superlink import SuperLink
 from lumen_ray.targets import MASK_STRIDE, Pixels
 from lumen_ray.tasks import decoder_class
 from lumen_ray.train.metrics.flops import learns
+from lumen_ray.trunk.batch import TrainingBatch
 
 _counted: WeakKeyDictionary[nn.Module, Counted] = WeakKeyDictionary()
 
@@ -95,10 +96,10 @@ class Counted:
         return self._count("caption", lambda: encoder(ids))
 
 
-def of_expert(model: Generalist, name: str, batch: dict[str, Any], flows: bool) -> float:
+def of_expert(model: Generalist, name: str, batch: TrainingBatch, flows: bool) -> float:
     """FLOPs of one expert on a batch; 0 where it is asked nothing. `flows`: whether gradients of its links are
     needed."""
-    decoder, layout = model.decoders[name], batch["layout"]
+    decoder, layout = model.decoders[name], batch.layout
     served = served_links(name, batch) if decoder.family in layout.link_branches else []
     if not served:
         return 0.0

@@ -42,6 +42,7 @@ from lumen_ray.train.run.failures import told
 from lumen_ray.train.run.folder import keep_start, keep_tokenizer, sole_starter, sole_writer, start_of
 from lumen_ray.train.run.resources import of_worker, uses_gpus
 from lumen_ray.train.trainer import Job, Trainer
+from lumen_ray.trunk.batch import TrainingBatch
 
 
 @dataclass
@@ -140,7 +141,7 @@ def _fit_in_line(prepared: Prepared, device: torch.device) -> Path:
     return Path(prepared.job.run) / "model"
 
 
-def _fit_rank(prepared: Prepared, device: torch.device, read: Callable[[list], Iterator[dict[str, Any]]]) -> None:
+def _fit_rank(prepared: Prepared, device: torch.device, read: Callable[[list], Iterator[TrainingBatch]]) -> None:
     """Trains as one rank from the newest checkpoint on; `read` makes batches of the rank's items."""
     run, recipe = Path(prepared.job.run), prepared.job.recipe
     rank, ranks = parallel.rank(), parallel.world_size()
@@ -157,7 +158,7 @@ def _fit_rank(prepared: Prepared, device: torch.device, read: Callable[[list], I
         raise cause from (None if cause is error else error)
 
 
-def logged(batches: Iterator[dict[str, Any]], run: Path) -> Iterator[dict[str, Any]]:
+def logged(batches: Iterator[TrainingBatch], run: Path) -> Iterator[TrainingBatch]:
     """The batches, with what each step sees appended to `RUN/samples/<rank>.jsonl`.
 
     A step that is done again after a restart has another line: the last one of a step counts.
@@ -166,7 +167,7 @@ def logged(batches: Iterator[dict[str, Any]], run: Path) -> Iterator[dict[str, A
     path.parent.mkdir(exist_ok=True)
     with open(path, "a", buffering=1) as file:
         for batch in batches:
-            file.write(json.dumps({"step": batch["step"], "image_ids": batch["image_ids"]}) + "\n")
+            file.write(json.dumps({"step": batch.step, "image_ids": batch.image_ids}) + "\n")
             yield batch
 
 
@@ -182,7 +183,7 @@ def _worker(config: dict[str, Any]) -> None:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     prepared = config["prepared"]
 
-    def read(items: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def read(items: list[dict[str, Any]]) -> Iterator[TrainingBatch]:
         # split in one: it keeps the order, and moves the executor into an actor; as a thread of this process it would
         # take the interpreter lock from the training step, which then ran at half speed
         yield from ray_batches(

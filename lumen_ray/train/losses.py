@@ -10,7 +10,6 @@ count by predicted quality (heatmap, box) or by chosen places (match, mask) it d
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from lumen_ray.model.build import served_links
 from lumen_ray.targets import PerceptionTargets
 from lumen_ray.tasks import DECODERS, TASKS
 from lumen_ray.train import parallel
+from lumen_ray.trunk.batch import TrainingBatch
 from lumen_ray.trunk.layout import IGNORE
 
 #: the fixed list behind the per-task columns, so that all ranks reduce the same ones
@@ -31,20 +31,20 @@ _DECODER_OF = {loss: name for name, info in DECODERS.items() for loss in info.lo
 _OF_MASKS = {"mask", "gdino_mask"}
 
 
-def expected_counts(batch: dict[str, Any], names: tuple[str, ...]) -> Tensor:
+def expected_counts(batch: TrainingBatch, names: tuple[str, ...]) -> Tensor:
     """What a batch says of each loss's normaliser before the forward pass: float [len(names)], 1 where it says nothing.
 
     A loss that it says nothing of is averaged over the micro-steps.
     """
-    known: dict[str, float] = {"lm": float((batch["layout"].labels[:, 1:] != IGNORE).sum())}
-    targets = batch["targets"].get("perception")
+    known: dict[str, float] = {"lm": float((batch.layout.labels[:, 1:] != IGNORE).sum())}
+    targets = batch.targets.get("perception")
     for decoder, info in DECODERS.items():
         if info.family == "perception":
             known |= _objects(decoder, batch, targets) if targets is not None else dict.fromkeys(info.losses, 0.0)
     return torch.tensor([known.get(name, 1.0) for name in names])
 
 
-def _objects(decoder: str, batch: dict[str, Any], t: PerceptionTargets) -> dict[str, float]:
+def _objects(decoder: str, batch: TrainingBatch, t: PerceptionTargets) -> dict[str, float]:
     """Objects, masks and keypoints of the prompts that the decoder serves, by the losses that count them."""
     served = torch.tensor(served_links(decoder, batch), dtype=torch.int64)
     objects = (t.valid & ~t.crowd & t.counted[:, None])[served]
@@ -52,37 +52,35 @@ def _objects(decoder: str, batch: dict[str, Any], t: PerceptionTargets) -> dict[
     for name in known.keys() & _OF_MASKS:
         known[name] = float((objects & (t.mask_index[served] >= 0)).sum())
     if "keypoint" in known:
-        parents = batch["layout"].link_parents["perception"]
+        parents = batch.layout.link_parents["perception"]
         children = torch.nonzero(parents >= 0).flatten()
         shown = (t.valid & ~t.crowd)[parents[children]]
         known["keypoint"] = float((shown & (t.keypoints[children][..., 2] > 0)).sum())
     return known
 
 
-def count_tokens(batch: dict[str, Any], image_tokens: int) -> tuple[int, int]:
+def count_tokens(batch: TrainingBatch, image_tokens: int) -> tuple[int, int]:
     """(tokens of pictures and prompts, all tokens the LLM computes: with padding, and with the image tokens of rows
     that have no picture)."""
-    layout = batch["layout"]
-    real = int((layout.branch_ids >= 0).sum()) + int(batch["has_image"].sum()) * image_tokens
+    layout = batch.layout
+    real = int((layout.branch_ids >= 0).sum()) + int(batch.has_image.sum()) * image_tokens
     rows, length = layout.llm_shape(image_tokens)
     return real, rows * length
 
 
-def per_task(
-    batch: dict[str, Any], losses: dict[str, LossTerm], names: tuple[str, ...], device: torch.device
-) -> Tensor:
+def per_task(batch: TrainingBatch, losses: dict[str, LossTerm], names: tuple[str, ...], device: torch.device) -> Tensor:
     """Sums and counts by task, [names, 2, tasks], of those losses that say what each prompt gave (`LossTerm.each`).
 
     Keypoint prompts do not count: what they give is part of their object prompt.
     """
     out = torch.zeros(len(names), 2, len(TASK_NAMES), device=device)
-    tasks = torch.tensor([_TASK_INDEX[task] for task in batch["tasks"]], dtype=torch.int64)
+    tasks = torch.tensor([_TASK_INDEX[task] for task in batch.tasks], dtype=torch.int64)
     for row, name in enumerate(names):
         if name not in losses or (each := losses[name].each) is None:
             continue
         index, values = tasks.to(device), each.float()
         if name in _DECODER_OF:
-            links, layout = served_links(_DECODER_OF[name], batch), batch["layout"]
+            links, layout = served_links(_DECODER_OF[name], batch), batch.layout
             family = DECODERS[_DECODER_OF[name]].family
             objects = layout.link_parents[family].cpu()[links] < 0
             index = tasks[layout.link_branches[family].cpu()[links]][objects].to(device)
@@ -111,7 +109,7 @@ class StepLosses:
     """Adds up the losses of an optimizer step: one `all_reduce` a micro-step, and one before if there are several."""
 
     def __init__(
-        self, names: tuple[str, ...], weights: dict[str, float], batches: list[dict[str, Any]], device: torch.device
+        self, names: tuple[str, ...], weights: dict[str, float], batches: list[TrainingBatch], device: torch.device
     ):
         """`batches`: the micro-steps of this rank. A collective where there are several."""
         self.names, self.weights = names, weights
@@ -122,7 +120,7 @@ class StepLosses:
         self.done = 0
         self._sums: Tensor | None = None
 
-    def add(self, batch: dict[str, Any], losses: dict[str, LossTerm], image_tokens: int = 0) -> Tensor:
+    def add(self, batch: TrainingBatch, losses: dict[str, LossTerm], image_tokens: int = 0) -> Tensor:
         """The scalar of a micro-step to call `backward` on; a collective. `image_tokens`: LLM tokens of one picture.
 
         FSDP averages gradients over ranks, so the scalar is multiplied by their number: the sum over micro-steps is the
@@ -132,7 +130,7 @@ class StepLosses:
         zero = torch.zeros((), device=device)
         sums = torch.stack([losses[n].total.detach() if n in losses else zero for n in self.names])
         counts = torch.stack([losses[n].count.detach() if n in losses else zero for n in self.names])
-        sizes = (*count_tokens(batch, image_tokens), len(batch["image_ids"]))
+        sizes = (*count_tokens(batch, image_tokens), len(batch.image_ids))
         sizes = torch.tensor(sizes, dtype=torch.float32, device=device)
         tasks = per_task(batch, losses, self.names, device).flatten()
         reduced = parallel.sum_over_ranks(torch.cat([sums, counts, sizes, tasks]))

@@ -26,7 +26,6 @@ from lumen_ray.model.warm_start import StartWeights
 from lumen_ray.precision import arithmetic
 from lumen_ray.recipe import Recipe, Stage
 from lumen_ray.train import lora, parallel, precision
-from lumen_ray.train.batch import to_device
 from lumen_ray.train.blocks import checkpoint_blocks, compile_blocks
 from lumen_ray.train.ema import Ema
 from lumen_ray.train.losses import StepLosses, StepSums
@@ -34,6 +33,7 @@ from lumen_ray.train.metrics.metrics import Meter, MetricsLog
 from lumen_ray.train.optimizer import build_optimizer, set_lr, set_trainable
 from lumen_ray.train.run import checkpoint
 from lumen_ray.train.run.failures import DivergedError, explained, find_module, resumption, where
+from lumen_ray.trunk.batch import TrainingBatch
 from lumen_ray.trunk.tokenizer import LumenTokenizer
 
 
@@ -122,7 +122,7 @@ class Trainer:
         self.meter = Meter(self.model, job.recipe.precision, device)
         self.log = MetricsLog(self.run, self.step, job.recipe) if parallel.rank() == 0 else None
 
-    def fit(self, batches: Iterator[dict[str, Any]]) -> None:
+    def fit(self, batches: Iterator[TrainingBatch]) -> None:
         """Runs the recipe from where the newest checkpoint left it. `batches` start at that step (`self.step`)."""
         first, local = self.job.recipe.at(self.step)
         with reproducible(self.device):
@@ -137,7 +137,7 @@ class Trainer:
     def _explained(self, place: str) -> AbstractContextManager[None]:
         return explained(place, self.run, self.model, self.device)
 
-    def _stage(self, stage: Stage, batches: Iterator[dict[str, Any]], start: int) -> None:
+    def _stage(self, stage: Stage, batches: Iterator[TrainingBatch], start: int) -> None:
         set_trainable(self.model, stage)
         self.model.train()
         optimizer = build_optimizer(self.model, stage)
@@ -155,20 +155,20 @@ class Trainer:
                 with self._explained(f"saving the checkpoint of step {self.step} (stage {stage.name})"):
                     self._checkpoint(stage, optimizer)
 
-    def _next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    def _next(self, batches: Iterator[TrainingBatch]) -> TrainingBatch:
         batch = next(batches)
-        if batch["step"] != self.step:
+        if batch.step != self.step:
             raise RuntimeError(f"the data gave the batch of step {batch['step']} at step {self.step}")
         return batch
 
-    def _where(self, stage: Stage, micro_steps: list[dict[str, Any]]) -> str:
-        return where(self.step, stage.name, [name for batch in micro_steps for name in batch["image_ids"]])
+    def _where(self, stage: Stage, micro_steps: list[TrainingBatch]) -> str:
+        return where(self.step, stage.name, [name for batch in micro_steps for name in batch.image_ids])
 
     def _step(
         self,
         stage: Stage,
         local: int,
-        micro_steps: list[dict[str, Any]],
+        micro_steps: list[TrainingBatch],
         optimizer: torch.optim.Optimizer,
         waited: float,
     ) -> None:
@@ -190,7 +190,7 @@ class Trainer:
             values = self.meter.read(micro_steps, sums, waited, time.perf_counter() - began)
             self._write(stage, micro_steps, sums, {"lr": lr, "grad_norm": round(norm, 5), **values})
 
-    def _gradients(self, stage: Stage, micro_steps: list[dict[str, Any]]) -> StepLosses:
+    def _gradients(self, stage: Stage, micro_steps: list[TrainingBatch]) -> StepLosses:
         """Forward and backward passes of a step; gradients are added up over ranks in the last."""
         torch.manual_seed(step_seed(self.job.recipe.seed, self.step, parallel.rank()))
         losses = StepLosses(self.model.loss_names, stage.loss_weights, micro_steps, self.device)
@@ -198,21 +198,21 @@ class Trainer:
             if len(micro_steps) > 1:
                 parallel.reduce_gradients(self.model, number == len(micro_steps))
             with arithmetic(self.job.recipe.precision == "bf16", self.device):
-                found = self.model(to_device(batch, self.device))
-            image_tokens = math.prod(self.model.trunk.vision.grid(*batch["images"].shape[-2:]))
+                found = self.model(batch.to(self.device))
+            image_tokens = math.prod(self.model.trunk.vision.grid(*batch.images.shape[-2:]))
             losses.add(batch, found, image_tokens).backward()
         return losses
 
-    def _diverged(self, stage: Stage, micro_steps: list[dict[str, Any]], what: str) -> None:
+    def _diverged(self, stage: Stage, micro_steps: list[TrainingBatch], what: str) -> None:
         """Ends the run before the weights take the step, on all ranks alike, and says which module it came from."""
-        runs = [(lambda batch=batch: self._gradients(stage, [batch]), batch["image_ids"]) for batch in micro_steps]
+        runs = [(lambda batch=batch: self._gradients(stage, [batch]), batch.image_ids) for batch in micro_steps]
         module, image_ids = find_module(self.model, runs)
         raise DivergedError(
             f"{where(self.step, stage.name, image_ids)}: {what} is not finite; the first number that is not finite is "
             f"in {module}; lower the learning rate or leave out the images; {resumption(self.run)}"
         )
 
-    def _write(self, stage: Stage, micro_steps: list[dict[str, Any]], sums: StepSums, numbers: dict[str, Any]) -> None:
+    def _write(self, stage: Stage, micro_steps: list[TrainingBatch], sums: StepSums, numbers: dict[str, Any]) -> None:
         weighted = sum(stage.loss_weights.get(n, 1.0) * v for n, v in sums.means.items())
         values = {
             "loss": round(weighted, 6),
@@ -220,10 +220,10 @@ class Trainer:
             **{f"task/{name}": round(value, 5) for name, value in sums.tasks.items()},
             **numbers,
         }
-        if rejected := [entry for batch in micro_steps for entry in batch["rejected"]]:
+        if rejected := [entry for batch in micro_steps for entry in batch.rejected]:
             values["rejected"] = rejected
         for lost in ("branches", "tokens"):  # of samples longer than `pack_tokens`
-            if count := sum(batch["truncated"].get(lost, 0) for batch in micro_steps):
+            if count := sum(batch.truncated.get(lost, 0) for batch in micro_steps):
                 values[f"truncated_{lost}"] = count
         self.log.write(self.step, stage.name, values)
 

@@ -22,6 +22,7 @@ from lumen_ray.model.heads import link_head
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.superlink import SuperLink
 from lumen_ray.tasks import DECODERS, reads_dense
+from lumen_ray.trunk.batch import TrainingBatch
 from lumen_ray.trunk.comm import build_vision
 from lumen_ray.trunk.dense import ConvStem, DenseFeatures
 from lumen_ray.trunk.layout import (
@@ -139,25 +140,25 @@ class Trunk(nn.Module):
         queries = torch.cat([slots.flatten(0, 1) for slots in layout.query_slots.values()])
         return mean_words(embeds, layout.branch_ids, queries, len(layout.last_slots))
 
-    def forward(self, batch: dict) -> TrunkTraining:
+    def forward(self, batch: TrainingBatch) -> TrunkTraining:
         """One packed pass over prefix and branches.
 
         batch: `images` uint8 [B, 3, H, W]; `has_image` bool [B]; `layout`; `region_masks` uint8 [R, H, W] and
         `region_images` int64 [R]. Where `layout.pack` is set, the last samples need no image in `images`.
         Dense features are made where one of `decoders` (those that learn from it; None or absent: all) reads them.
         """
-        images, layout = batch["images"].float() / 255, batch["layout"]
+        images, layout = batch.images.float() / 255, batch.layout
         tokens, merged, stem = self.see(images)
         regions = None
-        if len(batch["region_masks"]):
-            regions = self.regions(images, merged, batch["region_masks"], batch["region_images"])
+        if len(batch.region_masks):
+            regions = self.regions(images, merged, batch.region_masks, batch.region_images)
         prefix = tokens.shape[1]
         if layout.pack is not None:
             tokens = F.pad(tokens, (0, 0, 0, 0, 0, len(layout.input_ids) - len(images)))
         asked = self.embed_branches(layout, regions)
         embeds = torch.cat([tokens, asked], dim=1)
         if layout.pack is None:
-            mask = self._training_mask(layout, batch["has_image"], prefix, embeds.dtype)
+            mask = self._training_mask(layout, batch.has_image, prefix, embeds.dtype)
             hidden = self._llm(embeds, mask, self._positions(layout, prefix))
         else:
             hidden = self._packed(embeds, layout, prefix)
@@ -165,7 +166,7 @@ class Trunk(nn.Module):
         losses = self._lm_losses(branches, layout.labels)
         supervised = (layout.labels[:, 1:] != IGNORE).sum().float()
         dense = None
-        if self.dense is not None and layout.query_slots and reads_dense(batch.get("decoders")):
+        if self.dense is not None and layout.query_slots and reads_dense(batch.decoders):
             grid = self.vision.grid(*images.shape[-2:])
             dense = self.dense(images, stem, merged, hidden[: len(images), len(self.lead) : prefix], grid)
         return TrunkTraining(losses, supervised, dense, self.links(branches, layout, asked))

@@ -24,7 +24,7 @@ def test_the_losses_are_those_of_training(shards, tmp_path, workers):
     files = pipeline.batch_files(prepared, tmp_path)
     assert len(files) == workers
     held = [pickle.loads(data) for data in pickle.loads(files[0].read_bytes())]
-    assert [len(batch["image_ids"]) for batch in held] == [16 // workers] * 3
+    assert [len(batch.image_ids) for batch in held] == [16 // workers] * 3
     job = prepared.job
     times, losses = run(BareRun(recipe, job.settings, len(job.tokenizer), 1, files, tmp_path / "bare.pickle"))
     assert times == sorted(times) and len(times) == 3

@@ -1,6 +1,7 @@
 """When the input bench starts and stops its clock, on schedules whose true rate is known."""
 
 import heapq
+from types import SimpleNamespace
 
 import pytest
 
@@ -54,7 +55,7 @@ def test_what_lay_ready_is_not_counted():
 def test_arrivals_are_stamped_as_they_come(monkeypatch):
     clock = iter([5.0, 9.0])
     monkeypatch.setattr(inputs.time, "time", lambda: next(clock))
-    batches = [{"made": 4.0, "image_ids": ["a", "b"]}, {"made": 8.0, "image_ids": ["c"]}]
+    batches = [SimpleNamespace(made=4.0, image_ids=["a", "b"]), SimpleNamespace(made=8.0, image_ids=["c"])]
     assert inputs.arrivals(batches) == [Arrival(4.0, 5.0, 2), Arrival(8.0, 9.0, 1)]
 
 

@@ -1,5 +1,7 @@
 """Tasks served by either family of decoders: which one is called, and that its answers do not depend on neighbours."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -125,7 +127,7 @@ def test_both_families_learn_from_one_pass():
 def test_a_decoder_that_a_step_does_not_train_gets_no_gradient():
     """So that an optimizer leaves it alone: with gradients of zero AdamW would go on where it was heading."""
     model = tiny_model(**DINO)
-    losses = model(scene_batch(2) | {"decoders": ["lumen"]})
+    losses = model(replace(scene_batch(2), decoders=["lumen"]))
     assert "heatmap" in losses and not [name for name in losses if name.startswith("gdino")]
     sum(term.total for term in losses.values()).backward()
     for part in (model.decoders, model.trunk.link_heads):
@@ -136,17 +138,17 @@ def test_a_decoder_that_a_step_does_not_train_gets_no_gradient():
 def test_parts_that_only_other_tasks_use_get_no_gradient():
     model = tiny_model(**DINO)
     asked = ("detect", "refer")
-    losses = model(scene_batch(2, tasks=asked) | {"decoders": ["grounding_dino"], "asked": asked})
+    losses = model(replace(scene_batch(2, tasks=asked), decoders=["grounding_dino"], possible_tasks=asked))
     sum(term.total for term in losses.values()).backward()
     trunk = model.trunk
     for part in (trunk.dense, trunk.regions):
         assert all(p.grad is None for p in part.parameters())
     model.zero_grad()
-    losses = model(scene_batch(2, tasks=asked) | {"decoders": ["lumen"], "asked": asked})
+    losses = model(replace(scene_batch(2, tasks=asked), decoders=["lumen"], possible_tasks=asked))
     sum(term.total for term in losses.values()).backward()
     for name, p in model.decoders["lumen"].named_parameters():
         assert (p.grad is None) == name.startswith("pose."), name
-    losses = model(scene_batch(2, tasks=("caption",)) | {"decoders": ["lumen"], "asked": ("caption",)})
+    losses = model(replace(scene_batch(2, tasks=("caption",)), decoders=["lumen"], possible_tasks=("caption",)))
     sum(term.total for term in losses.values()).backward()
     for part in (trunk.dense, trunk.stem, trunk.regions, trunk.queries):  # used or not in this batch
         assert all(p.grad is not None for p in part.parameters())

@@ -1,5 +1,7 @@
 """A trained model as the start of one with other decoders."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.tiny_models import EXPERTS, scene_batch, scrambled, tiny_model, tiny_settings
@@ -76,7 +78,7 @@ def test_the_decoder_that_is_kept_gives_the_same_losses(folder):
     before = load_model(folder).model
     after, _ = started(folder, grounding_dino=EXPERTS["grounding_dino"])
     with torch.no_grad():
-        one, two = before(batch), after.eval()({**batch, "decoders": ["lumen"]})
+        one, two = before(batch), after.eval()(replace(batch, decoders=["lumen"]))
     assert one.keys() == two.keys()
     assert all(float(one[name].total) == float(two[name].total) for name in one)
 

@@ -9,6 +9,7 @@ from lumen_ray.data.images import decode
 from lumen_ray.data.scenes import edits as scenes_edits
 from lumen_ray.data.scenes import render as scenes
 from lumen_ray.model.build import Generalist
+from lumen_ray.trunk.batch import TrainingBatch
 from support.tiny_models import EXPERTS, SIDE, tiny_model, tiny_settings, tiny_tokenizer
 
 #: a task of each expert
@@ -34,7 +35,7 @@ def expert_model(seed: int = 0, dropping: bool = False, **changes: Any) -> Gener
     return tiny_model(seed, lumen=None, **(sections | changes)).train()
 
 
-def expert_batch(task: str, count: int = 2, seed: int = 0) -> dict[str, Any]:
+def expert_batch(task: str, count: int = 2, seed: int = 0) -> TrainingBatch:
     """`count` scenes that are asked for `task`."""
     rows = [scenes.scene_row(seed, n, SIDE) for n in range(count)]
     if task == "edit":

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from lumen_ray.data.batches.collate import BranchSettings, Collator
@@ -21,6 +22,8 @@ from lumen_ray.data.shards.shards import ShardWriter, build_manifest, write_mani
 from lumen_ray.model.build import Generalist, LoadedModel, ModelMeta, build_model, save_model
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.tasks import LINK_FAMILIES, TASKS, UNDERSTANDING
+from lumen_ray.trunk.batch import TrainingBatch
+from lumen_ray.trunk.layout import Layout
 from lumen_ray.trunk.tokenizer import LumenTokenizer
 
 torch.set_num_threads(1)
@@ -133,13 +136,21 @@ def scene_batch(
     tasks: tuple[str, ...] = UNDERSTANDING,
     branches: BranchSettings = BranchSettings(),  # noqa: B008  frozen
     seed: int = 0,
-) -> dict[str, Any]:
+) -> TrainingBatch:
     """The training batch of some synthetic scenes."""
     rows = [scenes.scene_row(seed, i, SIDE) for i in range(rows)] if isinstance(rows, int) else rows
     sizes = tiny_settings(**EXPERTS).own_sizes
     collator = Collator(tiny_tokenizer(), SIDE, tasks, scenes.SKELETONS, branches, own_sizes=sizes)
     images = [None if row["image"] is None else decode(row["image"]) for row in rows]
     return collator(rows, images, [np.random.default_rng((seed, i)) for i in range(len(rows))])
+
+
+def plain_batch(images: Tensor, layout: Layout, **fields: Any) -> TrainingBatch:
+    """A batch of images [B, 3, H, W] and a layout, without targets or regions unless they are given."""
+    none = {"region_masks": torch.zeros(0), "region_images": torch.zeros(0, dtype=torch.int64)}
+    defaults = {"has_image": torch.ones(len(images), dtype=torch.bool), "tasks": [], "targets": {}}
+    extents = torch.tensor([tuple(images.shape[-2:])] * len(images))
+    return TrainingBatch(images=images, extents=extents, layout=layout, **none | defaults | fields)
 
 
 def mixed_shards(folder: Path) -> Path:

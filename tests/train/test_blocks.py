@@ -1,6 +1,7 @@
 """Checkpointed, compiled and sharded blocks compute what plain ones do, under the same names."""
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -58,7 +59,7 @@ def test_blocks_of_the_experts_are_the_stages_layers_and_blocks_of_their_parts()
 @pytest.mark.parametrize("expert", TASKS)
 def test_checkpointed_experts_draw_the_same_random_numbers(expert):
     """Denoising, diffusion's noise, dropout and dropped paths: what is computed again is what was computed."""
-    batch, calls, found = expert_batch(TASKS[expert]) | {"decoders": [expert]}, [], []
+    batch, calls, found = replace(expert_batch(TASKS[expert]), decoders=[expert]), [], []
     for parts in ((), BLOCK_PARTS):
         model = expert_model(dropping=True)
         checkpoint_blocks(model, parts)
@@ -108,7 +109,7 @@ def test_torch_is_told_whose_random_numbers_to_keep(monkeypatch):
     monkeypatch.setattr("lumen_ray.train.blocks.checkpoint", checkpoint)
     checkpoint_blocks(model, BLOCK_PARTS)
     for expert, task in TASKS.items():
-        model(expert_batch(task) | {"decoders": [expert]})
+        model(replace(expert_batch(task), decoders=[expert]))
     assert len(given) > 20 and all(given)
 
 
@@ -147,7 +148,7 @@ def test_the_experts_are_compiled_but_for_their_backbones(monkeypatch):
 @pytest.mark.parametrize("expert", TASKS)
 def test_compiled_experts_give_the_same_losses(expert):
     """All of the compiler but the kernels, which take many minutes to build on a CPU."""
-    batch, plain, model = expert_batch(TASKS[expert]) | {"decoders": [expert]}, expert_model(), expert_model()
+    batch, plain, model = replace(expert_batch(TASKS[expert]), decoders=[expert]), expert_model(), expert_model()
     compile_blocks(model, (expert,), CPU, backend="aot_eager")
     ours, wanted = gradients(model, batch), gradients(plain, batch)
     assert ours[0] == pytest.approx(wanted[0], rel=1e-3)

@@ -1,5 +1,7 @@
 """Accumulated micro-steps make the step of the undivided batch."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -107,7 +109,7 @@ def test_experts_count_the_objects_of_the_prompts_they_serve(decoder):
     for batch in (scene_batch(4, ("detect", "pose", "region_caption")), scene_batch(4, ("detect",))):
         names = DECODERS[decoder].losses
         expected = dict(zip(names, expected_counts(batch, names).tolist(), strict=True))
-        losses = model({**batch, "decoders": [decoder]})
+        losses = model(replace(batch, decoders=[decoder]))
         counts = {name: float(losses[name].count) if name in losses else 0.0 for name in names}
         if decoder == "unipose":
             assert expected == counts
@@ -139,7 +141,7 @@ def test_losses_by_task_are_means_over_branches():
     sums = step.read()
     each = losses["lm"].each.tolist()
     for task in TASKS:
-        mine = [value for name, value in zip(batch["tasks"], each, strict=True) if name == task]
+        mine = [value for name, value in zip(batch.tasks, each, strict=True) if name == task]
         assert (f"lm/{task}" in sums.tasks) == bool(mine)
         if mine:
             assert sums.tasks[f"lm/{task}"] == pytest.approx(sum(mine) / len(mine), rel=1e-5)
@@ -163,16 +165,16 @@ def test_losses_that_a_step_does_not_train_are_left_out(experts):
     """A zero would pull down every average, and every curve in each step of another group."""
     _, text = sums_of(experts, scene_batch(2, tuple(TEXT)))
     assert set(text.means) == {"lm"}
-    batch = scene_batch(4, ("detect",)) | {"decoders": ["grounding_dino"]}
-    batch["targets"]["perception"].mask_index[:] = -1  # images that are annotated with boxes alone
+    batch = replace(scene_batch(4, ("detect",)), decoders=["grounding_dino"])
+    batch.targets["perception"].mask_index[:] = -1  # images that are annotated with boxes alone
     _, boxes = sums_of(experts, batch)
     assert set(boxes.means) == {"lm", "gdino_class", "gdino_box"}
     assert all(value > 0 for value in boxes.means.values())
 
 
 def test_a_class_loss_without_objects_is_told(experts):
-    batch = scene_batch(2, ("detect",)) | {"decoders": ["grounding_dino"]}
-    batch["targets"]["perception"].valid[:] = False
+    batch = replace(scene_batch(2, ("detect",)), decoders=["grounding_dino"])
+    batch.targets["perception"].valid[:] = False
     losses, sums = sums_of(experts, batch)
     assert float(losses["gdino_class"].count) == 0
     assert sums.means["gdino_class"] == pytest.approx(float(losses["gdino_class"].total.detach())) != 0
@@ -182,8 +184,8 @@ def test_the_losses_of_experts_are_told_by_task(experts):
     """Of each object prompt; keypoint prompts are part of it, and prompts of tasks that it does not serve are none."""
     batch = scene_batch(4, ("detect", "segment", "refer", "pose"))
     losses, sums = sums_of(experts, batch)
-    layout = batch["layout"]
-    tasks = [batch["tasks"][i] for i in layout.link_branches["perception"].tolist()]
+    layout = batch.layout
+    tasks = [batch.tasks[i] for i in layout.link_branches["perception"].tolist()]
     objects = [parent < 0 for parent in layout.link_parents["perception"].tolist()]
     assert not all(objects)
     for loss, served in (("gdino_class", {"detect", "segment", "refer"}), ("unipose_class", {"pose"})):
@@ -219,7 +221,7 @@ def _rank_with_its_own_task():
     step.add(batch, model(batch), 16)
     sums = step.read()
     assert {"lm/caption", "lm/vqa"} == set(sums.tasks)
-    alone = int((batch["layout"].branch_ids >= 0).sum()) + 2 * 16
+    alone = int((batch.layout.branch_ids >= 0).sum()) + 2 * 16
     assert sums.tokens > alone
     assert sums.images == 4
 

@@ -1,6 +1,7 @@
 """Two FSDP ranks train a model with every decoder, on steps that each need another one."""
 
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -99,7 +100,7 @@ STEPS = (
 
 
 def batches_of(decoders, tasks):
-    return [expert_batch(task, 2, rank) | {"decoders": decoders} for rank, task in enumerate(tasks)]
+    return [replace(expert_batch(task, 2, rank), decoders=decoders) for rank, task in enumerate(tasks)]
 
 
 def backward(model, batch, seed, precision="fp32"):

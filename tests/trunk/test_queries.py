@@ -58,14 +58,14 @@ def test_the_routing_token_is_in_the_lm_loss():
     model = tiny_model().eval()
     batch = scene_batch(2, tasks=("detect", "caption"))
     ids = tiny_tokenizer().ids
-    layout = batch["layout"]
-    routed = [i for i, task in enumerate(batch["tasks"]) if task == "detect"]
-    assert routed and "caption" in batch["tasks"]
+    layout = batch.layout
+    routed = [i for i, task in enumerate(batch.tasks) if task == "detect"]
+    assert routed and "caption" in batch.tasks
     with torch.no_grad():
         before = model(batch)["lm"]
         model.trunk.llm.lm_head = Raised(model.trunk.llm.lm_head, ids["[DET]"])
         after = model(batch)["lm"]
-    for branch, task in enumerate(batch["tasks"]):
+    for branch, task in enumerate(batch.tasks):
         if task == "detect":
             assert after.each[branch] < before.each[branch] - 1
         else:
@@ -97,7 +97,7 @@ def test_a_batch_without_prompts_still_has_a_gradient_for_every_part():
     rows = [dict(row, classes=[], instances=[], phrases=[], messages=[]) for row in _rows(2)]
     model = tiny_model()
     full, empty = scene_batch(2), scene_batch(rows)
-    assert not empty["tasks"] and not empty["targets"]
+    assert not empty.tasks and not empty.targets
     with_gradient = []
     for batch in (full, empty):
         losses = model(batch)

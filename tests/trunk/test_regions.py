@@ -130,7 +130,7 @@ def test_regions_of_a_batch_do_not_touch_each_other():
 def test_gradients_of_region_captions_reach_the_region_encoder():
     model = tiny_model()
     batch = scene_batch(3, tasks=("region_caption",))
-    assert len(batch["region_masks"])
+    assert len(batch.region_masks)
     model(batch)["lm"].total.backward()
     for name, p in model.trunk.regions.named_parameters():
         assert p.grad.abs().sum() > 0, name

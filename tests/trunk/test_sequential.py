@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from support.released_fakes import NEW_TOKENS, gpt_tokenizer, llama_tokenizer, released_settings
-from support.tiny_models import random_images, scrambled, tiny_tokenizer
+from support.tiny_models import plain_batch, random_images, scrambled, tiny_tokenizer
 from tokenizers import AddedToken
 
 from lumen_ray.errors import UserError
@@ -123,9 +123,7 @@ def test_training_and_inference_agree_behind_a_lead():
         Branch(1, "what is red ?", response="the cat"), Branch(1, "ground dog", route="[GRD]"),
     ]  # fmt: skip
     layout = build_layout(branches, 2, TOKENIZER, "sequential")
-    none = torch.zeros(0)
-    batch = {"images": images, "has_image": torch.tensor([True, True]), "layout": layout,
-             "region_masks": none, "region_images": none}  # fmt: skip
+    none, batch = torch.zeros(0), plain_batch(images, layout)
     with torch.no_grad():
         whole = trunk(batch)
     prefix = trunk.encode(images)
@@ -223,8 +221,7 @@ def test_packing_and_the_other_layout_are_refused():
     trunk = small_trunk()
     layout = build_layout([Branch(0, "detect dog", route="[DET]")], 1, TOKENIZER, "sequential")
     layout.pack = torch.zeros(1, 4, dtype=torch.int64)
-    batch = {"images": random_images(1, 56), "has_image": torch.tensor([True]), "layout": layout,
-             "region_masks": torch.zeros(0), "region_images": torch.zeros(0)}  # fmt: skip
+    batch = plain_batch(random_images(1, 56), layout)
     with pytest.raises(UserError, match="pack_tokens"):
         trunk(batch)
     with pytest.raises(UserError, match="prompt_layout to 'sequential'"):

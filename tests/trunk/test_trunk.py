@@ -2,11 +2,12 @@
 
 import dataclasses
 import random
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support.tiny_models import SIDE, llm, random_images, scrambled, tiny_model, tiny_tokenizer
+from support.tiny_models import SIDE, llm, plain_batch, random_images, scrambled, tiny_model, tiny_tokenizer
 
 from lumen_ray.data.batches.packing import Packing, pack
 from lumen_ray.trunk.branch import Branch
@@ -36,20 +37,16 @@ def make_trunk(model_type="llama", mode="full", **changes):
 
 
 def batch_of(branches, has_image=(True, True)):
-    return {
-        "images": IMAGES,
-        "has_image": torch.tensor(has_image),
-        "layout": build_layout(branches, 2, TOKENIZER),
-        "region_masks": REGION_MASKS,
-        "region_images": torch.tensor([0, 1]),
-    }
+    layout = build_layout(branches, 2, TOKENIZER)
+    regions = {"region_masks": REGION_MASKS, "region_images": torch.tensor([0, 1])}
+    return plain_batch(IMAGES, layout, has_image=torch.tensor(has_image), **regions)
 
 
 @torch.no_grad()
 def results(trunk, branches):
     """Per branch (by prompt): its link embedding, if any, and the losses of its supervised tokens."""
     batch = batch_of(branches)
-    out, layout = trunk(batch), batch["layout"]
+    out, layout = trunk(batch), batch.layout
     found = {}
     for index, branch in enumerate(branches):
         here = (layout.branch_ids[:, 1:] == index) & (layout.labels[:, 1:] != IGNORE)
@@ -87,15 +84,15 @@ def test_branches_alone_together_and_shuffled_agree(model_type, mode):
 def test_the_cached_path_equals_the_packed_pass(model_type, mode):
     trunk = make_trunk(model_type, mode)
     batch = batch_of(BRANCHES)
-    layout = batch["layout"]
+    layout = batch.layout
     with torch.no_grad():
         packed = trunk(batch)
     prefix = trunk.encode(IMAGES)
     assert prefix.length == 16
     torch.testing.assert_close(prefix.dense, packed.dense, atol=1e-4, rtol=1e-4)
     for _ in range(2):  # the prefix can be used again: branches leave no trace in it
-        hidden, _ = trunk.run_branches(prefix, layout, REGION_MASKS, batch["region_images"])
-        links = trunk.ask(prefix, layout, REGION_MASKS, batch["region_images"])["lumen"]
+        hidden, _ = trunk.run_branches(prefix, layout, REGION_MASKS, batch.region_images)
+        links = trunk.ask(prefix, layout, REGION_MASKS, batch.region_images)["lumen"]
         torch.testing.assert_close(links.embeddings, packed.links["lumen"].embeddings, atol=1e-4, rtol=1e-4)
         logits = trunk.llm.lm_head(hidden[:, :-1])
         losses = F.cross_entropy(logits.transpose(1, 2), layout.labels[:, 1:], reduction="none", ignore_index=IGNORE)
@@ -108,11 +105,11 @@ def test_without_an_image_the_pixels_do_not_matter():
     batch = batch_of(branches, has_image=(False, True))
     with torch.no_grad():
         before = trunk(batch).links["lumen"].embeddings
-        after = trunk(batch | {"images": random_images(2, seed=9)}).links["lumen"].embeddings
+        after = trunk(replace(batch, images=random_images(2, seed=9))).links["lumen"].embeddings
     torch.testing.assert_close(before[0], after[0])
     assert (before[1] - after[1]).abs().max() > 1e-3
     prefix = trunk.encode(IMAGES, torch.tensor([False, True]))
-    cached = trunk.ask(prefix, batch["layout"], torch.zeros(0), torch.zeros(0))["lumen"].embeddings
+    cached = trunk.ask(prefix, batch.layout, torch.zeros(0), torch.zeros(0))["lumen"].embeddings
     torch.testing.assert_close(cached, before, atol=1e-4, rtol=1e-4)
 
 
@@ -199,15 +196,15 @@ def test_inputs_that_are_not_square_give_the_same_packed_cached_and_alone(shape,
     images = torch.randint(0, 256, (2, 3, *shape), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     masks = torch.zeros(2, *shape, dtype=torch.uint8)
     masks[0, 4:20, -30:-4], masks[1, -20:-2, 3:30] = 1, 1
-    batch = batch_of(BRANCHES) | {"images": images, "region_masks": masks}
-    layout = batch["layout"]
+    batch = replace(batch_of(BRANCHES), images=images, region_masks=masks)
+    layout = batch.layout
     prefix = trunk.encode(images)
     assert prefix.length == (shape[0] // 32) * (shape[1] // 32)
     assert prefix.dense.shape == (2, 16, shape[0] // 4, shape[1] // 4)
-    cached = trunk.ask(prefix, layout, masks, batch["region_images"])["lumen"].embeddings
+    cached = trunk.ask(prefix, layout, masks, batch.region_images)["lumen"].embeddings
     with torch.no_grad():
         whole = trunk(batch)
-        layout.pack = pack(layout, batch["has_image"], Packing(600, prefix.length))
+        layout.pack = pack(layout, batch.has_image, Packing(600, prefix.length))
         shared = trunk(batch)
     assert len(layout.pack) == 1
     for out in (whole, shared):

@@ -13,7 +13,7 @@ import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -31,6 +31,7 @@ from lumen_ray.input_size import SizeRule
 from lumen_ray.recipe import Recipe, Stage
 from lumen_ray.structures import Size, as_size
 from lumen_ray.tasks import TASKS, family_of
+from lumen_ray.trunk.batch import TrainingBatch
 from lumen_ray.trunk.tokenizer import LumenTokenizer
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class BatchReader:
     prompt_layout: str = "branches"  # the model's
     own_sizes: dict[str, SizeRule] = field(default_factory=dict)  # of its decoders
 
-    def __call__(self, item: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, item: dict[str, Any]) -> TrainingBatch:
         """`item` as of `plan_items` -> the batch, with the pictures that could not be read under `rejected`.
 
         Their rows stay, without picture and annotations: a batch has the same shape whatever is broken, and a rank
@@ -93,14 +94,14 @@ class BatchReader:
             self.tokenizer, size, tasks, self.skeletons, stage.branches, stage.augment, self.frequencies,
             self._packing(size), self.prompt_layout, own_sizes,
         )  # fmt: skip
-        batch = collator(rows, images, rngs, edited)
-        return batch | {
-            "step": step,
-            "asked": list(tasks),
-            "decoders": list(group.learning),
-            "rejected": rejected,
-            "read_s": time.perf_counter() - started,
-        }
+        return replace(
+            collator(rows, images, rngs, edited),
+            step=step,
+            possible_tasks=list(tasks),
+            decoders=list(group.learning),
+            rejected=rejected,
+            read_s=time.perf_counter() - started,
+        )
 
     @staticmethod
     def _decoded(stage: Stage, size: Size, row: dict[str, Any], own_sizes: dict[str, SizeRule]) -> int:
@@ -130,7 +131,7 @@ def plan_items(plan: Plan, rank: int, world_size: int, start: int = 0) -> list[d
     return items
 
 
-def local_batches(reader: BatchReader, plan: Plan, start: int = 0) -> Iterator[dict[str, Any]]:
+def local_batches(reader: BatchReader, plan: Plan, start: int = 0) -> Iterator[TrainingBatch]:
     """Batches of a single process, without Ray."""
     return (reader(item) for item in plan_items(plan, 0, 1, start))
 
@@ -142,7 +143,7 @@ class _Pickler(pickle.Pickler):
         return (torch.from_numpy, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
 
 
-def to_bytes(batch: dict[str, Any]) -> bytes:
+def to_bytes(batch: TrainingBatch) -> bytes:
     """A batch of CPU tensors for `pickle.loads`, which gives tensors that may be written to."""
     out = io.BytesIO()
     _Pickler(out, protocol=5).dump(batch)
@@ -188,7 +189,7 @@ def dataset_for_rank(reader: BatchReader, items: list[dict[str, Any]], readers: 
     return dataset.map_batches(read, batch_size=None, compute=pool, num_cpus=0, label_selector=here)
 
 
-def ray_batches(iterator: ray.data.DataIterator) -> Iterator[dict[str, Any]]:
+def ray_batches(iterator: ray.data.DataIterator) -> Iterator[TrainingBatch]:
     """Batches out of the pipeline of `dataset_for_rank`."""
     for row in iterator.iter_batches(batch_size=1, batch_format=None, prefetch_batches=2):
         yield pickle.loads(row["batch"][0].as_buffer())
@@ -206,9 +207,8 @@ def read_texts(shards: str | Path, limit_rows: int = 4000, families: Iterable[st
         for task in TASKS.values():
             if not task.is_text and task.result != "image":
                 texts += [task.prompt(category["name"], t) for t in range(len(task.templates))]
-        pose = TASKS["pose"].keypoint_template
         for name in skeletons.get(category["name"], ()):
-            texts.append(pose.replace("{keypoint}", name).replace("{}", category["name"]))
+            texts.append(TASKS["pose"].keypoint_prompt(name, category["name"]))
     for row in islice(read_rows(shards, ["phrases", "messages"]), max(0, limit_rows)):
         texts += [p["phrase"] for p in row["phrases"] or ()]
         texts += [turn["content"] for m in row["messages"] or () for turn in m["turns"]]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from lumen_ray.data.batches.collate import CLASS_TASKS
+from lumen_ray.data.batches.prompts import CLASS_TASKS
 from lumen_ray.data.images import decode
 from lumen_ray.data.inspect.prompts import Piece, Prompt, prompts_of
 from lumen_ray.data.inspect.view import Sampler, Section, View, shown
@@ -215,10 +215,10 @@ def _seen(view: View, prompts: list[Prompt], colours: dict[str, Colour]) -> str:
     """The augmented model input, and over it what each prompt should find."""
     wanted = next((p.picture for p in prompts if p.picture is not None), None)  # a row has one
     made = "" if wanted is None else f'<img loading=lazy src="{_url(Image.fromarray(wanted), "PNG")}" alt="to make">'
-    if not bool(view.batch["has_image"][0]):
+    if not bool(view.batch.has_image[0]):
         told = f"<i>model input</i>, and {wanted.shape[1]}×{wanted.shape[0]} to make" if made else "<i>model input</i>"
         return f"{_pair('<div class=none>no image</div>', made)}<figcaption>{told}</figcaption>"
-    pixels = view.batch["images"][0].permute(1, 2, 0).numpy()
+    pixels = view.batch.images[0].permute(1, 2, 0).numpy()
     height, width = pixels.shape[:2]
     layers = "".join(_layer(p, colours.get(p.phrase, (255, 255, 255)), view, (height, width)) for p in prompts)
     lost = _lost(view.row, prompts)
@@ -252,7 +252,7 @@ def _layer(prompt: Prompt, colour: Colour, view: View, size: tuple[int, int]) ->
     for mask in prompt.masks:
         parts.append(_mask_image(mask, colour, width, height))
     for region in prompt.regions:
-        parts.append(_mask_image(view.batch["region_masks"][region].numpy(), (255, 255, 255), width, height))
+        parts.append(_mask_image(view.batch.region_masks[region].numpy(), (255, 255, 255), width, height))
     for (x1, y1, x2, y2), crowd in zip(prompt.boxes, prompt.crowd, strict=True):
         dash = f' stroke-dasharray="{4 * unit}"' if crowd else ""
         parts.append(
@@ -283,17 +283,17 @@ def _mask_image(mask: np.ndarray, colour: Colour, width: int, height: int) -> st
 
 
 def _prompts(view: View, prompts: list[Prompt], colours: dict[str, Colour]) -> str:
-    if rejected := view.batch["rejected"]:
+    if rejected := view.batch.rejected:
         return f"<p class=warn>{safe(rejected[0]['reason'])}; training goes on without it</p>"
     if not prompts:
         return f"<p class=warn>the row is not annotated for {safe(', '.join(view.tasks))}: nothing is asked</p>"
     asked = sum(p.tokens for p in prompts)
-    learned = int((view.batch["layout"].labels != -100).sum())
+    learned = int((view.batch.layout.labels != -100).sum())
     head = (
         f"<p>prompts: {len(prompts)}, together {asked:,} tokens ({learned:,} learned by the language model) behind "
         f"{view.image_tokens:,} image tokens</p>"
     )
-    if cut := view.batch.get("truncated"):
+    if cut := view.batch.truncated:
         head += f"<p class=warn>cut to fit pack_tokens: {safe(cut)}</p>"
     own = [p for p in prompts if p.parent < 0]
     return head + "<ol>" + "".join(_item(p, prompts, colours) for p in own) + "</ol>"

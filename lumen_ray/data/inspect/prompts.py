@@ -65,16 +65,16 @@ class Prompt:
 
 def prompts_of(view: View, tokenizer: LumenTokenizer, edges: dict[str, Any]) -> list[Prompt]:
     """The branches of a batch of one row, in order, with their targets."""
-    layout: Layout = view.batch["layout"]
+    layout: Layout = view.batch.layout
     queries = {int(t) for slots in layout.query_slots.values() for t in slots[..., 1].flatten()}
     prompts = []
-    for index, task in enumerate(view.batch["tasks"]):
+    for index, task in enumerate(view.batch.tasks):
         places = torch.nonzero(layout.branch_ids[0] == index).flatten()
         prompt = Prompt(index, task, _pieces(layout, places, queries, tokenizer), len(places))
         slots = layout.region_slots[:, 1]
         prompt.regions = layout.region_index[torch.isin(slots, places)].tolist()
         prompts.append(prompt)
-    for family, targets in view.batch["targets"].items():
+    for family, targets in view.batch.targets.items():
         if family not in layout.link_branches:  # those of a decoder, in its own size
             continue
         members, parents = layout.link_branches[family].tolist(), layout.link_parents[family].tolist()

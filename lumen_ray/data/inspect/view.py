@@ -20,6 +20,7 @@ from lumen_ray.model.settings import ModelSettings
 from lumen_ray.presets import model_path
 from lumen_ray.recipe import Recipe
 from lumen_ray.tasks import TASKS
+from lumen_ray.trunk.batch import TrainingBatch
 from lumen_ray.trunk.tokenizer import LumenTokenizer
 
 
@@ -43,7 +44,7 @@ class View:
     """One sampled row: as stored, and the batch of one that training would make of it with `group` of the stage."""
 
     row: dict[str, Any]
-    batch: dict[str, Any]
+    batch: TrainingBatch
     tasks: tuple[str, ...]
     image_tokens: int
 
@@ -93,7 +94,7 @@ class Sampler:
         step = sum(stage.steps for stage in self.recipe.stages[: self.stage])
         part = (file, index, (number,))
         batch = self.reader({"step": step, "stage": self.stage, "group": group, "parts": [part], "bucket": bucket})
-        tokens = self.settings.image_tokens(tuple(batch["images"].shape[-2:])) if bool(batch["has_image"][0]) else 0
+        tokens = self.settings.image_tokens(tuple(batch.images.shape[-2:])) if bool(batch.has_image[0]) else 0
         return View(row, batch, self.recipe.stages[self.stage].groups[group].tasks, tokens)
 
     def _group(self, row: dict[str, Any], rng: np.random.Generator) -> int:

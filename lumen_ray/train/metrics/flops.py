@@ -18,6 +18,7 @@ from lumen_ray.decoders.lumen.decoder import KERNEL_WIDTH, LumenDecoder
 from lumen_ray.model.build import Generalist
 from lumen_ray.train.blocks import part
 from lumen_ray.train.lora import frozen_names
+from lumen_ray.trunk.batch import TrainingBatch
 from lumen_ray.trunk.comm import BridgedVision, CommVision, Encoder, MergedEncoder
 from lumen_ray.trunk.dense import ConvStem, DenseFeatures
 from lumen_ray.trunk.layout import IGNORE
@@ -55,14 +56,14 @@ def peak_of(name: str, precision: str) -> float | None:
     return None
 
 
-def of_step(model: Generalist, batches: list[dict[str, Any]]) -> dict[str, float]:
+def of_step(model: Generalist, batches: list[TrainingBatch]) -> dict[str, float]:
     """Forward and backward FLOPs of this rank's micro-steps by component: vision, llm, dense, and the decoders that the
     steps train."""
     passes = passes_by_part(model)
     total: dict[str, float] = {}
     for batch in batches:
         found = {name: count * passes[name] for name, count in forward(model, batch).items()}
-        wanted = set(model.decoders) if batch.get("decoders") is None else set(batch["decoders"])
+        wanted = set(model.decoders) if batch.decoders is None else set(batch.decoders)
         if "lumen" not in wanted:  # nor does anything read the dense features
             found = {name: count for name, count in found.items() if name not in ("dense", "lumen")}
         for name, count in (found | experts(model, batch, wanted - {"lumen"}, passes["llm"] > 1)).items():
@@ -74,7 +75,7 @@ def learns(module: nn.Module | None) -> bool:
     return module is not None and any(p.requires_grad for p in module.parameters())
 
 
-def experts(model: Generalist, batch: dict[str, Any], names: set[str], flows: bool) -> dict[str, float]:
+def experts(model: Generalist, batch: TrainingBatch, names: set[str], flows: bool) -> dict[str, float]:
     """Forward and backward FLOPs of expert decoders; `flows`: whether the trunk's hidden states need gradients."""
     names = [name for name in model.decoders if name in names]
     if not names:
@@ -110,10 +111,10 @@ def passes_by_part(model: Generalist) -> dict[str, int]:
     return out
 
 
-def forward(model: Generalist, batch: dict[str, Any]) -> dict[str, float]:
+def forward(model: Generalist, batch: TrainingBatch) -> dict[str, float]:
     """FLOPs of one forward pass by component."""
-    height, width = batch["images"].shape[-2:]
-    images, layout = len(batch["images"]), batch["layout"]
+    height, width = batch.images.shape[-2:]
+    images, layout = len(batch.images), batch.layout
     rows, columns = model.trunk.vision.grid(height, width)
     supervised = int((layout.labels[:, 1:] != IGNORE).sum())
     sequences, tokens = layout.llm_shape(rows * columns)
@@ -210,19 +211,19 @@ def dense(module: DenseFeatures, height: int, width: int, patch: int, grid: tupl
     return total + _convolutions(module.from_llm, *grid)[0]
 
 
-def lumen(module: LumenDecoder, batch: dict[str, Any]) -> float:
+def lumen(module: LumenDecoder, batch: TrainingBatch) -> float:
     """The light decoder on a batch: per image the neck and mask features, per prompt the aligner and the heads.
 
     Masks are counted as if every object had all the places that may train one.
     """
-    targets = batch["targets"].get("perception")
+    targets = batch.targets.get("perception")
     if targets is None:
         return 0.0
     s, c = module.settings, module.settings.hidden_size
-    images, height, width = len(batch["images"]), batch["images"].shape[-2] // 4, batch["images"].shape[-1] // 4
+    images, height, width = len(batch.images), batch.images.shape[-2] // 4, batch.images.shape[-1] // 4
     neck, h, w = _convolutions(module.neck, height, width)
     masks = _convolutions(module.mask_features, height, width)[0]
-    parents = batch["layout"].link_parents["perception"]
+    parents = batch.layout.link_parents["perception"]
     poses = int((parents >= 0).any()) * _convolutions(module.pose.key_value, height, width)[0]
     prompts, places = int((parents < 0).sum()), h * w
     link = 2.0 * module.link_proj[1].in_features * c

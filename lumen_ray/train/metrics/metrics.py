@@ -22,6 +22,7 @@ from lumen_ray.recipe import Recipe
 from lumen_ray.train.losses import StepSums
 from lumen_ray.train.metrics import flops
 from lumen_ray.train.metrics.mlflow import mlflow_tracker
+from lumen_ray.trunk.batch import TrainingBatch
 
 Progress = Callable[[dict[str, Any]], None]
 FLUSH_SECONDS = 30.0  # between flushes of what TensorBoard reads, beside those at checkpoints
@@ -34,7 +35,7 @@ class Meter:
         self._model, self._device = model, device
         self._peak = flops.peak(device, precision)
 
-    def read(self, batches: list[dict[str, Any]], sums: StepSums, waited: float, busy: float) -> dict[str, float]:
+    def read(self, batches: list[TrainingBatch], sums: StepSums, waited: float, busy: float) -> dict[str, float]:
         """`waited`, `busy`: seconds waiting for data and working."""
         seconds = waited + busy
         values = {

@@ -195,29 +195,29 @@ def read(shards, which, rank=0, ranks=1, start=0):
 def test_batches_have_the_size_of_their_bucket_and_images_fill_it(shards):
     seen = Counter()
     for batch in read(shards, recipe()):
-        size = tuple(batch["images"].shape[-2:])
+        size = tuple(batch.images.shape[-2:])
         assert size in BUCKETS
-        texts = [name.startswith("text") for name in batch["image_ids"]]
+        texts = [name.startswith("text") for name in batch.image_ids]
         assert all(texts) or not any(texts)
-        assert batch["has_image"].tolist() == [not text for text in texts]
+        assert batch.has_image.tolist() == [not text for text in texts]
         if not any(texts):
             whole = {(64, 96): (60, 96), (96, 64): (96, 60), (64, 64): (64, 64)}[size]
-            boxes = batch["targets"]["perception"].boxes[:, 0]
+            boxes = batch.targets["perception"].boxes[:, 0]
             np.testing.assert_allclose(boxes, np.tile([0, 0, whole[1], whole[0]], (len(boxes), 1)), atol=1e-3)
-        seen.update(batch["image_ids"])
+        seen.update(batch.image_ids)
     assert len(seen) == 60 and set(seen.values()) <= {2, 3}  # 40 steps of 4 are 2.67 epochs
 
 
 def test_two_ranks_and_a_resumed_run_read_what_one_rank_reads(shards):
-    whole = [batch["image_ids"] for batch in read(shards, recipe())]
-    halves = [[batch["image_ids"] for batch in read(shards, recipe(), rank, 2)] for rank in range(2)]
+    whole = [batch.image_ids for batch in read(shards, recipe())]
+    halves = [[batch.image_ids for batch in read(shards, recipe(), rank, 2)] for rank in range(2)]
     assert [a + b for a, b in zip(*halves, strict=True)] == whole
-    assert [batch["image_ids"] for batch in read(shards, recipe(), start=17)] == whole[17:]
+    assert [batch.image_ids for batch in read(shards, recipe(), start=17)] == whole[17:]
 
 
 def test_one_bucket_reads_whole_row_groups_at_its_size(shards):
     one = recipe(buckets=((96, 64),), batch_size=5)
     plain = recipe(buckets=None, batch_size=5)
     for batch, square in zip(read(shards, one)[:4], read(shards, plain)[:4], strict=True):
-        assert batch["images"].shape[-2:] == (96, 64) and square["images"].shape[-2:] == (SIDE, SIDE)
-        assert batch["image_ids"] == square["image_ids"]
+        assert batch.images.shape[-2:] == (96, 64) and square.images.shape[-2:] == (SIDE, SIDE)
+        assert batch.image_ids == square.image_ids

@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 from support.tiny_models import SIDE, captioning_tokenizer, clip_tokenizer, scene_batch, tiny_model, tiny_tokenizer
 
-from lumen_ray.data.batches.collate import BranchSettings, Collator, Prompts, add_classes, add_messages, add_poses
+from lumen_ray.data.batches.collate import BranchSettings, Collator
+from lumen_ray.data.batches.prompts import PromptBatch, SamplePrompts
 from lumen_ray.data.batches.transforms import Sample, transform
 from lumen_ray.data.images import decode
 from lumen_ray.data.scenes import render as scenes
@@ -41,20 +42,24 @@ def figure_row():
 def test_every_prompt_finds_the_instances_of_its_class():
     rows = [scenes.scene_row(1, i, SIDE) for i in range(4)]
     batch = scene_batch(rows, ("detect",), MANY)
-    targets = batch["targets"]["perception"]
-    assert len(batch["tasks"]) == sum(len(row["classes"]) for row in rows)
+    targets = batch.targets["perception"]
+    assert len(batch.tasks) == sum(len(row["classes"]) for row in rows)
     wanted = [sum(i["phrase"] in row["classes"] for i in row["instances"]) for row in rows]
-    images = batch["layout"].link_images["perception"]
+    images = batch.layout.link_images["perception"]
     for image, count in enumerate(wanted):
         assert int(targets.valid[images == image].sum()) == count
 
 
 def test_the_same_generator_gives_the_same_batch():
     one, two, other = (scene_batch(3, seed=s) for s in (5, 5, 6))
-    assert torch.equal(one["images"], two["images"])
-    assert torch.equal(one["layout"].input_ids, two["layout"].input_ids)
-    assert one["tasks"] == two["tasks"]
-    assert not torch.equal(one["images"], other["images"])
+    assert torch.equal(one.images, two.images)
+    assert torch.equal(one.layout.input_ids, two.layout.input_ids)
+    assert one.tasks == two.tasks
+    assert not torch.equal(one.images, other.images)
+
+
+def about(prompts, row, sample):
+    return SamplePrompts(prompts, 0, row, sample, TASKS, MANY, np.random.default_rng(0), scenes.SKELETONS)
 
 
 def test_only_exhaustive_classes_are_asked_for():
@@ -63,10 +68,10 @@ def test_only_exhaustive_classes_are_asked_for():
     phrase = next(i["phrase"] for i in row["instances"] if i["keypoints"])
     sample = sample_of(row)
     for classes, asked in ((row["classes"], True), ([c for c in row["classes"] if c != phrase], False)):
-        prompts = Prompts()
+        prompts = PromptBatch()
         changed = {**row, "classes": classes}
-        add_classes(prompts, 0, changed, sample, TASKS, MANY, np.random.default_rng(0))
-        add_poses(prompts, 0, changed, sample, scenes.SKELETONS, MANY, np.random.default_rng(0))
+        for add in (SamplePrompts.add_classes, SamplePrompts.add_poses):
+            add(about(prompts, changed, sample))
         assert any(phrase in branch.prompt for branch in prompts.branches) == asked
         assert ("pose" in prompts.tasks) == asked
 
@@ -83,11 +88,11 @@ def test_prompts_are_grouped_as_requests_are():
     ]
     wide = BranchSettings(negatives=9, max_phrases=9, max_poses=9, absent_poses=9, max_regions=2)
     batch = scene_batch([row, row], tasks, wide)
-    layout = batch["layout"]
+    layout = batch.layout
     asked: dict[int, list] = {}
     links = zip(layout.link_branches["perception"].tolist(), layout.link_images["perception"].tolist(), strict=True)
     for (branch, image), group in zip(links, layout.link_groups["perception"].tolist(), strict=True):
-        asked.setdefault(group, []).append((image, batch["tasks"][branch]))
+        asked.setdefault(group, []).append((image, batch.tasks[branch]))
     assert all(len(set(members)) == 1 for members in asked.values())  # of one image and task
     requests = [members[0] for members in asked.values()]
     for image in range(2):
@@ -105,11 +110,11 @@ def test_poses_of_absent_classes_are_asked_for():
     for absent in (0, 1):
         batch = scene_batch([row], ("pose",), BranchSettings(absent_poses=absent))
         names = next(iter(scenes.SKELETONS.values()))
-        assert batch["tasks"] == ["pose"] * (absent * (1 + len(names)))
+        assert batch.tasks == ["pose"] * (absent * (1 + len(names)))
         if absent:
-            targets = batch["targets"]["perception"]
+            targets = batch.targets["perception"]
             assert not targets.valid.any() and targets.counted.tolist() == [True] + [False] * len(names)
-            assert batch["layout"].link_parents["perception"].tolist() == [-1] + [0] * len(names)
+            assert batch.layout.link_parents["perception"].tolist() == [-1] + [0] * len(names)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +133,8 @@ def test_messages_about_regions_cropped_away_are_left_out(region, shift, kept):
     row = scenes.scene_row(0, 0, SIDE)
     row["regions"] = [region]
     row["messages"] = [make_message("region_caption", "What is <region>?", "a thing", (0,))]
-    prompts = Prompts()
-    add_messages(prompts, 0, row, moved(row, shift), TASKS, MANY, np.random.default_rng(0))
+    prompts = PromptBatch()
+    about(prompts, row, moved(row, shift)).add_messages()
     assert len(prompts.branches) == len(prompts.regions) == int(kept)
     if kept:
         assert prompts.regions[0].any()
@@ -148,10 +153,10 @@ def test_a_mask_region_follows_the_map_even_if_tiny():
         region = {"kind": "mask", "points": None, "mask": {"size": rle["size"], "counts": rle["counts"].decode()}}
         row["regions"] = [region]
         row["messages"] = [make_message("region_caption", "What is <region>?", "a thing", (0,))]
-        prompts, sample = Prompts(), moved(row, 3)
+        prompts, sample = PromptBatch(), moved(row, 3)
         if area is None:
             sample.matrix = sample.matrix * 0.3
-        add_messages(prompts, 0, row, sample, TASKS, MANY, np.random.default_rng(0))
+        about(prompts, row, sample).add_messages()
         (mask,) = prompts.regions
         if area:
             ys, xs = np.nonzero(mask)
@@ -165,7 +170,7 @@ def test_a_batch_of_nothing_can_be_stepped():
     rows = [make_row(f"broken-{i}", None, (SIDE, SIDE), "test") for i in range(2)]
     rngs = [np.random.default_rng(i) for i in range(2)]
     batch = Collator(tiny_tokenizer(), SIDE, TASKS, {}, BranchSettings(), AugmentSettings())(rows, [None, None], rngs)
-    assert (batch["tasks"], batch["has_image"].tolist()) == ([], [False, False])
+    assert (batch.tasks, batch.has_image.tolist()) == ([], [False, False])
     model = tiny_model()
     losses = model(batch)
     step = StepLosses(model.loss_names, {}, [batch], torch.device("cpu"))
@@ -181,7 +186,7 @@ def test_prompts_are_laid_out_as_the_model_wants_them():
     for layout in ("branches", "sequential"):
         collator = Collator(tiny_tokenizer(), SIDE, ("detect",), {}, prompt_layout=layout)
         batch = collator([row], [decode(row["image"])], rngs(1))
-        texts[layout] = tiny_tokenizer().decode(batch["layout"].input_ids[0].tolist())
+        texts[layout] = tiny_tokenizer().decode(batch.layout.input_ids[0].tolist())
     assert "Can you analyze the image" in texts["sequential"] and "analyze" not in texts["branches"]
 
 
@@ -210,19 +215,19 @@ def test_a_description_asks_for_the_picture_that_it_does_not_see():
     rows = [scenes.scene_row(5, n, SIDE) for n in range(2)]
     collate = Collator(tiny_tokenizer(), SIDE, ("generate",), {}, augment=MOVED, own_sizes=PICTURES)
     batch = collate(rows, [decode(r["image"]) for r in rows], rngs(2))
-    assert batch["tasks"] == ["generate"] * 2 and not batch["has_image"].any()
-    targets = batch["targets"]["generation"]
+    assert batch.tasks == ["generate"] * 2 and not batch.has_image.any()
+    targets = batch.targets["generation"]
     for number, row in enumerate(rows):
         assert np.array_equal(targets.images[number].permute(1, 2, 0).numpy(), decode(row["image"]))
     assert targets.extents.tolist() == [[SIDE, SIDE]] * 2
-    assert batch["layout"].query_slots["generation"].shape == (2, 64, 2)
+    assert batch.layout.query_slots["generation"].shape == (2, 64, 2)
 
 
 def test_rows_without_a_caption_or_a_picture_ask_for_none():
     row = scenes.scene_row(5, 0, SIDE)
     silent = {**row, "messages": [m for m in row["messages"] if m["task"] != "caption"]}
     batch = Collator(tiny_tokenizer(), SIDE, ("generate",), {})([silent, row], [decode(row["image"]), None], rngs(2))
-    assert batch["tasks"] == [] and "generation" not in batch["targets"]
+    assert batch.tasks == [] and "generation" not in batch.targets
 
 
 @pytest.mark.parametrize(("task", "family"), [("generate", "generation"), ("edit", "editing")])
@@ -239,7 +244,7 @@ def test_captions_are_read_as_the_text_encoder_reads_them(task, family):
     targets = {}
     for tokenizer in (captioning_tokenizer(9), tiny_tokenizer()):
         batch = Collator(tokenizer, SIDE, (task,), {}, own_sizes=PICTURES)(rows, images, rngs(3), images)
-        targets[tokenizer.captions is None] = batch["targets"][family]
+        targets[tokenizer.captions is None] = batch.targets[family]
     ids = clip_tokenizer()(said, padding="max_length", truncation=True, max_length=9, return_tensors="pt").input_ids
     assert targets[False].caption_ids.dtype == torch.int64 and torch.equal(targets[False].caption_ids, ids)
     assert targets[True].caption_ids is None
@@ -254,15 +259,15 @@ def test_an_edited_picture_lies_where_the_picture_does(augment):
         collator = Collator(tiny_tokenizer(), SIDE, ("edit", "caption"), {}, augment=augment, own_sizes=PICTURES)
         seen[name] = collator([row], [decode(row["image"])], rngs(1), [target])
     batch = seen["own"]
-    assert batch["has_image"].all() and batch["tasks"].count("edit") == 1
-    target = batch["targets"]["editing"].images[0].float()
-    assert torch.equal(target, batch["pixels"]["instruct_pix2pix"].images[0].float())
+    assert batch.has_image.all() and batch.tasks.count("edit") == 1
+    target = batch.targets["editing"].images[0].float()
+    assert torch.equal(target, batch.pixels["instruct_pix2pix"].images[0].float())
     if augment == AugmentSettings():
-        assert (target - batch["images"][0].float()).abs().mean() < 1
-    other = seen["edited"]["targets"]["editing"].images[0].float()
-    assert torch.equal(seen["edited"]["images"], batch["images"]) and (other - target).abs().mean() > 5
+        assert (target - batch.images[0].float()).abs().mean() < 1
+    other = seen["edited"].targets["editing"].images[0].float()
+    assert torch.equal(seen["edited"].images, batch.images) and (other - target).abs().mean() > 5
     without = Collator(tiny_tokenizer(), SIDE, ("edit",), {})([row], [decode(row["image"])], rngs(1))
-    assert without["tasks"] == []
+    assert without.tasks == []
 
 
 def test_a_region_on_an_instance_asks_for_its_mask():
@@ -273,9 +278,9 @@ def test_a_region_on_an_instance_asks_for_its_mask():
     for seed in range(6):
         generators = [np.random.default_rng((seed, n)) for n in range(4)]
         batch = collator(rows, [decode(row["image"]) for row in rows], generators)
-        targets, masks = batch["targets"]["perception"], batch["region_masks"]
-        assert len(masks) == len(batch["tasks"]) == len(targets.boxes) == sum(min(2, len(r["instances"])) for r in rows)
-        for link, branch in enumerate(batch["layout"].link_branches["perception"].tolist()):
+        targets, masks = batch.targets["perception"], batch.region_masks
+        assert len(masks) == len(batch.tasks) == len(targets.boxes) == sum(min(2, len(r["instances"])) for r in rows)
+        for link, branch in enumerate(batch.layout.link_branches["perception"].tolist()):
             wanted = targets.masks[targets.mask_index[link, 0]].bool()
             region = torch.nn.functional.max_pool2d(masks[branch][None].float(), 4)[0].bool()
             assert targets.valid[link].sum() == 1 and (region & wanted).any()

@@ -17,7 +17,6 @@ from lumen_ray.input_size import PictureSize, ShortSide
 from lumen_ray.model.build import given
 from lumen_ray.recipe import AugmentSettings, BranchSettings, Recipe
 from lumen_ray.structures import Masks
-from lumen_ray.train.batch import to_device
 
 RULE = ShortSide(2 * SIDE, 3 * SIDE)
 OWN = {"grounding_dino": RULE, "unipose": RULE}
@@ -65,19 +64,19 @@ def bright(image):
 def test_what_the_trunk_gets_does_not_change():
     """No random draw is made for another size."""
     plain, own = collate(own_sizes={}, augment=MOVED), collate(augment=MOVED)
-    assert plain["pixels"] == {} and set(plain["targets"]) == {"perception"}
-    assert torch.equal(plain["images"], own["images"]) and plain["tasks"] == own["tasks"]
-    for name, value in vars(plain["targets"]["perception"]).items():
-        assert torch.equal(value, getattr(own["targets"]["perception"], name)), name
+    assert plain.pixels == {} and set(plain.targets) == {"perception"}
+    assert torch.equal(plain.images, own.images) and plain.tasks == own.tasks
+    for name, value in vars(plain.targets["perception"]).items():
+        assert torch.equal(value, getattr(own.targets["perception"], name)), name
 
 
 def test_the_image_comes_from_the_stored_one():
     """Every stripe of a pixel is there, where the trunk's copy is grey."""
     image, row = photo(2 * SIDE, 3 * SIDE, (30, 20, 90, 80), stripe=1)
     batch = collate([(image, row)])
-    seen = batch["pixels"]["grounding_dino"]
+    seen = batch.pixels["grounding_dino"]
     assert np.array_equal(seen.images[0].permute(1, 2, 0), image) and seen.extents.tolist() == [[2 * SIDE, 3 * SIDE]]
-    trunk = batch["images"][0, :, : SIDE * 2 // 3].float()
+    trunk = batch.images[0, :, : SIDE * 2 // 3].float()
     assert trunk[:, :5].std() < 15 < 2 * 15 <= seen.images[0, :, :10].float().std()
 
 
@@ -85,16 +84,16 @@ def test_the_image_comes_from_the_stored_one():
 @pytest.mark.parametrize("seed", range(4))
 def test_everything_lies_where_it_is_seen(augment, seed):
     batch = collate(augment=augment, seed=seed)
-    seen, own, trunk = batch["pixels"]["grounding_dino"], batch["targets"]["unipose"], batch["targets"]["perception"]
-    assert batch["targets"]["grounding_dino"] is own and len(seen.images) == 3
-    layout = batch["layout"]
+    seen, own, trunk = batch.pixels["grounding_dino"], batch.targets["unipose"], batch.targets["perception"]
+    assert batch.targets["grounding_dino"] is own and len(seen.images) == 3
+    layout = batch.layout
     images, parents = layout.link_images["perception"].tolist(), layout.link_parents["perception"].tolist()
     assert torch.equal(own.valid, trunk.valid) and torch.equal(own.counted, trunk.counted) and own.valid.any()
     checked = 0
     for link in torch.nonzero(own.valid[:, 0]).flatten().tolist():
         image = images[link]
         height, width = seen.extents[image].tolist()
-        grown = seen.extents[image].max() / batch["extents"][image].max()
+        grown = seen.extents[image].max() / batch.extents[image].max()
         assert grown > 1.5
         box = own.boxes[link, 0]
         assert (box / grown - trunk.boxes[link, 0]).abs().max() < 1
@@ -114,21 +113,21 @@ def test_everything_lies_where_it_is_seen(augment, seed):
 def test_colours_change_alike():
     batch = collate(augment=AugmentSettings(color=1.0), seed=3)
     plain = collate(seed=3)
-    for i, (height, width) in enumerate(batch["extents"].tolist()):
-        own_height, own_width = batch["pixels"]["unipose"].extents[i].tolist()
+    for i, (height, width) in enumerate(batch.extents.tolist()):
+        own_height, own_width = batch.pixels["unipose"].extents[i].tolist()
         changes = [
-            b["pixels"]["unipose"].images[i, :, :own_height, :own_width].float().mean()
-            - b["images"][i, :, :height, :width].float().mean()
+            b.pixels["unipose"].images[i, :, :own_height, :own_width].float().mean()
+            - b.images[i, :, :height, :width].float().mean()
             for b in (batch, plain)
         ]
         assert abs(changes[0] - changes[1]) < 8
-        assert (batch["images"][i].float() - plain["images"][i].float()).abs().mean() > 5
+        assert (batch.images[i].float() - plain.images[i].float()).abs().mean() > 5
 
 
 def test_zoom_and_crop_stay_within_the_rule():
     for seed in range(12):
         for zoom in ((0.5, 0.5), (2.0, 2.0)):
-            seen = collate(augment=AugmentSettings(scale=zoom), seed=seed)["pixels"]["grounding_dino"]
+            seen = collate(augment=AugmentSettings(scale=zoom), seed=seed).pixels["grounding_dino"]
             asked = seen.extents[seen.extents.amin(1) > 1]
             short, long = asked.amin(1), asked.amax(1)
             assert len(asked) > 0
@@ -143,20 +142,20 @@ def test_only_images_that_are_asked_about_are_enlarged():
     image, row = PHOTOS[0]
     silent = {**row, "instances": [], "classes": [], "messages": [make_message("caption", "describe .", "a face")]}
     batch = collate([(image, silent), (image, row)], tasks=("detect", "caption"))
-    assert batch["pixels"]["grounding_dino"].extents.tolist() == [[1, 1], [2 * SIDE, 171]]
+    assert batch.pixels["grounding_dino"].extents.tolist() == [[1, 1], [2 * SIDE, 171]]
     posed = collate([(image, row)], tasks=("pose",), own_sizes={"grounding_dino": RULE, "unipose": ShortSide(96, 96)})
-    assert set(posed["pixels"]) == {"unipose"}  # what poses say nothing to makes no image
-    assert posed["pixels"]["unipose"].extents.tolist() == [[72, 96]]
+    assert set(posed.pixels) == {"unipose"}  # what poses say nothing to makes no image
+    assert posed.pixels["unipose"].extents.tolist() == [[72, 96]]
 
 
 def test_a_model_learns_from_images_of_several_shapes():
     keys = {name: {**EXPERTS[name], "input_size": [RULE.short, RULE.long]} for name in ("grounding_dino", "unipose")}
-    model, batch = tiny_model(**keys), to_device(collate(), torch.device("cpu"))
+    model, batch = tiny_model(**keys), collate().to("cpu")
     assert model.settings.own_sizes == OWN
     for name in keys:
         pixels, targets = given(model.decoders[name], batch)
         assert pixels.images.shape == (3, 3, 192, 171) and targets.boxes.max() > 2 * SIDE
-    assert batch["targets"]["grounding_dino"] is batch["targets"]["unipose"]
+    assert batch.targets["grounding_dino"] is batch.targets["unipose"]
     losses = model(batch)
     assert all(losses[name].count > 0 for name in ("gdino_box", "gdino_mask", "unipose_keypoint", "heatmap"))
     assert all(torch.isfinite(term.total) for term in losses.values())
@@ -183,7 +182,7 @@ def edit_batch(height, width, augment=AugmentSettings()):  # noqa: B008
 )
 def test_pictures_are_learned_in_their_own_shape(shape, size):
     batch = edit_batch(*shape)
-    targets, source = batch["targets"]["editing"], batch["pixels"]["instruct_pix2pix"]
+    targets, source = batch.targets["editing"], batch.pixels["instruct_pix2pix"]
     assert targets.images.shape[2:] == source.images.shape[2:] == size
     assert targets.extents.tolist() == source.extents.tolist() == [list(size)]
     wanted = torch.tensor([20, 20, 60, 60]) * torch.tensor([size[1] / shape[1], size[0] / shape[0]] * 2)
@@ -194,7 +193,7 @@ def test_pictures_are_learned_in_their_own_shape(shape, size):
 
 def test_a_crop_is_drawn_as_large_as_a_whole_picture():
     batch = edit_batch(100, 200, AugmentSettings(scale=(2.0, 2.0)))
-    targets, source = batch["targets"]["editing"], batch["pixels"]["instruct_pix2pix"]
+    targets, source = batch.targets["editing"], batch.pixels["instruct_pix2pix"]
     assert targets.images.shape[2:] == source.images.shape[2:] == (64, 64)  # all of a square is seen
     assert (targets.images.float() - source.images.float() / 2).abs().mean() < 4
 
@@ -230,14 +229,14 @@ def test_a_rotated_file_is_decoded_large_enough_for_the_largest_size(tmp_path):
     reader = BatchReader(str(tmp_path), recipe, tiny_tokenizer(), SIDE, {}, own_sizes=settings.own_sizes)
     item = {"step": 0, "stage": 0, "parts": [("part.parquet", 0, 1)]}
     batch, light = (reader(item | {"group": group}) for group in (0, 1))
-    assert light["pixels"] == {}  # what does not learn gets nothing
-    seen = batch["pixels"]["grounding_dino"]
-    assert seen.extents.tolist() == [[128, 96]] and batch["extents"].tolist() == [[SIDE, 48]]
+    assert light.pixels == {}  # what does not learn gets nothing
+    seen = batch.pixels["grounding_dino"]
+    assert seen.extents.tolist() == [[128, 96]] and batch.extents.tolist() == [[SIDE, 48]]
     wanted = np.asarray(Image.fromarray(image).resize((96, 128), Image.BOX)).astype(int)
-    copied = Image.fromarray(batch["images"][0, :, :, :48].permute(1, 2, 0).numpy()).resize((96, 128))
+    copied = Image.fromarray(batch.images[0, :, :, :48].permute(1, 2, 0).numpy()).resize((96, 128))
     own = np.abs(seen.images[0].permute(1, 2, 0).numpy() - wanted).mean()
     assert 3 * own < np.abs(np.asarray(copied) - wanted).mean()
-    targets = batch["targets"]["grounding_dino"]
+    targets = batch.targets["grounding_dino"]
     (box,) = targets.boxes[targets.valid]
     assert (box - torch.tensor([30.0, 20, 75, 70])).abs().max() < 0.01
     assert (bright(seen.images[0]) - box).abs().max() < 2

@@ -50,19 +50,19 @@ def test_a_step_gives_the_same_batch_each_time(shards):
     batches = [reader(shards)(item) for item in items]
     for item, batch in zip(items, batches, strict=True):
         assert same(batch, reader(shards)(item))
-    assert [b["step"] for b in local_batches(reader(shards), plan, 3)] == [3, 4]
+    assert [b.step for b in local_batches(reader(shards), plan, 3)] == [3, 4]
     assert same(next(local_batches(reader(shards), plan, 3)), batches[3])
-    assert not torch.equal(batches[0]["images"], batches[1]["images"])
+    assert not torch.equal(batches[0].images, batches[1].images)
 
 
 def test_a_batch_comes_out_of_its_bytes_as_it_went_in(shards):
     batch = reader(shards)(plan_items(Plan(read_manifest(shards), recipe()), 0, 1)[0])
     found = pickle.loads(to_bytes(batch))
     assert same(found, batch)
-    assert found["images"].dtype == torch.uint8
-    assert found["has_image"].dtype == torch.bool
-    found["images"].zero_()  # may be written to, without a word to the batch it came from
-    assert batch["images"].any()
+    assert found.images.dtype == torch.uint8
+    assert found.has_image.dtype == torch.bool
+    found.images.zero_()  # may be written to, without a word to the batch it came from
+    assert batch.images.any()
 
 
 def test_two_ranks_read_the_halves_of_the_batch(shards):
@@ -70,8 +70,8 @@ def test_two_ranks_read_the_halves_of_the_batch(shards):
     read = reader(shards)
     whole = read(plan_items(plan, 0, 1)[2])
     halves = [read(plan_items(plan, rank, 2)[2]) for rank in range(2)]
-    assert torch.equal(torch.cat([h["images"] for h in halves]), whole["images"])
-    assert halves[0]["tasks"] + halves[1]["tasks"] == whole["tasks"]
+    assert torch.equal(torch.cat([h.images for h in halves]), whole.images)
+    assert halves[0].tasks + halves[1].tasks == whole.tasks
 
 
 def test_a_step_of_more_images_than_there_are_has_some_again(tmp_path):
@@ -83,7 +83,7 @@ def test_a_step_of_more_images_than_there_are_has_some_again(tmp_path):
     for item in plan_items(Plan(read_manifest(tmp_path / "few"), made), 0, 1):
         numbers = [number for _, _, rows in item["parts"] for number in rows]
         assert len(numbers) == 8
-        assert read(item)["image_ids"] == [names[number] for number in numbers]
+        assert read(item).image_ids == [names[number] for number in numbers]
 
 
 def test_items_start_at_a_step(shards):
@@ -101,10 +101,10 @@ def test_broken_pictures_are_told_and_the_batch_keeps_its_size(tmp_path, broken)
     categories = [{"name": c, "keypoints": [], "skeleton": []} for c in scenes.CLASSES]
     write_manifest(tmp_path, build_manifest([writer.entry], categories=categories))
     batch = reader(tmp_path)({"step": 0, "stage": 0, "group": 0, "parts": [("part.parquet", 0, 4)]})
-    assert [r["image_id"] for r in batch["rejected"]] == [f"scene-0-{i:07d}" for i in sorted(broken)]
-    assert all(r["reason"] for r in batch["rejected"])
-    assert batch["has_image"].tolist() == [i not in broken for i in range(4)]
-    owners = {int(image) for image in np.unique(np.nonzero((batch["layout"].branch_ids >= 0).any(1).numpy())[0])}
+    assert [r["image_id"] for r in batch.rejected] == [f"scene-0-{i:07d}" for i in sorted(broken)]
+    assert all(r["reason"] for r in batch.rejected)
+    assert batch.has_image.tolist() == [i not in broken for i in range(4)]
+    owners = {int(image) for image in np.unique(np.nonzero((batch.layout.branch_ids >= 0).any(1).numpy())[0])}
     assert owners == set(range(4)) - broken
     model = tiny_model()
     sum(term.total for term in model(batch).values()).backward()

@@ -94,7 +94,7 @@ def test_draws_are_without_replacement(number, count, seed):
 def test_training_weighs_negatives_by_the_manifests_counts(tmp_path, monkeypatch):
     from support.tiny_models import tiny_tokenizer
 
-    from lumen_ray.data.batches import collate
+    from lumen_ray.data.batches import prompts
     from lumen_ray.data.batches.feed import BatchReader
     from lumen_ray.data.scenes import render as scenes
     from lumen_ray.data.shards import shards
@@ -109,9 +109,9 @@ def test_training_weighs_negatives_by_the_manifests_counts(tmp_path, monkeypatch
     recipe = Recipe.model_validate({"name": "r", "batch_size": 2, "stages": [{"name": "one", "steps": 1}]})
     reader = prepare_job(tmp_path / "shards", recipe, tmp_path / "run").reader
     assert isinstance(reader, BatchReader) and sum(reader.frequencies.values()) > 0
-    seen, choose = [], collate.choose_classes
+    seen, choose = [], prompts.choose_classes
     monkeypatch.setattr(
-        collate, "choose_classes", lambda row, v, s, f, rng: seen.append(f) or choose(row, v, s, f, rng)
+        prompts, "choose_classes", lambda row, v, s, f, rng: seen.append(f) or choose(row, v, s, f, rng)
     )
     reader.tokenizer = tiny_tokenizer()
     reader({"step": 0, "stage": 0, "group": 0, "parts": [("part-00000.parquet", 0, 2)]})

@@ -111,11 +111,11 @@ ROWS = [chat_row(0, 3), *SCENES[:3], chat_row(1, 20), chat_row(2, 1), *SCENES[3:
 def by_prompt(model, batch):
     """LM and heatmap loss, and the highest score, of every prompt by image and text; and the sums of all losses."""
     out = model.trunk(batch)
-    layout = batch["layout"]
+    layout = batch.layout
     found = {}
     each = model(batch)
     images = {}
-    for row, name in enumerate(batch["image_ids"]):
+    for row, name in enumerate(batch.image_ids):
         for branch in set(layout.branch_ids[row].tolist()) - {-1}:
             images[branch] = name
     for branch, loss in enumerate(each["lm"].each.tolist()):
@@ -151,9 +151,9 @@ def test_packed_batches_give_the_losses_of_unpacked_ones(model, size):
     plain = by_prompt(model, collate(ROWS, None, size))
     for most in (2000, 700, 450):
         batch = collate(ROWS, Packing(most, tokens), size, order=[3, 0, 7, 4, 1, 2, 6, 5])
-        rows, long = batch["layout"].pack.shape
-        assert long <= most and rows < len(ROWS) and not batch["truncated"]
-        assert len(batch["images"]) == 5 and batch["has_image"].tolist() == [True] * 5 + [False] * 3
+        rows, long = batch.layout.pack.shape
+        assert long <= most and rows < len(ROWS) and not batch.truncated
+        assert len(batch.images) == 5 and batch.has_image.tolist() == [True] * 5 + [False] * 3
         real, computed = count_tokens(batch, tokens)
         assert computed == rows * long and real < count_tokens(collate(ROWS, None, size), tokens)[1]
         same(plain, by_prompt(model, batch))
@@ -189,12 +189,12 @@ def test_gradients_are_those_of_the_unpacked_batch():
 def test_what_is_cut_is_counted_and_still_trains():
     rows = [*SCENES[:2], chat_row(3, 200)]
     batch = collate(rows, Packing(IMAGE_TOKENS + 64, IMAGE_TOKENS))
-    assert batch["truncated"]["branches"] > 0 and batch["truncated"]["tokens"] > 0
-    assert batch["layout"].pack.shape[1] <= IMAGE_TOKENS + 64
-    targets = batch["targets"]["perception"]
-    assert len(targets.boxes) == len(batch["layout"].link_branches["perception"])
+    assert batch.truncated["branches"] > 0 and batch.truncated["tokens"] > 0
+    assert batch.layout.pack.shape[1] <= IMAGE_TOKENS + 64
+    targets = batch.targets["perception"]
+    assert len(targets.boxes) == len(batch.layout.link_branches["perception"])
     whole = collate(rows, Packing(5000, IMAGE_TOKENS))
-    assert len(batch["tasks"]) + batch["truncated"]["branches"] == len(whole["tasks"])
+    assert len(batch.tasks) + batch.truncated["branches"] == len(whole.tasks)
     total = sum(term.total for term in tiny_model()(batch).values())
     assert torch.isfinite(total)
 
@@ -209,19 +209,19 @@ def test_keypoint_prompts_find_their_object_after_a_cut():
     long = make_message("caption", "what is there ?", "a red circle and " * 200)
     row, first = {**row, "messages": []}, {**SCENES[0], "phrases": [], "messages": [long]}
     batch = collate([first, row], Packing(450, IMAGE_TOKENS))
-    assert batch["truncated"] == {"branches": 1, "tokens": 0}  # the caption of the first image
+    assert batch.truncated == {"branches": 1, "tokens": 0}  # the caption of the first image
     whole = collate([{**first, "messages": []}, row], None)
-    ours, theirs = batch["layout"], whole["layout"]
+    ours, theirs = batch.layout, whole.layout
     assert (theirs.link_parents["perception"] >= 0).any()
     assert torch.equal(ours.link_parents["perception"], theirs.link_parents["perception"])
-    for name, value in vars(whole["targets"]["perception"]).items():
-        assert torch.equal(value, getattr(batch["targets"]["perception"], name)), name
+    for name, value in vars(whole.targets["perception"]).items():
+        assert torch.equal(value, getattr(batch.targets["perception"], name)), name
 
 
 @pytest.mark.parametrize("rows", [[chat_row(0, 3), chat_row(1, 5)], [make_row("broken", None, (SIDE, SIDE), "test")]])
 def test_batches_without_images_reach_every_parameter(rows):
     batch = collate(rows, Packing(200, IMAGE_TOKENS))
-    assert len(batch["images"]) == 1 and not batch["has_image"].any() and len(batch["layout"].pack) == 1
+    assert len(batch.images) == 1 and not batch.has_image.any() and len(batch.layout.pack) == 1
     model = tiny_model()
     sum(term.total for term in model(batch).values()).backward()
     unpacked = tiny_model()

@@ -83,10 +83,10 @@ def test_prompts_and_targets_are_those_of_the_collator(sampler, rows):
         rng = row_rng(sampler.recipe.seed, 0, FILE, number // 4, number % 4)
         batch = collator([rows[number]], [decode(rows[number]["image"])], [rng])
         view = view_of(sampler, number)
-        assert (view.batch["layout"].input_ids == batch["layout"].input_ids).all()
+        assert (view.batch.layout.input_ids == batch.layout.input_ids).all()
         prompts = prompts_of(view, sampler.tokenizer, {})
-        assert [p.task for p in prompts] == batch["tasks"]
-        assert sum(p.tokens for p in prompts) == int((batch["layout"].branch_ids >= 0).sum())
+        assert [p.task for p in prompts] == batch.tasks
+        assert sum(p.tokens for p in prompts) == int((batch.layout.branch_ids >= 0).sum())
         present = [i["phrase"] for i in rows[number]["instances"]]
         for prompt in prompts:
             if prompt.task in ("detect", "segment", "count"):

@@ -72,11 +72,11 @@ def test_every_answer_of_a_conversation_is_learned(make):
         ids["<user>"], *tokenizer.encode("red ?"), ids["<assistant>"], *tokenizer.encode("circle"), ids["<eos>"],
         ids["<user>"], *tokenizer.encode("blue ?"), ids["<assistant>"], *tokenizer.encode("square"), ids["<eos>"],
     ]  # fmt: skip
-    assert batch["layout"].input_ids[0, : len(expected)].tolist() == expected
-    labels = batch["layout"].labels[0]
+    assert batch.layout.input_ids[0, : len(expected)].tolist() == expected
+    labels = batch.layout.labels[0]
     answers = [*tokenizer.encode("circle"), ids["<eos>"], *tokenizer.encode("square"), ids["<eos>"]]
     assert labels[labels != IGNORE].tolist() == answers
-    assert batch["has_image"].tolist() == [True, False]
+    assert batch.has_image.tolist() == [True, False]
 
 
 def test_regions_of_every_kind(make):
@@ -100,7 +100,7 @@ def test_regions_of_every_kind(make):
     assert row["regions"][2]["mask"]["size"] == [HEIGHT, WIDTH]
     assert row["regions"][3]["points"] == [7, 8]
     batch = scene_batch(rows, ("chat",))
-    assert len(batch["region_masks"]) == 7
+    assert len(batch.region_masks) == 7
 
 
 @pytest.mark.parametrize(

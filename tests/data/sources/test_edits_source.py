@@ -105,8 +105,8 @@ def test_tables(tmp_path, suffix):
 def test_rows_of_edits_leave_other_tasks_alone(folder):
     rows, _, _ = prepared(EditsSource([str(folder)]))
     batch = scene_batch([rows[0], scenes.scene_row(0, 0, 64)], UNDERSTANDING)
-    assert set(batch["layout"].branch_ids[0].tolist()) == {-1}
-    assert batch["tasks"]
+    assert set(batch.layout.branch_ids[0].tolist()) == {-1}
+    assert batch.tasks
 
 
 def test_sources_that_cannot_work_are_refused(tmp_path, folder):

@@ -99,10 +99,10 @@ def test_a_step_aligns_links_with_captions(folder, task, decoder, loss):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in head.proj.parameters())
     assert model.trunk.llm.get_input_embeddings().weight.grad.abs().sum() > 0
     assert all(p.grad is None for p in model.decoders[decoder].text_encoder.parameters())
-    batch["targets"][family_of(batch)].caption_ids = None
+    batch.targets[family_of(batch)].caption_ids = None
     assert model(batch)[loss].total == 0
 
 
 def family_of(batch):
-    (family,) = batch["targets"]
+    (family,) = batch.targets
     return family

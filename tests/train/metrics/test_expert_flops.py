@@ -1,5 +1,7 @@
 """The counted operations of the experts are those that PyTorch counts."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -39,7 +41,7 @@ def counted(model, name, batch, flows):
 @pytest.mark.parametrize("trainable", [None, ("llm", "link_heads"), tuple(TASKS)])
 @pytest.mark.parametrize("name", TASKS)
 def test_forward_and_backward(name, trainable):
-    model, batch = expert_model(**SECTIONS), expert_batch(TASKS[name], 4) | {"decoders": [name]}
+    model, batch = expert_model(**SECTIONS), replace(expert_batch(TASKS[name], 4), decoders=[name])
     set_trainable(model, Stage.model_validate({"name": "s", "steps": 1, "trainable": trainable}))
     flows = trainable is None or "llm" in trainable
     wanted, found = counted(model, name, batch, flows), flops.of_step(model, [batch])
@@ -55,21 +57,21 @@ def test_every_request_and_an_own_size_are_counted():
         tiny_tokenizer(), SIDE, ("segment", "refer", "ground"), scenes.SKELETONS, own_sizes=model.settings.own_sizes
     )
     batch = collator(rows, [decode(row["image"]) for row in rows], [np.random.default_rng(n) for n in range(3)])
-    batch |= {"decoders": ["grounding_dino"]}
-    assert len(batch["layout"].link_groups["perception"].unique()) > 6
+    batch.decoders = ["grounding_dino"]
+    assert len(batch.layout.link_groups["perception"].unique()) > 6
     found = flops.of_step(model, [batch])["grounding_dino"]
     assert found == pytest.approx(counted(model, "grounding_dino", batch, True), rel=0.05)
 
 
 def test_an_expert_that_is_asked_nothing_computes_nothing():
     model, batch = expert_model(), expert_batch("caption")
-    assert flops.of_step(model, [batch | {"decoders": ["unipose"]}])["unipose"] == 0
-    assert set(flops.of_step(model, [batch | {"decoders": []}])) == {"vision", "llm"}
+    assert flops.of_step(model, [replace(batch, decoders=["unipose"])])["unipose"] == 0
+    assert set(flops.of_step(model, [replace(batch, decoders=[])])) == {"vision", "llm"}
 
 
 def test_the_log_tells_the_utilisation_by_the_experts_a_step_trains(monkeypatch):
     monkeypatch.setattr(flops, "peak", lambda device, precision: 1e12)
-    batch = expert_batch("segment") | {"decoders": ["grounding_dino"]}
+    batch = replace(expert_batch("segment"), decoders=["grounding_dino"])
     sums = StepSums({}, {}, tokens=300.0, computed_tokens=400.0, images=2)
     values = Meter(expert_model(), "bf16", torch.device("cpu")).read([batch], sums, 0.0, 0.001)
     parts = {name: value for name, value in values.items() if name.startswith("mfu/")}

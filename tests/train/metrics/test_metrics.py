@@ -43,9 +43,9 @@ def test_utilisation_of_a_device_with_a_known_peak(monkeypatch):
 def test_tokens_of_pictures_and_prompts():
     batch = scene_batch(3)
     real, computed = count_tokens(batch, 16)
-    assert computed == batch["layout"].input_ids.numel() + 3 * 16
-    assert real == int((batch["layout"].branch_ids >= 0).sum()) + 3 * 16 < computed
-    batch["has_image"][0] = False
+    assert computed == batch.layout.input_ids.numel() + 3 * 16
+    assert real == int((batch.layout.branch_ids >= 0).sum()) + 3 * 16 < computed
+    batch.has_image[0] = False
     assert count_tokens(batch, 16) == (real - 16, computed)
 
 

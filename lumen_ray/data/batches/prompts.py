@@ -1,0 +1,217 @@
+"""The prompts of a training batch: what each image is asked for, and what each prompt should give.
+
+Everything an image is annotated for becomes branches of one pass: classes (present and absent ones), phrases, poses,
+captions, questions. What is drawn depends only on the random generator given, so a resumed run sees the same batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from lumen_ray.data.batches.negatives import choose_classes, draw
+from lumen_ray.data.batches.region_prompts import drawn_region, region_input, region_visible
+from lumen_ray.data.batches.transforms import Sample
+from lumen_ray.data.images import Picture
+from lumen_ray.keypoints import DEFAULT_SIGMA, keypoint_sigmas
+from lumen_ray.recipe import BranchSettings
+from lumen_ray.tasks import TASKS, Task
+from lumen_ray.trunk.branch import Branch
+from lumen_ray.trunk.regions import region_mask
+
+CLASS_TASKS = ("detect", "segment", "count")  # one box target each; they differ in wording and routing token
+TEXT_TASKS = tuple(name for name, task in TASKS.items() if task.is_text)
+
+
+@dataclass
+class Target:
+    """What a decoder should give for one prompt.
+
+    Perception: `instances`, indices into the sample's instances; for a keypoint prompt `keypoint`, its index in the
+    skeleton, and `sigma`. Pictures: the `picture` to draw, as large as the image, of which the sample's crop is
+    wanted, and `text`, the bare description or instruction.
+    """
+
+    instances: list[int] = field(default_factory=list)
+    keypoint: int = -1
+    sigma: float = DEFAULT_SIGMA
+    picture: Picture | None = None
+    text: str = ""
+
+
+@dataclass
+class PromptBatch:
+    """The branches of a batch while they are collected: parallel lists, a region's mask and image beside them."""
+
+    branches: list[Branch] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=list)
+    targets: list[Target | None] = field(default_factory=list)
+    regions: list[np.ndarray] = field(default_factory=list)
+    region_images: list[int] = field(default_factory=list)
+    _requests: dict[tuple[Any, ...], int] = field(default_factory=dict)
+
+    def add(self, task: str, branch: Branch, target: Target | None = None, request: str = "") -> int:
+        """Appends a prompt and returns its index.
+
+        Prompts of an image with the same `request` form one group, as in a user's request; a keypoint prompt joins its
+        object's group, and any other prompt has a group of its own.
+        """
+        if branch.parent >= 0:
+            group = self.branches[branch.parent].group
+        else:
+            key = (branch.image, request) if request else (len(self.branches),)
+            group = self._requests.setdefault(key, len(self._requests))
+        self.branches.append(replace(branch, group=group))
+        self.tasks.append(task)
+        self.targets.append(target)
+        return len(self.branches) - 1
+
+    def add_region(self, image: int, mask: np.ndarray) -> int:
+        """Appends the mask of a region prompt, uint8 [H, W] in the trunk's input, and returns its index."""
+        self.regions.append(mask)
+        self.region_images.append(image)
+        return len(self.regions) - 1
+
+    def replace(self, branches: Sequence[Branch | None]) -> None:
+        """Replaces the branches one by one; those that are None are removed."""
+        place = np.cumsum([branch is not None for branch in branches]) - 1
+        kept = [(i, branch) for i, branch in enumerate(branches) if branch is not None]
+        self.branches = [
+            replace(branch, parent=int(place[branch.parent]) if branch.parent >= 0 else -1) for _, branch in kept
+        ]
+        self.tasks = [self.tasks[i] for i, _ in kept]
+        self.targets = [self.targets[i] for i, _ in kept]
+
+
+@dataclass(frozen=True)
+class SamplePrompts:
+    """Draws the prompts about one sample and adds them to a batch.
+
+    `tasks`: those the step trains; `skeletons`: keypoint names by class; `frequencies`: images per class, by which
+    absent classes are drawn.
+    """
+
+    batch: PromptBatch
+    image: int
+    row: Mapping[str, Any]
+    sample: Sample
+    tasks: Sequence[str]
+    settings: BranchSettings
+    rng: np.random.Generator
+    skeletons: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    frequencies: Mapping[str, int] = field(default_factory=dict)
+
+    def add_understanding(self) -> None:
+        """Prompts answered in texts and places, in a fixed order."""
+        self.add_classes()
+        if "pose" in self.tasks:
+            self.add_poses()
+        self.add_phrases()
+        if "region_segment" in self.tasks:
+            self.add_region_segments()
+        self.add_messages()
+
+    def add_classes(self) -> None:
+        """Class prompts: those of `choose_classes`, present and absent, as one request of a task drawn at random."""
+        tasks = [task for task in self.tasks if task in CLASS_TASKS]
+        if not tasks:
+            return
+        visible = list(dict.fromkeys(self.row["instances"][i]["phrase"] for i in self.sample.kept))
+        task = TASKS[tasks[int(self.rng.integers(len(tasks)))]]
+        for phrase in choose_classes(self.row, visible, self.settings, self.frequencies, self.rng):
+            self._routed(task, phrase, Target(self._instances_of(phrase)), request=task.name)
+
+    def add_poses(self) -> None:
+        """Pose prompts of classes with a skeleton, present with keypoints or absent: an object branch and one branch
+        per keypoint name."""
+        row, sample, s = self.row, self.sample, self.settings
+        task = TASKS["pose"]
+        with_pose = {
+            row["instances"][i]["phrase"] for n, i in enumerate(sample.kept) if sample.keypoints[n] is not None
+        }
+        present = {instance["phrase"] for instance in row["instances"]}
+        annotated = [c for c in self.skeletons if c in row["classes"]]
+        chosen = draw([c for c in annotated if c in with_pose], s.max_poses, self.rng)
+        for phrase in chosen + draw([c for c in annotated if c not in present], s.absent_poses, self.rng):
+            instances = self._instances_of(phrase)
+            parent = self._routed(task, phrase, Target(instances), request="pose")
+            sigmas = keypoint_sigmas(self.skeletons[phrase])
+            for k, name in enumerate(self.skeletons[phrase]):
+                text = task.keypoint_prompt(name, phrase)
+                branch = Branch(self.image, text, route=task.routing_token, parent=parent)
+                self.batch.add("pose", branch, Target(instances, k, sigmas[k]))
+
+    def add_phrases(self) -> None:
+        """Referring expressions and grounded phrases, those that match nothing included."""
+        place = {int(i): n for n, i in enumerate(self.sample.kept)}
+        usable = [
+            p
+            for p in self.row["phrases"]
+            if p["task"] in self.tasks and (not p["instances"] or any(i in place for i in p["instances"]))
+        ]
+        for item in draw(usable, self.settings.max_phrases, self.rng):
+            task = TASKS[item["task"]]
+            target = Target([place[i] for i in item["instances"] if i in place])
+            # the phrases of a sentence are one request
+            self._routed(task, item["phrase"], target, request=task.name if task.needs == "sentence" else "")
+
+    def add_region_segments(self) -> None:
+        """Instances with a mask, asked for by a box, a point, a scribble or a polygon on them."""
+        task, sample = TASKS["region_segment"], self.sample
+        usable = [n for n, mask in enumerate(sample.masks) if mask is not None and mask.any() and not sample.crowd[n]]
+        for n in draw(usable, self.settings.max_regions, self.rng):
+            size = sample.image.shape[:2]
+            region = drawn_region(sample.masks[n], sample.boxes[n], size, self.rng)
+            index = self.batch.add_region(self.image, region_mask(region, size))
+            self._routed(task, "", Target([n]), regions=(index,))
+
+    def add_messages(self) -> None:
+        """Captions, questions and chats; each `<region>` becomes a mask of the model input.
+
+        A message about a region that was cropped away is left out.
+        """
+        row, sample = self.row, self.sample
+        visible = [region_visible(region, sample) for region in row["regions"]]
+        tasks = [task for task in self.tasks if task in TEXT_TASKS]
+        usable = [m for m in row["messages"] if m["task"] in tasks and all(visible[r] for r in m["regions"])]
+        for message in draw(usable, self.settings.max_messages, self.rng):
+            history, prompt, response = exchanges(message["turns"])
+            regions = tuple(
+                self.batch.add_region(self.image, region_input(sample, row["regions"][index]))
+                for index in message["regions"]
+            )
+            branch = Branch(self.image, prompt, response=response, regions=regions, history=history)
+            self.batch.add(message["task"], branch)
+
+    def add_generation(self, picture: Picture) -> None:
+        """A caption of the row as the description of its picture, which the prompt does not see."""
+        captions = [m["turns"][-1]["content"] for m in self.row["messages"] if m["task"] == "caption"]
+        for caption in draw(captions, 1, self.rng):
+            self._routed(TASKS["generate"], caption, Target(picture=picture, text=caption))
+
+    def add_edits(self, edited: Picture) -> None:
+        """The row's instructions, each with the edited picture."""
+        for message in self.row["messages"]:
+            if message["task"] == "edit":
+                instruction = message["turns"][0]["content"]
+                self._routed(TASKS["edit"], instruction, Target(picture=edited, text=instruction))
+
+    def _instances_of(self, phrase: str) -> list[int]:
+        """Indices into the sample of the instances whose class is `phrase`."""
+        return [n for n, i in enumerate(self.sample.kept) if self.row["instances"][i]["phrase"] == phrase]
+
+    def _routed(self, task: Task, phrase: str, target: Target, request: str = "", regions: tuple[int, ...] = ()) -> int:
+        """Adds a branch whose response is the task's routing token, in a phrasing drawn at random."""
+        text = task.prompt(phrase, int(self.rng.integers(len(task.templates))))
+        branch = Branch(self.image, text, route=task.routing_token, regions=regions)
+        return self.batch.add(task.name, branch, target, request)
+
+
+def exchanges(turns: Sequence[dict[str, str]]) -> tuple[tuple[tuple[str, str], ...], str, str]:
+    """(earlier (instruction, response) pairs, last instruction, last response) of turns that alternate."""
+    texts = [turn["content"] for turn in turns]
+    *earlier, (instruction, response) = zip(texts[::2], texts[1::2], strict=True)
+    return tuple(earlier), instruction, response
