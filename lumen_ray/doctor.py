@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.markup import escape
 
 from lumen_ray.console import say
+from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.footprint import BF16, FP32, ByRecipe, Role, count_recipe, on_meta, roles_of, together
 
@@ -267,9 +268,9 @@ def _inputs(settings: ModelSettings) -> Iterator[Finding]:
     side = settings.image_size
     yield Finding("note", f"trunk: {side} x {side} pixels, or what a recipe's buckets say")
     for name in settings.decoder_names:
-        if (rule := settings.own_sizes.get(name)) is not None:
+        if (rule := settings.input_rules.get(name)) is not None:
             yield Finding("note", f"{name}: {rule}")
-        elif name != "lumen":  # which reads what the trunk makes of them
+        elif DECODERS[name].reads == "pixels":
             yield Finding("note", f"{name}: as the trunk; '{name}: {{input_size: [800, 1333]}}' is as published")
 
 
@@ -370,10 +371,11 @@ def published_parameters(settings: ModelSettings, model: Generalist) -> dict[str
 
 def _fresh(settings: ModelSettings, model: Generalist) -> tuple[str, ...]:
     """Prefixes of the names of decoders' parameters that no published checkpoint has."""
-    from lumen_ray.model.convert.decoders import LOADERS
+    from lumen_ray.model.convert.decoders import loaders
     from lumen_ray.model.convert.visionllm_v2 import may_be_fresh
 
     if settings.prompt_layout == "sequential":  # the released VisionLLM v2
         return may_be_fresh(model.state_dict())
-    own = {name: LOADERS[name].fresh if name in LOADERS else ("",) for name in model.decoders}
+    known = loaders()
+    own = {name: known[name].fresh if name in known else ("",) for name in model.decoders}
     return tuple(f"decoders.{name}.{prefix}" for name, prefixes in own.items() for prefix in prefixes)

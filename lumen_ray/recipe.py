@@ -8,14 +8,11 @@ from pydantic import Field, field_validator, model_validator
 
 from lumen_ray import config
 from lumen_ray.config import Settings
+from lumen_ray.decoders.registry import DECODERS, LOSSES, PARTS, decoders_for, get
 from lumen_ray.errors import UserError, unknown
 from lumen_ray.structures import Size
-from lumen_ray.tasks import DECODERS, LEARNED, TASKS, get_task
+from lumen_ray.tasks import TASKS, TRAINABLE_TASKS, get_task
 
-#: names a stage may list under `trainable`; each is a part of the model
-MODULES = ("stem", "vision", "regions", "llm", "queries", "link_heads", "dense", *DECODERS)
-#: names a stage may weigh under `loss_weights`: every loss of the model
-LOSSES = ("lm", *(loss for decoder in DECODERS.values() for loss in decoder.losses))
 #: parts made of repeated blocks, which are checkpointed, compiled and decayed block by block
 BLOCK_PARTS = ("vision", "llm", *DECODERS)
 #: parts whose layers are deep enough for a learning rate by depth
@@ -166,7 +163,7 @@ class TaskGroup(Settings):
     @property
     def learning(self) -> tuple[str, ...]:
         """The decoders that learn from it, of those a model can have."""
-        able = {decoder for task in self.tasks for decoder in get_task(task).decoders}
+        able = {decoder for task in self.tasks for decoder in decoders_for(task)}
         return tuple(name for name in DECODERS if name in able and name in (self.decoders or able))
 
     @field_validator("tasks")
@@ -180,10 +177,10 @@ class TaskGroup(Settings):
                 f"task '{blind[0]}' must be in a group of its own: its images are what is asked for", "invalid_config"
             )
         for task in map(get_task, tasks):
-            if task.made_of:
+            if task.derived_from:
                 raise UserError(
-                    f"task '{task.name}' cannot be trained, its answers are made of those of '{task.made_of}'; name "
-                    f"'{task.made_of}'",
+                    f"task '{task.name}' cannot be trained, its answers are computed from those of "
+                    f"'{task.derived_from}'; name '{task.derived_from}'",
                     "invalid_config",
                 )
         return tasks
@@ -192,8 +189,7 @@ class TaskGroup(Settings):
     @classmethod
     def _known_decoders(cls, decoders: tuple[str, ...]) -> tuple[str, ...]:
         for name in decoders:
-            if name not in DECODERS:
-                raise unknown("decoder", name, DECODERS)
+            get(name)
         return decoders
 
 
@@ -201,11 +197,11 @@ class Stage(Settings):
     name: str
     steps: int = Field(gt=0, description="optimizer steps")
     groups: tuple[TaskGroup, ...] = Field(
-        (TaskGroup(tasks=LEARNED),),
+        (TaskGroup(tasks=TRAINABLE_TASKS),),
         description="what step t trains is drawn from these by (seed, t)",
     )
     trainable: tuple[str, ...] | None = Field(
-        None, description=f"parts that learn, of {', '.join(MODULES)}; null: all that the model has"
+        None, description=f"parts that learn, of {', '.join(PARTS)}; null: all that the model has"
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     lr_scale: dict[str, float] = Field(
@@ -229,8 +225,8 @@ class Stage(Settings):
     @model_validator(mode="after")
     def _parts(self) -> Stage:
         for name in (*(self.trainable or ()), *(n for n in self.lr_scale if not is_pattern(n))):
-            if name not in MODULES:
-                raise unknown("part", name, MODULES)
+            if name not in PARTS:
+                raise unknown("part", name, PARTS)
         for name, factor in self.layer_decay.items():
             if name not in DEEP_PARTS:
                 raise unknown("part with layers", name, DEEP_PARTS, plural="parts with layers")
@@ -244,7 +240,7 @@ class Stage(Settings):
                 raise unknown("loss", name, LOSSES, plural="losses")
         if self.trainable == ():
             raise UserError(
-                f"stage '{self.name}' trains nothing; name parts under 'trainable', of {', '.join(MODULES)}",
+                f"stage '{self.name}' trains nothing; name parts under 'trainable', of {', '.join(PARTS)}",
                 "invalid_config",
             )
         if not self.groups:

@@ -32,7 +32,7 @@ class SuperLink:
     def __len__(self) -> int:
         return len(self.image_index)
 
-    def only(self, members: Tensor) -> SuperLink:
+    def select(self, members: Tensor) -> SuperLink:
         """The link of the prompts at `members` (int64 [M], rising, no keypoint prompt without its object's)."""
         place = torch.full((len(self) + 1,), -1, dtype=torch.int64, device=members.device)
         place[members] = torch.arange(len(members), device=members.device)
@@ -44,10 +44,10 @@ class SuperLink:
             self.group[members],
         )
 
-    def take(self, members: Tensor) -> tuple[SuperLink, Tensor]:
+    def select_with_images(self, members: Tensor) -> tuple[SuperLink, Tensor]:
         """The link of the prompts at `members`, and the images they are about (int64, rising), among which its
         `image_index` counts."""
-        link = self.only(members)
+        link = self.select(members)
         images, link.image_index = link.image_index.unique(return_inverse=True)
         return link, images
 

@@ -102,7 +102,7 @@ class PerceptionTargets:
     def to(self, device: torch.device | str) -> PerceptionTargets:
         return PerceptionTargets(**{name: value.to(device) for name, value in self.__dict__.items()})
 
-    def only(self, members: Tensor) -> PerceptionTargets:
+    def select(self, members: Tensor) -> PerceptionTargets:
         """Those of the prompts at `members`, int64 [M]."""
         per_prompt = {name: value[members] for name, value in self.__dict__.items() if name != "masks"}
         return PerceptionTargets(masks=self.masks, **per_prompt)
@@ -125,6 +125,6 @@ class ImageTargets:
     def to(self, device: torch.device | str) -> ImageTargets:
         return ImageTargets(*(None if value is None else value.to(device) for value in self.__dict__.values()))
 
-    def only(self, members: Tensor) -> ImageTargets:
+    def select(self, members: Tensor) -> ImageTargets:
         """Those of the prompts at `members`, int64 [M]."""
         return ImageTargets(*(None if value is None else value[members] for value in self.__dict__.values()))

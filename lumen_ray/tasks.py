@@ -1,6 +1,7 @@
-"""The one registry of tasks: what a task asks, which routing token it uses and who can serve it.
+"""The one registry of tasks: what a task needs, which routing token it uses and what it returns.
 
-Adding a task touches this file and, if it needs a new decoder, one file under `decoders/`.
+Which decoders can serve a task is said by the decoders (`decoders.spec.DecoderSpec.tasks`). Adding a task touches this
+file and, where it needs a new decoder, one folder under `decoders/`.
 
 A *prompt* is the natural-language instruction of one branch. Each task has several phrasings so that the
 routing token is learned from meaning and not from one fixed string (VisionLLM v2, sec. 3.2).
@@ -8,9 +9,8 @@ routing token is learned from meaning and not from one fixed string (VisionLLM v
 
 from __future__ import annotations
 
-import importlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,34 +36,22 @@ class LinkFamily:
 
 
 @dataclass(frozen=True)
-class DecoderInfo:
-    """What can be said of a decoder without importing it. `path`: module:class; `losses`: their names, which recipes
-    weigh."""
-
-    path: str
-    family: str
-    losses: tuple[str, ...]
-
-
-@dataclass(frozen=True)
 class Task:
     name: str
     needs: Needs
     result: ResultType
     templates: tuple[str, ...]
-    metric: str
     routing_token: str | None = None
-    decoders: tuple[str, ...] = ()
     #: phrasing of the branch that asks for one keypoint of an object (pose only)
     keypoint_template: str | None = None
-    #: the task whose annotations in shards also are this one's, which none name: it is learned from and scored on them
+    #: the task whose annotations in shards serve this one as well; no annotation names this task
     annotated_as: str | None = None
-    #: the task whose answers this one's are made of: what a model is trained for in its place
-    made_of: str | None = None
+    #: the task whose answers this one's are computed from; a model is trained for that task instead
+    derived_from: str | None = None
 
     @property
     def annotation(self) -> str:
-        """The task that shards name where they are annotated for this one."""
+        """The name under which shards annotate this task."""
         return self.annotated_as or self.name
 
     @property
@@ -98,84 +86,23 @@ LINK_FAMILIES: dict[str, LinkFamily] = {
     "editing": LinkFamily("editing", ("[EDIT]",), num_queries=64),
 }
 
-#: the decoders a model can have, by the name of their section in its settings
-DECODERS: dict[str, DecoderInfo] = {
-    "lumen": DecoderInfo(
-        "lumen_ray.decoders.lumen.decoder:LumenDecoder", "perception", ("heatmap", "match", "box", "mask", "keypoint")
-    ),
-    "grounding_dino": DecoderInfo(
-        "lumen_ray.decoders.grounding_dino.decoder:GroundingDinoDecoder",
-        "perception",
-        ("gdino_class", "gdino_box", "gdino_mask"),
-    ),
-    "unipose": DecoderInfo(
-        "lumen_ray.decoders.unipose.decoder:UniPoseDecoder",
-        "perception",
-        ("unipose_class", "unipose_box", "unipose_keypoint", "unipose_oks", "unipose_visible"),
-    ),
-    "stable_diffusion": DecoderInfo(
-        "lumen_ray.decoders.diffusion.stable_diffusion:StableDiffusionDecoder",
-        "generation",
-        ("generate", "generate_align", "generate_vae"),
-    ),
-    "instruct_pix2pix": DecoderInfo(
-        "lumen_ray.decoders.diffusion.instruct_pix2pix:InstructPix2PixDecoder",
-        "editing",
-        ("edit", "edit_align", "edit_vae"),
-    ),
-}
-
-_PERCEPTION = ("lumen", "grounding_dino")
-
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("chat", "question", "text", ("{}",), "accuracy"),
-        Task("caption", "nothing", "text", ("describe the image .", "what is in the image ?"), "caption_attributes"),
-        Task("vqa", "question", "text", ("{}",), "vqa_accuracy"),
-        Task(
-            "region_caption",
-            "region",
-            "text",
-            ("describe <region> .", "what is <region> ?"),
-            "caption_attributes",
-        ),
-        Task(
-            "detect",
-            "classes",
-            "boxes",
-            ("detect {}", "find every {}", "locate all {}"),
-            "box_ap",
-            "[DET]",
-            _PERCEPTION,
-        ),
-        Task(
-            "ground",
-            "sentence",
-            "boxes",
-            ("ground {}", "where in the image is {} ?"),
-            "ground_p50",
-            "[GRD]",
-            _PERCEPTION,
-        ),
-        Task("refer", "expression", "boxes", ("point to {}", "which one is {} ?"), "refer_p50", "[GRD]", _PERCEPTION),
-        Task(
-            "segment",
-            "classes",
-            "masks",
-            ("segment {}", "outline every {}"),
-            "mask_ap",
-            "[SEG]",
-            _PERCEPTION,
-        ),
+        Task("chat", "question", "text", ("{}",)),
+        Task("caption", "nothing", "text", ("describe the image .", "what is in the image ?")),
+        Task("vqa", "question", "text", ("{}",)),
+        Task("region_caption", "region", "text", ("describe <region> .", "what is <region> ?")),
+        Task("detect", "classes", "boxes", ("detect {}", "find every {}", "locate all {}"), "[DET]"),
+        Task("ground", "sentence", "boxes", ("ground {}", "where in the image is {} ?"), "[GRD]"),
+        Task("refer", "expression", "boxes", ("point to {}", "which one is {} ?"), "[GRD]"),
+        Task("segment", "classes", "masks", ("segment {}", "outline every {}"), "[SEG]"),
         Task(
             "pose",
             "classes",
             "keypoints",
             ("pose of {}", "estimate the pose of every {}"),
-            "keypoint_ap",
             "[POSE]",
-            ("lumen", "unipose"),
             keypoint_template="{keypoint} of {}",
         ),
         Task(
@@ -183,9 +110,7 @@ TASKS: dict[str, Task] = {
             "region",
             "masks",
             (f"segment {REGION_TOKEN}", f"outline what is at {REGION_TOKEN}"),
-            "region_segment_iou",
             "[SEG]",
-            _PERCEPTION,
             annotated_as="segment",
         ),
         Task(
@@ -193,39 +118,27 @@ TASKS: dict[str, Task] = {
             "classes",
             "masks",
             ("segment {}", "outline every {}"),
-            "semantic_miou",
             "[SEG]",
-            _PERCEPTION,
             annotated_as="segment",
-            made_of="segment",
+            derived_from="segment",
         ),
-        Task("count", "classes", "count", ("count {}", "count every {}"), "count_error", "[DET]", _PERCEPTION),
+        Task("count", "classes", "count", ("count {}", "count every {}"), "[DET]"),
         Task(
             "generate",
             "description",
             "image",
             ("draw {}", "generate a picture of {}"),
-            "generate_objects",
             "[GEN]",
-            ("stable_diffusion",),
             annotated_as="caption",
         ),
-        Task(
-            "edit",
-            "instruction",
-            "image",
-            ("edit : {}", "in this picture {}"),
-            "edit_done",
-            "[EDIT]",
-            ("instruct_pix2pix",),
-        ),
+        Task("edit", "instruction", "image", ("edit : {}", "in this picture {}"), "[EDIT]"),
     )
 }
 
 #: the tasks whose answers are texts and places, not pictures
 UNDERSTANDING = tuple(name for name, task in TASKS.items() if task.result != "image")
-#: those of them that a training step can have prompts of
-LEARNED = tuple(name for name in UNDERSTANDING if not TASKS[name].made_of)
+#: those of them that training steps have prompts for
+TRAINABLE_TASKS = tuple(name for name in UNDERSTANDING if not TASKS[name].derived_from)
 ROUTING_TOKENS: tuple[str, ...] = tuple(t for family in LINK_FAMILIES.values() for t in family.routing_tokens)
 
 
@@ -240,17 +153,6 @@ def in_words(wanted: Callable[[Task], bool]) -> str:
     """The names of the tasks that are `wanted`, e.g. ``"detect, pose and count"``."""
     *names, end = [task.name for task in TASKS.values() if wanted(task)]
     return f"{', '.join(names)} and {end}" if names else end
-
-
-def decoder_class(name: str) -> type:
-    """The class of a decoder, imported now."""
-    module, _, attribute = DECODERS[name].path.partition(":")
-    return getattr(importlib.import_module(module), attribute)
-
-
-def reads_dense(decoders: Iterable[str] | None) -> bool:
-    """Whether one of the decoders (None: any there may be) reads the trunk's dense features."""
-    return decoders is None or any(decoder_class(name).reads == "dense" for name in decoders)
 
 
 def family_of(routing_token: str) -> LinkFamily:

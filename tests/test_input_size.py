@@ -60,7 +60,7 @@ def test_settings_say_the_rule():
     settings = tiny_settings(**EXPERTS | {"grounding_dino": dino})
     picture = PictureSize(16, 64, 8)
     expected = {"grounding_dino": ShortSide(96, 160), "stable_diffusion": picture, "instruct_pix2pix": picture}
-    assert settings.own_sizes == expected
+    assert settings.input_rules == expected
     for wrong in ([160, 96], [0, 96]):
         with pytest.raises(ValidationError, match="0 < short <= long"):
             tiny_settings(grounding_dino=dino | {"input_size": wrong})
@@ -68,7 +68,7 @@ def test_settings_say_the_rule():
 
 @pytest.mark.parametrize("preset", ["7b", "visionllm-v2"])
 def test_presets_of_published_weights_use_the_published_sizes(preset):
-    sizes = config.load(ModelSettings, model_path(preset)).own_sizes
+    sizes = config.load(ModelSettings, model_path(preset)).input_rules
     assert sizes["grounding_dino"] == sizes["unipose"] == DETR
     assert sizes["stable_diffusion"] == PictureSize(512, 1024, 64)
     assert sizes["instruct_pix2pix"].side == {"7b": 512, "visionllm-v2": 256}[preset]

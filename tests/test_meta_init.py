@@ -1,6 +1,7 @@
 """Models without weights are the same models, and get theirs without a second copy."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def test_weights_are_put_in_by_name_and_tied_ones_stay_tied(pair):
     assert ties(empty) == ties(whole) and asked == [name for name, _ in whole.named_parameters()]
     learns = {name for name, p in whole.named_parameters() if p.requires_grad}
     assert learns == {name for name, p in empty.named_parameters() if p.requires_grad}
-    batch = {**scene_batch(2), "decoders": []}
+    batch = replace(scene_batch(2), decoders=[])
     with torch.no_grad():
         ours, theirs = (model.eval()(batch)["lm"].total for model in (empty, whole))
     assert float(ours) == float(theirs)

@@ -10,8 +10,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from lumen_ray.bench.timing import Result
 from lumen_ray.bench.training_step import batch_of, link_of, read_preset, training_step
+from lumen_ray.model.build import build_decoder
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.tasks import decoder_class
 from lumen_ray.train.blocks import checkpoint_module
 
 
@@ -27,7 +27,7 @@ def bench(
 
 def _measure(settings: ModelSettings, name: str, images: int, checkpointed: bool) -> Result:
     torch.manual_seed(0)
-    batch, decoder = batch_of(settings, name, images), decoder_class(name).build(settings).train()
+    batch, decoder = batch_of(settings, name, images), build_decoder(settings, name).train()
     if checkpointed:
         checkpoint_module(decoder)
     link = link_of(batch, decoder, settings)
@@ -36,7 +36,7 @@ def _measure(settings: ModelSettings, name: str, images: int, checkpointed: bool
     step()  # allocates the gradients of the weights; at full size a step takes minutes, so no other is timed
     seconds = time.perf_counter() - began
     peak = peak_memory(step)
-    size = settings.own_sizes.get(name, f"{settings.image_size} pixels")
+    size = settings.input_rules.get(name, f"{settings.image_size} pixels")
     asked = len(link.group.unique())
     return Result(
         f"memory/{name}",

@@ -18,6 +18,7 @@ from lumen_ray.data.images import decode
 from lumen_ray.data.scenes import edits as scenes_edits
 from lumen_ray.data.scenes import render as scenes
 from lumen_ray.decoders.base import Decoder, ImageDecoder
+from lumen_ray.decoders.registry import serves
 from lumen_ray.errors import unknown
 from lumen_ray.model.build import given
 from lumen_ray.model.settings import ModelSettings
@@ -43,10 +44,10 @@ def batch_of(settings: ModelSettings, name: str, images: int) -> TrainingBatch:
     rows = [
         scenes_edits.with_edit(scenes.scene_row(0, i, side), scenes_edits.scene_edit(0, i, side)) for i in range(images)
     ]
-    tasks = tuple(task.name for task in TASKS.values() if name in task.decoders)
+    tasks = tuple(task for task in TASKS if serves(name, task))
     pictures, edited = ([row[key] and decode(row[key]) for row in rows] for key in ("image", "target_image"))
     rngs = [np.random.default_rng(i) for i in range(images)]
-    collator = Collator(tokenizer, side, tasks, scenes.SKELETONS, own_sizes=settings.own_sizes)
+    collator = Collator(tokenizer, side, tasks, scenes.SKELETONS, input_rules=settings.input_rules)
     return collator(rows, pictures, rngs, edited)
 
 
@@ -57,7 +58,7 @@ def link_of(batch: TrainingBatch, decoder: Decoder | ImageDecoder, settings: Mod
     if isinstance(decoder, ImageDecoder):
         shape = (decoder.settings.num_tokens, decoder.width)
     else:
-        shape = (settings.link_width(decoder.name),)
+        shape = (settings.sections[decoder.name].link_width(settings.link_channels),)
     return SuperLink(decoder.name, torch.randn(len(layout.link_images[family]), *shape).requires_grad_(), *places)
 
 

@@ -10,8 +10,8 @@ import torch
 from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
 from lumen_ray.bench.training_step import batch_of, link_of, read_preset, training_step
 from lumen_ray.inference.device import find_device
+from lumen_ray.model.build import build_decoder
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.tasks import decoder_class
 from lumen_ray.train.blocks import check_compiler, compile_module
 
 PLAIN = {"bf16": "fp32", "compiled": "eager"}
@@ -83,7 +83,7 @@ def furthest(ours: Mapping[str, float], wanted: Mapping[str, float]) -> float:
 def _side(settings: ModelSettings, name: str, side: str, images: int, device: torch.device) -> Step:
     """A step that gives its losses, which waits for the device. Weights, links and batch are the same for all sides."""
     torch.manual_seed(0)
-    batch, decoder = batch_of(settings, name, images), decoder_class(name).build(settings).to(device).train()
+    batch, decoder = batch_of(settings, name, images), build_decoder(settings, name).to(device).train()
     with torch.no_grad():
         for p in decoder.parameters():
             p.add_(torch.randn(p.shape).to(device), alpha=SCRAMBLE)

@@ -82,6 +82,19 @@ class Part:
 
 
 @dataclass(frozen=True)
+class ReleasedModule:
+    """The part of the released VisionLLM v2 checkpoint that one decoder of it is.
+
+    `module`: its name there. `parts`: (prefix of our decoder, of its link head, of the module) -> where its tensors go;
+    all prefixes end with a dot. `fresh`: prefixes of what our decoder has and the released one has not.
+    """
+
+    module: str
+    parts: Callable[[str, str, str], list[Part]]
+    fresh: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Entry:
     """What happened to one tensor of the checkpoint. `to`: our names; of an alias those that were there already, of an
     adapter those of the weight it was added to."""

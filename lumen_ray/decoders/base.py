@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -12,7 +12,7 @@ from lumen_ray.structures import Prediction, SampleSettings
 from lumen_ray.targets import Frame, ImageTargets, PerceptionTargets, Pixels
 
 if TYPE_CHECKING:
-    from lumen_ray.model.settings import ModelSettings
+    from lumen_ray.decoders.spec import DecoderSpec, Reads, TrunkShape
     from lumen_ray.superlink import SuperLink
 
 
@@ -50,10 +50,38 @@ def anchor(parameters: Iterable[nn.Parameter]) -> Tensor | float:
 
 
 class Learner(nn.Module):
-    """What learns from super links. `losses` is its own; `learn` is how a model calls it."""
+    """Base of all decoders: a module that learns from super links. A model calls `learn`; subclasses give `losses`."""
 
-    #: modules whose arithmetic is fp32 also where a model answers in bf16, whose rounding would show
+    spec: ClassVar[DecoderSpec]
+    #: modules that compute in fp32 even where a model answers in bf16, because the rounding would show
     exact: ClassVar[tuple[str, ...]] = ()
+    #: prefixes of blocks that stay eager when the others are compiled
+    eager: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def build(cls, settings: Any, shape: TrunkShape) -> Learner:
+        """A decoder with fresh weights for its section of a model's settings and the trunk's widths."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """The decoder's name in settings and recipes."""
+        return self.spec.name
+
+    @property
+    def family(self) -> str:
+        """The link family (`tasks.LINK_FAMILIES`) whose queries its links come from."""
+        return self.spec.family
+
+    @property
+    def reads(self) -> Reads:
+        """What it reads besides the super link."""
+        return self.spec.reads
+
+    @property
+    def loss_names(self) -> tuple[str, ...]:
+        """Its losses, in a fixed order."""
+        return tuple(self.spec.losses)
 
     def losses(self, link: SuperLink, view: Any, targets: Any) -> dict[str, LossTerm]:
         raise NotImplementedError
@@ -81,17 +109,8 @@ class Decoder(Learner):
     `view` is what the decoder `reads`: the trunk's dense features [B, C, H/4, W/4], or `Pixels`.
     """
 
-    name: ClassVar[str]
-    family: ClassVar[str]  # of `tasks.LINK_FAMILIES`: the queries that its links come from
-    loss_names: ClassVar[tuple[str, ...]]
-    reads: ClassVar[Literal["dense", "pixels"]] = "dense"
-    #: whether each prompt is looked at by itself; else those of a group see each other
+    #: whether a prompt's result depends on that prompt alone; else prompts of a group attend to each other
     independent: ClassVar[bool] = True
-
-    @classmethod
-    def build(cls, settings: ModelSettings) -> Decoder:
-        """The decoder of a model with these settings, with fresh weights."""
-        raise NotImplementedError
 
     def losses(self, link: SuperLink, view: Any, targets: PerceptionTargets) -> dict[str, LossTerm]:
         """A training step. Decoders that put something of the targets into their forward pass (denoising) override
@@ -108,17 +127,10 @@ class Decoder(Learner):
 
 
 class ImageDecoder(Learner):
-    """A decoder that makes pictures. `link.embeddings`: [G, T, C], the cross-attention input of each prompt."""
+    """A decoder that makes pictures. `link.embeddings`: [G, T, C], the cross-attention input of each prompt.
 
-    name: ClassVar[str]
-    family: ClassVar[str]
-    loss_names: ClassVar[tuple[str, ...]]
-    reads: ClassVar[Literal["pixels"] | None]  # the picture that is to be edited, or nothing
-
-    @classmethod
-    def build(cls, settings: ModelSettings) -> ImageDecoder:
-        """The decoder of a model with these settings, with fresh weights."""
-        raise NotImplementedError
+    It reads pixels where a picture is edited, else nothing.
+    """
 
     def losses(self, link: SuperLink, view: Pixels | None, targets: ImageTargets) -> dict[str, LossTerm]:
         """A training step; `view` holds the images that editing starts from, by `link.image_index`."""

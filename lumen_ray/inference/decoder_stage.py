@@ -30,14 +30,14 @@ MAX_DECODER_PIXELS = 1 << 22
 class DecoderStage:
     """A decoder's half: its part of a trunk's output -> predictions in stored-image pixels."""
 
-    def __init__(self, loaded: LoadedModel, name: str = "lumen", device: str = "cpu"):
+    def __init__(self, loaded: LoadedModel, name: str, device: str = "cpu"):
         self.name = name
         self.device, self.dtype = torch.device(device), loaded.dtype
         self.decoder = loaded.decoder(name, device)
-        self.own_size = loaded.settings.own_sizes.get(name)
+        self.input_rule = loaded.settings.input_rules.get(name)
 
     @classmethod
-    def load(cls, model: str | Path, name: str = "lumen", device: str = "cpu", dtype: str = "float32") -> DecoderStage:
+    def load(cls, model: str | Path, name: str, device: str = "cpu", dtype: str = "float32") -> DecoderStage:
         """Of a model folder only the decoder is read, and kept."""
         return cls(load_model(model, parts=(), dtype=dtype), name, device)
 
@@ -54,7 +54,7 @@ class DecoderStage:
             return self._draw(part)
         found: list[Found] = [None] * len(part.link)
         for members in self._chunks(part, output):
-            link, images = part.link.take(members)
+            link, images = part.link.select_with_images(members)
             frames = [self._frame(output.frames[i]) for i in images.tolist()]
             if self.decoder.reads == "dense":
                 view = output.dense[images].to(self.device)
@@ -76,7 +76,7 @@ class DecoderStage:
                 sample = replace(sample, size=tuple(part.pixels[i].shape[1:]))
             wishes.setdefault(sample, []).append(i)
         for sample, members in wishes.items():
-            link, _ = part.link.take(torch.tensor(members))
+            link, _ = part.link.select_with_images(torch.tensor(members))
             view = self._pixels(part, torch.tensor(members), link) if part.pixels else None
             drawn = self.decoder.sample(link.to(self.device), view, sample)
             pictures = drawn.permute(0, 2, 3, 1).cpu().numpy()
@@ -94,9 +94,9 @@ class DecoderStage:
 
     def _frame(self, frame: Frame) -> Frame:
         """Where the image that lies so in the trunk's input lies in this decoder's."""
-        if self.own_size is None:
+        if self.input_rule is None:
             return frame
-        size, (scale, _) = self.own_size.fit(frame.size)
+        size, (scale, _) = self.input_rule.fit(frame.size)
         return Frame(frame.size, scale, size)
 
     def _pixels(self, part: LinkPart, members: Tensor, link: SuperLink, extents: list[Size] | None = None) -> Pixels:

@@ -48,10 +48,10 @@ class LinkPart:
     prompts: list[PromptSpec | None]
     pixels: list[Tensor] = field(default_factory=list)
 
-    def only(self, members: Tensor) -> LinkPart:
+    def select(self, members: Tensor) -> LinkPart:
         chosen = members.tolist()
         pixels = [self.pixels[i] for i in chosen] if self.pixels else []
-        return LinkPart(self.link.only(members), [self.prompts[i] for i in chosen], pixels)
+        return LinkPart(self.link.select(members), [self.prompts[i] for i in chosen], pixels)
 
 
 @dataclass
@@ -73,7 +73,7 @@ class TrunkOutput:
         for name, part in self.parts.items():
             members = torch.nonzero(part.link.image_index == image).flatten()
             if len(members):
-                parts[name] = part.only(members)
+                parts[name] = part.select(members)
                 parts[name].link.image_index = torch.zeros_like(members)
                 places[name] = {int(old): new for new, old in enumerate(members)}
         plans = [

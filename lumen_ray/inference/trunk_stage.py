@@ -15,6 +15,7 @@ from torch import Tensor
 from lumen_ray.data.batches.buckets import choose
 from lumen_ray.data.batches.transforms import fit
 from lumen_ray.decoders.base import PromptSpec
+from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.inference.decoder_inputs import looked_at
 from lumen_ray.inference.outputs import LinkPart, RequestPlan, TrunkOutput
@@ -23,7 +24,7 @@ from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.precision import in_own_dtype
 from lumen_ray.structures import Region, SampleSettings, Size
 from lumen_ray.superlink import SuperLink
-from lumen_ray.tasks import DECODERS, ROUTING_TOKENS, TASKS, Task, decoder_class, task_of_prompt
+from lumen_ray.tasks import ROUTING_TOKENS, TASKS, Task, task_of_prompt
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.layout import build_layout
 from lumen_ray.trunk.regions import region_mask
@@ -75,7 +76,7 @@ class TrunkStage(FromFolder):
         self.tokenizer = loaded.tokenizer
         self.prompt_layout = loaded.settings.prompt_layout
         self.serving = loaded.settings.serving
-        self.own_sizes = loaded.settings.own_sizes
+        self.input_rules = loaded.settings.input_rules
         self.skeletons = {name: tuple(names) for name, names in loaded.meta.skeletons.items()}
         square = (loaded.settings.image_size,) * 2
         self.buckets = tuple((int(h), int(w)) for h, w in loaded.meta.buckets) or (square,)
@@ -138,11 +139,11 @@ class TrunkStage(FromFolder):
                 if images[b] is not None or not task.sees_image:  # else there is no place in words alone
                     asks += self._routed(requests[b][r], task, b, r)
         parts = self._links(prefix, asks, plans, class_chunk)
-        reads = {name: decoder_class(name).reads for name in parts}
+        reads = {name: DECODERS[name].reads for name in parts}
         dense = prefix.dense.float().cpu().contiguous() if "dense" in reads.values() else None
         for name, part in parts.items():
             if reads[name] == "pixels":
-                rule, about = self.own_sizes.get(name), part.link.image_index.tolist()
+                rule, about = self.input_rules.get(name), part.link.image_index.tolist()
                 part.pixels = looked_at(about, part.prompts, rule, stored, pixels)
         return TrunkOutput(parts, dense, frames, plans)
 
@@ -160,7 +161,7 @@ class TrunkStage(FromFolder):
         """Names of the tasks that this model has a decoder for, where needed, and was trained for as far as it says."""
         trained = set(self.loaded.meta.tasks or TASKS)
         can = (t for t in TASKS.values() if t.is_text or t.name in self.serving)
-        return tuple(t.name for t in can if (t.made_of or t.name) in trained)
+        return tuple(t.name for t in can if (t.derived_from or t.name) in trained)
 
     def _asks(self, request: Request, image: int, index: int) -> list[_Ask]:
         """The routed branches of a structured request; its routing token is forced, so nothing is sampled."""

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lumen_ray.checkpoints.safetensors_file import WeightsFile, sync, write_weights
 from lumen_ray.decoders.base import Decoder, ImageDecoder, LossTerm, anchor
+from lumen_ray.decoders.registry import DECODERS, decoder_class, reads_dense, serves
 from lumen_ray.errors import UserError
 from lumen_ray.meta_init import put_weights, without_weights
 from lumen_ray.model.settings import ModelSettings, read_settings
@@ -29,7 +30,7 @@ from lumen_ray.presets import model_folder
 from lumen_ray.structures import Dtype, check_dtype
 from lumen_ray.superlink import SuperLink
 from lumen_ray.targets import ImageTargets, PerceptionTargets, Pixels
-from lumen_ray.tasks import DECODERS, TASKS, decoder_class, reads_dense
+from lumen_ray.tasks import TASKS
 from lumen_ray.trunk.batch import TrainingBatch
 from lumen_ray.trunk.tokenizer import CAPTIONS_FILE, NAMES_FILE, LumenTokenizer
 from lumen_ray.trunk.trunk import Trunk, TrunkTraining
@@ -44,8 +45,8 @@ class Generalist(nn.Module):
     def __init__(self, settings: ModelSettings, vocab_size: int):
         super().__init__()
         self.settings = settings
-        self.trunk = Trunk(settings, vocab_size)
-        self.decoders = nn.ModuleDict({name: decoder_class(name).build(settings) for name in settings.decoder_names})
+        self.trunk = Trunk(settings, vocab_size, settings.sections)
+        self.decoders = nn.ModuleDict({name: build_decoder(settings, name) for name in settings.decoder_names})
 
     @property
     def loss_names(self) -> tuple[str, ...]:
@@ -84,7 +85,7 @@ class Generalist(nn.Module):
         link, (pixels, targets) = out.links[decoder.name], given(decoder, batch)
         if len(served) < len(link):
             members = torch.tensor(served, device=link.parent.device)
-            link, targets = link.only(members), targets.only(members)
+            link, targets = link.select(members), targets.select(members)
         return link, out.dense if decoder.reads == "dense" else pixels, targets
 
     def _anchor(self, decoders: Collection[str], tasks: Collection[str] | None) -> Tensor | float:
@@ -105,6 +106,13 @@ class Generalist(nn.Module):
         return anchor(optional)
 
 
+def build_decoder(settings: ModelSettings, name: str) -> Any:
+    """One decoder of a model with fresh weights (a `Decoder` or an `ImageDecoder`)."""
+    section = settings.sections[name]
+    shape = settings.trunk_shape(settings.vocab_size)
+    return decoder_class(name).build(section, shape)
+
+
 def given(decoder: Decoder | ImageDecoder, batch: TrainingBatch) -> tuple[Pixels, PerceptionTargets | ImageTargets]:
     """The images of a training batch as a decoder looks at them, and what it should find there: in its own size, where
     it has one, or as the trunk sees them."""
@@ -115,7 +123,7 @@ def given(decoder: Decoder | ImageDecoder, batch: TrainingBatch) -> tuple[Pixels
 def served_links(decoder: str, batch: TrainingBatch) -> list[int]:
     """Which links of the decoder's family in a training batch are of tasks that it serves, in order."""
     branches = batch.layout.link_branches[DECODERS[decoder].family].tolist()
-    return [link for link, i in enumerate(branches) if decoder in TASKS[batch.tasks[i]].decoders]
+    return [link for link, i in enumerate(branches) if serves(decoder, batch.tasks[i])]
 
 
 @dataclass

@@ -13,20 +13,16 @@ from typing import Any
 from torch import Tensor
 
 from lumen_ray.checkpoints.rules import check_fits
-from lumen_ray.decoders.diffusion.schedule import learned_schedule
-from lumen_ray.decoders.diffusion.settings import DiffusionSettings
+from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import Generalist, open_weights, read_meta, read_tokenizer
 from lumen_ray.model.convert.decoders import check_captions
 from lumen_ray.model.convert.pretrained import VOCABULARY, resized
 from lumen_ray.model.settings import ModelSettings, read_settings
-from lumen_ray.tasks import DECODERS
 from lumen_ray.trunk.tokenizer import CAPTIONS_FILE, LumenTokenizer
 
 #: settings that two models with one trunk may differ in. A folder's lead tokens go with its tokenizer.
 _FREE = {"name", "published_weights", "vocab_size", "lead_tokens", "decoders", *DECODERS}
-#: settings of decoders that no shape of a tensor shows
-_UNSHAPED = ("num_heads", "mapper_heads", "inverse_sigmoid_eps", "latent_scale")
 
 
 def start_settings(settings: ModelSettings, folder: str | Path) -> ModelSettings:
@@ -53,10 +49,7 @@ def _read_by(settings: ModelSettings, decoders: Iterable[str]) -> dict[str, Any]
     found["vision"] |= {name: encoder.to_dict() for name, encoder in encoders.items()}
     found["llm"] = settings.llm_config().to_dict()
     for name in decoders:
-        own = getattr(settings, name)
-        found[name] = {key: getattr(own, key) for key in _UNSHAPED if hasattr(own, key)}
-        if isinstance(own, DiffusionSettings):
-            found[name]["scheduler"] = learned_schedule(own.scheduler)
+        found[name] = settings.sections[name].weight_semantics()
     return found
 
 
@@ -119,6 +112,6 @@ def _parts_of_one_alone(one: ModelSettings, other: ModelSettings) -> tuple[str, 
     decoders = [name for name in one.decoder_names if name not in other.decoder_names]
     families = [name for name in one.families if name not in other.families]
     parts = [f"{part}.{name}." for name in decoders for part in ("decoders", "trunk.link_heads")]
-    if "lumen" in decoders:
+    if one.reads_dense and not other.reads_dense:
         parts += ["trunk.dense."] if one.tokens_read_stem else ["trunk.dense.", "trunk.stem."]
     return (*parts, *(f"trunk.queries.queries.{name}" for name in families))

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
+from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.presets import model_folder
 from lumen_ray.ray_env import cluster_resources, init_local, prepare_environment, shutdown
 from lumen_ray.serve.settings import ServeSettings
-from lumen_ray.tasks import DECODERS
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -62,7 +62,7 @@ def build_app(settings: ServeSettings) -> Application:
 
 def deployment_name(decoder: str) -> str:
     """``grounding_dino -> GroundingDinoDecoder``: the name of its class."""
-    return DECODERS[decoder].path.partition(":")[2]
+    return DECODERS[decoder].class_name
 
 
 def model_settings(settings: ServeSettings) -> ModelSettings:

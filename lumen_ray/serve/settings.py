@@ -12,10 +12,10 @@ from pydantic import Field, field_validator, model_validator
 
 from lumen_ray import config
 from lumen_ray.config import Settings
-from lumen_ray.errors import UserError, unknown
+from lumen_ray.decoders.registry import get
+from lumen_ray.errors import UserError
 from lumen_ray.presets import find
 from lumen_ray.structures import Dtype
-from lumen_ray.tasks import DECODERS
 
 
 class Autoscaling(Settings):
@@ -154,8 +154,7 @@ class ServeSettings(Settings):
     @classmethod
     def _known(cls, decoders: dict[str, ModelDeployment]) -> dict[str, ModelDeployment]:
         for name in decoders:
-            if name not in DECODERS:
-                raise unknown("decoder", name, DECODERS)
+            get(name)
         return decoders
 
     def decoder(self, name: str) -> ModelDeployment:

@@ -15,15 +15,12 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import Generalist
-from lumen_ray.tasks import DECODERS
 
 #: recompilations of one kind of block before PyTorch falls back to eager: shapes, stages and kinds share the count
 RECOMPILES = 64
-#: parts of decoders that stay eager. Swin cuts maps into windows by Python arithmetic on their sizes, so that every
-#: size of image is a graph of its own (on CPUs, one that is not done in five minutes); a projection is a convolution.
-EAGER = ("trunk.backbone.", "trunk.input_proj_vision.")
 
 
 def part(model: Generalist, name: str) -> nn.Module | None:
@@ -73,8 +70,8 @@ def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def compile_blocks(model: Generalist, parts: tuple[str, ...], device: torch.device, backend: str = "inductor") -> None:
-    """Blocks of these parts are compiled, each kind once, but for those of `EAGER`; a dimension that changes is
-    compiled as dynamic."""
+    """Compiles the blocks of these parts, each kind once, but for those that a decoder keeps `eager`. A dimension that
+    changes is compiled as dynamic."""
     for name in parts:
         compile_module(part(model, name) or nn.Identity(), device, backend)
 
@@ -84,8 +81,9 @@ def compile_module(module: nn.Module, device: torch.device, backend: str = "indu
     if backend == "inductor":
         check_compiler(device)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
+    eager = getattr(module, "eager", ())
     for path, block in blocks(module):
-        if not path.startswith(EAGER):
+        if not path.startswith(eager):
             block.forward = torch.compile(block.forward, backend=backend)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from lumen_ray.decoders.registry import DECODERS, PARTS, decoders_for
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import build_model
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.recipe import MODULES, Recipe, Stage, TaskGroup, is_pattern
-from lumen_ray.tasks import DECODERS, TASKS
+from lumen_ray.recipe import Recipe, Stage, TaskGroup, is_pattern
+from lumen_ray.tasks import TASKS
 from lumen_ray.train import lora
 from lumen_ray.train.metrics.mlflow import check_mlflow
 from lumen_ray.train.optimizer import lr_factors, set_trainable
@@ -47,13 +48,13 @@ def _check_decoders(stage: Stage, group: TaskGroup, settings: ModelSettings) -> 
     learning = group.decoders or have
     for name in group.tasks:
         task = TASKS[name]
-        if not task.is_text and not set(task.decoders) & set(learning):
+        if not task.is_text and not set(decoders_for(task.name)) & set(learning):
             raise UserError(
                 f"stage '{stage.name}': no decoder of model '{settings.name}' learns task '{name}'; it needs one of "
-                f"{', '.join(task.decoders)}, and the group has {', '.join(learning) or 'none'}",
+                f"{', '.join(decoders_for(task.name))}, and the group has {', '.join(learning) or 'none'}",
                 "no_decoder",
             )
-    taught = [*(name for name in MODULES if name not in DECODERS), *group.learning]
+    taught = [*(name for name in PARTS if name not in DECODERS), *group.learning]
     if stage.trainable is not None and not set(stage.trainable) & set(taught):
         raise UserError(
             f"stage '{stage.name}': nothing under 'trainable' learns from the group {', '.join(group.tasks)}; leave "

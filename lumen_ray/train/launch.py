@@ -93,7 +93,7 @@ def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: st
         job = Job(recipe, settings, tokenizer, meta, str(run), init_from)
         reader = BatchReader(
             urls.absolute(shards), recipe, tokenizer, settings.image_size, skeletons, class_frequencies(manifest),
-            settings.token_side, settings.prompt_layout, settings.own_sizes,
+            settings.token_side, settings.prompt_layout, settings.input_rules,
         )  # fmt: skip
         yield Prepared(job, reader, manifest)
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from lumen_ray.decoders.base import LossTerm
+from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.model.build import served_links
 from lumen_ray.targets import PerceptionTargets
-from lumen_ray.tasks import DECODERS, TASKS
+from lumen_ray.tasks import TASKS
 from lumen_ray.train import parallel
 from lumen_ray.trunk.batch import TrainingBatch
 from lumen_ray.trunk.layout import IGNORE
@@ -26,9 +27,6 @@ from lumen_ray.trunk.layout import IGNORE
 TASK_NAMES = tuple(TASKS)
 _TASK_INDEX = {name: i for i, name in enumerate(TASK_NAMES)}
 _DECODER_OF = {loss: name for name, info in DECODERS.items() for loss in info.losses}
-
-#: losses that count objects with a mask; all others of decoders that find places but `keypoint` count objects
-_OF_MASKS = {"mask", "gdino_mask"}
 
 
 def expected_counts(batch: TrainingBatch, names: tuple[str, ...]) -> Tensor:
@@ -48,15 +46,16 @@ def _objects(decoder: str, batch: TrainingBatch, t: PerceptionTargets) -> dict[s
     """Objects, masks and keypoints of the prompts that the decoder serves, by the losses that count them."""
     served = torch.tensor(served_links(decoder, batch), dtype=torch.int64)
     objects = (t.valid & ~t.crowd & t.counted[:, None])[served]
-    known = dict.fromkeys(DECODERS[decoder].losses, float(objects.sum()))
-    for name in known.keys() & _OF_MASKS:
-        known[name] = float((objects & (t.mask_index[served] >= 0)).sum())
-    if "keypoint" in known:
+    counts = {"batches": 1.0, "objects": float(objects.sum())}
+    units = set(DECODERS[decoder].losses.values())
+    if "masks" in units:
+        counts["masks"] = float((objects & (t.mask_index[served] >= 0)).sum())
+    if "keypoints" in units:
         parents = batch.layout.link_parents["perception"]
         children = torch.nonzero(parents >= 0).flatten()
         shown = (t.valid & ~t.crowd)[parents[children]]
-        known["keypoint"] = float((shown & (t.keypoints[children][..., 2] > 0)).sum())
-    return known
+        counts["keypoints"] = float((shown & (t.keypoints[children][..., 2] > 0)).sum())
+    return {loss: counts[unit] for loss, unit in DECODERS[decoder].losses.items()}
 
 
 def count_tokens(batch: TrainingBatch, image_tokens: int) -> tuple[int, int]:

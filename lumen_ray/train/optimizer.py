@@ -8,16 +8,17 @@ import math
 import torch
 from torch import nn
 
+from lumen_ray.decoders.registry import PARTS
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.model.build import Generalist
-from lumen_ray.recipe import MODULES, Stage, is_pattern
+from lumen_ray.recipe import Stage, is_pattern
 from lumen_ray.train.blocks import blocks, part
 from lumen_ray.train.lora import frozen_names
 
 
 def parts(model: Generalist) -> dict[str, nn.Module]:
     """The parts a recipe can name under `trainable` and `lr_scale`."""
-    return {name: module for name in MODULES if (module := part(model, name)) is not None}
+    return {name: module for name in PARTS if (module := part(model, name)) is not None}
 
 
 def set_trainable(model: Generalist, stage: Stage) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from lumen_ray.decoders.spec import DecoderSettings, TrunkShape
 from lumen_ray.tasks import LINK_FAMILIES
 
 
@@ -89,3 +90,8 @@ def mean_words(embeds: Tensor, branch_ids: Tensor, queries: Tensor, num_branches
     owner = branch_ids[word]
     sums = embeds.new_zeros(num_branches, embeds.shape[-1]).index_add(0, owner, embeds[word])
     return sums / owner.bincount(minlength=num_branches).clamp_min(1).unsqueeze(1)
+
+
+def perception_head(settings: DecoderSettings, shape: TrunkShape) -> LinkHead:
+    """The link head of a decoder of places."""
+    return LinkHead(shape.llm_width, settings.link_width(shape.link_channels), shape.link_reads_words)

@@ -1,4 +1,4 @@
-"""Settings of the trunk: vision branch and region encoder."""
+"""Settings of the trunk: vision branch, region encoder, LLM and prompt layout."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field, model_validator
 
 from lumen_ray.config import Settings
+from lumen_ray.decoders.spec import TrunkShape
 from lumen_ray.errors import UserError, suggest
+from lumen_ray.structures import Size
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -96,4 +98,93 @@ class RegionSettings(Settings):
     def _check(self) -> RegionSettings:
         if self.kind == "levels" and self.channels % 4:
             raise UserError("channels must be a multiple of 4 for kind 'levels'", "invalid_config")
+        return self
+
+
+class TrunkSettings(Settings):
+    """Vision branch, region encoder, LLM, prompt layout and super-link queries."""
+
+    name: str = Field(description="preset name; kept in checkpoints and checked when they are loaded")
+    image_size: int = Field(
+        gt=0,
+        description="side in pixels of the square that the encoders' positions are made for, and of the input where a "
+        "recipe names no buckets",
+    )
+    vision: VisionSettings
+    regions: RegionSettings = RegionSettings()
+    llm: dict[str, Any] = Field(description="`model_type` and the keys of its transformers config class")
+    prefix_attention: Literal["causal", "full"] = Field(
+        "causal", description="attention among image tokens; 'causal' for LLMs that were pretrained so"
+    )
+    prompt_layout: Literal["branches", "sequential"] = Field(
+        "branches",
+        description="'branches': each class or phrase sees the image and itself; 'sequential': those of an image in "
+        "one causal string, as the released VisionLLM v2 weights were trained",
+    )
+    lead_tokens: tuple[int, ...] = Field(
+        (), description="token ids in front of the image: the LLM's beginning of a sequence, its system message"
+    )
+    dense_channels: int = Field(64, gt=0, description="channels of the shared dense features")
+    stem_channels: int = Field(32, gt=0, description="channels of the convolutional stem at stride 4")
+    tokens_read_stem: bool = Field(
+        False, description="image tokens also read the convolutional stem; for encoders that are trained from scratch"
+    )
+    link_channels: int = Field(256, gt=0, description="width of the light decoder's link embeddings")
+    link_reads_words: bool = Field(
+        False, description="links also read the instruction's words; for an LLM that is trained from scratch"
+    )
+    vocab_size: int = Field(512, gt=0, description="size of a tokenizer trained from scratch, special tokens included")
+    pose_queries: bool = Field(
+        False, description="keypoint prompts have super-link queries of their own, as in the released VisionLLM v2"
+    )
+
+    def shape(self, llm_width: int, vocab_size: int) -> TrunkShape:
+        """The widths that decoders and link heads are built against."""
+        return TrunkShape(llm_width, vocab_size, self.dense_channels, self.link_channels, self.link_reads_words)
+
+    def llm_config(self, **more: Any) -> PretrainedConfig:
+        """The library's config of the LLM, with `more` keys."""
+        from transformers import AutoConfig
+
+        keys = dict(self.llm)
+        return AutoConfig.for_model(keys.pop("model_type"), **keys, **more)
+
+    @property
+    def token_side(self) -> int:
+        """Input pixels per side of one image token."""
+        encoder, *_ = self.vision.configs(self.image_size).values()  # both share a grid
+        return encoder.patch_size * self.vision.token_merge
+
+    def image_tokens(self, size: Size) -> int:
+        """The number of LLM tokens of an input of (height, width) pixels, those in front of it included."""
+        return (size[0] // self.token_side) * (size[1] // self.token_side) + len(self.lead_tokens)
+
+    @model_validator(mode="after")
+    def _check_llm(self) -> TrunkSettings:
+        from transformers import CONFIG_MAPPING
+
+        if "model_type" not in self.llm:
+            raise UserError("llm: 'model_type' is required, e.g. llama or qwen3", "invalid_config")
+        if (kind := self.llm["model_type"]) not in CONFIG_MAPPING:
+            raise UserError(
+                f"unknown llm.model_type '{kind}';{suggest(str(kind), CONFIG_MAPPING.keys())} give a model type that "
+                "transformers knows, e.g. llama or qwen3",
+                "invalid_config",
+            )
+        keys = {key: value for key, value in self.llm.items() if key != "model_type"}
+        _check_keys("llm", keys, CONFIG_MAPPING[kind])
+        return self
+
+    @model_validator(mode="after")
+    def _check_layout(self) -> TrunkSettings:
+        if self.regions.kind == "levels" and self.vision.bridge != "mlp2x_gelu":
+            raise UserError("regions.kind 'levels' needs vision.bridge 'mlp2x_gelu'", "invalid_config")
+        if self.vision.bridge != "comm" and self.tokens_read_stem:
+            raise UserError("tokens_read_stem needs vision.bridge 'comm'", "invalid_config")
+        if (self.lead_tokens or self.prompt_layout == "sequential") and self.prefix_attention != "causal":
+            raise UserError(
+                "prompt_layout 'sequential' and lead_tokens need prefix_attention 'causal'", "invalid_config"
+            )
+        if self.prompt_layout == "sequential" and self.link_reads_words:
+            raise UserError("link_reads_words needs prompt_layout 'branches'", "invalid_config")
         return self

@@ -8,6 +8,7 @@ branches against its cached keys and values (`run_branches`), in as many chunks 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,12 +17,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lumen_ray.attention import mask_to_bias
+from lumen_ray.decoders.registry import DECODERS, reads_dense
+from lumen_ray.decoders.spec import DecoderSettings
 from lumen_ray.errors import UserError
 from lumen_ray.meta_init import published
-from lumen_ray.model.heads import link_head
-from lumen_ray.model.settings import ModelSettings
 from lumen_ray.superlink import SuperLink
-from lumen_ray.tasks import DECODERS, reads_dense
 from lumen_ray.trunk.batch import TrainingBatch
 from lumen_ray.trunk.comm import build_vision
 from lumen_ray.trunk.dense import ConvStem, DenseFeatures
@@ -36,6 +36,7 @@ from lumen_ray.trunk.layout import (
 )
 from lumen_ray.trunk.queries import SuperLinkQueries, mean_words
 from lumen_ray.trunk.regions import build_regions
+from lumen_ray.trunk.settings import TrunkSettings
 
 
 @dataclass
@@ -71,24 +72,29 @@ class TrunkTraining:
 
 
 class Trunk(nn.Module):
-    def __init__(self, settings: ModelSettings, vocab_size: int):
+    def __init__(self, settings: TrunkSettings, vocab_size: int, decoders: Mapping[str, DecoderSettings]):
+        """`decoders`: settings of the model's decoders by name, in the registry's order. They say which query sets and
+        link heads there are, and whether dense features are computed."""
         super().__init__()
         self.settings = settings
+        needs_dense = reads_dense(decoders)
         config = settings.llm_config(vocab_size=vocab_size)
         self.llm = published(lambda: AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
         width = config.hidden_size
         std = getattr(config, "initializer_range", 0.02)
-        self.stem = ConvStem(settings.stem_channels) if settings.tokens_read_stem or settings.lumen else None
+        self.stem = ConvStem(settings.stem_channels) if settings.tokens_read_stem or needs_dense else None
         stem_width = self.stem.widths[-1] if settings.tokens_read_stem else 0
         self.vision = build_vision(settings.vision, settings.image_size, width, std, stem_width)
         self.regions = build_regions(settings.regions, self.vision, width)
         self.register_buffer("lead", torch.tensor(settings.lead_tokens, dtype=torch.int64), persistent=False)
-        self.queries = SuperLinkQueries(width, std, settings.families, settings.pose_queries)
+        families = dict.fromkeys(DECODERS[name].family for name in decoders)
+        self.queries = SuperLinkQueries(width, std, families, settings.pose_queries)
+        shape = settings.shape(width, vocab_size)
         self.link_heads = nn.ModuleDict(
-            {name: link_head(name, settings, width, vocab_size) for name in settings.decoder_names}
+            {name: DECODERS[name].resolve("link_head")(section, shape) for name, section in decoders.items()}
         )
         self.dense = None
-        if settings.lumen:
+        if needs_dense:
             self.dense = DenseFeatures(self.stem.widths, settings.dense_channels, self.vision.merged_width, width)
 
     def see(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:

@@ -98,7 +98,7 @@ def test_a_model_folder_keeps_its_buckets(engine, tmp_path):
 
 def test_deployments_batch_images_of_one_bucket(engine, monkeypatch):
     trunk = Trunk("", "cpu", {}, lambda *_: TrunkStage(engine.loaded))
-    decoder = Decoder("", "lumen", "cpu", lambda *_: DecoderStage(engine.loaded))
+    decoder = Decoder("", "lumen", "cpu", lambda *_: DecoderStage(engine.loaded, "lumen"))
     sizes = [(64, 64), (40, 80), (60, 64), (90, 40), (50, 100)]
     queries = (Query(make_request("detect", classes=list(CLASSES)), 0.0, 5),)
     jobs = [TrunkJob(picture(size, seed), queries, 4) for seed, size in enumerate(sizes)]

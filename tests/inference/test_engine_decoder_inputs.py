@@ -77,7 +77,7 @@ def find_bright(monkeypatch, stage):
             frame, (height, width) = frames[image], pixels.extents[image].tolist()
             assert frame.extent == (height, width)
             inside = pixels.images[image, 0, :height, :width] > 180
-            assert pixels.images[image, :, height:].sum() == 0 or stage.own_size is None
+            assert pixels.images[image, :, height:].sum() == 0 or stage.input_rule is None
             ys, xs = torch.nonzero(inside, as_tuple=True)
             box = np.array([[xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]]) / frame.scale
             points = Keypoints([[[*box[0, :2], 1]]], ("head",), frame.size)
@@ -153,7 +153,7 @@ def learned_from(engine, image):
     message = make_message("edit", "make it blue", "")
     message["turns"] = message["turns"][:1]
     row = make_row("photo", b"", (height, width), "test", tasks=["edit"], messages=[message])
-    collator = Collator(tiny_tokenizer(), SIDE, ("edit",), {}, own_sizes=engine.loaded.settings.own_sizes)
+    collator = Collator(tiny_tokenizer(), SIDE, ("edit",), {}, input_rules=engine.loaded.settings.input_rules)
     batch = collator([row], [image], [np.random.default_rng(0)], [image])
     assert torch.equal(batch.targets["editing"].images, batch.pixels["instruct_pix2pix"].images)
     return batch.pixels["instruct_pix2pix"].images[0]

@@ -104,8 +104,8 @@ def edit_batch(rows):
     rows = [{**row, "messages": [make_message("edit", "make it blue", None)]} for row in rows]
     pictures = [decode(row["image"]) for row in rows]
     rngs = [np.random.default_rng(i) for i in range(len(rows))]
-    own_sizes = tiny_settings(**EXPERTS).own_sizes
-    return Collator(tiny_tokenizer(), SIDE, ("edit",), {}, own_sizes=own_sizes)(rows, pictures, rngs, pictures)
+    input_rules = tiny_settings(**EXPERTS).input_rules
+    return Collator(tiny_tokenizer(), SIDE, ("edit",), {}, input_rules=input_rules)(rows, pictures, rngs, pictures)
 
 
 @pytest.mark.parametrize(

@@ -116,7 +116,7 @@ def test_every_way_to_load_takes_it(tmp_path):
     folder = tiny_folder(tmp_path)
     assert Engine.load(folder).dtype == "float32"
     assert TrunkStage.load(folder, dtype="bfloat16").trunk.llm.lm_head.weight.dtype == torch.bfloat16
-    assert DecoderStage.load(folder, dtype="bfloat16").decoder.heat_place[1].weight.dtype == torch.bfloat16
+    assert DecoderStage.load(folder, "lumen", dtype="bfloat16").decoder.heat_place[1].weight.dtype == torch.bfloat16
     with pytest.raises(UserError, match="unknown dtype 'float16'.*float32.*bfloat16|unknown dtype 'float16'") as caught:
         Engine.load(folder, dtype="float16")
     assert "bfloat16" in str(caught.value)

@@ -44,5 +44,7 @@ def expert_batch(task: str, count: int = 2, seed: int = 0) -> TrainingBatch:
         [None if row[key] is None else decode(row[key]) for row in rows] for key in ("image", "target_image")
     )
     rngs = [np.random.default_rng((seed, n)) for n in range(count)]
-    collator = Collator(tiny_tokenizer(), SIDE, (task,), scenes.SKELETONS, own_sizes=tiny_settings(**EXPERTS).own_sizes)
+    collator = Collator(
+        tiny_tokenizer(), SIDE, (task,), scenes.SKELETONS, input_rules=tiny_settings(**EXPERTS).input_rules
+    )
     return collator(rows, pictures, rngs, edited)

@@ -139,8 +139,8 @@ def scene_batch(
 ) -> TrainingBatch:
     """The training batch of some synthetic scenes."""
     rows = [scenes.scene_row(seed, i, SIDE) for i in range(rows)] if isinstance(rows, int) else rows
-    sizes = tiny_settings(**EXPERTS).own_sizes
-    collator = Collator(tiny_tokenizer(), SIDE, tasks, scenes.SKELETONS, branches, own_sizes=sizes)
+    sizes = tiny_settings(**EXPERTS).input_rules
+    collator = Collator(tiny_tokenizer(), SIDE, tasks, scenes.SKELETONS, branches, input_rules=sizes)
     images = [None if row["image"] is None else decode(row["image"]) for row in rows]
     return collator(rows, images, [np.random.default_rng((seed, i)) for i in range(len(rows))])
 

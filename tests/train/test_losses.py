@@ -13,9 +13,10 @@ from lumen_ray.data.batches.plan import Plan
 from lumen_ray.data.images import decode
 from lumen_ray.data.scenes import render as scenes
 from lumen_ray.decoders.base import LossTerm
+from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.recipe import AugmentSettings
-from lumen_ray.tasks import DECODERS, TASKS
+from lumen_ray.tasks import TASKS
 from lumen_ray.train import parallel
 from lumen_ray.train.launch import train_local
 from lumen_ray.train.losses import TASK_NAMES, StepLosses, expected_counts

@@ -3,8 +3,9 @@
 import pytest
 from support.tiny_models import tiny_model
 
+from lumen_ray.decoders.registry import PARTS
 from lumen_ray.errors import UserError
-from lumen_ray.recipe import MODULES, Stage
+from lumen_ray.recipe import Stage
 from lumen_ray.train.optimizer import build_optimizer, lr_factor, lr_factors, parts, set_lr, set_trainable
 
 
@@ -35,7 +36,7 @@ def test_parts_have_their_own_rates():
         assert group["weight_decay"] == (s.weight_decay if group["params"][0].ndim > 1 else 0)
 
 
-@pytest.mark.parametrize("names", [("lumen",), ("vision", "llm"), MODULES])
+@pytest.mark.parametrize("names", [("lumen",), ("vision", "llm"), PARTS])
 def test_only_what_is_trainable_is_optimized(names):
     model, s = tiny_model(), stage(trainable=names)
     set_trainable(model, s)
@@ -75,7 +76,7 @@ def test_a_rate_of_zero_freezes():
 
 
 def test_a_name_that_fits_nothing_is_told():
-    for pattern, stage_parts in (("trunk.visoin.clip", MODULES), ("*.nrm*", MODULES), ("trunk.llm.*", ("vision",))):
+    for pattern, stage_parts in (("trunk.visoin.clip", PARTS), ("*.nrm*", PARTS), ("trunk.llm.*", ("vision",))):
         with pytest.raises(UserError, match="fits nothing that the stage trains") as error:
             factors_by_name(tiny_model(), stage(lr_scale={pattern: 0.5}, trainable=stage_parts))
         assert "\n" not in str(error.value)
@@ -97,4 +98,4 @@ def test_deeper_layers_learn_slower():
 def test_without_names_the_groups_are_those_of_parts_and_kinds():
     model, s = tiny_model(), stage()
     set_trainable(model, s)
-    assert len(build_optimizer(model, s).param_groups) <= 2 * len(MODULES)
+    assert len(build_optimizer(model, s).param_groups) <= 2 * len(PARTS)

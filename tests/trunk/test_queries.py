@@ -134,7 +134,7 @@ def test_chunks_keep_keypoint_prompts_with_their_object(most):
     parts = link.chunks(most)
     assert torch.cat(parts).sort().values.tolist() == list(range(len(link)))
     for members in parts:
-        part, images = link.take(members)
+        part, images = link.select_with_images(members)
         assert 0 < int((part.parent < 0).sum()) <= most
         assert torch.equal(images[part.image_index], link.image_index[members])
         assert torch.equal(part.embeddings, link.embeddings[members])

@@ -113,7 +113,7 @@ def test_kinds_of_prompts_are_worded_apart():
 def small_trunk(**changes):
     lead = lead_tokens(TOKENIZER, "<s>")
     settings = released_settings(lead_tokens=lead, **changes)
-    return scrambled(Trunk(settings, len(TOKENIZER)))
+    return scrambled(Trunk(settings, len(TOKENIZER), settings.sections))
 
 
 def test_training_and_inference_agree_behind_a_lead():

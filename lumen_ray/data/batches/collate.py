@@ -14,11 +14,12 @@ from lumen_ray.data.batches.packing import Packing, fit_branches, pack
 from lumen_ray.data.batches.prompts import PromptBatch, SamplePrompts
 from lumen_ray.data.batches.transforms import Sample, as_picture, mask_shape, picture_of, transform
 from lumen_ray.data.images import Picture
+from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.input_size import SizeRule
 from lumen_ray.recipe import AugmentSettings, BranchSettings
 from lumen_ray.structures import Size, as_size
 from lumen_ray.targets import ImageTargets, PerceptionTargets, Pixels
-from lumen_ray.tasks import DECODERS, TASKS
+from lumen_ray.tasks import TASKS
 from lumen_ray.trunk.batch import TrainingBatch
 from lumen_ray.trunk.layout import Layout, build_layout
 from lumen_ray.trunk.tokenizer import LumenTokenizer
@@ -86,7 +87,7 @@ class Collator:
     frequencies: dict[str, int] = field(default_factory=dict)  # images per class, weighs the negatives
     packing: Packing | None = None
     prompt_layout: str = "branches"  # the model's
-    own_sizes: dict[str, SizeRule] = field(default_factory=dict)  # of decoders; those that make pictures need one
+    input_rules: dict[str, SizeRule] = field(default_factory=dict)  # of decoders; those that make pictures need one
 
     def __call__(
         self,
@@ -169,7 +170,7 @@ class Collator:
         if "perception" in links:
             targets["perception"] = perception_targets(prompts, shown.samples, links["perception"])
         of_rule: dict[SizeRule, list[str]] = {}
-        for name, rule in self.own_sizes.items():
+        for name, rule in self.input_rules.items():
             if (family := DECODERS[name].family) not in links:
                 continue
             if family == "perception":

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from lumen_ray.data.batches.transforms import Sample, picture_of, resized
 from lumen_ray.data.images import Picture
+from lumen_ray.decoders.registry import DECODERS, serves
 from lumen_ray.input_size import SizeRule
 from lumen_ray.targets import Pixels
-from lumen_ray.tasks import DECODERS, TASKS
 from lumen_ray.trunk.layout import Layout
 
 
@@ -51,7 +51,7 @@ def asked_images(layout: Layout, tasks: Sequence[str], decoder: str) -> set[int]
     if family not in layout.link_branches:
         return set()
     pairs = zip(layout.link_branches[family].tolist(), layout.link_images[family].tolist(), strict=True)
-    return {image for branch, image in pairs if decoder in TASKS[tasks[branch]].decoders}
+    return {image for branch, image in pairs if serves(decoder, tasks[branch])}
 
 
 def as_tensor(image: np.ndarray) -> Tensor:

@@ -59,7 +59,7 @@ class BatchReader:
     frequencies: dict[str, int] = field(default_factory=dict)  # images per class
     token_side: int = 0  # input pixels per side of one image token; needed where the recipe packs
     prompt_layout: str = "branches"  # the model's
-    own_sizes: dict[str, SizeRule] = field(default_factory=dict)  # of its decoders
+    input_rules: dict[str, SizeRule] = field(default_factory=dict)  # of its decoders
 
     def __call__(self, item: dict[str, Any]) -> TrainingBatch:
         """`item` as of `plan_items` -> the batch, with the pictures that could not be read under `rejected`.
@@ -71,12 +71,12 @@ class BatchReader:
         stage = self.recipe.stages[item["stage"]]
         step, group = item["step"], stage.groups[item["group"]]
         tasks, size = group.tasks, as_size(item.get("bucket") or self.input_size)
-        own_sizes = {name: rule for name, rule in self.own_sizes.items() if name in group.learning}
+        input_rules = {name: rule for name, rule in self.input_rules.items() if name in group.learning}
         rows, images, edited, rngs, rejected = [], [], [], [], []
         for file, index, wanted in item["parts"]:
             numbers = range(wanted) if isinstance(wanted, int) else wanted
             for number, row in zip(numbers, read_row_group(self.shards, file, index, numbers), strict=True):
-                side = self._decoded(stage, size, row, own_sizes)
+                side = self._decoded(stage, size, row, input_rules)
                 try:
                     image = None if row["image"] is None else decode_reduced(row["image"], side)
                     target = None
@@ -92,7 +92,7 @@ class BatchReader:
                 rngs.append(row_rng(self.recipe.seed, step, file, index, number))
         collator = Collator(
             self.tokenizer, size, tasks, self.skeletons, stage.branches, stage.augment, self.frequencies,
-            self._packing(size), self.prompt_layout, own_sizes,
+            self._packing(size), self.prompt_layout, input_rules,
         )  # fmt: skip
         return replace(
             collator(rows, images, rngs, edited),
@@ -104,11 +104,11 @@ class BatchReader:
         )
 
     @staticmethod
-    def _decoded(stage: Stage, size: Size, row: dict[str, Any], own_sizes: dict[str, SizeRule]) -> int:
+    def _decoded(stage: Stage, size: Size, row: dict[str, Any], input_rules: dict[str, SizeRule]) -> int:
         """Pixels that the longer side of an image must be decoded to: what the largest zoom shows of it all, in the
         largest of the sizes in which it is seen."""
         shape = (max(1, row["height"]), max(1, row["width"]))
-        sides = [max(size), *(max(rule.fit(shape)[0]) for rule in own_sizes.values())]
+        sides = [max(size), *(max(rule.fit(shape)[0]) for rule in input_rules.values())]
         return math.ceil(max(sides) * max(1.0, stage.augment.scale[1]))
 
     def _packing(self, size: Size) -> Packing | None:

@@ -23,7 +23,7 @@ from lumen_ray.data.shards.statistics import Statistics, gather
 from lumen_ray.errors import UserError
 from lumen_ray.presets import recipe_path
 from lumen_ray.recipe import Recipe, Stage, TaskGroup
-from lumen_ray.tasks import LEARNED
+from lumen_ray.tasks import TRAINABLE_TASKS
 
 #: classes and reasons listed one by one; the rest is summed up
 TOP = 30
@@ -111,7 +111,7 @@ def load_recipe(name: str | None, edits: bool = False) -> Recipe:
     """A recipe by name or file; without one, all tasks about images with the settings that a recipe has by default, and
     with `edits` that task too, of a model that has a decoder for it."""
     if name is None:
-        tasks = (*LEARNED, "edit") if edits else LEARNED
+        tasks = (*TRAINABLE_TASKS, "edit") if edits else TRAINABLE_TASKS
         stage = Stage(name="all tasks", steps=1, groups=(TaskGroup(tasks=tasks),))
         return Recipe(name="defaults", model="nano-experts" if edits else "nano", stages=(stage,))
     return config.load(Recipe, recipe_path(name))

@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from lumen_ray.decoders.diffusion.schedule import (
     scheduler_keys,
 )
 from lumen_ray.decoders.diffusion.settings import DiffusionSettings
+from lumen_ray.decoders.spec import TrunkShape
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.input_size import by_size
 from lumen_ray.meta_init import published
@@ -38,8 +39,6 @@ from lumen_ray.targets import ImageTargets, Pixels
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
     from transformers import CLIPTextConfig
-
-    from lumen_ray.model.settings import ModelSettings
 
 
 def check_keys(where: str, keys: Collection[str], valid: Collection[str], owner: str) -> None:
@@ -112,8 +111,8 @@ class DiffusionDecoder(ImageDecoder):
     exact = ("vae", "unet.conv_in", "unet.conv_out")
 
     @classmethod
-    def build(cls, settings: ModelSettings) -> DiffusionDecoder:
-        return cls(getattr(settings, cls.name))
+    def build(cls, settings: DiffusionSettings, shape: TrunkShape) -> Self:
+        return cls(settings)
 
     def __init__(self, settings: DiffusionSettings):
         super().__init__()
@@ -199,8 +198,8 @@ class DiffusionDecoder(ImageDecoder):
     def losses(self, link: SuperLink, view: Pixels | None, targets: ImageTargets) -> dict[str, LossTerm]:
         """Noise MSE per prompt; MSE to the encoded captions per prompt; the VAE's loss per picture it learns from.
 
-        Only its own loss reaches the VAE. Pictures are learned in the size they come in (`settings.own_size`), those of
-        one size together: as the UNet has no mask, no padding may be among them.
+        Only its own loss reaches the VAE. Pictures are learned in the size they come in (`settings.input_rule`), those
+        of one size together: as the UNet has no mask, no padding may be among them.
         """
         noise_name, align_name, vae_name = self.loss_names
         zero = link.embeddings.new_zeros(())
@@ -217,11 +216,11 @@ class DiffusionDecoder(ImageDecoder):
         extents = targets.extents.tolist() if targets.extents is not None else [targets.images.shape[-2:]] * len(link)
         for size, numbers in sorted(by_size([(h, w) for h, w in extents]).items()):
             members = torch.tensor(numbers, device=targets.images.device)
-            part = targets.only(members)
+            part = targets.select(members)
             pixels = 2 * fit_pixels(part.images, part.extents, size) - 1
             if learns_vae and len(own := chosen[torch.isin(chosen, members)]):
                 vae.append(self._vae_loss(pixels[torch.searchsorted(members, own)]))
-            noise.append(self._noise_loss(link.only(members), view, pixels))
+            noise.append(self._noise_loss(link.select(members), view, pixels))
             each[members] = noise[-1].each
         losses[noise_name] = _summed(noise)._replace(each=each)
         if learns_vae:
@@ -358,7 +357,7 @@ class DiffusionDecoder(ImageDecoder):
     def _checked(self, settings: SampleSettings) -> Size:
         """The size to draw, of settings that can work; else a `UserError`."""
         size = settings.size or (self.settings.image_size,) * 2
-        self.settings.own_size.check(size)
+        self.settings.input_rule.check(size)
         rules = [
             (math.isfinite(settings.guidance), f"guidance must be a finite number, got {settings.guidance}"),
             (settings.num_images >= 1, f"num_images must be at least 1, got {settings.num_images}"),

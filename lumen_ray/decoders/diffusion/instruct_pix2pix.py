@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lumen_ray.decoders.base import SampleSettings
+from lumen_ray.decoders.diffusion import INSTRUCT_PIX2PIX
 from lumen_ray.decoders.diffusion.decoder import DiffusionDecoder, fit_pixels
 from lumen_ray.decoders.diffusion.settings import InstructPix2PixSettings
 from lumen_ray.errors import UserError
@@ -24,10 +25,7 @@ if TYPE_CHECKING:
 
 
 class InstructPix2PixDecoder(DiffusionDecoder):
-    name = "instruct_pix2pix"
-    family = "editing"
-    loss_names = ("edit", "edit_align", "edit_vae")
-    reads = "pixels"
+    spec = INSTRUCT_PIX2PIX
     latents_read = 2
     guides = ("guidance", "image_guidance")
     settings: InstructPix2PixSettings

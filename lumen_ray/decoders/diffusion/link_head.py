@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lumen_ray.decoders.diffusion.settings import DiffusionSettings
+from lumen_ray.decoders.spec import TrunkShape
+
 
 class DiffusionHead(nn.Module):
     """[P, N, llm_width] -> [P, num_tokens, width]. Works on prompts by themselves; no positions, no mask.
@@ -53,3 +56,16 @@ class DiffusionHead(nn.Module):
         [P, llm_width], the mean of `vocabulary` over each instruction; `parents` are for other heads."""
         tokens = self.mapper(self.proj(states), self.queries.expand(len(states), -1, -1))
         return tokens if self.words is None else tokens + self.words(words).view_as(tokens)
+
+
+def link_head(settings: DiffusionSettings, shape: TrunkShape) -> DiffusionHead:
+    """The link head of a decoder of pictures."""
+    vocabulary = shape.vocab_size if shape.link_reads_words else 0
+    return DiffusionHead(
+        shape.llm_width,
+        settings.unet["cross_attention_dim"],
+        settings.num_tokens,
+        settings.mapper_heads,
+        settings.mapper_layers,
+        vocabulary,
+    )

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lumen_ray.checkpoints.loader import PublishedLoader
 from lumen_ray.decoders.diffusion.decoder import DiffusionDecoder
 from lumen_ray.decoders.diffusion.schedule import config_keys, scheduler_keys
 from lumen_ray.decoders.diffusion.settings import SAMPLERS
@@ -19,7 +21,7 @@ from lumen_ray.errors import UserError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
-    from torch import nn
+    from torch import Tensor, nn
 
 #: any of these sets; without them `transformers` would make a tokenizer of no words
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
@@ -97,7 +99,7 @@ def published_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def load_published(decoder: DiffusionDecoder, folder: str | Path, allow_pickle: bool = False) -> None:
+def load_published(decoder: DiffusionDecoder | nn.Module, folder: str | Path, allow_pickle: bool = False) -> None:
     """Puts the weights of a published folder into a decoder built with its settings.
 
     Files in pickle format, which can run code, are only read where `allow_pickle`. Raises `UserError` for weights that
@@ -130,3 +132,13 @@ def load_published(decoder: DiffusionDecoder, folder: str | Path, allow_pickle: 
                 f"{str(error).splitlines()[-1].strip()}",
                 "wrong_weights",
             ) from None
+
+
+def load(folder: Path, build: Callable[[], nn.Module], pickle: bool) -> dict[str, Tensor]:
+    """The weights in a folder, by the names of the decoder that `build` makes; fresh ones where it has none."""
+    decoder = build()
+    load_published(decoder, folder, pickle)
+    return decoder.state_dict()
+
+
+LOADER = PublishedLoader(published_settings, load, tokenizer=published_tokenizer)

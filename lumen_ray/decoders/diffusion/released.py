@@ -5,7 +5,7 @@ Each holds the mapper, here the link head of the decoder's family, and the publi
 
 from __future__ import annotations
 
-from lumen_ray.checkpoints.rules import Part, Rule
+from lumen_ray.checkpoints.rules import Part, ReleasedModule, Rule
 
 #: of `model.diffusion_head.DiffusionHead`
 HEAD_RULES: list[Rule] = [
@@ -25,3 +25,7 @@ DECODER_RULES: list[Rule] = [
 def released_parts(decoder: str, link_head: str, source: str) -> list[Part]:
     """Where the tensors of the module `source` go: `decoder` and `link_head` are our prefixes. All end with a dot."""
     return [Part(source, link_head, HEAD_RULES), Part(source, decoder, DECODER_RULES)]
+
+
+STABLE_DIFFUSION = ReleasedModule("sd", released_parts)
+INSTRUCT_PIX2PIX = ReleasedModule("ip2p", released_parts)

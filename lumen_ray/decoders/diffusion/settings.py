@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from lumen_ray.config import Settings
+from lumen_ray.decoders.spec import DecoderSettings
 from lumen_ray.errors import UserError
 from lumen_ray.input_size import PictureSize
 
@@ -34,7 +35,7 @@ def _default(name: str, key: str) -> Any:
     return inspect.signature(getattr(diffusers, name).__init__).parameters[key].default
 
 
-class DiffusionSettings(Settings):
+class DiffusionSettings(DecoderSettings):
     """What the decoders that make pictures share (see `decoders/diffusion.py`)."""
 
     image_size: int = Field(
@@ -98,9 +99,18 @@ class DiffusionSettings(Settings):
         return self.vae.get("scaling_factor", _default("AutoencoderKL", "scaling_factor"))
 
     @property
-    def own_size(self) -> PictureSize:
-        """The size of the pictures it learns from and edits."""
+    def input_rule(self) -> PictureSize:
         return PictureSize(self.image_size, self.max_image_size, self.step)
+
+    @property
+    def caption_encoder(self) -> Mapping[str, Any] | None:
+        return self.text_encoder
+
+    def weight_semantics(self) -> dict[str, Any]:
+        from lumen_ray.decoders.diffusion.schedule import learned_schedule
+
+        keys = {"mapper_heads": self.mapper_heads, "latent_scale": self.latent_scale}
+        return keys | {"scheduler": learned_schedule(self.scheduler)}
 
 
 class StableDiffusionSettings(DiffusionSettings):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lumen_ray.decoders.base import SampleSettings
+from lumen_ray.decoders.diffusion import STABLE_DIFFUSION
 from lumen_ray.decoders.diffusion.decoder import DiffusionDecoder
 from lumen_ray.decoders.diffusion.settings import StableDiffusionSettings
 from lumen_ray.structures import Size
@@ -19,10 +20,7 @@ if TYPE_CHECKING:
 
 
 class StableDiffusionDecoder(DiffusionDecoder):
-    name = "stable_diffusion"
-    family = "generation"
-    loss_names = ("generate", "generate_align", "generate_vae")
-    reads = None
+    spec = STABLE_DIFFUSION
     latents_read = 1
     settings: StableDiffusionSettings
 

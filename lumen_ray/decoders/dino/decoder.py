@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,12 @@ from lumen_ray.decoders.dino.memory import Levels, Memory
 from lumen_ray.decoders.dino.set_loss import Matches, Objects, box_loss, class_loss, find_objects, match
 from lumen_ray.decoders.dino.settings import DinoLossSettings
 from lumen_ray.decoders.dino.transformer import DinoTrunk, box_head, class_logits, gather_rows
+from lumen_ray.decoders.spec import TrunkShape
 from lumen_ray.input_size import padded_pixels
 from lumen_ray.structures import Size
 from lumen_ray.superlink import SuperLink
 from lumen_ray.targets import PerceptionTargets, Pixels
 from lumen_ray.trunk.comm import IMAGENET_MEAN, IMAGENET_STD
-
-if TYPE_CHECKING:
-    from lumen_ray.model.settings import ModelSettings
 
 FEW_OBJECTS = -4.6  # logit of one query in a hundred
 
@@ -131,13 +129,14 @@ def _joined(terms: list[LossTerm], parts: list[Tensor]) -> LossTerm:
 class DinoDecoder(Decoder):
     """A subclass looks (`_look`) and sums its losses (`_losses`)."""
 
-    family = "perception"
-    reads = "pixels"
     independent = False
+    #: Swin cuts maps into windows by Python arithmetic on their sizes, so that every size of image is a graph of its
+    #: own (on CPUs, one that is not done in five minutes); a projection is a convolution
+    eager = ("trunk.backbone.", "trunk.input_proj_vision.")
 
     @classmethod
-    def build(cls, settings: ModelSettings) -> DinoDecoder:
-        return cls(getattr(settings, cls.name), settings.link_width(cls.name))
+    def build(cls, settings: DinoLossSettings, shape: TrunkShape) -> Self:
+        return cls(settings, settings.link_width(shape.link_channels))
 
     def __init__(self, settings: DinoLossSettings, link_channels: int):
         super().__init__()
@@ -231,8 +230,8 @@ class DinoDecoder(Decoder):
             return self._losses_of(link, levels, groups, targets)
         found = []
         for members in parts:
-            own = link.only(members)
-            part = own, levels, Groups.of(own, pixels).among(groups), targets.only(members)
+            own = link.select(members)
+            part = own, levels, Groups.of(own, pixels).among(groups), targets.select(members)
             # torch keeps the random numbers of the devices of tensors among the arguments, and looks into no dataclass
             again = checkpoint(lambda _, *of: self._losses_of(*of), own.embeddings, *part, use_reentrant=False)
             found.append(again)

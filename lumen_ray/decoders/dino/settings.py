@@ -7,12 +7,12 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from lumen_ray.config import Settings
+from lumen_ray.decoders.spec import DecoderSettings
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.input_size import ShortSide
 
 
-class DinoSettings(Settings):
+class DinoSettings(DecoderSettings):
     """What the decoders on Grounding DINO's transformer share (arXiv 2303.05499); the defaults are Swin-T's."""
 
     backbone: dict[str, Any] = Field(
@@ -47,9 +47,14 @@ class DinoSettings(Settings):
         return sides
 
     @property
-    def own_size(self) -> ShortSide | None:
-        """The size of the images it looks at; None: the trunk's."""
+    def input_rule(self) -> ShortSide | None:
         return None if self.input_size is None else ShortSide(*self.input_size)
+
+    def link_width(self, link_channels: int) -> int:
+        return self.hidden_size
+
+    def weight_semantics(self) -> dict[str, Any]:
+        return {"num_heads": self.num_heads, "inverse_sigmoid_eps": self.inverse_sigmoid_eps}
 
     @model_validator(mode="after")
     def _check_backbone(self) -> DinoSettings:

@@ -23,6 +23,7 @@ from lumen_ray.decoders.dino.denoising import Denoising, make_denoising
 from lumen_ray.decoders.dino.memory import Levels, Memory
 from lumen_ray.decoders.dino.set_loss import Matches, Objects
 from lumen_ray.decoders.dino.transformer import cells
+from lumen_ray.decoders.grounding_dino import SPEC
 from lumen_ray.decoders.grounding_dino.mask_head import MaskHead
 from lumen_ray.decoders.grounding_dino.point_masks import mask_losses
 from lumen_ray.decoders.grounding_dino.settings import GroundingDinoSettings
@@ -42,8 +43,7 @@ class GroundingDinoRaw(DinoRaw):
 
 
 class GroundingDinoDecoder(DinoDecoder):
-    name = "grounding_dino"
-    loss_names = ("gdino_class", "gdino_box", "gdino_mask")
+    spec = SPEC
 
     def __init__(self, settings: GroundingDinoSettings, link_channels: int):
         super().__init__(settings, link_channels)

@@ -6,7 +6,7 @@ loads them; the rules know the names on disk and those in memory.
 
 from __future__ import annotations
 
-from lumen_ray.checkpoints.rules import Part, Rule
+from lumen_ray.checkpoints.rules import Part, ReleasedModule, Rule
 
 _INDEX = "buffer that the model computes from the window size"
 _QKV = (r"query.\2", r"key.\2", r"value.\2")
@@ -88,3 +88,6 @@ def released_parts(decoder: str, link_head: str, source: str = "gdino.") -> list
 def published_parts(decoder: str = "") -> list[Part]:
     """The same for a checkpoint of `transformers`. It has neither the mask head nor the norm of the stride-4 map."""
     return [Part("", decoder, PUBLISHED)]
+
+
+MODULE = ReleasedModule("gdino", released_parts)

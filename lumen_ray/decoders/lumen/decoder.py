@@ -24,11 +24,12 @@ from lumen_ray.decoders.base import Decoder, LossTerm, PredictSettings, PromptSp
 from lumen_ray.decoders.common.boxes import giou_loss
 from lumen_ray.decoders.common.ragged import place_in_group
 from lumen_ray.decoders.common.upsample import at_stored_size
+from lumen_ray.decoders.lumen import SPEC
 from lumen_ray.decoders.lumen.aligner import Aligner, sine_position
 from lumen_ray.decoders.lumen.assigner import Assignment, assign, pairwise_iou
 from lumen_ray.decoders.lumen.pose_head import PoseHead
 from lumen_ray.decoders.lumen.settings import LumenSettings
-from lumen_ray.model.settings import ModelSettings
+from lumen_ray.decoders.spec import TrunkShape
 from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
 from lumen_ray.superlink import SuperLink
 from lumen_ray.targets import MASK_STRIDE, Frame, PerceptionTargets
@@ -83,14 +84,12 @@ def scattered(boxes: Tensor) -> Tensor:
 
 
 class LumenDecoder(Decoder):
-    name = "lumen"
-    family = "perception"
-    loss_names = ("heatmap", "match", "box", "mask", "keypoint")
+    spec = SPEC
     exact = ("box_head",)  # of sides: in bf16 they are off by a hundredth
 
     @classmethod
-    def build(cls, settings: ModelSettings) -> LumenDecoder:
-        return cls(settings.lumen, settings.dense_channels, settings.link_width(cls.name))
+    def build(cls, settings: LumenSettings, shape: TrunkShape) -> LumenDecoder:
+        return cls(settings, shape.dense_channels, settings.link_width(shape.link_channels))
 
     def __init__(self, settings: LumenSettings, dense_channels: int, link_channels: int):
         super().__init__()

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
-from lumen_ray.config import Settings
-
-if TYPE_CHECKING:
-    pass
+from lumen_ray.decoders.spec import DecoderSettings
 
 
-class LumenSettings(Settings):
-    """The light decoder (see `decoders/lumen.py`)."""
+class LumenSettings(DecoderSettings):
+    """The light decoder (see `decoders/lumen/decoder.py`)."""
 
     hidden_size: int = Field(64, gt=0, description="channels of the aligned, per-prompt dense features")
     num_heads: int = Field(4, gt=0, description="heads of the aligner's attention")
@@ -30,3 +27,10 @@ class LumenSettings(Settings):
     nms_iou: float = Field(0.6, description="instances of one prompt that overlap more are merged")
     max_masks_per_object: int = Field(5, gt=0, description="positive locations of an object that train its mask")
     max_masks_per_image: int = Field(64, gt=0, description="the same, of all objects in an image")
+
+    @property
+    def tile(self) -> int:
+        return self.stride
+
+    def weight_semantics(self) -> dict[str, Any]:
+        return {"num_heads": self.num_heads}

@@ -25,6 +25,7 @@ from lumen_ray.decoders.dino.denoising import make_denoising
 from lumen_ray.decoders.dino.memory import Levels, Memory
 from lumen_ray.decoders.dino.set_loss import Objects
 from lumen_ray.decoders.dino.transformer import box_head, gather_rows
+from lumen_ray.decoders.unipose import SPEC
 from lumen_ray.decoders.unipose.pose_loss import find_poses, match_poses, pose_losses
 from lumen_ray.decoders.unipose.settings import UniPoseSettings
 from lumen_ray.decoders.unipose.slots import KeypointStart, Skeletons, Slots
@@ -53,8 +54,7 @@ class UniPoseRaw(DinoRaw):
 
 
 class UniPoseDecoder(DinoDecoder):
-    name = "unipose"
-    loss_names = ("unipose_class", "unipose_box", "unipose_keypoint", "unipose_oks", "unipose_visible")
+    spec = SPEC
 
     def __init__(self, settings: UniPoseSettings, link_channels: int):
         super().__init__(settings, link_channels)

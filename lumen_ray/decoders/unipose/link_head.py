@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from lumen_ray.decoders.spec import DecoderSettings, TrunkShape
 from lumen_ray.trunk.queries import LinkHead
 
 
@@ -27,3 +28,8 @@ class PoseLinkHead(nn.Module):
             for head, own in zip((self.objects, self.keypoints), members, strict=True)
         ]
         return torch.cat(parts)[torch.cat(members).argsort()]
+
+
+def link_head(settings: DecoderSettings, shape: TrunkShape) -> PoseLinkHead:
+    """The link head of a decoder of objects and their keypoints."""
+    return PoseLinkHead(shape.llm_width, settings.link_width(shape.link_channels), shape.link_reads_words)

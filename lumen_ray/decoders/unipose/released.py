@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lumen_ray.checkpoints.rules import Part, Rule
+from lumen_ray.checkpoints.rules import Part, ReleasedModule, Rule
 from lumen_ray.decoders.grounding_dino.released import RELEASED_LINK_HEAD
 
 _BOTH = r"(weight|bias)"
@@ -128,3 +128,6 @@ def released_parts(decoder: str, link_head: str, source: str = "unipose.") -> li
         Part(source + "projection_kpt_llava.", link_head + "keypoints.", RELEASED_LINK_HEAD),
         Part(source, decoder, RELEASED),
     ]
+
+
+MODULE = ReleasedModule("unipose", released_parts, FRESH)

@@ -7,6 +7,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,9 +20,10 @@ from transformers import CONFIG_MAPPING, CLIPVisionConfig, Dinov2Config, Pretrai
 from lumen_ray import config
 from lumen_ray.checkpoints.hub import Checkpoint, read_json
 from lumen_ray.checkpoints.rules import Part, Rule, apply, check_fits
+from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.meta_init import weights_come_later
-from lumen_ray.model.build import ModelMeta, build_model, save_model
+from lumen_ray.model.build import ModelMeta, build_decoder, build_model, save_model
 from lumen_ray.model.convert import decoders as decoder_weights
 from lumen_ray.model.convert.encoder_rules import CLIP, DINOV2, LLM
 from lumen_ray.model.settings import ModelSettings
@@ -114,7 +116,7 @@ def settings_from(
     for name, folder in decoders.items():
         if data[name] is None:
             raise UserError(f"preset '{preset.name}' has no decoder '{name}'; leave out its weights", "unknown_decoder")
-        data[name] |= decoder_weights.LOADERS[name].sizes(folder)
+        data[name] |= decoder_weights.loaders()[name].sizes(folder)
     for name, kinds, config_class in (
         ("clip", ("clip", "clip_vision_model"), CLIPVisionConfig),
         ("dinov2", ("dinov2",), Dinov2Config),
@@ -130,7 +132,7 @@ def settings_from(
         published = checkpoint.config.get("vision_config") or checkpoint.config
         data["vision"][name] = config_keys(config_class, published)
     for name in preset.decoder_names:
-        if name in decoder_weights.LOADERS and name not in decoders:
+        if DECODERS[name].published and name not in decoders:
             raise UserError(
                 f"preset '{preset.name}' has {name}; give its checkpoint with --decoder {name}=DIR, or set {name}: "
                 "null in a preset file of your own",
@@ -287,7 +289,7 @@ def assemble(
     tied = bool(settings.llm.get("tie_word_embeddings"))
     loaded |= llm_state(llm, known, len(tokenizer), tied, f"'{llm.folder}'")
     for name, folder in folders.items():
-        state = decoder_weights.LOADERS[name].load(folder, settings, pickle)
+        state = decoder_weights.loaders()[name].load(folder, partial(build_decoder, settings, name), pickle)
         loaded |= {f"decoders.{name}.{key}": tensor for key, tensor in state.items()}
     state = fill(blank(settings, len(tokenizer), seed), loaded, "the checkpoints")
     save_model(output, state, settings, tokenizer, ModelMeta(settings.name, seed=seed))

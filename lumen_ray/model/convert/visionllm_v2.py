@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from lumen_ray import config
 from lumen_ray.checkpoints.hub import Checkpoint
-from lumen_ray.checkpoints.rules import Entry, Part, Report, Rule, apply, find_rule
+from lumen_ray.checkpoints.rules import Entry, Part, ReleasedModule, Report, Rule, apply, find_rule
+from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import ModelMeta, save_model
 from lumen_ray.model.convert import trunk_rules as trunk
@@ -22,25 +22,21 @@ from lumen_ray.model.settings import ModelSettings
 from lumen_ray.trunk.sequential import lead_tokens
 from lumen_ray.trunk.tokenizer import EOS, PAD, LumenTokenizer
 
-#: of a decoder's module in the checkpoint: our decoder, and where its rules are. Their function
-#: `released_parts(decoder, link_head, source)` takes prefixes: of our decoder, its link head, and in the checkpoint. A
-#: `FRESH` beside it lists prefixes of what our decoder has and the released one has not
-DECODERS: dict[str, tuple[str, str]] = {
-    "gdino": ("grounding_dino", "lumen_ray.decoders.grounding_dino.released"),
-    "unipose": ("unipose", "lumen_ray.decoders.unipose.released"),
-    "sd": ("stable_diffusion", "lumen_ray.decoders.diffusion.released"),
-    "ip2p": ("instruct_pix2pix", "lumen_ray.decoders.diffusion.released"),
-}
 #: what the checkpoint's tokenizer calls our special tokens
 NAMES = {PAD: "[PAD]", EOS: "</s>"}
 START = "<s>"
 #: values of its config.json that this layout stands for
 CONFIG = {"vl_bridge_type": "mlp2x_gelu", "vis_output_layer": -2, "use_pixelshuffle": False, "num_embs": 4}
-#: the light decoder, which the reference does not have, and what only it reads
-LIGHT = ("trunk.stem.", "trunk.dense.", "trunk.link_heads.lumen.", "decoders.lumen.")
+#: parts of the trunk that only decoders of dense features read, which the reference does not have
+DENSE = ("trunk.stem.", "trunk.dense.")
 #: of the adapters that the reference trains on the LLM
 LORA_ALPHA = 64.0
 REPORT_FILE = "conversion.json"
+
+
+def released_modules() -> dict[str, ReleasedModule]:
+    """Decoder -> its module in the checkpoint, of decoders that have one."""
+    return {name: spec.resolve("released") for name, spec in DECODERS.items() if spec.released}
 
 
 def parts(model: Collection[str]) -> tuple[Part, ...]:
@@ -49,23 +45,24 @@ def parts(model: Collection[str]) -> tuple[Part, ...]:
     queries = "trunk.queries.queries."
     decoders = {name.split(".")[1] for name in model if name.startswith("decoders.")}
     found = list(trunk.parts({name.removeprefix(queries) for name in model if name.startswith(queries)}))
-    for module, (decoder, table) in DECODERS.items():
+    for decoder, released in released_modules().items():
+        source = f"{released.module}."
         if decoder in decoders:
-            rules = importlib.import_module(table)
-            to = {"decoder": f"decoders.{decoder}.", "link_head": f"trunk.link_heads.{decoder}."}
-            found += rules.released_parts(**to, source=f"{module}.")
+            found += released.parts(f"decoders.{decoder}.", f"trunk.link_heads.{decoder}.", source)
         else:
-            found.append(Part(f"{module}.", "", [Rule(r".+", drop=f"the preset has no decoder '{decoder}'")]))
+            found.append(Part(source, "", [Rule(r".+", drop=f"the preset has no decoder '{decoder}'")]))
     return tuple(found)
 
 
 def may_be_fresh(model: Collection[str]) -> tuple[str, ...]:
     """Prefixes of the names of a model's tensors that the released one does not have."""
-    own = []
-    for decoder, table in DECODERS.values():
-        if any(name.startswith(f"decoders.{decoder}.") for name in model):
-            own += [f"decoders.{decoder}.{prefix}" for prefix in getattr(importlib.import_module(table), "FRESH", ())]
-    return (*LIGHT, *own)
+    released, fresh = released_modules(), list(DENSE)
+    for decoder in dict.fromkeys(name.split(".")[1] for name in model if name.startswith("decoders.")):
+        if decoder in released:
+            fresh += [f"decoders.{decoder}.{prefix}" for prefix in released[decoder].fresh]
+        else:
+            fresh += [f"trunk.link_heads.{decoder}.", f"decoders.{decoder}."]
+    return tuple(fresh)
 
 
 def convert_tensors(

@@ -3,20 +3,23 @@
 A multiplication and addition count as two. Only matrix products and convolutions are counted, as is usual for the
 utilisation of a model (arXiv 2204.02311, app. B); what activation checkpointing computes again is not.
 
-Legend: B images, N patches, P prefix tokens, S tokens per image, C width, Q object prompts, L places of the heatmap.
+Decoders count their own (`DecoderSpec.flops`).
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from lumen_ray.decoders.lumen.decoder import KERNEL_WIDTH, LumenDecoder
-from lumen_ray.model.build import Generalist
-from lumen_ray.train.blocks import part
+from lumen_ray.decoders.common.flops import DecoderWork, convolutions, is_trainable
+from lumen_ray.decoders.registry import DECODERS, reads_dense
+from lumen_ray.model.build import Generalist, build_decoder, given, served_links
+from lumen_ray.superlink import SuperLink
 from lumen_ray.train.lora import frozen_names
 from lumen_ray.trunk.batch import TrainingBatch
 from lumen_ray.trunk.comm import BridgedVision, CommVision, Encoder, MergedEncoder
@@ -62,72 +65,81 @@ def of_step(model: Generalist, batches: list[TrainingBatch]) -> dict[str, float]
     passes = passes_by_part(model)
     total: dict[str, float] = {}
     for batch in batches:
+        wanted = [name for name in model.decoders if batch.decoders is None or name in batch.decoders]
         found = {name: count * passes[name] for name, count in forward(model, batch).items()}
-        wanted = set(model.decoders) if batch.decoders is None else set(batch.decoders)
-        if "lumen" not in wanted:  # nor does anything read the dense features
-            found = {name: count for name, count in found.items() if name not in ("dense", "lumen")}
-        for name, count in (found | experts(model, batch, wanted - {"lumen"}, passes["llm"] > 1)).items():
+        if not reads_dense(wanted):
+            found.pop("dense", None)
+        found |= {name: of_decoder(model, name, batch, passes) for name in wanted}
+        for name, count in found.items():
             total[name] = total.get(name, 0.0) + count
     return total
 
 
-def learns(module: nn.Module | None) -> bool:
-    return module is not None and any(p.requires_grad for p in module.parameters())
-
-
-def experts(model: Generalist, batch: TrainingBatch, names: set[str], flows: bool) -> dict[str, float]:
-    """Forward and backward FLOPs of expert decoders; `flows`: whether the trunk's hidden states need gradients."""
-    names = [name for name in model.decoders if name in names]
-    if not names:
-        return {}
-    from lumen_ray.train.expert_flops import of_expert  # with the experts' libraries, which take seconds
-
-    heads = model.trunk.link_heads
-    return {name: of_expert(model, name, batch, flows or learns(heads[name])) for name in names}
+def of_decoder(model: Generalist, name: str, batch: TrainingBatch, passes: Mapping[str, int]) -> float:
+    """Forward and backward FLOPs of a decoder on a batch; 0 where the batch has no prompts for it."""
+    decoder, layout = model.decoders[name], batch.layout
+    served = served_links(name, batch) if decoder.family in layout.link_branches else []
+    if not served:
+        return 0.0
+    columns = (layout.link_images, layout.link_parents, layout.link_groups)
+    images, parents, groups = (column[decoder.family].cpu() for column in columns)
+    members = torch.tensor(served)
+    pixels, targets = given(decoder, batch)
+    source = "dense" if decoder.reads == "dense" else "llm"
+    work = DecoderWork(
+        link=SuperLink(name, torch.empty(len(images), 0), images, parents, groups).select(members),
+        pixels=pixels,
+        targets=targets.select(members),
+        num_images=len(batch.images),
+        input_size=tuple(batch.images.shape[-2:]),
+        needs_input_grad=passes[source] > 1 or is_trainable(model.trunk.link_heads[name]),
+        build=partial(build_decoder, model.settings, name),
+    )
+    return DECODERS[name].resolve("flops")(decoder, work)
 
 
 def passes_by_part(model: Generalist) -> dict[str, int]:
-    """How often each component's products are computed: forward, for the gradient of its inputs, of its weights.
+    """How often the products of each part of the trunk are computed: forward, for the gradient of its inputs, of its
+    weights.
 
-    The first part that learns needs no gradient of its inputs as a whole, but of each of its layers'.
+    The first trainable part needs no gradient of its inputs as a whole, but of each of its layers'.
     """
     frozen = frozen_names(model)
     trunk = model.trunk
     out, flows = {}, False
-    seen = trunk.settings.tokens_read_stem and learns(trunk.stem)
+    through_stem = trunk.settings.tokens_read_stem and is_trainable(trunk.stem)
     for name, modules in (
         ("vision", (trunk.vision,)),
         ("llm", (trunk.llm, trunk.regions, trunk.queries)),
         ("dense", (trunk.dense, trunk.stem)),
-        ("lumen", (part(model, "lumen"), trunk.link_heads)),
     ):
         if modules[0] is None:
             continue
-        flows = flows or any(learns(module) for module in modules)
+        flows = flows or any(is_trainable(module) for module in modules)
         adapted = name == "llm" and bool(frozen)  # adapters pass gradients on, the weights beside them get none
-        own = learns(modules[0]) and not adapted
+        own = is_trainable(modules[0]) and not adapted
         out[name] = 1 + flows + own
-        flows = flows or seen  # tokens pass gradients on to the stem, beside the encoders
+        flows = flows or through_stem  # tokens pass gradients on to the stem, beside the encoders
     return out
 
 
 def forward(model: Generalist, batch: TrainingBatch) -> dict[str, float]:
-    """FLOPs of one forward pass by component."""
+    """FLOPs of one forward pass of the trunk by component."""
     height, width = batch.images.shape[-2:]
-    images, layout = len(batch.images), batch.layout
-    rows, columns = model.trunk.vision.grid(height, width)
+    images, layout, trunk = len(batch.images), batch.layout, model.trunk
+    rows, columns = trunk.vision.grid(height, width)
     supervised = int((layout.labels[:, 1:] != IGNORE).sum())
     sequences, tokens = layout.llm_shape(rows * columns)
     total = {
-        "vision": images * vision(model.trunk.vision, height, width),
-        "llm": sequences * llm(model.trunk.llm.config, tokens) + 2 * supervised * _vocabulary(model.trunk.llm.config),
+        "vision": images * vision(trunk.vision, height, width),
+        "llm": sequences * llm(trunk.llm.config, tokens) + 2 * supervised * _vocabulary(trunk.llm.config),
     }
-    if (decoder := part(model, "lumen")) is None:
+    if trunk.dense is None:
         return total
-    maps = stem(model.trunk.stem, height, width)
+    maps = stem(trunk.stem, height, width)
     if layout.query_slots:  # else nothing reads the dense features
-        maps += dense(model.trunk.dense, height, width, model.trunk.vision.patch_size, (rows, columns))
-    return total | {"dense": images * maps, "lumen": lumen(decoder, batch)}
+        maps += dense(trunk.dense, height, width, trunk.vision.patch_size, (rows, columns))
+    return total | {"dense": images * maps}
 
 
 def _layer(tokens: int, width: int, attention: int, key_value: int, hidden: int, matrices: int) -> float:
@@ -178,21 +190,11 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
-def _convolutions(module: nn.Module, height: int, width: int) -> tuple[float, int, int]:
-    """(FLOPs, height, width) after all convolutions in a module that follow each other."""
-    total = 0.0
-    for conv in module.modules():
-        if isinstance(conv, nn.Conv2d):
-            height, width = math.ceil(height / conv.stride[0]), math.ceil(width / conv.stride[0])
-            total += 2.0 * height * width * conv.in_channels * conv.out_channels * math.prod(conv.kernel_size)
-    return total, height, width
-
-
 def stem(module: ConvStem, height: int, width: int) -> float:
     """The convolutional stem on one image."""
     total, h, w = 0.0, height, width
     for down in (module.down4, module.down8, module.down16):
-        count, h, w = _convolutions(down, h, w)
+        count, h, w = convolutions(down, h, w)
         total += count
     return total
 
@@ -206,33 +208,6 @@ def dense(module: DenseFeatures, height: int, width: int, patch: int, grid: tupl
         (16, (module.lateral16, module.fuse16)),
     ):
         sides = math.ceil(height / stride), math.ceil(width / stride)
-        total += _convolutions(nn.ModuleList(parts), *sides)[0]
-    total += _convolutions(module.from_vision, height // patch, width // patch)[0]
-    return total + _convolutions(module.from_llm, *grid)[0]
-
-
-def lumen(module: LumenDecoder, batch: TrainingBatch) -> float:
-    """The light decoder on a batch: per image the neck and mask features, per prompt the aligner and the heads.
-
-    Masks are counted as if every object had all the places that may train one.
-    """
-    targets = batch.targets.get("perception")
-    if targets is None:
-        return 0.0
-    s, c = module.settings, module.settings.hidden_size
-    images, height, width = len(batch.images), batch.images.shape[-2] // 4, batch.images.shape[-1] // 4
-    neck, h, w = _convolutions(module.neck, height, width)
-    masks = _convolutions(module.mask_features, height, width)[0]
-    parents = batch.layout.link_parents["perception"]
-    poses = int((parents >= 0).any()) * _convolutions(module.pose.key_value, height, width)[0]
-    prompts, places = int((parents < 0).sum()), h * w
-    link = 2.0 * module.link_proj[1].in_features * c
-    maps = images + (s.num_layers - 1) * prompts  # the aligner's first layer reads one map per image
-    read = maps * places * 2 * 3 * c * c
-    aligner = s.num_layers * (places * (2 * 3 * c + 2 * s.num_heads * c) + 2 * 9 * c * c)
-    heads = places * (2 * c + 2 * (c * c + 4 * c)) + 2 * 2 * c * c
-    objects = int(((targets.mask_index >= 0) & targets.valid & ~targets.crowd & targets.counted[:, None]).sum())
-    k, m = KERNEL_WIDTH, s.mask_channels
-    kernel = 2.0 * c * (c + sum(module.kernel_sizes)) + 2.0 * height * width * ((m + 2) * k + k * k + k)
-    trained = min(objects * min(s.max_masks_per_object, s.topk_assign), images * s.max_masks_per_image)
-    return images * (neck + masks + poses) + read + prompts * (link + aligner + heads) + trained * kernel
+        total += convolutions(nn.ModuleList(parts), *sides)[0]
+    total += convolutions(module.from_vision, height // patch, width // patch)[0]
+    return total + convolutions(module.from_llm, *grid)[0]

@@ -17,12 +17,13 @@ from lumen_ray import config
 from lumen_ray.config import Settings
 from lumen_ray.data import files
 from lumen_ray.data.batches.feed import read_texts
+from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import read_meta
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.warm_start import start_tokenizer
 from lumen_ray.recipe import CARRIED_OUT, Recipe
-from lumen_ray.tasks import DECODERS, TASKS
+from lumen_ray.tasks import TASKS
 from lumen_ray.trunk.tokenizer import CAPTIONS_FILE, LumenTokenizer
 
 #: of decoders' settings, those that only say how a step is carried out (`pixels_at_once` also in which order it draws
@@ -105,7 +106,9 @@ def _of_today(kind: type[Settings], saved: Any) -> Any:
     that it named and gave no prompt to."""
     for stage in saved.get("stages", ()) if isinstance(saved, dict) else ():
         for group in stage.get("groups", ()):
-            group["tasks"] = [name for name in group.get("tasks", ()) if name not in TASKS or not TASKS[name].made_of]
+            group["tasks"] = [
+                name for name in group.get("tasks", ()) if name not in TASKS or not TASKS[name].derived_from
+            ]
     try:
         return config.validate(kind, saved, "recipe.json").model_dump(mode="json")
     except UserError:

@@ -213,7 +213,7 @@ def edit_row(number=0):
 def test_a_description_asks_for_the_picture_that_it_does_not_see():
     """As it is, whatever augmentation the other tasks of the stage get."""
     rows = [scenes.scene_row(5, n, SIDE) for n in range(2)]
-    collate = Collator(tiny_tokenizer(), SIDE, ("generate",), {}, augment=MOVED, own_sizes=PICTURES)
+    collate = Collator(tiny_tokenizer(), SIDE, ("generate",), {}, augment=MOVED, input_rules=PICTURES)
     batch = collate(rows, [decode(r["image"]) for r in rows], rngs(2))
     assert batch.tasks == ["generate"] * 2 and not batch.has_image.any()
     targets = batch.targets["generation"]
@@ -243,7 +243,7 @@ def test_captions_are_read_as_the_text_encoder_reads_them(task, family):
     images = [decode(row["image"]) for row in rows]
     targets = {}
     for tokenizer in (captioning_tokenizer(9), tiny_tokenizer()):
-        batch = Collator(tokenizer, SIDE, (task,), {}, own_sizes=PICTURES)(rows, images, rngs(3), images)
+        batch = Collator(tokenizer, SIDE, (task,), {}, input_rules=PICTURES)(rows, images, rngs(3), images)
         targets[tokenizer.captions is None] = batch.targets[family]
     ids = clip_tokenizer()(said, padding="max_length", truncation=True, max_length=9, return_tensors="pt").input_ids
     assert targets[False].caption_ids.dtype == torch.int64 and torch.equal(targets[False].caption_ids, ids)
@@ -256,7 +256,7 @@ def test_an_edited_picture_lies_where_the_picture_does(augment):
     row, edited = edit_row()
     seen = {}
     for name, target in (("edited", edited), ("own", decode(row["image"]))):
-        collator = Collator(tiny_tokenizer(), SIDE, ("edit", "caption"), {}, augment=augment, own_sizes=PICTURES)
+        collator = Collator(tiny_tokenizer(), SIDE, ("edit", "caption"), {}, augment=augment, input_rules=PICTURES)
         seen[name] = collator([row], [decode(row["image"])], rngs(1), [target])
     batch = seen["own"]
     assert batch.has_image.all() and batch.tasks.count("edit") == 1

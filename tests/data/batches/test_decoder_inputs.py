@@ -47,9 +47,15 @@ def photo(height, width, box, stripe=8):
 PHOTOS = [photo(120, 160, (30, 20, 90, 80)), photo(160, 100, (20, 40, 70, 110)), photo(90, 90, (8, 8, 60, 70))]
 
 
-def collate(photos=PHOTOS, own_sizes=None, augment=AugmentSettings(), tasks=("detect", "segment", "pose"), seed=0):  # noqa: B008
+def collate(photos=PHOTOS, input_rules=None, augment=AugmentSettings(), tasks=("detect", "segment", "pose"), seed=0):  # noqa: B008
     collator = Collator(
-        tiny_tokenizer(), SIDE, tasks, {"face": NAMES}, FEW, augment, own_sizes=OWN if own_sizes is None else own_sizes
+        tiny_tokenizer(),
+        SIDE,
+        tasks,
+        {"face": NAMES},
+        FEW,
+        augment,
+        input_rules=OWN if input_rules is None else input_rules,
     )
     rngs = [np.random.default_rng((seed, i)) for i in range(len(photos))]
     return collator([row for _, row in photos], [image for image, _ in photos], rngs)
@@ -63,7 +69,7 @@ def bright(image):
 
 def test_what_the_trunk_gets_does_not_change():
     """No random draw is made for another size."""
-    plain, own = collate(own_sizes={}, augment=MOVED), collate(augment=MOVED)
+    plain, own = collate(input_rules={}, augment=MOVED), collate(augment=MOVED)
     assert plain.pixels == {} and set(plain.targets) == {"perception"}
     assert torch.equal(plain.images, own.images) and plain.tasks == own.tasks
     for name, value in vars(plain.targets["perception"]).items():
@@ -143,7 +149,7 @@ def test_only_images_that_are_asked_about_are_enlarged():
     silent = {**row, "instances": [], "classes": [], "messages": [make_message("caption", "describe .", "a face")]}
     batch = collate([(image, silent), (image, row)], tasks=("detect", "caption"))
     assert batch.pixels["grounding_dino"].extents.tolist() == [[1, 1], [2 * SIDE, 171]]
-    posed = collate([(image, row)], tasks=("pose",), own_sizes={"grounding_dino": RULE, "unipose": ShortSide(96, 96)})
+    posed = collate([(image, row)], tasks=("pose",), input_rules={"grounding_dino": RULE, "unipose": ShortSide(96, 96)})
     assert set(posed.pixels) == {"unipose"}  # what poses say nothing to makes no image
     assert posed.pixels["unipose"].extents.tolist() == [[72, 96]]
 
@@ -151,7 +157,7 @@ def test_only_images_that_are_asked_about_are_enlarged():
 def test_a_model_learns_from_images_of_several_shapes():
     keys = {name: {**EXPERTS[name], "input_size": [RULE.short, RULE.long]} for name in ("grounding_dino", "unipose")}
     model, batch = tiny_model(**keys), collate().to("cpu")
-    assert model.settings.own_sizes == OWN
+    assert model.settings.input_rules == OWN
     for name in keys:
         pixels, targets = given(model.decoders[name], batch)
         assert pixels.images.shape == (3, 3, 192, 171) and targets.boxes.max() > 2 * SIDE
@@ -173,7 +179,7 @@ def edit_batch(height, width, augment=AugmentSettings()):  # noqa: B008
     after = np.asarray(Image.fromarray(image // 2).resize((2 * width, 2 * height), Image.Resampling.NEAREST))
     message = make_message("edit", "make it darker", "")
     message["turns"] = message["turns"][:1]
-    collator = Collator(tiny_tokenizer(), SIDE, ("edit",), {}, FEW, augment, own_sizes=DRAWN)
+    collator = Collator(tiny_tokenizer(), SIDE, ("edit",), {}, FEW, augment, input_rules=DRAWN)
     return collator([{**row, "messages": [message]}], [image], [np.random.default_rng(1)], [after])
 
 
@@ -226,7 +232,7 @@ def test_a_rotated_file_is_decoded_large_enough_for_the_largest_size(tmp_path):
     recipe = Recipe.model_validate({"name": "r", "model": "nano", "stages": [stage]})
     dino = {**EXPERTS["grounding_dino"], "input_size": [96, 128]}
     settings = tiny_settings(grounding_dino=dino)
-    reader = BatchReader(str(tmp_path), recipe, tiny_tokenizer(), SIDE, {}, own_sizes=settings.own_sizes)
+    reader = BatchReader(str(tmp_path), recipe, tiny_tokenizer(), SIDE, {}, input_rules=settings.input_rules)
     item = {"step": 0, "stage": 0, "parts": [("part.parquet", 0, 1)]}
     batch, light = (reader(item | {"group": group}) for group in (0, 1))
     assert light.pixels == {}  # what does not learn gets nothing

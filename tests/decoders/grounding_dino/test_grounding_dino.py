@@ -37,7 +37,7 @@ def decoder():
 
 def alone(link, pixels, group):
     """One group by itself, its image without padding."""
-    part, images = link.take(torch.nonzero(link.group == group).flatten())
+    part, images = link.select_with_images(torch.nonzero(link.group == group).flatten())
     height, width = pixels.extents[images[0]].tolist()
     return part, Pixels(pixels.images[images, :, :height, :width], pixels.extents[images])
 
@@ -215,7 +215,7 @@ def test_losses_of_a_batch_are_the_sum_of_its_parts(decoder):
         whole = decoder.loss(decoder(link, pixels), targets)
         parts = []
         for members in (torch.tensor([0, 1]), torch.tensor([2, 3, 4])):
-            part, images = link.take(members)
+            part, images = link.select_with_images(members)
             own = {f.name: getattr(targets, f.name)[members] for f in dataclasses.fields(targets) if f.name != "masks"}
             raw = decoder(part, Pixels(pixels.images[images], pixels.extents[images]))
             parts.append(decoder.loss(raw, dataclasses.replace(targets, **own)))

@@ -50,7 +50,7 @@ def results(raw, group: int) -> list[tuple[torch.Tensor, ...]]:
 def assert_same_as_alone(decoder, link, pixels):
     raw = run(decoder, link, pixels)
     for number, group in enumerate(link.group.unique()):
-        part, images = link.take(torch.nonzero(link.group == group).flatten())
+        part, images = link.select_with_images(torch.nonzero(link.group == group).flatten())
         height, width = pixels.extents[images[0]].tolist()
         alone = run(decoder, part, Pixels(pixels.images[images, :, :height, :width], pixels.extents[images]))
         many, few = results(raw, number), results(alone, 0)
@@ -287,7 +287,7 @@ def test_losses_of_a_batch_are_the_sum_of_its_parts():
         parts = []
         for image in (0, 1):
             members = torch.nonzero(link.image_index == image).flatten()
-            part, images = link.take(members)
+            part, images = link.select_with_images(members)
             raw = decoder(part, Pixels(pixels.images[images], pixels.extents[images]))
             own = {name: value[members] for name, value in vars(targets).items() if name != "masks"}
             parts.append(decoder.loss(raw, type(targets)(masks=targets.masks, **own)))

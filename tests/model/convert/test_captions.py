@@ -89,7 +89,7 @@ def test_a_step_aligns_links_with_captions(folder, task, decoder, loss):
         ]
     images = [decode(row["image"]) for row in rows]
     generators = [np.random.default_rng(n) for n in range(2)]
-    collator = Collator(loaded.tokenizer, SIDE, (task,), {}, own_sizes=loaded.settings.own_sizes)
+    collator = Collator(loaded.tokenizer, SIDE, (task,), {}, input_rules=loaded.settings.input_rules)
     batch = collator(rows, images, generators, images)
     torch.manual_seed(0)
     term = model(batch)[loss]

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -23,9 +24,10 @@ from transformers import (
 )
 
 from lumen_ray import config
+from lumen_ray.decoders.grounding_dino.published import state_of
 from lumen_ray.errors import UserError
-from lumen_ray.model.build import load_model
-from lumen_ray.model.convert.decoders import caption_tokenizer, grounding_dino_state
+from lumen_ray.model.build import build_decoder, load_model
+from lumen_ray.model.convert.decoders import caption_tokenizer
 from lumen_ray.model.convert.pretrained import Sources, assemble, blank
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.presets import model_path
@@ -170,10 +172,11 @@ def test_grounding_dino_in_full_size():
     )  # fmt: skip
     with torch.device("meta"):
         tensors = GroundingDinoForObjectDetection(GroundingDinoConfig(backbone_config=swin)).state_dict()
-    state = grounding_dino_state(tensors, settings, "Swin-T")
+    build = partial(build_decoder, settings, "grounding_dino")
+    state = state_of(tensors, build, "Swin-T")
     assert state["trunk.query_position_embeddings.weight"].shape == (900, 256)
     with pytest.raises(UserError, match="incomplete"):
-        grounding_dino_state({k: v for k, v in tensors.items() if "enc_output." not in k}, settings, "incomplete")
+        state_of({k: v for k, v in tensors.items() if "enc_output." not in k}, build, "incomplete")
 
 
 def test_what_is_published_is_not_initialised_first():

@@ -4,6 +4,7 @@ has every key and shape of the model, and what is not published is fresh."""
 import json
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -26,9 +27,10 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from lumen_ray import config
 from lumen_ray.decoders.diffusion.schedule import learned_schedule, make_scheduler
+from lumen_ray.decoders.grounding_dino.published import state_of
 from lumen_ray.errors import UserError
-from lumen_ray.model.build import WEIGHTS, Generalist
-from lumen_ray.model.convert.decoders import LOADERS, grounding_dino_state
+from lumen_ray.model.build import WEIGHTS, Generalist, build_decoder
+from lumen_ray.model.convert.decoders import loaders
 from lumen_ray.model.convert.encoder_rules import CLIP, DINOV2
 from lumen_ray.model.convert.pretrained import encoder_state, fill, llm_state, settings_from
 from lumen_ray.model.settings import ModelSettings
@@ -141,7 +143,7 @@ def folders(tmp_path):
             (tmp_path / name / part / file).write_text(json.dumps(keys))
     (tmp_path / "grounding_dino").mkdir()
     (tmp_path / "grounding_dino" / "config.json").write_text(json.dumps(SWIN_T))
-    return {name: tmp_path / name for name in LOADERS}
+    return {name: tmp_path / name for name in loaders()}
 
 
 @pytest.fixture
@@ -229,8 +231,11 @@ def test_every_key_of_the_preset_is_published_or_fresh(folders, no_weights, caps
             "dinov2": encoder_state(on_disk(dinov2), DINOV2, "trunk.vision.dinov2.model.", "DINOv2"),
             "llm": llm_state(vicuna, VICUNA["vocab_size"], ROWS, tied=False, what="Vicuna"),
         }
-        decoders = {name: LOADERS[name].load(folders[name], settings, False) for name in DIFFUSION}
-        decoders["grounding_dino"] = grounding_dino_state(detector, settings, "Swin-T")
+        decoders = {
+            name: loaders()[name].load(folders[name], partial(build_decoder, settings, name), False)
+            for name in DIFFUSION
+        }
+        decoders["grounding_dino"] = state_of(detector, partial(build_decoder, settings, "grounding_dino"), "Swin-T")
     for name, state in decoders.items():
         published[name] = {f"decoders.{name}.{key}": tensor for key, tensor in state.items()}
     loaded = {name: tensor for state in published.values() for name, tensor in state.items()}

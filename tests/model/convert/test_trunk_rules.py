@@ -13,7 +13,7 @@ from lumen_ray.model.build import Generalist
 from lumen_ray.model.convert.encoder_rules import CLIP as CLIP_RULES
 from lumen_ray.model.convert.pretrained import fill
 from lumen_ray.model.convert.trunk_rules import BRIDGE, QUERIES, REGIONS, parts
-from lumen_ray.model.convert.visionllm_v2 import DECODERS, convert_tensors, may_be_fresh
+from lumen_ray.model.convert.visionllm_v2 import convert_tensors, may_be_fresh, released_modules
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.presets import model_path
 from lumen_ray.trunk.comm import CLIP_MEAN, CLIP_STD, BridgedVision
@@ -119,7 +119,8 @@ def splice_layout(data, ids) -> Layout:
 def test_a_prompt_with_regions_and_queries_gives_the_reference_logits(test_data):
     told, data = fixture(test_data, "vl_splice_a")
     weights = part(data, "weights.")
-    trunk = Trunk(released_settings(lead_tokens=(1,)), 60).eval()
+    settings = released_settings(lead_tokens=(1,))
+    trunk = Trunk(settings, 60, settings.sections).eval()
     state, report = apply(weights, parts(QUERIES.values()))
     assert not report.of("unknown")
     state = {name.removeprefix("trunk."): tensor for name, tensor in state.items()}
@@ -166,11 +167,12 @@ def test_the_full_size_layout_converts_with_nothing_missing_and_nothing_left_ove
     )  # raises for what is missing, left over or of another shape
     assert whole.keys() == expected.keys()
     gone = {entry.name for entry in report.of("dropped")}
-    decoderless = {module for module, (decoder, _) in DECODERS.items() if decoder not in model.decoders}
+    modules = {released.module: decoder for decoder, released in released_modules().items()}
+    decoderless = {module for module, decoder in modules.items() if decoder not in model.decoders}
     unread = {
         f"emb_embeddings_{n}.weight" for n, family in QUERIES.items() if family not in model.trunk.queries.queries
     }
-    trunk = {name for name in told if name.split(".")[0] not in DECODERS}
+    trunk = {name for name in told if name.split(".")[0] not in modules}
     assert trunk & gone == unread
     assert all(name in gone for name in told if name.split(".")[0] in decoderless)
     fresh = whole.keys() - state.keys()

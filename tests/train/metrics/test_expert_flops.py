@@ -54,7 +54,7 @@ def test_every_request_and_an_own_size_are_counted():
     model = expert_model(**sections)
     rows = [scenes.scene_row(0, n, SIDE) for n in range(3)]
     collator = Collator(
-        tiny_tokenizer(), SIDE, ("segment", "refer", "ground"), scenes.SKELETONS, own_sizes=model.settings.own_sizes
+        tiny_tokenizer(), SIDE, ("segment", "refer", "ground"), scenes.SKELETONS, input_rules=model.settings.input_rules
     )
     batch = collator(rows, [decode(row["image"]) for row in rows], [np.random.default_rng(n) for n in range(3)])
     batch.decoders = ["grounding_dino"]

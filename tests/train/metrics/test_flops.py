@@ -7,7 +7,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lumen_ray.data.batches.collate import BranchSettings
-from lumen_ray.recipe import MODULES, LoraSettings, Stage
+from lumen_ray.decoders.registry import PARTS
+from lumen_ray.recipe import LoraSettings, Stage
 from lumen_ray.train.metrics import flops
 from lumen_ray.train.optimizer import set_trainable
 
@@ -28,7 +29,7 @@ def counted(model, batch, backward=True):
     return {name.removeprefix("Generalist."): sum(found.values()) for name, found in counter.get_flop_counts().items()}
 
 
-def stage(trainable=MODULES):
+def stage(trainable=PARTS):
     return Stage.model_validate({"name": "s", "steps": 1, "trainable": trainable})
 
 
@@ -42,7 +43,8 @@ def test_forward(tasks):
         assert found[name] == pytest.approx(wanted[f"trunk.{name}"], rel=0.01), name
     # masks and poses are computed outside of the decoder's `forward`; masks are counted for the most there can be
     others = sum(wanted.get(f"trunk.{name}", 0) for name in ("vision", "llm", "dense", "link_heads", "regions"))
-    assert found["lumen"] == pytest.approx(wanted["Global"] - others, rel=0.1, abs=1)
+    model.requires_grad_(False)
+    assert flops.of_step(model, [batch]).get("lumen", 0) == pytest.approx(wanted["Global"] - others, rel=0.1, abs=1)
 
 
 def test_clip_with_an_mlp_bridge():
@@ -54,7 +56,7 @@ def test_clip_with_an_mlp_bridge():
 
 
 @pytest.mark.parametrize(
-    "trainable", [MODULES, ("llm",), ("vision",), ("lumen",), ("stem", "dense", "lumen", "link_heads")]
+    "trainable", [PARTS, ("llm",), ("vision",), ("lumen",), ("stem", "dense", "lumen", "link_heads")]
 )
 def test_forward_and_backward(trainable):
     model, batch = tiny_model(**WIDE).train(), scene_batch(4, ("detect", "segment", "caption"))
@@ -70,15 +72,19 @@ def test_micro_steps_add_up():
 
 
 def test_what_does_not_learn_is_passed_less_often():
-    model = tiny_model()
-    passes = {}
-    for names in (MODULES, ("llm",), ("vision",), ("lumen",)):
-        set_trainable(model, stage(names))
+    model, batch = tiny_model(), scene_batch(2)
+    passes, decoder = {}, {}
+    for names in (PARTS, ("llm",), ("vision",), ("lumen",), ()):
+        set_trainable(model, stage(names)) if names else model.requires_grad_(False)
         passes[names] = flops.passes_by_part(model)
-    assert passes[MODULES] == {"vision": 3, "llm": 3, "dense": 3, "lumen": 3}
-    assert passes["llm",] == {"vision": 1, "llm": 3, "dense": 2, "lumen": 2}
-    assert passes["vision",] == {"vision": 3, "llm": 2, "dense": 2, "lumen": 2}
-    assert passes["lumen",] == {"vision": 1, "llm": 1, "dense": 1, "lumen": 3}
+        decoder[names] = flops.of_step(model, [batch])["lumen"]
+    assert passes[PARTS] == {"vision": 3, "llm": 3, "dense": 3}
+    assert passes["llm",] == {"vision": 1, "llm": 3, "dense": 2}
+    assert passes["vision",] == {"vision": 3, "llm": 2, "dense": 2}
+    assert passes["lumen",] == {"vision": 1, "llm": 1, "dense": 1}
+    assert {names: count / decoder[()] for names, count in decoder.items()} == {
+        PARTS: 3, ("llm",): 2, ("vision",): 2, ("lumen",): 3, (): 1
+    }  # fmt: skip
 
 
 def test_adapters_need_no_gradient_of_the_weights_beside_them():
