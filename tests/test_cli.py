@@ -5,7 +5,9 @@ import json
 import pytest
 
 from lumen_ray import cli, config
+from lumen_ray.console import decoders_by_task, texts_by_task
 from lumen_ray.data import command
+from lumen_ray.label.pipeline import labelled_line
 
 
 def told(capsys, *argv: str) -> str:
@@ -121,9 +123,9 @@ def test_an_unknown_task_in_a_recipe_lists_the_tasks(capsys, tmp_path):
 
 
 def test_text_pairs(capsys):
-    assert cli._texts(["vqa=how many ?", "vqa=what = this ?"]) == {"vqa": ["how many ?", "what = this ?"]}
+    assert texts_by_task(["vqa=how many ?", "vqa=what = this ?"]) == {"vqa": ["how many ?", "what = this ?"]}
     with pytest.raises(cli.UserError, match="TASK=TEXT"):
-        cli._texts(["how many"])
+        texts_by_task(["how many"])
 
 
 @pytest.mark.parametrize(
@@ -165,8 +167,8 @@ def test_classes_are_the_models_own_where_none_are_given(labelling, tasks, own):
 
 
 def test_decoders_by_task():
-    assert cli._decoders(["detect=lumen", "pose = unipose"]) == {"detect": "lumen", "pose": "unipose"}
-    assert cli._decoders([]) == {}
+    assert decoders_by_task(["detect=lumen", "pose = unipose"]) == {"detect": "lumen", "pose": "unipose"}
+    assert decoders_by_task([]) == {}
     common = ["evaluate", "--shards", "x", "--output", "y", "--decoders", "detect=lumen"]
     assert cli.build_parser().parse_args([*common, "--decoders", "pose=unipose"]).decoders == [
         "detect=lumen",
@@ -174,7 +176,7 @@ def test_decoders_by_task():
     ]
     assert cli.build_parser().parse_args(common).decoders == ["detect=lumen"]
     with pytest.raises(cli.UserError, match="task 'pose' twice"):
-        cli._decoders(["pose=lumen", "pose=unipose"])
+        decoders_by_task(["pose=lumen", "pose=unipose"])
 
 
 def test_coco_json_that_is_not_json(capsys, tmp_path):
@@ -265,8 +267,8 @@ def test_only_what_resumes_says_so(capsys, monkeypatch, argv, resumes):
 
 def test_the_line_about_labels_names_the_first_error():
     summary = {"images": 3, "labelled": 2, "errors": 1, "first_error": {"image_id": "a.png", "message": "it is broken"}}
-    assert "1 errors (e.g. a.png: it is broken; see errors.parquet)" in cli.labelled_line(summary, "out")
-    assert "3 labelled, 0 errors -> out" in cli.labelled_line(
+    assert "1 errors (e.g. a.png: it is broken; see errors.parquet)" in labelled_line(summary, "out")
+    assert "3 labelled, 0 errors -> out" in labelled_line(
         {"images": 3, "labelled": 3, "errors": 0, "first_error": None}, "out"
     )
 
