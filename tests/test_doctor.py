@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.tiny_models import EXPERTS, tiny_model, tiny_settings, tiny_tokenizer
 
-from lumen_ray import cli, doctor
+from lumen_ray import cli, doctor, installation
 from lumen_ray.doctor import Finding, Role, examine, on_meta, roles_of
 from lumen_ray.errors import UserError
 from lumen_ray.footprint import count_recipe, together
@@ -48,15 +48,15 @@ def test_where_a_training_starts_is_told(preset, said):
 
 
 def test_7b_says_which_weights_are_missing(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "gpu_memory", lambda: [80 * doctor.GIB])
-    monkeypatch.setattr(doctor, "_machine", lambda: iter(()))
+    monkeypatch.setattr(doctor, "gpu_memory", lambda: [80 * installation.GIB])
+    monkeypatch.setattr(doctor, "machine", lambda: iter(()))
     assert cli.main(["doctor", "--preset", "7b"]) == 1
     told = capsys.readouterr().out
     assert "lumen-ray convert pretrained ... --preset 7b DIR" in told
     assert "'train' starts from it with --init-from DIR" in told
     assert "9,542,065,496 parameters" in told  # CLIP, DINOv2, the LLM with the preset's vocabulary, three decoders
     assert "published grounding_dino: 63,160,578" in told  # without masks and what projects links
-    assert "start from fresh weights: lumen, unipose" in told
+    assert "not published, start from fresh weights: lumen, unipose" in told
     for role in ("trunk", "lumen", "grounding_dino", "unipose", "stable_diffusion", "instruct_pix2pix", "in all"):
         assert re.search(rf"{role} +[\d,]+ parameters; inference", told)
     assert "on each of 32 ranks" in told  # of its recipe
@@ -74,7 +74,7 @@ def test_7b_says_which_weights_are_missing(capsys, monkeypatch):
     [(1 << 40, [], True), (1 << 20, [], False), (1 << 20, [1 << 40], True), (1 << 40, [1 << 20], False)],
 )
 def test_memory_decides(monkeypatch, free, gpus, able):
-    monkeypatch.setattr(doctor, "_machine", lambda: iter(()))  # it asks real GPUs for their names
+    monkeypatch.setattr(doctor, "machine", lambda: iter(()))  # it asks real GPUs for their names
     monkeypatch.setattr(doctor, "host_memory", lambda: free)
     monkeypatch.setattr(doctor, "gpu_memory", lambda: gpus)
     assert examine("nano")[1] is able
@@ -92,7 +92,7 @@ def tiny_recipe(**changes):
         ([1 << 20], "bf16", "short", "needs 2 with more than .* this machine has 0, the others"),  # too small
         ([1 << 40], "bf16", "short", "this machine has 1, the others must be in the Ray cluster"),
         ([1 << 40] * 2, "bf16", "ok", "this machine has 2$"),
-        ([], "fp32", "note", "training by recipe 'tiny' runs without one, in fp32"),
+        ([], "fp32", "note", "training by recipe 'tiny' runs without a GPU, in fp32"),
     ],
 )
 def test_what_is_needed_of_gpus_and_what_is_missing(monkeypatch, gpus, precision, state, words):
@@ -105,7 +105,7 @@ def test_what_is_needed_of_gpus_and_what_is_missing(monkeypatch, gpus, precision
 
 
 def test_a_preset_without_the_gpus_to_train_it_says_so_and_can_run(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "_machine", lambda: iter(()))
+    monkeypatch.setattr(doctor, "machine", lambda: iter(()))
     monkeypatch.setattr(doctor, "gpu_memory", list)
     monkeypatch.setattr(doctor, "host_memory", lambda: 1 << 40)
     assert cli.main(["doctor", "--preset", "small"]) == 0  # its recipe computes in bf16
@@ -117,13 +117,13 @@ def test_what_a_recipe_trains_is_counted():
     settings, model = tiny_settings(vocab_size=len(tiny_tokenizer())), tiny_model()
     whole, part = count_parameters(model), count_parameters(model.decoders["lumen"])
     counted = count_recipe(settings, tiny_recipe())
-    assert (counted.stage, counted.model.learns, counted.averaged) == ("all", whole, 0)
+    assert (counted.stage, counted.model.num_trainable, counted.averaged) == ("all", whole, 0)
     averaging = count_recipe(settings, tiny_recipe(ema={}))
     assert averaging.memory(1) - counted.memory(1) == 4 * averaging.averaged >= 4 * whole
     one = count_recipe(settings, tiny_recipe(stages=[{"name": "some", "steps": 1, "trainable": ["lumen"]}]))
-    assert one.model.learns == part and one.model.parameters == whole
+    assert one.model.num_trainable == part and one.model.parameters == whole
     lora = count_recipe(settings, tiny_recipe(lora={"rank": 2}))
-    assert lora.model.parameters > whole and lora.model.learns < whole
+    assert lora.model.parameters > whole and lora.model.num_trainable < whole
     assert "first rank" not in str(list(doctor._needs(roles_of(on_meta(settings)), 1, counted)))  # it keeps all anyway
 
 
@@ -134,7 +134,7 @@ def test_without_peft_it_says_what_it_cannot_count(monkeypatch):
     monkeypatch.setattr("lumen_ray.train.lora._peft", missing)
     counted = count_recipe(tiny_settings(), tiny_recipe(lora={}))
     told = [finding.text for finding in doctor._needs(roles_of(on_meta(tiny_settings())), 1, counted)]
-    assert told[-1] == "recipe 'tiny': what it trains cannot be counted: pip install 'lumen-ray[lora]'"
+    assert told[-1] == "recipe 'tiny': its trainable parameters cannot be counted: pip install 'lumen-ray[lora]'"
 
 
 def test_roles_may_have_a_gpu_each(monkeypatch):
@@ -206,7 +206,7 @@ def test_a_model_folder_must_be_of_the_preset(tmp_path):
 def test_packages_are_held_against_the_tested_versions(monkeypatch):
     wanted = ["torch>=99", "no-such-package>=1", 'peft>=0.1; extra == "lora"', 'ruff; extra == "test"',
               'winthing; sys_platform == "win32"']  # fmt: skip
-    monkeypatch.setattr(doctor, "requirements", lambda: wanted)
+    monkeypatch.setattr(installation, "requirements", lambda: wanted)
     sections, able = examine("nano")
     assert not able and list(sections) == ["packages"]  # nothing that needs them is tried
     told = text(sections)
@@ -225,11 +225,11 @@ def test_a_decoder_without_its_package(monkeypatch):
 
 
 def test_ray_is_asked(monkeypatch):
-    assert doctor._ray().state == "ok"
+    assert installation.ray_cluster().state == "ok"
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setenv("RAY_ADDRESS", address)
-        assert doctor._ray() == Finding("ok", f"Ray: the cluster at {address} answers")
-    assert doctor._ray().state == "missing"
+        assert installation.ray_cluster() == Finding("ok", f"Ray: the cluster at {address} answers")
+    assert installation.ray_cluster().state == "missing"
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    assert doctor._ray().state == "note"
+    assert installation.ray_cluster().state == "note"
