@@ -215,6 +215,7 @@ def label(
     """
     from lumen_ray.presets import model_folder
 
+    model = fspath(model)
     model_folder(model)  # before the imports that take seconds
     _prepare_environment()
     from lumen_ray.label.pipeline import label as run
@@ -228,7 +229,7 @@ def label(
     elif any(get_task(name).needs == "classes" for name in all_tasks):
         classes = read_meta(model).classes
     return run(
-        fspath(model),
+        model,
         fspath(images),
         fspath(output),
         tasks=all_tasks,
@@ -309,7 +310,7 @@ def load_engine(
         return model
     from lumen_ray.presets import model_folder
 
-    model_folder(model)  # before the imports that take seconds
+    model_folder(fspath(model))  # before the imports that take seconds
     _prepare_environment()
     from lumen_ray.inference.device import find_device
     from lumen_ray.inference.engine import Engine
@@ -329,7 +330,7 @@ def serve_settings(
     from lumen_ray.presets import model_folder
 
     if model is not None:
-        model_folder(model)
+        model_folder(fspath(model))
     _prepare_environment()
     from lumen_ray.model.build import read_meta
     from lumen_ray.serve.settings import load_settings
