@@ -265,8 +265,8 @@ def _say_bundled(model: str) -> None:
     """Prints what the bundled weights were trained on, which is not photographs."""
     if not Path(model).is_dir() and model in bundled_models():
         say(
-            f"the bundled weights '{model}' know the drawn shapes of 'lumen-ray prepare scenes' and nothing else; for "
-            "other images train on your own and give --model"
+            f"the bundled weights '{model}' are trained on the drawn shapes of 'lumen-ray prepare scenes' only; for "
+            "other images train a model on your data and give --model"
         )
 
 
