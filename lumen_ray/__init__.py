@@ -1,3 +1,50 @@
-"""lumen_ray: one vision-language generalist, trained, run over corpora and served on Ray."""
+"""lumen_ray: one vision-language generalist, trained, run over corpora and served on Ray.
+
+The public API is the names in `__all__`; everything else may change between versions. They are imported on first use,
+so that `import lumen_ray` loads neither torch nor Ray.
+
+>>> import lumen_ray
+>>> import numpy as np
+>>> image = np.full((128, 128, 3), 200, np.uint8)  # [height, width, RGB]
+>>> image[32:96, 32:96] = (220, 30, 30)
+>>> engine = lumen_ray.Engine.load("nano")
+>>> requests = [lumen_ray.make_request("detect", classes=["red square", "blue circle"])]
+>>> answers = engine.run([image], [requests])[0]
+>>> [prediction.phrase for prediction in answers[0].predictions]
+['red square', 'blue circle']
+>>> lumen_ray.draw(image, answers).dtype
+dtype('uint8')
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lumen_ray.api import evaluate, label, prepare, serve, train
+    from lumen_ray.inference.engine import Engine
+    from lumen_ray.inference.request import make_request
+    from lumen_ray.viz import draw
 
 __version__ = "0.1.0"
+__all__ = ["Engine", "draw", "evaluate", "label", "make_request", "prepare", "serve", "train"]
+
+_MODULES = {
+    "Engine": "lumen_ray.inference.engine",
+    "draw": "lumen_ray.viz",
+    "make_request": "lumen_ray.inference.request",
+    "prepare": "lumen_ray.api",
+}
+_CALLABLE_PACKAGES = ("evaluate", "label", "serve", "train")  # see `callable_package`
+
+
+def __getattr__(name: str) -> Any:
+    if name in _CALLABLE_PACKAGES:
+        return import_module(f"{__name__}.{name}")
+    if name not in _MODULES:
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,22 +1,29 @@
 """`lumen-ray`: quickstart, prepare, data, train, evaluate, label, serve, convert, doctor.
 
-Heavy imports happen inside the commands, so that `--help` and mistakes answer at once.
+Each verb is a function of `lumen_ray.api` behind options, with a progress bar and a line on what was written. Heavy
+imports happen inside the functions, so that `--help` and error messages come at once.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lumen_ray import __version__, doctor
-from lumen_ray.console import bar, comma_separated, console, say, training_note
+from lumen_ray import __version__, api, doctor
+from lumen_ray.console import (
+    bar,
+    class_names,
+    comma_separated,
+    console,
+    decoders_by_task,
+    say,
+    texts_by_task,
+    training_note,
+)
 from lumen_ray.data import command as data_command
 from lumen_ray.errors import UserError, suggest
-from lumen_ray.label.pipeline import labelled_line
 from lumen_ray.model.convert import command as convert
 from lumen_ray.presets import DEFAULT_MODEL, bundled_models, model_folder
 from lumen_ray.ray_env import prepare_environment
@@ -27,28 +34,18 @@ RESUMABLE = ("quickstart", "train", "label")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Mistakes on the command line are one sentence too."""
+    """Raises `UserError` for a wrong command line, instead of printing the usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.replace(chr(10), ' ')} (see '{self.prog} --help')", "usage")
 
 
-def _classes(text: str) -> list[str]:
-    """Class names of a command line, or of a file with one name a line."""
-    path = Path(text)
-    if not os.path.isfile(path):  # `Path.is_file` raises for a text longer than a file's name may be
-        if path.suffix == ".txt":
-            raise UserError(f"class file '{text}' does not exist", "invalid_classes")
-        return comma_separated(text)
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError):
-        raise UserError(
-            f"class file '{text}' cannot be read; give a UTF-8 text file with one class a line", "invalid_classes"
-        ) from None
-
-
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of `lumen-ray VERB ...`; each verb sets `run`, the function that carries it out."""
+    return _parser_and_verbs()[0]
+
+
+def _parser_and_verbs() -> tuple[argparse.ArgumentParser, list[str]]:
     parser = _Parser(prog="lumen-ray", description=__doc__.splitlines()[0])
     parser.add_argument("--version", action="version", version=f"lumen-ray {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", parser_class=_Parser)
@@ -60,28 +57,29 @@ def build_parser() -> argparse.ArgumentParser:
     _serve_args(verbs)
     convert.add_args(verbs, _Parser)
     doctor.add_args(verbs)
-    return parser
+    return parser, list(verbs.choices)
 
 
 def _quickstart_args(verbs: Any) -> None:
-    p = verbs.add_parser("quickstart", help="the whole pipeline on synthetic scenes, in minutes on a CPU")
-    p.add_argument("--output", default="quickstart", help="folder for everything it makes (default: quickstart)")
+    p = verbs.add_parser("quickstart", help="run the whole pipeline on synthetic scenes, in minutes on a CPU")
+    p.add_argument("--output", default="quickstart", help="folder for everything that is written (default: quickstart)")
     p.add_argument("--recipe", default="quickstart", help="recipe name or YAML (default: quickstart)")
-    p.add_argument("--scenes", type=int, default=4096, help="training scenes to render")
-    p.add_argument("--held-out", type=int, default=192, help="scenes of another seed to evaluate on")
-    p.add_argument("--port", type=int, default=8000)
-    p.add_argument("--keep-serving", action="store_true", help="leave the server up at the end")
+    p.add_argument("--scenes", type=int, default=4096, help="training scenes to render (default: 4096)")
+    p.add_argument("--held-out", type=int, default=192, help="held-out scenes to evaluate on (default: 192)")
+    p.add_argument("--port", type=int, default=8000, help="port of the server (default: 8000)")
+    p.add_argument("--keep-serving", action="store_true", help="keep the server running at the end")
     p.set_defaults(run=_quickstart)
 
 
 def _train_args(verbs: Any) -> None:
-    p = verbs.add_parser("train", help="run a recipe over shards; run it again to resume")
-    p.add_argument("--recipe", required=True, help="name in configs/recipes or a YAML file")
+    p = verbs.add_parser("train", help="train a recipe over shards; run it again to resume")
+    p.add_argument("--recipe", required=True, help="name in configs/recipes, or a YAML file")
     p.add_argument("--shards", required=True, help="shard folder")
-    p.add_argument("--output", required=True, help="run folder; the trained model is in its 'model' folder")
+    p.add_argument("--output", required=True, help="run folder; the trained model is written to its 'model' folder")
     p.add_argument(
         "--init-from",
-        help="model folder (or bundled weights) to start from, instead of the recipe's; decoders it lacks start fresh",
+        help="model folder (or bundled weights) to start from, instead of the recipe's; decoders that it lacks start "
+        "from fresh weights",
     )
     p.add_argument("--workers", type=int, help="Ray Train workers, instead of the recipe's")
     p.set_defaults(run=_train)
@@ -102,13 +100,13 @@ def _decoders_arg(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="TASK=DECODER,..",
-        help="who serves a task that several of the model's decoders can, e.g. detect=grounding_dino,pose=unipose "
-        "(default: what the model's settings say)",
+        help="decoder for each task that several of the model's decoders can serve, e.g. "
+        "detect=grounding_dino,pose=unipose (default: as in the model's settings)",
     )
 
 
 def _device_arg(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--device", help=f"cpu, cuda or cuda:N, to run the model on (default: {default})")
+    parser.add_argument("--device", help=f"device to run the model on: cpu, cuda or cuda:N (default: {default})")
 
 
 def _dtype_arg(parser: argparse.ArgumentParser) -> None:
@@ -123,15 +121,17 @@ def _evaluate_args(verbs: Any) -> None:
     p = verbs.add_parser("evaluate", help="score a model on shards: one table, one JSON")
     _model_arg(p)
     _decoders_arg(p)
-    _device_arg(p, "cuda where torch sees a GPU, else cpu")
+    _device_arg(p, "cuda where torch finds a GPU, else cpu")
     _dtype_arg(p)
     p.add_argument("--shards", required=True, help="shard folder of the held-out split")
     p.add_argument("--output", required=True, help="folder for report.json and predictions.parquet")
     p.add_argument(
-        "--tasks", type=comma_separated, help="only these, comma separated (default: all the split is annotated for)"
+        "--tasks",
+        type=comma_separated,
+        help="tasks to score, comma separated (default: all that the split is annotated for)",
     )
-    p.add_argument("--limit", type=int, help="first images only")
-    p.add_argument("--pictures", type=int, default=32, help="first images only, for tasks that make pictures: 32")
+    p.add_argument("--limit", type=int, help="score the first images only")
+    p.add_argument("--pictures", type=int, default=32, help="make pictures for the first images only (default: 32)")
     p.set_defaults(run=_evaluate)
 
 
@@ -142,34 +142,34 @@ def _label_args(verbs: Any) -> None:
     _decoders_arg(p)
     _device_arg(p, "a GPU for each actor where the Ray cluster has any, else cpu")
     _dtype_arg(p)
-    p.add_argument("--output", required=True, help="folder for the labels; run again to continue after a stop")
+    p.add_argument("--output", required=True, help="folder for the labels; run it again to continue after a stop")
     p.add_argument(
         "--tasks",
         type=comma_separated,
         default=["detect"],
-        help="comma separated, e.g. segment,caption (default: detect)",
+        help="tasks to run, comma separated, e.g. segment,caption (default: detect)",
     )
-    p.add_argument("--classes", help="comma separated, or a .txt file with one a line (default: the model's own)")
+    p.add_argument("--classes", help="class names, comma separated, or a .txt file of them (default: the model's)")
     p.add_argument(
         "--text",
         action="append",
         default=[],
         metavar="TASK=TEXT",
-        help="what to ask for vqa, refer, ground or chat, beside --tasks; can be given several times",
+        help="a text for vqa, refer, ground or chat, in addition to --tasks; can be given several times",
     )
-    p.add_argument("--score-threshold", type=float, default=0.3, help="answers below are left out (default: 0.3)")
-    p.add_argument("--batch-size", type=int, default=8, help="images per pass (default: 8)")
+    p.add_argument("--score-threshold", type=float, default=0.3, help="leave out instances below it (default: 0.3)")
+    p.add_argument("--batch-size", type=int, default=8, help="images per forward pass (default: 8)")
     p.add_argument("--actors", type=int, default=1, help="model actors on Ray (default: 1; 0: without Ray)")
     p.set_defaults(run=_label)
 
 
 def _serve_args(verbs: Any) -> None:
     p = verbs.add_parser("serve", help="serve a model over HTTP with Ray Serve")
-    p.add_argument("--config", default="nano", help="name in configs/serve or a YAML file (default: nano)")
+    p.add_argument("--config", default="nano", help="name in configs/serve, or a YAML file (default: nano)")
     p.add_argument("--model", help="model folder or name of bundled weights, instead of the config's")
     _decoders_arg(p)
-    p.add_argument("--host", help="address to bind, instead of the config's")
-    p.add_argument("--port", type=int, help="port, instead of the config's")
+    p.add_argument("--host", help="address to listen on, instead of the config's")
+    p.add_argument("--port", type=int, help="port to listen on, instead of the config's")
     p.set_defaults(run=_serve)
 
 
@@ -187,19 +187,12 @@ def _quickstart(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from lumen_ray import config
-    from lumen_ray.presets import recipe_path
-    from lumen_ray.recipe import Recipe
-    from lumen_ray.train.launch import train
-
-    recipe = config.load(Recipe, recipe_path(args.recipe))
-    if args.workers is not None:
-        recipe = config.validate(Recipe, recipe.model_dump(mode="json") | {"workers": args.workers}, "--workers")
+    recipe = api.load_recipe(args.recipe, args.workers)
     with bar(f"train {recipe.name}") as progress:
-        model = train(
+        model = api.train(
             args.shards,
-            recipe,
             args.output,
+            recipe=recipe,
             init_from=args.init_from,
             progress=lambda line: progress.update(line["step"] + 1, recipe.total_steps, training_note(line)),
             waiting=progress.line,
@@ -208,77 +201,45 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    model_folder(args.model)  # no wait for the imports where there is none
+    engine = api.load_engine(args.model, decoders_by_task(args.decoders), args.device, args.dtype)
     from lumen_ray.evaluate.report import print_report
-    from lumen_ray.evaluate.run import evaluate
-    from lumen_ray.inference.device import find_device
-    from lumen_ray.inference.engine import Engine
 
-    engine = Engine.load(args.model, find_device(args.device), _decoders(args.decoders), args.dtype)
     with bar("evaluate") as progress:
-        report = evaluate(
+        report = api.evaluate(
             engine,
             args.shards,
             args.output,
             tasks=args.tasks,
             limit=args.limit,
-            picture_limit=args.pictures,
+            pictures=args.pictures,
             progress=progress.update,
         )
     print_report(report, console)
     say(f"report -> {args.output}/report.json")
 
 
-def _split(option: str, pairs: list[str], form: str, example: str) -> Iterable[tuple[str, str]]:
-    for pair in pairs:
-        task, equals, value = pair.partition("=")
-        if not equals:
-            raise UserError(f"{option} '{pair}' must be {form}, e.g. {option} {example}", "usage")
-        yield task.strip(), value.strip()
-
-
-def _texts(pairs: list[str]) -> dict[str, list[str]]:
-    """``["vqa=how many ?"] -> {"vqa": ["how many ?"]}``."""
-    prompts: dict[str, list[str]] = {}
-    for task, text in _split("--text", pairs, "TASK=TEXT", "'vqa=how many circles are there ?'"):
-        prompts.setdefault(task, []).append(text)
-    return prompts
-
-
-def _decoders(pairs: list[str]) -> dict[str, str]:
-    """``["detect=lumen"] -> {"detect": "lumen"}``."""
-    chosen: dict[str, str] = {}
-    for task, decoder in _split("--decoders", pairs, "TASK=DECODER", "detect=grounding_dino,pose=unipose"):
-        if task in chosen:
-            raise UserError(f"--decoders names task '{task}' twice; give one decoder for it", "usage")
-        chosen[task] = decoder
-    return chosen
-
-
 def _label(args: argparse.Namespace) -> None:
     model_folder(args.model)
-    from lumen_ray.label.pipeline import label
-    from lumen_ray.model.build import read_meta
+    from lumen_ray.label.pipeline import labelled_line
     from lumen_ray.tasks import get_task
 
-    classes = None if args.classes is None else _classes(args.classes)
-    prompts = _texts(args.text)
-    tasks = list(dict.fromkeys([*args.tasks, *prompts]))
-    if classes is None and any(get_task(name).needs == "classes" for name in tasks):
-        classes = read_meta(args.model).classes
-    _tell_bundled(args.model)
+    classes = None if args.classes is None else class_names(args.classes)
+    text = texts_by_task(args.text)
+    for task in (*args.tasks, *text):
+        get_task(task)
+    _say_bundled(args.model)
     with bar("label") as progress:
-        summary = label(
-            args.model,
+        summary = api.label(
             args.input,
             args.output,
-            tasks=tasks,
+            model=args.model,
+            tasks=args.tasks,
             classes=classes,
-            prompts=prompts,
-            decoders=_decoders(args.decoders),
+            text=text,
+            decoders=decoders_by_task(args.decoders),
             device=args.device,
             dtype=args.dtype,
-            num_actors=args.actors,
+            actors=args.actors,
             batch_size=args.batch_size,
             score_threshold=args.score_threshold,
             progress=lambda s: progress.update(s.done, s.total, f"{s.rate:.1f} img/s, {s.errors} errors"),
@@ -286,29 +247,13 @@ def _label(args: argparse.Namespace) -> None:
     say(labelled_line(summary, args.output))
 
 
-def _tell_bundled(model: str) -> None:
-    """Says what bundled weights cannot be asked for, before a user wonders at what they find in photographs."""
-    if not Path(model).is_dir() and model in bundled_models():
-        say(
-            f"the bundled weights '{model}' know the drawn shapes of 'lumen-ray prepare scenes' and nothing else; for "
-            "other images train on your own and give --model"
-        )
-
-
 def _serve(args: argparse.Namespace) -> None:
-    if args.model:
-        model_folder(args.model)
-    from lumen_ray.serve.app import prepare_serve_environment
-
-    prepare_serve_environment()
-    from lumen_ray.model.build import read_meta
+    settings = api.serve_settings(
+        args.model, config=args.config, host=args.host, port=args.port, decoders=decoders_by_task(args.decoders)
+    )
     from lumen_ray.serve.app import run
-    from lumen_ray.serve.settings import load_settings
 
-    chosen = _decoders(args.decoders)
-    settings = load_settings(args.config, model=args.model, host=args.host, port=args.port, serving=chosen)
-    read_meta(settings.model)  # a folder without a model is told here, not by a replica
-    _tell_bundled(settings.model)
+    _say_bundled(settings.model)
     say("serve: starting")
     server = run(settings, blocking=False)
     say(f"serving {settings.model} at {server.url} (page at /, API at /docs); stop with Ctrl-C")
@@ -316,18 +261,24 @@ def _serve(args: argparse.Namespace) -> None:
     server.stop()
 
 
+def _say_bundled(model: str) -> None:
+    """Prints what the bundled weights were trained on, which is not photographs."""
+    if not Path(model).is_dir() and model in bundled_models():
+        say(
+            f"the bundled weights '{model}' are trained on the drawn shapes of 'lumen-ray prepare scenes' only; for "
+            "other images train a model on your data and give --model"
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit status: the command's own or 0, or 2 for what the user must change."""
     prepare_environment()
-    parser = build_parser()
+    parser, verbs = _parser_and_verbs()
     argv = sys.argv[1:] if argv is None else argv
     verb = argv[0] if argv else ""
     try:
-        verbs = parser._subparsers._group_actions[0].choices
-        if argv and not argv[0].startswith("-") and argv[0] not in verbs:
-            raise UserError(
-                f"unknown verb '{argv[0]}';{suggest(argv[0], verbs)} verbs: {', '.join(verbs)}", "unknown_verb"
-            )
+        if verb and not verb.startswith("-") and verb not in verbs:
+            raise UserError(f"unknown verb '{verb}';{suggest(verb, verbs)} verbs: {', '.join(verbs)}", "unknown_verb")
         args = parser.parse_args(argv)
         if not args.verb:
             parser.print_help()

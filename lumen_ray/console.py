@@ -1,43 +1,93 @@
-"""What the commands read and print: lists of names; a live bar on a terminal, a line now and then in a log file."""
+"""Input and output of the commands: option values; a live progress bar on a terminal, lines in a log file."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
+from lumen_ray.errors import UserError
+
 console = Console(highlight=False)
 LINE_EVERY_S = 10.0
-RECENT_S = 60.0  # time left is told from the speed of this long
+RECENT_S = 60.0  # the time left is estimated from the speed over this long
 
 
 def comma_separated(text: str) -> list[str]:
-    """The names in an option of a command line."""
-    return [part.strip() for part in text.split(",") if part.strip()]
+    """``"a, b" -> ["a", "b"]``."""
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def class_names(text: str) -> list[str]:
+    """The value of ``--classes``: names separated by commas, or the path of a file with one name a line."""
+    path = Path(text)
+    if not os.path.isfile(path):  # `Path.is_file` raises for a text longer than a file name may be
+        if path.suffix == ".txt":
+            raise UserError(f"class file '{text}' does not exist", "invalid_classes")
+        return comma_separated(text)
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError):
+        raise UserError(
+            f"class file '{text}' cannot be read; give a UTF-8 text file with one class a line", "invalid_classes"
+        ) from None
+
+
+def texts_by_task(pairs: list[str]) -> dict[str, list[str]]:
+    """The values of ``--text``: ``["vqa=how many ?"] -> {"vqa": ["how many ?"]}``."""
+    texts: dict[str, list[str]] = {}
+    for task, text in _split_pairs("--text", pairs, "TASK=TEXT", "'vqa=how many circles are there ?'"):
+        texts.setdefault(task, []).append(text)
+    return texts
+
+
+def decoders_by_task(pairs: list[str]) -> dict[str, str]:
+    """The values of ``--decoders``: ``["detect=lumen"] -> {"detect": "lumen"}``."""
+    decoders: dict[str, str] = {}
+    for task, decoder in _split_pairs("--decoders", pairs, "TASK=DECODER", "detect=grounding_dino,pose=unipose"):
+        if task in decoders:
+            raise UserError(f"--decoders names task '{task}' twice; give one decoder for it", "usage")
+        decoders[task] = decoder
+    return decoders
+
+
+def _split_pairs(option: str, pairs: list[str], form: str, example: str) -> Iterator[tuple[str, str]]:
+    for pair in pairs:
+        task, equals, value = pair.partition("=")
+        if not equals:
+            raise UserError(f"{option} '{pair}' must be {form}, e.g. {option} {example}", "usage")
+        yield task.strip(), value.strip()
 
 
 def say(text: str) -> None:
+    """Prints a line, with rich's markup, unwrapped."""
     console.print(text, soft_wrap=True)
 
 
 class Bar:
-    """`update(done, total, note)`; thread-safe enough for callbacks from a watcher thread."""
+    """Progress of one job. `update` may be called from another thread.
+
+    progress: rich's display, with a task added here; None writes a line every `LINE_EVERY_S` seconds instead.
+    """
 
     def __init__(self, title: str, progress: Progress | None):
-        self._title, self._progress = title, progress
-        self._task = progress.add_task(title, total=None, note="") if progress else None
+        self._title = title
+        self._display = (progress, progress.add_task(title, total=None, note="")) if progress else None
         self._last_line = time.monotonic()
-        # of the last minute, oldest first: a resumed job does not begin at 0, and stages differ in speed
+        # (time, done) of the last minute, oldest first: a resumed job does not start at 0, and stages differ in speed
         self._recent: deque[tuple[float, int]] = deque()
 
     def update(self, done: int, total: int | None, note: str = "") -> None:
-        if self._progress is not None:
-            self._progress.update(self._task, completed=done, total=total, note=note)
+        if self._display is not None:
+            progress, task = self._display
+            progress.update(task, completed=done, total=total, note=note)
             return
         now = time.monotonic()
         self._recent.append((now, done))
@@ -53,15 +103,15 @@ class Bar:
         say(f"  {self._title}: {done}/{total}{left}{'  ' + note if note else ''}")
 
     def line(self, text: str) -> None:
-        """What is to be known between updates, as a line that stays."""
+        """Prints a line that stays above the progress display."""
         say(f"  {self._title}: {text}")
 
 
 @contextmanager
 def bar(title: str) -> Iterator[Bar]:
-    """A progress display that ends with the block."""
+    """A progress display for the time of a `with` block."""
     if not console.is_terminal:
-        say(f"{title}: starting")  # Ray takes a while, on a busy machine a minute
+        say(f"{title}: starting")  # Ray takes seconds to start, on a busy machine a minute
         yield Bar(title, None)
         return
     columns = (
@@ -77,14 +127,14 @@ def bar(title: str) -> Iterator[Bar]:
 
 
 def training_note(line: dict[str, Any]) -> str:
-    """One line for one entry of `metrics.jsonl`."""
+    """The note of the progress display for a line of `metrics.jsonl`."""
     losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in line.items() if k.startswith("loss/"))
     speed = f"{line['samples_per_s']:.0f} img/s, {line['tokens_per_s']:.0f} tokens/s, {line['memory_gb']:.1f} GB"
     return f"{line['stage']}: {losses}  {speed}, {line['data_wait']:.0%} waiting for data"
 
 
 def seconds(value: float) -> str:
-    """``75 -> "1:15"``."""
+    """Minutes and seconds, or hours: ``75 -> "1:15"``."""
     minutes, rest = divmod(int(round(value)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

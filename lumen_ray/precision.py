@@ -1,8 +1,8 @@
-"""Arithmetic: fp32, or bf16 where it does not show, in training and where a model answers.
+"""fp32 or mixed bf16 precision, in training and inference.
 
-Autocast computes matrix products in bf16, and sums, norms and losses in fp32. Where a model answers, the weights of
-linear layers, convolutions and embeddings, which are nearly all of it, are stored in bf16 as well. Boxes stay fp32, and
-so does what a decoder names as `exact`.
+Autocast computes matrix products in bf16, and sums, norms and losses in fp32. In inference the weights of linear
+layers, convolutions and embeddings, nearly all of a model, are stored in bf16 as well. Boxes stay fp32, and so do the
+submodules that a decoder lists in `exact`.
 """
 
 from __future__ import annotations
@@ -21,30 +21,29 @@ _PRODUCTS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)
 
 
 def arithmetic(low: bool, device: torch.device) -> AbstractContextManager:
-    """The context of a forward pass, in bf16 with `low`. The cache of autocast is off: it would keep a second copy of
-    all weights."""
+    """The context of a forward pass: bf16 autocast if `low`, else none. Autocast's cache is off: it would keep a
+    second copy of all weights."""
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if low else nullcontext()
 
 
 def lower(module: nn.Module, dtype: Dtype) -> None:
-    """Stores a module's weights in `dtype`, in place; where it is on the meta device, those it will be given. What is
-    done is not done a second time."""
+    """Casts a module's weights to `dtype` in place; on the meta device, those that are loaded later. Idempotent."""
     if dtype == "float32":
         return
-    kept: set[nn.Module] = set()
+    exact: set[nn.Module] = set()
     for path in getattr(module, "exact", ()):
-        part = module.get_submodule(path)
-        kept |= set(part.modules())
+        submodule = module.get_submodule(path)
+        exact |= set(submodule.modules())
         for method in ("forward", "encode", "decode"):
-            if hasattr(part, method) and method not in vars(part):
-                setattr(part, method, _exactly(getattr(part, method)))
-    for part in module.modules():
-        if isinstance(part, _PRODUCTS) and part not in kept:
-            part.to(getattr(torch, dtype))
+            if hasattr(submodule, method) and method not in vars(submodule):
+                setattr(submodule, method, _in_fp32(getattr(submodule, method)))
+    for submodule in module.modules():
+        if isinstance(submodule, _PRODUCTS) and submodule not in exact:
+            submodule.to(getattr(torch, dtype))
 
 
-def _exactly(method: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of a module with fp32 weights, called with tensors of any precision."""
+def _in_fp32(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Wraps a method of a module with fp32 weights, so that it takes tensors of any precision."""
 
     @wraps(method)
     def run(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -55,7 +54,7 @@ def _exactly(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_own_dtype(run: Callable[..., Any]) -> Callable[..., Any]:
-    """A method of something with a `device` and a `dtype`, run without gradients in that arithmetic."""
+    """Wraps a method of an object with `device` and `dtype`: it runs in that precision, without gradients."""
 
     @wraps(run)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,6 @@
-"""Where presets, recipes and bundled weights are found.
+"""Paths of presets, recipes and bundled weights.
 
-YAML in `configs/` of a checkout, or the copy inside the installed package; weights in `lumen_ray/weights`.
+YAML files lie in `configs/` of a checkout or in its copy inside the installed package, weights in `lumen_ray/weights`.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from lumen_ray.errors import UserError, suggest
 
 
 def config_roots(package: Path) -> tuple[Path, ...]:
-    """The `configs/` folders of the package in the folder `package`.
+    """The `configs/` folders of the package that lies in the folder `package`.
 
     A checkout has it beside the package, together with pyproject.toml; a `configs` beside an installed package belongs
-    to somebody else. A wheel carries it as package data.
+    to another project. A wheel has it as package data.
     """
     checkout = (package.parent / "configs",) if (package.parent / "pyproject.toml").is_file() else ()
     packaged = (package / "configs",) if (package / "configs").is_dir() else ()
@@ -23,12 +23,12 @@ def config_roots(package: Path) -> tuple[Path, ...]:
 
 ROOTS = config_roots(Path(__file__).resolve().parent)
 WEIGHTS = Path(__file__).resolve().parent / "weights"
-#: the bundled model that `label`, `evaluate` and `serve` use when none is named
+#: the bundled model that `label`, `evaluate` and `serve` use by default
 DEFAULT_MODEL = "nano"
 
 
 def find(kind: str, name: str) -> Path:
-    """The YAML of a preset: a path to a file, or a name in `configs/<kind>`; `UserError` listing the valid names."""
+    """The YAML file of a path, or of a name in `configs/<kind>`. Raises `UserError` with the valid names."""
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
         if not path.is_file():
@@ -45,18 +45,19 @@ def find(kind: str, name: str) -> Path:
 
 
 def model_path(name: str) -> Path:
+    """The YAML file of a model preset. Raises `UserError`."""
     return find("models", name)
 
 
 def bundled_models() -> list[str]:
-    """Names of the models whose weights come with the package."""
+    """Names of the models whose weights are part of the package."""
     return sorted(weights.parent.name for weights in WEIGHTS.glob("*/model.safetensors"))
 
 
 def model_folder(model: str | Path) -> Path:
-    """The model folder that a user means: a path, or the name of bundled weights where there is no such folder.
+    """The model folder at a path, or that of bundled weights of this name if there is no such path.
 
-    Raises `UserError` (`missing_model`) when it is neither.
+    Raises `UserError` (`missing_model`) if there is neither.
     """
     if Path(model).is_dir():
         return Path(model)
@@ -71,4 +72,5 @@ def model_folder(model: str | Path) -> Path:
 
 
 def recipe_path(name: str) -> Path:
+    """The YAML file of a recipe. Raises `UserError`."""
     return find("recipes", name)

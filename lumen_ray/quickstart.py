@@ -13,20 +13,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lumen_ray import config
+from lumen_ray import api
 from lumen_ray.console import bar, console, say, seconds, training_note
 from lumen_ray.data import files
 from lumen_ray.data.command import prepared_line
 from lumen_ray.errors import UserError
-from lumen_ray.label.pipeline import labelled_line
-from lumen_ray.presets import recipe_path
 
 if TYPE_CHECKING:
+    from lumen_ray.recipe import Recipe
     from lumen_ray.serve.app import Server
     from lumen_ray.serve.settings import ServeSettings
 
 VAL_SEED = 10_000
-LABELLED = 24  # images that are labelled and looked at
+LABELLED = 24  # images to label
 ROWS_PER_GROUP = 8
 
 
@@ -48,18 +47,18 @@ def quickstart(
     port: int = 8000,
     keep_serving: bool = False,
 ) -> dict[str, Any]:
-    """Prepare, train, evaluate, label and serve in `output`; returns the report of the evaluation.
+    """Prepares, trains, evaluates, labels and serves in `output`; returns the report of the evaluation.
 
-    Run again, it continues: shards and stages that are finished are kept.
+    Run again, it continues: finished shards and stages are kept. Raises `UserError` for an unknown recipe, a port that
+    is taken, and an `output` that holds other scenes.
     """
     from lumen_ray.serve.app import prepare_serve_environment
 
     prepare_serve_environment()
     from lumen_ray.ray_env import init_local, shutdown
-    from lumen_ray.recipe import Recipe
 
     output = files.local_folder(output)
-    recipe = config.load(Recipe, recipe_path(recipe_name))
+    recipe = api.load_recipe(recipe_name)
     serving = _serve_settings(output / "train" / "model", port)
     timings: dict[str, float] = {}
     started = time.monotonic()
@@ -77,9 +76,9 @@ def quickstart(
             _label(output, model)
         with _step(5, "serve", timings):
             server = _serve(output, serving.model_copy(update={"model": str(model)}))
-        say(f"\nall of it in {seconds(time.monotonic() - started)}")
+        say(f"\nall steps in {seconds(time.monotonic() - started)}")
         (output / "timings.json").write_text(json.dumps(timings, indent=1))
-        say(f"look at {output}/labels/gallery.html, {output}/served/*.png and {output}/evaluation/report.json")
+        say(f"see {output}/labels/gallery.html, {output}/served/*.png and {output}/evaluation/report.json")
         if keep_serving:
             say(f"serving at {server.url}; stop with Ctrl-C")
             server.wait()
@@ -90,40 +89,37 @@ def quickstart(
 
 
 def _prepare(folder: Path, num: int, seed: int) -> None:
-    from lumen_ray.data.shards.prepare import prepare_source
     from lumen_ray.data.shards.shards import read_manifest
-    from lumen_ray.data.sources.scenes import ScenesSource
-    from lumen_ray.ray_env import tasks_at_once
 
     if (folder / "manifest.json").is_file():
-        origin, rows = read_manifest(folder)["origin"], read_manifest(folder)["rows"]
-        if rows != num or origin.get("seed") != seed:
-            raise UserError(f"'{folder}' holds {rows} other scenes; choose another --output", "exists")
+        manifest = read_manifest(folder)
+        if manifest["rows"] != num or manifest["origin"].get("seed") != seed:
+            raise UserError(f"'{folder}' holds {manifest['rows']} other scenes; choose another --output", "exists")
         say(f"  {num} scenes are already in {folder}")
         return
     with bar("scenes") as progress:
-        summary = prepare_source(
+        summary = api.prepare(
+            "scenes",
             folder,
-            ScenesSource(num, seed),
+            num=num,
+            seed=seed,
             rows_per_group=ROWS_PER_GROUP,
             rows_per_file=256,
-            workers=tasks_at_once(),
             progress=progress.update,
         )
     say("  " + prepared_line(summary))
 
 
-def _train(output: Path, recipe: Any) -> Path:
+def _train(output: Path, recipe: Recipe) -> Path:
     from lumen_ray.ray_env import cluster_resources
-    from lumen_ray.train.launch import train
     from lumen_ray.train.run.resources import fitted
 
     recipe = fitted(cluster_resources(), recipe)
     with bar(f"train {recipe.model}") as progress:
-        model = train(
+        model = api.train(
             output / "shards" / "train",
-            recipe,
             output / "train",
+            recipe=recipe,
             progress=lambda line: progress.update(line["step"] + 1, recipe.total_steps, training_note(line)),
             waiting=progress.line,
         )
@@ -158,8 +154,7 @@ def _evaluate(output: Path, model: Path) -> dict[str, Any]:
 
 def _label(output: Path, model: Path) -> None:
     from lumen_ray.data.shards.shards import read_manifest, read_row_group
-    from lumen_ray.label.pipeline import label
-    from lumen_ray.model.build import read_meta
+    from lumen_ray.label.pipeline import labelled_line
 
     images = output / "images"
     images.mkdir(exist_ok=True)
@@ -173,21 +168,20 @@ def _label(output: Path, model: Path) -> None:
     for row, _ in zip(rows, range(LABELLED), strict=False):
         (images / f"{row['image_id'].replace('/', '_')}.jpg").write_bytes(row["image"])
     with bar("label") as progress:
-        summary = label(
-            model,
+        summary = api.label(
             images,
             output / "labels",
+            model=model,
             tasks=["detect", "segment", "pose", "caption"],
-            classes=read_meta(model).classes,
             progress=lambda s: progress.update(s.done, s.total, f"{s.rate:.1f} img/s"),
         )
     say("  " + labelled_line(summary, output / "labels"))
 
 
 def _requests(row: dict[str, Any], posed: Collection[str]) -> dict[str, dict[str, Any]]:
-    """One request per task about one scene, from what the scene is annotated for.
+    """One request body per task about one scene, with classes, texts and a region from its annotations.
 
-    posed: the classes that the model knows keypoints of; no request for poses where there are none.
+    posed: the classes that the model has keypoints for; without any there is no pose request.
     """
     classes = list(dict.fromkeys(i["phrase"] for i in row["instances"]))
     question = next(
@@ -196,7 +190,7 @@ def _requests(row: dict[str, Any], posed: Collection[str]) -> dict[str, dict[str
     caption = next((m["turns"][1]["content"] for m in row["messages"] if m["task"] == "caption"), ", ".join(classes))
     expression = next((p["phrase"] for p in row["phrases"] if p["task"] == "refer" and p["instances"]), classes[0])
     x1, y1, x2, y2 = (float(c) for c in row["instances"][0]["box"])
-    requests = {
+    requests: dict[str, dict[str, Any]] = {
         "detect": {"classes": classes},
         "segment": {"classes": classes},
         "pose": {"classes": [c for c in classes if c in posed] or sorted(posed)[:1]},
@@ -214,7 +208,7 @@ def _requests(row: dict[str, Any], posed: Collection[str]) -> dict[str, dict[str
 
 
 def _serve_settings(model: Path, port: int) -> ServeSettings:
-    """What step 5 serves with, checked before the minutes that the steps before it take."""
+    """The settings of step 5, checked before the minutes that steps 1 to 4 take."""
     from lumen_ray.serve.app import check_port
     from lumen_ray.serve.settings import load_settings
 
@@ -225,7 +219,7 @@ def _serve_settings(model: Path, port: int) -> ServeSettings:
 
 
 def _serve(output: Path, settings: ServeSettings) -> Server:
-    """Starts the application, sends one request per task over HTTP and saves the drawn answers."""
+    """Starts the server, sends one request per task over HTTP and saves the answers, as JSON and drawn."""
     from lumen_ray.model.build import read_meta
     from lumen_ray.serve.app import run
 
@@ -239,14 +233,15 @@ def _serve(output: Path, settings: ServeSettings) -> Server:
         answer = post(f"{server.url}/v1/{task}", body | {"image": base64.b64encode(row["image"]).decode()})
         (folder / f"{task}.json").write_text(json.dumps(answer, indent=1))
         draw_served(row["image"], task, answer, folder / f"{task}.png")
-        told = answer.get("text") or answer.get("counts") or f"{len(answer.get('instances') or [])} instances"
-        asked = body.get("text") or ", ".join(body.get("classes", [])) or ("a box" if "region" in body else "")
-        say(f"  /v1/{task:15s} {asked[:60]!r} -> {told}")
+        result = answer.get("text") or answer.get("counts") or f"{len(answer.get('instances') or [])} instances"
+        prompt = body.get("text") or ", ".join(body.get("classes", [])) or ("a box" if "region" in body else "")
+        say(f"  /v1/{task:15s} {prompt[:60]!r} -> {result}")
     say(f"  drawn answers -> {folder}/*.png")
     return server
 
 
 def _scene_with_figure(shards: Path) -> dict[str, Any]:
+    """The row of the first shard file with most instances, of those with keypoints if there are any."""
     from lumen_ray.data.shards.shards import read_manifest, read_row_group
 
     first = read_manifest(shards)["files"][0]
@@ -255,22 +250,22 @@ def _scene_with_figure(shards: Path) -> dict[str, Any]:
 
 
 def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
-    """The JSON answer to a JSON request; `UserError` with the server's words when it refuses."""
+    """The JSON answer to a JSON request. Raises `UserError` with the server's message if it refuses."""
     request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=60) as response:
             return json.loads(response.read())
     except urllib.error.HTTPError as error:
-        told = error.read().decode(errors="replace")
+        message = error.read().decode(errors="replace")
         try:
-            told = json.loads(told)["error"]["message"]
-        except (ValueError, KeyError, TypeError):  # not from our server: its words as they are
-            told = " ".join(told.split())[:300]
-        raise UserError(f"{url} answered {error.code}: {told}", "refused") from None
+            message = json.loads(message)["error"]["message"]
+        except (ValueError, KeyError, TypeError):  # another server's error body
+            message = " ".join(message.split())[:300]
+        raise UserError(f"{url} answered {error.code}: {message}", "refused") from None
 
 
 def draw_served(image: bytes, task: str, answer: dict[str, Any], path: Path) -> None:
-    """The answer of the HTTP API drawn onto the picture it is about."""
+    """Draws an answer of the HTTP API on its image and writes it to `path` as PNG."""
     from PIL import Image
 
     from lumen_ray.data.images import decode

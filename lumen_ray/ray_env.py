@@ -1,4 +1,4 @@
-"""How this package starts Ray and talks to it. Import before `ray`, since Ray reads its environment on import."""
+"""Starts Ray and connects to it. Import before `ray`, since Ray reads its environment variables on import."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ CONNECT_SECONDS = 10.0
 
 
 def prepare_environment() -> None:
-    """Settings that must stand before Ray is imported; what the user has set wins.
+    """Sets the environment variables that Ray reads on import, except those that are set already.
 
     A local Ray without token authentication writes no token into the home folder and needs none from `ray start`.
     """
     defaults = {
         "RAY_AUTH_MODE": "disabled",
-        "RAY_worker_niceness": "0",  # Ray's 15 more than halved the training rate on a shared 2-core machine
+        "RAY_worker_niceness": "0",  # Ray's 15 more than halved the training speed on a shared 2-core machine
         "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # of a lost node, before fewer workers go on (Ray's 60)
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # wait for a lost node, then go on with fewer workers (Ray: 60)
         "RAY_DEDUP_LOGS": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -34,15 +34,18 @@ def prepare_environment() -> None:
 
 
 def tasks_at_once() -> int | None:
-    """One per core of a Ray of our own, which has more logical CPUs than cores; on a cluster as many as it has room."""
+    """Limit of parallel tasks: one per core on a local Ray, which has more logical CPUs; none on a cluster."""
     return None if os.environ.get("RAY_ADDRESS") else os.cpu_count() or 1
 
 
 def init_local(num_cpus: int = 6, object_store_mb: int = 512) -> None:
-    """Connects to the cluster of `RAY_ADDRESS` or of the running job; else starts a local Ray.
+    """Connects to the cluster of `RAY_ADDRESS` or of the running job, else starts a local Ray.
 
-    `num_cpus` are logical: on a small machine there must be more than cores, or train workers and reads wait for each
-    other for ever.
+    num_cpus: logical CPUs of the local Ray; on a small machine more than cores, or train workers and read tasks
+        deadlock waiting for each other.
+    object_store_mb: size of the local Ray's object store, MiB.
+
+    Raises `UserError` if no cluster answers, or if the local Ray does not start in time.
     """
     prepare_environment()
     import logging
@@ -51,7 +54,10 @@ def init_local(num_cpus: int = 6, object_store_mb: int = 512) -> None:
 
     if ray.is_initialized():
         return
-    common = {"log_to_driver": os.environ.get("LUMEN_RAY_WORKER_LOGS") == "1", "logging_level": logging.ERROR}
+    common: dict[str, Any] = {
+        "log_to_driver": os.environ.get("LUMEN_RAY_WORKER_LOGS") == "1",
+        "logging_level": logging.ERROR,
+    }
     if address := os.environ.get("RAY_ADDRESS"):
         _check_reachable(address)
         ray.init(**common)
@@ -61,8 +67,10 @@ def init_local(num_cpus: int = 6, object_store_mb: int = 512) -> None:
 
 
 def _check_reachable(address: str) -> None:
-    """`UserError` where nothing listens at a HOST:PORT, which Ray itself would try again for many minutes. Names that
-    Ray gives a meaning of its own, such as "auto", are left to it."""
+    """Raises `UserError` if nothing listens at a HOST:PORT; Ray itself would retry for many minutes.
+
+    Names that Ray resolves, such as "auto", are not checked.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return
@@ -77,13 +85,13 @@ def _check_reachable(address: str) -> None:
 
 
 def _start(**settings: Any) -> None:
-    """A Ray of our own on this machine; `UserError` when it is too busy for its processes to come up in time."""
+    """Starts a Ray on this machine. Raises `UserError` if its processes do not start in time."""
     import ray
 
     try:
-        # never somebody else's cluster that happens to run on this machine
+        # "local": never join another user's cluster on this machine
         ray.init(address="local", include_dashboard=False, **settings)
-    except Exception as error:  # Ray raises no class of its own for it
+    except Exception as error:  # Ray has no exception class for it
         if "timed out during startup" not in str(error):
             raise
         raise UserError(
@@ -94,7 +102,7 @@ def _start(**settings: Any) -> None:
 
 
 def cluster_resources() -> dict[str, float]:
-    """CPUs and GPUs that the cluster has, or can have once its autoscaler has started all nodes it may."""
+    """CPUs and GPUs of the cluster, including the nodes that its autoscaler may still start."""
     import ray
     from ray._private.state import state
 
@@ -104,7 +112,7 @@ def cluster_resources() -> dict[str, float]:
 
 
 def prepare_data() -> None:
-    """Ray Data's settings in this process, for the data sets it makes."""
+    """Configures Ray Data in this process."""
     import ray.data
 
     _quiet()
@@ -114,7 +122,7 @@ def prepare_data() -> None:
 
 
 def _quiet() -> None:
-    """Ray's own log lines go to its session's files; our terminal shows our progress. Errors still come through."""
+    """Keeps Ray's log lines below ERROR off the terminal; they are in the files of its session."""
     import logging
 
     if os.environ.get("LUMEN_RAY_WORKER_LOGS") == "1":
@@ -127,11 +135,11 @@ def _quiet() -> None:
 
 
 def shutdown() -> None:
-    """Ends this process's Ray, with the local cluster if this process started it."""
+    """Disconnects this process from Ray, and stops the local cluster if this process started it."""
     import ray
 
     if "ray.serve" in sys.modules:
-        # Serve keeps its client of a cluster that has ended, and would ask it for a replica in the next one
+        # Serve caches the client of a stopped cluster, and would use it in the next one
         from ray.serve.context import _disconnect
 
         _disconnect()

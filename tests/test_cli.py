@@ -5,11 +5,13 @@ import json
 import pytest
 
 from lumen_ray import cli, config
+from lumen_ray.console import decoders_by_task, texts_by_task
 from lumen_ray.data import command
+from lumen_ray.label.pipeline import labelled_line
 
 
-def told(capsys, *argv: str) -> str:
-    """What the command says on stderr; it must be one line and exit with 2."""
+def fails(capsys, *argv: str) -> str:
+    """The error message of a command that must exit with 2: one line on stderr."""
     assert cli.main(list(argv)) == 2
     err = capsys.readouterr().err.strip()
     assert err.startswith("lumen-ray: ")
@@ -62,7 +64,7 @@ def labelling(monkeypatch):
 )
 def test_mistakes_are_one_sentence(capsys, tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
-    message = told(capsys, *argv)
+    message = fails(capsys, *argv)
     for word in words:
         assert word in message
 
@@ -77,59 +79,63 @@ def test_mistakes_are_one_sentence(capsys, tmp_path, monkeypatch, argv, words):
 )
 def test_what_must_lie_on_a_file_system_is_not_written_to_a_url(capsys, tmp_path, monkeypatch, argv):
     monkeypatch.chdir(tmp_path)
-    assert "output folder 's3://bucket/run' is a URL" in told(capsys, *argv, "--output", "s3://bucket/run")
+    assert "output folder 's3://bucket/run' is a URL" in fails(capsys, *argv, "--output", "s3://bucket/run")
     assert not list(tmp_path.iterdir())
 
 
 def test_a_text_asks_for_its_task(labelling, tmp_path):
     texts = ["--text", "vqa=how many ?", "--text", "vqa=is it red ?"]
     assert cli.main(["label", "x", "--output", str(tmp_path), "--tasks", "caption", *texts]) == 0
-    (seen,) = labelling
-    assert seen["tasks"] == ["caption", "vqa"] and seen["prompts"] == {"vqa": ["how many ?", "is it red ?"]}
+    (options,) = labelling
+    assert options["tasks"] == ["caption", "vqa"] and options["prompts"] == {"vqa": ["how many ?", "is it red ?"]}
 
 
 @pytest.mark.parametrize(
-    ("address", "asked", "workers"),
+    ("address", "arguments", "workers"),
     [("", [], 5), ("auto", [], None), ("auto", ["--workers", "3"], 3), ("", ["--workers", "0"], 0)],
 )
-def test_prepare_is_as_wide_as_the_cluster_or_this_machine(monkeypatch, tmp_path, address, asked, workers):
-    seen = {}
+def test_prepare_is_as_wide_as_the_cluster_or_this_machine(monkeypatch, tmp_path, address, arguments, workers):
+    given = {}
 
     def prepare_source(output, source, **options):
-        seen.update(options)
+        given.update(options)
         return {"rows": 1, "tasks": {}, "rejected": 0, "changed": {}, "files": 1, "output": str(output)}
 
     monkeypatch.setattr("lumen_ray.data.shards.prepare.prepare_source", prepare_source)
     monkeypatch.setattr("os.cpu_count", lambda: 5)
     monkeypatch.setenv("RAY_ADDRESS", address)
-    assert cli.main(["prepare", "scenes", "--num", "1", "--output", str(tmp_path / "o"), *asked]) == 0
-    assert seen["workers"] == workers
+    assert cli.main(["prepare", "scenes", "--num", "1", "--output", str(tmp_path / "o"), *arguments]) == 0
+    assert given["workers"] == workers
 
 
 def test_a_typo_in_a_recipe_names_the_nearest_key(capsys, tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("name: r\nstages: [{name: a, step: 5, steps: 5}]\n")
-    message = told(capsys, "train", "--recipe", str(recipe), "--shards", str(tmp_path), "--output", str(tmp_path / "o"))
+    message = fails(
+        capsys, "train", "--recipe", str(recipe), "--shards", str(tmp_path), "--output", str(tmp_path / "o")
+    )
     assert "stages.0.step" in message and "did you mean 'steps'" in message
 
 
 def test_an_unknown_task_in_a_recipe_lists_the_tasks(capsys, tmp_path):
     recipe = tmp_path / "r.yaml"
     recipe.write_text("name: r\nstages: [{name: a, steps: 5, groups: [{tasks: [detct]}]}]\n")
-    message = told(capsys, "train", "--recipe", str(recipe), "--shards", str(tmp_path), "--output", str(tmp_path / "o"))
+    message = fails(
+        capsys, "train", "--recipe", str(recipe), "--shards", str(tmp_path), "--output", str(tmp_path / "o")
+    )
     assert "did you mean 'detect'" in message and "caption" in message
 
 
 def test_text_pairs(capsys):
-    assert cli._texts(["vqa=how many ?", "vqa=what = this ?"]) == {"vqa": ["how many ?", "what = this ?"]}
+    assert texts_by_task(["vqa=how many ?", "vqa=what = this ?"]) == {"vqa": ["how many ?", "what = this ?"]}
     with pytest.raises(cli.UserError, match="TASK=TEXT"):
-        cli._texts(["how many"])
+        texts_by_task(["how many"])
 
 
 @pytest.mark.parametrize(
-    ("asked", "gpus", "used"), [([], 0, "cpu"), ([], 2, "cuda"), (["--device", "cuda:1"], 2, "cuda:1")]
+    ("arguments", "gpus", "used"), [([], 0, "cpu"), ([], 2, "cuda"), (["--device", "cuda:1"], 2, "cuda:1")]
 )
-def test_evaluate_runs_on_a_gpu_where_there_is_one(monkeypatch, asked, gpus, used):
+def test_evaluate_runs_on_a_gpu_where_there_is_one(monkeypatch, arguments, gpus, used):
     class Loaded(Exception):
         pass
 
@@ -140,7 +146,7 @@ def test_evaluate_runs_on_a_gpu_where_there_is_one(monkeypatch, asked, gpus, use
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
     with pytest.raises(Loaded, match=f"^{used} bfloat16$"):
-        cli.main(["evaluate", "--shards", "x", "--output", "y", "--dtype", "bfloat16", *asked])
+        cli.main(["evaluate", "--shards", "x", "--output", "y", "--dtype", "bfloat16", *arguments])
 
 
 def test_label_hands_the_device_on(labelling):
@@ -153,7 +159,7 @@ def test_label_hands_the_device_on(labelling):
 def test_label_says_what_the_bundled_weights_know(labelling, tmp_path, capsys, own):
     model = ["--model", str(tmp_path)] if own else []
     assert cli.main(["label", "x", "--output", "y", "--classes", "a", *model]) == 0
-    assert ("know the drawn shapes" in capsys.readouterr().out) == (not own)
+    assert ("trained on the drawn shapes" in capsys.readouterr().out) == (not own)
 
 
 @pytest.mark.parametrize(("tasks", "own"), [("semantic", True), ("caption,count", True), ("caption", False)])
@@ -165,8 +171,8 @@ def test_classes_are_the_models_own_where_none_are_given(labelling, tasks, own):
 
 
 def test_decoders_by_task():
-    assert cli._decoders(["detect=lumen", "pose = unipose"]) == {"detect": "lumen", "pose": "unipose"}
-    assert cli._decoders([]) == {}
+    assert decoders_by_task(["detect=lumen", "pose = unipose"]) == {"detect": "lumen", "pose": "unipose"}
+    assert decoders_by_task([]) == {}
     common = ["evaluate", "--shards", "x", "--output", "y", "--decoders", "detect=lumen"]
     assert cli.build_parser().parse_args([*common, "--decoders", "pose=unipose"]).decoders == [
         "detect=lumen",
@@ -174,12 +180,12 @@ def test_decoders_by_task():
     ]
     assert cli.build_parser().parse_args(common).decoders == ["detect=lumen"]
     with pytest.raises(cli.UserError, match="task 'pose' twice"):
-        cli._decoders(["pose=lumen", "pose=unipose"])
+        decoders_by_task(["pose=lumen", "pose=unipose"])
 
 
 def test_coco_json_that_is_not_json(capsys, tmp_path):
     (tmp_path / "a.json").write_text("{")
-    message = told(
+    message = fails(
         capsys, "prepare", "coco", "--annotations", str(tmp_path / "a.json"), "--images", str(tmp_path), "--output",
         str(tmp_path / "out"),
     )  # fmt: skip
@@ -224,7 +230,7 @@ def test_help_and_a_model_that_is_not_there_need_no_heavy_import(argv):
 def test_a_serve_config_that_does_not_fit(capsys, tmp_path, content, words):
     path = tmp_path / "serve.yaml"
     path.write_bytes(content)
-    message = told(capsys, "serve", "--config", str(path), "--port", "8001")
+    message = fails(capsys, "serve", "--config", str(path), "--port", "8001")
     for word in words:
         assert word in message
 
@@ -265,8 +271,8 @@ def test_only_what_resumes_says_so(capsys, monkeypatch, argv, resumes):
 
 def test_the_line_about_labels_names_the_first_error():
     summary = {"images": 3, "labelled": 2, "errors": 1, "first_error": {"image_id": "a.png", "message": "it is broken"}}
-    assert "1 errors (e.g. a.png: it is broken; see errors.parquet)" in cli.labelled_line(summary, "out")
-    assert "3 labelled, 0 errors -> out" in cli.labelled_line(
+    assert "1 errors (e.g. a.png: it is broken; see errors.parquet)" in labelled_line(summary, "out")
+    assert "3 labelled, 0 errors -> out" in labelled_line(
         {"images": 3, "labelled": 3, "errors": 0, "first_error": None}, "out"
     )
 
@@ -278,6 +284,6 @@ def test_classes_are_names_or_a_file_of_names(labelling, capsys, tmp_path):
         assert cli.main(["label", "photos", "--output", "o", "--classes", given]) == 0
     assert [options["classes"] for options in labelling] == [names, ["a" * 300], names]
     file.write_bytes(b"\xff\xfe")
-    assert "cannot be read; give a UTF-8 text file" in told(
+    assert "cannot be read; give a UTF-8 text file" in fails(
         capsys, "label", "x", "--output", "o", "--classes", str(file)
     )

@@ -34,7 +34,7 @@ def test_the_first_line_has_no_rate_and_the_last_nothing_left(lines):
     assert said == ["  label: 5/10", "  label: 10/10  done"]
 
 
-def test_a_slower_stage_is_told_at_its_own_speed(lines):
+def test_a_slower_stage_is_reported_at_its_own_speed(lines):
     clock, said = lines
     bar = console.Bar("train", None)
     for step in range(100):
@@ -46,7 +46,7 @@ def test_a_slower_stage_is_told_at_its_own_speed(lines):
     assert said[-1] == "  train: 114/200, about 14:20 left"  # 86 steps of 10 s
 
 
-def test_a_line_between_updates_is_told_at_once(lines):
+def test_a_line_between_updates_is_reported_at_once(lines):
     _, said = lines
     console.Bar("train few", None).line("waiting for room")
     assert said == ["  train few: waiting for room"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.tiny_models import EXPERTS, tiny_model, tiny_settings, tiny_tokenizer
 
-from lumen_ray import cli, doctor
+from lumen_ray import cli, doctor, installation
 from lumen_ray.doctor import Finding, Role, examine, on_meta, roles_of
 from lumen_ray.errors import UserError
 from lumen_ray.footprint import count_recipe, together
@@ -30,9 +30,9 @@ def text(sections):
 
 def test_nano_can_run_with_what_is_bundled(capsys):
     assert cli.main(["doctor"]) == 0
-    told = capsys.readouterr().out
-    assert "preset 'nano' can run here" in told and "weights/nano/model.safetensors" in told
-    assert "lumen-ray[lora]" in told.replace("\n", "")  # brackets are not markup
+    out = capsys.readouterr().out
+    assert "preset 'nano' can run here" in out and "weights/nano/model.safetensors" in out
+    assert "lumen-ray[lora]" in out.replace("\n", "")  # brackets are not markup
 
 
 @pytest.mark.parametrize(
@@ -43,30 +43,30 @@ def test_nano_can_run_with_what_is_bundled(capsys):
         ("nano-256", "train it"),  # no recipe goes by that name
     ],
 )
-def test_where_a_training_starts_is_told(preset, said):
+def test_where_a_training_starts_is_reported(preset, said):
     assert text(examine(preset)[0]).endswith(said)
 
 
 def test_7b_says_which_weights_are_missing(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "gpu_memory", lambda: [80 * doctor.GIB])
-    monkeypatch.setattr(doctor, "_machine", lambda: iter(()))
+    monkeypatch.setattr(doctor, "gpu_memory", lambda: [80 * installation.GIB])
+    monkeypatch.setattr(doctor, "machine", lambda: iter(()))
     assert cli.main(["doctor", "--preset", "7b"]) == 1
-    told = capsys.readouterr().out
-    assert "lumen-ray convert pretrained ... --preset 7b DIR" in told
-    assert "'train' starts from it with --init-from DIR" in told
-    assert "9,542,065,496 parameters" in told  # CLIP, DINOv2, the LLM with the preset's vocabulary, three decoders
-    assert "published grounding_dino: 63,160,578" in told  # without masks and what projects links
-    assert "start from fresh weights: lumen, unipose" in told
+    out = capsys.readouterr().out
+    assert "lumen-ray convert pretrained ... --preset 7b DIR" in out
+    assert "'train' starts from it with --init-from DIR" in out
+    assert "9,542,065,496 parameters" in out  # CLIP, DINOv2, the LLM with the preset's vocabulary, three decoders
+    assert "published grounding_dino: 63,160,578" in out  # without masks and what projects links
+    assert "not published, start from fresh weights: lumen, unipose" in out
     for role in ("trunk", "lumen", "grounding_dino", "unipose", "stable_diffusion", "instruct_pix2pix", "in all"):
-        assert re.search(rf"{role} +[\d,]+ parameters; inference", told)
-    assert "on each of 32 ranks" in told  # of its recipe
-    assert "and at most 0.5 GiB for the one on its way" in " ".join(told.split())  # the LLM's embedding
-    assert "the host of the first rank also holds the whole model, 36.9 GiB" in " ".join(told.split())
-    assert "inference fits in the largest GPU" in told
-    told = " ".join(told.split())
-    assert "none found" not in told and "found on this machine: 80.0 GiB" in told
-    assert "training by recipe '7b', in bf16, needs 32 with more than 7.4 GiB each; this machine has 1" in told
-    assert "trains 2,148,336,440 parameters at most, in stage 'joint'" in told  # LoRA's adapters, not the LLM
+        assert re.search(rf"{role} +[\d,]+ parameters; inference", out)
+    assert "on each of 32 ranks" in out  # of its recipe
+    assert "and at most 0.5 GiB for the one on its way" in " ".join(out.split())  # the LLM's embedding
+    assert "the host of the first rank also holds the whole model, 36.9 GiB" in " ".join(out.split())
+    assert "inference fits in the largest GPU" in out
+    out = " ".join(out.split())
+    assert "none found" not in out and "found on this machine: 80.0 GiB" in out
+    assert "training by recipe '7b', in bf16, needs 32 with more than 7.4 GiB each; this machine has 1" in out
+    assert "trains 2,148,336,440 parameters at most, in stage 'joint'" in out  # LoRA's adapters, not the LLM
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_7b_says_which_weights_are_missing(capsys, monkeypatch):
     [(1 << 40, [], True), (1 << 20, [], False), (1 << 20, [1 << 40], True), (1 << 40, [1 << 20], False)],
 )
 def test_memory_decides(monkeypatch, free, gpus, able):
-    monkeypatch.setattr(doctor, "_machine", lambda: iter(()))  # it asks real GPUs for their names
+    monkeypatch.setattr(doctor, "machine", lambda: iter(()))  # it asks real GPUs for their names
     monkeypatch.setattr(doctor, "host_memory", lambda: free)
     monkeypatch.setattr(doctor, "gpu_memory", lambda: gpus)
     assert examine("nano")[1] is able
@@ -92,7 +92,7 @@ def tiny_recipe(**changes):
         ([1 << 20], "bf16", "short", "needs 2 with more than .* this machine has 0, the others"),  # too small
         ([1 << 40], "bf16", "short", "this machine has 1, the others must be in the Ray cluster"),
         ([1 << 40] * 2, "bf16", "ok", "this machine has 2$"),
-        ([], "fp32", "note", "training by recipe 'tiny' runs without one, in fp32"),
+        ([], "fp32", "note", "training by recipe 'tiny' runs without a GPU, in fp32"),
     ],
 )
 def test_what_is_needed_of_gpus_and_what_is_missing(monkeypatch, gpus, precision, state, words):
@@ -105,25 +105,25 @@ def test_what_is_needed_of_gpus_and_what_is_missing(monkeypatch, gpus, precision
 
 
 def test_a_preset_without_the_gpus_to_train_it_says_so_and_can_run(capsys, monkeypatch):
-    monkeypatch.setattr(doctor, "_machine", lambda: iter(()))
+    monkeypatch.setattr(doctor, "machine", lambda: iter(()))
     monkeypatch.setattr(doctor, "gpu_memory", list)
     monkeypatch.setattr(doctor, "host_memory", lambda: 1 << 40)
     assert cli.main(["doctor", "--preset", "small"]) == 0  # its recipe computes in bf16
-    told = " ".join(capsys.readouterr().out.split())
-    assert "preset 'small' can run here, but not be trained by its recipe: training by recipe 'small', in bf16" in told
+    out = " ".join(capsys.readouterr().out.split())
+    assert "preset 'small' can run here, but not be trained by its recipe: training by recipe 'small', in bf16" in out
 
 
 def test_what_a_recipe_trains_is_counted():
     settings, model = tiny_settings(vocab_size=len(tiny_tokenizer())), tiny_model()
     whole, part = count_parameters(model), count_parameters(model.decoders["lumen"])
     counted = count_recipe(settings, tiny_recipe())
-    assert (counted.stage, counted.model.learns, counted.averaged) == ("all", whole, 0)
+    assert (counted.stage, counted.model.num_trainable, counted.averaged) == ("all", whole, 0)
     averaging = count_recipe(settings, tiny_recipe(ema={}))
     assert averaging.memory(1) - counted.memory(1) == 4 * averaging.averaged >= 4 * whole
     one = count_recipe(settings, tiny_recipe(stages=[{"name": "some", "steps": 1, "trainable": ["lumen"]}]))
-    assert one.model.learns == part and one.model.parameters == whole
+    assert one.model.num_trainable == part and one.model.parameters == whole
     lora = count_recipe(settings, tiny_recipe(lora={"rank": 2}))
-    assert lora.model.parameters > whole and lora.model.learns < whole
+    assert lora.model.parameters > whole and lora.model.num_trainable < whole
     assert "first rank" not in str(list(doctor._needs(roles_of(on_meta(settings)), 1, counted)))  # it keeps all anyway
 
 
@@ -133,8 +133,8 @@ def test_without_peft_it_says_what_it_cannot_count(monkeypatch):
 
     monkeypatch.setattr("lumen_ray.train.lora._peft", missing)
     counted = count_recipe(tiny_settings(), tiny_recipe(lora={}))
-    told = [finding.text for finding in doctor._needs(roles_of(on_meta(tiny_settings())), 1, counted)]
-    assert told[-1] == "recipe 'tiny': what it trains cannot be counted: pip install 'lumen-ray[lora]'"
+    out = [finding.text for finding in doctor._needs(roles_of(on_meta(tiny_settings())), 1, counted)]
+    assert out[-1] == "recipe 'tiny': its trainable parameters cannot be counted: pip install 'lumen-ray[lora]'"
 
 
 def test_roles_may_have_a_gpu_each(monkeypatch):
@@ -144,10 +144,10 @@ def test_roles_may_have_a_gpu_each(monkeypatch):
         ([5 * 10**6] * 2, "ok", "with a GPU for each role"),
         ([3 * 10**6] * 2, "missing", "needs 7.6 MiB but"),
     )
-    for gpus, state, told in cases:
+    for gpus, state, out in cases:
         monkeypatch.setattr(doctor, "gpu_memory", lambda gpus=gpus: gpus)
         ((found, text),) = [(f.state, f.text) for f in doctor._room(roles)]
-        assert found == state and told in text
+        assert found == state and out in text
 
 
 def test_roles_are_counted_on_the_model():
@@ -206,12 +206,12 @@ def test_a_model_folder_must_be_of_the_preset(tmp_path):
 def test_packages_are_held_against_the_tested_versions(monkeypatch):
     wanted = ["torch>=99", "no-such-package>=1", 'peft>=0.1; extra == "lora"', 'ruff; extra == "test"',
               'winthing; sys_platform == "win32"']  # fmt: skip
-    monkeypatch.setattr(doctor, "requirements", lambda: wanted)
+    monkeypatch.setattr(installation, "requirements", lambda: wanted)
     sections, able = examine("nano")
     assert not able and list(sections) == ["packages"]  # nothing that needs them is tried
-    told = text(sections)
-    assert f"torch {torch.__version__}, tested with >=99" in told and "no-such-package is not installed" in told
-    assert "ruff" not in told and "winthing" not in told and "lumen-ray[lora]" in told
+    out = text(sections)
+    assert f"torch {torch.__version__}, tested with >=99" in out and "no-such-package is not installed" in out
+    assert "ruff" not in out and "winthing" not in out and "lumen-ray[lora]" in out
     assert states(sections, "packages").count("missing") == 2
 
 
@@ -224,12 +224,12 @@ def test_a_decoder_without_its_package(monkeypatch):
     assert not able and "needs a package that is not installed: No module named 'diffusers'" in text(sections)
 
 
-def test_ray_is_asked(monkeypatch):
-    assert doctor._ray().state == "ok"
+def test_the_ray_cluster_is_checked(monkeypatch):
+    assert installation.ray_cluster().state == "ok"
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
         monkeypatch.setenv("RAY_ADDRESS", address)
-        assert doctor._ray() == Finding("ok", f"Ray: the cluster at {address} answers")
-    assert doctor._ray().state == "missing"
+        assert installation.ray_cluster() == Finding("ok", f"Ray: the cluster at {address} answers")
+    assert installation.ray_cluster().state == "missing"
     monkeypatch.setenv("RAY_ADDRESS", "auto")
-    assert doctor._ray().state == "note"
+    assert installation.ray_cluster().state == "note"

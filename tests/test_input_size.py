@@ -46,7 +46,7 @@ def test_a_picture_keeps_its_shape_and_the_number_of_its_pixels():
     assert PictureSize(64, 96, 8, asked=(16, 80)).fit((300, 300))[0] == (16, 80)
 
 
-def test_a_size_that_cannot_be_drawn_is_told():
+def test_a_size_that_cannot_be_drawn_is_reported():
     rule = PictureSize(64, 96, 8)
     rule.check((96, 8))
     for size, says in (((64, 60), "60x64 cannot be drawn"), ((0, 64), "cannot be drawn"), ((8, 104), "at most 96")):

@@ -25,7 +25,7 @@ def test_poses_are_asked_of_classes_with_keypoints():
     assert "pose" not in quickstart._requests(ROW, {})
 
 
-def test_a_taken_port_is_told_before_anything_is_made(tmp_path, monkeypatch):
+def test_a_taken_port_is_reported_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(quickstart, "_prepare", lambda *args: pytest.fail("step 1 began"))
     monkeypatch.setattr("lumen_ray.ray_env.init_local", lambda *args: pytest.fail("Ray was started"))
@@ -44,25 +44,25 @@ def test_training_takes_no_more_workers_than_there_are_gpus(tmp_path, monkeypatc
     from lumen_ray import ray_env
     from lumen_ray.train import launch as trainer
 
-    asked = []
+    recipes = []
     monkeypatch.setattr(ray_env, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
-    monkeypatch.setattr(trainer, "train", lambda shards, recipe, *args, **kwargs: asked.append(recipe))
+    monkeypatch.setattr(trainer, "train", lambda shards, recipe, *args, **kwargs: recipes.append(recipe))
     quickstart._train(tmp_path, config.load(Recipe, recipe_path("quickstart")))
-    assert [recipe.workers for recipe in asked] == [1]
+    assert [recipe.workers for recipe in recipes] == [1]
 
 
 @pytest.mark.parametrize(
-    ("body", "told"),
+    ("body", "message"),
     [
         (json.dumps({"error": {"reason": "r", "message": "give a class"}}), "400: give a class"),
         ("<html>\nno</html>", "400: <html> no</html>"),
         ("[]", r"400: \[\]"),
     ],
 )
-def test_what_the_server_refuses_is_in_its_words(monkeypatch, body, told):
+def test_what_the_server_refuses_is_in_its_words(monkeypatch, body, message):
     def refuse(request, timeout):
         raise urllib.error.HTTPError(request.full_url, 400, "Bad Request", {}, io.BytesIO(body.encode()))
 
     monkeypatch.setattr("urllib.request.urlopen", refuse)
-    with pytest.raises(UserError, match=told):
+    with pytest.raises(UserError, match=message):
         quickstart.post("http://127.0.0.1:1/v1/pose", {})

@@ -31,7 +31,7 @@ def test_what_the_user_has_set_wins(monkeypatch):
 
 
 @pytest.mark.parametrize("scheme", ["", "ray://"])
-def test_an_address_at_which_no_cluster_answers_is_told(monkeypatch, scheme):
+def test_an_address_at_which_no_cluster_answers_is_reported(monkeypatch, scheme):
     prepare_environment()
     import ray
 
@@ -50,7 +50,7 @@ def test_an_address_at_which_no_cluster_answers_is_told(monkeypatch, scheme):
     _check_reachable("auto")
 
 
-def test_a_machine_too_busy_to_start_ray_is_told(monkeypatch):
+def test_a_machine_too_busy_to_start_ray_is_reported(monkeypatch):
     prepare_environment()
     import ray
 

@@ -1,4 +1,4 @@
-"""Mistakes in a recipe are told with what is valid."""
+"""Mistakes in a recipe are reported with the valid choices."""
 
 import pytest
 import torch
@@ -45,7 +45,7 @@ def recipe(*stages, **changes):
         ({"layer_decay": {"llm": 1.5}}, r"layer_decay of 'llm' must lie in \(0, 1\], got 1.5"),
     ],
 )
-def test_a_mistake_in_a_stage_is_told(stage, message):
+def test_a_mistake_in_a_stage_is_reported(stage, message):
     with pytest.raises(UserError, match=message) as error:
         recipe(stage)
     assert "\n" not in str(error.value)
@@ -86,7 +86,7 @@ def test_steps_belong_to_stages():
         ({"mlflow": {"uri": "x"}}, "unknown key 'mlflow.uri'"),
     ],
 )
-def test_a_mistake_in_a_recipe_is_told(changes, message):
+def test_a_mistake_in_a_recipe_is_reported(changes, message):
     with pytest.raises(UserError, match=message) as error:
         recipe(**changes)
     assert "\n" not in str(error.value)

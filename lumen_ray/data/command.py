@@ -1,6 +1,6 @@
-"""The verbs about data, `prepare` and `data`: their arguments, and what they print.
+"""The verbs `prepare` and `data` of the command line: their options and their output.
 
-Heavy imports happen inside the commands.
+Heavy imports happen inside the functions.
 """
 
 from __future__ import annotations
@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from lumen_ray import api
 from lumen_ray.console import bar, console, say
 from lumen_ray.errors import UserError
-from lumen_ray.ray_env import tasks_at_once
 
 
 def add_args(verbs: Any, parser_class: type) -> None:
-    """Adds `prepare`, with a source each, and `data`, with an action each."""
+    """Adds `prepare SOURCE` and `data ACTION`; `verbs` are argparse's subparsers."""
     _prepare_args(verbs, parser_class)
     _data_args(verbs, parser_class)
 
@@ -29,12 +29,17 @@ def _prepare_args(verbs: Any, parser_class: type) -> None:
         for argument in source.arguments:
             argument.add_to(q)
         q.add_argument("--output", required=True, help="shard folder to write; local, s3:// or gs://")
-        q.add_argument("--shuffle-seed", type=int, default=0, help="order of the rows (default: 0)")
-        q.add_argument("--rows-per-group", type=int, default=8, help="images per row group; batch sizes are multiples")
+        q.add_argument("--shuffle-seed", type=int, default=0, help="seed of the order of the rows (default: 0)")
+        q.add_argument(
+            "--rows-per-group",
+            type=int,
+            default=8,
+            help="images per row group, of which batch sizes are multiples (default: 8)",
+        )
         q.add_argument(
             "--rows-per-file", type=int, default=512, help="images per file, the unit of work (default: 512)"
         )
-        q.add_argument("--overwrite", action="store_true", help="replace shards that are there")
+        q.add_argument("--overwrite", action="store_true", help="replace the shards in the output folder")
         q.add_argument(
             "--workers",
             type=int,
@@ -44,7 +49,7 @@ def _prepare_args(verbs: Any, parser_class: type) -> None:
 
 
 def _data_args(verbs: Any, parser_class: type) -> None:
-    p = verbs.add_parser("data", help="look at shards, or write them in other formats")
+    p = verbs.add_parser("data", help="inspect shards, or export them to other formats")
     kinds = p.add_subparsers(dest="action", metavar="ACTION", parser_class=parser_class, required=True)
     export = kinds.add_parser("export", help="shards -> COCO json (boxes, masks, keypoints, captions)")
     export.add_argument("shards", help="shard folder")
@@ -52,20 +57,23 @@ def _data_args(verbs: Any, parser_class: type) -> None:
     export.add_argument("--format", choices=("coco",), default="coco", help="format to write (default: coco)")
     export.add_argument("--images", action="store_true", help="also write the images, byte for byte")
     export.set_defaults(run=_data_export)
-    look = kinds.add_parser("inspect", help="counts and histograms, and a page of samples as training sees them")
-    look.add_argument("shards", help="shard folder")
-    look.add_argument("--output", default="inspect", help="folder for index.html, statistics.json (default: inspect)")
-    look.add_argument("--samples", type=int, default=24, help="rows on the page (default: 24)")
-    look.add_argument(
-        "--recipe", help="whose prompts and augmentation are shown (default: all tasks but generate, unaugmented)"
+    view = kinds.add_parser("inspect", help="counts, histograms, and a page of samples with the prompts of training")
+    view.add_argument("shards", help="shard folder")
+    view.add_argument("--output", default="inspect", help="folder for index.html, statistics.json (default: inspect)")
+    view.add_argument("--samples", type=int, default=24, help="rows on the page (default: 24)")
+    view.add_argument(
+        "--recipe",
+        help="prompts and augmentation of this recipe (default: all tasks but generate, unaugmented)",
     )
-    look.add_argument("--stage", help="stage of the recipe (default: the one with most tasks)")
-    look.add_argument("--top", type=int, default=30, help="classes listed one by one; the rest in a line (default: 30)")
-    look.add_argument("--seed", type=int, default=0, help="which rows are sampled (default: 0)")
-    look.add_argument(
-        "--verify", action=argparse.BooleanOptionalAction, default=True, help="check the checksums of all files first"
+    view.add_argument("--stage", help="stage of the recipe (default: the one with most tasks)")
+    view.add_argument(
+        "--top", type=int, default=30, help="classes listed one by one; the rest in one line (default: 30)"
     )
-    look.set_defaults(run=_data_inspect)
+    view.add_argument("--seed", type=int, default=0, help="seed of the sampled rows (default: 0)")
+    view.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=True, help="verify the checksums of all files first"
+    )
+    view.set_defaults(run=_data_inspect)
 
 
 def _prepare(args: argparse.Namespace) -> None:
@@ -75,24 +83,23 @@ def _prepare(args: argparse.Namespace) -> None:
         raise UserError(
             f"prepare needs a source; sources: {', '.join(SOURCES)} (see 'lumen-ray prepare --help')", "usage"
         )
-    from lumen_ray.data.shards.prepare import prepare_source
-
     with bar("prepare") as progress:
-        summary = prepare_source(
+        summary = api.prepare(
+            args.kind,
             args.output,
-            SOURCES[args.kind].make(vars(args)),
             shuffle_seed=args.shuffle_seed,
             rows_per_group=args.rows_per_group,
             rows_per_file=args.rows_per_file,
             overwrite=args.overwrite,
-            workers=tasks_at_once() if args.workers is None else args.workers,
+            workers=args.workers,
             progress=progress.update,
+            **{argument.name: getattr(args, argument.name) for argument in SOURCES[args.kind].arguments},
         )
     say(prepared_line(summary))
 
 
 def prepared_line(summary: dict[str, Any]) -> str:
-    """What `prepare` wrote, in one line."""
+    """The summary of `prepare` in one line."""
     tasks = ", ".join(f"{name} {count}" for name, count in summary["tasks"].items())
     rejected = f"; {summary['rejected']} rejected, see rejected.parquet" if summary["rejected"] else ""
     changed = "".join(f"; {number} {what}" for what, number in summary["changed"].items())
@@ -103,8 +110,8 @@ def _data_export(args: argparse.Namespace) -> None:
     from lumen_ray.data.shards.export import export_coco
 
     counts = export_coco(args.shards, args.output, images=args.images)
-    told = ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in counts.items() if number)
-    say(f"{told} -> {args.output}")
+    written = ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in counts.items() if number)
+    say(f"{written} -> {args.output}")
 
 
 def _data_inspect(args: argparse.Namespace) -> None:

@@ -1,13 +1,21 @@
 """The five steps of the quickstart on a local Ray, with a recipe of a few steps."""
 
+import hashlib
 import json
 import urllib.error
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
+from PIL import Image
 
 from lumen_ray import cli
-from lumen_ray.quickstart import post, quickstart
+from lumen_ray.data.images import decode
+from lumen_ray.data.shards.shards import read_manifest, read_row_group
+from lumen_ray.inference.engine import Engine
+from lumen_ray.inference.request import make_request
+from lumen_ray.quickstart import _scene_with_figure, post, quickstart
 
 pytestmark = pytest.mark.ray
 
@@ -26,7 +34,7 @@ RECIPE = {
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The folder a short quickstart made, its report, and what the server told while it was up."""
+    """The output folder of a short quickstart, and the report it returned."""
     folder = tmp_path_factory.mktemp("quickstart")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     report = quickstart(folder / "out", recipe_name=str(folder / "recipe.yaml"), scenes=64, held_out=16, port=8123)
@@ -49,8 +57,23 @@ def test_the_log_has_every_step_with_losses_and_rates(made):
     assert list((made[0] / "train" / "tensorboard").glob("events*"))
 
 
+def val_rows(folder):
+    """The rows of the held-out shards, in order."""
+    shards = folder / "shards" / "val"
+    return [
+        row
+        for file in read_manifest(shards)["files"]
+        for group in range(len(file["row_groups"]))
+        for row in read_row_group(shards, file["path"], group)
+    ]
+
+
 def test_the_report_scores_every_task(made):
-    report = json.loads((made[0] / "evaluation" / "report.json").read_text())
+    folder, returned = made
+    report = json.loads((folder / "evaluation" / "report.json").read_text())
+    assert report == json.loads(json.dumps(returned))
+    rows, metrics = val_rows(folder), report["metrics"]
+    assert (report["images"], report["scored"], report["skipped"], report["errors"]) == (16, 16, 0, [])
     for name in (
         "box_AP50",
         "mask_AP50",
@@ -60,15 +83,77 @@ def test_the_report_scores_every_task(made):
         "caption_attributes",
         "routing_accuracy",
     ):
-        assert isinstance(report["metrics"][name], float), name
+        assert 0 <= metrics[name] <= 1, name
+    assert metrics["box_AP"] <= metrics["box_AP50"] and metrics["captions"] == len(rows) == 16
+    assert metrics["vqa_questions"] == sum(m["task"] == "vqa" for row in rows for m in row["messages"])
+    predictions = pq.read_table(folder / "evaluation" / "predictions.parquet").to_pylist()
+    for task in ("detect", "segment", "caption"):
+        assert {p["image_id"] for p in predictions if p["task"] == task} == {row["image_id"] for row in rows}
+    weights = (folder / "train" / "model" / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest().startswith(report["model"]["version"])
 
 
-def test_labels_gallery_and_served_pictures_are_there(made):
-    assert (made[0] / "labels" / "gallery.html").stat().st_size > 10_000
-    assert json.loads((made[0] / "labels" / "coco" / "detect.json").read_text())["images"]
-    for task in ("detect", "segment", "pose", "count", "ground", "refer", "vqa", "caption", "region_caption", "chat"):
-        assert (made[0] / "served" / f"{task}.png").stat().st_size > 1000
-        assert json.loads((made[0] / "served" / f"{task}.json").read_text())["task"] == task
+@pytest.fixture(scope="module")
+def engine(made):
+    return Engine.load(made[0] / "train" / "model")
+
+
+def test_labels_are_those_of_the_trained_model(made, engine):
+    folder = made[0] / "labels"
+    rows = [row for part in sorted(folder.glob("labels/*.parquet")) for row in pq.read_table(part).to_pylist()]
+    images = {path.name: path.read_bytes() for path in (made[0] / "images").iterdir()}
+    assert len(images) == 16 and sorted(images.values()) == sorted(row["image"] for row in val_rows(made[0]))
+    for task in ("detect", "segment", "pose", "caption"):
+        assert {row["image_id"] for row in rows if row["task"] == task} == set(images)
+    name = max(images, key=lambda name: sum(r["image_id"] == name and r["box"] is not None for r in rows))
+    requests = [make_request("detect", classes=engine.classes), make_request("caption")]
+    detected, captioned = engine.run([decode(images[name])], [requests], score_threshold=0.3)[0]
+    labelled = [row for row in rows if row["image_id"] == name and row["task"] == "detect" and row["box"]]
+    expected = [(p.phrase, *p.boxes.xyxy[i], p.scores[i]) for p in detected.predictions for i in range(len(p))]
+    assert [row["phrase"] for row in labelled] == [phrase for phrase, *_ in expected]
+    np.testing.assert_allclose(
+        [[*row["box"], row["score"]] for row in labelled], [numbers for _, *numbers in expected], atol=0.05
+    )
+    assert [r["text"] for r in rows if r["image_id"] == name and r["task"] == "caption"] == [captioned.text]
+
+
+def test_exports_hold_the_labels(made):
+    folder = made[0] / "labels"
+    rows = [row for part in sorted(folder.glob("labels/*.parquet")) for row in pq.read_table(part).to_pylist()]
+    for task in ("detect", "segment", "pose"):
+        coco = json.loads((folder / "coco" / f"{task}.json").read_text())
+        assert {image["file_name"] for image in coco["images"]} == {row["image_id"] for row in rows}
+        boxes = [row["box"] for row in rows if row["task"] == task and row["box"]]
+        exported = np.array([annotation["bbox"] for annotation in coco["annotations"]]).reshape(-1, 4)
+        exported[:, 2:] += exported[:, :2]
+        np.testing.assert_allclose(exported, np.array(boxes).reshape(-1, 4), atol=0.02)
+    captions = json.loads((folder / "coco" / "captions.json").read_text())["annotations"]
+    assert [c["caption"] for c in captions] == [row["text"] for row in rows if row["task"] == "caption"]
+    gallery = (folder / "gallery.html").read_text()
+    assert all(row["image_id"] in gallery for row in rows)
+
+
+@pytest.mark.parametrize(
+    "task", ["detect", "segment", "pose", "count", "ground", "refer", "vqa", "caption", "region_caption", "chat"]
+)
+def test_served_answers_are_those_of_the_model_and_drawn_on_the_image(made, engine, task):
+    answer = json.loads((made[0] / "served" / f"{task}.json").read_text())
+    drawn = np.asarray(Image.open(made[0] / "served" / f"{task}.png"))
+    assert (answer["task"], answer["model"]) == (task, f"nano@{engine.version}")
+    image = decode(_scene_with_figure(made[0] / "shards" / "val")["image"])
+    plain = np.asarray(Image.fromarray(image).resize((512, 512), Image.Resampling.LANCZOS))
+    if answer.get("text") is not None:
+        assert drawn.shape[0] > 512 and len(np.unique(drawn[512:])) > 2  # the text in a strip below
+        np.testing.assert_array_equal(drawn[:512], plain)
+        return
+    assert drawn.shape == plain.shape and (drawn != plain).any() == bool(answer["instances"])
+    if task in ("detect", "segment"):
+        request = make_request(task, classes=answer["phrases"])
+        ((found,),) = engine.run([image], [[request]], score_threshold=0.3)
+        assert [i["phrase"] for i in answer["instances"]] == [i["phrase"] for i in found.to_dict()["instances"]]
+        for served, own in zip(answer["instances"], found.to_dict()["instances"], strict=True):
+            np.testing.assert_allclose([*served["box"], served["score"]], [*own["box"], own["score"]], atol=0.05)
+            assert served.get("mask") == own.get("mask")
 
 
 def test_the_server_is_down_afterwards(made):

@@ -98,4 +98,11 @@ def test_deeper_layers_learn_slower():
 def test_without_names_the_groups_are_those_of_parts_and_kinds():
     model, s = tiny_model(), stage()
     set_trainable(model, s)
-    assert len(build_optimizer(model, s).param_groups) <= 2 * len(PARTS)
+    wanted = []
+    for part in parts(model).values():
+        matrices = {id(p) for p in part.parameters() if p.ndim > 1}
+        vectors = {id(p) for p in part.parameters()} - matrices
+        wanted += [(members, decay) for members, decay in ((matrices, s.weight_decay), (vectors, 0.0)) if members]
+    groups = build_optimizer(model, s).param_groups
+    assert [({id(p) for p in group["params"]}, group["weight_decay"]) for group in groups] == wanted
+    assert len(parts(model)) < len(groups) and s.weight_decay > 0 and {group["lr"] for group in groups} == {s.lr}

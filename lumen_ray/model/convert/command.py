@@ -1,4 +1,4 @@
-"""`lumen-ray convert`: a model folder from published weights."""
+"""`lumen-ray convert`: makes a model folder from published weights."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 def add_args(verbs: Any, parser_class: type) -> None:
     """The verb's options; `verbs` are argparse's subparsers."""
-    p = verbs.add_parser("convert", help="a model folder from published weights")
+    p = verbs.add_parser("convert", help="make a model folder from published weights")
     kinds = p.add_subparsers(dest="source", metavar="SOURCE", parser_class=parser_class, required=True)
     parts = kinds.add_parser(
         "pretrained", help="CLIP, DINOv2, an LLM and decoders, each from its own checkpoint (a folder or a hub id)"
     )
-    parts.add_argument("--preset", default="7b", help="name in configs/models or a YAML file (default: 7b)")
-    parts.add_argument("--clip", help="CLIP, e.g. openai/clip-vit-large-patch14-336")
-    parts.add_argument("--dinov2", help="DINOv2, e.g. facebook/dinov2-large")
+    parts.add_argument("--preset", default="7b", help="name in configs/models, or a YAML file (default: 7b)")
+    parts.add_argument("--clip", help="CLIP image encoder, e.g. openai/clip-vit-large-patch14-336")
+    parts.add_argument("--dinov2", help="DINOv2 image encoder, e.g. facebook/dinov2-large")
     parts.add_argument(
         "--llm", required=True, help="causal LM of the Llama, Qwen or Mistral family, with its tokenizer"
     )
@@ -32,19 +32,21 @@ def add_args(verbs: Any, parser_class: type) -> None:
         action="append",
         default=[],
         metavar="NAME=DIR",
-        help="a decoder's weights, for each that has published ones; several times",
+        help="published weights of a decoder; can be given several times",
     )
-    parts.add_argument("--seed", type=int, default=0, help="of the weights that are not published (default: 0)")
+    parts.add_argument("--seed", type=int, default=0, help="seed of the weights that are not published (default: 0)")
     parts.set_defaults(run=_pretrained)
-    released = kinds.add_parser("visionllm-v2", help="the released VisionLLM v2 checkpoint")
-    released.add_argument("checkpoint", help="its folder, or hub id OpenGVLab/VisionLLMv2")
-    released.add_argument("--preset", default="visionllm-v2", help="preset of its size (default: visionllm-v2)")
-    released.add_argument("--lora-alpha", type=float, help="of LoRA adapters that were not merged (default: 64)")
+    released = kinds.add_parser("visionllm-v2", help="the released checkpoint of VisionLLM v2")
+    released.add_argument("checkpoint", help="folder of the checkpoint, or its hub id, OpenGVLab/VisionLLMv2")
+    released.add_argument(
+        "--preset", default="visionllm-v2", help="preset of the checkpoint's size (default: visionllm-v2)"
+    )
+    released.add_argument("--lora-alpha", type=float, help="alpha of LoRA adapters that are not merged (default: 64)")
     released.set_defaults(run=_visionllm_v2)
     for parser in (parts, released):
         parser.add_argument("output", help="model folder to write")
         parser.add_argument(
-            "--allow-pickle", action="store_true", help="read pickled weights too, tensors only; for sources you trust"
+            "--allow-pickle", action="store_true", help="read pickled weights too (tensors only); for trusted sources"
         )
 
 
@@ -58,13 +60,13 @@ def _preset(name: str) -> ModelSettings:
 
 def _decoders(pairs: list[str]) -> dict[str, str]:
     """``["grounding_dino=folder"] -> {"grounding_dino": "folder"}``."""
-    found = {}
+    folders = {}
     for pair in pairs:
         name, equals, folder = pair.partition("=")
         if not (name and equals and folder):
             raise UserError(f"--decoder '{pair}' must be NAME=DIR, e.g. grounding_dino=IDEA-Research/tiny", "usage")
-        found[name] = folder
-    return found
+        folders[name] = folder
+    return folders
 
 
 def _check_output(output: str) -> None:
@@ -96,7 +98,7 @@ def _visionllm_v2(args: argparse.Namespace) -> None:
 
 
 def summary(made: Assembly) -> list[str]:
-    """Parameters of a model's parts, those from checkpoints and fresh ones, a line each; and what it cannot learn."""
+    """Lines with the loaded and fresh parameters of each part of a model, and a note if caption alignment is off."""
     from lumen_ray.model.convert.decoders import text_encoders
 
     parts = made.parameters()

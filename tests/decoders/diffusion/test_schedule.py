@@ -14,7 +14,7 @@ ZERO = {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 
 def test_every_sampler_draws_with_the_defaults():
     for sampler in SAMPLERS:
-        stable_diffusion(sampler=sampler)
+        assert stable_diffusion(sampler=sampler).settings.sampler == sampler
 
 
 @pytest.mark.parametrize(

@@ -220,19 +220,46 @@ def test_each_image_keeps_its_best_places():
     assert best_of_each(groups[:0], values[:0], 2).tolist() == []
 
 
-def test_crowded_images_train_some_masks_of_as_many_objects_as_they_may():
+def trained_masks(boxes, per_image, monkeypatch):
+    """[(object, place's centre)] of the masks in the loss of one image with one prompt for all of `boxes`."""
+    model = decoder(stride=4, max_masks_per_object=5, max_masks_per_image=per_image)
+    embeddings, dense = random_inputs(1, 1)
+    raw = model(make_link(embeddings, [0]), dense)
+    places, masks_at = [], model.masks_at
+    monkeypatch.setattr(model, "masks_at", lambda raw, prompt, place, *rest: places.extend(place.tolist()) or masks_at(
+        raw, prompt, place, *rest
+    ))  # fmt: skip
+    term = model.loss(raw, make_targets([boxes], [[circle_mask(b) for b in boxes]]))["mask"]
+    assert float(term.count) == len(places) > 0
+    trained = []
+    for x, y in raw.centers[places].tolist():
+        (owner,) = [i for i, (x1, y1, x2, y2) in enumerate(boxes) if x1 < x < x2 and y1 < y < y2]
+        trained.append((owner, (x, y)))
+    return trained
+
+
+def test_crowded_images_train_some_masks_of_as_many_objects_as_they_may(monkeypatch):
     """Ten objects with five places each, and a limit of 8 masks an image: eight objects, others once they move."""
-    boxes = torch.tensor([[x, y, x + 12.0, y + 12.0] for x in range(0, 60, 12) for y in (0, 32)])
-    chosen = scattered(boxes).argsort(descending=True)[:8]
-    assert chosen.tolist() != scattered(boxes + 1).argsort(descending=True)[:8].tolist()
-    assert ((scattered(boxes) >= 0) & (scattered(boxes) < 1)).all() and len(set(scattered(boxes).tolist())) == 10
-    objects = torch.arange(10).repeat_interleave(5)
-    assert place_in_group(objects).tolist() == [*range(5)] * 10
-    wish = scattered(boxes)[objects] - place_in_group(objects)
-    kept = best_of_each(torch.zeros(50, dtype=torch.long), wish, 8)
-    assert sorted(objects[kept].tolist()) == sorted(chosen.tolist())
-    kept = best_of_each(torch.zeros(50, dtype=torch.long), wish, 25)
-    assert Counter(objects[kept].tolist()).most_common()[-1][1] == 2  # each object has two before one has three more
+    boxes = [[x, y, x + 12, y + 12] for x in range(0, 60, 12) for y in (0, 32)]
+    few = trained_masks(boxes, 8, monkeypatch)
+    assert len({owner for owner, _ in few}) == len(few) == 8
+    for owner, centre in few:  # of each the place in its middle
+        assert centre == (boxes[owner][0] + 6, boxes[owner][1] + 6)
+    moved = trained_masks([[c + 1 for c in box] for box in boxes], 8, monkeypatch)
+    assert len({owner for owner, _ in moved}) == 8 and {owner for owner, _ in moved} != {owner for owner, _ in few}
+    places = Counter(owner for owner, _ in trained_masks(boxes, 25, monkeypatch))
+    assert sorted(places.values()) == [2] * 5 + [3] * 5  # each object has two before one has three
+    every = Counter(owner for owner, _ in trained_masks(boxes, 1000, monkeypatch))
+    assert every == dict.fromkeys(range(10), 5)
+
+
+def test_numbers_scattered_over_boxes_differ_by_box_and_lie_below_one():
+    values = scattered(torch.tensor([[x, y, x + 12.0, y + 12.0] for x in range(0, 60, 12) for y in (0, 32)]))
+    assert ((values >= 0) & (values < 1)).all() and len(set(values.tolist())) == 10
+
+
+def test_places_in_groups_count_from_zero_in_each():
+    assert place_in_group(torch.tensor([0, 0, 0, 2, 2, 3])).tolist() == [0, 1, 2, 0, 1, 0]
 
 
 def test_the_match_loss_is_the_cross_entropy_of_an_objects_places_over_the_other_prompts_of_its_image():

@@ -1,0 +1,354 @@
+"""The jobs of this package as Python functions: `prepare`, `train`, `evaluate`, `label` and `serve`.
+
+Import them from `lumen_ray`. The command line calls the same functions, so options and results are the same. All of
+them raise `UserError` (a `ValueError`: one sentence, with a machine-readable `reason`) for input that the caller must
+change. Ray reads its settings when it is imported, so call them before your own `import ray`, or start Ray yourself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lumen_ray.errors import UserError
+
+if TYPE_CHECKING:
+    from lumen_ray.inference.engine import Engine
+    from lumen_ray.label.pipeline import Status
+    from lumen_ray.recipe import Recipe
+    from lumen_ray.serve.app import Server
+    from lumen_ray.serve.settings import ServeSettings
+
+PathOrUrl = str | PathLike[str]
+
+
+def prepare(
+    source: str,
+    output: PathOrUrl,
+    *,
+    shuffle_seed: int = 0,
+    rows_per_group: int = 8,
+    rows_per_file: int = 512,
+    overwrite: bool = False,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Writes training shards from synthetic scenes or annotated data; returns a summary.
+
+    source: "scenes", "coco", "panoptic", "voc", "yolo", "refer", "chat", "vqa", "pairs" or "edits".
+    output: shard folder to write: a path, s3:// or gs://.
+    shuffle_seed: seed of the order of the rows.
+    rows_per_group: images per row group; batch sizes in training are multiples of it.
+    rows_per_file: images per file, the unit of work.
+    overwrite: replace the shards in `output`.
+    workers: most tasks at once; None: one per core, on a cluster as many as it has room for; 0: without Ray.
+    progress: called with (records done, records in all) after each file.
+    options: those of ``lumen-ray prepare SOURCE``, with ``_`` for ``-``, e.g. ``num=64``.
+
+    The summary holds ``output``, ``files``, ``bytes``, ``rows``, ``tasks`` (task -> rows annotated for it), ``counts``
+    (kind -> {"in", "written", "rejected"}), ``rejected`` and ``changed``. Rejected records are in
+    ``rejected.parquet`` with their reasons. Raises `UserError` for an unknown source or option, for input of which not
+    one row can be written, and for an output that holds shards already, unless `overwrite`.
+
+    >>> from lumen_ray import prepare
+    >>> summary = prepare("scenes", "shards/val", num=64, seed=1)
+    >>> summary["rows"], summary["rejected"]
+    (64, 0)
+    """
+    _prepare_environment()
+    from lumen_ray.data.shards.prepare import prepare_source
+    from lumen_ray.data.sources.options import make_source
+    from lumen_ray.ray_env import tasks_at_once
+
+    return prepare_source(
+        output,
+        make_source(source, options),
+        shuffle_seed=shuffle_seed,
+        rows_per_group=rows_per_group,
+        rows_per_file=rows_per_file,
+        overwrite=overwrite,
+        workers=tasks_at_once() if workers is None else workers,
+        progress=progress,
+    )
+
+
+def train(
+    shards: PathOrUrl,
+    output: PathOrUrl,
+    *,
+    recipe: str | PathLike[str] | Recipe = "quickstart",
+    init_from: PathOrUrl | None = None,
+    workers: int | None = None,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+    waiting: Callable[[str], None] | None = None,
+) -> Path:
+    """Trains a recipe over shards on Ray Train; returns the model folder, ``OUTPUT/model``.
+
+    shards: shard folder, a path or URL.
+    output: run folder, on a file system that all workers share. Called again with the same arguments, it resumes from
+        the newest checkpoint; with other ones it raises.
+    recipe: name in ``configs/recipes``, path of a YAML file, or a `lumen_ray.recipe.Recipe`.
+    init_from: model folder (or name of bundled weights) to start from, instead of the recipe's; decoders that it lacks
+        start from fresh weights.
+    workers: Ray Train workers, instead of the recipe's.
+    progress: called with each line of ``metrics.jsonl``, a dict with "step", "stage", "loss/...", "samples_per_s", ...
+    waiting: called with a sentence while the run waits for room in the cluster.
+
+    Raises `UserError` for an unknown recipe, shards that do not fit it, and a run folder that holds another run or that
+    another process trains into.
+
+    >>> from lumen_ray import train
+    >>> model = train("shards/train", "runs/first", recipe="quickstart", workers=1)
+    >>> sorted(path.name for path in model.iterdir())
+    ['config.yaml', 'meta.json', 'model.safetensors', 'tokenizer.json']
+    """
+    _prepare_environment()
+    from lumen_ray.train.launch import train as launch
+
+    return launch(
+        fspath(shards),
+        load_recipe(recipe, workers),
+        fspath(output),
+        init_from=None if init_from is None else fspath(init_from),
+        progress=progress,
+        waiting=waiting,
+    )
+
+
+def evaluate(
+    model: PathOrUrl | Engine,
+    shards: PathOrUrl,
+    output: PathOrUrl,
+    *,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
+    pictures: int = 32,
+    decoders: Mapping[str, str] | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Scores a model on a shard folder; writes ``report.json`` and ``predictions.parquet``, returns the report.
+
+    model: model folder, name of bundled weights, or an `Engine`.
+    shards: shard folder of the held-out split, a path or URL.
+    output: folder to write, on this machine.
+    tasks: tasks to score; None: all that the model serves and the split is annotated for.
+    limit: score the first images only.
+    pictures: images to generate or edit pictures for, from the first on.
+    decoders: task -> decoder that serves it, where it should be another than the model's settings say.
+    device: "cpu", "cuda" or "cuda:N"; None: "cuda" where torch finds a GPU, else "cpu".
+    dtype: "float32" or "bfloat16", of weights and matrix products.
+    progress: called with (images done, images in all) after each batch.
+
+    The report holds ``metrics`` (name -> value in 0..1, or None where the split has no annotations for it), ``tables``,
+    ``settings``, ``images == scored + skipped``, ``errors`` and timings in seconds. Raises `UserError` for an unknown
+    model, a task that the split is not annotated for or that no decoder serves, and a device that is not there;
+    `decoders`, `device` and `dtype` of an `Engine` are those it was loaded with.
+
+    >>> from lumen_ray import evaluate
+    >>> report = evaluate("nano", "shards/val", "evaluation", tasks=["detect", "count"], limit=16)
+    >>> report["images"], report["skipped"]
+    (16, 0)
+    >>> report["metrics"]["box_AP50"] > 0.5
+    True
+    """
+    engine = load_engine(model, decoders, device, dtype)
+    from lumen_ray.evaluate.run import evaluate as score
+
+    return score(
+        engine,
+        fspath(shards),
+        fspath(output),
+        tasks=None if tasks is None else _names(tasks),
+        limit=limit,
+        picture_limit=pictures,
+        progress=progress,
+    )
+
+
+def label(
+    images: PathOrUrl,
+    output: PathOrUrl,
+    *,
+    model: PathOrUrl = "nano",
+    tasks: Sequence[str] = ("detect",),
+    classes: Sequence[str] | None = None,
+    text: Mapping[str, Sequence[str]] | None = None,
+    decoders: Mapping[str, str] | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    actors: int = 1,
+    batch_size: int = 8,
+    score_threshold: float = 0.3,
+    progress: Callable[[Status], None] | None = None,
+) -> dict[str, Any]:
+    """Labels a corpus of images: Parquet, COCO json and an HTML gallery; returns a summary.
+
+    images: folder, glob or shard folder, a path or URL.
+    output: folder to write, on this machine. Called again with the same arguments, it continues where it stopped.
+    model: model folder, or name of bundled weights ("nano" is trained on the synthetic scenes only).
+    tasks: tasks to run on every image.
+    classes: class names for the tasks that need them; None: the classes that the model was trained on.
+    text: task -> texts, for the tasks that need one (vqa, refer, ground, chat); these run in addition to `tasks`.
+    decoders: task -> decoder that serves it, where it should be another than the model's settings say.
+    device: "cpu" or "cuda", with ``actors=0`` also "cuda:N"; None: a GPU for each actor where the cluster has any.
+    dtype: "float32" or "bfloat16", of weights and matrix products.
+    actors: model actors on Ray; 0: in this process, without Ray.
+    batch_size: images per forward pass.
+    score_threshold: instances below this score (0..1) are left out.
+    progress: called after each image with a `Status`: ``done``, ``total``, ``errors``, ``rate`` in images per second.
+
+    The summary holds ``images == labelled + errors``, ``instances`` (task -> count), ``first_error``, ``seconds`` and
+    the paths written. Raises `UserError` for an unknown model, task or device, a task without its classes or text, an
+    input without images, an output folder that holds labels made with other settings, and when not one image could be
+    labelled.
+
+    >>> from lumen_ray import label
+    >>> questions = {"vqa": ["how many circles are there ?"]}
+    >>> summary = label("shards/val", "labels", tasks=["detect"], text=questions, actors=0)
+    >>> summary["images"], summary["errors"]
+    (64, 0)
+    """
+    from lumen_ray.presets import model_folder
+
+    model = fspath(model)
+    model_folder(model)  # before the imports that take seconds
+    _prepare_environment()
+    from lumen_ray.label.pipeline import label as run
+    from lumen_ray.model.build import read_meta
+    from lumen_ray.tasks import get_task
+
+    texts = {task: _names(given) for task, given in (text or {}).items()}
+    all_tasks = list(dict.fromkeys([*_names(tasks), *texts]))
+    if classes is not None:
+        classes = _names(classes)
+    elif any(get_task(name).needs == "classes" for name in all_tasks):
+        classes = read_meta(model).classes
+    return run(
+        model,
+        fspath(images),
+        fspath(output),
+        tasks=all_tasks,
+        classes=classes,
+        prompts=texts,
+        decoders=decoders,
+        device=device,
+        dtype=dtype,
+        num_actors=actors,
+        batch_size=batch_size,
+        score_threshold=score_threshold,
+        progress=progress,
+    )
+
+
+def serve(
+    model: PathOrUrl | None = None,
+    *,
+    config: str = "nano",
+    host: str | None = None,
+    port: int | None = None,
+    decoders: Mapping[str, str] | None = None,
+    blocking: bool = True,
+) -> Server:
+    """Serves a model over HTTP with Ray Serve; returns once it answers.
+
+    model: model folder or name of bundled weights, instead of the config's.
+    config: name in ``configs/serve``, or path of a YAML file: replicas, resources, limits.
+    host: address to listen on, instead of the config's.
+    port: port to listen on, instead of the config's.
+    decoders: task -> decoder that serves it, where it should be another than the model's settings say.
+    blocking: serve until SIGINT or SIGTERM, then stop; in the main thread only. Otherwise end it with ``stop()``.
+
+    The server's ``url`` has a page at ``/`` and the API at ``/docs``. Raises `UserError` for an unknown model or
+    config, a port that is taken, and a Ray cluster that has no room for the deployments.
+
+    >>> from urllib.request import urlopen
+    >>> from lumen_ray import serve
+    >>> server = serve("nano", port=8123, blocking=False)
+    >>> urlopen(f"{server.url}/readyz").status
+    200
+    >>> server.stop()
+    """
+    settings = serve_settings(model, config=config, host=host, port=port, decoders=decoders)
+    from lumen_ray.serve.app import run
+
+    return run(settings, blocking=blocking)
+
+
+def load_recipe(recipe: str | PathLike[str] | Recipe, workers: int | None = None) -> Recipe:
+    """The recipe of a name in ``configs/recipes`` or a YAML file, or the one given, with `workers` in place of its own.
+
+    Raises `UserError` for an unknown name and for settings that do not fit.
+    """
+    from lumen_ray import config
+    from lumen_ray.presets import recipe_path
+    from lumen_ray.recipe import Recipe
+
+    loaded = recipe if isinstance(recipe, Recipe) else config.load(Recipe, recipe_path(fspath(recipe)))
+    if workers is None:
+        return loaded
+    return config.validate(Recipe, loaded.model_dump(mode="json") | {"workers": workers}, "--workers")
+
+
+def load_engine(
+    model: PathOrUrl | Engine,
+    decoders: Mapping[str, str] | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+) -> Engine:
+    """The engine of a model folder or of bundled weights, or the one given, which has its decoders and device already.
+
+    Raises `UserError` as `evaluate` does.
+    """
+    if not isinstance(model, str | PathLike):
+        if decoders or device is not None or dtype not in ("float32", model.dtype):
+            raise UserError("the engine is loaded already; give decoders, device and dtype to Engine.load", "usage")
+        return model
+    from lumen_ray.presets import model_folder
+
+    model_folder(fspath(model))  # before the imports that take seconds
+    _prepare_environment()
+    from lumen_ray.inference.device import find_device
+    from lumen_ray.inference.engine import Engine
+
+    return Engine.load(fspath(model), find_device(device), dict(decoders or {}), dtype)
+
+
+def serve_settings(
+    model: PathOrUrl | None = None,
+    *,
+    config: str = "nano",
+    host: str | None = None,
+    port: int | None = None,
+    decoders: Mapping[str, str] | None = None,
+) -> ServeSettings:
+    """The settings that `serve` runs with. Raises `UserError` for what does not fit, before Ray is imported."""
+    from lumen_ray.presets import model_folder
+
+    if model is not None:
+        model_folder(fspath(model))
+    _prepare_environment()
+    from lumen_ray.model.build import read_meta
+    from lumen_ray.serve.settings import load_settings
+
+    settings = load_settings(
+        config, model=None if model is None else fspath(model), host=host, port=port, serving=dict(decoders or {})
+    )
+    read_meta(settings.model)  # raises here for a folder without a model, not in a replica
+    return settings
+
+
+def _prepare_environment() -> None:
+    """Sets the environment that Ray reads when it is imported; Serve's too, which this process may start later."""
+    from lumen_ray.serve.app import prepare_serve_environment
+
+    prepare_serve_environment()
+
+
+def _names(names: Sequence[str]) -> list[str]:
+    """A list of names; one name given as a plain text is a list of one."""
+    return [names] if isinstance(names, str) else list(names)
