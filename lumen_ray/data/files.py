@@ -81,8 +81,9 @@ def _first(error: BaseException) -> str:
 
 
 @contextmanager
-def told(location: Location, verb: str = "read") -> Iterator[None]:
-    """What a file system raises becomes one `UserError`; `verb` is what was tried: read, written, moved or removed."""
+def as_user_error(location: Location, verb: str = "read") -> Iterator[None]:
+    """Turns the errors of a file system into a `UserError` that names `location`; `verb`: read, written, moved or
+    removed."""
     try:
         yield
     except UserError:
@@ -122,14 +123,14 @@ def _store_error(location: Location, error: BaseException) -> StoreError:
 
 def open_input(location: Location) -> Any:
     """An open, seekable binary file (a pyarrow `NativeFile`, a context manager); raises as the module says."""
-    with told(location):
+    with as_user_error(location):
         store, path = filesystem(location)
         return store.open_input_file(path)
 
 
 def read_bytes(location: Location) -> bytes:
     """The whole file."""
-    with told(location), open_input(location) as file:
+    with as_user_error(location), open_input(location) as file:
         return file.read()
 
 
@@ -158,7 +159,7 @@ def read_texts(locations: Sequence[Location], threads: int = 32) -> Iterator[str
 
 def _kind(location: Location) -> fs.FileType:
     try:
-        with told(location):
+        with as_user_error(location):
             store, path = filesystem(location)
             return store.get_file_info(path).type
     except UserError as error:
@@ -182,7 +183,7 @@ def is_dir(location: Location) -> bool:
 
 def size(location: Location) -> int:
     """Bytes of a file; 0 when it is not there."""
-    with told(location):
+    with as_user_error(location):
         store, path = filesystem(location)
         return store.get_file_info(path).size or 0
 
@@ -193,7 +194,7 @@ def list_files(folder: Location, suffixes: Iterable[str] = (), recursive: bool =
     endings = tuple(s.lower() for s in suffixes)
     if not is_dir(folder):
         raise UserError(f"folder '{shown(folder)}' does not exist", "missing_folder")
-    with told(folder):
+    with as_user_error(folder):
         store, path = filesystem(folder)
         found = store.get_file_info(fs.FileSelector(path, recursive=recursive))
     root = path.rstrip("/") + "/"
@@ -204,7 +205,7 @@ def list_files(folder: Location, suffixes: Iterable[str] = (), recursive: bool =
 def idle_folders(folder: Location, prefix: str, seconds: float) -> list[str]:
     """Names of the folders directly in `folder` that begin with `prefix` and hold nothing changed in `seconds`, sorted;
     without those of a store that keeps no times."""
-    with told(folder):
+    with as_user_error(folder):
         store, path = filesystem(folder)
         inside = store.get_file_info(fs.FileSelector(path, allow_not_found=True))
         found = [i for i in inside if i.type == fs.FileType.Directory and i.base_name.startswith(prefix)]
@@ -243,10 +244,11 @@ def _as_regex(pattern: str) -> re.Pattern[str]:
 
 
 def put(local: Location, location: Location) -> None:
-    """Move a finished local file into place: it appears there whole or not at all."""
-    with told(location, "written"):
+    """Moves a finished local file to `location`, where it appears whole or not at all. Both must lie on one disk where
+    `location` is local."""
+    with as_user_error(location, "written"):
         if not is_url(location):
-            os.replace(local, split(location)[1])
+            _rename(Path(local), Path(split(location)[1]))
             return
         store, path = filesystem(location)
         _make_folder(store, location)
@@ -255,23 +257,44 @@ def put(local: Location, location: Location) -> None:
         os.unlink(local)
 
 
-def write_bytes(location: Location, data: bytes) -> None:
-    """Write a file that appears whole or not at all; `UserError` (`invalid_output`, `disk_full`) where it cannot."""
-    with told(location, "written"):
+def write_bytes(location: Location, data: bytes, *, durable: bool = True) -> None:
+    """Writes a file that appears whole or not at all; `durable` as in `write_atomically`.
+
+    Raises `UserError` (`invalid_output`, `disk_full`) if it cannot be written.
+    """
+    with as_user_error(location, "written"):
         store, path = filesystem(location)
-        if is_url(location):
-            _make_folder(store, location)
-            with store.open_output_stream(path) as target:
-                target.write(data)
+        if not is_url(location):
+            write_atomically(Path(path), lambda temporary: temporary.write_bytes(data), durable=durable)
             return
-        partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
-        try:
-            partial.write_bytes(data)
-            os.replace(partial, path)
-        except OSError:
-            with suppress(OSError):
-                partial.unlink()  # on a full disk it would only take more room
-            raise
+        _make_folder(store, location)
+        with store.open_output_stream(path) as target:
+            target.write(data)
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any], *, durable: bool = True) -> None:
+    """Calls `write(temporary)` and renames the result to `path`: readers find the old file, the new one or none.
+
+    The one way a single local file is replaced. Missing parent folders are created, and the temporary file is removed
+    if anything fails. `durable`: flush it to disk before the rename, or a power cut may leave an empty file; False only
+    for files that can be written again, many at a time.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        _rename(temporary, path, durable)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()  # on a full disk it would only take more room
+        raise
+
+
+def _rename(temporary: Path, path: Path, durable: bool = True) -> None:
+    if durable:
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def _make_folder(store: fs.FileSystem, location: Location) -> None:
@@ -309,14 +332,14 @@ def local_folder(folder: Location) -> Path:
 
 def move(source: Location, target: Location) -> None:
     """Rename within one store (a bucket copies on its own side and deletes)."""
-    with told(source, "moved"):
+    with as_user_error(source, "moved"):
         store, path = filesystem(source)
         store.move(path, filesystem(target)[1])
 
 
 def remove(location: Location, missing_ok: bool = True) -> None:
     """Delete a file."""
-    with told(location, "removed"):
+    with as_user_error(location, "removed"):
         store, path = filesystem(location)
         if is_file(location) or not missing_ok:
             store.delete_file(path)
@@ -324,17 +347,7 @@ def remove(location: Location, missing_ok: bool = True) -> None:
 
 def remove_folder(folder: Location) -> None:
     """Delete a folder with all that is in it, if it is there."""
-    with told(folder, "removed"):
+    with as_user_error(folder, "removed"):
         store, path = filesystem(folder)
         if is_dir(folder):
             store.delete_dir(path)
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write(temporary path)` and renames the result to `path`: readers see the old file, the new one or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    with temporary.open("rb") as file:  # on disk before it gets its name, or a power cut leaves an empty file
-        os.fsync(file.fileno())
-    temporary.replace(path)
