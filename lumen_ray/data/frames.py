@@ -28,7 +28,7 @@ _ARRAY: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @dataclass(frozen=True)
-class Frame:
+class AnnotationFrame:
     """`size`: (height, width) in which annotations are given; `rotated_size`: that of the image after EXIF rotation;
     `turn`: the EXIF orientation that leads from one to the other, 1 when they are the same frame."""
 
@@ -57,7 +57,7 @@ class Frame:
         return moved
 
 
-def read_frame(image: bytes | None, declared: Sequence[Sequence[Any]]) -> Frame:
+def read_frame(image: bytes | None, declared: Sequence[Sequence[Any]]) -> AnnotationFrame:
     """The frame that the `declared` (height, width) of an image's annotations tell; zeros declare nothing.
 
     `image`: encoded bytes, all of which are decoded: a truncated file shows only then. Raises `UserError` for an image
@@ -69,10 +69,10 @@ def read_frame(image: bytes | None, declared: Sequence[Sequence[Any]]) -> Frame:
     size, stored = (height, width), (width, height)
     told = [tuple(d) for d in declared if any(d)]
     if all(d == size for d in told):
-        return Frame(size, size)
+        return AnnotationFrame(size, size)
     turn = orientation(image)
     if turn in _POINT and all(d == stored for d in told):
-        return Frame(stored, size, turn)
+        return AnnotationFrame(stored, size, turn)
     wrong = next(d for d in told if d != size)
     raise UserError(
         f"size mismatch: the annotations say {wrong[1]}x{wrong[0]} pixels, "
