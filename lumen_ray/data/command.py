@@ -1,4 +1,4 @@
-"""The verbs about data, `prepare` and `data`: their arguments, and what they print.
+"""The commands `prepare` and `data`: their arguments and output.
 
 Heavy imports happen inside the commands.
 """
@@ -14,7 +14,7 @@ from lumen_ray.ray_env import tasks_at_once
 
 
 def add_args(verbs: Any, parser_class: type) -> None:
-    """Adds `prepare`, with a source each, and `data`, with an action each."""
+    """Adds `prepare`, with a subcommand per source, and `data`, with one per action."""
     _prepare_args(verbs, parser_class)
     _data_args(verbs, parser_class)
 
@@ -29,22 +29,22 @@ def _prepare_args(verbs: Any, parser_class: type) -> None:
         for argument in source.arguments:
             argument.add_to(q)
         q.add_argument("--output", required=True, help="shard folder to write; local, s3:// or gs://")
-        q.add_argument("--shuffle-seed", type=int, default=0, help="order of the rows (default: 0)")
+        q.add_argument("--shuffle-seed", type=int, default=0, help="seed of the order of the rows (default: 0)")
         q.add_argument("--rows-per-group", type=int, default=8, help="images per row group; batch sizes are multiples")
         q.add_argument(
             "--rows-per-file", type=int, default=512, help="images per file, the unit of work (default: 512)"
         )
-        q.add_argument("--overwrite", action="store_true", help="replace shards that are there")
+        q.add_argument("--overwrite", action="store_true", help="replace existing shards")
         q.add_argument(
             "--workers",
             type=int,
-            help="most tasks at once (default: one per core, on a cluster as many as it has room for; 0: without Ray)",
+            help="maximal number of concurrent tasks (default: one per core, on a cluster as many as fit; 0: no Ray)",
         )
     p.set_defaults(run=_prepare)
 
 
 def _data_args(verbs: Any, parser_class: type) -> None:
-    p = verbs.add_parser("data", help="look at shards, or write them in other formats")
+    p = verbs.add_parser("data", help="inspect shards, or export them to other formats")
     kinds = p.add_subparsers(dest="action", metavar="ACTION", parser_class=parser_class, required=True)
     export = kinds.add_parser("export", help="shards -> COCO json (boxes, masks, keypoints, captions)")
     export.add_argument("shards", help="shard folder")
@@ -52,18 +52,21 @@ def _data_args(verbs: Any, parser_class: type) -> None:
     export.add_argument("--format", choices=("coco",), default="coco", help="format to write (default: coco)")
     export.add_argument("--images", action="store_true", help="also write the images, byte for byte")
     export.set_defaults(run=_data_export)
-    look = kinds.add_parser("inspect", help="counts and histograms, and a page of samples as training sees them")
+    look = kinds.add_parser("inspect", help="counts and histograms, and a page of samples as used in training")
     look.add_argument("shards", help="shard folder")
     look.add_argument("--output", default="inspect", help="folder for index.html, statistics.json (default: inspect)")
     look.add_argument("--samples", type=int, default=24, help="rows on the page (default: 24)")
     look.add_argument(
-        "--recipe", help="whose prompts and augmentation are shown (default: all tasks but generate, unaugmented)"
+        "--recipe",
+        help="recipe whose prompts and augmentation are shown (default: all tasks but generate, no augmentation)",
     )
-    look.add_argument("--stage", help="stage of the recipe (default: the one with most tasks)")
-    look.add_argument("--top", type=int, default=30, help="classes listed one by one; the rest in a line (default: 30)")
-    look.add_argument("--seed", type=int, default=0, help="which rows are sampled (default: 0)")
+    look.add_argument("--stage", help="stage of the recipe (default: the one with the most tasks)")
     look.add_argument(
-        "--verify", action=argparse.BooleanOptionalAction, default=True, help="check the checksums of all files first"
+        "--top", type=int, default=30, help="classes listed; the others share a line (default: 30)"
+    )
+    look.add_argument("--seed", type=int, default=0, help="seed of the sampled rows (default: 0)")
+    look.add_argument(
+        "--verify", action=argparse.BooleanOptionalAction, default=True, help="verify the checksums of all files first"
     )
     look.set_defaults(run=_data_inspect)
 
@@ -92,7 +95,7 @@ def _prepare(args: argparse.Namespace) -> None:
 
 
 def prepared_line(summary: dict[str, Any]) -> str:
-    """What `prepare` wrote, in one line."""
+    """A one-line summary of `prepare`."""
     tasks = ", ".join(f"{name} {count}" for name, count in summary["tasks"].items())
     rejected = f"; {summary['rejected']} rejected, see rejected.parquet" if summary["rejected"] else ""
     changed = "".join(f"; {number} {what}" for what, number in summary["changed"].items())
@@ -103,8 +106,8 @@ def _data_export(args: argparse.Namespace) -> None:
     from lumen_ray.data.shards.export import export_coco
 
     counts = export_coco(args.shards, args.output, images=args.images)
-    told = ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in counts.items() if number)
-    say(f"{told} -> {args.output}")
+    written = ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in counts.items() if number)
+    say(f"{written} -> {args.output}")
 
 
 def _data_inspect(args: argparse.Namespace) -> None:

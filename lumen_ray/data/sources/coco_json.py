@@ -217,7 +217,9 @@ class _Merger:
 
 def _object_key(image: CocoImage, annotation: dict[str, Any]) -> tuple[str, str] | None:
     """Class and place of an object, equal for 109 and 109.0; None if it has neither box nor outline."""
-    bbox, outline = annotation.get("bbox"), annotation.get("segmentation")
+    bbox: Any = annotation.get("bbox")
+    outline = annotation.get("segmentation")
+    place: dict[str, Any]
     if is_numbers(bbox) and len(bbox) == 4:
         place = {"bbox": [round(float(c), 2) for c in bbox]}
     elif not bbox and outline:

@@ -98,8 +98,8 @@ class VqaSource(Source):
             return [clean_text(single, "the answer")]
         if not texts:
             raise UserError("it has no answer (keys: answer, answers, multiple_choice_answer)", "missing_answer")
-        texts = [clean_text(text, "an answer") for text in texts]
-        return texts if self.answers == "all" else [Counter(texts).most_common(1)[0][0]]
+        answers = [clean_text(text, "an answer") for text in texts]
+        return answers if self.answers == "all" else [Counter(answers).most_common(1)[0][0]]
 
     def rows(self, record: Record, shared: Any) -> Iterator[Outcome]:
         try:

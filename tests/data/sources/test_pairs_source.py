@@ -165,7 +165,7 @@ def test_everything_in_a_store(tmp_path):
         for data, written in ((f"{base}/*.tar", 2), (f"{base}/pairs.csv", 3), (f"{base}/pairs.parquet", 3)):
             rows, rejected, _ = prepared(PairsSource([data], f"{base}/images"))
             assert (len(rows), rejected) == (written, [])
-        with pytest.raises(UserError, match="no file fits"):
+        with pytest.raises(UserError, match="no file matches"):
             PairsSource([f"{base}/*.webp"]).read_listing()
     finally:
         store.rm("/pairs-test", recursive=True)
@@ -174,7 +174,7 @@ def test_everything_in_a_store(tmp_path):
 def test_sources_that_cannot_work_are_refused(tmp_path):
     for data, images, message in (
         ("absent.tar", None, "does not exist"),
-        ("absent*.csv", None, "no file fits"),
+        ("absent*.csv", None, "no file matches"),
         ("absent.csv", None, "does not exist"),
         ("absent.xlsx", None, "not a known kind of table"),
         ("x.csv", "absent", "image folder"),
