@@ -1,4 +1,4 @@
-"""Typed settings: YAML in, validated on construction, unknown keys refused with the nearest valid one."""
+"""Typed settings, read from YAML and validated on construction; an unknown key is an error naming the nearest one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Settings(BaseModel):
 
 
 def _explain(cls: type[BaseModel], error: ValidationError, origin: str) -> str:
-    """One sentence for the first problem found."""
+    """Describes the first problem in one sentence."""
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
     path = ".".join(str(p) for p in first["loc"])
@@ -32,13 +32,13 @@ def _explain(cls: type[BaseModel], error: ValidationError, origin: str) -> str:
         return f"{origin}: unknown key '{path}';{suggest(key, fields)}{valid}"
     if first["type"] == "missing":
         return f"{origin}: '{path}' is required"
-    if isinstance(cause, UserError):  # a settings class said it in its own words
+    if isinstance(cause, UserError):  # raised by a validator of the settings class
         return f"{origin}: {path + ': ' if path else ''}{cause}"
     return f"{origin}: '{path}' is invalid: {first['msg']} (got {first['input']!r})"
 
 
 def _owner(cls: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel] | None:
-    """The settings class that owns the key at `path`, found by walking the field annotations."""
+    """The settings class of the keys at `path`, by the field annotations; None if there is none."""
     current: Any = cls
     for step in path:
         if isinstance(step, int) or not (isinstance(current, type) and issubclass(current, BaseModel)):
@@ -49,7 +49,7 @@ def _owner(cls: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel] | Non
 
 
 def _settings_in(annotation: Any) -> Any:
-    """The first settings class inside an annotation such as `list[Stage]` or `Clip | None`."""
+    """The first settings class in an annotation such as `list[Stage]` or `Clip | None`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
     for arg in getattr(annotation, "__args__", ()):
@@ -59,7 +59,7 @@ def _settings_in(annotation: Any) -> Any:
 
 
 def validate(cls: type[T], data: Any, origin: str) -> T:
-    """`data` as settings of class `cls`; a `UserError` of one sentence when it does not fit."""
+    """`data` as settings of class `cls`. Raises `UserError`, which names `origin`, if it is not valid."""
     if not isinstance(data, dict):
         raise UserError(f"{origin}: expected a mapping of settings, got {type(data).__name__}", "invalid_config")
     try:
@@ -69,7 +69,7 @@ def validate(cls: type[T], data: Any, origin: str) -> T:
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, empty for an empty file; `UserError` when it cannot be read or holds no mapping."""
+    """The mapping in a YAML file, empty for an empty file. Raises `UserError` if it cannot be read or is no mapping."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"config file '{path}' does not exist", "missing_config")
@@ -82,13 +82,13 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        told = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"config file '{path}' is not valid YAML{where}: {told}", "invalid_config") from None
+        why = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"config file '{path}' is not valid YAML{where}: {why}", "invalid_config") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
         raise UserError(
-            f"config file '{path}' must hold a mapping of settings, not a {type(data).__name__}", "invalid_config"
+            f"config file '{path}' must contain a mapping of settings, not a {type(data).__name__}", "invalid_config"
         )
     return data
 

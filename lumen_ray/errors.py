@@ -1,4 +1,4 @@
-"""Errors a user can cause. Everything else is a bug and keeps its traceback."""
+"""Errors that a user can cause. Any other exception is a bug and keeps its traceback."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """One sentence that says what to change; the CLI prints it and exits with 2, the server answers 4xx.
+    """An error with one sentence that says what to change: the CLI prints it and exits with 2, the server answers 4xx.
 
-    `reason` is the machine-readable form, e.g. ``"unknown_task"``.
+    `reason` is its machine-readable form, e.g. ``"unknown_task"``.
     """
 
     def __init__(self, message: str, reason: str = "invalid_request"):
         super().__init__(message)
         self.reason = reason
 
-    def __reduce__(self):  # keeps `reason` when Ray pickles the error between processes
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str]]:  # keeps `reason` when Ray pickles the error
         return type(self), (str(self), self.reason)
 
 
 def suggest(word: str, valid: Iterable[str]) -> str:
-    """`" did you mean 'detect'?"` when a valid word is near, else the empty string."""
+    """`" did you mean 'detect'?"` if a valid word is similar, else the empty string."""
     near = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.6)
     return f" did you mean '{near[0]}'?" if near else ""
 
 
 def unknown(kind: str, word: str, valid: Iterable[str], plural: str | None = None) -> UserError:
-    """The error for a word that is not one of `valid`: names the nearest and lists all."""
+    """The error for a word that is not one of `valid`; it names the nearest one and lists all."""
     valid = sorted(valid)
     hint = suggest(word, valid)
     message = f"unknown {kind} '{word}';{hint} {plural or kind + 's'}: {', '.join(valid)}"

@@ -1,35 +1,37 @@
-"""Typed results and annotations. Every border of the system passes these, never bare coordinate arrays.
+"""Typed results and annotations: modules exchange these, never bare coordinate arrays.
 
-Frame of all coordinates: absolute pixels of the image after EXIF rotation, x to the right, y down, float32;
-boxes are `xyxy` with the far edge exclusive (a 10x10 box at the origin is ``[0, 0, 10, 10]``).
-Conversions to other conventions (COCO's xywh) happen only in the methods below and in exporters.
+All coordinates are float32 absolute pixels of the image after EXIF rotation, x to the right, y down; boxes are `xyxy`
+with the far edge exclusive (a 10x10 box at the origin is ``[0, 0, 10, 10]``). Sizes are (height, width). Conversions to
+other conventions (COCO's xywh) happen only in the methods below and in exporters.
 """
 
 from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from lumen_ray.errors import UserError, unknown
 
 Size = tuple[int, int]  # (height, width)
-Dtype = Literal["float32", "bfloat16"]  # of the arithmetic of a model that answers
+Dtype = Literal["float32", "bfloat16"]  # arithmetic of a model at inference
 
 
 def check_dtype(name: str) -> Dtype:
-    """`UserError` for a name that is none of `Dtype`."""
+    """Returns `name`. Raises `UserError` if it is not one of `Dtype`."""
     if name not in get_args(Dtype):
         raise unknown("dtype", name, get_args(Dtype))
-    return name
+    return cast(Dtype, name)
 
 
 def as_size(size: int | Size) -> Size:
-    """(height, width) of a model input; a single number is the side of a square."""
+    """(height, width) of a model input, pixels; a single number is the side of a square."""
     height, width = (size, size) if isinstance(size, int) else size
     return int(height), int(width)
 
@@ -42,31 +44,31 @@ def _check_size(size: Size) -> Size:
 
 
 def _coco_mask() -> Any:
-    """pycocotools' masks, imported on first use: a model computes without them, as on a bare GPU machine."""
+    """`pycocotools.mask`, imported on first use: running a model needs no pycocotools, e.g. on a bare GPU machine."""
     from pycocotools import mask
 
     return mask
 
 
-@dataclass
+@dataclass(init=False)
 class Boxes:
-    """`xyxy`: float32 [N, 4], absolute pixels; `size`: (height, width) of the image they lie in."""
+    """`xyxy`: float32 [N, 4], absolute pixels; `size`: (height, width) of the image."""
 
     xyxy: np.ndarray
     size: Size
 
-    def __post_init__(self) -> None:
-        self.xyxy = np.asarray(self.xyxy, dtype=np.float32).reshape(-1, 4)
-        self.size = _check_size(self.size)
+    def __init__(self, xyxy: ArrayLike, size: Size) -> None:
+        self.xyxy = np.asarray(xyxy, dtype=np.float32).reshape(-1, 4)
+        self.size = _check_size(size)
 
     @classmethod
     def from_xywh(cls, xywh: Any, size: Size) -> Boxes:
-        """From COCO's (x, y, width, height), computed in float64 before rounding to float32."""
+        """From COCO's (x, y, width, height) [N, 4] in pixels, computed in float64 before rounding to float32."""
         boxes = np.asarray(xywh, dtype=np.float64).reshape(-1, 4)
         return cls(np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], axis=1), size)
 
     def to_xywh(self) -> np.ndarray:
-        """float64 [N, 4] in COCO's (x, y, width, height)."""
+        """float64 [N, 4], COCO's (x, y, width, height) in pixels."""
         boxes = self.xyxy.astype(np.float64)
         return np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1)
 
@@ -77,13 +79,13 @@ class Boxes:
         return wh[:, 0] * wh[:, 1]
 
     def clip(self) -> Boxes:
-        """Clipped to the image."""
+        """The boxes [N, 4] clipped to the image."""
         height, width = self.size
         limit = np.array([width, height, width, height], np.float32)
         return Boxes(np.clip(self.xyxy, 0, limit), self.size)
 
     def iou(self, other: Boxes) -> np.ndarray:
-        """Intersection over union, float32 [N, M]."""
+        """Intersection over union with M other boxes, float32 [N, M] in 0..1."""
         top_left = np.maximum(self.xyxy[:, None, :2], other.xyxy[None, :, :2])
         bottom_right = np.minimum(self.xyxy[:, None, 2:], other.xyxy[None, :, 2:])
         overlap = np.clip(bottom_right - top_left, 0, None).prod(-1)
@@ -99,7 +101,8 @@ class Boxes:
 
 @dataclass
 class Masks:
-    """Instance masks as COCO RLE: `rles` is N dicts ``{"size": [height, width], "counts": str}``."""
+    """Instance masks as COCO RLE: `rles` is N dicts ``{"size": [height, width], "counts": str}``, each of the whole
+    image; `size`: its (height, width)."""
 
     rles: list[dict[str, Any]]
     size: Size
@@ -109,23 +112,23 @@ class Masks:
 
     @classmethod
     def from_arrays(cls, masks: np.ndarray, size: Size | None = None) -> Masks:
-        """From bool [N, height, width]."""
+        """From bool [N, height, width]; `size`: (height, width), by default that of the array."""
         masks = np.asarray(masks)
-        size = size or masks.shape[1:]
+        size = size or (masks.shape[1], masks.shape[2])
         if len(masks) == 0:
             return cls([], size)
         encoded = _coco_mask().encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
         return cls([{"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode()} for rle in encoded], size)
 
     def to_arrays(self) -> np.ndarray:
-        """bool [N, height, width]."""
+        """The masks as bool [N, height, width]."""
         if not self.rles:
             return np.zeros((0, *self.size), bool)
         return _coco_mask().decode(self.rles).transpose(2, 0, 1).astype(bool)
 
     @property
     def area(self) -> np.ndarray:
-        """float32 [N], pixels."""
+        """float32 [N], number of pixels."""
         areas = _coco_mask().area(self.rles) if self.rles else []
         return np.asarray(areas, np.float32).reshape(-1)
 
@@ -137,19 +140,20 @@ class Masks:
         return Masks(rles, self.size)
 
 
-@dataclass
+@dataclass(init=False)
 class Keypoints:
-    """`xyv`: float32 [N, K, 3]; x, y in absolute pixels; `v` is COCO's visibility (0 unlabelled, 1 hidden, 2 visible)
-    in annotations and a score in 0..1 in predictions. `names`: the K keypoint names."""
+    """`xyv`: float32 [N, K, 3]; x, y in absolute pixels; v is COCO's visibility (0 unlabelled, 1 hidden, 2 visible) in
+    annotations and a score in 0..1 in predictions. `names`: the K keypoint names; `size`: (height, width) of the image.
+    """
 
     xyv: np.ndarray
     names: tuple[str, ...]
     size: Size
 
-    def __post_init__(self) -> None:
-        self.names = tuple(self.names)
-        self.xyv = np.asarray(self.xyv, dtype=np.float32).reshape(-1, len(self.names), 3)
-        self.size = _check_size(self.size)
+    def __init__(self, xyv: ArrayLike, names: Iterable[str], size: Size) -> None:
+        self.names = tuple(names)
+        self.xyv = np.asarray(xyv, dtype=np.float32).reshape(-1, len(self.names), 3)
+        self.size = _check_size(size)
 
     def __len__(self) -> int:
         return len(self.xyv)
@@ -161,71 +165,77 @@ class Keypoints:
 REGION_KINDS = ("box", "point", "scribble", "polygon", "mask")
 
 
-@dataclass
+@dataclass(init=False)
 class Region:
-    """A visual prompt: `points` float32 [N, 2] xy pixels (box: its two corners; point: one; scribble and polygon: the
-    vertices) or, for kind ``mask``, an RLE. `size` is the image's (height, width)."""
+    """A visual prompt: `points` float32 [N, 2], x and y in absolute pixels (box: two corners; point: one; scribble and
+    polygon: the vertices) or, for kind ``mask``, a COCO `rle`. `size`: (height, width) of the image.
+
+    Raises `UserError` for an unknown kind, too few points, an empty box or points outside the image.
+    """
 
     kind: str
     size: Size
     points: np.ndarray | None = None
     rle: dict[str, Any] | None = None
 
-    def __post_init__(self) -> None:
-        self.size = _check_size(self.size)
-        if self.kind not in REGION_KINDS:
-            raise UserError(f"unknown region kind '{self.kind}'; kinds: {', '.join(REGION_KINDS)}", "unknown_region")
-        if self.kind == "mask":
-            if self.rle is None:
-                raise UserError("a mask region needs an RLE of the image's size", "invalid_region")
-            if list(self.rle["size"]) != list(self.size):
-                raise UserError(
-                    f"the mask region is {self.rle['size']} but the image is {list(self.size)} (height, width)",
-                    "invalid_region",
-                )
-            return
-        self.points = np.asarray(self.points if self.points is not None else [], np.float32).reshape(-1, 2)
-        needed = {"box": 2, "point": 1, "scribble": 2, "polygon": 3}[self.kind]
-        if len(self.points) < needed:
+    def __init__(
+        self, kind: str, size: Size, points: ArrayLike | None = None, rle: dict[str, Any] | None = None
+    ) -> None:
+        self.kind, self.size, self.rle, self.points = kind, _check_size(size), rle, None
+        if kind not in REGION_KINDS:
+            raise UserError(f"unknown region kind '{kind}'; kinds: {', '.join(REGION_KINDS)}", "unknown_region")
+        if kind == "mask":
+            self._check_mask()
+        else:
+            self.points = np.asarray([] if points is None else points, np.float32).reshape(-1, 2)
+            self._check_points(self.points)
+
+    def _check_mask(self) -> None:
+        if self.rle is None:
+            raise UserError("a mask region needs an RLE of the image's size", "invalid_region")
+        if list(self.rle["size"]) != list(self.size):
             raise UserError(
-                f"a {self.kind} region needs at least {needed} point(s) [x, y], got {len(self.points)}",
+                f"the mask region is {self.rle['size']} but the image is {list(self.size)} (height, width)",
                 "invalid_region",
             )
-        height, width = self.size
-        x, y = self.points[:, 0], self.points[:, 1]
-        if (
-            not np.isfinite(self.points).all()
-            or (x < 0).any()
-            or (y < 0).any()
-            or (x > width).any()
-            or (y > height).any()
-        ):
+
+    def _check_points(self, points: np.ndarray) -> None:
+        needed = {"box": 2, "point": 1, "scribble": 2, "polygon": 3}[self.kind]
+        if len(points) < needed:
             raise UserError(
-                f"{self.kind} region {self.points.tolist()} lies outside the image of {width}x{height} pixels; "
+                f"a {self.kind} region needs at least {needed} point(s) [x, y], got {len(points)}", "invalid_region"
+            )
+        height, width = self.size
+        x, y = points[:, 0], points[:, 1]
+        inside = np.isfinite(points).all(1) & (x >= 0) & (y >= 0) & (x <= width) & (y <= height)
+        if not inside.all():
+            raise UserError(
+                f"{self.kind} region {points.tolist()} lies outside the image of {width}x{height} pixels; "
                 f"give x in 0..{width} and y in 0..{height}",
                 "region_outside_image",
             )
-        if self.kind == "box" and ((self.points[1] - self.points[0]) <= 0).any():
-            raise UserError(f"box region {self.points.tolist()} is empty; give x1 < x2 and y1 < y2", "invalid_region")
+        if self.kind == "box" and ((points[1] - points[0]) <= 0).any():
+            raise UserError(f"box region {points.tolist()} is empty; give x1 < x2 and y1 < y2", "invalid_region")
 
 
 def encode_png(image: np.ndarray) -> bytes:
-    """PNG bytes of uint8 [h, w, 3]."""
+    """PNG bytes of an image, uint8 [h, w, 3] RGB."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def decode_png(data: bytes) -> np.ndarray:
-    """uint8 [h, w, 3] of what `encode_png` wrote."""
+    """The image, uint8 [h, w, 3] RGB, of bytes from `encode_png`."""
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).copy()
 
 
-@dataclass
+@dataclass(init=False)
 class Prediction:
-    """All instances found for one phrase of one image, best score first.
+    """All instances of one phrase in one image, best score first.
 
-    `scores`: float32 [N] in 0..1. `masks` and `keypoints` are None where the task does not ask for them.
+    `boxes`: N boxes; `scores`: float32 [N] in 0..1; `masks` and `keypoints`: N each, None if the task has none. All in
+    pixels of the EXIF-rotated image.
     """
 
     phrase: str
@@ -234,8 +244,16 @@ class Prediction:
     masks: Masks | None = None
     keypoints: Keypoints | None = None
 
-    def __post_init__(self) -> None:
-        self.scores = np.asarray(self.scores, np.float32).reshape(-1)
+    def __init__(
+        self,
+        phrase: str,
+        boxes: Boxes,
+        scores: ArrayLike,
+        masks: Masks | None = None,
+        keypoints: Keypoints | None = None,
+    ) -> None:
+        self.phrase, self.boxes, self.masks, self.keypoints = phrase, boxes, masks, keypoints
+        self.scores = np.asarray(scores, np.float32).reshape(-1)
         assert len(self.scores) == len(self.boxes)
 
     def __len__(self) -> int:
@@ -251,55 +269,58 @@ class Prediction:
         )
 
     def above(self, threshold: float) -> Prediction:
-        """The instances with at least that score."""
+        """The instances with a score of at least `threshold`."""
         return self[np.flatnonzero(self.scores >= threshold)]
 
 
 @dataclass(frozen=True)
 class SampleSettings:
-    """How images are drawn. A prompt's picture depends on `seed` and the prompt, not on what is drawn beside it."""
+    """How a diffusion decoder samples images. An image depends on `seed` and its prompt, not on others in the batch."""
 
     steps: int = 30  # of the scheduler
-    guidance: float | None = None  # how strictly the text is followed; None: as the decoder's settings say
-    image_guidance: float | None = None  # editing only: how much of the picture is kept; None: as they say
+    guidance: float | None = None  # guidance scale of the text; None: the decoder's setting
+    image_guidance: float | None = None  # editing only: guidance scale of the input image; None: the decoder's setting
     seed: int = 0
-    size: Size | None = None  # (height, width) in pixels; None: the decoder's own
+    size: Size | None = None  # (height, width) in pixels; None: the decoder's setting
     num_images: int = 1  # per prompt
-    batch_size: int = 4  # pictures drawn at once, to bound memory
+    batch_size: int = 4  # images sampled at once, to bound memory
 
 
 @dataclass
 class Answer:
-    """What one `Request` about one image got: text, or one `Prediction` per phrase asked, in the order asked."""
+    """The result of one `Request` about one image: text, images, or one `Prediction` per phrase in the request's order.
+
+    `size`: (height, width) of the EXIF-rotated image, in whose pixels all coordinates are.
+    """
 
     task: str
     size: Size
     predictions: list[Prediction] = field(default_factory=list)
     text: str | None = None
-    #: routing token the LLM chose (free chat) or that the request forced; None for text
+    #: routing token that the LLM chose (free chat) or the request forced; None for text
     route: str | None = None
-    #: pictures made for it, uint8 [h, w, 3] RGB each
+    #: generated or edited images, uint8 [h, w, 3] RGB each
     images: list[np.ndarray] | None = None
 
     def best(self, most: int) -> Answer:
-        """The answer with the `most` best-scored instances of all its phrases; equal scores in phrase order."""
+        """The answer reduced to the `most` instances with the highest scores over all phrases; ties in phrase order."""
         scores = np.concatenate([p.scores for p in self.predictions]) if self.predictions else np.zeros(0)
         if len(scores) <= most:
             return self
         kept = np.zeros(len(scores), bool)
         kept[np.argsort(-scores, kind="stable")[:most]] = True
-        parts = np.split(kept, np.cumsum([len(p) for p in self.predictions])[:-1])
-        chosen = [p[np.flatnonzero(part)] for p, part in zip(self.predictions, parts, strict=True)]
+        by_phrase = np.split(kept, np.cumsum([len(p) for p in self.predictions])[:-1])
+        chosen = [p[np.flatnonzero(k)] for p, k in zip(self.predictions, by_phrase, strict=True)]
         return replace(self, predictions=chosen)
 
     @property
     def counts(self) -> dict[str, int]:
-        """Instances per phrase (task `count`; threshold the predictions first)."""
+        """Number of instances per phrase (task `count`; apply a threshold to the predictions first)."""
         return {p.phrase: len(p) for p in self.predictions}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types: boxes as xyxy pixel lists, masks as RLE, keypoints as [[x, y, score], ...], pictures as PNG
-        in base64."""
+        """As plain JSON types: boxes xyxy in pixels, masks as RLE, keypoints as {name: [x, y, score]}, images as PNG in
+        base64."""
         instances = []
         for p in self.predictions:
             for i in range(len(p)):
@@ -332,21 +353,23 @@ class Answer:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Answer:
-        """The inverse of `to_dict`, for clients that want to draw or score what a server sent."""
+        """The inverse of `to_dict`, for clients that draw or score a server's response."""
         size = (int(data["height"]), int(data["width"]))
         instances = data.get("instances") or []
         phrases = list(dict.fromkeys([*(data.get("phrases") or []), *(i["phrase"] for i in instances)]))
-        predictions = []
-        for phrase in phrases:
-            members = [i for i in instances if i["phrase"] == phrase]
-            masks = keypoints = None
-            if members and members[0].get("mask"):
-                masks = Masks([i["mask"] for i in members], size)
-            if members and members[0].get("keypoints"):
-                names = tuple(members[0]["keypoints"])
-                keypoints = Keypoints([[i["keypoints"][n] for n in names] for i in members], names, size)
-            boxes = Boxes([i["box"] for i in members], size)
-            predictions.append(Prediction(phrase, boxes, [i["score"] for i in members], masks, keypoints))
-        pictures = data.get("images")
-        images = None if pictures is None else [decode_png(base64.b64decode(text)) for text in pictures]
+        predictions = [_prediction(phrase, [i for i in instances if i["phrase"] == phrase], size) for phrase in phrases]
+        encoded = data.get("images")
+        images = None if encoded is None else [decode_png(base64.b64decode(text)) for text in encoded]
         return cls(data["task"], size, predictions, data.get("text"), data.get("route"), images)
+
+
+def _prediction(phrase: str, instances: list[dict[str, Any]], size: Size) -> Prediction:
+    """A `Prediction` of instances in the form of `Answer.to_dict`."""
+    masks = keypoints = None
+    if instances and instances[0].get("mask"):
+        masks = Masks([i["mask"] for i in instances], size)
+    if instances and instances[0].get("keypoints"):
+        names = tuple(instances[0]["keypoints"])
+        keypoints = Keypoints([[i["keypoints"][n] for n in names] for i in instances], names, size)
+    boxes = Boxes([i["box"] for i in instances], size)
+    return Prediction(phrase, boxes, [i["score"] for i in instances], masks, keypoints)

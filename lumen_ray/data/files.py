@@ -1,8 +1,8 @@
-"""One path layer for local paths, ``s3://``, ``gs://`` and every other fsspec URL (``memory://`` in tests).
+"""File access for local paths, ``s3://``, ``gs://`` and every other fsspec URL (``memory://`` in tests).
 
-Errors: `UserError` with reason ``missing_file`` or ``unreadable_file`` for one file that is read, ``disk_full`` or
-``invalid_output`` for one that cannot be written; `StoreError` for what concerns the whole store (no credentials, no
-such bucket, no connection): it must stop a job and not reject its images one by one.
+Errors: `UserError` with reason ``missing_file`` or ``unreadable_file`` for a file that cannot be read, ``disk_full`` or
+``invalid_output`` for one that cannot be written; `StoreError` for a failure of the whole store (no credentials, no
+such bucket, no connection), which must stop a job instead of rejecting its images one by one.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def filesystem(location: Location) -> tuple[fs.FileSystem, str]:
     bucket, slash, key = path.partition("/")
     if not bucket:
         raise StoreError(f"'{shown(location)}' names no bucket; write {scheme}://BUCKET/path", "unknown_store")
-    if len(key.encode()) > _LONGEST_KEY:  # the store's answer could not be told from expired credentials
-        raise UserError(f"'{shown(location)[:80]}...' is longer than a store's keys can be", "missing_file")
+    if len(key.encode()) > _LONGEST_KEY:  # the store's response would look like expired credentials
+        raise UserError(f"'{shown(location)[:80]}...' is longer than the keys of a store can be", "missing_file")
     return _store(scheme, bucket, settings), bucket.rpartition("@")[2] + slash + key
 
 
@@ -81,8 +81,9 @@ def _first(error: BaseException) -> str:
 
 
 @contextmanager
-def told(location: Location, verb: str = "read") -> Iterator[None]:
-    """What a file system raises becomes one `UserError`; `verb` is what was tried: read, written, moved or removed."""
+def as_user_error(location: Location, verb: str = "read") -> Iterator[None]:
+    """Turns the errors of a file system into a `UserError` that names `location`; `verb`: read, written, moved or
+    removed."""
     try:
         yield
     except UserError:
@@ -93,7 +94,7 @@ def told(location: Location, verb: str = "read") -> Iterator[None]:
             raise _store_error(location, error) from None
         if verb == "written":
             raise _local_error(location, verb, error) from None
-        raise UserError(f"'{shown(location)}' does not exist or is no file", "missing_file") from None
+        raise UserError(f"'{shown(location)}' does not exist or is not a file", "missing_file") from None
     except OSError as error:
         if is_url(location):  # after Arrow's own retries
             raise _store_error(location, error) from None
@@ -108,7 +109,7 @@ def _local_error(location: Location, verb: str, error: OSError) -> UserError:
     why = os.strerror(error.errno) if error.errno else _first(error)  # Arrow's own text has several lines
     if verb == "read":
         return UserError(f"{what}: {why}", "unreadable_file")
-    return UserError(f"{what}: {why}; give another output folder or mend this one", "invalid_output")
+    return UserError(f"{what}: {why}; give another output folder or fix this one", "invalid_output")
 
 
 def _store_error(location: Location, error: BaseException) -> StoreError:
@@ -121,20 +122,20 @@ def _store_error(location: Location, error: BaseException) -> StoreError:
 
 
 def open_input(location: Location) -> Any:
-    """An open, seekable binary file (a pyarrow `NativeFile`, a context manager); raises as the module says."""
-    with told(location):
+    """Opens a seekable binary file, a pyarrow `NativeFile` (a context manager). Raises as described in the module."""
+    with as_user_error(location):
         store, path = filesystem(location)
         return store.open_input_file(path)
 
 
 def read_bytes(location: Location) -> bytes:
-    """The whole file."""
-    with told(location), open_input(location) as file:
+    """Reads a whole file."""
+    with as_user_error(location), open_input(location) as file:
         return file.read()
 
 
 def read_text(location: Location) -> str:
-    """The whole file as UTF-8, with or without a byte order mark; `UserError` (`invalid_text`) when it is none."""
+    """Reads a whole file as UTF-8, with or without a byte order mark. Raises `UserError` (`invalid_text`) if it is not."""
     try:
         return read_bytes(location).decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -142,7 +143,7 @@ def read_text(location: Location) -> str:
 
 
 def read_texts(locations: Sequence[Location], threads: int = 32) -> Iterator[str | UserError]:
-    """The texts of many small files in their order, read side by side; the error in a bad one's place."""
+    """Reads many small files concurrently; their texts in order, or the error in place of a bad one."""
 
     def read(location: Location) -> str | UserError:
         try:
@@ -158,13 +159,13 @@ def read_texts(locations: Sequence[Location], threads: int = 32) -> Iterator[str
 
 def _kind(location: Location) -> fs.FileType:
     try:
-        with told(location):
+        with as_user_error(location):
             store, path = filesystem(location)
             return store.get_file_info(path).type
     except UserError as error:
         if isinstance(error, StoreError):
             raise
-        return fs.FileType.NotFound  # a name the file system cannot hold, or a folder that may not be entered
+        return fs.FileType.NotFound  # an invalid name, or a folder without permission
 
 
 def exists(location: Location) -> bool:
@@ -176,24 +177,24 @@ def is_file(location: Location) -> bool:
 
 
 def is_dir(location: Location) -> bool:
-    """In a bucket a folder is what files lie under."""
+    """Whether it is a folder; in a bucket, whether there are files under it."""
     return _kind(location) == fs.FileType.Directory
 
 
 def size(location: Location) -> int:
-    """Bytes of a file; 0 when it is not there."""
-    with told(location):
+    """Bytes of a file; 0 if it does not exist."""
+    with as_user_error(location):
         store, path = filesystem(location)
         return store.get_file_info(path).size or 0
 
 
 def list_files(folder: Location, suffixes: Iterable[str] = (), recursive: bool = False) -> list[str]:
-    """Names of the files under `folder`, relative to it with ``/``, sorted; only those that end in one of `suffixes`
-    (any case), all when empty. Raises `UserError` (`missing_folder`) when there is no such folder."""
+    """Names of the files under `folder`, relative to it with ``/``, sorted; only those ending in one of `suffixes` (any
+    case), all if empty. Raises `UserError` (`missing_folder`) if there is no such folder."""
     endings = tuple(s.lower() for s in suffixes)
     if not is_dir(folder):
         raise UserError(f"folder '{shown(folder)}' does not exist", "missing_folder")
-    with told(folder):
+    with as_user_error(folder):
         store, path = filesystem(folder)
         found = store.get_file_info(fs.FileSelector(path, recursive=recursive))
     root = path.rstrip("/") + "/"
@@ -202,51 +203,53 @@ def list_files(folder: Location, suffixes: Iterable[str] = (), recursive: bool =
 
 
 def idle_folders(folder: Location, prefix: str, seconds: float) -> list[str]:
-    """Names of the folders directly in `folder` that begin with `prefix` and hold nothing changed in `seconds`, sorted;
-    without those of a store that keeps no times."""
-    with told(folder):
+    """Names of the folders directly in `folder` that begin with `prefix` and have not changed for `seconds`, sorted;
+    none in a store without modification times."""
+    with as_user_error(folder):
         store, path = filesystem(folder)
         inside = store.get_file_info(fs.FileSelector(path, allow_not_found=True))
         found = [i for i in inside if i.type == fs.FileType.Directory and i.base_name.startswith(prefix)]
         held = [store.get_file_info(fs.FileSelector(i.path, allow_not_found=True, recursive=True)) for i in found]
     idle = []
-    for top, parts in zip(found, held, strict=True):
-        times = [i.mtime.timestamp() for i in (top, *parts) if i.mtime]
+    for top, entries in zip(found, held, strict=True):
+        times = [i.mtime.timestamp() for i in (top, *entries) if i.mtime]
         if times and max(times) < time.time() - seconds:
             idle.append(top.base_name)
     return sorted(idle)
 
 
 def expand(pattern: Location) -> list[str]:
-    """The files that a location with ``*``, ``?`` or ``[...]`` stands for, sorted, ``**`` for any depth; one without
-    is itself. Raises `UserError` (`missing_file`) when nothing fits."""
+    """The files that match a location with ``*``, ``?``, ``[...]`` or, for any depth, ``**``, sorted; a location
+    without wildcards is returned as it is. Raises `UserError` (`missing_file`) if nothing matches."""
     scheme, path, settings = split(pattern)
-    if not _WILD.search(path):
+    wild = _WILD.search(path)
+    if wild is None:
         return [os.fspath(pattern)]
     if not scheme:
         found = [name for name in local_glob.glob(os.path.expanduser(path), recursive=True) if os.path.isfile(name)]
     else:
-        fixed = path[: _WILD.search(path).start()].rpartition("/")[0]
+        fixed = path[: wild.start()].rpartition("/")[0]
         folder = url_of(scheme, fixed, settings)
         rest = _as_regex(path[len(fixed) :].lstrip("/"))
         names = list_files(folder, recursive="/" in path[len(fixed) + 1 :]) if is_dir(folder) else []
         found = [join(folder, name) for name in names if rest.fullmatch(name)]
     if not found:
-        raise UserError(f"no file fits '{shown(pattern)}'", "missing_file")
+        raise UserError(f"no file matches '{shown(pattern)}'", "missing_file")
     return sorted(found)
 
 
 def _as_regex(pattern: str) -> re.Pattern[str]:
-    parts = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    pieces = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]*\])", pattern)
-    return re.compile("".join(parts.get(p) or (p if p.startswith("[") else re.escape(p)) for p in pieces))
+    wildcards = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+    tokens = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]*\])", pattern)
+    return re.compile("".join(wildcards.get(t) or (t if t.startswith("[") else re.escape(t)) for t in tokens))
 
 
 def put(local: Location, location: Location) -> None:
-    """Move a finished local file into place: it appears there whole or not at all."""
-    with told(location, "written"):
+    """Moves a finished local file to `location`, where it appears whole or not at all. Both must lie on one disk where
+    `location` is local."""
+    with as_user_error(location, "written"):
         if not is_url(location):
-            os.replace(local, split(location)[1])
+            _rename(Path(local), Path(split(location)[1]))
             return
         store, path = filesystem(location)
         _make_folder(store, location)
@@ -255,23 +258,44 @@ def put(local: Location, location: Location) -> None:
         os.unlink(local)
 
 
-def write_bytes(location: Location, data: bytes) -> None:
-    """Write a file that appears whole or not at all; `UserError` (`invalid_output`, `disk_full`) where it cannot."""
-    with told(location, "written"):
+def write_bytes(location: Location, data: bytes, *, durable: bool = True) -> None:
+    """Writes a file that appears whole or not at all; `durable` as in `write_atomically`.
+
+    Raises `UserError` (`invalid_output`, `disk_full`) if it cannot be written.
+    """
+    with as_user_error(location, "written"):
         store, path = filesystem(location)
-        if is_url(location):
-            _make_folder(store, location)
-            with store.open_output_stream(path) as target:
-                target.write(data)
+        if not is_url(location):
+            write_atomically(Path(path), lambda temporary: temporary.write_bytes(data), durable=durable)
             return
-        partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
-        try:
-            partial.write_bytes(data)
-            os.replace(partial, path)
-        except OSError:
-            with suppress(OSError):
-                partial.unlink()  # on a full disk it would only take more room
-            raise
+        _make_folder(store, location)
+        with store.open_output_stream(path) as target:
+            target.write(data)
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any], *, durable: bool = True) -> None:
+    """Calls `write(temporary)` and renames the result to `path`: readers find the old file, the new one or none.
+
+    The one way a single local file is replaced. Missing parent folders are created, and the temporary file is removed
+    if anything fails. `durable`: flush it to disk before the rename, or a power cut may leave an empty file; False only
+    for files that can be written again, many at a time.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        _rename(temporary, path, durable)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink()  # on a full disk it would only take more room
+        raise
+
+
+def _rename(temporary: Path, path: Path, durable: bool = True) -> None:
+    if durable:
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
 def _make_folder(store: fs.FileSystem, location: Location) -> None:
@@ -280,9 +304,9 @@ def _make_folder(store: fs.FileSystem, location: Location) -> None:
 
 
 def make_folder(folder: Location) -> None:
-    """Create a local folder with its parents; in a bucket there is nothing to create.
+    """Creates a local folder with its parents; in a bucket there is nothing to create.
 
-    Raises `UserError` (`invalid_output`) where no folder can be.
+    Raises `UserError` (`invalid_output`) if it cannot be created.
     """
     if is_url(folder):
         return
@@ -290,51 +314,41 @@ def make_folder(folder: Location) -> None:
         Path(filesystem(folder)[1]).mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise UserError(
-            f"output folder '{shown(folder)}' cannot be made: it is a file; give another", "invalid_output"
+            f"output folder '{shown(folder)}' cannot be made: it is a file; give another one", "invalid_output"
         ) from None
     except OSError as error:
         raise _local_error(folder, "made", error) from None
 
 
 def local_folder(folder: Location) -> Path:
-    """The path of an output folder that must lie on a file system; `UserError` (`invalid_output`) for a URL."""
+    """The path of an output folder that must be on a file system. Raises `UserError` (`invalid_output`) for a URL."""
     if is_url(folder):
         raise UserError(
-            f"output folder '{shown(folder)}' is a URL; give a folder on a file system, and on a cluster on one that "
-            "all nodes see",
+            f"output folder '{shown(folder)}' is a URL; give a folder on a file system, on a cluster one shared by all "
+            "nodes",
             "invalid_output",
         )
     return Path(split(folder)[1]).expanduser()
 
 
 def move(source: Location, target: Location) -> None:
-    """Rename within one store (a bucket copies on its own side and deletes)."""
-    with told(source, "moved"):
+    """Renames within one store (a bucket copies on the server and deletes)."""
+    with as_user_error(source, "moved"):
         store, path = filesystem(source)
         store.move(path, filesystem(target)[1])
 
 
 def remove(location: Location, missing_ok: bool = True) -> None:
-    """Delete a file."""
-    with told(location, "removed"):
+    """Deletes a file. Raises `UserError` if it does not exist, unless `missing_ok`."""
+    with as_user_error(location, "removed"):
         store, path = filesystem(location)
         if is_file(location) or not missing_ok:
             store.delete_file(path)
 
 
 def remove_folder(folder: Location) -> None:
-    """Delete a folder with all that is in it, if it is there."""
-    with told(folder, "removed"):
+    """Deletes a folder with its contents, if it exists."""
+    with as_user_error(folder, "removed"):
         store, path = filesystem(folder)
         if is_dir(folder):
             store.delete_dir(path)
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls `write(temporary path)` and renames the result to `path`: readers see the old file, the new one or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    write(temporary)
-    with temporary.open("rb") as file:  # on disk before it gets its name, or a power cut leaves an empty file
-        os.fsync(file.fileno())
-    temporary.replace(path)

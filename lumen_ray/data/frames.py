@@ -1,4 +1,5 @@
-"""Annotations written for the stored pixels of an image that its EXIF block rotates, brought into the rotated frame."""
+"""The frame of annotations: some tools write them for the stored pixels, others for the EXIF-rotated image. Maps the
+former into the rotated frame."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from lumen_ray.data.images import decode, orientation
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Masks, Size
 
-# By EXIF orientation, for stored pixels of height h and width w: where (x, y) goes, and the same for arrays [h, w].
+# By EXIF orientation, for stored pixels of height h and width w: the map of (x, y), and of arrays [h, w].
 _POINT: dict[int, Callable[[float, float, int, int], tuple[float, float]]] = {
     5: lambda x, y, h, w: (y, x),
     6: lambda x, y, h, w: (h - y, x),
@@ -28,20 +29,20 @@ _ARRAY: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 
 @dataclass(frozen=True)
-class Frame:
-    """`size`: (height, width) in which annotations are given; `rotated_size`: that of the image after EXIF rotation;
-    `turn`: the EXIF orientation that leads from one to the other, 1 when they are the same frame."""
+class AnnotationFrame:
+    """`size`: (height, width) of the frame that annotations are given in; `rotated_size`: of the image after EXIF
+    rotation; `turn`: the EXIF orientation that maps the first to the second, 1 if they are the same frame."""
 
     size: Size
     rotated_size: Size
     turn: int = 1
 
     def moved(self, points: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
-        """(x, y) pairs moved from `size` into `rotated_size`."""
+        """Maps (x, y) pairs, in pixels, into the rotated frame."""
         return [(x, y) if self.turn == 1 else _POINT[self.turn](x, y, *self.size) for x, y in points]
 
     def rotated(self, instance: dict[str, Any]) -> dict[str, Any]:
-        """A schema instance, its box, mask and keypoints moved from `size` into `rotated_size`."""
+        """Maps the box, mask and keypoints of a schema instance into the rotated frame."""
         if self.turn == 1:
             return instance
         x1, y1, x2, y2 = instance["box"]
@@ -57,23 +58,23 @@ class Frame:
         return moved
 
 
-def read_frame(image: bytes | None, declared: Sequence[Sequence[Any]]) -> Frame:
-    """The frame that the `declared` (height, width) of an image's annotations tell; zeros declare nothing.
+def read_frame(image: bytes | None, declared: Sequence[Sequence[Any]]) -> AnnotationFrame:
+    """Infers the frame of an image's annotations from their `declared` (height, width); zeros declare nothing.
 
-    `image`: encoded bytes, all of which are decoded: a truncated file shows only then. Raises `UserError` for an image
-    that is missing (None) or broken, and for declared sizes that are neither the stored nor the rotated one.
+    `image`: encoded bytes, which are decoded completely, since truncation shows only then. Raises `UserError` if the
+    image is missing (None) or broken, or a declared size is neither the stored nor the rotated one.
     """
     if image is None:
         raise UserError("the image file is missing or cannot be opened", "missing_image")
     height, width = decode(image).shape[:2]
     size, stored = (height, width), (width, height)
-    told = [tuple(d) for d in declared if any(d)]
-    if all(d == size for d in told):
-        return Frame(size, size)
+    given = [tuple(d) for d in declared if any(d)]
+    if all(d == size for d in given):
+        return AnnotationFrame(size, size)
     turn = orientation(image)
-    if turn in _POINT and all(d == stored for d in told):
-        return Frame(stored, size, turn)
-    wrong = next(d for d in told if d != size)
+    if turn in _POINT and all(d == stored for d in given):
+        return AnnotationFrame(stored, size, turn)
+    wrong = next(d for d in given if d != size)
     raise UserError(
         f"size mismatch: the annotations say {wrong[1]}x{wrong[0]} pixels, "
         f"the image has {width}x{height} after EXIF rotation",

@@ -1,7 +1,7 @@
-"""Encoded image bytes to pixels. The one place where EXIF rotation is applied and broken files are caught.
+"""Decodes image files. The one place where EXIF rotation is applied and broken files are detected.
 
 JPEG files can be decoded at a half, a quarter or an eighth of their size, which skips most of the work. `simplejpeg`
-(the `speed` extra) does it faster where it is installed, Pillow elsewhere: both are libjpeg-turbo, with equal pixels.
+(the `speed` extra) is faster than Pillow and used if installed: both are libjpeg-turbo, with equal pixels.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ except ImportError:
     simplejpeg = None
 
 MAX_PIXELS = 50_000_000
-# Named, because some of Pillow's other readers start programs (EPS) or have no signature to recognise them by.
+# An allow-list, since some of Pillow's other readers start programs (EPS) or have no signature to recognise.
 _FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO", "PSD")
 _JPEG = ("JPEG", "MPO")
 _SMALL = 8  # below it, several of the library's scales give the same size
 _ORIENTATION = 0x0112  # EXIF tag
-_PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # chunks where a PNG may keep it
+_PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # chunks of a PNG that may contain it
 _SWAPS_AXES = (5, 6, 7, 8)
 _HIGH_DEPTH = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
-#: what Pillow's parsers raise on damaged bytes; anything else is a bug and keeps its traceback
-_DAMAGE = (OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError, ZeroDivisionError)
-_DAMAGE += (OverflowError, MemoryError, AttributeError, struct.error)
+#: raised by Pillow's parsers on damaged bytes; anything else is a bug and keeps its traceback
+_DAMAGE = (OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError, ZeroDivisionError,
+           OverflowError, MemoryError, AttributeError, struct.error)  # fmt: skip
 
 
 def _broken(why: str) -> UserError:
@@ -43,7 +43,7 @@ def _broken(why: str) -> UserError:
 
 @contextmanager
 def _guarded() -> Iterator[None]:
-    """Damaged bytes become one `UserError`."""
+    """Turns errors of damaged bytes into a `UserError`."""
     try:
         yield
     except UserError:
@@ -58,7 +58,7 @@ def _guarded() -> Iterator[None]:
 
 
 def _open(data: bytes, max_pixels: int) -> Image.Image:
-    """The file's header; refuses an empty file and one that declares more than `max_pixels`."""
+    """Reads the header. Raises `UserError` if the file is empty or declares more than `max_pixels`."""
     if not data:
         raise _broken("the file is empty")
     Image.init()
@@ -77,7 +77,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 def _orientation(image: Image.Image, data: bytes) -> int:
     """EXIF orientation 1..8; 1 where the tag is absent, unreadable or out of range."""
     if image.format == "PNG" and not any(word in data for word in _PNG_EXIF):
-        return 1  # Pillow would decode all pixels to look for a block behind them
+        return 1  # Pillow would decode all pixels to search for a chunk after them
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except _DAMAGE:  # a damaged EXIF block does not make the pixels unreadable
@@ -97,11 +97,11 @@ _TRANSPOSE = {
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode: 16-bit and float are scaled, transparency is composited on white."""
+    """Converts any mode to RGB: 16-bit and float are scaled, transparency is composited on white."""
     if image.mode in _HIGH_DEPTH:
         values = np.asarray(image).astype(np.float64)
         values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
-        # 16-bit files use the whole 16-bit range by definition; 32-bit and float files declare none: their own is used
+        # 16-bit files use the whole 16-bit range by definition; 32-bit and float files declare none: it is stretched
         if image.mode.startswith("I;16") or (image.mode == "I" and values.min() >= 0 and values.max() <= 65535):
             values = values / 257.0
         elif np.ptp(values) > 0:
@@ -128,18 +128,19 @@ class Picture:
 
 
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Encoded bytes of an image (first frame of an animation) to uint8 [H, W, 3] RGB in the EXIF-rotated frame.
+    """Decodes an image (first frame of an animation) to uint8 [H, W, 3] RGB in the EXIF-rotated frame.
 
-    Raises `UserError(reason="broken_image")` for what cannot be read: unknown formats, truncated or damaged files,
-    and files that declare more than `max_pixels` (before any pixel is decoded).
+    Raises `UserError(reason="broken_image")` for unknown formats, truncated or damaged files, and files that declare
+    more than `max_pixels` (before any pixel is decoded).
     """
     return decode_reduced(data, None, max_pixels).pixels
 
 
 def decode_reduced(data: bytes, min_side: int | None, max_pixels: int = MAX_PIXELS) -> Picture:
-    """Like `decode`, but a JPEG whose longer side is twice `min_side` pixels or more comes at a fraction of its size.
+    """Like `decode`, but a JPEG whose longer side is at least twice `min_side` pixels is decoded at a fraction of its
+    size.
 
-    The longer side of what comes back has at least `min_side` pixels, where the stored one has them.
+    The longer side of the result has at least `min_side` pixels, if that of the stored image has.
     """
     with _guarded():
         image = _open(data, max_pixels)
@@ -163,10 +164,10 @@ def decode_reduced(data: bytes, min_side: int | None, max_pixels: int = MAX_PIXE
 
 
 def _reduction(width: int, height: int, min_side: int, exact: bool) -> int:
-    """The largest of 8, 4, 2, 1 that leaves the longer side `min_side` pixels.
+    """The largest of 8, 4, 2, 1 that leaves the longer side at least `min_side` pixels.
 
-    `exact`: only one that divides both sides. Of others the last row and column reach over the image's edge, so that
-    mirroring would move the image by a part of a pixel.
+    `exact`: only one that divides both sides. With others, the last row and column extend beyond the image, so that
+    mirroring would shift it by a fraction of a pixel.
     """
     for factor in (8, 4, 2):
         large = max(width, height) >= min_side * factor and min(width, height) >= _SMALL * factor
@@ -176,12 +177,12 @@ def _reduction(width: int, height: int, min_side: int, exact: bool) -> int:
 
 
 def _decode_jpeg(data: bytes, image: Image.Image, reduction: int) -> np.ndarray:
-    """uint8 [ceil(H / reduction), ceil(W / reduction), 3], not rotated. `image`: the file as Pillow opened it."""
+    """uint8 [ceil(H / reduction), ceil(W / reduction), 3] RGB, not rotated. `image`: the file as opened by Pillow."""
     width, height = (-(-side // reduction) for side in image.size)
     if simplejpeg is not None and image.mode in ("L", "RGB") and min(width, height) >= _SMALL:
         try:
             pixels = simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=1)
-        except _DAMAGE:  # strict: it refuses what Pillow only warns of, so Pillow has the last word
+        except _DAMAGE:  # simplejpeg rejects files that Pillow reads with a warning, so Pillow decides
             pass
         else:
             if pixels.shape == (height, width, 3):
@@ -195,11 +196,11 @@ def _decode_jpeg(data: bytes, image: Image.Image, reduction: int) -> np.ndarray:
 
 
 def image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(height, width) in the EXIF-rotated frame, from the header alone. Raises like `decode`."""
+    """(height, width) of the EXIF-rotated image, from the header alone. Raises like `decode`."""
     with _guarded():
         image = _open(data, max_pixels)
         width, height = image.size
-        if image.format != "TIFF" and _orientation(image, data) in _SWAPS_AXES:  # a TIFF's size is rotated already
+        if image.format != "TIFF" and _orientation(image, data) in _SWAPS_AXES:  # Pillow rotates a TIFF's size itself
             return width, height
         return height, width
 
@@ -212,9 +213,9 @@ def orientation(data: bytes) -> int:
 
 
 def decode_labels(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """A label image (palette or single channel) to its raw values, integers [H, W]; colours are not looked up.
+    """Decodes a label image (palette or single channel) to its raw values, int64 [H, W], without the palette's colours.
 
-    Label images are written by programs and not rotated. Raises like `decode`, also for images in colour.
+    Label images are written by programs and have no EXIF rotation. Raises like `decode`, also for colour images.
     """
     with _guarded():
         image = _open(data, max_pixels)

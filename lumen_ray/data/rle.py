@@ -1,4 +1,4 @@
-"""COCO run-length masks from what annotations and requests carry, checked before pycocotools' C code sees them."""
+"""COCO run-length masks of annotations and requests, validated before they reach pycocotools' C code."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ def _invalid(message: str) -> UserError:
 def runs(counts: str) -> list[int]:
     """Run lengths (background first, column by column) of a compressed COCO string.
 
-    Each length is the difference to the one two before, in groups of 5 bits with a continuation bit, from '0' on.
-    Raises `UserError(reason="invalid_mask")` for a string that is no such code.
+    Each length is coded as the difference to the one two before, in groups of 5 bits with a continuation bit, offset
+    by the character '0'. Raises `UserError(reason="invalid_mask")` if the string is not such a code.
     """
     lengths: list[int] = []
     value = shift = 0
     for char in counts:
         code = ord(char) - 48
         if not 0 <= code < 64 or shift > 35:
-            raise _invalid(f"mask counts hold {char!r}, which is no COCO run-length code")
+            raise _invalid(f"mask counts contain {char!r}, which is not a COCO run-length code")
         value |= (code & 0x1F) << shift
         shift += 5
         if code & 0x20:
@@ -47,14 +47,14 @@ def runs(counts: str) -> list[int]:
 def check_rle(rle: Any, size: tuple[int, int]) -> Rle:
     """A compressed or uncompressed RLE as ``{"size": [height, width], "counts": str}`` for an image of `size`.
 
-    A compressed counts string comes back unchanged. Raises `UserError(reason="invalid_mask")` when the RLE is of
-    another size or its runs do not cover the image exactly.
+    A compressed counts string is returned unchanged. Raises `UserError(reason="invalid_mask")` if the RLE is of another
+    size or its runs do not cover the image exactly.
     """
     if not isinstance(rle, dict) or "counts" not in rle or "size" not in rle:
         raise _invalid('a mask needs the keys "size" [height, width] and "counts"')
     height, width = size
     if not isinstance(rle["size"], list | tuple) or list(rle["size"]) != [height, width]:
-        raise _invalid(f"the mask is of size {rle['size']} but the image is [{height}, {width}] (height, width)")
+        raise _invalid(f"the mask has size {rle['size']} but the image [{height}, {width}] (height, width)")
     counts = rle["counts"].decode("ascii", "replace") if isinstance(rle["counts"], bytes) else rle["counts"]
     if isinstance(counts, str):
         lengths = runs(counts)
@@ -83,7 +83,7 @@ def _check_polygon(polygon: Any, size: tuple[int, int]) -> list[float]:
 def from_segmentation(segmentation: Any, size: tuple[int, int]) -> Rle | None:
     """A COCO `segmentation` (polygons, compressed or uncompressed RLE) as an RLE; None for an empty or absent one.
 
-    `size`: (height, width). Raises `UserError(reason="invalid_mask")` for what is none of these.
+    `size`: (height, width). Raises `UserError(reason="invalid_mask")` if it is none of these.
     """
     if not segmentation:
         return None
@@ -97,10 +97,10 @@ def from_segmentation(segmentation: Any, size: tuple[int, int]) -> Rle | None:
 
 
 def area(rle: Rle) -> int:
-    """Pixels inside."""
+    """Number of pixels of the mask."""
     return int(coco_mask.area(rle))
 
 
 def tight_xywh(rle: Rle) -> list[float]:
-    """The smallest box around the mask, COCO's (x, y, width, height)."""
+    """The tight box of the mask, COCO's (x, y, width, height) in pixels."""
     return [float(c) for c in coco_mask.toBbox(rle)]

@@ -1,9 +1,9 @@
-"""Where files and folders lie: local paths, ``s3://``, ``gs://`` and every other URL. Nothing here looks at a store.
+"""Locations of files and folders: local paths, ``s3://``, ``gs://`` and any other URL. Nothing here accesses a store.
 
-A location is a plain string, so that it pickles and prints. What follows ``scheme://bucket/`` is the key, taken
-literally: image names with blanks, ``%`` or ``#`` need no quoting. Settings of the store stand behind a ``?``
-at the end, as in pyarrow: ``s3://bucket/folder?region=eu-west-1&endpoint_override=localhost:9000&scheme=http``;
-``s3://anonymous@bucket/folder`` reads a public bucket without credentials.
+A location is a plain string, so that it pickles and prints. The key after ``scheme://bucket/`` is taken literally:
+image names with blanks, ``%`` or ``#`` need no quoting. Settings of the store follow a ``?`` at the end, as in pyarrow:
+``s3://bucket/folder?region=eu-west-1&endpoint_override=localhost:9000&scheme=http``; ``s3://anonymous@bucket/folder``
+reads a public bucket without credentials.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 Location = str | os.PathLike[str]
-NATIVE = ("s3", "gs", "gcs")  # stores that pyarrow knows, with settings
+NATIVE = ("s3", "gs", "gcs")  # stores with a file system in pyarrow, which takes settings
 _URL = re.compile(r"^([a-z][a-z0-9+.-]+)://(.*)$", re.DOTALL)
 _SETTINGS = re.compile(r"^(.*)\?((?:[a-z_]+=[^&?/]*)(?:&[a-z_]+=[^&?]*)*)$", re.DOTALL)
 
 
 def is_url(location: Location) -> bool:
-    """Whether it is a URL of a store and no local path (``file://`` counts as local)."""
-    return bool(match := _URL.match(str(location))) and match[1] != "file"
+    """Whether it is the URL of a store, not a local path (``file://`` is local)."""
+    match = _URL.match(str(location))
+    return match is not None and match[1] != "file"
 
 
 def split(location: Location) -> tuple[str, str, str]:
@@ -38,11 +39,12 @@ def split(location: Location) -> tuple[str, str, str]:
 
 
 def url_of(scheme: str, path: str, settings: str) -> str:
+    """The location with these parts, the inverse of `split`."""
     return (f"{scheme}://{path}" if scheme else path) + (f"?{settings}" if settings else "")
 
 
 def shown(location: Location) -> str:
-    """The location for messages and records: without the store's settings and without what may be a password."""
+    """The location for messages and records: without the store's settings and credentials."""
     scheme, path, _ = split(location)
     if not scheme:
         return path
@@ -51,7 +53,7 @@ def shown(location: Location) -> str:
 
 
 def absolute(location: Location) -> str:
-    """The location as any process of the cluster can use it; a URL as it is, without a slash at its end."""
+    """The location in a form valid in any process of the cluster; a URL loses a trailing slash."""
     scheme, path, settings = split(location)
     return url_of(scheme, path.rstrip("/"), settings) if scheme else str(Path(path).expanduser().absolute())
 
@@ -70,12 +72,12 @@ def join(folder: Location, *names: str) -> str:
 
 
 def base_name(location: Location) -> str:
-    """The last part: ``"s3://b/x/train.json?region=r" -> "train.json"``."""
+    """The last component: ``"s3://b/x/train.json?region=r" -> "train.json"``."""
     return split(location)[1].replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
 
 
 def map_path(location: Location, change: Callable[[str], str]) -> str:
-    """The location with `change` made to its path; scheme and settings of the store stay."""
+    """The location with `change` applied to its path; scheme and settings of the store are kept."""
     scheme, path, settings = split(location)
     return url_of(scheme, change(path), settings)
 

@@ -71,7 +71,7 @@ def test_patterns(root):
     assert found("[ab].jpg") == ["a.jpg", "b.jpg"]
     assert found("?.png") == ["e.png"]
     assert found("no.jpg") == ["no.jpg"]  # nothing to expand
-    with pytest.raises(UserError, match="no file fits"):
+    with pytest.raises(UserError, match="no file matches"):
         found("*.gif")
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from lumen_ray.data.frames import Frame, read_frame
+from lumen_ray.data.frames import AnnotationFrame, read_frame
 from lumen_ray.data.images import decode, decode_labels, orientation
 from lumen_ray.data.sources import coco
 from lumen_ray.data.sources.base import instance
@@ -35,7 +35,7 @@ def test_box_mask_and_keypoint_stay_on_their_pixels(tag, x, y, w, h):
     pixels[y, x, 1] = 255
     image = encode(pixels, tag)
     frame = read_frame(image, [[HEIGHT, WIDTH], [0, 0]])
-    assert frame == Frame((HEIGHT, WIDTH), (WIDTH, HEIGHT), tag)
+    assert frame == AnnotationFrame((HEIGHT, WIDTH), (WIDTH, HEIGHT), tag)
     mask = Masks.from_arrays(pixels[None, ..., 0] > 0).rles[0]
     box = [x, y, min(x + w, WIDTH), min(y + h, HEIGHT)]
     moved = frame.rotated(instance("a", box, mask=mask, keypoints=[x + 0.5, y + 0.5, 2.0, 0.0, 0.0, 0.0]))
@@ -52,9 +52,9 @@ def test_rotated_sizes_leave_annotations_alone(tag):
     image = encode(np.zeros((HEIGHT, WIDTH, 3), np.uint8), tag)
     size = decode(image).shape[:2]
     for declared in ([], [[0, 0]], [list(size)]):
-        assert read_frame(image, declared) == Frame(size, size)
+        assert read_frame(image, declared) == AnnotationFrame(size, size)
     found = instance("a", [1, 2, 3, 4])
-    assert Frame(size, size).rotated(found) is found
+    assert AnnotationFrame(size, size).rotated(found) is found
     assert orientation(image) == tag
 
 

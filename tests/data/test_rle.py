@@ -63,7 +63,7 @@ def test_any_string_is_a_mask_or_a_user_error(counts, height, width):
 @pytest.mark.parametrize(
     ("segmentation", "message"),
     [
-        ({"size": [4, 5], "counts": [20]}, "is of size"),
+        ({"size": [4, 5], "counts": [20]}, "has size"),
         ({"size": [5, 4], "counts": [19]}, "cover 19 pixels"),
         ({"size": [5, 4], "counts": [30, -10]}, "cover 20 pixels"),
         ({"size": [5, 4], "counts": [1.5, 18.5]}, "whole numbers"),

@@ -173,7 +173,7 @@ def dataset_for_rank(reader: BatchReader, items: list[dict[str, Any]], readers: 
     """
     import ray.data
 
-    from lumen_ray.data.batches.throttle import Paced
+    from lumen_ray.data.batches.throttle import SchedulerThrottle
 
     def read(block: dict[str, Any]) -> Iterator[dict[str, Any]]:
         for batch in one_ahead(lambda text: to_bytes(reader(json.loads(text))), block["item"]):
@@ -183,7 +183,7 @@ def dataset_for_rank(reader: BatchReader, items: list[dict[str, Any]], readers: 
     dataset = ray.data.from_items([{"item": json.dumps(item)} for item in items], override_num_blocks=blocks)
     dataset.context.execution_options.preserve_order = True
     dataset.context.target_max_block_size = 1 << 20
-    dataset.context.custom_execution_callback_classes = [Paced]
+    dataset.context.custom_execution_callback_classes = [SchedulerThrottle]
     pool = ray.data.TaskPoolStrategy(size=readers)
     here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
     return dataset.map_batches(read, batch_size=None, compute=pool, num_cpus=0, label_selector=here)

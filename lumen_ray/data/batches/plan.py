@@ -23,7 +23,7 @@ from lumen_ray.structures import Size
 from lumen_ray.tasks import get_task
 
 RowGroup = tuple[str, int, int]  # file, index, number of rows
-Part = RowGroup | tuple[str, int, tuple[int, ...]]
+RowSelection = RowGroup | tuple[str, int, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -34,10 +34,10 @@ class PlanStep:
     step: int
     stage: int
     group: int
-    parts: tuple[Part, ...]
+    parts: tuple[RowSelection, ...]
     bucket: Size | None = None
 
-    def share(self, rank: int, world_size: int) -> tuple[Part, ...]:
+    def share(self, rank: int, world_size: int) -> tuple[RowSelection, ...]:
         """The parts of one rank; all ranks' shares in rank order are the global batch.
 
         Equal where the number of parts allows it, which it may not once a rank is lost.
@@ -46,9 +46,9 @@ class PlanStep:
         return self.parts[first:end]
 
 
-def join_rows(parts: Sequence[Part]) -> list[Part]:
+def join_rows(parts: Sequence[RowSelection]) -> list[RowSelection]:
     """The same rows in the same order; rows of one row group that follow each other are one part, and one read."""
-    out: list[Part] = []
+    out: list[RowSelection] = []
     for file, index, rows in parts:
         if isinstance(rows, tuple) and out and out[-1][:2] == (file, index):
             rows = (*out.pop()[2], *rows)

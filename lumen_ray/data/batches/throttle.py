@@ -14,6 +14,6 @@ from ray.data._internal.execution.execution_callback import ExecutionCallback
 SECONDS_PER_TURN = 0.05
 
 
-class Paced(ExecutionCallback):
+class SchedulerThrottle(ExecutionCallback):
     def on_execution_step(self, executor: Any) -> None:
         time.sleep(SECONDS_PER_TURN)

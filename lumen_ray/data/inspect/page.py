@@ -15,7 +15,7 @@ from PIL import Image, ImageDraw
 
 from lumen_ray.data.batches.prompts import CLASS_TASKS
 from lumen_ray.data.images import decode
-from lumen_ray.data.inspect.prompts import Piece, Prompt, prompts_of
+from lumen_ray.data.inspect.prompts import Prompt, PromptToken, prompts_of
 from lumen_ray.data.inspect.view import Sampler, Section, View, shown
 from lumen_ray.data.shards.statistics import Statistics
 from lumen_ray.errors import UserError
@@ -317,7 +317,7 @@ def _line(prompt: Prompt) -> str:
     return f"<span class=tokens>{tokens}</span> <small>{safe(prompt.note)}</small>"
 
 
-def _few_queries(pieces: list[Piece]) -> list[Piece]:
+def _few_queries(pieces: list[PromptToken]) -> list[PromptToken]:
     """Of many queries the first and the last: a picture has 64, a line has no room for them."""
     queries = [i for i, (_, kind, _) in enumerate(pieces) if kind == "query"]
     if len(queries) <= MAX_QUERIES:

@@ -17,7 +17,7 @@ from lumen_ray.trunk.tokenizer import LumenTokenizer
 if TYPE_CHECKING:
     from lumen_ray.data.inspect.view import View
 
-Piece = tuple[str, str, bool]  # text; text, special or query; whether the LM loss sees it
+PromptToken = tuple[str, str, bool]  # text; text, special or query; whether the LM loss sees it
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Prompt:
 
     index: int
     task: str
-    pieces: list[Piece]
+    pieces: list[PromptToken]
     tokens: int
     parent: int = -1  # of a keypoint prompt: the index of its object's prompt
     phrase: str = ""
@@ -91,11 +91,11 @@ def prompts_of(view: View, tokenizer: LumenTokenizer, edges: dict[str, Any]) -> 
     return prompts
 
 
-def _pieces(layout: Layout, places: Tensor, queries: set[int], tokenizer: LumenTokenizer) -> list[Piece]:
+def _pieces(layout: Layout, places: Tensor, queries: set[int], tokenizer: LumenTokenizer) -> list[PromptToken]:
     """One piece per token; tokens that are parts of one character are together."""
     special = {i: token for token, i in tokenizer.ids.items()}
     learned = (layout.labels[0, places] != IGNORE).tolist()
-    pieces: list[Piece] = []
+    pieces: list[PromptToken] = []
     open_tokens: list[int] = []  # bytes of a character that is not complete yet
     for place, token, is_learned in zip(places.tolist(), layout.input_ids[0, places].tolist(), learned, strict=True):
         if place in queries:

@@ -125,7 +125,7 @@ def _write_image(output: urls.Location, row: dict[str, Any]) -> None:
                         "invalid_image_id")  # fmt: skip
     location = urls.join(output, IMAGES, name)
     files.make_folder(urls.parent(location))
-    files.write_bytes(location, row["image"])
+    files.write_bytes(location, row["image"], durable=False)
 
 
 def _write(output: urls.Location, name: str, data: dict[str, Any]) -> None:

@@ -59,7 +59,7 @@ def prepare_source(
             raise UserError(f"{name} must be at least {least}, got {value}", "invalid_config")
     output = urls.absolute(output)
     _check_output(output, overwrite)
-    listing = source.list()
+    listing = source.read_listing()
     if not listing.records:
         first = f"; the first record: {listing.rejected[0]['reason']}" if listing.rejected else ""
         raise UserError(f"the {source.kind} input lists no {source.row_kind} that can be used{first}", "empty_input")

@@ -64,7 +64,7 @@ class ShardWriter:
         if self._aside is None:
             files.make_folder(self.folder)
             self._aside = _aside(self.folder)
-        with files.told(self._aside / self.name, "written"):
+        with files.as_user_error(self._aside / self.name, "written"):
             if self._writer is None:
                 self._writer = pq.ParquetWriter(
                     self._aside / self.name,
@@ -85,7 +85,7 @@ class ShardWriter:
         if self._writer is None:
             return None
         partial = self._aside / self.name
-        with files.told(partial, "written"):
+        with files.as_user_error(partial, "written"):
             self._close()
         self.entry = {
             "path": self.name,
@@ -146,7 +146,7 @@ def row_sizes(group: dict[str, Any]) -> list[Size | None]:
 def _aside(folder: str) -> Path:
     """A local folder for unfinished files: beneath `folder`, where a file can be renamed from, if that is local."""
     place = tempfile.gettempdir() if urls.is_url(folder) else folder
-    with files.told(place, "written"):
+    with files.as_user_error(place, "written"):
         return Path(tempfile.mkdtemp(prefix=".partial-", dir=place))
 
 

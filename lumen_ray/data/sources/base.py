@@ -1,4 +1,4 @@
-"""What a data format is to `lumen-ray prepare`: a `Source`. `data.prepare.prepare_source` does all the rest.
+"""The interface of a data format for `lumen-ray prepare`: a `Source`. `shards.prepare.prepare_source` does the rest.
 
 How to add one
 --------------
@@ -7,11 +7,11 @@ How to add one
        @dataclass
        class CaptionSource(Source):
            kind = "captions"                      # the verb; also the default of the rows' column `source`
-           row_kind = "images"                    # what one row is called in the counts
+           row_kind = "images"                    # the name of a row in the counts
            annotations: str
            images: str
 
-           def list(self) -> Listing: ...         # on the driver: read the annotations, check the arguments
+           def read_listing(self) -> Listing: ...         # on the driver: read the annotations, check the arguments
            def rows(self, record, shared): ...    # in a Ray task: yield an Outcome per row
 
 2. `list` raises `UserError` for what the user must change, and returns `records`: plain json values, one per image, or
@@ -21,7 +21,7 @@ How to add one
 3. `rows` is pure: the same record gives the same rows anywhere. Bad input never raises; it is a `reject(...)`. Read
    images with `read_first(*image_locations(folder, name))` and give the bytes to `frames.read_frame`, which decodes
    them fully once (a truncated file shows only then) and tells the frame; coordinates of rows live in the EXIF-rotated
-   one, `Frame.rotated_size`, into which `Frame.rotated` brings an instance.
+   one, `AnnotationFrame.rotated_size`, into which `AnnotationFrame.rotated` brings an instance.
 4. Say what came in, apart from what is written: `Listing.inputs` for what the driver has counted,
    `Outcome.came_in` for what only the task can count (the rows of a tar). Kinds are words such as "images",
    "annotations"; for each of them `in = written + rejected` is checked and told. Rows written are counted by `prepare`
@@ -47,22 +47,24 @@ _LONGEST_REASON = 500
 
 
 def reject(kind: str, image_id: str, origin: str, reason: str | UserError) -> Rejected:
-    """A row of `rejected.parquet`: what kind of record, of which image, where it stood, why it cannot be used.
+    """A row of `rejected.parquet`: kind of record, image, place in the input files, why it cannot be used.
 
-    A `StoreError` is raised again: when the store cannot be reached, the job stops instead of rejecting all it has.
+    Re-raises a `StoreError`: if the store is unreachable, the job stops instead of rejecting everything.
     """
     if isinstance(reason, files.StoreError):
         raise reason
-    # names and reasons quote what came in, which need not be text that can be stored
+    # names and reasons quote the input, which need not be encodable text
     image_id, origin, reason = (str(t).encode("utf-8", "backslashreplace").decode() for t in (image_id, origin, reason))
     return {"kind": kind, "image_id": image_id, "origin": origin, "reason": reason[:_LONGEST_REASON]}
 
 
 @dataclass
 class Outcome:
-    """What became of one row: `row` (of `schema.make_row`) or None; how many records of each kind it carries
-    (`written`, without the row itself); what was rejected; what came in and the listing has not counted; what was
-    cut off of records written since it lay outside the image (`changed`, e.g. {"boxes clipped": 2}; COCO counts it)."""
+    """The result for one row.
+
+    `row`: of `schema.make_row`, or None; `written`: records of each kind in it, without the row itself; `rejected`:
+    records left out; `came_in`: input records per kind that the listing has not counted; `changed`: written records
+    that were cut at the border of the image, e.g. {"boxes clipped": 2} (COCO counts them)."""
 
     row: dict[str, Any] | None = None
     written: dict[str, int] = field(default_factory=dict)
@@ -74,7 +76,7 @@ class Outcome:
 def lost_image(
     image_id: str, origin: str, error: UserError, kind: str = "annotations", origins: Iterable[str] = ()
 ) -> Outcome:
-    """The outcome of an image that cannot be used: it and all that hangs on it (records of `kind` at `origins`)."""
+    """The outcome of an image that cannot be used: it is rejected with its records (of `kind` at `origins`)."""
     reason = f"its image was rejected: {error}"
     first = reject("images", image_id, origin, error)
     return Outcome(rejected=[first, *(reject(kind, image_id, where, reason) for where in origins)])
@@ -82,24 +84,26 @@ def lost_image(
 
 @dataclass
 class Listing:
-    """What `Source.list` found.
+    """The result of `Source.read_listing`.
 
-    `records`: json values, in an order that does not depend on the machine; `inputs`: number of records that came in,
-    per kind; `rejected`: those set aside already; `categories`: as in the manifest (`shards.build_manifest`);
-    `rows_per_record`: about how many rows a record gives, 1 when it gives at most one; `shuffle`: False for rows that
-    are independent draws already; `origin`: more than the source's fields for the manifest to remember.
+    `records`: json values, in an order that does not depend on the machine; `inputs`: number of input records per kind;
+    `categories`: as in the manifest (`shards.build_manifest`); `shared`: data that all records need; `rejected`: input
+    records rejected so far; `rows_per_record`: about how many rows a record gives, 1 if it gives at most one;
+    `shuffle`: False for rows that are independent draws already; `origin`: entries of the manifest's `origin` beside
+    the source's fields.
     """
 
     records: Sequence[Any]
     inputs: dict[str, int]
     categories: list[dict[str, Any]] = field(default_factory=list)
     shared: Any = None
-    rejected: list[Rejected] = field(default_factory=list)
+    rejected: Sequence[Rejected] = field(default_factory=list)
     rows_per_record: int = 1
     shuffle: bool = True
     origin: dict[str, Any] = field(default_factory=dict)
 
 
+@dataclass
 class Source(ABC):
     """A data format; see the module's docstring."""
 
@@ -107,15 +111,15 @@ class Source(ABC):
     row_kind: ClassVar[str] = "images"
 
     @abstractmethod
-    def list(self) -> Listing:
-        """Runs once, on the driver."""
+    def read_listing(self) -> Listing:
+        """Reads the annotations and checks the arguments; runs once, on the driver."""
 
     @abstractmethod
     def rows(self, record: Any, shared: Any) -> Iterator[Outcome]:
         """The outcomes of one record of the listing; runs in a task, on a copy of the source."""
 
     def settings(self) -> dict[str, Any]:
-        """What the manifest remembers of the arguments: the fields, of paths only the last part."""
+        """The arguments as recorded in the manifest: the fields, paths by their last component."""
         return {f.name: _remembered(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
@@ -126,7 +130,7 @@ def _remembered(value: Any) -> Any:
 
 
 def read_first(*locations: str) -> bytes | None:
-    """The bytes of the first of `locations` that can be read; None when none can. Raises `StoreError`."""
+    """The bytes of the first of `locations` that can be read, None if none can. Raises `StoreError`."""
     for location in dict.fromkeys(locations):
         try:
             return files.read_bytes(location)
@@ -138,8 +142,8 @@ def read_first(*locations: str) -> bytes | None:
 
 
 def image_locations(folder: str, file_name: str) -> tuple[str, ...]:
-    """Where an image may lie: under `folder` as named; by its bare name, where the annotations hold another machine's
-    folders."""
+    """Candidate locations of an image: `file_name` under `folder`, and its base name there, in case the annotations
+    hold another machine's folders."""
     bare = urls.base_name(file_name)
     return (urls.join(folder, file_name), urls.join(folder, bare)) if bare else (urls.join(folder, file_name),)
 
@@ -153,10 +157,10 @@ def instance(
     crowd: bool = False,
     area: float | None = None,
 ) -> dict[str, Any]:
-    """An entry of a row's `instances`. `box`: xyxy within the image; `mask`: COCO RLE; `keypoints`: flat x, y, v;
-    `area`: square pixels, of the mask or else the box when None.
+    """An entry of a row's `instances`. `box`: xyxy pixels within the image; `mask`: COCO RLE; `keypoints`: flat x, y,
+    v; `area`: square pixels, None for that of the mask or, without one, of the box.
 
-    Raises `UserError` for a name that would be read as prompt layout.
+    Raises `UserError` if the name contains a token of the prompt layout.
     """
     if token := reserved_token(name):
         raise UserError(f"its category '{name}' contains the reserved token {token}; rename it", "reserved_token")
@@ -173,7 +177,7 @@ def instance(
 
 
 def perception_tasks(classes: Sequence[str], instances: Sequence[dict[str, Any]]) -> list[str]:
-    """The tasks that a row's instances can train; masks count only where every object has one."""
+    """The tasks that a row's instances can train; `segment` only if every object has a mask."""
     objects = [i for i in instances if not i["crowd"]]
     tasks = ["detect", "count"] if classes else []
     if objects and all(i["mask"] is not None for i in objects):

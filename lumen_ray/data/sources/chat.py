@@ -3,12 +3,12 @@
     {"id": .., "image": .., "conversations": [{"from": "human", "value": "<image> <region>?"}, {"from": "gpt", ..}],
      "regions": [[x1, y1, x2, y2], {"segmentation": ..}, {"point": [x, y]}]}
 
-Also read: `messages` of `role` and `content`; records without image. One record is one message of all its turns, each
-answer of which is trained. Turns must alternate, user first; a system turn becomes the head of the first question.
+Also read: `messages` of `role` and `content`, and records without image. A record becomes one message with all its
+turns; every answer is trained. Turns must alternate, user first; a system turn is prepended to the first question.
 
-Markers: `<image>` is taken out. Each `<region>` in a question stands for the next entry of the regions. A numbered
-`<region2>` or `<region 2>` stands for that entry; where it is named first it becomes ``region2 <region>``, later and in
-answers ``region2``, and regions that no question names are introduced before the first question.
+Markers: `<image>` is removed. Each `<region>` in a question refers to the next entry of the regions. A numbered
+`<region2>` or `<region 2>` refers to that entry: its first mention becomes ``region2 <region>``, later ones and those
+in answers ``region2``; regions that no question mentions are introduced before the first question.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lumen_ray.data import files, urls
-from lumen_ray.data.frames import Frame
+from lumen_ray.data.frames import AnnotationFrame
 from lumen_ray.data.shards.schema import make_row
 from lumen_ray.data.sources.base import Listing, Outcome, Source, reject
 from lumen_ray.data.sources.groups import Images, finished_group, lost_group, open_group, to_instance
@@ -52,8 +52,8 @@ _POINT_KINDS = ("point", "scribble", "polygon")
 
 @dataclass
 class ChatSource(Source):
-    """`conversations`: json or jsonl files; `images`: their folder, None if no record has an image. `task`: which of
-    `TASK_NAMES` the answers train; `box_format`: of the regions' boxes, see `BOX_FORMATS`."""
+    """`conversations`: json or jsonl files; `images`: folder of the images, None if no record has one; `task`: the one
+    of `TASK_NAMES` that the answers train; `box_format`: of the regions' boxes, see `BOX_FORMATS`."""
 
     conversations: list[str]
     images: str | None = None
@@ -62,7 +62,7 @@ class ChatSource(Source):
     kind = "chat"
     row_kind = "samples"
 
-    def list(self) -> Listing:
+    def read_listing(self) -> Listing:
         check_choice("task", self.task, TASK_NAMES)
         check_choice("box format", self.box_format, BOX_FORMATS)
         if self.images is not None:
@@ -86,12 +86,13 @@ class ChatSource(Source):
         except UserError as error:
             groups.reject(name, origin, error)
             return
-        size = [record.get("height"), record.get("width")]
+        size: list[Any] = [record.get("height"), record.get("width")]
         groups.add(name, origin, item, size=[int(v) for v in size] if is_numbers(size) else None)
 
     def rows(self, record: Record, shared: Any) -> Iterator[Outcome]:
         data, frame = None, None
         if record["image"] is not None:
+            assert self.images is not None, "checked in read_listing"
             try:
                 data, frame = open_group(self.images, record)
             except UserError as error:
@@ -103,7 +104,7 @@ class ChatSource(Source):
         rejected = []
         for item in record["items"]:
             try:
-                regions = [to_region(region, self.box_format, frame) for region in item["regions"]]
+                regions = [_schema_region(region, self.box_format, frame) for region in item["regions"]]
             except UserError as error:
                 rejected.append(reject(ITEMS, name, item["origin"], error))
                 continue
@@ -114,8 +115,10 @@ class ChatSource(Source):
 
 
 def parse(record: Record, has_image: bool) -> Record:
-    """`turns` as in the schema, `regions` not yet checked against the image, and their `order` of use; `UserError`
-    for a record that is no conversation about at most one image."""
+    """`turns` as in the schema, `regions` not yet checked against the image, and their `order` of use.
+
+    Raises `UserError` if the record is not a conversation about at most one image.
+    """
     turns = _turns(record)
     regions = _regions(record)
     markers = sum(turn["content"].count("<image>") for turn in turns)
@@ -136,11 +139,12 @@ def parse(record: Record, has_image: bool) -> Record:
 
 
 def _turns(record: Record) -> list[dict[str, str]]:
-    """User and assistant in turn, ending with the assistant."""
+    """The turns, alternating between user and assistant, the last one of the assistant."""
     listed = first_of(record, ("conversations", "conversation", "messages"))
     if not isinstance(listed, list) or not listed:
         raise UserError("it has no list of turns (keys: conversations, messages)", "missing_turns")
-    turns, head = [], ""
+    turns: list[dict[str, str]] = []
+    head = ""
     for number, entry in enumerate(listed):
         entry = entry if isinstance(entry, dict) else {}
         role, content = first_of(entry, ("from", "role")), first_of(entry, ("value", "content"))
@@ -160,7 +164,7 @@ def _turns(record: Record) -> list[dict[str, str]]:
 
 
 def _regions(record: Record) -> list[Record]:
-    """Every region as plain json: `kind` and its numbers or segmentation."""
+    """The regions as plain json: `kind` and `values`, numbers or a segmentation."""
     listed = first_of(record, _REGION_KEYS)
     if listed is None:
         return []
@@ -183,37 +187,39 @@ def _plain_region(entry: Any) -> Record:
             return {"kind": "box", "values": list(box)}
         for kind in _POINT_KINDS:
             points = entry.get(kind)
-            points = [v for point in points for v in point] if _is_nested(points) else points
+            if isinstance(points, list) and all(isinstance(point, list) for point in points):
+                points = [v for point in points for v in point]
             if is_numbers(points) and points and len(points) % 2 == 0:
                 return {"kind": kind, "values": list(points)}
     why = "a region must be a box of four numbers, or have a segmentation, bbox, point, scribble or polygon"
     raise UserError(f"{why}, got {short(entry)}", "invalid_region")
 
 
-def _is_nested(points: Any) -> bool:
-    return isinstance(points, list) and all(isinstance(point, list) for point in points)
+def _schema_region(region: Record, box_format: str, frame: AnnotationFrame | None) -> Record:
+    """A schema region in the EXIF-rotated frame; with relative boxes, points are relative too.
 
-
-def to_region(region: Record, box_format: str, frame: Frame) -> Record:
-    """A schema region in the rotated frame; `UserError` for one outside the image. Relative points are shares too."""
+    Raises `UserError` if it is outside the image.
+    """
+    assert frame is not None, "parse accepts regions only with an image"
     values = region["values"]
     if region["kind"] in ("box", "mask"):
         box, mask = (values, None) if region["kind"] == "box" else (None, values)
         found = to_instance("region", box, mask, box_format, frame)
-        points = found["box"] if mask is None else None
-        return {"kind": region["kind"], "points": points, "mask": found["mask"]}
+        corners = found["box"] if mask is None else None
+        return {"kind": region["kind"], "points": corners, "mask": found["mask"]}
     x, y = relative_scale(values, frame.size) if box_format == "relative" else (1, 1)
-    points = frame.moved([[a * x, b * y] for a, b in zip(values[::2], values[1::2], strict=True)])
-    checked = Region(region["kind"], frame.rotated_size, points)
-    return {"kind": region["kind"], "points": [float(v) for v in checked.points.flatten()], "mask": None}
+    moved = frame.moved([[a * x, b * y] for a, b in zip(values[::2], values[1::2], strict=True)])
+    points = Region(region["kind"], frame.rotated_size, moved).points
+    assert points is not None
+    return {"kind": region["kind"], "points": [float(v) for v in points.flatten()], "mask": None}
 
 
 def _place_regions(turns: list[dict[str, str]], number: int) -> list[int]:
-    """Rewrites the markers of the turns; the entry of the regions that each `<region>` now stands for, in order."""
+    """Rewrites the markers of the turns; returns the index of the region that each `<region>` now refers to."""
     questions = [turn for turn in turns if turn["role"] == "user"]
     plain = sum(turn["content"].count(REGION_TOKEN) for turn in questions)
     if any(REGION_TOKEN in turn["content"] for turn in turns if turn["role"] == "assistant"):
-        raise UserError(f"an answer holds {REGION_TOKEN}; only questions can point to regions", "region_in_answer")
+        raise UserError(f"an answer has {REGION_TOKEN}; only questions can point to regions", "region_in_answer")
     named = [int(n) for turn in turns for n in _NUMBERED.findall(turn["content"])]
     if plain and (named or plain != number):
         raise UserError(f"it has {plain} {REGION_TOKEN} markers for {number} regions", "region_count")
@@ -225,7 +231,7 @@ def _place_regions(turns: list[dict[str, str]], number: int) -> list[int]:
 
 
 def _place_numbered(turns: list[dict[str, str]], named: list[int], number: int) -> list[int]:
-    """For markers that carry the region's number, counted from 1, and for regions that no marker names."""
+    """`_place_regions` for markers numbered from 1, and for regions that no marker mentions."""
     if wrong := [n for n in named if not 1 <= n <= number]:
         raise UserError(f"it names <region{wrong[0]}> but has {number} regions", "region_count")
     order: list[int] = []
@@ -237,8 +243,8 @@ def _place_numbered(turns: list[dict[str, str]], named: list[int], number: int) 
         order.append(index)
         return f"region{index + 1} {REGION_TOKEN}"
 
-    asked = {int(n) - 1 for turn in turns if turn["role"] == "user" for n in _NUMBERED.findall(turn["content"])}
-    order += [index for index in range(number) if index not in asked]
+    mentioned = {int(n) - 1 for turn in turns if turn["role"] == "user" for n in _NUMBERED.findall(turn["content"])}
+    order += [index for index in range(number) if index not in mentioned]
     introduced = ", ".join(f"region{index + 1} {REGION_TOKEN}" for index in order)
     for turn in turns:
         if turn["role"] == "user":

@@ -1,12 +1,12 @@
 """COCO json (instances, keypoints of any skeleton, captions, LVIS) to shard rows.
 
-`coco_json.load` parses and merges the json files; `to_row` is a pure function of one image's record and bytes, fit to
-run anywhere, and says of every annotation whether it was written or why not.
+`coco_json.load` parses and merges the json files; `to_row` is a pure function of one image's record and bytes, which
+writes every annotation or rejects it with a reason.
 
-Frame: the width and height of the json tell. Where they are those of the EXIF-rotated image (browsers and OpenCV show
-that), coordinates are taken as they are; where they are those of the stored pixels (tools on bare Pillow), boxes, masks
-and keypoints are rotated with the image. Rotations that keep the size leave no trace in the json: there annotations
-count as rotated, as does a json without sizes.
+Frame: inferred from the width and height in the json. If they are those of the EXIF-rotated image (shown by browsers
+and OpenCV), coordinates are kept; if they are those of the stored pixels (tools on bare Pillow), boxes, masks and
+keypoints are rotated with the image. Rotations that keep the size leave no trace in the json: annotations are then
+taken to be in the rotated frame, as without sizes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 from lumen_ray.data import files, urls
 from lumen_ray.data import rle as rle_tools
-from lumen_ray.data.frames import Frame, read_frame
+from lumen_ray.data.frames import AnnotationFrame, read_frame
 from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.data.sources import coco_json
 from lumen_ray.data.sources.base import (
@@ -42,7 +42,7 @@ from lumen_ray.tasks import get_task
 
 @dataclass
 class CocoSource(Source):
-    """`annotations`: COCO json files over the same images, which lie in the folder `images`."""
+    """`annotations`: COCO json files over the same images; `images`: folder of the images."""
 
     annotations: list[str]
     images: str
@@ -51,12 +51,12 @@ class CocoSource(Source):
     def __post_init__(self) -> None:
         self.images = urls.absolute(self.images)
 
-    def list(self) -> Listing:
+    def read_listing(self) -> Listing:
         if not files.is_dir(self.images):
             raise UserError(f"image folder '{urls.shown(self.images)}' does not exist", "missing_images")
         loaded = coco_json.load(self.annotations)
         if not loaded.images:
-            raise UserError(f"no image is listed in {', '.join(map(urls.shown, self.annotations))}", "empty_input")
+            raise UserError(f"no images are listed in {', '.join(map(urls.shown, self.annotations))}", "empty_input")
         shared = {
             "keypoints": {c["name"]: len(c["keypoints"]) for c in loaded.categories},
             "classes": loaded.classes,
@@ -78,7 +78,7 @@ class CocoSource(Source):
 
 
 def _keypoints(annotation: dict[str, Any], number: int, size: Size) -> list[float] | None:
-    """Flat x, y, v; None when none is labelled. A labelled point outside the image becomes unlabelled."""
+    """Flat x, y, v in pixels; None if none is labelled. A labelled point outside the image becomes unlabelled."""
     flat = annotation.get("keypoints")
     if not flat:
         return None
@@ -95,7 +95,7 @@ def _keypoints(annotation: dict[str, Any], number: int, size: Size) -> list[floa
 
 
 def _changes(annotation: dict[str, Any], made: dict[str, Any], size: Size) -> Counter[str]:
-    """What of an annotation lay outside the image of `size` and is therefore not in the instance `made` of it."""
+    """Parts of an annotation that lay outside the image of `size` and are missing from the instance `made` of it."""
     found: Counter[str] = Counter()
     if bbox := annotation.get("bbox"):
         box = Boxes.from_xywh(bbox, size)
@@ -107,15 +107,15 @@ def _changes(annotation: dict[str, Any], made: dict[str, Any], size: Size) -> Co
     return +found
 
 
-def _instance(annotation: dict[str, Any], keypoints: dict[str, int], frame: Frame) -> dict[str, Any]:
-    """A schema instance in the rotated frame; `UserError` for an annotation that cannot be used."""
+def _instance(annotation: dict[str, Any], keypoints: dict[str, int], frame: AnnotationFrame) -> dict[str, Any]:
+    """A schema instance in the EXIF-rotated frame. Raises `UserError` if the annotation cannot be used."""
     size, name = frame.size, annotation["name"]
     mask = to_mask(annotation.get("segmentation"), size)
     bbox = annotation.get("bbox")
     if not bbox and mask is not None:
         bbox = rle_tools.tight_xywh(mask)
     area = annotation.get("area")
-    if not is_numbers([area]) or not 0 < area < math.inf:
+    if area is None or not is_numbers([area]) or not 0 < area < math.inf:
         area = None
     points = _keypoints(annotation, keypoints.get(name, 0), size)
     crowd = bool(annotation.get("iscrowd"))
@@ -140,10 +140,10 @@ def _messages(record: CocoImage, outcome: Outcome) -> list[dict[str, Any]]:
 def to_row(
     record: CocoImage, image: bytes | None, keypoints: dict[str, int], classes: list[str], source: str
 ) -> Outcome:
-    """One image's row and rejected records; no row, and all its annotations rejected, when the image is unusable.
+    """One image's row and rejected records; without a row and with all annotations rejected if the image is unusable.
 
     `image`: the encoded bytes, None if the file is missing; `keypoints`: number of keypoints per category; `classes`:
-    those annotated exhaustively. One of which an annotation was rejected leaves the row's `classes`.
+    those annotated exhaustively. A class with a rejected annotation is left out of the row's `classes`.
     """
     name = record.file_name
     try:
@@ -151,7 +151,8 @@ def to_row(
     except UserError as error:
         lost = [a["origin"] for a in record.annotations] + [origin for _, origin in record.captions]
         return lost_image(name, record.origin, error, origins=lost)
-    outcome, instances, incomplete, changed = Outcome(), [], set(), Counter()
+    outcome, instances, incomplete = Outcome(), [], set()
+    changed: Counter[str] = Counter()
     for annotation in record.annotations:
         try:
             made = _instance(annotation, keypoints, frame)

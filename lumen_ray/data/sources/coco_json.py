@@ -1,4 +1,4 @@
-"""COCO json files, parsed and merged by image: the half of the COCO source that sees all annotations at once."""
+"""COCO json files, parsed and merged by image: the half of the COCO source that runs on the driver."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from lumen_ray.errors import UserError
 
 @dataclass
 class CocoImage:
-    """Everything the json files say about one image. `sizes`: the (height, width) they declare;
-    `annotations`: object annotations with `name` (of the category) and `origin` added; `captions`: (text, origin).
+    """All records of one image. `sizes`: the declared (height, width); `annotations`: object annotations with `name`
+    (of the category) and `origin` added; `captions`: (text, origin).
 
-    `path`: where the file lies by a `coco_url`, its folder (train2017, val2017) included; empty where there is none.
-    Which classes are annotated exhaustively: all of the files numbered in `files` (of `CocoSet.classes`); in federated
-    files (LVIS) those with an annotation here or in `absent`, less those in `incomplete`.
+    `path`: path of the file in a `coco_url` with its folder (train2017, val2017), empty without one. Classes annotated
+    exhaustively: all of the files numbered in `files` (of `CocoSet.classes`); in federated files (LVIS) those with an
+    annotation here or in `absent`, except those in `incomplete`.
     """
 
     file_name: str
@@ -44,9 +44,9 @@ class CocoImage:
 
 @dataclass
 class CocoSet:
-    """`images` in file-name order; `categories` as in the manifest; `rejected`: annotations that belong to no image or
-    category; `listed`: annotations in the files; `merged`: those of them that only added to one listed before;
-    `classes`: the names of each file's categories."""
+    """`images` in file-name order; `categories` as in the manifest; `rejected`: annotations without a known image or
+    category; `listed`: number of annotations in the files; `merged`: number of those merged into an earlier one;
+    `classes`: the category names of each file."""
 
     images: list[CocoImage]
     categories: list[dict[str, Any]]
@@ -57,7 +57,7 @@ class CocoSet:
 
 
 def parse(path: str) -> dict[str, Any]:
-    """A COCO json file, its parts checked for presence and type."""
+    """A COCO json file. Raises `UserError` if it has no lists `images` and `annotations`."""
     data = load_json(path)
     for key in ("images", "annotations"):
         if not isinstance(data, dict) or not isinstance(data.get(key), list):
@@ -68,13 +68,13 @@ def parse(path: str) -> dict[str, Any]:
 
 
 def _category(entry: dict[str, Any]) -> dict[str, Any]:
-    """A manifest category; COCO counts keypoints from 1, the manifest from 0."""
+    """A category of the manifest, with keypoints numbered from 0 (COCO: from 1)."""
     keypoints, skeleton = entry.get("keypoints") or [], entry.get("skeleton") or []
     if not (isinstance(keypoints, list) and all(isinstance(name, str) and name.strip() for name in keypoints)):
         raise UserError(f"keypoints must be a list of names, got {keypoints!r}", "invalid_annotations")
     if not (isinstance(skeleton, list) and all(_is_edge(edge, len(keypoints)) for edge in skeleton)):
         raise UserError(
-            f"skeleton must be pairs of numbers of its {len(keypoints)} keypoints, counted from 1, got {skeleton!r}",
+            f"skeleton must be pairs of keypoint numbers in 1..{len(keypoints)}, got {skeleton!r}",
             "invalid_annotations",
         )
     edges = [[int(i) - 1 for i in edge] for edge in skeleton]
@@ -87,7 +87,7 @@ def _is_edge(edge: Any, num_keypoints: int) -> bool:
 
 
 def _merge_categories(path: str, data: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[Any, str]:
-    """Adds the file's categories to `known`; returns its names by id."""
+    """Adds the file's categories to `known`; returns their names by id."""
     names: dict[Any, str] = {}
     entries = data.get("categories") or []
     if not isinstance(entries, list):
@@ -107,7 +107,7 @@ def _merge_categories(path: str, data: dict[str, Any], known: dict[str, dict[str
             old.update(keypoints=new["keypoints"], skeleton=new["skeleton"])
         elif new["keypoints"] and new["keypoints"] != old["keypoints"]:
             raise UserError(
-                f"'{urls.shown(path)}': category '{new['name']}' has other keypoints than in the files before; "
+                f"'{urls.shown(path)}': category '{new['name']}' has other keypoints than in an earlier file; "
                 "prepare files with different keypoints separately",
                 "invalid_annotations",
             )
@@ -121,14 +121,14 @@ def _file_name(entry: dict[str, Any]) -> str | None:
 
 
 def _url_path(entry: dict[str, Any]) -> str:
-    """Folder and name at the end of a `coco_url`: LVIS has no file names, and its splits mix COCO's two folders."""
+    """Folder and name at the end of a `coco_url`: LVIS has no file names, and its splits mix two folders of COCO."""
     return "/".join(str(entry.get("coco_url") or "").split("/")[3:][-2:])
 
 
 def load(paths: Sequence[urls.Location]) -> CocoSet:
-    """Parse and merge COCO json files: images by file name, categories by name, objects that two files list.
+    """Parses and merges COCO json files: images by file name, categories by name, and objects listed by two files.
 
-    Raises `UserError` for a file that is missing or not COCO json. What one bad annotation breaks is in `rejected`.
+    Raises `UserError` if a file is missing or not COCO json. Single bad annotations are in `rejected`.
     """
     if not paths:
         raise UserError("give at least one COCO json file", "missing_annotations")
@@ -149,7 +149,7 @@ class _Merger:
         self.rejected: list[Rejected] = []
         self.classes: list[list[str]] = []
         self.listed = self.merged = 0
-        self._before: dict[Any, list[dict[str, Any]]] = {}  # objects that the file being added may list again
+        self._before: dict[Any, list[dict[str, Any]]] = {}  # objects of earlier files, by `_object_key`
 
     def add(self, path: str, data: dict[str, Any]) -> None:
         names = _merge_categories(path, data, self.categories)
@@ -178,7 +178,7 @@ class _Merger:
             image = by_id[key] = self.images.setdefault(name, CocoImage(name, urls.base_name(path)))
             image.sizes.append([entry.get("height") or 0, entry.get("width") or 0])
             image.path = image.path or _url_path(entry)
-            if "neg_category_ids" in entry:  # LVIS: only some classes were looked for in this image
+            if "neg_category_ids" in entry:  # LVIS: only some classes were annotated in this image
                 image.federated = True
                 image.absent += _names_of(entry["neg_category_ids"], names)
                 image.incomplete += _names_of(entry.get("not_exhaustive_category_ids"), names)
@@ -201,10 +201,10 @@ class _Merger:
             self._add_object(image, {**entry, "name": category, "origin": origin})
 
     def _add_object(self, image: CocoImage, new: dict[str, Any]) -> None:
-        """COCO lists a person in the instances file and again, with keypoints, in the keypoints file: one object.
+        """Adds an object, or merges it into one of an earlier file with the same class and box (without box: outline).
 
-        Same class and same box (without boxes: same outline) in an earlier file make them one; ids do not, as many
-        tools number each file anew.
+        COCO lists a person in the instances file and again, with keypoints, in the keypoints file. Ids cannot identify
+        it, since many tools number each file anew.
         """
         key = _object_key(image, new)
         if key is not None and self._before.get(key):
@@ -216,8 +216,10 @@ class _Merger:
 
 
 def _object_key(image: CocoImage, annotation: dict[str, Any]) -> tuple[str, str] | None:
-    """Alike for 109 and 109.0, which two files may write for the same box; None for one that tells no place."""
-    bbox, outline = annotation.get("bbox"), annotation.get("segmentation")
+    """Class and place of an object, equal for 109 and 109.0; None if it has neither box nor outline."""
+    bbox: Any = annotation.get("bbox")
+    outline = annotation.get("segmentation")
+    place: dict[str, Any]
     if is_numbers(bbox) and len(bbox) == 4:
         place = {"bbox": [round(float(c), 2) for c in bbox]}
     elif not bbox and outline:
@@ -233,5 +235,5 @@ def _names_of(ids: Any, names: dict[Any, str]) -> list[str]:
 
 
 def _lookup(table: dict[Any, Any], key: Any) -> Any:
-    """`table[key]`; None for a key that is absent or no id at all."""
+    """`table[key]`; None if the key is missing or not an id."""
     return table.get(key) if isinstance(key, int | str) else None

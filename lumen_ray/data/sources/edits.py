@@ -1,16 +1,17 @@
 """Edit triples (image, instruction, edited image) as a source: InstructPix2Pix's folders, and tables.
 
-A folder holds subfolders with a ``prompt.json`` (its `edit` is the instruction) and images ``<seed>_0.jpg`` and
-``<seed>_1.jpg``, before and after. A table (csv, tsv, jsonl, parquet) has a column for each of the three.
-A triple becomes a row of task `edit`: `image`, `target_image`, and the instruction as a message of one user turn.
+A folder has subfolders with a ``prompt.json`` (its `edit` is the instruction) and images ``<seed>_0.jpg`` (before) and
+``<seed>_1.jpg`` (after). A table (csv, tsv, jsonl, parquet) has a column for each of the three. A triple becomes a row
+of task `edit`: `image`, `target_image`, and the instruction as a message of one user turn.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from lumen_ray.data import files, urls
@@ -24,8 +25,9 @@ from lumen_ray.structures import Size
 IMAGE_COLUMNS = ("image", "input_image", "original_image", "source_image", "source_img", "input", "before")
 INSTRUCTION_COLUMNS = ("instruction", "edit_prompt", "edit", "edit_instruction", "prompt", "text")
 TARGET_COLUMNS = ("target_image", "edited_image", "target_img", "output_image", "target", "output", "after")
-#: how the two images' sizes must agree: the same pixels, the same shape (within 2 percent), or not at all
+#: required agreement of the two images: equal size, equal aspect ratio (within 2 percent), or none
 SIZES = ("same", "aspect", "any")
+Triple = tuple[Any, Any, Any]  # image, instruction and edited image, unchecked
 _ASPECT_TOLERANCE = 0.02
 _PROMPT = "prompt.json"
 _SIDE = re.compile(r"(.+)_([01])\.(?:jpe?g|png|webp)", re.IGNORECASE)
@@ -33,8 +35,8 @@ _SIDE = re.compile(r"(.+)_([01])\.(?:jpe?g|png|webp)", re.IGNORECASE)
 
 @dataclass
 class EditsSource(Source):
-    """`data`: folders and tables; `images`: folder of the images where tables hold paths; `sizes`: one of `SIZES`; the
-    columns are by default the first of the usual names."""
+    """`data`: folders and tables; `images`: folder of the images if tables hold paths; `sizes`: one of `SIZES`; each
+    column is by default the first with a usual name."""
 
     data: list[str]
     images: str | None = None
@@ -45,22 +47,25 @@ class EditsSource(Source):
     kind = "edits"
     row_kind = "edits"
 
-    def list(self) -> Listing:
+    def read_listing(self) -> Listing:
         check_choice("sizes", self.sizes, SIZES)
         if self.images is not None:
             self.images = urls.absolute(self.images)
             if not files.is_dir(self.images):
                 raise UserError(f"image folder '{self.images}' does not exist", "missing_images")
-        listing = Listing([], {"edits": 0})
+        records: list[Any] = []
+        rejected: list[Rejected] = []
+        total = 0
         for location in (urls.absolute(path) for pattern in self.data for path in files.expand(pattern)):
-            records, rejected, number = self._listed(location)
-            listing.records += records
-            listing.rejected += rejected
-            listing.inputs["edits"] += number
-        listing.rows_per_record = max((r.get("records", 1) for r in listing.records), default=1)
-        return listing
+            found, bad, number = self._records(location)
+            records += found
+            rejected += bad
+            total += number
+        most = max((r.get("records", 1) for r in records), default=1)
+        return Listing(records, {"edits": total}, rejected=rejected, rows_per_record=most)
 
-    def _listed(self, location: str) -> tuple[list[Any], list[Rejected], int]:
+    def _records(self, location: str) -> tuple[list[Any], list[Rejected], int]:
+        """(records, rejected ones, number of triples) of a folder or table."""
         if files.is_dir(location):
             return list_folder(location)
         chunks = tables.chunks(location)
@@ -80,19 +85,21 @@ class EditsSource(Source):
     def rows(self, record: Any, shared: Any) -> Iterator[Outcome]:
         if "folder" in record:
             folder = urls.join(record["folder"], record["inside"])
-            triples = [(record["origin"], lambda: _read_folder(folder, record))]
-        else:
-            triples = ((origin, lambda value=value: self._cells(value)) for origin, value in tables.read_chunk(record))
-            folder = self.images
-        for origin, read in triples:
-            try:
-                yield self._row(origin, *read(), folder, named="folder" not in record)
-            except UserError as error:
-                yield Outcome(rejected=[reject("edits", "", origin, error)])
+            yield self._outcome(record["origin"], lambda: _read_folder(folder, record), folder, named=False)
+            return
+        for origin, value in tables.read_chunk(record):
+            yield self._outcome(origin, partial(self._cells, value), self.images, named=True)
 
-    def _cells(self, value: Any) -> tuple[Any, Any, Any]:
+    def _cells(self, value: Any) -> Triple:
         record = as_mapping(value)
-        return tuple(tables.cell(record, wanted, usual) for wanted, usual in self._columns().values())
+        image, instruction, target = (tables.cell(record, wanted, usual) for wanted, usual in self._columns().values())
+        return image, instruction, target
+
+    def _outcome(self, origin: str, read: Callable[[], Triple], folder: str | None, named: bool) -> Outcome:
+        try:
+            return self._row(origin, *read(), folder, named)
+        except UserError as error:
+            return Outcome(rejected=[reject("edits", "", origin, error)])
 
     def _row(self, origin: str, image: Any, instruction: Any, target: Any, folder: str | None, named: bool) -> Outcome:
         text = clean_text(instruction, "the instruction")
@@ -106,7 +113,7 @@ class EditsSource(Source):
 
 
 def check_sizes(size: Size, edited: Size, rule: str) -> None:
-    """`UserError` (`size_mismatch`) for (height, width) of the two images that do not agree as `rule` wants."""
+    """Raises `UserError` (`size_mismatch`) if the (height, width) of the two images do not agree by `rule`."""
     shape, other = size[1] / size[0], edited[1] / edited[0]
     same_shape = abs(shape - other) <= _ASPECT_TOLERANCE * shape
     if {"same": size == edited, "aspect": same_shape, "any": True}[rule]:
@@ -119,7 +126,7 @@ def check_sizes(size: Size, edited: Size, rule: str) -> None:
 
 
 def list_folder(folder: str) -> tuple[list[dict[str, str]], list[Rejected], int]:
-    """(records, rejected ones, their number) of an InstructPix2Pix folder, or of one of its subfolders."""
+    """(records, rejected ones, number of both) of an InstructPix2Pix folder, or of one of its subfolders."""
     inside: dict[str, list[str]] = {}
     for name in files.list_files(folder, recursive=True):
         place, _, base = name.rpartition("/")
@@ -133,7 +140,7 @@ def list_folder(folder: str) -> tuple[list[dict[str, str]], list[Rejected], int]
             if match := _SIDE.fullmatch(name):
                 sides.setdefault(match[1], {})[match[2]] = name
         if _PROMPT in names and not sides:
-            rejected.append(reject("edits", "", origin, "it has a prompt.json but no images named SEED_0 and SEED_1"))
+            rejected.append(reject("edits", "", origin, "it has a prompt.json but no images SEED_0 and SEED_1"))
         for seed, pair in sorted(sides.items()):
             where = f"{origin}/{seed}"
             if _PROMPT not in names:
@@ -145,11 +152,11 @@ def list_folder(folder: str) -> tuple[list[dict[str, str]], list[Rejected], int]
                 sides_of = {"image": pair["0"], "target": pair["1"]}
                 records.append({"folder": folder, "inside": place, "origin": where, **sides_of})
     if not records and not rejected:
-        raise UserError(f"folder '{folder}' holds no prompt.json with images SEED_0.jpg, SEED_1.jpg", "empty_input")
+        raise UserError(f"folder '{folder}' has no prompt.json with images SEED_0.jpg, SEED_1.jpg", "empty_input")
     return records, rejected, len(records) + len(rejected)
 
 
-def _read_folder(folder: str, record: dict[str, str]) -> tuple[Any, Any, Any]:
+def _read_folder(folder: str, record: dict[str, str]) -> Triple:
     try:
         prompt = json.loads(files.read_text(urls.join(folder, _PROMPT)))
     except (ValueError, RecursionError) as error:

@@ -1,6 +1,6 @@
-"""Images with the records about them: what sources whose records each name an image turn their files into.
+"""Records grouped by image, for sources whose records each name an image.
 
-One image becomes one row, whatever number of expressions, questions or conversations there are about it.
+One image becomes one row, however many expressions, questions or conversations refer to it.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from lumen_ray.data import rle as rle_tools
-from lumen_ray.data.frames import Frame, read_frame
+from lumen_ray.data.frames import AnnotationFrame, read_frame
 from lumen_ray.data.sources.base import Outcome, Rejected, image_locations, instance, read_first, reject
 from lumen_ray.data.sources.record_parsing import Record, to_box, to_mask
 from lumen_ray.errors import UserError
 
 
-def to_instance(name: str, bbox: Any, segmentation: Any, box_format: str, frame: Frame) -> dict[str, Any]:
-    """A schema instance in the rotated frame; its box comes from the mask where none is given.
+def to_instance(name: str, bbox: Any, segmentation: Any, box_format: str, frame: AnnotationFrame) -> dict[str, Any]:
+    """A schema instance in the EXIF-rotated frame; without a box, that of the mask.
 
-    `bbox` is of one of `parts.BOX_FORMATS`, `segmentation` COCO's. `UserError` for what cannot be used.
+    `bbox`: of format `box_format`, see `record_parsing.BOX_FORMATS`; `segmentation`: COCO's. Raises `UserError` if
+    either cannot be used.
     """
     mask = to_mask(segmentation, frame.size)
     if bbox is None and mask is not None:
@@ -27,9 +28,9 @@ def to_instance(name: str, bbox: Any, segmentation: Any, box_format: str, frame:
 
 
 class Images:
-    """Records of several files, collected by the image they are about: one json value per image, for a listing.
+    """Records of several files, grouped by image: one json value per image, for a listing.
 
-    `item_kind` is what one record is called in the counts. Records without image stand alone.
+    `item_kind`: name of a record in the counts. Each record without image is a group of its own.
     """
 
     def __init__(self, item_kind: str):
@@ -39,14 +40,14 @@ class Images:
         self._groups: dict[Any, dict[str, Any]] = {}
 
     def add(self, image: str | None, origin: str, item: Record, **details: Any) -> None:
-        """`item` with its origin, to the group of its image; `details` of a group are those of its first record."""
+        """Adds `item` with its origin to the group of its image; a group keeps the `details` of its first record."""
         self.listed += 1
         key = image if image is not None else (self.listed,)
         group = self._groups.setdefault(key, {"image": image, "origin": origin, "items": [], **details})
         group["items"].append(item | {"origin": origin})
 
     def reject(self, image: Any, origin: str, error: UserError) -> None:
-        """A record that cannot be used whatever its image holds."""
+        """Rejects a record that cannot be used, whatever its image contains."""
         self.listed += 1
         self.rejected.append(reject(self.item_kind, "" if image is None else str(image), origin, error))
 
@@ -58,17 +59,20 @@ class Images:
         return sorted(self._groups.values(), key=lambda group: (group["image"] is None, group["image"] or ""))
 
 
-def open_group(folder: str, group: dict[str, Any]) -> tuple[bytes, Frame]:
-    """The image of a group of `Images` below `folder`, and the frame that the declared `size` of the group tells.
+def open_group(folder: str, group: dict[str, Any]) -> tuple[bytes, AnnotationFrame]:
+    """The encoded image of a group of `Images`, below `folder`, and its frame, inferred from the group's declared
+    `size`.
 
-    Raises `UserError` for an image that is missing, broken or of another size, `StoreError` for an unreachable store.
+    Raises `UserError` if the image is missing, broken or of another size, `StoreError` if the store is unreachable.
     """
     data = read_first(*image_locations(folder, group["image"]))
-    return data, read_frame(data, [group["size"]] if group.get("size") else [])
+    frame = read_frame(data, [group["size"]] if group.get("size") else [])
+    assert data is not None, "read_frame raises"
+    return data, frame
 
 
 def lost_group(row_kind: str, item_kind: str, group: dict[str, Any], error: UserError) -> Outcome:
-    """An image that cannot be used, and all that hangs on it."""
+    """The outcome of an image that cannot be used: it is rejected with all its items."""
     name = str(group["image"] or "")
     items = [reject(item_kind, name, item["origin"], f"its image was rejected: {error}") for item in group["items"]]
     return Outcome(rejected=[reject(row_kind, name, group["origin"], error), *items])
@@ -77,10 +81,10 @@ def lost_group(row_kind: str, item_kind: str, group: dict[str, Any], error: User
 def finished_group(
     row_kind: str, item_kind: str, row: dict[str, Any], group: dict[str, Any], rejected: list[Rejected]
 ) -> Iterator[Outcome]:
-    """The outcome of a group of which `rejected` items could not be used; with no item left the row is rejected too."""
+    """The outcome of a group whose items were `rejected` in part; if all were, the row is rejected too."""
     total = len(group["items"])
     if len(rejected) < total:
         yield Outcome(row, {item_kind: total - len(rejected)}, rejected)
         return
-    reason = f"not one of its {total} {item_kind} can be used"
+    reason = f"none of its {total} {item_kind} can be used"
     yield Outcome(rejected=[reject(row_kind, row["image_id"], group["origin"], reason), *rejected])

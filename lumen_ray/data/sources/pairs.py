@@ -1,8 +1,8 @@
 """Image-text pairs as a source: csv, tsv, jsonl and parquet tables, and WebDataset tars.
 
 Read as a stream: a record of the listing is a tar, a chunk of lines or a row group. A pair becomes a row with one
-caption. In a tar, members with the same stem are a pair: an image (.jpg, .jpeg, .png, .webp, ..) and its caption, the
-.txt or what stands under `caption_key` in the .json.
+caption. In a tar, members with the same stem are a pair: an image (.jpg, .jpeg, .png, .webp, ...) and its caption, the
+.txt or the value of `caption_key` in the .json.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from lumen_ray.tasks import get_task
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_name", "filename", "path", "jpg", "png")
 CAPTION_COLUMNS = ("caption", "text", "title", "sentence", "caption_text", "captions")
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
-_ROWS_PER_TAR = 2000  # a guess, before it is read
+_ROWS_PER_TAR = 2000  # estimate, before a tar is read
 
 
 @dataclass
 class PairsSource(Source):
-    """`data`: tables and tars, with ``*`` and ``?`` as in a shell; `images`: folder of the images where tables hold
-    paths. `image_column`, `caption_column`: of tables, by default the first of the usual names; `caption_key`: of the
-    json in tars; `header`: whether the first line of a csv or tsv file names the columns (else they are 0, 1, ..)."""
+    """`data`: tables and tars, wildcards ``*`` and ``?`` expanded; `images`: folder of the images if tables hold paths;
+    `image_column`, `caption_column`: of tables, by default the first with a usual name; `caption_key`: of the json in
+    tars; `header`: whether the first line of a csv or tsv file names the columns (else they are 0, 1, ...)."""
 
     data: list[str]
     images: str | None = None
@@ -41,7 +41,7 @@ class PairsSource(Source):
     kind = "pairs"
     row_kind = "pairs"
 
-    def list(self) -> Listing:
+    def read_listing(self) -> Listing:
         if self.images is not None:
             self.images = urls.absolute(self.images)
             if not files.is_dir(self.images):
@@ -69,7 +69,7 @@ class PairsSource(Source):
             yield from self._tar_rows(record["tar"])
             return
         for origin, value in tables.read_chunk(record):
-            name = ""
+            name: str | None = ""
             try:
                 value = as_mapping(value)
                 caption = clean_text(tables.cell(value, self.caption_column, CAPTION_COLUMNS), "the caption")
@@ -77,19 +77,19 @@ class PairsSource(Source):
                 name, data, size = tables.load_image(image, self.images)
                 yield _row(name or origin, data, size, caption)
             except UserError as error:
-                yield Outcome(rejected=[reject("pairs", name, origin, error)])
+                yield Outcome(rejected=[reject("pairs", name or "", origin, error)])
 
     def _tar_rows(self, location: str) -> Iterator[Outcome]:
         tar = urls.base_name(location)
-        for key, parts in tars.samples(location, (*IMAGE_EXTENSIONS, "txt", "json")):
+        for key, members in tars.samples(location, (*IMAGE_EXTENSIONS, "txt", "json")):
             name = f"{tar}/{key}" if key else tar
             try:
-                if isinstance(parts, UserError):
-                    raise parts
-                caption = clean_text(self._caption(parts), "the caption")
-                image = first_of(parts, IMAGE_EXTENSIONS)
+                if isinstance(members, UserError):
+                    raise members
+                caption = clean_text(self._caption(members), "the caption")
+                image = first_of(members, IMAGE_EXTENSIONS)
                 if image is None:
-                    raise UserError(f"it has no image ({', '.join(sorted(parts))})", "missing_image")
+                    raise UserError(f"it has no image ({', '.join(sorted(members))})", "missing_image")
                 _, data, size = tables.load_image(image, None)
                 outcome = _row(check_name(name), data, size, caption)
             except UserError as error:
@@ -97,13 +97,13 @@ class PairsSource(Source):
             outcome.came_in = {"pairs": 1}
             yield outcome
 
-    def _caption(self, parts: tars.Parts) -> str:
-        """The text of a sample of a tar."""
-        text, meta = parts.get("txt"), parts.get("json")
+    def _caption(self, members: tars.Members) -> Any:
+        """The caption of a sample of a tar, not yet checked to be a text."""
+        text, meta = members.get("txt"), members.get("json")
         if text is not None and self.caption_key is None:
             return text.decode("utf-8", "surrogateescape")
         if meta is None:
-            raise UserError(f"it has no caption ({', '.join(sorted(parts))})", "missing_text")
+            raise UserError(f"it has no caption ({', '.join(sorted(members))})", "missing_text")
         try:
             values = json.loads(meta)
         except (ValueError, RecursionError) as error:
@@ -116,6 +116,6 @@ class PairsSource(Source):
 
 
 def _row(image_id: str, data: bytes, size: tuple[int, int], caption: str) -> Outcome:
-    # the wording follows from the text: all of a task's wordings occur, and the same pair always gets the same one
+    # the prompt template follows from the text: all templates occur, and a pair always gets the same one
     message = make_message("caption", get_task("caption").prompt(template=len(caption)), caption)
     return Outcome(make_row(image_id, data, size, "pairs", tasks=["caption"], messages=[message]))

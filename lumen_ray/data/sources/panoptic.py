@@ -1,11 +1,11 @@
 """COCO panoptic: a json of segments and a folder of PNG files whose pixels hold segment ids (R + 256 G + 65536 B).
 
-A thing segment is one object, as in COCO instances; ``iscrowd`` ones are crowd. A stuff segment ("sky") is all of its
-class in the image: it becomes one instance with its mask, so that "sky" can be asked for like a class (its count is 1),
-and the manifest marks the category with ``stuff``; with ``stuff="skip"`` only things are read. Every pixel that is not
-void is annotated, so all classes are exhaustive.
+A thing segment is one object, as in COCO instances; ``iscrowd`` ones are crowd. A stuff segment ("sky") covers all of
+its class in the image: it becomes one instance with a mask, so that "sky" can be prompted like any class (its count is
+1), and the manifest marks the category with ``stuff``; with ``stuff="skip"`` only things are read. Every pixel that is
+not void is annotated, so all classes are exhaustive.
 
-Frame: that of the PNG and the json's sizes, by the rule of `data.sources.coco`.
+Frame: inferred from the sizes of the PNG and in the json, by the rule of `data.sources.coco`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 from lumen_ray.data import files, urls
 from lumen_ray.data import rle as rle_tools
-from lumen_ray.data.frames import Frame, read_frame
+from lumen_ray.data.frames import AnnotationFrame, read_frame
 from lumen_ray.data.images import decode
 from lumen_ray.data.shards.schema import make_row
 from lumen_ray.data.sources.base import (
@@ -58,18 +58,30 @@ class PanopticSource(Source):
         if self.stuff not in STUFF:
             raise unknown("stuff rule", self.stuff, STUFF)
 
-    def list(self) -> Listing:
+    def read_listing(self) -> Listing:
         for folder in (self.segments, self.images):
             if not files.is_dir(folder):
                 raise UserError(f"folder '{urls.shown(folder)}' does not exist", "missing_folder")
         data = parse(self.annotations)
         categories = _categories(self.annotations, data)
         skipped = {i for i, c in categories.items() if c["stuff"] and self.stuff == "skip"}
-        names = {i: c["name"] for i, c in categories.items()}
         records = _images(self.annotations, data["images"])
+        listed, rejected = self._add_segments(records, data["annotations"], categories, skipped)
+        kept = [c for i, c in categories.items() if i not in skipped]
+        inputs = {"images": len(records), "annotations": listed}
+        ordered = sorted(records.values(), key=lambda r: r["file_name"])
+        return Listing(
+            ordered, inputs, list({c["name"]: c for c in kept}.values()), [c["name"] for c in kept], rejected
+        )
+
+    def _add_segments(
+        self, records: dict[Any, dict[str, Any]], entries: list[Any], categories: dict[Any, Any], skipped: set[Any]
+    ) -> tuple[int, list[Rejected]]:
+        """Adds the annotations to the records of their images; (number of segments, rejected ones)."""
+        names = {i: c["name"] for i, c in categories.items()}
         rejected: list[Rejected] = []
         listed, annotated = 0, set()
-        for number, entry in enumerate(data["annotations"]):
+        for number, entry in enumerate(entries):
             entry = entry if isinstance(entry, dict) else {}
             origin = f"{urls.base_name(self.annotations)} annotation {number}"
             segments = [s for s in _segments(entry, names, origin) if s["category_id"] not in skipped]
@@ -82,12 +94,7 @@ class PanopticSource(Source):
                 continue
             annotated.add(key)
             image |= {"png": str(entry.get("file_name") or ""), "segments": segments, "annotated": origin}
-        kept = [c for i, c in categories.items() if i not in skipped]
-        inputs = {"images": len(records), "annotations": listed}
-        ordered = sorted(records.values(), key=lambda r: r["file_name"])
-        return Listing(
-            ordered, inputs, list({c["name"]: c for c in kept}.values()), [c["name"] for c in kept], rejected
-        )
+        return listed, rejected
 
     def rows(self, record: dict[str, Any], shared: list[str]) -> Iterator[Outcome]:
         name = record["file_name"]
@@ -119,7 +126,7 @@ def _key(value: Any) -> Any:
 
 
 def _categories(path: str, data: dict[str, Any]) -> dict[Any, dict[str, Any]]:
-    """Manifest categories by id, with `stuff`."""
+    """Categories of the manifest by id, with `stuff`."""
     found: dict[Any, dict[str, Any]] = {}
     entries = data.get("categories")
     for entry in entries if isinstance(entries, list) else []:
@@ -137,7 +144,7 @@ def _categories(path: str, data: dict[str, Any]) -> dict[Any, dict[str, Any]]:
 
 
 def _images(path: str, entries: list[Any]) -> dict[Any, dict[str, Any]]:
-    """The records of the listing by image id, without segments yet."""
+    """The records of the listing by image id, without segments."""
     found: dict[Any, dict[str, Any]] = {}
     for number, entry in enumerate(entries):
         key = _key(entry.get("id")) if isinstance(entry, dict) else None
@@ -152,7 +159,7 @@ def _images(path: str, entries: list[Any]) -> dict[Any, dict[str, Any]]:
 
 
 def _segments(entry: dict[str, Any], names: dict[Any, str], origin: str) -> list[dict[str, Any]]:
-    """The entry's segments as they stand; what is missing in them is told by `_instance`."""
+    """The entry's segments, checked later by `_instance`."""
     listed = entry.get("segments_info")
     segments = []
     for number, segment in enumerate(listed if isinstance(listed, list) else []):
@@ -164,7 +171,7 @@ def _segments(entry: dict[str, Any], names: dict[Any, str], origin: str) -> list
     return segments
 
 
-def _instance(segment: dict[str, Any], ids: np.ndarray, frame: Frame) -> dict[str, Any]:
+def _instance(segment: dict[str, Any], ids: np.ndarray, frame: AnnotationFrame) -> dict[str, Any]:
     if not segment["name"]:
         raise UserError(f"unknown category id {segment['category_id']}", "unknown_category")
     if not isinstance(segment["id"], int) or segment["id"] <= 0:

@@ -1,6 +1,6 @@
-"""What sources share in reading records: json, texts, image names, boxes and masks, as pure functions.
+"""Helpers for all sources: json, texts, image names, boxes and masks of records, as pure functions.
 
-Every check raises a `UserError` whose sentence becomes the record's reason in `rejected.parquet`.
+Every check raises a `UserError` whose message becomes the record's reason in `rejected.parquet`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lumen_ray.structures import Boxes, Size
 from lumen_ray.trunk.tokenizer import SPECIAL_TOKENS
 
 Record = dict[str, Any]
-#: how box numbers are meant: xyxy and xywh in pixels of the stored image, relative: xyxy as shares of its sides, 0..1
+#: xyxy and xywh are in pixels of the stored image; relative is xyxy as fractions of its sides, 0..1
 BOX_FORMATS = ("xyxy", "xywh", "relative")
 IMAGE_KEYS = ("image", "file_name", "img_path", "image_path", "img", "filename")
 IMAGE_ID_KEYS = ("image_id", "imageId")
@@ -25,7 +25,7 @@ LINE_SUFFIXES = (".jsonl", ".ndjson")
 
 
 def load_json(location: str) -> Any:
-    """The value of a json file; `UserError` for one that is missing or not json."""
+    """The value of a json file. Raises `UserError` if it is missing or not json."""
     if not files.is_file(location):
         raise UserError(f"annotation file '{urls.shown(location)}' does not exist", "missing_annotations")
     try:
@@ -37,10 +37,10 @@ def load_json(location: str) -> Any:
 
 
 def load_records(location: str, keys: Sequence[str] = ()) -> list[tuple[str, Any]]:
-    """The (origin, record) pairs of a json file (a list, or a mapping that holds it under one of `keys`, or of ids to
-    records) or of a jsonl file. A line that is no json comes as a `UserError` in the record's place.
+    """The (origin, record) pairs of a json file (a list, a mapping with a list under one of `keys`, or a mapping of ids
+    to records) or of a jsonl file. A line that is not json gives a `UserError` in the record's place.
 
-    Raises `UserError` for a file that is missing or not json at all.
+    Raises `UserError` if the file is missing or not json at all.
     """
     if location.lower().endswith(LINE_SUFFIXES) and files.is_file(location):
         lines = files.read_bytes(location).removeprefix(b"\xef\xbb\xbf").split(b"\n")
@@ -50,7 +50,7 @@ def load_records(location: str, keys: Sequence[str] = ()) -> list[tuple[str, Any
 
 
 def records_in(data: Any, location: str, keys: Sequence[str] = ()) -> list[tuple[str, Any]]:
-    """The (origin, record) pairs in the value of a json file, as `load_records`."""
+    """The (origin, record) pairs in the value of a json file, as in `load_records`."""
     name = urls.base_name(location)
     if isinstance(data, dict):
         found = next((data[key] for key in keys if isinstance(data.get(key), list)), None)
@@ -64,7 +64,7 @@ def records_in(data: Any, location: str, keys: Sequence[str] = ()) -> list[tuple
 
 
 def parse_line(line: bytes) -> Any:
-    """The json value of a line, or the `UserError` that says why it is none."""
+    """The json value of a line, or a `UserError` if it is not json."""
     try:
         return json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -72,7 +72,7 @@ def parse_line(line: bytes) -> Any:
 
 
 def as_mapping(record: Any) -> Record:
-    """The record itself if it is a mapping; `UserError` for anything else."""
+    """The record itself. Raises `UserError` if it is not a mapping."""
     if isinstance(record, UserError):
         raise record
     if not isinstance(record, dict):
@@ -81,20 +81,20 @@ def as_mapping(record: Any) -> Record:
 
 
 def first_of(record: Record, keys: Iterable[str]) -> Any:
-    """The value of the first of `keys` that the record has, other than None; None when it has none."""
+    """The first value that is not None under one of `keys`; None if there is none."""
     return next((record[key] for key in keys if record.get(key) is not None), None)
 
 
 def reserved_token(text: str) -> str | None:
-    """The first token of the prompt layout written in a text: there it would be read as layout, not as words."""
+    """The first token of the prompt layout in a text, where it would be taken for layout; None if there is none."""
     return next((token for token in SPECIAL_TOKENS if token in text), None)
 
 
 def clean_text(value: Any, what: str, *, allowed: Sequence[str] = (), keep_lines: bool = False) -> str:
-    """`value` as a text with single blanks (inner line breaks and indents stay with `keep_lines`).
+    """`value` as a text with runs of white space collapsed (`keep_lines`: only stripped at both ends).
 
-    Raises `UserError` for what is no text, empty, not encodable (half a surrogate pair), or holds a token of the
-    prompt layout that is not `allowed`. `what` names it in the sentence, e.g. ``"the caption"``.
+    Raises `UserError` if it is not a text, is empty, cannot be encoded (half a surrogate pair), or contains a token of
+    the prompt layout that is not `allowed`. `what` names it in the message, e.g. ``"the caption"``.
     """
     if not isinstance(value, str):
         raise UserError(f"{what} must be a text, got {short(value)}", "invalid_text")
@@ -104,15 +104,15 @@ def clean_text(value: Any, what: str, *, allowed: Sequence[str] = (), keep_lines
     if any("\ud800" <= char <= "\udfff" for char in text):
         raise UserError(f"{what} is not valid UTF-8 text", "invalid_text")
     bare = text
-    for token in allowed:
-        bare = bare.replace(token, "")
+    for allowed_token in allowed:
+        bare = bare.replace(allowed_token, "")
     if token := reserved_token(bare):
         raise UserError(f"{what} contains the reserved token {token}", "reserved_token")
     return text
 
 
 def short(value: Any) -> str:
-    """What a sentence can show of any value: pickles can hold lists that contain themselves, json huge numbers."""
+    """Any value, abbreviated for a message: pickles can hold lists that contain themselves, json huge numbers."""
     if isinstance(value, int) and abs(value) > 1 << 64:
         return "a huge number"
     if value is None or isinstance(value, bool | int | float | str):
@@ -122,9 +122,9 @@ def short(value: Any) -> str:
 
 
 def image_name(record: Record, pattern: str | None = None, keys: Sequence[str] = IMAGE_KEYS) -> str | None:
-    """The image's file name in a record: what stands under one of `keys`, else `pattern` filled with its `image_id`.
+    """The image's file name in a record: the value under one of `keys`, else `pattern` filled with its `image_id`.
 
-    None for a record without an image. Raises `UserError` for several images and for names that are none.
+    None for a record without an image. Raises `UserError` for several images or an invalid name.
     """
     value = first_of(record, keys)
     if isinstance(value, list) and len(value) > 1:
@@ -138,7 +138,7 @@ def image_name(record: Record, pattern: str | None = None, keys: Sequence[str] =
 
 
 def check_name(value: Any) -> str:
-    """A file name that can be looked for; `UserError` for what is no text, or a web address."""
+    """A file name. Raises `UserError` if it is not a text, or a web address."""
     name = clean_text(value, "the image's name", allowed=SPECIAL_TOKENS, keep_lines=True)
     if re.match(r"^(https?|data):", name):
         raise UserError("the image is a web address; download the images first and give their folder", "remote_image")
@@ -148,7 +148,7 @@ def check_name(value: Any) -> str:
 
 
 def fill_pattern(pattern: str, image_id: Any) -> str:
-    """``("COCO_train2014_%012d.jpg", 9) -> "COCO_train2014_000000000009.jpg"``; `%s` takes ids that are texts."""
+    """``("COCO_train2014_%012d.jpg", 9) -> "COCO_train2014_000000000009.jpg"``; use `%s` for ids that are texts."""
     if isinstance(image_id, str) and re.fullmatch(r"[0-9]{1,18}", image_id) and "%s" not in pattern:
         image_id = int(image_id)
     try:
@@ -163,19 +163,20 @@ def fill_pattern(pattern: str, image_id: Any) -> str:
 
 
 def check_pattern(pattern: str | None) -> None:
-    """Refuses a pattern that takes no image id or more than one."""
+    """Raises `UserError` if the pattern does not take exactly one image id."""
     try:
         fits = pattern is None or (pattern % 1) != pattern
     except (TypeError, ValueError):
         fits = False
     if not fits:
         raise UserError(
-            f"image pattern '{pattern}' must hold the image id once, e.g. 'COCO_train2014_%012d.jpg' or '%s.jpg'",
+            f"image pattern '{pattern}' must contain the image id once, e.g. 'COCO_train2014_%012d.jpg' or '%s.jpg'",
             "invalid_config",
         )
 
 
 def check_choice(what: str, value: str, choices: Sequence[str]) -> None:
+    """Raises `UserError` if `value` is not one of `choices`; `what` names it in the message."""
     if value not in choices:
         raise UserError(f"{what} '{value}' is not one of: {', '.join(choices)}", "invalid_config")
 
@@ -188,9 +189,9 @@ def is_numbers(values: Any) -> bool:
 
 
 def to_box(values: Any, box_format: str, size: Size) -> list[float]:
-    """Box numbers of one of `BOX_FORMATS` -> xyxy in pixels, clipped to the image of `size` (height, width).
+    """A box of `box_format` -> xyxy in pixels of the image of `size` (height, width), clipped to it.
 
-    Raises `UserError` (`invalid_box`) for a box that is malformed, degenerate or outside the image.
+    Raises `UserError` (`invalid_box`) if it is malformed, degenerate or outside the image.
     """
     if not is_numbers(values) or len(values) != 4:
         raise UserError(f"a box must be four finite numbers ({box_format}), got {short(values)}", "invalid_box")
@@ -209,16 +210,16 @@ def to_box(values: Any, box_format: str, size: Size) -> list[float]:
 
 
 def relative_scale(values: Sequence[float], size: Size) -> tuple[int, int]:
-    """What relative x and y are multiplied with; `UserError` for numbers that are pixels by the look of them."""
+    """The factors (x, y) from relative coordinates to pixels. Raises `UserError` if `values` look like pixels."""
     if max(values) > 1.01:
         raise UserError(f"relative coordinates must lie in 0..1, got {short(values)}", "invalid_box")
     return size[1], size[0]
 
 
 def plain_segmentation(value: Any) -> Any:
-    """A COCO segmentation with nothing in it but numbers and RLE counts: a list of polygons, an RLE, or None.
+    """A COCO segmentation reduced to plain json: a list of polygons, an RLE, or None if it is empty.
 
-    Raises `UserError` (`invalid_mask`) for anything else.
+    Raises `UserError` (`invalid_mask`) if it is anything else.
     """
     if value is None or value == []:
         return None
@@ -232,9 +233,9 @@ def plain_segmentation(value: Any) -> Any:
 
 
 def to_mask(segmentation: Any, size: Size) -> rle_tools.Rle | None:
-    """A COCO segmentation as an RLE, None for none; a flat list of numbers counts as one polygon.
+    """A COCO segmentation as an RLE, None if there is none; a flat list of numbers is one polygon.
 
-    `UserError` (`invalid_mask`) for one that is malformed, of another size than (height, width) or empty.
+    Raises `UserError` (`invalid_mask`) if it is malformed, not of `size` (height, width) or covers no pixel.
     """
     if is_numbers(segmentation) and segmentation:
         segmentation = [list(segmentation)]

@@ -1,8 +1,8 @@
 """Referring expressions as a source: RefCOCO, RefCOCO+, RefCOCOg, RefCLEF, gRefCOCO, and plain json records.
 
-An expression names one object, several (gRefCOCO) or none; all are phrases of task `refer` with 0, 1 or more instances.
-An expression one of whose objects cannot be used is rejected, since it would teach a wrong answer. Only objects that an
-expression names are stored, so that `classes` stays empty: the images are not annotated exhaustively here.
+An expression refers to one object, several (gRefCOCO) or none: a phrase of task `refer` with 0, 1 or more instances.
+If one of its objects cannot be used, the expression is rejected, since it would teach a wrong answer. Only objects that
+an expression refers to are stored, and `classes` stays empty: these images are not annotated exhaustively.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from lumen_ray.data import files, urls
-from lumen_ray.data.frames import Frame
+from lumen_ray.data.frames import AnnotationFrame
 from lumen_ray.data.shards.schema import make_row
-from lumen_ray.data.sources.base import Listing, Outcome, Source, reject
+from lumen_ray.data.sources.base import Listing, Outcome, Rejected, Source, reject
 from lumen_ray.data.sources.groups import Images, finished_group, lost_group, open_group, to_instance
 from lumen_ray.data.sources.record_parsing import (
     BOX_FORMATS,
@@ -43,8 +43,8 @@ _MASK_KEYS = ("segmentation", "segmentations", "mask", "masks")
 
 @dataclass
 class ReferSource(Source):
-    """`refs`: files of refs (`refs(unc).p`, `grefs(unc).json`) with the COCO file `instances` that their `ann_id` point
-    into; or, without `instances`, json/jsonl of records with image, expression and box.
+    """`refs`: files of refs (`refs(unc).p`, `grefs(unc).json`) whose `ann_id` point into the COCO file `instances`; or,
+    without `instances`, json/jsonl of records with image, expression and box.
 
     `split`: only expressions of that split (None: all); `box_format`: of the plain records' boxes, see `BOX_FORMATS`.
     """
@@ -56,7 +56,7 @@ class ReferSource(Source):
     box_format: str = "xyxy"
     kind = "refer"
 
-    def list(self) -> Listing:
+    def read_listing(self) -> Listing:
         check_choice("box format", self.box_format, BOX_FORMATS)
         self.images = urls.absolute(self.images)
         if not files.is_dir(self.images):
@@ -79,7 +79,8 @@ class ReferSource(Source):
             yield lost_group(self.row_kind, ITEMS, record, error)
             return
         row = make_row(record["image"], data, frame.rotated_size, self.kind, tasks=["refer"])
-        rejected, stored = [], {}
+        rejected: list[Rejected] = []
+        stored: dict[str, int] = {}
         box_format = "xywh" if self.instances else self.box_format
         for item in record["items"]:
             try:
@@ -95,8 +96,8 @@ class ReferSource(Source):
         yield from finished_group(self.row_kind, ITEMS, row, record, rejected)
 
 
-def _store(row: Record, stored: dict[str, int], target: Record, box_format: str, frame: Frame) -> int:
-    """The index of an object among the row's instances, where it is put when an expression first names it."""
+def _store(row: Record, stored: dict[str, int], target: Record, box_format: str, frame: AnnotationFrame) -> int:
+    """The index of an object among the row's instances; adds it when an expression first refers to it."""
     key = repr(target)
     if key not in stored:
         found = to_instance(target["name"], target["bbox"], target["segmentation"], box_format, frame)
@@ -105,13 +106,13 @@ def _store(row: Record, stored: dict[str, int], target: Record, box_format: str,
     return stored[key]
 
 
-#: what damaged pickles make their reader raise
-_DAMAGE = (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError, ImportError)
-_DAMAGE += (OverflowError, MemoryError, RecursionError)
+#: raised by `pickle` on damaged files
+_DAMAGE = (pickle.UnpicklingError, EOFError, ValueError, TypeError, AttributeError, LookupError, ImportError,
+           OverflowError, MemoryError, RecursionError)  # fmt: skip
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """Lists, dicts, texts and numbers only: anything else in a pickle file can run code."""
+    """Loads lists, dicts, texts and numbers only: anything else in a pickle file can run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         raise UserError(f"it holds an object of {module}.{name}, which could run code when loaded", "unsafe_pickle")
@@ -124,7 +125,7 @@ def _is_pickle(location: str) -> bool:
 def load_refs(location: str) -> list[tuple[str, Any]]:
     """The (origin, record) pairs of a refs file: pickle (`.p`, `.pkl`, `.pickle`), json or jsonl.
 
-    Raises `UserError` for a file that is missing or malformed, and for a pickle that holds more than plain data.
+    Raises `UserError` if the file is missing or malformed, or a pickle holds more than plain data.
     """
     name = urls.base_name(location)
     if not _is_pickle(name):
@@ -142,7 +143,8 @@ def load_refs(location: str) -> list[tuple[str, Any]]:
 
 
 def _of_split(records: list[tuple[str, Any]], split: str | None) -> list[tuple[str, Any]]:
-    """The records of that split; `UserError` that names the splits there are when it is none of them."""
+    """The records of that split, with an error in place of each that names no split. Raises `UserError` that lists the
+    splits if no record is of that one."""
     if split is None:
         return records
     splits = [r.get("split") if isinstance(r, dict) else None for _, r in records]
@@ -159,7 +161,7 @@ def _of_split(records: list[tuple[str, Any]], split: str | None) -> list[tuple[s
 
 
 def _add(groups: Images, origin: str, record: Any, parse: Any) -> None:
-    """All expressions of a record, each in the counts; a record that is broken as a whole counts as one per text."""
+    """Adds or rejects every expression of a record; a record that is broken as a whole is rejected once per text."""
     texts = _texts(record)
     name = None
     try:
@@ -185,37 +187,40 @@ def _origins(origin: str, number: int) -> list[str]:
 
 
 def _texts(record: Any) -> list[Any]:
-    """The expressions of a record, not yet checked: RefCOCO has a list of dicts with `sent`, `raw` and `tokens`."""
+    """The expressions of a record, unchecked: RefCOCO has a list of dicts with `sent`, `raw` and `tokens`."""
     value = first_of(record, _TEXT_KEYS) if isinstance(record, dict) else None
     values = value if isinstance(value, list) else [] if value is None else [value]
     return [first_of(v, ("sent", "raw", *_TEXT_KEYS)) if isinstance(v, dict) else v for v in values]
 
 
 def _size(entry: Record) -> list[int]:
-    """(height, width) that a record declares; zeros where it does not."""
-    size = [entry.get("height"), entry.get("width")]
+    """The declared [height, width]; zeros if there is none."""
+    size: list[Any] = [entry.get("height"), entry.get("width")]
     return [int(v) for v in size] if is_numbers(size) else [0, 0]
 
 
-Parsed = tuple[str, list[int], list[Record]]  # image name, its declared (height, width), objects
+Parsed = tuple[str, list[int], list[Record]]  # image name, its declared [height, width], objects
 
 
 def _parse_plain(record: Record) -> Parsed:
-    """A record with its own box or mask: one, a list of several, or an empty list (or `no_target`) for nothing."""
+    """A record with its own box or mask: one, a list of several, or an empty list (or `no_target`) for no object."""
     name = image_name(record)
     if name is None:
         raise UserError("it names no image (keys: image, file_name, img_path)", "missing_image")
     if record.get("ann_id") is not None:
         raise UserError("it points to annotations by ann_id; give their COCO file as --instances", "missing_instances")
-    boxes, masks = first_of(record, _BOX_KEYS), first_of(record, _MASK_KEYS)
-    boxes = [boxes] if is_numbers(boxes) and boxes else boxes
-    masks = [masks] if isinstance(masks, dict) or _is_one_mask(masks, boxes) else masks
+    return name, _size(record), _plain_targets(record)
+
+
+def _plain_targets(record: Record) -> list[Record]:
+    """The objects of a plain record, an empty list if it is marked as having none."""
+    boxes, masks = _boxes_and_masks(record)
     if record.get("no_target") is True:
         if boxes or masks:
             raise UserError("it is marked no_target but has a box or mask", "contradiction")
-        return name, _size(record), []
+        return []
     if boxes is None and masks is None:
-        raise UserError("it has neither box nor mask; mark one that means nothing with no_target", "missing_box")
+        raise UserError("it has neither box nor mask; mark an expression without object with no_target", "missing_box")
     if any(v is not None and not isinstance(v, list) for v in (boxes, masks)):
         raise UserError("its boxes and masks must be lists", "invalid_box")
     if boxes and masks and len(boxes) != len(masks):
@@ -223,19 +228,26 @@ def _parse_plain(record: Record) -> Parsed:
     category = first_of(record, ("category", "category_name", "label"))
     label = clean_text(category, "its category") if isinstance(category, str) else _NO_CLASS
     number = max(len(boxes or []), len(masks or []))
-    targets = [_target(label, boxes[n] if boxes else None, masks[n] if masks else None) for n in range(number)]
-    return name, _size(record), targets
+    return [_target(label, boxes[n] if boxes else None, masks[n] if masks else None) for n in range(number)]
+
+
+def _boxes_and_masks(record: Record) -> tuple[Any, Any]:
+    """Both as lists, where the record holds a single one; otherwise unchecked, None if it has none."""
+    boxes, masks = first_of(record, _BOX_KEYS), first_of(record, _MASK_KEYS)
+    boxes = [boxes] if is_numbers(boxes) and boxes else boxes
+    masks = [masks] if isinstance(masks, dict) or _is_one_mask(masks, boxes) else masks
+    return boxes, masks
 
 
 def _target(name: str, bbox: Any, segmentation: Any) -> Record:
-    """An object as plain json, its numbers not yet checked against the image."""
+    """An object as plain json, not yet checked against the image."""
     if bbox is not None and not is_numbers(bbox):
         raise UserError(f"a box must be four finite numbers, got {short(bbox)}", "invalid_box")
     return {"name": name, "bbox": bbox, "segmentation": plain_segmentation(segmentation)}
 
 
 def _is_one_mask(masks: Any, boxes: Any) -> bool:
-    """Polygons are lists of lists like several objects' masks: they are one object's if there is one box at most."""
+    """Whether a list is one object's polygons or several objects' masks: the former if there is at most one box."""
     if not isinstance(masks, list) or not masks:
         return False
     flat = is_numbers(masks) or all(is_numbers(m) for m in masks)
@@ -264,15 +276,15 @@ class _CocoRefs:
         return name, _size(image), [self._target(number, record) for number in self._ids(record)]
 
     def _ids(self, record: Record) -> list[Any]:
-        """Annotation ids; gRefCOCO marks an expression that fits nothing by `no_target` and the id -1."""
+        """Annotation ids; gRefCOCO marks an expression that matches no object by `no_target` and the id -1."""
         ids = record.get("ann_id", record.get("ann_ids"))
         ids = ids if isinstance(ids, list) else [ids]
         real = [i for i in ids if i is not None and i != -1]
         marked = record.get("no_target") is True
         if marked and real:
-            raise UserError("it is marked no_target but names annotations", "contradiction")
+            raise UserError("it is marked no_target but refers to annotations", "contradiction")
         if not real and not marked and ids not in ([-1], []):
-            raise UserError("it names no annotation (ann_id)", "missing_box")
+            raise UserError("it refers to no annotation (ann_id)", "missing_box")
         return real
 
     def _target(self, number: Any, record: Record) -> Record:
@@ -280,14 +292,14 @@ class _CocoRefs:
         if annotation is None:
             raise UserError(f"annotation {short(number)} is not in the instances file", "unknown_annotation")
         if _key(annotation.get("image_id")) != _key(record.get("image_id")):
-            raise UserError(f"annotation {short(number)} is of another image", "contradiction")
+            raise UserError(f"annotation {short(number)} belongs to another image", "contradiction")
         label = self.names.get(_key(annotation.get("category_id")))
         label = clean_text(label, "its category") if label is not None else _NO_CLASS
         return _target(label, annotation.get("bbox"), annotation.get("segmentation"))
 
 
 def _key(value: Any) -> Any:
-    """An id that can be looked up; None for what is none."""
+    """The id if it is a number or a text, else None."""
     return value if isinstance(value, int | str) else None
 
 

@@ -1,4 +1,4 @@
-"""The sources of `lumen-ray prepare` and their arguments, as data: the command line is built without importing them.
+"""The sources of `lumen-ray prepare` and their arguments, as data: building the command line imports none of them.
 
 An `Argument`'s `name` is the field of the source's dataclass that it fills; ``--the-name`` on the command line.
 """
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Argument:
-    """`options` are those of `argparse.ArgumentParser.add_argument`; required unless they hold a `default`."""
+    """An option of a source; `options` are those of `argparse.ArgumentParser.add_argument`. Required unless they hold a
+    `default`."""
 
     name: str
     help: str
@@ -28,8 +29,8 @@ class Argument:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """`target`: ``module:class`` of the source; `layout`: how its files must look, for ``--help``."""
+class SourceSpec:
+    """A source: `target` is its ``module:class``; `layout` describes its files, for ``--help``."""
 
     target: str
     help: str
@@ -37,7 +38,7 @@ class Entry:
     layout: str = ""
 
     def make(self, values: dict[str, Any]) -> Source:
-        """The source, from a dict that holds its arguments by name (others are ignored)."""
+        """Builds the source from a dict of its arguments by name; other keys are ignored."""
         module, _, name = self.target.partition(":")
         cls = getattr(importlib.import_module(module), name)
         return cls(**{a.name: values[a.name] for a in self.arguments})
@@ -47,27 +48,27 @@ def arg(name: str, help: str, **options: Any) -> Argument:
     return Argument(name, help, options)
 
 
-def _source(target: str, help: str, *arguments: Argument, layout: str = "") -> Entry:
-    return Entry(f"lumen_ray.data.sources.{target}", help, arguments, layout)
+def _source(target: str, help: str, *arguments: Argument, layout: str = "") -> SourceSpec:
+    return SourceSpec(f"lumen_ray.data.sources.{target}", help, arguments, layout)
 
 
 _IMAGES = arg("images", "folder of the images")
 _BOX_FORMAT = arg(
     "box_format",
-    "how plain boxes are written: xyxy or xywh in pixels, or relative (xyxy in 0..1) (default: xyxy)",
+    "format of plain boxes: xyxy or xywh in pixels, or relative (xyxy in 0..1) (default: xyxy)",
     default="xyxy",
 )
 
-SOURCES: dict[str, Entry] = {
+SOURCES: dict[str, SourceSpec] = {
     "scenes": _source(
         "scenes:ScenesSource",
         "render synthetic mixed-task scenes",
         arg("num", "number of scenes", type=int),
-        arg("seed", "another seed is another, disjoint set (default: 0)", type=int, default=0),
+        arg("seed", "seed of the set; sets of different seeds are disjoint (default: 0)", type=int, default=0),
         arg("side", "height and width in pixels (default: 128)", type=int, default=128),
         arg(
             "edits",
-            "also ask for an edit of every scene that has an unambiguous one",
+            "add an edit to every scene that has an unambiguous one",
             action="store_true",
             default=False,
         ),
@@ -86,27 +87,27 @@ SOURCES: dict[str, Entry] = {
         _IMAGES,
         arg(
             "stuff",
-            "keep: one object per stuff class and image (default); skip",
+            "keep: stuff becomes one object per class and image (default); skip: things only",
             choices=("keep", "skip"),
             default="keep",
         ),
     ),
     "voc": _source(
         "voc:VocSource",
-        "Pascal VOC: a folder of xml files, with masks if there are any",
+        "Pascal VOC: a folder of xml files, optionally with masks",
         arg("annotations", "folder of the xml files (VOC: Annotations)"),
         _IMAGES,
         arg("split", "text file of image names (VOC: ImageSets/Main/train.txt); default: all xml files", default=None),
         arg("masks", "folder of object masks as PNG (VOC: SegmentationObject)", default=None),
         arg(
             "difficult",
-            "difficult objects: neither asked for nor counted against (crowd, default), or as others (object)",
+            "difficult objects: ignored in training and evaluation (crowd, default), or ordinary ones (object)",
             choices=("crowd", "object"),
             default="crowd",
         ),
         arg(
             "first_pixel",
-            "1: pixels count from 1, far edge included (VOC, default); 0: from 0, excluded",
+            "1: pixels count from 1, far edge included (VOC, default); 0: from 0, far edge excluded",
             type=int,
             choices=(0, 1),
             default=1,
@@ -115,18 +116,18 @@ SOURCES: dict[str, Entry] = {
     "yolo": _source(
         "yolo:YoloSource",
         "YOLO text labels: boxes, segments, poses",
-        arg("data", "data.yaml of the set; or give --images and --classes", default=None),
+        arg("data", "data.yaml of the data set; or give --images and --classes", default=None),
         arg("split", "split of the data.yaml (default: train)", default="train"),
-        arg("images", "folder of the images, where there is no data.yaml", default=None),
-        arg("labels", "folder of the label files (default: 'labels' instead of 'images' in the path)", default=None),
-        arg("classes", "text file with one class name per line, where there is no data.yaml", default=None),
+        arg("images", "folder of the images, without a data.yaml", default=None),
+        arg("labels", "folder of the label files (default: the images' path with 'labels' for 'images')", default=None),
+        arg("classes", "text file with one class name per line, without a data.yaml", default=None),
     ),
     "refer": _source(
         "refer:ReferSource",
         "referring expressions: RefCOCO/+/g, gRefCOCO (several objects, or none), plain json",
         arg("refs", "one or more refs files, or json/jsonl of plain records", nargs="+"),
         _IMAGES,
-        arg("instances", "COCO json that the refs' ann_id point into; not for plain records", default=None),
+        arg("instances", "COCO json with the objects of the refs' ann_id; not for plain records", default=None),
         arg("split", "only expressions of that split, e.g. train or testA (default: all)", default=None),
         _BOX_FORMAT,
         layout="Refs: 'refs(unc).p' or json [{ref_id, ann_id, image_id, split, sentences: [{sent}]}] with --instances. "
@@ -136,8 +137,8 @@ SOURCES: dict[str, Entry] = {
         "chat:ChatSource",
         "LLaVA-style conversations, with regions",
         arg("conversations", "one or more json or jsonl files", nargs="+"),
-        arg("images", "folder of the images; not for text-only records", default=None),
-        arg("task", "which task the answers train: chat, caption, vqa, region_caption (default: chat)", default="chat"),
+        arg("images", "folder of the images; not needed for text-only records", default=None),
+        arg("task", "task that the answers train: chat, caption, vqa, region_caption (default: chat)", default="chat"),
         _BOX_FORMAT,
         layout="Records: {id, image, conversations: [{from: human, value: '<image> What is <region>?'}, {from: gpt, "
         "value}], regions: [[x1, y1, x2, y2], {segmentation}, {point}]}.",
@@ -147,10 +148,14 @@ SOURCES: dict[str, Entry] = {
         "visual questions: VQA v2, GQA, plain json",
         arg("questions", "one or more json or jsonl files of questions", nargs="+"),
         _IMAGES,
-        arg("annotations", "VQA v2's answers; not where the records hold them", nargs="+", default=[]),
-        arg("image_pattern", "image name by image_id, e.g. COCO_val2014_%%012d.jpg (default: VQA v2's)", default=None),
+        arg("annotations", "VQA v2's files of answers; not needed if the records hold them", nargs="+", default=[]),
         arg(
-            "answers", "'majority' of the annotators' answers, or 'all' of them (default: majority)", default="majority"
+            "image_pattern", "image file of an image_id, e.g. COCO_val2014_%%012d.jpg (default: VQA v2's)", default=None
+        ),
+        arg(
+            "answers",
+            "keep the 'majority' answer of the annotators, or 'all' answers (default: majority)",
+            default="majority",
         ),
         layout="VQA v2: {questions: [{question_id, image_id, question}]} and {annotations: [{question_id, answers}]}. "
         "Plain: [{image, question, answer}].",
@@ -158,34 +163,36 @@ SOURCES: dict[str, Entry] = {
     "pairs": _source(
         "pairs:PairsSource",
         "image-text pairs: csv, tsv, jsonl, parquet, WebDataset tar",
-        arg("data", "tables and tars; * and ? as in a shell", nargs="+"),
-        arg("images", "folder of the images, where tables hold paths", default=None),
-        arg("image_column", "column of the path or the bytes (default: image, filepath, ..)", default=None),
-        arg("caption_column", "column of the text (default: caption, text, ..)", default=None),
+        arg("data", "tables and tars; wildcards * and ? are expanded", nargs="+"),
+        arg("images", "folder of the images, if tables hold paths", default=None),
+        arg("image_column", "column of the image's path or bytes (default: image, filepath, ...)", default=None),
+        arg("caption_column", "column of the caption (default: caption, text, ...)", default=None),
         arg(
             "caption_key",
-            "take captions from this key of the json files in tars (default: .txt, or caption)",
+            "key of the caption in the json files of tars (default: the .txt file, or key 'caption')",
             default=None,
         ),
         arg(
             "header",
-            "whether the first line of csv and tsv files names the columns",
+            "the first line of csv and tsv files names the columns",
             default=True,
             action=argparse.BooleanOptionalAction,
         ),
-        layout="Tables: a column with the image's path (beneath --images) or bytes, and one with its caption. "
+        layout="Tables: a column with the image's path (below --images) or bytes, and one with its caption. "
         "Tars: 000.jpg and 000.txt (or 000.json with a key 'caption') side by side.",
     ),
     "edits": _source(
         "edits:EditsSource",
         "edit triples: image, instruction, edited image",
         arg("data", "InstructPix2Pix folders, or csv, tsv, jsonl, parquet tables", nargs="+"),
-        arg("images", "folder of the images, where tables hold paths", default=None),
-        arg("image_column", "column of the image (default: image, original_image, ..)", default=None),
-        arg("instruction_column", "column of the instruction (default: instruction, edit_prompt, ..)", default=None),
-        arg("target_column", "column of the edited image (default: target_image, edited_image, ..)", default=None),
+        arg("images", "folder of the images, if tables hold paths", default=None),
+        arg("image_column", "column of the image (default: image, original_image, ...)", default=None),
+        arg("instruction_column", "column of the instruction (default: instruction, edit_prompt, ...)", default=None),
+        arg("target_column", "column of the edited image (default: target_image, edited_image, ...)", default=None),
         arg(
-            "sizes", "how the two sizes must agree: same, aspect (2 percent) or any (default: aspect)", default="aspect"
+            "sizes",
+            "how the two sizes must agree: same, aspect (within 2 percent) or any (default: aspect)",
+            default="aspect",
         ),
         layout="Folders: NAME/prompt.json {edit} beside SEED_0.jpg (before) and SEED_1.jpg (after). "
         "Tables: columns of both images (paths or bytes) and of the instruction.",

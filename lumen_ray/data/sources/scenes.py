@@ -16,7 +16,7 @@ from lumen_ray.errors import UserError
 class ScenesSource(Source):
     """`num` scenes of the set `seed`, `side` pixels high and wide. Independent draws: no need to shuffle them.
 
-    `edits`: rows also carry an instruction (task `edit`) and the scene after it as `target_image`; all else in them is
+    `edits`: rows also have an instruction (task `edit`) and the edited scene as `target_image`; the rest of a row is
     the same as without.
     """
 
@@ -26,7 +26,7 @@ class ScenesSource(Source):
     edits: bool = False
     kind = "scenes"
 
-    def list(self) -> Listing:
+    def read_listing(self) -> Listing:
         if self.num < 1:
             raise UserError(f"the number of scenes must be at least 1, got {self.num}", "invalid_config")
         if self.side < 64:

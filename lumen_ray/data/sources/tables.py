@@ -1,8 +1,8 @@
-"""Tables of records too long for one process: csv, tsv, jsonl and parquet files, dealt out in chunks.
+"""Tables of records too long for one process: csv, tsv, jsonl and parquet files, read in chunks.
 
-The driver reads a text file once, line by line, and keeps where chunks of records start; a task reads its own chunk.
-So nobody holds more than a chunk, quoted line breaks in csv files do not matter, and the number of records is known
-before any task counts its own.
+The driver reads a text file once, line by line, and notes where chunks of records start; a task reads one chunk. So no
+process holds more than a chunk, csv fields may contain line breaks, and the number of records is known before any task
+starts.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.structures import Size
 
 CHUNK_RECORDS = 512
-#: by extension, what separates the columns
+#: column separators by extension
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (*DELIMITERS, *LINE_SUFFIXES, ".parquet")
 _BOM = b"\xef\xbb\xbf"
@@ -35,13 +35,13 @@ Chunk = dict[str, Any]  # {"path", "records", "first"} and {"start", "end", "col
 
 
 def chunks(location: str, has_header: bool = True, size: int = CHUNK_RECORDS) -> list[Chunk]:
-    """The chunks of a file. Raises `UserError` for a file that is missing, of another kind, or not readable at all.
+    """The chunks of a file. Raises `UserError` if it is missing, of another kind, or not readable at all.
 
-    `has_header`: of csv and tsv files; without one, columns are called "0", "1", ...
+    `has_header`: of csv and tsv files; without one, columns are named "0", "1", ...
     """
     suffix = _suffix(location)
     if suffix not in SUFFIXES:
-        raise UserError(f"'{location}' is none of the known tables; kinds: {', '.join(SUFFIXES)}", "unknown_table")
+        raise UserError(f"'{location}' is not a known kind of table; kinds: {', '.join(SUFFIXES)}", "unknown_table")
     if not files.is_file(location):
         raise UserError(f"annotation file '{location}' does not exist", "missing_annotations")
     if suffix == ".parquet":
@@ -67,7 +67,7 @@ def chunks(location: str, has_header: bool = True, size: int = CHUNK_RECORDS) ->
 
 
 def read_chunk(chunk: Chunk) -> Iterator[tuple[str, Record | UserError]]:
-    """(origin, record) of each record, in order; in the place of one that cannot be read, the reason."""
+    """(origin, record) of each record, in order; one that cannot be read is replaced by its error."""
     name = urls.base_name(chunk["path"])
     for number, value in enumerate(_values(chunk), start=chunk["first"]):
         yield f"{name} record {number}", value
@@ -93,11 +93,11 @@ def _suffix(location: str) -> str:
 
 @contextmanager
 def _reading(location: str) -> Iterator[None]:
-    """A file that was opened and cannot be read on means trouble with the store, not with a record."""
+    """Turns `OSError` into `StoreError`: if an open file can no longer be read, the store is at fault, not a record."""
     try:
         yield
     except OSError as error:
-        raise files.StoreError(f"'{location}' cannot be read on: {error}", "store_unreachable") from None
+        raise files.StoreError(f"'{location}' can no longer be read: {error}", "store_unreachable") from None
 
 
 class _Lines:
@@ -121,7 +121,7 @@ class _Lines:
 
 
 def _records(lines: _Lines, suffix: str) -> Iterator[Any]:
-    """csv rows (or the error of a row), or the lines that are not blank."""
+    """The csv rows (or a row's error), or the lines that are not blank."""
     if suffix in DELIMITERS:
         yield from (row for row in _rows(lines, suffix) if row != [])
     else:
@@ -129,7 +129,7 @@ def _records(lines: _Lines, suffix: str) -> Iterator[Any]:
 
 
 def _rows(lines: _Lines, suffix: str) -> Iterator[list[str] | UserError]:
-    # bytes that are no UTF-8 come through as surrogates, which the check of each text finds
+    # bytes that are not UTF-8 become surrogates, which `clean_text` rejects
     reader = csv.reader((line.decode("utf-8", "surrogateescape") for line in lines), delimiter=DELIMITERS[suffix])
     while True:
         try:
@@ -161,7 +161,7 @@ def _parquet_chunks(location: str) -> list[Chunk]:
 
 
 def _read_group(chunk: Chunk) -> Iterator[Any]:
-    """The rows of a row group, a batch of rows at a time; those behind a damaged page come as the reason."""
+    """The rows of a row group, read in batches; rows after a damaged page are replaced by the error."""
     done = 0
     try:
         with files.open_input(chunk["path"]) as file, pq.ParquetFile(file) as table:
@@ -177,7 +177,7 @@ def _read_group(chunk: Chunk) -> Iterator[Any]:
 
 
 def column_names(chunk: Chunk) -> list[str] | None:
-    """The columns of a chunk's file; None where they are not known before its records are read."""
+    """The columns of a chunk's file; None if they are not known before its records are read."""
     if "group" not in chunk:
         return chunk["columns"]
     with files.open_input(chunk["path"]) as file, pq.ParquetFile(file) as table:
@@ -185,9 +185,9 @@ def column_names(chunk: Chunk) -> list[str] | None:
 
 
 def pick_column(columns: list[str] | None, wanted: str | None, usual: tuple[str, ...], what: str) -> str | None:
-    """The column `wanted` by an option, else the first `usual` one there is; None where columns are not known.
+    """The column `wanted` by an option, else the first of the `usual` ones; without known columns, `wanted` itself.
 
-    Raises `UserError` that lists the columns when there is no such column.
+    Raises `UserError` that lists the columns if there is no such column.
     """
     if columns is None:
         return wanted
@@ -202,15 +202,15 @@ def pick_column(columns: list[str] | None, wanted: str | None, usual: tuple[str,
 
 
 def cell(record: Record, column: str | None, usual: tuple[str, ...]) -> Any:
-    """What a record holds under the picked column, or under the first usual one it has; None when nothing."""
+    """The value of a record under `column` or, without one, the first of the `usual` columns; None if there is none."""
     return first_of(record, usual if column is None else (column,))
 
 
 def load_image(value: Any, folder: str | None, what: str = "the image") -> tuple[str | None, bytes, Size]:
-    """(name, encoded bytes, (height, width) after EXIF rotation) of a cell: bytes, the mapping of bytes and path that
-    Hugging Face's tables have, or a path beneath `folder`. The name is None where only bytes are given.
+    """(name, encoded bytes, (height, width) after EXIF rotation) of a cell: bytes, a mapping of bytes and path as in
+    Hugging Face's tables, or a path below `folder`. The name is None if only bytes are given.
 
-    Raises `UserError` for an image that is missing or does not decode, `StoreError` for an unreachable store.
+    Raises `UserError` if the image is missing or does not decode, `StoreError` if the store is unreachable.
     """
     name = None
     if isinstance(value, dict):
@@ -227,4 +227,5 @@ def load_image(value: Any, folder: str | None, what: str = "the image") -> tuple
         size = read_frame(value, []).size
     except UserError as error:
         raise type(error)(f"{what}: {error}" if what != "the image" else str(error), error.reason) from None
+    assert value is not None, "read_frame raises"
     return (check_name(name) if isinstance(name, str) and name else None), value, size

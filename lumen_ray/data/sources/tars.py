@@ -1,7 +1,7 @@
-"""WebDataset tars, read as a stream: neighbouring members with the same stem are one sample.
+"""WebDataset tars, read as a stream: consecutive members with the same stem are one sample.
 
-A tar that is cut off or damaged gives the samples before the damage, and one error for all behind it. `tarfile` itself
-takes a broken header in the middle, and a missing end mark, for the end of the tar; here both are damage.
+A truncated or damaged tar gives the samples before the damage, then one error for the rest. `tarfile` itself takes a
+broken header in the middle, and a missing end mark, for the end of the tar; here both are damage.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MAX_MEMBER_BYTES = 1 << 28
 _DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError)
 
-Parts = dict[str, bytes | None]  # extension without dot, lower case -> content; None for one that was not asked for
+#: of one sample: extension without dot, lower case -> content; None if that extension is not wanted
+Members = dict[str, bytes | None]
 
 
 class _Member(tarfile.TarInfo):
@@ -26,50 +27,52 @@ class _Member(tarfile.TarInfo):
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> _Member:
         try:
             return super().fromtarfile(tarfile_)
-        except tarfile.EOFHeaderError:
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # missing in typeshed
             raise
         except tarfile.HeaderError as error:
-            empty = isinstance(error, tarfile.EmptyHeaderError)
+            empty = isinstance(error, tarfile.EmptyHeaderError)  # type: ignore[attr-defined]  # missing in typeshed
             raise tarfile.ReadError("it ends without an end mark" if empty else str(error)) from None
 
 
-def samples(location: str, wanted: Collection[str]) -> Iterator[tuple[str, Parts | UserError]]:
-    """(key, parts) of each sample in order. The `wanted` extensions are read, of others only their presence is told.
+def samples(location: str, wanted: Collection[str]) -> Iterator[tuple[str, Members | UserError]]:
+    """(key, members) of each sample in order. Only the `wanted` extensions are read; others are None.
 
-    At damage the sample begun comes with the parts read so far, and then one `UserError` for the rest of the tar.
-    Raises `StoreError` when the store stops answering.
+    At damage the current sample comes with the members read so far, then one `UserError` for the rest of the tar.
+    Raises `StoreError` if the store stops answering.
     """
-    key, parts = "", {}
+    key = ""
+    members: Members = {}
     try:
         with (
             files.open_input(location) as file,
             tarfile.open(fileobj=file, mode="r|*", tarinfo=_Member) as tar,
         ):
             for member in tar:
-                tar.members = []  # else it keeps every header it has seen
+                # else it keeps every header it has read
+                tar.members = []  # type: ignore[attr-defined]  # missing in typeshed
                 if not member.isreg():
                     continue
                 stem, extension = _split(member.name)
-                if stem != key and parts:
-                    yield key, parts
-                    parts = {}
+                if stem != key and members:
+                    yield key, members
+                    members = {}
                 key = stem
-                parts[extension] = None
+                members[extension] = None
                 if extension in wanted:
-                    parts[extension] = _read(tar, member)
+                    members[extension] = _read(tar, member)
     except UserError:
         raise
     except _DAMAGE as error:
         if isinstance(error, OSError) and urls.is_url(location):
-            raise files.StoreError(f"'{location}' cannot be read on: {error}", "store_unreachable") from None
-        if parts:
-            yield key, parts
+            raise files.StoreError(f"'{location}' can no longer be read: {error}", "store_unreachable") from None
+        if members:
+            yield key, members
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         after = f" after '{key}'" if key else ""
         yield key, UserError(f"the rest of the tar{after} cannot be read: {why}", "broken_tar")
         return
-    if parts:
-        yield key, parts
+    if members:
+        yield key, members
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -80,10 +83,12 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
-    """The content; empty for a member too long to be held, which no image or caption is."""
+    """The content; empty for a member over `MAX_MEMBER_BYTES`, which is no image or caption."""
     if member.size > MAX_MEMBER_BYTES:
         return b""
-    data = tar.extractfile(member).read()
+    content = tar.extractfile(member)
+    assert content is not None, "it is a regular file"
+    data = content.read()
     if len(data) < member.size:
         raise tarfile.ReadError("unexpected end of data")
     return data

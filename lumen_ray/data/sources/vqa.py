@@ -1,8 +1,8 @@
 """Visual questions as a source: VQA v2 (questions and annotations in two files), GQA, and plain json records.
 
-Answers: `majority` keeps one answer per question, the dataset's own `multiple_choice_answer` or else the commonest (of
-equally common ones the first given). `all` keeps every annotator's answer as a message of its own, repeats included, so
-that a common answer is trained as often as it was given.
+Answers: `majority` keeps one answer per question, the data set's `multiple_choice_answer` or else the most common one
+(ties: the first given). `all` keeps every annotator's answer as a separate message, repeats included, so that a common
+answer is trained as often as it was given.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ ANSWERS = ("majority", "all")
 
 @dataclass
 class VqaSource(Source):
-    """`questions`: json or jsonl files of questions, with their answers inside or in the files `annotations`.
+    """`questions`: json or jsonl files of questions, with their answers or with answers in the files `annotations`.
 
-    `image_pattern` makes the image's name of `image_id` where a record has no name; by default that of VQA v2's files,
+    `image_pattern`: image file of an `image_id`, for records without a file name; by default that of VQA v2,
     ``COCO_<data_subtype>_%012d.jpg``. `answers`: one of `ANSWERS`.
     """
 
@@ -52,7 +52,7 @@ class VqaSource(Source):
     answers: str = "majority"
     kind = "vqa"
 
-    def list(self) -> Listing:
+    def read_listing(self) -> Listing:
         check_choice("answers", self.answers, ANSWERS)
         check_pattern(self.image_pattern)
         self.images = urls.absolute(self.images)
@@ -83,12 +83,13 @@ class VqaSource(Source):
             groups.add(name, origin, {"question": question, "answers": answers})
 
     def _answers(self, record: Record, given: dict[Any, Any]) -> list[str]:
-        """The answers to be kept, checked; `UserError` when there is none or one of them cannot be used."""
+        """The answers to keep. Raises `UserError` if there is none or one of them cannot be used."""
         if given:
             key = record.get("question_id")
-            record = given.get(key) if isinstance(key, int | str) else None
-            if record is None:
+            annotation = given.get(key) if isinstance(key, int | str) else None
+            if annotation is None:
                 raise UserError(f"no annotation answers question {short(key)}", "missing_answer")
+            record = annotation
         single = first_of(record, ("multiple_choice_answer", "answer"))
         several = record.get("answers")
         several = several if isinstance(several, list) else []
@@ -97,8 +98,8 @@ class VqaSource(Source):
             return [clean_text(single, "the answer")]
         if not texts:
             raise UserError("it has no answer (keys: answer, answers, multiple_choice_answer)", "missing_answer")
-        texts = [clean_text(text, "an answer") for text in texts]
-        return texts if self.answers == "all" else [Counter(texts).most_common(1)[0][0]]
+        answers = [clean_text(text, "an answer") for text in texts]
+        return answers if self.answers == "all" else [Counter(answers).most_common(1)[0][0]]
 
     def rows(self, record: Record, shared: Any) -> Iterator[Outcome]:
         try:
@@ -112,7 +113,7 @@ class VqaSource(Source):
 
 
 def load_answers(locations: list[str]) -> dict[Any, Record]:
-    """VQA v2's annotations by question id; `UserError` for a file that is none."""
+    """VQA v2's annotations by question id. Raises `UserError` if the files have none."""
     found: dict[Any, Record] = {}
     for location in locations:
         for _, entry in load_records(location, ("annotations",)):
@@ -125,11 +126,11 @@ def load_answers(locations: list[str]) -> dict[Any, Record]:
 
 
 def _read(location: str) -> tuple[list[tuple[str, Any]], str | None]:
-    """The (origin, question) pairs of a file, and the image pattern of the part of COCO that VQA v2 names in it."""
+    """The (origin, question) pairs of a file, and the image pattern of its `data_subtype` (VQA v2: a split of COCO)."""
     if location.lower().endswith(LINE_SUFFIXES):
         return load_records(location), None
     data = load_json(location)
-    part = data.get("data_subtype") if isinstance(data, dict) else None
-    known = isinstance(part, str) and part.replace("-", "").isalnum()
-    pattern = f"COCO_{part}_%012d.jpg" if known else None
+    split = data.get("data_subtype") if isinstance(data, dict) else None
+    known = isinstance(split, str) and split.replace("-", "").isalnum()
+    pattern = f"COCO_{split}_%012d.jpg" if known else None
     return records_in(data, location, ("questions", "annotations", "data")), pattern

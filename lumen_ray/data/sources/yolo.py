@@ -1,16 +1,15 @@
 """YOLO text labels: boxes, segment polygons and poses, from a ``data.yaml`` or from folders and a list of classes.
 
-One line per object: ``class cx cy w h``; ``class x1 y1 x2 y2 x3 y3 ...`` (a polygon, its box is drawn around it); or,
-where the yaml has ``kpt_shape: [K, 2 or 3]``, ``class cx cy w h`` and K keypoints. Numbers are shares of the sides of
-the image **as EXIF rotates it** (ultralytics reads them so), so the frame needs no telling. As there, an image whose
-label file is empty or missing shows nothing of any class: a negative example; only where all are missing is the
-place of the labels taken to be wrong.
+One line per object: ``class cx cy w h``; ``class x1 y1 x2 y2 x3 y3 ...`` (a polygon, whose tight box is used); or, if
+the yaml has ``kpt_shape: [K, 2 or 3]``, ``class cx cy w h`` and K keypoints. Numbers are fractions of the sides of the
+**EXIF-rotated** image, as in ultralytics. As there, an image whose label file is empty or missing is a negative example
+for every class; only if all label files are missing is their folder taken to be wrong.
 
 Keypoints: with 2 numbers each, those at (0, 0) or below are unlabelled, all others visible. Names are the yaml's
-``kpt_names`` (a list, or by class number); else those that ``flip_idx`` exchanges become "left point k" and "right
-point k" (k counts the pairs), the others "point k", so that mirrored images keep them right.
+``kpt_names`` (a list, or by class number); otherwise those that ``flip_idx`` exchanges become "left point k" and "right
+point k" (k numbers the pairs), the others "point k", so that mirroring exchanges them correctly.
 
-Numbers outside 0..1 by more than 0.01 and repeated lines are rejected; what is less outside is clipped.
+Numbers outside 0..1 by more than 0.01 and repeated lines are rejected; smaller excesses are clipped.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ _VISIBLE = 2.0
 @dataclass
 class YoloSource(Source):
     """Either `data` (a data.yaml) and its `split`; or `images`, `labels` (folders) and `classes` (a text file, one name
-    a line). Labels lie beside the images, in a folder ``labels`` instead of ``images``, unless `labels` says where."""
+    per line). By default, label paths are the images' with a folder ``labels`` in place of ``images``."""
 
     data: str | None = None
     split: str = "train"
@@ -65,7 +64,7 @@ class YoloSource(Source):
         if self.images and not self.classes:
             raise UserError("--images also needs --classes, a text file with one class name per line", "invalid_config")
 
-    def list(self) -> Listing:
+    def read_listing(self) -> Listing:
         if self.labels and not files.is_dir(self.labels):
             raise UserError(f"labels folder '{urls.shown(self.labels)}' does not exist; give --labels with the folder "
                             "of the label files", "missing_folder")  # fmt: skip
@@ -74,12 +73,13 @@ class YoloSource(Source):
             settings = yolo_yaml.read(self.data)
             images, rejected = yolo_yaml.split_images(self.data, settings, self.split)
         else:
+            assert self.images is not None and self.classes is not None, "checked in __post_init__"
             lines = files.read_text(self.classes).splitlines()
             settings = {"names": [line.strip() for line in lines if line.strip()]}
             images = yolo_yaml.folder_images(self.images)
         if not images:
-            raise UserError(f"'{urls.shown(self.data or self.images)}' names no image", "empty_input")
-        names = yolo_yaml.class_names(self.data or self.classes, settings)
+            raise UserError(f"'{urls.shown(self.data or self.images or '')}' lists no images", "empty_input")
+        names = yolo_yaml.class_names(self.data or self.classes or "", settings)
         shape, points = yolo_yaml.keypoint_names(settings, len(names))
         categories = [{"name": name, "keypoints": p, "skeleton": []} for name, p in zip(names, points, strict=True)]
         records = [[image_id, path, self._label_of(image_id, path)] for image_id, path in images]
@@ -88,7 +88,7 @@ class YoloSource(Source):
         return Listing(records, inputs, categories, {"names": names, "kpt_shape": shape}, rejected)
 
     def _label_of(self, image_id: str, path: str) -> str:
-        """Where the label file of an image lies."""
+        """The location of an image's label file."""
         if self.labels:
             return urls.join(self.labels, posixpath.splitext(image_id)[0] + ".txt")
 
@@ -110,21 +110,21 @@ class YoloSource(Source):
 
 
 def _check_labels(labels: Sequence[str]) -> None:
-    """`UserError` when not one label file is there: all images would become negatives of all classes."""
+    """Raises `UserError` if no label file exists: all images would become negatives of all classes."""
     by_folder: dict[str, set[str]] = {}
     for label in labels:
         by_folder.setdefault(urls.parent(label), set()).add(urls.base_name(label))
-    for folder, names in by_folder.items():  # a listing each, as a store answers slowly for single files
+    for folder, names in by_folder.items():  # one listing per folder: a store is slow for single files
         if files.is_dir(folder) and not names.isdisjoint(files.list_files(folder, [".txt"])):
             return
     where, name = urls.shown(urls.parent(labels[0])), urls.base_name(labels[0])
-    raise UserError(f"not one of {len(labels)} images has a label file in '{where}', such as '{name}'; give --labels "
-                    "with their folder, or an empty label file where an image shows nothing",
+    raise UserError(f"none of {len(labels)} images has a label file in '{where}', such as '{name}'; give --labels "
+                    "with their folder, or an empty label file for an image without objects",
                     "missing_annotations")  # fmt: skip
 
 
 def _outcome(image_id: str, path: str, labels: list[tuple[str, list[str]]], shared: dict[str, Any]) -> Outcome:
-    """The row of one image and its label lines, as (origin, words)."""
+    """The outcome of one image; `labels`: (origin, words) of its label lines."""
     came_in = {"annotations": len(labels)}
     try:
         data = read_first(path)
@@ -153,7 +153,7 @@ def _outcome(image_id: str, path: str, labels: list[tuple[str, list[str]]], shar
 
 
 def _named(words: Sequence[str], names: Sequence[str]) -> str | None:
-    """The class of a line; None when its number is none."""
+    """The class of a line, None if its number is not a class."""
     try:
         number = float(words[0])
     except ValueError:
@@ -168,7 +168,7 @@ def _instance(words: Sequence[str], names: Sequence[str], shape: Sequence[int] |
     try:
         numbers = [float(word) for word in words[1:]]
     except ValueError:
-        raise UserError("it holds words that are no numbers", "invalid_annotations") from None
+        raise UserError("it contains words that are not numbers", "invalid_annotations") from None
     if shape:
         count, dims = shape
         if len(numbers) != 4 + count * dims:
@@ -188,9 +188,9 @@ def _instance(words: Sequence[str], names: Sequence[str], shape: Sequence[int] |
 
 
 def _inside(numbers: list[float]) -> list[float]:
-    """Numbers clipped to 0..1; `UserError` for those that are far outside or not finite."""
+    """The numbers clipped to 0..1. Raises `UserError` if one is outside by more than `_TOLERANCE` or not finite."""
     if not all(math.isfinite(v) and -_TOLERANCE <= v <= 1 + _TOLERANCE for v in numbers):
-        raise UserError("its numbers must be shares of the image's sides, 0..1; are they pixels?", "invalid_box")
+        raise UserError("its numbers must be fractions of the image's sides, 0..1; are they pixels?", "invalid_box")
     return [min(max(v, 0.0), 1.0) for v in numbers]
 
 
@@ -200,7 +200,7 @@ def _box(numbers: Sequence[float], size: Size) -> list[float]:
 
 
 def _keypoints(numbers: Sequence[float], dims: int, size: Size) -> list[float] | None:
-    """Flat x, y, v in pixels; None when none is labelled."""
+    """Flat x, y, v in pixels; None if none is labelled."""
     points: list[float] = []
     for x, y, *visible in (numbers[i : i + dims] for i in range(0, len(numbers), dims)):
         v = visible[0] if visible else _VISIBLE * (x >= 0 and y >= 0 and (x, y) != (0, 0))

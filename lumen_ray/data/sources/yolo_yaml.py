@@ -1,4 +1,4 @@
-"""What a YOLO ``data.yaml`` says: the images of its splits, class names, keypoints."""
+"""Reads a YOLO ``data.yaml``: the images of its splits, class names, keypoint names."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def read(location: str) -> dict[str, Any]:
-    """A data.yaml."""
+    """The settings of a data.yaml. Raises `UserError` if it is not valid."""
     try:
         settings = yaml.safe_load(files.read_text(location))
     except yaml.YAMLError as error:
         why = " ".join(str(error).split())
         raise UserError(f"'{urls.shown(location)}' is not valid yaml: {why}", "invalid_annotations") from None
     if not isinstance(settings, dict):
-        raise UserError(f"'{urls.shown(location)}' must hold settings such as 'train' and 'names'",
+        raise UserError(f"'{urls.shown(location)}' must contain settings such as 'train' and 'names'",
                         "invalid_annotations")  # fmt: skip
     return settings
 
@@ -34,10 +34,11 @@ def folder_images(folder: str) -> list[tuple[str, str]]:
 
 
 def split_images(data: str, settings: dict[str, Any], split: str) -> tuple[list[tuple[str, str]], list[Rejected]]:
-    """(image id, location) of the images of a split: of its folders, or of its text files that list them; and what is
-    listed again, rejected.
+    """(image id, location) of the images of a split, from its folders or from text files that list them, and rejected
+    repeats.
 
-    Ids are paths relative to the folder, behind as much of the folder's own path as tells it from the split's others.
+    Ids are paths relative to the folder, prefixed by as much of the folder's path as distinguishes it from the split's
+    other folders.
     """
     value = settings.get(split)
     if not value:
@@ -48,23 +49,23 @@ def split_images(data: str, settings: dict[str, Any], split: str) -> tuple[list[
     found = [_find(data, str(settings.get("path") or ""), place) for place in places]
     folders = [place for place in found if files.is_dir(place)]
     lists = [place for place in found if place not in folders]
-    names = _telling_names(folders)
+    names = _distinct_names(folders)
     images = [
         (f"{names[folder]}/{name}" if len(places) > 1 else name, path, names[folder])
         for folder in folders
         for name, path in folder_images(folder)
     ]
-    homes = _telling_names(map(urls.parent, lists))
+    homes = _distinct_names(map(urls.parent, lists))
     for place in lists:
         images += _listed_images(place, _root(data, settings), homes)
     return _without_repeats(images)
 
 
 def _listed_images(place: str, root: str, homes: dict[str, str]) -> Iterator[tuple[str, str, str]]:
-    """(image id, location, where it stands) of the lines of a text file; `homes`: names of the lists' folders."""
+    """(image id, location, origin) of the lines of a text file; `homes`: names of the lists' folders."""
     for number, line in enumerate(files.read_text(place).splitlines(), start=1):
         name, origin = line.strip(), f"{urls.base_name(place)} line {number}"
-        if name.startswith("./"):  # stands for the folder of the list, as in ultralytics
+        if name.startswith("./"):  # relative to the folder of the list, as in ultralytics
             home, name = urls.parent(place), name.removeprefix("./")
             prefix = f"{homes[home]}/" if len(homes) > 1 else ""
             yield prefix + name, _normal(urls.join(home, name)), origin
@@ -72,26 +73,26 @@ def _listed_images(place: str, root: str, homes: dict[str, str]) -> Iterator[tup
             yield name, _normal(urls.join(root, name)), origin
 
 
-def _telling_names(folders: Iterable[str]) -> dict[str, str]:
-    """Each folder's last name, with as many of those above it as tell all of them apart."""
-    parts = {folder: urls.shown(folder).strip("/").split("/") for folder in folders}
-    for depth in range(1, max(map(len, parts.values()), default=0) + 1):
-        names = {folder: "/".join(path[-depth:]) for folder, path in parts.items()}
+def _distinct_names(folders: Iterable[str]) -> dict[str, str]:
+    """Each folder's name, with as many parent folders as it takes to make all names distinct."""
+    paths = {folder: urls.shown(folder).strip("/").split("/") for folder in folders}
+    for depth in range(1, max(map(len, paths.values()), default=0) + 1):
+        names = {folder: "/".join(path[-depth:]) for folder, path in paths.items()}
         if len(set(names.values())) == len(names):
             return names
-    return {folder: "/".join(path) for folder, path in parts.items()}
+    return {folder: "/".join(path) for folder, path in paths.items()}
 
 
 def _without_repeats(images: Iterable[tuple[str, str, str]]) -> tuple[list[tuple[str, str]], list[Rejected]]:
-    """(image id, location) of each image once; a location or an id that comes again is rejected."""
+    """(image id, location) of each image once; a repeated location or id is rejected."""
     by_id: dict[str, str] = {}
     locations: set[str] = set()
     rejected = []
     for image_id, path, origin in images:
         if path in locations:
-            rejected.append(reject("images", image_id, origin, "the split lists this image before"))
+            rejected.append(reject("images", image_id, origin, "the split lists this image twice"))
         elif image_id in by_id:
-            reason = f"the split gives the name of this image to another one before, '{urls.shown(by_id[image_id])}'"
+            reason = f"the split lists another image of this name before, '{urls.shown(by_id[image_id])}'"
             rejected.append(reject("images", image_id, origin, reason))
         else:
             by_id[image_id] = path
@@ -106,8 +107,8 @@ def _root(data: str, settings: dict[str, Any]) -> str:
 
 
 def _find(data: str, root: str, place: str) -> str:
-    """A folder or file that the yaml names: below its `path`, beside the yaml, or, as exporting sites write it, with a
-    '../' too many."""
+    """The location of a folder or file named in the yaml: below its `path`, beside the yaml, or, as some sites export
+    it, with one '../' too many."""
     home = urls.parent(data)
     tried = [urls.join(home, root, place), urls.join(home, place), urls.join(home, place.removeprefix("../"))]
     for location in map(_normal, tried):
@@ -127,7 +128,7 @@ def class_names(where: str, settings: dict[str, Any]) -> list[str]:
     if isinstance(names, dict) and sorted(names, key=str) == sorted(range(len(names)), key=str):
         names = [names[i] for i in range(len(names))]
     if not isinstance(names, list) or not names or not all(str(n).strip() for n in names):
-        raise UserError(f"'{urls.shown(where)}' needs the class names, a list or numbered from 0", "invalid_classes")
+        raise UserError(f"'{urls.shown(where)}' needs class names, as a list or numbered from 0", "invalid_classes")
     names = [" ".join(str(name).split()) for name in names]
     if len(set(names)) < len(names):
         raise UserError(f"'{urls.shown(where)}' names a class twice; class names must differ", "invalid_classes")
@@ -138,12 +139,11 @@ def class_names(where: str, settings: dict[str, Any]) -> list[str]:
 
 
 def keypoint_names(settings: dict[str, Any], classes: int) -> tuple[list[int] | None, list[list[str]]]:
-    """`kpt_shape` and the keypoint names of each class; None and empty lists without one."""
+    """`kpt_shape` and the keypoint names of each class; None and empty lists if the yaml has none."""
     shape = settings.get("kpt_shape")
     if shape is None:
         return None, [[] for _ in range(classes)]
-    if not (isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)
-            and shape[0] > 0 and shape[1] in (2, 3)):  # fmt: skip
+    if not _is_keypoint_shape(shape):
         raise UserError(f"kpt_shape must be [number of keypoints, 2 or 3], got {shape}", "invalid_keypoints")
     named, count = settings.get("kpt_names"), shape[0]
     by_class = [named.get(i) if isinstance(named, dict) else named for i in range(classes)]
@@ -155,11 +155,17 @@ def keypoint_names(settings: dict[str, Any], classes: int) -> tuple[list[int] | 
     return shape, [[str(point).strip() for point in n] for n in names]
 
 
+def _is_keypoint_shape(shape: Any) -> bool:
+    """Whether it is [number of keypoints, 2 or 3]."""
+    pair = isinstance(shape, list) and len(shape) == 2 and all(type(n) is int for n in shape)
+    return pair and shape[0] > 0 and shape[1] in (2, 3)
+
+
 def _default_names(flip: Any, count: int) -> list[str]:
-    """Names that exchange left and right exactly as `flip_idx` does."""
+    """Names whose left and right are exchanged exactly as by `flip_idx`."""
     flip = flip or list(range(count))
     if not isinstance(flip, list) or sorted(map(str, flip)) != sorted(map(str, range(count))):
-        raise UserError(f"flip_idx must hold each of 0..{count - 1} once, got {flip}", "invalid_keypoints")
+        raise UserError(f"flip_idx must contain each of 0..{count - 1} once, got {flip}", "invalid_keypoints")
     names = [f"point {i + 1}" for i in range(count)]
     pairs = [(i, other) for i, other in enumerate(flip) if i < other]
     if any(flip[flip[i]] != i for i in range(count)):

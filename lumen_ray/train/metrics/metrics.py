@@ -17,6 +17,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from lumen_ray.data.files import write_atomically
 from lumen_ray.model.build import Generalist
 from lumen_ray.recipe import Recipe
 from lumen_ray.train.losses import StepSums
@@ -70,9 +71,7 @@ def drop_from(path: Path, step: int) -> None:
     lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
     if kept != lines:
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text("".join(kept))
-        os.replace(partial, path)
+        write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
 
 
 def last_step(run: Path) -> int | None:

@@ -6,7 +6,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -77,9 +76,7 @@ def keep_start(run: Path, start: dict[str, Any], resumes: bool) -> None:
                 "with what it was started with",
                 "run_exists",
             )
-    partial = saved.with_name(saved.name + ".partial")
-    partial.write_text(json.dumps(start))
-    os.replace(partial, saved)
+    files.write_atomically(saved, lambda temporary: temporary.write_text(json.dumps(start)))
 
 
 def keep_tokenizer(
@@ -95,9 +92,7 @@ def keep_tokenizer(
         tokenizer = LumenTokenizer.train(
             read_texts(shards, families=settings.families), settings.vocab_size, settings.families
         )
-    partial = file.with_name(file.name + ".partial")
-    tokenizer.save(partial)
-    os.replace(partial, file)
+    files.write_atomically(file, tokenizer.save)
     return tokenizer
 
 

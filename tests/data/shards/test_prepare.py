@@ -181,7 +181,7 @@ def test_a_job_that_fails_leaves_what_was_there(tmp_path, small_coco):
     out = tmp_path / "out"
     prepare_coco(out, [path], images, workers=0)
     before = checksums(out)
-    with pytest.raises(UserError, match="not one of 9 images can be used; the first: ") as error:
+    with pytest.raises(UserError, match="none of 9 images can be used; the first: ") as error:
         prepare_coco(out, [path], tmp_path / "images" / "..", workers=0, overwrite=True)
     assert error.value.reason == "empty_input"
     assert checksums(out) == before
@@ -283,7 +283,7 @@ class ManyRows(Source):
     kind = "many"
     row_kind = "samples"
 
-    def list(self):
+    def read_listing(self):
         return Listing(range(self.records), {}, rows_per_record=self.per_record)
 
     def rows(self, record, shared):
@@ -335,7 +335,7 @@ def test_a_store_that_cannot_be_reached_stops_the_job(tmp_path):
 
 
 def test_nothing_usable_is_told_with_its_first_reason(tmp_path):
-    with pytest.raises(UserError, match="not one of the samples can be used; the first: '0-0': broken"):
+    with pytest.raises(UserError, match="none of the samples can be used; the first: '0-0': broken"):
         prepare_source(tmp_path / "out", ManyRows(1, 2, broken=(0, 1)), workers=0)
     with pytest.raises(UserError, match="the many input lists no samples"):
         prepare_source(tmp_path / "out", ManyRows(0, 2), workers=0)

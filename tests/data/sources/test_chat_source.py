@@ -148,7 +148,7 @@ def test_numbered_regions(make):
         (chat("q", "[SEG] a"), "turn 1 contains the reserved token [SEG]"),
         (chat("<user> q", "a"), "turn 0 contains the reserved token <user>"),
         (chat("q <region>", "a"), "1 <region> markers for 0 regions"),
-        (chat("q", "a <region>", regions=[[0, 0, 5, 5]]), "an answer holds <region>"),
+        (chat("q", "a <region>", regions=[[0, 0, 5, 5]]), "an answer has <region>"),
         (chat("q <region>", "a", regions=[[0, 0, 5, 5], [0, 0, 6, 6]]), "1 <region> markers for 2 regions"),
         (chat("q <region4>", "a", regions=[[0, 0, 5, 5]]), "names <region4> but has 1 regions"),
         (chat("q <region1>", "a"), "names <region1> but has no regions"),
@@ -189,12 +189,12 @@ def test_declared_sizes_of_the_stored_pixels(make, tmp_path):
 
 def test_settings_that_cannot_work_are_refused(make, tmp_path):
     with pytest.raises(UserError, match="task 'detect' is not one of: chat"):
-        make([], task="detect").list()
+        make([], task="detect").read_listing()
     with pytest.raises(UserError, match="box format"):
-        make([], box_format="yolo").list()
+        make([], box_format="yolo").read_listing()
     with pytest.raises(UserError, match="image folder"):
-        ChatSource([], str(tmp_path / "absent")).list()
-    assert "give the folder" in make([chat("q", "a")], with_images=False).list().rejected[0]["reason"]
+        ChatSource([], str(tmp_path / "absent")).read_listing()
+    assert "give the folder" in make([chat("q", "a")], with_images=False).read_listing().rejected[0]["reason"]
 
 
 def test_another_task(make):

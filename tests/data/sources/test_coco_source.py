@@ -115,7 +115,7 @@ def test_segment_is_no_task_where_an_object_lacks_its_mask(load):
         ({"bbox": None}, "four finite numbers"),
         ({"bbox": [10, 5, float("nan"), 5]}, "four finite numbers"),
         ({"bbox": "10 5 20 30"}, "four finite numbers"),
-        ({"segmentation": {"size": [60, 40], "counts": "0"}}, "mask is of size"),
+        ({"segmentation": {"size": [60, 40], "counts": "0"}}, "mask has size"),
         ({"segmentation": [[1, 1, 2, 2]]}, "at least 3 points"),
         ({"segmentation": [[-30, -30, -20, -30, -20, -20]]}, "covers no pixel"),
         ({"keypoints": [1, 2, 2]}, "for each of 0 keypoints"),

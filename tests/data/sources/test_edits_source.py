@@ -49,7 +49,7 @@ def test_folders(folder):
         ({"0001/9_0.jpg": BEFORE[:300], "0001/9_1.jpg": AFTER}, "cannot be read"),
         ({"0001/9_0.jpg": BEFORE, "0001/9_1.jpg": jpeg(30, 30)}, "has 60x40 pixels, the edited one 30x30"),
         ({"0003/9_0.jpg": BEFORE, "0003/9_1.jpg": AFTER}, "there is no prompt.json beside it"),
-        ({"0003/prompt.json": PROMPT}, "no images named"),
+        ({"0003/prompt.json": PROMPT}, "no images SEED_0"),
         ({"0003/prompt.json": "{", "0003/9_0.jpg": BEFORE, "0003/9_1.jpg": AFTER}, "prompt.json cannot be read"),
         ({"0003/prompt.json": "{}", "0003/9_0.jpg": BEFORE, "0003/9_1.jpg": AFTER}, "the instruction must be a text"),
         ({"0003/prompt.json": '{"edit": "[SEG]"}', "0003/9_0.jpg": BEFORE, "0003/9_1.jpg": AFTER}, "reserved token"),
@@ -112,15 +112,15 @@ def test_rows_of_edits_leave_other_tasks_alone(folder):
 def test_sources_that_cannot_work_are_refused(tmp_path, folder):
     for source, message in (
         (EditsSource([str(folder)], sizes="near"), "sizes 'near' is not one of: same, aspect, any"),
-        (EditsSource([str(write(tmp_path / "empty", {"x.txt": b""}))]), "holds no prompt.json"),
-        (EditsSource([str(tmp_path / "absent")]), "none of the known tables"),
+        (EditsSource([str(write(tmp_path / "empty", {"x.txt": b""}))]), "has no prompt.json"),
+        (EditsSource([str(tmp_path / "absent")]), "not a known kind of table"),
         (EditsSource([str(folder)], str(tmp_path / "absent")), "image folder"),
     ):
         with pytest.raises(UserError, match=message):
-            source.list()
+            source.read_listing()
     (tmp_path / "t.csv").write_text("image,instruction\na,b\n")
     with pytest.raises(UserError, match="no column of the usual names for the target; give --target-column"):
-        EditsSource([str(tmp_path / "t.csv")]).list()
+        EditsSource([str(tmp_path / "t.csv")]).read_listing()
 
 
 RECORDS = [{"image": "a.jpg", "instruction": "x", "target": "b.jpg"}] * 3

@@ -69,7 +69,7 @@ def test_columns_by_option(tmp_path):
     rows, _, _ = prepared(PairsSource([path], str(images), "where", "what"))
     assert len(rows) == 3
     with pytest.raises(UserError, match="no column of the usual names for the image; .* columns: where, what"):
-        PairsSource([path], str(images)).list()
+        PairsSource([path], str(images)).read_listing()
     (tmp_path / "bare.csv").write_text("".join(f"{name},{number}\n" for number, name in enumerate(NAMES)))
     rows, _, _ = prepared(PairsSource([str(tmp_path / "bare.csv")], str(images), "0", "1", header=False))
     assert captions(rows) == {"a.jpg": "0", "b.jpg": "1", "c.jpg": "2"}
@@ -141,7 +141,7 @@ def test_chunks_and_windows_lose_nothing(tmp_path):
     images = write_photos(tmp_path / "im ages%20#", NAMES)
     pairs = [(NAMES[n % 3], f"caption {n}") for n in range(1100)]
     source = PairsSource([write_table(tmp_path, ".csv", pairs)], str(images))
-    listing = source.list()
+    listing = source.read_listing()
     assert [r["records"] for r in listing.records] == [512, 512, 76]
     texts = [
         outcome.row["messages"][0]["turns"][1]["content"]
@@ -165,8 +165,8 @@ def test_everything_in_a_store(tmp_path):
         for data, written in ((f"{base}/*.tar", 2), (f"{base}/pairs.csv", 3), (f"{base}/pairs.parquet", 3)):
             rows, rejected, _ = prepared(PairsSource([data], f"{base}/images"))
             assert (len(rows), rejected) == (written, [])
-        with pytest.raises(UserError, match="no file fits"):
-            PairsSource([f"{base}/*.webp"]).list()
+        with pytest.raises(UserError, match="no file matches"):
+            PairsSource([f"{base}/*.webp"]).read_listing()
     finally:
         store.rm("/pairs-test", recursive=True)
 
@@ -174,13 +174,13 @@ def test_everything_in_a_store(tmp_path):
 def test_sources_that_cannot_work_are_refused(tmp_path):
     for data, images, message in (
         ("absent.tar", None, "does not exist"),
-        ("absent*.csv", None, "no file fits"),
+        ("absent*.csv", None, "no file matches"),
         ("absent.csv", None, "does not exist"),
-        ("absent.xlsx", None, "none of the known tables"),
+        ("absent.xlsx", None, "not a known kind of table"),
         ("x.csv", "absent", "image folder"),
     ):
         with pytest.raises(UserError, match=message):
-            PairsSource([str(tmp_path / data)], images and str(tmp_path / images)).list()
+            PairsSource([str(tmp_path / data)], images and str(tmp_path / images)).read_listing()
     path = write_table(tmp_path, ".csv")
     with pytest.raises(UserError, match="give its folder as --images"):
         prepared(PairsSource([path]))

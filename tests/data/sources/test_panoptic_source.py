@@ -106,6 +106,6 @@ def test_a_file_that_is_not_panoptic_is_refused(tmp_path):
     ):
         (tmp_path / "panoptic.json").write_text(json.dumps(data))
         with pytest.raises(UserError, match=message):
-            source(tmp_path).list()
+            source(tmp_path).read_listing()
     with pytest.raises(UserError, match="unknown stuff rule 'drop'"):
         source(tmp_path, stuff="drop")

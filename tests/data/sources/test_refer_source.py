@@ -88,10 +88,10 @@ def test_one_several_and_no_objects(make, name):
         (ref(1, 13, "x"), "degenerate box"),
         (ref(1, 99, "x"), "annotation 99 is not in the instances file"),
         (ref(1, [12, 13], "x"), "degenerate box"),
-        (ref(1, 10, "x"), "of another image"),
+        (ref(1, 10, "x"), "belongs to another image"),
         (ref(9, 10, "x"), "its image 9 is not in the instances file"),
-        (ref(1, 12, "x", no_target=True), "marked no_target but names annotations"),
-        (ref(1, None, "x"), "names no annotation"),
+        (ref(1, 12, "x", no_target=True), "marked no_target but refers to annotations"),
+        (ref(1, None, "x"), "refers to no annotation"),
         (ref(1, 12, "find [GRD] it"), "reserved token [GRD]"),
         (ref(1, 12, " "), "is empty"),
         (ref(1, 12), "no expression"),
@@ -124,7 +124,7 @@ def test_an_image_with_no_usable_expression_is_rejected(make):
     rows, rejected, counts = prepared(make([ref(0, 10, "man"), ref(1, 13, "x", "y")]))
     assert len(rows) == 1
     assert counts["images"] == {"in": 2, "written": 1, "rejected": 1}
-    assert "not one of its 2 expressions" in rejected[0]["reason"]
+    assert "none of its 2 expressions" in rejected[0]["reason"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "truncated", "size"])
@@ -154,7 +154,7 @@ def test_only_the_split_asked_for(make):
     assert counts["expressions"]["in"] == 2
     assert rejected[0]["reason"] == "it names no split"
     with pytest.raises(UserError, match="no record is of split 'val'; splits: testA, train"):
-        make(refs, split="val").list()
+        make(refs, split="val").read_listing()
 
 
 PLAIN = [
@@ -230,7 +230,7 @@ def test_files_that_cannot_work_are_refused(make, tmp_path):
         (lambda: ReferSource([str(tmp_path / "broken.json")], str(tmp_path / "absent")), "image folder"),
     ):
         with pytest.raises(UserError, match=message):
-            make_source().list()
+            make_source().read_listing()
 
 
 REFS = [ref(0, 10, "left"), ref(0, [10, 11], "both"), ref(1, [-1], "none", no_target=True), ref(1, 12, "a dog")]

@@ -86,7 +86,7 @@ def test_a_bad_line_alone_is_lost(tmp_path):
 
 def test_files_that_cannot_work_are_refused(tmp_path):
     for name, content, message in (
-        ("t.txt", b"", "none of the known tables"),
+        ("t.txt", b"", "not a known kind of table"),
         ("t.csv", b"", "it needs a line of column names"),
         ("t.parquet", b"PAR1", "not a readable parquet file"),
     ):

@@ -74,14 +74,14 @@ def test_masks_classes_and_splits(tmp_path):
     (tmp_path / "split.txt").write_text("1 -1\n9 1\n")
     rows, rejected, counts = prepared(source, tmp_path / "out")
     assert list(rows) == ["1.jpg"]
-    assert [(r["image_id"], r["reason"]) for r in rejected] == [("9.xml", "the split names it, but it has no xml file")]
+    assert [(r["image_id"], r["reason"]) for r in rejected] == [("9.xml", "the split lists it, but it has no xml file")]
     assert counts["images"] == {"in": 2, "written": 1, "rejected": 1}
 
 
 @pytest.mark.parametrize(
     ("labels", "reason"),
     [
-        (np.full((HEIGHT, WIDTH), 3), "has an object 3, the xml has 2 objects"),
+        (np.full((HEIGHT, WIDTH), 3), "has an object 3, but the xml has 2 objects"),
         (np.zeros((5, 5)), "the mask image is 5x5"),
         (np.zeros((HEIGHT, WIDTH, 3)), "must have one channel"),
     ],
@@ -130,9 +130,9 @@ def test_settings_that_cannot_work_are_refused(tmp_path):
     for make, message in (
         (lambda: VocSource(xml, images, difficult="drop"), "unknown difficult rule 'drop'.*crowd, object"),
         (lambda: VocSource(xml, images, first_pixel=2), "first_pixel must be 1"),
-        (lambda: VocSource(xml, f"{tmp_path}/no").list(), "folder .* does not exist"),
-        (lambda: VocSource(images, images).list(), "no xml file lies in"),
-        (lambda: VocSource(xml, images, f"{tmp_path}/no.txt").list(), "does not exist"),
+        (lambda: VocSource(xml, f"{tmp_path}/no").read_listing(), "folder .* does not exist"),
+        (lambda: VocSource(images, images).read_listing(), "has no xml files"),
+        (lambda: VocSource(xml, images, f"{tmp_path}/no.txt").read_listing(), "does not exist"),
     ):
         with pytest.raises(UserError, match=message):
             make()

@@ -127,13 +127,13 @@ def test_a_bad_image_takes_its_questions_along(make, tmp_path):
 def test_settings_that_cannot_work_are_refused(make):
     plain = [{"image_id": 1, "question": "x ?", "answer": "y"}]
     for pattern in ("no id", "%d_%d.jpg", "%q.jpg"):
-        with pytest.raises(UserError, match="must hold the image id once"):
-            make(plain, image_pattern=pattern).list()
+        with pytest.raises(UserError, match="must contain the image id once"):
+            make(plain, image_pattern=pattern).read_listing()
     with pytest.raises(UserError, match="answers 'best' is not one of: majority, all"):
-        make(plain, answers="best").list()
+        make(plain, answers="best").read_listing()
     with pytest.raises(UserError, match="answers no question"):
-        make(QUESTIONS, {"annotations": [{"id": 1}]}).list()
-    assert "give --image-pattern" in make(plain).list().rejected[0]["reason"]
+        make(QUESTIONS, {"annotations": [{"id": 1}]}).read_listing()
+    assert "give --image-pattern" in make(plain).read_listing().rejected[0]["reason"]
     with pytest.raises(UserError, match="lists no images that can be used; the first record: .* give --image-pattern"):
         prepared(make(plain))
 

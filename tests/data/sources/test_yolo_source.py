@@ -113,7 +113,7 @@ def test_empty_and_missing_label_files_are_negatives(tmp_path):
         ("0 0.5 0.5 20 30", "are they pixels", ["dog"]),
         ("0 nan 0.5 0.2 0.2", "are they pixels", ["dog"]),
         ("0 0.5 0.5 0 0.2", "degenerate box", ["dog"]),
-        ("1 0.5 0.5 x 0.2", "no numbers", ["cat"]),
+        ("1 0.5 0.5 x 0.2", "not numbers", ["cat"]),
         ("7 0.5 0.5 0.2 0.2", "class '7' is not one of 0..1", []),
         ("cat 0.5 0.5 0.2 0.2", "class 'cat' is not one of 0..1", []),
         ("1 0.25 0.25 0.5 0.5", "repeats an earlier line", ["cat", "dog"]),
@@ -180,8 +180,8 @@ def test_what_a_split_lists_again_is_rejected_and_counted(tmp_path):
     assert sorted(rows) == ["images/train/0.jpg", "images/train/1.jpg"]
     assert counts["images"] == {"in": 4, "written": 2, "rejected": 2}
     assert [(r["origin"], r["reason"]) for r in rejected] == [
-        ("list.txt line 3", "the split lists this image before"),
-        ("list.txt line 1", "the split lists this image before"),
+        ("list.txt line 3", "the split lists this image twice"),
+        ("list.txt line 1", "the split lists this image twice"),
     ]
 
 
@@ -192,7 +192,7 @@ def test_a_name_that_another_image_has_is_rejected(tmp_path):
     assert len(rows["train/0.jpg"]["instances"]) == 2
     assert counts["images"] == {"in": 4, "written": 3, "rejected": 1}
     assert record["image_id"] == "train/0.jpg"
-    assert "gives the name of this image to another one before" in record["reason"]
+    assert "lists another image of this name before" in record["reason"]
 
 
 def test_labels_that_are_nowhere_are_told(tmp_path):
@@ -200,7 +200,7 @@ def test_labels_that_are_nowhere_are_told(tmp_path):
     write(tmp_path, {name: data for name, data in contents.items() if not name.startswith("labels/")})
     images, classes = f"{tmp_path}/images/train", f"{tmp_path}/{CLASSES}"
     for source, message in (
-        (YoloSource(f"{tmp_path}/data.yaml"), f"not one of 3 images has a label file in '{tmp_path}/labels/train'"),
+        (YoloSource(f"{tmp_path}/data.yaml"), f"none of 3 images has a label file in '{tmp_path}/labels/train'"),
         (
             YoloSource(images=images, classes=classes, labels=f"{tmp_path}/nowhere"),
             "nowhere' does not exist; give --la",
@@ -211,7 +211,7 @@ def test_labels_that_are_nowhere_are_told(tmp_path):
         ),
     ):
         with pytest.raises(UserError, match=message) as error:
-            source.list()
+            source.read_listing()
         assert "--labels" in str(error.value)
         assert "\n" not in str(error.value)
 
@@ -220,15 +220,15 @@ def test_labels_that_are_nowhere_are_told(tmp_path):
     ("yaml", "message"),
     [
         ("train: [", "not valid yaml"),
-        ("- 3", "must hold settings"),
+        ("- 3", "must contain settings"),
         ("val: images\nnames: [a]", "no split 'train'; splits: val"),
         ("train: nowhere\nnames: [a]", "names 'nowhere', which is not at"),
-        ("train: images/train", "needs the class names"),
-        ("train: images/train\nnames: {1: a, 2: b}", "needs the class names"),
+        ("train: images/train", "needs class names"),
+        ("train: images/train\nnames: {1: a, 2: b}", "needs class names"),
         ("train: images/train\nnames: [a, a]", "names a class twice"),
         ("train: images/train\nnames: [a]\nnc: 2", "says nc: 2 but names 1"),
         ("train: images/train\nnames: [a]\nkpt_shape: 3", "kpt_shape must be"),
-        ("train: images/train\nnames: [a]\nkpt_shape: [2, 3]\nflip_idx: [0, 0]", "flip_idx must hold each"),
+        ("train: images/train\nnames: [a]\nkpt_shape: [2, 3]\nflip_idx: [0, 0]", "flip_idx must contain each"),
         ("train: images/train\nnames: [a]\nkpt_shape: [3, 3]\nflip_idx: [1, 2, 0]", "flip_idx must exchange pairs"),
         ("train: images/train\nnames: [a]\nkpt_shape: [2, 3]\nkpt_names: [x]", "kpt_names must be 2 different"),
     ],
@@ -236,7 +236,7 @@ def test_labels_that_are_nowhere_are_told(tmp_path):
 def test_a_yaml_that_cannot_work_is_refused(tmp_path, yaml, message):
     write(tmp_path, yolo_set() | {"data.yaml": yaml})
     with pytest.raises(UserError, match=message) as error:
-        YoloSource(f"{tmp_path}/data.yaml").list()
+        YoloSource(f"{tmp_path}/data.yaml").read_listing()
     assert "\n" not in str(error.value)
 
 
