@@ -1,5 +1,7 @@
 """The engine: answers depend on their own request alone, every task answers, and its halves can be taken apart."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -332,3 +334,15 @@ def test_a_stage_reads_and_holds_its_part_only(tmp_path, engine, monkeypatch):
     for _ in range(2):
         whole.run(PICTURES[:1], asked)
     assert len(read) == of_decoder and all(name.startswith("decoders.lumen.") for name in read)
+
+
+def test_a_request_keeps_its_own_limits(engine):
+    """Limits of a request replace those of the call, whatever other requests of the pass allow."""
+    image, request = PICTURES[0], make_request("detect", classes=["circle"])
+    (all_,) = engine.run([image], [[request]], score_threshold=0.0, max_per_phrase=4)[0][0].predictions
+    middle = float(all_.scores[1])
+    loose = replace(request, score_threshold=0.0, max_per_phrase=4)
+    strict, one = replace(loose, score_threshold=middle), replace(loose, max_per_phrase=1)
+    answers = engine.run([image, image], [[loose, strict, one, request], [one]], score_threshold=2.0)
+    assert [len(a.predictions[0]) for a in answers[0]] == [4, int((all_.scores >= middle).sum()), 1, 0]
+    assert len(answers[1][0].predictions[0]) == 1
