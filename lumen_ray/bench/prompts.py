@@ -69,10 +69,10 @@ def pass_per_prompt(engine: Engine, image: np.ndarray, single: list[Request], li
 @torch.inference_mode()
 def raw_outputs(engine: Engine, image: np.ndarray, requests: list[Request], limit: int) -> list[torch.Tensor]:
     """Link embeddings, heatmap logits and boxes of every place: what predictions are drawn from, without thresholds."""
-    out = engine.trunk.run([image], [requests], max_new_tokens=limit)
-    if "lumen" not in out.parts:
+    out = engine.trunk.links([image], [requests], max_new_tokens=limit)
+    if "lumen" not in out.decoder_inputs:
         return []
-    link = out.parts["lumen"].link
+    link = out.decoder_inputs["lumen"].link
     raw = engine.decoders["lumen"].decoder(link, out.dense)
     return [link.embeddings, raw.logits, raw.boxes / engine.image_size]
 

@@ -1,7 +1,7 @@
-"""Average precision of boxes, masks and keypoints, as COCO defines it: a thin layer over `pycocotools`.
+"""Average precision of boxes, masks and keypoints as COCO defines it: a thin layer over `pycocotools`.
 
-The evaluator takes shard rows and the engine's answers, never files, and computes COCO's lines from the arrays that
-`COCOeval` accumulates, so that classes with different numbers of keypoints can share one table.
+The evaluator takes shard rows and the engine's answers, not files, and computes COCO's lines from the arrays that
+`COCOeval` accumulates, so that classes with different numbers of keypoints share one table.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class CocoEvaluator:
     def process(self, rows: Sequence[dict[str, Any]], answers: Sequence[Answer]) -> None:
         """Adds images: shard rows and, for each, the answer to a request for (some of) `classes`.
 
-        Classes that a row does not list in its ``classes`` were not annotated there exhaustively; neither its
-        instances nor its predictions of them are scored.
+        Classes missing from a row's ``classes`` are not annotated exhaustively there; neither its instances nor its
+        predictions of them are scored.
         """
         for row, answer in zip(rows, answers, strict=True):
             image = len(self._images) + 1
@@ -102,15 +102,15 @@ class CocoEvaluator:
     def evaluate(self) -> dict[str, Any]:
         """``{"AP": .., "AP50": .., ...}`` in 0..1, ``max_dets``, and ``per_class``: class -> AP50.
 
-        None stands for what the split has no annotations for. COCO counts the 100 best detections of a class in an
-        image; where an image shows more objects, as many as the most (``max_dets``), or they could not all be found.
+        Values without annotations are None. COCO counts the 100 best detections of a class in an image; where an image
+        has more objects of a class, ``max_dets`` is raised to their number, or they could not all be found.
         """
         lines = _KEYPOINT_LINES if self.kind == "keypoints" else _LINES
         crowds = Counter((a["image_id"], a["category_id"]) for a in self._truth)
         dets = max([COCO_MAX_DETS, *crowds.values()])
         lines = {k: (*line[:3], dets if line[3] == COCO_MAX_DETS else line[3]) for k, line in lines.items()}
         groups = self._groups()
-        evaluations = [self._run(group, lines) for group in groups]
+        evaluations = [self._accumulate(group, lines) for group in groups]
         if not evaluations:
             return {**dict.fromkeys(lines), "max_dets": None, "per_class": {}}
         precision = np.concatenate([e.eval["precision"] for e in evaluations], axis=2)  # [T, R, classes, areas, dets]
@@ -165,19 +165,23 @@ class CocoEvaluator:
             for item, box in zip(items, prediction.boxes.to_xywh().tolist(), strict=True):
                 item["bbox"] = box
         elif self.kind == "segm":
-            if items and prediction.masks is None:
-                raise ValueError(f"mask AP needs predictions with masks; '{prediction.phrase}' has none")
-            for item, rle in zip(items, prediction.masks.rles if items else [], strict=True):
+            if prediction.masks is None:
+                if items:
+                    raise ValueError(f"mask AP needs predictions with masks; '{prediction.phrase}' has none")
+                return []
+            for item, rle in zip(items, prediction.masks.rles, strict=True):
                 item["segmentation"] = rle
         else:
-            if items and prediction.keypoints is None:
-                raise ValueError(f"keypoint AP needs predictions with keypoints; '{prediction.phrase}' has none")
-            for item, xyv in zip(items, prediction.keypoints.xyv if items else [], strict=True):
+            if prediction.keypoints is None:
+                if items:
+                    raise ValueError(f"keypoint AP needs predictions with keypoints; '{prediction.phrase}' has none")
+                return []
+            for item, xyv in zip(items, prediction.keypoints.xyv, strict=True):
                 item["keypoints"] = xyv.astype(float).reshape(-1).tolist()
         return items
 
-    def _run(self, classes: Sequence[str], lines: Mapping[str, tuple]) -> COCOeval:
-        """One accumulated `COCOeval` over `classes`, silent."""
+    def _accumulate(self, classes: Sequence[str], lines: Mapping[str, tuple]) -> COCOeval:
+        """One accumulated `COCOeval` over `classes`, without its prints."""
         ids = {self._ids[name] for name in classes}
         truth = COCO()
         truth.dataset = {
@@ -191,7 +195,7 @@ class CocoEvaluator:
             truth.createIndex()
             if results:
                 found = truth.loadRes(results)
-            else:  # loadRes looks at the first result to learn the kind
+            else:  # loadRes takes the kind from the first result
                 found = COCO()
                 found.dataset = {**truth.dataset, "annotations": []}
                 found.createIndex()

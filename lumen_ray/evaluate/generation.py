@@ -1,7 +1,7 @@
-"""Scores of pictures that were made: what a detector finds in them against what was asked for.
+"""Scores of generated and edited pictures: objects that a detector finds in them against those the prompt describes.
 
-The judge is any callable from pictures to the boxes found in each, by class; it looks at whole pictures and knows
-nothing of the prompts. With a perfect one, a picture of just what was described scores 1.
+The detector is any callable from pictures to boxes by class; it sees whole pictures and no prompts. With a perfect
+detector, a picture of exactly the described objects scores 1.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from lumen_ray.evaluate.grounding import DECISION_THRESHOLD, HIT_IOU
 from lumen_ray.evaluate.scene_captions import caption_attributes
 from lumen_ray.structures import Answer, Boxes, Size
 
-Found = Mapping[str, Boxes]  # by class; classes of which there is nothing may be absent
-Detector = Callable[[Sequence[np.ndarray]], Sequence[Found]]  # of uint8 [H, W, 3] pictures
-Thing = tuple[str, Boxes]  # a class and one box
+Detections = Mapping[str, Boxes]  # by class; classes without boxes may be absent
+Detector = Callable[[Sequence[np.ndarray]], Sequence[Detections]]  # of uint8 [H, W, 3] pictures
+Object = tuple[str, Boxes]  # a class and one box
 _SHIFTS = 10
 
 
-def found_in(answer: Answer, threshold: float = DECISION_THRESHOLD) -> dict[str, Boxes]:
-    """What an answer to `detect` claims, as the functions here take it."""
+def detections(answer: Answer, threshold: float = DECISION_THRESHOLD) -> dict[str, Boxes]:
+    """The `Detections` of an answer to `detect`, above a score threshold."""
     return {p.phrase: p.above(threshold).boxes for p in answer.predictions}
 
 
@@ -32,10 +32,10 @@ def described(caption: str) -> dict[str, int]:
     return {f"{colour} {shape}": number for (colour, shape), number in caption_attributes(caption).items()}
 
 
-def score_described(wanted: Mapping[str, int], found: Found) -> tuple[float, bool]:
-    """(share of the described objects that are there, whether the picture shows just them), of one picture.
+def score_described(wanted: Mapping[str, int], found: Detections) -> tuple[float, bool]:
+    """(share of the described objects that are there, whether the picture has exactly them) of one picture.
 
-    Nothing described is found in any picture, but shown only by an empty one.
+    Without described objects the share is 1, and only an empty picture is exact.
     """
     counts = {name: len(boxes) for name, boxes in found.items()}
     number = sum(wanted.values())
@@ -47,10 +47,10 @@ def score_described(wanted: Mapping[str, int], found: Found) -> tuple[float, boo
 def score_generated(
     prompts: Sequence[Mapping[str, int]], pictures: Sequence[np.ndarray], detect: Detector
 ) -> dict[str, float | None]:
-    """Means over pictures [N] of what their prompts describe (objects per class); None without any.
+    """Means over pictures [N] and the objects per class that their prompts describe; None without any.
 
     ``generate_objects``: share of the described objects found; ``generate_exact``: pictures with all counts right.
-    ``.._chance``: the same for the pictures of other prompts, so for pictures that do not listen.
+    ``.._chance``: the same scored against other prompts, as pictures that ignore their prompt would score.
     """
     found = list(detect(pictures))
     number = len(prompts)
@@ -71,15 +71,15 @@ def _mean(values: Sequence[float]) -> float | None:
 
 @dataclass
 class Changes:
-    """What an edit asks for, of the objects in two pictures: boxes in pixels of the picture before."""
+    """The objects that an edit removes, adds and keeps: boxes in pixels of the picture before."""
 
-    gone: list[Thing] = field(default_factory=list)
-    new: list[Thing] = field(default_factory=list)
-    kept: list[Thing] = field(default_factory=list)
+    gone: list[Object] = field(default_factory=list)
+    new: list[Object] = field(default_factory=list)
+    kept: list[Object] = field(default_factory=list)
 
 
 def _in_size(boxes: Boxes, size: Size) -> Boxes:
-    """The boxes in the picture scaled to `size`."""
+    """The boxes, scaled with their picture to `size`."""
     y, x = size[0] / boxes.size[0], size[1] / boxes.size[1]
     return Boxes(boxes.xyxy * np.array([x, y, x, y], np.float32), size)
 
@@ -94,8 +94,8 @@ def _matches(a: Boxes, b: Boxes) -> list[tuple[int, int]]:
     return pairs
 
 
-def changes(before: Found, wanted: Found, size: Size) -> Changes:
-    """What differs between the objects of two pictures; an object is the same where class and place are."""
+def changes(before: Detections, wanted: Detections, size: Size) -> Changes:
+    """The differences between the objects of two pictures; objects of one class and place are the same."""
     out = Changes()
     nothing = Boxes(np.zeros((0, 4)), size)
     for name in sorted({*before, *wanted}):
@@ -109,9 +109,9 @@ def changes(before: Found, wanted: Found, size: Size) -> Changes:
 
 @dataclass(frozen=True)
 class EditScore:
-    """`done`: share of what was to go or to come that did; `kept`: share of the other objects still there, None
-    without others; `extra`: objects that were not asked for; `background`: mean change (0..1) of the pixels outside
-    what was to change."""
+    """`done`: share of the requested removals and additions made; `kept`: share of the other objects still there, None
+    without others; `extra`: objects that were not requested; `background`: mean change (0..1) of the pixels outside
+    the removed and added objects."""
 
     done: float
     kept: float | None
@@ -123,21 +123,23 @@ class EditScore:
         return self.done == 1 and self.kept in (None, 1) and not self.extra
 
 
-def score_edit(asked: Changes, made: Found, before: np.ndarray, picture: np.ndarray) -> EditScore | None:
-    """One edit: `made` is what is found in `picture`, uint8 [h, w, 3], of any size; `before` [H, W, 3]. None where
-    nothing was to change."""
+def score_edit(asked: Changes, made: Detections, before: np.ndarray, picture: np.ndarray) -> EditScore | None:
+    """The score of one edit; None if no change was requested.
+
+    `made`: the detections in `picture`, uint8 [h, w, 3], of any size; `before` uint8 [H, W, 3].
+    """
     if not asked.gone and not asked.new:
         return None
-    size = before.shape[:2]
+    size = (before.shape[0], before.shape[1])
     scaled = {name: _in_size(boxes, size) for name, boxes in made.items()}
 
-    def there(thing: Thing) -> bool:
-        name, box = thing
+    def there(item: Object) -> bool:
+        name, box = item
         return name in scaled and bool((box.iou(scaled[name]) >= HIT_IOU).any())
 
-    results = [not there(thing) for thing in asked.gone] + [there(thing) for thing in asked.new]
-    kept = [there(thing) for thing in asked.kept]
-    left = [thing for thing in asked.gone if there(thing)]  # not done, but not extra either
+    results = [not there(item) for item in asked.gone] + [there(item) for item in asked.new]
+    kept = [there(item) for item in asked.kept]
+    left = [item for item in asked.gone if there(item)]  # not done, but not extra either
     known = asked.new + asked.kept + left
     extra = sum(
         not any(name == other and box.iou(boxes[[i]])[0, 0] >= HIT_IOU for other, box in known)
@@ -149,7 +151,7 @@ def score_edit(asked: Changes, made: Found, before: np.ndarray, picture: np.ndar
 
 
 def _change(before: np.ndarray, picture: np.ndarray, boxes: Sequence[Boxes]) -> float:
-    """Mean absolute difference, 0..1, of two pictures outside boxes of the first; 0 where they cover all of it."""
+    """Mean absolute difference, 0..1, of two pictures outside boxes of the first; 0 if the boxes cover all of it."""
     height, width = picture.shape[:2]
     resized = Image.fromarray(before).resize((width, height), Image.Resampling.BILINEAR)
     outside = np.ones((height, width), bool)
@@ -163,15 +165,15 @@ def _change(before: np.ndarray, picture: np.ndarray, boxes: Sequence[Boxes]) -> 
 def score_edits(
     before: Sequence[np.ndarray], wanted: Sequence[np.ndarray], pictures: Sequence[np.ndarray], detect: Detector
 ) -> dict[str, float | None]:
-    """Means over edits [N]: pictures before, as they should be after, and as they were made.
+    """Means over edits [N], from pictures before, their targets `wanted`, and the model's `pictures`.
 
     ``edit_done``: edits done in full; ``edit_kept``: share of the other objects kept; ``edit_exact``: done, nothing
     else lost and nothing added; ``edit_background``: change elsewhere; ``edit_judged``: share of edits whose change the
-    detector sees in `wanted`, on which all the others are. None without any.
+    detector finds in `wanted`, over which the other means are taken. None without any.
     """
     found = [list(detect(group)) for group in (before, wanted, pictures)]
     scores = [
-        score_edit(changes(old, new, start.shape[:2]), made, start, picture)
+        score_edit(changes(old, new, (start.shape[0], start.shape[1])), made, start, picture)
         for old, new, made, start, picture in zip(*found, before, pictures, strict=True)
     ]
     judged = [score for score in scores if score is not None]

@@ -1,4 +1,4 @@
-"""Scores of tasks that look for what a phrase names: referring expressions, grounded phrases, counting."""
+"""Scores of tasks that locate the objects of a phrase: referring expressions, grounded phrases, counting."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def row_boxes(row: dict[str, Any], indices: Sequence[int]) -> Boxes:
 
 
 def match_count(prediction: Prediction, truth: Boxes, iou: float = HIT_IOU) -> int:
-    """Predictions matched to distinct true boxes at `iou` or more; the best score chooses first."""
+    """Number of predictions matched to distinct true boxes at `iou` or more, in order of score."""
     overlaps = prediction.boxes.iou(truth)
     matched = 0
     for i in np.argsort(-prediction.scores, kind="stable"):
@@ -39,10 +39,10 @@ def _ratio(part: float, whole: float) -> float | None:
 class ReferEvaluator:
     """Referring expressions: one object each, several (a hit on any of them counts) or none.
 
-    ``refer_p50``: of expressions with a target, those whose best-scored box overlaps it by IoU 0.5.
-    ``refer_no_target_accuracy``: of expressions that nothing in the image fits, those for which nothing scores above
-    the decision threshold; ``refer_target_accuracy``: of the others, those for which something does (without it,
-    answering "nothing" always would look perfect).
+    ``refer_p50``: share of expressions with a target whose best-scored box overlaps it by IoU 0.5.
+    ``refer_no_target_accuracy``: share of expressions without a target for which no instance reaches the decision
+    threshold; ``refer_target_accuracy``: share of the others for which one does (without it, never finding anything
+    would look perfect).
     """
 
     def __init__(self, threshold: float = DECISION_THRESHOLD):
@@ -83,9 +83,9 @@ class ReferEvaluator:
 
 
 class GroundEvaluator:
-    """Phrases of a sentence, each meaning any number of objects.
+    """Phrases of a sentence, each with any number of objects.
 
-    ``ground_p50``: of phrases with objects, those whose best-scored box hits one of them (IoU 0.5).
+    ``ground_p50``: share of phrases with objects whose best-scored box hits one of them (IoU 0.5).
     ``ground_recall50``, ``ground_precision50``, ``ground_f1``: over boxes, among predictions above the threshold.
     """
 
@@ -126,9 +126,9 @@ class GroundEvaluator:
 class CountEvaluator:
     """Counting per class and image, at the decision threshold.
 
-    ``count_error`` (mean absolute) and ``count_accuracy`` (exact) are over classes that are in the image, since most
-    classes are not and a zero is easy; those are in ``count_absent_accuracy``. Classes with a crowd are left out:
-    nobody counted them.
+    ``count_error`` (mean absolute) and ``count_accuracy`` (exact) are over classes present in the image, since most
+    classes are absent and a zero is easy; absent ones are in ``count_absent_accuracy``. Classes with a crowd are left
+    out: their true number is unknown.
     """
 
     def __init__(self, threshold: float = DECISION_THRESHOLD):

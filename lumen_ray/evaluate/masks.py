@@ -1,4 +1,4 @@
-"""Scores of masks that COCO has no line for: regions asked for by a visual prompt, and semantic segmentation."""
+"""Scores of masks beyond COCO's: segmentation from a visual prompt, and semantic segmentation."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from lumen_ray.evaluate.scored import Row
 from lumen_ray.structures import Answer, Region
 
-Row = dict[str, Any]
-MAX_REGIONS = 3  # instances of a row that are asked for
+MAX_REGIONS = 3  # instances of a row that get a visual prompt
 
 
 def region_prompts(row: Row) -> list[tuple[Region, dict[str, Any]]]:
-    """Visual prompts for the first instances of a row that have a mask, boxes and points by turns, and their masks.
+    """(visual prompt, true mask) of the first instances of a row that have a mask: boxes and points in turn.
 
     The point is the pixel of the instance that is nearest to the mean of its pixels.
     """
-    size, prompts = (row["height"], row["width"]), []
+    size = (row["height"], row["width"])
+    prompts: list[tuple[Region, dict[str, Any]]] = []
     for instance in (i for i in row["instances"] if i["mask"] and not i["crowd"]):
         if len(prompts) == MAX_REGIONS:
             break
@@ -57,7 +58,7 @@ class RegionSegmentEvaluator:
 
 
 class SemanticEvaluator:
-    """Mean IoU over classes: pixels of a class in all images, found and true, as in PASCAL VOC's segmentation."""
+    """Mean IoU over classes, from the predicted and true pixels of each in all images (PASCAL VOC's segmentation)."""
 
     def __init__(self, classes: Sequence[str]):
         self.common = dict.fromkeys(classes, 0.0)
@@ -68,6 +69,7 @@ class SemanticEvaluator:
         for prediction in answer.predictions:
             name = prediction.phrase
             true = [i["mask"] for i in row["instances"] if i["phrase"] == name and i["mask"]]
+            assert prediction.masks is not None, "semantic segmentation needs masks"
             found = coco_mask.merge(prediction.masks.rles) if len(prediction.masks) else None
             wanted = coco_mask.merge(true) if true else None
             masks = [rle for rle in (found, wanted) if rle is not None]
@@ -77,6 +79,6 @@ class SemanticEvaluator:
                 self.either[name] += float(coco_mask.area(coco_mask.merge(masks)))
 
     def evaluate(self) -> dict[str, Any]:
-        """``semantic_miou`` over the classes that were found or are there; None where none is."""
+        """``semantic_miou`` over the classes with predicted or true pixels; None without any."""
         ious = [self.common[name] / either for name, either in self.either.items() if either]
         return {"semantic_miou": float(np.mean(ious)) if ious else None}

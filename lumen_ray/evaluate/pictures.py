@@ -1,37 +1,37 @@
-"""Pictures that a model makes for the rows of a split, judged by its own detector (see `generation`)."""
+"""Pictures that a model generates or edits for the rows of a split, scored by its own detector (see `generation`)."""
 
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from lumen_ray.data.images import decode
-from lumen_ray.evaluate.generation import Detector, described, found_in, score_edits, score_generated
-from lumen_ray.inference.request import Request, make_request
-from lumen_ray.structures import Answer, SampleSettings
+from lumen_ray.evaluate.generation import Detector, described, detections, score_edits, score_generated
+from lumen_ray.evaluate.scored import Row, ScoredRequest
+from lumen_ray.inference.protocol import EngineProtocol
+from lumen_ray.inference.request import make_request
+from lumen_ray.structures import Answer, Boxes, SampleSettings
 
-Row = dict[str, Any]
-Asks = list[tuple[Request, Callable[[Answer], None]]]
 _JUDGED_AT_ONCE = 8
 _SHEET, _CELL = 1200, 132  # pixels: width of a sheet of pictures, side of one of them
 _LINES, _LINE, _LETTER = 3, 12, 6  # of text above; pixels of a line and of a letter
 
 
-def detector_of(engine: Any, classes: Sequence[str]) -> Detector:
-    """The engine's own answers to `detect` with all classes."""
-    request = make_request("detect", classes=list(classes))
+def detector_of(engine: EngineProtocol, classes: Sequence[str]) -> Detector:
+    """A detector made of the engine's answers to `detect` with all classes."""
+    request = make_request("detect", classes=classes)
 
-    def detect(pictures: Sequence[np.ndarray]) -> list[Mapping[str, Any]]:
+    def detect(pictures: Sequence[np.ndarray]) -> list[dict[str, Boxes]]:
         found = []
         for start in range(0, len(pictures), _JUDGED_AT_ONCE):
-            some = pictures[start : start + _JUDGED_AT_ONCE]
-            found += [found_in(answers[0]) for answers in engine.run(some, [[request]] * len(some))]
+            chunk = pictures[start : start + _JUDGED_AT_ONCE]
+            found += [detections(answers[0]) for answers in engine.run(chunk, [[request]] * len(chunk))]
         return found
 
     return detect
@@ -39,7 +39,7 @@ def detector_of(engine: Any, classes: Sequence[str]) -> Detector:
 
 @dataclass
 class PicturesEvaluator:
-    """Collects what was made; `evaluate` judges it. The seed of a row's picture is its number in the split."""
+    """Collects pictures; `evaluate` scores them. The seed of a row's picture is its number in the split."""
 
     captions: list[str] = field(default_factory=list)
     described: list[dict[str, int]] = field(default_factory=list)
@@ -49,42 +49,42 @@ class PicturesEvaluator:
     wanted: list[np.ndarray] = field(default_factory=list)
     edited: list[np.ndarray] = field(default_factory=list)
 
-    def generate_asks(self, row: Row, number: int) -> Asks:
-        """The row's first caption as a description, where it is one of a scene: others cannot be judged by counting."""
+    def generate_requests(self, row: Row, number: int) -> list[ScoredRequest]:
+        """The row's first caption that describes a scene; pictures of other captions cannot be scored by counting."""
         for message in row["messages"]:
             if message["task"] == "caption" and (objects := described(message["turns"][-1]["content"])):
                 text = message["turns"][-1]["content"]
                 request = make_request("generate", text=text, sample=SampleSettings(seed=number))
-                return [(request, lambda answer, text=text: self._made(text, objects, answer))]
+                return [ScoredRequest(request, partial(self._add_generated, text, objects))]
         return []
 
-    def edit_asks(self, row: Row, number: int) -> Asks:
-        """The row's instructions; it must have the edited picture."""
+    def edit_requests(self, row: Row, number: int) -> list[ScoredRequest]:
+        """The row's instructions; none without the edited picture."""
         if row["target_image"] is None:
             return []
         before, wanted = decode(row["image"]), decode(row["target_image"])
+        instructions = [m["turns"][0]["content"] for m in row["messages"] if m["task"] == "edit"]
         return [
-            (
-                make_request("edit", text=message["turns"][0]["content"], sample=SampleSettings(seed=number)),
-                lambda answer, asked=message["turns"][0]["content"]: self._changed(asked, before, wanted, answer),
+            ScoredRequest(
+                make_request("edit", text=text, sample=SampleSettings(seed=number)),
+                partial(self._add_edited, text, before, wanted),
             )
-            for message in row["messages"]
-            if message["task"] == "edit"
+            for text in instructions
         ]
 
-    def _made(self, caption: str, objects: dict[str, int], answer: Answer) -> None:
+    def _add_generated(self, caption: str, objects: dict[str, int], answer: Answer) -> None:
         self.captions.append(caption)
         self.described.append(objects)
-        self.generated += answer.images
+        self.generated += _images(answer)
 
-    def _changed(self, instruction: str, before: np.ndarray, wanted: np.ndarray, answer: Answer) -> None:
+    def _add_edited(self, instruction: str, before: np.ndarray, wanted: np.ndarray, answer: Answer) -> None:
         self.instructions.append(instruction)
         self.before.append(before)
         self.wanted.append(wanted)
-        self.edited += answer.images
+        self.edited += _images(answer)
 
     def evaluate(self, tasks: Collection[str], detect: Detector) -> dict[str, float | None]:
-        """The metrics of `score_generated` and `score_edits`, for those of their tasks that were asked; None where no
+        """The metrics of `score_generated` and `score_edits`, for those of the two tasks in `tasks`; None where no
         picture was made."""
         metrics: dict[str, float | None] = {}
         if "generate" in tasks:
@@ -94,8 +94,8 @@ class PicturesEvaluator:
         return metrics
 
     def save(self, folder: Path) -> None:
-        """Writes ``generated.png``, what was made of each caption, and ``edited.png``, with the picture before, as it
-        should be and as it was made; those of which there are pictures."""
+        """Writes ``generated.png``, a picture per caption, and ``edited.png``, per instruction the picture before, the
+        target and the model's; a file without pictures is left out."""
         if self.generated:
             write_sheet(folder / "generated.png", [[picture] for picture in self.generated], self.captions)
         if self.edited:
@@ -103,8 +103,13 @@ class PicturesEvaluator:
             write_sheet(folder / "edited.png", rows, self.instructions)
 
 
+def _images(answer: Answer) -> list[np.ndarray]:
+    assert answer.images is not None, f"an answer to '{answer.task}' has pictures"
+    return answer.images
+
+
 def write_sheet(path: Path, rows: Sequence[Sequence[np.ndarray]], texts: Sequence[str]) -> None:
-    """A PNG of rows of pictures (uint8 [H, W, 3], all rows as many), each under its text."""
+    """Writes a PNG of rows of pictures (uint8 [H, W, 3], the same number in each row), each row under its text."""
     width, cells = len(rows[0]) * _CELL, []
     for pictures, text in zip(rows, texts, strict=True):
         lines = textwrap.wrap(text, max(16, width // _LETTER))[:_LINES]

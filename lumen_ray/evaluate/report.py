@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-# (task, what is measured, metric, metric that answers by chance or None)
+# (task, description, metrics, metric of guessing or None)
 _LINES: tuple[tuple[str, str, str, str | None], ...] = (
     ("detect", "box AP50", "box_AP50", None),
     ("detect", "box AP", "box_AP", None),
@@ -43,7 +43,7 @@ _LINES: tuple[tuple[str, str, str, str | None], ...] = (
 
 
 def make_table(report: dict[str, Any]) -> Table:
-    """The main lines of the tasks that were asked as a `rich` table; a dash where there was nothing to measure."""
+    """The main lines of the scored tasks as a `rich` table; a dash where nothing could be measured."""
     title = f"{report['model']['preset']} {report['model']['version']} on {report['split']}: {report['scored']} images"
     table = Table(title=title, title_justify="left")
     table.add_column("task", style="bold")
@@ -66,21 +66,21 @@ def make_table(report: dict[str, Any]) -> Table:
 
 
 def format_value(value: float | None) -> str:
-    """Three decimals, or a dash for what could not be measured."""
+    """Three decimals, or a dash for None."""
     return "-" if value is None else f"{value:.3f}"
 
 
 def print_report(report: dict[str, Any], console: Console | None = None) -> None:
-    """Prints the table, and below it what was left out."""
+    """Prints the table, and below it the number of skipped images."""
     console = console or Console()
     console.print(make_table(report))
     if report["skipped"]:
         first = report["errors"][0]
-        console.print(f"{report['skipped']} images could not be used, e.g. {first['image_id']}: {first['message']}")
+        console.print(f"{report['skipped']} images were skipped, e.g. {first['image_id']}: {first['message']}")
 
 
 def write_report(report: dict[str, Any], path: str | Path) -> None:
-    """Writes the report as JSON; null stands for what could not be measured."""
+    """Writes the report as JSON; null where nothing could be measured."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""Scoring text about scenes: what a caption says, and what answering by chance would reach."""
+"""Scores of text about scenes: the objects that a caption names, and the scores of guessing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from lumen_ray.data.scenes.text import COLOURS, COUNT_ANSWERS, NUMBERS, SHAPES
 
-Item = tuple[str, str]  # (colour, shape)
+ColourShape = tuple[str, str]
 
 _COUNT_WORDS = {"a": 1, "an": 1, **{word: number for number, word in enumerate(NUMBERS)}}
 _SHAPE_WORDS = {form: shape for shape in SHAPES for form in (shape, shape + "s")}
@@ -22,7 +22,7 @@ _ANSWER_SPACES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 
 def vqa_answer_space(question: str) -> tuple[str, ...]:
-    """The answers a guesser would choose among, e.g. the three colours; empty for a question that is not a scene's."""
+    """The possible answers to a scene's question, e.g. the three colours; empty for any other question."""
     question = question.strip().lower().rstrip(" ?")
     for pattern, answers in _ANSWER_SPACES:
         if re.fullmatch(pattern, question):
@@ -31,9 +31,9 @@ def vqa_answer_space(question: str) -> tuple[str, ...]:
 
 
 def vqa_chance(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Accuracy of two guessers on (question, answer) pairs that `vqa_answer_space` knows; both 0 without any.
+    """Accuracy of two guessers on the (question, answer) pairs with a `vqa_answer_space`; both 0 without any.
 
-    `uniform` draws from the answer space; `majority` knows the commonest answer to each exact question.
+    `uniform` draws from the answer space; `majority` gives the commonest answer to each exact question.
     """
     known = [(q, a) for q, a in pairs if vqa_answer_space(q)]
     if not known:
@@ -46,13 +46,13 @@ def vqa_chance(pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
     return {"uniform": uniform, "majority": majority}
 
 
-def caption_attributes(text: str) -> Counter[Item]:
-    """Objects per (colour, shape) that a text speaks of: ``"two red circles ." -> {("red", "circle"): 2}``.
+def caption_attributes(text: str) -> Counter[ColourShape]:
+    """Objects per (colour, shape) that a text names: ``"two red circles ." -> {("red", "circle"): 2}``.
 
-    Never fails: words it does not know are passed over; a shape counts with the colour and number that last preceded
-    it since the previous shape, one when no number was given, and not at all without a colour.
+    Unknown words are skipped. A shape takes the last colour and number since the previous shape; without a number it
+    counts once, without a colour not at all.
     """
-    found: Counter[Item] = Counter()
+    found: Counter[ColourShape] = Counter()
     number, colour = 1, None
     for word in re.findall(r"[a-z]+|\d+", text.lower()):
         if word in _COUNT_WORDS:
@@ -69,7 +69,7 @@ def caption_attributes(text: str) -> Counter[Item]:
 
 
 def caption_score(text: str, truth: str) -> float:
-    """F1 over the (colour, shape, count) items of a caption against the true one's, 0..1; 1 when neither has any."""
+    """F1 over the (colour, shape, count) items of a caption against the true one's, 0..1; 1 if neither has any."""
     said, true = set(caption_attributes(text).items()), set(caption_attributes(truth).items())
     if not said and not true:
         return 1.0
@@ -77,7 +77,7 @@ def caption_score(text: str, truth: str) -> float:
 
 
 def caption_attribute_chance(captions: Sequence[str], shifts: int = 50) -> float:
-    """Expected `caption_score` of answering with the caption of another scene, over `shifts` pairings of the set.
+    """Mean `caption_score` of the caption of another scene, over `shifts` pairings of the set.
 
     Deterministic: scene i is answered with the caption of scene i + s, s = 1..shifts. 0 for fewer than two captions.
     """

@@ -1,9 +1,10 @@
-"""What to ask about a row of a split, and where each answer is scored."""
+"""The requests about a row of a split, and the evaluator that scores each answer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -11,21 +12,23 @@ from lumen_ray.evaluate.coco import CocoEvaluator
 from lumen_ray.evaluate.grounding import CountEvaluator, GroundEvaluator, ReferEvaluator
 from lumen_ray.evaluate.masks import RegionSegmentEvaluator, SemanticEvaluator, region_prompts
 from lumen_ray.evaluate.pictures import PicturesEvaluator
+from lumen_ray.evaluate.scored import Row, ScoredRequest
 from lumen_ray.evaluate.text import CaptionEvaluator, RegionCaptionEvaluator, RoutingEvaluator, VqaEvaluator
-from lumen_ray.inference.request import Request, make_request
+from lumen_ray.inference.request import make_request
 from lumen_ray.structures import Answer, Region
 from lumen_ray.tasks import get_task
 
-Row = dict[str, Any]
-#: A request and what to do with its answer.
-Ask = tuple[Request, Callable[[Answer], None]]
+
+class _Evaluator(Protocol):
+    def evaluate(self) -> dict[str, Any]:
+        """Metric -> value, or None where nothing was measured."""
 
 
 class SplitScorer:
     """Turns rows into requests, and their answers into metrics.
 
-    classes: all class names of the split; skeletons: class -> keypoint names; tasks: what to ask; spoken: what is asked
-    in free chat besides, if anything is.
+    classes: all class names of the split; skeletons: class -> keypoint names; tasks: those to score; spoken: tasks that
+    only free chat asks for.
     """
 
     def __init__(
@@ -48,64 +51,81 @@ class SplitScorer:
         self.pictures = PicturesEvaluator()
         self.region_mask, self.semantic = RegionSegmentEvaluator(), SemanticEvaluator(classes)
 
-    def asks(self, row: Row) -> list[Ask]:
-        """Everything the row is annotated for, with the routing token forced."""
-        return self._class_asks(row) + self._phrase_asks(row) + self._text_asks(row)
+    def requests(self, row: Row) -> list[ScoredRequest]:
+        """Requests for everything the row is annotated with, the routing token given."""
+        return self._class_requests(row) + self._phrase_requests(row) + self._text_requests(row)
 
-    def decision_asks(self, row: Row) -> list[Ask]:
-        """What is made of all instances together, and so wants only those that count as found."""
-        names = [name for name in self.classes if name in row["classes"]]
+    def decision_requests(self, row: Row) -> list[ScoredRequest]:
+        """Requests whose answer merges all instances and so needs the decision threshold."""
+        names = self._annotated(row)
         if "semantic" not in self.tasks or not names or not any(i["mask"] for i in row["instances"]):
             return []
-        return [(make_request("semantic", classes=names), lambda a: self.semantic.process(row, a))]
+        return [ScoredRequest(make_request("semantic", classes=names), partial(self.semantic.process, row))]
 
-    def picture_asks(self, row: Row, number: int) -> tuple[list[Ask], list[Ask]]:
-        """(pictures to make of words alone, edits of the row's own picture); `number` is their seed."""
-        made = self.pictures.generate_asks(row, number) if "generate" in self.tasks else []
-        return made, self.pictures.edit_asks(row, number) if "edit" in self.tasks else []
+    def picture_requests(self, row: Row, number: int) -> tuple[list[ScoredRequest], list[ScoredRequest]]:
+        """(pictures to generate from text, edits of the row's image); `number` is their seed."""
+        generated = self.pictures.generate_requests(row, number) if "generate" in self.tasks else []
+        return generated, self.pictures.edit_requests(row, number) if "edit" in self.tasks else []
 
-    def _class_asks(self, row: Row) -> list[Ask]:
-        """Over all classes annotated in the row: those that are absent test for false positives."""
+    def chat_requests(self, row: Row, number: int) -> tuple[list[ScoredRequest], list[ScoredRequest]]:
+        """Each task's instruction as free chat, in which the LLM must choose the route: (with the image, text alone).
+
+        `number` varies the wording.
+        """
+        if "chat" not in self.tasks:
+            return [], []
+        with_image: list[ScoredRequest] = []
+        text_alone: list[ScoredRequest] = []
+        for task, phrase in self._instructions(row, number).items():
+            request = make_request("chat", text=get_task(task).prompt(phrase, number))
+            requests = with_image if get_task(task).sees_image else text_alone
+            requests.append(ScoredRequest(request, partial(self._score_route, task)))
+        return with_image, text_alone
+
+    def _annotated(self, row: Row) -> list[str]:
+        """The classes annotated in the row, in the split's order."""
         annotated = set(row["classes"])
-        names = [name for name in self.classes if name in annotated]
-        posed = [name for name in names if name in self.skeletons]
-        asks: list[Ask] = []
+        return [name for name in self.classes if name in annotated]
+
+    def _class_requests(self, row: Row) -> list[ScoredRequest]:
+        """Over all classes annotated in the row: those that are absent test for false positives."""
+        names = self._annotated(row)
+        requests: list[ScoredRequest] = []
         if "detect" in self.tasks and names:
-            asks.append((make_request("detect", classes=names), lambda a: self.box.process([row], [a])))
+            requests.append(ScoredRequest(make_request("detect", classes=names), partial(_score_row, self.box, row)))
         if "segment" in self.tasks and names:
-            asks.append((make_request("segment", classes=names), lambda a: self.mask.process([row], [a])))
+            requests.append(ScoredRequest(make_request("segment", classes=names), partial(_score_row, self.mask, row)))
         for region, mask in region_prompts(row) if "region_segment" in self.tasks else ():
             request = make_request("region_segment", region=region)
-            asks.append((request, lambda a, mask=mask: self.region_mask.process(mask, a)))
+            requests.append(ScoredRequest(request, partial(self.region_mask.process, mask)))
         if "count" in self.tasks and names:
-            asks.append((make_request("count", classes=names), lambda a: self.count.process(row, a)))
-        # one request per skeleton, because a pose request names one list of keypoints
-        for points in dict.fromkeys(self.skeletons[name] for name in posed) if "pose" in self.tasks else ():
-            alike = [name for name in posed if self.skeletons[name] == points]
-            part = {**row, "classes": alike}
-            request = make_request("pose", classes=alike, keypoints=points)
-            asks.append((request, lambda a, part=part: self.keypoint.process([part], [a])))
-        return asks
+            requests.append(ScoredRequest(make_request("count", classes=names), partial(self.count.process, row)))
+        return requests + (self._pose_requests(row, names) if "pose" in self.tasks else [])
 
-    def _phrase_asks(self, row: Row) -> list[Ask]:
-        asks: list[Ask] = []
-        wanted = [p for p in row["phrases"] if p["task"] in self.tasks]
-        for item in (p for p in wanted if p["task"] == "refer"):
-            request = make_request("refer", text=item["phrase"])
-            asks.append((request, lambda a, item=item: self.refer.process(row, item["instances"], a)))
-        grounded = {p["phrase"].strip().lower(): p["instances"] for p in wanted if p["task"] == "ground"}
+    def _pose_requests(self, row: Row, names: Sequence[str]) -> list[ScoredRequest]:
+        """One request per skeleton, because a pose request has one list of keypoints."""
+        posed = [name for name in names if name in self.skeletons]
+        requests = []
+        for points in dict.fromkeys(self.skeletons[name] for name in posed):
+            alike = [name for name in posed if self.skeletons[name] == points]
+            request = make_request("pose", classes=alike, keypoints=points)
+            requests.append(ScoredRequest(request, partial(_score_row, self.keypoint, {**row, "classes": alike})))
+        return requests
+
+    def _phrase_requests(self, row: Row) -> list[ScoredRequest]:
+        requests: list[ScoredRequest] = []
+        phrases = [p for p in row["phrases"] if p["task"] in self.tasks]
+        for phrase in (p for p in phrases if p["task"] == "refer"):
+            request = make_request("refer", text=phrase["phrase"])
+            requests.append(ScoredRequest(request, partial(self.refer.process, row, phrase["instances"])))
+        grounded = {p["phrase"].strip().lower(): p["instances"] for p in phrases if p["task"] == "ground"}
         if grounded:
             request = make_request("ground", text=" and ".join(f"[{phrase}]" for phrase in grounded))
+            requests.append(ScoredRequest(request, partial(self._score_grounded, row, grounded)))
+        return requests
 
-            def score(answer: Answer) -> None:
-                for prediction in answer.predictions:
-                    self.ground.process(row, grounded[prediction.phrase], prediction)
-
-            asks.append((request, score))
-        return asks
-
-    def _text_asks(self, row: Row) -> list[Ask]:
-        asks: list[Ask] = []
+    def _text_requests(self, row: Row) -> list[ScoredRequest]:
+        requests: list[ScoredRequest] = []
         captioned = False
         for message in row["messages"]:
             task, turns = message["task"], message["turns"]
@@ -113,35 +133,29 @@ class SplitScorer:
                 continue
             question, truth = turns[0]["content"], turns[1]["content"]
             if task == "vqa":
-                request = make_request("vqa", text=question)
-                asks.append((request, lambda a, q=question, t=truth: self.vqa.process(q, t, a.text)))
+                score = partial(_score_text, partial(self.vqa.process, question, truth))
+                requests.append(ScoredRequest(make_request("vqa", text=question), score))
             elif task == "caption" and not captioned:  # photographs have several captions; one answer is scored
                 captioned = True
-                asks.append((make_request("caption"), lambda a, t=truth: self.caption.process(t, a.text)))
+                score = partial(_score_text, partial(self.caption.process, truth))
+                requests.append(ScoredRequest(make_request("caption"), score))
             elif task == "region_caption" and message["regions"]:
                 region = row_region(row, message["regions"][0])
-                request = make_request("region_caption", region=region)
-                asks.append((request, lambda a, t=truth: self.region.process(t, a.text)))
-        return asks
+                score = partial(_score_text, partial(self.region.process, truth))
+                requests.append(ScoredRequest(make_request("region_caption", region=region), score))
+        return requests
 
-    def chat_asks(self, row: Row, number: int) -> tuple[list[Ask], list[Ask]]:
-        """Each task's instruction as free chat: the LLM itself must choose the route. `number` varies the wording.
-        (those about the row's image, those of words alone)"""
-        if "chat" not in self.tasks:
-            return [], []
-        seen: list[Ask] = []
-        blind: list[Ask] = []
-        for task, phrase in self._instructions(row, number).items():
-            text = get_task(task).prompt(phrase, number)
-            request = make_request("chat", text=text)
-            asks = seen if get_task(task).sees_image else blind
-            asks.append((request, lambda a, task=task: self.routing.process(task, a.route)))
-        return seen, blind
+    def _score_grounded(self, row: Row, grounded: Mapping[str, Sequence[int]], answer: Answer) -> None:
+        for prediction in answer.predictions:
+            self.ground.process(row, grounded[prediction.phrase], prediction)
+
+    def _score_route(self, task: str, answer: Answer) -> None:
+        self.routing.process(task, answer.route)
 
     def _instructions(self, row: Row, number: int) -> dict[str, str]:
-        """Task -> the phrase to ask for; only what the split has. Classes rotate, present or not."""
+        """Task -> the phrase of its instruction, for tasks the row is annotated for. Classes rotate, present or not."""
         phrases: dict[str, str] = {}
-        names = [name for name in self.classes if name in row["classes"]]
+        names = self._annotated(row)
         posed = [name for name in names if name in self.skeletons]
         for task in ("detect", "segment", "count"):
             if task in self.spoken and names:
@@ -174,19 +188,27 @@ class SplitScorer:
             metrics.update({f"{kind}_{name}": value for name, value in values.items()})
             if task in self.tasks and values["AP"] is not None:
                 tables[f"{kind}_AP50_per_class"] = per_class
-        others = (
+        others: tuple[_Evaluator, ...] = (
             self.refer, self.ground, self.count, self.region_mask, self.semantic, self.vqa, self.caption, self.region,
             self.routing,
         )  # fmt: skip
-        for evaluator in others:
-            metrics.update(evaluator.evaluate())
+        for other in others:
+            metrics.update(other.evaluate())
         if per_task := metrics.pop("routing_per_task"):
             tables["routing_per_task"] = per_task
         return metrics, tables
 
 
+def _score_row(evaluator: CocoEvaluator, row: Row, answer: Answer) -> None:
+    evaluator.process([row], [answer])
+
+
+def _score_text(process: Callable[[str | None], None], answer: Answer) -> None:
+    process(answer.text)
+
+
 def row_region(row: Row, index: int) -> Region:
-    """The row's region of that index as a visual prompt."""
+    """Region `index` of the row as a visual prompt."""
     region = row["regions"][index]
     points = None if region["points"] is None else np.asarray(region["points"], np.float32).reshape(-1, 2)
     return Region(region["kind"], (row["height"], row["width"]), points, region["mask"])

@@ -1,8 +1,9 @@
-"""Scores of what the LLM writes: answers, captions, region captions, and the routing tokens it chooses in free chat."""
+"""Scores of the LLM's text: answers, captions, region captions, and the routing tokens it chooses in free chat."""
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -25,8 +26,9 @@ def normalise(text: str) -> str:
 class VqaEvaluator:
     """Exact match of short answers.
 
-    ``vqa_chance`` is what drawing from each question's own answers reaches, ``vqa_majority`` what knowing the commonest
-    answer to each exact question does; both are None when the answers are not enumerable, i.e. not those of scenes.
+    ``vqa_chance`` is the accuracy of drawing from each question's possible answers, ``vqa_majority`` that of the
+    commonest answer to each exact question; both are None unless all questions are those of scenes, whose answers can
+    be enumerated.
     """
 
     def __init__(self) -> None:
@@ -38,13 +40,13 @@ class VqaEvaluator:
         self._correct: list[bool] = []
 
     def process(self, question: str, truth: str, answer: str | None) -> None:
-        """Adds one question with its true and its given answer."""
+        """Adds one question with its true answer and the model's."""
         self._pairs.append((question, truth))
         self._correct.append(normalise(answer or "") == normalise(truth))
 
     def evaluate(self) -> dict[str, Any]:
         """Metric -> value in 0..1, or None."""
-        chance = {"uniform": None, "majority": None}
+        chance: Mapping[str, float | None] = {"uniform": None, "majority": None}
         if self._pairs and all(vqa_answer_space(question) for question, _ in self._pairs):
             chance = vqa_chance(self._pairs)
         return {
@@ -58,8 +60,8 @@ class VqaEvaluator:
 class CaptionEvaluator:
     """F1 over the (colour, shape, count) items a caption states.
 
-    ``caption_chance`` is what the caption of another image reaches. Captions that state no such item (photographs) are
-    not scored.
+    ``caption_chance`` is the score of another image's caption. Captions that state no such item (photographs) are not
+    scored.
     """
 
     def __init__(self) -> None:
@@ -71,7 +73,7 @@ class CaptionEvaluator:
         self._scores: list[float] = []
 
     def process(self, truth: str, answer: str | None) -> None:
-        """Adds one image's true and given caption."""
+        """Adds one image's true caption and the model's."""
         if caption_attributes(truth):
             self._truths.append(truth)
             self._scores.append(caption_score(answer or "", truth))
@@ -86,7 +88,7 @@ class CaptionEvaluator:
 
 
 class RegionCaptionEvaluator:
-    """Exact match of a region's caption; ``region_caption_chance`` gives the commonest true caption to every region."""
+    """Exact match of a region's caption; ``region_caption_chance`` is the score of always giving the commonest one."""
 
     def __init__(self) -> None:
         self.reset()
@@ -97,7 +99,7 @@ class RegionCaptionEvaluator:
         self._correct: list[bool] = []
 
     def process(self, truth: str, answer: str | None) -> None:
-        """Adds one region's true and given caption."""
+        """Adds one region's true caption and the model's."""
         self._counts[normalise(truth)] += 1
         self._correct.append(normalise(answer or "") == normalise(truth))
 
@@ -112,7 +114,7 @@ class RegionCaptionEvaluator:
 
 
 class RoutingEvaluator:
-    """Does the LLM, asked in free chat, choose the routing token (or text) of the task that the words ask for?"""
+    """Accuracy of the LLM's choice in free chat: the routing token (or text) of the task that an instruction names."""
 
     def __init__(self) -> None:
         self.reset()
@@ -122,11 +124,11 @@ class RoutingEvaluator:
         self._correct: dict[str, list[bool]] = defaultdict(list)
 
     def process(self, task: str, route: str | None) -> None:
-        """Adds one instruction of `task` and the token that the LLM chose (None: it wrote text)."""
+        """Adds one instruction of `task` and the routing token that the LLM chose (None: it wrote text)."""
         self._correct[task].append(route == get_task(task).routing_token)
 
     def evaluate(self) -> dict[str, Any]:
-        """``routing_accuracy`` over all instructions, and ``routing_per_task``; None when nothing was asked."""
+        """``routing_accuracy`` over all instructions, and ``routing_per_task``; None without instructions."""
         answers = [correct for values in self._correct.values() for correct in values]
         return {
             "routing_accuracy": float(np.mean(answers)) if answers else None,

@@ -1,4 +1,4 @@
-"""What the decoders that look at images themselves get of them."""
+"""The images that decoders read, each at the decoder's input size."""
 
 from __future__ import annotations
 
@@ -16,32 +16,37 @@ from lumen_ray.structures import SampleSettings
 
 
 def rule_for(rule: SizeRule | None, sample: SampleSettings | None) -> SizeRule | None:
-    """A decoder's rule for a prompt: pictures may be asked for in a size of their own, which is checked."""
+    """A decoder's size rule for one prompt: a request for pictures may name their size, which is checked."""
     if isinstance(rule, PictureSize) and sample is not None and sample.size is not None:
         rule.check(sample.size)
         return replace(rule, asked=sample.size)
     return rule
 
 
-def in_size(image: np.ndarray, rule: SizeRule) -> Tensor:
-    """uint8 [h, w, 3] -> [3, *size], in the size that the rule gives it."""
-    size, scale = rule.fit(image.shape[:2])
+def resize(image: np.ndarray, rule: SizeRule) -> Tensor:
+    """Resamples uint8 [h, w, 3] to the size that the rule gives it: uint8 [3, *size]."""
+    size, scale = rule.fit((image.shape[0], image.shape[1]))
     return as_tensor(warp(image, np.diag((*scale, 1.0))[:2], size))
 
 
-def looked_at(
+def decoder_pixels(
     about: Sequence[int],
     prompts: Sequence[PromptSpec | None],
     rule: SizeRule | None,
     images: Sequence[np.ndarray],
     inputs: Tensor,
 ) -> list[Tensor]:
-    """For each prompt the image that its decoder looks at, uint8 [3, h, w]; one tensor for all that see the same.
+    """For each prompt the image that its decoder reads, uint8 [3, h, w]; prompts with the same image share a tensor.
 
-    `about`: index of each prompt's image, `images`: as they are stored, `inputs` [B, 3, H, W]: as the trunk sees them,
-    which is what a decoder without a rule gets.
+    `about`: index of each prompt's image; `images`: as stored; `inputs` uint8 [B, 3, H, W]: the trunk's inputs, which
+    a decoder without a size rule reads.
     """
-    asked = [(i, rule_for(rule, spec and spec.sample)) for i, spec in zip(about, prompts, strict=True)]
-    # a copy of an input, so that not the whole batch travels with a part of it
-    made = {(i, own): inputs[i].clone() if own is None else in_size(images[i], own) for i, own in dict.fromkeys(asked)}
-    return [made[image] for image in asked]
+    wanted = [
+        (i, rule_for(rule, None if prompt is None else prompt.sample)) for i, prompt in zip(about, prompts, strict=True)
+    ]
+    # a copy of an input, so that not the whole batch travels with one image of it
+    made = {
+        (i, input_rule): inputs[i].clone() if input_rule is None else resize(images[i], input_rule)
+        for i, input_rule in dict.fromkeys(wanted)
+    }
+    return [made[key] for key in wanted]

@@ -1,4 +1,4 @@
-"""Where a model runs."""
+"""The device that a model runs on."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from lumen_ray.errors import UserError
 
 
 def find_device(name: str | None = None) -> str:
-    """The device `name` ('cpu', 'cuda' or 'cuda:N'); None: 'cuda' where torch sees a GPU, else 'cpu'.
+    """The device `name` ('cpu', 'cuda' or 'cuda:N'); None: 'cuda' if torch finds a GPU, else 'cpu'.
 
-    Raises `UserError` for another name and for a GPU that is not there.
+    Raises `UserError` for any other name and for a GPU that torch does not find.
     """
     import torch
 
@@ -21,5 +21,5 @@ def find_device(name: str | None = None) -> str:
         raise UserError(f"unknown device '{name}'; devices: cpu, cuda, cuda:N", "unknown_device")
     if name != "cpu" and int(found[1] or 0) >= gpus:
         have = ", ".join(["cpu", *(["cuda"] if gpus else []), *(f"cuda:{i}" for i in range(gpus))])
-        raise UserError(f"device '{name}' is not there: torch sees {gpus} GPUs; devices: {have}", "no_device")
+        raise UserError(f"device '{name}' is not available: torch finds {gpus} GPUs; devices: {have}", "no_device")
     return name

@@ -1,8 +1,8 @@
 """The engine: trunk -> super links -> decoders -> answers. Label, evaluate and serve share it.
 
-It is two halves, so that serving can deploy them apart: `TrunkStage` turns images and requests into a `TrunkOutput`
-(links, dense features, texts), `DecoderStage` turns its decoder's part of that into predictions, and `assemble` puts
-answers together (see `outputs`). `Engine` runs both in one process.
+It has two halves, so that serving can deploy them separately: `TrunkStage` turns images and requests into a
+`TrunkOutput` (links, dense features, texts), `DecoderStage` turns its decoder's input from there into predictions, and
+`assemble` builds the answers (see `outputs`). `Engine` runs both in one process.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from lumen_ray.decoders.base import PredictSettings
 from lumen_ray.inference.decoder_stage import DecoderStages
-from lumen_ray.inference.outputs import assemble, finished
+from lumen_ray.inference.outputs import assemble, finish, loosest, request_limits
 from lumen_ray.inference.request import Request
 from lumen_ray.inference.trunk_stage import FromFolder, TrunkStage
 from lumen_ray.model.build import LoadedModel
@@ -21,7 +21,7 @@ from lumen_ray.structures import Answer, Size
 
 
 class Engine(FromFolder):
-    """Trunk and decoders in one process."""
+    """Trunk and decoders of a model in one process; implements `EngineProtocol`."""
 
     def __init__(self, loaded: LoadedModel, device: str = "cpu"):
         self.loaded = loaded
@@ -39,7 +39,7 @@ class Engine(FromFolder):
 
     @property
     def chosen_decoders(self) -> dict[str, str]:
-        """Task -> decoder, where another than the model folder says serves it."""
+        """Task -> decoder, for tasks whose decoder differs from the model folder's choice."""
         return self.loaded.chosen
 
     @property
@@ -52,12 +52,12 @@ class Engine(FromFolder):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks that the model can serve."""
+        """Names of the tasks that the model serves."""
         return self.trunk.tasks
 
     @property
     def serving(self) -> dict[str, str]:
-        """Task -> the decoder that serves it, of every task that the model has one for."""
+        """Task -> the decoder that serves it, for every task that the model has one for."""
         return self.trunk.serving
 
     @property
@@ -85,26 +85,34 @@ class Engine(FromFolder):
     ) -> list[list[Answer]]:
         """An `Answer` per request of each image, predictions best first.
 
-        images: uint8 [h, w, 3] RGB in the EXIF-rotated frame, None for words alone; requests: per image (see
-        `make_request`). Images that share a size bucket pass together. With `route_only` no decoder is called: an
-        answer has what the LLM wrote or the routing token, which of free chat says what the LLM would have called.
+        images: uint8 [h, w, 3] RGB in the EXIF-rotated frame, None for text alone; requests: per image (see
+        `make_request`). Images that share a size bucket share a pass. `score_threshold` and `max_per_phrase` apply to
+        requests without their own. With `route_only` no decoder is called: an answer holds the LLM's text or the
+        routing token, which in free chat names the decoder that the LLM would have called.
         """
         if len(images) == 0:
             return []
-        settings = PredictSettings(score_threshold, max_per_phrase)
-        groups: dict[Size, list[int]] = {}
-        for i, (image, _) in enumerate(zip(images, requests, strict=True)):
-            groups.setdefault(self.trunk.bucket_of(image), []).append(i)
+        default = PredictSettings(score_threshold, max_per_phrase)
+        # `max_per_phrase` bounds the instances before overlaps are merged, so images of one pass must agree on it
+        groups: dict[tuple[Size, int], list[int]] = {}
+        for i, (image, row) in enumerate(zip(images, requests, strict=True)):
+            key = self.trunk.bucket_of(image), loosest(row, default).max_per_phrase
+            groups.setdefault(key, []).append(i)
         answers: dict[int, list[Answer]] = {}
         for members in groups.values():
-            out = self.trunk.run(
+            rows = [requests[i] for i in members]
+            used = loosest((request for row in rows for request in row), default)
+            output = self.trunk.links(
                 [images[i] for i in members],
-                [requests[i] for i in members],
+                rows,
                 max_new_tokens=max_new_tokens,
                 class_chunk=class_chunk,
                 route_only=route_only,
             )
-            predictions = {name: self.decoders[name].run(out, settings) for name in out.parts}
-            found = [[finished(answer) for answer in row] for row in assemble(out.plans, predictions)]
-            answers.update(zip(members, found, strict=True))
+            results = {name: self.decoders[name].predict(output, used) for name in output.decoder_inputs}
+            for i, found in zip(members, assemble(output.plans, results), strict=True):
+                answers[i] = []
+                for request, answer in zip(requests[i], found, strict=True):
+                    assert answer is not None, "every decoder of the pass has answered"
+                    answers[i].append(finish(answer, request_limits(request, default), used))
         return [answers[i] for i in range(len(images))]

@@ -1,6 +1,6 @@
-"""The canonical label table: one row per instance or text answer, with what produced it.
+"""The canonical label table: one row per instance or text answer, with its provenance.
 
-An answer that found nothing is one row without phrase and box, so that "looked and found nothing" is on record.
+An answer without instances is one row without phrase and box, which records that the image was processed.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def answer_records(
 def records_to_answers(records: Sequence[dict[str, Any]]) -> list[Answer]:
     """The answers that the rows of one image came from, one per (task, prompt), in order of appearance.
 
-    Phrases for which nothing was found are not in the rows and thus not in the predictions.
+    Phrases without instances are not in the rows and so not in the predictions.
     """
     groups: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
     for record in records:
@@ -74,7 +74,7 @@ def records_to_answers(records: Sequence[dict[str, Any]]) -> list[Answer]:
 
 
 def record_edges(record: dict[str, Any]) -> Sequence[Sequence[int]]:
-    """Pairs of 0-based keypoint indices that the record's skeleton joins; empty where nobody knows."""
+    """Pairs of 0-based keypoint indices that the record's skeleton joins; empty for unknown skeletons."""
     edges = json.loads(record["provenance"] or "{}").get("edges", {}).get(record["phrase"])
     return edges or known_edges(record["keypoint_names"])
 
@@ -87,11 +87,13 @@ def _answer(task: str, rows: Sequence[dict[str, Any]]) -> Answer:
     for row in rows:
         if row["box"] is not None:
             phrases.setdefault(row["phrase"], []).append(row)
-    return Answer(task, size, [_prediction(phrase, mine, size) for phrase, mine in phrases.items()])
+    return Answer(task, size, [_prediction(phrase, found, size) for phrase, found in phrases.items()])
 
 
 def _prediction(phrase: str, rows: Sequence[dict[str, Any]], size: tuple[int, int]) -> Prediction:
-    prediction = Prediction(phrase, Boxes([r["box"] for r in rows], size), np.array([r["score"] for r in rows]))
+    prediction = Prediction(
+        phrase, Boxes(np.array([r["box"] for r in rows]), size), np.array([r["score"] for r in rows])
+    )
     if rows[0]["mask"] is not None:
         prediction.masks = Masks([r["mask"] for r in rows], size)
     if rows[0]["keypoints"] is not None:

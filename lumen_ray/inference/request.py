@@ -1,4 +1,4 @@
-"""What a caller asks of the engine about one image. Label, evaluate and serve build these; nothing else reaches it."""
+"""Requests to the engine, one task about one image each. Label, evaluate and serve build them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ from lumen_ray.trunk.tokenizer import SPECIAL_TOKENS
 class Request:
     """One task about one image. Build it with `make_request`, which validates.
 
-    `phrases`: what each branch asks for, in the order of the answer's predictions (classes, phrases, expression);
+    `phrases`: the phrase of each branch, in the order of the answer's predictions (classes, phrases, expression);
     `text`: the question of chat and vqa, else the sentence or expression as given;
     `keypoints`: names of the keypoints of a pose request; None for the skeleton the model was trained with. `sample`:
-    how the pictures of a generate or edit request are drawn.
+    how the pictures of a generate or edit request are drawn. `score_threshold` (0..1) and `max_per_phrase` limit the
+    instances of the answer; None for the limits of the call.
     """
 
     task: str
@@ -28,22 +29,24 @@ class Request:
     keypoints: tuple[str, ...] | None = None
     template: int = 0
     sample: SampleSettings | None = None
+    score_threshold: float | None = None
+    max_per_phrase: int | None = None
 
 
 def make_request(
     task: str,
     *,
-    classes: list[str] | tuple[str, ...] | None = None,
+    classes: Sequence[str] | None = None,
     text: str | None = None,
     region: Region | None = None,
-    keypoints: list[str] | tuple[str, ...] | None = None,
+    keypoints: Sequence[str] | None = None,
     template: int = 0,
     sample: SampleSettings | None = None,
 ) -> Request:
-    """A validated `Request`. Raises `UserError` (one sentence, machine-readable reason) for what cannot be asked.
+    """A validated `Request`. Raises `UserError` (one sentence, machine-readable reason) if it is invalid.
 
-    Of what a task `needs` by the registry, "classes" are given in `classes`, a "region" in `region`, "nothing" in none,
-    all else in `text`.
+    The registry's `Task.needs` says which argument a task takes: "classes" `classes`, "region" `region`, "nothing"
+    none, all others `text`.
     """
     needs = get_task(task).needs
     for given in (text or "", *(classes or ()), *(keypoints or ())):
@@ -53,9 +56,9 @@ def make_request(
         sample = sample or SampleSettings()
         _check_sample(sample)
     elif sample is not None:
-        raise UserError(f"task '{task}' makes no pictures and takes no settings for them", "unexpected_field")
+        raise UserError(f"task '{task}' makes no pictures; leave out the settings for them", "unexpected_field")
     if needs == "classes":
-        return Request(task, tuple(check_classes(classes or (), task)), keypoints=points, template=template)
+        return Request(task, tuple(check_classes(list(classes or ()), task)), keypoints=points, template=template)
     text = (text or "").strip()
     if needs in ("question", "sentence", "expression", "description", "instruction"):
         if not text:
@@ -73,7 +76,7 @@ def make_request(
     return Request(task, template=template)
 
 
-#: what a request for pictures may ask for; sizes are checked by the decoder, whose step they must be multiples of
+#: (lowest, highest) value of each setting; the decoder checks sizes, which must be multiples of its step
 _SAMPLE_LIMITS = {"steps": (1, 1000), "guidance": (0, 100), "image_guidance": (0, 100), "num_images": (1, 16)}
 
 
@@ -87,14 +90,16 @@ def _check_sample(sample: SampleSettings) -> None:
 
 
 def _refuse_reserved(text: str) -> None:
-    """A special token in the caller's text would be read as part of the prompt's layout."""
+    """Raises `UserError` for a special token in the caller's text, which would change the layout of the prompt."""
     if reserved := next((token for token in SPECIAL_TOKENS if token in text), None):
         raise UserError(f"a text may not contain '{reserved}', which the prompt layout uses", "reserved_text")
 
 
-def check_asked(size: Size | None, requests: Sequence[Request]) -> None:
-    """`UserError` for what cannot be asked about an image of (height, width) `size`, or of words alone (None); free
-    chat can be either."""
+def check_requests(size: Size | None, requests: Sequence[Request]) -> None:
+    """Raises `UserError` for requests that do not fit an image of (height, width) `size`, or text alone (None).
+
+    Free chat works with both.
+    """
     for request in requests:
         if size is not None or request.task != "chat":
             check_image(request.task, size is not None)
@@ -103,7 +108,7 @@ def check_asked(size: Size | None, requests: Sequence[Request]) -> None:
 
 
 def check_image(task: str, given: bool) -> None:
-    """`UserError` for a task that needs an image and gets none, or that takes none and gets one."""
+    """Raises `UserError` if a task that needs an image has none, or one that takes none has one."""
     if get_task(task).sees_image == given:
         return
     if given:
@@ -112,16 +117,16 @@ def check_image(task: str, given: bool) -> None:
 
 
 def no_decoder(task: str, serves: Sequence[str]) -> UserError:
-    """For a task that the model has no decoder for; `serves`: those that can be asked."""
+    """The error for a task that the model has no decoder for; `serves`: names of the tasks it serves."""
     return UserError(f"the model has no decoder for task '{task}'; it serves: {', '.join(serves)}", "no_decoder")
 
 
 def _check_region(size: Size, region: Region) -> None:
-    """A region's coordinates mean nothing in an image of another size."""
+    """Raises `UserError` for a region drawn on an image of another size."""
     if tuple(region.size) != tuple(size):
         theirs, ours = (f"{width}x{height}" for height, width in (region.size, size))
         raise UserError(
             f"the region is for an image of {theirs} but the image is {ours} pixels; "
-            "make the region with the image's own (height, width)",
+            "build the region with the (height, width) of the image",
             "invalid_region",
         )

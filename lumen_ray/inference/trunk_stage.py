@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import chain, groupby, zip_longest
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -14,41 +13,30 @@ from torch import Tensor
 
 from lumen_ray.data.batches.buckets import choose
 from lumen_ray.data.batches.transforms import fit
-from lumen_ray.decoders.base import PromptSpec
 from lumen_ray.decoders.registry import DECODERS
-from lumen_ray.errors import UserError
-from lumen_ray.inference.decoder_inputs import looked_at
-from lumen_ray.inference.outputs import LinkPart, RequestPlan, TrunkOutput
-from lumen_ray.inference.request import Request, check_asked, no_decoder
+from lumen_ray.inference.branches import BranchPlanner, PendingBranch, decoder_input, split_passes, with_regions
+from lumen_ray.inference.decoder_inputs import decoder_pixels
+from lumen_ray.inference.outputs import DecoderInput, RequestPlan, TrunkOutput
+from lumen_ray.inference.request import Request, check_requests
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.precision import in_own_dtype
-from lumen_ray.structures import Region, SampleSettings, Size
-from lumen_ray.superlink import SuperLink
-from lumen_ray.tasks import ROUTING_TOKENS, TASKS, Task, task_of_prompt
+from lumen_ray.structures import Region, Size
+from lumen_ray.targets import Frame
+from lumen_ray.tasks import ROUTING_TOKENS, TASKS
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.layout import build_layout
 from lumen_ray.trunk.regions import region_mask
 from lumen_ray.trunk.tokenizer import EOS
 from lumen_ray.trunk.trunk import Prefix
 
-#: What stands for a region prompt among an answer's phrases.
-REGION_PHRASE = "region"
-
-
-@dataclass
-class _Ask:
-    """A branch still to be run and what it is for."""
-
-    branch: Branch
-    spec: PromptSpec | None
-    image: int
-    request: int
-    decoder: str
-    region: Region | None = None
+_GREY = 114  # of the input that stands in for an image where a request is text alone
 
 
 class FromFolder:
-    """What is made of a model and a device, and reads decoders when they are first needed, if ever."""
+    """Loads itself from a model folder. Decoders are read when they are first used."""
+
+    def __init__(self, loaded: LoadedModel, device: str = "cpu"):
+        raise NotImplementedError
 
     @classmethod
     def load(
@@ -58,16 +46,29 @@ class FromFolder:
         decoders: Mapping[str, str] | None = None,
         dtype: str = "float32",
     ) -> Self:
-        """That of a model folder; `UserError` when the folder holds none.
+        """Reads the trunk of a model folder; raises `UserError` if it is not a model folder.
 
-        `decoders` (task -> decoder) says who serves a task that several can, instead of the folder's settings; `dtype`:
-        'float32', or 'bfloat16' for half the memory and, on GPUs, the faster arithmetic (see `lumen_ray.precision`).
-        Only the trunk is read at once."""
+        `decoders` (task -> decoder) overrides the folder's choice for tasks that several decoders can serve; `dtype`:
+        'float32', or 'bfloat16' for half the memory and, on GPUs, faster arithmetic (see `lumen_ray.precision`)."""
         return cls(load_model(model, decoders, device, ("trunk",), dtype), device)
 
 
+@dataclass
+class _Inputs:
+    """The batch in the trunk's frame.
+
+    `images`: uint8 [h, w, 3] as stored; `pixels`: uint8 [B, 3, H, W] on the CPU; `frames`: where each image lies in its
+    input; `valid`: bool [B], False for text alone.
+    """
+
+    images: list[np.ndarray]
+    pixels: Tensor
+    frames: list[Frame]
+    valid: Tensor
+
+
 class TrunkStage(FromFolder):
-    """The trunk's half: holds vision, LLM, link heads and dense features of a model."""
+    """Holds the vision encoders, LLM, link heads and dense features of a model."""
 
     def __init__(self, loaded: LoadedModel, device: str = "cpu"):
         self.loaded = loaded
@@ -78,19 +79,25 @@ class TrunkStage(FromFolder):
         self.serving = loaded.settings.serving
         self.input_rules = loaded.settings.input_rules
         self.skeletons = {name: tuple(names) for name, names in loaded.meta.skeletons.items()}
+        self.planner = BranchPlanner(self.serving, self.skeletons, set(loaded.meta.tasks or TASKS))
         square = (loaded.settings.image_size,) * 2
         self.buckets = tuple((int(h), int(w)) for h, w in loaded.meta.buckets) or (square,)
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """Names of the tasks that the model has a decoder for, where one is needed, and was trained on."""
+        return self.planner.tasks
 
     def bucket(self, size: Size) -> Size:
         """(height, width) of the model input for an image of (height, width) `size`."""
         return choose((max(1, size[0]), max(1, size[1])), self.buckets)
 
     def bucket_of(self, image: np.ndarray | None) -> Size:
-        """(height, width) of the model input for an image, or for words alone."""
-        return self.buckets[0] if image is None else self.bucket(image.shape[:2])
+        """(height, width) of the model input for an image, or for text alone."""
+        return self.buckets[0] if image is None else self.bucket((image.shape[0], image.shape[1]))
 
     @in_own_dtype
-    def run(
+    def links(
         self,
         images: Sequence[np.ndarray | None],
         requests: Sequence[Sequence[Request]],
@@ -99,114 +106,77 @@ class TrunkStage(FromFolder):
         class_chunk: int = 64,
         route_only: bool = False,
     ) -> TrunkOutput:
-        """One prefix per image, then all branches of all requests against it.
+        """Encodes one prefix per image, then runs the branches of all requests against it.
 
-        images: uint8 [h, w, 3] RGB, EXIF-rotated, all of one `bucket`, None for words alone; requests: per image.
-        `class_chunk` bounds the branches per image and pass; it does not change results. In the sequential layout,
-        where the prompts of a request are one text, those are never cut apart, however many.
-        With `route_only` nothing is asked of a decoder: the plans say what the LLM wrote or the route it chose.
+        images: uint8 [h, w, 3] RGB, EXIF-rotated, all of one `bucket`, None for text alone; requests: per image.
+        `class_chunk` bounds the branches per image and pass; results do not depend on it. In the sequential layout the
+        prompts of a request are one text and are never split, however many.
+        With `route_only` no decoder gets a link: the plans hold the text or the route that the LLM chose.
         """
+        inputs = self._inputs(images, requests)
+        prefix = self.trunk.encode(inputs.pixels.to(self.device), inputs.valid.to(self.device))
+        plans = [
+            [self.planner.plan(request, frame.size) for request in row]
+            for row, frame in zip(requests, inputs.frames, strict=True)
+        ]
+        pending = [
+            branch
+            for b, row in enumerate(requests)
+            for r, request in enumerate(row)
+            for branch in self.planner.branches(request, b, r)
+        ]
+        routed = self._write_texts(prefix, requests, plans, max_new_tokens)
+        if route_only:
+            pending = []
+        else:
+            pending += self._routed_branches(routed, images, requests, plans)
+        decoder_inputs = self._decoder_inputs(prefix, pending, plans, class_chunk)
+        reads = {name: DECODERS[name].reads for name in decoder_inputs}
+        for name, decoder in decoder_inputs.items():
+            if reads[name] == "pixels":
+                about, rule = decoder.link.image_index.tolist(), self.input_rules.get(name)
+                decoder.pixels = decoder_pixels(about, decoder.prompts, rule, inputs.images, inputs.pixels)
+        dense = None
+        if "dense" in reads.values():
+            assert prefix.dense is not None, "a decoder reads dense features, but the trunk makes none"
+            dense = prefix.dense.float().cpu().contiguous()
+        return TrunkOutput(decoder_inputs, dense, inputs.frames, plans)
+
+    def _inputs(self, images: Sequence[np.ndarray | None], requests: Sequence[Sequence[Request]]) -> _Inputs:
+        """Checks the batch and fits its images into the trunk's input, which they must share."""
         if len(images) != len(requests):
             raise ValueError(f"{len(images)} images but {len(requests)} lists of requests")
-        for image, asked in zip(images, requests, strict=True):
-            check_asked(None if image is None else image.shape[:2], asked)
+        for image, row in zip(images, requests, strict=True):
+            check_requests(None if image is None else (image.shape[0], image.shape[1]), row)
         buckets = {self.bucket_of(image) for image in images}
         if len(buckets) > 1:
             raise ValueError(f"images of one pass must share a bucket, got {sorted(buckets)}")
         (bucket,) = buckets
-        stored = [np.full((*bucket, 3), 114, np.uint8) if image is None else image for image in images]
+        stored = [np.full((*bucket, 3), _GREY, np.uint8) if image is None else image for image in images]
         fitted = [fit(image, bucket) for image in stored]
-        pixels = torch.from_numpy(np.stack([image for image, _ in fitted])).permute(0, 3, 1, 2)
-        frames = [frame for _, frame in fitted]
-        valid = torch.tensor([image is not None for image in images])
-        prefix = self.trunk.encode(pixels.to(self.device), valid.to(self.device))
-        plans = [
-            [
-                RequestPlan(r.task, frames[b].size, decoder=self._decoder(r), route=TASKS[r.task].routing_token)
-                for r in rs
-            ]
-            for b, rs in enumerate(requests)
-        ]
-        asks = [
-            ask for b, rs in enumerate(requests) for r, request in enumerate(rs) for ask in self._asks(request, b, r)
-        ]
-        chosen = self._write_texts(prefix, requests, plans, max_new_tokens)
-        if route_only:
-            asks = []
-        else:
-            for b, r in chosen:
-                task = next(task for task in TASKS.values() if task.routing_token == plans[b][r].route)
-                if images[b] is not None or not task.sees_image:  # else there is no place in words alone
-                    asks += self._routed(requests[b][r], task, b, r)
-        parts = self._links(prefix, asks, plans, class_chunk)
-        reads = {name: DECODERS[name].reads for name in parts}
-        dense = prefix.dense.float().cpu().contiguous() if "dense" in reads.values() else None
-        for name, part in parts.items():
-            if reads[name] == "pixels":
-                rule, about = self.input_rules.get(name), part.link.image_index.tolist()
-                part.pixels = looked_at(about, part.prompts, rule, stored, pixels)
-        return TrunkOutput(parts, dense, frames, plans)
-
-    def _decoder(self, request: Request) -> str | None:
-        """The decoder that serves a request; None for text."""
-        task = TASKS[request.task]
-        if task.is_text:
-            return None
-        if (name := self.serving.get(request.task)) is None:
-            raise no_decoder(task.name, self.tasks)
-        return name
-
-    @property
-    def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks that this model has a decoder for, where needed, and was trained for as far as it says."""
-        trained = set(self.loaded.meta.tasks or TASKS)
-        can = (t for t in TASKS.values() if t.is_text or t.name in self.serving)
-        return tuple(t.name for t in can if (t.derived_from or t.name) in trained)
-
-    def _asks(self, request: Request, image: int, index: int) -> list[_Ask]:
-        """The routed branches of a structured request; its routing token is forced, so nothing is sampled."""
-        task = TASKS[request.task]
-        if task.is_text:
-            return []
-        decoder, asks = self._decoder(request), []
-        if request.region is not None:
-            text = task.prompt(template=request.template)
-            branch = Branch(image, text, route=task.routing_token, regions=(0,), group=index)
-            return [_Ask(branch, PromptSpec(REGION_PHRASE, masks=True), image, index, decoder, request.region)]
-        for phrase in request.phrases:
-            names = self._keypoints(request, phrase) if task.name == "pose" else ()
-            spec = PromptSpec(phrase, masks=task.result == "masks", keypoints=names, sample=request.sample)
-            text = task.prompt(phrase, request.template)
-            branch = Branch(image, text, route=task.routing_token, phrase=phrase, group=index)
-            asks.append(_Ask(branch, spec, image, index, decoder))
-            for name in names:
-                text = task.keypoint_template.replace("{keypoint}", name).replace("{}", phrase)
-                branch = Branch(image, text, route=task.routing_token, parent=0, phrase=name, group=index)
-                asks.append(_Ask(branch, None, image, index, decoder))
-        return asks
-
-    def _keypoints(self, request: Request, phrase: str) -> tuple[str, ...]:
-        names = request.keypoints or self.skeletons.get(phrase)
-        if not names:
-            known = ", ".join(sorted(self.skeletons)) or "none"
-            raise UserError(
-                f"the model knows no keypoints of '{phrase}'; name them in 'keypoints' or ask for: {known}",
-                "unknown_skeleton",
-            )
-        return tuple(names)
+        return _Inputs(
+            stored,
+            torch.from_numpy(np.stack([image for image, _ in fitted])).permute(0, 3, 1, 2),
+            [frame for _, frame in fitted],
+            torch.tensor([image is not None for image in images]),
+        )
 
     def _write_texts(
         self,
-        prefix,
+        prefix: Prefix,
         requests: Sequence[Sequence[Request]],
         plans: list[list[RequestPlan]],
         limit: int,
     ) -> list[tuple[int, int]]:
-        """Enters greedy answers of all text requests, or the routes they chose, in the plans; returns (image, request)
-        of every chat that chose one."""
-        rows, branches, regions, chosen = [], [], [], []
-        for b, rs in enumerate(requests):
-            for r, request in enumerate(rs):
+        """Decodes all text requests greedily and enters texts and chosen routes in the plans.
+
+        Returns (image, request) of every free chat in which the LLM chose a route.
+        """
+        rows: list[tuple[int, int]] = []
+        branches: list[Branch] = []
+        regions: list[Region] = []
+        for b, row in enumerate(requests):
+            for r, request in enumerate(row):
                 task = TASKS[request.task]
                 if not task.is_text:
                     continue
@@ -223,89 +193,63 @@ class TrunkStage(FromFolder):
         written = self.trunk.generate(
             prefix, layout, images, *self._regions(regions, owners), self.tokenizer.ids[EOS], limit, frozenset(routing),
         )  # fmt: skip
+        routed = []
         for (b, r), tokens in zip(rows, written, strict=True):
             plan, request = plans[b][r], requests[b][r]
             if tokens and tokens[-1] in routing and request.task == "chat":
                 plan.route = routing[tokens[-1]]
-                chosen.append((b, r))
+                routed.append((b, r))
             else:
                 plan.text = self.tokenizer.decode(t for t in tokens if t not in routing)
-        return chosen
+        return routed
 
-    def _routed(self, request: Request, task: Task, image: int, index: int) -> list[_Ask]:
-        """Free chat in which the LLM chose a task's routing token: one more branch, with the queries behind it."""
-        named = task_of_prompt(request.text)
-        phrase = named[1] if named else request.text
-        if task.name == "pose" and phrase in self.skeletons:
-            return self._asks(Request("pose", (phrase,)), image, index)
-        sample = SampleSettings() if task.result == "image" else None
-        spec = PromptSpec(phrase, masks=task.result == "masks", sample=sample)
-        decoder = self._decoder(Request(task.name))
-        return [_Ask(Branch(image, request.text, route=task.routing_token, group=index), spec, image, index, decoder)]
+    def _routed_branches(
+        self,
+        routed: Sequence[tuple[int, int]],
+        images: Sequence[np.ndarray | None],
+        requests: Sequence[Sequence[Request]],
+        plans: Sequence[Sequence[RequestPlan]],
+    ) -> list[PendingBranch]:
+        """The branches of free chats that chose a route. In text alone there is no place to find."""
+        pending = []
+        for b, r in routed:
+            task = next(task for task in TASKS.values() if task.routing_token == plans[b][r].route)
+            if images[b] is not None or not task.sees_image:
+                pending += self.planner.routed_branches(requests[b][r], task, b, r)
+        return pending
 
     def _regions(self, regions: list[Region], images: list[int]) -> tuple[Tensor, Tensor]:
-        """Masks of the model input [R, H, W] and the images they lie in, int64 [R]."""
+        """Masks of the regions in the model input [R, H, W] and the index of each one's image, int64 [R]."""
         masks = [region_mask(region, self.bucket(region.size)) for region in regions]
         stack = torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0)
         return stack.to(self.device), torch.tensor(images, dtype=torch.int64, device=self.device)
 
-    def _links(
-        self, prefix: Prefix, asks: list[_Ask], plans: list[list[RequestPlan]], chunk: int
-    ) -> dict[str, LinkPart]:
-        """Runs the routed branches in chunks per image; the super link of each decoder, in the order of `asks`."""
-        embeddings: dict[int, Tensor] = {}  # by number of the ask
-        for members in self._passes(asks, chunk):
-            branches, regions, owners = [], [], []
-            for ask in (asks[i] for i in members):
-                branches.append(ask.branch)
-                if ask.region is not None:
-                    branches[-1] = replace(branches[-1], regions=(len(regions),))
-                    regions.append(ask.region)
-                    owners.append(ask.image)
-            layout = build_layout(branches, len(prefix.valid), self.tokenizer, self.prompt_layout)
-            for family, numbers in layout.link_branches.items():  # a keypoint's object may be in another chunk
-                keypoints = [asks[members[number]].spec is None for number in numbers.tolist()]
-                layout.link_parents[family] = torch.tensor(keypoints).long() - 1
-            layout = layout.to(self.device)
-            links = self.trunk.ask(prefix, layout, *self._regions(regions, owners))
-            for name, link in links.items():
-                numbers = layout.link_branches[DECODERS[name].family].tolist()
-                for number, embedding in zip(numbers, link.embeddings.float().cpu(), strict=True):
-                    if asks[members[number]].decoder == name:
-                        embeddings[members[number]] = embedding
-        parts = {}
-        for name in dict.fromkeys(ask.decoder for ask in asks):
-            mine = [i for i, ask in enumerate(asks) if ask.decoder == name]
-            parts[name] = self._part(name, [asks[i] for i in mine], torch.stack([embeddings[i] for i in mine]), plans)
-        return parts
+    def _decoder_inputs(
+        self, prefix: Prefix, pending: list[PendingBranch], plans: list[list[RequestPlan]], chunk: int
+    ) -> dict[str, DecoderInput]:
+        """Runs the branches in chunks per image; the input of each decoder, in the order of `pending`."""
+        embeddings: dict[int, Tensor] = {}  # by index into `pending`
+        for members in split_passes(pending, chunk, self.prompt_layout == "sequential"):
+            embeddings |= self._embeddings(prefix, pending, members)
+        inputs = {}
+        for name in dict.fromkeys(item.decoder for item in pending):
+            members = [i for i, item in enumerate(pending) if item.decoder == name]
+            stack = torch.stack([embeddings[i] for i in members])
+            inputs[name] = decoder_input(name, [pending[i] for i in members], stack, plans)
+        return inputs
 
-    def _passes(self, asks: list[_Ask], chunk: int) -> list[list[int]]:
-        """Numbers of the asks of each pass: `chunk` at most of an image, but for requests that are one text."""
-        one_text = self.prompt_layout == "sequential"
-        per_image: dict[int, list[list[int]]] = {}
-        for _, run in groupby(range(len(asks)), lambda i: (asks[i].image, asks[i].request) if one_text else i):
-            numbers = list(run)
-            chunks = per_image.setdefault(asks[numbers[0]].image, [[]])
-            if chunks[-1] and len(chunks[-1]) + len(numbers) > chunk:
-                chunks.append([])
-            chunks[-1] += numbers
-        return [list(chain.from_iterable(parts)) for parts in zip_longest(*per_image.values(), fillvalue=())]
-
-    @staticmethod
-    def _part(name: str, asks: list[_Ask], embeddings: Tensor, plans: list[list[RequestPlan]]) -> LinkPart:
-        """A decoder's super link; the prompts of one request are a group. Enters its prompts in the plans."""
-        parents, groups, last = [], {}, -1
-        for i, ask in enumerate(asks):
-            if ask.spec is not None:
-                last = i
-                plan = plans[ask.image][ask.request]
-                plan.links.append(i)
-                plan.decoder = name
-            parents.append(-1 if ask.spec is not None else last)
-            groups.setdefault((ask.image, ask.request), len(groups))
-        columns = (
-            [ask.image for ask in asks],
-            parents,
-            [groups[ask.image, ask.request] for ask in asks],
-        )
-        return LinkPart(SuperLink(name, embeddings, *map(torch.tensor, columns)), [ask.spec for ask in asks])
+    def _embeddings(self, prefix: Prefix, pending: list[PendingBranch], members: list[int]) -> dict[int, Tensor]:
+        """The link embedding of each branch of one pass, float32 on the CPU, by index into `pending`."""
+        branches, regions, owners = with_regions([pending[i] for i in members])
+        layout = build_layout(branches, len(prefix.valid), self.tokenizer, self.prompt_layout)
+        for family, numbers in layout.link_branches.items():  # a keypoint's object may be in another pass
+            keypoints = [pending[members[number]].prompt is None for number in numbers.tolist()]
+            layout.link_parents[family] = torch.tensor(keypoints).long() - 1
+        layout = layout.to(self.device)
+        found: dict[int, Tensor] = {}
+        for name, link in self.trunk.ask(prefix, layout, *self._regions(regions, owners)).items():
+            numbers = layout.link_branches[DECODERS[name].family].tolist()
+            for number, embedding in zip(numbers, link.embeddings.float().cpu(), strict=True):
+                if pending[members[number]].decoder == name:
+                    found[members[number]] = embedding
+        return found

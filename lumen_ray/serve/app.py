@@ -43,17 +43,17 @@ def build_app(settings: ServeSettings) -> Application:
     prepare_serve_environment()
     from ray import serve
 
-    from lumen_ray.serve.decoder import Decoder, load_decoder
+    from lumen_ray.serve.decoder import DecoderReplica, load_decoder
     from lumen_ray.serve.ingress import Ingress
-    from lumen_ray.serve.trunk import Trunk, load_trunk
+    from lumen_ray.serve.trunk import TrunkReplica, load_trunk
 
     model = str(model_folder(settings.model).resolve())
-    trunk = serve.deployment(Trunk, name="Trunk", **settings.trunk.options())
+    trunk = serve.deployment(TrunkReplica, name="Trunk", **settings.trunk.options())
     ingress = serve.deployment(Ingress, name="Ingress", **settings.ingress.options())
     decoders, has = {}, model_settings(settings)
     for name in has.decoder_names:
         part = settings.decoder(name)
-        deployment = serve.deployment(Decoder, name=deployment_name(name), **part.options())
+        deployment = serve.deployment(DecoderReplica, name=deployment_name(name), **part.options())
         decoders[name] = deployment.bind(model, name, part.torch_device, partial(load_decoder, dtype=part.dtype))
     load = partial(load_trunk, dtype=settings.trunk.dtype)
     bound = trunk.bind(model, settings.trunk.torch_device, settings.serving, load)

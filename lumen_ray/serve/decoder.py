@@ -1,4 +1,4 @@
-"""The deployments of the decoders: super links and what the decoder reads in, finished answers out."""
+"""The decoder deployments: super links and the decoder's own inputs in, finished answers out."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
-from lumen_ray.serve.batching import run_grouped, value_of
-from lumen_ray.serve.job import Query, trim
+from lumen_ray.inference.request import Request
+from lumen_ray.serve.batching import map_grouped, set_batching, value_of
 from lumen_ray.structures import Answer
 
 if TYPE_CHECKING:
+    from lumen_ray.decoders.base import PredictSettings
     from lumen_ray.inference.decoder_stage import DecoderStage
     from lumen_ray.inference.outputs import TrunkOutput
 
-Item = tuple["TrunkOutput", tuple[Query, ...]]
+DecoderJob = tuple["TrunkOutput", tuple[Request, ...]]
 Answers = list[Answer | None]
 
 
@@ -27,49 +28,64 @@ def load_decoder(model: str, name: str, device: str, dtype: str = "float32") -> 
     return DecoderStage.load(model, name, device, dtype)
 
 
-class Decoder:
-    """One decoder, by name. `load` gives the engine's decoder half; tests hand in their own."""
+class DecoderReplica:
+    """A replica with one decoder of the model. `load` returns the engine's decoder half; tests pass their own."""
 
     def __init__(
         self, model: str, name: str, device: str, load: Callable[[str, str, str], DecoderStage] = load_decoder
     ):
         self.stage = load(model, name, device)
-        self.worker = ThreadPoolExecutor(1)  # as in `Trunk`
+        self.worker = ThreadPoolExecutor(1)  # as in `TrunkReplica`
 
     def reconfigure(self, batching: dict[str, Any]) -> None:
-        """Called by Serve at the start and whenever the settings change, without a restart."""
-        self._batched.set_max_batch_size(batching["max_batch_size"])
-        self._batched.set_batch_wait_timeout_s(batching["batch_wait_timeout_s"])
+        """Called by Serve at the start and on every change of the settings, without a restart."""
+        set_batching(self._batched, batching)
 
-    async def decode(self, output: TrunkOutput, queries: tuple[Query, ...]) -> Answers:
-        """Answers to the queries about one image, None to those that another decoder serves. The tensors lie in
-        shared memory: they are read, never written."""
-        return value_of(await self._batched((output, queries)))
+    async def decode(self, output: TrunkOutput, requests: tuple[Request, ...]) -> Answers:
+        """Answers to the requests about one image, None for those that another decoder serves.
+
+        The tensors lie in shared memory: they are read, never written.
+        """
+        return value_of(await self._batched((output, requests)))
 
     async def ping(self) -> bool:
         return True
 
     @serve.batch
-    async def _batched(self, items: list[Item]) -> list[Answers | Exception]:
-        return await asyncio.get_running_loop().run_in_executor(self.worker, self.run, items)
+    async def _batched(self, jobs: list[DecoderJob]) -> list[Answers | Exception]:
+        return await asyncio.get_running_loop().run_in_executor(self.worker, self.answers, jobs)
 
-    def run(self, items: list[Item]) -> list[Answers | Exception]:
-        """One pass for all items of one input size with the same limit of instances, which bounds what is looked at
-        before overlaps are merged and so must not depend on the neighbours. An item that fails gets its exception."""
-        return run_grouped(items, self._key, self._run_group)
+    def answers(self, jobs: list[DecoderJob]) -> list[Answers | Exception]:
+        """One pass for all jobs of one input size with the same limit of instances; a failed job gets its exception.
 
-    def _key(self, item: Item) -> tuple[bool, int, tuple[int, ...]]:
-        output, queries = item
-        return self.stage.name in output.parts, max(query.max_per_phrase for query in queries), output.input_size
+        The limit bounds the instances before overlaps are merged, so it must not depend on the other jobs of a pass.
+        """
+        return map_grouped(jobs, self._key, self._answer_group)
 
-    def _run_group(self, items: list[Item]) -> list[Answers]:
-        from lumen_ray.decoders.base import PredictSettings
-        from lumen_ray.inference.outputs import assemble, finished, merge
+    def _key(self, job: DecoderJob) -> tuple[bool, int, tuple[int, ...]]:
+        from lumen_ray.inference.outputs import loosest
 
-        queries = [query for _, asked in items for query in asked]
-        limits = PredictSettings(
-            min(query.score_threshold for query in queries), max(query.max_per_phrase for query in queries)
-        )
-        output = merge([output for output, _ in items])
-        answers = assemble(output.plans, {self.stage.name: self.stage.run(output, limits)})
-        return [[finished(a) for a in trim(row, asked)] for row, (_, asked) in zip(answers, items, strict=True)]
+        output, requests = job
+        return self.stage.name in output.decoder_inputs, loosest(requests, _limits()).max_per_phrase, output.input_size
+
+    def _answer_group(self, jobs: list[DecoderJob]) -> list[Answers]:
+        from lumen_ray.inference.outputs import assemble, finish, loosest, merge, request_limits
+
+        default = _limits()
+        used = loosest((request for _, requests in jobs for request in requests), default)
+        output = merge([output for output, _ in jobs])
+        rows = assemble(output.plans, {self.stage.name: self.stage.predict(output, used)})
+        return [
+            [
+                None if answer is None else finish(answer, request_limits(request, default), used)
+                for request, answer in zip(requests, answers, strict=True)
+            ]
+            for answers, (_, requests) in zip(rows, jobs, strict=True)
+        ]
+
+
+def _limits() -> PredictSettings:
+    """The limits of requests without their own; the ingress sets them on every request."""
+    from lumen_ray.decoders.base import PredictSettings
+
+    return PredictSettings()

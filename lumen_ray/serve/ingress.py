@@ -20,15 +20,16 @@ from ray.serve.exceptions import (
 from ray.serve.handle import DeploymentHandle
 
 from lumen_ray.errors import UserError
+from lumen_ray.inference.request import Request
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.http import Overloaded, Unavailable, logger
-from lumen_ray.serve.job import Query, TrunkJob
+from lumen_ray.serve.job import TrunkJob
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.structures import Answer
 
 T = TypeVar("T")
 
-#: what a call raises when the replica that worked on it, or the object it left, is gone
+#: raised by a call whose replica, or an object made by it, is lost
 _LOST = (
     ray_errors.RayActorError,
     ray_errors.WorkerCrashedError,
@@ -40,14 +41,17 @@ _PING_S = 5.0
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """The innermost error that a remote call raised; a call that was handed a failed response wraps it once more."""
+    """The innermost error of a remote call; a call whose argument is a failed response wraps the error once more."""
     while isinstance(error, ray_errors.RayTaskError) and isinstance(error.cause, BaseException):
         error = error.cause
     return error
 
 
 class ServeBackend:
-    """`task_api.Backend` over the handles of the trunk and, by name, the decoders. `serving`: task -> decoder."""
+    """Implements `task_api.Backend` with the handles of the trunk and, by name, the decoders.
+
+    `serving`: task -> decoder.
+    """
 
     def __init__(
         self,
@@ -62,35 +66,35 @@ class ServeBackend:
         self.settings = settings
         self._info: dict[str, Any] | None = None
 
-    async def infer(self, image: np.ndarray | None, queries: Sequence[Query], max_new_tokens: int) -> list[Answer]:
-        """One trunk pass over `image` (uint8 [H, W, 3] or None); then the decoders that can be needed, side by side."""
-        job = TrunkJob(image, tuple(queries), max_new_tokens)
-        names = self._needed(queries)
+    async def infer(self, image: np.ndarray | None, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
+        """One trunk pass over `image` (uint8 [H, W, 3] or None), then the decoders that may be needed, in parallel."""
+        job = TrunkJob(image, tuple(requests), max_new_tokens)
+        names = self._needed(requests)
 
         async def call() -> list[Answer]:
             if not names:
                 return await self.trunk.answer.remote(job)
-            # The response is handed on unawaited: the tensors go from the trunk to the decoders, not through here.
+            # The response is passed on unawaited: tensors go from the trunk to the decoders, not through here.
             output = self.trunk.link.remote(job)
             found = await asyncio.gather(
-                *(_awaited(self.decoders[name].decode.remote(output, job.queries)) for name in names)
+                *(_awaited(self.decoders[name].decode.remote(output, job.requests)) for name in names)
             )
-            # what no decoder serves, such as a text, every one of them gives back
+            # an answer without a decoder, such as a text, comes from each of them
             return [next(answer for answer in answers if answer is not None) for answers in zip(*found, strict=True)]
 
         return await self._retried(call)
 
-    def _needed(self, queries: Sequence[Query]) -> list[str]:
-        """The decoders that the queries can need; in free chat the LLM decides, so all of them."""
-        tasks = [query.request.task for query in queries]
+    def _needed(self, requests: Sequence[Request]) -> list[str]:
+        """The decoders that the requests may need; in free chat the LLM decides, so all of them."""
+        tasks = [request.task for request in requests]
         if "chat" in tasks:
             return list(self.decoders)
         return list(dict.fromkeys(self.serving[task] for task in tasks if task in self.serving))
 
     async def info(self) -> dict[str, Any]:
-        if self._info is None:
-            self._info = await self._retried(lambda: _awaited(self.trunk.info.remote()))
-        return self._info
+        if (info := self._info) is None:
+            info = self._info = await self._retried(lambda: _awaited(self.trunk.info.remote()))
+        return info
 
     async def ready(self) -> dict[str, bool]:
         handles = {"trunk": self.trunk, **self.decoders}
@@ -105,7 +109,7 @@ class ServeBackend:
             return False
 
     async def _retried(self, call: Callable[[], Awaitable[T]]) -> T:
-        """`call`, repeated when a replica dies under it: every call here is idempotent. Serve itself does not retry."""
+        """Awaits `call`, again if its replica dies: every call here is idempotent. Serve itself does not retry."""
         http = self.settings.http
         async with asyncio.timeout(http.request_timeout_s):
             for attempt in range(http.retries + 1):
@@ -119,11 +123,11 @@ class ServeBackend:
                         message = "the server is at its limit of waiting requests; try again shortly"
                         raise Overloaded(message, http.retry_after_s) from None
                     if isinstance(cause, DeploymentUnavailableError):
-                        raise Unavailable("a part of the model failed to start; see the server's log") from error
+                        raise Unavailable("a deployment of the model failed to start; see the server's log") from error
                     if isinstance(cause, RequestCancelledError) or not isinstance(cause, _LOST):
                         raise
                     logger.warning("a replica was lost (%s), attempt %d", type(cause).__name__, attempt + 1)
-            raise Unavailable("a replica was lost while it worked on this request; try again")
+            raise Unavailable("a replica died during this request; try again")
 
 
 async def _awaited(response: Awaitable[T]) -> T:
@@ -132,7 +136,7 @@ async def _awaited(response: Awaitable[T]) -> T:
 
 @serve.ingress()
 class Ingress:
-    """The application is built in the replica, after the handles exist, so that nothing of it has to be pickled."""
+    """Builds the FastAPI application in the replica, so that it need not be pickled."""
 
     def __init__(
         self,

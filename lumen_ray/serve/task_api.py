@@ -1,4 +1,4 @@
-"""`/v1/<task>` for every task of the registry, `/v1/infer` for several tasks about one image, and what lists them."""
+"""`/v1/<task>` for every task of the registry, `/v1/infer` for several tasks about one image, and their listings."""
 
 from __future__ import annotations
 
@@ -6,28 +6,29 @@ import asyncio
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
 from starlette.datastructures import FormData, UploadFile
 
 from lumen_ray.errors import UserError
-from lumen_ray.inference.request import check_image, make_request
+from lumen_ray.inference.request import Request, check_image, make_request
 from lumen_ray.serve import schemas
 from lumen_ray.serve.http import content_type, json_schema_ref
 from lumen_ray.serve.images import checked_rle, decode_image, image_bytes
-from lumen_ray.serve.job import Query
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.structures import Answer, Region, SampleSettings, Size
 from lumen_ray.tasks import TASKS, Task, get_task
 
 
 class Backend(Protocol):
-    """What the API asks of the model. `ingress.ServeBackend` is the real one; tests use their own."""
+    """The model behind the API. `ingress.ServeBackend` implements it over Serve; tests use a fake."""
 
-    async def infer(self, image: np.ndarray | None, queries: Sequence[Query], max_new_tokens: int) -> list[Answer]:
-        """Answers about one image (uint8 [H, W, 3]) or about words alone, one per query, in order."""
+    async def infer(self, image: np.ndarray | None, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
+        """Answers about one image (uint8 [H, W, 3]) or text alone, one per request, in order."""
 
     async def info(self) -> dict[str, Any]:
         """preset, version, image_size, classes, skeletons of the loaded model."""
@@ -36,7 +37,7 @@ class Backend(Protocol):
         """Deployment name -> whether it answers now."""
 
 
-#: which fields a task reads, by what it needs; any other field given is refused
+#: `Task.needs` -> the request fields that the task reads; any other field is refused
 _FIELDS = {
     "classes": ("classes",),
     "question": ("text",),
@@ -49,21 +50,21 @@ _FIELDS = {
 }
 
 
-#: how pictures are drawn
+#: settings of the pictures
 _SAMPLE_FIELDS = ("seed", "steps", "guidance", "image_guidance", "height", "width", "num_images")
 _OPTIONAL = ("classes", "text", "region", "keypoints", *_SAMPLE_FIELDS)
 
 
 def fields_of(task: Task) -> tuple[str, ...]:
-    """Names of the request fields that `task` takes, besides the limits of the answer."""
+    """Names of the request fields that `task` takes, without the limits of the answer."""
     fields = _FIELDS[task.needs] + (("keypoints",) if task.keypoint_template else ())
     if task.result == "image":
         fields += tuple(name for name in _SAMPLE_FIELDS if name != "image_guidance" or task.sees_image)
     return fields
 
 
-def make_query(task: str, fields: schemas.TaskFields, size: Size, settings: ServeSettings) -> Query:
-    """A validated query about an image of `size` (height, width). Raises `UserError`."""
+def parse_request(task: str, fields: schemas.TaskFields, size: Size, settings: ServeSettings) -> Request:
+    """The validated request about an image of `size` (height, width), with its limits. Raises `UserError`."""
     taken = fields_of(get_task(task))
     for name in _OPTIONAL:
         if getattr(fields, name) is not None and name not in taken:
@@ -83,20 +84,21 @@ def make_query(task: str, fields: schemas.TaskFields, size: Size, settings: Serv
         sample=_sample(fields) if get_task(task).result == "image" else None,
     )
     defaults = settings.defaults
-    return Query(
+    return replace(
         request,
-        defaults.score_threshold if fields.score_threshold is None else fields.score_threshold,
-        fields.max_per_phrase or defaults.max_per_phrase,
+        score_threshold=defaults.score_threshold if fields.score_threshold is None else fields.score_threshold,
+        max_per_phrase=fields.max_per_phrase or defaults.max_per_phrase,
     )
 
 
 def _sample(fields: schemas.TaskFields) -> SampleSettings:
-    """How a picture is to be drawn; what is not given is the decoder's default."""
-    if (fields.height is None) != (fields.width is None):
+    """The settings of a picture; those left out are the decoder's defaults."""
+    height, width = fields.height, fields.width
+    if (height is None) != (width is None):
         raise UserError("give 'height' and 'width' together, or neither", "invalid_size")
     names = ("seed", "steps", "guidance", "image_guidance", "num_images")
     given = {name: value for name in names if (value := getattr(fields, name)) is not None}
-    return SampleSettings(**given, size=None if fields.height is None else (fields.height, fields.width))
+    return SampleSettings(**given, size=None if height is None or width is None else (height, width))
 
 
 def _region(prompt: schemas.RegionPrompt, size: Size) -> Region:
@@ -109,15 +111,17 @@ def _region(prompt: schemas.RegionPrompt, size: Size) -> Region:
     return Region(prompt.kind, size, points=np.asarray(prompt.points or [], np.float32))
 
 
-def _check_amount(queries: Sequence[Query], settings: ServeSettings) -> None:
+def _check_amount(requests: Sequence[Request], settings: ServeSettings) -> None:
     """Bounds the branches of one pass: phrases, and for poses every keypoint of every phrase."""
     limits = settings.limits
-    if len(queries) > limits.max_requests:
-        raise UserError(f"{len(queries)} tasks asked; ask at most {limits.max_requests} at a time", "too_many_requests")
-    phrases = sum(len(q.request.phrases) * (1 + len(q.request.keypoints or ())) for q in queries)
+    if len(requests) > limits.max_requests:
+        raise UserError(
+            f"{len(requests)} tasks in one request; give at most {limits.max_requests}", "too_many_requests"
+        )
+    phrases = sum(len(r.phrases) * (1 + len(r.keypoints or ())) for r in requests)
     if phrases > limits.max_classes:
         raise UserError(
-            f"{phrases} classes, phrases and keypoints asked; ask at most {limits.max_classes} at a time",
+            f"{phrases} classes, phrases and keypoints in one request; give at most {limits.max_classes}",
             "too_many_classes",
         )
 
@@ -128,18 +132,17 @@ async def answer(
     image: bytes | None,
     tasks: Sequence[tuple[str, schemas.TaskFields]],
 ) -> tuple[list[Answer], dict[str, Any]]:
-    """Answers to `tasks` about one encoded image, or about words alone, and the fields `model` and `timing_ms` of the
-    response."""
+    """Answers to `tasks` about one encoded image, or text alone, and the response's fields `model` and `timing_ms`."""
     start = time.perf_counter()
     for task, _ in tasks:
-        check_image(task, image is not None)  # said before the image is looked at
+        check_image(task, image is not None)  # refused before the image is decoded
     pixels = None if image is None else await asyncio.to_thread(decode_image, image, settings.limits.max_pixels)
     decoded = time.perf_counter()
-    size = (1, 1) if pixels is None else pixels.shape[:2]
-    queries = [make_query(task, fields, size, settings) for task, fields in tasks]
-    _check_amount(queries, settings)
+    size = (1, 1) if pixels is None else (pixels.shape[0], pixels.shape[1])
+    requests = [parse_request(task, fields, size, settings) for task, fields in tasks]
+    _check_amount(requests, settings)
     tokens = [fields.max_new_tokens for _, fields in tasks if fields.max_new_tokens is not None]
-    answers = await backend.infer(pixels, queries, max(tokens, default=settings.defaults.max_new_tokens))
+    answers = await backend.infer(pixels, requests, max(tokens, default=settings.defaults.max_new_tokens))
     info = await backend.info()
     end = time.perf_counter()
     timing = {"decode": decoded - start, "model": end - decoded, "total": end - start}
@@ -147,8 +150,8 @@ async def answer(
     return answers, {"model": f"{info['preset']}@{info['version']}", "timing_ms": timing_ms}
 
 
-async def _read_task(request: Request) -> tuple[bytes | None, schemas.TaskFields]:
-    """Image bytes, where there is an image, and fields of a JSON body or of a multipart form."""
+async def _read_task(request: HttpRequest) -> tuple[bytes | None, schemas.TaskFields]:
+    """Image bytes (None without an image) and fields of a JSON body or of a multipart form."""
     kind = content_type(request)
     if kind == "application/json":
         body = schemas.parse(schemas.TaskRequest, schemas.parse_json(await request.body()))
@@ -206,13 +209,13 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
         response_model_exclude_none=True,
         openapi_extra={"requestBody": _json_body(schemas.InferRequest)},
     )
-    async def infer(request: Request) -> Any:
+    async def infer(request: HttpRequest) -> Any:
         body = schemas.parse(schemas.InferRequest, schemas.parse_json(await request.body()))
-        asked = [(entry.task, entry) for entry in body.requests]
-        for name, _ in asked:
+        tasks = [(entry.task, entry) for entry in body.requests]
+        for name, _ in tasks:
             if not get_task(name).sees_image:
-                raise UserError(f"task '{name}' is not about an image; ask /v1/{name}", "unexpected_image")
-        answers, extra = await answer(backend, settings, image_bytes(body.image), asked)
+                raise UserError(f"task '{name}' takes no image; use /v1/{name}", "unexpected_image")
+        answers, extra = await answer(backend, settings, image_bytes(body.image), tasks)
         return {"answers": [a.to_dict() for a in answers], **extra}
 
     for task in TASKS.values():
@@ -231,7 +234,7 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
 
 
 def make_fallback() -> APIRouter:
-    """The last route of `/v1`: an unknown task is told the valid ones."""
+    """The last route of `/v1`: the error for an unknown task lists the valid ones."""
     router = APIRouter()
 
     @router.post("/v1/{task}", include_in_schema=False)
@@ -242,7 +245,7 @@ def make_fallback() -> APIRouter:
 
 
 def _task_endpoint(name: str, backend: Backend, settings: ServeSettings) -> Any:
-    async def endpoint(request: Request) -> Any:
+    async def endpoint(request: HttpRequest) -> Any:
         image, fields = await _read_task(request)
         answers, extra = await answer(backend, settings, image, [(name, fields)])
         return {**answers[0].to_dict(), **extra}
@@ -251,12 +254,12 @@ def _task_endpoint(name: str, backend: Backend, settings: ServeSettings) -> Any:
 
 
 def takes(task: Task) -> tuple[str, ...]:
-    """The image, where the task sees one, and the names of its fields."""
+    """The image, where the task takes one, and the names of its fields."""
     return ("image",) * task.sees_image + fields_of(task)
 
 
 def describe(task: Task) -> dict[str, Any]:
-    """A task as `/v1/tasks` shows it."""
+    """The entry of a task in `/v1/tasks`."""
     return {
         "name": task.name,
         "endpoint": f"/v1/{task.name}",
@@ -273,7 +276,7 @@ def _json_body(model: type) -> dict[str, Any]:
 
 
 def _task_body() -> dict[str, Any]:
-    """JSON, or a form with the file itself and the other fields as text."""
+    """JSON, or a form with the image as a file and the other fields as text."""
     body = _json_body(schemas.TaskRequest)
     text = {"type": "string"}
     names = [name for name in schemas.TaskFields.model_fields if name != "image"]

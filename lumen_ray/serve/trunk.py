@@ -1,4 +1,4 @@
-"""The Trunk deployment: images and prompts in, super links and dense features (or finished texts) out."""
+"""The Trunk deployment: images and requests in, super links and dense features (or finished texts) out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
-from lumen_ray.serve.batching import run_grouped, value_of
-from lumen_ray.serve.job import TrunkJob, trim
+from lumen_ray.serve.batching import map_grouped, set_batching, value_of
+from lumen_ray.serve.job import TrunkJob
 from lumen_ray.structures import Answer, Size
 
 if TYPE_CHECKING:
@@ -24,9 +24,12 @@ def load_trunk(model: str, device: str, serving: Mapping[str, str], dtype: str =
     return TrunkStage.load(model, device, serving, dtype)
 
 
-class Trunk:
-    """`serving`: task -> the decoder that serves it, where it is another than the model says. `load` gives the engine's
-    trunk half; tests hand in their own."""
+class TrunkReplica:
+    """A replica with the trunk of the model.
+
+    `serving`: task -> decoder, overriding the model's choice. `load` returns the engine's trunk half; tests pass their
+    own.
+    """
 
     def __init__(
         self,
@@ -41,23 +44,22 @@ class Trunk:
         self.worker = ThreadPoolExecutor(1)
 
     def reconfigure(self, batching: dict[str, Any]) -> None:
-        """Called by Serve at the start and whenever the settings change, without a restart."""
-        self._batched.set_max_batch_size(batching["max_batch_size"])
-        self._batched.set_batch_wait_timeout_s(batching["batch_wait_timeout_s"])
+        """Called by Serve at the start and on every change of the settings, without a restart."""
+        set_batching(self._batched, batching)
 
     async def link(self, job: TrunkJob) -> TrunkOutput:
-        """What the decoder needs about one image: super link, dense features and the plan of the answers."""
+        """The inputs of the decoders for one image, and the plan of its answers."""
         return value_of(await self._batched(job))
 
     async def answer(self, job: TrunkJob) -> list[Answer]:
-        """Answers to queries that need no decoder."""
+        """Answers to requests that need no decoder."""
         from lumen_ray.inference.outputs import assemble
 
         output = value_of(await self._batched(job))
-        return trim(assemble(output.plans, {})[0], job.queries)
+        return [answer for answer in assemble(output.plans, {})[0] if answer is not None]
 
     async def info(self) -> dict[str, Any]:
-        """What a client may know about the model: preset, version, image size, tasks and the decoders that serve them,
+        """The public description of the model: preset, version, image size, tasks and the decoders that serve them,
         classes, skeletons and their edges."""
         loaded = self.stage.loaded
         return {
@@ -76,17 +78,16 @@ class Trunk:
 
     @serve.batch
     async def _batched(self, jobs: list[TrunkJob]) -> list[TrunkOutput | Exception]:
-        return await asyncio.get_running_loop().run_in_executor(self.worker, self.run, jobs)
+        return await asyncio.get_running_loop().run_in_executor(self.worker, self.outputs, jobs)
 
-    def run(self, jobs: list[TrunkJob]) -> list[TrunkOutput | Exception]:
-        """One pass for all jobs whose images share a size bucket and that want answers of the same length. A job that
-        fails gets its exception."""
-        return run_grouped(jobs, self._key, self._run_group)
+    def outputs(self, jobs: list[TrunkJob]) -> list[TrunkOutput | Exception]:
+        """One pass for all jobs with the same size bucket and length of answers; a failed job gets its exception."""
+        return map_grouped(jobs, self._key, self._link_group)
 
     def _key(self, job: TrunkJob) -> tuple[int, Size]:
         return job.max_new_tokens, self.stage.bucket_of(job.image)
 
-    def _run_group(self, jobs: list[TrunkJob]) -> list[TrunkOutput]:
-        requests = [[query.request for query in job.queries] for job in jobs]
-        output = self.stage.run([job.image for job in jobs], requests, max_new_tokens=jobs[0].max_new_tokens)
-        return [output.select(row) for row in range(len(jobs))]
+    def _link_group(self, jobs: list[TrunkJob]) -> list[TrunkOutput]:
+        images, requests = [job.image for job in jobs], [job.requests for job in jobs]
+        output = self.stage.links(images, requests, max_new_tokens=jobs[0].max_new_tokens)
+        return [output.select(index) for index in range(len(jobs))]

@@ -40,7 +40,7 @@ def test_a_difference_is_refused(engine, monkeypatch, what):
         """As if a prompt's result depended on the prompts beside it."""
         out = run(images, requests, **options)
         if len(requests[0]) > 1 and what == "links":
-            link = out.parts["lumen"].link
+            link = out.decoder_inputs["lumen"].link
             link.embeddings = link.embeddings * 1.01
         if len(requests[0]) > 1 and what == "texts":
             out.plans[0] = [p if p.text is None else dataclasses.replace(p, text=p.text + "?") for p in out.plans[0]]

@@ -154,5 +154,5 @@ def test_an_answer_claims_what_scores_above_the_threshold():
     answer = Answer(
         "detect", (SIDE, SIDE), [Prediction("red circle", boxes([0, 0, 9, 9], [20, 20, 30, 30]), [0.9, 0.1])]
     )
-    found = generation.found_in(answer)
+    found = generation.detections(answer)
     assert {name: len(b) for name, b in found.items()} == {"red circle": 1}

@@ -107,7 +107,7 @@ def test_user_mistakes_are_one_sentence(split, rows, tmp_path):
     [
         ({"tasks": []}, "no task given"),
         ({"tasks": ["vqa", "pose", "detect"]}, "not annotated for pose, detect; its tasks: vqa"),
-        ({"tasks": ["chat"]}, "free chat; give some of them too, its tasks: vqa"),
+        ({"tasks": ["chat"]}, "free chat; name some of them too, its tasks: vqa"),
         ({"limit": 0}, "limit is 0; give 1 or more"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"chat_limit": -1}, "chat_limit is -1"),

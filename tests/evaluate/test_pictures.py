@@ -141,7 +141,7 @@ def test_what_made_no_picture_has_no_value(tmp_path, task, row):
         (
             ["generate", "edit"],
             "edit",
-            "scored by what the model detects in its pictures, but it has no",
+            "scored by detecting objects in the pictures, but the model has no",
         ),
     ],
 )

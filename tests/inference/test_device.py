@@ -21,8 +21,8 @@ def test_a_gpu_is_used_where_torch_sees_one(monkeypatch):
 @pytest.mark.parametrize(
     ("count", "name", "words"),
     [
-        (0, "cuda", "device 'cuda' is not there: torch sees 0 GPUs; devices: cpu$"),
-        (2, "cuda:2", "device 'cuda:2' is not there: torch sees 2 GPUs; devices: cpu, cuda, cuda:0, cuda:1$"),
+        (0, "cuda", "device 'cuda' is not available: torch finds 0 GPUs; devices: cpu$"),
+        (2, "cuda:2", "device 'cuda:2' is not available: torch finds 2 GPUs; devices: cpu, cuda, cuda:0, cuda:1$"),
         (2, "gpu", "unknown device 'gpu'; devices: cpu, cuda, cuda:N"),
         (2, "cuda:-1", "unknown device"),
     ],

@@ -1,5 +1,7 @@
 """The engine: answers depend on their own request alone, every task answers, and its halves can be taken apart."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -153,8 +155,8 @@ def test_images_without_requests_and_no_images(engine):
 
 
 def test_texts_alone_need_no_decoder(engine):
-    out = engine.trunk.run(PICTURES[:2], [[make_request("caption")], []])
-    assert not out.parts and assemble(out.plans, {})[0][0].text is not None
+    out = engine.trunk.links(PICTURES[:2], [[make_request("caption")], []])
+    assert not out.decoder_inputs and assemble(out.plans, {})[0][0].text is not None
 
 
 def test_keypoints_of_ones_own_choice(engine):
@@ -164,7 +166,7 @@ def test_keypoints_of_ones_own_choice(engine):
 
 
 def test_an_unknown_skeleton_is_told(engine):
-    with pytest.raises(UserError, match="no keypoints of 'teapot'.*ask for: figure, red figure") as caught:
+    with pytest.raises(UserError, match="no keypoints for 'teapot'.*use one of: figure, red figure") as caught:
         engine.run(PICTURES[:1], [[make_request("pose", classes=["teapot"])]])
     assert caught.value.reason == "unknown_skeleton"
 
@@ -260,7 +262,7 @@ def test_routed_chat_and_structured_requests_of_a_batch_keep_apart(routed):
 
 def test_trunk_output_can_be_split_and_merged_again(engine):
     requests = [mixed(p.shape[:2]) for p in PICTURES]
-    out = engine.trunk.run(PICTURES, requests, max_new_tokens=6)
+    out = engine.trunk.links(PICTURES, requests, max_new_tokens=6)
     parts = [out.select(i) for i in range(3)]
     expected = engine.run(PICTURES, requests, score_threshold=0.0, max_new_tokens=6)
     decoder = engine.decoders["lumen"]
@@ -268,24 +270,24 @@ def test_trunk_output_can_be_split_and_merged_again(engine):
 
     limits = PredictSettings(0.0)
     for part, answers in zip(parts, expected, strict=True):
-        same_answers(assemble(part.plans, {"lumen": decoder.run(part, limits)})[0], answers)
+        same_answers(assemble(part.plans, {"lumen": decoder.predict(part, limits)})[0], answers)
     again = merge(parts)
     assert torch.equal(again.dense, out.dense) and again.frames == out.frames
-    found = {"lumen": decoder.run(again, limits)}
+    found = {"lumen": decoder.predict(again, limits)}
     for answers, wanted in zip(assemble(again.plans, found), expected, strict=True):
         same_answers(answers, wanted)
     # two requests about one image, put together out of order
     swapped = merge([parts[2], parts[0]])
-    same_answers(assemble(swapped.plans, {"lumen": decoder.run(swapped, limits)})[1], expected[0])
+    same_answers(assemble(swapped.plans, {"lumen": decoder.predict(swapped, limits)})[1], expected[0])
 
 
 def test_the_trunks_output_is_ready_for_the_wire(engine):
-    out = engine.trunk.run(PICTURES[:2], [mixed(p.shape[:2]) for p in PICTURES[:2]], max_new_tokens=2)
-    link = out.parts["lumen"].link
+    out = engine.trunk.links(PICTURES[:2], [mixed(p.shape[:2]) for p in PICTURES[:2]], max_new_tokens=2)
+    link = out.decoder_inputs["lumen"].link
     for tensor in (out.dense, link.embeddings, link.image_index, link.parent, link.group, out.select(1).dense):
         assert tensor.is_contiguous() and tensor.device.type == "cpu" and not tensor.requires_grad
     kept = out.dense.clone(), link.embeddings.clone()
-    engine.decoders["lumen"].run(out)
+    engine.decoders["lumen"].predict(out)
     assert torch.equal(kept[0], out.dense) and torch.equal(kept[1], link.embeddings)
 
 
@@ -296,8 +298,8 @@ def test_stages_load_apart_and_together(tmp_path, engine):
     assert (whole.preset, whole.image_size, whole.classes) == ("tiny", 64, ("red circle", "blue square"))
     assert whole.skeletons["figure"] == KEYPOINTS and len(whole.version) == 12
     requests = [[make_request("detect", classes=CLASSES[:2])]]
-    out = trunk.run(PICTURES[:1], requests)
-    same_answers(assemble(out.plans, {"lumen": decoder.run(out)})[0], whole.run(PICTURES[:1], requests)[0])
+    out = trunk.links(PICTURES[:1], requests)
+    same_answers(assemble(out.plans, {"lumen": decoder.predict(out)})[0], whole.run(PICTURES[:1], requests)[0])
     with pytest.raises(UserError, match="no decoder 'lumin'; decoders: lumen"):
         DecoderStage.load(tmp_path, "lumin")
     with pytest.raises(UserError, match="does not exist"):
@@ -332,3 +334,15 @@ def test_a_stage_reads_and_holds_its_part_only(tmp_path, engine, monkeypatch):
     for _ in range(2):
         whole.run(PICTURES[:1], asked)
     assert len(read) == of_decoder and all(name.startswith("decoders.lumen.") for name in read)
+
+
+def test_a_request_keeps_its_own_limits(engine):
+    """Limits of a request replace those of the call, whatever other requests of the pass allow."""
+    image, request = PICTURES[0], make_request("detect", classes=["circle"])
+    (all_,) = engine.run([image], [[request]], score_threshold=0.0, max_per_phrase=4)[0][0].predictions
+    middle = float(all_.scores[1])
+    loose = replace(request, score_threshold=0.0, max_per_phrase=4)
+    strict, one = replace(loose, score_threshold=middle), replace(loose, max_per_phrase=1)
+    answers = engine.run([image, image], [[loose, strict, one, request], [one]], score_threshold=2.0)
+    assert [len(a.predictions[0]) for a in answers[0]] == [4, int((all_.scores >= middle).sum()), 1, 0]
+    assert len(answers[1][0].predictions[0]) == 1

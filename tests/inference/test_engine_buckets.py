@@ -1,5 +1,7 @@
 """Images of many shapes: each passes in its own bucket, and no image notices the others."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,9 +13,9 @@ from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import make_request
 from lumen_ray.inference.trunk_stage import TrunkStage
 from lumen_ray.model.build import load_model, save_model
-from lumen_ray.serve.decoder import Decoder
-from lumen_ray.serve.job import Query, TrunkJob, trim
-from lumen_ray.serve.trunk import Trunk
+from lumen_ray.serve.decoder import DecoderReplica
+from lumen_ray.serve.job import TrunkJob
+from lumen_ray.serve.trunk import TrunkReplica
 from lumen_ray.structures import Region
 
 BUCKETS = [[64, 64], [48, 96], [96, 48]]
@@ -76,11 +78,11 @@ def test_a_bucket_is_that_of_the_shape_and_everything_lies_in_its_frame(engine):
     wanted = {(300, 310): (64, 64), (100, 200): (48, 96), (33, 16): (96, 48)}
     for size, bucket in wanted.items():
         assert stage.bucket(size) == bucket
-        out = stage.run([picture(size)], [[make_request("detect", classes=["a"])]])
+        out = stage.links([picture(size)], [[make_request("detect", classes=["a"])]])
         assert out.dense.shape[-2:] == (bucket[0] // 4, bucket[1] // 4)
         assert out.frames[0].input_size == bucket and out.frames[0].size == size
     with pytest.raises(ValueError, match="share a bucket"):
-        stage.run([picture((64, 64)), picture((40, 80))], [[], []])
+        stage.links([picture((64, 64)), picture((40, 80))], [[], []])
 
 
 def test_without_buckets_every_image_fits_the_square():
@@ -97,22 +99,20 @@ def test_a_model_folder_keeps_its_buckets(engine, tmp_path):
 
 
 def test_deployments_batch_images_of_one_bucket(engine, monkeypatch):
-    trunk = Trunk("", "cpu", {}, lambda *_: TrunkStage(engine.loaded))
-    decoder = Decoder("", "lumen", "cpu", lambda *_: DecoderStage(engine.loaded, "lumen"))
+    trunk = TrunkReplica("", "cpu", {}, lambda *_: TrunkStage(engine.loaded))
+    decoder = DecoderReplica("", "lumen", "cpu", lambda *_: DecoderStage(engine.loaded, "lumen"))
     sizes = [(64, 64), (40, 80), (60, 64), (90, 40), (50, 100)]
-    queries = (Query(make_request("detect", classes=list(CLASSES)), 0.0, 5),)
-    jobs = [TrunkJob(picture(size, seed), queries, 4) for seed, size in enumerate(sizes)]
-    broken = TrunkJob(np.zeros((0, 0, 3), np.uint8), queries, 4)
-    *outputs, failed = trunk.run([*jobs, broken])
+    asked = (replace(make_request("detect", classes=list(CLASSES)), score_threshold=0.0, max_per_phrase=5),)
+    jobs = [TrunkJob(picture(size, seed), asked, 4) for seed, size in enumerate(sizes)]
+    broken = TrunkJob(np.zeros((0, 0, 3), np.uint8), asked, 4)
+    *outputs, failed = trunk.outputs([*jobs, broken])
     assert isinstance(failed, Exception)
     passes = []
-    run = decoder.stage.run
+    predict = decoder.stage.predict
     monkeypatch.setattr(
-        decoder.stage, "run", lambda output, limits: passes.append(len(output.dense)) or run(output, limits)
+        decoder.stage, "predict", lambda output, limits: passes.append(len(output.dense)) or predict(output, limits)
     )
-    answers = decoder.run([(output, queries) for output in outputs])
+    answers = decoder.answers([(output, asked) for output in outputs])
     assert sorted(passes) == [1, 2, 2]  # tall, wide, square
     for job, answer in zip(jobs, answers, strict=True):
-        limits = {"score_threshold": 0.0, "max_per_phrase": 5}
-        alone = engine.run([job.image], [[q.request for q in queries]], **limits)[0]
-        same(answer, trim(alone, queries))
+        same(answer, engine.run([job.image], [asked])[0])

@@ -53,15 +53,15 @@ PHOTOS = [photo(*size, box) for size, box in zip([(128, 192), (160, 100), (90, 9
 
 
 def test_an_expert_gets_the_stored_image(engine, plain):
-    out = engine.trunk.run(PHOTOS, [[DETECT, POSE]] * 3)
+    out = engine.trunk.links(PHOTOS, [[DETECT, POSE]] * 3)
     for name in ("grounding_dino", "unipose"):
-        part = out.parts[name]
+        part = out.decoder_inputs[name]
         own = {image: part.pixels[i] for i, image in enumerate(part.link.image_index.tolist())}
         assert [tuple(own[i].shape) for i in range(3)] == [(3, 128, 192), (3, 192, 120), (3, 128, 128)]
         assert np.array_equal(own[0].permute(1, 2, 0), PHOTOS[0])  # its size is the rule's
-    part = out.parts["grounding_dino"]
+    part = out.decoder_inputs["grounding_dino"]
     assert part.pixels[0] is part.pixels[1]
-    seen = plain.trunk.run(PHOTOS, [[DETECT]] * 3).parts["grounding_dino"].pixels
+    seen = plain.trunk.links(PHOTOS, [[DETECT]] * 3).decoder_inputs["grounding_dino"].pixels
     assert {tuple(image.shape) for image in seen} == {(3, SIDE, SIDE)}
 
 
@@ -116,19 +116,19 @@ def test_images_of_several_shapes_do_not_change_each_others_answers(engine):
 
 
 def test_large_images_travel_only_to_who_reads_them(engine):
-    out = engine.trunk.run(PHOTOS, [[DETECT, SEGMENT], [make_request("refer", text="a circle")], [POSE]])
+    out = engine.trunk.links(PHOTOS, [[DETECT, SEGMENT], [make_request("refer", text="a circle")], [POSE]])
     sent = [out.select(i) for i in range(3)]
-    assert [sorted(output.parts) for output in sent] == [["grounding_dino"], ["lumen"], ["unipose"]]
-    assert sent[1].parts["lumen"].pixels == []
+    assert [sorted(output.decoder_inputs) for output in sent] == [["grounding_dino"], ["lumen"], ["unipose"]]
+    assert sent[1].decoder_inputs["lumen"].pixels == []
     image, weight = 128 * 192 * 3, [len(pickle.dumps(output)) for output in sent]
     dense = sent[0].dense.numel() * 4
     assert image < weight[0] - dense < image + 20_000  # once, for the prompts of both requests
     assert weight[1] - dense < 20_000
     again = merge(sent)
-    part, own = again.parts["grounding_dino"], engine.decoders["grounding_dino"]
-    for found, alone in zip(own.run(again), own.run(sent[0]), strict=True):
+    part, own = again.decoder_inputs["grounding_dino"], engine.decoders["grounding_dino"]
+    for found, alone in zip(own.predict(again), own.predict(sent[0]), strict=True):
         assert np.allclose(found.scores, alone.scores, atol=1e-4)
-    assert all(map(torch.equal, part.pixels, out.parts["grounding_dino"].pixels))
+    assert all(map(torch.equal, part.pixels, out.decoder_inputs["grounding_dino"].pixels))
 
 
 def test_few_large_images_are_looked_at_at_once(engine, monkeypatch):
@@ -155,15 +155,15 @@ def learned_from(engine, image):
     row = make_row("photo", b"", (height, width), "test", tasks=["edit"], messages=[message])
     collator = Collator(tiny_tokenizer(), SIDE, ("edit",), {}, input_rules=engine.loaded.settings.input_rules)
     batch = collator([row], [image], [np.random.default_rng(0)], [image])
-    assert torch.equal(batch.targets["editing"].images, batch.pixels["instruct_pix2pix"].images)
-    return batch.pixels["instruct_pix2pix"].images[0]
+    assert torch.equal(batch["targets"]["editing"].images, batch["pixels"]["instruct_pix2pix"].images)
+    return batch["pixels"]["instruct_pix2pix"].images[0]
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (100, 200), (211, 97), (16, 16), (10, 300)])
 def test_a_picture_is_edited_in_the_size_and_shape_it_was_learned_in(engine, shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     source = learned_from(engine, image)
-    (edited,) = engine.trunk.run([image], [[EDIT]]).parts["instruct_pix2pix"].pixels
+    (edited,) = engine.trunk.links([image], [[EDIT]]).decoder_inputs["instruct_pix2pix"].pixels
     assert torch.equal(edited, source)
     answer = engine.run([image], [[EDIT]])[0][0]
     assert answer.images[0].shape[:2] == source.shape[1:]
@@ -172,17 +172,17 @@ def test_a_picture_is_edited_in_the_size_and_shape_it_was_learned_in(engine, sha
 def test_a_picture_asked_for_larger_is_edited_from_the_stored_one(engine):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
     large = make_request("edit", text="x", sample=SampleSettings(steps=1, size=(48, 64)))
-    out = engine.trunk.run([np.asarray(image)], [[EDIT, large]])
-    small, stored = out.parts["instruct_pix2pix"].pixels
+    out = engine.trunk.links([np.asarray(image)], [[EDIT, large]])
+    small, stored = out.decoder_inputs["instruct_pix2pix"].pixels
     assert small.shape == (3, 16, 16) and np.array_equal(stored.permute(1, 2, 0), np.asarray(image))
     answers = engine.run([np.asarray(image)], [[EDIT, large]])[0]
     assert [answer.images[0].shape for answer in answers] == [(16, 16, 3), (48, 64, 3)]
     for size in ((1 << 40, 8), (-8, 8), (20, 20)):
         wrong = make_request("edit", text="x", sample=SampleSettings(steps=1, size=size))
         with pytest.raises(UserError, match="cannot be drawn|too large"):
-            engine.trunk.run([np.asarray(image)], [[wrong]])
+            engine.trunk.links([np.asarray(image)], [[wrong]])
 
 
 def test_what_draws_from_words_gets_no_image(engine):
     draw = make_request("generate", text="a red circle", sample=SampleSettings(steps=1))
-    assert engine.trunk.run([None], [[draw]]).parts["stable_diffusion"].pixels == []
+    assert engine.trunk.links([None], [[draw]]).decoder_inputs["stable_diffusion"].pixels == []

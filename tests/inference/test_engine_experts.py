@@ -49,12 +49,12 @@ def same(one, other):
 
 
 def test_a_task_goes_to_the_decoder_the_settings_name(engine):
-    out = engine.trunk.run(PICTURES[:1], [[DETECT, REFER]])
-    assert {name: [spec.phrase for spec in part.prompts] for name, part in out.parts.items()} == {
+    out = engine.trunk.links(PICTURES[:1], [[DETECT, REFER]])
+    assert {name: [spec.phrase for spec in part.prompts] for name, part in out.decoder_inputs.items()} == {
         "grounding_dino": list(DETECT.phrases), "lumen": [REFER.text],
     }  # fmt: skip
-    assert out.dense is not None and not out.parts["lumen"].pixels
-    assert [tuple(image.shape) for image in out.parts["grounding_dino"].pixels] == [(3, SIDE, SIDE)] * 3
+    assert out.dense is not None and not out.decoder_inputs["lumen"].pixels
+    assert [tuple(image.shape) for image in out.decoder_inputs["grounding_dino"].pixels] == [(3, SIDE, SIDE)] * 3
 
 
 def test_who_serves_a_task_can_be_chosen_when_the_model_is_loaded(tmp_path, engine):
@@ -62,7 +62,7 @@ def test_who_serves_a_task_can_be_chosen_when_the_model_is_loaded(tmp_path, engi
     own, chosen = Engine.load(folder), Engine.load(folder, decoders={"detect": "grounding_dino", "refer": "lumen"})
     assert own.chosen_decoders == {} and chosen.chosen_decoders == {"detect": "grounding_dino"}
     assert own.version == chosen.version
-    serving = {n: {p.decoder: p.task for p in e.trunk.run(PICTURES[:1], [[DETECT, SEGMENT]]).plans[0]}
+    serving = {n: {p.decoder: p.task for p in e.trunk.links(PICTURES[:1], [[DETECT, SEGMENT]]).plans[0]}
                for n, e in (("own", own), ("chosen", chosen))}  # fmt: skip
     assert serving["own"] == {"lumen": "detect", "grounding_dino": "segment"}
     assert list(serving["chosen"]) == ["grounding_dino"]  # detect as chosen, segment as the folder says
@@ -105,11 +105,11 @@ def test_masks_come_at_the_size_of_the_image(engine):
 
 
 def test_outputs_of_several_calls_are_decoded_as_one(engine):
-    outputs = [engine.trunk.run([picture], [[DETECT, SEGMENT]]) for picture in PICTURES]
+    outputs = [engine.trunk.links([picture], [[DETECT, SEGMENT]]) for picture in PICTURES]
     decoder = engine.decoders["grounding_dino"]
-    together = iter(decoder.run(merge(outputs)))
+    together = iter(decoder.predict(merge(outputs)))
     for output in outputs:
-        for alone in decoder.run(output):
+        for alone in decoder.predict(output):
             found = next(together)
             assert np.allclose(alone.scores, found.scores, atol=1e-4)
 
@@ -176,7 +176,7 @@ def test_settings_refuse_a_decoder_that_cannot_serve_the_task():
 
 def test_a_model_can_do_without_the_light_decoder():
     engine = Engine(tiny_loaded(lumen=None, **DINO))
-    out = engine.trunk.run(PICTURES[:1], [[DETECT]])
+    out = engine.trunk.links(PICTURES[:1], [[DETECT]])
     assert out.dense is None and "lumen" not in engine.decoders and engine.trunk.trunk.dense is None
     assert len(engine.run(PICTURES[:1], [[DETECT]], score_threshold=0.0)[0][0].predictions) == 3
 
@@ -193,7 +193,7 @@ def test_a_place_asks_for_the_mask_of_what_is_there(decoder):
         (prediction,) = answer.predictions
         assert prediction.phrase == "region" and prediction.masks.size == size and answer.route == "[SEG]"
     same(engine.run(PICTURES[:1], [[asked[1]]], score_threshold=0.0)[0][0], answers[0][1])
-    first, other = engine.trunk.run(PICTURES[:1], [asked]).parts[decoder].link.embeddings
+    first, other = engine.trunk.links(PICTURES[:1], [asked]).decoder_inputs[decoder].link.embeddings
     assert (first - other).abs().max() > 1e-3
     regions = [p.masks.to_arrays() for p in answers[0][2].predictions]
     assert sum(len(masks) for masks in regions) > 0

@@ -67,12 +67,12 @@ def test_a_model_without_the_decoder_says_what_it_serves():
 
 
 def test_outputs_of_several_calls_are_decoded_as_one(engine):
-    outputs = [engine.trunk.run([PICTURE], [[EDIT]]), engine.trunk.run([PICTURE[::-1].copy()], [[EDIT]])]
+    outputs = [engine.trunk.links([PICTURE], [[EDIT]]), engine.trunk.links([PICTURE[::-1].copy()], [[EDIT]])]
     decoder = engine.decoders["instruct_pix2pix"]
-    together = decoder.run(merge(outputs))
+    together = decoder.predict(merge(outputs))
     for found, output in zip(together, outputs, strict=True):
-        assert np.abs(found[0].astype(int) - decoder.run(output)[0][0]).max() <= 1
-    assert set(outputs[0].parts) == {"instruct_pix2pix"} and outputs[0].dense is None
+        assert np.abs(found[0].astype(int) - decoder.predict(output)[0][0]).max() <= 1
+    assert set(outputs[0].decoder_inputs) == {"instruct_pix2pix"} and outputs[0].dense is None
 
 
 @pytest.mark.parametrize(("task", "family"), [("generate", "generation"), ("edit", "editing")])
@@ -120,7 +120,7 @@ def test_the_route_of_free_chat_can_be_asked_without_a_picture_being_drawn(engin
 
     monkeypatch.setattr(engine.trunk.trunk, "generate", choose)
     for decoder in engine.decoders.values():
-        monkeypatch.setattr(decoder, "run", draw)
+        monkeypatch.setattr(decoder, "predict", draw)
     chat = make_request("chat", text=text)
     (answer,) = engine.run([image], [[chat]], route_only=True)[0]
     assert (answer.route, answer.text, answer.images, answer.predictions) == (token, None, None, [])

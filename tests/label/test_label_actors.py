@@ -40,5 +40,5 @@ def test_actors_that_do_not_fit_are_refused(device, available, words):
 def test_an_actor_whose_torch_sees_no_gpu_says_so(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     labeller = Labeller(WorkerSettings("nano", (), "cuda"))
-    assert labeller.fault.startswith("device 'cuda' is not there")
+    assert labeller.fault.startswith("device 'cuda' is not available")
     assert not Labeller(WorkerSettings("nano", ())).fault

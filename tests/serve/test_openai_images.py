@@ -18,9 +18,9 @@ def test_pictures_of_words(client, backend):
     pictures = [decode_png(base64.b64decode(entry["b64_json"])) for entry in result["data"]]
     assert [picture.shape for picture in pictures] == [(16, 24, 3)] * 2
     assert result["created"] > 1.7e9 and result["lumen"]["model"] == "nano@abc123"
-    image, (query,), _ = backend.calls[0]
-    assert image is None and query.request.task == "generate" and query.request.text == "a red circle ."
-    assert (query.request.sample.seed, query.request.sample.size) == (5, (16, 24))
+    image, (asked,), _ = backend.calls[0]
+    assert image is None and asked.task == "generate" and asked.text == "a red circle ."
+    assert (asked.sample.seed, asked.sample.size) == (5, (16, 24))
 
 
 @pytest.mark.parametrize("name", ["image", "image[]"])
@@ -28,8 +28,8 @@ def test_a_picture_changed(client, backend, name):
     data = {"prompt": "make the circle blue", "size": "auto", "n": "1", "response_format": "b64_json"}
     result = client.post(EDIT, files={name: ("x.png", png())}, data=data).json()
     assert decode_png(base64.b64decode(result["data"][0]["b64_json"])).shape == (8, 8, 3)
-    image, (query,), _ = backend.calls[0]
-    assert image.shape == (16, 20, 3) and query.request.task == "edit" and query.request.text == "make the circle blue"
+    image, (asked,), _ = backend.calls[0]
+    assert image.shape == (16, 20, 3) and asked.task == "edit" and asked.text == "make the circle blue"
 
 
 REFUSED = {

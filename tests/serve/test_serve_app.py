@@ -85,7 +85,7 @@ def test_answers_are_the_engines(http, model_folder):
 @pytest.mark.ray
 def test_neighbours_in_a_batch_do_not_matter(http):
     good = {"image": image(), "classes": ["red circle"]}
-    bad = {"image": image(), "classes": ["dragon"]}  # the model knows no keypoints of it: refused by the trunk
+    bad = {"image": image(), "classes": ["dragon"]}  # has no keypoints: refused by the trunk
     alone = http.post("/v1/pose", json={**good, "keypoints": ["head"]}).json()["instances"]
     with ThreadPoolExecutor(4) as pool:
         bodies = [{**good, "keypoints": ["head"]}, bad, {**good, "keypoints": ["head"]}, bad]

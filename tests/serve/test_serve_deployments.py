@@ -1,5 +1,5 @@
-"""Trunk and decoder as deployments hold them, without Ray: a shared pass gives what a pass alone gives, and one row's
-failure stays its own."""
+"""The replicas of trunk and decoder without Ray: a shared pass gives what a pass alone gives, and one job's failure
+does not reach the others."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from lumen_ray.errors import UserError
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.outputs import merge
 from lumen_ray.inference.request import make_request
-from lumen_ray.serve.batching import run_grouped
-from lumen_ray.serve.decoder import Decoder, load_decoder
-from lumen_ray.serve.job import Query, TrunkJob, trim
-from lumen_ray.serve.trunk import Trunk, load_trunk
+from lumen_ray.serve.batching import map_grouped
+from lumen_ray.serve.decoder import DecoderReplica, load_decoder
+from lumen_ray.serve.job import TrunkJob
+from lumen_ray.serve.trunk import TrunkReplica, load_trunk
 from lumen_ray.structures import Region
 
 
-def query(task, threshold=0.0, limit=3, **fields):
-    return Query(make_request(task, **fields), threshold, limit)
+def limited(task, threshold=0.0, limit=3, **fields):
+    return dataclasses.replace(make_request(task, **fields), score_threshold=threshold, max_per_phrase=limit)
 
 
-def job(seed, *queries, size=(96, 128), max_new_tokens=6):
+def job(seed, *requests, size=(96, 128), max_new_tokens=6):
     image = np.random.default_rng(seed).integers(0, 255, (*size, 3), np.uint8)
     image.flags.writeable = False  # as it arrives from Ray's object store
-    return TrunkJob(image, queries, max_new_tokens)
+    return TrunkJob(image, requests, max_new_tokens)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -44,22 +44,22 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def trunk(model_folder):
-    return Trunk(str(model_folder), "cpu", {})
+    return TrunkReplica(str(model_folder), "cpu", {})
 
 
 @pytest.fixture(scope="module")
 def decoder(model_folder):
-    return Decoder(str(model_folder), "lumen", "cpu")
+    return DecoderReplica(str(model_folder), "lumen", "cpu")
 
 
 @pytest.fixture(scope="module")
 def jobs():
     region = Region("box", (64, 64), points=np.array([[3, 4], [40, 50]]))
     return [
-        job(1, query("detect", classes=["red circle", "blue square"]), query("caption")),
-        job(2, query("pose", classes=["figure", "red circle"], keypoints=["head"], limit=2)),
-        job(3, query("region_caption", region=region), query("segment", classes=["x"]), size=(64, 64)),
-        job(4, query("vqa", text="what ?"), max_new_tokens=3),
+        job(1, limited("detect", classes=["red circle", "blue square"]), limited("caption")),
+        job(2, limited("pose", classes=["figure", "red circle"], keypoints=["head"], limit=2)),
+        job(3, limited("region_caption", region=region), limited("segment", classes=["x"]), size=(64, 64)),
+        job(4, limited("vqa", text="what ?"), max_new_tokens=3),
     ]
 
 
@@ -74,66 +74,66 @@ def same(one, other):
 
 
 def test_shared_passes_give_what_the_engine_gives_alone(trunk, decoder, jobs, model_folder):
-    outputs = pickle.loads(pickle.dumps(trunk.run(jobs)))
-    answers = decoder.run([(output, job.queries) for output, job in zip(outputs, jobs, strict=True)])
+    outputs = pickle.loads(pickle.dumps(trunk.outputs(jobs)))
+    answers = decoder.answers([(output, job.requests) for output, job in zip(outputs, jobs, strict=True)])
     engine = Engine.load(model_folder)
     for job, got in zip(jobs, answers, strict=True):
-        alone = engine.run(
-            [job.image],
-            [[q.request for q in job.queries]],
-            score_threshold=0.0,
-            max_per_phrase=max(q.max_per_phrase for q in job.queries),
-            max_new_tokens=job.max_new_tokens,
-        )[0]
-        same(got, trim(alone, job.queries))
+        same(got, engine.run([job.image], [job.requests], max_new_tokens=job.max_new_tokens)[0])
     assert len(answers[0][0].predictions[0]) > 0
 
 
 def test_merge_undoes_select(trunk, jobs):
-    outputs = [output for output in trunk.run(jobs) if output.parts]
+    outputs = [output for output in trunk.outputs(jobs) if output.decoder_inputs]
     merged = merge(outputs)
-    assert len(merged.frames) == len(outputs) > 2 and len(merged.parts["lumen"].link) == len(
-        merged.parts["lumen"].prompts
+    assert len(merged.frames) == len(outputs) > 2 and len(merged.decoder_inputs["lumen"].link) == len(
+        merged.decoder_inputs["lumen"].prompts
     )
     for row, output in enumerate(outputs):
         again = merged.select(row)
-        assert (again.plans, again.frames, again.parts.keys()) == (output.plans, output.frames, output.parts.keys())
-        for name, part in output.parts.items():
-            assert torch.equal(again.parts[name].link.embeddings, part.link.embeddings)
-            assert torch.equal(again.parts[name].link.parent, part.link.parent)
-            assert again.parts[name].prompts == part.prompts
+        assert (again.plans, again.frames, again.decoder_inputs.keys()) == (
+            output.plans,
+            output.frames,
+            output.decoder_inputs.keys(),
+        )
+        for name, part in output.decoder_inputs.items():
+            assert torch.equal(again.decoder_inputs[name].link.embeddings, part.link.embeddings)
+            assert torch.equal(again.decoder_inputs[name].link.parent, part.link.parent)
+            assert again.decoder_inputs[name].prompts == part.prompts
         assert torch.equal(again.dense, output.dense)
     assert merge(outputs[:1]) is outputs[0]
 
 
 def test_a_bad_row_fails_alone(trunk, decoder, jobs, caplog):
-    bad = job(5, query("pose", classes=["dragon"]))
-    broken = TrunkJob(np.zeros((0, 0, 3), np.uint8), jobs[0].queries, 6)
-    first, refused, crashed, last = trunk.run([jobs[0], bad, broken, jobs[1]])
+    bad = job(5, limited("pose", classes=["dragon"]))
+    broken = TrunkJob(np.zeros((0, 0, 3), np.uint8), jobs[0].requests, 6)
+    first, refused, crashed, last = trunk.outputs([jobs[0], bad, broken, jobs[1]])
     assert isinstance(refused, UserError) and "dragon" in str(refused)
     assert isinstance(crashed, Exception) and not isinstance(crashed, UserError)
-    same(decoder.run([(first, jobs[0].queries)])[0], decoder.run([(trunk.run([jobs[0]])[0], jobs[0].queries)])[0])
+    same(
+        decoder.answers([(first, jobs[0].requests)])[0],
+        decoder.answers([(trunk.outputs([jobs[0]])[0], jobs[0].requests)])[0],
+    )
     torn = dataclasses.replace(last, dense=last.dense[:, :1])
-    good, failed = decoder.run([(first, jobs[0].queries), (torn, jobs[0].queries)])
+    good, failed = decoder.answers([(first, jobs[0].requests), (torn, jobs[0].requests)])
     assert isinstance(failed, Exception) and len(good) == 2
     assert caplog.text.count("a request failed in the model") == 2
 
 
-def test_each_query_keeps_its_own_limits(trunk, decoder):
-    loose, strict = query("detect", classes=["a"], limit=4), query("detect", 0.999, classes=["a"], limit=4)
-    one = query("detect", classes=["a"], limit=1)
+def test_each_request_keeps_its_own_limits(trunk, decoder):
+    loose, strict = limited("detect", classes=["a"], limit=4), limited("detect", 0.999, classes=["a"], limit=4)
+    one = limited("detect", classes=["a"], limit=1)
     asked = job(6, loose, strict, one)
-    many, none, single = decoder.run([(trunk.run([asked])[0], asked.queries)])[0]
+    many, none, single = decoder.answers([(trunk.outputs([asked])[0], asked.requests)])[0]
     assert (len(many.predictions[0]), len(none.predictions[0]), len(single.predictions[0])) == (4, 0, 1)
 
 
 def test_text_answers_and_info(trunk, jobs, monkeypatch):
     async def batch_of_one(job):  # Serve's batching runs in a replica only
-        return trunk.run([job])[0]
+        return trunk.outputs([job])[0]
 
     async def both():
         with pytest.raises(UserError, match="dragon"):
-            await trunk.link(job(5, query("pose", classes=["dragon"])))
+            await trunk.link(job(5, limited("pose", classes=["dragon"])))
         return await trunk.answer(jobs[3]), await trunk.info()
 
     monkeypatch.setattr(trunk, "_batched", batch_of_one)
@@ -145,25 +145,25 @@ def test_text_answers_and_info(trunk, jobs, monkeypatch):
 
 def test_the_trunk_sends_a_task_to_the_decoder_that_was_chosen(tmp_path):
     model = str(tiny_folder(tmp_path, grounding_dino=EXPERTS["grounding_dino"]))
-    asked = job(1, query("detect", classes=["red circle"]))
+    asked = job(1, limited("detect", classes=["red circle"]))
     for serving, name in (({}, "lumen"), ({"detect": "grounding_dino"}, "grounding_dino")):
-        trunk = Trunk(model, "cpu", serving)
-        (output,) = trunk.run([asked])
-        assert list(output.parts) == [name] and asyncio.run(trunk.info())["decoders"]["detect"] == name
+        trunk = TrunkReplica(model, "cpu", serving)
+        (output,) = trunk.outputs([asked])
+        assert list(output.decoder_inputs) == [name] and asyncio.run(trunk.info())["decoders"]["detect"] == name
 
 
 def test_replicas_answer_in_the_dtype_that_is_set(model_folder):
-    trunk = Trunk(str(model_folder), "cpu", {}, partial(load_trunk, dtype="bfloat16"))
-    decoder = Decoder(str(model_folder), "lumen", "cpu", partial(load_decoder, dtype="bfloat16"))
+    trunk = TrunkReplica(str(model_folder), "cpu", {}, partial(load_trunk, dtype="bfloat16"))
+    decoder = DecoderReplica(str(model_folder), "lumen", "cpu", partial(load_decoder, dtype="bfloat16"))
     assert trunk.stage.dtype == decoder.stage.dtype == "bfloat16"
 
 
-def test_run_grouped_keeps_order_and_groups():
+def test_map_grouped_keeps_order_and_groups():
     seen = []
 
-    def run(items):
+    def tenfold(items):
         seen.append(items)
         return [10 * item for item in items]
 
-    assert run_grouped([3, 2, 5, 4], lambda item: item % 2, run) == [30, 20, 50, 40]
+    assert map_grouped([3, 2, 5, 4], lambda item: item % 2, tenfold) == [30, 20, 50, 40]
     assert seen == [[3, 5], [2, 4]]

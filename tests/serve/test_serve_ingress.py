@@ -17,7 +17,6 @@ from lumen_ray.errors import UserError
 from lumen_ray.inference.request import make_request
 from lumen_ray.serve.http import Overloaded, Unavailable
 from lumen_ray.serve.ingress import ServeBackend
-from lumen_ray.serve.job import Query
 from lumen_ray.serve.settings import Http, ServeSettings
 
 IMAGE = np.zeros((16, 20, 3), np.uint8)
@@ -27,7 +26,7 @@ SERVING = {"detect": "lumen"}
 def query(task="detect", **fields):
     if task == "detect":
         fields = {"classes": ["a"]}
-    return Query(make_request(task, **fields), 0.3, 100)
+    return make_request(task, **fields)
 
 
 class Response:

@@ -75,7 +75,7 @@ def test_form_upload_gives_what_json_gives(client):
 def test_form_region_is_json(client, backend):
     data = {"region": json.dumps({"kind": "point", "points": [[3, 4]]})}
     assert client.post("/v1/region_caption", files={"image": png()}, data=data).status_code == 200
-    assert backend.calls[0][1][0].request.region.points.tolist() == [[3, 4]]
+    assert backend.calls[0][1][0].region.points.tolist() == [[3, 4]]
 
 
 def test_data_url_is_taken(client):
@@ -99,7 +99,7 @@ def test_mask_region_arrives_as_drawn(client, backend):
         region = {"kind": "mask", "mask": {"size": [16, 20], "counts": counts}}
         response = client.post("/v1/region_caption", json={"image": base64_png(), "region": region})
         assert response.status_code == 200, response.text
-        assert backend.calls[-1][1][0].request.region.rle == rle
+        assert backend.calls[-1][1][0].region.rle == rle
 
 
 BROKEN = base64.b64encode(png()[:40]).decode()
@@ -244,7 +244,7 @@ def test_failures_of_the_model_side(client, backend, caplog):
 def test_about_routes_and_pages(client, backend):
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/readyz").status_code == 200
-    backend.parts["trunk"] = False
+    backend.deployments["trunk"] = False
     response = client.get("/readyz")
     assert response.status_code == 503 and response.json()["deployments"] == {"trunk": False, "lumen": True}
     assert [t["name"] for t in client.get("/v1/tasks").json()["tasks"]] == list(TASKS)
@@ -286,10 +286,10 @@ def test_pictures_are_drawn_as_asked(client, backend):
     fields = {"seed": 3, "steps": 5, "guidance": 2, "height": 16, "width": 24, "num_images": 2}
     body = client.post("/v1/generate", json=body_of(TASKS["generate"], **fields)).json()
     assert [decode_png(base64.b64decode(picture)).shape for picture in body["images"]] == [(16, 24, 3)] * 2
-    image, (query,), _ = backend.calls[-1]
-    assert image is None and query.request.sample == SampleSettings(5, 2, seed=3, size=(16, 24), num_images=2)
+    image, (asked,), _ = backend.calls[-1]
+    assert image is None and asked.sample == SampleSettings(5, 2, seed=3, size=(16, 24), num_images=2)
     client.post("/v1/edit", json=body_of(TASKS["edit"], image_guidance=2.5))
-    assert backend.calls[-1][1][0].request.sample == SampleSettings(image_guidance=2.5)
+    assert backend.calls[-1][1][0].sample == SampleSettings(image_guidance=2.5)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""An engine that knows the truth of the rows it will be asked about, and errs as told."""
+"""An engine that answers from the annotations of known rows, with errors by choice."""
 
 import hashlib
 
@@ -33,11 +33,11 @@ def image_key(image):
 
 
 class FakeEngine:
-    """`shift`: pixels by which boxes, masks and keypoints are off; `text`: what it always says, None for the truth;
-    `route`: what free chat always chooses, "truth" for the right token; `instances`: False finds nothing."""
+    """`shift`: pixels by which boxes, masks and keypoints are off; `text`: the answer to everything, None for the true
+    one; `route`: the token free chat always chooses, "truth" for the right one; `instances`: False for no instances."""
 
     preset, version, image_size, tasks = "fake", "0000", 128, UNDERSTANDING
-    chosen_decoders = {}
+    chosen_decoders, edges, classes = {}, {}, tuple(CLASSES)
     dtype = "float32"
     serving = {name: "fake" for name in UNDERSTANDING if not TASKS[name].is_text}
 
@@ -47,7 +47,17 @@ class FakeEngine:
         self.shift, self.text, self.route, self.instances = shift, text, route, instances
         self.calls = []
 
-    def run(self, images, requests, *, score_threshold=0.05, max_per_phrase=100, max_new_tokens=48, route_only=False):
+    def run(
+        self,
+        images,
+        requests,
+        *,
+        score_threshold=0.05,
+        max_per_phrase=300,
+        max_new_tokens=48,
+        class_chunk=64,
+        route_only=False,
+    ):
         self.calls.append([[r.task for r in mine] for mine in requests])
         return [
             [self._answer(self.rows[image_key(image)], request) for request in mine]
@@ -81,7 +91,7 @@ class FakeEngine:
                 return answer
             if request.region and self._same(row["regions"][message["regions"][0]], request.region):
                 return answer
-        raise AssertionError(f"asked what the row does not know: {request}")
+        raise AssertionError(f"the row has no annotation for {request}")
 
     def _same(self, region, asked):
         if region["kind"] == "mask":

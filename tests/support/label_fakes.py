@@ -1,4 +1,4 @@
-"""An engine whose answer is in the pixels: it finds one box around everything brighter than the background."""
+"""An engine whose answer is in the pixels: one box around everything brighter than the background."""
 
 import io
 
@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from lumen_ray.structures import Answer, Boxes, Keypoints, Masks, Prediction
-from lumen_ray.tasks import TASKS
+from lumen_ray.tasks import TASKS, UNDERSTANDING
 
 NAMES = ("top", "bottom")
 
@@ -35,17 +35,27 @@ def write_images(folder, number, start=0):
 class FakeEngine:
     """`fails(image)`: raises for such an image. Scores: 0.9 for the first class, 0.1 less for each further one."""
 
-    preset, version, image_size = "fake", "v0", 64
+    preset, version, image_size, dtype = "fake", "v0", 64, "float32"
+    tasks, serving, chosen_decoders = UNDERSTANDING, {}, {}
     skeletons = {"square": NAMES}
     classes = ("square", "circle")
     edges = {"square": [[0, 1]]}
-    chosen_decoders = {}
 
     def __init__(self, fails=lambda image: False):
         self.fails = fails
         self.images = 0
 
-    def run(self, images, requests, *, score_threshold=0.05, max_per_phrase=100, max_new_tokens=48, class_chunk=128):
+    def run(
+        self,
+        images,
+        requests,
+        *,
+        score_threshold=0.05,
+        max_per_phrase=300,
+        max_new_tokens=48,
+        class_chunk=64,
+        route_only=False,
+    ):
         if any(self.fails(image) for image in images):
             raise RuntimeError("no luck with this image")
         self.images += len(images)

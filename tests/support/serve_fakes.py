@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lumen_ray.serve.job import Query, trim
+from lumen_ray.decoders.base import PredictSettings
+from lumen_ray.inference.outputs import finish, request_limits
+from lumen_ray.inference.request import Request
 from lumen_ray.structures import Answer, Boxes, Keypoints, Masks, Prediction
 from lumen_ray.tasks import TASKS, get_task
 
@@ -26,16 +28,16 @@ INFO = {
 }
 
 
-def fake_answer(query: Query, size: tuple[int, int]) -> Answer:
-    """Two instances per phrase, with scores 0.9 and 0.2, as the task's result type wants them."""
-    task = get_task(query.request.task)
+def fake_answer(request: Request, size: tuple[int, int]) -> Answer:
+    """Two instances per phrase, with scores 0.9 and 0.2, of the task's result type."""
+    task = get_task(request.task)
     if task.is_text:
-        return Answer(task.name, size, text=f"{task.name} says {query.request.text}".strip())
+        return Answer(task.name, size, text=f"{task.name} says {request.text}".strip())
     if task.result == "image":
-        pictures = [np.full((*(query.request.sample.size or (8, 8)), 3), 7, np.uint8)] * query.request.sample.num_images
+        pictures = [np.full((*(request.sample.size or (8, 8)), 3), 7, np.uint8)] * request.sample.num_images
         return Answer(task.name, size, route=task.routing_token, images=pictures)
     predictions = []
-    for phrase in query.request.phrases or ("region",):
+    for phrase in request.phrases or ("region",):
         boxes = Boxes([[2, 3, 12, 13], [5, 5, 9, 9]], size)
         masks = keypoints = None
         if task.result == "masks":
@@ -43,32 +45,36 @@ def fake_answer(query: Query, size: tuple[int, int]) -> Answer:
             pixels[:, 3:13, 2:12] = True
             masks = Masks.from_arrays(pixels)
         if task.result == "keypoints":
-            names = query.request.keypoints or ("top", "left")
+            names = request.keypoints or ("top", "left")
             keypoints = Keypoints(np.full((2, len(names), 3), 0.5), names, size)
         predictions.append(Prediction(phrase, boxes, [0.9, 0.2], masks, keypoints))
     return Answer(task.name, size, predictions, route=task.routing_token)
 
 
 class FakeBackend:
-    """Records what it was asked; `error` is raised instead of an answer."""
+    """Records its calls; `error` is raised instead of an answer."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[np.ndarray, list[Query], int]] = []
+        self.calls: list[tuple[np.ndarray | None, list[Request], int]] = []
         self.error: Exception | None = None
-        self.parts = {"trunk": True, "lumen": True}
+        self.deployments = {"trunk": True, "lumen": True}
 
-    async def infer(self, image: np.ndarray, queries: Sequence[Query], max_new_tokens: int) -> list[Answer]:
-        self.calls.append((image, list(queries), max_new_tokens))
+    async def infer(self, image: np.ndarray | None, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
+        self.calls.append((image, list(requests), max_new_tokens))
         if self.error is not None:
             raise self.error
-        size = (8, 8) if image is None else image.shape[:2]
-        return trim([fake_answer(query, size) for query in queries], queries)
+        size = (8, 8) if image is None else (image.shape[0], image.shape[1])
+        limits = [request_limits(request, PredictSettings()) for request in requests]
+        return [
+            finish(fake_answer(request, size), limit, PredictSettings(-1.0))
+            for request, limit in zip(requests, limits, strict=True)
+        ]
 
     async def info(self) -> dict[str, Any]:
         return INFO
 
     async def ready(self) -> dict[str, bool]:
-        return self.parts
+        return self.deployments
 
 
 def png(width: int = 20, height: int = 16) -> bytes:

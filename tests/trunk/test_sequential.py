@@ -157,8 +157,8 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (56, 56, 3), np.uint8)
 
 def links_of(stage, requests, **options):
     """Request -> its links."""
-    out = stage.run([PICTURE], [requests], **options)
-    return [out.parts["lumen"].link.embeddings[plan.links] for plan in out.plans[0]]
+    out = stage.links([PICTURE], [requests], **options)
+    return [out.decoder_inputs["lumen"].link.embeddings[plan.links] for plan in out.plans[0]]
 
 
 def test_requests_do_not_share_a_string(stage):

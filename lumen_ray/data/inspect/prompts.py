@@ -149,5 +149,5 @@ def _pose(
     valid = torch.nonzero(targets.valid[link]).flatten()
     prompt.keypoints = targets.keypoints[links][:, valid].transpose(0, 1).tolist()
     prompt.edges = edges.get(prompt.phrase, [])
-    rest = TASKS["pose"].keypoint_template.replace("{keypoint}", "").replace("{}", prompt.phrase)
+    rest = TASKS["pose"].keypoint_prompt("", prompt.phrase)
     prompt.keypoint_names = tuple(instruction(part).replace(rest, "") for part in parts)

@@ -101,13 +101,13 @@ def test_the_engine_asks_a_converted_model_in_its_layout(released, tmp_path):
     convert(folder, released_settings(), tmp_path / "model")
     engine = Engine.load(tmp_path / "model")
     image = np.random.default_rng(0).integers(0, 256, (56, 56, 3), np.uint8)
-    found = engine.trunk.run([image], [[Request("detect", ("word4", "word5")), Request("vqa", text="word6")]])
+    found = engine.trunk.links([image], [[Request("detect", ("word4", "word5")), Request("vqa", text="word6")]])
     trunk, tokenizer = engine.loaded.model.trunk, engine.loaded.tokenizer
     branches = [Branch(0, f"detect {word}", route="[DET]") for word in ("word4", "word5")]
     layout = build_layout(branches, 1, tokenizer, "sequential")
     prefix = trunk.encode(torch.from_numpy(image).permute(2, 0, 1)[None])
     expected = trunk.ask(prefix, layout, torch.zeros(0), torch.zeros(0))["lumen"].embeddings
-    torch.testing.assert_close(found.parts["lumen"].link.embeddings, expected)
+    torch.testing.assert_close(found.decoder_inputs["lumen"].link.embeddings, expected)
     assert isinstance(found.plans[0][1].text, str)
 
 

@@ -1,0 +1,171 @@
+"""From requests to the branches that the trunk runs, and from their embeddings to the input of a decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, groupby, zip_longest
+
+import torch
+from torch import Tensor
+
+from lumen_ray.decoders.base import PromptSpec
+from lumen_ray.errors import UserError
+from lumen_ray.inference.outputs import DecoderInput, RequestPlan
+from lumen_ray.inference.request import Request, no_decoder
+from lumen_ray.structures import Region, SampleSettings
+from lumen_ray.superlink import SuperLink
+from lumen_ray.tasks import TASKS, Task, task_of_prompt
+from lumen_ray.trunk.branch import Branch
+
+#: The phrase of an answer to a region prompt.
+REGION_PHRASE = "region"
+
+
+@dataclass
+class PendingBranch:
+    """A branch with a routing token that has not run yet.
+
+    `prompt`: how its predictions enter the answer, None for a keypoint branch. `branch.group` is the index of the
+    request among those of its image. `region`: the visual prompt that fills the branch's `<region>`.
+    """
+
+    branch: Branch
+    prompt: PromptSpec | None
+    decoder: str
+    region: Region | None = None
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """(image, request), both as indices into the batch."""
+        return self.branch.image, self.branch.group
+
+
+class BranchPlanner:
+    """Turns requests into branches for one model.
+
+    serving: task -> decoder; skeletons: class -> keypoint names; trained: the tasks that the model was trained on.
+    """
+
+    def __init__(self, serving: Mapping[str, str], skeletons: Mapping[str, tuple[str, ...]], trained: Collection[str]):
+        self.serving = serving
+        self.skeletons = skeletons
+        served = (t for t in TASKS.values() if t.is_text or t.name in serving)
+        self.tasks = tuple(t.name for t in served if (t.derived_from or t.name) in trained)
+
+    def decoder(self, task: Task) -> str:
+        """The decoder that serves a task; raises `UserError` if the model has none."""
+        if (name := self.serving.get(task.name)) is None:
+            raise no_decoder(task.name, self.tasks)
+        return name
+
+    def plan(self, request: Request, size: tuple[int, int]) -> RequestPlan:
+        """The plan of an answer before anything has run; `size`: (height, width) of the image."""
+        task = TASKS[request.task]
+        return RequestPlan(
+            task.name, size, decoder=None if task.is_text else self.decoder(task), route=task.routing_token
+        )
+
+    def branches(self, request: Request, image: int, index: int) -> list[PendingBranch]:
+        """The branches of request `index` of `image`; none for text tasks.
+
+        The routing token is given, so nothing is sampled.
+        """
+        task = TASKS[request.task]
+        if task.is_text:
+            return []
+        decoder = self.decoder(task)
+        if request.region is not None:
+            text = task.prompt(template=request.template)
+            branch = Branch(image, text, route=task.routing_token, regions=(0,), group=index)
+            return [PendingBranch(branch, PromptSpec(REGION_PHRASE, masks=True), decoder, request.region)]
+        pending = []
+        for phrase in request.phrases:
+            names = self._keypoints(request, phrase) if task.name == "pose" else ()
+            prompt = PromptSpec(phrase, masks=task.result == "masks", keypoints=names, sample=request.sample)
+            text = task.prompt(phrase, request.template)
+            branch = Branch(image, text, route=task.routing_token, phrase=phrase, group=index)
+            pending.append(PendingBranch(branch, prompt, decoder))
+            for name in names:
+                text = task.keypoint_prompt(name, phrase)
+                branch = Branch(image, text, route=task.routing_token, parent=0, phrase=name, group=index)
+                pending.append(PendingBranch(branch, None, decoder))
+        return pending
+
+    def routed_branches(self, request: Request, task: Task, image: int, index: int) -> list[PendingBranch]:
+        """The branches of a free chat in which the LLM chose the routing token of `task`: its text, with queries."""
+        named = task_of_prompt(request.text)
+        phrase = named[1] if named else request.text
+        if task.name == "pose" and phrase in self.skeletons:
+            return self.branches(Request("pose", (phrase,)), image, index)
+        sample = SampleSettings() if task.result == "image" else None
+        prompt = PromptSpec(phrase, masks=task.result == "masks", sample=sample)
+        branch = Branch(image, request.text, route=task.routing_token, group=index)
+        return [PendingBranch(branch, prompt, self.decoder(task))]
+
+    def _keypoints(self, request: Request, phrase: str) -> tuple[str, ...]:
+        names = request.keypoints or self.skeletons.get(phrase)
+        if not names:
+            known = ", ".join(sorted(self.skeletons)) or "none"
+            raise UserError(
+                f"the model has no keypoints for '{phrase}'; name them in 'keypoints' or use one of: {known}",
+                "unknown_skeleton",
+            )
+        return tuple(names)
+
+
+def split_passes(pending: Sequence[PendingBranch], most: int, whole_requests: bool) -> list[list[int]]:
+    """Indices of the branches of each pass: at most `most` of an image.
+
+    With `whole_requests` those of one request, which share one text, stay together, however many.
+    """
+    per_image: dict[int, list[list[int]]] = {}
+    for _, run in groupby(range(len(pending)), lambda i: pending[i].key if whole_requests else i):
+        numbers = list(run)
+        chunks = per_image.setdefault(pending[numbers[0]].branch.image, [[]])
+        if chunks[-1] and len(chunks[-1]) + len(numbers) > most:
+            chunks.append([])
+        chunks[-1] += numbers
+    return [list(chain.from_iterable(chunks)) for chunks in zip_longest(*per_image.values(), fillvalue=())]
+
+
+def with_regions(pending: Sequence[PendingBranch]) -> tuple[list[Branch], list[Region], list[int]]:
+    """(branches of one pass, their regions, the image of each region)."""
+    branches: list[Branch] = []
+    regions: list[Region] = []
+    images: list[int] = []
+    for item in pending:
+        if item.region is None:
+            branches.append(item.branch)
+            continue
+        branches.append(replace(item.branch, regions=(len(regions),)))
+        regions.append(item.region)
+        images.append(item.branch.image)
+    return branches, regions, images
+
+
+def decoder_input(
+    name: str, pending: Sequence[PendingBranch], embeddings: Tensor, plans: Sequence[Sequence[RequestPlan]]
+) -> DecoderInput:
+    """The super link of a decoder from its branches and their embeddings [P, C] or [P, T, C]; each request is a group.
+
+    Enters the decoder and the indices of its object prompts in `plans`.
+    """
+    parents, last = [], -1
+    groups: dict[tuple[int, int], int] = {}
+    for i, item in enumerate(pending):
+        image, request = item.key
+        if item.prompt is not None:
+            last = i
+            plans[image][request].links.append(i)
+            plans[image][request].decoder = name
+        parents.append(-1 if item.prompt is not None else last)
+        groups.setdefault(item.key, len(groups))
+    link = SuperLink(
+        name,
+        embeddings,
+        image_index=torch.tensor([item.branch.image for item in pending]),
+        parent=torch.tensor(parents),
+        group=torch.tensor([groups[item.key] for item in pending]),
+    )
+    return DecoderInput(link, [item.prompt for item in pending])

@@ -1,0 +1,69 @@
+"""The interface of an engine. Label, evaluate and serve's tests depend on it, not on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+
+from lumen_ray.inference.request import Request
+from lumen_ray.structures import Answer
+
+
+@runtime_checkable
+class EngineProtocol(Protocol):
+    """Answers requests about images. `inference.engine.Engine` implements it over a model; tests use fakes."""
+
+    @property
+    def preset(self) -> str:
+        """Name of the model's preset."""
+
+    @property
+    def version(self) -> str:
+        """Identifies the weights."""
+
+    @property
+    def dtype(self) -> str:
+        """'float32' or 'bfloat16', of weights and arithmetic."""
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of the trunk's square input."""
+
+    @property
+    def tasks(self) -> Sequence[str]:
+        """Names of the tasks that the model serves."""
+
+    @property
+    def serving(self) -> Mapping[str, str]:
+        """Task -> decoder that serves it; text tasks are absent."""
+
+    @property
+    def chosen_decoders(self) -> Mapping[str, str]:
+        """The entries of `serving` that differ from the model folder's settings."""
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Class names of the training data."""
+
+    @property
+    def skeletons(self) -> Mapping[str, Sequence[str]]:
+        """Class -> keypoint names."""
+
+    @property
+    def edges(self) -> Mapping[str, Sequence[Sequence[int]]]:
+        """Class -> pairs of 0-based keypoint indices to join."""
+
+    def run(
+        self,
+        images: Sequence[np.ndarray | None],
+        requests: Sequence[Sequence[Request]],
+        *,
+        score_threshold: float = 0.05,
+        max_per_phrase: int = 300,
+        max_new_tokens: int = 48,
+        class_chunk: int = 64,
+        route_only: bool = False,
+    ) -> list[list[Answer]]:
+        """One `Answer` per request of each image (uint8 [h, w, 3] RGB, None for text alone); see `Engine.run`."""
