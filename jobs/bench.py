@@ -1,5 +1,5 @@
-"""`python jobs/bench.py KIND`, alone or by `ray job submit`: speed of training (`train`) and of the expert decoders
-(`decoders`), both sides of each comparison in one run. See `lumen_ray/bench`."""
+"""`python jobs/bench.py KIND`, by itself or as a `ray job submit`: measures the speed of training (`train`) or of the
+expert decoders (`decoders`), with both sides of each comparison in one run. See `lumen_ray/bench`."""
 
 import sys
 

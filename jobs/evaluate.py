@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir . -- python jobs/evaluate.py ...`: the arguments of `lumen-ray evaluate`."""
+"""`ray job submit --working-dir . -- python jobs/evaluate.py ...`, with the arguments of `lumen-ray evaluate`."""
 
 import sys
 

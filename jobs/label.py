@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir . -- python jobs/label.py ...`: the arguments of `lumen-ray label`."""
+"""`ray job submit --working-dir . -- python jobs/label.py ...`, with the arguments of `lumen-ray label`."""
 
 import sys
 

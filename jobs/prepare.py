@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir . -- python jobs/prepare.py ...`: the arguments of `lumen-ray prepare`."""
+"""`ray job submit --working-dir . -- python jobs/prepare.py ...`, with the arguments of `lumen-ray prepare`."""
 
 import sys
 

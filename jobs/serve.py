@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir . -- python jobs/serve.py ...`: the arguments of `lumen-ray serve`."""
+"""`ray job submit --working-dir . -- python jobs/serve.py ...`, with the arguments of `lumen-ray serve`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`ray job submit --working-dir . -- python jobs/train.py ...`: the arguments of `lumen-ray train`."""
+"""`ray job submit --working-dir . -- python jobs/train.py ...`, with the arguments of `lumen-ray train`."""
 
 import sys
 
