@@ -246,9 +246,9 @@ def check_form(path: str, form: dict[str, str]) -> None:
 def check_fields(task: str, fields: Any) -> None:
     """The task takes what is given and has what it needs."""
     from lumen_ray.serve.settings import ServeSettings
-    from lumen_ray.serve.task_api import make_query
+    from lumen_ray.serve.task_api import parse_request
 
-    make_query(task, fields, (128, 128), ServeSettings(model="nano"))
+    parse_request(task, fields, (128, 128), ServeSettings(model="nano"))
 
 
 def json_blocks() -> list[Block]:

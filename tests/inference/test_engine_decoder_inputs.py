@@ -155,8 +155,8 @@ def learned_from(engine, image):
     row = make_row("photo", b"", (height, width), "test", tasks=["edit"], messages=[message])
     collator = Collator(tiny_tokenizer(), SIDE, ("edit",), {}, input_rules=engine.loaded.settings.input_rules)
     batch = collator([row], [image], [np.random.default_rng(0)], [image])
-    assert torch.equal(batch["targets"]["editing"].images, batch["pixels"]["instruct_pix2pix"].images)
-    return batch["pixels"]["instruct_pix2pix"].images[0]
+    assert torch.equal(batch.targets["editing"].images, batch.pixels["instruct_pix2pix"].images)
+    return batch.pixels["instruct_pix2pix"].images[0]
 
 
 @pytest.mark.parametrize("shape", [(128, 128), (100, 200), (211, 97), (16, 16), (10, 300)])

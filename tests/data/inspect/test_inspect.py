@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from lumen_ray import cli
+from lumen_ray import cli, console
 from lumen_ray.data.batches.collate import Collator
 from lumen_ray.data.batches.plan import row_rng
 from lumen_ray.data.images import decode
@@ -267,11 +267,11 @@ def test_a_damaged_file_is_named(folder, tmp_path, capsys):
 def test_classes_may_stand_in_a_file(tmp_path):
     path = tmp_path / "names.txt"
     path.write_text("red circle\n\n  bow, ribbon \n")
-    assert cli._classes(str(path)) == ["red circle", "bow, ribbon"]
-    assert cli._classes("a, b") == ["a", "b"]
+    assert console.class_names(str(path)) == ["red circle", "bow, ribbon"]
+    assert console.class_names("a, b") == ["a", "b"]
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(cli.UserError, match="UTF-8"):
-        cli._classes(str(path))
+        console.class_names(str(path))
 
 
 def test_a_crowd_is_ignored_not_found():
