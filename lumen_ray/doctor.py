@@ -15,7 +15,7 @@ from rich.markup import escape
 from lumen_ray.console import say
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
-from lumen_ray.footprint import BF16, FP32, ByRecipe, Role, count_recipe, on_meta, roles_of, together
+from lumen_ray.footprint import BF16, FP32, RecipeFootprint, Role, combined, count_recipe, meta_model, roles_of
 from lumen_ray.installation import Finding, gpu_memory, host_memory, machine, packages, size
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def examine(preset: str, model: str | None = None, workers: int | None = None) -
         title = f"memory of '{settings.name}', weights and optimiser, activations aside"
         published: dict[str, int] = {}
         try:
-            counted = on_meta(settings)
+            counted = meta_model(settings)
         except ImportError as error:  # a decoder whose package is optional
             needs = f"preset '{settings.name}' needs a package that is not installed: {error}"
             sections[title] = [Finding("missing", needs)]
@@ -97,9 +97,9 @@ def _start(recipe: Recipe | None) -> str:
     return f", its recipe starts from {start}"
 
 
-def _needs(roles: list[Role], workers: int, by_recipe: ByRecipe | None) -> Iterator[Finding]:
+def _needs(roles: list[Role], workers: int, by_recipe: RecipeFootprint | None) -> Iterator[Finding]:
     """Memory by role, with training of all weights that the model's settings do not freeze; then that of the recipe."""
-    total = together(roles)
+    total = combined(roles)
     width = max(len(role.name) for role in (*roles, total))
     for role in (*roles, total):
         share = f", {size(role.training(workers))} on each of {workers} ranks" if workers > 1 else ""
@@ -170,7 +170,7 @@ def _room(roles: list[Role]) -> Iterator[Finding]:
         )
 
 
-def _gpus(roles: list[Role], by_recipe: ByRecipe | None, workers: int) -> Iterator[Finding]:
+def _gpus(roles: list[Role], by_recipe: RecipeFootprint | None, workers: int) -> Iterator[Finding]:
     """The GPUs that inference and the recipe need, and those of this machine."""
     whole, largest = (f(role.parameters * FP32 for role in roles) for f in (sum, max))
     gpus = gpu_memory()

@@ -45,7 +45,7 @@ class Role:
         return whole // workers + (self.gathered + self.unsharded) * FP32
 
 
-def on_meta(settings: ModelSettings) -> Generalist:
+def meta_model(settings: ModelSettings) -> Generalist:
     """The model without its numbers, to be counted."""
     import torch
 
@@ -81,7 +81,7 @@ def _role(name: str, module: nn.Module, sharded: tuple[str, ...] = ()) -> Role:
     return Role(name, whole, num_trainable, 2 * max(large, default=0), whole - sum(large), largest)
 
 
-def together(roles: list[Role], groups: Iterable[Collection[str]] = ()) -> Role:
+def combined(roles: list[Role], groups: Iterable[Collection[str]] = ()) -> Role:
     """The counts of all roles in one process.
 
     groups: names of the decoders trained in one step, since the gathered weights of an expert are kept to its end;
@@ -99,7 +99,7 @@ def together(roles: list[Role], groups: Iterable[Collection[str]] = ()) -> Role:
 
 
 @dataclass(frozen=True)
-class ByRecipe:
+class RecipeFootprint:
     """The counts of a recipe.
 
     model: the whole model, with LoRA's adapters, in `stage`, the one with most trainable parameters; None if it cannot
@@ -119,23 +119,23 @@ class ByRecipe:
         return self.model.training(workers) + self.averaged * FP32 // workers
 
 
-def count_recipe(settings: ModelSettings, recipe: Recipe) -> ByRecipe:
+def count_recipe(settings: ModelSettings, recipe: Recipe) -> RecipeFootprint:
     """Counts what a recipe trains of the preset `settings`, stage by stage."""
     import torch
 
     from lumen_ray.train.lora import changing_state, inject
     from lumen_ray.train.optimizer import set_trainable
 
-    model, stages = on_meta(settings), {}
+    model, stages = meta_model(settings), {}
     try:
         if recipe.lora is not None:
             with torch.device("meta"):
                 inject(model, recipe.lora, recipe.seed)
         for stage in recipe.stages:
             set_trainable(model, stage)
-            stages[stage.name] = together(roles_of(model), [group.learning for group in stage.groups])
+            stages[stage.name] = combined(roles_of(model), [group.learning for group in stage.groups])
     except UserError as error:  # `peft` is optional
-        return ByRecipe(recipe, fault=str(error))
+        return RecipeFootprint(recipe, fault=str(error))
     most = max(stages, key=lambda name: stages[name].num_trainable)
     averaged = sum(v.numel() for v in changing_state(model).values() if v.is_floating_point()) if recipe.ema else 0
-    return ByRecipe(recipe, most, stages[most], averaged)
+    return RecipeFootprint(recipe, most, stages[most], averaged)

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils import swap_tensors
 
-_LATER = ContextVar("weights_come_later", default=False)
+_LATER = ContextVar("published_parts_on_meta", default=False)
 
 
 @contextmanager
-def weights_come_later() -> Iterator[None]:
-    """Within it, `published` parts are built on the meta device; all others get fresh weights as ever."""
+def published_parts_on_meta() -> Iterator[None]:
+    """Within it, parts made by `published_part` are built on the meta device; all others get fresh weights as ever."""
     token = _LATER.set(True)
     try:
         yield
@@ -26,7 +26,7 @@ def weights_come_later() -> Iterator[None]:
         _LATER.reset(token)
 
 
-def published(build: Callable[[], nn.Module]) -> nn.Module:
+def published_part(build: Callable[[], nn.Module]) -> nn.Module:
     """What `build` makes: a part that has published weights."""
     if not _LATER.get():
         return build()
@@ -35,7 +35,7 @@ def published(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 @contextmanager
-def without_weights() -> Iterator[None]:
+def on_meta() -> Iterator[None]:
     """Within it, parameters of modules are put on the meta device as soon as they belong to one, before most are drawn.
     Buffers are computed as ever: no file has those that are not persistent."""
     thread = threading.get_ident()  # what others build meanwhile is not concerned
@@ -59,7 +59,7 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def put_weights(module: nn.Module, read: Callable[[str], Tensor], device: torch.device | str) -> None:
-    """Puts a module built `without_weights` on a device: `read` gives the values of its parameters that are on the meta
+    """Puts a module built `on_meta` on a device: `read` gives the values of its parameters that are on the meta
     device, and of its persistent buffers, by name.
 
     It is asked for one after the other, and what it gives is kept where type and device are right, so that no second

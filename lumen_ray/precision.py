@@ -20,13 +20,13 @@ from lumen_ray.structures import Dtype
 _PRODUCTS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d, nn.Embedding)
 
 
-def arithmetic(low: bool, device: torch.device) -> AbstractContextManager:
+def autocast_context(low: bool, device: torch.device) -> AbstractContextManager:
     """The context of a forward pass: bf16 autocast if `low`, else none. Autocast's cache is off: it would keep a
     second copy of all weights."""
     return torch.autocast(device.type, torch.bfloat16, cache_enabled=False) if low else nullcontext()
 
 
-def lower(module: nn.Module, dtype: Dtype) -> None:
+def cast_weights_(module: nn.Module, dtype: Dtype) -> None:
     """Casts a module's weights to `dtype` in place; on the meta device, those that are loaded later. Idempotent."""
     if dtype == "float32":
         return
@@ -53,12 +53,12 @@ def _in_fp32(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def in_own_dtype(run: Callable[..., Any]) -> Callable[..., Any]:
+def in_model_dtype(run: Callable[..., Any]) -> Callable[..., Any]:
     """Wraps a method of an object with `device` and `dtype`: it runs in that precision, without gradients."""
 
     @wraps(run)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with torch.inference_mode(), arithmetic(self.dtype == "bfloat16", self.device):
+        with torch.inference_mode(), autocast_context(self.dtype == "bfloat16", self.device):
             return run(self, *args, **kwargs)
 
     return wrapped

@@ -8,9 +8,9 @@ import torch
 from support.tiny_models import EXPERTS, tiny_model, tiny_settings, tiny_tokenizer
 
 from lumen_ray import cli, doctor, installation
-from lumen_ray.doctor import Finding, Role, examine, on_meta, roles_of
+from lumen_ray.doctor import Finding, Role, examine, meta_model, roles_of
 from lumen_ray.errors import UserError
-from lumen_ray.footprint import count_recipe, together
+from lumen_ray.footprint import combined, count_recipe
 from lumen_ray.model.build import ModelMeta, count_parameters, save_model
 from lumen_ray.recipe import Recipe
 
@@ -99,7 +99,7 @@ def test_what_is_needed_of_gpus_and_what_is_missing(monkeypatch, gpus, precision
     monkeypatch.setattr(doctor, "gpu_memory", lambda: gpus)
     settings = tiny_settings()
     counted = count_recipe(settings, tiny_recipe(precision=precision))
-    findings = list(doctor._gpus(roles_of(on_meta(settings)), counted, 2))
+    findings = list(doctor._gpus(roles_of(meta_model(settings)), counted, 2))
     assert findings[-1].state == state
     assert re.search(words, "\n".join(finding.text for finding in findings), re.MULTILINE)
 
@@ -124,7 +124,9 @@ def test_what_a_recipe_trains_is_counted():
     assert one.model.num_trainable == part and one.model.parameters == whole
     lora = count_recipe(settings, tiny_recipe(lora={"rank": 2}))
     assert lora.model.parameters > whole and lora.model.num_trainable < whole
-    assert "first rank" not in str(list(doctor._needs(roles_of(on_meta(settings)), 1, counted)))  # it keeps all anyway
+    assert "first rank" not in str(
+        list(doctor._needs(roles_of(meta_model(settings)), 1, counted))
+    )  # it keeps all anyway
 
 
 def test_without_peft_it_says_what_it_cannot_count(monkeypatch):
@@ -133,7 +135,7 @@ def test_without_peft_it_says_what_it_cannot_count(monkeypatch):
 
     monkeypatch.setattr("lumen_ray.train.lora._peft", missing)
     counted = count_recipe(tiny_settings(), tiny_recipe(lora={}))
-    out = [finding.text for finding in doctor._needs(roles_of(on_meta(tiny_settings())), 1, counted)]
+    out = [finding.text for finding in doctor._needs(roles_of(meta_model(tiny_settings())), 1, counted)]
     assert out[-1] == "recipe 'tiny': its trainable parameters cannot be counted: pip install 'lumen-ray[lora]'"
 
 
@@ -151,11 +153,11 @@ def test_roles_may_have_a_gpu_each(monkeypatch):
 
 
 def test_roles_are_counted_on_the_model():
-    model, roles = tiny_model(), roles_of(on_meta(tiny_settings(vocab_size=len(tiny_tokenizer()))))
+    model, roles = tiny_model(), roles_of(meta_model(tiny_settings(vocab_size=len(tiny_tokenizer()))))
     assert [role.name for role in roles] == ["trunk", *model.decoders]
     assert roles[0].parameters == count_parameters(model.trunk)
     assert roles[0].unsharded == roles[0].parameters and roles[0].gathered == 0  # all blocks are small
-    assert roles[0].largest == max(p.numel() for p in model.trunk.parameters()) == together(roles).largest
+    assert roles[0].largest == max(p.numel() for p in model.trunk.parameters()) == combined(roles).largest
 
 
 def test_training_memory_is_shared_by_the_ranks():
@@ -170,7 +172,7 @@ def test_the_per_rank_count_is_what_sharding_leaves(monkeypatch):
     from lumen_ray.train import parallel
 
     monkeypatch.setattr(parallel, "MIN_BLOCK_PARAMETERS", 1)
-    role, model = roles_of(on_meta(tiny_settings(vocab_size=len(tiny_tokenizer()))))[0], tiny_model()
+    role, model = roles_of(meta_model(tiny_settings(vocab_size=len(tiny_tokenizer()))))[0], tiny_model()
     inside = [
         count_parameters(block)
         for name in ("vision", "llm") for _, block in parallel.blocks(getattr(model.trunk, name))
@@ -179,13 +181,13 @@ def test_the_per_rank_count_is_what_sharding_leaves(monkeypatch):
 
 
 def test_an_expert_is_gathered_while_it_computes():
-    counted = roles_of(on_meta(tiny_settings(vocab_size=330, **EXPERTS)))
+    counted = roles_of(meta_model(tiny_settings(vocab_size=330, **EXPERTS)))
     experts = {role.name: role for role in counted if role.name in EXPERTS}
     assert set(experts) == set(EXPERTS)
     assert all(role.gathered == role.parameters and role.unsharded == 0 for role in experts.values())
-    whole = together(counted)
+    whole = combined(counted)
     assert whole.gathered == max(role.parameters for role in experts.values())
-    pair = together(counted, [["lumen", "grounding_dino", "unipose"], ["stable_diffusion"]])
+    pair = combined(counted, [["lumen", "grounding_dino", "unipose"], ["stable_diffusion"]])
     assert pair.gathered == experts["grounding_dino"].parameters + experts["unipose"].parameters
     group = {"tasks": ["detect", "pose"]}  # that all decoders learn from which can
     stages = ({"name": "all", "steps": 1, "groups": [group]},)
@@ -219,7 +221,7 @@ def test_a_decoder_without_its_package(monkeypatch):
     def build(settings):
         raise ModuleNotFoundError("No module named 'diffusers'")
 
-    monkeypatch.setattr(doctor, "on_meta", build)
+    monkeypatch.setattr(doctor, "meta_model", build)
     sections, able = examine("nano")
     assert not able and "needs a package that is not installed: No module named 'diffusers'" in text(sections)
 

@@ -148,7 +148,7 @@ def difference(library: Library, ours: Ours, images: list[np.ndarray]) -> float:
     hook.remove()
     trunk, pixels = ours.decoder.trunk, inputs["pixel_values"]
     memory = trunk.encode(
-        trunk.see(pixels, [tuple(pixels.shape[-2:])] * len(pixels)),
+        trunk.extract_features(pixels, [tuple(pixels.shape[-2:])] * len(pixels)),
         torch.arange(len(pixels)),
         given["text_features"],
         ~given["text_attention_mask"],

@@ -19,7 +19,7 @@ from lumen_ray import config
 from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
 from lumen_ray.model.build import Generalist, build_model
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.precision import arithmetic
+from lumen_ray.precision import autocast_context
 from lumen_ray.presets import model_path
 from lumen_ray.superlink import SuperLink
 from lumen_ray.targets import PerceptionTargets
@@ -111,7 +111,7 @@ class Worker:
         self.embeddings = self.link.embeddings.detach().requires_grad_()
 
     def _arithmetic(self):
-        return arithmetic(self.precision == "bf16", self.device)
+        return autocast_context(self.precision == "bf16", self.device)
 
     def trunk(self) -> torch.Tensor:
         out = self.model.trunk(self.batch)

@@ -22,7 +22,7 @@ from lumen_ray.decoders.registry import serves
 from lumen_ray.errors import unknown
 from lumen_ray.model.build import given
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.precision import arithmetic
+from lumen_ray.precision import autocast_context
 from lumen_ray.presets import model_path
 from lumen_ray.superlink import SuperLink
 from lumen_ray.tasks import TASKS
@@ -78,7 +78,7 @@ def training_step(
 
     def step() -> dict[str, Tensor]:
         decoder.zero_grad(set_to_none=False)
-        with arithmetic(low, link.embeddings.device):
+        with autocast_context(low, link.embeddings.device):
             losses = decoder.losses(link, view, targets)
         sum(term.total for term in losses.values()).backward()
         return {name: term.total.detach() for name, term in losses.items()}

@@ -13,7 +13,7 @@ from lumen_ray.decoders.base import ImageDecoder, PredictSettings
 from lumen_ray.inference.outputs import DecoderInput, DecoderResult, TrunkOutput
 from lumen_ray.input_size import padded_pixels
 from lumen_ray.model.build import LoadedModel, load_model
-from lumen_ray.precision import in_own_dtype
+from lumen_ray.precision import in_model_dtype
 from lumen_ray.structures import SampleSettings, Size
 from lumen_ray.superlink import SuperLink
 from lumen_ray.targets import Frame, Pixels
@@ -41,7 +41,7 @@ class DecoderStage:
         """Reads one decoder of a model folder, nothing else of it."""
         return cls(load_model(model, parts=(), dtype=dtype), name, device)
 
-    @in_own_dtype
+    @in_model_dtype
     def predict(self, output: TrunkOutput, settings: PredictSettings = DEFAULTS) -> list[DecoderResult]:
         """The result of each link of this decoder, in stored-image pixels. Received tensors are never written to.
 

@@ -23,9 +23,9 @@ from lumen_ray.checkpoints.safetensors_file import WeightsFile, sync, write_weig
 from lumen_ray.decoders.base import Decoder, ImageDecoder, LossTerm, anchor
 from lumen_ray.decoders.registry import DECODERS, decoder_class, reads_dense, serves
 from lumen_ray.errors import UserError
-from lumen_ray.meta_init import put_weights, without_weights
+from lumen_ray.meta_init import on_meta, put_weights
 from lumen_ray.model.settings import ModelSettings, read_settings
-from lumen_ray.precision import lower
+from lumen_ray.precision import cast_weights_
 from lumen_ray.presets import model_folder
 from lumen_ray.structures import Dtype, check_dtype
 from lumen_ray.superlink import SuperLink
@@ -215,7 +215,7 @@ class LoadedModel:
         return self._ready(self.model.trunk, "trunk", device)
 
     def _ready(self, part: nn.Module, prefix: str, device: torch.device | str) -> Any:
-        lower(part, self.dtype)
+        cast_weights_(part, self.dtype)
         if any(p.is_meta for p in part.parameters()):
             put_weights(part, lambda key: self.weights[f"{prefix}.{key}"], device)
         return part.to(device)
@@ -273,7 +273,7 @@ def load_model(
     meta, own, tokenizer = read_meta(folder), read_settings(folder), read_tokenizer(folder)
     settings = own.choose(decoders or {}, str(folder))
     weights = open_weights(folder)
-    with without_weights():
+    with on_meta():
         model = build_model(settings, len(tokenizer)).eval()
     _check_fits(weights, model, settings.name)
     parts = {"trunk", *model.decoders} if parts is None else set(parts)

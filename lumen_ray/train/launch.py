@@ -38,7 +38,7 @@ from lumen_ray.train.metrics.metrics import MetricsWatcher, Progress
 from lumen_ray.train.run import checkpoint
 from lumen_ray.train.run import malloc as memory
 from lumen_ray.train.run.capacity import Demand, RoomWatcher, look_at
-from lumen_ray.train.run.failures import told
+from lumen_ray.train.run.failures import as_user_error
 from lumen_ray.train.run.folder import keep_start, keep_tokenizer, sole_starter, sole_writer, start_of
 from lumen_ray.train.run.resources import of_worker, uses_gpus
 from lumen_ray.train.trainer import Job, Trainer
@@ -154,7 +154,7 @@ def _fit_rank(prepared: Prepared, device: torch.device, read: Callable[[list], I
             batches = read(plan_items(Plan(prepared.manifest, recipe), rank, ranks, trainer.step))
             trainer.fit(logged(batches, run) if recipe.log_samples else batches)
     except Exception as error:
-        cause = told(error, run)
+        cause = as_user_error(error, run)
         raise cause from (None if cause is error else error)
 
 
@@ -251,7 +251,7 @@ def _fit(prepared: Prepared, waiting: Callable[[str], None] | None) -> None:
         except SystemExit:  # which Ray makes of SIGINT once it has ended the workers
             raise KeyboardInterrupt from None
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
-            cause = told(error, run)
+            cause = as_user_error(error, run)
             if isinstance(cause, UserError) or checkpoint.latest(run) == before:
                 raise cause from (None if cause is error else error)
 
@@ -265,7 +265,7 @@ def _ray_trainer(prepared: Prepared, use_gpu: bool) -> Any:
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             for error in worker_exceptions.values():
-                if isinstance(cause := told(error, run), UserError):
+                if isinstance(cause := as_user_error(error, run), UserError):
                     raise cause
 
     run, recipe = Path(prepared.job.run), prepared.job.recipe

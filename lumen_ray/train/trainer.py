@@ -19,11 +19,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumen_ray.meta_init import without_weights
+from lumen_ray.meta_init import on_meta
 from lumen_ray.model.build import Generalist, ModelMeta, build_model, save_model
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.warm_start import StartWeights
-from lumen_ray.precision import arithmetic
+from lumen_ray.precision import autocast_context
 from lumen_ray.recipe import Recipe, Stage
 from lumen_ray.train import lora, parallel, precision
 from lumen_ray.train.blocks import checkpoint_blocks, compile_blocks
@@ -81,7 +81,7 @@ def fresh_model(job: Job, resume: Path | None, device: torch.device) -> Generali
     """
     recipe = job.recipe
     precision.check(recipe.precision, device)
-    with without_weights():
+    with on_meta():
         model = build_model(job.settings, len(job.tokenizer), recipe.seed)
     start = _start_weights(job, model) if resume is None or recipe.lora else None
     if recipe.lora:
@@ -197,7 +197,7 @@ class Trainer:
         for number, batch in enumerate(micro_steps, 1):
             if len(micro_steps) > 1:
                 parallel.reduce_gradients(self.model, number == len(micro_steps))
-            with arithmetic(self.job.recipe.precision == "bf16", self.device):
+            with autocast_context(self.job.recipe.precision == "bf16", self.device):
                 found = self.model(batch.to(self.device))
             image_tokens = math.prod(self.model.trunk.vision.grid(*batch.images.shape[-2:]))
             losses.add(batch, found, image_tokens).backward()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPVisionModel, Dinov2Model
 
-from lumen_ray.meta_init import published
+from lumen_ray.meta_init import published_part
 from lumen_ray.trunk.settings import VisionSettings
 
 # Each encoder keeps the normalisation it was published with.
@@ -134,7 +134,7 @@ class BridgedVision(TokenGrid):
     def __init__(self, settings: VisionSettings, image_size: int, llm_width: int):
         config = settings.configs(image_size)["clip"]
         super().__init__(config.patch_size, settings.token_merge)
-        self.clip = Encoder(published(lambda: CLIPVisionModel(config)), CLIP_MEAN, CLIP_STD)
+        self.clip = Encoder(published_part(lambda: CLIPVisionModel(config)), CLIP_MEAN, CLIP_STD)
         self.dinov2 = self.from_stem = None
         self.layer = config.num_hidden_layers - (2 if settings.clip_layers == "penultimate" else 1)
         self.merged_width = self.LEVELS * config.hidden_size
@@ -175,14 +175,14 @@ class CommVision(TokenGrid):
             count = config.num_hidden_layers
             layers = list(range(count)) if settings.clip_layers == "all" else [count - 1]
             self.clip = MergedEncoder(
-                published(lambda: CLIPVisionModel(config)), layers, config.hidden_size, CLIP_MEAN, CLIP_STD
+                published_part(lambda: CLIPVisionModel(config)), layers, config.hidden_size, CLIP_MEAN, CLIP_STD
             )
             width += config.hidden_size
         if (config := configs.get("dinov2")) is not None:
             count = config.num_hidden_layers
             chosen = {"all": count, "last_quarter": math.ceil(count / 4), "last": 1}[settings.dinov2_layers]
             self.dinov2 = MergedEncoder(
-                published(lambda: Dinov2Model(config)),
+                published_part(lambda: Dinov2Model(config)),
                 list(range(count - chosen, count)),
                 config.hidden_size,
                 IMAGENET_MEAN,

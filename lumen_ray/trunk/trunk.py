@@ -20,7 +20,7 @@ from lumen_ray.attention import mask_to_bias
 from lumen_ray.decoders.registry import DECODERS, reads_dense
 from lumen_ray.decoders.spec import DecoderSettings
 from lumen_ray.errors import UserError
-from lumen_ray.meta_init import published
+from lumen_ray.meta_init import published_part
 from lumen_ray.superlink import SuperLink
 from lumen_ray.trunk.batch import TrainingBatch
 from lumen_ray.trunk.comm import build_vision
@@ -79,7 +79,7 @@ class Trunk(nn.Module):
         self.settings = settings
         needs_dense = reads_dense(decoders)
         config = settings.llm_config(vocab_size=vocab_size)
-        self.llm = published(lambda: AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
+        self.llm = published_part(lambda: AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
         width = config.hidden_size
         std = getattr(config, "initializer_range", 0.02)
         self.stem = ConvStem(settings.stem_channels) if settings.tokens_read_stem or needs_dense else None
@@ -97,7 +97,7 @@ class Trunk(nn.Module):
         if needs_dense:
             self.dense = DenseFeatures(self.stem.widths, settings.dense_channels, self.vision.merged_width, width)
 
-    def see(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    def extract_features(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
         """images [B, 3, H, W] in 0..1 -> (tokens of the prefix, merged map, stem features)."""
         stem = None if self.stem is None else self.stem(images)
         tokens, merged = self.vision(images, stem[-1] if self.settings.tokens_read_stem else None)
@@ -154,7 +154,7 @@ class Trunk(nn.Module):
         Dense features are made where one of `decoders` (those that learn from it; None or absent: all) reads them.
         """
         images, layout = batch.images.float() / 255, batch.layout
-        tokens, merged, stem = self.see(images)
+        tokens, merged, stem = self.extract_features(images)
         regions = None
         if len(batch.region_masks):
             regions = self.regions(images, merged, batch.region_masks, batch.region_images)
@@ -222,7 +222,7 @@ class Trunk(nn.Module):
     def encode(self, images: Tensor, valid: Tensor | None = None) -> Prefix:
         """images uint8 [B, 3, H, W] -> the prefix that all prompts about them share."""
         images = images.float() / 255
-        tokens, merged, stem = self.see(images)
+        tokens, merged, stem = self.extract_features(images)
         batch, length = tokens.shape[:2]
         allowed = prefix_allowed(batch, length, self.settings.prefix_attention, images.device)
         mask = mask_to_bias(allowed, tokens.dtype)[:, None]

@@ -20,7 +20,7 @@ from lumen_ray.data.shards.prepare import prepare_source
 from lumen_ray.data.sources.scenes import ScenesSource
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import build_model
-from lumen_ray.precision import arithmetic
+from lumen_ray.precision import autocast_context
 from lumen_ray.recipe import BLOCK_PARTS, Stage
 from lumen_ray.train import parallel
 from lumen_ray.train.blocks import checkpoint_blocks
@@ -107,7 +107,7 @@ def backward(model, batch, seed, precision="fp32"):
     """A step on this rank; the mean losses of both."""
     torch.manual_seed(seed)
     losses = StepLosses(model.loss_names, {}, [batch], CPU)
-    with arithmetic(precision == "bf16", CPU):
+    with autocast_context(precision == "bf16", CPU):
         found = model(batch)
     losses.add(batch, found).backward()
     return losses.read().means
@@ -142,7 +142,7 @@ def _uneven(in_parts=False):
     for name in ("grounding_dino", "unipose") if in_parts else ():  # each group of prompts by itself, and again
         for decoder in (model.decoders[name], plain.decoders[name]):
             decoder.settings = decoder.settings.model_copy(update={"pixels_at_once": 1})
-            decoder._look = partial(_looked, parts, decoder._look)
+            decoder._decode = partial(_looked, parts, decoder._decode)
     checkpoint_blocks(model, BLOCK_PARTS)
     parallel.MIN_BLOCK_PARAMETERS = 0  # groups of the trunk beside those of the experts
     parallel.shard(model, CPU)

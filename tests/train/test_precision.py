@@ -5,7 +5,7 @@ import torch
 from support.tiny_models import scene_batch, tiny_model
 from support.train_fakes import job_of, log_of, on_two_ranks, weights_of
 
-from lumen_ray.precision import arithmetic
+from lumen_ray.precision import autocast_context
 from lumen_ray.recipe import BLOCK_PARTS
 from lumen_ray.train import parallel
 from lumen_ray.train.blocks import checkpoint_blocks, part
@@ -20,7 +20,7 @@ def test_losses_and_gradients_stay_fp32_and_near():
     exact = model(batch)
     seen = []
     part(model, "llm").model.layers[0].mlp.down_proj.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
-    with arithmetic(True, CPU):
+    with autocast_context(True, CPU):
         losses = model(batch)
     sum(term.total for term in losses.values()).backward()
     assert seen == [torch.bfloat16]
@@ -28,7 +28,7 @@ def test_losses_and_gradients_stay_fp32_and_near():
         assert term.total.dtype == torch.float32
         assert float(term.total.detach()) == pytest.approx(float(exact[name].total.detach()), rel=0.05)
     assert {p.grad.dtype for p in model.parameters() if p.grad is not None} == {torch.float32}
-    with arithmetic(False, CPU):
+    with autocast_context(False, CPU):
         assert torch.equal(model(batch)["lm"].total, exact["lm"].total)
 
 
@@ -42,7 +42,7 @@ def _sharded():
     block = part(model, "llm").model.layers[0]
     forward = block.mlp.forward
     block.mlp.forward = lambda x: (kinds.add((x.dtype, block.mlp.up_proj.weight.dtype)), forward(x))[1]
-    with arithmetic(True, CPU):
+    with autocast_context(True, CPU):
         losses = model(batch)
     sum(term.total for term in losses.values()).backward()
     assert kinds == {(torch.bfloat16, torch.bfloat16)}

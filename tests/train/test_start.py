@@ -11,7 +11,7 @@ from support.tiny_models import EXPERTS, llm, scrambled, tiny_settings
 from support.train_fakes import job_of, on_two_ranks, weights_of
 
 from lumen_ray.checkpoints.safetensors_file import write_weights
-from lumen_ray.footprint import on_meta
+from lumen_ray.footprint import meta_model
 from lumen_ray.model.build import build_model, count_parameters, save_model
 from lumen_ray.train import parallel
 from lumen_ray.train.lora import inject, plain_name
@@ -92,7 +92,7 @@ def test_a_folder_and_fresh_weights_for_what_it_lacks(data, tmp_path, options):
 
 
 def check_memory(job, most: dict[int, float]) -> None:
-    size = 4 * count_parameters(on_meta(job.settings)) / (1 << 20)
+    size = 4 * count_parameters(meta_model(job.settings)) / (1 << 20)
     assert size > 100
     parallel.from_all_ranks(torch.zeros(1 << 20))  # what the group needs for itself
     with peak_of() as mebibytes:

@@ -208,7 +208,7 @@ def test_answers_are_those_of_a_plain_causal_pass():
     none, limit = torch.zeros(0), 5
     written = trunk.generate(trunk.encode(images), layout, torch.tensor([0]), none, none, -1, limit)[0]
     with torch.no_grad():
-        tokens, _, _ = trunk.see(images.float() / 255)
+        tokens, _, _ = trunk.extract_features(images.float() / 255)
         embed = trunk.llm.get_input_embeddings()
         ids = layout.input_ids[0].tolist()
         for _ in range(limit):

@@ -116,7 +116,7 @@ def test_without_an_image_the_pixels_do_not_matter():
 def naive_greedy(trunk, image, prompt, limit, mode):
     """Every token from a full pass over the whole sequence: no cache, no packing; causal needs no mask at all."""
     with torch.no_grad():
-        sequence, *_ = trunk.see(image[None].float() / 255)
+        sequence, *_ = trunk.extract_features(image[None].float() / 255)
         prefix = sequence.shape[1]
         tokens = TOKENIZER.ids["<user>"], *TOKENIZER.encode(prompt), TOKENIZER.ids["<assistant>"]
         written = []

@@ -31,7 +31,7 @@ from lumen_ray.decoders.diffusion.settings import DiffusionSettings
 from lumen_ray.decoders.spec import TrunkShape
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.input_size import by_size
-from lumen_ray.meta_init import published
+from lumen_ray.meta_init import published_part
 from lumen_ray.structures import Size
 from lumen_ray.superlink import SuperLink
 from lumen_ray.targets import ImageTargets, Pixels
@@ -54,7 +54,7 @@ def _build(cls: type[nn.Module], where: str, keys: dict[str, Any]) -> nn.Module:
     """A model of `diffusers` with fresh weights; `UserError` for keys that make none."""
     check_keys(where, keys, config_keys(cls), f"diffusers.{cls.__name__}")
     try:
-        return published(lambda: cls(**keys))
+        return published_part(lambda: cls(**keys))
     except (TypeError, ValueError) as error:
         raise UserError(f"{where}: {str(error).splitlines()[0]}", "invalid_config") from None
 
@@ -135,7 +135,7 @@ class DiffusionDecoder(ImageDecoder):
 
         valid = {f.name for f in dataclasses.fields(CLIPTextConfig)}
         check_keys(f"{self.name}.text_encoder", keys, valid, "transformers.CLIPTextConfig")
-        return published(lambda: CLIPTextModel(CLIPTextConfig(**keys)))
+        return published_part(lambda: CLIPTextModel(CLIPTextConfig(**keys)))
 
     def _check(self) -> None:
         """The parts must fit together."""

@@ -127,7 +127,7 @@ def _joined(terms: list[LossTerm], parts: list[Tensor]) -> LossTerm:
 
 
 class DinoDecoder(Decoder):
-    """A subclass looks (`_look`) and sums its losses (`_losses`)."""
+    """A subclass looks (`_decode`) and sums its losses (`_losses`)."""
 
     independent = False
     #: Swin cuts maps into windows by Python arithmetic on their sizes, so that every size of image is a graph of its
@@ -156,17 +156,17 @@ class DinoDecoder(Decoder):
     def forward(self, link: SuperLink, pixels: Pixels) -> DinoRaw:
         """link of P prompts, at least one of them an object prompt -> what every group finds."""
         groups = Groups.of(link, pixels)
-        return self._look(link, self._see(pixels, groups), groups)
+        return self._decode(link, self._extract_features(pixels, groups), groups)
 
-    def _look(self, link: SuperLink, levels: Levels, groups: Groups, wanted: Objects | None = None) -> DinoRaw:
+    def _decode(self, link: SuperLink, levels: Levels, groups: Groups, wanted: Objects | None = None) -> DinoRaw:
         """`wanted`: what denoising queries are made of."""
         raise NotImplementedError
 
-    def _see(self, pixels: Pixels, groups: Groups) -> Levels:
+    def _extract_features(self, pixels: Pixels, groups: Groups) -> Levels:
         images = pixels.images[groups.shown].float() / 255
         mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
         extents = [(height, width) for height, width in pixels.extents[groups.shown].tolist()]
-        return self.trunk.see((images - mean) / std, extents)
+        return self.trunk.extract_features((images - mean) / std, extents)
 
     def _encode(self, levels: Levels, groups: Groups, links: Tensor) -> tuple[Memory, Tensor]:
         """Pixels and object prompts, links [P', C], read each other; and those links by group, [G, T, C]."""
@@ -225,7 +225,7 @@ class DinoDecoder(Decoder):
         """
         groups = Groups.of(link, pixels)
         most = max(1, self.settings.pixels_at_once // padded_pixels(groups.sizes))
-        levels, parts = self._see(pixels, groups), link.group_chunks(most)
+        levels, parts = self._extract_features(pixels, groups), link.group_chunks(most)
         if len(parts) == 1:
             return self._losses_of(link, levels, groups, targets)
         found = []
@@ -241,7 +241,7 @@ class DinoDecoder(Decoder):
         self, link: SuperLink, levels: Levels, groups: Groups, targets: PerceptionTargets
     ) -> dict[str, LossTerm]:
         wanted = find_objects(targets, groups.objects, groups.seats, groups.sizes)
-        return self._losses(self._look(link, levels, groups, wanted), wanted, targets)
+        return self._losses(self._decode(link, levels, groups, wanted), wanted, targets)
 
     def loss(self, raw: DinoRaw, targets: PerceptionTargets) -> dict[str, LossTerm]:
         groups = raw.groups

@@ -27,7 +27,7 @@ def backbone(decoder: DinoDecoder, work: DecoderWork, sizes: Sequence[Size]) -> 
     to their area, as windows are of one size."""
     counter = library_flops(decoder, work.build)
     sides = (STRIDES[-1] * 4, STRIDES[-1] * 4)
-    one = counter.count("backbone", lambda: counter.module.trunk.see(torch.empty(1, 3, *sides), [sides]))
+    one = counter.count("backbone", lambda: counter.module.trunk.extract_features(torch.empty(1, 3, *sides), [sides]))
     return one * sum(height * width for height, width in sizes) / (sides[0] * sides[1])
 
 

@@ -152,7 +152,7 @@ class DinoTrunk(nn.Module):
                 if isinstance(module, DeformableAttention):
                     self.decoder._init_weights(module)
 
-    def see(self, pixels: Tensor, extents: list[Size]) -> Levels:
+    def extract_features(self, pixels: Tensor, extents: list[Size]) -> Levels:
         """pixels [B, 3, H, W], normalised; extents: (height, width) of the part of each that is not padding."""
         largest = tuple(max(sides) for sides in zip(*extents, strict=True))
         shapes = [cells(largest, stride) for stride in (MASK_STRIDE, *STRIDES)]

@@ -51,7 +51,9 @@ class GroundingDinoDecoder(DinoDecoder):
         self.mask_head = MaskHead(c, self.trunk.stride4_channels, settings.mask_channels)
         self.mask_embed = GroundingDinoMLPPredictionHead(c, c, settings.mask_channels, 3)
 
-    def _look(self, link: SuperLink, levels: Levels, groups: Groups, wanted: Objects | None = None) -> GroundingDinoRaw:
+    def _decode(
+        self, link: SuperLink, levels: Levels, groups: Groups, wanted: Objects | None = None
+    ) -> GroundingDinoRaw:
         memory, links = self._encode(levels, groups, self.link_proj(link.embeddings[groups.objects]))
         denoising = None if wanted is None else make_denoising(wanted, links, memory.link_valid, self.settings)
         encoder, stages, query_valid = self.decode(memory, denoising)

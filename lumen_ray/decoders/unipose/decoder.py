@@ -67,7 +67,7 @@ class UniPoseDecoder(DinoDecoder):
         nn.init.constant_(self.visible_embed.layers[-1].bias, LIKELY_VISIBLE)
         self.trunk.backbone.hidden_states_norms["stage1"] = nn.Identity()  # of a map that only masks read
 
-    def _look(self, link: SuperLink, levels: Levels, groups: Groups, wanted: Objects | None = None) -> UniPoseRaw:
+    def _decode(self, link: SuperLink, levels: Levels, groups: Groups, wanted: Objects | None = None) -> UniPoseRaw:
         box_layers, layers = self.settings.box_layers, self.settings.decoder_layers
         memory, links = self._encode(levels, groups, self.link_proj(link.embeddings[groups.objects]))
         denoising = None if wanted is None else make_denoising(wanted, links, memory.link_valid, self.settings)

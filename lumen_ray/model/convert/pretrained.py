@@ -22,7 +22,7 @@ from lumen_ray.checkpoints.hub import Checkpoint, read_json
 from lumen_ray.checkpoints.rules import Part, Rule, apply, check_fits
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
-from lumen_ray.meta_init import weights_come_later
+from lumen_ray.meta_init import published_parts_on_meta
 from lumen_ray.model.build import ModelMeta, build_decoder, build_model, save_model
 from lumen_ray.model.convert import decoders as decoder_weights
 from lumen_ray.model.convert.encoder_rules import CLIP, DINOV2, LLM
@@ -246,7 +246,7 @@ def llm_state(tensors: Mapping[str, Tensor], known: int, rows: int, tied: bool, 
 
 def blank(settings: ModelSettings, rows: int, seed: int) -> dict[str, Tensor]:
     """The state of a model with fresh weights for what is not published; the rest is on the meta device."""
-    with weights_come_later():
+    with published_parts_on_meta():
         return build_model(settings, rows, seed).state_dict()
 
 

@@ -57,7 +57,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         queue += getattr(current, "worker_failures", {}).values()
 
 
-def told(error: BaseException, run: Path) -> BaseException:
+def as_user_error(error: BaseException, run: Path) -> BaseException:
     """The user's or the run's own error out of its wrappers, as a `UserError`; else the error as it is."""
     for cause in causes(error):
         if isinstance(cause, (UserError, DivergedError)):

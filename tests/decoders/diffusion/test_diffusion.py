@@ -23,7 +23,7 @@ from transformers import CLIPTextConfig
 
 from lumen_ray.decoders.diffusion.decoder import empty_caption_ids, fit_pixels
 from lumen_ray.errors import UserError
-from lumen_ray.precision import arithmetic, lower
+from lumen_ray.precision import autocast_context, cast_weights_
 from lumen_ray.structures import SampleSettings
 from lumen_ray.superlink import SuperLink
 from lumen_ray.targets import ImageTargets, Pixels
@@ -196,7 +196,7 @@ def test_the_first_steps_add_noise_in_bfloat16(make, monkeypatch):
     for noise in (0.0, 1.0):
         monkeypatch.setattr(torch, "randn_like", lambda like, noise=noise: torch.full_like(like, noise))
         torch.manual_seed(0)
-        with arithmetic(True, torch.device("cpu")):
+        with autocast_context(True, torch.device("cpu")):
             decoder.losses(link, view, targets)
         found.append(seen["noisy"])
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000)[:3] ** 2
@@ -430,10 +430,10 @@ def test_pictures_in_bfloat16_are_close_to_float32(make):
     """Weights as a model that answers has them: the noise is the same, latents and the VAE stay fp32."""
     decoder, settings = make(), SampleSettings(steps=6, num_images=2)
     exact = decoder.sample(make_link(), make_pixels(), settings)
-    lower(decoder, "bfloat16")
+    cast_weights_(decoder, "bfloat16")
     assert {p.dtype for p in decoder.vae.parameters()} == {torch.float32} == {decoder.unet.dtype}
     assert decoder.unet.down_blocks[0].resnets[0].conv1.weight.dtype == torch.bfloat16
-    with arithmetic(True, torch.device("cpu")):
+    with autocast_context(True, torch.device("cpu")):
         low = decoder.sample(make_link(), make_pixels(), settings)
     apart = (exact.int() - low.int()).abs().float()
     assert 0 < apart.mean() < 1 and apart.max() < 16  # of 255

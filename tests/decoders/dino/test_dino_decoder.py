@@ -40,8 +40,8 @@ def step(make, pixels_at_once, **changes):
     """Losses, gradients by name and with them that of the links, and the number of groups looked at in each pass."""
     decoder, link, pixels, targets = make(pixels_at_once=pixels_at_once, **changes)
     link.embeddings = link.embeddings.clone().requires_grad_()
-    passes, look = [], decoder._look
-    decoder._look = lambda link, levels, groups, *rest: (
+    passes, look = [], decoder._decode
+    decoder._decode = lambda link, levels, groups, *rest: (
         passes.append(len(groups.image)),
         look(link, levels, groups, *rest),
     )[1]

@@ -21,7 +21,7 @@ from lumen_ray.decoders.base import PredictSettings, PromptSpec
 from lumen_ray.decoders.dino.decoder import Groups
 from lumen_ray.decoders.dino.denoising import make_denoising
 from lumen_ray.decoders.dino.set_loss import find_objects
-from lumen_ray.precision import arithmetic, lower
+from lumen_ray.precision import autocast_context, cast_weights_
 from lumen_ray.structures import Boxes
 from lumen_ray.superlink import SuperLink
 from lumen_ray.targets import Frame, Pixels
@@ -174,7 +174,7 @@ def test_denoising_does_not_tell_matching_queries_the_answer():
     wanted = find_objects(targets, groups.objects, groups.seats, groups.sizes)
     with torch.no_grad():
         without = decoder(link, pixels)
-        with_ = decoder._look(link, decoder._see(pixels, groups), groups, wanted)
+        with_ = decoder._decode(link, decoder._extract_features(pixels, groups), groups, wanted)
     assert with_.denoised[-1].boxes.shape[1] > 0 and not without.denoised[-1].boxes.numel()
     for one, other in zip(without.stages, with_.stages, strict=True):
         torch.testing.assert_close(one.logits, other.logits, **CLOSE)
@@ -274,8 +274,8 @@ def test_weights_in_bfloat16_are_close_to_float32():
     decoder = scrambled(tiny_decoder(learned_class_scale=True, **SMALL), std=0.05)
     with torch.no_grad():
         exact = decoder(link, pixels)
-        lower(decoder, "bfloat16")
-        with arithmetic(True, torch.device("cpu")):
+        cast_weights_(decoder, "bfloat16")
+        with autocast_context(True, torch.device("cpu")):
             low = decoder(link, pixels)
     for one, other in ((exact.memory.vision, low.memory.vision), (exact.memory.links, low.memory.links)):
         assert not torch.equal(one, other.float()) and (one - other.float()).abs().mean() < 0.02 * one.abs().mean()

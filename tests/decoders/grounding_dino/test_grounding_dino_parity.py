@@ -25,7 +25,7 @@ CLOSE = {"atol": 1e-4, "rtol": 1e-5}
 
 def with_padding_seen(decoder, pixels, pixel_mask):
     """`Levels` as the references make them: the backbone sees the padding, which counts as image there."""
-    levels = decoder.trunk.see(pixels, [tuple(pixels.shape[-2:])] * len(pixels))
+    levels = decoder.trunk.extract_features(pixels, [tuple(pixels.shape[-2:])] * len(pixels))
     for level, m in enumerate(levels.sources):
         seen = torch.nn.functional.interpolate(pixel_mask[None].float(), size=m.shape[-2:])[0].bool()
         for shown, one in zip(levels.shown, seen, strict=True):

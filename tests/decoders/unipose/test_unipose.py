@@ -18,7 +18,7 @@ from lumen_ray.decoders.dino.denoising import make_denoising
 from lumen_ray.decoders.dino.set_loss import find_objects
 from lumen_ray.decoders.unipose import decoder as unipose
 from lumen_ray.decoders.unipose.settings import UniPoseSettings
-from lumen_ray.precision import arithmetic, lower
+from lumen_ray.precision import autocast_context, cast_weights_
 from lumen_ray.structures import Boxes
 from lumen_ray.superlink import SuperLink
 from lumen_ray.targets import Frame, Pixels
@@ -210,10 +210,10 @@ def test_bfloat16_finds_the_same(fitted):
 def test_weights_in_bfloat16_find_the_same(fitted):
     """As a model answers in bf16: what it finds of figures some 30 high is a pixel off at most."""
     exact, low = compared(*fitted), copy.deepcopy(fitted[0])
-    lower(low, "bfloat16")
+    cast_weights_(low, "bfloat16")
     assert low.trunk.encoder.layers[0].deformable_layer.fc1.weight.dtype == torch.bfloat16
     assert low.trunk.enc_output_norm.weight.dtype == torch.float32
-    with arithmetic(True, torch.device("cpu")):
+    with autocast_context(True, torch.device("cpu")):
         found = compared(low, *fitted[1:])
     assert not np.array_equal(exact[0], found[0])
     assert np.abs(exact[0] - found[0]).max() < 1.5 and np.abs(exact[1] - found[1]).max() < 0.2
@@ -233,7 +233,10 @@ def test_denoising_does_not_tell_slots_the_answer():
     groups = Groups.of(link, pixels)
     wanted = find_objects(targets, groups.objects, groups.seats, groups.sizes)
     with torch.no_grad():
-        without, with_ = decoder(link, pixels), decoder._look(link, decoder._see(pixels, groups), groups, wanted)
+        without, with_ = (
+            decoder(link, pixels),
+            decoder._decode(link, decoder._extract_features(pixels, groups), groups, wanted),
+        )
     assert len(with_.denoised) == decoder.settings.decoder_layers and with_.denoised[-1].boxes.shape[1] > 0
     assert torch.equal(without.slots.query, with_.slots.query)
     for one, other in zip(without.poses, with_.poses, strict=True):
@@ -257,7 +260,7 @@ def test_rounds_of_denoising_do_not_read_each_other_in_any_layer(monkeypatch):
         monkeypatch.setattr(unipose, "make_denoising", changed)
         torch.manual_seed(0)
         with torch.no_grad():
-            found.append(decoder._look(link, decoder._see(pixels, groups), groups, wanted))
+            found.append(decoder._decode(link, decoder._extract_features(pixels, groups), groups, wanted))
     rounds = found[0].denoising.round
     assert rounds.max() >= 1
     for one, other in zip(found[0].denoised, found[1].denoised, strict=True):

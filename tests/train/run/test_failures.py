@@ -16,7 +16,7 @@ from lumen_ray.model import build
 from lumen_ray.train import parallel
 from lumen_ray.train.launch import train_local
 from lumen_ray.train.run import checkpoint
-from lumen_ray.train.run.failures import DivergedError, explained, find_module, module_of, told, where
+from lumen_ray.train.run.failures import DivergedError, as_user_error, explained, find_module, module_of, where
 from lumen_ray.train.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -191,7 +191,7 @@ class Wrapped(Exception):
 def test_what_the_user_must_mend_is_found_in_its_wrappers(error, tmp_path):
     middle = RuntimeError("wrapped by a task")
     middle.__cause__ = error
-    found = told(Wrapped({0: RuntimeError("connection closed by peer"), 1: middle}), tmp_path)
+    found = as_user_error(Wrapped({0: RuntimeError("connection closed by peer"), 1: middle}), tmp_path)
     assert isinstance(found, UserError) and str(found) == str(error)
     assert found.reason == getattr(error, "reason", "training_diverged")
 
@@ -200,19 +200,19 @@ def test_an_error_of_a_reading_task_is_told_without_its_traceback(tmp_path):
     from ray.exceptions import RayTaskError
 
     wrapped = RayTaskError("read", "Traceback:\n", UserError("mend this", "broken_shards")).as_instanceof_cause()
-    found = told(wrapped, tmp_path)
+    found = as_user_error(wrapped, tmp_path)
     assert (str(found), found.reason) == ("mend this", "broken_shards")
 
 
 def test_a_full_disk_is_said_in_one_sentence_and_other_errors_stay(tmp_path):
     full = RuntimeError("writing failed")
     full.__context__ = OSError(errno.EDQUOT, "quota", "/run/x")
-    found = told(Wrapped({0: full}), tmp_path)
+    found = as_user_error(Wrapped({0: full}), tmp_path)
     assert isinstance(found, UserError) and found.reason == "disk_full"
     assert str(found).startswith("the disk of the run folder is full at '/run/x'; free space")
     assert str(found).endswith("; there is no checkpoint yet")
     other = OSError(errno.EIO, "input/output error")
-    assert told(other, tmp_path) is other
+    assert as_user_error(other, tmp_path) is other
 
 
 def ended_by_ray():
@@ -224,19 +224,19 @@ def ended_by_ray():
 
 
 def test_a_worker_that_ray_ended_for_its_memory_is_told(data, tmp_path):
-    cause = told(ended_by_ray(), tmp_path)
+    cause = as_user_error(ended_by_ray(), tmp_path)
     assert isinstance(cause, UserError) and cause.reason == "out_of_memory" and "\n" not in str(cause)
     assert "before the first step was done, and Ray ended the worker; raise 'accumulate'" in str(cause)
     assert str(cause).endswith("; there is no checkpoint yet")
     train_local(job_of(data, tmp_path, {"steps": 3}, checkpoint_every=2))
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 3, "lo')  # cut short by the kill
-    cause = told(ended_by_ray(), tmp_path)
+    cause = as_user_error(ended_by_ray(), tmp_path)
     assert "ran out of memory after step 2, and Ray" in str(cause)
     assert str(cause).endswith("; the last checkpoint, '0000003-s0', is intact")
 
 
 def test_memory_that_torch_lacks_is_not_a_kill_of_ray(tmp_path):
-    found = told(torch.OutOfMemoryError("CUDA out of memory"), tmp_path)
+    found = as_user_error(torch.OutOfMemoryError("CUDA out of memory"), tmp_path)
     assert found.reason == "out_of_memory" and str(found).startswith("rank 0 ran out of memory; raise")
 
 
