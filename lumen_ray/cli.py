@@ -270,6 +270,14 @@ def _say_bundled(model: str) -> None:
         )
 
 
+def _warn_of_broken_decoders() -> None:
+    """Names the decoders of other packages that cannot be used; all others can."""
+    from lumen_ray.decoders.registry import problems
+
+    for problem in problems():
+        print(f"lumen-ray: warning: {problem}", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns the exit status: the command's own or 0, or 2 for what the user must change."""
     prepare_environment()
@@ -283,6 +291,7 @@ def main(argv: list[str] | None = None) -> int:
         if not args.verb:
             parser.print_help()
             return EXIT_USER_ERROR
+        _warn_of_broken_decoders()
         return args.run(args) or 0
     except UserError as error:
         print(f"lumen-ray: {error}", file=sys.stderr)

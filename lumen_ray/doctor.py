@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from lumen_ray.console import say
-from lumen_ray.decoders.registry import DECODERS
+from lumen_ray.decoders.registry import DECODERS, problems
 from lumen_ray.errors import UserError
 from lumen_ray.footprint import BF16, FP32, RecipeFootprint, Role, combined, count_recipe, meta_model, roles_of
 from lumen_ray.installation import Finding, gpu_memory, host_memory, machine, packages, size
@@ -55,6 +55,8 @@ def examine(preset: str, model: str | None = None, workers: int | None = None) -
 
         settings = config.load(ModelSettings, model_path(preset))
         sections["machine"] = list(machine())
+        if plug_ins := list(_plug_ins()):
+            sections["decoders of other packages"] = plug_ins
         recipe = _recipe(settings.name)
         workers = workers or (recipe.workers if recipe else 1)
         title = f"memory of '{settings.name}', weights and optimiser, activations aside"
@@ -134,6 +136,16 @@ def _needs(roles: list[Role], workers: int, by_recipe: RecipeFootprint | None) -
             f"{name}: the host of the first rank also holds the whole model, {whole}, while it draws fresh weights or "
             f"writes the model; the weights of a model folder reach the ranks tensor by tensor, {largest} at most",
         )
+
+
+def _plug_ins() -> Iterator[Finding]:
+    """Decoders that other packages register, and those of them that cannot be used."""
+    for spec in DECODERS.values():
+        if spec.package:
+            tasks = ", ".join(spec.tasks)
+            yield Finding("ok", f"{spec.name} of package '{spec.package}': {spec.description or 'serves'} ({tasks})")
+    for problem in problems():
+        yield Finding("note", problem)
 
 
 def _inputs(settings: ModelSettings) -> Iterator[Finding]:

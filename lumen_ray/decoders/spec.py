@@ -9,7 +9,7 @@ from __future__ import annotations
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from lumen_ray.config import Settings
 from lumen_ray.errors import UserError
@@ -175,7 +175,7 @@ def _check_losses(spec: DecoderSpec, others: Mapping[str, DecoderSpec]) -> str |
     for loss in spec.losses:
         if loss in taken:
             return f"its loss '{loss}' has the name of a loss of {taken[loss]}; choose another"
-    units = LossUnit.__args__  # type: ignore[attr-defined]  # typing's Literal has it at run time
+    units = get_args(LossUnit)
     if wrong := [loss for loss, unit in spec.losses.items() if unit not in units]:
         return f"its loss '{wrong[0]}' counts '{spec.losses[wrong[0]]}'; give one of {', '.join(units)}"
     return None
