@@ -19,13 +19,14 @@ dtype('uint8')
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lumen_ray.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from lumen_ray.api import evaluate, label, prepare, serve, train
     from lumen_ray.inference.engine import Engine
     from lumen_ray.inference.request import make_request
     from lumen_ray.viz import draw
 
-__version__ = "0.1.0"
 __all__ = ["Engine", "draw", "evaluate", "label", "make_request", "prepare", "serve", "train"]
 
 _MODULES = {

@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from lumen_ray import __version__, api, doctor
+from lumen_ray import api, doctor
 from lumen_ray.console import (
     bar,
     class_names,
@@ -23,10 +23,12 @@ from lumen_ray.console import (
     training_note,
 )
 from lumen_ray.data import command as data_command
+from lumen_ray.decoders.registry import choice_example, problems
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.model.convert import command as convert
 from lumen_ray.presets import DEFAULT_MODEL, bundled_models, model_folder
 from lumen_ray.ray_env import prepare_environment
+from lumen_ray.version import __version__
 
 EXIT_USER_ERROR = 2
 #: verbs that continue where they stopped
@@ -101,7 +103,7 @@ def _decoders_arg(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="TASK=DECODER,..",
         help="decoder for each task that several of the model's decoders can serve, e.g. "
-        "detect=grounding_dino,pose=unipose (default: as in the model's settings)",
+        f"{choice_example()} (default: as in the model's settings)",
     )
 
 
@@ -272,8 +274,6 @@ def _say_bundled(model: str) -> None:
 
 def _warn_of_broken_decoders() -> None:
     """Names the decoders of other packages that cannot be used; all others can."""
-    from lumen_ray.decoders.registry import problems
-
     for problem in problems():
         print(f"lumen-ray: warning: {problem}", file=sys.stderr)
 

@@ -49,9 +49,9 @@ def texts_by_task(pairs: list[str]) -> dict[str, list[str]]:
 
 
 def decoders_by_task(pairs: list[str]) -> dict[str, str]:
-    """The values of ``--decoders``: ``["detect=lumen"] -> {"detect": "lumen"}``."""
+    """The values of ``--decoders``: ``["detect=NAME"] -> {"detect": "NAME"}``."""
     decoders: dict[str, str] = {}
-    for task, decoder in _split_pairs("--decoders", pairs, "TASK=DECODER", "detect=grounding_dino,pose=unipose"):
+    for task, decoder in _split_pairs("--decoders", pairs, "TASK=DECODER", "detect=NAME"):
         if task in decoders:
             raise UserError(f"--decoders names task '{task}' twice; give one decoder for it", "usage")
         decoders[task] = decoder

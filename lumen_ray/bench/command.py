@@ -17,10 +17,10 @@ from typing import Any
 
 from rich.console import Console
 
-from lumen_ray import __version__
 from lumen_ray.bench.timing import Result, SidesDiffer, table
 from lumen_ray.console import comma_separated, console, say
 from lumen_ray.errors import UserError, unknown
+from lumen_ray.version import __version__
 
 TABLE_WIDTH = 110  # columns, also where the terminal or the log has fewer
 

@@ -81,6 +81,11 @@ def serves(decoder: str, task: str) -> bool:
     return task in DECODERS[decoder].tasks
 
 
+def choice_example() -> str:
+    """A choice of decoders as the command line takes it, e.g. ``detect=grounding_dino,pose=unipose``."""
+    return ",".join(f"{task}={decoders_for(task)[-1]}" for task in ("detect", "pose"))
+
+
 def reads_dense(decoders: Iterable[str] | None) -> bool:
     """Whether one of the decoders (None: any there may be) reads the trunk's dense features."""
     return decoders is None or any(DECODERS[name].reads == "dense" for name in decoders)

@@ -28,7 +28,7 @@ class _ModelSettings(TrunkSettings):
         False, description="encoders and LLM start from published checkpoints, which 'lumen-ray convert' puts together"
     )
     decoders: dict[str, str] = Field(
-        {}, description="which decoder serves a task, as {detect: lumen}; those left out: the first the model has"
+        {}, description="which decoder serves a task, as {TASK: DECODER}; those left out: the first the model has"
     )
 
     @property

@@ -10,11 +10,11 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from lumen_ray import __version__
 from lumen_ray.serve import openai_api, openai_images, schemas, task_api
 from lumen_ray.serve.http import Guard, install_error_handlers
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.serve.task_api import Backend
+from lumen_ray.version import __version__
 
 _REQUESTS = (schemas.TaskRequest, schemas.InferRequest, openai_api.ChatRequest, openai_images.ImageRequest)
 _PAGES = Path(__file__).parent / "page"

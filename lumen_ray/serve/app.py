@@ -61,7 +61,7 @@ def build_app(settings: ServeSettings) -> Application:
 
 
 def deployment_name(decoder: str) -> str:
-    """``grounding_dino -> GroundingDinoDecoder``: the name of its class."""
+    """The name of the decoder's class."""
     return DECODERS[decoder].class_name
 
 

@@ -147,7 +147,7 @@ class ServeSettings(Settings):
     trunk: ModelDeployment = ModelDeployment(num_cpus=1)
     decoders: dict[str, ModelDeployment] = Field({}, description="by decoder; those left out get the defaults")
     serving: dict[str, str] = Field(
-        {}, description="which decoder serves a task, as {detect: grounding_dino}; those left out: what the model says"
+        {}, description="which decoder serves a task, as {TASK: DECODER}; those left out: what the model says"
     )
 
     @field_validator("decoders")

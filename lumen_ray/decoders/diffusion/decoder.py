@@ -19,14 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumen_ray.decoders.base import ImageDecoder, LossTerm, SampleSettings
-from lumen_ray.decoders.diffusion.schedule import (
-    TRAINING,
-    check_schedule,
-    check_steps,
-    config_keys,
-    make_scheduler,
-    scheduler_keys,
-)
+from lumen_ray.decoders.diffusion.schedule import check_schedule, check_steps, scheduler_keys
+from lumen_ray.decoders.diffusion.schedulers import TRAINING, config_keys, make_scheduler
 from lumen_ray.decoders.diffusion.settings import DiffusionSettings
 from lumen_ray.decoders.spec import TrunkShape
 from lumen_ray.errors import UserError, suggest

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from lumen_ray.checkpoints.loader import PublishedLoader
 from lumen_ray.decoders.diffusion.decoder import DiffusionDecoder
-from lumen_ray.decoders.diffusion.schedule import config_keys, scheduler_keys
+from lumen_ray.decoders.diffusion.schedule import scheduler_keys
+from lumen_ray.decoders.diffusion.schedulers import config_keys
 from lumen_ray.decoders.diffusion.settings import SAMPLERS
 from lumen_ray.errors import UserError
 

@@ -5,25 +5,18 @@ They take seconds to import, so that happens where one is made.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from lumen_ray.decoders.diffusion.schedulers import TRAINING, config_keys, make_scheduler
 from lumen_ray.decoders.diffusion.settings import SAMPLERS, DiffusionSettings
 from lumen_ray.errors import UserError
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-TRAINING = "DDPMScheduler"  # which adds the noise
 PREDICTED = ("epsilon", "v_prediction", "sample")
-
-
-def config_keys(cls: type) -> set[str]:
-    """The keys of the config of a class of `diffusers`."""
-    return set(inspect.signature(cls.__init__).parameters) - {"self", "kwargs"}
 
 
 def scheduler_keys() -> set[str]:
@@ -31,33 +24,6 @@ def scheduler_keys() -> set[str]:
     import diffusers
 
     return set().union(*(config_keys(getattr(diffusers, name)) for name in SAMPLERS))
-
-
-def make_scheduler(name: str, keys: Mapping[str, Any]) -> SchedulerMixin:
-    """One of `diffusers`, with those of the keys that it has."""
-    import diffusers
-
-    cls = getattr(diffusers, name)
-    valid = config_keys(cls)
-    return cls(**{key: value for key, value in keys.items() if key in valid})
-
-
-#: keys of a noise schedule that decide what a trained UNet predicts, and from what
-_LEARNED = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "rescale_betas_zero_snr",
-)
-
-
-def learned_schedule(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The noise schedule that a UNet learns with the `scheduler` of its settings, keys that are left out among it."""
-    found = make_scheduler(TRAINING, keys).config
-    return {key: found[key] for key in _LEARNED}
 
 
 def check_schedule(decoder: str, settings: DiffusionSettings) -> None:

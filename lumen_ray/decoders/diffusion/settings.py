@@ -107,7 +107,7 @@ class DiffusionSettings(DecoderSettings):
         return self.text_encoder
 
     def weight_semantics(self) -> dict[str, Any]:
-        from lumen_ray.decoders.diffusion.schedule import learned_schedule
+        from lumen_ray.decoders.diffusion.schedulers import learned_schedule
 
         keys = {"mapper_heads": self.mapper_heads, "latent_scale": self.latent_scale}
         return keys | {"scheduler": learned_schedule(self.scheduler)}

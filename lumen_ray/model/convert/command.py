@@ -59,12 +59,15 @@ def _preset(name: str) -> ModelSettings:
 
 
 def _decoders(pairs: list[str]) -> dict[str, str]:
-    """``["grounding_dino=folder"] -> {"grounding_dino": "folder"}``."""
+    """``["NAME=folder"] -> {"NAME": "folder"}``."""
     folders = {}
     for pair in pairs:
         name, equals, folder = pair.partition("=")
         if not (name and equals and folder):
-            raise UserError(f"--decoder '{pair}' must be NAME=DIR, e.g. grounding_dino=IDEA-Research/tiny", "usage")
+            raise UserError(
+                f"--decoder '{pair}' must be NAME=DIR: a decoder, and the folder or hub id of its published weights",
+                "usage",
+            )
         folders[name] = folder
     return folders
 

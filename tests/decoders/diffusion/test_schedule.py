@@ -4,7 +4,8 @@ import pytest
 import torch
 from support.diffusion_fakes import instruct_pix2pix, make_link, stable_diffusion
 
-from lumen_ray.decoders.diffusion.schedule import PREDICTED, check_steps, make_scheduler, scheduler_keys
+from lumen_ray.decoders.diffusion.schedule import PREDICTED, check_steps, scheduler_keys
+from lumen_ray.decoders.diffusion.schedulers import make_scheduler
 from lumen_ray.decoders.diffusion.settings import SAMPLERS, StableDiffusionSettings
 from lumen_ray.errors import UserError
 from lumen_ray.structures import SampleSettings

@@ -6,7 +6,7 @@ from diffusers import StableDiffusionPipeline
 from support.diffusion_fakes import TEXT, make_link, make_pixels, make_targets, stable_diffusion
 
 from lumen_ray.decoders.base import SampleSettings
-from lumen_ray.decoders.diffusion.schedule import make_scheduler
+from lumen_ray.decoders.diffusion.schedulers import make_scheduler
 
 
 def conditions(decoder, link, draws, monkeypatch):

@@ -26,7 +26,7 @@ from transformers import (
 from transformers.core_model_loading import revert_weight_conversion
 
 from lumen_ray import config
-from lumen_ray.decoders.diffusion.schedule import learned_schedule, make_scheduler
+from lumen_ray.decoders.diffusion.schedulers import learned_schedule, make_scheduler
 from lumen_ray.decoders.grounding_dino.published import state_of
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import WEIGHTS, Generalist, build_decoder
