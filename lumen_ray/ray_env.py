@@ -1,19 +1,24 @@
-"""How this package starts Ray and talks to it. Import before `ray`, since Ray reads its environment on import."""
+"""Starts and joins Ray, and keeps its log lines off the terminal.
+
+Import before `ray`, since Ray reads its environment on import.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
 from typing import Any
 
+from lumen_ray import ray_log
 from lumen_ray.errors import UserError
 
 CONNECT_SECONDS = 10.0
 
 
 def prepare_environment() -> None:
-    """Settings that must stand before Ray is imported; what the user has set wins.
+    """Sets the environment that Ray reads on import; variables that the user has set are kept.
 
     A local Ray without token authentication writes no token into the home folder and needs none from `ray start`.
     """
@@ -34,35 +39,34 @@ def prepare_environment() -> None:
 
 
 def tasks_at_once() -> int | None:
-    """One per core of a Ray of our own, which has more logical CPUs than cores; on a cluster as many as it has room."""
+    """One per core on a local Ray, which has more logical CPUs than cores; None (no limit) on a cluster."""
     return None if os.environ.get("RAY_ADDRESS") else os.cpu_count() or 1
 
 
 def init_local(num_cpus: int = 6, object_store_mb: int = 512) -> None:
     """Connects to the cluster of `RAY_ADDRESS` or of the running job; else starts a local Ray.
 
-    `num_cpus` are logical: on a small machine there must be more than cores, or train workers and reads wait for each
-    other for ever.
+    `num_cpus` are logical: a small machine needs more of them than it has cores, or train workers and reads would wait
+    for each other for ever. Raises `UserError` if no cluster answers at `RAY_ADDRESS` or a local Ray does not start.
     """
     prepare_environment()
-    import logging
-
     import ray
 
     if ray.is_initialized():
         return
-    common = {"log_to_driver": os.environ.get("LUMEN_RAY_WORKER_LOGS") == "1", "logging_level": logging.ERROR}
     if address := os.environ.get("RAY_ADDRESS"):
         _check_reachable(address)
-        ray.init(**common)
+        ray.init(log_to_driver=ray_log.on_terminal(), logging_level=logging.ERROR)
     else:
-        _start(num_cpus=max(num_cpus, os.cpu_count() or 1), object_store_memory=object_store_mb << 20, **common)
+        _start(num_cpus=max(num_cpus, os.cpu_count() or 1), object_store_memory=object_store_mb << 20)
     prepare_data()
 
 
 def _check_reachable(address: str) -> None:
-    """`UserError` where nothing listens at a HOST:PORT, which Ray itself would try again for many minutes. Names that
-    Ray gives a meaning of its own, such as "auto", are left to it."""
+    """Raises `UserError` if nothing listens at a HOST:PORT, which Ray itself would retry for many minutes.
+
+    Names with a meaning to Ray, such as "auto", are not checked.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return
@@ -77,13 +81,14 @@ def _check_reachable(address: str) -> None:
 
 
 def _start(**settings: Any) -> None:
-    """A Ray of our own on this machine; `UserError` when it is too busy for its processes to come up in time."""
+    """Starts a local Ray; raises `UserError` if the machine is too busy for its processes to come up in time."""
     import ray
 
+    quiet: dict[str, Any] = {"log_to_driver": ray_log.on_terminal(), "logging_level": logging.ERROR}
     try:
-        # never somebody else's cluster that happens to run on this machine
-        ray.init(address="local", include_dashboard=False, **settings)
-    except Exception as error:  # Ray raises no class of its own for it
+        # "local": never another cluster that happens to run on this machine
+        ray.init(address="local", include_dashboard=False, **quiet, **settings)
+    except Exception as error:  # Ray has no exception class for it
         if "timed out during startup" not in str(error):
             raise
         raise UserError(
@@ -94,7 +99,7 @@ def _start(**settings: Any) -> None:
 
 
 def cluster_resources() -> dict[str, float]:
-    """CPUs and GPUs that the cluster has, or can have once its autoscaler has started all nodes it may."""
+    """CPUs and GPUs of the cluster, with all nodes that its autoscaler may start."""
     import ray
     from ray._private.state import state
 
@@ -104,34 +109,21 @@ def cluster_resources() -> dict[str, float]:
 
 
 def prepare_data() -> None:
-    """Ray Data's settings in this process, for the data sets it makes."""
+    """Applies this package's settings of Ray Data in this process."""
     import ray.data
 
-    _quiet()
+    ray_log.quiet_loggers()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = 300
 
 
-def _quiet() -> None:
-    """Ray's own log lines go to its session's files; our terminal shows our progress. Errors still come through."""
-    import logging
-
-    if os.environ.get("LUMEN_RAY_WORKER_LOGS") == "1":
-        return
-    for name in ("ray.data", "ray.train", "ray.serve"):
-        for handler in logging.getLogger(name).handlers:
-            if isinstance(handler, logging.StreamHandler):
-                handler.setLevel(logging.ERROR)
-    logging.getLogger("ray.data._internal.util").setLevel(logging.ERROR)
-
-
 def shutdown() -> None:
-    """Ends this process's Ray, with the local cluster if this process started it."""
+    """Disconnects this process from Ray; ends the local cluster if this process started it."""
     import ray
 
     if "ray.serve" in sys.modules:
-        # Serve keeps its client of a cluster that has ended, and would ask it for a replica in the next one
+        # Serve keeps its client of the ended cluster and would use it in the next one
         from ray.serve.context import _disconnect
 
         _disconnect()
