@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lumen_ray.data.batches.buckets import choose
 from lumen_ray.data.batches.transforms import fit
+from lumen_ray.decoders.base import Decoder, ImageDecoder
 from lumen_ray.inference.branches import BranchPlanner, PendingBranch, decoder_input, split_passes, with_regions
 from lumen_ray.inference.decoder_inputs import decoder_pixels
 from lumen_ray.inference.outputs import DecoderInput, RequestPlan, TrunkOutput
@@ -50,6 +51,12 @@ class FromFolder:
         `decoders` (task -> decoder) overrides the folder's choice for tasks that several decoders can serve; `dtype`:
         'float32', or 'bfloat16' for half the memory and, on GPUs, faster arithmetic (see `lumen_ray.precision`)."""
         return cls(load_model(model, decoders, device, ("trunk",), dtype), device)
+
+
+def _reads(decoder: str) -> str | None:
+    """The kind of input that a decoder reads: 'dense', 'pixels', or None for links alone."""
+    kind: type[Decoder | ImageDecoder] = decoder_class(decoder)
+    return kind.reads
 
 
 @dataclass
@@ -130,7 +137,7 @@ class TrunkStage(FromFolder):
         else:
             pending += self._routed_branches(routed, images, requests, plans)
         decoder_inputs = self._decoder_inputs(prefix, pending, plans, class_chunk)
-        reads = {name: decoder_class(name).reads for name in decoder_inputs}
+        reads = {name: _reads(name) for name in decoder_inputs}
         for name, decoder in decoder_inputs.items():
             if reads[name] == "pixels":
                 about, rule = decoder.link.image_index.tolist(), self.size_rules.get(name)
@@ -247,8 +254,8 @@ class TrunkStage(FromFolder):
         layout = layout.to(self.device)
         found: dict[int, Tensor] = {}
         for name, link in self.trunk.ask(prefix, layout, *self._regions(regions, owners)).items():
-            numbers = layout.link_branches[DECODERS[name].family].tolist()
-            for number, embedding in zip(numbers, link.embeddings.float().cpu(), strict=True):
+            order = layout.link_branches[DECODERS[name].family].tolist()
+            for number, embedding in zip(order, link.embeddings.float().cpu(), strict=True):
                 if pending[members[number]].decoder == name:
                     found[members[number]] = embedding
         return found
