@@ -55,7 +55,10 @@ def labelling(monkeypatch):
         ),
         (["evaluate", "--shards", "x", "--output", "y", "--device", "gpu"], ["'gpu'; devices: cpu, cuda, cuda:N"]),
         (["evaluate", "--shards", "x", "--output", "y", "--device", "cuda:99"], ["'cuda:99' is not available", "cpu"]),
-        (["label", "x", "--output", "y", "--actors", "0", "--device", "cuda:99"], ["'cuda:99' is not available", "cpu"]),
+        (
+            ["label", "x", "--output", "y", "--actors", "0", "--device", "cuda:99"],
+            ["'cuda:99' is not available", "cpu"],
+        ),
         (["label", "x", "--output", "y", "--device", "cuda:1"], ["'cuda:1' cannot be chosen for Ray's actors"]),
         (["evaluate", "--shards", "x", "--output", "y", "--decoders", "unipose"], ["'unipose' must be TASK=DECODER"]),
     ],

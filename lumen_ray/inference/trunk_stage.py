@@ -59,6 +59,25 @@ def _reads(decoder: str) -> str | None:
     return kind.reads
 
 
+def _text_branches(
+    requests: Sequence[Sequence[Request]],
+) -> tuple[list[tuple[int, int]], list[Branch], list[Region]]:
+    """((image, request) of every text request, its branch in a batch of one branch per row, their regions)."""
+    rows: list[tuple[int, int]] = []
+    branches: list[Branch] = []
+    regions: list[Region] = []
+    for b, row in enumerate(requests):
+        for r, request in enumerate(row):
+            task = TASKS[request.task]
+            if not task.is_text:
+                continue
+            where = (len(regions),) if request.region is not None else ()
+            regions += [request.region] if request.region is not None else []
+            branches.append(Branch(len(rows), task.prompt(request.text, request.template), regions=where))
+            rows.append((b, r))
+    return rows, branches, regions
+
+
 @dataclass
 class _Inputs:
     """The batch in the trunk's frame.
@@ -178,18 +197,7 @@ class TrunkStage(FromFolder):
 
         Returns (image, request) of every free chat in which the LLM chose a route.
         """
-        rows: list[tuple[int, int]] = []
-        branches: list[Branch] = []
-        regions: list[Region] = []
-        for b, row in enumerate(requests):
-            for r, request in enumerate(row):
-                task = TASKS[request.task]
-                if not task.is_text:
-                    continue
-                where = (len(regions),) if request.region is not None else ()
-                regions += [request.region] if request.region is not None else []
-                branches.append(Branch(len(rows), task.prompt(request.text, request.template), regions=where))
-                rows.append((b, r))
+        rows, branches, regions = _text_branches(requests)
         if not rows:
             return []
         layout = build_layout(branches, len(rows), self.tokenizer, self.prompt_layout).to(self.device)

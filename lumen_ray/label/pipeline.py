@@ -20,12 +20,11 @@ from lumen_ray.data import files
 from lumen_ray.errors import UserError, unknown
 from lumen_ray.inference.device import find_device
 from lumen_ray.inference.protocol import EngineProtocol
-from lumen_ray.inference.request import Request, make_request
 from lumen_ray.label.inputs import find_inputs
 from lumen_ray.label.ledger import Fragment, Ledger
+from lumen_ray.label.requests import build_requests
 from lumen_ray.label.workers import WorkerSettings, fingerprint, label_in_process, label_on_ray
 from lumen_ray.structures import check_dtype
-from lumen_ray.tasks import get_task
 
 EXPORTS = ("coco", "gallery")
 #: A job stops after this many failures of the model without a success: the model is at fault, not the images.
@@ -55,50 +54,6 @@ class Status:
         return (self.total - self.done) / self.rate if self.done > self.finished_before else None
 
 
-def build_requests(
-    tasks: Sequence[str],
-    classes: Sequence[str] | None = None,
-    prompts: Mapping[str, Sequence[str]] | None = None,
-    keypoints: Sequence[str] | None = None,
-) -> list[Request]:
-    """The requests about every image.
-
-    Tasks that need classes get `classes`; tasks that need a text get one request per text in `prompts[task]`.
-    Raises `UserError` for unknown tasks, missing classes or texts.
-    """
-    prompts = prompts or {}
-    if not tasks:
-        raise UserError("no task given; give e.g. tasks 'detect,segment,caption'", "empty_tasks")
-    for name in prompts:
-        if name not in tasks:
-            raise UserError(f"texts are given for task '{name}', which is not among the tasks; add it", "unused_text")
-    requests = []
-    for name in dict.fromkeys(tasks):
-        needs = get_task(name).needs
-        if get_task(name).result == "image":
-            raise UserError(
-                f"task '{name}' makes pictures, which a label table does not hold; leave it out, or use a server",
-                "invalid_task",
-            )
-        if needs == "region":
-            raise UserError(
-                f"task '{name}' needs a region in each image and cannot label a corpus; leave it out", "invalid_task"
-            )
-        if needs == "classes":
-            requests.append(
-                make_request(name, classes=list(classes or ()), keypoints=keypoints if name == "pose" else None)
-            )
-        elif needs == "nothing":
-            requests.append(make_request(name))
-        else:
-            given = prompts.get(name, ())
-            texts = [given] if isinstance(given, str) else given
-            if not texts:
-                raise UserError(f"task '{name}' needs a text ({needs}) for its requests; give one", "empty_text")
-            requests += [make_request(name, text=text) for text in texts]
-    return requests
-
-
 def label(
     model: str | Path | Callable[[], EngineProtocol],
     input: str | Path,
@@ -123,7 +78,7 @@ def label(
     """Labels the images of `input` (folder, glob or shard folder) into the folder `output`; returns a summary.
 
     model: model folder, or a function that returns an engine (called in each actor).
-    prompts: task -> texts for the tasks that need one (see `build_requests`).
+    prompts: task -> texts for the tasks that need one (see `label.requests`).
     decoders: task -> decoder, overriding the model folder's choice.
     num_actors: model actors on Ray; 0 labels in this process, without Ray.
     device: 'cpu' or 'cuda', in this process also 'cuda:N'; None: a GPU per actor if the cluster has any.
@@ -147,21 +102,7 @@ def label(
     )  # fmt: skip
     ledger = Ledger(output)
     items = find_inputs(input, exclude=output)
-    ledger.open(
-        {
-            "input": str(input),
-            "model": fingerprint(model),
-            "tasks": list(dict.fromkeys(tasks)),
-            "classes": list(classes or ()),
-            "prompts": {name: list(texts) for name, texts in (prompts or {}).items()},
-            "keypoints": list(keypoints or ()),
-            "decoders": chosen or None,  # null, as in folders older than this setting
-            "dtype": None if dtype == "float32" else dtype,  # likewise
-            "score_threshold": score_threshold,
-            "max_per_phrase": max_per_phrase,
-            "max_new_tokens": max_new_tokens,
-        }
-    )
+    ledger.open(_job_settings(worker, input, tasks, classes, prompts, keypoints))
     fragments = ledger.plan(items, fragment_size)
     before = sum(entry["images"] for entry in ledger.entries().values())
     status = Status(before + sum(len(f.items) for f in fragments), done=before, finished_before=before)
@@ -174,6 +115,30 @@ def label(
 
         summary["log"] = str(log_file())
     return summary
+
+
+def _job_settings(
+    worker: WorkerSettings,
+    input: str | Path,
+    tasks: Sequence[str],
+    classes: Sequence[str] | None,
+    prompts: Mapping[str, Sequence[str]] | None,
+    keypoints: Sequence[str] | None,
+) -> dict[str, Any]:
+    """The settings that labels depend on, as ``job.json`` keeps them (JSON types)."""
+    return {
+        "input": str(input),
+        "model": fingerprint(worker.model),
+        "tasks": list(dict.fromkeys(tasks)),
+        "classes": list(classes or ()),
+        "prompts": {name: list(texts) for name, texts in (prompts or {}).items()},
+        "keypoints": list(keypoints or ()),
+        "decoders": dict(worker.decoders) or None,  # null, as in folders older than this setting
+        "dtype": None if worker.dtype == "float32" else worker.dtype,  # likewise
+        "score_threshold": worker.score_threshold,
+        "max_per_phrase": worker.max_per_phrase,
+        "max_new_tokens": worker.max_new_tokens,
+    }
 
 
 def _check(

@@ -14,7 +14,8 @@ from support.label_fakes import FakeEngine, picture, write_images
 from support.tiny_models import EXPERTS, tiny_folder
 
 from lumen_ray.errors import UserError
-from lumen_ray.label.pipeline import build_requests, label
+from lumen_ray.label.pipeline import label
+from lumen_ray.label.requests import build_requests
 from lumen_ray.label.workers import LabelActor, Labeller, WorkerSettings
 
 OPTIONS = {"classes": ["square", "circle"], "num_actors": 0, "fragment_size": 4, "batch_size": 3, "exports": ()}
