@@ -19,7 +19,7 @@ GPU, CPU = (0, 1), (1, 0)  # (CPUs, GPUs)
         (None, {"CPU": 8}, CPU, "cpu"),
     ],
 )
-def test_an_actor_asks_for_the_gpu_it_uses(device, available, resources, told):
+def test_an_actor_reserves_the_gpu_it_uses(device, available, resources, told):
     settings, asked = actor_resources(WorkerSettings(FakeEngine, (), device, num_actors=2), available)
     assert (asked, settings.device) == (resources, told)
 

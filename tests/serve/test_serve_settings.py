@@ -53,7 +53,7 @@ def test_options_are_accepted_by_serve():
     assert settings.logical_cpus(["lumen"]) == 4  # 3 trunks of 1, a decoder and an ingress of a half
 
 
-def test_what_a_ray_cannot_hold_is_told():
+def test_deployments_too_large_for_a_ray_are_refused():
     """Of the least replicas: Serve waits for the others to find room."""
     trunk = {"num_gpus": 1, "num_cpus": 2, "autoscaling": {"min_replicas": 2, "max_replicas": 9}}
     settings = validate(ServeSettings, {"model": "m", "trunk": trunk}, "test")
