@@ -110,7 +110,7 @@ class TrunkStage(FromFolder):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks that the model has a decoder for, where one is needed, and was trained on."""
+        """Names of the tasks that the model was trained on and, where they need a decoder, has one for."""
         return self.planner.tasks
 
     def bucket(self, size: Size) -> Size:

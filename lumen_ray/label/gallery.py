@@ -127,8 +127,8 @@ def _texts(records: list[dict[str, Any]]) -> str:
     lines = []
     for record in records:
         if record["text"] is not None:
-            asked = record["prompt"] or record["task"]
-            lines.append(f"<p class=text><span>{_safe(asked)}</span> {_safe(record['text'])}</p>")
+            prompt = record["prompt"] or record["task"]
+            lines.append(f"<p class=text><span>{_safe(prompt)}</span> {_safe(record['text'])}</p>")
     return "".join(lines)
 
 

@@ -114,9 +114,9 @@ class Mask(BaseModel):
 
 
 class Instance(BaseModel):
-    """One object found."""
+    """One object."""
 
-    phrase: str = Field(description="the class, phrase or expression it was found for")
+    phrase: str = Field(description="the class, phrase or expression that it matches")
     score: float = Field(description="confidence, 0..1")
     box: tuple[float, float, float, float] = Field(description=f"x1, y1, x2, y2 in {_FRAME}; the far edge is exclusive")
     mask: Mask | None = Field(None, description=f"its pixels; {in_words(lambda task: task.result == 'masks')} only")
@@ -134,7 +134,7 @@ class TaskAnswer(BaseModel):
     text: str | None = Field(None, description=f"the written answer of {in_words(lambda task: task.is_text)}")
     route: str | None = Field(None, description="routing token that sent the prompt to a decoder; absent for text")
     phrases: list[str] | None = Field(None, description="the phrases of the request; absent for text")
-    instances: list[Instance] | None = Field(None, description="objects found, per phrase best first; absent for text")
+    instances: list[Instance] | None = Field(None, description="objects, per phrase best first; absent for text")
     counts: dict[str, int] | None = Field(None, description="count only: phrase -> number of objects")
     images: list[str] | None = Field(None, description=f"{_PICTURES} only: the pictures, PNG in base64")
 

@@ -24,8 +24,9 @@ from lumen_ray.viz import KEYPOINT_SCORE
 def export_coco(output: str | Path) -> list[Path]:
     """Writes ``coco/<task>.json`` in the labelled folder `output` and returns the paths.
 
-    Perception tasks: boxes as xywh, `segmentation` as compressed RLE, keypoints with v 2 (found) or 0 and, beside them,
-    their scores, `score`. Captions: COCO's captions layout; other text tasks: `question` and `answer`.
+    Perception tasks: boxes as xywh, `segmentation` as compressed RLE, `score`, keypoints with v 2 or, below
+    `KEYPOINT_SCORE`, 0, and `keypoint_scores`. Captions: COCO's captions layout; other text tasks: `question` and
+    `answer`.
     """
     ledger = open_finished(output)
     images: dict[str, dict[str, Any]] = {}
