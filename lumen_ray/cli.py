@@ -258,7 +258,7 @@ def _serve(args: argparse.Namespace) -> None:
     _say_bundled(settings.model)
     say("serve: starting")
     server = run(settings, blocking=False)
-    say(f"serving {settings.model} at {server.url} (page at /, API at /docs); stop with Ctrl-C")
+    say(f"serving {settings.model} at {server.url} (page at /, API at /docs); stop with Ctrl-C; log -> {server.log}")
     server.wait()
     server.stop()
 

@@ -225,7 +225,7 @@ def _serve(output: Path, settings: ServeSettings) -> Server:
 
     posed = read_meta(settings.model).skeletons
     server = run(settings, blocking=False)
-    say(f"  {server.url} is up (page at /, API at /docs)")
+    say(f"  {server.url} is up (page at /, API at /docs); log -> {server.log}")
     row = _scene_with_figure(output / "shards" / "val")
     folder = output / "served"
     folder.mkdir(exist_ok=True)

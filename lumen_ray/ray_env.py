@@ -1,28 +1,33 @@
-"""Starts Ray and connects to it. Import before `ray`, since Ray reads its environment variables on import."""
+"""Starts and joins Ray, and keeps its log lines off the terminal.
+
+Import before `ray`, since Ray reads its environment on import.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import sys
 from typing import Any
 
+from lumen_ray import ray_log
 from lumen_ray.errors import UserError
 
 CONNECT_SECONDS = 10.0
 
 
 def prepare_environment() -> None:
-    """Sets the environment variables that Ray reads on import, except those that are set already.
+    """Sets the environment that Ray reads on import; variables that the user has set are kept.
 
     A local Ray without token authentication writes no token into the home folder and needs none from `ray start`.
     """
     defaults = {
         "RAY_AUTH_MODE": "disabled",
-        "RAY_worker_niceness": "0",  # Ray's 15 more than halved the training speed on a shared 2-core machine
+        "RAY_worker_niceness": "0",  # Ray's 15 more than halved the training rate on a shared 2-core machine
         "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
         "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
-        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # wait for a lost node, then go on with fewer workers (Ray: 60)
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",  # of a lost node, before fewer workers go on (Ray's 60)
         "RAY_DEDUP_LOGS": "1",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
@@ -34,42 +39,33 @@ def prepare_environment() -> None:
 
 
 def tasks_at_once() -> int | None:
-    """Limit of parallel tasks: one per core on a local Ray, which has more logical CPUs; none on a cluster."""
+    """One per core on a local Ray, which has more logical CPUs than cores; None (no limit) on a cluster."""
     return None if os.environ.get("RAY_ADDRESS") else os.cpu_count() or 1
 
 
 def init_local(num_cpus: int = 6, object_store_mb: int = 512) -> None:
-    """Connects to the cluster of `RAY_ADDRESS` or of the running job, else starts a local Ray.
+    """Connects to the cluster of `RAY_ADDRESS` or of the running job; else starts a local Ray.
 
-    num_cpus: logical CPUs of the local Ray; on a small machine more than cores, or train workers and read tasks
-        deadlock waiting for each other.
-    object_store_mb: size of the local Ray's object store, MiB.
-
-    Raises `UserError` if no cluster answers, or if the local Ray does not start in time.
+    `num_cpus` are logical: a small machine needs more of them than it has cores, or train workers and reads would wait
+    for each other for ever. Raises `UserError` if no cluster answers at `RAY_ADDRESS` or a local Ray does not start.
     """
     prepare_environment()
-    import logging
-
     import ray
 
     if ray.is_initialized():
         return
-    common: dict[str, Any] = {
-        "log_to_driver": os.environ.get("LUMEN_RAY_WORKER_LOGS") == "1",
-        "logging_level": logging.ERROR,
-    }
     if address := os.environ.get("RAY_ADDRESS"):
         _check_reachable(address)
-        ray.init(**common)
+        ray.init(log_to_driver=ray_log.on_terminal(), logging_level=logging.ERROR)
     else:
-        _start(num_cpus=max(num_cpus, os.cpu_count() or 1), object_store_memory=object_store_mb << 20, **common)
+        _start(num_cpus=max(num_cpus, os.cpu_count() or 1), object_store_memory=object_store_mb << 20)
     prepare_data()
 
 
 def _check_reachable(address: str) -> None:
-    """Raises `UserError` if nothing listens at a HOST:PORT; Ray itself would retry for many minutes.
+    """Raises `UserError` if nothing listens at a HOST:PORT, which Ray itself would retry for many minutes.
 
-    Names that Ray resolves, such as "auto", are not checked.
+    Names with a meaning to Ray, such as "auto", are not checked.
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
@@ -85,12 +81,13 @@ def _check_reachable(address: str) -> None:
 
 
 def _start(**settings: Any) -> None:
-    """Starts a Ray on this machine. Raises `UserError` if its processes do not start in time."""
+    """Starts a local Ray; raises `UserError` if the machine is too busy for its processes to come up in time."""
     import ray
 
+    quiet: dict[str, Any] = {"log_to_driver": ray_log.on_terminal(), "logging_level": logging.ERROR}
     try:
-        # "local": never join another user's cluster on this machine
-        ray.init(address="local", include_dashboard=False, **settings)
+        # "local": never another cluster that happens to run on this machine
+        ray.init(address="local", include_dashboard=False, **quiet, **settings)
     except Exception as error:  # Ray has no exception class for it
         if "timed out during startup" not in str(error):
             raise
@@ -102,7 +99,7 @@ def _start(**settings: Any) -> None:
 
 
 def cluster_resources() -> dict[str, float]:
-    """CPUs and GPUs of the cluster, including the nodes that its autoscaler may still start."""
+    """CPUs and GPUs of the cluster, with all nodes that its autoscaler may start."""
     import ray
     from ray._private.state import state
 
@@ -112,34 +109,21 @@ def cluster_resources() -> dict[str, float]:
 
 
 def prepare_data() -> None:
-    """Configures Ray Data in this process."""
+    """Applies this package's settings of Ray Data in this process."""
     import ray.data
 
-    _quiet()
+    ray_log.quiet_loggers()
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_no_progress_timeout_s = 300
 
 
-def _quiet() -> None:
-    """Keeps Ray's log lines below ERROR off the terminal; they are in the files of its session."""
-    import logging
-
-    if os.environ.get("LUMEN_RAY_WORKER_LOGS") == "1":
-        return
-    for name in ("ray.data", "ray.train", "ray.serve"):
-        for handler in logging.getLogger(name).handlers:
-            if isinstance(handler, logging.StreamHandler):
-                handler.setLevel(logging.ERROR)
-    logging.getLogger("ray.data._internal.util").setLevel(logging.ERROR)
-
-
 def shutdown() -> None:
-    """Disconnects this process from Ray, and stops the local cluster if this process started it."""
+    """Disconnects this process from Ray; ends the local cluster if this process started it."""
     import ray
 
     if "ray.serve" in sys.modules:
-        # Serve caches the client of a stopped cluster, and would use it in the next one
+        # Serve keeps its client of the ended cluster and would use it in the next one
         from ray.serve.context import _disconnect
 
         _disconnect()

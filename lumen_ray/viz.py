@@ -14,15 +14,16 @@ from lumen_ray.data.scenes import render as scenes
 from lumen_ray.structures import Answer, Prediction
 
 Colour = tuple[int, int, int]
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-#: Images with a longer side below this are enlarged by a whole factor, so that labels stay readable.
+#: Images whose longer side is shorter are enlarged by a whole factor, so that labels stay readable,
 MIN_SIDE = 320
-#: and up to this side.
+#: to about this side.
 TARGET_SIDE = 512
 MASK_ALPHA = 0.35
 KEYPOINT_SCORE = 0.3
-#: From this many instances on labels get smaller, and only the first of a phrase is written out where it is wider than
-#: its box; the colour tells the others.
+#: Above this many instances labels are smaller, and only the first of a phrase keeps its words where they are wider
+#: than its box; the others are known by their colour.
 CROWDED = 10
 
 
@@ -42,7 +43,7 @@ _HUES = {
     "purple": 0.76,
     "pink": 0.92,
 }
-#: (saturation, value) of the first, second, ... phrase that speaks of the same colour
+#: (saturation, value) of the first, second, ... phrase with the same colour word
 _SHADES = ((0.85, 0.93), (0.95, 0.66), (0.6, 1.0), (0.75, 0.8))
 
 
@@ -60,7 +61,8 @@ def palette(phrases: Sequence[str]) -> dict[str, Colour]:
         used[named] += 1
         hue = (0.55 + nth * 0.381966) % 1 if named is None else (named + 0.015 * nth) % 1
         saturation, value = _SHADES[(nth if named is not None else nth % 2) % len(_SHADES)]
-        colours[phrase] = tuple(round(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, value))
+        red, green, blue = (round(255 * c) for c in colorsys.hsv_to_rgb(hue, saturation, value))
+        colours[phrase] = red, green, blue
     return colours
 
 
@@ -74,13 +76,13 @@ def draw(
     labels: bool = True,
     scores: bool = True,
 ) -> np.ndarray:
-    """`image` (uint8 [H, W, 3] RGB) with answers drawn on it, uint8 [H', W', 3].
+    """Draws answers on a copy of `image` (uint8 [H, W, 3] RGB): uint8 [H', W', 3].
 
     Images smaller than `MIN_SIDE` are enlarged by a whole factor; text answers add a strip below the image.
 
-    edges: class -> pairs of 0-based keypoint indices to join; `known_edges` of the keypoint names where not given.
-    colours: phrase -> RGB, for phrases whose colour must be the same in several pictures; the others get `palette`'s.
-    score_threshold: instances below it are left out. scores: annotations have none worth writing.
+    edges: class -> pairs of 0-based keypoint indices to join, by default `known_edges` of the keypoint names.
+    colours: phrase -> RGB, for phrases that need the same colour in several pictures; the others get `palette`'s.
+    score_threshold: instances below it are left out. scores: whether labels have them; annotations have none.
     """
     items = [answers] if isinstance(answers, Answer | Prediction) else list(answers)
     predictions = [p for item in items for p in (item.predictions if isinstance(item, Answer) else [item])]
@@ -88,7 +90,7 @@ def draw(
     texts = [_strip_text(item) for item in items if isinstance(item, Answer) and item.text is not None]
     palette_ = {**palette([p.phrase for p in predictions]), **(colours or {})}
 
-    scale = upscale_factor(image.shape[:2])
+    scale = upscale_factor((image.shape[0], image.shape[1]))
     canvas = Image.fromarray(np.ascontiguousarray(image))
     canvas = canvas.resize((canvas.width * scale, canvas.height * scale), Image.Resampling.LANCZOS)
     canvas = _draw_masks(canvas, predictions, palette_, scale)
@@ -123,7 +125,7 @@ def _strip_text(answer: Answer) -> str:
     return f"{answer.task}: {answer.text}" if answer.task != "chat" else str(answer.text)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def _font(size: int) -> _Font:
     return ImageFont.load_default(size)
 
 
@@ -170,12 +172,12 @@ class _Pen:
         for box in prediction.boxes.xyxy * self.scale:
             x1, y1, x2, y2 = (float(v) for v in box)
             x2, y2 = max(x1, min(x2, width) - 1), max(y1, min(y2, height) - 1)
-            # a dark hairline keeps the box visible on a background of its own colour
+            # a dark hairline keeps the box visible on a background of the same colour
             self.draw.rectangle((x1 - 1, y1 - 1, x2 + 1, y2 + 1), outline=(20, 20, 20), width=1)
             self.draw.rectangle((x1, y1, x2, y2), outline=colour, width=self.width)
 
     def labels(self, prediction: Prediction, colour: Colour, scores: bool = True) -> None:
-        """Phrase and score on a filled tag; a tag moves when it would cover another."""
+        """Phrase and score on a filled tag; a tag that would cover another is moved."""
         ink = _ink(colour)
         for i, (box, score) in enumerate(zip(prediction.boxes.xyxy * self.scale, prediction.scores, strict=True)):
             text = f"{prediction.phrase} {score:.2f}" if scores else prediction.phrase
@@ -201,7 +203,8 @@ class _Pen:
         return spot[0], spot[1]
 
     def keypoints(self, prediction: Prediction, colour: Colour, edges: Sequence[tuple[int, int]]) -> None:
-        """Joints as dots with a white rim, bones as lines; joints of a score under `KEYPOINT_SCORE` are left out."""
+        """Joints as dots with a white rim, bones as lines; joints with scores below `KEYPOINT_SCORE` are left out."""
+        assert prediction.keypoints is not None
         radius = self.width * 1.4
         for xyv in prediction.keypoints.xyv:
             shown = xyv[:, 2] >= KEYPOINT_SCORE

@@ -61,7 +61,7 @@ def labelling(monkeypatch):
             ["label", "x", "--output", "y", "--actors", "0", "--device", "cuda:99"],
             ["'cuda:99' is not available", "cpu"],
         ),
-        (["label", "x", "--output", "y", "--device", "cuda:1"], ["'cuda:1' cannot be asked of Ray's actors"]),
+        (["label", "x", "--output", "y", "--device", "cuda:1"], ["'cuda:1' cannot be chosen for Ray's actors"]),
         (["evaluate", "--shards", "x", "--output", "y", "--decoders", "unipose"], ["'unipose' must be TASK=DECODER"]),
     ],
 )

@@ -13,6 +13,7 @@ from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
 from lumen_ray.data.images import decode
 from lumen_ray.data.scenes import render as scenes
 from lumen_ray.inference.engine import Engine
+from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.inference.request import Request, make_request
 from lumen_ray.model.build import LoadedModel, ModelMeta, build_model
 from lumen_ray.model.settings import ModelSettings
@@ -55,13 +56,13 @@ def together(single: list[Request]) -> list[Request]:
     return [make_request("detect", classes=classes), *(request for request in single if not request.phrases)]
 
 
-def one_pass(engine: Engine, image: np.ndarray, single: list[Request], limit: int) -> list[Answer]:
+def one_pass(engine: EngineProtocol, image: np.ndarray, single: list[Request], limit: int) -> list[Answer]:
     """Answers in the order of `single`, from one pass."""
     detect, *texts = engine.run([image], [together(single)], max_new_tokens=limit)[0]
     return [Answer("detect", detect.size, [p], route=detect.route) for p in detect.predictions] + texts
 
 
-def pass_per_prompt(engine: Engine, image: np.ndarray, single: list[Request], limit: int) -> list[Answer]:
+def pass_per_prompt(engine: EngineProtocol, image: np.ndarray, single: list[Request], limit: int) -> list[Answer]:
     """Answers in the order of `single`, from one pass each."""
     return [engine.run([image], [[request]], max_new_tokens=limit)[0][0] for request in single]
 

@@ -160,7 +160,7 @@ class CocoEvaluator:
 
     def _results(self, prediction: Prediction, image: int) -> list[dict[str, Any]]:
         common = {"image_id": image, "category_id": self._ids[prediction.phrase]}
-        items = [{**common, "score": float(score)} for score in prediction.scores]
+        items: list[dict[str, Any]] = [{**common, "score": float(score)} for score in prediction.scores]
         if self.kind == "bbox":
             for item, box in zip(items, prediction.boxes.to_xywh().tolist(), strict=True):
                 item["bbox"] = box

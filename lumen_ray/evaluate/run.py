@@ -125,12 +125,7 @@ def evaluate(
         "model": {"preset": engine.preset, "version": engine.version},
         "tasks": [name for name in TASKS if name in scorer.tasks],
         "settings": _settings(engine, batch_size, limits),
-        "images": done,
-        "scored": done - len(errors),
-        "skipped": len(errors),
-        "errors": errors,
-        "seconds": round(seconds, 2),
-        "images_per_second": round(done / max(seconds, 1e-9), 2),
+        **_counts(done, errors, seconds),
         "metrics": metrics,
         "tables": tables,
     }
@@ -159,6 +154,18 @@ def _settings(engine: EngineProtocol, batch_size: int, limits: Limits) -> dict[s
     if engine.dtype != "float32":
         settings["dtype"] = engine.dtype
     return settings
+
+
+def _counts(images: int, errors: list[dict[str, str]], seconds: float) -> dict[str, Any]:
+    """The counts and timing of the report."""
+    return {
+        "images": images,
+        "scored": images - len(errors),
+        "skipped": len(errors),
+        "errors": errors,
+        "seconds": round(seconds, 2),
+        "images_per_second": round(images / max(seconds, 1e-9), 2),
+    }
 
 
 def _scorer(manifest: dict[str, Any], named: Sequence[str] | None, engine: EngineProtocol) -> SplitScorer:

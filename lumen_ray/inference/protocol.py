@@ -1,4 +1,4 @@
-"""The interface of an engine. Label, evaluate and serve's tests depend on it, not on a model."""
+"""The interface of an engine, on which label, evaluate and the bench depend instead of on a model."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Region, SampleSettings, Size
-from lumen_ray.tasks import check_classes, get_task, split_phrases
+from lumen_ray.tasks import Needs, check_classes, get_task, split_phrases
 from lumen_ray.trunk.tokenizer import SPECIAL_TOKENS
 
 
@@ -51,42 +51,52 @@ def make_request(
     needs = get_task(task).needs
     for given in (text or "", *(classes or ()), *(keypoints or ())):
         _refuse_reserved(given or "")
-    points = tuple(keypoints) if keypoints else None
-    if get_task(task).result == "image":
-        sample = sample or SampleSettings()
-        _check_sample(sample)
-    elif sample is not None:
-        raise UserError(f"task '{task}' makes no pictures; leave out the settings for them", "unexpected_field")
+    sample = _checked_sample(task, sample)
     if needs == "classes":
+        points = tuple(keypoints) if keypoints else None
         return Request(task, tuple(check_classes(list(classes or ()), task)), keypoints=points, template=template)
-    text = (text or "").strip()
-    if needs in ("question", "sentence", "expression", "description", "instruction"):
-        if not text:
-            raise UserError(f"task '{task}' needs a text ({needs}); give one", "empty_text")
-        if needs == "sentence":
-            phrases = split_phrases(text)
-            for phrase in phrases:  # in lower case now, like some special tokens
-                _refuse_reserved(phrase)
-            return Request(task, tuple(phrases), text, template=template)
-        return Request(task, () if needs == "question" else (text,), text, template=template, sample=sample)
     if needs == "region":
         if region is None:
             raise UserError(f"task '{task}' needs a region (box, point, scribble, polygon or mask)", "missing_region")
         return Request(task, region=region, template=template)
-    return Request(task, template=template)
+    if needs == "nothing":
+        return Request(task, template=template)
+    text = (text or "").strip()
+    if not text:
+        raise UserError(f"task '{task}' needs a text ({needs}); give one", "empty_text")
+    return Request(task, _phrases(needs, text), text, template=template, sample=sample)
+
+
+def _phrases(needs: Needs, text: str) -> tuple[str, ...]:
+    """The phrases of a request with a text: none for a question, those of a sentence, else the text itself."""
+    if needs == "question":
+        return ()
+    if needs != "sentence":
+        return (text,)
+    phrases = split_phrases(text)
+    for phrase in phrases:  # in lower case now, like some special tokens
+        _refuse_reserved(phrase)
+    return tuple(phrases)
 
 
 #: (lowest, highest) value of each setting; the decoder checks sizes, which must be multiples of its step
 _SAMPLE_LIMITS = {"steps": (1, 1000), "guidance": (0, 100), "image_guidance": (0, 100), "num_images": (1, 16)}
 
 
-def _check_sample(sample: SampleSettings) -> None:
+def _checked_sample(task: str, sample: SampleSettings | None) -> SampleSettings | None:
+    """The settings of a request for pictures, by default all defaults; None for other tasks."""
+    if get_task(task).result != "image":
+        if sample is not None:
+            raise UserError(f"task '{task}' makes no pictures; leave out the settings for them", "unexpected_field")
+        return None
+    sample = sample or SampleSettings()
     for name, (low, high) in _SAMPLE_LIMITS.items():
         value = getattr(sample, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"'{name}' must be from {low} to {high}, got {value}", "invalid_sample_settings")
     if not 0 <= sample.seed < 2**63:
         raise UserError(f"'seed' must be from 0 to 2^63 - 1, got {sample.seed}", "invalid_sample_settings")
+    return sample
 
 
 def _refuse_reserved(text: str) -> None:

@@ -19,7 +19,7 @@ from lumen_ray.inference.decoder_inputs import decoder_pixels
 from lumen_ray.inference.outputs import DecoderInput, RequestPlan, TrunkOutput
 from lumen_ray.inference.request import Request, check_requests
 from lumen_ray.model.build import LoadedModel, load_model
-from lumen_ray.precision import in_model_dtype
+from lumen_ray.precision import in_own_dtype
 from lumen_ray.structures import Region, Size
 from lumen_ray.targets import Frame
 from lumen_ray.tasks import ROUTING_TOKENS, TASKS
@@ -51,6 +51,25 @@ class FromFolder:
         `decoders` (task -> decoder) overrides the folder's choice for tasks that several decoders can serve; `dtype`:
         'float32', or 'bfloat16' for half the memory and, on GPUs, faster arithmetic (see `lumen_ray.precision`)."""
         return cls(load_model(model, decoders, device, ("trunk",), dtype), device)
+
+
+def _text_branches(
+    requests: Sequence[Sequence[Request]],
+) -> tuple[list[tuple[int, int]], list[Branch], list[Region]]:
+    """((image, request) of every text request, its branch in a batch of one branch per row, their regions)."""
+    rows: list[tuple[int, int]] = []
+    branches: list[Branch] = []
+    regions: list[Region] = []
+    for b, row in enumerate(requests):
+        for r, request in enumerate(row):
+            task = TASKS[request.task]
+            if not task.is_text:
+                continue
+            where = (len(regions),) if request.region is not None else ()
+            regions += [request.region] if request.region is not None else []
+            branches.append(Branch(len(rows), task.prompt(request.text, request.template), regions=where))
+            rows.append((b, r))
+    return rows, branches, regions
 
 
 @dataclass
@@ -85,7 +104,7 @@ class TrunkStage(FromFolder):
 
     @property
     def tasks(self) -> tuple[str, ...]:
-        """Names of the tasks that the model has a decoder for, where one is needed, and was trained on."""
+        """Names of the tasks that the model was trained on and, where they need a decoder, has one for."""
         return self.planner.tasks
 
     def bucket(self, size: Size) -> Size:
@@ -96,7 +115,7 @@ class TrunkStage(FromFolder):
         """(height, width) of the model input for an image, or for text alone."""
         return self.buckets[0] if image is None else self.bucket((image.shape[0], image.shape[1]))
 
-    @in_model_dtype
+    @in_own_dtype
     def links(
         self,
         images: Sequence[np.ndarray | None],
@@ -172,18 +191,7 @@ class TrunkStage(FromFolder):
 
         Returns (image, request) of every free chat in which the LLM chose a route.
         """
-        rows: list[tuple[int, int]] = []
-        branches: list[Branch] = []
-        regions: list[Region] = []
-        for b, row in enumerate(requests):
-            for r, request in enumerate(row):
-                task = TASKS[request.task]
-                if not task.is_text:
-                    continue
-                where = (len(regions),) if request.region is not None else ()
-                regions += [request.region] if request.region is not None else []
-                branches.append(Branch(len(rows), task.prompt(request.text, request.template), regions=where))
-                rows.append((b, r))
+        rows, branches, regions = _text_branches(requests)
         if not rows:
             return []
         layout = build_layout(branches, len(rows), self.tokenizer, self.prompt_layout).to(self.device)
@@ -248,8 +256,8 @@ class TrunkStage(FromFolder):
         layout = layout.to(self.device)
         found: dict[int, Tensor] = {}
         for name, link in self.trunk.ask(prefix, layout, *self._regions(regions, owners)).items():
-            numbers = layout.link_branches[DECODERS[name].family].tolist()
-            for number, embedding in zip(numbers, link.embeddings.float().cpu(), strict=True):
+            order = layout.link_branches[DECODERS[name].family].tolist()
+            for number, embedding in zip(order, link.embeddings.float().cpu(), strict=True):
                 if pending[members[number]].decoder == name:
                     found[members[number]] = embedding
         return found

@@ -1,4 +1,4 @@
-"""A page to look at labels with: one HTML file that needs nothing beside it."""
+"""The gallery of a labelled folder: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from lumen_ray.viz import draw, palette
 
 MAX_IMAGES = 120
 THUMBNAIL_SIDE = 560
-#: From this many instances on, labels would hide the picture.
+#: Above this many instances, labels would hide the picture.
 MAX_LABELLED_INSTANCES = 40
-#: The best-scored instances of an answer that are drawn: a thousand on top of each other show nothing.
+#: At most this many instances of an answer are drawn, best scores first: a thousand would hide each other.
 MAX_DRAWN = 300
 
 _PAGE = Template((Path(__file__).parent / "gallery.html").read_text())
@@ -37,7 +37,7 @@ _PAGE = Template((Path(__file__).parent / "gallery.html").read_text())
 def write_gallery(output: str | Path, *, max_images: int = MAX_IMAGES) -> Path:
     """Writes ``gallery.html`` into the labelled folder `output` and returns its path.
 
-    Shows the first `max_images` images; the counts are those of all. The pictures are inside the page.
+    Shows the first `max_images` images, embedded in the page; the counts are those of all images.
     """
     ledger = open_finished(output)
     instances: Counter[tuple[str, str]] = Counter()  # (task, phrase)
@@ -69,7 +69,7 @@ def _safe(text: Any) -> str:
 
 
 def _images(ledger: Ledger, shown: dict[str, Any]) -> Iterator[tuple[Item, bytes]]:
-    """The encoded bytes of the images in `shown`, in order; those that have vanished since are left out."""
+    """The encoded bytes of the images in `shown`, in order; those deleted since are left out."""
     items = [item for item in ledger.items() if item.image_id in shown]
     for item, data in read_bytes(items):
         if not isinstance(data, UserError):
@@ -93,7 +93,7 @@ def _summary(ledger: Ledger, shown: int) -> str:
 
 
 def _chips(instances: Counter[tuple[str, str]], tasks: list[str], colours: dict[str, Any]) -> str:
-    """One filter button per class, with its number of instances (the most that one task found)."""
+    """One filter button per class, with its number of instances (the largest of any task)."""
     chips = []
     for phrase, colour in colours.items():
         number = max(instances[task, phrase] for task in tasks)
@@ -110,10 +110,10 @@ def _card(item: Item, data: bytes, records: list[dict[str, Any]], colours: dict[
         if answer.text is None:
             boxed.setdefault(answer.task, []).append(answer)
     edges = {r["phrase"]: record_edges(r) for r in records if r["keypoints"] is not None}
-    pictures = [(task, _thumbnail(image, mine, colours, edges)) for task, mine in boxed.items()]
+    pictures = [(task, _thumbnail(image, group, colours, edges)) for task, group in boxed.items()]
     pictures = pictures or [("", _thumbnail(image, [], colours, edges))]
     classes = sorted({p.phrase for a in answers for p in a.predictions})
-    found = Counter({p.phrase: len(p) for mine in boxed.values() for a in mine for p in a.predictions})
+    found = Counter({p.phrase: len(p) for group in boxed.values() for a in group for p in a.predictions})
     counts = ", ".join(f"{n} × {_safe(phrase)}" for phrase, n in found.items()) or "nothing found" * bool(boxed)
     return (
         f'<figure data-classes="{_safe(json.dumps(classes))}">'
@@ -127,8 +127,8 @@ def _texts(records: list[dict[str, Any]]) -> str:
     lines = []
     for record in records:
         if record["text"] is not None:
-            asked = record["prompt"] or record["task"]
-            lines.append(f"<p class=text><span>{_safe(asked)}</span> {_safe(record['text'])}</p>")
+            prompt = record["prompt"] or record["task"]
+            lines.append(f"<p class=text><span>{_safe(prompt)}</span> {_safe(record['text'])}</p>")
     return "".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""What to label: the images of a folder, a glob or a shard folder, listed without opening them, read when needed."""
+"""The images to label, of a folder, a glob or a shard folder: listed without opening them, read when needed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def find_inputs(source: str | Path, exclude: Path | None = None) -> list[Item]:
     """The images of `source`, sorted; those under the folder `exclude` are left out.
 
     source: a folder of images (searched recursively; ids are paths relative to it), a folder of shard Parquet files
-    (ids are the rows' own), a glob, or one file. Raises `UserError` when it does not exist or holds no image.
+    (ids are the rows' ids), a glob, or one file. Raises `UserError` if it does not exist or holds no image.
     """
     text, path = str(source), Path(source)
     if path.is_dir():
@@ -60,7 +60,7 @@ def _is_image(path: Path) -> bool:
 
 
 def _shard_items(shard: Path) -> list[Item]:
-    """The rows of a shard file that have an image; reads the id column and the row sizes only."""
+    """The rows of a shard file that have an image; reads only ids and heights."""
     try:
         file = pq.ParquetFile(shard)
     except pa.ArrowInvalid:
@@ -82,13 +82,14 @@ def _shard_items(shard: Path) -> list[Item]:
 
 
 def read_bytes(items: Sequence[Item]) -> Iterator[tuple[Item, bytes | UserError]]:
-    """The encoded bytes of each item, or why they could not be read.
+    """The encoded bytes of each item, or the error of reading them.
 
     A shard's row group is read once for all its items.
     """
     images: list[bytes | None] = []
     loaded: tuple[str, int] | None = None
     for item in items:
+        data: bytes | None
         try:
             if item.row_group < 0:
                 data = Path(item.path).read_bytes()

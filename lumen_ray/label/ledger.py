@@ -1,9 +1,9 @@
-"""Which parts of the input are done. A job killed anywhere resumes without a duplicate and without a gap.
+"""Records which fragments of the input are done. A job killed anywhere resumes without duplicates or gaps.
 
 The input is cut into fragments of a fixed number of images, listed once in ``ledger/inputs.parquet``. A fragment's
-labels are written to ``labels/part-N.parquet`` and then its entry ``ledger/N.json`` appears, both by atomic rename: the
-entry is the one sign that the fragment is done. A part without an entry is overwritten by the next run, and readers ask
-the ledger which parts count.
+labels are written to ``labels/part-N.parquet``, then its entry to ``ledger/N.json``, both by atomic rename: only the
+entry marks the fragment as done. A file of labels without an entry is overwritten by the next run; readers take the
+valid files from the ledger.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ class Ledger:
     def open(self, settings: dict[str, Any]) -> None:
         """Claims the folder for a job with `settings` (JSON types).
 
-        Raises `UserError` when it holds labels made with other settings, naming what differs. A job that never finished
-        a fragment binds nobody.
+        Raises `UserError` if it holds labels made with other settings, naming the difference. The settings of a job
+        that finished no fragment are replaced.
         """
         settings = json.loads(json.dumps(settings))
         path = self.output / "job.json"
@@ -81,9 +81,9 @@ class Ledger:
     def plan(self, items: Sequence[Item], fragment_size: int) -> list[Fragment]:
         """The fragments still to do, in order.
 
-        Fragments keep the images they had in the first run; images that are new since then form further fragments.
+        Fragments keep their images of the first run; images added since then form further fragments.
         """
-        known = self._known()
+        known = self._planned()
         seen = {item for fragment in known for item in fragment.items}
         new = [item for item in items if item not in seen]
         for start in range(0, len(new), fragment_size):
@@ -95,7 +95,8 @@ class Ledger:
         done = self.entries()
         return [fragment for fragment in known if fragment.index not in done]
 
-    def _known(self) -> list[Fragment]:
+    def _planned(self) -> list[Fragment]:
+        """The fragments of ``inputs.parquet``."""
         if not self._inputs.is_file():
             return []
         fragments: dict[int, list[Item]] = {}
@@ -106,10 +107,10 @@ class Ledger:
     def publish(self, fragment: Fragment, records: Sequence[dict[str, Any]], errors: Sequence[dict[str, str]]) -> None:
         """Marks `fragment` done with its label rows and its failed images (rows of `ERROR_SCHEMA`)."""
         table = pa.Table.from_pylist(list(records), schema=LABEL_SCHEMA)
-        part = self._part(fragment.index)
-        write_atomically(part, lambda p: pq.write_table(table, p, compression="zstd"))
+        path = self._labels(fragment.index)
+        write_atomically(path, lambda p: pq.write_table(table, p, compression="zstd"))
         entry = {
-            "part": part.name,
+            "part": path.name,
             "images": len(fragment.items),
             "labelled": len(fragment.items) - len(errors),
             "errors": list(errors),
@@ -133,16 +134,16 @@ class Ledger:
     def tables(self) -> Iterator[pa.Table]:
         """The label table of each finished fragment, in order."""
         for index in self.entries():
-            yield pq.read_table(self._part(index))
+            yield pq.read_table(self._labels(index))
 
     def items(self) -> Iterator[Item]:
         """The images of all finished fragments, failed ones included, in order."""
         done = self.entries()
-        for fragment in self._known():
+        for fragment in self._planned():
             if fragment.index in done:
                 yield from fragment.items
 
-    def _part(self, index: int) -> Path:
+    def _labels(self, index: int) -> Path:
         return self.output / "labels" / f"part-{index:06d}.parquet"
 
     def _entry(self, index: int) -> Path:
@@ -155,7 +156,7 @@ def _short(value: Any) -> str:
 
 
 def open_finished(output: str | Path) -> Ledger:
-    """The ledger of a labelled folder; `UserError` when `output` is none."""
+    """The ledger of a labelled folder; raises `UserError` if `output` is not one."""
     ledger = Ledger(output)
     if not (ledger.output / "job.json").is_file():
         raise UserError(f"'{output}' is not an output folder of `lumen-ray label`; give one", "not_labelled")

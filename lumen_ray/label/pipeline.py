@@ -1,9 +1,9 @@
-"""Labels a corpus: images in, `LABEL_SCHEMA` Parquet out, one trunk pass per image for all tasks asked for.
+"""Labels a corpus: images in, `LABEL_SCHEMA` Parquet out, one trunk pass per image for all its tasks.
 
     fragments -> read and decode (CPU tasks) -> model actors -> this process: collects each fragment, publishes it
 
-Decoded pixels travel as raw bytes; what comes back per image is a few kilobytes of labels, so one writer suffices and
-the ledger needs no lock. `workers.py` holds what runs on the cluster.
+Decoded pixels travel as raw bytes; an image's labels are a few kilobytes, so one writer suffices and the ledger needs
+no lock. `workers.py` holds the code that runs on the cluster.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any
 from lumen_ray.data import files
 from lumen_ray.errors import UserError, unknown
 from lumen_ray.inference.device import find_device
-from lumen_ray.inference.request import Request, make_request
+from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.label.inputs import find_inputs
 from lumen_ray.label.ledger import Fragment, Ledger
+from lumen_ray.label.requests import build_requests
 from lumen_ray.label.workers import WorkerSettings, fingerprint, label_in_process, label_on_ray
 from lumen_ray.structures import check_dtype
-from lumen_ray.tasks import get_task
 
 EXPORTS = ("coco", "gallery")
-#: The model failing on this many images with no success stops the job: that is the model's fault, not the images'.
+#: A job stops after this many failures of the model without a success: the model is at fault, not the images.
 MODEL_FAILURES = 8
 
 Progress = Callable[["Status"], None]
@@ -35,7 +35,7 @@ Progress = Callable[["Status"], None]
 
 @dataclass
 class Status:
-    """Where a job stands. `finished_before`: images that an earlier run had done."""
+    """The progress of a job. `finished_before`: images done in earlier runs."""
 
     total: int
     done: int = 0
@@ -54,55 +54,8 @@ class Status:
         return (self.total - self.done) / self.rate if self.done > self.finished_before else None
 
 
-def build_requests(
-    tasks: Sequence[str],
-    classes: Sequence[str] | None = None,
-    prompts: Mapping[str, Sequence[str]] | None = None,
-    keypoints: Sequence[str] | None = None,
-) -> list[Request]:
-    """What to ask about every image.
-
-    Tasks that need classes ask for `classes`, those that need a text take one request per text in `prompts[task]`.
-    Raises `UserError` for unknown tasks, missing classes or texts.
-    """
-    prompts = prompts or {}
-    if not tasks:
-        raise UserError("no task given; give e.g. tasks 'detect,segment,caption'", "empty_tasks")
-    for name in prompts:
-        if name not in tasks:
-            raise UserError(
-                f"texts are given for task '{name}', which is not among the tasks asked for; add it", "unused_text"
-            )
-    requests = []
-    for name in dict.fromkeys(tasks):
-        needs = get_task(name).needs
-        if get_task(name).result == "image":
-            raise UserError(
-                f"task '{name}' makes pictures, which a label table does not hold; leave it out or ask a server",
-                "invalid_task",
-            )
-        if needs == "region":
-            raise UserError(
-                f"task '{name}' needs a region in each image and cannot label a corpus; leave it out", "invalid_task"
-            )
-        if needs == "classes":
-            requests.append(
-                make_request(name, classes=list(classes or ()), keypoints=keypoints if name == "pose" else None)
-            )
-        elif needs == "nothing":
-            requests.append(make_request(name))
-        else:
-            texts = [prompts[name]] if isinstance(prompts.get(name), str) else prompts.get(name, ())
-            if not texts:
-                raise UserError(
-                    f"task '{name}' needs a text ({needs}) to ask about every image; give one", "empty_text"
-                )
-            requests += [make_request(name, text=text) for text in texts]
-    return requests
-
-
 def label(
-    model: str | Path | Callable[[], Any],
+    model: str | Path | Callable[[], EngineProtocol],
     input: str | Path,
     output: str | Path,
     *,
@@ -125,18 +78,18 @@ def label(
     """Labels the images of `input` (folder, glob or shard folder) into the folder `output`; returns a summary.
 
     model: model folder, or a function that returns an engine (called in each actor).
-    prompts: task -> texts for the tasks that need one (see `build_requests`).
-    decoders: task -> the decoder that serves it, where it should be another than the model folder says.
+    prompts: task -> texts for the tasks that need one (see `label.requests`).
+    decoders: task -> decoder, overriding the model folder's choice.
     num_actors: model actors on Ray; 0 labels in this process, without Ray.
-    device: 'cpu' or 'cuda', in this process 'cuda:N' too; None: a GPU for each actor where the cluster has any.
+    device: 'cpu' or 'cuda', in this process also 'cuda:N'; None: a GPU per actor if the cluster has any.
     dtype: 'float32' or 'bfloat16', of the model's weights and arithmetic.
     progress: called with a `Status` after every image.
 
-    Writes ``labels/*.parquet``, ``errors.parquet``, the `exports` and ``summary.json``. Run again after an interruption
-    it continues where it stopped. In the summary, ``images == labelled + errors``. Raises `UserError` for what cannot
-    be asked, a decoder that cannot serve its task, a device that is not there, an input without images, or an output
-    folder that is a URL or holds labels made with other settings; and, once the errors are written, when no image at
-    all could be labelled.
+    Writes ``labels/*.parquet``, ``errors.parquet``, the `exports` and ``summary.json``. Run again after a stop, it
+    continues where it stopped. In the summary, ``images == labelled + errors``; on Ray, ``log`` names the file with
+    Ray's log lines. Raises `UserError` for invalid requests, a decoder that cannot serve its task, a missing device, an
+    input without images, or an output folder that is a URL or holds labels made with other settings; and, once the
+    errors are written, if no image at all could be labelled.
     """
     _check(num_actors, batch_size, score_threshold, fragment_size, exports)
     device = _check_device(device, num_actors)
@@ -149,28 +102,43 @@ def label(
     )  # fmt: skip
     ledger = Ledger(output)
     items = find_inputs(input, exclude=output)
-    ledger.open(
-        {
-            "input": str(input),
-            "model": fingerprint(model),
-            "tasks": list(dict.fromkeys(tasks)),
-            "classes": list(classes or ()),
-            "prompts": {name: list(texts) for name, texts in (prompts or {}).items()},
-            "keypoints": list(keypoints or ()),
-            "decoders": chosen or None,  # null, as in folders from before it could be chosen
-            "dtype": None if dtype == "float32" else dtype,  # likewise
-            "score_threshold": score_threshold,
-            "max_per_phrase": max_per_phrase,
-            "max_new_tokens": max_new_tokens,
-        }
-    )
+    ledger.open(_job_settings(worker, input, tasks, classes, prompts, keypoints))
     fragments = ledger.plan(items, fragment_size)
     before = sum(entry["images"] for entry in ledger.entries().values())
     status = Status(before + sum(len(f.items) for f in fragments), done=before, finished_before=before)
     if fragments:
-        run = label_on_ray if num_actors else label_in_process
-        _collect(run(fragments, worker), fragments, ledger, status, progress)
-    return _finish(ledger, status, exports)
+        results = (label_on_ray if num_actors else label_in_process)(fragments, worker)
+        _collect(results, fragments, ledger, status, progress)
+    summary = _finish(ledger, status, exports)
+    if fragments and num_actors:
+        from lumen_ray.ray_log import log_file
+
+        summary["log"] = str(log_file())
+    return summary
+
+
+def _job_settings(
+    worker: WorkerSettings,
+    input: str | Path,
+    tasks: Sequence[str],
+    classes: Sequence[str] | None,
+    prompts: Mapping[str, Sequence[str]] | None,
+    keypoints: Sequence[str] | None,
+) -> dict[str, Any]:
+    """The settings that labels depend on, as ``job.json`` keeps them (JSON types)."""
+    return {
+        "input": str(input),
+        "model": fingerprint(worker.model),
+        "tasks": list(dict.fromkeys(tasks)),
+        "classes": list(classes or ()),
+        "prompts": {name: list(texts) for name, texts in (prompts or {}).items()},
+        "keypoints": list(keypoints or ()),
+        "decoders": dict(worker.decoders) or None,  # null, as in folders older than this setting
+        "dtype": None if worker.dtype == "float32" else worker.dtype,  # likewise
+        "score_threshold": worker.score_threshold,
+        "max_per_phrase": worker.max_per_phrase,
+        "max_new_tokens": worker.max_new_tokens,
+    }
 
 
 def _check(
@@ -191,28 +159,28 @@ def _check(
 
 
 def _check_device(device: str | None, num_actors: int) -> str | None:
-    """The device of this process. Which GPU an actor gets is Ray's choice, and whether there is one is known there."""
+    """The device of this process; actors get their GPU from Ray, which also checks that there is one."""
     if num_actors == 0:
         return find_device(device)
     if device not in (None, "cpu", "cuda"):
         raise UserError(
-            f"device '{device}' cannot be asked of Ray's actors, which get a GPU each; give 'cpu' or 'cuda', or "
+            f"device '{device}' cannot be chosen for Ray's actors, which get one GPU each; give 'cpu' or 'cuda', or "
             "num_actors 0",
             "unknown_device",
         )
     return device
 
 
-def _chosen_decoders(model: str | Path | Callable[[], Any], decoders: Mapping[str, str]) -> dict[str, str]:
-    """Of `decoders`, what differs from the model folder's own settings, which its fingerprint covers."""
+def _chosen_decoders(model: str | Path | Callable[[], EngineProtocol], decoders: Mapping[str, str]) -> dict[str, str]:
+    """The entries of `decoders` that differ from the model folder's choice, which its fingerprint covers."""
     if not decoders:
         return {}
     if callable(model):
         raise UserError("decoders can be chosen for a model folder only; give one as the model", "invalid_setting")
     from lumen_ray.model.settings import read_settings
 
-    own = read_settings(model)
-    return own.choose(decoders, str(model)).chosen_over(own)
+    settings = read_settings(model)
+    return settings.choose(decoders, str(model)).chosen_over(settings)
 
 
 def _collect(
@@ -223,7 +191,7 @@ def _collect(
     progress: Progress | None,
 ) -> None:
     """Gathers per-image results into fragments and publishes each as soon as it is complete."""
-    wanted = {fragment.index: fragment for fragment in fragments}
+    by_index = {fragment.index: fragment for fragment in fragments}
     waiting: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
     succeeded = sum(entry["labelled"] for entry in ledger.entries().values())
     model_failures: list[str] = []
@@ -239,10 +207,10 @@ def _collect(
         waiting[index][result["index"]] = result
         if not succeeded and len(model_failures) >= MODEL_FAILURES:
             break
-        # nothing is published before the model has worked once, so that a bad model leaves no errors to clean up
-        ready = [i for i, found in waiting.items() if len(found) == len(wanted[i].items)]
+        # nothing is published before the model's first success, so that a bad model leaves no errors to clean up
+        ready = [i for i, found in waiting.items() if len(found) == len(by_index[i].items)]
         for i in ready if succeeded or not model_failures else ():
-            _publish(ledger, wanted[i], waiting.pop(i))
+            _publish(ledger, by_index[i], waiting.pop(i))
         if progress is not None:
             progress(status)
     if model_failures and not succeeded:
@@ -275,7 +243,7 @@ def _finish(ledger: Ledger, status: Status, exports: Sequence[str]) -> dict[str,
     if errors and not any(entry["labelled"] for entry in entries.values()):
         raise UserError(
             f"none of {len(errors)} images could be labelled, the first, '{errors[0]['image_id']}', because "
-            f"{errors[0]['message']}; see '{errors_path}', mend the images and give a new output folder",
+            f"{errors[0]['message']}; see '{errors_path}', fix the images and give a new output folder",
             "nothing_labelled",
         )
     instances: Counter[str] = Counter()
@@ -305,10 +273,11 @@ def _finish(ledger: Ledger, status: Status, exports: Sequence[str]) -> dict[str,
 
 
 def labelled_line(summary: dict[str, Any], output: str | Path) -> str:
-    """What `label` wrote, in one line."""
+    """The summary of `label` in one line."""
     first = summary["first_error"]
+    log = f"; log -> {summary['log']}" if summary.get("log") else ""
     reason = f" (e.g. {first['image_id']}: {first['message']}; see errors.parquet)" if first else ""
     return (
         f"{summary['images']} images: {summary['labelled']} labelled, {summary['errors']} errors{reason} -> {output} "
-        f"(labels/*.parquet, coco/*.json, gallery.html)"
+        f"(labels/*.parquet, coco/*.json, gallery.html){log}"
     )

@@ -1,4 +1,4 @@
-"""What runs for a label job on the cluster's machines, or in this process: reading, decoding, the model."""
+"""The workers of a label job, on the cluster's machines or in this process: reading, decoding, the model."""
 
 from __future__ import annotations
 
@@ -16,23 +16,24 @@ import numpy as np
 from lumen_ray.data.images import decode
 from lumen_ray.errors import UserError
 from lumen_ray.inference.device import find_device
+from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.inference.records import answer_records
 from lumen_ray.inference.request import Request
 from lumen_ray.label.inputs import read_bytes
 from lumen_ray.label.ledger import Fragment
 from lumen_ray.presets import model_folder
 
-#: Ray Data gives up after so long without a result, instead of its 30 minutes; loading a large model has to fit.
+#: Seconds without a result after which Ray Data gives up (its default: 30 minutes); loading a large model must fit.
 NO_PROGRESS_TIMEOUT_S = 900
 _SAMPLE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What a model actor needs. `model`: folder, or a function that returns an engine; `decoders`: task -> decoder,
-    where another than the folder says should serve it; `device`: None is a GPU where there is one."""
+    """The settings of a model actor. `model`: folder, or a function that returns an engine; `decoders`: task ->
+    decoder, overriding the folder's choice; `device`: None for a GPU if there is one."""
 
-    model: str | Path | Callable[[], Any]
+    model: str | Path | Callable[[], EngineProtocol]
     requests: tuple[Request, ...]
     device: str | None = None
     batch_size: int = 8
@@ -44,10 +45,10 @@ class WorkerSettings:
     dtype: str = "float32"
 
 
-def fingerprint(model: str | Path | Callable[[], Any]) -> str:
-    """Tells model folders apart without loading them or depending on dates: names, sizes and both ends of each file.
+def fingerprint(model: str | Path | Callable[[], EngineProtocol]) -> str:
+    """Identifies a model folder without loading it, whatever its dates: names, sizes and both ends of each file.
 
-    Raises `UserError` when the folder does not exist.
+    Raises `UserError` if the folder does not exist.
     """
     if callable(model):
         return getattr(model, "__qualname__", type(model).__qualname__)
@@ -79,7 +80,7 @@ def read_fragment(fragment: Fragment) -> Iterator[dict[str, Any]]:
 
 
 class Labeller:
-    """A model and the requests to put to it."""
+    """A model with the requests about every image. `fault`: why the model cannot be used, else empty."""
 
     def __init__(self, settings: WorkerSettings):
         self.settings = settings
@@ -87,21 +88,21 @@ class Labeller:
         try:
             self.engine = _load(settings)
             self.requests = _fit_requests(settings.requests, self.engine)
-        except UserError as error:  # raising in an actor's constructor makes Ray try again and again
+        except UserError as error:  # Ray would restart an actor whose constructor raises, again and again
             self.fault = str(error)
             return
-        provenance = {
+        provenance: dict[str, Any] = {
             "model": "" if callable(settings.model) else str(settings.model),
             "version": self.engine.version,
             "preset": self.engine.preset,
             "settings": self._run_settings(),
         }
         if self.engine.chosen_decoders:
-            provenance["settings"]["decoders"] = self.engine.chosen_decoders
+            provenance["settings"]["decoders"] = dict(self.engine.chosen_decoders)
         if settings.dtype != "float32":
             provenance["settings"]["dtype"] = settings.dtype
         if any(request.task == "pose" for request in self.requests):
-            provenance["edges"] = getattr(self.engine, "edges", {})  # to draw and export skeletons without the model
+            provenance["edges"] = self.engine.edges  # to draw and export skeletons without the model
         self.provenance = json.dumps(provenance, sort_keys=True)
 
     def _run_settings(self) -> dict[str, Any]:
@@ -113,7 +114,7 @@ class Labeller:
         }
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """Columns of `read_fragment` in; ``fragment, index, reason, message, records`` (JSON) out, a row per image."""
+        """Columns of `read_fragment` -> ``fragment, index, reason, message, records`` (JSON), one row per image."""
         names = ("fragment", "index", "image_id", "path", "height", "width", "pixels", "reason", "message")
         rows = [dict(zip(names, values, strict=True)) for values in zip(*(batch[n] for n in names), strict=True)]
         results = self.label(rows)
@@ -131,7 +132,7 @@ class Labeller:
         return results
 
     def _answer(self, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-        """Fills in the records of the (row, result) pairs. A batch that fails is tried again image by image."""
+        """Fills in the records of the (row, result) pairs. A batch that fails is retried image by image."""
         if not pairs:
             return
         try:
@@ -140,7 +141,7 @@ class Labeller:
                 for row, _ in pairs
             ]
             answers = self.engine.run(images, [self.requests] * len(images), **self._run_settings())
-        except Exception as error:  # whatever one image does to the model must not stop the others
+        except Exception as error:  # one image must not stop the others
             if len(pairs) > 1:
                 for pair in pairs:
                     self._answer([pair])
@@ -149,10 +150,10 @@ class Labeller:
             message = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
             pairs[0][1].update(reason="model_error", message=message)
             return
-        for (row, result), mine in zip(pairs, answers, strict=True):
+        for (row, result), found in zip(pairs, answers, strict=True):
             records = [
                 record
-                for request, answer in zip(self.requests, mine, strict=True)
+                for request, answer in zip(self.requests, found, strict=True)
                 for record in answer_records(str(row["image_id"]), str(row["path"]), request, answer, self.provenance)
             ]
             result["records"] = json.dumps(records)
@@ -164,11 +165,11 @@ class LabelActor(Labeller):
     def __init__(self, settings: WorkerSettings):
         import torch
 
-        torch.set_num_threads(1)  # actors share the machine: more threads each would fight for its cores
+        torch.set_num_threads(1)  # actors share the machine's cores
         super().__init__(settings)
 
 
-def _load(settings: WorkerSettings) -> Any:
+def _load(settings: WorkerSettings) -> EngineProtocol:
     if callable(settings.model):
         return settings.model()
     from lumen_ray.inference.engine import Engine
@@ -176,10 +177,10 @@ def _load(settings: WorkerSettings) -> Any:
     return Engine.load(settings.model, find_device(settings.device), settings.decoders, settings.dtype)
 
 
-def _fit_requests(requests: Iterable[Request], engine: Any) -> list[Request]:
-    """Narrows pose requests without own keypoints to the classes that the model has a skeleton for.
+def _fit_requests(requests: Iterable[Request], engine: EngineProtocol) -> list[Request]:
+    """Narrows pose requests without keypoints to the classes that the model has a skeleton for.
 
-    So that one list of classes serves all tasks. Raises `UserError` when no class is left.
+    One list of classes then serves all tasks. Raises `UserError` if no class is left.
     """
     fitted = []
     for request in requests:
@@ -187,7 +188,7 @@ def _fit_requests(requests: Iterable[Request], engine: Any) -> list[Request]:
             posed = tuple(name for name in request.phrases if name in engine.skeletons)
             if not posed:
                 raise UserError(
-                    f"task 'pose' has no class with keypoints; classes that the model knows keypoints of: "
+                    f"task 'pose' has no class with keypoints; classes with keypoints in this model: "
                     f"{', '.join(sorted(engine.skeletons))} (or name the keypoints)",
                     "no_skeleton",
                 )
@@ -209,8 +210,9 @@ def label_in_process(fragments: Sequence[Fragment], settings: WorkerSettings) ->
 
 
 def label_on_ray(fragments: Sequence[Fragment], settings: WorkerSettings) -> Iterator[dict[str, Any]]:
-    """The result of every image, as the actors deliver them, in no order. Starts a local Ray when none is running."""
+    """The result of every image in no particular order. Starts a local Ray if none is running."""
     from lumen_ray.ray_env import cluster_resources, init_local, prepare_environment
+    from lumen_ray.ray_log import native_lines_in_file
 
     prepare_environment()
     import ray
@@ -218,7 +220,7 @@ def label_on_ray(fragments: Sequence[Fragment], settings: WorkerSettings) -> Ite
 
     if not ray.is_initialized():
         init_local()
-    settings, resources = actor_resources(settings, cluster_resources())
+    settings, (num_cpus, num_gpus) = actor_resources(settings, cluster_resources())
     rows = [{"item": fragment} for fragment in fragments]
     with _data_context(ray.data.DataContext.get_current()):
         dataset = (
@@ -230,29 +232,29 @@ def label_on_ray(fragments: Sequence[Fragment], settings: WorkerSettings) -> Ite
                 batch_size=settings.batch_size,
                 batch_format="numpy",
                 compute=ray.data.ActorPoolStrategy(size=settings.num_actors),
-                **resources,
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
             )
         )
-        yield from dataset.iter_rows()
+        with native_lines_in_file():
+            yield from dataset.iter_rows()
 
 
-def actor_resources(
-    settings: WorkerSettings, available: Mapping[str, float]
-) -> tuple[WorkerSettings, dict[str, float]]:
-    """What an actor is told and what it asks Ray for, without which it would see no GPU, or one that is another's.
+def actor_resources(settings: WorkerSettings, available: Mapping[str, float]) -> tuple[WorkerSettings, tuple[int, int]]:
+    """The settings of an actor with its device, and the (CPUs, GPUs) to reserve: Ray hides other GPUs from it.
 
-    available: "CPU" and "GPU" of the cluster. GPUs are used where there are any. Raises `UserError` when the actors do
-    not fit.
+    available: "CPU" and "GPU" of the cluster. GPUs are used if there are any. Raises `UserError` if the actors do not
+    fit.
     """
     on_gpu = settings.device == "cuda" or (settings.device is None and available.get("GPU", 0) >= 1)
     _check_resources(available, settings.num_actors, on_gpu)
     if on_gpu:
-        return settings, {"num_cpus": 0, "num_gpus": 1}
-    return replace(settings, device="cpu"), {"num_cpus": 1, "num_gpus": 0}
+        return settings, (0, 1)
+    return replace(settings, device="cpu"), (1, 0)
 
 
 def _check_resources(available: Mapping[str, float], num_actors: int, on_gpu: bool) -> None:
-    """Ray Data would wait without a word for actors that never fit; one CPU must be left for reading."""
+    """Raises `UserError` for actors that do not fit, for which Ray Data would wait silently; reading needs one CPU."""
     kind, need = ("GPU", num_actors) if on_gpu else ("CPU", num_actors + 1)
     have = int(available.get(kind, 0))
     if need > have:
@@ -265,7 +267,7 @@ def _check_resources(available: Mapping[str, float], num_actors: int, on_gpu: bo
 
 @contextlib.contextmanager
 def _data_context(context: Any) -> Iterator[None]:
-    """Ray Data's settings for a job; the previous ones come back afterwards."""
+    """Applies Ray Data's settings for a job, and restores the previous ones afterwards."""
     changes = {
         "enable_progress_bars": False,
         "execution_no_progress_timeout_s": NO_PROGRESS_TIMEOUT_S,

@@ -1,4 +1,4 @@
-"""The FastAPI application: task routes, OpenAI's routes, health, documentation and the page. It knows no Ray."""
+"""The FastAPI application: task routes, OpenAI's routes, health, documentation and the page. Independent of Ray."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def _page(name: str) -> str:
 
 
 def create_api(backend: Backend, settings: ServeSettings) -> FastAPI:
-    """The HTTP API over `backend`. The documentation page is our own: FastAPI's loads scripts from a remote host."""
-    errors = {code: {"model": schemas.ErrorResponse} for code in (400, 404, 413, 503)}
+    """The HTTP API over `backend`. FastAPI's documentation pages are replaced: they load scripts from a remote host."""
+    errors: dict[int | str, dict[str, Any]] = {code: {"model": schemas.ErrorResponse} for code in (400, 404, 413, 503)}
     api = FastAPI(title="lumen_ray", version=__version__, summary=_SUMMARY, docs_url=None, redoc_url=None)
     install_error_handlers(api)
     api.include_router(task_api.make_router(backend, settings), responses=errors)
@@ -47,11 +47,11 @@ def _add_health(api: FastAPI, backend: Backend) -> None:
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @api.get("/readyz", tags=["about"], summary="200 when every part of the model answers, else 503")
+    @api.get("/readyz", tags=["about"], summary="200 when every deployment of the model answers, else 503")
     async def readyz() -> JSONResponse:
-        parts = await backend.ready()
-        ready = all(parts.values())
-        return JSONResponse({"ready": ready, "deployments": parts}, 200 if ready else 503)
+        deployments = await backend.ready()
+        ready = all(deployments.values())
+        return JSONResponse({"ready": ready, "deployments": deployments}, 200 if ready else 503)
 
 
 def _add_pages(api: FastAPI) -> None:
@@ -65,7 +65,7 @@ def _add_pages(api: FastAPI) -> None:
 
 
 def _add_request_schemas(api: FastAPI) -> None:
-    """Bodies are parsed by hand (JSON or form, our error envelope), so OpenAPI has to be told about them."""
+    """Adds the body schemas to OpenAPI: bodies are parsed by hand (JSON or form, our error envelope)."""
 
     def openapi() -> dict[str, Any]:
         if api.openapi_schema is None:
@@ -78,4 +78,4 @@ def _add_request_schemas(api: FastAPI) -> None:
             api.openapi_schema = document
         return api.openapi_schema
 
-    api.openapi = openapi
+    api.openapi = openapi  # type: ignore[method-assign]  # FastAPI's documented way to extend OpenAPI

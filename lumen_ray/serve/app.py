@@ -1,4 +1,4 @@
-"""Builds and runs the Serve application: Ingress -> Trunk -> one deployment per decoder, each scales by itself."""
+"""Builds and runs the Serve application: Ingress -> Trunk -> one deployment per decoder, each scaled separately."""
 
 from __future__ import annotations
 
@@ -12,28 +12,31 @@ import urllib.error
 import urllib.request
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.presets import model_folder
 from lumen_ray.ray_env import cluster_resources, init_local, prepare_environment, shutdown
-from lumen_ray.serve.settings import ServeSettings
+from lumen_ray.ray_log import log_file, native_lines_in_file, quiet_loggers
+from lumen_ray.serve.settings import Deployment as DeploymentSettings
+from lumen_ray.serve.settings import Http, ServeSettings
 
 if TYPE_CHECKING:
-    from ray.serve import Application
+    from ray.serve import Application, Deployment
 
     from lumen_ray.model.settings import ModelSettings
 
 APP_NAME = "lumen"
-#: logical CPUs beside the replicas, for Serve's own actors and whoever shares the machine's Ray
+#: logical CPUs besides the replicas', for Serve's own actors and other users of this Ray
 _SPARE_CPUS = 2
 
 
 def prepare_serve_environment() -> None:
-    """Settings that Ray reads when it is imported; call before anything imports ray. What the user has set wins."""
+    """Sets the environment that Ray reads on import; variables that the user has set are kept."""
     prepare_environment()
-    # Replicas report their load every second (default 10), so that upscale_delay_s is what decides.
+    # Replicas report their load every second (default 10), so that upscale_delay_s decides.
     os.environ.setdefault("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
     os.environ.setdefault("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
 
@@ -47,17 +50,22 @@ def build_app(settings: ServeSettings) -> Application:
     from lumen_ray.serve.ingress import Ingress
     from lumen_ray.serve.trunk import TrunkReplica, load_trunk
 
+    def deployment(replica: type, name: str, options: DeploymentSettings) -> Deployment:
+        # Ray's types have only the form that is a decorator
+        return cast("Deployment", serve.deployment(replica, name=name, **options.options()))
+
     model = str(model_folder(settings.model).resolve())
-    trunk = serve.deployment(TrunkReplica, name="Trunk", **settings.trunk.options())
-    ingress = serve.deployment(Ingress, name="Ingress", **settings.ingress.options())
-    decoders, has = {}, model_settings(settings)
-    for name in has.decoder_names:
-        part = settings.decoder(name)
-        deployment = serve.deployment(DecoderReplica, name=deployment_name(name), **part.options())
-        decoders[name] = deployment.bind(model, name, part.torch_device, partial(load_decoder, dtype=part.dtype))
-    load = partial(load_trunk, dtype=settings.trunk.dtype)
-    bound = trunk.bind(model, settings.trunk.torch_device, settings.serving, load)
-    return ingress.bind(settings, bound, decoders, has.serving)
+    served = model_settings(settings)
+    decoders = {}
+    for name in served.decoder_names:
+        options = settings.decoder(name)
+        load = partial(load_decoder, dtype=options.dtype)
+        decoder = deployment(DecoderReplica, deployment_name(name), options)
+        decoders[name] = decoder.bind(model, name, options.torch_device, load)
+    trunk = deployment(TrunkReplica, "Trunk", settings.trunk).bind(
+        model, settings.trunk.torch_device, settings.serving, partial(load_trunk, dtype=settings.trunk.dtype)
+    )
+    return deployment(Ingress, "Ingress", settings.ingress).bind(settings, trunk, decoders, served.serving)
 
 
 def deployment_name(decoder: str) -> str:
@@ -66,7 +74,7 @@ def deployment_name(decoder: str) -> str:
 
 
 def model_settings(settings: ServeSettings) -> ModelSettings:
-    """What the served model is made of, with the decoders that `settings.serving` chooses."""
+    """The settings of the served model, with the decoders that `settings.serving` chooses."""
     from lumen_ray.model.settings import read_settings
 
     return read_settings(settings.model).choose(settings.serving, settings.model)
@@ -74,26 +82,29 @@ def model_settings(settings: ServeSettings) -> ModelSettings:
 
 @dataclass
 class Server:
-    """A running application. `url` is where it answers."""
+    """A running application at `url`. `log`: the file with the lines of Ray and Ray Serve in this process."""
 
     url: str
     started_ray: bool
+    log: Path
 
     def stop(self) -> None:
-        """Ends the application; Serve and Ray too if `run` started them, else they go on for their other users."""
+        """Ends the application, and Serve and Ray if `run` started them; else they go on for their other users."""
         from ray import serve
 
-        serve.delete(APP_NAME)
-        if self.started_ray:
-            shutdown()
+        with native_lines_in_file():
+            serve.delete(APP_NAME)
+            if self.started_ray:
+                shutdown()
 
     def wait(self) -> None:
         """Blocks until SIGINT or SIGTERM. Only for the main thread."""
         done = threading.Event()
         for name in (signal.SIGINT, signal.SIGTERM):
             signal.signal(name, lambda *_: done.set())
-        while not done.wait(1):
-            pass
+        with native_lines_in_file():
+            while not done.wait(1):
+                pass
 
 
 def run(settings: ServeSettings, blocking: bool = True, timeout_s: float = 300) -> Server:
@@ -101,42 +112,23 @@ def run(settings: ServeSettings, blocking: bool = True, timeout_s: float = 300) 
 
     Joins the Ray that this process is connected to, or that `RAY_ADDRESS` names; else starts one on this machine, with
     logical CPUs counted from the settings. With `blocking` it serves until SIGINT or SIGTERM and stops everything it
-    started. Raises `UserError` for a missing model folder, a port that is taken, a Ray that cannot hold the
-    deployments, and when `timeout_s` was not enough.
+    started. Raises `UserError` for a missing model folder, a port in use, a Ray too small for the deployments, and if
+    the application is not ready after `timeout_s`.
     """
-    model_folder(settings.model)  # one that is missing is told before Ray starts
-    prepare_serve_environment()
-    import ray
-    from ray import serve
-
-    started = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
-    http = settings.http
-    if started:
-        check_port(http.host, http.port)
-    decoders = model_settings(settings).decoder_names
-    init_local(num_cpus=settings.logical_cpus(decoders) + _SPARE_CPUS)
+    model_folder(settings.model)  # raises before Ray starts
+    started = _join_ray(settings)
+    server = Server(f"http://{_reachable(settings.http.host)}:{settings.http.port}", started, log_file())
     try:
-        settings.check_room(decoders, cluster_resources())
-    except UserError:
-        if started:
-            shutdown()
-        raise
-    if not started:
-        _check_joined(http.host, http.port, bool(serve.status().proxies))
-    server = Server(f"http://{_reachable(http.host)}:{http.port}", started)
-    try:
-        # The proxy's limit lies above ours, so that a slow request gets our error body.
-        options = {"host": http.host, "port": http.port, "request_timeout_s": http.request_timeout_s + 10}
-        serve.start(http_options=options, logging_config={"log_level": "WARNING", "enable_access_log": False})
-        logging = {"log_level": "INFO" if http.access_log else "WARNING", "enable_access_log": http.access_log}
-        serve.run(build_app(settings), name=APP_NAME, route_prefix="/", blocking=False, logging_config=logging)
-        wait_ready(server.url, timeout_s)
+        with native_lines_in_file():
+            _deploy(settings)
+            wait_ready(server.url, timeout_s)
     except BaseException:
         server.stop()
         raise
     if blocking:
         print(
-            f"serving {settings.model} at {server.url} (page at /, API documentation at /docs); Ctrl-C ends it",
+            f"serving {settings.model} at {server.url} (page at /, API documentation at /docs); Ctrl-C ends it; "
+            f"log -> {server.log}",
             flush=True,
         )
         server.wait()
@@ -144,8 +136,43 @@ def run(settings: ServeSettings, blocking: bool = True, timeout_s: float = 300) 
     return server
 
 
+def _join_ray(settings: ServeSettings) -> bool:
+    """Connects to Ray and checks that address and deployments fit; returns whether it started a local Ray."""
+    prepare_serve_environment()
+    import ray
+    from ray import serve
+
+    started = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
+    if started:
+        check_port(settings.http.host, settings.http.port)
+    decoders = model_settings(settings).decoder_names
+    init_local(num_cpus=settings.logical_cpus(decoders) + _SPARE_CPUS)
+    quiet_loggers()  # Serve's exists since its import above
+    try:
+        settings.check_room(decoders, cluster_resources())
+    except UserError:
+        if started:
+            shutdown()
+        raise
+    if not started:
+        _check_joined(settings.http.host, settings.http.port, bool(serve.status().proxies))
+    return started
+
+
+def _deploy(settings: ServeSettings) -> None:
+    """Starts Serve where it does not run yet, and the application on it."""
+    from ray import serve
+
+    http: Http = settings.http
+    # The proxy's limit lies above ours, so that a slow request gets our error body.
+    options = {"host": http.host, "port": http.port, "request_timeout_s": http.request_timeout_s + 10}
+    serve.start(http_options=options, logging_config={"log_level": "WARNING", "enable_access_log": False})
+    logging = {"log_level": "INFO" if http.access_log else "WARNING", "enable_access_log": http.access_log}
+    serve.run(build_app(settings), name=APP_NAME, route_prefix="/", blocking=False, logging_config=logging)
+
+
 def wait_ready(url: str, timeout_s: float) -> None:
-    """Returns when `url`/readyz answers 200; `UserError` when it does not within `timeout_s` seconds."""
+    """Returns once `url`/readyz answers 200; raises `UserError` if it does not within `timeout_s` seconds."""
     end = time.monotonic() + timeout_s
     state = "no answer"
     while time.monotonic() < end:
@@ -160,14 +187,14 @@ def wait_ready(url: str, timeout_s: float) -> None:
             state = str(error)
         time.sleep(0.1)
     raise UserError(
-        f"{url} was not ready within {timeout_s:.0f} s; look into Ray's logs or give it more CPUs "
+        f"{url} was not ready within {timeout_s:.0f} s; see Ray's logs in {log_file().parent}, or give it more CPUs "
         f"(last answer: {' '.join(state.split())[:300]})",
         "not_ready",
     )
 
 
 def check_port(host: str, port: int) -> None:
-    """Raises `UserError` when nobody could listen there."""
+    """Raises `UserError` if the address cannot be bound."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -179,7 +206,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def _check_joined(host: str, port: int, proxy_runs: bool) -> None:
-    """On a Ray that others use: its Serve keeps the address it was started with; without one the port must be free."""
+    """Raises `UserError` if the Serve of a shared Ray has another address, or there is none and the port is in use."""
     if not proxy_runs:
         check_port(host, port)
     elif not _proxy_answers(f"http://{_reachable(host)}:{port}"):
@@ -190,7 +217,7 @@ def _check_joined(host: str, port: int, proxy_runs: bool) -> None:
 
 
 def _proxy_answers(url: str) -> bool:
-    """Whether a Serve proxy is at `url`; one without routes answers 503."""
+    """Whether a Serve proxy answers at `url`; one without routes answers 503."""
     try:
         with urllib.request.urlopen(f"{url}/-/healthz", timeout=10):
             return True

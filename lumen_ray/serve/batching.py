@@ -39,7 +39,8 @@ def map_grouped(
         groups.setdefault(key(item), []).append(index)
     results: dict[int, R | Exception] = {}
     for members in groups.values():
-        results.update(zip(members, _map_isolated([items[i] for i in members], function), strict=True))
+        found = _map_isolated([items[i] for i in members], function)
+        results.update(zip(members, found, strict=True))
     return [results[i] for i in range(len(items))]
 
 

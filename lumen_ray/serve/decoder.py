@@ -1,4 +1,4 @@
-"""The decoder deployments: super links and the decoder's own inputs in, finished answers out."""
+"""The decoder deployments: decoder inputs in, finished answers out."""
 
 from __future__ import annotations
 

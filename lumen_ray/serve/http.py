@@ -1,7 +1,7 @@
-"""What every HTTP answer has in common: the error envelope, the body limit and the request id.
+"""The error envelope, the body limit and the request id of all HTTP responses.
 
 An error is always ``{"error": {"reason": "unknown_task", "message": "one sentence", "request_id": "..."}}``: `reason`
-is for programs, `message` for people. Tracebacks go to the log, beside the request id.
+is for programs, `message` for people. Tracebacks go to the log, with the request id.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumen_ray.errors import UserError
 
-logger = logging.getLogger("ray.serve.lumen")  # below the logger that Serve writes to the replica's log file
+logger = logging.getLogger("ray.serve.lumen")  # a child of the logger that Serve writes to the replica's log file
 _REQUEST_ID = re.compile(r"^[\w-]{8,64}$")
 
-#: HTTP status of a reason; whatever else a user did wrong is a 400
+#: reason -> HTTP status; 400 for all other reasons
 STATUS = {
     "unknown_task": 404,
     "unknown_model": 404,
@@ -38,7 +38,7 @@ STATUS = {
 
 
 class Overloaded(Exception):
-    """Too many requests wait already; `retry_after_s` goes into the Retry-After header."""
+    """Too many requests are waiting; `retry_after_s` goes into the Retry-After header."""
 
     def __init__(self, message: str, retry_after_s: int = 1):
         super().__init__(message)
@@ -46,17 +46,17 @@ class Overloaded(Exception):
 
 
 class Unavailable(Exception):
-    """A part of the model did not answer, retries included."""
+    """A deployment of the model did not answer, retries included."""
 
 
 def error_response(reason: str, message: str, request_id: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """The error envelope with the status that belongs to `reason`."""
+    """The error envelope, with the status of `reason`."""
     content = {"error": {"reason": reason, "message": message, "request_id": request_id}}
     return JSONResponse(content, STATUS.get(reason, 400), headers)
 
 
 def content_type(request: Request) -> str:
-    """Without parameters, in lower case; JSON where the request names none."""
+    """The content type in lower case, without parameters; JSON if the request has none."""
     return request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
 
 
@@ -96,12 +96,16 @@ async def _timeout(request: Request, error: TimeoutError) -> JSONResponse:
 
 
 def install_error_handlers(api: FastAPI) -> None:
-    """All errors of `api` leave in the envelope."""
-    api.add_exception_handler(UserError, _user_error)
-    api.add_exception_handler(HTTPException, _http_exception)
-    api.add_exception_handler(Overloaded, _overloaded)
-    api.add_exception_handler(Unavailable, _unavailable)
-    api.add_exception_handler(TimeoutError, _timeout)
+    """Puts all errors of `api` into the envelope."""
+    handlers: dict[type[Exception], Any] = {  # Starlette's types want handlers of any exception
+        UserError: _user_error,
+        HTTPException: _http_exception,
+        Overloaded: _overloaded,
+        Unavailable: _unavailable,
+        TimeoutError: _timeout,
+    }
+    for error, handler in handlers.items():
+        api.add_exception_handler(error, handler)
 
 
 def body_too_large(limit: int) -> UserError:
@@ -109,8 +113,8 @@ def body_too_large(limit: int) -> UserError:
 
 
 class Guard:
-    """Outermost middleware: numbers the request, stops oversized bodies while they arrive, and turns what nobody caught
-    into a 500 without a traceback. Plain ASGI, because Starlette's own handler for `Exception` re-raises."""
+    """Outermost middleware: numbers requests, stops oversized bodies as they arrive, and turns uncaught exceptions into
+    a 500 without a traceback. Plain ASGI, because Starlette's handler for `Exception` re-raises."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int):
         self.app = app
@@ -120,7 +124,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = _header(scope, b"x-request-id")  # Serve's proxy numbers requests itself, and answers with its number
+        given = _header(scope, b"x-request-id")  # set by Serve's proxy, which also adds it to the response
         identity = given if given and _REQUEST_ID.match(given) else uuid.uuid4().hex
         scope["lumen_request_id"] = identity
         started = False
@@ -150,14 +154,14 @@ class Guard:
             await error_response("internal_error", message, identity)(scope, receive, numbered_send)
 
     def _counting(self, receive: Receive) -> Receive:
-        """`receive` that stops a body which grows beyond the limit, whatever its headers said."""
-        seen = 0
+        """A `receive` that raises once the body exceeds the limit, whatever its headers say."""
+        size = 0
 
         async def counting_receive() -> Message:
-            nonlocal seen
+            nonlocal size
             message = await receive()
-            seen += len(message.get("body", b""))
-            if seen > self.max_body_bytes:
+            size += len(message.get("body", b""))
+            if size > self.max_body_bytes:
                 raise body_too_large(self.max_body_bytes)
             return message
 
@@ -169,5 +173,5 @@ def _header(scope: Scope, name: bytes) -> str | None:
 
 
 def json_schema_ref(model: Any) -> dict[str, str]:
-    """Where `openapi.json` keeps the schema of a pydantic model."""
+    """The reference to a pydantic model's schema in `openapi.json`."""
     return {"$ref": f"#/components/schemas/{model.__name__}"}

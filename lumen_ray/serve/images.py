@@ -1,4 +1,4 @@
-"""Images and masks that arrive over HTTP: checked before anything large is allocated or fetched."""
+"""Images and masks from HTTP bodies, checked before anything large is allocated; nothing is fetched."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _DATA_URL = re.compile(r"^data:image/[\w.+-]+;base64,", re.IGNORECASE)
 
 
 def image_bytes(text: str) -> bytes:
-    """The encoded image in a base64 string or a `data:image/...;base64,` URL. Remote URLs are refused."""
+    """The encoded image in a base64 string or a `data:image/...;base64,` URL. Raises `UserError` for remote URLs."""
     text = text.strip()
     if not text:
         raise UserError("'image' is empty; give a base64-encoded image or a data URL", "missing_image")
@@ -41,9 +41,9 @@ def image_bytes(text: str) -> bytes:
 
 
 def decode_image(data: bytes, max_pixels: int) -> np.ndarray:
-    """uint8 [H, W, 3] RGB, EXIF-rotated. The size in the header is checked before any pixel is decoded.
+    """Decodes to uint8 [H, W, 3] RGB, EXIF-rotated, after checking the size in the header.
 
-    Raises `UserError`: reason ``image_too_large`` or ``broken_image``.
+    Raises `UserError` with reason ``image_too_large`` or ``broken_image``.
     """
     height, width = image_size(data, max_pixels=sys.maxsize)
     if width * height > max_pixels:
@@ -55,10 +55,10 @@ def decode_image(data: bytes, max_pixels: int) -> np.ndarray:
 
 
 def checked_rle(mask: Any, size: tuple[int, int]) -> dict[str, Any]:
-    """A mask prompt as a COCO RLE that is safe to hand to pycocotools, whose C code trusts its input.
+    """A mask prompt as a COCO RLE that is safe for pycocotools, whose C code trusts its input.
 
-    `mask`: ``{"size": [height, width], "counts": str | list of int}``, runs in column-major order, the first of them
-    background. `size`: (height, width) of the image. Raises `UserError` when it does not describe that image.
+    `mask`: ``{"size": [height, width], "counts": str | list of int}``, runs in column-major order starting with
+    background. `size`: (height, width) of the image. Raises `UserError` if the mask does not fit that image.
     """
     if not isinstance(mask, dict) or set(mask) != {"size", "counts"}:
         raise UserError("a mask region is {'size': [height, width], 'counts': COCO run lengths}", "invalid_region")
@@ -69,7 +69,7 @@ def checked_rle(mask: Any, size: tuple[int, int]) -> dict[str, Any]:
     counts = mask["counts"]
     runs = _runs_of(counts) if isinstance(counts, str) else counts
     valid = isinstance(runs, list) and all(type(run) is int and run >= 0 for run in runs)
-    if not valid or sum(runs) != size[0] * size[1]:
+    if not valid or not isinstance(runs, list) or sum(runs) != size[0] * size[1]:
         raise UserError(
             f"the mask region's counts must add up to the image's {size[0] * size[1]} pixels", "invalid_region"
         )
@@ -79,8 +79,11 @@ def checked_rle(mask: Any, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def _runs_of(counts: str) -> list[int] | None:
-    """Run lengths of COCO's compressed string, None when it is not one. 5 bits a character, the sixth says 'more
-    follows', the sign is in the last; from the third run on, each is the difference to the one two before."""
+    """Run lengths of COCO's compressed string, None if it is not one.
+
+    Each character holds 5 bits and a sixth for 'more follows'; the sign is in the last. From the third run on, a value
+    is the difference to the run two before.
+    """
     if not counts.isascii():
         return None
     runs: list[int] = []

@@ -92,8 +92,10 @@ class ServeBackend:
         return list(dict.fromkeys(self.serving[task] for task in tasks if task in self.serving))
 
     async def info(self) -> dict[str, Any]:
-        if (info := self._info) is None:
-            info = self._info = await self._retried(lambda: _awaited(self.trunk.info.remote()))
+        if self._info is not None:
+            return self._info
+        info: dict[str, Any] = await self._retried(lambda: _awaited(self.trunk.info.remote()))
+        self._info = info
         return info
 
     async def ready(self) -> dict[str, bool]:

@@ -13,7 +13,7 @@ from lumen_ray.inference.request import Request
 class TrunkJob:
     """One image (uint8 [H, W, 3] RGB, EXIF-rotated, read-only), None for text alone, and the requests about it.
 
-    Every request has its own score threshold and number of instances.
+    Every request carries its score threshold and number of instances.
     """
 
     image: np.ndarray | None

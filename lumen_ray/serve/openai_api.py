@@ -1,6 +1,6 @@
-"""`/v1/chat/completions` in OpenAI's shape, as far as this model honours it: one user message with text and one image.
+"""`/v1/chat/completions` in OpenAI's format, as far as the model supports it: one user message with text and one image.
 
-What would be ignored is refused instead. Answers are decoded greedily and in one piece, so `stream: true` is a 400.
+Unsupported fields are refused, not ignored. Answers are decoded greedily and in one piece, so `stream: true` is a 400.
 When the LLM routes the prompt to a decoder, `content` is empty and the instances are in the extension field `lumen`.
 """
 
@@ -60,15 +60,15 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
     @router.post(
         "/chat/completions",
         tags=["openai"],
-        summary="One question about one image, in OpenAI's shape",
+        summary="One question about one image, in OpenAI's format",
         openapi_extra={"requestBody": body},
     )
     async def chat_completions(request: Request) -> dict[str, Any]:
-        asked = schemas.parse(ChatRequest, schemas.parse_json(await request.body()))
-        _refuse_unsupported(asked)
-        await check_model(backend, asked.model)
-        question, image = _question_and_image(asked.messages)
-        fields = schemas.TaskFields(text=question, max_new_tokens=asked.max_completion_tokens or asked.max_tokens)
+        chat = schemas.parse(ChatRequest, schemas.parse_json(await request.body()))
+        _refuse_unsupported(chat)
+        await check_model(backend, chat.model)
+        question, image = _question_and_image(chat.messages)
+        fields = schemas.TaskFields(text=question, max_new_tokens=chat.max_completion_tokens or chat.max_tokens)
         answers, extra = await answer(backend, settings, image, [("chat", fields)])
         return _completion(answers[0].to_dict(), extra)
 
@@ -76,25 +76,25 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
 
 
 async def check_model(backend: Backend, name: str | None) -> None:
-    """`UserError` when a request names another model than the one that is loaded."""
+    """Raises `UserError` if a request names another model than the loaded one."""
     info = await backend.info()
     if name is not None and name not in (info["preset"], f"{info['preset']}@{info['version']}"):
         raise UserError(f"unknown model '{name}'; models: {info['preset']}", "unknown_model")
 
 
-def _refuse_unsupported(asked: ChatRequest) -> None:
-    if asked.stream:
+def _refuse_unsupported(chat: ChatRequest) -> None:
+    if chat.stream:
         raise UserError("answers are not streamed; leave 'stream' out or set it to false", "streaming_unsupported")
-    if asked.n not in (None, 1):
+    if chat.n not in (None, 1):
         raise UserError(
             "decoding is greedy, so there is one answer; leave 'n' out or set it to 1", "unsupported_parameter"
         )
-    if asked.temperature:
+    if chat.temperature:
         raise UserError("decoding is greedy; leave 'temperature' out or set it to 0", "unsupported_parameter")
 
 
 def _question_and_image(messages: list[ChatMessage]) -> tuple[str, bytes]:
-    """The text and the image of the one user message; `UserError` for what the model cannot take into account."""
+    """The text and the image of the single user message; raises `UserError` for any other conversation."""
     roles = [message.role for message in messages]
     if roles != ["user"]:
         raise UserError(
@@ -111,7 +111,7 @@ def _question_and_image(messages: list[ChatMessage]) -> tuple[str, bytes]:
 
 
 def _completion(result: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
-    """OpenAI's response shape. Token usage is left out, because it is not measured."""
+    """The response in OpenAI's format, without token usage, which is not measured."""
     message = {"role": "assistant", "content": result.get("text") or ""}
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",

@@ -1,6 +1,6 @@
-"""`/v1/images/generations` and `/v1/images/edits` in OpenAI's shape, over the tasks `generate` and `edit`.
+"""`/v1/images/generations` and `/v1/images/edits` in OpenAI's format, over the tasks `generate` and `edit`.
 
-What would be ignored is refused instead. Pictures come as PNG in base64; none is kept that a URL could name.
+Unsupported fields are refused, not ignored. Pictures are PNG in base64; none is stored, so there are no URLs.
 """
 
 from __future__ import annotations
@@ -25,34 +25,34 @@ _SIZE = re.compile(r"^([1-9]\d{0,4})x([1-9]\d{0,4})$")
 
 
 class ImageRequest(Settings):
-    """A picture to make of words."""
+    """A picture to generate from a text."""
 
-    prompt: str = Field(description="what is to be seen in the picture")
+    prompt: str = Field(description="description of the picture")
     model: str | None = Field(None, description="the preset from GET /v1/models; null for the model that is loaded")
     n: int | None = Field(None, ge=1, le=10, description="pictures to make; null is 1")
     size: str | None = Field(None, description="'WIDTHxHEIGHT' in pixels; null or 'auto' for the model's own size")
     response_format: Literal["b64_json"] | None = Field(None, description="b64_json or null: PNG in base64")
     output_format: Literal["png"] | None = Field(None, description="png or null")
     user: str | None = Field(None, description="accepted and without effect")
-    seed: int | None = Field(None, ge=0, description="not of OpenAI: another seed, another picture; null is 0")
+    seed: int | None = Field(None, ge=0, description="not in OpenAI's API: each seed gives another picture; null is 0")
 
 
 class ImageEditForm(ImageRequest):
-    """What is to be changed in the picture that the form's file `image` is."""
+    """The change to make in the picture in the form's file `image`."""
 
-    prompt: str = Field(description="what to change")
+    prompt: str = Field(description="the change to make")
 
 
 def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
     router = APIRouter(prefix="/v1/images", tags=["openai"])
     body = {"required": True, "content": {"application/json": {"schema": json_schema_ref(ImageRequest)}}}
 
-    @router.post("/generations", summary="Pictures of words, in OpenAI's shape", openapi_extra={"requestBody": body})
+    @router.post("/generations", summary="Pictures of a text, in OpenAI's format", openapi_extra={"requestBody": body})
     async def generations(request: Request) -> dict[str, Any]:
-        asked = schemas.parse(ImageRequest, schemas.parse_json(await request.body()))
-        return await _draw("generate", asked, None)
+        wanted = schemas.parse(ImageRequest, schemas.parse_json(await request.body()))
+        return await _draw("generate", wanted, None)
 
-    @router.post("/edits", summary="A picture changed as told, in OpenAI's shape", openapi_extra=_form_body())
+    @router.post("/edits", summary="An edited picture, in OpenAI's format", openapi_extra=_form_body())
     async def edits(request: Request) -> dict[str, Any]:
         if (kind := content_type(request)) != "multipart/form-data":
             raise UserError(
@@ -60,14 +60,14 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
                 "unsupported_media_type",
             )
         async with request.form(max_files=2, max_fields=16) as form:
-            asked, image = await _read_edit(form)
-        return await _draw("edit", asked, image)
+            wanted, image = await _read_edit(form)
+        return await _draw("edit", wanted, image)
 
-    async def _draw(task: str, asked: ImageRequest, image: bytes | None) -> dict[str, Any]:
-        await check_model(backend, asked.model)
-        height, width = _size(asked.size)
-        drawn = {"num_images": asked.n, "seed": asked.seed, "height": height, "width": width}
-        fields = schemas.parse(schemas.TaskFields, {"text": asked.prompt, **drawn})
+    async def _draw(task: str, wanted: ImageRequest, image: bytes | None) -> dict[str, Any]:
+        await check_model(backend, wanted.model)
+        height, width = _size(wanted.size)
+        drawn = {"num_images": wanted.n, "seed": wanted.seed, "height": height, "width": width}
+        fields = schemas.parse(schemas.TaskFields, {"text": wanted.prompt, **drawn})
         answers, extra = await answer(backend, settings, image, [(task, fields)])
         pictures = answers[0].to_dict()["images"]
         return {"created": int(time.time()), "data": [{"b64_json": picture} for picture in pictures], "lumen": extra}
@@ -76,8 +76,8 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
 
 
 def _size(text: str | None) -> tuple[int | None, int | None]:
-    """(height, width), or Nones for the model's own."""
-    if text in (None, "auto"):
+    """(height, width), or Nones for the model's size."""
+    if text is None or text == "auto":
         return None, None
     if not (found := _SIZE.match(text)):
         raise UserError(f"size '{text}' is not of the form 'WIDTHxHEIGHT', such as '512x512'", "invalid_size")

@@ -25,7 +25,7 @@ _PICTURES = in_words(lambda task: task.result == "image")
 
 
 class RegionPrompt(Settings):
-    """A place in the image that a prompt is about."""
+    """The place in the image that a prompt refers to."""
 
     kind: str = Field(
         description="box, point, scribble, polygon or mask", json_schema_extra={"enum": list(REGION_KINDS)}
@@ -42,18 +42,18 @@ class RegionPrompt(Settings):
 
 
 class TaskFields(Settings):
-    """What is asked about an image, whatever the task."""
+    """The fields of a request, for all tasks."""
 
     classes: list[str] | None = Field(None, description=f"class names; {_needing('classes')} need them")
     text: str | None = Field(
         None,
-        description=f"the question ({_needing('question')}), the sentence whose phrases are to be found "
+        description=f"the question ({_needing('question')}), the sentence whose phrases are to be located "
         f"({_needing('sentence')}), the expression that describes one object ({_needing('expression')}), the picture "
         f"to make ({_needing('description')}) or what to change in it ({_needing('instruction')})",
     )
-    region: RegionPrompt | None = Field(None, description=f"the place that {_needing('region')} are about")
+    region: RegionPrompt | None = Field(None, description=f"the place that {_needing('region')} refer to")
     keypoints: list[str] | None = Field(
-        None, description=f"names of the keypoints that {_POSES} looks for; null for those the model was trained with"
+        None, description=f"names of the keypoints that {_POSES} locates; null for those the model was trained with"
     )
     score_threshold: float | None = Field(
         None,
@@ -69,7 +69,7 @@ class TaskFields(Settings):
         description="most instances of one class or phrase, best first; null for the server's default",
     )
     max_new_tokens: int | None = Field(None, ge=1, le=1024, description="longest text answer, in tokens of the model")
-    seed: int | None = Field(None, ge=0, description=f"{_PICTURES}: another seed, another picture; null is 0")
+    seed: int | None = Field(None, ge=0, description=f"{_PICTURES}: each seed gives another picture; null is 0")
     steps: int | None = Field(None, ge=1, le=200, description=f"{_PICTURES}: denoising steps; null is 30")
     guidance: float | None = Field(
         None, ge=0, le=100, description=f"{_PICTURES}: how strictly the text is followed; null: the model's own"
@@ -90,7 +90,7 @@ _IMAGE = Field(description=_IMAGE_TEXT)
 
 
 class TaskRequest(TaskFields):
-    """One task, about one image where it is not to generate one."""
+    """One task, about one image unless it generates one."""
 
     image: str | None = Field(None, description=_IMAGE_TEXT)
 
@@ -114,9 +114,9 @@ class Mask(BaseModel):
 
 
 class Instance(BaseModel):
-    """One object found."""
+    """One object."""
 
-    phrase: str = Field(description="the class, phrase or expression it was found for")
+    phrase: str = Field(description="the class, phrase or expression that it matches")
     score: float = Field(description="confidence, 0..1")
     box: tuple[float, float, float, float] = Field(description=f"x1, y1, x2, y2 in {_FRAME}; the far edge is exclusive")
     mask: Mask | None = Field(None, description=f"its pixels; {in_words(lambda task: task.result == 'masks')} only")
@@ -133,8 +133,8 @@ class TaskAnswer(BaseModel):
     width: int = Field(description="of the image after EXIF rotation, in pixels; without one, of the pictures made")
     text: str | None = Field(None, description=f"the written answer of {in_words(lambda task: task.is_text)}")
     route: str | None = Field(None, description="routing token that sent the prompt to a decoder; absent for text")
-    phrases: list[str] | None = Field(None, description="what was looked for; absent for text")
-    instances: list[Instance] | None = Field(None, description="objects found, per phrase best first; absent for text")
+    phrases: list[str] | None = Field(None, description="the phrases of the request; absent for text")
+    instances: list[Instance] | None = Field(None, description="objects, per phrase best first; absent for text")
     counts: dict[str, int] | None = Field(None, description="count only: phrase -> number of objects")
     images: list[str] | None = Field(None, description=f"{_PICTURES} only: the pictures, PNG in base64")
 
@@ -171,11 +171,11 @@ class ErrorResponse(BaseModel):
 
 
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The JSON object in a request body; `UserError` otherwise."""
+    """The JSON object in a request body; raises `UserError` for anything else."""
     try:
         data = json.loads(body)
     except (ValueError, RecursionError) as error:
-        cause = str(error) if isinstance(error, json.JSONDecodeError) else "it is not UTF-8 text of sane depth"
+        cause = str(error) if isinstance(error, json.JSONDecodeError) else "it is not UTF-8 text, or nested too deeply"
         raise UserError(f"the request body is not valid JSON: {cause}", "invalid_json") from None
     if not isinstance(data, dict):
         raise UserError("the request body must be a JSON object like {'image': ...}", "invalid_json")
@@ -183,11 +183,11 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 
 def parse(model: type[T], data: dict[str, Any]) -> T:
-    """`data` as `model`; a `UserError` of one sentence that names the field, without echoing whole images."""
+    """Parses `data` as `model`; raises a one-sentence `UserError` that names the field without echoing images."""
     try:
         return validate(model, data, "request")
     except UserError as error:
         message = str(error)
-        if len(message) > 400:  # the value given is at the sentence's end, and can be an image
+        if len(message) > 400:  # the sentence ends with the value, which can be an image
             message = message[:400] + "..."
         raise UserError(message, "invalid_request") from None

@@ -1,4 +1,4 @@
-"""Settings of the Serve application: what `configs/serve/*.yaml` may say.
+"""Settings of the Serve application, as in `configs/serve/*.yaml`.
 
 Unknown keys are refused here, because Ray Serve accepts them silently."""
 
@@ -19,7 +19,7 @@ from lumen_ray.structures import Dtype
 
 
 class Autoscaling(Settings):
-    """Between how many replicas a deployment moves, and how fast. Ray's own defaults (30 s up, 600 s down) are slow."""
+    """The range of a deployment's replicas and the delays of scaling. Ray's defaults (30 s up, 600 s down) are slow."""
 
     min_replicas: int = Field(1, ge=0)
     max_replicas: int = Field(2, ge=1)
@@ -70,7 +70,7 @@ class Deployment(Settings):
             "max_queued_requests": self.max_queued_requests,
             "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
             "health_check_timeout_s": self.health_check_timeout_s,
-            "graceful_shutdown_wait_loop_s": 0.2,  # how often a stopping replica looks whether it is idle
+            "graceful_shutdown_wait_loop_s": 0.2,  # how often a stopping replica checks whether it is idle
         }
         if self.autoscaling:
             options["autoscaling_config"] = self.autoscaling.model_dump(exclude_none=True)
@@ -87,7 +87,7 @@ class Batching(Settings):
 
 
 class ModelDeployment(Deployment):
-    """A deployment that holds a part of the model."""
+    """The deployment of the trunk or of a decoder."""
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda when the replica reserves a GPU")
     dtype: Dtype = Field("float32", description="of weights and arithmetic; bfloat16 takes half the memory")
@@ -119,7 +119,7 @@ class Http(Settings):
 
 
 class Limits(Settings):
-    """What a request may ask for; above it is a 4xx before any decoding or model work."""
+    """Limits of a request; larger ones get a 4xx before any decoding or model work."""
 
     max_body_bytes: int = Field(20 * 1024 * 1024, ge=1024)
     max_pixels: int = Field(40_000_000, ge=1, description="width times height of an image")
@@ -129,7 +129,7 @@ class Limits(Settings):
 
 
 class Defaults(Settings):
-    """What a request gets when it does not say."""
+    """Defaults of a request's fields."""
 
     score_threshold: float = Field(0.3, ge=0, le=1)
     max_per_phrase: int = Field(300, ge=1, le=1000)
@@ -147,7 +147,7 @@ class ServeSettings(Settings):
     trunk: ModelDeployment = ModelDeployment(num_cpus=1)
     decoders: dict[str, ModelDeployment] = Field({}, description="by decoder; those left out get the defaults")
     serving: dict[str, str] = Field(
-        {}, description="which decoder serves a task, as {TASK: DECODER}; those left out: what the model says"
+        {}, description="which decoder serves a task, as {TASK: DECODER}; for others the model's choice"
     )
 
     @field_validator("decoders")
@@ -162,25 +162,24 @@ class ServeSettings(Settings):
         return self.decoders.get(name, ModelDeployment(num_cpus=0.5))
 
     def deployments(self, decoders: Iterable[str]) -> dict[str, Deployment]:
-        """Those of a model with these decoders, by name."""
+        """The deployments of a model with these decoders, by name."""
         return {"ingress": self.ingress, "trunk": self.trunk, **{name: self.decoder(name) for name in decoders}}
 
     def logical_cpus(self, decoders: Iterable[str]) -> int:
-        """Logical CPUs a Ray needs so that every deployment of a model with these decoders can reach its largest
-        size."""
-        parts = self.deployments(decoders).values()
-        return max(1, math.ceil(sum(part.num_cpus * part.max_replicas for part in parts)))
+        """Logical CPUs that let every deployment of a model with these decoders reach its largest size."""
+        deployments = self.deployments(decoders).values()
+        return max(1, math.ceil(sum(d.num_cpus * d.max_replicas for d in deployments)))
 
     def check_room(self, decoders: Iterable[str], has: Mapping[str, float]) -> None:
-        """`UserError` where a Ray with so many "CPU" and "GPU" cannot hold the least replicas that these settings ask
-        for; Serve would wait for them in silence."""
-        parts = self.deployments(decoders)
+        """Raises `UserError` if a Ray with so many "CPU" and "GPU" cannot hold the smallest number of replicas; Serve
+        would wait for them in silence."""
+        deployments = self.deployments(decoders)
         for key, field in (("GPU", "num_gpus"), ("CPU", "num_cpus")):
-            asked = {name: getattr(part, field) * part.min_replicas for name, part in parts.items()}
-            if (whole := sum(asked.values())) > has[key]:
-                told = ", ".join(f"{name} {count:g}" for name, count in asked.items() if count)
+            needs = {name: getattr(d, field) * d.min_replicas for name, d in deployments.items()}
+            if (total := sum(needs.values())) > has[key]:
+                each = ", ".join(f"{name} {count:g}" for name, count in needs.items() if count)
                 raise UserError(
-                    f"the deployments ask for {whole:g} {key}s ({told}), but this Ray has {has[key]:g}; lower "
+                    f"the deployments need {total:g} {key}s ({each}), but this Ray has {has[key]:g}; lower "
                     f"{field} or replicas in the settings, or serve on a Ray with more",
                     "no_room",
                 )
@@ -194,9 +193,9 @@ def load_settings(
     port: int | None = None,
     serving: dict[str, str] | None = None,
 ) -> ServeSettings:
-    """The settings in `configs/serve/<name>.yaml`, or in the YAML file `name`; what else is given replaces theirs.
+    """The settings in `configs/serve/<name>.yaml`, or in the YAML file `name`; the other arguments override them.
 
-    Raises `UserError` for what is missing or does not fit.
+    Raises `UserError` for missing files and invalid settings.
     """
     data = config.load_yaml(find("serve", name))
     if model is not None:
@@ -205,6 +204,6 @@ def load_settings(
     for section, given in (("http", http), ("serving", serving or {})):
         if data.get(section) is None:
             data[section] = {}
-        if isinstance(data[section], dict):  # else validation refuses it
+        if isinstance(data[section], dict):  # validation refuses anything else
             data[section] |= given
     return config.validate(ServeSettings, data, name)

@@ -1,4 +1,4 @@
-"""COCO lines through our own evaluator, against the published ones and by hand on tiny scenes."""
+"""COCO's metrics from our evaluator, against published values and by hand on tiny scenes."""
 
 import json
 

@@ -15,7 +15,7 @@ SIDE = 64
 
 
 class Oracle:
-    """Knows the scenes it was shown, at any size, and finds just their objects."""
+    """Returns exactly the objects of known scenes, at any size."""
 
     def __init__(self):
         self.known = {}

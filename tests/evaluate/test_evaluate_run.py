@@ -25,7 +25,7 @@ def split(rows, tmp_path_factory):
     return write_split(tmp_path_factory.mktemp("split"), rows)
 
 
-def test_an_engine_that_knows_the_truth_scores_one_everywhere(split, rows, tmp_path):
+def test_a_perfect_engine_scores_one_everywhere(split, rows, tmp_path):
     seen = []
     engine = FakeEngine(rows, skeletons=POSED)
     report = evaluate(engine, split, tmp_path, batch_size=5, progress=lambda *a: seen.append(a))
@@ -43,7 +43,7 @@ def test_an_engine_that_knows_the_truth_scores_one_everywhere(split, rows, tmp_p
     assert len(boxes) == sum(len(row["instances"]) for row in rows)
 
 
-def test_tasks_without_annotations_of_their_own_are_scored_where_they_are_named(split, rows, tmp_path):
+def test_tasks_scored_on_other_annotations_run_when_named(split, rows, tmp_path):
     tasks = ["region_segment", "semantic"]
     metrics = evaluate(FakeEngine(rows, skeletons=POSED), split, tmp_path, tasks=tasks)["metrics"]
     assert metrics["region_segment_iou"] == metrics["semantic_miou"] == pytest.approx(1.0)
@@ -62,7 +62,7 @@ def test_worse_engines_score_worse(split, rows, tmp_path):
     assert 0 < metrics["routing_accuracy"] < 0.5  # right for refer and ground only
 
 
-def test_absent_classes_are_asked_too(split, rows, tmp_path):
+def test_absent_classes_are_requested_too(split, rows, tmp_path):
     engine = FakeEngine(rows, skeletons=POSED)
     evaluate(engine, split, tmp_path, tasks=["detect"], limit=1)
     assert engine.calls == [[["detect"]]]  # and no free chat
@@ -128,14 +128,14 @@ def test_the_report_holds_its_settings(split, rows, tmp_path):
     }  # fmt: skip
 
 
-def test_the_report_tells_a_choice_of_decoders(split, rows, tmp_path):
+def test_the_report_names_chosen_decoders(split, rows, tmp_path):
     engine = FakeEngine(rows, skeletons=POSED)
     engine.chosen_decoders = {"detect": "grounding_dino"}
     report = evaluate(engine, split, tmp_path, tasks=["vqa"], limit=1)
     assert report["settings"]["decoders"] == {"detect": "grounding_dino"}
 
 
-def test_a_text_that_cannot_be_asked_is_reported_and_the_rest_scored(rows, tmp_path):
+def test_an_invalid_text_is_reported_and_the_rest_scored(rows, tmp_path):
     turns = [{"role": "user", "content": "what is <region> ?"}, {"role": "assistant", "content": "x"}]
     template = next(m for m in rows[0]["messages"] if m["task"] == "vqa")
     bad = {**rows[0], "image_id": "bad", "messages": [{**template, "turns": turns}]}

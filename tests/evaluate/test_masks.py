@@ -1,4 +1,4 @@
-"""Regions asked for by a visual prompt, and semantic segmentation, on masks drawn by hand."""
+"""Segmentation from visual prompts, and semantic segmentation, on masks drawn by hand."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Pictures made for the rows of a split, judged by a detector that knows the truth."""
+"""Pictures made for the rows of a split, scored by a perfect detector."""
 
 import hashlib
 
@@ -92,7 +92,7 @@ def test_pictures_that_do_not_listen_score_what_chance_gives(split, tmp_path):
     assert metrics["generate_objects"] < 0.7 and metrics["edit_done"] == 0 and metrics["edit_kept"] > 0.9
 
 
-def test_the_pictures_can_be_looked_at(split, tmp_path):
+def test_the_pictures_are_saved(split, tmp_path):
     evaluate(Painter(rows()), split, tmp_path, tasks=["generate", "edit"])
     made, edited = (np.asarray(Image.open(tmp_path / name)) for name in ("generated.png", "edited.png"))
     assert made.shape[2] == edited.shape[2] == 3 and edited.size > made.size
@@ -160,7 +160,7 @@ def test_pictures_that_nothing_can_judge_are_left_out_by_default(split, tmp_path
     assert evaluate(engine, split, tmp_path, limit=1)["tasks"] == ["chat", "caption"]
 
 
-def test_whether_the_llm_knows_when_to_draw_is_asked_without_drawing(split, tmp_path):
+def test_routing_to_pictures_is_scored_without_drawing(split, tmp_path):
     engine = Painter(rows())
     report = evaluate(engine, split, tmp_path, tasks=["generate", "edit", "chat"], picture_limit=0, chat_limit=4)
     assert report["tables"]["routing_per_task"] == {"generate": 1, "edit": 1}
@@ -168,7 +168,7 @@ def test_whether_the_llm_knows_when_to_draw_is_asked_without_drawing(split, tmp_
     assert len(chats) == 2 and all(settings["route_only"] for settings in chats)
 
 
-def test_by_default_it_is_asked_of_models_that_can_draw(split, tmp_path):
+def test_by_default_routing_to_pictures_is_scored_for_models_that_draw(split, tmp_path):
     engine = Painter(rows())
     engine.tasks, engine.serving = ["edit", "generate", "caption"], {"edit": "one", "generate": "other"}
     reply = engine.reply

@@ -1,4 +1,4 @@
-"""The device that is asked for, or found."""
+"""The chosen device, or the default."""
 
 import pytest
 

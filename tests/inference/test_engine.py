@@ -1,4 +1,4 @@
-"""The engine: answers depend on their own request alone, every task answers, and its halves can be taken apart."""
+"""The engine: answers depend on their request alone, every task answers, and its halves work separately."""
 
 from dataclasses import replace
 
@@ -84,7 +84,7 @@ def test_a_list_of_1200_classes_gives_what_small_lists_give(engine):
             same(expected, prediction)
 
 
-def test_memory_is_bounded_whatever_is_asked(engine, monkeypatch):
+def test_memory_is_bounded_whatever_the_requests(engine, monkeypatch):
     """Branches per pass of the trunk and prompts per pass of the decoder have a limit; results do not depend on it."""
     stage, seen = engine.decoders["lumen"], []
     requests = [[make_request("detect", classes=CLASSES), make_request("pose", classes=["red figure", "figure"])]]
@@ -165,13 +165,13 @@ def test_keypoints_of_ones_own_choice(engine):
     assert prediction.keypoints.names == ("spout", "lid") and prediction.keypoints.xyv.shape[1:] == (2, 3)
 
 
-def test_an_unknown_skeleton_is_told(engine):
+def test_an_unknown_skeleton_is_refused(engine):
     with pytest.raises(UserError, match="no keypoints for 'teapot'.*use one of: figure, red figure") as caught:
         engine.run(PICTURES[:1], [[make_request("pose", classes=["teapot"])]])
     assert caught.value.reason == "unknown_skeleton"
 
 
-def test_a_region_of_another_image_size_is_told(engine):
+def test_a_region_of_another_image_size_is_refused(engine):
     region = Region("box", (64, 64), np.array([[1, 1], [20, 20]]))
     with pytest.raises(UserError, match="region is for an image of 64x64.*120x90") as caught:
         engine.run([PICTURES[1]], [[make_request("region_caption", region=region)]])
@@ -306,7 +306,7 @@ def test_stages_load_apart_and_together(tmp_path, engine):
         Engine.load(tmp_path / "nothing")
 
 
-def test_a_stage_reads_and_holds_its_part_only(tmp_path, engine, monkeypatch):
+def test_a_stage_reads_and_holds_only_its_weights(tmp_path, engine, monkeypatch):
     loaded, read = engine.loaded, []
     save_model(tmp_path, loaded.model.state_dict(), loaded.settings, loaded.tokenizer, loaded.meta)
     given = WeightsFile.__getitem__

@@ -1,4 +1,4 @@
-"""Images of many shapes: each passes in its own bucket, and no image notices the others."""
+"""Images of many shapes: each passes in its bucket, and answers do not depend on the others."""
 
 from dataclasses import replace
 

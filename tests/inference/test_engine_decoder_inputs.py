@@ -1,4 +1,4 @@
-"""Images in a decoder's own size: of the stored image, found where they are in it, sent only where they are read."""
+"""Images at a decoder's input size: resampled from the stored image and sent only to decoders that read them."""
 
 import pickle
 
@@ -90,7 +90,7 @@ def find_bright(monkeypatch, stage):
 
 @pytest.mark.parametrize("name", ["grounding_dino", "unipose"])
 @pytest.mark.parametrize("together", [True, False])
-def test_what_is_found_lies_where_it_is_stored(engine, plain, monkeypatch, name, together):
+def test_predictions_lie_in_stored_pixels(engine, plain, monkeypatch, name, together):
     request = DETECT if name == "grounding_dino" else POSE
     for model, off in ((engine, 1.0), (plain, 2.5)):
         find_bright(monkeypatch, model.decoders[name])
@@ -131,7 +131,7 @@ def test_large_images_travel_only_to_who_reads_them(engine):
     assert all(map(torch.equal, part.pixels, out.decoder_inputs["grounding_dino"].pixels))
 
 
-def test_few_large_images_are_looked_at_at_once(engine, monkeypatch):
+def test_few_large_images_share_a_pass(engine, monkeypatch):
     stage, seen = engine.decoders["grounding_dino"], []
     look = stage.decoder.forward
     monkeypatch.setattr(
@@ -169,7 +169,7 @@ def test_a_picture_is_edited_in_the_size_and_shape_it_was_learned_in(engine, sha
     assert answer.images[0].shape[:2] == source.shape[1:]
 
 
-def test_a_picture_asked_for_larger_is_edited_from_the_stored_one(engine):
+def test_a_larger_picture_is_edited_from_the_stored_image(engine):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
     large = make_request("edit", text="x", sample=SampleSettings(steps=1, size=(48, 64)))
     out = engine.trunk.links([np.asarray(image)], [[EDIT, large]])

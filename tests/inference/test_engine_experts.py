@@ -89,7 +89,7 @@ def test_a_choice_that_cannot_serve_is_refused_as_in_the_settings(tmp_path, deco
 
 
 def test_requests_and_images_do_not_change_each_others_answers(engine):
-    """The classes of one request are looked at together, but not those of another."""
+    """The classes of one request attend to each other, not to those of another."""
     asked = [[DETECT, REFER, SEGMENT], [SEGMENT, DETECT], [REFER]]
     together = engine.run(PICTURES, asked, score_threshold=0.0)
     for picture, requests, answers in zip(PICTURES, asked, together, strict=True):
@@ -135,7 +135,7 @@ def test_a_decoder_that_a_step_does_not_train_gets_no_gradient():
         assert all(p.grad is not None for p in part["lumen"].parameters())
 
 
-def test_parts_that_only_other_tasks_use_get_no_gradient():
+def test_weights_that_only_other_tasks_use_get_no_gradient():
     model = tiny_model(**DINO)
     asked = ("detect", "refer")
     losses = model(replace(scene_batch(2, tasks=asked), decoders=["grounding_dino"], possible_tasks=asked))
@@ -182,7 +182,7 @@ def test_a_model_can_do_without_the_light_decoder():
 
 
 @pytest.mark.parametrize("decoder", ["lumen", "grounding_dino"])
-def test_a_place_asks_for_the_mask_of_what_is_there(decoder):
+def test_a_region_gets_the_mask_of_its_object(decoder):
     engine = Engine(tiny_loaded(decoders={"region_segment": decoder, "semantic": decoder}, **DINO))
     size = PICTURES[0].shape[:2]
     boxes = (np.array([[2, 3], [30, 40]]), np.array([[20, 20], [60, 60]]))
@@ -221,7 +221,7 @@ def test_poses_of_any_skeleton_come_from_the_expert(pose_queries):
                 assert np.allclose(one.keypoints.xyv, other.keypoints.xyv, atol=1e-2)
 
 
-def test_object_and_keypoint_prompts_pass_heads_and_queries_of_their_own():
+def test_object_and_keypoint_prompts_have_separate_heads_and_queries():
     model = tiny_model(pose_queries=True, unipose=EXPERTS["unipose"])
     rows = [row for row in (scenes.scene_row(0, n, SIDE) for n in range(12)) if "pose" in row["tasks"]][:2]
     losses = model(scene_batch(rows, ("pose",)))

@@ -1,4 +1,4 @@
-"""Pictures as answers: asked of words alone, or of the image that is to be edited."""
+"""Pictures as answers: generated from text alone, or edited from an image."""
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ def engine():
     return Engine(tiny_loaded(**EXPERTS))
 
 
-def test_pictures_come_in_the_size_and_number_asked(engine):
+def test_pictures_have_the_requested_size_and_number(engine):
     sample = SampleSettings(steps=2, size=(16, 32), num_images=2)
     (answer,) = engine.run([None], [[make_request("generate", text="a red circle .", sample=sample)]])[0]
     assert (answer.route, answer.predictions, answer.text) == ("[GEN]", [], None)
@@ -95,7 +95,7 @@ def test_the_loss_of_the_noise_reaches_the_llm_and_the_queries(engine, task, fam
 
 
 def edit_batch(rows):
-    """Each row asks for its own picture."""
+    """Each row has its own picture."""
     from support.tiny_models import tiny_tokenizer
 
     from lumen_ray.data.batches.collate import Collator
@@ -111,7 +111,7 @@ def edit_batch(rows):
 @pytest.mark.parametrize(
     ("token", "image", "text"), [("[GEN]", None, "draw a circle"), ("[EDIT]", PICTURE, "edit : x")]
 )
-def test_the_route_of_free_chat_can_be_asked_without_a_picture_being_drawn(engine, monkeypatch, token, image, text):
+def test_route_only_draws_no_picture(engine, monkeypatch, token, image, text):
     def choose(prefix, layout, images, *rest):
         return [[engine.trunk.tokenizer.ids[token]]] * len(images)
 
@@ -128,7 +128,7 @@ def test_the_route_of_free_chat_can_be_asked_without_a_picture_being_drawn(engin
         engine.run([image], [[chat]])
 
 
-def test_a_route_that_the_model_has_no_decoder_for_is_told_all_the_same(monkeypatch):
+def test_route_only_reports_a_route_without_a_decoder(monkeypatch):
     plain = Engine(tiny_loaded())
     choose = [[plain.trunk.tokenizer.ids["[GEN]"]]]
     monkeypatch.setattr(plain.trunk.trunk, "generate", lambda *args: choose)

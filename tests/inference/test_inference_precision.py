@@ -37,7 +37,7 @@ def answers():
 
 
 def pairs(answers, request):
-    """Predictions of both that found anything, of a request of all scenes."""
+    """Pairs of predictions with instances, of one request about all scenes."""
     exact, low = ([p for answer in rows for p in answer[request].predictions] for rows in answers)
     assert [len(p) for p in exact] == [len(p) for p in low]
     found = [(p, q) for p, q in zip(exact, low, strict=True) if len(p)]

@@ -1,4 +1,4 @@
-"""What cannot be asked is refused in one sentence; what can be asked cannot break the prompt layout."""
+"""Invalid requests are refused in one sentence; valid ones cannot break the prompt layout."""
 
 import pytest
 
@@ -37,7 +37,7 @@ def test_needs():
     assert "did you mean 'detect'?" in refused("unknown_task", "detct", classes=["a"])
 
 
-def test_requests_are_what_was_asked():
+def test_requests_hold_their_arguments():
     assert make_request("detect", classes=[" a ", "b", "a"]).phrases == ("a", "b")
     assert make_request("refer", text=" the cat ").phrases == ("the cat",)
     grounded = make_request("ground", text="A [red circle] by a [square]")

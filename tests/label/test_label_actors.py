@@ -1,4 +1,4 @@
-"""What model actors ask Ray for, and what they are told."""
+"""The resources that model actors reserve, and their devices."""
 
 import pytest
 from support.label_fakes import FakeEngine
@@ -6,7 +6,7 @@ from support.label_fakes import FakeEngine
 from lumen_ray.errors import UserError
 from lumen_ray.label.workers import Labeller, WorkerSettings, actor_resources
 
-GPU, CPU = {"num_cpus": 0, "num_gpus": 1}, {"num_cpus": 1, "num_gpus": 0}
+GPU, CPU = (0, 1), (1, 0)  # (CPUs, GPUs)
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ GPU, CPU = {"num_cpus": 0, "num_gpus": 1}, {"num_cpus": 1, "num_gpus": 0}
         (None, {"CPU": 8}, CPU, "cpu"),
     ],
 )
-def test_an_actor_asks_for_the_gpu_it_uses(device, available, resources, told):
+def test_an_actor_reserves_the_gpu_it_uses(device, available, resources, told):
     settings, asked = actor_resources(WorkerSettings(FakeEngine, (), device, num_actors=2), available)
     assert (asked, settings.device) == (resources, told)
 

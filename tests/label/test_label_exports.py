@@ -77,7 +77,7 @@ def test_a_gallery_of_some_says_so(labelled):
     assert page.count("<figure") == 2 and "the first 2" in page
 
 
-def test_classes_that_were_not_found_are_categories_too(tmp_path):
+def test_classes_without_instances_are_categories_too(tmp_path):
     photos = write_images(tmp_path / "photos", 1)
     label(
         make_engine, photos, tmp_path / "out", tasks=["detect", "caption"], classes=["circle", "square"],

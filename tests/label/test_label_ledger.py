@@ -29,7 +29,7 @@ def test_fragments_keep_their_images_when_the_input_grows(tmp_path):
     ]
 
 
-def test_a_part_without_an_entry_does_not_count(tmp_path):
+def test_a_label_file_without_an_entry_does_not_count(tmp_path):
     ledger = Ledger(tmp_path)
     fragment = ledger.plan(ITEMS[:2], 2)[0]
     ledger.publish(fragment, [record(i) for i in fragment.items], [])

@@ -14,7 +14,8 @@ from support.label_fakes import FakeEngine, picture, write_images
 from support.tiny_models import EXPERTS, tiny_folder
 
 from lumen_ray.errors import UserError
-from lumen_ray.label.pipeline import build_requests, label
+from lumen_ray.label.pipeline import label
+from lumen_ray.label.requests import build_requests
 from lumen_ray.label.workers import LabelActor, Labeller, WorkerSettings
 
 OPTIONS = {"classes": ["square", "circle"], "num_actors": 0, "fragment_size": 4, "batch_size": 3, "exports": ()}
@@ -169,7 +170,7 @@ def test_user_mistakes_are_one_sentence(tmp_path, changes, text):
     assert not (tmp_path / "out" / "labels").exists()
 
 
-def test_labels_tell_the_decoder_that_was_chosen_and_are_not_mixed_with_anothers(tmp_path):
+def test_labels_name_the_chosen_decoder_and_are_not_mixed_with_anothers(tmp_path):
     photos = write_images(tmp_path / "photos", 2)
     model = tiny_folder(tmp_path / "model", grounding_dino=EXPERTS["grounding_dino"])
     chosen = {"detect": "grounding_dino"}
@@ -194,7 +195,7 @@ def test_labels_tell_the_decoder_that_was_chosen_and_are_not_mixed_with_anothers
     assert not (tmp_path / "third").exists()
 
 
-def test_labels_tell_their_arithmetic_and_are_not_mixed_with_anothers(tmp_path):
+def test_labels_name_their_dtype_and_are_not_mixed_with_anothers(tmp_path):
     photos, model = write_images(tmp_path / "photos", 2), tiny_folder(tmp_path / "model")
 
     def run(name, **options):
@@ -239,7 +240,7 @@ def test_nothing_labelled_is_an_error(tmp_path):
     assert errors[0]["message"] in str(caught.value)
 
 
-def test_the_summary_tells_the_first_error(tmp_path):
+def test_the_summary_names_the_first_error(tmp_path):
     photos = write_images(tmp_path / "photos", 2)
     assert label(FakeEngine, photos, tmp_path / "good", tasks=["detect"], **OPTIONS)["first_error"] is None
     (photos / "a_broken.png").write_bytes(b"")

@@ -1,6 +1,12 @@
 """The same label job on a local Ray: reading tasks, a pool of model actors, one writer."""
 
+import os
+import re
+import socket
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -68,3 +74,46 @@ def test_mistakes_reach_the_caller_as_one_sentence(local_ray, tmp_path):
         label(FakeEngine, photos, tmp_path / "a", tasks=["detect"], classes=["square"], num_actors=99)
     with pytest.raises(UserError, match="no class with keypoints"):  # found out by the actor
         label(FakeEngine, photos, tmp_path / "b", tasks=["pose"], classes=["circle"])
+
+
+COMMANDS = """
+import sys
+from lumen_ray import cli
+from lumen_ray.serve.app import Server
+
+Server.wait = lambda self: None  # for Ctrl-C
+photos, output, port = sys.argv[1:]
+assert cli.main(["label", photos, "--output", output]) == 0
+assert cli.main(["serve", "--port", port]) == 0
+"""
+#: the lines of `label` and `serve`
+OWN_LINES = (
+    r"the bundled weights 'nano' know the drawn shapes .*",
+    r"label: starting",
+    r"  label: \d+/3.*",
+    r"3 images: 3 labelled, 0 errors -> .*; log -> (?P<label_log>\S+)",
+    r"serve: starting",
+    r"serving \S+ at http://127.0.0.1:\d+ .*; log -> (?P<serve_log>\S+)",
+)
+
+
+def test_label_and_serve_print_no_lines_of_ray(local_ray, tmp_path):
+    """The lines of Ray, its C++ core and Ray Serve go to the log that the commands name. The last test: Serve stays."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS, str(write_images(tmp_path / "photos", 3)), str(tmp_path / "out"), str(port)],
+        env=os.environ | {"RAY_ADDRESS": local_ray.get_runtime_context().gcs_address},
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
+    logs = {}
+    for line in done.stdout.splitlines():
+        found = next((match for pattern in OWN_LINES if (match := re.fullmatch(pattern, line))), None)
+        assert found, f"not a line of lumen-ray: {line}"
+        logs |= found.groupdict()
+    assert set(logs) == {"label_log", "serve_log"} and logs["label_log"] == logs["serve_log"]
+    assert "Started Serve" in Path(logs["serve_log"]).read_text()

@@ -1,4 +1,4 @@
-"""Pictures in OpenAI's shape: what is honoured, and that the rest is refused instead of ignored."""
+"""Pictures in OpenAI's format: supported fields, and that all others are refused instead of ignored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the server may listen, and when it is given up; no Ray."""
+"""The address of the server, and its time limit; no Ray."""
 
 import io
 import socket

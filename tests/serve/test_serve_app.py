@@ -153,6 +153,6 @@ def test_requests_survive_the_death_of_a_replica(http):
     assert trunk_replica() != victim
 
 
-def test_missing_model_is_said_before_ray_starts(tmp_path):
+def test_missing_model_is_refused_before_ray_starts(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         run(ServeSettings(model=str(tmp_path / "none")))

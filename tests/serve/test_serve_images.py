@@ -1,4 +1,4 @@
-"""Mask prompts against pycocotools' own encoder."""
+"""Mask prompts against the encoder of pycocotools."""
 
 from __future__ import annotations
 

@@ -53,15 +53,15 @@ def test_options_are_accepted_by_serve():
     assert settings.logical_cpus(["lumen"]) == 4  # 3 trunks of 1, a decoder and an ingress of a half
 
 
-def test_what_a_ray_cannot_hold_is_told():
+def test_deployments_too_large_for_a_ray_are_refused():
     """Of the least replicas: Serve waits for the others to find room."""
     trunk = {"num_gpus": 1, "num_cpus": 2, "autoscaling": {"min_replicas": 2, "max_replicas": 9}}
     settings = validate(ServeSettings, {"model": "m", "trunk": trunk}, "test")
     settings.check_room(["lumen"], {"CPU": 5, "GPU": 2})
-    with pytest.raises(UserError, match=r"ask for 2 GPUs \(trunk 2\), but this Ray has 1; lower num_gpus") as error:
+    with pytest.raises(UserError, match=r"need 2 GPUs \(trunk 2\), but this Ray has 1; lower num_gpus") as error:
         settings.check_room(["lumen"], {"CPU": 5, "GPU": 1})
     assert error.value.reason == "no_room"
-    with pytest.raises(UserError, match=r"ask for 5 CPUs \(ingress 0.5, trunk 4, lumen 0.5\), but this Ray has 4"):
+    with pytest.raises(UserError, match=r"need 5 CPUs \(ingress 0.5, trunk 4, lumen 0.5\), but this Ray has 4"):
         settings.check_room(["lumen"], {"CPU": 4, "GPU": 2})
 
 

@@ -56,7 +56,7 @@ def test_every_task_of_the_registry_answers(client, task):
         assert body["counts"] == {"red circle": 1, "blue square": 1}
 
 
-def test_phrases_stay_in_the_order_asked_and_threshold_and_number_are_kept(client):
+def test_phrases_keep_their_order_and_limits_apply(client):
     body = {"image": base64_png(), "classes": ["b", "a"], "score_threshold": 0.1, "max_per_phrase": 1}
     result = client.post("/v1/detect", json=body).json()
     assert result["phrases"] == ["b", "a"] and len(result["instances"]) == 2
@@ -282,7 +282,7 @@ def test_request_id_of_the_proxy_is_kept(client):
     assert response.json()["error"]["request_id"] == response.headers["x-request-id"] != "no\tgood"
 
 
-def test_pictures_are_drawn_as_asked(client, backend):
+def test_pictures_follow_the_request(client, backend):
     fields = {"seed": 3, "steps": 5, "guidance": 2, "height": 16, "width": 24, "num_images": 2}
     body = client.post("/v1/generate", json=body_of(TASKS["generate"], **fields)).json()
     assert [decode_png(base64.b64decode(picture)).shape for picture in body["images"]] == [(16, 24, 3)] * 2

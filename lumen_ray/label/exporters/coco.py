@@ -1,14 +1,17 @@
-"""COCO json from a labelled folder: one file per task, because detect, segment and pose each find the same objects.
+"""COCO json from a labelled folder: one file per task, because detect, segment and pose label the same objects.
 
-Images are numbered in input order, alike in all files; `file_name` is the label table's `image_id`.
+Images have the same numbers, in input order, in all files; `file_name` is the label table's `image_id`.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from lumen_ray.data.files import write_atomically
 from lumen_ray.inference.records import record_edges
@@ -21,8 +24,9 @@ from lumen_ray.viz import KEYPOINT_SCORE
 def export_coco(output: str | Path) -> list[Path]:
     """Writes ``coco/<task>.json`` in the labelled folder `output` and returns the paths.
 
-    Perception tasks: boxes as xywh, `segmentation` as compressed RLE, keypoints with v 2 (found) or 0 and their scores
-    beside them, `score`. Captions: COCO's captions layout; other text tasks: `question` and `answer`.
+    Perception tasks: boxes as xywh, `segmentation` as compressed RLE, `score`, keypoints with v 2 or, below
+    `KEYPOINT_SCORE`, 0, and `keypoint_scores`. Captions: COCO's captions layout; other text tasks: `question` and
+    `answer`.
     """
     ledger = open_finished(output)
     images: dict[str, dict[str, Any]] = {}
@@ -35,7 +39,7 @@ def export_coco(output: str | Path) -> list[Path]:
             task = record["task"]
             items = annotations[task]
             if task not in categories:
-                categories[task] = _asked(task, job)
+                categories[task] = _requested(task, job)
             if get_task(task).is_text:
                 items.append({"id": len(items) + 1, "image_id": image["id"], **_text(record)})
             elif record["box"] is not None:
@@ -49,9 +53,10 @@ def export_coco(output: str | Path) -> list[Path]:
             "images": list(images.values()),
             "annotations": items,
         }
-        if not get_task(task).is_text:  # as in COCO's captions: `pycocotools` would look for the category of each
+        if not get_task(task).is_text:  # captions have none: `pycocotools` would look up the category of each
             data["categories"] = list(categories[task].values())
-        write_atomically(path, lambda p, data=data: p.write_text(json.dumps(data)))
+        text = json.dumps(data)
+        write_atomically(path, partial(Path.write_text, data=text))
         paths.append(path)
     return paths
 
@@ -66,8 +71,8 @@ def _image(record: dict[str, Any], number: int) -> dict[str, Any]:
     }
 
 
-def _asked(task: str, job: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The classes asked for, in their order, found or not; empty for a task that takes none."""
+def _requested(task: str, job: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The job's classes in their order, with instances or not; empty for a task without classes."""
     categories: dict[str, dict[str, Any]] = {}
     for name in job["classes"] if get_task(task).needs == "classes" else ():
         _category(categories, name)
@@ -86,7 +91,7 @@ def _text(record: dict[str, Any]) -> dict[str, Any]:
 
 def _instance(record: dict[str, Any], category: dict[str, Any]) -> dict[str, Any]:
     size = (record["height"], record["width"])
-    boxes = Boxes([record["box"]], size)
+    boxes = Boxes(np.array([record["box"]]), size)
     item: dict[str, Any] = {
         "category_id": category["id"],
         "bbox": [round(v, 3) for v in boxes.to_xywh()[0].tolist()],
@@ -107,7 +112,7 @@ def _instance(record: dict[str, Any], category: dict[str, Any]) -> dict[str, Any
 
 
 def _keypoints(flat: list[float]) -> dict[str, Any]:
-    """COCO's three numbers per keypoint; what scores too low is 'not labelled', which COCO writes as zeros."""
+    """COCO's three numbers per keypoint; low-scored ones are 'not labelled', which COCO writes as zeros."""
     points: list[float] = []
     scores = flat[2::3]
     for x, y, score in zip(flat[0::3], flat[1::3], scores, strict=True):
