@@ -19,7 +19,7 @@ from lumen_ray.inference.decoder_inputs import decoder_pixels
 from lumen_ray.inference.outputs import DecoderInput, RequestPlan, TrunkOutput
 from lumen_ray.inference.request import Request, check_requests
 from lumen_ray.model.build import LoadedModel, load_model
-from lumen_ray.precision import in_own_dtype
+from lumen_ray.precision import in_model_dtype
 from lumen_ray.structures import Region, Size
 from lumen_ray.targets import Frame
 from lumen_ray.tasks import ROUTING_TOKENS, TASKS
@@ -115,7 +115,7 @@ class TrunkStage(FromFolder):
         """(height, width) of the model input for an image, or for text alone."""
         return self.buckets[0] if image is None else self.bucket((image.shape[0], image.shape[1]))
 
-    @in_own_dtype
+    @in_model_dtype
     def links(
         self,
         images: Sequence[np.ndarray | None],
