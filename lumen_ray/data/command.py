@@ -61,9 +61,7 @@ def _data_args(verbs: Any, parser_class: type) -> None:
         help="recipe whose prompts and augmentation are shown (default: all tasks but generate, no augmentation)",
     )
     look.add_argument("--stage", help="stage of the recipe (default: the one with the most tasks)")
-    look.add_argument(
-        "--top", type=int, default=30, help="classes listed; the others share a line (default: 30)"
-    )
+    look.add_argument("--top", type=int, default=30, help="classes listed; the others share a line (default: 30)")
     look.add_argument("--seed", type=int, default=0, help="seed of the sampled rows (default: 0)")
     look.add_argument(
         "--verify", action=argparse.BooleanOptionalAction, default=True, help="verify the checksums of all files first"

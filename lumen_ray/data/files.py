@@ -135,7 +135,7 @@ def read_bytes(location: Location) -> bytes:
 
 
 def read_text(location: Location) -> str:
-    """Reads a whole file as UTF-8, with or without a byte order mark. Raises `UserError` (`invalid_text`) if it is not."""
+    """Reads a UTF-8 file, with or without a byte order mark. Raises `UserError` (`invalid_text`) for other bytes."""
     try:
         return read_bytes(location).decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -85,14 +85,14 @@ def test_nothing_but_finished_files_is_left(folder, tmp_path):
 @pytest.mark.parametrize("rows_per_group", [1, 8])
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, capfd, rows, rows_per_group):
     """While rows are written or when the file is closed; /dev/full is a disk without room."""
-    original = shards._aside
+    original = shards._temporary_folder
 
     def full(folder):
         aside = original(folder)
         (aside / "part.parquet").symlink_to("/dev/full")
         return aside
 
-    monkeypatch.setattr(shards, "_aside", full)
+    monkeypatch.setattr(shards, "_temporary_folder", full)
     words = "part.parquet' cannot be written: the disk is full; free some space"
     with (
         pytest.raises(UserError, match=words) as error,
