@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lumen_ray.data.batches.buckets import choose
-from lumen_ray.data.batches.transforms import fit
+from lumen_ray.data.batches.transforms import PAD_VALUE, fit
 from lumen_ray.decoders.base import PromptSpec
 from lumen_ray.errors import UserError
 from lumen_ray.inference.decoder_inputs import looked_at
@@ -113,7 +113,7 @@ class TrunkStage(FromFolder):
         if len(buckets) > 1:
             raise ValueError(f"images of one pass must share a bucket, got {sorted(buckets)}")
         (bucket,) = buckets
-        stored = [np.full((*bucket, 3), 114, np.uint8) if image is None else image for image in images]
+        stored = [np.full((*bucket, 3), PAD_VALUE, np.uint8) if image is None else image for image in images]
         fitted = [fit(image, bucket) for image in stored]
         pixels = torch.from_numpy(np.stack([image for image, _ in fitted])).permute(0, 3, 1, 2)
         frames = [frame for _, frame in fitted]

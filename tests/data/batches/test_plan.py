@@ -83,7 +83,7 @@ def test_what_cannot_be_planned_is_told():
         Plan(manifest(), recipe(), 3)
     with pytest.raises(UserError, match="no annotations for caption, vqa; they have: detect"):
         Plan(manifest(tasks=("detect",)), recipe())
-    with pytest.raises(UserError, match="hold no rows"):
+    with pytest.raises(UserError, match="have no rows"):
         Plan({"files": []}, recipe())
 
 
