@@ -26,7 +26,7 @@ def recipe(*stages, **changes):
     ("stage", "message"),
     [
         ({"loss_weights": {"heatmaps": 1}}, "unknown loss 'heatmaps'; did you mean 'heatmap'.*losses: box, edit"),
-        ({"trainable": ["lumens"]}, "unknown part 'lumens'; did you mean 'lumen'"),
+        ({"trainable": ["lumens"]}, "unknown module 'lumens'; did you mean 'lumen'"),
         ({"lr_scale": {"visoin": 1}}, "did you mean 'vision'"),
         ({"trainable": []}, "stage 's0' trains nothing"),
         ({"groups": []}, "needs at least one task group"),
@@ -34,14 +34,14 @@ def recipe(*stages, **changes):
         ({"groups": [{"tasks": ["detekt"]}]}, "detect"),
         (
             {"groups": [{"tasks": ["detect", "semantic"]}]},
-            "'semantic' cannot be trained, .*; name 'segment'",
+            "'semantic' cannot be trained, .*; use 'segment'",
         ),
         ({"augment": {"scale": [0, 1]}}, "0 < smallest <= largest"),
         ({"lerning_rate": 1}, "unknown key"),
         ({"steps": 0}, "steps"),
         ({"accumulate": 0}, "accumulate"),
         ({"lr_scale": {"vision": -1}}, "lr_scale of 'vision' must not be negative"),
-        ({"layer_decay": {"dense": 0.9}}, "unknown part with layers 'dense'; parts with layers: llm, vision"),
+        ({"layer_decay": {"dense": 0.9}}, "unknown module with layers 'dense'; modules with layers: llm, vision"),
         ({"layer_decay": {"llm": 1.5}}, r"layer_decay of 'llm' must lie in \(0, 1\], got 1.5"),
     ],
 )
@@ -78,8 +78,8 @@ def test_steps_belong_to_stages():
     ("changes", "message"),
     [
         ({"precision": "fp16"}, "'precision' is invalid.*'fp32' or 'bf16'"),
-        ({"compile": ["lmu"]}, "unknown part with blocks 'lmu'; .*parts with blocks: .*llm, lumen, .*, vision"),
-        ({"activation_checkpointing": ["dense"]}, "unknown part with blocks 'dense'"),
+        ({"compile": ["lmu"]}, "unknown module with blocks 'lmu'; .*modules with blocks: .*llm, lumen, .*, vision"),
+        ({"activation_checkpointing": ["dense"]}, "unknown module with blocks 'dense'"),
         ({"lora": {"rank": 0}}, "lora.rank"),
         ({"lora": {"ranks": 4}}, "unknown key 'lora.ranks'; did you mean 'rank'"),
         ({"ema": {"decay": 1.0}}, "ema.decay"),

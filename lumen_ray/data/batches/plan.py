@@ -145,7 +145,7 @@ class Plan:
 
     @property
     def used_buckets(self) -> tuple[Size, ...]:
-        """The buckets in use, if there are several: one that would not fill a batch is dropped (see `buckets.assign`)."""
+        """The buckets in use, if there are several; one that would not fill a batch is dropped (`buckets.assign`)."""
         used = {bucket for stream in self._streams.values() for bucket in stream.buckets}
         return tuple(bucket for bucket in self.buckets if bucket in used)
 

@@ -22,7 +22,7 @@ from lumen_ray.trunk.regions import region_mask
 
 
 def _region_box(region: dict) -> np.ndarray:
-    """The xyxy box, float64 [1, 4] in pixels of the stored image, of a stored region; at least one pixel wide and high."""
+    """The box of a stored region, xyxy float64 [1, 4] in stored pixels; at least one pixel wide and high."""
     if region["mask"]:
         x, y, width, height = coco_mask.toBbox(region["mask"])
         low, high = np.array([x, y]), np.array([x + width, y + height])

@@ -86,17 +86,17 @@ def test_prompts_and_targets_are_those_of_the_collator(sampler, rows):
         assert (view.batch["layout"].input_ids == batch["layout"].input_ids).all()
         prompts = prompts_of(view, sampler.tokenizer, {})
         assert [p.task for p in prompts] == batch["tasks"]
-        assert sum(p.tokens for p in prompts) == int((batch["layout"].branch_ids >= 0).sum())
+        assert sum(p.num_tokens for p in prompts) == int((batch["layout"].branch_ids >= 0).sum())
         present = [i["phrase"] for i in rows[number]["instances"]]
         for prompt in prompts:
             if prompt.task in ("detect", "segment", "count"):
                 assert len(prompt.boxes) == present.count(prompt.phrase)
                 assert prompt.negative == (prompt.phrase not in present)
-                assert prompt.pieces[-5][0] in ("[DET]", "[SEG]") and prompt.pieces[-5][2]
-                assert [kind for _, kind, _ in prompt.pieces[-4:]] == ["query"] * 4
+                assert prompt.tokens[-5][0] in ("[DET]", "[SEG]") and prompt.tokens[-5][2]
+                assert [kind for _, kind, _ in prompt.tokens[-4:]] == ["query"] * 4
         told = {" ".join(t["content"] for t in m["turns"][1::2]) for m in rows[number]["messages"]}
         for prompt in prompts:
-            learned = "".join(text for text, kind, is_learned in prompt.pieces if is_learned and kind == "text")
+            learned = "".join(text for text, kind, is_learned in prompt.tokens if is_learned and kind == "text")
             assert not TASKS[prompt.task].is_text or learned.strip() in told
 
 
@@ -115,7 +115,7 @@ def test_a_pose_brings_its_keypoints_together(sampler, rows):
 def test_text_alone_is_shown_whole_although_tokens_split_characters(sampler):
     (prompt,) = prompts_of(view_of(sampler, 14), sampler.tokenizer, {})
     assert instruction(prompt) == "hé 漢"
-    assert not any("\ufffd" in text for text, _, _ in prompt.pieces)
+    assert not any("\ufffd" in text for text, _, _ in prompt.tokens)
 
 
 def test_the_page_needs_nothing_beside_it(folder, tmp_path):
