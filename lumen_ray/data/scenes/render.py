@@ -271,11 +271,10 @@ def _region(obj: SceneObject, rle: dict[str, Any], side: int, rng: np.random.Gen
         return {"kind": kind, "points": None, "mask": rle}
     if kind == "box":
         loose = np.array(obj.box) + rng.integers(-2, 3, 4)
-        points = np.clip(loose, 0, side)
+        points: np.ndarray = np.clip(loose, 0, side)
     else:
         ys, xs = np.nonzero(obj.mask)
         inside = np.stack([xs, ys], 1) + 0.5
-        points: np.ndarray
         if kind == "polygon":  # the object's support points in 8 directions
             turns = np.arange(8) * np.pi / 4
             directions = np.stack([np.cos(turns), np.sin(turns)])
