@@ -147,12 +147,12 @@ def questions(objects: Sequence[Any], side: int, rng: np.random.Generator, numbe
         answer = rng.choice(["yes", "no"])
         name = rng.choice(present if answer == "yes" else [c for c in CLASSES if c not in present])
         kinds.append([(f"is there a {name} ?", answer)])
-    asked: list[tuple[str, str]] = []
-    while len(asked) < number and any(kinds):
+    chosen: list[tuple[str, str]] = []
+    while len(chosen) < number and any(kinds):
         for i in rng.permutation(len(kinds)):
-            if kinds[i] and len(asked) < number:
-                asked.append(tuple(kinds[i].pop()))
-    return [make_message("vqa", str(question), str(answer)) for question, answer in asked]
+            if kinds[i] and len(chosen) < number:
+                chosen.append(tuple(kinds[i].pop()))
+    return [make_message("vqa", str(question), str(answer)) for question, answer in chosen]
 
 
 _SMALL_TALK = (
@@ -170,8 +170,8 @@ def chat(objects: Sequence[Any], rng: np.random.Generator) -> dict[str, Any]:
         ("which colors do you see ?", " and ".join(filter(None, [" , ".join(colours[:-1]), colours[-1]])) + " ."),
     )
     talk = _SMALL_TALK[rng.integers(len(_SMALL_TALK))]
-    asked = about_image[rng.integers(len(about_image))]
-    exchanges = {0: [talk], 1: [asked], 2: [talk, asked]}[int(rng.integers(3))]
+    question = about_image[rng.integers(len(about_image))]
+    exchanges = {0: [talk], 1: [question], 2: [talk, question]}[int(rng.integers(3))]
     message = make_message("chat", *exchanges[0])
     for exchange in exchanges[1:]:
         message["turns"] += make_message("chat", *exchange)["turns"]

@@ -213,7 +213,7 @@ def read_manifest(folder: urls.Location) -> dict[str, Any]:
     """The manifest of a shard folder. Raises `UserError` (`not_shards`) if it is not a shard folder."""
     location = urls.join(urls.absolute(folder), MANIFEST)
     if not files.is_file(location):
-        why = "does not exist" if not files.exists(folder) else f"holds no {MANIFEST}"
+        why = "does not exist" if not files.exists(folder) else f"has no {MANIFEST}"
         raise UserError(
             f"'{urls.shown(folder)}' {why}; give a folder that `lumen-ray prepare` has written", "not_shards"
         )

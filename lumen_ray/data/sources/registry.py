@@ -148,7 +148,7 @@ SOURCES: dict[str, SourceSpec] = {
         "visual questions: VQA v2, GQA, plain json",
         arg("questions", "one or more json or jsonl files of questions", nargs="+"),
         _IMAGES,
-        arg("annotations", "VQA v2's files of answers; not needed if the records hold them", nargs="+", default=[]),
+        arg("annotations", "VQA v2's files of answers; not needed if the records contain them", nargs="+", default=[]),
         arg(
             "image_pattern", "image file of an image_id, e.g. COCO_val2014_%%012d.jpg (default: VQA v2's)", default=None
         ),
@@ -164,7 +164,7 @@ SOURCES: dict[str, SourceSpec] = {
         "pairs:PairsSource",
         "image-text pairs: csv, tsv, jsonl, parquet, WebDataset tar",
         arg("data", "tables and tars; wildcards * and ? are expanded", nargs="+"),
-        arg("images", "folder of the images, if tables hold paths", default=None),
+        arg("images", "folder of the images, if tables contain paths", default=None),
         arg("image_column", "column of the image's path or bytes (default: image, filepath, ...)", default=None),
         arg("caption_column", "column of the caption (default: caption, text, ...)", default=None),
         arg(
@@ -185,7 +185,7 @@ SOURCES: dict[str, SourceSpec] = {
         "edits:EditsSource",
         "edit triples: image, instruction, edited image",
         arg("data", "InstructPix2Pix folders, or csv, tsv, jsonl, parquet tables", nargs="+"),
-        arg("images", "folder of the images, if tables hold paths", default=None),
+        arg("images", "folder of the images, if tables contain paths", default=None),
         arg("image_column", "column of the image (default: image, original_image, ...)", default=None),
         arg("instruction_column", "column of the instruction (default: instruction, edit_prompt, ...)", default=None),
         arg("target_column", "column of the edited image (default: target_image, edited_image, ...)", default=None),

@@ -199,7 +199,7 @@ def test_long_lists_end_in_one_line_and_a_pipe_gets_plain_lines():
     ("arguments", "words"),
     [
         (["nowhere"], ["'nowhere' does not exist", "lumen-ray prepare"]),
-        ([".", "--recipe", "quickstart"], ["holds no manifest.json"]),
+        ([".", "--recipe", "quickstart"], ["has no manifest.json"]),
         (["{}", "--recipe", "quikstart"], ["did you mean 'quickstart'"]),
         (["{}", "--recipe", "quickstart", "--stage", "jiont"], ["did you mean 'joint'", "align"]),
         (["{}", "--samples", "-1"], ["samples is -1"]),

@@ -365,7 +365,7 @@ def test_a_store_gives_and_takes_the_same_as_a_folder(tmp_path, small_coco):
     assert shards.verify(f"{base}/out") == ["part-00000.parquet is missing"]
     with pytest.raises(UserError, match="part-00000.parquet' is missing"):
         shards.read_row_group(f"{base}/out", file["path"], 0)
-    with pytest.raises(UserError, match="holds no manifest.json"):
+    with pytest.raises(UserError, match="has no manifest.json"):
         shards.read_manifest(base)
 
 

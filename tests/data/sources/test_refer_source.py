@@ -198,7 +198,7 @@ def test_a_pickle_cannot_run_code(make, tmp_path):
     path = tmp_path / "refs(evil).p"
     for payload in ([Evil()], [{"image_id": Evil()}], np.zeros(3)):
         path.write_bytes(pickle.dumps(payload))
-        with pytest.raises(UserError, match="refused: it holds an object of") as error:
+        with pytest.raises(UserError, match="refused: it contains an object of") as error:
             load_refs(str(path))
         assert error.value.reason == "unsafe_pickle"
     assert not (tmp_path / "owned").exists()
@@ -221,7 +221,7 @@ def test_files_that_cannot_work_are_refused(make, tmp_path):
     (tmp_path / "broken.json").write_text("{")
     images = str(tmp_path / "images")
     for make_source, message in (
-        (lambda: make({"refs": 3}), "must hold a list of records"),
+        (lambda: make({"refs": 3}), "must contain a list of records"),
         (lambda: make([], instances={"images": []}), "needs the lists"),
         (lambda: make(PLAIN, instances=None, box_format="yxyx"), "box format 'yxyx' is not one of: xyxy"),
         (lambda: make([ref(0, 10, "x")], "refs.p", instances=None), "give --instances"),
