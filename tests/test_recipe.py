@@ -45,13 +45,13 @@ def recipe(*stages, **changes):
         ({"layer_decay": {"llm": 1.5}}, r"layer_decay of 'llm' must lie in \(0, 1\], got 1.5"),
     ],
 )
-def test_a_mistake_in_a_stage_is_told(stage, message):
+def test_a_mistake_in_a_stage_is_reported(stage, message):
     with pytest.raises(UserError, match=message) as error:
         recipe(stage)
     assert "\n" not in str(error.value)
 
 
-def test_stages_are_needed_and_have_their_own_names():
+def test_stages_are_required_and_have_distinct_names():
     with pytest.raises(UserError, match="at least one stage"):
         recipe(stages=[])
     with pytest.raises(UserError, match="different names, got x, x"):
@@ -63,7 +63,7 @@ def test_the_losses_that_can_be_weighed_are_those_of_the_model():
     assert set(tiny_model().loss_names) < set(LOSSES)
 
 
-def test_a_stage_trains_by_default_what_can_be_trained():
+def test_a_stage_trains_all_trainable_tasks_by_default():
     assert {"segment", "region_segment", "vqa"} < set(recipe().tasks)
     assert not {"semantic", "generate", "edit"} & set(recipe().tasks)
 
@@ -86,7 +86,7 @@ def test_steps_belong_to_stages():
         ({"mlflow": {"uri": "x"}}, "unknown key 'mlflow.uri'"),
     ],
 )
-def test_a_mistake_in_a_recipe_is_told(changes, message):
+def test_a_mistake_in_a_recipe_is_reported(changes, message):
     with pytest.raises(UserError, match=message) as error:
         recipe(**changes)
     assert "\n" not in str(error.value)
@@ -133,7 +133,7 @@ def without_lora(stage):
     return stage.model_copy(update={"lr_scale": kept})
 
 
-def test_the_7b_recipe_trains_published_decoders_slowly_and_keeps_what_they_keep():
+def test_the_7b_recipe_trains_published_decoders_slowly():
     made, settings = config.load(Recipe, recipe_path("7b")), config.load(ModelSettings, model_path("7b"))
     with torch.device("meta"):
         model = build_model(settings, settings.vocab_size)

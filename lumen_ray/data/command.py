@@ -29,8 +29,13 @@ def _prepare_args(verbs: Any, parser_class: type) -> None:
         for argument in source.arguments:
             argument.add_to(q)
         q.add_argument("--output", required=True, help="shard folder to write; local, s3:// or gs://")
-        q.add_argument("--shuffle-seed", type=int, default=0, help="seed of the order of the rows (default: 0)")
-        q.add_argument("--rows-per-group", type=int, default=8, help="images per row group; batch sizes are multiples")
+        q.add_argument("--shuffle-seed", type=int, default=0, help="seed for shuffling the rows (default: 0)")
+        q.add_argument(
+            "--rows-per-group",
+            type=int,
+            default=8,
+            help="images per row group; batch sizes are its multiples (default: 8)",
+        )
         q.add_argument(
             "--rows-per-file", type=int, default=512, help="images per file, the unit of work (default: 512)"
         )

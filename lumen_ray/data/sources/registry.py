@@ -78,6 +78,8 @@ SOURCES: dict[str, SourceSpec] = {
         "COCO json: boxes, masks, keypoints, captions",
         arg("annotations", "one or more COCO json files over the same images", nargs="+"),
         _IMAGES,
+        layout="Annotations: instances, keypoints, captions and LVIS files {images, annotations, categories}. "
+        "Images: below --images, by file_name or coco_url.",
     ),
     "panoptic": _source(
         "panoptic:PanopticSource",
@@ -91,6 +93,8 @@ SOURCES: dict[str, SourceSpec] = {
             choices=("keep", "skip"),
             default="keep",
         ),
+        layout="Annotations: {images, annotations: [{image_id, file_name, segments_info}], categories}. PNG pixels: "
+        "segment ids as R + 256 G + 65536 B.",
     ),
     "voc": _source(
         "voc:VocSource",
@@ -112,6 +116,7 @@ SOURCES: dict[str, SourceSpec] = {
             choices=(0, 1),
             default=1,
         ),
+        layout="Annotations: NAME.xml per image. Masks: NAME.png per image, value k for the k-th object of the xml.",
     ),
     "yolo": _source(
         "yolo:YoloSource",
@@ -121,6 +126,8 @@ SOURCES: dict[str, SourceSpec] = {
         arg("images", "folder of the images, without a data.yaml", default=None),
         arg("labels", "folder of the label files (default: the images' path with 'labels' for 'images')", default=None),
         arg("classes", "text file with one class name per line, without a data.yaml", default=None),
+        layout="Labels: NAME.txt per image, a line per object: 'class cx cy w h', 'class x1 y1 x2 y2 x3 y3 ...' or, "
+        "with kpt_shape, 'class cx cy w h' and keypoints; fractions of the image's sides.",
     ),
     "refer": _source(
         "refer:ReferSource",

@@ -69,7 +69,7 @@ def scenes(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(scenes())
-def test_everything_stays_on_the_rectangle(scene):
+def test_annotations_follow_the_rectangle(scene):
     size, box, augment, seed = scene
     row, image = rectangle_row(size, box)
     sample = transform(row, image, INPUT, augment, np.random.default_rng(seed), {"face": NAMES})
@@ -154,14 +154,14 @@ def test_the_settings_do_not_move_the_random_stream():
 
 
 @pytest.mark.parametrize("scale", [[0, 1], [1.2, 0.8], [-1, 1], [1, float("inf")]])
-def test_a_wrong_zoom_is_told(scale):
+def test_a_wrong_zoom_is_reported(scale):
     with pytest.raises(UserError, match="0 < smallest <= largest"):
         config.validate(AugmentSettings, {"scale": scale}, "augment")
 
 
 @settings(max_examples=60, deadline=None)
 @given(scenes(), st.sampled_from([2, 4]))
-def test_a_reduced_picture_is_seen_at_the_same_place(scene, reduction):
+def test_a_reduced_image_gives_the_same_sample(scene, reduction):
     """The same map, boxes and masks; the pixels of the rectangle lie where those of the whole picture do."""
     (height, width), box, augment, seed = scene
     size = (height * 4, width * 4)

@@ -112,7 +112,7 @@ def test_a_pose_brings_its_keypoints_together(sampler, rows):
     np.testing.assert_allclose(pose.keypoints, wanted, atol=1e-3)
 
 
-def test_text_alone_is_shown_whole_although_tokens_split_characters(sampler):
+def test_text_is_complete_although_tokens_split_characters(sampler):
     (prompt,) = prompts_of(view_of(sampler, 14), sampler.tokenizer, {})
     assert instruction(prompt) == "hé 漢"
     assert not any("\ufffd" in text for text, _, _ in prompt.tokens)
@@ -146,7 +146,7 @@ def edits(tmp_path_factory):
 
 
 @pytest.mark.parametrize("recipe", [None, "edit", "generate"])
-def test_pictures_to_make_are_shown_beside_what_they_are_made_of(edits, tmp_path, recipe):
+def test_target_images_are_shown_beside_their_sources(edits, tmp_path, recipe):
     rows, folder = edits
     name = recipe and tmp_path / "recipe.yaml"
     if recipe:
@@ -219,7 +219,7 @@ def test_mistakes_are_one_sentence(arguments, words, folder, tmp_path, capsys, m
     ("setting", "words"),
     [("pack_tokens: 10", "pack_tokens 10 leaves no room"), ("buckets: [[64, 72]]", "bucket [64, 72] does not fit")],
 )
-def test_a_recipe_that_its_model_cannot_take_is_told(folder, tmp_path, capsys, setting, words):
+def test_a_recipe_that_does_not_fit_its_model_is_reported(folder, tmp_path, capsys, setting, words):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"name: r\n{setting}\nstages: [{{name: a, steps: 1}}]\n")
     output = tmp_path / "o"
@@ -229,7 +229,7 @@ def test_a_recipe_that_its_model_cannot_take_is_told(folder, tmp_path, capsys, s
     assert not output.exists()
 
 
-def test_another_schema_version_is_told(folder, tmp_path, capsys):
+def test_another_schema_version_is_reported(folder, tmp_path, capsys):
     (tmp_path / "manifest.json").write_text(json.dumps(shards.read_manifest(folder) | {"schema_version": 9}))
     assert cli.main(["data", "inspect", str(tmp_path)]) == 2
     assert "schema version 9" in capsys.readouterr().err
@@ -242,7 +242,7 @@ def test_the_command_prints_tables_and_where_the_page_is(folder, tmp_path, capsy
 
 
 @pytest.mark.parametrize("output", ["file", "file/x", "/proc/x", "/proc"])
-def test_an_output_that_cannot_be_made_is_told_first(folder, tmp_path, capsys, monkeypatch, output):
+def test_an_output_that_cannot_be_made_is_reported_first(folder, tmp_path, capsys, monkeypatch, output):
     (tmp_path / "file").write_text("x")
     if output != "/proc":
         monkeypatch.setattr("lumen_ray.data.inspect.command.gather", lambda *_: pytest.fail("it counted"))
