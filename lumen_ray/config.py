@@ -69,7 +69,7 @@ def validate(cls: type[T], data: Any, origin: str) -> T:
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, empty for an empty file. Raises `UserError` if it cannot be read or is no mapping."""
+    """The mapping in a YAML file, {} for an empty file. Raises `UserError` if it is unreadable or not a mapping."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"config file '{path}' does not exist", "missing_config")

@@ -1,4 +1,5 @@
-"""The sigmas of object keypoint similarity (OKS): how precisely annotators place each keypoint."""
+"""Keypoints: the sigmas of object keypoint similarity (OKS), which say how precisely annotators place each, and the
+skeletons of the synthetic scenes and of COCO."""
 
 from __future__ import annotations
 
@@ -22,3 +23,21 @@ def keypoint_sigmas(names: Sequence[str]) -> tuple[float, ...]:
     if not all(key in COCO_SIGMAS for key in keys):
         return (DEFAULT_SIGMA,) * len(keys)
     return tuple(COCO_SIGMAS[key] for key in keys)
+
+
+#: keypoints of a figure in the synthetic scenes, left and right from the viewer's side, and the pairs to join
+FIGURE_KEYPOINTS = ("head", "left hand", "right hand", "left foot", "right foot")
+FIGURE_EDGES = ((0, 1), (0, 2), (0, 3), (0, 4))
+_COCO_EDGES = (
+    (15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8),
+    (7, 9), (8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6),
+)  # fmt: skip
+
+
+def known_edges(names: Sequence[str]) -> Sequence[tuple[int, int]]:
+    """Pairs of keypoint indices to join, for the keypoint names of the scenes and of COCO; empty for others."""
+    if tuple(names) == FIGURE_KEYPOINTS:
+        return FIGURE_EDGES
+    if len(names) == 17 and names[0] == "nose" and names[16] in ("right_ankle", "right ankle"):
+        return _COCO_EDGES
+    return ()

@@ -1,4 +1,4 @@
-"""A recipe: the stages of a training run as data (`configs/recipes/*.yaml`)."""
+"""Recipes: the stages of a training run as typed settings (`configs/recipes/*.yaml`)."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from lumen_ray.errors import UserError, unknown
 from lumen_ray.structures import Size
 from lumen_ray.tasks import TASKS, TRAINABLE_TASKS, get_task
 
-#: parts made of repeated blocks, which are checkpointed, compiled and decayed block by block
+#: modules made of repeated blocks, which are checkpointed, compiled and decayed block by block
 BLOCK_PARTS = ("vision", "llm", *DECODERS)
-#: parts whose layers are deep enough for a learning rate by depth
+#: modules deep enough for layer-wise decay of the learning rate
 DEEP_PARTS = ("vision", "llm")
 
 
 def is_pattern(name: str) -> bool:
-    """Whether a key of `lr_scale` names parameters rather than a part: it has a dot or a wildcard."""
+    """Whether a key of `lr_scale` is a pattern of parameter names, with a dot or a wildcard, rather than a module."""
     return any(sign in name for sign in ".*?[")
 
 
 def _blocks_of(value: object) -> object:
-    """`true` is all parts with blocks, `false` none."""
+    """Expands `true` to all modules with blocks and `false` to none."""
     return {True: BLOCK_PARTS, False: ()}.get(value, value) if isinstance(value, bool) else value
 
 
-#: settings of a recipe that say how a run is carried out; a run may be continued with others
+#: settings of a recipe that do not affect its result, and may change when a run is resumed
 CARRIED_OUT = (
     "workers",
     "min_workers",
@@ -43,9 +43,9 @@ CARRIED_OUT = (
 
 
 class BucketRange(Settings):
-    """Buckets of every aspect ratio at every side."""
+    """Buckets of every aspect ratio for every side."""
 
-    sides: tuple[int, ...] = Field(min_length=1, description="pixels; a bucket has about the area of such a square")
+    sides: tuple[int, ...] = Field(min_length=1, description="pixels; buckets have about the area of such a square")
     aspect_ratios: tuple[float, ...] = Field((0.5, 0.75, 1.0, 4 / 3, 2.0), min_length=1, description="width / height")
 
     @field_validator("sides", "aspect_ratios")
@@ -57,13 +57,13 @@ class BucketRange(Settings):
 
 
 def parse_buckets(value: Any) -> Any:
-    """What a recipe says under `buckets`, for pydantic: a list of [height, width], or the keys of `BucketRange`."""
+    """Validates `buckets` of a recipe for pydantic: a list of [height, width], or the keys of `BucketRange`."""
     if value is None or isinstance(value, BucketRange):
         return value
     if isinstance(value, dict):
         try:
             return config.validate(BucketRange, value, "buckets")
-        except UserError as error:  # the recipe's own check names the key
+        except UserError as error:  # the recipe's validation adds the key
             raise UserError(str(error).removeprefix("buckets: "), error.reason) from None
     pairs = value if isinstance(value, list | tuple) else [value]
     if not pairs or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
@@ -81,34 +81,36 @@ def parse_buckets(value: Any) -> Any:
 
 
 class BranchSettings(Settings):
-    """How many prompts an image gets in one training step; classes: at most `max_classes` + `negatives` of any list.
+    """Number of prompts per image in a training step: at most `max_classes` + `negatives` of any number of classes.
 
-    Negatives are classes annotated as absent, drawn by the rule of `data/batches/negatives.py`. A few do for a dozen
-    classes; with a thousand, 20 to 50 an image (Detic and OWL-ViT use 50).
+    Negatives are classes annotated as absent, drawn by the rule of `data/batches/negatives.py`. A few are enough for a
+    dozen classes; for a thousand, use 20 to 50 per image (Detic and OWL-ViT use 50).
     """
 
-    negatives: int = Field(3, ge=0, description="classes annotated as absent that are asked for")
+    negatives: int = Field(3, ge=0, description="prompts for classes annotated as absent")
     negatives_by_frequency: float = Field(
         0.5, ge=0, le=1, description="share of them drawn by the square root of class frequency, the rest uniformly"
     )
-    max_classes: int = Field(24, gt=0, description="classes present that are asked for, at most")
-    max_phrases: int = Field(3, ge=0, description="ground and refer phrases, at most")
-    max_messages: int = Field(4, ge=0, description="captions, questions, region captions and chats, at most")
-    max_regions: int = Field(1, ge=0, description="instances whose mask is asked for by a place on them, at most")
-    max_poses: int = Field(1, ge=0, description="classes with keypoints whose pose is asked for, at most")
-    absent_poses: int = Field(1, ge=0, description="absent classes with keypoints whose pose is asked for, at most")
+    max_classes: int = Field(24, gt=0, description="largest number of prompts for classes present")
+    max_phrases: int = Field(3, ge=0, description="largest number of ground and refer phrases")
+    max_messages: int = Field(4, ge=0, description="largest number of captions, questions, region captions and chats")
+    max_regions: int = Field(1, ge=0, description="largest number of instances prompted by a region on them")
+    max_poses: int = Field(1, ge=0, description="largest number of pose prompts for classes present")
+    absent_poses: int = Field(1, ge=0, description="largest number of pose prompts for absent classes with keypoints")
 
 
 class AugmentSettings(Settings):
-    flip_x: bool = Field(False, description="mirror left-right at random; wrong where texts say 'left' and 'right'")
+    """Random changes of an image and its annotations."""
+
+    flip_x: bool = Field(False, description="mirror left-right at random; wrong if texts say 'left' or 'right'")
     flip_y: bool = Field(False, description="mirror top-bottom at random")
     turn: bool = Field(
-        False, description="turn by a random multiple of 90 degrees; of 180 where the input is not square"
+        False, description="rotate by a random multiple of 90 degrees; of 180 if the input is not square"
     )
     scale: tuple[float, float] = Field(
-        (1.0, 1.0), description="range of the random zoom, 1 fits the image to the input"
+        (1.0, 1.0), description="range of the random zoom; at 1 the image fits the input"
     )
-    shift: float = Field(0.0, ge=0, le=0.5, description="largest random shift, as a share of the input")
+    shift: float = Field(0.0, ge=0, le=0.5, description="largest random shift, as a fraction of the input's sides")
     color: float = Field(0.0, ge=0, le=1, description="strength of brightness, contrast and saturation jitter")
 
     @field_validator("scale")
@@ -122,47 +124,49 @@ class AugmentSettings(Settings):
 
 
 class LoraSettings(Settings):
-    """Low-rank adapters (arXiv 2106.09685) in place of the full weights of the LLM, by `peft`."""
+    """Low-rank adapters (arXiv 2106.09685), trained in place of the LLM's full weights, by `peft`."""
 
     rank: int = Field(16, gt=0)
     alpha: float = Field(32.0, gt=0, description="the adapters' output is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' input; its draws are a function of the step")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' input; its draws depend on the step only")
     targets: tuple[str, ...] = Field(
         ("trunk.llm.*_proj",), min_length=1, description="names of linear layers, with wildcards, that get adapters"
     )
     also_train: tuple[str, ...] = Field(
         ("trunk.llm.*embed_tokens", "trunk.llm.lm_head"),
-        description="modules of the adapted parts trained in full: the routing tokens are new to a pretrained LLM",
+        description="modules trained in full beside the adapters: the routing tokens are new to a pretrained LLM",
     )
-    save_adapters: bool = Field(False, description="also write the adapters alone, to RUN/adapters.safetensors")
+    save_adapters: bool = Field(False, description="also write the adapters separately, to RUN/adapters.safetensors")
 
 
 class EmaSettings(Settings):
     """Exponential moving average of the weights."""
 
     decay: float = Field(0.999, gt=0, lt=1)
-    warmup: bool = Field(True, description="decay (1 + t) / (10 + t) while that is less, to forget the first weights")
-    export: bool = Field(True, description="the exported model folder has the average, not the last weights")
+    warmup: bool = Field(
+        True, description="use (1 + t) / (10 + t) while it is below decay, to forget the first weights"
+    )
+    export: bool = Field(True, description="export the averaged weights instead of the last ones")
 
 
 class MlflowSettings(Settings):
-    """Where MLflow is told of the run; what is left out comes from MLflow's own environment variables."""
+    """Logging to MLflow; settings left out come from MLflow's environment variables."""
 
-    tracking_uri: str | None = Field(None, description="e.g. http://host:5000 or a folder")
+    tracking_uri: str | None = Field(None, description="server or folder, e.g. http://host:5000")
     experiment: str = "lumen-ray"
-    every: int = Field(10, gt=0, description="steps that are sent together")
+    every: int = Field(10, gt=0, description="number of steps sent in one request")
 
 
 class TaskGroup(Settings):
-    """Tasks that are trained together in one step: every annotation of an image that they cover becomes a branch."""
+    """Tasks trained together in one step: every annotation of an image for one of them becomes a branch."""
 
     tasks: tuple[str, ...] = Field(description="names from the task registry")
-    decoders: tuple[str, ...] = Field((), description="decoders that learn from it; none: all that the model has")
-    weight: float = Field(1.0, gt=0, description="how often this group is drawn, relative to the stage's other groups")
+    decoders: tuple[str, ...] = Field((), description="decoders trained by it; empty: all decoders of the model")
+    weight: float = Field(1.0, gt=0, description="frequency of this group, relative to the stage's other groups")
 
     @property
     def learning(self) -> tuple[str, ...]:
-        """The decoders that learn from it, of those a model can have."""
+        """The decoders trained by it, of all that a model can have."""
         able = {decoder for task in self.tasks for decoder in decoders_for(task)}
         return tuple(name for name in DECODERS if name in able and name in (self.decoders or able))
 
@@ -174,13 +178,13 @@ class TaskGroup(Settings):
         blind = [name for name in tasks if name in TASKS and not TASKS[name].sees_image]
         if blind and len(tasks) > 1:
             raise UserError(
-                f"task '{blind[0]}' must be in a group of its own: its images are what is asked for", "invalid_config"
+                f"task '{blind[0]}' must be in a separate group: its images are targets, not inputs", "invalid_config"
             )
         for task in map(get_task, tasks):
             if task.derived_from:
                 raise UserError(
-                    f"task '{task.name}' cannot be trained, its answers are computed from those of "
-                    f"'{task.derived_from}'; name '{task.derived_from}'",
+                    f"task '{task.name}' cannot be trained, its answers are derived from those of "
+                    f"'{task.derived_from}'; use '{task.derived_from}'",
                     "invalid_config",
                 )
         return tasks
@@ -194,42 +198,44 @@ class TaskGroup(Settings):
 
 
 class Stage(Settings):
+    """One stage of a recipe: its tasks, trainable modules and optimization."""
+
     name: str
     steps: int = Field(gt=0, description="optimizer steps")
     groups: tuple[TaskGroup, ...] = Field(
         (TaskGroup(tasks=TRAINABLE_TASKS),),
-        description="what step t trains is drawn from these by (seed, t)",
+        description="task groups; the group of step t is drawn from them by (seed, t)",
     )
     trainable: tuple[str, ...] | None = Field(
-        None, description=f"parts that learn, of {', '.join(PARTS)}; null: all that the model has"
+        None, description=f"modules to train, of {', '.join(PARTS)}; null: all modules of the model"
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     lr_scale: dict[str, float] = Field(
         {},
-        description="factors on the learning rate, by part {vision: 0.1}, by module {trunk.vision.clip: 0.1} or by "
-        'parameter {"*norm*": 0.5}; those of all keys that fit a parameter are multiplied, 0 freezes it',
+        description="factors on the learning rate, by module {vision: 0.1}, submodule {trunk.vision.clip: 0.1} or "
+        'parameter {"*norm*": 0.5}; those of all keys that match a parameter are multiplied, 0 freezes it',
     )
     layer_decay: dict[str, float] = Field(
-        {}, description=f"factor from each block to the one below it, by part, of {', '.join(DEEP_PARTS)}"
+        {}, description=f"factor from each block to the one below it, by module, of {', '.join(DEEP_PARTS)}"
     )
     warmup_steps: int = Field(20, ge=0)
     decay_from: float = Field(0.5, ge=0, le=1, description="share of the steps after which cosine decay begins")
     final_lr: float = Field(0.02, ge=0, description="learning rate at the end, relative to `lr`")
     weight_decay: float = Field(0.05, ge=0)
     grad_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    accumulate: int = Field(1, gt=0, description="micro-steps a step's batch is split into, to fit in memory")
+    accumulate: int = Field(1, gt=0, description="micro-steps that the batch of a step is split into, to save memory")
     loss_weights: dict[str, float] = Field({}, description=f"factor on a loss, of {', '.join(LOSSES)}")
     augment: AugmentSettings = AugmentSettings()
     branches: BranchSettings = BranchSettings()
 
     @model_validator(mode="after")
-    def _parts(self) -> Stage:
+    def _known_names(self) -> Stage:
         for name in (*(self.trainable or ()), *(n for n in self.lr_scale if not is_pattern(n))):
             if name not in PARTS:
-                raise unknown("part", name, PARTS)
+                raise unknown("module", name, PARTS)
         for name, factor in self.layer_decay.items():
             if name not in DEEP_PARTS:
-                raise unknown("part with layers", name, DEEP_PARTS, plural="parts with layers")
+                raise unknown("module with layers", name, DEEP_PARTS, plural="modules with layers")
             if not 0 < factor <= 1:
                 raise UserError(f"layer_decay of '{name}' must lie in (0, 1], got {factor}", "invalid_config")
         for name, factor in self.lr_scale.items():
@@ -240,7 +246,7 @@ class Stage(Settings):
                 raise unknown("loss", name, LOSSES, plural="losses")
         if self.trainable == ():
             raise UserError(
-                f"stage '{self.name}' trains nothing; name parts under 'trainable', of {', '.join(PARTS)}",
+                f"stage '{self.name}' trains nothing; list modules under 'trainable', of {', '.join(PARTS)}",
                 "invalid_config",
             )
         if not self.groups:
@@ -249,59 +255,61 @@ class Stage(Settings):
 
 
 class Recipe(Settings):
+    """A training run: model, data settings and stages."""
+
     name: str
     model: str = Field("nano", description="preset in configs/models, or a path to a model YAML")
     init_from: str | None = Field(
         None,
-        description="model folder, or bundled weights, that a run starts from where '--init-from' names no other; "
+        description="model folder, or bundled weights, that a run starts from unless '--init-from' is given; "
         "null: fresh weights",
     )
     seed: int = Field(0, ge=0)
     batch_size: int = Field(32, gt=0, description="images per optimizer step, over all workers")
     buckets: tuple[Size, ...] | BucketRange | None = Field(
         None,
-        description="input sizes as [[height, width], ...] or {sides: [...], aspect_ratios: [...]}, images of a step "
-        "share one; null: one square of the preset's image_size",
+        description="input sizes as [[height, width], ...] or {sides: [...], aspect_ratios: [...]}; the images of a "
+        "step share one; null: a square of the preset's image_size",
     )
     pack_tokens: int = Field(
         0,
         ge=0,
-        description="tokens per row of the LLM's batch: images and texts share rows of at most so many; 0: a row each, "
-        "padded to the longest",
+        description="largest number of tokens in a row of the LLM's batch, which images and texts share; 0: a row per "
+        "sample, padded to the longest",
     )
     workers: int = Field(1, gt=0, description="Ray Train workers; each is one FSDP rank")
     readers: int = Field(
-        1, gt=0, description="tasks of each worker that read, decode and augment; more where it waits for data"
+        1, gt=0, description="tasks per worker that read, decode and augment; raise it if training waits for data"
     )
     min_workers: int = Field(
-        0, ge=0, description="go on with as few workers when nodes are lost; 0: wait until all of them have room again"
+        0, ge=0, description="smallest number of workers to continue with when nodes are lost; 0: wait for room for all"
     )
     max_failures: int = Field(
-        3, ge=-1, description="restarts of lost workers without a new checkpoint before the run gives up; -1: no limit"
+        3, ge=-1, description="restarts without a new checkpoint in between before the run fails; -1: no limit"
     )
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints inside a stage; 0: at its end only")
     keep_checkpoints: int = Field(
-        5, ge=0, description="how many checkpoints stay, beside the newest of each stage; 0: all"
+        5, ge=0, description="number of checkpoints kept, besides the newest of each stage; 0: all"
     )
     log_samples: bool = Field(False, description="write the image ids of every step to the run's 'samples' folder")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the arithmetic; weights and losses stay fp32")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic; weights and losses stay fp32")
     activation_checkpointing: tuple[str, ...] = Field(
-        (), description=f"parts whose blocks compute their activations again in the backward pass; true: {BLOCK_PARTS}"
+        (), description=f"modules whose blocks recompute their activations in the backward pass; true: {BLOCK_PARTS}"
     )
-    compile: tuple[str, ...] = Field((), description=f"parts whose blocks torch.compile makes; true: {BLOCK_PARTS}")
+    compile: tuple[str, ...] = Field((), description=f"modules whose blocks are compiled; true: {BLOCK_PARTS}")
     lora: LoraSettings | None = Field(None, description="train adapters instead of the LLM's weights")
-    ema: EmaSettings | None = Field(None, description="keep an average of the weights")
-    mlflow: MlflowSettings | None = Field(None, description="log to MLflow as well")
+    ema: EmaSettings | None = Field(None, description="keep a moving average of the weights")
+    mlflow: MlflowSettings | None = Field(None, description="also log to MLflow")
     stages: tuple[Stage, ...]
 
     _buckets = field_validator("buckets", mode="before")(parse_buckets)
     _all_blocks = field_validator("activation_checkpointing", "compile", mode="before")(_blocks_of)
 
     @model_validator(mode="after")
-    def _known_parts(self) -> Recipe:
+    def _known_blocks(self) -> Recipe:
         for name in (*self.activation_checkpointing, *self.compile):
             if name not in BLOCK_PARTS:
-                raise unknown("part with blocks", name, BLOCK_PARTS, plural="parts with blocks")
+                raise unknown("module with blocks", name, BLOCK_PARTS, plural="modules with blocks")
         return self
 
     @model_validator(mode="after")
@@ -328,7 +336,7 @@ class Recipe(Settings):
         return sum(stage.steps for stage in self.stages)
 
     def at(self, step: int) -> tuple[int, int]:
-        """(index of the stage, step within it) of a global step."""
+        """(index of the stage, step within it) of a global step; past the end, (number of stages, 0)."""
         for index, stage in enumerate(self.stages):
             if step < stage.steps:
                 return index, step

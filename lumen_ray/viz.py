@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from lumen_ray.data.scenes import render as scenes
+from lumen_ray.keypoints import known_edges
 from lumen_ray.structures import Answer, Prediction
 
 Colour = tuple[int, int, int]
@@ -26,11 +26,6 @@ KEYPOINT_SCORE = 0.3
 #: than its box; the others are known by their colour.
 CROWDED = 10
 
-
-_COCO_EDGES = (
-    (15, 13), (13, 11), (16, 14), (14, 12), (11, 12), (5, 11), (6, 12), (5, 6), (5, 7), (6, 8),
-    (7, 9), (8, 10), (1, 2), (0, 1), (0, 2), (1, 3), (2, 4), (3, 5), (4, 6),
-)  # fmt: skip
 
 #: hue of a colour word, so that the tag of a "red circle" is red
 _HUES = {
@@ -104,15 +99,6 @@ def draw(
         for p in predictions:
             pen.labels(p, palette_[p.phrase], scores)
     return np.asarray(_with_strip(canvas, texts) if texts else canvas)
-
-
-def known_edges(names: Sequence[str]) -> Sequence[tuple[int, int]]:
-    """Pairs of keypoint indices to join, for the keypoint names of the scenes and of COCO; empty for others."""
-    if tuple(names) == scenes.KEYPOINTS:
-        return scenes.SKELETON_EDGES
-    if len(names) == 17 and names[0] == "nose" and names[16] in ("right_ankle", "right ankle"):
-        return _COCO_EDGES
-    return ()
 
 
 def upscale_factor(size: tuple[int, int]) -> int:

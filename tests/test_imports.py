@@ -19,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[1] / "lumen_ray"
 LAYERS = (
     (
         "version", "errors", "config", "structures", "tasks", "presets", "console", "keypoints", "attention",
-        "precision", "targets", "input_size", "superlink", "meta_init", "ray_env", "viz", "installation",
+        "precision", "targets", "input_size", "superlink", "meta_init", "ray_env", "ray_log", "viz",
+        "installation",
     ),
     ("checkpoints",),
     ("decoders", "trunk"),

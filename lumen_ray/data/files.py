@@ -135,7 +135,7 @@ def read_bytes(location: Location) -> bytes:
 
 
 def read_text(location: Location) -> str:
-    """Reads a file of UTF-8 text, with or without a byte order mark; other text raises `UserError` (`invalid_text`)."""
+    """Reads a UTF-8 file, with or without a byte order mark. Raises `UserError` (`invalid_text`) for other bytes."""
     try:
         return read_bytes(location).decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -245,8 +245,8 @@ def _as_regex(pattern: str) -> re.Pattern[str]:
 
 
 def put(local: Location, location: Location) -> None:
-    """Moves a finished local file to `location`, where it appears whole or not at all. Both must lie on one disk where
-    `location` is local."""
+    """Moves a finished local file to `location`, where it appears whole or not at all. A local `location` must be on
+    the same disk."""
     with as_user_error(location, "written"):
         if not is_url(location):
             _rename(Path(local), Path(split(location)[1]))

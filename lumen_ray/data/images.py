@@ -75,7 +75,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:
-    """EXIF orientation 1..8; 1 where the tag is absent, unreadable or out of range."""
+    """EXIF orientation 1..8; 1 if the tag is absent, unreadable or out of range."""
     if image.format == "PNG" and not any(word in data for word in _PNG_EXIF):
         return 1  # Pillow would decode all pixels to search for a chunk after them
     try:

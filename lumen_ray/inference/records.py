@@ -13,8 +13,8 @@ import numpy as np
 import pyarrow as pa
 
 from lumen_ray.inference.request import Request
+from lumen_ray.keypoints import known_edges
 from lumen_ray.structures import Answer, Boxes, Keypoints, Masks, Prediction
-from lumen_ray.viz import known_edges
 
 LABEL_SCHEMA = pa.schema(
     [

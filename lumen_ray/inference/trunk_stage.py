@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lumen_ray.data.batches.buckets import choose
-from lumen_ray.data.batches.transforms import fit
+from lumen_ray.data.batches.transforms import PAD_VALUE, fit
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.inference.branches import BranchPlanner, PendingBranch, decoder_input, split_passes, with_regions
 from lumen_ray.inference.decoder_inputs import decoder_pixels
@@ -28,8 +28,6 @@ from lumen_ray.trunk.layout import build_layout
 from lumen_ray.trunk.regions import region_mask
 from lumen_ray.trunk.tokenizer import EOS
 from lumen_ray.trunk.trunk import Prefix
-
-_GREY = 114  # of the input that stands in for an image where a request is text alone
 
 
 class FromFolder:
@@ -171,7 +169,7 @@ class TrunkStage(FromFolder):
         if len(buckets) > 1:
             raise ValueError(f"images of one pass must share a bucket, got {sorted(buckets)}")
         (bucket,) = buckets
-        stored = [np.full((*bucket, 3), _GREY, np.uint8) if image is None else image for image in images]
+        stored = [np.full((*bucket, 3), PAD_VALUE, np.uint8) if image is None else image for image in images]
         fitted = [fit(image, bucket) for image in stored]
         return _Inputs(
             stored,

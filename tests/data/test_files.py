@@ -33,7 +33,7 @@ def put(root, *names):
         files.write_bytes(location, name.encode())
 
 
-def test_what_is_written_is_there(root):
+def test_written_files_can_be_read(root):
     name = "a b%20#1/ä?.txt" if urls.is_url(root) else "a b%20#1/ä.txt"
     put(root, name)
     location = urls.join(root, name)
@@ -96,7 +96,7 @@ def test_a_finished_file_is_put_into_place(root, tmp_path):
     assert not (tmp_path / "partial").exists()
 
 
-def test_what_cannot_be_read_is_one_sentence(root):
+def test_a_read_error_is_one_sentence(root):
     put(root, "x/a")
     for name in ("no", "x", "x" * 5000):
         with pytest.raises(UserError) as error:
@@ -123,7 +123,7 @@ def test_where_nothing_can_be_written_is_one_sentence(tmp_path, name):
     assert error.value.reason == "invalid_output" and "\n" not in str(error.value)
 
 
-def test_an_output_that_must_be_local_is_no_url(tmp_path):
+def test_a_local_output_must_not_be_a_url(tmp_path):
     assert files.local_folder(tmp_path) == files.local_folder(f"file://{tmp_path}") == tmp_path
     assert files.local_folder("~/x").is_absolute()
     with pytest.raises(UserError, match="output folder 's3://bucket/x' is a URL; give a folder on") as error:
@@ -146,7 +146,7 @@ def failing(code):
         (errno.EROFS, "Read-only file system; give another output folder", "invalid_output"),
     ],
 )
-def test_a_write_that_fails_is_not_told_as_a_read(tmp_path, monkeypatch, code, words, reason):
+def test_a_failed_write_is_not_reported_as_a_read(tmp_path, monkeypatch, code, words, reason):
     (tmp_path / "a").write_bytes(b"x")
 
     class Failing:
@@ -170,7 +170,7 @@ def test_a_write_that_fails_is_not_told_as_a_read(tmp_path, monkeypatch, code, w
     assert [path.name for path in tmp_path.iterdir()] == ["a"], "no half-written file stays"
 
 
-def test_a_folder_that_is_not_there_cannot_be_written_to(tmp_path):
+def test_a_missing_folder_cannot_be_written_to(tmp_path):
     (tmp_path / "a").write_bytes(b"x")
     with pytest.raises(UserError, match="cannot be written: No such file or directory") as error:
         files.put(tmp_path / "a", tmp_path / "no" / "b")
@@ -178,7 +178,7 @@ def test_a_folder_that_is_not_there_cannot_be_written_to(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_without_permission_is_told(tmp_path):
+def test_a_file_without_permission_is_reported(tmp_path):
     (tmp_path / "a").write_bytes(b"")
     (tmp_path / "a").chmod(0)
     with pytest.raises(UserError, match="Permission denied"):
@@ -226,3 +226,17 @@ def test_a_store_that_cannot_be_reached_stops_the_job():
             if "reached" in message:
                 break  # each attempt waits for Arrow's retries
     assert isinstance(pickle.loads(pickle.dumps(error.value)), files.StoreError)
+
+
+def test_an_atomic_write_that_fails_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "a" / "b.json"
+    files.write_atomically(path, lambda temporary: temporary.write_text("old"))
+
+    def fail(temporary):
+        temporary.write_text("half")
+        raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError):
+        files.write_atomically(path, fail)
+    assert path.read_text() == "old"
+    assert [p.name for p in path.parent.iterdir()] == ["b.json"]

@@ -32,7 +32,7 @@ def picture(height=12, width=20):
     return np.stack([x * 10, y * 15, x + y * 3], -1).astype(np.uint8)
 
 
-def test_every_odd_file_reads_as_expected_or_says_why_not(test_data):
+def test_every_odd_file_reads_as_expected_or_gives_a_reason(test_data):
     folder = test_data / "odd_images"
     entries = json.loads((folder / "expected.json").read_text())["files"]
     assert len(entries) > 60
@@ -90,7 +90,7 @@ def test_sixteen_bits_are_scaled():
     assert decode(encode(Image.fromarray(values), "TIFF"))[0, :, 2].tolist() == [0, 1, 128, 255]
 
 
-def test_float_and_wide_integers_use_their_own_range():
+def test_float_and_wide_integers_use_the_range_of_their_values():
     values = np.array([[-1.0, 0.0, 1.0]], np.float32)
     assert decode(encode(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == [0, 128, 255]
     wide = np.array([[0, 500_000, 1_000_000]], np.int32)
@@ -138,7 +138,7 @@ def test_size_needs_no_pixels():
 
 
 @pytest.mark.parametrize("data", [b"", b"hello", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", b"\xff\xd8\xff"])
-def test_what_is_no_image_is_refused(data):
+def test_bytes_that_are_not_an_image_are_rejected(data):
     for read in (decode, image_size):
         with pytest.raises(UserError) as error:
             read(data)
@@ -254,7 +254,7 @@ def test_reduced_photos_look_like_shrunk_ones(test_data, name):
 @settings(max_examples=200, deadline=None)
 @given(data=st.data(), progressive=st.booleans(), min_side=st.sampled_from([1, 8, 40]))
 def test_damage_is_caught_the_same_in_reduced_photos(data, progressive, min_side):
-    """What Pillow alone refuses is refused, whichever library decodes, and what it reads is read."""
+    """Files that Pillow rejects are rejected and those it reads are read, whichever library decodes."""
     encoded = bytearray(encode(Image.fromarray(scene(48, 64)), "JPEG", progressive=progressive, restart_marker_rows=1))
     for _ in range(data.draw(st.integers(0, 3))):
         encoded[data.draw(st.integers(0, len(encoded) - 1))] = data.draw(st.integers(0, 255))

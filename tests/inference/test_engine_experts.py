@@ -24,6 +24,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.outputs import merge
 from lumen_ray.inference.request import make_request
+from lumen_ray.keypoints import FIGURE_KEYPOINTS
 from lumen_ray.structures import Region
 from lumen_ray.tasks import UNDERSTANDING
 
@@ -210,7 +211,7 @@ def test_poses_of_any_skeleton_come_from_the_expert(pose_queries):
     asked = [[POSE, DETECT], [known]]
     answers = engine.run(PICTURES[:2], asked, score_threshold=0.0)
     assert [p.keypoints.names for p in answers[0][0].predictions] == [("spout", "lid", "handle")] * 2
-    assert answers[1][0].predictions[0].keypoints.names == scenes.KEYPOINTS
+    assert answers[1][0].predictions[0].keypoints.names == FIGURE_KEYPOINTS
     found = max(answers[0][0].predictions, key=len)  # fresh weights may give all slots to one prompt
     assert len(found) > 0 and found.keypoints.xyv.shape == (len(found), 3, 3)
     for picture, requests, together in zip(PICTURES, asked, answers, strict=False):

@@ -19,6 +19,7 @@ from lumen_ray.data.images import decode
 from lumen_ray.data.scenes import render as scenes
 from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.data.shards.shards import ShardWriter, build_manifest, write_manifest
+from lumen_ray.keypoints import FIGURE_KEYPOINTS
 from lumen_ray.model.build import Generalist, LoadedModel, ModelMeta, build_model, save_model
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.tasks import LINK_FAMILIES, TASKS, UNDERSTANDING
@@ -120,7 +121,7 @@ def tiny_model(seed: int = 0, **changes: Any) -> Generalist:
 
 def tiny_loaded(seed: int = 0, **changes: Any) -> LoadedModel:
     """What `load_model` gives for a folder of a tiny model."""
-    skeletons = {"figure": list(scenes.KEYPOINTS), "red figure": list(scenes.KEYPOINTS)}
+    skeletons = {"figure": list(FIGURE_KEYPOINTS), "red figure": list(FIGURE_KEYPOINTS)}
     meta = ModelMeta("tiny", classes=["red circle", "blue square"], skeletons=skeletons)
     return LoadedModel(tiny_model(seed, **changes).eval(), tiny_settings(**changes), tiny_tokenizer(), meta, "0" * 12)
 

@@ -9,6 +9,7 @@ import torch
 from lumen_ray.data.scenes import render as scenes
 from lumen_ray.decoders.unipose.decoder import UniPoseDecoder
 from lumen_ray.decoders.unipose.settings import UniPoseSettings
+from lumen_ray.keypoints import FIGURE_KEYPOINTS
 from lumen_ray.superlink import SuperLink
 from lumen_ray.targets import PerceptionTargets, Pixels
 from support.gdino_tiny import LINK_CHANNELS, TINY
@@ -44,7 +45,7 @@ def figures(indices: list[int], side: int) -> tuple[SuperLink, Pixels, Perceptio
     words = {
         name: torch.randn(LINK_CHANNELS, generator=generator)
         for colour in ("red", "green", "blue")
-        for name in (colour, *(f"{colour} {keypoint}" for keypoint in scenes.KEYPOINTS))
+        for name in (colour, *(f"{colour} {keypoint}" for keypoint in FIGURE_KEYPOINTS))
     }
     images, links, boxes, points = [], [], [], []
     for number, index in enumerate(indices):
@@ -59,7 +60,7 @@ def figures(indices: list[int], side: int) -> tuple[SuperLink, Pixels, Perceptio
             links.append((words[colour], number, -1))
             boxes.append([one.box for one in own])
             points.append([[0.0, 0.0, 0.0]] * len(own))
-            for k, keypoint in enumerate(scenes.KEYPOINTS):
+            for k, keypoint in enumerate(FIGURE_KEYPOINTS):
                 links.append((words[f"{colour} {keypoint}"], number, parent))
                 boxes.append([one.box for one in own])
                 points.append([one.keypoints[k].tolist() for one in own])

@@ -1,9 +1,9 @@
-"""Size buckets: the few input sizes a model is trained and run at, and which image goes into which.
+"""Size buckets: the input sizes that a model is trained and run with, and the assignment of images to them.
 
 Images of one batch share a bucket, so an image is padded only to the bucket that fits its shape best. A row group of
-the shards mixes shapes; what a training step reads is therefore chosen row by row (`BucketStream`): every image sees
-the bucket it also gets at inference, rows stay as shuffled as they were written, and shards need not be prepared for
-one recipe's buckets. The price is that a row group is read once for each bucket it holds rows of.
+the shards mixes shapes, so the rows of a training step are chosen one by one (`BucketStream`): every image gets the
+same bucket as at inference, rows stay as shuffled as they were written, and shards are not tied to the buckets of one
+recipe. In return, a row group is read once for each bucket of its rows.
 """
 
 from __future__ import annotations
@@ -24,22 +24,21 @@ from lumen_ray.structures import Size
 
 Row = tuple[str, int, int]  # file, row group, number of the row in it
 
-PADDING_SLACK = 0.1  # buckets whose padding differs by less fit an image's shape equally well
+PADDING_SLACK = 0.1  # buckets whose share of padding differs by less fit an image equally well
 
 
 def resolve(buckets: Sequence[Size] | BucketRange, settings: ModelSettings) -> tuple[Size, ...]:
-    """The buckets as (height, width), each once; `UserError` when one does not fit the model's grid.
+    """The distinct buckets as (height, width), those of a `BucketRange` rounded to the model's grid.
 
-    The sides of a `BucketRange` are rounded to the grid.
+    Raises `UserError` if a listed bucket does not fit the grid.
     """
     step = settings.input_step
     if isinstance(buckets, BucketRange):
-        wanted = [(side / math.sqrt(r), side * math.sqrt(r)) for side in buckets.sides for r in buckets.aspect_ratios]
-        sizes = [tuple(max(1, round(length / step)) * step for length in size) for size in wanted]
-        return tuple(dict.fromkeys(sizes))
+        exact = [(side / math.sqrt(r), side * math.sqrt(r)) for side in buckets.sides for r in buckets.aspect_ratios]
+        return tuple(dict.fromkeys((_round(height, step), _round(width, step)) for height, width in exact))
     for height, width in buckets:
         if height % step or width % step:
-            near = [max(1, round(side / step)) * step for side in (height, width)]
+            near = [_round(height, step), _round(width, step)]
             raise UserError(
                 f"bucket [{height}, {width}] does not fit the grid of model '{settings.name}': height and width must "
                 f"be multiples of {step}, e.g. {near}",
@@ -48,12 +47,17 @@ def resolve(buckets: Sequence[Size] | BucketRange, settings: ModelSettings) -> t
     return tuple(dict.fromkeys(buckets))
 
 
+def _round(length: float, step: int) -> int:
+    """The nearest positive multiple of `step`."""
+    return max(1, round(length / step)) * step
+
+
 @lru_cache(maxsize=65536)
 def choose(size: Size, buckets: tuple[Size, ...]) -> Size:
     """The bucket of an image of (height, width) `size`.
 
-    Of the buckets that need least padding (up to `PADDING_SLACK`) the smallest that need not shrink the image; when
-    all shrink it, the one that shrinks it least.
+    Of the buckets with the least padding (up to `PADDING_SLACK`), the smallest that does not shrink the image; if all
+    shrink it, the one that shrinks it least.
     """
     height, width = size
     scales = [min(h / height, w / width) for h, w in buckets]
@@ -66,11 +70,11 @@ def choose(size: Size, buckets: tuple[Size, ...]) -> Size:
 
 
 def assign(sizes: Sequence[Size | None], buckets: tuple[Size, ...], batch_size: int) -> list[Size | None]:
-    """The bucket of each row of a pool; None for rows without an image, which make batches of their own.
+    """The bucket of each row of a pool; None for rows without an image, which form separate batches.
 
-    A bucket that would not fill one batch is not used, the rarest first: its rows go to their next best one, rows
-    without image to the most frequent where they, or the images, are fewer than a batch. So a batch spans no more than
-    two epochs, unless the whole pool has fewer rows than a batch.
+    Buckets that would not fill one batch are dropped, the rarest first: their rows go to the next best one. If the rows
+    without image, or those of a bucket, are fewer than a batch, rows without image join the most frequent bucket. So a
+    batch spans at most two epochs, unless the whole pool has fewer rows than a batch.
     """
     used = list(buckets)
     while True:
@@ -87,12 +91,12 @@ def assign(sizes: Sequence[Size | None], buckets: tuple[Size, ...], batch_size: 
 
 
 class BucketStream:
-    """Endless batches of rows that share a bucket: batch n is a pure function of n and what it is made from.
+    """Endless batches of rows that share a bucket: batch n is a pure function of n and the constructor's arguments.
 
-    Epoch after epoch all rows pass in the order of the row groups that `order(epoch)` gives. Each bucket collects its
-    rows; whenever it has `batch_size`, that is the next batch. What is left over at an epoch's end waits for the next,
-    so every row is used once per epoch. Batches can be computed in any order: how many a bucket has filled before an
-    epoch follows from its number of rows.
+    In every epoch all rows pass in the order of row groups given by `order(epoch)`. Each bucket collects its rows;
+    whenever it has `batch_size`, they are the next batch. Rows left over at the end of an epoch are kept for the next,
+    so every row is used once per epoch. Batches can be computed in any order, since the number of batches that a bucket
+    has filled before an epoch follows from its number of rows.
     """
 
     def __init__(
@@ -116,7 +120,7 @@ class BucketStream:
         self._full: dict[int, list[tuple[int, int]]] = {}
 
     def batch(self, n: int) -> tuple[Size, tuple[Row, ...]]:
-        """(bucket, rows) of batch n. Text-only rows get the smallest bucket."""
+        """(bucket, rows) of batch n. Text-only rows have the smallest bucket."""
         epoch = n * self.batch_size // len(self.bucket_of)
         while self._filled(epoch + 1) <= n:
             epoch += 1
@@ -128,11 +132,11 @@ class BucketStream:
         return self.buckets[bucket] or self.smallest, rows
 
     def _filled(self, epoch: int) -> int:
-        """Batches filled before an epoch."""
+        """Number of batches filled before an epoch."""
         return sum(epoch * count // self.batch_size for count in self.counts)
 
     def _batches(self, epoch: int) -> list[tuple[int, int]]:
-        """The (bucket, number within the bucket) of the batches that an epoch fills, in the order they get full."""
+        """The (bucket, number within the bucket) of the batches that an epoch fills, in the order of filling."""
         if epoch not in self._full:
             _, places = self._epoch(epoch)
             full = []
@@ -145,7 +149,7 @@ class BucketStream:
         return self._full[epoch]
 
     def _row(self, bucket: int, i: int) -> Row:
-        """The i-th row that a bucket collects, counted over all epochs."""
+        """The i-th row of a bucket, counted over all epochs."""
         epoch, place = divmod(i, self.counts[bucket])
         order, places = self._epoch(epoch)
         row = int(order[places[bucket][place]])
@@ -154,7 +158,7 @@ class BucketStream:
         return file, index, row - int(self.starts[group])
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, list[np.ndarray]]:
-        """Rows in the order they pass, and per bucket the places of its rows in that order."""
+        """The rows in the order of an epoch, and per bucket the positions of its rows in that order."""
         if epoch not in self._epochs:
             groups = self.order(epoch)
             order = np.concatenate([np.arange(self.starts[g], self.starts[g + 1]) for g in groups])
@@ -165,17 +169,21 @@ class BucketStream:
 
 
 def _forget(epochs: dict[int, Any]) -> None:
-    """Makes room for one more of three epochs: a batch seldom spans more, and old ones can be computed again."""
+    """Drops all but the last two epochs, so that three are kept: a batch seldom spans more, and old ones can be
+    recomputed."""
     while len(epochs) > 2:
         del epochs[next(iter(epochs))]
 
 
 def with_sizes(recipe: Recipe, settings: ModelSettings) -> Recipe:
-    """The recipe with its buckets as sizes; `UserError` when the model's grid or `pack_tokens` does not allow them."""
+    """The recipe with its buckets as (height, width). Raises `UserError` if one does not fit the model's grid or leaves
+    no room in `pack_tokens`."""
+    sizes: tuple[Size, ...] = ()
     if recipe.buckets is not None:
-        recipe = recipe.model_copy(update={"buckets": resolve(recipe.buckets, settings)})
+        sizes = resolve(recipe.buckets, settings)
+        recipe = recipe.model_copy(update={"buckets": sizes})
     side = settings.image_size
-    height, width = max(recipe.buckets or [(side, side)], key=settings.image_tokens)
+    height, width = max(sizes or [(side, side)], key=settings.image_tokens)
     least = settings.image_tokens((height, width)) + MIN_BRANCH_TOKENS
     if 0 < recipe.pack_tokens < least:
         raise UserError(

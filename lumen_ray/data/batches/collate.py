@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumen_ray.data.batches.decoder_inputs import Shown, as_pixels, asked_images
+from lumen_ray.data.batches.decoder_inputs import BatchImages, as_pixels, prompted_images
 from lumen_ray.data.batches.packing import Packing, fit_branches, pack
 from lumen_ray.data.batches.prompts import PromptBatch, SamplePrompts
-from lumen_ray.data.batches.transforms import Sample, as_picture, mask_shape, picture_of, transform
+from lumen_ray.data.batches.transforms import PAD_VALUE, Sample, as_picture, mask_shape, picture_of, transform
 from lumen_ray.data.images import Picture
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.input_size import SizeRule
@@ -71,7 +71,7 @@ def image_targets(
 
 
 #: stands in for the image of a text-only row
-GREY = np.full((8, 8, 3), 114, np.uint8)
+GREY = np.full((8, 8, 3), PAD_VALUE, np.uint8)
 
 
 @dataclass
@@ -124,7 +124,7 @@ class Collator:
                 about.add_edits(as_picture(target))
             about.add_understanding()
         has_image = torch.tensor([image is not None and not blind for image in images])
-        return self._tensors(prompts, Shown(rows, pictures, samples), has_image)
+        return self._tensors(prompts, BatchImages(rows, pictures, samples), has_image)
 
     def _augment(self, blind: bool, editing: bool) -> AugmentSettings:
         """The augmentation of one row."""
@@ -134,7 +134,7 @@ class Collator:
             return self.augment.model_copy(update={"color": 0.0})
         return self.augment
 
-    def _tensors(self, prompts: PromptBatch, shown: Shown, has_image: Tensor) -> TrainingBatch:
+    def _tensors(self, prompts: PromptBatch, shown: BatchImages, has_image: Tensor) -> TrainingBatch:
         """The collected prompts and samples as a batch."""
         number = len(shown.rows)
         truncated = self._truncate(prompts, has_image, self.packing) if self.packing else {}
@@ -160,7 +160,7 @@ class Collator:
         )
 
     def _given(
-        self, prompts: PromptBatch, shown: Shown, layout: Layout, number: int
+        self, prompts: PromptBatch, shown: BatchImages, layout: Layout, number: int
     ) -> tuple[dict[str, Pixels], dict[str, PerceptionTargets | ImageTargets]]:
         """What decoders with a size of their own look at, of the first `number` images, and targets: by family, and of
         those decoders."""
@@ -178,10 +178,10 @@ class Collator:
                 continue
             targets[family] = image_targets(prompts, shown.samples, links[family], self.tokenizer, rule)
             if family == "editing":
-                sources = shown.pictured(asked_images(layout, prompts.tasks, name), rule)
+                sources = shown.pictured(prompted_images(layout, prompts.tasks, name), rule)
                 pixels[name] = as_pixels(sources[:number])
         for rule, names in of_rule.items():
-            asked = set().union(*(asked_images(layout, prompts.tasks, name) for name in names))
+            asked = set().union(*(prompted_images(layout, prompts.tasks, name) for name in names))
             if asked:
                 own = shown.resized(asked, rule, self.skeletons)
                 found = perception_targets(prompts, own, links["perception"])

@@ -1,9 +1,9 @@
-"""The plan: which task group, which input size and which rows step t trains, a pure function of (seed, t).
+"""The plan of a run: task group, input size and rows of step t, as a pure function of (seed, t).
 
-Every rank computes the same plan with no message, so no rank waits in a collective that another skips. Resuming means
-to start the plan at step t; there is no list of consumed ids. Rows were shuffled once when the shards were written;
-row groups are shuffled anew each epoch. With one input size a step trains whole row groups; with several size buckets
-its rows are those of `buckets.BucketStream`.
+Every rank computes the same plan without communication, so no rank waits in a collective that another skips. To resume
+is to start the plan at step t; there is no list of consumed ids. Rows are shuffled once when the shards are written,
+row groups anew in each epoch. With one input size a step trains whole row groups; with several size buckets its rows
+are those of `buckets.BucketStream`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from lumen_ray.structures import Size
 from lumen_ray.tasks import get_task
 
 RowGroup = tuple[str, int, int]  # file, index, number of rows
-RowSelection = RowGroup | tuple[str, int, tuple[int, ...]]
+RowSelection = RowGroup | tuple[str, int, tuple[int, ...]]  # a whole row group, or (file, index, numbers of its rows)
 
 
 @dataclass(frozen=True)
 class PlanStep:
-    """`parts`: what the global batch is made of, in order: row groups (file, index, number of rows), or single rows of
-    them (file, index, (row,)). `bucket`: (height, width) of the model input; None for the preset's square."""
+    """`parts`: the global batch in order: row groups (file, index, number of rows), or single rows of them (file,
+    index, (row,)). `bucket`: (height, width) of the model input in pixels; None for the preset's square."""
 
     step: int
     stage: int
@@ -38,32 +38,37 @@ class PlanStep:
     bucket: Size | None = None
 
     def share(self, rank: int, world_size: int) -> tuple[RowSelection, ...]:
-        """The parts of one rank; all ranks' shares in rank order are the global batch.
+        """The parts of one rank; the shares of all ranks in order are the global batch.
 
-        Equal where the number of parts allows it, which it may not once a rank is lost.
+        They are equal if the number of parts allows it, which it may not once a rank is lost.
         """
         first, end = (len(self.parts) * r // world_size for r in (rank, rank + 1))
         return self.parts[first:end]
 
 
 def join_rows(parts: Sequence[RowSelection]) -> list[RowSelection]:
-    """The same rows in the same order; rows of one row group that follow each other are one part, and one read."""
+    """The same rows in the same order, with consecutive rows of a row group joined, so that they are read together."""
     out: list[RowSelection] = []
-    for file, index, rows in parts:
-        if isinstance(rows, tuple) and out and out[-1][:2] == (file, index):
-            rows = (*out.pop()[2], *rows)
-        out.append((file, index, rows))
+    for part in parts:
+        file, index, rows = part
+        before = out[-1] if out else None
+        if isinstance(rows, tuple) and before is not None and before[:2] == (file, index):
+            assert isinstance(before[2], tuple), "a batch consists of row groups or of rows"
+            out[-1] = (file, index, (*before[2], *rows))
+        else:
+            out.append(part)
     return out
 
 
 def batch_parts(manifest: dict[str, Any], recipe: Recipe, world_size: int) -> int:
-    """Parts per step: row groups, or rows where images are sorted into several buckets.
+    """Number of parts per step: row groups, or rows if there are several buckets.
 
-    `UserError` when the batch cannot be made of whole parts, evenly over the workers.
+    Raises `UserError` if the batch cannot be made of whole parts, evenly over the workers.
     """
+    assert not isinstance(recipe.buckets, BucketRange), "buckets are resolved with the model's grid first"
     largest = max((g["rows"] for f in manifest["files"] for g in f["row_groups"]), default=0)
     if largest == 0:
-        raise UserError("the shards hold no rows; prepare them again", "empty_shards")
+        raise UserError("the shards have no rows; prepare them again", "empty_shards")
     if len(recipe.buckets or ()) > 1:
         if recipe.batch_size % world_size:
             raise UserError(
@@ -81,7 +86,7 @@ def batch_parts(manifest: dict[str, Any], recipe: Recipe, world_size: int) -> in
 
 
 def check_micro_steps(stage: Stage, parts: int, world_size: int) -> None:
-    """`UserError` when the parts of a step cannot be dealt out evenly to the micro-steps of all workers."""
+    """Raises `UserError` if the parts of a step cannot be split evenly over the micro-steps of all workers."""
     if parts % (world_size * stage.accumulate):
         raise UserError(
             f"stage '{stage.name}': accumulate {stage.accumulate} times {world_size} workers must divide the {parts} "
@@ -92,8 +97,10 @@ def check_micro_steps(stage: Stage, parts: int, world_size: int) -> None:
 
 
 class Plan:
+    """The steps of a run: `plan[t]` is the `PlanStep` of global step t."""
+
     def __init__(self, manifest: dict[str, Any], recipe: Recipe, world_size: int = 1):
-        """`recipe.buckets` are sizes already (see `train.checks.with_sizes`)."""
+        """`recipe.buckets` must be resolved to sizes (`buckets.with_sizes`)."""
         assert not isinstance(recipe.buckets, BucketRange), "buckets are resolved with the model's grid first"
         self.recipe = recipe
         self.buckets = tuple(recipe.buckets or ())
@@ -101,7 +108,7 @@ class Plan:
         self._pools: dict[tuple[str, ...], list[RowGroup]] = {}  # tasks -> eligible row groups
         self._streams: dict[tuple[str, ...], BucketStream] = {}
         self._draws: list[np.ndarray] = []  # stage -> step -> group
-        self._uses: list[np.ndarray] = []  # stage -> step -> how often the same pool was drawn before
+        self._uses: list[np.ndarray] = []  # stage -> step -> number of earlier draws of the same pool
         seen: dict[tuple[str, ...], int] = {}
         for index, stage in enumerate(recipe.stages):
             check_micro_steps(stage, self.parts_per_step, world_size)
@@ -124,14 +131,13 @@ class Plan:
         return self.recipe.total_steps
 
     def __getitem__(self, step: int) -> PlanStep:
-        """The plan of one global step."""
+        """The plan of global step `step`."""
         stage, local = self.recipe.at(step)
         group = int(self._draws[stage][local])
         tasks, number = self.recipe.stages[stage].groups[group].tasks, int(self._uses[stage][local])
         if tasks in self._streams:
             bucket, rows = self._streams[tasks].batch(number)
-            parts = tuple((file, index, (row,)) for file, index, row in rows)
-            return PlanStep(step, stage, group, parts, bucket)
+            return PlanStep(step, stage, group, tuple((file, index, (row,)) for file, index, row in rows), bucket)
         pool = self._pools[tasks]
         positions = range(number * self.parts_per_step, (number + 1) * self.parts_per_step)
         parts = tuple(pool[self._order(len(pool), i // len(pool))[i % len(pool)]] for i in positions)
@@ -139,8 +145,7 @@ class Plan:
 
     @property
     def used_buckets(self) -> tuple[Size, ...]:
-        """Of several buckets those that images are sorted into: one that would not fill a batch is not used (see
-        `assign`)."""
+        """The buckets in use, if there are several; one that would not fill a batch is dropped (`buckets.assign`)."""
         used = {bucket for stream in self._streams.values() for bucket in stream.buckets}
         return tuple(bucket for bucket in self.buckets if bucket in used)
 
@@ -160,7 +165,7 @@ class Plan:
 
 
 def _eligible(manifest: dict[str, Any], tasks: tuple[str, ...]) -> list[RowGroup]:
-    """Row groups with at least one annotation for one of the tasks; `UserError` when there is none."""
+    """Row groups with at least one annotation for one of the tasks. Raises `UserError` if there are none."""
     found = [
         (file["path"], index, group["rows"])
         for file in manifest["files"]

@@ -1,4 +1,4 @@
-"""Visual prompts in the frame of the model input: stored ones where augmentation puts them, and ones drawn on
+"""Visual prompts in the frame of the model input: stored ones, mapped by the augmentation, and ones drawn on
 instances."""
 
 from __future__ import annotations
@@ -7,14 +7,22 @@ import numpy as np
 from PIL import Image
 from pycocotools import mask as coco_mask
 
-from lumen_ray.data.batches.transforms import MIN_VISIBLE, Sample, clip_boxes, map_boxes, map_points, visible_share
+from lumen_ray.data.batches.transforms import (
+    MIN_VISIBLE,
+    Sample,
+    clip_boxes,
+    inverse_coefficients,
+    map_boxes,
+    map_points,
+    visible_share,
+)
 from lumen_ray.structures import Region, Size
 from lumen_ray.targets import MASK_STRIDE
 from lumen_ray.trunk.regions import region_mask
 
 
 def _region_box(region: dict) -> np.ndarray:
-    """The xyxy box [1, 4] of a stored region, at least one pixel wide and high."""
+    """The box of a stored region, xyxy float64 [1, 4] in stored pixels; at least one pixel wide and high."""
     if region["mask"]:
         x, y, width, height = coco_mask.toBbox(region["mask"])
         low, high = np.array([x, y]), np.array([x + width, y + height])
@@ -26,22 +34,23 @@ def _region_box(region: dict) -> np.ndarray:
 
 
 def region_visible(region: dict, sample: Sample) -> bool:
-    """Whether enough of a stored region is left in the (augmented) model input, as for instances."""
+    """Whether at least `MIN_VISIBLE` of a stored region's box is left in the (augmented) model input."""
     boxes = map_boxes(_region_box(region), sample.matrix)
     return bool(visible_share(boxes, sample.image.shape[:2])[0] >= MIN_VISIBLE)
 
 
 def region_input(sample: Sample, region: dict) -> np.ndarray:
-    """A stored region, visible in the (augmented) model input, as a binary mask [H, W] of it."""
+    """A stored region, visible in the (augmented) model input, as a binary mask of the input, uint8 [H, W]."""
     size = sample.image.shape[:2]
     if region["mask"]:
-        inverse = np.linalg.inv(np.vstack([sample.matrix, [0, 0, 1]]))[:2]
-        picture = Image.fromarray(coco_mask.decode(region["mask"]) * 255)
-        out = picture.transform(size[::-1], Image.Transform.AFFINE, inverse.flatten(), Image.Resampling.BILINEAR)
+        mask = Image.fromarray(coco_mask.decode(region["mask"]) * 255)
+        out = mask.transform(
+            size[::-1], Image.Transform.AFFINE, inverse_coefficients(sample.matrix), Image.Resampling.BILINEAR
+        )
         if (inside := np.asarray(out) > 127).any():
             return inside.astype(np.uint8)
         low, high = clip_boxes(map_boxes(_region_box(region), sample.matrix), size).reshape(2, 2)
-        # too small for a pixel of the input, but still a place
+        # smaller than a pixel of the input: its centre
         return region_mask(Region("point", size, (low + high)[None] / 2), size)
     points = map_points(np.array(region["points"], np.float64).reshape(-1, 2), sample.matrix)
     if region["kind"] == "box":
@@ -50,7 +59,7 @@ def region_input(sample: Sample, region: dict) -> np.ndarray:
 
 
 def drawn_region(mask: np.ndarray, box: np.ndarray, size: Size, rng: np.random.Generator) -> Region:
-    """What a user might draw on an instance: `mask` uint8 [H/4, W/4], `box` xyxy in input pixels."""
+    """A random region as a user might draw it on an instance: `mask` uint8 [H/4, W/4], `box` xyxy in input pixels."""
     kind = ("box", "point", "scribble", "polygon")[int(rng.integers(4))]
     if mask.sum() < 2:
         kind = "point"

@@ -1,7 +1,7 @@
-"""Image and annotations through one geometric map: boxes, masks, keypoints and regions follow every transform.
+"""Augmentation: maps an image and its boxes, masks, keypoints and regions into the model input.
 
-All geometry of a sample (augmentation and the fit into the model input) is composed into one affine map, so an image
-is resampled once. Only axis-aligned maps are drawn (scale, shift, flips, quarter turns): boxes stay exact.
+The geometry of a sample (augmentation and the fit into the model input) is composed into one affine map, so an image
+is resampled once. Maps are axis-aligned (scale, shift, flips, quarter turns), so boxes stay exact.
 
 Frames: *stored* = the EXIF-rotated image; *input* = the model input of (height, width) `input_size`, pixels, xyxy; a
 single number is the side of a square.
@@ -26,16 +26,17 @@ from lumen_ray.recipe import AugmentSettings
 from lumen_ray.structures import Size, as_size
 from lumen_ray.targets import MASK_STRIDE, Frame
 
-UNMOVED = 0.05  # pixels that no corner may be away from its place for an image to be copied instead of resampled
-MIN_VISIBLE = 0.3  # an instance cropped to less of its box is dropped
+UNMOVED = 0.05  # an image is copied instead of resampled if no corner moves by more than this many pixels
+MIN_VISIBLE = 0.3  # an instance is dropped if less than this share of its box is left
+PAD_VALUE = 114  # grey of the padding, 0..255, and of inputs without an image
 
 
 @dataclass
 class Sample:
-    """One image in the input frame. `boxes` float32 [N, 4]; `crowd` bool [N]; `masks`: N uint8 arrays [H/4, W/4] or
-    None; `keypoints`: N float32 arrays [K, 3] or None; `kept` int [N]: the row's instance each one was; `matrix`
-    [2, 3]: stored -> input pixels; `size`: (height, width) of the stored image; `colors` [3]: what its brightness,
-    contrast and saturation were multiplied by."""
+    """One image in the input frame. `image` uint8 [H, W, 3]; `boxes` float32 [N, 4], xyxy; `crowd` bool [N]; `masks`: N
+    uint8 arrays [H/4, W/4] or None; `keypoints`: N float32 arrays [K, 3] (x, y, v) or None; `kept` int [N]: index of
+    each instance in the row; `matrix` float64 [2, 3]: stored -> input pixels; `size`: (height, width) of the stored
+    image; `colors` [3]: factors of brightness, contrast and saturation."""
 
     image: np.ndarray
     boxes: np.ndarray
@@ -49,7 +50,7 @@ class Sample:
 
     @property
     def visible(self) -> tuple[float, float]:
-        """(height, width) of the part at the top left of the input beyond which there is only padding."""
+        """(height, width) of the top left part of the input, beyond which there is only padding."""
         height, width = self.image.shape[:2]
         corners = map_boxes(np.array([[0.0, 0.0, self.size[1], self.size[0]]]), self.matrix)[0]
         return min(height, max(1.0, corners[3])), min(width, max(1.0, corners[2]))
@@ -57,28 +58,32 @@ class Sample:
     @property
     def extent(self) -> Size:
         """`visible` in whole pixels."""
-        return tuple(math.ceil(side) for side in self.visible)
+        height, width = self.visible
+        return math.ceil(height), math.ceil(width)
 
     @property
     def room(self) -> float:
-        """How many times larger the image would fit into the input than it is; 1 where it is not zoomed out."""
+        """The factor by which the image could be enlarged and still fit the input; 1 if it is not zoomed out."""
         whole = np.abs(self.matrix[::-1, :2]) @ self.size[::-1]
         return max(1.0, (self.image.shape[:2] / whole).min())
 
 
 def fit(image: np.ndarray, input_size: int | Size) -> tuple[np.ndarray, Frame]:
-    """uint8 [h, w, 3] -> (uint8 [H, W, 3] scaled to the top left and padded with grey, its frame). For inference."""
+    """Fits an image into the model input without augmentation, for inference: uint8 [h, w, 3] -> (uint8 [H, W, 3],
+    scaled, at the top left, padded with `PAD_VALUE`; its frame)."""
     frame = Frame.fit(image.shape[:2], input_size)
     return warp(image, fit_matrix(image.shape[:2], input_size), input_size), frame
 
 
 def fit_matrix(size: Size, input_size: int | Size) -> np.ndarray:
+    """The stored -> input map of `fit`, float64 [2, 3]."""
     scale = Frame.fit(size, input_size).scale
     return np.array([[scale, 0, 0], [0, scale, 0]], np.float64)
 
 
 def draw_matrix(size: Size, input_size: int | Size, augment: AugmentSettings, rng: np.random.Generator) -> np.ndarray:
-    """A random stored -> input map. The same number of random draws whatever the settings, so runs stay comparable."""
+    """A random stored -> input map, float64 [2, 3]. Makes the same number of draws for all settings, so that runs stay
+    comparable."""
     height, width = size
     input_h, input_w = as_size(input_size)
     flip_x, flip_y, turn = rng.random() < 0.5, rng.random() < 0.5, int(rng.integers(4))
@@ -100,7 +105,7 @@ def draw_matrix(size: Size, input_size: int | Size, augment: AugmentSettings, rn
     place = np.diag([scale, scale, 1])
     # without zoom and shift the image sits at the top left, where `fit` puts it
     place[:2, 2] = [turned_w * scale / 2 + shift_x, turned_h * scale / 2 + shift_y]
-    if zoom > 1:  # look at a random part of the enlarged image
+    if zoom > 1:  # crop a random part of the enlarged image
         room = np.maximum([turned_w * scale - input_w, turned_h * scale - input_h], 0)
         place[:2, 2] -= rng.random(2) * room
     else:
@@ -109,16 +114,16 @@ def draw_matrix(size: Size, input_size: int | Size, augment: AugmentSettings, rn
 
 
 def warp(
-    image: np.ndarray, matrix: np.ndarray, input_size: int | Size, fill: int = 114, reduction: int = 1
+    image: np.ndarray, matrix: np.ndarray, input_size: int | Size, fill: int = PAD_VALUE, reduction: int = 1
 ) -> np.ndarray:
-    """uint8 [h, w, 3] through a stored -> input map -> uint8 [H, W, 3]. Shrinks with an area filter first.
+    """Resamples uint8 [h, w, 3] by a stored -> input map to uint8 [H, W, 3]; shrinks it with an area filter first.
 
-    `reduction`: how many times smaller than the stored image `image` is (see `images.Picture`).
+    `fill`: value outside the image; `reduction`: by how much `image` is smaller than the stored one (`images.Picture`).
     """
     matrix = matrix * [reduction, reduction, 1]
     shape = as_size(input_size)[::-1]  # Pillow's (width, height)
     picture = Image.fromarray(image)
-    scale = np.abs(matrix[:, :2]).sum(0)  # along the picture's own x and y
+    scale = np.abs(matrix[:, :2]).sum(0)  # along the image's x and y
     if scale.min() < 1:  # antialias: sampling an image at every second pixel would drop thin structures
         small = [max(1, round(side * min(1, s))) for side, s in zip(picture.size, scale.tolist(), strict=True)]
         factor = np.array([picture.width / small[0], picture.height / small[1]])
@@ -128,19 +133,23 @@ def warp(
         canvas = Image.new("RGB", shape, (fill,) * 3)
         canvas.paste(picture, place)
         return np.asarray(canvas)
-    inverse = np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))[:2]
     out = picture.transform(
         shape,
         Image.Transform.AFFINE,
-        inverse.flatten(),
+        inverse_coefficients(matrix),
         Image.Resampling.BILINEAR,
         fillcolor=(fill,) * 3,
     )
     return np.asarray(out)
 
 
+def inverse_coefficients(matrix: np.ndarray) -> list[float]:
+    """The inverse of an affine map [2, 3] as Pillow's 6 coefficients, which map output to input pixels."""
+    return np.linalg.inv(np.vstack([matrix, [0, 0, 1]]))[:2].flatten().tolist()
+
+
 def _whole_shift(shape: tuple[int, int], matrix: np.ndarray) -> tuple[int, int] | None:
-    """(x, y) in whole pixels when the map does nothing to an image of (width, height) `shape` but shift it."""
+    """The shift (x, y) in whole pixels, if the map does no more than shift an image of (width, height) `shape`."""
     corners = np.array([[0, 0], [shape[0], 0], [0, shape[1]], shape], np.float64)
     shift = np.round(matrix[:, 2])
     if np.abs(map_points(corners, matrix) - corners - shift).max() > UNMOVED:
@@ -149,29 +158,29 @@ def _whole_shift(shape: tuple[int, int], matrix: np.ndarray) -> tuple[int, int] 
 
 
 def map_points(points: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """xy [..., 2] through the map."""
+    """Maps xy [..., 2]."""
     return points @ matrix[:, :2].T + matrix[:, 2]
 
 
 def map_boxes(boxes: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    """xyxy [N, 4] through an axis-aligned map: the two mapped corners, put in order again."""
+    """Maps xyxy [N, 4] by an axis-aligned map: the two mapped corners, sorted."""
     corners = map_points(boxes.reshape(-1, 2, 2).astype(np.float64), matrix)
     return np.concatenate([corners.min(1), corners.max(1)], axis=1)
 
 
 def mask_shape(input_size: int | Size) -> Size:
-    """(height, width) of the masks of an input."""
+    """(height, width) of the masks of an input, at `MASK_STRIDE`."""
     height, width = as_size(input_size)
     return -(-height // MASK_STRIDE), -(-width // MASK_STRIDE)
 
 
 def map_mask(rle: dict[str, Any], matrix: np.ndarray, input_size: int | Size) -> np.ndarray:
-    """An RLE of the stored image -> uint8 [H/4, W/4] of the input at the masks' stride."""
+    """Maps an RLE of the stored image to a binary mask of the input, uint8 [H/4, W/4]."""
     small = matrix / MASK_STRIDE
     inverse = np.linalg.inv(np.vstack([small, [0, 0, 1]]))[:2]
     shape = mask_shape(input_size)[::-1]
     picture = Image.fromarray(coco_mask.decode(rle) * 255)
-    # twice the masks' resolution: sampled bilinearly at the middle of a cell, that is the mean over the cell
+    # at twice the masks' resolution, a bilinear sample at the centre of a cell is the mean over the cell
     scale = 2 * np.sqrt(abs(np.linalg.det(small[:, :2])))
     if scale < 0.75:
         shrunk = picture.resize(
@@ -180,7 +189,7 @@ def map_mask(rle: dict[str, Any], matrix: np.ndarray, input_size: int | Size) ->
         factor = np.diag([shrunk.width / picture.width, shrunk.height / picture.height])
         inverse = factor @ inverse
         picture = shrunk
-    out = picture.transform(shape, Image.Transform.AFFINE, inverse.flatten(), Image.Resampling.BILINEAR)
+    out = picture.transform(shape, Image.Transform.AFFINE, inverse.flatten().tolist(), Image.Resampling.BILINEAR)
     return (np.asarray(out) > 127).astype(np.uint8)
 
 
@@ -203,25 +212,25 @@ def change_colors(image: np.ndarray, factors: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=256)
 def mirror_order(names: tuple[str, ...]) -> tuple[int, ...]:
-    """Where each keypoint of a mirrored object is taken from: names that differ only by left/right change places."""
+    """The source index of each keypoint of a mirrored object: names that differ only by left/right are exchanged."""
     place = {name.lower(): k for k, name in enumerate(names)}
     return tuple(place.get(_other_side(name.lower()), k) for k, name in enumerate(names))
 
 
 def _other_side(name: str) -> str:
-    """The name with the words left and right exchanged; `_` and digits end a word, letters do not (`upright`)."""
+    """The name with the words left and right exchanged; `_` and digits delimit words (`upright` stays)."""
     other = {"left": "right", "right": "left"}
     return re.sub(r"(?<![a-z])(left|right)(?![a-z])", lambda found: other[found[1]], name)
 
 
 def clip_boxes(boxes: np.ndarray, input_size: int | Size) -> np.ndarray:
-    """xyxy [..., 4] or xy [..., 2] cut off at the borders of the input."""
+    """Clips xyxy [..., 4] or xy [..., 2] to the input."""
     limit = as_size(input_size)[::-1] * (boxes.shape[-1] // 2)
     return np.clip(boxes, 0, limit)
 
 
 def visible_share(boxes: np.ndarray, input_size: int | Size) -> np.ndarray:
-    """How much of each box [N, 4] (input frame, not clipped) lies inside the input, by area: [N] in 0..1."""
+    """The share of the area of each box [N, 4] (input frame, not clipped) that lies in the input: [N] in 0..1."""
     clipped = clip_boxes(boxes, input_size)
     area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
     return np.prod(clipped[:, 2:] - clipped[:, :2], axis=1) / np.maximum(area, 1e-6)
@@ -235,16 +244,16 @@ def transform(
     rng: np.random.Generator,
     skeletons: Mapping[str, Sequence[str]] | None = None,
 ) -> Sample:
-    """A shard row and its decoded image -> a `Sample` in the input frame; instances cropped away are dropped.
+    """Augments a shard row and its decoded image to a `Sample` in the input frame; drops instances cropped away.
 
-    `skeletons`: keypoint names by class; where the image is mirrored, left and right ones of them are exchanged.
+    `skeletons`: keypoint names by class, whose left and right are exchanged if the image is mirrored.
     """
     picture = as_picture(image)
     matrix = draw_matrix(picture.size, input_size, augment, rng)
     boxes = map_boxes(_stored_boxes(row), matrix)
     area = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1)
     kept = np.flatnonzero((visible_share(boxes, input_size) >= MIN_VISIBLE) & (area > 4))
-    return _placed(row, picture, matrix, input_size, kept, draw_colors(augment.color, rng), skeletons)
+    return _map_sample(row, picture, matrix, input_size, kept, draw_colors(augment.color, rng), skeletons)
 
 
 def resized(
@@ -254,23 +263,27 @@ def resized(
     rule: SizeRule,
     skeletons: Mapping[str, Sequence[str]] | None = None,
 ) -> Sample:
-    """What a sample of `row` shows, with the same instances, in the size that a rule gives it, resampled from `image`.
+    """The sample of `row` with the same instances in the size of a rule, resampled from `image`.
 
-    Its input ends where the sample's own has nothing but padding. An image that was zoomed out is smaller by as much.
+    Without the padding of the sample; an image that was zoomed out is smaller by the same factor.
     """
     size, scale = rule.fit(sample.visible, sample.room)
-    return _placed(row, as_picture(image), np.diag(scale) @ sample.matrix, size, sample.kept, sample.colors, skeletons)
+    matrix = np.diag(scale) @ sample.matrix
+    return _map_sample(row, as_picture(image), matrix, size, sample.kept, sample.colors, skeletons)
 
 
 def picture_of(sample: Sample, picture: Picture, rule: SizeRule) -> np.ndarray:
-    """uint8 [h, w, 3]: what a sample shows, of its own picture or of one in its place that may have another size, in
-    the size that the rule gives it."""
+    """Maps `picture` like the sample's image, in the size of the rule: uint8 [h, w, 3], without annotations.
+
+    It is the sample's image or one in its place, such as the target of an edit, which may have another size.
+    """
     size, scale = rule.fit(sample.visible)
-    own = np.diag([sample.size[1] / picture.size[1], sample.size[0] / picture.size[0], 1.0])
-    return warp(picture.pixels, np.diag(scale) @ sample.matrix @ own, size, reduction=picture.reduction)
+    resize = np.diag([sample.size[1] / picture.size[1], sample.size[0] / picture.size[0], 1.0])
+    return warp(picture.pixels, np.diag(scale) @ sample.matrix @ resize, size, reduction=picture.reduction)
 
 
 def as_picture(image: np.ndarray | Picture) -> Picture:
+    """The image as a `Picture`, at full scale if it is an array uint8 [h, w, 3]."""
     return image if isinstance(image, Picture) else Picture(image, image.shape[:2])
 
 
@@ -278,7 +291,7 @@ def _stored_boxes(row: dict[str, Any]) -> np.ndarray:
     return np.array([i["box"] for i in row["instances"] or []], np.float64).reshape(-1, 4)
 
 
-def _placed(
+def _map_sample(
     row: dict[str, Any],
     picture: Picture,
     matrix: np.ndarray,
@@ -287,7 +300,7 @@ def _placed(
     colors: np.ndarray,
     skeletons: Mapping[str, Sequence[str]] | None,
 ) -> Sample:
-    """The picture, and those instances of the row that are `kept`, through a stored -> input map."""
+    """Maps the image and the `kept` instances of the row by a stored -> input map."""
     pixels = change_colors(warp(picture.pixels, matrix, input_size, reduction=picture.reduction), colors)
     instances, boxes = row["instances"] or [], map_boxes(_stored_boxes(row), matrix)
     mirrored = np.linalg.det(matrix[:, :2]) < 0

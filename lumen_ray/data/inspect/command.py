@@ -1,7 +1,7 @@
-"""`data inspect`: what is in a shard folder, as tables, as JSON, and as a page of samples to look at.
+"""`data inspect`: the contents of a shard folder as tables, as JSON, and as a page of samples.
 
-The page shows rows drawn evenly over the whole folder, each as it is stored and as one training step sees it: the
-batch comes from the reader that training uses, with the recipe's augmentation, prompts and tokens.
+The page shows rows drawn evenly from the whole folder, each as stored and as in a training step: the batch comes from
+the reader used in training, with the recipe's augmentation, prompts and tokens.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from lumen_ray.presets import recipe_path
 from lumen_ray.recipe import Recipe, Stage, TaskGroup
 from lumen_ray.tasks import TRAINABLE_TASKS
 
-#: classes and reasons listed one by one; the rest is summed up
+#: number of classes and reasons listed; the others share a line
 TOP = 30
 
 
 def sections(s: Statistics, top: int = TOP) -> list[Section]:
-    """The statistics as tables, empty ones left out; lists of more than `top` entries end in one line for the rest."""
+    """The statistics as tables, without empty ones; lists of more than `top` entries end in one line for the others."""
     tasks = [(task, rows, s.items.get(task, "")) for task, rows in s.tasks.items()]
     rest = [(name, "", n) for name, n in s.items.items() if name not in s.tasks]
     found = [
@@ -53,8 +53,8 @@ def sections(s: Statistics, top: int = TOP) -> list[Section]:
 
 def _classes(s: Statistics) -> str:
     names = set(s.class_instances) | set(s.class_absent)
-    unseen = len(names) - len(s.class_instances)
-    return f"{len(names):,}" + (f", {unseen:,} of them without an object" if unseen else "")
+    empty = len(names) - len(s.class_instances)
+    return f"{len(names):,}" + (f", {empty:,} of them without an object" if empty else "")
 
 
 def _class_rows(s: Statistics, top: int) -> list[tuple[Any, ...]]:
@@ -70,9 +70,9 @@ def _size_rows(s: Statistics) -> list[tuple[Any, ...]]:
     if not s.instances:
         return []
     limits = {"small": "small, under 32²", "medium": "medium, 32² to 96²", "large": "large, over 96²"}
-    parts = {limits[name]: n for name, n in s.object_sizes.items()}
-    parts |= {"with a mask": s.masks, "with keypoints": s.keypoints, "crowds": s.crowds}
-    return [(name, n, f"{s.share(n):.1%}") for name, n in parts.items()]
+    counts = {limits[name]: n for name, n in s.object_sizes.items()}
+    counts |= {"with a mask": s.masks, "with keypoints": s.keypoints, "crowds": s.crowds}
+    return [(name, n, f"{s.share(n):.1%}") for name, n in counts.items()]
 
 
 def _reason_rows(s: Statistics, top: int) -> list[tuple[Any, ...]]:
@@ -84,7 +84,7 @@ def _reason_rows(s: Statistics, top: int) -> list[tuple[Any, ...]]:
 
 
 def print_sections(found: list[Section], console: Console) -> None:
-    """Tables on a terminal; plain aligned lines, which cut nothing off, in a pipe or log file."""
+    """Prints tables on a terminal; plain aligned lines, never truncated, in a pipe or log file."""
     for section in found:
         if console.is_terminal:
             table = Table(title=section.title, title_justify="left", title_style="bold", header_style="dim")
@@ -108,8 +108,8 @@ def _lines(section: Section) -> Iterator[str]:
 
 
 def load_recipe(name: str | None, edits: bool = False) -> Recipe:
-    """A recipe by name or file; without one, all tasks about images with the settings that a recipe has by default, and
-    with `edits` that task too, of a model that has a decoder for it."""
+    """A recipe by name or file; without a name, the default settings with all tasks about images, and with `edits` that
+    task too, with a model that has a decoder for it."""
     if name is None:
         tasks = (*TRAINABLE_TASKS, "edit") if edits else TRAINABLE_TASKS
         stage = Stage(name="all tasks", steps=1, groups=(TaskGroup(tasks=tasks),))
@@ -131,13 +131,13 @@ def inspect(
 ) -> tuple[Statistics, str]:
     """Counts a shard folder and writes ``index.html`` and ``statistics.json`` into `output`.
 
-    samples: rows on the page, drawn evenly over the folder by `seed`; 0 for tables alone. recipe: its prompts and
-    augmentation are shown (name or YAML). stage: of the recipe; the one with most tasks by default. top: classes listed
-    one by one. verify: first read every file whole and compare it with the manifest. progress: called with (rows
-    counted, rows in all). No more rows are in memory than are shown.
+    samples: rows on the page, drawn evenly from the folder by `seed`; 0 for tables only. recipe: name or YAML file of
+    the recipe whose prompts and augmentation are shown. stage: of the recipe, by default the one with the most tasks.
+    top: number of classes listed. verify: first check every file against the manifest. progress: called with (rows
+    counted, total rows). Keeps only the rows shown in memory.
 
     Returns the statistics and the page's location. Raises `UserError` for a folder without shards, shards of another
-    schema version, damaged ones, an output that cannot be made, and settings that make no sense.
+    schema version, damaged shards, an output that cannot be created, and invalid settings.
     """
     from lumen_ray.data.inspect.page import page
 

@@ -1,4 +1,4 @@
-"""The page of `data inspect`: one HTML file that needs nothing beside it."""
+"""The page of `data inspect`: one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
 from lumen_ray.viz import Colour, draw, known_edges, palette, upscale_factor
 
 STORED_SIDE = 640
-#: From this many objects on, names would hide the picture.
+#: with more objects, names would hide the image and are not drawn
 MAX_NAMED = 40
-#: More queries than these are not listed one by one.
+#: of more queries, only the first and the last are shown
 MAX_QUERIES = 8
 
 _PAGE = Template((Path(__file__).parent / "inspect.html").read_text())
@@ -40,7 +40,7 @@ def page(
     sampler: Sampler,
     views: Iterable[View],
 ) -> str:
-    """The page's HTML. `views` are drawn one after the other, so that one is in memory at a time."""
+    """The page's HTML. `views` are rendered one by one, so that only one is in memory at a time."""
     edges = {c["name"]: c["skeleton"] for c in manifest["categories"] if c.get("skeleton")}
     names = {c["name"]: tuple(c["keypoints"]) for c in manifest["categories"] if c.get("keypoints")}
     cards = [card(view, sampler, names, edges) for view in views]
@@ -49,11 +49,12 @@ def page(
         facts=_facts(statistics, sampler),
         sections="".join(map(_section, tables)),
         settings=_settings(sampler),
-        cards="\n".join(cards) or "<p>no samples were asked for</p>",
+        cards="\n".join(cards) or "<p>no samples requested</p>",
     )
 
 
 def safe(text: Any) -> str:
+    """`text` escaped for HTML."""
     return html.escape(str(text))
 
 
@@ -73,7 +74,7 @@ def _facts(s: Statistics, sampler: Sampler) -> str:
 
 
 def _section(section: Section) -> str:
-    """A table whose first column of numbers is also drawn as bars."""
+    """A table, with its first column of numbers also drawn as bars."""
     bar = section.first_number
     values = [row[bar] if bar < len(row) and isinstance(row[bar], int) else 0 for row in section.rows]
     most = max([*values, 1])
@@ -89,10 +90,10 @@ def _section(section: Section) -> str:
 
 
 def _settings(sampler: Sampler) -> str:
-    """What the recipe's stage does to a row, in its own keys."""
+    """The settings of the recipe's stage that determine a sample."""
     stage = sampler.recipe.stages[sampler.stage]
-    parts = {"augment": stage.augment, "branches": stage.branches}
-    lines = [f"<p><b>{name}</b> {_keys(value.model_dump(mode='json'))}</p>" for name, value in parts.items()]
+    settings = {"augment": stage.augment, "branches": stage.branches}
+    lines = [f"<p><b>{name}</b> {_keys(value.model_dump(mode='json'))}</p>" for name, value in settings.items()]
     groups = "; ".join(f"{', '.join(g.tasks)} (weight {g.weight:g})" for g in stage.groups)
     return f"<p><b>groups</b> {safe(groups)}</p>" + "".join(lines)
 
@@ -102,7 +103,7 @@ def _keys(values: dict[str, Any]) -> str:
 
 
 def card(view: View, sampler: Sampler, names: dict[str, tuple[str, ...]], edges: dict[str, Any]) -> str:
-    """One row: as it is stored, and what the model is given and should find."""
+    """One row: as stored, and as the model's input and targets."""
     prompts = prompts_of(view, sampler.tokenizer, edges)
     colours = palette([i["phrase"] for i in view.row["instances"]] + [p.phrase for p in prompts if p.phrase])
     row = view.row
@@ -111,7 +112,7 @@ def card(view: View, sampler: Sampler, names: dict[str, tuple[str, ...]], edges:
     return (
         f"<article><h3>{head}</h3><div class=sample>"
         f"<figure>{_stored(row, names, edges, colours)}</figure>"
-        f"<figure>{_seen(view, prompts, colours)}</figure>"
+        f"<figure>{_model_input(view, prompts, colours)}</figure>"
         f"<div class=prompts>{_prompts(view, prompts, colours)}</div></div></article>"
     )
 
@@ -124,18 +125,18 @@ def _stored(row: Row, names: dict[str, tuple[str, ...]], edges: dict[str, Any], 
     absent = len(set(row["classes"]) - set(counts))
     partial = sorted(set(counts) - set(row["classes"]))
     notes = [f"classes annotated as absent: {absent:,}"] * bool(absent)
-    notes += [f"not all annotated, not asked for: {safe(', '.join(partial))}"] * bool(partial)
+    notes += [f"not annotated exhaustively, not used as prompts: {safe(', '.join(partial))}"] * bool(partial)
     texts = [f"<li><i>{safe(m['task'])}</i> {' → '.join(safe(t['content']) for t in m['turns'])}</li>"
              for m in row["messages"]]  # fmt: skip
     texts += [f"<li><i>{safe(p['task'])}</i> {safe(p['phrase'])} → {len(p['instances'])} objects</li>"
               for p in row["phrases"]]  # fmt: skip
     listed = f"<details><summary>{len(texts)} texts</summary><ul>{''.join(texts)}</ul></details>" if texts else ""
     words = f"<p>{caption}</p>" + "".join(f"<p>{note}</p>" for note in notes)
-    stored, told = _stored_picture(row, names, edges, colours), "as stored"
+    stored, title = _stored_picture(row, names, edges, colours), "as stored"
     if row["target_image"] is not None:
         stored = _pair(stored, _edited_picture(row["target_image"]))
-        told += ", before and after the edit"
-    return f"{stored}<figcaption><i>{told}</i>{words}{listed}</figcaption>"
+        title += ", before and after the edit"
+    return f"{stored}<figcaption><i>{title}</i>{words}{listed}</figcaption>"
 
 
 def _edited_picture(encoded: bytes) -> str:
@@ -151,7 +152,7 @@ def _stored_picture(
     row: Row, names: dict[str, tuple[str, ...]], edges: dict[str, Any], colours: dict[str, Colour]
 ) -> str:
     if row["image"] is None:
-        return "<div class=none>text alone</div>"
+        return "<div class=none>text only</div>"
     try:
         image = decode(row["image"])
     except UserError as error:
@@ -167,7 +168,7 @@ def _stored_picture(
 
 
 def predictions(row: Row, names: dict[str, tuple[str, ...]]) -> list[Prediction]:
-    """A row's instances as what can be drawn, gathered by class, crowd and what they carry."""
+    """A row's instances as predictions to draw, grouped by class, crowd, and whether they have masks and keypoints."""
     size = (row["height"], row["width"])
     groups: dict[tuple[str, bool, bool, bool], list[Row]] = {}
     for instance in row["instances"]:
@@ -184,7 +185,7 @@ def predictions(row: Row, names: dict[str, tuple[str, ...]]) -> list[Prediction]
 
 
 def _draw_regions(picture: Image.Image, row: Row, scale: int) -> None:
-    """Region prompts in white on black, with the number by which messages name them."""
+    """Draws region prompts in white on black, with the number that messages refer to."""
     pen = ImageDraw.Draw(picture)
     for number, region in enumerate(row["regions"]):
         if region["mask"]:
@@ -211,25 +212,27 @@ def _url(picture: Image.Image, kind: str = "JPEG") -> str:
     return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _seen(view: View, prompts: list[Prompt], colours: dict[str, Colour]) -> str:
-    """The augmented model input, and over it what each prompt should find."""
-    wanted = next((p.picture for p in prompts if p.picture is not None), None)  # a row has one
-    made = "" if wanted is None else f'<img loading=lazy src="{_url(Image.fromarray(wanted), "PNG")}" alt="to make">'
+def _model_input(view: View, prompts: list[Prompt], colours: dict[str, Colour]) -> str:
+    """The augmented model input with the targets of each prompt drawn on it, and the target image if there is one."""
+    made, size = "", ""
+    target = next((p.picture for p in prompts if p.picture is not None), None)  # a row has one
+    if target is not None:
+        made = f'<img loading=lazy src="{_url(Image.fromarray(target), "PNG")}" alt="to make">'
+        size = f", and {target.shape[1]}×{target.shape[0]} to make"
     if not bool(view.batch.has_image[0]):
-        told = f"<i>model input</i>, and {wanted.shape[1]}×{wanted.shape[0]} to make" if made else "<i>model input</i>"
-        return f"{_pair('<div class=none>no image</div>', made)}<figcaption>{told}</figcaption>"
+        return f"{_pair('<div class=none>no image</div>', made)}<figcaption><i>model input</i>{size}</figcaption>"
     pixels = view.batch.images[0].permute(1, 2, 0).numpy()
     height, width = pixels.shape[:2]
     layers = "".join(_layer(p, colours.get(p.phrase, (255, 255, 255)), view, (height, width)) for p in prompts)
     lost = _lost(view.row, prompts)
-    left_out = f"<p>{lost} objects of the classes asked for are not in it: cropped away or too small</p>" * bool(lost)
-    seen = (
+    left_out = f"<p>{lost} objects of the prompted classes are not in it: cropped away or too small</p>" * bool(lost)
+    drawn = (
         f'<div class=input><img loading=lazy src="{_url(Image.fromarray(pixels), "PNG")}" alt="model input">'
         f'<svg viewBox="0 0 {width} {height}">{layers}</svg></div>'
     )
     beside = ", and the picture to make of it" if made else ""
     return (
-        f"{_pair(seen, made)}<figcaption><i>model input</i> {width}×{height}, after augmentation, with what the "
+        f"{_pair(drawn, made)}<figcaption><i>model input</i> {width}×{height}, after augmentation, with what the "
         f"prompts should find{beside}{left_out}</figcaption>"
     )
 
@@ -239,13 +242,13 @@ def _pair(left: str, right: str) -> str:
 
 
 def _lost(row: Row, prompts: list[Prompt]) -> int:
-    """Instances of the classes asked for that the model input no longer shows."""
+    """Number of instances of the prompted classes that are not in the model input."""
     left = {p.phrase: len(p.boxes) for p in prompts if p.task in CLASS_TASKS}
     return sum(i["phrase"] in left for i in row["instances"]) - sum(left.values())
 
 
 def _layer(prompt: Prompt, colour: Colour, view: View, size: tuple[int, int]) -> str:
-    """What one prompt should find, as SVG in input pixels; regions it asks about are outlined by their mask."""
+    """The targets of one prompt as SVG in input pixels; its regions are shown by their masks."""
     height, width = size
     rgb, unit = f"rgb{colour}", max(size) / 256
     parts = []
@@ -271,7 +274,7 @@ def _layer(prompt: Prompt, colour: Colour, view: View, size: tuple[int, int]) ->
                 fill = rgb if v == 2 else "none"  # hidden ones are rings
                 parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{2 * unit}" fill="{fill}" stroke="white" '
                              f'stroke-width="{0.5 * unit}"/>')  # fmt: skip
-    shy = " class=shy" if prompt.regions and not prompt.boxes else ""  # regions only when their prompt is pointed at
+    shy = " class=shy" if prompt.regions and not prompt.boxes else ""  # regions show while their prompt is hovered
     return f'<g data-prompt="{prompt.index}"{shy}>{"".join(parts)}</g>'
 
 
@@ -286,17 +289,17 @@ def _prompts(view: View, prompts: list[Prompt], colours: dict[str, Colour]) -> s
     if rejected := view.batch.rejected:
         return f"<p class=warn>{safe(rejected[0]['reason'])}; training goes on without it</p>"
     if not prompts:
-        return f"<p class=warn>the row is not annotated for {safe(', '.join(view.tasks))}: nothing is asked</p>"
-    asked = sum(p.tokens for p in prompts)
+        return f"<p class=warn>the row is not annotated for {safe(', '.join(view.tasks))}: no prompts</p>"
+    total = sum(p.num_tokens for p in prompts)
     learned = int((view.batch.layout.labels != -100).sum())
     head = (
-        f"<p>prompts: {len(prompts)}, together {asked:,} tokens ({learned:,} learned by the language model) behind "
+        f"<p>prompts: {len(prompts)}, together {total:,} tokens ({learned:,} learned by the language model) behind "
         f"{view.image_tokens:,} image tokens</p>"
     )
     if cut := view.batch.truncated:
         head += f"<p class=warn>cut to fit pack_tokens: {safe(cut)}</p>"
-    own = [p for p in prompts if p.parent < 0]
-    return head + "<ol>" + "".join(_item(p, prompts, colours) for p in own) + "</ol>"
+    items = [_item(p, prompts, colours) for p in prompts if p.parent < 0]
+    return head + "<ol>" + "".join(items) + "</ol>"
 
 
 def _item(prompt: Prompt, prompts: list[Prompt], colours: dict[str, Colour]) -> str:
@@ -312,21 +315,21 @@ def _item(prompt: Prompt, prompts: list[Prompt], colours: dict[str, Colour]) -> 
 
 
 def _line(prompt: Prompt) -> str:
-    """Tokens as the model gets them, what is to be found, and how many tokens it costs."""
-    tokens = "".join(_token(piece) for piece in _few_queries(prompt.pieces))
+    """The prompt's tokens and its note."""
+    tokens = "".join(_token(token) for token in _few_queries(prompt.tokens))
     return f"<span class=tokens>{tokens}</span> <small>{safe(prompt.note)}</small>"
 
 
-def _few_queries(pieces: list[PromptToken]) -> list[PromptToken]:
-    """Of many queries the first and the last: a picture has 64, a line has no room for them."""
-    queries = [i for i, (_, kind, _) in enumerate(pieces) if kind == "query"]
+def _few_queries(tokens: list[PromptToken]) -> list[PromptToken]:
+    """The tokens with only the first and last of many queries: generation has 64, too many for a line."""
+    queries = [i for i, (_, kind, _) in enumerate(tokens) if kind == "query"]
     if len(queries) <= MAX_QUERIES:
-        return pieces
-    return [*pieces[: queries[0] + 1], ("…", "query", False), *pieces[queries[-1] :]]
+        return tokens
+    return [*tokens[: queries[0] + 1], ("…", "query", False), *tokens[queries[-1] :]]
 
 
-def _token(piece: tuple[str, str, bool]) -> str:
-    text, kind, learned = piece
+def _token(token: PromptToken) -> str:
+    text, kind, learned = token
     title = {"query": "super-link query", "special": "special token", "text": ""}[kind]
     return (
         f'<s class="{kind}{" learned" * learned}"{f" title={chr(34)}{title}{chr(34)}" * bool(title)}>{safe(text)}</s>'

@@ -1,4 +1,4 @@
-"""The prompts of a batch of one, read back from its tensors: what is shown is what the model gets."""
+"""The prompts of a batch of one row, decoded from its tensors, so that the page shows the model's actual input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lumen_ray.trunk.tokenizer import LumenTokenizer
 if TYPE_CHECKING:
     from lumen_ray.data.inspect.view import View
 
-PromptToken = tuple[str, str, bool]  # text; text, special or query; whether the LM loss sees it
+PromptToken = tuple[str, str, bool]  # its text; kind: text, special or query; whether the LM loss includes it
 
 
 @dataclass
@@ -26,9 +26,9 @@ class Prompt:
 
     index: int
     task: str
-    pieces: list[PromptToken]
-    tokens: int
-    parent: int = -1  # of a keypoint prompt: the index of its object's prompt
+    tokens: list[PromptToken]
+    num_tokens: int
+    parent: int = -1  # of a keypoint prompt: index of its object's prompt
     phrase: str = ""
     regions: list[int] = field(default_factory=list)  # into the batch's region masks
     boxes: list[list[float]] = field(default_factory=list)
@@ -37,30 +37,30 @@ class Prompt:
     keypoints: list[list[list[float]]] = field(default_factory=list)  # instances x keypoints x 3
     keypoint_names: tuple[str, ...] = ()
     edges: list[list[int]] = field(default_factory=list)
-    labelled: int = -1  # of a keypoint prompt: in how many of the instances it is labelled
-    picture: np.ndarray | None = None  # that it should make, uint8 [h, w, 3]
+    labelled: int = -1  # of a keypoint prompt: number of instances in which it is labelled
+    picture: np.ndarray | None = None  # target of generation or editing, uint8 [h, w, 3]
 
     @property
     def negative(self) -> bool:
-        """A perception prompt that should find nothing."""
+        """Whether it is a perception prompt without targets."""
         finds = not TASKS[self.task].is_text and TASKS[self.task].result != "image"
         return finds and self.parent < 0 and not self.boxes
 
     @property
     def note(self) -> str:
-        """What it should find, and its tokens."""
+        """Its targets and number of tokens, in words."""
         if TASKS[self.task].is_text:
-            return f"{self.tokens} tokens"
+            return f"{self.num_tokens} tokens"
         if self.parent >= 0:
-            return f"labelled in {self.labelled}, {self.tokens} tokens"
+            return f"labelled in {self.labelled}, {self.num_tokens} tokens"
         if self.picture is not None:
             height, width = self.picture.shape[:2]
-            return f"to make: a picture of {width}×{height}, {self.tokens} tokens"
+            return f"to make: a picture of {width}×{height}, {self.num_tokens} tokens"
         if self.negative:
-            return f"nothing to find, {self.tokens} tokens"
+            return f"nothing to find, {self.num_tokens} tokens"
         masks = f", {len(self.masks)} with a mask" if self.masks else ""
         crowds = f", {sum(self.crowd)} crowds ignored" if any(self.crowd) else ""
-        return f"{self.crowd.count(False)} to find{masks}{crowds}, {self.tokens} tokens"
+        return f"{self.crowd.count(False)} to find{masks}{crowds}, {self.num_tokens} tokens"
 
 
 def prompts_of(view: View, tokenizer: LumenTokenizer, edges: dict[str, Any]) -> list[Prompt]:
@@ -70,12 +70,12 @@ def prompts_of(view: View, tokenizer: LumenTokenizer, edges: dict[str, Any]) -> 
     prompts = []
     for index, task in enumerate(view.batch.tasks):
         places = torch.nonzero(layout.branch_ids[0] == index).flatten()
-        prompt = Prompt(index, task, _pieces(layout, places, queries, tokenizer), len(places))
+        prompt = Prompt(index, task, _tokens(layout, places, queries, tokenizer), len(places))
         slots = layout.region_slots[:, 1]
         prompt.regions = layout.region_index[torch.isin(slots, places)].tolist()
         prompts.append(prompt)
     for family, targets in view.batch.targets.items():
-        if family not in layout.link_branches:  # those of a decoder, in its own size
+        if family not in layout.link_branches:  # those of a decoder with its own input size
             continue
         members, parents = layout.link_branches[family].tolist(), layout.link_parents[family].tolist()
         for link, branch in enumerate(members):
@@ -91,32 +91,32 @@ def prompts_of(view: View, tokenizer: LumenTokenizer, edges: dict[str, Any]) -> 
     return prompts
 
 
-def _pieces(layout: Layout, places: Tensor, queries: set[int], tokenizer: LumenTokenizer) -> list[PromptToken]:
-    """One piece per token; tokens that are parts of one character are together."""
+def _tokens(layout: Layout, places: Tensor, queries: set[int], tokenizer: LumenTokenizer) -> list[PromptToken]:
+    """The tokens of a prompt; those of one multi-byte character are joined."""
     special = {i: token for token, i in tokenizer.ids.items()}
     learned = (layout.labels[0, places] != IGNORE).tolist()
-    pieces: list[PromptToken] = []
-    open_tokens: list[int] = []  # bytes of a character that is not complete yet
+    out: list[PromptToken] = []
+    open_tokens: list[int] = []  # those of a character that is still incomplete
     for place, token, is_learned in zip(places.tolist(), layout.input_ids[0, places].tolist(), learned, strict=True):
         if place in queries:
-            pieces.append((f"q{sum(kind == 'query' for _, kind, _ in pieces) + 1}", "query", is_learned))
+            out.append((f"q{sum(kind == 'query' for _, kind, _ in out) + 1}", "query", is_learned))
         elif token in special:
-            pieces.append((special[token], "special", is_learned))
+            out.append((special[token], "special", is_learned))
         else:
             if open_tokens:
-                pieces.pop()
+                out.pop()
             open_tokens.append(token)
-            pieces.append((tokenizer.backend.decode(open_tokens), "text", is_learned))
-            open_tokens = open_tokens if "\ufffd" in pieces[-1][0] else []
+            out.append((tokenizer.backend.decode(open_tokens), "text", is_learned))
+            open_tokens = open_tokens if "\ufffd" in out[-1][0] else []
             continue
         open_tokens = []
-    return pieces
+    return out
 
 
 def instruction(prompt: Prompt) -> str:
     """The words between the first <user> and <assistant>."""
     words = []
-    for text, kind, _ in prompt.pieces[1:]:
+    for text, kind, _ in prompt.tokens[1:]:
         if text == "<assistant>":
             break
         words.append(text if kind == "text" else "")
@@ -136,18 +136,23 @@ def _targets(prompt: Prompt, targets: PerceptionTargets, link: int) -> None:
 
 
 def _picture(targets: ImageTargets, link: int) -> np.ndarray:
-    """The part of the target that counts."""
+    """The target without its padding, uint8 [h, w, 3]."""
     picture = targets.images[link].permute(1, 2, 0)
     height, width = picture.shape[:2] if targets.extents is None else targets.extents[link].tolist()
     return picture[:height, :width].contiguous().numpy()
 
 
 def _pose(
-    prompt: Prompt, parts: list[Prompt], targets: PerceptionTargets, link: int, links: list[int], edges: dict[str, Any]
+    prompt: Prompt,
+    children: list[Prompt],
+    targets: PerceptionTargets,
+    link: int,
+    links: list[int],
+    edges: dict[str, Any],
 ) -> None:
-    """The keypoints of a pose prompt's instances, one from each of its keypoint prompts."""
+    """Adds the keypoints of a pose prompt's instances, one from each of its keypoint prompts (`children`, `links`)."""
     valid = torch.nonzero(targets.valid[link]).flatten()
     prompt.keypoints = targets.keypoints[links][:, valid].transpose(0, 1).tolist()
     prompt.edges = edges.get(prompt.phrase, [])
     rest = TASKS["pose"].keypoint_prompt("", prompt.phrase)
-    prompt.keypoint_names = tuple(instruction(part).replace(rest, "") for part in parts)
+    prompt.keypoint_names = tuple(instruction(child).replace(rest, "") for child in children)

@@ -1,4 +1,4 @@
-"""What the page and the printed tables of `data inspect` show."""
+"""The data shown by `data inspect`: tables and sampled rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lumen_ray.data.shards.shards import read_row_group
 from lumen_ray.errors import unknown
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.presets import model_path
-from lumen_ray.recipe import Recipe
+from lumen_ray.recipe import BucketRange, Recipe
 from lumen_ray.tasks import TASKS
 from lumen_ray.trunk.batch import TrainingBatch
 from lumen_ray.trunk.tokenizer import LumenTokenizer
@@ -35,13 +35,13 @@ class Section:
 
 
 def shown(value: Any) -> str:
-    """A cell as text."""
+    """A table cell as text."""
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
 @dataclass
 class View:
-    """One sampled row: as stored, and the batch of one that training would make of it with `group` of the stage."""
+    """One sampled row as stored, and the training batch made of it alone, with the `tasks` of a group of the stage."""
 
     row: dict[str, Any]
     batch: TrainingBatch
@@ -64,7 +64,7 @@ def sample_places(manifest: dict[str, Any], number: int, seed: int) -> Iterator[
 
 
 class Sampler:
-    """Makes the `View` of a row with a stage of a recipe."""
+    """Makes the `View` of a row, with a stage of a recipe."""
 
     def __init__(self, folder: urls.Location, manifest: dict[str, Any], recipe: Recipe, stage: str | None = None):
         settings = config.load(ModelSettings, model_path(recipe.model))
@@ -72,7 +72,7 @@ class Sampler:
         self.folder, self.recipe, self.settings = urls.absolute(folder), recipe, settings
         self.stage = _stage_index(recipe, stage)
         tokenizer = LumenTokenizer.train(
-            read_texts(folder, families=settings.families), settings.vocab_size, settings.families
+            read_texts(self.folder, families=settings.families), settings.vocab_size, settings.families
         )
         self.reader = BatchReader(
             self.folder, recipe, tokenizer, settings.image_size, skeletons_of(manifest), class_frequencies(manifest),
@@ -84,11 +84,12 @@ class Sampler:
         return self.reader.tokenizer
 
     def view(self, file: str, index: int, number: int, rng: np.random.Generator) -> View:
-        """The row as stored and as the first step of the stage would see it. `rng` draws the task group."""
+        """The row as stored and as in the first step of the stage. `rng` draws the task group."""
         (row,) = read_row_group(self.folder, file, index, [number])
         group = self._group(row, rng)
         bucket = None
         if self.recipe.buckets:
+            assert not isinstance(self.recipe.buckets, BucketRange), "with_sizes has resolved it"
             size = (row["height"], row["width"])
             bucket = buckets.choose(size, self.recipe.buckets) if row["image"] else self.recipe.buckets[0]
         step = sum(stage.steps for stage in self.recipe.stages[: self.stage])
@@ -98,7 +99,7 @@ class Sampler:
         return View(row, batch, self.recipe.stages[self.stage].groups[group].tasks, tokens)
 
     def _group(self, row: dict[str, Any], rng: np.random.Generator) -> int:
-        """A group of the stage that the row is annotated for, drawn by weight; the first where there is none."""
+        """A group of the stage that the row is annotated for, drawn by weight; the first one if there is none."""
         groups = self.recipe.stages[self.stage].groups
         weights = np.array([g.weight * any(TASKS[t].annotation in row["tasks"] for t in g.tasks) for g in groups])
         return int(rng.choice(len(groups), p=weights / weights.sum())) if weights.any() else 0
@@ -106,7 +107,7 @@ class Sampler:
 
 def _stage_index(recipe: Recipe, name: str | None) -> int:
     names = [stage.name for stage in recipe.stages]
-    if name is None:  # the one that asks for most
+    if name is None:  # the one with the most tasks
         return max(range(len(names)), key=lambda i: len({t for g in recipe.stages[i].groups for t in g.tasks}))
     if name not in names:
         raise unknown("stage", name, names)

@@ -1,7 +1,7 @@
-"""Edits of the synthetic scenes: an instruction, and the same scene rendered again with the change.
+"""Edits of the synthetic scenes: an instruction, and the scene rendered again with the change.
 
-Everything else of the picture stays: background, noise, the other objects' places and shades. An instruction names
-exactly one object, and what it asks for leaves a scene whose objects can still be told apart.
+The rest of the image stays the same: background, noise, positions and shades of the other objects. An instruction
+refers to exactly one object, and in the edited scene objects that touch still differ in colour.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _REMOVE_SHARE = 0.4
 
 @dataclass(frozen=True)
 class SceneEdit:
-    """`instruction`, e.g. "make the red circle blue"; `index`: the object it names, in the order of the scene before;
-    `colour`: its new one, None when it goes; `after`: the scene with the edit done."""
+    """`instruction`, e.g. "make the red circle blue"; `index`: of its object in the scene before; `colour`: the new
+    one, None if the object is removed; `after`: the edited scene."""
 
     instruction: str
     index: int
@@ -30,8 +30,8 @@ class SceneEdit:
 
 
 def scene_edit(seed: int, index: int, side: int = 128) -> SceneEdit | None:
-    """An edit of scene `index` of the set `seed`, None where no expression names just one of its objects. A pure
-    function of its arguments, with a random stream of its own: pictures and texts of the scene do not depend on it."""
+    """An edit of scene `index` of the set `seed`, None if no expression matches exactly one object. A pure function of
+    its arguments, with a separate random stream, so that images and texts of the scene do not depend on it."""
     rng = np.random.default_rng([seed, index, 2])
     drawn = sketch(seed, index, side)
     options = text.expressions(drawn.scene().objects, side)
@@ -50,17 +50,17 @@ def scene_edit(seed: int, index: int, side: int = 128) -> SceneEdit | None:
 
 
 def _possible_colours(drawn: Sketch, chosen: int) -> list[str]:
-    """Other colours for a layer that no object it touches has: objects of one colour would run into each other."""
+    """New colours for a layer, without those of objects that it touches, which would merge with it."""
     side = len(drawn.background)
-    own: Layer = drawn.layers[chosen]
-    inside = own.inside(side)
-    touched = {o.colour for o in drawn.layers if o is not own and (o.inside(side) & inside).any()}
-    return [colour for colour in text.COLOURS if colour != own.colour and colour not in touched]
+    layer: Layer = drawn.layers[chosen]
+    inside = layer.inside(side)
+    touched = {other.colour for other in drawn.layers if other is not layer and (other.inside(side) & inside).any()}
+    return [colour for colour in text.COLOURS if colour != layer.colour and colour not in touched]
 
 
 def with_edit(row: dict[str, Any], edit: SceneEdit | None) -> dict[str, Any]:
-    """A scene's row that also trains the task `edit`: its picture is what the edit starts from, `target_image` what it
-    leads to. The row itself where there is no edit."""
+    """A scene's row that also trains the task `edit`, with the edited scene as `target_image`. Without an edit, the row
+    itself."""
     if edit is None:
         return row
     message = make_message("edit", edit.instruction, None)

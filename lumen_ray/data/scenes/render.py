@@ -1,7 +1,7 @@
 """Synthetic mixed-task scenes: coloured shapes and stick figures, fully annotated, a pure function of (seed, index).
 
-The embedded default data set: it needs no download and trains every task. Shapes are drawn by signed distance, so a
-pixel's colour is antialiased and its mask is exact: a pixel belongs to an object when its centre lies inside.
+The built-in default data set: it needs no download and trains every task. Shapes are drawn by signed distance, so
+colours are antialiased and masks exact: a pixel belongs to an object if its centre lies inside.
 """
 
 from __future__ import annotations
@@ -17,18 +17,16 @@ from PIL import Image
 from lumen_ray.data.scenes import text
 from lumen_ray.data.scenes.text import CLASSES, COLOURS, SHAPES
 from lumen_ray.data.shards.schema import make_row
+from lumen_ray.keypoints import FIGURE_KEYPOINTS
 from lumen_ray.structures import Masks
 
-#: left and right as the viewer sees them
-KEYPOINTS = ("head", "left hand", "right hand", "left foot", "right foot")
-#: pairs of 0-based keypoint indices, for drawing
-SKELETON_EDGES = ((0, 1), (0, 2), (0, 3), (0, 4))
-SKELETONS: dict[str, tuple[str, ...]] = dict.fromkeys(("figure", *(f"{c} figure" for c in COLOURS)), KEYPOINTS)
+#: class -> names of its keypoints
+SKELETONS: dict[str, tuple[str, ...]] = dict.fromkeys(("figure", *(f"{c} figure" for c in COLOURS)), FIGURE_KEYPOINTS)
 
 MIN_VISIBLE = 0.75  # an object keeps at least this share of its pixels
 _SIZES = {"figure": (32, 52), "circle": (22, 48), "square": (22, 48), "triangle": (26, 52)}  # pixels at side 128
 _HUES = {"red": (0.99, 0.025), "green": (0.34, 0.05), "blue": (0.61, 0.035)}  # centre, half width
-#: of scenes with 1, 2, .. 5 objects; a lone object is where words and looks are learned to belong together
+#: of scenes with 1, 2, ... 5 objects; from single objects a model learns which words belong to which appearance
 _NUMBER_SHARES = (0.35, 0.25, 0.2, 0.12, 0.08)
 _REGION_KINDS = ("box", "point", "scribble", "polygon", "mask")
 _REGION_SHARES = (0.6, 0.1, 0.1, 0.1, 0.1)
@@ -36,7 +34,8 @@ _REGION_SHARES = (0.6, 0.1, 0.1, 0.1, 0.1)
 
 @dataclass
 class SceneObject:
-    """One drawn object. `mask`: bool [side, side], visible pixels; `keypoints`: float32 [5, 3] (x, y, v) or None."""
+    """One drawn object. `mask`: bool [side, side], visible pixels; `full_area`: pixels with hidden ones; `keypoints`:
+    float32 [5, 3] (x, y, v) in pixels, or None."""
 
     colour: str
     shape: str
@@ -50,25 +49,25 @@ class SceneObject:
 
     @property
     def area(self) -> int:
-        """Visible pixels."""
+        """Number of visible pixels."""
         return int(self.mask.sum())
 
     @property
     def box(self) -> tuple[float, float, float, float]:
-        """xyxy, tight around the visible pixels, far edge exclusive."""
+        """The tight box of the visible pixels, xyxy, far edge exclusive."""
         xs, ys = np.flatnonzero(self.mask.any(0)), np.flatnonzero(self.mask.any(1))
         return float(xs[0]), float(ys[0]), float(xs[-1] + 1), float(ys[-1] + 1)
 
     @property
     def centre(self) -> tuple[float, float]:
-        """x, y of the box's centre."""
+        """(x, y) of the box's centre."""
         x1, y1, x2, y2 = self.box
         return (x1 + x2) / 2, (y1 + y2) / 2
 
 
 @dataclass
 class Scene:
-    """`image`: uint8 [side, side, 3] RGB; `objects` in drawing order (later ones lie on top)."""
+    """`image`: uint8 [side, side, 3] RGB; `objects` in drawing order (later ones on top)."""
 
     image: np.ndarray
     objects: list[SceneObject]
@@ -76,8 +75,8 @@ class Scene:
 
 @dataclass(frozen=True)
 class Layer:
-    """One object as it is drawn. `coverage`: float32 0..1 of the pixels at (rows, columns); `paint`: float32 [3] in
-    0..1; `keypoints`: float32 [5, 3] of a figure."""
+    """One object before composition. `coverage`: float32 in 0..1 of the pixels at (rows, columns); `paint`: RGB float32
+    [3] in 0..1; `keypoints`: float32 [5, 3] of a figure."""
 
     colour: str
     shape: str
@@ -88,7 +87,7 @@ class Layer:
     keypoints: np.ndarray | None
 
     def inside(self, side: int) -> np.ndarray:
-        """bool [side, side]: the pixels whose centre lies inside the object, hidden ones included."""
+        """The pixels whose centre lies inside the object, hidden ones included: bool [side, side]."""
         pixels = np.zeros((side, side), bool)
         pixels[self.rows, self.columns] = self.coverage >= 0.5
         return pixels
@@ -96,9 +95,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Sketch:
-    """What a scene is drawn from. `background` and `noise`: float32 [side, side, 3] in 0..1; `layers` bottom first.
+    """The components of a scene. `background` and `noise`: float32 [side, side, 3] in 0..1; `layers` bottom first.
 
-    The same sketch with other layers is an edit of the scene that leaves all else as it is.
+    The same sketch with other layers is an edit of the scene that changes nothing else.
     """
 
     background: np.ndarray
@@ -106,6 +105,7 @@ class Sketch:
     noise: np.ndarray
 
     def scene(self) -> Scene:
+        """Composes the layers."""
         side = len(self.background)
         canvas = self.background.copy()
         objects: list[SceneObject] = []
@@ -127,7 +127,7 @@ def _polygon_distance(xy: np.ndarray, vertices: np.ndarray) -> np.ndarray:
 
 
 def _capsule_distance(xy: np.ndarray, start: np.ndarray, end: np.ndarray, radius: float) -> np.ndarray:
-    """Signed distance of points [h, w, 2] to the segment start-end thickened by `radius`."""
+    """Signed distance (negative inside) of points [h, w, 2] to the segment start-end thickened by `radius`."""
     axis = end - start
     along = np.clip((xy - start) @ axis / (axis @ axis), 0, 1)
     return np.linalg.norm(xy - start - along[..., None] * axis, axis=-1) - radius
@@ -146,7 +146,7 @@ def _figure_parts(rng: np.random.Generator) -> tuple[np.ndarray, list[tuple[np.n
 
 
 def _draw(shape: str, size: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray | None]:
-    """Coverage float32 [p, p] in 0..1 of one object on its own patch, and for figures its keypoints [5, 2] in it."""
+    """Coverage float32 [p, p] in 0..1 of one object on a patch, and for figures its keypoints [5, 2] in the patch."""
     angle = np.radians(rng.uniform(-15, 15) if shape == "figure" else rng.uniform(-22, 22))
     rotation = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])  # for row vectors
     patch = int(np.ceil(size * 1.35)) + 2
@@ -192,7 +192,7 @@ def _background(side: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _fits(inside: np.ndarray, rows: slice, columns: slice, colour: str, objects: list[SceneObject]) -> bool:
-    """Whether a new object may lie there: hides little of the others, and touches none of its own colour."""
+    """Whether a new object fits there: it hides little of the others and touches none of the same colour."""
     for other in objects:
         hidden = int((other.mask[rows, columns] & inside).sum())
         if hidden and (other.colour == colour or other.area - hidden < MIN_VISIBLE * other.full_area):
@@ -200,8 +200,10 @@ def _fits(inside: np.ndarray, rows: slice, columns: slice, colour: str, objects:
     return True
 
 
-def _place(coverage: np.ndarray, colour: str, objects: list[SceneObject], side: int, rng: np.random.Generator) -> Any:
-    """A free place (rows, columns, cropped coverage) for a patch, or None after some tries."""
+def _place(
+    coverage: np.ndarray, colour: str, objects: list[SceneObject], side: int, rng: np.random.Generator
+) -> tuple[slice, slice, np.ndarray, np.ndarray] | None:
+    """A free place for a patch: rows, columns, cropped coverage, offset (x, y) of the patch; None after 12 tries."""
     ys, xs = np.flatnonzero(coverage.any(1)), np.flatnonzero(coverage.any(0))
     crop = coverage[ys[0] : ys[-1] + 1, xs[0] : xs[-1] + 1]
     height, width = crop.shape
@@ -214,14 +216,14 @@ def _place(coverage: np.ndarray, colour: str, objects: list[SceneObject], side: 
 
 
 def sketch(seed: int, index: int, side: int = 128) -> Sketch:
-    """How scene number `index` of the set `seed` is drawn: 1 to 5 layers. Deterministic."""
+    """The components of scene `index` of the set `seed`: 1 to 5 layers. Deterministic."""
     rng = np.random.default_rng([seed, index])
     background = _background(side, rng)
     layers: list[Layer] = []
     objects: list[SceneObject] = []
     number = 1 + int(rng.choice(5, p=_NUMBER_SHARES))
     for _ in range(number):
-        if objects and rng.random() < 0.35:  # repeat a class, so that counting and "the left one" mean something
+        if objects and rng.random() < 0.35:  # repeat a class, for counts above 1 and phrases like "the left one"
             model = objects[rng.integers(len(objects))]
             colour, shape = model.colour, model.shape
         else:
@@ -240,7 +242,7 @@ def sketch(seed: int, index: int, side: int = 128) -> Sketch:
 
 
 def _lay(layer: Layer, objects: list[SceneObject], side: int) -> None:
-    """Adds the layer's object on top of `objects`, of which it hides what lies under it."""
+    """Adds the layer's object on top of `objects` and removes the pixels it hides from their masks."""
     inside = layer.inside(side)
     for other in objects:
         other.mask &= ~inside
@@ -249,25 +251,25 @@ def _lay(layer: Layer, objects: list[SceneObject], side: int) -> None:
 
 
 def render(seed: int, index: int, side: int = 128) -> Scene:
-    """Scene number `index` of the set `seed`: 1 to 5 objects on a `side` x `side` image. Deterministic."""
+    """Renders scene `index` of the set `seed`: 1 to 5 objects on a `side` x `side` image. Deterministic."""
     return sketch(seed, index, side).scene()
 
 
 def _mark_hidden_keypoints(obj: SceneObject, side: int) -> None:
-    """v = 1 where another object covers the keypoint."""
+    """Sets v = 1 for keypoints covered by another object."""
     if obj.keypoints is not None:
         x, y = np.clip(obj.keypoints[:, :2].astype(int), 0, side - 1).T
         obj.keypoints[:, 2] = np.where(obj.mask[y, x], 2, 1)
 
 
 def _region(obj: SceneObject, rle: dict[str, Any], side: int, rng: np.random.Generator) -> dict[str, Any]:
-    """A visual prompt that means the object: mostly a slightly loose box."""
+    """A visual prompt for the object: mostly a slightly loose box."""
     kind = _REGION_KINDS[rng.choice(len(_REGION_KINDS), p=_REGION_SHARES)]
     if kind == "mask":
         return {"kind": kind, "points": None, "mask": rle}
     if kind == "box":
         loose = np.array(obj.box) + rng.integers(-2, 3, 4)
-        points = np.clip(loose, 0, side)
+        points: np.ndarray = np.clip(loose, 0, side)
     else:
         ys, xs = np.nonzero(obj.mask)
         inside = np.stack([xs, ys], 1) + 0.5
@@ -282,17 +284,17 @@ def _region(obj: SceneObject, rle: dict[str, Any], side: int, rng: np.random.Gen
 
 
 def encode_jpeg(image: np.ndarray) -> bytes:
-    """JPEG bytes (quality 95, full colour resolution) of uint8 [H, W, 3]: smaller and quicker than PNG under noise."""
+    """JPEG bytes (quality 95, no chroma subsampling) of uint8 [H, W, 3]; with noise, smaller and faster than PNG."""
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, "JPEG", quality=95, subsampling=0)
     return buffer.getvalue()
 
 
 def scene_row(seed: int, index: int, side: int = 128) -> dict[str, Any]:
-    """The shard row (`data.schema`) of one scene, annotated for every task. A pure function of its arguments."""
+    """The shard row (`shards.schema`) of one scene, annotated for every task. A pure function of its arguments."""
     scene = render(seed, index, side)
     objects = scene.objects
-    rng = np.random.default_rng([seed, index, 1])  # its own stream: new texts do not move the pictures
+    rng = np.random.default_rng([seed, index, 1])  # a separate stream: changed texts do not change the images
     rles = Masks.from_arrays(np.stack([o.mask for o in objects])).rles
     instances = [
         {

@@ -1,9 +1,9 @@
-"""The language of the synthetic scenes: captions, questions, expressions and short exchanges about their objects.
+"""Texts of the synthetic scenes: captions, questions, expressions and short exchanges about their objects.
 
-All text is lowercase with blanks around punctuation, so that a small vocabulary covers it. Every function takes the
-scene's objects (anything with `.colour`, `.shape`, `.area`, `.centre`) and a `numpy.random.Generator`, and returns
-columns of `data.schema`. Questions and expressions are only asked where the picture answers them clearly: an extreme
-("left", "largest") must win by a margin.
+All text is lowercase with blanks around punctuation, so that a small vocabulary covers it. The functions take the
+scene's objects (anything with `.colour`, `.shape`, `.area`, `.centre`), most of them a `numpy.random.Generator`, and
+return columns of `shards.schema`. Questions and expressions must have one clear answer: an extreme ("left", "largest")
+must win by a margin.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five")
 COUNT_ANSWERS = NUMBERS[:5]
 
 AREA_MARGIN = 1.4  # the largest object has at least this many times the area of the next
-PLACE_MARGIN = 0.1  # the leftmost object is at least this fraction of the image's side left of the next
-YES_NO_SHARE = 0.25  # of the scenes ask one yes/no question, so about 8 % of all questions are of that kind
+PLACE_MARGIN = 0.1  # the leftmost object is left of the next by at least this fraction of the image's side
+YES_NO_SHARE = 0.25  # share of scenes with a yes/no question, which makes about 8 % of all questions
 _PLACES = {"left": (0, 1), "right": (0, -1), "top": (1, 1), "bottom": (1, -1)}  # axis, sign: smallest wins
 
 
@@ -35,7 +35,7 @@ def noun(name: str, count: int) -> str:
 
 
 def class_counts(objects: Sequence[Any]) -> dict[str, int]:
-    """Objects per class, in the order of `CLASSES`, without the absent ones."""
+    """Number of objects per class, in the order of `CLASSES`, without absent ones."""
     counts = Counter(f"{o.colour} {o.shape}" for o in objects)
     return {name: counts[name] for name in CLASSES if counts[name]}
 
@@ -47,7 +47,7 @@ def caption(objects: Sequence[Any]) -> str:
 
 
 def _winner(values: np.ndarray, margin: float, ratio: bool = False) -> int | None:
-    """Index of the smallest value when it is clear of the next one by `margin`, else None."""
+    """Index of the smallest value if the next one is larger by `margin` (`ratio`: by that factor), else None."""
     order = np.argsort(values)
     first, second = values[order[0]], values[order[1]]
     clear = second >= first * margin if ratio else second - first >= margin
@@ -67,7 +67,7 @@ def extremes(objects: Sequence[Any], members: Sequence[int], side: int) -> dict[
 
 
 def expressions(objects: Sequence[Any], side: int) -> list[tuple[str, int]]:
-    """All (expression, index) that fit exactly one object: plain names ("the red circle", "the circle") where they do,
+    """All (expression, index) that match exactly one object: plain names ("the red circle", "the circle") if they do,
     else comparisons ("the left square")."""
     options: list[tuple[str, int]] = []
     names = {f"{o.colour} {o.shape}" for o in objects} | {o.shape for o in objects}
@@ -81,12 +81,12 @@ def expressions(objects: Sequence[Any], side: int) -> list[tuple[str, int]]:
 
 
 def refer_phrases(objects: Sequence[Any], side: int, rng: np.random.Generator, limit: int = 3) -> list[dict[str, Any]]:
-    """Expressions that fit exactly one object, and now and then one that fits none (`instances` is empty).
+    """Expressions that match exactly one object, and sometimes one that matches none (`instances` is empty).
 
     Plain names ("the red circle") are drawn more often than comparisons ("the left square").
     """
     options = expressions(objects, side)
-    if not options:  # twins that no comparison tells apart
+    if not options:  # objects of one class that no comparison distinguishes
         return []
     weights = np.array([1.0 if text.count(" ") == 1 or text.split()[1] in COLOURS else 0.3 for text, _ in options])
     chosen = rng.choice(len(options), min(limit, len(options)), replace=False, p=weights / weights.sum())
@@ -100,7 +100,7 @@ def refer_phrases(objects: Sequence[Any], side: int, rng: np.random.Generator, l
 
 
 def ground_phrases(objects: Sequence[Any]) -> list[dict[str, Any]]:
-    """One phrase per class in the caption, e.g. ``"blue squares"``, pointing to all its instances."""
+    """One phrase per class in the caption, e.g. ``"blue squares"``, with all its instances."""
     return [
         {
             "task": "ground",
@@ -117,13 +117,13 @@ def _colour_questions(objects: Sequence[Any]) -> list[tuple[str, str]]:
 
 
 def _count_questions(objects: Sequence[Any], rng: np.random.Generator) -> list[tuple[str, str]]:
-    """About a shape or colour; one in five about an absent one, so that the answers are not mostly 'one'."""
+    """A question about a shape or colour, one in five about an absent one, so that answers are not mostly 'one'."""
     counts = Counter(o.shape for o in objects) + Counter(o.colour for o in objects)
     absent = rng.random() < 0.2
     subjects = [word for word in (*SHAPES, *COLOURS) if (counts[word] == 0) == absent and counts[word] <= 4]
     if not subjects:
         return []
-    # the more there are, the likelier it is asked: evens out the answers
+    # larger counts are drawn more often, to even out the answers
     weights = np.array([1 + 2 * max(counts[word] - 1, 0) for word in subjects], float)
     word = subjects[rng.choice(len(subjects), p=weights / weights.sum())]
     plural = f"{word} objects" if word in COLOURS else f"{word}s"
@@ -139,7 +139,7 @@ def _place_questions(objects: Sequence[Any], side: int) -> list[tuple[str, str]]
 
 
 def questions(objects: Sequence[Any], side: int, rng: np.random.Generator, number: int = 3) -> list[dict[str, Any]]:
-    """Up to `number` vqa messages of different kinds (fewer where the scene answers no more)."""
+    """Up to `number` vqa messages of different kinds, fewer if the scene does not answer as many."""
     kinds = [_colour_questions(objects), _place_questions(objects, side), _count_questions(objects, rng)]
     kinds = [list(rng.permutation(np.array(k, object))) for k in kinds if k]
     if rng.random() < YES_NO_SHARE:
@@ -147,12 +147,12 @@ def questions(objects: Sequence[Any], side: int, rng: np.random.Generator, numbe
         answer = rng.choice(["yes", "no"])
         name = rng.choice(present if answer == "yes" else [c for c in CLASSES if c not in present])
         kinds.append([(f"is there a {name} ?", answer)])
-    asked: list[tuple[str, str]] = []
-    while len(asked) < number and any(kinds):
+    chosen: list[tuple[str, str]] = []
+    while len(chosen) < number and any(kinds):
         for i in rng.permutation(len(kinds)):
-            if kinds[i] and len(asked) < number:
-                asked.append(tuple(kinds[i].pop()))
-    return [make_message("vqa", str(question), str(answer)) for question, answer in asked]
+            if kinds[i] and len(chosen) < number:
+                chosen.append(tuple(kinds[i].pop()))
+    return [make_message("vqa", str(question), str(answer)) for question, answer in chosen]
 
 
 _SMALL_TALK = (
@@ -163,15 +163,15 @@ _SMALL_TALK = (
 
 
 def chat(objects: Sequence[Any], rng: np.random.Generator) -> dict[str, Any]:
-    """A short exchange: a greeting, a question about the whole image, or the one followed by the other."""
+    """A short exchange: small talk, a question about the whole image, or both in this order."""
     colours = [c for c in COLOURS if any(o.colour == c for o in objects)]
     about_image = (
         ("how many objects are there in total ?", NUMBERS[len(objects)]),
         ("which colors do you see ?", " and ".join(filter(None, [" , ".join(colours[:-1]), colours[-1]])) + " ."),
     )
     talk = _SMALL_TALK[rng.integers(len(_SMALL_TALK))]
-    asked = about_image[rng.integers(len(about_image))]
-    exchanges = {0: [talk], 1: [asked], 2: [talk, asked]}[int(rng.integers(3))]
+    question = about_image[rng.integers(len(about_image))]
+    exchanges = {0: [talk], 1: [question], 2: [talk, question]}[int(rng.integers(3))]
     message = make_message("chat", *exchanges[0])
     for exchange in exchanges[1:]:
         message["turns"] += make_message("chat", *exchange)["turns"]
@@ -184,7 +184,7 @@ def caption_message(objects: Sequence[Any], rng: np.random.Generator) -> dict[st
 
 
 def region_message(obj: Any, region: int, rng: np.random.Generator) -> dict[str, Any]:
-    """``"describe <region> ." -> "red circle"``; `region` is the index into the row's regions."""
+    """``"describe <region> ." -> "red circle"``; `region`: index into the row's regions."""
     prompt = get_task("region_caption").prompt(template=int(rng.integers(8)))
     return make_message("region_caption", prompt, f"{obj.colour} {obj.shape}", (region,))
 
@@ -194,6 +194,6 @@ _REMOVE = ("remove {}", "delete {}", "take away {}")
 
 
 def edit_instruction(expression: str, colour: str | None, rng: np.random.Generator) -> str:
-    """``("the red circle", "blue") -> "make the red circle blue"``; without a colour the object is to go."""
+    """``("the red circle", "blue") -> "make the red circle blue"``; without a colour, the object is to be removed."""
     template = str(rng.choice(_REMOVE if colour is None else _RECOLOUR))
     return template.format(expression, colour=colour)

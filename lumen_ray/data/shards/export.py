@@ -1,10 +1,10 @@
-"""Shards back to COCO json.
+"""Exports shards to COCO json.
 
-What came in as COCO comes out with the same classes, masks and crowd flags, the same captions but for runs of blanks,
-boxes, areas and labelled keypoints as float32, all in the frame of the EXIF-rotated image. Not the same: images,
-annotations and categories are numbered anew, polygons are RLE, what lay outside its image is cut off (boxes clipped,
-keypoints unlabelled; the manifest's `changed` counts both), unlabelled keypoints have coordinates of 0, and annotations
-that stood twice or were rejected are left out.
+A COCO data set comes back with the same classes, masks and crowd flags, the same captions except for runs of blanks,
+and boxes, areas and labelled keypoints as float32, all in the frame of the EXIF-rotated image. Not the same: images,
+annotations and categories have new numbers, polygons are RLE, boxes are clipped to the image and keypoints outside it
+unlabelled (the manifest's `changed` counts both), unlabelled keypoints have coordinates 0, and repeated or rejected
+annotations are missing.
 """
 
 from __future__ import annotations
@@ -18,29 +18,29 @@ from lumen_ray.data.shards.shards import read_manifest, read_rows
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Boxes
 
-#: how files begin, for images whose id is no file name
+#: extensions by the first bytes of a file, for images whose id has none
 _SIGNATURES = {b"\xff\xd8": ".jpg", b"\x89PNG": ".png", b"RIFF": ".webp", b"GIF8": ".gif", b"BM": ".bmp"}
 _SIGNATURES |= {b"II*": ".tif", b"MM\0*": ".tif"}
 INSTANCES, CAPTIONS, IMAGES = "instances.json", "captions.json", "images"
 
 
 def export_coco(shards: urls.Location, output: urls.Location, *, images: bool = False) -> dict[str, int]:
-    """Write ``instances.json`` (and ``captions.json`` where there are captions) into the folder `output`; counts.
+    """Writes ``instances.json`` (and ``captions.json`` if there are captions) into the folder `output`; returns counts.
 
     Boxes are xywh in float64 without rounding, so that reading them again gives the same float32 corners; masks are
-    compressed RLE, keypoints in COCO's order with skeletons counted from 1. Images and annotations are numbered from 1;
-    `file_name` is the rows' `image_id`, with an extension where it has none. Where a row is not annotated for all
-    classes, the image carries LVIS's ``neg_category_ids`` and ``not_exhaustive_category_ids``. `images`: also write the
-    encoded images, as they are, to ``images/``. Rows without an image are left out and counted under "without_image".
-    What COCO has no place for (questions, regions, phrases) is not written.
+    compressed RLE, skeletons count keypoints from 1. Images and annotations are numbered from 1; `file_name` is the
+    row's `image_id`, with an extension added if it has none. If a row is not annotated for all classes, the image has
+    LVIS's ``neg_category_ids`` and ``not_exhaustive_category_ids``. `images`: also write the encoded images, unchanged,
+    to ``images/``. Rows without an image are left out and counted under "without_image". Questions, regions and
+    phrases, which COCO does not have, are left out.
     """
     manifest = read_manifest(shards)
     categories = {c["name"]: {"id": n, **_category(c)} for n, c in enumerate(manifest["categories"], start=1)}
     listed: list[dict[str, Any]] = []
-    asked: list[tuple[frozenset[str], frozenset[str]]] = []  # per image: the classes annotated for, those shown
+    classes: list[tuple[frozenset[str], frozenset[str]]] = []  # per image: annotated exhaustively, present
     annotations: list[dict[str, Any]] = []
     captions: list[dict[str, Any]] = []
-    asked_before: dict[frozenset[str], frozenset[str]] = {}  # one copy of what most rows have in common
+    interned: dict[frozenset[str], frozenset[str]] = {}  # one copy of the sets that most rows share
     skipped = 0
     files.make_folder(output)
     for row in read_rows(shards):
@@ -57,12 +57,12 @@ def export_coco(shards: urls.Location, output: urls.Location, *, images: bool = 
                 text = message["turns"][-1]["content"]
                 captions.append({"id": len(captions) + 1, "image_id": number, "caption": text})
         listed.append({"id": number, "file_name": _file_name(row), "height": row["height"], "width": row["width"]})
-        classes = frozenset(row["classes"])
-        asked.append((asked_before.setdefault(classes, classes), frozenset(i["phrase"] for i in row["instances"])))
+        exhaustive = frozenset(row["classes"])
+        classes.append((interned.setdefault(exhaustive, exhaustive), frozenset(i["phrase"] for i in row["instances"])))
         if images:
             _write_image(output, row)
-    for entry, (exhaustive, shown) in zip(listed, asked, strict=True):  # now that all categories are known
-        entry |= _federated(exhaustive, shown, categories)
+    for entry, (exhaustive, present) in zip(listed, classes, strict=True):  # now that all categories are known
+        entry |= _federated(exhaustive, present, categories)
     base = {"info": {"description": f"from {urls.base_name(shards)}"}, "images": listed}
     _write(output, INSTANCES, base | {"annotations": annotations, "categories": list(categories.values())})
     if captions:
@@ -82,12 +82,12 @@ def _category(category: dict[str, Any]) -> dict[str, Any]:
 
 
 def _federated(
-    exhaustive: frozenset[str], shown: frozenset[str], categories: dict[str, dict[str, Any]]
+    exhaustive: frozenset[str], present: frozenset[str], categories: dict[str, dict[str, Any]]
 ) -> dict[str, list[int]]:
-    """LVIS's keys of an image, none where all categories are annotated."""
+    """LVIS's keys of an image, none if all categories are annotated exhaustively."""
     if exhaustive == categories.keys():
         return {}
-    absent, incomplete = exhaustive - shown, shown - exhaustive
+    absent, incomplete = exhaustive - present, present - exhaustive
     return {
         "neg_category_ids": [c["id"] for n, c in categories.items() if n in absent],
         "not_exhaustive_category_ids": [c["id"] for n, c in categories.items() if n in incomplete],
@@ -118,7 +118,7 @@ def _annotation(instance: dict[str, Any], category: dict[str, Any], row: dict[st
 
 
 def _write_image(output: urls.Location, row: dict[str, Any]) -> None:
-    """The encoded bytes under the image's own name, which must not lead out of the folder."""
+    """Writes the encoded image under its name. Raises `UserError` if the name leads out of the folder."""
     name = _file_name(row).replace("\\", "/")
     if name.startswith("/") or ".." in name.split("/") or urls.is_url(name):
         raise UserError(f"the image id '{name}' cannot be a file name below '{IMAGES}'; export without images",

@@ -1,14 +1,14 @@
-"""Write shard folders from any source, in parallel on Ray: one task per output file, a pure function of its records.
+"""Writes shard folders from any source, in parallel on Ray: one task per output file, a pure function of its records.
 
-So the files do not depend on how many tasks ran at once. Files are written into a staging folder beneath the output
-and moved into place when all are done, under names that the shards there before do not have; then the manifest is
-replaced and what it no longer names is removed. A job that dies leaves either the old shards whole or the new ones;
-only the list of rejected records, which comes just before the manifest, may be the new one beside old shards.
+So the files do not depend on how many tasks ran at once. They are written into a staging folder below the output and
+moved into place when all are complete, under names that existing shards do not use; then the manifest is replaced and
+files it no longer lists are removed. A killed job leaves either the old shards or the new ones complete; only the list
+of rejected records, which is written just before the manifest, may be new beside old shards.
 
-Each job has a staging folder of its own, so two that write to one output do not touch each other's files until they
-publish: without `overwrite` the later one is then refused, with it the later one replaces the earlier. Nothing guards
-the seconds of publishing themselves. The staging folder of a job that was killed is removed by the next job that finds
-it unchanged for a day (where the store keeps times; elsewhere it stays).
+Each job has its own staging folder, so two jobs with one output do not touch each other's files until they publish:
+without `overwrite` the later one then fails, with it the later one replaces the earlier. The seconds of publishing are
+not guarded. The staging folder of a killed job is removed by the next job that finds it unchanged for a day (if the
+store keeps modification times; otherwise it stays).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from lumen_ray.errors import UserError
 Progress = Callable[[int, int], None]  # records done, records in all
 Unit = dict[str, Any]  # {"number", "records", "payload"}: the records of one output file
 ROWS_PER_FILE = 512
-_STAGING = ".staging"  # what the names of staging folders begin with
-_ABANDONED = 24 * 3600  # seconds without a change after which a staging folder is a dead job's
+_STAGING = ".staging"  # prefix of staging folders
+_ABANDONED = 24 * 3600  # seconds without a change after which a staging folder is abandoned
 
 
 def prepare_source(
@@ -45,12 +45,12 @@ def prepare_source(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write all that `source` holds into the shard folder `output` (local or a URL); returns a summary.
+    """Writes all rows of `source` into the shard folder `output` (local or a URL); returns a summary.
 
-    Rows are shuffled once with `shuffle_seed`. What cannot be used goes to `rejected.parquet` with its reason; per kind
-    of record, what came in is what was written and what was rejected. `workers`: most tasks at once (None: as the
-    cluster allows, 0: in this process, without Ray). Raises `UserError` for arguments that cannot work, when not one
-    row can be written, and for an output that already holds shards, unless `overwrite`.
+    Rows are shuffled once with `shuffle_seed`. Records that cannot be used go to `rejected.parquet` with a reason; per
+    kind of record, the input is the sum of those written and rejected. `workers`: maximal number of concurrent tasks
+    (None: as the cluster allows, 0: in this process, without Ray). Raises `UserError` for invalid arguments, if no row
+    can be written, and if the output already contains shards, unless `overwrite`.
     """
     limits = (("rows_per_group", rows_per_group, 1), ("rows_per_file", rows_per_file, 1), ("workers", workers, 0),
               ("shuffle_seed", shuffle_seed, 0))  # fmt: skip
@@ -69,18 +69,18 @@ def prepare_source(
         for name in files.idle_folders(output, _STAGING, _ABANDONED):
             files.remove_folder(urls.join(output, name))
         writer = _Writer(source, listing.shared, staging, rows_per_group, rows_per_file, shuffle_seed, _window(listing))
-        results = _run(_units(listing, rows_per_file, shuffle_seed), writer, workers, progress)
+        results = _write_units(_units(listing, rows_per_file, shuffle_seed), writer, workers, progress)
         rejected = [*listing.rejected, *(record for result in results for record in result["rejected"])]
         entries = [entry for result in results for entry in result["entries"]]
         if not entries:
-            raise UserError(_nothing(source, listing, rejected), "empty_input")
+            raise UserError(_no_row(source, listing, rejected), "empty_input")
         counts = _count(source, listing, results, rejected)
         origin = {"kind": source.kind, "shuffle_seed": shuffle_seed, **source.settings(), **listing.origin}
         changed = sum((Counter(result["changed"]) for result in results), Counter())
         manifest = shards.build_manifest(
             entries, categories=listing.categories, counts=counts, changed=changed, origin=origin
         )
-        _check_output(output, overwrite)  # another job may have finished meanwhile
+        _check_output(output, overwrite)  # another job may have published meanwhile
         _publish(output, staging, manifest, rejected)
     finally:
         files.remove_folder(staging)
@@ -99,20 +99,21 @@ def _check_output(output: str, overwrite: bool) -> None:
         )
 
 
-def _nothing(source: Source, listing: Listing, rejected: Sequence[Rejected]) -> str:
+def _no_row(source: Source, listing: Listing, rejected: Sequence[Rejected]) -> str:
+    """The message for an input without a usable row."""
     number = listing.inputs.get(source.row_kind)
     first = next((r for r in rejected if r["kind"] == source.row_kind), rejected[0] if rejected else None)
     why = f"; the first: '{first['image_id']}': {first['reason']}" if first else ""
-    return f"not one of {'the' if number is None else number} {source.row_kind} can be used{why}"
+    return f"none of {'the' if number is None else number} {source.row_kind} can be used{why}"
 
 
 def _window(listing: Listing) -> bool:
-    """Whether rows must be shuffled as they are written, because a record gives many that lie side by side."""
+    """Whether rows must be shuffled while writing, because a record gives many consecutive ones."""
     return listing.shuffle and listing.rows_per_record > 1
 
 
 def _units(listing: Listing, rows_per_file: int, shuffle_seed: int) -> list[Unit]:
-    """Records, in shuffled order, dealt to output files."""
+    """The records in shuffled order, split into one unit per output file."""
     number = len(listing.records)
     order = np.random.default_rng(shuffle_seed).permutation(number) if listing.shuffle else range(number)
     step = max(1, rows_per_file // max(1, listing.rows_per_record))
@@ -133,8 +134,8 @@ class _Writer:
     window: bool
 
     def __call__(self, unit: Unit) -> dict[str, Any]:
-        """The manifest entries of the unit's files (one, or more where its records gave more rows than a file holds),
-        its rejected records, its counts per kind and what was changed."""
+        """Writes the unit. Returns the manifest entries of its files (more than one if its records give more rows than
+        a file holds), its rejected records and its counts per kind."""
         rejected: list[Rejected] = []
         came_in: Counter[str] = Counter()
         written: Counter[str] = Counter()
@@ -164,7 +165,8 @@ class _Writer:
         }
 
     def _files(self, rows: Iterator[dict[str, Any]], number: int) -> Iterator[dict[str, Any]]:
-        part, row = 0, next(rows, None)
+        part = 0
+        row = next(rows, None)
         while row is not None:
             name = f"part-{number:05d}.parquet" if part == 0 else f"part-{number:05d}-{part:03d}.parquet"
             with shards.ShardWriter(self.folder, name, self.rows_per_group) as writer:
@@ -172,11 +174,12 @@ class _Writer:
                     writer.write(row)
                     if (row := next(rows, None)) is None:
                         break
+            assert writer.entry is not None, "it has written a row"
             yield writer.entry
             part += 1
 
     def _shuffled(self, rows: Iterator[dict[str, Any]], number: int) -> Iterator[dict[str, Any]]:
-        """Rows in a random order out of a window of one file's rows."""
+        """The rows in random order, drawn from a window of as many rows as a file holds."""
         rng = np.random.default_rng((self.shuffle_seed, number))
         window: list[dict[str, Any]] = []
         for row in rows:
@@ -188,12 +191,12 @@ class _Writer:
         yield from (window[i] for i in rng.permutation(len(window)))
 
 
-def _run(
+def _write_units(
     units: list[Unit], write: Callable[[Unit], dict[str, Any]], workers: int | None, progress: Progress | None
 ) -> list[dict[str, Any]]:
-    """The results of all units in their order, computed here (`workers=0`) or by Ray Data tasks."""
+    """The results of all units in order, computed in this process (`workers=0`) or by Ray Data tasks."""
     total, done, results = sum(unit["records"] for unit in units), 0, []
-    for result in map(write, units) if workers == 0 else _run_on_ray(units, write, workers):
+    for result in map(write, units) if workers == 0 else _write_on_ray(units, write, workers):
         done += result["records"]
         results.append(result)
         if progress is not None:
@@ -201,7 +204,7 @@ def _run(
     return sorted(results, key=lambda result: result["number"])
 
 
-def _run_on_ray(
+def _write_on_ray(
     units: list[Unit], write: Callable[[Unit], dict[str, Any]], workers: int | None
 ) -> Iterator[dict[str, Any]]:
     from lumen_ray import ray_env
@@ -213,18 +216,18 @@ def _run_on_ray(
         ray_env.init_local()
 
     def write_batch(batch: dict[str, Any]) -> dict[str, Any]:
-        # results as json: their nested, sometimes empty lists have no fixed Arrow type
+        # as json, since nested, sometimes empty lists have no fixed Arrow type
         fields = zip(batch["number"], batch["records"], batch["payload"], strict=True)
         try:
             written = [write({"number": int(n), "records": int(r), "payload": str(p)}) for n, r, p in fields]
-        except UserError as error:  # as a value: Ray would wrap it into its own error and traceback
+        except UserError as error:  # as a value, since Ray would wrap the exception
             written = [{"error": str(error), "reason": error.reason}]
         return {"result": [json.dumps(result) for result in written]}
 
-    dataset = ray.data.from_items(units, override_num_blocks=len(units))
     size = None if workers is None else min(workers, len(units))
-    dataset = dataset.map_batches(write_batch, batch_size=1, compute=ray.data.TaskPoolStrategy(size=size))
-    for row in dataset.iter_rows():
+    blocks = ray.data.from_items(units, override_num_blocks=len(units))
+    results = blocks.map_batches(write_batch, batch_size=1, compute=ray.data.TaskPoolStrategy(size=size))
+    for row in results.iter_rows():
         result = json.loads(row["result"])
         if "error" in result:
             raise UserError(result["error"], result["reason"])
@@ -234,8 +237,9 @@ def _run_on_ray(
 def _count(
     source: Source, listing: Listing, results: list[dict[str, Any]], rejected: Sequence[Rejected]
 ) -> dict[str, dict[str, int]]:
-    """In, written and rejected records per kind. Counted apart, so that the manifest's check means something."""
-    came_in, written = Counter(listing.inputs), Counter()
+    """Input, written and rejected records per kind, counted separately so that `build_manifest` can check the sum."""
+    came_in: Counter[str] = Counter(listing.inputs)
+    written: Counter[str] = Counter()
     for result in results:
         came_in.update(result["came_in"])
         written.update(result["written"])
@@ -245,8 +249,8 @@ def _count(
 
 
 def _publish(output: str, staging: str, manifest: dict[str, Any], rejected: list[Rejected]) -> None:
-    """Move the staged files into place, then replace the manifest, then remove the parts that it does not name."""
-    before = _listed_before(output)
+    """Moves the staged files into place, then replaces the manifest, then removes the files that it does not list."""
+    before = _existing_files(output)
     placed = [{**entry, "path": _free_name(entry, before)} for entry in manifest["files"]]
     for entry, target in zip(manifest["files"], placed, strict=True):
         files.move(urls.join(staging, entry["path"]), urls.join(output, target["path"]))
@@ -258,8 +262,8 @@ def _publish(output: str, staging: str, manifest: dict[str, Any], rejected: list
             files.remove(urls.join(output, name))
 
 
-def _listed_before(output: str) -> dict[str, str]:
-    """Checksums by name of the files of the shards that are there already; empty where none can be read."""
+def _existing_files(output: str) -> dict[str, str]:
+    """Checksums by name of the files of existing shards; empty if there are none or the manifest cannot be read."""
     try:
         return {entry["path"]: entry["sha256"] for entry in shards.read_manifest(output)["files"]}
     except files.StoreError:
@@ -269,6 +273,6 @@ def _listed_before(output: str) -> dict[str, str]:
 
 
 def _free_name(entry: dict[str, Any], before: dict[str, str]) -> str:
-    """The file's name; where an older file of other content has it, one that tells its content."""
+    """The file's name, with its checksum appended if an existing file of other content has that name."""
     name, digest = entry["path"], entry["sha256"]
     return name if before.get(name, digest) == digest else f"{urls.stem(name)}-{digest[:12]}.parquet"

@@ -1,7 +1,7 @@
 """The Arrow schema of a shard row: one row per image, the same columns for all tasks (DESIGN: Shards).
 
 Boxes are `xyxy`, absolute pixels of the EXIF-rotated image, float32. Masks are COCO RLE. Keypoints are flat
-``x, y, v`` with v in {0, 1, 2}. Everything a row is annotated for becomes branches of one training pass.
+``x, y, v`` with v in {0, 1, 2}. All annotations of a row become branches of one training pass.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _INSTANCE = pa.struct(
     [
         ("phrase", pa.string()),  # class name
         ("box", pa.list_(pa.float32(), 4)),  # xyxy
-        ("mask", _RLE),  # null where there is none
-        ("keypoints", pa.list_(pa.float32())),  # 3 * K flat, names in the manifest's categories; null where none
+        ("mask", _RLE),  # null if there is none
+        ("keypoints", pa.list_(pa.float32())),  # 3 * K flat, names in the manifest's categories; null if there are none
         ("crowd", pa.bool_()),
-        ("area", pa.float32()),  # square pixels, of the mask where there is one
+        ("area", pa.float32()),  # square pixels, of the mask if there is one, else of the box
     ]
 )
 
@@ -43,14 +43,14 @@ _PHRASE = pa.struct(
     [
         ("task", pa.string()),  # ground | refer
         ("phrase", pa.string()),
-        ("instances", pa.list_(pa.int32())),  # indices into `instances`; empty: nothing in the image fits
+        ("instances", pa.list_(pa.int32())),  # indices into `instances`; empty: no object in the image matches
     ]
 )
 
 SCHEMA = pa.schema(
     [
         ("image_id", pa.string()),
-        ("image", pa.binary()),  # encoded bytes, untouched; null for text-only samples
+        ("image", pa.binary()),  # encoded bytes, unchanged; null for text-only samples
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("source", pa.string()),
@@ -66,16 +66,17 @@ SCHEMA = pa.schema(
 
 REJECTED_SCHEMA = pa.schema(
     [
-        ("kind", pa.string()),  # of record, a word of the manifest's counts: images, annotations, ...
+        ("kind", pa.string()),  # kind of record as in the manifest's counts: images, annotations, ...
         ("image_id", pa.string()),
-        ("origin", pa.string()),  # file and place in it
+        ("origin", pa.string()),  # file and position in it
         ("reason", pa.string()),
     ]
 )
 
 
 def make_row(image_id: str, image: bytes | None, size: tuple[int, int], source: str, **columns: Any) -> dict[str, Any]:
-    """A row with every column present; unknown columns are an error. `size` is (height, width) after EXIF rotation."""
+    """A row with every column; `size` is (height, width) in pixels after EXIF rotation. Raises `ValueError` for unknown
+    columns."""
     row: dict[str, Any] = {
         "image_id": image_id,
         "image": image,
@@ -98,7 +99,7 @@ def make_row(image_id: str, image: bytes | None, size: tuple[int, int], source: 
 
 
 def make_message(task: str, prompt: str, response: str | None, regions: tuple[int, ...] = ()) -> dict[str, Any]:
-    """A single-turn message. `response` None: the answer is no text but the row's `target_image`."""
+    """A single-turn message; without a `response`, the answer is the row's `target_image`."""
     turns = [{"role": "user", "content": prompt}]
     turns += [] if response is None else [{"role": "assistant", "content": response}]
     return {"task": task, "turns": turns, "regions": list(regions)}

@@ -1,7 +1,7 @@
-"""Shard folders, local or in a bucket: Parquet files of rows (`data.schema`) and a manifest of what is in them.
+"""Shard folders, local or in a bucket: Parquet files of rows (`shards.schema`) and a manifest of their contents.
 
-The manifest lists per file its row groups with their rows per task, so that a training plan can be drawn without
-opening a file. Files and manifest appear complete or not at all: each is written aside and moved into place.
+The manifest lists the row groups of each file with their rows per task, so that a training plan can be made without
+opening a file. Files and manifest appear complete or not at all: each is written elsewhere and moved into place.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ ROWS_PER_GROUP = 32
 
 
 class ShardWriter:
-    """Writes rows to one Parquet file. A context manager: on success the file is moved into place, on an error dropped.
+    """Writes rows to one Parquet file. A context manager: the file is moved into place on success and dropped on error.
 
     with ShardWriter(folder, "part-00000.parquet", rows_per_group=32) as writer:
         writer.write(row)
     writer.entry   # the file's entry in the manifest
 
-    `UserError` (`disk_full`, `invalid_output`) where the file cannot be written.
+    Raises `UserError` (`disk_full`, `invalid_output`) if the file cannot be written.
     """
 
     def __init__(self, folder: urls.Location, name: str, rows_per_group: int = ROWS_PER_GROUP):
@@ -47,27 +47,27 @@ class ShardWriter:
         self.folder, self.name = urls.absolute(folder), name
         self.rows_per_group = rows_per_group
         self.entry: dict[str, Any] | None = None
-        self._aside: Path | None = None  # local folder for the unfinished file
+        self._partial: Path | None = None  # the unfinished file, in a local folder of its own
         self._pending: list[dict[str, Any]] = []
         self._groups: list[dict[str, Any]] = []
         self._class_images: Counter[str] = Counter()
         self._writer: pq.ParquetWriter | None = None
 
     def write(self, row: dict[str, Any]) -> None:
-        """Append a row of `schema.make_row`."""
+        """Appends a row of `schema.make_row`."""
         self._pending.append(row)
         if len(self._pending) == self.rows_per_group:
             self._flush()
 
     def _flush(self) -> None:
         rows, self._pending = self._pending, []
-        if self._aside is None:
+        if self._partial is None:
             files.make_folder(self.folder)
-            self._aside = _aside(self.folder)
-        with files.as_user_error(self._aside / self.name, "written"):
+            self._partial = _temporary_folder(self.folder) / self.name
+        with files.as_user_error(self._partial, "written"):
             if self._writer is None:
                 self._writer = pq.ParquetWriter(
-                    self._aside / self.name,
+                    self._partial,
                     SCHEMA,
                     compression="zstd",
                     use_dictionary=["source"],  # a dictionary of image bytes would only cost time
@@ -79,14 +79,14 @@ class ShardWriter:
         self._class_images.update(name for row in rows for name in {i["phrase"] for i in row["instances"]})
 
     def close(self) -> dict[str, Any] | None:
-        """Finish the file; its manifest entry, or None (and no file) when no row was written."""
+        """Finishes the file; returns its manifest entry, or None (and no file) if no row was written."""
         if self._pending:
             self._flush()
-        if self._writer is None:
+        if self._writer is None or self._partial is None:
             return None
-        partial = self._aside / self.name
+        partial = self._partial
         with files.as_user_error(partial, "written"):
-            self._close()
+            self._finish(self._writer)
         self.entry = {
             "path": self.name,
             "rows": sum(group["rows"] for group in self._groups),
@@ -99,9 +99,9 @@ class ShardWriter:
         self._drop()
         return self.entry
 
-    def _close(self) -> None:
-        """Write the end of the file. What fails is not tried again, as it would be where the writer is collected."""
-        writer, self._writer = self._writer, None
+    def _finish(self, writer: pq.ParquetWriter) -> None:
+        """Writes the end of the file. If that fails, it is not tried again when the writer is garbage-collected."""
+        self._writer = None
         try:
             writer.close()
         except OSError:
@@ -110,11 +110,11 @@ class ShardWriter:
 
     def _drop(self) -> None:
         if self._writer is not None:
-            with suppress(OSError):  # a full disk, say, which is told already
-                self._close()
-        if self._aside is not None:
-            shutil.rmtree(self._aside, ignore_errors=True)
-            self._aside = None
+            with suppress(OSError):  # e.g. a full disk, which has been reported
+                self._finish(self._writer)
+        if self._partial is not None:
+            shutil.rmtree(self._partial.parent, ignore_errors=True)
+            self._partial = None
 
     def __enter__(self) -> ShardWriter:
         return self
@@ -128,12 +128,12 @@ class ShardWriter:
 
 
 def _sizes_text(rows: Iterable[dict[str, Any]]) -> str:
-    """The images' sizes in the order of the rows, as width x height: one line of the manifest per row group."""
+    """The image sizes in row order, as WIDTHxHEIGHT: one line of the manifest per row group."""
     return " ".join("-" if row["image"] is None else f"{row['width']}x{row['height']}" for row in rows)
 
 
 def row_sizes(group: dict[str, Any]) -> list[Size | None]:
-    """(height, width) of the image of each row of a row group of the manifest, None for rows without one."""
+    """(height, width) of each row's image in a row group of the manifest, None for rows without one."""
     if "sizes" not in group:
         raise UserError(
             "the shards were written without image sizes, which 'buckets' of several sizes need; prepare them again",
@@ -143,15 +143,15 @@ def row_sizes(group: dict[str, Any]) -> list[Size | None]:
     return [size and (int(size[1]), int(size[0])) for size in sizes]
 
 
-def _aside(folder: str) -> Path:
-    """A local folder for unfinished files: beneath `folder`, where a file can be renamed from, if that is local."""
+def _temporary_folder(folder: str) -> Path:
+    """A local folder for unfinished files, below `folder` if that is local, so that they can be renamed."""
     place = tempfile.gettempdir() if urls.is_url(folder) else folder
     with files.as_user_error(place, "written"):
         return Path(tempfile.mkdtemp(prefix=".partial-", dir=place))
 
 
 def sha256(location: urls.Location) -> str:
-    """Hex digest of a file."""
+    """The SHA-256 of a file, in hex."""
     digest = hashlib.sha256()
     with files.open_input(location) as file:
         while chunk := file.read(8 << 20):
@@ -169,11 +169,11 @@ def build_manifest(
 ) -> dict[str, Any]:
     """The manifest of finished files (entries of `ShardWriter`).
 
-    `categories`: ``{"name", "keypoints": [names], "skeleton": [[i, j], ...]}``, 0-based; `counts`: what came in,
-    per kind of record, e.g. ``{"images": {"in": 10, "written": 9, "rejected": 1}}``, which must add up, or a source has
-    lost records (`RuntimeError`); `changed`: what of the records written was cut off, e.g. ``{"boxes clipped": 2}``;
-    `origin`: the settings used.
-    A category gets `images`, the number of rows that show it: training weighs the classes it asks for as absent by it.
+    `categories`: ``{"name", "keypoints": [names], "skeleton": [[i, j], ...]}``, 0-based; `counts`: input records per
+    kind, e.g. ``{"images": {"in": 10, "written": 9, "rejected": 1}}``; `changed`: written records cut at the border of
+    the image, e.g. ``{"boxes clipped": 2}``; `origin`: the settings used. A category gets `images`, the number of rows
+    that contain it, by which training draws absent classes. Raises `RuntimeError` if the counts do not add up, i.e. a
+    source has lost records.
     """
     files = [dict(file) for file in files]
     class_images: Counter[str] = Counter()
@@ -203,24 +203,24 @@ def build_manifest(
 
 
 def write_manifest(folder: urls.Location, manifest: dict[str, Any]) -> str:
-    """Write `manifest` into the folder, atomically."""
+    """Writes `manifest` into the folder, atomically; returns its location."""
     location = urls.join(urls.absolute(folder), MANIFEST)
     files.write_bytes(location, (json.dumps(manifest, indent=1) + "\n").encode())
     return location
 
 
 def read_manifest(folder: urls.Location) -> dict[str, Any]:
-    """The manifest of a shard folder; `UserError` (reason `not_shards`) when the folder is none."""
+    """The manifest of a shard folder. Raises `UserError` (`not_shards`) if it is not a shard folder."""
     location = urls.join(urls.absolute(folder), MANIFEST)
     if not files.is_file(location):
-        why = "does not exist" if not files.exists(folder) else f"holds no {MANIFEST}"
+        why = "does not exist" if not files.exists(folder) else f"has no {MANIFEST}"
         raise UserError(
             f"'{urls.shown(folder)}' {why}; give a folder that `lumen-ray prepare` has written", "not_shards"
         )
     try:
         manifest = json.loads(files.read_bytes(location))
         version = manifest["schema_version"]
-        manifest["files"], manifest["tasks"], manifest["categories"]  # noqa: B018  all three must be there
+        manifest["files"], manifest["tasks"], manifest["categories"]  # noqa: B018  all three must exist
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         raise UserError(
             f"'{urls.shown(location)}' is not a shard manifest; run `lumen-ray prepare` again", "not_shards"
@@ -235,14 +235,14 @@ def read_manifest(folder: urls.Location) -> dict[str, Any]:
 
 
 def open_file(folder: urls.Location, file: str) -> pq.ParquetFile:
-    """A Parquet file named in the manifest; `UserError` (`broken_shards`) when it is missing or damaged.
+    """Opens a Parquet file listed in the manifest. Raises `UserError` (`broken_shards`) if it is missing or damaged.
 
-    A context manager. Of a file in a bucket only the columns and row groups that are read are fetched.
+    A context manager. Of a file in a bucket, only the columns and row groups that are read are fetched.
     """
     location = urls.join(urls.absolute(folder), file)
     remote = urls.is_url(location)
     try:
-        # a local path, not an open file: Arrow then reads ahead and closes by itself
+        # a local path instead of an open file, so that Arrow reads ahead and closes it
         source = files.open_input(location) if remote else files.filesystem(location)[1]
         return pq.ParquetFile(source, pre_buffer=remote)
     except files.StoreError:
@@ -259,15 +259,15 @@ def open_file(folder: urls.Location, file: str) -> pq.ParquetFile:
 def read_row_group(
     folder: urls.Location, file: str, index: int, rows: Sequence[int] | None = None
 ) -> list[dict[str, Any]]:
-    """The rows of row group `index` of a file named in the manifest: all of them, or those with the numbers `rows` in
-    that order, some perhaps more than once.
+    """The rows of row group `index` of a file listed in the manifest: all, or those with the numbers `rows`, in that
+    order, possibly repeated.
 
-    `UserError` (`broken_shards`) when the file is damaged.
+    Raises `UserError` (`broken_shards`) if the file is damaged.
     """
     with open_file(folder, file) as parquet:
         if not 0 <= index < parquet.num_row_groups:
             raise UserError(
-                f"shard file '{file}' has {parquet.num_row_groups} row groups, not one of number {index}",
+                f"shard file '{file}' has {parquet.num_row_groups} row groups, none with number {index}",
                 "broken_shards",
             )
         table = _read_group(parquet, index, file)
@@ -277,7 +277,7 @@ def read_row_group(
 
 
 def read_rows(folder: urls.Location, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Every row of a shard folder in the manifest's order, one row group in memory at a time; all columns when None."""
+    """All rows of a shard folder in the manifest's order, one row group in memory at a time; `columns` None: all."""
     for entry in read_manifest(folder)["files"]:
         with open_file(folder, entry["path"]) as parquet:
             for index in range(parquet.num_row_groups):
@@ -296,7 +296,7 @@ def _read_group(parquet: pq.ParquetFile, index: int, file: str, columns: Sequenc
 
 
 def verify(folder: urls.Location) -> list[str]:
-    """What is wrong with a shard folder, one sentence each; empty when files, sizes, checksums and rows agree."""
+    """The problems of a shard folder, one sentence each; empty if files, sizes, checksums and rows agree."""
     problems = []
     for entry in read_manifest(folder)["files"]:
         location = urls.join(urls.absolute(folder), entry["path"])
@@ -315,15 +315,14 @@ def verify(folder: urls.Location) -> list[str]:
 
 
 def write_rejected(folder: urls.Location, records: Sequence[dict[str, str]]) -> None:
-    """Write `rejected.parquet` (kind, image_id, origin, reason), also when nothing was rejected."""
+    """Writes `rejected.parquet` (kind, image_id, origin, reason), even if nothing was rejected."""
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(list(records), schema=REJECTED_SCHEMA), buffer, compression="zstd")
     files.write_bytes(urls.join(urls.absolute(folder), REJECTED), buffer.getvalue().to_pybytes())
 
 
 def read_rejected(folder: urls.Location) -> Iterator[dict[str, str]]:
-    """The records set aside by `prepare`, each with its reason, a few thousand in memory at a time; none where there is
-    no such file."""
+    """The records rejected by `prepare`, a few thousand in memory at a time; none if there is no such file."""
     location = urls.join(urls.absolute(folder), REJECTED)
     if not files.is_file(location):
         return

@@ -1,4 +1,4 @@
-"""What is in a shard folder, counted in one pass: a few thousand rows in memory at a time, no picture read."""
+"""Statistics of a shard folder, counted in one pass: a few thousand rows in memory at a time, no image read."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ IMAGE_SIDES = (128, 256, 512, 768, 1024, 1536, 2048, 4096)
 #: upper limits of the number of objects in an image
 PER_IMAGE = (0, 1, 2, 5, 10, 20, 50, 100, 200, 500)
 
-# leaves of the columns, so that neither pictures nor the run lengths of masks are read
+# leaves of the columns, so that neither images nor the run lengths of masks are read
 _COLUMNS = [
     "height", "width", "source", "classes",
     *(f"instances.list.element.{leaf}" for leaf in ("phrase", "keypoints", "crowd", "area", "mask.size")),
@@ -44,24 +44,24 @@ class Statistics:
     items: Counter[str] = field(default_factory=Counter)  # objects, phrases and messages per task, regions per kind
     class_instances: Counter[str] = field(default_factory=Counter)
     class_images: Counter[str] = field(default_factory=Counter)
-    class_absent: Counter[str] = field(default_factory=Counter)  # images that are annotated as without it
+    class_absent: Counter[str] = field(default_factory=Counter)  # images annotated as not containing it
     image_sides: Counter[int] = field(default_factory=Counter)  # upper limit of the longer side -> images
     object_sizes: Counter[str] = field(default_factory=Counter)
-    per_image: Counter[int] = field(default_factory=Counter)  # objects -> images in which objects were looked for
+    per_image: Counter[int] = field(default_factory=Counter)  # number of objects -> images annotated for objects
     masks: int = 0
     keypoints: int = 0
     crowds: int = 0
-    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # what came in, was written, was rejected
-    changed: dict[str, int] = field(default_factory=dict)  # what was cut off since it lay outside the image
-    reasons: Counter[str] = field(default_factory=Counter)  # rejected records by reason, names and numbers left out
-    examples: dict[str, str] = field(default_factory=dict)  # reason -> one record rejected for it
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)  # kind of record -> in, written, rejected
+    changed: dict[str, int] = field(default_factory=dict)  # records cut at the border of the image, by change
+    reasons: Counter[str] = field(default_factory=Counter)  # rejected records by `general` reason
+    examples: dict[str, str] = field(default_factory=dict)  # general reason -> one record rejected for it
 
     @property
     def instances(self) -> int:
         return self.class_instances.total()
 
     def share(self, number: int) -> float:
-        """Of all objects, 0..1; 0 where there is none."""
+        """`number` as a fraction of all objects, 0..1; 0 if there are none."""
         return number / self.instances if self.instances else 0.0
 
     def image_side_histogram(self) -> dict[str, int]:
@@ -71,7 +71,7 @@ class Statistics:
         return _histogram(self.per_image, PER_IMAGE, "{}", "over {}")
 
     def median_per_image(self) -> float:
-        """Objects in the median image; 0 without images."""
+        """The median number of objects per image; 0 without images."""
         if not self.per_image:
             return 0.0
         numbers, times = zip(*sorted(self.per_image.items()), strict=True)
@@ -89,7 +89,7 @@ class Statistics:
 
 
 def _histogram(values: Counter[int], limits: Sequence[int], within: str, beyond: str) -> dict[str, int]:
-    """Values gathered into the ranges that `limits` end, labelled ``low-high``; empty ranges at both ends left out."""
+    """Values counted in ranges with upper `limits`, labelled ``low-high``; empty ranges at both ends are left out."""
     found: dict[str, int] = {}
     low = 0
     for limit in limits:
@@ -103,9 +103,9 @@ def _histogram(values: Counter[int], limits: Sequence[int], within: str, beyond:
 
 
 def gather(folder: urls.Location, progress: Callable[[int, int], None] | None = None) -> Statistics:
-    """Counts everything in the shard folder. `progress`: called with (rows done, rows in all).
+    """Counts the contents of a shard folder. `progress`: called with (rows done, total rows).
 
-    Raises `UserError` for a folder that holds no shards, shards of another schema version, or damaged files.
+    Raises `UserError` if the folder has no shards, shards of another schema version, or damaged files.
     """
     manifest = read_manifest(folder)
     s = Statistics(files=len(manifest["files"]), bytes=sum(f["bytes"] for f in manifest["files"]))
@@ -130,7 +130,7 @@ def _count(s: Statistics, batch: pa.RecordBatch) -> None:
     s.rows += batch.num_rows
     s.sources.update(_values(batch["source"]))
     longer = pc.drop_null(pc.max_element_wise(batch["height"], batch["width"])).to_numpy()
-    limits = np.array([*IMAGE_SIDES, IMAGE_SIDES[-1] + 1])  # the last stands for all beyond
+    limits = np.array([*IMAGE_SIDES, IMAGE_SIDES[-1] + 1])  # the last one for all larger images
     s.image_sides.update(limits[np.searchsorted(limits[:-1], longer[longer > 0])].tolist())
     s.items.update(_values(_leaf(batch["phrases"], "task")))
     s.items.update(_values(_leaf(batch["messages"], "task")))
@@ -162,7 +162,7 @@ def _count_objects(s: Statistics, batch: pa.RecordBatch) -> None:
 
 
 def _leaf(column: pa.Array, name: str) -> pa.Array:
-    """The field `name` of all elements of a column of lists of structs, nulls of the struct included."""
+    """The field `name` of all elements of a column of lists of structs, null structs included."""
     return pc.struct_field(pc.list_flatten(column), name)
 
 
@@ -178,5 +178,5 @@ _PARTICULAR = re.compile(r"'[^']*'|\"[^\"]*\"|\[[^\]]*\]|-?\d+(?:\.\d+)?(?:x\d+)
 
 
 def general(reason: str) -> str:
-    """A reason without what is particular to one record (quoted names, numbers, lists), so that alike ones add up."""
+    """A reason without the details of one record (quoted names, numbers, lists), so that equal ones can be counted."""
     return _PARTICULAR.sub("…", reason)

@@ -11,21 +11,21 @@ How to add one
            annotations: str
            images: str
 
-           def read_listing(self) -> Listing: ...         # on the driver: read the annotations, check the arguments
+           def read_listing(self) -> Listing: ... # on the driver: read the annotations, check the arguments
            def rows(self, record, shared): ...    # in a Ray task: yield an Outcome per row
 
-2. `list` raises `UserError` for what the user must change, and returns `records`: plain json values, one per image, or
-   one per container (a tar, a chunk of a text file) that gives many rows. What all records need (number of keypoints
-   per class, ..) goes to `shared`; do not keep the listing on `self`, which is pickled into every task. Make paths
-   `urls.absolute`: tasks run in other folders and on other machines.
+2. `read_listing` raises `UserError` for what the user must change, and returns `records`: plain json values, one per
+   image, or one per container (a tar, a chunk of a text file) that gives many rows. Data that all records need (number
+   of keypoints per class, ...) goes to `shared`; do not keep the listing on `self`, which is pickled into every task.
+   Make paths `urls.absolute`: tasks run in other folders and on other machines.
 3. `rows` is pure: the same record gives the same rows anywhere. Bad input never raises; it is a `reject(...)`. Read
-   images with `read_first(*image_locations(folder, name))` and give the bytes to `frames.read_frame`, which decodes
-   them fully once (a truncated file shows only then) and tells the frame; coordinates of rows live in the EXIF-rotated
-   one, `AnnotationFrame.rotated_size`, into which `AnnotationFrame.rotated` brings an instance.
-4. Say what came in, apart from what is written: `Listing.inputs` for what the driver has counted,
-   `Outcome.came_in` for what only the task can count (the rows of a tar). Kinds are words such as "images",
-   "annotations"; for each of them `in = written + rejected` is checked and told. Rows written are counted by `prepare`
-   under `row_kind`; what a row carries, under `Outcome.written`.
+   images with `read_first(*image_locations(folder, name))` and pass the bytes to `frames.read_frame`, which decodes
+   them fully once (truncation shows only then) and infers the frame of the annotations. Coordinates in rows are in the
+   EXIF-rotated frame, `AnnotationFrame.rotated_size`; `AnnotationFrame.rotated` maps an instance into it.
+4. Count the input separately from the output: `Listing.inputs` for records counted on the driver, `Outcome.came_in`
+   for those that only the task can count (the rows of a tar). Kinds are words such as "images" or "annotations"; for
+   each of them `in = written + rejected` is checked and reported. `prepare` counts rows written under `row_kind`;
+   `Outcome.written` counts the records that a row contains.
 5. One entry in `sources/registry.py` makes it `lumen-ray prepare KIND` with its arguments.
 """
 

@@ -59,7 +59,7 @@ def records_in(data: Any, location: str, keys: Sequence[str] = ()) -> list[tuple
         data = found
     if not isinstance(data, list):
         expected = "a list of records" + "".join(f" or a list '{key}'" for key in keys)
-        raise UserError(f"annotation file '{urls.shown(location)}' must hold {expected}", "invalid_annotations")
+        raise UserError(f"annotation file '{urls.shown(location)}' must contain {expected}", "invalid_annotations")
     return [(f"{name} record {n}", record) for n, record in enumerate(data)]
 
 
@@ -143,7 +143,7 @@ def check_name(value: Any) -> str:
     if re.match(r"^(https?|data):", name):
         raise UserError("the image is a web address; download the images first and give their folder", "remote_image")
     if "\0" in name:
-        raise UserError("the image's name holds a null character", "invalid_text")
+        raise UserError("the image's name contains a null character", "invalid_text")
     return name
 
 

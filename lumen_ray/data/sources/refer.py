@@ -115,7 +115,7 @@ class _PlainUnpickler(pickle.Unpickler):
     """Loads lists, dicts, texts and numbers only: anything else in a pickle file can run code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        raise UserError(f"it holds an object of {module}.{name}, which could run code when loaded", "unsafe_pickle")
+        raise UserError(f"it contains an object of {module}.{name}, which could run code when loaded", "unsafe_pickle")
 
 
 def _is_pickle(location: str) -> bool:
@@ -125,7 +125,7 @@ def _is_pickle(location: str) -> bool:
 def load_refs(location: str) -> list[tuple[str, Any]]:
     """The (origin, record) pairs of a refs file: pickle (`.p`, `.pkl`, `.pickle`), json or jsonl.
 
-    Raises `UserError` if the file is missing or malformed, or a pickle holds more than plain data.
+    Raises `UserError` if the file is missing or malformed, or a pickle contains more than plain data.
     """
     name = urls.base_name(location)
     if not _is_pickle(name):
@@ -138,7 +138,7 @@ def load_refs(location: str) -> list[tuple[str, Any]]:
         why = f"refs file '{location}' is not a readable pickle ({type(error).__name__})"
         raise UserError(why, "invalid_annotations") from None
     if not isinstance(data, list):
-        raise UserError(f"refs file '{location}' must hold a list of refs, got {short(data)}", "invalid_annotations")
+        raise UserError(f"refs file '{location}' must be a list of refs, got {short(data)}", "invalid_annotations")
     return [(f"{name} record {n}", record) for n, record in enumerate(data)]
 
 
@@ -232,7 +232,7 @@ def _plain_targets(record: Record) -> list[Record]:
 
 
 def _boxes_and_masks(record: Record) -> tuple[Any, Any]:
-    """Both as lists, where the record holds a single one; otherwise unchecked, None if it has none."""
+    """Boxes and masks of a record, a single one as a list of one; otherwise unchecked, None if it has none."""
     boxes, masks = first_of(record, _BOX_KEYS), first_of(record, _MASK_KEYS)
     boxes = [boxes] if is_numbers(boxes) and boxes else boxes
     masks = [masks] if isinstance(masks, dict) or _is_one_mask(masks, boxes) else masks

@@ -78,6 +78,8 @@ SOURCES: dict[str, SourceSpec] = {
         "COCO json: boxes, masks, keypoints, captions",
         arg("annotations", "one or more COCO json files over the same images", nargs="+"),
         _IMAGES,
+        layout="Annotations: instances, keypoints, captions and LVIS files {images, annotations, categories}. "
+        "Images: below --images, by file_name or coco_url.",
     ),
     "panoptic": _source(
         "panoptic:PanopticSource",
@@ -91,6 +93,8 @@ SOURCES: dict[str, SourceSpec] = {
             choices=("keep", "skip"),
             default="keep",
         ),
+        layout="Annotations: {images, annotations: [{image_id, file_name, segments_info}], categories}. PNG pixels: "
+        "segment ids as R + 256 G + 65536 B.",
     ),
     "voc": _source(
         "voc:VocSource",
@@ -112,6 +116,7 @@ SOURCES: dict[str, SourceSpec] = {
             choices=(0, 1),
             default=1,
         ),
+        layout="Annotations: NAME.xml per image. Masks: NAME.png per image, value k for the k-th object of the xml.",
     ),
     "yolo": _source(
         "yolo:YoloSource",
@@ -121,6 +126,8 @@ SOURCES: dict[str, SourceSpec] = {
         arg("images", "folder of the images, without a data.yaml", default=None),
         arg("labels", "folder of the label files (default: the images' path with 'labels' for 'images')", default=None),
         arg("classes", "text file with one class name per line, without a data.yaml", default=None),
+        layout="Labels: NAME.txt per image, a line per object: 'class cx cy w h', 'class x1 y1 x2 y2 x3 y3 ...' or, "
+        "with kpt_shape, 'class cx cy w h' and keypoints; fractions of the image's sides.",
     ),
     "refer": _source(
         "refer:ReferSource",
@@ -148,7 +155,7 @@ SOURCES: dict[str, SourceSpec] = {
         "visual questions: VQA v2, GQA, plain json",
         arg("questions", "one or more json or jsonl files of questions", nargs="+"),
         _IMAGES,
-        arg("annotations", "VQA v2's files of answers; not needed if the records hold them", nargs="+", default=[]),
+        arg("annotations", "VQA v2's files of answers; not needed if the records contain them", nargs="+", default=[]),
         arg(
             "image_pattern", "image file of an image_id, e.g. COCO_val2014_%%012d.jpg (default: VQA v2's)", default=None
         ),
@@ -164,7 +171,7 @@ SOURCES: dict[str, SourceSpec] = {
         "pairs:PairsSource",
         "image-text pairs: csv, tsv, jsonl, parquet, WebDataset tar",
         arg("data", "tables and tars; wildcards * and ? are expanded", nargs="+"),
-        arg("images", "folder of the images, if tables hold paths", default=None),
+        arg("images", "folder of the images, if tables contain paths", default=None),
         arg("image_column", "column of the image's path or bytes (default: image, filepath, ...)", default=None),
         arg("caption_column", "column of the caption (default: caption, text, ...)", default=None),
         arg(
@@ -185,7 +192,7 @@ SOURCES: dict[str, SourceSpec] = {
         "edits:EditsSource",
         "edit triples: image, instruction, edited image",
         arg("data", "InstructPix2Pix folders, or csv, tsv, jsonl, parquet tables", nargs="+"),
-        arg("images", "folder of the images, if tables hold paths", default=None),
+        arg("images", "folder of the images, if tables contain paths", default=None),
         arg("image_column", "column of the image (default: image, original_image, ...)", default=None),
         arg("instruction_column", "column of the instruction (default: instruction, edit_prompt, ...)", default=None),
         arg("target_column", "column of the edited image (default: target_image, edited_image, ...)", default=None),

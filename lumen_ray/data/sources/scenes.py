@@ -10,6 +10,7 @@ from lumen_ray.data.scenes import edits as scenes_edits
 from lumen_ray.data.scenes import render as scenes
 from lumen_ray.data.sources.base import Listing, Outcome, Source
 from lumen_ray.errors import UserError
+from lumen_ray.keypoints import FIGURE_EDGES
 
 
 @dataclass
@@ -37,7 +38,7 @@ class ScenesSource(Source):
             {
                 "name": name,
                 "keypoints": list(scenes.SKELETONS.get(name, ())),
-                "skeleton": [list(edge) for edge in scenes.SKELETON_EDGES] if name in scenes.SKELETONS else [],
+                "skeleton": [list(edge) for edge in FIGURE_EDGES] if name in scenes.SKELETONS else [],
             }
             for name in scenes.CLASSES
         ]

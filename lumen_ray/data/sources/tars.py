@@ -83,7 +83,7 @@ def _split(name: str) -> tuple[str, str]:
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
-    """The content; empty for a member over `MAX_MEMBER_BYTES`, which is no image or caption."""
+    """The content; empty for a member over `MAX_MEMBER_BYTES`, which is neither image nor caption."""
     if member.size > MAX_MEMBER_BYTES:
         return b""
     content = tar.extractfile(member)

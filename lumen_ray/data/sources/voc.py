@@ -44,7 +44,7 @@ from lumen_ray.structures import Masks
 
 DIFFICULT = ("crowd", "object")
 _BORDER = 255
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif")  # tried where the xml names no file
+_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif")  # tried if the xml names no file
 
 
 @dataclass

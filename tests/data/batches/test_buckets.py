@@ -69,7 +69,7 @@ def test_a_range_gives_buckets_of_about_the_same_area_on_the_grid():
         ({"sides": [-1]}, "give positive numbers"),
     ],
 )
-def test_what_cannot_be_a_bucket_is_told(value, message):
+def test_invalid_buckets_are_reported(value, message):
     with pytest.raises(UserError, match=message) as caught:
         recipe = config.validate(Recipe, {"name": "r", "stages": STAGES, "buckets": value}, "r.yaml")
         resolve(recipe.buckets, tiny_settings())
@@ -121,7 +121,7 @@ def simulated(pool, shapes, size, count, seed=0):
 
 @settings(max_examples=150, deadline=None)
 @given(pools())
-def test_batches_are_what_walking_through_the_epochs_gives(pool):
+def test_batches_equal_those_of_a_walk_through_the_epochs(pool):
     groups, shapes, size = pool
     count = 3 * sum(len(rows) for rows in shapes) // size + 3
     made = stream(groups, shapes, size)
@@ -133,7 +133,7 @@ def test_batches_are_what_walking_through_the_epochs_gives(pool):
 
 @settings(max_examples=60, deadline=None)
 @given(pools(), st.randoms())
-def test_batches_can_be_asked_for_in_any_order(pool, random):
+def test_batches_can_be_computed_in_any_order(pool, random):
     groups, shapes, size = pool
     count = 4 * sum(len(rows) for rows in shapes) // size + 1
     expected = [stream(groups, shapes, size).batch(n) for n in range(count)]

@@ -1,4 +1,4 @@
-"""Decoders with a size of their own see what the trunk sees, of the stored image, and find it in their own frame."""
+"""Inputs of decoders with another image size: the same samples as for the trunk, in the frame of the decoder."""
 
 import io
 
@@ -67,7 +67,7 @@ def bright(image):
     return torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
 
 
-def test_what_the_trunk_gets_does_not_change():
+def test_the_trunk_input_does_not_change():
     """No random draw is made for another size."""
     plain, own = collate(input_rules={}, augment=MOVED), collate(augment=MOVED)
     assert plain.pixels == {} and set(plain.targets) == {"perception"}
@@ -88,7 +88,7 @@ def test_the_image_comes_from_the_stored_one():
 
 @pytest.mark.parametrize("augment", [AugmentSettings(), MOVED])
 @pytest.mark.parametrize("seed", range(4))
-def test_everything_lies_where_it_is_seen(augment, seed):
+def test_targets_match_the_image(augment, seed):
     batch = collate(augment=augment, seed=seed)
     seen, own, trunk = batch.pixels["grounding_dino"], batch.targets["unipose"], batch.targets["perception"]
     assert batch.targets["grounding_dino"] is own and len(seen.images) == 3
@@ -144,7 +144,7 @@ def test_zoom_and_crop_stay_within_the_rule():
                 assert ((short >= RULE.short - 1) | (long >= RULE.long - 1)).all()
 
 
-def test_only_images_that_are_asked_about_are_enlarged():
+def test_only_prompted_images_are_enlarged():
     image, row = PHOTOS[0]
     silent = {**row, "instances": [], "classes": [], "messages": [make_message("caption", "describe .", "a face")]}
     batch = collate([(image, silent), (image, row)], tasks=("detect", "caption"))
@@ -186,7 +186,7 @@ def edit_batch(height, width, augment=AugmentSettings()):  # noqa: B008
 @pytest.mark.parametrize(
     ("shape", "size"), [((128, 128), (64, 64)), ((100, 200), (48, 88)), ((200, 100), (88, 48)), ((64, 64), (64, 64))]
 )
-def test_pictures_are_learned_in_their_own_shape(shape, size):
+def test_target_images_keep_their_shape(shape, size):
     batch = edit_batch(*shape)
     targets, source = batch.targets["editing"], batch.pixels["instruct_pix2pix"]
     assert targets.images.shape[2:] == source.images.shape[2:] == size

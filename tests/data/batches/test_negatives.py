@@ -1,4 +1,4 @@
-"""The rule by which classes are asked for: exhaustive ones only, within the budget, absent ones partly by frequency."""
+"""The choice of classes to prompt: exhaustive ones only, within the budget, absent ones partly by frequency."""
 
 from collections import Counter
 
@@ -28,7 +28,7 @@ def chosen(row, visible, rng, frequencies=None, **changes):
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_what_is_asked_for_is_known_and_within_the_budget(data):
+def test_chosen_classes_are_annotated_and_within_the_budget(data):
     names = NAMES[:20]
     classes = data.draw(st.lists(st.sampled_from(names), unique=True))
     phrases = data.draw(st.lists(st.sampled_from(names), max_size=30))
@@ -50,7 +50,7 @@ def test_what_is_asked_for_is_known_and_within_the_budget(data):
     assert len(absent) == min(budget.negatives, len(set(classes) - set(phrases)))
 
 
-def test_a_federated_row_asks_for_what_was_looked_for_alone():
+def test_a_federated_row_uses_checked_classes_only():
     """LVIS: 'cat' is annotated, 'dog' was looked for in vain, 'tree' is not exhaustive, nobody checked more."""
     row = row_of(["cat", "dog"], ["cat", "tree"])
     for seed in range(20):

@@ -30,7 +30,7 @@ def recipe(**changes):
 
 
 @pytest.mark.parametrize(("task", "learned_from"), [("generate", "caption"), ("region_segment", "segment")])
-def test_a_task_that_no_shard_names_is_learned_from_what_annotates_it(task, learned_from):
+def test_a_task_without_rows_is_trained_by_its_annotation(task, learned_from):
     plan = Plan(manifest(tasks=("detect", learned_from)), recipe(stages=[STAGE | {"groups": [{"tasks": [task]}]}]))
     read = {(file, index) for t in range(20) for file, index, _ in plan[t].parts}
     assert read == {
@@ -76,18 +76,18 @@ def test_groups_are_drawn_by_weight_from_row_groups_that_have_their_tasks():
     assert {index % 2 for s in steps if s.group == 1 for _, index, _ in s.parts} == {0}
 
 
-def test_what_cannot_be_planned_is_told():
+def test_impossible_plans_are_reported():
     with pytest.raises(UserError, match="batch_size 3 must be a multiple of 2 rows"):
         Plan(manifest(), recipe(batch_size=3))
     with pytest.raises(UserError, match="times 3 workers"):
         Plan(manifest(), recipe(), 3)
     with pytest.raises(UserError, match="no annotations for caption, vqa; they have: detect"):
         Plan(manifest(tasks=("detect",)), recipe())
-    with pytest.raises(UserError, match="hold no rows"):
+    with pytest.raises(UserError, match="have no rows"):
         Plan({"files": []}, recipe())
 
 
-def test_rows_have_their_own_generators():
+def test_every_row_has_its_own_generator():
     first = row_rng(0, 5, "part-00000.parquet", 1, 2).random()
     assert row_rng(0, 5, "part-00000.parquet", 1, 2).random() == first
     others = [(1, 5, "part-00000.parquet", 1, 2), (0, 6, "part-00000.parquet", 1, 2),

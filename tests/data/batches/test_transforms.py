@@ -8,7 +8,16 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from lumen_ray import config
-from lumen_ray.data.batches.transforms import clip_boxes, draw_matrix, fit, map_boxes, mirror_order, transform, warp
+from lumen_ray.data.batches.transforms import (
+    PAD_VALUE,
+    clip_boxes,
+    draw_matrix,
+    fit,
+    map_boxes,
+    mirror_order,
+    transform,
+    warp,
+)
 from lumen_ray.data.images import Picture
 from lumen_ray.data.shards.schema import make_row
 from lumen_ray.errors import UserError
@@ -60,11 +69,11 @@ def scenes(draw):
 
 @settings(max_examples=150, deadline=None)
 @given(scenes())
-def test_everything_stays_on_the_rectangle(scene):
+def test_annotations_follow_the_rectangle(scene):
     size, box, augment, seed = scene
     row, image = rectangle_row(size, box)
     sample = transform(row, image, INPUT, augment, np.random.default_rng(seed), {"face": NAMES})
-    found = sample.image[..., 0] > 180  # the padding is 114
+    found = sample.image[..., 0] > 180  # the padding is darker
     if len(sample.kept) == 0:
         assert found.mean() < 0.4
         return
@@ -99,7 +108,7 @@ def test_a_whole_shift_keeps_every_pixel():
     image = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
     moved = warp(image, np.array([[1, 0, -7.0], [0, 1, 5]]), (50, 70))
     np.testing.assert_array_equal(moved[5:45, :53], image[:, 7:])
-    assert (moved[:5] == 114).all() and (moved[:, 53:] == 114).all()
+    assert (moved[:5] == PAD_VALUE).all() and (moved[:, 53:] == PAD_VALUE).all()
     np.testing.assert_array_equal(fit(image, (40, 60))[0], image)
 
 
@@ -145,14 +154,14 @@ def test_the_settings_do_not_move_the_random_stream():
 
 
 @pytest.mark.parametrize("scale", [[0, 1], [1.2, 0.8], [-1, 1], [1, float("inf")]])
-def test_a_wrong_zoom_is_told(scale):
+def test_a_wrong_zoom_is_reported(scale):
     with pytest.raises(UserError, match="0 < smallest <= largest"):
         config.validate(AugmentSettings, {"scale": scale}, "augment")
 
 
 @settings(max_examples=60, deadline=None)
 @given(scenes(), st.sampled_from([2, 4]))
-def test_a_reduced_picture_is_seen_at_the_same_place(scene, reduction):
+def test_a_reduced_image_gives_the_same_sample(scene, reduction):
     """The same map, boxes and masks; the pixels of the rectangle lie where those of the whole picture do."""
     (height, width), box, augment, seed = scene
     size = (height * 4, width * 4)

@@ -22,6 +22,7 @@ from lumen_ray.data.scenes import render as scenes
 from lumen_ray.data.shards import shards
 from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.data.shards.statistics import Statistics
+from lumen_ray.keypoints import FIGURE_EDGES, FIGURE_KEYPOINTS
 from lumen_ray.tasks import TASKS, UNDERSTANDING
 
 FILE = "part-00000.parquet"
@@ -43,7 +44,7 @@ def folder(rows, tmp_path_factory):
             writer.write(row)
     categories = [
         {"name": name, "keypoints": list(scenes.SKELETONS.get(name, ())),
-         "skeleton": [list(e) for e in scenes.SKELETON_EDGES] if name in scenes.SKELETONS else []}
+         "skeleton": [list(e) for e in FIGURE_EDGES] if name in scenes.SKELETONS else []}
         for name in scenes.CLASSES
     ]  # fmt: skip
     shards.write_rejected(folder, [{"kind": "images", "image_id": "x", "origin": "here", "reason": "because of 'it'"}])
@@ -86,17 +87,17 @@ def test_prompts_and_targets_are_those_of_the_collator(sampler, rows):
         assert (view.batch.layout.input_ids == batch.layout.input_ids).all()
         prompts = prompts_of(view, sampler.tokenizer, {})
         assert [p.task for p in prompts] == batch.tasks
-        assert sum(p.tokens for p in prompts) == int((batch.layout.branch_ids >= 0).sum())
+        assert sum(p.num_tokens for p in prompts) == int((batch.layout.branch_ids >= 0).sum())
         present = [i["phrase"] for i in rows[number]["instances"]]
         for prompt in prompts:
             if prompt.task in ("detect", "segment", "count"):
                 assert len(prompt.boxes) == present.count(prompt.phrase)
                 assert prompt.negative == (prompt.phrase not in present)
-                assert prompt.pieces[-5][0] in ("[DET]", "[SEG]") and prompt.pieces[-5][2]
-                assert [kind for _, kind, _ in prompt.pieces[-4:]] == ["query"] * 4
+                assert prompt.tokens[-5][0] in ("[DET]", "[SEG]") and prompt.tokens[-5][2]
+                assert [kind for _, kind, _ in prompt.tokens[-4:]] == ["query"] * 4
         told = {" ".join(t["content"] for t in m["turns"][1::2]) for m in rows[number]["messages"]}
         for prompt in prompts:
-            learned = "".join(text for text, kind, is_learned in prompt.pieces if is_learned and kind == "text")
+            learned = "".join(text for text, kind, is_learned in prompt.tokens if is_learned and kind == "text")
             assert not TASKS[prompt.task].is_text or learned.strip() in told
 
 
@@ -104,18 +105,18 @@ def test_a_pose_brings_its_keypoints_together(sampler, rows):
     number = next(n for n, row in enumerate(rows) if any(i["keypoints"] for i in row["instances"]))
     prompts = prompts_of(view_of(sampler, number), sampler.tokenizer, {})
     pose = next(p for p in prompts if p.task == "pose" and p.parent < 0)
-    assert pose.keypoint_names == scenes.KEYPOINTS
-    assert [p.parent for p in prompts].count(pose.index) == len(scenes.KEYPOINTS)
+    assert pose.keypoint_names == FIGURE_KEYPOINTS
+    assert [p.parent for p in prompts].count(pose.index) == len(FIGURE_KEYPOINTS)
     stored = [i["keypoints"] for i in rows[number]["instances"] if i["phrase"] == pose.phrase]
     scale = sampler.settings.image_size / 64
     wanted = np.array(stored).reshape(len(stored), -1, 3) * [scale, scale, 1]
     np.testing.assert_allclose(pose.keypoints, wanted, atol=1e-3)
 
 
-def test_text_alone_is_shown_whole_although_tokens_split_characters(sampler):
+def test_text_is_complete_although_tokens_split_characters(sampler):
     (prompt,) = prompts_of(view_of(sampler, 14), sampler.tokenizer, {})
     assert instruction(prompt) == "hé 漢"
-    assert not any("\ufffd" in text for text, _, _ in prompt.pieces)
+    assert not any("\ufffd" in text for text, _, _ in prompt.tokens)
 
 
 def test_the_page_needs_nothing_beside_it(folder, tmp_path):
@@ -146,7 +147,7 @@ def edits(tmp_path_factory):
 
 
 @pytest.mark.parametrize("recipe", [None, "edit", "generate"])
-def test_pictures_to_make_are_shown_beside_what_they_are_made_of(edits, tmp_path, recipe):
+def test_target_images_are_shown_beside_their_sources(edits, tmp_path, recipe):
     rows, folder = edits
     name = recipe and tmp_path / "recipe.yaml"
     if recipe:
@@ -199,7 +200,7 @@ def test_long_lists_end_in_one_line_and_a_pipe_gets_plain_lines():
     ("arguments", "words"),
     [
         (["nowhere"], ["'nowhere' does not exist", "lumen-ray prepare"]),
-        ([".", "--recipe", "quickstart"], ["holds no manifest.json"]),
+        ([".", "--recipe", "quickstart"], ["has no manifest.json"]),
         (["{}", "--recipe", "quikstart"], ["did you mean 'quickstart'"]),
         (["{}", "--recipe", "quickstart", "--stage", "jiont"], ["did you mean 'joint'", "align"]),
         (["{}", "--samples", "-1"], ["samples is -1"]),
@@ -219,7 +220,7 @@ def test_mistakes_are_one_sentence(arguments, words, folder, tmp_path, capsys, m
     ("setting", "words"),
     [("pack_tokens: 10", "pack_tokens 10 leaves no room"), ("buckets: [[64, 72]]", "bucket [64, 72] does not fit")],
 )
-def test_a_recipe_that_its_model_cannot_take_is_told(folder, tmp_path, capsys, setting, words):
+def test_a_recipe_that_does_not_fit_its_model_is_reported(folder, tmp_path, capsys, setting, words):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"name: r\n{setting}\nstages: [{{name: a, steps: 1}}]\n")
     output = tmp_path / "o"
@@ -229,7 +230,7 @@ def test_a_recipe_that_its_model_cannot_take_is_told(folder, tmp_path, capsys, s
     assert not output.exists()
 
 
-def test_another_schema_version_is_told(folder, tmp_path, capsys):
+def test_another_schema_version_is_reported(folder, tmp_path, capsys):
     (tmp_path / "manifest.json").write_text(json.dumps(shards.read_manifest(folder) | {"schema_version": 9}))
     assert cli.main(["data", "inspect", str(tmp_path)]) == 2
     assert "schema version 9" in capsys.readouterr().err
@@ -242,7 +243,7 @@ def test_the_command_prints_tables_and_where_the_page_is(folder, tmp_path, capsy
 
 
 @pytest.mark.parametrize("output", ["file", "file/x", "/proc/x", "/proc"])
-def test_an_output_that_cannot_be_made_is_told_first(folder, tmp_path, capsys, monkeypatch, output):
+def test_an_output_that_cannot_be_made_is_reported_first(folder, tmp_path, capsys, monkeypatch, output):
     (tmp_path / "file").write_text("x")
     if output != "/proc":
         monkeypatch.setattr("lumen_ray.data.inspect.command.gather", lambda *_: pytest.fail("it counted"))

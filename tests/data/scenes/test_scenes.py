@@ -13,6 +13,7 @@ from lumen_ray.data.images import decode
 from lumen_ray.data.scenes import render as scenes
 from lumen_ray.data.scenes import text as scenes_text
 from lumen_ray.data.shards.schema import SCHEMA
+from lumen_ray.keypoints import FIGURE_EDGES
 from lumen_ray.structures import Boxes, Masks, Region
 from lumen_ray.tasks import split_phrases
 
@@ -45,7 +46,7 @@ def test_rows_survive_the_arrow_schema(rows):
     assert pa.Table.from_pylist(rows[:50], schema=SCHEMA).to_pylist() == rows[:50]
 
 
-def test_objects_are_one_to_five_of_twelve_classes_all_of_them_seen(rows):
+def test_scenes_have_one_to_five_objects_and_cover_all_classes(rows):
     assert {len(row["instances"]) for row in rows} == {1, 2, 3, 4, 5}
     assert {i["phrase"] for row in rows for i in row["instances"]} == set(scenes.CLASSES)
     assert len(scenes.CLASSES) == 12
@@ -103,10 +104,10 @@ def test_keypoints_of_figures_lie_on_them_and_know_when_they_are_hidden(rows):
             assert head[1] < min(left_foot[1], right_foot[1])
         assert ("pose" in row["tasks"]) == any(i["keypoints"] for i in row["instances"])
     assert set(seen) == {1.0, 2.0}
-    assert all(max(edge) < 5 for edge in scenes.SKELETON_EDGES)
+    assert all(max(edge) < 5 for edge in FIGURE_EDGES)
 
 
-def test_captions_count_what_is_there_and_ground_phrases_are_their_parts(rows):
+def test_captions_count_objects_and_contain_the_ground_phrases(rows):
     words = {"a": 1, "two": 2, "three": 3, "four": 4, "five": 5}
     for row in rows:
         ((prompt, caption),) = texts(row, "caption")
@@ -268,7 +269,7 @@ def test_the_vocabulary_is_small(rows):
     assert all(word == word.lower() for word in words)
 
 
-def test_twins_that_no_comparison_tells_apart_get_no_expression():
+def test_indistinguishable_objects_get_no_expression():
     twin = SimpleNamespace(colour="red", shape="circle", area=100.0, centre=(40.0, 40.0))
     other = SimpleNamespace(colour="red", shape="circle", area=100.0, centre=(44.0, 44.0))
     assert scenes_text.refer_phrases([twin, other], 128, np.random.default_rng(1)) == []

@@ -47,7 +47,7 @@ def parse(instruction):
     return (" ".join(words), None) if removes else (" ".join(words[:-1]), words[-1])
 
 
-def test_the_instruction_names_one_object_and_what_becomes_of_it(pairs):
+def test_the_instruction_names_one_object_and_its_change(pairs):
     for before, edit in pairs:
         expression, colour = parse(edit.instruction)
         assert named(before.objects, expression) == [edit.index]
@@ -82,7 +82,7 @@ def test_pixels_outside_the_object_stay_and_those_inside_take_the_new_colour(pai
             assert (edit.after.objects[edit.index].mask == obj.mask).all()
 
 
-def test_a_removed_object_uncovers_what_lay_under_it(pairs):
+def test_a_removed_object_uncovers_those_below(pairs):
     uncovered = 0
     for before, edit in pairs:
         if edit.colour is None:

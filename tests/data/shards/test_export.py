@@ -27,7 +27,7 @@ CATEGORIES = [
 
 
 def corners(bbox):
-    """What the shards hold of a COCO box: float32 xyxy clipped to the image."""
+    """A COCO box as stored in shards: float32 xyxy clipped to the image."""
     x, y, w, h = (np.float64(c) for c in bbox)
     return np.clip(np.array([x, y, x + w, y + h]).astype(np.float32), 0, np.float32([WIDTH, HEIGHT] * 2))
 
@@ -178,7 +178,7 @@ def test_federated_classes_survive(tmp_path):
         source = CocoSource([f"{tmp_path}/out/instances.json"], f"{tmp_path}/images")
 
 
-def test_classes_are_told_against_all_categories_also_those_that_later_rows_bring(tmp_path):
+def test_exhaustive_classes_are_compared_with_all_categories(tmp_path):
     """Shards without categories: the first image is annotated for one class alone, the second shows another."""
     rows = [
         make_row(f"{name}.jpg", jpeg(), (HEIGHT, WIDTH), "x", classes=[name], instances=[instance(name, [1, 1, 9, 9])])
@@ -206,7 +206,7 @@ def test_rows_without_image_are_counted_and_names_stay_inside(tmp_path):
 
 
 @pytest.mark.parametrize("output", ["file", "file/x", "/proc/x", "/proc"])
-def test_an_output_that_cannot_be_made_is_told(tmp_path, output):
+def test_an_output_that_cannot_be_made_is_reported(tmp_path, output):
     (tmp_path / "file").write_text("x")
     with shards.ShardWriter(tmp_path / "in", "part-00000.parquet") as writer:
         writer.write(make_row("b.jpg", jpeg(), (HEIGHT, WIDTH), "x"))

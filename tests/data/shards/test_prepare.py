@@ -22,6 +22,7 @@ from lumen_ray.data.sources.base import Listing, Outcome, Source, reject
 from lumen_ray.data.sources.coco import CocoSource
 from lumen_ray.data.sources.scenes import ScenesSource
 from lumen_ray.errors import UserError
+from lumen_ray.keypoints import FIGURE_KEYPOINTS
 
 
 def prepare_scenes(output, num, seed=0, side=128, **options):
@@ -71,7 +72,7 @@ def test_scenes_are_written_in_order_with_their_skeletons(tmp_path):
     manifest = shards.read_manifest(tmp_path / "out")
     assert manifest["counts"] == {"images": {"in": 25, "written": 25, "rejected": 0}}
     skeletons = {c["name"]: tuple(c["keypoints"]) for c in manifest["categories"] if c["keypoints"]}
-    assert skeletons == dict.fromkeys(("red figure", "green figure", "blue figure"), scenes.KEYPOINTS)
+    assert skeletons == dict.fromkeys(("red figure", "green figure", "blue figure"), FIGURE_KEYPOINTS)
     assert [c["name"] for c in manifest["categories"]] == list(scenes.CLASSES)
     assert shards.verify(tmp_path / "out") == []
     assert list(shards.read_rejected(tmp_path / "out")) == []
@@ -100,7 +101,7 @@ def test_coco_counts_add_up_and_every_reject_has_its_reason(tmp_path, small_coco
         assert row["image"] == (images / row["image_id"]).read_bytes()
 
 
-def test_what_is_cut_off_at_the_image_is_counted_and_told(tmp_path, small_coco, capsys):
+def test_clipped_annotations_are_counted_and_reported(tmp_path, small_coco, capsys):
     path, images = small_coco
     data = json.loads(path.read_text())
     data["categories"] = [{"id": 1, "name": "cell", "keypoints": ["a", "b"], "skeleton": []}]
@@ -133,7 +134,7 @@ def test_the_seed_decides_the_order(tmp_path, small_coco):
     assert sorted(orders[0]) == sorted(orders[2])
 
 
-def test_an_output_that_holds_shards_is_not_overwritten_unasked(tmp_path):
+def test_existing_shards_are_not_overwritten_by_default(tmp_path):
     out = tmp_path / "out"
     prepare_scenes(out, 6, rows_per_file=2, side=64, workers=0)
     before = checksums(out)
@@ -176,7 +177,7 @@ def test_a_job_that_dies_while_it_replaces_shards_leaves_whole_ones(tmp_path, mo
         assert set(checksums(out).values()) == wanted
 
 
-def test_a_job_that_fails_leaves_what_was_there(tmp_path, small_coco):
+def test_a_failed_job_leaves_existing_shards(tmp_path, small_coco):
     path, images = small_coco
     out = tmp_path / "out"
     prepare_coco(out, [path], images, workers=0)
@@ -334,7 +335,7 @@ def test_a_store_that_cannot_be_reached_stops_the_job(tmp_path):
         prepare_source(tmp_path / "out", ManyRows(2, 2, fault="store"), workers=0)
 
 
-def test_nothing_usable_is_told_with_its_first_reason(tmp_path):
+def test_an_input_without_usable_rows_is_reported_with_its_first_reason(tmp_path):
     with pytest.raises(UserError, match="none of the samples can be used; the first: '0-0': broken"):
         prepare_source(tmp_path / "out", ManyRows(1, 2, broken=(0, 1)), workers=0)
     with pytest.raises(UserError, match="the many input lists no samples"):
@@ -365,7 +366,7 @@ def test_a_store_gives_and_takes_the_same_as_a_folder(tmp_path, small_coco):
     assert shards.verify(f"{base}/out") == ["part-00000.parquet is missing"]
     with pytest.raises(UserError, match="part-00000.parquet' is missing"):
         shards.read_row_group(f"{base}/out", file["path"], 0)
-    with pytest.raises(UserError, match="holds no manifest.json"):
+    with pytest.raises(UserError, match="has no manifest.json"):
         shards.read_manifest(base)
 
 
@@ -403,7 +404,7 @@ def test_files_do_not_depend_on_the_number_of_tasks(local_ray, tmp_path, small_c
 
 
 @pytest.mark.ray
-def test_a_users_error_in_a_task_stays_one_sentence(local_ray, tmp_path):
+def test_a_user_error_in_a_task_is_one_sentence(local_ray, tmp_path):
     from ray import cloudpickle
 
     cloudpickle.register_pickle_by_value(sys.modules[__name__])  # this module is on no worker's path

@@ -35,7 +35,7 @@ def test_rows_come_back_as_written(folder, rows):
 
 
 @pytest.mark.parametrize("numbers", [[0, 1, 2, 3], [2, 0], [3, 2, 1, 0], [1, 1, 3, 3], [3, 0, 1, 2, 3, 0], range(3)])
-def test_rows_come_in_the_order_they_are_asked_for(folder, rows, numbers):
+def test_rows_come_in_the_requested_order(folder, rows, numbers):
     """A step over the end of an epoch may have a row group's last rows and then its first, some of them twice."""
     assert shards.read_row_group(folder, "part-00000.parquet", 1, numbers) == [rows[4 + number] for number in numbers]
 
@@ -85,14 +85,14 @@ def test_nothing_but_finished_files_is_left(folder, tmp_path):
 @pytest.mark.parametrize("rows_per_group", [1, 8])
 def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, capfd, rows, rows_per_group):
     """While rows are written or when the file is closed; /dev/full is a disk without room."""
-    original = shards._aside
+    original = shards._temporary_folder
 
     def full(folder):
         aside = original(folder)
         (aside / "part.parquet").symlink_to("/dev/full")
         return aside
 
-    monkeypatch.setattr(shards, "_aside", full)
+    monkeypatch.setattr(shards, "_temporary_folder", full)
     words = "part.parquet' cannot be written: the disk is full; free some space"
     with (
         pytest.raises(UserError, match=words) as error,
@@ -137,7 +137,7 @@ def test_verify_finds_damage(folder):
         shards.read_row_group(folder, path.name, 0)
 
 
-def test_a_row_group_that_is_not_there(folder):
+def test_a_missing_row_group(folder):
     with pytest.raises(UserError, match="has 3 row groups"):
         shards.read_row_group(folder, "part-00000.parquet", 3)
 
@@ -165,7 +165,7 @@ def test_rows_per_group_must_be_positive(tmp_path):
         shards.ShardWriter(tmp_path, "part.parquet", rows_per_group=0)
 
 
-def test_damage_within_a_row_group_is_told(folder):
+def test_damage_within_a_row_group_is_reported(folder):
     entry = shards.read_manifest(folder)["files"][0]
     path = folder / entry["path"]
     data = bytearray(path.read_bytes())

@@ -67,7 +67,7 @@ def test_objects_are_counted_by_class_image_and_absence(counted, rows):
     assert counted.object_sizes["large"] == 1
 
 
-def test_images_and_what_is_said_about_them(counted, rows):
+def test_images_phrases_and_messages_are_counted(counted, rows):
     assert (counted.rows, counted.sources["scenes"], counted.sources["odd"]) == (15, 12, 2)
     annotated = [len(row["instances"]) for row in rows if row["classes"] or row["instances"]]
     assert counted.per_image == Counter(annotated)
@@ -104,7 +104,7 @@ def test_rejected_records_add_up_by_reason(rows, tmp_path):
     assert found.counts == {"annotations": {"in": 15, "written": 9, "rejected": 6}}
 
 
-def test_reasons_lose_what_is_particular():
+def test_reasons_are_generalised():
     assert general("its category 'a b' contains the reserved token <eos>") == (
         "its category … contains the reserved token <eos>"
     )

@@ -99,7 +99,7 @@ def test_a_box_is_taken_from_the_mask_where_none_is_given(load):
     assert row["instances"][0]["box"] == [10, 5, 30, 35]
 
 
-def test_segment_is_no_task_where_an_object_lacks_its_mask(load):
+def test_segment_needs_a_mask_of_every_object(load):
     entries = [annotation(segmentation=[[10, 5, 30, 5, 30, 35]]), annotation(bbox=[1, 1, 5, 5])]
     row, _ = row_of(load({"categories": CATEGORIES, "annotations": entries}))
     assert "segment" not in row["tasks"]

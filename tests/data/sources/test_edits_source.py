@@ -137,7 +137,7 @@ def test_damaged_records_never_stop_the_job(tmp_path, records):
 
 
 def test_real_photos(test_data, tmp_path):
-    """Every photo with itself as its own edit."""
+    """Every photo as an edit of itself."""
     images = test_data / "coco_photos" / "images"
     names = sorted(path.name for path in images.iterdir())
     lines = [json.dumps({"image": n, "instruction": "keep it", "edited_image": n}) for n in names]

@@ -45,7 +45,7 @@ def lvis(tmp_path):
     return tmp_path
 
 
-def test_a_row_lists_the_classes_that_were_looked_for_to_the_end(lvis):
+def test_a_row_lists_the_exhaustively_annotated_classes(lvis):
     source = CocoSource([str(lvis / "lvis.json")], str(lvis / "images"))
     summary = prepare_source(lvis / "out", source, workers=0)
     assert (summary["rows"], summary["rejected"]) == (3, 0)

@@ -1,4 +1,4 @@
-"""Image-text pairs: every table and tars give the same rows; broken ones are told and stop nothing."""
+"""Image-text pairs: all tables and tars give the same rows; broken ones are reported and stop nothing."""
 
 import csv
 import io
@@ -125,7 +125,7 @@ def test_a_bad_sample_of_a_tar_alone_is_rejected(tmp_path, members, reason):
 
 @given(cut=st.integers(0, 12000))
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_tar_that_is_cut_off_keeps_what_is_before(tmp_path, cut):
+def test_a_truncated_tar_keeps_the_samples_before(tmp_path, cut):
     data = open(make_tar(tmp_path / "whole.tar", TAR), "rb").read()  # noqa: SIM115
     (tmp_path / "cut.tar").write_bytes(data[:cut])
     rows, rejected, counts = prepared(PairsSource([str(tmp_path / "cut.tar"), str(tmp_path / "whole.tar")]))

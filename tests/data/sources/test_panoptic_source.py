@@ -74,7 +74,7 @@ def test_masks_are_the_pixels_of_the_png(seed, ids):
         (lambda d: d["images"][0].update(width=61), "size mismatch", ["images"] + ["annotations"] * 3),
     ],
 )
-def test_what_is_wrong_is_rejected(tmp_path, change, reason, kinds):
+def test_bad_segments_are_rejected(tmp_path, change, reason, kinds):
     contents = panoptic_set()
     data = json.loads(contents["panoptic.json"])
     change(data)

@@ -147,7 +147,7 @@ def test_a_bad_image_takes_its_expressions_along(make, tmp_path, damage):
     ]
 
 
-def test_only_the_split_asked_for(make):
+def test_only_the_requested_split(make):
     refs = [ref(0, 10, "man"), ref(1, 12, "dog", split="testA"), {**ref(1, 12, "dog"), "split": None}]
     rows, rejected, counts = prepared(make(refs, split="testA"))
     assert [row["image_id"] for row in rows] == [NAMES[1]]
@@ -198,7 +198,7 @@ def test_a_pickle_cannot_run_code(make, tmp_path):
     path = tmp_path / "refs(evil).p"
     for payload in ([Evil()], [{"image_id": Evil()}], np.zeros(3)):
         path.write_bytes(pickle.dumps(payload))
-        with pytest.raises(UserError, match="refused: it holds an object of") as error:
+        with pytest.raises(UserError, match="refused: it contains an object of") as error:
             load_refs(str(path))
         assert error.value.reason == "unsafe_pickle"
     assert not (tmp_path / "owned").exists()
@@ -206,7 +206,7 @@ def test_a_pickle_cannot_run_code(make, tmp_path):
 
 @given(cut=st.integers(0, 200), flip=st.integers(0, 199), value=st.integers(0, 255))
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_damaged_pickle_is_told(tmp_path, cut, flip, value):
+def test_a_damaged_pickle_is_reported(tmp_path, cut, flip, value):
     data = bytearray(pickle.dumps([ref(0, 10, "the left man")], protocol=2)[: 200 - cut])
     if flip < len(data):
         data[flip] = value
@@ -221,7 +221,7 @@ def test_files_that_cannot_work_are_refused(make, tmp_path):
     (tmp_path / "broken.json").write_text("{")
     images = str(tmp_path / "images")
     for make_source, message in (
-        (lambda: make({"refs": 3}), "must hold a list of records"),
+        (lambda: make({"refs": 3}), "must contain a list of records"),
         (lambda: make([], instances={"images": []}), "needs the lists"),
         (lambda: make(PLAIN, instances=None, box_format="yxyx"), "box format 'yxyx' is not one of: xyxy"),
         (lambda: make([ref(0, 10, "x")], "refs.p", instances=None), "give --instances"),
@@ -240,7 +240,7 @@ REFS = [ref(0, 10, "left"), ref(0, [10, 11], "both"), ref(1, [-1], "none", no_ta
 @given(data=st.data())
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_damaged_records_never_stop_the_job(make, kind, data):
-    """Counts add up, the sound expression of an image of its own survives, and all that is written can be trained."""
+    """Counts add up, the valid expression of a separate image survives, and all rows written can be trained."""
     good = ref(2, [-1], "sound", no_target=True)
     if kind == "plain":
         good = {"image": NAMES[2], "expression": "sound", "no_target": True}

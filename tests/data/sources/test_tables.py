@@ -1,4 +1,4 @@
-"""Chunks of tables: every record once, in order, whatever its line breaks, and damage told per record."""
+"""Chunks of tables: every record once, in order, with any line breaks, and damage reported per record."""
 
 import csv
 import io

@@ -75,7 +75,7 @@ def test_a_tar_that_is_cut_off_keeps_the_samples_before(tmp_path, packed, cut):
     assert all(parts == expected for (_, parts), (_, expected) in zip(before[:-1], EXPECTED, strict=False))
 
 
-def test_a_broken_header_in_the_middle_is_told(tmp_path):
+def test_a_broken_header_in_the_middle_is_reported(tmp_path):
     """`tarfile` alone would take it for the end."""
     data = bytearray(make_tar(MEMBERS))
     place = data.index(b"d/1.jpg")
@@ -94,7 +94,7 @@ def test_a_damaged_byte_never_raises(tmp_path, place, value):
     assert samples_or_errors and all(isinstance(found, dict | UserError) for _, found in samples_or_errors)
 
 
-def test_what_is_no_tar(tmp_path):
+def test_a_file_that_is_not_a_tar(tmp_path):
     for data in (b"", b"hello" * 300, gzip.compress(b"x")):
         ((key, error),) = read(tmp_path / "a.tar", data)
         assert key == "" and isinstance(error, UserError)

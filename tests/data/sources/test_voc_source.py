@@ -47,7 +47,7 @@ def test_boxes_that_count_from_zero(tmp_path):
     assert row["instances"][0]["box"] == [0, 0, 10, 12.5]
 
 
-def test_difficult_objects_are_crowd_unless_told_otherwise(tmp_path):
+def test_difficult_objects_are_crowd_by_default(tmp_path):
     objects = [
         ("cat", (1, 1, 9, 9), "<difficult>1</difficult>"),
         ("cat", (11, 1, 19, 9), "<difficult>0</difficult><truncated>1</truncated><occluded>1</occluded>"),
@@ -105,7 +105,7 @@ def test_a_bad_object_alone_is_rejected(tmp_path):
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])
 @pytest.mark.parametrize("declares_stored", [True, False])
-def test_the_declared_size_tells_the_frame(tmp_path, orientation, declares_stored):
+def test_the_frame_follows_from_the_declared_size(tmp_path, orientation, declares_stored):
     """A white rectangle on black: wherever EXIF turns it, the box must follow."""
     pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     pixels[8:16, 8:40] = 255

@@ -74,7 +74,7 @@ def test_poses_with_and_without_visibility(tmp_path):
 
 @settings(max_examples=20, deadline=None)
 @given(st.data())
-def test_default_names_mirror_as_flip_idx_says(data):
+def test_default_names_mirror_like_flip_idx(data):
     count = data.draw(st.integers(1, 8))
     order = data.draw(st.permutations(range(count)))
     pairs = data.draw(st.integers(0, count // 2))
@@ -172,7 +172,7 @@ def test_folders_of_one_name_do_not_hide_each_other(tmp_path, lists):
     }
 
 
-def test_what_a_split_lists_again_is_rejected_and_counted(tmp_path):
+def test_repeated_images_of_a_split_are_rejected_and_counted(tmp_path):
     contents = yolo_set() | {"data.yaml": "train: [list.txt, more/list.txt]\nnames: [cat, dog]\n"}
     contents |= {"more/list.txt": "images/train/1.jpg\n", "more/images/0.jpg": jpeg()}
     contents["list.txt"] = "images/train/0.jpg\nimages/train/1.jpg\nimages/train/0.jpg\n"
@@ -195,7 +195,7 @@ def test_a_name_that_another_image_has_is_rejected(tmp_path):
     assert "lists another image of this name before" in record["reason"]
 
 
-def test_labels_that_are_nowhere_are_told(tmp_path):
+def test_missing_labels_are_reported(tmp_path):
     contents = yolo_set() | {CLASSES: "cat\ndog\n", "elsewhere/7.txt": "0 0.5 0.5 0.2 0.2"}
     write(tmp_path, {name: data for name, data in contents.items() if not name.startswith("labels/")})
     images, classes = f"{tmp_path}/images/train", f"{tmp_path}/{CLASSES}"
