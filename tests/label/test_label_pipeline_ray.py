@@ -88,7 +88,7 @@ assert cli.main(["serve", "--port", port]) == 0
 """
 #: the lines of `label` and `serve`
 OWN_LINES = (
-    r"the bundled weights 'nano' know the drawn shapes .*",
+    r"the bundled weights 'nano' are trained on the drawn shapes .*",
     r"label: starting",
     r"  label: \d+/3.*",
     r"3 images: 3 labelled, 0 errors -> .*; log -> (?P<label_log>\S+)",

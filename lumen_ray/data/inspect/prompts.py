@@ -85,6 +85,8 @@ def prompts_of(view: View, tokenizer: LumenTokenizer, edges: dict[str, Any]) -> 
                 prompts[branch].picture = _picture(targets, link)
             else:
                 _targets(prompts[branch], targets, link)
+        if isinstance(targets, ImageTargets):
+            continue
         for link, branch in enumerate(members):
             if children := [i for i, parent in enumerate(parents) if parent == link]:
                 _pose(prompts[branch], [prompts[members[i]] for i in children], targets, link, children, edges)

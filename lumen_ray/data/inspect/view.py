@@ -95,7 +95,8 @@ class Sampler:
         step = sum(stage.steps for stage in self.recipe.stages[: self.stage])
         part = (file, index, (number,))
         batch = self.reader({"step": step, "stage": self.stage, "group": group, "parts": [part], "bucket": bucket})
-        tokens = self.settings.image_tokens(tuple(batch.images.shape[-2:])) if bool(batch.has_image[0]) else 0
+        height, width = batch.images.shape[-2:]
+        tokens = self.settings.image_tokens((height, width)) if bool(batch.has_image[0]) else 0
         return View(row, batch, self.recipe.stages[self.stage].groups[group].tasks, tokens)
 
     def _group(self, row: dict[str, Any], rng: np.random.Generator) -> int:
