@@ -35,7 +35,7 @@ def published_part(build: Callable[[], nn.Module]) -> nn.Module:
 
 
 @contextmanager
-def meta_model() -> Iterator[None]:
+def on_meta() -> Iterator[None]:
     """Within it, parameters of modules are put on the meta device as soon as they belong to one, before most are drawn.
     Buffers are computed as ever: no file has those that are not persistent."""
     thread = threading.get_ident()  # what others build meanwhile is not concerned
@@ -59,7 +59,7 @@ def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def put_weights(module: nn.Module, read: Callable[[str], Tensor], device: torch.device | str) -> None:
-    """Puts a module built `meta_model` on a device: `read` gives the values of its parameters that are on the meta
+    """Puts a module built `on_meta` on a device: `read` gives the values of its parameters that are on the meta
     device, and of its persistent buffers, by name.
 
     It is asked for one after the other, and what it gives is kept where type and device are right, so that no second

@@ -9,7 +9,7 @@ from support.memory import peak_of
 from support.tiny_models import EXPERTS, llm, scene_batch, tiny_model, tiny_settings, tiny_tokenizer
 from torch import nn
 
-from lumen_ray.meta_init import meta_model, put_weights
+from lumen_ray.meta_init import on_meta, put_weights
 from lumen_ray.model.build import ModelMeta, count_parameters, load_model, save_model
 
 #: its weights are 100 MiB and more, its largest tensor 4
@@ -30,7 +30,7 @@ def ties(model: nn.Module) -> list[list[str]]:
 @pytest.fixture(params=[{}, EXPERTS, {"llm": llm("qwen3"), "lumen": None, **EXPERTS}])
 def pair(request):
     """A model, and the same without weights."""
-    with meta_model():
+    with on_meta():
         empty = tiny_model(**request.param)
     return tiny_model(**request.param), empty
 
@@ -65,7 +65,7 @@ def test_weights_are_put_in_by_name_and_tied_ones_stay_tied(pair):
 
 
 def test_persistent_buffers_are_read_and_numbers_take_the_type_of_the_model():
-    with meta_model():
+    with on_meta():
         norm = nn.BatchNorm1d(3)
     given = {"weight": torch.ones(3).bfloat16() * 2, "bias": torch.zeros(3), "running_mean": torch.full((3,), 4.0),
              "running_var": torch.ones(3), "num_batches_tracked": torch.tensor(7)}  # fmt: skip
@@ -76,7 +76,7 @@ def test_persistent_buffers_are_read_and_numbers_take_the_type_of_the_model():
 
 def test_what_another_thread_builds_has_its_weights():
     built = []
-    with meta_model():
+    with on_meta():
         thread = threading.Thread(target=lambda: built.append(nn.Linear(2, 2)))
         thread.start()
         thread.join()

@@ -23,7 +23,7 @@ from lumen_ray.checkpoints.safetensors_file import WeightsFile, sync, write_weig
 from lumen_ray.decoders.base import Decoder, ImageDecoder, LossTerm, anchor
 from lumen_ray.decoders.registry import DECODERS, decoder_class, reads_dense, serves
 from lumen_ray.errors import UserError
-from lumen_ray.meta_init import meta_model, put_weights
+from lumen_ray.meta_init import on_meta, put_weights
 from lumen_ray.model.settings import ModelSettings, read_settings
 from lumen_ray.precision import cast_weights_
 from lumen_ray.presets import model_folder
@@ -273,7 +273,7 @@ def load_model(
     meta, own, tokenizer = read_meta(folder), read_settings(folder), read_tokenizer(folder)
     settings = own.choose(decoders or {}, str(folder))
     weights = open_weights(folder)
-    with meta_model():
+    with on_meta():
         model = build_model(settings, len(tokenizer)).eval()
     _check_fits(weights, model, settings.name)
     parts = {"trunk", *model.decoders} if parts is None else set(parts)

@@ -6,15 +6,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pydantic import Field, create_model, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
 from lumen_ray import config
 from lumen_ray.decoders.registry import DECODERS, decoders_for, reads_dense
 from lumen_ray.decoders.spec import DecoderSettings, TrunkShape
 from lumen_ray.errors import UserError
-from lumen_ray.input_size import SizeRule
+from lumen_ray.input_size import PictureSize, SizeRule
 from lumen_ray.presets import model_folder
 from lumen_ray.targets import MASK_STRIDE
 from lumen_ray.tasks import TASKS, get_task
@@ -93,6 +93,28 @@ class _ModelSettings(TrunkSettings):
         """What height and width of an input must be multiples of: image tokens, decoders' cells and the dense features
         tile it."""
         return math.lcm(self.token_side, MASK_STRIDE, *(section.tile for section in self.sections.values()))
+
+    @model_serializer(mode="wrap")
+    def _without_absent_plug_ins(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leaves out the sections of other packages' decoders that the model lacks, so that its folder also opens where
+        those packages are not installed."""
+        data = handler(self)
+        absent = [name for name, spec in DECODERS.items() if spec.package and data.get(name) is None]
+        return {key: value for key, value in data.items() if key not in absent}
+
+    @model_validator(mode="after")
+    def _check_input_rules(self) -> _ModelSettings:
+        """A decoder of pictures says in which size it learns them; any other keeps the shape of the image."""
+        for name, section in self.sections.items():
+            draws = any(TASKS[task].result == "image" for task in DECODERS[name].tasks)
+            if draws != isinstance(section.input_rule, PictureSize) and (draws or section.input_rule is not None):
+                needs = "needs a PictureSize" if draws else "takes a ShortSide or None"
+                raise UserError(
+                    f"the input_rule of decoder '{name}' is {type(section.input_rule).__name__}; a decoder of "
+                    f"{'pictures' if draws else 'places'} {needs}",
+                    "invalid_config",
+                )
+        return self
 
     @model_validator(mode="after")
     def _check_decoders(self) -> _ModelSettings:

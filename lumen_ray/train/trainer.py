@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumen_ray.meta_init import meta_model
+from lumen_ray.meta_init import on_meta
 from lumen_ray.model.build import Generalist, ModelMeta, build_model, save_model
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.warm_start import StartWeights
@@ -81,7 +81,7 @@ def fresh_model(job: Job, resume: Path | None, device: torch.device) -> Generali
     """
     recipe = job.recipe
     precision.check(recipe.precision, device)
-    with meta_model():
+    with on_meta():
         model = build_model(job.settings, len(job.tokenizer), recipe.seed)
     start = _start_weights(job, model) if resume is None or recipe.lora else None
     if recipe.lora:
