@@ -23,7 +23,7 @@ from lumen_ray.bench.workload import check_batches, make_recipe, plan_of, scene_
 from lumen_ray.data.batches.feed import STEPS_PER_BLOCK, plan_items
 from lumen_ray.errors import UserError
 from lumen_ray.recipe import Recipe
-from lumen_ray.train.launch import Prepared, prepare_job, train
+from lumen_ray.train.launch import PreparedRun, prepare_job, train
 
 AIM = 0.95
 BATCH_SIZE = 16
@@ -71,7 +71,7 @@ def bench(
     recipe = make_recipe(steps, model=model, batch_size=batch_size, workers=workers)
     prepared = prepare_job(shards, recipe, folder / "batches")
     bare = BareRun(
-        recipe, prepared.job.settings, len(prepared.job.tokenizer), threads,
+        recipe, prepared.job.start.settings, len(prepared.job.start.tokenizer), threads,
         batch_files(prepared, folder), folder / "bare.pickle",
     )  # fmt: skip
     runs: dict[str, list[dict[str, Any]]] = {"ray": [], "bare": []}
@@ -108,7 +108,7 @@ def bench(
     )
 
 
-def batch_files(prepared: Prepared, folder: Path) -> list[Path]:
+def batch_files(prepared: PreparedRun, folder: Path) -> list[Path]:
     """The batches of every step, a file of pickled ones per rank."""
     recipe, files = prepared.job.recipe, []
     plan = plan_of(prepared.manifest, recipe)

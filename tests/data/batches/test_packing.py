@@ -179,7 +179,7 @@ def test_gradients_are_those_of_the_unpacked_batch():
         model.zero_grad()
         batch = collate(ROWS, packing)
         losses = StepLosses(model.loss_names, {}, [batch], torch.device("cpu"))
-        losses.add(batch, model(batch), IMAGE_TOKENS).backward()
+        losses.add_batch(batch, model(batch), IMAGE_TOKENS).backward()
         grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     for name in grads[0]:
