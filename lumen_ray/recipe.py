@@ -25,11 +25,11 @@ def is_pattern(name: str) -> bool:
 
 
 def _blocks_of(value: object) -> object:
-    """`true` is all parts with blocks, `false` none."""
+    """Resolves `true` to all parts with blocks, `false` to none."""
     return {True: BLOCK_PARTS, False: ()}.get(value, value) if isinstance(value, bool) else value
 
 
-#: settings of a recipe that say how a run is carried out; a run may be continued with others
+#: settings that do not affect a run's result; a resumed run may change them
 CARRIED_OUT = (
     "workers",
     "min_workers",
@@ -43,9 +43,11 @@ CARRIED_OUT = (
 
 
 class BucketRange(Settings):
-    """Buckets of every aspect ratio at every side."""
+    """Input sizes of every aspect ratio at every side."""
 
-    sides: tuple[int, ...] = Field(min_length=1, description="pixels; a bucket has about the area of such a square")
+    sides: tuple[int, ...] = Field(
+        min_length=1, description="pixels; a bucket has about the area of a square of this side"
+    )
     aspect_ratios: tuple[float, ...] = Field((0.5, 0.75, 1.0, 4 / 3, 2.0), min_length=1, description="width / height")
 
     @field_validator("sides", "aspect_ratios")
@@ -57,7 +59,7 @@ class BucketRange(Settings):
 
 
 def parse_buckets(value: Any) -> Any:
-    """What a recipe says under `buckets`, for pydantic: a list of [height, width], or the keys of `BucketRange`."""
+    """Validates `buckets` of a recipe, for pydantic: a list of [height, width], or the keys of `BucketRange`."""
     if value is None or isinstance(value, BucketRange):
         return value
     if isinstance(value, dict):
@@ -81,34 +83,36 @@ def parse_buckets(value: Any) -> Any:
 
 
 class BranchSettings(Settings):
-    """How many prompts an image gets in one training step; classes: at most `max_classes` + `negatives` of any list.
+    """The number of prompts per image and training step; at most `max_classes` + `negatives` classes.
 
-    Negatives are classes annotated as absent, drawn by the rule of `data/batches/negatives.py`. A few do for a dozen
-    classes; with a thousand, 20 to 50 an image (Detic and OWL-ViT use 50).
+    Negatives are classes annotated as absent, drawn by the rule of `data/batches/negatives.py`. A few are enough for a
+    dozen classes; for a thousand use 20 to 50 (Detic and OWL-ViT use 50).
     """
 
-    negatives: int = Field(3, ge=0, description="classes annotated as absent that are asked for")
+    negatives: int = Field(3, ge=0, description="prompts for classes annotated as absent")
     negatives_by_frequency: float = Field(
-        0.5, ge=0, le=1, description="share of them drawn by the square root of class frequency, the rest uniformly"
+        0.5, ge=0, le=1, description="share of negatives drawn by the square root of class frequency, others uniformly"
     )
-    max_classes: int = Field(24, gt=0, description="classes present that are asked for, at most")
-    max_phrases: int = Field(3, ge=0, description="ground and refer phrases, at most")
-    max_messages: int = Field(4, ge=0, description="captions, questions, region captions and chats, at most")
-    max_regions: int = Field(1, ge=0, description="instances whose mask is asked for by a place on them, at most")
-    max_poses: int = Field(1, ge=0, description="classes with keypoints whose pose is asked for, at most")
-    absent_poses: int = Field(1, ge=0, description="absent classes with keypoints whose pose is asked for, at most")
+    max_classes: int = Field(24, gt=0, description="maximum of prompts for classes that are present")
+    max_phrases: int = Field(3, ge=0, description="maximum of ground and refer phrases")
+    max_messages: int = Field(4, ge=0, description="maximum of captions, questions, region captions and chats")
+    max_regions: int = Field(1, ge=0, description="maximum of region_segment prompts: a box, point, ... on an instance")
+    max_poses: int = Field(1, ge=0, description="maximum of pose prompts for classes with annotated keypoints")
+    absent_poses: int = Field(1, ge=0, description="maximum of pose prompts for absent classes with keypoints")
 
 
 class AugmentSettings(Settings):
-    flip_x: bool = Field(False, description="mirror left-right at random; wrong where texts say 'left' and 'right'")
+    """Random augmentation of a training image, with all its annotations."""
+
+    flip_x: bool = Field(False, description="mirror left-right at random; wrong if texts say 'left' and 'right'")
     flip_y: bool = Field(False, description="mirror top-bottom at random")
     turn: bool = Field(
-        False, description="turn by a random multiple of 90 degrees; of 180 where the input is not square"
+        False, description="rotate by a random multiple of 90 degrees; of 180 if the input is not square"
     )
     scale: tuple[float, float] = Field(
-        (1.0, 1.0), description="range of the random zoom, 1 fits the image to the input"
+        (1.0, 1.0), description="range of the random zoom; 1 fits the whole image into the input"
     )
-    shift: float = Field(0.0, ge=0, le=0.5, description="largest random shift, as a share of the input")
+    shift: float = Field(0.0, ge=0, le=0.5, description="maximum random shift, as a share of the input")
     color: float = Field(0.0, ge=0, le=1, description="strength of brightness, contrast and saturation jitter")
 
     @field_validator("scale")
@@ -124,45 +128,46 @@ class AugmentSettings(Settings):
 class LoraSettings(Settings):
     """Low-rank adapters (arXiv 2106.09685) in place of the full weights of the LLM, by `peft`."""
 
-    rank: int = Field(16, gt=0)
+    rank: int = Field(16, gt=0, description="rank of the adapters' matrices")
     alpha: float = Field(32.0, gt=0, description="the adapters' output is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' input; its draws are a function of the step")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' input; its seed depends on the step")
     targets: tuple[str, ...] = Field(
-        ("trunk.llm.*_proj",), min_length=1, description="names of linear layers, with wildcards, that get adapters"
+        ("trunk.llm.*_proj",), min_length=1, description="names of linear layers that get adapters; * is a wildcard"
     )
     also_train: tuple[str, ...] = Field(
         ("trunk.llm.*embed_tokens", "trunk.llm.lm_head"),
-        description="modules of the adapted parts trained in full: the routing tokens are new to a pretrained LLM",
+        description="modules of the adapted parts to train in full; the default because routing tokens are new to a "
+        "pretrained LLM",
     )
-    save_adapters: bool = Field(False, description="also write the adapters alone, to RUN/adapters.safetensors")
+    save_adapters: bool = Field(False, description="also write the adapters to RUN/adapters.safetensors")
 
 
 class EmaSettings(Settings):
     """Exponential moving average of the weights."""
 
-    decay: float = Field(0.999, gt=0, lt=1)
-    warmup: bool = Field(True, description="decay (1 + t) / (10 + t) while that is less, to forget the first weights")
-    export: bool = Field(True, description="the exported model folder has the average, not the last weights")
+    decay: float = Field(0.999, gt=0, lt=1, description="factor on the old average in each step")
+    warmup: bool = Field(True, description="use decay (1 + t) / (10 + t) while it is less, to forget the first weights")
+    export: bool = Field(True, description="export the average to the model folder, not the last weights")
 
 
 class MlflowSettings(Settings):
-    """Where MLflow is told of the run; what is left out comes from MLflow's own environment variables."""
+    """Logging to MLflow. MLflow's environment variables supply what is left out."""
 
-    tracking_uri: str | None = Field(None, description="e.g. http://host:5000 or a folder")
+    tracking_uri: str | None = Field(None, description="server or folder, e.g. http://host:5000")
     experiment: str = "lumen-ray"
-    every: int = Field(10, gt=0, description="steps that are sent together")
+    every: int = Field(10, gt=0, description="steps between requests to the server")
 
 
 class TaskGroup(Settings):
-    """Tasks that are trained together in one step: every annotation of an image that they cover becomes a branch."""
+    """Tasks trained together in one step: annotations of an image for any of them become prompts."""
 
-    tasks: tuple[str, ...] = Field(description="names from the task registry")
-    decoders: tuple[str, ...] = Field((), description="decoders that learn from it; none: all that the model has")
+    tasks: tuple[str, ...] = Field(description="names of tasks; see `lumen_ray.tasks`")
+    decoders: tuple[str, ...] = Field((), description="decoders to train; empty: all of the model that serve the tasks")
     weight: float = Field(1.0, gt=0, description="how often this group is drawn, relative to the stage's other groups")
 
     @property
     def learning(self) -> tuple[str, ...]:
-        """The decoders that learn from it, of those a model can have."""
+        """The decoders, of all there are, that the group trains where a model has them."""
         able = {decoder for task in self.tasks for decoder in decoders_for(task)}
         return tuple(name for name in DECODERS if name in able and name in (self.decoders or able))
 
@@ -174,13 +179,13 @@ class TaskGroup(Settings):
         blind = [name for name in tasks if name in TASKS and not TASKS[name].sees_image]
         if blind and len(tasks) > 1:
             raise UserError(
-                f"task '{blind[0]}' must be in a group of its own: its images are what is asked for", "invalid_config"
+                f"task '{blind[0]}' needs a separate group: its images are targets, not inputs", "invalid_config"
             )
         for task in map(get_task, tasks):
             if task.derived_from:
                 raise UserError(
-                    f"task '{task.name}' cannot be trained, its answers are computed from those of "
-                    f"'{task.derived_from}'; name '{task.derived_from}'",
+                    f"task '{task.name}' cannot be trained: its answers are computed from those of "
+                    f"'{task.derived_from}'; train '{task.derived_from}'",
                     "invalid_config",
                 )
         return tasks
@@ -194,31 +199,34 @@ class TaskGroup(Settings):
 
 
 class Stage(Settings):
+    """A part of a run with one set of trained parts, tasks and learning rates."""
+
     name: str
     steps: int = Field(gt=0, description="optimizer steps")
     groups: tuple[TaskGroup, ...] = Field(
         (TaskGroup(tasks=TRAINABLE_TASKS),),
-        description="what step t trains is drawn from these by (seed, t)",
+        description="task groups; one is drawn for each step, by (seed, step)",
     )
     trainable: tuple[str, ...] | None = Field(
-        None, description=f"parts that learn, of {', '.join(PARTS)}; null: all that the model has"
+        None, description=f"parts to train, of {', '.join(PARTS)}; null: all of the model"
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     lr_scale: dict[str, float] = Field(
         {},
-        description="factors on the learning rate, by part {vision: 0.1}, by module {trunk.vision.clip: 0.1} or by "
-        'parameter {"*norm*": 0.5}; those of all keys that fit a parameter are multiplied, 0 freezes it',
+        description="factors on the learning rate by part {vision: 0.1}, module {trunk.vision.clip: 0.1} or parameter "
+        'pattern {"*norm*": 0.5}; factors of all matching keys are multiplied, 0 freezes',
     )
     layer_decay: dict[str, float] = Field(
-        {}, description=f"factor from each block to the one below it, by part, of {', '.join(DEEP_PARTS)}"
+        {},
+        description=f"factor on the rate from each block to the one below, by part: {', '.join(DEEP_PARTS)}",
     )
-    warmup_steps: int = Field(20, ge=0)
+    warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up")
     decay_from: float = Field(0.5, ge=0, le=1, description="share of the steps after which cosine decay begins")
     final_lr: float = Field(0.02, ge=0, description="learning rate at the end, relative to `lr`")
     weight_decay: float = Field(0.05, ge=0)
-    grad_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    accumulate: int = Field(1, gt=0, description="micro-steps a step's batch is split into, to fit in memory")
-    loss_weights: dict[str, float] = Field({}, description=f"factor on a loss, of {', '.join(LOSSES)}")
+    grad_clip: float = Field(1.0, gt=0, description="maximum norm of the gradient")
+    accumulate: int = Field(1, gt=0, description="micro-steps that a step's batch is split into, to save memory")
+    loss_weights: dict[str, float] = Field({}, description=f"factors on losses: {', '.join(LOSSES)}")
     augment: AugmentSettings = AugmentSettings()
     branches: BranchSettings = BranchSettings()
 
@@ -231,7 +239,7 @@ class Stage(Settings):
             if name not in DEEP_PARTS:
                 raise unknown("part with layers", name, DEEP_PARTS, plural="parts with layers")
             if not 0 < factor <= 1:
-                raise UserError(f"layer_decay of '{name}' must lie in (0, 1], got {factor}", "invalid_config")
+                raise UserError(f"layer_decay of '{name}' must be in (0, 1], got {factor}", "invalid_config")
         for name, factor in self.lr_scale.items():
             if factor < 0:
                 raise UserError(f"lr_scale of '{name}' must not be negative, got {factor}", "invalid_config")
@@ -249,49 +257,55 @@ class Stage(Settings):
 
 
 class Recipe(Settings):
+    """A training run: model, data loading, workers, and stages."""
+
     name: str
-    model: str = Field("nano", description="preset in configs/models, or a path to a model YAML")
+    model: str = Field("nano", description="preset in configs/models, or path of a model YAML")
     init_from: str | None = Field(
         None,
-        description="model folder, or bundled weights, that a run starts from where '--init-from' names no other; "
-        "null: fresh weights",
+        description="model folder, or name of bundled weights, to start from; '--init-from' overrides it; null: fresh "
+        "weights",
     )
     seed: int = Field(0, ge=0)
     batch_size: int = Field(32, gt=0, description="images per optimizer step, over all workers")
     buckets: tuple[Size, ...] | BucketRange | None = Field(
         None,
-        description="input sizes as [[height, width], ...] or {sides: [...], aspect_ratios: [...]}, images of a step "
-        "share one; null: one square of the preset's image_size",
+        description="input sizes as [[height, width], ...] or {sides: [...], aspect_ratios: [...]}; images of a step "
+        "share one; null: a square of the preset's image_size",
     )
     pack_tokens: int = Field(
         0,
         ge=0,
-        description="tokens per row of the LLM's batch: images and texts share rows of at most so many; 0: a row each, "
-        "padded to the longest",
+        description="pack samples into rows of at most this many tokens in the LLM's batch; 0: a row each, padded to "
+        "the longest",
     )
     workers: int = Field(1, gt=0, description="Ray Train workers; each is one FSDP rank")
     readers: int = Field(
-        1, gt=0, description="tasks of each worker that read, decode and augment; more where it waits for data"
+        1, gt=0, description="Ray Data tasks per worker that read, decode and augment; raise it if data_wait is high"
     )
     min_workers: int = Field(
-        0, ge=0, description="go on with as few workers when nodes are lost; 0: wait until all of them have room again"
+        0, ge=0, description="continue with as few workers when nodes are lost; 0: wait for resources for all workers"
     )
     max_failures: int = Field(
-        3, ge=-1, description="restarts of lost workers without a new checkpoint before the run gives up; -1: no limit"
+        3,
+        ge=-1,
+        description="restarts without a new checkpoint, after lost workers, before a run fails; -1: no limit",
     )
-    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints inside a stage; 0: at its end only")
+    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints within a stage; 0: only at its end")
     keep_checkpoints: int = Field(
-        5, ge=0, description="how many checkpoints stay, beside the newest of each stage; 0: all"
+        5, ge=0, description="newest checkpoints to keep, in addition to the last of each stage; 0: all"
     )
-    log_samples: bool = Field(False, description="write the image ids of every step to the run's 'samples' folder")
+    log_samples: bool = Field(False, description="write the image ids of every step to RUN/samples")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the arithmetic; weights and losses stay fp32")
     activation_checkpointing: tuple[str, ...] = Field(
-        (), description=f"parts whose blocks compute their activations again in the backward pass; true: {BLOCK_PARTS}"
+        (), description=f"parts whose blocks recompute activations in the backward pass; true: {', '.join(BLOCK_PARTS)}"
     )
-    compile: tuple[str, ...] = Field((), description=f"parts whose blocks torch.compile makes; true: {BLOCK_PARTS}")
-    lora: LoraSettings | None = Field(None, description="train adapters instead of the LLM's weights")
-    ema: EmaSettings | None = Field(None, description="keep an average of the weights")
-    mlflow: MlflowSettings | None = Field(None, description="log to MLflow as well")
+    compile: tuple[str, ...] = Field(
+        (), description=f"parts whose blocks to compile with torch.compile; true: {', '.join(BLOCK_PARTS)}"
+    )
+    lora: LoraSettings | None = Field(None, description="train low-rank adapters in place of full weights; null: off")
+    ema: EmaSettings | None = Field(None, description="keep a moving average of the weights; null: off")
+    mlflow: MlflowSettings | None = Field(None, description="also log to MLflow; null: off")
     stages: tuple[Stage, ...]
 
     _buckets = field_validator("buckets", mode="before")(parse_buckets)

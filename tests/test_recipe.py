@@ -34,7 +34,7 @@ def recipe(*stages, **changes):
         ({"groups": [{"tasks": ["detekt"]}]}, "detect"),
         (
             {"groups": [{"tasks": ["detect", "semantic"]}]},
-            "'semantic' cannot be trained, .*; name 'segment'",
+            "'semantic' cannot be trained: .*; train 'segment'",
         ),
         ({"augment": {"scale": [0, 1]}}, "0 < smallest <= largest"),
         ({"lerning_rate": 1}, "unknown key"),
@@ -42,7 +42,7 @@ def recipe(*stages, **changes):
         ({"accumulate": 0}, "accumulate"),
         ({"lr_scale": {"vision": -1}}, "lr_scale of 'vision' must not be negative"),
         ({"layer_decay": {"dense": 0.9}}, "unknown part with layers 'dense'; parts with layers: llm, vision"),
-        ({"layer_decay": {"llm": 1.5}}, r"layer_decay of 'llm' must lie in \(0, 1\], got 1.5"),
+        ({"layer_decay": {"llm": 1.5}}, r"layer_decay of 'llm' must be in \(0, 1\], got 1.5"),
     ],
 )
 def test_a_mistake_in_a_stage_is_reported(stage, message):
