@@ -34,11 +34,11 @@ def test_the_prompts_are_the_same_on_both_sides():
 
 @pytest.mark.parametrize("what", ["links", "texts"])
 def test_a_difference_is_refused(engine, monkeypatch, what):
-    run = engine.trunk.run
+    links = engine.trunk.links
 
     def other_when_packed(images, requests, **options):
         """As if a prompt's result depended on the prompts beside it."""
-        out = run(images, requests, **options)
+        out = links(images, requests, **options)
         if len(requests[0]) > 1 and what == "links":
             link = out.decoder_inputs["lumen"].link
             link.embeddings = link.embeddings * 1.01
@@ -46,7 +46,7 @@ def test_a_difference_is_refused(engine, monkeypatch, what):
             out.plans[0] = [p if p.text is None else dataclasses.replace(p, text=p.text + "?") for p in out.plans[0]]
         return out
 
-    monkeypatch.setattr(engine.trunk, "run", other_when_packed)
+    monkeypatch.setattr(engine.trunk, "links", other_when_packed)
     with pytest.raises(SidesDiffer, match="differ by"):
         prompts.bench(engine, classes=3, turns=1, max_new_tokens=4, threads=1)
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 R = TypeVar("R")
+ReadItem = Callable[[dict[str, Any]], TrainingBatch]
 
 STEPS_PER_BLOCK = 16  # plan steps of one Ray Data task; a task costs tens of milliseconds
 
@@ -164,7 +165,7 @@ def one_ahead(make: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             yield waiting.result()
 
 
-def dataset_for_rank(reader: BatchReader, items: list[dict[str, Any]], readers: int = 1) -> ray.data.Dataset:
+def dataset_for_rank(reader: ReadItem, items: list[dict[str, Any]], readers: int = 1) -> ray.data.Dataset:
     """A Ray Data pipeline that reads, decodes and augments in `readers` CPU tasks: a block row per item, in plan order.
 
     The tasks request no logical CPUs, since the rank has reserved theirs and others would make them wait, and run on
