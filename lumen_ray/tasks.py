@@ -25,7 +25,7 @@ REGION_TOKEN = "<region>"
 
 @dataclass(frozen=True)
 class LinkFamily:
-    """A set of super-link queries that several decoders can read, each through its own link head.
+    """A set of super-link queries that several decoders can read, each through a separate link head.
 
     `num_queries` learned queries follow the routing token (VisionLLM v2, sec. 3.3: 4 for perception).
     """

@@ -97,21 +97,21 @@ def arrivals(batches: Iterable[StampedBatch]) -> list[Arrival]:
     return [Arrival(batch.made, time.time(), len(batch.image_ids)) for batch in batches]
 
 
-def ready(seen: list[Arrival], index: int) -> int:
+def ready(events: list[Arrival], index: int) -> int:
     """Images that were made before batch `index` arrived, and arrived after it."""
-    return sum(batch.images for batch in seen[index + 1 :] if batch.made <= seen[index].arrived)
+    return sum(batch.images for batch in events[index + 1 :] if batch.made <= events[index].arrived)
 
 
-def samples_per_s(seen: list[Arrival], margin: int) -> float:
+def samples_per_s(events: list[Arrival], margin: int) -> float:
     """Images per second between the first and the last `margin` batches.
 
     Images ready when the clock starts, in excess of those ready when it stops, are not counted. The opposite gives no
     credit: the rate of a side that passes batches on more slowly than it reads is that of passing them on.
     """
-    first, last = margin - 1, len(seen) - margin - 1
-    free = max(0, ready(seen, first) - ready(seen, last))
-    images = sum(batch.images for batch in seen[first + 1 : last + 1]) - free
-    return images / (seen[last].arrived - seen[first].arrived)
+    first, last = margin - 1, len(events) - margin - 1
+    free = max(0, ready(events, first) - ready(events, last))
+    images = sum(batch.images for batch in events[first + 1 : last + 1]) - free
+    return images / (events[last].arrived - events[first].arrived)
 
 
 def round_steps(workers: int) -> int:
@@ -171,9 +171,9 @@ def bench(
 
     def measured(side: str) -> float:
         batches = cast("Iterator[StampedBatch]", sources[side](reader, items, workers))
-        seen = arrivals(batches)
-        ready_images[side].append((ready(seen, margin - 1), ready(seen, len(seen) - margin - 1)))
-        return samples_per_s(seen, margin)
+        events = arrivals(batches)
+        ready_images[side].append((ready(events, margin - 1), ready(events, len(events) - margin - 1)))
+        return samples_per_s(events, margin)
 
     rates = in_turns({side: partial(measured, side) for side in sources}, turns)
     return Result(

@@ -47,8 +47,8 @@ def class_names(count: int) -> list[str]:
 
 def prompts(classes: int) -> list[Request]:
     """One request per prompt: a class each, a caption, three questions."""
-    found = [make_request("detect", classes=[name]) for name in class_names(classes)]
-    return [*found, make_request("caption"), *(make_request("vqa", text=text) for text in QUESTIONS)]
+    detections = [make_request("detect", classes=[name]) for name in class_names(classes)]
+    return [*detections, make_request("caption"), *(make_request("vqa", text=text) for text in QUESTIONS)]
 
 
 def together(single: list[Request]) -> list[Request]:

@@ -84,11 +84,11 @@ def changing_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _matching(pattern: str, names: list[str], key: str) -> list[str]:
-    found = fnmatch.filter(names, pattern)
-    if not found:
+    matches = fnmatch.filter(names, pattern)
+    if not matches:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in names if not name[-1].isdigit()})[:12])
         raise UserError(f"lora.{key}: '{pattern}' matches nothing in the model; layers are called {known}", "no_match")
-    return found
+    return matches
 
 
 def _peft():

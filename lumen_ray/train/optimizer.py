@@ -69,15 +69,17 @@ def lr_factors(model: Generalist, stage: Stage) -> dict[nn.Parameter, float]:
 
 def _fitting(pattern: str, names: dict[str, nn.Parameter], stage: Stage) -> list[str]:
     """Names of parameters that match the pattern, themselves or by a module they are in."""
-    found = [name for name in names if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")]
-    if not found:
+    matches = [
+        name for name in names if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+    ]
+    if not matches:
         modules = {name.rsplit(".", n)[0] for name in names for n in range(1, name.count(".") + 1)}
         raise UserError(
             f"stage '{stage.name}': lr_scale '{pattern}' fits nothing that the stage trains;"
             f"{suggest(pattern, modules)} give a part, a module such as trunk.vision.clip, or a pattern such as *norm*",
             "no_match",
         )
-    return found
+    return matches
 
 
 def depths(module: nn.Module) -> dict[str, int]:
@@ -89,7 +91,7 @@ def depths(module: nn.Module) -> dict[str, int]:
     lists: dict[str, list[str]] = {}
     for name, _ in blocks(module):
         lists.setdefault(name.rpartition(".")[0], []).append(name)
-    found: dict[str, int] = {}
+    depth: dict[str, int] = {}
     for path, members in lists.items():
         root = f"{path.rpartition('model.')[0]}model."
         below, index = True, {name: i for i, name in enumerate(members)}
@@ -97,10 +99,10 @@ def depths(module: nn.Module) -> dict[str, int]:
             if name.startswith(f"{path}."):
                 below = False
                 block = name[: name.index(".", len(path) + 1)]
-                found[name] = len(members) - index[block]
+                depth[name] = len(members) - index[block]
             elif below and name.startswith(root):
-                found[name] = len(members) + 1
-    return found
+                depth[name] = len(members) + 1
+    return depth
 
 
 def lr_factor(stage: Stage, step: int) -> float:

@@ -190,13 +190,13 @@ class Trainer:
             losses.add_batch(batch, terms, image_tokens).backward()
         return losses
 
-    def _diverged(self, stage: Stage, micro_steps: list[TrainingBatch], what: str) -> None:
+    def _diverged(self, stage: Stage, micro_steps: list[TrainingBatch], values: str) -> None:
         """Raises `DivergedError` on all ranks, before the weights are updated, and names the module it came from."""
         runs = [(partial(self._gradients, stage, [batch]), batch.image_ids) for batch in micro_steps]
         module, image_ids = find_module(self.model, runs)
         raise DivergedError(
-            f"{where(self.step, stage.name, image_ids)}: {what} is not finite; the first number that is not finite is "
-            f"in {module}; lower the learning rate or leave out the images; {resumption(self.run)}"
+            f"{where(self.step, stage.name, image_ids)}: {values} is not finite; the first non-finite number is in "
+            f"{module}; lower the learning rate or leave out the images; {resumption(self.run)}"
         )
 
     def _write(self, stage: Stage, micro_steps: list[TrainingBatch], sums: StepSums, numbers: dict[str, Any]) -> None:

@@ -177,7 +177,7 @@ class Collator:
     def _decoder_inputs(
         self, prompts: PromptBatch, shown: Shown, layout: Layout, number: int
     ) -> tuple[dict[str, Pixels], dict[str, PerceptionTargets | ImageTargets]]:
-        """(images by decoder, for decoders with an input size of their own, of the first `number` images; targets by
+        """(images by decoder, for decoders with a separate input size, of the first `number` images; targets by
         family, and by those decoders in the frame of their images)."""
         pixels: dict[str, Pixels] = {}
         targets: dict[str, PerceptionTargets | ImageTargets] = {}

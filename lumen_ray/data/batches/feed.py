@@ -139,7 +139,7 @@ def local_batches(reader: BatchReader, plan: Plan, start: int = 0) -> Iterator[T
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles tensors as arrays: torch's own way takes milliseconds per batch, also in the training process."""
+    """Pickles tensors as arrays: torch's default takes milliseconds per batch, also in the training process."""
 
     def reducer_override(self, value: Any) -> Any:
         return (torch.from_numpy, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
@@ -169,7 +169,7 @@ def dataset_for_rank(reader: ReadItem, items: list[dict[str, Any]], readers: int
     """A Ray Data pipeline that reads, decodes and augments in `readers` CPU tasks: a block row per item, in plan order.
 
     The tasks request no logical CPUs, since the rank has reserved theirs and others would make them wait, and run on
-    the node of this process. `preserve_order` is set in the data set's own context and leaves other data sets alone.
+    the node of this process. `preserve_order` is set in the context of this data set only.
     """
     import ray.data
 

@@ -1,7 +1,7 @@
 """Draws the prompts of a training batch from annotations, with the target of each.
 
 All annotations of an image become branches of one pass: classes (present and absent ones), phrases, poses, captions,
-questions. Draws depend only on the random generator, so a resumed run sees the same batch.
+questions. Draws depend only on the random generator, so a resumed run gets the same batch.
 """
 
 from __future__ import annotations

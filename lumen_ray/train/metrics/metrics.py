@@ -88,7 +88,7 @@ class Board:
     """
 
     def __init__(self, folder: Path, step: int):
-        """Hides what the folder has of `step` and later."""
+        """Hides earlier events in the folder for `step` and later."""
         folder.mkdir(parents=True, exist_ok=True)
         self._events = EventsWriter(str(folder / "events"), f".{step:07d}")
         self._write(step, session_log=SessionLog(status=SessionLog.START))
@@ -100,8 +100,8 @@ class Board:
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
-    def _write(self, step: int, **what: Any) -> None:
-        self._events.write_event(Event(wall_time=time.time(), step=step, **what))
+    def _write(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def flush(self) -> None:
         self._events.flush()

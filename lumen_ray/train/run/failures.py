@@ -117,7 +117,7 @@ def _ended_by_ray(error: BaseException) -> bool:
 
 
 def module_of(error: BaseException, model: nn.Module) -> str:
-    """`` in trunk.llm.model.layers.1.mlp``: where an error was raised, by the innermost stack frame that tells.
+    """`` in trunk.llm.model.layers.1.mlp``: where an error was raised, by the innermost of these stack frames.
 
     A module of the model, the optimizer, or the backward pass where autograd runs no code of a module; else empty.
     """

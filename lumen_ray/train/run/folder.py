@@ -72,8 +72,8 @@ def keep_record(run: Path, record: dict[str, Any], resumes: bool) -> None:
         other = [text for name, text in names.items() if _compared(before.get(name)) != _compared(record[name])]
         if other:
             raise UserError(
-                f"'{run}' holds a run of another {' and '.join(other)}; choose another output folder, or continue it "
-                "with what it was started with",
+                f"'{run}' holds a run of another {' and '.join(other)}; choose another output folder, or resume it "
+                "with the recipe, model and shards it was started with",
                 "run_exists",
             )
     files.write_atomically(saved, lambda temporary: temporary.write_text(json.dumps(record)))
