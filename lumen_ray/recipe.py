@@ -1,4 +1,4 @@
-"""Recipes: the stages of a training run as typed settings (`configs/recipes/*.yaml`)."""
+"""A recipe: the stages of a training run as data (`configs/recipes/*.yaml`)."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from lumen_ray.errors import UserError, unknown
 from lumen_ray.structures import Size
 from lumen_ray.tasks import TASKS, TRAINABLE_TASKS, get_task
 
-#: modules made of repeated blocks, which are checkpointed, compiled and decayed block by block
+#: parts made of repeated blocks, which are checkpointed, compiled and decayed block by block
 BLOCK_PARTS = ("vision", "llm", *DECODERS)
-#: modules deep enough for layer-wise decay of the learning rate
+#: parts whose layers are deep enough for a learning rate by depth
 DEEP_PARTS = ("vision", "llm")
 
 
 def is_pattern(name: str) -> bool:
-    """Whether a key of `lr_scale` is a pattern of parameter names, with a dot or a wildcard, rather than a module."""
+    """Whether a key of `lr_scale` names parameters rather than a part: it has a dot or a wildcard."""
     return any(sign in name for sign in ".*?[")
 
 
 def _blocks_of(value: object) -> object:
-    """Expands `true` to all modules with blocks and `false` to none."""
+    """Resolves `true` to all parts with blocks, `false` to none."""
     return {True: BLOCK_PARTS, False: ()}.get(value, value) if isinstance(value, bool) else value
 
 
-#: settings of a recipe that do not affect its result, and may change when a run is resumed
+#: settings that do not affect a run's result; a resumed run may change them
 CARRIED_OUT = (
     "workers",
     "min_workers",
@@ -43,9 +43,11 @@ CARRIED_OUT = (
 
 
 class BucketRange(Settings):
-    """Buckets of every aspect ratio for every side."""
+    """Input sizes of every aspect ratio at every side."""
 
-    sides: tuple[int, ...] = Field(min_length=1, description="pixels; buckets have about the area of such a square")
+    sides: tuple[int, ...] = Field(
+        min_length=1, description="pixels; a bucket has about the area of a square of this side"
+    )
     aspect_ratios: tuple[float, ...] = Field((0.5, 0.75, 1.0, 4 / 3, 2.0), min_length=1, description="width / height")
 
     @field_validator("sides", "aspect_ratios")
@@ -57,13 +59,13 @@ class BucketRange(Settings):
 
 
 def parse_buckets(value: Any) -> Any:
-    """Validates `buckets` of a recipe for pydantic: a list of [height, width], or the keys of `BucketRange`."""
+    """Validates `buckets` of a recipe, for pydantic: a list of [height, width], or the keys of `BucketRange`."""
     if value is None or isinstance(value, BucketRange):
         return value
     if isinstance(value, dict):
         try:
             return config.validate(BucketRange, value, "buckets")
-        except UserError as error:  # the recipe's validation adds the key
+        except UserError as error:  # the recipe's own check names the key
             raise UserError(str(error).removeprefix("buckets: "), error.reason) from None
     pairs = value if isinstance(value, list | tuple) else [value]
     if not pairs or not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
@@ -81,36 +83,36 @@ def parse_buckets(value: Any) -> Any:
 
 
 class BranchSettings(Settings):
-    """Number of prompts per image in a training step: at most `max_classes` + `negatives` of any number of classes.
+    """The number of prompts per image and training step; at most `max_classes` + `negatives` classes.
 
     Negatives are classes annotated as absent, drawn by the rule of `data/batches/negatives.py`. A few are enough for a
-    dozen classes; for a thousand, use 20 to 50 per image (Detic and OWL-ViT use 50).
+    dozen classes; for a thousand use 20 to 50 (Detic and OWL-ViT use 50).
     """
 
     negatives: int = Field(3, ge=0, description="prompts for classes annotated as absent")
     negatives_by_frequency: float = Field(
-        0.5, ge=0, le=1, description="share of them drawn by the square root of class frequency, the rest uniformly"
+        0.5, ge=0, le=1, description="share of negatives drawn by the square root of class frequency, others uniformly"
     )
-    max_classes: int = Field(24, gt=0, description="largest number of prompts for classes present")
-    max_phrases: int = Field(3, ge=0, description="largest number of ground and refer phrases")
-    max_messages: int = Field(4, ge=0, description="largest number of captions, questions, region captions and chats")
-    max_regions: int = Field(1, ge=0, description="largest number of instances prompted by a region on them")
-    max_poses: int = Field(1, ge=0, description="largest number of pose prompts for classes present")
-    absent_poses: int = Field(1, ge=0, description="largest number of pose prompts for absent classes with keypoints")
+    max_classes: int = Field(24, gt=0, description="maximum of prompts for classes that are present")
+    max_phrases: int = Field(3, ge=0, description="maximum of ground and refer phrases")
+    max_messages: int = Field(4, ge=0, description="maximum of captions, questions, region captions and chats")
+    max_regions: int = Field(1, ge=0, description="maximum of region_segment prompts: a box, point, ... on an instance")
+    max_poses: int = Field(1, ge=0, description="maximum of pose prompts for classes with annotated keypoints")
+    absent_poses: int = Field(1, ge=0, description="maximum of pose prompts for absent classes with keypoints")
 
 
 class AugmentSettings(Settings):
-    """Random changes of an image and its annotations."""
+    """Random augmentation of a training image, with all its annotations."""
 
-    flip_x: bool = Field(False, description="mirror left-right at random; wrong if texts say 'left' or 'right'")
+    flip_x: bool = Field(False, description="mirror left-right at random; wrong if texts say 'left' and 'right'")
     flip_y: bool = Field(False, description="mirror top-bottom at random")
     turn: bool = Field(
         False, description="rotate by a random multiple of 90 degrees; of 180 if the input is not square"
     )
     scale: tuple[float, float] = Field(
-        (1.0, 1.0), description="range of the random zoom; at 1 the image fits the input"
+        (1.0, 1.0), description="range of the random zoom; 1 fits the whole image into the input"
     )
-    shift: float = Field(0.0, ge=0, le=0.5, description="largest random shift, as a fraction of the input's sides")
+    shift: float = Field(0.0, ge=0, le=0.5, description="maximum random shift, as a share of the input")
     color: float = Field(0.0, ge=0, le=1, description="strength of brightness, contrast and saturation jitter")
 
     @field_validator("scale")
@@ -124,49 +126,48 @@ class AugmentSettings(Settings):
 
 
 class LoraSettings(Settings):
-    """Low-rank adapters (arXiv 2106.09685), trained in place of the LLM's full weights, by `peft`."""
+    """Low-rank adapters (arXiv 2106.09685) in place of the full weights of the LLM, by `peft`."""
 
-    rank: int = Field(16, gt=0)
+    rank: int = Field(16, gt=0, description="rank of the adapters' matrices")
     alpha: float = Field(32.0, gt=0, description="the adapters' output is scaled by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' input; its draws depend on the step only")
+    dropout: float = Field(0.0, ge=0, lt=1, description="on the adapters' input; its seed depends on the step")
     targets: tuple[str, ...] = Field(
-        ("trunk.llm.*_proj",), min_length=1, description="names of linear layers, with wildcards, that get adapters"
+        ("trunk.llm.*_proj",), min_length=1, description="names of linear layers that get adapters; * is a wildcard"
     )
     also_train: tuple[str, ...] = Field(
         ("trunk.llm.*embed_tokens", "trunk.llm.lm_head"),
-        description="modules trained in full beside the adapters: the routing tokens are new to a pretrained LLM",
+        description="modules of the adapted parts to train in full; the default because routing tokens are new to a "
+        "pretrained LLM",
     )
-    save_adapters: bool = Field(False, description="also write the adapters separately, to RUN/adapters.safetensors")
+    save_adapters: bool = Field(False, description="also write the adapters to RUN/adapters.safetensors")
 
 
 class EmaSettings(Settings):
     """Exponential moving average of the weights."""
 
-    decay: float = Field(0.999, gt=0, lt=1)
-    warmup: bool = Field(
-        True, description="use (1 + t) / (10 + t) while it is below decay, to forget the first weights"
-    )
-    export: bool = Field(True, description="export the averaged weights instead of the last ones")
+    decay: float = Field(0.999, gt=0, lt=1, description="factor on the old average in each step")
+    warmup: bool = Field(True, description="use decay (1 + t) / (10 + t) while it is less, to forget the first weights")
+    export: bool = Field(True, description="export the average to the model folder, not the last weights")
 
 
 class MlflowSettings(Settings):
-    """Logging to MLflow; settings left out come from MLflow's environment variables."""
+    """Logging to MLflow. MLflow's environment variables supply what is left out."""
 
     tracking_uri: str | None = Field(None, description="server or folder, e.g. http://host:5000")
     experiment: str = "lumen-ray"
-    every: int = Field(10, gt=0, description="number of steps sent in one request")
+    every: int = Field(10, gt=0, description="steps between requests to the server")
 
 
 class TaskGroup(Settings):
-    """Tasks trained together in one step: every annotation of an image for one of them becomes a branch."""
+    """Tasks trained together in one step: annotations of an image for any of them become prompts."""
 
-    tasks: tuple[str, ...] = Field(description="names from the task registry")
-    decoders: tuple[str, ...] = Field((), description="decoders trained by it; empty: all decoders of the model")
-    weight: float = Field(1.0, gt=0, description="frequency of this group, relative to the stage's other groups")
+    tasks: tuple[str, ...] = Field(description="names of tasks; see `lumen_ray.tasks`")
+    decoders: tuple[str, ...] = Field((), description="decoders to train; empty: all of the model that serve the tasks")
+    weight: float = Field(1.0, gt=0, description="how often this group is drawn, relative to the stage's other groups")
 
     @property
     def learning(self) -> tuple[str, ...]:
-        """The decoders trained by it, of all that a model can have."""
+        """The decoders, of all there are, that the group trains where a model has them."""
         able = {decoder for task in self.tasks for decoder in decoders_for(task)}
         return tuple(name for name in DECODERS if name in able and name in (self.decoders or able))
 
@@ -178,13 +179,13 @@ class TaskGroup(Settings):
         blind = [name for name in tasks if name in TASKS and not TASKS[name].sees_image]
         if blind and len(tasks) > 1:
             raise UserError(
-                f"task '{blind[0]}' must be in a separate group: its images are targets, not inputs", "invalid_config"
+                f"task '{blind[0]}' needs a separate group: its images are targets, not inputs", "invalid_config"
             )
         for task in map(get_task, tasks):
             if task.derived_from:
                 raise UserError(
-                    f"task '{task.name}' cannot be trained, its answers are derived from those of "
-                    f"'{task.derived_from}'; use '{task.derived_from}'",
+                    f"task '{task.name}' cannot be trained: its answers are computed from those of "
+                    f"'{task.derived_from}'; train '{task.derived_from}'",
                     "invalid_config",
                 )
         return tasks
@@ -198,46 +199,47 @@ class TaskGroup(Settings):
 
 
 class Stage(Settings):
-    """One stage of a recipe: its tasks, trainable modules and optimization."""
+    """A part of a run with one set of trained parts, tasks and learning rates."""
 
     name: str
     steps: int = Field(gt=0, description="optimizer steps")
     groups: tuple[TaskGroup, ...] = Field(
         (TaskGroup(tasks=TRAINABLE_TASKS),),
-        description="task groups; the group of step t is drawn from them by (seed, t)",
+        description="task groups; one is drawn for each step, by (seed, step)",
     )
     trainable: tuple[str, ...] | None = Field(
-        None, description=f"modules to train, of {', '.join(PARTS)}; null: all modules of the model"
+        None, description=f"parts to train, of {', '.join(PARTS)}; null: all of the model"
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of AdamW")
     lr_scale: dict[str, float] = Field(
         {},
-        description="factors on the learning rate, by module {vision: 0.1}, submodule {trunk.vision.clip: 0.1} or "
-        'parameter {"*norm*": 0.5}; those of all keys that match a parameter are multiplied, 0 freezes it',
+        description="factors on the learning rate by part {vision: 0.1}, module {trunk.vision.clip: 0.1} or parameter "
+        'pattern {"*norm*": 0.5}; factors of all matching keys are multiplied, 0 freezes',
     )
     layer_decay: dict[str, float] = Field(
-        {}, description=f"factor from each block to the one below it, by module, of {', '.join(DEEP_PARTS)}"
+        {},
+        description=f"factor on the rate from each block to the one below, by part: {', '.join(DEEP_PARTS)}",
     )
-    warmup_steps: int = Field(20, ge=0)
+    warmup_steps: int = Field(20, ge=0, description="steps of linear warm-up")
     decay_from: float = Field(0.5, ge=0, le=1, description="share of the steps after which cosine decay begins")
     final_lr: float = Field(0.02, ge=0, description="learning rate at the end, relative to `lr`")
     weight_decay: float = Field(0.05, ge=0)
-    grad_clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    accumulate: int = Field(1, gt=0, description="micro-steps that the batch of a step is split into, to save memory")
-    loss_weights: dict[str, float] = Field({}, description=f"factor on a loss, of {', '.join(LOSSES)}")
+    grad_clip: float = Field(1.0, gt=0, description="maximum norm of the gradient")
+    accumulate: int = Field(1, gt=0, description="micro-steps that a step's batch is split into, to save memory")
+    loss_weights: dict[str, float] = Field({}, description=f"factors on losses: {', '.join(LOSSES)}")
     augment: AugmentSettings = AugmentSettings()
     branches: BranchSettings = BranchSettings()
 
     @model_validator(mode="after")
-    def _known_names(self) -> Stage:
+    def _parts(self) -> Stage:
         for name in (*(self.trainable or ()), *(n for n in self.lr_scale if not is_pattern(n))):
             if name not in PARTS:
-                raise unknown("module", name, PARTS)
+                raise unknown("part", name, PARTS)
         for name, factor in self.layer_decay.items():
             if name not in DEEP_PARTS:
-                raise unknown("module with layers", name, DEEP_PARTS, plural="modules with layers")
+                raise unknown("part with layers", name, DEEP_PARTS, plural="parts with layers")
             if not 0 < factor <= 1:
-                raise UserError(f"layer_decay of '{name}' must lie in (0, 1], got {factor}", "invalid_config")
+                raise UserError(f"layer_decay of '{name}' must be in (0, 1], got {factor}", "invalid_config")
         for name, factor in self.lr_scale.items():
             if factor < 0:
                 raise UserError(f"lr_scale of '{name}' must not be negative, got {factor}", "invalid_config")
@@ -246,7 +248,7 @@ class Stage(Settings):
                 raise unknown("loss", name, LOSSES, plural="losses")
         if self.trainable == ():
             raise UserError(
-                f"stage '{self.name}' trains nothing; list modules under 'trainable', of {', '.join(PARTS)}",
+                f"stage '{self.name}' trains nothing; name parts under 'trainable', of {', '.join(PARTS)}",
                 "invalid_config",
             )
         if not self.groups:
@@ -255,61 +257,65 @@ class Stage(Settings):
 
 
 class Recipe(Settings):
-    """A training run: model, data settings and stages."""
+    """A training run: model, data loading, workers, and stages."""
 
     name: str
-    model: str = Field("nano", description="preset in configs/models, or a path to a model YAML")
+    model: str = Field("nano", description="preset in configs/models, or path of a model YAML")
     init_from: str | None = Field(
         None,
-        description="model folder, or bundled weights, that a run starts from unless '--init-from' is given; "
-        "null: fresh weights",
+        description="model folder, or name of bundled weights, to start from; '--init-from' overrides it; null: fresh "
+        "weights",
     )
     seed: int = Field(0, ge=0)
     batch_size: int = Field(32, gt=0, description="images per optimizer step, over all workers")
     buckets: tuple[Size, ...] | BucketRange | None = Field(
         None,
-        description="input sizes as [[height, width], ...] or {sides: [...], aspect_ratios: [...]}; the images of a "
-        "step share one; null: a square of the preset's image_size",
+        description="input sizes as [[height, width], ...] or {sides: [...], aspect_ratios: [...]}; images of a step "
+        "share one; null: a square of the preset's image_size",
     )
     pack_tokens: int = Field(
         0,
         ge=0,
-        description="largest number of tokens in a row of the LLM's batch, which images and texts share; 0: a row per "
-        "sample, padded to the longest",
+        description="pack samples into rows of at most this many tokens in the LLM's batch; 0: a row each, padded to "
+        "the longest",
     )
     workers: int = Field(1, gt=0, description="Ray Train workers; each is one FSDP rank")
     readers: int = Field(
-        1, gt=0, description="tasks per worker that read, decode and augment; raise it if training waits for data"
+        1, gt=0, description="Ray Data tasks per worker that read, decode and augment; raise it if data_wait is high"
     )
     min_workers: int = Field(
-        0, ge=0, description="smallest number of workers to continue with when nodes are lost; 0: wait for room for all"
+        0, ge=0, description="continue with as few workers when nodes are lost; 0: wait for resources for all workers"
     )
     max_failures: int = Field(
-        3, ge=-1, description="restarts without a new checkpoint in between before the run fails; -1: no limit"
+        3,
+        ge=-1,
+        description="restarts without a new checkpoint, after lost workers, before a run fails; -1: no limit",
     )
-    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints inside a stage; 0: at its end only")
+    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints within a stage; 0: only at its end")
     keep_checkpoints: int = Field(
-        5, ge=0, description="number of checkpoints kept, besides the newest of each stage; 0: all"
+        5, ge=0, description="newest checkpoints to keep, in addition to the last of each stage; 0: all"
     )
-    log_samples: bool = Field(False, description="write the image ids of every step to the run's 'samples' folder")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic; weights and losses stay fp32")
+    log_samples: bool = Field(False, description="write the image ids of every step to RUN/samples")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the arithmetic; weights and losses stay fp32")
     activation_checkpointing: tuple[str, ...] = Field(
-        (), description=f"modules whose blocks recompute their activations in the backward pass; true: {BLOCK_PARTS}"
+        (), description=f"parts whose blocks recompute activations in the backward pass; true: {', '.join(BLOCK_PARTS)}"
     )
-    compile: tuple[str, ...] = Field((), description=f"modules whose blocks are compiled; true: {BLOCK_PARTS}")
-    lora: LoraSettings | None = Field(None, description="train adapters instead of the LLM's weights")
-    ema: EmaSettings | None = Field(None, description="keep a moving average of the weights")
-    mlflow: MlflowSettings | None = Field(None, description="also log to MLflow")
+    compile: tuple[str, ...] = Field(
+        (), description=f"parts whose blocks to compile with torch.compile; true: {', '.join(BLOCK_PARTS)}"
+    )
+    lora: LoraSettings | None = Field(None, description="train low-rank adapters in place of full weights; null: off")
+    ema: EmaSettings | None = Field(None, description="keep a moving average of the weights; null: off")
+    mlflow: MlflowSettings | None = Field(None, description="also log to MLflow; null: off")
     stages: tuple[Stage, ...]
 
     _buckets = field_validator("buckets", mode="before")(parse_buckets)
     _all_blocks = field_validator("activation_checkpointing", "compile", mode="before")(_blocks_of)
 
     @model_validator(mode="after")
-    def _known_blocks(self) -> Recipe:
+    def _known_parts(self) -> Recipe:
         for name in (*self.activation_checkpointing, *self.compile):
             if name not in BLOCK_PARTS:
-                raise unknown("module with blocks", name, BLOCK_PARTS, plural="modules with blocks")
+                raise unknown("part with blocks", name, BLOCK_PARTS, plural="parts with blocks")
         return self
 
     @model_validator(mode="after")
@@ -336,7 +342,7 @@ class Recipe(Settings):
         return sum(stage.steps for stage in self.stages)
 
     def at(self, step: int) -> tuple[int, int]:
-        """(index of the stage, step within it) of a global step; past the end, (number of stages, 0)."""
+        """(index of the stage, step within it) of a global step."""
         for index, stage in enumerate(self.stages):
             if step < stage.steps:
                 return index, step

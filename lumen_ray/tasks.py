@@ -1,10 +1,10 @@
-"""The one registry of tasks: what a task needs, which routing token it uses and what it returns.
+"""The registry of tasks: the input each needs, its prompts, its routing token and the type of its result.
 
-Which decoders can serve a task is said by the decoders (`decoders.spec.DecoderSpec.tasks`). Adding a task touches this
-file and, where it needs a new decoder, one folder under `decoders/`.
+Decoders list the tasks they can serve (`decoders.spec.DecoderSpec.tasks`). To add a task, edit this file and, if it
+needs a new decoder, add one folder under `decoders/`.
 
-A *prompt* is the natural-language instruction of one branch. Each task has several phrasings so that the
-routing token is learned from meaning and not from one fixed string (VisionLLM v2, sec. 3.2).
+A *prompt* is the natural-language instruction of one branch. Tasks have several phrasings, so that the routing token is
+learned from meaning and not from one fixed string (VisionLLM v2, sec. 3.2).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Literal
 
 from lumen_ray.errors import UserError, unknown
 
-# What the caller must give with the task.
+# The input that a request for a task must have, besides the image.
 Needs = Literal["question", "classes", "sentence", "expression", "region", "description", "instruction", "nothing"]
 ResultType = Literal["text", "boxes", "masks", "keypoints", "count", "image"]
 
@@ -25,7 +25,7 @@ REGION_TOKEN = "<region>"
 
 @dataclass(frozen=True)
 class LinkFamily:
-    """Decoders whose links come from the same super-link queries, each through a link head of its own.
+    """A set of super-link queries that several decoders can read, each through a separate link head.
 
     `num_queries` learned queries follow the routing token (VisionLLM v2, sec. 3.3: 4 for perception).
     """
@@ -37,46 +37,48 @@ class LinkFamily:
 
 @dataclass(frozen=True)
 class Task:
+    """One task. `templates`: phrasings of its prompt, with `{}` for a class, phrase or question."""
+
     name: str
     needs: Needs
     result: ResultType
     templates: tuple[str, ...]
     routing_token: str | None = None
-    #: phrasing of the branch that asks for one keypoint of an object (pose only)
+    #: phrasing of the branch for one keypoint of an object (pose only)
     keypoint_template: str | None = None
-    #: the task whose annotations in shards serve this one as well; no annotation names this task
+    #: the task whose annotations in shards this one uses; annotations never name this task
     annotated_as: str | None = None
-    #: the task whose answers this one's are computed from; a model is trained for that task instead
+    #: the task whose answers this task's are computed from; a model is trained for that task instead
     derived_from: str | None = None
 
     @property
     def annotation(self) -> str:
-        """The name under which shards annotate this task."""
+        """The task name that annotations in shards have."""
         return self.annotated_as or self.name
 
     @property
     def sees_image(self) -> bool:
-        """False when the answer is a picture made from words alone."""
+        """False if the result is a picture drawn from text alone."""
         return self.needs != "description"
 
     @property
     def may_have_regions(self) -> bool:
-        """Whether its prompts can name regions of the image."""
+        """Whether its prompts can refer to regions of the image."""
         return self.is_text or self.needs == "region"
 
     @property
     def is_text(self) -> bool:
-        """True when the answer is written by the LLM and no decoder is involved."""
+        """True if the LLM writes the answer and no decoder is involved."""
         return self.routing_token is None
 
     def keypoint_prompt(self, keypoint: str, phrase: str) -> str:
-        """The instruction of the branch that asks for one keypoint of the objects of a class (pose only)."""
+        """The instruction of the branch for one keypoint of the objects of a class (pose only)."""
         if self.keypoint_template is None:
             raise ValueError(f"task '{self.name}' has no keypoints")
         return self.keypoint_template.replace("{keypoint}", keypoint).replace("{}", phrase)
 
     def prompt(self, phrase: str = "", template: int = 0) -> str:
-        """The instruction of one branch. `template` selects a phrasing, modulo their number."""
+        """The instruction of one branch. `template`: number of the phrasing, modulo their count."""
         return self.templates[template % len(self.templates)].replace("{}", phrase)
 
 
@@ -135,28 +137,28 @@ TASKS: dict[str, Task] = {
     )
 }
 
-#: the tasks whose answers are texts and places, not pictures
+#: the tasks whose results are not pictures
 UNDERSTANDING = tuple(name for name, task in TASKS.items() if task.result != "image")
-#: those of them that training steps have prompts for
+#: those of them that can be trained
 TRAINABLE_TASKS = tuple(name for name in UNDERSTANDING if not TASKS[name].derived_from)
 ROUTING_TOKENS: tuple[str, ...] = tuple(t for family in LINK_FAMILIES.values() for t in family.routing_tokens)
 
 
 def get_task(name: str) -> Task:
-    """The task of that name; a `UserError` that lists the valid names otherwise."""
+    """The task of that name. Raises `UserError` with the valid names if there is none."""
     if name not in TASKS:
         raise unknown("task", name, TASKS)
     return TASKS[name]
 
 
 def in_words(wanted: Callable[[Task], bool]) -> str:
-    """The names of the tasks that are `wanted`, e.g. ``"detect, pose and count"``."""
+    """The names of the tasks for which `wanted` is true, e.g. ``"detect, pose and count"``."""
     *names, end = [task.name for task in TASKS.values() if wanted(task)]
     return f"{', '.join(names)} and {end}" if names else end
 
 
 def family_of(routing_token: str) -> LinkFamily:
-    """The link family whose decoders a routing token addresses."""
+    """The link family of a routing token."""
     for family in LINK_FAMILIES.values():
         if routing_token in family.routing_tokens:
             return family
@@ -164,9 +166,9 @@ def family_of(routing_token: str) -> LinkFamily:
 
 
 def task_of_prompt(text: str) -> tuple[str, str] | None:
-    """The (task, phrase) whose template `text` fits, e.g. ``"find every red circle" -> ("detect", "red circle")``.
+    """The (task, phrase) of a prompt, e.g. ``"find every red circle" -> ("detect", "red circle")``.
 
-    None for text that fits no template with a phrase in it.
+    None for text that matches no template with a phrase.
     """
     for task in TASKS.values():
         if task.is_text:
@@ -179,7 +181,7 @@ def task_of_prompt(text: str) -> tuple[str, str] | None:
 
 
 def check_classes(classes: list[str] | tuple[str, ...], task: str) -> list[str]:
-    """Class names stripped of blanks and repeats, in the given order; a `UserError` when none is left."""
+    """Class names without surrounding blanks and duplicates, in order. Raises `UserError` if none is left."""
     names = list(dict.fromkeys(name.strip() for name in classes if name and name.strip()))
     if not names:
         raise UserError(
@@ -198,12 +200,12 @@ _DETERMINERS = re.compile(r"^(?:(?:a|an|the|some|one|two|three|four|five|several
 
 
 def split_phrases(sentence: str) -> list[str]:
-    """Noun phrases of a sentence for the `ground` task, in order of appearance, without repeats.
+    """Noun phrases of a sentence for the `ground` task, in order of appearance, without duplicates.
 
-    Phrases the caller marks in square brackets win: ``"a [red circle] by [two squares]"``. Without marks the
-    sentence is cut at punctuation, conjunctions and prepositions, and leading determiners are dropped.
+    If phrases are marked by square brackets, only those: ``"a [red circle] by [two squares]"``. Otherwise the sentence
+    is split at punctuation, conjunctions and prepositions, and leading determiners are dropped.
 
-    Raises `UserError` when no phrase is found.
+    Raises `UserError` if there is no phrase.
     """
     phrases = re.findall(r"\[([^\[\]]+)\]", sentence)
     if not phrases:

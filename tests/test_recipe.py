@@ -26,7 +26,7 @@ def recipe(*stages, **changes):
     ("stage", "message"),
     [
         ({"loss_weights": {"heatmaps": 1}}, "unknown loss 'heatmaps'; did you mean 'heatmap'.*losses: box, edit"),
-        ({"trainable": ["lumens"]}, "unknown module 'lumens'; did you mean 'lumen'"),
+        ({"trainable": ["lumens"]}, "unknown part 'lumens'; did you mean 'lumen'"),
         ({"lr_scale": {"visoin": 1}}, "did you mean 'vision'"),
         ({"trainable": []}, "stage 's0' trains nothing"),
         ({"groups": []}, "needs at least one task group"),
@@ -34,15 +34,15 @@ def recipe(*stages, **changes):
         ({"groups": [{"tasks": ["detekt"]}]}, "detect"),
         (
             {"groups": [{"tasks": ["detect", "semantic"]}]},
-            "'semantic' cannot be trained, .*; use 'segment'",
+            "'semantic' cannot be trained: .*; train 'segment'",
         ),
         ({"augment": {"scale": [0, 1]}}, "0 < smallest <= largest"),
         ({"lerning_rate": 1}, "unknown key"),
         ({"steps": 0}, "steps"),
         ({"accumulate": 0}, "accumulate"),
         ({"lr_scale": {"vision": -1}}, "lr_scale of 'vision' must not be negative"),
-        ({"layer_decay": {"dense": 0.9}}, "unknown module with layers 'dense'; modules with layers: llm, vision"),
-        ({"layer_decay": {"llm": 1.5}}, r"layer_decay of 'llm' must lie in \(0, 1\], got 1.5"),
+        ({"layer_decay": {"dense": 0.9}}, "unknown part with layers 'dense'; parts with layers: llm, vision"),
+        ({"layer_decay": {"llm": 1.5}}, r"layer_decay of 'llm' must be in \(0, 1\], got 1.5"),
     ],
 )
 def test_a_mistake_in_a_stage_is_reported(stage, message):
@@ -51,7 +51,7 @@ def test_a_mistake_in_a_stage_is_reported(stage, message):
     assert "\n" not in str(error.value)
 
 
-def test_stages_are_required_and_have_distinct_names():
+def test_stages_are_needed_and_have_their_own_names():
     with pytest.raises(UserError, match="at least one stage"):
         recipe(stages=[])
     with pytest.raises(UserError, match="different names, got x, x"):
@@ -63,7 +63,7 @@ def test_the_losses_that_can_be_weighed_are_those_of_the_model():
     assert set(tiny_model().loss_names) < set(LOSSES)
 
 
-def test_a_stage_trains_all_trainable_tasks_by_default():
+def test_a_stage_trains_by_default_what_can_be_trained():
     assert {"segment", "region_segment", "vqa"} < set(recipe().tasks)
     assert not {"semantic", "generate", "edit"} & set(recipe().tasks)
 
@@ -78,8 +78,8 @@ def test_steps_belong_to_stages():
     ("changes", "message"),
     [
         ({"precision": "fp16"}, "'precision' is invalid.*'fp32' or 'bf16'"),
-        ({"compile": ["lmu"]}, "unknown module with blocks 'lmu'; .*modules with blocks: .*llm, lumen, .*, vision"),
-        ({"activation_checkpointing": ["dense"]}, "unknown module with blocks 'dense'"),
+        ({"compile": ["lmu"]}, "unknown part with blocks 'lmu'; .*parts with blocks: .*llm, lumen, .*, vision"),
+        ({"activation_checkpointing": ["dense"]}, "unknown part with blocks 'dense'"),
         ({"lora": {"rank": 0}}, "lora.rank"),
         ({"lora": {"ranks": 4}}, "unknown key 'lora.ranks'; did you mean 'rank'"),
         ({"ema": {"decay": 1.0}}, "ema.decay"),
@@ -133,7 +133,7 @@ def without_lora(stage):
     return stage.model_copy(update={"lr_scale": kept})
 
 
-def test_the_7b_recipe_trains_published_decoders_slowly():
+def test_the_7b_recipe_trains_published_decoders_slowly_and_keeps_what_they_keep():
     made, settings = config.load(Recipe, recipe_path("7b")), config.load(ModelSettings, model_path("7b"))
     with torch.device("meta"):
         model = build_model(settings, settings.vocab_size)

@@ -1,4 +1,4 @@
-"""The least a training run can be: a loop over batches in memory, with neither Ray nor data, logs nor checkpoints."""
+"""A minimal training loop over batches in memory: no Ray, data loading, logs or checkpoints."""
 
 from __future__ import annotations
 
@@ -10,9 +10,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
-from lumen_ray.model.build import build_model
+from lumen_ray.model.build import Generalist, build_model
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.recipe import Recipe, Stage
 from lumen_ray.train import parallel
@@ -24,7 +23,8 @@ from lumen_ray.trunk.batch import TrainingBatch
 
 @dataclass
 class BareRun:
-    """What a process needs; plain values. `batches`: the pickled batches of each rank; `out`: where rank 0 writes."""
+    """The input of a process; plain values. `batches`: file of pickled batches of each rank; `out`: file for rank 0's
+    result."""
 
     recipe: Recipe
     settings: ModelSettings
@@ -52,8 +52,8 @@ def _rank(job: BareRun, rank: int) -> None:
     torch.set_num_threads(job.threads)
     world_size = len(job.batches)
     if world_size > 1:
-        meeting = job.out.with_suffix(".meeting")
-        dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world_size)
+        store = job.out.with_suffix(".store")
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
     device = torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
     batches = [pickle.loads(data) for data in pickle.loads(job.batches[rank].read_bytes())]
     model = build_model(job.settings, job.vocab_size, job.recipe.seed).to(device)
@@ -67,9 +67,9 @@ def _rank(job: BareRun, rank: int) -> None:
 
 
 def loop(
-    model: nn.Module, stage: Stage, batches: list[TrainingBatch], device: torch.device
+    model: Generalist, stage: Stage, batches: list[TrainingBatch], device: torch.device
 ) -> tuple[list[float], list[float]]:
-    """Trains one stage; (time after each step in seconds, loss of each step)."""
+    """Trains one stage; returns (time after each step in seconds, loss of each step)."""
     set_trainable(model, stage)
     model.train()
     optimizer = build_optimizer(model, stage)
@@ -81,7 +81,14 @@ def loop(
     return times, losses
 
 
-def _step(model, stage: Stage, step: int, batch: TrainingBatch, optimizer, device: torch.device) -> float:
+def _step(
+    model: Generalist,
+    stage: Stage,
+    step: int,
+    batch: TrainingBatch,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+) -> float:
     set_lr(optimizer, stage, step)
     optimizer.zero_grad(set_to_none=True)
     losses = model(batch.to(device))

@@ -27,15 +27,15 @@ TABLE_WIDTH = 110  # columns, also where the terminal or the log has fewer
 
 @dataclass(frozen=True)
 class Bench:
-    """`check` raises `UserError` for options with which `run` could not end; all are called before the first runs.
-    `asked`: it only runs where `--only` names it."""
+    """`check` raises `UserError` for options that `run` cannot finish with; every check is called before the first run.
+    `optional`: runs only if `--only` names it."""
 
     run: Callable[[argparse.Namespace, Path], Iterable[Result]]
     check: Callable[[argparse.Namespace], None]
-    asked: bool = False
+    optional: bool = False
 
 
-# A bench imports what it runs when it is called: the one for GPUs runs where Ray is not installed.
+# Benches are imported when they run: the one for GPUs must work where Ray is not installed.
 
 
 def _pipeline(args: argparse.Namespace, folder: Path) -> list[Result]:
@@ -83,20 +83,20 @@ def _check_prompts(args: argparse.Namespace) -> None:
 def _gpu(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
     from lumen_ray.bench import gpu
 
-    load = {"load": gpu.Load(images=args.batch_size)} if args.batch_size else {}
-    return gpu.bench(args.preset, **load, **_set({"turns": args.turns}))
+    load = gpu.Load(images=args.batch_size) if args.batch_size else None
+    return gpu.bench(args.preset, load=load, **_set({"turns": args.turns}))
 
 
-def _check_preset(args: argparse.Namespace) -> None:
-    from lumen_ray.presets import model_path
+def _check_gpu(args: argparse.Namespace) -> None:
+    from lumen_ray.bench import gpu
 
-    model_path(args.preset)
+    gpu.check(args.preset)
 
 
 def _grounding_dino(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
-    from lumen_ray.bench import decoders
+    from lumen_ray.bench import grounding_dino
 
-    return decoders.bench(**_set({"turns": args.turns, "threads": args.threads}))
+    return grounding_dino.bench(**_set({"turns": args.turns, "threads": args.threads}))
 
 
 def _memory(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
@@ -125,69 +125,70 @@ def _check_variants(args: argparse.Namespace) -> None:
     variants.check(args.preset, args.decoders)
 
 
-#: kind -> its benches by name, in the order they run
+#: kind -> its benches by name, in the order in which they run
 KINDS: dict[str, dict[str, Bench]] = {
     "train": {
         "prompts": Bench(_prompts, _check_prompts),
         "input": Bench(_input, _check_input),
         "pipeline": Bench(_pipeline, _check_pipeline),
-        "gpu": Bench(_gpu, _check_preset),
+        "gpu": Bench(_gpu, _check_gpu),
     },
     "decoders": {
         "grounding_dino": Bench(_grounding_dino, lambda args: None),
         "memory": Bench(_memory, _check_memory),
-        "variants": Bench(_variants, _check_variants, asked=True),
+        "variants": Bench(_variants, _check_variants, optional=True),
     },
 }
 AT_LEAST_ONE = ("workers", "threads", "turns", "steps", "batch_size")
 
 
 def _set(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that were given; the others keep each bench's own default."""
+    """The options that were given; others keep the default of each bench."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="bench.py", description="Measures both sides of a comparison in one run.")
+    parser = argparse.ArgumentParser(prog="bench.py", description="Measures both sides of a comparison in turns.")
     kinds = parser.add_subparsers(dest="kind", metavar="KIND", required=True)
     p = _add_kind(kinds, "train", "training pipeline, input pipeline, prompts in one pass, GPU utilisation")
     p.add_argument("--shards", help="shards for input and pipeline (default: rendered scenes)")
     p.add_argument("--model", help="model folder for prompts (default: nano with random weights)")
     p.add_argument("--preset", default="small", help="preset for gpu (default: small)")
     p.add_argument("--workers", type=int, default=1, help="training workers of pipeline, reading processes of input")
-    p.add_argument("--threads", type=int, help="threads of a training process (default: a core is left for reading)")
-    p.add_argument("--steps", type=int, help="steps a side runs in one turn, warm-up included")
+    p.add_argument("--threads", type=int, help="threads of a training process (default: leaves a core for reading)")
+    p.add_argument("--steps", type=int, help="steps of a side per turn, warm-up included")
     p = _add_kind(kinds, "decoders", "grounding_dino against transformers, training steps of every decoder")
-    p.add_argument(
-        "--preset", default="nano-experts", help="whose decoders memory and variants look at (default: nano-experts)"
-    )
+    p.add_argument("--preset", default="nano-experts", help="preset for memory and variants (default: nano-experts)")
     p.add_argument(
         "--decoders",
         type=comma_separated,
-        help="comma separated, of the preset, for memory and variants (default: all)",
+        help="decoders of the preset for memory and variants, comma separated (default: all)",
     )
-    p.add_argument("--activation-checkpointing", action="store_true", help="of memory: as a recipe has it")
-    p.add_argument("--threads", type=int, help="threads of grounding_dino's sides (default: torch's)")
+    p.add_argument(
+        "--activation-checkpointing", action="store_true", help="for memory: recompute activations, as in a recipe"
+    )
+    p.add_argument("--threads", type=int, help="threads for grounding_dino (default: torch's)")
     return parser
 
 
 def _add_kind(kinds: Any, kind: str, about: str) -> argparse.ArgumentParser:
-    """The parser of a kind, with the options that all have."""
+    """The parser of a kind, with the options common to all kinds."""
     p = kinds.add_parser(kind, help=about)
-    rest = [name for name, bench in KINDS[kind].items() if bench.asked]
-    default = f"all but {', '.join(rest)}" if rest else "all"
-    p.add_argument("--only", help=f"comma separated, of {', '.join(KINDS[kind])} (default: {default})")
+    optional = [name for name, bench in KINDS[kind].items() if bench.optional]
+    default = f"all but {', '.join(optional)}" if optional else "all"
+    p.add_argument("--only", help=f"benches to run, comma separated: {', '.join(KINDS[kind])} (default: {default})")
     p.add_argument("--output", default=f"bench-{kind}.json", help=f"JSON to write (default: bench-{kind}.json)")
-    p.add_argument("--check", action="store_true", help="exit status 1 when an aim is missed or the sides differ")
-    p.add_argument("--turns", type=int, help="how often the sides take turns")
-    p.add_argument("--batch-size", type=int, help="images a step")
+    p.add_argument("--check", action="store_true", help="exit with status 1 if an aim is missed or the sides differ")
+    p.add_argument("--turns", type=int, help="number of turns of each side")
+    p.add_argument("--batch-size", type=int, help="images per step")
     return p
 
 
 def chosen(kind: str, only: str | None) -> dict[str, Bench]:
-    """The benches of a kind that were asked for; `UserError` for a name that is none, or for no name."""
+    """The benches of a kind that `--only` names, by default all but optional ones. Raises `UserError` for an unknown
+    name, or for no name."""
     benches = KINDS[kind]
-    names = [name for name, bench in benches.items() if not bench.asked] if only is None else comma_separated(only)
+    names = [name for name, bench in benches.items() if not bench.optional] if only is None else comma_separated(only)
     if not names:
         raise UserError(f"--only '{only}' names no bench; benches: {', '.join(sorted(benches))}", "invalid_option")
     for name in names:
@@ -197,7 +198,7 @@ def chosen(kind: str, only: str | None) -> dict[str, Bench]:
 
 
 def check(args: argparse.Namespace, benches: dict[str, Bench]) -> None:
-    """`UserError` for options that a bench would only stumble over when it, or those before it, have run."""
+    """Raises `UserError` for wrong options before any bench runs."""
     for option in AT_LEAST_ONE:
         value = getattr(args, option, None)
         if value is not None and value < 1:
@@ -220,17 +221,17 @@ def _check_output(path: Path) -> None:
 
 
 def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The CPU's model name; its architecture where the system does not tell."""
+    """The CPU's model name, or its architecture if the system does not report one."""
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return (named or [platform.processor() or platform.machine()])[0]
 
 
 def machine() -> dict[str, Any]:
-    """Where and on what the figures were taken."""
+    """Hardware and software that the figures were taken on."""
     import torch
 
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in ("ray", "torch", "transformers", "simplejpeg", "pillow"):
         try:
             packages[name] = importlib.metadata.version(name)
@@ -258,7 +259,7 @@ def results_of(benches: dict[str, Bench], args: argparse.Namespace) -> Iterator[
 
 
 def run(args: argparse.Namespace) -> list[Result]:
-    """Runs the benches asked for; writes the JSON after each; prints the table and whether the aims are reached."""
+    """Runs the chosen benches; writes the JSON after each; prints the table and whether aims are reached."""
     benches, results = chosen(args.kind, args.only), []
     check(args, benches)
     report = {
@@ -288,7 +289,7 @@ def _print_top(result: Result) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status 0, 1 with `--check` when an aim is missed or the sides differ, or 2 for what the user must change."""
+    """Returns exit status 0, 1 with `--check` if an aim is missed or the sides differ, or 2 for a `UserError`."""
     from lumen_ray.ray_env import prepare_environment
 
     prepare_environment()

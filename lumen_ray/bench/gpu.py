@@ -1,6 +1,7 @@
-"""Tokens per second and share of the device's peak (MFU) of trunk, decoders and the whole step, compiled and not.
+"""Tokens per second and share of the device's peak (MFU) of trunk, light decoders and whole step, compiled and eager.
 
-Needs torch and the model code only: batches are made in memory, so that it runs on a bare GPU machine.
+Light decoders are those that read the trunk's dense features. Needs only torch and the model code: batches are made in
+memory, so that it runs on a bare GPU machine.
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from lumen_ray import config
 from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
+from lumen_ray.decoders.registry import DECODERS
+from lumen_ray.errors import UserError
 from lumen_ray.model.build import Generalist, build_model
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.precision import autocast_context
@@ -32,14 +37,23 @@ from lumen_ray.trunk.layout import build_layout
 from lumen_ray.trunk.tokenizer import LumenTokenizer
 
 TOP = 5
-COMPILED = ("vision", "llm", "lumen")  # as `compile: true` in a recipe
-#: components of `flops.of_step` by what is measured
-PARTS = {"trunk": ("vision", "llm", "dense"), "decoders": ("lumen",), "step": ("vision", "llm", "dense", "lumen")}
+TRUNK = ("vision", "llm", "dense")  # components of `flops.of_step`
+PARTS = ("trunk", "decoders", "step")  # methods of `TimedModel`
+
+
+def light_decoders(settings: ModelSettings) -> tuple[str, ...]:
+    """The model's decoders that read the trunk's dense features."""
+    return tuple(name for name in settings.decoder_names if DECODERS[name].reads == "dense")
+
+
+def compiled_parts(settings: ModelSettings) -> tuple[str, ...]:
+    """The parts that the compiled side compiles."""
+    return ("vision", "llm", *light_decoders(settings))
 
 
 @dataclass(frozen=True)
 class Load:
-    """What a batch holds: images, per image so many class prompts and captions, per prompt so many objects."""
+    """Size of a batch: images, class prompts and captions per image, objects per prompt."""
 
     images: int = 16
     classes: int = 8
@@ -53,7 +67,7 @@ def make_tokenizer(settings: ModelSettings) -> LumenTokenizer:
 
 
 def make_batch(settings: ModelSettings, tokenizer: LumenTokenizer, load: Load, seed: int = 0) -> TrainingBatch:
-    """A training batch as the collator makes them, of random images, boxes and masks. On the CPU."""
+    """A training batch like the collator's, of random images, boxes and masks, on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     side = settings.image_size
     branches, tasks = [], []
@@ -94,33 +108,43 @@ def make_batch(settings: ModelSettings, tokenizer: LumenTokenizer, load: Load, s
     )
 
 
-class Worker:
-    """One model and what is timed of it; `run` does one forward and backward pass of a part."""
+class TimedModel:
+    """A model and its parts to time; `run` does one forward and backward pass of a part."""
 
-    def __init__(self, settings: ModelSettings, vocab_size: int, batch: TrainingBatch, device: torch.device, compiled):
+    def __init__(
+        self, settings: ModelSettings, vocab_size: int, batch: TrainingBatch, device: torch.device, compiled: bool
+    ):
         self.model: Generalist = build_model(settings, vocab_size).to(device).train()
         if compiled:
-            compile_blocks(self.model, COMPILED, device)
+            compile_blocks(self.model, compiled_parts(settings), device)
+        self.light = light_decoders(settings)
         self.batch, self.device = batch.to(device), device
         self.precision = "bf16" if device.type == "cuda" else "fp32"
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=0.0, foreach=True)
-        with torch.no_grad(), self._arithmetic():
+        with torch.no_grad(), self._autocast():
             out = self.model.trunk(self.batch)
         self.dense = out.dense.detach().requires_grad_()
-        self.link = out.links["lumen"]
-        self.embeddings = self.link.embeddings.detach().requires_grad_()
+        self.links = {name: self._leaf(out.links[name]) for name in self.light}
 
-    def _arithmetic(self):
+    @staticmethod
+    def _leaf(link: SuperLink) -> SuperLink:
+        """The link with embeddings that gradients end at."""
+        return SuperLink(link.decoder, link.embeddings.detach().requires_grad_(), link.image_index, link.parent)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
         return autocast_context(self.precision == "bf16", self.device)
 
     def trunk(self) -> torch.Tensor:
         out = self.model.trunk(self.batch)
-        return out.lm_losses.float().sum() + out.dense.float().mean() + out.links["lumen"].embeddings.mean()
+        total = out.lm_losses.float().sum() + out.dense.float().mean()
+        for name in self.light:
+            total = total + out.links[name].embeddings.mean()
+        return total
 
     def decoders(self) -> torch.Tensor:
-        link = SuperLink(self.link.decoder, self.embeddings, self.link.image_index, self.link.parent)
         total = torch.zeros((), device=self.device)
-        for decoder in self.model.decoders.values():
+        for name, link in self.links.items():
+            decoder: Any = self.model.decoders[name]
             raw = decoder(link, self.dense)
             losses = decoder.loss(raw, self.batch.targets[decoder.family])
             total = total + sum(term.total / term.count.clamp_min(1.0) for term in losses.values())
@@ -131,9 +155,9 @@ class Worker:
         return sum(term.total / term.count.clamp_min(1.0) for term in losses.values())
 
     def run(self, part: str) -> torch.Tensor:
-        """Forward and backward pass of a part; of `step` the optimizer's as well. Returns the scalar."""
+        """Forward and backward pass of a part, for `step` with the optimizer. Returns the scalar."""
         self.optimizer.zero_grad(set_to_none=True)
-        with self._arithmetic():
+        with self._autocast():
             total = getattr(self, part)()
         total.backward()
         if part == "step":
@@ -141,7 +165,7 @@ class Worker:
         return total.detach()
 
     def seconds(self, part: str, repeats: int) -> float:
-        """Of one `run`, over `repeats` of them."""
+        """Mean time of a `run`, over `repeats` runs."""
         self._wait()
         began = time.perf_counter()
         for _ in range(repeats):
@@ -161,7 +185,7 @@ class Worker:
 
 
 def top_operations(work: Callable[[], Any], device: torch.device, count: int = TOP) -> list[dict[str, Any]]:
-    """The operations that take longest, by their own time: name, milliseconds, share of all, calls."""
+    """The operations that take longest, without those they call: name, milliseconds, share of all, calls."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_gpu else [])
     with profile(activities=activities) as recorded:
@@ -169,17 +193,32 @@ def top_operations(work: Callable[[], Any], device: torch.device, count: int = T
         if on_gpu:
             torch.cuda.synchronize(device)
 
-    def own(event: Any) -> float:
+    def self_time(event: Any) -> float:
         return event.self_device_time_total if on_gpu else event.self_cpu_time_total
 
-    events = sorted(recorded.key_averages(), key=own, reverse=True)
-    # on a GPU the same time is told twice: of the kernels, and of the operations that started them
+    events = sorted(recorded.key_averages(), key=self_time, reverse=True)
+    # on a GPU the same time is reported twice: for kernels, and for the operations that started them
     events = [e for e in events if not on_gpu or e.device_type == torch.autograd.DeviceType.CUDA]
-    total = sum(map(own, events)) or 1.0
+    total = sum(map(self_time, events)) or 1.0
     return [
-        {"name": e.key[:100], "ms": round(own(e) / 1e3, 3), "share": round(own(e) / total, 4), "calls": e.count}
+        {
+            "name": e.key[:100],
+            "ms": round(self_time(e) / 1e3, 3),
+            "share": round(self_time(e) / total, 4),
+            "calls": e.count,
+        }
         for e in events[:count]
     ]
+
+
+def check(preset: str) -> None:
+    """Raises `UserError` for an unknown preset, or one without light decoders."""
+    settings = config.load(ModelSettings, model_path(preset))
+    if not light_decoders(settings):
+        raise UserError(
+            f"preset '{preset}' has no decoder that reads the trunk's dense features; give another, such as small",
+            "no_decoder",
+        )
 
 
 def bench(
@@ -190,9 +229,10 @@ def bench(
     repeats: int = 10,
     warm: int = 3,
     turns: int = 5,
-    parts: tuple[str, ...] = tuple(PARTS),
+    parts: tuple[str, ...] = PARTS,
 ) -> Iterator[Result]:
-    """One result per part, compiled against eager; a single skipped one where there is no such device."""
+    """One result per part, compiled against eager; a single skipped result if there is no such device."""
+    check(preset)
     if device == "cuda" and not torch.cuda.is_available():
         yield Result("gpu", "", {}, skipped="there is no CUDA device here; run it on a GPU machine")
         return
@@ -201,7 +241,7 @@ def bench(
     tokenizer = make_tokenizer(settings)
     batch = make_batch(settings, tokenizer, load)
     sides = {
-        name: Worker(settings, len(tokenizer), batch, place, compiled)
+        name: TimedModel(settings, len(tokenizer), batch, place, compiled)
         for name, compiled in (("compiled", True), ("eager", False))
     }
     for part in parts:
@@ -209,30 +249,36 @@ def bench(
 
 
 def _measure(
-    part: str, sides: dict[str, Worker], preset: str, device: torch.device, repeats: int, warm: int, turns: int
+    part: str, sides: dict[str, TimedModel], preset: str, device: torch.device, repeats: int, warm: int, turns: int
 ) -> Result:
     eager = sides["eager"]
-    apart = _warm_up(sides, part, warm)
+    difference = _warm_up(sides, part, warm)
     tokens, peak = eager.tokens(), flops.peak(device, eager.precision)
     work = flops.of_step(eager.model, [eager.batch])
-    count = sum(work[name] for name in PARTS[part])
-    rates = in_turns({name: lambda w=w: tokens / w.seconds(part, repeats) for name, w in sides.items()}, turns)
+    components = {"trunk": TRUNK, "decoders": eager.light, "step": tuple(work)}[part]
+    count = sum(work[name] for name in components)
+
+    def rate(side: TimedModel) -> float:
+        return tokens / side.seconds(part, repeats)
+
+    rates = in_turns({name: partial(rate, side) for name, side in sides.items()}, turns)
     details = {
         "preset": preset,
         "precision": eager.precision,
         "tokens": tokens,
         "tflops": count / 1e12,
         "mfu": {name: statistics.median(r) / tokens * count / peak if peak else None for name, r in rates.items()},
-        "top": {name: top_operations(lambda w=w: w.run(part), device) for name, w in sides.items()},
+        "top": {name: top_operations(partial(side.run, part), device) for name, side in sides.items()},
     }
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return Result(f"gpu/{part}", "tokens/s", rates, None, f"the loss to {apart:.1%}", where, details)
+    return Result(f"gpu/{part}", "tokens/s", rates, None, f"the loss to {difference:.1%}", where, details)
 
 
-def _warm_up(sides: dict[str, Worker], part: str, warm: int) -> float:
-    """Compiles; how far the sides' scalars are apart, relative. bf16 kernels may round differently, up to 5 %."""
-    values = [[float(worker.run(part)) for _ in range(max(1, warm))][0] for worker in sides.values()]
-    apart = abs(values[0] - values[1]) / max(1e-6, abs(values[1]))
-    if not apart < 0.05:
-        raise SidesDiffer(f"compiled and eager {part} differ by {apart:.1%}: {values}")
-    return apart
+def _warm_up(sides: dict[str, TimedModel], part: str, warm: int) -> float:
+    """Compiles; returns the relative difference of the sides' scalars. Raises `SidesDiffer` from 5 % on, which bf16
+    rounding does not reach."""
+    values = [[float(side.run(part)) for _ in range(max(1, warm))][0] for side in sides.values()]
+    difference = abs(values[0] - values[1]) / max(1e-6, abs(values[1]))
+    if not difference < 0.05:
+        raise SidesDiffer(f"compiled and eager {part} differ by {difference:.1%}: {values}")
+    return difference

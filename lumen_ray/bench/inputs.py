@@ -1,45 +1,53 @@
 """The input pipeline (row groups -> decode -> augment -> collate on Ray Data) against torch's DataLoader.
 
-Both run the same `BatchReader` over the same plan in as many processes, and hand whole batches to a consumer that does
-nothing with them. On both sides a process makes the next batch while a thread of it hands the one before over: in the
-DataLoader the feeder of its queue, in Ray Data's task the one that makes batches (`feed.one_ahead`).
+Both run the same `BatchReader` over the same plan in the same number of processes, and pass whole batches to a consumer
+that discards them. On both sides a process makes the next batch while a thread passes on the last: in the DataLoader
+the feeder of its queue, in Ray Data's task the thread that makes batches (`feed.one_ahead`).
 
-When to start the clock: a Ray Data task makes `STEPS_PER_BLOCK` consecutive steps, a DataLoader's process every
-`workers`-th. Batches come in the order of the plan, so while the first task's arrive, those of the tasks beside it pile
-up: with N processes, 16 (N - 1) more lie ready when 16 have come. If the clock started there, they would count as made
-in no time. So the first and the last *round* of both sides, a block for every process, are left out, and whole rounds
-are timed between them: the clock starts and stops at the same place of the pattern, with all processes at work. Every
-batch is stamped when it is made; what lay ready at the start beyond what lies ready at the end is not counted, and both
-are reported (`ready_images`).
+When to start the clock: a Ray Data task makes `STEPS_PER_BLOCK` consecutive steps, a DataLoader process every
+`workers`-th. Batches arrive in plan order, so while those of the first task arrive, those of the other tasks queue up:
+with N processes, 16 (N - 1) more are ready when 16 have arrived, and would count as made in no time if the clock
+started there. So the first and the last *round* of both sides, a block for every process, are left out, and whole
+rounds are timed between them: the clock starts and stops at the same point of the pattern, with all processes at work.
+Every batch is stamped when it is made; images ready at the start in excess of those ready at the end are not counted,
+and both numbers are reported (`ready_images`).
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
-from lumen_ray.bench.workload import Stamped, StampedBatch, check_batches, make_recipe, plan_of, same, scene_shards
-from lumen_ray.data.batches.feed import STEPS_PER_BLOCK, dataset_for_rank, plan_items, ray_batches
+from lumen_ray.bench.workload import (
+    StampedBatch,
+    StampingReader,
+    batches_equal,
+    check_batches,
+    make_recipe,
+    plan_of,
+    scene_shards,
+)
+from lumen_ray.data.batches.feed import STEPS_PER_BLOCK, BatchReader, dataset_for_rank, plan_items, ray_batches
 from lumen_ray.errors import UserError
 from lumen_ray.train.launch import prepare_job
+from lumen_ray.trunk.batch import TrainingBatch
 
 AIM = 1.0
 BATCH_SIZE = 16
-ROUNDS = 7  # with the two that are not timed
+ROUNDS = 7  # including the two that are not timed
 LEAST_ROUNDS = 3
 AUGMENT = {"flip_x": True, "scale": [0.8, 1.25], "shift": 0.05, "color": 0.4}
 
-
-Reader = Callable[[dict[str, Any]], StampedBatch]
-Source = Callable[[Reader, list[dict[str, Any]], int], Iterator[StampedBatch]]
+Reader = BatchReader | StampingReader
 
 
 class PlanDataset(Dataset):
@@ -51,7 +59,7 @@ class PlanDataset(Dataset):
     def __len__(self) -> int:
         return len(self.items)
 
-    def __getitem__(self, index: int) -> StampedBatch:
+    def __getitem__(self, index: int) -> TrainingBatch:
         return self.reader(self.items[index])
 
 
@@ -59,8 +67,8 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def loader_batches(reader: Reader, items: list[dict[str, Any]], workers: int) -> Iterator[StampedBatch]:
-    """The batches of a DataLoader; its processes are not forked, since Ray's threads run in this one."""
+def loader_batches(reader: Reader, items: list[dict[str, Any]], workers: int) -> Iterator[TrainingBatch]:
+    """The batches of a DataLoader. Its processes are spawned, as Ray's threads in this process forbid a fork."""
     yield from DataLoader(
         PlanDataset(reader, items),
         batch_size=None,
@@ -70,14 +78,14 @@ def loader_batches(reader: Reader, items: list[dict[str, Any]], workers: int) ->
     )
 
 
-def pipeline_batches(reader: Reader, items: list[dict[str, Any]], workers: int) -> Iterator[StampedBatch]:
-    """The batches as a training worker gets them."""
+def pipeline_batches(reader: Reader, items: list[dict[str, Any]], workers: int) -> Iterator[TrainingBatch]:
+    """The batches of Ray Data, as a training worker gets them."""
     yield from ray_batches(dataset_for_rank(reader, items, workers).streaming_split(1)[0])
 
 
 @dataclass(frozen=True)
 class Arrival:
-    """A batch as the consumer sees it; times in seconds since the epoch."""
+    """A batch at the consumer; times in seconds since the epoch."""
 
     made: float
     arrived: float
@@ -85,35 +93,36 @@ class Arrival:
 
 
 def arrivals(batches: Iterable[StampedBatch]) -> list[Arrival]:
+    """Consumes batches and records when each was made and arrived."""
     return [Arrival(batch.made, time.time(), len(batch.image_ids)) for batch in batches]
 
 
-def ready(seen: list[Arrival], index: int) -> int:
-    """Images that had been made when batch `index` arrived, but came after it."""
-    return sum(batch.images for batch in seen[index + 1 :] if batch.made <= seen[index].arrived)
+def ready(events: list[Arrival], index: int) -> int:
+    """Images that were made before batch `index` arrived, and arrived after it."""
+    return sum(batch.images for batch in events[index + 1 :] if batch.made <= events[index].arrived)
 
 
-def samples_per_s(seen: list[Arrival], margin: int) -> float:
+def samples_per_s(events: list[Arrival], margin: int) -> float:
     """Images per second between the first and the last `margin` batches.
 
-    What lay ready when the clock started beyond what lies ready when it stops came for free and is not counted. The
-    opposite is not credited: a side that hands over more slowly than it reads is as fast as it hands over.
+    Images ready when the clock starts, in excess of those ready when it stops, are not counted. The opposite gives no
+    credit: the rate of a side that passes batches on more slowly than it reads is that of passing them on.
     """
-    first, last = margin - 1, len(seen) - margin - 1
-    free = max(0, ready(seen, first) - ready(seen, last))
-    images = sum(batch.images for batch in seen[first + 1 : last + 1]) - free
-    return images / (seen[last].arrived - seen[first].arrived)
+    first, last = margin - 1, len(events) - margin - 1
+    free = max(0, ready(events, first) - ready(events, last))
+    images = sum(batch.images for batch in events[first + 1 : last + 1]) - free
+    return images / (events[last].arrived - events[first].arrived)
 
 
 def round_steps(workers: int) -> int:
-    """Steps in which every one of the reading processes works off one block of the plan."""
+    """Steps in which every reading process makes one block of the plan."""
     return STEPS_PER_BLOCK * workers
 
 
 def check(
     shards: str | Path | None = None, *, steps: int | None = None, batch_size: int = BATCH_SIZE, workers: int = 1
 ) -> None:
-    """`UserError` for options that `bench` cannot run with."""
+    """Raises `UserError` for options that `bench` cannot run with."""
     whole = round_steps(workers)
     if steps is not None and (steps % whole or steps < LEAST_ROUNDS * whole):
         near = max(LEAST_ROUNDS, round(steps / whole)) * whole
@@ -138,7 +147,7 @@ def bench(
 ) -> Result:
     """Samples per second of both sides, over `shards` or over rendered photographs of 640 pixels.
 
-    `steps`: whole rounds, see `check`; `ROUNDS` of them when none are given.
+    `steps`: whole rounds, see `check`; by default `ROUNDS` of them.
     """
     from lumen_ray.ray_env import init_local
 
@@ -154,35 +163,31 @@ def bench(
     pairs = zip(
         pipeline_batches(prepared.reader, few, workers), loader_batches(prepared.reader, few, workers), strict=True
     )
-    if not all(same(one, other) for one, other in pairs):
+    if not all(batches_equal(one, other) for one, other in pairs):
         raise SidesDiffer("the input pipeline and the DataLoader give different batches")
-    reader = Stamped(prepared.reader)
-    lying: dict[str, list[tuple[int, int]]] = {"Ray Data": [], "DataLoader": []}
+    reader = StampingReader(prepared.reader)
+    sources = {"Ray Data": pipeline_batches, "DataLoader": loader_batches}
+    ready_images: dict[str, list[tuple[int, int]]] = {side: [] for side in sources}
 
-    def measured(side: str, source: Source) -> float:
-        seen = arrivals(source(reader, items, workers))
-        lying[side].append((ready(seen, margin - 1), ready(seen, len(seen) - margin - 1)))
-        return samples_per_s(seen, margin)
+    def measured(side: str) -> float:
+        batches = cast("Iterator[StampedBatch]", sources[side](reader, items, workers))
+        events = arrivals(batches)
+        ready_images[side].append((ready(events, margin - 1), ready(events, len(events) - margin - 1)))
+        return samples_per_s(events, margin)
 
-    rates = in_turns(
-        {
-            "Ray Data": lambda: measured("Ray Data", pipeline_batches),
-            "DataLoader": lambda: measured("DataLoader", loader_batches),
-        },
-        turns,
-    )
+    rates = in_turns({side: partial(measured, side) for side in sources}, turns)
     return Result(
         "input",
         "samples/s",
         rates,
         AIM,
         equal=f"every tensor of the first {len(few)} batches",
-        budget=f"{workers} reading processes a side, each with a thread beside it, {os.cpu_count()} cores",
+        budget=f"{workers} reading processes on each side, with one more thread each, {os.cpu_count()} cores",
         details={
             "batch_size": batch_size,
             "steps": steps,
             "untimed_steps": 2 * margin,
             "input_size": prepared.reader.input_size,
-            "ready_images": lying,
+            "ready_images": ready_images,
         },
     )

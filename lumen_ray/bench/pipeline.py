@@ -1,10 +1,10 @@
 """`lumen-ray train` (Ray Data feeding Ray Train) against a bare torch loop over the same batches held in memory.
 
-Model, weights, steps, threads and number of processes are the same, and so is every loss, which is checked. The bare
+Model, weights, steps, threads and number of processes are the same, and so are the losses, which is checked. The bare
 loop reads nothing, so a core must be left for reading: on two cores one worker trains with one thread.
 
-The first steps of both sides are not timed, nor are the last: by then Ray Data may have read all there is to read and
-would cost nothing.
+The first and the last steps of both sides are not timed: by the last, Ray Data may have read everything and would cost
+nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from lumen_ray.bench.workload import check_batches, make_recipe, plan_of, scene_
 from lumen_ray.data.batches.feed import STEPS_PER_BLOCK, plan_items
 from lumen_ray.errors import UserError
 from lumen_ray.recipe import Recipe
-from lumen_ray.train.launch import Prepared, prepare_job, train
+from lumen_ray.train.launch import PreparedRun, prepare_job, train
 
 AIM = 0.95
 BATCH_SIZE = 16
@@ -36,7 +36,7 @@ LOSS_DIGITS = 5  # metrics.jsonl rounds to six
 def check(
     shards: str | Path | None = None, *, steps: int | None = None, batch_size: int = BATCH_SIZE, workers: int = 1
 ) -> None:
-    """`UserError` for options that `bench` cannot run with."""
+    """Raises `UserError` for options that `bench` cannot run with."""
     if steps is not None and steps <= WARM + COOL:
         raise UserError(
             f"--steps {steps} is too few: the pipeline bench does not count the first {WARM} steps and the last "
@@ -58,7 +58,7 @@ def bench(
     turns: int = 2,
     images: int = 256,
 ) -> Result:
-    """Samples per second of both sides once warm, over `shards` or over rendered scenes."""
+    """Samples per second of both sides after warm-up, over `shards` or over rendered scenes."""
     from lumen_ray import config
     from lumen_ray.model.settings import ModelSettings
     from lumen_ray.presets import model_path
@@ -71,7 +71,7 @@ def bench(
     recipe = make_recipe(steps, model=model, batch_size=batch_size, workers=workers)
     prepared = prepare_job(shards, recipe, folder / "batches")
     bare = BareRun(
-        recipe, prepared.job.settings, len(prepared.job.tokenizer), threads,
+        recipe, prepared.job.start.settings, len(prepared.job.start.tokenizer), threads,
         batch_files(prepared, folder), folder / "bare.pickle",
     )  # fmt: skip
     runs: dict[str, list[dict[str, Any]]] = {"ray": [], "bare": []}
@@ -97,7 +97,7 @@ def bench(
         rates,
         AIM,
         equal=f"the losses of all {steps} steps to {LOSS_DIGITS} digits",
-        budget=f"{workers} training processes of {threads} threads a side, on {cores} cores",
+        budget=f"{workers} training processes of {threads} threads on each side, on {cores} cores",
         details={
             "model": model,
             "batch_size": batch_size,
@@ -108,9 +108,10 @@ def bench(
     )
 
 
-def batch_files(prepared: Prepared, folder: Path) -> list[Path]:
-    """The batches of every step, a file of pickled ones per rank."""
-    recipe, files = prepared.job.recipe, []
+def batch_files(prepared: PreparedRun, folder: Path) -> list[Path]:
+    """Writes the batches of every step, pickled, to one file per rank."""
+    recipe = prepared.job.recipe
+    files: list[Path] = []
     plan = plan_of(prepared.manifest, recipe)
     for rank in range(recipe.workers):
         batches = [prepared.reader(item) for item in plan_items(plan, rank, recipe.workers)]
@@ -120,7 +121,7 @@ def batch_files(prepared: Prepared, folder: Path) -> list[Path]:
 
 
 def trained_lines(shards: str | Path, recipe: Recipe, run: Path, threads: int) -> list[dict[str, Any]]:
-    """Trains on Ray and gives the lines of `metrics.jsonl`."""
+    """Trains on Ray and returns the lines of `metrics.jsonl`."""
     before = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = str(threads)
     try:
@@ -133,15 +134,15 @@ def trained_lines(shards: str | Path, recipe: Recipe, run: Path, threads: int) -
 
 
 def rate(times: list[float], warm: int, cool: int, batch_size: int) -> float:
-    """Samples per second without the first `warm` and the last `cool` steps; `times`: when each was done."""
+    """Samples per second without the first `warm` and the last `cool` steps; `times`: of the end of each step."""
     timed = times[warm - 1 : len(times) - cool]
     return (len(timed) - 1) * batch_size / (timed[-1] - timed[0])
 
 
 def check_losses(one: list[float], other: list[float]) -> None:
-    """`SidesDiffer` naming the first step whose losses differ, relative to the loss where that is above 1."""
+    """Raises `SidesDiffer` at the first step whose losses differ, relative to the loss where that is above 1."""
     if len(one) != len(other):
-        raise SidesDiffer(f"one side has made {len(one)} steps, the other {len(other)}")
+        raise SidesDiffer(f"one side made {len(one)} steps, the other {len(other)}")
     for step, (a, b) in enumerate(zip(one, other, strict=True)):
         if not abs(a - b) / max(1.0, abs(b)) < 10**-LOSS_DIGITS:
             raise SidesDiffer(f"the losses of the two sides differ from step {step} on: {a:.6f} and {b:.6f}")

@@ -1,9 +1,11 @@
-"""Prefix and branches: every prompt about an image in one pass, against one pass per prompt."""
+"""Prefix and branches: all prompts for an image in one pass, against one pass per prompt."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +28,11 @@ CLASSES = 80
 QUESTIONS = ("how many circles are there ?", "is there a red square ?", "what colour is the triangle ?")
 TOLERANCE = 1e-4
 AIM = 10.0
-REPEATS = 10  # of the one pass in a turn: both sides are timed over seconds, so that noise strikes them alike
+REPEATS = 10  # of the single pass per turn: both sides are timed over seconds, so that noise affects them alike
 
 
 def fresh_engine(preset: str = "nano", seed: int = 0) -> Engine:
-    """An engine of random weights, for where no trained model is given: time does not depend on what it has learned."""
+    """An engine with random weights, whose speed is that of a trained model."""
     settings = config.load(ModelSettings, model_path(preset))
     texts = [t for task in TASKS.values() for t in task.templates] + class_names(CLASSES) + list(QUESTIONS)
     tokenizer = LumenTokenizer.train(texts, settings.vocab_size)
@@ -46,12 +48,12 @@ def class_names(count: int) -> list[str]:
 
 def prompts(classes: int) -> list[Request]:
     """One request per prompt: a class each, a caption, three questions."""
-    found = [make_request("detect", classes=[name]) for name in class_names(classes)]
-    return [*found, make_request("caption"), *(make_request("vqa", text=text) for text in QUESTIONS)]
+    detections = [make_request("detect", classes=[name]) for name in class_names(classes)]
+    return [*detections, make_request("caption"), *(make_request("vqa", text=text) for text in QUESTIONS)]
 
 
 def together(single: list[Request]) -> list[Request]:
-    """The same prompts as a user asks for them: all classes in one request."""
+    """The same prompts with all classes in one request."""
     classes = [phrase for request in single for phrase in request.phrases]
     return [make_request("detect", classes=classes), *(request for request in single if not request.phrases)]
 
@@ -69,17 +71,21 @@ def pass_per_prompt(engine: EngineProtocol, image: np.ndarray, single: list[Requ
 
 @torch.inference_mode()
 def raw_outputs(engine: Engine, image: np.ndarray, requests: list[Request], limit: int) -> list[torch.Tensor]:
-    """Link embeddings, heatmap logits and boxes of every place: what predictions are drawn from, without thresholds."""
+    """Outputs before thresholds: link embeddings of the decoder that serves `detect` and, if it reads dense features,
+    its logits and boxes at every place."""
+    name = engine.serving["detect"]
     out = engine.trunk.links([image], [requests], max_new_tokens=limit)
-    if "lumen" not in out.decoder_inputs:
+    if name not in out.decoder_inputs:
         return []
-    link = out.decoder_inputs["lumen"].link
-    raw = engine.decoders["lumen"].decoder(link, out.dense)
+    link, decoder = out.decoder_inputs[name].link, engine.decoders[name].decoder
+    if decoder.reads != "dense":
+        return [link.embeddings]
+    raw: Any = decoder(link, out.dense)
     return [link.embeddings, raw.logits, raw.boxes / engine.image_size]
 
 
 def difference(engine: Engine, image: np.ndarray, single: list[Request], limit: int) -> float:
-    """Largest difference between the sides, relative to the largest value; infinite when a text or a count differs."""
+    """Largest difference between the sides, relative to the largest value; infinite if a text or a count differs."""
     for one, other in zip(
         one_pass(engine, image, single, limit), pass_per_prompt(engine, image, single, limit), strict=True
     ):
@@ -87,17 +93,17 @@ def difference(engine: Engine, image: np.ndarray, single: list[Request], limit: 
             return float("inf")
     packed = raw_outputs(engine, image, together(single), limit)
     alone = [raw_outputs(engine, image, [request], limit) for request in single if request.phrases]
-    apart = []
+    differences = []
     for kind, values in enumerate(packed):
-        other = torch.cat([outputs[kind] for outputs in alone])
-        apart.append((values - other).abs().max() / other.abs().max().clamp_min(1.0))
-    return float(torch.stack(apart).max())  # by torch: Python's `max` may lose a NaN
+        expected = torch.cat([outputs[kind] for outputs in alone])
+        differences.append((values - expected).abs().max() / expected.abs().max().clamp_min(1.0))
+    return float(torch.stack(differences).max())  # not Python's `max`, which may lose a NaN
 
 
 def bench(
     engine: Engine, *, classes: int = CLASSES, turns: int = 5, max_new_tokens: int = 16, threads: int | None = None
 ) -> Result:
-    """Images per second of both sides; refuses to report a speed when their results differ."""
+    """Images per second of both sides. Raises `SidesDiffer` if their results differ."""
     threads = threads or torch.get_num_threads()
     image = decode(scenes.scene_row(0, 0, engine.image_size)["image"])
     single = prompts(classes)
@@ -108,7 +114,7 @@ def bench(
         if not worst <= TOLERANCE:
             raise SidesDiffer(f"one pass and a pass per prompt differ by {worst:.2e}, more than {TOLERANCE:g}")
 
-        def rate(side, repeats: int) -> float:
+        def rate(side: Callable[..., object], repeats: int) -> float:
             began = time.perf_counter()
             for _ in range(repeats):
                 side(engine, image, single, max_new_tokens)
@@ -131,5 +137,5 @@ def bench(
 
 
 def load_engine(model: str | Path | None, preset: str = "nano") -> Engine:
-    """The engine of a model folder, or of random weights when there is none."""
+    """The engine of a model folder, or one with random weights if none is given."""
     return Engine.load(model) if model else fresh_engine(preset)

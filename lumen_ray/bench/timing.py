@@ -1,7 +1,7 @@
-"""Two sides measured in turns, and what is reported of them.
+"""Measures two sides in turns and reports the results.
 
-Machines are shared and their clocks drift, so the sides take turns (A B A B ...) and the ratio is taken within each
-turn; median and spread of those ratios say more than two averages measured minutes apart.
+Machines are shared and clock rates drift, so the sides take turns (A B A B ...) and the ratio is taken within each
+turn: median and spread of these ratios are more reliable than two averages measured minutes apart.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ Measure = Callable[[], float]
 
 
 class SidesDiffer(RuntimeError):
-    """The sides of a comparison do not compute the same, so that how fast they are says nothing."""
+    """The sides of a comparison compute different results, so their speeds must not be compared."""
 
 
 @dataclass
 class Result:
     """One comparison: the rates of every turn by side, the first side over the second.
 
-    `aim`: the ratio that is wanted, None where there is none; `equal`: what was checked to be the same on both sides.
+    `aim`: the required ratio, if any; `equal`: the results that were checked to be equal on both sides.
     """
 
     name: str
@@ -34,20 +34,20 @@ class Result:
     equal: str = ""
     budget: str = ""  # the CPUs or device each side had
     details: dict[str, Any] = field(default_factory=dict)
-    skipped: str = ""  # why nothing was measured
-    failed: str = ""  # how the sides differ, in place of rates
-    note: str = ""  # what the figures do not hold
+    skipped: str = ""  # reason why nothing was measured
+    failed: str = ""  # difference between the sides, in place of rates
+    note: str = ""  # conditions and limits of the figures
 
     @property
     def ratios(self) -> list[float]:
-        """First side over second, turn by turn; empty when there are not two sides."""
+        """First side over second, turn by turn; empty unless there are two sides."""
         sides = list(self.rates.values())
         return [a / b for a, b in zip(sides[0], sides[1], strict=True)] if len(sides) == 2 else []
 
     @property
     def reached(self) -> bool | None:
-        """Whether the median ratio is the aim or more; None where there is no aim or nothing was measured. What failed
-        reaches nothing."""
+        """Whether the median ratio is the aim or more; None without an aim or measurements, False if the bench
+        failed."""
         if self.failed:
             return False
         return None if self.aim is None or not self.ratios else statistics.median(self.ratios) >= self.aim
@@ -59,8 +59,8 @@ class Result:
         if self.failed:
             return f"{self.name} failed: {self.failed}"
         if not self.ratios:
-            told = (f"{n} {_range(spread(r), '.1f')} {self.unit}" for n, r in self.rates.items())
-            return f"{self.name}: {', '.join(told)}" + (f"; {self.note}" if self.note else "")
+            rates = (f"{n} {_range(spread(r), '.1f')} {self.unit}" for n, r in self.rates.items())
+            return f"{self.name}: {', '.join(rates)}" + (f"; {self.note}" if self.note else "")
         first, second = self.rates
         turns = f"{len(self.ratios)} turn" + ("s" if len(self.ratios) > 1 else "")
         ratio = f"{first} / {second} is {_range(spread(self.ratios), '.3f')} over {turns}"
@@ -93,7 +93,7 @@ def spread(values: list[float]) -> dict[str, float]:
 
 
 def in_turns(sides: dict[str, Measure], turns: int) -> dict[str, list[float]]:
-    """Every side's rate, `turns` times, one after the other in each turn. Each side warms up by itself."""
+    """Rates of every side, `turns` times, one side after the other in each turn. Each side warms up by itself."""
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(turns):
         for name, measure in sides.items():
@@ -102,7 +102,7 @@ def in_turns(sides: dict[str, Measure], turns: int) -> dict[str, list[float]]:
 
 
 def table(results: Iterable[Result]) -> Table:
-    """What a person reads of the results."""
+    """A table of the results to print."""
     out = Table(box=None, pad_edge=False)
     for head in ("benchmark", "side", "median (low - high)", "unit", "ratio (low - high)", "aim"):
         out.add_column(head, no_wrap=True)

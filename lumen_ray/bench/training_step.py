@@ -1,11 +1,12 @@
-"""A training step of one decoder of a preset, in the preset's own sizes.
+"""A training step of one decoder of a preset, at the preset's sizes.
 
-The trunk is not built: what a decoder is given, links and dense features, are random numbers in its place.
+The trunk is not built: random numbers take the place of links and dense features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from lumen_ray.data.batches.collate import Collator
 from lumen_ray.data.images import decode
 from lumen_ray.data.scenes import edits as scenes_edits
 from lumen_ray.data.scenes import render as scenes
-from lumen_ray.decoders.base import Decoder, ImageDecoder
+from lumen_ray.decoders.base import Decoder, ImageDecoder, Learner
 from lumen_ray.decoders.registry import serves
 from lumen_ray.errors import unknown
 from lumen_ray.model.build import given
@@ -30,7 +31,8 @@ from lumen_ray.trunk.batch import TrainingBatch
 
 
 def read_preset(preset: str, names: Sequence[str] | None) -> tuple[ModelSettings, tuple[str, ...]]:
-    """Its settings, and of its decoders those that are named, by default all. `UserError` for one that it has not."""
+    """Settings of a preset, and names of its decoders: the given ones, by default all. Raises `UserError` for one that
+    it lacks."""
     settings = config.load(ModelSettings, model_path(preset))
     for name in names or ():
         if name not in settings.decoder_names:
@@ -38,8 +40,8 @@ def read_preset(preset: str, names: Sequence[str] | None) -> tuple[ModelSettings
     return settings, tuple(names or settings.decoder_names)
 
 
-def batch_of(settings: ModelSettings, name: str, images: int) -> TrainingBatch:
-    """All that a decoder can learn from some scenes, as the collator gives it."""
+def scene_batch(settings: ModelSettings, name: str, images: int) -> TrainingBatch:
+    """A batch of rendered scenes with prompts for all tasks of a decoder."""
     side, tokenizer = settings.image_size, gpu.make_tokenizer(settings)
     rows = [
         scenes_edits.with_edit(scenes.scene_row(0, i, side), scenes_edits.scene_edit(0, i, side)) for i in range(images)
@@ -51,15 +53,16 @@ def batch_of(settings: ModelSettings, name: str, images: int) -> TrainingBatch:
     return collator(rows, pictures, rngs, edited)
 
 
-def link_of(batch: TrainingBatch, decoder: Decoder | ImageDecoder, settings: ModelSettings) -> SuperLink:
-    """Random numbers where the trunk would say what the batch asks."""
+def random_link(batch: TrainingBatch, decoder: Decoder | ImageDecoder, settings: ModelSettings) -> SuperLink:
+    """The super link of the batch's prompts for a decoder, with random embeddings."""
     layout, family = batch.layout, decoder.family
-    places = (part[family] for part in (layout.link_images, layout.link_parents, layout.link_groups))
+    columns = (layout.link_images, layout.link_parents, layout.link_groups)
+    images, parents, groups = (column[family] for column in columns)
+    shape: tuple[int, ...] = (settings.sections[decoder.name].link_width(settings.link_channels),)
     if isinstance(decoder, ImageDecoder):
-        shape = (decoder.settings.num_tokens, decoder.width)
-    else:
-        shape = (settings.sections[decoder.name].link_width(settings.link_channels),)
-    return SuperLink(decoder.name, torch.randn(len(layout.link_images[family]), *shape).requires_grad_(), *places)
+        pictures: Any = decoder  # its settings and width are of the class that makes pictures
+        shape = (pictures.settings.num_tokens, pictures.width)
+    return SuperLink(decoder.name, torch.randn(len(images), *shape).requires_grad_(), images, parents, groups)
 
 
 def training_step(
@@ -67,9 +70,11 @@ def training_step(
     settings: ModelSettings,
     batch: TrainingBatch,
     link: SuperLink,
-    low: bool = False,
+    bf16: bool = False,
 ) -> Callable[[], dict[str, Tensor]]:
-    """A forward pass of what a decoder learns, with `low` in bf16, and its backward pass; it gives the losses."""
+    """A function that does the forward and backward pass of a decoder's losses and returns them."""
+    learner: Learner = decoder
+    view: Any
     view, targets = given(decoder, batch)
     if decoder.reads == "dense":
         side = settings.image_size // 4
@@ -78,9 +83,11 @@ def training_step(
 
     def step() -> dict[str, Tensor]:
         decoder.zero_grad(set_to_none=False)
-        with autocast_context(low, link.embeddings.device):
-            losses = decoder.losses(link, view, targets)
-        sum(term.total for term in losses.values()).backward()
+        with autocast_context(bf16, link.embeddings.device):
+            losses = learner.losses(link, view, targets)
+        total = sum(term.total for term in losses.values())
+        assert isinstance(total, Tensor)
+        total.backward()
         return {name: term.total.detach() for name, term in losses.items()}
 
     return step

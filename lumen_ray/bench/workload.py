@@ -1,4 +1,4 @@
-"""What the training benches run on: shards, a recipe and the batches of its steps."""
+"""Workload of the training benches: shards, a recipe and the batches of its steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ ROWS_PER_GROUP = 8
 
 
 def scene_shards(folder: Path, count: int, side: int, *, photos: bool = False) -> Path:
-    """Shards of `count` rendered scenes of `side` pixels; `photos`: as noisy JPEG, as costly as a photograph."""
+    """Writes shards of `count` rendered scenes of `side` pixels; `photos`: as noisy JPEG that decodes as slowly as a
+    photograph."""
     rng = np.random.default_rng(0)
     with ShardWriter(folder, "part-00000.parquet", rows_per_group=ROWS_PER_GROUP) as writer:
         for index in range(count):
@@ -33,6 +34,7 @@ def scene_shards(folder: Path, count: int, side: int, *, photos: bool = False) -
     categories = [
         {"name": name, "keypoints": list(scenes.SKELETONS.get(name, ())), "skeleton": []} for name in scenes.CLASSES
     ]
+    assert writer.entry is not None
     write_manifest(folder, build_manifest([writer.entry], categories=categories))
     return folder
 
@@ -48,7 +50,7 @@ def _as_photo(png: bytes, rng: np.random.Generator) -> bytes:
 def make_recipe(
     steps: int, *, model: str, batch_size: int, workers: int = 1, augment: dict[str, Any] | None = None
 ) -> Recipe:
-    """One stage with every task; learning rates do not matter here."""
+    """A recipe of one stage with all tasks; its learning rate does not matter here."""
     stage = {"name": "bench", "steps": steps, "augment": augment or {}}
     return Recipe.model_validate(
         {"name": "bench", "model": model, "batch_size": batch_size, "workers": workers, "stages": [stage]}
@@ -60,9 +62,9 @@ def plan_of(manifest: dict[str, Any], recipe: Recipe) -> Plan:
 
 
 def check_batches(shards: str | Path | None, batch_size: int, workers: int) -> None:
-    """`UserError` when there are no such shards, or no batches of that size can be made of their row groups.
+    """Raises `UserError` if shards do not exist, or if batches of that size cannot be made of their row groups.
 
-    None stands for rendered scenes, which need not be there yet.
+    None stands for rendered scenes, which need not exist yet.
     """
     rendered = {"files": [{"row_groups": [{"rows": ROWS_PER_GROUP}]}]}
     recipe = make_recipe(1, model="", batch_size=batch_size, workers=workers)
@@ -77,8 +79,8 @@ class StampedBatch(TrainingBatch):
 
 
 @dataclass
-class Stamped:
-    """A reader that stamps its batches."""
+class StampingReader:
+    """A reader whose batches have the time at which they were made."""
 
     reader: BatchReader
 
@@ -86,13 +88,13 @@ class Stamped:
         return StampedBatch(**vars(self.reader(item)), made=time.time())
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two batches are bit-equal; how long each took to read does not count."""
+def batches_equal(one: Any, other: Any) -> bool:
+    """Whether two batches are bit-equal, apart from the time that reading them took."""
     if isinstance(one, torch.Tensor):
         return isinstance(other, torch.Tensor) and one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict):
         keys = one.keys() - {"read_s"}
-        return keys == other.keys() - {"read_s"} and all(same(one[key], other[key]) for key in keys)
+        return keys == other.keys() - {"read_s"} and all(batches_equal(one[key], other[key]) for key in keys)
     if hasattr(one, "__dataclass_fields__"):
-        return type(one) is type(other) and same(vars(one), vars(other))
+        return type(one) is type(other) and batches_equal(vars(one), vars(other))
     return one == other

@@ -1,8 +1,8 @@
-"""The repeated blocks of a model, and what is done to each: activation checkpointing, compilation, sharding.
+"""The repeated blocks of a model: activation checkpointing and compilation of each (`parallel` shards them).
 
-The order matters: a block is checkpointed, then compiled, then sharded, so that the compiler sees what is computed
-again and the hooks that gather a block's weights stay outside of both. `forward` is replaced on the instance, so the
-names of the weights do not change.
+The order matters: a block is checkpointed, then compiled, then sharded, so that the compiler sees the recomputation and
+the hooks that gather a block's weights stay outside of both. `forward` is replaced on the instance, so the names of the
+weights do not change.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import Generalist
 
-#: recompilations of one kind of block before PyTorch falls back to eager: shapes, stages and kinds share the count
+#: recompilations of one kind of block before PyTorch falls back to eager, over all shapes and stages
 RECOMPILES = 64
 
 
-def part(model: Generalist, name: str) -> nn.Module | None:
-    """A part of the model by the name that recipes use; None where the model has none such."""
+def find_part(model: Generalist, name: str) -> nn.Module | None:
+    """The module that recipes call `name` (`registry.PARTS`); None if the model lacks it."""
     if name in DECODERS:
         return dict(model.decoders.items()).get(name)
     return getattr(model.trunk, name)
 
 
 def blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """(name, block): the members of every list of layers that are themselves made of layers, outermost ones only."""
+    """(name, block) of the members of every `ModuleList` that have submodules, outermost lists only."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         if not isinstance(child, nn.ModuleList):
@@ -43,41 +43,40 @@ def blocks(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
 
 
 def checkpoint_blocks(model: Generalist, parts: tuple[str, ...]) -> None:
-    """Blocks of these parts keep only their inputs, and compute the rest again in the backward pass."""
+    """Makes the blocks of these parts keep only their inputs and recompute activations in the backward pass."""
     for name in parts:
-        checkpoint_module(part(model, name) or nn.Identity())
+        checkpoint_module(find_part(model, name) or nn.Identity())
 
 
 def checkpoint_module(module: nn.Module) -> None:
-    """The same of the blocks of one module."""
+    """`checkpoint_blocks` for one module."""
     for _, block in blocks(module):
         block.forward = _checkpointed(block.forward)
 
 
 def _checkpointed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Random numbers are drawn again alike on the devices of tensors among the arguments that are no keywords: where
-    there is none, one that is a keyword takes a place there."""
+    """`checkpoint` preserves RNG state only for the devices of positional tensors, so pass one."""
 
     def run(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         if any(isinstance(arg, torch.Tensor) for arg in args):
             return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-        place = next((value for value in kwargs.values() if isinstance(value, torch.Tensor)), None)
-        return checkpoint(lambda _, *own, **named: forward(*own, **named), place, *args, use_reentrant=False, **kwargs)
+        tensor = next((value for value in kwargs.values() if isinstance(value, torch.Tensor)), None)
+        return checkpoint(lambda _, *a, **k: forward(*a, **k), tensor, *args, use_reentrant=False, **kwargs)
 
     return run
 
 
 def compile_blocks(model: Generalist, parts: tuple[str, ...], device: torch.device, backend: str = "inductor") -> None:
-    """Compiles the blocks of these parts, each kind once, but for those that a decoder keeps `eager`. A dimension that
-    changes is compiled as dynamic."""
+    """Compiles the blocks of these parts, each kind once, except those that a decoder lists as `eager`. A dimension
+    that changes is compiled as dynamic."""
     for name in parts:
-        compile_module(part(model, name) or nn.Identity(), device, backend)
+        compile_module(find_part(model, name) or nn.Identity(), device, backend)
 
 
 def compile_module(module: nn.Module, device: torch.device, backend: str = "inductor") -> None:
-    """The same of the blocks of one module."""
+    """`compile_blocks` for one module."""
     if backend == "inductor":
         check_compiler(device)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILES)
@@ -88,7 +87,7 @@ def compile_module(module: nn.Module, device: torch.device, backend: str = "indu
 
 
 def check_compiler(device: torch.device) -> None:
-    """`UserError` where torch.compile could not build its kernels."""
+    """Raises `UserError` if torch.compile cannot build kernels for the device."""
     if device.type != "cpu":
         return
     from torch._inductor.cpp_builder import get_cpp_compiler

@@ -1,4 +1,4 @@
-"""What can only be said of a recipe with its model at hand, said before a worker starts."""
+"""Checks of a recipe against the model it trains, made before a worker starts."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from lumen_ray.train.optimizer import lr_factors, set_trainable
 
 
 def check_recipe(recipe: Recipe, settings: ModelSettings, vocab_size: int) -> None:
-    """`UserError` for tasks that no decoder of the model learns, for names that fit nothing in the model, and for
-    packages that are asked for and missing.
+    """Raises `UserError` for tasks that no decoder of the model learns, for patterns that match nothing in the model,
+    and for packages that the recipe needs and that are not installed.
 
-    The model is built without memory for its weights, and only where a recipe names modules.
+    The model is built only if the recipe names modules, on the meta device.
     """
     check_mlflow(recipe)
     for stage in recipe.stages:
         for group in stage.groups:
             _check_decoders(stage, group, settings)
-    named = [stage for stage in recipe.stages if any(map(is_pattern, stage.lr_scale))]
-    if not named and not recipe.lora:
+    with_patterns = [stage for stage in recipe.stages if any(map(is_pattern, stage.lr_scale))]
+    if not with_patterns and not recipe.lora:
         return
     with torch.device("meta"):
         model = build_model(settings, vocab_size)
         if recipe.lora:
             lora.inject(model, recipe.lora, recipe.seed)
-    for stage in named:
+    for stage in with_patterns:
         set_trainable(model, stage)
         lr_factors(model, stage)
 
@@ -54,10 +54,10 @@ def _check_decoders(stage: Stage, group: TaskGroup, settings: ModelSettings) -> 
                 f"{', '.join(decoders_for(task.name))}, and the group has {', '.join(learning) or 'none'}",
                 "no_decoder",
             )
-    taught = [*(name for name in PARTS if name not in DECODERS), *group.learning]
-    if stage.trainable is not None and not set(stage.trainable) & set(taught):
+    trained = [*(name for name in PARTS if name not in DECODERS), *group.learning]
+    if stage.trainable is not None and not set(stage.trainable) & set(trained):
         raise UserError(
             f"stage '{stage.name}': nothing under 'trainable' learns from the group {', '.join(group.tasks)}; leave "
-            f"it out, or train one of {', '.join(taught)}",
+            f"it out, or train one of {', '.join(trained)}",
             "no_decoder",
         )

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights, sharded as they are."""
+"""An exponential moving average of the weights, sharded like them."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lumen_ray.train.lora import changing_state
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be sharded."""
+    """This rank's shard of a tensor, all of it if it is not sharded."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class Ema:
-    """The average of everything training can change. A few passes over the weights a step, no communication."""
+    """The average of all weights that training can change: a few passes over them per step, without communication."""
 
     def __init__(self, model: nn.Module, settings: EmaSettings):
         self.settings = settings
@@ -26,20 +26,20 @@ class Ema:
         return {n: v for n, v in changing_state(self._model).items() if v.is_floating_point()}
 
     def decay(self, step: int) -> float:
-        """The weight of the past after global step `step`."""
+        """The factor on the average at global step `step`; the new weights get the rest."""
         most = self.settings.decay
         return min(most, (1 + step) / (10 + step)) if self.settings.warmup else most
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes in the weights that step `step` left."""
+        """Adds the weights after step `step` to the average."""
         weights = self._floating()
         shadow = [_local(value) for value in self.shadow.values()]
         torch._foreach_lerp_(shadow, [_local(weights[name]) for name in self.shadow], 1 - self.decay(step))
 
     @torch.no_grad()
     def copy_to_model(self) -> None:
-        """The average in place of the weights."""
+        """Replaces the model's weights by the average."""
         weights = self._floating()
         for name, value in self.shadow.items():
             _local(weights[name]).copy_(_local(value))

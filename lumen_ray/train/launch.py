@@ -1,8 +1,9 @@
-"""Ray Train runs the loop: workers, process group, restarts; Ray Data feeds each rank its own plan. No math here.
+"""Starts training runs: on Ray (`train`), or in the calling processes (`train_local`). Both call `_train_rank`.
 
-A data set split over ranks promises no order, so it cannot give the same samples again after a restart. Instead each
-rank makes a data set of its own part of the plan, anew at every start, from the step of the checkpoint that the ranks
-agreed on; the loop checks that every batch is the one of its step.
+Ray Train starts workers, process group and restarts; Ray Data feeds each rank. A data set split over ranks guarantees
+no order, so it could not repeat the same samples after a restart. Instead each rank builds a data set from its share of
+the plan, again at every start, from the step of the checkpoint that the ranks agreed on; the trainer checks that every
+batch belongs to its step.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any
 
 import torch
 
-from lumen_ray import config
 from lumen_ray.data import files, urls
 from lumen_ray.data.batches.buckets import with_sizes
 from lumen_ray.data.batches.feed import BatchReader, dataset_for_rank, plan_items, ray_batches, skeletons_of
@@ -26,97 +26,84 @@ from lumen_ray.data.batches.negatives import class_frequencies
 from lumen_ray.data.batches.plan import Plan
 from lumen_ray.data.shards.shards import read_manifest
 from lumen_ray.errors import UserError
-from lumen_ray.model.build import ModelMeta, read_meta
-from lumen_ray.model.settings import ModelSettings
-from lumen_ray.model.warm_start import start_settings
-from lumen_ray.presets import model_folder, model_path
-from lumen_ray.recipe import Recipe
+from lumen_ray.model.build import ModelMeta
+from lumen_ray.recipe import BucketRange, Recipe
 from lumen_ray.tasks import TASKS
 from lumen_ray.train import parallel, precision
 from lumen_ray.train.checks import check_recipe
 from lumen_ray.train.metrics.metrics import MetricsWatcher, Progress
-from lumen_ray.train.run import checkpoint
-from lumen_ray.train.run import malloc as memory
-from lumen_ray.train.run.capacity import Demand, RoomWatcher, look_at
+from lumen_ray.train.run import checkpoint, malloc
+from lumen_ray.train.run.capacity import CapacityWatcher, Demand, capacity_reader
 from lumen_ray.train.run.failures import as_user_error
-from lumen_ray.train.run.folder import keep_start, keep_tokenizer, sole_starter, sole_writer, start_of
+from lumen_ray.train.run.folder import sole_starter, sole_writer
 from lumen_ray.train.run.resources import of_worker, uses_gpus
-from lumen_ray.train.trainer import Job, Trainer
+from lumen_ray.train.run.start import StartPoint, make_start, resolve_model
+from lumen_ray.train.trainer import Trainer, TrainingJob
 from lumen_ray.trunk.batch import TrainingBatch
+
+ReadBatches = Callable[[list[dict[str, Any]]], Iterator[TrainingBatch]]
 
 
 @dataclass
-class Prepared:
-    job: Job
+class PreparedRun:
+    """A checked run, ready to start; plain values, so that Ray can ship it."""
+
+    job: TrainingJob
     reader: BatchReader
     manifest: dict[str, Any]
 
+    @property
+    def folder(self) -> Path:
+        return Path(self.job.run)
 
-def prepare_job(shards: str | Path, recipe: Recipe, run: str | Path, init_from: str | None = None) -> Prepared:
-    """Checks everything that can be wrong before a worker starts; trains the tokenizer on the shards' text.
 
-    A run folder keeps what it was started with: continuing it with anything else is a `UserError`, and so is a folder
-    that somebody else trains into. `init_from`: where it starts, instead of where the recipe says.
+def prepare_job(shards: str | Path, recipe: Recipe, run: str | Path, init_from: str | None = None) -> PreparedRun:
+    """Checks a run before any worker starts, and makes its start point; trains the tokenizer on the shards' text.
+
+    `init_from`: model folder to start from, in place of the recipe's. Raises `UserError` for what the user must change,
+    also if the run folder holds a run with another recipe, model, shards or start, or if another process trains into
+    it.
     """
     with _prepared(shards, recipe, run, init_from) as prepared:
         return prepared
 
 
 @contextmanager
-def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: str | None) -> Iterator[Prepared]:
-    """`prepare_job`, whose run folder stays refused to other starters inside."""
-    run = files.local_folder(run).absolute()
-    init_from = init_from or recipe.init_from
-    init_from = str(model_folder(init_from).absolute()) if init_from else None
-    recipe = recipe.model_copy(update={"init_from": init_from})
+def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: str | None) -> Iterator[PreparedRun]:
+    """`prepare_job`; other processes cannot start a run in the folder while the context is open."""
+    folder = files.local_folder(run).absolute()
     manifest = read_manifest(shards)
-    settings = config.load(ModelSettings, model_path(recipe.model))
-    if init_from:
-        settings = start_settings(settings, init_from)
-    elif settings.published_weights:
-        raise UserError(
-            f"preset '{settings.name}' needs published weights to start from; give the model folder that "
-            f"'{settings.conversion}' makes with --init-from, or as 'init_from' in the recipe",
-            "no_start",
-        )
+    recipe, settings = resolve_model(recipe, init_from)
     recipe = with_sizes(recipe, settings)
-    with sole_starter(run):
-        with sole_writer(run):
-            newest = checkpoint.latest(run)
-            if newest:
-                checkpoint.check_preset(newest, settings.name)
-            keep_start(run, start_of(recipe, settings, manifest, init_from), resumes=newest is not None)
-            tokenizer = keep_tokenizer(run, shards, settings, init_from, resumes=newest is not None)
-        check_recipe(recipe, settings, len(tokenizer))
+    with sole_starter(folder):
+        with sole_writer(folder):
+            start = make_start(folder, shards, recipe, settings, manifest)
+        check_recipe(recipe, settings, len(start.tokenizer))
         skeletons = skeletons_of(manifest)
-        meta = _meta(recipe, settings, manifest, skeletons, read_meta(init_from) if init_from else None)
-        job = Job(recipe, settings, tokenizer, meta, str(run), init_from)
+        job = TrainingJob(recipe, start, _meta(recipe, start, manifest, skeletons), str(folder))
         reader = BatchReader(
-            urls.absolute(shards), recipe, tokenizer, settings.image_size, skeletons, class_frequencies(manifest),
+            urls.absolute(shards), recipe, start.tokenizer, settings.image_size, skeletons, class_frequencies(manifest),
             settings.token_side, settings.prompt_layout, settings.input_rules,
         )  # fmt: skip
-        yield Prepared(job, reader, manifest)
+        yield PreparedRun(job, reader, manifest)
 
 
 def _buckets(manifest: dict[str, Any], recipe: Recipe) -> list[list[int]]:
-    """The sizes that the model sees in training. At one that it never saw it would find little."""
-    several = recipe.buckets is not None and len(recipe.buckets) > 1
-    used = Plan(manifest, recipe).used_buckets if several else recipe.buckets or ()
+    """(height, width) of the inputs that training uses; the model would detect little at any other size."""
+    buckets = recipe.buckets or ()
+    assert not isinstance(buckets, BucketRange)  # `with_sizes` has listed them
+    used = Plan(manifest, recipe).used_buckets if len(buckets) > 1 else buckets
     return [list(bucket) for bucket in used]
 
 
 def _meta(
-    recipe: Recipe,
-    settings: ModelSettings,
-    manifest: dict[str, Any],
-    skeletons: dict[str, tuple[str, ...]],
-    start: ModelMeta | None,
+    recipe: Recipe, start_point: StartPoint, manifest: dict[str, Any], skeletons: dict[str, tuple[str, ...]]
 ) -> ModelMeta:
-    """What the model will know: the tasks of the recipe and of `start`, the model it starts from; the classes of the
-    shards; their skeletons, and those of other classes that `start` knows poses of."""
-    categories = manifest["categories"]
+    """Metadata of the model to export: tasks of the recipe and of the model it starts from; classes of the shards;
+    skeletons of the shards and, where both train poses, of that model's other classes."""
+    categories, start = manifest["categories"], start_point.meta
     meta = ModelMeta(
-        preset=settings.name,
+        preset=start_point.settings.name,
         classes=[c["name"] for c in categories if not c.get("supercategory_only")],
         skeletons={name: list(points) for name, points in skeletons.items()},
         edges={c["name"]: c.get("skeleton") or [] for c in categories if c.get("keypoints")},
@@ -128,30 +115,27 @@ def _meta(
     return meta
 
 
-def train_local(prepared: Prepared, device: str = "cpu") -> Path:
-    """The same run without Ray: batches are read in line, by this process as one rank, or by each process of the
-    process group it belongs to. Returns the model folder."""
-    run = Path(prepared.job.run)
-    with sole_starter(run) if parallel.rank() == 0 else nullcontext():
-        return _fit_in_line(prepared, torch.device(device))
+def train_local(prepared: PreparedRun, device: str = "cpu") -> Path:
+    """Trains without Ray: as the only rank, or as a rank of the process group that this process belongs to. Batches are
+    read in the same process. Returns the model folder."""
+    with sole_starter(prepared.folder) if parallel.rank() == 0 else nullcontext():
+        _train_rank(prepared, torch.device(device))
+    return prepared.folder / "model"
 
 
-def _fit_in_line(prepared: Prepared, device: torch.device) -> Path:
-    _fit_rank(prepared, device, lambda items: (prepared.reader(item) for item in items))
-    return Path(prepared.job.run) / "model"
-
-
-def _fit_rank(prepared: Prepared, device: torch.device, read: Callable[[list], Iterator[TrainingBatch]]) -> None:
-    """Trains as one rank from the newest checkpoint on; `read` makes batches of the rank's items."""
-    run, recipe = Path(prepared.job.run), prepared.job.recipe
+def _train_rank(prepared: PreparedRun, device: torch.device, read: ReadBatches | None = None) -> None:
+    """Trains as one rank from the newest checkpoint on, with or without Ray. `read` makes the batches of the rank's
+    plan items; by default `prepared.reader` does, one when it is needed."""
+    run, recipe = prepared.folder, prepared.job.recipe
     rank, ranks = parallel.rank(), parallel.world_size()
     try:
         with sole_writer(run) if rank == 0 else nullcontext():
             if rank == 0:
                 checkpoint.clean(run)
-            parallel.barrier()  # nobody looks for checkpoints before an earlier try can publish none any more
+            parallel.barrier()  # no rank lists checkpoints while a rank of an earlier try can still publish one
             trainer = Trainer(prepared.job, device)
-            batches = read(plan_items(Plan(prepared.manifest, recipe), rank, ranks, trainer.step))
+            items = plan_items(Plan(prepared.manifest, recipe), rank, ranks, trainer.step)
+            batches = read(items) if read else map(prepared.reader, items)
             trainer.fit(logged(batches, run) if recipe.log_samples else batches)
     except Exception as error:
         cause = as_user_error(error, run)
@@ -159,9 +143,9 @@ def _fit_rank(prepared: Prepared, device: torch.device, read: Callable[[list], I
 
 
 def logged(batches: Iterator[TrainingBatch], run: Path) -> Iterator[TrainingBatch]:
-    """The batches, with what each step sees appended to `RUN/samples/<rank>.jsonl`.
+    """Passes batches on and appends the image ids of each to `RUN/samples/<rank>.jsonl`.
 
-    A step that is done again after a restart has another line: the last one of a step counts.
+    A step repeated after a restart has another line: the last one of a step counts.
     """
     path = run / "samples" / f"{parallel.rank()}.jsonl"
     path.parent.mkdir(exist_ok=True)
@@ -181,16 +165,15 @@ def _worker(config: dict[str, Any]) -> None:
     share = (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()
     torch.set_num_threads(config["threads"] or max(1, share))
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    prepared = config["prepared"]
+    prepared: PreparedRun = config["prepared"]
 
     def read(items: list[dict[str, Any]]) -> Iterator[TrainingBatch]:
-        # split in one: it keeps the order, and moves the executor into an actor; as a thread of this process it would
-        # take the interpreter lock from the training step, which then ran at half speed
-        yield from ray_batches(
-            dataset_for_rank(prepared.reader, items, prepared.job.recipe.readers).streaming_split(1)[0]
-        )
+        # a split into one part keeps the order and moves the executor into an actor; as a thread of this process it
+        # would compete with the training step for the interpreter lock and halve its speed
+        dataset = dataset_for_rank(prepared.reader, items, prepared.job.recipe.readers)
+        yield from ray_batches(dataset.streaming_split(1)[0])
 
-    _fit_rank(prepared, device, read)
+    _train_rank(prepared, device, read)
 
 
 def train(
@@ -202,41 +185,32 @@ def train(
     progress: Progress | None = None,
     waiting: Callable[[str], None] | None = None,
 ) -> Path:
-    """Runs a recipe on Ray, resuming `run` where its newest checkpoint left it; returns the model folder.
+    """Runs a recipe on Ray, from the newest checkpoint in `run` on; returns the model folder.
 
-    `progress` gets every line of `metrics.jsonl` as it is written, `waiting` a sentence when the run waits for room in
-    the cluster. Raises `UserError` for what the user must change, also while another process trains into `run`.
+    `progress` is called with every line of `metrics.jsonl` as it is written, `waiting` with a sentence when the run
+    waits for resources of the cluster. Raises `UserError` for what the user must change, also if another process trains
+    into `run`.
     """
     with _prepared(shards, recipe, run, init_from) as prepared:
-        return _train(prepared, progress, waiting)
+        recipe, folder = prepared.job.recipe, prepared.folder
+        Plan(prepared.manifest, recipe, recipe.workers)  # raises for wrong batch sizes before workers start
+        start = checkpoint.start_step(checkpoint.latest(folder))
+        if start < recipe.total_steps:
+            with MetricsWatcher(folder / "metrics.jsonl", start, progress) if progress else nullcontext():
+                _train_on_ray(prepared, waiting)
+        elif not (folder / "model" / "model.safetensors").is_file():  # killed between the last checkpoint and export
+            _train_rank(prepared, torch.device("cpu"))
+        return folder / "model"
 
 
-def _train(prepared: Prepared, progress: Progress | None, waiting: Callable[[str], None] | None) -> Path:
-    recipe = prepared.job.recipe
-    Plan(prepared.manifest, recipe, recipe.workers)  # wrong batch sizes are told before workers start
-    run = Path(prepared.job.run)
-    start = checkpoint.start_step(checkpoint.latest(run))
-    if start == recipe.total_steps:
-        if not (run / "model" / "model.safetensors").is_file():  # killed between the last checkpoint and the export
-            _fit_in_line(prepared, torch.device("cpu"))
-        return run / "model"
-    watcher = MetricsWatcher(run / "metrics.jsonl", start, progress) if progress else None
-    try:
-        _fit(prepared, waiting)
-    finally:
-        if watcher:
-            watcher.stop()
-    return run / "model"
-
-
-def _fit(prepared: Prepared, waiting: Callable[[str], None] | None) -> None:
-    """Fits until it is done, or until `max_failures` restarts brought no new checkpoint."""
+def _train_on_ray(prepared: PreparedRun, waiting: Callable[[str], None] | None) -> None:
+    """Trains until all steps are done, or until `max_failures` restarts have brought no new checkpoint."""
     from lumen_ray.ray_env import cluster_resources, init_local
 
     init_local()
     import ray.train
 
-    run, recipe = Path(prepared.job.run), prepared.job.recipe
+    run, recipe = prepared.folder, prepared.job.recipe
     use_gpu = uses_gpus(cluster_resources(), recipe)
     if note := precision.advice(recipe.precision, torch.device("cuda" if use_gpu else "cpu")):
         warnings.warn(note, stacklevel=2)
@@ -245,10 +219,10 @@ def _fit(prepared: Prepared, waiting: Callable[[str], None] | None) -> None:
         before = checkpoint.latest(run)
         trainer = _ray_trainer(prepared, use_gpu)
         try:
-            with RoomWatcher(demand, look_at(trainer), waiting) if waiting else nullcontext():
+            with CapacityWatcher(demand, capacity_reader(trainer), waiting) if waiting else nullcontext():
                 trainer.fit()
             return
-        except SystemExit:  # which Ray makes of SIGINT once it has ended the workers
+        except SystemExit:  # Ray's answer to SIGINT, once it has ended the workers
             raise KeyboardInterrupt from None
         except (ray.train.TrainingFailedError, ray.exceptions.RayError) as error:
             cause = as_user_error(error, run)
@@ -256,38 +230,39 @@ def _fit(prepared: Prepared, waiting: Callable[[str], None] | None) -> None:
                 raise cause from (None if cause is error else error)
 
 
-def _ray_trainer(prepared: Prepared, use_gpu: bool) -> Any:
+def _ray_trainer(prepared: PreparedRun, use_gpu: bool) -> Any:
     from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
     from ray.train.torch import TorchConfig, TorchTrainer
 
     class GiveUp(UserCallback):
-        """Ends a run whose error another try would not mend: an error here is one that Ray does not retry."""
+        """Ends a run whose error would recur on another try: Ray does not retry errors raised here."""
 
         def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
             for error in worker_exceptions.values():
                 if isinstance(cause := as_user_error(error, run), UserError):
                     raise cause
 
-    run, recipe = Path(prepared.job.run), prepared.job.recipe
+    run, recipe = prepared.folder, prepared.job.recipe
     elastic = 0 < recipe.min_workers < recipe.workers
+    # the ignores: Ray's type hints are those of Train V1, and V2 is what `ray.train` exports at run time
     return TorchTrainer(
         _worker,
-        # the user's setting, read here: in the workers Ray sets the variable itself
+        # read here, where it is the user's setting: in the workers Ray sets the variable itself
         train_loop_config={"prepared": prepared, "threads": int(os.environ.get("OMP_NUM_THREADS") or 0)},
         torch_config=TorchConfig(backend="nccl" if use_gpu else "gloo"),
         scaling_config=ScalingConfig(
-            num_workers=(recipe.min_workers, recipe.workers) if elastic else recipe.workers,
+            num_workers=(recipe.min_workers, recipe.workers) if elastic else recipe.workers,  # type: ignore[arg-type]
             use_gpu=use_gpu,
             resources_per_worker=of_worker(use_gpu),
-            placement_strategy="PACK" if use_gpu else "SPREAD",  # a CPU rank has use for all cores of its node
+            placement_strategy="PACK" if use_gpu else "SPREAD",  # a CPU rank uses all cores of its node
         ),
         run_config=RunConfig(
-            # checkpoints are not registered with Ray: its own list of them is not written atomically, so that a run
-            # could be left that cannot be started again
+            # checkpoints are not registered with Ray: it does not write its list of them atomically, so a kill could
+            # leave a run that cannot be started again
             name=".ray",
             storage_path=prepared.job.run,
             failure_config=FailureConfig(max_failures=recipe.max_failures),
-            callbacks=[GiveUp()],
-            worker_runtime_env={"env_vars": memory.ENVIRONMENT},
+            callbacks=[GiveUp()],  # type: ignore[list-item]
+            worker_runtime_env={"env_vars": malloc.ENVIRONMENT},  # type: ignore[call-arg]
         ),
     )

@@ -1,7 +1,7 @@
-"""LoRA (arXiv 2106.09685) by `peft`: adapters beside frozen weights, and their way back into a plain model folder.
+"""LoRA (arXiv 2106.09685) by `peft`: adapters beside frozen weights, merged back when a model folder is written.
 
-`peft` puts its layers in place of the linear layers of the model itself, so that FSDP, checkpoints and the loop see
-nothing but a module: `x.weight` becomes `x.base_layer.weight`, beside it `x.lora_A.default.weight` and `lora_B`.
+`peft` replaces linear layers inside the model, so that FSDP, checkpoints and the trainer need not know of it:
+`x.weight` becomes `x.base_layer.weight`, with `x.lora_A.default.weight` and `x.lora_B.default.weight` beside it.
 """
 
 from __future__ import annotations
@@ -23,36 +23,38 @@ if TYPE_CHECKING:
     from lumen_ray.recipe import LoraSettings
 
 ADAPTER = "default"
+FROZEN = "frozen_by_lora"  # attribute of a model with adapters
 
 
 def inject(model: Generalist, settings: LoraSettings, seed: int) -> None:
-    """Adapters on the linear layers whose names match `targets`; `frozen_names` then has what they leave as it is.
+    """Puts adapters on the linear layers whose names match `targets`; `frozen_names` lists what then stays frozen.
 
-    The model computes what it did before: fresh adapters add zero. Of a model without weights they have theirs, on the
-    CPU. `UserError` when a pattern matches nothing.
+    The model's outputs do not change: fresh adapters add zero. In a model on the meta device the adapters are on the
+    CPU and have values. Raises `UserError` if a pattern matches nothing.
     """
     peft = _peft()
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    targets = sorted({name for pattern in settings.targets for name in _matching(pattern, linear, "targets")})
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    targets = sorted({name for pattern in settings.targets for name in _matching(pattern, list(linear), "targets")})
     modules = [name for name, _ in model.named_modules() if name]
     kept = {name for pattern in settings.also_train for name in _matching(pattern, modules, "also_train")}
     config = peft.LoraConfig(
         r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=targets
     )
     frozen = _adapted(model, targets, kept)
-    with torch.random.fork_rng(devices=[]), _stand_ins([model.get_submodule(name) for name in targets]):
+    with torch.random.fork_rng(devices=[]), _stand_ins([linear[name] for name in targets]):
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     by_id = {id(p): name for name, p in model.named_parameters()}
-    model.frozen_by_lora = frozenset(by_id[id(p)] for p in frozen)
-    for name, parameter in model.named_parameters():  # peft froze all that is no adapter
-        parameter.requires_grad_(name not in model.frozen_by_lora)
+    names = frozenset(by_id[id(p)] for p in frozen)
+    setattr(model, FROZEN, names)
+    for name, parameter in model.named_parameters():  # peft froze everything but the adapters
+        parameter.requires_grad_(name not in names)
 
 
 @contextmanager
 def _stand_ins(layers: list[nn.Linear]) -> Iterator[None]:
-    """Layers without weights get some without memory meanwhile: `peft` puts adapters where the weights are, and those
-    on the meta device would lose their numbers."""
+    """Lends layers on the meta device CPU weights that take no memory: `peft` makes adapters on the device of the
+    weights, and on the meta device they would lose their values."""
     blank = {layer: layer.weight for layer in layers if layer.weight.is_meta}
     for layer, weight in blank.items():
         layer.weight = nn.Parameter(torch.zeros((), dtype=weight.dtype).expand(weight.shape), weight.requires_grad)
@@ -64,29 +66,29 @@ def _stand_ins(layers: list[nn.Linear]) -> Iterator[None]:
 
 
 def _adapted(model: Generalist, targets: list[str], kept: set[str]) -> list[nn.Parameter]:
-    """Every parameter of the parts with adapters, but for the modules that are trained in full."""
+    """Every parameter of the model parts that get adapters, except of modules that are trained in full."""
     parts = {".".join(name.split(".")[:2]) for name in targets}
     full = {id(p) for name in kept for p in model.get_submodule(name).parameters()}
     return [p for name in sorted(parts) for p in model.get_submodule(name).parameters() if id(p) not in full]
 
 
 def frozen_names(model: nn.Module) -> frozenset[str]:
-    """Parameters that stay as they were loaded, whatever a stage trains; empty without LoRA."""
-    return getattr(model, "frozen_by_lora", frozenset())
+    """Parameters that keep their start values, whatever a stage trains; empty without LoRA."""
+    return getattr(model, FROZEN, frozenset())
 
 
 def changing_state(model: nn.Module) -> dict[str, Tensor]:
-    """What training can change of the model's state: all that a checkpoint needs."""
+    """The part of the model's state that training can change, which is all that a checkpoint needs."""
     frozen = frozen_names(model)
     return {name: value for name, value in model.state_dict().items() if name not in frozen}
 
 
 def _matching(pattern: str, names: list[str], key: str) -> list[str]:
-    found = fnmatch.filter(names, pattern)
-    if not found:
+    matches = fnmatch.filter(names, pattern)
+    if not matches:
         known = ", ".join(sorted({name.rpartition(".")[2] for name in names if not name[-1].isdigit()})[:12])
         raise UserError(f"lora.{key}: '{pattern}' matches nothing in the model; layers are called {known}", "no_match")
-    return found
+    return matches
 
 
 def _peft():
@@ -103,14 +105,14 @@ def save_adapters(run: Path, state: dict[str, Tensor]) -> None:
 
 
 def plain_name(name: str) -> str:
-    """What a tensor of a model with adapters is called in the model without."""
+    """The name, in the model without adapters, of a tensor of the model with them."""
     return name.replace(".base_layer.", ".")
 
 
 def plain_state(state: dict[str, Tensor], settings: LoraSettings) -> dict[str, Tensor]:
-    """The full weights of a model with adapters under the names of the model without, the adapters added to them.
+    """The weights of the model without adapters, with the adapters merged into them.
 
-    Takes out of `state` what it adds them to, so that no second copy of the weights is needed.
+    Removes merged tensors from `state`, so that no second copy of the weights is needed.
     """
     out = {}
     for name in list(state):

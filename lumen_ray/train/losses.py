@@ -1,10 +1,10 @@
-"""The losses of one optimizer step: normalised over all ranks and all micro-steps, reduced in one collective each.
+"""The losses of one optimizer step, normalised over all ranks and micro-steps, with one collective per micro-step.
 
-A loss is a sum over its normaliser (`LossTerm`). With one micro-step the normaliser of the global batch is simply the
-sum over ranks. With several it is only known when the last one has run, so it is projected: what the batches say
-beforehand (supervised tokens, objects, keypoints) of the whole step, times what a unit of that has counted so far in
-the step. For tokens and keypoints that is exact, and the gradient is that of the undivided batch. For losses that
-count by predicted quality (heatmap, box) or by chosen places (match, mask) it differs as far as micro-steps differ.
+A loss is a sum divided by a normaliser (`LossTerm`). With one micro-step the normaliser of the global batch is the sum
+over ranks. With several it is known only after the last one, so it is projected: the units that the batches of the step
+hold (supervised tokens, objects, keypoints; known beforehand), times the normaliser per unit so far. For tokens and
+keypoints the projection is exact, and the gradient equals that of the undivided batch. For losses normalised by
+predicted quality or by assigned places it is as accurate as the micro-steps are alike.
 """
 
 from __future__ import annotations
@@ -23,27 +23,28 @@ from lumen_ray.train import parallel
 from lumen_ray.trunk.batch import TrainingBatch
 from lumen_ray.trunk.layout import IGNORE
 
-#: the fixed list behind the per-task columns, so that all ranks reduce the same ones
+#: the per-task columns, in a fixed order, so that all ranks reduce the same ones
 TASK_NAMES = tuple(TASKS)
 _TASK_INDEX = {name: i for i, name in enumerate(TASK_NAMES)}
 _DECODER_OF = {loss: name for name, info in DECODERS.items() for loss in info.losses}
 
 
 def expected_counts(batch: TrainingBatch, names: tuple[str, ...]) -> Tensor:
-    """What a batch says of each loss's normaliser before the forward pass: float [len(names)], 1 where it says nothing.
+    """The units in a batch that each loss is normalised by, known before the forward pass: float [len(names)].
 
-    A loss that it says nothing of is averaged over the micro-steps.
+    1 for a loss without such a unit: it is averaged over the micro-steps.
     """
     known: dict[str, float] = {"lm": float((batch.layout.labels[:, 1:] != IGNORE).sum())}
     targets = batch.targets.get("perception")
     for decoder, info in DECODERS.items():
         if info.family == "perception":
-            known |= _objects(decoder, batch, targets) if targets is not None else dict.fromkeys(info.losses, 0.0)
+            assert targets is None or isinstance(targets, PerceptionTargets)
+            known |= dict.fromkeys(info.losses, 0.0) if targets is None else _objects(decoder, batch, targets)
     return torch.tensor([known.get(name, 1.0) for name in names])
 
 
 def _objects(decoder: str, batch: TrainingBatch, t: PerceptionTargets) -> dict[str, float]:
-    """Objects, masks and keypoints of the prompts that the decoder serves, by the losses that count them."""
+    """Numbers of objects, masks or keypoints in the prompts that the decoder serves, by the loss that counts them."""
     served = torch.tensor(served_links(decoder, batch), dtype=torch.int64)
     objects = (t.valid & ~t.crowd & t.counted[:, None])[served]
     counts = {"batches": 1.0, "objects": float(objects.sum())}
@@ -59,8 +60,8 @@ def _objects(decoder: str, batch: TrainingBatch, t: PerceptionTargets) -> dict[s
 
 
 def count_tokens(batch: TrainingBatch, image_tokens: int) -> tuple[int, int]:
-    """(tokens of pictures and prompts, all tokens the LLM computes: with padding, and with the image tokens of rows
-    that have no picture)."""
+    """(tokens of images and prompts, tokens the LLM computes: also padding, and the image tokens of rows without an
+    image)."""
     layout = batch.layout
     real = int((layout.branch_ids >= 0).sum()) + int(batch.has_image.sum()) * image_tokens
     rows, length = layout.llm_shape(image_tokens)
@@ -68,9 +69,9 @@ def count_tokens(batch: TrainingBatch, image_tokens: int) -> tuple[int, int]:
 
 
 def per_task(batch: TrainingBatch, losses: dict[str, LossTerm], names: tuple[str, ...], device: torch.device) -> Tensor:
-    """Sums and counts by task, [names, 2, tasks], of those losses that say what each prompt gave (`LossTerm.each`).
+    """Sums and counts by task, float32 [names, 2, tasks], of the losses with a value per prompt (`LossTerm.each`).
 
-    Keypoint prompts do not count: what they give is part of their object prompt.
+    Keypoint prompts are not counted: their losses are in those of their object prompt.
     """
     out = torch.zeros(len(names), 2, len(TASK_NAMES), device=device)
     tasks = torch.tensor([_TASK_INDEX[task] for task in batch.tasks], dtype=torch.int64)
@@ -93,8 +94,8 @@ def per_task(batch: TrainingBatch, losses: dict[str, LossTerm], names: tuple[str
 class StepSums:
     """An optimizer step over all ranks: mean of each loss, mean by task, tokens without and with padding, images.
 
-    `means` leaves out losses that nothing was counted for: those of decoders that the step does not train, and those of
-    what none of its images has (masks, keypoints). They are no zeros to be averaged.
+    `means` lacks losses that no rank measured: those of decoders that the step does not train, and those of annotations
+    that none of its images has (masks, keypoints). They must not be averaged as zeros.
     """
 
     means: dict[str, float]
@@ -105,55 +106,61 @@ class StepSums:
 
 
 class StepLosses:
-    """Adds up the losses of an optimizer step: one `all_reduce` a micro-step, and one before if there are several."""
+    """Sums the losses of an optimizer step: one `all_reduce` per micro-step, and one before if there are several."""
 
     def __init__(
         self, names: tuple[str, ...], weights: dict[str, float], batches: list[TrainingBatch], device: torch.device
     ):
-        """`batches`: the micro-steps of this rank. A collective where there are several."""
+        """`batches`: the micro-steps of this rank. A collective if there are several."""
         self.names, self.weights = names, weights
-        self.expected = None
+        self.expected: Tensor | None = None
         if len(batches) > 1:
             expected = torch.stack([expected_counts(batch, names) for batch in batches])
             self.expected = parallel.sum_over_ranks(expected.to(device))
         self.done = 0
         self._sums: Tensor | None = None
 
-    def add(self, batch: TrainingBatch, losses: dict[str, LossTerm], image_tokens: int = 0) -> Tensor:
-        """The scalar of a micro-step to call `backward` on; a collective. `image_tokens`: LLM tokens of one picture.
+    def add_batch(self, batch: TrainingBatch, losses: dict[str, LossTerm], image_tokens: int = 0) -> Tensor:
+        """Adds a micro-step; a collective. Returns the scalar to call `backward` on. `image_tokens`: LLM tokens of one
+        image.
 
-        FSDP averages gradients over ranks, so the scalar is multiplied by their number: the sum over micro-steps is the
-        gradient of the global batch.
+        FSDP averages gradients over ranks, so the scalar is multiplied by their number: the gradients of all
+        micro-steps add up to that of the global batch.
         """
         device = losses["lm"].total.device
         zero = torch.zeros((), device=device)
         sums = torch.stack([losses[n].total.detach() if n in losses else zero for n in self.names])
         counts = torch.stack([losses[n].count.detach() if n in losses else zero for n in self.names])
-        sizes = (*count_tokens(batch, image_tokens), len(batch.image_ids))
-        sizes = torch.tensor(sizes, dtype=torch.float32, device=device)
+        numbers = (*count_tokens(batch, image_tokens), len(batch.image_ids))
+        sizes = torch.tensor(numbers, dtype=torch.float32, device=device)
         tasks = per_task(batch, losses, self.names, device).flatten()
         reduced = parallel.sum_over_ranks(torch.cat([sums, counts, sizes, tasks]))
         self._sums = reduced if self._sums is None else self._sums + reduced
         self.done += 1
-        normalisers = self._normalisers()
+        normalisers = self._normalisers(self._sums)
         total = sum(
-            self.weights.get(n, 1.0) * losses[n].total / normalisers[i] for i, n in enumerate(self.names) if n in losses
+            (self.weights.get(n, 1.0) * losses[n].total / normalisers[i])
+            for i, n in enumerate(self.names)
+            if n in losses
         )
+        assert isinstance(total, Tensor)  # "lm" is always there
         return total * parallel.world_size()
 
-    def _normalisers(self) -> Tensor:
-        counts = self._sums[len(self.names) : 2 * len(self.names)]
+    def _normalisers(self, sums: Tensor) -> Tensor:
+        """Of the whole step, float32 [names], from the `sums` of the micro-steps so far."""
+        counts = sums[len(self.names) : 2 * len(self.names)]
         if self.expected is None:
             return counts.clamp_min(1.0)
-        whole, so_far = (part.sum(0) for part in (self.expected, self.expected[: self.done]))
+        whole, so_far = self.expected.sum(0), self.expected[: self.done].sum(0)
         per_unit = torch.where(so_far > 0, counts / so_far.clamp_min(1.0), torch.ones_like(counts))
         return (per_unit * whole).clamp_min(1.0)
 
-    def read(self) -> StepSums:
-        """What the micro-steps so far add up to, over all ranks. Waits for the device, once."""
+    def totals(self) -> StepSums:
+        """The sums over all ranks and the micro-steps so far, at least one. Waits for the device, once."""
+        assert self._sums is not None
         n, t = len(self.names), len(TASK_NAMES)
         values = self._sums.tolist()
-        # a class loss without objects has a sum and no count; what has neither was not measured by any rank
+        # a class loss without objects has a sum and no count; a loss with neither was not measured by any rank
         measured = {name: i for i, name in enumerate(self.names) if values[i] != 0 or values[n + i] != 0}
         means = {name: values[i] / max(values[n + i], 1.0) for name, i in measured.items()}
         real, computed, images = values[2 * n : 2 * n + 3]

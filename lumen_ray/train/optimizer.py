@@ -1,4 +1,4 @@
-"""AdamW, its learning rates by part, name and depth, and their schedule, from a stage of a recipe."""
+"""AdamW for a stage of a recipe: learning rates by part, name and depth, and their schedule."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from lumen_ray.decoders.registry import PARTS
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.model.build import Generalist
 from lumen_ray.recipe import Stage, is_pattern
-from lumen_ray.train.blocks import blocks, part
+from lumen_ray.train.blocks import blocks, find_part
 from lumen_ray.train.lora import frozen_names
 
 
 def parts(model: Generalist) -> dict[str, nn.Module]:
-    """The parts a recipe can name under `trainable` and `lr_scale`."""
-    return {name: module for name in PARTS if (module := part(model, name)) is not None}
+    """The model's modules that a recipe can name under `trainable` and `lr_scale`."""
+    return {name: module for name in PARTS if (module := find_part(model, name)) is not None}
 
 
 def set_trainable(model: Generalist, stage: Stage) -> None:
-    """Only the stage's parts learn, and of those not what has a rate of 0 or what LoRA keeps as it is."""
+    """Sets `requires_grad` on the parts that the stage trains, except parameters with rate 0 or frozen by LoRA."""
     for name, module in parts(model).items():
-        learns = stage.trainable is None or name in stage.trainable
-        module.requires_grad_(learns and stage.lr_scale.get(name) != 0)
-    still = {pattern for pattern, factor in stage.lr_scale.items() if is_pattern(pattern) and factor == 0}
-    names = {name: p for name, p in model.named_parameters() if p.requires_grad} if still else {}
-    for name in {name for pattern in still for name in _fitting(pattern, names, stage)} | frozen_names(model):
+        is_trained = stage.trainable is None or name in stage.trainable
+        module.requires_grad_(is_trained and stage.lr_scale.get(name) != 0)
+    frozen = {pattern for pattern, factor in stage.lr_scale.items() if is_pattern(pattern) and factor == 0}
+    names = {name: p for name, p in model.named_parameters() if p.requires_grad} if frozen else {}
+    for name in {name for pattern in frozen for name in _fitting(pattern, names, stage)} | frozen_names(model):
         model.get_parameter(name).requires_grad_(False)
 
 
 def build_optimizer(model: Generalist, stage: Stage) -> torch.optim.AdamW:
-    """One group per part, kind and learning rate: vectors (norms, biases, scales, queries' scalars) are not decayed."""
+    """One group per part, weight decay and learning rate: vectors (norms, biases, scales) are not decayed."""
     factors = lr_factors(model, stage)
     groups = []
     for module in parts(model).values():
@@ -52,13 +52,13 @@ def build_optimizer(model: Generalist, stage: Stage) -> torch.optim.AdamW:
 
 
 def lr_factors(model: Generalist, stage: Stage) -> dict[nn.Parameter, float]:
-    """The factor on the stage's rate of every parameter that learns; `UserError` for a name that fits none."""
+    """The factor on the stage's learning rate by trained parameter. Raises `UserError` if a pattern fits none."""
     factors: dict[nn.Parameter, float] = {}
     for name, module in parts(model).items():
         depth = depths(module) if name in stage.layer_decay else {}
-        for own, p in module.named_parameters():
+        for path, p in module.named_parameters():
             if p.requires_grad:
-                factors[p] = stage.lr_scale.get(name, 1.0) * stage.layer_decay.get(name, 1.0) ** depth.get(own, 0)
+                factors[p] = stage.lr_scale.get(name, 1.0) * stage.layer_decay.get(name, 1.0) ** depth.get(path, 0)
     names = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for pattern, factor in stage.lr_scale.items():
         if is_pattern(pattern) and factor:
@@ -68,42 +68,45 @@ def lr_factors(model: Generalist, stage: Stage) -> dict[nn.Parameter, float]:
 
 
 def _fitting(pattern: str, names: dict[str, nn.Parameter], stage: Stage) -> list[str]:
-    """Parameters whose own name, or that of a module they are in, is the pattern."""
-    found = [name for name in names if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")]
-    if not found:
+    """Names of parameters that match the pattern, themselves or by a module they are in."""
+    matches = [
+        name for name in names if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"{pattern}.*")
+    ]
+    if not matches:
         modules = {name.rsplit(".", n)[0] for name in names for n in range(1, name.count(".") + 1)}
         raise UserError(
             f"stage '{stage.name}': lr_scale '{pattern}' fits nothing that the stage trains;"
             f"{suggest(pattern, modules)} give a part, a module such as trunk.vision.clip, or a pattern such as *norm*",
             "no_match",
         )
-    return found
+    return matches
 
 
 def depths(module: nn.Module) -> dict[str, int]:
-    """How many layers of its transformer lie above each parameter, itself included; 0 where that has no meaning.
+    """Depth of each parameter below the output of its transformer, in layers, its layer included; absent where that has
+    no meaning.
 
-    What is registered before the blocks is what feeds them (embeddings); what comes after reads them (the last norm).
+    Modules registered before the blocks feed them (embeddings), modules after read them (the last norm).
     """
     lists: dict[str, list[str]] = {}
     for name, _ in blocks(module):
         lists.setdefault(name.rpartition(".")[0], []).append(name)
-    found: dict[str, int] = {}
+    depth: dict[str, int] = {}
     for path, members in lists.items():
         root = f"{path.rpartition('model.')[0]}model."
-        below, place = True, {name: i for i, name in enumerate(members)}
+        below, index = True, {name: i for i, name in enumerate(members)}
         for name, _ in module.named_parameters():
             if name.startswith(f"{path}."):
                 below = False
                 block = name[: name.index(".", len(path) + 1)]
-                found[name] = len(members) - place[block]
+                depth[name] = len(members) - index[block]
             elif below and name.startswith(root):
-                found[name] = len(members) + 1
-    return found
+                depth[name] = len(members) + 1
+    return depth
 
 
 def lr_factor(stage: Stage, step: int) -> float:
-    """Linear warm-up, flat, then cosine to `final_lr` over the rest of the stage."""
+    """Linear warm-up, constant until `decay_from`, then cosine to `final_lr` at the end of the stage."""
     if step < stage.warmup_steps:
         return (step + 1) / stage.warmup_steps
     start = stage.decay_from * stage.steps
@@ -114,7 +117,7 @@ def lr_factor(stage: Stage, step: int) -> float:
 
 
 def set_lr(optimizer: torch.optim.Optimizer, stage: Stage, step: int) -> float:
-    """Sets every group's rate for a step of the stage; returns the stage's own."""
+    """Sets the learning rate of every group for a step of the stage; returns that of parameters with factor 1."""
     factor = lr_factor(stage, step)
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * factor

@@ -1,12 +1,12 @@
-"""Everything about several processes: sharding with FSDP and collectives (`checkpoint` has the files of the shards).
+"""Sharding with FSDP, and collectives; `run.checkpoint` reads and writes sharded checkpoints.
 
-With one process and no process group all functions do the obvious thing, so the loop has one code path.
+Without a process group every function acts as for one rank, so the trainer has one code path.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -16,10 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lumen_ray.decoders.base import ImageDecoder
+from lumen_ray.decoders.base import ImageDecoder, Learner
 from lumen_ray.meta_init import persistent_buffers, put_weights
 from lumen_ray.model.build import Generalist
-from lumen_ray.train.blocks import blocks, part
+from lumen_ray.train.blocks import blocks
 from lumen_ray.train.precision import block_policy, learn_policy
 
 #: blocks smaller than this stay in the root's group: for a small model one gather a step is cheaper than many
@@ -57,25 +57,25 @@ def from_all_ranks(value: Any) -> list[Any]:
 
 
 def shard(model: Generalist, device: torch.device, precision: str = "fp32") -> Generalist:
-    """FSDP2 (`fully_shard`) in place: blocks of the encoders and the LLM that are large enough, every expert decoder,
-    then the root.
+    """Shards a model in place with FSDP2 (`fully_shard`): large blocks of the encoders and the LLM, every decoder with
+    an image backbone, then the root.
 
-    A model without weights stays without. With bf16 a block is gathered and computes in bf16; the root stays fp32, and
+    Weights on the meta device stay there. With bf16 a block is gathered and computes in bf16; the root stays fp32, and
     autocast does its arithmetic.
 
-    An expert is one group, gathered in those steps alone that train it, from its forward pass to the end of its
-    backward pass. Its blocks are no groups of their own: how often they run (for pictures of each size, for denoising,
+    A decoder with an image backbone is one FSDP group, gathered only in steps that train it, from its forward pass to
+    the end of its backward pass. Its blocks are not groups: how often they run (for images of each size, for denoising,
     or not at all) differs from rank to rank, and all ranks must gather and reduce alike.
     """
     if not dist.is_initialized():
         return model
     mesh = init_device_mesh(device.type, (world_size(),))
-    for _, block in (found for name in ("vision", "llm") for found in blocks(part(model, name))):
+    for _, block in (*blocks(model.trunk.vision), *blocks(model.trunk.llm)):
         if sum(p.numel() for p in block.parameters()) >= MIN_BLOCK_PARAMETERS:
             fully_shard(block, mesh=mesh, mp_policy=block_policy(precision))
     for decoder in model.decoders.values():
-        if is_expert(decoder):
-            # queries' places are sums of small moves: as much as rounds off in bf16 moves boxes by pixels
+        if is_expert(cast(Learner, decoder)):
+            # places of queries are sums of small offsets: bf16 rounding would move boxes by pixels
             policy = learn_policy(precision if isinstance(decoder, ImageDecoder) else "fp32")
             fully_shard(decoder, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
             register_fsdp_forward_method(decoder, "learn")
@@ -84,9 +84,9 @@ def shard(model: Generalist, device: torch.device, precision: str = "fp32") -> G
 
 
 def materialise(model: nn.Module, device: torch.device) -> None:
-    """Memory on the device for the weights that are on the meta device, this rank's part of them; without values."""
+    """Allocates the weights that are on the meta device on `device`, this rank's shard of them, uninitialised."""
     swaps = torch.__future__.get_swap_module_params_on_conversion()
-    torch.__future__.set_swap_module_params_on_conversion(True)  # in the same objects, so that tied ones stay tied
+    torch.__future__.set_swap_module_params_on_conversion(True)  # keeps the objects, so that tied ones stay tied
     try:
         model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t.to(device))
     finally:
@@ -94,11 +94,11 @@ def materialise(model: nn.Module, device: torch.device) -> None:
 
 
 def fill(model: Generalist, read: Callable[[str], Tensor], device: torch.device) -> None:
-    """Puts a model built without weights, sharded or not, on the device and gives it those that `read` has; a
+    """Puts a model from the meta device, sharded or not, on `device` with the weights that `read` returns by name; a
     collective.
 
-    `read` is called on the first rank, one name after the other, and each gets its part of what it gives: no rank holds
-    more than its part of the model and one whole tensor.
+    `read` is called on the first rank only, one name at a time, and each rank gets its shard: no rank holds more than
+    its shard of the model and one whole tensor.
     """
     if not isinstance(model, FSDPModule):
         put_weights(model, read, device)
@@ -111,7 +111,7 @@ def fill(model: Generalist, read: Callable[[str], Tensor], device: torch.device)
 
 
 def _receive(target: Tensor, values: Tensor | None, device: torch.device) -> None:
-    """The first rank's `values` into a tensor of all ranks, sharded or not."""
+    """Copies the first rank's `values` into a tensor of all ranks, sharded or not."""
     if values is None:
         values = torch.empty(target.shape, dtype=target.dtype, device=device)
     values = values.to(device, target.dtype).contiguous()
@@ -122,13 +122,14 @@ def _receive(target: Tensor, values: Tensor | None, device: torch.device) -> Non
         target.copy_(values)
 
 
-def is_expert(decoder: nn.Module) -> bool:
-    """Whether a decoder has an image backbone of its own, and with it a group; others are small."""
+def is_expert(decoder: Learner) -> bool:
+    """Whether a decoder has an image backbone, or draws pictures, rather than reading dense features: others are too
+    small for an FSDP group."""
     return decoder.reads != "dense"
 
 
 def reduce_gradients(model: nn.Module, reduce: bool) -> None:
-    """Whether the next backward pass adds up gradients over ranks; micro-steps but the last keep their own."""
+    """Sets whether the next backward pass sums gradients over ranks; only that of the last micro-step does."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(reduce)
 
@@ -141,14 +142,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
-    """Clips the global gradient norm in place and returns it as it was before."""
+    """Clips gradients in place to a global norm of `max_norm`; returns the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     return float(norm)
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
-    """The unsharded weights on the CPU; a collective, filled on rank 0 only when there are several ranks."""
+    """The unsharded weights on the CPU; a collective. With several ranks it is empty on all but rank 0."""
     if not dist.is_initialized():
         return {name: value.detach().cpu() for name, value in model.state_dict().items()}
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    return cast("dict[str, Tensor]", state)  # values of other types are extra states, which no module here has

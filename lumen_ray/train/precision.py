@@ -1,7 +1,6 @@
-"""bf16 arithmetic over fp32 weights (see `lumen_ray.precision`), as FSDP and devices have it.
+"""bf16 arithmetic over fp32 weights (see `lumen_ray.precision`) under FSDP, and whether a device supports it.
 
-Blocks that FSDP shards are gathered as bf16 already, which halves what goes over the network; gradients are added up
-over ranks in fp32.
+FSDP gathers blocks in bf16, which halves network traffic, and sums gradients over ranks in fp32.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ def block_policy(precision: str) -> MixedPrecisionPolicy:
 
 
 def learn_policy(precision: str) -> MixedPrecisionPolicy:
-    """How FSDP gathers and reduces a decoder whose `Learner.learn` it wraps. What that is given stays as it is: targets
-    are in pixels."""
+    """How FSDP gathers and reduces a decoder whose `Learner.learn` it wraps. Arguments are not cast: targets are in
+    pixels."""
     return replace(block_policy(precision), cast_forward_inputs=False)
 
 
 def check(precision: str, device: torch.device) -> None:
-    """`UserError` where the device has no bf16."""
+    """Raises `UserError` if the device has no bf16."""
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name(device)
         raise UserError(f"{name} has no bf16 arithmetic; set precision: fp32 in the recipe", "no_bf16")
 
 
 def advice(precision: str, device: torch.device) -> str | None:
-    """What a user of bf16 should know about this device, if anything."""
+    """A warning for users of bf16 on a slow device; None if there is nothing to warn of."""
     if precision == "bf16" and device.type == "cpu" and not torch.cpu._is_amx_tile_supported():
         return "bf16 is 3 to 4 times slower than fp32 on this CPU; set precision: fp32 unless workers have GPUs"
     return None

@@ -1,28 +1,25 @@
-"""The training loop of one rank: knows models and batches, not Ray.
+"""The training loop of one rank, independent of Ray.
 
-Stages follow each other in one process. Each builds its optimizer anew over what it trains; weights go from stage to
-stage through memory, or, after a restart, through the newest checkpoint.
+All stages run in one process. Each builds its own optimizer over the weights it trains; weights pass from stage to
+stage in memory or, after a restart, through the newest checkpoint.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections import ChainMap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.utils.deterministic
 
-from lumen_ray.meta_init import on_meta
-from lumen_ray.model.build import Generalist, ModelMeta, build_model, save_model
-from lumen_ray.model.settings import ModelSettings
-from lumen_ray.model.warm_start import StartWeights
+from lumen_ray.model.build import Generalist, ModelMeta, save_model
 from lumen_ray.precision import autocast_context
 from lumen_ray.recipe import Recipe, Stage
 from lumen_ray.train import lora, parallel, precision
@@ -33,57 +30,55 @@ from lumen_ray.train.metrics.metrics import Meter, MetricsLog
 from lumen_ray.train.optimizer import build_optimizer, set_lr, set_trainable
 from lumen_ray.train.run import checkpoint
 from lumen_ray.train.run.failures import DivergedError, explained, find_module, resumption, where
+from lumen_ray.train.run.start import StartPoint
 from lumen_ray.trunk.batch import TrainingBatch
-from lumen_ray.trunk.tokenizer import LumenTokenizer
 
 
 @dataclass
-class Job:
-    """Everything a rank needs to train; plain values, so that Ray can ship it."""
+class TrainingJob:
+    """Everything a rank needs to train except the batches; plain values, so that Ray can ship it."""
 
     recipe: Recipe
-    settings: ModelSettings
-    tokenizer: LumenTokenizer
-    meta: ModelMeta
-    run: str
-    init_from: str | None = None  # a model folder whose weights the run starts from
+    start: StartPoint
+    meta: ModelMeta  # of the model to export
+    run: str  # the run folder
 
 
 @contextmanager
 def reproducible(device: torch.device) -> Iterator[None]:
-    """Makes a CPU step bit-equal however many threads work on it.
+    """Makes a CPU step bit-equal for any number of threads.
 
-    Several threads otherwise add gradients that meet in one element (of a gather or an embedding) in whatever order
-    they come. CUDA keeps its own order, which would cost speed to fix.
+    Otherwise threads add gradients of the same element (of a gather or an embedding) in the order in which they arrive.
+    CUDA keeps its order, which would cost speed to fix.
     """
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    memory: Any = torch.utils.deterministic  # a module whose class has the property, which type checkers miss
+    before = torch.are_deterministic_algorithms_enabled(), memory.fill_uninitialized_memory
     if device.type == "cpu":
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # every tensor here is written before it is read
+        memory.fill_uninitialized_memory = False  # every tensor here is written before it is read
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        memory.fill_uninitialized_memory = before[1]
 
 
 def step_seed(seed: int, step: int, rank: int) -> int:
-    """What dropout and the like draw from in one step: as long as it follows from the step, a run can be resumed there
-    without anything that was drawn before."""
+    """Seed of the dropout and noise of one step. It depends on the step alone, so a resumed run draws the same."""
     return int(np.random.SeedSequence((seed, 4, step, rank)).generate_state(1, np.uint64)[0])
 
 
-def fresh_model(job: Job, resume: Path | None, device: torch.device) -> Generalist:
-    """A model as the recipe wants it, with the weights of `resume`, of `init_from`, or fresh ones.
+def sharded_model(job: TrainingJob, resume: Path | None, device: torch.device) -> Generalist:
+    """Builds the model of a job, sharded over the ranks, with the weights of the checkpoint `resume` or of the start
+    point; a collective.
 
-    It is built and sharded without weights, which then go to where they belong one after the other. With LoRA a
-    checkpoint leaves out what stays as it was at the start, so a resumed run starts there too.
+    The model is built and sharded on the meta device, then filled tensor by tensor. With LoRA a checkpoint lacks the
+    frozen weights, so a resumed run reads those of the start point too.
     """
     recipe = job.recipe
     precision.check(recipe.precision, device)
-    with on_meta():
-        model = build_model(job.settings, len(job.tokenizer), recipe.seed)
-    start = _start_weights(job, model) if resume is None or recipe.lora else None
+    model = job.start.build_model()
+    start = job.start.weights(model) if resume is None or recipe.lora else None
     if recipe.lora:
         lora.inject(model, recipe.lora, recipe.seed)
     checkpoint_blocks(model, recipe.activation_checkpointing)
@@ -98,24 +93,15 @@ def fresh_model(job: Job, resume: Path | None, device: torch.device) -> Generali
     return model
 
 
-def _start_weights(job: Job, model: Generalist) -> Mapping[str, Tensor]:
-    """What a run starts from, by the names of its model without adapters: what `init_from` has, and fresh weights, on
-    the first rank alone, for the rest."""
-    stored = StartWeights(model, job.init_from) if job.init_from else {}
-    drawn = {}
-    if parallel.rank() == 0 and (lacking := model.state_dict().keys() - stored.keys()):
-        fresh = build_model(job.settings, len(job.tokenizer), job.recipe.seed).state_dict()
-        drawn = {name: fresh[name] for name in lacking}
-    return ChainMap(drawn, stored)
-
-
 class Trainer:
-    def __init__(self, job: Job, device: torch.device):
+    """Trains one rank from the newest checkpoint of the run folder, or from the job's start point."""
+
+    def __init__(self, job: TrainingJob, device: torch.device):
         self.job, self.device = job, device
         self.run = Path(job.run)
         self.resume = checkpoint.latest_of_ranks(self.run)
         self.step = checkpoint.start_step(self.resume)
-        self.model = fresh_model(job, self.resume, device)
+        self.model = sharded_model(job, self.resume, device)
         self.ema = Ema(self.model, job.recipe.ema) if job.recipe.ema else None
         if self.ema and self.resume:
             checkpoint.load_average(self.resume, self.ema.shadow)
@@ -123,7 +109,7 @@ class Trainer:
         self.log = MetricsLog(self.run, self.step, job.recipe) if parallel.rank() == 0 else None
 
     def fit(self, batches: Iterator[TrainingBatch]) -> None:
-        """Runs the recipe from where the newest checkpoint left it. `batches` start at that step (`self.step`)."""
+        """Runs the recipe from step `self.step`, the first of `batches`, to its end, and exports the model."""
         first, local = self.job.recipe.at(self.step)
         with reproducible(self.device):
             for index in range(first, len(self.job.recipe.stages)):
@@ -142,12 +128,13 @@ class Trainer:
         self.model.train()
         optimizer = build_optimizer(self.model, stage)
         if start:
+            assert self.resume is not None  # a run without a checkpoint starts at the first step
             checkpoint.load_optimizer(self.resume, self.model, optimizer)
         every = self.job.recipe.checkpoint_every
         for local in range(start, stage.steps):
-            asked = time.perf_counter()
+            began = time.perf_counter()
             micro_steps = [self._next(batches) for _ in range(stage.accumulate)]
-            waited = time.perf_counter() - asked
+            waited = time.perf_counter() - began
             with self._explained(self._where(stage, micro_steps)):
                 self._step(stage, local, micro_steps, optimizer, waited)
             self.step += 1
@@ -158,7 +145,7 @@ class Trainer:
     def _next(self, batches: Iterator[TrainingBatch]) -> TrainingBatch:
         batch = next(batches)
         if batch.step != self.step:
-            raise RuntimeError(f"the data gave the batch of step {batch['step']} at step {self.step}")
+            raise RuntimeError(f"the data gave the batch of step {batch.step} at step {self.step}")
         return batch
 
     def _where(self, stage: Stage, micro_steps: list[TrainingBatch]) -> str:
@@ -179,7 +166,7 @@ class Trainer:
         losses = self._gradients(stage, micro_steps)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = parallel.clip_gradients(parameters, stage.grad_clip)
-        sums = losses.read()
+        sums = losses.totals()
         bad = [f"loss {name}" for name, value in sums.means.items() if not math.isfinite(value)]
         if bad or not math.isfinite(norm):
             self._diverged(stage, micro_steps, ", ".join(bad) or "the gradient")
@@ -187,29 +174,29 @@ class Trainer:
         if self.ema:
             self.ema.update(self.step)
         if self.log:
-            values = self.meter.read(micro_steps, sums, waited, time.perf_counter() - began)
+            values = self.meter.metrics(micro_steps, sums, waited, time.perf_counter() - began)
             self._write(stage, micro_steps, sums, {"lr": lr, "grad_norm": round(norm, 5), **values})
 
     def _gradients(self, stage: Stage, micro_steps: list[TrainingBatch]) -> StepLosses:
-        """Forward and backward passes of a step; gradients are added up over ranks in the last."""
+        """Forward and backward passes of a step; the last one sums gradients over ranks."""
         torch.manual_seed(step_seed(self.job.recipe.seed, self.step, parallel.rank()))
         losses = StepLosses(self.model.loss_names, stage.loss_weights, micro_steps, self.device)
         for number, batch in enumerate(micro_steps, 1):
             if len(micro_steps) > 1:
                 parallel.reduce_gradients(self.model, number == len(micro_steps))
             with autocast_context(self.job.recipe.precision == "bf16", self.device):
-                found = self.model(batch.to(self.device))
+                terms = self.model(batch.to(self.device))
             image_tokens = math.prod(self.model.trunk.vision.grid(*batch.images.shape[-2:]))
-            losses.add(batch, found, image_tokens).backward()
+            losses.add_batch(batch, terms, image_tokens).backward()
         return losses
 
-    def _diverged(self, stage: Stage, micro_steps: list[TrainingBatch], what: str) -> None:
-        """Ends the run before the weights take the step, on all ranks alike, and says which module it came from."""
-        runs = [(lambda batch=batch: self._gradients(stage, [batch]), batch.image_ids) for batch in micro_steps]
+    def _diverged(self, stage: Stage, micro_steps: list[TrainingBatch], values: str) -> None:
+        """Raises `DivergedError` on all ranks, before the weights are updated, and names the module it came from."""
+        runs = [(partial(self._gradients, stage, [batch]), batch.image_ids) for batch in micro_steps]
         module, image_ids = find_module(self.model, runs)
         raise DivergedError(
-            f"{where(self.step, stage.name, image_ids)}: {what} is not finite; the first number that is not finite is "
-            f"in {module}; lower the learning rate or leave out the images; {resumption(self.run)}"
+            f"{where(self.step, stage.name, image_ids)}: {values} is not finite; the first non-finite number is in "
+            f"{module}; lower the learning rate or leave out the images; {resumption(self.run)}"
         )
 
     def _write(self, stage: Stage, micro_steps: list[TrainingBatch], sums: StepSums, numbers: dict[str, Any]) -> None:
@@ -222,23 +209,23 @@ class Trainer:
         }
         if rejected := [entry for batch in micro_steps for entry in batch.rejected]:
             values["rejected"] = rejected
-        for lost in ("branches", "tokens"):  # of samples longer than `pack_tokens`
-            if count := sum(batch.truncated.get(lost, 0) for batch in micro_steps):
-                values[f"truncated_{lost}"] = count
+        for unit in ("branches", "tokens"):  # of samples longer than `pack_tokens`
+            if count := sum(batch.truncated.get(unit, 0) for batch in micro_steps):
+                values[f"truncated_{unit}"] = count
+        assert self.log is not None
         self.log.write(self.step, stage.name, values)
 
     def _checkpoint(self, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
         if self.log:
-            self.log.flush()  # first: steps before a checkpoint are not done again
-        position = {"step": self.step, "stage": stage.name, "preset": self.job.settings.name}
-        checkpoint.save(
-            self.run, position, self.model, optimizer, self.job.recipe.keep_checkpoints, self.ema and self.ema.shadow
-        )
+            self.log.flush()  # first: steps before a checkpoint are not repeated
+        position = {"step": self.step, "stage": stage.name, "preset": self.job.start.settings.name}
+        average = self.ema.shadow if self.ema else None
+        checkpoint.save(self.run, position, self.model, optimizer, self.job.recipe.keep_checkpoints, average)
 
     def _export(self) -> None:
-        """The plain safetensors model folder, from rank 0."""
-        recipe = self.job.recipe
-        if self.ema and recipe.ema.export:
+        """Writes the model folder, on rank 0; a collective."""
+        recipe, start = self.job.recipe, self.job.start
+        if self.ema and self.ema.settings.export:
             self.ema.copy_to_model()
         state = parallel.full_state(self.model)
         if parallel.rank() == 0:
@@ -246,7 +233,6 @@ class Trainer:
                 if recipe.lora.save_adapters:
                     lora.save_adapters(self.run, state)
                 state = lora.plain_state(state, recipe.lora)
-            meta = self.job.meta
-            meta.recipe, meta.steps, meta.seed = self.job.recipe.name, self.step, self.job.recipe.seed
-            save_model(self.run / "model", state, self.job.settings, self.job.tokenizer, meta)
+            meta = replace(self.job.meta, recipe=recipe.name, steps=self.step, seed=recipe.seed)
+            save_model(self.run / "model", state, start.settings, start.tokenizer, meta)
         parallel.barrier()

@@ -26,7 +26,9 @@ def test_the_losses_are_those_of_training(shards, tmp_path, workers):
     held = [pickle.loads(data) for data in pickle.loads(files[0].read_bytes())]
     assert [len(batch.image_ids) for batch in held] == [16 // workers] * 3
     job = prepared.job
-    times, losses = run(BareRun(recipe, job.settings, len(job.tokenizer), 1, files, tmp_path / "bare.pickle"))
+    times, losses = run(
+        BareRun(recipe, job.start.settings, len(job.start.tokenizer), 1, files, tmp_path / "bare.pickle")
+    )
     assert times == sorted(times) and len(times) == 3
     train_local(prepared)
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -37,4 +39,8 @@ def test_a_rank_that_fails_is_told(shards, tmp_path):
     recipe = make_recipe(1, model=tiny_preset(tmp_path), batch_size=8)
     job = prepare_job(shards, recipe, tmp_path / "run").job
     with pytest.raises(RuntimeError, match="bare loop ended"):
-        run(BareRun(recipe, job.settings, len(job.tokenizer), 1, [tmp_path / "absent"], tmp_path / "bare.pickle"))
+        run(
+            BareRun(
+                recipe, job.start.settings, len(job.start.tokenizer), 1, [tmp_path / "absent"], tmp_path / "bare.pickle"
+            )
+        )

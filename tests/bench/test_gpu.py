@@ -5,10 +5,12 @@ import sys
 
 import pytest
 import torch
-from support.tiny_models import tiny_settings
+import yaml
+from support.tiny_models import EXPERTS, tiny_settings
 
 from lumen_ray.bench import gpu
 from lumen_ray.bench.timing import SidesDiffer
+from lumen_ray.errors import UserError
 
 LOAD = gpu.Load(images=2, classes=2, captions=1, objects=2)
 CPU = torch.device("cpu")
@@ -18,7 +20,7 @@ CPU = torch.device("cpu")
 def worker():
     settings = tiny_settings()
     tokenizer = gpu.make_tokenizer(settings)
-    return gpu.Worker(settings, len(tokenizer), gpu.make_batch(settings, tokenizer, LOAD), CPU, compiled=False)
+    return gpu.TimedModel(settings, len(tokenizer), gpu.make_batch(settings, tokenizer, LOAD), CPU, compiled=False)
 
 
 @pytest.mark.parametrize(("part", "learns"), [("trunk", "trunk."), ("decoders", "decoders."), ("step", "")])
@@ -35,9 +37,7 @@ def test_a_part_computes_the_gradients_of_its_own_weights(worker, part, learns):
 
 
 def test_the_result_of_every_part(worker, monkeypatch, tmp_path):
-    import yaml
-
-    monkeypatch.setattr(gpu, "COMPILED", ())  # compiling takes minutes
+    monkeypatch.setattr(gpu, "compiled_parts", lambda settings: ())  # compiling takes minutes
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_settings().model_dump(mode="json")))
     results = list(gpu.bench(str(tmp_path / "tiny.yaml"), device="cpu", load=LOAD, repeats=1, warm=1, turns=1))
     assert [r.name for r in results] == ["gpu/trunk", "gpu/decoders", "gpu/step"]
@@ -53,7 +53,7 @@ def test_the_result_of_every_part(worker, monkeypatch, tmp_path):
 
 
 def test_sides_that_differ_are_refused(worker):
-    class Other(gpu.Worker):
+    class Other(gpu.TimedModel):
         def run(self, part):
             return super().run(part) * 1.2
 
@@ -63,6 +63,14 @@ def test_sides_that_differ_are_refused(worker):
     with pytest.raises(SidesDiffer, match="differ by 20"):
         gpu._warm_up({"compiled": other, "eager": worker}, "trunk", 1)
     assert gpu._warm_up({"compiled": worker, "eager": worker}, "trunk", 1) == 0
+
+
+def test_a_preset_without_a_light_decoder_is_refused(tmp_path):
+    settings = tiny_settings(lumen=None, unipose=EXPERTS["unipose"])
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    with pytest.raises(UserError, match="no decoder that reads the trunk's dense features") as error:
+        list(gpu.bench(str(tmp_path / "tiny.yaml"), device="cpu"))
+    assert error.value.reason == "no_decoder"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -6,7 +6,7 @@ from support.bench_fakes import tiny_preset
 from lumen_ray import ray_env
 from lumen_ray.bench import inputs, pipeline
 from lumen_ray.bench.timing import SidesDiffer
-from lumen_ray.bench.workload import make_recipe, plan_of, same, scene_shards
+from lumen_ray.bench.workload import batches_equal, make_recipe, plan_of, scene_shards
 from lumen_ray.data.batches.feed import plan_items
 from lumen_ray.train.launch import prepare_job
 
@@ -35,8 +35,8 @@ def test_the_loader_gives_the_readers_batches(tmp_path):
     items = plan_items(plan_of(prepared.manifest, recipe), 0, 1)
     batches = list(inputs.loader_batches(prepared.reader, items, 1))
     assert len(batches) == 3
-    assert all(same(batch, prepared.reader(item)) for batch, item in zip(batches, items, strict=True))
-    assert not same(batches[0], batches[1])
+    assert all(batches_equal(batch, prepared.reader(item)) for batch, item in zip(batches, items, strict=True))
+    assert not batches_equal(batches[0], batches[1])
 
 
 @pytest.mark.ray

@@ -17,11 +17,13 @@ def compiled(monkeypatch):
 
 def test_both_sides_of_every_comparison_are_timed(compiled):
     results = list(variants.bench(names=["lumen", "instruct_pix2pix"], images=1, turns=2, repeats=1))
-    assert [r.name for r in results] == [f"{how}/{d}" for how in variants.PLAIN for d in ("lumen", "instruct_pix2pix")]
+    assert [r.name for r in results] == [
+        f"{how}/{d}" for how in variants.BASELINES for d in ("lumen", "instruct_pix2pix")
+    ]
     assert len(compiled) == 2
     for result in results:
         how = result.name.split("/")[0]
-        assert list(result.rates) == [how, variants.PLAIN[how]] and len(result.ratios) == 2
+        assert list(result.rates) == [how, variants.BASELINES[how]] and len(result.ratios) == 2
         assert result.to_json()["first_step_seconds"].keys() == result.rates.keys()
         apart = result.to_json()["largest_relative_difference_of_a_loss"]
         assert bool(result.equal) == (how == "compiled")  # bf16 is held to nothing

@@ -93,7 +93,7 @@ def samples(run: Path, rank: int) -> dict[int, list[list[str]]]:
 
 def weights(path: Path, data: Path) -> dict[str, torch.Tensor]:
     job = make_job(data, data / "reader", **OPTIONS).job
-    model = build_model(job.settings, len(job.tokenizer))
+    model = build_model(job.start.settings, len(job.start.tokenizer))
     checkpoint.load_weights(path, model)
     return model.state_dict()
 

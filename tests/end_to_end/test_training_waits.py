@@ -44,7 +44,7 @@ def test_a_run_says_what_it_waits_for(tmp_path):
     options = ["--recipe", str(tmp_path / "recipe.yaml"), "--shards", str(tmp_path / "shards"), "--output", str(run)]
 
     def waits() -> list[str]:
-        return [line.strip() for line in log.read_text().splitlines() if "waiting for room" in line]
+        return [line.strip() for line in log.read_text().splitlines() if "waiting for resources" in line]
 
     with Cluster(cpus=1) as cluster, open(log, "w") as file:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -58,6 +58,6 @@ def test_a_run_says_what_it_waits_for(tmp_path):
                 print("forget", file=holder.stdin, flush=True)
                 assert driver.wait(timeout=300) == 0, log.read_text()
     used, kept = waits()
-    room = "train tiny: waiting for room for a worker with 0.75 CPU: "
-    assert used.startswith(room + "the cluster has 0 of 1 CPU free")
-    assert kept.startswith(room + "Ray still keeps what a killed run had asked for")
+    prefix = "train tiny: waiting for resources for a worker with 0.75 CPU: "
+    assert used.startswith(prefix + "the cluster has 0 of 1 CPU free")
+    assert kept.startswith(prefix + "Ray still reserves them for a killed run")

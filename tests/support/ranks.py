@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lumen_ray.train.launch import Prepared, train_local
+from lumen_ray.train.launch import PreparedRun, train_local
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["lumen_ray.train.launch", "transformers.models.llama.modeling_llama"])
@@ -72,10 +72,10 @@ def count_touches(run: Path, to: Path) -> None:
     sys.addaudithook(hook)
 
 
-def _rank(rank: int, ranks: int, prepared: Prepared, store: str, moment: Moment | None, counts: Path | None) -> None:
+def _rank(rank: int, ranks: int, prepared: PreparedRun, store: str, moment: Moment | None, counts: Path | None) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    run = Path(prepared.job.run)
+    run = prepared.folder
     if counts:
         count_touches(run, counts / str(rank))
     if moment and moment.rank == rank:
@@ -86,7 +86,7 @@ def _rank(rank: int, ranks: int, prepared: Prepared, store: str, moment: Moment 
 
 
 def run_ranks(
-    prepared: Prepared,
+    prepared: PreparedRun,
     ranks: int = 2,
     moment: Moment | None = None,
     counts: Path | None = None,
@@ -97,7 +97,7 @@ def run_ranks(
 
     When one is killed, the others are killed at once, or, unless `together`, must end by themselves.
     """
-    run = Path(prepared.job.run)
+    run = prepared.folder
     run.mkdir(parents=True, exist_ok=True)
     store = run.parent / f"{run.name}-store-{time.monotonic_ns()}"
     group = [

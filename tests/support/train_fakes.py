@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from lumen_ray.data.shards.prepare import prepare_source
 from lumen_ray.data.sources.scenes import ScenesSource
 from lumen_ray.recipe import Recipe
-from lumen_ray.train.launch import Prepared, prepare_job
+from lumen_ray.train.launch import PreparedRun, prepare_job
 from lumen_ray.train.run import checkpoint
 from support.ranks import CONTEXT
 from support.tiny_models import SIDE, tiny_settings
@@ -41,11 +41,11 @@ def make_recipe(folder: Path, stages=((4, None), (4, ["lumen"])), **changes) -> 
     return Recipe.model_validate(data | changes)
 
 
-def make_job(folder: Path, run: Path, **changes) -> Prepared:
+def make_job(folder: Path, run: Path, **changes) -> PreparedRun:
     return prepare_job(folder / "shards", make_recipe(folder, **changes), run)
 
 
-def job_of(folder: Path, run: Path, *stages: dict, **changes) -> Prepared:
+def job_of(folder: Path, run: Path, *stages: dict, **changes) -> PreparedRun:
     """A run of stages given as in a recipe's YAML, `name` and `warmup_steps` filled in."""
     made = [{"name": f"s{i}", "warmup_steps": 2} | stage for i, stage in enumerate(stages)]
     data = {"name": "tiny", "model": str(folder / "tiny.yaml"), "batch_size": 8, "stages": made}

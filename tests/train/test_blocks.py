@@ -13,7 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from lumen_ray.errors import UserError
 from lumen_ray.recipe import BLOCK_PARTS, Stage
 from lumen_ray.train import parallel
-from lumen_ray.train.blocks import blocks, check_compiler, checkpoint_blocks, compile_blocks, part
+from lumen_ray.train.blocks import blocks, check_compiler, checkpoint_blocks, compile_blocks, find_part
 from lumen_ray.train.optimizer import set_trainable
 
 CPU = torch.device("cpu")
@@ -40,19 +40,19 @@ def same(ours, theirs, tolerance):
 
 def test_blocks_are_the_layers_of_the_encoders_the_llm_and_the_aligner():
     model = tiny_model()
-    assert [name for name, _ in blocks(part(model, "llm"))] == ["model.layers.0", "model.layers.1"]
-    assert len(list(blocks(part(model, "vision")))) == 4
-    assert [name for name, _ in blocks(part(model, "lumen"))] == ["aligner.layers.0"]
+    assert [name for name, _ in blocks(find_part(model, "llm"))] == ["model.layers.0", "model.layers.1"]
+    assert len(list(blocks(find_part(model, "vision")))) == 4
+    assert [name for name, _ in blocks(find_part(model, "lumen"))] == ["aligner.layers.0"]
 
 
 def test_blocks_of_the_experts_are_the_stages_layers_and_blocks_of_their_parts():
     model = expert_model()
     counts = {"backbone.swin.encoder": 4, "input_proj_vision": 4, "encoder": 1, "decoder": 2}
     for name in ("grounding_dino", "unipose"):
-        names = [path.rpartition(".")[0] for path, _ in blocks(part(model, name))]
+        names = [path.rpartition(".")[0] for path, _ in blocks(find_part(model, name))]
         lists = [path.removeprefix("trunk.").removesuffix(".layers") for path in names]
         assert {path: lists.count(path) for path in lists} == counts
-    names = [path for path, _ in blocks(part(model, "stable_diffusion"))]
+    names = [path for path, _ in blocks(find_part(model, "stable_diffusion"))]
     assert {"unet.down_blocks.1", "unet.mid_block.resnets.0", "vae.encoder.down_blocks.0"} <= set(names)
 
 
@@ -63,7 +63,7 @@ def test_checkpointed_experts_draw_the_same_random_numbers(expert):
     for parts in ((), BLOCK_PARTS):
         model = expert_model(dropping=True)
         checkpoint_blocks(model, parts)
-        *_, (_, block) = blocks(part(model, expert))
+        *_, (_, block) = blocks(find_part(model, expert))
         next(block.children()).register_forward_pre_hook(lambda *_: calls.append(1))
         found.append((gradients(model, batch), len(calls)))
         calls.clear()
@@ -87,7 +87,7 @@ def test_checkpointed_blocks_give_the_same_gradients(trainable):
 
 def test_a_checkpointed_block_is_computed_again():
     model, batch, calls = tiny_model().train(), scene_batch(1, ("caption",)), []
-    part(model, "llm").model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    find_part(model, "llm").model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     gradients(model, batch)
     assert len(calls) == 1
     checkpoint_blocks(model, ("llm",))
@@ -121,7 +121,7 @@ def _sharded_blocks():
     compile_blocks(model, BLOCK_PARTS, CPU, backend="aot_eager")  # all of the compiler but the kernels
     parallel.MIN_BLOCK_PARAMETERS = 0
     parallel.shard(model, CPU)
-    assert isinstance(part(model, "llm").model.layers[0], FSDPModule)
+    assert isinstance(find_part(model, "llm").model.layers[0], FSDPModule)
     assert list(model.state_dict()) == names
     for seed, tasks in enumerate((("detect", "caption"), ("caption",))):
         batch = scene_batch(2, tasks, seed=seed)
@@ -138,8 +138,8 @@ def test_the_experts_are_compiled_but_for_their_backbones(monkeypatch):
     model = expert_model()
     compile_blocks(model, tuple(TASKS), CPU, backend="aot_eager")
     for name in TASKS:
-        found = [path for path, block in blocks(part(model, name)) if block in compiled]
-        skipped = [path for path, block in blocks(part(model, name)) if block not in compiled]
+        found = [path for path, block in blocks(find_part(model, name)) if block in compiled]
+        skipped = [path for path, block in blocks(find_part(model, name)) if block not in compiled]
         assert found and all(path.startswith(("trunk.backbone", "trunk.input_proj")) for path in skipped)
         assert len(skipped) == (8 if "trunk.encoder.layers.0" in found else 0)
 

@@ -80,4 +80,4 @@ def tiny_start(data, run):
     from lumen_ray.model.build import build_model
 
     job = job_of(data, run, *STAGES, ema=EMA, checkpoint_every=2).job
-    return build_model(job.settings, len(job.tokenizer), 0).state_dict()
+    return build_model(job.start.settings, len(job.start.tokenizer), 0).state_dict()

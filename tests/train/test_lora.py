@@ -79,7 +79,7 @@ def whole(data, tmp_path_factory):
 
 def test_a_run_exports_a_plain_model(data, whole):
     prepared = job_of(data, whole, *STAGES, lora=LORA, checkpoint_every=2)
-    start = build_model(prepared.job.settings, len(prepared.job.tokenizer), 0).state_dict()
+    start = build_model(prepared.job.start.settings, len(prepared.job.start.tokenizer), 0).state_dict()
     model = load_model(whole / "model").model.state_dict()
     moved = {name for name in start if not torch.equal(model[name], start[name])}
     assert any("q_proj" in name for name in moved) and any("embed_tokens" in name for name in moved)

@@ -69,8 +69,8 @@ def gradients(model, batches):
     model.zero_grad()
     losses = StepLosses(model.loss_names, {}, batches, CPU)
     for batch in batches:
-        losses.add(batch, model(batch)).backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), losses.read()
+        losses.add_batch(batch, model(batch)).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]), losses.totals()
 
 
 def test_perception_gradients_point_the_same_way():
@@ -128,7 +128,9 @@ def test_micro_steps_weigh_every_object_alike():
     for batch in batches:
         counts = expected_counts(batch, names)
         share = torch.zeros(len(names), requires_grad=True)  # what is added for each object or token
-        step.add(batch, {n: LossTerm((share[i] + 1) * counts[i], counts[i]) for i, n in enumerate(names)}).backward()
+        step.add_batch(
+            batch, {n: LossTerm((share[i] + 1) * counts[i], counts[i]) for i, n in enumerate(names)}
+        ).backward()
         weights.append(share.grad / counts)
     one, other = weights
     assert torch.allclose(one, other) and bool((one < 1).all())
@@ -138,8 +140,8 @@ def test_losses_by_task_are_means_over_branches():
     model, batch = tiny_model(), scene_batch(4)
     losses = model(batch)
     step = StepLosses(model.loss_names, {}, [batch], CPU)
-    step.add(batch, losses)
-    sums = step.read()
+    step.add_batch(batch, losses)
+    sums = step.totals()
     each = losses["lm"].each.tolist()
     for task in TASKS:
         mine = [value for name, value in zip(batch.tasks, each, strict=True) if name == task]
@@ -158,8 +160,8 @@ def experts():
 def sums_of(model, batch):
     losses = model(batch)
     step = StepLosses(model.loss_names, {}, [batch], CPU)
-    step.add(batch, losses)
-    return losses, step.read()
+    step.add_batch(batch, losses)
+    return losses, step.totals()
 
 
 def test_losses_that_a_step_does_not_train_are_left_out(experts):
@@ -219,8 +221,8 @@ def _rank_with_its_own_task():
     mine = ("caption",) if parallel.rank() == 0 else ("vqa",)
     model, batch = tiny_model(), scene_batch(2, mine)
     step = StepLosses(model.loss_names, {}, [batch], CPU)
-    step.add(batch, model(batch), 16)
-    sums = step.read()
+    step.add_batch(batch, model(batch), 16)
+    sums = step.totals()
     assert {"lm/caption", "lm/vqa"} == set(sums.tasks)
     alone = int((batch.layout.branch_ids >= 0).sum()) + 2 * 16
     assert sums.tokens > alone

@@ -55,7 +55,7 @@ def test_every_decoder_learns_and_no_rank_waits(folder, tmp_path):
     job = job_of(folder, tmp_path / "run", STAGE, batch_size=4)
     assert run_ranks(job) == [0, 0]
     trained = load_file(f"{job.job.run}/model/model.safetensors")
-    fresh = build_model(job.job.settings, len(job.job.tokenizer), job.job.recipe.seed)
+    fresh = build_model(job.job.start.settings, len(job.job.start.tokenizer), job.job.recipe.seed)
     for name, decoder in fresh.decoders.items():
         ours = {key: trained[f"decoders.{name}.{key}"] for key, _ in decoder.named_parameters()}
         assert any((tensor - ours[key]).abs().max() > 1e-3 for key, tensor in decoder.named_parameters()), name
@@ -109,8 +109,8 @@ def backward(model, batch, seed, precision="fp32"):
     losses = StepLosses(model.loss_names, {}, [batch], CPU)
     with autocast_context(precision == "bf16", CPU):
         found = model(batch)
-    losses.add(batch, found).backward()
-    return losses.read().means
+    losses.add_batch(batch, found).backward()
+    return losses.totals().means
 
 
 def gradients(model):

@@ -8,7 +8,7 @@ from support.train_fakes import job_of, log_of, on_two_ranks, weights_of
 from lumen_ray.precision import autocast_context
 from lumen_ray.recipe import BLOCK_PARTS
 from lumen_ray.train import parallel
-from lumen_ray.train.blocks import checkpoint_blocks, part
+from lumen_ray.train.blocks import checkpoint_blocks, find_part
 from lumen_ray.train.launch import train_local
 from lumen_ray.train.precision import advice, block_policy
 
@@ -19,7 +19,8 @@ def test_losses_and_gradients_stay_fp32_and_near():
     model, batch = tiny_model().train(), scene_batch(3)
     exact = model(batch)
     seen = []
-    part(model, "llm").model.layers[0].mlp.down_proj.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+    layer = find_part(model, "llm").model.layers[0]
+    layer.mlp.down_proj.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
     with autocast_context(True, CPU):
         losses = model(batch)
     sum(term.total for term in losses.values()).backward()
@@ -39,7 +40,7 @@ def _sharded():
     parallel.MIN_BLOCK_PARAMETERS = 0
     parallel.shard(model, CPU, "bf16")
     kinds = set()
-    block = part(model, "llm").model.layers[0]
+    block = find_part(model, "llm").model.layers[0]
     forward = block.mlp.forward
     block.mlp.forward = lambda x: (kinds.add((x.dtype, block.mlp.up_proj.weight.dtype)), forward(x))[1]
     with autocast_context(True, CPU):

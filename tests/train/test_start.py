@@ -15,7 +15,7 @@ from lumen_ray.footprint import meta_model
 from lumen_ray.model.build import build_model, count_parameters, save_model
 from lumen_ray.train import parallel
 from lumen_ray.train.lora import inject, plain_name
-from lumen_ray.train.trainer import fresh_model
+from lumen_ray.train.trainer import sharded_model
 
 CPU = torch.device("cpu")
 STAGE = {"steps": 1}
@@ -34,7 +34,7 @@ def preset(data: Path, folder: Path, **changes) -> Path:
 
 def drawn(job):
     """The fresh weights of a run's model."""
-    model = build_model(job.settings, len(job.tokenizer), job.recipe.seed)
+    model = build_model(job.start.settings, len(job.start.tokenizer), job.recipe.seed)
     if job.recipe.lora:
         inject(model, job.recipe.lora, job.recipe.seed)
     return model
@@ -43,7 +43,7 @@ def drawn(job):
 def saved(job, folder: Path) -> str:
     """The folder of a model to start from."""
     model = scrambled(drawn(job))
-    return str(save_model(folder, model.state_dict(), job.settings, job.tokenizer, job.meta))
+    return str(save_model(folder, model.state_dict(), job.start.settings, job.start.tokenizer, job.meta))
 
 
 def same(state, expected) -> bool:
@@ -51,7 +51,7 @@ def same(state, expected) -> bool:
 
 
 def check_rank(job, wanted: Path) -> None:
-    model = fresh_model(job, None, CPU)
+    model = sharded_model(job, None, CPU)
     assert model.trunk.llm.lm_head.weight is model.trunk.llm.model.embed_tokens.weight
     state = parallel.full_state(model)
     assert parallel.rank() == 1 or same(state, load_file(wanted))
@@ -68,7 +68,7 @@ def test_fresh_weights_are_those_of_a_plain_model(data, tmp_path, options):
         pytest.importorskip("peft", reason="LoRA needs peft")
     job = job_of(data, tmp_path / "run", STAGE, seed=5, **options).job
     before = torch.random.get_rng_state()
-    model = fresh_model(job, None, CPU)
+    model = sharded_model(job, None, CPU)
     assert torch.equal(torch.random.get_rng_state(), before)
     wanted = drawn(job)
     assert same(model.state_dict(), wanted.state_dict())
@@ -87,16 +87,16 @@ def test_a_folder_and_fresh_weights_for_what_it_lacks(data, tmp_path, options):
     stored, fresh = weights_of(Path(old).parent), drawn(job).state_dict()
     wanted = {name: stored.get(plain_name(name), tensor) for name, tensor in fresh.items()}
     assert 0 < sum(wanted[name] is tensor for name, tensor in fresh.items()) < len(fresh)
-    assert same(fresh_model(job, None, CPU).state_dict(), wanted)
+    assert same(sharded_model(job, None, CPU).state_dict(), wanted)
     check_two_ranks(job, wanted, tmp_path)
 
 
 def check_memory(job, most: dict[int, float]) -> None:
-    size = 4 * count_parameters(meta_model(job.settings)) / (1 << 20)
+    size = 4 * count_parameters(meta_model(job.start.settings)) / (1 << 20)
     assert size > 100
     parallel.from_all_ranks(torch.zeros(1 << 20))  # what the group needs for itself
     with peak_of() as mebibytes:
-        model = fresh_model(job, None, CPU)
+        model = sharded_model(job, None, CPU)
     assert mebibytes() < most[parallel.rank()] * size
     assert sum(p.to_local().numel() for p in model.parameters()) * 4 > 0.45 * size * (1 << 20)
 

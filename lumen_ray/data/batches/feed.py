@@ -1,7 +1,7 @@
-"""Plan steps -> training batches: read the row groups, decode, augment, lay out the prompts.
+"""Makes the training batches of plan steps: reads row groups, decodes, augments, lays out the prompts.
 
-One function does it wherever it runs: in Ray Data CPU tasks (`dataset_for_rank`) or in the training process
-(`local_batches`), so that both see the same bytes.
+The same `BatchReader` runs in Ray Data CPU tasks (`dataset_for_rank`) and in the training process (`local_batches`), so
+that both give the same bytes.
 """
 
 from __future__ import annotations
@@ -37,9 +37,11 @@ from lumen_ray.trunk.tokenizer import LumenTokenizer
 if TYPE_CHECKING:
     import ray.data
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
+ReadItem = Callable[[dict[str, Any]], TrainingBatch]
 
-STEPS_PER_BLOCK = 16  # plan steps one Ray Data task works off; tasks cost tens of milliseconds each
+STEPS_PER_BLOCK = 16  # plan steps of one Ray Data task; a task costs tens of milliseconds
 
 
 def skeletons_of(manifest: dict[str, Any]) -> dict[str, tuple[str, ...]]:
@@ -49,7 +51,7 @@ def skeletons_of(manifest: dict[str, Any]) -> dict[str, tuple[str, ...]]:
 
 @dataclass
 class BatchReader:
-    """Makes the batch of one rank for one plan step. Small enough to be pickled into every task."""
+    """Makes the batch of one rank for one micro-step. Small enough to be pickled into every task."""
 
     shards: str
     recipe: Recipe
@@ -59,13 +61,13 @@ class BatchReader:
     frequencies: dict[str, int] = field(default_factory=dict)  # images per class
     token_side: int = 0  # input pixels per side of one image token; needed where the recipe packs
     prompt_layout: str = "branches"  # the model's
-    input_rules: dict[str, SizeRule] = field(default_factory=dict)  # of its decoders
+    input_rules: dict[str, SizeRule] = field(default_factory=dict)  # by decoder of the model
 
     def __call__(self, item: dict[str, Any]) -> TrainingBatch:
-        """`item` as of `plan_items` -> the batch, with the pictures that could not be read under `rejected`.
+        """The batch of an item of `plan_items`, with images that cannot be read under `rejected`.
 
-        Their rows stay, without picture and annotations: a batch has the same shape whatever is broken, and a rank
-        whose pictures are all broken still takes part in the step.
+        Their rows stay, without image and annotations: the shape of a batch does not depend on broken images, and a
+        rank whose images are all broken still takes part in the step.
         """
         started = time.perf_counter()
         stage = self.recipe.stages[item["stage"]]
@@ -76,13 +78,13 @@ class BatchReader:
         for file, index, wanted in item["parts"]:
             numbers = range(wanted) if isinstance(wanted, int) else wanted
             for number, row in zip(numbers, read_row_group(self.shards, file, index, numbers), strict=True):
-                side = self._decoded(stage, size, row, input_rules)
+                side = self._decoded_side(stage, size, row, input_rules)
                 try:
                     image = None if row["image"] is None else decode_reduced(row["image"], side)
                     target = None
                     if "edit" in tasks and row["target_image"] is not None:
                         target = decode_reduced(row["target_image"], side)
-                except UserError as error:  # a bad picture is reported with its step and does not stop the job
+                except UserError as error:  # a broken image is reported in the metrics and does not stop the run
                     rejected.append({"image_id": row["image_id"], "reason": str(error)})
                     row, image = make_row(row["image_id"], None, (row["height"], row["width"]), row["source"]), None
                     target = None
@@ -104,9 +106,9 @@ class BatchReader:
         )
 
     @staticmethod
-    def _decoded(stage: Stage, size: Size, row: dict[str, Any], input_rules: dict[str, SizeRule]) -> int:
-        """Pixels that the longer side of an image must be decoded to: what the largest zoom shows of it all, in the
-        largest of the sizes in which it is seen."""
+    def _decoded_side(stage: Stage, size: Size, row: dict[str, Any], input_rules: dict[str, SizeRule]) -> int:
+        """Pixels that the longer side of an image must have once decoded: enough for the largest zoom in the largest
+        input, of the trunk and of decoders."""
         shape = (max(1, row["height"]), max(1, row["width"]))
         sides = [max(size), *(max(rule.fit(shape)[0]) for rule in input_rules.values())]
         return math.ceil(max(sides) * max(1.0, stage.augment.scale[1]))
@@ -118,9 +120,9 @@ class BatchReader:
 
 
 def plan_items(plan: Plan, rank: int, world_size: int, start: int = 0) -> list[dict[str, Any]]:
-    """The plan of one rank from step `start` on, a dict a micro-step.
+    """The plan of one rank from step `start` on, one dict per micro-step.
 
-    Whole row groups take a few bytes each; with buckets the number of every row is listed (8 bytes a row or more).
+    A whole row group takes a few bytes; with buckets every row number is listed (8 bytes a row or more).
     """
     items = []
     for s in (plan[t] for t in range(start, len(plan))):
@@ -132,26 +134,26 @@ def plan_items(plan: Plan, rank: int, world_size: int, start: int = 0) -> list[d
 
 
 def local_batches(reader: BatchReader, plan: Plan, start: int = 0) -> Iterator[TrainingBatch]:
-    """Batches of a single process, without Ray."""
+    """The batches of a single rank, without Ray."""
     return (reader(item) for item in plan_items(plan, 0, 1, start))
 
 
 class _Pickler(pickle.Pickler):
-    """Tensors travel as arrays: torch's own way takes milliseconds a batch, of the training process as well."""
+    """Pickles tensors as arrays: torch's default takes milliseconds per batch, also in the training process."""
 
     def reducer_override(self, value: Any) -> Any:
         return (torch.from_numpy, (value.numpy(),)) if isinstance(value, torch.Tensor) else NotImplemented
 
 
 def to_bytes(batch: TrainingBatch) -> bytes:
-    """A batch of CPU tensors for `pickle.loads`, which gives tensors that may be written to."""
+    """Pickles a batch of CPU tensors; `pickle.loads` returns writable tensors."""
     out = io.BytesIO()
     _Pickler(out, protocol=5).dump(batch)
     return out.getvalue()
 
 
 def one_ahead(make: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`make` of each item, the next one in a thread while the one before is handed over."""
+    """Yields `make(item)` of each item; a thread makes the next one while the last is consumed."""
     with ThreadPoolExecutor(1) as thread:
         waiting = None
         for item in items:
@@ -163,13 +165,11 @@ def one_ahead(make: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             yield waiting.result()
 
 
-def dataset_for_rank(reader: BatchReader, items: list[dict[str, Any]], readers: int = 1) -> ray.data.Dataset:
-    """A Ray Data pipeline that reads, decodes and augments on `readers` CPU tasks; one block row per step, in plan
-    order.
+def dataset_for_rank(reader: ReadItem, items: list[dict[str, Any]], readers: int = 1) -> ray.data.Dataset:
+    """A Ray Data pipeline that reads, decodes and augments in `readers` CPU tasks: a block row per item, in plan order.
 
-    The tasks ask for no logical CPU (the rank has asked for theirs), so that none waits for one that others hold, and
-    run on the node of this process. `preserve_order` is set on the data set's own context, so that other data sets of
-    the process keep theirs.
+    The tasks request no logical CPUs, since the rank has reserved theirs and others would make them wait, and run on
+    the node of this process. `preserve_order` is set in the context of this data set only.
     """
     import ray.data
 
@@ -190,15 +190,15 @@ def dataset_for_rank(reader: BatchReader, items: list[dict[str, Any]], readers: 
 
 
 def ray_batches(iterator: ray.data.DataIterator) -> Iterator[TrainingBatch]:
-    """Batches out of the pipeline of `dataset_for_rank`."""
+    """The batches of a pipeline of `dataset_for_rank`."""
     for row in iterator.iter_batches(batch_size=1, batch_format=None, prefetch_batches=2):
         yield pickle.loads(row["batch"][0].as_buffer())
 
 
 def read_texts(shards: str | Path, limit_rows: int = 4000, families: Iterable[str] = ("perception",)) -> list[str]:
-    """Every text of the first rows of the shards, and every prompt of their classes: what a tokenizer learns from.
+    """The texts to train a tokenizer on: those of the first rows of the shards, and all prompts for their classes.
 
-    `families`: of super-link queries, those the model has.
+    `families`: the link families of the model.
     """
     manifest = read_manifest(shards)
     texts: list[str] = []
@@ -213,6 +213,6 @@ def read_texts(shards: str | Path, limit_rows: int = 4000, families: Iterable[st
         texts += [p["phrase"] for p in row["phrases"] or ()]
         texts += [turn["content"] for m in row["messages"] or () for turn in m["turns"]]
     for task in TASKS.values():
-        if task.result == "image" and family_of(task.routing_token).name in families:
+        if task.result == "image" and task.routing_token and family_of(task.routing_token).name in families:
             texts += [task.prompt(template=t) for t in range(len(task.templates))]
     return texts

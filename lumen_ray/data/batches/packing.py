@@ -1,7 +1,7 @@
-"""Packing: the images and texts of a batch share rows of the LLM's batch, so that little of it is padding.
+"""Packing: samples share rows of the LLM's batch, so that little of it is padding.
 
-A sample is its image's tokens (none for a text) and its branches. Samples are dealt to rows of at most `tokens` tokens;
-the mask keeps them apart, and positions restart with each, so a sample's results do not depend on its neighbours.
+A sample is the tokens of its image (none for a text) and of its branches. Samples are distributed over rows of at most
+`tokens` tokens; attention is masked between them and positions restart with each, so their results are independent.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.layout import Layout, branch_tokens
 from lumen_ray.trunk.tokenizer import LumenTokenizer
 
-#: room that a row must have beside the largest image's tokens; the routed prompts of all tasks are shorter
+#: tokens that a row must have beside those of the largest image; the routed prompts of all tasks are shorter
 MIN_BRANCH_TOKENS = 64
 
 
 @dataclass(frozen=True)
 class Packing:
-    """`tokens`: the most a row holds; `image_tokens`: of an image of the batch."""
+    """`tokens`: limit of a row; `image_tokens`: of each image of the batch."""
 
     tokens: int
     image_tokens: int
 
 
-def deal(lengths: Sequence[int], most: int) -> list[list[int]]:
-    """Indices of `lengths` in rows that sum up to at most `most`: few rows, and as equal as possible.
+def pack_lengths(lengths: Sequence[int], most: int) -> list[list[int]]:
+    """Distributes the indices of `lengths` over rows whose sums are at most `most`: few rows, of similar sums.
 
-    Longest first, each into the emptiest row, with one row more until all fit. Rows are padded to the fullest, so
-    equal rows waste less than full ones and a rest. Raises `ValueError` for a length above `most`.
+    Longest first, each into the row with the smallest sum, with one row more until all fit. Rows are padded to the
+    longest, so rows of similar length waste least. Raises `ValueError` for a length above `most`.
     """
     if max(lengths, default=0) > most:
         raise ValueError(f"a sample of {max(lengths)} tokens fits no row of {most}")
@@ -56,11 +56,11 @@ def deal(lengths: Sequence[int], most: int) -> list[list[int]]:
 def fit_branches(
     branches: Sequence[Branch], image_tokens: Sequence[int], most: int, tokenizer: LumenTokenizer
 ) -> tuple[list[Branch | None], dict[str, int]]:
-    """The branches, None for those left out of samples longer than `most` tokens, and what was lost.
+    """Cuts samples to at most `most` tokens. Returns the branches, None for dropped ones, and the numbers of `branches`
+    dropped and of response `tokens` cut off.
 
-    Of a long sample branches are kept in their drawn order while they fit; one that does not is left out, a pose with
-    all its keypoints. When not one fits, the first text keeps as much of its response as there is room for.
-    `image_tokens`: of each sample. Lost: the number of `branches` left out and of response `tokens` cut off.
+    A long sample keeps its branches in their drawn order while they fit; others are dropped, a pose with all its
+    keypoints. If none fits, the first text branch keeps the beginning of its response. `image_tokens`: of each sample.
     """
     lengths = [len(branch_tokens(branch, tokenizer)[0]) for branch in branches]
     room = [most - tokens for tokens in image_tokens]
@@ -97,7 +97,7 @@ def fit_branches(
 
 
 def sample_lengths(layout: Layout, has_image: Tensor, image_tokens: int) -> Tensor:
-    """int64 [B]: tokens of each sample, its image's included."""
+    """int64 [B]: tokens of each sample, those of its image included."""
     return has_image.long() * image_tokens + (layout.branch_ids >= 0).sum(1)
 
 
@@ -105,7 +105,7 @@ def pack(layout: Layout, has_image: Tensor, packing: Packing) -> Tensor:
     """`Layout.pack` of a layout whose samples all fit: int64 [R, L]. L is at most `packing.tokens`."""
     lengths = sample_lengths(layout, has_image, packing.image_tokens).tolist()
     members = [i for i, length in enumerate(lengths) if length]
-    rows = deal([lengths[i] for i in members], packing.tokens)
+    rows = pack_lengths([lengths[i] for i in members], packing.tokens)
     width = packing.image_tokens + layout.branch_ids.shape[1]
     slots = torch.full((len(rows), max([sum(lengths[members[m]] for m in row) for row in rows] + [1])), -1)
     for r, row in enumerate(rows):

@@ -1,7 +1,7 @@
-"""The prompts of a training batch: what each image is asked for, and what each prompt should give.
+"""Draws the prompts of a training batch from annotations, with the target of each.
 
-Everything an image is annotated for becomes branches of one pass: classes (present and absent ones), phrases, poses,
-captions, questions. What is drawn depends only on the random generator given, so a resumed run sees the same batch.
+All annotations of an image become branches of one pass: classes (present and absent ones), phrases, poses, captions,
+questions. Draws depend only on the random generator, so a resumed run gets the same batch.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from lumen_ray.tasks import TASKS, Task
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.regions import region_mask
 
-CLASS_TASKS = ("detect", "segment", "count")  # one box target each; they differ in wording and routing token
+CLASS_TASKS = ("detect", "segment", "count")  # with the same targets; they differ in wording and routing token
 TEXT_TASKS = tuple(name for name, task in TASKS.items() if task.is_text)
 
 
 @dataclass
 class Target:
-    """What a decoder should give for one prompt.
+    """The target of a decoder for one prompt.
 
     Perception: `instances`, indices into the sample's instances; for a keypoint prompt `keypoint`, its index in the
-    skeleton, and `sigma`. Pictures: the `picture` to draw, as large as the image, of which the sample's crop is
-    wanted, and `text`, the bare description or instruction.
+    skeleton, and `sigma`. Pictures: the `picture` to draw, in the size of the stored image, to be cropped like the
+    sample, and `text`, the bare description or instruction.
     """
 
     instances: list[int] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Target:
 
 @dataclass
 class PromptBatch:
-    """The branches of a batch while they are collected: parallel lists, a region's mask and image beside them."""
+    """Collects the branches of a batch in parallel lists, and the masks and images of their regions."""
 
     branches: list[Branch] = field(default_factory=list)
     tasks: list[str] = field(default_factory=list)
@@ -56,8 +56,8 @@ class PromptBatch:
     def add(self, task: str, branch: Branch, target: Target | None = None, request: str = "") -> int:
         """Appends a prompt and returns its index.
 
-        Prompts of an image with the same `request` form one group, as in a user's request; a keypoint prompt joins its
-        object's group, and any other prompt has a group of its own.
+        Prompts of an image with the same `request` form one group, as in a user's request; a keypoint prompt joins the
+        group of its object prompt, and any other prompt is a group by itself.
         """
         if branch.parent >= 0:
             group = self.branches[branch.parent].group
@@ -69,6 +69,12 @@ class PromptBatch:
         self.targets.append(target)
         return len(self.branches) - 1
 
+    def target(self, index: int) -> Target:
+        """The target of a prompt that a decoder serves."""
+        target = self.targets[index]
+        assert target is not None
+        return target
+
     def add_region(self, image: int, mask: np.ndarray) -> int:
         """Appends the mask of a region prompt, uint8 [H, W] in the trunk's input, and returns its index."""
         self.regions.append(mask)
@@ -76,11 +82,11 @@ class PromptBatch:
         return len(self.regions) - 1
 
     def replace(self, branches: Sequence[Branch | None]) -> None:
-        """Replaces the branches one by one; those that are None are removed."""
-        place = np.cumsum([branch is not None for branch in branches]) - 1
+        """Replaces the branches one by one and removes those that are None."""
+        new_index = np.cumsum([branch is not None for branch in branches]) - 1
         kept = [(i, branch) for i, branch in enumerate(branches) if branch is not None]
         self.branches = [
-            replace(branch, parent=int(place[branch.parent]) if branch.parent >= 0 else -1) for _, branch in kept
+            replace(branch, parent=int(new_index[branch.parent]) if branch.parent >= 0 else -1) for _, branch in kept
         ]
         self.tasks = [self.tasks[i] for i, _ in kept]
         self.targets = [self.targets[i] for i, _ in kept]
@@ -90,13 +96,13 @@ class PromptBatch:
 class SamplePrompts:
     """Draws the prompts about one sample and adds them to a batch.
 
-    `tasks`: those the step trains; `skeletons`: keypoint names by class; `frequencies`: images per class, by which
-    absent classes are drawn.
+    `tasks`: of the step; `skeletons`: keypoint names by class; `frequencies`: images per class, by which absent classes
+    are drawn.
     """
 
     batch: PromptBatch
     image: int
-    row: Mapping[str, Any]
+    row: dict[str, Any]
     sample: Sample
     tasks: Sequence[str]
     settings: BranchSettings
@@ -105,7 +111,7 @@ class SamplePrompts:
     frequencies: Mapping[str, int] = field(default_factory=dict)
 
     def add_understanding(self) -> None:
-        """Prompts answered in texts and places, in a fixed order."""
+        """Adds prompts whose answers are texts or perception results, in a fixed order."""
         self.add_classes()
         if "pose" in self.tasks:
             self.add_poses()
@@ -115,7 +121,7 @@ class SamplePrompts:
         self.add_messages()
 
     def add_classes(self) -> None:
-        """Class prompts: those of `choose_classes`, present and absent, as one request of a task drawn at random."""
+        """Adds class prompts, those of `choose_classes`, as one request of a task drawn at random."""
         tasks = [task for task in self.tasks if task in CLASS_TASKS]
         if not tasks:
             return
@@ -125,8 +131,8 @@ class SamplePrompts:
             self._routed(task, phrase, Target(self._instances_of(phrase)), request=task.name)
 
     def add_poses(self) -> None:
-        """Pose prompts of classes with a skeleton, present with keypoints or absent: an object branch and one branch
-        per keypoint name."""
+        """Adds pose prompts of classes with a skeleton, present with keypoints or absent: an object branch and one
+        branch per keypoint name."""
         row, sample, s = self.row, self.sample, self.settings
         task = TASKS["pose"]
         with_pose = {
@@ -145,31 +151,31 @@ class SamplePrompts:
                 self.batch.add("pose", branch, Target(instances, k, sigmas[k]))
 
     def add_phrases(self) -> None:
-        """Referring expressions and grounded phrases, those that match nothing included."""
-        place = {int(i): n for n, i in enumerate(self.sample.kept)}
+        """Adds referring expressions and grounded phrases, including those that match nothing."""
+        index = {int(i): n for n, i in enumerate(self.sample.kept)}
         usable = [
             p
             for p in self.row["phrases"]
-            if p["task"] in self.tasks and (not p["instances"] or any(i in place for i in p["instances"]))
+            if p["task"] in self.tasks and (not p["instances"] or any(i in index for i in p["instances"]))
         ]
         for item in draw(usable, self.settings.max_phrases, self.rng):
             task = TASKS[item["task"]]
-            target = Target([place[i] for i in item["instances"] if i in place])
+            target = Target([index[i] for i in item["instances"] if i in index])
             # the phrases of a sentence are one request
             self._routed(task, item["phrase"], target, request=task.name if task.needs == "sentence" else "")
 
     def add_region_segments(self) -> None:
-        """Instances with a mask, asked for by a box, a point, a scribble or a polygon on them."""
+        """Adds prompts for the mask of an instance at a box, a point, a scribble or a polygon on it."""
         task, sample = TASKS["region_segment"], self.sample
-        usable = [n for n, mask in enumerate(sample.masks) if mask is not None and mask.any() and not sample.crowd[n]]
-        for n in draw(usable, self.settings.max_regions, self.rng):
+        usable = {n: m for n, m in enumerate(sample.masks) if m is not None and m.any() and not sample.crowd[n]}
+        for n in draw(list(usable), self.settings.max_regions, self.rng):
             size = sample.image.shape[:2]
-            region = drawn_region(sample.masks[n], sample.boxes[n], size, self.rng)
+            region = drawn_region(usable[n], sample.boxes[n], size, self.rng)
             index = self.batch.add_region(self.image, region_mask(region, size))
             self._routed(task, "", Target([n]), regions=(index,))
 
     def add_messages(self) -> None:
-        """Captions, questions and chats; each `<region>` becomes a mask of the model input.
+        """Adds captions, questions and chats; each `<region>` becomes a mask in the model input.
 
         A message about a region that was cropped away is left out.
         """
@@ -187,13 +193,13 @@ class SamplePrompts:
             self.batch.add(message["task"], branch)
 
     def add_generation(self, picture: Picture) -> None:
-        """A caption of the row as the description of its picture, which the prompt does not see."""
+        """Adds a caption of the row as the description of its image, which the prompt does not see."""
         captions = [m["turns"][-1]["content"] for m in self.row["messages"] if m["task"] == "caption"]
         for caption in draw(captions, 1, self.rng):
             self._routed(TASKS["generate"], caption, Target(picture=picture, text=caption))
 
     def add_edits(self, edited: Picture) -> None:
-        """The row's instructions, each with the edited picture."""
+        """Adds the row's instructions, each with the edited image as its target."""
         for message in self.row["messages"]:
             if message["task"] == "edit":
                 instruction = message["turns"][0]["content"]
@@ -204,7 +210,7 @@ class SamplePrompts:
         return [n for n, i in enumerate(self.sample.kept) if self.row["instances"][i]["phrase"] == phrase]
 
     def _routed(self, task: Task, phrase: str, target: Target, request: str = "", regions: tuple[int, ...] = ()) -> int:
-        """Adds a branch whose response is the task's routing token, in a phrasing drawn at random."""
+        """Adds a branch that is answered by the task's routing token, in a phrasing drawn at random."""
         text = task.prompt(phrase, int(self.rng.integers(len(task.templates))))
         branch = Branch(self.image, text, route=task.routing_token, regions=regions)
         return self.batch.add(task.name, branch, target, request)

@@ -1,21 +1,21 @@
-"""Floating-point operations of a training step by component, from shapes, and what a GPU can do at most.
+"""Floating-point operations (FLOPs) of a training step by component, from shapes, and the peak rates of GPUs.
 
-A multiplication and addition count as two. Only matrix products and convolutions are counted, as is usual for the
-utilisation of a model (arXiv 2204.02311, app. B); what activation checkpointing computes again is not.
-
-Decoders count their own (`DecoderSpec.flops`).
+A multiplication and an addition count as two. Only matrix products and convolutions are counted, as is usual for model
+FLOPs utilisation (arXiv 2204.02311, app. B); recomputation by activation checkpointing is not. Each decoder counts its
+FLOPs itself (`DecoderSpec.flops`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from lumen_ray.decoders.base import Decoder, ImageDecoder
 from lumen_ray.decoders.common.flops import DecoderWork, convolutions, is_trainable
 from lumen_ray.decoders.registry import DECODERS, reads_dense
 from lumen_ray.model.build import Generalist, build_decoder, given, served_links
@@ -26,7 +26,7 @@ from lumen_ray.trunk.comm import BridgedVision, CommVision, Encoder, MergedEncod
 from lumen_ray.trunk.dense import ConvStem, DenseFeatures
 from lumen_ray.trunk.layout import IGNORE
 
-#: dense (no sparsity) peak of a GPU in FLOP/s: bf16 and fp32 without TF32; from the makers' data sheets
+#: dense (no sparsity) peak rates of a GPU in FLOP/s: bf16 and fp32 without TF32; from the vendors' data sheets
 PEAKS = {
     "B200": (2250e12, 75e12),
     "H200": (989e12, 67e12),
@@ -45,15 +45,15 @@ PEAKS = {
 
 
 def peak(device: torch.device, precision: str) -> float | None:
-    """The most a device can do, FLOP/s; None where it is not known, as for CPUs."""
+    """Peak rate of a device in FLOP/s; None where it is unknown, as for CPUs."""
     if device.type != "cuda":
         return None
     return peak_of(torch.cuda.get_device_name(device), precision)
 
 
 def peak_of(name: str, precision: str) -> float | None:
-    """By the name CUDA gives, e.g. ``NVIDIA H100 80GB HBM3``; longer keys first, since A10 is part of A100."""
-    for key in sorted(PEAKS, key=len, reverse=True):
+    """Peak rate in FLOP/s by a GPU's CUDA name, e.g. ``NVIDIA H100 80GB HBM3``; None where it is unknown."""
+    for key in sorted(PEAKS, key=len, reverse=True):  # longer keys first: "A10" is contained in "A100"
         if all(word in name for word in key.split()):
             return PEAKS[key][0 if precision == "bf16" else 1]
     return None
@@ -62,22 +62,22 @@ def peak_of(name: str, precision: str) -> float | None:
 def of_step(model: Generalist, batches: list[TrainingBatch]) -> dict[str, float]:
     """Forward and backward FLOPs of this rank's micro-steps by component: vision, llm, dense, and the decoders that the
     steps train."""
-    passes = passes_by_part(model)
+    passes = passes_by_component(model)
     total: dict[str, float] = {}
     for batch in batches:
-        wanted = [name for name in model.decoders if batch.decoders is None or name in batch.decoders]
-        found = {name: count * passes[name] for name, count in forward(model, batch).items()}
-        if not reads_dense(wanted):
-            found.pop("dense", None)
-        found |= {name: of_decoder(model, name, batch, passes) for name in wanted}
-        for name, count in found.items():
+        trained = [name for name in model.decoders if batch.decoders is None or name in batch.decoders]
+        counts = {name: count * passes[name] for name, count in forward(model, batch).items()}
+        if not reads_dense(trained):
+            counts.pop("dense", None)
+        counts |= {name: of_decoder(model, name, batch, passes) for name in trained}
+        for name, count in counts.items():
             total[name] = total.get(name, 0.0) + count
     return total
 
 
 def of_decoder(model: Generalist, name: str, batch: TrainingBatch, passes: Mapping[str, int]) -> float:
-    """Forward and backward FLOPs of a decoder on a batch; 0 where the batch has no prompts for it."""
-    decoder, layout = model.decoders[name], batch.layout
+    """Forward and backward FLOPs of a decoder on a batch; 0 if the batch has no prompts for it."""
+    decoder, layout = cast("Decoder | ImageDecoder", model.decoders[name]), batch.layout
     served = served_links(name, batch) if decoder.family in layout.link_branches else []
     if not served:
         return 0.0
@@ -91,22 +91,23 @@ def of_decoder(model: Generalist, name: str, batch: TrainingBatch, passes: Mappi
         pixels=pixels,
         targets=targets.select(members),
         num_images=len(batch.images),
-        input_size=tuple(batch.images.shape[-2:]),
+        input_size=(batch.images.shape[-2], batch.images.shape[-1]),
         needs_input_grad=passes[source] > 1 or is_trainable(model.trunk.link_heads[name]),
         build=partial(build_decoder, model.settings, name),
     )
     return DECODERS[name].resolve("flops")(decoder, work)
 
 
-def passes_by_part(model: Generalist) -> dict[str, int]:
-    """How often the products of each part of the trunk are computed: forward, for the gradient of its inputs, of its
-    weights.
+def passes_by_component(model: Generalist) -> dict[str, int]:
+    """How often the products of each trunk component are computed in a step: 1 (forward), and 1 each for the gradients
+    of its inputs and of its weights, where they are needed.
 
-    The first trainable part needs no gradient of its inputs as a whole, but of each of its layers'.
+    The first trainable component needs no gradient of its inputs, but its layers need those of theirs.
     """
     frozen = frozen_names(model)
     trunk = model.trunk
-    out, flows = {}, False
+    passes: dict[str, int] = {}
+    input_gradient = False
     through_stem = trunk.settings.tokens_read_stem and is_trainable(trunk.stem)
     for name, modules in (
         ("vision", (trunk.vision,)),
@@ -115,12 +116,12 @@ def passes_by_part(model: Generalist) -> dict[str, int]:
     ):
         if modules[0] is None:
             continue
-        flows = flows or any(is_trainable(module) for module in modules)
-        adapted = name == "llm" and bool(frozen)  # adapters pass gradients on, the weights beside them get none
-        own = is_trainable(modules[0]) and not adapted
-        out[name] = 1 + flows + own
-        flows = flows or through_stem  # tokens pass gradients on to the stem, beside the encoders
-    return out
+        input_gradient = input_gradient or any(is_trainable(module) for module in modules)
+        adapted = name == "llm" and bool(frozen)  # adapters pass gradients on, the frozen weights get none
+        weight_gradient = is_trainable(modules[0]) and not adapted
+        passes[name] = 1 + input_gradient + weight_gradient
+        input_gradient = input_gradient or through_stem  # tokens pass gradients on to the stem, beside the encoders
+    return passes
 
 
 def forward(model: Generalist, batch: TrainingBatch) -> dict[str, float]:
@@ -134,7 +135,7 @@ def forward(model: Generalist, batch: TrainingBatch) -> dict[str, float]:
         "vision": images * vision(trunk.vision, height, width),
         "llm": sequences * llm(trunk.llm.config, tokens) + 2 * supervised * _vocabulary(trunk.llm.config),
     }
-    if trunk.dense is None:
+    if trunk.dense is None or trunk.stem is None:
         return total
     maps = stem(trunk.stem, height, width)
     if layout.query_slots:  # else nothing reads the dense features
@@ -142,14 +143,15 @@ def forward(model: Generalist, batch: TrainingBatch) -> dict[str, float]:
     return total | {"dense": images * maps}
 
 
-def _layer(tokens: int, width: int, attention: int, key_value: int, hidden: int, matrices: int) -> float:
-    """One transformer layer over `tokens`; `attention`, `key_value`: widths of all query, and key or value, heads."""
+def _layer(tokens: float, width: int, attention: int, key_value: int, hidden: int, matrices: int) -> float:
+    """FLOPs of one transformer layer on `tokens`; `attention`, `key_value`: total widths of query, and of key or value,
+    heads; `matrices`: of its MLP."""
     projections = 2 * tokens * width * (2 * attention + 2 * key_value)
     return projections + 4 * tokens * tokens * attention + matrices * 2 * tokens * width * hidden
 
 
 def llm(config: Any, tokens: int) -> float:
-    """One row of image tokens and branches through a gated decoder-only LLM (Llama, Qwen, Mistral families)."""
+    """FLOPs of a gated decoder-only LLM (Llama, Qwen, Mistral families) on one row of `tokens`."""
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     key_value = head * (getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     attention = head * config.num_attention_heads
@@ -162,27 +164,26 @@ def _vocabulary(config: Any) -> float:
 
 
 def vision(module: CommVision | BridgedVision, height: int, width: int) -> float:
-    """Both encoders, their layer merges and the projector, for one image."""
+    """FLOPs of the encoders, their layer merges and the projector on one image."""
     patches = (height // module.patch_size) * (width // module.patch_size)
     tokens = patches / module.token_merge**2
-    total = sum(2.0 * tokens * m.in_features * m.out_features for m in module.projector.modules() if _is_linear(m))
+    total = _linear(filter(_is_linear, module.projector.modules()), tokens)
     if module.from_stem is not None:
-        total += 2.0 * tokens * module.from_stem.in_features * module.from_stem.out_features
+        total += _linear([module.from_stem], tokens)
     for encoder in (module.clip, module.dinov2):
         if encoder is not None:
             total += _encoder(encoder, patches)
     if module.dinov2 is not None:
-        total += sum(2.0 * patches * m.in_features * m.out_features for m in module.dinov2_mlp if _is_linear(m))
+        total += _linear(filter(_is_linear, module.dinov2_mlp), patches)
     return total
 
 
 def _encoder(encoder: Encoder, patches: int) -> float:
-    config = encoder.model.config
+    config: Any = encoder.model.config
     width = config.hidden_size
     hidden = getattr(config, "intermediate_size", None) or int(width * config.mlp_ratio)
     layers = config.num_hidden_layers * _layer(patches + 1, width, width, width, hidden, 2)
-    projections = encoder.merge.projections if isinstance(encoder, MergedEncoder) else ()
-    merged = sum(2.0 * patches * p.in_features * p.out_features for p in projections)
+    merged = _linear(encoder.merge.projections, patches) if isinstance(encoder, MergedEncoder) else 0
     return 2.0 * patches * 3 * encoder.patch_size**2 * width + layers + merged
 
 
@@ -190,8 +191,13 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
 
 
+def _linear(layers: Iterable[Any], rows: float) -> float:
+    """FLOPs of linear layers, with adapters or without, on `rows` vectors each."""
+    return sum(2.0 * rows * layer.in_features * layer.out_features for layer in layers)
+
+
 def stem(module: ConvStem, height: int, width: int) -> float:
-    """The convolutional stem on one image."""
+    """FLOPs of the convolutional stem on one image."""
     total, h, w = 0.0, height, width
     for down in (module.down4, module.down8, module.down16):
         count, h, w = convolutions(down, h, w)
@@ -200,7 +206,7 @@ def stem(module: ConvStem, height: int, width: int) -> float:
 
 
 def dense(module: DenseFeatures, height: int, width: int, patch: int, grid: tuple[int, int]) -> float:
-    """The shared dense features of one image, the stem apart."""
+    """FLOPs of the shared dense features of one image, without the stem."""
     total = 0.0
     for stride, parts in (
         (4, (module.lateral4, module.fuse4)),

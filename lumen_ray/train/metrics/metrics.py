@@ -1,4 +1,4 @@
-"""What a run says about itself: one JSON line per step, the same scalars for TensorBoard."""
+"""Metrics of a run: one JSON line per step, and the same scalars for TensorBoard and MLflow."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from lumen_ray.train.metrics.mlflow import mlflow_tracker
 from lumen_ray.trunk.batch import TrainingBatch
 
 Progress = Callable[[dict[str, Any]], None]
-FLUSH_SECONDS = 30.0  # between flushes of what TensorBoard reads, beside those at checkpoints
+FLUSH_SECONDS = 30.0  # between flushes of TensorBoard's file, in addition to those at checkpoints
 
 
 class Meter:
-    """How fast a rank works, and on what: rates over all ranks, memory and utilisation of this one."""
+    """Measures throughput over all ranks, and memory and utilisation of this rank."""
 
     def __init__(self, model: Generalist, precision: str, device: torch.device):
         self._model, self._device = model, device
         self._peak = flops.peak(device, precision)
 
-    def read(self, batches: list[TrainingBatch], sums: StepSums, waited: float, busy: float) -> dict[str, float]:
-        """`waited`, `busy`: seconds waiting for data and working."""
+    def metrics(self, batches: list[TrainingBatch], sums: StepSums, waited: float, busy: float) -> dict[str, float]:
+        """Scalars of one step. `waited`, `busy`: seconds spent waiting for data and computing."""
         seconds = waited + busy
         values = {
             "samples_per_s": round(sums.images / seconds, 2),
@@ -47,14 +47,14 @@ class Meter:
             "memory_gb": round(peak_memory(self._device) / 1e9, 3),
         }
         if self._peak:
-            parts = flops.of_step(self._model, batches)
-            values["mfu"] = round(sum(parts.values()) / seconds / self._peak, 5)
-            values |= {f"mfu/{name}": round(count / seconds / self._peak, 5) for name, count in parts.items()}
+            counts = flops.of_step(self._model, batches)
+            values["mfu"] = round(sum(counts.values()) / seconds / self._peak, 5)
+            values |= {f"mfu/{name}": round(count / seconds / self._peak, 5) for name, count in counts.items()}
         return values
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that was allocated on a GPU, the most this process had in memory on a CPU."""
+    """Peak memory in bytes: allocated on a GPU, or resident of this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
@@ -64,7 +64,7 @@ def peak_memory(device: torch.device) -> int:
 def drop_from(path: Path, step: int) -> None:
     """Drops the lines of `step` and later, which a resumed run writes again, and a line cut short by a kill.
 
-    The file is replaced at once, and left alone where all lines stay.
+    The file is replaced atomically, and only if a line is dropped.
     """
     if not path.is_file():
         return
@@ -75,20 +75,20 @@ def drop_from(path: Path, step: int) -> None:
 
 
 def last_step(run: Path) -> int | None:
-    """The newest step that `RUN/metrics.jsonl` tells of."""
+    """The newest step in `RUN/metrics.jsonl`; None if there is none."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
     return next((json.loads(line)["step"] for line in reversed(lines) if line.endswith("\n")), None)
 
 
 class Board:
-    """Scalars as TensorBoard reads them, written as they come.
+    """Writes scalars for TensorBoard, in the calling thread.
 
-    tensorboardX's `SummaryWriter` passes them through a queue and a thread, which its `flush` does not wait for.
+    tensorboardX's `SummaryWriter` uses a queue and a thread, which its `flush` does not wait for.
     """
 
     def __init__(self, folder: Path, step: int):
-        """What is there of `step` and later is hidden."""
+        """Hides earlier events in the folder for `step` and later."""
         folder.mkdir(parents=True, exist_ok=True)
         self._events = EventsWriter(str(folder / "events"), f".{step:07d}")
         self._write(step, session_log=SessionLog(status=SessionLog.START))
@@ -100,8 +100,8 @@ class Board:
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
-    def _write(self, step: int, **what: Any) -> None:
-        self._events.write_event(Event(wall_time=time.time(), step=step, **what))
+    def _write(self, step: int, **content: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), step=step, **content))
 
     def flush(self) -> None:
         self._events.flush()
@@ -112,7 +112,7 @@ class Board:
 
 
 class MetricsLog:
-    """Appends to `RUN/metrics.jsonl`, `RUN/tensorboard` and, if told to, MLflow, from `step` on; of rank 0 only."""
+    """Appends to `RUN/metrics.jsonl`, `RUN/tensorboard` and, if configured, MLflow, from `step` on; rank 0 only."""
 
     def __init__(self, run: Path, step: int = 0, recipe: Recipe | None = None):
         run.mkdir(parents=True, exist_ok=True)
@@ -129,7 +129,7 @@ class MetricsLog:
             self._tracker.write(step, numbers)
 
     def flush(self) -> None:
-        """What was written so far outlives this process."""
+        """Makes everything written so far outlive this process."""
         self._board.flush()
         if self._tracker:
             self._tracker.flush()
@@ -142,20 +142,24 @@ class MetricsLog:
 
 
 class MetricsWatcher:
-    """Passes the lines that rank 0 appends to `metrics.jsonl` to a callback while the run goes on.
+    """Passes the lines that rank 0 appends to `metrics.jsonl` to a callback; a context manager around the run.
 
-    After a restart of the workers the file is another one, without the steps that are done again: it is read from its
-    beginning, and steps told before, or before step `start`, are not told again.
+    A restart of the workers replaces the file by one without the steps to repeat. The new file is read from its
+    beginning, and steps before `start`, or passed on before, are skipped.
     """
 
     def __init__(self, path: Path, start: int, progress: Progress):
         self._path, self._progress = path, progress
-        found = path.stat() if path.exists() else None
-        self._inode, self._position = (found.st_ino, found.st_size) if found else (None, 0)
-        self._told = start - 1  # newest step passed on
+        status = path.stat() if path.exists() else None
+        self._inode = status.st_ino if status else None
+        self._position = status.st_size if status else 0
+        self._newest = start - 1  # step passed on
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> MetricsWatcher:
         self._thread.start()
+        return self
 
     def _watch(self) -> None:
         while not self._done.wait(0.5):
@@ -172,10 +176,10 @@ class MetricsWatcher:
             while (line := file.readline()).endswith("\n"):
                 self._position = file.tell()
                 entry = json.loads(line)
-                if entry["step"] > self._told:
-                    self._told = entry["step"]
+                if entry["step"] > self._newest:
+                    self._newest = entry["step"]
                     self._progress(entry)
 
-    def stop(self) -> None:
+    def __exit__(self, *error: object) -> None:
         self._done.set()
         self._thread.join(timeout=10)

@@ -1,4 +1,4 @@
-"""MLflow, when a recipe or the environment names a server. Imported only then; a lost server does not stop a run."""
+"""Logging to MLflow, if a recipe or the environment names a server. A lost server does not stop a run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from typing import Any
 from lumen_ray.errors import UserError
 from lumen_ray.recipe import MlflowSettings, Recipe
 
-RUN_FILE = "mlflow.json"  # which MLflow run a run folder goes on with when it is resumed
+RUN_FILE = "mlflow.json"  # id of the MLflow run that a resumed run continues
 URI = "MLFLOW_TRACKING_URI"
-#: sums of parts that have a name of their own: stores of files cannot hold both `loss` and `loss/lm`, nor may a name
-#: hang on which parts a step happens to have
+#: logged as `loss/total`, since file stores cannot hold both `loss` and `loss/lm`; always, whatever terms a step has
 TOTALS = ("loss", "mfu")
 
 
@@ -27,7 +26,7 @@ def settings_of(recipe: Recipe) -> MlflowSettings | None:
 
 
 def check_mlflow(recipe: Recipe) -> None:
-    """`UserError` when MLflow is asked for and is not installed."""
+    """Raises `UserError` if MLflow is configured and not installed."""
     if settings_of(recipe):
         _mlflow()
 
@@ -50,7 +49,7 @@ def mlflow_tracker(run: Path, recipe: Recipe) -> MlflowTracker | None:
 
 
 class MlflowTracker:
-    """Sends numbers some steps at a time."""
+    """Sends metrics to an MLflow server, every few steps."""
 
     def __init__(self, run: Path, recipe: Recipe, settings: MlflowSettings):
         mlflow = _mlflow()
@@ -64,23 +63,23 @@ class MlflowTracker:
         except self._error as error:
             raise UserError(
                 f"MLflow at '{settings.tracking_uri or os.environ.get(URI)}' cannot be used: "
-                f"{str(error).splitlines()[0]}; mend 'mlflow' in the recipe or {URI}",
+                f"{str(error).splitlines()[0]}; correct 'mlflow' in the recipe or {URI}",
                 "mlflow",
             ) from error
 
     def _open(self, run: Path, recipe: Recipe, settings: MlflowSettings) -> str:
-        """The id of the run that the folder had before, or of a new one with the recipe as its parameters."""
+        """The id of the folder's MLflow run, or of a new one with the recipe as its parameters."""
         if (run / RUN_FILE).is_file():
             known = json.loads((run / RUN_FILE).read_text())["run_id"]
             self._client.set_terminated(known, "RUNNING")
             return known
         experiment = self._client.get_experiment_by_name(settings.experiment)
-        number = experiment.experiment_id if experiment else self._client.create_experiment(settings.experiment)
-        made = self._client.create_run(number, run_name=run.name).info.run_id
+        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(settings.experiment)
+        run_id = self._client.create_run(experiment_id, run_name=run.name).info.run_id
         for name, value in recipe.model_dump(mode="json", exclude={"stages", "mlflow"}).items():
-            self._client.log_param(made, name, value)
-        (run / RUN_FILE).write_text(json.dumps({"run_id": made}))
-        return made
+            self._client.log_param(run_id, name, value)
+        (run / RUN_FILE).write_text(json.dumps({"run_id": run_id}))
+        return run_id
 
     def write(self, step: int, numbers: dict[str, float]) -> None:
         now = int(time.time() * 1000)
@@ -92,14 +91,14 @@ class MlflowTracker:
     def flush(self) -> None:
         waiting, self._waiting = self._waiting, []
         try:
-            for first in range(0, len(waiting), 1000):  # the most that one request may hold
+            for first in range(0, len(waiting), 1000):  # limit of one request
                 self._client.log_batch(self._run_id, metrics=waiting[first : first + 1000])
         except self._error as error:
-            warnings.warn(f"MLflow did not take some metrics: {str(error).splitlines()[0]}", stacklevel=2)
+            warnings.warn(f"MLflow did not accept some metrics: {str(error).splitlines()[0]}", stacklevel=2)
 
     def close(self) -> None:
         self.flush()
         try:
             self._client.set_terminated(self._run_id)
         except self._error as error:
-            warnings.warn(f"MLflow was not told of the end: {str(error).splitlines()[0]}", stacklevel=2)
+            warnings.warn(f"MLflow was not notified of the end of the run: {str(error).splitlines()[0]}", stacklevel=2)

@@ -1,8 +1,8 @@
 """Sharded checkpoints through `torch.distributed.checkpoint`, published by an atomic rename.
 
 `RUN/checkpoints/<global step>-<stage>/` holds one DCP shard per rank and `position.json`. A folder with that name is
-complete: it was written under another name (ending in `.partial`), flushed to the disk, and renamed. A folder to be
-removed is renamed back first, so that a kill at any moment leaves the one before and nothing that looks complete.
+complete: it was written under another name (ending in `.partial`), flushed to the disk, and renamed. To remove one, it
+is renamed back first. So a kill at any moment leaves the previous checkpoint, and none that only looks complete.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ POSITION = "position.json"
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
-    """What went wrong on the first rank that failed, instead of torch's summary, which is not even an `Exception`."""
+    """Raises the error of the first rank that failed in place of torch's summary, which is no `Exception`."""
     try:
         yield
     except CheckpointException as error:
@@ -48,13 +48,13 @@ def save(
     keep: int = 0,
     average: dict[str, Tensor] | None = None,
 ) -> Path:
-    """Writes and publishes a checkpoint, then drops old ones (see `prune`); a collective.
+    """Writes and publishes a checkpoint, then removes old ones (see `prune`); a collective.
 
-    `position` needs `step` (the next global step) and `stage`; `average` is that of the weights, if one is kept. An
-    error of one rank is raised by all.
+    `position` needs `step` (the next global step) and `stage`; `average`: the moving average of the weights, if there
+    is one. An error on one rank is raised on all.
     """
     final = run / "checkpoints" / f"{position['step']:07d}-{position['stage']}"
-    # a name of its own: a rank of an earlier try that is not quite dead yet must not write into this one
+    # a random name: a rank of an earlier try that is still alive must not write into this folder
     partial = _aside(final, parallel.from_first_rank(uuid.uuid4().hex[:8]))
     partial.mkdir(parents=True, exist_ok=True)
     state = {"model": changing_state(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
@@ -67,16 +67,16 @@ def save(
         try:
             _publish(partial, final, position)
             prune(run, keep)
-        except Exception as error:  # the others wait to be told
+        except Exception as error:  # raised below, after the other ranks have got it
             failure = error
-    told = parallel.from_first_rank(failure)
-    if told is not None:
-        raise failure or told
+    shared = parallel.from_first_rank(failure)
+    if shared is not None:
+        raise failure or shared
     return final
 
 
 def _aside(final: Path, token: str) -> Path:
-    """The name of a folder while it is not, or no longer, complete."""
+    """The name of a checkpoint's folder while it is incomplete or about to be removed."""
     return final.with_name(f"{final.name}.{token}{PARTIAL}")
 
 
@@ -85,7 +85,7 @@ def _publish(partial: Path, final: Path, position: dict[str, Any]) -> None:
         json.dump(position, file)
         file.flush()
         os.fsync(file.fileno())
-    if final.exists():  # torn: a complete one of this step would have been resumed from
+    if final.exists():  # incomplete, else the run would have resumed from it
         final.rename(_aside(final, uuid.uuid4().hex[:8]))
     sync(partial)
     os.replace(partial, final)
@@ -94,24 +94,24 @@ def _publish(partial: Path, final: Path, position: dict[str, Any]) -> None:
 
 def complete(run: str | Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = (p for p in Path(run).glob("checkpoints/*") if p.suffix != PARTIAL)
-    return sorted(p for p in found if (p / POSITION).is_file() and (p / ".metadata").is_file())
+    folders = (p for p in Path(run).glob("checkpoints/*") if p.suffix != PARTIAL)
+    return sorted(p for p in folders if (p / POSITION).is_file() and (p / ".metadata").is_file())
 
 
 def prune(run: Path, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints and the newest of each stage; 0 keeps all."""
-    found = complete(run)
-    newest = {position(path)["stage"]: path for path in found}
-    for path in found[:-keep] if keep else []:
+    checkpoints = complete(run)
+    newest = {position(path)["stage"]: path for path in checkpoints}
+    for path in checkpoints[:-keep] if keep else []:
         if path not in newest.values():
             path.rename(_aside(path, uuid.uuid4().hex[:8]))
     clean(run)
 
 
 def clean(run: Path) -> None:
-    """Removes what kills left behind. Only for the one process that writes to the run's folder."""
+    """Removes incomplete checkpoints of killed tries. Only for the process that holds the run folder."""
     for path in Path(run).glob(f"checkpoints/*{PARTIAL}"):
-        shutil.rmtree(path, ignore_errors=True)  # what cannot be removed now is in nobody's way
+        shutil.rmtree(path, ignore_errors=True)  # a folder that stays does no harm
 
 
 def latest(run: str | Path) -> Path | None:
@@ -120,7 +120,7 @@ def latest(run: str | Path) -> Path | None:
 
 
 def latest_of_ranks(run: str | Path) -> Path | None:
-    """`latest` as the first rank sees it; a collective. Shared storage may show other ranks an older listing."""
+    """`latest` of the first rank, on all ranks; a collective. Shared storage may list older files on other ranks."""
     newest = latest(run) if parallel.rank() == 0 else None
     name = parallel.from_first_rank(newest and newest.name)
     return Path(run) / "checkpoints" / name if name else None
@@ -131,23 +131,23 @@ def position(checkpoint: Path) -> dict[str, Any]:
 
 
 def start_step(checkpoint: Path | None) -> int:
-    """The global step that a run goes on with."""
+    """The first global step of a run that resumes from the checkpoint."""
     return position(checkpoint)["step"] if checkpoint else 0
 
 
 def check_preset(checkpoint: Path, preset: str) -> None:
-    """`UserError` when the checkpoint is of another preset."""
-    found = position(checkpoint)["preset"]
-    if found != preset:
+    """Raises `UserError` if the checkpoint is of another preset."""
+    saved = position(checkpoint)["preset"]
+    if saved != preset:
         raise UserError(
-            f"'{checkpoint}' holds a checkpoint of preset '{found}', not '{preset}'; use another output folder or "
-            f"train preset '{found}'",
+            f"'{checkpoint}' holds a checkpoint of preset '{saved}', not '{preset}'; use another output folder or "
+            f"train preset '{saved}'",
             "wrong_preset",
         )
 
 
 def load_weights(checkpoint: Path, model: nn.Module) -> None:
-    """The weights of a checkpoint into a model, sharded over any number of ranks; a collective."""
+    """Loads the weights of a checkpoint into a model, sharded over any number of ranks; a collective."""
     state = {"model": changing_state(model)}
     with _plain_errors():
         dcp.load(state, checkpoint_id=checkpoint, no_dist=parallel.world_size() == 1)
@@ -155,15 +155,15 @@ def load_weights(checkpoint: Path, model: nn.Module) -> None:
 
 
 def load_average(checkpoint: Path, average: dict[str, Tensor]) -> None:
-    """The average of the weights in place; a collective."""
+    """Loads the moving average of the weights, in place; a collective."""
     with _plain_errors():
         dcp.load({"average": average}, checkpoint_id=checkpoint, no_dist=parallel.world_size() == 1)
 
 
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """The optimizer's state; only valid for a checkpoint inside the stage that the optimizer was built for.
+    """Loads the optimizer's state; only valid for a checkpoint inside the stage that the optimizer was built for.
 
-    A parameter that had no gradient so far has no state in the checkpoint, and gets none.
+    A parameter without gradients so far has no state in the checkpoint, and gets none.
     """
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
     planner = DefaultLoadPlanner(allow_partial_load=True)

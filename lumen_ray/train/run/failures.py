@@ -1,11 +1,11 @@
-"""Errors that end a run, each told in one sentence: where, on which samples, in which module, and what to change."""
+"""Errors that end a run, each in one sentence: where, on which samples, in which module, and what to change."""
 
 from __future__ import annotations
 
 import errno
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,15 @@ def where(step: int, stage: str, image_ids: list[str]) -> str:
 
 
 def resumption(run: Path) -> str:
-    """What a run can go on with, for the end of a message."""
+    """Which checkpoint a run can resume from, for the end of a message."""
     newest = checkpoint.latest(run)
     return f"the last checkpoint, '{newest.name}', is intact" if newest else "there is no checkpoint yet"
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
-    """An error and what it comes from, out of the wrappers of Python, torch and Ray.
+    """An error and its causes, unwrapped from Python's, torch's and Ray's chains.
 
-    A wrapper that Ray gave the type of what it wraps is left out: its text is a traceback.
+    A wrapper with the type of its cause, as Ray makes them, is left out: its text is a traceback.
     """
     queue: list[Any] = [error]
     seen: set[int] = set()
@@ -58,32 +58,32 @@ def causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def as_user_error(error: BaseException, run: Path) -> BaseException:
-    """The user's or the run's own error out of its wrappers, as a `UserError`; else the error as it is."""
+    """A `UserError` for the first cause that the user can act on; the error itself if there is none."""
     for cause in causes(error):
         if isinstance(cause, (UserError, DivergedError)):
             return UserError(str(cause), getattr(cause, "reason", "training_diverged"))
-        if (full := _ran_out(cause, run)) is not None:
-            return full
+        if (exhausted := _exhausted(cause, run)) is not None:
+            return exhausted
     return error
 
 
 @contextmanager
 def explained(place: str, run: Path, model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Turns running out of memory, or of disk, into a `UserError` that says where, and what to change."""
+    """Turns an out-of-memory or disk-full error into a `UserError` that names the place and what to change."""
     try:
         yield
     except (MemoryError, RuntimeError, OSError) as error:
         for cause in causes(error):
             used = f" at {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
-            if (full := _ran_out(cause, run, f"{place}: ", used + module_of(cause, model))) is not None:
-                raise full from error
+            if (exhausted := _exhausted(cause, run, f"{place}: ", used + module_of(cause, model))) is not None:
+                raise exhausted from error
         raise
 
 
-def _ran_out(error: BaseException, run: Path, place: str = "", where: str = "") -> UserError | None:
-    """The sentence about an error that says that a disk or memory is full; None when it says neither.
+def _exhausted(error: BaseException, run: Path, place: str = "", where: str = "") -> UserError | None:
+    """A `UserError` for an error of a full disk or exhausted memory; None for any other.
 
-    `place`: what was being done; `where`: how much memory was used in which module.
+    `place`: the activity that failed; `where`: how much memory was used, in which module.
     """
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         file = f" at '{error.filename}'" if error.filename else ""
@@ -92,7 +92,7 @@ def _ran_out(error: BaseException, run: Path, place: str = "", where: str = "") 
         return UserError(message, "disk_full")
     if _ended_by_ray(error):
         done = last_step(run)
-        after = "before the first step was done" if done is None else f"after step {done}"
+        after = "before the first step was complete" if done is None else f"after step {done}"
         who = f"a worker's machine ran out of memory {after}, and Ray ended the worker"
     elif _out_of_memory(error):
         who = f"rank {parallel.rank()} ran out of memory{where}"
@@ -103,7 +103,7 @@ def _ran_out(error: BaseException, run: Path, place: str = "", where: str = "") 
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that a device's, or this process's, memory ran out."""
+    """Whether a device, or this process, ran out of memory."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     text = str(error)
@@ -111,32 +111,31 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _ended_by_ray(error: BaseException) -> bool:
-    """Whether Ray's memory monitor ended a worker. Ray is not imported here: where it is not, no error is its own."""
+    """Whether Ray's memory monitor ended a worker. Does not import Ray: without it no error comes from it."""
     ray = sys.modules.get("ray.exceptions")
     return ray is not None and isinstance(error, ray.OutOfMemoryError)
 
 
 def module_of(error: BaseException, model: nn.Module) -> str:
-    """`` in trunk.llm.model.layers.1.mlp``: what the innermost of the frames that an error passed through works for.
+    """`` in trunk.llm.model.layers.1.mlp``: where an error was raised, by the innermost of these stack frames.
 
-    A module of the model, the optimizer or, where the autograd engine runs no code of a module, the backward pass;
-    empty when it is none of them.
+    A module of the model, the optimizer, or the backward pass where autograd runs no code of a module; else empty.
     """
     names = {id(module): name or "the model" for name, module in model.named_modules()}
-    found = ""
+    place = ""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         owner = frame.f_locals.get("self")
         if id(owner) in names:
-            found = names[id(owner)]
+            place = names[id(owner)]
         elif isinstance(owner, torch.optim.Optimizer):
-            found = "the optimizer"
+            place = "the optimizer"
         elif frame.f_code is Tensor.backward.__code__:
-            found = "the backward pass"
-    return f" in {found}" if found else ""
+            place = "the backward pass"
+    return f" in {place}" if place else ""
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Floating-point tensors in what a module returned."""
+    """Floating-point tensors in the output of a module: a tensor, or containers and dataclasses of such."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
@@ -151,8 +150,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(value, name))
 
 
-class _Watch:
-    """Notes the first module whose output, or whose output's gradient, is not finite."""
+class _FiniteCheck:
+    """Records the first module whose output, or whose output's gradient, is not finite."""
 
     def __init__(self, model: nn.Module):
         self.output: str | None = None
@@ -179,8 +178,8 @@ class _Watch:
 
         return hook
 
-    @property
-    def told(self) -> str | None:
+    def source(self) -> str | None:
+        """The first tensor that was not finite, in words; None if all were finite."""
         if self.output:
             return f"the output of {self.output}"
         return f"the gradient of the output of {self.gradient}" if self.gradient else None
@@ -196,19 +195,20 @@ def _finite(tensor: Tensor) -> bool:
     return bool(torch.isfinite(local).all())
 
 
-def find_module(model: nn.Module, runs: list[tuple[Callable[[], None], list[str]]]) -> tuple[str, list[str]]:
-    """(which module made a number that is not finite, on which images), by doing the micro-steps again under watch.
+def find_module(model: nn.Module, runs: Sequence[tuple[Callable[[], object], list[str]]]) -> tuple[str, list[str]]:
+    """(module whose output or gradient is not finite, ids of the images), by repeating micro-steps with checks.
 
-    `runs`: a function that does a micro-step, forward and backward, and the ids of its images. A collective. Modules
-    inside compiled blocks are not seen; their block is.
+    `runs`: a function that does a micro-step, forward and backward, and the ids of its images. A collective. Of
+    compiled blocks the block is named, not a module inside.
     """
-    found = None
+    first = None
     for run, image_ids in runs:
-        watch = _Watch(model)
+        check = _FiniteCheck(model)
         try:
             run()
         finally:
-            watch.close()
-        found = found or ((watch.told, image_ids) if watch.told else None)
-    everywhere = [entry for entry in parallel.from_all_ranks(found) if entry]
-    return everywhere[0] if everywhere else ("none is found when the step is done again", runs[0][1])
+            check.close()
+        if first is None and (source := check.source()):
+            first = source, image_ids
+    everywhere = [entry for entry in parallel.from_all_ranks(first) if entry]
+    return everywhere[0] if everywhere else ("not reproduced when the step is repeated", runs[0][1])

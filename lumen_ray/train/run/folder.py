@@ -1,4 +1,4 @@
-"""What a run folder says besides checkpoints and metrics: what the run was started with, and who may write to it."""
+"""The run folder beside checkpoints and metrics: the record of the run's start, its tokenizer, and its locks."""
 
 from __future__ import annotations
 
@@ -25,17 +25,18 @@ from lumen_ray.recipe import CARRIED_OUT, Recipe
 from lumen_ray.tasks import TASKS
 from lumen_ray.trunk.tokenizer import CAPTIONS_FILE, LumenTokenizer
 
-#: of decoders' settings, those that only say how a step is carried out (`pixels_at_once` also in which order it draws
-#: its noise) or how pictures are drawn
+#: settings of decoders that no weight depends on: they only affect how a step is carried out (`pixels_at_once` also the
+#: order of its noise) or how pictures are drawn
 NOT_LEARNED = ("pixels_at_once", "guidance", "image_guidance", "sampler")
-#: how long a new try waits for the last one's processes to be gone; Ray takes seconds to end what a dead driver left
+#: how long a new try waits for the processes of the last one to end; Ray takes seconds to end those of a dead driver
 LOCK_SECONDS = 60.0
 
 
-def start_of(
+def start_record(
     recipe: Recipe, settings: ModelSettings, manifest: dict[str, Any], init_from: str | None
 ) -> dict[str, Any]:
-    """Everything that decides a run's result; `init_from` by what is in it, since a model folder may move or change."""
+    """Everything that a run's result depends on, as plain values; shards and `init_from` by the hash of their contents,
+    since folders may move or change."""
     data = [[file["sha256"] for file in manifest["files"]], manifest["categories"]]
     return {
         "recipe": recipe.model_dump(mode="json"),
@@ -46,7 +47,7 @@ def start_of(
 
 
 def _digest_of_model(folder: str) -> str:
-    """sha256 of a model folder's weights and tokenizers; `UserError` when it is none."""
+    """sha256 of a model folder's weights and tokenizers. Raises `UserError` if it is not a model folder."""
     read_meta(folder)
     digest = hashlib.sha256()
     paths = (Path(folder) / name for name in ("model.safetensors", "tokenizer.json", CAPTIONS_FILE))
@@ -56,33 +57,33 @@ def _digest_of_model(folder: str) -> str:
     return digest.hexdigest()
 
 
-def keep_start(run: Path, start: dict[str, Any], resumes: bool) -> None:
-    """Writes `RUN/recipe.json`; `UserError` when the run was started with something else than it is continued with.
+def keep_record(run: Path, record: dict[str, Any], resumes: bool) -> None:
+    """Writes a `start_record` to `RUN/recipe.json`. Raises `UserError` if the run it resumes has another one.
 
-    Settings that do not decide the result (`CARRIED_OUT`) may change, and so may the recipe's words for the model and
-    for where it starts: what they stand for is compared by itself. For the process that holds the folder
-    (`sole_starter`, `sole_writer`).
+    Settings that do not affect the result (`CARRIED_OUT`) may change, and so may the paths of the model and of
+    `init_from`: their contents are compared. For the process that holds the folder (`sole_starter`, `sole_writer`).
     """
     saved = run / "recipe.json"
     if resumes and saved.is_file():
         before = json.loads(saved.read_text())
         for name, kind in (("recipe", Recipe), ("model", ModelSettings)):
-            before[name] = _of_today(kind, before.get(name))
+            before[name] = _upgraded(kind, before.get(name))
         names = {"recipe": "recipe", "model": "model settings", "shards": "shards", "init_from": "model to start from"}
-        other = [text for name, text in names.items() if _deciding(before.get(name)) != _deciding(start[name])]
+        other = [text for name, text in names.items() if _compared(before.get(name)) != _compared(record[name])]
         if other:
             raise UserError(
-                f"'{run}' holds a run of another {' and '.join(other)}; choose another output folder, or continue it "
-                "with what it was started with",
+                f"'{run}' holds a run of another {' and '.join(other)}; choose another output folder, or resume it "
+                "with the recipe, model and shards it was started with",
                 "run_exists",
             )
-    files.write_atomically(saved, lambda temporary: temporary.write_text(json.dumps(start)))
+    files.write_atomically(saved, lambda temporary: temporary.write_text(json.dumps(record)))
 
 
 def keep_tokenizer(
     run: Path, shards: str | Path, settings: ModelSettings, init_from: str | None, resumes: bool
 ) -> LumenTokenizer:
-    """The tokenizer of the run, written to `RUN/tokenizer.json`."""
+    """The tokenizer of the run, also written to `RUN/tokenizer.json`: of `init_from`, of the run it resumes, or trained
+    on the shards' text."""
     file = run / "tokenizer.json"
     if init_from:
         tokenizer = start_tokenizer(settings, init_from)
@@ -96,9 +97,9 @@ def keep_tokenizer(
     return tokenizer
 
 
-def _of_today(kind: type[Settings], saved: Any) -> Any:
-    """Settings that an earlier version saved, with those that it did not know at their defaults, and without the tasks
-    that it named and gave no prompt to."""
+def _upgraded(kind: type[Settings], saved: Any) -> Any:
+    """Settings that an earlier version saved, with newer ones at their defaults, and without tasks that can no longer
+    be trained (they never had prompts)."""
     for stage in saved.get("stages", ()) if isinstance(saved, dict) else ():
         for group in stage.get("groups", ()):
             group["tasks"] = [
@@ -110,24 +111,22 @@ def _of_today(kind: type[Settings], saved: Any) -> Any:
         return saved
 
 
-def _deciding(value: Any) -> Any:
-    """Of a mapping, without what is compared by itself, as what it stands for; of a decoder's section, without what its
-    weights do not depend on."""
+def _compared(value: Any) -> Any:
+    """An entry of the record without settings that may change; paths are left out, their contents are other entries."""
     if not isinstance(value, dict):
         return value
-    apart = (*CARRIED_OUT, "model", "init_from")
-    decoders = {k: v for k, v in value.items() if k in DECODERS and isinstance(v, dict)}
-    kept = {name: {k: v for k, v in own.items() if k not in NOT_LEARNED} for name, own in decoders.items()}
-    return {k: v for k, v in value.items() if k not in apart} | kept
+    ignored = (*CARRIED_OUT, "model", "init_from")
+    sections = {k: v for k, v in value.items() if k in DECODERS and isinstance(v, dict)}
+    kept = {name: {k: v for k, v in section.items() if k not in NOT_LEARNED} for name, section in sections.items()}
+    return {k: v for k, v in value.items() if k not in ignored} | kept
 
 
 @contextmanager
 def sole_starter(run: Path) -> Iterator[None]:
-    """Makes the run folder and holds `RUN/start.lock`: for the process that starts a training and waits for its end.
+    """Makes the run folder and holds `RUN/start.lock`: for the process that starts a run and waits for its end.
 
-    Another one is refused at once (`UserError`, `run_busy`). Who gets it may still find the last try's rank 0 at the
-    folder, which outlives a killed starter for seconds: `sole_writer` waits for that one. `UserError`
-    (`invalid_output`) when the folder cannot be made or written to.
+    Raises `UserError` at once if another process holds it (`run_busy`), or if the folder cannot be made or written to
+    (`invalid_output`). Rank 0 of the last try can outlive a killed starter by seconds; `sole_writer` waits for it.
     """
     files.make_folder(run)
     lock = run / "start.lock"
@@ -144,10 +143,10 @@ def sole_starter(run: Path) -> Iterator[None]:
 
 @contextmanager
 def sole_writer(run: Path, wait_s: float = LOCK_SECONDS) -> Iterator[None]:
-    """Holds `RUN/lock`, which the system releases when the process dies, however it dies.
+    """Holds `RUN/lock`, which the system releases when the process ends, however it ends.
 
-    So no rank of a try that is not quite dead publishes a checkpoint or writes metrics beside a new one. Waits for
-    `wait_s` seconds; then somebody else trains there: `UserError`.
+    So no rank of an earlier try publishes a checkpoint or writes metrics beside a new one. Raises `UserError` if
+    another process still holds the lock after `wait_s` seconds.
     """
     with open(run / "lock", "w") as file:
         _lock(file, run, wait_s)
@@ -173,4 +172,4 @@ def _locked(file: Any) -> bool:
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS):
             raise
-    return True  # also on storage without locks, where nothing can be said
+    return True  # also on storage without locks, where other processes cannot be detected

@@ -1,4 +1,4 @@
-"""What a run needs of a cluster, and whether it is there: Ray would wait for what is missing for ever."""
+"""Cluster resources of a run, checked before it starts: Ray would wait forever for missing ones."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from collections.abc import Mapping
 from lumen_ray.errors import UserError
 from lumen_ray.recipe import Recipe
 
-WORKER_CPUS = 0.75  # logical CPUs of a worker and its reads; below one, so that two fit on 2 cores beside other tasks
+WORKER_CPUS = 0.75  # logical CPUs of a worker and its readers; below one, so that two fit on 2 cores beside other tasks
 
 
 def of_worker(use_gpu: bool) -> dict[str, float]:
-    """What Ray sets aside for each worker."""
+    """The logical resources that Ray reserves for each worker."""
     return {"CPU": WORKER_CPUS} | ({"GPU": 1} if use_gpu else {})
 
 
 def uses_gpus(resources: Mapping[str, float], recipe: Recipe) -> bool:
-    """Whether each worker gets a GPU (else none does); `UserError` when the workers do not fit in the cluster.
+    """Whether workers get a GPU each, or none does. Raises `UserError` if the workers do not fit in the cluster.
 
-    GPUs are used where there are any, and then there must be enough of them: ranks on CPUs beside idle GPUs would be
-    nobody's wish.
+    A cluster with GPUs needs one for every worker: nobody wants ranks on CPUs beside idle GPUs.
     """
     least = recipe.min_workers or recipe.workers
     gpus, cpus = int(resources.get("GPU", 0)), resources.get("CPU", 0)
@@ -42,7 +41,7 @@ def uses_gpus(resources: Mapping[str, float], recipe: Recipe) -> bool:
 
 
 def fitted(resources: Mapping[str, float], recipe: Recipe) -> Recipe:
-    """The recipe with no more workers than there are GPUs, where there are GPUs but too few."""
+    """The recipe with one worker per GPU, if the cluster has GPUs but too few; else the recipe itself."""
     gpus = int(resources.get("GPU", 0))
     if not 0 < gpus < (recipe.min_workers or recipe.workers):
         return recipe

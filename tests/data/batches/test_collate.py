@@ -174,8 +174,8 @@ def test_a_batch_of_nothing_can_be_stepped():
     model = tiny_model()
     losses = model(batch)
     step = StepLosses(model.loss_names, {}, [batch], torch.device("cpu"))
-    step.add(batch, losses).backward()
-    assert step.read().means == {} and step.read().tasks == {}
+    step.add_batch(batch, losses).backward()
+    assert step.totals().means == {} and step.totals().tasks == {}
     decoder = [p.grad for p in model.decoders.parameters()]
     assert all(g is not None and not g.any() for g in decoder)
 

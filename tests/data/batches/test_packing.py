@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.tiny_models import SIDE, scrambled, tiny_model, tiny_tokenizer
 
 from lumen_ray.data.batches.collate import BranchSettings, Collator
-from lumen_ray.data.batches.packing import Packing, deal, fit_branches
+from lumen_ray.data.batches.packing import Packing, fit_branches, pack_lengths
 from lumen_ray.data.images import decode
 from lumen_ray.data.scenes import render as scenes
 from lumen_ray.data.shards.schema import make_message, make_row
@@ -28,7 +28,7 @@ IMAGE_TOKENS = (SIDE // 16) ** 2
 @settings(max_examples=300, deadline=None)
 @given(st.lists(st.integers(1, 100), max_size=40), st.integers(100, 400))
 def test_rows_hold_every_sample_once_and_are_about_equally_full(lengths, most):
-    rows = deal(lengths, most)
+    rows = pack_lengths(lengths, most)
     assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
     sums = [sum(lengths[i] for i in row) for row in rows]
     assert max(sums) <= most
@@ -38,7 +38,7 @@ def test_rows_hold_every_sample_once_and_are_about_equally_full(lengths, most):
 
 def test_a_length_that_fits_no_row_is_refused():
     with pytest.raises(ValueError, match="a sample of 101 tokens fits no row of 100"):
-        deal([3, 101, 7], 100)
+        pack_lengths([3, 101, 7], 100)
 
 
 # -- samples that are too long ----------------------------------------------------------------------------------------
@@ -179,7 +179,7 @@ def test_gradients_are_those_of_the_unpacked_batch():
         model.zero_grad()
         batch = collate(ROWS, packing)
         losses = StepLosses(model.loss_names, {}, [batch], torch.device("cpu"))
-        losses.add(batch, model(batch), IMAGE_TOKENS).backward()
+        losses.add_batch(batch, model(batch), IMAGE_TOKENS).backward()
         grads.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     for name in grads[0]:

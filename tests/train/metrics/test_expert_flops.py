@@ -73,7 +73,7 @@ def test_the_log_tells_the_utilisation_by_the_experts_a_step_trains(monkeypatch)
     monkeypatch.setattr(flops, "peak", lambda device, precision: 1e12)
     batch = replace(expert_batch("segment"), decoders=["grounding_dino"])
     sums = StepSums({}, {}, tokens=300.0, computed_tokens=400.0, images=2)
-    values = Meter(expert_model(), "bf16", torch.device("cpu")).read([batch], sums, 0.0, 0.001)
+    values = Meter(expert_model(), "bf16", torch.device("cpu")).metrics([batch], sums, 0.0, 0.001)
     parts = {name: value for name, value in values.items() if name.startswith("mfu/")}
     assert set(parts) == {"mfu/vision", "mfu/llm", "mfu/grounding_dino"}
     assert values["mfu"] == pytest.approx(sum(parts.values()), abs=1e-4)

@@ -76,7 +76,7 @@ def test_what_does_not_learn_is_passed_less_often():
     passes, decoder = {}, {}
     for names in (PARTS, ("llm",), ("vision",), ("lumen",), ()):
         set_trainable(model, stage(names)) if names else model.requires_grad_(False)
-        passes[names] = flops.passes_by_part(model)
+        passes[names] = flops.passes_by_component(model)
         decoder[names] = flops.of_step(model, [batch])["lumen"]
     assert passes[PARTS] == {"vision": 3, "llm": 3, "dense": 3}
     assert passes["llm",] == {"vision": 1, "llm": 3, "dense": 2}
@@ -94,7 +94,7 @@ def test_adapters_need_no_gradient_of_the_weights_beside_them():
     model = tiny_model()
     inject(model, LoraSettings(rank=2), 0)
     set_trainable(model, stage())
-    assert flops.passes_by_part(model)["llm"] == 2
+    assert flops.passes_by_component(model)["llm"] == 2
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ SUMS = StepSums({}, {}, tokens=300.0, computed_tokens=400.0, images=16)
 
 def test_rates_and_shares():
     meter = Meter(tiny_model(), "fp32", CPU)
-    values = meter.read([scene_batch(1)], SUMS, waited=0.5, busy=1.5)
+    values = meter.metrics([scene_batch(1)], SUMS, waited=0.5, busy=1.5)
     memory = values.pop("memory_gb")
     assert values == {"samples_per_s": 8.0, "tokens_per_s": 150.0, "padding": 0.25, "data_wait": 0.25}
     assert memory == pytest.approx(peak_memory(CPU) / 1e9, rel=0.05) and 0.1 < memory < 64
@@ -33,7 +33,7 @@ def test_rates_and_shares():
 def test_utilisation_of_a_device_with_a_known_peak(monkeypatch):
     monkeypatch.setattr(flops, "peak", lambda device, precision: 1e12)
     model, batch = tiny_model(), scene_batch(2)
-    values = Meter(model, "bf16", CPU).read([batch], SUMS, 0.0, 0.001)
+    values = Meter(model, "bf16", CPU).metrics([batch], SUMS, 0.0, 0.001)
     parts = {name: value for name, value in values.items() if name.startswith("mfu/")}
     assert set(parts) == {"mfu/vision", "mfu/llm", "mfu/dense", "mfu/lumen"}
     assert values["mfu"] == pytest.approx(sum(parts.values()), abs=1e-4)
@@ -55,7 +55,7 @@ def test_images_are_counted_where_a_row_group_is_short(tmp_path):
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny_settings(vocab_size=330).model_dump(mode="json")))
     prepared = job_of(tmp_path, tmp_path / "run", {"steps": 4}, batch_size=4)
     trainer, seen = Trainer(prepared.job, CPU), []
-    trainer.meter.read = lambda batches, sums, waited, busy: seen.append(sums.images) or {}
+    trainer.meter.metrics = lambda batches, sums, waited, busy: seen.append(sums.images) or {}
     trainer.fit(local_batches(prepared.reader, Plan(prepared.manifest, prepared.job.recipe)))
     assert sorted(seen) == [2, 2, 4, 4]
 

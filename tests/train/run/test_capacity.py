@@ -1,58 +1,70 @@
-"""What a run waits for is told, once and in one line; a start that takes its time is not."""
+"""What a run waits for is reported, once and in one line; a start that takes its time is not."""
 
 import threading
 
 import pytest
 
 from lumen_ray.ray_env import prepare_environment
-from lumen_ray.train.run import capacity as waiting
-from lumen_ray.train.run.capacity import KEPT_S, TOLD_AFTER_S, Demand, Room, RoomWatcher, lack, wants_room
+from lumen_ray.train.run import capacity as capacity_module
+from lumen_ray.train.run.capacity import (
+    REPORT_AFTER_S,
+    RESERVED_S,
+    Capacity,
+    CapacityWatcher,
+    Demand,
+    find_shortage,
+    waits_for_resources,
+)
 from lumen_ray.train.run.resources import of_worker
 
 TWO = Demand(2, of_worker(use_gpu=False))
 ONE = Demand(1, of_worker(use_gpu=False))
 GPUS = Demand(2, of_worker(use_gpu=True))
-IDLE = Room({"a": {"CPU": 2.0}}, {"a": {"CPU": 2.0}})
-USED = Room({"a": {"CPU": 2.0}}, {"a": {"CPU": 0.5}})
+IDLE = Capacity({"a": {"CPU": 2.0}}, {"a": {"CPU": 2.0}})
+USED = Capacity({"a": {"CPU": 2.0}}, {"a": {"CPU": 0.5}})
 
 
 @pytest.mark.parametrize(
-    ("demand", "room"),
+    ("demand", "capacity"),
     [
         (TWO, IDLE),
-        (TWO, Room({"a": {"CPU": 1}, "b": {"CPU": 1}}, {"a": {"CPU": 0.75}, "b": {"CPU": 1}})),
-        (ONE, Room(IDLE.total, IDLE.free, {"a": {"CPU": 0.75}})),
-        (GPUS, Room({}, {"a": {"CPU": 4, "GPU": 2}})),
+        (TWO, Capacity({"a": {"CPU": 1}, "b": {"CPU": 1}}, {"a": {"CPU": 0.75}, "b": {"CPU": 1}})),
+        (ONE, Capacity(IDLE.total, IDLE.free, {"a": {"CPU": 0.75}})),
+        (GPUS, Capacity({}, {"a": {"CPU": 4, "GPU": 2}})),
     ],
 )
-def test_where_there_is_room_nothing_is_told(demand, room):
-    assert lack(demand, room) is None
+def test_where_there_is_room_nothing_is_reported(demand, capacity):
+    assert find_shortage(demand, capacity) is None
 
 
 @pytest.mark.parametrize(
-    ("demand", "room", "words"),
+    ("demand", "capacity", "words"),
     [
         (
             TWO,
             USED,
-            ["for 2 workers with 0.75 CPU each", "has 0.5 of 2 CPU free", "when others free theirs"],
+            ["for 2 workers with 0.75 CPU each", "has 0.5 of 2 CPU free", "when other jobs free resources"],
         ),
-        (ONE, Room({"a": {"CPU": 1}}, {}), ["for a worker with 0.75 CPU:", "has 0 of 1 CPU free"]),
+        (ONE, Capacity({"a": {"CPU": 1}}, {}), ["for a worker with 0.75 CPU:", "has 0 of 1 CPU free"]),
         # enough in all, but on no node enough for a worker
-        (ONE, Room({"a": {"CPU": 1}, "b": {"CPU": 1}}, {"a": {"CPU": 0.5}, "b": {"CPU": 0.5}}), ["1 of 2 CPU free"]),
+        (
+            ONE,
+            Capacity({"a": {"CPU": 1}, "b": {"CPU": 1}}, {"a": {"CPU": 0.5}, "b": {"CPU": 0.5}}),
+            ["1 of 2 CPU free"],
+        ),
         (
             GPUS,
-            Room({"a": {"CPU": 4, "GPU": 2}}, {"a": {"CPU": 4, "GPU": 1}}),
+            Capacity({"a": {"CPU": 4, "GPU": 2}}, {"a": {"CPU": 4, "GPU": 1}}),
             ["for 2 workers with 0.75 CPU and 1 GPU each", "has 4 of 4 CPU and 1 of 2 GPU free"],
         ),
-        (ONE, Room(IDLE.total, IDLE.free, {}), ["for a worker with 0.75 CPU:", "a killed run", "for 3:20 at most"]),
-        (TWO, Room(IDLE.total, IDLE.free, {"a": {"CPU": 0.75}}), ["a killed run"]),
-        (TWO, Room(USED.total, USED.free, {}), ["has 0.5 of 2 CPU free"]),  # nor would an expired request help
+        (ONE, Capacity(IDLE.total, IDLE.free, {}), ["for a worker with 0.75 CPU:", "a killed run", "for 3:20 at most"]),
+        (TWO, Capacity(IDLE.total, IDLE.free, {"a": {"CPU": 0.75}}), ["a killed run"]),
+        (TWO, Capacity(USED.total, USED.free, {}), ["has 0.5 of 2 CPU free"]),  # nor would an expired request help
     ],
 )
-def test_what_is_missing_is_told_in_one_line(demand, room, words):
-    sentence = lack(demand, room).sentence
-    assert sentence.startswith("waiting for room") and "\n" not in sentence
+def test_what_is_missing_is_reported_in_one_line(demand, capacity, words):
+    sentence = find_shortage(demand, capacity).sentence
+    assert sentence.startswith("waiting for resources") and "\n" not in sentence
     for word in words:
         assert word in sentence
 
@@ -63,7 +75,7 @@ def test_what_is_missing_is_told_in_one_line(demand, room, words):
         (None, [], False),
         ("PENDING_CREATION", [], False),  # it has asked Ray for nothing yet
         ("ALIVE", [], True),
-        ("ALIVE", ["PENDING_CREATION"] * 2, False),  # the room is theirs
+        ("ALIVE", ["PENDING_CREATION"] * 2, False),  # the capacity is theirs
         ("ALIVE", ["ALIVE", "PENDING_CREATION"], False),
         ("ALIVE", ["ALIVE"] * 2, False),
         ("ALIVE", ["DEAD"] * 2, True),  # and are to be started again
@@ -75,68 +87,68 @@ def test_room_is_wanted_until_workers_are_made(controller, workers, wants):
     states = [("SynchronizationActor", "ALIVE"), *(("RayTrainWorker", state) for state in workers)]
     if controller:
         states.append(("TrainController", controller))
-    assert wants_room([{"ActorClassName": name, "State": state} for name, state in states]) is wants
+    assert waits_for_resources([{"ActorClassName": name, "State": state} for name, state in states]) is wants
 
 
 class Cluster:
     """A cluster that a test fills and empties, as a watcher of a run of two workers sees it."""
 
     def __init__(self):
-        self.room, self.told = None, []
-        self.watcher = RoomWatcher(TWO, lambda: self.room, self.told.append)
+        self.capacity, self.reported = None, []
+        self.watcher = CapacityWatcher(TWO, lambda: self.capacity, self.reported.append)
 
-    def stays(self, room, start, seconds):
+    def stays(self, capacity, start, seconds):
         """The cluster is like this from second `start` on, for some seconds."""
-        self.room = room
+        self.capacity = capacity
         for second in range(seconds):
             self.watcher.check(float(start + second))
 
 
 @pytest.mark.parametrize("quiet", [None, IDLE])
-def test_only_a_wait_of_some_seconds_is_told_and_only_once(quiet):
-    cluster, wait = Cluster(), int(TOLD_AFTER_S)
+def test_only_a_wait_of_some_seconds_is_reported_and_only_once(quiet):
+    cluster, wait = Cluster(), int(REPORT_AFTER_S)
     cluster.stays(quiet, 0, 3 * wait)
     cluster.stays(USED, 100, wait)
-    assert cluster.told == []
+    assert cluster.reported == []
     cluster.stays(USED, 100 + wait, 10 * wait)
-    assert len(cluster.told) == 1
+    assert len(cluster.reported) == 1
 
 
-def test_the_next_wait_is_told_again():
-    cluster, wait = Cluster(), int(TOLD_AFTER_S) + 1
+def test_the_next_wait_is_reported_again():
+    cluster, wait = Cluster(), int(REPORT_AFTER_S) + 1
     cluster.stays(USED, 0, wait)
     cluster.stays(None, 100, 1)  # the workers are there, and then one of them is lost
     cluster.stays(USED, 200, wait)
-    assert len(cluster.told) == 2 and cluster.told[0] == cluster.told[1]
+    assert len(cluster.reported) == 2 and cluster.reported[0] == cluster.reported[1]
 
 
-def test_another_reason_is_told_once_it_has_lasted():
+def test_another_reason_is_reported_once_it_has_lasted():
     """The driver's workers die some seconds after it, and then Ray still keeps their CPUs."""
-    cluster, wait = Cluster(), int(TOLD_AFTER_S)
+    cluster, wait = Cluster(), int(REPORT_AFTER_S)
     cluster.stays(USED, 0, wait - 1)
-    cluster.stays(Room(IDLE.total, IDLE.free, {}), wait - 1, wait)
-    assert cluster.told == []
+    cluster.stays(Capacity(IDLE.total, IDLE.free, {}), wait - 1, wait)
+    assert cluster.reported == []
     cluster.watcher.check(3.0 * wait)
-    assert len(cluster.told) == 1 and "a killed run" in cluster.told[0]
+    assert len(cluster.reported) == 1 and "a killed run" in cluster.reported[0]
 
 
 def test_it_watches_beside_the_run_also_after_the_cluster_could_not_be_asked(monkeypatch):
-    monkeypatch.setattr(waiting, "EVERY_S", 0.001)
-    monkeypatch.setattr(waiting, "TOLD_AFTER_S", 0.0)
-    rooms, heard = iter([ConnectionError(), USED]), threading.Event()
+    monkeypatch.setattr(capacity_module, "EVERY_S", 0.001)
+    monkeypatch.setattr(capacity_module, "REPORT_AFTER_S", 0.0)
+    capacities, heard = iter([ConnectionError(), USED]), threading.Event()
 
-    def look():
-        room = next(rooms, USED)
-        if isinstance(room, Exception):
-            raise room
-        return room
+    def read_capacity():
+        capacity = next(capacities, USED)
+        if isinstance(capacity, Exception):
+            raise capacity
+        return capacity
 
-    with RoomWatcher(TWO, look, lambda sentence: heard.set()) as watcher:
+    with CapacityWatcher(TWO, read_capacity, lambda sentence: heard.set()) as watcher:
         assert heard.wait(10)
     assert not watcher._thread.is_alive()
 
 
-def test_ray_keeps_what_a_killed_run_had_asked_for_no_longer_than_told():
+def test_ray_keeps_what_a_killed_run_had_asked_for_no_longer_than_reported():
     """Ray's own coordinator, with a clock and a cluster of the test's."""
     prepare_environment()
     from ray.data._internal.cluster_autoscaler import ResourceRequestPriority
@@ -152,11 +164,11 @@ def test_ray_keeps_what_a_killed_run_had_asked_for_no_longer_than_told():
 
     asks("killed")
     reasons = []
-    for second in range(10, int(KEPT_S) + 1, coordinator.TICK_INTERVAL_S):
+    for second in range(10, int(RESERVED_S) + 1, coordinator.TICK_INTERVAL_S):
         now[0] = float(second)
         coordinator._tick()
         asks("next")
-        found = lack(ONE, Room(IDLE.total, IDLE.free, coordinator.get_reserved_resources("train-next")))
+        found = find_shortage(ONE, Capacity(IDLE.total, IDLE.free, coordinator.get_reserved_resources("train-next")))
         reasons.append(found and found.reason)
-    assert reasons == ["kept"] * 9 + [None]
-    assert KEPT_S == AUTOSCALING_REQUESTS_EXPIRE_TIME_S + coordinator.TICK_INTERVAL_S
+    assert reasons == ["reserved"] * 9 + [None]
+    assert RESERVED_S == AUTOSCALING_REQUESTS_EXPIRE_TIME_S + coordinator.TICK_INTERVAL_S

@@ -61,7 +61,7 @@ def raised(error, trainer, batches):
 def tiny_of(trainer):
     from lumen_ray.model.build import build_model
 
-    return build_model(trainer.job.settings, len(trainer.job.tokenizer))
+    return build_model(trainer.job.start.settings, len(trainer.job.start.tokenizer))
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -226,7 +226,7 @@ def ended_by_ray():
 def test_a_worker_that_ray_ended_for_its_memory_is_told(data, tmp_path):
     cause = as_user_error(ended_by_ray(), tmp_path)
     assert isinstance(cause, UserError) and cause.reason == "out_of_memory" and "\n" not in str(cause)
-    assert "before the first step was done, and Ray ended the worker; raise 'accumulate'" in str(cause)
+    assert "before the first step was complete, and Ray ended the worker; raise 'accumulate'" in str(cause)
     assert str(cause).endswith("; there is no checkpoint yet")
     train_local(job_of(data, tmp_path, {"steps": 3}, checkpoint_every=2))
     (tmp_path / "metrics.jsonl").open("a").write('{"step": 3, "lo')  # cut short by the kill

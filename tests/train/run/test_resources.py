@@ -1,4 +1,4 @@
-"""A run that a cluster has no room for is refused at once; Ray would wait for ever."""
+"""A run that does not fit in the cluster is refused at once; Ray would wait forever."""
 
 import pytest
 from support.train_fakes import make_recipe

@@ -14,10 +14,10 @@ from support.train_fakes import make_job, make_recipe
 
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import read_meta
-from lumen_ray.train import launch as trainer_module
+from lumen_ray.train import launch
 from lumen_ray.train.launch import prepare_job, train, train_local
 from lumen_ray.train.metrics.metrics import MetricsWatcher, drop_from
-from lumen_ray.train.run.folder import keep_start, sole_starter, sole_writer, start_of
+from lumen_ray.train.run.folder import keep_record, sole_starter, sole_writer, start_record
 from lumen_ray.trunk.tokenizer import CAPTIONS_FILE
 
 
@@ -48,7 +48,7 @@ def test_ctrl_c_is_told_as_such(data, tmp_path, monkeypatch):
 
     monkeypatch.setattr("lumen_ray.ray_env.init_local", lambda: None)
     monkeypatch.setattr("lumen_ray.ray_env.cluster_resources", lambda: {"CPU": 2, "GPU": 0})
-    monkeypatch.setattr(trainer_module, "_ray_trainer", lambda *_: Interrupted())
+    monkeypatch.setattr(launch, "_ray_trainer", lambda *_: Interrupted())
     with pytest.raises(KeyboardInterrupt):
         train(data / "shards", make_recipe(data), tmp_path / "run")
 
@@ -68,7 +68,7 @@ def test_a_busy_folder_is_refused_before_anything_is_written(data, tmp_path, mon
             refused.append(error.value.reason)
         assert kept(run) == before
 
-    monkeypatch.setattr(trainer_module, "_fit", fit)
+    monkeypatch.setattr(launch, "_train_on_ray", fit)
     monkeypatch.setattr(time, "sleep", lambda s: pytest.fail("it waited"))
     train(data / "shards", make_recipe(data), run)
     assert refused == ["run_busy", "run_busy"]
@@ -97,16 +97,16 @@ def test_an_output_that_cannot_be_made_is_told(data, tmp_path, output):
 
 def test_another_spelling_of_the_model_is_the_same_run(data, tmp_path):
     manifest, settings = {"files": [{"sha256": "a"}], "categories": []}, tiny_settings()
-    keep_start(tmp_path, start_of(make_recipe(data), settings, manifest, None), resumes=False)
+    keep_record(tmp_path, start_record(make_recipe(data), settings, manifest, None), resumes=False)
     respelled = make_recipe(data, model=f"{data}/../{data.name}/tiny.yaml")
-    keep_start(tmp_path, start_of(respelled, settings, manifest, None), resumes=True)
+    keep_record(tmp_path, start_record(respelled, settings, manifest, None), resumes=True)
 
 
 def test_how_a_run_is_carried_out_may_change(data, tmp_path):
     manifest, settings = {"files": [{"sha256": "a"}], "categories": []}, tiny_settings()
-    keep_start(tmp_path, start_of(make_recipe(data), settings, manifest, None), resumes=False)
+    keep_record(tmp_path, start_record(make_recipe(data), settings, manifest, None), resumes=False)
     changed = make_recipe(data, workers=2, min_workers=1, max_failures=9, keep_checkpoints=1, checkpoint_every=3)
-    keep_start(tmp_path, start_of(changed, settings, manifest, None), resumes=True)
+    keep_record(tmp_path, start_record(changed, settings, manifest, None), resumes=True)
     assert json.loads((tmp_path / "recipe.json").read_text())["recipe"]["workers"] == 2
 
 
@@ -114,32 +114,33 @@ def test_what_no_weight_depends_on_may_change(data, tmp_path):
     manifest = {"files": [{"sha256": "a"}], "categories": []}
 
     def start(name, **changes):
-        return start_of(make_recipe(data), tiny_settings(**EXPERTS | {name: EXPERTS[name] | changes}), manifest, None)
+        settings = tiny_settings(**EXPERTS | {name: EXPERTS[name] | changes})
+        return start_record(make_recipe(data), settings, manifest, None)
 
-    keep_start(tmp_path, start("unipose"), resumes=False)
+    keep_record(tmp_path, start("unipose"), resumes=False)
     for changes in ({"pixels_at_once": 5}, {"guidance": 2.0}, {"sampler": "EulerDiscreteScheduler"}):
-        keep_start(tmp_path, start("unipose" if "pixels_at_once" in changes else "stable_diffusion", **changes), True)
+        keep_record(tmp_path, start("unipose" if "pixels_at_once" in changes else "stable_diffusion", **changes), True)
     with pytest.raises(UserError, match="another model settings"):
-        keep_start(tmp_path, start("unipose", box_weight=1.0), resumes=True)
+        keep_record(tmp_path, start("unipose", box_weight=1.0), resumes=True)
 
 
 def test_a_run_is_continued_with_what_it_was_started_with(data, tmp_path):
     manifest = {"files": [{"sha256": "a"}], "categories": []}
     settings = tiny_settings()
-    start = start_of(make_recipe(data), settings, manifest, None)
-    keep_start(tmp_path, start, resumes=False)
-    keep_start(tmp_path, start, resumes=True)
+    start = start_record(make_recipe(data), settings, manifest, None)
+    keep_record(tmp_path, start, resumes=False)
+    keep_record(tmp_path, start, resumes=True)
     others = {
-        "recipe": start_of(make_recipe(data, seed=1), settings, manifest, None),
-        "model settings": start_of(make_recipe(data), tiny_settings(link_channels=64), manifest, None),
-        "shards": start_of(make_recipe(data), settings, {**manifest, "files": [{"sha256": "b"}]}, None),
+        "recipe": start_record(make_recipe(data, seed=1), settings, manifest, None),
+        "model settings": start_record(make_recipe(data), tiny_settings(link_channels=64), manifest, None),
+        "shards": start_record(make_recipe(data), settings, {**manifest, "files": [{"sha256": "b"}]}, None),
         "model to start from": start | {"init_from": "0" * 64},
     }
     for name, other in others.items():
         with pytest.raises(UserError, match=f"a run of another {name};") as error:
-            keep_start(tmp_path, other, resumes=True)
+            keep_record(tmp_path, other, resumes=True)
         assert error.value.reason == "run_exists"
-    keep_start(tmp_path, others["recipe"], resumes=False)
+    keep_record(tmp_path, others["recipe"], resumes=False)
 
 
 def test_the_weights_a_run_started_from_are_known_by_what_is_in_them(data, tmp_path):
@@ -162,16 +163,16 @@ def test_a_recipe_says_where_it_starts_from(data, tmp_path):
     start, other = tiny_folder(tmp_path / "start"), tiny_folder(tmp_path / "other", seed=1)
     recipe = make_recipe(data, init_from=str(start))
     prepared = prepare_job(data / "shards", recipe, tmp_path / "run")
-    assert prepared.job.init_from == prepared.job.recipe.init_from == str(start)
-    assert prepare_job(data / "shards", recipe, tmp_path / "second", str(other)).job.init_from == str(other)
-    assert make_job(data, tmp_path / "third").job.init_from is None
-    settings, manifest = prepared.job.settings, prepared.manifest
+    assert prepared.job.start.init_from == prepared.job.recipe.init_from == str(start)
+    assert prepare_job(data / "shards", recipe, tmp_path / "second", str(other)).job.start.init_from == str(other)
+    assert make_job(data, tmp_path / "third").job.start.init_from is None
+    settings, manifest = prepared.job.start.settings, prepared.manifest
     moved = shutil.copytree(start, tmp_path / "moved")
     for respelled, folder in ((recipe, moved), (make_recipe(data, init_from=str(moved)), moved)):
-        keep_start(tmp_path / "run", start_of(respelled, settings, manifest, str(folder)), resumes=True)
-    changed = start_of(make_recipe(data, init_from=str(other)), settings, manifest, str(other))
+        keep_record(tmp_path / "run", start_record(respelled, settings, manifest, str(folder)), resumes=True)
+    changed = start_record(make_recipe(data, init_from=str(other)), settings, manifest, str(other))
     with pytest.raises(UserError, match="a run of another model to start from;"):
-        keep_start(tmp_path / "run", changed, resumes=True)
+        keep_record(tmp_path / "run", changed, resumes=True)
 
 
 def test_a_preset_of_published_weights_needs_a_start(data, tmp_path):
@@ -183,7 +184,7 @@ def test_a_preset_of_published_weights_needs_a_start(data, tmp_path):
     assert error.value.reason == "no_start" and "\n" not in str(error.value)
     assert "lumen-ray convert pretrained" in str(error.value) and not (tmp_path / "run").exists()
     start = tiny_folder(tmp_path / "start")
-    assert prepare_job(data / "shards", recipe, tmp_path / "run", str(start)).job.init_from == str(start)
+    assert prepare_job(data / "shards", recipe, tmp_path / "run", str(start)).job.start.init_from == str(start)
 
 
 @pytest.mark.parametrize("tasks", [("caption", "pose"), ("caption",)])
@@ -220,23 +221,23 @@ def test_the_tokenizer_of_captions_goes_from_model_to_model(data, tmp_path):
 def test_a_run_of_an_earlier_version_goes_on(data, tmp_path):
     """Its recipe and its model's settings have no word of what came later, and its recipe has one task more."""
     manifest = {"files": [{"sha256": "a"}], "categories": []}
-    start = start_of(make_recipe(data), tiny_settings(), manifest, None)
+    start = start_record(make_recipe(data), tiny_settings(), manifest, None)
     old = {key: value for key, value in start["recipe"].items() if key not in ("precision", "lora", "ema", "compile")}
     model = {key: value for key, value in start["model"].items() if key not in ("decoders", "unipose", "pose_queries")}
     old["stages"] = json.loads(json.dumps(old["stages"]))
     old["stages"][0]["groups"][0]["tasks"].append("semantic")  # which was taken, and trained nothing
-    keep_start(tmp_path, start | {"recipe": old, "model": model}, resumes=False)
-    keep_start(tmp_path, start, resumes=True)
-    keep_start(tmp_path, start | {"recipe": old}, resumes=False)
+    keep_record(tmp_path, start | {"recipe": old, "model": model}, resumes=False)
+    keep_record(tmp_path, start, resumes=True)
+    keep_record(tmp_path, start | {"recipe": old}, resumes=False)
     with pytest.raises(UserError, match="a run of another recipe;"):
-        keep_start(tmp_path, start | {"recipe": start["recipe"] | {"precision": "bf16"}}, resumes=True)
+        keep_record(tmp_path, start | {"recipe": start["recipe"] | {"precision": "bf16"}}, resumes=True)
 
 
 def test_a_run_killed_before_its_export_needs_no_ray(data, tmp_path, monkeypatch):
     model = train_local(make_job(data, tmp_path / "run", stages=((2, None),)))
     before = (model / "model.safetensors").read_bytes()
     (model / "model.safetensors").unlink()
-    monkeypatch.setattr(trainer_module, "_fit", lambda *_: pytest.fail("Ray was started"))
+    monkeypatch.setattr(launch, "_train_on_ray", lambda *_: pytest.fail("Ray was started"))
     recipe = make_recipe(data, stages=((2, None),))
     assert train(data / "shards", recipe, tmp_path / "run") == model
     assert (model / "model.safetensors").read_bytes() == before
@@ -258,17 +259,16 @@ def test_lines_that_are_written_again_are_dropped(tmp_path):
     assert path.stat().st_ino == inode
 
 
-def test_the_watcher_tells_each_step_once(tmp_path):
-    path, told = tmp_path / "metrics.jsonl", []
+def test_the_watcher_passes_on_each_step_once(tmp_path):
+    path, steps = tmp_path / "metrics.jsonl", []
     path.write_text(line(0) + line(1))
-    watcher = MetricsWatcher(path, 2, lambda entry: told.append(entry["step"]))
-    with open(path, "a") as file:
-        file.write(line(2) + line(3))
-    deadline = time.monotonic() + 20
-    while len(told) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    drop_from(path, 2)  # the workers start again from the checkpoint at step 2
-    with open(path, "a") as file:
-        file.write(line(2) + line(3) + line(4))
-    watcher.stop()
-    assert told == [2, 3, 4]
+    with MetricsWatcher(path, 2, lambda entry: steps.append(entry["step"])):
+        with open(path, "a") as file:
+            file.write(line(2) + line(3))
+        deadline = time.monotonic() + 20
+        while len(steps) < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        drop_from(path, 2)  # the workers start again from the checkpoint at step 2
+        with open(path, "a") as file:
+            file.write(line(2) + line(3) + line(4))
+    assert steps == [2, 3, 4]
