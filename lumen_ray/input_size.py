@@ -1,7 +1,7 @@
-"""How large a decoder that looks at images itself gets them: rules on an image's shape, in plain numbers.
+"""Input size rules of decoders that read images directly: from an image's shape to a size in pixels.
 
-The trunk sees all images in its few small inputs. A decoder with a rule of its own gets each image in a size of its
-own, resampled from the stored one, in training and at inference alike.
+The trunk reads all images in a few small input sizes. A decoder with a size rule gets each image resampled from the
+stored one to the size the rule gives, both in training and at inference.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from lumen_ray.structures import Size
 
 Shape = tuple[float, float]  # (height, width)
 Scale = tuple[float, float]  # of x and of y
-_ROUNDING = 1e-3  # of a pixel: what floating point may leave of one
+_ROUNDING = 1e-3  # pixels; floating-point error that must not round a side up
 
 
 @dataclass(frozen=True)
 class ShortSide:
-    """The rule of DETR (arXiv 2005.12872, sec. 4) and Grounding DINO: the shorter side gets `short` pixels, unless the
-    longer one would get more than `long`."""
+    """DETR's rule (arXiv 2005.12872, sec. 4), also Grounding DINO's: resizes the shorter side to `short` pixels, or
+    less where the longer side would exceed `long`."""
 
     short: int
     long: int
 
     def __str__(self) -> str:
-        return f"{self.short} pixels of the shorter side, of the longer {self.long} at most"
+        return f"shorter side {self.short} pixels, longer side at most {self.long}"
 
     def fit(self, shape: Shape, room: float = 1.0) -> tuple[Size, Scale]:
-        """(height, width) in pixels of an image of this shape, and what its coordinates are multiplied by.
+        """(height, width) in pixels for an image of this shape, and the scale of its coordinates.
 
-        `room`: how many times larger the rule takes the image for than it is: zoomed out, it stays smaller."""
+        `room`: divides the scale; an image zoomed out by this factor stays that much smaller."""
         scale = min(self.short / min(shape), self.long / max(shape)) / room
         height, width = (max(1, math.ceil(side * scale - _ROUNDING)) for side in shape)
         return (height, width), (scale, scale)
@@ -40,8 +40,8 @@ class ShortSide:
 
 @dataclass(frozen=True)
 class PictureSize:
-    """The rule of pictures to draw or edit: about `side` squared pixels in the shape of the image, as near as multiples
-    of `step` come to it, with sides of at most `most`. `asked`: (height, width) instead, whatever the shape."""
+    """The rule of images to generate or edit: about `side` x `side` pixels in the aspect ratio of the source, with
+    sides that are multiples of `step` and at most `most`. `asked`: a fixed (height, width) instead."""
 
     side: int
     most: int
@@ -52,9 +52,10 @@ class PictureSize:
         return f"{self.side} x {self.side} pixels, or about as many in another shape"
 
     def fit(self, shape: Shape, room: float = 1.0) -> tuple[Size, Scale]:
-        """(height, width) in pixels for an image of this shape, and what its coordinates are multiplied by.
+        """(height, width) in pixels for an image of this shape, and the scale of its coordinates.
 
-        The image fills it, stretched by what rounding to `step` takes; `room` does not matter."""
+        The image fills this size, stretched slightly where rounding to `step` changes the aspect ratio. `room` is
+        ignored."""
         height, width = self.asked or self._size(shape)
         return (height, width), (width / shape[1], height / shape[0])
 
@@ -64,7 +65,7 @@ class PictureSize:
         return height, width
 
     def check(self, size: Size) -> None:
-        """`UserError` for a (height, width) that cannot be drawn."""
+        """Raises `UserError` if images of this (height, width) cannot be generated."""
         if not all(side > 0 and side % self.step == 0 for side in size):
             raise UserError(
                 f"the size {size[1]}x{size[0]} cannot be drawn; give a width and a height that are multiples of "
@@ -81,13 +82,13 @@ SizeRule = ShortSide | PictureSize
 
 
 def padded_pixels(sizes: Iterable[Size]) -> int:
-    """Pixels of each of some images of (height, width) `sizes` once they are padded to lie in one tensor."""
+    """Pixels per image after images of (height, width) `sizes` are padded to one tensor."""
     return math.prod(max(sides) for sides in zip(*sizes, strict=True))
 
 
 def by_size(sizes: list[Size]) -> dict[Size, list[int]]:
-    """Size -> indices of the images that have it."""
-    found: dict[Size, list[int]] = {}
+    """Indices of images by (height, width)."""
+    members: dict[Size, list[int]] = {}
     for index, size in enumerate(sizes):
-        found.setdefault(size, []).append(index)
-    return found
+        members.setdefault(size, []).append(index)
+    return members

@@ -1,5 +1,5 @@
-"""Building a model that gets its weights from a file: they are not drawn first, which for a large LLM takes minutes
-and its whole size in memory."""
+"""Building models on the meta device before their weights are read from a file: random initialisation of a large LLM
+would take minutes and memory for the whole model."""
 
 from __future__ import annotations
 
@@ -7,28 +7,31 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from torch.utils import swap_tensors
 
-_LATER = ContextVar("published_parts_on_meta", default=False)
+_ON_META = ContextVar("published_parts_on_meta", default=False)
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 @contextmanager
 def published_parts_on_meta() -> Iterator[None]:
-    """Within it, parts made by `published_part` are built on the meta device; all others get fresh weights as ever."""
-    token = _LATER.set(True)
+    """Context in which modules built by `published_part` are put on the meta device; others are initialised as
+    usual."""
+    token = _ON_META.set(True)
     try:
         yield
     finally:
-        _LATER.reset(token)
+        _ON_META.reset(token)
 
 
-def published_part(build: Callable[[], nn.Module]) -> nn.Module:
-    """What `build` makes: a part that has published weights."""
-    if not _LATER.get():
+def published_part(build: Callable[[], _Module]) -> _Module:
+    """Builds a module that has published weights; see `published_parts_on_meta`."""
+    if not _ON_META.get():
         return build()
     with torch.device("meta"):
         return build()
@@ -36,16 +39,17 @@ def published_part(build: Callable[[], nn.Module]) -> nn.Module:
 
 @contextmanager
 def on_meta() -> Iterator[None]:
-    """Within it, parameters of modules are put on the meta device as soon as they belong to one, before most are drawn.
-    Buffers are computed as ever: no file has those that are not persistent."""
-    thread = threading.get_ident()  # what others build meanwhile is not concerned
+    """Context in which parameters move to the meta device as they are registered, before most are initialised.
+    Buffers are computed as usual, since no file holds the non-persistent ones."""
+    thread = threading.get_ident()  # modules built meanwhile in other threads are left alone
 
     def to_meta(_module: nn.Module, _name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
         if parameter is None or parameter.is_meta or threading.get_ident() != thread:
             return None
         return nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
 
-    handle = register_module_parameter_registration_hook(to_meta)
+    # torch registers what the hook returns, though its annotation says None
+    handle = register_module_parameter_registration_hook(to_meta)  # type: ignore[arg-type]
     try:
         yield
     finally:
@@ -53,17 +57,17 @@ def on_meta() -> Iterator[None]:
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Those that are saved with the weights, by name."""
+    """Buffers that are part of the state dict, by name."""
     saved = module.state_dict().keys()
     return {name: buffer for name, buffer in module.named_buffers() if name in saved}
 
 
 def put_weights(module: nn.Module, read: Callable[[str], Tensor], device: torch.device | str) -> None:
-    """Puts a module built `on_meta` on a device: `read` gives the values of its parameters that are on the meta
-    device, and of its persistent buffers, by name.
+    """Moves a module built `on_meta` to a device. `read` returns the values of a meta parameter, or of a persistent
+    buffer, by name.
 
-    It is asked for one after the other, and what it gives is kept where type and device are right, so that no second
-    copy of the weights is needed. Tied parameters stay tied and are asked for once.
+    Tensors are read one by one and used without a copy if their dtype and device are right, so the weights are never in
+    memory twice. Tied parameters stay tied and are read once.
     """
     for name, parameter in module.named_parameters():
         if parameter.is_meta:

@@ -1,4 +1,4 @@
-"""The super link: what leaves the trunk for a decoder."""
+"""The super link: prompt embeddings that the trunk hands to a decoder (VisionLLM v2, arXiv 2406.08394, sec. 3.3)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor
 
 @dataclass
 class SuperLink:
-    """What leaves the trunk for one decoder: what each prompt of a batch asks of it.
+    """The prompts of a batch for one decoder.
 
-    `decoder`: its name. `embeddings`: float32 [P, C]; for decoders that make pictures [P, T, C]. `image_index`: int64
-    [P], the image of the batch each prompt is about. `parent`: int64 [P], -1, or for a keypoint prompt the index of its
-    object's prompt. `group`: int64 [P]: prompts about one image that an expert decoder looks at together, such as the
-    classes of one request; where it is not given, all prompts about an image. Light decoders look at each by itself.
+    `decoder`: its name. `embeddings`: float32 [P, C]; for image decoders [P, T, C]. `image_index`: int64 [P], the image
+    of each prompt in the batch. `parent`: int64 [P], -1, or for a keypoint prompt the index of its object's prompt.
+    `group`: int64 [P], prompts about one image that an expert decoder processes jointly, such as the classes of one
+    request; by default all prompts about an image. The light decoder processes each prompt on its own.
     """
 
     decoder: str
     embeddings: Tensor
     image_index: Tensor
     parent: Tensor
-    group: Tensor | None = None
+    group: Tensor = None  # type: ignore[assignment]  # __post_init__ replaces None
 
     def __post_init__(self) -> None:
         if self.group is None:
@@ -33,7 +33,7 @@ class SuperLink:
         return len(self.image_index)
 
     def select(self, members: Tensor) -> SuperLink:
-        """The link of the prompts at `members` (int64 [M], rising, no keypoint prompt without its object's)."""
+        """The link of the prompts at `members` (int64 [M], ascending; a keypoint prompt only with its parent)."""
         place = torch.full((len(self) + 1,), -1, dtype=torch.int64, device=members.device)
         place[members] = torch.arange(len(members), device=members.device)
         return SuperLink(
@@ -45,28 +45,30 @@ class SuperLink:
         )
 
     def select_with_images(self, members: Tensor) -> tuple[SuperLink, Tensor]:
-        """The link of the prompts at `members`, and the images they are about (int64, rising), among which its
-        `image_index` counts."""
+        """The link of the prompts at `members`, and the images they refer to (int64, ascending); the link's
+        `image_index` indexes those images."""
         link = self.select(members)
         images, link.image_index = link.image_index.unique(return_inverse=True)
         return link, images
 
     def to(self, device: torch.device | str) -> SuperLink:
-        return SuperLink(*(v if isinstance(v, str) else v.to(device) for v in vars(self).values()))
+        tensors = (self.embeddings, self.image_index, self.parent, self.group)
+        return SuperLink(self.decoder, *(value.to(device) for value in tensors))
 
     def chunks(self, most: int) -> list[Tensor]:
-        """Indices of all prompts in groups of at most `most` object prompts, each with its keypoint prompts."""
+        """Indices of all prompts, split into chunks of at most `most` object prompts with their keypoint prompts."""
         owner = torch.where(self.parent < 0, torch.arange(len(self), device=self.parent.device), self.parent)
         objects = torch.nonzero(self.parent < 0).flatten()
-        return [torch.nonzero(torch.isin(owner, part)).flatten() for part in objects.split(most) if len(part)]
+        return [torch.nonzero(torch.isin(owner, chunk)).flatten() for chunk in objects.split(most) if len(chunk)]
 
     def group_chunks(self, most: int) -> list[Tensor]:
-        """Indices of all prompts in parts of at most `most` groups."""
-        return [torch.nonzero(torch.isin(self.group, part)).flatten() for part in self.group.unique().split(most)]
+        """Indices of all prompts, split into chunks of at most `most` groups."""
+        return [torch.nonzero(torch.isin(self.group, chunk)).flatten() for chunk in self.group.unique().split(most)]
 
 
 def concat(links: Sequence[SuperLink], first_images: Sequence[int]) -> SuperLink:
-    """Links of one decoder as one, each about images from its `first_images` on; groups stay apart."""
+    """Concatenates links of one decoder; the images of each start at its entry in `first_images`, and groups of
+    different links stay distinct."""
     parents, groups, prompts, group = [], [], 0, 0
     for link in links:
         parents.append(torch.where(link.parent >= 0, link.parent + prompts, link.parent))

@@ -1,9 +1,9 @@
-"""Where an image lies in the model input, and the targets of a training batch in that frame."""
+"""The placement of an image in the model input, and the targets of a training batch in that frame."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ MASK_STRIDE = 4
 
 @dataclass(frozen=True)
 class Frame:
-    """Where an image lies in the model input: scaled by `scale`, at the top left, padded to `input_size`."""
+    """Placement of an image in the model input: scaled by `scale`, at the top left, padded to `input_size`."""
 
     size: Size  # (height, width) of the EXIF-rotated image, pixels
     scale: float
@@ -28,23 +28,25 @@ class Frame:
     @property
     def extent(self) -> Size:
         """(height, width) of the image in the input, in whole pixels; the rest is padding."""
-        return tuple(
-            min(side, max(1, math.ceil(own * self.scale))) for own, side in zip(self.size, self.input_size, strict=True)
+        height, width = (
+            min(side, max(1, math.ceil(stored * self.scale)))
+            for stored, side in zip(self.size, self.input_size, strict=True)
         )
+        return height, width
 
     @classmethod
     def fit(cls, size: Size, input_size: int | Size) -> Frame:
-        """The frame of an image as large as the input holds it: one of its sides fills the input's."""
+        """The frame of an image scaled to the largest size that fits the input."""
         height, width = as_size(input_size)
         return cls((int(size[0]), int(size[1])), min(height / size[0], width / size[1]), (height, width))
 
 
 @dataclass
 class Pixels:
-    """What an expert decoder with its own image backbone looks at.
+    """Input of an expert decoder with its own image backbone.
 
-    `images` uint8 [B, 3, H, W], the trunk's input or images in the decoder's own size; `extents` int64 [B, 2]: (height,
-    width) of the part at the top left that shows the image, the rest is padding.
+    `images` uint8 [B, 3, H, W], the trunk's input or images in the decoder's input size; `extents` int64 [B, 2]:
+    (height, width) of each image at the top left; the rest is padding.
     """
 
     images: Tensor
@@ -55,8 +57,8 @@ class Pixels:
 
     @classmethod
     def stack(cls, images: Sequence[Tensor], extents: Sequence[Size] | None = None) -> Pixels:
-        """Images uint8 [3, h, w] of any sizes, padded to the largest; `extents`: (height, width) of the part of each
-        that is not padding, by default all of it."""
+        """Pads images uint8 [3, h, w] of any sizes to the largest; `extents`: (height, width) of each without padding,
+        by default its full size."""
         shapes = [tuple(image.shape[1:]) for image in images]
         height, width = (max(sides) for sides in zip(*shapes, strict=True))
         padded = [F.pad(image, (0, width - w, 0, height - h)) for image, (h, w) in zip(images, shapes, strict=True)]
@@ -72,14 +74,14 @@ class Pixels:
 
 @dataclass
 class PerceptionTargets:
-    """What P perception prompts should find, in input pixels (the frame of `Frame`).
+    """Ground truth of P perception prompts, in input pixels (the frame of `Frame`).
 
     `boxes` float32 [P, G, 4] xyxy, padded; `valid`, `crowd` bool [P, G]; `mask_index` int64 [P, G] into `masks`
     uint8 [M, H/4, W/4] or -1; `keypoints` float32 [P, G, 3], for keypoint prompts: the keypoint in each instance of
     the parent prompt (v = 0 where unlabelled). `counted` bool [P]: False for prompts without detection targets.
-    `instance` int64 [P, G]: which instance of its image an entry is, -1 at padding; prompts may name the same one.
-    Where it is not given, no two do. `sigma` float32 [P], for keypoint prompts: how precisely the keypoint is placed
-    (`keypoints.keypoint_sigmas`); where it is not given, the default.
+    `instance` int64 [P, G]: index of the instance within its image, -1 at padding; prompts may share an instance. By
+    default all are distinct. `sigma` float32 [P], for keypoint prompts: the keypoint's OKS sigma
+    (`keypoints.keypoint_sigmas`), by default `DEFAULT_SIGMA`.
     """
 
     boxes: Tensor
@@ -89,8 +91,8 @@ class PerceptionTargets:
     masks: Tensor
     keypoints: Tensor
     counted: Tensor
-    instance: Tensor | None = None
-    sigma: Tensor | None = None
+    instance: Tensor = None  # type: ignore[assignment]  # __post_init__ replaces None
+    sigma: Tensor = None  # type: ignore[assignment]  # __post_init__ replaces None
 
     def __post_init__(self) -> None:
         if self.sigma is None:
@@ -103,19 +105,19 @@ class PerceptionTargets:
         return PerceptionTargets(**{name: value.to(device) for name, value in self.__dict__.items()})
 
     def select(self, members: Tensor) -> PerceptionTargets:
-        """Those of the prompts at `members`, int64 [M]."""
+        """The targets of the prompts at `members`, int64 [M]."""
         per_prompt = {name: value[members] for name, value in self.__dict__.items() if name != "masks"}
         return PerceptionTargets(masks=self.masks, **per_prompt)
 
 
 @dataclass
 class ImageTargets:
-    """What G generation or editing prompts should give: `images` uint8 [G, 3, H, W], in the size they are learned in.
+    """Target images of G generation or editing prompts: `images` uint8 [G, 3, H, W], in their training size.
 
-    `extents` int64 [G, 2], as in `Pixels`: the part at the top left that counts, of a (height, width) that the decoder
-    can draw; None: all of each image. An edit's target lies in the same frame as the image it starts from.
-    `caption_ids` int64 [G, L]: each picture's description, or the instruction of an edit, in the ids of the CLIP text
-    encoder's tokenizer; None where the model has no such tokenizer.
+    `extents` int64 [G, 2], as in `Pixels`: (height, width) of each image without padding, a size that the decoder can
+    generate; None: no padding. The target of an edit lies in the same frame as its source image. `caption_ids` int64
+    [G, L]: each image's caption, or the edit instruction, as ids of the CLIP text encoder's tokenizer; None if the
+    model has no such tokenizer.
     """
 
     images: Tensor
@@ -123,8 +125,12 @@ class ImageTargets:
     caption_ids: Tensor | None = None
 
     def to(self, device: torch.device | str) -> ImageTargets:
-        return ImageTargets(*(None if value is None else value.to(device) for value in self.__dict__.values()))
+        return self._map(lambda value: value.to(device))
 
     def select(self, members: Tensor) -> ImageTargets:
-        """Those of the prompts at `members`, int64 [M]."""
-        return ImageTargets(*(None if value is None else value[members] for value in self.__dict__.values()))
+        """The targets of the prompts at `members`, int64 [M]."""
+        return self._map(lambda value: value[members])
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> ImageTargets:
+        optional = (None if value is None else change(value) for value in (self.extents, self.caption_ids))
+        return ImageTargets(change(self.images), *optional)

@@ -1,5 +1,5 @@
-"""Checkpoints in the layout in which models are published: a folder (or a hub id) with `config.json` and weights in one
-file or in shards with an index. Tensors are read one by one, when they are asked for."""
+"""Published checkpoints: a folder or hub id with `config.json` and weights in one file or in indexed shards. Tensors
+are read lazily, one by one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ PICKLE_FLAG = "--allow-pickle"
 
 
 def fetch(source: str | Path, pickle: bool = False) -> Path:
-    """The folder that a user means by a path or by the id of a repository on the hub, which is downloaded."""
+    """Resolves a path or a hub id to a local folder, downloading the repository if needed. Raises `UserError` if it is
+    neither."""
     folder = Path(source)
     if folder.is_dir():
         return folder
@@ -37,15 +38,15 @@ def fetch(source: str | Path, pickle: bool = False) -> Path:
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", *(["*.bin"] if pickle else [])]
     try:
         return Path(snapshot_download(str(source), allow_patterns=patterns))
-    except Exception as error:  # no connection, no such repository, no access: told in the hub's words
+    except Exception as error:  # no connection, repository or access; reported in the hub's words
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"checkpoint '{source}' is no folder and cannot be fetched: {reason}", "missing_checkpoint"
+            f"checkpoint '{source}' is not a folder and cannot be downloaded: {reason}", "missing_checkpoint"
         ) from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file; `UserError` when it is damaged."""
+    """Reads the object in a JSON file. Raises `UserError` if it is damaged."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
@@ -58,7 +59,7 @@ def read_json(path: Path) -> dict[str, Any]:
 class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a published checkpoint by name, and its `config.json`.
 
-    `pickle`: read weights that are saved with Python's pickle too, and then tensors only (`weights_only`).
+    `pickle`: also read pickled weights, restricted to tensors (`weights_only`).
     """
 
     def __init__(self, source: str | Path, pickle: bool = False):
@@ -70,7 +71,7 @@ class Checkpoint(Mapping[str, Tensor]):
 
     @staticmethod
     def read_config(folder: Path) -> dict[str, Any]:
-        """The mapping in a checkpoint's config.json."""
+        """Reads a checkpoint's config.json. Raises `UserError` if it is missing or damaged."""
         if not (path := folder / "config.json").is_file():
             raise UserError(
                 f"'{folder}' is not a published checkpoint: config.json is missing; give the folder that holds it",
@@ -79,7 +80,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return read_json(path)
 
     def _find(self, pickle: bool) -> list[Path]:
-        """The files of the weights."""
+        """The weight files. Raises `UserError` if there are none, or only pickled ones that may not be read."""
         for names, allowed in ((SAFE, True), (PICKLED, pickle)):
             found = [path for name in names if (path := self.folder / f"{name}.index.json").is_file()]
             if found and allowed:
@@ -101,8 +102,10 @@ class Checkpoint(Mapping[str, Tensor]):
         names = sorted(set(read_json(index).get("weight_map", {}).values()))
         missing = [name for name in names if not (self.folder / name).is_file()]
         if missing or not names:
-            what = f"shard '{missing[0]}' is missing" if names else "it names no shard"
-            raise UserError(f"'{index}': {what}; fetch the checkpoint again, all {len(names)} shards", "missing_shard")
+            what = f"shard '{missing[0]}' is missing" if names else "it lists no shards"
+            raise UserError(
+                f"'{index}': {what}; download the checkpoint again, all {len(names)} shards", "missing_shard"
+            )
         return [self.folder / name for name in names]
 
     def _handle(self, path: Path) -> Any:

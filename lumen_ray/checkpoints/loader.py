@@ -1,4 +1,4 @@
-"""How a decoder reads weights that somebody has published."""
+"""The interface through which a decoder reads published weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class PublishedLoader:
 
     `sizes`: (folder) -> keys of the decoder's settings that the checkpoint determines. `load`: (folder, a function that
     builds the decoder, whether pickle files may be read) -> {name below `decoders.<decoder>.`: tensor}. `fresh`:
-    prefixes of such names that the checkpoint has nothing for. `tokenizer`: (folder) -> that of its text encoder.
+    prefixes of names that the checkpoint lacks. `tokenizer`: (folder) -> the tokenizer of its text encoder.
     """
 
     sizes: Callable[[Path], dict[str, Any]]

@@ -1,7 +1,7 @@
-"""How the tensors of a published checkpoint become ours: tables of rules, and what each did.
+"""Maps tensor names of published checkpoints to this package's: tables of rules, and a report of what each did.
 
 A table is a list of `Rule`s over the names inside one module, without the module's prefix; the first rule whose pattern
-is the whole name wins. A `Part` says where the module stands in the checkpoint and in our model.
+matches the whole name applies. A `Part` gives the prefixes of the module in the checkpoint and in our model.
 
     RULES = [
         Rule(r"layers\\.(\\d+)\\.norm1\\.(weight|bias)", r"blocks.\\1.first_norm.\\2"),
@@ -9,8 +9,8 @@ is the whole name wins. A `Part` says where the module stands in the checkpoint 
         Rule(r"backbone\\..*relative_position_index", drop="buffer that the model computes"),
     ]
 
-Names that lead to a tensor which is there already are its aliases: shared heads are saved once for every layer that
-uses them. Their values must agree. Everything works on meta tensors, so a layout can be checked without its weights.
+A name that maps to an existing target is an alias (shared heads are saved once per layer that uses them); its values
+must be equal. Everything works on meta tensors, so a layout can be checked without its weights.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ Outcome = Literal["renamed", "split", "merged", "alias", "dropped", "unknown"]
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of the names that `pattern` (a regular expression) matches as a whole.
+    """Renames, splits or drops the tensors whose whole name matches `pattern` (a regular expression).
 
-    `to`: the new name, with the pattern's groups as in `re.sub`; or several: the tensor is then cut into as many equal
-    parts along dim 0. `change`: a function of the tensor, applied first (a transpose, a squeeze). `drop`: why the
-    tensor is not needed; a rule has either this or `to`.
+    `to`: the new name, with the pattern's groups as in `re.sub`; with several names the tensor is split into as many
+    equal chunks along dim 0. `change`: a function of the tensor, applied first (a transpose, a squeeze). `drop`: the
+    reason why the tensor is not needed. A rule has either `to` or `drop`.
     """
 
     pattern: str
@@ -56,20 +56,20 @@ class Rule:
         return self._regex.fullmatch(name)
 
     def targets(self, match: re.Match[str]) -> tuple[str, ...]:
-        """The new names; none for a rule that drops."""
+        """The new names; empty for a rule that drops."""
         return tuple(match.expand(name) for name in ((self.to,) if isinstance(self.to, str) else self.to))
 
     def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """The tensors that go by the names of `targets`."""
+        """The tensors for the names in `targets`."""
         tensor = tensor if self.change is None else self.change(tensor)
         return (tensor,) if isinstance(self.to, str) else tensor.chunk(len(self.to))
 
 
 @dataclass(frozen=True)
 class Part:
-    """One module of a checkpoint: all names that start with `source`, ruled by `rules`, go below `target`.
+    """One module of a checkpoint: `rules` map all names that start with `source` to names below `target`.
 
-    Both end with a dot, or are empty.
+    Both prefixes end with a dot, or are empty.
     """
 
     source: str
@@ -83,10 +83,10 @@ class Part:
 
 @dataclass(frozen=True)
 class ReleasedModule:
-    """The part of the released VisionLLM v2 checkpoint that one decoder of it is.
+    """The module of one decoder in the released VisionLLM v2 checkpoint.
 
-    `module`: its name there. `parts`: (prefix of our decoder, of its link head, of the module) -> where its tensors go;
-    all prefixes end with a dot. `fresh`: prefixes of what our decoder has and the released one has not.
+    `module`: its name there. `parts`: (prefix of our decoder, of its link head, of the module) -> the rules for its
+    tensors; all prefixes end with a dot. `fresh`: prefixes of our decoder's tensors that the released one lacks.
     """
 
     module: str
@@ -96,8 +96,8 @@ class ReleasedModule:
 
 @dataclass(frozen=True)
 class Entry:
-    """What happened to one tensor of the checkpoint. `to`: our names; of an alias those that were there already, of an
-    adapter those of the weight it was added to."""
+    """The outcome for one tensor of the checkpoint. `to`: our names; for an alias the existing ones, for an adapter
+    those of the weight it was added to."""
 
     name: str
     shape: tuple[int, ...]
@@ -108,7 +108,7 @@ class Entry:
 
 @dataclass
 class Report:
-    """Where every tensor of a checkpoint went, in its order."""
+    """The outcome for every tensor of a checkpoint, in checkpoint order."""
 
     entries: list[Entry] = field(default_factory=list)
 
@@ -116,11 +116,11 @@ class Report:
         return [entry for entry in self.entries if entry.outcome == outcome]
 
     def refuse(self, what: str) -> None:
-        """`UserError` where a tensor was not understood; `what` is the checkpoint's path."""
+        """Raises `UserError` if a tensor matched no rule; `what` names the checkpoint."""
         if unknown := self.of("unknown"):
             names = ", ".join(f"'{entry.name}'" for entry in unknown[:3])
             raise UserError(
-                f"{what}: {len(unknown)} tensors are not of a known layout: {names}; give a checkpoint as published",
+                f"{what}: {len(unknown)} tensors are not of a known layout: {names}; give the checkpoint as published",
                 "unknown_layout",
             )
 
@@ -130,7 +130,7 @@ class Report:
 
 
 def find_rule(name: str, parts: Iterable[Part]) -> tuple[Rule, tuple[str, ...]] | None:
-    """The rule for a tensor of the checkpoint and our full names for it; None where no rule fits."""
+    """The rule for a tensor of the checkpoint and our full names for it; None if no rule matches."""
     for part in parts:
         if name.startswith(part.source):
             inner = name.removeprefix(part.source)
@@ -141,27 +141,29 @@ def find_rule(name: str, parts: Iterable[Part]) -> tuple[Rule, tuple[str, ...]] 
 
 
 def apply(tensors: Mapping[str, Tensor], parts: Iterable[Part]) -> tuple[dict[str, Tensor], Report]:
-    """{our name: tensor} and what happened to each tensor of the checkpoint; tensors may be on the meta device.
+    """Returns {our name: tensor} and the report of a checkpoint's tensors, which may be on the meta device.
 
-    Raises `UserError` where two tensors that should be one differ.
+    Raises `UserError` if aliases of one tensor differ.
     """
-    parts, out, origin, report = tuple(parts), {}, {}, Report()
+    parts, report = tuple(parts), Report()
+    out: dict[str, Tensor] = {}
+    origin: dict[str, str] = {}
     for name, tensor in tensors.items():
-        shape, found = tuple(tensor.shape), find_rule(name, parts)
-        if found is None:
+        shape, match = tuple(tensor.shape), find_rule(name, parts)
+        if match is None:
             report.entries.append(Entry(name, shape, "unknown"))
             continue
-        rule, targets = found
+        rule, targets = match
         if rule.drop:
             report.entries.append(Entry(name, shape, "dropped", why=rule.drop))
             continue
         outcome: Outcome = "renamed" if len(targets) == 1 else "split"
-        for target, piece in zip(targets, rule.parts(tensor), strict=True):
+        for target, value in zip(targets, rule.parts(tensor), strict=True):
             if target in out:
-                _check_same(origin[target], out[target], name, piece)
+                _check_same(origin[target], out[target], name, value)
                 outcome = "alias"
             else:
-                out[target], origin[target] = piece, name
+                out[target], origin[target] = value, name
         report.entries.append(
             Entry(name, shape, outcome, targets, f"same as {origin[targets[0]]}" * (outcome == "alias"))
         )
@@ -169,7 +171,7 @@ def apply(tensors: Mapping[str, Tensor], parts: Iterable[Part]) -> tuple[dict[st
 
 
 def check_fits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
-    """`UserError` unless `state` has the names and shapes of `expected`, no more and no less."""
+    """Raises `UserError` unless `state` has exactly the names and shapes of `expected`; `what` names the checkpoint."""
     for name in expected:
         if name not in state:
             raise UserError(f"{what} has no tensor for '{name}'; give a complete checkpoint", "incomplete_checkpoint")
@@ -179,7 +181,8 @@ def check_fits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], what
         if tensor.shape != expected[name].shape:
             theirs, ours = (list(t.shape) for t in (tensor, expected[name]))
             raise UserError(
-                f"{what}: the tensor for '{name}' is {theirs}, by the settings {ours}; give a checkpoint of that size",
+                f"{what}: the tensor for '{name}' has shape {theirs}, the settings need {ours}; give a checkpoint of that "
+                "size",
                 "wrong_size",
             )
 

@@ -1,9 +1,8 @@
-"""Weights in safetensors' format, written and read tensor by tensor.
+"""Reads and writes weights in the safetensors format, tensor by tensor.
 
-`safetensors.torch.save` makes one block of bytes of all of them; its `save_file` does not say by number that a disk is
-full, and leaves a nameless temporary file behind when the process is killed. What it reads are views of a mapped file:
-copied to where they belong they stay in the process's memory a second time until all are, and kept they are at the
-mercy of whoever writes into the file. It does say whether a file is whole.
+The library is used only to validate files: `safetensors.torch.save` serialises the whole state in memory; `save_file`
+reports a full disk without an errno and leaves a temporary file behind if the process is killed; and reading returns
+views of a memory-mapped file, which double memory use while they are copied and change if the file is overwritten.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from lumen_ray.errors import UserError
 
-#: the format's name of every type, in the order in which safetensors puts them into a file
+#: the format's dtype names, in the order in which safetensors sorts tensors in a file
 DTYPES = {
     torch.uint64: "U64",
     torch.int64: "I64",
@@ -38,14 +37,14 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 _TYPES = {name: dtype for dtype, name in DTYPES.items()}
-ALIGNMENT = 8  # of the first tensor, in bytes from the start of the file
-LENGTH = 8  # bytes that say how long the header is
+ALIGNMENT = 8  # bytes, of the first tensor from the start of the file
+LENGTH = 8  # bytes of the field that holds the header's length
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Writes the bytes that `safetensors.torch.save` gives for `state`: the header's length, the header, the values.
+    """Writes the same bytes as `safetensors.torch.save` gives for `state`: header length, header, values.
 
-    Tensors may lie on any device, with any strides, and share memory. Needs memory for a copy of one of them at most.
+    Tensors may be on any device, non-contiguous, and share memory. Needs memory for a copy of one tensor at most.
     """
     order = list(DTYPES)
     names = sorted(state, key=lambda name: (order.index(state[name].dtype), name))
@@ -54,17 +53,17 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
         tensor, start = state[name], end
         end += tensor.numel() * tensor.element_size()
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    told = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    told += b" " * (-len(told) % ALIGNMENT)
+    encoded = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % ALIGNMENT)
     with path.open("wb") as file:
-        file.write(len(told).to_bytes(LENGTH, "little"))
-        file.write(told)
+        file.write(len(encoded).to_bytes(LENGTH, "little"))
+        file.write(encoded)
         for name in names:
-            file.write(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            file.write(state[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def sync(path: Path) -> None:
-    """Flushes a file's bytes, or the names in a folder, to the disk: a crash of the machine then leaves them there."""
+    """Flushes a file's contents, or a folder's entries, to disk, so that they survive a crash of the machine."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -73,16 +72,15 @@ def sync(path: Path) -> None:
 
 
 class WeightsFile(Mapping[str, Tensor]):
-    """The tensors of a file by name, each read anew, into memory of its own, when it is asked for.
+    """The tensors of a safetensors file by name; each access reads the tensor into fresh memory.
 
-    They are those of the file that was opened, also where another has taken its place since. Raises `UserError` when
-    it is damaged.
+    Reads the file that was opened even if it has since been replaced on disk. Raises `UserError` if it is damaged.
     """
 
     def __init__(self, path: Path):
         self.path = path
         try:
-            with safe_open(path, framework="pt"):  # which checks the header, and that all tensors are there
+            with safe_open(path, framework="pt"):  # validates the header and the file's length
                 pass
         except SafetensorError as error:
             raise UserError(f"'{path}' is damaged: {str(error).splitlines()[-1].strip()}", "damaged_model") from None
@@ -93,10 +91,10 @@ class WeightsFile(Mapping[str, Tensor]):
         self._start = LENGTH + length
 
     def shapes(self) -> dict[str, Tensor]:
-        """All tensors without their values: on the meta device."""
+        """All tensors on the meta device, without values."""
         return {
-            name: torch.empty(told["shape"], dtype=_TYPES[told["dtype"]], device="meta")
-            for name, told in self._header.items()
+            name: torch.empty(entry["shape"], dtype=_TYPES[entry["dtype"]], device="meta")
+            for name, entry in self._header.items()
         }
 
     def digest(self) -> str:
@@ -105,13 +103,13 @@ class WeightsFile(Mapping[str, Tensor]):
         return hashlib.file_digest(self._file, "sha256").hexdigest()
 
     def __getitem__(self, name: str) -> Tensor:
-        told = self._header[name]
-        start, end = told["data_offsets"]
+        entry = self._header[name]
+        start, end = entry["data_offsets"]
         self._file.seek(self._start + start)
         values = torch.empty(end - start, dtype=torch.uint8)
-        if self._file.readinto(values.numpy()) != end - start:
-            raise UserError(f"'{self.path}' is damaged: it ends in '{name}'", "damaged_model")
-        return values.view(_TYPES[told["dtype"]]).reshape(told["shape"])
+        if self._file.readinto(values.numpy().data) != end - start:
+            raise UserError(f"'{self.path}' is damaged: it ends inside '{name}'", "damaged_model")
+        return values.view(_TYPES[entry["dtype"]]).reshape(entry["shape"])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._header)

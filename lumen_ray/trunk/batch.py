@@ -1,6 +1,6 @@
-"""The training batch: what the collator makes of shard rows, and what a model takes.
+"""The training batch: built by the collator from shard rows, consumed by `Generalist.forward`.
 
-Imports torch alone, so that a machine without Ray can run training steps on batches that another one made.
+Imports only torch, so that a machine without Ray can run training steps on batches made elsewhere.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainingBatch:
-    """One micro-step of one rank: B images with their prompts, and what each prompt should give.
+    """One micro-batch of one rank: B images with their prompts and targets.
 
-    Packed (`layout.pack` is set), rows with an image come first and `images` holds those alone.
+    If packed (`layout.pack` is set), rows with an image come first and `images` holds only those.
     """
 
     #: uint8 [B, 3, H, W]: the trunk's input, padded at the right and the bottom
     images: Tensor
-    #: int64 [B, 2]: (height, width) of the part of each image that is not padding, in input pixels
+    #: int64 [B, 2]: (height, width) of each image without padding, in input pixels
     extents: Tensor
-    #: bool [rows]: False for rows whose prompts see no image
+    #: bool [rows]: False for rows whose prompts attend to no image
     has_image: Tensor
     #: token ids, labels, positions and slots of all prompts
     layout: Layout
@@ -38,26 +38,26 @@ class TrainingBatch:
     #: uint8 [R, H, W]: masks of region prompts in the trunk's input; `region_images` int64 [R]: the image of each
     region_masks: Tensor
     region_images: Tensor
-    #: by link family in the frame of `images`, and by decoder for those with an input size of their own
+    #: by link family in the frame of `images`, and by decoder name for decoders with an input size rule
     targets: dict[str, PerceptionTargets | ImageTargets]
-    #: by decoder: images in its own input size, for decoders that have one
+    #: by decoder name: images in the decoder's input size, for decoders with an input size rule
     pixels: dict[str, Pixels] = field(default_factory=dict)
-    #: of every row
+    #: image id of every row
     image_ids: list[str] = field(default_factory=list)
-    #: decoders that learn from this batch, the same on all ranks; None: all that the model has
+    #: decoders trained on this batch, the same on all ranks; None: all of the model's
     decoders: Collection[str] | None = None
-    #: tasks whose prompts the batch may hold, the same on all ranks; None: any
+    #: tasks that may occur in the batch, the same on all ranks; None: any
     possible_tasks: Collection[str] | None = None
     step: int = 0
-    #: images that could not be decoded, as {image_id, reason}
+    #: images that could not be decoded: {image_id, reason}
     rejected: list[dict[str, Any]] = field(default_factory=list)
-    #: branches and tokens left out of packed rows, where any were
+    #: numbers of branches and tokens dropped from packed rows, if any
     truncated: dict[str, int] = field(default_factory=dict)
-    #: seconds that reading, decoding and laying out took
+    #: seconds spent on reading, decoding and layout
     read_s: float = 0.0
 
     def to(self, device: torch.device | str) -> TrainingBatch:
-        """The batch with its tensors on `device`. Decoders that share pixels or targets go on sharing them."""
+        """The batch with its tensors on `device`. Pixels and targets shared by decoders stay shared."""
         moved: dict[int, Any] = {}
 
         def move(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A branch: one prompt about an image, and the tokens that it becomes."""
+"""A branch: one prompt about an image, and its tokens."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 
 from lumen_ray.tasks import family_of
 
-IGNORE = -100  # label of tokens that the LM loss does not see
+IGNORE = -100  # label of tokens without LM loss
 
 
 @dataclass
-class Piece:
-    """A run of tokens that see each other causally, and no other piece of the same image.
+class TokenSpan:
+    """Consecutive tokens that attend to each other causally, and to no other span of the same image.
 
-    `owner`: the branch it is logged under; `queries`: (branch, place of its first query) of every link in it;
+    `owner`: the branch it is logged under; `queries`: (branch, position of its first query) of every link in it;
     `members`: all branches in it; `regions`: for every <region> token its index in the batch's regions.
     """
 
@@ -26,12 +26,13 @@ class Piece:
     regions: tuple[int, ...] = ()
 
     def add(self, tokens: Iterable[int], learned: bool) -> None:
+        """Appends tokens; `learned`: whether they have LM loss."""
         tokens = list(tokens)
         self.tokens += tokens
         self.labels += tokens if learned else [IGNORE] * len(tokens)
 
     def add_queries(self, branch: int, route: str, pad: int) -> None:
-        """Places for the queries of a routing token that was just added; they hold `pad` until they are filled."""
+        """Reserves positions, filled with `pad`, for the queries behind the routing token that was just added."""
         self.queries.append((branch, len(self.tokens)))
         self.add([pad] * family_of(route).num_queries, False)
 
@@ -40,14 +41,14 @@ class Piece:
 class Branch:
     """One prompt about image `image` of the batch.
 
-    `route`: the routing token that is the response; or None for text, with `response` the text to learn (training) or
-    None (inference: the LLM writes it). `history`: earlier (instruction, response) pairs of the conversation, whose
-    responses are learned too. `regions`: for every <region> in the instructions, its index in the batch's regions.
+    `route`: the routing token given as the response; or None for text, with `response` the target text (training) or
+    None (inference: the LLM generates it). `history`: earlier (instruction, response) pairs of the conversation, whose
+    responses are supervised too. `regions`: for every <region> in the instructions, its index in the batch's regions.
     `parent`: for a keypoint prompt the index (in the list of branches) of its object's prompt, else -1.
-    `limit`: the tokens at most; a response is cut off there, without an end token.
+    `limit`: maximum number of tokens; a response is cut off there, without an end token.
 
-    `group`: prompts of one image and group are one request: experts look at them together, and in the sequential layout
-    they share a string. There `phrase` is what the prompt asks for (else it is read from the prompt).
+    `group`: prompts of one image and group are one request: expert decoders process them jointly, and the sequential
+    layout puts them into one string, in which `phrase` names the prompt's object (by default parsed from the prompt).
     """
 
     image: int

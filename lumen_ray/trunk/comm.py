@@ -3,13 +3,16 @@
 For each encoder  v = sum_i w_i * Linear_i(LN_i(h_i))  over its chosen layers, with learned scalars w.
 DINOv2's v then passes a 2-layer MLP, both are concatenated on channels and projected to the LLM's width.
 
-Or, by setting, CLIP alone with a 2-layer MLP on one of its layers (VisionLLM v2, arXiv 2406.08394, sec. 3.1).
+With `vision.bridge` 'mlp2x_gelu': CLIP alone, one layer through a 2-layer MLP (VisionLLM v2, arXiv 2406.08394,
+sec. 3.1).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +28,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class LayerMerge(nn.Module):
-    """v = sum_i w_i * Linear_i(LN_i(h_i)), added up as the layers run, so that their maps are never held together."""
+    """v = sum_i w_i * Linear_i(LN_i(h_i)) (COMM, sec. 3.2), accumulated layer by layer to bound memory."""
 
     def __init__(self, num_layers: int, in_features: int, out_features: int):
         super().__init__()
@@ -39,9 +42,13 @@ class LayerMerge(nn.Module):
 
 
 class Encoder(nn.Module):
-    """One ViT of `transformers`, run layer by layer."""
+    """A ViT of `transformers`, run layer by layer."""
 
-    def __init__(self, model: nn.Module, mean: tuple, std: tuple):
+    model: Any  # a CLIPVisionModel or a Dinov2Model
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]):
         super().__init__()
         self.model = model
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
@@ -63,8 +70,7 @@ class Encoder(nn.Module):
         return self.model.embeddings(pixels)
 
     def layer_outputs(self, images: Tensor) -> Iterator[Tensor]:
-        """images [B, 3, H, W] in 0..1 -> [B, h*w, width] after each layer; [CLS] is left out, it has no place in the
-        image."""
+        """images [B, 3, H, W] in 0..1 -> [B, h*w, width] after each layer, without the [CLS] token."""
         hidden = self._embed((images - self.mean) / self.std)
         for block in self._blocks():
             hidden = block(hidden, None)
@@ -74,10 +80,17 @@ class Encoder(nn.Module):
 class MergedEncoder(Encoder):
     """One ViT and its layer merge. Input [B, 3, H, W] in 0..1, output [B, h*w, out_features]."""
 
-    def __init__(self, model: nn.Module, layers: list[int], out_features: int, mean: tuple, std: tuple):
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: list[int],
+        out_features: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+    ):
         super().__init__(model, mean, std)
         self.layers = layers
-        self.merge = LayerMerge(len(layers), model.config.hidden_size, out_features)
+        self.merge = LayerMerge(len(layers), self.model.config.hidden_size, out_features)
 
     def forward(self, images: Tensor) -> Tensor:
         """images [B, 3, H, W] in 0..1 -> [B, h*w, out_features]."""
@@ -87,11 +100,14 @@ class MergedEncoder(Encoder):
             if index in position:
                 term = self.merge.term(position[index], hidden)
                 merged = term if merged is None else merged + term
+        assert merged is not None, "no layer is merged"
         return merged
 
 
 class TokenGrid(nn.Module):
-    """What every visual branch knows of its image tokens: `token_merge` squared patches each, row by row."""
+    """Base of the visual branches: image tokens of `token_merge` x `token_merge` patches each, row by row."""
+
+    merged_width: int  # channels of the map that region encoder and dense features read
 
     def __init__(self, patch_size: int, token_merge: int):
         super().__init__()
@@ -99,7 +115,7 @@ class TokenGrid(nn.Module):
         self.token_merge = token_merge
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """(rows, columns) of the image tokens of an input of that many pixels."""
+        """(rows, columns) of the image tokens of an input of `height` x `width` pixels."""
         side = self.patch_size * self.token_merge
         return height // side, width // side
 
@@ -108,7 +124,7 @@ class TokenGrid(nn.Module):
         return images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size
 
     def shuffle(self, tokens: Tensor, h: int, w: int) -> Tensor:
-        """Neighbouring tokens side by side on channels: [B, h*w, C] -> [B, h*w / m^2, C * m^2]."""
+        """Pixel shuffle, m x m neighbouring tokens concatenated on channels: [B, h*w, C] -> [B, h*w / m^2, C * m^2]."""
         m = self.token_merge
         if m == 1:
             return tokens
@@ -117,24 +133,25 @@ class TokenGrid(nn.Module):
 
 
 def as_map(tokens: Tensor, h: int, w: int) -> Tensor:
-    """[B, h*w, C] -> [B, C, h, w]; contiguous, because torch's GroupNorm backward crashes on channels-last input that
-    needs no gradient."""
+    """[B, h*w, C] -> [B, C, h, w], contiguous: the backward pass of torch's GroupNorm crashes on channels-last input
+    that needs no gradient."""
     return tokens.transpose(1, 2).reshape(len(tokens), -1, h, w).contiguous()
 
 
 class BridgedVision(TokenGrid):
-    """CLIP alone, as in LLaVA and VisionLLM v2: one of its layers through a 2-layer MLP gives the image tokens.
+    """CLIP alone, as in LLaVA and VisionLLM v2 (sec. 3.1): image tokens are one layer's output through a 2-layer MLP.
 
-    The map that the region encoder and the dense features read holds the outputs of the last `LEVELS` layers side by
-    side on channels.
+    The map for the region encoder and the dense features concatenates the outputs of the last `LEVELS` layers on
+    channels.
     """
 
     LEVELS = 3
 
     def __init__(self, settings: VisionSettings, image_size: int, llm_width: int):
-        config = settings.configs(image_size)["clip"]
+        config = settings.clip_config(image_size)
+        assert config is not None, "VisionSettings requires clip for this bridge"
         super().__init__(config.patch_size, settings.token_merge)
-        self.clip = Encoder(published_part(lambda: CLIPVisionModel(config)), CLIP_MEAN, CLIP_STD)
+        self.clip = Encoder(published_part(partial(CLIPVisionModel, config)), CLIP_MEAN, CLIP_STD)
         self.dinov2 = self.from_stem = None
         self.layer = config.num_hidden_layers - (2 if settings.clip_layers == "penultimate" else 1)
         self.merged_width = self.LEVELS * config.hidden_size
@@ -145,24 +162,30 @@ class BridgedVision(TokenGrid):
     def forward(self, images: Tensor, stem: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """images [B, 3, H, W] in 0..1 -> (image tokens [B, P, llm_width], map [B, merged_width, h, w]).
 
-        P is h*w, divided by `token_merge` squared. `stem` is for branches that read it.
+        P is h*w / token_merge^2. `stem` is unused, for the signature of `CommVision`.
         """
         h, w = self.patches(images)
-        chosen, levels = None, []
+        chosen: Tensor | None = None
+        levels: list[Tensor] = []
         for index, hidden in enumerate(self.clip.layer_outputs(images)):
             if index == self.layer:
                 chosen = hidden
             levels = [*levels, hidden][-self.LEVELS :]
+        assert chosen is not None, "the settings name a layer of the encoder"
         return self.projector(self.shuffle(chosen, h, w)), as_map(torch.cat(levels, dim=-1), h, w)
 
 
 class CommVision(TokenGrid):
     """CLIP + DINOv2 -> image tokens of the LLM's width. Either encoder may be switched off in the settings.
 
-    With `stem_width` the tokens also read a convolutional stem, as a third encoder that learns from few images: what a
-    ViT from fresh weights needs a hundred thousand of, it sees after some thousand ("Early Convolutions Help
-    Transformers See Better", arXiv 2106.14881).
+    With `stem_width` the tokens also read a convolutional stem, as a third encoder that learns from few images: some
+    thousand, where a ViT trained from scratch needs a hundred thousand ("Early Convolutions Help Transformers See
+    Better", arXiv 2106.14881).
     """
+
+    clip: MergedEncoder | None
+    dinov2: MergedEncoder | None
+    from_stem: nn.Linear | None
 
     def __init__(
         self, settings: VisionSettings, image_size: int, llm_width: int, token_std: float = 0.02, stem_width: int = 0
@@ -171,55 +194,49 @@ class CommVision(TokenGrid):
         super().__init__(next(iter(configs.values())).patch_size, settings.token_merge)  # both encoders share a grid
         self.clip = self.dinov2 = None
         width = 0
-        if (config := configs.get("clip")) is not None:
-            count = config.num_hidden_layers
+        if (clip := settings.clip_config(image_size)) is not None:
+            count = clip.num_hidden_layers
             layers = list(range(count)) if settings.clip_layers == "all" else [count - 1]
-            self.clip = MergedEncoder(
-                published_part(lambda: CLIPVisionModel(config)), layers, config.hidden_size, CLIP_MEAN, CLIP_STD
-            )
-            width += config.hidden_size
-        if (config := configs.get("dinov2")) is not None:
-            count = config.num_hidden_layers
-            chosen = {"all": count, "last_quarter": math.ceil(count / 4), "last": 1}[settings.dinov2_layers]
-            self.dinov2 = MergedEncoder(
-                published_part(lambda: Dinov2Model(config)),
-                list(range(count - chosen, count)),
-                config.hidden_size,
-                IMAGENET_MEAN,
-                IMAGENET_STD,
-            )
-            hidden = settings.mlp_ratio * config.hidden_size
-            self.dinov2_mlp = nn.Sequential(
-                nn.Linear(config.hidden_size, hidden), nn.GELU(), nn.Linear(hidden, config.hidden_size)
-            )
-            width += config.hidden_size
+            model = published_part(partial(CLIPVisionModel, clip))
+            self.clip = MergedEncoder(model, layers, clip.hidden_size, CLIP_MEAN, CLIP_STD)
+            width += clip.hidden_size
+        if (dinov2 := settings.dinov2_config(image_size)) is not None:
+            count, c = dinov2.num_hidden_layers, dinov2.hidden_size
+            merged = {"all": count, "last_quarter": math.ceil(count / 4), "last": 1}[settings.dinov2_layers]
+            layers = list(range(count - merged, count))
+            encoder = published_part(partial(Dinov2Model, dinov2))
+            self.dinov2 = MergedEncoder(encoder, layers, c, IMAGENET_MEAN, IMAGENET_STD)
+            hidden = settings.mlp_ratio * c
+            self.dinov2_mlp = nn.Sequential(nn.Linear(c, hidden), nn.GELU(), nn.Linear(hidden, c))
+            width += c
         self.merged_width = width
         self.projector = nn.Linear(width * self.token_merge**2, llm_width)
         self.from_stem = nn.Linear(stem_width + 5, llm_width) if stem_width else None
-        # Image tokens enter on the scale of word embeddings; much longer ones would pass the LLM's layers unchanged.
+        # Image tokens start at the scale of word embeddings; much larger ones would dominate the LLM's residual stream.
         self.token_norm = nn.LayerNorm(llm_width)
         nn.init.constant_(self.token_norm.weight, token_std)
 
     def forward(self, images: Tensor, stem: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """images [B, 3, H, W] in 0..1 -> (image tokens [B, P, llm_width], merged map [B, merged_width, h, w]).
 
-        P is h*w, divided by `token_merge` squared. `stem`: [B, stem_width, h', w'], for tokens that read it.
+        P is h*w / token_merge^2. `stem`: [B, stem_width, h', w'], needed if the tokens read the stem.
         """
-        parts = []
+        encoded = []
         if self.clip is not None:
-            parts.append(self.clip(images))
+            encoded.append(self.clip(images))
         if self.dinov2 is not None:
-            parts.append(self.dinov2_mlp(self.dinov2(images)))
-        merged = torch.cat(parts, dim=-1)
+            encoded.append(self.dinov2_mlp(self.dinov2(images)))
+        merged = torch.cat(encoded, dim=-1)
         h, w = self.patches(images)
         tokens = self.projector(self.shuffle(merged, h, w))
         if self.from_stem is not None:
+            assert stem is not None, "built with stem_width, called without a stem"
             tokens = tokens + self.from_stem(self._stem_cells(images, stem))
         return self.token_norm(tokens), as_map(merged, h, w)
 
     def _stem_cells(self, images: Tensor, stem: Tensor) -> Tensor:
-        """What the stem shows under each image token: [B, P, stem_width + 5]. With the mean colour, which normalisation
-        in the stem hides, and the cell's centre in -1..1 (arXiv 1807.03247), which a convolution cannot know."""
+        """Stem features pooled under each image token, [B, P, stem_width + 5]: with the mean colour, which the stem's
+        normalisation removes, and the cell's centre in -1..1 (CoordConv, arXiv 1807.03247)."""
         rows, columns = self.grid(*images.shape[-2:])
         y, x = ((2 * torch.arange(n, device=images.device) + 1) / n - 1 for n in (rows, columns))
         place = torch.stack(torch.meshgrid(x, y, indexing="xy")).to(stem.dtype).expand(len(images), -1, -1, -1)
@@ -230,7 +247,7 @@ class CommVision(TokenGrid):
 def build_vision(
     settings: VisionSettings, image_size: int, llm_width: int, token_std: float, stem_width: int
 ) -> CommVision | BridgedVision:
-    """The visual branch that the settings describe; `token_std` and `stem_width` are COMM's."""
+    """Builds the visual branch of the settings; `token_std` and `stem_width` apply to `CommVision`."""
     if settings.bridge == "mlp2x_gelu":
         return BridgedVision(settings, image_size, llm_width)
     return CommVision(settings, image_size, llm_width, token_std, stem_width)

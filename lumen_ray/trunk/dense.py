@@ -1,7 +1,7 @@
-"""The shared dense features: Lumen's task-agnostic representation (arXiv 2403.07304), at stride 4.
+"""The shared dense features: Lumen's task-agnostic representation (arXiv 2403.07304, sec. 3.2), at stride 4.
 
-A small convolutional stem on pixels gives the resolution, the vision branch's merged map and the LLM's hidden states
-at the image tokens give the meaning; they are fused top-down as in a feature pyramid.
+A small convolutional stem on pixels contributes resolution; the vision branch's merged map and the LLM's hidden states
+at the image tokens contribute semantics. They are fused top-down as in a feature pyramid (FPN, arXiv 1612.03144).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def conv_block(in_channels: int, out_channels: int, stride: int = 1) -> nn.Sequential:
-    """3x3 convolution, GroupNorm, SiLU. GroupNorm, because an image's result must not depend on its batch."""
+    """3x3 convolution, GroupNorm, SiLU. Not BatchNorm: an image's result must not depend on its batch."""
     groups = next(g for g in (8, 4, 2, 1) if out_channels % g == 0)
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
@@ -31,10 +31,10 @@ class ResidualBlock(nn.Module):
 
 
 class DownBlock(nn.Module):
-    """Half the resolution: a strided convolution block beside a linear path (1x1 convolution of the 2x2 means).
+    """Halves the resolution: a strided convolution block plus a linear path (1x1 convolution of the 2x2 means).
 
-    What is plain in the pixels, such as colour, stays plain: without the linear path a match of words and places would
-    have to learn both sides of a product from nothing.
+    The linear path keeps simple cues such as colour linearly readable; without it, matching words with places would
+    have to learn both factors of a product from scratch.
     """
 
     def __init__(self, in_channels: int, out_channels: int):
@@ -54,6 +54,8 @@ def _resize(x: Tensor, like: Tensor) -> Tensor:
 
 class ConvStem(nn.Module):
     """images -> features of c, 2c and 3c channels at strides 4, 8 and 16."""
+
+    widths: tuple[int, int, int]
 
     def __init__(self, channels: int):
         super().__init__()
@@ -80,7 +82,7 @@ class DenseFeatures(nn.Module):
         self.from_llm = nn.Sequential(nn.GroupNorm(1, llm_width), nn.Conv2d(llm_width, channels, 1))
         self.lateral16 = nn.Conv2d(c16, channels, 1)
         self.lateral8 = nn.Conv2d(c8, channels, 1)
-        self.lateral4 = nn.Conv2d(c4 + 3, channels, 1)  # the stem and the mean colour under each cell
+        self.lateral4 = nn.Conv2d(c4 + 3, channels, 1)  # stem and mean colour of each cell
         self.fuse16 = ResidualBlock(channels)
         self.fuse8 = ResidualBlock(channels)
         self.fuse4 = conv_block(channels, channels)
@@ -94,12 +96,12 @@ class DenseFeatures(nn.Module):
         grid: tuple[int, int],
     ) -> Tensor:
         """images [B, 3, H, W] in 0..1 and their `stem` features; merged [B, C, h, w]; llm_states [B, P, llm_width] at
-        the image tokens, which lie row by row on a `grid` of (rows, columns)."""
+        the image tokens, row by row on a `grid` of (rows, columns)."""
         s4, s8, s16 = stem
         states = llm_states.transpose(1, 2).reshape(len(images), -1, *grid).contiguous()
         tokens = _resize(self.from_vision(merged), s16) + _resize(self.from_llm(states), s16)
         x = self.fuse16(self.lateral16(s16) + tokens)
         x = self.fuse8(self.lateral8(s8) + F.interpolate(x, s8.shape[-2:], mode="nearest"))
-        s4 = torch.cat([s4, F.avg_pool2d(images, 4) * 4 - 2], dim=1)  # normalisation in the stem hides plain colour
+        s4 = torch.cat([s4, F.avg_pool2d(images, 4) * 4 - 2], dim=1)  # the stem's normalisation removes plain colour
         x = self.lateral4(s4) + F.interpolate(x, s4.shape[-2:], mode="nearest")
         return x + self.fuse4(x)

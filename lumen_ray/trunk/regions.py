@@ -1,9 +1,9 @@
-"""Region encoder: a visual prompt (box, point, scribble, polygon, mask) becomes one LLM embedding.
+"""Region encoder: encodes a visual prompt (box, point, scribble, polygon, mask) as one LLM embedding.
 
-VisionLLM v2, sec. 3.1: convolutions over image + binary mask give a map that is added to the vision features, which
-are then pooled inside the mask and projected; the result replaces a `<region>` token.
+VisionLLM v2 (arXiv 2406.08394), sec. 3.1: convolutions over image + binary mask give a map that is added to the vision
+features, which are then pooled inside the mask and projected; the result replaces a `<region>` token.
 
-`RegionEncoder` pools the vision branch's merged map; `LevelRegionEncoder` is the released VisionLLM v2 one.
+`RegionEncoder` pools the vision branch's merged map; `LevelRegionEncoder` is that of the released VisionLLM v2.
 """
 
 from __future__ import annotations
@@ -20,28 +20,31 @@ from lumen_ray.trunk.settings import RegionSettings
 
 
 def region_mask(region: Region, input_size: int | Size) -> np.ndarray:
-    """The region as a binary mask of the model input, uint8 [H, W]; `input_size` is (H, W) or the side of a square.
+    """Rasterises a region to a binary mask of the model input, uint8 [H, W]; `input_size` is (H, W) or the side of a
+    square.
 
-    The image is scaled to fit and sits at the top left, as `transforms.fit` places it. Points and scribbles are drawn
-    with a radius of 3 % of the input's longer side.
+    The image is scaled to fit and placed at the top left, as by `transforms.fit`. Points and scribbles are drawn with a
+    radius of 3 % of the input's longer side.
     """
     input_h, input_w = as_size(input_size)
     scale = min(input_h / region.size[0], input_w / region.size[1])
     canvas = Image.new("L", (input_w, input_h), 0)
     draw = ImageDraw.Draw(canvas)
     if region.kind == "mask":
-        from pycocotools import mask as coco_mask  # here, because a model computes without it
+        from pycocotools import mask as coco_mask  # imported here: running a model does not need it
 
         array = coco_mask.decode(region.rle)
         height, width = region.size
         scaled = Image.fromarray(array * 255).resize((max(1, round(width * scale)), max(1, round(height * scale))))
         canvas.paste(scaled, (0, 0))
         inside = np.asarray(canvas) > 127
-        if array.any() and not inside.any():  # too small for a pixel of the input, but still a place
-            y, x = np.nonzero(array)
-            return region_mask(Region("point", region.size, np.array([[x.mean() + 0.5, y.mean() + 0.5]])), input_size)
+        if array.any() and not inside.any():  # smaller than an input pixel: its centre as a point
+            rows, columns = np.nonzero(array)
+            center = np.array([[columns.mean() + 0.5, rows.mean() + 0.5]])
+            return region_mask(Region("point", region.size, center), input_size)
         return inside.astype(np.uint8)
-    points = [(float(x), float(y)) for x, y in region.points * scale]
+    assert region.points is not None, "all other kinds have points"
+    points = [(float(x), float(y)) for x, y in np.multiply(region.points, scale)]
     radius = 0.03 * max(input_h, input_w)
     if region.kind == "box":
         (x1, y1), (x2, y2) = points[:2]
@@ -57,6 +60,8 @@ def region_mask(region: Region, input_size: int | Size) -> np.ndarray:
 
 
 class RegionEncoder(nn.Module):
+    """Pools the vision branch's merged map plus convolutions over image and mask inside the mask."""
+
     def __init__(self, vision_width: int, llm_width: int, patch_size: int, channels: int = 16):
         super().__init__()
         self.patch_size = patch_size
@@ -77,11 +82,11 @@ class RegionEncoder(nn.Module):
         image_index [R] the image each region lies in. Returns [R, llm_width].
         """
         masks = masks.to(images.dtype).unsqueeze(1)
-        trimmed = self.patch_size // 4 * 4  # a patch of 14 pixels is read as 12: stride-4 cells must tile it
+        trimmed = self.patch_size // 4 * 4  # stride-4 cells must tile a patch: 14 pixels are resized to 12
         if trimmed != self.patch_size:
-            shape = tuple(side // self.patch_size * trimmed for side in images.shape[-2:])
-            resize = {"size": shape, "mode": "bilinear", "align_corners": False}
-            stacked = F.interpolate(torch.cat([images[image_index], masks], dim=1), **resize)
+            shape = [side // self.patch_size * trimmed for side in images.shape[-2:]]
+            stacked = torch.cat([images[image_index], masks], dim=1)
+            stacked = F.interpolate(stacked, shape, mode="bilinear", align_corners=False)
         else:
             stacked = torch.cat([images[image_index], masks], dim=1)
         features = merged[image_index] + self.convs(stacked)
@@ -101,10 +106,10 @@ class ChannelNorm(nn.LayerNorm):
 
 
 def sampling_weights(pixels: int, cells: int, sampling: str, like: Tensor) -> Tensor:
-    """Along one axis, how much of each cell of a map is read where a pixel lies: [pixels, cells].
+    """Bilinear weights of a map's cells at each pixel along one axis: [pixels, cells], dtype and device of `like`.
 
-    Bilinear. 'centre': at the middle of the pixel, the map's edge repeated beyond it. 'corner': at the pixel's first
-    edge, half a pixel off, with zeros outside the map.
+    'centre': sampled at pixel centres, with the map's edge replicated. 'corner': sampled at each pixel's first edge,
+    half a pixel off, with zeros outside the map.
     """
     offset = 0.5 if sampling == "centre" else 0.0
     place = (torch.arange(pixels, device=like.device, dtype=torch.float32) + offset) * (cells / pixels) - 0.5
@@ -115,12 +120,15 @@ def sampling_weights(pixels: int, cells: int, sampling: str, like: Tensor) -> Te
 
 
 class LevelRegionEncoder(nn.Module):
-    """VisionLLM v2's region encoder. To a map made of image and mask the last layers of CLIP are added one by one;
-    after each the map is read at every pixel of the mask and averaged. The mean over the levels is projected.
+    """VisionLLM v2's region encoder (sec. 3.1). The last layers of CLIP are added one by one to a map of image and
+    mask; after each, the map is sampled at every pixel of the mask and averaged. The mean over the levels is projected.
 
-    A mean of bilinear samples is a weighted sum of the map's cells, so that no pixel needs to be left out for memory
-    (the reference reads a random part of a large region).
+    A mean of bilinear samples is a weighted sum of the map's cells, so all pixels fit in memory (the reference samples
+    a random subset of a large region).
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, vision_width: int, llm_width: int, patch_size: int, settings: RegionSettings, levels: int):
         super().__init__()
@@ -151,7 +159,7 @@ class LevelRegionEncoder(nn.Module):
     def forward(self, images: Tensor, merged: Tensor, masks: Tensor, image_index: Tensor) -> Tensor:
         """One embedding per region.
 
-        images [B, 3, H, W] in 0..1; merged [B, levels * C, h, w] the outputs of CLIP's last layers; masks [R, H, W] in
+        images [B, 3, H, W] in 0..1; merged [B, levels * C, h, w] outputs of CLIP's last layers; masks [R, H, W] in
         {0, 1}; image_index [R] the image each region lies in. Returns [R, llm_width].
         """
         masks = masks.to(images.dtype).unsqueeze(1)
@@ -165,7 +173,7 @@ class LevelRegionEncoder(nn.Module):
 
 
 def build_regions(settings: RegionSettings, vision: TokenGrid, llm_width: int) -> RegionEncoder | LevelRegionEncoder:
-    """The region encoder that the settings describe, over the map of the visual branch `vision`."""
+    """Builds the region encoder of the settings, over the map of the visual branch `vision`."""
     if settings.kind == "levels":
         return LevelRegionEncoder(vision.merged_width, llm_width, vision.patch_size, settings, BridgedVision.LEVELS)
     return RegionEncoder(vision.merged_width, llm_width, vision.patch_size, settings.channels)

@@ -13,15 +13,15 @@ from lumen_ray.errors import UserError, suggest
 from lumen_ray.structures import Size
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import CLIPVisionConfig, Dinov2Config, PretrainedConfig
 
 
-#: keys that `transformers` reads from published config files though its classes have no such field
+#: keys of published config files that `transformers` reads although its classes have no such field
 _LEGACY_KEYS = ("rope_theta", "rope_scaling")
 
 
-def _check_keys(where: str, keys: dict[str, Any], config_class: type) -> None:
-    """`transformers` takes unknown keys in silence; a typo there must not train another model than was meant."""
+def _check_keys(where: str, keys: dict[str, Any], config_class: type[PretrainedConfig]) -> None:
+    """Raises `UserError` for an unknown key: `transformers` ignores it silently, so a typo would change the model."""
     valid = {f.name for f in dataclasses.fields(config_class)} | set(config_class.attribute_map) | set(_LEGACY_KEYS)
     for key in keys:
         if key not in valid:
@@ -39,11 +39,11 @@ class VisionSettings(Settings):
     dinov2: dict[str, Any] | None = Field(None, description="keys of transformers.Dinov2Config; null switches it off")
     bridge: Literal["comm", "mlp2x_gelu"] = Field(
         "comm",
-        description="how encoders become image tokens: 'comm' merges layers of both; 'mlp2x_gelu' is the 2-layer MLP "
-        "of LLaVA and VisionLLM v2 on one layer of CLIP",
+        description="how encoder outputs become image tokens: 'comm' merges layers of both encoders; 'mlp2x_gelu' is "
+        "the 2-layer MLP of LLaVA and VisionLLM v2 on one layer of CLIP",
     )
     clip_layers: Literal["all", "last", "penultimate"] = Field(
-        "all", description="CLIP layers that are merged; with bridge 'mlp2x_gelu' the one that is read"
+        "all", description="CLIP layers that are merged; with bridge 'mlp2x_gelu' the layer that is used"
     )
     dinov2_layers: Literal["all", "last_quarter", "last"] = Field("last_quarter", description="DINOv2 layers merged")
     token_merge: int = Field(1, gt=0, description="image tokens per side that become one LLM token (pixel shuffle)")
@@ -66,17 +66,31 @@ class VisionSettings(Settings):
             )
         return self
 
-    def configs(self, image_size: int) -> dict[str, PretrainedConfig]:
-        """The library's configs of the encoders there are, 'clip' and 'dinov2'. Those that say nothing of the pictures
-        they were published for have positions for `image_size` pixels. `UserError` for keys that the library lacks."""
-        from transformers import CLIPVisionConfig, Dinov2Config
+    def configs(self, image_size: int) -> dict[str, CLIPVisionConfig | Dinov2Config]:
+        """The `transformers` configs of the encoders that are switched on, by 'clip' and 'dinov2'."""
+        configs = {"clip": self.clip_config(image_size), "dinov2": self.dinov2_config(image_size)}
+        return {name: config for name, config in configs.items() if config is not None}
 
-        found = {}
-        for name, config_class in (("clip", CLIPVisionConfig), ("dinov2", Dinov2Config)):
-            if (keys := getattr(self, name)) is not None:
-                _check_keys(f"vision.{name}", keys, config_class)
-                found[name] = config_class(**{"image_size": image_size, **keys})
-        return found
+    def clip_config(self, image_size: int) -> CLIPVisionConfig | None:
+        """The config of CLIP; positions are for `image_size` pixels unless `clip` sets it. None if it is switched off.
+
+        Raises `UserError` for keys that `transformers` lacks.
+        """
+        from transformers import CLIPVisionConfig
+
+        if self.clip is None:
+            return None
+        _check_keys("vision.clip", self.clip, CLIPVisionConfig)
+        return CLIPVisionConfig(**{"image_size": image_size, **self.clip})
+
+    def dinov2_config(self, image_size: int) -> Dinov2Config | None:
+        """The config of DINOv2, as `clip_config`."""
+        from transformers import Dinov2Config
+
+        if self.dinov2 is None:
+            return None
+        _check_keys("vision.dinov2", self.dinov2, Dinov2Config)
+        return Dinov2Config(**{"image_size": image_size, **self.dinov2})
 
 
 class RegionSettings(Settings):
@@ -90,8 +104,8 @@ class RegionSettings(Settings):
     channels: int = Field(16, gt=0, description="of the convolutions over image and mask; VisionLLM v2 has 256")
     sampling: Literal["centre", "corner"] = Field(
         "centre",
-        description="where kind 'levels' reads a mask's pixel: at its centre, or at its top left corner with zeros "
-        "outside the map, as the released VisionLLM v2 weights were trained",
+        description="where kind 'levels' samples the map for a pixel of the mask: at the pixel's centre, or at its top "
+        "left corner with zeros outside the map, as the released VisionLLM v2 weights were trained",
     )
 
     @model_validator(mode="after")
@@ -107,8 +121,8 @@ class TrunkSettings(Settings):
     name: str = Field(description="preset name; kept in checkpoints and checked when they are loaded")
     image_size: int = Field(
         gt=0,
-        description="side in pixels of the square that the encoders' positions are made for, and of the input where a "
-        "recipe names no buckets",
+        description="side in pixels of the square input of the encoders' position embeddings, and of the model input if "
+        "a recipe has no buckets",
     )
     vision: VisionSettings
     regions: RegionSettings = RegionSettings()
@@ -118,32 +132,32 @@ class TrunkSettings(Settings):
     )
     prompt_layout: Literal["branches", "sequential"] = Field(
         "branches",
-        description="'branches': each class or phrase sees the image and itself; 'sequential': those of an image in "
+        description="'branches': each prompt attends to the image and itself; 'sequential': all prompts of an image in "
         "one causal string, as the released VisionLLM v2 weights were trained",
     )
     lead_tokens: tuple[int, ...] = Field(
-        (), description="token ids in front of the image: the LLM's beginning of a sequence, its system message"
+        (), description="token ids before the image: begin-of-sequence token, system message"
     )
     dense_channels: int = Field(64, gt=0, description="channels of the shared dense features")
     stem_channels: int = Field(32, gt=0, description="channels of the convolutional stem at stride 4")
     tokens_read_stem: bool = Field(
-        False, description="image tokens also read the convolutional stem; for encoders that are trained from scratch"
+        False, description="image tokens also read the convolutional stem; for encoders trained from scratch"
     )
     link_channels: int = Field(256, gt=0, description="width of the light decoder's link embeddings")
     link_reads_words: bool = Field(
-        False, description="links also read the instruction's words; for an LLM that is trained from scratch"
+        False, description="links also read the instruction's words; for an LLM trained from scratch"
     )
     vocab_size: int = Field(512, gt=0, description="size of a tokenizer trained from scratch, special tokens included")
     pose_queries: bool = Field(
-        False, description="keypoint prompts have super-link queries of their own, as in the released VisionLLM v2"
+        False, description="keypoint prompts have separate super-link queries, as in the released VisionLLM v2"
     )
 
     def shape(self, llm_width: int, vocab_size: int) -> TrunkShape:
-        """The widths that decoders and link heads are built against."""
+        """The widths that decoders and link heads are built for."""
         return TrunkShape(llm_width, vocab_size, self.dense_channels, self.link_channels, self.link_reads_words)
 
     def llm_config(self, **more: Any) -> PretrainedConfig:
-        """The library's config of the LLM, with `more` keys."""
+        """The `transformers` config of the LLM, with `more` keys."""
         from transformers import AutoConfig
 
         keys = dict(self.llm)
@@ -156,7 +170,7 @@ class TrunkSettings(Settings):
         return encoder.patch_size * self.vision.token_merge
 
     def image_tokens(self, size: Size) -> int:
-        """The number of LLM tokens of an input of (height, width) pixels, those in front of it included."""
+        """The number of LLM tokens of an input of (height, width) pixels, lead tokens included."""
         return (size[0] // self.token_side) * (size[1] // self.token_side) + len(self.lead_tokens)
 
     @model_validator(mode="after")
@@ -167,8 +181,8 @@ class TrunkSettings(Settings):
             raise UserError("llm: 'model_type' is required, e.g. llama or qwen3", "invalid_config")
         if (kind := self.llm["model_type"]) not in CONFIG_MAPPING:
             raise UserError(
-                f"unknown llm.model_type '{kind}';{suggest(str(kind), CONFIG_MAPPING.keys())} give a model type that "
-                "transformers knows, e.g. llama or qwen3",
+                f"unknown llm.model_type '{kind}';{suggest(str(kind), CONFIG_MAPPING.keys())} give a model type of "
+                "transformers, e.g. llama or qwen3",
                 "invalid_config",
             )
         keys = {key: value for key, value in self.llm.items() if key != "model_type"}

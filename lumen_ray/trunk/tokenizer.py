@@ -1,7 +1,7 @@
-"""The text tokenizer: one of `tokenizers`, with the special tokens of the prompt layout.
+"""The text tokenizer: a `tokenizers.Tokenizer` with the special tokens of the prompt layout.
 
-Trained from scratch it is byte-level BPE. A published LLM brings its own, in which some of those tokens go by other
-names; which ones is kept beside it. So is the tokenizer of the text encoder that published diffusion decoders bring.
+Trained from scratch it is a byte-level BPE. The tokenizer of a published LLM may have other names for special tokens; a
+file beside it maps them. Another file holds the tokenizer of the text encoder of published diffusion decoders.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -22,26 +22,27 @@ if TYPE_CHECKING:
 
 PAD, EOS, USER, ASSISTANT = "<pad>", "<eos>", "<user>", "<assistant>"
 _LAYOUT_TOKENS = (PAD, EOS, USER, ASSISTANT, REGION_TOKEN)
-#: of the routing tokens a tokenizer may lack those that its model has no decoder for
+#: a tokenizer may lack routing tokens of decoders that its model does not have
 SPECIAL_TOKENS: tuple[str, ...] = (*_LAYOUT_TOKENS, *ROUTING_TOKENS)
-#: turns of a conversation; a tokenizer for the sequential layout spells them out instead
+#: turns of a conversation; a tokenizer for the sequential layout lacks them, its turns are plain text
 TURNS = (USER, ASSISTANT)
-#: beside a tokenizer in which special tokens go by other names: {ours: its own}
+#: file beside a tokenizer with other names for special tokens: {our name: its name}
 NAMES_FILE = "special_tokens.json"
-#: beside the tokenizer of a model whose diffusion decoders have a published text encoder: the tokenizer of that
+#: file beside the tokenizer of a model whose diffusion decoders have a published text encoder: that encoder's tokenizer
 CAPTIONS_FILE = "caption_tokenizer.json"
 
 
 class LumenTokenizer:
-    """Encodes prompt and response text; any string can be encoded, since unseen words fall back to bytes."""
+    """Encodes prompts and responses; any string can be encoded, since unknown words fall back to bytes."""
 
     def __init__(self, tokenizer: Tokenizer, names: Mapping[str, str] | None = None, captions: Tokenizer | None = None):
-        """`names`: how special tokens are called in this vocabulary, where other than here. `captions`: the tokenizer
-        of the diffusion decoders' text encoder, which cuts and pads to the length that this takes."""
+        """`names`: {our special token: its name in this vocabulary}, where they differ. `captions`: the tokenizer of
+        the diffusion decoders' text encoder, which truncates and pads to that encoder's length. Raises `UserError` if
+        special tokens are missing."""
         self.backend, self.captions = tokenizer, captions
         self.names = dict(names or {})
-        found = {token: tokenizer.token_to_id(self.names.get(token, token)) for token in SPECIAL_TOKENS}
-        self.ids = {token: i for token, i in found.items() if i is not None}
+        ids = {token: tokenizer.token_to_id(self.names.get(token, token)) for token in SPECIAL_TOKENS}
+        self.ids = {token: i for token, i in ids.items() if i is not None}
         missing = [token for token in _LAYOUT_TOKENS if token not in self.ids and token not in TURNS]
         if missing:
             raise UserError(f"the tokenizer lacks the special tokens {missing}", "invalid_model")
@@ -55,8 +56,8 @@ class LumenTokenizer:
         families: Iterable[str] = tuple(LINK_FAMILIES),
         captions: Tokenizer | None = None,
     ) -> tuple[LumenTokenizer, int]:
-        """A tokenizer with the special tokens it lacks added, routing tokens of these link families among them, and the
-        id of the first that was."""
+        """Adds missing special tokens, including the routing tokens of these link families. Returns the tokenizer and
+        the id of the first added token."""
         before = vocabulary_rows(tokenizer)
         wanted = [names.get(token, token) for token in (*_LAYOUT_TOKENS, *routing_tokens(families))]
         absent = [token for token in wanted if tokenizer.token_to_id(token) is None]
@@ -65,8 +66,8 @@ class LumenTokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, families: Iterable[str] = ("perception",)) -> LumenTokenizer:
-        """A tokenizer learned from `texts`, with the routing tokens of these link families; the same texts in the same
-        order give the same tokenizer."""
+        """Trains a tokenizer on `texts`, with the routing tokens of these link families. Deterministic for the same
+        texts in the same order."""
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
         tokenizer.decoder = decoders.ByteLevel()
@@ -111,33 +112,32 @@ class LumenTokenizer:
             captions.unlink(missing_ok=True)
 
     def __len__(self) -> int:
-        """Rows of the embedding."""
+        """Rows of the token embedding."""
         return vocabulary_rows(self.backend)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         captions = None if self.captions is None else self.captions.to_str()
         return LumenTokenizer.from_json, (self.to_json(), self.names, captions)
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of plain text; special tokens written in it (`<region>`) keep their own id."""
+        """Token ids of text; special tokens written in it (`<region>`) become their ids."""
         return tuple(self.backend.encode(text, add_special_tokens=False).ids)
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """(token id, where it starts in `text`) of every token of plain text."""
+        """(token id, index of its first character in `text`) of every token."""
         encoding = self.backend.encode(text, add_special_tokens=False)
         return [(token, start) for token, (start, _) in zip(encoding.ids, encoding.offsets, strict=True)]
 
     def caption_ids(self, texts: Sequence[str]) -> Tensor | None:
-        """int64 [G, L], the texts as the diffusion decoders' text encoder reads them; None where the model has no
-        tokenizer for it."""
+        """int64 [G, L], input ids for the diffusion decoders' text encoder; None if there is no tokenizer for it."""
         if self.captions is None:
             return None
-        import torch  # which preparing data does without
+        import torch  # imported here: preparing data does not need it
 
         return torch.tensor([self.captions.encode(text).ids for text in texts])
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids, special tokens left out."""
+        """Text of the ids, without special tokens."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True).strip()
 
 
@@ -146,5 +146,5 @@ def routing_tokens(families: Iterable[str]) -> list[str]:
 
 
 def vocabulary_rows(tokenizer: Tokenizer) -> int:
-    """One more than the highest token id: ids of published vocabularies may have gaps."""
+    """The highest token id plus one: ids of published vocabularies may have gaps."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1

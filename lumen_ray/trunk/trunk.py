@@ -1,8 +1,8 @@
 """The trunk: vision branch, region encoder, LLM, super-link queries and link heads, and the shared dense features.
 
-Training packs prefix and branches into one pass (`forward`). Inference encodes the prefix once (`encode`), then runs
-branches against its cached keys and values (`run_branches`), in as many chunks as needed, and lets the LLM write
-(`generate`). Both give the same numbers.
+Training runs prefix and branches in one pass (`forward`). Inference encodes the prefix once (`encode`), runs branches
+in chunks against its cached keys and values (`run_branches`), and generates text (`generate`). Both give the same
+results.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.meta_init import published_part
 from lumen_ray.superlink import SuperLink
 from lumen_ray.trunk.batch import TrainingBatch
-from lumen_ray.trunk.comm import build_vision
+from lumen_ray.trunk.comm import BridgedVision, CommVision, build_vision
 from lumen_ray.trunk.dense import ConvStem, DenseFeatures
 from lumen_ray.trunk.layout import (
     IGNORE,
@@ -38,20 +39,22 @@ from lumen_ray.trunk.queries import SuperLinkQueries, mean_words
 from lumen_ray.trunk.regions import build_regions
 from lumen_ray.trunk.settings import TrunkSettings
 
+_Stem = tuple[Tensor, Tensor, Tensor]  # features at strides 4, 8 and 16
+
 
 @dataclass
 class Prefix:
-    """An encoded image batch: everything about it that prompts have in common."""
+    """An encoded image batch, shared by all prompts about it."""
 
     images: Tensor  # [B, 3, H, W] in 0..1
     merged: Tensor  # [B, C, h, w]
-    dense: Tensor | None  # [B, channels, H/4, W/4]; None where no decoder reads it
-    valid: Tensor  # bool [B], False where a sample has no image
+    dense: Tensor | None  # [B, channels, H/4, W/4]; None if no decoder reads it
+    valid: Tensor  # bool [B], False for samples without an image
     cache: DynamicCache  # keys and values of the image tokens
     length: int
 
     def fork(self) -> DynamicCache:
-        """A cache to continue from. It shares the keys and values: the LLM appends to them by making new tensors."""
+        """A cache to extend. It shares keys and values, since the LLM appends by making new tensors."""
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         return cache
@@ -65,16 +68,26 @@ class Prefix:
 
 @dataclass
 class TrunkTraining:
+    """Outputs of a training pass."""
+
     lm_losses: Tensor  # [B, T - 1], next-token cross entropy, 0 where unsupervised
     lm_tokens: Tensor  # scalar, the number of supervised tokens
-    dense: Tensor | None  # None where no decoder reads it
+    dense: Tensor | None  # [B, channels, H/4, W/4]; None if no decoder reads it
     links: dict[str, SuperLink]  # by decoder
 
 
 class Trunk(nn.Module):
+    """See the module's docstring."""
+
+    llm: Any  # a causal LM of transformers
+    vision: CommVision | BridgedVision
+    stem: ConvStem | None
+    dense: DenseFeatures | None
+    lead: Tensor  # int64 [number of lead tokens]
+
     def __init__(self, settings: TrunkSettings, vocab_size: int, decoders: Mapping[str, DecoderSettings]):
-        """`decoders`: settings of the model's decoders by name, in the registry's order. They say which query sets and
-        link heads there are, and whether dense features are computed."""
+        """`decoders`: settings of the model's decoders by name, in the registry's order. They determine the query sets,
+        the link heads, and whether dense features are computed."""
         super().__init__()
         self.settings = settings
         needs_dense = reads_dense(decoders)
@@ -83,7 +96,7 @@ class Trunk(nn.Module):
         width = config.hidden_size
         std = getattr(config, "initializer_range", 0.02)
         self.stem = ConvStem(settings.stem_channels) if settings.tokens_read_stem or needs_dense else None
-        stem_width = self.stem.widths[-1] if settings.tokens_read_stem else 0
+        stem_width = self.stem.widths[-1] if self.stem is not None and settings.tokens_read_stem else 0
         self.vision = build_vision(settings.vision, settings.image_size, width, std, stem_width)
         self.regions = build_regions(settings.regions, self.vision, width)
         self.register_buffer("lead", torch.tensor(settings.lead_tokens, dtype=torch.int64), persistent=False)
@@ -94,36 +107,41 @@ class Trunk(nn.Module):
             {name: DECODERS[name].resolve("link_head")(section, shape) for name, section in decoders.items()}
         )
         self.dense = None
-        if needs_dense:
+        if needs_dense and self.stem is not None:
             self.dense = DenseFeatures(self.stem.widths, settings.dense_channels, self.vision.merged_width, width)
 
-    def extract_features(self, images: Tensor) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    def extract_features(self, images: Tensor) -> tuple[Tensor, Tensor, _Stem | None]:
         """images [B, 3, H, W] in 0..1 -> (tokens of the prefix, merged map, stem features)."""
-        stem = None if self.stem is None else self.stem(images)
-        tokens, merged = self.vision(images, stem[-1] if self.settings.tokens_read_stem else None)
-        return self._led(tokens), merged, stem
+        stem: _Stem | None = None if self.stem is None else self.stem(images)
+        read = stem[-1] if stem is not None and self.settings.tokens_read_stem else None
+        tokens, merged = self.vision(images, read)
+        return self._with_lead(tokens), merged, stem
 
-    def _led(self, tokens: Tensor) -> Tensor:
-        """Image tokens [B, P, width] behind the text that stands in front of every image."""
+    def _with_lead(self, tokens: Tensor) -> Tensor:
+        """Image tokens [B, P, width] with the embedded lead tokens before them."""
         if not len(self.lead):
             return tokens
         lead = self.llm.get_input_embeddings()(self.lead).to(tokens.dtype)
         return torch.cat([lead.expand(len(tokens), -1, -1), tokens], dim=1)
 
     def embed_branches(self, layout: Layout, regions: Tensor | None) -> Tensor:
-        """Token embeddings [B, T, width] with the queries and region embeddings put in their slots."""
+        """Token embeddings [B, T, width] with queries and region embeddings in their slots."""
         embeds = self.llm.get_input_embeddings()(layout.input_ids).clone()
         for family, slots in layout.query_slots.items():
             embeds[slots[..., 0], slots[..., 1]] = self.queries(family, layout.link_parents[family]).to(embeds.dtype)
         if len(layout.region_slots):
+            assert regions is not None, "a layout with regions needs region masks"
             slots = layout.region_slots
             embeds[slots[:, 0], slots[:, 1]] = regions[layout.region_index].to(embeds.dtype)
         return embeds
 
     def links(self, hidden: Tensor, layout: Layout, embeds: Tensor) -> dict[str, SuperLink]:
-        """The super links by decoder: last hidden states [B, T, width] at the query slots of its family (and, by
-        setting, the mean of the instruction's words: of what they enter as, `embeds` [B, T, width], or of embeddings
-        that the head has), through its head. Each has all prompts of the family."""
+        """The super links by decoder, each of all prompts of the decoder's family: the link head applied to the last
+        hidden states [B, T, width] at the query slots.
+
+        With `link_reads_words` the head also reads the mean embedding of the instruction's words, from `embeds` [B, T,
+        width] or from the head's own embedding table.
+        """
         words = None
         if self.settings.link_reads_words and layout.query_slots:
             words = self._words(embeds, layout)
@@ -133,8 +151,9 @@ class Trunk(nn.Module):
             if (slots := layout.query_slots.get(family)) is None:
                 continue
             parents = layout.link_parents[family]
-            own = words if head.vocabulary is None else self._words(head.vocabulary(layout.input_ids), layout)
-            read = None if own is None else own[layout.link_branches[family]]
+            vocabulary = cast("nn.Embedding | None", head.vocabulary)
+            means = words if vocabulary is None else self._words(vocabulary(layout.input_ids), layout)
+            read = None if means is None else means[layout.link_branches[family]]
             embeddings = head(hidden[slots[..., 0], slots[..., 1]], read, parents)
             images, groups = layout.link_images[family], layout.link_groups[family]
             out[name] = SuperLink(name, embeddings.float(), images, parents, groups)
@@ -147,11 +166,11 @@ class Trunk(nn.Module):
         return mean_words(embeds, layout.branch_ids, queries, len(layout.last_slots))
 
     def forward(self, batch: TrainingBatch) -> TrunkTraining:
-        """One packed pass over prefix and branches.
+        """One pass over prefix and branches.
 
-        batch: `images` uint8 [B, 3, H, W]; `has_image` bool [B]; `layout`; `region_masks` uint8 [R, H, W] and
-        `region_images` int64 [R]. Where `layout.pack` is set, the last samples need no image in `images`.
-        Dense features are made where one of `decoders` (those that learn from it; None or absent: all) reads them.
+        Reads the batch's `images`, `has_image`, `layout`, `region_masks`, `region_images` and `decoders`. If
+        `layout.pack` is set, `images` may lack those of the last samples. Dense features are computed if one of
+        `decoders` (None: all) reads them.
         """
         images, layout = batch.images.float() / 255, batch.layout
         tokens, merged, stem = self.extract_features(images)
@@ -161,13 +180,13 @@ class Trunk(nn.Module):
         prefix = tokens.shape[1]
         if layout.pack is not None:
             tokens = F.pad(tokens, (0, 0, 0, 0, 0, len(layout.input_ids) - len(images)))
-        asked = self.embed_branches(layout, regions)
-        embeds = torch.cat([tokens, asked], dim=1)
+        branch_embeds = self.embed_branches(layout, regions)
+        embeds = torch.cat([tokens, branch_embeds], dim=1)
         if layout.pack is None:
             mask = self._training_mask(layout, batch.has_image, prefix, embeds.dtype)
             hidden = self._llm(embeds, mask, self._positions(layout, prefix))
         else:
-            hidden = self._packed(embeds, layout, prefix)
+            hidden = self._packed(embeds, layout, layout.pack, prefix)
         branches = hidden[:, prefix:]
         losses = self._lm_losses(branches, layout.labels)
         supervised = (layout.labels[:, 1:] != IGNORE).sum().float()
@@ -175,24 +194,24 @@ class Trunk(nn.Module):
         if self.dense is not None and layout.query_slots and reads_dense(batch.decoders):
             grid = self.vision.grid(*images.shape[-2:])
             dense = self.dense(images, stem, merged, hidden[: len(images), len(self.lead) : prefix], grid)
-        return TrunkTraining(losses, supervised, dense, self.links(branches, layout, asked))
+        return TrunkTraining(losses, supervised, dense, self.links(branches, layout, branch_embeds))
 
     def _llm(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         return self.llm.model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state
 
-    def _packed(self, embeds: Tensor, layout: Layout, prefix: int) -> Tensor:
-        """Hidden states [B, P + T, width] by way of the rows of `layout.pack`; 0 at what is not packed."""
-        if len(self.lead) or self.settings.prompt_layout != "branches":  # a row may start with neither image nor lead
+    def _packed(self, embeds: Tensor, layout: Layout, pack: Tensor, prefix: int) -> Tensor:
+        """Hidden states [B, P + T, width], computed in the rows of `pack` (see `Layout`); 0 for tokens not packed."""
+        if len(self.lead) or self.settings.prompt_layout != "branches":  # a row may start without image and lead
             raise UserError("pack_tokens needs prompt_layout 'branches' and no lead_tokens; set it to 0", "packed_lead")
         flat = embeds.flatten(0, 1)
-        rows = flat.index_select(0, layout.pack.clamp_min(0).flatten()).unflatten(0, layout.pack.shape)
-        allowed = packed_allowed(layout.pack, layout.branch_ids, prefix, self.settings.prefix_attention)
-        positions = packed_positions(layout.pack, layout.offsets, prefix)
+        rows = flat.index_select(0, pack.clamp_min(0).flatten()).unflatten(0, pack.shape)
+        allowed = packed_allowed(pack, layout.branch_ids, prefix, self.settings.prefix_attention)
+        positions = packed_positions(pack, layout.offsets, prefix)
         hidden = self._llm(rows, mask_to_bias(allowed, embeds.dtype)[:, None], positions).flatten(0, 1)
-        hidden = F.pad(hidden, (0, 0, 0, 1))  # places that are not packed read the zeros at the end
-        return hidden[unpacked(layout.pack, len(flat))].view(embeds.shape)
+        hidden = F.pad(hidden, (0, 0, 0, 1))  # tokens that are not packed read the zeros at the end
+        return hidden[unpacked(pack, len(flat))].view(embeds.shape)
 
     def _training_mask(self, layout: Layout, has_image: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
         batch, length = layout.input_ids.shape
@@ -210,7 +229,7 @@ class Trunk(nn.Module):
         return torch.cat([start, prefix + layout.offsets], dim=1)
 
     def _lm_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Next-token cross entropy [B, T - 1]; only supervised positions meet the vocabulary projection."""
+        """Next-token cross entropy [B, T - 1]; only supervised positions go through the vocabulary projection."""
         targets = labels[:, 1:]
         supervised = targets != IGNORE
         logits = self.llm.lm_head(hidden[:, :-1][supervised])
@@ -220,7 +239,7 @@ class Trunk(nn.Module):
 
     @torch.inference_mode()
     def encode(self, images: Tensor, valid: Tensor | None = None) -> Prefix:
-        """images uint8 [B, 3, H, W] -> the prefix that all prompts about them share."""
+        """Encodes images uint8 [B, 3, H, W] to the prefix that all prompts about them share."""
         images = images.float() / 255
         tokens, merged, stem = self.extract_features(images)
         batch, length = tokens.shape[:2]
@@ -243,17 +262,17 @@ class Trunk(nn.Module):
         self, prefix: Prefix, layout: Layout, region_masks: Tensor, region_images: Tensor
     ) -> tuple[Tensor, DynamicCache]:
         """Hidden states [B, T, width] of a chunk of branches against the cached prefix, and the extended cache."""
-        return self._run(prefix, layout, self._enter(prefix, layout, region_masks, region_images))
+        return self._run(prefix, layout, self._branch_embeds(prefix, layout, region_masks, region_images))
 
     @torch.inference_mode()
     def ask(self, prefix: Prefix, layout: Layout, region_masks: Tensor, region_images: Tensor) -> dict[str, SuperLink]:
         """The super links, by decoder, of a chunk of branches against the cached prefix."""
-        embeds = self._enter(prefix, layout, region_masks, region_images)
+        embeds = self._branch_embeds(prefix, layout, region_masks, region_images)
         hidden, _ = self._run(prefix, layout, embeds)
         return self.links(hidden, layout, embeds)
 
-    def _enter(self, prefix: Prefix, layout: Layout, region_masks: Tensor, region_images: Tensor) -> Tensor:
-        """What the branches' tokens enter the LLM as: [B, T, width]."""
+    def _branch_embeds(self, prefix: Prefix, layout: Layout, region_masks: Tensor, region_images: Tensor) -> Tensor:
+        """The branches' input embeddings of the LLM: [B, T, width]."""
         regions = None
         if len(region_masks):
             regions = self.regions(prefix.images, prefix.merged, region_masks, region_images)
@@ -285,7 +304,7 @@ class Trunk(nn.Module):
     ) -> list[list[int]]:
         """Greedy answers to N text branches. `layout` holds one branch per row; `images` [N] is each row's image.
 
-        A row ends at `eos` (left out) or right after a token of `stop` (kept): routing tokens end a free-chat answer.
+        A row ends at `eos` (excluded) or after a token of `stop` (included): routing tokens end a free-chat answer.
         """
         rows = Prefix(
             prefix.images[images],
@@ -302,7 +321,7 @@ class Trunk(nn.Module):
         image = rows.valid[:, None].expand(-1, prefix.length - len(self.lead))
         visible = torch.cat(
             [torch.ones_like(image[:, :1]).expand(-1, len(self.lead)), image, layout.branch_ids >= 0], dim=1
-        )  # bool [N, P + T], padding is hidden
+        )  # bool [N, P + T], False at padding
         answers: list[list[int]] = [[] for _ in range(len(images))]
         done = [False] * len(images)
         for step in range(max_new_tokens):

@@ -157,7 +157,7 @@ def test_a_kept_decoder_reads_its_weights_as_they_were_trained(tmp_path, tokeniz
 
 
 def test_another_width_of_a_kept_decoder_is_refused(folder):
-    with pytest.raises(UserError, match="by the settings") as error:
+    with pytest.raises(UserError, match="the settings need") as error:
         started(folder, lumen={"hidden_size": 32, "num_layers": 1, "num_heads": 2})
     assert error.value.reason == "wrong_size"
 

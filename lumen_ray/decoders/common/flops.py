@@ -1,7 +1,7 @@
-"""Counting the floating-point operations of a decoder's training step.
+"""Counts the floating-point operations of a decoder's training step.
 
-A multiplication and addition count as two. Only matrix products and convolutions are counted, as is usual for the
-utilisation of a model (arXiv 2204.02311, app. B); what activation checkpointing computes again is not.
+A multiply-add counts as two. Only matrix products and convolutions are counted, as is usual for model FLOPs utilisation
+(PaLM, arXiv 2204.02311, app. B); recomputation by activation checkpointing is not.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from lumen_ray.targets import Pixels
 
 @dataclass(frozen=True)
 class DecoderWork:
-    """What one micro-step asks of a decoder.
+    """The input of a decoder in one micro-batch.
 
     `link`: of the prompts it serves, without embeddings; `pixels`, `targets`: as in its training step, for those
     prompts; `num_images` and `input_size`: of the trunk's input, (height, width) in pixels; `needs_input_grad`: whether
-    gradients flow on into the link and the dense features; `build`: makes the decoder anew, to be counted on the meta
-    device.
+    gradients flow into the link and the dense features; `build`: builds another instance of the decoder, to be counted
+    on the meta device.
     """
 
     link: SuperLink
@@ -46,7 +46,7 @@ def is_trainable(module: nn.Module | None) -> bool:
 
 
 def convolutions(module: nn.Module, height: int, width: int) -> tuple[float, int, int]:
-    """(FLOPs, height, width) after all convolutions in a module that follow each other, for one image."""
+    """(FLOPs, height, width) after all convolutions of a sequential module, for one image."""
     total = 0.0
     for conv in module.modules():
         if isinstance(conv, nn.Conv2d):
@@ -57,13 +57,13 @@ def convolutions(module: nn.Module, height: int, width: int) -> tuple[float, int
 
 def products(module: nn.Module, rows: Callable[[str], float]) -> float:
     """FLOPs of all linear layers of a module; `rows`: name of a layer -> rows of its input."""
-    found = ((name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear))
-    return sum(2.0 * rows(name) * m.in_features * m.out_features for name, m in found)
+    linear = ((name, m) for name, m in module.named_modules() if isinstance(m, nn.Linear))
+    return sum(2.0 * rows(name) * m.in_features * m.out_features for name, m in linear)
 
 
 class LibraryFlops:
-    """Forward FLOPs of parts that a library computes as a whole, by torch's own counter on a copy on the meta device.
-    Each kind of input is counted once."""
+    """Forward FLOPs of library modules, by torch's `FlopCounterMode` on a copy on the meta device. Each kind of input
+    is counted once."""
 
     def __init__(self, build: Callable[[], nn.Module]):
         with torch.device("meta"):
@@ -71,7 +71,7 @@ class LibraryFlops:
         self._known: dict[Any, float] = {}
 
     def count(self, key: Any, run: Callable[[], Any]) -> float:
-        """FLOPs of `run`, which computes on the meta device; `key` names the kind of input."""
+        """FLOPs of `run`, which must compute on the meta device; `key` identifies the kind of input."""
         if key not in self._known:
             counter = FlopCounterMode(display=False)
             with torch.no_grad(), torch.device("meta"), counter:
@@ -84,7 +84,7 @@ _counters: WeakKeyDictionary[nn.Module, LibraryFlops] = WeakKeyDictionary()
 
 
 def library_flops(decoder: nn.Module, build: Callable[[], nn.Module]) -> LibraryFlops:
-    """The counter of a decoder, which lives as long as the decoder does."""
+    """The counter of a decoder, cached for the decoder's lifetime."""
     if decoder not in _counters:
         _counters[decoder] = LibraryFlops(build)
     return _counters[decoder]

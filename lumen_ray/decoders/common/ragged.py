@@ -1,4 +1,4 @@
-"""Prompts of several images in one rectangular table, for products of matrices per image."""
+"""Prompts of several images in one padded table, for matrix products per image."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def place_in_group(groups: Tensor) -> Tensor:
-    """0, 1, 2, ... within each group of sorted int64 [N]."""
+    """Position 0, 1, 2, ... of each entry within its group; `groups`: sorted int64 [N]."""
     sizes = groups.bincount()
     starts = sizes.cumsum(0) - sizes
     return torch.arange(len(groups), device=groups.device) - starts[groups]
@@ -17,7 +17,7 @@ def place_in_group(groups: Tensor) -> Tensor:
 
 @dataclass
 class Seats:
-    """Where each of P prompts sits among those of its map: a table of B maps by S seats."""
+    """Row and column of each of P prompts in a padded table: B maps by at most S prompts of a map."""
 
     row: Tensor  # int64 [P]
     seat: Tensor  # int64 [P]
@@ -25,15 +25,16 @@ class Seats:
 
     @classmethod
     def of(cls, row: Tensor, maps: int) -> Seats:
+        """Seats of prompts that belong to the maps `row` (int64 [P], 0..maps - 1), in order."""
         order = row.argsort(stable=True)
         seat = torch.empty_like(row)
         seat[order] = place_in_group(row[order])
         return cls(row, seat, (maps, int(seat.max()) + 1))
 
     def fill(self, values: Tensor) -> Tensor:
-        """[P, C] -> [B, S, C], zero where nobody sits."""
+        """Scatters [P, C] -> [B, S, C], 0 at empty seats."""
         return values.new_zeros(*self.shape, values.shape[-1]).index_put((self.row, self.seat), values)
 
     def take(self, table: Tensor) -> Tensor:
-        """[B, S, ...] -> [P, ...]"""
+        """Gathers [B, S, ...] -> [P, ...]."""
         return table[self.row, self.seat]

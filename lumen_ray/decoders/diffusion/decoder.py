@@ -1,7 +1,8 @@
-"""What Stable Diffusion and InstructPix2Pix share: UNet, VAE, text encoder, noise, losses and sampling.
+"""Base of Stable Diffusion and InstructPix2Pix: UNet, VAE, text encoder, noise, losses and sampling (latent diffusion,
+arXiv 2112.10752, sec. 3).
 
-The classes are those of `diffusers` and `transformers`; what conditions the UNet is the link instead of a text
-(VisionLLM v2, arXiv 2406.08394, sec. 3.3). They take seconds to import, so that happens where a decoder is built.
+The models are those of `diffusers` and `transformers`; the UNet is conditioned on the link instead of a text (VisionLLM
+v2, arXiv 2406.08394, sec. 3.3). The libraries take seconds to import, so they are imported when a decoder is built.
 
 Legend: G prompts, T tokens of a condition, C its width, z latent channels, h x w latent places.
 """
@@ -18,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lumen_ray.decoders.base import ImageDecoder, LossTerm, SampleSettings
+from lumen_ray.decoders.base import ImageDecoder, LossTerm, SampleSettings, sum_terms
 from lumen_ray.decoders.diffusion.schedule import check_schedule, check_steps, scheduler_keys
-from lumen_ray.decoders.diffusion.schedulers import TRAINING, config_keys, make_scheduler
+from lumen_ray.decoders.diffusion.schedulers import TRAINING, Scheduler, config_keys, make_scheduler
 from lumen_ray.decoders.diffusion.settings import DiffusionSettings
 from lumen_ray.decoders.spec import TrunkShape
 from lumen_ray.errors import UserError, suggest
@@ -31,12 +32,11 @@ from lumen_ray.superlink import SuperLink
 from lumen_ray.targets import ImageTargets, Pixels
 
 if TYPE_CHECKING:
-    from diffusers import DDPMScheduler, DiffusionPipeline, SchedulerMixin
     from transformers import CLIPTextConfig
 
 
 def check_keys(where: str, keys: Collection[str], valid: Collection[str], owner: str) -> None:
-    """`UserError` for a key that `owner` does not know; library classes would pass over some of them in silence."""
+    """Raises `UserError` for a key that `owner` lacks; library classes ignore some unknown keys silently."""
     for key in keys:
         if key not in valid:
             raise UserError(
@@ -44,8 +44,8 @@ def check_keys(where: str, keys: Collection[str], valid: Collection[str], owner:
             )
 
 
-def _build(cls: type[nn.Module], where: str, keys: dict[str, Any]) -> nn.Module:
-    """A model of `diffusers` with fresh weights; `UserError` for keys that make none."""
+def _build(cls: Any, where: str, keys: dict[str, Any]) -> Any:
+    """Builds a model class of `diffusers` with fresh weights. Raises `UserError` for invalid keys."""
     check_keys(where, keys, config_keys(cls), f"diffusers.{cls.__name__}")
     try:
         return published_part(lambda: cls(**keys))
@@ -54,16 +54,16 @@ def _build(cls: type[nn.Module], where: str, keys: dict[str, Any]) -> nn.Module:
 
 
 def empty_caption_ids(config: CLIPTextConfig) -> Tensor:
-    """int64 [1, L]: what CLIP's tokenizer makes of the empty text, padded with the end token."""
+    """int64 [1, L]: the ids of the empty text from CLIP's tokenizer, padded with the end token."""
     begin, end = config.bos_token_id, config.eos_token_id
-    if end == 2:  # published configs say so; their tokenizer's are the vocabulary's last two
+    if end == 2:  # wrong in published configs: the tokenizer uses the vocabulary's last two ids
         begin, end = config.vocab_size - 2, config.vocab_size - 1
     return torch.tensor([[begin, *[end] * (config.max_position_embeddings - 1)]])
 
 
 def fit_pixels(images: Tensor, extents: Tensor | None, size: Size) -> Tensor:
-    """uint8 [N, 3, H, W] -> float32 [N, 3, *size] in 0..1: the part within `extents` (int64 [N, 2] (height, width);
-    None: all), resized with an antialiasing filter. An image's result does not depend on the others."""
+    """Crops images uint8 [N, 3, H, W] to `extents` (int64 [N, 2] (height, width); None: full size) and resizes them
+    with antialiasing -> float32 [N, 3, *size] in 0..1. An image's result does not depend on the others."""
     if extents is None:
         extents = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
     out = torch.empty(len(images), 3, *size, device=images.device)
@@ -77,7 +77,7 @@ def fit_pixels(images: Tensor, extents: Tensor | None, size: Size) -> Tensor:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """`transformers` logs errors alone."""
+    """Context in which `transformers` logs only errors."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()
@@ -88,20 +88,21 @@ def _without_warnings() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def _summed(terms: list[LossTerm]) -> LossTerm:
-    return LossTerm(sum(term.total for term in terms), sum(term.count for term in terms))
-
-
 class DiffusionDecoder(ImageDecoder):
-    """A latent diffusion model. Subclasses say what its UNet reads beside the noisy latents, and how it is sampled.
+    """A latent diffusion model. Subclasses define the UNet's extra inputs and the sampling pipeline.
 
-    `loss_names`: of the noise, of the alignment, of the VAE.
+    `loss_names`: noise prediction, alignment with captions, VAE.
     """
 
-    latents_read: ClassVar[int]  # stacked on the UNet's input channels
-    guides: ClassVar[tuple[str, ...]] = ("guidance",)  # of the sample settings, those its pipeline takes
-    #: latents go through every step of a sampler, which takes the precision of the UNet's first layer for theirs; a
-    #: picture's 8 bits are all that bf16 has, and its VAE runs once
+    settings: DiffusionSettings
+    unet: Any  # a diffusers.UNet2DConditionModel
+    vae: Any  # a diffusers.AutoencoderKL
+    text_encoder: Any  # a transformers.CLIPTextModel, or None
+    null: nn.Parameter | None  # [T, C], the learned empty condition if there is no text encoder
+    latents_read: ClassVar[int]  # number of latents stacked on the UNet's input channels
+    guides: ClassVar[tuple[str, ...]] = ("guidance",)  # guidance scales of the sample settings that its pipeline takes
+    #: latents go through every step of a sampler, which takes the dtype of the UNet's first layer; bf16 has no more
+    #: than an image's 8 bits of precision, and the VAE runs only once
     exact = ("vae", "unet.conv_in", "unet.conv_out")
 
     @classmethod
@@ -132,7 +133,7 @@ class DiffusionDecoder(ImageDecoder):
         return published_part(lambda: CLIPTextModel(CLIPTextConfig(**keys)))
 
     def _check(self) -> None:
-        """The parts must fit together."""
+        """Raises `UserError` if UNet, VAE and text encoder do not fit together."""
         s, wanted = self.settings, self.latents_read * self.vae.config.latent_channels
         text = None if self.text_encoder is None else self.text_encoder.config
         rules = [
@@ -159,29 +160,30 @@ class DiffusionDecoder(ImageDecoder):
 
     @property
     def width(self) -> int:
-        """C, of the cross attention."""
+        """C, the width of the UNet's cross-attention input."""
         return self.unet.config.cross_attention_dim
 
     @property
     def step(self) -> int:
-        """What height and width of a picture are multiples of."""
+        """Height and width of an image must be multiples of this many pixels."""
         return self.settings.step
 
-    def requires_grad_(self, requires_grad: bool = True) -> DiffusionDecoder:
-        """What the settings do not train stays frozen, whatever a stage of a recipe asks for."""
+    def requires_grad_(self, requires_grad: bool = True) -> Self:
+        """As in `nn.Module`, but modules that the settings do not train stay frozen."""
         super().requires_grad_(requires_grad)
         trained = ((self.unet, self.settings.train_unet), (self.vae, self.settings.train_vae))
-        for module, learns in (*trained, (self.text_encoder, False)):
-            if module is not None and not learns:
+        for module, is_trained in (*trained, (self.text_encoder, False)):
+            if module is not None and not is_trained:
                 module.requires_grad_(False)
         return self
 
-    def _scheduler(self, name: str) -> SchedulerMixin:
+    def _scheduler(self, name: str) -> Scheduler:
         return make_scheduler(name, self.settings.scheduler)
 
     def empty_condition(self) -> Tensor:
-        """[1, T, C]: what stands for "no prompt": the encoded empty text, or what was learned for it."""
+        """The condition of an empty prompt, [1, T, C]: the encoded empty text, or a learned parameter."""
         if self.text_encoder is None:
+            assert self.null is not None, "a decoder without a text encoder has it"
             return self.null[None]
         with torch.no_grad():
             ids = empty_caption_ids(self.text_encoder.config).to(self.text_encoder.device)
@@ -190,81 +192,88 @@ class DiffusionDecoder(ImageDecoder):
     # Training
 
     def losses(self, link: SuperLink, view: Pixels | None, targets: ImageTargets) -> dict[str, LossTerm]:
-        """Noise MSE per prompt; MSE to the encoded captions per prompt; the VAE's loss per picture it learns from.
+        """Noise MSE per prompt; MSE to the encoded captions per prompt; the VAE's loss per image that trains it.
 
-        Only its own loss reaches the VAE. Pictures are learned in the size they come in (`settings.input_rule`), those
-        of one size together: as the UNet has no mask, no padding may be among them.
+        Only its own loss trains the VAE. Images are processed in their given size (`settings.input_rule`), batched by
+        size: the UNet has no attention mask, so there must be no padding.
         """
         noise_name, align_name, vae_name = self.loss_names
         zero = link.embeddings.new_zeros(())
         losses = {noise_name: LossTerm(zero, zero)}
         if self.text_encoder is not None:
             losses[align_name] = LossTerm(zero, zero)
-        learns_vae = any(p.requires_grad for p in self.vae.parameters())
-        if learns_vae:
+        train_vae = any(p.requires_grad for p in self.vae.parameters())
+        if train_vae:
             losses[vae_name] = LossTerm(zero, zero)
         if not len(link):
             return losses
-        chosen = torch.randperm(len(link))[: self.settings.vae_images].to(link.parent) if learns_vae else None
-        each, noise, vae = torch.zeros(len(link), device=zero.device), [], []
+        chosen = link.parent.new_empty(0)  # images that train the VAE
+        if train_vae:
+            chosen = torch.randperm(len(link))[: self.settings.vae_images].to(link.parent)
+        each = torch.zeros(len(link), device=zero.device)
+        noise: list[LossTerm] = []
+        vae: list[LossTerm] = []
         extents = targets.extents.tolist() if targets.extents is not None else [targets.images.shape[-2:]] * len(link)
         for size, numbers in sorted(by_size([(h, w) for h, w in extents]).items()):
             members = torch.tensor(numbers, device=targets.images.device)
             part = targets.select(members)
             pixels = 2 * fit_pixels(part.images, part.extents, size) - 1
-            if learns_vae and len(own := chosen[torch.isin(chosen, members)]):
-                vae.append(self._vae_loss(pixels[torch.searchsorted(members, own)]))
-            noise.append(self._noise_loss(link.select(members), view, pixels))
-            each[members] = noise[-1].each
-        losses[noise_name] = _summed(noise)._replace(each=each)
-        if learns_vae:
-            losses[vae_name] = _summed(vae)
+            if train_vae and len(trained := chosen[torch.isin(chosen, members)]):
+                vae.append(self._vae_loss(pixels[torch.searchsorted(members, trained)]))
+            term, each[members] = self._noise_loss(link.select(members), view, pixels)
+            noise.append(term)
+        losses[noise_name] = sum_terms(noise, each)
+        if train_vae:
+            losses[vae_name] = sum_terms(vae)
         if self.text_encoder is not None and targets.caption_ids is not None:
             losses[align_name] = self._align_loss(link.embeddings, targets.caption_ids)
         return losses
 
-    def _noise_loss(self, link: SuperLink, view: Pixels | None, pixels: Tensor) -> LossTerm:
+    def _noise_loss(self, link: SuperLink, view: Pixels | None, pixels: Tensor) -> tuple[LossTerm, Tensor]:
+        """MSE of the UNet's prediction at a random time step (DDPM, arXiv 2006.11239, eq. 14), and its detached share
+        of each prompt [G]. `pixels` float32 [G, 3, H, W] in -1..1."""
         scheduler = self._scheduler(TRAINING)
         with torch.no_grad():
             latents = self.vae.encode(pixels).latent_dist.sample().float() * self.vae.config.scaling_factor
         noise = torch.randn_like(latents)
         times = torch.randint(scheduler.config.num_train_timesteps, (len(latents),), device=latents.device)
-        condition, beside = self._training_condition(link, view, tuple(pixels.shape[-2:]))
+        condition, beside = self._training_condition(link, view, (pixels.shape[-2], pixels.shape[-1]))
         noisy = torch.cat([scheduler.add_noise(latents, noise, times), *beside], dim=1)
         predicted = self.unet(noisy, times, encoder_hidden_states=condition).sample
-        wanted = self._wanted(scheduler, latents, noise, times)
-        error = (predicted.float() - wanted.float()).square().flatten(1).mean(1)
-        return LossTerm(error.sum(), error.new_tensor(float(len(error))), error.detach())
+        target = self._unet_target(scheduler, latents, noise, times)
+        error = (predicted.float() - target.float()).square().flatten(1).mean(1)
+        return LossTerm(error.sum(), error.new_tensor(float(len(error)))), error.detach()
 
     @staticmethod
-    def _wanted(scheduler: DDPMScheduler, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
-        """What the UNet predicts, by the schedule's `prediction_type`; all in fp32, as schedulers take their precision
-        from what they are given, and in bf16 the first steps would add no noise at all."""
+    def _unet_target(scheduler: Scheduler, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:
+        """The target of the UNet by the schedule's `prediction_type`. All in fp32: schedulers compute in the dtype of
+        their input, and in bf16 the first steps would add no noise."""
         kind = scheduler.config.prediction_type
         if kind == "v_prediction":
             return scheduler.get_velocity(latents, noise, times)
         return {"sample": latents, "epsilon": noise}[kind]
 
     def _training_condition(self, link: SuperLink, view: Pixels | None, size: Size) -> tuple[Tensor, list[Tensor]]:
-        """For pictures of (height, width) `size`: the condition [G, T, C] with some of it dropped, for classifier-free
-        guidance, and the latents that the UNet reads beside the noisy ones, [G, z, h, w] each."""
+        """For images of (height, width) `size`: the condition [G, T, C], randomly dropped for classifier-free guidance
+        (arXiv 2207.12598), and the UNet's extra latents, [G, z, h, w] each."""
         raise NotImplementedError
 
     def _replaced(self, embeddings: Tensor, dropped: Tensor) -> Tensor:
-        """[G, T, C] with the empty condition where `dropped` (bool [G])."""
+        """Embeddings [G, T, C], replaced by the empty condition where `dropped` (bool [G])."""
         return torch.where(dropped[:, None, None], self.empty_condition().to(embeddings.dtype), embeddings)
 
     def _align_loss(self, embeddings: Tensor, ids: Tensor) -> LossTerm:
-        """MSE to the last hidden state of the CLIP text encoder; dropped conditions take part as they were."""
+        """MSE to the last hidden state of the CLIP text encoder, also for prompts whose condition is dropped."""
         with torch.no_grad():
-            said = self.text_encoder(ids).last_hidden_state
-        error = (embeddings.float() - said.float()).square().flatten(1).mean(1)
+            encoded = self.text_encoder(ids).last_hidden_state
+        error = (embeddings.float() - encoded.float()).square().flatten(1).mean(1)
         return LossTerm(self.settings.align_weight * error.sum(), error.new_tensor(float(len(error))))
 
     def _vae_loss(self, pixels: Tensor) -> LossTerm:
-        """Reconstruction and KL to a standard normal, each a mean per value of a picture or its latents.
+        """Reconstruction MSE plus KL to a standard normal (VAE, arXiv 1312.6114, eq. 10), as means over the values of
+        an image and of its latents.
 
-        MSE alone: beside an L1, whose gradient is the same for any error, hues are learned last.
+        No L1: its gradient does not depend on the size of the error, so hues would be learned last.
         """
         posterior = self.vae.encode(pixels).latent_dist
         error = (self.vae.decode(posterior.sample()).sample - pixels).float()
@@ -276,11 +285,12 @@ class DiffusionDecoder(ImageDecoder):
 
     @torch.no_grad()
     def sample(self, link: SuperLink, view: Pixels | None, settings: SampleSettings) -> Tensor:
-        """uint8 [G * num_images, 3, height, width], prompt by prompt, drawn by the pipeline of `diffusers`.
+        """Generates images uint8 [G * num_images, 3, height, width], prompt by prompt, with the pipeline of
+        `diffusers`.
 
-        Picture n of every prompt starts from the noise of seed + n. Raises `UserError` for settings that cannot work.
+        Image n of every prompt starts from the noise of seed + n. Raises `UserError` for invalid settings.
         """
-        settings = self._with_own(settings)
+        settings = self._with_defaults(settings)
         size = self._checked(settings)
         order = [(p, n) for p in range(len(link)) for n in range(settings.num_images)]
         pictures = [torch.empty(0, 3, *size, dtype=torch.uint8)]
@@ -288,7 +298,7 @@ class DiffusionDecoder(ImageDecoder):
         try:
             for first in range(0, len(order), settings.batch_size):
                 members, numbers = zip(*order[first : first + settings.batch_size], strict=True)
-                # a generator of its own on the CPU: the noise depends on neither the batch nor the device
+                # one CPU generator per image: the noise depends on neither the batch nor the device
                 generators = [torch.Generator().manual_seed(settings.seed + n) for n in numbers]
                 rows = torch.tensor(members, device=link.embeddings.device)
                 part = SuperLink(link.decoder, link.embeddings[rows], link.image_index[rows], link.parent[rows])
@@ -306,7 +316,7 @@ class DiffusionDecoder(ImageDecoder):
         settings: SampleSettings,
         generators: list[torch.Generator],
     ) -> Tensor:
-        """float [G, 3, *size] in 0..1, one picture for every entry of the link."""
+        """Images float [G, 3, *size] in 0..1, one per prompt of the link."""
         pipeline = self._pipeline()
         pipeline.set_progress_bar_config(disable=True)
         condition = link.embeddings.to(self.unet.dtype)
@@ -320,9 +330,9 @@ class DiffusionDecoder(ImageDecoder):
             **self._inputs(link, view, size, settings),
         ).images.float()
 
-    def _pipeline(self) -> DiffusionPipeline:
-        """The pipeline around this decoder's own modules."""
-        with _without_warnings():  # of processors that it has none of, which would like to have torchvision
+    def _pipeline(self) -> Any:
+        """A pipeline of `diffusers` around this decoder's modules."""
+        with _without_warnings():  # about image processors that need torchvision, none of which is used
             pipeline = self._pipeline_class()
         return pipeline(
             vae=self.vae,
@@ -336,20 +346,22 @@ class DiffusionDecoder(ImageDecoder):
         )
 
     @staticmethod
-    def _pipeline_class() -> type[DiffusionPipeline]:
+    def _pipeline_class() -> Any:
+        """The pipeline's class, imported when needed."""
         raise NotImplementedError
 
     def _inputs(self, link: SuperLink, view: Pixels | None, size: Size, settings: SampleSettings) -> dict[str, Any]:
-        """Arguments of the pipeline that not all have."""
+        """Arguments of this decoder's pipeline that other pipelines lack."""
         raise NotImplementedError
 
-    def _with_own(self, settings: SampleSettings) -> SampleSettings:
-        """With the decoder's own guidance where none is asked for."""
-        own = {name: getattr(self.settings, name) for name in self.guides if getattr(settings, name) is None}
-        return dataclasses.replace(settings, **own)
+    def _with_defaults(self, settings: SampleSettings) -> SampleSettings:
+        """Fills unset guidance scales from the decoder's settings."""
+        defaults = {name: getattr(self.settings, name) for name in self.guides if getattr(settings, name) is None}
+        return dataclasses.replace(settings, **defaults)
 
     def _checked(self, settings: SampleSettings) -> Size:
-        """The size to draw, of settings that can work; else a `UserError`."""
+        """The image size (height, width) of valid settings. Raises `UserError` for invalid ones."""
+        assert settings.guidance is not None, "set by _with_defaults"
         size = settings.size or (self.settings.image_size,) * 2
         self.settings.input_rule.check(size)
         rules = [

@@ -1,4 +1,4 @@
-"""Floating-point operations of the decoders that make pictures: UNet, VAE and text encoder, by torch's own counter."""
+"""Floating-point operations of the image decoders: UNet, VAE and text encoder, by torch's FLOP counter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lumen_ray.structures import Size
 
 
 class DiffusionFlops:
-    """Forward FLOPs of the parts of a decoder, for one picture each."""
+    """Forward FLOPs of a decoder's modules, per image."""
 
     def __init__(self, counter: LibraryFlops):
         self.counter, self.decoder = counter, counter.module
@@ -21,7 +21,7 @@ class DiffusionFlops:
         return torch.empty(1, channels, size[0] // shrink, size[1] // shrink)
 
     def unet(self, size: Size) -> float:
-        """A picture of (height, width) `size` pixels through the UNet."""
+        """One UNet step for an image of (height, width) `size` pixels."""
         unet, tokens = self.decoder.unet, self.decoder.settings.num_tokens
 
         def run() -> None:
@@ -31,18 +31,18 @@ class DiffusionFlops:
         return self.counter.count(("unet", size), run)
 
     def encode(self, size: Size) -> float:
-        """A picture to latents."""
+        """The VAE's encoder."""
         vae = self.decoder.vae
         return self.counter.count(("encode", size), lambda: vae.encode(torch.empty(1, 3, *size)))
 
     def decode(self, size: Size) -> float:
-        """Latents to a picture."""
+        """The VAE's decoder."""
         vae = self.decoder.vae
         latents = vae.config.latent_channels
         return self.counter.count(("decode", size), lambda: vae.decode(self._latents(size, latents)))
 
     def caption(self) -> float:
-        """A text through the text encoder."""
+        """The text encoder, for one caption."""
         encoder = self.decoder.text_encoder
         ids = torch.zeros(1, encoder.config.max_position_embeddings, dtype=torch.int64, device="meta")
         return self.counter.count("caption", lambda: encoder(ids))
@@ -54,7 +54,7 @@ def count(decoder: DiffusionDecoder, work: DecoderWork) -> float:
     flops = DiffusionFlops(library_flops(decoder, work.build))
     sizes: list[Size] = [(height, width) for height, width in targets.extents.tolist()]
     encoded = sum(flops.encode(size) for size in sizes)
-    total = decoder.latents_read * encoded  # the target, and the picture that an edit starts from
+    total = decoder.latents_read * encoded  # the target, and the source image of an edit
     trained = is_trainable(decoder.unet)
     total += sum(flops.unet(size) for size in sizes) * (1 + (work.needs_input_grad or trained) + trained)
     if is_trainable(decoder.vae):

@@ -1,10 +1,13 @@
-"""The link head of decoders that make pictures: query states -> the cross-attention input of a UNet.
+"""The link head of image decoders: query states -> the cross-attention input of a UNet.
 
-VisionLLM v2 (arXiv 2406.08394), sec. 3.3: a 2-layer MLP brings the hidden states at the 64 queries to the width of the
-UNet's cross attention; a small transformer with learned queries turns them into as many tokens as a text encoder gives.
+VisionLLM v2 (arXiv 2406.08394), sec. 3.3: a 2-layer MLP projects the hidden states at the 64 queries to the width of
+the UNet's cross attention; a small transformer with learned queries maps them to as many tokens as a text encoder
+gives.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +17,18 @@ from lumen_ray.decoders.spec import TrunkShape
 
 
 class DiffusionHead(nn.Module):
-    """[P, N, llm_width] -> [P, num_tokens, width]. Works on prompts by themselves; no positions, no mask.
+    """[P, N, llm_width] -> [P, num_tokens, width], prompt by prompt, without positions or masks.
 
-    `width`: that of the UNet's cross attention; `heads` must divide it. `layers` of the encoder and of the decoder.
+    `width`: that of the UNet's cross attention, a multiple of `heads`. `layers`: of the encoder and of the decoder.
 
-    With a `vocabulary`, the LLM's size of it, a linear path adds to every token what it makes of the mean of the
-    instruction's words, in embeddings of its own. Of what differs between the states of two instructions a fresh mapper
-    lets through less than a thousandth, since its own queries outweigh it, and so little of a small LLM's embeddings
-    tells one colour from another; a UNet that is not told what to draw learns to do without.
+    With `vocabulary` (the LLM's vocabulary size) a linear path adds to every token a projection of the mean of the
+    instruction's words, in a separate embedding table. A freshly initialised mapper passes less than a thousandth of
+    the difference between two instructions, since its learned queries dominate, and the embeddings of a small LLM
+    hardly separate colours; a UNet without a useful condition learns to ignore it.
     """
+
+    vocabulary: nn.Embedding | None
+    words: nn.Sequential | None
 
     def __init__(
         self,
@@ -35,12 +41,12 @@ class DiffusionHead(nn.Module):
     ):
         super().__init__()
         self.proj = nn.Sequential(nn.Linear(llm_width, width), nn.GELU(), nn.Linear(width, width))
-        kind = {"dim_feedforward": 4 * width, "dropout": 0.0, "batch_first": True, "norm_first": True}
+        kind: dict[str, Any] = {"dim_feedforward": 4 * width, "dropout": 0.0, "batch_first": True, "norm_first": True}
         encoder = nn.TransformerEncoder(
             nn.TransformerEncoderLayer(width, heads, **kind),
             layers,
             nn.LayerNorm(width),
-            enable_nested_tensor=False,  # which norm_first does not have; the default warns that it has not
+            enable_nested_tensor=False,  # not supported with norm_first; avoids a warning
         )
         self.mapper = nn.Transformer(
             d_model=width, nhead=heads, num_decoder_layers=layers, custom_encoder=encoder, **kind
@@ -52,14 +58,14 @@ class DiffusionHead(nn.Module):
             self.words = nn.Sequential(nn.LayerNorm(llm_width), nn.Linear(llm_width, num_tokens * width))
 
     def forward(self, states: Tensor, words: Tensor | None = None, parents: Tensor | None = None) -> Tensor:
-        """states [P, N, llm_width] at the queries behind the routing token, whose own state takes no part; words
-        [P, llm_width], the mean of `vocabulary` over each instruction; `parents` are for other heads."""
+        """states [P, N, llm_width] at the queries, without the routing token; words [P, llm_width], the mean of
+        `vocabulary` over each instruction. `parents` is unused."""
         tokens = self.mapper(self.proj(states), self.queries.expand(len(states), -1, -1))
         return tokens if self.words is None else tokens + self.words(words).view_as(tokens)
 
 
 def link_head(settings: DiffusionSettings, shape: TrunkShape) -> DiffusionHead:
-    """The link head of a decoder of pictures."""
+    """Builds the link head of an image decoder."""
     vocabulary = shape.vocab_size if shape.link_reads_words else 0
     return DiffusionHead(
         shape.llm_width,

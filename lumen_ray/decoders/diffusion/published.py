@@ -1,8 +1,8 @@
-"""Stable Diffusion and InstructPix2Pix as they are published: a folder with `unet`, `vae`, `text_encoder`, `scheduler`,
-`tokenizer`.
+"""Reads published Stable Diffusion and InstructPix2Pix checkpoints: a folder with `unet`, `vae`, `text_encoder`,
+`scheduler`, `tokenizer`.
 
-`published_settings` reads what a decoder is built from, `load_published` fills it with the weights, and
-`published_tokenizer` reads what gives its text encoder the ids of captions.
+`published_settings` reads the settings of a decoder, `load_published` its weights, and `published_tokenizer` the
+tokenizer of its text encoder.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from torch import Tensor, nn
 
-#: any of these sets; without them `transformers` would make a tokenizer of no words
+#: one of these sets is required; without them `transformers` would return an empty tokenizer
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 
@@ -32,20 +32,20 @@ def _read(folder: Path, part: str, name: str) -> dict[str, Any]:
     path = folder / part / name
     if not path.is_file():
         raise UserError(
-            f"'{folder}' is not a diffusion model as diffusers saves it: {part}/{name} is missing", "missing_weights"
+            f"'{folder}' is not a diffusion model in diffusers' format: {part}/{name} is missing", "missing_weights"
         )
     try:
         keys = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(f"'{path}' cannot be read: {error}", "damaged_weights") from None
     if not isinstance(keys, dict):
-        raise UserError(f"'{path}' must hold an object of settings", "damaged_weights")
+        raise UserError(f"'{path}' must hold a JSON object", "damaged_weights")
     return keys
 
 
 def published_settings(folder: str | Path) -> dict[str, Any]:
     """The keys `unet`, `vae`, `text_encoder`, `scheduler`, `sampler`, `image_size` and `num_tokens` of
-    `DiffusionSettings` that a published folder stands for. Raises `UserError` for a folder that is none."""
+    `DiffusionSettings` for a published folder. Raises `UserError` if it is not one."""
     import diffusers
     from transformers import CLIPTextConfig
 
@@ -56,8 +56,8 @@ def published_settings(folder: str | Path) -> dict[str, Any]:
     sampler = scheduler.get("_class_name")
     if sampler not in SAMPLERS:
         raise UserError(
-            f"'{folder}' names the scheduler '{sampler}', which is none of {', '.join(SAMPLERS)}; give its "
-            "scheduler_config.json one of them as _class_name",
+            f"'{folder}' has the scheduler '{sampler}', which is not one of {', '.join(SAMPLERS)}; set _class_name in "
+            "its scheduler_config.json to one of them",
             "unknown_sampler",
         )
     halvings = len(vae.get("block_out_channels", (64,))) - 1
@@ -75,16 +75,16 @@ def published_settings(folder: str | Path) -> dict[str, Any]:
 
 
 def published_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer of a published folder's text encoder, which cuts and pads to the length that encoder takes. Raises
-    `UserError` where there is none, or a damaged one."""
+    """The tokenizer of a published folder's text encoder, which truncates and pads to that encoder's length. Raises
+    `UserError` if it is missing or damaged."""
     from tokenizers import Tokenizer
     from transformers import CLIPTextConfig, CLIPTokenizer
 
     path = Path(folder) / "tokenizer"
     if not any(all((path / name).is_file() for name in names) for names in _TOKENIZER_FILES):
         raise UserError(
-            f"'{folder}' has no tokenizer for its text encoder; give it tokenizer/vocab.json and tokenizer/merges.txt, "
-            "or tokenizer/tokenizer.json, as they are published with it",
+            f"'{folder}' has no tokenizer for its text encoder; add the published tokenizer/vocab.json and "
+            "tokenizer/merges.txt, or tokenizer/tokenizer.json",
             "missing_tokenizer",
         )
     try:
@@ -101,10 +101,10 @@ def published_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def load_published(decoder: DiffusionDecoder | nn.Module, folder: str | Path, allow_pickle: bool = False) -> None:
-    """Puts the weights of a published folder into a decoder built with its settings.
+    """Loads the weights of a published folder into a decoder built with its settings.
 
-    Files in pickle format, which can run code, are only read where `allow_pickle`. Raises `UserError` for weights that
-    are missing or do not fit.
+    Pickled files, which can run code, are only read with `allow_pickle`. Raises `UserError` for weights that are
+    missing or do not fit.
     """
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel
@@ -136,7 +136,7 @@ def load_published(decoder: DiffusionDecoder | nn.Module, folder: str | Path, al
 
 
 def load(folder: Path, build: Callable[[], nn.Module], pickle: bool) -> dict[str, Tensor]:
-    """The weights in a folder, by the names of the decoder that `build` makes; fresh ones where it has none."""
+    """The state dict of the decoder that `build` makes, with the weights of a folder."""
     decoder = build()
     load_published(decoder, folder, pickle)
     return decoder.state_dict()

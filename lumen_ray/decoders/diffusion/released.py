@@ -1,20 +1,21 @@
-"""Stable Diffusion and InstructPix2Pix in the released checkpoint: `sd.*` and `ip2p.*`, which look alike.
+"""Rules for Stable Diffusion and InstructPix2Pix in the released VisionLLM v2 checkpoint: `sd.*` and `ip2p.*`, which
+have the same layout.
 
-Each holds the mapper, here the link head of the decoder's family, and the published UNet, VAE and CLIP text encoder.
+Each holds the mapper, here the decoder's link head, and the published UNet, VAE and CLIP text encoder.
 """
 
 from __future__ import annotations
 
 from lumen_ray.checkpoints.rules import Part, ReleasedModule, Rule
 
-#: of `model.diffusion_head.DiffusionHead`
+#: of `link_head.DiffusionHead`
 HEAD_RULES: list[Rule] = [
     Rule(r"emb_proj\.(.+)", r"proj.\1"),
     Rule(r"llm2sd_mapper\.(.+)", r"mapper.\1"),
     Rule(r"llm2sd_mapper_queries", "queries", change=lambda queries: queries.squeeze(0)),
 ]
 
-#: of `decoders.diffusion.DiffusionDecoder`; transformers' CLIPTextModel has lost the level `text_model`
+#: of `DiffusionDecoder`; the CLIPTextModel of current transformers has no level `text_model`
 DECODER_RULES: list[Rule] = [
     Rule(r"sd_unet\.(.+)", r"unet.\1"),
     Rule(r"sd_vae\.(.+)", r"vae.\1"),
@@ -23,7 +24,7 @@ DECODER_RULES: list[Rule] = [
 
 
 def released_parts(decoder: str, link_head: str, source: str) -> list[Part]:
-    """Where the tensors of the module `source` go: `decoder` and `link_head` are our prefixes. All end with a dot."""
+    """The rules for the module `source`; `decoder` and `link_head`: our prefixes. All end with a dot."""
     return [Part(source, link_head, HEAD_RULES), Part(source, decoder, DECODER_RULES)]
 
 

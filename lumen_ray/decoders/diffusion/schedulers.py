@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
-
-
-TRAINING = "DDPMScheduler"  # which adds the noise
+Scheduler = Any  # a scheduler of diffusers: its base class declares none of the methods used here
+TRAINING = "DDPMScheduler"  # adds the noise in training
 
 
-def config_keys(cls: type) -> set[str]:
-    """The keys of the config of a class of `diffusers`."""
+def config_keys(cls: Any) -> set[str]:
+    """The config keys of a class of `diffusers`."""
     return set(inspect.signature(cls.__init__).parameters) - {"self", "kwargs"}
 
 
-def make_scheduler(name: str, keys: Mapping[str, Any]) -> SchedulerMixin:
-    """One of `diffusers`, with those of the keys that it has."""
+def make_scheduler(name: str, keys: Mapping[str, Any]) -> Scheduler:
+    """Builds a scheduler of `diffusers` from those of the keys that it has."""
     import diffusers
 
     cls = getattr(diffusers, name)
@@ -27,7 +24,7 @@ def make_scheduler(name: str, keys: Mapping[str, Any]) -> SchedulerMixin:
     return cls(**{key: value for key, value in keys.items() if key in valid})
 
 
-#: keys of a noise schedule that decide what a trained UNet predicts, and from what
+#: keys of a noise schedule that define the input and the target of a trained UNet
 _LEARNED = (
     "num_train_timesteps",
     "beta_start",
@@ -40,6 +37,6 @@ _LEARNED = (
 
 
 def learned_schedule(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The noise schedule that a UNet learns with the `scheduler` of its settings, keys that are left out among it."""
-    found = make_scheduler(TRAINING, keys).config
-    return {key: found[key] for key in _LEARNED}
+    """The training noise schedule for `scheduler` settings, including defaults of keys that are not set."""
+    config = make_scheduler(TRAINING, keys).config
+    return {key: config[key] for key in _LEARNED}

@@ -1,5 +1,5 @@
-"""Settings of the expert decoders. Keys of library configs are passed to the library's classes unchanged, so any size
-of the same classes can be described. Importing this module loads no model code."""
+"""Settings of the image decoders. Keys of library configs are passed to the library's classes unchanged, so any size of
+the same classes can be configured. Importing this module loads no model code."""
 
 from __future__ import annotations
 
@@ -24,32 +24,32 @@ Sampler = Literal[
     "PNDMScheduler",
 ]
 SAMPLERS: tuple[str, ...] = get_args(Sampler)
-_PIPELINE_STEP = 8  # height and width that `diffusers`' pipelines take are multiples of it, whatever the VAE
+_PIPELINE_STEP = 8  # the pipelines of `diffusers` need sides that are multiples of it, whatever the VAE
 
 
 @lru_cache
 def _default(name: str, key: str) -> Any:
-    """What a class of `diffusers` has for a key where nothing is said."""
+    """The default of a config key of a class of `diffusers`."""
     import diffusers
 
     return inspect.signature(getattr(diffusers, name).__init__).parameters[key].default
 
 
 class DiffusionSettings(DecoderSettings):
-    """What the decoders that make pictures share (see `decoders/diffusion.py`)."""
+    """Settings shared by the image decoders (see `decoders/diffusion/decoder.py`)."""
 
     image_size: int = Field(
         gt=0,
-        description="side in pixels of a square picture; others, to learn from or to edit, have about as many pixels "
-        "in their own shape",
+        description="side in pixels of a generated square image; training images and images to edit keep their aspect "
+        "ratio with about as many pixels",
     )
-    max_image_size: int = Field(1024, gt=0, description="longest side in pixels a request may ask for")
+    max_image_size: int = Field(1024, gt=0, description="maximum side in pixels of a requested image")
     unet: dict[str, Any] = Field(description="keys of diffusers.UNet2DConditionModel")
     vae: dict[str, Any] = Field(description="keys of diffusers.AutoencoderKL")
     text_encoder: dict[str, Any] | None = Field(
         None,
-        description="keys of transformers.CLIPTextConfig: captions as it encodes them are what links learn to say, and "
-        "its '' is the empty condition; null learns an empty condition instead",
+        description="keys of transformers.CLIPTextConfig: links are trained to match captions encoded by it, and its "
+        "encoding of '' is the empty condition; null: the empty condition is learned",
     )
     scheduler: dict[str, Any] = Field(
         {
@@ -62,21 +62,19 @@ class DiffusionSettings(DecoderSettings):
             "set_alpha_to_one": False,
             "skip_prk_steps": True,
         },
-        description="the noise schedule: keys of diffusers' schedulers; each takes those it has",
+        description="noise schedule: keys of diffusers' schedulers; each takes those it has",
     )
-    sampler: Sampler = Field("DDIMScheduler", description="scheduler of diffusers that pictures are drawn with")
-    guidance: float = Field(
-        7.5, ge=0, le=100, description="how strictly a text is followed where a request says nothing"
-    )
-    num_tokens: int = Field(77, gt=0, description="tokens of a condition, as the link head gives them")
+    sampler: Sampler = Field("DDIMScheduler", description="scheduler of diffusers for sampling")
+    guidance: float = Field(7.5, ge=0, le=100, description="default classifier-free guidance scale of requests")
+    num_tokens: int = Field(77, gt=0, description="tokens of a condition, the output of the link head")
     mapper_heads: int = Field(8, gt=0, description="attention heads of the link head's transformer")
     mapper_layers: int = Field(1, gt=0, description="layers of its encoder, and of its decoder")
-    align_weight: float = Field(0.1, ge=0, description="MSE of links and encoded captions, beside that of the noise")
-    train_unet: bool = Field(description="whether the UNet learns, or only what conditions it")
-    train_vae: bool = Field(False, description="whether the VAE learns to reproduce the target pictures")
-    vae_weight: float = Field(1.0, gt=0, description="of the VAE's loss; the other losses do not reach the VAE")
-    vae_kl_weight: float = Field(1e-3, ge=0, description="KL per latent value beside the reconstruction")
-    vae_images: int = Field(4, gt=0, description="pictures of a batch that the VAE learns from; it needs the most time")
+    align_weight: float = Field(0.1, ge=0, description="weight of the MSE between links and encoded captions")
+    train_unet: bool = Field(description="whether the UNet is trained, or only its condition")
+    train_vae: bool = Field(False, description="whether the VAE is trained to reconstruct the target images")
+    vae_weight: float = Field(1.0, gt=0, description="weight of the VAE's loss; the other losses do not train the VAE")
+    vae_kl_weight: float = Field(1e-3, ge=0, description="weight of the KL per latent value")
+    vae_images: int = Field(4, gt=0, description="images of a batch that train the VAE, the slowest part")
 
     @model_validator(mode="after")
     def _limit(self) -> DiffusionSettings:
@@ -88,14 +86,14 @@ class DiffusionSettings(DecoderSettings):
 
     @property
     def step(self) -> int:
-        """What height and width of a picture are multiples of: UNet and VAE halve it again and again."""
+        """Height and width of an image must be multiples of this many pixels: UNet and VAE halve them repeatedly."""
         parts = (("AutoencoderKL", self.vae), ("UNet2DConditionModel", self.unet))
         blocks = [len(keys.get("block_out_channels") or _default(name, "block_out_channels")) for name, keys in parts]
         return math.lcm(2 ** (sum(blocks) - 2), _PIPELINE_STEP)
 
     @property
     def latent_scale(self) -> float:
-        """What the VAE's latents are multiplied by for the UNet."""
+        """Scale of the VAE's latents at the UNet's input."""
         return self.vae.get("scaling_factor", _default("AutoencoderKL", "scaling_factor"))
 
     @property
@@ -114,22 +112,22 @@ class DiffusionSettings(DecoderSettings):
 
 
 class StableDiffusionSettings(DiffusionSettings):
-    """Text to image (see `decoders/stable_diffusion.py`). VisionLLM v2 keeps the published UNet as it is."""
+    """Text to image (see `decoders/diffusion/stable_diffusion.py`). VisionLLM v2 keeps the published UNet frozen."""
 
-    train_unet: bool = Field(False, description="whether the UNet learns, or only what conditions it")
+    train_unet: bool = Field(False, description="whether the UNet is trained, or only its condition")
     drop_text: float = Field(0.2, ge=0, lt=1, description="share of prompts trained with the empty condition")
 
 
 class InstructPix2PixSettings(DiffusionSettings):
-    """Edits (see `decoders/instruct_pix2pix.py`). VisionLLM v2 goes on training the published UNet."""
+    """Edits (see `decoders/diffusion/instruct_pix2pix.py`). VisionLLM v2 fine-tunes the published UNet."""
 
-    train_unet: bool = Field(True, description="whether the UNet learns, or only what conditions it")
+    train_unet: bool = Field(True, description="whether the UNet is trained, or only its condition")
     image_guidance: float = Field(
-        1.5, ge=1, le=100, description="how much of a picture is kept where a request says nothing"
+        1.5, ge=1, le=100, description="default image guidance scale of requests: higher keeps more of the source image"
     )
     drop_text: float = Field(0.05, ge=0, description="share of edits trained without their instruction")
-    drop_both: float = Field(0.05, ge=0, description="share trained without instruction and picture")
-    drop_image: float = Field(0.05, ge=0, description="share trained without the picture to edit")
+    drop_both: float = Field(0.05, ge=0, description="share trained without instruction and source image")
+    drop_image: float = Field(0.05, ge=0, description="share trained without the source image")
 
     @model_validator(mode="after")
     def _fits(self) -> InstructPix2PixSettings:
@@ -141,7 +139,7 @@ class InstructPix2PixSettings(DiffusionSettings):
             )
         if self.guidance <= 1 < self.image_guidance:
             raise UserError(
-                f"guidance {self.guidance:g} is none, so the picture cannot guide alone; set a guidance above 1, or "
+                f"guidance {self.guidance:g} is off, and image_guidance needs it; set a guidance above 1, or "
                 "image_guidance: 1",
                 "invalid_config",
             )

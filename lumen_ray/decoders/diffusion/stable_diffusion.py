@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,21 +15,21 @@ from lumen_ray.structures import Size
 from lumen_ray.superlink import SuperLink
 from lumen_ray.targets import Pixels
 
-if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
-
 
 class StableDiffusionDecoder(DiffusionDecoder):
+    """See the module's docstring."""
+
     spec = STABLE_DIFFUSION
     latents_read = 1
     settings: StableDiffusionSettings
 
     def _training_condition(self, link: SuperLink, view: Pixels | None, size: Size) -> tuple[Tensor, list[Tensor]]:
+        """Drops the text of a random share of the prompts."""
         dropped = torch.rand(len(link), device=link.embeddings.device) < self.settings.drop_text
         return self._replaced(link.embeddings, dropped), []
 
     @staticmethod
-    def _pipeline_class() -> type[StableDiffusionPipeline]:
+    def _pipeline_class() -> Any:
         from diffusers import StableDiffusionPipeline
 
         return StableDiffusionPipeline

@@ -1,4 +1,5 @@
-"""What the decoders on Grounding DINO's transformer do alike: queries for the objects of a group, and their losses.
+"""Base of the decoders on Grounding DINO's transformer (arXiv 2303.05499): queries for the objects of a group, and
+their losses.
 
 Legend: P' object prompts, G groups, T prompts of the largest group, Q queries, D denoising queries, C channels.
 """
@@ -8,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lumen_ray.attention import mask_to_bias
-from lumen_ray.decoders.base import Decoder, LossTerm
+from lumen_ray.decoders.base import Decoder, LossTerm, sum_terms
 from lumen_ray.decoders.common.ragged import Seats
 from lumen_ray.decoders.dino.denoising import Denoising
 from lumen_ray.decoders.dino.memory import Levels, Memory
@@ -32,43 +33,42 @@ from lumen_ray.trunk.comm import IMAGENET_MEAN, IMAGENET_STD
 FEW_OBJECTS = -4.6  # logit of one query in a hundred
 
 
-class Stage:
-    """What one layer makes of the queries. Of most layers only losses ask for more than `hidden`, so that logits and
-    boxes are computed when they are first read, with gradients where the stage was made with gradients."""
+class LayerOutput:
+    """Queries after one layer. For most layers only losses need more than `hidden`, so logits and boxes are computed on
+    first access, with gradients if they were enabled when the layer ran."""
 
     def __init__(self, hidden: Tensor, logits: Callable[[], Tensor], boxes: Callable[[], Tensor]):
         self.hidden = hidden  # [G, Q, C]
-        self._logits, self._boxes, self._learns = logits, boxes, torch.is_grad_enabled()
+        self._logits, self._boxes, self._with_grad = logits, boxes, torch.is_grad_enabled()
 
     @cached_property
     def logits(self) -> Tensor:
         """float32 [G, Q, T], -inf at padded links."""
-        with torch.set_grad_enabled(self._learns):
+        with torch.set_grad_enabled(self._with_grad):
             return self._logits()
 
     @cached_property
     def boxes(self) -> Tensor:
         """float32 [G, Q, 4] cxcywh in 0..1 of the image without padding."""
-        with torch.set_grad_enabled(self._learns):
+        with torch.set_grad_enabled(self._with_grad):
             return self._boxes()
 
-    def split(self, count: int) -> tuple[Stage, Stage]:
+    def split(self, count: int) -> tuple[LayerOutput, LayerOutput]:
         """The first `count` queries, and the others."""
-        first, rest = (
-            Stage(self.hidden[:, part], lambda part=part: self.logits[:, part], lambda part=part: self.boxes[:, part])
-            for part in (slice(count), slice(count, None))
-        )
-        return first, rest
+        return self._slice(slice(count)), self._slice(slice(count, None))
+
+    def _slice(self, queries: slice) -> LayerOutput:
+        return LayerOutput(self.hidden[:, queries], lambda: self.logits[:, queries], lambda: self.boxes[:, queries])
 
 
 @dataclass
 class Groups:
-    """Which prompts are looked at together."""
+    """The groups of prompts that are processed jointly."""
 
-    objects: Tensor  # int64 [P']: the links that are object prompts; the others ask for a keypoint of their parent
+    objects: Tensor  # int64 [P']: the links that are object prompts; the others are keypoint prompts of a parent
     seats: Seats  # row (group) and column of each in [G, T]
-    shown: Tensor  # int64, rising: the images that prompts are about
-    image: Tensor  # int64 [G]: of each group, among `shown`
+    shown: Tensor  # int64, ascending: the images of the batch that prompts are about
+    image: Tensor  # int64 [G]: index into `shown` of each group's image
     sizes: list[Size]  # (height, width) of each group's image in input pixels, without padding
 
     @classmethod
@@ -81,7 +81,7 @@ class Groups:
         return cls(objects, Seats.of(row, len(groups)), shown, image, sizes)
 
     def among(self, whole: Groups) -> Groups:
-        """The same, its images counted among those that `whole` shows."""
+        """The same groups, with `image` as indices into `whole.shown`."""
         return replace(self, shown=whole.shown, image=torch.searchsorted(whole.shown, self.shown)[self.image])
 
     def per_link(self, values: Tensor, links: int) -> Tensor:
@@ -93,45 +93,58 @@ class Groups:
 class Start:
     """Queries before the first layer: denoising ones, then the encoder's selection."""
 
-    encoder: Stage  # the selection as the encoder sees it
-    valid: Tensor  # bool [G, Q], of the selection; an image with fewer places than queries leaves some unused
+    encoder: LayerOutput  # the encoder's selection
+    valid: Tensor  # bool [G, Q], of the selection; False where an image has fewer places than queries
     content: Tensor  # [G, D + Q, C]
     boxes: Tensor  # float32 [G, D + Q, 4], without gradient
     self_mask: Tensor  # a bias, to be broadcast to [G, heads, D + Q, D + Q]
 
     @property
     def denoising(self) -> int:
-        """D"""
+        """D, the number of denoising queries."""
         return self.boxes.shape[1] - self.valid.shape[1]
 
 
 @dataclass
 class DinoRaw:
+    """Output of the forward pass."""
+
     link: SuperLink
     groups: Groups
-    encoder: Stage  # the selected places as the encoder sees them
-    stages: list[Stage]  # of the decoder's layers that look for objects
-    query_valid: Tensor  # bool [G, Q]; an image with fewer places than queries leaves some unused
+    encoder: LayerOutput  # the encoder's selection
+    layers: list[LayerOutput]  # of the decoder's layers that detect objects
+    query_valid: Tensor  # bool [G, Q]; False where an image has fewer places than queries
     denoising: Denoising | None
-    denoised: list[Stage]  # of all layers of the decoder, for the denoising queries
+    denoised: list[LayerOutput]  # of all layers of the decoder, for the denoising queries
 
 
-def _joined(terms: list[LossTerm], parts: list[Tensor]) -> LossTerm:
-    """One term of those of the prompts in each part."""
-    each = terms[0].each
-    if each is not None:
-        each = each.new_zeros(sum(map(len, parts)))
-        for term, members in zip(terms, parts, strict=True):
+@dataclass
+class Matched:
+    """A layer's output with the objects assigned to its queries, and the weights of the queries, float [G, queries]."""
+
+    layer: LayerOutput
+    matches: Matches
+    weight: Tensor
+
+
+def _joined(terms: list[LossTerm], chunks: list[Tensor]) -> LossTerm:
+    """Adds up the terms of chunks of prompts (int64 indices each)."""
+    each = None
+    if terms[0].each is not None:
+        each = terms[0].each.new_zeros(sum(map(len, chunks)))
+        for term, members in zip(terms, chunks, strict=True):
+            assert term.each is not None, "all chunks have the same losses"
             each[members] = term.each
-    return LossTerm(sum(term.total for term in terms), sum(term.count for term in terms), each)
+    return sum_terms(terms, each)
 
 
 class DinoDecoder(Decoder):
-    """A subclass looks (`_decode`) and sums its losses (`_losses`)."""
+    """Subclasses implement the forward pass (`_decode`) and the losses (`_losses`)."""
 
+    settings: DinoLossSettings
     independent = False
-    #: Swin cuts maps into windows by Python arithmetic on their sizes, so that every size of image is a graph of its
-    #: own (on CPUs, one that is not done in five minutes); a projection is a convolution
+    #: Swin partitions maps into windows by Python arithmetic on their sizes, so torch.compile builds a graph for every
+    #: image size (on CPUs, for more than five minutes each); the projections are single convolutions
     eager = ("trunk.backbone.", "trunk.input_proj_vision.")
 
     @classmethod
@@ -146,7 +159,7 @@ class DinoDecoder(Decoder):
         self.trunk = DinoTrunk(settings)
         self.bbox_embed = box_head(c)
         if settings.learned_class_scale:
-            self.class_scale = nn.Parameter(torch.tensor([c**-0.5]))  # of one dimension: FSDP shards no scalars
+            self.class_scale = nn.Parameter(torch.tensor([c**-0.5]))  # 1-D, since FSDP does not shard scalars
             self.class_bias = nn.Parameter(torch.tensor([FEW_OBJECTS]))
 
     def _link_proj(self, link_channels: int) -> nn.Module:
@@ -154,12 +167,12 @@ class DinoDecoder(Decoder):
         return nn.Identity() if link_channels == c else nn.Linear(link_channels, c)
 
     def forward(self, link: SuperLink, pixels: Pixels) -> DinoRaw:
-        """link of P prompts, at least one of them an object prompt -> what every group finds."""
+        """link of P prompts, at least one of them an object prompt -> predictions of every group."""
         groups = Groups.of(link, pixels)
         return self._decode(link, self._extract_features(pixels, groups), groups)
 
     def _decode(self, link: SuperLink, levels: Levels, groups: Groups, wanted: Objects | None = None) -> DinoRaw:
-        """`wanted`: what denoising queries are made of."""
+        """Runs the transformer. `wanted`: the ground truth for denoising queries, in training."""
         raise NotImplementedError
 
     def _extract_features(self, pixels: Pixels, groups: Groups) -> Levels:
@@ -169,7 +182,8 @@ class DinoDecoder(Decoder):
         return self.trunk.extract_features((images - mean) / std, extents)
 
     def _encode(self, levels: Levels, groups: Groups, links: Tensor) -> tuple[Memory, Tensor]:
-        """Pixels and object prompts, links [P', C], read each other; and those links by group, [G, T, C]."""
+        """Encodes pixels and object prompts, links [P', C], jointly. Returns the memory, and the input links by group,
+        [G, T, C]."""
         seats = groups.seats
         table = seats.fill(links)
         valid = seats.fill(torch.ones_like(seats.row, dtype=torch.bool)[:, None])[..., 0]
@@ -181,13 +195,13 @@ class DinoDecoder(Decoder):
         return class_logits(hidden, memory)
 
     def begin(self, memory: Memory, denoising: Denoising | None = None) -> Start:
-        """The places that become queries, best first, behind the denoising queries."""
+        """Selects the places that become queries, best first, and puts the denoising queries before them."""
         proposals = self.trunk.propose(memory)
         logits = self._classify(proposals.features, memory)
         chosen = self.trunk.select(proposals, logits.detach().amax(-1))
         features, logits, boxes = (gather_rows(v, chosen) for v in (proposals.features, logits, proposals.start))
         boxes = (self.trunk.encoder_output_bbox_embed(features).float() + boxes).sigmoid()
-        valid, encoder = proposals.valid.gather(1, chosen), Stage(features, lambda: logits, lambda: boxes)
+        valid, encoder = proposals.valid.gather(1, chosen), LayerOutput(features, lambda: logits, lambda: boxes)
         content = self.trunk.query_position_embeddings.weight[: valid.shape[1]].expand(len(valid), -1, -1)
         reference, blocked = boxes.detach(), ~valid[:, None]
         if denoising is not None:
@@ -198,44 +212,47 @@ class DinoDecoder(Decoder):
 
     def layers(
         self, memory: Memory, hidden: Tensor, reference: Tensor, self_mask: Tensor, which: Iterable[int]
-    ) -> tuple[list[Stage], Tensor, Tensor]:
-        """A stage for each of the decoder's layers `which`; and the queries that the last one leaves, with the boxes
-        [G, Q, 4] it started from."""
-        trunk, stages = self.trunk, []
+    ) -> tuple[list[LayerOutput], Tensor, Tensor]:
+        """Runs the decoder's layers `which`. Returns their outputs, the last layer's hidden states, and the boxes
+        [G, Q, 4] that layer started from."""
+        trunk = self.trunk
+        outputs: list[LayerOutput] = []
         for index in which:
-            if stages:
+            if outputs:
                 reference = self.passed_on(reference, hidden)
             hidden = trunk.layer(index, hidden, reference.detach(), memory, self_mask)
             normed = trunk.decoder.layer_norm(hidden)
             logits = partial(self._classify, normed, memory)
-            stages.append(Stage(normed, logits, partial(trunk.moved, reference, self.bbox_embed, normed)))
-        return stages, hidden, reference
+            boxes = partial(trunk.moved, reference, self.bbox_embed, normed)
+            outputs.append(LayerOutput(normed, logits, boxes))
+        return outputs, hidden, reference
 
     def passed_on(self, reference: Tensor, hidden: Tensor) -> Tensor:
-        """The boxes [G, Q, 4] that the layer behind the one that made `hidden` of `reference` starts from.
+        """The boxes [G, Q, 4] for the next layer, given `hidden` of a layer that started from `reference`.
 
-        Layers pass boxes on without gradient; with `look_forward_twice` the next layer's loss reaches them."""
+        Boxes are detached between layers; with `look_forward_twice` the next layer's loss also reaches them (DINO,
+        arXiv 2203.03605, sec. 3.5)."""
         moved = self.trunk.moved(reference.detach(), self.bbox_embed, hidden)
         return moved if self.settings.look_forward_twice else moved.detach()
 
     def losses(self, link: SuperLink, pixels: Pixels, targets: PerceptionTargets) -> dict[str, LossTerm]:
-        """With denoising. `targets` has one entry per link, keypoint prompts included.
+        """Losses including denoising. `targets` has one entry per link, keypoint prompts included.
 
-        Every image is seen once. Groups of more pixels than `pixels_at_once` are looked at part by part.
+        The backbone runs once per image. Groups of more pixels than `pixels_at_once` are processed in chunks.
         """
         groups = Groups.of(link, pixels)
         most = max(1, self.settings.pixels_at_once // padded_pixels(groups.sizes))
-        levels, parts = self._extract_features(pixels, groups), link.group_chunks(most)
-        if len(parts) == 1:
+        levels, chunks = self._extract_features(pixels, groups), link.group_chunks(most)
+        if len(chunks) == 1:
             return self._losses_of(link, levels, groups, targets)
-        found = []
-        for members in parts:
-            own = link.select(members)
-            part = own, levels, Groups.of(own, pixels).among(groups), targets.select(members)
-            # torch keeps the random numbers of the devices of tensors among the arguments, and looks into no dataclass
-            again = checkpoint(lambda _, *of: self._losses_of(*of), own.embeddings, *part, use_reentrant=False)
-            found.append(again)
-        return {name: _joined([terms[name] for terms in found], parts) for name in found[0]}
+        losses = []
+        for members in chunks:
+            part = link.select(members)
+            inputs = part, levels, Groups.of(part, pixels).among(groups), targets.select(members)
+            # `checkpoint` preserves RNG state only for the devices of positional tensors, so pass one
+            again = checkpoint(lambda _, *rest: self._losses_of(*rest), part.embeddings, *inputs, use_reentrant=False)
+            losses.append(again)
+        return {name: _joined([terms[name] for terms in losses], chunks) for name in losses[0]}
 
     def _losses_of(
         self, link: SuperLink, levels: Levels, groups: Groups, targets: PerceptionTargets
@@ -248,24 +265,24 @@ class DinoDecoder(Decoder):
         wanted = find_objects(targets, groups.objects, groups.seats, groups.sizes)
         return self._losses(raw, wanted, targets)
 
-    def _losses(self, raw: DinoRaw, wanted: Objects, targets: PerceptionTargets) -> dict[str, LossTerm]:
+    def _losses(self, raw: Any, wanted: Objects, targets: PerceptionTargets) -> dict[str, LossTerm]:
+        """Losses by name. `raw`: the output of `_decode`; `wanted`: the objects of `targets`."""
         raise NotImplementedError
 
-    def _matched(self, raw: DinoRaw, wanted: Objects) -> list[tuple[Stage, Matches, Tensor]]:
-        """The encoder's selection, the stages and what was denoised: with the objects that queries should be, and the
-        weights of queries, float [G, queries]."""
-        found, weight = [raw.encoder, *raw.stages], raw.query_valid.float()
-        matches = match(found, raw.query_valid, wanted, self.settings)
-        matched = [(stage, own, weight) for stage, own in zip(found, matches, strict=True)]
+    def _matched(self, raw: DinoRaw, wanted: Objects) -> list[Matched]:
+        """The encoder's selection, the decoder layers and the denoising queries, matched with the objects."""
+        layers, weight = [raw.encoder, *raw.layers], raw.query_valid.float()
+        matches = match(layers, raw.query_valid, wanted, self.settings)
+        matched = [Matched(layer, of_layer, weight) for layer, of_layer in zip(layers, matches, strict=True)]
         if raw.denoising is not None:
-            matched += [(stage, raw.denoising.matches, raw.denoising.weight) for stage in raw.denoised]
+            matched += [Matched(layer, raw.denoising.matches, raw.denoising.weight) for layer in raw.denoised]
         return matched
 
-    def _class_and_box(self, matched: list[tuple[Stage, Matches, Tensor]], wanted: Objects) -> tuple[Tensor, Tensor]:
-        """Weighted sums of the class, [G, T], and of boxes."""
+    def _class_and_box(self, matched: list[Matched], wanted: Objects) -> tuple[Tensor, Tensor]:
+        """Weighted sums of the class losses, [G, T], and of the box losses."""
         s = self.settings
-        kinds, box = torch.zeros_like(wanted.counted, dtype=torch.float32), wanted.boxes.new_zeros(())
-        for stage, own, weight in matched:
-            kinds = kinds + s.class_weight * class_loss(stage, own, wanted, weight)
-            box = box + (box_loss(stage, own, wanted, s) * weight[own.group, own.query]).sum()
-        return kinds, box
+        per_class, box = torch.zeros_like(wanted.counted, dtype=torch.float32), wanted.boxes.new_zeros(())
+        for m in matched:
+            per_class = per_class + s.class_weight * class_loss(m.layer, m.matches, wanted, m.weight)
+            box = box + (box_loss(m.layer, m.matches, wanted, s) * m.weight[m.matches.group, m.matches.query]).sum()
+        return per_class, box

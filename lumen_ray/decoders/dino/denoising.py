@@ -1,7 +1,7 @@
 """Contrastive denoising: queries that start from noisy copies of the objects (DINO, arXiv 2203.03605, sec. 3.3).
 
-A positive copy, moved by less than half its size, should become the object again; a negative one, moved by more,
-should become nothing. They need no matching, so they train the decoder from the first step.
+A positive copy, whose corners move by less than half its size, must reconstruct the object; a negative one, moved by
+more, must predict no object. They need no matching, so they train the decoder from the first step.
 
 Legend: G groups, T prompts, N objects, D denoising queries, Q matching queries, C channels.
 """
@@ -17,7 +17,7 @@ from lumen_ray.decoders.common.boxes import to_cxcywh, to_xyxy
 from lumen_ray.decoders.dino.set_loss import Matches, Objects
 from lumen_ray.decoders.dino.settings import DinoLossSettings
 
-UNUSED, MATCHING = -2, -1  # "rounds" of padding, and of queries that are matched
+UNUSED, MATCHING = -2, -1  # round numbers of padding, and of queries that are matched
 
 
 @dataclass
@@ -27,27 +27,27 @@ class Denoising:
     content: Tensor  # [G, D, C]
     boxes: Tensor  # float32 [G, D, 4] cxcywh in 0..1
     round: Tensor  # int64 [G, D], `UNUSED` at padding
-    rounds: Tensor  # int64 [G]: how many a group has
+    rounds: Tensor  # int64 [G]: number of rounds of a group
     matches: Matches  # of the positives
 
     @property
     def weight(self) -> Tensor:
-        """float32 [G, D]: all rounds of a group together weigh as much as its matching queries."""
+        """float32 [G, D]: the rounds of a group together weigh as much as its matching queries."""
         return (self.round >= 0) / self.rounds.clamp_min(1)[:, None]
 
     def blocked(self, query_valid: Tensor) -> Tensor:
-        """bool [G, D + Q, D + Q]: which queries (rows) do not read which.
+        """bool [G, D + Q, D + Q]: True where a query (row) must not attend to another (column).
 
-        Rounds do not read each other, and matching queries read none, or they would be told the answer."""
+        Rounds do not attend to each other, and matching queries attend to none, which would leak the ground truth."""
         matching = torch.where(query_valid, MATCHING, UNUSED)
         rounds = torch.cat([self.round, matching], dim=1)
         return (rounds[:, :, None] != rounds[:, None]) & (rounds[:, None] != MATCHING)
 
 
 def make_denoising(objects: Objects, links: Tensor, link_valid: Tensor, s: DinoLossSettings) -> Denoising | None:
-    """As many rounds as fit into `denoising_queries`, at least one; None where there is no object.
+    """As many rounds as fit into `denoising_queries`, at least one; None if there is no object.
 
-    `links` [G, T, C]: what the queries are made of, before the encoder; `link_valid` bool [G, T]."""
+    `links` [G, T, C]: the link embeddings before the encoder, the queries' content; `link_valid` bool [G, T]."""
     if not len(objects) or not s.denoising_queries:
         return None
     counts = objects.counts
@@ -70,17 +70,17 @@ def make_denoising(objects: Objects, links: Tensor, link_valid: Tensor, s: DinoL
 
 
 def _content(objects: Objects, which: Tensor, links: Tensor, link_valid: Tensor, noise: float) -> Tensor:
-    """The link of one of the object's prompts, sometimes of any prompt of the group."""
-    own = torch.multinomial(objects.labels[which.flatten()], 1).view(which.shape)
+    """The link of one of the object's prompts; with probability `noise` of any prompt of the group."""
+    true = torch.multinomial(objects.labels[which.flatten()], 1).view(which.shape)
     other = torch.multinomial(link_valid.float(), which.shape[1], replacement=True)
-    label = torch.where(torch.rand(which.shape, device=which.device) < noise, other, own)
+    label = torch.where(torch.rand(which.shape, device=which.device) < noise, other, true)
     return links.gather(1, label[..., None].expand(-1, -1, links.shape[-1]))
 
 
 def _noisy_boxes(boxes: Tensor, positive: Tensor, noise: float) -> Tensor:
-    """Every corner moved by up to half the box's size (positives), or by half to all of it (negatives).
+    """Moves every corner by up to half the box's size (positives), or by half to the full size (negatives).
 
-    A negative's corners may pass each other: they are exchanged, since a size below 0 would tell that it is one."""
+    Corners of negatives may cross; they are swapped, since a negative size would give them away."""
     half = (boxes[..., 2:] / 2).repeat(1, 1, 2)
     sign = torch.randint(0, 2, boxes.shape, device=boxes.device) * 2 - 1
     share = torch.rand(boxes.shape, device=boxes.device) + (~positive)[..., None]

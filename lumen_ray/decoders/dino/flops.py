@@ -1,7 +1,7 @@
 """Floating-point operations of Grounding DINO's transformer with link embeddings.
 
-The backbone, which a library computes as a whole, is counted by torch's own counter; the transformer's layers, whose
-rows change from step to step, from the sizes of their matrices.
+The backbone is counted by torch's FLOP counter; the transformer's layers, whose numbers of rows change from step to
+step, from the sizes of their matrices.
 
 Legend: B images, G groups, T prompts of the largest group, S places of all levels, Q queries, D denoising queries, N
 slots, K keypoints of the largest skeleton, C channels.
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
 
 from lumen_ray.decoders.common.flops import DecoderWork, is_trainable, library_flops, products
 from lumen_ray.decoders.dino.decoder import DinoDecoder, Groups
@@ -23,23 +23,23 @@ from lumen_ray.structures import Size
 
 
 def backbone(decoder: DinoDecoder, work: DecoderWork, sizes: Sequence[Size]) -> float:
-    """Images of (height, width) `sizes` in pixels through the backbone and the projections of its maps: in proportion
-    to their area, as windows are of one size."""
+    """FLOPs of the backbone and its projections for images of (height, width) `sizes` in pixels: proportional to their
+    area, since attention windows have a fixed size."""
     counter = library_flops(decoder, work.build)
     sides = (STRIDES[-1] * 4, STRIDES[-1] * 4)
     one = counter.count("backbone", lambda: counter.module.trunk.extract_features(torch.empty(1, 3, *sides), [sides]))
     return one * sum(height * width for height, width in sizes) / (sides[0] * sides[1])
 
 
-def _encoder_layer(layer: nn.Module, places: float, prompts: float, width: int) -> float:
-    """Fusion, links among each other, pixels among each other; one group."""
+def _encoder_layer(layer: Any, places: float, prompts: float, width: int) -> float:
+    """Fusion, self-attention of links, self-attention of pixels; one group. `layer`: an `EncoderLayer`."""
     inner = layer.fusion_layer.attn.embed_dim
     linear = products(layer, lambda name: prompts if "text" in name else places)
     return linear + 6.0 * places * prompts * inner + 4.0 * prompts**2 * width
 
 
-def _decoder_layer(layer: nn.Module, queries: float, block: float, prompts: float, places: float, width: int) -> float:
-    """Queries in blocks of `block` that read each other, then links, then pixels; one group."""
+def _decoder_layer(layer: Any, queries: float, block: float, prompts: float, places: float, width: int) -> float:
+    """Self-attention of queries in blocks of `block`, then cross-attention to links and to pixels; one group."""
 
     def rows(name: str) -> float:
         if name.startswith("encoder_attn_text") and name.endswith(("key", "value")):
@@ -51,7 +51,7 @@ def _decoder_layer(layer: nn.Module, queries: float, block: float, prompts: floa
 
 @dataclass(frozen=True)
 class Step:
-    """The shapes of one training step; groups are padded to the largest, as they are computed."""
+    """The shapes of one training step; groups are padded to the largest, as in the forward pass."""
 
     decoder: DinoDecoder
     work: DecoderWork
@@ -73,7 +73,7 @@ class Step:
 
     @property
     def most_objects(self) -> int:
-        """Objects of the group that has most."""
+        """Number of objects of the largest group."""
         return int(self.objects.counts.max()) if len(self.objects) else 0
 
     @property
@@ -100,15 +100,15 @@ class Step:
         return total + 2.0 * places * self.prompts * c
 
     def layer(self, index: int, queries: float, block: float) -> float:
-        """A decoder layer and its heads on `queries` of one group, which read each other in blocks of `block`."""
+        """A decoder layer and its heads on `queries` of one group; self-attention in blocks of `block`."""
         decoder, trunk, c = self.decoder, self.decoder.trunk, self.decoder.settings.hidden_size
         heads = (trunk.decoder.reference_points_head, decoder.bbox_embed, decoder.bbox_embed)
-        own = sum(products(head, lambda _: queries) for head in heads) + 2.0 * queries * self.prompts * c
-        return own + _decoder_layer(trunk.decoder.layers[index], queries, block, self.prompts, self.places, c)
+        total = sum(products(head, lambda _: queries) for head in heads) + 2.0 * queries * self.prompts * c
+        return total + _decoder_layer(trunk.decoder.layers[index], queries, block, self.prompts, self.places, c)
 
     def total(self, one: float, all_groups: float = 0.0) -> float:
-        """Forward and backward FLOPs of the step. `one`: forward, of a group's transformer; `all_groups`: forward, of
-        what is computed for all of them together."""
+        """Forward and backward FLOPs of the step. `one`: forward FLOPs of a group's transformer; `all_groups`: those
+        computed for all groups together."""
         trunk, groups = self.decoder.trunk, self.groups
         trained = is_trainable(trunk.encoder) or is_trainable(trunk.decoder)
         passed = self.work.needs_input_grad or trained or is_trainable(trunk.backbone)

@@ -1,5 +1,5 @@
-"""The layers of Grounding DINO's transformer on parts that do what the library's do, with its weights, in fewer and
-fused operations.
+"""The layers of Grounding DINO's transformer (arXiv 2303.05499, sec. 3.2) with the weights of `transformers`, in fewer
+and fused operations.
 
 Legend: G groups, T links of a group, S places of all levels, Q queries, C channels.
 """
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 
 
 class FusedAttention(hf.GroundingDinoMultiheadAttention):
-    """The same attention by torch's fused kernels: it holds no weights of Q x Q per head.
+    """The same attention by torch's fused kernels, which store no Q x Q weights per head.
 
-    A mask with more rows than there are groups cuts the queries and keys of each group into as many blocks of one size,
-    which do not read each other."""
+    A mask with more rows than groups splits the queries and keys of each group into as many blocks of equal size, which
+    do not attend to each other."""
 
     def forward(self, queries, keys, values, attention_mask=None, output_attentions=False):
         rows = len(queries) if attention_mask is None else max(len(queries), len(attention_mask))
@@ -37,8 +37,8 @@ class FusedAttention(hf.GroundingDinoMultiheadAttention):
 
 
 class FusedFusion(hf.GroundingDinoBiMultiHeadAttention):
-    """Pixels read links and links read pixels, by torch's fused kernels: it holds no weights of S x T per head. Masks
-    are biases, [G, 1, 1, S] and [G, 1, 1, T]."""
+    """Cross-attention between pixels and links in both directions by torch's fused kernels, which store no S x T
+    weights per head. Masks are biases, [G, 1, 1, S] and [G, 1, 1, T]."""
 
     def forward(self, vision_features, text_features, vision_attention_mask=None, text_attention_mask=None):
         def heads(x: Tensor) -> Tensor:
@@ -56,13 +56,13 @@ class FusedFusion(hf.GroundingDinoBiMultiHeadAttention):
 
 
 def fused(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Attention of [rows, heads, Q, C / heads] by the kernels of torch; `mask` is a bias."""
+    """Scaled dot-product attention of [rows, heads, Q, C / heads]; `mask` is a bias."""
     mask = mask if mask is None else mask.to(query.dtype)
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
 
 
 class EncoderLayer(hf.GroundingDinoEncoderLayer):
-    """The library's, with its weights, on parts that do the same in fewer and fused operations."""
+    """The layer of `transformers`, with its weights, on the fused attentions above."""
 
     def __init__(self, config: GroundingDinoConfig):
         super().__init__(config)
@@ -71,7 +71,7 @@ class EncoderLayer(hf.GroundingDinoEncoderLayer):
         self.fusion_layer.attn = FusedFusion(config)
         self.deformable_layer.self_attn = DeformableAttention(config, heads, config.encoder_n_points)
 
-    def forward(
+    def forward(  # type: ignore[override]  # run by `DinoTrunk.encode`, not by the encoder of `transformers`
         self,
         vision: Tensor,
         links: Tensor,
@@ -81,9 +81,9 @@ class EncoderLayer(hf.GroundingDinoEncoderLayer):
         positions: Tensor,
         blocked: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """vision [G, S, C] and links [G, T, C] of `memory` read each other, then themselves. `places` [G, S, C] and
-        `positions` [G, T, C] say where each is, `reference` [G, S, levels, 2] where pixels look; `blocked`: a bias,
-        [G, 1, T, T]."""
+        """Fuses vision [G, S, C] and links [G, T, C] of `memory`, then applies self-attention to each. `places`
+        [G, S, C] and `positions` [G, T, C]: position embeddings; `reference` [G, S, levels, 2]: reference points of
+        pixels; `blocked`: a bias, [G, 1, T, T]."""
         (vision, _), (links, _) = self.fusion_layer(vision, links, memory.vision_mask, memory.link_mask)
         links, _ = self.text_enhancer_layer(links, blocked, positions)
         vision, _ = self.deformable_layer(
@@ -93,7 +93,7 @@ class EncoderLayer(hf.GroundingDinoEncoderLayer):
 
 
 class Encoder(nn.Module):
-    """What `hf.GroundingDinoEncoder` has, of our layers; the trunk runs them."""
+    """The layers of `hf.GroundingDinoEncoder` under the same names; run by `DinoTrunk.encode`."""
 
     def __init__(self, config: GroundingDinoConfig):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The image memory that queries read: multi-scale features of the encoder."""
+"""The image memory that queries attend to: multi-scale features of the encoder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lumen_ray.structures import Size
 
 @dataclass
 class Levels:
-    """What the backbone says of B images: maps padded to the largest image."""
+    """Backbone features of B images: maps padded to the largest image."""
 
     sizes: list[Size]  # (height, width) of each image in input pixels, without padding
     shown: list[list[Size]]  # (rows, columns) of each image's maps at `STRIDES`, without padding
@@ -24,16 +24,16 @@ class Levels:
 
 @dataclass
 class Memory:
-    """The encoder's output for G groups, and what is needed to look at it.
+    """The encoder's output for G groups, with the geometry for attending to it.
 
-    Where all images have one size, what is about places has one row for all groups, [1, ...] for [G, ...]."""
+    If all images have one size, tensors about places have one row for all groups: [1, ...] instead of [G, ...]."""
 
     vision: Tensor  # [G, S, C]
     links: Tensor  # [G, T, C]
     link_valid: Tensor  # bool [G, T]
     shapes: tuple[Size, ...]  # (rows, columns) of the levels
     shown: Tensor  # float32 [G, levels, 2]: columns and rows without padding
-    padded: bool  # whether any image leaves some of its maps empty
+    padded: bool  # whether any map has padding
 
     @cached_property
     def grid(self) -> Grid:
@@ -41,28 +41,29 @@ class Memory:
 
     @cached_property
     def valid_ratios(self) -> Tensor:
-        """float32 [G, levels, 2] (x, y): share of each map that shows the image."""
+        """float32 [G, levels, 2] (x, y): fraction of each map that is not padding."""
         return self.shown / self.grid.shape
 
     @cached_property
-    def own_size(self) -> Tensor:
-        """float32 [G, S, 2]: columns and rows, without padding, of the map that each place is on."""
+    def valid_size(self) -> Tensor:
+        """float32 [G, S, 2]: columns and rows, without padding, of the level of each place."""
         return self.shown[:, self.grid.level]
 
     @cached_property
     def centers(self) -> Tensor:
         """float32 [G, S, 2] (x, y) of the places."""
-        return (self.grid.place + 0.5) / self.own_size
+        return (self.grid.place + 0.5) / self.valid_size
 
     @cached_property
     def vision_valid(self) -> Tensor | None:
-        """bool [G, S], None where nothing is padding."""
-        return (self.grid.place < self.own_size).all(-1) if self.padded else None
+        """bool [G, S]; None if there is no padding."""
+        return (self.grid.place < self.valid_size).all(-1) if self.padded else None
 
     @cached_property
     def vision_mask(self) -> Tensor | None:
-        """A bias, [G, 1, 1, S], None where nothing is padding."""
-        return mask_to_bias(self.vision_valid, self.vision.dtype)[:, None, None] if self.padded else None
+        """A bias, [G, 1, 1, S]; None if there is no padding."""
+        valid = self.vision_valid
+        return None if valid is None else mask_to_bias(valid, self.vision.dtype)[:, None, None]
 
     @cached_property
     def link_mask(self) -> Tensor:

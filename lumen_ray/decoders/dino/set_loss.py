@@ -1,11 +1,12 @@
-"""What a detection transformer should find, and the losses of a set of boxes (DETR, arXiv 2005.12872, sec. 3.1).
+"""Targets, bipartite matching and losses of a set of boxes (DETR, arXiv 2005.12872, sec. 3.1).
 
-Legend: G groups, T prompts of the largest group, Q queries, N objects of all groups, M of the richest one, L stages
-(the encoder's selection and the decoder's layers). Boxes are cxcywh in 0..1 of the image without padding.
+Legend: G groups, T prompts of the largest group, Q queries, N objects of all groups, M objects of the largest group.
+Boxes are cxcywh in 0..1 of the image without padding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -21,25 +22,39 @@ from lumen_ray.structures import Size
 from lumen_ray.targets import PerceptionTargets
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0  # focal loss, arXiv 1708.02002
-NEVER = 1e6  # cost of a query that is none
+NEVER = 1e6  # cost of a pair that is not allowed
 
 
-class Queries(Protocol):
-    """What a stage says of the queries: class logits float32 [G, Q, T], -inf at padded links; boxes [G, Q, 4]."""
+class Boxes(Protocol):
+    """Predicted boxes, float32 [G, Q, 4]."""
 
-    logits: Tensor
+    @property
+    def boxes(self) -> Tensor: ...
+
+
+class Queries(Boxes, Protocol):
+    """Predictions of a layer: class logits float32 [G, Q, T], -inf at padded links, and boxes."""
+
+    @property
+    def logits(self) -> Tensor: ...
+
+
+class BoxTargets(Protocol):
+    """Objects with `boxes` float32 [N, 4]; `scale` float32 [G, 4] as in `Objects`."""
+
     boxes: Tensor
+    scale: Tensor
 
 
 @dataclass
 class Objects:
-    """The objects to be found, group by group. One that several prompts of a group name is one, with several labels."""
+    """The ground truth, group by group. An object shared by several prompts of a group is one, with several labels."""
 
-    group: Tensor  # int64 [N], rising
+    group: Tensor  # int64 [N], ascending
     boxes: Tensor  # float32 [N, 4]
-    labels: Tensor  # float32 [N, T], 1 at the prompts that name it
+    labels: Tensor  # float32 [N, T], 1 at its prompts
     mask: Tensor  # int64 [N] into `PerceptionTargets.masks`, or -1
-    entry: Tensor  # int64 [N, 2]: (link, column) where the targets name it, first if several do
+    entry: Tensor  # int64 [N, 2]: (link, column) of its first entry in the targets
     counted: Tensor  # bool [G, T]: prompts that have detection targets
     scale: Tensor  # float32 [G, 4]: width, height, width, height of the groups' images in pixels
 
@@ -48,18 +63,18 @@ class Objects:
 
     @property
     def seats(self) -> Seats:
-        """Row (group) and column of every object in a table of the groups."""
+        """Row (group) and column of every object in a table [G, M]."""
         return Seats.of(self.group, len(self.scale))
 
     @property
     def counts(self) -> Tensor:
-        """int64 [G]"""
+        """Objects per group, int64 [G]."""
         return self.group.bincount(minlength=len(self.scale))
 
 
 def find_objects(targets: PerceptionTargets, links: Tensor, seats: Seats, sizes: list[Size]) -> Objects:
-    """`links` int64 [P']: the object prompts, `seats`: their places in [G, T]; `sizes`: (height, width) of each group's
-    image without padding. Crowds are not among the objects."""
+    """Collects the objects of all groups, without crowds. `links` int64 [P']: the object prompts; `seats`: their cells
+    in [G, T]; `sizes`: (height, width) of each group's image without padding."""
     wanted = targets.valid & ~targets.crowd & targets.counted[:, None]
     prompt, column = torch.nonzero(wanted[links], as_tuple=True)
     link, row = links[prompt], seats.row[prompt]
@@ -79,7 +94,7 @@ def find_objects(targets: PerceptionTargets, links: Tensor, seats: Seats, sizes:
 
 
 class Matches(NamedTuple):
-    """K queries and the object each should be: int64 [K] each."""
+    """K queries and the object assigned to each: int64 [K] each."""
 
     group: Tensor
     query: Tensor
@@ -87,78 +102,78 @@ class Matches(NamedTuple):
 
 
 @torch.no_grad()
-def match(stages: list[Queries], query_valid: Tensor, objects: Objects, s: DinoLossSettings) -> list[Matches]:
-    """The cheapest assignment of objects to queries, stage by stage; an object goes without where queries are few."""
+def match(layers: Sequence[Queries], query_valid: Tensor, objects: Objects, s: DinoLossSettings) -> list[Matches]:
+    """Minimum-cost assignment of objects to queries, layer by layer; with too few queries some objects have none."""
     device = objects.group.device
     if not len(objects):
         none = torch.empty(0, dtype=torch.int64, device=device)
-        return [Matches(none, none, none)] * len(stages)
+        return [Matches(none, none, none)] * len(layers)
     allowed = query_valid[..., None]
-    return [assign(_costs(stage, objects, s), allowed, objects.counts) for stage in stages]
+    return [assign(_costs(layer, objects, s), allowed, objects.counts) for layer in layers]
 
 
 def assign(costs: Tensor, allowed: Tensor, counts: Tensor) -> Matches:
-    """The cheapest assignment in each group: costs [G, Q, M], of which the first `counts` (int64 [G]) columns are
-    objects, group by group; `allowed` bool [G, Q, M or 1]: pairs that may be."""
+    """Minimum-cost assignment in each group (Hungarian algorithm). costs [G, Q, M], of which the first `counts` (int64
+    [G]) columns of each group are objects; `allowed` bool [G, Q, M or 1]: pairs that may be matched."""
     device = costs.device
-    costs = costs.nan_to_num(NEVER, NEVER, NEVER)  # a loss that is none is found by the loop, with its samples
+    costs = costs.nan_to_num(NEVER, NEVER, NEVER)  # the training loop reports a loss of NaN, with its samples
     table = costs.masked_fill(~allowed, NEVER).cpu().numpy()
-    allowed, triples, start = allowed.expand_as(costs).cpu().numpy(), [], 0
+    may_match, triples, start = allowed.expand_as(costs).cpu().numpy(), [], 0
     for group, count in enumerate(counts.tolist()):
-        for query, place in zip(*linear_sum_assignment(table[group, :, :count]), strict=True):
-            if allowed[group, query, place]:
-                triples.append((group, int(query), start + int(place)))
+        for query, column in zip(*linear_sum_assignment(table[group, :, :count]), strict=True):
+            if may_match[group, query, column]:
+                triples.append((group, int(query), start + int(column)))
         start += count
     return Matches(*torch.tensor(triples, dtype=torch.int64).view(-1, 3).to(device).unbind(1))
 
 
-def _costs(stage: Queries, objects: Objects, s: DinoLossSettings) -> Tensor:
-    """[G, Q, M]: class and boxes (Deformable DETR, arXiv 2010.04159)."""
+def _costs(layer: Queries, objects: Objects, s: DinoLossSettings) -> Tensor:
+    """[G, Q, M]: focal class cost, L1 and GIoU (Deformable DETR, arXiv 2010.04159, app. A.1)."""
     seats = objects.seats
-    labels, wanted = seats.fill(objects.labels), seats.fill(objects.boxes)  # G M T, G M 4
+    labels, truth = seats.fill(objects.labels), seats.fill(objects.boxes)  # G M T, G M 4
     share = labels / labels.sum(-1, keepdim=True).clamp_min(1)
-    kind = class_cost(stage.logits) @ share.transpose(1, 2)
-    return s.class_cost * kind + box_cost(stage.boxes, wanted, objects.scale, s)
+    per_class = class_cost(layer.logits) @ share.transpose(1, 2)
+    return s.class_cost * per_class + box_cost(layer.boxes, truth, objects.scale, s)
 
 
 def class_cost(logits: Tensor) -> Tensor:
-    """How much the focal loss grows when a query is an object, element by element."""
+    """Focal loss as a positive minus focal loss as a negative, element by element."""
     p = logits.sigmoid()
     positive = -FOCAL_ALPHA * (1 - p) ** FOCAL_GAMMA * (p + 1e-8).log()
     negative = -(1 - FOCAL_ALPHA) * p**FOCAL_GAMMA * (1 - p + 1e-8).log()
     return positive - negative
 
 
-def box_cost(boxes: Tensor, wanted: Tensor, scale: Tensor, s: DinoLossSettings) -> Tensor:
-    """L1 and GIoU, weighted, of boxes [G, Q, 4] and [G, M, 4] in images of `scale` [G, 4]: [G, Q, M]."""
-    pairs = (*boxes.shape[:2], *wanted.shape[1:])
+def box_cost(boxes: Tensor, truth: Tensor, scale: Tensor, s: DinoLossSettings) -> Tensor:
+    """Weighted L1 and GIoU between boxes [G, Q, 4] and [G, M, 4] in images of `scale` [G, 4]: [G, Q, M]."""
+    pairs = (*boxes.shape[:2], *truth.shape[1:])
     scale = scale[:, None]
     giou = giou_loss(
         (to_xyxy(boxes) * scale)[:, :, None].expand(pairs).reshape(-1, 4),
-        (to_xyxy(wanted) * scale)[:, None].expand(pairs).reshape(-1, 4),
+        (to_xyxy(truth) * scale)[:, None].expand(pairs).reshape(-1, 4),
     ).view(pairs[:3])
-    return s.box_cost * torch.cdist(boxes, wanted, p=1) + s.giou_cost * giou
+    return s.box_cost * torch.cdist(boxes, truth, p=1) + s.giou_cost * giou
 
 
-def focal_loss(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Element by element, of finite logits."""
+def focal_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Focal loss (arXiv 1708.02002, eq. 5), element by element, of finite logits and labels in 0..1."""
     p = logits.sigmoid()
-    miss = p * (1 - wanted) + (1 - p) * wanted
-    alpha = FOCAL_ALPHA * wanted + (1 - FOCAL_ALPHA) * (1 - wanted)
-    return alpha * miss**FOCAL_GAMMA * F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    miss = p * (1 - labels) + (1 - p) * labels
+    alpha = FOCAL_ALPHA * labels + (1 - FOCAL_ALPHA) * (1 - labels)
+    return alpha * miss**FOCAL_GAMMA * F.binary_cross_entropy_with_logits(logits, labels, reduction="none")
 
 
-def class_loss(stage: Queries, matches: Matches, objects: Objects, weight: Tensor) -> Tensor:
-    """Focal loss summed over queries, [G, T]. `weight` float [G, Q]: 0 for queries that are none."""
-    wanted = torch.zeros_like(stage.logits)
-    wanted[matches.group, matches.query] = objects.labels[matches.object]
-    logits = stage.logits.masked_fill(~objects.counted[:, None], 0.0)  # before the loss: -inf times 0 is no number
-    return (focal_loss(logits, wanted) * weight[..., None]).sum(1) * objects.counted
+def class_loss(layer: Queries, matches: Matches, objects: Objects, weight: Tensor) -> Tensor:
+    """Focal loss summed over queries, [G, T]. `weight` float [G, Q]: 0 for unused queries."""
+    labels = torch.zeros_like(layer.logits)
+    labels[matches.group, matches.query] = objects.labels[matches.object]
+    logits = layer.logits.masked_fill(~objects.counted[:, None], 0.0)  # before the loss, since -inf * 0 is NaN
+    return (focal_loss(logits, labels) * weight[..., None]).sum(1) * objects.counted
 
 
-def box_loss(stage: Queries, matches: Matches, objects: Objects, s: DinoLossSettings) -> Tensor:
-    """L1 of cxcywh in 0..1 and GIoU in pixels, weighted, of each match: [K]."""
-    predicted, wanted = stage.boxes[matches.group, matches.query], objects.boxes[matches.object]
+def box_loss(layer: Boxes, matches: Matches, objects: BoxTargets, s: DinoLossSettings) -> Tensor:
+    """Weighted L1 of cxcywh in 0..1 and GIoU in pixels of each match: [K]."""
+    predicted, truth = layer.boxes[matches.group, matches.query], objects.boxes[matches.object]
     scale = objects.scale[matches.group]
-    giou = giou_loss(to_xyxy(predicted) * scale, to_xyxy(wanted) * scale)
-    return s.box_weight * (predicted - wanted).abs().sum(-1) + s.giou_weight * giou
+    giou = giou_loss(to_xyxy(predicted) * scale, to_xyxy(truth) * scale)
+    return s.box_weight * (predicted - truth).abs().sum(-1) + s.giou_weight * giou

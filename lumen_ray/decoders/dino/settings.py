@@ -13,27 +13,31 @@ from lumen_ray.input_size import ShortSide
 
 
 class DinoSettings(DecoderSettings):
-    """What the decoders on Grounding DINO's transformer share (arXiv 2303.05499); the defaults are Swin-T's."""
+    """Grounding DINO's transformer (arXiv 2303.05499); the defaults are those of Swin-T."""
 
     backbone: dict[str, Any] = Field(
-        default_factory=dict, description="keys of transformers.SwinConfig; those not given are Swin-T's"
+        default_factory=dict, description="keys of transformers.SwinConfig; defaults are Swin-T's"
     )
-    hidden_size: int = Field(256, gt=0, multiple_of=32, description="width of the transformer; 32 groups normalise it")
-    num_heads: int = Field(8, gt=0, multiple_of=2, description="heads; fusion and link self-attention have half")
+    hidden_size: int = Field(256, gt=0, multiple_of=32, description="width of the transformer; GroupNorm has 32 groups")
+    num_heads: int = Field(
+        8, gt=0, multiple_of=2, description="attention heads; fusion and link self-attention have half as many"
+    )
     encoder_layers: int = Field(6, gt=0)
     decoder_layers: int = Field(6, gt=0)
-    encoder_ffn: int = Field(2048, gt=0, description="inner width of the encoder; fusion and links have half")
+    encoder_ffn: int = Field(2048, gt=0, description="feed-forward width of the encoder; fusion and links have half")
     decoder_ffn: int = Field(2048, gt=0)
-    encoder_points: int = Field(4, gt=0, description="points a head samples on each level in the encoder")
+    encoder_points: int = Field(4, gt=0, description="sampling points per head and level in the encoder")
     decoder_points: int = Field(4, gt=0)
-    num_queries: int = Field(900, gt=0, description="the most instances of all prompts of a group together")
+    num_queries: int = Field(900, gt=0, description="maximum number of instances of all prompts of a group together")
     dropout: float = Field(0.0, ge=0, lt=1)
-    fusion_drop_path: float = Field(0.1, ge=0, lt=1, description="share of groups that train without fusion")
-    inverse_sigmoid_eps: float = Field(1e-5, gt=0, lt=0.5, description="how near to 0 and 1 a reference may come")
+    fusion_drop_path: float = Field(0.1, ge=0, lt=1, description="probability that a group skips fusion in training")
+    inverse_sigmoid_eps: float = Field(
+        1e-5, gt=0, lt=0.5, description="clamp of reference coordinates, away from 0 and 1"
+    )
     input_size: tuple[int, int] | None = Field(
         None,
-        description="[short, long]: an image's shorter side gets `short` pixels, unless the longer one would get more "
-        "than `long`; published weights have [800, 1333]. null: the trunk's input",
+        description="[short, long]: resizes an image's shorter side to `short` pixels, or less where the longer side "
+        "would exceed `long`; published weights use [800, 1333]. null: the trunk's input",
     )
 
     @field_validator("input_size")
@@ -58,7 +62,7 @@ class DinoSettings(DecoderSettings):
 
     @model_validator(mode="after")
     def _check_backbone(self) -> DinoSettings:
-        if self.backbone:  # `transformers` takes unknown keys in silence
+        if self.backbone:  # `transformers` ignores unknown keys silently
             from transformers import SwinConfig
 
             valid = {f.name for f in dataclasses.fields(SwinConfig)} | set(SwinConfig.attribute_map)
@@ -83,28 +87,28 @@ _TWICE = "a layer's loss also trains the layer before it (DINO, arXiv 2203.03605
 
 
 class DinoLossSettings(DinoSettings):
-    """Matching, losses and denoising of a set of boxes."""
+    """Matching, losses and denoising of DINO's box predictions."""
 
-    class_cost: float = Field(2.0, ge=0, description="matching: share of the class")
-    box_cost: float = Field(5.0, ge=0, description="matching: share of L1 between boxes")
-    giou_cost: float = Field(2.0, ge=0, description="matching: share of GIoU")
+    class_cost: float = Field(2.0, ge=0, description="matching: weight of the class")
+    box_cost: float = Field(5.0, ge=0, description="matching: weight of L1 between boxes")
+    giou_cost: float = Field(2.0, ge=0, description="matching: weight of GIoU")
     class_weight: float = Field(2.0, ge=0, description="loss: weight of the class")
     box_weight: float = Field(5.0, ge=0, description="loss: weight of L1 between boxes")
     giou_weight: float = Field(2.0, ge=0, description="loss: weight of GIoU")
     denoising_queries: int = Field(
-        200, ge=0, description="noisy copies of the objects as queries of a training step; 0: none"
+        200, ge=0, description="denoising queries (noisy copies of the objects) of a training step; 0: none"
     )
-    label_noise: float = Field(0.25, ge=0, le=1, description="share of the copies that get any prompt's link")
-    box_noise: float = Field(1.0, ge=0, description="how far copies move, in units of half their size")
+    label_noise: float = Field(0.25, ge=0, le=1, description="share of the copies with the link of a random prompt")
+    box_noise: float = Field(1.0, ge=0, description="noise of the copies' corners, in units of half their size")
     pixels_at_once: int = Field(
         1 << 23,
         gt=0,
-        description="how much of its requests a training step looks at together, in pixels of the images that they are "
-        "about; more are looked at part by part, and activations computed again in the backward pass",
+        description="groups processed together in a training step, in image pixels; larger batches are processed in "
+        "chunks, with activations recomputed in the backward pass",
     )
     look_forward_twice: bool = Field(False, description=_TWICE)
     learned_class_scale: bool = Field(
         False,
-        description="class logits get a learned scale and bias that start at 1/sqrt(hidden_size) and few objects; for "
-        "training from scratch, published weights have none",
+        description="class logits have a learned scale and bias, initialised to 1/sqrt(hidden_size) and a prior of few "
+        "objects; for training from scratch, published weights have none",
     )

@@ -1,11 +1,11 @@
 """Grounding DINO's transformer with link embeddings in place of its text branch (arXiv 2303.05499).
 
-Composed of the parts of `transformers`; what stands between them there (flattening, two-stage selection, the decoder's
-loop) is here, because there it runs BERT and assumes a fixed number of queries. Shared by the decoders of the family.
+Built from the modules of `transformers`. Flattening, two-stage selection and the decoder's loop are implemented here,
+because the library's run BERT and assume a fixed number of queries. Shared by the decoders of the family.
 
-An image is seen by the backbone without its padding, so its features do not depend on the size of the batch's input.
+The backbone reads each image without its padding, so that features do not depend on the size of the batch's input.
 
-Legend: B images, G groups (prompts looked at together, each about one image), T links of a group, S places of all
+Legend: B images, G groups (prompts processed jointly, each group about one image), T links of a group, S places of all
 levels, Q queries, C channels. Boxes inside are cxcywh in 0..1 of the image without padding.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,41 +34,41 @@ from lumen_ray.targets import MASK_STRIDE
 
 STRIDES = (8, 16, 32, 64)  # of the levels the transformer reads
 GROUPS = 32  # of every GroupNorm
-MIN_PROPOSAL, MAX_PROPOSAL = 0.01, 0.99  # places whose proposal leaves this range are no proposals
+MIN_PROPOSAL, MAX_PROPOSAL = 0.01, 0.99  # places whose proposal leaves this range are excluded
 PROPOSAL_SIZE = 0.05  # side of a proposal on the finest level, relative to the image
-PLACE_TEMPERATURE, TEMPERATURE = 20, 10_000  # of the sines of places, and of those of queries and links
+PLACE_TEMPERATURE, TEMPERATURE = 20, 10_000  # of the sine embeddings of places, and of queries and links
 
 
 def cells(size: Size, stride: int) -> Size:
-    """Rows and columns of the map of an image of `size` pixels; partial cells count."""
+    """(rows, columns) of the feature map of an image of `size` (height, width), rounded up."""
     return -(-size[0] // stride), -(-size[1] // stride)
 
 
 def gather_rows(values: Tensor, index: Tensor) -> Tensor:
-    """values [G, S, C], index int64 [G, Q] -> [G, Q, C]."""
+    """Gathers rows of values [G, S, C] at index int64 [G, Q] -> [G, Q, C]."""
     return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
 
 
 @dataclass
 class Proposals:
-    """What the encoder takes every place for. Places that are no proposals start at +inf and are not `valid`."""
+    """The encoder's proposal at every place. Excluded places have boxes of +inf and are not `valid`."""
 
     features: Tensor  # [G, S, C]
-    start: Tensor  # float32 [G, S, 4]: logits of the places' own boxes
+    start: Tensor  # float32 [G, S, 4]: logits of the places' initial boxes
     valid: Tensor  # bool [G, S]
 
 
 def sines(values: Tensor, channels: int, temperature: float = TEMPERATURE) -> Tensor:
-    """[..., N] -> [..., N * channels]: sine and cosine of each, in turns, of ever longer periods (arXiv 1706.03762,
-    sec. 3.5)."""
+    """[..., N] -> [..., N * channels]: sine and cosine of each value, interleaved, of increasing periods (arXiv
+    1706.03762, sec. 3.5)."""
     steps = torch.arange(0, channels, 2, device=values.device) / channels
     angle = values[..., None] * (2 * math.pi / temperature**steps)
     return torch.stack([angle.sin(), angle.cos()], dim=-1).flatten(-3)
 
 
 class GroupNorm(nn.GroupNorm):
-    """For groups of a single value, too, which a small image has on the coarsest level of a narrow model: they are
-    normalised to exactly 0, where rounding would be enlarged by 1 / sqrt(eps)."""
+    """GroupNorm that also handles groups of a single value, as on the coarsest level of a small image in a narrow
+    model: they are normalised to exactly 0, where rounding errors would be amplified by 1 / sqrt(eps)."""
 
     def __init__(self, channels: int):
         super().__init__(GROUPS, channels)
@@ -79,7 +80,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 def library_config(s: DinoSettings) -> GroundingDinoConfig:
-    """The same model in the words of `transformers`."""
+    """The config of the same model in `transformers`."""
     swin = SwinConfig(**{**s.backbone, "out_features": ["stage1", "stage2", "stage3", "stage4"]})
     return GroundingDinoConfig(
         backbone_config=swin,
@@ -99,26 +100,33 @@ def library_config(s: DinoSettings) -> GroundingDinoConfig:
     )
 
 
-def box_head(hidden_size: int, outputs: int = 4) -> nn.Module:
-    """Three layers; fresh, it changes nothing."""
+def box_head(hidden_size: int, outputs: int = 4) -> hf.GroundingDinoMLPPredictionHead:
+    """A 3-layer MLP whose output is 0 at initialisation, so that it predicts no change."""
     head = hf.GroundingDinoMLPPredictionHead(hidden_size, hidden_size, outputs, 3)
-    nn.init.zeros_(head.layers[-1].weight)
-    nn.init.zeros_(head.layers[-1].bias)
+    nn.init.zeros_(last_layer(head).weight)
+    nn.init.zeros_(last_layer(head).bias)
     return head
+
+
+def last_layer(head: hf.GroundingDinoMLPPredictionHead) -> nn.Linear:
+    """The output layer of a box head."""
+    return cast(nn.Linear, head.layers[-1])
 
 
 class DinoTrunk(nn.Module):
     """Backbone, encoder with link fusion, two-stage selection and decoder layers.
 
-    Names of weights are those of `transformers.GroundingDinoModel`, apart from its text branch.
+    Weights have the names of `transformers.GroundingDinoModel`, without its text branch.
     """
+
+    backbone: Any  # a SwinBackbone
 
     def __init__(self, settings: DinoSettings):
         super().__init__()
         self.settings = settings
         config, c = library_config(settings), settings.hidden_size
-        self.backbone = SwinBackbone(config.backbone_config)
-        self.backbone.swin.layernorm = nn.Identity()  # of an output that nothing reads
+        self.backbone = SwinBackbone(cast(SwinConfig, config.backbone_config))
+        self.backbone.swin.layernorm = nn.Identity()  # its output is unused
         channels = self.backbone.channels
         self.stride4_channels = channels[0]
         self.input_proj_vision = nn.ModuleList(
@@ -140,38 +148,47 @@ class DinoTrunk(nn.Module):
         self._reset()
 
     def _reset(self) -> None:
-        """Fresh weights as in Deformable DETR: Xavier, where the library draws from N(0, 0.02) and zeroes the last
-        layer of every head, that of the query positions, too. What deformable attention starts from is the library's.
+        """Initialises as Deformable DETR does, with Xavier; `transformers` draws from N(0, 0.02) and zeroes the last
+        layer of every head, including that of the query positions. Deformable attention keeps the library's scheme.
         """
         for part in (self.encoder, self.decoder, self.enc_output, self.input_proj_vision):
             for module in part.modules():
                 if isinstance(module, nn.Linear | nn.Conv2d):
                     nn.init.xavier_uniform_(module.weight)
-                    nn.init.zeros_(module.bias)
+                    nn.init.zeros_(cast(Tensor, module.bias))  # none of these layers lacks a bias
             for module in part.modules():
                 if isinstance(module, DeformableAttention):
                     self.decoder._init_weights(module)
 
     def extract_features(self, pixels: Tensor, extents: list[Size]) -> Levels:
-        """pixels [B, 3, H, W], normalised; extents: (height, width) of the part of each that is not padding."""
-        largest = tuple(max(sides) for sides in zip(*extents, strict=True))
-        shapes = [cells(largest, stride) for stride in (MASK_STRIDE, *STRIDES)]
-        maps: list[Tensor] | None = None
-        same = by_size(extents)
-        for (height, width), members in same.items():
-            part = pixels[:, :, :height, :width] if len(same) == 1 else pixels[members, :, :height, :width]
-            first, *rest = self.backbone(part).feature_maps
-            found = [first, *(proj(m) for proj, m in zip(self.input_proj_vision, [*rest, rest[-1]], strict=True))]
-            if len(same) == 1:
-                maps = found
-                break
-            maps = maps or [
-                m.new_zeros(len(pixels), m.shape[1], *shape) for m, shape in zip(found, shapes, strict=True)
-            ]
-            for whole, m in zip(maps, found, strict=True):
-                whole[members, :, : m.shape[2], : m.shape[3]] = m
+        """pixels [B, 3, H, W], normalised; extents: (height, width) of each without padding."""
+        members = by_size(extents)
+        if len(members) == 1:
+            ((height, width),) = members
+            maps = self._maps(pixels[:, :, :height, :width])
+        else:
+            maps = self._padded_maps(pixels, members)
         shown = [[cells(size, stride) for stride in STRIDES] for size in extents]
         return Levels(list(extents), shown, maps[1:], maps[0])
+
+    def _maps(self, pixels: Tensor) -> list[Tensor]:
+        """The backbone's map at `MASK_STRIDE` and the projected maps at `STRIDES` of images of one size."""
+        first, *rest = self.backbone(pixels).feature_maps
+        return [first, *(proj(m) for proj, m in zip(self.input_proj_vision, [*rest, rest[-1]], strict=True))]
+
+    def _padded_maps(self, pixels: Tensor, members: dict[Size, list[int]]) -> list[Tensor]:
+        """`_maps` of the images of each size, padded to the largest and put together."""
+        height, width = (max(sides) for sides in zip(*members, strict=True))
+        shapes = [cells((height, width), stride) for stride in (MASK_STRIDE, *STRIDES)]
+        padded: list[Tensor] = []
+        for (height, width), images in members.items():
+            maps = self._maps(pixels[images, :, :height, :width])
+            padded = padded or [
+                m.new_zeros(len(pixels), m.shape[1], *shape) for m, shape in zip(maps, shapes, strict=True)
+            ]
+            for whole, m in zip(padded, maps, strict=True):
+                whole[images, :, : m.shape[2], : m.shape[3]] = m
+        return padded
 
     def encode(
         self,
@@ -182,21 +199,21 @@ class DinoTrunk(nn.Module):
         positions: Tensor | None = None,
         blocked: Tensor | None = None,
     ) -> Memory:
-        """Pixels and links read each other.
+        """Runs the encoder, in which pixels and links attend to each other.
 
         `image` int64 [G]: the image of each group; `links` [G, T, C] with `link_valid` bool [G, T]. `positions` int64
-        [G, T] of the links, by default 0, 1, 2 ...; `blocked` bool [G, T, T]: which links do not read which, by default
-        padding."""
-        shapes, shown = tuple(tuple(m.shape[-2:]) for m in levels.sources), levels.shown
-        alike = all(own == shown[0] for own in shown)
+        [G, T] of the links, by default 0, 1, 2 ...; `blocked` bool [G, T, T]: pairs of links without attention, by
+        default padding."""
+        shapes, shown = tuple((m.shape[-2], m.shape[-1]) for m in levels.sources), levels.shown
+        alike = all(sizes == shown[0] for sizes in shown)
         counts = links.new_tensor(shown[:1] if alike else shown, dtype=torch.float32).flip(-1)
         memory = Memory(
             torch.cat([m.flatten(2) for m in levels.sources], 2).transpose(1, 2)[image], links, link_valid, shapes,
-            counts if alike else counts[image], any(tuple(own) != shapes for own in shown),
+            counts if alike else counts[image], any(tuple(sizes) != shapes for sizes in shown),
         )  # fmt: skip
-        places = torch.minimum(memory.grid.place + 1, memory.own_size) / memory.own_size
-        if memory.padded:  # as published: a row of padding has no columns, and the other way round
-            places = places * (memory.grid.place < memory.own_size).flip(-1)
+        places = torch.minimum(memory.grid.place + 1, memory.valid_size) / memory.valid_size
+        if memory.padded:  # as published: x is 0 in padded rows, y in padded columns
+            places = places * (memory.grid.place < memory.valid_size).flip(-1)
         places = sines(places.flip(-1), self.settings.hidden_size // 2, PLACE_TEMPERATURE)
         reference = memory.centers[:, :, None] * memory.valid_ratios[:, None]
         if positions is None:
@@ -204,36 +221,37 @@ class DinoTrunk(nn.Module):
         if blocked is None:
             alone = torch.eye(links.shape[1], dtype=torch.bool, device=links.device)
             blocked = ~(link_valid[:, :, None] & link_valid[:, None, :] | alone)
-        told = (
+        geometry = (
             memory, places + self.level_embed[memory.grid.level], reference,
             sines(positions[..., None].float(), self.settings.hidden_size),
             mask_to_bias(~blocked, links.dtype)[:, None],
         )  # fmt: skip
         for layer in self.encoder.layers:
-            memory.vision, memory.links = layer(memory.vision, memory.links, *told)
+            memory.vision, memory.links = layer(memory.vision, memory.links, *geometry)
         return memory
 
     def propose(self, memory: Memory) -> Proposals:
-        """Every place as a box of its level's size around its centre, moved by what the encoder found there."""
+        """A proposal at every place: a box of its level's size around its centre, with the encoder's features
+        (Deformable DETR, arXiv 2010.04159, app. A.4)."""
         side = PROPOSAL_SIZE * 2.0 ** memory.grid.level[:, None]
         boxes = torch.cat([memory.centers, side.expand_as(memory.centers)], dim=-1)
-        valid = ((boxes > MIN_PROPOSAL) & (boxes < MAX_PROPOSAL)).all(-1)  # centres of padding lie beyond 1
+        valid = ((boxes > MIN_PROPOSAL) & (boxes < MAX_PROPOSAL)).all(-1)  # centres of padding exceed 1
         features = self.enc_output_norm(self.enc_output(memory.vision.masked_fill(~valid[..., None], 0.0)))
         start = torch.log(boxes / (1 - boxes)).masked_fill(~valid[..., None], float("inf"))
         return Proposals(features, *(v.expand(len(features), *v.shape[1:]) for v in (start, valid)))
 
     def select(self, proposals: Proposals, scores: Tensor) -> Tensor:
-        """int64 [G, Q]: places of the highest scores [G, S]; those that are no proposals come last."""
+        """int64 [G, Q]: places of the highest scores [G, S]; excluded places come last."""
         most = min(self.settings.num_queries, scores.shape[1])
         return scores.masked_fill(~proposals.valid, float("-inf")).topk(most, dim=1).indices
 
     def layer(
         self, index: int, hidden: Tensor, reference: Tensor, memory: Memory, self_mask: Tensor | None = None
     ) -> Tensor:
-        """One decoder layer: queries [G, Q, C] at `reference` boxes [G, Q, 4] read each other, links and pixels.
+        """One decoder layer: queries [G, Q, C] at `reference` boxes [G, Q, 4] attend to each other, links and pixels.
 
-        `self_mask`: a bias, to be broadcast to [G, heads, Q, Q]; or [G * N, 1, 1, Q / N], where queries only read
-        those of their own of N blocks."""
+        `self_mask`: a bias, to be broadcast to [G, heads, Q, Q]; or [G * N, 1, 1, Q / N], where queries attend only
+        within each of N blocks."""
         on_levels = reference[:, :, None] * memory.valid_ratios.repeat(1, 1, 2)[:, None]
         return self.decoder.layers[index](
             hidden_states=hidden,
@@ -248,18 +266,19 @@ class DinoTrunk(nn.Module):
         )[0]
 
     def query_position(self, reference: Tensor) -> Tensor:
-        """[G, Q, C] of boxes [G, Q, 4]. The published code counts in the padded input, so that padding tells; without
-        padding it is the same."""
+        """Position embeddings [G, Q, C] of boxes [G, Q, 4], relative to the image. The published code's are relative to
+        the padded input, so they depend on the padding; without padding both are the same."""
         y_first = torch.cat([reference[..., :2].flip(-1), reference[..., 2:]], dim=-1)
         return self.decoder.reference_points_head(sines(y_first, self.settings.hidden_size // 2))
 
     def moved(self, reference: Tensor, head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        """Boxes in 0..1, float32: `reference` moved by what `head` makes of `hidden`."""
+        """Refined boxes in 0..1, float32: `reference` plus the offset that `head` predicts from `hidden` (DINO, arXiv
+        2203.03605, sec. 3.5)."""
         return (head(hidden).float() + inverse_sigmoid(reference, self.settings.inverse_sigmoid_eps)).sigmoid()
 
 
 def class_logits(hidden: Tensor, memory: Memory, scale: Tensor | float = 1.0, bias: Tensor | float = 0.0) -> Tensor:
-    """float32 [G, Q, T], -inf at padded links: the product with the encoded links."""
-    with torch.autocast(hidden.device.type, enabled=False):  # values of some tens that differ by hundredths
+    """Class logits float32 [G, Q, T], -inf at padded links: dot products with the encoded links."""
+    with torch.autocast(hidden.device.type, enabled=False):  # logits of tens whose differences are hundredths
         logits = hidden.float() @ memory.links.float().transpose(1, 2) * scale + bias
     return logits.masked_fill(~memory.link_valid[:, None], float("-inf"))

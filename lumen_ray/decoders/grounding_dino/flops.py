@@ -25,7 +25,7 @@ def count(decoder: GroundingDinoDecoder, work: DecoderWork) -> float:
 
 
 def _masks(decoder: GroundingDinoDecoder, sizes: list[Size], masks: float) -> float:
-    """Mask features of every group's image, and so many masks of all."""
+    """FLOPs of the mask features of every group's image, and of `masks` masks in all."""
     head, total = decoder.mask_head, 0.0
     for height, width in (cells(size, MASK_STRIDE) for size in sizes):
         convolutions = (m for m in head.modules() if isinstance(m, nn.Conv2d))

@@ -1,7 +1,9 @@
-"""Masks of a detection transformer's queries: a product with features at stride 4 (MaskFormer, arXiv 2107.06278;
-Mask DINO, arXiv 2206.02777, sec. 3.3)."""
+"""Masks of a detection transformer's queries: dot products with features at stride 4 (MaskFormer, arXiv 2107.06278,
+sec. 3.3; Mask DINO, arXiv 2206.02777, sec. 3.3)."""
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from lumen_ray.targets import MASK_STRIDE
 
 
 class MaskHead(nn.Module):
-    """The encoder's finest map, enlarged, plus the backbone's at stride 4 -> mask features."""
+    """Mask features: the encoder's finest map, upsampled, plus the backbone's map at stride 4 (Mask DINO, eq. 1)."""
 
     def __init__(self, hidden_size: int, stride4_channels: int, mask_channels: int):
         super().__init__()
@@ -24,15 +26,15 @@ class MaskHead(nn.Module):
         self.project = nn.Conv2d(hidden_size, mask_channels, 1)
         for conv in (self.lateral, self.output, self.project):
             nn.init.kaiming_uniform_(conv.weight, a=1)
-        nn.init.zeros_(self.project.bias)
+        nn.init.zeros_(cast(Tensor, self.project.bias))
 
     def forward(self, memory: Memory, levels: Levels, image: Tensor) -> Tensor:
         """[G, mask channels, h, w] at `MASK_STRIDE`, 0 at padding; `image` int64 [G] into `levels`.
 
-        Every size by itself, so that padding does not reach what is normalised."""
+        Images of each size are processed without padding, which would change the statistics of GroupNorm."""
         sizes = [levels.sizes[i] for i in image.tolist()]
         finest, stride4 = memory.finest, levels.stride4
-        whole = None
+        whole: Tensor | None = None
         for size, members in by_size(sizes).items():
             (rows, columns), (rows4, columns4) = cells(size, STRIDES[0]), cells(size, MASK_STRIDE)
             lateral = stride4[image[members], :, :rows4, :columns4].contiguous()
@@ -41,6 +43,7 @@ class MaskHead(nn.Module):
             if whole is None:
                 whole = part.new_zeros(len(sizes), part.shape[1], *stride4.shape[-2:])
             whole[members, :, :rows4, :columns4] = part
+        assert whole is not None, "there is at least one group"
         return whole
 
     def _features(self, stride4: Tensor, coarse: Tensor) -> Tensor:

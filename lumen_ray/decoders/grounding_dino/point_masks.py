@@ -1,7 +1,7 @@
 """Mask losses on points (PointRend, arXiv 1912.08193; Mask2Former, arXiv 2112.01527, sec. 3.3).
 
-A loss on every pixel of every mask is what limits memory; most pixels of most masks are far from any border. Three
-quarters of the points are those the mask is least sure of, among three times as many drawn.
+A loss on every pixel would dominate memory, and most pixels are far from any border. Three quarters of the points are
+the most uncertain of three times as many random ones, the rest are random.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ def at_points(maps: Tensor, points: Tensor, stride: int) -> Tensor:
 
 @torch.no_grad()
 def choose_points(logits: Tensor, extents: Tensor, count: int, stride: int) -> Tensor:
-    """float32 [K, count, 2] xy in input pixels; `extents` float32 [K, 2]: (width, height) of the image.
+    """Samples points float32 [K, count, 2] xy in input pixels; `extents` float32 [K, 2]: (width, height) of the image.
 
-    All lie between the centres of the image's outermost cells, so that neither padding nor what is beyond it tells."""
+    Points lie between the centres of the image's outermost cells, so padding has no influence."""
     last = (extents / stride).ceil() * stride - stride / 2
 
     def draw(number: int) -> Tensor:
         points = torch.rand(len(logits), number, 2, device=logits.device) * extents[:, None]
         return torch.minimum(points.clamp_min(stride / 2), last[:, None])
 
-    sure, drawn = int(count * UNCERTAIN), draw(count * OVERSAMPLE)
-    nearest = at_points(logits, drawn, stride).abs().topk(sure, dim=1, largest=False).indices
-    rest = draw(count - sure)
+    uncertain, drawn = int(count * UNCERTAIN), draw(count * OVERSAMPLE)
+    nearest = at_points(logits, drawn, stride).abs().topk(uncertain, dim=1, largest=False).indices
+    rest = draw(count - uncertain)
     return torch.cat([drawn.gather(1, nearest[..., None].expand(-1, -1, 2)), rest], dim=1)
 
 
-def mask_losses(logits: Tensor, wanted: Tensor, extents: Tensor, count: int, stride: int) -> tuple[Tensor, Tensor]:
+def mask_losses(logits: Tensor, masks: Tensor, extents: Tensor, count: int, stride: int) -> tuple[Tensor, Tensor]:
     """Binary cross entropy and dice loss of each mask, [K] each, on `count` points.
 
-    logits [K, h, w] and `wanted` 0 or 1 [K, H, W], both at `stride`; `extents` as in `choose_points`."""
+    logits [K, h, w] and true `masks` 0 or 1 [K, H, W], both at `stride`; `extents` as in `choose_points`."""
     points = choose_points(logits, extents, count, stride)
-    predicted, truth = at_points(logits, points, stride), at_points(wanted, points, stride)
+    predicted, truth = at_points(logits, points, stride), at_points(masks, points, stride)
     bce = F.binary_cross_entropy_with_logits(predicted, truth, reduction="none").mean(1)
     p = predicted.sigmoid()
     dice = 1 - (2 * (p * truth).sum(1) + 1) / (p.sum(1) + truth.sum(1) + 1)

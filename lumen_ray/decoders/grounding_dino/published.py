@@ -1,4 +1,4 @@
-"""Grounding DINO as `transformers` publishes it."""
+"""Reads Grounding DINO checkpoints in the format of `transformers`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lumen_ray.checkpoints.rules import apply, check_fits
 from lumen_ray.decoders.grounding_dino.released import published_parts
 from lumen_ray.errors import UserError
 
-#: of Grounding DINO: masks, the norm of the map that only they read, what projects links, and a scale of their scores
+#: weights that the checkpoints lack: link projection, mask head and the norm of its stride-4 map, scale of class logits
 FRESH = (
     "link_proj.",
     "mask_head.",
@@ -26,8 +26,8 @@ FRESH = (
 
 
 def state_of(tensors: Mapping[str, Tensor], build: Callable[[], nn.Module], what: str) -> dict[str, Tensor]:
-    """What `GroundingDinoForObjectDetection.save_pretrained` writes, by our names. Only names that start with `FRESH`
-    may be missing. Raises `UserError`, which names the checkpoint as `what`, for tensors that do not fit."""
+    """The tensors of `GroundingDinoForObjectDetection.save_pretrained` by our names. Only names that start with `FRESH`
+    may be missing. Raises `UserError` for tensors that do not fit; `what` names the checkpoint."""
     state, report = apply(tensors, published_parts())
     report.refuse(what)
     with torch.device("meta"):
@@ -42,7 +42,7 @@ def load(folder: Path, build: Callable[[], nn.Module], pickle: bool) -> dict[str
 
 
 def sizes(folder: Path) -> dict[str, Any]:
-    """Settings that its config.json determines; those of masks and losses stay the preset's."""
+    """The settings that its config.json determines; those of masks and losses come from the preset."""
     from transformers import GroundingDinoConfig
 
     config = Checkpoint.read_config(folder)
@@ -50,25 +50,27 @@ def sizes(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"'{folder}' holds a model of type '{config.get('model_type')}', not grounding-dino", "wrong_checkpoint"
         )
-    told = GroundingDinoConfig.from_dict(config)
-    swin = {name: getattr(told.backbone_config, name) for name in ("embed_dim", "depths", "num_heads", "window_size")}
+    published = GroundingDinoConfig.from_dict(config)
+    swin = {
+        name: getattr(published.backbone_config, name) for name in ("embed_dim", "depths", "num_heads", "window_size")
+    }
     return {
         "backbone": {k: list(v) if isinstance(v, (list, tuple)) else v for k, v in swin.items()},
-        "hidden_size": told.d_model,
-        "num_heads": told.encoder_attention_heads,
-        "encoder_layers": told.encoder_layers,
-        "decoder_layers": told.decoder_layers,
-        "encoder_ffn": told.encoder_ffn_dim,
-        "decoder_ffn": told.decoder_ffn_dim,
-        "encoder_points": told.encoder_n_points,
-        "decoder_points": told.decoder_n_points,
-        "num_queries": told.num_queries,
+        "hidden_size": published.d_model,
+        "num_heads": published.encoder_attention_heads,
+        "encoder_layers": published.encoder_layers,
+        "decoder_layers": published.decoder_layers,
+        "encoder_ffn": published.encoder_ffn_dim,
+        "decoder_ffn": published.decoder_ffn_dim,
+        "encoder_points": published.encoder_n_points,
+        "decoder_points": published.decoder_n_points,
+        "num_queries": published.num_queries,
         **_input_size(folder),
     }
 
 
 def _input_size(folder: Path) -> dict[str, Any]:
-    """What its preprocessor_config.json says of the images' size, where it has one."""
+    """The setting `input_size` from its preprocessor_config.json; empty if that has none."""
     path = folder / "preprocessor_config.json"
     size = read_json(path).get("size") if path.is_file() else None
     edges = [size.get(name) for name in ("shortest_edge", "longest_edge")] if isinstance(size, dict) else [None]

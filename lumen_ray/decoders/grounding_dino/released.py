@@ -1,7 +1,7 @@
-"""Rules for Grounding DINO's weights: the released VisionLLM v2 module, and what `transformers` publishes.
+"""Rules for Grounding DINO's weights: the released VisionLLM v2 module, and checkpoints of `transformers`.
 
-Both lead to the names of `decoders.grounding_dino.GroundingDinoDecoder`. `transformers` renames Swin's weights when it
-loads them; the rules know the names on disk and those in memory.
+Both map to the names of `GroundingDinoDecoder`. `transformers` renames Swin's weights on loading; the rules cover the
+names on disk and in memory.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def _swin(prefix: str, target: str) -> list[Rule]:
     to = target + r"swin.encoder.layers.\1.blocks.\2."
     return [
         Rule(prefix + r"(?:.+)\.relative_position_index", drop=_INDEX),
-        Rule(prefix + r"(?:swin\.)?layernorm\." + _BOTH, drop="norm of an output that nothing reads"),
+        Rule(prefix + r"(?:swin\.)?layernorm\." + _BOTH, drop="norm of an unused output"),
         Rule(
             block + r"attention\.(?:self|relative_position_bias)\.relative_position_bias_table",
             to + "attention.relative_position_bias.relative_position_bias_table",
@@ -36,7 +36,7 @@ def _swin(prefix: str, target: str) -> list[Rule]:
     ]
 
 
-#: what both layouts name alike
+#: names that both layouts share
 _TRANSFORMER = [
     *_swin(r"model\.backbone\.conv_encoder\.model\.", "trunk.backbone."),
     Rule(
@@ -48,7 +48,7 @@ _TRANSFORMER = [
 ]
 _LAYERS = Rule(r"model\.((?:encoder|decoder)\..+)", r"trunk.\1")
 
-#: the released module `gdino`; below the prefix of the decoder
+#: the released module `gdino`; names below the prefix of the decoder
 RELEASED = [
     *_TRANSFORMER,
     Rule(
@@ -66,7 +66,7 @@ RELEASED = [
     Rule(r"model\.mask_embed\..+", drop="masks of queries before the decoder, which do not depend on the image"),
 ]
 
-#: `patch2query`: its perception link head, which belongs to the trunk; below the prefix of that head
+#: `patch2query`, its perception link head, part of our trunk; names below the prefix of that head
 RELEASED_LINK_HEAD = [Rule(rf"layers\.{i}\.{_BOTH}", rf"mlp.{2 * i}.\1") for i in range(3)]
 
 #: `GroundingDinoForObjectDetection.save_pretrained`
@@ -78,7 +78,7 @@ PUBLISHED = [
 
 
 def released_parts(decoder: str, link_head: str, source: str = "gdino.") -> list[Part]:
-    """Where the released module's tensors go: `decoder` and `link_head` are our prefixes, which end with a dot."""
+    """The rules for the released module; `decoder` and `link_head`: our prefixes, which end with a dot."""
     return [
         Part(source + "patch2query.", link_head, RELEASED_LINK_HEAD),
         Part(source, decoder, RELEASED),
@@ -86,7 +86,7 @@ def released_parts(decoder: str, link_head: str, source: str = "gdino.") -> list
 
 
 def published_parts(decoder: str = "") -> list[Part]:
-    """The same for a checkpoint of `transformers`. It has neither the mask head nor the norm of the stride-4 map."""
+    """The rules for a checkpoint of `transformers`, which lacks the mask head and the norm of the stride-4 map."""
     return [Part("", decoder, PUBLISHED)]
 
 

@@ -1,10 +1,10 @@
-"""Lumen's vision-language aligner (arXiv 2403.07304, sec. 3.2): words meet places.
+"""Lumen's vision-language aligner (arXiv 2403.07304, sec. 3.2).
 
-Two-way attention per prompt: the link token reads the dense features, then every place reads the link token. A place
-chooses between the token and a learned "nothing here" key, since a softmax over one key would be constant. Prompts
-never see each other.
+Two-way attention per prompt: the link token attends to the dense features, then every place attends to the link token.
+A place chooses between the token and a learned null key, since a softmax over one key would be constant. Prompts do not
+attend to each other.
 
-Legend: P prompts, B maps, S seats for prompts per map, L places, C channels, H heads, D = C / H.
+Legend: P prompts, B maps, S prompts per map (padded), L places, C channels, H heads, D = C / H.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from lumen_ray.decoders.common.ragged import Seats
 
 
 class TwoWayLayer(nn.Module):
+    """One layer of two-way attention between link tokens and places."""
+
     def __init__(self, channels: int, num_heads: int):
         super().__init__()
         self.num_heads = num_heads
@@ -37,27 +39,27 @@ class TwoWayLayer(nn.Module):
         return x.unflatten(-1, (self.num_heads, -1))
 
     def forward(self, token_PC: Tensor, places_BLC: Tensor, seats: Seats, position_LC: Tensor) -> tuple[Tensor, Tensor]:
-        """token [P, C], places [B, L, C] of the maps that `seats` says whose, position [L, C] -> token [P, C] and
-        places [P, L, C].
+        """token [P, C], places [B, L, C], position [L, C] -> token [P, C] and places [P, L, C]. `seats`: the map of
+        each prompt.
 
-        Both attentions are products of matrices per map, and the output projection is applied to a prompt's values
-        before they are spread over the places: nothing of size C x C is computed per prompt and place.
+        Both attentions are batched matrix products per map, and the output projection is applied to a prompt's values
+        before they are broadcast over places: no C x C product per prompt and place.
         """
         places = self.place_norm(places_BLC)
-        # the token reads the places
+        # tokens attend to places
         key, value = self.place_key_value(places + position_LC).chunk(2, dim=-1)
         key, value = self._heads(key).transpose(1, 2), self._heads(value).transpose(1, 2)  # B H L D
         query = self._heads(seats.fill(self.token_query(self.token_norm(token_PC)))).transpose(1, 2)  # B H S D
         read = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)  # B S C
         token_PC = token_PC + self.token_out(seats.take(read))
         token_PC = token_PC + self.token_mlp(token_PC)
-        # the places read the token
+        # places attend to the token
         query = self._heads(self.place_query(places)).transpose(1, 2)  # B H L D
         key, value = (self._heads(t) for t in self.token_key_value(token_PC).chunk(2, dim=-1))  # P H D
         scale = 1 / math.sqrt(query.shape[-1])
         against = self._heads(seats.fill((key - self.null_key).flatten(1))).transpose(1, 2)  # B H S D
         match = torch.matmul(against, query.transpose(2, 3))  # B H S L
-        weight = torch.sigmoid(seats.take(match.transpose(1, 2)) * scale)  # P H L; softmax over {token, nothing}
+        weight = torch.sigmoid(seats.take(match.transpose(1, 2)) * scale)  # P H L; softmax over {token, null}
         written = torch.einsum("phd,chd->phc", value, self._heads(self.place_out.weight))
         places_PLC = places_BLC[seats.row] + self.place_out.bias
         return token_PC, torch.baddbmm(places_PLC, weight.transpose(1, 2), written)
@@ -66,14 +68,16 @@ class TwoWayLayer(nn.Module):
 class Aligner(nn.Module):
     """Link tokens and dense features -> aligned tokens [P, C] and per-prompt places [P, L, C].
 
-    The first layer reads one map per image, the others one per prompt.
+    The first layer has one map per image, the others one per prompt.
     """
 
     def __init__(self, channels: int, num_heads: int, num_layers: int):
         super().__init__()
         self.layers = nn.ModuleList(TwoWayLayer(channels, num_heads) for _ in range(num_layers))
 
-    def forward(self, tokens_PC: Tensor, places_BLC: Tensor, image_index: Tensor, position_LC: Tensor):
+    def forward(
+        self, tokens_PC: Tensor, places_BLC: Tensor, image_index: Tensor, position_LC: Tensor
+    ) -> tuple[Tensor, Tensor]:
         if len(tokens_PC) == 0:
             return tokens_PC, places_BLC[image_index]
         places, seats = places_BLC, Seats.of(image_index, len(places_BLC))

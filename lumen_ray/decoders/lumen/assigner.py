@@ -1,8 +1,8 @@
-"""Which places of the map are responsible for which object while training.
+"""Assigns objects to places of the map in training.
 
 Task-aligned assignment (TOOD, arXiv 2108.07755, sec. 3.2): the `topk` places inside an object with the highest
-score^alpha * IoU^beta are positives, several per object. A soft prior on the centre carries the first steps, when
-scores and boxes say nothing yet.
+score^alpha * IoU^beta are positives, several per object. A soft centre prior guides the first steps, when scores and
+boxes are still random.
 """
 
 from __future__ import annotations
@@ -12,27 +12,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lumen_ray.decoders.common.boxes import pairwise_iou
+
 
 @dataclass
 class Assignment:
-    """`target` int64 [P, L]: index of the object, -1 for background. `quality` float32 [P, L]: the score each place
-    should have, 0 at background. `ignored` bool [P, L]: places inside crowd regions, which are neither. `inside` bool
-    [P, L]: places inside any object, chosen or not."""
+    """`target` int64 [P, L]: index of the object, -1 for background. `quality` float32 [P, L]: target score of each
+    place, 0 for background. `ignored` bool [P, L]: background inside crowd regions, without loss. `inside` bool [P, L]:
+    places inside any object, positive or not."""
 
     target: Tensor
     quality: Tensor
     ignored: Tensor
     inside: Tensor
-
-
-def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of xyxy boxes a [..., N, 4] with b [..., M, 4] -> [..., N, M]."""
-    top_left = torch.maximum(a[..., :, None, :2], b[..., None, :, :2])
-    bottom_right = torch.minimum(a[..., :, None, 2:], b[..., None, :, 2:])
-    overlap = (bottom_right - top_left).clamp_min(0).prod(-1)
-    area_a = (a[..., 2:] - a[..., :2]).clamp_min(0).prod(-1)
-    area_b = (b[..., 2:] - b[..., :2]).clamp_min(0).prod(-1)
-    return overlap / (area_a[..., :, None] + area_b[..., None, :] - overlap).clamp_min(1e-6)
 
 
 @torch.no_grad()
@@ -50,7 +42,7 @@ def assign(
 ) -> Assignment:
     """scores [P, L] in 0..1; boxes [P, L, 4]; centers [L, 2] xy; gt_boxes [P, G, 4]; gt_valid, gt_crowd bool [P, G].
 
-    All in input pixels. Objects smaller than a cell take the nearest place.
+    Boxes are xyxy in input pixels. An object that contains no place's centre is assigned the nearest place.
     """
     P, L = scores.shape
     if gt_boxes.shape[1] == 0:
@@ -72,9 +64,9 @@ def assign(
     best = metric.topk(min(topk, L), dim=2)
     chosen = torch.zeros_like(metric).scatter_(2, best.indices, best.values) > 0
     metric = metric * chosen
-    peak, target = metric.max(1)  # P L: an object wins a place that several claim
+    peak, target = metric.max(1)  # P L: the best object of a place that several claim
     target = torch.where(peak > 0, target, torch.full_like(target, -1))
-    # TOOD's normalisation: the best place of an object should score its IoU, the others in proportion
+    # TOOD's normalisation: the target score of an object's best place is its IoU, others are proportional
     top_metric = metric.amax(2).clamp_min(1e-9)  # P G
     top_iou = (iou * chosen).amax(2).clamp_min(0.1)
     index = target.clamp_min(0)

@@ -1,11 +1,12 @@
-"""The light decoder: heatmap, boxes, masks and keypoints of all prompts in one forward (Lumen, sec. 3.3).
+"""The light decoder: heatmap, boxes, masks and keypoints of all prompts in one forward pass (Lumen, arXiv 2403.07304,
+sec. 3.3).
 
-Per prompt the aligner yields a heatmap over the shared dense features. Each place says a box, the distances from it to
-its four sides; places of high score are instances, after suppression of overlapping boxes. (Lumen takes peaks above
-their 8 neighbours, which loses one of two small objects in neighbouring cells.) A mask comes from a dynamic kernel
-taken at the place that reads mask features and coordinates relative to it (CondInst, arXiv 2003.05664); keypoints come
-from cross-attention of each instance and keypoint name over the instance's box. Several places per object are positives
-(see `assigner`), their score learns the IoU (quality focal loss, arXiv 2006.04388).
+Per prompt, the aligner gives a heatmap over the shared dense features. Each place predicts a box by its distances to
+the four sides (FCOS, arXiv 1904.01355, eq. 1); places of high score become instances after NMS. (Lumen takes peaks
+among 8 neighbours, which loses one of two small objects in neighbouring cells.) Masks come from a dynamic kernel per
+place that reads mask features and relative coordinates (CondInst, arXiv 2003.05664, sec. 3); keypoints from
+cross-attention of each instance and keypoint name over the instance's box. Several places per object are positives (see
+`assigner`); the target of their score is the IoU (quality focal loss, arXiv 2006.04388, eq. 2).
 
 Legend: P prompts, L = h * w places at `stride`, I instances, K keypoints, C channels. Coordinates: input pixels.
 """
@@ -15,18 +16,17 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumen_ray.decoders.base import Decoder, LossTerm, PredictSettings, PromptSpec
-from lumen_ray.decoders.common.boxes import giou_loss
+from lumen_ray.decoders.common.boxes import giou_loss, greedy_nms
 from lumen_ray.decoders.common.ragged import place_in_group
 from lumen_ray.decoders.common.upsample import at_stored_size
 from lumen_ray.decoders.lumen import SPEC
 from lumen_ray.decoders.lumen.aligner import Aligner, sine_position
-from lumen_ray.decoders.lumen.assigner import Assignment, assign, pairwise_iou
+from lumen_ray.decoders.lumen.assigner import Assignment, assign
 from lumen_ray.decoders.lumen.pose_head import PoseHead
 from lumen_ray.decoders.lumen.settings import LumenSettings
 from lumen_ray.decoders.spec import TrunkShape
@@ -36,14 +36,14 @@ from lumen_ray.targets import MASK_STRIDE, Frame, PerceptionTargets
 from lumen_ray.trunk.dense import DownBlock, ResidualBlock, conv_block
 
 KERNEL_WIDTH = 8
-#: places that are looked at before overlaps are suppressed: about those that one instance makes likely, and a bound on
-#: the matrix of overlaps
+#: candidates before NMS: about as many as one instance gives high scores, and a bound on the IoU matrix
 PLACES_PER_INSTANCE, MOST_PLACES = 10, 3000
 
 
 @dataclass
 class LumenRaw:
-    """`objects` int64 [P]: the links that are object prompts (the others ask for a keypoint of their parent)."""
+    """Output of the forward pass. `objects` int64 [P]: the links that are object prompts; the others are keypoint
+    prompts of a parent."""
 
     link: SuperLink
     objects: Tensor
@@ -56,21 +56,10 @@ class LumenRaw:
     dense: Tensor  # [B, D, H/4, W/4]
 
 
-def greedy_nms(boxes: Tensor, scores: Tensor, iou_threshold: float) -> Tensor:
-    """Indices of boxes [N, 4] kept, best score first; one prompt's instances only, so prompts stay independent."""
-    order = scores.argsort(descending=True, stable=True)
-    overlaps = pairwise_iou(boxes[order], boxes[order]).cpu().numpy() > iou_threshold
-    dropped = np.zeros(len(order), bool)
-    for i in range(len(order)):
-        if not dropped[i]:
-            dropped[i + 1 :] |= overlaps[i, i + 1 :]
-    return order[torch.from_numpy(~dropped).to(order.device)]
-
-
 def best_of_each(groups: Tensor, values: Tensor, most: int) -> Tensor:
     """Indices of the `most` highest `values` [N] of each group (int64 [N]), by group, best first; ties by index.
 
-    A group keeps the same ones whatever groups are beside it, so a loss over them does not depend on the rank split.
+    The result of a group does not depend on the other groups, so a loss over it does not depend on the rank split.
     """
     order = values.argsort(descending=True, stable=True)
     order = order[groups[order].argsort(stable=True)]
@@ -78,14 +67,17 @@ def best_of_each(groups: Tensor, values: Tensor, most: int) -> Tensor:
 
 
 def scattered(boxes: Tensor) -> Tensor:
-    """A number in [0, 1) for each box [N, 4] that looks random but depends on the box alone."""
-    x1, y1, x2, y2 = boxes.double().unbind(-1)  # not a product of matrices, whose rounding may depend on N
+    """A pseudo-random number in [0, 1) for each box [N, 4], a function of the box alone."""
+    x1, y1, x2, y2 = boxes.double().unbind(-1)  # no matrix product: its rounding may depend on N
     return ((x1 * 12.9898 + y1 * 78.233 + x2 * 37.719 + y2 * 4.581).sin() * 43758.5453).frac().abs()
 
 
 class LumenDecoder(Decoder):
+    """See the module's docstring."""
+
     spec = SPEC
-    exact = ("box_head",)  # of sides: in bf16 they are off by a hundredth
+    settings: LumenSettings
+    exact = ("box_head",)  # in bf16 box sides are off by a hundredth
 
     @classmethod
     def build(cls, settings: LumenSettings, shape: TrunkShape) -> LumenDecoder:
@@ -95,18 +87,18 @@ class LumenDecoder(Decoder):
         super().__init__()
         self.settings = settings
         c = settings.hidden_size
-        downs = {4: [], 8: [DownBlock(dense_channels, c)]}
+        downs: dict[int, list[nn.Module]] = {4: [], 8: [DownBlock(dense_channels, c)]}
         downs[16] = [*downs[8], DownBlock(c, c)]
         if settings.stride not in downs:
             raise ValueError(f"lumen.stride must be one of {sorted(downs)}, got {settings.stride}")
         self.neck = nn.Sequential(*(downs[settings.stride] or [conv_block(dense_channels, c)]), ResidualBlock(c))
-        self.position_scale = nn.Parameter(torch.full((1,), 0.25))  # below the features, which say what is there
+        self.position_scale = nn.Parameter(torch.full((1,), 0.25))  # small beside the features
         self.link_proj = nn.Sequential(nn.LayerNorm(link_channels), nn.Linear(link_channels, c))
         self.aligner = Aligner(c, settings.num_heads, settings.num_layers)
         self.heat_place = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, c))
         self.heat_token = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, c))
-        self.heat_scale = nn.Parameter(torch.full((1,), 4.0))  # a steep match: places must tell prompts apart early
-        self.heat_bias = nn.Parameter(torch.full((1,), -4.0))  # few places are objects
+        self.heat_scale = nn.Parameter(torch.full((1,), 4.0))  # large: separates prompts early
+        self.heat_bias = nn.Parameter(torch.full((1,), -4.0))  # prior: few places are objects
         self.box_head = nn.Sequential(nn.LayerNorm(c), nn.Linear(c, c), nn.SiLU(), nn.Linear(c, 4))
         m, k = settings.mask_channels, KERNEL_WIDTH
         self.kernel_sizes = [(m + 2) * k, k * k, k, k, k, 1]  # weights of three 1x1 layers, then their biases
@@ -117,7 +109,7 @@ class LumenDecoder(Decoder):
         self.pose = PoseHead(dense_channels, link_channels, c, settings.pose_grid)
 
     def forward(self, link: SuperLink, dense: Tensor) -> LumenRaw:
-        """link of P prompts, dense [B, D, H/4, W/4] -> raw maps of all object prompts."""
+        """link of P prompts, dense [B, D, H/4, W/4] -> maps of all object prompts."""
         features = self.neck(dense)
         h, w = features.shape[-2:]
         position = sine_position(h, w, features.shape[1], dense.device)
@@ -130,19 +122,19 @@ class LumenDecoder(Decoder):
         )
         c = places.shape[-1]
         norm, linear = self.heat_place
-        word = self.heat_token(tokens)  # P C; its product with heat_place(places), without C x C per place
+        word = self.heat_token(tokens)  # P C; folds heat_place's C x C product into the token
         logits = torch.einsum("plc,pc->pl", norm(places), word @ linear.weight) + (word @ linear.bias)[:, None]
         logits = logits * (self.heat_scale / c**0.5) + self.heat_bias
         stride = self.settings.stride
         y, x = torch.meshgrid(torch.arange(h, device=dense.device), torch.arange(w, device=dense.device), indexing="ij")
         centers = (torch.stack([x.flatten(), y.flatten()], -1) + 0.5) * stride
-        # exp keeps distances positive; 2 strides is a typical object's half size where training starts
+        # exp keeps distances positive; at initialisation they are 2 strides, half a typical object
         sides = torch.exp(self.box_head(places).clamp(-6, 6)) * (2 * stride)
         boxes = torch.cat([centers - sides[..., :2], centers + sides[..., 2:]], dim=-1)
         return LumenRaw(link, objects, logits, boxes, places, centers, (h, w), self.mask_features(dense), dense)
 
     def masks_at(self, raw: LumenRaw, prompts: Tensor, places: Tensor, sizes: Tensor) -> Tensor:
-        """Mask logits [I, H/4, W/4] of instances found at `places` [I] of `prompts` [I].
+        """Mask logits [I, H/4, W/4] of the instances at `places` [I] of `prompts` [I].
 
         `sizes` [I]: the longer side of each instance's box in pixels, the unit of the relative coordinates.
         """
@@ -181,10 +173,10 @@ class LumenDecoder(Decoder):
         count = (quality * weight).sum().detach()
         prompt, place = torch.nonzero((assignment.target >= 0) & counted[:, None], as_tuple=True)
         gt = assignment.target[prompt, place]
-        predicted, wanted, q = raw.boxes[prompt, place], boxes[prompt, gt], quality[prompt, place]
-        extent = (wanted[:, 2:] - wanted[:, :2]).clamp_min(s.stride).repeat(1, 2)
-        l1 = ((predicted - wanted) / extent).abs().mean(-1)
-        box = (q * (giou_loss(predicted, wanted) + 0.5 * l1)).sum()
+        predicted, truth, q = raw.boxes[prompt, place], boxes[prompt, gt], quality[prompt, place]
+        extent = (truth[:, 2:] - truth[:, :2]).clamp_min(s.stride).repeat(1, 2)
+        l1 = ((predicted - truth) / extent).abs().mean(-1)
+        box = (q * (giou_loss(predicted, truth) + 0.5 * l1)).sum()
         losses = {
             "heatmap": LossTerm(s.heatmap_weight * heat.sum(), count, self._per_link(heat.detach().sum(1), raw)),
             "match": self._match_loss(raw, assignment, counted, prompt, place),
@@ -196,25 +188,25 @@ class LumenDecoder(Decoder):
 
     @staticmethod
     def _per_link(values: Tensor, raw: LumenRaw) -> Tensor:
-        """Values of the object prompts, spread over all links (0 for keypoint prompts)."""
+        """Values [P] of the object prompts -> [links], 0 for keypoint prompts."""
         return values.new_zeros(len(raw.link)).scatter(0, raw.objects, values)
 
     def _match_loss(
         self, raw: LumenRaw, assignment: Assignment, counted: Tensor, prompt: Tensor, place: Tensor
     ) -> LossTerm:
-        """Which of an image's prompts an object's place belongs to: cross entropy over them, per positive place.
+        """Cross entropy over an image's prompts at each positive place: which prompt's object is there.
 
-        The focal loss of the heatmap is content with a middling score at any object of the image; this one is not.
-        Prompts that have an object at that place themselves take no part, whether or not it is the same one.
+        The focal loss of the heatmap tolerates medium scores at objects of other prompts; this loss does not. Prompts
+        with an object of their own at that place are excluded.
         """
         image = raw.link.image_index[raw.objects]
         rivals = (image[:, None] == image[prompt]) & counted[:, None]  # P N: prompts against positive places
         rivals &= ~(assignment.inside | assignment.ignored)[:, place]
         logits = raw.logits[:, place]
-        own = raw.logits[prompt, place]
+        positive = raw.logits[prompt, place]
         against = torch.logsumexp(logits.masked_fill(~rivals, -1e4), dim=0)
-        total = F.softplus(against - own).sum()
-        return LossTerm(self.settings.match_weight * total, own.new_tensor(float(len(own))))
+        total = F.softplus(against - positive).sum()
+        return LossTerm(self.settings.match_weight * total, positive.new_tensor(float(len(positive))))
 
     def _mask_loss(
         self,
@@ -224,11 +216,11 @@ class LumenDecoder(Decoder):
         place: Tensor,
         gt: Tensor,
     ) -> LossTerm:
-        """BCE + Dice (sec. 3.3) on the positives nearest the centre, `max_masks_per_object` of each prompt's object.
+        """BCE + Dice (sec. 3.3) on the positives nearest the centre, `max_masks_per_object` for each prompt's object.
 
-        Nearness is exact; a choice by score would turn on rounding, and with it on how a batch is split over ranks.
-        Of crowded images `max_masks_per_image`: the nearest of each object first, of objects that change with where
-        augmentation puts them.
+        Distances are exact; a choice by score would depend on rounding and so on the rank split. Crowded images have at
+        most `max_masks_per_image`: the nearest positive of each object first, in a pseudo-random order of objects that
+        changes with augmentation.
         """
         index = targets.mask_index[raw.objects][prompt, gt]
         keep = torch.nonzero(index >= 0).flatten()
@@ -237,28 +229,28 @@ class LumenDecoder(Decoder):
         distance = (raw.centers[place[keep]] - (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2).square().sum(-1)
         best = best_of_each(objects, -distance, self.settings.max_masks_per_object)
         keep, gt_boxes = keep[best], gt_boxes[best]
-        wish = scattered(gt_boxes) - place_in_group(objects[best])
+        priority = scattered(gt_boxes) - place_in_group(objects[best])
         images = raw.link.image_index[raw.objects[prompt[keep]]]
-        best = best_of_each(images, wish, self.settings.max_masks_per_image)
+        best = best_of_each(images, priority, self.settings.max_masks_per_image)
         keep, gt_boxes = keep[best], gt_boxes[best]
         prompt, place, gt, index = prompt[keep], place[keep], gt[keep], index[keep]
         if len(keep) == 0:
             return LossTerm(raw.logits.new_zeros(()), raw.logits.new_zeros(()))
         boxes = raw.boxes.detach()[prompt, place]
         logits = self.masks_at(raw, prompt, place, (boxes[:, 2:] - boxes[:, :2]).amax(-1))
-        wanted = targets.masks[index].float()
-        bce = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
-        # the loss looks at the object and its surroundings, else the empty image outweighs a small object
+        truth = targets.masks[index].float()
+        bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
+        # only the object and its surroundings, else background would outweigh a small object
         near = self._near(gt_boxes, logits.shape[-2:], raw)
         bce = (bce * near).sum((1, 2)) / near.sum((1, 2)).clamp_min(1)
         probability = logits.sigmoid()
-        overlap = (probability * wanted).sum((1, 2))
-        dice = 1 - (2 * overlap + 1) / (probability.square().sum((1, 2)) + wanted.square().sum((1, 2)) + 1)
+        overlap = (probability * truth).sum((1, 2))
+        dice = 1 - (2 * overlap + 1) / (probability.square().sum((1, 2)) + truth.square().sum((1, 2)) + 1)
         total = self.settings.mask_weight * (bce + dice).sum()
         return LossTerm(total, logits.new_tensor(float(len(keep))))
 
     def _near(self, boxes: Tensor, shape: torch.Size, raw: LumenRaw) -> Tensor:
-        """float [I, h, w], 1 inside the boxes grown by half their size."""
+        """float [I, h, w], 1 inside the boxes enlarged by half their size on each side."""
         h, w = shape
         step = raw.shape[1] * self.settings.stride / w
         y = (torch.arange(h, device=boxes.device) + 0.5) * step
@@ -270,7 +262,7 @@ class LumenDecoder(Decoder):
         return (in_y[:, :, None] & in_x[:, None, :]).float()
 
     def _keypoint_loss(self, raw: LumenRaw, targets: PerceptionTargets) -> LossTerm:
-        """L1 in units of the box, plus 1 - OKS, over labelled keypoints; visibility by BCE."""
+        """L1 relative to the box size, plus 1 - OKS, over labelled keypoints; BCE for visibility."""
         link = raw.link
         children = torch.nonzero(link.parent >= 0).flatten()
         if len(children) == 0:
@@ -284,20 +276,17 @@ class LumenDecoder(Decoder):
         extent = (boxes[:, 2:] - boxes[:, :2]).clamp_min(1)
         difference = (xy - truth[:, :2]) / extent
         l1 = difference.abs().sum(-1)
-        spread = 2 * targets.sigma[children[child]]  # COCO's OKS falls off with twice the sigma
+        spread = 2 * targets.sigma[children[child]]  # COCO's OKS uses twice the sigma
         oks = torch.exp(-difference.square().sum(-1) / (2 * spread.square()))
         place = (l1 * 4 + 1 - oks)[labelled].sum()
-        seen = F.binary_cross_entropy_with_logits(visible, (truth[:, 2] == 2).float(), reduction="none")[labelled].sum()
-        return LossTerm(self.settings.keypoint_weight * (place + 0.5 * seen), labelled.float().sum())
+        bce = F.binary_cross_entropy_with_logits(visible, (truth[:, 2] == 2).float(), reduction="none")[labelled].sum()
+        return LossTerm(self.settings.keypoint_weight * (place + 0.5 * bce), labelled.float().sum())
 
     @torch.inference_mode()
     def predict(
         self, raw: LumenRaw, frames: list[Frame], prompts: list[PromptSpec | None], settings: PredictSettings
     ) -> list[Prediction | None]:
-        """One Prediction per link, in the frame of the stored image; None for keypoint prompts (see their parent).
-
-        `frames`: one per image; `prompts`: one per link.
-        """
+        """See `Decoder.predict`."""
         children: dict[int, list[int]] = {}
         for child, parent in enumerate(raw.link.parent.tolist()):
             if parent >= 0:
@@ -305,11 +294,10 @@ class LumenDecoder(Decoder):
         out: list[Prediction | None] = [None] * len(raw.link)
         scores = raw.logits.sigmoid()
         for p, link_index in enumerate(raw.objects.tolist()):
-            frame = frames[int(raw.link.image_index[link_index])]
-            found = self._instances(raw, p, scores[p], frame, settings)
-            out[link_index] = self._prediction(
-                raw, p, found, scores[p], frame, prompts[link_index], children.get(link_index, [])
-            )
+            frame, prompt = frames[int(raw.link.image_index[link_index])], prompts[link_index]
+            assert prompt is not None, "only keypoint prompts have none"
+            places = self._instances(raw, p, scores[p], frame, settings)
+            out[link_index] = self._prediction(raw, p, places, scores[p], frame, prompt, children.get(link_index, []))
         return out
 
     def _instances(self, raw: LumenRaw, p: int, scores: Tensor, frame: Frame, settings: PredictSettings) -> Tensor:
@@ -317,51 +305,52 @@ class LumenDecoder(Decoder):
         height, width = (side * frame.scale for side in frame.size)
         centers = raw.centers
         inside = (centers[:, 0] < width) & (centers[:, 1] < height)
-        found = torch.nonzero(inside & (scores >= settings.score_threshold)).flatten()
-        if len(found) == 0:
-            return found
+        places = torch.nonzero(inside & (scores >= settings.score_threshold)).flatten()
+        if len(places) == 0:
+            return places
         most = min(PLACES_PER_INSTANCE * settings.max_per_phrase, MOST_PLACES)
-        best = scores[found].argsort(descending=True, stable=True)[:most]
-        found = found[best]
-        return found[greedy_nms(raw.boxes[p, found], scores[found], self.settings.nms_iou)][: settings.max_per_phrase]
+        places = places[scores[places].argsort(descending=True, stable=True)[:most]]
+        kept = greedy_nms(raw.boxes[p, places], scores[places], self.settings.nms_iou)
+        return places[kept][: settings.max_per_phrase]
 
     def _prediction(
         self,
         raw: LumenRaw,
         p: int,
-        found: Tensor,
+        places: Tensor,
         scores: Tensor,
         frame: Frame,
-        spec: PromptSpec,
+        prompt: PromptSpec,
         children: list[int],
     ) -> Prediction:
+        """The instances at `places` [I] of object prompt `p`; `children`: the links of its keypoint prompts."""
         height, width = frame.size
-        input_boxes = raw.boxes[p, found]
+        input_boxes = raw.boxes[p, places]
         boxes = Boxes((input_boxes / frame.scale).float().cpu().numpy(), frame.size).clip()
         masks = keypoints = None
-        if spec.masks:
-            masks = self._masks(raw, p, found, input_boxes, frame)
+        if prompt.masks:
+            masks = self._masks(raw, p, places, input_boxes, frame)
         if children:
-            image = raw.link.image_index[children[0]].expand(len(found) * len(children))
+            image = raw.link.image_index[children[0]].expand(len(places) * len(children))
             repeated = input_boxes.repeat_interleave(len(children), dim=0)
-            links = raw.link.embeddings[children].repeat(len(found), 1)
+            links = raw.link.embeddings[children].repeat(len(places), 1)
             xy, visible = self.pose(raw.dense, repeated, image, links)
             xyv = torch.cat([xy / frame.scale, visible.sigmoid()[:, None]], dim=1).float().cpu().numpy()
-            xyv = xyv.reshape(len(found), len(children), 3)
+            xyv = xyv.reshape(len(places), len(children), 3)
             xyv[..., 0], xyv[..., 1] = xyv[..., 0].clip(0, width), xyv[..., 1].clip(0, height)
-            keypoints = Keypoints(xyv, spec.keypoints, frame.size)
-        return Prediction(spec.phrase, boxes, scores[found].float().cpu().numpy(), masks, keypoints)
+            keypoints = Keypoints(xyv, prompt.keypoints, frame.size)
+        return Prediction(prompt.phrase, boxes, scores[places].float().cpu().numpy(), masks, keypoints)
 
-    def _masks(self, raw: LumenRaw, p: int, found: Tensor, boxes: Tensor, frame: Frame) -> Masks:
-        """Masks at the stored image's resolution, each cut to its box grown by half."""
-        if len(found) == 0:
+    def _masks(self, raw: LumenRaw, p: int, places: Tensor, boxes: Tensor, frame: Frame) -> Masks:
+        """Masks at the stored image's resolution, each clipped to its enlarged box (see `_near`)."""
+        if len(places) == 0:
             return Masks([], frame.size)
-        prompts = torch.full_like(found, p)
-        logits = self.masks_at(raw, prompts, found, (boxes[:, 2:] - boxes[:, :2]).amax(-1))
+        prompts = torch.full_like(places, p)
+        logits = self.masks_at(raw, prompts, places, (boxes[:, 2:] - boxes[:, :2]).amax(-1))
         logits = torch.where(self._near(boxes, logits.shape[-2:], raw) > 0, logits, torch.full_like(logits, -10.0))
         rles = []
-        # Probabilities are enlarged, not logits: one very negative cell would move the border inwards.
-        for one in logits:  # one at a time: hundreds of full-size masks of a large photo would not fit in memory
+        # Upsamples probabilities, not logits: one very negative cell would move the border inwards.
+        for one in logits:  # one at a time: hundreds of full-size masks of a large photo do not fit in memory
             full = at_stored_size(one.sigmoid(), MASK_STRIDE, frame)
             rles += Masks.from_arrays((full > 0.5).cpu().numpy()[None]).rles
         return Masks(rles, frame.size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lumen_ray.decoders.common.flops import DecoderWork, convolutions, is_trainable
+from lumen_ray.decoders.common.flops import DecoderWork, convolutions, is_trainable, products
 from lumen_ray.decoders.lumen.decoder import KERNEL_WIDTH, LumenDecoder
 from lumen_ray.targets import MASK_STRIDE
 
@@ -14,9 +14,9 @@ def count(decoder: LumenDecoder, work: DecoderWork) -> float:
 
 
 def forward(module: LumenDecoder, work: DecoderWork) -> float:
-    """One forward pass: per image the neck and mask features, per prompt the aligner and the heads.
+    """FLOPs of a forward pass: per image the neck and mask features, per prompt the aligner and the heads.
 
-    Masks are counted as if every object had all the places that may train one.
+    Masks are counted as if every object had the maximum number of positives.
     """
     targets = work.targets
     s, c = module.settings, module.settings.hidden_size
@@ -26,8 +26,8 @@ def forward(module: LumenDecoder, work: DecoderWork) -> float:
     parents = work.link.parent
     poses = int((parents >= 0).any()) * convolutions(module.pose.key_value, height, width)[0]
     prompts, places = int((parents < 0).sum()), h * w
-    link = 2.0 * module.link_proj[1].in_features * c
-    maps = images + (s.num_layers - 1) * prompts  # the aligner's first layer reads one map per image
+    link = products(module.link_proj, lambda _: 1.0)
+    maps = images + (s.num_layers - 1) * prompts  # the aligner's first layer has one map per image
     read = maps * places * 2 * 3 * c * c
     aligner = s.num_layers * (places * (2 * 3 * c + 2 * s.num_heads * c) + 2 * 9 * c * c)
     heads = places * (2 * c + 2 * (c * c + 4 * c)) + 2 * 2 * c * c

@@ -1,7 +1,8 @@
-"""Keypoints of an instance: cross-attention of (instance, keypoint name) over the instance's box (Lumen, sec. 3.3).
+"""Keypoints of an instance: cross-attention of (instance, keypoint name) over the instance's box (Lumen, arXiv
+2403.07304, sec. 3.3).
 
-The values of the attention are places, so its output is a position: a soft argmax in the box's own frame. Any number
-of keypoints, by name alone.
+The position is the attention-weighted mean of the cells, a soft argmax relative to the box. Works for any number of
+keypoints, given by name.
 """
 
 from __future__ import annotations
@@ -12,21 +13,22 @@ from torch import Tensor, nn
 
 from lumen_ray.decoders.lumen.aligner import sine_position
 
-MARGIN = 1.25  # the sampled window relative to the box: keypoints of a cut-off box lie outside of it
+MARGIN = 1.25  # size of the sampled window relative to the box; keypoints may lie outside a truncated box
 
 
 class PoseHead(nn.Module):
+    """See the module's docstring."""
+
     def __init__(self, dense_channels: int, link_channels: int, channels: int, grid: int):
         super().__init__()
         self.grid = grid
         self.key_value = nn.Conv2d(dense_channels, 2 * channels, 1)
         self.query = nn.Sequential(nn.LayerNorm(link_channels), nn.Linear(link_channels, channels))
         self.instance = nn.Linear(channels, channels)
-        self.out = nn.Sequential(
-            nn.LayerNorm(2 * channels), nn.Linear(2 * channels, channels), nn.SiLU(), nn.Linear(channels, 3)
-        )
-        nn.init.zeros_(self.out[-1].weight)
-        nn.init.zeros_(self.out[-1].bias)
+        hidden, last = nn.Linear(2 * channels, channels), nn.Linear(channels, 3)
+        self.out = nn.Sequential(nn.LayerNorm(2 * channels), hidden, nn.SiLU(), last)
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
 
     def forward(self, dense: Tensor, boxes: Tensor, image_index: Tensor, links: Tensor) -> tuple[Tensor, Tensor]:
         """One keypoint of one instance per row.
@@ -36,7 +38,7 @@ class PoseHead(nn.Module):
         """
         if len(boxes) == 0:
             return boxes.new_zeros(0, 2), boxes.new_zeros(0)
-        # rows of the same instance share their window: sample it once
+        # keypoints of one instance share its window: sample it once
         _, first, window_of = unique_rows(torch.cat([image_index[:, None].to(boxes.dtype), boxes], dim=1))
         windows, center, extent = self._sample(dense, boxes[first], image_index[first])
         position = sine_position(self.grid, self.grid, windows.shape[1] // 2, dense.device)
@@ -76,7 +78,7 @@ class PoseHead(nn.Module):
 
 
 def unique_rows(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(unique rows, index of each one's first occurrence, inverse)."""
+    """(unique rows, index of each unique row's first occurrence, inverse)."""
     unique, inverse = torch.unique(rows.detach(), dim=0, return_inverse=True)
     first = torch.full((len(unique),), len(rows), device=rows.device)
     first = first.scatter_reduce(0, inverse, torch.arange(len(rows), device=rows.device), "amin")

@@ -16,17 +16,19 @@ class LumenSettings(DecoderSettings):
     num_heads: int = Field(4, gt=0, description="heads of the aligner's attention")
     num_layers: int = Field(2, gt=0, description="two-way layers of the vision-language aligner")
     stride: Literal[4, 8, 16] = Field(8, description="stride of heatmap, boxes and kernels, in input pixels")
-    mask_channels: int = Field(8, gt=0, description="mask feature channels a dynamic kernel reads")
+    mask_channels: int = Field(8, gt=0, description="mask feature channels read by a dynamic kernel")
     mask_weight: float = 1.0
     box_weight: float = 2.0
     heatmap_weight: float = 1.0
-    match_weight: float = Field(0.5, ge=0, description="cross entropy of an object's places over the image's prompts")
+    match_weight: float = Field(
+        0.5, ge=0, description="weight of the cross entropy of an object's places over the image's prompts"
+    )
     keypoint_weight: float = 1.0
-    topk_assign: int = Field(9, gt=0, description="positive locations per object")
+    topk_assign: int = Field(9, gt=0, description="positive places per object")
     pose_grid: int = Field(12, gt=0, description="cells per side of the grid sampled in a box for keypoints")
-    nms_iou: float = Field(0.6, description="instances of one prompt that overlap more are merged")
-    max_masks_per_object: int = Field(5, gt=0, description="positive locations of an object that train its mask")
-    max_masks_per_image: int = Field(64, gt=0, description="the same, of all objects in an image")
+    nms_iou: float = Field(0.6, description="IoU threshold of NMS within a prompt")
+    max_masks_per_object: int = Field(5, gt=0, description="maximum number of positives of an object with a mask loss")
+    max_masks_per_image: int = Field(64, gt=0, description="maximum number of positives of an image with a mask loss")
 
     @property
     def tile(self) -> int:

@@ -1,9 +1,10 @@
-"""The expert of poses: UniPose driven by link embeddings (arXiv 2310.08530; VisionLLM v2, arXiv 2406.08394).
+"""The pose expert: UniPose driven by link embeddings (arXiv 2310.08530, sec. 3.3; VisionLLM v2, arXiv 2406.08394, sec.
+3.3).
 
-Queries look for objects first, as in Grounding DINO. The best pairs of a query and an object prompt then become slots:
-a slot is the object's query and one query for each keypoint prompt of that object prompt. They read each other, the
-pixels and the object prompts. Skeletons come from the links alone, so prompts with different ones, of any length, may
-be in one group and one batch.
+Queries first detect objects, as in Grounding DINO. The best pairs of a query and an object prompt then become slots: a
+slot is the object's query plus one query for each keypoint prompt of that object prompt. They attend to each other, the
+pixels and the object prompts. Skeletons are defined by the links alone, so prompts with different skeletons, of any
+length, may share a group and a batch.
 
 Legend: P' object prompts, G groups, T prompts of the largest group, Q queries, D denoising queries, N slots, K
 keypoints of the largest skeleton, C channels. Coordinates inside are in 0..1 of the image without padding.
@@ -24,7 +25,7 @@ from lumen_ray.decoders.dino.decoder import DinoDecoder, DinoRaw, Groups
 from lumen_ray.decoders.dino.denoising import make_denoising
 from lumen_ray.decoders.dino.memory import Levels, Memory
 from lumen_ray.decoders.dino.set_loss import Objects
-from lumen_ray.decoders.dino.transformer import box_head, gather_rows
+from lumen_ray.decoders.dino.transformer import box_head, gather_rows, last_layer
 from lumen_ray.decoders.unipose import SPEC
 from lumen_ray.decoders.unipose.pose_loss import find_poses, match_poses, pose_losses
 from lumen_ray.decoders.unipose.settings import UniPoseSettings
@@ -33,14 +34,14 @@ from lumen_ray.structures import Boxes, Keypoints, Prediction
 from lumen_ray.superlink import SuperLink
 from lumen_ray.targets import Frame, PerceptionTargets
 
-LIKELY_VISIBLE = 1.0  # logit of a fresh visibility; the released code's constant
+LIKELY_VISIBLE = 1.0  # initial visibility logit; the constant of the released code
 
 
 @dataclass
-class PoseStage:
-    """What one layer makes of the slots."""
+class PoseOutput:
+    """Predictions of one layer for the slots."""
 
-    logits: Tensor  # float32 [G, N], of the slot's own prompt
+    logits: Tensor  # float32 [G, N], of the slot's prompt
     boxes: Tensor  # float32 [G, N, 4] cxcywh
     xy: Tensor  # float32 [G, N, K, 2]
     visible: Tensor  # float32 [G, N, K], logits
@@ -48,13 +49,18 @@ class PoseStage:
 
 @dataclass
 class UniPoseRaw(DinoRaw):
+    """Output of the forward pass."""
+
     skeletons: Skeletons
     slots: Slots
-    poses: list[PoseStage]  # of the layers that look for keypoints; the last is the result
+    poses: list[PoseOutput]  # of the layers that predict keypoints; the last is the result
 
 
 class UniPoseDecoder(DinoDecoder):
+    """See the module's docstring."""
+
     spec = SPEC
+    settings: UniPoseSettings
 
     def __init__(self, settings: UniPoseSettings, link_channels: int):
         super().__init__(settings, link_channels)
@@ -64,8 +70,8 @@ class UniPoseDecoder(DinoDecoder):
         self.pose_embed = box_head(c, 2)
         self.pose_hw_embed = box_head(c, 2)
         self.visible_embed = box_head(c, 1)
-        nn.init.constant_(self.visible_embed.layers[-1].bias, LIKELY_VISIBLE)
-        self.trunk.backbone.hidden_states_norms["stage1"] = nn.Identity()  # of a map that only masks read
+        nn.init.constant_(last_layer(self.visible_embed).bias, LIKELY_VISIBLE)
+        self.trunk.backbone.hidden_states_norms["stage1"] = nn.Identity()  # of the stride-4 map, which only masks use
 
     def _decode(self, link: SuperLink, levels: Levels, groups: Groups, wanted: Objects | None = None) -> UniPoseRaw:
         box_layers, layers = self.settings.box_layers, self.settings.decoder_layers
@@ -73,47 +79,47 @@ class UniPoseDecoder(DinoDecoder):
         denoising = None if wanted is None else make_denoising(wanted, links, memory.link_valid, self.settings)
         start = self.begin(memory, denoising)
         first, mask = start.denoising, start.self_mask
-        stages, hidden, boxes = self.layers(memory, start.content, start.boxes, mask, range(box_layers))
+        outputs, hidden, boxes = self.layers(memory, start.content, start.boxes, mask, range(box_layers))
         boxes = self.passed_on(boxes, hidden)
-        denoised, stages = (list(part) for part in zip(*(stage.split(first) for stage in stages), strict=True))
-        if denoising is not None:  # apart from the slots, which are many
-            own = (hidden[:, :first], boxes[:, :first], mask[..., :first, :first])
-            denoised += self.layers(memory, *own, range(box_layers, layers))[0]
+        denoised, detected = (list(half) for half in zip(*(output.split(first) for output in outputs), strict=True))
+        if denoising is not None:  # run separately from the slots, which are many
+            noisy = (hidden[:, :first], boxes[:, :first], mask[..., :first, :first])
+            denoised += self.layers(memory, *noisy, range(box_layers, layers))[0]
         hidden, boxes = hidden[:, first:], boxes[:, first:]
         skeletons, slots = Skeletons.of(link, groups.objects), self._choose(hidden, memory, start.valid, groups)
         keypoints = skeletons.fill(self.keypoint_proj(link.embeddings))[slots.prompt]
-        mask = self._own(skeletons.valid[slots.prompt], hidden.dtype)
+        mask = self._slot_mask(skeletons.valid[slots.prompt], hidden.dtype)
         hidden, boxes = gather_rows(hidden, slots.query), gather_rows(boxes, slots.query)
         poses = self._pose(memory, hidden, boxes, slots, keypoints, mask)
-        found = (link, groups, start.encoder, stages, start.valid, denoising, denoised)
-        return UniPoseRaw(*found, skeletons, slots, poses)
+        detection = (link, groups, start.encoder, detected, start.valid, denoising, denoised)
+        return UniPoseRaw(*detection, skeletons, slots, poses)
 
     def _choose(self, hidden: Tensor, memory: Memory, query_valid: Tensor, groups: Groups) -> Slots:
-        """The pairs of query and prompt that are likeliest to be an object."""
+        """The pairs of query and prompt with the highest scores."""
         scores = self._classify(hidden, memory).detach().masked_fill(~query_valid[..., None], float("-inf"))
         return Slots.best(scores, groups, self.settings.num_instances)
 
     @staticmethod
-    def _own(keypoint_valid: Tensor, dtype: torch.dtype) -> Tensor:
-        """A bias, [G * N, 1, 1, 1 + K]: a slot's queries read the object and those of its keypoints that exist."""
+    def _slot_mask(keypoint_valid: Tensor, dtype: torch.dtype) -> Tensor:
+        """A bias, [G * N, 1, 1, 1 + K]: a slot's queries attend to its object and its existing keypoints."""
         allowed = nn.functional.pad(keypoint_valid.flatten(0, 1), (1, 0), value=True)
         return mask_to_bias(allowed, dtype)[:, None, None]
 
     def _pose(
         self, memory: Memory, hidden: Tensor, boxes: Tensor, slots: Slots, keypoints: Tensor, self_mask: Tensor
-    ) -> list[PoseStage]:
-        """A stage for every layer after the box layers. hidden [G, N, C] and boxes [G, N, 4] of the slots' objects,
-        `keypoints` [G, N, K, C]: their keypoint prompts; `self_mask` as in `DinoTrunk.layer`.
+    ) -> list[PoseOutput]:
+        """Runs the layers after the box layers. hidden [G, N, C] and boxes [G, N, 4] of the slots' objects; `keypoints`
+        [G, N, K, C]: their keypoint prompts; `self_mask` as in `DinoTrunk.layer`.
 
-        Layers pass places on without gradient, as boxes in `layers`; but sizes with it, as nothing else trains them:
-        they say how far a keypoint looks around."""
-        stages = []
+        Positions are detached between layers, as boxes in `layers`. Sizes, which set how far a keypoint's attention
+        reaches, keep their gradient: no loss trains them directly."""
+        outputs: list[PoseOutput] = []
         content = self.keypoint_start.content(keypoints, hidden)
         xy = self.trunk.moved(boxes[:, :, None, :2], self.pose_embed, content)
         size = self.keypoint_start.sizes(content) * boxes[:, :, None, 2:].detach()
         hidden = torch.cat([hidden[:, :, None], content], dim=2)
         for index in range(self.settings.box_layers, self.settings.decoder_layers):
-            if stages:
+            if outputs:
                 boxes, xy, size = self._advance(boxes, xy, size, hidden)
             if not self.settings.look_forward_twice:
                 boxes, xy = boxes.detach(), xy.detach()
@@ -122,14 +128,14 @@ class UniPoseDecoder(DinoDecoder):
             hidden = self.trunk.layer(index, hidden.flatten(1, 2), at.flatten(1, 2), memory, self_mask)
             hidden = hidden.unflatten(1, shape)
             normed = self.trunk.decoder.layer_norm(hidden)
-            stages.append(self._stage(normed[:, :, 0], normed[:, :, 1:], memory, slots, boxes, xy))
-        return stages
+            outputs.append(self._output(normed[:, :, 0], normed[:, :, 1:], memory, slots, boxes, xy))
+        return outputs
 
-    def _stage(
+    def _output(
         self, objects: Tensor, keypoints: Tensor, memory: Memory, slots: Slots, boxes: Tensor, xy: Tensor
-    ) -> PoseStage:
+    ) -> PoseOutput:
         logits = self._classify(objects, memory).gather(2, slots.seat[..., None])[..., 0]
-        return PoseStage(
+        return PoseOutput(
             logits,
             self.trunk.moved(boxes, self.bbox_embed, objects),
             self.trunk.moved(xy, self.pose_embed, keypoints),
@@ -137,7 +143,7 @@ class UniPoseDecoder(DinoDecoder):
         )
 
     def _advance(self, boxes: Tensor, xy: Tensor, size: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """What a layer that leaves `hidden` [G, N, 1 + K, C] passes on to the next."""
+        """Boxes, keypoints and sizes for the next layer, given `hidden` [G, N, 1 + K, C] of a layer."""
         moved, keypoints = self.trunk.moved, hidden[:, :, 1:]
         return (
             moved(boxes.detach(), self.bbox_embed, hidden[:, :, 0]),
@@ -146,19 +152,19 @@ class UniPoseDecoder(DinoDecoder):
         )
 
     def _losses(self, raw: UniPoseRaw, wanted: Objects, targets: PerceptionTargets) -> dict[str, LossTerm]:
-        """Sums over all stages, over the number of objects; one that several prompts name counts for each."""
+        """Sums over all layers, normalised by the number of objects; an object counts once per prompt."""
         poses = find_poses(targets, raw.groups, raw.skeletons)
-        kinds, box = self._class_and_box(self._matched(raw, wanted), wanted)
+        per_class, box = self._class_and_box(self._matched(raw, wanted), wanted)
         totals = dict.fromkeys(self.loss_names[1:], torch.zeros_like(box)) | {"unipose_box": box}
-        for stage in raw.poses:
-            matches = match_poses(stage, raw.slots, poses, self.settings)
-            of_class, others = pose_losses(stage, raw.slots, matches, poses, wanted.counted, self.settings)
-            kinds = kinds + of_class
+        for output in raw.poses:
+            matches = match_poses(output, raw.slots, poses, self.settings)
+            of_class, others = pose_losses(output, raw.slots, matches, poses, wanted.counted, self.settings)
+            per_class = per_class + of_class
             totals = {name: total + others[name] for name, total in totals.items()}
         count = box.new_tensor(float(len(poses)))
-        each = raw.groups.per_link(kinds.detach(), len(raw.link))
+        each = raw.groups.per_link(per_class.detach(), len(raw.link))
         terms = {name: LossTerm(total, count) for name, total in totals.items()}
-        return {"unipose_class": LossTerm(kinds.sum(), count, each), **terms}
+        return {"unipose_class": LossTerm(per_class.sum(), count, each), **terms}
 
     @torch.inference_mode()
     def predict(
@@ -168,31 +174,32 @@ class UniPoseDecoder(DinoDecoder):
         prompts: list[PromptSpec | None],
         settings: PredictSettings,
     ) -> list[Prediction | None]:
-        """One Prediction per link, in the frame of the stored image; None for keypoint prompts (see their parent).
-
-        `frames`: one per image; `prompts`: one per link."""
+        """See `Decoder.predict`."""
         out: list[Prediction | None] = [None] * len(raw.link)
         groups, slots, last = raw.groups, raw.slots, raw.poses[-1]
         image, rows, lengths = raw.link.image_index.tolist(), groups.seats.row.tolist(), raw.skeletons.valid.sum(1)
         scores = last.logits.sigmoid().masked_fill(~slots.valid, -1.0).cpu()
-        found = torch.cat([last.xy, last.visible.sigmoid()[..., None]], dim=-1).cpu().numpy()
+        xyv = torch.cat([last.xy, last.visible.sigmoid()[..., None]], dim=-1).cpu().numpy()
         boxes, owner = to_xyxy(last.boxes).cpu().numpy(), slots.prompt.cpu()
         for p, link in enumerate(groups.objects.tolist()):
-            frame, spec, row = frames[image[link]], prompts[link], rows[p]
-            own = torch.nonzero((owner[row] == p) & (scores[row] >= settings.score_threshold)).flatten()
-            best = own[scores[row, own].argsort(descending=True, stable=True)][: settings.max_per_phrase].numpy()
+            frame, prompt, row = frames[image[link]], prompts[link], rows[p]
+            assert prompt is not None, "only keypoint prompts have none"
+            members = torch.nonzero((owner[row] == p) & (scores[row] >= settings.score_threshold)).flatten()
+            order = scores[row, members].argsort(descending=True, stable=True)
+            best = members[order][: settings.max_per_phrase].numpy()
             height, width = (side / frame.scale for side in groups.sizes[row])
             keypoints = None
-            if spec.keypoints:
-                points = found[row, best, : int(lengths[p])]
-                keypoints = _keypoints(points, spec.keypoints, (width, height), frame)
-            placed = Boxes(boxes[row, best] * np.float32((width, height, width, height)), frame.size).clip()
-            out[link] = Prediction(spec.phrase, placed, scores[row, best].numpy(), keypoints=keypoints)
+            if prompt.keypoints:
+                points = xyv[row, best, : int(lengths[p])]
+                keypoints = _keypoints(points, prompt.keypoints, (width, height), frame)
+            scale = np.array((width, height, width, height), np.float32)
+            placed = Boxes(boxes[row, best] * scale, frame.size).clip()
+            out[link] = Prediction(prompt.phrase, placed, scores[row, best].numpy(), keypoints=keypoints)
         return out
 
 
-def _keypoints(found: np.ndarray, names: tuple[str, ...], scale: tuple[float, float], frame: Frame) -> Keypoints:
-    """found [I, K, 3]: x, y in units of `scale` (pixels of the stored image), visibility. Clipped to the image."""
+def _keypoints(xyv: np.ndarray, names: tuple[str, ...], scale: tuple[float, float], frame: Frame) -> Keypoints:
+    """xyv [I, K, 3]: x, y in units of `scale` (pixels of the stored image), visibility. Clipped to the image."""
     height, width = frame.size
-    xy = np.clip(found[..., :2] * np.float32(scale), 0, np.float32((width, height)))
-    return Keypoints(np.concatenate([xy, found[..., 2:]], axis=-1), names, frame.size)
+    xy = np.clip(xyv[..., :2] * np.array(scale, np.float32), 0, np.array((width, height), np.float32))
+    return Keypoints(np.concatenate([xy, xyv[..., 2:]], axis=-1), names, frame.size)

@@ -1,4 +1,4 @@
-"""Rules for UniPose's weights: the released VisionLLM v2 module -> `decoders.unipose.UniPoseDecoder`."""
+"""Rules for UniPose's weights: the released VisionLLM v2 module -> `UniPoseDecoder`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ _QKV = ("query", "key", "value")
 
 
 def _renamed(prefix: str, target: str, names: dict[str, str]) -> list[Rule]:
-    """Rules for weight and bias of the modules `names` (old: new) of every layer.
+    """Rules for weight and bias of the modules `names` {old: new} of every layer.
 
-    `prefix`, a regular expression, has one group, the layer, which `target` names `\\1`."""
+    `prefix`: a regular expression with one group, the layer's index, `\\1` in `target`."""
     return [Rule(rf"{prefix}{old}\.{_BOTH}", rf"{target}{new}.\2") for old, new in names.items()]
 
 
 def _attention(prefix: str, target: str) -> list[Rule]:
-    """Attention whose query, key and value are one matrix; `prefix` and `target` as in `_renamed`."""
+    """Rules for attention with query, key and value in one matrix; `prefix` and `target` as in `_renamed`."""
     return [
         Rule(rf"{prefix}in_proj_{_BOTH}", tuple(rf"{target}{part}.\2" for part in _QKV)),
         *_renamed(prefix, target, {r"out_proj": "out_proj"}),
@@ -98,7 +98,7 @@ def _decoder() -> list[Rule]:
     ]
 
 
-#: the released module `unipose`; below the prefix of the decoder
+#: the released module `unipose`; names below the prefix of the decoder
 RELEASED = [
     *_swin(),
     Rule(r"input_proj\.(.+)", r"trunk.input_proj_vision.\1"),
@@ -108,21 +108,21 @@ RELEASED = [
     Rule(r"transformer\.enc_out_bbox_embed\.(.+)", r"trunk.encoder_output_bbox_embed.\1"),
     *_encoder(),
     *_decoder(),
-    # heads that all layers share, saved for each
+    # heads shared by all layers, saved once per layer
     Rule(r"(?:transformer\.decoder\.)?(bbox_embed|pose_embed|pose_hw_embed)\.\d+\.(.+)", r"\1.\2"),
 ]
 
-#: the names, below that prefix, of weights that the released module has no counterpart of. Fresh, they change nothing:
-#: a keypoint starts from its link alone, and is visible with the constant probability of the released code.
+#: prefixes of weights that the released module lacks. Their initial values reproduce the released code: a keypoint
+#: starts from its link alone, and its visibility is a constant.
 FRESH = ("keypoint_start.instance.", "keypoint_start.size.", "visible_embed.")
 
-#: the settings of `UniPoseDecoder` that the released weights need: its two tables of keypoint sizes, by slot
+#: settings that the released weights need: two tables of keypoint sizes, by slot
 RELEASED_SETTINGS = {"size_tables": (17, 51)}
 
 
 def released_parts(decoder: str, link_head: str, source: str = "unipose.") -> list[Part]:
-    """Where the released module's tensors go: `decoder` and `link_head` (a `PoseLinkHead`) are our prefixes, which end
-    with a dot."""
+    """The rules for the released module; `decoder` and `link_head` (a `PoseLinkHead`): our prefixes, which end with a
+    dot."""
     return [
         Part(source + "projection_llava.", link_head + "objects.", RELEASED_LINK_HEAD),
         Part(source + "projection_kpt_llava.", link_head + "keypoints.", RELEASED_LINK_HEAD),

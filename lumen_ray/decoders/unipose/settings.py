@@ -9,18 +9,20 @@ from lumen_ray.errors import UserError
 
 
 class UniPoseSettings(DinoLossSettings):
-    """The expert of poses (see `decoders/unipose.py`; UniPose, arXiv 2310.08530)."""
+    """The pose expert (see `decoders/unipose/decoder.py`; UniPose, arXiv 2310.08530)."""
 
-    inverse_sigmoid_eps: float = Field(1e-3, gt=0, lt=0.5, description="how near to 0 and 1 a reference may come")
-    box_layers: int = Field(2, gt=0, description="decoder layers that look for objects before their keypoints join")
+    inverse_sigmoid_eps: float = Field(
+        1e-3, gt=0, lt=0.5, description="clamp of reference coordinates, away from 0 and 1"
+    )
+    box_layers: int = Field(2, gt=0, description="decoder layers that detect objects before keypoint queries join")
     num_instances: int = Field(
-        50, gt=0, description="the most instances of all prompts of a group whose keypoints are looked for"
+        50, gt=0, description="maximum number of instances of all prompts of a group with keypoints"
     )
     size_tables: tuple[int, ...] = Field(
-        (), description="lengths of tables of keypoint sizes by slot, which published weights have: [17, 51]"
+        (), description="lengths of the tables of keypoint sizes by slot; [17, 51] for published weights"
     )
-    keypoint_cost: float = Field(10.0, ge=0, description="matching: share of L1 between keypoints")
-    oks_cost: float = Field(4.0, ge=0, description="matching: share of 1 - OKS")
+    keypoint_cost: float = Field(10.0, ge=0, description="matching: weight of L1 between keypoints")
+    oks_cost: float = Field(4.0, ge=0, description="matching: weight of 1 - OKS")
     keypoint_weight: float = Field(10.0, ge=0, description="loss: weight of L1 between keypoints")
     oks_weight: float = Field(4.0, ge=0, description="loss: weight of 1 - OKS")
     visible_weight: float = Field(1.0, ge=0, description="loss: weight of the visibility's cross entropy")
@@ -31,7 +33,7 @@ class UniPoseSettings(DinoLossSettings):
         if self.decoder_layers <= self.box_layers:
             raise UserError(
                 f"decoder_layers {self.decoder_layers} must be more than box_layers {self.box_layers}: the layers "
-                "after those look for keypoints",
+                "after those predict keypoints",
                 "invalid_config",
             )
         return self

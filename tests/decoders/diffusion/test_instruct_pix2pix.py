@@ -109,7 +109,7 @@ def test_sampling_is_guidance_of_both_kinds_written_out():
     ("keys", "message"),
     [
         ({"image_guidance": 0.5}, "image_guidance must be at least 1, got 0.5"),
-        ({"guidance": 1.0}, "guidance 1.0 is none, so the picture cannot guide alone"),
+        ({"guidance": 1.0}, "guidance 1.0 is off, and image_guidance needs it"),
     ],
 )
 def test_guidance_that_the_pipeline_would_leave_out_is_told(keys, message):

@@ -105,7 +105,9 @@ def test_what_is_missing_or_does_not_fit_is_told(folder, tmp_path):
         load_published(instruct_pix2pix(text_encoder=TEXT), folder)
     broken = shutil.copytree(folder, tmp_path / "broken")
     (broken / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "KDPM2DiscreteScheduler"}')
-    with pytest.raises(UserError, match="names the scheduler 'KDPM2DiscreteScheduler', which is none of DDIMScheduler"):
+    with pytest.raises(
+        UserError, match="has the scheduler 'KDPM2DiscreteScheduler', which is not one of DDIMScheduler"
+    ):
         published_settings(broken)
     (broken / "vae" / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):

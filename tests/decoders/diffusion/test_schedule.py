@@ -24,7 +24,7 @@ def test_every_sampler_draws_with_the_defaults():
         (
             {"prediction_type": "v-prediction"},
             "DDIMScheduler",
-            "'v-prediction' is none of epsilon, v_prediction, sample",
+            "'v-prediction' is not one of epsilon, v_prediction, sample",
         ),
         ({"beta_schedule": "linearr"}, "DDIMScheduler", "cannot work with DDPMScheduler: linearr is not implemented"),
         ({"timestep_spacing": "first"}, "DDIMScheduler", "first is not supported"),

@@ -16,7 +16,7 @@ from transformers.models.grounding_dino.modeling_grounding_dino import (
 
 from lumen_ray.attention import mask_to_bias
 from lumen_ray.decoders.common.boxes import inverse_sigmoid, to_cxcywh, to_xyxy
-from lumen_ray.decoders.dino.decoder import Stage
+from lumen_ray.decoders.dino.decoder import LayerOutput
 from lumen_ray.decoders.dino.layers import FusedAttention, FusedFusion
 from lumen_ray.decoders.dino.settings import DinoSettings
 from lumen_ray.decoders.dino.transformer import GroupNorm, cells, library_config, sines
@@ -92,13 +92,15 @@ def test_sines_are_the_librarys():
 
 def test_a_stage_first_read_without_gradients_still_learns():
     weight = torch.ones(1, requires_grad=True)
-    whole = Stage(torch.zeros(1, 3, 2), lambda: weight * torch.ones(1, 3, 2), lambda: weight * torch.ones(1, 3, 4))
+    whole = LayerOutput(
+        torch.zeros(1, 3, 2), lambda: weight * torch.ones(1, 3, 2), lambda: weight * torch.ones(1, 3, 4)
+    )
     first, rest = whole.split(1)
     with torch.no_grad():
         assert rest.logits.shape == (1, 2, 2) and first.boxes.shape == (1, 1, 4)
     assert rest.logits.requires_grad and whole.boxes.requires_grad
     with torch.no_grad():
-        fixed = Stage(whole.hidden, lambda: weight * 2, lambda: weight * 2)
+        fixed = LayerOutput(whole.hidden, lambda: weight * 2, lambda: weight * 2)
     assert not fixed.logits.requires_grad
 
 

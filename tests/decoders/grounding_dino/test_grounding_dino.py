@@ -48,10 +48,10 @@ def assert_same_as_alone(decoder, link, pixels):
         features = decoder.mask_features(raw)
         for group in range(len(raw.groups.image)):
             one = decoder(*alone(link, pixels, group))
-            queries, prompts = one.stages[-1].logits.shape[1:]
+            queries, prompts = one.layers[-1].logits.shape[1:]
             assert raw.query_valid[group].sum() == one.query_valid.sum()
             valid = one.query_valid[0]
-            for many, few in ((raw.encoder, one.encoder), (raw.stages[-1], one.stages[-1])):
+            for many, few in ((raw.encoder, one.encoder), (raw.layers[-1], one.layers[-1])):
                 torch.testing.assert_close(many.logits[group, :queries, :prompts][valid], few.logits[0][valid], **CLOSE)
                 torch.testing.assert_close(many.boxes[group, :queries][valid], few.boxes[0][valid], **CLOSE)
             masks = decoder.mask_features(one)[0]
@@ -86,8 +86,8 @@ def test_groups_about_one_image_share_what_the_backbone_sees(decoder, monkeypatc
 def test_there_is_no_limit_to_the_prompts_of_a_group(decoder):
     with torch.no_grad():
         raw = decoder(random_link([300]), random_pixels([(64, 64)], (64, 64)))
-    assert raw.stages[-1].logits.shape == (1, 20, 300)
-    assert raw.stages[-1].logits.isfinite().all()
+    assert raw.layers[-1].logits.shape == (1, 20, 300)
+    assert raw.layers[-1].logits.isfinite().all()
 
 
 def test_keypoint_prompts_take_no_part(decoder):
@@ -98,7 +98,7 @@ def test_keypoint_prompts_take_no_part(decoder):
     more.embeddings[1] = 9.0
     with torch.no_grad():
         few, many = decoder(link, pixels), decoder(more, pixels)
-    assert torch.equal(few.stages[-1].logits, many.stages[-1].logits)
+    assert torch.equal(few.layers[-1].logits, many.layers[-1].logits)
     prompts = [PromptSpec(str(i)) for i in range(6)]
     found = decoder.predict(many, [Frame.fit((64, 64), 64)] * 2, prompts, PredictSettings(0.0))
     assert found[1] is None
@@ -160,7 +160,7 @@ def test_the_encoder_head_learns_from_its_own_loss():
     link, pixels, targets = scene()
     decoder = scrambled(tiny_decoder(**SMALL), std=0.05)
     raw = decoder(link, pixels)
-    raw.stages = []
+    raw.layers = []
     sum(term.total for term in decoder.loss(raw, targets).values()).backward()
     assert decoder.trunk.enc_output.weight.grad.any()
     assert all(layer.weight.grad.any() for layer in decoder.trunk.encoder_output_bbox_embed.layers)
@@ -176,7 +176,7 @@ def test_denoising_does_not_tell_matching_queries_the_answer():
         without = decoder(link, pixels)
         with_ = decoder._decode(link, decoder._extract_features(pixels, groups), groups, wanted)
     assert with_.denoised[-1].boxes.shape[1] > 0 and not without.denoised[-1].boxes.numel()
-    for one, other in zip(without.stages, with_.stages, strict=True):
+    for one, other in zip(without.layers, with_.layers, strict=True):
         torch.testing.assert_close(one.logits, other.logits, **CLOSE)
         torch.testing.assert_close(one.boxes, other.boxes, **CLOSE)
 
@@ -234,8 +234,8 @@ def test_with_look_forward_twice_a_layer_learns_from_the_next():
         raw = decoder(link, pixels)
         first = decoder.trunk.decoder.layers[0].fc2.weight
         # the last layer's boxes, with its own hidden state held: what is left is the way over the first layer's boxes
-        hidden = raw.stages[0].hidden
-        grads[twice] = torch.autograd.grad(raw.stages[1].boxes.sum(), first, retain_graph=True)[0]
+        hidden = raw.layers[0].hidden
+        grads[twice] = torch.autograd.grad(raw.layers[1].boxes.sum(), first, retain_graph=True)[0]
         assert hidden.requires_grad
     assert not torch.allclose(grads[False], grads[True])
 
@@ -244,9 +244,9 @@ def test_nothing_is_dropped_by_default():
     link, pixels, _ = scene()
     decoder = scrambled(tiny_decoder(**SMALL), std=0.05)
     with torch.no_grad():
-        evaluated = decoder(link, pixels).stages[-1]
-        trained = decoder.train()(link, pixels).stages[-1]
-        dropping = scrambled(tiny_decoder(dropout=0.5, **SMALL), std=0.05).train()(link, pixels).stages[-1]
+        evaluated = decoder(link, pixels).layers[-1]
+        trained = decoder.train()(link, pixels).layers[-1]
+        dropping = scrambled(tiny_decoder(dropout=0.5, **SMALL), std=0.05).train()(link, pixels).layers[-1]
     assert torch.equal(evaluated.logits, trained.logits)
     assert not torch.allclose(evaluated.logits, dropping.logits)
 
@@ -279,7 +279,7 @@ def test_weights_in_bfloat16_are_close_to_float32():
             low = decoder(link, pixels)
     for one, other in ((exact.memory.vision, low.memory.vision), (exact.memory.links, low.memory.links)):
         assert not torch.equal(one, other.float()) and (one - other.float()).abs().mean() < 0.02 * one.abs().mean()
-    assert {v.dtype for stage in low.stages for v in (stage.logits, stage.boxes)} == {torch.float32}
+    assert {v.dtype for layer in low.layers for v in (layer.logits, layer.boxes)} == {torch.float32}
     same = (exact.scores().amax(-1).sort().values - low.scores().amax(-1).sort().values).abs()
     assert same.max() < 0.02  # another place may win a query by rounding
 
@@ -302,7 +302,7 @@ def test_predictions_lie_in_the_stored_image(decoder):
         if prediction.masks is not None:
             assert prediction.masks.to_arrays().shape == (7, *size)
     best = raw.scores()[0, :, 0].argmax()
-    box = raw.stages[-1].boxes[0, best]
+    box = raw.layers[-1].boxes[0, best]
     wanted = [(box[0] - box[2] / 2) * 96, (box[1] - box[3] / 2) * 48, (box[0] + box[2] / 2) * 96]
     wanted = np.clip(np.array(wanted) / 0.48, 0, [200, 100, 200])
     np.testing.assert_allclose(found[0].boxes.xyxy[0, :3], wanted, rtol=1e-4, atol=1e-3)

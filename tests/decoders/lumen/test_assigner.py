@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lumen_ray.decoders.lumen.assigner import assign, pairwise_iou
+from lumen_ray.decoders.common.boxes import pairwise_iou
+from lumen_ray.decoders.lumen.assigner import assign
 
 STRIDE, SIDE = 8, 8  # a 64 px input
 

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from support.tiny_models import scrambled
 
 from lumen_ray.decoders.base import PredictSettings, PromptSpec
-from lumen_ray.decoders.common.boxes import giou_loss
+from lumen_ray.decoders.common.boxes import giou_loss, greedy_nms
 from lumen_ray.decoders.common.ragged import place_in_group
 from lumen_ray.decoders.lumen.assigner import assign
-from lumen_ray.decoders.lumen.decoder import LumenDecoder, best_of_each, greedy_nms, scattered
+from lumen_ray.decoders.lumen.decoder import LumenDecoder, best_of_each, scattered
 from lumen_ray.decoders.lumen.settings import LumenSettings
 from lumen_ray.structures import Boxes
 from lumen_ray.superlink import SuperLink
