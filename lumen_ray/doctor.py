@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 
 from lumen_ray.console import say
-from lumen_ray.decoders.registry import DECODERS, problems
+from lumen_ray.decoders.registry import DECODERS, check_usable, problems
 from lumen_ray.errors import UserError
 from lumen_ray.footprint import BF16, FP32, RecipeFootprint, Role, combined, count_recipe, meta_model, roles_of
 from lumen_ray.installation import Finding, gpu_memory, host_memory, machine, packages, size
@@ -142,6 +142,11 @@ def _plug_ins() -> Iterator[Finding]:
     """Decoders that other packages register, and those of them that cannot be used."""
     for spec in DECODERS.values():
         if spec.package:
+            try:
+                check_usable(spec.name)
+            except UserError as error:
+                yield Finding("note", str(error))
+                continue
             tasks = ", ".join(spec.tasks)
             yield Finding("ok", f"{spec.name} of package '{spec.package}': {spec.description or 'serves'} ({tasks})")
     for problem in problems():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
+from lumen_ray.errors import UserError
 from lumen_ray.structures import Prediction, SampleSettings
 from lumen_ray.targets import Frame, ImageTargets, PerceptionTargets, Pixels
 
@@ -111,6 +112,12 @@ class Learner(nn.Module):
         through every decoder enforces that.
         """
         losses = {} if link is None else self.losses(link, view, targets)
+        if undeclared := losses.keys() - self.spec.losses.keys():
+            raise UserError(
+                f"decoder '{self.name}' gives losses that its spec does not name: {', '.join(sorted(undeclared))}; add "
+                "them to 'losses' with what each counts",
+                "broken_decoder",
+            )
         return losses, zero + anchor(self.used(tasks))
 
 

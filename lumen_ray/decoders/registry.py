@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from lumen_ray.decoders import diffusion, grounding_dino, lumen, unipose
 from lumen_ray.decoders.spec import TRUNK_PARTS, DecoderSpec, check
-from lumen_ray.errors import unknown
+from lumen_ray.errors import UserError, unknown
 
 if TYPE_CHECKING:
     from lumen_ray.decoders.base import Decoder, ImageDecoder
@@ -36,7 +36,7 @@ def _registered(points: Iterable[EntryPoint]) -> tuple[dict[str, DecoderSpec], l
         try:
             spec = point.load()
             fault = check(spec, specs)
-        except Exception as error:  # a package's own code: whatever it raises, the others must work on
+        except (Exception, SystemExit) as error:  # a package's own code: whatever it raises, the others must work on
             fault = f"{point.value} does not import ({type(error).__name__}: {' '.join(str(error).split())})"
         if fault:
             problems.append(f"decoder '{point.name}' of package '{package}' is left out: {fault}")
@@ -67,8 +67,25 @@ def get(name: str) -> DecoderSpec:
 
 
 def decoder_class(name: str) -> type[Decoder] | type[ImageDecoder]:
-    """The class of a decoder, imported now."""
-    return get(name).resolve("decoder")
+    """The class of a decoder, imported now. Raises `UserError` if a package registers a class that is none, or that has
+    another spec than the registered one."""
+    spec = get(name)
+    cls = spec.resolve("decoder")
+    if spec.package and getattr(cls, "spec", None) != spec:
+        raise UserError(
+            f"decoder '{name}' of package '{spec.package}' cannot be used: {spec.decoder} has no 'spec', or one that "
+            "the entry point does not name; derive it from Decoder or ImageDecoder and set spec to the registered one",
+            "broken_decoder",
+        )
+    return cls
+
+
+def check_usable(name: str) -> None:
+    """Imports all that the spec of another package's decoder names. Raises `UserError` where that fails."""
+    if DECODERS[name].package:
+        decoder_class(name)
+        for field in ("link_head", "flops"):
+            DECODERS[name].resolve(field)
 
 
 def decoders_for(task: str) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ can be read in a fraction of a second; what is heavy is named as "module:object"
 
 from __future__ import annotations
 
+import keyword
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,27 +19,25 @@ from lumen_ray.tasks import LINK_FAMILIES, TASKS
 
 #: parts of the trunk that recipes name; a decoder's name stands beside them
 TRUNK_PARTS = ("stem", "vision", "regions", "llm", "queries", "link_heads", "dense")
-#: names that mean something else in recipes, presets or files of a model
-RESERVED = frozenset(
-    [
-        *TRUNK_PARTS,
-        "trunk",
-        "decoders",
-        "name",
-        "published_weights",
-        "image_size",
-        "prefix_attention",
-        "prompt_layout",
-        "lead_tokens",
-        "dense_channels",
-        "stem_channels",
-        "tokens_read_stem",
-        "link_channels",
-        "link_reads_words",
-        "vocab_size",
-        "pose_queries",
-    ]
-)
+#: fields and properties of a model's settings, beside which a decoder has its section
+_SETTINGS_NAMES = """
+    trunk decoders name published_weights image_size prefix_attention prompt_layout lead_tokens dense_channels
+    stem_channels tokens_read_stem link_channels link_reads_words vocab_size pose_queries choose chosen_over conversion
+    decoder_names families image_tokens input_rules input_step llm_config reads_dense sections serving shape token_side
+    trunk_shape
+"""
+#: attributes of `torch.nn.ModuleDict`, which cannot be keys of one
+_MODULE_NAMES = """
+    T_destination add_module apply bfloat16 buffers call_super_init children clear compile cpu cuda double
+    dump_patches eval extra_repr float forward get_buffer get_extra_state get_parameter get_submodule half ipu items
+    keys load_state_dict modules mtia named_buffers named_children named_modules named_parameters parameters pop
+    register_backward_hook register_buffer register_forward_hook register_forward_pre_hook register_full_backward_hook
+    register_full_backward_pre_hook register_load_state_dict_post_hook register_load_state_dict_pre_hook register_module
+    register_parameter register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state
+    set_submodule share_memory state_dict to to_empty train training type update values xpu zero_grad
+"""
+#: names that a decoder cannot have, since they mean something else in recipes, settings or modules
+RESERVED = frozenset([*TRUNK_PARTS, *_SETTINGS_NAMES.split(), *_MODULE_NAMES.split()])
 
 #: what the normaliser of a loss counts. Losses of "batches" are averaged over micro-steps
 LossUnit = Literal["objects", "masks", "keypoints", "batches"]
@@ -128,24 +127,25 @@ class DecoderSpec:
         path = getattr(self, field_name)
         try:
             return pkgutil.resolve_name(path)
-        except (ImportError, AttributeError, ValueError) as error:
+        except Exception as error:  # a package's own code may raise anything
             if not self.package:
                 raise
             raise UserError(
                 f"decoder '{self.name}' of package '{self.package}' cannot be used: its {field_name} '{path}' does not "
-                f"import ({error}); install what it needs, or remove the package",
+                f"import ({type(error).__name__}: {error}); install what it needs, or remove the package",
                 "broken_decoder",
             ) from error
 
 
 def check(spec: object, others: Mapping[str, DecoderSpec]) -> str | None:
-    """Why a spec cannot be registered beside `others`; None where it can."""
+    """Why another package's spec cannot be registered beside `others`; None where it can."""
     if not isinstance(spec, DecoderSpec):
         return f"the entry point must name a DecoderSpec, not a {type(spec).__name__}"
-    if not (isinstance(spec.name, str) and spec.name.isidentifier()):
-        return f"its name {spec.name!r} is no identifier, such as my_decoder"
-    if spec.name in RESERVED or spec.name in LINK_FAMILIES:
-        return f"the name '{spec.name}' is taken by a part of the trunk or a setting; choose another"
+    if not (isinstance(spec.name, str) and spec.name.isidentifier() and not spec.name.startswith("_")):
+        return f"its name {spec.name!r} is no public identifier, such as my_decoder"
+    taken = spec.name in RESERVED or spec.name in LINK_FAMILIES or keyword.iskeyword(spec.name)
+    if taken or hasattr(DecoderSettings, spec.name) or spec.name.startswith("model_"):
+        return f"the name '{spec.name}' is taken by a part of the trunk, a setting or Python; choose another"
     if spec.name in others:
         owner = others[spec.name].package or "lumen-ray"
         return f"the name '{spec.name}' is taken by a decoder of package '{owner}'; choose another"
@@ -155,10 +155,14 @@ def check(spec: object, others: Mapping[str, DecoderSpec]) -> str | None:
         return "its settings must be a subclass of DecoderSettings"
     if spec.reads not in ("dense", "pixels", None):
         return f"it reads {spec.reads!r}; give 'dense', 'pixels' or None"
+    if spec.default is not None:
+        return "it has a default section, which would change every model; leave 'default' out"
     return _check_tasks(spec) or _check_losses(spec, others) or _check_paths(spec)
 
 
 def _check_tasks(spec: DecoderSpec) -> str | None:
+    if not isinstance(spec.tasks, tuple):
+        return f"its tasks are a {type(spec.tasks).__name__}; give a tuple of names"
     routed = [name for name, task in TASKS.items() if task.routing_token in LINK_FAMILIES[spec.family].routing_tokens]
     if wrong := [name for name in spec.tasks if name not in routed]:
         return f"task '{wrong[0]}' is not routed to family '{spec.family}'; its tasks: {', '.join(routed)}"
@@ -166,6 +170,8 @@ def _check_tasks(spec: DecoderSpec) -> str | None:
 
 
 def _check_losses(spec: DecoderSpec, others: Mapping[str, DecoderSpec]) -> str | None:
+    if not isinstance(spec.losses, Mapping):
+        return f"its losses are a {type(spec.losses).__name__}; give a mapping from name to what it counts"
     if not spec.losses:
         return "it names no losses; list them under 'losses' with what each counts"
     taken = {

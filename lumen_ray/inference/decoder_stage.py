@@ -56,11 +56,11 @@ class DecoderStage:
         for members in self._chunks(inputs, output):
             link, images = inputs.link.select_with_images(members)
             frames = [self._decoder_frame(output.frames[i]) for i in images.tolist()]
-            view: Tensor | Pixels
+            view: Tensor | Pixels | None = None
             if self.decoder.reads == "dense":
                 assert output.dense is not None, f"'{self.name}' reads dense features"
                 view = output.dense[images].to(self.device)
-            else:
+            elif self.decoder.reads == "pixels":
                 view = self._pixels(inputs, members, link, [frame.extent for frame in frames])
             raw = self.decoder(link.to(self.device), view)
             prompts = [inputs.prompts[i] for i in members.tolist()]
@@ -92,12 +92,13 @@ class DecoderStage:
     def _chunks(self, inputs: DecoderInput, output: TrunkOutput) -> list[Tensor]:
         """Indices of the links of each pass."""
         assert not isinstance(self.decoder, ImageDecoder)
-        if self.decoder.independent:
-            assert output.dense is not None, f"'{self.name}' reads dense features"
-            height, width = output.dense.shape[-2:]
-            return inputs.link.chunks(max(1, MAX_DECODER_CELLS // (height * width)))
-        each = padded_pixels((image.shape[1], image.shape[2]) for image in inputs.pixels)
-        return inputs.link.group_chunks(max(1, min(MAX_DECODER_GROUPS, MAX_DECODER_PIXELS // each)))
+        if self.decoder.reads == "pixels":
+            each = padded_pixels((image.shape[1], image.shape[2]) for image in inputs.pixels)
+            return inputs.link.group_chunks(max(1, min(MAX_DECODER_GROUPS, MAX_DECODER_PIXELS // each)))
+        if not self.decoder.independent:
+            return inputs.link.group_chunks(MAX_DECODER_GROUPS)
+        cells = 1 if output.dense is None else output.dense.shape[-2] * output.dense.shape[-1]
+        return inputs.link.chunks(max(1, MAX_DECODER_CELLS // cells))
 
     def _decoder_frame(self, frame: Frame) -> Frame:
         """The frame of an image in this decoder's input, from its frame in the trunk's."""

@@ -86,7 +86,7 @@ class Generalist(nn.Module):
         if len(served) < len(link):
             members = torch.tensor(served, device=link.parent.device)
             link, targets = link.select(members), targets.select(members)
-        return link, out.dense if decoder.reads == "dense" else pixels, targets
+        return link, {"dense": out.dense, "pixels": pixels}.get(decoder.reads or ""), targets
 
     def _anchor(self, decoders: Collection[str], tasks: Collection[str] | None) -> Tensor | float:
         """Zero, with every parameter in its graph of the trunk's optional parts that given decoders and tasks can use.
@@ -117,7 +117,8 @@ def given(decoder: Decoder | ImageDecoder, batch: TrainingBatch) -> tuple[Pixels
     """The images of a training batch as a decoder looks at them, and what it should find there: in its own size, where
     it has one, or as the trunk sees them."""
     pixels = batch.pixels.get(decoder.name) or Pixels(batch.images, batch.extents)
-    return pixels, batch.targets.get(decoder.name, batch.targets[decoder.family])
+    own = decoder.name in batch.targets  # in the frame of its own input size
+    return pixels, batch.targets[decoder.name if own else decoder.family]
 
 
 def served_links(decoder: str, batch: TrainingBatch) -> list[int]:

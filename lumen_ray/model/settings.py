@@ -106,14 +106,17 @@ class _ModelSettings(TrunkSettings):
     def _check_input_rules(self) -> _ModelSettings:
         """A decoder of pictures says in which size it learns them; any other keeps the shape of the image."""
         for name, section in self.sections.items():
-            draws = any(TASKS[task].result == "image" for task in DECODERS[name].tasks)
-            if draws != isinstance(section.input_rule, PictureSize) and (draws or section.input_rule is not None):
-                needs = "needs a PictureSize" if draws else "takes a ShortSide or None"
-                raise UserError(
-                    f"the input_rule of decoder '{name}' is {type(section.input_rule).__name__}; a decoder of "
-                    f"{'pictures' if draws else 'places'} {needs}",
-                    "invalid_config",
-                )
+            spec, rule = DECODERS[name], section.input_rule
+            if any(TASKS[task].result == "image" for task in spec.tasks):
+                wrong = not isinstance(rule, PictureSize) and "makes pictures and needs a PictureSize"
+            elif spec.reads == "pixels":
+                wrong = isinstance(rule, PictureSize) and "keeps the shape of images; give a ShortSide or None"
+            else:
+                wrong = rule is not None and "does not read pixels; give None"
+            if wrong:
+                origin = f" of package '{spec.package}'" if spec.package else ""
+                kind = "None" if rule is None else f"a {type(rule).__name__}"
+                raise UserError(f"decoder '{name}'{origin} has {kind} as input_rule, but it {wrong}", "invalid_config")
         return self
 
     @model_validator(mode="after")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lumen_ray.decoders.registry import DECODERS, PARTS, decoders_for
+from lumen_ray.decoders.registry import DECODERS, PARTS, check_usable, decoders_for
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import build_model
 from lumen_ray.model.settings import ModelSettings
@@ -22,6 +22,8 @@ def check_recipe(recipe: Recipe, settings: ModelSettings, vocab_size: int) -> No
     The model is built only if the recipe names modules, on the meta device.
     """
     check_mlflow(recipe)
+    for name in settings.decoder_names:
+        check_usable(name)
     for stage in recipe.stages:
         for group in stage.groups:
             _check_decoders(stage, group, settings)

@@ -121,8 +121,8 @@ class TrunkSettings(Settings):
     name: str = Field(description="preset name; kept in checkpoints and checked when they are loaded")
     image_size: int = Field(
         gt=0,
-        description="side in pixels of the square input of the encoders' position embeddings, and of the model input if "
-        "a recipe has no buckets",
+        description="side in pixels of the square input of the encoders' position embeddings, and of the model input "
+        "if a recipe has no buckets",
     )
     vision: VisionSettings
     regions: RegionSettings = RegionSettings()

@@ -7,8 +7,19 @@ BUILT_IN = ["lumen", "grounding_dino", "unipose", "stable_diffusion", "instruct_
 #: what a module of a package may get wrong about the toy decoder's spec, and a piece of the sentence about it
 WRONG = {
     "clash": ("replace(SPEC, name='lumen')", "the name 'lumen' is taken by a decoder of package 'lumen-ray'"),
-    "part": ("replace(SPEC, name='vision')", "the name 'vision' is taken by a part of the trunk or a setting"),
-    "words": ("replace(SPEC, name='my decoder')", "its name 'my decoder' is no identifier"),
+    "part": ("replace(SPEC, name='vision')", "the name 'vision' is taken by a part of the trunk, a setting or Python"),
+    "words": ("replace(SPEC, name='my decoder')", "its name 'my decoder' is no public identifier"),
+    "hidden": ("replace(SPEC, name='_toy')", "its name '_toy' is no public identifier"),
+    "keyword": ("replace(SPEC, name='class')", "the name 'class' is taken by a part of the trunk, a setting or Python"),
+    "method": ("replace(SPEC, name='keys')", "the name 'keys' is taken by"),
+    "field": ("replace(SPEC, name='model_config')", "the name 'model_config' is taken by"),
+    "always": (
+        "replace(SPEC, name='k', default=SPEC.settings())",
+        "it has a default section, which would change",
+    ),
+    "lists": ("replace(SPEC, name='l', losses=['x'])", "its losses are a list; give a mapping"),
+    "string": ("replace(SPEC, name='m', tasks='detect')", "its tasks are a str; give a tuple of names"),
+    "quits": ("__import__('sys').exit(3)", "does not import (SystemExit: 3)"),
     "loss": ("replace(SPEC, name='a', losses={'box': 'objects'})", "its loss 'box' has the name of a loss of decoder"),
     "unit": ("replace(SPEC, name='b', losses={'x': 'pixels'})", "its loss 'x' counts 'pixels'; give one of objects"),
     "silent": ("replace(SPEC, name='c', losses={})", "it names no losses"),
@@ -71,3 +82,81 @@ for field in ("decoder", "link_head", "flops"):
     for field, line in zip(missing, lines, strict=True):
         where = f"its {field} 'support.toy_decoder:Nothing' does not import"
         assert line.startswith(f"decoder 'toy' of package 'lumen-late' cannot be used: {where}"), line
+
+
+VARIANTS = """
+import torch
+from support.tiny_models import SIDE, random_images, scene_batch, tiny_model, tiny_settings, tiny_tokenizer
+from lumen_ray.inference.engine import Engine
+from lumen_ray.inference.request import make_request
+from lumen_ray.model.build import LoadedModel, ModelMeta
+from lumen_ray.train.metrics import flops
+
+def check(tasks, *names):
+    model = tiny_model(lumen=None, **{name: {} for name in names})
+    batch = scene_batch(2, tasks, sizes=model.settings.input_rules)
+    losses = model(batch)
+    wanted = {loss for name in names for loss in model.decoders[name].loss_names}
+    assert wanted <= losses.keys(), (wanted, losses.keys())
+    sum(term.total for term in losses.values()).backward()
+    for name in names:
+        assert all(p.grad is not None for p in model.decoders[name].parameters()), name
+        assert name in flops.of_step(model, [batch])
+    for name in names:
+        chosen = model.settings.choose({task: name for task in tasks}, "test")
+        engine = Engine(LoadedModel(model.eval(), chosen, tiny_tokenizer(), ModelMeta("tiny"), "0"))
+        if tasks == ("generate",):
+            ((answer,),) = engine.run([None], [[make_request("generate", text="a red circle")]])
+            assert answer.images[0].shape == (32, 32, 3)
+            continue
+        image = random_images(1, SIDE)[0].permute(1, 2, 0).numpy()
+        request = make_request("detect", classes=["red circle", "blue square"])
+        ((answer,), _) = engine.run([image, image[:40]], [[request]] * 2, score_threshold=0)
+        assert [len(p) for p in answer.predictions] == [1, 1], name
+    print(*names)
+
+check(("detect",), "toy_pixels")
+check(("detect",), "toy_blind")
+check(("detect",), "toy", "toy_pixels", "toy_blind")
+check(("generate",), "toy_drawer")
+"""
+
+
+def test_decoders_of_every_kind_learn_and_answer(tmp_path):
+    names = {"toy_pixels": "PIXELS", "toy_blind": "BLIND", "toy_drawer": "DRAWER"}
+    points = {name: f"support.toy_variants:{spec}" for name, spec in names.items()}
+    install(tmp_path, "lumen-toys", {"toy": "support.toy_decoder:SPEC", **points})
+    lines = python(tmp_path, "-c", VARIANTS).stdout.split("\n")
+    assert lines[:4] == ["toy_pixels", "toy_blind", "toy toy_pixels toy_blind", "toy_drawer"]
+
+
+SAVED = """
+import sys
+from support.tiny_models import tiny_model, tiny_settings, tiny_tokenizer
+from lumen_ray.model.build import ModelMeta, load_model, save_model
+if sys.argv[2] == "save":
+    model = tiny_model()
+    save_model(sys.argv[1], model.state_dict(), model.settings, tiny_tokenizer(), ModelMeta("tiny"))
+print(load_model(sys.argv[1]).settings.decoder_names)
+"""
+
+
+def test_a_model_without_a_plug_in_decoder_opens_where_the_package_is_missing(tmp_path):
+    with_toy, without = tmp_path / "with", tmp_path / "without"
+    without.mkdir()
+    install(with_toy, "lumen-toy", {"toy": "support.toy_decoder:SPEC"})
+    for site, action in ((with_toy, "save"), (without, "load")):
+        assert python(site, "-c", SAVED, str(tmp_path / "model"), action).stdout == "('lumen',)\n"
+    assert "toy" not in (tmp_path / "model" / "config.yaml").read_text()
+
+
+def test_a_class_with_another_spec_is_refused(tmp_path):
+    (tmp_path / "twice.py").write_text(
+        "from dataclasses import replace\nfrom support.toy_decoder import SPEC\n"
+        "SPEC = replace(SPEC, name='toy2', losses={'b': 'objects'})\n"
+    )
+    install(tmp_path, "lumen-twice", {"toy2": "twice:SPEC"})
+    shown = lumen_ray(tmp_path, "doctor").stdout
+    assert (
+        "decoder 'toy2' of package 'lumen-twice' cannot be used: support.toy_decoder:ToyDecoder has no 'spec'" in shown
+    )

@@ -1,13 +1,14 @@
 """The registry of decoders: built-in specs fit their classes, and what other packages register is checked."""
 
 import pytest
+import torch
 from support.tiny_models import EXPERTS, tiny_model
 
 from lumen_ray.checkpoints.loader import PublishedLoader
 from lumen_ray.checkpoints.rules import ReleasedModule
 from lumen_ray.decoders.base import Decoder, ImageDecoder
 from lumen_ray.decoders.registry import DECODERS, LOSSES, decoder_class, decoders_for
-from lumen_ray.decoders.spec import RESERVED, TRUNK_PARTS
+from lumen_ray.decoders.spec import RESERVED, TRUNK_PARTS, DecoderSettings
 from lumen_ray.errors import UserError
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.trunk.settings import TrunkSettings
@@ -33,7 +34,10 @@ def test_losses_have_names_of_their_own():
 
 
 def test_settings_of_a_model_and_parts_of_the_trunk_are_no_names_of_decoders():
-    assert set(TrunkSettings.model_fields) | set(TRUNK_PARTS) | {"decoders", "published_weights"} <= RESERVED
+    names = {name for name in (*dir(ModelSettings), *dir(torch.nn.ModuleDict())) if not name.startswith("_")}
+    inherited = {name for name in names if hasattr(DecoderSettings, name) or name.startswith("model_")}
+    inherited.add("smart_apply")  # which transformers gives to modules
+    assert set(TRUNK_PARTS) | set(TrunkSettings.model_fields) <= RESERVED and names - inherited <= RESERVED
     assert set(ModelSettings.model_fields) - RESERVED == set(DECODERS)
 
 

@@ -19,6 +19,7 @@ from lumen_ray.data.images import decode
 from lumen_ray.data.scenes import render as scenes
 from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.data.shards.shards import ShardWriter, build_manifest, write_manifest
+from lumen_ray.input_size import SizeRule
 from lumen_ray.keypoints import FIGURE_KEYPOINTS
 from lumen_ray.model.build import Generalist, LoadedModel, ModelMeta, build_model, save_model
 from lumen_ray.model.settings import ModelSettings
@@ -137,10 +138,11 @@ def scene_batch(
     tasks: tuple[str, ...] = UNDERSTANDING,
     branches: BranchSettings = BranchSettings(),  # noqa: B008  frozen
     seed: int = 0,
+    sizes: dict[str, SizeRule] | None = None,
 ) -> TrainingBatch:
-    """The training batch of some synthetic scenes."""
+    """The training batch of some synthetic scenes; `sizes`: input rules of decoders, by default of `EXPERTS`."""
     rows = [scenes.scene_row(seed, i, SIDE) for i in range(rows)] if isinstance(rows, int) else rows
-    sizes = tiny_settings(**EXPERTS).input_rules
+    sizes = tiny_settings(**EXPERTS).input_rules if sizes is None else sizes
     collator = Collator(tiny_tokenizer(), SIDE, tasks, scenes.SKELETONS, branches, input_rules=sizes)
     images = [None if row["image"] is None else decode(row["image"]) for row in rows]
     return collator(rows, images, [np.random.default_rng((seed, i)) for i in range(len(rows))])

@@ -16,7 +16,7 @@ from lumen_ray.data.batches.prompts import PromptBatch, SamplePrompts
 from lumen_ray.data.batches.transforms import PAD_VALUE, Sample, as_picture, mask_shape, picture_of, transform
 from lumen_ray.data.images import Picture
 from lumen_ray.decoders.registry import DECODERS
-from lumen_ray.input_size import SizeRule
+from lumen_ray.input_size import PictureSize, SizeRule
 from lumen_ray.recipe import AugmentSettings, BranchSettings
 from lumen_ray.structures import Size, as_size
 from lumen_ray.targets import ImageTargets, PerceptionTargets, Pixels
@@ -188,11 +188,12 @@ class Collator:
         for name, rule in self.input_rules.items():
             if (family := DECODERS[name].family) not in links:
                 continue
-            if family == "perception":
+            if not isinstance(rule, PictureSize):
                 of_rule.setdefault(rule, []).append(name)
                 continue
-            targets[family] = image_targets(prompts, shown.samples, links[family], self.tokenizer, rule)
-            if family == "editing":
+            drawn = image_targets(prompts, shown.samples, links[family], self.tokenizer, rule)
+            targets[name if family in targets else family] = drawn  # a second decoder of a family has its own size
+            if DECODERS[name].reads == "pixels":
                 sources = shown.pictured(prompted_images(layout, prompts.tasks, name), rule)
                 pixels[name] = as_pixels(sources[:number])
         for rule, names in of_rule.items():
