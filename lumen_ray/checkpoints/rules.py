@@ -181,8 +181,8 @@ def check_fits(state: Mapping[str, Tensor], expected: Mapping[str, Tensor], what
         if tensor.shape != expected[name].shape:
             theirs, ours = (list(t.shape) for t in (tensor, expected[name]))
             raise UserError(
-                f"{what}: the tensor for '{name}' has shape {theirs}, the settings need {ours}; give a checkpoint of that "
-                "size",
+                f"{what}: the tensor for '{name}' has shape {theirs}, the settings need {ours}; give a checkpoint of "
+                "that size",
                 "wrong_size",
             )
 
