@@ -46,7 +46,7 @@ class Role:
 
 
 def meta_model(settings: ModelSettings) -> Generalist:
-    """The model without its numbers, to be counted."""
+    """A model on the meta device, to be counted."""
     import torch
 
     from lumen_ray.model.build import Generalist

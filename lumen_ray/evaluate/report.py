@@ -9,6 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from lumen_ray.data.files import write_atomically
+
 # (task, description, metrics, metric of guessing or None)
 _LINES: tuple[tuple[str, str, str, str | None], ...] = (
     ("detect", "box AP50", "box_AP50", None),
@@ -81,6 +83,5 @@ def print_report(report: dict[str, Any], console: Console | None = None) -> None
 
 def write_report(report: dict[str, Any], path: str | Path) -> None:
     """Writes the report as JSON; null where nothing could be measured."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(report, indent=1, allow_nan=False) + "\n"
+    write_atomically(Path(path), lambda temporary: temporary.write_text(text))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lumen_ray.data import files
+from lumen_ray.data.files import write_atomically
 from lumen_ray.errors import UserError, unknown
 from lumen_ray.inference.device import find_device
 from lumen_ray.inference.protocol import EngineProtocol
@@ -47,11 +48,6 @@ class Status:
     def rate(self) -> float:
         """Images per second of this run."""
         return (self.done - self.finished_before) / max(time.monotonic() - self.started, 1e-9)
-
-    @property
-    def seconds_left(self) -> float | None:
-        """None until the first image is done."""
-        return (self.total - self.done) / self.rate if self.done > self.finished_before else None
 
 
 def label(
@@ -268,7 +264,7 @@ def _finish(ledger: Ledger, status: Status, exports: Sequence[str]) -> dict[str,
         summary["coco"] = [str(path) for path in export_coco(ledger.output)]
     if "gallery" in exports:
         summary["gallery"] = str(write_gallery(ledger.output))
-    (ledger.output / "summary.json").write_text(json.dumps(summary, indent=1))
+    write_atomically(ledger.output / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1)))
     return summary
 
 

@@ -1,8 +1,8 @@
 """The whole model, and its folder on disk.
 
-A model folder holds `model.safetensors`, `config.yaml` (settings of the preset), `tokenizer.json` (with what
-`LumenTokenizer.save` keeps beside it) and `meta.json` (classes and skeletons it was trained with). `load_model` reads
-it on any machine, with no hub.
+A model folder holds `model.safetensors`, `config.yaml` (the settings), `tokenizer.json` (and other files of
+`LumenTokenizer.save`) and `meta.json` (classes and skeletons of its training data). `load_model` reads it on any
+machine, without access to a hub.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import yaml
 from torch import Tensor, nn
 
 from lumen_ray.checkpoints.safetensors_file import WeightsFile, sync, write_weights
-from lumen_ray.decoders.base import Decoder, ImageDecoder, LossTerm, anchor
+from lumen_ray.decoders.base import Decoder, ImageDecoder, Learner, LossTerm, anchor
 from lumen_ray.decoders.registry import DECODERS, decoder_class, reads_dense, serves
 from lumen_ray.errors import UserError
 from lumen_ray.meta_init import on_meta, put_weights
@@ -40,7 +40,7 @@ WEIGHTS = "model.safetensors"
 
 
 class Generalist(nn.Module):
-    """Trunk and decoders. `forward` gives every loss of a batch as sums and normalisers."""
+    """Trunk and decoders. `forward` returns every loss of a batch as a sum and its normaliser."""
 
     def __init__(self, settings: ModelSettings, vocab_size: int):
         super().__init__()
@@ -50,14 +50,16 @@ class Generalist(nn.Module):
 
     @property
     def loss_names(self) -> tuple[str, ...]:
-        """Every loss `forward` can give, in a fixed order, so that ranks can add up their normalisers."""
-        return ("lm", *(name for decoder in self.decoders.values() for name in decoder.loss_names))
+        """Every loss that `forward` can return, in a fixed order, so that ranks can add up their normalisers."""
+        return ("lm", *(name for _, decoder in self._learners() for name in decoder.loss_names))
+
+    def _learners(self) -> Iterator[tuple[str, Learner]]:
+        return ((name, cast(Learner, decoder)) for name, decoder in self.decoders.items())
 
     def forward(self, batch: TrainingBatch) -> dict[str, LossTerm]:
         """Losses by name. `each` of "lm" is per branch, of a decoder's losses per prompt of `served_links`.
 
-        Weights that `batch.decoders` and `batch.possible_tasks` rule out get no gradient, so that an optimizer leaves
-        them alone.
+        Weights that `batch.decoders` and `batch.possible_tasks` exclude get no gradient, so an optimizer skips them.
         """
         out = self.trunk(batch)
         per_branch = out.lm_losses.new_zeros(len(batch.tasks) + 1)
@@ -65,20 +67,21 @@ class Generalist(nn.Module):
         per_branch.scatter_add_(0, owner, out.lm_losses.detach().flatten())
         wanted = set(self.decoders) if batch.decoders is None else set(batch.decoders)
         total = LM_WEIGHT * out.lm_losses.sum() + self._anchor(wanted, batch.possible_tasks)
-        losses = {}
-        for name, decoder in self.decoders.items():
+        losses: dict[str, LossTerm] = {}
+        for name, decoder in self._learners():
             if name in wanted:
-                found, zero = decoder.learn(*self._asked(decoder, out, batch), total * 0.0, batch.possible_tasks)
-                losses |= found
+                inputs = self._decoder_inputs(decoder, out, batch)
+                terms, zero = decoder.learn(*inputs, total * 0.0, batch.possible_tasks)
+                losses |= terms
                 total = total + zero
         return {"lm": LossTerm(total, out.lm_tokens, per_branch[1:])} | losses
 
     @staticmethod
-    def _asked(
-        decoder: Decoder | ImageDecoder, out: TrunkTraining, batch: TrainingBatch
+    def _decoder_inputs(
+        decoder: Learner, out: TrunkTraining, batch: TrainingBatch
     ) -> tuple[SuperLink | None, Any, Any]:
-        """What a decoder learns from: those links of its family whose task it serves, what it looks at, and targets;
-        without such links None."""
+        """The link of the prompts whose task the decoder serves, its dense features or pixels, and its targets; all
+        None if there are no such prompts."""
         served = served_links(decoder.name, batch) if decoder.name in out.links else []
         if not served:
             return None, None, None
@@ -89,61 +92,61 @@ class Generalist(nn.Module):
         return link, {"dense": out.dense, "pixels": pixels}.get(decoder.reads or ""), targets
 
     def _anchor(self, decoders: Collection[str], tasks: Collection[str] | None) -> Tensor | float:
-        """Zero, with every parameter in its graph of the trunk's optional parts that given decoders and tasks can use.
+        """Zero, with all parameters of the trunk's optional modules in its graph that these decoders and tasks can use.
 
-        Whether a batch has regions, poses, masks or perception prompts at all (without which nothing reads the dense
-        features) differs from rank to rank; all ranks must still reduce the same gradients.
+        Whether a batch has regions, poses, masks or perception prompts (which read the dense features) differs between
+        ranks; all ranks must still reduce the same gradients.
         """
-        trunk, own = self.trunk, [name for name in self.decoders if name in decoders]
-        parts = [trunk.link_heads[name] for name in own]
+        trunk, names = self.trunk, [name for name in self.decoders if name in decoders]
+        modules: list[nn.Module | None] = [trunk.link_heads[name] for name in names]
         if tasks is None or any(TASKS[name].may_have_regions for name in tasks):
-            parts.append(trunk.regions)
-        if reads_dense(own):
-            parts += [trunk.stem, trunk.dense]
-        optional = [p for part in parts if part for p in part.parameters()]
-        families = {DECODERS[name].family for name in own}
+            modules.append(trunk.regions)
+        if reads_dense(names):
+            modules += [trunk.stem, trunk.dense]
+        optional = [p for module in modules if module for p in module.parameters()]
+        families = {DECODERS[name].family for name in names}
         optional += [p for family in families for p in trunk.queries.of(family, tasks is None or "pose" in tasks)]
         return anchor(optional)
 
 
 def build_decoder(settings: ModelSettings, name: str) -> Any:
-    """One decoder of a model with fresh weights (a `Decoder` or an `ImageDecoder`)."""
+    """Builds one decoder of a model (a `Decoder` or an `ImageDecoder`) with fresh weights."""
     section = settings.sections[name]
     shape = settings.trunk_shape(settings.vocab_size)
     return decoder_class(name).build(section, shape)
 
 
-def given(decoder: Decoder | ImageDecoder, batch: TrainingBatch) -> tuple[Pixels, PerceptionTargets | ImageTargets]:
-    """The images of a training batch as a decoder looks at them, and what it should find there: in its own size, where
-    it has one, or as the trunk sees them."""
+def given(decoder: Learner, batch: TrainingBatch) -> tuple[Pixels, PerceptionTargets | ImageTargets]:
+    """The images and targets of a training batch for a decoder: in the decoder's input size if it has a size rule, else
+    the trunk's."""
     pixels = batch.pixels.get(decoder.name) or Pixels(batch.images, batch.extents)
     own = decoder.name in batch.targets  # in the frame of its own input size
     return pixels, batch.targets[decoder.name if own else decoder.family]
 
 
 def served_links(decoder: str, batch: TrainingBatch) -> list[int]:
-    """Which links of the decoder's family in a training batch are of tasks that it serves, in order."""
+    """Indices of the links of the decoder's family in a training batch whose task it serves, ascending."""
     branches = batch.layout.link_branches[DECODERS[decoder].family].tolist()
     return [link for link, i in enumerate(branches) if serves(decoder, batch.tasks[i])]
 
 
 @dataclass
 class ModelMeta:
-    """What a trained model knows about its training data."""
+    """The training data and run of a model, as in its `meta.json`."""
 
     preset: str
     classes: list[str] = field(default_factory=list)
     skeletons: dict[str, list[str]] = field(default_factory=dict)
     edges: dict[str, list[list[int]]] = field(default_factory=dict)
-    buckets: list[list[int]] = field(default_factory=list)  # [height, width]; none: the square of the preset
-    tasks: list[str] = field(default_factory=list)  # that it was trained for; none: nobody knows
+    buckets: list[list[int]] = field(default_factory=list)  # [height, width]; empty: the preset's square input
+    tasks: list[str] = field(default_factory=list)  # tasks it was trained for; empty: unknown
     recipe: str = ""
     steps: int = 0
     seed: int = 0
 
 
 def build_model(settings: ModelSettings, vocab_size: int, seed: int = 0) -> Generalist:
-    """A model with fresh weights, the same for the same seed."""
+    """Builds a model with fresh weights, deterministic in `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Generalist(settings, vocab_size)
@@ -156,13 +159,15 @@ def count_parameters(model: nn.Module) -> int:
 def save_model(
     folder: str | Path, state: dict[str, Tensor], settings: ModelSettings, tokenizer: LumenTokenizer, meta: ModelMeta
 ) -> Path:
-    """Writes a model folder. One with weights is complete, also after a kill or a crash while another model was there.
+    """Writes a model folder. A folder with a weights file is always complete, even if the process is killed or the
+    machine crashes while it overwrites another model.
 
-    All of it is written aside and flushed to the disk first; then the weights are the first to go and the last to come.
+    All files are written to a subfolder and flushed to disk first; then the old weights are removed before all other
+    files are moved, and the new ones are moved last.
     """
     folder = Path(folder)
     aside = folder / ".partial"
-    shutil.rmtree(aside, ignore_errors=True)  # of a save that was killed
+    shutil.rmtree(aside, ignore_errors=True)  # left by a save that was killed
     aside.mkdir(parents=True)
     try:
         (aside / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
@@ -178,7 +183,7 @@ def save_model(
 
 
 def _publish(aside: Path, folder: Path) -> None:
-    """Moves the files of a model from `aside` into `folder`, which may hold another model."""
+    """Moves a model's files from `aside` to `folder`, which may hold another model."""
     names = {path.name for path in aside.iterdir()} - {WEIGHTS}
     (folder / WEIGHTS).unlink(missing_ok=True)
     sync(folder)
@@ -193,42 +198,45 @@ def _publish(aside: Path, folder: Path) -> None:
 
 @dataclass
 class LoadedModel:
-    """A model and what its folder says of it. Decoders may still be without their weights, which `weights` then has."""
+    """A model with the contents of its folder. Modules may still be on the meta device; `weights` then holds theirs."""
 
     model: Generalist
     settings: ModelSettings
     tokenizer: LumenTokenizer
     meta: ModelMeta
-    version: str  # first 12 hex digits of the sha256 of the weights file; empty where the trunk was not read
-    chosen: dict[str, str] = field(default_factory=dict)  # task -> decoder, where it is not what the folder says
-    dtype: Dtype = "float32"  # of its weights and arithmetic where it answers
+    version: str  # first 12 hex digits of the sha256 of the weights file; empty if the trunk was not read
+    chosen: dict[str, str] = field(default_factory=dict)  # {task: decoder} that differ from the folder's settings
+    dtype: Dtype = "float32"  # of its weights and arithmetic at inference
     weights: WeightsFile | None = None
 
     def decoder(self, name: str, device: torch.device | str = "cpu") -> Decoder | ImageDecoder:
-        """A decoder on a device, its weights read if they are not yet. `UserError` where the model has none such."""
+        """A decoder on a device; reads its weights if needed. Raises `UserError` if the model has no such decoder."""
         if name not in self.model.decoders:
             have = ", ".join(self.model.decoders)
             raise UserError(f"the model has no decoder '{name}'; decoders: {have}", "unknown_decoder")
         return self._ready(self.model.decoders[name], f"decoders.{name}", device)
 
     def trunk(self, device: torch.device | str = "cpu") -> Trunk:
-        """The trunk on a device, its weights read if they are not yet."""
+        """The trunk on a device; reads its weights if needed."""
         return self._ready(self.model.trunk, "trunk", device)
 
-    def _ready(self, part: nn.Module, prefix: str, device: torch.device | str) -> Any:
-        cast_weights_(part, self.dtype)
-        if any(p.is_meta for p in part.parameters()):
-            put_weights(part, lambda key: self.weights[f"{prefix}.{key}"], device)
-        return part.to(device)
+    def _ready(self, module: nn.Module, prefix: str, device: torch.device | str) -> Any:
+        cast_weights_(module, self.dtype)
+        if any(p.is_meta for p in module.parameters()):
+            weights = self.weights
+            assert weights is not None, "a module on the meta device has its weights there"
+            put_weights(module, lambda key: weights[f"{prefix}.{key}"], device)
+        return module.to(device)
 
 
 def read_meta(folder: str | Path) -> ModelMeta:
-    """What a model folder (or bundled weights, by name) says about its training data; `UserError` when it is none."""
+    """Reads `meta.json` of a model folder, or of bundled weights by name. Raises `UserError` if it is not a model
+    folder."""
     folder = model_folder(folder)
     for name in ("config.yaml", "tokenizer.json", "meta.json", WEIGHTS):
         if not (folder / name).is_file():
             raise UserError(
-                f"'{folder}' is not a model folder: {name} is missing; give the 'model' folder a training run wrote",
+                f"'{folder}' is not a model folder: {name} is missing; give the 'model' folder of a training run",
                 "not_a_model",
             )
     try:
@@ -240,18 +248,18 @@ def read_meta(folder: str | Path) -> ModelMeta:
 
 
 def read_tokenizer(folder: str | Path) -> LumenTokenizer:
-    """The tokenizer of the model in a folder (or bundled weights, by name); `UserError` when it is damaged."""
+    """Reads the tokenizer of a model folder, or of bundled weights by name. Raises `UserError` if it is damaged."""
     file = model_folder(folder) / "tokenizer.json"
     try:
         return LumenTokenizer.load(file)
     except Exception as error:  # `tokenizers` raises nothing more specific
         raise UserError(
-            f"'{file}', or what is kept beside it, is damaged: {str(error).splitlines()[0]}", "damaged_model"
+            f"'{file}' or a file of the tokenizer beside it is damaged: {str(error).splitlines()[0]}", "damaged_model"
         ) from None
 
 
 def open_weights(folder: str | Path) -> WeightsFile:
-    """The weights of the model in a folder (or bundled weights, by name); `UserError` when they are damaged."""
+    """Opens the weights of a model folder, or of bundled weights by name. Raises `UserError` if they are damaged."""
     return WeightsFile(model_folder(folder) / WEIGHTS)
 
 
@@ -262,25 +270,24 @@ def load_model(
     parts: Collection[str] | None = None,
     dtype: str = "float32",
 ) -> LoadedModel:
-    """The model in a folder (or bundled weights, by name), in eval mode.
+    """Loads the model in a folder, or bundled weights by name, in eval mode.
 
-    decoders: task -> the decoder that serves it, where it should be another than the folder's settings say. parts:
-    "trunk" and names of decoders, those to be read, all by default; the others have no weights. dtype: in which the
-    model is to answer, and its weights are stored.
-    What is read goes to the device tensor by tensor. Raises `UserError` when it is not a model folder or is damaged,
-    for a decoder that cannot serve its task, and for one that the model has not.
+    decoders: {task: decoder} that override the folder's settings. parts: "trunk" and names of decoders whose weights to
+    read, by default all; the others stay on the meta device. dtype: of weights and arithmetic at inference.
+    Tensors go to the device one by one. Raises `UserError` if it is not a model folder or is damaged, if a decoder
+    cannot serve its task, or if the model lacks a decoder.
     """
-    dtype = check_dtype(dtype)
-    meta, own, tokenizer = read_meta(folder), read_settings(folder), read_tokenizer(folder)
-    settings = own.choose(decoders or {}, str(folder))
+    weights_dtype = check_dtype(dtype)
+    meta, stored, tokenizer = read_meta(folder), read_settings(folder), read_tokenizer(folder)
+    settings = stored.choose(decoders or {}, str(folder))
     weights = open_weights(folder)
     with on_meta():
         model = build_model(settings, len(tokenizer)).eval()
     _check_fits(weights, model, settings.name)
     parts = {"trunk", *model.decoders} if parts is None else set(parts)
     version = weights.digest()[:12] if "trunk" in parts else ""
-    chosen = settings.chosen_over(own)
-    loaded = LoadedModel(model, settings, tokenizer, meta, version, chosen, dtype, weights)
+    chosen = settings.chosen_over(stored)
+    loaded = LoadedModel(model, settings, tokenizer, meta, version, chosen, weights_dtype, weights)
     if "trunk" in parts:
         loaded.trunk(device)
     for name in parts - {"trunk"}:
@@ -289,14 +296,14 @@ def load_model(
 
 
 def _check_fits(weights: WeightsFile, model: Generalist, preset: str) -> None:
-    """`UserError` unless the file has the tensors of the model, no more and no less."""
-    found, expected = weights.shapes(), model.state_dict()
-    if wrong := [*(n for n in expected if n not in found), *(n for n in found if n not in expected)]:
+    """Raises `UserError` unless the file has exactly the model's tensors."""
+    stored, expected = weights.shapes(), model.state_dict()
+    if wrong := [*(n for n in expected if n not in stored), *(n for n in stored if n not in expected)]:
         raise UserError(f"'{weights.path}' does not fit its config.yaml: check {', '.join(wrong[:3])}", "damaged_model")
     for name, tensor in expected.items():
-        if found[name].shape != tensor.shape:
+        if stored[name].shape != tensor.shape:
             raise UserError(
-                f"'{weights.path}' cannot be loaded into preset '{preset}': {name} is {list(found[name].shape)}, by "
-                f"the settings {list(tensor.shape)}",
+                f"'{weights.path}' cannot be loaded into preset '{preset}': {name} has shape "
+                f"{list(stored[name].shape)}, the settings need {list(tensor.shape)}",
                 "damaged_model",
             )

@@ -1,5 +1,5 @@
-"""Settings of a model: what `configs/models/*.yaml` says. Widths of the encoders and the LLM are passed to their
-`transformers` config classes unchanged, so any size of the same classes can be described."""
+"""Settings of a model, as in `configs/models/*.yaml`. Keys of the encoders and the LLM are passed to their
+`transformers` config classes unchanged, so any size of the same classes can be configured."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ class _ModelSettings(TrunkSettings):
     """The trunk, and one optional section per registered decoder (see `ModelSettings`)."""
 
     published_weights: bool = Field(
-        False, description="encoders and LLM start from published checkpoints, which 'lumen-ray convert' puts together"
+        False, description="encoders and LLM have published weights, which 'lumen-ray convert' assembles"
     )
     decoders: dict[str, str] = Field(
-        {}, description="which decoder serves a task, as {TASK: DECODER}; those left out: the first the model has"
+        {}, description="the decoder that serves a task, as {TASK: DECODER}; by default the model's first that can"
     )
 
     @property
     def conversion(self) -> str:
-        """The command that makes a model folder `DIR` of the published weights."""
+        """The command that writes a model folder `DIR` from published weights."""
         source = "visionllm-v2 CHECKPOINT" if self.prompt_layout == "sequential" else "pretrained ..."
         return f"lumen-ray convert {source} --preset {self.name} DIR"
 
     @property
     def sections(self) -> dict[str, DecoderSettings]:
-        """Settings of the decoders this model has, by name, in the registry's order."""
-        found = {name: getattr(self, name) for name in DECODERS}
-        return {name: section for name, section in found.items() if section is not None}
+        """Settings of the model's decoders by name, in the registry's order."""
+        sections = {name: getattr(self, name) for name in DECODERS}
+        return {name: section for name, section in sections.items() if section is not None}
 
     @property
     def decoder_names(self) -> tuple[str, ...]:
-        """The decoders this model has, in the registry's order."""
+        """Names of the model's decoders, in the registry's order."""
         return tuple(self.sections)
 
     @property
     def families(self) -> tuple[str, ...]:
-        """The link families that its decoders read."""
+        """The link families of its decoders."""
         return tuple(dict.fromkeys(DECODERS[name].family for name in self.decoder_names))
 
     @property
@@ -59,18 +59,18 @@ class _ModelSettings(TrunkSettings):
         return reads_dense(self.decoder_names)
 
     def trunk_shape(self, vocab_size: int) -> TrunkShape:
-        """What decoders and link heads are built against."""
+        """The widths that decoders and link heads are built for."""
         return self.shape(self.llm_config().hidden_size, vocab_size)
 
     @property
     def input_rules(self) -> dict[str, SizeRule]:
-        """Decoder -> the size of the images it reads or learns to make, for decoders that do not take the trunk's."""
+        """Input size rule by decoder, for decoders that do not use the trunk's input."""
         rules = {name: section.input_rule for name, section in self.sections.items()}
         return {name: rule for name, rule in rules.items() if rule is not None}
 
     @property
     def serving(self) -> dict[str, str]:
-        """Task -> the decoder that serves it; without tasks answered in text or that the model has no decoder for."""
+        """The decoder that serves each task, without text tasks and tasks that no decoder of the model can serve."""
         able = {task: self._able(task) for task in TASKS}
         return {task: self.decoders.get(task, names[0]) for task, names in able.items() if names}
 
@@ -79,19 +79,19 @@ class _ModelSettings(TrunkSettings):
         return [name for name in decoders_for(task) if name in self.sections]
 
     def choose(self, decoders: Mapping[str, str], origin: str) -> ModelSettings:
-        """These settings with other `decoders` for the tasks named; a `UserError`, which begins with `origin`, for one
-        that cannot serve its task."""
+        """These settings with other decoders for some tasks, {task: decoder}. Raises `UserError`, with `origin` in
+        front, if one cannot serve its task."""
         data = self.model_dump(mode="json") | {"decoders": self.decoders | dict(decoders)}
         return config.validate(ModelSettings, data, origin)
 
     def chosen_over(self, own: ModelSettings) -> dict[str, str]:
-        """Task -> decoder, for the tasks that another decoder serves than in the same model's `own` settings."""
+        """{task: decoder} for the tasks whose decoder differs from that in `own`, the same model's stored settings."""
         return {task: decoder for task, decoder in self.serving.items() if decoder != own.serving[task]}
 
     @property
     def input_step(self) -> int:
-        """What height and width of an input must be multiples of: image tokens, decoders' cells and the dense features
-        tile it."""
+        """Height and width of an input must be multiples of this many pixels, so that image tokens, decoder cells and
+        dense features tile it."""
         return math.lcm(self.token_side, MASK_STRIDE, *(section.tile for section in self.sections.values()))
 
     @model_serializer(mode="wrap")
@@ -130,9 +130,9 @@ class _ModelSettings(TrunkSettings):
 
     @model_validator(mode="after")
     def _check_grid(self) -> _ModelSettings:
-        """Image tokens and decoders' cells must tile the input."""
-        encoders = self.vision.configs(self.image_size)
-        patches = {f"vision.{name}.patch_size": encoder.patch_size for name, encoder in encoders.items()}
+        """Image tokens and decoder cells must tile the input."""
+        sizes = self.vision.patch_sizes(self.image_size)
+        patches = {f"vision.{name}.patch_size": size for name, size in sizes.items()}
         if len(set(patches.values())) > 1:
             raise UserError(
                 "vision.clip and vision.dinov2 need one patch_size to share a grid, got "
@@ -169,6 +169,6 @@ else:
 
 
 def read_settings(model: str | Path) -> ModelSettings:
-    """The settings of a model folder, or of bundled weights by name. Raises `UserError` if there is no such folder or
-    its config.yaml does not fit."""
+    """Reads the settings of a model folder, or of bundled weights by name. Raises `UserError` if there is no such
+    folder or its config.yaml is invalid."""
     return config.load(ModelSettings, model_folder(model) / "config.yaml")

@@ -1,7 +1,6 @@
-"""A trained model as the start of another: its trunk, its decoders, and fresh weights for decoders it does not have.
+"""Initialises a model from a trained one: trunk and shared decoders are copied, other decoders get fresh weights.
 
-Settings by which weights are read are those they were trained with, so both must agree on them. What the folder's
-decoders have that the new model lacks is left out.
+Settings that change the meaning of weights must be equal in both models. Decoders that the new model lacks are skipped.
 """
 
 from __future__ import annotations
@@ -21,40 +20,40 @@ from lumen_ray.model.convert.pretrained import VOCABULARY, resized
 from lumen_ray.model.settings import ModelSettings, read_settings
 from lumen_ray.trunk.tokenizer import CAPTIONS_FILE, LumenTokenizer
 
-#: settings that two models with one trunk may differ in. A folder's lead tokens go with its tokenizer.
+#: settings in which models with the same trunk may differ; lead tokens come from the folder, with its tokenizer
 _FREE = {"name", "published_weights", "vocab_size", "lead_tokens", "decoders", *DECODERS}
 
 
 def start_settings(settings: ModelSettings, folder: str | Path) -> ModelSettings:
-    """Settings of a model that starts from the one in `folder`: its lead tokens, all else as asked. `UserError` where
-    the trunks differ, or a decoder of both would read its weights in another way than they were trained in."""
+    """`settings` with the lead tokens of the model in `folder`, to start from it. Raises `UserError` if the trunks
+    differ, or if a setting of a shared decoder would change the meaning of its weights."""
     read_meta(folder)
     source = read_settings(folder)
     shared = [name for name in settings.decoder_names if name in source.decoder_names]
-    ours, theirs = (_read_by(s, shared) for s in (settings, source))
+    ours, theirs = (_weight_semantics(s, shared) for s in (settings, source))
     if different := list(_differences(ours, theirs)):
         raise UserError(
-            f"'{folder}' cannot be where preset '{settings.name}' starts, it has {', '.join(different[:3])}; give a "
-            "model with these settings of the preset, or name the folder's config.yaml as the recipe's model",
+            f"preset '{settings.name}' cannot start from '{folder}', which has {', '.join(different[:3])}; give a "
+            "model with the preset's settings, or name the folder's config.yaml as the recipe's model",
             "wrong_start",
         )
     return settings.model_copy(update={"lead_tokens": source.lead_tokens})
 
 
-def _read_by(settings: ModelSettings, decoders: Iterable[str]) -> dict[str, Any]:
-    """What weights of the trunk and of `decoders` are read by, but for their shapes; of a published part with all keys
-    of the library's config, as presets leave out other defaults of it than converted checkpoints."""
-    found = settings.model_dump(mode="json", exclude=_FREE)
+def _weight_semantics(settings: ModelSettings, decoders: Iterable[str]) -> dict[str, Any]:
+    """The settings that define the meaning of the weights of the trunk and of `decoders`. Library configs are complete,
+    since presets and converted checkpoints omit different defaults."""
+    keys = settings.model_dump(mode="json", exclude=_FREE)
     encoders = settings.vision.configs(settings.image_size)
-    found["vision"] |= {name: encoder.to_dict() for name, encoder in encoders.items()}
-    found["llm"] = settings.llm_config().to_dict()
+    keys["vision"] |= {name: encoder.to_dict() for name, encoder in encoders.items()}
+    keys["llm"] = settings.llm_config().to_dict()
     for name in decoders:
-        found[name] = settings.sections[name].weight_semantics()
-    return found
+        keys[name] = settings.sections[name].weight_semantics()
+    return keys
 
 
 def _differences(ours: object, theirs: object, where: str = "") -> Iterator[str]:
-    """'llm.hidden_size 96 instead of 128', key by key."""
+    """Yields differences such as 'llm.hidden_size 96 instead of 128', key by key."""
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         for key in sorted({*ours, *theirs}):
             yield from _differences(ours.get(key), theirs.get(key), f"{where}.{key}" if where else str(key))
@@ -63,23 +62,23 @@ def _differences(ours: object, theirs: object, where: str = "") -> Iterator[str]
 
 
 def start_tokenizer(settings: ModelSettings, folder: str | Path) -> LumenTokenizer:
-    """The tokenizer in `folder`, with the routing tokens of the model's decoders that it lacks behind its own.
-    `UserError` where the one kept beside it does not fit the text encoder of such a decoder."""
+    """The tokenizer in `folder`, extended by missing routing tokens of the model's decoders. Raises `UserError` if its
+    caption tokenizer does not fit the text encoder of a decoder."""
     tokenizer = read_tokenizer(folder)
     check_captions(tokenizer.captions, settings, f"{CAPTIONS_FILE} in '{folder}'")
     return LumenTokenizer.extend(tokenizer.backend, tokenizer.names, settings.families, tokenizer.captions)[0]
 
 
 class StartWeights(Mapping[str, Tensor]):
-    """What the folder of a model gives one with its `start_settings` and `start_tokenizer`, read when it is asked for.
+    """The weights of a model folder for a model with its `start_settings` and `start_tokenizer`, read lazily.
 
-    New rows of the vocabulary are the mean of the old ones. Decoders that the folder lacks are left out.
+    New rows of the vocabulary are the mean of the existing ones. Decoders that the folder lacks are absent.
     """
 
     def __init__(self, model: Generalist, folder: str | Path):
-        """`model` may be without weights. `UserError` where a tensor does not fit."""
+        """`model` may be on the meta device. Raises `UserError` if a tensor does not fit."""
         self._file, source = open_weights(folder), read_settings(folder)
-        dropped, added = (_parts_of_one_alone(*pair) for pair in ((source, model.settings), (model.settings, source)))
+        dropped, added = (_only_in_first(*pair) for pair in ((source, model.settings), (model.settings, source)))
         kept = {name: t for name, t in self._file.shapes().items() if not name.startswith(dropped)}
         expected = model.state_dict()
         self._rows = {
@@ -106,12 +105,12 @@ class StartWeights(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def _parts_of_one_alone(one: ModelSettings, other: ModelSettings) -> tuple[str, ...]:
-    """How names of tensors begin that belong to decoders and link families which only the first model has, and to what
-    the trunk has for such decoders alone."""
-    decoders = [name for name in one.decoder_names if name not in other.decoder_names]
-    families = [name for name in one.families if name not in other.families]
-    parts = [f"{part}.{name}." for name in decoders for part in ("decoders", "trunk.link_heads")]
-    if one.reads_dense and not other.reads_dense:
-        parts += ["trunk.dense."] if one.tokens_read_stem else ["trunk.dense.", "trunk.stem."]
-    return (*parts, *(f"trunk.queries.queries.{name}" for name in families))
+def _only_in_first(first: ModelSettings, second: ModelSettings) -> tuple[str, ...]:
+    """Prefixes of tensors that only the first model has: those of decoders and link families that the second lacks, and
+    of trunk modules that only such decoders need."""
+    decoders = [name for name in first.decoder_names if name not in second.decoder_names]
+    families = [name for name in first.families if name not in second.families]
+    prefixes = [f"{module}.{name}." for name in decoders for module in ("decoders", "trunk.link_heads")]
+    if first.reads_dense and not second.reads_dense:
+        prefixes += ["trunk.dense."] if first.tokens_read_stem else ["trunk.dense.", "trunk.stem."]
+    return (*prefixes, *(f"trunk.queries.queries.{name}" for name in families))

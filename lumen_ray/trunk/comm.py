@@ -150,7 +150,7 @@ class BridgedVision(TokenGrid):
     def __init__(self, settings: VisionSettings, image_size: int, llm_width: int):
         config = settings.clip_config(image_size)
         assert config is not None, "VisionSettings requires clip for this bridge"
-        super().__init__(config.patch_size, settings.token_merge)
+        super().__init__(settings.patch_size(image_size), settings.token_merge)
         self.clip = Encoder(published_part(partial(CLIPVisionModel, config)), CLIP_MEAN, CLIP_STD)
         self.dinov2 = self.from_stem = None
         self.layer = config.num_hidden_layers - (2 if settings.clip_layers == "penultimate" else 1)
@@ -190,8 +190,7 @@ class CommVision(TokenGrid):
     def __init__(
         self, settings: VisionSettings, image_size: int, llm_width: int, token_std: float = 0.02, stem_width: int = 0
     ):
-        configs = settings.configs(image_size)
-        super().__init__(next(iter(configs.values())).patch_size, settings.token_merge)  # both encoders share a grid
+        super().__init__(settings.patch_size(image_size), settings.token_merge)
         self.clip = self.dinov2 = None
         width = 0
         if (clip := settings.clip_config(image_size)) is not None:

@@ -71,6 +71,21 @@ class VisionSettings(Settings):
         configs = {"clip": self.clip_config(image_size), "dinov2": self.dinov2_config(image_size)}
         return {name: config for name, config in configs.items() if config is not None}
 
+    def patch_sizes(self, image_size: int) -> dict[str, int]:
+        """Patch size in pixels by encoder. Raises `UserError` if one is not an integer."""
+        sizes = {}
+        for name, config in self.configs(image_size).items():
+            if not isinstance(config.patch_size, int):
+                raise UserError(
+                    f"vision.{name}.patch_size must be an integer, got {config.patch_size}", "invalid_config"
+                )
+            sizes[name] = config.patch_size
+        return sizes
+
+    def patch_size(self, image_size: int) -> int:
+        """Patch size in pixels, the same for both encoders, which share a grid."""
+        return next(iter(self.patch_sizes(image_size).values()))
+
     def clip_config(self, image_size: int) -> CLIPVisionConfig | None:
         """The config of CLIP; positions are for `image_size` pixels unless `clip` sets it. None if it is switched off.
 
@@ -166,8 +181,7 @@ class TrunkSettings(Settings):
     @property
     def token_side(self) -> int:
         """Input pixels per side of one image token."""
-        encoder, *_ = self.vision.configs(self.image_size).values()  # both share a grid
-        return encoder.patch_size * self.vision.token_merge
+        return self.vision.patch_size(self.image_size) * self.vision.token_merge
 
     def image_tokens(self, size: Size) -> int:
         """The number of LLM tokens of an input of (height, width) pixels, lead tokens included."""

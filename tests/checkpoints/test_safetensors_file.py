@@ -67,7 +67,7 @@ def test_a_file_that_is_cut_while_it_is_open_is_told(tmp_path):
     write_weights(tmp_path / "w", {"some": torch.zeros(3000)})
     file = WeightsFile(tmp_path / "w")
     os.truncate(tmp_path / "w", 5000)
-    with pytest.raises(UserError, match="ends in 'some'"):
+    with pytest.raises(UserError, match="ends inside 'some'"):
         file["some"]
 
 

@@ -220,7 +220,9 @@ class DiffusionDecoder(ImageDecoder):
             pixels = 2 * fit_pixels(part.images, part.extents, size) - 1
             if train_vae and len(trained := chosen[torch.isin(chosen, members)]):
                 vae.append(self._vae_loss(pixels[torch.searchsorted(members, trained)]))
-            term, each[members] = self._noise_loss(link.select(members), view, pixels)
+            term = self._noise_loss(link.select(members), view, pixels)
+            assert term.each is not None, "set by _noise_loss"
+            each[members] = term.each
             noise.append(term)
         losses[noise_name] = sum_terms(noise, each)
         if train_vae:
@@ -229,9 +231,9 @@ class DiffusionDecoder(ImageDecoder):
             losses[align_name] = self._align_loss(link.embeddings, targets.caption_ids)
         return losses
 
-    def _noise_loss(self, link: SuperLink, view: Pixels | None, pixels: Tensor) -> tuple[LossTerm, Tensor]:
-        """MSE of the UNet's prediction at a random time step (DDPM, arXiv 2006.11239, eq. 14), and its detached share
-        of each prompt [G]. `pixels` float32 [G, 3, H, W] in -1..1."""
+    def _noise_loss(self, link: SuperLink, view: Pixels | None, pixels: Tensor) -> LossTerm:
+        """MSE of the UNet's prediction at a random time step (DDPM, arXiv 2006.11239, eq. 14), with `each` per prompt.
+        `pixels` float32 [G, 3, H, W] in -1..1."""
         scheduler = self._scheduler(TRAINING)
         with torch.no_grad():
             latents = self.vae.encode(pixels).latent_dist.sample().float() * self.vae.config.scaling_factor
@@ -242,7 +244,7 @@ class DiffusionDecoder(ImageDecoder):
         predicted = self.unet(noisy, times, encoder_hidden_states=condition).sample
         target = self._unet_target(scheduler, latents, noise, times)
         error = (predicted.float() - target.float()).square().flatten(1).mean(1)
-        return LossTerm(error.sum(), error.new_tensor(float(len(error)))), error.detach()
+        return LossTerm(error.sum(), error.new_tensor(float(len(error))), error.detach())
 
     @staticmethod
     def _unet_target(scheduler: Scheduler, latents: Tensor, noise: Tensor, times: Tensor) -> Tensor:

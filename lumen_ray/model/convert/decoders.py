@@ -1,4 +1,4 @@
-"""Published weights of decoders: which folders hold them, and the tokenizer of their text encoders."""
+"""Published weights of decoders: their folders, loaders, and the tokenizer of their text encoders."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 def loaders() -> dict[str, PublishedLoader]:
-    """The loaders of published weights, by decoder, of those that have one."""
+    """The loaders of published weights by decoder, for decoders that have one."""
     return {name: spec.resolve("published") for name, spec in DECODERS.items() if spec.published}
 
 
 def find(sources: Mapping[str, str | Path], pickle: bool) -> dict[str, Path]:
-    """The folders of decoders' checkpoints; `UserError` for a decoder that none are known for."""
+    """Resolves decoders' checkpoints to folders. Raises `UserError` for a decoder without a loader."""
     known = [name for name, spec in DECODERS.items() if spec.published]
     for name in sources:
         if name not in known:
@@ -36,29 +36,29 @@ def find(sources: Mapping[str, str | Path], pickle: bool) -> dict[str, Path]:
 
 
 def caption_tokenizer(folders: Mapping[str, Path]) -> Tokenizer | None:
-    """The tokenizer of the text encoders in decoders' folders; None where no decoder has one. A model keeps one for all
-    its decoders: `UserError` where theirs give other ids."""
+    """The tokenizer of the text encoders in decoders' folders; None if there is none. A model has one for all decoders:
+    raises `UserError` if theirs differ."""
     readers = {name: loaders()[name].tokenizer for name in folders}
     read = {name: reader(folders[name]) for name, reader in readers.items() if reader is not None}
-    told = {name: json.loads(tokenizer.to_str()) for name, tokenizer in read.items()}
+    specs = {name: json.loads(tokenizer.to_str()) for name, tokenizer in read.items()}
     for key, what in (("model", "vocabularies"), ("truncation", "lengths"), ("padding", "padding")):
-        if any(one[key] != next(iter(told.values()))[key] for one in told.values()):
+        if any(spec[key] != next(iter(specs.values()))[key] for spec in specs.values()):
             raise UserError(
-                f"the tokenizers of the text encoders of {' and '.join(told)} have different {what}, and a model keeps "
-                "one of them; give decoders whose text encoders were published with the same",
+                f"the tokenizers of the text encoders of {' and '.join(specs)} have different {what}, but a model has "
+                "only one; give decoders whose text encoders share a tokenizer",
                 "wrong_tokenizer",
             )
     return next(iter(read.values()), None)
 
 
 def text_encoders(settings: ModelSettings) -> dict[str, dict[str, Any]]:
-    """Keys of `transformers.CLIPTextConfig` by decoder, of those that have a text encoder."""
-    found = {name: section.caption_encoder for name, section in settings.sections.items()}
-    return {name: dict(keys) for name, keys in found.items() if keys is not None}
+    """Keys of `transformers.CLIPTextConfig` by decoder, for decoders with a text encoder."""
+    encoders = {name: section.caption_encoder for name, section in settings.sections.items()}
+    return {name: dict(keys) for name, keys in encoders.items() if keys is not None}
 
 
 def check_captions(captions: Tokenizer | None, settings: ModelSettings, what: str) -> None:
-    """`UserError` where a text encoder of the model's decoders cannot take what the tokenizer for them gives. `what`
+    """Raises `UserError` if the ids of the caption tokenizer do not fit a text encoder of the model's decoders. `what`
     names the tokenizer."""
     from transformers import CLIPTextConfig
 
@@ -69,7 +69,7 @@ def check_captions(captions: Tokenizer | None, settings: ModelSettings, what: st
         if length != encoder.max_position_embeddings or vocabulary_rows(captions) > encoder.vocab_size:
             raise UserError(
                 f"{what} gives {length} ids below {vocabulary_rows(captions)}, but {name}.text_encoder takes "
-                f"{encoder.max_position_embeddings} below {encoder.vocab_size}; give it the "
+                f"{encoder.max_position_embeddings} below {encoder.vocab_size}; set the "
                 "max_position_embeddings and vocab_size that the tokenizer was published with",
                 "wrong_tokenizer",
             )

@@ -1,4 +1,4 @@
-"""Rules for the published encoders and LLMs, in the names they have on disk whatever wrote them."""
+"""Rules for published encoders and LLMs, for the names on disk of any library version."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from lumen_ray.checkpoints.rules import Rule
 
 #: CLIP, whole or its vision tower alone, with or without the prefix that current `transformers` leaves out
 CLIP = (
-    Rule(r"(?:vision_model\.)?embeddings\.position_ids", drop="numbers that the model counts itself"),
+    Rule(r"(?:vision_model\.)?embeddings\.position_ids", drop="indices that the model computes"),
     Rule(r"(?:vision_model\.)?((?:embeddings|pre_layrnorm|encoder|post_layernorm)\..+)", r"\1"),
     Rule(r"text_model\..+|(?:text|visual)_projection\.weight|logit_scale", drop="CLIP's text tower and projections"),
 )
-#: DINOv2; current `transformers` calls parts of a layer otherwise in memory than on disk
+#: DINOv2; current `transformers` has other names in memory than on disk
 DINOV2 = (
     *(
         Rule(rf"(?:dinov2\.)?(encoder\.layer\.\d+)\.{theirs}\.(weight|bias)", rf"\1.{ours}.\2")
@@ -29,8 +29,8 @@ DINOV2 = (
     Rule(r"(?:dinov2\.)?((?:embeddings|encoder|layernorm)\..+)", r"\1"),
     Rule(r"classifier\..+", drop="the head of an image classifier"),
 )
-#: Llama, Qwen and Mistral families; names of a model wrapped by PEFT too
+#: Llama, Qwen and Mistral families, also with the names of a model wrapped by PEFT
 LLM = (
-    Rule(r".*rotary_emb\.inv_freq", drop="frequencies that the model computes itself"),
+    Rule(r".*rotary_emb\.inv_freq", drop="frequencies that the model computes"),
     Rule(r"(?:base_model\.model\.)?((?:model\..+?|lm_head))(?:\.base_layer)?\.(weight|bias)", r"\1.\2"),
 )

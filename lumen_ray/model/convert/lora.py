@@ -1,4 +1,4 @@
-"""LoRA adapters (arXiv 2106.09685) that were saved beside the weights they adapt, added into them."""
+"""Merges LoRA adapters (arXiv 2106.09685, sec. 4.1) saved beside the weights they adapt."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _ADAPTER = re.compile(r"(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
 
 
 class Merged(Mapping[str, Tensor]):
-    """The tensors of a checkpoint with W + alpha / rank * B A in place of each adapted W; without adapters they are
-    as they were. `alpha` is that of the training."""
+    """The tensors of a checkpoint, with W + alpha / rank * B A in place of each adapted W. `alpha`: that of the
+    training."""
 
     def __init__(self, tensors: Mapping[str, Tensor], alpha: float):
         self.tensors = tensors
@@ -25,7 +25,9 @@ class Merged(Mapping[str, Tensor]):
                 self.adapters.setdefault(self._adapted(match[1]), {})[match[2]] = name
         for weight, pair in self.adapters.items():
             if len(pair) < 2:
-                raise UserError(f"the LoRA adapter of '{weight}' has only one half: {pair}", "damaged_checkpoint")
+                raise UserError(
+                    f"the LoRA adapter of '{weight}' has only one of its two matrices: {pair}", "damaged_checkpoint"
+                )
 
     def _adapted(self, module: str) -> str:
         for name in (f"{module}.base_layer.weight", f"{module}.weight"):
@@ -35,14 +37,14 @@ class Merged(Mapping[str, Tensor]):
 
     @property
     def merged(self) -> dict[str, str]:
-        """{name of an adapter's tensor: the weight it was added to}."""
-        return {half: weight for weight, pair in self.adapters.items() for half in pair.values()}
+        """{name of an adapter's tensor: the weight it is merged into}."""
+        return {matrix: weight for weight, pair in self.adapters.items() for matrix in pair.values()}
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self.tensors[name]
         if name not in self.adapters:
             return weight
-        down, up = (self.tensors[self.adapters[name][half]].float() for half in "AB")
+        down, up = (self.tensors[self.adapters[name][matrix]].float() for matrix in "AB")
         return (weight.float() + self.alpha / len(down) * (up @ down)).to(weight.dtype)
 
     def __iter__(self) -> Iterator[str]:

@@ -1,5 +1,6 @@
-"""A model from published weights: a CLIP vision tower, a DINOv2 and a causal LM in front of decoders, each from its own
-checkpoint. What no checkpoint has (merge, projector, region encoder, queries, link heads) gets fresh weights."""
+"""Assembles a model from published weights: a CLIP vision tower, a DINOv2, a causal LM and decoders, each from a
+separate checkpoint. Modules without published weights (merge, projector, region encoder, queries, link heads) get fresh
+ones."""
 
 from __future__ import annotations
 
@@ -29,9 +30,9 @@ from lumen_ray.model.convert.encoder_rules import CLIP, DINOV2, LLM
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.trunk.tokenizer import EOS, PAD, LumenTokenizer
 
-#: LLMs whose layout is known: one stack of dense layers, `model` and `lm_head`
+#: supported LLMs: a stack of dense layers, with `model` and `lm_head`
 LLM_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-#: keys of a published config.json that say nothing about the layers, or that are said elsewhere
+#: keys of a published config.json that do not describe the layers, or that are set elsewhere
 _OTHER_KEYS = frozenset(
     [
         "vocab_size",
@@ -47,7 +48,7 @@ _OTHER_KEYS = frozenset(
         "reshape_hidden_states",
     ]
 )
-#: written into a model's settings even where they are the class's default
+#: keys written to a model's settings even if they have the class's default
 _SIZES = frozenset(
     [
         "hidden_size",
@@ -63,7 +64,8 @@ _SIZES = frozenset(
 
 @dataclass(frozen=True)
 class Sources:
-    """Folders or hub ids of published checkpoints. None: the preset has no such encoder. `decoders`: by name."""
+    """Folders or hub ids of published checkpoints. None: the preset has no such encoder. `decoders`: by decoder
+    name."""
 
     llm: str | Path
     clip: str | Path | None = None
@@ -73,7 +75,7 @@ class Sources:
 
 @dataclass
 class Assembly:
-    """A model put together: `state` are all its tensors, `loaded` the names of those that come from checkpoints."""
+    """An assembled model: `state` holds all tensors, `loaded` the names of those from checkpoints."""
 
     settings: ModelSettings
     tokenizer: LumenTokenizer
@@ -81,20 +83,21 @@ class Assembly:
     loaded: set[str]
 
     def parameters(self) -> dict[str, tuple[int, int]]:
-        """Part of the model -> (numbers from checkpoints, fresh numbers)."""
-        loaded, fresh = Counter(), Counter()
+        """(parameters from checkpoints, fresh parameters) by module."""
+        loaded: Counter[str] = Counter()
+        fresh: Counter[str] = Counter()
         for name, tensor in self.state.items():
             (loaded if name in self.loaded else fresh)[".".join(name.split(".")[:2])] += tensor.numel()
         return {part: (loaded[part], fresh[part]) for part in sorted(loaded | fresh)}
 
 
 def config_keys(config_class: type[PretrainedConfig], published: Mapping[str, Any]) -> dict[str, Any]:
-    """Those keys of a published config that describe the layers and are not the class's defaults."""
-    own = {f.name for f in dataclasses.fields(config_class)} - {f.name for f in dataclasses.fields(PretrainedConfig)}
+    """The keys of a published config that describe the layers and differ from the class's defaults."""
+    fields = {f.name for f in dataclasses.fields(config_class)} - {f.name for f in dataclasses.fields(PretrainedConfig)}
     values, defaults = config_class.from_dict(dict(published)).to_dict(), config_class().to_dict()
-    keys = {k: v for k, v in values.items() if k in own - _OTHER_KEYS and (k in _SIZES or v != defaults.get(k))}
+    keys = {k: v for k, v in values.items() if k in fields - _OTHER_KEYS and (k in _SIZES or v != defaults.get(k))}
     if set(keys.get("layer_types") or ()) <= {"full_attention"}:
-        keys.pop("layer_types", None)  # one for each layer, all the same
+        keys.pop("layer_types", None)  # one per layer, all equal
     return keys
 
 
@@ -111,11 +114,12 @@ def _expect(checkpoint: Checkpoint, kinds: tuple[str, ...], what: str) -> None:
 def settings_from(
     preset: ModelSettings, checkpoints: Mapping[str, Checkpoint], decoders: Mapping[str, Path] = MappingProxyType({})
 ) -> ModelSettings:
-    """The preset with the sizes of the checkpoints named clip, dinov2 and llm, and of decoders' folders."""
+    """The preset with the sizes of the checkpoints 'clip', 'dinov2' and 'llm', and of decoders' folders. Raises
+    `UserError` if they do not fit the preset or each other."""
     data = preset.model_dump(mode="json")
     for name, folder in decoders.items():
         if data[name] is None:
-            raise UserError(f"preset '{preset.name}' has no decoder '{name}'; leave out its weights", "unknown_decoder")
+            raise UserError(f"preset '{preset.name}' has no decoder '{name}'; remove its weights", "unknown_decoder")
         data[name] |= decoder_weights.loaders()[name].sizes(folder)
     for name, kinds, config_class in (
         ("clip", ("clip", "clip_vision_model"), CLIPVisionConfig),
@@ -149,16 +153,17 @@ def settings_from(
 def _check_patches(checkpoints: Mapping[str, Checkpoint], vision: Mapping[str, Any]) -> None:
     sizes = {name: vision[name]["patch_size"] for name in ("clip", "dinov2") if vision[name] is not None}
     if len(set(sizes.values())) > 1:
-        told = " but ".join(
+        listed = " but ".join(
             f"'{checkpoints[name].folder}' has patches of {size} pixels" for name, size in sizes.items()
         )
-        raise UserError(f"{told}; give encoders of one patch size, so that they share a grid", "wrong_patch_size")
+        raise UserError(f"{listed}; give encoders of one patch size, so that they share a grid", "wrong_patch_size")
 
 
 def read_tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer, dict[str, Any]]:
-    """A checkpoint's tokenizer and the mapping in its tokenizer_config.json (empty where there is none)."""
+    """A checkpoint's tokenizer, and the contents of its tokenizer_config.json (empty if it has none). Raises
+    `UserError` if the tokenizer is missing or damaged."""
     path = checkpoint.folder / "tokenizer_config.json"
-    told = read_json(path) if path.is_file() else {}
+    tokenizer_config = read_json(path) if path.is_file() else {}
     if (path := checkpoint.folder / "tokenizer.json").is_file():
         try:
             tokenizer = Tokenizer.from_file(str(path))
@@ -172,19 +177,21 @@ def read_tokenizer(checkpoint: Checkpoint) -> tuple[Tokenizer, dict[str, Any]]:
         except Exception as error:  # no file of a tokenizer, or a package that reads it is missing
             reason = str(error).strip().splitlines()[0]
             raise UserError(
-                f"'{checkpoint.folder}' has no tokenizer.json, and none can be made of its other files: {reason}",
+                f"'{checkpoint.folder}' has no tokenizer.json, and none can be built from its other files: {reason}",
                 "missing_tokenizer",
             ) from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return tokenizer, told
+    return tokenizer, tokenizer_config
 
 
-def _token_name(tokenizer: Tokenizer, checkpoint: Checkpoint, told: Mapping[str, Any], kind: str) -> str | None:
-    """The LLM's own token for `kind` ('eos', 'pad', 'bos'), where it has one."""
-    name = told.get(f"{kind}_token")
+def _token_name(
+    tokenizer: Tokenizer, checkpoint: Checkpoint, tokenizer_config: Mapping[str, Any], kind: str
+) -> str | None:
+    """The LLM's token for `kind` ('eos', 'pad', 'bos'); None if it has none."""
+    name = tokenizer_config.get(f"{kind}_token")
     name = name.get("content") if isinstance(name, Mapping) else name
-    if name is None and told.get(f"{kind}_token", ...) is ...:  # the config knows the number only
+    if name is None and f"{kind}_token" not in tokenizer_config:  # only its id may be known, from config.json
         number = checkpoint.config.get(f"{kind}_token_id")
         number = number[0] if isinstance(number, list) else number
         name = None if number is None or number < 0 else tokenizer.id_to_token(number)
@@ -194,14 +201,16 @@ def _token_name(tokenizer: Tokenizer, checkpoint: Checkpoint, told: Mapping[str,
 def lumen_tokenizer(
     checkpoint: Checkpoint, captions: Tokenizer | None = None
 ) -> tuple[LumenTokenizer, int, tuple[int, ...]]:
-    """An LLM's tokenizer with our special tokens, the id of the first that was added, and the token ids that its
-    sequences begin with. `captions`: the tokenizer of the diffusion decoders' text encoder."""
-    tokenizer, told = read_tokenizer(checkpoint)
+    """An LLM's tokenizer with our special tokens, the id of the first added one, and the token ids that begin its
+    sequences. `captions`: the tokenizer of the diffusion decoders' text encoder."""
+    tokenizer, tokenizer_config = read_tokenizer(checkpoint)
     plain, started = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
     lead = tuple(started[: started.index(plain[0])]) if plain and plain[0] in started else ()
-    if not lead and told.get("add_bos_token") and (bos := _token_name(tokenizer, checkpoint, told, "bos")):
-        lead = (tokenizer.token_to_id(bos),)
-    eos, pad = (_token_name(tokenizer, checkpoint, told, kind) for kind in ("eos", "pad"))
+    if not lead and tokenizer_config.get("add_bos_token"):
+        bos = _token_name(tokenizer, checkpoint, tokenizer_config, "bos")
+        if bos and (bos_id := tokenizer.token_to_id(bos)) is not None:
+            lead = (bos_id,)
+    eos, pad = (_token_name(tokenizer, checkpoint, tokenizer_config, kind) for kind in ("eos", "pad"))
     names = {EOS: eos} if eos else {}
     if pad and pad != eos:
         names[PAD] = pad
@@ -209,25 +218,25 @@ def lumen_tokenizer(
     return ours, first, lead
 
 
-#: names of what has a row per token of the LLM, where it comes in and where it goes out
+#: weights with a row per token of the LLM: input embedding and output projection
 VOCABULARY = ("trunk.llm.model.embed_tokens.weight", "trunk.llm.lm_head.weight")
 
 
 def resized(weight: Tensor, known: int, rows: int) -> Tensor:
-    """An embedding [old rows, width] with `rows` rows: the first `known` as they are, the others their mean."""
+    """Resizes an embedding [old rows, width] to `rows` rows: the first `known` are kept, the others are their mean."""
     mean = weight[:known].float().mean(0).to(weight.dtype)
     return torch.cat([weight[:known], mean.expand(rows - known, -1)])
 
 
 def encoder_state(tensors: Mapping[str, Tensor], rules: tuple[Rule, ...], target: str, what: str) -> dict[str, Tensor]:
-    """A published encoder's tensors below our name `target`; `what` names it in errors."""
+    """A published encoder's tensors below our prefix `target`; `what` names it in errors."""
     state, report = apply(tensors, [Part("", target, rules)])
     report.refuse(what)
     return state
 
 
 def llm_state(tensors: Mapping[str, Tensor], known: int, rows: int, tied: bool, what: str) -> dict[str, Tensor]:
-    """A published LLM's tensors by our names, for a vocabulary of `rows` tokens of which it knows the first `known`."""
+    """A published LLM's tensors by our names, for a vocabulary of `rows` tokens, the first `known` of them its own."""
     state = encoder_state(tensors, LLM, "trunk.llm.", what)
     inner, outer = VOCABULARY
     if tied and inner in state:
@@ -245,7 +254,7 @@ def llm_state(tensors: Mapping[str, Tensor], known: int, rows: int, tied: bool, 
 
 
 def blank(settings: ModelSettings, rows: int, seed: int) -> dict[str, Tensor]:
-    """The state of a model with fresh weights for what is not published; the rest is on the meta device."""
+    """The state of a model with fresh weights for modules that are not published; the others are on the meta device."""
     with published_parts_on_meta():
         return build_model(settings, rows, seed).state_dict()
 
@@ -253,8 +262,8 @@ def blank(settings: ModelSettings, rows: int, seed: int) -> dict[str, Tensor]:
 def fill(
     fresh: dict[str, Tensor], loaded: dict[str, Tensor], what: str, may_be_fresh: tuple[str, ...] | None = None
 ) -> dict[str, Tensor]:
-    """`fresh`, a `blank` model's state, with the loaded tensors in it. `UserError` unless they fit and leave out only
-    what has fresh weights; with `may_be_fresh` only what has a name that starts so."""
+    """`fresh`, a `blank` model's state, updated with the loaded tensors. Raises `UserError` if they do not fit, or if a
+    tensor is missing that is on the meta device; with `may_be_fresh` if its name has none of those prefixes."""
 
     def needed(name: str, tensor: Tensor) -> bool:
         return tensor.is_meta if may_be_fresh is None else not name.startswith(may_be_fresh)
@@ -268,11 +277,11 @@ def assemble(
 ) -> Assembly:
     """Builds the preset's model from published checkpoints and writes its model folder to `output`.
 
-    The encoders' and the LLM's sizes are those of the checkpoints. `pickle`: read pickled weights too. `seed`: of the
-    fresh weights. Raises `UserError` where a checkpoint is not what it should be.
+    Sizes of the encoders and the LLM are those of the checkpoints. `pickle`: also read pickled weights. `seed`: of the
+    fresh weights. Raises `UserError` for an unsuitable checkpoint.
     """
-    given = {"clip": sources.clip, "dinov2": sources.dinov2, "llm": sources.llm}
-    checkpoints = {name: Checkpoint(source, pickle) for name, source in given.items() if source is not None}
+    towers = {"clip": sources.clip, "dinov2": sources.dinov2, "llm": sources.llm}
+    checkpoints = {name: Checkpoint(source, pickle) for name, source in towers.items() if source is not None}
     folders = decoder_weights.find(sources.decoders, pickle)
     settings = settings_from(preset, checkpoints, folders)
     captions = decoder_weights.caption_tokenizer(folders)
@@ -283,8 +292,8 @@ def assemble(
     loaded: dict[str, Tensor] = {}
     for name, rules in (("clip", CLIP), ("dinov2", DINOV2)):
         if name in checkpoints:
-            folder = f"'{checkpoints[name].folder}'"
-            loaded |= encoder_state(checkpoints[name], rules, f"trunk.vision.{name}.model.", folder)
+            what = f"'{checkpoints[name].folder}'"
+            loaded |= encoder_state(checkpoints[name], rules, f"trunk.vision.{name}.model.", what)
     llm = checkpoints["llm"]
     tied = bool(settings.llm.get("tie_word_embeddings"))
     loaded |= llm_state(llm, known, len(tokenizer), tied, f"'{llm.folder}'")

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from lumen_ray.checkpoints.rules import Part, Rule
 from lumen_ray.model.convert.encoder_rules import CLIP, LLM
 
-#: whose queries stand behind which routing tokens: {the checkpoint's name: our family}
+#: query sets: {name in the checkpoint: our family}
 QUERIES = {"det": "perception", "pose": "pose", "gen": "generation", "edit": "editing"}
 
 BRIDGE = (Rule(r"[02]\.(?:weight|bias)", r"\g<0>"),)
@@ -18,7 +18,7 @@ REGIONS = (
 
 
 def parts(families: Collection[str]) -> tuple[Part, ...]:
-    """Where the trunk's tensors go in a model with the queries of these link families; others are dropped."""
+    """The rules for the trunk of a model with the queries of these link families; other queries are dropped."""
     queries = [
         Rule(rf"{theirs}\.weight", ours)
         if ours in families

@@ -1,4 +1,4 @@
-"""A released VisionLLM v2 checkpoint -> a model folder, with a record of where every tensor went."""
+"""Converts a released VisionLLM v2 checkpoint to a model folder, with a report on every tensor."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ from lumen_ray.model.settings import ModelSettings
 from lumen_ray.trunk.sequential import lead_tokens
 from lumen_ray.trunk.tokenizer import EOS, PAD, LumenTokenizer
 
-#: what the checkpoint's tokenizer calls our special tokens
+#: names of our special tokens in the checkpoint's tokenizer
 NAMES = {PAD: "[PAD]", EOS: "</s>"}
 START = "<s>"
-#: values of its config.json that this layout stands for
+#: values of its config.json that this conversion requires
 CONFIG = {"vl_bridge_type": "mlp2x_gelu", "vis_output_layer": -2, "use_pixelshuffle": False, "num_embs": 4}
-#: parts of the trunk that only decoders of dense features read, which the reference does not have
+#: modules of the trunk for decoders of dense features, which the reference does not have
 DENSE = ("trunk.stem.", "trunk.dense.")
-#: of the adapters that the reference trains on the LLM
+#: alpha of the adapters that the reference trains on the LLM
 LORA_ALPHA = 64.0
 REPORT_FILE = "conversion.json"
 
 
 def released_modules() -> dict[str, ReleasedModule]:
-    """Decoder -> its module in the checkpoint, of decoders that have one."""
+    """The checkpoint's module by decoder, for decoders that have one."""
     return {name: spec.resolve("released") for name, spec in DECODERS.items() if spec.released}
 
 
 def parts(model: Collection[str]) -> tuple[Part, ...]:
-    """Where a checkpoint's tensors go in a model of tensors with these names; what is for decoders that it does not
-    have is dropped."""
+    """The rules for a checkpoint, for a model with tensors of these names; modules of decoders that the model lacks are
+    dropped."""
     queries = "trunk.queries.queries."
     decoders = {name.split(".")[1] for name in model if name.startswith("decoders.")}
-    found = list(trunk.parts({name.removeprefix(queries) for name in model if name.startswith(queries)}))
+    table = list(trunk.parts({name.removeprefix(queries) for name in model if name.startswith(queries)}))
     for decoder, released in released_modules().items():
         source = f"{released.module}."
         if decoder in decoders:
-            found += released.parts(f"decoders.{decoder}.", f"trunk.link_heads.{decoder}.", source)
+            table += released.parts(f"decoders.{decoder}.", f"trunk.link_heads.{decoder}.", source)
         else:
-            found.append(Part(source, "", [Rule(r".+", drop=f"the preset has no decoder '{decoder}'")]))
-    return tuple(found)
+            table.append(Part(source, "", [Rule(r".+", drop=f"the preset has no decoder '{decoder}'")]))
+    return tuple(table)
 
 
 def may_be_fresh(model: Collection[str]) -> tuple[str, ...]:
-    """Prefixes of the names of a model's tensors that the released one does not have."""
+    """Prefixes of a model's tensors that the released checkpoint lacks."""
     released, fresh = released_modules(), list(DENSE)
     for decoder in dict.fromkeys(name.split(".")[1] for name in model if name.startswith("decoders.")):
         if decoder in released:
@@ -68,13 +68,13 @@ def may_be_fresh(model: Collection[str]) -> tuple[str, ...]:
 def convert_tensors(
     tensors: Mapping[str, Tensor], model: Collection[str], lora_alpha: float = LORA_ALPHA
 ) -> tuple[dict[str, Tensor], Report]:
-    """{our name: tensor} of a whole checkpoint for a model of tensors with these names, and where each of its tensors
-    went. Adapters are merged."""
+    """Converts a whole checkpoint for a model with tensors of these names, merging adapters. Returns {our name: tensor}
+    and the report."""
     merged, table = Merged(tensors, lora_alpha), parts(model)
     state, report = apply(merged, table)
     for adapter, weight in merged.merged.items():
-        found = find_rule(weight, table)
-        to = found[1] if found else ()
+        match = find_rule(weight, table)
+        to = match[1] if match else ()
         report.entries.append(Entry(adapter, tuple(tensors[adapter].shape), "merged", to, f"added to {weight}"))
     return state, report
 
@@ -84,7 +84,7 @@ def _tokenizer(source: Checkpoint) -> LumenTokenizer:
     try:
         return LumenTokenizer(backend, NAMES)
     except UserError as error:
-        raise UserError(f"'{source.folder}' is no VisionLLM v2 checkpoint: {error}", "wrong_checkpoint") from None
+        raise UserError(f"'{source.folder}' is not a VisionLLM v2 checkpoint: {error}", "wrong_checkpoint") from None
 
 
 def convert(
@@ -97,9 +97,9 @@ def convert(
 ) -> tuple[Assembly, Report]:
     """Converts a released VisionLLM v2 checkpoint of the preset's size and writes a model folder to `output`.
 
-    `lora_alpha`: of adapters that were not merged. What the reference does not have, such as the light decoder, gets
-    fresh weights. It brings no tokenizer of its text encoders, so in further training links are not aligned with
-    captions. `UserError` where a tensor is left over, missing or of another size.
+    `lora_alpha`: of adapters that were not merged. Modules that the reference lacks, such as the light decoder, get
+    fresh weights. The checkpoint has no tokenizer for its text encoders, so further training does not align links with
+    captions. Raises `UserError` if a tensor is unknown, missing or of another size.
     """
     source = Checkpoint(checkpoint, pickle)
     for key, value in CONFIG.items():
@@ -122,5 +122,5 @@ def convert(
 
 def _write_report(output: Path, source: Checkpoint, report: Report, fresh: list[str]) -> None:
     entries = [asdict(entry) for entry in report.entries]
-    told = {"checkpoint": str(source.folder), "counts": report.counts(), "fresh": fresh, "tensors": entries}
-    (output / REPORT_FILE).write_text(json.dumps(told, indent=1))
+    data = {"checkpoint": str(source.folder), "counts": report.counts(), "fresh": fresh, "tensors": entries}
+    (output / REPORT_FILE).write_text(json.dumps(data, indent=1))

@@ -9,6 +9,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from lumen_ray.data.files import write_atomically
 from lumen_ray.errors import UserError
 from lumen_ray.recipe import MlflowSettings, Recipe
 
@@ -78,7 +79,7 @@ class MlflowTracker:
         run_id = self._client.create_run(experiment_id, run_name=run.name).info.run_id
         for name, value in recipe.model_dump(mode="json", exclude={"stages", "mlflow"}).items():
             self._client.log_param(run_id, name, value)
-        (run / RUN_FILE).write_text(json.dumps({"run_id": run_id}))
+        write_atomically(run / RUN_FILE, lambda path: path.write_text(json.dumps({"run_id": run_id})))
         return run_id
 
     def write(self, step: int, numbers: dict[str, float]) -> None:

@@ -119,7 +119,7 @@ def test_guidance_that_the_pipeline_would_leave_out_is_told(keys, message):
 
 def test_guidance_of_its_own_that_refuses_every_edit_is_told():
     keys = {"image_size": 64, "unet": {}, "vae": {}, "guidance": 1.0}
-    with pytest.raises(UserError, match="guidance 1 is none.*image_guidance: 1"):
+    with pytest.raises(UserError, match="guidance 1 is off.*image_guidance: 1"):
         validate(InstructPix2PixSettings, keys, "test")
     validate(InstructPix2PixSettings, keys | {"image_guidance": 1.0}, "test")
 

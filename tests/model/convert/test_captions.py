@@ -69,7 +69,7 @@ def test_a_damaged_one_is_told(folder, tmp_path):
     model = load_model(folder)
     broken = save_model(tmp_path / "x", model.model.state_dict(), model.settings, model.tokenizer, model.meta)
     (broken / CAPTIONS_FILE).write_text("nothing")
-    with pytest.raises(UserError, match="or what is kept beside it, is damaged") as error:
+    with pytest.raises(UserError, match="or a file of the tokenizer beside it is damaged") as error:
         load_model(broken)
     assert error.value.reason == "damaged_model"
 

@@ -90,5 +90,5 @@ def test_mistakes_are_a_sentence(published, capsys, more, says):
 def test_a_folder_that_is_no_released_checkpoint(published, capsys):
     argv = ["convert", "visionllm-v2", str(published / "llm"), str(published / "model")]
     assert cli.main(argv) == 2
-    assert "is no VisionLLM v2 checkpoint: the tokenizer lacks the special tokens" in capsys.readouterr().err
+    assert "is not a VisionLLM v2 checkpoint: the tokenizer lacks the special tokens" in capsys.readouterr().err
     assert cli.main(["convert"]) == 2

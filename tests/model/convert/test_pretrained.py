@@ -233,7 +233,7 @@ def test_a_hub_id_is_fetched_and_failures_are_told(folders, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     assert fetch("openai/clip", pickle=True) == folders / "clip" and "*.bin" in asked["openai/clip"]
     assert fetch("openai/other") == folders / "clip" and "*.bin" not in asked["openai/other"]
-    with pytest.raises(UserError, match="cannot be fetched: no such repository$"):
+    with pytest.raises(UserError, match="cannot be downloaded: no such repository$"):
         fetch("nobody/nothing")
     with pytest.raises(UserError, match="is not a folder"):
         fetch("./a/b")

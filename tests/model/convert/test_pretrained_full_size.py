@@ -213,7 +213,7 @@ def test_a_recipe_of_the_preset_starts_from_what_convert_writes(tmp_path, preset
 
     assert start_settings(preset, written(converted)) == preset
     narrow = converted.model_copy(update={"llm": converted.llm | {"num_attention_heads": 16}})
-    with pytest.raises(UserError, match=r"it has llm.*num_attention_heads 16 instead of 32"):
+    with pytest.raises(UserError, match=r"which has llm.*num_attention_heads 16 instead of 32"):
         start_settings(preset, written(narrow))
 
 

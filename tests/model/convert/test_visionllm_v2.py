@@ -168,7 +168,7 @@ def test_adapters_are_added_to_what_they_adapt(written):
 
 
 def test_half_an_adapter_is_refused():
-    with pytest.raises(UserError, match="only one half"):
+    with pytest.raises(UserError, match="only one of its two matrices"):
         Merged({"a.weight": torch.ones(2, 2), "a.lora_A.default.weight": torch.ones(1, 2)}, 1.0)
 
 
