@@ -67,6 +67,7 @@ def _role(name: str, module: nn.Module, sharded: tuple[str, ...] = ()) -> Role:
     An expert is gathered as a whole. Of other modules, the large blocks of their `sharded` submodules are gathered one
     by one, each with the next one prefetched, and the rest together.
     """
+    from lumen_ray.decoders.base import Learner
     from lumen_ray.model.build import count_parameters
     from lumen_ray.train.blocks import blocks
     from lumen_ray.train.parallel import MIN_BLOCK_PARAMETERS, is_expert
@@ -74,7 +75,7 @@ def _role(name: str, module: nn.Module, sharded: tuple[str, ...] = ()) -> Role:
     whole = count_parameters(module)
     num_trainable = sum(p.numel() for p in module.parameters() if p.requires_grad)
     largest = max(p.numel() for p in module.parameters())
-    if not sharded and is_expert(module):
+    if isinstance(module, Learner) and is_expert(module):
         return Role(name, whole, num_trainable, gathered=whole, largest=largest)
     counted = [count_parameters(block) for part in sharded for _, block in blocks(getattr(module, part))]
     large = [count for count in counted if count >= MIN_BLOCK_PARAMETERS]

@@ -28,6 +28,7 @@ import pytest
 import yaml
 from PIL import Image, ImageDraw
 
+import lumen_ray
 from lumen_ray import cli, config
 from lumen_ray.presets import find
 from lumen_ray.tasks import TASKS, get_task
@@ -535,3 +536,16 @@ def test_the_changelog_has_the_version_of_the_package():
 
     text = (ROOT / "CHANGELOG.md").read_text()
     assert re.findall(r"^## \[(.*?)\]", text, flags=re.MULTILINE)[:2] == ["Unreleased", __version__]
+
+
+def test_signatures_in_the_text_are_the_real_ones():
+    """`train(shards, output, *, ...)` in docs/python.md has the parameters of the function, in order, with defaults."""
+    text = " ".join((ROOT / "docs" / "python.md").read_text().split())
+    found = re.findall(r"`(prepare|train|evaluate|label|serve)\(([^`]*)\)`", text)
+    written = {name: arguments for name, arguments in found if "*, " in arguments}
+    assert set(written) == {"prepare", "train", "evaluate", "label", "serve"}
+    for name, arguments in written.items():
+        parameters = inspect.signature(getattr(lumen_ray, name)).parameters.values()
+        real = [str(p.replace(annotation=inspect.Parameter.empty)) for p in parameters]
+        shown = [str(p) for p in inspect.signature(eval(f"lambda {arguments}: None")).parameters.values()]  # noqa: S307
+        assert shown == real, name

@@ -10,6 +10,7 @@ import fnmatch
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -91,7 +92,7 @@ def _matching(pattern: str, names: list[str], key: str) -> list[str]:
     return matches
 
 
-def _peft():
+def _peft() -> ModuleType:
     try:
         import peft
     except ImportError:

@@ -81,7 +81,8 @@ def val_rows(folder):
 
 #: how the lines of Ray, its C++ core, Ray Serve, torch and Python's warnings begin or are marked
 FOREIGN = re.compile(
-    r"core_worker|raylet|gcs_|\(pid=|^\[?\d{4}-\d\d-\d\d|^(INFO|WARNING|ERROR|DEBUG)\b|serve \d+ --|Warning:|^\[W\d|ray\.io"
+    r"core_worker|raylet|gcs_|ray\.io|\(pid=|serve \d+ --|Warning:"
+    r"|^\[?\d{4}-\d\d-\d\d|^\[W\d|^(INFO|WARNING|ERROR|DEBUG)\b"
 )
 
 

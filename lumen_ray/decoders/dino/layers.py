@@ -25,7 +25,14 @@ class FusedAttention(hf.GroundingDinoMultiheadAttention):
     A mask with more rows than groups splits the queries and keys of each group into as many blocks of equal size, which
     do not attend to each other."""
 
-    def forward(self, queries, keys, values, attention_mask=None, output_attentions=False):
+    def forward(  # type: ignore[override]  # the library returns (output, None), too, but annotates tuple[Tensor]
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = False,
+    ) -> tuple[Tensor, None]:
         rows = len(queries) if attention_mask is None else max(len(queries), len(attention_mask))
 
         def heads(x: Tensor) -> Tensor:
@@ -40,7 +47,13 @@ class FusedFusion(hf.GroundingDinoBiMultiHeadAttention):
     """Cross-attention between pixels and links in both directions by torch's fused kernels, which store no S x T
     weights per head. Masks are biases, [G, 1, 1, S] and [G, 1, 1, T]."""
 
-    def forward(self, vision_features, text_features, vision_attention_mask=None, text_attention_mask=None):
+    def forward(  # type: ignore[override]  # the library's weights, here None, are read by nobody
+        self,
+        vision_features: Tensor,
+        text_features: Tensor,
+        vision_attention_mask: Tensor | None = None,
+        text_attention_mask: Tensor | None = None,
+    ) -> tuple[tuple[Tensor, None], tuple[Tensor, None]]:
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
 

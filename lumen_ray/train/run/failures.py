@@ -160,7 +160,7 @@ class _FiniteCheck:
             module.register_forward_hook(self._on_output(name or "the model")) for name, module in model.named_modules()
         ]
 
-    def _on_output(self, name: str):
+    def _on_output(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             for tensor in tensors_in(output):
                 if self.output is None and not _finite(tensor):
@@ -171,7 +171,7 @@ class _FiniteCheck:
 
         return hook
 
-    def _on_gradient(self, name: str):
+    def _on_gradient(self, name: str) -> Callable[[Tensor], None]:
         def hook(gradient: Tensor) -> None:
             if self.gradient is None and not _finite(gradient):
                 self.gradient = name
