@@ -39,7 +39,7 @@ def test_one_process_at_a_time_writes_to_a_run(tmp_path):
     thread.join()
 
 
-def test_ctrl_c_is_told_as_such(data, tmp_path, monkeypatch):
+def test_ctrl_c_raises_a_keyboard_interrupt(data, tmp_path, monkeypatch):
     """Ray ends the workers, and then the process with the status of a program that has done its work."""
 
     class Interrupted:
@@ -88,7 +88,7 @@ def test_a_try_that_is_not_quite_dead_is_waited_for(data, tmp_path):
 
 
 @pytest.mark.parametrize("output", ["file", "file/x", "/proc/x", "/proc"])
-def test_an_output_that_cannot_be_made_is_told(data, tmp_path, output):
+def test_an_output_that_cannot_be_made_is_reported(data, tmp_path, output):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="'.*' cannot be (made|written to): ") as error:
         train(data / "shards", make_recipe(data), tmp_path / output)
