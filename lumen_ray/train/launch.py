@@ -100,7 +100,7 @@ def _meta(
     recipe: Recipe, start_point: StartPoint, manifest: dict[str, Any], skeletons: dict[str, tuple[str, ...]]
 ) -> ModelMeta:
     """Metadata of the model to export: tasks of the recipe and of the model it starts from; classes of the shards;
-    skeletons of the shards and, where both train poses, of that model's other classes."""
+    skeletons of the shards and, if that model has learned poses, of its other classes."""
     categories, start = manifest["categories"], start_point.meta
     meta = ModelMeta(
         preset=start_point.settings.name,
@@ -125,7 +125,7 @@ def train_local(prepared: PreparedRun, device: str = "cpu") -> Path:
 
 def _train_rank(prepared: PreparedRun, device: torch.device, read: ReadBatches | None = None) -> None:
     """Trains as one rank from the newest checkpoint on, with or without Ray. `read` makes the batches of the rank's
-    plan items; by default `prepared.reader` does, one when it is needed."""
+    plan items; by default `prepared.reader` does, one batch at a time."""
     run, recipe = prepared.folder, prepared.job.recipe
     rank, ranks = parallel.rank(), parallel.world_size()
     try:

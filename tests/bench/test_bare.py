@@ -35,7 +35,7 @@ def test_the_losses_are_those_of_training(shards, tmp_path, workers):
     pipeline.check_losses([line["loss"] for line in lines], losses)
 
 
-def test_a_rank_that_fails_is_told(shards, tmp_path):
+def test_a_rank_that_fails_is_reported(shards, tmp_path):
     recipe = make_recipe(1, model=tiny_preset(tmp_path), batch_size=8)
     job = prepare_job(shards, recipe, tmp_path / "run").job
     with pytest.raises(RuntimeError, match="bare loop ended"):

@@ -1,4 +1,4 @@
-"""`jobs/bench.py`: what is asked for runs, and is written."""
+"""`jobs/bench.py`: the chosen benches run, and their results are written."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def never(monkeypatch):
     monkeypatch.setitem(command.KINDS, "train", found)
 
 
-def test_sides_that_differ_are_told_and_the_other_results_kept(benches, tmp_path, capsys):
+def test_sides_that_differ_are_reported_and_the_other_results_kept(benches, tmp_path, capsys):
     def differs(args, folder):
         yield Result("first", "images/s", {"ours": [3.0], "theirs": [1.0]})
         raise SidesDiffer("the second differs by 3")
@@ -74,9 +74,9 @@ def test_every_bench_is_printed_and_written(benches, tmp_path, capsys):
         },
         {"name": "absent", "skipped": "there is nothing here"},
     ]
-    told = capsys.readouterr().out
-    assert "fast: reached: ours / theirs is 3.000 (3.000 - 3.000) over 1 turn; the aim is 2" in told
-    assert "absent was left out: there is nothing here" in told
+    printed = capsys.readouterr().out
+    assert "fast: reached: ours / theirs is 3.000 (3.000 - 3.000) over 1 turn; the aim is 2" in printed
+    assert "absent was left out: there is nothing here" in printed
 
 
 def test_the_report_says_when_and_on_what(benches, tmp_path):
@@ -129,11 +129,13 @@ def test_an_aim_that_is_missed_is_the_exit_status_with_check(monkeypatch, tmp_pa
         (["--output", "."], "is a folder"),
     ],
 )
-def test_options_that_cannot_work_are_told_before_the_first_bench(never, tmp_path, monkeypatch, capsys, options, why):
+def test_options_that_cannot_work_are_reported_before_the_first_bench(
+    never, tmp_path, monkeypatch, capsys, options, why
+):
     monkeypatch.chdir(tmp_path)
     assert command.main(["train", *options]) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("bench: ") and told.count("\n") == 1 and why in told
+    printed = capsys.readouterr().err
+    assert printed.startswith("bench: ") and printed.count("\n") == 1 and why in printed
     assert list(tmp_path.iterdir()) == []
 
 
@@ -147,7 +149,7 @@ def test_the_decoders_have_benches_of_their_own(monkeypatch, tmp_path, capsys):
     assert "did you mean 'nano'" in capsys.readouterr().err
 
 
-def test_what_has_one_side_is_told_without_a_ratio():
+def test_what_has_one_side_is_reported_without_a_ratio():
     assert Result("memory/a", "MiB", {"a step": [3.25]}).verdict() == "memory/a: a step 3.2 (3.2 - 3.2) MiB"
 
 
@@ -157,7 +159,7 @@ def test_only_some(benches, tmp_path):
     assert [r["name"] for r in json.loads(path.read_text())["results"]] == ["absent"]
 
 
-def test_an_unknown_bench_is_told(benches, tmp_path, capsys):
+def test_an_unknown_bench_is_reported(benches, tmp_path, capsys):
     path = tmp_path / "out.json"
     assert command.main(["train", "--only", "fsat", "--output", str(path)]) == 2
     assert "did you mean 'fast'" in capsys.readouterr().err

@@ -24,7 +24,7 @@ def test_activation_checkpointing_takes_less():
     assert again.details["activation_checkpointing"] and not kept.details["activation_checkpointing"]
 
 
-def test_a_decoder_that_the_preset_has_not_is_told():
+def test_a_decoder_that_the_preset_lacks_is_reported():
     with pytest.raises(UserError, match="unknown decoder 'sam'.*grounding_dino"):
         read_preset("nano-experts", ["sam"])
     with pytest.raises(UserError, match="unknown decoder 'unipose'"):

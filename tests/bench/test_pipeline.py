@@ -22,7 +22,7 @@ def test_losses_are_compared():
         ([1.0, 20.0], [1.0, 20.2], "from step 1 on: 20.000000 and 20.200000"),
         ([0.1], [0.1001], "from step 0"),
         ([1.0], [float("nan")], "from step 0"),
-        ([1.0], [1.0, 1.0], "has made 1 steps, the other 2"),
+        ([1.0], [1.0, 1.0], "one side made 1 steps, the other 2"),
     ):
         with pytest.raises(SidesDiffer, match=why):
             pipeline.check_losses(one, other)

@@ -23,10 +23,10 @@ def test_the_ratio_is_taken_within_each_turn():
     """Here the machine was ten times slower in the second turn; within each turn the sides differ by the same."""
     result = Result("x", "images/s", {"ours": [20.0, 2.0, 30.0], "theirs": [10.0, 1.0, 10.0]}, aim=2.0)
     assert result.ratios == [2.0, 2.0, 3.0]
-    told = result.to_json()
-    assert told["ratio"] == {"median": 2.0, "low": 2.0, "high": 3.0}
-    assert told["reached"] is True
-    assert told["sides"]["ours"] == {"median": 20.0, "low": 2.0, "high": 30.0, "turns": [20.0, 2.0, 30.0]}
+    report = result.to_json()
+    assert report["ratio"] == {"median": 2.0, "low": 2.0, "high": 3.0}
+    assert report["reached"] is True
+    assert report["sides"]["ours"] == {"median": 20.0, "low": 2.0, "high": 30.0, "turns": [20.0, 2.0, 30.0]}
 
 
 @pytest.mark.parametrize(("aim", "reached"), [(None, None), (2.01, False), (1.0, True)])

@@ -30,7 +30,7 @@ def test_both_sides_of_every_comparison_are_timed(compiled):
         assert (apart == 0) == (how == "compiled") and apart < 0.1  # nothing was compiled here
 
 
-def test_a_difference_is_told_in_place_of_a_speed(monkeypatch):
+def test_a_difference_is_reported_in_place_of_a_speed(monkeypatch):
     def wrong(module, device):
         with torch.no_grad():
             next(module.parameters()).mul_(3)
@@ -41,7 +41,7 @@ def test_a_difference_is_told_in_place_of_a_speed(monkeypatch):
     assert "a loss differs by" in results[1].verdict() and not results[1].rates
 
 
-def test_what_cannot_be_measured_is_told_before(monkeypatch):
+def test_what_cannot_be_measured_is_reported_before(monkeypatch):
     def missing(device):
         raise UserError("torch.compile needs a C++ compiler")
 

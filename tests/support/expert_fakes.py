@@ -36,7 +36,7 @@ def expert_model(seed: int = 0, dropping: bool = False, **changes: Any) -> Gener
 
 
 def expert_batch(task: str, count: int = 2, seed: int = 0) -> TrainingBatch:
-    """`count` scenes that are asked for `task`."""
+    """`count` scenes with prompts of `task`."""
     rows = [scenes.scene_row(seed, n, SIDE) for n in range(count)]
     if task == "edit":
         rows = [scenes_edits.with_edit(row, scenes_edits.scene_edit(seed, n, SIDE)) for n, row in enumerate(rows)]

@@ -98,7 +98,7 @@ def test_a_checkpointed_block_is_computed_again():
     assert len(calls) == 4
 
 
-def test_torch_is_told_whose_random_numbers_to_keep(monkeypatch):
+def test_checkpoint_gets_a_positional_tensor(monkeypatch):
     """By a tensor on the device; it does not look at keywords, by which some blocks are called."""
     given, model = [], expert_model().train()
 
@@ -168,7 +168,7 @@ def test_compiled_blocks_give_the_same_losses():
     assert list(model.state_dict()) == list(plain.state_dict())
 
 
-def test_a_missing_compiler_is_told(monkeypatch):
+def test_a_missing_compiler_is_reported(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("no-such-compiler",))
     with pytest.raises(UserError, match="needs a C\\+\\+ compiler.*compile: false"):

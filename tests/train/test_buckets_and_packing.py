@@ -94,7 +94,7 @@ def test_what_was_cut_off_is_in_the_log(data, tmp_path):
         ({"buckets": [[64, 72]]}, r"bucket \[64, 72\] does not fit the grid of model 'tiny'"),
     ],
 )
-def test_what_the_model_cannot_take_is_told_before_the_run(data, tmp_path, changes, message):
+def test_what_the_model_cannot_take_is_reported_before_the_run(data, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
         make_job(data, tmp_path / "run", **changes)
     assert not (tmp_path / "run").exists()

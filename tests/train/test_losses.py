@@ -175,7 +175,7 @@ def test_losses_that_a_step_does_not_train_are_left_out(experts):
     assert all(value > 0 for value in boxes.means.values())
 
 
-def test_a_class_loss_without_objects_is_told(experts):
+def test_a_class_loss_without_objects_is_reported(experts):
     batch = replace(scene_batch(2, ("detect",)), decoders=["grounding_dino"])
     batch.targets["perception"].valid[:] = False
     losses, sums = sums_of(experts, batch)
@@ -183,7 +183,7 @@ def test_a_class_loss_without_objects_is_told(experts):
     assert sums.means["gdino_class"] == pytest.approx(float(losses["gdino_class"].total.detach())) != 0
 
 
-def test_the_losses_of_experts_are_told_by_task(experts):
+def test_the_losses_of_experts_are_reported_by_task(experts):
     """Of each object prompt; keypoint prompts are part of it, and prompts of tasks that it does not serve are none."""
     batch = scene_batch(4, ("detect", "segment", "refer", "pose"))
     losses, sums = sums_of(experts, batch)
@@ -192,8 +192,8 @@ def test_the_losses_of_experts_are_told_by_task(experts):
     objects = [parent < 0 for parent in layout.link_parents["perception"].tolist()]
     assert not all(objects)
     for loss, served in (("gdino_class", {"detect", "segment", "refer"}), ("unipose_class", {"pose"})):
-        told = {name.partition("/")[2] for name in sums.tasks if name.startswith(f"{loss}/")}
-        assert told == served
+        tasks_of_loss = {name.partition("/")[2] for name in sums.tasks if name.startswith(f"{loss}/")}
+        assert tasks_of_loss == served
         kept = [is_object for is_object, task in zip(objects, tasks, strict=True) if task in served]
         names = [task for task in tasks if task in served]
         for task in served:

@@ -75,7 +75,7 @@ def test_a_rate_of_zero_freezes():
     assert {id(p) for g in groups for p in g["params"]} == {id(p) for p in model.parameters() if p.requires_grad}
 
 
-def test_a_name_that_fits_nothing_is_told():
+def test_a_name_that_fits_nothing_is_reported():
     for pattern, stage_parts in (("trunk.visoin.clip", PARTS), ("*.nrm*", PARTS), ("trunk.llm.*", ("vision",))):
         with pytest.raises(UserError, match="fits nothing that the stage trains") as error:
             factors_by_name(tiny_model(), stage(lr_scale={pattern: 0.5}, trainable=stage_parts))

@@ -62,8 +62,8 @@ def test_every_decoder_learns_and_no_rank_waits(folder, tmp_path):
         assert all(torch.isfinite(tensor).all() for tensor in ours.values())
     lines = log_of(Path(job.job.run))
     for loss in ("gdino_class", "unipose_keypoint", "generate", "edit", "heatmap"):
-        told = [line[f"loss/{loss}"] for line in lines if f"loss/{loss}" in line]
-        assert 0 < len(told) < len(lines) and min(told) > 0, loss  # of the steps that train it, and of no other
+        logged = [line[f"loss/{loss}"] for line in lines if f"loss/{loss}" in line]
+        assert 0 < len(logged) < len(lines) and min(logged) > 0, loss  # of the steps that train it, and of no other
     tasks = {name for line in lines for name in line if name.startswith("task/")}
     assert {"task/gdino_class/detect", "task/unipose_class/pose", "task/generate/generate", "task/edit/edit"} <= tasks
 
@@ -132,7 +132,7 @@ def alone(model, batches):
     return gradients(model)
 
 
-def _looked(parts, look, link, levels, groups, *rest):
+def _in_parts(parts, look, link, levels, groups, *rest):
     parts.append(len(groups.image))
     return look(link, levels, groups, *rest)
 
@@ -142,7 +142,7 @@ def _uneven(in_parts=False):
     for name in ("grounding_dino", "unipose") if in_parts else ():  # each group of prompts by itself, and again
         for decoder in (model.decoders[name], plain.decoders[name]):
             decoder.settings = decoder.settings.model_copy(update={"pixels_at_once": 1})
-            decoder._decode = partial(_looked, parts, decoder._decode)
+            decoder._decode = partial(_in_parts, parts, decoder._decode)
     checkpoint_blocks(model, BLOCK_PARTS)
     parallel.MIN_BLOCK_PARAMETERS = 0  # groups of the trunk beside those of the experts
     parallel.shard(model, CPU)

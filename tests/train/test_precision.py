@@ -67,7 +67,7 @@ def test_a_run_in_bf16_learns_as_one_in_fp32(data, tmp_path):
     assert {w.dtype for w in weights_of(tmp_path / "bf16").values()} == {torch.float32}
 
 
-def test_a_slow_choice_is_told(monkeypatch):
+def test_a_slow_choice_is_reported(monkeypatch):
     monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: False)
     assert "3 to 4 times slower" in advice("bf16", CPU)
     assert advice("fp32", CPU) is None

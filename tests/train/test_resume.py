@@ -67,7 +67,7 @@ def check_same(run: Path, whole: Path) -> None:
     assert not list((run / "checkpoints").glob("*.partial"))
 
 
-def test_the_whole_run_kept_the_checkpoints_it_was_told_to(whole):
+def test_the_whole_run_kept_the_checkpoints_of_its_settings(whole):
     assert [p.name for p in checkpoint.complete(whole[0])] == ["0000005-s0", "0000006-s1"]
     assert [step for step, _ in losses(whole[0])] == list(STEPS)
     assert {key: len(tries) for key, tries in samples(whole[0]).items()} == {

@@ -1,4 +1,4 @@
-"""Plan steps to batches: the same bytes each time, and broken pictures are told."""
+"""Plan steps to batches: the same bytes each time, and broken images are reported."""
 
 import pickle
 import threading
@@ -93,7 +93,7 @@ def test_items_start_at_a_step(shards):
 
 
 @pytest.mark.parametrize("broken", [{1}, {0, 1, 2, 3}])
-def test_broken_pictures_are_told_and_the_batch_keeps_its_size(tmp_path, broken):
+def test_broken_pictures_are_reported_and_the_batch_keeps_its_size(tmp_path, broken):
     with ShardWriter(tmp_path, "part.parquet", rows_per_group=4) as writer:
         for i in range(4):
             row = scenes.scene_row(0, i, SIDE)

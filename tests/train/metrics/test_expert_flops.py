@@ -63,7 +63,7 @@ def test_every_request_and_an_own_size_are_counted():
     assert found == pytest.approx(counted(model, "grounding_dino", batch, True), rel=0.05)
 
 
-def test_an_expert_that_is_asked_nothing_computes_nothing():
+def test_an_expert_without_prompts_computes_nothing():
     model, batch = expert_model(), expert_batch("caption")
     assert flops.of_step(model, [replace(batch, decoders=["unipose"])])["unipose"] == 0
     assert set(flops.of_step(model, [replace(batch, decoders=[])])) == {"vision", "llm"}

@@ -17,7 +17,7 @@ STAGE = {"steps": 4, "groups": [{"tasks": ["caption"]}]}
 RECIPE = Recipe.model_validate({"name": "r", "stages": [{"name": "s"} | STAGE], "mlflow": {}})
 
 
-def test_without_the_package_the_user_is_told(data, tmp_path, monkeypatch):
+def test_a_missing_package_is_reported(data, tmp_path, monkeypatch):
     real = builtins.__import__
 
     def missing(name, *args, **kwargs):
@@ -90,7 +90,7 @@ def test_what_a_checkpoint_has_the_server_has_too(data, tmp_path, monkeypatch):
     assert at_checkpoints == [{0, 1}, {0, 1, 2, 3}]
 
 
-def test_a_server_that_cannot_be_used_is_told(data, tmp_path):
+def test_a_server_that_cannot_be_used_is_reported(data, tmp_path):
     pytest.importorskip("mlflow", reason="needs mlflow-skinny (pip install 'lumen-ray[mlflow]')")
     prepared = job_of(data, tmp_path / "run", STAGE, mlflow={"tracking_uri": "nonsense://x"})
     with pytest.raises(UserError, match="MLflow at 'nonsense://x' cannot be used") as error:

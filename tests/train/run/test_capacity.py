@@ -73,9 +73,9 @@ def test_what_is_missing_is_reported_in_one_line(demand, capacity, words):
     ("controller", "workers", "wants"),
     [
         (None, [], False),
-        ("PENDING_CREATION", [], False),  # it has asked Ray for nothing yet
+        ("PENDING_CREATION", [], False),  # it has requested nothing yet
         ("ALIVE", [], True),
-        ("ALIVE", ["PENDING_CREATION"] * 2, False),  # the capacity is theirs
+        ("ALIVE", ["PENDING_CREATION"] * 2, False),  # the resources are theirs
         ("ALIVE", ["ALIVE", "PENDING_CREATION"], False),
         ("ALIVE", ["ALIVE"] * 2, False),
         ("ALIVE", ["DEAD"] * 2, True),  # and are to be started again
@@ -83,7 +83,7 @@ def test_what_is_missing_is_reported_in_one_line(demand, capacity, words):
         ("DEAD", ["DEAD"] * 2, False),
     ],
 )
-def test_room_is_wanted_until_workers_are_made(controller, workers, wants):
+def test_capacity_is_needed_until_workers_are_made(controller, workers, wants):
     states = [("SynchronizationActor", "ALIVE"), *(("RayTrainWorker", state) for state in workers)]
     if controller:
         states.append(("TrainController", controller))
@@ -132,7 +132,7 @@ def test_another_reason_is_reported_once_it_has_lasted():
     assert len(cluster.reported) == 1 and "a killed run" in cluster.reported[0]
 
 
-def test_it_watches_beside_the_run_also_after_the_cluster_could_not_be_asked(monkeypatch):
+def test_it_watches_beside_the_run_also_after_the_cluster_did_not_answer(monkeypatch):
     monkeypatch.setattr(capacity_module, "EVERY_S", 0.001)
     monkeypatch.setattr(capacity_module, "REPORT_AFTER_S", 0.0)
     capacities, heard = iter([ConnectionError(), USED]), threading.Event()
@@ -148,7 +148,7 @@ def test_it_watches_beside_the_run_also_after_the_cluster_could_not_be_asked(mon
     assert not watcher._thread.is_alive()
 
 
-def test_ray_keeps_what_a_killed_run_had_asked_for_no_longer_than_reported():
+def test_ray_reserves_resources_of_a_killed_run_no_longer_than_reported():
     """Ray's own coordinator, with a clock and a cluster of the test's."""
     prepare_environment()
     from ray.data._internal.cluster_autoscaler import ResourceRequestPriority

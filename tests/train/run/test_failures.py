@@ -196,7 +196,7 @@ def test_what_the_user_must_mend_is_found_in_its_wrappers(error, tmp_path):
     assert found.reason == getattr(error, "reason", "training_diverged")
 
 
-def test_an_error_of_a_reading_task_is_told_without_its_traceback(tmp_path):
+def test_an_error_of_a_reading_task_is_reported_without_its_traceback(tmp_path):
     from ray.exceptions import RayTaskError
 
     wrapped = RayTaskError("read", "Traceback:\n", UserError("mend this", "broken_shards")).as_instanceof_cause()
@@ -223,7 +223,7 @@ def ended_by_ray():
     return Wrapped({0: WorkerHealthCheckFailedError("polling failed", OutOfMemoryError("node running low on memory"))})
 
 
-def test_a_worker_that_ray_ended_for_its_memory_is_told(data, tmp_path):
+def test_a_worker_that_ray_ended_for_its_memory_is_reported(data, tmp_path):
     cause = as_user_error(ended_by_ray(), tmp_path)
     assert isinstance(cause, UserError) and cause.reason == "out_of_memory" and "\n" not in str(cause)
     assert "before the first step was complete, and Ray ended the worker; raise 'accumulate'" in str(cause)

@@ -37,7 +37,7 @@ def test_gpus_are_used_where_there_are_enough(tmp_path, resources, workers, min_
         ({}, 1, 0, ["has 0 CPUs but 1 worker need"]),
     ],
 )
-def test_too_few_are_told_in_one_sentence(tmp_path, resources, workers, min_workers, words):
+def test_too_few_are_reported_in_one_sentence(tmp_path, resources, workers, min_workers, words):
     with pytest.raises(UserError) as error:
         uses_gpus(resources, recipe(tmp_path, workers, min_workers))
     assert error.value.reason == ("too_few_gpus" if "GPU" in resources else "too_few_cpus")

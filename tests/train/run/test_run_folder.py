@@ -4,7 +4,7 @@ import json
 import shutil
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import FrozenInstanceError, asdict
 
 import pytest
 import yaml
@@ -39,7 +39,7 @@ def test_one_process_at_a_time_writes_to_a_run(tmp_path):
     thread.join()
 
 
-def test_ctrl_c_is_told_as_such(data, tmp_path, monkeypatch):
+def test_ctrl_c_raises_a_keyboard_interrupt(data, tmp_path, monkeypatch):
     """Ray ends the workers, and then the process with the status of a program that has done its work."""
 
     class Interrupted:
@@ -88,7 +88,7 @@ def test_a_try_that_is_not_quite_dead_is_waited_for(data, tmp_path):
 
 
 @pytest.mark.parametrize("output", ["file", "file/x", "/proc/x", "/proc"])
-def test_an_output_that_cannot_be_made_is_told(data, tmp_path, output):
+def test_an_output_that_cannot_be_made_is_reported(data, tmp_path, output):
     (tmp_path / "file").write_text("x")
     with pytest.raises(UserError, match="'.*' cannot be (made|written to): ") as error:
         train(data / "shards", make_recipe(data), tmp_path / output)
@@ -173,6 +173,24 @@ def test_a_recipe_says_where_it_starts_from(data, tmp_path):
     changed = start_record(make_recipe(data, init_from=str(other)), settings, manifest, str(other))
     with pytest.raises(UserError, match="a run of another model to start from;"):
         keep_record(tmp_path / "run", changed, resumes=True)
+
+
+def test_a_resumed_run_has_the_start_point_of_the_first_try(data, tmp_path):
+    run, start = tmp_path / "run", tiny_folder(tmp_path / "start")
+    for init_from in (None, str(start)):
+        first = prepare_job(data / "shards", make_recipe(data, seed=3), run, init_from).job.start
+        with pytest.raises(FrozenInstanceError):
+            first.seed = 4
+        checkpoint = run / "checkpoints" / "0000001-s0"  # complete as far as its names tell
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "position.json").write_text(json.dumps({"step": 1, "stage": "s0", "preset": "tiny"}))
+        (checkpoint / ".metadata").write_text("")
+        again = prepare_job(data / "shards", make_recipe(data, seed=3), run, init_from).job.start
+        assert (again.settings, again.seed, again.init_from, again.meta) == (
+            first.settings, 3, init_from, read_meta(start) if init_from else None
+        )  # fmt: skip
+        assert again.tokenizer.backend.to_str() == first.tokenizer.backend.to_str()
+        shutil.rmtree(run)
 
 
 def test_a_preset_of_published_weights_needs_a_start(data, tmp_path):
