@@ -21,7 +21,7 @@ from support.diffusion_fakes import (
 )
 from transformers import CLIPTextConfig
 
-from lumen_ray.decoders.diffusion.decoder import empty_caption_ids, fit_pixels
+from lumen_ray.decoders.diffusion.modules import empty_caption_ids, fit_pixels
 from lumen_ray.errors import UserError
 from lumen_ray.precision import autocast_context, cast_weights_
 from lumen_ray.structures import SampleSettings

@@ -7,7 +7,7 @@ from support.diffusion_fakes import SIDE, TEXT, instruct_pix2pix, make_link, mak
 
 from lumen_ray.config import validate
 from lumen_ray.decoders.base import SampleSettings
-from lumen_ray.decoders.diffusion.decoder import fit_pixels
+from lumen_ray.decoders.diffusion.modules import fit_pixels
 from lumen_ray.decoders.diffusion.settings import InstructPix2PixSettings
 from lumen_ray.errors import UserError
 from lumen_ray.targets import Pixels

@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 
 from lumen_ray.config import validate
 from lumen_ray.decoders.base import SampleSettings
-from lumen_ray.decoders.diffusion.decoder import empty_caption_ids
+from lumen_ray.decoders.diffusion.modules import empty_caption_ids
 from lumen_ray.decoders.diffusion.published import load_published, published_settings, published_tokenizer
 from lumen_ray.decoders.diffusion.settings import StableDiffusionSettings
 from lumen_ray.decoders.diffusion.stable_diffusion import StableDiffusionDecoder

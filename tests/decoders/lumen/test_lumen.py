@@ -13,7 +13,8 @@ from lumen_ray.decoders.base import PredictSettings, PromptSpec
 from lumen_ray.decoders.common.boxes import giou_loss, greedy_nms
 from lumen_ray.decoders.common.ragged import place_in_group
 from lumen_ray.decoders.lumen.assigner import assign
-from lumen_ray.decoders.lumen.decoder import LumenDecoder, best_of_each, scattered
+from lumen_ray.decoders.lumen.decoder import LumenDecoder
+from lumen_ray.decoders.lumen.mask_positives import best_of_each, scattered
 from lumen_ray.decoders.lumen.settings import LumenSettings
 from lumen_ray.structures import Boxes
 from lumen_ray.superlink import SuperLink
