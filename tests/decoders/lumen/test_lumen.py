@@ -322,7 +322,7 @@ def test_unlabelled_keypoints_cost_nothing_and_labelled_ones_count():
     assert float(crowd.count) == 1
 
 
-def test_nothing_to_find_and_nothing_found():
+def test_no_targets_and_no_instances():
     model = decoder()
     embeddings, dense = random_inputs(2, 1)
     raw = model(make_link(embeddings, [0, 0]), dense)
@@ -371,7 +371,7 @@ def test_every_stride_builds_boxes_around_its_places(stride):
     assert ((x1 < x) & (x < x2) & (y1 < y) & (y < y2)).all()
 
 
-def test_objects_in_neighbouring_places_are_all_found():
+def test_objects_in_neighbouring_places_are_all_detected():
     """Two of equal score, and one beside a better one, side by side: their boxes hardly overlap."""
     model = decoder(stride=4)
     with torch.no_grad():
