@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,12 +59,12 @@ class Layout:
         return len(self.input_ids), prefix + self.input_ids.shape[1]
 
     def to(self, device: torch.device | str) -> Layout:
-        def move(value: Tensor | dict[str, Tensor] | None) -> Tensor | dict[str, Tensor] | None:
-            if value is None:
-                return None
-            return {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)
+        def move(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: tensor.to(device) for name, tensor in value.items()}
+            return None if value is None else value.to(device)
 
-        return Layout(**{name: move(value) for name, value in self.__dict__.items()})  # type: ignore[arg-type]  # same types
+        return Layout(**{name: move(value) for name, value in self.__dict__.items()})
 
 
 def branch_span(index: int, branch: Branch, tokenizer: LumenTokenizer) -> TokenSpan:

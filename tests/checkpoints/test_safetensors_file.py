@@ -45,7 +45,7 @@ def test_every_type_is_read_back(tmp_path, dtype):
             assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
 
 
-def test_what_is_read_belongs_to_the_reader(tmp_path):
+def test_tensors_read_do_not_share_memory(tmp_path):
     write_weights(tmp_path / "w", {"some": torch.zeros(3), "more": torch.ones(2)})
     file = WeightsFile(tmp_path / "w")
     file["some"].fill_(5)
@@ -63,7 +63,7 @@ def test_another_file_in_its_place_is_not_mixed_in(tmp_path):
     assert WeightsFile(tmp_path / "w")["some"].tolist() == [1, 1, 1]
 
 
-def test_a_file_that_is_cut_while_it_is_open_is_told(tmp_path):
+def test_a_file_truncated_while_open_raises_a_user_error(tmp_path):
     write_weights(tmp_path / "w", {"some": torch.zeros(3000)})
     file = WeightsFile(tmp_path / "w")
     os.truncate(tmp_path / "w", 5000)

@@ -1,4 +1,4 @@
-"""The model folder: what is written is read back; what is wrong with a folder is said in one sentence."""
+"""The model folder: round trip, and errors for damaged folders."""
 
 import errno
 import json
@@ -118,12 +118,12 @@ def _tokenizer_not_json(folder):
         _tokenizer_not_json,
     ],
 )  # fmt: skip
-def test_damage_is_told(folder, damage):
+def test_damage_raises_user_errors(folder, damage):
     damage(folder)
     refused(folder, "damaged_model")
 
 
-def test_a_typo_in_the_config_is_told(folder):
+def test_a_typo_in_the_config_raises_a_user_error(folder):
     text = (folder / "config.yaml").read_text()
     (folder / "config.yaml").write_text(text.replace("stem_channels", "stem_chanels"))
     assert "did you mean 'stem_channels'?" in refused(folder, "invalid_config")
@@ -149,7 +149,7 @@ def contents(folder):
 
 
 def test_a_model_that_is_overwritten_is_never_half_another(tmp_path, monkeypatch):
-    """Killed at any moment: the model of before, none, or the new one. What is moved was flushed to the disk."""
+    """Killed at any moment, the folder holds the old model, none, or the new one. Files are flushed first."""
     new, tokenizer, model = ModelMeta("tiny", ["blue square"]), captioning_tokenizer(6), tiny_model(4)
 
     def save_new(folder):

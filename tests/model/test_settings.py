@@ -49,7 +49,7 @@ def test_the_preset_is_valid_and_survives_a_round_trip():
     assert config.validate(ModelSettings, again, "copy") == settings
 
 
-def test_a_choice_of_decoders_keeps_what_it_does_not_name():
+def test_choosing_decoders_keeps_the_others():
     both = {"grounding_dino": EXPERTS["grounding_dino"]}
     own = tiny_settings(decoders={"segment": "grounding_dino"}, **both)
     chosen = own.choose({"detect": "grounding_dino", "count": "lumen"}, "here")

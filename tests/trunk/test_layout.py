@@ -105,7 +105,7 @@ def test_only_routing_tokens_and_responses_are_supervised(case):
 
 @settings(max_examples=60, deadline=None)
 @given(branch_lists(), st.integers(1, 5), st.lists(st.booleans(), min_size=3, max_size=3))
-def test_a_token_sees_the_prefix_and_its_own_branch_so_far(case, prefix, valid):
+def test_a_token_attends_to_the_prefix_and_the_preceding_tokens_of_its_branch(case, prefix, valid):
     branches, images = case
     layout = build_layout(branches, images, TOKENIZER)
     allowed = branch_allowed(layout.branch_ids, torch.tensor(valid[:images]), prefix)

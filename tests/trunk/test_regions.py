@@ -62,7 +62,7 @@ def test_a_mask_is_scaled():
     st.sampled_from(("box", "point", "scribble", "polygon", "mask")),
 )  # fmt: skip
 def test_no_valid_region_is_empty(height, width, x, y, extent, kind):
-    """However small and wherever it lies; an empty mask would give an embedding that says nothing."""
+    """At any size and position; an empty mask would give an embedding without information."""
     x1, y1 = x * (width - extent), y * (height - extent)
     x2, y2 = x1 + extent, y1 + extent
     points = {"box": [[x1, y1], [x2, y2]], "point": [[x2, y2]], "scribble": [[x1, y1], [x2, y2]]}
@@ -103,7 +103,7 @@ def test_the_embedding_depends_on_region_and_image(patch):
 
 
 @pytest.mark.parametrize("patch", [16, 14])
-def test_a_region_of_an_input_that_is_not_square_reads_its_own_place(patch):
+def test_a_region_of_a_non_square_input_pools_its_place(patch):
     encoder = scrambled(RegionEncoder(12, 20, patch))
     images = random_images(2)[:, :, : 2 * patch].float() / 255
     images = torch.cat([images, images], dim=3)[..., : 5 * patch]

@@ -171,7 +171,7 @@ def test_requests_do_not_share_a_string(stage):
     assert (together[1] - together[2]).abs().max() > 1e-3
 
 
-def test_what_free_chat_routes_to_is_no_part_of_another_request(stage, monkeypatch):
+def test_free_chat_routes_are_not_part_of_another_request(stage, monkeypatch):
     monkeypatch.setattr(stage.trunk, "generate", lambda *args: [[TOKENIZER.ids["[DET]"]]])
     chat, other = make_request("chat", text="detect cat"), make_request("detect", classes=["dog"])
     found = links_of(stage, [other, chat])
@@ -187,7 +187,7 @@ def test_chunks_do_not_cut_a_string(stage):
             torch.testing.assert_close(links, wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_without_an_image_the_lead_is_still_seen():
+def test_without_an_image_the_lead_is_still_attended_to():
     trunk = small_trunk()
     layout = build_layout([Branch(0, "detect dog", route="[DET]")], 1, TOKENIZER, "sequential")
     none, blind = torch.zeros(0), torch.tensor([False])
@@ -228,7 +228,7 @@ def test_packing_and_the_other_layout_are_refused():
         build_layout([Branch(0, "detect dog", route="[DET]")], 1, TOKENIZER, "branches")
 
 
-def test_a_published_tokenizer_keeps_its_own_ends_and_gains_ours(tmp_path):
+def test_a_published_tokenizer_keeps_its_end_tokens_and_gains_ours(tmp_path):
     ours, first = LumenTokenizer.extend(gpt_tokenizer(), {EOS: "<|endoftext|>"})
     assert ours.ids[EOS] == 256 and first == 257 and EOS not in ours.backend.get_vocab()
     assert len(ours) == max(ours.ids.values()) + 1 and min(ours.ids[t] for t in (PAD, USER, ASSISTANT)) >= first

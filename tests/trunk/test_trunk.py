@@ -1,4 +1,4 @@
-"""Branches do not see each other; the cached path equals the packed one; greedy text equals a plain re-run."""
+"""Branches do not attend to each other; the cached path equals the packed one; greedy text equals a plain re-run."""
 
 import dataclasses
 import random

@@ -42,7 +42,7 @@ def pairwise_iou(a: Tensor, b: Tensor) -> Tensor:
 
 
 def giou_loss(a: Tensor, b: Tensor) -> Tensor:
-    """1 - GIoU of xyxy boxes [N, 4], pair by pair (arXiv 1902.09630, eq. 4 and 5)."""
+    """1 - GIoU of xyxy boxes [N, 4], pair by pair (arXiv 1902.09630, alg. 2)."""
     hull = _area(torch.minimum(a[:, :2], b[:, :2]), torch.maximum(a[:, 2:], b[:, 2:]))
     overlap = _area(torch.maximum(a[:, :2], b[:, :2]), torch.minimum(a[:, 2:], b[:, 2:]))
     union = box_area(a) + box_area(b) - overlap

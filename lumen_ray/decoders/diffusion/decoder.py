@@ -11,81 +11,29 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lumen_ray.decoders.base import ImageDecoder, LossTerm, SampleSettings, sum_terms
+from lumen_ray.decoders.diffusion.modules import (
+    build_module,
+    check_keys,
+    empty_caption_ids,
+    fit_pixels,
+    without_warnings,
+)
 from lumen_ray.decoders.diffusion.schedule import check_schedule, check_steps, scheduler_keys
-from lumen_ray.decoders.diffusion.schedulers import TRAINING, Scheduler, config_keys, make_scheduler
+from lumen_ray.decoders.diffusion.schedulers import TRAINING, Scheduler, make_scheduler
 from lumen_ray.decoders.diffusion.settings import DiffusionSettings
 from lumen_ray.decoders.spec import TrunkShape
-from lumen_ray.errors import UserError, suggest
+from lumen_ray.errors import UserError
 from lumen_ray.input_size import by_size
 from lumen_ray.meta_init import published_part
 from lumen_ray.structures import Size
 from lumen_ray.superlink import SuperLink
 from lumen_ray.targets import ImageTargets, Pixels
-
-if TYPE_CHECKING:
-    from transformers import CLIPTextConfig
-
-
-def check_keys(where: str, keys: Collection[str], valid: Collection[str], owner: str) -> None:
-    """Raises `UserError` for a key that `owner` lacks; library classes ignore some unknown keys silently."""
-    for key in keys:
-        if key not in valid:
-            raise UserError(
-                f"unknown key '{where}.{key}';{suggest(key, valid)} valid keys are those of {owner}", "invalid_config"
-            )
-
-
-def _build(cls: Any, where: str, keys: dict[str, Any]) -> Any:
-    """Builds a model class of `diffusers` with fresh weights. Raises `UserError` for invalid keys."""
-    check_keys(where, keys, config_keys(cls), f"diffusers.{cls.__name__}")
-    try:
-        return published_part(lambda: cls(**keys))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: {str(error).splitlines()[0]}", "invalid_config") from None
-
-
-def empty_caption_ids(config: CLIPTextConfig) -> Tensor:
-    """int64 [1, L]: the ids of the empty text from CLIP's tokenizer, padded with the end token."""
-    begin, end = config.bos_token_id, config.eos_token_id
-    if end == 2:  # wrong in published configs: the tokenizer uses the vocabulary's last two ids
-        begin, end = config.vocab_size - 2, config.vocab_size - 1
-    return torch.tensor([[begin, *[end] * (config.max_position_embeddings - 1)]])
-
-
-def fit_pixels(images: Tensor, extents: Tensor | None, size: Size) -> Tensor:
-    """Crops images uint8 [N, 3, H, W] to `extents` (int64 [N, 2] (height, width); None: full size) and resizes them
-    with antialiasing -> float32 [N, 3, *size] in 0..1. An image's result does not depend on the others."""
-    if extents is None:
-        extents = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
-    out = torch.empty(len(images), 3, *size, device=images.device)
-    for extent in extents.unique(dim=0):
-        members = torch.nonzero((extents == extent).all(1)).flatten()
-        height, width = extent.tolist()
-        part = images[members, :, :height, :width].float() / 255
-        out[members] = F.interpolate(part, size, mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
-    return out
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Context in which `transformers` logs only errors."""
-    from transformers.utils import logging
-
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
 
 
 class DiffusionDecoder(ImageDecoder):
@@ -115,8 +63,8 @@ class DiffusionDecoder(ImageDecoder):
 
         self.settings = settings
         check_keys(f"{self.name}.scheduler", settings.scheduler, scheduler_keys(), "diffusers' schedulers")
-        self.unet = _build(UNet2DConditionModel, f"{self.name}.unet", settings.unet)
-        self.vae = _build(AutoencoderKL, f"{self.name}.vae", settings.vae)
+        self.unet = build_module(UNet2DConditionModel, f"{self.name}.unet", settings.unet)
+        self.vae = build_module(AutoencoderKL, f"{self.name}.vae", settings.vae)
         self.text_encoder = self.null = None
         if settings.text_encoder is not None:
             self.text_encoder = self._build_text_encoder(settings.text_encoder)
@@ -334,7 +282,7 @@ class DiffusionDecoder(ImageDecoder):
 
     def _pipeline(self) -> Any:
         """A pipeline of `diffusers` around this decoder's modules."""
-        with _without_warnings():  # about image processors that need torchvision, none of which is used
+        with without_warnings():  # about image processors that need torchvision, none of which is used
             pipeline = self._pipeline_class()
         return pipeline(
             vae=self.vae,

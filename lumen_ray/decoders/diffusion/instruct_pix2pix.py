@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lumen_ray.decoders.base import SampleSettings
 from lumen_ray.decoders.diffusion import INSTRUCT_PIX2PIX
-from lumen_ray.decoders.diffusion.decoder import DiffusionDecoder, fit_pixels
+from lumen_ray.decoders.diffusion.decoder import DiffusionDecoder
+from lumen_ray.decoders.diffusion.modules import fit_pixels
 from lumen_ray.decoders.diffusion.settings import InstructPix2PixSettings
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Size

@@ -1,5 +1,5 @@
-"""The layers of Grounding DINO's transformer (arXiv 2303.05499, sec. 3.2) with the weights of `transformers`, in fewer
-and fused operations.
+"""The layers of Grounding DINO's transformer (arXiv 2303.05499, sec. 3.1 and 3.3) with the weights of `transformers`,
+in fewer and fused operations.
 
 Legend: G groups, T links of a group, S places of all levels, Q queries, C channels.
 """

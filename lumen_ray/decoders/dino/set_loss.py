@@ -128,7 +128,7 @@ def assign(costs: Tensor, allowed: Tensor, counts: Tensor) -> Matches:
 
 
 def _costs(layer: Queries, objects: Objects, s: DinoLossSettings) -> Tensor:
-    """[G, Q, M]: focal class cost, L1 and GIoU (Deformable DETR, arXiv 2010.04159, app. A.1)."""
+    """[G, Q, M]: focal class cost, L1 and GIoU as in Deformable DETR (arXiv 2010.04159)."""
     seats = objects.seats
     labels, truth = seats.fill(objects.labels), seats.fill(objects.boxes)  # G M T, G M 4
     share = labels / labels.sum(-1, keepdim=True).clamp_min(1)

@@ -272,8 +272,8 @@ class DinoTrunk(nn.Module):
         return self.decoder.reference_points_head(sines(y_first, self.settings.hidden_size // 2))
 
     def moved(self, reference: Tensor, head: Callable[[Tensor], Tensor], hidden: Tensor) -> Tensor:
-        """Refined boxes in 0..1, float32: `reference` plus the offset that `head` predicts from `hidden` (DINO, arXiv
-        2203.03605, sec. 3.5)."""
+        """Refined boxes in 0..1, float32: `reference` plus the offset that `head` predicts from `hidden` (Deformable
+        DETR, arXiv 2010.04159, sec. 4.2)."""
         return (head(hidden).float() + inverse_sigmoid(reference, self.settings.inverse_sigmoid_eps)).sigmoid()
 
 

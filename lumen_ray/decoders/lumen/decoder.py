@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from lumen_ray.decoders.base import Decoder, LossTerm, PredictSettings, PromptSpec
 from lumen_ray.decoders.common.boxes import giou_loss, greedy_nms
-from lumen_ray.decoders.common.ragged import place_in_group
 from lumen_ray.decoders.common.upsample import at_stored_size
 from lumen_ray.decoders.lumen import SPEC
 from lumen_ray.decoders.lumen.aligner import Aligner, sine_position
 from lumen_ray.decoders.lumen.assigner import Assignment, assign
+from lumen_ray.decoders.lumen.mask_positives import select_mask_positives
 from lumen_ray.decoders.lumen.pose_head import PoseHead
 from lumen_ray.decoders.lumen.settings import LumenSettings
 from lumen_ray.decoders.spec import TrunkShape
@@ -54,22 +54,6 @@ class LumenRaw:
     shape: tuple[int, int]  # (h, w)
     mask_features: Tensor  # [B, mask_channels, H/4, W/4]
     dense: Tensor  # [B, D, H/4, W/4]
-
-
-def best_of_each(groups: Tensor, values: Tensor, most: int) -> Tensor:
-    """Indices of the `most` highest `values` [N] of each group (int64 [N]), by group, best first; ties by index.
-
-    The result of a group does not depend on the other groups, so a loss over it does not depend on the rank split.
-    """
-    order = values.argsort(descending=True, stable=True)
-    order = order[groups[order].argsort(stable=True)]
-    return order[place_in_group(groups[order]) < most]
-
-
-def scattered(boxes: Tensor) -> Tensor:
-    """A pseudo-random number in [0, 1) for each box [N, 4], a function of the box alone."""
-    x1, y1, x2, y2 = boxes.double().unbind(-1)  # no matrix product: its rounding may depend on N
-    return ((x1 * 12.9898 + y1 * 78.233 + x2 * 37.719 + y2 * 4.581).sin() * 43758.5453).frac().abs()
 
 
 class LumenDecoder(Decoder):
@@ -216,23 +200,19 @@ class LumenDecoder(Decoder):
         place: Tensor,
         gt: Tensor,
     ) -> LossTerm:
-        """BCE + Dice (sec. 3.3) on the positives nearest the centre, `max_masks_per_object` for each prompt's object.
-
-        Distances are exact; a choice by score would depend on rounding and so on the rank split. Crowded images have at
-        most `max_masks_per_image`: the nearest positive of each object first, in a pseudo-random order of objects that
-        changes with augmentation.
-        """
+        """BCE + Dice (sec. 3.3) on the positives of `select_mask_positives`."""
         index = targets.mask_index[raw.objects][prompt, gt]
         keep = torch.nonzero(index >= 0).flatten()
-        objects = prompt[keep] * targets.valid.shape[1] + gt[keep]
         gt_boxes = targets.boxes[raw.objects][prompt[keep], gt[keep]]
-        distance = (raw.centers[place[keep]] - (gt_boxes[:, :2] + gt_boxes[:, 2:]) / 2).square().sum(-1)
-        best = best_of_each(objects, -distance, self.settings.max_masks_per_object)
-        keep, gt_boxes = keep[best], gt_boxes[best]
-        priority = scattered(gt_boxes) - place_in_group(objects[best])
-        images = raw.link.image_index[raw.objects[prompt[keep]]]
-        best = best_of_each(images, priority, self.settings.max_masks_per_image)
-        keep, gt_boxes = keep[best], gt_boxes[best]
+        chosen = select_mask_positives(
+            prompt[keep] * targets.valid.shape[1] + gt[keep],
+            gt_boxes,
+            raw.centers[place[keep]],
+            raw.link.image_index[raw.objects[prompt[keep]]],
+            self.settings.max_masks_per_object,
+            self.settings.max_masks_per_image,
+        )
+        keep, gt_boxes = keep[chosen], gt_boxes[chosen]
         prompt, place, gt, index = prompt[keep], place[keep], gt[keep], index[keep]
         if len(keep) == 0:
             return LossTerm(raw.logits.new_zeros(()), raw.logits.new_zeros(()))

@@ -1,4 +1,4 @@
-"""What the two decoders that make pictures share: sizes, losses, what is frozen, what is told about wrong settings."""
+"""The base of the image decoders: sizes, losses, frozen modules, errors for invalid settings."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ from support.diffusion_fakes import (
 )
 from transformers import CLIPTextConfig
 
-from lumen_ray.decoders.diffusion.decoder import empty_caption_ids, fit_pixels
+from lumen_ray.decoders.diffusion.modules import empty_caption_ids, fit_pixels
 from lumen_ray.errors import UserError
 from lumen_ray.precision import autocast_context, cast_weights_
 from lumen_ray.structures import SampleSettings
@@ -40,7 +40,7 @@ def test_the_modules_are_imported_without_the_libraries():
     assert found.strip() == "[]"
 
 
-def test_fit_pixels_shrinks_the_shown_part_by_area():
+def test_fit_pixels_downsamples_the_image_without_padding_by_area():
     images = torch.full((2, 3, 8, 8), 255, dtype=torch.uint8)
     images[0, :, :4, :2] = 0  # of a shown part 4 high and 4 wide: the left half
     images[1] = 100
@@ -114,7 +114,7 @@ def test_no_prompts_give_finite_losses(make):
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_what_the_settings_do_not_train_stays_frozen(make):
+def test_modules_that_the_settings_do_not_train_stay_frozen(make):
     decoder = make(train_unet=False, train_vae=False, text_encoder=TEXT)
     decoder.requires_grad_(True)  # as a stage of a recipe does with the parts it names
     assert not [name for name, p in decoder.named_parameters() if p.requires_grad]
@@ -132,7 +132,7 @@ def test_what_the_settings_do_not_train_stays_frozen(make):
 
 @pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
-def test_the_unet_learns_what_the_schedule_says_it_predicts(make, kind, monkeypatch):
+def test_the_target_of_the_unet_follows_prediction_type(make, kind, monkeypatch):
     decoder = make(train_unet=True, scheduler={"prediction_type": kind})
     seen = {}
 
@@ -206,7 +206,7 @@ def test_the_first_steps_add_noise_in_bfloat16(make, monkeypatch):
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_links_learn_to_say_what_the_text_encoder_says(make):
+def test_links_are_aligned_with_encoded_captions(make):
     decoder = make(text_encoder=TEXT, align_weight=0.5).eval()
     ids = torch.randint(20, (3, TOKENS))
     with torch.no_grad():
@@ -254,7 +254,7 @@ def test_the_empty_condition_is_the_encoded_empty_text_or_learned():
         ({"num_tokens": 5, "text_encoder": TEXT}, "text_encoder.max_position_embeddings must be num_tokens, 5"),
     ],
 )
-def test_settings_that_do_not_fit_are_told(keys, message):
+def test_settings_that_do_not_fit_raise_user_errors(keys, message):
     with pytest.raises(UserError) as error:
         stable_diffusion(**keys)
     assert message in str(error.value)
@@ -277,7 +277,7 @@ def test_settings_that_do_not_fit_are_told(keys, message):
         ({"seed": -1}, "the seed must not be negative"),
     ],
 )
-def test_sampling_that_cannot_work_is_told(make, keys, message):
+def test_invalid_sampling_raises_user_errors(make, keys, message):
     with pytest.raises(UserError) as error:
         make().sample(make_link(), make_pixels(), SampleSettings(**keys))
     assert message in str(error.value)
@@ -285,7 +285,7 @@ def test_sampling_that_cannot_work_is_told(make, keys, message):
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_guidance_is_the_decoders_own_where_none_is_asked_for(make):
+def test_guidance_defaults_to_the_decoders_settings(make):
     own = {"guidance": 3.0} | ({"image_guidance": 2.0} if make is instruct_pix2pix else {})
     decoder = make(**own).eval()
 
@@ -351,7 +351,7 @@ def test_targets_move_with_all_they_hold():
     assert moved.caption_ids is None
 
 
-def test_targets_count_only_what_lies_in_their_extents():
+def test_targets_are_cropped_to_their_extents():
     decoder = stable_diffusion(train_unet=True)
     images = make_targets(2, side=24).images
     extents = torch.tensor([[24, 16], [16, 24]])
@@ -366,7 +366,7 @@ def test_targets_count_only_what_lies_in_their_extents():
 
 
 @pytest.mark.parametrize("make", MAKERS)
-def test_pictures_of_one_size_are_learned_together_and_none_is_stretched(make, monkeypatch):
+def test_images_are_batched_by_size_and_not_stretched(make, monkeypatch):
     decoder, seen = make(train_unet=True, train_vae=True, vae_images=3), []
     extents = torch.tensor([[24, 16], [16, 16], [24, 16], [16, 24]])
     targets = ImageTargets(make_targets(4, side=24).images, extents)

@@ -1,4 +1,4 @@
-"""Both decoders learn from scratch, VAE included, to do what their links say."""
+"""Both image decoders, including the VAE, learn from scratch to follow their links."""
 
 import pytest
 import torch
@@ -53,7 +53,7 @@ def nearest(pictures):
     return (pictures.float().mean((2, 3))[:, None] - COLOURS.float()).norm(dim=-1).argmin(1)
 
 
-def test_text_to_image_draws_the_colour_that_is_asked_for():
+def test_text_to_image_generates_the_colour_of_the_prompt():
     decoder = stable_diffusion(**KEYS)
 
     def batch(words):
@@ -68,7 +68,7 @@ def test_text_to_image_draws_the_colour_that_is_asked_for():
     assert torch.equal(nearest(drawn), which.repeat_interleave(2))
 
 
-def test_edits_start_from_the_picture_and_do_what_is_asked():
+def test_edits_start_from_the_source_image_and_follow_the_instruction():
     """Instruction 0 leaves the picture, 1 paints it in the first colour, 2 in the second."""
     decoder = instruct_pix2pix(**{**KEYS, "unet": {**KEYS["unet"], "in_channels": 8}})
 

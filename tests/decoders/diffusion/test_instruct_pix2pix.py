@@ -7,7 +7,7 @@ from support.diffusion_fakes import SIDE, TEXT, instruct_pix2pix, make_link, mak
 
 from lumen_ray.config import validate
 from lumen_ray.decoders.base import SampleSettings
-from lumen_ray.decoders.diffusion.decoder import fit_pixels
+from lumen_ray.decoders.diffusion.modules import fit_pixels
 from lumen_ray.decoders.diffusion.settings import InstructPix2PixSettings
 from lumen_ray.errors import UserError
 from lumen_ray.targets import Pixels
@@ -37,7 +37,7 @@ def test_text_both_and_picture_are_dropped_in_turn(monkeypatch):
     assert torch.equal(seen["source"], sources * kept[:, None, None, None])
 
 
-def test_the_source_is_the_shown_part_of_the_image_the_link_is_about():
+def test_the_source_is_the_links_image_without_padding():
     decoder, link, view = instruct_pix2pix().eval(), make_link(3), make_pixels()
     settings = SampleSettings(steps=2)
     before = decoder.sample(link, view, settings)
@@ -112,19 +112,19 @@ def test_sampling_is_guidance_of_both_kinds_written_out():
         ({"guidance": 1.0}, "guidance 1.0 is off, and image_guidance needs it"),
     ],
 )
-def test_guidance_that_the_pipeline_would_leave_out_is_told(keys, message):
+def test_guidance_that_the_pipeline_would_drop_raises_user_errors(keys, message):
     with pytest.raises(UserError, match=message):
         instruct_pix2pix().sample(make_link(1), make_pixels(), SampleSettings(**keys))
 
 
-def test_guidance_of_its_own_that_refuses_every_edit_is_told():
+def test_default_guidance_that_would_refuse_every_edit_raises_user_errors():
     keys = {"image_size": 64, "unet": {}, "vae": {}, "guidance": 1.0}
     with pytest.raises(UserError, match="guidance 1 is off.*image_guidance: 1"):
         validate(InstructPix2PixSettings, keys, "test")
     validate(InstructPix2PixSettings, keys | {"image_guidance": 1.0}, "test")
 
 
-def test_shares_of_what_is_dropped_leave_something():
+def test_dropped_shares_add_up_to_less_than_one():
     keys = {"image_size": 64, "unet": {}, "vae": {}, "drop_text": 0.5, "drop_both": 0.3, "drop_image": 0.2}
     with pytest.raises(UserError, match="shares that add up to less than 1, got 1"):
         validate(InstructPix2PixSettings, keys, "test")

@@ -1,4 +1,4 @@
-"""Published folders: tiny checkpoints saved by the libraries' own classes come back as a decoder."""
+"""Published folders: tiny checkpoints saved by the libraries' classes are loaded into a decoder."""
 
 import json
 import shutil
@@ -12,7 +12,7 @@ from transformers import CLIPTokenizer
 
 from lumen_ray.config import validate
 from lumen_ray.decoders.base import SampleSettings
-from lumen_ray.decoders.diffusion.decoder import empty_caption_ids
+from lumen_ray.decoders.diffusion.modules import empty_caption_ids
 from lumen_ray.decoders.diffusion.published import load_published, published_settings, published_tokenizer
 from lumen_ray.decoders.diffusion.settings import StableDiffusionSettings
 from lumen_ray.decoders.diffusion.stable_diffusion import StableDiffusionDecoder
@@ -96,7 +96,7 @@ def test_pickles_are_read_only_where_allowed(tmp_path):
     assert torch.equal(other.unet.conv_in.weight, decoder.unet.conv_in.weight)
 
 
-def test_what_is_missing_or_does_not_fit_is_told(folder, tmp_path):
+def test_missing_or_unsuitable_weights_raise_user_errors(folder, tmp_path):
     with pytest.raises(UserError, match="unet/config.json is missing"):
         published_settings(tmp_path)
     with pytest.raises(UserError, match="unet/config.json is missing"):
@@ -135,7 +135,7 @@ def test_captions_become_ids_as_clip_reads_them(folder, tmp_path, files):
     assert empty_caption_ids(config)[0].tolist() == expected[1]
 
 
-def test_a_padding_token_of_its_own_is_kept(folder, tmp_path):
+def test_the_tokenizers_padding_token_is_kept(folder, tmp_path):
     """Stable Diffusion 2 pads with "!", which is id 0."""
     whole = shutil.copytree(folder, tmp_path / "whole")
     own = CLIPTokenizer(clip_tokenizer().get_vocab(), [], pad_token="z")
@@ -143,7 +143,7 @@ def test_a_padding_token_of_its_own_is_kept(folder, tmp_path):
     assert published_tokenizer(whole).encode("b").ids[-1] == own.pad_token_id == 25
 
 
-def test_a_tokenizer_that_is_missing_or_damaged_is_told(folder, tmp_path):
+def test_a_missing_or_damaged_tokenizer_raises_user_errors(folder, tmp_path):
     whole = shutil.copytree(folder, tmp_path / "whole")
 
     def refused():

@@ -1,4 +1,4 @@
-"""Noise schedules that cannot train or draw are told when a decoder is built."""
+"""Invalid noise schedules raise `UserError` when a decoder is built."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_every_sampler_draws_with_the_defaults():
         ({"prediction_type": "sample"}, "EulerAncestralDiscreteScheduler", "not implemented yet: sample"),
     ],
 )
-def test_a_schedule_that_cannot_work_is_told(keys, sampler, message):
+def test_an_invalid_schedule_raises_user_errors(keys, sampler, message):
     published = StableDiffusionSettings.model_fields["scheduler"].default
     for make in (stable_diffusion, instruct_pix2pix):
         with pytest.raises(UserError, match=message) as error:
@@ -44,7 +44,7 @@ def test_a_schedule_that_cannot_work_is_told(keys, sampler, message):
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 2, 999])
-def test_any_sampler_draws_in_few_steps_and_knows_the_most(sampler, steps):
+def test_every_sampler_runs_with_few_and_with_the_maximum_of_steps(sampler, steps):
     decoder = stable_diffusion(sampler=sampler)
     check_steps("stable_diffusion", decoder.settings, steps)
     if steps < 999:
@@ -52,7 +52,7 @@ def test_any_sampler_draws_in_few_steps_and_knows_the_most(sampler, steps):
         assert len(drawn) == 1
 
 
-def test_steps_that_a_sampler_does_not_have_are_told():
+def test_too_many_steps_raise_user_errors():
     keys = {**StableDiffusionSettings.model_fields["scheduler"].default, "skip_prk_steps": False}
     decoder = stable_diffusion(sampler="PNDMScheduler", scheduler=keys)
     with pytest.raises(UserError, match="PNDMScheduler cannot draw in 3 steps; give a number from 4 to 999") as error:

@@ -1,4 +1,4 @@
-"""A training step that looks at its groups of prompts part by part gives what one that looks at all of them gives."""
+"""A training step on chunks of groups gives the same losses and gradients as one on all groups at once."""
 
 import pytest
 import torch
@@ -37,7 +37,7 @@ def poses(**changes):
 
 
 def step(make, pixels_at_once, **changes):
-    """Losses, gradients by name and with them that of the links, and the number of groups looked at in each pass."""
+    """Losses, gradients by name and with them that of the links, and the number of groups in each pass."""
     decoder, link, pixels, targets = make(pixels_at_once=pixels_at_once, **changes)
     link.embeddings = link.embeddings.clone().requires_grad_()
     passes, look = [], decoder._decode
@@ -74,7 +74,7 @@ def test_parts_add_up_to_the_whole(make):
 
 
 @pytest.mark.parametrize("make", [detection, poses])
-def test_what_is_computed_again_is_what_was_computed(make, monkeypatch):
+def test_recomputation_equals_the_first_pass(make, monkeypatch):
     """Noise, masks' points and dropout included."""
     losses, grads, *_ = step(make, 1, dropout=0.1)
     places = []

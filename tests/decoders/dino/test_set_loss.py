@@ -25,7 +25,7 @@ def objects_of(targets, row, links=None, sizes=((100, 200), (50, 50))) -> Object
     return find_objects(targets, links, Seats.of(row, len(sizes)), list(sizes))
 
 
-def test_objects_are_found_group_by_group_in_fractions_of_the_image():
+def test_objects_are_collected_by_group_in_fractions_of_the_image():
     found = objects_of(targets_of([[A], [B, C], [C]]), [1, 0, 1])
     assert found.group.tolist() == [0, 0, 1, 1] and found.counts.tolist() == [2, 2]
     xyxy = to_xyxy(found.boxes) * found.scale[found.group]
@@ -35,7 +35,7 @@ def test_objects_are_found_group_by_group_in_fractions_of_the_image():
     assert found.entry[2].tolist() == [0, 0]
 
 
-def test_what_several_prompts_of_a_group_name_is_one_object():
+def test_an_object_shared_by_prompts_of_a_group_is_one_object():
     targets = targets_of([[A, B], [B], [B]], masks=True)
     targets.instance = torch.tensor([[7, 3], [3, -1], [3, -1]])
     targets.mask_index[0, 1] = -1  # the second prompt alone knows its mask
@@ -94,7 +94,7 @@ def test_costs_are_those_of_deformable_detr():
     torch.testing.assert_close(_costs(stage, objects, S)[0, :, 0], wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_more_objects_than_queries_and_queries_that_are_none():
+def test_more_objects_than_queries_and_unused_queries():
     objects = objects_of(targets_of([[A, B, C], [A]]), [0, 1])
     valid = torch.tensor([[True, True], [False, False]])
     (found,) = match([stage_of(2, 2, 1)], valid, objects, S)
@@ -110,7 +110,7 @@ def test_losses_that_are_no_numbers_do_not_stop_the_matching():
     assert box_loss(stage, found, objects, S).isnan().any()
 
 
-def test_the_class_loss_is_the_focal_loss_of_what_counts():
+def test_the_class_loss_is_the_focal_loss_of_counted_prompts():
     objects = objects_of(targets_of([[A], [B], [C]]), [0, 0, 1])
     objects.counted[0, 1] = False
     stage = stage_of(2, 3, 2)

@@ -129,6 +129,6 @@ def test_boxes_there_and_back():
         ({"encoder_ffn": 60}, "encoder_ffn 60 must be a multiple of num_heads 8"),
     ],
 )
-def test_settings_that_cannot_work_are_told(keys, why):
+def test_invalid_settings_raise_user_errors(keys, why):
     with pytest.raises((UserError, ValueError), match=why):
         GroundingDinoSettings.model_validate(keys)

@@ -58,7 +58,7 @@ def assert_same_as_alone(decoder, link, pixels):
             torch.testing.assert_close(features[group, :, : masks.shape[1], : masks.shape[2]], masks, **CLOSE)
 
 
-def test_ragged_prompts_give_what_each_group_gives_alone(decoder):
+def test_groups_of_different_sizes_equal_single_groups(decoder):
     assert_same_as_alone(decoder, random_link([5, 1, 3]), random_pixels([(96, 96)] * 3, (96, 96)))
 
 
@@ -66,7 +66,7 @@ def test_padding_of_images_changes_nothing(decoder):
     assert_same_as_alone(decoder, random_link([2, 3, 2]), random_pixels([(96, 128), (70, 90), (96, 49)], (96, 128)))
 
 
-def test_an_image_with_fewer_places_than_queries_gives_what_it_gives_alone(decoder):
+def test_an_image_with_fewer_places_than_queries_equals_that_image_alone(decoder):
     assert_same_as_alone(decoder, random_link([2, 2]), random_pixels([(96, 96), (24, 20)], (96, 96)))
 
 
@@ -74,7 +74,7 @@ def test_a_batch_of_equal_images_that_leave_some_of_the_input_empty(decoder):
     assert_same_as_alone(decoder, random_link([2, 2]), random_pixels([(70, 90)] * 2, (96, 128)))
 
 
-def test_groups_about_one_image_share_what_the_backbone_sees(decoder, monkeypatch):
+def test_groups_about_one_image_share_backbone_features(decoder, monkeypatch):
     link, pixels = random_link([2, 3, 1], images=[1, 1, 0]), random_pixels([(64, 64)] * 3, (64, 64))
     seen, forward = [], decoder.trunk.backbone.forward
     monkeypatch.setattr(decoder.trunk.backbone, "forward", lambda images: seen.append(len(images)) or forward(images))
@@ -156,7 +156,7 @@ def test_every_parameter_and_every_link_gets_a_gradient(learned):
     check_everything_learns(decoder, link, pixels, targets)
 
 
-def test_the_encoder_head_learns_from_its_own_loss():
+def test_the_encoder_head_is_trained_by_its_loss():
     link, pixels, targets = scene()
     decoder = scrambled(tiny_decoder(**SMALL), std=0.05)
     raw = decoder(link, pixels)
@@ -226,7 +226,7 @@ def test_losses_of_a_batch_are_the_sum_of_its_parts(decoder):
     torch.testing.assert_close(whole["gdino_class"].each.sum(), whole["gdino_class"].total)
 
 
-def test_with_look_forward_twice_a_layer_learns_from_the_next():
+def test_look_forward_twice_trains_a_layer_by_the_next():
     link, pixels, _ = scene()
     grads = {}
     for twice in (False, True):

@@ -159,7 +159,7 @@ def scramble_link_masks(decoder, allowed):
 
 
 @pytest.mark.parametrize("name", ["gdino_a", "gdino_b", "gdino_ragged_a"])
-def test_known_answers_of_the_released_code(test_data, name):
+def test_matches_reference_values_of_the_released_code(test_data, name):
     decoder, head, data = fixture(test_data, name)
     valid = data["inputs.text_query_masks"]
     with torch.no_grad():

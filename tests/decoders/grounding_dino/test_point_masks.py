@@ -35,7 +35,7 @@ def test_losses_of_masks_that_are_right_and_wrong():
     assert bce[1] > 5 and dice[1] > 0.8
 
 
-def test_the_loss_does_not_look_at_padding():
+def test_the_loss_ignores_padding():
     torch.manual_seed(0)
     wanted = torch.ones(1, 8, 8, dtype=torch.uint8)
     logits = torch.full((1, 8, 8), 20.0)

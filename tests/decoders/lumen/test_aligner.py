@@ -57,7 +57,7 @@ def test_no_prompts_are_no_prompts():
     assert tokens.shape == (0, C) and places.shape == (0, 15, C)
 
 
-def test_everybody_has_a_seat_of_their_own():
+def test_seats_are_unique():
     row = torch.tensor([1, 0, 1, 3, 1])
     seats = Seats.of(row, 4)
     assert seats.shape == (4, 3) and seats.seat.tolist() == [0, 0, 1, 0, 2]

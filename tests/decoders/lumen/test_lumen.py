@@ -13,7 +13,8 @@ from lumen_ray.decoders.base import PredictSettings, PromptSpec
 from lumen_ray.decoders.common.boxes import giou_loss, greedy_nms
 from lumen_ray.decoders.common.ragged import place_in_group
 from lumen_ray.decoders.lumen.assigner import assign
-from lumen_ray.decoders.lumen.decoder import LumenDecoder, best_of_each, scattered
+from lumen_ray.decoders.lumen.decoder import LumenDecoder
+from lumen_ray.decoders.lumen.mask_positives import best_of_each, scattered
 from lumen_ray.decoders.lumen.settings import LumenSettings
 from lumen_ray.structures import Boxes
 from lumen_ray.superlink import SuperLink
@@ -321,7 +322,7 @@ def test_unlabelled_keypoints_cost_nothing_and_labelled_ones_count():
     assert float(crowd.count) == 1
 
 
-def test_nothing_to_find_and_nothing_found():
+def test_no_targets_and_no_instances():
     model = decoder()
     embeddings, dense = random_inputs(2, 1)
     raw = model(make_link(embeddings, [0, 0]), dense)
@@ -370,7 +371,7 @@ def test_every_stride_builds_boxes_around_its_places(stride):
     assert ((x1 < x) & (x < x2) & (y1 < y) & (y < y2)).all()
 
 
-def test_objects_in_neighbouring_places_are_all_found():
+def test_objects_in_neighbouring_places_are_all_detected():
     """Two of equal score, and one beside a better one, side by side: their boxes hardly overlap."""
     model = decoder(stride=4)
     with torch.no_grad():

@@ -24,7 +24,7 @@ def ellipse(box, shape, step):
 
 
 @pytest.mark.parametrize("shape", BOXES, ids=str)
-def test_one_object_is_learned_and_found_in_the_stored_image(shape):
+def test_one_object_is_learned_and_detected_in_the_stored_image(shape):
     torch.manual_seed(0)
     box, grid = BOXES[shape], (shape[0] // 4, shape[1] // 4)
     model = LumenDecoder(LumenSettings(hidden_size=16, num_heads=2, num_layers=1), DENSE, LINK)

@@ -38,7 +38,7 @@ def test_rows_do_not_depend_on_each_other_or_on_their_order():
 
 
 @torch.no_grad()
-def test_keypoints_stay_in_the_grown_box_and_move_with_it():
+def test_keypoints_stay_in_the_enlarged_box_and_move_with_it():
     pose = head()
     dense, boxes, images, links = inputs()
     xy, _ = pose(dense, boxes, images, links)

@@ -17,7 +17,7 @@ def test_objects_and_keypoints_have_a_head_each():
     assert all(p.grad.any() for name, p in head.keypoints.named_parameters() if name.endswith("weight"))
 
 
-def test_words_are_read_where_they_are_asked_for():
+def test_words_are_read_if_reads_words_is_set():
     torch.manual_seed(0)
     head = PoseLinkHead(6, 4, reads_words=True)
     states, words, parents = torch.randn(3, 2, 6), torch.randn(3, 6), torch.tensor([-1, 0, -1])

@@ -1,4 +1,4 @@
-"""What slots should find, and their losses, against numbers worked out by hand."""
+"""Targets and losses of slots against values computed by hand."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_objects_are_matched_by_their_keypoints_where_boxes_agree():
     assert sorted(zip(slot.tolist(), index.tolist(), strict=True)) == [(0, 1), (1, 0)]
 
 
-def test_what_nobody_labelled_teaches_neither_place_nor_visibility():
+def test_unlabelled_instances_train_neither_position_nor_visibility():
     groups, objects = case([[[0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]])
     stage, slots = stage_at(objects, [0], moved=9.0), slots_of([[0]], groups)
     matches = match_poses(stage, slots, objects, SETTINGS)

@@ -63,7 +63,7 @@ def assert_same_as_alone(decoder, link, pixels):
 # Skeletons and batches
 
 
-def test_ragged_skeletons_give_what_each_group_gives_alone(decoder):
+def test_skeletons_of_different_lengths_equal_single_groups(decoder):
     link = pose_link([[5, 2], [9], [0, 4, 1]])
     assert_same_as_alone(decoder, link, random_pixels([(SIDE, SIDE)] * 3, (SIDE, SIDE)))
 
@@ -73,7 +73,7 @@ def test_padding_of_images_changes_nothing(decoder):
     assert_same_as_alone(decoder, link, random_pixels([(96, 128), (70, 90), (96, 49)], (96, 128)))
 
 
-def test_an_image_with_fewer_places_than_slots_gives_what_it_gives_alone():
+def test_an_image_with_fewer_places_than_slots_equals_that_image_alone():
     decoder = scrambled(tiny_decoder(num_instances=40, num_queries=40), std=0.05)
     link, pixels = pose_link([[2], [2, 3]]), random_pixels([(24, 20), (SIDE, SIDE)], (SIDE, SIDE))
     assert_same_as_alone(decoder, link, pixels)
@@ -92,12 +92,12 @@ def test_there_is_no_limit_to_the_keypoints_of_a_skeleton(decoder, keypoints):
     assert raw.poses[-1].xy.isfinite().all() and raw.poses[-1].visible.isfinite().all()
 
 
-def test_prompts_without_keypoints_are_looked_for_as_objects(decoder):
+def test_prompts_without_keypoints_are_detected_as_objects(decoder):
     raw = run(decoder, pose_link([[0, 0]]), random_pixels([(64, 64)], (64, 64)))
     assert raw.poses[-1].xy.shape == (1, 6, 0, 2) and raw.poses[-1].logits.isfinite().all()
 
 
-def test_keypoints_are_told_apart_by_their_prompts_not_by_their_order(decoder):
+def test_keypoints_are_identified_by_their_prompts_not_by_their_order(decoder):
     link, pixels = pose_link([[4]]), random_pixels([(64, 64)], (64, 64))
     order = torch.tensor([0, 3, 1, 4, 2])
     moved = SuperLink("unipose", link.embeddings[order], link.image_index, link.parent, link.group)
@@ -107,7 +107,7 @@ def test_keypoints_are_told_apart_by_their_prompts_not_by_their_order(decoder):
     assert (one.xy - other.xy).abs().max() > 1e-3
 
 
-def test_a_keypoint_knows_its_instance():
+def test_a_keypoint_depends_on_its_instance():
     """With the released weights' start every instance begins with the same keypoints; a trained one may differ."""
     decoder = scrambled(tiny_decoder(), std=0.05)
     links, instances = torch.randn(1, 1, 3, 32).expand(1, 2, 3, 32), torch.randn(1, 2, 32)
@@ -135,7 +135,7 @@ def test_slots_are_the_likeliest_pairs():
     assert {seat for _, seat in pairs} == {0, 1}
 
 
-def test_layers_that_look_for_keypoints_are_needed():
+def test_layers_that_predict_keypoints_are_required():
     with pytest.raises(ValueError, match="box_layers 2"):
         UniPoseSettings(decoder_layers=2)
 

@@ -68,7 +68,7 @@ def stored_mask(data) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["unipose_a", "unipose_b"])
-def test_known_answers_of_the_released_code(test_data, name, monkeypatch):
+def test_matches_reference_values_of_the_released_code(test_data, name, monkeypatch):
     decoder, head, data = fixture(test_data, name)
     trunk, box_layers = decoder.trunk, decoder.settings.box_layers
     pixels, padding = data["inputs.pixel_values"], data["inputs.padding_mask"]

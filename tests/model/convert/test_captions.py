@@ -1,4 +1,4 @@
-"""The tokenizer of the diffusion decoders' text encoder: kept with the model's own, and what links learn by it."""
+"""The caption tokenizer of the diffusion decoders: saved beside the model's tokenizer, and used to align links."""
 
 import pickle
 
@@ -65,7 +65,7 @@ def test_a_model_that_starts_from_another_reads_captions_as_that_does(folder):
         assert error.value.reason == "wrong_tokenizer" and CAPTIONS_FILE in str(error.value)
 
 
-def test_a_damaged_one_is_told(folder, tmp_path):
+def test_a_damaged_tokenizer_raises_a_user_error(folder, tmp_path):
     model = load_model(folder)
     broken = save_model(tmp_path / "x", model.model.state_dict(), model.settings, model.tokenizer, model.meta)
     (broken / CAPTIONS_FILE).write_text("nothing")

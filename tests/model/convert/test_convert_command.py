@@ -63,7 +63,7 @@ def test_a_model_is_put_together(published, capsys):
     assert "is not empty; give a new folder" in capsys.readouterr().err
 
 
-def test_what_links_cannot_learn_is_told():
+def test_missing_caption_alignment_is_reported():
     section = EXPERTS["stable_diffusion"] | {"text_encoder": {"hidden_size": 16, "max_position_embeddings": 6}}
     settings, state = tiny_settings(stable_diffusion=section), {"trunk.llm.x": torch.zeros(3)}
     told = "no tokenizer came for the text encoder of stable_diffusion"

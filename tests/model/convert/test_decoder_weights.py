@@ -84,7 +84,7 @@ def folders(tmp_path_factory):
 
 
 def preset():
-    """Other sizes than the checkpoints, which win; what they do not say is the preset's."""
+    """Sizes that differ from the checkpoints, which take precedence; other settings come from the preset."""
     painter = {"image_size": 32, "unet": {"in_channels": 4}, "vae": {}, "mapper_heads": 2}
     return tiny_settings(
         image_size=56, vision={"clip": CLIP}, prefix_attention="causal", lumen=None, tokens_read_stem=False,
@@ -117,7 +117,7 @@ def test_decoders_get_the_published_numbers(folders, tmp_path):
     assert all("stage1" in name for name in fresh if name.split(".")[2] == "trunk")
 
 
-def test_decoders_that_do_not_fit_are_told(folders, tmp_path):
+def test_decoders_that_do_not_fit_raise_user_errors(folders, tmp_path):
     def refused(**decoders):
         with pytest.raises(UserError) as caught:
             make(folders, tmp_path / "model", **decoders)
@@ -179,7 +179,7 @@ def test_grounding_dino_in_full_size():
         state_of({k: v for k, v in tensors.items() if "enc_output." not in k}, build, "incomplete")
 
 
-def test_what_is_published_is_not_initialised_first():
+def test_published_modules_are_not_initialised_first():
     """It would take minutes, and as much memory, before the checkpoint's numbers take its place."""
     state = blank(tiny_settings(**EXPERTS), 320, seed=0)
     later = {name for name, tensor in state.items() if tensor.is_meta}

@@ -75,7 +75,7 @@ def folders(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind,clip", [("llama", "clip"), ("mistral", "tower"), ("qwen2", "clip"), ("qwen3", "tower")])
-def test_a_model_of_published_parts_computes_what_they_do(folders, tmp_path, kind, clip):
+def test_a_model_of_published_modules_computes_the_same_as_them(folders, tmp_path, kind, clip):
     sources = Sources(folders / kind, folders / clip, folders / "dinov2")
     made = assemble(preset(), sources, tmp_path / "model")
     loaded = load_model(tmp_path / "model")
@@ -190,7 +190,7 @@ def refused(folders, tmp_path, settings=None, **sources):
     return f"{caught.value.reason}: {caught.value}"
 
 
-def test_each_mistake_is_told_in_a_sentence(folders, tmp_path):
+def test_each_mistake_raises_a_user_error(folders, tmp_path):
     assert "missing_checkpoint" in refused(folders, tmp_path, clip=tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     assert "not_a_checkpoint" in refused(folders, tmp_path, llm=tmp_path / "empty")
@@ -221,7 +221,7 @@ def test_each_mistake_is_told_in_a_sentence(folders, tmp_path):
     assert "damaged_checkpoint" in refused(folders, tmp_path, llm=tmp_path / "short")
 
 
-def test_a_hub_id_is_fetched_and_failures_are_told(folders, monkeypatch):
+def test_a_hub_id_is_downloaded_and_failures_raise_user_errors(folders, monkeypatch):
     asked = {}
 
     def download(name, allow_patterns):

@@ -181,7 +181,7 @@ def test_the_full_size_layout_converts_with_nothing_missing_and_nothing_left_ove
     print(", ".join(f"{count:,} parameters in {part}" for part, count in counted.items()))
 
 
-def test_settings_say_what_does_not_go_together():
+def test_incompatible_settings_raise_user_errors():
     from lumen_ray.errors import UserError
 
     with pytest.raises(UserError, match="reads one layer of CLIP alone"):

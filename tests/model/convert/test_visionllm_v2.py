@@ -119,7 +119,7 @@ def refused(weights, folder, tmp_path):
     return f"{caught.value.reason}: {caught.value}"
 
 
-def test_what_is_not_the_released_layout_is_refused(released, tmp_path):
+def test_other_layouts_than_the_released_one_are_refused(released, tmp_path):
     weights, folder = released
     assert "unknown_layout" in refused(weights | {"vis_tower.x": torch.ones(1)}, folder, tmp_path)
     assert "incomplete" in refused({k: v for k, v in weights.items() if "up_dim" not in k}, folder, tmp_path)
@@ -142,7 +142,7 @@ def test_new_tokens_are_those_of_the_reference_in_its_order():
 
 
 @pytest.mark.parametrize("written", ["peft", "old peft"])
-def test_adapters_are_added_to_what_they_adapt(written):
+def test_adapters_are_merged_into_their_weights(written):
     peft = pytest.importorskip("peft")
     torch.manual_seed(0)
     sizes = {k: v for k, v in released_settings().llm.items() if k != "model_type"}

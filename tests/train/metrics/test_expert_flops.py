@@ -30,7 +30,7 @@ def counted(model, name, batch, flows):
     """PyTorch's own count of an expert's losses, forward and backward."""
     decoder = model.decoders[name]
     with torch.no_grad():
-        link, view, targets = model._asked(decoder, model.trunk(batch), batch)
+        link, view, targets = model._decoder_inputs(decoder, model.trunk(batch), batch)
     link.embeddings.requires_grad_(flows)
     counter = FlopCounterMode(display=False)
     with sdpa_kernel(SDPBackend.MATH), counter:  # the CPU's fused one is not counted
