@@ -8,13 +8,13 @@ import torch
 from support.tiny_models import scrambled, tiny_loaded, tiny_tokenizer
 
 from lumen_ray.checkpoints.safetensors_file import WeightsFile
-from lumen_ray.data.scenes.render import KEYPOINTS
 from lumen_ray.errors import UserError
 from lumen_ray.inference.decoder_stage import DecoderStage
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.outputs import assemble, merge
 from lumen_ray.inference.request import make_request
 from lumen_ray.inference.trunk_stage import TrunkStage
+from lumen_ray.keypoints import FIGURE_KEYPOINTS
 from lumen_ray.model.build import save_model
 from lumen_ray.structures import Region
 
@@ -135,7 +135,9 @@ def test_every_task_answers_and_the_batch_size_changes_nothing(engine):
             if request.phrases:
                 assert [p.phrase for p in answer.predictions] == list(request.phrases) and answer.text is None
             if request.task == "pose":
-                assert all(p.keypoints.names == KEYPOINTS and len(p.keypoints) == len(p) for p in answer.predictions)
+                assert all(
+                    p.keypoints.names == FIGURE_KEYPOINTS and len(p.keypoints) == len(p) for p in answer.predictions
+                )
             if request.task == "segment":
                 assert all(len(p.masks) == len(p) for p in answer.predictions)
             if request.task in ("caption", "vqa", "region_caption"):
@@ -233,7 +235,7 @@ def test_words_alone_have_no_places(routed, token):
 
 def test_a_pose_in_chat_brings_the_skeleton(routed):
     answers = routed("[POSE]").run([PICTURES[0]], [[make_request("chat", text="pose of red figure")]], **EVERYTHING)[0]
-    assert answers[0].predictions[0].keypoints.names == KEYPOINTS
+    assert answers[0].predictions[0].keypoints.names == FIGURE_KEYPOINTS
 
 
 def test_questions_do_not_route(routed):
@@ -296,7 +298,7 @@ def test_stages_load_apart_and_together(tmp_path, engine):
     save_model(tmp_path, loaded.model.state_dict(), loaded.settings, loaded.tokenizer, loaded.meta)
     whole, trunk, decoder = Engine.load(tmp_path), TrunkStage.load(tmp_path), DecoderStage.load(tmp_path, "lumen")
     assert (whole.preset, whole.image_size, whole.classes) == ("tiny", 64, ("red circle", "blue square"))
-    assert whole.skeletons["figure"] == KEYPOINTS and len(whole.version) == 12
+    assert whole.skeletons["figure"] == FIGURE_KEYPOINTS and len(whole.version) == 12
     requests = [[make_request("detect", classes=CLASSES[:2])]]
     out = trunk.links(PICTURES[:1], requests)
     same_answers(assemble(out.plans, {"lumen": decoder.predict(out)})[0], whole.run(PICTURES[:1], requests)[0])

@@ -11,13 +11,13 @@ from support.gdino_tiny import LINK_CHANNELS, check_everything_learns, random_pi
 from support.tiny_models import scrambled
 from support.unipose_tiny import figures, pose_link, pose_targets, tiny_decoder
 
-from lumen_ray.data.scenes.render import KEYPOINTS
 from lumen_ray.decoders.base import PredictSettings, PromptSpec
 from lumen_ray.decoders.dino.decoder import Groups
 from lumen_ray.decoders.dino.denoising import make_denoising
 from lumen_ray.decoders.dino.set_loss import find_objects
 from lumen_ray.decoders.unipose import decoder as unipose
 from lumen_ray.decoders.unipose.settings import UniPoseSettings
+from lumen_ray.keypoints import FIGURE_KEYPOINTS
 from lumen_ray.precision import autocast_context, cast_weights_
 from lumen_ray.structures import Boxes
 from lumen_ray.superlink import SuperLink
@@ -166,7 +166,7 @@ def fitted():
 def compared(decoder, link, pixels, targets):
     """Pixel errors [I, 5], predicted visibilities and true ones of every figure, which are the best predictions."""
     raw = run(decoder, link, pixels)
-    prompts = [PromptSpec("figure", keypoints=KEYPOINTS) if p < 0 else None for p in link.parent.tolist()]
+    prompts = [PromptSpec("figure", keypoints=FIGURE_KEYPOINTS) if p < 0 else None for p in link.parent.tolist()]
     found = decoder.predict(raw, [Frame.fit((SIDE, SIDE), SIDE)] * 2, prompts, PredictSettings(0.05))
     errors, visible, truth = [], [], []
     for p in torch.nonzero(link.parent < 0).flatten().tolist():
