@@ -1,7 +1,7 @@
 """Maps tensor names of published checkpoints to this package's: tables of rules, and a report of what each did.
 
 A table is a list of `Rule`s over the names inside one module, without the module's prefix; the first rule whose pattern
-matches the whole name applies. A `Part` gives the prefixes of the module in the checkpoint and in our model.
+matches the whole name applies. A `ModuleRules` gives the prefixes of the module in the checkpoint and in our model.
 
     RULES = [
         Rule(r"layers\\.(\\d+)\\.norm1\\.(weight|bias)", r"blocks.\\1.first_norm.\\2"),
@@ -59,15 +59,15 @@ class Rule:
         """The new names; empty for a rule that drops."""
         return tuple(match.expand(name) for name in ((self.to,) if isinstance(self.to, str) else self.to))
 
-    def parts(self, tensor: Tensor) -> tuple[Tensor, ...]:
+    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """The tensors for the names in `targets`."""
         tensor = tensor if self.change is None else self.change(tensor)
         return (tensor,) if isinstance(self.to, str) else tensor.chunk(len(self.to))
 
 
 @dataclass(frozen=True)
-class Part:
-    """One module of a checkpoint: `rules` map all names that start with `source` to names below `target`.
+class ModuleRules:
+    """The rules of one module of a checkpoint: `rules` map all names that start with `source` to names below `target`.
 
     Both prefixes end with a dot, or are empty.
     """
@@ -90,12 +90,12 @@ class ReleasedModule:
     """
 
     module: str
-    parts: Callable[[str, str, str], list[Part]]
+    parts: Callable[[str, str, str], list[ModuleRules]]
     fresh: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorOutcome:
     """The outcome for one tensor of the checkpoint. `to`: our names; for an alias the existing ones, for an adapter
     those of the weight it was added to."""
 
@@ -110,9 +110,9 @@ class Entry:
 class Report:
     """The outcome for every tensor of a checkpoint, in checkpoint order."""
 
-    entries: list[Entry] = field(default_factory=list)
+    entries: list[TensorOutcome] = field(default_factory=list)
 
-    def of(self, outcome: Outcome) -> list[Entry]:
+    def of(self, outcome: Outcome) -> list[TensorOutcome]:
         return [entry for entry in self.entries if entry.outcome == outcome]
 
     def refuse(self, what: str) -> None:
@@ -129,43 +129,43 @@ class Report:
         return dict(Counter(entry.outcome for entry in self.entries))
 
 
-def find_rule(name: str, parts: Iterable[Part]) -> tuple[Rule, tuple[str, ...]] | None:
+def find_rule(name: str, modules: Iterable[ModuleRules]) -> tuple[Rule, tuple[str, ...]] | None:
     """The rule for a tensor of the checkpoint and our full names for it; None if no rule matches."""
-    for part in parts:
-        if name.startswith(part.source):
-            inner = name.removeprefix(part.source)
-            for rule in part.rules:
+    for module in modules:
+        if name.startswith(module.source):
+            inner = name.removeprefix(module.source)
+            for rule in module.rules:
                 if (match := rule.match(inner)) is not None:
-                    return rule, tuple(part.target + target for target in rule.targets(match))
+                    return rule, tuple(module.target + target for target in rule.targets(match))
     return None
 
 
-def apply(tensors: Mapping[str, Tensor], parts: Iterable[Part]) -> tuple[dict[str, Tensor], Report]:
+def apply(tensors: Mapping[str, Tensor], modules: Iterable[ModuleRules]) -> tuple[dict[str, Tensor], Report]:
     """Returns {our name: tensor} and the report of a checkpoint's tensors, which may be on the meta device.
 
     Raises `UserError` if aliases of one tensor differ.
     """
-    parts, report = tuple(parts), Report()
+    modules, report = tuple(modules), Report()
     out: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     for name, tensor in tensors.items():
-        shape, match = tuple(tensor.shape), find_rule(name, parts)
+        shape, match = tuple(tensor.shape), find_rule(name, modules)
         if match is None:
-            report.entries.append(Entry(name, shape, "unknown"))
+            report.entries.append(TensorOutcome(name, shape, "unknown"))
             continue
         rule, targets = match
         if rule.drop:
-            report.entries.append(Entry(name, shape, "dropped", why=rule.drop))
+            report.entries.append(TensorOutcome(name, shape, "dropped", why=rule.drop))
             continue
         outcome: Outcome = "renamed" if len(targets) == 1 else "split"
-        for target, value in zip(targets, rule.parts(tensor), strict=True):
+        for target, value in zip(targets, rule.split(tensor), strict=True):
             if target in out:
                 _check_same(origin[target], out[target], name, value)
                 outcome = "alias"
             else:
                 out[target], origin[target] = value, name
         report.entries.append(
-            Entry(name, shape, outcome, targets, f"same as {origin[targets[0]]}" * (outcome == "alias"))
+            TensorOutcome(name, shape, outcome, targets, f"same as {origin[targets[0]]}" * (outcome == "alias"))
         )
     return out, report
 

@@ -75,3 +75,13 @@ def check_everything_learns(decoder, link: SuperLink, pixels: Pixels, targets: P
     without = [name for name, p in decoder.named_parameters() if not p.grad.any()]
     assert all(name.endswith(("key.bias", "k_proj.bias")) for name in without), without  # softmax ignores them
     assert link.embeddings.grad.any(1).all()
+
+
+def features_of_padded_input(decoder, pixels, pixel_mask):
+    """`Levels` as in the references, whose backbone reads the padding as part of the image."""
+    levels = decoder.trunk.extract_features(pixels, [tuple(pixels.shape[-2:])] * len(pixels))
+    for level, m in enumerate(levels.sources):
+        seen = torch.nn.functional.interpolate(pixel_mask[None].float(), size=m.shape[-2:])[0].bool()
+        for shown, one in zip(levels.shown, seen, strict=True):
+            shown[level] = int(one.any(1).sum()), int(one.any(0).sum())
+    return levels

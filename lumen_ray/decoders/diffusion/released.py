@@ -6,7 +6,7 @@ Each holds the mapper, here the decoder's link head, and the published UNet, VAE
 
 from __future__ import annotations
 
-from lumen_ray.checkpoints.rules import Part, ReleasedModule, Rule
+from lumen_ray.checkpoints.rules import ModuleRules, ReleasedModule, Rule
 
 #: of `link_head.DiffusionHead`
 HEAD_RULES: list[Rule] = [
@@ -23,9 +23,9 @@ DECODER_RULES: list[Rule] = [
 ]
 
 
-def released_parts(decoder: str, link_head: str, source: str) -> list[Part]:
+def released_parts(decoder: str, link_head: str, source: str) -> list[ModuleRules]:
     """The rules for the module `source`; `decoder` and `link_head`: our prefixes. All end with a dot."""
-    return [Part(source, link_head, HEAD_RULES), Part(source, decoder, DECODER_RULES)]
+    return [ModuleRules(source, link_head, HEAD_RULES), ModuleRules(source, decoder, DECODER_RULES)]
 
 
 STABLE_DIFFUSION = ReleasedModule("sd", released_parts)

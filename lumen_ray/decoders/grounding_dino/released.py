@@ -6,7 +6,7 @@ names on disk and in memory.
 
 from __future__ import annotations
 
-from lumen_ray.checkpoints.rules import Part, ReleasedModule, Rule
+from lumen_ray.checkpoints.rules import ModuleRules, ReleasedModule, Rule
 
 _INDEX = "buffer that the model computes from the window size"
 _QKV = (r"query.\2", r"key.\2", r"value.\2")
@@ -77,17 +77,17 @@ PUBLISHED = [
 ]
 
 
-def released_parts(decoder: str, link_head: str, source: str = "gdino.") -> list[Part]:
+def released_parts(decoder: str, link_head: str, source: str = "gdino.") -> list[ModuleRules]:
     """The rules for the released module; `decoder` and `link_head`: our prefixes, which end with a dot."""
     return [
-        Part(source + "patch2query.", link_head, RELEASED_LINK_HEAD),
-        Part(source, decoder, RELEASED),
+        ModuleRules(source + "patch2query.", link_head, RELEASED_LINK_HEAD),
+        ModuleRules(source, decoder, RELEASED),
     ]
 
 
-def published_parts(decoder: str = "") -> list[Part]:
+def published_parts(decoder: str = "") -> list[ModuleRules]:
     """The rules for a checkpoint of `transformers`, which lacks the mask head and the norm of the stride-4 map."""
-    return [Part("", decoder, PUBLISHED)]
+    return [ModuleRules("", decoder, PUBLISHED)]
 
 
 MODULE = ReleasedModule("gdino", released_parts)

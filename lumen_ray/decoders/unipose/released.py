@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lumen_ray.checkpoints.rules import Part, ReleasedModule, Rule
+from lumen_ray.checkpoints.rules import ModuleRules, ReleasedModule, Rule
 from lumen_ray.decoders.grounding_dino.released import RELEASED_LINK_HEAD
 
 _BOTH = r"(weight|bias)"
@@ -120,13 +120,13 @@ FRESH = ("keypoint_start.instance.", "keypoint_start.size.", "visible_embed.")
 RELEASED_SETTINGS = {"size_tables": (17, 51)}
 
 
-def released_parts(decoder: str, link_head: str, source: str = "unipose.") -> list[Part]:
+def released_parts(decoder: str, link_head: str, source: str = "unipose.") -> list[ModuleRules]:
     """The rules for the released module; `decoder` and `link_head` (a `PoseLinkHead`): our prefixes, which end with a
     dot."""
     return [
-        Part(source + "projection_llava.", link_head + "objects.", RELEASED_LINK_HEAD),
-        Part(source + "projection_kpt_llava.", link_head + "keypoints.", RELEASED_LINK_HEAD),
-        Part(source, decoder, RELEASED),
+        ModuleRules(source + "projection_llava.", link_head + "objects.", RELEASED_LINK_HEAD),
+        ModuleRules(source + "projection_kpt_llava.", link_head + "keypoints.", RELEASED_LINK_HEAD),
+        ModuleRules(source, decoder, RELEASED),
     ]
 
 

@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING, CLIPVisionConfig, Dinov2Config, Pretrai
 
 from lumen_ray import config
 from lumen_ray.checkpoints.hub import Checkpoint, read_json
-from lumen_ray.checkpoints.rules import Part, Rule, apply, check_fits
+from lumen_ray.checkpoints.rules import ModuleRules, Rule, apply, check_fits
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.meta_init import published_parts_on_meta
@@ -230,7 +230,7 @@ def resized(weight: Tensor, known: int, rows: int) -> Tensor:
 
 def encoder_state(tensors: Mapping[str, Tensor], rules: tuple[Rule, ...], target: str, what: str) -> dict[str, Tensor]:
     """A published encoder's tensors below our prefix `target`; `what` names it in errors."""
-    state, report = apply(tensors, [Part("", target, rules)])
+    state, report = apply(tensors, [ModuleRules("", target, rules)])
     report.refuse(what)
     return state
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from lumen_ray.checkpoints.rules import Part, Rule
+from lumen_ray.checkpoints.rules import ModuleRules, Rule
 from lumen_ray.model.convert.encoder_rules import CLIP, LLM
 
 #: query sets: {name in the checkpoint: our family}
@@ -17,7 +17,7 @@ REGIONS = (
 )
 
 
-def parts(families: Collection[str]) -> tuple[Part, ...]:
+def module_rules(families: Collection[str]) -> tuple[ModuleRules, ...]:
     """The rules for the trunk of a model with the queries of these link families; other queries are dropped."""
     queries = [
         Rule(rf"{theirs}\.weight", ours)
@@ -26,9 +26,9 @@ def parts(families: Collection[str]) -> tuple[Part, ...]:
         for theirs, ours in QUERIES.items()
     ]
     return (
-        Part("vis_encoder.", "trunk.vision.clip.model.", CLIP),
-        Part("llm.", "trunk.llm.", LLM),
-        Part("region_encoder.", "trunk.regions.", REGIONS),
-        Part("vl_bridge.", "trunk.vision.projector.", BRIDGE),
-        Part("emb_embeddings_", "trunk.queries.queries.", queries),
+        ModuleRules("vis_encoder.", "trunk.vision.clip.model.", CLIP),
+        ModuleRules("llm.", "trunk.llm.", LLM),
+        ModuleRules("region_encoder.", "trunk.regions.", REGIONS),
+        ModuleRules("vl_bridge.", "trunk.vision.projector.", BRIDGE),
+        ModuleRules("emb_embeddings_", "trunk.queries.queries.", queries),
     )

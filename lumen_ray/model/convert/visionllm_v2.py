@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lumen_ray import config
 from lumen_ray.checkpoints.hub import Checkpoint
-from lumen_ray.checkpoints.rules import Entry, Part, ReleasedModule, Report, Rule, apply, find_rule
+from lumen_ray.checkpoints.rules import ModuleRules, ReleasedModule, Report, Rule, TensorOutcome, apply, find_rule
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import ModelMeta, save_model
@@ -39,18 +39,18 @@ def released_modules() -> dict[str, ReleasedModule]:
     return {name: spec.resolve("released") for name, spec in DECODERS.items() if spec.released}
 
 
-def parts(model: Collection[str]) -> tuple[Part, ...]:
+def module_rules(model: Collection[str]) -> tuple[ModuleRules, ...]:
     """The rules for a checkpoint, for a model with tensors of these names; modules of decoders that the model lacks are
     dropped."""
     queries = "trunk.queries.queries."
     decoders = {name.split(".")[1] for name in model if name.startswith("decoders.")}
-    table = list(trunk.parts({name.removeprefix(queries) for name in model if name.startswith(queries)}))
+    table = list(trunk.module_rules({name.removeprefix(queries) for name in model if name.startswith(queries)}))
     for decoder, released in released_modules().items():
         source = f"{released.module}."
         if decoder in decoders:
             table += released.parts(f"decoders.{decoder}.", f"trunk.link_heads.{decoder}.", source)
         else:
-            table.append(Part(source, "", [Rule(r".+", drop=f"the preset has no decoder '{decoder}'")]))
+            table.append(ModuleRules(source, "", [Rule(r".+", drop=f"the preset has no decoder '{decoder}'")]))
     return tuple(table)
 
 
@@ -70,12 +70,12 @@ def convert_tensors(
 ) -> tuple[dict[str, Tensor], Report]:
     """Converts a whole checkpoint for a model with tensors of these names, merging adapters. Returns {our name: tensor}
     and the report."""
-    merged, table = Merged(tensors, lora_alpha), parts(model)
+    merged, table = Merged(tensors, lora_alpha), module_rules(model)
     state, report = apply(merged, table)
     for adapter, weight in merged.merged.items():
         match = find_rule(weight, table)
         to = match[1] if match else ()
-        report.entries.append(Entry(adapter, tuple(tensors[adapter].shape), "merged", to, f"added to {weight}"))
+        report.entries.append(TensorOutcome(adapter, tuple(tensors[adapter].shape), "merged", to, f"added to {weight}"))
     return state, report
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from lumen_ray.checkpoints.rules import Part, apply
+from lumen_ray.checkpoints.rules import ModuleRules, apply
 from lumen_ray.decoders.diffusion.instruct_pix2pix import InstructPix2PixDecoder
 from lumen_ray.decoders.diffusion.link_head import DiffusionHead
 from lumen_ray.decoders.diffusion.released import DECODER_RULES, HEAD_RULES
@@ -38,7 +38,7 @@ def test_a_head_gives_the_references_conditioning(test_data):
     tensors = load_file(folder / "sd_mapper_a.safetensors")
     config = json.loads((folder / "sd_mapper_a.json").read_text())["config"]
     weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
-    converted, report = apply(weights, [Part("", "", HEAD_RULES)])
+    converted, report = apply(weights, [ModuleRules("", "", HEAD_RULES)])
     assert report.counts() == {"renamed": len(weights)}
     head = DiffusionHead(config["llm_hidden_size"], config["sd_hidden_size"], config["num_queries"]).eval()
     head.load_state_dict(converted)
@@ -69,7 +69,7 @@ def test_a_prompt_does_not_depend_on_the_others():
 def test_the_released_layout_fills_head_and_decoder(test_data, prefix):
     shapes = json.loads((test_data / "visionllm_v2" / "state_dict_7b.json").read_text())
     released = {k: torch.empty(s, device="meta") for k, s in shapes.items() if k.startswith(f"{prefix}.")}
-    parts = [Part(f"{prefix}.", "head.", HEAD_RULES), Part(f"{prefix}.", "decoder.", DECODER_RULES)]
+    parts = [ModuleRules(f"{prefix}.", "head.", HEAD_RULES), ModuleRules(f"{prefix}.", "decoder.", DECODER_RULES)]
     converted, report = apply(released, parts)
     assert report.counts() == {"renamed": len(released)}
     with torch.device("meta"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.gdino_tiny import SWIN, TINY, tiny_decoder
+from support.gdino_tiny import SWIN, TINY, features_of_padded_input, tiny_decoder
 from support.tiny_models import scrambled
 from transformers import BertConfig, GroundingDinoConfig, GroundingDinoForObjectDetection, SwinConfig
 
@@ -23,27 +23,17 @@ from lumen_ray.trunk.queries import LinkHead
 CLOSE = {"atol": 1e-4, "rtol": 1e-5}
 
 
-def with_padding_seen(decoder, pixels, pixel_mask):
-    """`Levels` as the references make them: the backbone sees the padding, which counts as image there."""
-    levels = decoder.trunk.extract_features(pixels, [tuple(pixels.shape[-2:])] * len(pixels))
-    for level, m in enumerate(levels.sources):
-        seen = torch.nn.functional.interpolate(pixel_mask[None].float(), size=m.shape[-2:])[0].bool()
-        for shown, one in zip(levels.shown, seen, strict=True):
-            shown[level] = int(one.any(1).sum()), int(one.any(0).sum())
-    return levels
-
-
 def run(decoder, levels, links, link_valid, **text):
-    """Memory, encoder stage and decoder stages of groups that are one per image.
+    """Memory, encoder output and decoder layer outputs of groups that are one per image.
 
-    Positions of queries count in the padded input, as the references have it."""
+    Query positions are relative to the padded input, as in the references."""
     memory = decoder.trunk.encode(levels, torch.arange(len(links)), links, link_valid, **text)
     ratio = memory.valid_ratios[:, :1].repeat(1, 1, 2)
     query_position = type(decoder.trunk).query_position
     decoder.trunk.query_position = lambda reference: query_position(decoder.trunk, reference * ratio)
-    encoder, stages, query_valid = decoder.decode(memory)
+    encoder, layers, query_valid = decoder.decode(memory)
     assert query_valid.all()
-    return memory, encoder, stages
+    return memory, encoder, layers
 
 
 # transformers
@@ -101,7 +91,7 @@ def test_logits_and_boxes_are_those_of_transformers(published, texts, padded):
     with torch.no_grad():
         wanted = theirs(pixels, ids, attention_mask=(ids > 0).long(), pixel_mask=pixel_mask)
         hook.remove()
-        levels = with_padding_seen(ours, pixels, pixel_mask)
+        levels = features_of_padded_input(ours, pixels, pixel_mask)
         memory, encoder, stages = run(
             ours, levels, kept["text_features"], ids > 0, positions=kept["text_position_ids"],
             blocked=kept["text_self_attention_masks"],
@@ -165,7 +155,7 @@ def test_matches_reference_values_of_the_released_code(test_data, name):
     with torch.no_grad():
         links = head(data["inputs.text_query"].flatten(0, 1)).view(*valid.shape, -1)
         torch.testing.assert_close(links, data["outputs.link_embeddings"], **CLOSE)
-        levels = with_padding_seen(decoder, data["inputs.pixel_values"], data["inputs.pixel_mask"])
+        levels = features_of_padded_input(decoder, data["inputs.pixel_values"], data["inputs.pixel_mask"])
         scramble_link_masks(decoder, data["outputs.text_self_attention_mask"])
         memory, encoder, stages = run(decoder, levels, links, valid, positions=data["outputs.text_position_ids"])
         features = decoder.mask_head(memory, levels, torch.arange(len(valid)))

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_grounding_dino_parity import with_padding_seen
+from support.gdino_tiny import features_of_padded_input
 
 from lumen_ray.attention import mask_to_bias
 from lumen_ray.checkpoints.rules import apply
@@ -89,7 +89,7 @@ def test_matches_reference_values_of_the_released_code(test_data, name, monkeypa
         links = head(states, None, parents)
         torch.testing.assert_close(links[:prompts], data["outputs.obj_link_embeddings"][0, :prompts], **CLOSE)
         torch.testing.assert_close(links[prompts:], data["outputs.kpt_link_embeddings"][0, :keypoints], **CLOSE)
-        levels = with_padding_seen(decoder, pixels, ~padding)
+        levels = features_of_padded_input(decoder, pixels, ~padding)
         memory, _ = decoder._encode(levels, groups, links[:prompts])
         ratio = memory.valid_ratios[:, :1].repeat(1, 1, 2)  # positions of queries count in the padded input
         query_position = trunk.query_position

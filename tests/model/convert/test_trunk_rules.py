@@ -8,11 +8,11 @@ from support.released_fakes import CLIP, fixture, part, released_settings
 from torch import nn
 
 from lumen_ray import config
-from lumen_ray.checkpoints.rules import Part, apply
+from lumen_ray.checkpoints.rules import ModuleRules, apply
 from lumen_ray.model.build import Generalist
 from lumen_ray.model.convert.encoder_rules import CLIP as CLIP_RULES
 from lumen_ray.model.convert.pretrained import fill
-from lumen_ray.model.convert.trunk_rules import BRIDGE, QUERIES, REGIONS, parts
+from lumen_ray.model.convert.trunk_rules import BRIDGE, QUERIES, REGIONS, module_rules
 from lumen_ray.model.convert.visionllm_v2 import convert_tensors, may_be_fresh, released_modules
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.presets import model_path
@@ -35,7 +35,7 @@ def test_the_bridge_gives_the_reference_numbers(test_data):
     _, data = fixture(test_data, "vl_bridge_a")
     vision = BridgedVision(released_settings().vision, 56, 48)
     state, report = apply(part(data, "weights."), [
-        Part("vis_encoder.", "clip.model.", CLIP_RULES), Part("vl_bridge.", "projector.", BRIDGE),
+        ModuleRules("vis_encoder.", "clip.model.", CLIP_RULES), ModuleRules("vl_bridge.", "projector.", BRIDGE),
     ])  # fmt: skip
     assert report.counts() == {"renamed": 75}
     vision.load_state_dict(state)
@@ -50,7 +50,7 @@ def region_encoder(data, told, sampling):
     sizes = told["config"]
     settings = RegionSettings(kind="levels", channels=sizes["hidden_dim"], sampling=sampling)
     encoder = LevelRegionEncoder(3 * sizes["embed_dim"], sizes["out_dim"], sizes["patch_size"], settings, 3)
-    encoder.load_state_dict(apply(part(data, "weights."), [Part("", "", REGIONS)])[0])
+    encoder.load_state_dict(apply(part(data, "weights."), [ModuleRules("", "", REGIONS)])[0])
     height, width = data["inputs.masks"].shape[-2:]
     grid = (height // sizes["patch_size"], width // sizes["patch_size"])
     levels = [part(data, "inputs.image_features.")[str(i)] for i in range(3)]
@@ -121,7 +121,7 @@ def test_a_prompt_with_regions_and_queries_gives_the_reference_logits(test_data)
     weights = part(data, "weights.")
     settings = released_settings(lead_tokens=(1,))
     trunk = Trunk(settings, 60, settings.sections).eval()
-    state, report = apply(weights, parts(QUERIES.values()))
+    state, report = apply(weights, module_rules(QUERIES.values()))
     assert not report.of("unknown")
     state = {name.removeprefix("trunk."): tensor for name, tensor in state.items()}
     for name, family in QUERIES.items():  # of families that the light decoder has no use for, in the fixture's numbers

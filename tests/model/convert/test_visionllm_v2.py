@@ -10,7 +10,7 @@ from support.released_fakes import CLIP, NEW_TOKENS, fixture, part, released_set
 from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lumen_ray.checkpoints.rules import Part, Rule, apply, check_fits
+from lumen_ray.checkpoints.rules import ModuleRules, Rule, apply, check_fits
 from lumen_ray.errors import UserError
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import Request
@@ -174,7 +174,7 @@ def test_half_an_adapter_is_refused():
 
 def test_rules_split_alias_drop_and_report():
     fused = torch.arange(12.0).view(6, 2)
-    parts = [Part("old.", "new.", [
+    parts = [ModuleRules("old.", "new.", [
         Rule(r"attn(\d)\.in_proj_weight", (r"layers.\1.q", r"layers.\1.k", r"layers.\1.v")),
         Rule(r"head\.\d", "head"), Rule("index", drop="counted"), Rule("turned", "turned", change=torch.t),
     ])]  # fmt: skip
