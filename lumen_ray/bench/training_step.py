@@ -21,7 +21,7 @@ from lumen_ray.data.scenes import render as scenes
 from lumen_ray.decoders.base import Decoder, ImageDecoder, Learner
 from lumen_ray.decoders.registry import serves
 from lumen_ray.errors import unknown
-from lumen_ray.model.build import given
+from lumen_ray.model.build import images_and_targets
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.precision import autocast_context
 from lumen_ray.presets import model_path
@@ -75,7 +75,7 @@ def training_step(
     """A function that does the forward and backward pass of a decoder's losses and returns them."""
     learner: Learner = decoder
     view: Any
-    view, targets = given(decoder, batch)
+    view, targets = images_and_targets(decoder, batch)
     if decoder.reads == "dense":
         side = settings.image_size // 4
         view = torch.randn(len(batch.images), settings.dense_channels, side, side)

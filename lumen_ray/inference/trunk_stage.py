@@ -253,7 +253,7 @@ class TrunkStage(FromFolder):
             layout.link_parents[family] = torch.tensor(keypoints).long() - 1
         layout = layout.to(self.device)
         found: dict[int, Tensor] = {}
-        for name, link in self.trunk.ask(prefix, layout, *self._regions(regions, owners)).items():
+        for name, link in self.trunk.branch_links(prefix, layout, *self._regions(regions, owners)).items():
             order = layout.link_branches[DECODERS[name].family].tolist()
             for number, embedding in zip(order, link.embeddings.float().cpu(), strict=True):
                 if pending[members[number]].decoder == name:

@@ -85,7 +85,7 @@ class Generalist(nn.Module):
         served = served_links(decoder.name, batch) if decoder.name in out.links else []
         if not served:
             return None, None, None
-        link, (pixels, targets) = out.links[decoder.name], given(decoder, batch)
+        link, (pixels, targets) = out.links[decoder.name], images_and_targets(decoder, batch)
         if len(served) < len(link):
             members = torch.tensor(served, device=link.parent.device)
             link, targets = link.select(members), targets.select(members)
@@ -116,7 +116,7 @@ def build_decoder(settings: ModelSettings, name: str) -> Any:
     return decoder_class(name).build(section, shape)
 
 
-def given(decoder: Learner, batch: TrainingBatch) -> tuple[Pixels, PerceptionTargets | ImageTargets]:
+def images_and_targets(decoder: Learner, batch: TrainingBatch) -> tuple[Pixels, PerceptionTargets | ImageTargets]:
     """The images and targets of a training batch for a decoder: in the decoder's input size if it has a size rule, else
     the trunk's."""
     pixels = batch.pixels.get(decoder.name) or Pixels(batch.images, batch.extents)

@@ -265,7 +265,9 @@ class Trunk(nn.Module):
         return self._run(prefix, layout, self._branch_embeds(prefix, layout, region_masks, region_images))
 
     @torch.inference_mode()
-    def ask(self, prefix: Prefix, layout: Layout, region_masks: Tensor, region_images: Tensor) -> dict[str, SuperLink]:
+    def branch_links(
+        self, prefix: Prefix, layout: Layout, region_masks: Tensor, region_images: Tensor
+    ) -> dict[str, SuperLink]:
         """The super links, by decoder, of a chunk of branches against the cached prefix."""
         embeds = self._branch_embeds(prefix, layout, region_masks, region_images)
         hidden, _ = self._run(prefix, layout, embeds)

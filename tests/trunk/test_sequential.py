@@ -129,7 +129,7 @@ def test_training_and_inference_agree_behind_a_lead():
     prefix = trunk.encode(images)
     assert prefix.length == 16 + len(trunk.lead)
     torch.testing.assert_close(prefix.dense, whole.dense, atol=1e-4, rtol=1e-4)
-    found, expected = trunk.ask(prefix, layout, none, none), whole.links
+    found, expected = trunk.branch_links(prefix, layout, none, none), whole.links
     torch.testing.assert_close(found["lumen"].embeddings, expected["lumen"].embeddings, atol=1e-4, rtol=1e-4)
 
 
@@ -140,7 +140,7 @@ def test_in_one_string_a_prompt_changes_those_after_it_and_none_before():
     def links(*names):
         branches = [Branch(0, f"detect {name}", route="[DET]") for name in names]
         layout = build_layout(branches, 1, TOKENIZER, "sequential")
-        return trunk.ask(prefix, layout, none, none)["lumen"].embeddings
+        return trunk.branch_links(prefix, layout, none, none)["lumen"].embeddings
 
     assert (links("cat", "dog")[1] - links("red", "dog")[1]).abs().max() > 1e-4
 
@@ -193,7 +193,7 @@ def test_without_an_image_the_lead_is_still_attended_to():
     none, blind = torch.zeros(0), torch.tensor([False])
 
     def link(trunk, images):
-        return trunk.ask(trunk.encode(images, blind), layout, none, none)["lumen"].embeddings
+        return trunk.branch_links(trunk.encode(images, blind), layout, none, none)["lumen"].embeddings
 
     before = link(trunk, random_images(1, 56))
     torch.testing.assert_close(before, link(trunk, random_images(1, 56, seed=5)))

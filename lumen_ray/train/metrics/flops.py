@@ -18,7 +18,7 @@ from torch import nn
 from lumen_ray.decoders.base import Decoder, ImageDecoder
 from lumen_ray.decoders.common.flops import DecoderWork, convolutions, is_trainable
 from lumen_ray.decoders.registry import DECODERS, reads_dense
-from lumen_ray.model.build import Generalist, build_decoder, given, served_links
+from lumen_ray.model.build import Generalist, build_decoder, images_and_targets, served_links
 from lumen_ray.superlink import SuperLink
 from lumen_ray.train.lora import frozen_names
 from lumen_ray.trunk.batch import TrainingBatch
@@ -84,7 +84,7 @@ def of_decoder(model: Generalist, name: str, batch: TrainingBatch, passes: Mappi
     columns = (layout.link_images, layout.link_parents, layout.link_groups)
     images, parents, groups = (column[decoder.family].cpu() for column in columns)
     members = torch.tensor(served)
-    pixels, targets = given(decoder, batch)
+    pixels, targets = images_and_targets(decoder, batch)
     source = "dense" if decoder.reads == "dense" else "llm"
     work = DecoderWork(
         link=SuperLink(name, torch.empty(len(images), 0), images, parents, groups).select(members),

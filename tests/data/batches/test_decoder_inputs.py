@@ -14,7 +14,7 @@ from lumen_ray.data.images import decode
 from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.data.shards.shards import ShardWriter, build_manifest, write_manifest
 from lumen_ray.input_size import PictureSize, ShortSide
-from lumen_ray.model.build import given
+from lumen_ray.model.build import images_and_targets
 from lumen_ray.recipe import AugmentSettings, BranchSettings, Recipe
 from lumen_ray.structures import Masks
 
@@ -159,7 +159,7 @@ def test_a_model_learns_from_images_of_several_shapes():
     model, batch = tiny_model(**keys), collate().to("cpu")
     assert model.settings.input_rules == OWN
     for name in keys:
-        pixels, targets = given(model.decoders[name], batch)
+        pixels, targets = images_and_targets(model.decoders[name], batch)
         assert pixels.images.shape == (3, 3, 192, 171) and targets.boxes.max() > 2 * SIDE
     assert batch.targets["grounding_dino"] is batch.targets["unipose"]
     losses = model(batch)
