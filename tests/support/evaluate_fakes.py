@@ -5,11 +5,12 @@ import hashlib
 import numpy as np
 
 from lumen_ray.data.images import decode
-from lumen_ray.data.scenes.render import SKELETON_EDGES, SKELETONS
+from lumen_ray.data.scenes.render import SKELETONS
 from lumen_ray.data.scenes.text import CLASSES
 from lumen_ray.data.shards.shards import ShardWriter, build_manifest, write_manifest
 from lumen_ray.evaluate.masks import region_prompts
 from lumen_ray.inference.semantic import class_regions
+from lumen_ray.keypoints import FIGURE_EDGES
 from lumen_ray.structures import Answer, Boxes, Keypoints, Masks, Prediction
 from lumen_ray.tasks import TASKS, UNDERSTANDING, task_of_prompt
 
@@ -21,7 +22,7 @@ def write_split(folder, rows):
         for row in rows:
             writer.write(row)
     categories = [
-        {"name": name, "keypoints": list(POSED.get(name, ())), "skeleton": [list(e) for e in SKELETON_EDGES]}
+        {"name": name, "keypoints": list(POSED.get(name, ())), "skeleton": [list(e) for e in FIGURE_EDGES]}
         for name in CLASSES
     ]
     write_manifest(folder, build_manifest([writer.entry], categories=categories))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.tiny_models import SIDE, tiny_model, tiny_tokenizer
 
-from lumen_ray.bench.workload import same
+from lumen_ray.bench.workload import batches_equal
 from lumen_ray.data.batches.feed import (
     BatchReader,
     local_batches,
@@ -49,16 +49,16 @@ def test_a_step_gives_the_same_batch_each_time(shards):
     items = plan_items(plan, 0, 1)
     batches = [reader(shards)(item) for item in items]
     for item, batch in zip(items, batches, strict=True):
-        assert same(batch, reader(shards)(item))
+        assert batches_equal(batch, reader(shards)(item))
     assert [b.step for b in local_batches(reader(shards), plan, 3)] == [3, 4]
-    assert same(next(local_batches(reader(shards), plan, 3)), batches[3])
+    assert batches_equal(next(local_batches(reader(shards), plan, 3)), batches[3])
     assert not torch.equal(batches[0].images, batches[1].images)
 
 
 def test_a_batch_comes_out_of_its_bytes_as_it_went_in(shards):
     batch = reader(shards)(plan_items(Plan(read_manifest(shards), recipe()), 0, 1)[0])
     found = pickle.loads(to_bytes(batch))
-    assert same(found, batch)
+    assert batches_equal(found, batch)
     assert found.images.dtype == torch.uint8
     assert found.has_image.dtype == torch.bool
     found.images.zero_()  # may be written to, without a word to the batch it came from
