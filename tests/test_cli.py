@@ -290,3 +290,20 @@ def test_classes_are_names_or_a_file_of_names(labelling, capsys, tmp_path):
     assert "cannot be read; give a UTF-8 text file" in fails(
         capsys, "label", "x", "--output", "o", "--classes", str(file)
     )
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "label"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(capsys, monkeypatch, tmp_path, verb):
+    monkeypatch.setattr("lumen_ray.inference.engine.Engine.run", lambda *a, **k: pytest.fail("it worked first"))
+    shards = str(tmp_path / "shards")
+    assert cli.main(["prepare", "scenes", "--num", "4", "--workers", "0", "--output", shards]) == 0
+    (tmp_path / "file").write_text("")
+    argv = {"evaluate": ["evaluate", "--shards", shards], "label": ["label", shards, "--actors", "0"]}[verb]
+    capsys.readouterr()
+    for output, words in (
+        (tmp_path / "file", "is a file; give a folder"),
+        (tmp_path / "file" / "x", "cannot be created"),
+    ):
+        assert cli.main([*argv, "--output", str(output)]) == 2
+        message = capsys.readouterr().err
+        assert words in message and str(output) in message and message.count("\n") == 1

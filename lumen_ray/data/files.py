@@ -331,6 +331,23 @@ def local_folder(folder: Location) -> Path:
     return Path(split(folder)[1]).expanduser()
 
 
+def output_folder(folder: Location) -> Path:
+    """Creates an output folder on a file system, before the work whose results it gets. Raises `UserError`
+    (`invalid_output`) for a URL, a file, or a folder that cannot be created or written."""
+    path = local_folder(folder)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"output '{path}' is a file; give a folder", "invalid_output")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"output folder '{path}' cannot be created ({error.strerror}); give another folder", "invalid_output"
+        ) from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise UserError(f"output folder '{path}' is not writable; give another folder", "invalid_output")
+    return path
+
+
 def move(source: Location, target: Location) -> None:
     """Renames within one store (a bucket copies on the server and deletes)."""
     with as_user_error(source, "moved"):

@@ -37,7 +37,7 @@ def _registered(points: Iterable[EntryPoint]) -> tuple[dict[str, DecoderSpec], l
             spec = point.load()
             fault = check(spec, specs)
         except (Exception, SystemExit) as error:  # a package's own code: whatever it raises, the others must work on
-            fault = f"{point.value} does not import ({type(error).__name__}: {' '.join(str(error).split())})"
+            fault = f"{point.value} cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())})"
         if fault:
             problems.append(f"decoder '{point.name}' of package '{package}' is left out: {fault}")
         else:

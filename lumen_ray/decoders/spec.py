@@ -132,7 +132,7 @@ class DecoderSpec:
                 raise
             raise UserError(
                 f"decoder '{self.name}' of package '{self.package}' cannot be used: its {field_name} '{path}' does not "
-                f"import ({type(error).__name__}: {error}); install what it needs, or remove the package",
+                f"import ({type(error).__name__}: {error}); correct the package, install what it needs, or remove it",
                 "broken_decoder",
             ) from error
 
@@ -140,7 +140,7 @@ class DecoderSpec:
 def check(spec: object, others: Mapping[str, DecoderSpec]) -> str | None:
     """Why another package's spec cannot be registered beside `others`; None where it can."""
     if not isinstance(spec, DecoderSpec):
-        return f"the entry point must name a DecoderSpec, not a {type(spec).__name__}"
+        return f"the entry point must name a DecoderSpec, but names {spec!r:.60}"
     if not (isinstance(spec.name, str) and spec.name.isidentifier() and not spec.name.startswith("_")):
         return f"its name {spec.name!r} is no public identifier, such as my_decoder"
     taken = spec.name in RESERVED or spec.name in LINK_FAMILIES or keyword.iskeyword(spec.name)

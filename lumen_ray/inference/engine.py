@@ -14,7 +14,7 @@ import numpy as np
 from lumen_ray.decoders.base import PredictSettings
 from lumen_ray.inference.decoder_stage import DecoderStages
 from lumen_ray.inference.outputs import assemble, finish, loosest, request_limits
-from lumen_ray.inference.request import Request
+from lumen_ray.inference.request import Request, check_call
 from lumen_ray.inference.trunk_stage import FromFolder, TrunkStage
 from lumen_ray.model.build import LoadedModel
 from lumen_ray.structures import Answer, Size
@@ -90,6 +90,7 @@ class Engine(FromFolder):
         requests without their own. With `route_only` no decoder is called: an answer holds the LLM's text or the
         routing token, which in free chat names the decoder that the LLM would have called.
         """
+        check_call(images, requests, score_threshold)
         if len(images) == 0:
             return []
         default = PredictSettings(score_threshold, max_per_phrase)

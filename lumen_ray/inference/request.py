@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
+
+import numpy as np
 
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Region, SampleSettings, Size
@@ -36,19 +40,28 @@ class Request:
 def make_request(
     task: str,
     *,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | str | None = None,
     text: str | None = None,
     region: Region | None = None,
-    keypoints: Sequence[str] | None = None,
+    keypoints: Sequence[str] | str | None = None,
     template: int = 0,
     sample: SampleSettings | None = None,
 ) -> Request:
     """A validated `Request`. Raises `UserError` (one sentence, machine-readable reason) if it is invalid.
 
     The registry's `Task.needs` says which argument a task takes: "classes" `classes`, "region" `region`, "nothing"
-    none, all others `text`.
+    none, all others `text`. A single string stands for a list of one.
     """
     needs = get_task(task).needs
+    classes, keypoints = ([names] if isinstance(names, str) else names for names in (classes, keypoints))
+    for name in (*(classes or ()), *(keypoints or ())):
+        if not isinstance(name, str):
+            raise UserError(f"names of classes and keypoints are texts, got {name!r}", "invalid_classes")
+    if region is not None and not isinstance(region, Region):
+        raise UserError(
+            f"'region' takes a lumen_ray.structures.Region, e.g. Region('box', (height, width), ...), got {region!r}",
+            "invalid_region",
+        )
     for given in (text or "", *(classes or ()), *(keypoints or ())):
         _refuse_reserved(given or "")
     sample = _checked_sample(task, sample)
@@ -140,3 +153,38 @@ def _check_region(size: Size, region: Region) -> None:
             "build the region with the (height, width) of the image",
             "invalid_region",
         )
+
+
+def check_call(images: Any, requests: Any, score_threshold: Any) -> None:
+    """Raises `UserError` for arguments of `Engine.run` that are not lists of images and of lists of requests, one per
+    image, and for a threshold outside 0..1."""
+    stacked = isinstance(images, np.ndarray) and images.ndim == 4
+    if (
+        not (stacked or isinstance(images, Sequence))
+        or not isinstance(requests, Sequence)
+        or len(images) != len(requests)
+    ):
+        raise UserError(
+            "give a list of images and, for each image, a list of requests, e.g. engine.run([image], [[request]])",
+            "invalid_call",
+        )
+    for image in images:
+        if image is None:
+            continue
+        if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
+            kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+            raise UserError(
+                f"an image is a uint8 array [height, width, 3] (RGB), got {kind}; for a PIL image give "
+                "np.asarray(image.convert('RGB'))",
+                "invalid_image",
+            )
+        if image.size == 0:
+            raise UserError(f"an image is empty, its shape is {list(image.shape)}", "invalid_image")
+    for row in requests:
+        if not isinstance(row, Sequence) or not all(isinstance(request, Request) for request in row):
+            raise UserError(
+                "the requests of one image are a list of make_request's results, e.g. engine.run([image], [[request]])",
+                "invalid_call",
+            )
+    if not isinstance(score_threshold, Real) or not 0 <= float(score_threshold) <= 1:
+        raise UserError(f"score_threshold must be from 0 to 1, got {score_threshold!r}", "invalid_threshold")

@@ -19,7 +19,7 @@ WRONG = {
     ),
     "lists": ("replace(SPEC, name='l', losses=['x'])", "its losses are a list; give a mapping"),
     "string": ("replace(SPEC, name='m', tasks='detect')", "its tasks are a str; give a tuple of names"),
-    "quits": ("__import__('sys').exit(3)", "does not import (SystemExit: 3)"),
+    "quits": ("__import__('sys').exit(3)", "cannot be loaded (SystemExit: 3)"),
     "loss": ("replace(SPEC, name='a', losses={'box': 'objects'})", "its loss 'box' has the name of a loss of decoder"),
     "unit": ("replace(SPEC, name='b', losses={'x': 'pixels'})", "its loss 'x' counts 'pixels'; give one of objects"),
     "silent": ("replace(SPEC, name='c', losses={})", "it names no losses"),
@@ -29,7 +29,7 @@ WRONG = {
     "reads": ("replace(SPEC, name='g', reads='audio')", "it reads 'audio'; give 'dense', 'pixels' or None"),
     "settings": ("replace(SPEC, name='h', settings=dict)", "its settings must be a subclass of DecoderSettings"),
     "flops": ("replace(SPEC, name='i', flops='')", "its flops is missing; name it as 'package.module:object'"),
-    "type": ("{'name': 'toy'}", "the entry point must name a DecoderSpec, not a dict"),
+    "type": ("{'name': 'toy'}", "the entry point must name a DecoderSpec, but names {'name': 'toy'}"),
     "incomplete": ("DecoderSpec(name='j')", "TypeError: DecoderSpec.__init__() missing"),
 }
 

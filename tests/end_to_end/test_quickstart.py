@@ -93,7 +93,7 @@ def test_it_prints_no_line_of_ray_serve_or_torch(made):
 def test_it_prints_the_five_steps_and_the_log_that_ray_writes_to(made):
     titles = re.findall(r"^(\d)/5 (\w+)$", made[1], re.MULTILINE)
     assert titles == [("1", "prepare"), ("2", "train"), ("3", "evaluate"), ("4", "label"), ("5", "serve")]
-    assert re.search(r"log -> \S+", made[1]) and "all of it in" in made[1]
+    assert re.search(r"log -> \S+", made[1]) and "all steps in" in made[1]
 
 
 def test_the_report_scores_every_task(made):

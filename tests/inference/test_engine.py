@@ -345,6 +345,6 @@ def test_a_request_keeps_its_own_limits(engine):
     middle = float(all_.scores[1])
     loose = replace(request, score_threshold=0.0, max_per_phrase=4)
     strict, one = replace(loose, score_threshold=middle), replace(loose, max_per_phrase=1)
-    answers = engine.run([image, image], [[loose, strict, one, request], [one]], score_threshold=2.0)
+    answers = engine.run([image, image], [[loose, strict, one, request], [one]], score_threshold=1.0)
     assert [len(a.predictions[0]) for a in answers[0]] == [4, int((all_.scores >= middle).sum()), 1, 0]
     assert len(answers[1][0].predictions[0]) == 1

@@ -68,7 +68,12 @@ def keep_record(run: Path, record: dict[str, Any], resumes: bool) -> None:
         before = json.loads(saved.read_text())
         for name, kind in (("recipe", Recipe), ("model", ModelSettings)):
             before[name] = _upgraded(kind, before.get(name))
-        names = {"recipe": "recipe", "model": "model settings", "shards": "shards", "init_from": "model to start from"}
+        names = {
+            "recipe": "recipe",
+            "model": "model settings",
+            "shards": "set of shards",
+            "init_from": "model to start from",
+        }
         other = [text for name, text in names.items() if _compared(before.get(name)) != _compared(record[name])]
         if other:
             raise UserError(

@@ -133,7 +133,7 @@ def test_a_run_is_continued_with_what_it_was_started_with(data, tmp_path):
     others = {
         "recipe": start_record(make_recipe(data, seed=1), settings, manifest, None),
         "model settings": start_record(make_recipe(data), tiny_settings(link_channels=64), manifest, None),
-        "shards": start_record(make_recipe(data), settings, {**manifest, "files": [{"sha256": "b"}]}, None),
+        "set of shards": start_record(make_recipe(data), settings, {**manifest, "files": [{"sha256": "b"}]}, None),
         "model to start from": start | {"init_from": "0" * 64},
     }
     for name, other in others.items():
