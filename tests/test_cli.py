@@ -301,8 +301,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(capsys, mon
     argv = {"evaluate": ["evaluate", "--shards", shards], "label": ["label", shards, "--actors", "0"]}[verb]
     capsys.readouterr()
     for output, words in (
-        (tmp_path / "file", "is a file; give a folder"),
-        (tmp_path / "file" / "x", "cannot be created"),
+        (tmp_path / "file", "cannot be made: it is a file"),
+        (tmp_path / "file" / "x", "cannot be made"),
     ):
         assert cli.main([*argv, "--output", str(output)]) == 2
         message = capsys.readouterr().err

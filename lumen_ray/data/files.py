@@ -306,18 +306,21 @@ def _make_folder(store: fs.FileSystem, location: Location) -> None:
 def make_folder(folder: Location) -> None:
     """Creates a local folder with its parents; in a bucket there is nothing to create.
 
-    Raises `UserError` (`invalid_output`) if it cannot be created.
+    Raises `UserError` (`invalid_output`) if it is a file, or cannot be created or written.
     """
     if is_url(folder):
         return
+    path = Path(filesystem(folder)[1])
     try:
-        Path(filesystem(folder)[1]).mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise UserError(
             f"output folder '{shown(folder)}' cannot be made: it is a file; give another one", "invalid_output"
         ) from None
     except OSError as error:
         raise _local_error(folder, "made", error) from None
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise _local_error(folder, "written", PermissionError(errno.EACCES, "")) from None
 
 
 def local_folder(folder: Location) -> Path:
@@ -329,23 +332,6 @@ def local_folder(folder: Location) -> Path:
             "invalid_output",
         )
     return Path(split(folder)[1]).expanduser()
-
-
-def output_folder(folder: Location) -> Path:
-    """Creates an output folder on a file system, before the work whose results it gets. Raises `UserError`
-    (`invalid_output`) for a URL, a file, or a folder that cannot be created or written."""
-    path = local_folder(folder)
-    if path.exists() and not path.is_dir():
-        raise UserError(f"output '{path}' is a file; give a folder", "invalid_output")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"output folder '{path}' cannot be created ({error.strerror}); give another folder", "invalid_output"
-        ) from None
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise UserError(f"output folder '{path}' is not writable; give another folder", "invalid_output")
-    return path
 
 
 def move(source: Location, target: Location) -> None:

@@ -96,10 +96,10 @@ def evaluate(
     """
     limits = Limits(limit, chat_limit, picture_limit)
     _check(batch_size, limits)
-    files.local_folder(output_dir)
+    output = files.local_folder(output_dir)
     manifest = read_manifest(shards_dir)
     scorer = _scorer(manifest, tasks, engine)
-    output = files.output_folder(output_dir)
+    files.make_folder(output)  # before the work whose results it gets
     total = min(manifest["rows"], limit) if limit is not None else manifest["rows"]
     started = time.monotonic()
     errors: list[dict[str, str]] = []

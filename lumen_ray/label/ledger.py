@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lumen_ray.data.files import output_folder, write_atomically
+from lumen_ray.data.files import make_folder, write_atomically
 from lumen_ray.errors import UserError
 from lumen_ray.inference.records import ERROR_SCHEMA, LABEL_SCHEMA
 from lumen_ray.label.inputs import Item
@@ -61,7 +61,7 @@ class Ledger:
         """
         settings = json.loads(json.dumps(settings))
         path = self.output / "job.json"
-        output_folder(self.output)
+        make_folder(self.output)
         if not path.is_file() or not self.entries():
             self._inputs.unlink(missing_ok=True)
             _write_json(path, settings)
