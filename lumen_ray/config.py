@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
 
 from lumen_ray.errors import UserError, suggest
 
@@ -19,7 +21,11 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
-def _explain(cls: type[BaseModel], error: ValidationError, origin: str) -> str:
+def _with_value(problem: ErrorDetails) -> str:
+    return f"{problem['msg']} (got {problem['input']!r})"
+
+
+def _explain(cls: type[BaseModel], error: ValidationError, origin: str, describe: Callable[[ErrorDetails], str]) -> str:
     """Describes the first problem in one sentence."""
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
@@ -34,7 +40,7 @@ def _explain(cls: type[BaseModel], error: ValidationError, origin: str) -> str:
         return f"{origin}: '{path}' is required"
     if isinstance(cause, UserError):  # raised by a validator of the settings class
         return f"{origin}: {path + ': ' if path else ''}{cause}"
-    return f"{origin}: '{path}' is invalid: {first['msg']} (got {first['input']!r})"
+    return f"{origin}: '{path}' is invalid: {describe(first)}"
 
 
 def _owner(cls: type[BaseModel], path: tuple[Any, ...]) -> type[BaseModel] | None:
@@ -58,14 +64,17 @@ def _settings_in(annotation: Any) -> Any:
     return None
 
 
-def validate(cls: type[T], data: Any, origin: str) -> T:
-    """`data` as settings of class `cls`. Raises `UserError`, which names `origin`, if it is not valid."""
+def validate(cls: type[T], data: Any, origin: str, describe: Callable[[ErrorDetails], str] = _with_value) -> T:
+    """`data` as settings of class `cls`. Raises `UserError`, which names `origin`, if it is not valid.
+
+    `describe` says what is wrong with a value, by default with the value itself.
+    """
     if not isinstance(data, dict):
         raise UserError(f"{origin}: expected a mapping of settings, got {type(data).__name__}", "invalid_config")
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        raise UserError(_explain(cls, error, origin), "invalid_config") from None
+        raise UserError(_explain(cls, error, origin, describe), "invalid_config") from None
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:

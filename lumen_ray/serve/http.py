@@ -20,6 +20,9 @@ from lumen_ray.errors import UserError
 
 logger = logging.getLogger("ray.serve.lumen")  # a child of the logger that Serve writes to the replica's log file
 _REQUEST_ID = re.compile(r"^[\w-]{8,64}$")
+#: a run of base64 characters longer than any word of an error, with the lines that base64 may be wrapped into
+_BASE64 = re.compile(r"[\w+/=-]{40,}(?:(?:\s|\\[rn])+[\w+/=-]{20,})*", re.ASCII)
+_LONGEST_MESSAGE = 1000
 
 #: reason -> HTTP status; 400 for all other reasons
 STATUS = {
@@ -51,6 +54,7 @@ class Unavailable(Exception):
 
 def error_response(reason: str, message: str, request_id: str, headers: dict[str, str] | None = None) -> JSONResponse:
     """The error envelope, with the status of `reason`."""
+    message = message.encode("utf-8", "backslashreplace").decode()  # it may quote half a surrogate pair of the request
     content = {"error": {"reason": reason, "message": message, "request_id": request_id}}
     return JSONResponse(content, STATUS.get(reason, 400), headers)
 
@@ -64,12 +68,18 @@ def request_id(request: Request) -> str:
     return request.scope.get("lumen_request_id", "-")
 
 
+def _without_data(message: str) -> str:
+    """A message without the images and other long values that a caller sent in place of a name, wherever it arose."""
+    message = _BASE64.sub(lambda found: f"({len(found[0])} characters)", message)
+    return message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + "..."
+
+
 async def _user_error(request: Request, error: UserError) -> JSONResponse:
-    return error_response(error.reason, str(error), request_id(request))
+    return error_response(error.reason, _without_data(str(error)), request_id(request))
 
 
 async def _http_exception(request: Request, error: HTTPException) -> JSONResponse:
-    path = request.url.path
+    path = _without_data(request.url.path)
     if error.status_code == 404:
         return error_response("not_found", f"there is nothing at '{path}'; see /docs for the API", request_id(request))
     if error.status_code == 405:

@@ -17,11 +17,14 @@ _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _DATA_URL = re.compile(r"^data:image/[\w.+-]+;base64,", re.IGNORECASE)
 
 
-def image_bytes(text: str) -> bytes:
-    """The encoded image in a base64 string or a `data:image/...;base64,` URL. Raises `UserError` for remote URLs."""
+def image_bytes(text: str, field: str = "image") -> bytes:
+    """The encoded image in a base64 string or a `data:image/...;base64,` URL. Raises `UserError` for remote URLs.
+
+    `field`: the place in the request, for errors.
+    """
     text = text.strip()
     if not text:
-        raise UserError("'image' is empty; give a base64-encoded image or a data URL", "missing_image")
+        raise UserError(f"'{field}' is empty; give a base64-encoded image or a data URL", "missing_image")
     if _SCHEME.match(text):
         raise UserError(
             "remote image URLs are not fetched; send the image itself, as base64 or as a data URL",
@@ -36,7 +39,7 @@ def image_bytes(text: str) -> bytes:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
         raise UserError(
-            "'image' is not valid base64; send the encoded file's bytes in base64", "invalid_base64"
+            f"'{field}' is not valid base64; send the encoded file's bytes in base64", "invalid_base64"
         ) from None
 
 

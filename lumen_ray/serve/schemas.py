@@ -6,9 +6,11 @@ import json
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic_core import ErrorDetails
 
 from lumen_ray.config import Settings, validate
 from lumen_ray.errors import UserError
+from lumen_ray.serve.settings import MAX_NEW_TOKENS
 from lumen_ray.structures import REGION_KINDS
 from lumen_ray.tasks import Needs, in_words
 
@@ -68,7 +70,9 @@ class TaskFields(Settings):
         le=1000,
         description="most instances of one class or phrase, best first; null for the server's default",
     )
-    max_new_tokens: int | None = Field(None, ge=1, le=1024, description="longest text answer, in tokens of the model")
+    max_new_tokens: int | None = Field(
+        None, ge=1, le=MAX_NEW_TOKENS, description="longest text answer, in tokens of the model"
+    )
     seed: int | None = Field(None, ge=0, description=f"{_PICTURES}: each seed gives another picture; null is 0")
     steps: int | None = Field(None, ge=1, le=200, description=f"{_PICTURES}: denoising steps; null is 30")
     guidance: float | None = Field(
@@ -182,12 +186,49 @@ def parse_json(body: bytes) -> dict[str, Any]:
     return data
 
 
+#: pydantic's type of a problem -> the kind of value that the field takes
+_EXPECTED = {
+    "string_type": "a text",
+    "bool_type": "true or false",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "an object",
+    "model_type": "an object",
+}
+#: kinds of values in JSON and in forms; a bool is an int to Python
+_KINDS = ((bool, "true or false"), (int | float, "a number"), (str, "a text"), (list, "a list"), (dict, "an object"))
+#: longest text that an error repeats
+_SHOWN_CHARS = 20
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    return next((kind for of, kind in _KINDS if isinstance(value, of)), "a file")
+
+
+def _shown(value: Any) -> str:
+    """A number, a flag or a short text itself, the kind of any other value, which may hold an image."""
+    if isinstance(value, str):
+        return repr(value) if len(value) <= _SHOWN_CHARS else f"a text of {len(value)} characters"
+    return json.dumps(value) if isinstance(value, int | float) else _kind(value)
+
+
+def _describe(problem: ErrorDetails) -> str:
+    """What is wrong with a value, without images and other long values."""
+    value = problem["input"]
+    if expected := _EXPECTED.get(problem["type"]):
+        return f"it must be {expected}, not {_kind(value)}"
+    if problem["type"] == "literal_error":
+        return f"it must be {problem['ctx']['expected']}, not {_shown(value)}"
+    return f"{problem['msg']} (got {_shown(value)})"
+
+
 def parse(model: type[T], data: dict[str, Any]) -> T:
     """Parses `data` as `model`; raises a one-sentence `UserError` that names the field without echoing images."""
     try:
-        return validate(model, data, "request")
+        return validate(model, data, "request", _describe)
     except UserError as error:
-        message = str(error)
-        if len(message) > 400:  # the sentence ends with the value, which can be an image
-            message = message[:400] + "..."
-        raise UserError(message, "invalid_request") from None
+        raise UserError(str(error), "invalid_request") from None

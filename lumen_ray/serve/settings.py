@@ -17,6 +17,9 @@ from lumen_ray.errors import UserError
 from lumen_ray.presets import find
 from lumen_ray.structures import Dtype
 
+#: tokens of the longest text answer that a request can ask for
+MAX_NEW_TOKENS = 1024
+
 
 class Autoscaling(Settings):
     """The range of a deployment's replicas and the delays of scaling. Ray's defaults (30 s up, 600 s down) are slow."""
@@ -133,7 +136,7 @@ class Defaults(Settings):
 
     score_threshold: float = Field(0.3, ge=0, le=1)
     max_per_phrase: int = Field(300, ge=1, le=1000)
-    max_new_tokens: int = Field(48, ge=1, le=1024)
+    max_new_tokens: int = Field(48, ge=1, le=MAX_NEW_TOKENS)
 
 
 class ServeSettings(Settings):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from starlette.datastructures import FormData, UploadFile
 
 from lumen_ray.errors import UserError
 from lumen_ray.inference.request import Request, check_image, make_request
-from lumen_ray.serve import schemas
+from lumen_ray.serve import forms, schemas
 from lumen_ray.serve.http import content_type, json_schema_ref
 from lumen_ray.serve.images import checked_rle, decode_image, image_bytes
 from lumen_ray.serve.settings import ServeSettings
@@ -53,6 +52,7 @@ _FIELDS = {
 #: settings of the pictures
 _SAMPLE_FIELDS = ("seed", "steps", "guidance", "image_guidance", "height", "width", "num_images")
 _OPTIONAL = ("classes", "text", "region", "keypoints", *_SAMPLE_FIELDS)
+_FORM_LISTS, _FORM_OBJECTS = ("classes", "keypoints"), ("region",)
 
 
 def fields_of(task: Task) -> tuple[str, ...]:
@@ -166,23 +166,10 @@ async def _read_task(request: HttpRequest) -> tuple[bytes | None, schemas.TaskFi
 
 
 async def _read_form(form: FormData) -> tuple[bytes, schemas.TaskFields]:
-    """Form fields are text: lists are comma-separated, `region` is JSON."""
-    upload = form.get("image")
+    fields = forms.read_fields(forms.given(form), _FORM_LISTS, _FORM_OBJECTS)
+    upload = fields.pop("image", None)
     if not isinstance(upload, UploadFile):
         raise UserError("the form has no file 'image'; attach one", "missing_image")
-    fields: dict[str, Any] = {}
-    for name, value in form.multi_items():
-        if name == "image" or not isinstance(value, str):
-            continue
-        if name in ("classes", "keypoints"):
-            fields[name] = [*fields.get(name, ()), *(part.strip() for part in value.split(","))]
-        elif name == "region":
-            try:
-                fields[name] = json.loads(value)
-            except (ValueError, RecursionError):
-                raise UserError("the form field 'region' is not valid JSON", "invalid_json") from None
-        else:
-            fields[name] = value
     return await upload.read(), schemas.parse(schemas.TaskFields, fields)
 
 
@@ -284,7 +271,8 @@ def _task_body() -> dict[str, Any]:
         "type": "object",
         "required": ["image"],
         "properties": {"image": {"type": "string", "format": "binary"}, **dict.fromkeys(names, text)},
-        "description": "the file itself; classes and keypoints comma-separated, region as JSON",
+        "description": "the file itself; classes and keypoints comma-separated (in double quotes where an item has a "
+        "comma) or JSON, repeated fields add up; region as JSON; an empty field is as if left out",
     }
     body["content"]["multipart/form-data"] = {"schema": form}
     return body
