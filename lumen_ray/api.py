@@ -32,6 +32,7 @@ def prepare(
     rows_per_group: int = 8,
     rows_per_file: int = 512,
     overwrite: bool = False,
+    max_rejected: str | float | None = None,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     **options: Any,
@@ -44,14 +45,17 @@ def prepare(
     rows_per_group: images per row group; batch sizes in training are multiples of it.
     rows_per_file: images per file, the unit of work.
     overwrite: replace the shards in `output`.
+    max_rejected: largest share of any kind of record that may be rejected, in percent, such as "5%"; None: any.
     workers: most tasks at once; None: one per core, on a cluster as many as it has room for; 0: without Ray.
     progress: called with (records done, records in all) after each file.
     options: those of ``lumen-ray prepare SOURCE``, with ``_`` for ``-``, e.g. ``num=64``.
 
     The summary holds ``output``, ``files``, ``bytes``, ``rows``, ``tasks`` (task -> rows annotated for it), ``counts``
-    (kind -> {"in", "written", "rejected"}), ``rejected`` and ``changed``. Rejected records are in
-    ``rejected.parquet`` with their reasons. Raises `UserError` for an unknown source or option, for input of which not
-    one row can be written, and for an output that holds shards already, unless `overwrite`.
+    (kind -> {"in", "written", "rejected"}), ``rejected``, ``rules`` (by which records were rejected, each with its
+    number, its first record and how to mend it), ``changed``, ``untrained`` (rows without a task) and ``notes`` (how
+    the input was read). Rejected records are in ``rejected.parquet`` with their reasons. Raises `UserError` for an
+    unknown source or option, for input of which not one row can be written or more is rejected than `max_rejected`, and
+    for an output that holds shards already, unless `overwrite`.
 
     >>> from lumen_ray import prepare
     >>> summary = prepare("scenes", "shards/val", num=64, seed=1)
@@ -70,6 +74,7 @@ def prepare(
         rows_per_group=rows_per_group,
         rows_per_file=rows_per_file,
         overwrite=overwrite,
+        max_rejected=max_rejected,
         workers=tasks_at_once() if workers is None else workers,
         progress=progress,
     )

@@ -102,7 +102,8 @@ def test_prepare_is_as_wide_as_the_cluster_or_this_machine(monkeypatch, tmp_path
 
     def prepare_source(output, source, **options):
         given.update(options)
-        return {"rows": 1, "tasks": {}, "rejected": 0, "changed": {}, "files": 1, "output": str(output)}
+        return {"rows": 1, "tasks": {}, "rejected": 0, "rules": [], "changed": {}, "untrained": 0, "notes": [],
+                "files": 1, "output": str(output)}  # fmt: skip
 
     monkeypatch.setattr("lumen_ray.data.shards.prepare.prepare_source", prepare_source)
     monkeypatch.setattr("os.cpu_count", lambda: 5)

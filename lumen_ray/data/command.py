@@ -6,6 +6,7 @@ Heavy imports happen inside the functions.
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 from lumen_ray import api
@@ -39,6 +40,11 @@ def _prepare_args(verbs: Any, parser_class: type) -> None:
         q.add_argument(
             "--rows-per-file", type=int, default=512, help="images per file, the unit of work (default: 512)"
         )
+        q.add_argument(
+            "--max-rejected",
+            metavar="P%",
+            help="stop, and write nothing, if more than this share of any kind of record is rejected (default: any)",
+        )
         q.add_argument("--overwrite", action="store_true", help="replace the shards in the output folder")
         q.add_argument(
             "--workers",
@@ -49,7 +55,7 @@ def _prepare_args(verbs: Any, parser_class: type) -> None:
 
 
 def _data_args(verbs: Any, parser_class: type) -> None:
-    p = verbs.add_parser("data", help="inspect shards, or export them to other formats")
+    p = verbs.add_parser("data", help="inspect shards, check data for mistakes, or export shards to other formats")
     kinds = p.add_subparsers(dest="action", metavar="ACTION", parser_class=parser_class, required=True)
     export = kinds.add_parser("export", help="shards -> COCO json (boxes, masks, keypoints, captions)")
     export.add_argument("shards", help="shard folder")
@@ -74,6 +80,55 @@ def _data_args(verbs: Any, parser_class: type) -> None:
         "--verify", action=argparse.BooleanOptionalAction, default=True, help="verify the checksums of all files first"
     )
     view.set_defaults(run=_data_inspect)
+    _lint_args(kinds, parser_class)
+
+
+def _lint_args(kinds: Any, parser_class: type) -> None:
+    from lumen_ray.data.sources.registry import SOURCES
+
+    p = kinds.add_parser(
+        "lint",
+        help="check a shard folder, or data before it is prepared, for mistakes",
+        usage="%(prog)s [options] INPUT [options] [options of the source]",
+        description="Checks annotated data for mistakes: repeated images and objects, images that are in two splits, "
+        "boxes, masks and keypoints that cannot be right, class names, texts, lost records. INPUT is a shard folder, "
+        f"or the name of a source ({', '.join(SOURCES)}) with the options of 'lumen-ray prepare SOURCE', which is read "
+        "without writing shards. Findings are problems (training or scores suffer), warnings (probably a mistake) or "
+        "notes (a fact to know).",
+    )
+    _lint_options(p)
+    p.add_argument("input", metavar="INPUT", help="shard folder, local or a URL, or the name of a source")
+    p.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    p.set_defaults(run=partial(_data_lint, parser_class))
+
+
+def _lint_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--against",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="SHARDS",
+        help="shard folders that must not have an image in common with it, e.g. that of the validation split",
+    )
+    p.add_argument("--strict", action="store_true", help="exit with 1 for problems and warnings, not for notes")
+    p.add_argument(
+        "--ignore", nargs="+", action="extend", default=[], metavar="CHECK", help="checks to leave out, by their names"
+    )
+    p.add_argument("--output", default="lint", help="folder for index.html and lint.json (default: lint)")
+    p.add_argument("--samples", type=int, default=24, help="most pictures on the page (default: 24)")
+    p.add_argument(
+        "--min-side",
+        type=float,
+        default=2.0,
+        help="report boxes with a side of fewer pixels in the stored image (default: 2)",
+    )
+    p.add_argument(
+        "--decode",
+        action="store_true",
+        help="decode the images of a shard folder and compare their sizes (default: read their bytes only; "
+        "images of a source are always decoded)",
+    )
 
 
 def _prepare(args: argparse.Namespace) -> None:
@@ -91,11 +146,37 @@ def _prepare(args: argparse.Namespace) -> None:
             rows_per_group=args.rows_per_group,
             rows_per_file=args.rows_per_file,
             overwrite=args.overwrite,
+            max_rejected=args.max_rejected,
             workers=args.workers,
             progress=progress.update,
             **{argument.name: getattr(args, argument.name) for argument in SOURCES[args.kind].arguments},
         )
-    say(prepared_line(summary))
+    for line in prepared_lines(summary):
+        say(line)
+
+
+#: rules of rejected records that the summary lists; the others share a line
+_RULES_SHOWN = 6
+
+
+def prepared_lines(summary: dict[str, Any]) -> list[str]:
+    """The summary of `prepare`: one line, one per note, and one per rule by which records were rejected."""
+    lines = [prepared_line(summary), *(f"note: {note}" for note in summary["notes"])]
+    if number := summary["untrained"]:
+        lines.append(
+            f"{number} of {summary['rows']} images train nothing: no class is left that they are annotated for"
+        )
+    for rule in summary["rules"][:_RULES_SHOWN]:
+        first = rule["first"]
+        lines.append(
+            f"rejected {rule['records']}, {rule['rule']}: {first['origin'] or first['image_id']}: {first['reason']}; "
+            f"{rule['mend']}"
+        )
+    if rest := summary["rules"][_RULES_SHOWN:]:
+        lines.append(
+            f"rejected {sum(rule['records'] for rule in rest)} by {len(rest)} more rules, see rejected.parquet"
+        )
+    return lines
 
 
 def prepared_line(summary: dict[str, Any]) -> str:
@@ -131,3 +212,31 @@ def _data_inspect(args: argparse.Namespace) -> None:
         )
     print_sections(sections(statistics, args.top), console)
     say(f"page -> {page}; the counts as JSON are beside it")
+
+
+def _data_lint(parser_class: type, args: argparse.Namespace) -> int:
+    """Parses the options after INPUT, which depend on it, and lints. Returns the exit status."""
+    from lumen_ray.data.lint.command import is_source, lint, print_report
+    from lumen_ray.data.sources.registry import SOURCES
+
+    source = SOURCES[args.input] if is_source(args.input) else None
+    about = f"{source.help}. {source.layout}".strip() if source else "Checks a shard folder."
+    parser = parser_class(prog=f"lumen-ray data lint {args.input}", description=about)
+    for argument in source.arguments if source else ():
+        argument.add_to(parser)
+    _lint_options(parser)
+    args = parser.parse_args(args.rest, args)
+    with bar("lint") as progress:
+        report, page = lint(
+            source.make(vars(args)) if source else args.input,
+            args.output,
+            against=args.against,
+            samples=args.samples,
+            min_side=args.min_side,
+            decode=args.decode,
+            ignore=args.ignore,
+            progress=progress.update,
+        )
+    print_report(report, console)
+    say(f"{report.summary()}; page -> {page}; the findings as JSON are beside it")
+    return int(args.strict and report.failed)

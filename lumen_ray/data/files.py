@@ -142,12 +142,12 @@ def read_text(location: Location) -> str:
         raise UserError(f"'{shown(location)}' is not UTF-8 text", "invalid_text") from None
 
 
-def read_texts(locations: Sequence[Location], threads: int = 32) -> Iterator[str | UserError]:
-    """Reads many small files concurrently; their texts in order, or the error in place of a bad one."""
+def read_many(locations: Sequence[Location], threads: int = 32) -> Iterator[bytes | UserError]:
+    """Reads many small files concurrently; their contents in order, or the error in place of a bad one."""
 
-    def read(location: Location) -> str | UserError:
+    def read(location: Location) -> bytes | UserError:
         try:
-            return read_text(location)
+            return read_bytes(location)
         except StoreError:
             raise
         except UserError as error:

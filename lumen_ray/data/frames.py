@@ -68,7 +68,7 @@ def read_frame(image: bytes | None, declared: Sequence[Sequence[Any]]) -> Annota
         raise UserError("the image file is missing or cannot be opened", "missing_image")
     height, width = decode(image).shape[:2]
     size, stored = (height, width), (width, height)
-    given = [tuple(d) for d in declared if any(d)]
+    given = [tuple(d) for d in declared if all(d)]
     if all(d == size for d in given):
         return AnnotationFrame(size, size)
     turn = orientation(image)

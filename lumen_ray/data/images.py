@@ -217,9 +217,41 @@ def decode_labels(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
 
     Label images are written by programs and have no EXIF rotation. Raises like `decode`, also for colour images.
     """
+    values = decode_ids(data, max_pixels)[0]
+    if values.shape[2] != 1:
+        raise UserError(
+            f"a label image must have one channel of numbers, not {values.shape[2]} of colours", "broken_image"
+        )
+    return values[..., 0]
+
+
+def decode_ids(data: bytes, max_pixels: int = MAX_PIXELS) -> list[np.ndarray]:
+    """The readings of an image whose values are numbers: int64 [H, W, C] as stored, without scaling, alpha or EXIF.
+
+    A palette image has two: its indices (C = 1), and its colours (C = 3). Raises like `decode`, also for colours of 16
+    bits per channel, of which Pillow drops the lower 8.
+    """
     with _guarded():
         image = _open(data, max_pixels)
         image.load()
-        if image.mode not in ("1", "L", "P", "I", "I;16"):
-            raise UserError(f"a label image must have one channel of numbers, not mode {image.mode}", "broken_image")
-        return np.array(image).astype(np.int64)
+        deep = image.format == "PNG" and data[24] == 16 and data[25] in (2, 4, 6)  # bit depth and colour type in IHDR
+        if deep or image.mode not in _COUNTED:
+            raise UserError(
+                f"an image of numbers must have whole numbers in one channel or in 8-bit colours, not mode {image.mode}"
+                f"{' of 16 bits per channel' if deep else ''}",
+                "broken_image",
+            )
+        if image.mode == "P":
+            return [_as_ids(image), _as_ids(image.convert("RGB"))]
+        values = _as_ids(image)
+        if image.format == "PNG" and image.mode == "L" and data[24] in (2, 4):
+            values //= 255 // (2 ** data[24] - 1)  # Pillow stretches 2 and 4 bits to 8
+        return [values[..., :-1] if image.mode in ("LA", "RGBA") else values]
+
+
+_COUNTED = ("1", "L", "LA", "P", "I", "I;16", "RGB", "RGBA")
+
+
+def _as_ids(image: Image.Image) -> np.ndarray:
+    values = np.array(image).astype(np.int64)
+    return values.reshape(*values.shape[:2], -1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 from pycocotools import mask as coco_mask
 
+from lumen_ray.data.values import numbers, whole
 from lumen_ray.errors import UserError
 
 Rle = dict[str, Any]  # {"size": [height, width], "counts": str}
@@ -53,13 +54,13 @@ def check_rle(rle: Any, size: tuple[int, int]) -> Rle:
     if not isinstance(rle, dict) or "counts" not in rle or "size" not in rle:
         raise _invalid('a mask needs the keys "size" [height, width] and "counts"')
     height, width = size
-    if not isinstance(rle["size"], list | tuple) or list(rle["size"]) != [height, width]:
+    if not isinstance(rle["size"], list | tuple) or [whole(side) for side in rle["size"]] != [height, width]:
         raise _invalid(f"the mask has size {rle['size']} but the image [{height}, {width}] (height, width)")
     counts = rle["counts"].decode("ascii", "replace") if isinstance(rle["counts"], bytes) else rle["counts"]
     if isinstance(counts, str):
         lengths = runs(counts)
-    elif isinstance(counts, list) and all(isinstance(n, int) for n in counts):
-        lengths = counts
+    elif isinstance(counts, list) and None not in (found := [whole(n) for n in counts]):
+        counts = lengths = [n for n in found if n is not None]
     else:
         raise _invalid("mask counts must be a COCO run-length string or a list of whole numbers")
     if min(lengths, default=0) < 0 or sum(lengths) != height * width:
@@ -69,31 +70,31 @@ def check_rle(rle: Any, size: tuple[int, int]) -> Rle:
     return {"size": [int(height), int(width)], "counts": counts}
 
 
-def _check_polygon(polygon: Any, size: tuple[int, int]) -> list[float]:
-    if not isinstance(polygon, list) or not all(isinstance(c, int | float) for c in polygon):
-        raise _invalid("a polygon must be a flat list of numbers x, y, x, y, ...")
-    if len(polygon) < 6 or len(polygon) % 2:
-        raise _invalid(f"a polygon needs at least 3 points, x and y each, got {len(polygon)} numbers")
-    limit = (_FAR + 1) * max(size)
-    if not all(math.isfinite(c) and abs(c) <= limit for c in polygon):
-        raise _invalid("a polygon lies far outside the image")
-    return polygon
+def from_polygon(polygon: Any, size: tuple[int, int]) -> Rle:
+    """A polygon (a flat list x, y, x, y, ... in pixels, or a list of pairs) as an RLE for an image of `size`.
 
-
-def from_segmentation(segmentation: Any, size: tuple[int, int]) -> Rle | None:
-    """A COCO `segmentation` (polygons, compressed or uncompressed RLE) as an RLE; None for an empty or absent one.
-
-    `size`: (height, width). Raises `UserError(reason="invalid_mask")` if it is none of these.
+    Rasterised as by pycocotools. Raises `UserError(reason="invalid_mask")` if it is no polygon or lies far outside.
     """
-    if not segmentation:
-        return None
-    if isinstance(segmentation, dict):
-        return check_rle(segmentation, size)
-    if not isinstance(segmentation, list):
-        raise _invalid("a segmentation must be a list of polygons or an RLE")
-    polygons = [_check_polygon(polygon, size) for polygon in segmentation]
-    merged = coco_mask.merge(coco_mask.frPyObjects(polygons, *size))
-    return {"size": [int(s) for s in size], "counts": merged["counts"].decode()}
+    points = numbers(polygon)
+    if points is None and isinstance(polygon, list | tuple):
+        pairs = [numbers(pair) for pair in polygon]
+        if all(pair is not None and len(pair) == 2 for pair in pairs):
+            points = [c for pair in pairs for c in pair or ()]
+    if points is None:
+        raise _invalid("a polygon must be a flat list of numbers x, y, x, y, ...")
+    if len(points) < 6 or len(points) % 2:
+        raise _invalid(f"a polygon needs at least 3 points, x and y each, got {len(points)} numbers")
+    limit = (_FAR + 1) * max(size)
+    if not all(abs(c) <= limit for c in points):
+        raise _invalid("a polygon lies far outside the image")
+    counts = coco_mask.frPyObjects([points], *size)[0]["counts"]
+    return {"size": [int(s) for s in size], "counts": counts.decode()}
+
+
+def merge(masks: Sequence[Rle]) -> Rle:
+    """The union of masks of one size."""
+    merged = coco_mask.merge(list(masks))
+    return {"size": list(masks[0]["size"]), "counts": merged["counts"].decode()}
 
 
 def area(rle: Rle) -> int:

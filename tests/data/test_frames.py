@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support.source_fakes import instance
 
 from lumen_ray.data.frames import AnnotationFrame, read_frame
 from lumen_ray.data.images import decode, decode_labels, orientation
 from lumen_ray.data.sources import coco
-from lumen_ray.data.sources.base import instance
 from lumen_ray.data.sources.coco_json import CocoImage
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Masks

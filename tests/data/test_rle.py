@@ -35,7 +35,9 @@ def test_runs_are_those_of_the_mask(mask):
 @given(masks)
 def test_compressed_counts_come_back_unchanged_and_uncompressed_ones_mean_the_same(mask):
     (encoded,) = Masks.from_arrays(mask[None]).rles
-    assert rle.from_segmentation(encoded, mask.shape) == encoded
+    assert rle.check_rle(encoded, mask.shape) == encoded
+    by_value = {"size": [str(side) for side in mask.shape], "counts": [float(n) for n in lengths_of(mask)]}
+    assert rle.check_rle(by_value, mask.shape) == encoded
     plain = {"size": list(mask.shape), "counts": lengths_of(mask)}
     assert rle.check_rle(plain, mask.shape) == encoded
     as_bytes = {"size": list(mask.shape), "counts": encoded["counts"].encode()}
@@ -69,31 +71,46 @@ def test_any_string_is_a_mask_or_a_user_error(counts, height, width):
         ({"size": [5, 4], "counts": [1.5, 18.5]}, "whole numbers"),
         ({"size": [5, 4], "counts": None}, "run-length string"),
         ({"counts": [20]}, "keys"),
-        ([[0, 0, 1, 1]], "at least 3 points"),
-        ([[0, 0, 1, 1, 2, 2, 3]], "at least 3 points"),
-        ([[0, 0, 1, 1, 2, float("nan")]], "far outside"),
-        ([[0, 0, 1e9, 1, 2, 2]], "far outside"),
-        ([0, 0, 1, 1, 2, 2], "flat list"),
-        ([["0", "0", "1", "1", "2", "2"]], "flat list"),
-        ("polygon", "list of polygons"),
+        ({}, "keys"),
+        ("polygon", "keys"),
     ],
 )
-def test_malformed_segmentations_are_refused(segmentation, message):
+def test_malformed_run_lengths_are_refused(segmentation, message):
     with pytest.raises(UserError, match=message) as error:
-        rle.from_segmentation(segmentation, (5, 4))
+        rle.check_rle(segmentation, (5, 4))
     assert error.value.reason == "invalid_mask"
 
 
-def test_empty_segmentations_are_no_mask():
-    for empty in (None, [], {}):
-        assert rle.from_segmentation(empty, (5, 4)) is None
+@pytest.mark.parametrize(
+    ("polygon", "message"),
+    [
+        ([0, 0, 1, 1], "at least 3 points"),
+        ([], "at least 3 points"),
+        ([0, 0, 1, 1, 2, 2, 3], "at least 3 points"),
+        ([0, 0, 1, 1, 2, float("nan")], "flat list"),
+        ([0, 0, 1e8, 1, 2, 2], "far outside"),
+        ([[0, 0], [1, 1, 1], [2, 2]], "flat list"),
+        ("polygon", "flat list"),
+        (None, "flat list"),
+    ],
+)
+def test_malformed_polygons_are_refused(polygon, message):
+    with pytest.raises(UserError, match=message) as error:
+        rle.from_polygon(polygon, (5, 4))
+    assert error.value.reason == "invalid_mask"
+
+
+def test_points_may_be_texts_and_pairs():
+    flat = [0, 0, 3, 0, 3, 3]
+    assert rle.from_polygon([str(c) for c in flat], (5, 4)) == rle.from_polygon(flat, (5, 4))
+    assert rle.from_polygon([[0, 0], [3, 0], [3, 3]], (5, 4)) == rle.from_polygon(flat, (5, 4))
 
 
 @given(st.integers(0, 30), st.integers(0, 20), st.integers(1, 20), st.integers(1, 20))
 def test_a_rectangle_as_polygon_covers_its_box(x, y, width, height):
     size = (48, 64)
     polygon = [x, y, x + width, y, x + width, y + height, x, y + height]
-    encoded = rle.from_segmentation([[float(c) for c in polygon]], size)
+    encoded = rle.from_polygon([float(c) for c in polygon], size)
     mask = Masks([encoded], size).to_arrays()[0]
     expected = np.zeros(size, bool)
     expected[y : y + height, x : x + width] = True
@@ -103,7 +120,7 @@ def test_a_rectangle_as_polygon_covers_its_box(x, y, width, height):
 
 def test_several_polygons_are_one_mask():
     parts = [[0, 0, 4, 0, 4, 4, 0, 4], [6, 6, 9, 6, 9, 9, 6, 9]]
-    encoded = rle.from_segmentation(parts, (10, 10))
+    encoded = rle.merge([rle.from_polygon(part, (10, 10)) for part in parts])
     assert rle.area(encoded) == 16 + 9
 
 

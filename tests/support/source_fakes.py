@@ -9,6 +9,7 @@ from PIL import Image
 from lumen_ray.data.scenes.render import encode_jpeg
 from lumen_ray.data.shards import shards
 from lumen_ray.data.shards.prepare import prepare_source
+from lumen_ray.data.sources.rules import MENDS
 
 HEIGHT, WIDTH = 40, 60
 
@@ -51,6 +52,7 @@ def prepared(source, output, **options):
     assert shards.verify(output) == []
     manifest = shards.read_manifest(output)
     rejected = list(shards.read_rejected(output))
+    assert all(record["mend"] == MENDS[record["rule"]] for record in rejected)
     for kind, count in manifest["counts"].items():
         assert count["in"] == count["written"] + count["rejected"]
         assert count["rejected"] == sum(r["kind"] == kind for r in rejected)
@@ -67,6 +69,12 @@ def voc_xml(name, objects, size=(HEIGHT, WIDTH), extra=""):
     )
     size = f"<size><width>{size[1]}</width><height>{size[0]}</height><depth>3</depth></size>"
     return f"<annotation><filename>{name}</filename>{size}{items}{extra}</annotation>"
+
+
+def instance(name, box, mask=None, keypoints=None):
+    """An entry of a row's `instances`."""
+    area = (box[2] - box[0]) * (box[3] - box[1])
+    return {"phrase": name, "box": box, "mask": mask, "keypoints": keypoints, "crowd": False, "area": float(area)}
 
 
 def coco_set():

@@ -13,10 +13,11 @@ store keeps modification times; otherwise it stays).
 
 from __future__ import annotations
 
+import hashlib
 import json
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ import numpy as np
 from lumen_ray.data import files, urls
 from lumen_ray.data.shards import shards
 from lumen_ray.data.sources.base import Listing, Rejected, Source
+from lumen_ray.data.values import number
 from lumen_ray.errors import UserError
 
 Progress = Callable[[int, int], None]  # records done, records in all
@@ -42,16 +44,19 @@ def prepare_source(
     rows_per_group: int = shards.ROWS_PER_GROUP,
     rows_per_file: int = ROWS_PER_FILE,
     overwrite: bool = False,
+    max_rejected: str | float | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Writes all rows of `source` into the shard folder `output` (local or a URL); returns a summary.
 
     Rows are shuffled once with `shuffle_seed`. Records that cannot be used go to `rejected.parquet` with a reason; per
-    kind of record, the input is the sum of those written and rejected. `workers`: maximal number of concurrent tasks
-    (None: as the cluster allows, 0: in this process, without Ray). Raises `UserError` for invalid arguments, if no row
-    can be written, and if the output already contains shards, unless `overwrite`.
+    kind of record, the input is the sum of those written and rejected. `max_rejected`: largest share of any kind of
+    record, in percent, that may be rejected (None: any). `workers`: maximal number of concurrent tasks (None: as the
+    cluster allows, 0: in this process, without Ray). Raises `UserError` for invalid arguments, if no row can be
+    written, if more is rejected than `max_rejected`, and if the output already contains shards, unless `overwrite`.
     """
+    limit = _RejectedLimit(max_rejected)
     limits = (("rows_per_group", rows_per_group, 1), ("rows_per_file", rows_per_file, 1), ("workers", workers, 0),
               ("shuffle_seed", shuffle_seed, 0))  # fmt: skip
     for name, value, least in limits:
@@ -61,32 +66,80 @@ def prepare_source(
     _check_output(output, overwrite)
     listing = source.read_listing()
     if not listing.records:
-        first = f"; the first record: {listing.rejected[0]['reason']}" if listing.rejected else ""
+        first = f"; the first record: {_told(listing.rejected[0])}" if listing.rejected else ""
         raise UserError(f"the {source.kind} input lists no {source.row_kind} that can be used{first}", "empty_input")
+    limit.check_listing(listing)
     staging = urls.join(output, f"{_STAGING}-{uuid.uuid4().hex[:12]}")
     files.make_folder(staging)
     try:
         for name in files.idle_folders(output, _STAGING, _ABANDONED):
             files.remove_folder(urls.join(output, name))
         writer = _Writer(source, listing.shared, staging, rows_per_group, rows_per_file, shuffle_seed, _window(listing))
-        results = _write_units(_units(listing, rows_per_file, shuffle_seed), writer, workers, progress)
+        units = _units(listing, rows_per_file, shuffle_seed)
+        results = _write_units(units, writer, workers, progress, limit.watch(source, listing))
         rejected = [*listing.rejected, *(record for result in results for record in result["rejected"])]
         entries = [entry for result in results for entry in result["entries"]]
-        if not entries:
-            raise UserError(_no_row(source, listing, rejected), "empty_input")
         counts = _count(source, listing, results, rejected)
+        if not entries:
+            raise UserError(_no_row(source, counts, rejected), "empty_input")
+        limit.check(counts, rejected)
+        _check_ids(results, staging)
         origin = {"kind": source.kind, "shuffle_seed": shuffle_seed, **source.settings(), **listing.origin}
         changed = sum((Counter(result["changed"]) for result in results), Counter())
         manifest = shards.build_manifest(
-            entries, categories=listing.categories, counts=counts, changed=changed, origin=origin
+            entries, categories=listing.categories, counts=counts, changed=changed, origin=origin, notes=listing.notes
         )
         _check_output(output, overwrite)  # another job may have published meanwhile
         _publish(output, staging, manifest, rejected)
     finally:
         files.remove_folder(staging)
     size = sum(entry["bytes"] for entry in entries)
-    summary = {key: manifest[key] for key in ("rows", "tasks", "counts", "rejected", "changed")}
-    return {"output": urls.shown(output), "files": len(entries), "bytes": size, **summary}
+    summary = {key: manifest[key] for key in ("rows", "tasks", "counts", "rejected", "changed", "untrained", "notes")}
+    return {"output": urls.shown(output), "files": len(entries), "bytes": size, **summary, "rules": _rules(rejected)}
+
+
+def _told(record: Rejected) -> str:
+    """A rejected record in a message: where it is, why it is rejected and how to mend it."""
+    name = record["image_id"]
+    where = record["origin"] + (f" ('{name}')" if name and name not in record["origin"] else "")
+    return f"{where}: {record['reason']} ({record['mend']})"
+
+
+def _rules(rejected: Sequence[Rejected]) -> list[dict[str, Any]]:
+    """The rules by which records were rejected, most frequent first: `rule`, `records`, `mend`, and the `first` one."""
+    first: dict[str, Rejected] = {}
+    for record in rejected:
+        first.setdefault(record["rule"], record)
+    numbers = Counter(record["rule"] for record in rejected)
+    return [
+        {
+            "rule": rule,
+            "records": number,
+            "mend": first[rule]["mend"],
+            "first": {key: first[rule][key] for key in ("kind", "image_id", "origin", "reason")},
+        }
+        for rule, number in numbers.most_common()
+    ]
+
+
+def _check_ids(results: Sequence[dict[str, Any]], folder: str) -> None:
+    """Raises `UserError` if two rows of the files in `folder` have one `image_id`.
+
+    Sources make them unique, unless names of the input look like the numbers that they append.
+    """
+    hashes = np.concatenate([np.array(result["ids"], np.uint64) for result in results])
+    values, numbers = np.unique(hashes, return_counts=True)
+    if len(values) == len(hashes):
+        return
+    repeated = set(values[numbers > 1].tolist())
+    for entry in (entry for result in results for entry in result["entries"]):
+        with shards.open_file(folder, entry["path"]) as file:
+            for name in file.read(columns=["image_id"])["image_id"].to_pylist():
+                if _id_hash(name) in repeated:
+                    raise UserError(
+                        f"two rows have the image id '{name}'; rename one of the images, or prepare them separately",
+                        "repeated_image",
+                    )
 
 
 def _check_output(output: str, overwrite: bool) -> None:
@@ -99,12 +152,72 @@ def _check_output(output: str, overwrite: bool) -> None:
         )
 
 
-def _no_row(source: Source, listing: Listing, rejected: Sequence[Rejected]) -> str:
+def _no_row(source: Source, counts: dict[str, dict[str, int]], rejected: Sequence[Rejected]) -> str:
     """The message for an input without a usable row."""
-    number = listing.inputs.get(source.row_kind)
-    first = next((r for r in rejected if r["kind"] == source.row_kind), rejected[0] if rejected else None)
-    why = f"; the first: '{first['image_id']}': {first['reason']}" if first else ""
-    return f"none of {'the' if number is None else number} {source.row_kind} can be used{why}"
+    # of an image and its records, the image's reason; of images that lost all their records, a record's
+    roots = [r for r in rejected if r["rule"] not in ("image_rejected", "no_items")]
+    first = next((r for r in roots if r["kind"] == source.row_kind), next(iter(roots), None))
+    why = f"; the first, {_told(first)}" if first else ""
+    return f"none of {counts[source.row_kind]['in']} {source.row_kind} can be used{why}"
+
+
+class _RejectedLimit:
+    """Stops a job of which more than a share of some kind of record is rejected.
+
+    `share`: percent, a number or a text such as "5%"; None: no limit.
+    """
+
+    def __init__(self, share: str | float | None):
+        percent = number(share.strip().removesuffix("%") if isinstance(share, str) else share)
+        if share is not None and (percent is None or not 0 <= percent <= 100):
+            raise UserError(
+                f"max_rejected must be a share from 0% to 100%, such as 5%; got {share!r}", "invalid_config"
+            )
+        self.percent = percent
+
+    def check(self, counts: dict[str, dict[str, int]], rejected: Sequence[Rejected]) -> None:
+        """Raises `UserError` with the first reasons if the share is exceeded; `counts` as in the manifest."""
+        for kind, count in counts.items():
+            if self.percent is None or 100 * count["rejected"] <= self.percent * count["in"]:
+                continue
+            first = [r for r in rejected if r["kind"] == kind]
+            reasons = list({r["rule"]: _told(r) for r in reversed(first)}.values())[::-1][:3]
+            raise UserError(
+                f"{count['rejected']} of {count['in']} {kind} are rejected, more than {self.percent:g}%: "
+                f"{'; '.join(reasons)}; nothing was written",
+                "too_many_rejected",
+            )
+
+    def check_listing(self, listing: Listing) -> None:
+        """`check` of what the listing rejects, before anything is written."""
+        self.check(_totals(listing.inputs, Counter(), listing.rejected), listing.rejected)
+
+    def watch(self, source: Source, listing: Listing) -> Callable[[Sequence[dict[str, Any]]], None]:
+        """A check of the results so far: stops as soon as the share is exceeded even if all the rest is written.
+
+        Only kinds whose number the listing knows can be judged before the end.
+        """
+        lost = list(listing.rejected)
+        judged = 0
+
+        def check(results: Sequence[dict[str, Any]]) -> None:
+            nonlocal judged
+            for result in results[judged:]:
+                lost.extend(result["rejected"])
+            judged = len(results)
+            counted = {kind for result in results for kind in result["came_in"]}
+            known = {kind: total for kind, total in listing.inputs.items() if kind not in counted and total}
+            self.check(_totals(known, Counter(), [r for r in lost if r["kind"] in known]), lost)
+
+        return check
+
+
+def _totals(
+    inputs: Mapping[str, int], written: Mapping[str, int], rejected: Sequence[Rejected]
+) -> dict[str, dict[str, int]]:
+    lost = Counter(record["kind"] for record in rejected)
+    kinds = dict.fromkeys([*inputs, *written, *lost])
+    return {k: {"in": inputs.get(k, 0), "written": written.get(k, 0), "rejected": lost[k]} for k in kinds}
 
 
 def _window(listing: Listing) -> bool:
@@ -140,6 +253,7 @@ class _Writer:
         came_in: Counter[str] = Counter()
         written: Counter[str] = Counter()
         changed: Counter[str] = Counter()
+        ids: list[int] = []
 
         def rows() -> Iterator[dict[str, Any]]:
             for record in json.loads(unit["payload"]):
@@ -149,6 +263,7 @@ class _Writer:
                     written.update(outcome.written)
                     changed.update(outcome.changed)
                     if outcome.row is not None:
+                        ids.append(_id_hash(outcome.row["image_id"]))
                         yield outcome.row
 
         stream = self._shuffled(rows(), unit["number"]) if self.window else rows()
@@ -162,6 +277,7 @@ class _Writer:
             "came_in": came_in,
             "written": written,
             "changed": changed,
+            "ids": ids,
         }
 
     def _files(self, rows: Iterator[dict[str, Any]], number: int) -> Iterator[dict[str, Any]]:
@@ -191,14 +307,25 @@ class _Writer:
         yield from (window[i] for i in rng.permutation(len(window)))
 
 
+def _id_hash(image_id: str) -> int:
+    digest = hashlib.blake2b(image_id.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
+
+
 def _write_units(
-    units: list[Unit], write: Callable[[Unit], dict[str, Any]], workers: int | None, progress: Progress | None
+    units: list[Unit],
+    write: Callable[[Unit], dict[str, Any]],
+    workers: int | None,
+    progress: Progress | None,
+    watch: Callable[[Sequence[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
-    """The results of all units in order, computed in this process (`workers=0`) or by Ray Data tasks."""
+    """The results of all units in order, computed in this process (`workers=0`) or by Ray Data tasks; `watch` is called
+    with those so far after each."""
     total, done, results = sum(unit["records"] for unit in units), 0, []
     for result in map(write, units) if workers == 0 else _write_on_ray(units, write, workers):
         done += result["records"]
         results.append(result)
+        watch(results)
         if progress is not None:
             progress(done, total)
     return sorted(results, key=lambda result: result["number"])
@@ -239,13 +366,12 @@ def _count(
 ) -> dict[str, dict[str, int]]:
     """Input, written and rejected records per kind, counted separately so that `build_manifest` can check the sum."""
     came_in: Counter[str] = Counter(listing.inputs)
-    written: Counter[str] = Counter()
+    written: Counter[str] = Counter({source.row_kind: 0})
     for result in results:
         came_in.update(result["came_in"])
         written.update(result["written"])
-    lost = Counter(record["kind"] for record in rejected)
-    kinds = dict.fromkeys([source.row_kind, *came_in, *written, *lost])
-    return {k: {"in": came_in[k], "written": written[k], "rejected": lost[k]} for k in kinds}
+    counts = _totals(came_in, written, rejected)
+    return {source.row_kind: counts[source.row_kind]} | counts  # rows first
 
 
 def _publish(output: str, staging: str, manifest: dict[str, Any], rejected: list[Rejected]) -> None:

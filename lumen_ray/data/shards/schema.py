@@ -70,6 +70,8 @@ REJECTED_SCHEMA = pa.schema(
         ("image_id", pa.string()),
         ("origin", pa.string()),  # file and position in it
         ("reason", pa.string()),
+        ("rule", pa.string()),  # by which it was rejected, of `sources.rules`
+        ("mend", pa.string()),  # how to mend the input
     ]
 )
 

@@ -51,6 +51,7 @@ class ShardWriter:
         self._pending: list[dict[str, Any]] = []
         self._groups: list[dict[str, Any]] = []
         self._class_images: Counter[str] = Counter()
+        self._untrained = 0
         self._writer: pq.ParquetWriter | None = None
 
     def write(self, row: dict[str, Any]) -> None:
@@ -75,6 +76,7 @@ class ShardWriter:
                 )
             self._writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), row_group_size=len(rows))
         tasks = Counter(task for row in rows for task in set(row["tasks"]))
+        self._untrained += sum(not row["tasks"] for row in rows)
         self._groups.append({"rows": len(rows), "tasks": dict(sorted(tasks.items())), "sizes": _sizes_text(rows)})
         self._class_images.update(name for row in rows for name in {i["phrase"] for i in row["instances"]})
 
@@ -94,6 +96,7 @@ class ShardWriter:
             "bytes": partial.stat().st_size,
             "sha256": sha256(partial),
             "class_images": dict(sorted(self._class_images.items())),
+            "untrained": self._untrained,
         }
         files.put(partial, urls.join(self.folder, self.name))
         self._drop()
@@ -166,19 +169,23 @@ def build_manifest(
     counts: dict[str, dict[str, int]] | None = None,
     changed: Mapping[str, int] | None = None,
     origin: dict[str, Any] | None = None,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The manifest of finished files (entries of `ShardWriter`).
 
     `categories`: ``{"name", "keypoints": [names], "skeleton": [[i, j], ...]}``, 0-based; `counts`: input records per
-    kind, e.g. ``{"images": {"in": 10, "written": 9, "rejected": 1}}``; `changed`: written records cut at the border of
-    the image, e.g. ``{"boxes clipped": 2}``; `origin`: the settings used. A category gets `images`, the number of rows
-    that contain it, by which training draws absent classes. Raises `RuntimeError` if the counts do not add up, i.e. a
-    source has lost records.
+    kind, e.g. ``{"images": {"in": 10, "written": 9, "rejected": 1}}``; `changed`: parts of written records that were
+    cut or dropped, e.g. ``{"boxes clipped": 2}``; `origin`: the settings used; `notes`: sentences about how the input
+    was read. A category gets `images`, the number of rows that contain it, by which training draws absent classes;
+    `untrained` is the number of rows without any task. Raises `RuntimeError` if the counts do not add up, i.e. a source
+    has lost records.
     """
     files = [dict(file) for file in files]
     class_images: Counter[str] = Counter()
+    untrained = 0
     for file in files:
         class_images.update(file.pop("class_images", {}))
+        untrained += file.pop("untrained", 0)
     tasks: Counter[str] = Counter()
     for group in (group for file in files for group in file["row_groups"]):
         tasks.update(group["tasks"])
@@ -197,6 +204,8 @@ def build_manifest(
         "counts": counts,
         "rejected": sum(count["rejected"] for count in counts.values()),
         "changed": dict(sorted((changed or {}).items())),
+        "untrained": untrained,
+        "notes": list(notes),
         "origin": origin or {},
         "files": files,
     }
@@ -315,7 +324,7 @@ def verify(folder: urls.Location) -> list[str]:
 
 
 def write_rejected(folder: urls.Location, records: Sequence[dict[str, str]]) -> None:
-    """Writes `rejected.parquet` (kind, image_id, origin, reason), even if nothing was rejected."""
+    """Writes `rejected.parquet` (`schema.REJECTED_SCHEMA`), even if nothing was rejected."""
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist(list(records), schema=REJECTED_SCHEMA), buffer, compression="zstd")
     files.write_bytes(urls.join(urls.absolute(folder), REJECTED), buffer.getvalue().to_pybytes())

@@ -17,11 +17,13 @@ How to add one
 2. `read_listing` raises `UserError` for what the user must change, and returns `records`: plain json values, one per
    image, or one per container (a tar, a chunk of a text file) that gives many rows. Data that all records need (number
    of keypoints per class, ...) goes to `shared`; do not keep the listing on `self`, which is pickled into every task.
-   Make paths `urls.absolute`: tasks run in other folders and on other machines.
+   Make paths `urls.absolute`: tasks run in other folders and on other machines. Compare ids by `values.id_key`, and
+   give every row an `image_id` of its own. Add all names of images to a `pictures.ListedNames`.
 3. `rows` is pure: the same record gives the same rows anywhere. Bad input never raises; it is a `reject(...)`. Read
-   images with `read_first(*image_locations(folder, name))` and pass the bytes to `frames.read_frame`, which decodes
-   them fully once (truncation shows only then) and infers the frame of the annotations. Coordinates in rows are in the
-   EXIF-rotated frame, `AnnotationFrame.rotated_size`; `AnnotationFrame.rotated` maps an instance into it.
+   images with `pictures.read_picture` and pass the bytes to `frames.read_frame`, which decodes them fully once
+   (truncation shows only then) and infers the frame of the annotations. Coordinates in rows are in the EXIF-rotated
+   frame, `AnnotationFrame.rotated_size`. `objects.ObjectList` makes the instances of an image, and takes the class of
+   an object that is lost off the row's `classes`.
 4. Count the input separately from the output: `Listing.inputs` for records counted on the driver, `Outcome.came_in`
    for those that only the task can count (the rows of a tar). Kinds are words such as "images" or "annotations"; for
    each of them `in = written + rejected` is checked and reported. `prepare` counts rows written under `row_kind`;
@@ -38,24 +40,31 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from lumen_ray.data import files, urls
-from lumen_ray.data import rle as rle_tools
-from lumen_ray.data.sources.record_parsing import reserved_token
+from lumen_ray.data.sources.rules import GENERAL, MENDS
 from lumen_ray.errors import UserError
 
-Rejected = dict[str, str]  # kind, image_id, origin, reason: a row of rejected.parquet
+Rejected = dict[str, str]  # kind, image_id, origin, reason, rule, mend: a row of rejected.parquet
 _LONGEST_REASON = 500
 
 
-def reject(kind: str, image_id: str, origin: str, reason: str | UserError) -> Rejected:
-    """A row of `rejected.parquet`: kind of record, image, place in the input files, why it cannot be used.
+def reject(kind: str, image_id: str, origin: str, error: UserError) -> Rejected:
+    """A row of `rejected.parquet`: kind of record, image, place in the input files, why it cannot be used, by which of
+    the `rules`, and how to mend the input.
 
     Re-raises a `StoreError`: if the store is unreachable, the job stops instead of rejecting everything.
     """
-    if isinstance(reason, files.StoreError):
-        raise reason
+    if isinstance(error, files.StoreError):
+        raise error
     # names and reasons quote the input, which need not be encodable text
-    image_id, origin, reason = (str(t).encode("utf-8", "backslashreplace").decode() for t in (image_id, origin, reason))
-    return {"kind": kind, "image_id": image_id, "origin": origin, "reason": reason[:_LONGEST_REASON]}
+    image_id, origin, reason = (str(t).encode("utf-8", "backslashreplace").decode() for t in (image_id, origin, error))
+    return {
+        "kind": kind,
+        "image_id": image_id,
+        "origin": origin,
+        "reason": reason[:_LONGEST_REASON],
+        "rule": error.reason,
+        "mend": MENDS.get(error.reason, GENERAL),
+    }
 
 
 @dataclass
@@ -63,8 +72,8 @@ class Outcome:
     """The result for one row.
 
     `row`: of `schema.make_row`, or None; `written`: records of each kind in it, without the row itself; `rejected`:
-    records left out; `came_in`: input records per kind that the listing has not counted; `changed`: written records
-    that were cut at the border of the image, e.g. {"boxes clipped": 2} (COCO counts them)."""
+    records left out; `came_in`: input records per kind that the listing has not counted; `changed`: parts of written
+    records that were cut or dropped, e.g. {"boxes clipped": 2, "masks dropped": 1}."""
 
     row: dict[str, Any] | None = None
     written: dict[str, int] = field(default_factory=dict)
@@ -77,9 +86,13 @@ def lost_image(
     image_id: str, origin: str, error: UserError, kind: str = "annotations", origins: Iterable[str] = ()
 ) -> Outcome:
     """The outcome of an image that cannot be used: it is rejected with its records (of `kind` at `origins`)."""
-    reason = f"its image was rejected: {error}"
     first = reject("images", image_id, origin, error)
-    return Outcome(rejected=[first, *(reject(kind, image_id, where, reason) for where in origins)])
+    return Outcome(rejected=[first, *(reject(kind, image_id, where, lost_with_image(error)) for where in origins)])
+
+
+def lost_with_image(error: UserError) -> UserError:
+    """The error of a record whose image was rejected for `error`."""
+    return UserError(f"its image was rejected: {error}", "image_rejected")
 
 
 @dataclass
@@ -90,7 +103,7 @@ class Listing:
     `categories`: as in the manifest (`shards.build_manifest`); `shared`: data that all records need; `rejected`: input
     records rejected so far; `rows_per_record`: about how many rows a record gives, 1 if it gives at most one;
     `shuffle`: False for rows that are independent draws already; `origin`: entries of the manifest's `origin` beside
-    the source's fields.
+    the source's fields; `notes`: sentences about how the input was read, for the summary and the manifest.
     """
 
     records: Sequence[Any]
@@ -101,6 +114,7 @@ class Listing:
     rows_per_record: int = 1
     shuffle: bool = True
     origin: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -127,53 +141,6 @@ def _remembered(value: Any) -> Any:
     if isinstance(value, str) and ("/" in value or "\\" in value):
         return urls.base_name(value)
     return [_remembered(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def read_first(*locations: str) -> bytes | None:
-    """The bytes of the first of `locations` that can be read, None if none can. Raises `StoreError`."""
-    for location in dict.fromkeys(locations):
-        try:
-            return files.read_bytes(location)
-        except files.StoreError:
-            raise
-        except UserError:
-            continue
-    return None
-
-
-def image_locations(folder: str, file_name: str) -> tuple[str, ...]:
-    """Candidate locations of an image: `file_name` under `folder`, and its base name there, in case the annotations
-    hold another machine's folders."""
-    bare = urls.base_name(file_name)
-    return (urls.join(folder, file_name), urls.join(folder, bare)) if bare else (urls.join(folder, file_name),)
-
-
-def instance(
-    name: str,
-    box: Sequence[float],
-    *,
-    mask: dict[str, Any] | None = None,
-    keypoints: list[float] | None = None,
-    crowd: bool = False,
-    area: float | None = None,
-) -> dict[str, Any]:
-    """An entry of a row's `instances`. `box`: xyxy pixels within the image; `mask`: COCO RLE; `keypoints`: flat x, y,
-    v; `area`: square pixels, None for that of the mask or, without one, of the box.
-
-    Raises `UserError` if the name contains a token of the prompt layout.
-    """
-    if token := reserved_token(name):
-        raise UserError(f"its category '{name}' contains the reserved token {token}; rename it", "reserved_token")
-    if area is None:
-        area = rle_tools.area(mask) if mask is not None else (box[2] - box[0]) * (box[3] - box[1])
-    return {
-        "phrase": name,
-        "box": list(box),
-        "mask": mask,
-        "keypoints": keypoints,
-        "crowd": bool(crowd),
-        "area": float(area),
-    }
 
 
 def perception_tasks(classes: Sequence[str], instances: Sequence[dict[str, Any]]) -> list[str]:

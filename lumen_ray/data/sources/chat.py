@@ -3,8 +3,10 @@
     {"id": .., "image": .., "conversations": [{"from": "human", "value": "<image> <region>?"}, {"from": "gpt", ..}],
      "regions": [[x1, y1, x2, y2], {"segmentation": ..}, {"point": [x, y]}]}
 
-Also read: `messages` of `role` and `content`, and records without image. A record becomes one message with all its
-turns; every answer is trained. Turns must alternate, user first; a system turn is prepended to the first question.
+Also read: `messages` of `role` and `content` (texts or parts), `images` (a list of one, a name, or {path or bytes}),
+and records without image. A record becomes one message with all its turns; every answer is trained. Turns must
+alternate, user first; `system` of the record and a system turn are prepended to the first question. A record with a
+picture, clip or sound under any other key or marker is rejected, see `chat_media`.
 
 Markers: `<image>` is removed. Each `<region>` in a question refers to the next entry of the regions. A numbered
 `<region2>` or `<region 2>` refers to that entry: its first mention becomes ``region2 <region>``, later ones and those
@@ -22,21 +24,30 @@ from lumen_ray.data import files, urls
 from lumen_ray.data.frames import AnnotationFrame
 from lumen_ray.data.shards.schema import make_row
 from lumen_ray.data.sources.base import Listing, Outcome, Source, reject
-from lumen_ray.data.sources.groups import Images, finished_group, lost_group, open_group, to_instance
+from lumen_ray.data.sources.chat_media import (
+    IMAGE_MARKER,
+    TURN_KEYS,
+    check_markers,
+    conversation_image,
+    read_content,
+)
+from lumen_ray.data.sources.groups import Images, finished_group, lost_group, open_group
+from lumen_ray.data.sources.objects import make_instance, read_mask
 from lumen_ray.data.sources.record_parsing import (
     BOX_FORMATS,
+    ImageRef,
     Record,
     as_mapping,
     check_choice,
     clean_text,
     first_of,
-    image_name,
     is_numbers,
     load_records,
-    plain_segmentation,
+    plain_json,
     relative_scale,
     short,
 )
+from lumen_ray.data.values import declared_size, id_key, numbers
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Region
 from lumen_ray.tasks import REGION_TOKEN, TASKS
@@ -44,7 +55,7 @@ from lumen_ray.tasks import REGION_TOKEN, TASKS
 ITEMS = "conversations"
 TASK_NAMES = tuple(name for name, task in TASKS.items() if task.is_text)
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_IMAGE_MARKER = re.compile(r"\s*<image>\s*")
+_MARKER_AND_BLANKS = re.compile(rf"\s*{IMAGE_MARKER}\s*")
 _NUMBERED = re.compile(r"<region\s*(\d{1,4})>")
 _REGION_KEYS = ("regions", "region", "bbox", "bboxes", "boxes", "masks", "annotation", "annotations")
 _POINT_KINDS = ("point", "scribble", "polygon")
@@ -76,30 +87,30 @@ class ChatSource(Source):
         return Listing(groups.listing(), {"samples": len(groups), ITEMS: groups.listed}, rejected=groups.rejected)
 
     def _add(self, groups: Images, origin: str, record: Any) -> None:
-        name = None
+        image = None
         try:
             record = as_mapping(record)
-            name = image_name(record)
-            if name is not None and self.images is None:
-                raise UserError(f"it has the image '{name}'; give the folder of the images as --images", "no_images")
-            item = parse(record, name is not None)
+            turns, listed = _turns(record)
+            image = conversation_image(record, listed)
+            if image is not None and image.data is None and self.images is None:
+                why = f"it has the image '{image.name}'; give the folder of the images as --images"
+                raise UserError(why, "no_images")
+            item = parse(record, turns, image is not None)
         except UserError as error:
-            groups.reject(name, origin, error)
+            groups.reject(image, origin, error)
             return
-        size: list[Any] = [record.get("height"), record.get("width")]
-        groups.add(name, origin, item, size=[int(v) for v in size] if is_numbers(size) else None)
+        size = declared_size(record.get("height"), record.get("width"))
+        groups.add(image, origin, item, size=size if any(size) else None)
 
     def rows(self, record: Record, shared: Any) -> Iterator[Outcome]:
         data, frame = None, None
         if record["image"] is not None:
-            assert self.images is not None, "checked in read_listing"
             try:
-                data, frame = open_group(self.images, record)
+                data, frame = open_group(self.images or "", record)
             except UserError as error:
                 yield lost_group(self.row_kind, ITEMS, record, error)
                 return
-        first = record["items"][0]
-        name = record["image"] or first["id"] or first["origin"]
+        name = record["id"]
         row = make_row(name, data, frame.rotated_size if frame else (0, 0), self.kind, tasks=[self.task])
         rejected = []
         for item in record["items"]:
@@ -111,56 +122,62 @@ class ChatSource(Source):
             places = [len(row["regions"]) + i for i in item["order"]]
             row["regions"] += regions
             row["messages"].append({"task": self.task, "turns": item["turns"], "regions": places})
-        yield from finished_group(self.row_kind, ITEMS, row, record, rejected)
+        yield from finished_group(self.row_kind, ITEMS, Outcome(row), record, rejected)
 
 
-def parse(record: Record, has_image: bool) -> Record:
+def parse(record: Record, turns: list[dict[str, str]], has_image: bool) -> Record:
     """`turns` as in the schema, `regions` not yet checked against the image, and their `order` of use.
 
     Raises `UserError` if the record is not a conversation about at most one image.
     """
-    turns = _turns(record)
     regions = _regions(record)
-    markers = sum(turn["content"].count("<image>") for turn in turns)
+    check_markers(turns)
+    markers = sum(turn["content"].count(IMAGE_MARKER) for turn in turns)
     if markers > 1:
         raise UserError(f"it has {markers} <image> markers; one image per record is supported", "several_images")
     if (markers or regions) and not has_image:
         raise UserError("it has an <image> marker or regions but no image", "missing_image")
     for turn in turns:
-        turn["content"] = _IMAGE_MARKER.sub("\n", turn["content"]).strip()
+        turn["content"] = _MARKER_AND_BLANKS.sub("\n", turn["content"]).strip()
     order = _place_regions(turns, len(regions))
     for number, turn in enumerate(turns):
         allowed = (REGION_TOKEN,) if turn["role"] == "user" else ()
         turn["content"] = clean_text(turn["content"], f"turn {number}", allowed=allowed, keep_lines=True)
     identity = first_of(record, ("id", "question_id"))
-    identity = str(identity) if isinstance(identity, int) else identity
+    identity = id_key(identity) if isinstance(identity, int | float) else identity
     name = None if identity is None else clean_text(identity, "the record's id", keep_lines=True)
     return {"id": name, "turns": turns, "regions": regions, "order": order}
 
 
-def _turns(record: Record) -> list[dict[str, str]]:
-    """The turns, alternating between user and assistant, the last one of the assistant."""
-    listed = first_of(record, ("conversations", "conversation", "messages"))
+def _turns(record: Record) -> tuple[list[dict[str, str]], list[ImageRef]]:
+    """The turns, alternating between user and assistant, the last one of the assistant, and the images in them."""
+    listed = first_of(record, TURN_KEYS)
     if not isinstance(listed, list) or not listed:
         raise UserError("it has no list of turns (keys: conversations, messages)", "missing_turns")
     turns: list[dict[str, str]] = []
-    head = ""
+    images: list[ImageRef] = []
+    system = record.get("system")
+    if system is not None and not isinstance(system, str):
+        raise UserError(f"its 'system' must be a text, got {short(system)}", "invalid_text")
+    heads = [system.strip()] if system and system.strip() else []
     for number, entry in enumerate(listed):
         entry = entry if isinstance(entry, dict) else {}
         role, content = first_of(entry, ("from", "role")), first_of(entry, ("value", "content"))
         role = _ROLES.get(role) if isinstance(role, str) else None
-        if role is None or not isinstance(content, str):
+        if role is None:
             raise UserError(f"turn {number} needs 'from' (human, gpt or system) and a text 'value'", "invalid_turn")
+        text, found = read_content(content, number)
+        images += found
         if role == "system" and number == 0:
-            head = content.strip() + "\n"
+            heads += [text.strip()] if text.strip() not in heads else []
         elif role != ("assistant" if len(turns) % 2 else "user"):
             raise UserError(f"turn {number} is from {role}; user and assistant must alternate, user first", "turns")
         else:
-            turns.append({"role": role, "content": content})
+            turns.append({"role": role, "content": text})
     if not turns or len(turns) % 2:
         raise UserError("the last question has no answer", "turns")
-    turns[0]["content"] = head + turns[0]["content"]
-    return turns
+    turns[0]["content"] = "".join(f"{head}\n" for head in heads) + turns[0]["content"]
+    return turns, images
 
 
 def _regions(record: Record) -> list[Record]:
@@ -180,17 +197,17 @@ def _plain_region(entry: Any) -> Record:
         return {"kind": "box", "values": list(entry)}
     if isinstance(entry, dict):
         mask = entry if "counts" in entry else first_of(entry, ("segmentation", "mask"))
-        if mask is not None:
-            return {"kind": "mask", "values": plain_segmentation(mask)}
-        box = first_of(entry, ("bbox", "box"))
-        if is_numbers(box) and len(box) == 4:
-            return {"kind": "box", "values": list(box)}
+        box = numbers(first_of(entry, ("bbox", "box"))) or []
+        if mask:
+            return {"kind": "mask", "values": plain_json(mask), "box": box if len(box) == 4 else None}
+        if len(box) == 4:
+            return {"kind": "box", "values": box}
         for kind in _POINT_KINDS:
             points = entry.get(kind)
             if isinstance(points, list) and all(isinstance(point, list) for point in points):
                 points = [v for point in points for v in point]
-            if is_numbers(points) and points and len(points) % 2 == 0:
-                return {"kind": kind, "values": list(points)}
+            if (values := numbers(points)) and len(values) % 2 == 0:
+                return {"kind": kind, "values": values}
     why = "a region must be a box of four numbers, or have a segmentation, bbox, point, scribble or polygon"
     raise UserError(f"{why}, got {short(entry)}", "invalid_region")
 
@@ -201,12 +218,17 @@ def _schema_region(region: Record, box_format: str, frame: AnnotationFrame | Non
     Raises `UserError` if it is outside the image.
     """
     assert frame is not None, "parse accepts regions only with an image"
-    values = region["values"]
-    if region["kind"] in ("box", "mask"):
-        box, mask = (values, None) if region["kind"] == "box" else (None, values)
-        found = to_instance("region", box, mask, box_format, frame)
-        corners = found["box"] if mask is None else None
-        return {"kind": region["kind"], "points": corners, "mask": found["mask"]}
+    kind, values = region["kind"], region["values"]
+    if kind == "mask":
+        mask, _ = read_mask(values, frame.size)
+        if mask is None and region["box"] is None:
+            raise UserError("its mask is not in pixels of this image, or covers none", "invalid_mask")
+        # an unusable mask leaves its box
+        kind, values = ("mask", mask) if mask is not None else ("box", region["box"])
+    if kind in ("box", "mask"):
+        shape = {"segmentation": values} if kind == "mask" else {"bbox": values}
+        found, _ = make_instance("region", frame, box_format=box_format, **shape)
+        return {"kind": kind, "points": found["box"] if kind == "box" else None, "mask": found["mask"]}
     x, y = relative_scale(values, frame.size) if box_format == "relative" else (1, 1)
     moved = frame.moved([[a * x, b * y] for a, b in zip(values[::2], values[1::2], strict=True)])
     points = Region(region["kind"], frame.rotated_size, moved).points

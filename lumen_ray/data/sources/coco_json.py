@@ -1,52 +1,73 @@
-"""COCO json files, parsed and merged by image: the half of the COCO source that runs on the driver."""
+"""COCO json files, parsed and merged by image: the half of the COCO source that runs on the driver.
+
+Ids compare by value (`values.id_key`). An annotation whose image or category is not listed is an object that is lost:
+its class, or every class, leaves the images on which it may have been, so that they are not trained as empty of it.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 from lumen_ray.data import urls
+from lumen_ray.data.pictures import ListedNames, identity
 from lumen_ray.data.sources.base import Rejected, reject
-from lumen_ray.data.sources.record_parsing import is_numbers, load_json
+from lumen_ray.data.sources.record_parsing import load_json, short
+from lumen_ray.data.values import declared_size, flag, id_key, numbers
 from lumen_ray.errors import UserError
 
 
 @dataclass
 class CocoImage:
-    """All records of one image. `sizes`: the declared (height, width); `annotations`: object annotations with `name`
-    (of the category) and `origin` added; `captions`: (text, origin).
+    """All records of one image. `image_id`: its id in the shards, unique; `sizes`: the declared (height, width);
+    `annotations`: object annotations with `name` (of the category) and `origin` added; `captions`: (text, origin).
 
-    `path`: path of the file in a `coco_url` with its folder (train2017, val2017), empty without one. Classes annotated
-    exhaustively: all of the files numbered in `files` (of `CocoSet.classes`); in federated files (LVIS) those with an
-    annotation here or in `absent`, except those in `incomplete`.
+    `path`: path of the file in a `coco_url` with its folder (train2017, val2017), empty without one; `alone`: whether
+    no other listed name could mean the same file. Classes annotated exhaustively: all of the files numbered in `files`
+    (of `CocoSet.classes`); in federated files (LVIS) those with an annotation here or in `absent`; neither those in
+    `incomplete`, nor any if an object of unknown class was lost (`lost_any`).
     """
 
     file_name: str
     origin: str
+    image_id: str = ""
     sizes: list[list[int]] = field(default_factory=list)
     files: list[int] = field(default_factory=list)
     absent: list[str] = field(default_factory=list)
     incomplete: list[str] = field(default_factory=list)
     annotations: list[dict[str, Any]] = field(default_factory=list)
-    captions: list[list[str]] = field(default_factory=list)
+    captions: list[list[Any]] = field(default_factory=list)
     path: str = ""
+    alone: bool = True
     federated: bool = False
+    lost_any: bool = False
 
     def classes(self, by_file: Sequence[Sequence[str]]) -> list[str]:
         """The classes annotated exhaustively, without repeats; `by_file` is `CocoSet.classes`."""
+        if self.lost_any:
+            return []
         found = dict.fromkeys(name for number in self.files for name in by_file[number])
         if self.federated:
             found.update(dict.fromkeys([*(a["name"] for a in self.annotations), *self.absent]))
         return [name for name in found if name not in self.incomplete]
 
+    def lose(self, name: str | None) -> None:
+        """Notes that an object of class `name` (None: unknown) is missing from the annotations."""
+        if name is None:
+            self.lost_any = True
+        elif name not in self.incomplete:
+            self.incomplete.append(name)
+
 
 @dataclass
 class CocoSet:
-    """`images` in file-name order; `categories` as in the manifest; `rejected`: annotations without a known image or
-    category; `listed`: number of annotations in the files; `merged`: number of those merged into an earlier one;
-    `classes`: the category names of each file."""
+    """`images` in file-name order; `categories` as in the manifest; `rejected`: images listed twice, and annotations
+    without a known image or category; `listed`: number of annotations in the files; `merged`: number of those merged
+    into an earlier one; `classes`: the category names of each file; `notes`: see `Listing`."""
 
     images: list[CocoImage]
     categories: list[dict[str, Any]]
@@ -54,6 +75,7 @@ class CocoSet:
     listed: int = 0
     merged: int = 0
     classes: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def parse(path: str) -> dict[str, Any]:
@@ -82,19 +104,20 @@ def _category(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_edge(edge: Any, num_keypoints: int) -> bool:
-    whole = is_numbers(edge) and len(edge) == 2 and all(int(i) == i for i in edge)
-    return whole and all(1 <= i <= num_keypoints for i in edge)
+    ends = numbers(edge)
+    return ends is not None and len(ends) == 2 and all(int(i) == i and 1 <= i <= num_keypoints for i in ends)
 
 
-def _merge_categories(path: str, data: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[Any, str]:
+def _merge_categories(path: str, data: dict[str, Any], known: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Adds the file's categories to `known`; returns their names by id."""
-    names: dict[Any, str] = {}
+    names: dict[str, str] = {}
     entries = data.get("categories") or []
     if not isinstance(entries, list):
         raise UserError(f"'{urls.shown(path)}': categories must be a list", "invalid_annotations")
     for entry in entries:
         named = isinstance(entry, dict) and str(entry.get("name") or "").strip()
-        if not named or not isinstance(entry.get("id"), int | str):
+        key = id_key(entry.get("id")) if named else None
+        if key is None:
             raise UserError(
                 f"'{urls.shown(path)}': a category needs 'id' and 'name', got {entry!r}", "invalid_annotations"
             )
@@ -102,6 +125,12 @@ def _merge_categories(path: str, data: dict[str, Any], known: dict[str, dict[str
             new = _category(entry)
         except UserError as error:
             raise UserError(f"'{urls.shown(path)}': category '{entry['name']}': {error}", error.reason) from None
+        if names.setdefault(key, new["name"]) != new["name"]:
+            raise UserError(
+                f"'{urls.shown(path)}': category id {key} stands for '{names[key]}' and '{new['name']}'; give each "
+                "category an id of its own",
+                "invalid_annotations",
+            )
         old = known.setdefault(new["name"], new)
         if not old["keypoints"]:
             old.update(keypoints=new["keypoints"], skeleton=new["skeleton"])
@@ -111,94 +140,195 @@ def _merge_categories(path: str, data: dict[str, Any], known: dict[str, dict[str
                 "prepare files with different keypoints separately",
                 "invalid_annotations",
             )
-        names[entry["id"]] = new["name"]
     return names
 
 
-def _file_name(entry: dict[str, Any]) -> str | None:
-    name = entry.get("file_name") or str(entry.get("coco_url") or "").rsplit("/", 1)[-1]
-    return str(name) if name else None
+def unused_parents(categories: Iterable[Any], used: Iterable[str]) -> list[str]:
+    """Names of categories that no annotation uses and that other categories name as their `supercategory`.
+
+    Roboflow writes such a root over all classes of a project. One that only names itself, as COCO's person does, is an
+    ordinary class.
+    """
+    entries = [entry for entry in categories if isinstance(entry, dict)]
+    parents = {
+        str(entry["supercategory"]).strip()
+        for entry in entries
+        if entry.get("supercategory") and str(entry["supercategory"]).strip() != str(entry.get("name")).strip()
+    }
+    in_use = set(used)
+    names = dict.fromkeys(str(entry.get("name")).strip() for entry in entries)
+    return [name for name in names if name in parents and name not in in_use]
 
 
-def _url_path(entry: dict[str, Any]) -> str:
-    """Folder and name at the end of a `coco_url`: LVIS has no file names, and its splits mix two folders of COCO."""
-    return "/".join(str(entry.get("coco_url") or "").split("/")[3:][-2:])
+def unused_parents_note(names: Sequence[str]) -> str:
+    """The sentence about classes that `unused_parents` left out."""
+    listed = ", ".join(f"'{name}'" for name in names)
+    return (
+        f"left out as no class: {listed}; no annotation uses {'it' if len(names) == 1 else 'them'}, and other "
+        "categories name it as their supercategory"
+    )
+
+
+def check_lost(path: str, lost: Sequence[Rejected], total: int, what: str = "annotations") -> None:
+    """Raises `UserError` with the first reason if more than half of a file's `total` records are `lost` because their
+    image or category is not listed: then the lists do not belong to the records."""
+    if lost and 2 * len(lost) > total:
+        raise UserError(
+            f"{len(lost)} of {total} {what} in '{urls.shown(path)}' name an image or a category that it does not "
+            f"list; the first, {lost[0]['origin']}: {lost[0]['reason']}; correct the ids, or remove these {what}",
+            "invalid_annotations",
+        )
 
 
 def load(paths: Sequence[urls.Location]) -> CocoSet:
     """Parses and merges COCO json files: images by file name, categories by name, and objects listed by two files.
 
-    Raises `UserError` if a file is missing or not COCO json. Single bad annotations are in `rejected`.
+    Raises `UserError` if a file is missing or not COCO json, or if most of its annotations name images or categories
+    that it does not list. Single bad annotations are in `rejected`.
     """
     if not paths:
         raise UserError("give at least one COCO json file", "missing_annotations")
     merger = _Merger()
     for path in map(str, paths):
         merger.add(path, parse(path))
-    images = [merger.images[name] for name in sorted(merger.images)]
-    categories = list(merger.categories.values())
-    return CocoSet(images, categories, merger.rejected, merger.listed, merger.merged, merger.classes)
+    return merger.finish()
 
 
 class _Merger:
     """Collects the images, categories and annotations of several files."""
 
     def __init__(self) -> None:
-        self.images: dict[str, CocoImage] = {}
+        self.images: dict[str, CocoImage] = {}  # by `pictures.identity` of the file name
         self.categories: dict[str, dict[str, Any]] = {}
         self.rejected: list[Rejected] = []
         self.classes: list[list[str]] = []
+        self.notes: list[str] = []
         self.listed = self.merged = 0
+        self._entries: list[Any] = []  # categories of all files as written
+        self._used: set[str] = set()  # names of categories that an annotation or a list of absent ones uses
+        self._crowds: Counter[bool] = Counter()  # objects with a mask: whether they are crowd
         self._before: dict[Any, list[dict[str, Any]]] = {}  # objects of earlier files, by `_object_key`
 
     def add(self, path: str, data: dict[str, Any]) -> None:
         names = _merge_categories(path, data, self.categories)
+        self._entries += data.get("categories") or []
         self.classes.append(list(dict.fromkeys(names.values())))
-        by_id = self._add_images(path, data["images"], names)
+        by_id, repeats = self._add_images(path, data["images"], names)
         self._before = {}
-        for image in by_id.values():
-            for annotation in image.annotations:
-                self._before.setdefault(_object_key(image, annotation), []).append(annotation)
+        for known in by_id.values():
+            for annotation in known.annotations:
+                self._before.setdefault(_object_key(known, annotation), []).append(annotation)
         self.listed += len(data["annotations"])
+        lost: list[Rejected] = []
+        orphans: set[str | None] = set()  # classes of objects whose image is not listed
         for number, entry in enumerate(data["annotations"]):
             entry = entry if isinstance(entry, dict) else {}
             origin = f"{urls.base_name(path)} annotation {entry.get('id', f'number {number}')}"
-            self._add_annotation(entry, origin, by_id, names)
+            name = names.get(id_key(entry.get("category_id")) or "")
+            key = id_key(entry.get("image_id")) or ""
+            image = by_id.get(key)
+            if image is None:
+                why = UserError(f"its image id {short(entry.get('image_id'))} is not in the file", "unknown_image")
+                lost.append(reject("annotations", "", origin, why))
+                if "caption" not in entry:
+                    orphans.add(name)
+            elif key in repeats:
+                why = UserError(f"its image id lists '{image.file_name}' a second time", "repeated_image")
+                self.rejected.append(reject("annotations", image.file_name, origin, why))
+                if "caption" not in entry:
+                    image.lose(name)
+            elif "caption" in entry:
+                image.captions.append([entry["caption"], origin])
+            elif name is None:
+                why = UserError(f"unknown category id {short(entry.get('category_id'))}", "unknown_category")
+                lost.append(reject("annotations", image.file_name, origin, why))
+                image.lose(None)
+            else:
+                self._add_object(image, {**entry, "name": name, "origin": origin})
+        check_lost(path, lost, len(data["annotations"]))
+        self.rejected += lost
+        if orphans:
+            self._lose_orphans(path, by_id.values(), orphans)
 
-    def _add_images(self, path: str, entries: list[Any], names: dict[Any, str]) -> dict[Any, CocoImage]:
-        by_id: dict[Any, CocoImage] = {}
+    def _lose_orphans(self, path: str, images: Iterable[CocoImage], orphans: set[str | None]) -> None:
+        """Takes the classes of objects whose image is not listed off all images where they are not annotated."""
+        for image in {id(image): image for image in images}.values():
+            present = {annotation["name"] for annotation in image.annotations}
+            for name in orphans - present:
+                image.lose(name)
+        classes = ", ".join(sorted(f"'{name}'" for name in orphans if name)) or "all classes"
+        self.notes.append(
+            f"'{urls.base_name(path)}' has annotations of images that it does not list: no image of it is a negative "
+            f"example for {'all classes' if None in orphans else classes}; remove these annotations to change that"
+        )
+
+    def finish(self) -> CocoSet:
+        dropped = unused_parents(self._entries, self._used)
+        for name in dropped:
+            del self.categories[name]
+        if dropped:
+            self.classes = [[name for name in names if name not in dropped] for names in self.classes]
+            self.notes.append(unused_parents_note(dropped))
+        if self._crowds[True] > 1 and not self._crowds[False]:
+            self.notes.append(
+                f"all {self._crowds[True]} objects with a mask are marked iscrowd, as datumaro writes masks by "
+                "default: crowds are neither trained nor scored; set iscrowd to 0 if they are single objects"
+            )
+        images = [self.images[key] for key in sorted(self.images, key=lambda key: self.images[key].file_name)]
+        listed = ListedNames(image.file_name for image in images)
+        for image in images:
+            image.image_id = image.file_name
+            image.alone = listed.is_alone(image.file_name)
+        categories = list(self.categories.values())
+        return CocoSet(images, categories, self.rejected, self.listed, self.merged, self.classes, self.notes)
+
+    def _add_images(
+        self, path: str, entries: list[Any], names: dict[str, str]
+    ) -> tuple[dict[str, CocoImage], set[str]]:
+        """(images by id, ids of entries that list an image of the file a second time)."""
+        by_id: dict[str, CocoImage] = {}
+        first_ids: dict[str, str] = {}  # identity of the file name -> id
+        repeats: set[str] = set()
+        in_two_folders = _bare_urls_in_two_folders(entries)
         for number, entry in enumerate(entries):
-            key = entry.get("id") if isinstance(entry, dict) else None
-            if not isinstance(key, int | str) or (name := _file_name(entry)) is None:
+            key = id_key(entry.get("id")) if isinstance(entry, dict) else None
+            name = _file_name(entry, in_two_folders) if key is not None else None
+            if key is None or name is None:
                 raise UserError(
                     f"'{urls.shown(path)}': image {number} needs 'id' and 'file_name'", "invalid_annotations"
                 )
-            if key in by_id and by_id[key].file_name != name:
+            same = identity(name)
+            if key in by_id and identity(by_id[key].file_name) != same:
                 raise UserError(f"'{urls.shown(path)}': image id {key} stands for two files", "invalid_annotations")
-            image = by_id[key] = self.images.setdefault(name, CocoImage(name, urls.base_name(path)))
-            image.sizes.append([entry.get("height") or 0, entry.get("width") or 0])
+            if first_ids.setdefault(same, key) != key:
+                by_id[key] = self.images[same]
+                if key not in repeats:
+                    error = UserError(
+                        f"image id {key} lists the file '{name}', which image id {first_ids[same]} lists before",
+                        "repeated_image",
+                    )
+                    self.rejected.append(reject("images", name, f"{urls.base_name(path)} image {key}", error))
+                repeats.add(key)
+                continue
+            image = by_id[key] = self.images.setdefault(same, CocoImage(name, f"{urls.base_name(path)} image {key}"))
+            image.sizes.append(declared_size(entry.get("height"), entry.get("width")))
             image.path = image.path or _url_path(entry)
-            if "neg_category_ids" in entry:  # LVIS: only some classes were annotated in this image
-                image.federated = True
-                image.absent += _names_of(entry["neg_category_ids"], names)
-                image.incomplete += _names_of(entry.get("not_exhaustive_category_ids"), names)
-            elif len(self.classes) - 1 not in image.files:
-                image.files.append(len(self.classes) - 1)
-        return by_id
+            self._add_class_lists(image, entry, names)
+        return by_id, repeats
 
-    def _add_annotation(
-        self, entry: dict[str, Any], origin: str, by_id: dict[Any, CocoImage], names: dict[Any, str]
-    ) -> None:
-        image = _lookup(by_id, entry.get("image_id"))
-        if image is None:
-            self.rejected.append(reject("annotations", "", origin, "its image is not in the file"))
-        elif "caption" in entry:
-            image.captions.append([str(entry["caption"] or ""), origin])
-        elif (category := _lookup(names, entry.get("category_id"))) is None:
-            reason = f"unknown category id {entry.get('category_id')}"
-            self.rejected.append(reject("annotations", image.file_name, origin, reason))
-        else:
-            self._add_object(image, {**entry, "name": category, "origin": origin})
+    def _add_class_lists(self, image: CocoImage, entry: dict[str, Any], names: dict[str, str]) -> None:
+        if "neg_category_ids" not in entry:
+            if len(self.classes) - 1 not in image.files:
+                image.files.append(len(self.classes) - 1)
+            return
+        image.federated = True  # LVIS: only some classes were annotated in this image
+        absent, _ = _names_of(entry["neg_category_ids"], names)
+        image.absent += absent
+        self._used.update(absent)
+        partial, unknown = _names_of(entry.get("not_exhaustive_category_ids"), names)
+        image.incomplete += partial
+        if unknown:
+            image.lose(None)
 
     def _add_object(self, image: CocoImage, new: dict[str, Any]) -> None:
         """Adds an object, or merges it into one of an earlier file with the same class and box (without box: outline).
@@ -206,6 +336,10 @@ class _Merger:
         COCO lists a person in the instances file and again, with keypoints, in the keypoints file. Ids cannot identify
         it, since many tools number each file anew.
         """
+        self._used.add(new["name"])
+        if new.get("segmentation"):
+            with suppress(UserError):  # rejected with its row
+                self._crowds[flag(new.get("iscrowd"), "iscrowd")] += 1
         key = _object_key(image, new)
         if key is not None and self._before.get(key):
             old = self._before[key].pop()
@@ -215,13 +349,37 @@ class _Merger:
             image.annotations.append(new)
 
 
+def _bare_urls_in_two_folders(entries: list[Any]) -> set[str]:
+    """Bare names that entries without file name have in two folders of their `coco_url`."""
+    folders: dict[str, set[str]] = {}
+    for entry in entries:
+        if isinstance(entry, dict) and not entry.get("file_name"):
+            path = _url_path(entry)
+            folders.setdefault(urls.base_name(path), set()).add(path)
+    return {name for name, paths in folders.items() if len(paths) > 1}
+
+
+def _file_name(entry: dict[str, Any], in_two_folders: set[str]) -> str | None:
+    """The file name of an image, without one the last component of its `coco_url`, with its folder if that is needed
+    to tell two files apart."""
+    if entry.get("file_name"):
+        return str(entry["file_name"])
+    bare = str(entry.get("coco_url") or "").rpartition("/")[2]
+    return (_url_path(entry) if bare in in_two_folders else bare) or None
+
+
+def _url_path(entry: dict[str, Any]) -> str:
+    """Folder and name at the end of a `coco_url`: LVIS has no file names, and its splits mix two folders of COCO."""
+    return "/".join(str(entry.get("coco_url") or "").split("/")[3:][-2:])
+
+
 def _object_key(image: CocoImage, annotation: dict[str, Any]) -> tuple[str, str] | None:
     """Class and place of an object, equal for 109 and 109.0; None if it has neither box nor outline."""
     bbox: Any = annotation.get("bbox")
     outline = annotation.get("segmentation")
     place: dict[str, Any]
-    if is_numbers(bbox) and len(bbox) == 4:
-        place = {"bbox": [round(float(c), 2) for c in bbox]}
+    if len(box := numbers(bbox) or []) == 4:
+        place = {"bbox": [round(float(c), 2) for c in box]}
     elif not bbox and outline:
         place = {"segmentation": outline}
     else:
@@ -229,11 +387,9 @@ def _object_key(image: CocoImage, annotation: dict[str, Any]) -> tuple[str, str]
     return image.file_name, json.dumps([annotation["name"], place])
 
 
-def _names_of(ids: Any, names: dict[Any, str]) -> list[str]:
-    found = (_lookup(names, i) for i in ids) if isinstance(ids, list) else ()
-    return [name for name in found if name is not None]
-
-
-def _lookup(table: dict[Any, Any], key: Any) -> Any:
-    """`table[key]`; None if the key is missing or not an id."""
-    return table.get(key) if isinstance(key, int | str) else None
+def _names_of(ids: Any, names: dict[str, str]) -> tuple[list[str], bool]:
+    """(names of category ids, whether one of them is unknown)."""
+    if not isinstance(ids, list):
+        return [], ids is not None
+    found = [names.get(id_key(i) or "") for i in ids]
+    return [name for name in found if name is not None], None in found

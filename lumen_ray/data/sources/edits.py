@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from lumen_ray.data import files, urls
+from lumen_ray.data.pictures import distinct_names, is_hidden, is_picture
 from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.data.sources import tables
 from lumen_ray.data.sources.base import Listing, Outcome, Rejected, Source, reject
@@ -30,7 +31,7 @@ SIZES = ("same", "aspect", "any")
 Triple = tuple[Any, Any, Any]  # image, instruction and edited image, unchecked
 _ASPECT_TOLERANCE = 0.02
 _PROMPT = "prompt.json"
-_SIDE = re.compile(r"(.+)_([01])\.(?:jpe?g|png|webp)", re.IGNORECASE)
+_SIDE = re.compile(r"(.+)_([01])(\.[^.]+)")
 
 
 @dataclass
@@ -56,18 +57,22 @@ class EditsSource(Source):
         records: list[Any] = []
         rejected: list[Rejected] = []
         total = 0
-        for location in (urls.absolute(path) for pattern in self.data for path in files.expand(pattern)):
-            found, bad, number = self._records(location)
+        locations = [urls.absolute(path) for pattern in self.data for path in files.expand(pattern)]
+        names = distinct_names(locations)
+        for location in dict.fromkeys(locations):
+            found, bad, number = self._records(location, names[location])
             records += found
             rejected += bad
             total += number
+        columns = self._columns()
+        tables.link_images([r for r in records if "folder" not in r], columns["image"], columns["target"])
         most = max((r.get("records", 1) for r in records), default=1)
         return Listing(records, {"edits": total}, rejected=rejected, rows_per_record=most)
 
-    def _records(self, location: str) -> tuple[list[Any], list[Rejected], int]:
-        """(records, rejected ones, number of triples) of a folder or table."""
+    def _records(self, location: str, name: str) -> tuple[list[Any], list[Rejected], int]:
+        """(records, rejected ones, number of triples) of a folder or table; `name`: its part of the records' ids."""
         if files.is_dir(location):
-            return list_folder(location)
+            return list_folder(location, name)
         chunks = tables.chunks(location)
         if chunks:
             names = tables.column_names(chunks[0])
@@ -84,31 +89,38 @@ class EditsSource(Source):
 
     def rows(self, record: Any, shared: Any) -> Iterator[Outcome]:
         if "folder" in record:
-            folder = urls.join(record["folder"], record["inside"])
-            yield self._outcome(record["origin"], lambda: _read_folder(folder, record), folder, named=False)
+            folder, origin = urls.join(record["folder"], record["inside"]), record["origin"]
+            # file names repeat from folder to folder
+            yield self._outcome(origin, lambda: _read_folder(folder, record), folder, lambda name: origin, ())
             return
-        for origin, value in tables.read_chunk(record):
-            yield self._outcome(origin, partial(self._cells, value), self.images, named=True)
+        for place, (origin, value) in enumerate(tables.read_chunk(record)):
+            identity = partial(tables.image_id, record, place, origin)
+            yield self._outcome(origin, partial(self._cells, value), self.images, identity, record["shared"])
 
     def _cells(self, value: Any) -> Triple:
         record = as_mapping(value)
         image, instruction, target = (tables.cell(record, wanted, usual) for wanted, usual in self._columns().values())
         return image, instruction, target
 
-    def _outcome(self, origin: str, read: Callable[[], Triple], folder: str | None, named: bool) -> Outcome:
+    def _outcome(
+        self,
+        origin: str,
+        read: Callable[[], Triple],
+        folder: str | None,
+        identity: Callable[[str | None], str],
+        shared: Collection[int],
+    ) -> Outcome:
+        """The outcome of a triple; `identity`: the row's id from the image's name; `shared`: of the chunk."""
         try:
-            return self._row(origin, *read(), folder, named)
+            image, instruction, target = read()
+            text = clean_text(instruction, "the instruction")
+            name, before, size = tables.load_image(image, folder, shared=shared)
+            _, after, edited = tables.load_image(target, folder, "the edited image", shared)
+            check_sizes(size, edited, self.sizes)
         except UserError as error:
             return Outcome(rejected=[reject("edits", "", origin, error)])
-
-    def _row(self, origin: str, image: Any, instruction: Any, target: Any, folder: str | None, named: bool) -> Outcome:
-        text = clean_text(instruction, "the instruction")
-        name, before, size = tables.load_image(image, folder)
-        _, after, edited = tables.load_image(target, folder, "the edited image")
-        check_sizes(size, edited, self.sizes)
         message = make_message("edit", text, None)
-        identity = name if name is not None and named else origin  # file names repeat from folder to folder
-        row = make_row(identity, before, size, self.kind, tasks=["edit"], messages=[message], target_image=after)
+        row = make_row(identity(name), before, size, self.kind, tasks=["edit"], messages=[message], target_image=after)
         return Outcome(row)
 
 
@@ -125,35 +137,46 @@ def check_sizes(size: Size, edited: Size, rule: str) -> None:
     )
 
 
-def list_folder(folder: str) -> tuple[list[dict[str, str]], list[Rejected], int]:
-    """(records, rejected ones, number of both) of an InstructPix2Pix folder, or of one of its subfolders."""
+def list_folder(folder: str, name: str) -> tuple[list[dict[str, str]], list[Rejected], int]:
+    """(records, rejected ones, number of both) of an InstructPix2Pix folder, or of one of its subfolders; `name`: the
+    folder's part of the records' ids."""
     inside: dict[str, list[str]] = {}
-    for name in files.list_files(folder, recursive=True):
-        place, _, base = name.rpartition("/")
-        inside.setdefault(place, []).append(base)
+    for file in files.list_files(folder, recursive=True):
+        if not is_hidden(file):
+            place, _, base = file.rpartition("/")
+            inside.setdefault(place, []).append(base)
     records: list[dict[str, str]] = []
     rejected: list[Rejected] = []
-    for place, names in sorted(inside.items()):
-        origin = f"{urls.base_name(folder)}/{place}" if place else urls.base_name(folder)
-        sides: dict[str, dict[str, str]] = {}
-        for name in names:
-            if match := _SIDE.fullmatch(name):
-                sides.setdefault(match[1], {})[match[2]] = name
-        if _PROMPT in names and not sides:
-            rejected.append(reject("edits", "", origin, "it has a prompt.json but no images SEED_0 and SEED_1"))
+    for place, bases in sorted(inside.items()):
+        origin = f"{name}/{place}" if place else name
+        sides: dict[str, dict[str, list[str]]] = {}
+        for base in bases:
+            if (match := _SIDE.fullmatch(base)) and is_picture(base):
+                sides.setdefault(match[1], {}).setdefault(match[2], []).append(base)
+        if _PROMPT in bases and not sides:
+            why = "it has a prompt.json but no images SEED_0 and SEED_1"
+            rejected.append(reject("edits", "", origin, UserError(why, "missing_image")))
         for seed, pair in sorted(sides.items()):
             where = f"{origin}/{seed}"
-            if _PROMPT not in names:
-                rejected.append(reject("edits", where, where, "there is no prompt.json beside it"))
-            elif len(pair) < 2:
-                missing = "before" if "1" in pair else "after"
-                rejected.append(reject("edits", where, where, f"its image {missing} the edit is missing"))
+            if (error := _pair_error(bases, pair)) is not None:
+                rejected.append(reject("edits", where, where, error))
             else:
-                sides_of = {"image": pair["0"], "target": pair["1"]}
-                records.append({"folder": folder, "inside": place, "origin": where, **sides_of})
+                files_of = {"image": pair["0"][0], "target": pair["1"][0]}
+                records.append({"folder": folder, "inside": place, "origin": where, **files_of})
     if not records and not rejected:
         raise UserError(f"folder '{folder}' has no prompt.json with images SEED_0.jpg, SEED_1.jpg", "empty_input")
     return records, rejected, len(records) + len(rejected)
+
+
+def _pair_error(names: list[str], pair: dict[str, list[str]]) -> UserError | None:
+    """Why the images of a seed, by side, are no triple; None if they are."""
+    if _PROMPT not in names:
+        return UserError("there is no prompt.json beside it", "missing_text")
+    for side, when in (("0", "before"), ("1", "after")):
+        if len(found := pair.get(side, [])) != 1:
+            why = "is missing" if not found else f"is there more than once: {', '.join(found)}"
+            return UserError(f"its image {when} the edit {why}", "missing_image" if not found else "several_images")
+    return None
 
 
 def _read_folder(folder: str, record: dict[str, str]) -> Triple:

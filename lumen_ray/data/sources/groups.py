@@ -5,26 +5,16 @@ One image becomes one row, however many expressions, questions or conversations 
 
 from __future__ import annotations
 
+import base64
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from lumen_ray.data import rle as rle_tools
 from lumen_ray.data.frames import AnnotationFrame, read_frame
-from lumen_ray.data.sources.base import Outcome, Rejected, image_locations, instance, read_first, reject
-from lumen_ray.data.sources.record_parsing import Record, to_box, to_mask
+from lumen_ray.data.pictures import ListedNames, identity, read_picture, unique_id
+from lumen_ray.data.sources.base import Outcome, Rejected, lost_with_image, reject
+from lumen_ray.data.sources.record_parsing import ImageRef, Record
 from lumen_ray.errors import UserError
-
-
-def to_instance(name: str, bbox: Any, segmentation: Any, box_format: str, frame: AnnotationFrame) -> dict[str, Any]:
-    """A schema instance in the EXIF-rotated frame; without a box, that of the mask.
-
-    `bbox`: of format `box_format`, see `record_parsing.BOX_FORMATS`; `segmentation`: COCO's. Raises `UserError` if
-    either cannot be used.
-    """
-    mask = to_mask(segmentation, frame.size)
-    if bbox is None and mask is not None:
-        bbox, box_format = rle_tools.tight_xywh(mask), "xywh"
-    return frame.rotated(instance(name, to_box(bbox, box_format, frame.size), mask=mask))
 
 
 class Images:
@@ -37,54 +27,73 @@ class Images:
         self.item_kind = item_kind
         self.listed = 0
         self.rejected: list[Rejected] = []
+        self._names = ListedNames()
         self._groups: dict[Any, dict[str, Any]] = {}
 
-    def add(self, image: str | None, origin: str, item: Record, **details: Any) -> None:
-        """Adds `item` with its origin to the group of its image; a group keeps the `details` of its first record."""
+    def add(self, image: ImageRef | None, origin: str, item: Record, size: list[int] | None = None) -> None:
+        """Adds `item` with its origin to the group of its image; `size`: the (height, width) that it declares."""
         self.listed += 1
-        key = image if image is not None else (self.listed,)
-        group = self._groups.setdefault(key, {"image": image, "origin": origin, "items": [], **details})
+        key: Any = (self.listed,)
+        group: dict[str, Any] = {"image": None, "data": None, "origin": origin, "items": [], "sizes": [], "alone": True}
+        if image is not None:
+            self._names.add(image.name)
+            key = (identity(image.name), image.data)
+            group |= {"image": image.name, "data": image.data}
+        group = self._groups.setdefault(key, group)
         group["items"].append(item | {"origin": origin})
+        if size and size not in group["sizes"]:
+            group["sizes"].append(size)
 
-    def reject(self, image: Any, origin: str, error: UserError) -> None:
+    def reject(self, image: ImageRef | None, origin: str, error: UserError) -> None:
         """Rejects a record that cannot be used, whatever its image contains."""
         self.listed += 1
-        self.rejected.append(reject(self.item_kind, "" if image is None else str(image), origin, error))
+        if image is not None:
+            self._names.add(image.name)
+        self.rejected.append(reject(self.item_kind, "" if image is None else image.name, origin, error))
 
     def __len__(self) -> int:
         return len(self._groups)
 
     def listing(self) -> list[dict[str, Any]]:
-        """The groups, those of images in order of their names."""
-        return sorted(self._groups.values(), key=lambda group: (group["image"] is None, group["image"] or ""))
+        """The groups, those of images in order of their names. `id` is a group's `image_id`, unique: the image's name,
+        else the `id` of its first item, else its origin."""
+        groups = sorted(self._groups.values(), key=lambda group: (group["image"] is None, group["image"] or ""))
+        times: Counter[str] = Counter()
+        for group in groups:
+            group["id"] = unique_id(group["image"] or group["items"][0].get("id") or group["origin"], times)
+            if group["image"] is not None:
+                group["alone"] = self._names.is_alone(group["image"])
+        return groups
 
 
 def open_group(folder: str, group: dict[str, Any]) -> tuple[bytes, AnnotationFrame]:
-    """The encoded image of a group of `Images`, below `folder`, and its frame, inferred from the group's declared
-    `size`.
+    """The encoded image of a group of `Images`, below `folder`, and its frame, inferred from the declared `sizes`.
 
     Raises `UserError` if the image is missing, broken or of another size, `StoreError` if the store is unreachable.
     """
-    data = read_first(*image_locations(folder, group["image"]))
-    frame = read_frame(data, [group["size"]] if group.get("size") else [])
-    assert data is not None, "read_frame raises"
-    return data, frame
+    if group["data"] is not None:
+        data = base64.b64decode(group["data"])
+    else:
+        data = read_picture(folder, group["image"], group["alone"])
+    return data, read_frame(data, group["sizes"])
 
 
 def lost_group(row_kind: str, item_kind: str, group: dict[str, Any], error: UserError) -> Outcome:
     """The outcome of an image that cannot be used: it is rejected with all its items."""
-    name = str(group["image"] or "")
-    items = [reject(item_kind, name, item["origin"], f"its image was rejected: {error}") for item in group["items"]]
-    return Outcome(rejected=[reject(row_kind, name, group["origin"], error), *items])
+    items = [reject(item_kind, group["id"], item["origin"], lost_with_image(error)) for item in group["items"]]
+    return Outcome(rejected=[reject(row_kind, group["id"], group["origin"], error), *items])
 
 
 def finished_group(
-    row_kind: str, item_kind: str, row: dict[str, Any], group: dict[str, Any], rejected: list[Rejected]
+    row_kind: str, item_kind: str, outcome: Outcome, group: dict[str, Any], rejected: list[Rejected]
 ) -> Iterator[Outcome]:
     """The outcome of a group whose items were `rejected` in part; if all were, the row is rejected too."""
+    assert outcome.row is not None
     total = len(group["items"])
+    outcome.rejected = rejected
     if len(rejected) < total:
-        yield Outcome(row, {item_kind: total - len(rejected)}, rejected)
+        outcome.written = {item_kind: total - len(rejected)}
+        yield outcome
         return
-    reason = f"none of its {total} {item_kind} can be used"
-    yield Outcome(rejected=[reject(row_kind, row["image_id"], group["origin"], reason), *rejected])
+    error = UserError(f"none of its {total} {item_kind} can be used", "no_items")
+    yield Outcome(rejected=[reject(row_kind, outcome.row["image_id"], group["origin"], error), *rejected])

@@ -1,28 +1,30 @@
 """Image-text pairs as a source: csv, tsv, jsonl and parquet tables, and WebDataset tars.
 
-Read as a stream: a record of the listing is a tar, a chunk of lines or a row group. A pair becomes a row with one
-caption. In a tar, members with the same stem are a pair: an image (.jpg, .jpeg, .png, .webp, ...) and its caption, the
-.txt or the value of `caption_key` in the .json.
+Read as a stream: a record of the listing is a tar, a chunk of lines or a row group. A pair becomes a row with its
+caption, or with several where a list is given. In a tar, members with the same key are a pair: an image (.jpg, .jpeg,
+.png, .webp, ...) and its caption, the .txt or the value of `caption_key` in the .json.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from lumen_ray.data import files, urls
+from lumen_ray.data.pictures import SUFFIXES, distinct_names, unique_id
 from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.data.sources import tables, tars
 from lumen_ray.data.sources.base import Listing, Outcome, Source, reject
-from lumen_ray.data.sources.record_parsing import as_mapping, check_name, clean_text, first_of
+from lumen_ray.data.sources.record_parsing import as_mapping, caption_texts, check_name, first_of
 from lumen_ray.errors import UserError
 from lumen_ray.tasks import get_task
 
 IMAGE_COLUMNS = ("image", "image_path", "filepath", "file_name", "filename", "path", "jpg", "png")
 CAPTION_COLUMNS = ("caption", "text", "title", "sentence", "caption_text", "captions")
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+IMAGE_EXTENSIONS = tuple(suffix.removeprefix(".") for suffix in SUFFIXES)
 _ROWS_PER_TAR = 2000  # estimate, before a tar is read
 
 
@@ -46,76 +48,94 @@ class PairsSource(Source):
             self.images = urls.absolute(self.images)
             if not files.is_dir(self.images):
                 raise UserError(f"image folder '{self.images}' does not exist", "missing_images")
-        records: list[Any] = []
-        number = 0
-        for location in (urls.absolute(path) for pattern in self.data for path in files.expand(pattern)):
+        chunks: list[tables.Chunk] = []
+        archives: list[str] = []
+        locations = [urls.absolute(path) for pattern in self.data for path in files.expand(pattern)]
+        for location in dict.fromkeys(locations):
             if location.lower().endswith(tars.SUFFIXES):
                 if not files.is_file(location):
                     raise UserError(f"tar '{location}' does not exist", "missing_annotations")
-                records.append({"tar": location})
+                archives.append(location)
                 continue
-            chunks = tables.chunks(location, self.header)
-            if chunks:
-                columns = tables.column_names(chunks[0])
+            found = tables.chunks(location, self.header)
+            if found:
+                columns = tables.column_names(found[0])
                 tables.pick_column(columns, self.image_column, IMAGE_COLUMNS, "image")
                 tables.pick_column(columns, self.caption_column, CAPTION_COLUMNS, "caption")
-            records += chunks
-            number += sum(chunk["records"] for chunk in chunks)
+            chunks += found
+        tables.link_images(chunks, (self.image_column, IMAGE_COLUMNS))
+        names = distinct_names(archives)
+        records: list[Any] = [{"tar": location, "name": names[location]} for location in archives] + chunks
         most = max((r.get("records", _ROWS_PER_TAR) for r in records), default=1)
-        return Listing(records, {"pairs": number}, rows_per_record=most)
+        return Listing(records, {"pairs": sum(chunk["records"] for chunk in chunks)}, rows_per_record=most)
 
     def rows(self, record: Any, shared: Any) -> Iterator[Outcome]:
         if "tar" in record:
-            yield from self._tar_rows(record["tar"])
+            yield from self._tar_rows(record["tar"], record["name"])
             return
-        for origin, value in tables.read_chunk(record):
+        for place, (origin, value) in enumerate(tables.read_chunk(record)):
             name: str | None = ""
             try:
                 value = as_mapping(value)
-                caption = clean_text(tables.cell(value, self.caption_column, CAPTION_COLUMNS), "the caption")
+                captions = caption_texts(tables.cell(value, self.caption_column, CAPTION_COLUMNS))
                 image = tables.cell(value, self.image_column, IMAGE_COLUMNS)
-                name, data, size = tables.load_image(image, self.images)
-                yield _row(name or origin, data, size, caption)
+                name, data, size = tables.load_image(image, self.images, shared=record["shared"])
+                yield _row(tables.image_id(record, place, origin, name), data, size, captions)
             except UserError as error:
                 yield Outcome(rejected=[reject("pairs", name or "", origin, error)])
 
-    def _tar_rows(self, location: str) -> Iterator[Outcome]:
-        tar = urls.base_name(location)
+    def _tar_rows(self, location: str, tar: str) -> Iterator[Outcome]:
+        times: Counter[str] = Counter()
         for key, members in tars.samples(location, (*IMAGE_EXTENSIONS, "txt", "json")):
             name = f"{tar}/{key}" if key else tar
             try:
                 if isinstance(members, UserError):
                     raise members
-                caption = clean_text(self._caption(members), "the caption")
-                image = first_of(members, IMAGE_EXTENSIONS)
+                captions, image = self._captions(members, name in times), first_of(members, IMAGE_EXTENSIONS)
                 if image is None:
-                    raise UserError(f"it has no image ({', '.join(sorted(members))})", "missing_image")
+                    raise _incomplete("image", members, name in times)
                 _, data, size = tables.load_image(image, None)
-                outcome = _row(check_name(name), data, size, caption)
+                outcome = _row(unique_id(check_name(name), times), data, size, captions)
             except UserError as error:
-                outcome = Outcome(rejected=[reject("pairs", name, tar, error)])
+                outcome = Outcome(rejected=[reject("pairs", name, f"{tar} member {key}" if key else tar, error)])
+                times[name] += 1
             outcome.came_in = {"pairs": 1}
             yield outcome
 
-    def _caption(self, members: tars.Members) -> Any:
-        """The caption of a sample of a tar, not yet checked to be a text."""
+    def _captions(self, members: tars.Members, came_before: bool) -> list[str]:
+        """The captions of a sample of a tar; `came_before`: whether the tar has had a sample of its key already."""
         text, meta = members.get("txt"), members.get("json")
         if text is not None and self.caption_key is None:
-            return text.decode("utf-8", "surrogateescape")
+            return caption_texts(text.decode("utf-8", "surrogateescape"))
         if meta is None:
-            raise UserError(f"it has no caption ({', '.join(sorted(members))})", "missing_text")
+            raise _incomplete("caption", members, came_before)
         try:
-            values = json.loads(meta)
+            values = json.loads(meta.decode("utf-8-sig"))
         except (ValueError, RecursionError) as error:
             raise UserError(f"its json cannot be read: {error}", "invalid_record") from None
         key = self.caption_key or "caption"
         value = values.get(key) if isinstance(values, dict) else None
         if value is None:
             raise UserError(f"its json has no '{key}'", "missing_text")
-        return value
+        return caption_texts(value)
 
 
-def _row(image_id: str, data: bytes, size: tuple[int, int], caption: str) -> Outcome:
+def _incomplete(what: str, members: tars.Members, came_before: bool) -> UserError:
+    """The error of a sample of a tar without `what`."""
+    extensions = sorted(members)
+    if came_before:
+        return UserError(
+            f"it has no {what} ({', '.join(extensions)}), and members of its key came earlier: those of a sample must "
+            "lie side by side",
+            "scattered_tar",
+        )
+    dotted = next((e for e in extensions if "." in e), None)
+    hint = f"; the key of a sample ends at the first dot, so '.{dotted}' is an extension" if dotted else ""
+    return UserError(f"it has no {what} ({', '.join(extensions)}){hint}",
+                     f"missing_{'image' if what == 'image' else 'text'}")  # fmt: skip
+
+
+def _row(image_id: str, data: bytes, size: tuple[int, int], captions: list[str]) -> Outcome:
     # the prompt template follows from the text: all templates occur, and a pair always gets the same one
-    message = make_message("caption", get_task("caption").prompt(template=len(caption)), caption)
-    return Outcome(make_row(image_id, data, size, "pairs", tasks=["caption"], messages=[message]))
+    messages = [make_message("caption", get_task("caption").prompt(template=len(text)), text) for text in captions]
+    return Outcome(make_row(image_id, data, size, "pairs", tasks=["caption"], messages=messages))

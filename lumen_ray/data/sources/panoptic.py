@@ -1,4 +1,5 @@
 """COCO panoptic: a json of segments and a folder of PNG files whose pixels hold segment ids (R + 256 G + 65536 B).
+Channels are read as stored, so a PNG of one channel, of 16 bits or with a palette has the ids that it was written with.
 
 A thing segment is one object, as in COCO instances; ``iscrowd`` ones are crowd. A stuff segment ("sky") covers all of
 its class in the image: it becomes one instance with a mask, so that "sky" can be prompted like any class (its count is
@@ -17,24 +18,14 @@ from typing import Any
 import numpy as np
 
 from lumen_ray.data import files, urls
-from lumen_ray.data import rle as rle_tools
-from lumen_ray.data.frames import AnnotationFrame, read_frame
-from lumen_ray.data.images import decode
-from lumen_ray.data.shards.schema import make_row
-from lumen_ray.data.sources.base import (
-    Listing,
-    Outcome,
-    Rejected,
-    Source,
-    image_locations,
-    instance,
-    lost_image,
-    perception_tasks,
-    read_first,
-    reject,
-)
-from lumen_ray.data.sources.coco_json import parse
-from lumen_ray.data.sources.record_parsing import reserved_token, to_box
+from lumen_ray.data.frames import read_frame
+from lumen_ray.data.images import decode_ids
+from lumen_ray.data.pictures import ListedNames, identity, read_picture
+from lumen_ray.data.sources.base import Listing, Outcome, Rejected, Source, lost_image, reject
+from lumen_ray.data.sources.coco_json import check_lost, parse, unused_parents, unused_parents_note
+from lumen_ray.data.sources.objects import ObjectList
+from lumen_ray.data.sources.record_parsing import short
+from lumen_ray.data.values import declared_size, flag, id_key, whole
 from lumen_ray.errors import UserError, unknown
 from lumen_ray.structures import Masks
 
@@ -65,77 +56,88 @@ class PanopticSource(Source):
         data = parse(self.annotations)
         categories = _categories(self.annotations, data)
         skipped = {i for i, c in categories.items() if c["stuff"] and self.stuff == "skip"}
-        records = _images(self.annotations, data["images"])
-        listed, rejected = self._add_segments(records, data["annotations"], categories, skipped)
-        kept = [c for i, c in categories.items() if i not in skipped]
-        inputs = {"images": len(records), "annotations": listed}
-        ordered = sorted(records.values(), key=lambda r: r["file_name"])
+        images = _Images(self.annotations, data["images"])
+        listed, used = images.add_annotations(data["annotations"], categories, skipped)
+        parents = unused_parents(data["categories"], used)
+        kept = [c for i, c in categories.items() if i not in skipped and c["name"] not in parents]
+        lost = sum(record["kind"] == "images" for record in images.rejected)
+        names = ListedNames(record["file_name"] for record in images.records)
+        pngs = ListedNames(record["png"] for record in images.records if record["png"])
+        ordered = sorted(images.records, key=lambda record: record["file_name"])
         return Listing(
-            ordered, inputs, list({c["name"]: c for c in kept}.values()), [c["name"] for c in kept], rejected
+            [
+                r | {"alone": names.is_alone(r["file_name"]), "png_alone": not r["png"] or pngs.is_alone(r["png"])}
+                for r in ordered
+            ],
+            {"images": len(ordered) + lost, "annotations": listed},
+            list({c["name"]: c for c in kept}.values()),
+            list(dict.fromkeys(c["name"] for c in kept)),
+            images.rejected,
+            notes=[unused_parents_note(parents)] if parents else [],
         )
-
-    def _add_segments(
-        self, records: dict[Any, dict[str, Any]], entries: list[Any], categories: dict[Any, Any], skipped: set[Any]
-    ) -> tuple[int, list[Rejected]]:
-        """Adds the annotations to the records of their images; (number of segments, rejected ones)."""
-        names = {i: c["name"] for i, c in categories.items()}
-        rejected: list[Rejected] = []
-        listed, annotated = 0, set()
-        for number, entry in enumerate(entries):
-            entry = entry if isinstance(entry, dict) else {}
-            origin = f"{urls.base_name(self.annotations)} annotation {number}"
-            segments = [s for s in _segments(entry, names, origin) if s["category_id"] not in skipped]
-            listed += len(segments)
-            key = _key(entry.get("image_id"))
-            image = records.get(key)
-            if image is None or key in annotated:
-                why = "its image is not in the file" if image is None else "its image has an annotation already"
-                rejected += [reject("annotations", "", s["origin"], why) for s in segments]
-                continue
-            annotated.add(key)
-            image |= {"png": str(entry.get("file_name") or ""), "segments": segments, "annotated": origin}
-        return listed, rejected
 
     def rows(self, record: dict[str, Any], shared: list[str]) -> Iterator[Outcome]:
         name = record["file_name"]
-        data = read_first(*image_locations(self.images, name))
         try:
             if not record["png"]:
-                raise UserError("no panoptic annotation names its PNG file", "missing_annotations")
-            ids = decode(files.read_bytes(urls.join(self.segments, record["png"]))).astype(np.int64) @ _WEIGHTS
+                raise UserError("no panoptic annotation names its PNG file", "missing_annotation")
+            data = read_picture(self.images, name, record["alone"])
+            ids = _segment_ids(read_picture(self.segments, record["png"], record["png_alone"]), record["segments"])
             frame = read_frame(data, [record["size"], ids.shape])
         except UserError as error:
             yield lost_image(name, record["annotated"], error, origins=[s["origin"] for s in record["segments"]])
             return
-        outcome, instances, incomplete = Outcome(), [], set()
+        lost = shared if "" in record["lost"] else record["lost"]  # "": of unknown category
+        objects = ObjectList(name, frame, [c for c in shared if c not in lost])
         for segment in record["segments"]:
             try:
-                instances.append(_instance(segment, ids, frame))
+                mask = _mask(segment, ids)
             except UserError as error:
-                incomplete.add(segment["name"])
-                outcome.rejected.append(reject("annotations", name, segment["origin"], error))
-        classes = [c for c in shared if c not in incomplete and not reserved_token(c)]
-        outcome.written = {"annotations": len(instances)}
-        outcome.row = make_row(name, data, frame.rotated_size, self.kind, instances=instances, classes=classes,
-                               tasks=perception_tasks(classes, instances))  # fmt: skip
-        yield outcome
+                objects.reject(segment["name"], segment["origin"], error)
+            else:
+                bbox = segment["bbox"] or None
+                objects.add(segment["name"], segment["origin"], bbox=bbox, segmentation=mask, crowd=segment["iscrowd"])
+        yield objects.outcome(data, self.kind)
 
 
-def _key(value: Any) -> Any:
-    return value if isinstance(value, int | str) else None
+def _segment_ids(png: bytes, segments: list[dict[str, Any]]) -> np.ndarray:
+    """Segment ids, int64 [H, W], of a panoptic PNG: R + 256 G + 65536 B of its raw channels.
+
+    A palette image is read by its indices or by its colours, whichever has more of the listed ids: some tools store ids
+    as indices, others compress colours to a palette.
+    """
+    readings = [values @ _WEIGHTS[: values.shape[2]] for values in decode_ids(png)]
+    wanted = [number for segment in segments if (number := whole(segment["id"])) is not None]
+    return max(readings, key=lambda ids: int(np.isin(wanted, ids).sum()))
 
 
-def _categories(path: str, data: dict[str, Any]) -> dict[Any, dict[str, Any]]:
+def _mask(segment: dict[str, Any], ids: np.ndarray) -> dict[str, Any]:
+    """The mask of a segment, COCO RLE."""
+    if not segment["name"]:
+        raise UserError(f"unknown category id {short(segment['category_id'])}", "unknown_category")
+    number = whole(segment["id"])
+    if number is None or number <= 0:
+        raise UserError(f"its id must be a positive number, got {short(segment['id'])}", "invalid_id")
+    pixels = ids == number
+    if not pixels.any():
+        raise UserError("its id is not in the PNG file", "invalid_mask")
+    return Masks.from_arrays(pixels[None]).rles[0]
+
+
+def _categories(path: str, data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Categories of the manifest by id, with `stuff`."""
-    found: dict[Any, dict[str, Any]] = {}
+    found: dict[str, dict[str, Any]] = {}
     entries = data.get("categories")
     for entry in entries if isinstance(entries, list) else []:
         name = str(entry.get("name") or "").strip() if isinstance(entry, dict) else ""
-        if not name or _key(entry.get("id")) is None:
+        key = id_key(entry.get("id")) if name else None
+        if key is None or (key in found and found[key]["name"] != name):
             raise UserError(
-                f"'{urls.shown(path)}': a category needs 'id' and 'name', got {entry!r}", "invalid_annotations"
+                f"'{urls.shown(path)}': a category needs a unique 'id' and a 'name', got {entry!r}",
+                "invalid_annotations",
             )
-        found[entry["id"]] = {"name": name, "keypoints": [], "skeleton": [], "stuff": entry.get("isthing") == 0}
+        stuff = not flag(entry.get("isthing", 1), f"'{urls.shown(path)}': isthing of category '{name}'")
+        found[key] = {"name": name, "keypoints": [], "skeleton": [], "stuff": stuff}
     if not found:
         raise UserError(
             f"'{urls.shown(path)}' is not panoptic json: it has no list 'categories'", "invalid_annotations"
@@ -143,42 +145,95 @@ def _categories(path: str, data: dict[str, Any]) -> dict[Any, dict[str, Any]]:
     return found
 
 
-def _images(path: str, entries: list[Any]) -> dict[Any, dict[str, Any]]:
-    """The records of the listing by image id, without segments."""
-    found: dict[Any, dict[str, Any]] = {}
-    for number, entry in enumerate(entries):
-        key = _key(entry.get("id")) if isinstance(entry, dict) else None
-        if key is None or not isinstance(entry.get("file_name"), str) or key in found:
-            raise UserError(
-                f"'{urls.shown(path)}': image {number} needs a unique 'id' and a 'file_name'", "invalid_annotations"
-            )
-        size = [entry.get("height") or 0, entry.get("width") or 0]
-        found[key] = {"file_name": entry["file_name"], "size": size, "png": "", "segments": []}
-        found[key]["annotated"] = urls.base_name(path)
-    return found
+class _Images:
+    """The records of the listing: images of the json with the segments of their annotations."""
+
+    def __init__(self, path: str, entries: list[Any]):
+        self.path = path
+        self.rejected: list[Rejected] = []
+        self._by_id: dict[str, dict[str, Any]] = {}
+        self._repeats: set[str] = set()  # ids that list a file a second time
+        first: dict[str, str] = {}
+        for number, entry in enumerate(entries):
+            key = id_key(entry.get("id")) if isinstance(entry, dict) else None
+            name = entry.get("file_name") if isinstance(entry, dict) else None
+            if key is None or not isinstance(name, str) or not name or key in self._by_id:
+                raise UserError(
+                    f"'{urls.shown(path)}': image {number} needs a unique 'id' and a 'file_name'", "invalid_annotations"
+                )
+            same = identity(name)
+            if first.setdefault(same, key) != key:
+                why = f"image id {key} lists the file '{name}', which image id {first[same]} lists before"
+                where = f"{urls.base_name(path)} image {key}"
+                self.rejected.append(reject("images", name, where, UserError(why, "repeated_image")))
+                self._by_id[key] = self._by_id[first[same]]
+                self._repeats.add(key)
+                continue
+            size = declared_size(entry.get("height"), entry.get("width"))
+            self._by_id[key] = {"file_name": name, "size": size, "png": "", "segments": [], "lost": [],
+                                "annotated": urls.base_name(path)}  # fmt: skip
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return [record for key, record in self._by_id.items() if key not in self._repeats]
+
+    def add_annotations(
+        self, entries: list[Any], categories: dict[str, dict[str, Any]], skipped: set[str]
+    ) -> tuple[int, set[str]]:
+        """Adds segments to the records of their images; (number of segments, names of the categories they use)."""
+        listed = 0
+        used: set[str] = set()
+        annotated: set[str] = set()
+        pngs: dict[str, str] = {}  # PNG -> image that it belongs to
+        unlisted: list[Rejected] = []
+        for number, entry in enumerate(entries):
+            entry = entry if isinstance(entry, dict) else {}
+            origin = f"{urls.base_name(self.path)} annotation {number}"
+            segments = [s for s in _segments(entry, categories, origin) if id_key(s["category_id"]) not in skipped]
+            listed += len(segments)
+            used.update(s["name"] for s in segments)
+            key = id_key(entry.get("image_id")) or ""
+            image, png = self._by_id.get(key), str(entry.get("file_name") or "")
+            if image is None:
+                why = UserError("its image is not in the file", "unknown_image")
+                found = [reject("annotations", "", s["origin"], why) for s in segments]
+                self.rejected += found
+                unlisted += found
+                continue
+            why = UserError("its category is not in the file", "unknown_category")
+            unlisted += [reject("annotations", "", s["origin"], why) for s in segments if not s["name"]]
+            error = self._repeated(key, image, png, annotated, pngs)
+            if error is not None:
+                self.rejected += [reject("annotations", image["file_name"], s["origin"], error) for s in segments]
+                image["lost"] += [s["name"] for s in segments]
+                continue
+            annotated.add(key)
+            if png:
+                pngs[identity(png)] = image["file_name"]
+            image |= {"png": png, "segments": segments, "annotated": origin}
+        check_lost(self.path, unlisted, listed, "segments")
+        return listed, used
+
+    def _repeated(
+        self, key: str, image: dict[str, Any], png: str, annotated: set[str], pngs: dict[str, str]
+    ) -> UserError | None:
+        """Why an annotation is not the only one of its image or its PNG; None if it is."""
+        if key in self._repeats:
+            return UserError(f"its image id stands for the file '{image['file_name']}' a second time", "repeated_image")
+        if key in annotated:
+            return UserError("its image has an annotation already", "repeated_image")
+        if png and identity(png) in pngs:
+            return UserError(f"its PNG file '{png}' is that of the image '{pngs[identity(png)]}'", "repeated_image")
+        return None
 
 
-def _segments(entry: dict[str, Any], names: dict[Any, str], origin: str) -> list[dict[str, Any]]:
-    """The entry's segments, checked later by `_instance`."""
+def _segments(entry: dict[str, Any], categories: dict[str, dict[str, Any]], origin: str) -> list[dict[str, Any]]:
+    """The entry's segments, checked later by `_mask`."""
     listed = entry.get("segments_info")
     segments = []
     for number, segment in enumerate(listed if isinstance(listed, list) else []):
         segment = segment if isinstance(segment, dict) else {}
-        category = _key(segment.get("category_id"))
-        kept = {key: segment.get(key) for key in ("id", "bbox", "iscrowd")}
-        where = f"{origin} segment {segment.get('id', f'number {number}')}"
-        segments.append(kept | {"category_id": category, "name": names.get(category, ""), "origin": where})
+        kept = {key: segment.get(key) for key in ("id", "category_id", "bbox", "iscrowd")}
+        name = categories.get(id_key(segment.get("category_id")) or "", {"name": ""})["name"]
+        segments.append(kept | {"name": name, "origin": f"{origin} segment {segment.get('id', f'number {number}')}"})
     return segments
-
-
-def _instance(segment: dict[str, Any], ids: np.ndarray, frame: AnnotationFrame) -> dict[str, Any]:
-    if not segment["name"]:
-        raise UserError(f"unknown category id {segment['category_id']}", "unknown_category")
-    if not isinstance(segment["id"], int) or segment["id"] <= 0:
-        raise UserError(f"its id must be a positive number, got {segment['id']!r}", "invalid_annotations")
-    pixels = ids == segment["id"]
-    if not pixels.any():
-        raise UserError("its id is not in the PNG file", "invalid_mask")
-    mask = Masks.from_arrays(pixels[None]).rles[0]
-    box = to_box(segment["bbox"] or rle_tools.tight_xywh(mask), "xywh", frame.size)
-    return frame.rotated(instance(segment["name"], box, mask=mask, crowd=bool(segment["iscrowd"])))

@@ -5,13 +5,17 @@ Every check raises a `UserError` whose message becomes the record's reason in `r
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from lumen_ray.data import files, urls
-from lumen_ray.data import rle as rle_tools
+from lumen_ray.data.pictures import bare_key
+from lumen_ray.data.values import id_key, numbers
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Boxes, Size
 from lumen_ray.trunk.tokenizer import SPECIAL_TOKENS
@@ -19,7 +23,7 @@ from lumen_ray.trunk.tokenizer import SPECIAL_TOKENS
 Record = dict[str, Any]
 #: xyxy and xywh are in pixels of the stored image; relative is xyxy as fractions of its sides, 0..1
 BOX_FORMATS = ("xyxy", "xywh", "relative")
-IMAGE_KEYS = ("image", "file_name", "img_path", "image_path", "img", "filename")
+IMAGE_KEYS = ("image", "file_name", "img_path", "image_path", "img", "filename", "images")
 IMAGE_ID_KEYS = ("image_id", "imageId")
 LINE_SUFFIXES = (".jsonl", ".ndjson")
 
@@ -93,11 +97,13 @@ def reserved_token(text: str) -> str | None:
 def clean_text(value: Any, what: str, *, allowed: Sequence[str] = (), keep_lines: bool = False) -> str:
     """`value` as a text with runs of white space collapsed (`keep_lines`: only stripped at both ends).
 
-    Raises `UserError` if it is not a text, is empty, cannot be encoded (half a surrogate pair), or contains a token of
-    the prompt layout that is not `allowed`. `what` names it in the message, e.g. ``"the caption"``.
+    A byte order mark at its start, which files joined by other tools leave in the middle, is removed. Raises
+    `UserError` if it is not a text, is empty, cannot be encoded (half a surrogate pair), or contains a token of the
+    prompt layout that is not `allowed`. `what` names it in the message, e.g. ``"the caption"``.
     """
     if not isinstance(value, str):
         raise UserError(f"{what} must be a text, got {short(value)}", "invalid_text")
+    value = value.lstrip("\ufeff")
     text = value.strip() if keep_lines else " ".join(value.split())
     if not text:
         raise UserError(f"{what} is empty", "empty_text")
@@ -121,20 +127,74 @@ def short(value: Any) -> str:
     return "numbers " + str(list(value))[:80] if is_numbers(value) and value else f"a {type(value).__name__}"
 
 
-def image_name(record: Record, pattern: str | None = None, keys: Sequence[str] = IMAGE_KEYS) -> str | None:
-    """The image's file name in a record: the value under one of `keys`, else `pattern` filled with its `image_id`.
+def caption_texts(value: Any) -> list[str]:
+    """The captions in a value: a text, a list of texts, or such a list as json. Blank ones are left out.
+
+    Raises `UserError` if one of them is not a text that can be used, or if there is none.
+    """
+    if isinstance(value, str) and value.lstrip("\ufeff ").startswith("["):
+        try:
+            listed = json.loads(value.lstrip("\ufeff"))
+        except (ValueError, RecursionError):
+            listed = None
+        if isinstance(listed, list) and listed and all(isinstance(text, str) for text in listed):
+            value = listed
+    if isinstance(value, list | tuple):
+        value = [text for text in value if not (isinstance(text, str) and not text.strip("\ufeff \t\r\n"))]
+        return [clean_text(text, "the caption") for text in value or [""]]
+    return [clean_text(value, "the caption")]
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image as a record gives it: `name`, and `data`, its encoded bytes in base64 if the record contains them."""
+
+    name: str
+    data: str | None = None
+
+
+def image_ref(record: Record, pattern: str | None = None, keys: Sequence[str] = IMAGE_KEYS) -> ImageRef | None:
+    """The image of a record: the value under one of `keys` (a name, ``{path or bytes}``, a data URL, or a list of one
+    of them), else `pattern` filled with its `image_id`.
 
     None for a record without an image. Raises `UserError` for several images or an invalid name.
     """
-    value = first_of(record, keys)
-    if isinstance(value, list) and len(value) > 1:
-        raise UserError(f"the record has {len(value)} images; one image per record is supported", "several_images")
-    if isinstance(value, list):
+    found = [ref for key in keys if (ref := _as_image(record.get(key))) is not None]
+    for other in found[1:]:
+        if bare_key(other.name) != bare_key(found[0].name):
+            raise UserError(f"the record names two images, '{found[0].name}' and '{other.name}'", "several_images")
+    if found:
+        return found[0]
+    number = first_of(record, IMAGE_ID_KEYS)
+    return None if number is None or pattern is None else ImageRef(fill_pattern(pattern, number))
+
+
+def _as_image(value: Any) -> ImageRef | None:
+    if isinstance(value, list | tuple):
+        if len(value) > 1:
+            raise UserError(f"the record has {len(value)} images; one image per record is supported", "several_images")
         value = value[0] if value else None
-    if value is None or value == "":
-        number = first_of(record, IMAGE_ID_KEYS)
-        return None if number is None or pattern is None else fill_pattern(pattern, number)
-    return check_name(value)
+    data = None
+    if isinstance(value, dict):
+        data, value = value.get("bytes"), first_of(value, ("path", "file_name", "filename", "url"))
+        if data is None and value is None:
+            raise UserError("the image must be a name, or have a path or bytes", "invalid_image")
+    if isinstance(value, str) and (match := _DATA_URL.match(value)):
+        data, value = value[match.end() :], None
+    if data is not None:
+        return _inline_image(value, data)
+    return None if value is None or value == "" else ImageRef(check_name(value))
+
+
+_DATA_URL = re.compile(r"data:image/[\w.+-]+;base64,", re.IGNORECASE)
+
+
+def _inline_image(name: Any, data: Any) -> ImageRef:
+    try:
+        content = base64.b64decode(data if isinstance(data, str) else b"!", validate=True)
+    except ValueError:
+        raise UserError("the image's bytes must be base64", "invalid_image") from None
+    return ImageRef(check_name(name or f"image-{hashlib.sha256(content).hexdigest()[:16]}"), data)
 
 
 def check_name(value: Any) -> str:
@@ -149,12 +209,12 @@ def check_name(value: Any) -> str:
 
 def fill_pattern(pattern: str, image_id: Any) -> str:
     """``("COCO_train2014_%012d.jpg", 9) -> "COCO_train2014_000000000009.jpg"``; use `%s` for ids that are texts."""
-    if isinstance(image_id, str) and re.fullmatch(r"[0-9]{1,18}", image_id) and "%s" not in pattern:
-        image_id = int(image_id)
+    key = id_key(image_id)
+    value: Any = key if "%s" in pattern or key is None or not re.fullmatch(r"-?[0-9]{1,18}", key) else int(key)
     try:
-        if isinstance(image_id, bool) or not isinstance(image_id, int | str):
+        if value is None:
             raise TypeError
-        return check_name(pattern % image_id)
+        return check_name(pattern % value)
     except (TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -182,30 +242,34 @@ def check_choice(what: str, value: str, choices: Sequence[str]) -> None:
 
 
 def is_numbers(values: Any) -> bool:
-    """Whether `values` is a list of finite numbers that float32 can hold."""
-    return isinstance(values, list | tuple) and all(
-        isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e9 for v in values
-    )
+    """Whether `values` is a list of finite numbers, see `values.numbers`."""
+    return numbers(values) is not None
 
 
 def to_box(values: Any, box_format: str, size: Size) -> list[float]:
     """A box of `box_format` -> xyxy in pixels of the image of `size` (height, width), clipped to it.
 
-    Raises `UserError` (`invalid_box`) if it is malformed, degenerate or outside the image.
+    Raises `UserError`: `empty_box` if it has no area though its sides are not negative, `invalid_box` if it is
+    malformed, inverted or outside the image.
     """
-    if not is_numbers(values) or len(values) != 4:
+    box = numbers(values)
+    if box is None or len(box) != 4:
         raise UserError(f"a box must be four finite numbers ({box_format}), got {short(values)}", "invalid_box")
     if box_format == "xywh":
-        boxes = Boxes.from_xywh(values, size)
+        boxes = Boxes.from_xywh(box, size)
     else:
-        x, y = relative_scale(values, size) if box_format == "relative" else (1, 1)
-        boxes = Boxes([value * scale for value, scale in zip(values, (x, y, x, y), strict=True)], size)
+        x, y = relative_scale(box, size) if box_format == "relative" else (1, 1)
+        boxes = Boxes([value * scale for value, scale in zip(box, (x, y, x, y), strict=True)], size)
     if boxes.area[0] <= 0:
-        raise UserError(f"degenerate box {list(values)} ({box_format}): it has no width or height", "invalid_box")
+        x1, y1, x2, y2 = boxes.xyxy[0]
+        raise UserError(
+            f"degenerate box {box} ({box_format}): it has no width or height",
+            "empty_box" if x2 >= x1 and y2 >= y1 else "invalid_box",
+        )
     clipped = boxes.clip()
     if clipped.area[0] <= 0:
         where = f"the image of {size[1]}x{size[0]} pixels"
-        raise UserError(f"box {list(values)} ({box_format}) lies outside {where}", "invalid_box")
+        raise UserError(f"box {box} ({box_format}) lies outside {where}", "invalid_box")
     return [float(c) for c in clipped.xyxy[0]]
 
 
@@ -216,30 +280,14 @@ def relative_scale(values: Sequence[float], size: Size) -> tuple[int, int]:
     return size[1], size[0]
 
 
-def plain_segmentation(value: Any) -> Any:
-    """A COCO segmentation reduced to plain json: a list of polygons, an RLE, or None if it is empty.
-
-    Raises `UserError` (`invalid_mask`) if it is anything else.
-    """
-    if value is None or value == []:
-        return None
-    if isinstance(value, dict) and is_numbers(value.get("size")) and len(value["size"]) == 2:
-        counts = value.get("counts")
-        if isinstance(counts, str) or is_numbers(counts):
-            return {"size": list(value["size"]), "counts": counts}
-    if is_numbers(value) or (isinstance(value, list) and all(is_numbers(polygon) for polygon in value)):
+def plain_json(value: Any, depth: int = 4) -> Any:
+    """`value` with everything that is not json, or nested deeper, replaced by None: pickles can hold anything."""
+    if isinstance(value, bytes):
+        return value.decode("ascii", "replace")
+    if value is None or isinstance(value, str | bool | int | float):
         return value
-    raise UserError("a mask must be a list of polygons or an RLE with size and counts", "invalid_mask")
-
-
-def to_mask(segmentation: Any, size: Size) -> rle_tools.Rle | None:
-    """A COCO segmentation as an RLE, None if there is none; a flat list of numbers is one polygon.
-
-    Raises `UserError` (`invalid_mask`) if it is malformed, not of `size` (height, width) or covers no pixel.
-    """
-    if is_numbers(segmentation) and segmentation:
-        segmentation = [list(segmentation)]
-    mask = rle_tools.from_segmentation(segmentation, size)
-    if mask is not None and rle_tools.area(mask) == 0:
-        raise UserError("its mask covers no pixel", "invalid_mask")
-    return mask
+    if depth and isinstance(value, list | tuple):
+        return [plain_json(item, depth - 1) for item in value]
+    if depth and isinstance(value, dict):
+        return {key: plain_json(item, depth - 1) for key, item in value.items() if isinstance(key, str)}
+    return None

@@ -9,29 +9,34 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from lumen_ray.data import files, urls
 from lumen_ray.data.frames import AnnotationFrame
+from lumen_ray.data.pictures import identity
 from lumen_ray.data.shards.schema import make_row
 from lumen_ray.data.sources.base import Listing, Outcome, Rejected, Source, reject
-from lumen_ray.data.sources.groups import Images, finished_group, lost_group, open_group, to_instance
+from lumen_ray.data.sources.groups import Images, finished_group, lost_group, open_group
+from lumen_ray.data.sources.objects import make_instance
 from lumen_ray.data.sources.record_parsing import (
     BOX_FORMATS,
+    ImageRef,
     Record,
     as_mapping,
     check_choice,
     clean_text,
     first_of,
-    image_name,
+    image_ref,
     is_numbers,
     load_json,
     load_records,
-    plain_segmentation,
+    plain_json,
     short,
 )
+from lumen_ray.data.values import declared_size, flag, id_key
 from lumen_ray.errors import UserError
 
 ITEMS = "expressions"
@@ -78,32 +83,43 @@ class ReferSource(Source):
         except UserError as error:
             yield lost_group(self.row_kind, ITEMS, record, error)
             return
-        row = make_row(record["image"], data, frame.rotated_size, self.kind, tasks=["refer"])
+        row = make_row(record["id"], data, frame.rotated_size, self.kind, tasks=["refer"])
         rejected: list[Rejected] = []
-        stored: dict[str, int] = {}
-        box_format = "xywh" if self.instances else self.box_format
+        objects = _Objects(frame, "xywh" if self.instances else self.box_format)
         for item in record["items"]:
             try:
-                wanted = [_store(row, stored, target, box_format, frame) for target in item["targets"]]
+                wanted = [objects.index_of(target) for target in item["targets"]]
             except UserError as error:
                 rejected.append(reject(ITEMS, row["image_id"], item["origin"], error))
                 continue
             row["phrases"].append({"task": "refer", "phrase": item["text"], "instances": sorted(set(wanted))})
         used = sorted({i for phrase in row["phrases"] for i in phrase["instances"]})
-        row["instances"] = [row["instances"][i] for i in used]
+        row["instances"] = [objects.instances[i] for i in used]
         for phrase in row["phrases"]:
             phrase["instances"] = [used.index(i) for i in phrase["instances"]]
-        yield from finished_group(self.row_kind, ITEMS, row, record, rejected)
+        outcome = Outcome(row, changed=dict(sum((objects.changes[i] for i in used), Counter())))
+        yield from finished_group(self.row_kind, ITEMS, outcome, record, rejected)
 
 
-def _store(row: Record, stored: dict[str, int], target: Record, box_format: str, frame: AnnotationFrame) -> int:
-    """The index of an object among the row's instances; adds it when an expression first refers to it."""
-    key = repr(target)
-    if key not in stored:
-        found = to_instance(target["name"], target["bbox"], target["segmentation"], box_format, frame)
-        row["instances"].append(found)
-        stored[key] = len(row["instances"]) - 1
-    return stored[key]
+class _Objects:
+    """The objects that the expressions of an image refer to, each once."""
+
+    def __init__(self, frame: AnnotationFrame, box_format: str):
+        self.frame, self.box_format = frame, box_format
+        self.instances: list[Record] = []
+        self.changes: list[Counter[str]] = []
+        self._stored: dict[str, int] = {}
+
+    def index_of(self, target: Record) -> int:
+        """The index of an object in `instances`; adds it when an expression first refers to it."""
+        key = repr(target)
+        if key not in self._stored:
+            parts = {name: target[name] for name in ("bbox", "segmentation", "rotation")}
+            made, changed = make_instance(target["name"], self.frame, box_format=self.box_format, **parts)
+            self.instances.append(made)
+            self.changes.append(changed)
+            self._stored[key] = len(self.instances) - 1
+        return self._stored[key]
 
 
 #: raised by `pickle` on damaged files
@@ -163,23 +179,23 @@ def _of_split(records: list[tuple[str, Any]], split: str | None) -> list[tuple[s
 def _add(groups: Images, origin: str, record: Any, parse: Any) -> None:
     """Adds or rejects every expression of a record; a record that is broken as a whole is rejected once per text."""
     texts = _texts(record)
-    name = None
+    image = None
     try:
         record = as_mapping(record)
         if not texts:
             raise UserError(f"it has no expression (keys: {', '.join(_TEXT_KEYS)})", "missing_text")
-        name, size, targets = parse(record)
+        image, size, targets = parse(record)
     except UserError as error:
         for place in _origins(origin, max(1, len(texts))):
-            groups.reject(name, place, error)
+            groups.reject(image, place, error)
         return
     for place, value in zip(_origins(origin, len(texts)), texts, strict=True):
         try:
             text = clean_text(value, "the expression")
         except UserError as error:
-            groups.reject(name, place, error)
+            groups.reject(image, place, error)
         else:
-            groups.add(name, place, {"text": text, "targets": targets}, size=size)
+            groups.add(image, place, {"text": text, "targets": targets}, size=size)
 
 
 def _origins(origin: str, number: int) -> list[str]:
@@ -193,29 +209,29 @@ def _texts(record: Any) -> list[Any]:
     return [first_of(v, ("sent", "raw", *_TEXT_KEYS)) if isinstance(v, dict) else v for v in values]
 
 
-def _size(entry: Record) -> list[int]:
-    """The declared [height, width]; zeros if there is none."""
-    size: list[Any] = [entry.get("height"), entry.get("width")]
-    return [int(v) for v in size] if is_numbers(size) else [0, 0]
+def _size(entry: Record) -> list[int] | None:
+    """The declared [height, width], None if there is none."""
+    size = declared_size(entry.get("height"), entry.get("width"))
+    return size if any(size) else None
 
 
-Parsed = tuple[str, list[int], list[Record]]  # image name, its declared [height, width], objects
+Parsed = tuple[ImageRef, list[int] | None, list[Record]]  # image, its declared [height, width], objects
 
 
 def _parse_plain(record: Record) -> Parsed:
     """A record with its own box or mask: one, a list of several, or an empty list (or `no_target`) for no object."""
-    name = image_name(record)
-    if name is None:
+    image = image_ref(record)
+    if image is None:
         raise UserError("it names no image (keys: image, file_name, img_path)", "missing_image")
     if record.get("ann_id") is not None:
         raise UserError("it points to annotations by ann_id; give their COCO file as --instances", "missing_instances")
-    return name, _size(record), _plain_targets(record)
+    return image, _size(record), _plain_targets(record)
 
 
 def _plain_targets(record: Record) -> list[Record]:
     """The objects of a plain record, an empty list if it is marked as having none."""
     boxes, masks = _boxes_and_masks(record)
-    if record.get("no_target") is True:
+    if flag(record.get("no_target"), "no_target"):
         if boxes or masks:
             raise UserError("it is marked no_target but has a box or mask", "contradiction")
         return []
@@ -228,7 +244,8 @@ def _plain_targets(record: Record) -> list[Record]:
     category = first_of(record, ("category", "category_name", "label"))
     label = clean_text(category, "its category") if isinstance(category, str) else _NO_CLASS
     number = max(len(boxes or []), len(masks or []))
-    return [_target(label, boxes[n] if boxes else None, masks[n] if masks else None) for n in range(number)]
+    turn = record.get("rotation")
+    return [_target(label, boxes[n] if boxes else None, masks[n] if masks else None, turn) for n in range(number)]
 
 
 def _boxes_and_masks(record: Record) -> tuple[Any, Any]:
@@ -239,11 +256,16 @@ def _boxes_and_masks(record: Record) -> tuple[Any, Any]:
     return boxes, masks
 
 
-def _target(name: str, bbox: Any, segmentation: Any) -> Record:
+def _target(name: str, bbox: Any, segmentation: Any, rotation: Any) -> Record:
     """An object as plain json, not yet checked against the image."""
     if bbox is not None and not is_numbers(bbox):
         raise UserError(f"a box must be four finite numbers, got {short(bbox)}", "invalid_box")
-    return {"name": name, "bbox": bbox, "segmentation": plain_segmentation(segmentation)}
+    return {
+        "name": name,
+        "bbox": None if bbox is None else list(bbox),
+        "segmentation": plain_json(segmentation),
+        "rotation": plain_json(rotation, depth=0),
+    }
 
 
 def _is_one_mask(masks: Any, boxes: Any) -> bool:
@@ -264,44 +286,59 @@ class _CocoRefs:
             raise UserError(f"instances file '{instances}' needs the lists {', '.join(lists)}", "invalid_annotations")
         self.annotations = _by_id(data["annotations"])
         self.images = _by_id(data["images"])
-        self.names = {key: c.get("name") for key, c in _by_id(data["categories"]).items()}
+        self.names = {key: c and c.get("name") for key, c in _by_id(data["categories"]).items()}
+        first: dict[str, str] = {}  # identity of a file name -> image id
+        self.repeats = {
+            key
+            for key, image in self.images.items()
+            if image and image.get("file_name") and first.setdefault(identity(str(image["file_name"])), key) != key
+        }
 
     def parse(self, record: Record) -> Parsed:
-        image = self.images.get(_key(record.get("image_id")))
+        key = id_key(record.get("image_id")) or ""
+        entry = self.images.get(key)
+        if entry is None:
+            why = "stands for several images" if key in self.images else "is not in the instances file"
+            raise UserError(f"its image {short(record.get('image_id'))} {why}", "unknown_image")
+        if key in self.repeats:
+            raise UserError(f"its image id stands for the file '{entry['file_name']}' a second time", "repeated_image")
+        image = image_ref(entry, keys=("file_name",))
         if image is None:
-            raise UserError(f"its image {short(record.get('image_id'))} is not in the instances file", "unknown_image")
-        name = image_name(image, keys=("file_name",))
-        if name is None:
             raise UserError("its image has no file_name in the instances file", "missing_image")
-        return name, _size(image), [self._target(number, record) for number in self._ids(record)]
+        return image, _size(entry), [self._target(number, record) for number in self._ids(record)]
 
     def _ids(self, record: Record) -> list[Any]:
         """Annotation ids; gRefCOCO marks an expression that matches no object by `no_target` and the id -1."""
         ids = record.get("ann_id", record.get("ann_ids"))
         ids = ids if isinstance(ids, list) else [ids]
-        real = [i for i in ids if i is not None and i != -1]
-        marked = record.get("no_target") is True
+        real = [i for i in ids if i is not None and id_key(i) != "-1"]
+        marked = flag(record.get("no_target"), "no_target")
         if marked and real:
             raise UserError("it is marked no_target but refers to annotations", "contradiction")
-        if not real and not marked and ids not in ([-1], []):
+        if not real and not marked and [id_key(i) for i in ids] not in (["-1"], []):
             raise UserError("it refers to no annotation (ann_id)", "missing_box")
         return real
 
     def _target(self, number: Any, record: Record) -> Record:
-        annotation = self.annotations.get(_key(number))
+        key = id_key(number) or ""
+        annotation = self.annotations.get(key)
         if annotation is None:
-            raise UserError(f"annotation {short(number)} is not in the instances file", "unknown_annotation")
-        if _key(annotation.get("image_id")) != _key(record.get("image_id")):
+            why = "stands for several annotations" if key in self.annotations else "is not in the instances file"
+            raise UserError(f"annotation {short(number)} {why}", "unknown_annotation")
+        if id_key(annotation.get("image_id")) != id_key(record.get("image_id")):
             raise UserError(f"annotation {short(number)} belongs to another image", "contradiction")
-        label = self.names.get(_key(annotation.get("category_id")))
+        label = self.names.get(id_key(annotation.get("category_id")) or "")
         label = clean_text(label, "its category") if label is not None else _NO_CLASS
-        return _target(label, annotation.get("bbox"), annotation.get("segmentation"))
+        attributes = annotation.get("attributes")
+        rotation = attributes.get("rotation") if isinstance(attributes, dict) else annotation.get("rotation")
+        return _target(label, annotation.get("bbox"), annotation.get("segmentation"), rotation)
 
 
-def _key(value: Any) -> Any:
-    """The id if it is a number or a text, else None."""
-    return value if isinstance(value, int | str) else None
-
-
-def _by_id(entries: list[Any]) -> dict[Any, Record]:
-    return {_key(e["id"]): e for e in entries if isinstance(e, dict) and _key(e.get("id")) is not None}
+def _by_id(entries: list[Any]) -> dict[str, Record | None]:
+    """Entries by id; None for an id that different entries have."""
+    found: dict[str, Record | None] = {}
+    for entry in entries:
+        key = id_key(entry.get("id")) if isinstance(entry, dict) else None
+        if key is not None and found.setdefault(key, entry) != entry:
+            found[key] = None
+    return found

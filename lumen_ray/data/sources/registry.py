@@ -111,10 +111,10 @@ SOURCES: dict[str, SourceSpec] = {
         ),
         arg(
             "first_pixel",
-            "1: pixels count from 1, far edge included (VOC, default); 0: from 0, far edge excluded",
+            "1: pixels count from 1, far edge included (VOC); 0: from 0, far edge excluded (default: inferred)",
             type=int,
             choices=(0, 1),
-            default=1,
+            default=None,
         ),
         layout="Annotations: NAME.xml per image. Masks: NAME.png per image, value k for the k-th object of the xml.",
     ),

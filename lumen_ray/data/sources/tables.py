@@ -8,18 +8,21 @@ starts.
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import os
-from collections.abc import Iterator
+from array import array
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lumen_ray.data import files, urls
 from lumen_ray.data.frames import read_frame
-from lumen_ray.data.sources.base import image_locations, read_first
+from lumen_ray.data.pictures import bare_key, distinct_names, identity, read_picture
 from lumen_ray.data.sources.record_parsing import LINE_SUFFIXES, Record, check_name, first_of, parse_line, short
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Size
@@ -31,7 +34,9 @@ SUFFIXES = (*DELIMITERS, *LINE_SUFFIXES, ".parquet")
 _BOM = b"\xef\xbb\xbf"
 _LONGEST_LINE = 1 << 26
 
-Chunk = dict[str, Any]  # {"path", "records", "first"} and {"start", "end", "columns"} of text or {"group"} of parquet
+# {"path", "records", "first"} and {"start", "end", "columns"} of text or {"group"} of parquet; and, by `link_images`,
+# {"name", "repeats", "shared"}
+Chunk = dict[str, Any]
 
 
 def chunks(location: str, has_header: bool = True, size: int = CHUNK_RECORDS) -> list[Chunk]:
@@ -68,7 +73,7 @@ def chunks(location: str, has_header: bool = True, size: int = CHUNK_RECORDS) ->
 
 def read_chunk(chunk: Chunk) -> Iterator[tuple[str, Record | UserError]]:
     """(origin, record) of each record, in order; one that cannot be read is replaced by its error."""
-    name = urls.base_name(chunk["path"])
+    name = chunk.get("name") or urls.base_name(chunk["path"])
     for number, value in enumerate(_values(chunk), start=chunk["first"]):
         yield f"{name} record {number}", value
 
@@ -160,12 +165,13 @@ def _parquet_chunks(location: str) -> list[Chunk]:
     return [{"path": location, "records": n, "first": sum(rows[:i]), "group": i} for i, n in enumerate(rows) if n]
 
 
-def _read_group(chunk: Chunk) -> Iterator[Any]:
-    """The rows of a row group, read in batches; rows after a damaged page are replaced by the error."""
+def _read_group(chunk: Chunk, columns: list[str] | None = None) -> Iterator[Any]:
+    """The rows of a row group, read in batches; rows after a damaged page are replaced by the error. `columns` None:
+    all."""
     done = 0
     try:
         with files.open_input(chunk["path"]) as file, pq.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=64, row_groups=[chunk["group"]]):
+            for batch in table.iter_batches(batch_size=64, row_groups=[chunk["group"]], columns=columns):
                 rows = batch.to_pylist()
                 done += len(rows)
                 yield from rows
@@ -206,24 +212,116 @@ def cell(record: Record, column: str | None, usual: tuple[str, ...]) -> Any:
     return first_of(record, usual if column is None else (column,))
 
 
-def load_image(value: Any, folder: str | None, what: str = "the image") -> tuple[str | None, bytes, Size]:
+def link_images(chunks: Sequence[Chunk], *columns: tuple[str | None, tuple[str, ...]]) -> None:
+    """Adds to each chunk what its records cannot know of the others, for `load_image` and `image_id`.
+
+    `columns`: (wanted, usual names) of the columns of images, as for `cell`; the first one gives the rows their ids.
+    Reads all names once, on the driver, and keeps 24 bytes of each. Entries added: `shared`, hashes of the images whose
+    file must not be guessed (see `pictures.ListedNames`); `repeats`, record in the chunk -> number of earlier records
+    of the same image; `name`, distinct for files of equal base names.
+    """
+    bare, full, owner = array("Q"), array("Q"), array("Q")
+    first, place = array("Q"), array("Q")  # of the first column: index into the above, record in its chunk
+    for number, chunk in enumerate(chunks):
+        for record, cells in enumerate(_image_cells(chunk, columns)):
+            for column, name in enumerate(cells):
+                if not name:
+                    continue
+                if column == 0:
+                    first.append(len(bare))
+                    place.append(record)
+                bare.append(_hash(bare_key(name)))
+                full.append(_hash(identity(name)))
+                owner.append(number)
+    bare_keys, identities, owners = (np.frombuffer(a, np.uint64) if a else np.zeros(0, np.uint64)
+                                     for a in (bare, full, owner))  # fmt: skip
+    names = distinct_names({chunk["path"] for chunk in chunks})
+    for chunk in chunks:
+        chunk |= {"name": names[chunk["path"]], "shared": [], "repeats": {}}
+    is_shared = np.isin(bare_keys, _shared(bare_keys, identities))
+    for key, number in set(zip(bare_keys[is_shared].tolist(), owners[is_shared].tolist(), strict=True)):
+        chunks[number]["shared"].append(key)
+    rows = np.array(first, np.int64)
+    times = _earlier(identities[rows])
+    for row in np.flatnonzero(times).tolist():
+        chunks[int(owners[rows[row]])]["repeats"][str(place[row])] = int(times[row])
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def _shared(bare_keys: np.ndarray, identities: np.ndarray) -> np.ndarray:
+    """The bare keys that belong to more than one identity."""
+    pairs = np.unique(np.stack([bare_keys, identities], 1), axis=0)
+    keys, numbers = np.unique(pairs[:, 0], return_counts=True)
+    return keys[numbers > 1]
+
+
+def _earlier(values: np.ndarray) -> np.ndarray:
+    """How many equal values come before each one, int64 [N]."""
+    order = np.argsort(values, kind="stable")
+    runs = values[order]
+    starts = np.flatnonzero(np.concatenate([[True], runs[1:] != runs[:-1]])) if len(runs) else np.zeros(0, np.int64)
+    found = np.zeros(len(values), np.int64)
+    lengths = np.diff(np.append(starts, len(runs)))
+    found[order] = np.arange(len(runs)) - np.repeat(starts, lengths)
+    return found
+
+
+def _image_cells(chunk: Chunk, columns: Sequence[tuple[str | None, tuple[str, ...]]]) -> Iterator[Sequence[str | None]]:
+    """The names of images in each record of a chunk, one per column; None for one that has none."""
+    if "group" not in chunk:
+        values = _values(chunk)
+    elif not (leaves := _name_leaves(chunk, {n for wanted, usual in columns for n in ([wanted] if wanted else usual)})):
+        return  # bytes alone: no names to read
+    else:
+        values = _read_group(chunk, leaves)
+    for value in values:
+        found = [cell(value, *column) if isinstance(value, dict) else None for column in columns]
+        paths = [cell.get("path") if isinstance(cell, dict) else cell for cell in found]
+        yield [path if isinstance(path, str) else None for path in paths]
+
+
+def _name_leaves(chunk: Chunk, columns: Collection[str]) -> list[str]:
+    """The parts of columns of a parquet file that hold names: texts, and `path` of mappings."""
+    with files.open_input(chunk["path"]) as file, pq.ParquetFile(file) as table:
+        leaves = []
+        for field in table.schema_arrow:
+            if field.name in columns and (pa.types.is_string(field.type) or pa.types.is_large_string(field.type)):
+                leaves.append(field.name)
+            elif field.name in columns and pa.types.is_struct(field.type) and field.type.get_field_index("path") >= 0:
+                leaves.append(f"{field.name}.path")
+        return leaves
+
+
+def image_id(chunk: Chunk, place: int, origin: str, name: str | None) -> str:
+    """The id of the row of record `place`: the image's name, numbered from its second row on, else the `origin`."""
+    earlier = chunk.get("repeats", {}).get(str(place), 0)
+    return origin if name is None else f"{name}#{earlier + 1}" if earlier else name
+
+
+def load_image(
+    value: Any, folder: str | None, what: str = "the image", shared: Collection[int] = ()
+) -> tuple[str | None, bytes, Size]:
     """(name, encoded bytes, (height, width) after EXIF rotation) of a cell: bytes, a mapping of bytes and path as in
     Hugging Face's tables, or a path below `folder`. The name is None if only bytes are given.
 
-    Raises `UserError` if the image is missing or does not decode, `StoreError` if the store is unreachable.
+    `shared`: of the chunk. Raises `UserError` if the image is missing or does not decode, `StoreError` if the store is
+    unreachable.
     """
     name = None
     if isinstance(value, dict):
         name = value.get("path")
         value = value["bytes"] if value.get("bytes") is not None else name
-    if isinstance(value, str):
-        name = check_name(value)
-        if folder is None and not urls.is_url(name) and not os.path.isabs(name):
-            raise UserError(f"{what} '{name}' is a path; give its folder as --images", "missing_image")
-        value = read_first(*image_locations(folder or "", name))
-    if value is not None and not isinstance(value, bytes):
-        raise UserError(f"{what} must be a path or bytes, got {short(value)}", "invalid_image")
     try:
+        if isinstance(value, str):
+            name = check_name(value)
+            if folder is None and not urls.is_url(name) and not os.path.isabs(name):
+                raise UserError(f"'{name}' is a path; give its folder as --images", "no_images")
+            value = read_picture(folder or "", name, alone=_hash(bare_key(name)) not in shared)
+        if value is not None and not isinstance(value, bytes):
+            raise UserError(f"it must be a path or bytes, got {short(value)}", "invalid_image")
         size = read_frame(value, []).size
     except UserError as error:
         raise type(error)(f"{what}: {error}" if what != "the image" else str(error), error.reason) from None

@@ -1,4 +1,8 @@
-"""WebDataset tars, read as a stream: consecutive members with the same stem are one sample.
+"""WebDataset tars, read as a stream: consecutive members with the same key are one sample.
+
+The key ends at the first dot of the base name, as in WebDataset, unless only digits follow up to the extension
+(``frame.001.jpg`` has the key ``frame.001``). An extension that comes again starts a new sample of that key. Hidden
+members, such as the ``._name`` files that macOS adds, are skipped.
 
 A truncated or damaged tar gives the samples before the damage, then one error for the rest. `tarfile` itself takes a
 broken header in the middle, and a missing end mark, for the end of the tar; here both are damage.
@@ -7,11 +11,13 @@ broken header in the middle, and a missing end mark, for the end of the tar; her
 from __future__ import annotations
 
 import lzma
+import re
 import tarfile
 import zlib
 from collections.abc import Collection, Iterator
 
 from lumen_ray.data import files, urls
+from lumen_ray.data.pictures import is_hidden
 from lumen_ray.errors import UserError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -50,10 +56,10 @@ def samples(location: str, wanted: Collection[str]) -> Iterator[tuple[str, Membe
             for member in tar:
                 # else it keeps every header it has read
                 tar.members = []  # type: ignore[attr-defined]  # missing in typeshed
-                if not member.isreg():
+                if not member.isreg() or is_hidden(member.name.removeprefix("./")):
                     continue
                 stem, extension = _split(member.name)
-                if stem != key and members:
+                if members and (stem != key or extension in members):
                     yield key, members
                     members = {}
                 key = stem
@@ -75,10 +81,16 @@ def samples(location: str, wanted: Collection[str]) -> Iterator[tuple[str, Membe
         yield key, members
 
 
+_NUMBERED = re.compile(r"([^.]*(?:\.[0-9_-]+)+)\.([^.]+)")
+
+
 def _split(name: str) -> tuple[str, str]:
-    """``"a/b.seg.PNG" -> ("a/b", "seg.png")``, as WebDataset does."""
-    folder, slash, base = name.rpartition("/")
-    stem, _, extension = base.partition(".")
+    """``"a/b.seg.PNG" -> ("a/b", "seg.png")``, ``"a/b.001.jpg" -> ("a/b.001", "jpg")``."""
+    folder, slash, base = name.removeprefix("./").rpartition("/")
+    if numbered := _NUMBERED.fullmatch(base):
+        stem, extension = numbered.groups()
+    else:
+        stem, _, extension = base.partition(".")
     return folder + slash + stem, extension.lower()
 
 

@@ -25,12 +25,13 @@ from lumen_ray.data.sources.record_parsing import (
     check_pattern,
     clean_text,
     first_of,
-    image_name,
+    image_ref,
     load_json,
     load_records,
     records_in,
     short,
 )
+from lumen_ray.data.values import id_key, number
 from lumen_ray.errors import UserError
 
 ITEMS = "questions"
@@ -66,39 +67,43 @@ class VqaSource(Source):
                 self._add(groups, origin, record, self.image_pattern or pattern, given)
         return Listing(groups.listing(), {"images": len(groups), ITEMS: groups.listed}, rejected=groups.rejected)
 
-    def _add(self, groups: Images, origin: str, record: Any, pattern: str | None, given: dict[Any, Any]) -> None:
-        name = None
+    def _add(
+        self, groups: Images, origin: str, record: Any, pattern: str | None, given: dict[str, Record | None]
+    ) -> None:
+        image = None
         try:
             record = as_mapping(record)
-            name = image_name(record, pattern)
-            if name is None:
+            image = image_ref(record, pattern)
+            if image is None:
                 has_id = first_of(record, IMAGE_ID_KEYS) is not None
                 why = "only an image id; give --image-pattern" if has_id else "neither image nor image_id"
                 raise UserError(f"the question has {why}", "missing_image")
             question = clean_text(record.get("question"), "the question")
             answers = self._answers(record, given)
         except UserError as error:
-            groups.reject(name, origin, error)
+            groups.reject(image, origin, error)
         else:
-            groups.add(name, origin, {"question": question, "answers": answers})
+            groups.add(image, origin, {"question": question, "answers": answers})
 
-    def _answers(self, record: Record, given: dict[Any, Any]) -> list[str]:
+    def _answers(self, record: Record, given: dict[str, Record | None]) -> list[str]:
         """The answers to keep. Raises `UserError` if there is none or one of them cannot be used."""
         if given:
-            key = record.get("question_id")
-            annotation = given.get(key) if isinstance(key, int | str) else None
+            key = id_key(record.get("question_id")) or ""
+            annotation = given.get(key)
             if annotation is None:
-                raise UserError(f"no annotation answers question {short(key)}", "missing_answer")
+                which = "two different annotations answer" if key in given else "no annotation answers"
+                raise UserError(f"{which} question {short(record.get('question_id'))}", "missing_answer")
             record = annotation
         single = first_of(record, ("multiple_choice_answer", "answer"))
         several = record.get("answers")
         several = several if isinstance(several, list) else []
         texts = [a.get("answer") if isinstance(a, dict) else a for a in several]
+        texts = [text for text in texts if text is not None and not (isinstance(text, str) and not text.strip())]
         if single is not None and (self.answers == "majority" or not texts):
-            return [clean_text(single, "the answer")]
+            return [answer_text(single, "the answer")]
         if not texts:
             raise UserError("it has no answer (keys: answer, answers, multiple_choice_answer)", "missing_answer")
-        answers = [clean_text(text, "an answer") for text in texts]
+        answers = [answer_text(text, "an answer") for text in texts]
         return answers if self.answers == "all" else [Counter(answers).most_common(1)[0][0]]
 
     def rows(self, record: Record, shared: Any) -> Iterator[Outcome]:
@@ -108,18 +113,27 @@ class VqaSource(Source):
             yield lost_group(self.row_kind, ITEMS, record, error)
             return
         messages = [make_message("vqa", i["question"], answer) for i in record["items"] for answer in i["answers"]]
-        row = make_row(record["image"], data, frame.rotated_size, self.kind, tasks=["vqa"], messages=messages)
-        yield from finished_group(self.row_kind, ITEMS, row, record, [])
+        row = make_row(record["id"], data, frame.rotated_size, self.kind, tasks=["vqa"], messages=messages)
+        yield from finished_group(self.row_kind, ITEMS, Outcome(row), record, [])
 
 
-def load_answers(locations: list[str]) -> dict[Any, Record]:
-    """VQA v2's annotations by question id. Raises `UserError` if the files have none."""
-    found: dict[Any, Record] = {}
+def answer_text(value: Any, what: str) -> str:
+    """An answer as a text: numbers in digits (2.0 as "2"), true and false as yes and no, see `clean_text`."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float) and (exact := number(value)) is not None:
+        return str(int(exact)) if exact == int(exact) else repr(exact)
+    return clean_text(value, what)
+
+
+def load_answers(locations: list[str]) -> dict[str, Record | None]:
+    """VQA v2's annotations by question id, None where two differ. Raises `UserError` if the files have none."""
+    found: dict[str, Record | None] = {}
     for location in locations:
         for _, entry in load_records(location, ("annotations",)):
-            key = entry.get("question_id") if isinstance(entry, dict) else None
-            if isinstance(key, int | str):
-                found[key] = entry
+            key = id_key(entry.get("question_id")) if isinstance(entry, dict) else None
+            if key is not None and found.setdefault(key, entry) != entry:
+                found[key] = None
     if locations and not found:
         raise UserError(f"'{locations[0]}' answers no question (key: question_id)", "invalid_annotations")
     return found

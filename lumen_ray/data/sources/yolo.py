@@ -9,33 +9,25 @@ Keypoints: with 2 numbers each, those at (0, 0) or below are unlabelled, all oth
 ``kpt_names`` (a list, or by class number); otherwise those that ``flip_idx`` exchanges become "left point k" and "right
 point k" (k numbers the pairs), the others "point k", so that mirroring exchanges them correctly.
 
-Numbers outside 0..1 by more than 0.01 and repeated lines are rejected; smaller excesses are clipped.
+Numbers outside 0..1 by more than 0.01 and repeated objects (0.50 is 0.5) are rejected; smaller excesses are clipped.
+Images that share a label file, as a.jpg and a.png do, are rejected: the labels belong to one of them.
 """
 
 from __future__ import annotations
 
-import math
 import posixpath
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from lumen_ray.data import files, urls
 from lumen_ray.data.frames import read_frame
-from lumen_ray.data.shards.schema import make_row
+from lumen_ray.data.pictures import spellings
 from lumen_ray.data.sources import yolo_yaml
-from lumen_ray.data.sources.base import (
-    Listing,
-    Outcome,
-    Rejected,
-    Source,
-    instance,
-    lost_image,
-    perception_tasks,
-    read_first,
-    reject,
-)
-from lumen_ray.data.sources.record_parsing import reserved_token, to_box, to_mask
+from lumen_ray.data.sources.base import Listing, Outcome, Rejected, Source, lost_image, reject
+from lumen_ray.data.sources.objects import ObjectList
+from lumen_ray.data.values import number
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Size
 
@@ -68,24 +60,37 @@ class YoloSource(Source):
         if self.labels and not files.is_dir(self.labels):
             raise UserError(f"labels folder '{urls.shown(self.labels)}' does not exist; give --labels with the folder "
                             "of the label files", "missing_folder")  # fmt: skip
-        rejected: Sequence[Rejected] = ()
+        rejected: list[Rejected] = []
         if self.data:
             settings = yolo_yaml.read(self.data)
-            images, rejected = yolo_yaml.split_images(self.data, settings, self.split)
+            images, rejected, notes = yolo_yaml.split_images(self.data, settings, self.split)
         else:
             assert self.images is not None and self.classes is not None, "checked in __post_init__"
             lines = files.read_text(self.classes).splitlines()
             settings = {"names": [line.strip() for line in lines if line.strip()]}
-            images = yolo_yaml.folder_images(self.images)
+            images, notes = yolo_yaml.folder_images(self.images)
         if not images:
             raise UserError(f"'{urls.shown(self.data or self.images or '')}' lists no images", "empty_input")
         names = yolo_yaml.class_names(self.data or self.classes or "", settings)
         shape, points = yolo_yaml.keypoint_names(settings, len(names))
         categories = [{"name": name, "keypoints": p, "skeleton": []} for name, p in zip(names, points, strict=True)]
-        records = [[image_id, path, self._label_of(image_id, path)] for image_id, path in images]
-        _check_labels([label for _, _, label in records])
         inputs = {"images": len(images) + len(rejected)}
-        return Listing(records, inputs, categories, {"names": names, "kpt_shape": shape}, rejected)
+        labels, unused = _find_labels([self._label_of(image_id, path) for image_id, path in images])
+        if unused:
+            listed = ", ".join(f"'{name}'" for name in unused[:3]) + (", ..." if len(unused) > 3 else "")
+            notes.append(f"{len(unused)} label files belong to no image that is read: {listed}")
+        owners: dict[str, list[str]] = {}
+        for (image_id, _), label in zip(images, labels, strict=True):
+            owners.setdefault(label, []).append(image_id)
+        records = []
+        for (image_id, path), label in zip(images, labels, strict=True):
+            others = [name for name in owners[label] if name != image_id]
+            if others:
+                why = f"it shares its label file '{urls.base_name(label)}' with '{others[0]}'"
+                rejected.append(reject("images", image_id, image_id, UserError(why, "ambiguous_label")))
+            else:
+                records.append([image_id, path, label])
+        return Listing(records, inputs, categories, {"names": names, "kpt_shape": shape}, rejected, notes=notes)
 
     def _label_of(self, image_id: str, path: str) -> str:
         """The location of an image's label file."""
@@ -109,103 +114,125 @@ class YoloSource(Source):
         yield _outcome(image_id, path, labels, shared)
 
 
-def _check_labels(labels: Sequence[str]) -> None:
-    """Raises `UserError` if no label file exists: all images would become negatives of all classes."""
-    by_folder: dict[str, set[str]] = {}
-    for label in labels:
-        by_folder.setdefault(urls.parent(label), set()).add(urls.base_name(label))
-    for folder, names in by_folder.items():  # one listing per folder: a store is slow for single files
-        if files.is_dir(folder) and not names.isdisjoint(files.list_files(folder, [".txt"])):
-            return
-    where, name = urls.shown(urls.parent(labels[0])), urls.base_name(labels[0])
-    raise UserError(f"none of {len(labels)} images has a label file in '{where}', such as '{name}'; give --labels "
-                    "with their folder, or an empty label file for an image without objects",
-                    "missing_annotations")  # fmt: skip
+def _find_labels(labels: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(location of each image's label file, existing or not; names of label files that no image has).
+
+    A label file that exists only in another spelling (suffix case, Unicode form) is taken if no other image has it:
+    an image without label file would become a negative of all classes. Raises `UserError` if no label file exists.
+    """
+    existing: dict[str, set[str]] = {}
+    for folder in {urls.parent(label) for label in labels}:  # one listing per folder: a store is slow for single files
+        there = files.list_files(folder, [".txt"]) if files.is_dir(folder) else []
+        existing[folder] = {name for name in there if not name.startswith(".")}
+    exact = {label for label in labels if urls.base_name(label) in existing[urls.parent(label)]}
+    wanted = Counter(label for label in labels if label not in exact)
+    guesses: dict[str, str] = {}
+    for label in wanted:
+        folder, name = urls.parent(label), urls.base_name(label)
+        similar = {s for s in spellings(name) if s in existing[folder] and urls.join(folder, s) not in exact}
+        if len(similar) == 1:
+            guesses[label] = urls.join(folder, similar.pop())
+    times = Counter(guesses.values())
+    found = [guesses[label] if times[guesses.get(label, "")] == 1 else label for label in labels]
+    if not any(urls.base_name(label) in existing[urls.parent(label)] for label in found):
+        where, name = urls.shown(urls.parent(labels[0])), urls.base_name(labels[0])
+        raise UserError(f"none of {len(labels)} images has a label file in '{where}', such as '{name}'; give --labels "
+                        "with their folder, or an empty label file for an image without objects",
+                        "missing_annotations")  # fmt: skip
+    used = set(found)
+    unused = [
+        name
+        for folder, names in sorted(existing.items())
+        for name in sorted(names)
+        if urls.join(folder, name) not in used and name != "classes.txt"
+    ]
+    return found, unused
 
 
 def _outcome(image_id: str, path: str, labels: list[tuple[str, list[str]]], shared: dict[str, Any]) -> Outcome:
     """The outcome of one image; `labels`: (origin, words) of its label lines."""
     came_in = {"annotations": len(labels)}
     try:
-        data = read_first(path)
-        size = read_frame(data, []).rotated_size
+        data = files.read_bytes(path)
+        frame = read_frame(data, [])
     except UserError as error:
         lost = lost_image(image_id, urls.base_name(path), error, origins=[origin for origin, _ in labels])
         return replace(lost, came_in=came_in)
-    outcome, instances, incomplete = Outcome(came_in=came_in), [], set()
-    seen: set[tuple[str, ...]] = set()
+    objects = ObjectList(image_id, frame, shared["names"])
     for origin, words in labels:
-        if tuple(words) in seen:
-            outcome.rejected.append(reject("annotations", image_id, origin, "it repeats an earlier line"))
-            continue
-        seen.add(tuple(words))
+        name = _named(words, shared["names"])
         try:
-            instances.append(_instance(words, shared["names"], shared["kpt_shape"], size))
+            if name is None:
+                last = len(shared["names"]) - 1
+                raise UserError(f"class '{words[0][:20]}' is not one of 0..{last}", "unknown_category")
+            parts = _parts(words, shared["kpt_shape"], frame.size)
         except UserError as error:
-            outcome.rejected.append(reject("annotations", image_id, origin, error))
-            name = _named(words, shared["names"])
-            incomplete |= set(shared["names"]) if name is None else {name}  # it could have been any class
-    classes = [c for c in shared["names"] if c not in incomplete and not reserved_token(c)]
-    outcome.written = {"annotations": len(instances)}
-    outcome.row = make_row(image_id, data, size, YoloSource.kind, instances=instances, classes=classes,
-                           tasks=perception_tasks(classes, instances))  # fmt: skip
-    return outcome
+            objects.reject(name, origin, error)
+        else:
+            objects.add(name, origin, box_format="xywh", **parts)
+    return replace(objects.outcome(data, YoloSource.kind), came_in=came_in)
 
 
 def _named(words: Sequence[str], names: Sequence[str]) -> str | None:
     """The class of a line, None if its number is not a class."""
-    try:
-        number = float(words[0])
-    except ValueError:
-        return None
-    return names[int(number)] if number in range(len(names)) else None
+    place = number(words[0])
+    return names[int(place)] if place is not None and place in range(len(names)) else None
 
 
-def _instance(words: Sequence[str], names: Sequence[str], shape: Sequence[int] | None, size: Size) -> dict[str, Any]:
-    name = _named(words, names)
-    if name is None:
-        raise UserError(f"class '{words[0][:20]}' is not one of 0..{len(names) - 1}", "unknown_category")
-    try:
-        numbers = [float(word) for word in words[1:]]
-    except ValueError:
-        raise UserError("it contains words that are not numbers", "invalid_annotations") from None
+def _parts(words: Sequence[str], shape: Sequence[int] | None, size: Size) -> dict[str, Any]:
+    """Box (xywh in pixels), mask and keypoints of a line."""
+    found = [number(word) for word in words[1:]]
     if shape:
         count, dims = shape
-        if len(numbers) != 4 + count * dims:
+        if len(words) - 1 != 4 + count * dims:
             raise UserError(f"a pose line needs {5 + count * dims} numbers (kpt_shape {list(shape)}), "
-                            f"got {len(words)}", "invalid_keypoints")  # fmt: skip
-        box = _box(_inside(numbers[:4]), size)
-        return instance(name, box, keypoints=_keypoints(numbers[4:], dims, size))
-    if len(numbers) == 4:
-        return instance(name, _box(_inside(numbers), size))
-    if len(numbers) < 6 or len(numbers) % 2:
+                            f"got {len(words)}", "label_file")  # fmt: skip
+        box = _box(_inside(found[:4]), size)
+        return {"bbox": box, "keypoints": _keypoints(found[4:], dims, size), "num_keypoints": count}
+    if len(found) == 4:
+        return {"bbox": _box(_inside(found), size)}
+    if len(found) < 6 or len(found) % 2:
         raise UserError(f"a line needs a class and 4 numbers (box), or 3 or more points, got {len(words)} numbers",
-                        "invalid_annotations")  # fmt: skip
+                        "label_file")  # fmt: skip
     height, width = size
-    xs, ys = ([v * side for v in _inside(numbers)[start::2]] for start, side in ((0, width), (1, height)))
-    mask = to_mask([[c for point in zip(xs, ys, strict=True) for c in point]], size)
-    return instance(name, to_box([min(xs), min(ys), max(xs), max(ys)], "xyxy", size), mask=mask)
+    xs, ys = ([v * side for v in _inside(found)[start::2]] for start, side in ((0, width), (1, height)))
+    corners = [c for point in zip(xs, ys, strict=True) for c in point]
+    return {"bbox": [min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys)], "segmentation": [corners]}
 
 
-def _inside(numbers: list[float]) -> list[float]:
-    """The numbers clipped to 0..1. Raises `UserError` if one is outside by more than `_TOLERANCE` or not finite."""
-    if not all(math.isfinite(v) and -_TOLERANCE <= v <= 1 + _TOLERANCE for v in numbers):
+def _inside(values: Sequence[float | None]) -> list[float]:
+    """The numbers clipped to 0..1. Raises `UserError` if one is outside by more than `_TOLERANCE`, or no number."""
+    if None in values:
+        raise UserError("it contains words that are not numbers", "label_file")
+    inside = [min(max(v, 0.0), 1.0) for v in values if v is not None]
+    if any(abs(v - w) > _TOLERANCE for v, w in zip(values, inside, strict=True) if v is not None):
         raise UserError("its numbers must be fractions of the image's sides, 0..1; are they pixels?", "invalid_box")
-    return [min(max(v, 0.0), 1.0) for v in numbers]
+    return inside
 
 
 def _box(numbers: Sequence[float], size: Size) -> list[float]:
+    """Box xywh in pixels from centre and sides as fractions."""
     (height, width), (cx, cy, w, h) = size, numbers
-    return to_box([(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height], "xywh", size)
+    return [(cx - w / 2) * width, (cy - h / 2) * height, w * width, h * height]
 
 
-def _keypoints(numbers: Sequence[float], dims: int, size: Size) -> list[float] | None:
-    """Flat x, y, v in pixels; None if none is labelled."""
-    points: list[float] = []
-    for x, y, *visible in (numbers[i : i + dims] for i in range(0, len(numbers), dims)):
-        v = visible[0] if visible else _VISIBLE * (x >= 0 and y >= 0 and (x, y) != (0, 0))
-        if v not in (0, 1, 2):
-            raise UserError(f"the visibility of a keypoint must be 0, 1 or 2, got {v}", "invalid_keypoints")
-        x, y = _inside([x, y]) if v else (0.0, 0.0)
-        points += [x * size[1], y * size[0], float(v)]
-    return points if any(points[2::3]) else None
+def _keypoints(values: Sequence[float | None], dims: int, size: Size) -> list[float | None]:
+    """Flat x, y, v in pixels, to be checked like those of other sources.
+
+    A keypoint outside 0..1 by more than `_TOLERANCE` gets no number, so that it is dropped and counted.
+    """
+    points: list[float | None] = []
+    for place in range(0, len(values), dims):
+        x, y, *visible = values[place : place + dims]
+        v = (
+            visible[0]
+            if visible
+            else _VISIBLE * (x is not None and y is not None and x >= 0 and y >= 0 and (x, y) != (0, 0))
+        )
+        try:
+            x, y = _inside([x, y]) if v else (0.0, 0.0)
+        except UserError:
+            points += [None, None, v]
+        else:
+            points += [x * size[1], y * size[0], v]
+    return points

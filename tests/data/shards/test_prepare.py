@@ -91,9 +91,9 @@ def test_coco_counts_add_up_and_every_reject_has_its_reason(tmp_path, small_coco
     rejected = list(shards.read_rejected(out))
     assert len(rejected) == manifest["rejected"] == 4
     reasons = {record["origin"]: (record["image_id"], record["reason"]) for record in rejected}
-    assert reasons["instances.json annotation 101"] == ("", "its image is not in the file")
+    assert reasons["instances.json annotation 101"] == ("", "its image id 77 is not in the file")
     assert "degenerate box" in reasons["instances.json annotation 100"][1]
-    assert reasons["instances.json"][0] == "4.jpg"
+    assert reasons["instances.json image 4"][0] == "4.jpg"
     assert "its image was rejected" in reasons["instances.json annotation 4"][1]
     rows = all_rows(out)
     assert sorted(row["image_id"] for row in rows) == [f"{number}.jpg" for number in range(9) if number != 4]
@@ -182,7 +182,7 @@ def test_a_failed_job_leaves_existing_shards(tmp_path, small_coco):
     out = tmp_path / "out"
     prepare_coco(out, [path], images, workers=0)
     before = checksums(out)
-    with pytest.raises(UserError, match="none of 9 images can be used; the first: ") as error:
+    with pytest.raises(UserError, match="none of 9 images can be used; the first, instances.json image ") as error:
         prepare_coco(out, [path], tmp_path / "images" / "..", workers=0, overwrite=True)
     assert error.value.reason == "empty_input"
     assert checksums(out) == before
@@ -295,8 +295,9 @@ class ManyRows(Source):
             name = f"{record}-{number}"
             outcome = Outcome(came_in={"samples": 1, "words": 2})
             if number in self.broken:
-                outcome.rejected = [reject("samples", name, "here", "broken"), reject("words", name, "here", "broken"),
-                                    reject("words", name, "there", "broken")]  # fmt: skip
+                error = UserError("broken", "invalid_record")
+                outcome.rejected = [reject("samples", name, "here", error), reject("words", name, "here", error),
+                                    reject("words", name, "there", error)]  # fmt: skip
             else:
                 outcome.row = make_row(name, None, (0, 0), "many")
                 outcome.written = {"words": 1 if self.fault == "lost" else 2}
@@ -336,7 +337,9 @@ def test_a_store_that_cannot_be_reached_stops_the_job(tmp_path):
 
 
 def test_an_input_without_usable_rows_is_reported_with_its_first_reason(tmp_path):
-    with pytest.raises(UserError, match="none of the samples can be used; the first: '0-0': broken"):
+    with pytest.raises(
+        UserError, match="none of 2 samples can be used; the first, here \\('0-0'\\): broken \\(correct the record"
+    ):
         prepare_source(tmp_path / "out", ManyRows(1, 2, broken=(0, 1)), workers=0)
     with pytest.raises(UserError, match="the many input lists no samples"):
         prepare_source(tmp_path / "out", ManyRows(0, 2), workers=0)

@@ -16,13 +16,17 @@ def rows():
     return [scenes.scene_row(0, index, 64) for index in range(10)]
 
 
+REJECTED = {"kind": "images", "image_id": "x", "origin": "here", "reason": "because", "rule": "broken_image",
+            "mend": "save it again"}  # fmt: skip
+
+
 @pytest.fixture
 def folder(tmp_path, rows):
     with shards.ShardWriter(tmp_path, "part-00000.parquet", rows_per_group=4) as writer:
         for row in rows:
             writer.write(row)
     counts = {"images": {"in": 11, "written": 10, "rejected": 1}}
-    shards.write_rejected(tmp_path, [{"kind": "images", "image_id": "x", "origin": "here", "reason": "because"}])
+    shards.write_rejected(tmp_path, [REJECTED])
     shards.write_manifest(tmp_path, shards.build_manifest([writer.entry], counts=counts, categories=[{"name": "c"}]))
     return tmp_path
 
@@ -53,9 +57,7 @@ def test_manifest_counts_tasks_per_row_group(folder, rows):
     assert manifest["rows"] == file["rows"] == 10
     assert manifest["rejected"] == 1
     assert file["bytes"] == (folder / file["path"]).stat().st_size
-    assert list(shards.read_rejected(folder)) == [
-        {"kind": "images", "image_id": "x", "origin": "here", "reason": "because"}
-    ]
+    assert list(shards.read_rejected(folder)) == [REJECTED]
 
 
 def test_the_manifest_counts_the_images_that_show_each_class(tmp_path, rows):

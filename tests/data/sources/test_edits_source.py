@@ -97,7 +97,7 @@ def test_tables(tmp_path, suffix):
         pq.write_table(pa.Table.from_pylist(cells), path)
     rows, rejected, counts = prepared(EditsSource([str(path)], str(images)))
     assert counts["edits"] == {"in": 2, "written": 1, "rejected": 1}
-    assert "the edited image: the image file is missing" in rejected[0]["reason"]
+    assert "the edited image: the image file 'absent.jpg' is missing" in rejected[0]["reason"]
     assert (rows[0]["image_id"], rows[0]["image"], rows[0]["target_image"]) == ("a.jpg", BEFORE, AFTER)
     assert rows[0]["messages"][0]["turns"][0]["content"] == "x"
 

@@ -22,7 +22,7 @@ def image(key, folder, neg, partial=()):
 
 
 def annotation(key, image_id, category):
-    return {"id": key, "image_id": image_id, "category_id": category, "bbox": [1, 2, 10, 12], "area": 120,
+    return {"id": key, "image_id": image_id, "category_id": category, "bbox": [key % 40, 2, 10, 12], "area": 120,
             "segmentation": [[1, 2, 11, 2, 11, 14, 1, 14]]}  # fmt: skip
 
 

@@ -120,7 +120,7 @@ def test_a_bad_sample_of_a_tar_alone_is_rejected(tmp_path, members, reason):
     rows, rejected, counts = prepared(PairsSource([make_tar(tmp_path / "0.tar", [*TAR[:2], *members, *TAR[3:]])]))
     assert counts["pairs"] == {"in": 3, "written": 2, "rejected": 1}
     assert reason in rejected[0]["reason"]
-    assert (rejected[0]["image_id"], rejected[0]["origin"]) == ("0.tar/9", "0.tar")
+    assert (rejected[0]["image_id"], rejected[0]["origin"]) == ("0.tar/9", "0.tar member 9")
 
 
 @given(cut=st.integers(0, 12000))

@@ -68,7 +68,7 @@ def test_masks_are_the_pixels_of_the_png(seed, ids):
         (lambda d: d["annotations"][0]["segments_info"][1].update(id=9), "not in the PNG", ["annotations"]),
         (lambda d: d["annotations"][0]["segments_info"][1].update(category_id=9), "unknown category", ["annotations"]),
         (lambda d: d["annotations"][0]["segments_info"][1].update(id=0), "positive number", ["annotations"]),
-        (lambda d: d["annotations"][0].update(file_name="no.png"), "does not exist", ["images"] + ["annotations"] * 3),
+        (lambda d: d["annotations"][0].update(file_name="no.png"), "is missing", ["images"] + ["annotations"] * 3),
         (lambda d: d["annotations"][0].update(image_id=77), "not in the file", ["annotations"] * 3 + ["images"]),
         (lambda d: d["annotations"][0].update(image_id=1), "already", ["annotations"] * 3 + ["images"] * 1),
         (lambda d: d["images"][0].update(width=61), "size mismatch", ["images"] + ["annotations"] * 3),

@@ -1,5 +1,6 @@
 """The pure checks that sources share."""
 
+import base64
 import json
 
 import numpy as np
@@ -37,7 +38,7 @@ def test_a_clean_text_can_be_stored(text):
     except UserError as error:
         assert str(error).startswith("it ")
         return
-    assert clean.encode().decode() == clean == " ".join(text.split())
+    assert clean.encode().decode() == clean == " ".join(text.lstrip("\ufeff").split())
 
 
 BOXES = st.lists(st.floats(-50, 120, width=32), min_size=4, max_size=4)
@@ -75,28 +76,74 @@ def test_boxes_that_are_none():
     assert parts.to_box([0.5, 0.25, 1, 0.5], "relative", SIZE) == [30, 10, 60, 20]
 
 
-def test_masks_that_are_none():
-    for value in ([[1, 2, "x"]], {"size": [1], "counts": "0"}, {"size": [40, 60]}, "x", [None], {"counts": {}}, 3):
-        with pytest.raises(UserError):
-            parts.plain_segmentation(value)
-    assert parts.plain_segmentation([]) is None
-    assert parts.plain_segmentation({"size": [40, 60], "counts": "0", "more": object()}) == {
-        "size": [40, 60], "counts": "0",
+def test_a_box_without_area_is_told_apart_from_one_that_is_wrong():
+    for values, name, reason in (
+        ([5, 5, 5, 9], "xyxy", "empty_box"),
+        ([5, 5, 0, 0], "xywh", "empty_box"),
+        ([5, 5, -1, 4], "xywh", "invalid_box"),
+        ([70, 5, 80, 9], "xyxy", "invalid_box"),
+    ):
+        with pytest.raises(UserError) as error:
+            parts.to_box(values, name, SIZE)
+        assert error.value.reason == reason
+
+
+def test_numbers_may_be_texts():
+    assert parts.to_box(["5", "5.0", "1e1", " 20 "], "xywh", SIZE) == [5, 5, 15, 25]
+
+
+def test_plain_json_of_a_pickle():
+    looped = [1]
+    looped.append(looped)
+    assert parts.plain_json({"size": (40, 60), "counts": b"abc", "more": object()}) == {
+        "size": [40, 60], "counts": "abc", "more": None,
     }  # fmt: skip
-    assert parts.to_mask([5, 5, 25, 5, 25, 25], SIZE) == parts.to_mask([[5, 5, 25, 5, 25, 25]], SIZE)
+    assert parts.plain_json(looped, depth=1) == [1, None]
 
 
-def test_image_names():
-    assert parts.image_name({"image": "a/b c.jpg"}) == "a/b c.jpg"
-    assert parts.image_name({"image": ["x.jpg"], "image_id": 3}) == "x.jpg"
-    assert parts.image_name({"image_id": 0}, "%03d.jpg") == "000.jpg"
-    assert parts.image_name({"image_id": "12"}, "%03d.jpg") == "012.jpg"
-    assert parts.image_name({"imageId": "n12"}, "%s.jpg") == "n12.jpg"
-    assert parts.image_name({"image_id": 3}) is None
-    for record in ({"image": 3}, {"image": ["a", "b"]}, {"image": "data:image/png;base64,xx"}, {"image": "a\0b"},
-                   {"image_id": True}, {"image_id": [1]}, {"image_id": "x"}):  # fmt: skip
+def test_images_of_records():
+    def name(record, *pattern):
+        ref = parts.image_ref(record, *pattern)
+        return ref and ref.name
+
+    assert name({"image": "a/b c.jpg"}) == "a/b c.jpg"
+    assert name({"image": ["x.jpg"], "image_id": 3}) == "x.jpg"
+    assert name({"images": [{"path": "x.jpg"}]}) == "x.jpg"
+    assert name({"images": "x.jpg", "file_name": "sub/x.jpg"}) == "sub/x.jpg"
+    assert name({"image_id": 0}, "%03d.jpg") == "000.jpg"
+    assert name({"image_id": "12"}, "%03d.jpg") == "012.jpg"
+    assert name({"image_id": 12.0}, "%03d.jpg") == "012.jpg"
+    assert name({"imageId": "n12"}, "%s.jpg") == "n12.jpg"
+    for record in ({"image_id": 3}, {"image": ""}, {"images": []}, {"image": None}):
+        assert name(record) is None
+    for record in ({"image": 3}, {"image": ["a", "b"]}, {"image": "https://x/a.png"}, {"image": "a\0b"},
+                   {"image_id": True}, {"image_id": [1]}, {"image_id": "x"}, {"image": {"bytes": "&"}}, {"image": {}},
+                   {"image": "a.jpg", "images": ["b.jpg"]}, {"image": {"bytes": [1, 2]}}):  # fmt: skip
         with pytest.raises(UserError):
-            parts.image_name(record, "%03d.jpg")
+            parts.image_ref(record, "%03d.jpg")
+
+
+def test_an_image_inside_its_record():
+    data = base64.b64encode(b"pixels").decode()
+    for value in ({"bytes": data}, {"bytes": data, "path": None}, f"data:image/png;base64,{data}"):
+        ref = parts.image_ref({"image": value})
+        assert (ref.name[:6], ref.data) == ("image-", data)
+    assert parts.image_ref({"image": {"bytes": data, "path": "a.png"}}) == parts.ImageRef("a.png", data)
+
+
+@pytest.mark.parametrize(
+    ("value", "texts"),
+    [("a  dog", ["a dog"]), (["a", " ", "b"], ["a", "b"]), ('["a", "b"]', ["a", "b"]), ("[1, 2]", ["[1, 2]"]),
+     ("\ufeffred", ["red"]), (["\ufeffred", "\ufeff"], ["red"]), ("[sic] a dog", ["[sic] a dog"])],
+)  # fmt: skip
+def test_captions_of_a_value(value, texts):
+    assert parts.caption_texts(value) == texts
+
+
+@pytest.mark.parametrize("value", ["", [], [""], None, 3, ["a", 3], "[SEG]", "\ufeff"])
+def test_values_that_are_no_captions(value):
+    with pytest.raises(UserError, match="^the caption "):
+        parts.caption_texts(value)
 
 
 def test_records_of_every_layout(tmp_path):

@@ -27,7 +27,7 @@ def one(tmp_path, objects, image=None, size=(HEIGHT, WIDTH), **options):
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 29), st.integers(0, 19), st.integers(1, 31), st.integers(1, 21)), min_size=1,
-                max_size=5))  # fmt: skip
+                max_size=5, unique=True))  # fmt: skip
 def test_boxes_cover_the_pixels_that_voc_counts_from_one(boxes):
     masks = [np.zeros((HEIGHT, WIDTH), bool) for _ in boxes]
     objects = []
@@ -100,7 +100,7 @@ def test_a_bad_object_alone_is_rejected(tmp_path):
     row, rejected, counts = one(tmp_path, [("cow", (1, 1, 9, 9), ""), ("a[DET]", (1, 1, 9, 9), ""), *bad])
     assert [r["origin"] for r in rejected] == [f"a.xml object {n}" for n in (2, 3, 4, 5, 6)]
     assert counts["annotations"] == {"in": 6, "written": 1, "rejected": 5}
-    assert row["classes"] == ["cow"]  # the others are no longer annotated exhaustively
+    assert row["classes"] == []  # an object without a name could be of any class
 
 
 @pytest.mark.parametrize("orientation", [5, 6, 7, 8])

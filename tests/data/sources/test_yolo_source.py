@@ -111,12 +111,12 @@ def test_empty_and_missing_label_files_are_negatives(tmp_path):
         ("0 0.5 0.5 0.2", "3 or more points", ["dog"]),
         ("0 0.5 0.5 0.2 0.2 0.9", "3 or more points", ["dog"]),
         ("0 0.5 0.5 20 30", "are they pixels", ["dog"]),
-        ("0 nan 0.5 0.2 0.2", "are they pixels", ["dog"]),
-        ("0 0.5 0.5 0 0.2", "degenerate box", ["dog"]),
+        ("0 nan 0.5 0.2 0.2", "not numbers", ["dog"]),
+        ("0 0.5 0.5 0 0.2", "degenerate box", ["cat", "dog"]),
         ("1 0.5 0.5 x 0.2", "not numbers", ["cat"]),
         ("7 0.5 0.5 0.2 0.2", "class '7' is not one of 0..1", []),
         ("cat 0.5 0.5 0.2 0.2", "class 'cat' is not one of 0..1", []),
-        ("1 0.25 0.25 0.5 0.5", "repeats an earlier line", ["cat", "dog"]),
+        ("1 0.250 .25 5e-1 0.50", "repeats an earlier object", ["cat", "dog"]),
     ],
 )
 def test_a_bad_line_alone_is_rejected(tmp_path, line, reason, classes):

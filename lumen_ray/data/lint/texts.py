@@ -1,0 +1,87 @@
+"""Texts: empty, damaged, or the same again and again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from lumen_ray.data.lint.check import Check, SetFacts, Settings
+from lumen_ray.data.lint.findings import Rule, SampleShelf
+from lumen_ray.data.lint.rows import LintRow, fingerprint
+
+#: characters that are left by a wrong encoding
+DAMAGED = {"\ufffd": "a replacement character (U+FFFD)", "\ufeff": "a byte order mark (U+FEFF)"}
+#: share of the captioned images that one caption may have
+MOST_EQUAL = 0.2
+#: smallest number of captioned images to draw conclusions from
+MIN_IMAGES = 10
+_NOTED_FROM = 3  # a caption is kept as text from this often on; a fifth of `MIN_IMAGES` images are fewer
+
+
+class Texts(Check):
+    """Answers without words, and characters that no one wrote."""
+
+    empty = Rule(
+        "text-empty", "problem", "texts",
+        "answers or phrases are empty, which trains a model to say nothing; write them, or delete them",
+    )  # fmt: skip
+    damaged = Rule(
+        "text-damaged", "warning", "texts",
+        "texts have characters left by a wrong encoding; read the annotations as UTF-8 and write them again",
+    )  # fmt: skip
+    rules = (empty, damaged)
+
+    def row(self, row: LintRow) -> None:
+        for what, text, learned in texts_of(row):
+            if learned and not text.strip():
+                self.add(self.empty, row, f"{what} is empty")
+            for character, name in DAMAGED.items():
+                if character in text:
+                    self.add(self.damaged, row, f"{what} has {name}: '{text}'")
+
+
+def texts_of(row: LintRow) -> Iterator[tuple[str, str, bool]]:
+    """(what it is, the text, whether it must not be empty) of the row's texts."""
+    for message in row.row["messages"]:
+        for turn in message["turns"]:
+            answer = turn["role"] == "assistant"
+            yield f"{'the answer' if answer else 'the question'} ({message['task']})", turn["content"] or "", answer
+    for phrase in row.row["phrases"]:
+        yield f"the phrase ({phrase['task']})", phrase["phrase"] or "", True
+    for name in dict.fromkeys([*row.row["classes"], *row.names]):
+        yield "the class name", name or "", True
+
+
+class RepeatedCaptions(Check):
+    """One caption on many images."""
+
+    repeated = Rule(
+        "caption-repeated", "warning", "images",
+        f"more than {MOST_EQUAL:.0%} of the captioned images have the same caption, which a model then says of any "
+        "image; write a caption for each image, or leave these out",
+    )  # fmt: skip
+    rules = (repeated,)
+
+    def __init__(self, settings: Settings, shelf: SampleShelf):
+        super().__init__(settings, shelf)
+        self._captioned = 0
+        self._images: Counter[int] = Counter()  # by hash of the caption
+        self._texts: dict[int, str] = {}
+
+    def row(self, row: LintRow) -> None:
+        messages = [m for m in row.row["messages"] if m["task"] == "caption" and m["turns"]]
+        captions = {" ".join((m["turns"][-1]["content"] or "").split()) for m in messages} - {""}
+        self._captioned += bool(captions)
+        for caption in captions:
+            key = fingerprint(caption.encode("utf-8", "replace"))
+            self._images[key] += 1
+            if self._images[key] >= _NOTED_FROM:
+                self._texts[key] = caption
+
+    def finish(self, facts: SetFacts) -> None:
+        if self._captioned < MIN_IMAGES:
+            return
+        for key, number in self._images.most_common():
+            if number <= MOST_EQUAL * self._captioned:
+                break
+            self.add(self.repeated, None, f"'{self._texts[key]}' on {number:,} of {self._captioned:,}", number=number)
