@@ -207,7 +207,8 @@ def label(
     score_threshold: instances below this score (0..1) are left out.
     progress: called after each image with a `Status`: ``done``, ``total``, ``errors``, ``rate`` in images per second.
 
-    The summary holds ``images == labelled + errors``, ``instances`` (task -> count), ``first_error``, ``seconds`` and
+    The summary holds ``images == labelled + errors``, ``instances`` (task -> count), ``first_error``, ``left_out``
+    (number of files that are no pictures, by suffix), ``seconds`` and
     the paths written. Raises `UserError` for an unknown model, task or device, a task without its classes or text, an
     input without images, an output folder that holds labels made with other settings, and when not one image could be
     labelled.

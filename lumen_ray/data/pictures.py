@@ -108,6 +108,23 @@ def unique_id(name: str, times: Counter[str]) -> str:
     return name
 
 
+class FileNames:
+    """Names of files to be written into one folder, no two of which are the same file, even where case is ignored."""
+
+    def __init__(self) -> None:
+        self._taken: set[str] = set()
+
+    def free(self, name: str) -> str:
+        """`name`, or with ``_2``, ``_3``, ... before its suffix if it is taken."""
+        stem, suffix = posixpath.splitext(name)
+        number, found = 1, name
+        while (key := unicodedata.normalize("NFC", identity(found)).casefold()) in self._taken:
+            number += 1
+            found = f"{stem}_{number}{suffix}"
+        self._taken.add(key)
+        return found
+
+
 def distinct_names(locations: Iterable[str]) -> dict[str, str]:
     """Each location's base name, with as many parent folders as it takes to make all names distinct."""
     paths = {location: urls.shown(location).strip("/").split("/") for location in locations}

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import glob
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lumen_ray.data.pictures import SUFFIXES, split_pictures
 from lumen_ray.errors import UserError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _NOT_SHARDS = ("rejected.parquet", "errors.parquet")
 
 
@@ -25,8 +26,21 @@ class Item:
     row_group: int = -1
     row: int = -1
 
+    @property
+    def place(self) -> tuple[str, int, int]:
+        """Where it is, without its id."""
+        return self.path, self.row_group, self.row
 
-def find_inputs(source: str | Path, exclude: Path | None = None) -> list[Item]:
+
+@dataclass(frozen=True)
+class Inputs:
+    """`items`: the images found; `left_out`: number of other files by suffix, hidden ones not counted."""
+
+    items: list[Item]
+    left_out: Counter[str] = field(default_factory=Counter)
+
+
+def find_inputs(source: str | Path, exclude: Path | None = None) -> Inputs:
     """The images of `source`, sorted; those under the folder `exclude` are left out.
 
     source: a folder of images (searched recursively; ids are paths relative to it), a folder of shard Parquet files
@@ -34,14 +48,15 @@ def find_inputs(source: str | Path, exclude: Path | None = None) -> list[Item]:
     """
     text, path = str(source), Path(source)
     if path.is_dir():
-        shards = sorted(p for p in path.glob("*.parquet") if p.name not in _NOT_SHARDS)
+        shards = sorted(p for p in path.glob("*.parquet") if p.name not in _NOT_SHARDS and not p.name.startswith("."))
         if shards:
-            return [item for shard in shards for item in _shard_items(shard)]
-        items = [Item(p.relative_to(path).as_posix(), str(p)) for p in sorted(path.rglob("*")) if _is_image(p)]
+            return Inputs([item for shard in shards for item in _shard_items(shard)])
+        names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+        found = {name: path / name for name in names}
     elif path.is_file():
-        items = _shard_items(path) if path.suffix == ".parquet" else [Item(path.name, text)]
+        return Inputs(_shard_items(path) if path.suffix == ".parquet" else [Item(path.name, text)])
     elif any(c in text for c in "*?["):
-        items = [Item(p, p) for p in sorted(glob.glob(text, recursive=True)) if _is_image(Path(p))]
+        found = {p: Path(p) for p in sorted(glob.glob(text, recursive=True)) if Path(p).is_file()}
     else:
         raise UserError(
             f"input '{source}' does not exist; give a folder of images, a shard folder "
@@ -49,14 +64,12 @@ def find_inputs(source: str | Path, exclude: Path | None = None) -> list[Item]:
             "missing_input",
         )
     if exclude is not None:
-        items = [item for item in items if exclude.resolve() not in Path(item.path).resolve().parents]
-    if not items:
-        raise UserError(f"input '{source}' holds no image; file types read: {', '.join(EXTENSIONS)}", "empty_input")
-    return items
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in EXTENSIONS and path.is_file()
+        inside = exclude.resolve()
+        found = {name: file for name, file in found.items() if inside not in file.resolve().parents}
+    pictures, left_out = split_pictures(found)
+    if not pictures:
+        raise UserError(f"input '{source}' holds no image; file types read: {', '.join(SUFFIXES)}", "empty_input")
+    return Inputs([Item(name, str(found[name])) for name in pictures], left_out)
 
 
 def _shard_items(shard: Path) -> list[Item]:

@@ -9,8 +9,9 @@ valid files from the ledger.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lumen_ray.data.files import make_folder, write_atomically
+from lumen_ray.data.pictures import unique_id
 from lumen_ray.errors import UserError
 from lumen_ray.inference.records import ERROR_SCHEMA, LABEL_SCHEMA
 from lumen_ray.label.inputs import Item
@@ -80,11 +82,13 @@ class Ledger:
     def plan(self, items: Sequence[Item], fragment_size: int) -> list[Fragment]:
         """The fragments still to do, in order.
 
-        Fragments keep their images of the first run; images added since then form further fragments.
+        Fragments keep their images of the first run; images added since then form further fragments. An image whose id
+        another one has already, as in shard files of different sets, gets a number after it.
         """
         known = self._planned()
-        seen = {item for fragment in known for item in fragment.items}
-        new = [item for item in items if item not in seen]
+        seen = {item.place for fragment in known for item in fragment.items}
+        times = Counter(item.image_id for fragment in known for item in fragment.items)
+        new = [replace(i, image_id=unique_id(i.image_id, times)) for i in items if i.place not in seen]
         for start in range(0, len(new), fragment_size):
             known.append(Fragment(len(known), tuple(new[start : start + fragment_size])))
         if new:

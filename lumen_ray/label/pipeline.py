@@ -18,6 +18,7 @@ from typing import Any
 
 from lumen_ray.data import files
 from lumen_ray.data.files import write_atomically
+from lumen_ray.data.pictures import left_out_note
 from lumen_ray.errors import UserError, unknown
 from lumen_ray.inference.device import find_device
 from lumen_ray.inference.protocol import EngineProtocol
@@ -97,15 +98,15 @@ def label(
         check_dtype(dtype),
     )  # fmt: skip
     ledger = Ledger(output)
-    items = find_inputs(input, exclude=output)
+    inputs = find_inputs(input, exclude=output)
     ledger.open(_job_settings(worker, input, tasks, classes, prompts, keypoints))
-    fragments = ledger.plan(items, fragment_size)
+    fragments = ledger.plan(inputs.items, fragment_size)
     before = sum(entry["images"] for entry in ledger.entries().values())
     status = Status(before + sum(len(f.items) for f in fragments), done=before, finished_before=before)
     if fragments:
         results = (label_on_ray if num_actors else label_in_process)(fragments, worker)
         _collect(results, fragments, ledger, status, progress)
-    summary = _finish(ledger, status, exports)
+    summary = _finish(ledger, status, exports, inputs.left_out)
     if fragments and num_actors:
         from lumen_ray.ray_log import log_file
 
@@ -228,7 +229,7 @@ def _publish(ledger: Ledger, fragment: Fragment, results: dict[int, dict[str, An
     ledger.publish(fragment, records, errors)
 
 
-def _finish(ledger: Ledger, status: Status, exports: Sequence[str]) -> dict[str, Any]:
+def _finish(ledger: Ledger, status: Status, exports: Sequence[str], left_out: Counter[str]) -> dict[str, Any]:
     """Writes errors, exports and the summary of the whole output folder (all runs)."""
     from lumen_ray.label.exporters.coco import export_coco
     from lumen_ray.label.gallery import write_gallery
@@ -253,6 +254,7 @@ def _finish(ledger: Ledger, status: Status, exports: Sequence[str]) -> dict[str,
         "labelled": sum(e["labelled"] for e in entries.values()),
         "errors": len(errors),
         "first_error": errors[0] if errors else None,
+        "left_out": dict(left_out),
         "instances": dict(instances),
         "fragments": len(entries),
         "finished_before": status.finished_before,
@@ -273,7 +275,8 @@ def labelled_line(summary: dict[str, Any], output: str | Path) -> str:
     first = summary["first_error"]
     log = f"; log -> {summary['log']}" if summary.get("log") else ""
     reason = f" (e.g. {first['image_id']}: {first['message']}; see errors.parquet)" if first else ""
+    left_out = left_out_note(Counter(summary.get("left_out", {})))
     return (
         f"{summary['images']} images: {summary['labelled']} labelled, {summary['errors']} errors{reason} -> {output} "
-        f"(labels/*.parquet, coco/*.json, gallery.html){log}"
+        f"(labels/*.parquet, coco/*.json, gallery.html){log}{left_out and '; ' + left_out}"
     )

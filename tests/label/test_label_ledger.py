@@ -29,6 +29,17 @@ def test_fragments_keep_their_images_when_the_input_grows(tmp_path):
     ]
 
 
+def test_images_of_one_name_get_numbers_and_keep_them(tmp_path):
+    ledger = Ledger(tmp_path)
+    (first,) = ledger.plan([Item("a.jpg", "/s.parquet", 0, 0), Item("a.jpg", "/s.parquet", 0, 1)], 4)
+    assert [item.image_id for item in first.items] == ["a.jpg", "a.jpg#2"]
+    ledger.publish(first, [record(item) for item in first.items], [])
+    again = Ledger(tmp_path).plan(
+        [Item("a.jpg", "/r.parquet", 0, 0), *[Item("a.jpg", *i.place) for i in first.items]], 4
+    )
+    assert [(i.image_id, i.path) for fragment in again for i in fragment.items] == [("a.jpg#3", "/r.parquet")]
+
+
 def test_a_label_file_without_an_entry_does_not_count(tmp_path):
     ledger = Ledger(tmp_path)
     fragment = ledger.plan(ITEMS[:2], 2)[0]

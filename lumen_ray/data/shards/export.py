@@ -14,6 +14,7 @@ import re
 from typing import Any
 
 from lumen_ray.data import files, urls
+from lumen_ray.data.pictures import FileNames
 from lumen_ray.data.shards.shards import read_manifest, read_rows
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Boxes
@@ -29,10 +30,10 @@ def export_coco(shards: urls.Location, output: urls.Location, *, images: bool = 
 
     Boxes are xywh in float64 without rounding, so that reading them again gives the same float32 corners; masks are
     compressed RLE, skeletons count keypoints from 1. Images and annotations are numbered from 1; `file_name` is the
-    row's `image_id`, with an extension added if it has none. If a row is not annotated for all classes, the image has
-    LVIS's ``neg_category_ids`` and ``not_exhaustive_category_ids``. `images`: also write the encoded images, unchanged,
-    to ``images/``. Rows without an image are left out and counted under "without_image". Questions, regions and
-    phrases, which COCO does not have, are left out.
+    row's `image_id`, with an extension added if it has none and a number if an earlier row has that name. If a row is
+    not annotated for all classes, the image has LVIS's ``neg_category_ids`` and ``not_exhaustive_category_ids``.
+    `images`: also write the encoded images, unchanged, to ``images/``. Rows without an image are left out and counted
+    under "without_image". Questions, regions and phrases, which COCO does not have, are left out.
     """
     manifest = read_manifest(shards)
     categories = {c["name"]: {"id": n, **_category(c)} for n, c in enumerate(manifest["categories"], start=1)}
@@ -42,6 +43,7 @@ def export_coco(shards: urls.Location, output: urls.Location, *, images: bool = 
     captions: list[dict[str, Any]] = []
     interned: dict[frozenset[str], frozenset[str]] = {}  # one copy of the sets that most rows share
     skipped = 0
+    names = FileNames()
     files.make_folder(output)
     for row in read_rows(shards):
         if row["image"] is None:
@@ -56,11 +58,12 @@ def export_coco(shards: urls.Location, output: urls.Location, *, images: bool = 
             if message["task"] == "caption":
                 text = message["turns"][-1]["content"]
                 captions.append({"id": len(captions) + 1, "image_id": number, "caption": text})
-        listed.append({"id": number, "file_name": _file_name(row), "height": row["height"], "width": row["width"]})
+        name = names.free(_file_name(row))
+        listed.append({"id": number, "file_name": name, "height": row["height"], "width": row["width"]})
         exhaustive = frozenset(row["classes"])
         classes.append((interned.setdefault(exhaustive, exhaustive), frozenset(i["phrase"] for i in row["instances"])))
         if images:
-            _write_image(output, row)
+            _write_image(output, name, row["image"])
     for entry, (exhaustive, present) in zip(listed, classes, strict=True):  # now that all categories are known
         entry |= _federated(exhaustive, present, categories)
     base = {"info": {"description": f"from {urls.base_name(shards)}"}, "images": listed}
@@ -117,15 +120,15 @@ def _annotation(instance: dict[str, Any], category: dict[str, Any], row: dict[st
     return found
 
 
-def _write_image(output: urls.Location, row: dict[str, Any]) -> None:
-    """Writes the encoded image under its name. Raises `UserError` if the name leads out of the folder."""
-    name = _file_name(row).replace("\\", "/")
+def _write_image(output: urls.Location, name: str, image: bytes) -> None:
+    """Writes an encoded image under its file name. Raises `UserError` if the name leads out of the folder."""
+    name = name.replace("\\", "/")
     if name.startswith("/") or ".." in name.split("/") or urls.is_url(name):
         raise UserError(f"the image id '{name}' cannot be a file name below '{IMAGES}'; export without images",
                         "invalid_image_id")  # fmt: skip
     location = urls.join(output, IMAGES, name)
     files.make_folder(urls.parent(location))
-    files.write_bytes(location, row["image"], durable=False)
+    files.write_bytes(location, image, durable=False)
 
 
 def _write(output: urls.Location, name: str, data: dict[str, Any]) -> None:

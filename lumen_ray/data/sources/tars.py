@@ -22,7 +22,8 @@ from lumen_ray.errors import UserError
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MAX_MEMBER_BYTES = 1 << 28
-_DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, zlib.error, lzma.LZMAError)
+# TypeError: of `tarfile` for a gzip header that is cut off (Python 3.11 to 3.13)
+_DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, TypeError, zlib.error, lzma.LZMAError)
 
 #: of one sample: extension without dot, lower case -> content; None if that extension is not wanted
 Members = dict[str, bytes | None]

@@ -1,6 +1,7 @@
 """COCO json from a labelled folder: one file per task, because detect, segment and pose label the same objects.
 
-Images have the same numbers, in input order, in all files; `file_name` is the label table's `image_id`.
+Images have the same numbers, in input order, in all files; `file_name` is the label table's `image_id`,
+numbered where two differ by case alone.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lumen_ray.data.files import write_atomically
+from lumen_ray.data.pictures import FileNames
 from lumen_ray.inference.records import record_edges
 from lumen_ray.label.ledger import open_finished
 from lumen_ray.structures import Boxes, Masks
@@ -29,13 +31,16 @@ def export_coco(output: str | Path) -> list[Path]:
     `answer`.
     """
     ledger = open_finished(output)
-    images: dict[str, dict[str, Any]] = {}
+    images: dict[tuple[str, str], dict[str, Any]] = {}
+    names = FileNames()
     annotations: dict[str, list[dict[str, Any]]] = defaultdict(list)
     categories: dict[str, dict[str, dict[str, Any]]] = {}
     job = json.loads((ledger.output / "job.json").read_text())
     for table in ledger.tables():
         for record in table.to_pylist():
-            image = images.setdefault(record["image_id"], _image(record, len(images) + 1))
+            key = record["image_id"], record["path"]
+            if (image := images.get(key)) is None:
+                image = images[key] = _image(record, len(images) + 1, names.free(record["image_id"]))
             task = record["task"]
             items = annotations[task]
             if task not in categories:
@@ -61,10 +66,10 @@ def export_coco(output: str | Path) -> list[Path]:
     return paths
 
 
-def _image(record: dict[str, Any], number: int) -> dict[str, Any]:
+def _image(record: dict[str, Any], number: int, name: str) -> dict[str, Any]:
     return {
         "id": number,
-        "file_name": record["image_id"],
+        "file_name": name,
         "height": record["height"],
         "width": record["width"],
         "path": record["path"],

@@ -219,3 +219,17 @@ def test_an_output_that_cannot_be_made_is_reported(tmp_path, output):
     with pytest.raises(UserError, match=" cannot be (made|written): ") as error:
         export_coco(tmp_path / "in", tmp_path / output)
     assert error.value.reason == "invalid_output" and "\n" not in str(error.value)
+
+
+def test_colliding_names_are_numbered(tmp_path):
+    """Equal ids, as shards of older versions have them, ids that differ by case, and one that gets its suffix here."""
+    pictures = [jpeg(20 + n, 30) for n in range(5)]
+    with shards.ShardWriter(tmp_path, "part-00000.parquet") as writer:
+        for name, data in zip(("a.jpg", "a.jpg", "A.JPG", "a", "a_2.jpg"), pictures, strict=True):
+            writer.write(make_row(name, data, (20, 30), "x"))
+    shards.write_manifest(tmp_path, shards.build_manifest([writer.entry]))
+    export_coco(tmp_path, tmp_path / "out", images=True)
+    listed = json.loads((tmp_path / "out" / "instances.json").read_text())["images"]
+    names = [image["file_name"] for image in listed]
+    assert names == ["a.jpg", "a_2.jpg", "A_3.JPG", "a_4.jpg", "a_2_2.jpg"]
+    assert [(tmp_path / "out" / "images" / name).read_bytes() for name in names] == pictures

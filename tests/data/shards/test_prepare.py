@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lumen_ray.data import files, urls
-from lumen_ray.data.command import prepared_line
+from lumen_ray.data.command import prepared_line, prepared_lines
 from lumen_ray.data.inspect.command import sections
 from lumen_ray.data.scenes import render as scenes
 from lumen_ray.data.scenes.render import encode_jpeg
@@ -415,3 +415,70 @@ def test_a_user_error_in_a_task_is_one_sentence(local_ray, tmp_path):
         prepare_source(tmp_path / "out", ManyRows(2, 2, fault="store"), workers=2)
     assert (str(error.value), error.value.reason) == ("the store cannot be reached", "store_unreachable")
     assert not list((tmp_path / "out").glob(".staging*"))
+
+
+def test_rejected_records_name_rule_and_mend(tmp_path, small_coco):
+    path, images = small_coco
+    summary = prepare_coco(tmp_path / "out", [path], images, workers=0)
+    rules = {rule["rule"]: rule for rule in summary["rules"]}
+    assert {name: rule["records"] for name, rule in rules.items()} == {
+        "unknown_image": 1, "empty_box": 1, "broken_image": 1, "image_rejected": 1,
+    }  # fmt: skip
+    assert rules["unknown_image"]["first"]["origin"] == "instances.json annotation 101"
+    assert rules["broken_image"]["mend"] == "replace the image file, or save it again as JPEG or PNG"
+    lines = prepared_lines(summary)
+    assert lines[0] == prepared_line(summary) and "note: 'instances.json' has annotations of images" in lines[1]
+    assert any(line.startswith("rejected 1, broken_image: instances.json image 4: the image cannot") for line in lines)
+
+
+@pytest.mark.parametrize("limit", ["5%", "5", 5, 9.0])
+def test_a_job_of_which_too_much_is_rejected_stops(tmp_path, small_coco, limit):
+    path, images = small_coco
+    with pytest.raises(
+        UserError, match="of 11 annotations are rejected, more than .%: instances.json annotation"
+    ) as error:
+        prepare_coco(tmp_path / "out", [path], images, rows_per_file=4, workers=0, max_rejected=limit)
+    assert error.value.reason == "too_many_rejected" and str(error.value).endswith("nothing was written")
+    assert not (tmp_path / "out" / "manifest.json").exists() and not list((tmp_path / "out").glob(".staging*"))
+    summary = prepare_coco(tmp_path / "out", [path], images, workers=0, max_rejected="30%")
+    assert summary["rejected"] == 4
+
+
+def test_a_job_stops_before_the_rest_is_read(tmp_path, small_coco):
+    path, images = small_coco
+    for image in images.glob("[0-3].jpg"):
+        image.unlink()
+    seen = []
+    with pytest.raises(UserError, match="images are rejected, more than 20%: .* is missing .add the image file"):
+        prepare_coco(tmp_path / "out", [path], images, rows_per_file=1, workers=0, max_rejected="20%",
+                     progress=lambda done, total: seen.append(done))  # fmt: skip
+    assert len(seen) < 8
+
+
+@pytest.mark.parametrize("limit", ["x", "-1%", "101%", True, "nan"])
+def test_shares_that_are_none_are_refused(tmp_path, limit):
+    with pytest.raises(UserError, match="max_rejected must be a share from 0% to 100%"):
+        prepare_scenes(tmp_path / "out", 1, workers=0, max_rejected=limit)
+
+
+def test_rows_that_train_nothing_are_counted(tmp_path, small_coco):
+    path, images = small_coco
+    data = json.loads(path.read_text())
+    data["annotations"] = [{"id": n, "image_id": n, "category_id": 1 + (n < 2), "bbox": [1, 2, 9, 9]} for n in range(9)]
+    path.write_text(json.dumps(data))
+    summary = prepare_coco(tmp_path / "out", [path], images, workers=0)
+    assert summary["untrained"] == shards.read_manifest(tmp_path / "out")["untrained"] == 2
+    assert "2 of 8 images train nothing: no class is left that they are annotated for" in prepared_lines(summary)
+
+
+@dataclass
+class Repeated(ManyRows):
+    """Two rows of one id."""
+
+    def rows(self, record, shared):
+        yield Outcome(make_row("same", None, (0, 0), "many"), came_in={"samples": 1})
+
+
+def test_two_rows_of_one_id_are_refused(tmp_path):
+    with pytest.raises(UserError, match="two rows have the image id 'same'"):
+        prepare_source(tmp_path / "out", Repeated(2, 1), workers=0, rows_per_file=1)

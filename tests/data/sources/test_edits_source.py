@@ -146,3 +146,22 @@ def test_real_photos(test_data, tmp_path):
     assert rejected == []
     assert counts["edits"]["written"] == len(names)
     assert all(row["image"] == row["target_image"] for row in rows)
+
+
+def test_no_side_is_the_other_sides_picture(tmp_path):
+    lines = ["image,instruction,target_image", *["before/1.jpg,x,after/1.jpg"] * 2]
+    pictures = {"before/1.jpg": BEFORE, "before/2.jpg": BEFORE, "after/1.jpg": AFTER, "after/2.jpg": AFTER}
+    write(tmp_path, pictures | {"t.csv": "\n".join(lines)})
+    table = str(tmp_path / "t.csv")
+    rows, rejected, _ = prepared(EditsSource([table], str(tmp_path)))
+    assert rejected == [] and [row["image_id"] for row in rows] == ["before/1.jpg", "before/1.jpg#2"]
+    assert all((row["image"], row["target_image"]) == (BEFORE, AFTER) for row in rows)
+    with pytest.raises(UserError, match="the image file 'before/1.jpg' is missing, and other listed"):
+        prepared(EditsSource([table], str(tmp_path / "before")))
+
+
+def test_a_side_that_is_there_twice_and_hidden_files(folder):
+    write(folder, {"0001/7_0.png": BEFORE, "0001/._8_0.jpg": b"x", "0001/8_0.JPG": BEFORE, "0001/8_1.jfif": AFTER})
+    rows, rejected, _ = prepared(EditsSource([str(folder)]))
+    assert "data/0001/8" in [row["image_id"] for row in rows]
+    assert [r["reason"] for r in rejected] == ["its image before the edit is there more than once: 7_0.jpg, 7_0.png"]

@@ -214,3 +214,66 @@ def test_real_photos(test_data, tmp_path):
     assert counts["pairs"]["written"] == len(first)
     assert [row["image"] for row in flat] == [row["image"] for row in tarred]
     assert list(captions(flat).values()) == list(captions(tarred).values())
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_no_caption_lands_on_another_folders_picture(tmp_path, suffix):
+    images = write_photos(tmp_path / "images", NAMES)
+    first = NAMES[0]
+    pairs = [(f"cam1/{first}", "one"), (f"cam2/{first}", "two"), (f"cam1/{NAMES[1]}", "three"), (NAMES[2], "four")]
+    rows, rejected, _ = prepared(PairsSource([write_table(tmp_path, suffix, pairs)], str(images)))
+    assert captions(rows) == {f"cam1/{NAMES[1]}": "three", NAMES[2]: "four"}
+    assert [r["rule"] for r in rejected] == ["ambiguous_image"] * 2
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_rows_of_one_image_have_ids_of_their_own(tmp_path, suffix):
+    images = write_photos(tmp_path / "images", NAMES)
+    (tmp_path / "more").mkdir()
+    pairs = [(NAMES[n % 2], f"caption {n}") for n in range(600)]
+    tables = [write_table(tmp_path, suffix, pairs), write_table(tmp_path / "more", suffix, pairs[:1])]
+    rows, rejected, _ = prepared(PairsSource(tables, str(images)))
+    assert rejected == [] and len(rows) == 601
+    found = captions(rows)
+    assert len(found) == 601
+    assert (found[NAMES[0]], found[f"{NAMES[0]}#300"], found[f"{NAMES[1]}#2"]) == (
+        "caption 0",
+        "caption 598",
+        "caption 3",
+    )
+    assert found[f"{NAMES[0]}#301"] == "caption 0"
+
+
+def test_tars_of_one_name_have_ids_of_their_own(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    tars = [make_tar(tmp_path / folder / "0.tar", TAR[:2]) for folder in "ab"]
+    rows, _, _ = prepared(PairsSource(tars))
+    assert [row["image_id"] for row in rows] == ["a/0.tar/000", "b/0.tar/000"]
+
+
+def test_a_repeated_key_gives_two_rows_and_scattered_members_say_so(tmp_path):
+    rows, rejected, _ = prepared(PairsSource([make_tar(tmp_path / "0.tar", [*TAR[:2], *TAR[:2]])]))
+    assert (sorted(captions(rows)), rejected) == (["0.tar/000", "0.tar/000#2"], [])
+    scattered = [
+        ("0.jpg", jpeg()),
+        ("1.jpg", jpeg()),
+        ("0.txt", b"a"),
+        ("1.txt", b"b"),
+        ("2.jpg", jpeg()),
+        ("2.txt", b"c"),
+    ]
+    rows, rejected, _ = prepared(PairsSource([make_tar(tmp_path / "1.tar", scattered)]))
+    assert list(captions(rows).values()) == ["c"]
+    assert [r["rule"] for r in rejected] == ["missing_text"] * 2 + ["scattered_tar"] * 2
+    with pytest.raises(UserError, match="none of 4 pairs can be used; the first, 2.tar member 0 .*it has no caption"):
+        prepared(PairsSource([make_tar(tmp_path / "2.tar", scattered[:4])]))
+
+
+def test_captions_of_a_list_and_with_a_byte_order_mark(tmp_path):
+    members = [("0.jpg", jpeg()), ("0.json", "\ufeff{\"caption\": [\"a\", \"b\"]}".encode()),
+               ("frame.001.jpg", jpeg()), ("frame.001.txt", "\ufeffred".encode())]  # fmt: skip
+    rows, rejected, _ = prepared(PairsSource([make_tar(tmp_path / "0.tar", members)]))
+    assert rejected == []
+    texts = {row["image_id"]: [m["turns"][1]["content"] for m in row["messages"]] for row in rows}
+    assert texts == {"0.tar/0": ["a", "b"], "0.tar/frame.001": ["red"]}

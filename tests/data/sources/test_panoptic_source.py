@@ -1,5 +1,6 @@
 """COCO panoptic to rows: masks equal to the PNG's pixels, stuff and things, and what is refused."""
 
+import io
 import json
 import tempfile
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from support.source_fakes import HEIGHT, WIDTH, id_png, jpeg, panoptic_set, prepared, write
 
 from lumen_ray.data.shards import shards
@@ -109,3 +111,88 @@ def test_a_file_that_is_not_panoptic_is_refused(tmp_path):
             source(tmp_path).read_listing()
     with pytest.raises(UserError, match="unknown stuff rule 'drop'"):
         source(tmp_path, stuff="drop")
+
+
+def small_set(encode, ids, **changes):
+    data = {
+        "images": [{"id": 0, "file_name": "0.jpg", "height": str(HEIGHT), "width": WIDTH}],
+        "annotations": [{"image_id": "0", "file_name": "0.PNG", "segments_info": [
+            {"id": int(i), "category_id": "1", "iscrowd": "0"} for i in np.unique(ids) if i]}],
+        "categories": [{"id": 1, "name": "cow", "isthing": "1"}],
+    } | changes  # fmt: skip
+    return {"panoptic.json": json.dumps(data), "images/0.jpg": jpeg(), "segments/0.png": encode(ids)}
+
+
+def saved(image):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def palette(ids):
+    """Colours of the ids in a palette that numbers them otherwise."""
+    values = np.unique(ids)
+    image = Image.fromarray(np.searchsorted(values, ids).astype(np.uint8), "P")
+    image.putpalette([c for i in values for c in (int(i) % 256, int(i) // 256 % 256, int(i) // 65536)])
+    return saved(image)
+
+
+def indexed(ids):
+    """Ids as indices of a palette of random colours."""
+    image = Image.fromarray(ids.astype(np.uint8), "P")
+    image.putpalette(np.random.default_rng(1).integers(0, 256, 768, np.uint8).tolist())
+    return saved(image)
+
+
+def rgba(ids):
+    channels = [ids % 256, ids // 256 % 256, ids // 65536, np.full_like(ids, 100)]
+    return saved(Image.fromarray(np.stack(channels, -1).astype(np.uint8), "RGBA"))
+
+
+@pytest.mark.parametrize(
+    ("encode", "most"),
+    [
+        (id_png, 2**24 - 1),
+        (rgba, 2**24 - 1),
+        (palette, 2**24 - 1),
+        (lambda ids: saved(Image.fromarray(ids.astype(np.uint8), "L")), 255),
+        (lambda ids: saved(Image.fromarray(ids.astype(np.uint16))), 65535),
+        (indexed, 255),
+        (lambda ids: saved(Image.fromarray(ids.astype(bool))), 1),
+    ],
+    ids=["RGB", "RGBA", "palette of colours", "L", "I;16", "palette of indices", "1"],
+)
+def test_ids_are_the_stored_values(tmp_path, encode, most):
+    ids = np.random.default_rng(most).choice([0, most, max(most // 3, 1)], (HEIGHT, WIDTH))
+    rows, rejected, _ = prepared(source(write(tmp_path, small_set(encode, ids))), tmp_path / "out")
+    assert rejected == []
+    masks = Masks([i["mask"] for i in rows["0.jpg"]["instances"]], (HEIGHT, WIDTH)).to_arrays()
+    assert (masks == np.stack([ids == i for i in np.unique(ids) if i])).all()
+
+
+def test_an_object_of_unknown_class_leaves_no_class(tmp_path):
+    contents = panoptic_set()
+    data = json.loads(contents["panoptic.json"])
+    data["annotations"][0]["segments_info"][2]["category_id"] = 9
+    rows, _, _ = prepared(source(write(tmp_path, contents | {"panoptic.json": json.dumps(data)})), tmp_path / "out")
+    assert (rows["0.jpg"]["classes"], rows["1.jpg"]["classes"]) == ([], ["sky", "cow"])
+    for segment in (s for a in data["annotations"] for s in a["segments_info"]):
+        segment["category_id"] = 9
+    write(tmp_path, {"panoptic.json": json.dumps(data)})
+    with pytest.raises(UserError, match="6 of 6 segments in .* name an image or a category that it does not list"):
+        source(tmp_path).read_listing()
+
+
+def test_a_png_of_another_image_and_a_second_id_are_rejected(tmp_path):
+    contents = panoptic_set()
+    data = json.loads(contents["panoptic.json"])
+    data["annotations"][1]["file_name"] = "0.png"
+    data["images"].append({"id": 5, "file_name": "./0.jpg"})
+    data["categories"].append({"id": 3, "name": "animals", "isthing": 1})
+    data["categories"][1]["supercategory"] = "animals"
+    write(tmp_path, contents | {"panoptic.json": json.dumps(data)})
+    rows, rejected, counts = prepared(source(tmp_path), tmp_path / "out")
+    assert list(rows) == ["0.jpg"] and rows["0.jpg"]["classes"] == ["sky", "cow"]
+    assert counts["images"] == {"in": 3, "written": 1, "rejected": 2}
+    assert sum("its PNG file '0.png' is that of the image '0.jpg'" in r["reason"] for r in rejected) == 3
+    assert "left out as no class: 'animals'" in source(tmp_path).read_listing().notes[0]

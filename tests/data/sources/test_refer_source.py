@@ -272,3 +272,49 @@ def test_real_photos(test_data, tmp_path):
             (index,) = phrase["instances"]
             assert row["instances"][index]["box"] == pytest.approx([x, y, x + w, y + h], abs=0.02)
             assert row["instances"][index]["mask"] is not None
+
+
+def test_ids_compare_by_value_and_flags_are_strict(make):
+    refs = [ref("0", 10.0, "a"), ref(0.0, "11", "b"), {**ref(0, "-1", "none"), "no_target": "true"}]
+    rows, rejected, _ = prepared(make(refs))
+    assert rejected == []
+    assert {p["phrase"]: len(p["instances"]) for p in rows[0]["phrases"]} == {"a": 1, "b": 1, "none": 0}
+    _, rejected, _ = prepared(make([ref(0, 10, "a"), {**ref(0, -1, "b"), "no_target": "maybe"}]))
+    assert rejected[0]["rule"] == "invalid_flag"
+
+
+def test_ids_that_stand_for_two_things_are_not_guessed(make):
+    twice = {
+        **INSTANCES,
+        "annotations": [*INSTANCES["annotations"], {**INSTANCES["annotations"][0], "bbox": [1, 1, 9, 9]}],
+    }
+    _, rejected, _ = prepared(make([ref(0, 10, "a"), ref(0, 11, "b")], instances=twice))
+    assert [(r["rule"], r["reason"]) for r in rejected] == [
+        ("unknown_annotation", "annotation 10 stands for several annotations")
+    ]
+    images = [*INSTANCES["images"], {"id": 9, "file_name": f"./{NAMES[0]}"}]
+    entries = [*INSTANCES["annotations"], {"id": 20, "image_id": 9, "category_id": 1, "bbox": [5, 5, 20, 20]}]
+    both = {**INSTANCES, "images": images, "annotations": entries}
+    rows, rejected, _ = prepared(make([ref(0, 11, "a"), ref(9, 20, "b")], instances=both))
+    assert [p["phrase"] for p in rows[0]["phrases"]] == ["a"]
+    assert rejected[0]["rule"] == "repeated_image"
+
+
+def test_a_bad_mask_leaves_the_box_and_rotation_is_read(make):
+    entries = [{**INSTANCES["annotations"][0], "segmentation": [[1, 2]]},
+               {**INSTANCES["annotations"][1], "bbox": [10, 15, 30, 10], "attributes": {"rotation": 90}}]  # fmt: skip
+    rows, rejected, _ = prepared(
+        make([ref(0, 10, "a"), ref(0, 11, "b")], instances={**INSTANCES, "annotations": entries})
+    )
+    assert rejected == []
+    assert [(i["box"], i["mask"] is None) for i in rows[0]["instances"]] == [
+        ([5, 5, 25, 25], True), ([20, 5, 30, 35], False),
+    ]  # fmt: skip
+
+
+def test_no_expression_lands_on_another_sets_picture(make):
+    records = [{"image": f"{s}/{NAMES[0]}", "expression": s, "bbox": [1, 1, 9, 9]} for s in ("gqa", "vg")]
+    records.append({"image": NAMES[1], "expression": "sound", "bbox": [1, 1, 9, 9]})
+    rows, rejected, _ = prepared(make(records, instances=None))
+    assert [row["image_id"] for row in rows] == [NAMES[1]]
+    assert {r["rule"] for r in rejected} == {"ambiguous_image", "image_rejected"}

@@ -100,3 +100,26 @@ def test_a_file_that_is_not_a_tar(tmp_path):
         assert key == "" and isinstance(error, UserError)
     with pytest.raises(UserError, match="does not exist"):
         list(samples(str(tmp_path / "absent.tar"), WANTED))
+
+
+def test_hidden_members_do_not_split_their_neighbours(tmp_path):
+    members = [("./._0.jpg", b"x"), ("./0.jpg", b"j"), ("./._0.txt", b"x"), ("./0.txt", b"t"), (".DS_Store", b"x"),
+               ("__MACOSX/._1.jpg", b"x"), ("1.jpg", b"k")]  # fmt: skip
+    assert read(tmp_path / "a.tar", make_tar(members)) == [("0", {"jpg": b"j", "txt": b"t"}), ("1", {"jpg": b"k"})]
+
+
+def test_an_extension_that_comes_again_starts_a_new_sample(tmp_path):
+    members = [("0.jpg", b"1"), ("0.txt", b"a"), ("0.jpg", b"2"), ("0.txt", b"b"), ("0.TXT", b"c")]
+    assert [m for _, m in read(tmp_path / "a.tar", make_tar(members))] == [
+        {"jpg": b"1", "txt": b"a"}, {"jpg": b"2", "txt": b"b"}, {"txt": b"c"},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "extension"),
+    [("frame.001.jpg", "frame.001", "jpg"), ("a/b.1.2.JPG", "a/b.1.2", "jpg"), ("24-01.12.jpg", "24-01.12", "jpg"),
+     ("b.seg.jpg", "b", "seg.jpg"), ("b.v2.jpg", "b", "v2.jpg"), ("noextension", "noextension", "")],
+)  # fmt: skip
+def test_keys_end_at_the_first_dot_that_no_digits_follow(tmp_path, name, key, extension):
+    ((found, members),) = read(tmp_path / "a.tar", make_tar([(name, b"1")]))
+    assert (found, list(members)) == (key, [extension])

@@ -136,3 +136,141 @@ def test_settings_that_cannot_work_are_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             make()
+
+
+def sets(tmp_path, contents, **options):
+    write(tmp_path, contents)
+    source = VocSource(f"{tmp_path}/xml", f"{tmp_path}/images", **options)
+    listing = source.read_listing()
+    return *prepared(source, tmp_path / "out"), listing.notes
+
+
+@pytest.mark.parametrize(("boxes", "first"), [([(0, 3, 9, 9), (5, 5, 20, 20)], 0), ([(1, 3, 9, 9), (5, 5, 20, 20)], 1)])
+def test_where_pixels_are_counted_from_is_inferred_and_said(tmp_path, boxes, first):
+    contents = {f"xml/{n}.xml": voc_xml(f"{n}.jpg", [("cat", box, "")]) for n, box in enumerate(boxes)}
+    rows, rejected, _, notes = sets(tmp_path, contents | {f"images/{n}.jpg": jpeg() for n in range(2)})
+    assert rejected == []
+    for n, (x1, y1, x2, y2) in enumerate(boxes):
+        assert rows[f"{n}.jpg"]["instances"][0]["box"] == [x1 - first, y1 - first, x2, y2]
+    assert f"pixels are counted from {first}" in notes[0]
+
+
+@pytest.mark.parametrize("one_based", [(5, 5, 5, 20), (1, 5, WIDTH, 20), (5, 1, 20, HEIGHT)])
+def test_a_folder_that_counts_in_two_ways_is_refused(tmp_path, one_based):
+    objects = {"0": (0, 3, 9, 9), "1": one_based}
+    contents = {f"xml/{n}.xml": voc_xml(f"{n}.jpg", [("cat", box, "")]) for n, box in objects.items()}
+    contents |= {f"images/{n}.jpg": jpeg() for n in objects}
+    with pytest.raises(UserError, match="from 0 in '0.xml object 1', from 1 in '1.xml object 1'.*--first-pixel"):
+        sets(tmp_path, contents)
+    rows, _, _, notes = sets(tmp_path, contents, first_pixel=0)
+    assert rows["0.jpg"]["instances"][0]["box"] == [0, 3, 9, 9] and notes == []
+
+
+def test_a_stale_file_name_is_never_another_xmls_picture(tmp_path):
+    contents = {f"xml/{n}.xml": voc_xml("1.jpg", [(f"class{n}", (3, 3, 9, 9), "")]) for n in range(1, 4)}
+    contents |= {f"images/{n}.jpg": jpeg(HEIGHT, WIDTH + n) for n in range(1, 4)}
+    contents = {k: v.replace("<size>", "<sizes>").replace("</size>", "</sizes>") if k.endswith("xml") else v
+                for k, v in contents.items()}  # fmt: skip
+    rows, rejected, _, _ = sets(tmp_path, contents)
+    assert list(rows) == ["1.jpg"]
+    assert {r["rule"] for r in rejected if r["kind"] == "images"} == {"other_image"}
+
+
+def test_a_stale_file_name_of_an_equal_picture_or_of_none_does_not_matter(tmp_path):
+    contents = {"xml/1.xml": voc_xml("IMG_7.JPG", [("cat", (3, 3, 9, 9), "")]), "images/1.jpg": jpeg(),
+                "xml/2.xml": voc_xml("copy.jpg", [("cat", (3, 3, 9, 9), "")]), "images/2.jpg": jpeg(),
+                "images/copy.jpg": jpeg()}  # fmt: skip
+    rows, rejected, _, _ = sets(tmp_path, contents)
+    assert (set(rows), rejected) == ({"1.jpg", "2.jpg"}, [])
+
+
+def test_a_picture_belongs_to_one_xml_and_lost_classes_leave_it(tmp_path):
+    contents = {"xml/1.xml": voc_xml("1.jpg", [("cat", (3, 3, 9, 9), "")]),
+                "xml/again.xml": voc_xml("1.jpg", [("dog", (3, 3, 9, 9), "")]),
+                "xml/2.xml": voc_xml("2.jpg", [("cat", (3, 3, 9, 9), "")]),
+                "images/1.jpg": jpeg(), "images/2.jpg": jpeg()}  # fmt: skip
+    rows, rejected, counts, _ = sets(tmp_path, contents)
+    assert {name: row["classes"] for name, row in rows.items()} == {"1.jpg": ["cat"], "2.jpg": ["cat", "dog"]}
+    assert [(r["kind"], r["origin"]) for r in rejected] == [
+        ("images", "again.xml"),
+        ("annotations", "again.xml object 1"),
+    ]
+    assert counts["images"] == {"in": 3, "written": 2, "rejected": 1}
+
+
+def test_sub_folders_have_pictures_and_masks_of_their_own(tmp_path):
+    labels = {name: np.zeros((HEIGHT, WIDTH), np.uint8) for name in "ab"}
+    labels["a"][2:9, 2:9], labels["b"][20:30, 20:30] = 1, 1
+    contents = {}
+    for name in "ab":
+        contents[f"xml/{name}/1.xml"] = voc_xml(
+            "1.jpg", [("cat", (3, 3, 30, 30), "")], extra=f"<folder>{name}</folder>"
+        )
+        contents[f"images/{name}/1.jpg"] = jpeg(HEIGHT, WIDTH)
+        contents[f"masks/{name}/1.png"] = png(labels[name])
+    rows, rejected, _, _ = sets(tmp_path, contents, masks=f"{tmp_path}/masks")
+    assert rejected == []
+    for name in "ab":
+        mask = Masks([rows[f"{name}/1.jpg"]["instances"][0]["mask"]], (HEIGHT, WIDTH)).to_arrays()[0]
+        assert (mask == labels[name].astype(bool)).all()
+
+
+def test_a_flat_mask_folder_serves_no_two_xml_files_of_one_name(tmp_path):
+    contents = {"masks/1.png": png(np.ones((HEIGHT, WIDTH)))}
+    for name in "ab":
+        contents |= {
+            f"xml/{name}/1.xml": voc_xml("1.jpg", [("cat", (3, 3, 30, 30), "")]),
+            f"images/{name}/1.jpg": jpeg(),
+        }
+    rows, _, _, _ = sets(tmp_path, contents, masks=f"{tmp_path}/masks")
+    assert [row["instances"][0]["mask"] for row in rows.values()] == [None, None]
+
+
+def test_folder_tag_of_a_flat_annotation_folder(tmp_path):
+    contents = {"xml/1.xml": voc_xml("1.jpg", [("cat", (3, 3, 9, 9), "")], extra="<folder>set</folder>"),
+                "images/set/1.jpg": jpeg(), "images/other/1.jpg": jpeg(30, 30)}  # fmt: skip
+    rows, rejected, _, _ = sets(tmp_path, contents)
+    assert (list(rows), rejected) == (["set/1.jpg"], [])
+
+
+def test_two_pictures_of_the_xmls_name_need_a_file_name(tmp_path):
+    contents = {"images/1.jpg": jpeg(), "images/1.png": png(np.zeros((HEIGHT, WIDTH, 3))), "images/2.JPG": jpeg(),
+                "xml/1.xml": voc_xml("", [("cat", (3, 3, 9, 9), "")]),
+                "xml/2.xml": voc_xml("2", [("cat", (3, 3, 9, 9), "")])}  # fmt: skip
+    rows, rejected, _, _ = sets(tmp_path, contents)
+    assert list(rows) == ["2.JPG"] and rejected[0]["rule"] == "ambiguous_image"
+    contents["xml/1.xml"] = voc_xml("1.png", [("cat", (3, 3, 9, 9), "")])
+    rows, rejected, _, _ = sets(tmp_path, contents)
+    assert (set(rows), rejected) == ({"1.png", "2.JPG"}, [])
+
+
+@pytest.mark.parametrize("encoding", ["iso-8859-1", "utf-16", "utf-8"])
+def test_xml_in_its_declared_encoding(tmp_path, encoding):
+    xml = f'<?xml version="1.0" encoding="{encoding}"?>' + voc_xml("1.jpg", [("Bär", (3, 3, 9, 9), "")])
+    rows, rejected, _, _ = sets(
+        tmp_path, {"xml/1.xml": xml.encode(encoding), "xml/._1.xml": b"x", "images/1.jpg": jpeg()}
+    )
+    assert rejected == [] and rows["1.jpg"]["classes"] == ["Bär"]
+
+
+TURNED = "<attributes><attribute><name>rotation</name><value>90.0</value></attribute></attributes>"
+ROBNDBOX = "<robndbox><cx>25</cx><cy>20</cy><w>30</w><h>10</h><angle>1.5707963</angle></robndbox>"
+
+
+@pytest.mark.parametrize("how", ["attribute", "robndbox"])
+def test_turned_rectangles(tmp_path, how):
+    xml = voc_xml("1.jpg", [("cat", (11, 16, 40, 25), TURNED if how == "attribute" else ROBNDBOX)])
+    if how == "robndbox":
+        xml = xml.replace("<bndbox><xmin>11</xmin><ymin>16</ymin><xmax>40</xmax><ymax>25</ymax></bndbox>", "")
+    rows, rejected, _, _ = sets(tmp_path, {"xml/1.xml": xml, "images/1.jpg": jpeg()})
+    assert rejected == []
+    (found,) = rows["1.jpg"]["instances"]
+    assert found["box"] == pytest.approx([20, 5, 30, 35], abs=1e-4) and found["area"] == pytest.approx(300, abs=10)
+
+
+def test_flags_are_strict(tmp_path):
+    objects = [("cat", (3 * n, 3, 3 * n + 9, 9), f"<difficult>{flag}</difficult>") for n, flag in
+               enumerate(("0", "false", "", "1", "True", "maybe"), start=1)]  # fmt: skip
+    row, rejected, _ = one(tmp_path, objects)
+    assert [i["crowd"] for i in row["instances"]] == [False, False, False, True, True]
+    assert "difficult must be 0, 1, true or false, got 'maybe'" in rejected[0]["reason"]

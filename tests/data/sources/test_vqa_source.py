@@ -168,3 +168,30 @@ def test_real_photos(test_data, tmp_path):
     assert rejected == []
     assert counts["questions"]["written"] == len(images)
     assert all(row["messages"][0]["turns"][1]["content"] == str(row["width"]) for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("record", "answer"),
+    [({"answer": 2}, "2"), ({"answer": 2.0}, "2"), ({"answer": 2.5}, "2.5"), ({"answer": True}, "yes"),
+     ({"answer": False}, "no"), ({"answers": [2, 2, 3]}, "2"), ({"answers": ["", "red", None, "red"]}, "red"),
+     ({"answers": [{"answer": 0}]}, "0")],
+)  # fmt: skip
+def test_answers_by_value(make, record, answer):
+    rows, rejected, _ = prepared(make([{"image": NAMES[0], "question": "a ?", **record}]))
+    assert rejected == [] and asked(rows)[NAMES[0]] == [("a ?", answer)]
+
+
+def test_question_ids_compare_by_value_and_two_answers_are_none(make):
+    questions = [{"image": NAMES[0], "question": f"{n} ?", "question_id": n} for n in ("1", 2.0, 3)]
+    answers = [{"question_id": 1, "answer": "a"}, {"question_id": "2", "answer": "b"}]
+    answers += [{"question_id": 3, "answer": text} for text in "cd"]
+    rows, rejected, _ = prepared(make({"questions": questions}, {"annotations": answers}))
+    assert [a for _, a in asked(rows)[NAMES[0]]] == ["a", "b"]
+    assert rejected[0]["reason"] == "two different annotations answer question 3"
+
+
+def test_no_question_lands_on_another_sets_picture(make):
+    records = [{"image": f"{s}/{NAMES[0]}", "question": "a ?", "answer": s} for s in ("gqa", "vg")]
+    rows, rejected, _ = prepared(make([*records, {"image": NAMES[1], "question": "a ?", "answer": "x"}]))
+    assert [row["image_id"] for row in rows] == [NAMES[1]]
+    assert {r["rule"] for r in rejected} == {"ambiguous_image", "image_rejected"}

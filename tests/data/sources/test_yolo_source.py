@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
-from support.source_fakes import HEIGHT, WIDTH, jpeg, prepared, write, yolo_set
+from support.source_fakes import HEIGHT, WIDTH, jpeg, png, prepared, write, yolo_set
 
 from lumen_ray.data.batches.transforms import mirror_order
 from lumen_ray.data.shards import shards
@@ -248,3 +248,62 @@ def test_arguments_that_do_not_go_together_are_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             YoloSource(**options)
+
+
+def listed(tmp_path, contents, **options):
+    source = YoloSource(**(options or {"data": f"{write(tmp_path, contents)}/data.yaml"}))
+    return *prepared(source, tmp_path / "out"), source.read_listing().notes
+
+
+def test_images_that_share_a_label_file_are_rejected(tmp_path):
+    contents = yolo_set() | {"images/train/0.png": png(np.zeros((HEIGHT, WIDTH, 3)))}
+    rows, rejected, counts, _ = listed(tmp_path, contents)
+    assert set(rows) == {"1.jpg", "2.jpg"}
+    assert [(r["image_id"], r["rule"]) for r in rejected] == [
+        ("0.jpg", "ambiguous_label"),
+        ("0.png", "ambiguous_label"),
+    ]
+    assert counts["images"] == {"in": 4, "written": 2, "rejected": 2}
+
+
+@pytest.mark.parametrize(("image", "label"), [("a b.JPG", "a b.TXT"), ("e\u0301.jpg", "\u00e9.txt")])
+def test_labels_are_found_in_another_spelling(tmp_path, image, label):
+    contents = {"data.yaml": "train: images\nnames: [cat]\n", f"images/{image}": jpeg(),
+                f"labels/{label}": "0 .5 .5 .2 .2\n", "images/b.jpg": jpeg(), "labels/b.txt": ""}  # fmt: skip
+    rows, _, _, notes = listed(tmp_path, contents)
+    assert len(rows[image]["instances"]) == 1 and notes == []
+
+
+def test_files_that_are_left_out_are_named(tmp_path):
+    contents = yolo_set() | {"images/train/3.heic": b"x", "labels/train/3.txt": "0 .5 .5 .2 .2\n",
+                             "images/train/._0.jpg": b"x", "labels/train/classes.txt": "cat\ndog\n",
+                             "images/train/4.jfif": jpeg(), "labels/train/4.txt": ""}  # fmt: skip
+    rows, rejected, _, notes = listed(tmp_path, contents)
+    assert rejected == [] and set(rows) == {"0.jpg", "1.jpg", "2.jpg", "4.jfif"}
+    assert notes == [
+        "1 file in 'train' left out, not of a picture format that is read: .heic 1",
+        "1 label files belong to no image that is read: '3.txt'",
+    ]
+
+
+YAMLS = {
+    "quoted numbers": ('nc: "2"\nnames:\n  "0": cat\n  "1": dog\n', ["cat", "dog"]),
+    "booleans": ("names: [yes, no]\n", ["yes", "no"]),
+    "numbers": ("names: [2020, 010]\nnc: 2.0\n", ["2020", "010"]),
+    "null": ("names: [null, ~]\nval:\ntest: null\n", ["null", "~"]),
+}
+
+
+@pytest.mark.parametrize(("yaml", "names"), YAMLS.values(), ids=YAMLS)
+def test_class_names_are_texts(tmp_path, yaml, names):
+    contents = yolo_set() | {"data.yaml": f"train: images/train\n{yaml}"}
+    rows, _, _, _ = listed(tmp_path, contents)
+    assert rows["0.jpg"]["classes"] == names
+    with pytest.raises(UserError, match="has no split 'test'"):
+        YoloSource(f"{tmp_path}/data.yaml", "test").read_listing()
+
+
+def test_a_thin_polygon_keeps_its_box(tmp_path):
+    row, rejected, _ = one(tmp_path, "0 0.1 0.1 0.9 0.1 0.9 0.105 0.1 0.105\n")
+    assert rejected == []
+    assert row["instances"][0]["mask"] is None and row["classes"] == ["cat", "dog"]
