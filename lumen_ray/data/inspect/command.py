@@ -46,6 +46,7 @@ def sections(s: Statistics, top: int = TOP) -> list[Section]:
         Section("records", ("kind", "in", "written", "rejected"),
                 [(kind, c["in"], c["written"], c["rejected"]) for kind, c in s.counts.items()]),
         Section("records changed", ("change", "number"), list(s.changed.items())),
+        Section("notes of prepare", ("note",), [(note,) for note in s.notes]),
         Section("rejected because", ("reason", "for example", "records"), _reason_rows(s, top), first_number=2),
     ]  # fmt: skip
     return [section for section in found if section.rows]

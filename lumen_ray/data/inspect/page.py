@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from string import Template
@@ -145,7 +146,7 @@ def _edited_picture(encoded: bytes) -> str:
     except UserError as error:
         return f"<div class=none>{safe(error)}</div>"
     edited.thumbnail((STORED_SIDE, STORED_SIDE), Image.Resampling.LANCZOS)
-    return f'<img class=zoom loading=lazy src="{_url(edited)}" alt="stored picture after the edit">'
+    return f'<img class=zoom loading=lazy src="{data_url(edited)}" alt="stored picture after the edit">'
 
 
 def _stored_picture(
@@ -164,7 +165,7 @@ def _stored_picture(
     )
     _draw_regions(drawn, row, upscale_factor(image.shape[:2]))
     drawn.thumbnail((STORED_SIDE, STORED_SIDE), Image.Resampling.LANCZOS)
-    return f'<img class=zoom loading=lazy src="{_url(drawn)}" alt="stored image with its annotations">'
+    return f'<img class=zoom loading=lazy src="{data_url(drawn)}" alt="stored image with its annotations">'
 
 
 def predictions(row: Row, names: dict[str, tuple[str, ...]]) -> list[Prediction]:
@@ -206,7 +207,14 @@ def _draw_regions(picture: Image.Image, row: Row, scale: int) -> None:
         pen.text(spot, f"region {number}", fill=(255, 255, 255), stroke_width=2, stroke_fill=(0, 0, 0), font_size=13)
 
 
-def _url(picture: Image.Image, kind: str = "JPEG") -> str:
+def style() -> str:
+    """The style sheet, for other pages of this kind."""
+    match = re.search(r"<style>(.*?)</style>", _PAGE.template, re.DOTALL)
+    assert match is not None, "inspect.html has one style sheet"
+    return match[1]
+
+
+def data_url(picture: Image.Image, kind: str = "JPEG") -> str:
     buffer = io.BytesIO()
     picture.save(buffer, kind, **({"quality": 88} if kind == "JPEG" else {}))
     return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()
@@ -217,7 +225,7 @@ def _model_input(view: View, prompts: list[Prompt], colours: dict[str, Colour]) 
     made, size = "", ""
     target = next((p.picture for p in prompts if p.picture is not None), None)  # a row has one
     if target is not None:
-        made = f'<img loading=lazy src="{_url(Image.fromarray(target), "PNG")}" alt="to make">'
+        made = f'<img loading=lazy src="{data_url(Image.fromarray(target), "PNG")}" alt="to make">'
         size = f", and {target.shape[1]}×{target.shape[0]} to make"
     if not bool(view.batch.has_image[0]):
         return f"{_pair('<div class=none>no image</div>', made)}<figcaption><i>model input</i>{size}</figcaption>"
@@ -227,7 +235,7 @@ def _model_input(view: View, prompts: list[Prompt], colours: dict[str, Colour]) 
     lost = _lost(view.row, prompts)
     left_out = f"<p>{lost} objects of the prompted classes are not in it: cropped away or too small</p>" * bool(lost)
     drawn = (
-        f'<div class=input><img loading=lazy src="{_url(Image.fromarray(pixels), "PNG")}" alt="model input">'
+        f'<div class=input><img loading=lazy src="{data_url(Image.fromarray(pixels), "PNG")}" alt="model input">'
         f'<svg viewBox="0 0 {width} {height}">{layers}</svg></div>'
     )
     beside = ", and the picture to make of it" if made else ""
@@ -281,7 +289,7 @@ def _layer(prompt: Prompt, colour: Colour, view: View, size: tuple[int, int]) ->
 def _mask_image(mask: np.ndarray, colour: Colour, width: int, height: int) -> str:
     pixels = np.zeros((*mask.shape, 4), np.uint8)
     pixels[mask > 0] = (*colour, 110)
-    url = _url(Image.fromarray(pixels), "PNG")
+    url = data_url(Image.fromarray(pixels), "PNG")
     return f'<image href="{url}" width="{width}" height="{height}" preserveAspectRatio="none"/>'
 
 

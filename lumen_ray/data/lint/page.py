@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -12,8 +11,7 @@ from PIL import Image
 
 from lumen_ray.data import rle as rle_tools
 from lumen_ray.data.images import decode
-from lumen_ray.data.inspect import page as inspect_page
-from lumen_ray.data.inspect.page import MAX_NAMED, STORED_SIDE, predictions, safe
+from lumen_ray.data.inspect.page import MAX_NAMED, STORED_SIDE, data_url, predictions, safe, style
 from lumen_ray.data.lint.findings import Finding, Report, Row, Sample
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Masks
@@ -35,19 +33,11 @@ def page(report: Report, categories: list[dict[str, Any]]) -> str:
     samples = f"<h2>Samples</h2><div class=cards>{''.join(cards)}</div>" if cards else ""
     return _PAGE.substitute(
         title=safe(report.title),
-        style=_inspect_style(),
+        style=style(),
         facts=_facts(report),
         table=_table(report.findings),
         samples=samples,
     )
-
-
-def _inspect_style() -> str:
-    """The style sheet of the page of `data inspect`."""
-    text = Path(inspect_page.__file__).with_name("inspect.html").read_text()
-    match = re.search(r"<style>(.*?)</style>", text, re.DOTALL)
-    assert match is not None, "inspect.html has one style sheet"
-    return match[1]
 
 
 def _facts(report: Report) -> str:
@@ -152,7 +142,7 @@ def _picture(image: np.ndarray, instances: list[dict[str, Any]], categories: lis
         draw(image, found, edges=edges, colours=colours, labels=len(instances) <= MAX_NAMED, scores=False)
     )
     drawn.thumbnail((STORED_SIDE, STORED_SIDE), Image.Resampling.LANCZOS)
-    return f'<img class=zoom loading=lazy src="{inspect_page._url(drawn)}" alt="stored image and objects concerned">'
+    return f'<img class=zoom loading=lazy src="{data_url(drawn)}" alt="stored image and objects concerned">'
 
 
 def _with_fitting_keypoints(instances: list[dict[str, Any]], categories: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -52,7 +52,8 @@ class Statistics:
     keypoints: int = 0
     crowds: int = 0
     counts: dict[str, dict[str, int]] = field(default_factory=dict)  # kind of record -> in, written, rejected
-    changed: dict[str, int] = field(default_factory=dict)  # records cut at the border of the image, by change
+    changed: dict[str, int] = field(default_factory=dict)  # parts of records that were cut or dropped, by change
+    notes: list[str] = field(default_factory=list)  # how the input was read
     reasons: Counter[str] = field(default_factory=Counter)  # rejected records by `general` reason
     examples: dict[str, str] = field(default_factory=dict)  # general reason -> one record rejected for it
 
@@ -110,7 +111,7 @@ def gather(folder: urls.Location, progress: Callable[[int, int], None] | None = 
     manifest = read_manifest(folder)
     s = Statistics(files=len(manifest["files"]), bytes=sum(f["bytes"] for f in manifest["files"]))
     s.tasks, s.counts = dict(manifest["tasks"]), manifest.get("counts", {})
-    s.changed = manifest.get("changed", {})
+    s.changed, s.notes = manifest.get("changed", {}), manifest.get("notes", [])
     for entry in manifest["files"]:
         with open_file(folder, entry["path"]) as parquet:
             for batch in parquet.iter_batches(BATCH_ROWS, columns=_COLUMNS):
