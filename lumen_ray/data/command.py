@@ -219,7 +219,7 @@ def _data_lint(parser_class: type, args: argparse.Namespace) -> int:
     from lumen_ray.data.lint.command import is_source, lint, print_report
     from lumen_ray.data.sources.registry import SOURCES
 
-    source = SOURCES[args.input] if is_source(args.input) else None
+    source = SOURCES[args.input] if is_source(args.input, args.rest) else None
     about = f"{source.help}. {source.layout}".strip() if source else "Checks a shard folder."
     parser = parser_class(prog=f"lumen-ray data lint {args.input}", description=about)
     for argument in source.arguments if source else ():

@@ -32,13 +32,16 @@ _AGAINST_COLUMNS = ("image_id", "image", "height", "width")
 _STYLES: dict[Severity, str] = {"problem": "bold red", "warning": "yellow", "note": "dim"}
 
 
-def is_source(name: str) -> bool:
-    """Whether the command's input names a source: an existing shard folder of that name comes first.
+def is_source(name: str, words: Sequence[str] = ()) -> bool:
+    """Whether the command's input names a source. A shard folder of that name comes first, unless one of the `words`
+    behind it is an option of the source.
 
     Raises `UserError` if it is neither a source nor a folder.
     """
     if name in SOURCES:
-        return not files.is_file(urls.join(urls.absolute(name), MANIFEST))
+        options = {"--" + argument.name.replace("_", "-") for argument in SOURCES[name].arguments}
+        given = any(word.split("=")[0] in options for word in words)
+        return given or not files.is_file(urls.join(urls.absolute(name), MANIFEST))
     if not files.exists(name) and not urls.is_url(name):
         raise UserError(
             f"'{name}' is neither a shard folder nor a source;{suggest(name, SOURCES)} sources: {', '.join(SOURCES)}",

@@ -228,6 +228,7 @@ def test_a_folder_of_shards_comes_before_a_source_of_its_name(tmp_path, monkeypa
     assert is_source("coco") and is_source("yolo")
     write_shards(tmp_path / "coco", clean_rows())
     assert not is_source("coco") and is_source("yolo")
+    assert is_source("coco", ["--strict", "--annotations=a.json"]) and not is_source("coco", ["--strict"])
     assert run("coco", "--output", "out") == 0
     assert report_of(tmp_path / "out")["kind"] == "shards"
 
@@ -335,7 +336,7 @@ def test_pictures_decode_as_the_tests_assume():
 def test_the_commands_in_the_docs_parse_completely(monkeypatch):
     found = []
     monkeypatch.setattr("lumen_ray.data.lint.command.lint", lambda data, *_, **options: found.append((data, options)))
-    monkeypatch.setattr("lumen_ray.data.lint.command.is_source", lambda name: name in SOURCES)
+    monkeypatch.setattr("lumen_ray.data.lint.command.is_source", lambda name, words: name in SOURCES)
     text = DOCS.read_text(encoding="utf-8").replace("\\\n", " ")
     lines = [shlex.split(line)[1:] for line in text.splitlines() if line.startswith("lumen-ray data lint")]
     for line in lines:
