@@ -181,10 +181,11 @@ def prepared_lines(summary: dict[str, Any]) -> list[str]:
 
 def prepared_line(summary: dict[str, Any]) -> str:
     """The summary of `prepare` in one line."""
-    tasks = ", ".join(f"{name} {count}" for name, count in summary["tasks"].items())
-    rejected = f"; {summary['rejected']} rejected, see rejected.parquet" if summary["rejected"] else ""
-    changed = "".join(f"; {number} {what}" for what, number in summary["changed"].items())
-    return f"{summary['rows']} rows in {summary['files']} files -> {summary['output']} ({tasks}{rejected}{changed})"
+    parts = [", ".join(f"{name} {count}" for name, count in summary["tasks"].items()) or "no task"]
+    if summary["rejected"]:
+        parts.append(f"{summary['rejected']} rejected, see rejected.parquet")
+    parts += [f"{number} {what}" for what, number in summary["changed"].items()]
+    return f"{summary['rows']} rows in {summary['files']} files -> {summary['output']} ({'; '.join(parts)})"
 
 
 def _data_export(args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ import glob as local_glob
 import os
 import re
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -125,7 +126,18 @@ def open_input(location: Location) -> Any:
     """Opens a seekable binary file, a pyarrow `NativeFile` (a context manager). Raises as described in the module."""
     with as_user_error(location):
         store, path = filesystem(location)
+        if not is_url(location) and _is_special(path):
+            raise UserError(f"'{shown(location)}' is a pipe or device, not a file", "unreadable_file")
         return store.open_input_file(path)
+
+
+def _is_special(path: str) -> bool:
+    """Whether a local path is a pipe, socket or device, of which opening may never return."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def read_bytes(location: Location) -> bytes:
@@ -198,7 +210,14 @@ def list_files(folder: Location, suffixes: Iterable[str] = (), recursive: bool =
         store, path = filesystem(folder)
         found = store.get_file_info(fs.FileSelector(path, recursive=recursive))
     root = path.rstrip("/") + "/"
-    names = (i.path.lstrip("/").removeprefix(root.lstrip("/")) for i in found if i.type == fs.FileType.File)
+    try:
+        paths = [i.path for i in found if i.type == fs.FileType.File]
+    except UnicodeDecodeError as error:
+        name = error.object.decode("utf-8", "backslashreplace")
+        raise UserError(
+            f"'{name}' has a name that is not UTF-8; rename the file or its folder", "invalid_name"
+        ) from None
+    names = (path.lstrip("/").removeprefix(root.lstrip("/")) for path in paths)
     return sorted(name for name in names if not endings or name.lower().endswith(endings))
 
 
@@ -347,6 +366,13 @@ def remove(location: Location, missing_ok: bool = True) -> None:
         store, path = filesystem(location)
         if is_file(location) or not missing_ok:
             store.delete_file(path)
+
+
+def remove_empty_folder(folder: Location) -> None:
+    """Deletes a local folder if it is empty."""
+    if not is_url(folder):
+        with suppress(OSError):
+            os.rmdir(split(folder)[1])
 
 
 def remove_folder(folder: Location) -> None:

@@ -1,9 +1,9 @@
 """Which files are pictures, and which file is the picture that annotations name.
 
 A name is looked up below the image folder as it is written. If there is no such file, annotations often come from
-another machine: the name is then tried with ``/`` for a backslash, with ``%20`` decoded, in both Unicode forms and with
-its suffix in the other case, then without its folders. Such a guess is made only if no other listed name could mean
-the same file, and if exactly one file fits; otherwise annotations of one picture would land on another one's pixels.
+another machine: the name is then tried in other spellings (``/`` for a backslash, ``%20`` decoded, both Unicode forms,
+its suffix in another case), then without its folders. Each step is taken only if no other listed name could mean the
+same file by it, and if exactly one file fits; otherwise annotations of one picture would land on another one's pixels.
 """
 
 from __future__ import annotations
@@ -70,30 +70,42 @@ def identity(name: str) -> str:
     return posixpath.normpath(name.replace("\\", "/"))
 
 
+def path_key(name: str) -> str:
+    """A key that is equal for all names that are spellings of one path."""
+    path = unicodedata.normalize("NFC", unquote(identity(name)))
+    stem, suffix = posixpath.splitext(path)
+    return stem + suffix.lower()
+
+
 def bare_key(name: str) -> str:
     """A key that is equal for all names that could be taken for the same file once their folders are left out."""
-    base = unicodedata.normalize("NFC", unquote(identity(name))).rpartition("/")[2]
-    stem, suffix = posixpath.splitext(base)
-    return stem + suffix.lower()
+    return path_key(name).rpartition("/")[2]
+
+
+#: how far the file of a listed name may be guessed: not at all, by its spelling, or also without its folders
+EXACT, SPELLING, BARE = range(3)
 
 
 class ListedNames:
     """The names that annotations list, to find those whose file must not be guessed."""
 
     def __init__(self, names: Iterable[str] = ()) -> None:
-        self._first: dict[str, str] = {}
-        self._shared: set[str] = set()
+        self._first: dict[tuple[bool, str], str] = {}
+        self._shared: set[tuple[bool, str]] = set()
         for name in names:
             self.add(name)
 
     def add(self, name: str) -> None:
-        key, this = bare_key(name), identity(name)
-        if self._first.setdefault(key, this) != this:
-            self._shared.add(key)
+        this = identity(name)
+        for key in ((False, path_key(name)), (True, bare_key(name))):
+            if self._first.setdefault(key, this) != this:
+                self._shared.add(key)
 
-    def is_alone(self, name: str) -> bool:
-        """Whether no other listed name could mean the same file."""
-        return bare_key(name) not in self._shared
+    def trust(self, name: str) -> int:
+        """How far its file may be guessed: `EXACT`, `SPELLING` or `BARE`."""
+        if (False, path_key(name)) in self._shared:
+            return EXACT
+        return SPELLING if (True, bare_key(name)) in self._shared else BARE
 
 
 def unique_id(name: str, times: Counter[str]) -> str:
@@ -142,20 +154,22 @@ def spellings(name: str) -> Iterator[str]:
         for text in (form, unquote(form)):
             for normal in (text, *(unicodedata.normalize(kind, text) for kind in ("NFC", "NFD"))):
                 stem, suffix = posixpath.splitext(normal)
-                found |= dict.fromkeys([normal, stem + suffix.lower(), stem + suffix.upper()])
+                cases = (suffix, suffix.lower(), suffix.upper(), "." + suffix[1:].capitalize() if suffix else "")
+                found |= dict.fromkeys(stem + case for case in cases)
     del found[name]
     yield from found
 
 
-def read_picture(folder: str, names: str | Sequence[str], alone: bool = True) -> bytes:
+def read_picture(folder: str, names: str | Sequence[str], trust: int = BARE) -> bytes:
     """The encoded bytes of a picture below `folder`.
 
-    `names`: its name, or several of which the first that exists counts; `alone`: whether no other listed name could
-    mean the same file (`ListedNames.is_alone`), so that it may be searched by the rule of the module.
+    `names`: its name, or several of which the first that exists counts; `trust`: of `ListedNames`, how far its file may
+    be guessed by the rule of the module.
 
     Raises `UserError` (`missing_image`, `ambiguous_image`), `StoreError` if the store is unreachable.
     """
     names = [names] if isinstance(names, str) else list(names)
+    shown = names[0] if len(names[0]) <= 120 else names[0][:117] + "..."
     for name in names:
         try:
             return files.read_bytes(urls.join(folder, name))
@@ -163,30 +177,31 @@ def read_picture(folder: str, names: str | Sequence[str], alone: bool = True) ->
             raise
         except UserError as error:
             if error.reason != "missing_file":
-                raise UserError(f"the image file '{name}' cannot be opened", "missing_image") from None
-    if not alone:
-        raise UserError(
-            f"the image file '{names[0]}' is missing, and other listed images have the same file name, so a file of "
-            "that name in another folder may be any one's",
-            "ambiguous_image",
-        )
-    for candidates in _guesses(names):
+                raise UserError(f"the image file '{shown}' cannot be opened", "missing_image") from None
+    for candidates in _guesses(names, trust):
         found = {data for name in candidates if (data := _read_if_there(urls.join(folder, name))) is not None}
         if len(found) > 1:
-            raise UserError(
-                f"the image file '{names[0]}' is missing, and several similar names exist", "ambiguous_image"
-            )
+            raise UserError(f"the image file '{shown}' is missing, and several similar names exist", "ambiguous_image")
         if found:
             return found.pop()
-    raise UserError(f"the image file '{names[0]}' is missing", "missing_image")
+    if trust != BARE:
+        raise UserError(
+            f"the image file '{shown}' is missing, and other listed images have the same file name, so a file of that "
+            "name in another folder may be any one's",
+            "ambiguous_image",
+        )
+    raise UserError(f"the image file '{shown}' is missing", "missing_image")
 
 
-def _guesses(names: Sequence[str]) -> Iterator[list[str]]:
+def _guesses(names: Sequence[str], trust: int) -> Iterator[list[str]]:
     """Names to try, in order of trust."""
-    bare = list(dict.fromkeys(urls.base_name(name) for name in names if urls.base_name(name)))
+    if trust == EXACT:
+        return
     yield [spelling for name in names for spelling in spellings(name)]
-    yield bare
-    yield [spelling for name in bare for spelling in spellings(name)]
+    if trust == BARE:
+        bare = list(dict.fromkeys(urls.base_name(name) for name in names if urls.base_name(name)))
+        yield bare
+        yield [spelling for name in bare for spelling in spellings(name)]
 
 
 def _read_if_there(location: str) -> bytes | None:

@@ -23,13 +23,28 @@ def id_key(value: Any) -> str | None:
     if isinstance(value, bool):
         return None
     if isinstance(value, int):
-        return str(value) if abs(value) < 1 << 64 else None
+        return str(value) if abs(value) < 10**40 else None
     if isinstance(value, float):
         return str(int(value)) if math.isfinite(value) and value == int(value) else None
     if isinstance(value, str):
         text = value.strip()
         return str(int(float(text)) if "." in text else int(text)) if _WHOLE.fullmatch(text) else text or None
     return None
+
+
+def name_text(value: Any) -> str | None:
+    """The name of a class: a text, or a number as one (0 as "0"); None for anything else, or if it is blank."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    text = " ".join(value.split()) if isinstance(value, str) else id_key(value)
+    if not text or any(char == "\0" or "\ud800" <= char <= "\udfff" for char in text):
+        return None
+    return text
+
+
+def is_file_name(value: Any) -> bool:
+    """Whether a value can be the name of a file: a text that can be stored and opened."""
+    return isinstance(value, str) and bool(value) and not any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value)
 
 
 def flag(value: Any, what: str) -> bool:

@@ -39,8 +39,8 @@ def test_a_note_names_the_most_frequent_suffixes():
 def test_images_are_found_by_bare_name_too(tmp_path):
     write(tmp_path, {"sub/b.jpg": b"b", "a.jpg": b"a"})
 
-    def find(*names, alone=True):
-        return pictures.read_picture(str(tmp_path), names, alone)
+    def find(*names, trust=pictures.BARE):
+        return pictures.read_picture(str(tmp_path), names, trust)
 
     assert find("sub/b.jpg") == b"b"
     assert find("/home/someone/a.jpg") == b"a"
@@ -50,10 +50,11 @@ def test_images_are_found_by_bare_name_too(tmp_path):
         with pytest.raises(UserError) as error:
             find(name)
         assert error.value.reason == "missing_image"
-    assert find("sub/b.jpg", alone=False) == b"b"
-    with pytest.raises(UserError, match="other listed images have the same file name") as error:
-        find("cam2/a.jpg", alone=False)
-    assert error.value.reason == "ambiguous_image"
+    assert find("sub/b.jpg", trust=pictures.EXACT) == find("sub\\b.JPG", trust=pictures.SPELLING) == b"b"
+    for name, trust in (("cam2/a.jpg", pictures.SPELLING), ("sub/b.JPG", pictures.EXACT)):
+        with pytest.raises(UserError, match="other listed images have the same file name") as error:
+            find(name, trust=trust)
+        assert error.value.reason == "ambiguous_image"
 
 
 NFC, NFD = (unicodedata.normalize(form, "é.jpg") for form in ("NFC", "NFD"))
@@ -70,8 +71,6 @@ def test_a_similar_name_is_taken_if_it_is_the_only_one(tmp_path, there, listed):
 
 
 def test_of_two_similar_names_none_is_taken_unless_they_are_equal(tmp_path):
-    write(tmp_path, {"a.JPG": b"1", "a.Jpg": b"0", f"sub/{NFC}": b"2", f"sub/{NFD}": b"3"})
-    assert pictures.read_picture(str(tmp_path), "a.jpg") == b"1"
     write(tmp_path, {"b c.JPG": b"1", "b%20c.JPG": b"2"})
     with pytest.raises(UserError, match="several similar names exist"):
         pictures.read_picture(str(tmp_path), "b%20c.jpg")
@@ -79,13 +78,14 @@ def test_of_two_similar_names_none_is_taken_unless_they_are_equal(tmp_path):
     assert pictures.read_picture(str(tmp_path), "b%20c.jpg") == b"2"
 
 
-def test_names_that_could_mean_one_file_are_not_alone():
+def test_how_far_names_may_be_guessed():
     names = ["cam1/1.jpg", "cam2/1.jpg", "2.jpg", "./2.jpg", "3.JPG", "3.jpg", "a b.png", "a%20b.png", f"x/{NFC}",
              f"y/{NFD}", "sub\\4.jpg", "sub/4.jpg", "5.jpg", "5.png"]  # fmt: skip
     listed = pictures.ListedNames(names)
-    asked = ["cam1/1.jpg", "2.jpg", "3.jpg", "a b.png", NFC, "sub/4.jpg", "5.jpg", "5.png", "other/9.jpg"]
-    alone = [name for name in asked if listed.is_alone(name)]
-    assert alone == ["2.jpg", "sub/4.jpg", "5.jpg", "5.png", "other/9.jpg"]
+    by_trust = {trust: {name for name in names if listed.trust(name) == trust} for trust in range(3)}
+    assert by_trust[pictures.EXACT] == {"3.JPG", "3.jpg", "a b.png", "a%20b.png"}
+    assert by_trust[pictures.SPELLING] == {"cam1/1.jpg", "cam2/1.jpg", f"x/{NFC}", f"y/{NFD}"}
+    assert by_trust[pictures.BARE] == {"2.jpg", "./2.jpg", "sub\\4.jpg", "sub/4.jpg", "5.jpg", "5.png"}
 
 
 @given(st.lists(st.sampled_from(["a", "a#2", "a#3", "b", "a#2#2"]), max_size=12))

@@ -83,6 +83,7 @@ def prepare_source(
         if not entries:
             raise UserError(_no_row(source, counts, rejected), "empty_input")
         limit.check(counts, rejected)
+        _check_unknown(counts, rejected)
         _check_ids(results, staging)
         origin = {"kind": source.kind, "shuffle_seed": shuffle_seed, **source.settings(), **listing.origin}
         changed = sum((Counter(result["changed"]) for result in results), Counter())
@@ -93,6 +94,7 @@ def prepare_source(
         _publish(output, staging, manifest, rejected)
     finally:
         files.remove_folder(staging)
+        files.remove_empty_folder(output)  # if nothing was written
     size = sum(entry["bytes"] for entry in entries)
     summary = {key: manifest[key] for key in ("rows", "tasks", "counts", "rejected", "changed", "untrained", "notes")}
     return {"output": urls.shown(output), "files": len(entries), "bytes": size, **summary, "rules": _rules(rejected)}
@@ -159,6 +161,22 @@ def _no_row(source: Source, counts: dict[str, dict[str, int]], rejected: Sequenc
     first = next((r for r in roots if r["kind"] == source.row_kind), next(iter(roots), None))
     why = f"; the first, {_told(first)}" if first else ""
     return f"none of {counts[source.row_kind]['in']} {source.row_kind} can be used{why}"
+
+
+def _check_unknown(counts: Mapping[str, Mapping[str, int]], rejected: Sequence[Rejected]) -> None:
+    """Raises `UserError` with the first reason if more than half of a kind of record is of unknown category or image:
+    then the list of classes does not belong to the annotations."""
+    unknown: dict[str, list[Rejected]] = {}
+    for record in rejected:
+        if record["rule"] in ("unknown_category", "unknown_image"):
+            unknown.setdefault(record["kind"], []).append(record)
+    for kind, records in unknown.items():
+        if 2 * len(records) > counts[kind]["in"]:
+            raise UserError(
+                f"{len(records)} of {counts[kind]['in']} {kind} name a class or an image that is not listed; the "
+                f"first, {_told(records[0])}; nothing was written",
+                "invalid_annotations",
+            )
 
 
 class _RejectedLimit:
@@ -256,7 +274,7 @@ class _Writer:
         ids: list[int] = []
 
         def rows() -> Iterator[dict[str, Any]]:
-            for record in json.loads(unit["payload"]):
+            for record in _loaded(unit["payload"]):
                 for outcome in self.source.rows(record, self.shared):
                     rejected.extend(outcome.rejected)
                     came_in.update(outcome.came_in)
@@ -305,6 +323,13 @@ class _Writer:
                 window[chosen], window[-1] = window[-1], window[chosen]
                 yield window.pop()
         yield from (window[i] for i in rng.permutation(len(window)))
+
+
+def _loaded(payload: str) -> list[Any]:
+    try:
+        return json.loads(payload)
+    except RecursionError:
+        raise UserError("a record is nested too deeply to be read", "invalid_annotations") from None
 
 
 def _id_hash(image_id: str) -> int:

@@ -30,6 +30,7 @@ from lumen_ray.data.sources.chat_media import (
     check_markers,
     conversation_image,
     read_content,
+    turn_images,
 )
 from lumen_ray.data.sources.groups import Images, finished_group, lost_group, open_group
 from lumen_ray.data.sources.objects import make_instance, read_mask
@@ -81,7 +82,7 @@ class ChatSource(Source):
             if not files.is_dir(self.images):
                 raise UserError(f"image folder '{self.images}' does not exist", "missing_images")
         groups = Images(ITEMS)
-        for location in self.conversations:
+        for location in dict.fromkeys(self.conversations):
             for origin, record in load_records(location, ("conversations", "data", "annotations")):
                 self._add(groups, origin, record)
         return Listing(groups.listing(), {"samples": len(groups), ITEMS: groups.listed}, rejected=groups.rejected)
@@ -167,7 +168,7 @@ def _turns(record: Record) -> tuple[list[dict[str, str]], list[ImageRef]]:
         if role is None:
             raise UserError(f"turn {number} needs 'from' (human, gpt or system) and a text 'value'", "invalid_turn")
         text, found = read_content(content, number)
-        images += found
+        images += found + turn_images(entry, number)
         if role == "system" and number == 0:
             heads += [text.strip()] if text.strip() not in heads else []
         elif role != ("assistant" if len(turns) % 2 else "user"):

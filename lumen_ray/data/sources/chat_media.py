@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from lumen_ray.data.pictures import SUFFIXES
+from lumen_ray.data.pictures import SUFFIXES, bare_key, identity
 from lumen_ray.data.sources.record_parsing import IMAGE_ID_KEYS, IMAGE_KEYS, ImageRef, Record, image_ref, short
 from lumen_ray.errors import UserError
 
@@ -18,25 +18,51 @@ IMAGE_MARKER = "<image>"
 TURN_KEYS = ("conversations", "conversation", "messages")
 #: words of keys that name a picture, or a clip or sound; and of keys that describe one without naming it
 _PICTURE_WORDS = frozenset(
-    ["image", "images", "img", "imgs", "photo", "photos", "picture", "pictures", "pic", "pics", "frame", "frames"]
+    [
+        "image",
+        "images",
+        "img",
+        "imgs",
+        "photo",
+        "photos",
+        "picture",
+        "pictures",
+        "pic",
+        "pics",
+        "frame",
+        "frames",
+        "pixel",
+    ]
+    + ["screenshot", "screenshots", "thumbnail", "visual", "visuals", "media", "attachment", "attachments"]
 )
 _OTHER_WORDS = frozenset(
     ["video", "videos", "audio", "audios", "sound", "sounds", "speech", "clip", "clips", "movie", "music", "voice"]
+    + ["youtube"]
 )
 _DESCRIPTIONS = frozenset(
-    ["id", "ids", "size", "sizes", "width", "height", "source", "sources", "type", "num", "number", "count", "caption"]
+    ["size", "sizes", "width", "height", "source", "sources", "type", "num", "number", "n", "count", "caption", "has"]
 )
 _MEDIA_SUFFIXES = (*SUFFIXES, ".heic", ".heif", ".svg", ".tga", ".dib", ".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v",
                    ".mpg", ".mpeg", ".wav", ".mp3", ".flac", ".ogg", ".m4a", ".aac", ".opus")  # fmt: skip
+_BASE64 = re.compile(r"(?:/9j/|iVBOR|R0lGOD|UklGR|data:(?:image|video|audio)/)")  # how encoded pictures begin
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|\d+")
-_KINDS = "image|img|picture|photo|pic|video|audio|sound|speech|clip|frame|vision"
+_KINDS = "image|img|picture|photo|pic|video|audio|sound|speech|clip|frame|vision|media|im"
+# of a question; an answer may well write html and markdown
+_TOKENS = (
+    rf"<\s*/?\s*(?:start_of_|end_of_)?(?:{_KINDS})s?(?:[\s_-]*(?:\d+|start|end|patch|pad|token|soft_token|placeholder))*"
+    r"\s*/?\s*>"  # <video>, <image_1>, <img>a.jpg</img>, <start_of_image>
+    rf"|<\|\s*(?:{_KINDS})[\w-]*\s*\|?>|<(?:{_KINDS})here>"  # <|image_pad|>, <ImageHere>
+)
 _MARKERS = re.compile(
-    rf"<\s*/?\s*(?:{_KINDS})s?(?:[\s_-]*\d+)?\s*/?\s*>"  # <video>, <image_1>, <img>a.jpg</img>
-    rf"|<\s*(?:{_KINDS}|source)\b[^<>]*\bsrc\b[^<>]*>"  # <img src="a.jpg">
-    rf"|<\|(?:{_KINDS})[\w-]*\|>|<\|?(?:{_KINDS})_?(?:pad|token|placeholder|here)\|?>|<ImageHere>"
-    rf"|\[\s*(?:{_KINDS})s?(?:[\s_-]*\d+)?\s*\]"  # [IMG]
-    r"|!\[[^\]]*\]\([^)]*\)",  # ![](a.jpg)
+    _TOKENS + rf"|<\s*(?:{_KINDS}|source)\b[^<>]*\bsrc\b[^<>]*>"  # <img src="a.jpg">
+    r"|\[\s*(?:image|img|picture|photo|video|audio)s?(?:[\s_-]*\d+)?\s*(?::[^\]\n]*)?\]"  # [IMG], [img: a.jpg]
+    r"|!\[[^\]]*\](?:\([^)]*\)|\[[^\]]*\])",  # ![](a.jpg), ![cat][1]
     re.IGNORECASE,
+)
+_ANSWER_MARKERS = re.compile(_TOKENS, re.IGNORECASE)
+#: keys of a turn or part that say what it is
+_TURN_KEYS = frozenset(
+    ["from", "role", "value", "content", "type", "text", "name", "weight", "loss", "index", "detail"]
 )
 
 
@@ -47,30 +73,49 @@ def conversation_image(record: Record, listed: list[ImageRef]) -> ImageRef | Non
     images, or names a picture, clip or sound that is not read.
     """
     found = image_ref(record)
-    names = {ref.name for ref in listed}
-    if len(names) > 1 or (found is not None and names - {found.name}):
-        number = len(names | ({found.name} if found is not None else set()))
-        raise UserError(f"the record has {number} images; one image per record is supported", "several_images")
-    image = found or next(iter(listed), None)
+    refs = [*([found] if found is not None else []), *listed]
+    _check_one(refs)
+    image = refs[0] if refs else None
     for key, value in record.items():
-        if key not in (*TURN_KEYS, *IMAGE_KEYS, "id") and _is_media(key, value, has_image=image is not None):
-            raise UserError(f"its key '{key}' names a picture, clip or sound that is not read: {short(value)}",
-                            "other_media")  # fmt: skip
+        if key not in (*TURN_KEYS, *IMAGE_KEYS, "id", "system") and (why := _unread(key, value, image)):
+            raise UserError(f"its key '{key}' {why}: {short(value)}", "other_media")
     return image
 
 
-def _is_media(key: str, value: Any, has_image: bool) -> bool:
-    """Whether a key of a record names a picture, clip or sound. With an image, pictures are taken for that image."""
-    if value is None or value in ("", [], {}, False):
-        return False
+def _check_one(refs: list[ImageRef]) -> None:
+    """Raises `UserError` (`several_images`) if the images are not one and the same."""
+    number = len({(identity(ref.name), ref.data) for ref in refs})
+    if number > 1:
+        raise UserError(f"the record has {number} images; one image per record is supported", "several_images")
+
+
+def turn_images(entry: Record, number: int) -> list[ImageRef]:
+    """The images under keys of a turn itself. Raises `UserError` (`other_media`) for pictures, clips and sounds that
+    are not read."""
+    found = image_ref(entry)
+    for key, value in entry.items():
+        if key not in IMAGE_KEYS and key not in _TURN_KEYS and (why := _unread(key, value, found)):
+            raise UserError(f"the key '{key}' of turn {number} {why}: {short(value)}", "other_media")
+    return [] if found is None else [found]
+
+
+def _unread(key: str, value: Any, image: ImageRef | None) -> str:
+    """Why a key of a record hides a picture, clip or sound that is not read; empty if it does not.
+
+    With an image, another key may repeat or describe it.
+    """
+    if value is None or value in ("", [], {}, False, 0):
+        return ""
     words = {word.lower() for word in _WORDS.findall(key)}
-    if words & _OTHER_WORDS:
-        return not words & _DESCRIPTIONS
-    if has_image:
-        return False
-    if key in IMAGE_ID_KEYS or (words & _PICTURE_WORDS and not words & _DESCRIPTIONS):
-        return True
-    return any(text.lower().endswith(_MEDIA_SUFFIXES) or text.startswith("data:image/") for text in _texts(value))
+    if words & _OTHER_WORDS and not words & _DESCRIPTIONS:
+        return "names a clip or sound that is not read"
+    named = [text for text in _texts(value) if text.lower().endswith(_MEDIA_SUFFIXES) or _BASE64.match(text)]
+    if image is not None:
+        others = [text for text in named if bare_key(text) != bare_key(image.name)]
+        return "names a second picture, clip or sound" if others else ""
+    by_id = key in IMAGE_ID_KEYS or (words & {"id", "ids"} and words & _PICTURE_WORDS)
+    by_word = words & _PICTURE_WORDS and not words & _DESCRIPTIONS and not isinstance(value, int | float)
+    return "names a picture, clip or sound that is not read" if named or by_id or by_word else ""
 
 
 def _texts(value: Any, depth: int = 3) -> Iterator[str]:
@@ -82,17 +127,17 @@ def _texts(value: Any, depth: int = 3) -> Iterator[str]:
             yield from _texts(item, depth - 1)
 
 
-def check_markers(turns: list[dict[str, str]]) -> None:
-    """Raises `UserError` if a question has a marker of a picture, clip or sound other than ``<image>``, or an answer
-    has ``<image>``."""
+def check_markers(turns: list[dict[str, str]], what: str = "") -> None:
+    """Raises `UserError` if a turn has a marker of a picture, clip or sound, other than ``<image>`` in a question.
+    `what` names the turn, by default by its number."""
     for number, turn in enumerate(turns):
-        if turn["role"] == "assistant":
-            if IMAGE_MARKER in turn["content"]:
-                raise UserError(f"turn {number}, an answer, has {IMAGE_MARKER}", "marker_in_answer")
-            continue
-        for match in _MARKERS.finditer(turn["content"]):
+        answer = turn["role"] == "assistant"
+        for match in (_ANSWER_MARKERS if answer else _MARKERS).finditer(turn["content"]):
+            shown = f"{what or f'turn {number}'}{', an answer,' if answer else ''} has the marker '{match[0][:60]}'"
+            if answer:
+                raise UserError(shown, "marker_in_answer")
             if match[0] != IMAGE_MARKER:
-                raise UserError(f"turn {number} has the marker '{match[0][:60]}', which is not read", "other_media")
+                raise UserError(f"{shown}, which is not read", "other_media")
 
 
 def read_content(content: Any, number: int) -> tuple[str, list[ImageRef]]:
@@ -113,12 +158,25 @@ def read_content(content: Any, number: int) -> tuple[str, list[ImageRef]]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
+            images += turn_images(part, number)
         elif kind in ("image", "image_url"):
-            value = next((part[key] for key in ("image", "image_url", "path", "url") if part.get(key)), None)
-            found = image_ref({"image": value})
-            images += [found] if found is not None else []
+            images += _part_image(part, number)
             texts.append(IMAGE_MARKER)
         else:
             raise UserError(f"turn {number} has a part of type {short(kind)}; types: text, image, image_url",
                             "other_media" if isinstance(kind, str) and kind != "text" else "invalid_turn")  # fmt: skip
     return "\n".join(texts), images
+
+
+def _part_image(part: Record, number: int) -> list[ImageRef]:
+    """The image of a part; none if the part leaves it to the record."""
+    values = {key: part[key] for key in ("image", "image_url", "path", "url", "source") if part.get(key)}
+    source = values.get("source")
+    if isinstance(source, dict):  # {"type": "base64", "media_type": .., "data": ..}, or {"type": "url", "url": ..}
+        values["source"] = {"bytes": source.get("data"), "url": source.get("url")}
+    refs = [ref for value in values.values() if (ref := image_ref({"image": value})) is not None]
+    _check_one(refs)
+    for key, value in part.items():
+        if key not in values and key not in _TURN_KEYS and (why := _unread(key, value, None)):
+            raise UserError(f"the key '{key}' of an image in turn {number} {why}: {short(value)}", "other_media")
+    return refs[:1]

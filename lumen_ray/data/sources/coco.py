@@ -64,7 +64,7 @@ class CocoSource(Source):
         image = CocoImage(**record)
         names = [name for name in (image.file_name, image.path) if name]
         try:
-            data = read_picture(self.images, names, image.alone)
+            data = read_picture(self.images, names, image.trust)
         except UserError as error:
             yield _lost(image, error)
         else:
@@ -87,7 +87,6 @@ def to_row(record: CocoImage, image: bytes, keypoints: dict[str, int], classes: 
         return _lost(record, error)
     objects = ObjectList(record.image_id, frame, classes)
     for found in record.annotations:
-        attributes = found.get("attributes")
         objects.add(
             found["name"],
             found["origin"],
@@ -97,7 +96,7 @@ def to_row(record: CocoImage, image: bytes, keypoints: dict[str, int], classes: 
             num_keypoints=keypoints.get(found["name"], 0),
             crowd=found.get("iscrowd"),
             area=found.get("area"),
-            rotation=attributes.get("rotation") if isinstance(attributes, dict) else found.get("rotation"),
+            rotation=found.get("rotation"),
         )
     messages, rejected, written = _messages(record)
     outcome = objects.outcome(image, source, messages, ["caption"] if messages else [])

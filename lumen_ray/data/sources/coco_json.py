@@ -14,10 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lumen_ray.data import urls
-from lumen_ray.data.pictures import ListedNames, identity
+from lumen_ray.data.pictures import BARE, ListedNames, identity
 from lumen_ray.data.sources.base import Rejected, reject
 from lumen_ray.data.sources.record_parsing import load_json, short
-from lumen_ray.data.values import declared_size, flag, id_key, numbers
+from lumen_ray.data.values import declared_size, flag, id_key, is_file_name, name_text, numbers
 from lumen_ray.errors import UserError
 
 
@@ -26,10 +26,10 @@ class CocoImage:
     """All records of one image. `image_id`: its id in the shards, unique; `sizes`: the declared (height, width);
     `annotations`: object annotations with `name` (of the category) and `origin` added; `captions`: (text, origin).
 
-    `path`: path of the file in a `coco_url` with its folder (train2017, val2017), empty without one; `alone`: whether
-    no other listed name could mean the same file. Classes annotated exhaustively: all of the files numbered in `files`
-    (of `CocoSet.classes`); in federated files (LVIS) those with an annotation here or in `absent`; neither those in
-    `incomplete`, nor any if an object of unknown class was lost (`lost_any`).
+    `path`: path of the file in a `coco_url` with its folder (train2017, val2017), empty without one; `trust`: how far
+    the file may be guessed, see `pictures.ListedNames`. Classes annotated exhaustively: all of the files numbered in
+    `files` (of `CocoSet.classes`); in federated files (LVIS) those with an annotation here or in `absent`; neither
+    those in `incomplete`, nor any if an object of unknown class was lost (`lost_any`).
     """
 
     file_name: str
@@ -42,7 +42,7 @@ class CocoImage:
     annotations: list[dict[str, Any]] = field(default_factory=list)
     captions: list[list[Any]] = field(default_factory=list)
     path: str = ""
-    alone: bool = True
+    trust: int = BARE
     federated: bool = False
     lost_any: bool = False
 
@@ -100,7 +100,7 @@ def _category(entry: dict[str, Any]) -> dict[str, Any]:
             "invalid_annotations",
         )
     edges = [[int(i) - 1 for i in edge] for edge in skeleton]
-    return {"name": str(entry["name"]).strip(), "keypoints": keypoints, "skeleton": edges}
+    return {"name": name_text(entry["name"]), "keypoints": keypoints, "skeleton": edges}
 
 
 def _is_edge(edge: Any, num_keypoints: int) -> bool:
@@ -115,11 +115,12 @@ def _merge_categories(path: str, data: dict[str, Any], known: dict[str, dict[str
     if not isinstance(entries, list):
         raise UserError(f"'{urls.shown(path)}': categories must be a list", "invalid_annotations")
     for entry in entries:
-        named = isinstance(entry, dict) and str(entry.get("name") or "").strip()
+        named = isinstance(entry, dict) and name_text(entry.get("name"))
         key = id_key(entry.get("id")) if named else None
         if key is None:
             raise UserError(
-                f"'{urls.shown(path)}': a category needs 'id' and 'name', got {entry!r}", "invalid_annotations"
+                f"'{urls.shown(path)}': a category needs 'id' and 'name', got {short_entry(entry)}",
+                "invalid_annotations",
             )
         try:
             new = _category(entry)
@@ -143,6 +144,11 @@ def _merge_categories(path: str, data: dict[str, Any], known: dict[str, dict[str
     return names
 
 
+def short_entry(entry: Any) -> str:
+    """An entry of a list of categories for a message."""
+    return repr(entry)[:160].encode("utf-8", "backslashreplace").decode()
+
+
 def unused_parents(categories: Iterable[Any], used: Iterable[str]) -> list[str]:
     """Names of categories that no annotation uses and that other categories name as their `supercategory`.
 
@@ -150,14 +156,14 @@ def unused_parents(categories: Iterable[Any], used: Iterable[str]) -> list[str]:
     ordinary class.
     """
     entries = [entry for entry in categories if isinstance(entry, dict)]
-    parents = {
-        str(entry["supercategory"]).strip()
-        for entry in entries
-        if entry.get("supercategory") and str(entry["supercategory"]).strip() != str(entry.get("name")).strip()
-    }
+    names = dict.fromkeys(name for entry in entries if (name := name_text(entry.get("name"))) is not None)
+    parents = set()
+    for entry in entries:
+        parent = (name_text(entry.get("supercategory")) or "").casefold()
+        if parent != (name_text(entry.get("name")) or "").casefold():
+            parents.add(parent)
     in_use = set(used)
-    names = dict.fromkeys(str(entry.get("name")).strip() for entry in entries)
-    return [name for name in names if name in parents and name not in in_use]
+    return [name for name in names if name.casefold() in parents and name not in in_use]
 
 
 def unused_parents_note(names: Sequence[str]) -> str:
@@ -189,7 +195,7 @@ def load(paths: Sequence[urls.Location]) -> CocoSet:
     if not paths:
         raise UserError("give at least one COCO json file", "missing_annotations")
     merger = _Merger()
-    for path in map(str, paths):
+    for path in dict.fromkeys(urls.absolute(path) for path in paths):
         merger.add(path, parse(path))
     return merger.finish()
 
@@ -244,7 +250,7 @@ class _Merger:
                 lost.append(reject("annotations", image.file_name, origin, why))
                 image.lose(None)
             else:
-                self._add_object(image, {**entry, "name": name, "origin": origin})
+                self._add_object(image, _kept(entry) | {"name": name, "origin": origin})
         check_lost(path, lost, len(data["annotations"]))
         self.rejected += lost
         if orphans:
@@ -278,25 +284,30 @@ class _Merger:
         listed = ListedNames(image.file_name for image in images)
         for image in images:
             image.image_id = image.file_name
-            image.alone = listed.is_alone(image.file_name)
+            image.trust = listed.trust(image.file_name)
         categories = list(self.categories.values())
         return CocoSet(images, categories, self.rejected, self.listed, self.merged, self.classes, self.notes)
 
     def _add_images(
         self, path: str, entries: list[Any], names: dict[str, str]
     ) -> tuple[dict[str, CocoImage], set[str]]:
-        """(images by id, ids of entries that list an image of the file a second time)."""
+        """(images by id, ids of entries that list an image of the file a second time).
+
+        An entry without a usable id or name is rejected, and with it the annotations of its id, whose image is then not
+        known. Raises `UserError` if no entry can be used.
+        """
         by_id: dict[str, CocoImage] = {}
         first_ids: dict[str, str] = {}  # identity of the file name -> id
         repeats: set[str] = set()
+        bad: list[Rejected] = []
         in_two_folders = _bare_urls_in_two_folders(entries)
         for number, entry in enumerate(entries):
             key = id_key(entry.get("id")) if isinstance(entry, dict) else None
             name = _file_name(entry, in_two_folders) if key is not None else None
             if key is None or name is None:
-                raise UserError(
-                    f"'{urls.shown(path)}': image {number} needs 'id' and 'file_name'", "invalid_annotations"
-                )
+                error = UserError(f"image {number} needs an 'id' and a 'file_name'", "invalid_annotations")
+                bad.append(reject("images", "", f"{urls.base_name(path)} image number {number}", error))
+                continue
             same = identity(name)
             if key in by_id and identity(by_id[key].file_name) != same:
                 raise UserError(f"'{urls.shown(path)}': image id {key} stands for two files", "invalid_annotations")
@@ -314,6 +325,9 @@ class _Merger:
             image.sizes.append(declared_size(entry.get("height"), entry.get("width")))
             image.path = image.path or _url_path(entry)
             self._add_class_lists(image, entry, names)
+        if bad and not by_id:
+            raise UserError(f"'{urls.shown(path)}': {bad[0]['reason']}", "invalid_annotations")
+        self.rejected += bad
         return by_id, repeats
 
     def _add_class_lists(self, image: CocoImage, entry: dict[str, Any], names: dict[str, str]) -> None:
@@ -349,6 +363,13 @@ class _Merger:
             image.annotations.append(new)
 
 
+def _kept(entry: dict[str, Any]) -> dict[str, Any]:
+    """The parts of an object annotation that are read, checked later."""
+    attributes = entry.get("attributes")
+    kept = {key: entry.get(key) for key in ("bbox", "segmentation", "keypoints", "iscrowd", "area")}
+    return kept | {"rotation": (attributes if isinstance(attributes, dict) else entry).get("rotation")}
+
+
 def _bare_urls_in_two_folders(entries: list[Any]) -> set[str]:
     """Bare names that entries without file name have in two folders of their `coco_url`."""
     folders: dict[str, set[str]] = {}
@@ -363,9 +384,10 @@ def _file_name(entry: dict[str, Any], in_two_folders: set[str]) -> str | None:
     """The file name of an image, without one the last component of its `coco_url`, with its folder if that is needed
     to tell two files apart."""
     if entry.get("file_name"):
-        return str(entry["file_name"])
+        return entry["file_name"] if is_file_name(entry["file_name"]) else None
     bare = str(entry.get("coco_url") or "").rpartition("/")[2]
-    return (_url_path(entry) if bare in in_two_folders else bare) or None
+    name = _url_path(entry) if bare in in_two_folders else bare
+    return name if is_file_name(name) else None
 
 
 def _url_path(entry: dict[str, Any]) -> str:

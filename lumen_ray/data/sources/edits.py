@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -91,11 +91,11 @@ class EditsSource(Source):
         if "folder" in record:
             folder, origin = urls.join(record["folder"], record["inside"]), record["origin"]
             # file names repeat from folder to folder
-            yield self._outcome(origin, lambda: _read_folder(folder, record), folder, lambda name: origin, ())
+            yield self._outcome(origin, lambda: _read_folder(folder, record), folder, lambda name: origin, None)
             return
         for place, (origin, value) in enumerate(tables.read_chunk(record)):
             identity = partial(tables.image_id, record, place, origin)
-            yield self._outcome(origin, partial(self._cells, value), self.images, identity, record["shared"])
+            yield self._outcome(origin, partial(self._cells, value), self.images, identity, record)
 
     def _cells(self, value: Any) -> Triple:
         record = as_mapping(value)
@@ -108,14 +108,14 @@ class EditsSource(Source):
         read: Callable[[], Triple],
         folder: str | None,
         identity: Callable[[str | None], str],
-        shared: Collection[int],
+        chunk: tables.Chunk | None,
     ) -> Outcome:
-        """The outcome of a triple; `identity`: the row's id from the image's name; `shared`: of the chunk."""
+        """The outcome of a triple; `identity`: the row's id from the image's name; `chunk`: of a table."""
         try:
             image, instruction, target = read()
             text = clean_text(instruction, "the instruction")
-            name, before, size = tables.load_image(image, folder, shared=shared)
-            _, after, edited = tables.load_image(target, folder, "the edited image", shared)
+            name, before, size = tables.load_image(image, folder, chunk=chunk)
+            _, after, edited = tables.load_image(target, folder, "the edited image", chunk)
             check_sizes(size, edited, self.sizes)
         except UserError as error:
             return Outcome(rejected=[reject("edits", "", origin, error)])

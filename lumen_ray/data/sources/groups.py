@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lumen_ray.data.frames import AnnotationFrame, read_frame
-from lumen_ray.data.pictures import ListedNames, identity, read_picture, unique_id
+from lumen_ray.data.pictures import BARE, ListedNames, identity, read_picture, unique_id
 from lumen_ray.data.sources.base import Outcome, Rejected, lost_with_image, reject
 from lumen_ray.data.sources.record_parsing import ImageRef, Record
 from lumen_ray.errors import UserError
@@ -34,7 +34,7 @@ class Images:
         """Adds `item` with its origin to the group of its image; `size`: the (height, width) that it declares."""
         self.listed += 1
         key: Any = (self.listed,)
-        group: dict[str, Any] = {"image": None, "data": None, "origin": origin, "items": [], "sizes": [], "alone": True}
+        group: dict[str, Any] = {"image": None, "data": None, "origin": origin, "items": [], "sizes": [], "trust": BARE}
         if image is not None:
             self._names.add(image.name)
             key = (identity(image.name), image.data)
@@ -62,7 +62,7 @@ class Images:
         for group in groups:
             group["id"] = unique_id(group["image"] or group["items"][0].get("id") or group["origin"], times)
             if group["image"] is not None:
-                group["alone"] = self._names.is_alone(group["image"])
+                group["trust"] = self._names.trust(group["image"])
         return groups
 
 
@@ -74,7 +74,7 @@ def open_group(folder: str, group: dict[str, Any]) -> tuple[bytes, AnnotationFra
     if group["data"] is not None:
         data = base64.b64decode(group["data"])
     else:
-        data = read_picture(folder, group["image"], group["alone"])
+        data = read_picture(folder, group["image"], group["trust"])
     return data, read_frame(data, group["sizes"])
 
 

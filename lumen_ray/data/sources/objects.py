@@ -68,6 +68,11 @@ class ObjectList:
         if error.reason not in ("empty_box", "repeated"):
             self._lost |= {name} if name else set(self._annotated)
 
+    def lose(self, what: str, number: int = 1) -> None:
+        """Counts objects that are in the image but not in its annotations: they could be of any class."""
+        self.changed[what] += number
+        self._lost |= set(self._annotated)
+
     @property
     def classes(self) -> list[str]:
         """The classes for which the image is still annotated exhaustively."""
@@ -118,13 +123,17 @@ def make_instance(
     mask, bad = read_mask(segmentation, frame.size)
     changed["masks dropped"] += bad and mask is None
     changed["mask parts dropped"] += bad if mask is not None else 0
-    if corners := turned_corners(bbox, box_format, rotation, frame.size):
+    corners = turned_corners(bbox, box_format, rotation, frame.size)
+    if corners:
+        turned = [min(corners[::2]), min(corners[1::2]), max(corners[::2]), max(corners[1::2])]
         if mask is None or _is_rectangle(mask, bbox, box_format, frame.size):
             mask = read_mask([corners], frame.size)[0]
-        (x, y), box_format = (corners[::2], corners[1::2]), "xyxy"
-        bbox = [min(x), min(y), max(x), max(y)]
-        area = None
-        changed["turned rectangles"] += 1
+            bbox, box_format, area = turned, "xyxy", None
+            changed["turned rectangles"] += 1
+        elif _has_extent(mask, turned, "xyxy", frame.size):
+            bbox, box_format, area = turned, "xyxy", None
+            changed["turned rectangles"] += 1
+        # any other mask is as it was drawn, and the attribute means something else
     try:
         box = to_box(bbox, box_format, frame.size)
         changed["boxes clipped"] += _is_clipped(bbox, box_format, box, frame.size)
@@ -203,13 +212,20 @@ def rotated_corners(cx: float, cy: float, width: float, height: float, angle: fl
 
 def _is_rectangle(mask: rle_tools.Rle, bbox: Any, box_format: str, size: Size) -> bool:
     """Whether the mask is the box itself, not turned: some exporters write rectangles as polygons, too."""
+    if not _has_extent(mask, bbox, box_format, size):
+        return False
+    x1, y1, x2, y2 = to_box(bbox, box_format, size)
+    return abs(rle_tools.area(mask) - (x2 - x1) * (y2 - y1)) <= 2 * (x2 - x1 + y2 - y1)
+
+
+def _has_extent(mask: rle_tools.Rle, bbox: Any, box_format: str, size: Size) -> bool:
+    """Whether the tight box of the mask is `bbox`, to 1.5 pixels."""
     try:
-        x1, y1, x2, y2 = to_box(bbox, box_format, size)
+        box = to_box(bbox, box_format, size)
     except UserError:
         return False
-    return abs(rle_tools.area(mask) - (x2 - x1) * (y2 - y1)) <= 2 * (x2 - x1 + y2 - y1) and bool(
-        np.abs(np.subtract(to_box(rle_tools.tight_xywh(mask), "xywh", size), (x1, y1, x2, y2))).max() <= 1.5
-    )
+    tight = to_box(rle_tools.tight_xywh(mask), "xywh", size)
+    return bool(np.abs(np.subtract(tight, box)).max() <= 1.5)
 
 
 def _is_clipped(bbox: Any, box_format: str, box: list[float], size: Size) -> bool:

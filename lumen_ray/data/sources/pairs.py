@@ -18,7 +18,7 @@ from lumen_ray.data.pictures import SUFFIXES, distinct_names, unique_id
 from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.data.sources import tables, tars
 from lumen_ray.data.sources.base import Listing, Outcome, Source, reject
-from lumen_ray.data.sources.record_parsing import as_mapping, caption_texts, check_name, first_of
+from lumen_ray.data.sources.record_parsing import as_mapping, caption_texts, check_name
 from lumen_ray.errors import UserError
 from lumen_ray.tasks import get_task
 
@@ -79,28 +79,36 @@ class PairsSource(Source):
                 value = as_mapping(value)
                 captions = caption_texts(tables.cell(value, self.caption_column, CAPTION_COLUMNS))
                 image = tables.cell(value, self.image_column, IMAGE_COLUMNS)
-                name, data, size = tables.load_image(image, self.images, shared=record["shared"])
+                name, data, size = tables.load_image(image, self.images, chunk=record)
                 yield _row(tables.image_id(record, place, origin, name), data, size, captions)
             except UserError as error:
                 yield Outcome(rejected=[reject("pairs", name or "", origin, error)])
 
     def _tar_rows(self, location: str, tar: str) -> Iterator[Outcome]:
         times: Counter[str] = Counter()
+        empty = True
         for key, members in tars.samples(location, (*IMAGE_EXTENSIONS, "txt", "json")):
             name = f"{tar}/{key}" if key else tar
+            empty = False
             try:
                 if isinstance(members, UserError):
                     raise members
-                captions, image = self._captions(members, name in times), first_of(members, IMAGE_EXTENSIONS)
-                if image is None:
+                captions = self._captions(members, name in times)
+                pictures = [members[extension] for extension in IMAGE_EXTENSIONS if members.get(extension) is not None]
+                if len(pictures) > 1:
+                    raise UserError(f"it has {len(pictures)} images ({', '.join(sorted(members))})", "several_images")
+                if not pictures:
                     raise _incomplete("image", members, name in times)
-                _, data, size = tables.load_image(image, None)
+                _, data, size = tables.load_image(pictures[0], None)
                 outcome = _row(unique_id(check_name(name), times), data, size, captions)
             except UserError as error:
                 outcome = Outcome(rejected=[reject("pairs", name, f"{tar} member {key}" if key else tar, error)])
                 times[name] += 1
             outcome.came_in = {"pairs": 1}
             yield outcome
+        if empty:
+            why = UserError("the tar has no members, hidden ones aside", "empty_tar")
+            yield Outcome(rejected=[reject("pairs", tar, tar, why)], came_in={"pairs": 1})
 
     def _captions(self, members: tars.Members, came_before: bool) -> list[str]:
         """The captions of a sample of a tar; `came_before`: whether the tar has had a sample of its key already."""

@@ -11,6 +11,7 @@ Frame: inferred from the sizes of the PNG and in the json, by the rule of `data.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +19,15 @@ from typing import Any
 import numpy as np
 
 from lumen_ray.data import files, urls
+from lumen_ray.data import rle as rle_tools
 from lumen_ray.data.frames import read_frame
 from lumen_ray.data.images import decode_ids
 from lumen_ray.data.pictures import ListedNames, identity, read_picture
 from lumen_ray.data.sources.base import Listing, Outcome, Rejected, Source, lost_image, reject
-from lumen_ray.data.sources.coco_json import check_lost, parse, unused_parents, unused_parents_note
+from lumen_ray.data.sources.coco_json import check_lost, parse, short_entry, unused_parents, unused_parents_note
 from lumen_ray.data.sources.objects import ObjectList
 from lumen_ray.data.sources.record_parsing import short
-from lumen_ray.data.values import declared_size, flag, id_key, whole
+from lumen_ray.data.values import declared_size, flag, id_key, is_file_name, name_text, numbers, whole
 from lumen_ray.errors import UserError, unknown
 from lumen_ray.structures import Masks
 
@@ -66,7 +68,7 @@ class PanopticSource(Source):
         ordered = sorted(images.records, key=lambda record: record["file_name"])
         return Listing(
             [
-                r | {"alone": names.is_alone(r["file_name"]), "png_alone": not r["png"] or pngs.is_alone(r["png"])}
+                r | {"trust": names.trust(r["file_name"]), "png_trust": pngs.trust(r["png"]) if r["png"] else 0}
                 for r in ordered
             ],
             {"images": len(ordered) + lost, "annotations": listed},
@@ -81,44 +83,70 @@ class PanopticSource(Source):
         try:
             if not record["png"]:
                 raise UserError("no panoptic annotation names its PNG file", "missing_annotation")
-            data = read_picture(self.images, name, record["alone"])
-            ids = _segment_ids(read_picture(self.segments, record["png"], record["png_alone"]), record["segments"])
+            data = read_picture(self.images, name, record["trust"])
+            ids = _segment_ids(read_picture(self.segments, record["png"], record["png_trust"]), record["segments"])
             frame = read_frame(data, [record["size"], ids.shape])
         except UserError as error:
             yield lost_image(name, record["annotated"], error, origins=[s["origin"] for s in record["segments"]])
             return
         lost = shared if "" in record["lost"] else record["lost"]  # "": of unknown category
         objects = ObjectList(name, frame, [c for c in shared if c not in lost])
+        times = Counter(whole(segment["id"]) for segment in record["segments"])
         for segment in record["segments"]:
             try:
-                mask = _mask(segment, ids)
+                mask = _mask(segment, ids, times)
             except UserError as error:
-                objects.reject(segment["name"], segment["origin"], error)
-            else:
-                bbox = segment["bbox"] or None
-                objects.add(segment["name"], segment["origin"], bbox=bbox, segmentation=mask, crowd=segment["iscrowd"])
+                objects.reject(segment["name"] or None, segment["origin"], error)
+            else:  # the box of the mask, since both are exact
+                objects.add(segment["name"], segment["origin"], segmentation=mask, crowd=segment["iscrowd"])
+        listed = [*(number for number in times if number is not None), *record["skipped"], 0]
+        if unlisted := len(np.setdiff1d(np.unique(ids), listed)):
+            objects.lose("segments of the PNG that the json does not list", unlisted)
         yield objects.outcome(data, self.kind)
 
 
 def _segment_ids(png: bytes, segments: list[dict[str, Any]]) -> np.ndarray:
     """Segment ids, int64 [H, W], of a panoptic PNG: R + 256 G + 65536 B of its raw channels.
 
-    A palette image is read by its indices or by its colours, whichever has more of the listed ids: some tools store ids
-    as indices, others compress colours to a palette.
+    A palette image is read by its indices or by its colours, since some tools store ids as indices and others compress
+    colours to a palette: in the way that has more of the listed ids, and more of their areas and boxes right. Raises
+    `UserError` if both ways are as good.
     """
     readings = [values @ _WEIGHTS[: values.shape[2]] for values in decode_ids(png)]
-    wanted = [number for segment in segments if (number := whole(segment["id"])) is not None]
-    return max(readings, key=lambda ids: int(np.isin(wanted, ids).sum()))
+    ranks = [_agreement(ids, segments) for ids in readings]
+    best = readings[ranks.index(max(ranks))]
+    if any(rank == max(ranks) and (ids != best).any() for ids, rank in zip(readings, ranks, strict=True)):
+        raise UserError(
+            "its PNG file has a palette whose indices and whose colours could both be the ids", "ambiguous_palette"
+        )
+    return best
 
 
-def _mask(segment: dict[str, Any], ids: np.ndarray) -> dict[str, Any]:
-    """The mask of a segment, COCO RLE."""
+def _agreement(ids: np.ndarray, segments: list[dict[str, Any]]) -> tuple[int, int]:
+    """(number of listed ids that are there, number of areas and boxes that agree)."""
+    found = agreed = 0
+    for segment in segments:
+        pixels = ids == whole(segment["id"])
+        if whole(segment["id"]) is None or not pixels.any():
+            continue
+        found += 1
+        agreed += whole(segment["area"]) == pixels.sum()
+        box = numbers(segment["bbox"])
+        tight = rle_tools.tight_xywh(Masks.from_arrays(pixels[None]).rles[0])
+        agreed += box is not None and len(box) == 4 and bool(np.abs(np.subtract(box, tight)).max() <= 1)
+    return found, agreed
+
+
+def _mask(segment: dict[str, Any], ids: np.ndarray, times: Counter[int | None]) -> dict[str, Any]:
+    """The mask of a segment, COCO RLE; `times`: how many segments have each id."""
     if not segment["name"]:
         raise UserError(f"unknown category id {short(segment['category_id'])}", "unknown_category")
-    number = whole(segment["id"])
-    if number is None or number <= 0:
+    this = whole(segment["id"])
+    if this is None or this <= 0:
         raise UserError(f"its id must be a positive number, got {short(segment['id'])}", "invalid_id")
-    pixels = ids == number
+    if times[this] > 1:
+        raise UserError(f"{times[this]} segments of the image have its id {this}", "repeated_id")
+    pixels = ids == this
     if not pixels.any():
         raise UserError("its id is not in the PNG file", "invalid_mask")
     return Masks.from_arrays(pixels[None]).rles[0]
@@ -129,11 +157,11 @@ def _categories(path: str, data: dict[str, Any]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     entries = data.get("categories")
     for entry in entries if isinstance(entries, list) else []:
-        name = str(entry.get("name") or "").strip() if isinstance(entry, dict) else ""
+        name = name_text(entry.get("name")) if isinstance(entry, dict) else None
         key = id_key(entry.get("id")) if name else None
-        if key is None or (key in found and found[key]["name"] != name):
+        if name is None or key is None or (key in found and found[key]["name"] != name):
             raise UserError(
-                f"'{urls.shown(path)}': a category needs a unique 'id' and a 'name', got {entry!r}",
+                f"'{urls.shown(path)}': a category needs a unique 'id' and a 'name', got {short_entry(entry)}",
                 "invalid_annotations",
             )
         stuff = not flag(entry.get("isthing", 1), f"'{urls.shown(path)}': isthing of category '{name}'")
@@ -156,11 +184,11 @@ class _Images:
         first: dict[str, str] = {}
         for number, entry in enumerate(entries):
             key = id_key(entry.get("id")) if isinstance(entry, dict) else None
-            name = entry.get("file_name") if isinstance(entry, dict) else None
-            if key is None or not isinstance(name, str) or not name or key in self._by_id:
-                raise UserError(
-                    f"'{urls.shown(path)}': image {number} needs a unique 'id' and a 'file_name'", "invalid_annotations"
-                )
+            name: Any = entry.get("file_name") if isinstance(entry, dict) else None
+            if key is None or not is_file_name(name) or key in self._by_id:
+                error = UserError(f"image {number} needs a unique 'id' and a 'file_name'", "invalid_annotations")
+                self.rejected.append(reject("images", "", f"{urls.base_name(path)} image number {number}", error))
+                continue
             same = identity(name)
             if first.setdefault(same, key) != key:
                 why = f"image id {key} lists the file '{name}', which image id {first[same]} lists before"
@@ -170,8 +198,10 @@ class _Images:
                 self._repeats.add(key)
                 continue
             size = declared_size(entry.get("height"), entry.get("width"))
-            self._by_id[key] = {"file_name": name, "size": size, "png": "", "segments": [], "lost": [],
+            self._by_id[key] = {"file_name": name, "size": size, "png": "", "segments": [], "skipped": [], "lost": [],
                                 "annotated": urls.base_name(path)}  # fmt: skip
+        if self.rejected and not self._by_id:
+            raise UserError(f"'{urls.shown(path)}': {self.rejected[0]['reason']}", "invalid_annotations")
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -189,11 +219,13 @@ class _Images:
         for number, entry in enumerate(entries):
             entry = entry if isinstance(entry, dict) else {}
             origin = f"{urls.base_name(self.path)} annotation {number}"
-            segments = [s for s in _segments(entry, categories, origin) if id_key(s["category_id"]) not in skipped]
+            every = _segments(entry, categories, origin)
+            segments = [s for s in every if id_key(s["category_id"]) not in skipped]
             listed += len(segments)
             used.update(s["name"] for s in segments)
             key = id_key(entry.get("image_id")) or ""
-            image, png = self._by_id.get(key), str(entry.get("file_name") or "")
+            image, png = self._by_id.get(key), entry.get("file_name") or ""
+            png = png if is_file_name(png) else ""
             if image is None:
                 why = UserError("its image is not in the file", "unknown_image")
                 found = [reject("annotations", "", s["origin"], why) for s in segments]
@@ -210,7 +242,8 @@ class _Images:
             annotated.add(key)
             if png:
                 pngs[identity(png)] = image["file_name"]
-            image |= {"png": png, "segments": segments, "annotated": origin}
+            others = [n for s in every if s not in segments and (n := whole(s["id"])) is not None]
+            image |= {"png": png, "segments": segments, "skipped": others, "annotated": origin}
         check_lost(self.path, unlisted, listed, "segments")
         return listed, used
 
@@ -233,7 +266,7 @@ def _segments(entry: dict[str, Any], categories: dict[str, dict[str, Any]], orig
     segments = []
     for number, segment in enumerate(listed if isinstance(listed, list) else []):
         segment = segment if isinstance(segment, dict) else {}
-        kept = {key: segment.get(key) for key in ("id", "category_id", "bbox", "iscrowd")}
+        kept = {key: segment.get(key) for key in ("id", "category_id", "bbox", "area", "iscrowd")}
         name = categories.get(id_key(segment.get("category_id")) or "", {"name": ""})["name"]
         segments.append(kept | {"name": name, "origin": f"{origin} segment {segment.get('id', f'number {number}')}"})
     return segments

@@ -5,6 +5,7 @@ Every check raises a `UserError` whose message becomes the record's reason in `r
 
 from __future__ import annotations
 
+import ast
 import base64
 import hashlib
 import json
@@ -124,25 +125,40 @@ def short(value: Any) -> str:
     if value is None or isinstance(value, bool | int | float | str):
         text = repr(value)
         return text if len(text) <= 80 else text[:77] + "..."
-    return "numbers " + str(list(value))[:80] if is_numbers(value) and value else f"a {type(value).__name__}"
+    if isinstance(value, list | tuple) and all(v is None or isinstance(v, bool | int | float | str) for v in value):
+        return str([v if not isinstance(v, int) or abs(v) < 1 << 64 else "a huge number" for v in value[:12]])[:80]
+    return f"a {type(value).__name__}"
 
 
 def caption_texts(value: Any) -> list[str]:
-    """The captions in a value: a text, a list of texts, or such a list as json. Blank ones are left out.
+    """The captions in a value: a text, a list of texts, or such a list written as json or by Python. Blank ones and
+    nulls are left out.
 
     Raises `UserError` if one of them is not a text that can be used, or if there is none.
     """
-    if isinstance(value, str) and value.lstrip("\ufeff ").startswith("["):
-        try:
-            listed = json.loads(value.lstrip("\ufeff"))
-        except (ValueError, RecursionError):
-            listed = None
-        if isinstance(listed, list) and listed and all(isinstance(text, str) for text in listed):
-            value = listed
+    if isinstance(value, str):
+        value = _written_list(value.lstrip("\ufeff ")) or value
     if isinstance(value, list | tuple):
-        value = [text for text in value if not (isinstance(text, str) and not text.strip("\ufeff \t\r\n"))]
+        value = [t for t in value if t is not None and not (isinstance(t, str) and not t.strip("\ufeff \t\r\n"))]
         return [clean_text(text, "the caption") for text in value or [""]]
-    return [clean_text(value, "the caption")]
+    text = clean_text(value, "the caption")
+    if text.lower() == "nan":  # as pandas writes a missing one
+        raise UserError("the caption is empty: nan", "empty_text")
+    return [text]
+
+
+def _written_list(text: str) -> list[str | None] | None:
+    """The texts of a list in a text; None if it is not such a list."""
+    if not text.startswith("["):
+        return None
+    for read in (json.loads, ast.literal_eval):
+        try:
+            found = read(text)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        if isinstance(found, list) and any(found) and all(t is None or isinstance(t, str) for t in found):
+            return found
+    return None
 
 
 @dataclass(frozen=True)
@@ -173,11 +189,13 @@ def _as_image(value: Any) -> ImageRef | None:
     if isinstance(value, list | tuple):
         if len(value) > 1:
             raise UserError(f"the record has {len(value)} images; one image per record is supported", "several_images")
+        if value and value[0] in (None, ""):
+            raise UserError("the record has a place for an image but no image in it", "invalid_image")
         value = value[0] if value else None
     data = None
     if isinstance(value, dict):
         data, value = value.get("bytes"), first_of(value, ("path", "file_name", "filename", "url"))
-        if data is None and value is None:
+        if data is None and not value:
             raise UserError("the image must be a name, or have a path or bytes", "invalid_image")
     if isinstance(value, str) and (match := _DATA_URL.match(value)):
         data, value = value[match.end() :], None

@@ -36,7 +36,7 @@ from lumen_ray.data.sources.record_parsing import (
     plain_json,
     short,
 )
-from lumen_ray.data.values import declared_size, flag, id_key
+from lumen_ray.data.values import declared_size, flag, id_key, numbers
 from lumen_ray.errors import UserError
 
 ITEMS = "expressions"
@@ -69,7 +69,7 @@ class ReferSource(Source):
         pickled = next((location for location in self.refs if _is_pickle(location)), None)
         if pickled and not self.instances:
             raise UserError(f"refs file '{pickled}' needs the COCO file of its objects; give --instances", "usage")
-        records = [pair for location in self.refs for pair in load_refs(location)]
+        records = [pair for location in dict.fromkeys(self.refs) for pair in load_refs(location)]
         records = _of_split(records, self.split)
         groups = Images(ITEMS)
         parse = _CocoRefs(self.instances).parse if self.instances else _parse_plain
@@ -251,18 +251,19 @@ def _plain_targets(record: Record) -> list[Record]:
 def _boxes_and_masks(record: Record) -> tuple[Any, Any]:
     """Boxes and masks of a record, a single one as a list of one; otherwise unchecked, None if it has none."""
     boxes, masks = first_of(record, _BOX_KEYS), first_of(record, _MASK_KEYS)
-    boxes = [boxes] if is_numbers(boxes) and boxes else boxes
+    flat = isinstance(boxes, list | tuple) and boxes and not any(isinstance(box, list | tuple) for box in boxes)
+    boxes = [boxes] if flat else boxes
     masks = [masks] if isinstance(masks, dict) or _is_one_mask(masks, boxes) else masks
     return boxes, masks
 
 
 def _target(name: str, bbox: Any, segmentation: Any, rotation: Any) -> Record:
-    """An object as plain json, not yet checked against the image."""
-    if bbox is not None and not is_numbers(bbox):
+    """An object as plain json, not yet checked against the image; numbers by value, so that equal objects are equal."""
+    if bbox is not None and numbers(bbox) is None and not segmentation:
         raise UserError(f"a box must be four finite numbers, got {short(bbox)}", "invalid_box")
     return {
         "name": name,
-        "bbox": None if bbox is None else list(bbox),
+        "bbox": [float(v) for v in numbers(bbox) or ()] or plain_json(bbox),
         "segmentation": plain_json(segmentation),
         "rotation": plain_json(rotation, depth=0),
     }
@@ -309,7 +310,7 @@ class _CocoRefs:
 
     def _ids(self, record: Record) -> list[Any]:
         """Annotation ids; gRefCOCO marks an expression that matches no object by `no_target` and the id -1."""
-        ids = record.get("ann_id", record.get("ann_ids"))
+        ids = first_of(record, ("ann_id", "ann_ids"))
         ids = ids if isinstance(ids, list) else [ids]
         real = [i for i in ids if i is not None and id_key(i) != "-1"]
         marked = flag(record.get("no_target"), "no_target")

@@ -8,11 +8,13 @@ from __future__ import annotations
 GENERAL = "correct the record in its file"
 MENDS: dict[str, str] = {
     "ambiguous_image": "give --images the folder that the listed names start from, or write full paths into the file",
+    "ambiguous_palette": "save the PNG file without a palette, or write area and bbox of its segments",
     "ambiguous_label": "give each image a name of its own, so that one label file belongs to one image",
     "broken_image": "replace the image file, or save it again as JPEG or PNG",
     "broken_tar": "write or download the tar again",
     "contradiction": "correct the record: two of its fields exclude each other",
     "empty_box": "nothing to mend if nothing is there; else draw the box again",
+    "empty_tar": "write or download the tar again, with an image and a caption for each key",
     "empty_text": "write the text, or remove the record",
     "image_rejected": "mend the image, see its own line",
     "invalid_annotations": "correct the record in its file",
@@ -25,7 +27,7 @@ MENDS: dict[str, str] = {
     "invalid_mask": "give the mask as polygons or run lengths in pixels of this image",
     "invalid_record": "correct the record in its file",
     "invalid_region": "give the region as a box, mask, point, scribble or polygon",
-    "invalid_text": "give the text as UTF-8",
+    "invalid_text": "write it as a text in UTF-8",
     "invalid_turn": "give each turn a role and a text",
     "label_file": "correct the label file",
     "marker_in_answer": "remove the marker from the answer",
@@ -46,6 +48,7 @@ MENDS: dict[str, str] = {
     "region_in_answer": "move the region marker from the answer to the question",
     "remote_image": "download the images and give their folder",
     "repeated": "nothing to mend: the first one is kept",
+    "repeated_id": "give each segment of an image an id of its own",
     "repeated_image": "give each image one id and one record",
     "reserved_token": "replace the token in the text",
     "scattered_tar": "write the tar with the members of a sample side by side: sort the files by name",
@@ -57,4 +60,5 @@ MENDS: dict[str, str] = {
     "unknown_image": "add the image to the list of images, or correct its id",
     "unreadable_file": "make the file readable",
     "missing_file": "add the file",
+    "missing_labels": "give the image its label file, an empty one if it shows no object",
 }

@@ -7,6 +7,7 @@ starts.
 
 from __future__ import annotations
 
+import base64
 import csv
 import hashlib
 import io
@@ -22,8 +23,17 @@ import pyarrow.parquet as pq
 
 from lumen_ray.data import files, urls
 from lumen_ray.data.frames import read_frame
-from lumen_ray.data.pictures import bare_key, distinct_names, identity, read_picture
-from lumen_ray.data.sources.record_parsing import LINE_SUFFIXES, Record, check_name, first_of, parse_line, short
+from lumen_ray.data.pictures import (
+    BARE,
+    EXACT,
+    SPELLING,
+    bare_key,
+    distinct_names,
+    identity,
+    path_key,
+    read_picture,
+)
+from lumen_ray.data.sources.record_parsing import LINE_SUFFIXES, Record, check_name, first_of, image_ref, parse_line
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Size
 
@@ -35,7 +45,7 @@ _BOM = b"\xef\xbb\xbf"
 _LONGEST_LINE = 1 << 26
 
 # {"path", "records", "first"} and {"start", "end", "columns"} of text or {"group"} of parquet; and, by `link_images`,
-# {"name", "repeats", "shared"}
+# {"name", "repeats", "shared", "shared_paths"}
 Chunk = dict[str, Any]
 
 
@@ -216,11 +226,12 @@ def link_images(chunks: Sequence[Chunk], *columns: tuple[str | None, tuple[str, 
     """Adds to each chunk what its records cannot know of the others, for `load_image` and `image_id`.
 
     `columns`: (wanted, usual names) of the columns of images, as for `cell`; the first one gives the rows their ids.
-    Reads all names once, on the driver, and keeps 24 bytes of each. Entries added: `shared`, hashes of the images whose
-    file must not be guessed (see `pictures.ListedNames`); `repeats`, record in the chunk -> number of earlier records
-    of the same image; `name`, distinct for files of equal base names.
+    Reads all names once, on the driver, and keeps 32 bytes of each. Entries added: `shared_paths` and `shared`, hashes
+    of the images whose file must not be guessed by its spelling, or without its folders (see `pictures.ListedNames`);
+    `repeats`, record in the chunk -> number of earlier records of the same image; `name`, distinct for files of equal
+    base names.
     """
-    bare, full, owner = array("Q"), array("Q"), array("Q")
+    bare, path, full, owner = (array("Q") for _ in range(4))
     first, place = array("Q"), array("Q")  # of the first column: index into the above, record in its chunk
     for number, chunk in enumerate(chunks):
         for record, cells in enumerate(_image_cells(chunk, columns)):
@@ -231,16 +242,17 @@ def link_images(chunks: Sequence[Chunk], *columns: tuple[str | None, tuple[str, 
                     first.append(len(bare))
                     place.append(record)
                 bare.append(_hash(bare_key(name)))
+                path.append(_hash(path_key(name)))
                 full.append(_hash(identity(name)))
                 owner.append(number)
-    bare_keys, identities, owners = (np.frombuffer(a, np.uint64) if a else np.zeros(0, np.uint64)
-                                     for a in (bare, full, owner))  # fmt: skip
     names = distinct_names({chunk["path"] for chunk in chunks})
     for chunk in chunks:
-        chunk |= {"name": names[chunk["path"]], "shared": [], "repeats": {}}
-    is_shared = np.isin(bare_keys, _shared(bare_keys, identities))
-    for key, number in set(zip(bare_keys[is_shared].tolist(), owners[is_shared].tolist(), strict=True)):
-        chunks[number]["shared"].append(key)
+        chunk |= {"name": names[chunk["path"]], "shared": [], "shared_paths": [], "repeats": {}}
+    identities, owners = _as_numpy(full), _as_numpy(owner)
+    for entry, keys in (("shared", _as_numpy(bare)), ("shared_paths", _as_numpy(path))):
+        is_shared = np.isin(keys, _shared(keys, identities))
+        for key, number in set(zip(keys[is_shared].tolist(), owners[is_shared].tolist(), strict=True)):
+            chunks[number][entry].append(key)
     rows = np.array(first, np.int64)
     times = _earlier(identities[rows])
     for row in np.flatnonzero(times).tolist():
@@ -251,9 +263,13 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
-def _shared(bare_keys: np.ndarray, identities: np.ndarray) -> np.ndarray:
-    """The bare keys that belong to more than one identity."""
-    pairs = np.unique(np.stack([bare_keys, identities], 1), axis=0)
+def _as_numpy(values: array[int]) -> np.ndarray:
+    return np.frombuffer(values, np.uint64) if values else np.zeros(0, np.uint64)
+
+
+def _shared(keys: np.ndarray, identities: np.ndarray) -> np.ndarray:
+    """The keys that belong to more than one identity."""
+    pairs = np.unique(np.stack([keys, identities], 1), axis=0)
     keys, numbers = np.unique(pairs[:, 0], return_counts=True)
     return keys[numbers > 1]
 
@@ -279,18 +295,25 @@ def _image_cells(chunk: Chunk, columns: Sequence[tuple[str | None, tuple[str, ..
         values = _read_group(chunk, leaves)
     for value in values:
         found = [cell(value, *column) if isinstance(value, dict) else None for column in columns]
+        found = [cell[0] if isinstance(cell, list) and len(cell) == 1 else cell for cell in found]
         paths = [cell.get("path") if isinstance(cell, dict) else cell for cell in found]
         yield [path if isinstance(path, str) else None for path in paths]
 
 
+_BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary)
+
+
 def _name_leaves(chunk: Chunk, columns: Collection[str]) -> list[str]:
-    """The parts of columns of a parquet file that hold names: texts, and `path` of mappings."""
+    """The parts of columns of a parquet file that can hold names: all but bytes, and `path` of mappings."""
     with files.open_input(chunk["path"]) as file, pq.ParquetFile(file) as table:
         leaves = []
         for field in table.schema_arrow:
-            if field.name in columns and (pa.types.is_string(field.type) or pa.types.is_large_string(field.type)):
+            kind = field.type
+            if field.name not in columns or any(of(kind) for of in _BYTES):
+                continue
+            if not pa.types.is_struct(kind):
                 leaves.append(field.name)
-            elif field.name in columns and pa.types.is_struct(field.type) and field.type.get_field_index("path") >= 0:
+            elif kind.get_field_index("path") >= 0:
                 leaves.append(f"{field.name}.path")
         return leaves
 
@@ -301,29 +324,43 @@ def image_id(chunk: Chunk, place: int, origin: str, name: str | None) -> str:
     return origin if name is None else f"{name}#{earlier + 1}" if earlier else name
 
 
+def trust(chunk: Chunk, name: str) -> int:
+    """How far the file of an image may be guessed, as `pictures.ListedNames.trust`."""
+    if _hash(path_key(name)) in chunk.get("shared_paths", ()):
+        return EXACT
+    return SPELLING if _hash(bare_key(name)) in chunk.get("shared", ()) else BARE
+
+
 def load_image(
-    value: Any, folder: str | None, what: str = "the image", shared: Collection[int] = ()
+    value: Any, folder: str | None, what: str = "the image", chunk: Chunk | None = None
 ) -> tuple[str | None, bytes, Size]:
     """(name, encoded bytes, (height, width) after EXIF rotation) of a cell: bytes, a mapping of bytes and path as in
-    Hugging Face's tables, or a path below `folder`. The name is None if only bytes are given.
+    Hugging Face's tables, or a name below `folder` (in json also base64, see `image_ref`). The name is None if only
+    bytes are given.
 
-    `shared`: of the chunk. Raises `UserError` if the image is missing or does not decode, `StoreError` if the store is
-    unreachable.
+    `chunk`: that of the cell. Raises `UserError` if the image is missing or does not decode, `StoreError` if the store
+    is unreachable.
     """
     name = None
-    if isinstance(value, dict):
-        name = value.get("path")
-        value = value["bytes"] if value.get("bytes") is not None else name
+    if isinstance(value, dict) and isinstance(value.get("bytes"), bytes):
+        name, value = value.get("path"), value["bytes"]
     try:
-        if isinstance(value, str):
-            name = check_name(value)
-            if folder is None and not urls.is_url(name) and not os.path.isabs(name):
-                raise UserError(f"'{name}' is a path; give its folder as --images", "no_images")
-            value = read_picture(folder or "", name, alone=_hash(bare_key(name)) not in shared)
         if value is not None and not isinstance(value, bytes):
-            raise UserError(f"it must be a path or bytes, got {short(value)}", "invalid_image")
+            name, value = _read_ref(value, folder, chunk or {})
         size = read_frame(value, []).size
     except UserError as error:
         raise type(error)(f"{what}: {error}" if what != "the image" else str(error), error.reason) from None
     assert value is not None, "read_frame raises"
     return (check_name(name) if isinstance(name, str) and name else None), value, size
+
+
+def _read_ref(value: Any, folder: str | None, chunk: Chunk) -> tuple[str | None, bytes | None]:
+    """(name, encoded bytes) of an image that a cell names, or holds in base64; Nones for an empty cell."""
+    ref = image_ref({"image": value})
+    if ref is None:
+        return None, None
+    if ref.data is not None:
+        return value.get("path") if isinstance(value, dict) else None, base64.b64decode(ref.data)
+    if folder is None and not urls.is_url(ref.name) and not os.path.isabs(ref.name):
+        raise UserError(f"'{ref.name}' is a path; give its folder as --images", "no_images")
+    return ref.name, read_picture(folder or "", ref.name, trust(chunk, ref.name))

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import posixpath
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
@@ -33,7 +33,7 @@ import numpy as np
 from lumen_ray.data import files, urls
 from lumen_ray.data.frames import AnnotationFrame, read_frame
 from lumen_ray.data.images import decode_labels
-from lumen_ray.data.pictures import is_hidden, list_pictures
+from lumen_ray.data.pictures import is_hidden, left_out_note, list_pictures
 from lumen_ray.data.sources.base import Listing, Outcome, Rejected, Source, lost_image, reject
 from lumen_ray.data.sources.objects import ObjectList, rotated_corners
 from lumen_ray.data.sources.voc_pictures import PictureIndex, assign_pictures
@@ -87,7 +87,9 @@ class VocSource(Source):
         classes = sorted({o["name"] for record in records for o in record["objects"] if o["name"]})
         listed = sum(len(record["objects"]) for record in records)
         inputs = {"images": len(records) + len(rejected), "annotations": listed}
-        records, lost = assign_pictures(records, PictureIndex(list_pictures(self.images)[0]))
+        pictures, others = list_pictures(self.images)
+        notes += [note] if (note := left_out_note(others, urls.base_name(self.images))) else []
+        records, lost = assign_pictures(records, PictureIndex(pictures))
         rejected += lost
         if self.masks:
             self._assign_masks(records)
@@ -99,7 +101,7 @@ class VocSource(Source):
     def _xml_names(self) -> tuple[list[str], list[Rejected]]:
         """The xml files to read, relative to `annotations`, and those the split names that do not exist."""
         existing = {n for n in files.list_files(self.annotations, [".xml"], recursive=True) if not is_hidden(n)}
-        names = [f"{name}.xml" for name in _split_names(self.split)] if self.split else sorted(existing)
+        names = _split_names(self.split, existing) if self.split else sorted(existing)
         if not names:
             raise UserError(f"'{urls.shown(self.split or self.annotations)}' has no xml files", "empty_input")
         error = UserError("the split lists it, but it has no xml file", "missing_annotation")
@@ -199,15 +201,17 @@ class VocSource(Source):
     def _add(self, objects: ObjectList, found: dict[str, Any], pixels: np.ndarray | None, first_pixel: int) -> None:
         """Adds an object of the xml; `pixels`: its mask, bool [H, W], all False if it has none."""
         mask: Any = Masks.from_arrays(pixels[None]).rles[0] if pixels is not None and pixels.any() else None
+        box: Any = None
         try:
             difficult = flag(found["difficult"], "difficult")
             if found["turned"] is not None:
                 corners = _turned(found["turned"])
                 x, y = corners[::2], corners[1::2]
                 box, mask = [min(x), min(y), max(x), max(y)], mask or [corners]
-            else:
+            elif numbers(found["box"]) is not None or mask is None:  # else the box of the mask
                 x1, y1, x2, y2 = _numbers(found["box"])
-                box = [x1 - first_pixel, y1 - first_pixel, x2, y2]
+                drawn = any((x1, y1, x2, y2))  # all 0: no box, wherever pixels are counted from
+                box = [x1 - first_pixel, y1 - first_pixel, x2, y2] if drawn else [0, 0, 0, 0]
         except UserError as error:
             objects.reject(found["name"] or None, found["origin"], error)
             return
@@ -226,24 +230,28 @@ def _counts_from(box: Any, size: Sequence[int]) -> int | None:
     """0 or 1 if a box (xmin, ymin, xmax, ymax as texts) proves where pixels are counted from, else None.
 
     A coordinate of 0 exists only when counting from 0. Counting from 1, with both edges included, is shown by a box of
-    one column or row, which would have no area otherwise, and by one from 1 to the far edge of the image.
+    one column or row, which would have no area otherwise, and by one from 1 to the far edge of the image. A box of one
+    point, as an accidental click leaves it, proves nothing.
     """
     values = numbers(box)
     if values is None:
         return None
     x1, y1, x2, y2 = values
-    if 0 <= min(x1, y1) < 1:
-        return 0
     height, width = size
-    if (x1 == x2 and y1 <= y2) or (y1 == y2 and x1 <= x2) or (x1, x2) == (1, width) or (y1, y2) == (1, height):
-        return 1
-    return None
+    if x2 > x1 and y2 > y1:
+        if 0 <= min(x1, y1) < 1:
+            return 0
+        return 1 if (x1, x2) == (1, width) or (y1, y2) == (1, height) else None
+    return 1 if (x1 == x2 and 1 <= y1 < y2) or (y1 == y2 and 1 <= x1 < x2) else None
 
 
-def _split_names(location: str) -> list[str]:
-    """Image names of an ImageSets list, each once. A line may also hold a class's flag after the name."""
-    lines = files.read_text(location).splitlines()
-    return list(dict.fromkeys(line.split()[0] for line in lines if line.split()))
+def _split_names(location: str, existing: Collection[str]) -> list[str]:
+    """The xml files of an ImageSets list, each once. A line is a name, which may contain blanks, or a name with a
+    class's flag after it."""
+    found = []
+    for line in filter(None, map(str.strip, files.read_text(location).splitlines())):
+        found.append(f"{line}.xml" if f"{line}.xml" in existing else f"{line.split()[0]}.xml")
+    return list(dict.fromkeys(found))
 
 
 def _parse(name: str, content: bytes | UserError) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lumen_ray.data import urls
@@ -51,11 +51,14 @@ def assign_pictures(records: Sequence[Record], pictures: PictureIndex) -> tuple[
     names, None without one; `id`: the row's image id. An xml whose picture belongs to another one is rejected with its
     objects, and their classes are `lost` in the other.
     """
-    stems = Counter(_bare_stem(record) for record in records)
+    # how many xml files could mean a picture of that bare name, by their own name or by what they name
+    stems = Counter(
+        stem for record in records for stem in {_bare_stem(record), _stem_key(bare_key(record["filename"]))}
+    )
     owners: dict[str, Record] = {}
     kept: list[Record] = []
     rejected: list[Rejected] = []
-    found = [_find(record, pictures, alone=stems[_bare_stem(record)] == 1) for record in records]
+    found = [_find(record, pictures, stems) for record in records]
     # an xml of the picture's own name goes before one that only names it
     for own in (True, False):
         for record, (picture, is_own, error) in zip(records, found, strict=True):
@@ -73,7 +76,7 @@ def assign_pictures(records: Sequence[Record], pictures: PictureIndex) -> tuple[
             lost = lost_with_image(error)
             rejected += [reject("annotations", name, o["origin"], lost) for o in record["objects"]]
             continue
-        named = _named(record, pictures)
+        named = _named(record, pictures, stems)
         record["picture"] = picture
         record["named"] = named if is_own and named != picture else None
         record["id"] = unique_id(picture or _missing_name(record), times)
@@ -85,12 +88,14 @@ def _bare_stem(record: Record) -> str:
     return _stem_key(urls.base_name(record["origin"]))
 
 
-def _find(record: Record, pictures: PictureIndex, alone: bool) -> tuple[str | None, bool, UserError | None]:
-    """(picture, whether it has the xml's own name, or why it cannot be told)."""
+def _find(
+    record: Record, pictures: PictureIndex, stems: Mapping[str, int]
+) -> tuple[str | None, bool, UserError | None]:
+    """(picture, whether it has the xml's own name, or why it cannot be told); `stems`: of all xml files."""
     path = posixpath.splitext(record["origin"])[0]
     filename = record["filename"]
     paths = [path, *([posixpath.join(record["folder"], urls.base_name(path))] if record["folder"] else [])]
-    paths += [urls.base_name(path)] if alone else []
+    paths += [urls.base_name(path)] if stems[_bare_stem(record)] == 1 else []
     for place in dict.fromkeys(paths):
         found = pictures.of_stem(place, filename)
         if len(found) > 1:
@@ -98,16 +103,22 @@ def _find(record: Record, pictures: PictureIndex, alone: bool) -> tuple[str | No
             return None, True, UserError(f"several pictures have its name: {listed}", "ambiguous_image")
         if found:
             return found[0], True, None
-    return _named(record, pictures), False, None
+    return _named(record, pictures, stems), False, None
 
 
-def _named(record: Record, pictures: PictureIndex) -> str | None:
-    """The picture that ``<filename>`` names: in the xml's own sub-folder, in ``<folder>``, or at the top."""
+def _named(record: Record, pictures: PictureIndex, stems: Mapping[str, int]) -> str | None:
+    """The picture that ``<filename>`` names: in the xml's own sub-folder, in ``<folder>``, or at the top if no other
+    xml can mean that one."""
     filename = record["filename"].replace("\\", "/")
     if not filename:
         return None
-    folders = dict.fromkeys([posixpath.dirname(record["origin"]), record["folder"], ""])
     bare = urls.base_name(filename)
+    own = posixpath.dirname(record["origin"])
+    folders = dict.fromkeys([own, record["folder"]])
+    if stems[_stem_key(bare_key(bare))] == 1:
+        folders[""] = None
+    elif not record["folder"] and own:
+        del folders[""]
     for folder in folders:
         for name in dict.fromkeys([filename, bare]):
             if found := pictures.find(posixpath.join(folder, name)):

@@ -7,6 +7,7 @@ answer is trained as often as it was given.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from typing import Any
 from lumen_ray.data import files, urls
 from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.data.sources.base import Listing, Outcome, Source
+from lumen_ray.data.sources.chat_media import IMAGE_MARKER, check_markers
 from lumen_ray.data.sources.groups import Images, finished_group, lost_group, open_group
 from lumen_ray.data.sources.record_parsing import (
     IMAGE_ID_KEYS,
@@ -31,7 +33,7 @@ from lumen_ray.data.sources.record_parsing import (
     records_in,
     short,
 )
-from lumen_ray.data.values import id_key, number
+from lumen_ray.data.values import id_key
 from lumen_ray.errors import UserError
 
 ITEMS = "questions"
@@ -61,7 +63,7 @@ class VqaSource(Source):
             raise UserError(f"image folder '{self.images}' does not exist", "missing_images")
         given = load_answers(self.annotations)
         groups = Images(ITEMS)
-        for location in self.questions:
+        for location in dict.fromkeys(self.questions):
             records, pattern = _read(location)
             for origin, record in records:
                 self._add(groups, origin, record, self.image_pattern or pattern, given)
@@ -78,7 +80,7 @@ class VqaSource(Source):
                 has_id = first_of(record, IMAGE_ID_KEYS) is not None
                 why = "only an image id; give --image-pattern" if has_id else "neither image nor image_id"
                 raise UserError(f"the question has {why}", "missing_image")
-            question = clean_text(record.get("question"), "the question")
+            question = _question(record.get("question"))
             answers = self._answers(record, given)
         except UserError as error:
             groups.reject(image, origin, error)
@@ -94,11 +96,12 @@ class VqaSource(Source):
                 which = "two different annotations answer" if key in given else "no annotation answers"
                 raise UserError(f"{which} question {short(record.get('question_id'))}", "missing_answer")
             record = annotation
-        single = first_of(record, ("multiple_choice_answer", "answer"))
-        several = record.get("answers")
-        several = several if isinstance(several, list) else []
+        singles = [record.get(key) for key in ("multiple_choice_answer", "answer")]
+        single = next((text for text in singles if not _is_blank(text)), None)
+        several = first_of(record, ("answers", "direct_answers"))
+        several = several if isinstance(several, list) else [several]
         texts = [a.get("answer") if isinstance(a, dict) else a for a in several]
-        texts = [text for text in texts if text is not None and not (isinstance(text, str) and not text.strip())]
+        texts = [text for text in texts if not _is_blank(text)]
         if single is not None and (self.answers == "majority" or not texts):
             return [answer_text(single, "the answer")]
         if not texts:
@@ -117,12 +120,28 @@ class VqaSource(Source):
         yield from finished_group(self.row_kind, ITEMS, Outcome(row), record, [])
 
 
+def _question(value: Any) -> str:
+    """The text of a question, without a marker for its image. Raises `UserError` for markers of anything else."""
+    if isinstance(value, str):
+        value = value.replace(IMAGE_MARKER, " ", 1)
+        if IMAGE_MARKER in value:
+            raise UserError(f"the question has several {IMAGE_MARKER} markers", "several_images")
+        check_markers([{"role": "user", "content": value}], "the question")
+    return clean_text(value, "the question")
+
+
+def _is_blank(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
 def answer_text(value: Any, what: str) -> str:
     """An answer as a text: numbers in digits (2.0 as "2"), true and false as yes and no, see `clean_text`."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, int | float) and (exact := number(value)) is not None:
-        return str(int(exact)) if exact == int(exact) else repr(exact)
+    if isinstance(value, int) and abs(value) < 10**40:
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
     return clean_text(value, what)
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from lumen_ray.data import files, urls
 from lumen_ray.data.frames import read_frame
-from lumen_ray.data.pictures import spellings
+from lumen_ray.data.pictures import is_picture, spellings
 from lumen_ray.data.sources import yolo_yaml
 from lumen_ray.data.sources.base import Listing, Outcome, Rejected, Source, lost_image, reject
 from lumen_ray.data.sources.objects import ObjectList
@@ -66,8 +66,7 @@ class YoloSource(Source):
             images, rejected, notes = yolo_yaml.split_images(self.data, settings, self.split)
         else:
             assert self.images is not None and self.classes is not None, "checked in __post_init__"
-            lines = files.read_text(self.classes).splitlines()
-            settings = {"names": [line.strip() for line in lines if line.strip()]}
+            settings = {"names": _class_lines(self.classes)}
             images, notes = yolo_yaml.folder_images(self.images)
         if not images:
             raise UserError(f"'{urls.shown(self.data or self.images or '')}' lists no images", "empty_input")
@@ -75,19 +74,13 @@ class YoloSource(Source):
         shape, points = yolo_yaml.keypoint_names(settings, len(names))
         categories = [{"name": name, "keypoints": p, "skeleton": []} for name, p in zip(names, points, strict=True)]
         inputs = {"images": len(images) + len(rejected)}
-        labels, unused = _find_labels([self._label_of(image_id, path) for image_id, path in images])
-        if unused:
-            listed = ", ".join(f"'{name}'" for name in unused[:3]) + (", ..." if len(unused) > 3 else "")
-            notes.append(f"{len(unused)} label files belong to no image that is read: {listed}")
-        owners: dict[str, list[str]] = {}
-        for (image_id, _), label in zip(images, labels, strict=True):
-            owners.setdefault(label, []).append(image_id)
+        found = _find_labels([self._label_of(image_id, path) for image_id, path in images], [p for _, p in images])
+        notes += found.notes()
         records = []
-        for (image_id, path), label in zip(images, labels, strict=True):
-            others = [name for name in owners[label] if name != image_id]
-            if others:
-                why = f"it shares its label file '{urls.base_name(label)}' with '{others[0]}'"
-                rejected.append(reject("images", image_id, image_id, UserError(why, "ambiguous_label")))
+        for (image_id, path), label in zip(images, found.locations, strict=True):
+            error = found.error(label, image_id)
+            if error is not None:
+                rejected.append(reject("images", image_id, image_id, error))
             else:
                 records.append([image_id, path, label])
         return Listing(records, inputs, categories, {"names": names, "kpt_shape": shape}, rejected, notes=notes)
@@ -114,8 +107,69 @@ class YoloSource(Source):
         yield _outcome(image_id, path, labels, shared)
 
 
-def _find_labels(labels: Sequence[str]) -> tuple[list[str], list[str]]:
-    """(location of each image's label file, existing or not; names of label files that no image has).
+#: text files in folders of labels that are none
+_NO_LABELS = {"classes.txt", "train.txt", "val.txt", "valid.txt", "test.txt", "readme.txt", "notes.txt", "labels.txt"}
+
+
+def _class_lines(location: str) -> list[str]:
+    """The class names of a text file, one per line. Raises `UserError` for a blank line between them, since the number
+    of a class is that of its line."""
+    lines = [line.strip() for line in files.read_text(location).rstrip().splitlines()]
+    if "" in lines:
+        raise UserError(
+            f"line {lines.index('') + 1} of '{urls.shown(location)}' is blank; a class's number is that of its line, "
+            "so name the class or remove the line",
+            "invalid_classes",
+        )
+    return lines
+
+
+@dataclass
+class _Labels:
+    """The label files of the images. `locations`: of each image's, existing or not; `existing`: folder -> names there;
+    `unclaimed`: folder -> names that belong to no image."""
+
+    locations: list[str]
+    existing: dict[str, set[str]]
+    unclaimed: dict[str, list[str]]
+
+    def __post_init__(self) -> None:
+        self._times = Counter(self.locations)
+        self._with_labels = {urls.parent(label) for label in self.locations if self._exists(label)}
+
+    def _exists(self, label: str) -> bool:
+        return urls.base_name(label) in self.existing[urls.parent(label)]
+
+    def notes(self) -> list[str]:
+        found = []
+        unused = [name for names in self.unclaimed.values() for name in names]
+        if unused:
+            listed = ", ".join(f"'{name}'" for name in unused[:3]) + (", ..." if len(unused) > 3 else "")
+            found.append(f"{len(unused)} label files belong to no image that is read: {listed}")
+        for folder, images in Counter(map(urls.parent, self.locations)).items():
+            if folder not in self._with_labels:
+                found.append(
+                    f"none of {images} images has its label file in '{urls.shown(folder)}': they are read as images "
+                    "without objects"
+                )
+        return found
+
+    def error(self, label: str, image_id: str) -> UserError | None:
+        """Why an image cannot be used with its label file. Without one it is a negative example, unless its labels are
+        likely to be elsewhere."""
+        name, folder = urls.base_name(label), urls.parent(label)
+        if self._times[label] > 1:
+            return UserError(f"it shares its label file '{name}' with other images", "ambiguous_label")
+        if self._exists(label):
+            return None
+        if unclaimed := self.unclaimed[folder]:
+            why = f"it has no label file '{name}', but '{unclaimed[0]}' beside it belongs to no image"
+            return UserError(why, "missing_labels")
+        return None
+
+
+def _find_labels(labels: Sequence[str], images: Sequence[str]) -> _Labels:
+    """The label files of `images`, whose locations should be `labels`.
 
     A label file that exists only in another spelling (suffix case, Unicode form) is taken if no other image has it:
     an image without label file would become a negative of all classes. Raises `UserError` if no label file exists.
@@ -125,9 +179,8 @@ def _find_labels(labels: Sequence[str]) -> tuple[list[str], list[str]]:
         there = files.list_files(folder, [".txt"]) if files.is_dir(folder) else []
         existing[folder] = {name for name in there if not name.startswith(".")}
     exact = {label for label in labels if urls.base_name(label) in existing[urls.parent(label)]}
-    wanted = Counter(label for label in labels if label not in exact)
     guesses: dict[str, str] = {}
-    for label in wanted:
+    for label in set(labels) - exact:
         folder, name = urls.parent(label), urls.base_name(label)
         similar = {s for s in spellings(name) if s in existing[folder] and urls.join(folder, s) not in exact}
         if len(similar) == 1:
@@ -140,13 +193,17 @@ def _find_labels(labels: Sequence[str]) -> tuple[list[str], list[str]]:
                         "with their folder, or an empty label file for an image without objects",
                         "missing_annotations")  # fmt: skip
     used = set(found)
-    unused = [
-        name
-        for folder, names in sorted(existing.items())
-        for name in sorted(names)
-        if urls.join(folder, name) not in used and name != "classes.txt"
-    ]
-    return found, unused
+    beside: dict[str, set[str]] = {}  # label folder -> folders of its images
+    for label, image in zip(labels, images, strict=True):
+        beside.setdefault(urls.parent(label), set()).add(urls.parent(image))
+    unclaimed = {}
+    for folder, names in sorted(existing.items()):
+        left = {n for n in names if urls.join(folder, n) not in used and n.lower() not in _NO_LABELS}
+        if left:  # those of images that the split does not list are no concern of it
+            others = (files.list_files(place) for place in beside[folder] if files.is_dir(place))
+            left -= {posixpath.splitext(name)[0] + ".txt" for there in others for name in there if is_picture(name)}
+        unclaimed[folder] = sorted(left)
+    return _Labels(found, existing, unclaimed)
 
 
 def _outcome(image_id: str, path: str, labels: list[tuple[str, list[str]]], shared: dict[str, Any]) -> Outcome:

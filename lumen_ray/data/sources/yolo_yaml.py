@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from lumen_ray.data import files, urls
-from lumen_ray.data.pictures import distinct_names, left_out_note, list_pictures
+from lumen_ray.data.pictures import distinct_names, left_out_note, list_pictures, spellings
 from lumen_ray.data.sources.base import Rejected, reject
 from lumen_ray.data.values import id_key, whole
 from lumen_ray.errors import UserError, suggest
@@ -24,8 +24,8 @@ def read(location: str) -> dict[str, Any]:
     """
     try:
         settings = yaml.load(files.read_text(location), yaml.BaseLoader)  # noqa: S506  it makes only texts, lists, dicts
-    except yaml.YAMLError as error:
-        why = " ".join(str(error).split())
+    except (yaml.YAMLError, RecursionError) as error:
+        why = "it is nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise UserError(f"'{urls.shown(location)}' is not valid yaml: {why}", "invalid_annotations") from None
     if not isinstance(settings, dict):
         raise UserError(f"'{urls.shown(location)}' must contain settings such as 'train' and 'names'",
@@ -36,6 +36,7 @@ def read(location: str) -> dict[str, Any]:
 def folder_images(folder: str) -> Listed:
     """The images below a folder; ids are paths relative to it."""
     names, others = list_pictures(folder)
+    del others[".txt"]  # labels may lie beside their images
     note = left_out_note(others, urls.base_name(folder))
     return [(name, urls.join(folder, name)) for name in names], [note] if note else []
 
@@ -80,14 +81,27 @@ def _given(settings: dict[str, Any], key: str) -> Any:
 
 def _listed_images(place: str, root: str, homes: dict[str, str]) -> Iterator[tuple[str, str, str]]:
     """(image id, location, origin) of the lines of a text file; `homes`: names of the lists' folders."""
+    there: dict[str, set[str]] = {}  # folder -> names of its files
     for number, line in enumerate(files.read_text(place).splitlines(), start=1):
-        name, origin = line.strip(), f"{urls.base_name(place)} line {number}"
+        # Windows tools write backslashes
+        name, origin = line.strip().replace("\\", "/"), f"{urls.base_name(place)} line {number}"
         if name.startswith("./"):  # relative to the folder of the list, as in ultralytics
             home, name = urls.parent(place), name.removeprefix("./")
             prefix = f"{homes[home]}/" if len(homes) > 1 else ""
-            yield prefix + name, _normal(urls.join(home, name)), origin
+            yield prefix + name, _spelled(_normal(urls.join(home, name)), there), origin
         elif name:
-            yield name, _normal(urls.join(root, name)), origin
+            yield name, _spelled(_normal(urls.join(root, name)), there), origin
+
+
+def _spelled(location: str, there: dict[str, set[str]]) -> str:
+    """The location, with its file name in the only similar spelling that exists if it does not exist itself."""
+    folder, name = urls.parent(location), urls.base_name(location)
+    if folder not in there:
+        there[folder] = set(files.list_files(folder)) if files.is_dir(folder) else set()
+    if name in there[folder]:
+        return location
+    similar = [spelling for spelling in spellings(name) if spelling in there[folder]]
+    return urls.join(folder, similar[0]) if len(similar) == 1 else location
 
 
 def _without_repeats(images: Iterable[tuple[str, str, str]]) -> tuple[list[tuple[str, str]], list[Rejected]]:

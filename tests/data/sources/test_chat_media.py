@@ -49,6 +49,9 @@ WITH_PICTURE = {
     "trl parts": {"messages": parts({"type": "image"}, TEXT), "images": ["a.jpg"]},
     "facts beside": {"image": "a.jpg", "image_url": "https://x/a.jpg", "image_size": [60, 40], "image_id": 7,
                      "source": "coco/a.jpg", "conversations": human("What is it?")},
+    "key of the turn": {"messages": [{"role": "user", "content": "What is it?", "images": ["a.jpg"]}, human("")[1]]},
+    "anthropic part": {"messages": parts({"type": "image", "source": {"type": "base64", "data": INLINE}}, TEXT)},
+    "same image twice": {"image": "a.jpg", "messages": parts({"type": "image", "image": "./a.jpg"}, TEXT)},
     "no video": {"image": "a.jpg", "video": None, "audios": [], "conversations": human("What is it?")},
 }  # fmt: skip
 
@@ -66,6 +69,8 @@ TEXT_ONLY = {
     "empty keys": {"image": "", "images": [], "video": None, "has_image": False, "conversations": human("2 + 2?")},
     "facts": {"id": 3, "model": "gpt-4", "url": "https://sharegpt.com/c/x", "num_images": 0, "source": "wiki",
               "conversations": human("2 + 2?")},
+    "numbers": {"n_frames": 3, "num_images": 0, "image_size": [2, 2], "conversations": human("2 + 2?")},
+    "html answer": {"conversations": [human("Html?")[0], {"from": "gpt", "value": '<img src="a.jpg"> ![](b.jpg)'}]},
     "a word": {"conversations": human("Write about images, video and <b>sound</b> files such as a.jpg")},
     "comparison": {"conversations": human("is a < image b > c?")},
 }  # fmt: skip
@@ -94,6 +99,16 @@ OTHERS = {
     **{key: {key: "a.jpg", "conversations": human("What is it?")} for key in KEYS},
     "list under another key": {"inputs": [{"x": "a.png"}], "conversations": human("What is it?")},
     "id of a picture": {"image_id": 7, "conversations": human("What is it?")},
+    **{key: {key: 7, "conversations": human("q")} for key in ("img_id", "image_ids", "photo_id", "video_id")},
+    "a bare picture": {"data": INLINE, "conversations": human("q")},
+    "a media list": {"media": [{"type": "image", "id": "x1"}], "conversations": human("q")},
+    "pixels": {"pixel_values": [[1, 2]], "conversations": human("q")},
+    "a second picture": {"image": "a.jpg", "image_2": "b.jpg", "conversations": human("q")},
+    "a second one in a list": {"image": "a.jpg", "media": ["b.jpg"], "conversations": human("q")},
+    "a depth map": {"image": "a.jpg", "depth": "d.png", "conversations": human("q")},
+    "video of a turn": {"messages": [{"role": "user", "content": "q", "video": "v.mp4"}, human("")[1]]},
+    "attachment of a turn": {"messages": [{"role": "user", "content": "q", "attachments": ["a.jpg"]}, human("")[1]]},
+    "file of a part": {"image": "a.jpg", "messages": parts({"type": "image", "file": "b.jpg"}, TEXT)},
     "video": {"video": "v.mp4", "conversations": human("What happens?")},
     "videos and image": {"image": "a.jpg", "videos": ["v.mp4"], "conversations": human("What happens?")},
     "audios": {"audios": ["v.wav"], "messages": human("What is said?")},
@@ -103,7 +118,8 @@ OTHERS = {
 MARKERS = [
     "<video>", "<audio>", "<image_1>", "<image1> x", "<IMAGE>", "<img>a.jpg</img>", '<img src="a.jpg">', "![](a.jpg)",
     "![x](a.jpg)", "<|image_pad|>", "<|image|>", "<|vision_start|>", "<|audio_1|>", "<ImageHere>",
-    "<image_placeholder>", "[IMG]", "<image/>", "<video_0>",
+    "<start_of_image>", "<image_soft_token>", "<im_start>", "<im_patch>", "<|media_start|>", "![cat][1]",
+    "[img: a.jpg]", "<image_placeholder>", "[IMG]", "<image/>", "<video_0>",
 ]  # fmt: skip
 OTHERS |= {marker: {"conversations": human(f"{marker}\nWhat is it?")} for marker in MARKERS}
 OTHERS["marker beside an image"] = {"image": "a.jpg", "conversations": human("<image> <video> What is it?")}
@@ -114,7 +130,7 @@ def test_rejected_by_name(read, record):
     rows, rejected = read(record)
     assert rows == [] and rejected[0]["rule"] == "other_media"
     named = [key for key in record if key not in ("conversations", "messages", "image")]
-    assert not named or any(f"'{key}'" in rejected[0]["reason"] for key in named)
+    assert not named or any(f"key '{key}' names" in rejected[0]["reason"] for key in named)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +145,13 @@ def test_rejected_by_name(read, record):
             "marker_in_answer",
         ),
         ({"images": [{"bytes": "no base64"}], "messages": human("q")}, "invalid_image"),
+        ({"images": [None], "messages": human("q")}, "invalid_image"),
+        ({"images": [""], "messages": human("q")}, "invalid_image"),
+        ({"images": [{"path": "", "bytes": None}], "messages": human("q")}, "invalid_image"),
+        *(
+            ({"image": "a.jpg", "conversations": [human("q")[0], {"from": "gpt", "value": value}]}, "marker_in_answer")
+            for value in ("<img>b.jpg</img>", "<video>", "<|image_pad|>")
+        ),
         ({"image": "a.jpg", "messages": parts({"type": "text", "text": 3})}, "invalid_turn"),
         ({"image": "a.jpg", "system": ["x"], "messages": human("q")}, "invalid_text"),
     ],

@@ -139,7 +139,7 @@ def test_a_box_without_area_marks_nothing_to_find(load):
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
-    [({"category_id": 99}, "unknown category id 99"), ({"category_id": [1]}, "unknown category id numbers [1]")],
+    [({"category_id": 99}, "unknown category id 99"), ({"category_id": [1]}, "unknown category id [1]")],
 )
 def test_an_object_of_unknown_class_leaves_no_class(load, changes, reason):
     loaded = load({"categories": CATEGORIES, "annotations": [annotation(id=4), annotation(**changes)]})
@@ -279,7 +279,7 @@ def test_a_rectangle_turned_by_45_degrees_has_its_polygon_as_mask(load):
     assert not Masks([found["mask"]], (HEIGHT, WIDTH)).to_arrays()[0, 11, 21]  # a corner of the box that is not turned
 
 
-ROOT = [{"id": 0, "name": "cells", "supercategory": "none"}, {"id": 1, "name": "cell", "supercategory": "cells"},
+ROOT = [{"id": 0, "name": "cells", "supercategory": "none"}, {"id": 1, "name": "cell", "supercategory": "Cells"},
         {"id": 2, "name": "dog", "supercategory": "dog"}]  # fmt: skip
 
 
@@ -500,3 +500,38 @@ def test_a_malformed_skeleton_is_refused(load, changes):
     with pytest.raises(UserError, match="category 'person': (skeleton|keypoints) must be") as error:
         load({"categories": [{**SKELETON[0], **changes}]})
     assert error.value.reason == "invalid_annotations"
+
+
+def test_only_rectangles_are_turned(load):
+    triangle = [10, 5, 30, 5, 10, 35]
+    entry = annotation(attributes={"rotation": 90}, segmentation=[triangle])
+    row, _ = row_of(load({"categories": CATEGORIES, "annotations": [entry]}))
+    assert row["instances"][0]["box"] == [10, 5, 30, 35]
+
+
+@pytest.mark.parametrize("bad", [{"id": 9}, {"file_name": "b.jpg"}, {"id": 9, "file_name": "b\0.jpg"}, 3,
+                                 {"id": 9, "file_name": "\ud800.jpg"}, {"id": 9, "file_name": ["b.jpg"]}])  # fmt: skip
+def test_an_image_that_cannot_be_named_is_rejected_alone(load, bad):
+    entries = [annotation(), annotation(id=6, category_id=2)]
+    loaded = load({"images": [IMAGE, bad], "categories": CATEGORIES, "annotations": entries})
+    assert [(r["kind"], r["origin"]) for r in loaded.rejected] == [("images", "part0.json image number 1")]
+    assert len(row_of(loaded)[0]["instances"]) == 2
+
+
+@pytest.mark.parametrize(("name", "read"), [(0, "0"), (7.0, "7"), (" a  b ", "a b")])
+def test_names_of_classes_may_be_numbers(load, name, read):
+    loaded = load({"categories": [{"id": 1, "name": name}], "annotations": [annotation()]})
+    assert [c["name"] for c in loaded.categories] == [read]
+
+
+@pytest.mark.parametrize("name", [False, ["cat"], {"en": "cat"}, "", " ", "\ud800", None])
+def test_names_that_are_none_are_refused(load, name):
+    with pytest.raises(UserError, match="a category needs 'id' and 'name'"):
+        load({"categories": [{"id": 1, "name": name}]})
+
+
+def test_a_file_given_twice_is_read_once(load, tmp_path):
+    part = {"categories": CATEGORIES, "annotations": [annotation(), {"id": 9, "image_id": 1, "caption": "a"}]}
+    load(part)
+    loaded = coco_json.load([tmp_path / "part0.json", tmp_path / "part0.json"])
+    assert loaded.listed == 2 and len(row_of(loaded)[0]["messages"]) == 1

@@ -1,5 +1,6 @@
 """Image-text pairs: all tables and tars give the same rows; broken ones are reported and stop nothing."""
 
+import base64
 import csv
 import io
 import json
@@ -277,3 +278,41 @@ def test_captions_of_a_list_and_with_a_byte_order_mark(tmp_path):
     assert rejected == []
     texts = {row["image_id"]: [m["turns"][1]["content"] for m in row["messages"]] for row in rows}
     assert texts == {"0.tar/0": ["a", "b"], "0.tar/frame.001": ["red"]}
+
+
+def test_names_in_a_column_of_categories(tmp_path):
+    """A column that pandas wrote as categories holds its texts in a dictionary."""
+    images = write_photos(tmp_path / "images", NAMES)
+    names = [f"cam1/{NAMES[0]}", f"cam2/{NAMES[0]}", NAMES[1], NAMES[1]]
+    column = pa.array(names).dictionary_encode()
+    pq.write_table(pa.table({"image": column, "caption": ["a", "b", "c", "d"]}), tmp_path / "t.parquet")
+    rows, rejected, _ = prepared(PairsSource([str(tmp_path / "t.parquet")], str(images)))
+    assert captions(rows) == {NAMES[1]: "c", f"{NAMES[1]}#2": "d"}
+    assert [r["rule"] for r in rejected] == ["ambiguous_image"] * 2
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_other_spellings_of_paths_are_found(tmp_path, suffix):
+    images = write_photos(tmp_path / "images", ["s/a b.jpg", "t/a b.jpg"])
+    pairs = [("s\\a b.jpg", "one"), ("t/a%20b.JPG", "two")]
+    rows, rejected, _ = prepared(PairsSource([write_table(tmp_path, suffix, pairs)], str(images)))
+    assert rejected == [] and captions(rows) == dict(pairs)
+
+
+def test_images_in_records_of_json(tmp_path):
+    data = base64.b64encode(jpeg()).decode()
+    pictures = [{"bytes": data}, [NAMES[0]], f"data:image/png;base64,{data}", [None]]
+    records = [{"image": image, "caption": text} for image, text in zip(pictures, "abcd", strict=True)]
+    images = write_photos(tmp_path / "images", NAMES)
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, records)))
+    rows, rejected, _ = prepared(PairsSource([str(tmp_path / "t.jsonl")], str(images)))
+    assert sorted(captions(rows).values()) == ["a", "b", "c"]
+    assert [r["rule"] for r in rejected] == ["invalid_image"]
+
+
+def test_two_pictures_of_a_key_and_a_tar_without_members(tmp_path):
+    two = [("0.jpg", jpeg()), ("0.png", jpeg()), ("0.txt", b"a"), *TAR[:2]]
+    rows, rejected, _ = prepared(PairsSource([make_tar(tmp_path / "0.tar", two)]))
+    assert len(rows) == 1 and rejected[0]["rule"] == "several_images"
+    with pytest.raises(UserError, match="none of 1 pairs can be used; the first, 1.tar: the tar has no members"):
+        prepared(PairsSource([make_tar(tmp_path / "1.tar", [("._0.jpg", b"x")])]))

@@ -196,3 +196,39 @@ def test_a_png_of_another_image_and_a_second_id_are_rejected(tmp_path):
     assert counts["images"] == {"in": 3, "written": 1, "rejected": 2}
     assert sum("its PNG file '0.png' is that of the image '0.jpg'" in r["reason"] for r in rejected) == 3
     assert "left out as no class: 'animals'" in source(tmp_path).read_listing().notes[0]
+
+
+def test_a_segment_that_the_json_does_not_list_could_be_of_any_class(tmp_path):
+    contents = panoptic_set()
+    data = json.loads(contents["panoptic.json"])
+    del data["annotations"][0]["segments_info"][1]
+    write(tmp_path, contents | {"panoptic.json": json.dumps(data)})
+    rows, rejected, _ = prepared(source(tmp_path), tmp_path / "out")
+    assert rejected == [] and (rows["0.jpg"]["classes"], rows["1.jpg"]["classes"]) == ([], ["sky", "cow"])
+    changed = shards.read_manifest(tmp_path / "out")["changed"]
+    assert changed == {"segments of the PNG that the json does not list": 1}
+
+
+def test_segments_of_one_id_are_rejected(tmp_path):
+    contents = panoptic_set()
+    data = json.loads(contents["panoptic.json"])
+    data["annotations"][0]["segments_info"][1]["id"] = "7"
+    write(tmp_path, contents | {"panoptic.json": json.dumps(data)})
+    rows, rejected, _ = prepared(source(tmp_path), tmp_path / "out")
+    assert [r["rule"] for r in rejected] == ["repeated_id"] * 2 and rows["0.jpg"]["classes"] == []
+
+
+def test_a_palette_of_which_both_readings_fit_is_decided_by_the_areas(tmp_path):
+    ids = np.ones((HEIGHT, WIDTH), int)
+    ids[5:15, 5:15] = 2
+    image = Image.fromarray((3 - ids).astype(np.uint8), "P")  # indices are the other way round
+    image.putpalette([0, 0, 0, 2, 0, 0, 1, 0, 0])
+    contents = small_set(lambda _: saved(image), ids)
+    with pytest.raises(UserError, match="whose indices and whose colours could both be the ids"):
+        prepared(source(write(tmp_path, contents)), tmp_path / "out")
+    data = json.loads(contents["panoptic.json"])
+    for segment in data["annotations"][0]["segments_info"]:
+        segment["area"] = int((ids == segment["id"]).sum())
+    rows, _, _ = prepared(source(write(tmp_path, contents | {"panoptic.json": json.dumps(data)})), tmp_path / "out")
+    masks = Masks([i["mask"] for i in rows["0.jpg"]["instances"]], (HEIGHT, WIDTH)).to_arrays()
+    assert (masks == np.stack([ids == 1, ids == 2])).all()

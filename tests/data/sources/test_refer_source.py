@@ -318,3 +318,21 @@ def test_no_expression_lands_on_another_sets_picture(make):
     rows, rejected, _ = prepared(make(records, instances=None))
     assert [row["image_id"] for row in rows] == [NAMES[1]]
     assert {r["rule"] for r in rejected} == {"ambiguous_image", "image_rejected"}
+
+
+def test_a_bad_box_beside_a_good_mask_and_equal_objects(make):
+    records = [{"image": NAMES[0], "expression": "a", "bbox": [5, None, 20, 20], "segmentation": SQUARE},
+               {"image": NAMES[0], "expression": "b", "bbox": ["5", 5.0, 25, "25"]},
+               {"image": NAMES[0], "expression": "c", "bbox": [5, 5, 25, 25]}]  # fmt: skip
+    rows, rejected, _ = prepared(make(records, instances=None))
+    assert rejected == []
+    assert [i["box"] for i in rows[0]["instances"]] == [[5, 5, 25, 25]] * 2
+    assert [p["instances"] for p in rows[0]["phrases"]] == [[0], [1], [1]]
+
+
+def test_ids_under_either_key_and_a_file_given_twice(make):
+    source = make([{**ref(0, None, "a"), "ann_ids": [10, 11]}])
+    source.refs = source.refs * 2
+    rows, rejected, counts = prepared(source)
+    assert rejected == [] and counts["expressions"]["in"] == 1
+    assert len(rows[0]["phrases"][0]["instances"]) == 2

@@ -274,3 +274,46 @@ def test_flags_are_strict(tmp_path):
     row, rejected, _ = one(tmp_path, objects)
     assert [i["crowd"] for i in row["instances"]] == [False, False, False, True, True]
     assert "difficult must be 0, 1, true or false, got 'maybe'" in rejected[0]["reason"]
+
+
+def test_an_accidental_click_proves_nothing(tmp_path):
+    boxes = [(0, 0, 0, 0), (10, 10, 10, 10), (3, 3, 9, 9)]
+    contents = {"images/1.jpg": jpeg(), "xml/1.xml": voc_xml("1.jpg", [("cat", box, "") for box in boxes])}
+    rows, rejected, _, notes = sets(tmp_path, contents)
+    assert "counted from 1" in notes[0] and rows["1.jpg"]["instances"][-1]["box"] == [2, 2, 9, 9]
+    assert [r["rule"] for r in rejected] == ["empty_box"] and rows["1.jpg"]["classes"] == ["cat"]
+
+
+def test_no_xml_takes_the_top_picture_of_another_folders_name(tmp_path):
+    contents = {f"xml/{name}/1.xml": voc_xml("1.jpg", [("cat", (3, 3, 9, 9), "")]) for name in "ab"}
+    contents |= {"images/1.jpg": jpeg(), "images/b/1.jpg": jpeg(30, 30)}
+    contents = {k: v.replace("<size>", "<x>").replace("</size>", "</x>") if k.endswith("xml") else v
+                for k, v in contents.items()}  # fmt: skip
+    rows, rejected, _, _ = sets(tmp_path, contents)
+    assert list(rows) == ["b/1.jpg"] and rejected[0]["rule"] == "missing_image"
+
+
+def test_names_of_a_split_may_hold_blanks(tmp_path):
+    contents = {"split.txt": "cat 1\ncat 2 -1\nbird  1\n"}
+    for name in ("cat", "cat 1", "bird"):
+        contents |= {f"xml/{name}.xml": voc_xml("", [("cat", (3, 3, 9, 9), "")]), f"images/{name}.jpg": jpeg()}
+    write(tmp_path, contents)
+    source = VocSource(f"{tmp_path}/xml", f"{tmp_path}/images", f"{tmp_path}/split.txt")
+    assert set(prepared(source, tmp_path / "out")[0]) == {"cat 1.jpg", "cat.jpg", "bird.jpg"}
+
+
+def test_a_box_that_is_none_is_taken_from_the_mask(tmp_path):
+    labels = np.zeros((HEIGHT, WIDTH), np.uint8)
+    labels[5:15, 10:20] = 1
+    for box in ("nan", "x"):
+        contents = {"xml/1.xml": voc_xml("1.jpg", [("cat", (box, 1, 9, 9), "")]), "images/1.jpg": jpeg(),
+                    "masks/1.png": png(labels)}  # fmt: skip
+        rows, rejected, _, _ = sets(tmp_path, contents, masks=f"{tmp_path}/masks")
+        assert rejected == [] and rows["1.jpg"]["instances"][0]["box"] == [10, 5, 20, 15]
+
+
+def test_pictures_of_other_formats_are_named(tmp_path):
+    contents = {"xml/1.xml": voc_xml("1.heic", [("cat", (3, 3, 9, 9), "")]), "images/1.HEIC": b"x",
+                "xml/2.xml": voc_xml("2.jpg", [("cat", (3, 3, 9, 9), "")]), "images/2.jpg": jpeg()}  # fmt: skip
+    _, rejected, _, notes = sets(tmp_path, contents)
+    assert rejected[0]["reason"] == "the image file '1.heic' is missing" and ".heic 1" in notes[1]

@@ -174,7 +174,8 @@ def test_real_photos(test_data, tmp_path):
     ("record", "answer"),
     [({"answer": 2}, "2"), ({"answer": 2.0}, "2"), ({"answer": 2.5}, "2.5"), ({"answer": True}, "yes"),
      ({"answer": False}, "no"), ({"answers": [2, 2, 3]}, "2"), ({"answers": ["", "red", None, "red"]}, "red"),
-     ({"answers": [{"answer": 0}]}, "0")],
+     ({"answers": [{"answer": 0}]}, "0"), ({"answer": 8005551234}, "8005551234"), ({"answer": 1e9}, "1000000000"),
+     ({"answer": "", "answers": ["z"]}, "z"), ({"answers": "red"}, "red"), ({"direct_answers": ["a", "a", "b"]}, "a")],
 )  # fmt: skip
 def test_answers_by_value(make, record, answer):
     rows, rejected, _ = prepared(make([{"image": NAMES[0], "question": "a ?", **record}]))
@@ -195,3 +196,18 @@ def test_no_question_lands_on_another_sets_picture(make):
     rows, rejected, _ = prepared(make([*records, {"image": NAMES[1], "question": "a ?", "answer": "x"}]))
     assert [row["image_id"] for row in rows] == [NAMES[1]]
     assert {r["rule"] for r in rejected} == {"ambiguous_image", "image_rejected"}
+
+
+@pytest.mark.parametrize(("question", "text"), [("<image>\nWhat?", "What?"), ("What? <image>", "What?")])
+def test_a_marker_of_the_image_is_no_part_of_the_question(make, question, text):
+    rows, rejected, _ = prepared(make([{"image": NAMES[0], "question": question, "answer": "x"}]))
+    assert rejected == [] and asked(rows)[NAMES[0]] == [(text, "x")]
+
+
+@pytest.mark.parametrize(
+    "question", ["<video> What?", "<image> <image> What?", "<img>b.jpg</img>What?", "![](b.jpg) x"]
+)
+def test_other_markers_are_rejected(make, question):
+    sound = {"image": NAMES[1], "question": "a ?", "answer": "x"}
+    _, rejected, _ = prepared(make([{"image": NAMES[0], "question": question, "answer": "x"}, sound]))
+    assert rejected[0]["rule"] == ("several_images" if "<image>" in question else "other_media")

@@ -307,3 +307,46 @@ def test_a_thin_polygon_keeps_its_box(tmp_path):
     row, rejected, _ = one(tmp_path, "0 0.1 0.1 0.9 0.1 0.9 0.105 0.1 0.105\n")
     assert rejected == []
     assert row["instances"][0]["mask"] is None and row["classes"] == ["cat", "dog"]
+
+
+def test_an_image_whose_labels_may_be_elsewhere_is_no_negative(tmp_path):
+    contents = yolo_set() | {"images/train/3.jpg": jpeg(), "labels/train/3.jpg.txt": "0 .5 .5 .2 .2\n"}
+    rows, rejected, _, notes = listed(tmp_path, contents)
+    assert "3.jpg" not in rows
+    assert [r["rule"] for r in rejected] == ["missing_labels"] and "'3.jpg.txt' beside it" in rejected[0]["reason"]
+    assert notes == ["1 label files belong to no image that is read: '3.jpg.txt'"]
+
+
+def test_labels_of_images_that_the_split_does_not_list_do_not_matter(tmp_path):
+    contents = yolo_set() | {"data.yaml": "train: list.txt\nnames: [cat, dog]\n", "images/train/3.jpg": jpeg(),
+                             "list.txt": "images\\train\\0.jpg\nimages/train/3.JPG\n"}  # fmt: skip
+    rows, rejected, _, notes = listed(tmp_path, contents)
+    assert rejected == [] and notes == []
+    assert {name: len(row["instances"]) for name, row in rows.items()} == {
+        "images/train/0.jpg": 2,
+        "images/train/3.JPG": 0,
+    }
+
+
+def test_a_folder_without_any_labels_is_named(tmp_path):
+    contents = yolo_set() | {"data.yaml": "train: [images/train, images/more]\nnames: [cat, dog]\n",
+                             "images/more/0.jpg": jpeg()}  # fmt: skip
+    _, rejected, _, notes = listed(tmp_path, contents)
+    assert rejected == [] and notes[0].startswith("none of 1 images has its label file in ")
+
+
+def test_labels_of_other_classes_are_refused(tmp_path):
+    contents = yolo_set() | {"labels/train/0.txt": "7 .5 .5 .2 .2\n", "labels/train/1.txt": "8 .5 .5 .2 .2\n"}
+    with pytest.raises(UserError, match="2 of 2 annotations name a class .*class '7' is not one of 0..1"):
+        listed(tmp_path, contents)
+
+
+def test_a_blank_line_among_class_names_is_refused(tmp_path):
+    write(tmp_path, yolo_set() | {"classes.txt": "cat\n\ndog\n"})
+    with pytest.raises(UserError, match="line 2 of .* is blank"):
+        YoloSource(images=f"{tmp_path}/images", classes=f"{tmp_path}/classes.txt").read_listing()
+
+
+def test_a_yaml_nested_too_deeply_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is not valid yaml: it is nested too deeply"):
+        listed(tmp_path, yolo_set() | {"data.yaml": "train: " + "[" * 3000})
