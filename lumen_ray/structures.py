@@ -301,6 +301,8 @@ class Answer:
     route: str | None = None
     #: generated or edited images, uint8 [h, w, 3] RGB each
     images: list[np.ndarray] | None = None
+    #: of the tokens of `text`, its end token included: natural logarithms of their probabilities by the LLM
+    log_probs: list[float] | None = None
 
     def best(self, most: int) -> Answer:
         """The answer reduced to the `most` instances with the highest scores over all phrases; ties in phrase order."""

@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -74,10 +75,11 @@ def sync(path: Path) -> None:
 class WeightsFile(Mapping[str, Tensor]):
     """The tensors of a safetensors file by name; each access reads the tensor into fresh memory.
 
-    Reads the file that was opened even if it has since been replaced on disk. Raises `UserError` if it is damaged.
+    Reads the file that was opened even if it has since been replaced on disk. `tied`: {name: name of the tensor that it
+    is}, for tensors that are stored once; a file that holds both is read as it is. Raises `UserError` if it is damaged.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, tied: Mapping[str, str] = MappingProxyType({})):
         self.path = path
         try:
             with safe_open(path, framework="pt"):  # validates the header and the file's length
@@ -88,6 +90,9 @@ class WeightsFile(Mapping[str, Tensor]):
         length = int.from_bytes(self._file.read(LENGTH), "little")
         self._header = json.loads(self._file.read(length))
         self._header.pop("__metadata__", None)
+        for name, source in tied.items():
+            if source in self._header:
+                self._header.setdefault(name, self._header[source])
         self._start = LENGTH + length
 
     def shapes(self) -> dict[str, Tensor]:

@@ -27,7 +27,7 @@ DecoderResult = Prediction | list[np.ndarray] | None
 @dataclass
 class RequestPlan:
     """Where one request's answer comes from: `links` are indices into the super link of its `decoder`, `text` is what
-    the LLM wrote."""
+    the LLM wrote, `log_probs` are those of its tokens."""
 
     task: str
     size: Size
@@ -35,6 +35,7 @@ class RequestPlan:
     decoder: str | None = None
     route: str | None = None
     text: str | None = None
+    log_probs: list[float] | None = None
 
 
 @dataclass
@@ -132,7 +133,7 @@ def assemble(
 
 def _answer(plan: RequestPlan, results: Mapping[str, Sequence[DecoderResult]]) -> Answer | None:
     if not plan.links:
-        return Answer(plan.task, plan.size, [], text=plan.text, route=plan.route)
+        return Answer(plan.task, plan.size, [], text=plan.text, route=plan.route, log_probs=plan.log_probs)
     assert plan.decoder is not None, "links belong to a decoder"
     if plan.decoder not in results:
         return None

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lumen_ray.errors import UserError
+from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.structures import Region, SampleSettings, Size
 from lumen_ray.tasks import Needs, check_classes, get_task, split_phrases
 from lumen_ray.trunk.tokenizer import SPECIAL_TOKENS
@@ -23,7 +24,8 @@ class Request:
     `text`: the question of chat and vqa, else the sentence or expression as given;
     `keypoints`: names of the keypoints of a pose request; None for the skeleton the model was trained with. `sample`:
     how the pictures of a generate or edit request are drawn. `score_threshold` (0..1) and `max_per_phrase` limit the
-    instances of the answer; None for the limits of the call.
+    instances of the answer; None for the limits of the call. `history`: earlier (question, answer) pairs of a chat, and
+    its `system` text; `sampling`: how the tokens of a text are chosen.
     """
 
     task: str
@@ -35,6 +37,9 @@ class Request:
     sample: SampleSettings | None = None
     score_threshold: float | None = None
     max_per_phrase: int | None = None
+    history: tuple[tuple[str, str], ...] = ()
+    system: str = ""
+    sampling: Sampling = GREEDY
 
 
 def make_request(
@@ -46,13 +51,18 @@ def make_request(
     keypoints: Sequence[str] | str | None = None,
     template: int = 0,
     sample: SampleSettings | None = None,
+    history: Sequence[tuple[str, str]] = (),
+    system: str | None = None,
+    sampling: Sampling = GREEDY,
 ) -> Request:
     """A validated `Request`. Raises `UserError` (one sentence, machine-readable reason) if it is invalid.
 
     The registry's `Task.needs` says which argument a task takes: "classes" `classes`, "region" `region`, "nothing"
-    none, all others `text`. A single string stands for a list of one.
+    none, all others `text`. A single string stands for a list of one. `history` (earlier pairs of question and answer)
+    and `system` go with task "chat", `sampling` with tasks that give a text.
     """
     needs = get_task(task).needs
+    _check_conversation(task, history, system, sampling)
     classes, keypoints = ([names] if isinstance(names, str) else names for names in (classes, keypoints))
     for name in (*(classes or ()), *(keypoints or ())):
         if not isinstance(name, str):
@@ -71,13 +81,42 @@ def make_request(
     if needs == "region":
         if region is None:
             raise UserError(f"task '{task}' needs a region (box, point, scribble, polygon or mask)", "missing_region")
-        return Request(task, region=region, template=template)
+        return Request(task, region=region, template=template, sampling=sampling)
     if needs == "nothing":
-        return Request(task, template=template)
+        return Request(task, template=template, sampling=sampling)
     text = (text or "").strip()
     if not text:
         raise UserError(f"task '{task}' needs a text ({needs}); give one", "empty_text")
-    return Request(task, _phrases(needs, text), text, template=template, sample=sample)
+    return Request(
+        task,
+        _phrases(needs, text),
+        text,
+        template=template,
+        sample=sample,
+        history=tuple((question, answer) for question, answer in history),
+        system=(system or "").strip(),
+        sampling=sampling,
+    )
+
+
+def _check_conversation(task: str, history: Sequence[tuple[str, str]], system: str | None, sampling: Sampling) -> None:
+    if sampling != GREEDY and not get_task(task).is_text:
+        raise UserError(f"task '{task}' writes no text; leave 'sampling' out", "unexpected_field")
+    if task != "chat":
+        if history or system:
+            raise UserError(f"task '{task}' is no conversation; leave 'history' and 'system' out", "unexpected_field")
+        return
+    if isinstance(history, str) or not all(
+        isinstance(pair, list | tuple)
+        and len(pair) == 2
+        and all(isinstance(text, str) and text.strip() for text in pair)
+        for pair in history
+    ):
+        raise UserError("'history' must be pairs of a question and its answer, both texts", "invalid_history")
+    if not isinstance(system, str | None):
+        raise UserError(f"'system' must be a text, got {system!r}", "invalid_history")
+    for text in (system or "", *(text for pair in history for text in pair)):
+        _refuse_reserved(text)
 
 
 def _phrases(needs: Needs, text: str) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -14,19 +14,20 @@ from torch import Tensor
 from lumen_ray.data.batches.buckets import choose
 from lumen_ray.data.batches.transforms import PAD_VALUE, fit
 from lumen_ray.decoders.registry import DECODERS
+from lumen_ray.errors import UserError
 from lumen_ray.inference.branches import BranchPlanner, PendingBranch, decoder_input, split_passes, with_regions
 from lumen_ray.inference.decoder_inputs import decoder_pixels
 from lumen_ray.inference.outputs import DecoderInput, RequestPlan, TrunkOutput
 from lumen_ray.inference.request import Request, check_requests
+from lumen_ray.inference.sampling import Sampler, stop_at
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.precision import in_model_dtype
 from lumen_ray.structures import Region, Size
 from lumen_ray.targets import Frame
 from lumen_ray.tasks import ROUTING_TOKENS, TASKS
 from lumen_ray.trunk.branch import Branch
-from lumen_ray.trunk.layout import build_layout
+from lumen_ray.trunk.layout import Layout, build_layout
 from lumen_ray.trunk.regions import region_mask
-from lumen_ray.trunk.tokenizer import EOS
 from lumen_ray.trunk.trunk import Prefix
 
 
@@ -65,7 +66,8 @@ def _text_branches(
                 continue
             where = (len(regions),) if request.region is not None else ()
             regions += [request.region] if request.region is not None else []
-            branches.append(Branch(len(rows), task.prompt(request.text, request.template), regions=where))
+            prompt = task.prompt(request.text, request.template)
+            branches.append(Branch(len(rows), prompt, regions=where, history=request.history, system=request.system))
             rows.append((b, r))
     return rows, branches, regions
 
@@ -185,29 +187,59 @@ class TrunkStage(FromFolder):
         plans: list[list[RequestPlan]],
         limit: int,
     ) -> list[tuple[int, int]]:
-        """Decodes all text requests greedily and enters texts and chosen routes in the plans.
+        """Decodes all text requests and enters texts and chosen routes in the plans.
 
         Returns (image, request) of every free chat in which the LLM chose a route.
         """
         rows, branches, regions = _text_branches(requests)
         if not rows:
             return []
-        layout = build_layout(branches, len(rows), self.tokenizer, self.prompt_layout).to(self.device)
+        images = torch.tensor([b for b, _ in rows], device=self.device)
+        has_image = prefix.valid[images]
+        layout = build_layout(branches, len(rows), self.tokenizer, self.prompt_layout, has_image).to(self.device)
         owners = [i for i, branch in enumerate(branches) if branch.regions]
         routing = {i: token for token, i in self.tokenizer.ids.items() if token in ROUTING_TOKENS}
-        images = torch.tensor([b for b, _ in rows], device=self.device)
+        self._check_context(layout, prefix.length, limit)
+        samplers = [
+            Sampler(requests[b][r].sampling, layout.input_ids[n, : int(layout.last_slots[n, 1]) + 1].tolist())
+            for n, (b, r) in enumerate(rows)
+        ]
         written = self.trunk.generate(
-            prefix, layout, images, *self._regions(regions, owners), self.tokenizer.ids[EOS], limit, frozenset(routing),
+            prefix, layout, images, *self._regions(regions, owners), self.tokenizer.end_ids, limit, frozenset(routing),
+            samplers, self._stopped(samplers),
         )  # fmt: skip
         routed = []
-        for (b, r), tokens in zip(rows, written, strict=True):
+        for (b, r), tokens, sampler in zip(rows, written, samplers, strict=True):
             plan, request = plans[b][r], requests[b][r]
             if tokens and tokens[-1] in routing and request.task == "chat":
                 plan.route = routing[tokens[-1]]
                 routed.append((b, r))
             else:
-                plan.text = self.tokenizer.decode(t for t in tokens if t not in routing)
+                text = self.tokenizer.decode(t for t in tokens if t not in routing)
+                stopped = stop_at(text, request.sampling.stop)
+                plan.text = text if stopped is None else stopped
+                plan.log_probs = sampler.log_probs[: len(tokens)]
         return routed
+
+    def _check_context(self, layout: Layout, prefix: int, limit: int) -> None:
+        """Raises `UserError` if a prompt and its answer are longer than the LLM's context."""
+        most = getattr(self.trunk.llm.config, "max_position_embeddings", None)
+        longest = int((torch.where(layout.alone, 0, prefix) + layout.last_slots[:, 1] + 1).max())
+        if most is not None and longest + limit > most:
+            raise UserError(
+                f"the prompt has {longest} tokens and its answer may have {limit}, more than the LLM's context of "
+                f"{most} tokens; shorten the conversation or lower the longest answer",
+                "context_too_long",
+            )
+
+    def _stopped(self, samplers: Sequence[Sampler]) -> Callable[[int, list[int]], bool]:
+        """Whether the answer of a row has reached one of its stop texts."""
+
+        def stopped(row: int, tokens: list[int]) -> bool:
+            stops = samplers[row].settings.stop
+            return bool(stops) and stop_at(self.tokenizer.decode(tokens), stops) is not None
+
+        return stopped
 
     def _routed_branches(
         self,
@@ -247,7 +279,7 @@ class TrunkStage(FromFolder):
     def _embeddings(self, prefix: Prefix, pending: list[PendingBranch], members: list[int]) -> dict[int, Tensor]:
         """The link embedding of each branch of one pass, float32 on the CPU, by index into `pending`."""
         branches, regions, owners = with_regions([pending[i] for i in members])
-        layout = build_layout(branches, len(prefix.valid), self.tokenizer, self.prompt_layout)
+        layout = build_layout(branches, len(prefix.valid), self.tokenizer, self.prompt_layout, prefix.valid)
         for family, numbers in layout.link_branches.items():  # a keypoint's object may be in another pass
             keypoints = [pending[members[number]].prompt is None for number in numbers.tolist()]
             layout.link_parents[family] = torch.tensor(keypoints).long() - 1

@@ -32,11 +32,13 @@ from lumen_ray.superlink import SuperLink
 from lumen_ray.targets import ImageTargets, PerceptionTargets, Pixels
 from lumen_ray.tasks import TASKS
 from lumen_ray.trunk.batch import TrainingBatch
-from lumen_ray.trunk.tokenizer import CAPTIONS_FILE, NAMES_FILE, LumenTokenizer
+from lumen_ray.trunk.tokenizer import EXTRA_FILES, LumenTokenizer
 from lumen_ray.trunk.trunk import Trunk, TrunkTraining
 
 LM_WEIGHT = 1.0
 WEIGHTS = "model.safetensors"
+#: weights with a row per token of the LLM: input embedding and output projection
+VOCABULARY = ("trunk.llm.model.embed_tokens.weight", "trunk.llm.lm_head.weight")
 
 
 class Generalist(nn.Module):
@@ -159,8 +161,8 @@ def count_parameters(model: nn.Module) -> int:
 def save_model(
     folder: str | Path, state: dict[str, Tensor], settings: ModelSettings, tokenizer: LumenTokenizer, meta: ModelMeta
 ) -> Path:
-    """Writes a model folder. A folder with a weights file is always complete, even if the process is killed or the
-    machine crashes while it overwrites another model.
+    """Writes a model folder, tied weights once. A folder with a weights file is always complete, even if the process is
+    killed or the machine crashes while it overwrites another model.
 
     All files are written to a subfolder and flushed to disk first; then the old weights are removed before all other
     files are moved, and the new ones are moved last.
@@ -173,7 +175,8 @@ def save_model(
         (aside / "config.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False))
         tokenizer.save(aside / "tokenizer.json")
         (aside / "meta.json").write_text(json.dumps(asdict(meta), indent=1))
-        write_weights(aside / WEIGHTS, state)
+        tied = tied_weights(settings)
+        write_weights(aside / WEIGHTS, {name: tensor for name, tensor in state.items() if name not in tied})
         for path in aside.iterdir():
             sync(path)
         _publish(aside, folder)
@@ -187,7 +190,7 @@ def _publish(aside: Path, folder: Path) -> None:
     names = {path.name for path in aside.iterdir()} - {WEIGHTS}
     (folder / WEIGHTS).unlink(missing_ok=True)
     sync(folder)
-    for name in {NAMES_FILE, CAPTIONS_FILE} - names:
+    for name in set(EXTRA_FILES) - names:
         (folder / name).unlink(missing_ok=True)
     for name in names:
         os.replace(aside / name, folder / name)
@@ -258,9 +261,16 @@ def read_tokenizer(folder: str | Path) -> LumenTokenizer:
         ) from None
 
 
+def tied_weights(settings: ModelSettings) -> dict[str, str]:
+    """{name: name of the tensor that it is} of tensors that a model has once: the output projection of an LLM that is
+    its word embedding."""
+    inner, outer = VOCABULARY
+    return {outer: inner} if settings.llm.get("tie_word_embeddings") else {}
+
+
 def open_weights(folder: str | Path) -> WeightsFile:
     """Opens the weights of a model folder, or of bundled weights by name. Raises `UserError` if they are damaged."""
-    return WeightsFile(model_folder(folder) / WEIGHTS)
+    return WeightsFile(model_folder(folder) / WEIGHTS, tied_weights(read_settings(folder)))
 
 
 def load_model(

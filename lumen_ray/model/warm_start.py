@@ -66,7 +66,9 @@ def start_tokenizer(settings: ModelSettings, folder: str | Path) -> LumenTokeniz
     caption tokenizer does not fit the text encoder of a decoder."""
     tokenizer = read_tokenizer(folder)
     check_captions(tokenizer.captions, settings, f"{CAPTIONS_FILE} in '{folder}'")
-    return LumenTokenizer.extend(tokenizer.backend, tokenizer.names, settings.families, tokenizer.captions)[0]
+    return LumenTokenizer.extend(
+        tokenizer.backend, tokenizer.names, settings.families, tokenizer.captions, tokenizer.turns
+    )[0]
 
 
 class StartWeights(Mapping[str, Tensor]):

@@ -45,7 +45,8 @@ class Branch:
     None (inference: the LLM generates it). `history`: earlier (instruction, response) pairs of the conversation, whose
     responses are supervised too. `regions`: for every <region> in the instructions, its index in the batch's regions.
     `parent`: for a keypoint prompt the index (in the list of branches) of its object's prompt, else -1.
-    `limit`: maximum number of tokens; a response is cut off there, without an end token.
+    `limit`: maximum number of tokens; a response is cut off there, without an end token. `system`: the system text of a
+    conversation, where the LLM was taught turns its system turn, and with an image the beginning of the first question.
 
     `group`: prompts of one image and group are one request: expert decoders process them jointly, and the sequential
     layout puts them into one string, in which `phrase` names the prompt's object (by default parsed from the prompt).
@@ -61,3 +62,4 @@ class Branch:
     history: tuple[tuple[str, str], ...] = ()
     phrase: str = ""
     group: int = 0
+    system: str = ""

@@ -7,6 +7,11 @@ One image is a *prefix*: its image tokens, encoded once. Each prompt about it is
 
 A branch attends to the prefix and to itself, never to another branch: a 4-D mask, and position ids that restart at the
 end of the prefix. So a prompt's result depends neither on the other prompts, nor on their order, nor on the batch.
+
+A published LLM keeps the turns that it was taught (`tokenizer.turns`, see `turns.py`) instead of <user>, <assistant>
+and <eos>. What its template writes before the first question is then the lead of the prefix, before the image. Without
+an image, a branch holds it itself, so that the whole conversation is tokenised as one text, as the LLM saw it.
+
 With `prompt_layout` 'sequential' the prompts of an image share one causal string instead: see `sequential.py`.
 
 Legend: B images, P prefix tokens, T branch tokens per image (padded), S = P + T.
@@ -27,6 +32,7 @@ from lumen_ray.tasks import REGION_TOKEN, LinkFamily, family_of
 from lumen_ray.trunk.branch import IGNORE, Branch, TokenSpan
 from lumen_ray.trunk.sequential import sequential_spans
 from lumen_ray.trunk.tokenizer import ASSISTANT, EOS, PAD, USER, LumenTokenizer
+from lumen_ray.trunk.turns import Turns
 
 _Rows = list[list[TokenSpan]]  # the spans of each image
 
@@ -47,6 +53,7 @@ class Layout:
     region_slots: Tensor  # int64 [R, 2]
     region_index: Tensor  # int64 [R], the region of each slot
     last_slots: Tensor  # int64 [number of branches, 2], each branch's last token
+    alone: Tensor  # bool [B], rows whose branches attend to no prefix at all: text alone, in the turns of the LLM
     #: int64 [R, L], or None: the LLM then runs on B rows of P + T tokens. Otherwise on R rows in which images and texts
     #: are packed; each entry is an index into the flattened [B, P + T] grid, -1 at padding
     pack: Tensor | None = None
@@ -67,20 +74,53 @@ class Layout:
         return Layout(**{name: move(value) for name, value in self.__dict__.items()})
 
 
-def branch_span(index: int, branch: Branch, tokenizer: LumenTokenizer) -> TokenSpan:
-    """The tokens of one branch. Routing token and responses are supervised, instructions and queries are not."""
-    ids = tokenizer.ids
+def branch_span(index: int, branch: Branch, tokenizer: LumenTokenizer, alone: bool = False) -> TokenSpan:
+    """The tokens of one branch. Routing token and responses are supervised, instructions and queries are not. `alone`:
+    whether the branch holds the beginning of its conversation, since it attends to no prefix."""
     span = TokenSpan(index, members=[index], regions=branch.regions)
-    for instruction, response in (*branch.history, (branch.prompt, branch.response)):
-        span.add([ids[USER], *tokenizer.encode(instruction), ids[ASSISTANT]], False)
-        if response is not None and branch.route is None:
-            span.add([*tokenizer.encode(response), ids[EOS]], True)
+    if tokenizer.turns is None:
+        _add_turns(span, branch, tokenizer)
+    else:
+        _add_taught_turns(span, branch, tokenizer, tokenizer.turns, alone)
     if branch.route is not None:
-        span.add([ids[branch.route]], True)
-        span.add_queries(index, branch.route, ids[PAD])
+        span.add([tokenizer.ids[branch.route]], True)
+        span.add_queries(index, branch.route, tokenizer.ids[PAD])
         return span
     span.tokens, span.labels = span.tokens[: branch.limit], span.labels[: branch.limit]
     return span
+
+
+def _add_turns(span: TokenSpan, branch: Branch, tokenizer: LumenTokenizer) -> None:
+    """Adds the turns of a branch with our own turn tokens."""
+    ids = tokenizer.ids
+    for n, (instruction, response) in enumerate((*branch.history, (branch.prompt, branch.response))):
+        if branch.system and not n:
+            instruction = f"{branch.system}\n{instruction}"
+        span.add([ids[USER], *tokenizer.encode(instruction), ids[ASSISTANT]], False)
+        if response is not None and branch.route is None:
+            span.add([*tokenizer.encode(response), ids[EOS]], True)
+
+
+def _add_taught_turns(span: TokenSpan, branch: Branch, tokenizer: LumenTokenizer, turns: Turns, alone: bool) -> None:
+    """Adds the turns of a branch as the LLM was taught them. The text is tokenised as a whole, since tokens may span
+    the borders of its parts."""
+    opening = turns.opening(branch.system)  # raises if there is no system turn
+    text = opening if alone else f"{branch.system}\n\n" if branch.system else ""
+    learned: list[tuple[int, int]] = []  # of the text, [start, end)
+    for n, (instruction, response) in enumerate((*branch.history, (branch.prompt, branch.response))):
+        text += (turns.to_user if n else "") + turns.text("user", instruction) + turns.to_assistant
+        if response is not None and branch.route is None:
+            start = len(text)
+            text += turns.gap + turns.text("assistant", response)
+            learned.append((start, len(text) + len(turns.end)))
+    if learned and branch.response is not None and branch.route is None:
+        text += turns.end
+    ranges = iter(learned)
+    start, end = next(ranges, (len(text), len(text)))
+    for token, first in tokenizer.spans(text):
+        while first >= end and end < len(text):
+            start, end = next(ranges, (len(text), len(text)))
+        span.add([token], start <= first < end)
 
 
 def branch_tokens(branch: Branch, tokenizer: LumenTokenizer) -> tuple[list[int], list[int], int]:
@@ -89,18 +129,21 @@ def branch_tokens(branch: Branch, tokenizer: LumenTokenizer) -> tuple[list[int],
     return span.tokens, span.labels, len(span.tokens) - span.queries[0][1] if span.queries else 0
 
 
-def _spans(branches: Sequence[Branch], num_images: int, tokenizer: LumenTokenizer, prompt_layout: str) -> _Rows:
-    """The token spans of each image's branches."""
-    members: list[list[tuple[int, Branch]]] = [[] for _ in range(num_images)]
+def _spans(branches: Sequence[Branch], alone: Sequence[bool], tokenizer: LumenTokenizer, prompt_layout: str) -> _Rows:
+    """The token spans of each image's branches; `alone`: per image."""
+    members: list[list[tuple[int, Branch]]] = [[] for _ in alone]
     for index, branch in enumerate(branches):
         members[branch.image].append((index, branch))
     if prompt_layout == "sequential":
         return [list(sequential_spans(row, tokenizer)) for row in members]
-    if USER not in tokenizer.ids:
+    if tokenizer.turns is None and USER not in tokenizer.ids:
         raise UserError(
             "this tokenizer has no tokens for turns; set the model's prompt_layout to 'sequential'", "wrong_layout"
         )
-    return [[branch_span(index, branch, tokenizer) for index, branch in row] for row in members]
+    return [
+        [branch_span(index, branch, tokenizer, by_itself) for index, branch in row]
+        for row, by_itself in zip(members, alone, strict=True)
+    ]
 
 
 def _placed(rows: _Rows) -> Iterator[tuple[int, int, TokenSpan]]:
@@ -113,13 +156,21 @@ def _placed(rows: _Rows) -> Iterator[tuple[int, int, TokenSpan]]:
 
 
 def build_layout(
-    branches: Sequence[Branch], num_images: int, tokenizer: LumenTokenizer, prompt_layout: str = "branches"
+    branches: Sequence[Branch],
+    num_images: int,
+    tokenizer: LumenTokenizer,
+    prompt_layout: str = "branches",
+    has_image: Sequence[bool] | Tensor | None = None,
 ) -> Layout:
-    """Lays out branches one after the other behind each image's prefix. `prompt_layout`: as in `ModelSettings`.
+    """Lays out branches one after the other behind each image's prefix. `prompt_layout`: as in `ModelSettings`;
+    `has_image`: bool [B], False for text alone (None: all have one).
 
     Raises `UserError` if the tokenizer lacks the turn tokens of the 'branches' layout.
     """
-    rows = _spans(branches, num_images, tokenizer, prompt_layout)
+    taught = tokenizer.turns is not None and prompt_layout == "branches"
+    seen = torch.ones(num_images, dtype=torch.bool) if has_image is None else torch.as_tensor(has_image).cpu()
+    alone = ~seen & taught
+    rows = _spans(branches, alone.tolist(), tokenizer, prompt_layout)
     grids, links = _token_grids(rows, len(branches), tokenizer.ids[PAD]), _links(rows, branches)
     region_slots, region_index = _regions(rows, branches, tokenizer.ids[REGION_TOKEN])
     return Layout(
@@ -135,6 +186,7 @@ def build_layout(
         region_slots=torch.tensor(region_slots, dtype=torch.int64).reshape(-1, 2),
         region_index=torch.tensor(region_index, dtype=torch.int64),
         last_slots=grids["last_slots"],
+        alone=alone,
     )
 
 
@@ -203,26 +255,39 @@ def _regions(rows: _Rows, branches: Sequence[Branch], region_token: int) -> tupl
     return slots, index
 
 
-def prefix_allowed(num_images: int, prefix: int, mode: str, device: torch.device) -> Tensor:
-    """Attention mask among image tokens: bool [B, P, P]; `mode` is 'causal' or 'full'."""
+def prefix_allowed(num_images: int, prefix: int, mode: str, device: torch.device, lead: int = 0) -> Tensor:
+    """Attention mask of the prefix: bool [B, P, P]; `mode`, 'causal' or 'full', is that among image tokens. The first
+    `lead` tokens, which are text, never attend to the image."""
     allowed = torch.ones(prefix, prefix, dtype=torch.bool, device=device)
+    causal = allowed.tril()
     if mode == "causal":
-        allowed = allowed.tril()
+        allowed = causal
+    elif lead:
+        allowed[:lead] = causal[:lead]
     return allowed.expand(num_images, prefix, prefix)
 
 
-def branch_allowed(branch_ids: Tensor, prefix_valid: Tensor, prefix: int, lead: int = 0) -> Tensor:
-    """Attention mask of branch tokens: the prefix (without an image only its first `lead` tokens) and the preceding
-    tokens of the same branch.
+def branch_allowed(
+    branch_ids: Tensor, prefix_valid: Tensor, prefix: int, lead: int = 0, alone: Tensor | None = None
+) -> Tensor:
+    """Attention mask of branch tokens: the prefix (without an image only its first `lead` tokens, and none in rows that
+    are `alone`) and the preceding tokens of the same branch.
 
-    branch_ids [B, T], prefix_valid bool [B] -> bool [B, T, P + T]. Padding attends to padding, so that no row is empty.
+    branch_ids [B, T], prefix_valid and alone bool [B] -> bool [B, T, P + T]. Padding attends to padding, so that no row
+    is empty.
     """
     length = branch_ids.shape[1]
     same = branch_ids[:, :, None] == branch_ids[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool, device=branch_ids.device).tril()
-    text = torch.arange(prefix, device=branch_ids.device) < lead
-    image = (prefix_valid[:, None] | text)[:, None].expand(-1, length, -1)
-    return torch.cat([image, same & causal], dim=2)
+    seen = visible_prefix(prefix_valid, prefix, lead, alone)
+    return torch.cat([seen[:, None].expand(-1, length, -1), same & causal], dim=2)
+
+
+def visible_prefix(prefix_valid: Tensor, prefix: int, lead: int = 0, alone: Tensor | None = None) -> Tensor:
+    """Which tokens of the prefix the branches of each row attend to: bool [B, P]; arguments as of `branch_allowed`."""
+    text = torch.arange(prefix, device=prefix_valid.device) < lead
+    seen = prefix_valid[:, None] | text
+    return seen if alone is None else seen & ~alone[:, None]
 
 
 def packed_allowed(pack: Tensor, branch_ids: Tensor, prefix: int, mode: str) -> Tensor:

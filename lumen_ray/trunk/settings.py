@@ -151,7 +151,8 @@ class TrunkSettings(Settings):
         "one causal string, as the released VisionLLM v2 weights were trained",
     )
     lead_tokens: tuple[int, ...] = Field(
-        (), description="token ids before the image: begin-of-sequence token, system message"
+        (),
+        description="token ids before the image: begin-of-sequence token, system text, beginning of the first question",
     )
     dense_channels: int = Field(64, gt=0, description="channels of the shared dense features")
     stem_channels: int = Field(32, gt=0, description="channels of the convolutional stem at stride 4")
@@ -209,10 +210,8 @@ class TrunkSettings(Settings):
             raise UserError("regions.kind 'levels' needs vision.bridge 'mlp2x_gelu'", "invalid_config")
         if self.vision.bridge != "comm" and self.tokens_read_stem:
             raise UserError("tokens_read_stem needs vision.bridge 'comm'", "invalid_config")
-        if (self.lead_tokens or self.prompt_layout == "sequential") and self.prefix_attention != "causal":
-            raise UserError(
-                "prompt_layout 'sequential' and lead_tokens need prefix_attention 'causal'", "invalid_config"
-            )
+        if self.prompt_layout == "sequential" and self.prefix_attention != "causal":
+            raise UserError("prompt_layout 'sequential' needs prefix_attention 'causal'", "invalid_config")
         if self.prompt_layout == "sequential" and self.link_reads_words:
             raise UserError("link_reads_words needs prompt_layout 'branches'", "invalid_config")
         return self

@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from lumen_ray.errors import UserError
 from lumen_ray.tasks import LINK_FAMILIES, REGION_TOKEN, ROUTING_TOKENS
+from lumen_ray.trunk.turns import Turns
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,27 +26,41 @@ _LAYOUT_TOKENS = (PAD, EOS, USER, ASSISTANT, REGION_TOKEN)
 #: a tokenizer may lack routing tokens of decoders that its model does not have
 SPECIAL_TOKENS: tuple[str, ...] = (*_LAYOUT_TOKENS, *ROUTING_TOKENS)
 #: turns of a conversation; a tokenizer for the sequential layout lacks them, its turns are plain text
-TURNS = (USER, ASSISTANT)
+TURN_TOKENS = (USER, ASSISTANT)
 #: file beside a tokenizer with other names for special tokens: {our name: its name}
 NAMES_FILE = "special_tokens.json"
 #: file beside the tokenizer of a model whose diffusion decoders have a published text encoder: that encoder's tokenizer
 CAPTIONS_FILE = "caption_tokenizer.json"
+#: file beside the tokenizer of a published LLM that was taught conversations: their `Turns`
+TURNS_FILE = "turns.json"
+#: the files that a tokenizer may have beside it
+EXTRA_FILES = (NAMES_FILE, CAPTIONS_FILE, TURNS_FILE)
 
 
 class LumenTokenizer:
     """Encodes prompts and responses; any string can be encoded, since unknown words fall back to bytes."""
 
-    def __init__(self, tokenizer: Tokenizer, names: Mapping[str, str] | None = None, captions: Tokenizer | None = None):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        names: Mapping[str, str] | None = None,
+        captions: Tokenizer | None = None,
+        turns: Turns | None = None,
+    ):
         """`names`: {our special token: its name in this vocabulary}, where they differ. `captions`: the tokenizer of
-        the diffusion decoders' text encoder, which truncates and pads to that encoder's length. Raises `UserError` if
+        the diffusion decoders' text encoder, which truncates and pads to that encoder's length. `turns`: how a
+        published LLM was taught to write conversations; None: with <user>, <assistant> and <eos>. Raises `UserError` if
         special tokens are missing."""
-        self.backend, self.captions = tokenizer, captions
+        self.backend, self.captions, self.turns = tokenizer, captions, turns
         self.names = dict(names or {})
         ids = {token: tokenizer.token_to_id(self.names.get(token, token)) for token in SPECIAL_TOKENS}
         self.ids = {token: i for token, i in ids.items() if i is not None}
-        missing = [token for token in _LAYOUT_TOKENS if token not in self.ids and token not in TURNS]
+        missing = [token for token in _LAYOUT_TOKENS if token not in self.ids and token not in TURN_TOKENS]
         if missing:
             raise UserError(f"the tokenizer lacks the special tokens {missing}", "invalid_model")
+        stops = (tokenizer.token_to_id(token) for token in (turns.stops if turns else ()))
+        #: ids of the tokens that end an answer
+        self.end_ids = frozenset([self.ids[EOS], *(i for i in stops if i is not None)])
         self.encode = lru_cache(maxsize=65536)(self._encode)
 
     @classmethod
@@ -55,14 +70,16 @@ class LumenTokenizer:
         names: Mapping[str, str],
         families: Iterable[str] = tuple(LINK_FAMILIES),
         captions: Tokenizer | None = None,
+        turns: Turns | None = None,
     ) -> tuple[LumenTokenizer, int]:
-        """Adds missing special tokens, including the routing tokens of these link families. Returns the tokenizer and
-        the id of the first added token."""
+        """Adds missing special tokens, including the routing tokens of these link families; <user> and <assistant> only
+        without `turns`. Returns the tokenizer and the id of the first added token."""
         before = vocabulary_rows(tokenizer)
-        wanted = [names.get(token, token) for token in (*_LAYOUT_TOKENS, *routing_tokens(families))]
+        ours = [token for token in _LAYOUT_TOKENS if turns is None or token not in TURN_TOKENS]
+        wanted = [names.get(token, token) for token in (*ours, *routing_tokens(families))]
         absent = [token for token in wanted if tokenizer.token_to_id(token) is None]
         tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in absent])
-        return cls(tokenizer, names, captions), before
+        return cls(tokenizer, names, captions, turns), before
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, families: Iterable[str] = ("perception",)) -> LumenTokenizer:
@@ -83,33 +100,38 @@ class LumenTokenizer:
 
     @classmethod
     def load(cls, path: str | Path) -> LumenTokenizer:
-        names, captions = (Path(path).with_name(name) for name in (NAMES_FILE, CAPTIONS_FILE))
+        names, captions, turns = (Path(path).with_name(name) for name in EXTRA_FILES)
         return cls(
             Tokenizer.from_file(str(path)),
             json.loads(names.read_text()) if names.is_file() else None,
             Tokenizer.from_file(str(captions)) if captions.is_file() else None,
+            Turns.from_dict(json.loads(turns.read_text())) if turns.is_file() else None,
         )
 
     @classmethod
     def from_json(
-        cls, text: str, names: Mapping[str, str] | None = None, captions: str | None = None
+        cls,
+        text: str,
+        names: Mapping[str, str] | None = None,
+        captions: str | None = None,
+        turns: Turns | None = None,
     ) -> LumenTokenizer:
-        return cls(Tokenizer.from_str(text), names, None if captions is None else Tokenizer.from_str(captions))
+        return cls(Tokenizer.from_str(text), names, None if captions is None else Tokenizer.from_str(captions), turns)
 
     def to_json(self) -> str:
         return self.backend.to_str()
 
     def save(self, path: str | Path) -> None:
         self.backend.save(str(path))
-        names, captions = (Path(path).with_name(name) for name in (NAMES_FILE, CAPTIONS_FILE))
+        names, captions, turns = (Path(path).with_name(name) for name in EXTRA_FILES)
+        for file in (names, captions, turns):
+            file.unlink(missing_ok=True)
         if self.names:
             names.write_text(json.dumps(self.names, indent=1))
-        else:
-            names.unlink(missing_ok=True)
         if self.captions is not None:
             self.captions.save(str(captions))
-        else:
-            captions.unlink(missing_ok=True)
+        if self.turns is not None:
+            turns.write_text(json.dumps(self.turns.to_dict(), indent=1))
 
     def __len__(self) -> int:
         """Rows of the token embedding."""
@@ -117,7 +139,7 @@ class LumenTokenizer:
 
     def __reduce__(self) -> tuple[Any, ...]:
         captions = None if self.captions is None else self.captions.to_str()
-        return LumenTokenizer.from_json, (self.to_json(), self.names, captions)
+        return LumenTokenizer.from_json, (self.to_json(), self.names, captions, self.turns)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         """Token ids of text; special tokens written in it (`<region>`) become their ids."""

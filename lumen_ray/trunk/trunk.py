@@ -8,9 +8,9 @@ results.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ from lumen_ray.trunk.layout import (
     packed_positions,
     prefix_allowed,
     unpacked,
+    visible_prefix,
 )
 from lumen_ray.trunk.queries import SuperLinkQueries, mean_words
 from lumen_ray.trunk.regions import build_regions
@@ -64,6 +65,20 @@ class Prefix:
         cache = self.fork()
         cache.batch_select_indices(index)
         return cache
+
+
+class TokenChooser(Protocol):
+    """Chooses the tokens of one answer."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it always takes the token of the largest logit."""
+
+    def choose(self, logits: Tensor) -> int:
+        """The next token from the LLM's logits [V]."""
+
+    def record(self, token: int, log_prob: float) -> None:
+        """Enters the token that was chosen and the logarithm of its probability."""
 
 
 @dataclass
@@ -216,17 +231,17 @@ class Trunk(nn.Module):
     def _training_mask(self, layout: Layout, has_image: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
         batch, length = layout.input_ids.shape
         device = layout.input_ids.device
-        top = prefix_allowed(batch, prefix, self.settings.prefix_attention, device)
+        top = prefix_allowed(batch, prefix, self.settings.prefix_attention, device, len(self.lead))
         top = torch.cat([top, torch.zeros(batch, prefix, length, dtype=torch.bool, device=device)], dim=2)
         return mask_to_bias(torch.cat([top, self._branches(layout, has_image, prefix)], dim=1), dtype)[:, None]
 
     def _branches(self, layout: Layout, has_image: Tensor, prefix: int) -> Tensor:
-        return branch_allowed(layout.branch_ids, has_image, prefix, len(self.lead))
+        return branch_allowed(layout.branch_ids, has_image, prefix, len(self.lead), layout.alone)
 
     @staticmethod
     def _positions(layout: Layout, prefix: int) -> Tensor:
-        start = torch.arange(prefix, device=layout.offsets.device).expand(len(layout.offsets), -1)
-        return torch.cat([start, prefix + layout.offsets], dim=1)
+        image = torch.arange(prefix, device=layout.offsets.device).expand(len(layout.offsets), -1)
+        return torch.cat([image, _starts(layout, prefix)[:, None] + layout.offsets], dim=1)
 
     def _lm_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Next-token cross entropy [B, T - 1]; only supervised positions go through the vocabulary projection."""
@@ -243,7 +258,7 @@ class Trunk(nn.Module):
         images = images.float() / 255
         tokens, merged, stem = self.extract_features(images)
         batch, length = tokens.shape[:2]
-        allowed = prefix_allowed(batch, length, self.settings.prefix_attention, images.device)
+        allowed = prefix_allowed(batch, length, self.settings.prefix_attention, images.device, len(self.lead))
         mask = mask_to_bias(allowed, tokens.dtype)[:, None]
         cache = DynamicCache(config=self.llm.config)
         positions = torch.arange(length, device=images.device).expand(batch, -1)
@@ -286,7 +301,7 @@ class Trunk(nn.Module):
         out = self.llm.model(
             inputs_embeds=embeds,
             attention_mask=mask,
-            position_ids=prefix.length + layout.offsets,
+            position_ids=_starts(layout, prefix.length)[:, None] + layout.offsets,
             past_key_values=cache,
             use_cache=True,
         )
@@ -300,13 +315,16 @@ class Trunk(nn.Module):
         images: Tensor,
         region_masks: Tensor,
         region_images: Tensor,
-        eos: int,
+        ends: frozenset[int],
         max_new_tokens: int,
         stop: frozenset[int] = frozenset(),
+        samplers: Sequence[TokenChooser] | None = None,
+        is_stopped: Callable[[int, list[int]], bool] | None = None,
     ) -> list[list[int]]:
-        """Greedy answers to N text branches. `layout` holds one branch per row; `images` [N] is each row's image.
+        """Answers to N text branches. `layout` holds one branch per row; `images` [N] is each row's image.
 
-        A row ends at `eos` (excluded) or after a token of `stop` (included): routing tokens end a free-chat answer.
+        A row ends at a token of `ends` (excluded), after one of `stop` (included; routing tokens end a free-chat
+        answer), or as soon as `is_stopped(row, its tokens)`. `samplers`: choose the tokens of each row; None: greedy.
         """
         rows = Prefix(
             prefix.images[images],
@@ -319,30 +337,52 @@ class Trunk(nn.Module):
         hidden, cache = self.run_branches(rows, layout, region_masks, region_images)
         row = torch.arange(len(images), device=images.device)
         last = layout.last_slots[:, 1]
-        tokens = self.llm.lm_head(hidden[row, last]).argmax(-1)
-        image = rows.valid[:, None].expand(-1, prefix.length - len(self.lead))
-        visible = torch.cat(
-            [torch.ones_like(image[:, :1]).expand(-1, len(self.lead)), image, layout.branch_ids >= 0], dim=1
-        )  # bool [N, P + T], False at padding
+        seen = visible_prefix(rows.valid, prefix.length, len(self.lead), layout.alone)
+        visible = torch.cat([seen, layout.branch_ids >= 0], dim=1)  # bool [N, P + T], False at padding
+        next_position = _starts(layout, prefix.length) + last + 1
         answers: list[list[int]] = [[] for _ in range(len(images))]
         done = [False] * len(images)
+        hidden = hidden[row, last]
         for step in range(max_new_tokens):
-            for i, token in enumerate(tokens.tolist()):
+            logits = self.llm.lm_head(hidden)
+            tokens = logits.argmax(-1).tolist()
+            if samplers is not None:
+                tokens = _sampled(tokens, logits, samplers, done)
+            for i, token in enumerate(tokens):
                 if done[i]:
                     continue
-                if token != eos:
+                if token not in ends:
                     answers[i].append(token)
-                done[i] = token == eos or token in stop
+                done[i] = token in ends or token in stop or bool(is_stopped and is_stopped(i, answers[i]))
             if all(done) or step == max_new_tokens - 1:
                 break
             visible = torch.cat([visible, torch.ones_like(visible[:, :1])], dim=1)
-            embeds = self.llm.get_input_embeddings()(tokens[:, None])
+            chosen = torch.tensor(tokens, device=images.device)
+            embeds = self.llm.get_input_embeddings()(chosen[:, None])
             hidden = self.llm.model(
                 inputs_embeds=embeds,
                 attention_mask=mask_to_bias(visible[:, None, None, :], embeds.dtype),
-                position_ids=(prefix.length + last + 1 + step)[:, None],
+                position_ids=(next_position + step)[:, None],
                 past_key_values=cache,
                 use_cache=True,
-            ).last_hidden_state
-            tokens = self.llm.lm_head(hidden[:, -1]).argmax(-1)
+            ).last_hidden_state[:, -1]
         return answers
+
+
+def _sampled(largest: list[int], logits: Tensor, samplers: Sequence[TokenChooser], done: Sequence[bool]) -> list[int]:
+    """The next token of each row from logits [N, V], of which `largest` are the most probable ones."""
+    tokens = [
+        token if finished or sampler.is_plain else sampler.choose(scores)
+        for token, finished, sampler, scores in zip(largest, done, samplers, logits, strict=True)
+    ]
+    chosen = torch.tensor(tokens, device=logits.device)[:, None]
+    log_probs = logits.float().log_softmax(-1).gather(1, chosen)[:, 0].tolist()
+    for token, log_prob, finished, sampler in zip(tokens, log_probs, done, samplers, strict=True):
+        if not finished:
+            sampler.record(token, log_prob)
+    return tokens
+
+
+def _starts(layout: Layout, prefix: int) -> Tensor:
+    """The position of the first token of each row's branches: behind its prefix, if it has one."""
+    return torch.where(layout.alone, 0, prefix)

@@ -206,7 +206,7 @@ def test_answers_are_those_of_a_plain_causal_pass():
     trunk, images = small_trunk(), random_images(1, 56)
     layout = build_layout([Branch(0, "what is red ?")], 1, TOKENIZER, "sequential")
     none, limit = torch.zeros(0), 5
-    written = trunk.generate(trunk.encode(images), layout, torch.tensor([0]), none, none, -1, limit)[0]
+    written = trunk.generate(trunk.encode(images), layout, torch.tensor([0]), none, none, frozenset(), limit)[0]
     with torch.no_grad():
         tokens, _, _ = trunk.extract_features(images.float() / 255)
         embed = trunk.llm.get_input_embeddings()

@@ -144,7 +144,7 @@ def test_generate_equals_a_naive_greedy_run(model_type, mode):
     layout = build_layout([Branch(i, p) for i, p in enumerate(prompts)], len(prompts), TOKENIZER)
     prefix = trunk.encode(IMAGES)
     none = torch.zeros(0)
-    eos = TOKENIZER.ids[EOS]
+    eos = TOKENIZER.end_ids
     written = trunk.generate(prefix, layout, owners, none, none, eos, max_new_tokens=7)
     expected = [naive_greedy(trunk, IMAGES[i], p, 7, mode) for i, p in zip(owners, prompts, strict=True)]
     assert written == expected
@@ -153,7 +153,7 @@ def test_generate_equals_a_naive_greedy_run(model_type, mode):
     row, longest = max(enumerate(expected), key=lambda found: len(found[1]))
     token = longest[2]
     cut = longest.index(token)
-    assert trunk.generate(prefix, layout, owners, none, none, token, 7)[row] == longest[:cut]
+    assert trunk.generate(prefix, layout, owners, none, none, eos | {token}, 7)[row] == longest[:cut]
     stopped = trunk.generate(prefix, layout, owners, none, none, eos, 7, frozenset([token]))
     assert stopped[row] == longest[: cut + 1]
     assert trunk.generate(prefix, layout, owners, none, none, eos, 1) == [w[:1] for w in expected]
@@ -170,7 +170,7 @@ def test_generate_reads_the_regions_of_its_rows():
     prefix = trunk.encode(IMAGES)
     masks = REGION_MASKS[[0, 0]].clone()
     owners = torch.tensor([0, 0, 1])
-    args = (masks, torch.tensor([1, 2]), TOKENIZER.ids[EOS], 4)
+    args = (masks, torch.tensor([1, 2]), TOKENIZER.end_ids, 4)
     together = trunk.generate(prefix, layout, owners, *args)
     alone = build_layout([Branch(0, "what is <region> ?", regions=(0,))], 1, TOKENIZER)
     for row in (1, 2):

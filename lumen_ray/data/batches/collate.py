@@ -153,7 +153,7 @@ class Collator:
         """The batch of the collected prompts and samples."""
         number = len(shown.rows)
         truncated = self._truncate(prompts, has_image, self.packing) if self.packing else {}
-        layout = build_layout(prompts.branches, number, self.tokenizer, self.prompt_layout)
+        layout = build_layout(prompts.branches, number, self.tokenizer, self.prompt_layout, has_image)
         if self.packing:
             layout.pack = pack(layout, has_image, self.packing)
             number = max(1, int(has_image.sum()))

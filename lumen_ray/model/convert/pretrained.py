@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -24,11 +24,12 @@ from lumen_ray.checkpoints.rules import ModuleRules, Rule, apply, check_fits
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.meta_init import published_parts_on_meta
-from lumen_ray.model.build import ModelMeta, build_decoder, build_model, save_model
+from lumen_ray.model.build import VOCABULARY, ModelMeta, build_decoder, build_model, save_model, tied_weights
 from lumen_ray.model.convert import decoders as decoder_weights
 from lumen_ray.model.convert.encoder_rules import CLIP, DINOV2, LLM
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.trunk.tokenizer import EOS, PAD, LumenTokenizer
+from lumen_ray.trunk.turns import Message, Turns, read_template
 
 #: supported LLMs: a stack of dense layers, with `model` and `lm_head`
 LLM_TYPES = ("llama", "mistral", "qwen2", "qwen3")
@@ -86,7 +87,8 @@ class Assembly:
         """(parameters from checkpoints, fresh parameters) by module."""
         loaded: Counter[str] = Counter()
         fresh: Counter[str] = Counter()
-        for name, tensor in self.state.items():
+        tied = tied_weights(self.settings)
+        for name, tensor in ((name, tensor) for name, tensor in self.state.items() if name not in tied):
             (loaded if name in self.loaded else fresh)[".".join(name.split(".")[:2])] += tensor.numel()
         return {part: (loaded[part], fresh[part]) for part in sorted(loaded | fresh)}
 
@@ -198,12 +200,50 @@ def _token_name(
     return name if name is not None and tokenizer.token_to_id(name) is not None else None
 
 
+def read_turns(checkpoint: Checkpoint, tokenizer: Tokenizer, tokenizer_config: Mapping[str, Any]) -> Turns | None:
+    """The turns of an LLM's chat template, None if it has none. Raises `UserError` if they are no fixed texts."""
+    template = tokenizer_config.get("chat_template")
+    if (path := checkpoint.folder / "chat_template.jinja").is_file():
+        template = path.read_text(encoding="utf-8")
+    if isinstance(template, list):  # several by name, as some older checkpoints have them
+        template = {t.get("name"): t.get("template") for t in template if isinstance(t, Mapping)}.get("default")
+    if not isinstance(template, str):
+        return None
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    kinds = ("bos", "eos", "pad", "unk")
+    names = {f"{kind}_token": _token_name(tokenizer, checkpoint, tokenizer_config, kind) for kind in kinds}
+    given: dict[str, Any] = {name: token for name, token in names.items() if token}
+
+    def render(messages: list[Message]) -> str:
+        result: Any = render_jinja_template([messages], chat_template=template, add_generation_prompt=True, **given)
+        return result[0][0]  # of (rendered texts, ...), which its annotation calls a text
+
+    special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
+    turns = read_template(render, special, names["eos_token"])
+    return replace(turns, stops=tuple(dict.fromkeys([*turns.stops, *_eos_names(checkpoint, tokenizer)])))
+
+
+def _eos_names(checkpoint: Checkpoint, tokenizer: Tokenizer) -> list[str]:
+    """The tokens that end a sequence by config.json and generation_config.json."""
+    found: list[str] = []
+    path = checkpoint.folder / "generation_config.json"
+    for settings in (checkpoint.config, read_json(path) if path.is_file() else {}):
+        numbers = settings.get("eos_token_id")
+        for number in numbers if isinstance(numbers, list) else [numbers]:
+            name = tokenizer.id_to_token(number) if isinstance(number, int) and number >= 0 else None
+            found += [name] if name is not None else []
+    return found
+
+
 def lumen_tokenizer(
     checkpoint: Checkpoint, captions: Tokenizer | None = None
 ) -> tuple[LumenTokenizer, int, tuple[int, ...]]:
     """An LLM's tokenizer with our special tokens, the id of the first added one, and the token ids that begin its
-    sequences. `captions`: the tokenizer of the diffusion decoders' text encoder."""
+    sequences: with a chat template, all that it writes before the first question. `captions`: the tokenizer of the
+    diffusion decoders' text encoder."""
     tokenizer, tokenizer_config = read_tokenizer(checkpoint)
+    turns = read_turns(checkpoint, tokenizer, tokenizer_config)
     plain, started = (tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
     lead = tuple(started[: started.index(plain[0])]) if plain and plain[0] in started else ()
     if not lead and tokenizer_config.get("add_bos_token"):
@@ -214,12 +254,8 @@ def lumen_tokenizer(
     names = {EOS: eos} if eos else {}
     if pad and pad != eos:
         names[PAD] = pad
-    ours, first = LumenTokenizer.extend(tokenizer, names, captions=captions)
-    return ours, first, lead
-
-
-#: weights with a row per token of the LLM: input embedding and output projection
-VOCABULARY = ("trunk.llm.model.embed_tokens.weight", "trunk.llm.lm_head.weight")
+    ours, first = LumenTokenizer.extend(tokenizer, names, captions=captions, turns=turns)
+    return ours, first, lead if turns is None else ours.encode(turns.begin)
 
 
 def resized(weight: Tensor, known: int, rows: int) -> Tensor:
@@ -287,7 +323,7 @@ def assemble(
     captions = decoder_weights.caption_tokenizer(folders)
     decoder_weights.check_captions(captions, settings, "the tokenizer of the decoders' text encoder")
     tokenizer, known, lead = lumen_tokenizer(checkpoints["llm"], captions)
-    if settings.prefix_attention == "causal":
+    if settings.prefix_attention == "causal" or tokenizer.turns is not None:
         settings = settings.model_copy(update={"lead_tokens": lead})
     loaded: dict[str, Tensor] = {}
     for name, rules in (("clip", CLIP), ("dinov2", DINOV2)):

@@ -23,7 +23,7 @@ from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.warm_start import start_tokenizer
 from lumen_ray.recipe import CARRIED_OUT, Recipe
 from lumen_ray.tasks import TASKS
-from lumen_ray.trunk.tokenizer import CAPTIONS_FILE, LumenTokenizer
+from lumen_ray.trunk.tokenizer import CAPTIONS_FILE, TURNS_FILE, LumenTokenizer
 
 #: settings of decoders that no weight depends on: they only affect how a step is carried out (`pixels_at_once` also the
 #: order of its noise) or how pictures are drawn
@@ -50,8 +50,8 @@ def _digest_of_model(folder: str) -> str:
     """sha256 of a model folder's weights and tokenizers. Raises `UserError` if it is not a model folder."""
     read_meta(folder)
     digest = hashlib.sha256()
-    paths = (Path(folder) / name for name in ("model.safetensors", "tokenizer.json", CAPTIONS_FILE))
-    for path in filter(Path.is_file, paths):  # the last is not in every folder
+    paths = (Path(folder) / name for name in ("model.safetensors", "tokenizer.json", CAPTIONS_FILE, TURNS_FILE))
+    for path in filter(Path.is_file, paths):  # the last two are not in every folder
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

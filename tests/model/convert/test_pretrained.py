@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.chat_templates import FAMILIES, renderer
 from support.released_fakes import CLIP, gpt_tokenizer, llama_tokenizer
 from support.tiny_models import DINOV2, random_images, tiny_settings
 from transformers import (
@@ -26,6 +28,8 @@ from transformers import (
 
 from lumen_ray.checkpoints.hub import Checkpoint, fetch
 from lumen_ray.errors import UserError
+from lumen_ray.inference.engine import Engine
+from lumen_ray.inference.request import make_request
 from lumen_ray.model.build import load_model
 from lumen_ray.model.convert.encoder_rules import DINOV2 as DINOV2_RULES
 from lumen_ray.model.convert.pretrained import Sources, assemble, encoder_state, settings_from
@@ -237,3 +241,70 @@ def test_a_hub_id_is_downloaded_and_failures_raise_user_errors(folders, monkeypa
         fetch("nobody/nothing")
     with pytest.raises(UserError, match="is not a folder"):
         fetch("./a/b")
+
+
+@pytest.mark.parametrize("where", ["chat_template.jinja", "tokenizer_config.json", "list"])
+def test_an_llm_with_a_chat_template_answers_as_by_itself(folders, tmp_path, where):
+    """Text alone: the tokens of `transformers` generate on the template's conversation, alone and beside others."""
+    template, _, eos, others = FAMILIES["qwen2"]
+    source = tmp_path / "llm"
+    tokenizer = gpt_tokenizer()
+    tokenizer.add_special_tokens([eos, *others[:1]])
+    told = {"eos_token": eos}
+    if where == "tokenizer_config.json":
+        told["chat_template"] = template
+    elif where == "list":
+        told["chat_template"] = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": template}]
+    torch.manual_seed(3)
+    config = Qwen2Config(
+        **SIZES, tie_word_embeddings=True, vocab_size=tokenizer.get_vocab_size(), initializer_range=0.5
+    )
+    theirs = AutoModelForCausalLM.from_config(config).eval()
+    theirs.generation_config.eos_token_id = [tokenizer.token_to_id(eos), tokenizer.token_to_id("!")]
+    theirs.save_pretrained(source)
+    tokenizer.save(str(source / "tokenizer.json"))
+    (source / "tokenizer_config.json").write_text(json.dumps(told))
+    if where == "chat_template.jinja":
+        (source / where).write_text(template)
+    made = assemble(preset(), Sources(source, folders / "clip", folders / "dinov2"), tmp_path / "model")
+    engine = Engine.load(tmp_path / "model")
+    ours = engine.loaded.tokenizer
+    assert ours.turns.stops == (eos, "!")
+    assert engine.loaded.settings.lead_tokens == ours.encode(ours.turns.begin)
+
+    conversation = [("user", "red?"), ("assistant", "cat."), ("user", "dog?")]
+    rendered = renderer(template, None, eos)([{"role": role, "content": text} for role, text in conversation])
+    ids = torch.tensor([tokenizer.encode(rendered, add_special_tokens=False).ids])
+    with torch.no_grad():
+        new = theirs.generate(ids, max_new_tokens=12, do_sample=False, pad_token_id=0)[0, ids.shape[1] :]
+    expected = ours.decode(t for t in new.tolist() if t not in ours.end_ids)
+    request = make_request("chat", text="dog?", history=[("red?", "cat.")])
+    answers = engine.run([None], [[request]], max_new_tokens=12)
+    assert answers[0][0].text == expected
+    others_too = [[make_request("caption")], [request], [make_request("chat", text="a longer question ?")]]
+    answers = engine.run([np.zeros((56, 56, 3), np.uint8), None, None], others_too, max_new_tokens=12)
+    assert answers[1][0].text == expected
+    # the embedding is stored and counted once
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert "trunk.llm.lm_head.weight" not in stored and "trunk.llm.model.embed_tokens.weight" in stored
+    llm = engine.trunk.trunk.llm
+    assert llm.lm_head.weight is llm.get_input_embeddings().weight
+    assert sum(made.parameters()["trunk.llm"]) == sum(p.numel() for p in llm.parameters())
+
+
+def test_a_folder_that_stores_tied_weights_twice_still_opens(folders, tmp_path):
+    assemble(preset(), Sources(folders / "qwen2", folders / "clip", folders / "dinov2"), tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    state = load_file(path)
+    state["trunk.llm.lm_head.weight"] = state["trunk.llm.model.embed_tokens.weight"].clone()
+    save_file(state, path)
+    llm = load_model(tmp_path / "model").model.trunk.llm
+    assert llm.lm_head.weight is llm.get_input_embeddings().weight
+
+
+def test_a_template_that_is_no_fixed_texts_stops_the_conversion(folders, tmp_path):
+    source = shutil.copytree(folders / "llama", tmp_path / "llm")
+    (source / "chat_template.jinja").write_text("{% for m in messages %}{{ loop.index }}{{ m.content }}{% endfor %}")
+    with pytest.raises(UserError, match="the LLM's chat template cannot be expressed as fixed texts"):
+        assemble(preset(), Sources(source, folders / "clip", folders / "dinov2"), tmp_path / "model")
+    assert not (tmp_path / "model").exists()

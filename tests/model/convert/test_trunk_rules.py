@@ -190,5 +190,5 @@ def test_incompatible_settings_raise_user_errors():
         released_settings(vision={"clip": CLIP, "clip_layers": "penultimate"})
     with pytest.raises(UserError, match="needs vision.bridge 'mlp2x_gelu'"):
         released_settings(vision={"clip": CLIP})
-    with pytest.raises(UserError, match="need prefix_attention 'causal'"):
+    with pytest.raises(UserError, match="needs prefix_attention 'causal'"):
         released_settings(prefix_attention="full")
