@@ -346,7 +346,7 @@ def check_python(source: str, name: str) -> None:
                 known[target.id] = made
     for node in ast.walk(tree):
         if isinstance(node, ast.Call) and (called := callee(node.func, known)) is not None:
-            check_call(node, called)
+            check_call(node, called, known)
 
 
 def callee(node: ast.expr, known: dict[str, Any]) -> Any:
@@ -374,7 +374,7 @@ def result_of(call: ast.Call, known: dict[str, Any]) -> Any:
     return returned if inspect.isclass(returned) and returned.__module__.startswith("lumen_ray") else None
 
 
-def check_call(node: ast.Call, called: Callable[..., Any]) -> None:
+def check_call(node: ast.Call, called: Callable[..., Any], known: dict[str, Any]) -> None:
     signature = signature_of(called)
     name = ast.unparse(node.func)
     values = [None] * len(node.args)
@@ -389,7 +389,7 @@ def check_call(node: ast.Call, called: Callable[..., Any]) -> None:
         assert set(named) <= options | set(signature.parameters)
     if name == "make_request":
         arguments = {keyword.arg: keyword.value for keyword in node.keywords}
-        called(ast.literal_eval(node.args[0]), **{key: literal(value) for key, value in arguments.items()})
+        called(ast.literal_eval(node.args[0]), **{key: built(value, known) for key, value in arguments.items()})
     if name == "train":
         recipe = next((keyword.value for keyword in node.keywords if keyword.arg == "recipe"), None)
         if isinstance(recipe, ast.Constant) and not of_user(recipe.value):
@@ -402,7 +402,10 @@ def signature_of(called: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(static.__func__ if isinstance(static, staticmethod) else called)
 
 
-def literal(node: ast.expr) -> Any:
+def built(node: ast.expr, known: dict[str, Any]) -> Any:
+    """The value of a literal, or of a call of one of our classes with literals."""
+    if isinstance(node, ast.Call) and inspect.isclass(called := callee(node.func, known)):
+        return called(**{keyword.arg: built(keyword.value, known) for keyword in node.keywords if keyword.arg})
     try:
         return ast.literal_eval(node)
     except ValueError:

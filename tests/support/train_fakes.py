@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import yaml
-from safetensors.torch import load_file
 
 from lumen_ray.data.shards.prepare import prepare_source
 from lumen_ray.data.sources.scenes import ScenesSource
+from lumen_ray.model.build import open_weights
 from lumen_ray.recipe import Recipe
 from lumen_ray.train.launch import PreparedRun, prepare_job
 from lumen_ray.train.run import checkpoint
@@ -58,8 +58,8 @@ def log_of(run: Path) -> list[dict]:
 
 
 def weights_of(run: Path) -> dict[str, torch.Tensor]:
-    """What a run exported."""
-    return load_file(run / "model" / "model.safetensors")
+    """What a run exported, tied weights under both names."""
+    return dict(open_weights(run / "model"))
 
 
 def cut_after(run: Path, step: int) -> None:

@@ -8,8 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from safetensors.torch import load_file
-from support.train_fakes import job_of
+from support.train_fakes import job_of, weights_of
 
 from lumen_ray.data.batches.feed import plan_items
 from lumen_ray.data.batches.plan import Plan
@@ -57,7 +56,7 @@ def test_the_loss_curves_are_the_same(runs):
 
 def test_the_weights_are_the_same(runs):
     """Measured against how far they moved: Adam turns the rounding of a gradient near zero into a step of its own."""
-    one, two = (load_file(run / "model" / "model.safetensors") for run in runs)
+    one, two = (weights_of(run) for run in runs)
     start = weights_at_start(runs[0])
     assert one.keys() == two.keys() == start.keys()
     apart, moved = (sum(float((a[n] - b[n]).square().sum()) for n in one) ** 0.5 for a, b in ((one, two), (one, start)))
@@ -81,5 +80,5 @@ def test_one_process_reads_the_checkpoint_of_two(runs):
         for p in model.parameters():
             p.zero_()
     checkpoint.load_weights(checkpoint.latest(runs[1]), model)
-    saved = load_file(runs[1] / "model" / "model.safetensors")
+    saved = weights_of(runs[1])
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())

@@ -112,6 +112,7 @@ def splice_layout(data, ids) -> Layout:
         region_slots=(tokens == ids["reg_token_id"]).nonzero(),
         region_index=torch.arange(3),
         last_slots=valid.sum(1, keepdim=True).sub(1),
+        alone=torch.zeros(2, dtype=torch.bool),
     )  # fmt: skip
 
 
