@@ -136,8 +136,8 @@ class LoraSettings(Settings):
     )
     also_train: tuple[str, ...] = Field(
         ("trunk.llm.*embed_tokens", "trunk.llm.lm_head"),
-        description="modules of the adapted parts to train in full; the default because routing tokens are new to a "
-        "pretrained LLM",
+        description="modules of the adapted parts to train in full, by default the vocabulary: routing tokens are new "
+        "to a pretrained LLM; of a published LLM's vocabulary, only their rows learn",
     )
     save_adapters: bool = Field(False, description="also write the adapters to RUN/adapters.safetensors")
 

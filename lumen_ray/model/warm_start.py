@@ -20,13 +20,14 @@ from lumen_ray.model.convert.pretrained import VOCABULARY, resized
 from lumen_ray.model.settings import ModelSettings, read_settings
 from lumen_ray.trunk.tokenizer import CAPTIONS_FILE, LumenTokenizer
 
-#: settings in which models with the same trunk may differ; lead tokens come from the folder, with its tokenizer
-_FREE = {"name", "published_weights", "vocab_size", "lead_tokens", "decoders", *DECODERS}
+#: settings in which models with the same trunk may differ; lead and published tokens are those of the folder, as its
+#: tokenizer is
+_FREE = {"name", "published_weights", "vocab_size", "lead_tokens", "published_tokens", "decoders", *DECODERS}
 
 
 def start_settings(settings: ModelSettings, folder: str | Path) -> ModelSettings:
-    """`settings` with the lead tokens of the model in `folder`, to start from it. Raises `UserError` if the trunks
-    differ, or if a setting of a shared decoder would change the meaning of its weights."""
+    """`settings` with the lead and published tokens of the model in `folder`, to start from it. Raises `UserError` if
+    the trunks differ, or if a setting of a shared decoder would change the meaning of its weights."""
     read_meta(folder)
     source = read_settings(folder)
     shared = [name for name in settings.decoder_names if name in source.decoder_names]
@@ -37,7 +38,7 @@ def start_settings(settings: ModelSettings, folder: str | Path) -> ModelSettings
             "model with the preset's settings, or name the folder's config.yaml as the recipe's model",
             "wrong_start",
         )
-    return settings.model_copy(update={"lead_tokens": source.lead_tokens})
+    return settings.model_copy(update={name: getattr(source, name) for name in ("lead_tokens", "published_tokens")})
 
 
 def _weight_semantics(settings: ModelSettings, decoders: Iterable[str]) -> dict[str, Any]:

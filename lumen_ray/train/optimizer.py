@@ -14,6 +14,7 @@ from lumen_ray.model.build import Generalist
 from lumen_ray.recipe import Stage, is_pattern
 from lumen_ray.train.blocks import blocks, find_part
 from lumen_ray.train.lora import frozen_names
+from lumen_ray.train.new_tokens import only_new_rows, vocabulary
 
 
 def parts(model: Generalist) -> dict[str, nn.Module]:
@@ -22,25 +23,36 @@ def parts(model: Generalist) -> dict[str, nn.Module]:
 
 
 def set_trainable(model: Generalist, stage: Stage) -> None:
-    """Sets `requires_grad` on the parts that the stage trains, except parameters with rate 0 or frozen by LoRA."""
+    """Sets `requires_grad` on the parts that the stage trains, except parameters with rate 0 or frozen by LoRA.
+
+    The vocabulary of a published LLM is trained with the queries even where the LLM is frozen: `only_new_rows`.
+    """
     for name, module in parts(model).items():
-        is_trained = stage.trainable is None or name in stage.trainable
-        module.requires_grad_(is_trained and stage.lr_scale.get(name) != 0)
+        module.requires_grad_(_is_trained(name, stage))
+    if _is_trained("queries", stage):
+        for p in vocabulary(model):
+            p.requires_grad_(True)
     frozen = {pattern for pattern, factor in stage.lr_scale.items() if is_pattern(pattern) and factor == 0}
     names = {name: p for name, p in model.named_parameters() if p.requires_grad} if frozen else {}
     for name in {name for pattern in frozen for name in _fitting(pattern, names, stage)} | frozen_names(model):
         model.get_parameter(name).requires_grad_(False)
 
 
+def _is_trained(part: str, stage: Stage) -> bool:
+    return (stage.trainable is None or part in stage.trainable) and stage.lr_scale.get(part) != 0
+
+
 def build_optimizer(model: Generalist, stage: Stage) -> torch.optim.AdamW:
-    """One group per part, weight decay and learning rate: vectors (norms, biases, scales) are not decayed."""
+    """One group per part, weight decay and learning rate: vectors (norms, biases, scales) and weights of which only the
+    rows of new tokens learn are not decayed."""
     factors = lr_factors(model, stage)
+    kept = {id(p) for p in only_new_rows(model)}
     groups = []
     for module in parts(model).values():
         trained = [p for p in module.parameters() if p.requires_grad]
         for decay, kind in (
-            (stage.weight_decay, [p for p in trained if p.ndim > 1]),
-            (0.0, [p for p in trained if p.ndim <= 1]),
+            (stage.weight_decay, [p for p in trained if p.ndim > 1 and id(p) not in kept]),
+            (0.0, [p for p in trained if p.ndim <= 1 or id(p) in kept]),
         ):
             by_factor: dict[float, list[nn.Parameter]] = {}
             for p in kind:
@@ -59,6 +71,9 @@ def lr_factors(model: Generalist, stage: Stage) -> dict[nn.Parameter, float]:
         for path, p in module.named_parameters():
             if p.requires_grad:
                 factors[p] = stage.lr_scale.get(name, 1.0) * stage.layer_decay.get(name, 1.0) ** depth.get(path, 0)
+    if not _is_trained("llm", stage):
+        for p in only_new_rows(model):
+            factors[p] = stage.lr_scale.get("queries", 1.0)
     names = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for pattern, factor in stage.lr_scale.items():
         if is_pattern(pattern) and factor:

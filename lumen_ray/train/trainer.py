@@ -27,6 +27,7 @@ from lumen_ray.train.blocks import checkpoint_blocks, compile_blocks
 from lumen_ray.train.ema import Ema
 from lumen_ray.train.losses import StepLosses, StepSums
 from lumen_ray.train.metrics.metrics import Meter, MetricsLog
+from lumen_ray.train.new_tokens import RowMask
 from lumen_ray.train.optimizer import build_optimizer, set_lr, set_trainable
 from lumen_ray.train.run import checkpoint
 from lumen_ray.train.run.failures import DivergedError, explained, find_module, resumption, where
@@ -127,6 +128,7 @@ class Trainer:
         set_trainable(self.model, stage)
         self.model.train()
         optimizer = build_optimizer(self.model, stage)
+        self.row_mask = RowMask(self.model)
         if start:
             assert self.resume is not None  # a run without a checkpoint starts at the first step
             checkpoint.load_optimizer(self.resume, self.model, optimizer)
@@ -164,6 +166,7 @@ class Trainer:
         lr = set_lr(optimizer, stage, local)
         optimizer.zero_grad(set_to_none=True)
         losses = self._gradients(stage, micro_steps)
+        self.row_mask.apply()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = parallel.clip_gradients(parameters, stage.grad_clip)
         sums = losses.totals()

@@ -154,6 +154,12 @@ class TrunkSettings(Settings):
         (),
         description="token ids before the image: begin-of-sequence token, system text, beginning of the first question",
     )
+    published_tokens: int = Field(
+        0,
+        ge=0,
+        description="tokens that a published LLM knew, the first rows of its embedding; 0: the LLM is not published. "
+        "Where it is frozen or trained by adapters, only the rows after them learn",
+    )
     dense_channels: int = Field(64, gt=0, description="channels of the shared dense features")
     stem_channels: int = Field(32, gt=0, description="channels of the convolutional stem at stride 4")
     tokens_read_stem: bool = Field(

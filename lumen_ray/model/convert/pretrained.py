@@ -323,6 +323,7 @@ def assemble(
     captions = decoder_weights.caption_tokenizer(folders)
     decoder_weights.check_captions(captions, settings, "the tokenizer of the decoders' text encoder")
     tokenizer, known, lead = lumen_tokenizer(checkpoints["llm"], captions)
+    settings = settings.model_copy(update={"published_tokens": known})
     if settings.prefix_attention == "causal" or tokenizer.turns is not None:
         settings = settings.model_copy(update={"lead_tokens": lead})
     loaded: dict[str, Tensor] = {}

@@ -21,6 +21,7 @@ from lumen_ray.decoders.registry import DECODERS, reads_dense
 from lumen_ray.model.build import Generalist, build_decoder, images_and_targets, served_links
 from lumen_ray.superlink import SuperLink
 from lumen_ray.train.lora import frozen_names
+from lumen_ray.train.new_tokens import only_new_rows
 from lumen_ray.trunk.batch import TrainingBatch
 from lumen_ray.trunk.comm import BridgedVision, CommVision, Encoder, MergedEncoder
 from lumen_ray.trunk.dense import ConvStem, DenseFeatures
@@ -117,7 +118,8 @@ def passes_by_component(model: Generalist) -> dict[str, int]:
         if modules[0] is None:
             continue
         input_gradient = input_gradient or any(is_trainable(module) for module in modules)
-        adapted = name == "llm" and bool(frozen)  # adapters pass gradients on, the frozen weights get none
+        # adapters pass gradients on, the frozen weights get none
+        adapted = name == "llm" and (bool(frozen) or bool(only_new_rows(model)))
         weight_gradient = is_trainable(modules[0]) and not adapted
         passes[name] = 1 + input_gradient + weight_gradient
         input_gradient = input_gradient or through_stem  # tokens pass gradients on to the stem, beside the encoders

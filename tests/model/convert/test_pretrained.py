@@ -111,6 +111,7 @@ def test_a_model_of_published_modules_computes_the_same_as_them(folders, tmp_pat
     own = {"qwen2": "<|endoftext|>", "qwen3": "<|endoftext|>"}.get(kind, "</s>")
     assert tokenizer.ids[EOS] == tokenizer.backend.token_to_id(own) and tokenizer.ids[PAD] >= known
     assert loaded.settings.lead_tokens == (() if kind.startswith("qwen") else (1,))
+    assert loaded.settings.published_tokens == known
     counted = made.parameters()
     assert counted["trunk.llm"][1] == 0 and counted["trunk.regions"][0] == 0
     assert counted["trunk.vision"][0] > 0 and counted["trunk.vision"][1] > 0
