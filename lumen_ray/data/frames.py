@@ -31,11 +31,13 @@ _ARRAY: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 @dataclass(frozen=True)
 class AnnotationFrame:
     """`size`: (height, width) of the frame that annotations are given in; `rotated_size`: of the image after EXIF
-    rotation; `turn`: the EXIF orientation that maps the first to the second, 1 if they are the same frame."""
+    rotation; `turn`: the EXIF orientation that maps the first to the second, 1 if they are the same frame; `assumed`:
+    whether the declared sizes fit the stored image as well, so that the rotated frame is a guess."""
 
     size: Size
     rotated_size: Size
     turn: int = 1
+    assumed: bool = False
 
     def moved(self, points: Sequence[Sequence[float]]) -> list[tuple[float, float]]:
         """Maps (x, y) pairs, in pixels, into the rotated frame."""
@@ -59,7 +61,8 @@ class AnnotationFrame:
 
 
 def read_frame(image: bytes | None, declared: Sequence[Sequence[Any]]) -> AnnotationFrame:
-    """Infers the frame of an image's annotations from their `declared` (height, width); zeros declare nothing.
+    """Infers the frame of an image's annotations from their `declared` (height, width); zeros declare nothing. Without
+    any, annotations are by definition in the rotated frame.
 
     `image`: encoded bytes, which are decoded completely, since truncation shows only then. Raises `UserError` if the
     image is missing (None) or broken, or a declared size is neither the stored nor the rotated one.
@@ -69,9 +72,10 @@ def read_frame(image: bytes | None, declared: Sequence[Sequence[Any]]) -> Annota
     height, width = decode(image).shape[:2]
     size, stored = (height, width), (width, height)
     given = [tuple(d) for d in declared if all(d)]
-    if all(d == size for d in given):
-        return AnnotationFrame(size, size)
     turn = orientation(image)
+    if all(d == size for d in given):
+        fits_both = turn in _POINT and all(d == stored for d in given)
+        return AnnotationFrame(size, size, assumed=bool(declared) and (fits_both or 1 < turn < 5))
     if turn in _POINT and all(d == stored for d in given):
         return AnnotationFrame(stored, size, turn)
     wrong = next(d for d in given if d != size)

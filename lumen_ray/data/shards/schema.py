@@ -19,7 +19,7 @@ _INSTANCE = pa.struct(
         ("mask", _RLE),  # null if there is none
         ("keypoints", pa.list_(pa.float32())),  # 3 * K flat, names in the manifest's categories; null if there are none
         ("crowd", pa.bool_()),
-        ("area", pa.float32()),  # square pixels, of the mask if there is one, else of the box
+        ("area", pa.float32()),  # square pixels, as in the file; else of the mask, or of the box
     ]
 )
 

@@ -42,6 +42,7 @@ from lumen_ray.data.sources.record_parsing import (
     check_choice,
     clean_text,
     first_of,
+    fractions_note,
     is_numbers,
     load_records,
     plain_json,
@@ -85,7 +86,12 @@ class ChatSource(Source):
         for location in dict.fromkeys(self.conversations):
             for origin, record in load_records(location, ("conversations", "data", "annotations")):
                 self._add(groups, origin, record)
-        return Listing(groups.listing(), {"samples": len(groups), ITEMS: groups.listed}, rejected=groups.rejected)
+        listed = groups.listing()
+        regions = (region for group in listed for item in group["items"] for region in item["regions"])
+        boxes = (region["values"] for region in regions if region["kind"] == "box")
+        notes = [] if self.box_format == "relative" else fractions_note(boxes, "give --box-format relative if they are")
+        inputs = {"samples": len(groups), ITEMS: groups.listed}
+        return Listing(listed, inputs, rejected=groups.rejected, notes=notes)
 
     def _add(self, groups: Images, origin: str, record: Any) -> None:
         image = None

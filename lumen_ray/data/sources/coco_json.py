@@ -16,7 +16,7 @@ from typing import Any
 from lumen_ray.data import urls
 from lumen_ray.data.pictures import BARE, ListedNames, identity
 from lumen_ray.data.sources.base import Rejected, reject
-from lumen_ray.data.sources.record_parsing import load_json, short
+from lumen_ray.data.sources.record_parsing import fractions_note, load_json, short
 from lumen_ray.data.values import declared_size, flag, id_key, is_file_name, name_text, numbers
 from lumen_ray.errors import UserError
 
@@ -251,7 +251,13 @@ class _Merger:
                 image.lose(None)
             else:
                 self._add_object(image, _kept(entry) | {"name": name, "origin": origin})
+        if lost and not names:
+            raise UserError(
+                f"'{urls.shown(path)}' lists no categories; add them as 'categories'", "invalid_annotations"
+            )
         check_lost(path, lost, len(data["annotations"]))
+        boxes = [entry.get("bbox") for entry in data["annotations"] if isinstance(entry, dict)]
+        self.notes += fractions_note(boxes, f"COCO's boxes are x, y, width, height in pixels: '{urls.base_name(path)}'")
         self.rejected += lost
         if orphans:
             self._lose_orphans(path, by_id.values(), orphans)
@@ -310,7 +316,11 @@ class _Merger:
                 continue
             same = identity(name)
             if key in by_id and identity(by_id[key].file_name) != same:
-                raise UserError(f"'{urls.shown(path)}': image id {key} stands for two files", "invalid_annotations")
+                raise UserError(
+                    f"'{urls.shown(path)}': image id {key} stands for two files, '{by_id[key].file_name}' and "
+                    f"'{name}'; give each image an id of its own",
+                    "invalid_annotations",
+                )
             if first_ids.setdefault(same, key) != key:
                 by_id[key] = self.images[same]
                 if key not in repeats:

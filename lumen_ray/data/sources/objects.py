@@ -26,6 +26,8 @@ from lumen_ray.structures import Boxes, Size
 
 Instance = dict[str, Any]  # an entry of a row's `instances`, see `shards.schema`
 _CLIPPED = 1e-3  # pixels; less is rounding
+#: counted for images that EXIF turns, where nothing shows whether their annotations were made before or after
+ASSUMED = "images turned by EXIF, their annotations read as made after the turn"
 
 
 class ObjectList:
@@ -92,7 +94,8 @@ class ObjectList:
             instances=self.instances,
             messages=list(messages),
         )
-        return Outcome(row, {"annotations": len(self.instances)}, self.rejected, changed=dict(self.changed))
+        self.changed[ASSUMED] += bool(self.frame.assumed and self.instances)
+        return Outcome(row, {"annotations": len(self.instances)}, self.rejected, changed=dict(+self.changed))
 
 
 def make_instance(

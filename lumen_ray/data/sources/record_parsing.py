@@ -291,6 +291,17 @@ def to_box(values: Any, box_format: str, size: Size) -> list[float]:
     return [float(c) for c in clipped.xyxy[0]]
 
 
+def fractions_note(boxes: Iterable[Any], remedy: str) -> list[str]:
+    """A note with what to do, if all boxes of a set lie in one pixel, as fractions of the image's sides do that are
+    taken for pixels; else empty."""
+    found = [box for box in map(numbers, boxes) if box is not None and len(box) == 4]
+    whole_numbers = all(value == int(value) for box in found for value in box)
+    if whole_numbers or any(not 0 <= value <= 1 for box in found for value in box):
+        return []
+    read = f"all boxes ({len(found)}) lie within the first pixel of their images"
+    return [f"{read}, as fractions of its sides would; {remedy}"]
+
+
 def relative_scale(values: Sequence[float], size: Size) -> tuple[int, int]:
     """The factors (x, y) from relative coordinates to pixels. Raises `UserError` if `values` look like pixels."""
     if max(values) > 1.01:

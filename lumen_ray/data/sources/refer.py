@@ -20,7 +20,7 @@ from lumen_ray.data.pictures import identity
 from lumen_ray.data.shards.schema import make_row
 from lumen_ray.data.sources.base import Listing, Outcome, Rejected, Source, reject
 from lumen_ray.data.sources.groups import Images, finished_group, lost_group, open_group
-from lumen_ray.data.sources.objects import make_instance
+from lumen_ray.data.sources.objects import ASSUMED, make_instance
 from lumen_ray.data.sources.record_parsing import (
     BOX_FORMATS,
     ImageRef,
@@ -29,6 +29,7 @@ from lumen_ray.data.sources.record_parsing import (
     check_choice,
     clean_text,
     first_of,
+    fractions_note,
     image_ref,
     is_numbers,
     load_json,
@@ -43,6 +44,7 @@ ITEMS = "expressions"
 _NO_CLASS = "object"  # the name of an instance whose record gives no category
 _TEXT_KEYS = ("expression", "expressions", "sentences", "sent", "sentence", "phrase", "caption", "text", "query")
 _BOX_KEYS = ("bbox", "bboxes", "box", "boxes")
+_LIST_KEYS = ("bboxes", "boxes")
 _MASK_KEYS = ("segmentation", "segmentations", "mask", "masks")
 
 
@@ -75,7 +77,11 @@ class ReferSource(Source):
         parse = _CocoRefs(self.instances).parse if self.instances else _parse_plain
         for origin, record in records:
             _add(groups, origin, record, parse)
-        return Listing(groups.listing(), {"images": len(groups), ITEMS: groups.listed}, rejected=groups.rejected)
+        listed = groups.listing()
+        boxes = (target["bbox"] for group in listed for item in group["items"] for target in item["targets"])
+        notes = [] if self.box_format == "relative" else fractions_note(boxes, "give --box-format relative if they are")
+        inputs = {"images": len(groups), ITEMS: groups.listed}
+        return Listing(listed, inputs, rejected=groups.rejected, notes=notes)
 
     def rows(self, record: Record, shared: Any) -> Iterator[Outcome]:
         try:
@@ -97,7 +103,8 @@ class ReferSource(Source):
         row["instances"] = [objects.instances[i] for i in used]
         for phrase in row["phrases"]:
             phrase["instances"] = [used.index(i) for i in phrase["instances"]]
-        outcome = Outcome(row, changed=dict(sum((objects.changes[i] for i in used), Counter())))
+        changed = sum((objects.changes[i] for i in used), Counter({ASSUMED: int(frame.assumed and bool(used))}))
+        outcome = Outcome(row, changed=dict(+changed))
         yield from finished_group(self.row_kind, ITEMS, outcome, record, rejected)
 
 
@@ -220,17 +227,19 @@ Parsed = tuple[ImageRef, list[int] | None, list[Record]]  # image, its declared 
 
 def _parse_plain(record: Record) -> Parsed:
     """A record with its own box or mask: one, a list of several, or an empty list (or `no_target`) for no object."""
+    if record.get("ann_id") is not None:
+        raise UserError("it points to annotations by ann_id; give their COCO file as --instances", "missing_instances")
     image = image_ref(record)
     if image is None:
         raise UserError("it names no image (keys: image, file_name, img_path)", "missing_image")
-    if record.get("ann_id") is not None:
-        raise UserError("it points to annotations by ann_id; give their COCO file as --instances", "missing_instances")
     return image, _size(record), _plain_targets(record)
 
 
 def _plain_targets(record: Record) -> list[Record]:
     """The objects of a plain record, an empty list if it is marked as having none."""
     boxes, masks = _boxes_and_masks(record)
+    if boxes == [] and masks is None and not any(record.get(key) == [] for key in _LIST_KEYS):
+        boxes = None  # one box that was not drawn, which is not the same as no object
     if flag(record.get("no_target"), "no_target"):
         if boxes or masks:
             raise UserError("it is marked no_target but has a box or mask", "contradiction")

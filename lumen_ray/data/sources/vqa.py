@@ -63,11 +63,16 @@ class VqaSource(Source):
             raise UserError(f"image folder '{self.images}' does not exist", "missing_images")
         given = load_answers(self.annotations)
         groups = Images(ITEMS)
+        asked: set[str | None] = set()
         for location in dict.fromkeys(self.questions):
             records, pattern = _read(location)
             for origin, record in records:
                 self._add(groups, origin, record, self.image_pattern or pattern, given)
-        return Listing(groups.listing(), {"images": len(groups), ITEMS: groups.listed}, rejected=groups.rejected)
+                asked.add(id_key(record.get("question_id")) if isinstance(record, dict) else None)
+        unasked = len(given.keys() - asked)
+        notes = [f"{unasked} annotations answer questions that no file of questions has"] if unasked else []
+        inputs = {"images": len(groups), ITEMS: groups.listed}
+        return Listing(groups.listing(), inputs, rejected=groups.rejected, notes=notes)
 
     def _add(
         self, groups: Images, origin: str, record: Any, pattern: str | None, given: dict[str, Record | None]
@@ -79,7 +84,7 @@ class VqaSource(Source):
             if image is None:
                 has_id = first_of(record, IMAGE_ID_KEYS) is not None
                 why = "only an image id; give --image-pattern" if has_id else "neither image nor image_id"
-                raise UserError(f"the question has {why}", "missing_image")
+                raise UserError(f"the question has {why}", "invalid_image_id" if has_id else "missing_image")
             question = _question(record.get("question"))
             answers = self._answers(record, given)
         except UserError as error:

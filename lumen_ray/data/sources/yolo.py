@@ -249,8 +249,8 @@ def _parts(words: Sequence[str], shape: Sequence[int] | None, size: Size) -> dic
     if len(found) == 4:
         return {"bbox": _box(_inside(found), size)}
     if len(found) < 6 or len(found) % 2:
-        raise UserError(f"a line needs a class and 4 numbers (box), or 3 or more points, got {len(words)} numbers",
-                        "label_file")  # fmt: skip
+        raise UserError("a line needs a class and 4 numbers (box), or a class and 3 or more points, got a class and "
+                        f"{len(found)} numbers; remove confidences and track ids", "label_file")  # fmt: skip
     height, width = size
     xs, ys = ([v * side for v in _inside(found)[start::2]] for start, side in ((0, width), (1, height)))
     corners = [c for point in zip(xs, ys, strict=True) for c in point]

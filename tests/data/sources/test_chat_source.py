@@ -236,3 +236,11 @@ def test_real_photos(test_data, tmp_path):
     assert counts["conversations"]["written"] == len(records)
     assert counts["samples"]["written"] == len({a["image_id"] for a in data["annotations"]})
     assert np.unique([r["kind"] for row in rows for r in row["regions"]]).tolist() == ["box", "mask"]
+
+
+def test_boxes_of_fractions_are_told(make):
+    turns = [{"from": "human", "value": "<image> what is <region>?"}, {"from": "gpt", "value": "a cell"}]
+    records = [{"image": NAMES[0], "conversations": turns, "regions": [[0.1, 0.2, 0.5, 0.7]]}]
+    (note,) = make(records).read_listing().notes
+    assert "--box-format relative" in note
+    assert make(records, box_format="relative").read_listing().notes == []

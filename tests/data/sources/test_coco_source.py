@@ -1,14 +1,17 @@
 """COCO json to rows: merging of files, and what is refused."""
 
+import io
 import json
 
 import numpy as np
 import pytest
+from PIL import Image
 from pycocotools import mask as coco_mask
 
 from lumen_ray.data.images import decode
 from lumen_ray.data.scenes.render import encode_jpeg
 from lumen_ray.data.sources import coco, coco_json
+from lumen_ray.data.sources.objects import ASSUMED
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Boxes, Masks
 
@@ -535,3 +538,44 @@ def test_a_file_given_twice_is_read_once(load, tmp_path):
     load(part)
     loaded = coco_json.load([tmp_path / "part0.json", tmp_path / "part0.json"])
     assert loaded.listed == 2 and len(row_of(loaded)[0]["messages"]) == 1
+
+
+def test_a_frame_that_no_size_shows_is_counted(load):
+    square = np.full((WIDTH, WIDTH, 3), 200, np.uint8)
+    for tag, pixels, size, counted in (
+        (3, np.full((HEIGHT, WIDTH, 3), 200, np.uint8), (HEIGHT, WIDTH), True),
+        (6, square, (WIDTH, WIDTH), True),
+        (6, square, (0, 0), True),
+        (6, np.full((HEIGHT, WIDTH, 3), 200, np.uint8), (HEIGHT, WIDTH), False),
+        (1, square, (WIDTH, WIDTH), False),
+    ):
+        image = IMAGE | {"height": size[0], "width": size[1]}
+        loaded = load({"images": [image], "categories": CATEGORIES, "annotations": [annotation()]})
+        (record,) = loaded.images
+        outcome = coco.to_row(record, rotated_jpeg(pixels, tag), {}, ["cell"], "test")
+        assert (ASSUMED in outcome.changed) == counted
+
+
+def rotated_jpeg(pixels, tag):
+    exif = Image.Exif()
+    exif[0x0112] = tag
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", exif=exif)
+    return out.getvalue()
+
+
+def test_boxes_of_fractions_are_told(load):
+    fractions = [annotation(bbox=[0.1, 0.25, 0.4, 0.5]), annotation(id=6, bbox=[0, 0, 1, 1])]
+    (note,) = load({"categories": CATEGORIES, "annotations": fractions}).notes
+    assert "all boxes (2) lie within the first pixel" in note and "part0.json" in note
+    assert load({"categories": CATEGORIES, "annotations": [*fractions, annotation(id=7)]}).notes == []
+    assert load({"categories": CATEGORIES, "annotations": [annotation(bbox=[0, 0, 1, 1])]}).notes == []
+    assert load({"categories": CATEGORIES, "annotations": [annotation(bbox=[])]}).notes == []
+
+
+def test_a_file_without_categories_or_with_an_id_of_two_files_is_refused(load):
+    with pytest.raises(UserError, match="lists no categories; add them"):
+        load({"categories": [], "annotations": [annotation()]})
+    twice = [IMAGE, IMAGE | {"file_name": "b.jpg"}]
+    with pytest.raises(UserError, match=r"image id 1 stands for two files, 'a\.jpg' and 'b\.jpg'; give each"):
+        load({"images": twice, "categories": CATEGORIES})

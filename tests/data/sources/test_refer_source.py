@@ -336,3 +336,27 @@ def test_ids_under_either_key_and_a_file_given_twice(make):
     rows, rejected, counts = prepared(source)
     assert rejected == [] and counts["expressions"]["in"] == 1
     assert len(rows[0]["phrases"][0]["instances"]) == 2
+
+
+def test_one_box_that_was_not_drawn_is_not_no_object(make):
+    records = [{"image": NAMES[0], "expression": "a", "bbox": []},
+               {"image": NAMES[0], "expression": "b", "boxes": []},
+               {"image": NAMES[0], "expression": "c", "bbox": [1, 1, 9, 9]}]  # fmt: skip
+    rows, rejected, _ = prepared(make(records, instances=None))
+    assert [r["rule"] for r in rejected] == ["missing_box"]
+    assert [(p["phrase"], p["instances"]) for p in rows[0]["phrases"]] == [("b", []), ("c", [0])]
+
+
+def test_boxes_of_fractions_are_told(make):
+    records = [{"image": NAMES[0], "expression": "a", "bbox": [0.1, 0.25, 0.5, 0.75]}]
+    (note,) = make(records, instances=None).read_listing().notes
+    assert "--box-format relative" in note
+    assert make(records, instances=None, box_format="relative").read_listing().notes == []
+
+
+def test_refs_without_their_coco_file_ask_for_it(make):
+    records = [{"ref_id": 1, "ann_id": 10, "image_id": 1, "sentences": [{"sent": "a cell"}]}]
+    _, rejected, _ = prepared(
+        make([*records, {"image": NAMES[0], "expression": "b", "bbox": [1, 1, 9, 9]}], instances=None)
+    )
+    assert [r["rule"] for r in rejected if r["kind"] == "expressions"] == ["missing_instances"]

@@ -211,3 +211,13 @@ def test_other_markers_are_rejected(make, question):
     sound = {"image": NAMES[1], "question": "a ?", "answer": "x"}
     _, rejected, _ = prepared(make([{"image": NAMES[0], "question": question, "answer": "x"}, sound]))
     assert rejected[0]["rule"] == ("several_images" if "<image>" in question else "other_media")
+
+
+def test_answers_that_no_question_asks_for_are_told(make):
+    questions = [{"image": NAMES[0], "question_id": 1, "question": "what?"}]
+    answers = {"annotations": [{"question_id": n, "multiple_choice_answer": "cat"} for n in (1, 77, 78)]}
+    assert make(questions, answers).read_listing().notes == [
+        "2 annotations answer questions that no file of questions has"
+    ]
+    answers["annotations"] = answers["annotations"][:1]
+    assert make(questions, answers).read_listing().notes == []
