@@ -37,12 +37,14 @@ class Settings:
 @dataclass
 class SetFacts:
     """Facts about the whole input, known when all rows are read. `row_kind`: name of a row among the kinds of rejected
-    records; `changed`: records cut by `prepare`, by change; `notes`: sentences of the source about its input."""
+    records; `changed`: records cut by `prepare`, by change; `changed_in`: some of their images; `notes`: sentences of
+    the source about its input."""
 
     categories: list[dict[str, Any]] = field(default_factory=list)
     row_kind: str = "images"
     rows: int = 0
     changed: dict[str, int] = field(default_factory=dict)
+    changed_in: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 

@@ -6,13 +6,12 @@ Both give `sources.base.Outcome`s, one row in memory at a time (of a shard folde
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 from lumen_ray.data import urls
 from lumen_ray.data.lint.check import SetFacts
-from lumen_ray.data.shards.shards import read_manifest, read_rejected, read_rows
+from lumen_ray.data.shards.shards import Changes, read_manifest, read_rejected, read_rows
 from lumen_ray.data.sources.base import Outcome, Source
 
 Progress = Callable[[int, int], None]  # records done, records in all
@@ -56,6 +55,7 @@ class ShardInput:
             manifest["categories"],
             next(iter(manifest.get("counts") or {}), "images"),  # `prepare` lists the kind of a row first
             changed=manifest.get("changed") or {},
+            changed_in=manifest.get("changed_in") or {},
             notes=list(manifest.get("notes") or ()),
         )
 
@@ -73,15 +73,15 @@ class SourceInput:
         listing = self._source.read_listing()
         self._facts.categories = listing.categories
         self._facts.notes = list(getattr(listing, "notes", ()))
-        changed: Counter[str] = Counter()
+        changed = Changes()
         yield from (Outcome(rejected=[record]) for record in listing.rejected)
         for number, record in enumerate(listing.records, start=1):
             for outcome in self._source.rows(json.loads(json.dumps(record)), listing.shared):  # as `prepare` does
-                changed.update(outcome.changed)
+                changed.add(outcome.changed, outcome.row)
                 yield outcome
             if progress is not None:
                 progress(number, len(listing.records))
-        self._facts.changed = dict(sorted(changed.items()))
+        self._facts.changed, self._facts.changed_in = dict(sorted(changed.numbers.items())), changed.images
 
     def facts(self) -> SetFacts:
         return self._facts

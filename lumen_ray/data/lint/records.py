@@ -89,6 +89,9 @@ class Notes(Check):
     def finish(self, facts: SetFacts) -> None:
         for change, number in facts.changed.items():
             rule = Rule("changed", "note", "records", f"prepare cut or changed records: {change}")
-            self.add(rule, None, change, number=number)
+            images = facts.changed_in.get(change) or [change]
+            self.add(rule, None, images[0], number=number)
+            for name in images[1:]:
+                self.add(rule, None, name, number=0)
         for note in facts.notes:
             self.add(Rule("input", "note", "sets", note), None, note)

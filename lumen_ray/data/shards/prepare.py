@@ -86,7 +86,9 @@ def prepare_source(
         _check_unknown(counts, rejected)
         _check_ids(results, staging)
         origin = {"kind": source.kind, "shuffle_seed": shuffle_seed, **source.settings(), **listing.origin}
-        changed = sum((Counter(result["changed"]) for result in results), Counter())
+        changed = shards.Changes()
+        for result in results:
+            changed.merge(result["changed"], result["changed_in"])
         manifest = shards.build_manifest(
             entries, categories=listing.categories, counts=counts, changed=changed, origin=origin, notes=listing.notes
         )
@@ -270,7 +272,7 @@ class _Writer:
         rejected: list[Rejected] = []
         came_in: Counter[str] = Counter()
         written: Counter[str] = Counter()
-        changed: Counter[str] = Counter()
+        changed = shards.Changes()
         ids: list[int] = []
 
         def rows() -> Iterator[dict[str, Any]]:
@@ -279,7 +281,7 @@ class _Writer:
                     rejected.extend(outcome.rejected)
                     came_in.update(outcome.came_in)
                     written.update(outcome.written)
-                    changed.update(outcome.changed)
+                    changed.add(outcome.changed, outcome.row)
                     if outcome.row is not None:
                         ids.append(_id_hash(outcome.row["image_id"]))
                         yield outcome.row
@@ -294,7 +296,8 @@ class _Writer:
             "rejected": rejected,
             "came_in": came_in,
             "written": written,
-            "changed": changed,
+            "changed": changed.numbers,
+            "changed_in": changed.images,
             "ids": ids,
         }
 

@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,6 +30,7 @@ MANIFEST = "manifest.json"
 REJECTED = "rejected.parquet"
 SCHEMA_VERSION = 1
 ROWS_PER_GROUP = 32
+_NAMED_IMAGES = 5  # of each change, in the manifest
 
 
 class ShardWriter:
@@ -162,23 +164,47 @@ def sha256(location: urls.Location) -> str:
     return digest.hexdigest()
 
 
+@dataclass
+class Changes:
+    """Parts of written records that were cut or dropped: how many by change, and the first images of each."""
+
+    numbers: Counter[str] = field(default_factory=Counter)
+    images: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, changed: Mapping[str, int], row: Mapping[str, Any] | None) -> None:
+        """Counts the changes of one row; None: of records that no row holds."""
+        self.numbers.update(changed)
+        if row is not None:
+            self._name({change: [row["image_id"]] for change, number in changed.items() if number})
+
+    def merge(self, numbers: Mapping[str, int], images: Mapping[str, Sequence[str]]) -> None:
+        """Adds the changes of later rows."""
+        self.numbers.update(numbers)
+        self._name(images)
+
+    def _name(self, images: Mapping[str, Sequence[str]]) -> None:
+        for change, names in images.items():
+            known = self.images.setdefault(change, [])
+            known += names[: _NAMED_IMAGES - len(known)]
+
+
 def build_manifest(
     files: Iterable[dict[str, Any]],
     *,
     categories: Sequence[dict[str, Any]] = (),
     counts: dict[str, dict[str, int]] | None = None,
-    changed: Mapping[str, int] | None = None,
+    changed: Changes | None = None,
     origin: dict[str, Any] | None = None,
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The manifest of finished files (entries of `ShardWriter`).
 
     `categories`: ``{"name", "keypoints": [names], "skeleton": [[i, j], ...]}``, 0-based; `counts`: input records per
-    kind, e.g. ``{"images": {"in": 10, "written": 9, "rejected": 1}}``; `changed`: parts of written records that were
-    cut or dropped, e.g. ``{"boxes clipped": 2}``; `origin`: the settings used; `notes`: sentences about how the input
-    was read. A category gets `images`, the number of rows that contain it, by which training draws absent classes;
-    `untrained` is the number of rows without any task. Raises `RuntimeError` if the counts do not add up, i.e. a source
-    has lost records.
+    kind, e.g. ``{"images": {"in": 10, "written": 9, "rejected": 1}}``; `changed` becomes
+    ``"changed": {"boxes clipped": 2}, "changed_in": {"boxes clipped": ["a.jpg"]}``; `origin`: the settings used;
+    `notes`: sentences about how the input was read. A category gets `images`, the number of rows that contain it, by
+    which training draws absent classes; `untrained` is the number of rows without any task. Raises `RuntimeError` if
+    the counts do not add up, i.e. a source has lost records.
     """
     files = [dict(file) for file in files]
     class_images: Counter[str] = Counter()
@@ -189,7 +215,7 @@ def build_manifest(
     tasks: Counter[str] = Counter()
     for group in (group for file in files for group in file["row_groups"]):
         tasks.update(group["tasks"])
-    counts = counts or {}
+    counts, changed = counts or {}, changed or Changes()
     for kind, count in counts.items():
         if count["in"] != count["written"] + count["rejected"]:
             raise RuntimeError(
@@ -203,7 +229,8 @@ def build_manifest(
         "categories": [{**category, "images": class_images[category["name"]]} for category in categories],
         "counts": counts,
         "rejected": sum(count["rejected"] for count in counts.values()),
-        "changed": dict(sorted((changed or {}).items())),
+        "changed": dict(sorted(changed.numbers.items())),
+        "changed_in": dict(sorted(changed.images.items())),
         "untrained": untrained,
         "notes": list(notes),
         "origin": origin or {},

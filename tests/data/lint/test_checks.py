@@ -1,7 +1,7 @@
 """The checks of `data lint`: for each a small set of rows that violates it and one that does not."""
 
 import gc
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -300,6 +300,9 @@ def test_notes_and_changes_of_the_input_are_listed():
     facts = SetFacts(changed={"boxes clipped": 3}, notes=["class 'cells' left out: it has no annotation"])
     found = lint_rows(CLEAN, facts_=facts)
     assert found["changed"].number == 3 and "boxes clipped" in found["changed"].rule.meaning
+    assert found["changed"].examples == ["boxes clipped"]  # a folder of an earlier version names no images
+    named = lint_rows(CLEAN, facts_=replace(facts, changed_in={"boxes clipped": ["a.jpg", "b.jpg"]}))["changed"]
+    assert (named.number, named.examples) == (3, ["a.jpg", "b.jpg"])
     assert found["input"].rule.meaning == "class 'cells' left out: it has no annotation"
 
 

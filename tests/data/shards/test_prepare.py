@@ -116,6 +116,11 @@ def test_clipped_annotations_are_counted_and_reported(tmp_path, small_coco, caps
     summary = prepare_coco(tmp_path / "out", [path], images, rows_per_file=4, workers=0)
     wanted = {"boxes clipped": 2, "keypoints outside the image": 3}  # nothing of those rejected whole
     assert summary["changed"] == shards.read_manifest(tmp_path / "out")["changed"] == wanted
+    where = shards.read_manifest(tmp_path / "out")["changed_in"]
+    assert {change: sorted(names) for change, names in where.items()} == {
+        "boxes clipped": ["0.jpg", "1.jpg"],
+        "keypoints outside the image": ["0.jpg", "1.jpg"],
+    }
     assert summary["counts"]["annotations"] == {"in": 5, "written": 3, "rejected": 2}
     assert "; 2 boxes clipped; 3 keypoints outside the image)" in prepared_line(summary)
     statistics = gather(tmp_path / "out")

@@ -177,3 +177,14 @@ def test_damage_within_a_row_group_is_reported(folder):
         with pytest.raises(UserError, match=f"row group 0 of shard file '{entry['path']}' cannot be read") as error:
             read()
         assert error.value.reason == "broken_shards"
+
+
+def test_changes_name_the_first_images():
+    first, later = shards.Changes(), shards.Changes()
+    first.add({"boxes clipped": 2, "masks dropped": 0}, {"image_id": "a"})
+    first.add({"boxes clipped": 1}, None)
+    for name in "bcdefg":
+        later.add({"boxes clipped": 1}, {"image_id": name})
+    first.merge(later.numbers, later.images)
+    assert first.numbers["boxes clipped"] == 9
+    assert first.images == {"boxes clipped": ["a", "b", "c", "d", "e"]}
