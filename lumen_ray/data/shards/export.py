@@ -70,6 +70,8 @@ def export_coco(shards: urls.Location, output: urls.Location, *, images: bool = 
     _write(output, INSTANCES, base | {"annotations": annotations, "categories": list(categories.values())})
     if captions:
         _write(output, CAPTIONS, base | {"annotations": captions})
+    else:  # those of an earlier export have other image ids
+        files.remove(urls.join(output, CAPTIONS))
     counts = {"images": len(listed), "annotations": len(annotations), "captions": len(captions)}
     return counts | {"without_image": skipped}
 

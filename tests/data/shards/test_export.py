@@ -14,7 +14,7 @@ from support.source_fakes import HEIGHT, WIDTH, coco_set, instance, jpeg, prepar
 from lumen_ray.data.shards import shards
 from lumen_ray.data.shards.export import export_coco
 from lumen_ray.data.shards.prepare import prepare_source
-from lumen_ray.data.shards.schema import make_row
+from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.data.sources.coco import CocoSource
 from lumen_ray.errors import UserError
 
@@ -233,3 +233,12 @@ def test_colliding_names_are_numbered(tmp_path):
     names = [image["file_name"] for image in listed]
     assert names == ["a.jpg", "a_2.jpg", "A_3.JPG", "a_4.jpg", "a_2_2.jpg"]
     assert [(tmp_path / "out" / "images" / name).read_bytes() for name in names] == pictures
+
+
+def test_captions_of_an_earlier_export_do_not_stay(tmp_path):
+    for name, messages in (("first", [make_message("caption", "", "a cat")]), ("second", [])):
+        with shards.ShardWriter(tmp_path / name, "part-00000.parquet") as writer:
+            writer.write(make_row("a.jpg", jpeg(), (HEIGHT, WIDTH), "x", tasks=["detect"], messages=messages))
+        shards.write_manifest(tmp_path / name, shards.build_manifest([writer.entry]))
+        export_coco(tmp_path / name, tmp_path / "out")
+        assert (tmp_path / "out" / "captions.json").exists() == bool(messages)
