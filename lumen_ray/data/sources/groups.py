@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from lumen_ray.data.frames import AnnotationFrame, read_frame
@@ -29,6 +29,11 @@ class Images:
         self.rejected: list[Rejected] = []
         self._names = ListedNames()
         self._groups: dict[Any, dict[str, Any]] = {}
+
+    def expect(self, names: Iterable[str]) -> None:
+        """Other images of the set: a file that may be one of them is not taken for an image of a similar name."""
+        for name in names:
+            self._names.add(name)
 
     def add(self, image: ImageRef | None, origin: str, item: Record, size: list[int] | None = None) -> None:
         """Adds `item` with its origin to the group of its image; `size`: the (height, width) that it declares."""

@@ -74,7 +74,11 @@ class ReferSource(Source):
         records = [pair for location in dict.fromkeys(self.refs) for pair in load_refs(location)]
         records = _of_split(records, self.split)
         groups = Images(ITEMS)
-        parse = _CocoRefs(self.instances).parse if self.instances else _parse_plain
+        parse = _parse_plain
+        if self.instances:
+            coco = _CocoRefs(self.instances)
+            parse = coco.parse
+            groups.expect(coco.file_names)
         for origin, record in records:
             _add(groups, origin, record, parse)
         listed = groups.listing()
@@ -123,9 +127,10 @@ class _Objects:
         if key not in self._stored:
             parts = {name: target[name] for name in ("bbox", "segmentation", "rotation")}
             made, changed = make_instance(target["name"], self.frame, box_format=self.box_format, **parts)
-            self.instances.append(made)
-            self.changes.append(changed)
-            self._stored[key] = len(self.instances) - 1
+            if made not in self.instances:  # else given in another way: with its box, or without
+                self.instances.append(made)
+                self.changes.append(changed)
+            self._stored[key] = self.instances.index(made)
         return self._stored[key]
 
 
@@ -280,7 +285,7 @@ def _target(name: str, bbox: Any, segmentation: Any, rotation: Any) -> Record:
 
 def _is_one_mask(masks: Any, boxes: Any) -> bool:
     """Whether a list is one object's polygons or several objects' masks: the former if there is at most one box."""
-    if not isinstance(masks, list) or not masks:
+    if not isinstance(masks, list) or not masks or not isinstance(boxes, list | None):
         return False
     flat = is_numbers(masks) or all(is_numbers(m) for m in masks)
     return flat and len(boxes or [0]) == 1
@@ -296,6 +301,8 @@ class _CocoRefs:
             raise UserError(f"instances file '{instances}' needs the lists {', '.join(lists)}", "invalid_annotations")
         self.annotations = _by_id(data["annotations"])
         self.images = _by_id(data["images"])
+        names = (image.get("file_name") for image in data["images"] if isinstance(image, dict))
+        self.file_names = [name for name in names if isinstance(name, str)]  # also of images that no ref is about
         self.names = {key: c and c.get("name") for key, c in _by_id(data["categories"]).items()}
         first: dict[str, str] = {}  # identity of a file name -> image id
         self.repeats = {

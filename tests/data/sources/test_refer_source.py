@@ -360,3 +360,25 @@ def test_refs_without_their_coco_file_ask_for_it(make):
         make([*records, {"image": NAMES[0], "expression": "b", "bbox": [1, 1, 9, 9]}], instances=None)
     )
     assert [r["rule"] for r in rejected if r["kind"] == "expressions"] == ["missing_instances"]
+
+
+def test_an_image_that_no_ref_is_about_keeps_its_file(make):
+    """`images/<name>` is cam1's or cam2's picture: which one is not known."""
+    images = [{"id": n, "file_name": f"cam{n}/{NAMES[0]}", "height": 40, "width": 60} for n in (1, 2)]
+    boxes = [{"id": 10 * n, "image_id": n, "category_id": 1, "bbox": [1, 1, 9, 9]} for n in (1, 2)]
+    instances = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cell"}]}
+    sound = {"id": 3, "file_name": NAMES[1]}
+    instances["images"].append(sound)
+    instances["annotations"].append({"id": 30, "image_id": 3, "category_id": 1, "bbox": [1, 1, 9, 9]})
+    rows, rejected, _ = prepared(make([ref(2, 20, "a"), ref(3, 30, "b")], instances=instances))
+    assert [row["image_id"] for row in rows] == [NAMES[1]]
+    assert "ambiguous_image" in {r["rule"] for r in rejected}
+
+
+def test_an_object_given_with_a_bad_box_and_without_one_is_the_same(make):
+    records = [{"image": NAMES[0], "expression": "a", "segmentation": SQUARE, "bbox": [1, 2, "x", 4]},
+               {"image": NAMES[0], "expression": "b", "segmentation": SQUARE},
+               {"image": NAMES[0], "expression": "c", "segmentation": SQUARE, "bbox": 17}]  # fmt: skip
+    rows, rejected, _ = prepared(make(records, instances=None))
+    assert [r["rule"] for r in rejected] == ["invalid_box"]
+    assert len(rows[0]["instances"]) == 1 and [p["instances"] for p in rows[0]["phrases"]] == [[0], [0]]
