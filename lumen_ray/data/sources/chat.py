@@ -45,6 +45,7 @@ from lumen_ray.data.sources.record_parsing import (
     fractions_note,
     is_numbers,
     load_records,
+    named_image,
     plain_json,
     relative_scale,
     short,
@@ -104,7 +105,7 @@ class ChatSource(Source):
                 raise UserError(why, "no_images")
             item = parse(record, turns, image is not None)
         except UserError as error:
-            groups.reject(image, origin, error)
+            groups.reject(image or named_image(record), origin, error)
             return
         size = declared_size(record.get("height"), record.get("width"))
         groups.add(image, origin, item, size=size if any(size) else None)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,6 +184,14 @@ def image_ref(record: Record, pattern: str | None = None, keys: Sequence[str] = 
         return found[0]
     number = first_of(record, IMAGE_ID_KEYS)
     return None if number is None or pattern is None else ImageRef(fill_pattern(pattern, number))
+
+
+def named_image(record: Any) -> ImageRef | None:
+    """The image that a rejected record names, if any: its file must not be taken for another record's image."""
+    if isinstance(record, dict):
+        with suppress(UserError):
+            return image_ref(record)
+    return None
 
 
 def _as_image(value: Any) -> ImageRef | None:

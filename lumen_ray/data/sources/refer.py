@@ -34,6 +34,7 @@ from lumen_ray.data.sources.record_parsing import (
     is_numbers,
     load_json,
     load_records,
+    named_image,
     plain_json,
     short,
 )
@@ -199,7 +200,7 @@ def _add(groups: Images, origin: str, record: Any, parse: Any) -> None:
         image, size, targets = parse(record)
     except UserError as error:
         for place in _origins(origin, max(1, len(texts))):
-            groups.reject(image, place, error)
+            groups.reject(image or named_image(record), place, error)
         return
     for place, value in zip(_origins(origin, len(texts)), texts, strict=True):
         try:

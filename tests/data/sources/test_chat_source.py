@@ -244,3 +244,13 @@ def test_boxes_of_fractions_are_told(make):
     (note,) = make(records).read_listing().notes
     assert "--box-format relative" in note
     assert make(records, box_format="relative").read_listing().notes == []
+
+
+def test_the_image_of_a_rejected_record_is_no_other_records(make):
+    turns = [{"from": "human", "value": "<image> what?"}, {"from": "gpt", "value": "a cell"}]
+    records = [{"image": f"cam{n}/{NAMES[0]}", "conversations": turns} for n in (1, 2)]
+    records[1]["video"] = "clip.mp4"
+    records.append({"image": NAMES[1], "conversations": turns})
+    rows, rejected, _ = prepared(make(records))
+    assert [row["image_id"] for row in rows] == [NAMES[1]]
+    assert {"ambiguous_image", "other_media"} <= {r["rule"] for r in rejected}

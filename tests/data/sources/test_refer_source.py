@@ -382,3 +382,12 @@ def test_an_object_given_with_a_bad_box_and_without_one_is_the_same(make):
     rows, rejected, _ = prepared(make(records, instances=None))
     assert [r["rule"] for r in rejected] == ["invalid_box"]
     assert len(rows[0]["instances"]) == 1 and [p["instances"] for p in rows[0]["phrases"]] == [[0], [0]]
+
+
+def test_the_image_of_a_rejected_record_is_no_other_records(make):
+    records = [{"image": f"cam1/{NAMES[0]}", "expression": "a", "bbox": [1, 1, 9, 9]},
+               {"image": f"cam2/{NAMES[0]}", "expression": "b", "bbox": 17},
+               {"image": NAMES[1], "expression": "c", "bbox": [1, 1, 9, 9]}]  # fmt: skip
+    rows, rejected, _ = prepared(make(records, instances=None))
+    assert [row["image_id"] for row in rows] == [NAMES[1]]
+    assert "ambiguous_image" in {r["rule"] for r in rejected}
