@@ -22,7 +22,8 @@ TRUNK_PARTS = ("stem", "vision", "regions", "llm", "queries", "link_heads", "den
 #: fields and properties of a model's settings, beside which a decoder has its section
 _SETTINGS_NAMES = """
     trunk decoders name published_weights image_size prefix_attention prompt_layout lead_tokens dense_channels
-    stem_channels tokens_read_stem link_channels link_reads_words vocab_size pose_queries choose chosen_over conversion
+    published_tokens stem_channels tokens_read_stem link_channels link_reads_words vocab_size pose_queries choose
+    chosen_over conversion
     decoder_names families image_tokens input_rules input_step llm_config reads_dense sections serving shape token_side
     trunk_shape
 """
