@@ -72,7 +72,7 @@ class VocSource(Source):
         for folder in (self.annotations, self.images, *([self.masks] if self.masks else [])):
             if not files.is_dir(folder):
                 raise UserError(f"folder '{urls.shown(folder)}' does not exist", "missing_folder")
-        names, rejected = self._xml_names()
+        names, existing, rejected = self._xml_names()
         records = []
         locations = [urls.join(self.annotations, name) for name in names]
         for name, content in zip(names, files.read_many(locations), strict=True):
@@ -89,7 +89,9 @@ class VocSource(Source):
         inputs = {"images": len(records) + len(rejected), "annotations": listed}
         pictures, others = list_pictures(self.images)
         notes += [note] if (note := left_out_note(others, urls.base_name(self.images))) else []
-        records, lost = assign_pictures(records, PictureIndex(pictures))
+        records, lost = assign_pictures(
+            records, PictureIndex(pictures), existing - {record["origin"] for record in records}
+        )
         rejected += lost
         if self.masks:
             self._assign_masks(records)
@@ -98,15 +100,15 @@ class VocSource(Source):
         shared = {"classes": classes, "first_pixel": first_pixel}
         return Listing(records, inputs, categories, shared, rejected, notes=notes)
 
-    def _xml_names(self) -> tuple[list[str], list[Rejected]]:
-        """The xml files to read, relative to `annotations`, and those the split names that do not exist."""
+    def _xml_names(self) -> tuple[list[str], set[str], list[Rejected]]:
+        """The xml files to read, relative to `annotations`; all that exist; those of the split that do not."""
         existing = {n for n in files.list_files(self.annotations, [".xml"], recursive=True) if not is_hidden(n)}
         names = _split_names(self.split, existing) if self.split else sorted(existing)
         if not names:
             raise UserError(f"'{urls.shown(self.split or self.annotations)}' has no xml files", "empty_input")
         error = UserError("the split lists it, but it has no xml file", "missing_annotation")
         rejected = [reject("images", name, name, error) for name in names if name not in existing]
-        return [name for name in names if name in existing], rejected
+        return [name for name in names if name in existing], existing, rejected
 
     def _convention(self, records: Sequence[dict[str, Any]]) -> tuple[int, list[str]]:
         """(first pixel, notes). Raises `UserError` if the folder holds boxes that count from 0 and from 1."""

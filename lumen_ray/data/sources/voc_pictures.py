@@ -44,17 +44,19 @@ def _stem_key(name: str) -> str:
     return f"{folder}/{posixpath.splitext(bare_key(base))[0]}"
 
 
-def assign_pictures(records: Sequence[Record], pictures: PictureIndex) -> tuple[list[Record], list[Rejected]]:
+def assign_pictures(
+    records: Sequence[Record], pictures: PictureIndex, others: Iterable[str] = ()
+) -> tuple[list[Record], list[Rejected]]:
     """(records with the keys `picture`, `named` and `id`, rejected records of images and annotations).
 
     `picture`: name below the image folder, None if there is none; `named`: another existing picture that ``<filename>``
     names, None without one; `id`: the row's image id. An xml whose picture belongs to another one is rejected with its
-    objects, and their classes are `lost` in the other.
+    objects, and their classes are `lost` in the other. `others`: xml files that are not among the records.
     """
     # how many xml files could mean a picture of that bare name, by their own name or by what they name
     stems = Counter(
         stem for record in records for stem in {_bare_stem(record), _stem_key(bare_key(record["filename"]))}
-    )
+    ) + Counter(_bare_stem({"origin": name}) for name in others)
     owners: dict[str, Record] = {}
     kept: list[Record] = []
     rejected: list[Rejected] = []
@@ -129,4 +131,6 @@ def _named(record: Record, pictures: PictureIndex, stems: Mapping[str, int]) -> 
 def _missing_name(record: Record) -> str:
     """The image id of an xml without a picture."""
     filename = urls.base_name(record["filename"])
-    return filename if posixpath.splitext(filename)[1] else posixpath.splitext(record["origin"])[0] + ".jpg"
+    if posixpath.splitext(filename)[1]:
+        return posixpath.join(posixpath.dirname(record["origin"]), filename)
+    return posixpath.splitext(record["origin"])[0] + ".jpg"

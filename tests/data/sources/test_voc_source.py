@@ -317,3 +317,25 @@ def test_pictures_of_other_formats_are_named(tmp_path):
                 "xml/2.xml": voc_xml("2.jpg", [("cat", (3, 3, 9, 9), "")]), "images/2.jpg": jpeg()}  # fmt: skip
     _, rejected, _, notes = sets(tmp_path, contents)
     assert rejected[0]["reason"] == "the image file '1.heic' is missing" and ".heic 1" in notes[1]
+
+
+def test_xml_files_outside_the_split_may_mean_the_picture_too(tmp_path):
+    contents = {"split.txt": "cam1/0001\n7\n", "images/0001.jpg": jpeg(), "images/7.jpg": jpeg()}
+    for name in ("cam1/0001", "cam2/0001", "7"):
+        contents[f"xml/{name}.xml"] = voc_xml("", [("cat", (3, 3, 9, 9), "")])
+    write(tmp_path, contents)
+    source = VocSource(f"{tmp_path}/xml", f"{tmp_path}/images", f"{tmp_path}/split.txt")
+    rows, rejected, _ = prepared(source, tmp_path / "out")
+    assert list(rows) == ["7.jpg"]
+    assert [(r["image_id"], r["rule"]) for r in rejected if r["kind"] == "images"] == [
+        ("cam1/0001.jpg", "missing_image")
+    ]
+
+
+def test_an_xml_without_a_picture_leaves_the_name_to_the_one_with_it(tmp_path):
+    contents = {"images/0001.jpg": jpeg()}
+    for name in ("cam2/0001", "0001"):
+        contents[f"xml/{name}.xml"] = voc_xml("0001.jpg", [("cat", (3, 3, 9, 9), "")])
+    write(tmp_path, contents)
+    rows, rejected, _ = prepared(VocSource(f"{tmp_path}/xml", f"{tmp_path}/images"), tmp_path / "out")
+    assert list(rows) == ["0001.jpg"] and rejected[0]["image_id"] == "cam2/0001.jpg"
