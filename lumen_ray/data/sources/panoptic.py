@@ -84,7 +84,8 @@ class PanopticSource(Source):
             if not record["png"]:
                 raise UserError("no panoptic annotation names its PNG file", "missing_annotation")
             data = read_picture(self.images, name, record["trust"])
-            ids = _segment_ids(read_picture(self.segments, record["png"], record["png_trust"]), record["segments"])
+            png = read_picture(self.segments, record["png"], record["png_trust"])
+            ids = _segment_ids(png, [*record["segments"], *record["skipped"]])
             frame = read_frame(data, [record["size"], ids.shape])
         except UserError as error:
             yield lost_image(name, record["annotated"], error, origins=[s["origin"] for s in record["segments"]])
@@ -99,7 +100,11 @@ class PanopticSource(Source):
                 objects.reject(segment["name"] or None, segment["origin"], error)
             else:  # the box of the mask, since both are exact
                 objects.add(segment["name"], segment["origin"], segmentation=mask, crowd=segment["iscrowd"])
-        listed = [*(number for number in times if number is not None), *record["skipped"], 0]
+        listed = [
+            *(number for number in times if number is not None),
+            *(whole(s["id"]) or 0 for s in record["skipped"]),
+            0,
+        ]
         if unlisted := len(np.setdiff1d(np.unique(ids), listed)):
             objects.lose("segments of the PNG that the json does not list", unlisted)
         yield objects.outcome(data, self.kind)
@@ -242,7 +247,7 @@ class _Images:
             annotated.add(key)
             if png:
                 pngs[identity(png)] = image["file_name"]
-            others = [n for s in every if s not in segments and (n := whole(s["id"])) is not None]
+            others = [s for s in every if s not in segments]  # of skipped categories, which are in the PNG, too
             image |= {"png": png, "segments": segments, "skipped": others, "annotated": origin}
         check_lost(self.path, unlisted, listed, "segments")
         return listed, used

@@ -78,7 +78,8 @@ def assign_pictures(
             lost = lost_with_image(error)
             rejected += [reject("annotations", name, o["origin"], lost) for o in record["objects"]]
             continue
-        named = _named(record, pictures, stems)
+        # where other xml files could mean the one at the top, too, it is still not the xml's own
+        named = _named(record, pictures, stems) or pictures.find(urls.base_name(record["filename"].replace("\\", "/")))
         record["picture"] = picture
         record["named"] = named if is_own and named != picture else None
         record["id"] = unique_id(picture or _missing_name(record), times)

@@ -232,3 +232,18 @@ def test_a_palette_of_which_both_readings_fit_is_decided_by_the_areas(tmp_path):
     rows, _, _ = prepared(source(write(tmp_path, contents | {"panoptic.json": json.dumps(data)})), tmp_path / "out")
     masks = Masks([i["mask"] for i in rows["0.jpg"]["instances"]], (HEIGHT, WIDTH)).to_arrays()
     assert (masks == np.stack([ids == 1, ids == 2])).all()
+
+
+def test_skipped_segments_tell_how_a_palette_is_read(tmp_path):
+    ids = np.zeros((HEIGHT, WIDTH), int)
+    ids[5:15, 5:15] = 1
+    image = Image.fromarray(ids.astype(np.uint8), "P")
+    image.putpalette([0, 0, 0, 9, 9, 9])
+    contents = small_set(lambda _: saved(image), ids)
+    data = json.loads(contents["panoptic.json"])
+    for category in data["categories"]:
+        category["isthing"] = 0
+    data["annotations"][0]["segments_info"] = data["annotations"][0]["segments_info"][:1]
+    path = write(tmp_path, contents | {"panoptic.json": json.dumps(data)})
+    rows, rejected, _ = prepared(source(path, stuff="skip"), tmp_path / "out")
+    assert list(rows) == ["0.jpg"] and rejected == []

@@ -339,3 +339,13 @@ def test_an_xml_without_a_picture_leaves_the_name_to_the_one_with_it(tmp_path):
     write(tmp_path, contents)
     rows, rejected, _ = prepared(VocSource(f"{tmp_path}/xml", f"{tmp_path}/images"), tmp_path / "out")
     assert list(rows) == ["0001.jpg"] and rejected[0]["image_id"] == "cam2/0001.jpg"
+
+
+def test_a_filename_of_another_picture_at_the_top_is_refused(tmp_path):
+    """`cam1/1.xml` names the picture of `0.xml`, though `cam1/1.jpg` is there."""
+    contents = {"images/0.jpg": jpeg(), "images/cam1/1.jpg": jpeg(90)}
+    contents |= {f"xml/{name}.xml": voc_xml("0.jpg", [("cat", (3, 3, 9, 9), "")]) for name in ("0", "cam1/1")}
+    write(tmp_path, contents)
+    rows, rejected, _ = prepared(VocSource(f"{tmp_path}/xml", f"{tmp_path}/images"), tmp_path / "out")
+    assert list(rows) == ["0.jpg"]
+    assert [r["rule"] for r in rejected if r["kind"] == "images"] == ["other_image"]
