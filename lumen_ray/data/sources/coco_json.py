@@ -265,7 +265,7 @@ class _Merger:
     def _lose_orphans(self, path: str, images: Iterable[CocoImage], orphans: set[str | None]) -> None:
         """Takes the classes of objects whose image is not listed off all images where they are not annotated."""
         for image in {id(image): image for image in images}.values():
-            present = {annotation["name"] for annotation in image.annotations}
+            present = {annotation["name"] for annotation in image.annotations if _marks_something(annotation)}
             for name in orphans - present:
                 image.lose(name)
         classes = ", ".join(sorted(f"'{name}'" for name in orphans if name)) or "all classes"
@@ -371,6 +371,12 @@ class _Merger:
             self.merged += 1
         else:
             image.annotations.append(new)
+
+
+def _marks_something(annotation: dict[str, Any]) -> bool:
+    """Whether an object has a mask, or a box with an area."""
+    box = numbers(annotation["bbox"])
+    return bool(annotation["segmentation"]) or (box is not None and len(box) == 4 and min(box[2:]) > 0)
 
 
 def _kept(entry: dict[str, Any]) -> dict[str, Any]:

@@ -73,8 +73,9 @@ class ReferSource(Source):
         if pickled and not self.instances:
             raise UserError(f"refs file '{pickled}' needs the COCO file of its objects; give --instances", "usage")
         records = [pair for location in dict.fromkeys(self.refs) for pair in load_refs(location)]
-        records = _of_split(records, self.split)
         groups = Images(ITEMS)
+        groups.expect(image.name for _, record in records if (image := named_image(record)) is not None)
+        records = _of_split(records, self.split)
         parse = _parse_plain
         if self.instances:
             coco = _CocoRefs(self.instances)

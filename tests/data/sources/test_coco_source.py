@@ -579,3 +579,10 @@ def test_a_file_without_categories_or_with_an_id_of_two_files_is_refused(load):
     twice = [IMAGE, IMAGE | {"file_name": "b.jpg"}]
     with pytest.raises(UserError, match=r"image id 1 stands for two files, 'a\.jpg' and 'b\.jpg'; give each"):
         load({"images": twice, "categories": CATEGORIES})
+
+
+def test_an_object_without_an_image_could_be_where_its_class_marks_nothing(load):
+    orphan, empty = annotation(image_id=9), annotation(id=6, bbox=[5, 5, 0, 0])
+    others = [annotation(id=7 + n, category_id=2) for n in range(2)]
+    row, _ = row_of(load({"categories": CATEGORIES, "annotations": [orphan, empty, *others]}))
+    assert row["classes"] == ["person"]

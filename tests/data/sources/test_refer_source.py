@@ -391,3 +391,11 @@ def test_the_image_of_a_rejected_record_is_no_other_records(make):
     rows, rejected, _ = prepared(make(records, instances=None))
     assert [row["image_id"] for row in rows] == [NAMES[1]]
     assert "ambiguous_image" in {r["rule"] for r in rejected}
+
+
+def test_the_image_of_another_split_is_no_other_records(make):
+    records = [{"image": f"cam{n}/{NAMES[0]}", "expression": "a", "bbox": [1, 1, 9, 9], "split": split}
+               for n, split in ((1, "train"), (2, "val"))]  # fmt: skip
+    records.append({"image": NAMES[1], "expression": "c", "bbox": [1, 1, 9, 9], "split": "train"})
+    rows, _, _ = prepared(make(records, instances=None, split="train"))
+    assert [row["image_id"] for row in rows] == [NAMES[1]]
