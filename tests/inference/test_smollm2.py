@@ -6,8 +6,10 @@ The model is made from a public wheel by `tools/smollm2.py` beside the test data
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +69,15 @@ def source(test_data):
     if not (CACHE / "model.safetensors").is_file():
         if not script.is_file() or importlib.util.find_spec("gguf") is None:
             pytest.skip("SmolLM2 is not in the cache, and tools/smollm2.py beside the data or gguf is missing")
-        made = subprocess.run([sys.executable, str(script), str(CACHE)], capture_output=True, text=True, timeout=400)
-        if made.returncode:
-            pytest.skip(f"SmolLM2 could not be made: {made.stderr.strip().splitlines()[-1]}")
+        CACHE.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE.parent) as aside:  # a killed run leaves no half of a model
+            command = [sys.executable, str(script), f"{aside}/smollm2"]
+            try:
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=400)
+            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+                pytest.skip(f"SmolLM2 could not be made: {error}")
+            shutil.rmtree(CACHE, ignore_errors=True)
+            shutil.move(f"{aside}/smollm2", CACHE)
     return CACHE
 
 
