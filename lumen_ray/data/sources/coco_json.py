@@ -366,11 +366,20 @@ class _Merger:
                 self._crowds[flag(new.get("iscrowd"), "iscrowd")] += 1
         key = _object_key(image, new)
         if key is not None and self._before.get(key):
-            old = self._before[key].pop()
-            old.update({k: v for k, v in new.items() if v and not old.get(k)})
+            first = self._before[key][-1]
+            what = _content(first)
+            for old in self._before[key]:  # a repeat within the earlier file stays equal, to be rejected
+                if _content(old) == what:
+                    old.update({k: v for k, v in new.items() if v and not old.get(k)})
+            self._before[key].pop()
             self.merged += 1
         else:
             image.annotations.append(new)
+
+
+def _content(annotation: dict[str, Any]) -> dict[str, Any]:
+    """What two annotations of one object have in common, the box by value."""
+    return {key: value for key, value in annotation.items() if key != "origin"} | {"bbox": numbers(annotation["bbox"])}
 
 
 def _marks_something(annotation: dict[str, Any]) -> bool:

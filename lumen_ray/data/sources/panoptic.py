@@ -64,7 +64,9 @@ class PanopticSource(Source):
         kept = [c for i, c in categories.items() if i not in skipped and c["name"] not in parents]
         lost = sum(record["kind"] == "images" for record in images.rejected)
         names = ListedNames(record["file_name"] for record in images.records)
-        pngs = ListedNames(record["png"] for record in images.records if record["png"])
+        # also those of annotations that are rejected: their PNG must not be read for another image
+        named = (entry.get("file_name") for entry in data["annotations"] if isinstance(entry, dict))
+        pngs = ListedNames(name for name in named if isinstance(name, str) and is_file_name(name))
         ordered = sorted(images.records, key=lambda record: record["file_name"])
         return Listing(
             [

@@ -94,7 +94,7 @@ class VocSource(Source):
         )
         rejected += lost
         if self.masks:
-            self._assign_masks(records)
+            self._assign_masks(records, existing)
             inputs["masks"] = sum(record["mask"] is not None for record in records)
         categories = [{"name": name, "keypoints": [], "skeleton": []} for name in classes]
         shared = {"classes": classes, "first_pixel": first_pixel}
@@ -132,11 +132,12 @@ class VocSource(Source):
             ]
         return 1, ["pixels are counted from 1, far edge included, as in VOC; --first-pixel 0 overrides it"]
 
-    def _assign_masks(self, records: Sequence[dict[str, Any]]) -> None:
-        """Finds each record's mask: the PNG of the xml's path, or of its bare name if no other xml has it."""
+    def _assign_masks(self, records: Sequence[dict[str, Any]], existing: Collection[str]) -> None:
+        """Finds each record's mask: the PNG of the xml's path, or of its bare name if no other xml of those
+        `existing` has it."""
         assert self.masks is not None
         masks = {name for name in files.list_files(self.masks, [".png"], recursive=True) if not is_hidden(name)}
-        bare = Counter(urls.stem(record["origin"]) for record in records)
+        bare = Counter(urls.stem(name) for name in existing)
         for record in records:
             own, flat = posixpath.splitext(record["origin"])[0], urls.stem(record["origin"])
             names = [own, *([flat] if bare[flat] == 1 else [])]

@@ -78,8 +78,10 @@ def assign_pictures(
             lost = lost_with_image(error)
             rejected += [reject("annotations", name, o["origin"], lost) for o in record["objects"]]
             continue
-        # where other xml files could mean the one at the top, too, it is still not the xml's own
-        named = _named(record, pictures, stems) or pictures.find(urls.base_name(record["filename"].replace("\\", "/")))
+        # a picture at that path or at the top that other xml files could mean, too, is still not the xml's own
+        filename = record["filename"].replace("\\", "/")
+        places = dict.fromkeys([filename, urls.base_name(filename)] if filename else [])
+        named = _named(record, pictures, stems) or next(filter(None, map(pictures.find, places)), None)
         record["picture"] = picture
         record["named"] = named if is_own and named != picture else None
         record["id"] = unique_id(picture or _missing_name(record), times)

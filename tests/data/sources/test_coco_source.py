@@ -586,3 +586,13 @@ def test_an_object_without_an_image_could_be_where_its_class_marks_nothing(load)
     others = [annotation(id=7 + n, category_id=2) for n in range(2)]
     row, _ = row_of(load({"categories": CATEGORIES, "annotations": [orphan, empty, *others]}))
     assert row["classes"] == ["person"]
+
+
+def test_a_repeat_is_rejected_though_a_later_file_adds_keypoints(load):
+    person = [{"id": 7, "name": "person", "keypoints": ["head", "foot"], "skeleton": [[1, 2]]}]
+    twice = [annotation(category_id=7), annotation(id=6, category_id=7, bbox=["10.0", 5, 20, "30"])]
+    points = annotation(category_id=7, keypoints=[12, 9, 2, 15, 20, 2])
+    loaded = load({"categories": person, "annotations": twice}, {"categories": person, "annotations": [points]})
+    row, rejected = row_of(loaded)
+    assert [i["keypoints"] for i in row["instances"]] == [[12, 9, 2, 15, 20, 2]]
+    assert [r["rule"] for r in rejected] == ["repeated"]

@@ -247,3 +247,20 @@ def test_skipped_segments_tell_how_a_palette_is_read(tmp_path):
     path = write(tmp_path, contents | {"panoptic.json": json.dumps(data)})
     rows, rejected, _ = prepared(source(path, stuff="skip"), tmp_path / "out")
     assert list(rows) == ["0.jpg"] and rejected == []
+
+
+def test_the_png_of_a_rejected_annotation_is_no_other_images(tmp_path):
+    """`segments/0001.png` is that of cam1 or of cam2."""
+    contents = small_set(lambda ids: saved(Image.fromarray(ids.astype(np.uint8))), np.ones((HEIGHT, WIDTH), int))
+    data = json.loads(contents["panoptic.json"])
+    first = data["annotations"][0] | {"file_name": "cam1/0001.png"}
+    segments = first["segments_info"] * 2  # most segments are of images that are listed
+    data["annotations"] = [first | {"segments_info": [s | {"id": n} for n, s in enumerate(segments, 1)]},
+                           {"image_id": 77, "file_name": "cam2/0001.png", "segments_info": segments[:1]}]  # fmt: skip
+    contents = {
+        "images/0.jpg": jpeg(),
+        "panoptic.json": json.dumps(data),
+        "segments/0001.png": contents["segments/0.png"],
+    }
+    with pytest.raises(UserError, match="other listed images have the same file name"):
+        prepared(source(write(tmp_path, contents)), tmp_path / "out")

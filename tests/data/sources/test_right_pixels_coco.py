@@ -158,7 +158,7 @@ def draw_notes(draw, thing, picture, place, files):
         notes.append(Note(file, picture.number, thing.name, "repeated", again))
     if file is not files[-1] and has_numbers(entry["bbox"]) and draw(st.booleans()):
         again = entry | {"image_id": files[1].ids[picture.number], "category_id": files[1].category_of(thing.name)}
-        if thing.points and "keypoints" not in entry and len(notes) == 1:  # which of two equal ones is not defined
+        if thing.points and "keypoints" not in entry:
             again["keypoints"], expected.visible = [c for x, y in thing.points for c in (x, y, 2)], [2, 2]
         notes.append(Note(files[1], picture.number, thing.name, "merged", again))
     return notes

@@ -224,7 +224,7 @@ def truth_of(made, given, found, data, stuff):
     return truth
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(made=panoptic_sets())
 def test_segments_lie_on_their_objects(made):
     def source(folder, stuff):

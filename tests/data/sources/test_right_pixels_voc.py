@@ -28,6 +28,8 @@ from support.coloured_sets import (
 from lumen_ray.data.sources.voc import VocSource
 
 CLASSES = ["cat", "dog", "V\u00f6gel"]
+#: how a picture belongs to its xml, see `draw_sheets`
+WAYS = ["own"] * 8 + ["tag", "bare", "filename", "top", "path", "windows", "decomposed", "quoted", "missing"]
 ENCODINGS = ["utf-8", "utf-8", "latin-1", "utf-16"]
 BAD_BOXES = [("x", 1, 5, 5), (None, 2, 3, 4), ("nan", 2, 3, 4), (20, 20, 10, 10), (900, 900, 950, 950)]
 
@@ -96,7 +98,7 @@ def voc_sets(draw):
             draw_mask(draw, sheet, sheets, contents)
     for sheet in sheets:
         contents[f"xml/{sheet.xml}.xml"] = to_xml(draw, sheet)
-    missing = ["no such xml"[:2]] if has_split else []
+    missing = ["missing"] if has_split else []  # an xml that the split lists but that is not there
     if has_split:
         names = [sheet.xml for sheet in sheets if sheet.fate != "other split"]
         contents["split.txt"] = "".join(f"{n}{draw(st.sampled_from(['', ' 1', '  -1']))}\n" for n in names + missing)
@@ -123,14 +125,7 @@ def draw_sheets(draw, made, blanks):
                 "decomposed": Sheet(picture, folder + unicodedata.normalize("NFD", stem), folder + name),
                 "quoted": Sheet(picture, folder + quote(stem), folder + name),
                 "missing": Sheet(picture, folder + stem, None, name, found=False),
-            }[
-                draw(
-                    st.sampled_from(
-                        ["own"] * 8
-                        + ["tag", "bare", "filename", "top", "path", "windows", "decomposed", "quoted", "missing"]
-                    )
-                )
-            ]  # fmt: skip
+            }[draw(st.sampled_from(WAYS))]
         )
     if len(made) > 1 and draw(st.booleans()):
         sheets[:2] = draw_twins(draw, *made[:2])

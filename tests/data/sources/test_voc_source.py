@@ -349,3 +349,24 @@ def test_a_filename_of_another_picture_at_the_top_is_refused(tmp_path):
     rows, rejected, _ = prepared(VocSource(f"{tmp_path}/xml", f"{tmp_path}/images"), tmp_path / "out")
     assert list(rows) == ["0.jpg"]
     assert [r["rule"] for r in rejected if r["kind"] == "images"] == ["other_image"]
+
+
+def test_a_mask_of_an_xml_that_cannot_be_read_is_no_other_ones(tmp_path):
+    """`masks/0001.png` is that of cam1 or of cam2."""
+    contents = {f"images/cam{n}/0001.jpg": jpeg() for n in (1, 2)}
+    objects = [("dog", (6, 6, 15, 15), ""), ("cat", (21, 21, 40, 30), "")]  # as in the mask
+    contents |= {"xml/cam1/0001.xml": voc_xml("", objects), "xml/cam2/0001.xml": "<annotation>"}
+    contents["masks/0001.png"] = voc_set()["masks/0.png"]
+    write(tmp_path, contents)
+    source = VocSource(f"{tmp_path}/xml", f"{tmp_path}/images", masks=f"{tmp_path}/masks")
+    rows, _, _ = prepared(source, tmp_path / "out")
+    assert [i["mask"] for i in rows["cam1/0001.jpg"]["instances"]] == [None, None]
+
+
+def test_a_filename_in_another_sub_folder_is_refused(tmp_path):
+    contents = {"images/a/0.jpg": jpeg(), "images/b/1.jpg": jpeg(90)}
+    contents |= {f"xml/{name}.xml": voc_xml("a/0.jpg", [("cat", (3, 3, 9, 9), "")]) for name in ("a/0", "b/1")}
+    write(tmp_path, contents)
+    rows, rejected, _ = prepared(VocSource(f"{tmp_path}/xml", f"{tmp_path}/images"), tmp_path / "out")
+    assert list(rows) == ["a/0.jpg"]
+    assert [r["rule"] for r in rejected if r["kind"] == "images"] == ["other_image"]
