@@ -95,9 +95,9 @@ class Engine(FromFolder):
             return []
         default = PredictSettings(score_threshold, max_per_phrase)
         # `max_per_phrase` bounds the instances before overlaps are merged, so images of one pass must agree on it
-        groups: dict[tuple[Size, int], list[int]] = {}
+        groups: dict[tuple[Size, bool, int], list[int]] = {}
         for i, (image, row) in enumerate(zip(images, requests, strict=True)):
-            key = self.trunk.bucket_of(image), loosest(row, default).max_per_phrase
+            key = self.trunk.bucket_of(image), image is None, loosest(row, default).max_per_phrase
             groups.setdefault(key, []).append(i)
         answers: dict[int, list[Answer]] = {}
         for members in groups.values():

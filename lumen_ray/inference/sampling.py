@@ -107,3 +107,11 @@ def stop_at(text: str, stops: Sequence[str]) -> str | None:
     """`text` up to the first of `stops` in it; None if there is none."""
     places = [place for stop in stops if (place := text.find(stop)) >= 0]
     return text[: min(places)] if places else None
+
+
+def stable_text(text: str, stops: Sequence[str]) -> str:
+    """The part of an unfinished answer that further tokens cannot change: without incomplete characters, blanks and a
+    possible beginning of a stop text at its end."""
+    text = text.rstrip("\ufffd")
+    held = max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+    return text[: len(text) - held].rstrip()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
@@ -16,19 +16,23 @@ from lumen_ray.data.batches.transforms import PAD_VALUE, fit
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.inference.branches import BranchPlanner, PendingBranch, decoder_input, split_passes, with_regions
+from lumen_ray.inference.decode_loop import DecodeLoop, TextPrompt, Writing
 from lumen_ray.inference.decoder_inputs import decoder_pixels
 from lumen_ray.inference.outputs import DecoderInput, RequestPlan, TrunkOutput
 from lumen_ray.inference.request import Request, check_requests
-from lumen_ray.inference.sampling import Sampler, stop_at
+from lumen_ray.inference.sampling import Sampler, stable_text, stop_at
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.precision import in_model_dtype
 from lumen_ray.structures import Region, Size
 from lumen_ray.targets import Frame
 from lumen_ray.tasks import ROUTING_TOKENS, TASKS
 from lumen_ray.trunk.branch import Branch
-from lumen_ray.trunk.layout import Layout, build_layout
+from lumen_ray.trunk.layout import build_layout
 from lumen_ray.trunk.regions import region_mask
 from lumen_ray.trunk.trunk import Prefix
+
+#: Called with (image, request, new text), indices into the batch.
+OnText = Callable[[int, int, str], None]
 
 
 class FromFolder:
@@ -50,26 +54,6 @@ class FromFolder:
         `decoders` (task -> decoder) overrides the folder's choice for tasks that several decoders can serve; `dtype`:
         'float32', or 'bfloat16' for half the memory and, on GPUs, faster arithmetic (see `lumen_ray.precision`)."""
         return cls(load_model(model, decoders, device, ("trunk",), dtype), device)
-
-
-def _text_branches(
-    requests: Sequence[Sequence[Request]],
-) -> tuple[list[tuple[int, int]], list[Branch], list[Region]]:
-    """((image, request) of every text request, its branch in a batch of one branch per row, their regions)."""
-    rows: list[tuple[int, int]] = []
-    branches: list[Branch] = []
-    regions: list[Region] = []
-    for b, row in enumerate(requests):
-        for r, request in enumerate(row):
-            task = TASKS[request.task]
-            if not task.is_text:
-                continue
-            where = (len(regions),) if request.region is not None else ()
-            regions += [request.region] if request.region is not None else []
-            prompt = task.prompt(request.text, request.template)
-            branches.append(Branch(len(rows), prompt, regions=where, history=request.history, system=request.system))
-            rows.append((b, r))
-    return rows, branches, regions
 
 
 @dataclass
@@ -95,6 +79,7 @@ class TrunkStage(FromFolder):
         self.trunk = loaded.trunk(self.device)
         self.tokenizer = loaded.tokenizer
         self.prompt_layout = loaded.settings.prompt_layout
+        self.loop = DecodeLoop(self.trunk, self.tokenizer, self.prompt_layout)
         self.serving = loaded.settings.serving
         self.input_rules = loaded.settings.input_rules
         self.skeletons = {name: tuple(names) for name, names in loaded.meta.skeletons.items()}
@@ -124,16 +109,19 @@ class TrunkStage(FromFolder):
         max_new_tokens: int = 48,
         class_chunk: int = 64,
         route_only: bool = False,
+        on_text: OnText | None = None,
     ) -> TrunkOutput:
         """Encodes one prefix per image, then runs the branches of all requests against it.
 
         images: uint8 [h, w, 3] RGB, EXIF-rotated, all of one `bucket`, None for text alone; requests: per image.
         `class_chunk` bounds the branches per image and pass; results do not depend on it. In the sequential layout the
         prompts of a request are one text and are never split, however many.
-        With `route_only` no decoder gets a link: the plans hold the text or the route that the LLM chose.
+        With `route_only` no decoder gets a link: the plans hold the text or the route that the LLM chose. `on_text` is
+        called with (image, request, new text) while answers are written.
+
+        Several threads may call this at once: their answers are written together.
         """
         inputs = self._inputs(images, requests)
-        prefix = self.trunk.encode(inputs.pixels.to(self.device), inputs.valid.to(self.device))
         plans = [
             [self.planner.plan(request, frame.size) for request in row]
             for row, frame in zip(requests, inputs.frames, strict=True)
@@ -144,11 +132,43 @@ class TrunkStage(FromFolder):
             for r, request in enumerate(row)
             for branch in self.planner.branches(request, b, r)
         ]
-        routed = self._write_texts(prefix, requests, plans, max_new_tokens)
-        if route_only:
-            pending = []
-        else:
-            pending += self._routed_branches(routed, images, requests, plans)
+        length = self._prefix_length(inputs)
+        prompts = self._text_prompts(inputs.valid, length, requests, max_new_tokens)
+        with self.loop.images(length * len(images)):
+            with self.loop.turn():
+                prefix = self._encode(inputs)
+            written = dict(zip(prompts, self.loop.submit(prefix, list(prompts.values())), strict=True))
+            self.loop.wait(list(written.values()), self._streaming(written, on_text))
+            routed = self._enter_texts(written, requests, plans)
+            if route_only:
+                pending = []
+            else:
+                pending += self._routed_branches(routed, images, requests, plans)
+            with self.loop.turn():
+                return self._output(prefix, pending, plans, inputs, class_chunk)
+
+    def _text_alone(self, inputs: _Inputs) -> bool:
+        """Whether nothing in the batch attends to a prefix."""
+        taught = self.tokenizer.turns is not None and self.prompt_layout == "branches"
+        return taught and not inputs.valid.any()
+
+    def _prefix_length(self, inputs: _Inputs) -> int:
+        _, _, height, width = inputs.pixels.shape
+        return 0 if self._text_alone(inputs) else self.trunk.settings.image_tokens((height, width))
+
+    def _encode(self, inputs: _Inputs) -> Prefix:
+        pixels, valid = inputs.pixels.to(self.device), inputs.valid.to(self.device)
+        return self.trunk.no_prefix(pixels) if self._text_alone(inputs) else self.trunk.encode(pixels, valid)
+
+    def _output(
+        self,
+        prefix: Prefix,
+        pending: list[PendingBranch],
+        plans: list[list[RequestPlan]],
+        inputs: _Inputs,
+        class_chunk: int,
+    ) -> TrunkOutput:
+        """Runs the branches of the decoders, and collects what they read."""
         decoder_inputs = self._decoder_inputs(prefix, pending, plans, class_chunk)
         reads = {name: DECODERS[name].reads for name in decoder_inputs}
         for name, decoder in decoder_inputs.items():
@@ -160,6 +180,26 @@ class TrunkStage(FromFolder):
             assert prefix.dense is not None, "a decoder reads dense features, but the trunk makes none"
             dense = prefix.dense.float().cpu().contiguous()
         return TrunkOutput(decoder_inputs, dense, inputs.frames, plans)
+
+    def _streaming(
+        self, written: Mapping[tuple[int, int], Writing], on_text: OnText | None
+    ) -> Callable[[Writing], None] | None:
+        """What passes new text on to the caller, see `links`."""
+        if on_text is None:
+            return None
+        places = {writing: place for place, writing in written.items()}
+        sent = dict.fromkeys(places, "")
+
+        def on_token(writing: Writing) -> None:
+            text = self._text(writing)
+            if writing.end is None:
+                text = stable_text(text, writing.prompt.sampler.settings.stop)
+            if len(text) > len(sent[writing]):
+                new = text[len(sent[writing]) :]
+                sent[writing] = text
+                on_text(*places[writing], new)
+
+        return on_token
 
     def _inputs(self, images: Sequence[np.ndarray | None], requests: Sequence[Sequence[Request]]) -> _Inputs:
         """Checks the batch and fits its images into the trunk's input, which they must share."""
@@ -180,66 +220,64 @@ class TrunkStage(FromFolder):
             torch.tensor([image is not None for image in images]),
         )
 
-    def _write_texts(
-        self,
-        prefix: Prefix,
-        requests: Sequence[Sequence[Request]],
-        plans: list[list[RequestPlan]],
-        limit: int,
-    ) -> list[tuple[int, int]]:
-        """Decodes all text requests and enters texts and chosen routes in the plans.
+    def _text_prompts(
+        self, valid: Tensor, prefix: int, requests: Sequence[Sequence[Request]], limit: int
+    ) -> dict[tuple[int, int], TextPrompt]:
+        """The prompts of all text requests by (image, request). `valid` bool [B]: whether there is an image; `prefix`:
+        number of its tokens."""
+        found: dict[tuple[int, int], TextPrompt] = {}
+        for b, row in enumerate(requests):
+            for r, request in enumerate(row):
+                if not (task := TASKS[request.task]).is_text:
+                    continue
+                text = task.prompt(request.text, request.template)
+                regions = () if request.region is None else (0,)
+                branch = Branch(0, text, regions=regions, history=request.history, system=request.system)
+                layout = build_layout([branch], 1, self.tokenizer, self.prompt_layout, valid[b : b + 1])
+                ids = layout.input_ids[0].tolist()
+                self._check_context(len(ids) + (0 if layout.alone else prefix), limit)
+                region = None
+                if request.region is not None:
+                    region = torch.from_numpy(region_mask(request.region, self.bucket(request.region.size)))
+                prompt = TextPrompt(replace(branch, image=b), Sampler(request.sampling, ids), limit, region)
+                found[b, r] = prompt
+        return found
 
-        Returns (image, request) of every free chat in which the LLM chose a route.
-        """
-        rows, branches, regions = _text_branches(requests)
-        if not rows:
-            return []
-        images = torch.tensor([b for b, _ in rows], device=self.device)
-        has_image = prefix.valid[images]
-        layout = build_layout(branches, len(rows), self.tokenizer, self.prompt_layout, has_image).to(self.device)
-        owners = [i for i, branch in enumerate(branches) if branch.regions]
+    def _enter_texts(
+        self,
+        written: Mapping[tuple[int, int], Writing],
+        requests: Sequence[Sequence[Request]],
+        plans: Sequence[Sequence[RequestPlan]],
+    ) -> list[tuple[int, int]]:
+        """Enters texts and chosen routes in the plans. Returns (image, request) of every free chat in which the LLM
+        chose a route."""
         routing = {i: token for token, i in self.tokenizer.ids.items() if token in ROUTING_TOKENS}
-        self._check_context(layout, prefix.length, limit)
-        samplers = [
-            Sampler(requests[b][r].sampling, layout.input_ids[n, : int(layout.last_slots[n, 1]) + 1].tolist())
-            for n, (b, r) in enumerate(rows)
-        ]
-        written = self.trunk.generate(
-            prefix, layout, images, *self._regions(regions, owners), self.tokenizer.end_ids, limit, frozenset(routing),
-            samplers, self._stopped(samplers),
-        )  # fmt: skip
         routed = []
-        for (b, r), tokens, sampler in zip(rows, written, samplers, strict=True):
-            plan, request = plans[b][r], requests[b][r]
-            if tokens and tokens[-1] in routing and request.task == "chat":
-                plan.route = routing[tokens[-1]]
+        for (b, r), writing in written.items():
+            plan = plans[b][r]
+            if writing.end == "route" and requests[b][r].task == "chat":
+                plan.route = routing[writing.tokens[-1]]
                 routed.append((b, r))
             else:
-                text = self.tokenizer.decode(t for t in tokens if t not in routing)
-                stopped = stop_at(text, request.sampling.stop)
-                plan.text = text if stopped is None else stopped
-                plan.log_probs = sampler.log_probs[: len(tokens)]
+                plan.text = self._text(writing)
+                plan.log_probs = writing.prompt.sampler.log_probs[: len(writing.tokens)]
         return routed
 
-    def _check_context(self, layout: Layout, prefix: int, limit: int) -> None:
-        """Raises `UserError` if a prompt and its answer are longer than the LLM's context."""
+    def _text(self, writing: Writing) -> str:
+        """The text of an answer, up to its first stop text and without routing tokens."""
+        text = self.tokenizer.decode(writing.tokens)
+        stopped = stop_at(text, writing.prompt.sampler.settings.stop)
+        return text if stopped is None else stopped
+
+    def _check_context(self, length: int, limit: int) -> None:
+        """Raises `UserError` if a prompt of `length` tokens and its answer are longer than the LLM's context."""
         most = getattr(self.trunk.llm.config, "max_position_embeddings", None)
-        longest = int((torch.where(layout.alone, 0, prefix) + layout.last_slots[:, 1] + 1).max())
-        if most is not None and longest + limit > most:
+        if most is not None and length + limit > most:
             raise UserError(
-                f"the prompt has {longest} tokens and its answer may have {limit}, more than the LLM's context of "
+                f"the prompt has {length} tokens and its answer may have {limit}, more than the LLM's context of "
                 f"{most} tokens; shorten the conversation or lower the longest answer",
                 "context_too_long",
             )
-
-    def _stopped(self, samplers: Sequence[Sampler]) -> Callable[[int, list[int]], bool]:
-        """Whether the answer of a row has reached one of its stop texts."""
-
-        def stopped(row: int, tokens: list[int]) -> bool:
-            stops = samplers[row].settings.stop
-            return bool(stops) and stop_at(self.tokenizer.decode(tokens), stops) is not None
-
-        return stopped
 
     def _routed_branches(
         self,

@@ -1,16 +1,16 @@
 """The trunk: vision branch, region encoder, LLM, super-link queries and link heads, and the shared dense features.
 
 Training runs prefix and branches in one pass (`forward`). Inference encodes the prefix once (`encode`), runs branches
-in chunks against its cached keys and values (`run_branches`), and generates text (`generate`). Both give the same
-results.
+in chunks against its cached keys and values (`run_branches`), and writes answers token by token (`decode_step`). Both
+give the same results.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from lumen_ray.meta_init import published_part
 from lumen_ray.superlink import SuperLink
 from lumen_ray.trunk.batch import TrainingBatch
 from lumen_ray.trunk.comm import BridgedVision, CommVision, build_vision
+from lumen_ray.trunk.decoding import ATTENTION, DecodingStep
 from lumen_ray.trunk.dense import ConvStem, DenseFeatures
 from lumen_ray.trunk.layout import (
     IGNORE,
@@ -34,7 +35,6 @@ from lumen_ray.trunk.layout import (
     packed_positions,
     prefix_allowed,
     unpacked,
-    visible_prefix,
 )
 from lumen_ray.trunk.queries import SuperLinkQueries, mean_words
 from lumen_ray.trunk.regions import build_regions
@@ -59,26 +59,6 @@ class Prefix:
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         return cache
-
-    def repeat(self, index: Tensor) -> DynamicCache:
-        """A cache with one batch row per entry of `index`."""
-        cache = self.fork()
-        cache.batch_select_indices(index)
-        return cache
-
-
-class TokenChooser(Protocol):
-    """Chooses the tokens of one answer."""
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it always takes the token of the largest logit."""
-
-    def choose(self, logits: Tensor) -> int:
-        """The next token from the LLM's logits [V]."""
-
-    def record(self, token: int, log_prob: float) -> None:
-        """Enters the token that was chosen and the logarithm of its probability."""
 
 
 @dataclass
@@ -107,7 +87,7 @@ class Trunk(nn.Module):
         self.settings = settings
         needs_dense = reads_dense(decoders)
         config = settings.llm_config(vocab_size=vocab_size)
-        self.llm = published_part(lambda: AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"))
+        self.llm = published_part(lambda: AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION))
         width = config.hidden_size
         std = getattr(config, "initializer_range", 0.02)
         self.stem = ConvStem(settings.stem_channels) if settings.tokens_read_stem or needs_dense else None
@@ -272,6 +252,12 @@ class Trunk(nn.Module):
             dense = self.dense(images, stem, merged, states, self.vision.grid(*images.shape[-2:]))
         return Prefix(images, merged, dense, valid, cache, length)
 
+    def no_prefix(self, images: Tensor) -> Prefix:
+        """The empty prefix of samples without images whose branches attend to none; `images` as of `encode`."""
+        valid = torch.zeros(len(images), dtype=torch.bool, device=images.device)
+        none = torch.zeros(len(images), 0, 0, 0, device=images.device)
+        return Prefix(none, none, None, valid, DynamicCache(config=self.llm.config), 0)
+
     @torch.inference_mode()
     def run_branches(
         self, prefix: Prefix, layout: Layout, region_masks: Tensor, region_images: Tensor
@@ -307,80 +293,33 @@ class Trunk(nn.Module):
         )
         return out.last_hidden_state, cache
 
+    @property
+    def key_value_bytes(self) -> int:
+        """Bytes of the keys and values of one token, in the precision of the LLM's weights."""
+        config = self.llm.config
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = self.llm.get_input_embeddings().weight.element_size()
+        return 2 * config.num_hidden_layers * heads * width * size
+
     @torch.inference_mode()
-    def generate(
-        self,
-        prefix: Prefix,
-        layout: Layout,
-        images: Tensor,
-        region_masks: Tensor,
-        region_images: Tensor,
-        ends: frozenset[int],
-        max_new_tokens: int,
-        stop: frozenset[int] = frozenset(),
-        samplers: Sequence[TokenChooser] | None = None,
-        is_stopped: Callable[[int, list[int]], bool] | None = None,
-    ) -> list[list[int]]:
-        """Answers to N text branches. `layout` holds one branch per row; `images` [N] is each row's image.
-
-        A row ends at a token of `ends` (excluded), after one of `stop` (included; routing tokens end a free-chat
-        answer), or as soon as `is_stopped(row, its tokens)`. `samplers`: choose the tokens of each row; None: greedy.
-        """
-        rows = Prefix(
-            prefix.images[images],
-            prefix.merged[images],
-            None,
-            prefix.valid[images],
-            prefix.repeat(images),
-            prefix.length,
-        )
-        hidden, cache = self.run_branches(rows, layout, region_masks, region_images)
-        row = torch.arange(len(images), device=images.device)
-        last = layout.last_slots[:, 1]
-        seen = visible_prefix(rows.valid, prefix.length, len(self.lead), layout.alone)
-        visible = torch.cat([seen, layout.branch_ids >= 0], dim=1)  # bool [N, P + T], False at padding
-        next_position = _starts(layout, prefix.length) + last + 1
-        answers: list[list[int]] = [[] for _ in range(len(images))]
-        done = [False] * len(images)
-        hidden = hidden[row, last]
-        for step in range(max_new_tokens):
-            logits = self.llm.lm_head(hidden)
-            tokens = logits.argmax(-1).tolist()
-            if samplers is not None:
-                tokens = _sampled(tokens, logits, samplers, done)
-            for i, token in enumerate(tokens):
-                if done[i]:
-                    continue
-                if token not in ends:
-                    answers[i].append(token)
-                done[i] = token in ends or token in stop or bool(is_stopped and is_stopped(i, answers[i]))
-            if all(done) or step == max_new_tokens - 1:
-                break
-            visible = torch.cat([visible, torch.ones_like(visible[:, :1])], dim=1)
-            chosen = torch.tensor(tokens, device=images.device)
-            embeds = self.llm.get_input_embeddings()(chosen[:, None])
-            hidden = self.llm.model(
-                inputs_embeds=embeds,
-                attention_mask=mask_to_bias(visible[:, None, None, :], embeds.dtype),
-                position_ids=(next_position + step)[:, None],
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
-        return answers
-
-
-def _sampled(largest: list[int], logits: Tensor, samplers: Sequence[TokenChooser], done: Sequence[bool]) -> list[int]:
-    """The next token of each row from logits [N, V], of which `largest` are the most probable ones."""
-    tokens = [
-        token if finished or sampler.is_plain else sampler.choose(scores)
-        for token, finished, sampler, scores in zip(largest, done, samplers, logits, strict=True)
-    ]
-    chosen = torch.tensor(tokens, device=logits.device)[:, None]
-    log_probs = logits.float().log_softmax(-1).gather(1, chosen)[:, 0].tolist()
-    for token, log_prob, finished, sampler in zip(tokens, log_probs, done, samplers, strict=True):
-        if not finished:
-            sampler.record(token, log_prob)
-    return tokens
+    def decode_step(self, step: DecodingStep, tokens: Sequence[int]) -> Tensor:
+        """Hidden states [N, width] of the next token of every answer in a step. Raises `UserError` if the LLM does not
+        call transformers' attention functions."""
+        device = self.lead.device
+        embeds = self.llm.get_input_embeddings()(torch.tensor([tokens], device=device))
+        hidden = self.llm.model(
+            inputs_embeds=embeds,
+            attention_mask=embeds.new_zeros(1, 1, 1, 1),  # none is made then, and none is read
+            position_ids=torch.tensor([step.positions], device=device),
+            use_cache=False,
+            decoding_step=step,
+        ).last_hidden_state
+        if not step.attended:
+            kind = type(self.llm).__name__
+            raise UserError(f"the LLM's class {kind} takes no attention function; use another LLM", "unsupported_llm")
+        step.finish()
+        return hidden[0]
 
 
 def _starts(layout: Layout, prefix: int) -> Tensor:

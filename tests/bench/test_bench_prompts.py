@@ -65,7 +65,7 @@ def test_numbers_that_are_none_are_a_difference(engine, monkeypatch):
 
 def test_the_slow_side_makes_one_pass_per_prompt_and_both_write_as_much(engine, monkeypatch):
     encoded, limits = [], []
-    encode, generate = engine.trunk.trunk.encode, engine.trunk.trunk.generate
+    encode, submit = engine.trunk.trunk.encode, engine.trunk.loop.submit
     single = prompts.prompts(3)
     image = prompts.decode(prompts.scenes.scene_row(0, 0, engine.image_size)["image"])
 
@@ -73,13 +73,13 @@ def test_the_slow_side_makes_one_pass_per_prompt_and_both_write_as_much(engine, 
         encoded.append(len(images))
         return encode(images, *rest)
 
-    def limited(prefix, *args):
-        limits.append(args[5])
-        return generate(prefix, *args)
+    def limited(prefix, asked):
+        limits.append([prompt.limit for prompt in asked])
+        return submit(prefix, asked)
 
     monkeypatch.setattr(engine.trunk.trunk, "encode", counted)
-    monkeypatch.setattr(engine.trunk.trunk, "generate", limited)
+    monkeypatch.setattr(engine.trunk.loop, "submit", limited)
     prompts.one_pass(engine, image, single, 4)
-    assert encoded == [1] and limits == [4]
+    assert encoded == [1] and limits == [[4] * 4]
     prompts.pass_per_prompt(engine, image, single, 4)
-    assert encoded == [1] + [1] * len(single) and limits == [4] * (1 + 1 + 3)
+    assert encoded == [1] + [1] * len(single) and sum(limits[1:], []) == [4] * (1 + 3)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from support.forced_answers import force_answers
 from support.tiny_models import EXPERTS, SIDE, scene_batch, tiny_loaded, tiny_settings
 
 from lumen_ray.data.images import decode
@@ -112,13 +113,10 @@ def edit_batch(rows):
     ("token", "image", "text"), [("[GEN]", None, "draw a circle"), ("[EDIT]", PICTURE, "edit : x")]
 )
 def test_route_only_draws_no_picture(engine, monkeypatch, token, image, text):
-    def choose(prefix, layout, images, *rest):
-        return [[engine.trunk.tokenizer.ids[token]]] * len(images)
-
     def draw(*args):
         raise AssertionError("a decoder was called")
 
-    monkeypatch.setattr(engine.trunk.trunk, "generate", choose)
+    force_answers(monkeypatch, engine.trunk.loop, [engine.trunk.tokenizer.ids[token]])
     for decoder in engine.decoders.values():
         monkeypatch.setattr(decoder, "predict", draw)
     chat = make_request("chat", text=text)
@@ -130,8 +128,7 @@ def test_route_only_draws_no_picture(engine, monkeypatch, token, image, text):
 
 def test_route_only_reports_a_route_without_a_decoder(monkeypatch):
     plain = Engine(tiny_loaded())
-    choose = [[plain.trunk.tokenizer.ids["[GEN]"]]]
-    monkeypatch.setattr(plain.trunk.trunk, "generate", lambda *args: choose)
+    force_answers(monkeypatch, plain.trunk.loop, [plain.trunk.tokenizer.ids["[GEN]"]])
     detect = make_request("detect", classes=["circle"])
     chat, place = plain.run([PICTURE], [[make_request("chat", text="draw a circle"), detect]], route_only=True)[0]
     assert (chat.route, place.route, place.predictions) == ("[GEN]", "[DET]", [])

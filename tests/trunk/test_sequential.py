@@ -6,12 +6,15 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from support.forced_answers import force_answers
 from support.released_fakes import NEW_TOKENS, gpt_tokenizer, llama_tokenizer, released_settings
 from support.tiny_models import plain_batch, random_images, scrambled, tiny_tokenizer
 from tokenizers import AddedToken
 
 from lumen_ray.errors import UserError
+from lumen_ray.inference.decode_loop import DecodeLoop, TextPrompt
 from lumen_ray.inference.request import make_request
+from lumen_ray.inference.sampling import GREEDY, Sampler
 from lumen_ray.inference.trunk_stage import TrunkStage
 from lumen_ray.model.build import LoadedModel, ModelMeta, build_model
 from lumen_ray.structures import Region
@@ -172,7 +175,7 @@ def test_requests_do_not_share_a_string(stage):
 
 
 def test_free_chat_routes_are_not_part_of_another_request(stage, monkeypatch):
-    monkeypatch.setattr(stage.trunk, "generate", lambda *args: [[TOKENIZER.ids["[DET]"]]])
+    force_answers(monkeypatch, stage.loop, [TOKENIZER.ids["[DET]"]])
     chat, other = make_request("chat", text="detect cat"), make_request("detect", classes=["dog"])
     found = links_of(stage, [other, chat])
     torch.testing.assert_close(found[0], links_of(stage, [other])[0], atol=1e-4, rtol=1e-4)
@@ -204,9 +207,14 @@ def test_without_an_image_the_lead_is_still_attended_to():
 
 def test_answers_are_those_of_a_plain_causal_pass():
     trunk, images = small_trunk(), random_images(1, 56)
-    layout = build_layout([Branch(0, "what is red ?")], 1, TOKENIZER, "sequential")
-    none, limit = torch.zeros(0), 5
-    written = trunk.generate(trunk.encode(images), layout, torch.tensor([0]), none, none, frozenset(), limit)[0]
+    branch, limit = Branch(0, "what is red ?"), 5
+    layout = build_layout([branch], 1, TOKENIZER, "sequential")
+    loop = DecodeLoop(trunk, TOKENIZER, "sequential")
+    prompts = [TextPrompt(b, Sampler(GREEDY, layout.input_ids[0].tolist()), limit) for b in (branch, branch)]
+    writings = loop.submit(trunk.encode(images), prompts)
+    loop.wait(writings)
+    assert writings[0].tokens == writings[1].tokens  # prompts about one image are strings of their own
+    written = writings[0].tokens
     with torch.no_grad():
         tokens, _, _ = trunk.extract_features(images.float() / 255)
         embed = trunk.llm.get_input_embeddings()

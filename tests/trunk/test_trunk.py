@@ -12,7 +12,6 @@ from support.tiny_models import SIDE, llm, plain_batch, random_images, scrambled
 from lumen_ray.data.batches.packing import Packing, pack
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.layout import IGNORE, build_layout
-from lumen_ray.trunk.tokenizer import EOS
 
 TOKENIZER = tiny_tokenizer()
 IMAGES = random_images(2)
@@ -111,71 +110,6 @@ def test_without_an_image_the_pixels_do_not_matter():
     prefix = trunk.encode(IMAGES, torch.tensor([False, True]))
     cached = trunk.branch_links(prefix, batch.layout, torch.zeros(0), torch.zeros(0))["lumen"].embeddings
     torch.testing.assert_close(cached, before, atol=1e-4, rtol=1e-4)
-
-
-def naive_greedy(trunk, image, prompt, limit, mode):
-    """Every token from a full pass over the whole sequence: no cache, no packing; causal needs no mask at all."""
-    with torch.no_grad():
-        sequence, *_ = trunk.extract_features(image[None].float() / 255)
-        prefix = sequence.shape[1]
-        tokens = TOKENIZER.ids["<user>"], *TOKENIZER.encode(prompt), TOKENIZER.ids["<assistant>"]
-        written = []
-        while len(written) < limit:
-            text = trunk.llm.get_input_embeddings()(torch.tensor([[*tokens, *written]]))
-            embeds = torch.cat([sequence, text], dim=1)
-            mask = None
-            if mode == "full":
-                allowed = torch.ones(embeds.shape[1], embeds.shape[1]).tril()
-                allowed[:prefix, :prefix] = 1
-                mask = torch.where(allowed > 0, 0.0, -1e30)[None, None]
-            token = int(trunk.llm(inputs_embeds=embeds, attention_mask=mask).logits[0, -1].argmax())
-            if token == TOKENIZER.ids[EOS]:
-                break
-            written.append(token)
-    return written
-
-
-@pytest.mark.parametrize("mode", ["causal", "full"])
-@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
-def test_generate_equals_a_naive_greedy_run(model_type, mode):
-    trunk = make_trunk(model_type, mode)
-    prompts = ["what ?", "describe the image in many words .", "is there a red circle ?", "what ?"]
-    owners = torch.tensor([0, 1, 1, 1])
-    layout = build_layout([Branch(i, p) for i, p in enumerate(prompts)], len(prompts), TOKENIZER)
-    prefix = trunk.encode(IMAGES)
-    none = torch.zeros(0)
-    eos = TOKENIZER.end_ids
-    written = trunk.generate(prefix, layout, owners, none, none, eos, max_new_tokens=7)
-    expected = [naive_greedy(trunk, IMAGES[i], p, 7, mode) for i, p in zip(owners, prompts, strict=True)]
-    assert written == expected
-    assert len({tuple(w) for w in written}) > 1 and max(len(w) for w in written) == 7
-    # any token can end an answer or stop it
-    row, longest = max(enumerate(expected), key=lambda found: len(found[1]))
-    token = longest[2]
-    cut = longest.index(token)
-    assert trunk.generate(prefix, layout, owners, none, none, eos | {token}, 7)[row] == longest[:cut]
-    stopped = trunk.generate(prefix, layout, owners, none, none, eos, 7, frozenset([token]))
-    assert stopped[row] == longest[: cut + 1]
-    assert trunk.generate(prefix, layout, owners, none, none, eos, 1) == [w[:1] for w in expected]
-
-
-def test_generate_reads_the_regions_of_its_rows():
-    trunk = make_trunk()
-    branches = [
-        Branch(0, "what ?"),
-        Branch(1, "what is <region> ?", regions=(0,)),
-        Branch(2, "what is <region> ?", regions=(1,)),
-    ]
-    layout = build_layout(branches, 3, TOKENIZER)
-    prefix = trunk.encode(IMAGES)
-    masks = REGION_MASKS[[0, 0]].clone()
-    owners = torch.tensor([0, 0, 1])
-    args = (masks, torch.tensor([1, 2]), TOKENIZER.end_ids, 4)
-    together = trunk.generate(prefix, layout, owners, *args)
-    alone = build_layout([Branch(0, "what is <region> ?", regions=(0,))], 1, TOKENIZER)
-    for row in (1, 2):
-        written = trunk.generate(prefix, alone, owners[row : row + 1], masks[:1], torch.tensor([0]), *args[2:])
-        assert written == [together[row]]
 
 
 def test_token_merge_shortens_the_prefix_and_keeps_the_dense_map():

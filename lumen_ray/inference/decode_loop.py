@@ -1,0 +1,310 @@
+"""Writing text answers: continuous batching of everything that is asked of one trunk.
+
+Prompts wait in a queue, join the answers that are being written between two steps, and leave as soon as they are done.
+Every step is one pass of the LLM over one token of each answer (see `trunk.decoding`).
+
+There is no thread of its own: whoever waits for an answer takes the next step for all. So several threads may ask at
+once, and one that comes with a new image or prompt waits for one step at most.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lumen_ray.inference.sampling import Sampler, stop_at
+from lumen_ray.tasks import ROUTING_TOKENS
+from lumen_ray.trunk.branch import Branch
+from lumen_ray.trunk.decoding import AnswerGroup, DecodingStep, PrefixSlots, Row
+from lumen_ray.trunk.layout import build_layout, visible_length
+from lumen_ray.trunk.tokenizer import LumenTokenizer
+from lumen_ray.trunk.trunk import Prefix, Trunk
+
+#: Bytes of the keys and values of answers that are being written, and as many of images. More wait in the queue.
+MEMORY = 1 << 30
+#: Longest prompt and answer, in tokens, of the first group of answers; those of each further one are so many times as
+#: long. Answers of a group are padded to its longest one.
+SHORTEST_GROUP, GROUP_RATIO = 128, 4
+
+
+@dataclass
+class TextPrompt:
+    """A prompt whose answer is to be written. `branch.image`: index of its image in the batch; `region`: uint8 [H, W]
+    mask in the trunk's input of its visual prompt, if it has one; `limit`: most tokens of the answer."""
+
+    branch: Branch
+    sampler: Sampler
+    limit: int
+    region: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Writing:
+    """An answer that is being written: `tokens` so far, without the end token; `end`: why it is done ('stop', 'length',
+    'route' behind a routing token, 'cancelled' or 'error'), None before."""
+
+    prompt: TextPrompt
+    tokens: list[int] = field(default_factory=list)
+    end: str | None = None
+    error: BaseException | None = None
+
+    @property
+    def need(self) -> int:
+        """Own tokens at the end, at most."""
+        return len(self.prompt.sampler.prompt) + self.prompt.limit
+
+
+class DecodeLoop:
+    """Writes the answers of one trunk. Thread-safe; callers that wait run in the trunk's precision."""
+
+    def __init__(self, trunk: Trunk, tokenizer: LumenTokenizer, prompt_layout: str = "branches", memory: int = MEMORY):
+        """`prompt_layout`: of the model; `memory`: bytes, see `MEMORY`. At least one answer is always written."""
+        self.trunk = trunk
+        self.tokenizer = tokenizer
+        self.prompt_layout = prompt_layout
+        self._most_tokens = memory // trunk.key_value_bytes
+        self._routes = frozenset(tokenizer.ids[token] for token in ROUTING_TOKENS if token in tokenizer.ids)
+        self._queue: deque[tuple[Prefix, list[Writing]]] = deque()
+        self._active: dict[Row, Writing] = {}
+        self._groups: dict[tuple[int, int], AnswerGroup] = {}  # by tokens of the prefix, longest prompt and answer
+        self._slots: dict[int, PrefixSlots] = {}  # by tokens of the prefix
+        self._changed = threading.Condition()
+        self._busy = False  # whether a thread is using the model
+        self._held = 0  # prefix tokens, see `images`
+        self._arriving = 0  # threads that wait with new work for the model
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of keys and values of the answers that are being written and of their images."""
+        slots = sum(slots.stored.nbytes for slots in self._slots.values())
+        return slots + sum(group.stored.nbytes for group in self._groups.values())
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """The model for other work of this thread, such as encoding images. Goes before steps, after one step."""
+        with self._changed:
+            self._arriving += 1
+            self._changed.wait_for(lambda: not self._busy)
+            self._arriving -= 1
+            self._busy = True
+        try:
+            self._step()  # so that threads that keep coming do not stop the answers
+            yield
+        finally:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+
+    @contextmanager
+    def images(self, tokens: int) -> Iterator[None]:
+        """Reserves memory for the keys and values of `tokens` prefix tokens, as much as for answers in all. Waits while
+        others hold it."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held or self._held + tokens <= self._most_tokens)
+            self._held += tokens
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= tokens
+                self._changed.notify_all()
+
+    def submit(self, prefix: Prefix, prompts: Sequence[TextPrompt]) -> list[Writing]:
+        """Enqueues prompts about a batch of images. Answers are written while `wait` is called for any."""
+        writings = [Writing(prompt) for prompt in prompts]
+        if writings:
+            with self._changed:
+                self._queue.append((prefix, list(writings)))
+        return writings
+
+    def wait(self, writings: Sequence[Writing], on_token: Callable[[Writing], None] | None = None) -> None:
+        """Returns when these answers are written. `on_token` is called, in this thread, for each that has new tokens or
+        is done. If this or the model raises, the answers are given up, and the error is raised."""
+        seen = [0] * len(writings)
+        try:
+            while not all(writing.end for writing in writings):
+                self._step_or_wait(writings)
+                for number, writing in enumerate(writings):
+                    if on_token is not None and (now := _progress([writing])) > seen[number]:
+                        seen[number] = now
+                        on_token(writing)
+        finally:
+            self.cancel(writings)
+        for writing in writings:
+            if writing.error is not None:
+                raise writing.error
+
+    def cancel(self, writings: Sequence[Writing]) -> None:
+        """Gives up those of the answers that are not done."""
+        if all(writing.end for writing in writings):
+            return
+        with self._changed:
+            self._changed.wait_for(lambda: not self._busy)
+            for writing in writings:
+                if writing.end is None:
+                    writing.end = "cancelled"
+            self._drop_finished()
+
+    def _step_or_wait(self, writings: Sequence[Writing]) -> None:
+        """Takes the next step, or waits while another thread takes it or has new work."""
+        before = _progress(writings)
+        with self._changed:
+            self._changed.wait_for(lambda: _progress(writings) > before or not (self._busy or self._arriving))
+            if _progress(writings) > before:
+                return
+            self._busy = True
+        try:
+            self._step()
+        finally:
+            with self._changed:
+                self._busy = False
+                self._changed.notify_all()
+
+    @torch.inference_mode()
+    def _step(self) -> None:
+        """Admits prompts from the queue, then writes the next token of every answer."""
+        while self._queue:
+            prefix, waiting = self._queue[0]
+            admitted = waiting[: self._room(waiting)]
+            if not admitted:
+                break
+            del waiting[: len(admitted)]
+            if not waiting:
+                self._queue.popleft()
+            for wave in self._waves(admitted):
+                self._guarded(wave, partial(self._begin, prefix, wave))
+        if self._active:
+            self._guarded(list(self._active.values()), self._next_tokens)
+
+    def _guarded(self, writings: Sequence[Writing], run: Callable[[], None]) -> None:
+        """Runs a pass; if it fails, the answers in it end with its error."""
+        try:
+            run()
+        except Exception as error:  # raised in the threads that wait for these answers
+            for writing in writings:
+                if writing.end is None:
+                    writing.end, writing.error = "error", error
+        self._drop_finished()
+
+    def _room(self, waiting: Sequence[Writing]) -> int:
+        """The number of waiting prompts that may join: while their memory is free, and at least one in all."""
+        taken = sum(_group_length(writing.need) for writing in self._active.values())
+        for number, writing in enumerate(waiting):
+            taken += _group_length(writing.need)
+            if taken > self._most_tokens and (number or self._active):
+                return number
+        return len(waiting)
+
+    def _waves(self, writings: Sequence[Writing]) -> list[list[Writing]]:
+        """Prompts that go through the LLM together: all, or in the sequential layout one of each image."""
+        if self.prompt_layout != "sequential":
+            return [list(writings)] if writings else []
+        waves: list[list[Writing]] = []
+        seen: dict[int, int] = {}
+        for writing in writings:
+            number = seen.get(writing.prompt.branch.image, 0)
+            seen[writing.prompt.branch.image] = number + 1
+            if number == len(waves):
+                waves.append([])
+            waves[number].append(writing)
+        return waves
+
+    def _begin(self, prefix: Prefix, writings: Sequence[Writing]) -> None:
+        """Runs prompts about a batch of images, and chooses the first token of their answers."""
+        branches: list[Branch] = []
+        masks: list[Tensor] = []
+        owners: list[int] = []
+        for writing in writings:
+            branch, region = writing.prompt.branch, writing.prompt.region
+            if region is not None:
+                branch = replace(branch, regions=(len(masks),))
+                masks.append(region)
+                owners.append(branch.image)
+            branches.append(branch)
+        device = prefix.valid.device
+        layout = build_layout(branches, len(prefix.valid), self.tokenizer, self.prompt_layout, prefix.valid).to(device)
+        regions = torch.stack(masks).to(device) if masks else torch.zeros(0, device=device)
+        hidden, cache = self.trunk.run_branches(prefix, layout, regions, torch.tensor(owners, device=device).long())
+        last = layout.last_slots
+        self._choose(writings, self.trunk.llm.lm_head(hidden[last[:, 0], last[:, 1]]))
+        for number, writing in enumerate(writings):
+            if writing.end is not None:
+                continue
+            image, end = last[number].tolist()
+            alone = bool(layout.alone[image])
+            length = int(layout.offsets[image, end]) + 1
+            visible = visible_length(bool(prefix.valid[image]), prefix.length, len(self.trunk.lead), alone)
+            row = Row(prefix.cache, image, length, (0 if alone else prefix.length) + length)
+            self._group(visible, writing).join(row, cache, image, prefix.length + end + 1 - length)
+            self._active[row] = writing
+
+    def _group(self, visible: int, writing: Writing) -> AnswerGroup:
+        key = visible, _group_length(writing.need)
+        if key not in self._groups:
+            slots = self._slots.setdefault(visible, PrefixSlots(visible)) if visible else None
+            self._groups[key] = AnswerGroup(slots)
+        return self._groups[key]
+
+    def _next_tokens(self) -> None:
+        groups = list(self._groups.values())
+        writings = [self._active[row] for group in groups for row in group.rows]
+        hidden = self.trunk.decode_step(DecodingStep(groups), [writing.tokens[-1] for writing in writings])
+        self._choose(writings, self.trunk.llm.lm_head(hidden))
+
+    def _choose(self, writings: Sequence[Writing], logits: Tensor) -> None:
+        """Appends the next token of each answer, from logits [N, V]; ends those that are done."""
+        tokens = logits.argmax(-1).tolist()
+        for number, writing in enumerate(writings):
+            if not writing.prompt.sampler.is_plain:
+                tokens[number] = writing.prompt.sampler.choose(logits[number])
+        chosen = torch.tensor(tokens, device=logits.device)[:, None]
+        logits = logits.float()
+        log_probs = (logits.gather(1, chosen)[:, 0] - logits.logsumexp(-1)).tolist()
+        for writing, token, log_prob in zip(writings, tokens, log_probs, strict=True):
+            writing.prompt.sampler.record(token, log_prob)
+            if token in self.tokenizer.end_ids:
+                writing.end = "stop"
+                continue
+            writing.tokens.append(token)
+            stops = writing.prompt.sampler.settings.stop
+            if token in self._routes:
+                writing.end = "route"
+            elif stops and stop_at(self.tokenizer.decode(writing.tokens), stops) is not None:
+                writing.end = "stop"
+            elif len(writing.tokens) >= writing.prompt.limit:
+                writing.end = "length"
+
+    def _drop_finished(self) -> None:
+        """Frees the places of answers that are done, in the queue too."""
+        for _, waiting in self._queue:
+            waiting[:] = [writing for writing in waiting if writing.end is None]
+        self._queue = deque(entry for entry in self._queue if entry[1])
+        for row, writing in list(self._active.items()):
+            if writing.end is None:
+                continue
+            del self._active[row]
+            for key, group in list(self._groups.items()):
+                if row in group.rows:
+                    group.leave(row)
+                    if not group.rows:
+                        del self._groups[key]
+
+
+def _progress(writings: Sequence[Writing]) -> int:
+    """A number that grows with every token and end."""
+    return sum(len(writing.tokens) + (writing.end is not None) for writing in writings)
+
+
+def _group_length(need: int) -> int:
+    """The longest prompt and answer, in tokens, of the group of one that needs `need` tokens."""
+    length = SHORTEST_GROUP
+    while length < need:
+        length *= GROUP_RATIO
+    return length
