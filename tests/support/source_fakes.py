@@ -22,14 +22,17 @@ def jpeg(height=HEIGHT, width=WIDTH, orientation=1):
         return encode_jpeg(pixels)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", exif=exif)
-    return buffer.getvalue()
+    return encoded(Image.fromarray(pixels), "JPEG", exif=exif)
 
 
 def png(array, mode=None):
+    return encoded(Image.fromarray(np.asarray(array, np.uint8), mode))
+
+
+def encoded(image, kind="PNG", **options):
+    """The bytes of an image file; `options` are those of `PIL.Image.Image.save`."""
     buffer = io.BytesIO()
-    Image.fromarray(np.asarray(array, np.uint8), mode).save(buffer, "PNG")
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
