@@ -26,9 +26,8 @@ def _prepare_args(verbs: Any, parser_class: type) -> None:
     p = verbs.add_parser("prepare", help="write training shards from synthetic scenes or annotated data")
     kinds = p.add_subparsers(dest="kind", metavar="SOURCE", parser_class=parser_class)
     for name, source in SOURCES.items():
-        q = kinds.add_parser(name, help=source.help, description=f"{source.help}. {source.layout}".strip())
-        for argument in source.arguments:
-            argument.add_to(q)
+        q = kinds.add_parser(name, help=source.help, description=source.description)
+        source.add_arguments(q)
         q.add_argument("--output", required=True, help="shard folder to write; local, s3:// or gs://")
         q.add_argument("--shuffle-seed", type=int, default=0, help="seed of the order of the rows (default: 0)")
         q.add_argument(
@@ -221,10 +220,10 @@ def _data_lint(parser_class: type, args: argparse.Namespace) -> int:
     from lumen_ray.data.sources.registry import SOURCES
 
     source = SOURCES[args.input] if is_source(args.input, args.rest) else None
-    about = f"{source.help}. {source.layout}".strip() if source else "Checks a shard folder."
+    about = source.description if source else "Checks a shard folder."
     parser = parser_class(prog=f"lumen-ray data lint {args.input}", description=about)
-    for argument in source.arguments if source else ():
-        argument.add_to(parser)
+    if source:
+        source.add_arguments(parser)
     _lint_options(parser)
     args = parser.parse_args(args.rest, args)
     with bar("lint") as progress:

@@ -5,7 +5,6 @@ and the object's keypoints apart. So the check needs no coordinates: it looks at
 A `Truth` is what must be in the shards; generators make it together with the files, from the same draws.
 """
 
-import io
 import math
 import tempfile
 import unicodedata
@@ -14,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
 
+import hypothesis
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -23,7 +23,7 @@ from pycocotools import mask as coco_mask
 from lumen_ray.data.images import decode
 from lumen_ray.data.shards import shards
 from lumen_ray.errors import UserError
-from support.source_fakes import prepared, write
+from support.source_fakes import encoded, prepared, write
 
 CELL = 24  # pixels; every object has a square cell of its own
 SIZES = [(48, 72), (72, 48), (48, 96)]  # (height, width)
@@ -43,6 +43,7 @@ _UNDO = {  # by EXIF orientation: turns the picture as shown into the pixels as 
     7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
     8: lambda a: np.rot90(a, -1),
 }
+#: files that systems leave beside pictures
 BESIDE = {".DS_Store": b"Bud1", "._0.png": b"\0\5\26\7", "Thumbs.db": b"\xd0\xcf", "__MACOSX/0.png": b"x"}
 
 
@@ -150,9 +151,7 @@ class Picture:
             exif = Image.Exif()
             exif[0x0112] = self.orientation
             options = options | {"exif": exif}
-        buffer = io.BytesIO()
-        Image.fromarray(np.ascontiguousarray(pixels)).save(buffer, FILES[self.suffix], **options)
-        return buffer.getvalue()
+        return encoded(Image.fromarray(np.ascontiguousarray(pixels)), FILES[self.suffix], **options)
 
     @property
     def broken(self):
@@ -246,6 +245,11 @@ STEMS = ["{}", "frame {}", "caf\u00e9 {}", "v1.{}", "100% {}"]
 FOLDERS = ["", "cam1/", "day one/cam\u00e9/"]
 
 
+def draw_name(draw, picture):
+    """(folder, stem) of a name for a picture's file."""
+    return draw(st.sampled_from(FOLDERS)), draw(st.sampled_from(STEMS)).format(picture.number)
+
+
 def _moved(name):
     return name.rpartition("/")[2]
 
@@ -270,7 +274,7 @@ def places(draw, made, ways=tuple(WAYS), twins=True):
     which case only a file at the very name that is listed may be taken."""
     given = []
     for picture in made:
-        name = draw(st.sampled_from(FOLDERS)) + draw(st.sampled_from(STEMS)).format(picture.number) + picture.suffix
+        name = "".join(draw_name(draw, picture)) + picture.suffix
         name = unicodedata.normalize(draw(st.sampled_from(["NFC", "NFD"])), name)
         way = draw(st.sampled_from(["same"] * 10 + list(ways)))
         listed = WAYS[way](name)
@@ -300,23 +304,33 @@ def twin_places(draw, suffix):
         "top and camera": [f"0001{suffix}", f"cam2/0001{suffix}"],
         "respelt": [f"no 1{suffix}", f"no%201{suffix}"],
     }[style]
-    listed = draw(st.permutations(listed))
-    both = [Place(name, name, twin=True) for name in listed]
+    twins = [Place(name, name, twin=True) for name in draw(st.permutations(listed))]
+    lose_twin(draw, twins)
+    return twins
+
+
+def lose_twin(draw, twins):
+    """Perhaps takes away the file of one of two twins; that of the other may then lie at the top. Each of the two is
+    `stored` at its own name."""
     layout = draw(st.sampled_from(["flat", "flat", "one", "both"]))
     if layout == "both":
-        return both
-    kept, other = draw(st.permutations(both))
+        return
+    kept, other = draw(st.permutations(twins))
+    top = _moved(kept.stored)
+    if layout == "flat" and top != other.stored:
+        kept.stored, kept.found = top, kept.stored == top
     other.stored, other.found = None, False
-    if layout == "flat" and _moved(kept.listed) != other.listed:
-        kept.stored = _moved(kept.listed)
-        kept.found = kept.stored == kept.listed
-    return both
 
 
-def stored_files(made, given, folder="images"):
-    """The files of the pictures as {name: bytes}."""
+def stored_files(made, given):
+    """The files of the image folder as {name: bytes}: the pictures, and what systems leave beside them."""
     pairs = zip(made, given, strict=True)
-    return {f"{folder}/{place.stored}": picture.data for picture, place in pairs if place.stored is not None}
+    return beside("images") | {f"images/{place.stored}": picture.data for picture, place in pairs if place.stored}
+
+
+def beside(folder):
+    """The files that systems leave in a folder of pictures, as {name: bytes}."""
+    return {f"{folder}/{name}": data for name, data in BESIDE.items()}
 
 
 def draw_fates(draw, made, given, contents, kinds):
@@ -349,8 +363,18 @@ def spelled_numbers(draw, values):
     return [str(v) for v in values] if draw(st.booleans()) else [float(v) for v in values]
 
 
-def declared(draw, size):
-    """The keys `height` and `width` of an image entry."""
+def draw_size(draw, picture, fate, needed=False):
+    """The (height, width) that annotations declare: wrong if that is the picture's `fate`, None if they need none."""
+    if fate == "wrong size":
+        return 7, 9
+    return picture.size if needed or draw(st.booleans()) else None
+
+
+def draw_size_keys(draw, picture, fate, needed=False):
+    """The keys `height` and `width` of an image entry, by `draw_size`."""
+    size = draw_size(draw, picture, fate, needed)
+    if size is None:
+        return {}
     height, width = (draw(spelled(side)) for side in size)
     return {"height": height, "width": width}
 
@@ -407,6 +431,16 @@ class ColouredSet:
                 data = data.decode("utf-16" if data[:1] == b"\xff" else "utf-8", "replace")
             printer.text(f"\n{name}: {data if isinstance(data, str) else f'{len(data)} bytes'}")
         printer.text(f"\noptions: {self.options}\ntruth: {self.truth}\n")
+
+
+def for_sets(sets):
+    """Decorates a test that takes a data set as `made`: it runs for 60 of them, the same ones every time."""
+
+    def decorate(test):
+        settings = hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+        return settings(hypothesis.given(made=sets)(test))
+
+    return decorate
 
 
 def check(made, make_source):

@@ -9,6 +9,7 @@ from PIL import Image
 from lumen_ray.data.scenes.render import encode_jpeg
 from lumen_ray.data.shards import shards
 from lumen_ray.data.shards.prepare import prepare_source
+from lumen_ray.data.sources.coco import CocoSource
 from lumen_ray.data.sources.rules import MENDS
 
 HEIGHT, WIDTH = 40, 60
@@ -21,14 +22,17 @@ def jpeg(height=HEIGHT, width=WIDTH, orientation=1):
         return encode_jpeg(pixels)
     exif = Image.Exif()
     exif[0x0112] = orientation
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG", exif=exif)
-    return buffer.getvalue()
+    return encoded(Image.fromarray(pixels), "JPEG", exif=exif)
 
 
 def png(array, mode=None):
+    return encoded(Image.fromarray(np.asarray(array, np.uint8), mode))
+
+
+def encoded(image, kind="PNG", **options):
+    """The bytes of an image file; `options` are those of `PIL.Image.Image.save`."""
     buffer = io.BytesIO()
-    Image.fromarray(np.asarray(array, np.uint8), mode).save(buffer, "PNG")
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -57,6 +61,11 @@ def prepared(source, output, **options):
         assert count["in"] == count["written"] + count["rejected"]
         assert count["rejected"] == sum(r["kind"] == kind for r in rejected)
     return {row["image_id"]: row for row in shards.read_rows(output)}, rejected, manifest["counts"]
+
+
+def prepare_coco(output, annotations, images, **options):
+    """The summary of a shard folder made from COCO json files."""
+    return prepare_source(output, CocoSource([str(path) for path in annotations], str(images)), **options)
 
 
 def voc_xml(name, objects, size=(HEIGHT, WIDTH), extra=""):

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from lumen_ray.data.lint.check import Check, SetFacts, Settings
-from lumen_ray.data.lint.findings import Rule, SampleShelf
+from lumen_ray.data.lint.check import Check, SetFacts
+from lumen_ray.data.lint.findings import Rule
 from lumen_ray.data.lint.rows import LintRow
 from lumen_ray.structures import Boxes
 
@@ -63,8 +63,7 @@ class WholeImageBoxes(Check):
     )  # fmt: skip
     rules = (whole,)
 
-    def __init__(self, settings: Settings, shelf: SampleShelf):
-        super().__init__(settings, shelf)
+    def begin(self) -> None:
         self._annotated = 0
 
     def row(self, row: LintRow) -> None:

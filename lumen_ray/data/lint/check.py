@@ -13,8 +13,8 @@ A class with its rules and what it looks at in a row, and its name in the table 
                 if not name:
                     self.add(self.rule, row, row.describe(index), index)
 
-What depends on the whole set is counted in `row` and decided in `finish`, which can also `drop` a rule's violations.
-Keep no row and no image: `add` keeps the few that are shown.
+What depends on the whole set is set up in `begin`, counted in `row` and decided in `finish`, which can also `drop` a
+rule's violations. Keep no row and no image: `add` keeps the few that are shown.
 """
 
 from __future__ import annotations
@@ -57,6 +57,10 @@ class Check:
         self.settings = settings
         self._shelf = shelf
         self._found: dict[Rule, Finding] = {rule: Finding(rule) for rule in self.rules}
+        self.begin()
+
+    def begin(self) -> None:
+        """Sets up what is counted over the whole set, before the first row."""
 
     def row(self, row: LintRow) -> None:
         """Examines one row."""

@@ -7,8 +7,8 @@ import unicodedata
 from collections import Counter
 from statistics import median
 
-from lumen_ray.data.lint.check import Check, SetFacts, Settings
-from lumen_ray.data.lint.findings import Rule, SampleShelf
+from lumen_ray.data.lint.check import Check, SetFacts
+from lumen_ray.data.lint.findings import Rule
 from lumen_ray.data.lint.rows import LintRow
 
 #: with fewer images that ask for a class, it can be always or never present by chance
@@ -66,8 +66,7 @@ class Classes(Check):
     )  # fmt: skip
     rules = (spelling, plural, never, always, empty, rare)
 
-    def __init__(self, settings: Settings, shelf: SampleShelf):
-        super().__init__(settings, shelf)
+    def begin(self) -> None:
         self._asked: Counter[str] = Counter()  # images that are annotated exhaustively for the class
         self._asked_with: Counter[str] = Counter()  # those of them that contain it
         self._images: Counter[str] = Counter()  # images that contain it

@@ -39,7 +39,7 @@ def is_source(name: str, words: Sequence[str] = ()) -> bool:
     Raises `UserError` if it is neither a source nor a folder.
     """
     if name in SOURCES:
-        options = {"--" + argument.name.replace("_", "-") for argument in SOURCES[name].arguments}
+        options = {argument.flag for argument in SOURCES[name].arguments}
         given = any(word.split("=")[0] in options for word in words)
         return given or not files.is_file(urls.join(urls.absolute(name), MANIFEST))
     if not files.exists(name) and not urls.is_url(name):

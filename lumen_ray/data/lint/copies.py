@@ -8,8 +8,8 @@ import unicodedata
 from array import array
 from urllib.parse import unquote
 
-from lumen_ray.data.lint.check import Check, SetFacts, Settings
-from lumen_ray.data.lint.findings import Rule, SampleShelf
+from lumen_ray.data.lint.check import Check, SetFacts
+from lumen_ray.data.lint.findings import Rule
 from lumen_ray.data.lint.rows import LintRow, fingerprint
 
 
@@ -52,8 +52,7 @@ class Copies(Check):
     )  # fmt: skip
     rules = (repeated_id, similar_ids, copies_differ, copies, shared)
 
-    def __init__(self, settings: Settings, shelf: SampleShelf):
-        super().__init__(settings, shelf)
+    def begin(self) -> None:
         self.ids: list[str] = []
         self.by_image: dict[bytes, int] = {}  # digest of the bytes -> number of the first row
         self._by_id: dict[int, int] = {}
@@ -122,8 +121,7 @@ class Leaks(Check):
     )  # fmt: skip
     rules = (leak,)
 
-    def __init__(self, settings: Settings, shelf: SampleShelf):
-        super().__init__(settings, shelf)
+    def begin(self) -> None:
         self._images: dict[bytes, str] = {}  # digest -> id of its first row
 
     def row(self, row: LintRow) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from pycocotools import mask as coco_mask
 
-from lumen_ray.data.lint.check import Check, SetFacts, Settings
-from lumen_ray.data.lint.findings import Rule, SampleShelf
+from lumen_ray.data.lint.check import Check, SetFacts
+from lumen_ray.data.lint.findings import Rule
 from lumen_ray.data.lint.rows import LintRow
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Boxes
@@ -47,8 +47,7 @@ class MaskGeometry(Check):
     )  # fmt: skip
     rules = (misfit, empty, off, short)
 
-    def __init__(self, settings: Settings, shelf: SampleShelf):
-        super().__init__(settings, shelf)
+    def begin(self) -> None:
         self._compared = 0
 
     def row(self, row: LintRow) -> None:
@@ -110,8 +109,7 @@ class Crowds(Check):
     )  # fmt: skip
     rules = (crowds,)
 
-    def __init__(self, settings: Settings, shelf: SampleShelf):
-        super().__init__(settings, shelf)
+    def begin(self) -> None:
         self._objects = self._masks = 0
 
     def row(self, row: LintRow) -> None:

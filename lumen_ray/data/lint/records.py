@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lumen_ray.data.lint.check import Check, SetFacts, Settings
-from lumen_ray.data.lint.findings import SEVERITIES, Finding, Rule, SampleShelf, Severity
+from lumen_ray.data.lint.check import Check, SetFacts
+from lumen_ray.data.lint.findings import SEVERITIES, Finding, Rule, Severity
 from lumen_ray.data.lint.rows import LintRow
 from lumen_ray.data.shards.statistics import general
 
@@ -48,8 +48,7 @@ class RejectedRecords(Check):
     repetitions, of which `prepare` keeps the first, are a note.
     """
 
-    def __init__(self, settings: Settings, shelf: SampleShelf):
-        super().__init__(settings, shelf)
+    def begin(self) -> None:
         self._groups: dict[tuple[str, str], Finding] = {}  # by kind and rule
 
     def rejected(self, record: dict[str, str]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
-from lumen_ray.data.lint.check import Check, SetFacts, Settings
-from lumen_ray.data.lint.findings import Rule, SampleShelf
+from lumen_ray.data.lint.check import Check, SetFacts
+from lumen_ray.data.lint.findings import Rule
 from lumen_ray.data.lint.rows import LintRow, fingerprint
 
 #: characters that are left by a wrong encoding
@@ -62,8 +62,7 @@ class RepeatedCaptions(Check):
     )  # fmt: skip
     rules = (repeated,)
 
-    def __init__(self, settings: Settings, shelf: SampleShelf):
-        super().__init__(settings, shelf)
+    def begin(self) -> None:
         self._captioned = 0
         self._images: Counter[int] = Counter()  # by hash of the caption
         self._texts: dict[int, str] = {}

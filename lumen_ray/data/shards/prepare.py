@@ -17,16 +17,15 @@ import hashlib
 import json
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from lumen_ray.data import files, urls
-from lumen_ray.data.shards import shards
+from lumen_ray.data.shards import rejections, shards
 from lumen_ray.data.sources.base import Listing, Rejected, Source
-from lumen_ray.data.values import number
 from lumen_ray.errors import UserError
 
 Progress = Callable[[int, int], None]  # records done, records in all
@@ -56,7 +55,7 @@ def prepare_source(
     cluster allows, 0: in this process, without Ray). Raises `UserError` for invalid arguments, if no row can be
     written, if more is rejected than `max_rejected`, and if the output already contains shards, unless `overwrite`.
     """
-    limit = _RejectedLimit(max_rejected)
+    limit = rejections.RejectedLimit(max_rejected)
     limits = (("rows_per_group", rows_per_group, 1), ("rows_per_file", rows_per_file, 1), ("workers", workers, 0),
               ("shuffle_seed", shuffle_seed, 0))  # fmt: skip
     for name, value, least in limits:
@@ -66,7 +65,7 @@ def prepare_source(
     _check_output(output, overwrite)
     listing = source.read_listing()
     if not listing.records:
-        first = f"; the first record: {_told(listing.rejected[0])}" if listing.rejected else ""
+        first = f"; the first record: {rejections.describe(listing.rejected[0])}" if listing.rejected else ""
         raise UserError(f"the {source.kind} input lists no {source.row_kind} that can be used{first}", "empty_input")
     limit.check_listing(listing)
     staging = urls.join(output, f"{_STAGING}-{uuid.uuid4().hex[:12]}")
@@ -76,14 +75,14 @@ def prepare_source(
             files.remove_folder(urls.join(output, name))
         writer = _Writer(source, listing.shared, staging, rows_per_group, rows_per_file, shuffle_seed, _window(listing))
         units = _units(listing, rows_per_file, shuffle_seed)
-        results = _write_units(units, writer, workers, progress, limit.watch(source, listing))
+        results = _write_units(units, writer, workers, progress, limit.watch(listing))
         rejected = [*listing.rejected, *(record for result in results for record in result["rejected"])]
         entries = [entry for result in results for entry in result["entries"]]
         counts = _count(source, listing, results, rejected)
         if not entries:
-            raise UserError(_no_row(source, counts, rejected), "empty_input")
+            raise UserError(rejections.no_row_message(source, counts, rejected), "empty_input")
         limit.check(counts, rejected)
-        _check_unknown(counts, rejected)
+        rejections.check_unknown(counts, rejected)
         _check_ids(results, staging)
         origin = {"kind": source.kind, "shuffle_seed": shuffle_seed, **source.settings(), **listing.origin}
         changed = shards.Changes()
@@ -99,31 +98,13 @@ def prepare_source(
         files.remove_empty_folder(output)  # if nothing was written
     size = sum(entry["bytes"] for entry in entries)
     summary = {key: manifest[key] for key in ("rows", "tasks", "counts", "rejected", "changed", "untrained", "notes")}
-    return {"output": urls.shown(output), "files": len(entries), "bytes": size, **summary, "rules": _rules(rejected)}
-
-
-def _told(record: Rejected) -> str:
-    """A rejected record in a message: where it is, why it is rejected and how to mend it."""
-    name = record["image_id"]
-    where = record["origin"] + (f" ('{name}')" if name and name not in record["origin"] else "")
-    return f"{where}: {record['reason']} ({record['mend']})"
-
-
-def _rules(rejected: Sequence[Rejected]) -> list[dict[str, Any]]:
-    """The rules by which records were rejected, most frequent first: `rule`, `records`, `mend`, and the `first` one."""
-    first: dict[str, Rejected] = {}
-    for record in rejected:
-        first.setdefault(record["rule"], record)
-    numbers = Counter(record["rule"] for record in rejected)
-    return [
-        {
-            "rule": rule,
-            "records": number,
-            "mend": first[rule]["mend"],
-            "first": {key: first[rule][key] for key in ("kind", "image_id", "origin", "reason")},
-        }
-        for rule, number in numbers.most_common()
-    ]
+    return {
+        "output": urls.shown(output),
+        "files": len(entries),
+        "bytes": size,
+        **summary,
+        "rules": rejections.by_rule(rejected),
+    }
 
 
 def _check_ids(results: Sequence[dict[str, Any]], folder: str) -> None:
@@ -154,90 +135,6 @@ def _check_output(output: str, overwrite: bool) -> None:
             f"'{urls.shown(output)}' already holds shards; give another output folder, or --overwrite to replace them",
             "output_exists",
         )
-
-
-def _no_row(source: Source, counts: dict[str, dict[str, int]], rejected: Sequence[Rejected]) -> str:
-    """The message for an input without a usable row."""
-    # of an image and its records, the image's reason; of images that lost all their records, a record's
-    roots = [r for r in rejected if r["rule"] not in ("image_rejected", "no_items")]
-    first = next((r for r in roots if r["kind"] == source.row_kind), next(iter(roots), None))
-    why = f"; the first, {_told(first)}" if first else ""
-    return f"none of {counts[source.row_kind]['in']} {source.row_kind} can be used{why}"
-
-
-def _check_unknown(counts: Mapping[str, Mapping[str, int]], rejected: Sequence[Rejected]) -> None:
-    """Raises `UserError` with the first reason if more than half of a kind of record is of unknown category or image:
-    then the list of classes does not belong to the annotations."""
-    unknown: dict[str, list[Rejected]] = {}
-    for record in rejected:
-        if record["rule"] in ("unknown_category", "unknown_image"):
-            unknown.setdefault(record["kind"], []).append(record)
-    for kind, records in unknown.items():
-        if 2 * len(records) > counts[kind]["in"]:
-            raise UserError(
-                f"{len(records)} of {counts[kind]['in']} {kind} name a class or an image that is not listed; the "
-                f"first, {_told(records[0])}; nothing was written",
-                "invalid_annotations",
-            )
-
-
-class _RejectedLimit:
-    """Stops a job of which more than a share of some kind of record is rejected.
-
-    `share`: percent, a number or a text such as "5%"; None: no limit.
-    """
-
-    def __init__(self, share: str | float | None):
-        percent = number(share.strip().removesuffix("%") if isinstance(share, str) else share)
-        if share is not None and (percent is None or not 0 <= percent <= 100):
-            raise UserError(
-                f"max_rejected must be a share from 0% to 100%, such as 5%; got {share!r}", "invalid_config"
-            )
-        self.percent = percent
-
-    def check(self, counts: dict[str, dict[str, int]], rejected: Sequence[Rejected]) -> None:
-        """Raises `UserError` with the first reasons if the share is exceeded; `counts` as in the manifest."""
-        for kind, count in counts.items():
-            if self.percent is None or 100 * count["rejected"] <= self.percent * count["in"]:
-                continue
-            first = [r for r in rejected if r["kind"] == kind]
-            reasons = list({r["rule"]: _told(r) for r in reversed(first)}.values())[::-1][:3]
-            raise UserError(
-                f"{count['rejected']} of {count['in']} {kind} are rejected, more than {self.percent:g}%: "
-                f"{'; '.join(reasons)}; nothing was written",
-                "too_many_rejected",
-            )
-
-    def check_listing(self, listing: Listing) -> None:
-        """`check` of what the listing rejects, before anything is written."""
-        self.check(_totals(listing.inputs, Counter(), listing.rejected), listing.rejected)
-
-    def watch(self, source: Source, listing: Listing) -> Callable[[Sequence[dict[str, Any]]], None]:
-        """A check of the results so far: stops as soon as the share is exceeded even if all the rest is written.
-
-        Only kinds whose number the listing knows can be judged before the end.
-        """
-        lost = list(listing.rejected)
-        judged = 0
-
-        def check(results: Sequence[dict[str, Any]]) -> None:
-            nonlocal judged
-            for result in results[judged:]:
-                lost.extend(result["rejected"])
-            judged = len(results)
-            counted = {kind for result in results for kind in result["came_in"]}
-            known = {kind: total for kind, total in listing.inputs.items() if kind not in counted and total}
-            self.check(_totals(known, Counter(), [r for r in lost if r["kind"] in known]), lost)
-
-        return check
-
-
-def _totals(
-    inputs: Mapping[str, int], written: Mapping[str, int], rejected: Sequence[Rejected]
-) -> dict[str, dict[str, int]]:
-    lost = Counter(record["kind"] for record in rejected)
-    kinds = dict.fromkeys([*inputs, *written, *lost])
-    return {k: {"in": inputs.get(k, 0), "written": written.get(k, 0), "rejected": lost[k]} for k in kinds}
 
 
 def _window(listing: Listing) -> bool:
@@ -398,7 +295,7 @@ def _count(
     for result in results:
         came_in.update(result["came_in"])
         written.update(result["written"])
-    counts = _totals(came_in, written, rejected)
+    counts = rejections.count_records(came_in, written, rejected)
     return {source.row_kind: counts[source.row_kind]} | counts  # rows first
 
 

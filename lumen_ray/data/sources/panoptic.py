@@ -24,7 +24,8 @@ from lumen_ray.data.frames import read_frame
 from lumen_ray.data.images import decode_ids
 from lumen_ray.data.pictures import ListedNames, identity, read_picture
 from lumen_ray.data.sources.base import Listing, Outcome, Rejected, Source, lost_image, reject
-from lumen_ray.data.sources.coco_json import check_lost, parse, short_entry, unused_parents, unused_parents_note
+from lumen_ray.data.sources.coco_categories import short_entry, unused_parents, unused_parents_note
+from lumen_ray.data.sources.coco_json import check_lost, parse
 from lumen_ray.data.sources.objects import ObjectList
 from lumen_ray.data.sources.record_parsing import short
 from lumen_ray.data.values import declared_size, flag, id_key, is_file_name, name_text, numbers, whole

@@ -23,9 +23,14 @@ class Argument:
     help: str
     options: dict[str, Any]
 
+    @property
+    def flag(self) -> str:
+        """The option on the command line."""
+        return "--" + self.name.replace("_", "-")
+
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         options = self.options if "default" in self.options else {"required": True, **self.options}
-        parser.add_argument("--" + self.name.replace("_", "-"), dest=self.name, help=self.help, **options)
+        parser.add_argument(self.flag, dest=self.name, help=self.help, **options)
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,15 @@ class SourceSpec:
     help: str
     arguments: tuple[Argument, ...]
     layout: str = ""
+
+    @property
+    def description(self) -> str:
+        """The text above the options in ``--help``."""
+        return f"{self.help}. {self.layout}".strip()
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        for argument in self.arguments:
+            argument.add_to(parser)
 
     def make(self, values: dict[str, Any]) -> Source:
         """Builds the source from a dict of its arguments by name; other keys are ignored."""

@@ -78,12 +78,10 @@ def assign_pictures(
             lost = lost_with_image(error)
             rejected += [reject("annotations", name, o["origin"], lost) for o in record["objects"]]
             continue
-        # a picture at that path or at the top that other xml files could mean, too, is still not the xml's own
-        filename = record["filename"].replace("\\", "/")
-        places = dict.fromkeys([filename, urls.base_name(filename)] if filename else [])
-        named = _named(record, pictures, stems) or next(filter(None, map(pictures.find, places)), None)
+        # a picture at the top that other xml files could mean, too, is still not the xml's own
+        named = _named(record, pictures, at_top=True) if is_own else None
         record["picture"] = picture
-        record["named"] = named if is_own and named != picture else None
+        record["named"] = named if named != picture else None
         record["id"] = unique_id(picture or _missing_name(record), times)
         kept.append(record)
     return kept, rejected
@@ -108,24 +106,19 @@ def _find(
             return None, True, UserError(f"several pictures have its name: {listed}", "ambiguous_image")
         if found:
             return found[0], True, None
-    return _named(record, pictures, stems), False, None
+    # a picture at the top only if no other xml can mean it
+    at_top = stems[_stem_key(bare_key(urls.base_name(filename)))] == 1
+    return _named(record, pictures, at_top), False, None
 
 
-def _named(record: Record, pictures: PictureIndex, stems: Mapping[str, int]) -> str | None:
-    """The picture that ``<filename>`` names: in the xml's own sub-folder, in ``<folder>``, or at the top if no other
-    xml can mean that one."""
+def _named(record: Record, pictures: PictureIndex, at_top: bool) -> str | None:
+    """The picture that ``<filename>`` names: in the xml's own sub-folder, in ``<folder>``, or `at_top`."""
     filename = record["filename"].replace("\\", "/")
     if not filename:
         return None
-    bare = urls.base_name(filename)
-    own = posixpath.dirname(record["origin"])
-    folders = dict.fromkeys([own, record["folder"]])
-    if stems[_stem_key(bare_key(bare))] == 1:
-        folders[""] = None
-    elif not record["folder"] and own:
-        del folders[""]
-    for folder in folders:
-        for name in dict.fromkeys([filename, bare]):
+    folders = [posixpath.dirname(record["origin"]), *filter(None, [record["folder"]]), *([""] if at_top else [])]
+    for folder in dict.fromkeys(folders):
+        for name in dict.fromkeys([filename, urls.base_name(filename)]):
             if found := pictures.find(posixpath.join(folder, name)):
                 return found
     return None

@@ -6,20 +6,18 @@ import sys
 import time
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
+from support.source_fakes import prepare_coco
 
 from lumen_ray.data import files, urls
 from lumen_ray.data.command import prepared_line, prepared_lines
 from lumen_ray.data.inspect.command import sections
 from lumen_ray.data.scenes import render as scenes
-from lumen_ray.data.scenes.render import encode_jpeg
 from lumen_ray.data.shards import shards
 from lumen_ray.data.shards.prepare import prepare_source
 from lumen_ray.data.shards.schema import make_row
 from lumen_ray.data.shards.statistics import gather
 from lumen_ray.data.sources.base import Listing, Outcome, Source, reject
-from lumen_ray.data.sources.coco import CocoSource
 from lumen_ray.data.sources.scenes import ScenesSource
 from lumen_ray.errors import UserError
 from lumen_ray.keypoints import FIGURE_KEYPOINTS
@@ -29,35 +27,12 @@ def prepare_scenes(output, num, seed=0, side=128, **options):
     return prepare_source(output, ScenesSource(num, seed, side), **options)
 
 
-def prepare_coco(output, annotations, images, **options):
-    return prepare_source(output, CocoSource([str(path) for path in annotations], str(images)), **options)
-
-
 def all_rows(folder):
     return list(shards.read_rows(folder))
 
 
 def checksums(folder):
     return {file["path"]: file["sha256"] for file in shards.read_manifest(folder)["files"]}
-
-
-@pytest.fixture
-def small_coco(tmp_path):
-    """Nine photos, one of them truncated, with an object each and one degenerate box."""
-    images = tmp_path / "images"
-    images.mkdir()
-    listed, annotations = [], []
-    for number in range(9):
-        data = encode_jpeg(np.full((32, 48, 3), number * 20, np.uint8))
-        (images / f"{number}.jpg").write_bytes(data[:200] if number == 4 else data)
-        listed.append({"id": number, "file_name": f"{number}.jpg", "height": 32, "width": 48})
-        annotations.append({"id": number, "image_id": number, "category_id": 1, "bbox": [number, 2, 10, 10]})
-    annotations.append({"id": 100, "image_id": 0, "category_id": 1, "bbox": [1, 2, 0, 10]})
-    annotations.append({"id": 101, "image_id": 77, "category_id": 1, "bbox": [1, 2, 3, 10]})
-    path = tmp_path / "instances.json"
-    categories = [{"id": 1, "name": "cell"}]
-    path.write_text(json.dumps({"images": listed, "annotations": annotations, "categories": categories}))
-    return path, images
 
 
 def test_scenes_are_written_in_order_with_their_skeletons(tmp_path):
@@ -420,50 +395,6 @@ def test_a_user_error_in_a_task_is_one_sentence(local_ray, tmp_path):
         prepare_source(tmp_path / "out", ManyRows(2, 2, fault="store"), workers=2)
     assert (str(error.value), error.value.reason) == ("the store cannot be reached", "store_unreachable")
     assert not list((tmp_path / "out").glob(".staging*"))
-
-
-def test_rejected_records_name_rule_and_mend(tmp_path, small_coco):
-    path, images = small_coco
-    summary = prepare_coco(tmp_path / "out", [path], images, workers=0)
-    rules = {rule["rule"]: rule for rule in summary["rules"]}
-    assert {name: rule["records"] for name, rule in rules.items()} == {
-        "unknown_image": 1, "empty_box": 1, "broken_image": 1, "image_rejected": 1,
-    }  # fmt: skip
-    assert rules["unknown_image"]["first"]["origin"] == "instances.json annotation 101"
-    assert rules["broken_image"]["mend"] == "replace the image file, or save it again as JPEG or PNG"
-    lines = prepared_lines(summary)
-    assert lines[0] == prepared_line(summary) and "note: 'instances.json' has annotations of images" in lines[1]
-    assert any(line.startswith("rejected 1, broken_image: instances.json image 4: the image cannot") for line in lines)
-
-
-@pytest.mark.parametrize("limit", ["5%", "5", 5, 9.0])
-def test_a_job_of_which_too_much_is_rejected_stops(tmp_path, small_coco, limit):
-    path, images = small_coco
-    with pytest.raises(
-        UserError, match="of 11 annotations are rejected, more than .%: instances.json annotation"
-    ) as error:
-        prepare_coco(tmp_path / "out", [path], images, rows_per_file=4, workers=0, max_rejected=limit)
-    assert error.value.reason == "too_many_rejected" and str(error.value).endswith("nothing was written")
-    assert not (tmp_path / "out" / "manifest.json").exists() and not list((tmp_path / "out").glob(".staging*"))
-    summary = prepare_coco(tmp_path / "out", [path], images, workers=0, max_rejected="30%")
-    assert summary["rejected"] == 4
-
-
-def test_a_job_stops_before_the_rest_is_read(tmp_path, small_coco):
-    path, images = small_coco
-    for image in images.glob("[0-3].jpg"):
-        image.unlink()
-    seen = []
-    with pytest.raises(UserError, match="images are rejected, more than 20%: .* is missing .add the image file"):
-        prepare_coco(tmp_path / "out", [path], images, rows_per_file=1, workers=0, max_rejected="20%",
-                     progress=lambda done, total: seen.append(done))  # fmt: skip
-    assert len(seen) < 8
-
-
-@pytest.mark.parametrize("limit", ["x", "-1%", "101%", True, "nan"])
-def test_shares_that_are_none_are_refused(tmp_path, limit):
-    with pytest.raises(UserError, match="max_rejected must be a share from 0% to 100%"):
-        prepare_scenes(tmp_path / "out", 1, workers=0, max_rejected=limit)
 
 
 def test_rows_that_train_nothing_are_counted(tmp_path, small_coco):

@@ -5,7 +5,6 @@ import json
 import re
 from dataclasses import dataclass, field
 
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 from support.coloured_sets import (
@@ -16,8 +15,9 @@ from support.coloured_sets import (
     check,
     check_box,
     check_mask,
-    declared,
     draw_fates,
+    draw_size_keys,
+    for_sets,
     pictures,
     places,
     spelled_numbers,
@@ -58,7 +58,7 @@ class Talk:
 def chat_sets(draw):
     made = draw(pictures(["object"]))
     given = draw(places(made))
-    contents = stored_files(made, given) | {"images/.DS_Store": b"Bud1"}
+    contents = stored_files(made, given)
     fates = draw_fates(draw, made, given, contents, ("broken", "wrong size"))
     box_format = draw(st.sampled_from(["xyxy", "xywh", "relative"]))
     talks = [draw_text_alone(draw, number) for number in range(draw(st.integers(0, 2)))]
@@ -117,10 +117,7 @@ def draw_talk(draw, picture, place, picture_fate, box_format, number):
             parts = question
         turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]
         record["messages"] = [{"role": "system", "content": "Be brief."}] * draw(st.integers(0, 1)) + turns
-    if picture_fate == "wrong size":
-        record |= {"height": 7, "width": 9}
-    elif picture.as_stored or draw(st.booleans()):
-        record |= declared(draw, picture.size)
+    record |= draw_size_keys(draw, picture, picture_fate, picture.as_stored)
     if talk.fate in BAD:
         if "conversations" in BAD[talk.fate]:
             record.pop("messages", None)
@@ -246,8 +243,7 @@ def check_region(picture, pixels, region, wanted):
         check_box(thing, pixels, points)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(made=chat_sets())
+@for_sets(chat_sets())
 def test_texts_and_regions_belong_to_their_pictures(made):
     def source(folder, names, **options):
         return ChatSource([f"{folder}/{name}" for name in names], f"{folder}/images", **options)

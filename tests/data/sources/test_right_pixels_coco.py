@@ -3,17 +3,16 @@
 import json
 from dataclasses import dataclass
 
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.coloured_sets import (
-    BESIDE,
     ColouredSet,
     Expected,
     Thing,
     Truth,
     check,
-    declared,
     draw_fates,
+    draw_size_keys,
+    for_sets,
     pictures,
     places,
     spelled,
@@ -42,11 +41,7 @@ class File:
 
     def add_image(self, draw, picture, key, name, fate="fine"):
         entry = {"id": draw(spelled(key)), "file_name": name}
-        if fate == "wrong size":
-            entry |= {"height": 7, "width": 9}
-        elif picture.as_stored or draw(st.booleans()):
-            entry |= declared(draw, picture.size)
-        self.images.append(entry)
+        self.images.append(entry | draw_size_keys(draw, picture, fate, picture.as_stored))
 
     def category_of(self, name):
         return next(key for key, listed in self.table.items() if listed == name)
@@ -79,7 +74,7 @@ def coco_sets(draw):
     made = draw(pictures(CLASSES, ("rectangle", "diamond", "turned"), POINTS))
     given = draw(places(made))
     files = draw_files(draw, [picture.number for picture in made])
-    contents = stored_files(made, given) | {f"images/{name}": data for name, data in BESIDE.items()}
+    contents = stored_files(made, given)
     fates = draw_fates(draw, made, given, contents, ("broken", "wrong size"))
     notes = []
     for picture, place in zip(made, given, strict=True):
@@ -291,7 +286,6 @@ def truth_of(made, given, usable, files, notes):
     return truth
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(made=coco_sets())
+@for_sets(coco_sets())
 def test_annotations_lie_on_their_objects(made):
     check(made, lambda folder, names: CocoSource([f"{folder}/{name}" for name in names], f"{folder}/images"))

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.coloured_sets import (
     BESIDE,
@@ -18,6 +17,7 @@ from support.coloured_sets import (
     Place,
     Truth,
     check,
+    for_sets,
     picture_in,
     pictures,
     places,
@@ -216,13 +216,11 @@ def check_edits(made, images):
     assert sorted(found) == (made.truth.answers if rows else [])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(made=tables())
+@for_sets(tables())
 def test_edits_of_tables_belong_together(made):
     check_edits(made, images=True)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(made=folders())
+@for_sets(folders())
 def test_edits_of_folders_belong_together(made):
     check_edits(made, images=False)

@@ -8,9 +8,19 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.coloured_sets import ColouredSet, Picture, Place, Truth, check, draw_fates, pictures, places, stored_files
+from support.coloured_sets import (
+    ColouredSet,
+    Picture,
+    Place,
+    Truth,
+    check,
+    draw_fates,
+    for_sets,
+    pictures,
+    places,
+    stored_files,
+)
 
 from lumen_ray.data.sources.pairs import PairsSource
 
@@ -36,7 +46,7 @@ class Pair:
 def tables(draw):
     made = draw(pictures())
     given = draw(places(made))
-    contents = stored_files(made, given) | {"images/.DS_Store": b"Bud1"}
+    contents = stored_files(made, given)
     fates = draw_fates(draw, made, given, contents, ("broken",))
     files = draw(st.sampled_from([["one/data"], ["one/data", "two/data"], ["one/data", "more"]]))
     kinds = {name: draw(st.sampled_from(KINDS)) for name in files}
@@ -135,8 +145,7 @@ def check_captions(made, make_source):
     assert sorted(found) == (made.truth.answers if rows else [])
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(made=tables())
+@for_sets(tables())
 def test_captions_of_tables_stay_with_their_pictures(made):
     def source(folder, data):
         return PairsSource([f"{folder}/{name}" for name in data], f"{folder}/images")
@@ -223,7 +232,6 @@ def tar(draw, members, name):
     return buffer.getvalue()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(made=tars())
+@for_sets(tars())
 def test_captions_of_tars_stay_with_their_pictures(made):
     check_captions(made, lambda folder, data: PairsSource([f"{folder}/{name}" for name in data]))

@@ -1,23 +1,21 @@
 """COCO panoptic: every segment's mask lies on its object, whatever kind of PNG file holds the ids."""
 
-import io
 import json
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support.coloured_sets import (
-    BESIDE,
     ColouredSet,
     Expected,
     Picture,
     Place,
     Truth,
     check,
-    declared,
     draw_fates,
+    draw_size_keys,
+    for_sets,
     pictures,
     places,
     spelled,
@@ -25,6 +23,7 @@ from support.coloured_sets import (
     spelled_numbers,
     stored_files,
 )
+from support.source_fakes import encoded
 
 from lumen_ray.data.sources.panoptic import PanopticSource
 
@@ -72,9 +71,7 @@ class Segments:
                 image = image.convert("P", palette=Image.Palette.ADAPTIVE)
             elif self.mode == "RGBA":
                 image.putalpha(255)
-        buffer = io.BytesIO()
-        image.save(buffer, "PNG")
-        return buffer.getvalue()
+        return encoded(image)
 
 
 @st.composite
@@ -85,7 +82,7 @@ def panoptic_sets(draw):
             picture.things = [replace(thing, name=draw(st.sampled_from(STUFF))) for thing in picture.things]
     given = draw(places(made))
     png_places = draw_png_places(draw, made, given)
-    contents = stored_files(made, given) | {f"images/{name}": data for name, data in BESIDE.items()}
+    contents = stored_files(made, given)
     fates = draw_fates(draw, made, given, contents, ("broken", "wrong size", "unlisted", "no annotation", "no png"))
     first = draw(st.sampled_from([0, 1, "im-"]))
     found = []
@@ -176,11 +173,7 @@ def to_json(draw, found, given):
     for segments, place in zip(found, given, strict=True):
         picture = segments.picture
         entry = {"id": draw(spelled(segments.key)), "file_name": place.listed}
-        if segments.fate == "wrong size":
-            entry |= {"height": 7, "width": 9}
-        elif draw(st.booleans()):
-            entry |= declared(draw, picture.size)
-        images.append(entry)
+        images.append(entry | draw_size_keys(draw, picture, segments.fate))
         if segments.fate == "no annotation" and not segments.place.twin:
             continue
         named = {"image_id": draw(spelled(segments.key)), "file_name": segments.place.listed}
@@ -224,8 +217,7 @@ def truth_of(made, given, found, data, stuff):
     return truth
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(made=panoptic_sets())
+@for_sets(panoptic_sets())
 def test_segments_lie_on_their_objects(made):
     def source(folder, stuff):
         return PanopticSource(f"{folder}/panoptic.json", f"{folder}/segments", f"{folder}/images", stuff)

@@ -5,7 +5,6 @@ import pickle
 from collections import Counter
 from dataclasses import dataclass
 
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.coloured_sets import (
     ColouredSet,
@@ -15,8 +14,9 @@ from support.coloured_sets import (
     Thing,
     Truth,
     check,
-    declared,
     draw_fates,
+    draw_size_keys,
+    for_sets,
     pictures,
     places,
     spelled,
@@ -65,7 +65,7 @@ class Phrase:
 def refer_sets(draw, with_instances):
     made = draw(pictures(CLASSES if with_instances else ["object"], SHAPES))  # records of many have no class
     given = draw(places(made))
-    contents = stored_files(made, given) | {"images/.DS_Store": b"Bud1"}
+    contents = stored_files(made, given)
     fates = draw_fates(draw, made, given, contents, ("broken", "wrong size"))
     box_format = "xywh" if with_instances else draw(st.sampled_from(["xyxy", "xywh", "relative"]))
     phrases = []
@@ -147,11 +147,7 @@ def instances_files(draw, made, given, phrases, targets, fates):
     for picture, place in zip(made, given, strict=True):
         key = first + picture.number
         entry = {"id": draw(spelled(key)), "file_name": place.listed}
-        if fates[picture.number] == "wrong size":
-            entry |= {"height": 7, "width": 9}
-        elif picture.as_stored or draw(st.booleans()):
-            entry |= declared(draw, picture.size)
-        images.append(entry)
+        images.append(entry | draw_size_keys(draw, picture, fates[picture.number], picture.as_stored))
         images += draw(st.sampled_from([[], [], [{"id": f"again-{key}", "file_name": place.listed}]]))
         for thing in picture.things:
             entry = {"id": draw(spelled(100 * key + thing.number)), "image_id": draw(spelled(key)), "category_id": 1}
@@ -205,10 +201,7 @@ def plain_files(draw, made, given, phrases, targets, fates):
             record["segmentation"] = draw(st.sampled_from([record["segmentation"], [record["segmentation"]]]))
         if not phrase.targets:
             record |= draw(st.sampled_from([{"no_target": "1"}, {"bboxes": []}]))
-        if fates[phrase.picture.number] == "wrong size":
-            record |= {"height": 7, "width": 9}
-        elif phrase.picture.as_stored or draw(st.booleans()):
-            record |= declared(draw, phrase.picture.size)
+        record |= draw_size_keys(draw, phrase.picture, fates[phrase.picture.number], phrase.picture.as_stored)
         if phrase.fate == "image":
             record |= draw(st.sampled_from([{"images": [name, "another.png"]}, {"image": ["a.png", "b.png"]}]))
         elif phrase.fate == "target":
@@ -272,13 +265,11 @@ def check_set(made):
     check_phrases(made, check(made, source))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(made=refer_sets(with_instances=True))
+@for_sets(refer_sets(with_instances=True))
 def test_refs_point_to_their_objects(made):
     check_set(made)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(made=refer_sets(with_instances=False))
+@for_sets(refer_sets(with_instances=False))
 def test_plain_records_point_to_their_objects(made):
     check_set(made)

@@ -1,6 +1,5 @@
 """Pascal VOC: the boxes and masks of every xml file lie on the picture that it was drawn for."""
 
-import io
 import math
 import unicodedata
 from dataclasses import dataclass, field
@@ -8,22 +7,24 @@ from urllib.parse import quote
 from xml.sax.saxutils import escape
 
 import numpy as np
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support.coloured_sets import (
-    BESIDE,
-    FOLDERS,
-    STEMS,
     ColouredSet,
     Expected,
     Picture,
     Truth,
+    beside,
     check,
+    draw_name,
+    draw_size,
+    for_sets,
+    lose_twin,
     pictures,
     same_suffix,
     spelled_flag,
 )
+from support.source_fakes import encoded
 
 from lumen_ray.data.sources.voc import VocSource
 
@@ -79,7 +80,7 @@ def voc_sets(draw):
     sheets = draw_sheets(draw, made, blanks=not has_split)
     options = {"difficult": draw(st.sampled_from(["crowd", "object"])), "masks": draw(st.booleans())}
     options |= {"split": has_split, "first_pixel": draw(st.sampled_from([None, first_pixel]))}
-    contents = {f"images/{name}": data for name, data in BESIDE.items()} | {"xml/._0.xml": b"\0\5\26\7"}
+    contents = beside("images") | {"xml/._0.xml": b"\0\5\26\7"}
     for sheet in sheets:
         if sheet.stored is not None:
             contents[f"images/{sheet.stored}"] = sheet.picture.data
@@ -109,7 +110,7 @@ def draw_sheets(draw, made, blanks):
     """The names of each picture and its xml; two of them may have equal bare names."""
     sheets = []
     for picture in made:
-        folder, stem = draw(st.sampled_from(FOLDERS)), draw(st.sampled_from(STEMS)).format(picture.number)
+        folder, stem = draw_name(draw, picture)
         if not blanks:  # a list of a split ends a name at a blank
             folder, stem = folder.replace(" ", "_"), stem.replace(" ", "_")
         name = stem + picture.suffix
@@ -142,12 +143,7 @@ def draw_twins(draw, first, second):
         own = stem + picture.suffix
         twins.append(Sheet(picture, stem, own, own if filename == "cam" else filename, twin=True))
         twins[-1].folder = draw(st.sampled_from(["", stem.rpartition("/")[0]]))
-    layout = draw(st.sampled_from(["flat", "flat", "one", "both"]))
-    if layout != "both":
-        kept, other = draw(st.permutations(twins))
-        other.stored, other.found = None, False
-        if layout == "flat" and other.xml != "0001":
-            kept.stored, kept.found = "0001" + first.suffix, kept.xml == "0001"
+    lose_twin(draw, twins)
     return twins
 
 
@@ -266,9 +262,7 @@ def draw_mask(draw, sheet, sheets, contents):
     image = Image.fromarray(labels)
     if draw(st.booleans()):
         image.putpalette([255 - v // 3 for v in range(768)])
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    contents[f"masks/{name}.png"] = buffer.getvalue()
+    contents[f"masks/{name}.png"] = encoded(image)
     if kind in ("own", "flat") and not (kind == "flat" and sheet.twin and name != sheet.xml):
         for found in sheet.objects:
             if found.expected is not None:
@@ -281,9 +275,9 @@ def to_xml(draw, sheet):
     """The xml file."""
     if sheet.fate == "not xml":
         return b"<annotation><object></annotation>"
-    size = (7, 9) if sheet.fate == "wrong size" else sheet.picture.size
+    size = draw_size(draw, sheet.picture, sheet.fate, sheet.picture.as_stored)
     shown = ""
-    if sheet.fate == "wrong size" or sheet.picture.as_stored or draw(st.booleans()):
+    if size is not None:
         shown = f"<size><width>{size[1]}</width><height> {size[0]}.0</height><depth>3</depth></size>"
     encoding = draw(st.sampled_from(ENCODINGS))
     names = f"<folder>{escape(sheet.folder)}</folder><filename> {escape(sheet.filename)}</filename>"
@@ -319,8 +313,7 @@ def truth_of(made, sheets, options, missing):
     return truth
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(made=voc_sets())
+@for_sets(voc_sets())
 def test_objects_lie_on_their_pictures(made):
     def source(folder, split, masks, **options):
         paths = {"split": f"{folder}/split.txt" if split else None, "masks": f"{folder}/masks" if masks else None}

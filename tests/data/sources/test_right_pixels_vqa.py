@@ -4,7 +4,6 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.coloured_sets import (
     ColouredSet,
@@ -13,6 +12,7 @@ from support.coloured_sets import (
     Truth,
     check,
     draw_fates,
+    for_sets,
     pictures,
     places,
     spelled,
@@ -45,7 +45,7 @@ def vqa_sets(draw):
     made = draw(pictures())
     by_id = draw(st.booleans())
     given = draw(numbered_places(made)) if by_id else draw(places(made))
-    contents = stored_files(made, given) | {"images/.DS_Store": b"Bud1"}
+    contents = stored_files(made, given)
     fates = draw_fates(draw, made, given, contents, ("broken",))
     options = {"answers": draw(st.sampled_from(["majority", "all"])), "questions": ["questions.json"]}
     two_files = draw(st.booleans())
@@ -139,8 +139,7 @@ def check_answers(made, rows):
     assert found == (made.truth.answers if rows else {})
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(made=vqa_sets())
+@for_sets(vqa_sets())
 def test_questions_belong_to_their_pictures(made):
     def source(folder, questions, annotations=(), **options):
         paths = [[f"{folder}/{name}" for name in names] for names in (questions, annotations)]

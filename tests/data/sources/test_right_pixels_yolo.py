@@ -4,17 +4,16 @@ import posixpath
 import unicodedata
 from dataclasses import dataclass, field
 
-from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.coloured_sets import (
-    BESIDE,
-    FOLDERS,
-    STEMS,
     ColouredSet,
     Expected,
     Picture,
     Truth,
+    beside,
     check,
+    draw_name,
+    for_sets,
     pictures,
     same_suffix,
 )
@@ -60,8 +59,9 @@ def yolo_sets(draw):
             labels.lines.append(draw(st.sampled_from(["0 0.5 0.5 0 0.1", "1 0.25 0.5 0.1 0.0"])) + middle)
         if not labels.lines and labels.fate != "not text" and draw(st.booleans()):
             labels.lines = None
-    contents = {f"{posixpath.dirname(labels.image)}/{name}": data for labels in found for name, data in BESIDE.items()}
+    contents = {}
     for labels in found:
+        contents |= beside(posixpath.dirname(labels.image))
         write_files(draw, labels, contents)
     if mark_ambiguous(found[:2]):  # then the others have label files, since a set without any is refused
         for labels in found[2:]:
@@ -73,10 +73,7 @@ def yolo_sets(draw):
 
 def draw_names(draw, made):
     """The names of the pictures; two of them may have equal bare names, or names that differ only in Unicode form."""
-    names = []
-    for picture in made:
-        stem = draw(st.sampled_from(STEMS)).format(picture.number)
-        names.append(draw(st.sampled_from(FOLDERS)) + stem + picture.suffix)
+    names = ["".join(draw_name(draw, picture)) + picture.suffix for picture in made]
     kind = draw(st.sampled_from(["none", "cameras", "forms"])) if len(made) > 1 else "none"
     if kind != "none":
         same_suffix(*made[:2])
@@ -225,7 +222,6 @@ def truth_of(made, found, layout):
     return truth
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(made=yolo_sets())
+@for_sets(yolo_sets())
 def test_lines_lie_on_their_objects(made):
     check(made, lambda folder, **names: YoloSource(**{key: f"{folder}/{name}" for key, name in names.items()}))

@@ -341,13 +341,14 @@ def test_an_xml_without_a_picture_leaves_the_name_to_the_one_with_it(tmp_path):
     assert list(rows) == ["0001.jpg"] and rejected[0]["image_id"] == "cam2/0001.jpg"
 
 
-def test_a_filename_of_another_picture_at_the_top_is_refused(tmp_path):
-    """`cam1/1.xml` names the picture of `0.xml`, though `cam1/1.jpg` is there."""
-    contents = {"images/0.jpg": jpeg(), "images/cam1/1.jpg": jpeg(90)}
-    contents |= {f"xml/{name}.xml": voc_xml("0.jpg", [("cat", (3, 3, 9, 9), "")]) for name in ("0", "cam1/1")}
+@pytest.mark.parametrize(("first", "second"), [("0", "cam1/1"), ("a/0", "b/1")])
+def test_a_filename_of_another_picture_is_refused(tmp_path, first, second):
+    """The second xml names the picture of the first, at the top or in a sub-folder, though it has one of its own."""
+    contents = {f"images/{first}.jpg": jpeg(), f"images/{second}.jpg": jpeg(90)}
+    contents |= {f"xml/{name}.xml": voc_xml(f"{first}.jpg", [("cat", (3, 3, 9, 9), "")]) for name in (first, second)}
     write(tmp_path, contents)
     rows, rejected, _ = prepared(VocSource(f"{tmp_path}/xml", f"{tmp_path}/images"), tmp_path / "out")
-    assert list(rows) == ["0.jpg"]
+    assert list(rows) == [f"{first}.jpg"]
     assert [r["rule"] for r in rejected if r["kind"] == "images"] == ["other_image"]
 
 
@@ -361,12 +362,3 @@ def test_a_mask_of_an_xml_that_cannot_be_read_is_no_other_ones(tmp_path):
     source = VocSource(f"{tmp_path}/xml", f"{tmp_path}/images", masks=f"{tmp_path}/masks")
     rows, _, _ = prepared(source, tmp_path / "out")
     assert [i["mask"] for i in rows["cam1/0001.jpg"]["instances"]] == [None, None]
-
-
-def test_a_filename_in_another_sub_folder_is_refused(tmp_path):
-    contents = {"images/a/0.jpg": jpeg(), "images/b/1.jpg": jpeg(90)}
-    contents |= {f"xml/{name}.xml": voc_xml("a/0.jpg", [("cat", (3, 3, 9, 9), "")]) for name in ("a/0", "b/1")}
-    write(tmp_path, contents)
-    rows, rejected, _ = prepared(VocSource(f"{tmp_path}/xml", f"{tmp_path}/images"), tmp_path / "out")
-    assert list(rows) == ["a/0.jpg"]
-    assert [r["rule"] for r in rejected if r["kind"] == "images"] == ["other_image"]
