@@ -219,6 +219,8 @@ class TrunkStage(FromFolder):
                 stopped = stop_at(text, request.sampling.stop)
                 plan.text = text if stopped is None else stopped
                 plan.log_probs = sampler.log_probs[: len(tokens)]
+                plan.tokens = self.tokenizer.token_texts(tokens)
+                plan.is_cut = len(tokens) == limit and stopped is None and tokens[-1] not in routing
         return routed
 
     def _check_context(self, layout: Layout, prefix: int, limit: int) -> None:
