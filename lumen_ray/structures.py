@@ -301,8 +301,12 @@ class Answer:
     route: str | None = None
     #: generated or edited images, uint8 [h, w, 3] RGB each
     images: list[np.ndarray] | None = None
-    #: of the tokens of `text`, its end token included: natural logarithms of their probabilities by the LLM
+    #: of the tokens that the LLM wrote, without its end token: natural logarithms of their probabilities by the LLM
     log_probs: list[float] | None = None
+    #: the text of each of these tokens (`LumenTokenizer.token_texts`)
+    tokens: list[str] | None = None
+    #: whether the text is as long as it may be, though the LLM did not end it
+    is_cut: bool = False
 
     def best(self, most: int) -> Answer:
         """The answer reduced to the `most` instances with the highest scores over all phrases; ties in phrase order."""

@@ -27,7 +27,7 @@ DecoderResult = Prediction | list[np.ndarray] | None
 @dataclass
 class RequestPlan:
     """Where one request's answer comes from: `links` are indices into the super link of its `decoder`, `text` is what
-    the LLM wrote, `log_probs` are those of its tokens."""
+    the LLM wrote; `log_probs`, `tokens` and `is_cut` are as in `Answer`."""
 
     task: str
     size: Size
@@ -36,6 +36,8 @@ class RequestPlan:
     route: str | None = None
     text: str | None = None
     log_probs: list[float] | None = None
+    tokens: list[str] | None = None
+    is_cut: bool = False
 
 
 @dataclass
@@ -133,7 +135,15 @@ def assemble(
 
 def _answer(plan: RequestPlan, results: Mapping[str, Sequence[DecoderResult]]) -> Answer | None:
     if not plan.links:
-        return Answer(plan.task, plan.size, [], text=plan.text, route=plan.route, log_probs=plan.log_probs)
+        return Answer(
+            plan.task,
+            plan.size,
+            text=plan.text,
+            route=plan.route,
+            log_probs=plan.log_probs,
+            tokens=plan.tokens,
+            is_cut=plan.is_cut,
+        )
     assert plan.decoder is not None, "links belong to a decoder"
     if plan.decoder not in results:
         return None

@@ -158,20 +158,17 @@ def _refuse_reserved(text: str) -> None:
 
 
 def check_requests(size: Size | None, requests: Sequence[Request]) -> None:
-    """Raises `UserError` for requests that do not fit an image of (height, width) `size`, or text alone (None).
-
-    Free chat works with both.
-    """
+    """Raises `UserError` for requests that do not fit an image of (height, width) `size`, or text alone (None)."""
     for request in requests:
-        if size is not None or request.task != "chat":
-            check_image(request.task, size is not None)
+        check_image(request.task, size is not None)
         if size is not None and request.region is not None:
             _check_region(size, request.region)
 
 
 def check_image(task: str, given: bool) -> None:
-    """Raises `UserError` if a task that needs an image has none, or one that takes none has one."""
-    if get_task(task).sees_image == given:
+    """Raises `UserError` if a task that needs an image has none, or one that takes none has one. Free chat works with
+    both."""
+    if get_task(task).sees_image == given or task == "chat":
         return
     if given:
         raise UserError(f"task '{task}' takes no image, only a text; leave it out", "unexpected_image")

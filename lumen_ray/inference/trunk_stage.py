@@ -261,6 +261,8 @@ class TrunkStage(FromFolder):
             else:
                 plan.text = self._text(writing)
                 plan.log_probs = writing.prompt.sampler.log_probs[: len(writing.tokens)]
+                plan.tokens = self.tokenizer.token_texts(writing.tokens)
+                plan.is_cut = writing.end == "length"
         return routed
 
     def _text(self, writing: Writing) -> str:

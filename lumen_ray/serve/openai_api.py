@@ -1,104 +1,63 @@
-"""`/v1/chat/completions` in OpenAI's format, as far as the model supports it: one user message with text and one image.
+"""`/v1/chat/completions` in OpenAI's format, as far as the model supports it: conversations with at most one image.
 
-Parameters that cannot be honoured are taken at their neutral value and refused at any other. Answers are decoded
-greedily and in one piece. When the LLM routes the prompt to a decoder, `content` is empty and the instances are in the
-extension field `lumen`.
+Parameters that cannot be honoured are taken at their neutral value and refused at any other; those of sampling too,
+unless the server's setting `openai_sampling` is on. Answers come in one piece. When the LLM routes the prompt to a
+decoder, `content` is empty and the instances are in the extension field `lumen`.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field
 
 from lumen_ray.config import Settings
 from lumen_ray.errors import UserError
 from lumen_ray.serve import schemas
+from lumen_ray.serve.conversation import NO_TOOLS, UNUSED, ChatMessage, Conversation, read_conversation
 from lumen_ray.serve.http import json_schema_ref
-from lumen_ray.serve.images import image_bytes
 from lumen_ray.serve.neutral import Neutral, refuse_others
 from lumen_ray.serve.settings import MAX_NEW_TOKENS, ServeSettings
 from lumen_ray.serve.task_api import Backend, answer
+from lumen_ray.structures import Answer
 
-_UNUSED = "accepted and without effect"
-_GREEDY = "decoding is greedy"
-_NO_PENALTY = "tokens are not penalised"
-_NO_LOGPROBS = "log probabilities are not returned"
-_NO_TOOLS = "the model calls no tools"
+_ONE_ANSWER = "each request has one answer"
+_NO_PENALTY = "tokens are not penalised by how often they occur"
 _TEXT_ONLY = "answers are plain text"
+_GREEDY = "decoding is greedy (the server's setting 'openai_sampling' is off)"
+#: parameters of sampling -> their values where decoding is greedy
+_SAMPLING = {
+    "temperature": Neutral(_GREEDY, 0),
+    "top_p": Neutral(_GREEDY, 1),
+    "top_k": Neutral(_GREEDY, 0, -1),
+    "repetition_penalty": Neutral(_GREEDY, 1),
+    "stop": Neutral(_GREEDY, []),
+}
+_NEEDS_SAMPLING = "taken if the server's setting openai_sampling is on"
+#: the least log probability, which JSON has a number for, as in OpenAI's API
+_LEAST_LOG_PROB = -9999.0
 
 
-class ImageUrl(Settings):
-    url: str = Field(description="a data URL or base64; remote URLs are refused")
-    detail: Literal["auto", "low", "high", "original"] | None = Field(
-        None, description=f"{_UNUSED}: images have one input size"
-    )
-
-
-def _as_image_url(value: Any) -> Any:
-    """A plain text stands for its URL."""
+def _as_stops(value: Any) -> Any:
+    """A plain text stands for a list of one."""
     if isinstance(value, str):
-        return {"url": value}
-    if value is not None and not isinstance(value, dict):
-        raise UserError("give an object with the data URL under 'url', or the data URL itself")
+        return [value]
+    if value is not None and not isinstance(value, list):
+        raise UserError("'stop' is a text or a list of texts")
     return value
 
 
-class Part(Settings):
-    """A text or an image."""
-
-    type: Literal["text", "image_url"]
-    text: str | None = Field(None, validate_default=True, description="of a part of type text")
-    image_url: Annotated[
-        ImageUrl | None, BeforeValidator(_as_image_url, json_schema_input_type=str | ImageUrl | None)
-    ] = Field(None, validate_default=True, description="of a part of type image_url; a text is its URL")
-    prompt_cache_breakpoint: dict[str, Any] | None = Field(None, description=_UNUSED)
-
-    @field_validator("text", "image_url")
-    @classmethod
-    def _belongs(cls, value: Any, info: ValidationInfo) -> Any:
-        """A part has the field that its type names, and not the other one."""
-        kind = info.data.get("type")  # absent if it is wrong, which is an error of its own
-        if kind == info.field_name and value is None:
-            raise UserError(f"a part of type '{kind}' needs this field")
-        if kind is not None and kind != info.field_name and value is not None:
-            raise UserError(f"a part of type '{kind}' does not take this field; give each part one of the two")
-        return value
-
-
-def _as_parts(content: Any) -> Any:
-    """A plain text stands for a list of one part."""
-    if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if content is not None and not isinstance(content, list):
-        raise UserError("give a text, or a list of parts of type 'text' or 'image_url'")
-    return content
-
-
-class ChatMessage(Settings):
-    """A message. Only one of the user is taken; keys of other roles are known, so that the error is about the role."""
-
-    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: Annotated[
-        list[Part] | None, BeforeValidator(_as_parts, json_schema_input_type=str | list[Part] | None)
-    ] = Field(None, description="the text and the image, in parts")
-    name: str | None = Field(None, description=_UNUSED)
-    refusal: Annotated[Any, Neutral("a user message holds no refusal", "")] = None
-    audio: Annotated[Any, Neutral("a user message holds text and an image")] = None
-    annotations: Annotated[Any, Neutral("a user message holds no annotations", [])] = None
-    tool_calls: Annotated[Any, Neutral(_NO_TOOLS, [])] = None
-    tool_call_id: Annotated[Any, Neutral(_NO_TOOLS, "")] = None
-    function_call: Annotated[Any, Neutral(_NO_TOOLS)] = None
-
-
 class ChatRequest(Settings):
-    """One question about one image."""
+    """A conversation that ends with a question."""
 
     model: str | None = Field(None, description="the preset from GET /v1/models; null for the model that is loaded")
-    messages: list[ChatMessage] = Field(min_length=1, description="exactly one user message with text and one image")
+    messages: list[ChatMessage] = Field(
+        min_length=1,
+        description="system or developer first, if any; user and assistant in turn; user last; at most one image",
+    )
     max_tokens: int | None = Field(
         None,
         ge=1,
@@ -106,24 +65,55 @@ class ChatRequest(Settings):
     )
     max_completion_tokens: int | None = Field(None, ge=1, description="the newer name of max_tokens")
 
-    temperature: Annotated[float | None, Neutral(_GREEDY, 0)] = None
-    top_p: Annotated[float | None, Neutral(_GREEDY, 1)] = None
-    n: Annotated[int | None, Neutral(f"{_GREEDY}, so there is one answer", 1)] = None
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        le=2,
+        allow_inf_nan=False,
+        description=f"0 or null takes the most probable tokens; above 0, {_NEEDS_SAMPLING}, they are drawn",
+    )
+    top_p: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description=f"draw from the most probable tokens with this probability in sum; below 1, {_NEEDS_SAMPLING}",
+    )
+    top_k: int | None = Field(
+        None,
+        ge=-1,
+        le=2**31,
+        description=f"not in OpenAI's API: draw from so many tokens at most; above 0, {_NEEDS_SAMPLING}; -1, 0: all",
+    )
+    repetition_penalty: float | None = Field(
+        None,
+        ge=0.01,
+        le=10,
+        allow_inf_nan=False,
+        description="not in OpenAI's API: above 1, tokens of prompt and answer become less probable; other than 1, "
+        f"{_NEEDS_SAMPLING}",
+    )
+    stop: Annotated[list[str] | None, BeforeValidator(_as_stops, json_schema_input_type=str | list[str] | None)] = (
+        Field(None, description=f"a text that ends the answer, or up to 16 of them; {_NEEDS_SAMPLING}")
+    )
+    seed: int | None = Field(
+        None, description="of the tokens drawn: an equal request with it has an equal answer; null: another each time"
+    )
+    logprobs: bool | None = Field(None, description="whether the answer has the log probabilities of its tokens")
+    top_logprobs: Annotated[int | None, Neutral("only the chosen tokens have log probabilities", 0)] = None
+    n: Annotated[int | None, Neutral(_ONE_ANSWER, 1)] = None
     frequency_penalty: Annotated[float | None, Neutral(_NO_PENALTY, 0)] = None
     presence_penalty: Annotated[float | None, Neutral(_NO_PENALTY, 0)] = None
     logit_bias: Annotated[Any, Neutral("the probabilities of tokens are not changed", {})] = None
-    logprobs: Annotated[bool | None, Neutral(_NO_LOGPROBS, False)] = None
-    top_logprobs: Annotated[int | None, Neutral(_NO_LOGPROBS, 0)] = None
-    stop: Annotated[Any, Neutral("an answer ends where the model ends it", [])] = None
     stream: Annotated[bool | None, Neutral("answers are not streamed", False, reason="streaming_unsupported")] = None
     stream_options: Annotated[Any, Neutral("answers are not streamed")] = None
     response_format: Annotated[Any, Neutral(_TEXT_ONLY, {"type": "text"})] = None
     modalities: Annotated[Any, Neutral(_TEXT_ONLY, ["text"])] = None
     audio: Annotated[Any, Neutral(_TEXT_ONLY)] = None
-    tools: Annotated[Any, Neutral(_NO_TOOLS, [])] = None
-    functions: Annotated[Any, Neutral(_NO_TOOLS, [])] = None
-    tool_choice: Annotated[Any, Neutral(_NO_TOOLS, "none", "auto")] = None
-    function_call: Annotated[Any, Neutral(_NO_TOOLS, "none", "auto")] = None
+    tools: Annotated[Any, Neutral(NO_TOOLS, [])] = None
+    functions: Annotated[Any, Neutral(NO_TOOLS, [])] = None
+    tool_choice: Annotated[Any, Neutral(NO_TOOLS, "none", "auto")] = None
+    function_call: Annotated[Any, Neutral(NO_TOOLS, "none", "auto")] = None
     prediction: Annotated[Any, Neutral("a predicted answer is not used")] = None
     reasoning_effort: Annotated[Any, Neutral("the model answers without reasoning", "none")] = None
     verbosity: Annotated[Any, Neutral("the length of answers cannot be steered", "medium")] = None
@@ -132,14 +122,13 @@ class ChatRequest(Settings):
     store: Annotated[bool | None, Neutral("answers are not stored", False)] = None
     service_tier: Annotated[Any, Neutral("all requests are served alike", "auto", "default")] = None
 
-    seed: int | None = Field(None, description=f"{_UNUSED}: decoding is deterministic")
-    parallel_tool_calls: bool | None = Field(None, description=f"{_UNUSED}: {_NO_TOOLS}")
-    metadata: dict[str, str] | None = Field(None, description=_UNUSED)
-    prompt_cache_key: str | None = Field(None, description=_UNUSED)
-    prompt_cache_retention: str | None = Field(None, description=_UNUSED)
-    prompt_cache_options: dict[str, Any] | None = Field(None, description=_UNUSED)
-    safety_identifier: str | None = Field(None, description=_UNUSED)
-    user: str | None = Field(None, description=_UNUSED)
+    parallel_tool_calls: bool | None = Field(None, description=f"{UNUSED}: {NO_TOOLS}")
+    metadata: dict[str, str] | None = Field(None, description=UNUSED)
+    prompt_cache_key: str | None = Field(None, description=UNUSED)
+    prompt_cache_retention: str | None = Field(None, description=UNUSED)
+    prompt_cache_options: dict[str, Any] | None = Field(None, description=UNUSED)
+    safety_identifier: str | None = Field(None, description=UNUSED)
+    user: str | None = Field(None, description=UNUSED)
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -155,17 +144,19 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
     @router.post(
         "/chat/completions",
         tags=["openai"],
-        summary="One question about one image, in OpenAI's format",
+        summary="A conversation with at most one image, in OpenAI's format",
         openapi_extra={"requestBody": body},
     )
     async def chat_completions(request: Request) -> dict[str, Any]:
         chat = schemas.parse(ChatRequest, schemas.parse_json(await request.body()))
         refuse_others(chat)
         await check_model(backend, chat.model)
-        question, image = _question_and_image(chat.messages)
-        fields = schemas.TaskFields(text=question, max_new_tokens=chat.max_new_tokens)
-        answers, extra = await answer(backend, settings, image, [("chat", fields)])
-        return _completion(answers[0].to_dict(), extra)
+        if not settings.openai_sampling:
+            _refuse_sampling(chat)
+        conversation = read_conversation(chat.messages)
+        fields = _task_fields(chat, conversation)
+        answers, extra = await answer(backend, settings, conversation.image, [("chat", fields)])
+        return _completion(answers[0], extra, bool(chat.logprobs))
 
     return router
 
@@ -177,34 +168,64 @@ async def check_model(backend: Backend, name: str | None) -> None:
         raise UserError(f"unknown model '{name}'; models: {info['preset']}", "unknown_model")
 
 
-def _question_and_image(messages: list[ChatMessage]) -> tuple[str, bytes]:
-    """The text and the image of the single user message; raises `UserError` for any other conversation."""
-    roles = [message.role for message in messages]
-    if roles != ["user"]:
-        raise UserError(
-            f"the model takes exactly one user message, no system message or history; got roles {', '.join(roles)}",
-            "unsupported_conversation",
-        )
-    refuse_others(messages[0], "messages.0.")
-    parts = messages[0].content
-    if parts is None:
-        raise UserError("'messages.0.content' is required; give a text and one image", "missing_content")
-    question = " ".join(part.text for part in parts if part.text)
-    images = [(i, part.image_url) for i, part in enumerate(parts) if part.image_url]
-    if len(images) != 1:
-        raise UserError(f"the message needs exactly one part of type 'image_url', got {len(images)}", "missing_image")
-    place, image = images[0]
-    return question, image_bytes(image.url, f"messages.0.content.{place}.image_url.url")
+def _refuse_sampling(chat: ChatRequest) -> None:
+    """Raises `UserError` for the first parameter that greedy decoding cannot honour."""
+    for name, rule in _SAMPLING.items():
+        if not rule.takes(getattr(chat, name)):
+            raise rule.refusal(name)
 
 
-def _completion(result: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+def _task_fields(chat: ChatRequest, conversation: Conversation) -> schemas.TaskFields:
+    """The request as one to `/v1/chat`."""
+    return schemas.TaskFields(
+        text=conversation.question,
+        history=conversation.history,
+        system=conversation.system,
+        max_new_tokens=chat.max_new_tokens,
+        temperature=chat.temperature,
+        top_p=chat.top_p,
+        top_k=None if chat.top_k is None else max(chat.top_k, 0),  # -1 for all tokens is vLLM's habit
+        repetition_penalty=chat.repetition_penalty,
+        stop=chat.stop,
+        seed=None if chat.seed is None else chat.seed % 2**63,  # OpenAI's may be negative
+    )
+
+
+def _completion(answer: Answer, extra: dict[str, Any], with_log_probs: bool) -> dict[str, Any]:
     """The response in OpenAI's format, without token usage, which is not measured."""
-    message = {"role": "assistant", "content": result.get("text") or ""}
+    choice = {
+        "index": 0,
+        "message": {"role": "assistant", "content": answer.text or ""},
+        "logprobs": {"content": _log_probs(answer), "refusal": None} if with_log_probs else None,
+        "finish_reason": "length" if answer.is_cut else "stop",
+    }
     return {
         "id": f"chatcmpl-{uuid.uuid4().hex}",
         "object": "chat.completion",
         "created": int(time.time()),
         "model": extra["model"],
-        "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-        "lumen": {**result, "timing_ms": extra["timing_ms"]},
+        "choices": [choice],
+        "lumen": {**answer.to_dict(), "timing_ms": extra["timing_ms"]},
     }
+
+
+def _log_probs(answer: Answer) -> list[dict[str, Any]]:
+    """An entry per token, whose texts joined are the answer: without outer blanks and what a stop text cut off."""
+    text, tokens = answer.text or "", answer.tokens or []
+    written = "".join(tokens)
+    end = len(written.lstrip()) - len(written)  # of the last token, in `text`; below 0 in the blanks before it
+    entries = []
+    for token, log_prob in zip(tokens, answer.log_probs or (), strict=True):
+        start, end = end, end + len(token)
+        if start >= len(text):
+            break
+        piece = text[max(start, 0) : max(end, 0)]
+        entries.append(
+            {
+                "token": piece,
+                "logprob": max(_LEAST_LOG_PROB, log_prob),
+                "bytes": list(piece.encode()),
+                "top_logprobs": [],
+            }
+        )
+    return entries

@@ -22,6 +22,7 @@ def _needing(what: Needs) -> str:
     return in_words(lambda task: task.needs == what)
 
 
+_TEXTS = in_words(lambda task: task.is_text)
 _POSES = in_words(lambda task: task.result == "keypoints")
 _PICTURES = in_words(lambda task: task.result == "image")
 
@@ -73,7 +74,42 @@ class TaskFields(Settings):
     max_new_tokens: int | None = Field(
         None, ge=1, le=MAX_NEW_TOKENS, description="longest text answer, in tokens of the model"
     )
-    seed: int | None = Field(None, ge=0, description=f"{_PICTURES}: each seed gives another picture; null is 0")
+    history: list[tuple[str, str]] | None = Field(
+        None,
+        description="chat: the earlier questions of the conversation with their answers, [[question, answer], ...]",
+    )
+    system: str | None = Field(None, description="chat: the system text, before the first question")
+    temperature: float | None = Field(
+        None,
+        ge=0,
+        le=2,
+        allow_inf_nan=False,
+        description=f"{_TEXTS}: above 0, tokens are drawn at this temperature; 0 or null takes the most probable ones",
+    )
+    top_p: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description=f"{_TEXTS}: draw from the most probable tokens that together have this probability; null is 1",
+    )
+    top_k: int | None = Field(
+        None, ge=0, le=2**31, description=f"{_TEXTS}: draw from so many tokens at most; null or 0: all"
+    )
+    repetition_penalty: float | None = Field(
+        None,
+        ge=0.01,
+        le=10,
+        allow_inf_nan=False,
+        description=f"{_TEXTS}: above 1, tokens of the prompt and the answer become less probable; null is 1",
+    )
+    stop: list[str] | None = Field(None, description=f"{_TEXTS}: up to 16 texts that end the answer, not part of it")
+    seed: int | None = Field(
+        None,
+        ge=0,
+        description=f"{_PICTURES}: each seed gives another picture; null is 0. {_TEXTS}: of the tokens drawn; null: "
+        "another one for each request",
+    )
     steps: int | None = Field(None, ge=1, le=200, description=f"{_PICTURES}: denoising steps; null is 30")
     guidance: float | None = Field(
         None, ge=0, le=100, description=f"{_PICTURES}: how strictly the text is followed; null: the model's own"
@@ -96,7 +132,7 @@ _IMAGE = Field(description=_IMAGE_TEXT)
 class TaskRequest(TaskFields):
     """One task, about one image unless it generates one."""
 
-    image: str | None = Field(None, description=_IMAGE_TEXT)
+    image: str | None = Field(None, description=f"{_IMAGE_TEXT}; chat can do without")
 
 
 class NamedTask(TaskFields):
@@ -129,12 +165,15 @@ class Instance(BaseModel):
     )
 
 
+_SIZE = "of the image after EXIF rotation, in pixels; without one, of the pictures made or the model's input"
+
+
 class TaskAnswer(BaseModel):
     """The answer to one task."""
 
     task: str
-    height: int = Field(description="of the image after EXIF rotation, in pixels; without one, of the pictures made")
-    width: int = Field(description="of the image after EXIF rotation, in pixels; without one, of the pictures made")
+    height: int = Field(description=_SIZE)
+    width: int = Field(description=_SIZE)
     text: str | None = Field(None, description=f"the written answer of {in_words(lambda task: task.is_text)}")
     route: str | None = Field(None, description="routing token that sent the prompt to a decoder; absent for text")
     phrases: list[str] | None = Field(None, description="the phrases of the request; absent for text")

@@ -128,7 +128,10 @@ class Limits(Settings):
     max_pixels: int = Field(40_000_000, ge=1, description="width times height of an image")
     max_classes: int = Field(256, ge=1, description="phrases of one request body, over all its tasks")
     max_requests: int = Field(32, ge=1, description="tasks of one /v1/infer call")
-    max_text_chars: int = Field(2000, ge=1)
+    max_text_chars: int = Field(2000, ge=1, description="characters of one text or name")
+    max_history_chars: int = Field(
+        20_000, ge=1, description="characters of a chat's system text and earlier turns together"
+    )
 
 
 class Defaults(Settings):
@@ -149,6 +152,11 @@ class ServeSettings(Settings):
     ingress: Deployment = Deployment(max_ongoing_requests=64, max_queued_requests=128, num_cpus=0.5)
     trunk: ModelDeployment = ModelDeployment(num_cpus=1)
     decoders: dict[str, ModelDeployment] = Field({}, description="by decoder; those left out get the defaults")
+    openai_sampling: bool = Field(
+        False,
+        description="/v1/chat/completions honours temperature, top_p, top_k, repetition_penalty and stop; otherwise it "
+        "refuses values that would change a greedy answer",
+    )
     serving: dict[str, str] = Field(
         {}, description="which decoder serves a task, as {TASK: DECODER}; for others the model's choice"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,6 +16,7 @@ from starlette.datastructures import FormData, UploadFile
 
 from lumen_ray.errors import UserError
 from lumen_ray.inference.request import Request, check_image, make_request
+from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.serve import forms, schemas
 from lumen_ray.serve.http import content_type, json_schema_ref
 from lumen_ray.serve.images import checked_rle, decode_image, image_bytes
@@ -51,13 +53,20 @@ _FIELDS = {
 
 #: settings of the pictures
 _SAMPLE_FIELDS = ("seed", "steps", "guidance", "image_guidance", "height", "width", "num_images")
-_OPTIONAL = ("classes", "text", "region", "keypoints", *_SAMPLE_FIELDS)
-_FORM_LISTS, _FORM_OBJECTS = ("classes", "keypoints"), ("region",)
+#: how the tokens of a text are chosen
+_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed")
+_CHAT_FIELDS = ("history", "system")
+_OPTIONAL = ("classes", "text", "region", "keypoints", *_CHAT_FIELDS, *_SAMPLING_FIELDS, *_SAMPLE_FIELDS)
+_FORM_LISTS, _FORM_OBJECTS = ("classes", "keypoints", "stop"), ("region", "history")
 
 
 def fields_of(task: Task) -> tuple[str, ...]:
     """Names of the request fields that `task` takes, without the limits of the answer."""
     fields = _FIELDS[task.needs] + (("keypoints",) if task.keypoint_template else ())
+    if task.name == "chat":
+        fields += _CHAT_FIELDS
+    if task.is_text:
+        fields += _SAMPLING_FIELDS
     if task.result == "image":
         fields += tuple(name for name in _SAMPLE_FIELDS if name != "image_guidance" or task.sees_image)
     return fields
@@ -68,12 +77,8 @@ def parse_request(task: str, fields: schemas.TaskFields, size: Size, settings: S
     taken = fields_of(get_task(task))
     for name in _OPTIONAL:
         if getattr(fields, name) is not None and name not in taken:
-            takes = f"it takes {' and '.join(taken)}" if taken else "it takes the image alone"
-            raise UserError(f"task '{task}' does not take '{name}'; {takes}", "unexpected_field")
-    limit = settings.limits.max_text_chars
-    for text in (fields.text or "", *(fields.classes or ()), *(fields.keypoints or ())):
-        if len(text) > limit:
-            raise UserError(f"a text of {len(text)} characters is too long; give at most {limit}", "text_too_long")
+            raise UserError(f"task '{task}' does not take '{name}'; it takes {_in_words(taken)}", "unexpected_field")
+    _check_lengths(fields, settings)
     region = None if fields.region is None else _region(fields.region, size)
     request = make_request(
         task,
@@ -82,6 +87,9 @@ def parse_request(task: str, fields: schemas.TaskFields, size: Size, settings: S
         region=region,
         keypoints=fields.keypoints,
         sample=_sample(fields) if get_task(task).result == "image" else None,
+        history=fields.history or (),
+        system=fields.system,
+        sampling=_sampling(fields) if get_task(task).is_text else GREEDY,
     )
     defaults = settings.defaults
     return replace(
@@ -89,6 +97,38 @@ def parse_request(task: str, fields: schemas.TaskFields, size: Size, settings: S
         score_threshold=defaults.score_threshold if fields.score_threshold is None else fields.score_threshold,
         max_per_phrase=fields.max_per_phrase or defaults.max_per_phrase,
     )
+
+
+def _in_words(taken: Sequence[str]) -> str:
+    """The fields of a task for an error; those of sampling, which every text has, under one name."""
+    if not set(_SAMPLING_FIELDS) <= set(taken):
+        return " and ".join(taken)
+    others = [name for name in taken if name not in _SAMPLING_FIELDS]
+    return f"{' and '.join(others) or 'the image alone'}, and settings of sampling"
+
+
+def _check_lengths(fields: schemas.TaskFields, settings: ServeSettings) -> None:
+    limits = settings.limits
+    for text in (fields.text or "", *(fields.classes or ()), *(fields.keypoints or ())):
+        if len(text) > limits.max_text_chars:
+            raise UserError(
+                f"a text of {len(text)} characters is too long; give at most {limits.max_text_chars}", "text_too_long"
+            )
+    # the model's own answers come back as history, so that one of them may be longer than a question
+    before = len(fields.system or "") + sum(len(text) for turn in fields.history or () for text in turn)
+    if before > limits.max_history_chars:
+        raise UserError(
+            f"the system text and earlier turns have {before} characters; give at most {limits.max_history_chars}",
+            "text_too_long",
+        )
+
+
+def _sampling(fields: schemas.TaskFields) -> Sampling:
+    """How the tokens of a text are chosen. Drawn without a seed, every answer is another one."""
+    names = ("temperature", "top_p", "top_k", "repetition_penalty")
+    given = {name: value for name in names if (value := getattr(fields, name)) is not None}
+    seed = secrets.randbits(63) if fields.seed is None else fields.seed
+    return Sampling(**given, seed=seed if fields.temperature else 0, stop=tuple(fields.stop or ()))
 
 
 def _sample(fields: schemas.TaskFields) -> SampleSettings:
@@ -271,8 +311,8 @@ def _task_body() -> dict[str, Any]:
         "type": "object",
         "required": ["image"],
         "properties": {"image": {"type": "string", "format": "binary"}, **dict.fromkeys(names, text)},
-        "description": "the file itself; classes and keypoints comma-separated (in double quotes where an item has a "
-        "comma) or JSON, repeated fields add up; region as JSON; an empty field is as if left out",
+        "description": "the file itself; classes, keypoints and stop comma-separated (in double quotes where an item "
+        "has a comma) or JSON, repeated fields add up; region and history as JSON; an empty field is as if left out",
     }
     body["content"]["multipart/form-data"] = {"schema": form}
     return body

@@ -160,7 +160,23 @@ class LumenTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of the ids, without special tokens."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True).strip()
+        return self._text(ids).strip()
+
+    def token_texts(self, ids: Sequence[int]) -> list[str]:
+        """The text of each id. Joined and stripped they are `decode(ids)`, as long as bytes make up characters. One
+        that several tokens write together belongs to the last of them; special tokens have no text."""
+        texts: list[str] = []
+        start = read = 0  # of the last id with a text: decoding it again keeps the blank between it and the next
+        for end in range(1, len(ids) + 1):
+            before, now = self._text(ids[start:read]), self._text(ids[start:end])
+            is_whole = not now.endswith("\ufffd") or end == len(ids)  # U+FFFD: the bytes of a character so far
+            texts.append(now[len(before) :] if is_whole else "")
+            if texts[-1]:
+                start, read = read, end
+        return texts
+
+    def _text(self, ids: Iterable[int]) -> str:
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 
 
 def routing_tokens(families: Iterable[str]) -> list[str]:

@@ -13,6 +13,7 @@ from lumen_ray.inference.decoder_stage import DecoderStage
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.outputs import assemble, merge
 from lumen_ray.inference.request import make_request
+from lumen_ray.inference.sampling import Sampling
 from lumen_ray.inference.trunk_stage import TrunkStage
 from lumen_ray.keypoints import FIGURE_KEYPOINTS
 from lumen_ray.model.build import save_model
@@ -159,6 +160,43 @@ def test_images_without_requests_and_no_images(engine):
 def test_texts_alone_need_no_decoder(engine):
     out = engine.trunk.links(PICTURES[:2], [[make_request("caption")], []])
     assert not out.decoder_inputs and assemble(out.plans, {})[0][0].text is not None
+
+
+def written(engine, limit, **settings):
+    """The answer to a question about a picture with at most `limit` tokens."""
+    request = make_request("vqa", text="what is it ?", sampling=Sampling(**settings))
+    [[answer]] = engine.run(PICTURES[:1], [[request]], max_new_tokens=limit)
+    return answer
+
+
+def test_tokens_of_a_text_and_whether_it_was_cut(engine):
+    seeds = [seed for seed in range(20) if written(engine, 6, temperature=1.0, seed=seed).text]
+    cut = [written(engine, limit, temperature=1.0, seed=seeds[0]) for limit in (1, 3)]
+    for answer, limit in zip(cut, (1, 3), strict=True):
+        assert answer.is_cut and len(answer.tokens) == len(answer.log_probs) == limit
+        assert "".join(answer.tokens).strip() == answer.text
+    whole = written(engine, 400, temperature=1.0, seed=seeds[0])
+    assert whole.tokens[:2] == cut[1].tokens[:2] and whole.is_cut == (len(whole.tokens) == 400)
+
+
+def test_a_text_that_ends_at_its_longest_is_not_cut(engine):
+    """By the LLM's end token or by a stop text."""
+    answer = written(engine, 6, temperature=1.0, seed=3)
+    stopped = written(engine, len(answer.tokens), temperature=1.0, seed=3, stop=(answer.text[-1],))
+    assert answer.is_cut and answer.text and not stopped.is_cut
+    ends = [written(engine, 200, temperature=1.0, seed=seed) for seed in range(30)]
+    ended = next(answer for answer in ends if not answer.is_cut and answer.text)
+    seed = ends.index(ended)
+    assert not written(engine, len(ended.tokens) + 1, temperature=1.0, seed=seed).is_cut
+    assert written(engine, len(ended.tokens), temperature=1.0, seed=seed).is_cut
+
+
+def test_a_chat_needs_no_image_and_other_questions_do(engine):
+    [[answer]] = engine.run([None], [[make_request("chat", text="hello")]], max_new_tokens=3)
+    assert answer.text is not None or answer.route is not None
+    with pytest.raises(UserError) as error:
+        engine.run([None], [[make_request("vqa", text="what is it ?")]])
+    assert error.value.reason == "missing_image"
 
 
 def test_keypoints_of_ones_own_choice(engine):

@@ -19,7 +19,14 @@ def backend() -> FakeBackend:
 
 @pytest.fixture
 def settings() -> ServeSettings:
-    limits = Limits(max_body_bytes=200_000, max_pixels=10_000, max_classes=5, max_requests=3, max_text_chars=100)
+    limits = Limits(
+        max_body_bytes=200_000,
+        max_pixels=10_000,
+        max_classes=5,
+        max_requests=3,
+        max_text_chars=100,
+        max_history_chars=150,
+    )
     return ServeSettings(model="unused", limits=limits)
 
 

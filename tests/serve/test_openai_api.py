@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
+from fastapi.testclient import TestClient
 from support.serve_fakes import INFO, base64_png
 
+from lumen_ray.errors import UserError
+from lumen_ray.inference.sampling import GREEDY, Sampling
+from lumen_ray.serve.api import create_api
 from lumen_ray.serve.openai_api import ChatRequest
 from lumen_ray.serve.settings import MAX_NEW_TOKENS
 from lumen_ray.structures import Answer, Boxes, Prediction
@@ -38,14 +42,149 @@ def test_routed_answer_carries_instances(client, backend):
     assert result["lumen"]["route"] == "[DET]" and result["lumen"]["instances"][0]["box"] == [1, 2, 3, 4]
 
 
+def test_a_conversation_reaches_the_model(client, backend):
+    messages = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "hi"},
+        message("what is it ?"),
+    ]
+    response = client.post(CHAT, json={"messages": messages})
+    assert response.json()["choices"][0]["message"]["content"] == "chat says what is it ?"
+    image, (request,), _ = backend.calls[0]
+    assert image.shape == (16, 20, 3) and request.sampling == GREEDY
+    assert (request.system, request.history, request.text) == ("be brief", (("hello", "hi"),), "what is it ?")
+
+
+def test_text_alone(client, backend):
+    response = client.post(CHAT, json={"messages": [TEXT_ONLY]})
+    assert response.json()["choices"][0]["message"]["content"] == "chat says hello"
+    assert backend.calls[0][0] is None
+
+
+@pytest.mark.parametrize("reason", ["no_system_turn", "context_too_long"])
+def test_what_the_model_refuses_is_the_clients_error(client, backend, reason):
+    backend.error = UserError("this model has no such turn", reason)
+    response = client.post(CHAT, json={"messages": [{"role": "system", "content": "s"}, TEXT_ONLY]})
+    assert (response.status_code, response.json()["error"]["reason"]) == (400, reason)
+
+
+def answers(backend, **fields):
+    """Lets the backend answer with `fields`."""
+
+    async def infer(image, requests, max_new_tokens):
+        return [Answer("chat", (8, 8), **fields)]
+
+    backend.infer = infer
+
+
+def test_an_answer_that_was_cut_says_so(client, backend):
+    for is_cut, reason in [(True, "length"), (False, "stop")]:
+        answers(backend, text="a", is_cut=is_cut)
+        (choice,) = client.post(CHAT, json={"messages": [TEXT_ONLY]}).json()["choices"]
+        assert choice["finish_reason"] == reason and choice["logprobs"] is None
+
+
+@pytest.mark.parametrize(
+    ("tokens", "text", "pieces"),
+    [
+        (["a", " cat"], "a cat", ["a", " cat"]),
+        ([" ", " a", "", "ä "], "a\u00e4", ["", "a", "", "ä"]),
+        (["one", " two", " three"], "one t", ["one", " t"]),  # cut at the stop text "wo"
+        (["one", "\n", "two"], "one", ["one"]),
+        ([" ", ""], "", [""]),
+        ([], "", []),
+    ],
+)
+def test_log_probs_are_those_of_the_answers_tokens(client, backend, tokens, text, pieces):
+    answers(backend, text=text, tokens=tokens, log_probs=[-1.5 * n for n in range(len(tokens))])
+    (choice,) = client.post(CHAT, json={"messages": [TEXT_ONLY], "logprobs": True}).json()["choices"]
+    content = choice["logprobs"]["content"]
+    assert [entry["token"] for entry in content] == pieces and "".join(pieces) == text
+    assert [entry["logprob"] for entry in content] == [-1.5 * n for n in range(len(pieces))]
+    assert all(bytes(entry["bytes"]).decode() == entry["token"] for entry in content)
+    assert all(entry["top_logprobs"] == [] for entry in content)
+
+
+def test_log_probs_are_numbers_of_json_and_none_where_a_decoder_answers(client, backend):
+    answers(backend, text="a", tokens=["a"], log_probs=[-float("inf")])
+    body = {"messages": [TEXT_ONLY], "logprobs": True}
+    assert client.post(CHAT, json=body).json()["choices"][0]["logprobs"]["content"][0]["logprob"] == -9999
+    answers(backend, route="[DET]")
+    assert client.post(CHAT, json=body).json()["choices"][0]["logprobs"]["content"] == []
+
+
+@pytest.fixture
+def sampling(backend, settings):
+    """Posts parameters to a server that samples; returns the request's sampling, or the error."""
+    served = TestClient(create_api(backend, settings.model_copy(update={"openai_sampling": True})))
+
+    def post(**parameters):
+        response = served.post(CHAT, json={"messages": [TEXT_ONLY], **parameters})
+        return backend.calls[-1][1][0].sampling if response.status_code == 200 else response.json()["error"]
+
+    return post
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ({}, GREEDY),
+        ({"temperature": 0, "top_p": 1, "stop": None, "top_k": -1, "seed": 5}, GREEDY),
+        ({"temperature": 0.7, "seed": 5}, Sampling(temperature=0.7, seed=5)),
+        ({"temperature": 2, "top_p": 0.5, "top_k": 9, "seed": 0}, Sampling(2, 0.5, 9)),
+        ({"temperature": 1, "top_k": -1, "seed": -3}, Sampling(1, seed=2**63 - 3)),
+        ({"repetition_penalty": 1.2}, Sampling(repetition_penalty=1.2)),
+        ({"stop": "x"}, Sampling(stop=("x",))),
+        ({"stop": ["x", "\n"]}, Sampling(stop=("x", "\n"))),
+        ({"stop": []}, GREEDY),
+    ],
+)
+def test_sampling_follows_the_parameters(sampling, parameters, expected):
+    assert sampling(**parameters) == expected
+
+
+def test_without_a_seed_each_answer_is_drawn_anew(sampling):
+    assert len({sampling(temperature=1).seed for _ in range(8)}) == 8
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    {
+        "temperature": [-0.1, 2.1, "warm"],
+        "top_p": [-0.1, 1.1],
+        "top_k": [-2, 1.5],
+        "repetition_penalty": [0, 11],
+        "stop": ["", ["x"] * 17, [""], 5, [5], {"x": "y"}],
+        "seed": ["x", 1.5],
+    }.items(),
+)
+def test_sampling_out_of_range_is_refused_by_its_name(sampling, name, values):
+    for value in values:
+        error = sampling(**{name: value})
+        assert error["reason"] in ("invalid_request", "invalid_sampling") and f"'{name}" in error["message"]
+
+
 TEXT_ONLY = {"role": "user", "content": "hello"}
 REFUSED = {
     "stream": ({"messages": [message()], "stream": True}, 400, "streaming_unsupported"),
     "n": ({"messages": [message()], "n": 2}, 400, "unsupported_parameter"),
     "temperature": ({"messages": [message()], "temperature": 0.7}, 400, "unsupported_parameter"),
     "model": ({"messages": [message()], "model": "gpt"}, 404, "unknown_model"),
-    "history": ({"messages": [message(), {"role": "assistant", "content": "x"}]}, 400, "unsupported_conversation"),
-    "system": ({"messages": [{"role": "system", "content": "x"}, message()]}, 400, "unsupported_conversation"),
+    "answer last": ({"messages": [message(), {"role": "assistant", "content": "x"}]}, 400, "unsupported_conversation"),
+    "two questions": ({"messages": [message(), TEXT_ONLY]}, 400, "unsupported_conversation"),
+    "unknown role": ({"messages": [{"role": "bot", "content": "x"}, message()]}, 400, "invalid_request"),
+    "two images": (
+        {"messages": [message(), {"role": "assistant", "content": "x"}, message()]},
+        400,
+        "too_many_images",
+    ),
+    "reserved text": (
+        {"messages": [{"role": "system", "content": "<region>"}, message()]},
+        400,
+        "reserved_text",
+    ),
+    "long question": ({"messages": [message(text="x" * 101)]}, 400, "text_too_long"),
     "tool": ({"messages": [{"role": "tool", "tool_call_id": "a", "content": "x"}]}, 400, "unsupported_conversation"),
     "calls": (
         {"messages": [message(), {"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]}]},
@@ -55,7 +194,6 @@ REFUSED = {
     "no content": ({"messages": [{"role": "user"}]}, 400, "missing_content"),
     "undocumented": ({"messages": [message()], "best_of": 1}, 400, "invalid_request"),
     "no messages": ({"messages": []}, 400, "invalid_request"),
-    "no image": ({"messages": [TEXT_ONLY]}, 400, "missing_image"),
     "remote image": ({"messages": [message(image="https://example.org/a.png")]}, 400, "remote_image_refused"),
     "no text": ({"messages": [message(text=" ")]}, 400, "empty_text"),
 }
@@ -87,9 +225,11 @@ PARAMETERS = {
     "frequency_penalty": ([None, 0, 0.0], [1, -0.5]),
     "presence_penalty": ([None, 0, 0.0], [1, -0.5]),
     "logit_bias": ([None, {}], [{"50": 10}, []]),
-    "logprobs": ([None, False], [True]),
+    "logprobs": ([None, False, True], ["x"]),
     "top_logprobs": ([None, 0], [5]),
-    "stop": ([None, []], ["x", ["x"]]),
+    "stop": ([None, []], ["x", ["x"], 5]),
+    "top_k": ([None, 0, -1], [1, 50, -2]),
+    "repetition_penalty": ([None, 1, 1.0], [1.2, 0]),
     "stream": ([None, False], [True]),
     "stream_options": ([None], [{"include_usage": True}]),
     "response_format": ([None, {"type": "text"}], [{"type": "json_object"}, {"type": "json_schema"}]),
@@ -144,8 +284,9 @@ def test_another_value_is_refused_by_its_name(client, backend, name, value):
 
 
 def test_a_refusal_says_why_and_what_to_do(client):
+    greedy = "decoding is greedy (the server's setting 'openai_sampling' is off)"
     for name, value, sentence in [
-        ("temperature", 0.7, "decoding is greedy; leave 'temperature' out or set it to 0"),
+        ("temperature", 0.7, f"{greedy}; leave 'temperature' out or set it to 0"),
         ("stream", True, "answers are not streamed; leave 'stream' out or set it to false"),
         (
             "tool_choice",
@@ -162,7 +303,9 @@ def test_every_parameter_is_documented(client):
     schemas = client.get("/openapi.json").json()["components"]["schemas"]
     parameters = schemas["ChatRequest"]["properties"]
     assert all(parameter["description"] for parameter in parameters.values())
-    assert parameters["top_p"]["enum"] == [None, 1] and "greedy" in parameters["top_p"]["description"]
+    assert parameters["n"]["enum"] == [None, 1] and "one answer" in parameters["n"]["description"]
+    assert "openai_sampling" in parameters["top_p"]["description"]
+    assert {"type": "string"} in parameters["stop"]["anyOf"]
     assert {"type": "string"} in schemas["ChatMessage"]["properties"]["content"]["anyOf"]
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from lumen_ray.errors import UserError
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import make_request
+from lumen_ray.inference.sampling import Sampling
 from lumen_ray.serve.app import run
 from lumen_ray.serve.settings import Batching, Defaults, Deployment, Http, ModelDeployment, ServeSettings
 
@@ -43,6 +44,7 @@ def server(model_folder):
     settings = ServeSettings(
         model=str(model_folder),
         http=Http(port=free_port(), request_timeout_s=90),
+        openai_sampling=True,
         defaults=Defaults(score_threshold=0, max_per_phrase=3),
         ingress=Deployment(num_cpus=0.1, max_ongoing_requests=64),
         trunk=ModelDeployment(
@@ -96,6 +98,42 @@ def test_neighbours_in_a_batch_do_not_matter(http):
         assert [i["score"] for i in response.json()["instances"]] == pytest.approx(
             [i["score"] for i in alone], abs=1e-4
         )
+
+
+@pytest.mark.ray
+def test_conversations_are_answered_as_by_the_engine(http, model_folder):
+    """With an image and as text alone, greedy and sampled, whatever else is in the batch."""
+    history, url = [("hello", "hi there")], {"type": "image_url", "image_url": "data:image/png;base64," + image()}
+    sampled = {"temperature": 1.0, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.1, "seed": 11, "stop": ["zz"]}
+    cases = [(pixels, settings) for pixels in (PIXELS, None) for settings in ({}, sampled)]
+
+    def body(pixels, settings):
+        first = [{"type": "text", "text": "hello"}] + ([] if pixels is None else [url])
+        turns = [("system", "be brief"), ("user", first), ("assistant", "hi there"), ("user", "what is it ?")]
+        messages = [{"role": role, "content": content} for role, content in turns]
+        return {"messages": messages, "max_tokens": 6, "logprobs": True, **settings}
+
+    bodies = [body(*case) for case in cases]
+    with ThreadPoolExecutor(4) as pool:
+        system, asked, _, last = bodies[0]["messages"]
+        answered = {"role": "assistant", "content": "red circle " * 1500}  # more tokens than the context has
+        too_long = {"messages": [system, asked, answered, last], "max_tokens": 6}
+        responses = list(pool.map(lambda body: http.post("/v1/chat/completions", json=body), [too_long, *bodies[1:]]))
+    refused, *responses = [responses[0], http.post("/v1/chat/completions", json=bodies[0]), *responses[1:]]
+    assert (refused.status_code, refused.json()["error"]["reason"]) == (400, "context_too_long"), refused.text
+    engine = Engine.load(model_folder)
+    for (pixels, settings), response in zip(cases, responses, strict=True):
+        assert response.status_code == 200, response.text
+        (choice,) = response.json()["choices"]
+        drawn = Sampling(**{**settings, "stop": ("zz",)}) if settings else Sampling()
+        request = make_request("chat", text="what is it ?", history=history, system="be brief", sampling=drawn)
+        [[expected]] = engine.run([pixels], [[request]], score_threshold=0, max_per_phrase=3, max_new_tokens=6)
+        assert choice["message"]["content"] == (expected.text or "")
+        assert choice["finish_reason"] == ("length" if expected.is_cut else "stop")
+        content = choice["logprobs"]["content"]
+        assert "".join(entry["token"] for entry in content) == (expected.text or "")
+        of_tokens = [entry["logprob"] for entry in content]
+        assert of_tokens == pytest.approx((expected.log_probs or [])[: len(content)], abs=1e-3)
 
 
 @pytest.mark.ray

@@ -17,11 +17,13 @@ from lumen_ray.errors import UserError
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.outputs import merge
 from lumen_ray.inference.request import make_request
+from lumen_ray.inference.sampling import Sampling
 from lumen_ray.serve.batching import map_grouped
 from lumen_ray.serve.decoder import DecoderReplica, load_decoder
 from lumen_ray.serve.job import TrunkJob
 from lumen_ray.serve.trunk import TrunkReplica, load_trunk
 from lumen_ray.structures import Region
+from lumen_ray.trunk.turns import Turns
 
 
 def limited(task, threshold=0.0, limit=3, **fields):
@@ -117,6 +119,41 @@ def test_a_bad_row_fails_alone(trunk, decoder, jobs, caplog):
     good, failed = decoder.answers([(first, jobs[0].requests), (torn, jobs[0].requests)])
     assert isinstance(failed, Exception) and len(good) == 2
     assert caplog.text.count("a request failed in the model") == 2
+
+
+def chat_job(text="what is it ?", **fields):
+    request = make_request("chat", text=text, **fields)
+    return TrunkJob(None, (dataclasses.replace(request, score_threshold=0.0, max_per_phrase=3),), 6)
+
+
+def outcome(output):
+    """Text, route and tokens of a job's answer, or the reason of its error."""
+    if isinstance(output, Exception):
+        return output.reason
+    (plan,) = output.plans[0]
+    return plan.text, plan.route, plan.tokens
+
+
+def test_a_conversation_that_the_model_refuses_fails_alone(trunk, monkeypatch):
+    good = chat_job(history=[("hello", "hi")])
+    turns = Turns("Q: ", "A: ", "\nQ: ", "\n")  # of an LLM without a system turn
+    monkeypatch.setattr(trunk.stage.tokenizer, "turns", turns)
+    jobs = [good, chat_job(system="be brief"), good, chat_job(history=[("red circle " * 2000, "hi")])]
+    outputs = [outcome(output) for output in trunk.outputs(jobs)]
+    assert (outputs[1], outputs[3]) == ("no_system_turn", "context_too_long")
+    assert outputs[0] == outputs[2] == outcome(trunk.outputs([good])[0])
+
+
+def test_a_seed_gives_the_same_answer_whatever_the_batch(trunk):
+    def drawn(seed):
+        return chat_job(sampling=Sampling(temperature=1.0, seed=seed))
+
+    alone = [outcome(trunk.outputs([drawn(seed)])[0]) for seed in range(4)]
+    greedy = chat_job(history=[("hello", "hi")])
+    together = trunk.outputs([greedy, drawn(2), drawn(0), drawn(2), greedy, drawn(1), drawn(3)])
+    got = [outcome(output) for output in together]
+    assert [got[n] for n in (2, 5, 1, 6)] == alone and got[1] == got[3]
+    assert len({str(answer) for answer in alone}) > 1 and outcome(trunk.outputs([greedy])[0]) == got[0] == got[4]
 
 
 def test_each_request_keeps_its_own_limits(trunk, decoder):

@@ -11,6 +11,7 @@ import pytest
 from support.serve_fakes import base64_png, png
 
 from lumen_ray.errors import UserError
+from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.serve.http import Overloaded, Unavailable
 from lumen_ray.serve.schemas import TaskFields
 from lumen_ray.serve.task_api import fields_of
@@ -70,6 +71,48 @@ def test_form_upload_gives_what_json_gives(client):
     body = {"image": base64_png(), "classes": ["red circle", "blue square"], "score_threshold": 0.1}
     plain = client.post("/v1/segment", json=body).json()
     assert form["instances"] == plain["instances"] and len(form["instances"]) == 4
+
+
+CONVERSATION = {
+    "text": "what is it ?",
+    "history": [["hello", "hi"], ["who ?", "me"]],
+    "system": "be brief",
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 7,
+    "repetition_penalty": 1.1,
+    "stop": ["\n", "a, b"],
+    "seed": 3,
+}
+
+
+@pytest.mark.parametrize("with_image", [True, False])
+def test_a_conversation_and_its_sampling(client, backend, with_image):
+    body = CONVERSATION | ({"image": base64_png()} if with_image else {})
+    assert client.post("/v1/chat", json=body).status_code == 200
+    image, (asked,), _ = backend.calls[0]
+    assert (image is not None) == with_image
+    assert (asked.text, asked.system) == ("what is it ?", "be brief")
+    assert asked.history == (("hello", "hi"), ("who ?", "me"))
+    assert asked.sampling == Sampling(0.5, 0.9, 7, 1.1, 3, ("\n", "a, b"))
+
+
+def test_a_form_has_the_same_conversation(client, backend):
+    lists = {name: json.dumps(CONVERSATION[name]) for name in ("history", "stop")}
+    response = client.post("/v1/chat", files={"image": png()}, data=CONVERSATION | lists)
+    assert response.status_code == 200, response.text
+    client.post("/v1/chat", json=CONVERSATION)
+    assert backend.calls[0][1] == backend.calls[1][1]
+
+
+def test_texts_are_greedy_by_default_and_drawn_anew_without_a_seed(client, backend):
+    body = {"image": base64_png()}
+    for fields in ({}, {"seed": 4}, {"temperature": 0}):
+        client.post("/v1/caption", json=body | fields)
+        assert backend.calls[-1][1][0].sampling == GREEDY
+    for _ in range(8):
+        client.post("/v1/caption", json=body | {"temperature": 0.5})
+    assert len({asked.sampling.seed for _, (asked,), _ in backend.calls[-8:]}) == 8
 
 
 def test_form_region_is_json(client, backend):
@@ -151,6 +194,21 @@ CASES = {
     "points and mask": ("region_caption", {"image": GOOD, "region": {**POINT, "mask": {}}}, 400, "invalid_region"),
     "useless field": ("caption", {"image": GOOD, "classes": ["a"]}, 400, "unexpected_field"),
     "unknown field": ("detect", {"image": GOOD, "clases": ["a"]}, 400, "invalid_request"),
+    "history without a question": (
+        "chat",
+        {"image": GOOD, "text": "a", "history": [["", "b"]]},
+        400,
+        "invalid_history",
+    ),
+    "half a turn": ("chat", {"image": GOOD, "text": "a", "history": [["b"]]}, 400, "invalid_request"),
+    "long history": ("chat", {"text": "a", "history": [["b" * 100, "c" * 100]]}, 400, "text_too_long"),
+    "long system": ("chat", {"text": "a", "system": "b" * 151}, 400, "text_too_long"),
+    "reserved history": ("chat", {"text": "a", "history": [["<region>", "b"]]}, 400, "reserved_text"),
+    "history of no chat": ("vqa", {"image": GOOD, "text": "a", "history": [["b", "c"]]}, 400, "unexpected_field"),
+    "hot": ("chat", {"text": "a", "temperature": 2.5}, 400, "invalid_request"),
+    "empty stop": ("chat", {"text": "a", "stop": [""]}, 400, "invalid_sampling"),
+    "sampled boxes": ("detect", {"image": GOOD, "classes": ["a"], "temperature": 1}, 400, "unexpected_field"),
+    "question without image": ("vqa", {"text": "a"}, 400, "missing_image"),
     "threshold": ("detect", {"image": GOOD, "classes": ["a"], "score_threshold": 2}, 400, "invalid_request"),
 }
 
@@ -171,7 +229,7 @@ def test_errors_name_the_valid_choices(client):
     typo = client.post("/v1/detect", json={"image": GOOD, "clases": ["a"]}).json()["error"]["message"]
     assert "did you mean 'classes'?" in typo
     useless = client.post("/v1/caption", json={"image": GOOD, "text": "a"}).json()["error"]["message"]
-    assert "does not take 'text'" in useless and "image alone" in useless
+    assert "does not take 'text'; it takes the image alone, and settings of sampling" in useless
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,100 @@
+"""Messages of OpenAI's format as conversations, and those that the model cannot read."""
+
+import pytest
+from support.serve_fakes import base64_png, png
+
+from lumen_ray.errors import UserError
+from lumen_ray.serve.conversation import ChatMessage, Conversation, read_conversation
+
+IMAGE = {"type": "image_url", "image_url": base64_png()}
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def read(*messages):
+    """The conversation of (role, content) pairs."""
+    return read_conversation([ChatMessage(role=role, content=content) for role, content in messages])
+
+
+def test_text_alone():
+    assert read(("user", "hello")) == Conversation("hello", [], None, None)
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_turns_behind_a_system_text(role):
+    found = read((role, "be brief"), ("user", "one"), ("assistant", "1"), ("user", [text("two"), text("three")]))
+    assert found == Conversation("two three", [("one", "1")], "be brief", None)
+
+
+def test_an_earlier_question_is_stripped_as_the_last_is_and_an_answer_is_kept():
+    assert read(("user", " one\n"), ("assistant", " 1 "), ("user", "two")).history == [("one", " 1 ")]
+
+
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_the_image_stands_in_any_user_message(place):
+    messages = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
+    messages[place] = ("user", [IMAGE, text("here")])
+    found = read(*messages)
+    assert found.image == png() and len(found.history) == 2
+    assert "here" in (found.question, *(question for question, _ in found.history))
+
+
+USER, SYSTEM, ANSWER = ("user", "a"), ("system", "s"), ("assistant", "b")
+#: messages -> reason, and words of the sentence
+REFUSED = {
+    "ends with an answer": ((USER, ANSWER), "unsupported_conversation", "'messages.1' is the last and of role"),
+    "system alone": ((SYSTEM,), "unsupported_conversation", "end with a user message"),
+    "begins with an answer": ((ANSWER, USER), "unsupported_conversation", "'messages.0' is of role 'assistant'; begin"),
+    "answer behind system": ((SYSTEM, ANSWER, USER), "unsupported_conversation", "'messages.1' is of role 'assistant'"),
+    "two questions": ((USER, USER), "unsupported_conversation", "'messages.1' follows another user message; join"),
+    "two answers": ((USER, ANSWER, ANSWER, USER), "unsupported_conversation", "'messages.2' follows another assistant"),
+    "system in between": ((USER, ANSWER, SYSTEM, USER), "unsupported_conversation", "'messages.2' is of role 'system'"),
+    "two systems": ((SYSTEM, ("developer", "t"), USER), "unsupported_conversation", "'messages.1' is of role 'develop"),
+    "tool": (
+        (USER, ("tool", "x"), USER),
+        "unsupported_conversation",
+        "'messages.1' is of role 'tool', but the model c",
+    ),
+    "function": ((("function", "x"), USER), "unsupported_conversation", "'messages.0' is of role 'function'"),
+    "no content": ((("user", None),), "missing_content", "'messages.0.content' is empty; give a text"),
+    "no parts": ((USER, ("assistant", []), USER), "missing_content", "'messages.1.content' is empty"),
+    "empty text": ((USER, ("assistant", ""), USER), "empty_text", "'messages.1.content' has no text"),
+    "blank system": ((("system", " \n"), USER), "empty_text", "'messages.0.content' has no text"),
+    "image without text": ((("user", [IMAGE]),), "empty_text", "'messages.0.content' has no text"),
+    "image of the system": (
+        (("system", [text("s"), IMAGE]), USER),
+        "unexpected_image",
+        "'messages.0.content.1.image_url' is an image of the system; give it in a user message",
+    ),
+    "two images": (
+        (("user", [text("a"), IMAGE]), ANSWER, ("user", [text("c"), IMAGE])),
+        "too_many_images",
+        "the conversation has 2 images; give at most 1",
+    ),
+    "two images in a message": ((("user", [text("a"), IMAGE, IMAGE]),), "too_many_images", "at most 1"),
+}
+
+
+@pytest.mark.parametrize(("messages", "reason", "words"), REFUSED.values(), ids=REFUSED)
+def test_refused_in_a_sentence_that_names_the_message(messages, reason, words):
+    with pytest.raises(UserError) as error:
+        read(*messages)
+    assert error.value.reason == reason and words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_wrong_image_is_named_by_its_place():
+    empty = {"type": "image_url", "image_url": ""}
+    with pytest.raises(UserError, match=r"messages\.2\.content\.1\.image_url\.url"):
+        read(USER, ANSWER, ("user", [text("c"), empty]))
+
+
+def test_an_answer_comes_back_with_the_keys_that_clients_give_it():
+    keys = {"refusal": None, "annotations": [], "audio": None, "tool_calls": None, "function_call": None}
+    answer = ChatMessage(role="assistant", content="b", **keys)
+    asked = ChatMessage(role="user", content="a")
+    assert read_conversation([asked, answer, asked]).history == [("a", "b")]
+    called = ChatMessage(role="assistant", content="b", tool_calls=[{"id": "x"}])
+    with pytest.raises(UserError, match=r"calls no tools; leave 'messages\.1\.tool_calls' out"):
+        read_conversation([asked, called, asked])
