@@ -8,14 +8,18 @@ It has two halves, so that serving can deploy them separately: `TrunkStage` turn
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
 from lumen_ray.decoders.base import PredictSettings
+from lumen_ray.errors import UserError
+from lumen_ray.inference.conversation import Conversation
 from lumen_ray.inference.decoder_stage import DecoderStages
 from lumen_ray.inference.outputs import assemble, finish, loosest, request_limits
 from lumen_ray.inference.request import Request, check_call
-from lumen_ray.inference.trunk_stage import FromFolder, TrunkStage
+from lumen_ray.inference.sampling import GREEDY, Sampling
+from lumen_ray.inference.trunk_stage import EncodedImages, FromFolder, OnText, TrunkStage
 from lumen_ray.model.build import LoadedModel
 from lumen_ray.structures import Answer, Size
 
@@ -72,9 +76,20 @@ class Engine(FromFolder):
     def edges(self) -> dict[str, list[list[int]]]:
         return self.loaded.meta.edges
 
+    def encode(self, images: Sequence[np.ndarray]) -> EncodedImages:
+        """Encodes images that share a size bucket, so that several calls of `run` about them pay for it once.
+
+        images: as of `run`. Raises `UserError` if they are none, or in several buckets (`mixed_sizes`).
+        """
+        check_call(images, [[] for _ in images], 0.0)
+        if len(buckets := {self.trunk.bucket_of(image) for image in images}) != 1:
+            sizes = ", ".join(f"{height}x{width}" for height, width in sorted(buckets)) or "none"
+            raise UserError(f"images that are encoded together need one input size, got {sizes}", "mixed_sizes")
+        return self.trunk.encode(images)
+
     def run(
         self,
-        images: Sequence[np.ndarray | None],
+        images: Sequence[np.ndarray | None] | EncodedImages,
         requests: Sequence[Sequence[Request]],
         *,
         score_threshold: float = 0.05,
@@ -82,38 +97,61 @@ class Engine(FromFolder):
         max_new_tokens: int = 48,
         class_chunk: int = 64,
         route_only: bool = False,
+        on_text: OnText | None = None,
     ) -> list[list[Answer]]:
         """An `Answer` per request of each image, predictions best first.
 
-        images: uint8 [h, w, 3] RGB in the EXIF-rotated frame, None for text alone; requests: per image (see
-        `make_request`). Images that share a size bucket share a pass. `score_threshold` and `max_per_phrase` apply to
-        requests without their own. With `route_only` no decoder is called: an answer holds the LLM's text or the
-        routing token, which in free chat names the decoder that the LLM would have called.
+        images: uint8 [h, w, 3] RGB in the EXIF-rotated frame, None for text alone, or the result of `encode`; requests:
+        per image (see `make_request`). Images that share a size bucket share a pass. `score_threshold` and
+        `max_per_phrase` apply to requests without their own. With `route_only` no decoder is called: an answer holds
+        the LLM's text or the routing token, which in free chat names the decoder that the LLM would have called.
+        `on_text` is called with (index of the image, index of the request, new text) while answers are written.
+
+        Several threads may call this at once: their text answers are written together.
         """
-        check_call(images, requests, score_threshold)
-        if len(images) == 0:
+        encoded = images if isinstance(images, EncodedImages) else None
+        stored = encoded.inputs.images if encoded else cast("Sequence[np.ndarray | None]", images)
+        check_call(stored, requests, score_threshold)
+        if len(stored) == 0:
             return []
         default = PredictSettings(score_threshold, max_per_phrase)
         # `max_per_phrase` bounds the instances before overlaps are merged, so images of one pass must agree on it
         groups: dict[tuple[Size, bool, int], list[int]] = {}
-        for i, (image, row) in enumerate(zip(images, requests, strict=True)):
+        for i, (image, row) in enumerate(zip(stored, requests, strict=True)):
             key = self.trunk.bucket_of(image), image is None, loosest(row, default).max_per_phrase
             groups.setdefault(key, []).append(i)
         answers: dict[int, list[Answer]] = {}
         for members in groups.values():
             rows = [requests[i] for i in members]
             used = loosest((request for row in rows for request in row), default)
+            # images that are encoded are one batch, of which a pass may have some without requests
+            batch = range(len(stored)) if encoded else members
             output = self.trunk.links(
-                [images[i] for i in members],
-                rows,
+                encoded or [stored[i] for i in members],
+                [requests[i] if i in members else [] for i in batch],
                 max_new_tokens=max_new_tokens,
                 class_chunk=class_chunk,
                 route_only=route_only,
+                on_text=None if on_text is None else _numbered(on_text, batch),
             )
             results = {name: self.decoders[name].predict(output, used) for name in output.decoder_inputs}
-            for i, found in zip(members, assemble(output.plans, results), strict=True):
+            for i, found in zip(batch, assemble(output.plans, results), strict=True):
+                if i not in members:
+                    continue
                 answers[i] = []
                 for request, answer in zip(requests[i], found, strict=True):
                     assert answer is not None, "every decoder of the pass has answered"
                     answers[i].append(finish(answer, request_limits(request, default), used))
-        return [answers[i] for i in range(len(images))]
+        return [answers[i] for i in range(len(stored))]
+
+    def conversation(
+        self, image: np.ndarray | None = None, system: str = "", sampling: Sampling = GREEDY
+    ) -> Conversation:
+        """Several questions in a row about one image (as of `run`), or about none. `system`: what the LLM is told
+        beforehand."""
+        return Conversation(self, image, system, sampling)
+
+
+def _numbered(on_text: OnText, batch: Sequence[int]) -> OnText:
+    """`on_text` called with the numbers of a batch's images."""
+    return lambda image, request, text: on_text(batch[image], request, text)

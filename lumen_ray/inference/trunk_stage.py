@@ -57,8 +57,8 @@ class FromFolder:
 
 
 @dataclass
-class _Inputs:
-    """The batch in the trunk's frame.
+class Inputs:
+    """A batch in the trunk's frame.
 
     `images`: uint8 [h, w, 3] as stored; `pixels`: uint8 [B, 3, H, W] on the CPU; `frames`: where each image lies in its
     input; `valid`: bool [B], False for text alone.
@@ -68,6 +68,18 @@ class _Inputs:
     pixels: Tensor
     frames: list[Frame]
     valid: Tensor
+
+
+@dataclass
+class EncodedImages:
+    """A batch of images of one bucket that is encoded once, for any number of calls. Holds their keys and values, and
+    their dense features where a decoder reads them."""
+
+    inputs: Inputs
+    prefix: Prefix
+
+    def __len__(self) -> int:
+        return len(self.inputs.images)
 
 
 class TrunkStage(FromFolder):
@@ -101,9 +113,16 @@ class TrunkStage(FromFolder):
         return self.buckets[0] if image is None else self.bucket((image.shape[0], image.shape[1]))
 
     @in_model_dtype
+    def encode(self, images: Sequence[np.ndarray]) -> EncodedImages:
+        """Encodes images once for several calls of `links`: uint8 [h, w, 3] RGB, EXIF-rotated, all of one `bucket`."""
+        inputs = self._inputs(images)
+        with self.loop.turn():
+            return EncodedImages(inputs, self._encode(inputs))
+
+    @in_model_dtype
     def links(
         self,
-        images: Sequence[np.ndarray | None],
+        images: Sequence[np.ndarray | None] | EncodedImages,
         requests: Sequence[Sequence[Request]],
         *,
         max_new_tokens: int = 48,
@@ -113,7 +132,8 @@ class TrunkStage(FromFolder):
     ) -> TrunkOutput:
         """Encodes one prefix per image, then runs the branches of all requests against it.
 
-        images: uint8 [h, w, 3] RGB, EXIF-rotated, all of one `bucket`, None for text alone; requests: per image.
+        images: uint8 [h, w, 3] RGB, EXIF-rotated, all of one `bucket`, None for text alone; or those that `encode` has
+        encoded. requests: per image.
         `class_chunk` bounds the branches per image and pass; results do not depend on it. In the sequential layout the
         prompts of a request are one text and are never split, however many.
         With `route_only` no decoder gets a link: the plans hold the text or the route that the LLM chose. `on_text` is
@@ -121,7 +141,8 @@ class TrunkStage(FromFolder):
 
         Several threads may call this at once: their answers are written together.
         """
-        inputs = self._inputs(images, requests)
+        inputs = images.inputs if isinstance(images, EncodedImages) else self._inputs(images)
+        self._check(inputs, requests)
         plans = [
             [self.planner.plan(request, frame.size) for request in row]
             for row, frame in zip(requests, inputs.frames, strict=True)
@@ -135,28 +156,31 @@ class TrunkStage(FromFolder):
         length = self._prefix_length(inputs)
         prompts = self._text_prompts(inputs.valid, length, requests, max_new_tokens)
         with self.loop.images(length * len(images)):
-            with self.loop.turn():
-                prefix = self._encode(inputs)
+            if isinstance(images, EncodedImages):
+                prefix = images.prefix
+            else:
+                with self.loop.turn():
+                    prefix = self._encode(inputs)
             written = dict(zip(prompts, self.loop.submit(prefix, list(prompts.values())), strict=True))
             self.loop.wait(list(written.values()), self._streaming(written, on_text))
             routed = self._enter_texts(written, requests, plans)
             if route_only:
                 pending = []
             else:
-                pending += self._routed_branches(routed, images, requests, plans)
+                pending += self._routed_branches(routed, inputs.valid, requests, plans)
             with self.loop.turn():
                 return self._output(prefix, pending, plans, inputs, class_chunk)
 
-    def _text_alone(self, inputs: _Inputs) -> bool:
+    def _text_alone(self, inputs: Inputs) -> bool:
         """Whether nothing in the batch attends to a prefix."""
         taught = self.tokenizer.turns is not None and self.prompt_layout == "branches"
         return taught and not inputs.valid.any()
 
-    def _prefix_length(self, inputs: _Inputs) -> int:
+    def _prefix_length(self, inputs: Inputs) -> int:
         _, _, height, width = inputs.pixels.shape
         return 0 if self._text_alone(inputs) else self.trunk.settings.image_tokens((height, width))
 
-    def _encode(self, inputs: _Inputs) -> Prefix:
+    def _encode(self, inputs: Inputs) -> Prefix:
         pixels, valid = inputs.pixels.to(self.device), inputs.valid.to(self.device)
         return self.trunk.no_prefix(pixels) if self._text_alone(inputs) else self.trunk.encode(pixels, valid)
 
@@ -165,7 +189,7 @@ class TrunkStage(FromFolder):
         prefix: Prefix,
         pending: list[PendingBranch],
         plans: list[list[RequestPlan]],
-        inputs: _Inputs,
+        inputs: Inputs,
         class_chunk: int,
     ) -> TrunkOutput:
         """Runs the branches of the decoders, and collects what they read."""
@@ -201,19 +225,22 @@ class TrunkStage(FromFolder):
 
         return on_token
 
-    def _inputs(self, images: Sequence[np.ndarray | None], requests: Sequence[Sequence[Request]]) -> _Inputs:
-        """Checks the batch and fits its images into the trunk's input, which they must share."""
-        if len(images) != len(requests):
-            raise ValueError(f"{len(images)} images but {len(requests)} lists of requests")
-        for image, row in zip(images, requests, strict=True):
-            check_requests(None if image is None else (image.shape[0], image.shape[1]), row)
+    def _check(self, inputs: Inputs, requests: Sequence[Sequence[Request]]) -> None:
+        """Raises `UserError` for requests that do not fit their image."""
+        if len(inputs.images) != len(requests):
+            raise ValueError(f"{len(inputs.images)} images but {len(requests)} lists of requests")
+        for image, valid, row in zip(inputs.images, inputs.valid.tolist(), requests, strict=True):
+            check_requests((image.shape[0], image.shape[1]) if valid else None, row)
+
+    def _inputs(self, images: Sequence[np.ndarray | None]) -> Inputs:
+        """Fits images, which must share a bucket, into the trunk's input."""
         buckets = {self.bucket_of(image) for image in images}
         if len(buckets) > 1:
             raise ValueError(f"images of one pass must share a bucket, got {sorted(buckets)}")
         (bucket,) = buckets
         stored = [np.full((*bucket, 3), PAD_VALUE, np.uint8) if image is None else image for image in images]
         fitted = [fit(image, bucket) for image in stored]
-        return _Inputs(
+        return Inputs(
             stored,
             torch.from_numpy(np.stack([image for image, _ in fitted])).permute(0, 3, 1, 2),
             [frame for _, frame in fitted],
@@ -284,7 +311,7 @@ class TrunkStage(FromFolder):
     def _routed_branches(
         self,
         routed: Sequence[tuple[int, int]],
-        images: Sequence[np.ndarray | None],
+        has_image: Tensor,
         requests: Sequence[Sequence[Request]],
         plans: Sequence[Sequence[RequestPlan]],
     ) -> list[PendingBranch]:
@@ -292,7 +319,7 @@ class TrunkStage(FromFolder):
         pending = []
         for b, r in routed:
             task = next(task for task in TASKS.values() if task.routing_token == plans[b][r].route)
-            if images[b] is not None or not task.sees_image:
+            if has_image[b] or not task.sees_image:
                 pending += self.planner.routed_branches(requests[b][r], task, b, r)
         return pending
 

@@ -1,0 +1,80 @@
+"""A conversation: several questions in a row about one image, or in text alone."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lumen_ray.inference.request import make_request
+from lumen_ray.inference.sampling import GREEDY, Sampling
+from lumen_ray.structures import Answer
+
+if TYPE_CHECKING:
+    from lumen_ray.inference.engine import Engine
+
+
+class _Abandoned(Exception):
+    """Nobody reads the answer any more."""
+
+
+class Conversation:
+    """Keeps the image encoded, and the questions and answers so far in `history`.
+
+    An answer that a decoder gives (boxes, pictures) has no text, so it does not enter `history`.
+    """
+
+    def __init__(self, engine: Engine, image: np.ndarray | None = None, system: str = "", sampling: Sampling = GREEDY):
+        self.engine = engine
+        self.system = system
+        self.sampling = sampling
+        self.history: list[tuple[str, str]] = []
+        self._images = [None] if image is None else engine.encode([image])
+
+    def ask(self, text: str, *, max_new_tokens: int = 256) -> Answer:
+        """The answer to the next question. Raises `UserError` for a text that `make_request` refuses, and for a
+        conversation longer than the LLM's context (`context_too_long`)."""
+        return self._run(text, max_new_tokens, lambda text: None)
+
+    def stream(self, text: str, *, max_new_tokens: int = 256) -> Iterator[str | Answer]:
+        """Yields the texts of the answer as they are written, then the `Answer`. Closing the iterator gives the answer
+        up. Raises as `ask`."""
+        pieces: queue.SimpleQueue[str | Answer | BaseException] = queue.SimpleQueue()
+        abandoned = threading.Event()
+
+        def on_text(new: str) -> None:
+            if abandoned.is_set():
+                raise _Abandoned
+            pieces.put(new)
+
+        def run() -> None:
+            try:
+                pieces.put(self._run(text, max_new_tokens, on_text))
+            except BaseException as error:  # raised in the thread that reads
+                pieces.put(error)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            while True:
+                piece = pieces.get()
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+                if isinstance(piece, Answer):
+                    return
+        finally:
+            abandoned.set()
+            thread.join()
+
+    def _run(self, text: str, max_new_tokens: int, on_text: Callable[[str], None]) -> Answer:
+        request = make_request("chat", text=text, history=self.history, system=self.system, sampling=self.sampling)
+        ((answer,),) = self.engine.run(
+            self._images, [[request]], max_new_tokens=max_new_tokens, on_text=lambda _image, _request, new: on_text(new)
+        )
+        if answer.text:
+            self.history.append((request.text, answer.text))
+        return answer
