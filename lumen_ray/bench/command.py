@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,19 @@ def _check_variants(args: argparse.Namespace) -> None:
     variants.check(args.preset, args.decoders)
 
 
+def _chat(name: str, args: argparse.Namespace, folder: Path) -> list[Result]:
+    from lumen_ray.bench import chat
+
+    given = {"turns": args.turns, "users": args.users, "threads": args.threads}
+    return [chat.bench(name, folder, args.llm, **_set(given))]
+
+
+def _check_chat(args: argparse.Namespace) -> None:
+    from lumen_ray.bench import chat
+
+    chat.check(args.llm)
+
+
 #: kind -> its benches by name, in the order in which they run
 KINDS: dict[str, dict[str, Bench]] = {
     "train": {
@@ -138,8 +152,9 @@ KINDS: dict[str, dict[str, Bench]] = {
         "memory": Bench(_memory, _check_memory),
         "variants": Bench(_variants, _check_variants, optional=True),
     },
+    "chat": {name: Bench(partial(_chat, name), _check_chat) for name in ("images", "single", "serve", "memory")},
 }
-AT_LEAST_ONE = ("workers", "threads", "turns", "steps", "batch_size")
+AT_LEAST_ONE = ("workers", "threads", "users", "turns", "steps", "batch_size")
 
 
 def _set(options: dict[str, Any]) -> dict[str, Any]:
@@ -168,6 +183,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--activation-checkpointing", action="store_true", help="for memory: recompute activations, as in a recipe"
     )
     p.add_argument("--threads", type=int, help="threads for grounding_dino (default: torch's)")
+    p = _add_kind(kinds, "chat", "answers of a published LLM to many users at once, against transformers")
+    p.add_argument("--llm", help="folder of a causal LLM with a chat template, as transformers saves it")
+    p.add_argument("--users", type=int, help="users at once (default: 16)")
+    p.add_argument("--threads", type=int, help="threads of each side (default: torch's)")
     return parser
 
 
