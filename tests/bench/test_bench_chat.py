@@ -1,5 +1,6 @@
 """The sides of the chat bench write the same answers, and the bench sees when they do not."""
 
+import json
 from argparse import Namespace
 
 import pytest
@@ -76,9 +77,24 @@ def test_questions_are_of_mixed_lengths_about_all_images():
     assert asked == chat.questions(48)
 
 
+def test_vllm_runs_with_its_own_python(llm, tmp_path, short):
+    fake = tmp_path / "python"  # prints what the script with vLLM would
+    fake.write_text("#!/bin/sh\ncat > $(dirname $0)/given\necho loading\necho '[10.0, 20.0]'\n")
+    fake.chmod(0o755)
+    result = chat.bench("vllm", tmp_path / "model", str(llm), vllm=str(fake), turns=2, users=2, threads=1)
+    assert result.rates["vllm"] == [10.0, 20.0] and len(result.rates["engine"]) == 2
+    folder, threads, turns = json.loads((tmp_path / "given").read_text())
+    assert (folder, threads) == (str(llm.resolve()), 1)
+    assert turns == [[[q.text, q.limit] for q in chat.questions(4)]] * 2
+    fake.write_text("#!/bin/sh\necho no such device >&2\nexit 1\n")
+    failed = chat.bench("vllm", tmp_path / "model2", str(llm), vllm=str(fake), turns=1, users=1, threads=1)
+    assert "no such device" in failed.skipped
+
+
 def test_what_is_missing_is_named(llm, tmp_path, monkeypatch):
     assert "--llm" in chat.bench("images", tmp_path, None).skipped
     monkeypatch.setattr(chat.importlib.util, "find_spec", lambda name: None)
+    assert "--vllm" in chat.bench("vllm", tmp_path, str(llm)).skipped
     assert "transformers[serving]" in chat.bench("serve", tmp_path, str(llm)).skipped
     with pytest.raises(UserError, match="no folder with a config.json"):
         command.KINDS["chat"]["images"].check(Namespace(llm=str(tmp_path)))

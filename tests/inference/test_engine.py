@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from support.forced_answers import force_answers
 from support.tiny_models import scrambled, tiny_loaded, tiny_tokenizer
 
 from lumen_ray.checkpoints.safetensors_file import WeightsFile
@@ -261,6 +262,19 @@ def test_a_routing_token_in_chat_gives_the_answer_of_the_structured_request(rout
     assert answer.route == expected.route == token and answer.text is None
     same(answer.predictions[0], expected.predictions[0])
     assert len(answer.predictions) == 1
+
+
+def test_the_text_before_a_routing_token_is_kept(monkeypatch, engine):
+    tokenizer = engine.trunk.tokenizer
+    force_answers(monkeypatch, engine.trunk.loop, [*tokenizer.encode("here it is"), tokenizer.ids["[DET]"]])
+    pieces = []
+    ((answer,),) = engine.run(
+        [PICTURES[0]],
+        [[make_request("chat", text="find every red circle")]],
+        on_text=lambda image, request, text: pieces.append(text),
+    )
+    assert answer.text == "".join(pieces) == "here it is" and answer.route == "[DET]"
+    assert [p.phrase for p in answer.predictions] == ["red circle"]
 
 
 @pytest.mark.parametrize("token", ["[DET]", "[SEG]", "[POSE]"])
