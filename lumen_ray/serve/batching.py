@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol, TypeVar, cast
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 from lumen_ray.errors import UserError
 from lumen_ray.serve.http import logger
@@ -25,6 +30,67 @@ def set_batching(method: Any, batching: dict[str, Any]) -> None:
     batched = cast(Batched, method)
     batched.set_max_batch_size(batching["max_batch_size"])
     batched.set_batch_wait_timeout_s(batching["batch_wait_timeout_s"])
+
+
+class Collector(Generic[T, R]):
+    """Batches for a model that one thread uses at a time: a worker that gets the model takes everything that waits, and
+    may leave it to others while its batch goes on (as text answers do, which are written together with theirs)."""
+
+    def __init__(
+        self,
+        run: Callable[[list[T]], list[R | Exception]],
+        key: Callable[[T], Hashable],
+        turn: Callable[[], AbstractContextManager[None]],
+        workers: int,
+    ):
+        """`run`: the results of a batch, whose items share a `key`; `turn`: waits for the model; `workers`: most
+        batches at a time."""
+        self._run, self._key, self._turn = run, key, turn
+        self._pool = ThreadPoolExecutor(workers)
+        self._waiting: deque[tuple[T, Future[R | Exception]]] = deque()
+        self.max_batch_size = 1
+        self.wait_timeout_s = 0.0
+
+    def configure(self, batching: dict[str, Any]) -> None:
+        """Applies the settings of `settings.Batching`."""
+        self.max_batch_size = batching["max_batch_size"]
+        self.wait_timeout_s = batching["batch_wait_timeout_s"]
+
+    async def submit(self, item: T) -> R | Exception:
+        """The result of one item. If this is cancelled while the item waits, it is dropped."""
+        future: Future[R | Exception] = Future()
+        self._waiting.append((item, future))
+        self._pool.submit(self._work)
+        return await asyncio.wrap_future(future)
+
+    def _work(self) -> None:
+        """Runs a batch. There is a call for every item, so calls whose item is in another's batch find less or none."""
+        if not self._waiting:
+            return
+        time.sleep(self.wait_timeout_s)  # others may come while the model is idle
+        with self._turn():
+            batch = self._take()
+        if not batch:
+            return
+        try:
+            results: list[R | Exception] = self._run([item for item, _ in batch])
+        except Exception as error:
+            results = [error] * len(batch)
+        for (_, future), result in zip(batch, results, strict=True):
+            future.set_result(result)
+
+    def _take(self) -> list[tuple[T, Future[R | Exception]]]:
+        """The first item that waits and those of its key, in their order."""
+        batch: list[tuple[T, Future[R | Exception]]] = []
+        others: list[tuple[T, Future[R | Exception]]] = []
+        while self._waiting and len(batch) < self.max_batch_size:
+            entry = self._waiting.popleft()
+            if batch and self._key(entry[0]) != self._key(batch[0][0]):
+                others.append(entry)
+            elif entry[1].set_running_or_notify_cancel():
+                batch.append(entry)
+        self._waiting.extendleft(reversed(others))
+        return batch
 
 
 def map_grouped(

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from ray import serve
-
-from lumen_ray.serve.batching import map_grouped, set_batching, value_of
+from lumen_ray.serve.batching import Collector, map_grouped, value_of
 from lumen_ray.serve.job import TrunkJob
 from lumen_ray.structures import Answer, Size
+from lumen_ray.tasks import TASKS
 
 if TYPE_CHECKING:
     from lumen_ray.inference.outputs import TrunkOutput
     from lumen_ray.inference.trunk_stage import TrunkStage
+
+
+#: Passes at a time: one uses the model, others wait for it or for text answers, which all of them write together.
+MAX_BATCHES = 32
 
 
 def load_trunk(model: str, device: str, serving: Mapping[str, str], dtype: str = "float32") -> TrunkStage:
@@ -39,23 +40,24 @@ class TrunkReplica:
         load: Callable[[str, str, Mapping[str, str]], TrunkStage] = load_trunk,
     ):
         self.stage = load(model, device, serving)
-        # One thread does all model work: the event loop stays free to collect the next batch and to answer pings,
-        # and torch keeps one pool of workers.
-        self.worker = ThreadPoolExecutor(1)
+        # Threads, so that the event loop stays free to answer pings. The model is used by one of them at a time.
+        self.batches: Collector[TrunkJob, TrunkOutput] = Collector(
+            self.outputs, self._key, self.stage.loop.turn, MAX_BATCHES
+        )
 
     def reconfigure(self, batching: dict[str, Any]) -> None:
         """Called by Serve at the start and on every change of the settings, without a restart."""
-        set_batching(self._batched, batching)
+        self.batches.configure(batching)
 
     async def link(self, job: TrunkJob) -> TrunkOutput:
         """The inputs of the decoders for one image, and the plan of its answers."""
-        return value_of(await self._batched(job))
+        return value_of(await self.batches.submit(job))
 
     async def answer(self, job: TrunkJob) -> list[Answer]:
         """Answers to requests that need no decoder."""
         from lumen_ray.inference.outputs import assemble
 
-        output = value_of(await self._batched(job))
+        output = value_of(await self.batches.submit(job))
         return [answer for answer in assemble(output.plans, {})[0] if answer is not None]
 
     async def info(self) -> dict[str, Any]:
@@ -76,16 +78,14 @@ class TrunkReplica:
     async def ping(self) -> bool:
         return True
 
-    @serve.batch
-    async def _batched(self, jobs: list[TrunkJob]) -> list[TrunkOutput | Exception]:
-        return await asyncio.get_running_loop().run_in_executor(self.worker, self.outputs, jobs)
-
     def outputs(self, jobs: list[TrunkJob]) -> list[TrunkOutput | Exception]:
-        """One pass for all jobs with the same size bucket and length of answers; a failed job gets its exception."""
+        """One pass for all jobs of one key; a failed job gets its exception."""
         return map_grouped(jobs, self._key, self._link_group)
 
-    def _key(self, job: TrunkJob) -> tuple[int, Size]:
-        return job.max_new_tokens, self.stage.bucket_of(job.image)
+    def _key(self, job: TrunkJob) -> tuple[bool, bool, int, Size]:
+        """What jobs of one pass share. Those without text do not wait for the answers of others."""
+        writes = any(TASKS[request.task].is_text for request in job.requests)
+        return writes, job.image is None, job.max_new_tokens, self.stage.bucket_of(job.image)
 
     def _link_group(self, jobs: list[TrunkJob]) -> list[TrunkOutput]:
         images, requests = [job.image for job in jobs], [job.requests for job in jobs]

@@ -11,6 +11,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from support.forced_answers import force_answers
 from support.tiny_models import EXPERTS, tiny_folder
 
 from lumen_ray.errors import UserError
@@ -164,20 +165,75 @@ def test_each_request_keeps_its_own_limits(trunk, decoder):
     assert (len(many.predictions[0]), len(none.predictions[0]), len(single.predictions[0])) == (4, 0, 1)
 
 
-def test_text_answers_and_info(trunk, jobs, monkeypatch):
-    async def batch_of_one(job):  # Serve's batching runs in a replica only
-        return trunk.outputs([job])[0]
-
+def test_text_answers_and_info(trunk, jobs):
     async def both():
         with pytest.raises(UserError, match="dragon"):
             await trunk.link(job(5, limited("pose", classes=["dragon"])))
         return await trunk.answer(jobs[3]), await trunk.info()
 
-    monkeypatch.setattr(trunk, "_batched", batch_of_one)
-
     (answer,), info = asyncio.run(both())
     assert answer.task == "vqa" and answer.text is not None
     assert info["preset"] == "nano" and info["skeletons"] == {"figure": ["head", "left hand"]}
+
+
+def test_a_short_answer_and_boxes_do_not_wait_for_a_long_answer(trunk, jobs, monkeypatch):
+    forced = [trunk.stage.tokenizer.encode("red")[0]] * 400
+    force_answers(monkeypatch, trunk.stage.loop, forced)
+    order = []
+
+    async def ask(name, asked):
+        await trunk.link(asked)
+        order.append(name)
+
+    async def all_of_them():
+        long = asyncio.create_task(ask("long", job(1, limited("caption"), max_new_tokens=400)))
+        while not trunk.stage.loop._active:  # until it is being written
+            await asyncio.sleep(0.001)
+        short = ask("short", job(2, limited("caption"), max_new_tokens=3))
+        boxes = ask("boxes", job(3, limited("detect", classes=["red circle"])))
+        await asyncio.gather(long, short, boxes)
+
+    asyncio.run(all_of_them())
+    assert sorted(order[:2]) == ["boxes", "short"] and order[2] == "long"
+
+
+def test_what_waits_for_the_model_is_one_batch_of_its_kind(trunk):
+    """Twelve jobs come while the model is busy."""
+    sizes = []
+    outputs = trunk.outputs
+
+    async def busy():
+        with trunk.stage.loop.turn():
+            kinds = [limited("detect", classes=["red circle"]), limited("caption")]
+            tasks = [asyncio.create_task(trunk.link(job(n, kinds[n % 2]))) for n in range(12)]
+            await asyncio.sleep(0.05)
+        return await asyncio.gather(*tasks)
+
+    def counted(jobs):
+        sizes.append(len(jobs))
+        return outputs(jobs)
+
+    trunk.batches._run = counted
+    trunk.reconfigure({"max_batch_size": 5, "batch_wait_timeout_s": 0.0})
+    try:
+        found = asyncio.run(busy())
+    finally:
+        trunk.batches._run = outputs
+    assert sorted(sizes) == [1, 1, 5, 5] and len(found) == 12
+
+
+def test_a_job_that_is_cancelled_while_it_waits_is_dropped(trunk):
+    async def cancelled():
+        with trunk.stage.loop.turn():
+            gone = asyncio.create_task(trunk.link(job(1, limited("caption"))))
+            kept = asyncio.create_task(trunk.link(job(2, limited("caption"))))
+            await asyncio.sleep(0.01)
+            gone.cancel()
+            await asyncio.sleep(0.01)
+        await kept
+        return gone.cancelled()
+
+    assert asyncio.run(cancelled())
 
 
 def test_the_trunk_sends_a_task_to_the_decoder_that_was_chosen(tmp_path):
