@@ -46,6 +46,7 @@ from lumen_ray.inference.decode_loop import TextPrompt
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import make_request
 from lumen_ray.inference.sampling import GREEDY, Sampler
+from lumen_ray.inference.trunk_stage import EncodedImages
 from lumen_ray.model.convert.pretrained import Sources, assemble
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.presets import model_path
@@ -124,20 +125,22 @@ class Ours:
     """The engine. Each user is a thread that asks one question after the other."""
 
     def __init__(self, engine: Engine, images: Sequence[np.ndarray] = ()):
-        """`images`: encoded once, before the clock starts; without any, the questions are text alone, and answers end
-        where the LLM ends them."""
+        """`images`: encoded once in each turn; without any, the questions are text alone, and answers end where the LLM
+        ends them."""
         self.engine = engine
         if images:
             engine.trunk.tokenizer.end_ids = frozenset()
-        self.images = [engine.encode([image]) for image in images]
+        self.images = images
+        self.encoded: list[EncodedImages] = []
 
     def write(self, asked: list[Question], users: int) -> list[Written]:
         """The answers to questions, each of which the next free user asks."""
+        self.encoded = [self.engine.encode([image]) for image in self.images]
         with ThreadPoolExecutor(users) as threads:
             return list(threads.map(self._answer, asked))
 
     def _answer(self, question: Question) -> Written:
-        images = self.images[question.image] if self.images else [None]
+        images = self.encoded[question.image] if self.encoded else [None]
         request = make_request("chat", text=question.text)
         ((answer,),) = self.engine.run(images, [[request]], max_new_tokens=question.limit, route_only=True)
         assert answer.tokens is not None, "free chat has tokens"
@@ -145,14 +148,13 @@ class Ours:
 
 
 class _Lengths(StoppingCriteria):
-    """Ends each row at its own length; `start`: tokens of the prompt in what `generate` counts."""
+    """Ends each row at its own length."""
 
-    def __init__(self, limits: Sequence[int], start: int):
+    def __init__(self, limits: Sequence[int]):
         self.limits = torch.tensor(limits)
-        self.start = start
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        return input_ids.shape[1] - self.start >= self.limits
+        return input_ids.shape[1] >= self.limits
 
 
 class Library:
@@ -188,7 +190,7 @@ class Library:
             max_new_tokens=max(limits),
             do_sample=False,
             eos_token_id=None if self.prefixes else ends,
-            stopping_criteria=StoppingCriteriaList([_Lengths(limits, 0)]),
+            stopping_criteria=StoppingCriteriaList([_Lengths(limits)]),
         )
         ends = [] if self.prefixes else [ends] if isinstance(ends, int) else ends
         rows_of_tokens = [_until(row.tolist()[:limit], ends) for row, limit in zip(found, limits, strict=True)]
@@ -239,6 +241,10 @@ class Served:
         return Written(answer["choices"][0]["message"]["content"].strip(), answer["usage"]["completion_tokens"])
 
 
+#: What `transformers serve` logs when it does not batch after all.
+_SEQUENTIAL = "Falling back to sequential"
+
+
 @contextmanager
 def serving(llm: Path, threads: int, log: Path) -> Iterator[Served]:
     """Runs `transformers serve` with continuous batching while the context lasts."""
@@ -246,6 +252,7 @@ def serving(llm: Path, threads: int, log: Path) -> Iterator[Served]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
+    options += ["--continuous-batching", "--cb-num-blocks", "512", "--cb-block-size", "32"]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     code = "from transformers.cli.transformers import main; main()"
     command = [sys.executable, "-c", code, "serve", str(llm), *options]
@@ -255,6 +262,8 @@ def serving(llm: Path, threads: int, log: Path) -> Iterator[Served]:
             yield Served(llm, port)
         finally:
             process.terminate()
+    if _SEQUENTIAL in log.read_text():
+        raise UserError("transformers serve fell back to one answer at a time; its speed means nothing", "no_batching")
 
 
 def _await_port(process: subprocess.Popen[bytes], port: int, log: Path, seconds: float = 180) -> None:
@@ -325,7 +334,7 @@ def memory(engine: Engine) -> Result:
         "MB",
         {"one answer": [one / 1e6], f"{USERS} answers": [many / 1e6]},
         1 / MEMORY_AIM,
-        note=f"{USERS} answers take {many / one:.2f} times the memory of one; at most {MEMORY_AIM}",
+        note=f"{len(ids) + 4} tokens of question and answer each, {prefix_tokens(engine)} of the image",
         details={"image_tokens": prefix_tokens(engine), "own_tokens": len(ids) + 4},
     )
 
@@ -335,14 +344,15 @@ def prefix_tokens(engine: Engine) -> int:
 
 
 #: Run by the interpreter of an environment that holds vLLM: reads JSON [folder, threads, turns of [text, limit]], and
-#: prints the tokens per second of each turn in the last line.
+#: prints JSON [tokens per second of each turn, texts of the last] in the last line.
 _VLLM = """
 import json, os, sys, time
-folder, threads, turns = json.loads(sys.stdin.read())
+folder, threads, users, turns = json.loads(sys.stdin.read())
 os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_CPU_KVCACHE_SPACE="2", HF_HUB_OFFLINE="1")
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
-    llm = LLM(folder, dtype="float32", max_model_len=1024, enforce_eager=True, enable_prefix_caching=False)
+    llm = LLM(folder, dtype="float32", max_model_len=1024, enforce_eager=True, max_num_seqs=users,
+              enable_prefix_caching=False)
     rates = []
     for asked in [[[text, 4] for text, _ in turns[0]], *turns]:
         chats = [[{"role": "user", "content": text}] for text, _ in asked]
@@ -350,7 +360,7 @@ if __name__ == "__main__":
         began = time.perf_counter()
         found = llm.chat(chats, settings, use_tqdm=False)
         rates.append(sum(len(answer.outputs[0].token_ids) for answer in found) / (time.perf_counter() - began))
-    print(json.dumps(rates[1:]))
+    print(json.dumps([rates[1:], [answer.outputs[0].text.strip() for answer in found]]))
 """
 
 
@@ -359,17 +369,26 @@ def beside_vllm(engine: Engine, llm: Path, python: str, users: int, turns: int, 
     memory and threads while it lives."""
     asked = questions(users * ROUNDS)
     ours = Ours(engine)
-    ours.write(questions(users, (2, 4)), users)  # warms up
+    answers = ours.write(questions(users, (2, 4)), users)  # warms up
     rates = []
     for _ in range(turns):
         began = time.perf_counter()
-        rates.append(sum(answer.length for answer in ours.write(asked, users)) / (time.perf_counter() - began))
-    given = json.dumps([str(llm), threads, [[[q.text, q.limit] for q in asked]] * turns])
+        answers = ours.write(asked, users)
+        rates.append(sum(answer.length for answer in answers) / (time.perf_counter() - began))
+    given = json.dumps([str(llm), threads, users, [[[q.text, q.limit] for q in asked]] * turns])
     done = subprocess.run([python, "-c", _VLLM], input=given, capture_output=True, text=True, timeout=3600)
     if done.returncode:
         return Result("vllm", "tokens/s", {}, skipped=f"vLLM failed: {done.stderr.strip().splitlines()[-1:]}")
-    theirs = json.loads(done.stdout.strip().splitlines()[-1])
-    return Result("vllm", "tokens/s", {"engine": rates, "vllm": theirs}, AIMS["vllm"], budget=f"{threads} threads")
+    theirs, texts = json.loads(done.stdout.strip().splitlines()[-1])
+    same = sum(answer.text == text for answer, text in zip(answers, texts, strict=True))
+    return Result(
+        "vllm",
+        "tokens/s",
+        {"engine": rates, "vllm": theirs},
+        AIMS["vllm"],
+        equal=f"{same} of {len(asked)} answers",
+        budget=f"{threads} threads",
+    )
 
 
 def check(llm: str | None) -> None:

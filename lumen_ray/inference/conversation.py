@@ -41,14 +41,15 @@ class Conversation:
 
     def stream(self, text: str, *, max_new_tokens: int = 256) -> Iterator[str | Answer]:
         """Yields the texts of the answer as they are written, then the `Answer`. Closing the iterator gives the answer
-        up. Raises as `ask`."""
+        up at its next token. Raises as `ask`."""
         pieces: queue.SimpleQueue[str | Answer | BaseException] = queue.SimpleQueue()
         abandoned = threading.Event()
 
         def on_text(new: str) -> None:
             if abandoned.is_set():
                 raise _Abandoned
-            pieces.put(new)
+            if new:
+                pieces.put(new)
 
         def run() -> None:
             try:

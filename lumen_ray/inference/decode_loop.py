@@ -10,7 +10,7 @@ once, and one that comes with a new image or prompt waits for one step at most.
 from __future__ import annotations
 
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from lumen_ray.inference.sampling import Sampler, stop_at
+from lumen_ray.precision import in_model_dtype
+from lumen_ray.structures import Dtype
 from lumen_ray.tasks import ROUTING_TOKENS
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.decoding import AnswerGroup, DecodingStep, PrefixSlots, Row
@@ -29,8 +31,8 @@ from lumen_ray.trunk.trunk import Prefix, Trunk
 
 #: Bytes of the keys and values of answers that are being written, and as many of images. More wait in the queue.
 MEMORY = 1 << 30
-#: Longest prompt and answer, in tokens, of the first group of answers; those of each further one are so many times as
-#: long. Answers of a group are padded to its longest one.
+#: Longest prompt and answer, in tokens, of the first group of answers, and its ratio from group to group. Answers of a
+#: group are padded to its longest one.
 SHORTEST_GROUP, GROUP_RATIO = 128, 4
 
 
@@ -62,13 +64,22 @@ class Writing:
 
 
 class DecodeLoop:
-    """Writes the answers of one trunk. Thread-safe; callers that wait run in the trunk's precision."""
+    """Writes the answers of one trunk. Thread-safe."""
 
-    def __init__(self, trunk: Trunk, tokenizer: LumenTokenizer, prompt_layout: str = "branches", memory: int = MEMORY):
-        """`prompt_layout`: of the model; `memory`: bytes, see `MEMORY`. At least one answer is always written."""
+    def __init__(
+        self,
+        trunk: Trunk,
+        tokenizer: LumenTokenizer,
+        prompt_layout: str = "branches",
+        memory: int = MEMORY,
+        dtype: Dtype = "float32",
+    ):
+        """`prompt_layout`, `dtype`: of the model; `memory`: bytes, see `MEMORY`. At least one answer is always
+        written."""
         self.trunk = trunk
         self.tokenizer = tokenizer
         self.prompt_layout = prompt_layout
+        self.device, self.dtype = trunk.lead.device, dtype
         self._most_tokens = memory // trunk.key_value_bytes
         self._routes = frozenset(tokenizer.ids[token] for token in ROUTING_TOKENS if token in tokenizer.ids)
         self._queue: deque[tuple[Prefix, list[Writing]]] = deque()
@@ -77,6 +88,7 @@ class DecodeLoop:
         self._slots: dict[int, PrefixSlots] = {}  # by tokens of the prefix
         self._changed = threading.Condition()
         self._busy = False  # whether a thread is using the model
+        self._tickets: list[object] = []  # of those who wait in `images`, in their order
         self._held = 0  # prefix tokens, see `images`
         self._arriving = 0  # threads that wait with new work for the model
 
@@ -91,8 +103,10 @@ class DecodeLoop:
         """The model for other work of this thread, such as encoding images. Goes before steps, after one step."""
         with self._changed:
             self._arriving += 1
-            self._changed.wait_for(lambda: not self._busy)
-            self._arriving -= 1
+            try:
+                self._changed.wait_for(lambda: not self._busy)
+            finally:
+                self._arriving -= 1
             self._busy = True
         try:
             self._step()  # so that threads that keep coming do not stop the answers
@@ -105,9 +119,21 @@ class DecodeLoop:
     @contextmanager
     def images(self, tokens: int) -> Iterator[None]:
         """Reserves memory for the keys and values of `tokens` prefix tokens, as much as for answers in all. Waits while
-        others hold it."""
+        others hold it or came first."""
+        ticket = object()
         with self._changed:
-            self._changed.wait_for(lambda: not self._held or self._held + tokens <= self._most_tokens)
+            self._tickets.append(ticket)
+            try:
+                self._changed.wait_for(
+                    lambda: (
+                        not tokens
+                        or self._tickets[0] is ticket
+                        and (not self._held or self._held + tokens <= self._most_tokens)
+                    )
+                )
+            finally:
+                self._tickets.remove(ticket)
+                self._changed.notify_all()
             self._held += tokens
         try:
             yield
@@ -141,6 +167,7 @@ class DecodeLoop:
             if writing.error is not None:
                 raise writing.error
 
+    @torch.inference_mode()
     def cancel(self, writings: Sequence[Writing]) -> None:
         """Gives up those of the answers that are not done."""
         if all(writing.end for writing in writings):
@@ -167,31 +194,40 @@ class DecodeLoop:
                 self._busy = False
                 self._changed.notify_all()
 
-    @torch.inference_mode()
+    @in_model_dtype
     def _step(self) -> None:
         """Admits prompts from the queue, then writes the next token of every answer."""
-        while self._queue:
-            prefix, waiting = self._queue[0]
-            admitted = waiting[: self._room(waiting)]
-            if not admitted:
-                break
-            del waiting[: len(admitted)]
-            if not waiting:
-                self._queue.popleft()
-            for wave in self._waves(admitted):
+        while (admitted := self._admit()) is not None:
+            prefix, writings = admitted
+            for wave in self._waves(writings):
                 self._guarded(wave, partial(self._begin, prefix, wave))
         if self._active:
             self._guarded(list(self._active.values()), self._next_tokens)
+
+    def _admit(self) -> tuple[Prefix, list[Writing]] | None:
+        """Takes the prompts from the head of the queue that may join, all about one batch of images."""
+        with self._changed:
+            if not self._queue:
+                return None
+            prefix, waiting = self._queue[0]
+            admitted = waiting[: self._room(waiting)]
+            del waiting[: len(admitted)]
+            if not waiting:
+                self._queue.popleft()
+            return (prefix, admitted) if admitted else None
 
     def _guarded(self, writings: Sequence[Writing], run: Callable[[], None]) -> None:
         """Runs a pass; if it fails, the answers in it end with its error."""
         try:
             run()
-        except Exception as error:  # raised in the threads that wait for these answers
+        except BaseException as error:  # raised in the threads that wait for these answers
             for writing in writings:
                 if writing.end is None:
                     writing.end, writing.error = "error", error
-        self._drop_finished()
+            if not isinstance(error, Exception):  # such as Ctrl-C, which is this thread's own
+                raise
+        finally:
+            self._drop_finished()
 
     def _room(self, waiting: Sequence[Writing]) -> int:
         """The number of waiting prompts that may join: while their memory is free, and at least one in all."""
@@ -234,6 +270,7 @@ class DecodeLoop:
         hidden, cache = self.trunk.run_branches(prefix, layout, regions, torch.tensor(owners, device=device).long())
         last = layout.last_slots
         self._choose(writings, self.trunk.llm.lm_head(hidden[last[:, 0], last[:, 1]]))
+        joining: list[tuple[AnswerGroup, Row, Writing, int]] = []
         for number, writing in enumerate(writings):
             if writing.end is not None:
                 continue
@@ -242,7 +279,11 @@ class DecodeLoop:
             length = int(layout.offsets[image, end]) + 1
             visible = visible_length(bool(prefix.valid[image]), prefix.length, len(self.trunk.lead), alone)
             row = Row(prefix.cache, image, length, (0 if alone else prefix.length) + length)
-            self._group(visible, writing).join(row, cache, image, prefix.length + end + 1 - length)
+            joining.append((self._group(visible, writing), row, writing, prefix.length + end + 1 - length))
+        for group, answers in Counter(group for group, *_ in joining).items():
+            group.reserve(answers, cache)
+        for group, row, writing, start in joining:
+            group.join(row, cache, row.image, start)
             self._active[row] = writing
 
     def _group(self, visible: int, writing: Writing) -> AnswerGroup:
@@ -283,9 +324,10 @@ class DecodeLoop:
 
     def _drop_finished(self) -> None:
         """Frees the places of answers that are done, in the queue too."""
-        for _, waiting in self._queue:
-            waiting[:] = [writing for writing in waiting if writing.end is None]
-        self._queue = deque(entry for entry in self._queue if entry[1])
+        with self._changed:
+            for _, waiting in self._queue:
+                waiting[:] = [writing for writing in waiting if writing.end is None]
+            self._queue = deque(entry for entry in self._queue if entry[1])
         for row, writing in list(self._active.items()):
             if writing.end is None:
                 continue

@@ -105,13 +105,14 @@ class Engine(FromFolder):
         per image (see `make_request`). Images that share a size bucket share a pass. `score_threshold` and
         `max_per_phrase` apply to requests without their own. With `route_only` no decoder is called: an answer holds
         the LLM's text or the routing token, which in free chat names the decoder that the LLM would have called.
-        `on_text` is called with (index of the image, index of the request, new text) while answers are written.
+        `on_text` is called with (index of the image, index of the request, new text) for every token that is written;
+        the text may be empty.
 
         Several threads may call this at once: their text answers are written together.
         """
         encoded = images if isinstance(images, EncodedImages) else None
         stored = encoded.inputs.images if encoded else cast("Sequence[np.ndarray | None]", images)
-        check_call(stored, requests, score_threshold)
+        check_call(stored, requests, score_threshold, max_new_tokens)
         if len(stored) == 0:
             return []
         default = PredictSettings(score_threshold, max_per_phrase)

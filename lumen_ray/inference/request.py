@@ -115,8 +115,12 @@ def _check_conversation(task: str, history: Sequence[tuple[str, str]], system: s
         raise UserError("'history' must be pairs of a question and its answer, both texts", "invalid_history")
     if not isinstance(system, str | None):
         raise UserError(f"'system' must be a text, got {system!r}", "invalid_history")
-    for text in (system or "", *(text for pair in history for text in pair)):
-        _refuse_reserved(text)
+    for question, answer in history:
+        _refuse_reserved(question)
+        _check_unicode(
+            answer
+        )  # may hold what is a special token of other models only; the trunk's stage checks its own
+    _refuse_reserved(system or "")
 
 
 def _phrases(needs: Needs, text: str) -> tuple[str, ...]:
@@ -151,8 +155,18 @@ def _checked_sample(task: str, sample: SampleSettings | None) -> SampleSettings 
     return sample
 
 
+def _check_unicode(text: str) -> None:
+    """Raises `UserError` for a text with half of a surrogate pair, which no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        broken = text[error.start]
+        raise UserError(f"a text may not contain {broken!r}, half of a surrogate pair", "invalid_text") from None
+
+
 def _refuse_reserved(text: str) -> None:
     """Raises `UserError` for a special token in the caller's text, which would change the layout of the prompt."""
+    _check_unicode(text)
     if reserved := next((token for token in SPECIAL_TOKENS if token in text), None):
         raise UserError(f"a text may not contain '{reserved}', which the prompt layout uses", "reserved_text")
 
@@ -191,9 +205,9 @@ def _check_region(size: Size, region: Region) -> None:
         )
 
 
-def check_call(images: Any, requests: Any, score_threshold: Any) -> None:
+def check_call(images: Any, requests: Any, score_threshold: Any, max_new_tokens: Any = 1) -> None:
     """Raises `UserError` for arguments of `Engine.run` that are not lists of images and of lists of requests, one per
-    image, and for a threshold outside 0..1."""
+    image, for a threshold outside 0..1 and for answers without a token."""
     stacked = isinstance(images, np.ndarray) and images.ndim == 4
     if (
         not (stacked or isinstance(images, Sequence))
@@ -222,5 +236,7 @@ def check_call(images: Any, requests: Any, score_threshold: Any) -> None:
                 "the requests of one image are a list of make_request's results, e.g. engine.run([image], [[request]])",
                 "invalid_call",
             )
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise UserError(f"max_new_tokens must be a whole number from 1, got {max_new_tokens!r}", "invalid_length")
     if not isinstance(score_threshold, Real) or not 0 <= float(score_threshold) <= 1:
         raise UserError(f"score_threshold must be from 0 to 1, got {score_threshold!r}", "invalid_threshold")

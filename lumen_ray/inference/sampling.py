@@ -1,6 +1,7 @@
 """How the tokens of a text answer are chosen: greedily, or drawn from the LLM's distribution.
 
-Each answer has a generator of its own, so that a seed gives the same answer whatever else is in the batch.
+Each answer has a generator of its own, so that in float32 a seed gives the same answer whatever else is in the batch.
+In bf16 the logits themselves depend on the batch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 from lumen_ray.errors import UserError
 
 _MAX_STOPS = 16
+_COLDEST = 1e-5  # below, logits over the temperature may be infinite
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Sampling:
     @property
     def is_greedy(self) -> bool:
         """Whether every token is the most probable one."""
-        return self.temperature == 0 or self.top_k == 1
+        return self.temperature < _COLDEST or self.top_k == 1
 
 
 GREEDY = Sampling()
@@ -86,7 +88,7 @@ class Sampler:
     def choose(self, logits: Tensor) -> int:
         """The next token from the LLM's logits [V]."""
         s = self.settings
-        scores = logits.detach().double().cpu()  # float64: the draw must not depend on the order of sums
+        scores = logits.detach().double().cpu()  # float64: rounding must not decide a draw
         if s.repetition_penalty != 1:
             seen = torch.tensor(sorted({*self.prompt, *self.tokens}), dtype=torch.int64)
             found = scores[seen]

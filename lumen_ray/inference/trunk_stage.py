@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -91,7 +92,7 @@ class TrunkStage(FromFolder):
         self.trunk = loaded.trunk(self.device)
         self.tokenizer = loaded.tokenizer
         self.prompt_layout = loaded.settings.prompt_layout
-        self.loop = DecodeLoop(self.trunk, self.tokenizer, self.prompt_layout)
+        self.loop = DecodeLoop(self.trunk, self.tokenizer, self.prompt_layout, dtype=self.dtype)
         self.serving = loaded.settings.serving
         self.input_rules = loaded.settings.input_rules
         self.skeletons = {name: tuple(names) for name, names in loaded.meta.skeletons.items()}
@@ -137,7 +138,7 @@ class TrunkStage(FromFolder):
         `class_chunk` bounds the branches per image and pass; results do not depend on it. In the sequential layout the
         prompts of a request are one text and are never split, however many.
         With `route_only` no decoder gets a link: the plans hold the text or the route that the LLM chose. `on_text` is
-        called with (image, request, new text) while answers are written.
+        called with (image, request, new text) for every token that is written; the text may be empty.
 
         Several threads may call this at once: their answers are written together.
         """
@@ -155,7 +156,7 @@ class TrunkStage(FromFolder):
         ]
         length = self._prefix_length(inputs)
         prompts = self._text_prompts(inputs.valid, length, requests, max_new_tokens)
-        with self.loop.images(length * len(images)):
+        with self.loop.images(0 if isinstance(images, EncodedImages) else length * len(images)):
             if isinstance(images, EncodedImages):
                 prefix = images.prefix
             else:
@@ -168,7 +169,7 @@ class TrunkStage(FromFolder):
                 pending = []
             else:
                 pending += self._routed_branches(routed, inputs.valid, requests, plans)
-            with self.loop.turn():
+            with self.loop.turn() if pending else nullcontext():
                 return self._output(prefix, pending, plans, inputs, class_chunk)
 
     def _text_alone(self, inputs: Inputs) -> bool:
@@ -218,10 +219,9 @@ class TrunkStage(FromFolder):
             text = self._text(writing)
             if writing.end is None:
                 text = stable_text(text, writing.prompt.sampler.settings.stop)
-            if len(text) > len(sent[writing]):
-                new = text[len(sent[writing]) :]
-                sent[writing] = text
-                on_text(*places[writing], new)
+            new = text[len(sent[writing]) :]
+            sent[writing] += new
+            on_text(*places[writing], new)
 
         return on_token
 
@@ -257,6 +257,8 @@ class TrunkStage(FromFolder):
             for r, request in enumerate(row):
                 if not (task := TASKS[request.task]).is_text:
                     continue
+                for _, answer in request.history:
+                    self._refuse_special(answer)
                 text = task.prompt(request.text, request.template)
                 regions = () if request.region is None else (0,)
                 branch = Branch(0, text, regions=regions, history=request.history, system=request.system)
@@ -298,6 +300,13 @@ class TrunkStage(FromFolder):
         text = self.tokenizer.decode(writing.tokens)
         stopped = stop_at(text, writing.prompt.sampler.settings.stop)
         return text if stopped is None else stopped
+
+    def _refuse_special(self, text: str) -> None:
+        """Raises `UserError` for a special token of this model in an earlier answer."""
+        if token := next((token for token in self.tokenizer.ids if token in text), None):
+            raise UserError(
+                f"an earlier answer may not contain '{token}', which the prompt layout uses", "reserved_text"
+            )
 
     def _check_context(self, length: int, limit: int) -> None:
         """Raises `UserError` if a prompt of `length` tokens and its answer are longer than the LLM's context."""

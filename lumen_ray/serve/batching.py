@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar, cast
 
 from lumen_ray.errors import UserError
@@ -32,6 +34,13 @@ def set_batching(method: Any, batching: dict[str, Any]) -> None:
     batched.set_batch_wait_timeout_s(batching["batch_wait_timeout_s"])
 
 
+@dataclass
+class _Waiting(Generic[T, R]):
+    item: T
+    key: Hashable
+    future: Future[R | Exception] = field(default_factory=Future)
+
+
 class Collector(Generic[T, R]):
     """Batches for a model that one thread uses at a time: a worker that gets the model takes everything that waits, and
     may leave it to others while its batch goes on (as text answers do, which are written together with theirs)."""
@@ -47,7 +56,8 @@ class Collector(Generic[T, R]):
         batches at a time."""
         self._run, self._key, self._turn = run, key, turn
         self._pool = ThreadPoolExecutor(workers)
-        self._waiting: deque[tuple[T, Future[R | Exception]]] = deque()
+        self._waiting: deque[_Waiting[T, R]] = deque()
+        self._lock = threading.Lock()  # of `_waiting`
         self.max_batch_size = 1
         self.wait_timeout_s = 0.0
 
@@ -58,38 +68,42 @@ class Collector(Generic[T, R]):
 
     async def submit(self, item: T) -> R | Exception:
         """The result of one item. If this is cancelled while the item waits, it is dropped."""
-        future: Future[R | Exception] = Future()
-        self._waiting.append((item, future))
+        waiting: _Waiting[T, R] = _Waiting(item, self._key(item))
+        with self._lock:
+            self._waiting.append(waiting)
         self._pool.submit(self._work)
-        return await asyncio.wrap_future(future)
+        return await asyncio.wrap_future(waiting.future)
 
     def _work(self) -> None:
         """Runs a batch. There is a call for every item, so calls whose item is in another's batch find less or none."""
-        if not self._waiting:
-            return
+        with self._lock:
+            if not self._waiting:
+                return
         time.sleep(self.wait_timeout_s)  # others may come while the model is idle
-        with self._turn():
-            batch = self._take()
-        if not batch:
-            return
+        batch: list[_Waiting[T, R]] = []
+        results: list[R | Exception]
         try:
-            results: list[R | Exception] = self._run([item for item, _ in batch])
+            with self._turn():
+                batch = self._take()
+            results = self._run([waiting.item for waiting in batch]) if batch else []
         except Exception as error:
+            batch = batch or self._take()
             results = [error] * len(batch)
-        for (_, future), result in zip(batch, results, strict=True):
-            future.set_result(result)
+        for waiting, result in zip(batch, results, strict=True):
+            waiting.future.set_result(result)
 
-    def _take(self) -> list[tuple[T, Future[R | Exception]]]:
+    def _take(self) -> list[_Waiting[T, R]]:
         """The first item that waits and those of its key, in their order."""
-        batch: list[tuple[T, Future[R | Exception]]] = []
-        others: list[tuple[T, Future[R | Exception]]] = []
-        while self._waiting and len(batch) < self.max_batch_size:
-            entry = self._waiting.popleft()
-            if batch and self._key(entry[0]) != self._key(batch[0][0]):
-                others.append(entry)
-            elif entry[1].set_running_or_notify_cancel():
-                batch.append(entry)
-        self._waiting.extendleft(reversed(others))
+        batch: list[_Waiting[T, R]] = []
+        others: list[_Waiting[T, R]] = []
+        with self._lock:
+            while self._waiting and len(batch) < self.max_batch_size:
+                waiting = self._waiting.popleft()
+                if batch and waiting.key != batch[0].key:
+                    others.append(waiting)
+                elif waiting.future.set_running_or_notify_cancel():
+                    batch.append(waiting)
+            self._waiting.extendleft(reversed(others))
         return batch
 
 

@@ -135,7 +135,7 @@ class PrefixSlots:
         self._share()
 
     def release(self, cache: DynamicCache) -> None:
-        """Enters that an answer has left. The images of the last one are given up."""
+        """Counts an answer out. When the last about a batch of images leaves, the images are given up."""
         self._users[id(cache)] -= 1
         if self._users[id(cache)]:
             return
@@ -194,13 +194,19 @@ class AnswerGroup:
         self.rows: list[Row] = []
         self.stored = KeyValues()
 
+    def reserve(self, answers: int, like: DynamicCache) -> None:
+        """Makes room for so many more answers; `like`: a cache of the LLM."""
+        rows, tokens = self.stored.shape
+        if len(self.rows) + answers > rows:
+            self.stored.resize(len(self.rows) + answers, max(tokens, GROWTH), KeyValues.of_cache(like))
+
     def join(self, row: Row, cache: DynamicCache, source: int, start: int) -> None:
-        """Adds an answer with `row.length` own tokens: those from `start` of row `source` of `cache`."""
+        """Adds an answer with `row.length` own tokens: those from `start` of row `source` of `cache`. Room for it is
+        reserved."""
         new = KeyValues.of_cache(cache)
         rows, tokens = self.stored.shape
-        if len(self.rows) == rows or row.length > tokens:
-            room = max(tokens, -(-row.length // GROWTH) * GROWTH)
-            self.stored.resize(max(rows, len(self.rows) + 1), room, new)
+        if row.length > tokens:
+            self.stored.resize(rows, -(-row.length // GROWTH) * GROWTH, new)
         self.stored.write(len(self.rows), new, source, start, row.length)
         if self.slots is not None:
             self.slots.acquire(row.cache)
@@ -327,7 +333,7 @@ class DecodingStep:
         return (found[0] if len(found) == 1 else torch.cat(found)).flatten(1, 2)
 
     def finish(self) -> None:
-        """Enters that the step's tokens are stored."""
+        """Advances the answers by the token that was stored."""
         for step in self.groups:
             for row in step.group.rows:
                 row.length += 1

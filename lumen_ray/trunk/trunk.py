@@ -88,6 +88,7 @@ class Trunk(nn.Module):
         needs_dense = reads_dense(decoders)
         config = settings.llm_config(vocab_size=vocab_size)
         self.llm = published_part(lambda: AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION))
+        _check_attention(self.llm)
         width = config.hidden_size
         std = getattr(config, "initializer_range", 0.02)
         self.stem = ConvStem(settings.stem_channels) if settings.tokens_read_stem or needs_dense else None
@@ -240,7 +241,7 @@ class Trunk(nn.Module):
         batch, length = tokens.shape[:2]
         allowed = prefix_allowed(batch, length, self.settings.prefix_attention, images.device, len(self.lead))
         mask = mask_to_bias(allowed, tokens.dtype)[:, None]
-        cache = DynamicCache(config=self.llm.config)
+        cache = DynamicCache()  # without the config, whose sliding windows would drop keys
         positions = torch.arange(length, device=images.device).expand(batch, -1)
         out = self.llm.model(
             inputs_embeds=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
@@ -256,7 +257,7 @@ class Trunk(nn.Module):
         """The empty prefix of samples without images whose branches attend to none; `images` as of `encode`."""
         valid = torch.zeros(len(images), dtype=torch.bool, device=images.device)
         none = torch.zeros(len(images), 0, 0, 0, device=images.device)
-        return Prefix(none, none, None, valid, DynamicCache(config=self.llm.config), 0)
+        return Prefix(none, none, None, valid, DynamicCache(), 0)
 
     @torch.inference_mode()
     def run_branches(
@@ -320,6 +321,17 @@ class Trunk(nn.Module):
             raise UserError(f"the LLM's class {kind} takes no attention function; use another LLM", "unsupported_llm")
         step.finish()
         return hidden[0]
+
+
+def _check_attention(llm: Any) -> None:
+    """Raises `UserError` if the attention of an LLM is not the plain softmax that `branch_attention` computes."""
+    kind = llm.config.model_type
+    if not getattr(llm, "_supports_sdpa", True) or getattr(llm.config, "attn_logit_softcapping", None) is not None:
+        raise UserError(
+            f"the attention of an LLM of type '{kind}' has sinks or capped logits, which are not supported; use "
+            "another, such as llama, qwen3 or mistral",
+            "unsupported_llm",
+        )
 
 
 def _starts(layout: Layout, prefix: int) -> Tensor:

@@ -52,11 +52,33 @@ def test_a_stream_holds_back_what_may_begin_a_stop_text(engine, words):
 
 
 def test_a_stream_that_is_closed_gives_its_answer_up(engine, words):
-    stream = engine.conversation(IMAGE).stream("what is there ?")
+    chat = engine.conversation(IMAGE)
+    stream = chat.stream("what is there ?")
     assert isinstance(next(stream), str)
     stream.close()
-    assert engine.trunk.loop.bytes_held == 0
+    assert engine.trunk.loop.bytes_held == 0 and chat.history == []
     assert engine.conversation(IMAGE).ask("what is there ?").text == words
+
+
+def test_a_stream_that_is_closed_ends_though_no_text_comes(engine, monkeypatch):
+    stops = [engine.trunk.tokenizer.encode("red")[0], *[engine.trunk.tokenizer.ids["<region>"]] * 390]
+    force_answers(monkeypatch, engine.trunk.loop, stops)
+    writings = []
+    submit = engine.trunk.loop.submit
+    monkeypatch.setattr(engine.trunk.loop, "submit", lambda *args: writings.extend(submit(*args)) or writings)
+    stream = engine.conversation(IMAGE).stream("what is there ?", max_new_tokens=390)
+    assert next(stream) == "red"
+    stream.close()
+    assert writings[0].end == "cancelled" and len(writings[0].tokens) < 380
+
+
+def test_an_answer_may_hold_a_special_token_of_other_models(engine):
+    chat = engine.conversation()
+    chat.history.append(("what ?", "<image>"))
+    assert chat.ask("what ?", max_new_tokens=2) is not None
+    chat.history.append(("what ?", "a <region>"))
+    with pytest.raises(UserError, match="an earlier answer may not contain '<region>'"):
+        chat.ask("what ?")
 
 
 def test_errors_reach_the_reader_of_a_stream(engine):

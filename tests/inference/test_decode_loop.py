@@ -237,6 +237,7 @@ def test_threads_write_together_and_each_gets_its_own():
     for thread in threads:
         thread.join(timeout=60)
     assert found == {n: naive_greedy(trunk, IMAGES[OWNERS[n]], QUESTIONS[n], 20) for n in range(4)}
+    assert max(together) > 1
     assert loop.bytes_held == 0
 
 
@@ -284,6 +285,66 @@ def test_what_the_caller_raises_gives_its_answers_up_and_no_others():
         loop.wait([second])
     assert second.tokens == naive_greedy(trunk, IMAGES[1], QUESTIONS[2], 7)
     assert loop.bytes_held == 0
+
+
+def test_an_answer_is_given_up_outside_inference_mode_too():
+    trunk = make_trunk()
+    loop, prefix = make_loop(trunk), trunk.encode(IMAGES)
+    written = loop.submit(prefix, [prompt(QUESTIONS[1], 1, 20), prompt("what ?", 0, 20), prompt(QUESTIONS[2], 1, 20)])
+    loop._step()
+    loop.cancel(written[:1])
+    loop.wait(written[1:])
+    assert written[0].end == "cancelled"
+    assert written[1].tokens == naive_greedy(trunk, IMAGES[0], "what ?", 20)
+    assert written[2].tokens == naive_greedy(trunk, IMAGES[1], QUESTIONS[2], 20)
+
+
+def test_an_interrupt_leaves_the_loop_usable(monkeypatch):
+    trunk = make_trunk()
+    loop, prefix = make_loop(trunk), trunk.encode(IMAGES)
+    other = loop.submit(prefix, [prompt("what ?")])
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trunk, "run_branches", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(loop, prefix, [prompt(QUESTIONS[1], 1)])
+    monkeypatch.undo()
+    assert other[0].end == "error"  # it was to begin in the same pass
+    assert write(loop, prefix, [prompt(QUESTIONS[1], 1)]) == [naive_greedy(trunk, IMAGES[1], QUESTIONS[1], 7)]
+
+
+def test_prompts_are_kept_that_are_enqueued_during_a_step(monkeypatch):
+    trunk = make_trunk()
+    loop, prefix = make_loop(trunk), trunk.encode(IMAGES)
+    late = []
+    decode_step = trunk.decode_step
+
+    def while_stepping(*args):
+        if not late:
+            thread = threading.Thread(target=lambda: late.extend(loop.submit(prefix, [prompt(QUESTIONS[2], 1)])))
+            thread.start()
+            thread.join(timeout=10)
+        return decode_step(*args)
+
+    monkeypatch.setattr(trunk, "decode_step", while_stepping)
+    first = loop.submit(prefix, [prompt("what ?")])
+    loop.wait(first)
+    loop.wait(late)
+    assert late[0].tokens == naive_greedy(trunk, IMAGES[1], QUESTIONS[2], 7)
+
+
+def test_keys_outside_a_sliding_window_stay():
+    keys = llm("mistral") | {"sliding_window": 8}
+    trunk = scrambled(tiny_model(llm=keys, prefix_attention="full").trunk)
+    loop, prefix = make_loop(trunk), trunk.encode(IMAGES)
+    assert write(loop, prefix, [prompt(QUESTIONS[1], 1)]) == [naive_greedy(trunk, IMAGES[1], QUESTIONS[1], 7)]
+
+
+def test_attention_that_is_no_plain_softmax_is_refused():
+    with pytest.raises(UserError, match="an LLM of type 'gemma2' has sinks or capped logits"):
+        tiny_model(llm=llm("gemma2") | {"head_dim": 16})
 
 
 def test_an_error_of_the_model_reaches_those_who_wait(monkeypatch):

@@ -82,3 +82,10 @@ def test_one_class_may_be_given_as_a_text():
         make_request("detect", classes=[1])
     with pytest.raises(UserError, match="'region' takes a lumen_ray.structures.Region"):
         make_request("region_caption", region=[64, 40])
+
+
+def test_half_of_a_surrogate_pair_is_refused():
+    for fields in ({"text": "\ud800"}, {"text": "a", "history": [("a", "\ud800")]}, {"text": "a", "system": "\ud800"}):
+        with pytest.raises(UserError, match="half of a surrogate pair") as error:
+            make_request("chat", **fields)
+        assert error.value.reason == "invalid_text"

@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import pickle
+import sys
+import threading
 from functools import partial
 
 import numpy as np
@@ -19,7 +21,7 @@ from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.outputs import merge
 from lumen_ray.inference.request import make_request
 from lumen_ray.inference.sampling import Sampling
-from lumen_ray.serve.batching import map_grouped
+from lumen_ray.serve.batching import Collector, map_grouped
 from lumen_ray.serve.decoder import DecoderReplica, load_decoder
 from lumen_ray.serve.job import TrunkJob
 from lumen_ray.serve.trunk import TrunkReplica, load_trunk
@@ -176,7 +178,9 @@ def test_text_answers_and_info(trunk, jobs):
     assert info["preset"] == "nano" and info["skeletons"] == {"figure": ["head", "left hand"]}
 
 
-def test_a_short_answer_and_boxes_do_not_wait_for_a_long_answer(trunk, jobs, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_short_answer_and_boxes_do_not_wait_for_a_long_answer(model_folder, monkeypatch, dtype):
+    trunk = TrunkReplica(str(model_folder), "cpu", {}, partial(load_trunk, dtype=dtype))
     forced = [trunk.stage.tokenizer.encode("red")[0]] * 400
     force_answers(monkeypatch, trunk.stage.loop, forced)
     order = []
@@ -220,6 +224,36 @@ def test_what_waits_for_the_model_is_one_batch_of_its_kind(trunk):
     finally:
         trunk.batches._run = outputs
     assert sorted(sizes) == [1, 1, 5, 5] and len(found) == 12
+
+
+def test_no_item_is_left_behind_by_those_of_other_keys():
+    model = threading.Lock()
+    collector = Collector(list, lambda item: item % 7, lambda: model, 8)
+    collector.configure({"max_batch_size": 3, "batch_wait_timeout_s": 0.0})
+
+    async def rounds():
+        for _ in range(200):
+            found = await asyncio.wait_for(asyncio.gather(*(collector.submit(n) for n in range(12))), 20)
+            assert found == list(range(12))
+
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        asyncio.run(rounds())
+    finally:
+        sys.setswitchinterval(switch)
+
+
+def test_an_error_reaches_every_item_that_waits():
+    def broken():
+        raise RuntimeError("no model")
+
+    collector = Collector(list, lambda item: 0, broken, 1)
+
+    async def both():
+        return await asyncio.wait_for(asyncio.gather(collector.submit(1), collector.submit(2)), 20)
+
+    assert [str(error) for error in asyncio.run(both())] == ["no model", "no model"]
 
 
 def test_a_job_that_is_cancelled_while_it_waits_is_dropped(trunk):
