@@ -344,11 +344,12 @@ def prefix_tokens(engine: Engine) -> int:
 
 
 #: Run by the interpreter of an environment that holds vLLM: reads JSON [folder, threads, turns of [text, limit]], and
-#: prints JSON [tokens per second of each turn, texts of the last] in the last line.
+#: prints RESULT and JSON [tokens per second of each turn, texts of the last].
 _VLLM = """
 import json, os, sys, time
 folder, threads, users, turns = json.loads(sys.stdin.read())
-os.environ.update(OMP_NUM_THREADS=str(threads), VLLM_CPU_KVCACHE_SPACE="2", HF_HUB_OFFLINE="1")
+cores = sorted(os.sched_getaffinity(0))[:threads]
+os.environ.update(VLLM_CPU_OMP_THREADS_BIND=",".join(map(str, cores)), VLLM_CPU_KVCACHE_SPACE="2", HF_HUB_OFFLINE="1")
 from vllm import LLM, SamplingParams
 if __name__ == "__main__":
     llm = LLM(folder, dtype="float32", max_model_len=1024, enforce_eager=True, max_num_seqs=users,
@@ -360,7 +361,7 @@ if __name__ == "__main__":
         began = time.perf_counter()
         found = llm.chat(chats, settings, use_tqdm=False)
         rates.append(sum(len(answer.outputs[0].token_ids) for answer in found) / (time.perf_counter() - began))
-    print(json.dumps([rates[1:], [answer.outputs[0].text.strip() for answer in found]]))
+    print("RESULT", json.dumps([rates[1:], [answer.outputs[0].text.strip() for answer in found]]))
 """
 
 
@@ -379,7 +380,8 @@ def beside_vllm(engine: Engine, llm: Path, python: str, users: int, turns: int, 
     done = subprocess.run([python, "-c", _VLLM], input=given, capture_output=True, text=True, timeout=3600)
     if done.returncode:
         return Result("vllm", "tokens/s", {}, skipped=f"vLLM failed: {done.stderr.strip().splitlines()[-1:]}")
-    theirs, texts = json.loads(done.stdout.strip().splitlines()[-1])
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith("RESULT"))
+    theirs, texts = json.loads(line.removeprefix("RESULT"))
     same = sum(answer.text == text for answer, text in zip(answers, texts, strict=True))
     return Result(
         "vllm",

@@ -80,7 +80,7 @@ def test_questions_are_of_mixed_lengths_about_all_images():
 def test_vllm_runs_with_its_own_python(llm, tmp_path, short):
     fake = tmp_path / "python"  # prints what the script with vLLM would
     printed = json.dumps([[10.0, 20.0], ["a", "b", "c", "d"]])
-    fake.write_text(f"#!/bin/sh\ncat > $(dirname $0)/given\necho loading\necho '{printed}'\n")
+    fake.write_text(f"#!/bin/sh\ncat > $(dirname $0)/given\necho loading\necho 'RESULT {printed}'\necho done\n")
     fake.chmod(0o755)
     result = chat.bench("vllm", tmp_path / "model", str(llm), vllm=str(fake), turns=2, users=2, threads=1)
     assert result.rates["vllm"] == [10.0, 20.0] and len(result.rates["engine"]) == 2
