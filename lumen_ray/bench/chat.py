@@ -125,17 +125,18 @@ class Ours:
     """The engine. Each user is a thread that asks one question after the other."""
 
     def __init__(self, engine: Engine, images: Sequence[np.ndarray] = ()):
-        """`images`: encoded once in each turn; without any, the questions are text alone, and answers end where the LLM
+        """`images`: those asked about are encoded once in each turn; without any, the questions are text alone, and answers end where the LLM
         ends them."""
         self.engine = engine
         if images:
             engine.trunk.tokenizer.end_ids = frozenset()
         self.images = images
-        self.encoded: list[EncodedImages] = []
+        self.encoded: dict[int, EncodedImages] = {}
 
     def write(self, asked: list[Question], users: int) -> list[Written]:
         """The answers to questions, each of which the next free user asks."""
-        self.encoded = [self.engine.encode([image]) for image in self.images]
+        asked_about = {question.image for question in asked}
+        self.encoded = {n: self.engine.encode([image]) for n, image in enumerate(self.images) if n in asked_about}
         with ThreadPoolExecutor(users) as threads:
             return list(threads.map(self._answer, asked))
 

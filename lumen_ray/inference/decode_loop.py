@@ -26,6 +26,7 @@ from lumen_ray.tasks import ROUTING_TOKENS
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.decoding import AnswerGroup, DecodingStep, PrefixSlots, Row
 from lumen_ray.trunk.layout import build_layout, visible_length
+from lumen_ray.trunk.skinny import use_skinny_linears
 from lumen_ray.trunk.tokenizer import LumenTokenizer
 from lumen_ray.trunk.trunk import Prefix, Trunk
 
@@ -76,6 +77,7 @@ class DecodeLoop:
     ):
         """`prompt_layout`, `dtype`: of the model; `memory`: bytes, see `MEMORY`. At least one answer is always
         written."""
+        use_skinny_linears(trunk.llm)
         self.trunk = trunk
         self.tokenizer = tokenizer
         self.prompt_layout = prompt_layout
