@@ -43,6 +43,7 @@ def recipe(*stages, **changes):
         ({"lr_scale": {"vision": -1}}, "lr_scale of 'vision' must not be negative"),
         ({"layer_decay": {"dense": 0.9}}, "unknown part with layers 'dense'; parts with layers: llm, vision"),
         ({"layer_decay": {"llm": 1.5}}, r"layer_decay of 'llm' must be in \(0, 1\], got 1.5"),
+        ({"groups": [{"tasks": ["chat", "detect"], "text_only": True}]}, "'detect' is not about text alone"),
     ],
 )
 def test_a_mistake_in_a_stage_is_reported(stage, message):
