@@ -128,6 +128,21 @@ def test_the_large_recipes_fit_their_models(name):
     assert text / sum(group.weight for group in joint.groups) == pytest.approx(1 / 3)
 
 
+def test_the_smollm2_recipe_freezes_the_llm_at_first_and_trains_text_alone_beside_scenes():
+    pytest.importorskip("peft", reason="LoRA needs peft (pip install 'lumen-ray[lora]')")
+    made = config.load(Recipe, recipe_path("smollm2"))
+    settings = config.load(ModelSettings, model_path(made.model))
+    check_recipe(made, settings, settings.vocab_size)
+    align, *later = made.stages
+    assert "llm" not in align.trainable and "queries" in align.trainable
+    assert all(stage.trainable is None for stage in later)
+    for stage in made.stages:
+        scenes, text = stage.groups
+        assert "chat" not in scenes.tasks  # that task would draw rows of text alone, by their tokens
+        assert text.tasks == ("chat",) and text.text_only and text.distil
+        check_micro_steps(stage, made.batch_size // 4, made.workers)
+
+
 def without_lora(stage):
     """Of a model that has no adapters."""
     kept = {name: factor for name, factor in stage.lr_scale.items() if "lora" not in name}

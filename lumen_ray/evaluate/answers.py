@@ -104,8 +104,8 @@ def changed(engine: EngineProtocol, before: Sequence[Written], progress: Progres
     return [new for old, new in zip(before, found, strict=True) if (new.text, new.tokens) != (old.text, old.tokens)]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`jobs/answers.py`. The exit status is 2 for what the user must change."""
+def build_parser() -> argparse.ArgumentParser:
+    """The options of `jobs/answers.py`."""
     parser = argparse.ArgumentParser(prog="answers.py", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     write = actions.add_parser("write", help="write the answers of a model")
@@ -116,7 +116,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for action in (write, compare):
         action.add_argument("--model", required=True, help="model folder")
         action.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where torch finds a GPU, else cpu)")
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`jobs/answers.py`. The exit status is 2 for what the user must change."""
+    args = build_parser().parse_args(argv)
     try:
         _write(args) if args.action == "write" else _compare(args)
     except UserError as error:
