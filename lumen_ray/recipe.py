@@ -164,12 +164,26 @@ class TaskGroup(Settings):
     tasks: tuple[str, ...] = Field(description="names of tasks; see `lumen_ray.tasks`")
     decoders: tuple[str, ...] = Field((), description="decoders to train; empty: all of the model that serve the tasks")
     weight: float = Field(1.0, gt=0, description="how often this group is drawn, relative to the stage's other groups")
+    text_only: bool = Field(False, description="draw rows without image only: conversations of text alone")
+    distil: bool = Field(
+        False,
+        description="with text_only: learn the probabilities that the LLM gives every token without adapters, in place "
+        "of the tokens; for a published LLM and its own answers",
+    )
 
     @property
     def learning(self) -> tuple[str, ...]:
         """The decoders, of all there are, that the group trains where a model has them."""
         able = {decoder for task in self.tasks for decoder in decoders_for(task)}
         return tuple(name for name in DECODERS if name in able and name in (self.decoders or able))
+
+    @model_validator(mode="after")
+    def _check_text(self) -> TaskGroup:
+        if self.text_only and (wrong := [name for name in self.tasks if not TASKS[name].is_text]):
+            raise UserError(f"task '{wrong[0]}' is not about text alone; leave out text_only", "invalid_config")
+        if self.distil and not self.text_only:
+            raise UserError("distil is for groups with text_only; add it, or leave distil out", "invalid_config")
+        return self
 
     @field_validator("tasks")
     @classmethod

@@ -124,7 +124,7 @@ def of_user(name: str) -> bool:
 
 @pytest.mark.parametrize(("where", "line"), LINES, ids=ids(LINES))
 def test_command_lines_parse_and_name_what_exists(where, line):
-    args = parse_bench(line[1:]) if line[0] == "bench" else cli.build_parser().parse_args(line)
+    args = JOBS[line[0]](line[1:]) if line[0] in JOBS else cli.build_parser().parse_args(line)
     for kind, option in (("recipes", "recipe"), ("models", "preset"), ("serve", "config")):
         name = getattr(args, option, None)
         if name and not of_user(name):
@@ -148,6 +148,19 @@ def parse_bench(line: list[str]) -> Any:
     return args
 
 
+def parse_answers(line: list[str]) -> Any:
+    from lumen_ray.evaluate.answers import build_parser
+
+    args = build_parser().parse_args(line)
+    if args.action == "write":
+        find("questions", args.questions)
+    return args
+
+
+#: jobs that are no verb of `lumen-ray`
+JOBS = {"bench": parse_bench, "answers": parse_answers}
+
+
 def check_decoders(chosen: dict[str, str]) -> None:
     """`nano-experts` has every decoder."""
     from lumen_ray.model.settings import ModelSettings
@@ -165,7 +178,7 @@ def verbs(parser: Any) -> dict[str, Any]:
 
 def test_pages_have_commands_of_every_verb_and_source():
     parser = cli.build_parser()
-    assert {line[0] for _, line in LINES} - {"bench"} == set(verbs(parser))
+    assert {line[0] for _, line in LINES} - set(JOBS) == set(verbs(parser))
     sources = set(verbs(verbs(parser)["prepare"]))
     assert {line[1] for _, line in LINES if line[0] == "prepare"} == sources
     assert {line[1] for _, line in LINES if line[0] == "convert"} == set(verbs(verbs(parser)["convert"]))

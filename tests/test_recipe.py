@@ -43,6 +43,7 @@ def recipe(*stages, **changes):
         ({"lr_scale": {"vision": -1}}, "lr_scale of 'vision' must not be negative"),
         ({"layer_decay": {"dense": 0.9}}, "unknown part with layers 'dense'; parts with layers: llm, vision"),
         ({"layer_decay": {"llm": 1.5}}, r"layer_decay of 'llm' must be in \(0, 1\], got 1.5"),
+        ({"groups": [{"tasks": ["chat", "detect"], "text_only": True}]}, "'detect' is not about text alone"),
     ],
 )
 def test_a_mistake_in_a_stage_is_reported(stage, message):
@@ -125,6 +126,21 @@ def test_the_large_recipes_fit_their_models(name):
     assert {name for group in with_decoders for name in group.decoders or model.decoders} == {*model.decoders}
     text = sum(group.weight for group in joint.groups if all(TASKS[task].is_text for task in group.tasks))
     assert text / sum(group.weight for group in joint.groups) == pytest.approx(1 / 3)
+
+
+def test_the_smollm2_recipe_freezes_the_llm_at_first_and_trains_text_alone_beside_scenes():
+    pytest.importorskip("peft", reason="LoRA needs peft (pip install 'lumen-ray[lora]')")
+    made = config.load(Recipe, recipe_path("smollm2"))
+    settings = config.load(ModelSettings, model_path(made.model))
+    check_recipe(made, settings, settings.vocab_size)
+    align, *later = made.stages
+    assert "llm" not in align.trainable and "queries" in align.trainable
+    assert all(stage.trainable is None for stage in later)
+    for stage in made.stages:
+        scenes, text = stage.groups
+        assert "chat" not in scenes.tasks  # that task would draw rows of text alone, by their tokens
+        assert text.tasks == ("chat",) and text.text_only and text.distil
+        check_micro_steps(stage, made.batch_size // 4, made.workers)
 
 
 def without_lora(stage):

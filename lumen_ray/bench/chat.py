@@ -125,8 +125,8 @@ class Ours:
     """The engine. Each user is a thread that asks one question after the other."""
 
     def __init__(self, engine: Engine, images: Sequence[np.ndarray] = ()):
-        """`images`: those asked about are encoded once in each turn; without any, the questions are text alone, and answers end where the LLM
-        ends them."""
+        """`images`: those asked about are encoded once in each turn; without any, the questions are text alone, and
+        answers end where the LLM ends them."""
         self.engine = engine
         if images:
             engine.trunk.tokenizer.end_ids = frozenset()

@@ -54,7 +54,7 @@ def _prepare_args(verbs: Any, parser_class: type) -> None:
 
 
 def _data_args(verbs: Any, parser_class: type) -> None:
-    p = verbs.add_parser("data", help="inspect shards, check data for mistakes, or export shards to other formats")
+    p = verbs.add_parser("data", help="inspect, join or export shards, or check data for mistakes")
     kinds = p.add_subparsers(dest="action", metavar="ACTION", parser_class=parser_class, required=True)
     export = kinds.add_parser("export", help="shards -> COCO json (boxes, masks, keypoints, captions)")
     export.add_argument("shards", help="shard folder")
@@ -62,6 +62,10 @@ def _data_args(verbs: Any, parser_class: type) -> None:
     export.add_argument("--format", choices=("coco",), default="coco", help="format to write (default: coco)")
     export.add_argument("--images", action="store_true", help="also write the images, byte for byte")
     export.set_defaults(run=_data_export)
+    joined = kinds.add_parser("join", help="shard folders -> one, to train over scenes, photographs and text together")
+    joined.add_argument("shards", nargs="+", help="shard folders")
+    joined.add_argument("--output", required=True, help="shard folder to write")
+    joined.set_defaults(run=_data_join)
     view = kinds.add_parser("inspect", help="counts, histograms, and a page of samples with the prompts of training")
     view.add_argument("shards", help="shard folder")
     view.add_argument("--output", default="inspect", help="folder for index.html, statistics.json (default: inspect)")
@@ -193,6 +197,14 @@ def _data_export(args: argparse.Namespace) -> None:
     counts = export_coco(args.shards, args.output, images=args.images)
     written = ", ".join(f"{number} {kind.replace('_', ' ')}" for kind, number in counts.items() if number)
     say(f"{written} -> {args.output}")
+
+
+def _data_join(args: argparse.Namespace) -> None:
+    from lumen_ray.data.shards.join import join
+
+    manifest = join(args.shards, args.output)
+    tasks = ", ".join(f"{name} {count}" for name, count in manifest["tasks"].items())
+    say(f"{manifest['rows']} rows in {len(manifest['files'])} files -> {args.output} ({tasks})")
 
 
 def _data_inspect(args: argparse.Namespace) -> None:

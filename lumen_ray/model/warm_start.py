@@ -5,6 +5,7 @@ Settings that change the meaning of weights must be equal in both models. Decode
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ _FREE = {"name", "published_weights", "vocab_size", "lead_tokens", "published_to
 
 
 def start_settings(settings: ModelSettings, folder: str | Path) -> ModelSettings:
-    """`settings` with the lead and published tokens of the model in `folder`, to start from it. Raises `UserError` if
-    the trunks differ, or if a setting of a shared decoder would change the meaning of its weights."""
+    """`settings` with the lead and published tokens of the model in `folder`, and the numbers of its published LLM, to
+    start from it. Raises `UserError` if the trunks differ, or if a setting of a shared decoder would change the meaning
+    of its weights."""
     read_meta(folder)
     source = read_settings(folder)
     shared = [name for name in settings.decoder_names if name in source.decoder_names]
@@ -38,7 +40,9 @@ def start_settings(settings: ModelSettings, folder: str | Path) -> ModelSettings
             "model with the preset's settings, or name the folder's config.yaml as the recipe's model",
             "wrong_start",
         )
-    return settings.model_copy(update={name: getattr(source, name) for name in ("lead_tokens", "published_tokens")})
+    # a published LLM's numbers as its file has them, which may be rounded
+    kept = ("lead_tokens", "published_tokens", *(("llm",) if source.published_tokens else ()))
+    return settings.model_copy(update={name: getattr(source, name) for name in kept})
 
 
 def _weight_semantics(settings: ModelSettings, decoders: Iterable[str]) -> dict[str, Any]:
@@ -54,10 +58,13 @@ def _weight_semantics(settings: ModelSettings, decoders: Iterable[str]) -> dict[
 
 
 def _differences(ours: object, theirs: object, where: str = "") -> Iterator[str]:
-    """Yields differences such as 'llm.hidden_size 96 instead of 128', key by key."""
+    """Yields differences such as 'llm.hidden_size 96 instead of 128', key by key. Numbers that are equal in float32, in
+    which some files hold them, are."""
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         for key in sorted({*ours, *theirs}):
             yield from _differences(ours.get(key), theirs.get(key), f"{where}.{key}" if where else str(key))
+    elif isinstance(ours, float) and isinstance(theirs, float) and math.isclose(ours, theirs, rel_tol=1e-7):
+        return
     elif ours != theirs:
         yield f"{where} {theirs} instead of {ours}"
 

@@ -27,6 +27,12 @@ def check_recipe(recipe: Recipe, settings: ModelSettings, vocab_size: int) -> No
     for stage in recipe.stages:
         for group in stage.groups:
             _check_decoders(stage, group, settings)
+            if group.distil and not recipe.lora and (stage.trainable is None or "llm" in stage.trainable):
+                raise UserError(
+                    f"stage '{stage.name}': distil needs an LLM that is frozen or trained by adapters; add lora, or "
+                    "leave distil out",
+                    "invalid_config",
+                )
     with_patterns = [stage for stage in recipe.stages if any(map(is_pattern, stage.lr_scale))]
     if not with_patterns and not recipe.lora:
         return

@@ -46,6 +46,8 @@ class TrainingBatch:
     image_ids: list[str] = field(default_factory=list)
     #: decoders trained on this batch, the same on all ranks; None: all of the model's
     decoders: Collection[str] | None = None
+    #: whether texts are learned from the LLM's own probabilities, as they are without adapters; the same on all ranks
+    distil: bool = False
     #: tasks that may occur in the batch, the same on all ranks; None: any
     possible_tasks: Collection[str] | None = None
     step: int = 0

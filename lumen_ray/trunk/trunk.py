@@ -8,7 +8,8 @@ give the same results.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -178,19 +179,27 @@ class Trunk(nn.Module):
             tokens = F.pad(tokens, (0, 0, 0, 0, 0, len(layout.input_ids) - len(images)))
         branch_embeds = self.embed_branches(layout, regions)
         embeds = torch.cat([tokens, branch_embeds], dim=1)
-        if layout.pack is None:
-            mask = self._training_mask(layout, batch.has_image, prefix, embeds.dtype)
-            hidden = self._llm(embeds, mask, self._positions(layout, prefix))
-        else:
-            hidden = self._packed(embeds, layout, layout.pack, prefix)
+        hidden = self._hidden(embeds, layout, batch.has_image, prefix)
         branches = hidden[:, prefix:]
-        losses = self._lm_losses(branches, layout.labels)
+        if batch.distil:
+            with torch.no_grad(), _without_adapters(self.llm):
+                own = self._hidden(embeds, layout, batch.has_image, prefix)[:, prefix:]
+            losses = self._distilled(branches, own, layout.labels)
+        else:
+            losses = self._lm_losses(branches, layout.labels)
         supervised = (layout.labels[:, 1:] != IGNORE).sum().float()
         dense = None
         if self.dense is not None and layout.query_slots and reads_dense(batch.decoders):
             grid = self.vision.grid(*images.shape[-2:])
             dense = self.dense(images, stem, merged, hidden[: len(images), len(self.lead) : prefix], grid)
         return TrunkTraining(losses, supervised, dense, self.links(branches, layout, branch_embeds))
+
+    def _hidden(self, embeds: Tensor, layout: Layout, has_image: Tensor, prefix: int) -> Tensor:
+        """The LLM's last hidden states [B, P + T, width] of a training pass."""
+        if layout.pack is not None:
+            return self._packed(embeds, layout, layout.pack, prefix)
+        mask = self._training_mask(layout, has_image, prefix, embeds.dtype)
+        return self._llm(embeds, mask, self._positions(layout, prefix))
 
     def _llm(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         return self.llm.model(
@@ -231,6 +240,19 @@ class Trunk(nn.Module):
         logits = self.llm.lm_head(hidden[:, :-1][supervised])
         losses = torch.zeros(targets.shape, device=hidden.device)
         losses[supervised] = F.cross_entropy(logits.float(), targets[supervised], reduction="none")
+        return losses
+
+    def _distilled(self, hidden: Tensor, own: Tensor, labels: Tensor) -> Tensor:
+        """Divergence [B, T - 1] of the next token's probabilities from those of the LLM as published, with the hidden
+        states `own`; it gives new tokens none."""
+        supervised = labels[:, 1:] != IGNORE
+        with torch.no_grad():
+            target = self.llm.lm_head(own[:, :-1][supervised]).float()
+            if known := self.settings.published_tokens:
+                target[:, known:] = -torch.inf
+        logits = self.llm.lm_head(hidden[:, :-1][supervised]).float()
+        losses = torch.zeros(supervised.shape, device=hidden.device)
+        losses[supervised] = F.kl_div(logits.log_softmax(-1), target.softmax(-1), reduction="none").sum(-1)
         return losses
 
     @torch.inference_mode()
@@ -332,6 +354,19 @@ def _check_attention(llm: Any) -> None:
             "another, such as llama, qwen3 or mistral",
             "unsupported_llm",
         )
+
+
+@contextmanager
+def _without_adapters(llm: nn.Module) -> Iterator[None]:
+    """Switches adapters of `peft` off. Its own switch would also freeze them."""
+    adapted: list[Any] = [module for module in llm.modules() if hasattr(module, "_disable_adapters")]
+    for module in adapted:
+        module._disable_adapters = True
+    try:
+        yield
+    finally:
+        for module in adapted:
+            module._disable_adapters = False
 
 
 def _starts(layout: Layout, prefix: int) -> Tensor:

@@ -1,21 +1,10 @@
-"""SmolLM2-135M-Instruct behind small random encoders answers text as by itself.
-
-The model is made from a public wheel by `tools/smollm2.py` beside the test data, once, in the user's cache folder (or
-`LUMEN_SMOLLM2`). Without the script, `gguf` or the network, these tests are skipped.
-"""
-
-import importlib.util
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
+"""SmolLM2-135M-Instruct behind small random encoders answers text as by itself."""
 
 import numpy as np
 import pytest
 import torch
 from support.released_fakes import CLIP
+from support.smollm2 import smollm2_folder
 from support.tiny_models import DINOV2, tiny_settings
 from transformers import (
     AutoModelForCausalLM,
@@ -31,7 +20,6 @@ from lumen_ray.inference.request import make_request
 from lumen_ray.inference.sampling import Sampling
 from lumen_ray.model.convert.pretrained import Sources, assemble
 
-CACHE = Path(os.environ.get("LUMEN_SMOLLM2", Path.home() / ".cache" / "lumen_ray" / "smollm2"))
 PIRATE = "You answer like a pirate."
 #: (question, history, system)
 PROMPTS = [
@@ -65,20 +53,7 @@ PROMPTS = [
 @pytest.fixture(scope="module")
 def source(test_data):
     """The published model's folder."""
-    script = test_data.parent / "tools" / "smollm2.py"
-    if not (CACHE / "model.safetensors").is_file():
-        if not script.is_file() or importlib.util.find_spec("gguf") is None:
-            pytest.skip("SmolLM2 is not in the cache, and tools/smollm2.py beside the data or gguf is missing")
-        CACHE.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE.parent) as aside:  # a killed run leaves no half of a model
-            command = [sys.executable, str(script), f"{aside}/smollm2"]
-            try:
-                subprocess.run(command, check=True, capture_output=True, text=True, timeout=400)
-            except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-                pytest.skip(f"SmolLM2 could not be made: {error}")
-            shutil.rmtree(CACHE, ignore_errors=True)
-            shutil.move(f"{aside}/smollm2", CACHE)
-    return CACHE
+    return smollm2_folder(test_data)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.tiny_models import EXPERTS, scene_batch, scrambled, tiny_model, tiny_settings
+from support.tiny_models import EXPERTS, llm, scene_batch, scrambled, tiny_model, tiny_settings
 
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import ModelMeta, build_model, load_model, save_model
@@ -167,3 +167,14 @@ def test_lead_tokens_go_with_the_tokenizer(tmp_path, tokenizer):
     state = tiny_model(prefix_attention="causal").state_dict()
     folder = save_model(tmp_path / "lead", state, settings, tokenizer, ModelMeta("tiny"))
     assert start_settings(tiny_settings(prefix_attention="causal"), folder).lead_tokens == (5,)
+
+
+def test_numbers_that_a_published_llm_has_in_float32_are_the_presets(tmp_path, tokenizer):
+    """Some files hold 1e-5 as 9.999999747378752e-06."""
+    stored = tiny_settings(published_tokens=90, llm=llm() | {"rms_norm_eps": float(torch.tensor(1e-5))})
+    model = build_model(stored, len(tokenizer))
+    folder = save_model(tmp_path / "model", model.state_dict(), stored, tokenizer, ModelMeta("tiny"))
+    settings = start_settings(tiny_settings(llm=llm() | {"rms_norm_eps": 1e-5}), folder)
+    assert settings.llm["rms_norm_eps"] == 9.999999747378752e-06 and settings.published_tokens == 90
+    with pytest.raises(UserError, match="rms_norm_eps"):
+        start_settings(tiny_settings(llm=llm() | {"rms_norm_eps": 1.1e-5}), folder)

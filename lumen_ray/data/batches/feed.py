@@ -101,6 +101,7 @@ class BatchReader:
             step=step,
             possible_tasks=list(tasks),
             decoders=list(group.learning),
+            distil=group.distil,
             rejected=rejected,
             read_s=time.perf_counter() - started,
         )

@@ -18,11 +18,12 @@ import numpy as np
 from lumen_ray.data.batches.buckets import BucketStream
 from lumen_ray.data.shards.shards import row_sizes
 from lumen_ray.errors import UserError
-from lumen_ray.recipe import BucketRange, Recipe, Stage
+from lumen_ray.recipe import BucketRange, Recipe, Stage, TaskGroup
 from lumen_ray.structures import Size
 from lumen_ray.tasks import get_task
 
 RowGroup = tuple[str, int, int]  # file, index, number of rows
+_Pool = tuple[tuple[str, ...], bool]  # tasks, and whether rows have no image
 RowSelection = RowGroup | tuple[str, int, tuple[int, ...]]  # a whole row group, or (file, index, numbers of its rows)
 
 
@@ -105,24 +106,24 @@ class Plan:
         self.recipe = recipe
         self.buckets = tuple(recipe.buckets or ())
         self.parts_per_step = batch_parts(manifest, recipe, world_size)
-        self._pools: dict[tuple[str, ...], list[RowGroup]] = {}  # tasks -> eligible row groups
-        self._streams: dict[tuple[str, ...], BucketStream] = {}
+        self._pools: dict[_Pool, list[RowGroup]] = {}  # eligible row groups
+        self._streams: dict[_Pool, BucketStream] = {}
         self._draws: list[np.ndarray] = []  # stage -> step -> group
         self._uses: list[np.ndarray] = []  # stage -> step -> number of earlier draws of the same pool
-        seen: dict[tuple[str, ...], int] = {}
+        seen: dict[_Pool, int] = {}
         for index, stage in enumerate(recipe.stages):
             check_micro_steps(stage, self.parts_per_step, world_size)
             for group in stage.groups:
-                if group.tasks not in self._pools:
-                    self._add_pool(manifest, group.tasks)
+                if _pool(group) not in self._pools:
+                    self._add_pool(manifest, _pool(group))
             weights = np.array([group.weight for group in stage.groups])
             rng = np.random.default_rng((recipe.seed, 1, index))
             draws = rng.choice(len(stage.groups), size=stage.steps, p=weights / weights.sum())
             uses = np.zeros(stage.steps, np.int64)
             for g, group in enumerate(stage.groups):
                 mine = draws == g
-                uses[mine] = seen.get(group.tasks, 0) + np.arange(mine.sum())
-                seen[group.tasks] = seen.get(group.tasks, 0) + int(mine.sum())
+                uses[mine] = seen.get(_pool(group), 0) + np.arange(mine.sum())
+                seen[_pool(group)] = seen.get(_pool(group), 0) + int(mine.sum())
             self._draws.append(draws)
             self._uses.append(uses)
         self._orders: dict[tuple[int, int], np.ndarray] = {}
@@ -134,11 +135,11 @@ class Plan:
         """The plan of global step `step`."""
         stage, local = self.recipe.at(step)
         group = int(self._draws[stage][local])
-        tasks, number = self.recipe.stages[stage].groups[group].tasks, int(self._uses[stage][local])
-        if tasks in self._streams:
-            bucket, rows = self._streams[tasks].batch(number)
+        drawn, number = _pool(self.recipe.stages[stage].groups[group]), int(self._uses[stage][local])
+        if drawn in self._streams:
+            bucket, rows = self._streams[drawn].batch(number)
             return PlanStep(step, stage, group, tuple((file, index, (row,)) for file, index, row in rows), bucket)
-        pool = self._pools[tasks]
+        pool = self._pools[drawn]
         positions = range(number * self.parts_per_step, (number + 1) * self.parts_per_step)
         parts = tuple(pool[self._order(len(pool), i // len(pool))[i % len(pool)]] for i in positions)
         return PlanStep(step, stage, group, parts, self.buckets[0] if self.buckets else None)
@@ -149,13 +150,13 @@ class Plan:
         used = {bucket for stream in self._streams.values() for bucket in stream.buckets}
         return tuple(bucket for bucket in self.buckets if bucket in used)
 
-    def _add_pool(self, manifest: dict[str, Any], tasks: tuple[str, ...]) -> None:
-        self._pools[tasks] = pool = _eligible(manifest, tasks)
+    def _add_pool(self, manifest: dict[str, Any], wanted: _Pool) -> None:
+        self._pools[wanted] = pool = _eligible(manifest, *wanted)
         if len(self.buckets) > 1:
             groups = {(f["path"], i): group for f in manifest["files"] for i, group in enumerate(f["row_groups"])}
             sizes = [row_sizes(groups[file, index]) for file, index, _ in pool]
             order = partial(self._order, len(pool))
-            self._streams[tasks] = BucketStream(pool, sizes, self.buckets, self.recipe.batch_size, order)
+            self._streams[wanted] = BucketStream(pool, sizes, self.buckets, self.recipe.batch_size, order)
 
     def _order(self, size: int, epoch: int) -> np.ndarray:
         """The order in which `size` row groups are read in an epoch."""
@@ -164,15 +165,27 @@ class Plan:
         return self._orders[size, epoch]
 
 
-def _eligible(manifest: dict[str, Any], tasks: tuple[str, ...]) -> list[RowGroup]:
-    """Row groups with at least one annotation for one of the tasks. Raises `UserError` if there are none."""
+def _pool(group: TaskGroup) -> _Pool:
+    return group.tasks, group.text_only
+
+
+def _eligible(manifest: dict[str, Any], tasks: tuple[str, ...], text_only: bool) -> list[RowGroup]:
+    """Row groups with at least one annotation for one of the tasks, of rows without image if `text_only`. Raises
+    `UserError` if there are none."""
     found = [
         (file["path"], index, group["rows"])
         for file in manifest["files"]
         for index, group in enumerate(file["row_groups"])
         if any(group["tasks"].get(get_task(task).annotation, 0) for task in tasks)
+        and not (text_only and any(row_sizes(group)))
     ]
     if not found:
+        if text_only:
+            raise UserError(
+                f"the shards have no row groups of text alone with {', '.join(tasks)}; join them with such ones, e.g. "
+                "of 'lumen-ray prepare chat'",
+                "no_annotations",
+            )
         have = sorted({t for f in manifest["files"] for g in f["row_groups"] for t in g["tasks"]})
         raise UserError(
             f"the shards have no annotations for {', '.join(tasks)}; they have: {', '.join(have)}", "no_annotations"

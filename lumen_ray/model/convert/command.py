@@ -25,6 +25,11 @@ def add_args(verbs: Any, parser_class: type) -> None:
     parts.add_argument("--clip", help="CLIP image encoder, e.g. openai/clip-vit-large-patch14-336")
     parts.add_argument("--dinov2", help="DINOv2 image encoder, e.g. facebook/dinov2-large")
     parts.add_argument(
+        "--vision",
+        metavar="MODEL",
+        help="instead of --clip and --dinov2: model folder or bundled weights whose encoders and decoders to take over",
+    )
+    parts.add_argument(
         "--llm", required=True, help="causal LM of the Llama, Qwen or Mistral family, with its tokenizer"
     )
     parts.add_argument(
@@ -81,7 +86,7 @@ def _pretrained(args: argparse.Namespace) -> None:
     _check_output(args.output)
     from lumen_ray.model.convert.pretrained import Sources, assemble
 
-    sources = Sources(args.llm, args.clip, args.dinov2, _decoders(args.decoder))
+    sources = Sources(args.llm, args.clip, args.dinov2, _decoders(args.decoder), args.vision)
     made = assemble(_preset(args.preset), sources, args.output, args.allow_pickle, args.seed)
     for line in summary(made):
         say(line)

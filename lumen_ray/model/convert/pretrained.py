@@ -27,6 +27,7 @@ from lumen_ray.meta_init import published_parts_on_meta
 from lumen_ray.model.build import VOCABULARY, ModelMeta, build_decoder, build_model, save_model, tied_weights
 from lumen_ray.model.convert import decoders as decoder_weights
 from lumen_ray.model.convert.encoder_rules import CLIP, DINOV2, LLM
+from lumen_ray.model.convert.trained import load_parts
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.trunk.tokenizer import EOS, PAD, LumenTokenizer
 from lumen_ray.trunk.turns import Message, Turns, read_template
@@ -66,12 +67,13 @@ _SIZES = frozenset(
 @dataclass(frozen=True)
 class Sources:
     """Folders or hub ids of published checkpoints. None: the preset has no such encoder. `decoders`: by decoder
-    name."""
+    name. `vision`: a trained model with the encoders instead, see `trained.py`."""
 
     llm: str | Path
     clip: str | Path | None = None
     dinov2: str | Path | None = None
     decoders: Mapping[str, str | Path] = field(default_factory=dict)
+    vision: str | Path | None = None
 
 
 @dataclass
@@ -114,10 +116,13 @@ def _expect(checkpoint: Checkpoint, kinds: tuple[str, ...], what: str) -> None:
 
 
 def settings_from(
-    preset: ModelSettings, checkpoints: Mapping[str, Checkpoint], decoders: Mapping[str, Path] = MappingProxyType({})
+    preset: ModelSettings,
+    checkpoints: Mapping[str, Checkpoint],
+    decoders: Mapping[str, Path] = MappingProxyType({}),
+    keeps_encoders: bool = False,
 ) -> ModelSettings:
     """The preset with the sizes of the checkpoints 'clip', 'dinov2' and 'llm', and of decoders' folders. Raises
-    `UserError` if they do not fit the preset or each other."""
+    `UserError` if they do not fit the preset or each other. `keeps_encoders`: the encoders are the preset's own."""
     data = preset.model_dump(mode="json")
     for name, folder in decoders.items():
         if data[name] is None:
@@ -128,9 +133,10 @@ def settings_from(
         ("dinov2", ("dinov2",), Dinov2Config),
     ):
         if (checkpoint := checkpoints.get(name)) is None:
-            if data["vision"][name] is not None:
+            if data["vision"][name] is not None and not keeps_encoders:
                 raise UserError(
-                    f"preset '{preset.name}' has {name}; give its checkpoint with --{name}, or set vision.{name}: null",
+                    f"preset '{preset.name}' has {name}; give its checkpoint with --{name}, a trained model that has "
+                    f"it with --vision, or set vision.{name}: null",
                     "missing_checkpoint",
                 )
             continue
@@ -153,7 +159,7 @@ def settings_from(
 
 
 def _check_patches(checkpoints: Mapping[str, Checkpoint], vision: Mapping[str, Any]) -> None:
-    sizes = {name: vision[name]["patch_size"] for name in ("clip", "dinov2") if vision[name] is not None}
+    sizes = {name: vision[name]["patch_size"] for name in ("clip", "dinov2") if name in checkpoints}
     if len(set(sizes.values())) > 1:
         listed = " but ".join(
             f"'{checkpoints[name].folder}' has patches of {size} pixels" for name, size in sizes.items()
@@ -317,16 +323,18 @@ def assemble(
     fresh weights. Raises `UserError` for an unsuitable checkpoint.
     """
     towers = {"clip": sources.clip, "dinov2": sources.dinov2, "llm": sources.llm}
+    if sources.vision is not None and (sources.clip is not None or sources.dinov2 is not None):
+        raise UserError("--vision brings CLIP and DINOv2; leave out --clip and --dinov2", "usage")
+    loaded = {} if sources.vision is None else load_parts(preset, sources.vision)
     checkpoints = {name: Checkpoint(source, pickle) for name, source in towers.items() if source is not None}
     folders = decoder_weights.find(sources.decoders, pickle)
-    settings = settings_from(preset, checkpoints, folders)
+    settings = settings_from(preset, checkpoints, folders, keeps_encoders=sources.vision is not None)
     captions = decoder_weights.caption_tokenizer(folders)
     decoder_weights.check_captions(captions, settings, "the tokenizer of the decoders' text encoder")
     tokenizer, known, lead = lumen_tokenizer(checkpoints["llm"], captions)
     settings = settings.model_copy(update={"published_tokens": known})
     if settings.prefix_attention == "causal" or tokenizer.turns is not None:
         settings = settings.model_copy(update={"lead_tokens": lead})
-    loaded: dict[str, Tensor] = {}
     for name, rules in (("clip", CLIP), ("dinov2", DINOV2)):
         if name in checkpoints:
             what = f"'{checkpoints[name].folder}'"

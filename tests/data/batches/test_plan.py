@@ -94,3 +94,18 @@ def test_every_row_has_its_own_generator():
               (0, 5, "part-00001.parquet", 1, 2),
               (0, 5, "part-00000.parquet", 2, 2), (0, 5, "part-00000.parquet", 1, 3)]  # fmt: skip
     assert first not in {row_rng(*key).random() for key in others}
+
+
+def test_text_alone_is_drawn_from_row_groups_without_images():
+    entries = [
+        {"rows": 2, "tasks": {"chat": 2}, "sizes": sizes} for sizes in ("8x8 8x8", "- -", "- 8x8", "- -", "8x8 -")
+    ]
+    shards = {"files": [{"path": "a.parquet", "row_groups": entries}]}
+    text, both = {"tasks": ["chat"], "text_only": True}, {"tasks": ["chat"]}
+    for buckets in ({}, {"buckets": [[8, 8], [8, 16]]}):
+        plan = Plan(shards, recipe(stages=[STAGE | {"groups": [text, both]}], batch_size=2, **buckets))
+        drawn = [{index for t in range(20) if plan[t].group == g for _, index, _ in plan[t].parts} for g in (0, 1)]
+        assert drawn == [{1, 3}, {0, 1, 2, 3, 4}]
+    entries[:] = entries[:1]
+    with pytest.raises(UserError, match="no row groups of text alone with chat"):
+        Plan(shards, recipe(stages=[STAGE | {"groups": [text]}]))
