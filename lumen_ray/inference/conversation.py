@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import numpy as np
 
-from lumen_ray.inference.request import make_request
+from lumen_ray.inference.request import Request, make_request
 from lumen_ray.inference.sampling import GREEDY, Sampling
+from lumen_ray.inference.trunk_stage import EncodedImages, OnText
 from lumen_ray.structures import Answer
 
-if TYPE_CHECKING:
-    from lumen_ray.inference.engine import Engine
+
+class ConversationEngine(Protocol):
+    """What a conversation needs of an engine; see `engine.Engine`."""
+
+    def encode(self, images: Sequence[np.ndarray]) -> EncodedImages:
+        """Encodes images for several calls of `run`."""
+
+    def run(
+        self,
+        images: Sequence[np.ndarray | None] | EncodedImages,
+        requests: Sequence[Sequence[Request]],
+        *,
+        max_new_tokens: int = ...,
+        on_text: OnText | None = ...,
+    ) -> list[list[Answer]]:
+        """The answers to requests about images or encoded images."""
 
 
 class _Abandoned(Exception):
@@ -27,7 +42,9 @@ class Conversation:
     An answer that a decoder gives (boxes, pictures) has no text, so it does not enter `history`.
     """
 
-    def __init__(self, engine: Engine, image: np.ndarray | None = None, system: str = "", sampling: Sampling = GREEDY):
+    def __init__(
+        self, engine: ConversationEngine, image: np.ndarray | None = None, system: str = "", sampling: Sampling = GREEDY
+    ):
         self.engine = engine
         self.system = system
         self.sampling = sampling
