@@ -26,7 +26,7 @@ from lumen_ray.tasks import ROUTING_TOKENS
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.decoding import AnswerGroup, DecodingStep, PrefixSlots, Row
 from lumen_ray.trunk.layout import build_layout, visible_length
-from lumen_ray.trunk.skinny import use_skinny_linears
+from lumen_ray.trunk.step_linear import decoding_rows, use_step_linears
 from lumen_ray.trunk.tokenizer import LumenTokenizer
 from lumen_ray.trunk.trunk import Prefix, Trunk
 
@@ -77,7 +77,7 @@ class DecodeLoop:
     ):
         """`prompt_layout`, `dtype`: of the model; `memory`: bytes, see `MEMORY`. At least one answer is always
         written."""
-        use_skinny_linears(trunk.llm)
+        use_step_linears(trunk.llm)
         self.trunk = trunk
         self.tokenizer = tokenizer
         self.prompt_layout = prompt_layout
@@ -298,8 +298,10 @@ class DecodeLoop:
     def _next_tokens(self) -> None:
         groups = list(self._groups.values())
         writings = [self._active[row] for group in groups for row in group.rows]
-        hidden = self.trunk.decode_step(DecodingStep(groups), [writing.tokens[-1] for writing in writings])
-        self._choose(writings, self.trunk.llm.lm_head(hidden))
+        with decoding_rows():
+            hidden = self.trunk.decode_step(DecodingStep(groups), [writing.tokens[-1] for writing in writings])
+            logits = self.trunk.llm.lm_head(hidden)
+        self._choose(writings, logits)
 
     def _choose(self, writings: Sequence[Writing], logits: Tensor) -> None:
         """Appends the next token of each answer, from logits [N, V]; ends those that are done."""
