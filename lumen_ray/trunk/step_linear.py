@@ -20,6 +20,8 @@ from torch import Tensor, nn
 MOST_ROWS = 64
 #: Bytes of weights up to which a model's are packed.
 MOST_BYTES = 2 << 30
+#: Weights of a layer from which packing pays; in smaller ones the call itself takes longer than the product.
+LEAST_WEIGHTS = 1 << 16
 
 _step = threading.local()
 
@@ -77,5 +79,7 @@ def use_step_linears(module: nn.Module) -> None:
     if not known or sum(layer.weight.nbytes for layer in layers) > MOST_BYTES:
         return
     for layer in layers:
+        if layer.weight.numel() < LEAST_WEIGHTS:
+            continue
         cast("nn.Module", layer).__class__ = StepLinear
         layer._packed = None  # type: ignore[assignment]

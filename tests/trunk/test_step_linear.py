@@ -11,6 +11,11 @@ from lumen_ray.trunk import step_linear
 from lumen_ray.trunk.step_linear import MOST_ROWS, StepLinear, decoding_rows, use_step_linears
 
 
+@pytest.fixture(autouse=True)
+def _small_layers_too(monkeypatch):
+    monkeypatch.setattr(step_linear, "LEAST_WEIGHTS", 0)
+
+
 @pytest.fixture
 def calls(monkeypatch):
     """The number of packed products."""
@@ -66,6 +71,10 @@ def test_only_plain_layers_change_and_only_small_models(monkeypatch):
     before = module.state_dict().keys()
     with monkeypatch.context() as patched:
         patched.setattr(step_linear, "MOST_BYTES", 8)
+        use_step_linears(module)
+    assert type(module[0]) is nn.Linear
+    with monkeypatch.context() as patched:
+        patched.setattr(step_linear, "LEAST_WEIGHTS", 7)
         use_step_linears(module)
     assert type(module[0]) is nn.Linear
     use_step_linears(module)
