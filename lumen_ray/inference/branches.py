@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, zip_longest
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from lumen_ray.structures import Region, SampleSettings
 from lumen_ray.superlink import SuperLink
 from lumen_ray.tasks import TASKS, Task, task_of_prompt
 from lumen_ray.trunk.branch import Branch
+
+R = TypeVar("R")
 
 #: The phrase of an answer to a region prompt.
 REGION_PHRASE = "region"
@@ -129,18 +132,18 @@ def split_passes(pending: Sequence[PendingBranch], most: int, whole_requests: bo
     return [list(chain.from_iterable(chunks)) for chunks in zip_longest(*per_image.values(), fillvalue=())]
 
 
-def with_regions(pending: Sequence[PendingBranch]) -> tuple[list[Branch], list[Region], list[int]]:
-    """(branches of one pass, their regions, the image of each region)."""
+def with_regions(items: Iterable[tuple[Branch, R | None]]) -> tuple[list[Branch], list[R], list[int]]:
+    """(branches of one pass, their regions, the image of each region), from each branch and its region, if it has
+    one."""
     branches: list[Branch] = []
-    regions: list[Region] = []
+    regions: list[R] = []
     images: list[int] = []
-    for item in pending:
-        if item.region is None:
-            branches.append(item.branch)
-            continue
-        branches.append(replace(item.branch, regions=(len(regions),)))
-        regions.append(item.region)
-        images.append(item.branch.image)
+    for branch, region in items:
+        if region is not None:
+            branch = replace(branch, regions=(len(regions),))
+            regions.append(region)
+            images.append(branch.image)
+        branches.append(branch)
     return branches, regions, images
 
 

@@ -13,19 +13,20 @@ import threading
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from lumen_ray.inference.branches import with_regions
 from lumen_ray.inference.sampling import Sampler, stop_at
 from lumen_ray.precision import in_model_dtype
 from lumen_ray.structures import Dtype
 from lumen_ray.tasks import ROUTING_TOKENS
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.decoding import AnswerGroup, DecodingStep, PrefixSlots, Row
-from lumen_ray.trunk.layout import build_layout, visible_length
+from lumen_ray.trunk.layout import build_layout, visible_prefix
 from lumen_ray.trunk.step_linear import decoding_rows, use_step_linears
 from lumen_ray.trunk.tokenizer import LumenTokenizer
 from lumen_ray.trunk.trunk import Prefix, Trunk
@@ -110,8 +111,14 @@ class DecodeLoop:
             finally:
                 self._arriving -= 1
             self._busy = True
-        try:
+        with self._handing_back():
             self._step()  # so that threads that keep coming do not stop the answers
+            yield
+
+    @contextmanager
+    def _handing_back(self) -> Iterator[None]:
+        """Lets others use the model behind the context."""
+        try:
             yield
         finally:
             with self._changed:
@@ -189,12 +196,8 @@ class DecodeLoop:
             if _progress(writings) > before:
                 return
             self._busy = True
-        try:
+        with self._handing_back():
             self._step()
-        finally:
-            with self._changed:
-                self._busy = False
-                self._changed.notify_all()
 
     @in_model_dtype
     def _step(self) -> None:
@@ -256,32 +259,22 @@ class DecodeLoop:
 
     def _begin(self, prefix: Prefix, writings: Sequence[Writing]) -> None:
         """Runs prompts about a batch of images, and chooses the first token of their answers."""
-        branches: list[Branch] = []
-        masks: list[Tensor] = []
-        owners: list[int] = []
-        for writing in writings:
-            branch, region = writing.prompt.branch, writing.prompt.region
-            if region is not None:
-                branch = replace(branch, regions=(len(masks),))
-                masks.append(region)
-                owners.append(branch.image)
-            branches.append(branch)
+        branches, masks, owners = with_regions((w.prompt.branch, w.prompt.region) for w in writings)
         device = prefix.valid.device
         layout = build_layout(branches, len(prefix.valid), self.tokenizer, self.prompt_layout, prefix.valid).to(device)
         regions = torch.stack(masks).to(device) if masks else torch.zeros(0, device=device)
         hidden, cache = self.trunk.run_branches(prefix, layout, regions, torch.tensor(owners, device=device).long())
         last = layout.last_slots
         self._choose(writings, self.trunk.llm.lm_head(hidden[last[:, 0], last[:, 1]]))
+        visible = visible_prefix(prefix.valid, prefix.length, len(self.trunk.lead), layout.alone).sum(1).tolist()
         joining: list[tuple[AnswerGroup, Row, Writing, int]] = []
         for number, writing in enumerate(writings):
             if writing.end is not None:
                 continue
             image, end = last[number].tolist()
-            alone = bool(layout.alone[image])
             length = int(layout.offsets[image, end]) + 1
-            visible = visible_length(bool(prefix.valid[image]), prefix.length, len(self.trunk.lead), alone)
-            row = Row(prefix.cache, image, length, (0 if alone else prefix.length) + length)
-            joining.append((self._group(visible, writing), row, writing, prefix.length + end + 1 - length))
+            row = Row(prefix.cache, image, length, (0 if layout.alone[image] else prefix.length) + length)
+            joining.append((self._group(visible[image], writing), row, writing, prefix.length + end + 1 - length))
         for group, answers in Counter(group for group, *_ in joining).items():
             group.reserve(answers, cache)
         for group, row, writing, start in joining:

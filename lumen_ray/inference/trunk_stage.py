@@ -117,8 +117,7 @@ class TrunkStage(FromFolder):
     def encode(self, images: Sequence[np.ndarray]) -> EncodedImages:
         """Encodes images once for several calls of `links`: uint8 [h, w, 3] RGB, EXIF-rotated, all of one `bucket`."""
         inputs = self._inputs(images)
-        with self.loop.turn():
-            return EncodedImages(inputs, self._encode(inputs))
+        return EncodedImages(inputs, self._encode(inputs))
 
     @in_model_dtype
     def links(
@@ -157,11 +156,7 @@ class TrunkStage(FromFolder):
         length = self._prefix_length(inputs)
         prompts = self._text_prompts(inputs.valid, length, requests, max_new_tokens)
         with self.loop.images(0 if isinstance(images, EncodedImages) else length * len(images)):
-            if isinstance(images, EncodedImages):
-                prefix = images.prefix
-            else:
-                with self.loop.turn():
-                    prefix = self._encode(inputs)
+            prefix = images.prefix if isinstance(images, EncodedImages) else self._encode(inputs)
             written = dict(zip(prompts, self.loop.submit(prefix, list(prompts.values())), strict=True))
             self.loop.wait(list(written.values()), self._streaming(written, on_text))
             routed = self._enter_texts(written, requests, plans)
@@ -182,8 +177,9 @@ class TrunkStage(FromFolder):
         return 0 if self._text_alone(inputs) else self.trunk.settings.image_tokens((height, width))
 
     def _encode(self, inputs: Inputs) -> Prefix:
-        pixels, valid = inputs.pixels.to(self.device), inputs.valid.to(self.device)
-        return self.trunk.no_prefix(pixels) if self._text_alone(inputs) else self.trunk.encode(pixels, valid)
+        with self.loop.turn():
+            pixels, valid = inputs.pixels.to(self.device), inputs.valid.to(self.device)
+            return self.trunk.no_prefix(pixels) if self._text_alone(inputs) else self.trunk.encode(pixels, valid)
 
     def _output(
         self,
@@ -355,7 +351,7 @@ class TrunkStage(FromFolder):
 
     def _embeddings(self, prefix: Prefix, pending: list[PendingBranch], members: list[int]) -> dict[int, Tensor]:
         """The link embedding of each branch of one pass, float32 on the CPU, by index into `pending`."""
-        branches, regions, owners = with_regions([pending[i] for i in members])
+        branches, regions, owners = with_regions((pending[i].branch, pending[i].region) for i in members)
         layout = build_layout(branches, len(prefix.valid), self.tokenizer, self.prompt_layout, prefix.valid)
         for family, numbers in layout.link_branches.items():  # a keypoint's object may be in another pass
             keypoints = [pending[members[number]].prompt is None for number in numbers.tolist()]

@@ -97,6 +97,17 @@ class KeyValues:
         return cls([layer.keys[:, :, :tokens] for layer in layers], [layer.values[:, :, :tokens] for layer in layers])
 
 
+@dataclass
+class _Batch:
+    """A batch of images in slots: its own cache, the first of its slots and their number, and how many answers are
+    about it."""
+
+    cache: DynamicCache
+    first: int
+    size: int
+    answers: int = 0
+
+
 class PrefixSlots:
     """Keys and values of image prefixes of `length` tokens: each batch of images has consecutive slots.
 
@@ -106,18 +117,17 @@ class PrefixSlots:
     def __init__(self, length: int):
         self.length = length
         self.stored = KeyValues()
-        self._batches: dict[int, tuple[DynamicCache, int, int]] = {}  # id of the cache -> cache, first slot, size
-        self._users: dict[int, int] = {}  # id of the cache -> number of answers about its images
+        self._batches: dict[int, _Batch] = {}  # by id of the cache
 
     def slot(self, cache: DynamicCache) -> int:
         """The first slot of a batch that is stored."""
-        return self._batches[id(cache)][1]
+        return self._batches[id(cache)].first
 
     def acquire(self, cache: DynamicCache) -> None:
         """Stores the images of a batch, unless they are, for one more answer about them."""
         if id(cache) not in self._batches:
             self._store(cache)
-        self._users[id(cache)] = self._users.get(id(cache), 0) + 1
+        self._batches[id(cache)].answers += 1
 
     def _store(self, cache: DynamicCache) -> None:
         new = KeyValues.of_cache(cache, self.length)
@@ -128,50 +138,51 @@ class PrefixSlots:
             first = self._free(size)
             if first + size > self.stored.shape[0]:
                 self.stored.resize(first + size, self.length, new)
-                self._share()
             for row in range(size):
                 self.stored.write(first + row, new, row, 0, self.length)
-        self._batches[id(cache)] = cache, first, size
+        self._batches[id(cache)] = _Batch(cache, first, size)
         self._share()
 
     def release(self, cache: DynamicCache) -> None:
         """Counts an answer out. When the last about a batch of images leaves, the images are given up."""
-        self._users[id(cache)] -= 1
-        if self._users[id(cache)]:
+        batch = self._batches[id(cache)]
+        batch.answers -= 1
+        if batch.answers:
             return
-        del self._users[id(cache)], self._batches[id(cache)]
+        del self._batches[id(cache)]
         if not self._batches:
             self.stored = KeyValues()
-        elif 2 * sum(size for _, _, size in self._batches.values()) <= self.stored.shape[0]:
+        elif 2 * sum(other.size for other in self._batches.values()) <= self.stored.shape[0]:
             self._compact()
 
     def _free(self, size: int) -> int:
         """The first of `size` consecutive free slots; those behind the last one are free."""
         start = 0
-        for _, first, length in sorted(self._batches.values(), key=lambda batch: batch[1]):
-            if first - start >= size:
+        for batch in sorted(self._batches.values(), key=lambda batch: batch.first):
+            if batch.first - start >= size:
                 break
-            start = first + length
+            start = batch.first + batch.size
         return start
 
     def _compact(self) -> None:
         """Moves all batches to the front, and gives back the memory behind them."""
         slots: list[int] = []
-        for key, (cache, first, size) in self._batches.items():
-            self._batches[key] = cache, len(slots), size
-            slots += range(first, first + size)
+        for batch in self._batches.values():
+            old, batch.first = batch.first, len(slots)
+            slots += range(old, old + batch.size)
         index = torch.tensor(slots, device=self.stored.keys[0].device)
         self.stored = KeyValues([t[index] for t in self.stored.keys], [t[index] for t in self.stored.values])
         self._share()
 
     def _share(self) -> None:
         """Lets each batch's own cache read from the slots, unless only its lead tokens are in them."""
-        for cache, first, size in self._batches.values():
-            if cache.get_seq_length() != self.length:
+        for batch in self._batches.values():
+            if batch.cache.get_seq_length() != self.length:
                 continue
-            layers: list[Any] = list(cache.layers)
+            slots = slice(batch.first, batch.first + batch.size)
+            layers: list[Any] = list(batch.cache.layers)
             for layer, keys, values in zip(layers, self.stored.keys, self.stored.values, strict=True):
-                layer.keys, layer.values = keys[first : first + size], values[first : first + size]
+                layer.keys, layer.values = keys[slots], values[slots]
 
 
 @dataclass(eq=False)

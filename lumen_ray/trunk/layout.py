@@ -290,11 +290,6 @@ def visible_prefix(prefix_valid: Tensor, prefix: int, lead: int = 0, alone: Tens
     return seen if alone is None else seen & ~alone[:, None]
 
 
-def visible_length(has_image: bool, prefix: int, lead: int, alone: bool) -> int:
-    """The number of tokens that `visible_prefix` lets the branches of a row see, always the first ones."""
-    return 0 if alone else prefix if has_image else lead
-
-
 def packed_allowed(pack: Tensor, branch_ids: Tensor, prefix: int, mode: str) -> Tensor:
     """Attention mask of packed rows: `prefix_allowed` and `branch_allowed` within each sample.
 
