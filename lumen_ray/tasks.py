@@ -50,6 +50,8 @@ class Task:
     annotated_as: str | None = None
     #: the task whose answers this task's are computed from; a model is trained for that task instead
     derived_from: str | None = None
+    #: free conversation: takes earlier turns and a system text, works without an image, and the LLM may route it
+    is_conversation: bool = False
 
     @property
     def annotation(self) -> str:
@@ -91,7 +93,7 @@ LINK_FAMILIES: dict[str, LinkFamily] = {
 TASKS: dict[str, Task] = {
     task.name: task
     for task in (
-        Task("chat", "question", "text", ("{}",)),
+        Task("chat", "question", "text", ("{}",), is_conversation=True),
         Task("caption", "nothing", "text", ("describe the image .", "what is in the image ?")),
         Task("vqa", "question", "text", ("{}",)),
         Task("region_caption", "region", "text", ("describe <region> .", "what is <region> ?")),

@@ -102,7 +102,7 @@ def make_request(
 def _check_conversation(task: str, history: Sequence[tuple[str, str]], system: str | None, sampling: Sampling) -> None:
     if sampling != GREEDY and not get_task(task).is_text:
         raise UserError(f"task '{task}' writes no text; leave 'sampling' out", "unexpected_field")
-    if task != "chat":
+    if not get_task(task).is_conversation:
         if history or system:
             raise UserError(f"task '{task}' is no conversation; leave 'history' and 'system' out", "unexpected_field")
         return
@@ -182,7 +182,7 @@ def check_requests(size: Size | None, requests: Sequence[Request]) -> None:
 def check_image(task: str, given: bool) -> None:
     """Raises `UserError` if a task that needs an image has none, or one that takes none has one. Free chat works with
     both."""
-    if get_task(task).sees_image == given or task == "chat":
+    if get_task(task).sees_image == given or get_task(task).is_conversation:
         return
     if given:
         raise UserError(f"task '{task}' takes no image, only a text; leave it out", "unexpected_image")

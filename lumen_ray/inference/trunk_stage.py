@@ -280,7 +280,7 @@ class TrunkStage(FromFolder):
         routed = []
         for (b, r), writing in written.items():
             plan = plans[b][r]
-            if writing.end == "route" and requests[b][r].task == "chat":
+            if writing.end == "route" and TASKS[requests[b][r].task].is_conversation:
                 plan.route = routing[writing.tokens[-1]]
                 plan.text = self._text(writing) or None
                 routed.append((b, r))

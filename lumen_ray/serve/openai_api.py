@@ -2,7 +2,7 @@
 
 Parameters that cannot be honoured are taken at their neutral value and refused at any other; those of sampling too,
 unless the server's setting `openai_sampling` is on. Answers come in one piece. When the LLM routes the prompt to a
-decoder, `content` is empty and the instances are in the extension field `lumen`.
+decoder, the instances are in the extension field `lumen`, and `content` is the text before the routing token.
 """
 
 from __future__ import annotations
@@ -65,18 +65,12 @@ class ChatRequest(Settings):
     )
     max_completion_tokens: int | None = Field(None, ge=1, description="the newer name of max_tokens")
 
-    temperature: float | None = Field(
+    temperature: schemas.Temperature | None = Field(
         None,
-        ge=0,
-        le=2,
-        allow_inf_nan=False,
         description=f"0 or null takes the most probable tokens; above 0, {_NEEDS_SAMPLING}, they are drawn",
     )
-    top_p: float | None = Field(
+    top_p: schemas.Fraction | None = Field(
         None,
-        ge=0,
-        le=1,
-        allow_inf_nan=False,
         description=f"draw from the most probable tokens with this probability in sum; below 1, {_NEEDS_SAMPLING}",
     )
     top_k: int | None = Field(
@@ -85,11 +79,8 @@ class ChatRequest(Settings):
         le=2**31,
         description=f"not in OpenAI's API: draw from so many tokens at most; above 0, {_NEEDS_SAMPLING}; -1, 0: all",
     )
-    repetition_penalty: float | None = Field(
+    repetition_penalty: schemas.Penalty | None = Field(
         None,
-        ge=0.01,
-        le=10,
-        allow_inf_nan=False,
         description="not in OpenAI's API: above 1, tokens of prompt and answer become less probable; other than 1, "
         f"{_NEEDS_SAMPLING}",
     )
@@ -97,7 +88,7 @@ class ChatRequest(Settings):
         Field(None, description=f"a text that ends the answer, or up to 16 of them; {_NEEDS_SAMPLING}")
     )
     seed: int | None = Field(
-        None, description="of the tokens drawn: an equal request with it has an equal answer; null: another each time"
+        None, description="of the tokens drawn: the same request with the same seed gets the same answer; null: any"
     )
     logprobs: bool | None = Field(None, description="whether the answer has the log probabilities of its tokens")
     top_logprobs: Annotated[int | None, Neutral("only the chosen tokens have log probabilities", 0)] = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import ErrorDetails
@@ -16,6 +16,9 @@ from lumen_ray.tasks import Needs, in_words
 
 _FRAME = "pixels of the image after EXIF rotation, x to the right, y down, origin at the top left corner"
 T = TypeVar("T", bound=Settings)
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=0.01, le=10, allow_inf_nan=False)]
 
 
 def _needing(what: Needs) -> str:
@@ -58,11 +61,8 @@ class TaskFields(Settings):
     keypoints: list[str] | None = Field(
         None, description=f"names of the keypoints that {_POSES} locates; null for those the model was trained with"
     )
-    score_threshold: float | None = Field(
+    score_threshold: Fraction | None = Field(
         None,
-        ge=0,
-        le=1,
-        allow_inf_nan=False,
         description="lowest score of an instance, 0..1; null for the server's default",
     )
     max_per_phrase: int | None = Field(
@@ -79,28 +79,19 @@ class TaskFields(Settings):
         description="chat: the earlier questions of the conversation with their answers, [[question, answer], ...]",
     )
     system: str | None = Field(None, description="chat: the system text, before the first question")
-    temperature: float | None = Field(
+    temperature: Temperature | None = Field(
         None,
-        ge=0,
-        le=2,
-        allow_inf_nan=False,
         description=f"{_TEXTS}: above 0, tokens are drawn at this temperature; 0 or null takes the most probable ones",
     )
-    top_p: float | None = Field(
+    top_p: Fraction | None = Field(
         None,
-        ge=0,
-        le=1,
-        allow_inf_nan=False,
         description=f"{_TEXTS}: draw from the most probable tokens that together have this probability; null is 1",
     )
     top_k: int | None = Field(
         None, ge=0, le=2**31, description=f"{_TEXTS}: draw from so many tokens at most; null or 0: all"
     )
-    repetition_penalty: float | None = Field(
+    repetition_penalty: Penalty | None = Field(
         None,
-        ge=0.01,
-        le=10,
-        allow_inf_nan=False,
         description=f"{_TEXTS}: above 1, tokens of the prompt and the answer become less probable; null is 1",
     )
     stop: list[str] | None = Field(None, description=f"{_TEXTS}: up to 16 texts that end the answer, not part of it")

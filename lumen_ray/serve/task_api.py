@@ -63,7 +63,7 @@ _FORM_LISTS, _FORM_OBJECTS = ("classes", "keypoints", "stop"), ("region", "histo
 def fields_of(task: Task) -> tuple[str, ...]:
     """Names of the request fields that `task` takes, without the limits of the answer."""
     fields = _FIELDS[task.needs] + (("keypoints",) if task.keypoint_template else ())
-    if task.name == "chat":
+    if task.is_conversation:
         fields += _CHAT_FIELDS
     if task.is_text:
         fields += _SAMPLING_FIELDS
