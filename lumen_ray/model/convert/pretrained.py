@@ -295,6 +295,10 @@ def llm_state(tensors: Mapping[str, Tensor], known: int, rows: int, tied: bool, 
     return state
 
 
+#: What scales the image tokens: they start as large as the LLM's words are, in which published LLMs differ.
+TOKEN_SCALE = "trunk.vision.token_norm.weight"
+
+
 def blank(settings: ModelSettings, rows: int, seed: int) -> dict[str, Tensor]:
     """The state of a model with fresh weights for modules that are not published; the others are on the meta device."""
     with published_parts_on_meta():
@@ -345,6 +349,10 @@ def assemble(
     for name, folder in folders.items():
         state = decoder_weights.loaders()[name].load(folder, partial(build_decoder, settings, name), pickle)
         loaded |= {f"decoders.{name}.{key}": tensor for key, tensor in state.items()}
-    state = fill(blank(settings, len(tokenizer), seed), loaded, "the checkpoints")
+    fresh = blank(settings, len(tokenizer), seed)
+    if (scale := fresh.get(TOKEN_SCALE)) is not None and TOKEN_SCALE not in loaded:
+        words = loaded[VOCABULARY[0]][:known].float()
+        fresh[TOKEN_SCALE] = torch.full_like(scale, float(words.square().mean().sqrt()))
+    state = fill(fresh, loaded, "the checkpoints")
     save_model(output, state, settings, tokenizer, ModelMeta(settings.name, seed=seed))
     return Assembly(settings, tokenizer, state, set(loaded))

@@ -107,6 +107,10 @@ def test_a_model_of_published_modules_computes_the_same_as_them(folders, tmp_pat
     torch.testing.assert_close(rows[:known], old)
     torch.testing.assert_close(rows[known:], old.mean(0).expand(len(rows) - known, -1))
     assert (trunk.llm.lm_head.weight is rows) == (kind == "qwen2")
+    with torch.no_grad():
+        read, _, _ = trunk.extract_features(images)
+    tokens = read[:, len(loaded.settings.lead_tokens) :]
+    torch.testing.assert_close(tokens.square().mean().sqrt(), old.square().mean().sqrt(), rtol=0.01, atol=0)
 
     own = {"qwen2": "<|endoftext|>", "qwen3": "<|endoftext|>"}.get(kind, "</s>")
     assert tokenizer.ids[EOS] == tokenizer.backend.token_to_id(own) and tokenizer.ids[PAD] >= known
