@@ -26,7 +26,7 @@ from lumen_ray.structures import Dtype
 from lumen_ray.tasks import ROUTING_TOKENS
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.decoding import AnswerGroup, DecodingStep, PrefixSlots, Row
-from lumen_ray.trunk.layout import build_layout, visible_prefix
+from lumen_ray.trunk.layout import build_layout
 from lumen_ray.trunk.step_linear import decoding_rows, use_step_linears
 from lumen_ray.trunk.tokenizer import LumenTokenizer
 from lumen_ray.trunk.trunk import Prefix, Trunk
@@ -266,15 +266,17 @@ class DecodeLoop:
         hidden, cache = self.trunk.run_branches(prefix, layout, regions, torch.tensor(owners, device=device).long())
         last = layout.last_slots
         self._choose(writings, self.trunk.llm.lm_head(hidden[last[:, 0], last[:, 1]]))
-        visible = visible_prefix(prefix.valid, prefix.length, len(self.trunk.lead), layout.alone).sum(1).tolist()
+        visible = [prefix.length if valid else len(self.trunk.lead) for valid in prefix.valid.tolist()]
         joining: list[tuple[AnswerGroup, Row, Writing, int]] = []
         for number, writing in enumerate(writings):
             if writing.end is not None:
                 continue
             image, end = last[number].tolist()
             length = int(layout.offsets[image, end]) + 1
-            row = Row(prefix.cache, image, length, (0 if layout.alone[image] else prefix.length) + length)
-            joining.append((self._group(visible[image], writing), row, writing, prefix.length + end + 1 - length))
+            start = 0 if layout.alone[image] else int(prefix.ends[image])
+            row = Row(prefix.cache, image, length, start + length)
+            group = self._group(0 if layout.alone[image] else visible[image], writing)
+            joining.append((group, row, writing, prefix.length + end + 1 - length))
         for group, answers in Counter(group for group, *_ in joining).items():
             group.reserve(answers, cache)
         for group, row, writing, start in joining:

@@ -63,7 +63,8 @@ def count_tokens(batch: TrainingBatch, image_tokens: int) -> tuple[int, int]:
     """(tokens of images and prompts, tokens the LLM computes: also padding, and the image tokens of rows without an
     image)."""
     layout = batch.layout
-    real = int((layout.branch_ids >= 0).sum()) + int(batch.has_image.sum()) * image_tokens
+    images = int(batch.has_image.sum()) + len(batch.further_rows)
+    real = int((layout.branch_ids >= 0).sum()) + images * image_tokens
     rows, length = layout.llm_shape(image_tokens)
     return real, rows * length
 

@@ -50,6 +50,10 @@ class TrainingBatch:
     distil: bool = False
     #: tasks that may occur in the batch, the same on all ranks; None: any
     possible_tasks: Collection[str] | None = None
+    #: uint8 [E, 3, H, W]: images behind the first of rows that have several, as `images`; `further_rows` int64 [E]: the
+    #: row of each, ascending; those of a row are in their order
+    further_images: Tensor = field(default_factory=lambda: torch.zeros(0, 3, 0, 0, dtype=torch.uint8))
+    further_rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     step: int = 0
     #: images that could not be decoded: {image_id, reason}
     rejected: list[dict[str, Any]] = field(default_factory=list)
@@ -72,6 +76,8 @@ class TrainingBatch:
             images=self.images.to(device),
             extents=self.extents.to(device),
             has_image=self.has_image.to(device),
+            further_images=self.further_images.to(device),
+            further_rows=self.further_rows.to(device),
             layout=self.layout.to(device),
             region_masks=self.region_masks.to(device),
             region_images=self.region_images.to(device),

@@ -15,7 +15,8 @@ class TokenSpan:
     """Consecutive tokens that attend to each other causally, and to no other span of the same image.
 
     `owner`: the branch it is logged under; `queries`: (branch, position of its first query) of every link in it;
-    `members`: all branches in it; `regions`: for every <region> token its index in the batch's regions.
+    `members`: all branches in it; `regions`: for every <region> token its index in the batch's regions; `questions`:
+    the position at which each question of a conversation begins.
     """
 
     owner: int
@@ -24,6 +25,7 @@ class TokenSpan:
     queries: list[tuple[int, int]] = field(default_factory=list)
     members: list[int] = field(default_factory=list)
     regions: tuple[int, ...] = ()
+    questions: list[int] = field(default_factory=list)
 
     def add(self, tokens: Iterable[int], learned: bool) -> None:
         """Appends tokens; `learned`: whether they have LM loss."""
@@ -47,6 +49,8 @@ class Branch:
     `parent`: for a keypoint prompt the index (in the list of branches) of its object's prompt, else -1.
     `limit`: maximum number of tokens; a response is cut off there, without an end token. `system`: the system text of a
     conversation, where the LLM was taught turns its system turn, and with an image the beginning of the first question.
+    `image_turns`: in a conversation with several images, the question (0-based, those of `history` counted) from which
+    on each image behind the first is seen.
 
     `group`: prompts of one image and group are one request: expert decoders process them jointly, and the sequential
     layout puts them into one string, in which `phrase` names the prompt's object (by default parsed from the prompt).
@@ -63,3 +67,4 @@ class Branch:
     phrase: str = ""
     group: int = 0
     system: str = ""
+    image_turns: tuple[int, ...] = ()

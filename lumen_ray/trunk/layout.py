@@ -8,13 +8,17 @@ One image is a *prefix*: its image tokens, encoded once. Each prompt about it is
 A branch attends to the prefix and to itself, never to another branch: a 4-D mask, and position ids that restart at the
 end of the prefix. So a prompt's result depends neither on the other prompts, nor on their order, nor on the batch.
 
+A conversation may have several images. Each is a segment of the prefix, encoded by itself at its position: images do
+not attend to each other. The first is seen by all turns, each of the others from its question on.
+
 A published LLM keeps the turns that it was taught (`tokenizer.turns`, see `turns.py`) instead of <user>, <assistant>
 and <eos>. What its template writes before the first question is then the lead of the prefix, before the image. Without
 an image, a branch holds it itself, so that the whole conversation is tokenised as one text, as the LLM saw it.
 
 With `prompt_layout` 'sequential' the prompts of an image share one causal string instead: see `sequential.py`.
 
-Legend: B images, P prefix tokens, T branch tokens per image (padded), S = P + T.
+Legend: B rows, each an image or the images of a conversation, P prefix tokens, T branch tokens per row (padded),
+S = P + T.
 """
 
 from __future__ import annotations
@@ -45,6 +49,8 @@ class Layout:
     labels: Tensor  # int64 [B, T], IGNORE where there is no LM loss
     branch_ids: Tensor  # int64 [B, T], -1 at padding; index into the list of branches
     offsets: Tensor  # int64 [B, T], position within the branch, added to the prefix length for position ids
+    images: Tensor  # int64 [B, T], number of images in the prefix of the token's branch, by which that is as long
+    seen: Tensor  # int64 [B, T], how many of them the token attends to; 0 without an image
     query_slots: dict[str, Tensor]  # family -> int64 [Q, N, 2], slots of the queries
     link_branches: dict[str, Tensor]  # family -> int64 [Q], the branch of each link
     link_images: dict[str, Tensor]  # family -> int64 [Q]
@@ -58,12 +64,17 @@ class Layout:
     #: are packed; each entry is an index into the flattened [B, P + T] grid, -1 at padding
     pack: Tensor | None = None
 
-    def llm_shape(self, prefix: int) -> tuple[int, int]:
-        """(rows, tokens per row) of the LLM's input with a prefix of `prefix` image tokens."""
+    @property
+    def most_images(self) -> int:
+        """Most images of a row."""
+        return max(1, int(self.images.max())) if self.images.numel() else 1
+
+    def llm_shape(self, image_tokens: int) -> tuple[int, int]:
+        """(rows, tokens per row) of the LLM's input with `image_tokens` tokens per image."""
         if self.pack is not None:
             rows, length = self.pack.shape
             return rows, length
-        return len(self.input_ids), prefix + self.input_ids.shape[1]
+        return len(self.input_ids), image_tokens * self.most_images + self.input_ids.shape[1]
 
     def to(self, device: torch.device | str) -> Layout:
         def move(value: Any) -> Any:
@@ -96,6 +107,7 @@ def _add_turns(span: TokenSpan, branch: Branch, tokenizer: LumenTokenizer) -> No
     for n, (instruction, response) in enumerate((*branch.history, (branch.prompt, branch.response))):
         if branch.system and not n:
             instruction = f"{branch.system}\n{instruction}"
+        span.questions.append(len(span.tokens))
         span.add([ids[USER], *tokenizer.encode(instruction), ids[ASSISTANT]], False)
         if response is not None and branch.route is None:
             span.add([*tokenizer.encode(response), ids[EOS]], True)
@@ -107,7 +119,9 @@ def _add_taught_turns(span: TokenSpan, branch: Branch, tokenizer: LumenTokenizer
     opening = turns.opening(branch.system)  # raises if there is no system turn
     text = opening if alone else f"{branch.system}\n\n" if branch.system else ""
     learned: list[tuple[int, int]] = []  # of the text, [start, end)
+    questions: list[int] = []  # where each begins in the text
     for n, (instruction, response) in enumerate((*branch.history, (branch.prompt, branch.response))):
+        questions.append(len(text) + len(turns.end) if n else 0)
         text += (turns.to_user if n else "") + turns.text("user", instruction) + turns.to_assistant
         if response is not None and branch.route is None:
             start = len(text)
@@ -120,6 +134,8 @@ def _add_taught_turns(span: TokenSpan, branch: Branch, tokenizer: LumenTokenizer
     for token, first in tokenizer.spans(text):
         while first >= end and end < len(text):
             start, end = next(ranges, (len(text), len(text)))
+        while len(span.questions) < len(questions) and questions[len(span.questions)] <= first:
+            span.questions.append(len(span.tokens))
         span.add([token], start <= first < end)
 
 
@@ -135,6 +151,8 @@ def _spans(branches: Sequence[Branch], alone: Sequence[bool], tokenizer: LumenTo
     for index, branch in enumerate(branches):
         members[branch.image].append((index, branch))
     if prompt_layout == "sequential":
+        if any(branch.image_turns for branch in branches):
+            raise several_images_unsupported()
         return [list(sequential_spans(row, tokenizer)) for row in members]
     if tokenizer.turns is None and USER not in tokenizer.ids:
         raise UserError(
@@ -171,13 +189,15 @@ def build_layout(
     seen = torch.ones(num_images, dtype=torch.bool) if has_image is None else torch.as_tensor(has_image).cpu()
     alone = ~seen & taught
     rows = _spans(branches, alone.tolist(), tokenizer, prompt_layout)
-    grids, links = _token_grids(rows, len(branches), tokenizer.ids[PAD]), _links(rows, branches)
+    grids, links = _token_grids(rows, branches, tokenizer.ids[PAD]), _links(rows, branches)
     region_slots, region_index = _regions(rows, branches, tokenizer.ids[REGION_TOKEN])
     return Layout(
         input_ids=grids["input_ids"],
         labels=grids["labels"],
         branch_ids=grids["branch_ids"],
         offsets=grids["offsets"],
+        images=grids["images"],
+        seen=grids["seen"] * seen[:, None],
         query_slots=links["query_slots"],
         link_branches=links["link_branches"],
         link_images=links["link_images"],
@@ -190,7 +210,16 @@ def build_layout(
     )
 
 
-def _token_grids(rows: _Rows, num_branches: int, pad: int) -> dict[str, Tensor]:
+def several_images_unsupported() -> UserError:
+    """The error for a conversation with several images in the sequential layout."""
+    return UserError(
+        "this model's prompt_layout 'sequential' takes one image per conversation; give one, or use a model with "
+        "prompt_layout 'branches'",
+        "several_images",
+    )
+
+
+def _token_grids(rows: _Rows, branches: Sequence[Branch], pad: int) -> dict[str, Tensor]:
     """The fields of `Layout` with an entry per token, and `last_slots`."""
     shape = (len(rows), max([sum(len(span.tokens) for span in row) for row in rows] + [1]))
     # arrays, since writing a few numbers into a tensor costs ten times as much
@@ -199,7 +228,9 @@ def _token_grids(rows: _Rows, num_branches: int, pad: int) -> dict[str, Tensor]:
         "labels": np.full(shape, IGNORE),
         "branch_ids": np.full(shape, -1),
         "offsets": np.zeros(shape, np.int64),
-        "last_slots": np.zeros((num_branches, 2), np.int64),
+        "images": np.ones(shape, np.int64),
+        "seen": np.ones(shape, np.int64),
+        "last_slots": np.zeros((len(branches), 2), np.int64),
     }
     for image, start, span in _placed(rows):
         end = start + len(span.tokens)
@@ -208,6 +239,10 @@ def _token_grids(rows: _Rows, num_branches: int, pad: int) -> dict[str, Tensor]:
         grids["branch_ids"][image, start:end] = span.owner
         grids["offsets"][image, start:end] = np.arange(len(span.tokens))
         grids["last_slots"][span.members] = image, end - 1
+        if turns := branches[span.owner].image_turns:
+            grids["images"][image, start:end] += len(turns)
+            for question in turns:
+                grids["seen"][image, start + span.questions[question] : end] += 1
     return {name: torch.from_numpy(grid) for name, grid in grids.items()}
 
 
@@ -255,60 +290,66 @@ def _regions(rows: _Rows, branches: Sequence[Branch], region_token: int) -> tupl
     return slots, index
 
 
-def prefix_allowed(num_images: int, prefix: int, mode: str, device: torch.device, lead: int = 0) -> Tensor:
-    """Attention mask of the prefix: bool [B, P, P]; `mode`, 'causal' or 'full', is that among image tokens. The first
-    `lead` tokens, which are text, never attend to the image."""
-    allowed = torch.ones(prefix, prefix, dtype=torch.bool, device=device)
-    causal = allowed.tril()
-    if mode == "causal":
-        allowed = causal
-    elif lead:
-        allowed[:lead] = causal[:lead]
-    return allowed.expand(num_images, prefix, prefix)
+def prefix_segments(lead: int, image_tokens: int, images: int, device: torch.device | str = "cpu") -> Tensor:
+    """The image that each prefix token belongs to, -1 for the `lead` tokens before them: int64 [P]."""
+    numbers = torch.arange(images, device=device).repeat_interleave(image_tokens)
+    return torch.cat([torch.full((lead,), -1, device=device), numbers])
 
 
-def branch_allowed(
-    branch_ids: Tensor, prefix_valid: Tensor, prefix: int, lead: int = 0, alone: Tensor | None = None
-) -> Tensor:
-    """Attention mask of branch tokens: the prefix (without an image only its first `lead` tokens, and none in rows that
-    are `alone`) and the preceding tokens of the same branch.
+def prefix_allowed(segments: Tensor, mode: str) -> Tensor:
+    """Attention mask of the prefix: bool [P, P]; `segments` as of `prefix_segments`. Image tokens attend to the lead
+    and to their own image: to all of it (`mode` 'full') or to what precedes ('causal'). The lead is text."""
+    causal = torch.ones(len(segments), len(segments), dtype=torch.bool, device=segments.device).tril()
+    same = segments[:, None] == segments
+    text = segments < 0
+    within = causal if mode == "causal" else causal | ~text
+    return (same & within) | (text & causal)
 
-    branch_ids [B, T], prefix_valid and alone bool [B] -> bool [B, T, P + T]. Padding attends to padding, so that no row
-    is empty.
+
+def branch_allowed(branch_ids: Tensor, seen: Tensor, segments: Tensor, alone: Tensor | None = None) -> Tensor:
+    """Attention mask of branch tokens: the images they see and the lead (nothing of the prefix in rows that are
+    `alone`), and the preceding tokens of the same branch.
+
+    branch_ids and seen [B, T] as in `Layout`, segments [P] as of `prefix_segments`, alone bool [B] -> bool [B, T, P +
+    T]. Padding attends to padding, so that no row is empty.
     """
     length = branch_ids.shape[1]
     same = branch_ids[:, :, None] == branch_ids[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool, device=branch_ids.device).tril()
-    seen = visible_prefix(prefix_valid, prefix, lead, alone)
-    return torch.cat([seen[:, None].expand(-1, length, -1), same & causal], dim=2)
+    visible = segments < seen[..., None]
+    if alone is not None:
+        visible = visible & ~alone[:, None, None]
+    return torch.cat([visible, same & causal], dim=2)
 
 
-def visible_prefix(prefix_valid: Tensor, prefix: int, lead: int = 0, alone: Tensor | None = None) -> Tensor:
-    """Which tokens of the prefix the branches of each row attend to: bool [B, P]; arguments as of `branch_allowed`."""
-    text = torch.arange(prefix, device=prefix_valid.device) < lead
-    seen = prefix_valid[:, None] | text
-    return seen if alone is None else seen & ~alone[:, None]
-
-
-def packed_allowed(pack: Tensor, branch_ids: Tensor, prefix: int, mode: str) -> Tensor:
+def packed_allowed(pack: Tensor, layout: Layout, segments: Tensor, mode: str) -> Tensor:
     """Attention mask of packed rows: `prefix_allowed` and `branch_allowed` within each sample.
 
-    pack [R, L] as in `Layout`; branch_ids [B, T] -> bool [R, L, L]. Padding attends to padding.
+    pack [R, L] as in `Layout`; segments [P] of a prefix without lead -> bool [R, L, L]. Padding attends to padding.
     """
-    sample, branch = _packed_owners(pack, branch_ids, prefix)
+    sample, branch = _packed_owners(pack, layout.branch_ids, len(segments))
+    segment = _packed(pack, segments.expand(len(layout.branch_ids), -1), layout.seen)  # of images; else those seen
     length = pack.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=pack.device).tril()
     image = branch < 0
     same = branch[:, :, None] == branch[:, None, :]
+    of_images = image[:, :, None] & image[:, None, :] & (sample >= 0)[:, :, None]
+    same = same & (~of_images | (segment[:, :, None] == segment[:, None, :]))
     order = causal if mode == "causal" else causal | (image[:, :, None] & image[:, None, :])
-    to_image = image[:, None, :] & ~image[:, :, None]
+    to_image = image[:, None, :] & ~image[:, :, None] & (segment[:, None, :] < segment[:, :, None])
     return (sample[:, :, None] == sample[:, None, :]) & (same & order | to_image)
 
 
-def packed_positions(pack: Tensor, offsets: Tensor, prefix: int) -> Tensor:
-    """Position ids of packed rows, int64 [R, L]: each token's position within its sample."""
-    image = torch.arange(prefix, device=pack.device).expand(len(offsets), -1)
-    return torch.cat([image, prefix + offsets], dim=1).flatten()[pack.clamp_min(0)]
+def packed_positions(pack: Tensor, layout: Layout, prefix: int, image_tokens: int) -> Tensor:
+    """Position ids of packed rows, int64 [R, L]: each token's position within its sample. `prefix`: number of prefix
+    tokens of the grid, `image_tokens` of each image."""
+    image = torch.arange(prefix, device=pack.device).expand(len(layout.offsets), -1)
+    return _packed(pack, image, layout.images * image_tokens + layout.offsets)
+
+
+def _packed(pack: Tensor, prefix: Tensor, branches: Tensor) -> Tensor:
+    """The values of packed tokens, [R, L], of those of prefix [B, P] and branch tokens [B, T]."""
+    return torch.cat([prefix, branches], dim=1).flatten()[pack.clamp_min(0)]
 
 
 def unpacked(pack: Tensor, size: int) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -35,6 +35,7 @@ from lumen_ray.trunk.layout import (
     packed_allowed,
     packed_positions,
     prefix_allowed,
+    prefix_segments,
     unpacked,
 )
 from lumen_ray.trunk.queries import SuperLinkQueries, mean_words
@@ -46,14 +47,50 @@ _Stem = tuple[Tensor, Tensor, Tensor]  # features at strides 4, 8 and 16
 
 @dataclass
 class Prefix:
-    """An encoded image batch, shared by all prompts about it."""
+    """An encoded image batch, shared by all prompts about it.
+
+    In a conversation with several images a row has the keys and values of all, and the maps of the last one.
+    """
 
     images: Tensor  # [B, 3, H, W] in 0..1
     merged: Tensor  # [B, C, h, w]
     dense: Tensor | None  # [B, channels, H/4, W/4]; None if no decoder reads it
     valid: Tensor  # bool [B], False for samples without an image
     cache: DynamicCache  # keys and values of the image tokens
-    length: int
+    segments: Tensor  # int64 [length]: the image of a row that each token belongs to, -1 for the lead
+    ends: Tensor  # int64 [B]: the position behind the last token
+
+    @property
+    def length(self) -> int:
+        return len(self.segments)
+
+    def select(self, rows: Sequence[int]) -> Prefix:
+        """The prefix of some of the rows."""
+        index = torch.tensor(rows, device=self.valid.device)
+        cache = DynamicCache()
+        for number, layer in enumerate(self._layers()):
+            cache.update(layer.keys[index], layer.values[index], number)
+        dense = None if self.dense is None else self.dense[index]
+        maps = self.images[index], self.merged[index], dense
+        return Prefix(*maps, self.valid[index], cache, self.segments, self.ends[index])
+
+    def joined(self, rows: Sequence[int]) -> Prefix:
+        """One row with the images of several, which are encoded as one conversation's (see `Trunk.encode`)."""
+        image = self.segments == 0
+        cache = DynamicCache()
+        for number, layer in enumerate(self._layers()):
+            parts = []
+            for stored in (layer.keys, layer.values):
+                tokens = [stored[row] if not n else stored[row][:, image] for n, row in enumerate(rows)]
+                parts.append(torch.cat(tokens, dim=1)[None])
+            cache.update(*parts, number)
+        lead, each = int((~image).sum()), int(image.sum())
+        segments = prefix_segments(lead, each, len(rows), self.segments.device)
+        last = self.select(rows[-1:])
+        return replace(last, cache=cache, segments=segments)
+
+    def _layers(self) -> list[Any]:
+        return list(self.cache.layers)
 
     def fork(self) -> DynamicCache:
         """A cache to extend. It shares keys and values, since the LLM appends by making new tensors."""
@@ -169,21 +206,31 @@ class Trunk(nn.Module):
         `layout.pack` is set, `images` may lack those of the last samples. Dense features are computed if one of
         `decoders` (None: all) reads them.
         """
-        images, layout = batch.images.float() / 255, batch.layout
+        layout, number = batch.layout, len(batch.images)
+        images = batch.images
+        if several := len(batch.further_rows) > 0:
+            images = torch.cat([images, batch.further_images])
+        images = images.float() / 255
         tokens, merged, stem = self.extract_features(images)
+        image_tokens = tokens.shape[1] - len(self.lead)
+        if several:
+            tokens = self._with_further(tokens, number, batch.further_rows, layout.most_images)
+            images, merged = images[:number], merged[:number]
+            stem = None if stem is None else (stem[0][:number], stem[1][:number], stem[2][:number])
         regions = None
         if len(batch.region_masks):
             regions = self.regions(images, merged, batch.region_masks, batch.region_images)
-        prefix = tokens.shape[1]
+        segments = prefix_segments(len(self.lead), image_tokens, layout.most_images, images.device)
+        prefix = len(segments)
         if layout.pack is not None:
             tokens = F.pad(tokens, (0, 0, 0, 0, 0, len(layout.input_ids) - len(images)))
         branch_embeds = self.embed_branches(layout, regions)
         embeds = torch.cat([tokens, branch_embeds], dim=1)
-        hidden = self._hidden(embeds, layout, batch.has_image, prefix)
+        hidden = self._hidden(embeds, layout, batch.has_image, segments)
         branches = hidden[:, prefix:]
         if batch.distil:
             with torch.no_grad(), _without_adapters(self.llm):
-                own = self._hidden(embeds, layout, batch.has_image, prefix)[:, prefix:]
+                own = self._hidden(embeds, layout, batch.has_image, segments)[:, prefix:]
             losses = self._distilled(branches, own, layout.labels)
         else:
             losses = self._lm_losses(branches, layout.labels)
@@ -191,47 +238,56 @@ class Trunk(nn.Module):
         dense = None
         if self.dense is not None and layout.query_slots and reads_dense(batch.decoders):
             grid = self.vision.grid(*images.shape[-2:])
-            dense = self.dense(images, stem, merged, hidden[: len(images), len(self.lead) : prefix], grid)
+            of_first = slice(len(self.lead), len(self.lead) + image_tokens)
+            dense = self.dense(images, stem, merged, hidden[:number, of_first], grid)
         return TrunkTraining(losses, supervised, dense, self.links(branches, layout, branch_embeds))
 
-    def _hidden(self, embeds: Tensor, layout: Layout, has_image: Tensor, prefix: int) -> Tensor:
+    def _with_further(self, tokens: Tensor, number: int, rows: Tensor, most: int) -> Tensor:
+        """Prefixes with the images behind the first: tokens [number + E, lead + I, width], those of row `rows[e]` after
+        the first `number`, to [number, lead + most * I, width]; 0 where a row has fewer images than `most`."""
+        firsts, further = tokens[:number], tokens[number:, len(self.lead) :]
+        place = torch.arange(len(rows), device=rows.device) - torch.searchsorted(rows, rows)  # in its row
+        segments = [firsts]
+        for segment in range(most - 1):
+            empty = firsts.new_zeros(number, *further.shape[1:])
+            segments.append(empty.index_copy(0, rows[place == segment], further[place == segment]))
+        return torch.cat(segments, dim=1)
+
+    def _hidden(self, embeds: Tensor, layout: Layout, has_image: Tensor, segments: Tensor) -> Tensor:
         """The LLM's last hidden states [B, P + T, width] of a training pass."""
         if layout.pack is not None:
-            return self._packed(embeds, layout, layout.pack, prefix)
-        mask = self._training_mask(layout, has_image, prefix, embeds.dtype)
-        return self._llm(embeds, mask, self._positions(layout, prefix))
+            return self._packed(embeds, layout, layout.pack, segments)
+        mask = self._training_mask(layout, has_image, segments, embeds.dtype)
+        return self._llm(embeds, mask, self._positions(layout, segments))
 
     def _llm(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         return self.llm.model(
             inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state
 
-    def _packed(self, embeds: Tensor, layout: Layout, pack: Tensor, prefix: int) -> Tensor:
+    def _packed(self, embeds: Tensor, layout: Layout, pack: Tensor, segments: Tensor) -> Tensor:
         """Hidden states [B, P + T, width], computed in the rows of `pack` (see `Layout`); 0 for tokens not packed."""
         if len(self.lead) or self.settings.prompt_layout != "branches":  # a row may start without image and lead
             raise UserError("pack_tokens needs prompt_layout 'branches' and no lead_tokens; set it to 0", "packed_lead")
         flat = embeds.flatten(0, 1)
         rows = flat.index_select(0, pack.clamp_min(0).flatten()).unflatten(0, pack.shape)
-        allowed = packed_allowed(pack, layout.branch_ids, prefix, self.settings.prefix_attention)
-        positions = packed_positions(pack, layout.offsets, prefix)
+        allowed = packed_allowed(pack, layout, segments, self.settings.prefix_attention)
+        positions = packed_positions(pack, layout, len(segments), int((segments == 0).sum()))
         hidden = self._llm(rows, mask_to_bias(allowed, embeds.dtype)[:, None], positions).flatten(0, 1)
         hidden = F.pad(hidden, (0, 0, 0, 1))  # tokens that are not packed read the zeros at the end
         return hidden[unpacked(pack, len(flat))].view(embeds.shape)
 
-    def _training_mask(self, layout: Layout, has_image: Tensor, prefix: int, dtype: torch.dtype) -> Tensor:
+    def _training_mask(self, layout: Layout, has_image: Tensor, segments: Tensor, dtype: torch.dtype) -> Tensor:
         batch, length = layout.input_ids.shape
-        device = layout.input_ids.device
-        top = prefix_allowed(batch, prefix, self.settings.prefix_attention, device, len(self.lead))
-        top = torch.cat([top, torch.zeros(batch, prefix, length, dtype=torch.bool, device=device)], dim=2)
-        return mask_to_bias(torch.cat([top, self._branches(layout, has_image, prefix)], dim=1), dtype)[:, None]
-
-    def _branches(self, layout: Layout, has_image: Tensor, prefix: int) -> Tensor:
-        return branch_allowed(layout.branch_ids, has_image, prefix, len(self.lead), layout.alone)
+        top = F.pad(prefix_allowed(segments, self.settings.prefix_attention), (0, length)).expand(batch, -1, -1)
+        return mask_to_bias(torch.cat([top, _branches(layout, has_image, segments)], dim=1), dtype)[:, None]
 
     @staticmethod
-    def _positions(layout: Layout, prefix: int) -> Tensor:
-        image = torch.arange(prefix, device=layout.offsets.device).expand(len(layout.offsets), -1)
-        return torch.cat([image, _starts(layout, prefix)[:, None] + layout.offsets], dim=1)
+    def _positions(layout: Layout, segments: Tensor) -> Tensor:
+        image = torch.arange(len(segments), device=segments.device).expand(len(layout.offsets), -1)
+        starts = (segments < 0).sum() + layout.images * (segments == 0).sum()
+        starts = torch.where(layout.alone[:, None], 0, starts)
+        return torch.cat([image, starts + layout.offsets], dim=1)
 
     def _lm_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Next-token cross entropy [B, T - 1]; only supervised positions go through the vocabulary projection."""
@@ -256,15 +312,19 @@ class Trunk(nn.Module):
         return losses
 
     @torch.inference_mode()
-    def encode(self, images: Tensor, valid: Tensor | None = None) -> Prefix:
-        """Encodes images uint8 [B, 3, H, W] to the prefix that all prompts about them share."""
+    def encode(self, images: Tensor, valid: Tensor | None = None, places: Tensor | None = None) -> Prefix:
+        """Encodes images uint8 [B, 3, H, W] to the prefix that all prompts about them share. `places` int64 [B]: the
+        number of each image in its conversation, by default 0."""
         images = images.float() / 255
         tokens, merged, stem = self.extract_features(images)
         batch, length = tokens.shape[:2]
-        allowed = prefix_allowed(batch, length, self.settings.prefix_attention, images.device, len(self.lead))
-        mask = mask_to_bias(allowed, tokens.dtype)[:, None]
+        segments = prefix_segments(len(self.lead), length - len(self.lead), 1, images.device)
+        allowed = prefix_allowed(segments, self.settings.prefix_attention)
+        mask = mask_to_bias(allowed, tokens.dtype).expand(batch, 1, -1, -1)
         cache = DynamicCache()  # without the config, whose sliding windows would drop keys
         positions = torch.arange(length, device=images.device).expand(batch, -1)
+        if places is not None:
+            positions = positions + torch.where(segments < 0, 0, places[:, None] * (segments == 0).sum())
         out = self.llm.model(
             inputs_embeds=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
@@ -273,13 +333,14 @@ class Trunk(nn.Module):
         if self.dense is not None:
             states = out.last_hidden_state[:, len(self.lead) :]
             dense = self.dense(images, stem, merged, states, self.vision.grid(*images.shape[-2:]))
-        return Prefix(images, merged, dense, valid, cache, length)
+        return Prefix(images, merged, dense, valid, cache, segments, positions[:, -1] + 1)
 
     def no_prefix(self, images: Tensor) -> Prefix:
         """The empty prefix of samples without images whose branches attend to none; `images` as of `encode`."""
         valid = torch.zeros(len(images), dtype=torch.bool, device=images.device)
         none = torch.zeros(len(images), 0, 0, 0, device=images.device)
-        return Prefix(none, none, None, valid, DynamicCache(), 0)
+        ends = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        return Prefix(none, none, None, valid, DynamicCache(), ends[:0], ends)
 
     @torch.inference_mode()
     def run_branches(
@@ -306,11 +367,11 @@ class Trunk(nn.Module):
 
     def _run(self, prefix: Prefix, layout: Layout, embeds: Tensor) -> tuple[Tensor, DynamicCache]:
         cache = prefix.fork()
-        mask = mask_to_bias(self._branches(layout, prefix.valid, prefix.length), embeds.dtype)[:, None]
+        mask = mask_to_bias(_branches(layout, prefix.valid, prefix.segments), embeds.dtype)[:, None]
         out = self.llm.model(
             inputs_embeds=embeds,
             attention_mask=mask,
-            position_ids=_starts(layout, prefix.length)[:, None] + layout.offsets,
+            position_ids=torch.where(layout.alone, 0, prefix.ends)[:, None] + layout.offsets,
             past_key_values=cache,
             use_cache=True,
         )
@@ -369,6 +430,6 @@ def _without_adapters(llm: nn.Module) -> Iterator[None]:
             module._disable_adapters = False
 
 
-def _starts(layout: Layout, prefix: int) -> Tensor:
-    """The position of the first token of each row's branches: behind its prefix, if it has one."""
-    return torch.where(layout.alone, 0, prefix)
+def _branches(layout: Layout, has_image: Tensor, segments: Tensor) -> Tensor:
+    """`branch_allowed` for rows of which some have no image."""
+    return branch_allowed(layout.branch_ids, layout.seen * has_image[:, None], segments, layout.alone)

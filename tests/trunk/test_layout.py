@@ -6,9 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny_models import tiny_tokenizer
 
+from lumen_ray.errors import UserError
 from lumen_ray.tasks import LINK_FAMILIES, REGION_TOKEN, ROUTING_TOKENS, family_of
 from lumen_ray.trunk.branch import Branch
-from lumen_ray.trunk.layout import IGNORE, branch_allowed, branch_tokens, build_layout, prefix_allowed
+from lumen_ray.trunk.layout import (
+    IGNORE,
+    branch_allowed,
+    branch_tokens,
+    build_layout,
+    prefix_allowed,
+    prefix_segments,
+)
 from lumen_ray.trunk.tokenizer import ASSISTANT, EOS, PAD, USER
 
 TOKENIZER = tiny_tokenizer()
@@ -107,8 +115,8 @@ def test_only_routing_tokens_and_responses_are_supervised(case):
 @given(branch_lists(), st.integers(1, 5), st.lists(st.booleans(), min_size=3, max_size=3))
 def test_a_token_attends_to_the_prefix_and_the_preceding_tokens_of_its_branch(case, prefix, valid):
     branches, images = case
-    layout = build_layout(branches, images, TOKENIZER)
-    allowed = branch_allowed(layout.branch_ids, torch.tensor(valid[:images]), prefix)
+    layout = build_layout(branches, images, TOKENIZER, has_image=valid[:images])
+    allowed = branch_allowed(layout.branch_ids, layout.seen, prefix_segments(0, prefix, 1))
     length = layout.input_ids.shape[1]
     assert allowed.shape == (images, length, prefix + length)
     for b in range(images):
@@ -144,6 +152,39 @@ def test_regions_must_match_the_prompt():
 
 
 def test_prefix_attention_is_causal_or_full():
-    device = torch.device("cpu")
-    assert prefix_allowed(2, 3, "full", device).all()
-    assert (prefix_allowed(2, 3, "causal", device) == torch.ones(3, 3).tril().bool()).all()
+    segments = prefix_segments(0, 3, 1)
+    assert prefix_allowed(segments, "full").all()
+    assert (prefix_allowed(segments, "causal") == torch.ones(3, 3).tril().bool()).all()
+
+
+def test_an_image_of_several_attends_to_the_lead_and_itself():
+    segments = prefix_segments(1, 2, 2)
+    assert segments.tolist() == [-1, 0, 0, 1, 1]
+    first, second = [[1, 1, 1, 0, 0]] * 2, [[1, 0, 0, 1, 1]] * 2
+    assert prefix_allowed(segments, "full").tolist() == [[1, 0, 0, 0, 0], *first, *second]
+    causal = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]]
+    assert prefix_allowed(segments, "causal").tolist() == causal
+
+
+@pytest.mark.parametrize("turns", [(0,), (1,), (0, 1), (1, 1), (0, 2, 2)])
+def test_a_later_image_is_seen_from_its_question_on(turns):
+    history = (("a b", "c"), ("d", "a"))
+    branch = Branch(0, "e ?", response="b", history=history, image_turns=turns)
+    other = Branch(1, "e ?", response="b", history=history)
+    layout = build_layout([branch, other], 2, TOKENIZER)
+    starts = [int(c) for c in torch.nonzero(layout.input_ids[0] == TOKENIZER.ids[USER]).flatten()]
+    assert len(starts) == 3
+    for column in range(layout.input_ids.shape[1]):
+        question = sum(start <= column for start in starts) - 1
+        assert layout.seen[0, column] == 1 + sum(turn <= question for turn in turns)
+    assert (layout.images[0] == 1 + len(turns)).all()
+    assert (layout.seen[1] == 1).all() and (layout.images[1] == 1).all()
+    assert layout.most_images == 1 + len(turns)
+    allowed = branch_allowed(layout.branch_ids, layout.seen, prefix_segments(1, 2, layout.most_images))
+    for column in range(layout.input_ids.shape[1]):
+        assert allowed[0, column, : 1 + 2 * layout.most_images].sum() == 1 + 2 * layout.seen[0, column]
+
+
+def test_the_sequential_layout_takes_one_image_per_conversation():
+    with pytest.raises(UserError, match="one image per conversation"):
+        build_layout([Branch(0, "e ?", image_turns=(0,))], 1, TOKENIZER, "sequential")

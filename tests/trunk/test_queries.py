@@ -9,7 +9,7 @@ from lumen_ray.attention import mask_to_bias
 from lumen_ray.superlink import SuperLink
 from lumen_ray.tasks import LINK_FAMILIES, ROUTING_TOKENS
 from lumen_ray.trunk.branch import Branch
-from lumen_ray.trunk.layout import IGNORE, branch_allowed, build_layout
+from lumen_ray.trunk.layout import IGNORE, branch_allowed, build_layout, prefix_segments
 from lumen_ray.trunk.queries import LinkHead, SuperLinkQueries, mean_words
 
 
@@ -169,7 +169,7 @@ def test_class_names_differ_in_fresh_links_when_words_are_read():
         hidden = model.trunk.llm.model(
             inputs_embeds=embeds,
             attention_mask=mask_to_bias(
-                branch_allowed(layout.branch_ids, torch.ones(1, dtype=torch.bool), 0), torch.float32
+                branch_allowed(layout.branch_ids, layout.seen, prefix_segments(0, 0, 1)), torch.float32
             )[:, None],
             position_ids=layout.offsets,
         ).last_hidden_state

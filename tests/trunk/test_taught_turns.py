@@ -8,7 +8,7 @@ from tokenizers import AddedToken
 
 from lumen_ray.errors import UserError
 from lumen_ray.trunk.branch import IGNORE, Branch
-from lumen_ray.trunk.layout import branch_allowed, build_layout, prefix_allowed, visible_prefix
+from lumen_ray.trunk.layout import branch_allowed, build_layout, prefix_allowed, prefix_segments
 from lumen_ray.trunk.tokenizer import EXTRA_FILES, TURNS_FILE, LumenTokenizer
 from lumen_ray.trunk.turns import read_template
 
@@ -89,14 +89,14 @@ def test_routed_branches_end_in_the_queries(taught):
 
 
 def test_a_row_by_itself_attends_to_no_prefix():
-    valid, alone = torch.tensor([True, False, False]), torch.tensor([False, False, True])
-    assert visible_prefix(valid, 3, 1, alone).tolist() == [[True] * 3, [True, False, False], [False] * 3]
-    allowed = branch_allowed(torch.zeros(3, 2, dtype=torch.int64), valid, 3, 1, alone)
+    seen, alone = torch.tensor([[1, 1], [0, 0], [0, 0]]), torch.tensor([False, False, True])
+    allowed = branch_allowed(torch.zeros(3, 2, dtype=torch.int64), seen, prefix_segments(1, 2, 1), alone)
+    assert allowed[:, 0, :3].tolist() == [[True] * 3, [True, False, False], [False] * 3]
     assert allowed[2].tolist() == [[False, False, False, True, False], [False, False, False, True, True]]
 
 
 def test_the_lead_never_attends_to_the_image():
-    allowed = prefix_allowed(1, 4, "full", torch.device("cpu"), lead=2)[0]
+    allowed = prefix_allowed(prefix_segments(2, 2, 1), "full")
     assert allowed.tolist() == [[True, False, False, False], [True, True, False, False], [True] * 4, [True] * 4]
 
 

@@ -134,7 +134,7 @@ def forward(model: Generalist, batch: TrainingBatch) -> dict[str, float]:
     supervised = int((layout.labels[:, 1:] != IGNORE).sum())
     sequences, tokens = layout.llm_shape(rows * columns)
     total = {
-        "vision": images * vision(trunk.vision, height, width),
+        "vision": (images + len(batch.further_rows)) * vision(trunk.vision, height, width),
         "llm": sequences * llm(trunk.llm.config, tokens) + 2 * supervised * _vocabulary(trunk.llm.config),
     }
     if trunk.dense is None or trunk.stem is None:
