@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
-import numpy as np
-
 from lumen_ray.decoders.base import PredictSettings
 from lumen_ray.errors import UserError
 from lumen_ray.inference.conversation import Conversation
 from lumen_ray.inference.decoder_stage import DecoderStages
 from lumen_ray.inference.outputs import assemble, finish, loosest, request_limits
-from lumen_ray.inference.request import Request, check_call
+from lumen_ray.inference.request import Request, Shown, check_call
 from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.inference.trunk_stage import EncodedImages, FromFolder, OnText, TrunkStage
 from lumen_ray.model.build import LoadedModel
@@ -76,7 +74,7 @@ class Engine(FromFolder):
     def edges(self) -> dict[str, list[list[int]]]:
         return self.loaded.meta.edges
 
-    def encode(self, images: Sequence[np.ndarray]) -> EncodedImages:
+    def encode(self, images: Sequence[Shown]) -> EncodedImages:
         """Encodes images that share a size bucket, so that several calls of `run` about them pay for it once.
 
         images: as of `run`. Raises `UserError` if they are none, or in several buckets (`mixed_sizes`).
@@ -89,7 +87,7 @@ class Engine(FromFolder):
 
     def run(
         self,
-        images: Sequence[np.ndarray | None] | EncodedImages,
+        images: Sequence[Shown] | EncodedImages,
         requests: Sequence[Sequence[Request]],
         *,
         score_threshold: float = 0.05,
@@ -101,8 +99,9 @@ class Engine(FromFolder):
     ) -> list[list[Answer]]:
         """An `Answer` per request of each image, predictions best first.
 
-        images: uint8 [h, w, 3] RGB in the EXIF-rotated frame, None for text alone, or the result of `encode`; requests:
-        per image (see `make_request`). Images that share a size bucket share a pass. `score_threshold` and
+        images: uint8 [h, w, 3] RGB in the EXIF-rotated frame, None for text alone, a list for the images of a
+        conversation; or the result of `encode`. requests: per entry of `images` (see `make_request`). Decoders that a
+        conversation calls look at its last image. Images that share a size bucket share a pass. `score_threshold` and
         `max_per_phrase` apply to requests without their own. With `route_only` no decoder is called: an answer holds
         the LLM's text or the routing token, which in free chat names the decoder that the LLM would have called.
         `on_text` is called with (index of the image, index of the request, new text) for every token that is written;
@@ -111,7 +110,7 @@ class Engine(FromFolder):
         Several threads may call this at once: their text answers are written together.
         """
         encoded = images if isinstance(images, EncodedImages) else None
-        stored = encoded.inputs.images if encoded else cast("Sequence[np.ndarray | None]", images)
+        stored = encoded.inputs.images if encoded else cast("Sequence[Shown]", images)
         check_call(stored, requests, score_threshold, max_new_tokens)
         if len(stored) == 0:
             return []
@@ -145,11 +144,10 @@ class Engine(FromFolder):
                     answers[i].append(finish(answer, request_limits(request, default), used))
         return [answers[i] for i in range(len(stored))]
 
-    def conversation(
-        self, image: np.ndarray | None = None, system: str = "", sampling: Sampling = GREEDY
-    ) -> Conversation:
-        """Several questions in a row about one image (as of `run`), or about none. `system`: what the LLM is told
-        beforehand."""
+    def conversation(self, image: Shown = None, system: str = "", sampling: Sampling = GREEDY) -> Conversation:
+        """Several questions in a row about an image, several (as of `run`), or none; questions may bring more.
+
+        `system`: what the LLM is told beforehand."""
         return Conversation(self, image, system, sampling)
 
 

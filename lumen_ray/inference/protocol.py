@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
-from lumen_ray.inference.request import Request
+from lumen_ray.inference.request import Request, Shown
 from lumen_ray.structures import Answer
 
 
@@ -57,7 +55,7 @@ class EngineProtocol(Protocol):
 
     def run(
         self,
-        images: Sequence[np.ndarray | None],
+        images: Sequence[Shown],
         requests: Sequence[Sequence[Request]],
         *,
         score_threshold: float = 0.05,
@@ -66,4 +64,4 @@ class EngineProtocol(Protocol):
         class_chunk: int = 64,
         route_only: bool = False,
     ) -> list[list[Answer]]:
-        """One `Answer` per request of each image (uint8 [h, w, 3] RGB, None for text alone); see `Engine.run`."""
+        """One `Answer` per request of each entry of `images`; see `Engine.run`."""

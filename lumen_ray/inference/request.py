@@ -15,6 +15,17 @@ from lumen_ray.structures import Region, SampleSettings, Size
 from lumen_ray.tasks import Needs, check_classes, get_task, split_phrases
 from lumen_ray.trunk.tokenizer import SPECIAL_TOKENS
 
+#: What requests are about: an image, the images of a conversation in their order, or nothing but text. Images are
+#: uint8 [height, width, 3] RGB, EXIF-rotated.
+Shown = np.ndarray | Sequence[np.ndarray] | None
+
+
+def images_of(shown: Shown) -> tuple[np.ndarray, ...]:
+    """The images that requests are about, in order; none for text alone."""
+    if shown is None:
+        return ()
+    return (shown,) if isinstance(shown, np.ndarray) else tuple(shown)
+
 
 @dataclass(frozen=True)
 class Request:
@@ -25,7 +36,9 @@ class Request:
     `keypoints`: names of the keypoints of a pose request; None for the skeleton the model was trained with. `sample`:
     how the pictures of a generate or edit request are drawn. `score_threshold` (0..1) and `max_per_phrase` limit the
     instances of the answer; None for the limits of the call. `history`: earlier (question, answer) pairs of a chat, and
-    its `system` text; `sampling`: how the tokens of a text are chosen.
+    its `system` text; `sampling`: how the tokens of a text are chosen. `image_turns`: about several images, the
+    question (0-based, those of `history` counted) from which on each image behind the first is seen; empty: all from
+    the first.
     """
 
     task: str
@@ -40,6 +53,19 @@ class Request:
     history: tuple[tuple[str, str], ...] = ()
     system: str = ""
     sampling: Sampling = GREEDY
+    image_turns: tuple[int, ...] = ()
+
+    def turns_of(self, images: int) -> tuple[int, ...]:
+        """`image_turns` about so many images. Raises `UserError` if they are of another number."""
+        if not self.image_turns:
+            return (0,) * (images - 1)
+        if len(self.image_turns) != max(images - 1, 0):
+            raise UserError(
+                f"'image_turns' has {len(self.image_turns)} numbers for {images} images; give one for each image "
+                "behind the first, or none",
+                "invalid_image_turns",
+            )
+        return self.image_turns
 
 
 def make_request(
@@ -54,15 +80,18 @@ def make_request(
     history: Sequence[tuple[str, str]] = (),
     system: str | None = None,
     sampling: Sampling = GREEDY,
+    image_turns: Sequence[int] = (),
 ) -> Request:
     """A validated `Request`. Raises `UserError` (one sentence, machine-readable reason) if it is invalid.
 
     The registry's `Task.needs` says which argument a task takes: "classes" `classes`, "region" `region`, "nothing"
     none, all others `text`. A single string stands for a list of one. `history` (earlier pairs of question and answer)
-    and `system` go with task "chat", `sampling` with tasks that give a text.
+    and `system` go with task "chat", `sampling` with tasks that give a text, and `image_turns` with a chat about
+    several images.
     """
     needs = get_task(task).needs
     _check_conversation(task, history, system, sampling)
+    _check_image_turns(task, image_turns, len(history))
     classes, keypoints = ([names] if isinstance(names, str) else names for names in (classes, keypoints))
     for name in (*(classes or ()), *(keypoints or ())):
         if not isinstance(name, str):
@@ -96,7 +125,20 @@ def make_request(
         history=tuple((question, answer) for question, answer in history),
         system=(system or "").strip(),
         sampling=sampling,
+        image_turns=tuple(image_turns),
     )
+
+
+def _check_image_turns(task: str, turns: Sequence[int], earlier: int) -> None:
+    """Raises `UserError` unless the numbers are those of questions, `earlier` and one more, in order."""
+    if turns and not get_task(task).is_conversation:
+        raise UserError(f"task '{task}' is no conversation; leave 'image_turns' out", "unexpected_field")
+    whole = all(isinstance(turn, int) and not isinstance(turn, bool) and 0 <= turn <= earlier for turn in turns)
+    if not whole or list(turns) != sorted(turns):
+        raise UserError(
+            f"'image_turns' are numbers of questions from 0 to {earlier}, ascending, got {list(turns)}",
+            "invalid_image_turns",
+        )
 
 
 def _check_conversation(task: str, history: Sequence[tuple[str, str]], system: str | None, sampling: Sampling) -> None:
@@ -171,10 +213,14 @@ def _refuse_reserved(text: str) -> None:
         raise UserError(f"a text may not contain '{reserved}', which the prompt layout uses", "reserved_text")
 
 
-def check_requests(size: Size | None, requests: Sequence[Request]) -> None:
-    """Raises `UserError` for requests that do not fit an image of (height, width) `size`, or text alone (None)."""
+def check_requests(size: Size | None, requests: Sequence[Request], images: int = 1) -> None:
+    """Raises `UserError` for requests that do not fit an image of (height, width) `size`, text alone (None), or several
+    images."""
     for request in requests:
         check_image(request.task, size is not None)
+        check_several(request.task, images)
+        if size is not None:
+            request.turns_of(images)
         if size is not None and request.region is not None:
             _check_region(size, request.region)
 
@@ -187,6 +233,13 @@ def check_image(task: str, given: bool) -> None:
     if given:
         raise UserError(f"task '{task}' takes no image, only a text; leave it out", "unexpected_image")
     raise UserError(f"task '{task}' needs an image; give one", "missing_image")
+
+
+def check_several(task: str, images: int) -> None:
+    """Raises `UserError` for several images if the task is about one: those that answer in text about the whole image
+    take several."""
+    if images > 1 and not (get_task(task).is_text and get_task(task).needs != "region"):
+        raise UserError(f"task '{task}' is about one image, got {images}; ask about each by itself", "several_images")
 
 
 def no_decoder(task: str, serves: Sequence[str]) -> UserError:
@@ -205,6 +258,17 @@ def _check_region(size: Size, region: Region) -> None:
         )
 
 
+def _given_images(shown: Any) -> Sequence[Any]:
+    """What was given as the image or images of a row. Raises `UserError` for an empty list."""
+    if shown is None:
+        return ()
+    if not isinstance(shown, list | tuple):
+        return (shown,)
+    if not shown:
+        raise UserError("a list of a conversation's images is empty; give None for text alone", "invalid_image")
+    return shown
+
+
 def check_call(images: Any, requests: Any, score_threshold: Any, max_new_tokens: Any = 1) -> None:
     """Raises `UserError` for arguments of `Engine.run` that are not lists of images and of lists of requests, one per
     image, for a threshold outside 0..1 and for answers without a token."""
@@ -218,9 +282,7 @@ def check_call(images: Any, requests: Any, score_threshold: Any, max_new_tokens:
             "give a list of images and, for each image, a list of requests, e.g. engine.run([image], [[request]])",
             "invalid_call",
         )
-    for image in images:
-        if image is None:
-            continue
+    for image in (image for shown in images for image in _given_images(shown)):
         if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
             kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
             raise UserError(

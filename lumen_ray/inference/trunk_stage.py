@@ -20,7 +20,7 @@ from lumen_ray.inference.branches import BranchPlanner, PendingBranch, decoder_i
 from lumen_ray.inference.decode_loop import DecodeLoop, TextPrompt, Writing
 from lumen_ray.inference.decoder_inputs import decoder_pixels
 from lumen_ray.inference.outputs import DecoderInput, RequestPlan, TrunkOutput
-from lumen_ray.inference.request import Request, check_requests
+from lumen_ray.inference.request import Request, Shown, check_requests, images_of
 from lumen_ray.inference.sampling import Sampler, stable_text, stop_at
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.precision import in_model_dtype
@@ -28,7 +28,7 @@ from lumen_ray.structures import Region, Size
 from lumen_ray.targets import Frame
 from lumen_ray.tasks import ROUTING_TOKENS, TASKS
 from lumen_ray.trunk.branch import Branch
-from lumen_ray.trunk.layout import build_layout
+from lumen_ray.trunk.layout import build_layout, several_images_unsupported
 from lumen_ray.trunk.regions import region_mask
 from lumen_ray.trunk.trunk import Prefix
 
@@ -59,25 +59,38 @@ class FromFolder:
 
 @dataclass
 class Inputs:
-    """A batch in the trunk's frame.
+    """A batch in the trunk's frame: an image per row, the last one of a conversation with several.
 
     `images`: uint8 [h, w, 3] as stored; `pixels`: uint8 [B, 3, H, W] on the CPU; `frames`: where each image lies in its
-    input; `valid`: bool [B], False for text alone.
+    input; `valid`: bool [B], False for text alone; `earlier`: the earlier images of conversations, uint8 [E, 3, H, W],
+    and `earlier_rows` the row of each, ascending.
     """
 
     images: list[np.ndarray]
     pixels: Tensor
     frames: list[Frame]
     valid: Tensor
+    earlier: Tensor
+    earlier_rows: list[int]
+
+    @property
+    def numbers(self) -> list[int]:
+        """How many images each row has; 1 for text alone too."""
+        return [1 + self.earlier_rows.count(row) for row in range(len(self.images))]
 
 
 @dataclass
 class EncodedImages:
     """A batch of images of one bucket that is encoded once, for any number of calls. Holds their keys and values, and
-    their dense features where a decoder reads them."""
+    their dense features where a decoder reads them.
+
+    `conversations`: by row, what texts are written about where a row has several images; `prefix` has the last of them,
+    which decoders look at.
+    """
 
     inputs: Inputs
     prefix: Prefix
+    conversations: dict[int, Prefix]
 
     def __len__(self) -> int:
         return len(self.inputs.images)
@@ -109,20 +122,20 @@ class TrunkStage(FromFolder):
         """(height, width) of the model input for an image of (height, width) `size`."""
         return choose((max(1, size[0]), max(1, size[1])), self.buckets)
 
-    def bucket_of(self, image: np.ndarray | None) -> Size:
-        """(height, width) of the model input for an image, or for text alone."""
-        return self.buckets[0] if image is None else self.bucket((image.shape[0], image.shape[1]))
+    def bucket_of(self, shown: Shown) -> Size:
+        """(height, width) of the model input for an image, for several (that of the first), or for text alone."""
+        images = images_of(shown)
+        return self.bucket((images[0].shape[0], images[0].shape[1])) if images else self.buckets[0]
 
     @in_model_dtype
-    def encode(self, images: Sequence[np.ndarray]) -> EncodedImages:
-        """Encodes images once for several calls of `links`: uint8 [h, w, 3] RGB, EXIF-rotated, all of one `bucket`."""
-        inputs = self._inputs(images)
-        return EncodedImages(inputs, self._encode(inputs))
+    def encode(self, images: Sequence[Shown]) -> EncodedImages:
+        """Encodes images once for several calls of `links`, which has the arguments."""
+        return self._encode(self._inputs(images))
 
     @in_model_dtype
     def links(
         self,
-        images: Sequence[np.ndarray | None] | EncodedImages,
+        images: Sequence[Shown] | EncodedImages,
         requests: Sequence[Sequence[Request]],
         *,
         max_new_tokens: int = 48,
@@ -132,8 +145,8 @@ class TrunkStage(FromFolder):
     ) -> TrunkOutput:
         """Encodes one prefix per image, then runs the branches of all requests against it.
 
-        images: uint8 [h, w, 3] RGB, EXIF-rotated, all of one `bucket`, None for text alone; or those that `encode` has
-        encoded. requests: per image.
+        images: uint8 [h, w, 3] RGB, EXIF-rotated, all of one `bucket_of`, None for text alone, a sequence for the
+        images of a conversation, of which decoders see the last; or what `encode` has encoded. requests: per image.
         `class_chunk` bounds the branches per image and pass; results do not depend on it. In the sequential layout the
         prompts of a request are one text and are never split, however many.
         With `route_only` no decoder gets a link: the plans hold the text or the route that the LLM chose. `on_text` is
@@ -153,11 +166,12 @@ class TrunkStage(FromFolder):
             for r, request in enumerate(row)
             for branch in self.planner.branches(request, b, r)
         ]
-        length = self._prefix_length(inputs)
-        prompts = self._text_prompts(inputs.valid, length, requests, max_new_tokens)
-        with self.loop.images(0 if isinstance(images, EncodedImages) else length * len(images)):
-            prefix = images.prefix if isinstance(images, EncodedImages) else self._encode(inputs)
-            written = dict(zip(prompts, self.loop.submit(prefix, list(prompts.values())), strict=True))
+        length, numbers = self._prefix_length(inputs), inputs.numbers
+        prompts = self._text_prompts(inputs.valid, length, numbers, requests, max_new_tokens)
+        held = length * (len(inputs.images) + len(inputs.earlier) + sum(n for n in numbers if n > 1))
+        with self.loop.images(0 if isinstance(images, EncodedImages) else held):
+            encoded = images if isinstance(images, EncodedImages) else self._encode(inputs)
+            written = self._submit(encoded, prompts)
             self.loop.wait(list(written.values()), self._streaming(written, on_text))
             routed = self._enter_texts(written, requests, plans)
             if route_only:
@@ -165,7 +179,7 @@ class TrunkStage(FromFolder):
             else:
                 pending += self._routed_branches(routed, inputs.valid, requests, plans)
             with self.loop.turn() if pending else nullcontext():
-                return self._output(prefix, pending, plans, inputs, class_chunk)
+                return self._output(encoded.prefix, pending, plans, inputs, class_chunk)
 
     def _text_alone(self, inputs: Inputs) -> bool:
         """Whether nothing in the batch attends to a prefix."""
@@ -176,10 +190,40 @@ class TrunkStage(FromFolder):
         _, _, height, width = inputs.pixels.shape
         return 0 if self._text_alone(inputs) else self.trunk.settings.image_tokens((height, width))
 
-    def _encode(self, inputs: Inputs) -> Prefix:
+    def _encode(self, inputs: Inputs) -> EncodedImages:
         with self.loop.turn():
             pixels, valid = inputs.pixels.to(self.device), inputs.valid.to(self.device)
-            return self.trunk.no_prefix(pixels) if self._text_alone(inputs) else self.trunk.encode(pixels, valid)
+            if self._text_alone(inputs):
+                return EncodedImages(inputs, self.trunk.no_prefix(pixels), {})
+            if not len(inputs.earlier):
+                return EncodedImages(inputs, self.trunk.encode(pixels, valid), {})
+            rows, last = len(pixels), [number - 1 for number in inputs.numbers]
+            members = {row: [*self._earlier(inputs, row), row] for row in range(rows) if last[row]}
+            places = torch.tensor([*last, *(members[row].index(rows + n) for n, row in enumerate(inputs.earlier_rows))])
+            everything = torch.cat([pixels, inputs.earlier.to(self.device)])
+            valid = torch.cat([valid, valid.new_ones(len(inputs.earlier))])
+            prefix = self.trunk.encode(everything, valid, places.to(self.device))
+            return EncodedImages(
+                inputs, prefix.select(range(rows)), {row: prefix.joined(images) for row, images in members.items()}
+            )
+
+    @staticmethod
+    def _earlier(inputs: Inputs, row: int) -> list[int]:
+        """The index of each earlier image of a row, behind those of `inputs.pixels`."""
+        return [len(inputs.pixels) + n for n, owner in enumerate(inputs.earlier_rows) if owner == row]
+
+    def _submit(
+        self, encoded: EncodedImages, prompts: Mapping[tuple[int, int], TextPrompt]
+    ) -> dict[tuple[int, int], Writing]:
+        """Enqueues prompts by (image, request): those about one image as one batch."""
+        written: dict[tuple[int, int], Writing] = {}
+        single = [place for place in prompts if place[0] not in encoded.conversations]
+        batches = [(encoded.prefix, single)]
+        for row, prefix in encoded.conversations.items():
+            batches.append((prefix, [place for place in prompts if place[0] == row]))
+        for prefix, places in batches:
+            written |= dict(zip(places, self.loop.submit(prefix, [prompts[place] for place in places]), strict=True))
+        return {place: written[place] for place in prompts}
 
     def _output(
         self,
@@ -225,29 +269,42 @@ class TrunkStage(FromFolder):
         """Raises `UserError` for requests that do not fit their image."""
         if len(inputs.images) != len(requests):
             raise ValueError(f"{len(inputs.images)} images but {len(requests)} lists of requests")
-        for image, valid, row in zip(inputs.images, inputs.valid.tolist(), requests, strict=True):
-            check_requests((image.shape[0], image.shape[1]) if valid else None, row)
+        rows = zip(inputs.images, inputs.valid.tolist(), inputs.numbers, requests, strict=True)
+        for image, valid, number, row in rows:
+            check_requests((image.shape[0], image.shape[1]) if valid else None, row, number)
 
-    def _inputs(self, images: Sequence[np.ndarray | None]) -> Inputs:
+    def _inputs(self, images: Sequence[Shown]) -> Inputs:
         """Fits images, which must share a bucket, into the trunk's input."""
-        buckets = {self.bucket_of(image) for image in images}
+        buckets = {self.bucket_of(shown) for shown in images}
         if len(buckets) > 1:
             raise ValueError(f"images of one pass must share a bucket, got {sorted(buckets)}")
         (bucket,) = buckets
-        stored = [np.full((*bucket, 3), PAD_VALUE, np.uint8) if image is None else image for image in images]
+        rows = [images_of(shown) for shown in images]
+        if self.prompt_layout == "sequential" and any(len(row) > 1 for row in rows):
+            raise several_images_unsupported()
+        stored = [row[-1] if row else np.full((*bucket, 3), PAD_VALUE, np.uint8) for row in rows]
         fitted = [fit(image, bucket) for image in stored]
+        earlier = [(n, fit(image, bucket)[0]) for n, row in enumerate(rows) for image in row[:-1]]
+        pixels = as_tensors([image for image, _ in fitted])
         return Inputs(
             stored,
-            torch.from_numpy(np.stack([image for image, _ in fitted])).permute(0, 3, 1, 2),
+            pixels,
             [frame for _, frame in fitted],
-            torch.tensor([image is not None for image in images]),
+            torch.tensor([bool(row) for row in rows]),
+            as_tensors([image for _, image in earlier]) if earlier else pixels[:0],
+            [row for row, _ in earlier],
         )
 
     def _text_prompts(
-        self, valid: Tensor, prefix: int, requests: Sequence[Sequence[Request]], limit: int
+        self,
+        valid: Tensor,
+        prefix: int,
+        numbers: Sequence[int],
+        requests: Sequence[Sequence[Request]],
+        limit: int,
     ) -> dict[tuple[int, int], TextPrompt]:
         """The prompts of all text requests by (image, request). `valid` bool [B]: whether there is an image; `prefix`:
-        number of its tokens."""
+        number of its tokens; `numbers`: of each row's images."""
         found: dict[tuple[int, int], TextPrompt] = {}
         for b, row in enumerate(requests):
             for r, request in enumerate(row):
@@ -257,14 +314,19 @@ class TrunkStage(FromFolder):
                     self._refuse_special(answer)
                 text = task.prompt(request.text, request.template)
                 regions = () if request.region is None else (0,)
-                branch = Branch(0, text, regions=regions, history=request.history, system=request.system)
+                turns = request.turns_of(numbers[b])
+                branch = Branch(
+                    0, text, regions=regions, history=request.history, system=request.system, image_turns=turns
+                )
                 layout = build_layout([branch], 1, self.tokenizer, self.prompt_layout, valid[b : b + 1])
                 ids = layout.input_ids[0].tolist()
-                self._check_context(len(ids) + (0 if layout.alone else prefix), limit)
+                self._check_context(len(ids) + (0 if layout.alone else prefix * numbers[b]), limit)
                 region = None
                 if request.region is not None:
                     region = torch.from_numpy(region_mask(request.region, self.bucket(request.region.size)))
-                prompt = TextPrompt(replace(branch, image=b), Sampler(request.sampling, ids), limit, region)
+                # a conversation about several images is a batch by itself
+                at = replace(branch, image=0 if turns else b)
+                prompt = TextPrompt(at, Sampler(request.sampling, ids), limit, region)
                 found[b, r] = prompt
         return found
 
@@ -321,11 +383,12 @@ class TrunkStage(FromFolder):
         requests: Sequence[Sequence[Request]],
         plans: Sequence[Sequence[RequestPlan]],
     ) -> list[PendingBranch]:
-        """The branches of free chats that chose a route. In text alone there is no place to find."""
+        """The branches of free chats that chose a route: none without a decoder for it, and in text alone, where there
+        is no place to find."""
         pending = []
         for b, r in routed:
             task = next(task for task in TASKS.values() if task.routing_token == plans[b][r].route)
-            if has_image[b] or not task.sees_image:
+            if task.name in self.planner.serving and (has_image[b] or not task.sees_image):
                 pending += self.planner.routed_branches(requests[b][r], task, b, r)
         return pending
 
@@ -364,3 +427,8 @@ class TrunkStage(FromFolder):
                 if pending[members[number]].decoder == name:
                     found[members[number]] = embedding
         return found
+
+
+def as_tensors(images: Sequence[np.ndarray]) -> Tensor:
+    """Images uint8 [H, W, 3] as a tensor [B, 3, H, W]."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

@@ -1,5 +1,5 @@
-"""The messages of `/v1/chat/completions`: an optional system message, then user and assistant in turn, with at most
-one image.
+"""The messages of `/v1/chat/completions`: an optional system message, then user and assistant in turn, with images in
+those of the user.
 
 Messages that the model cannot read are refused in one sentence that names the message.
 """
@@ -19,8 +19,6 @@ from lumen_ray.serve.neutral import Neutral, refuse_others
 
 UNUSED = "accepted and without effect"
 NO_TOOLS = "the model calls no tools"
-#: images of a conversation; the trunk has one, before the first turn
-MAX_IMAGES = 1
 
 
 class ImageUrl(Settings):
@@ -76,7 +74,7 @@ class ChatMessage(Settings):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[
         list[Part] | None, BeforeValidator(_as_parts, json_schema_input_type=str | list[Part] | None)
-    ] = Field(None, description="the text, in parts, and in one user message the image")
+    ] = Field(None, description="the text, in parts, and in user messages images")
     name: str | None = Field(None, description=UNUSED)
     refusal: Annotated[Any, Neutral("a message holds no refusal", "")] = None
     audio: Annotated[Any, Neutral("a message holds text and an image")] = None
@@ -89,26 +87,29 @@ class ChatMessage(Settings):
 @dataclass(frozen=True)
 class Conversation:
     """`question`: the last user message; `history`: the earlier ones with their answers; `system`: the system text;
-    `image`: the encoded image, None for text alone."""
+    `images`: the encoded images, and `image_turns` the number of the user message (from 0) that each is in."""
 
     question: str
     history: list[tuple[str, str]]
     system: str | None
-    image: bytes | None
+    images: list[bytes]
+    image_turns: list[int]
 
 
-def read_conversation(messages: Sequence[ChatMessage]) -> Conversation:
-    """The conversation of at least one message; raises `UserError` for one that the model cannot read."""
+def read_conversation(messages: Sequence[ChatMessage], max_images: int) -> Conversation:
+    """The conversation of at least one message; raises `UserError` for one that the model cannot read, or with more
+    than `max_images` images."""
     has_system = _is_system(messages[0])
     _check_order(messages, int(has_system))
     for n, message in enumerate(messages):
         refuse_others(message, f"messages.{n}.")
     texts = [_text(n, message) for n, message in enumerate(messages)]
-    image = _image(messages)
+    found = _images(messages, max_images)
+    images = [image_bytes(url, f"{place}.url") for _, place, url in found]
     system = texts.pop(0) if has_system else None
     # stripped, as the question is, so that it reads the same when it comes back as history
     turns = list(zip((text.strip() for text in texts[:-1:2]), texts[1::2], strict=True))
-    return Conversation(texts[-1], turns, system, image)
+    return Conversation(texts[-1], turns, system, images, [(n - has_system) // 2 for n, _, _ in found])
 
 
 def _is_system(message: ChatMessage) -> bool:
@@ -149,9 +150,9 @@ def _text(n: int, message: ChatMessage) -> str:
     return text
 
 
-def _image(messages: Sequence[ChatMessage]) -> bytes | None:
-    """The image of the conversation, wherever it stands."""
-    found: list[tuple[str, str]] = []  # (place, URL)
+def _images(messages: Sequence[ChatMessage], most: int) -> list[tuple[int, str, str]]:
+    """The images of the conversation in order: (number of the message, place in the request, URL)."""
+    found: list[tuple[int, str, str]] = []
     for n, message in enumerate(messages):
         for i, part in enumerate(message.content or ()):
             if part.image_url is None:
@@ -161,10 +162,9 @@ def _image(messages: Sequence[ChatMessage]) -> bytes | None:
                 raise UserError(
                     f"'{place}' is an image of the {message.role}; give it in a user message", "unexpected_image"
                 )
-            found.append((place, part.image_url.url))
-    if len(found) > MAX_IMAGES:
+            found.append((n, place, part.image_url.url))
+    if len(found) > most:
         raise UserError(
-            f"the conversation has {len(found)} images; give at most {MAX_IMAGES} in all its messages",
-            "too_many_images",
+            f"the conversation has {len(found)} images; give at most {most} in all its messages", "too_many_images"
         )
-    return image_bytes(found[0][1], f"{found[0][0]}.url") if found else None
+    return found

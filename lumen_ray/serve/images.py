@@ -6,6 +6,7 @@ import base64
 import binascii
 import re
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -43,18 +44,18 @@ def image_bytes(text: str, field: str = "image") -> bytes:
         ) from None
 
 
-def decode_image(data: bytes, max_pixels: int) -> np.ndarray:
-    """Decodes to uint8 [H, W, 3] RGB, EXIF-rotated, after checking the size in the header.
+def decode_images(encoded: Sequence[bytes], max_pixels: int) -> list[np.ndarray]:
+    """Decodes to uint8 [H, W, 3] RGB, EXIF-rotated, after checking the sizes in the headers. `max_pixels`: of all.
 
     Raises `UserError` with reason ``image_too_large`` or ``broken_image``.
     """
-    height, width = image_size(data, max_pixels=sys.maxsize)
-    if width * height > max_pixels:
-        raise UserError(
-            f"the image is {width}x{height}, more than the {max_pixels} pixels allowed; scale it down",
-            "image_too_large",
-        )
-    return decode(data, max_pixels)
+    sizes = [image_size(data, max_pixels=sys.maxsize) for data in encoded]
+    if (total := sum(height * width for height, width in sizes)) > max_pixels:
+        height, width = sizes[0]
+        what = f"the image is {width}x{height}," if len(sizes) == 1 else f"the images have {total} pixels together,"
+        them = "it" if len(sizes) == 1 else "them"
+        raise UserError(f"{what} more than the {max_pixels} pixels allowed; scale {them} down", "image_too_large")
+    return [decode(data, max_pixels) for data in encoded]
 
 
 def checked_rle(mask: Any, size: tuple[int, int]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
 from fastapi import FastAPI
 from ray import exceptions as ray_errors
 from ray import serve
@@ -20,7 +19,7 @@ from ray.serve.exceptions import (
 from ray.serve.handle import DeploymentHandle
 
 from lumen_ray.errors import UserError
-from lumen_ray.inference.request import Request
+from lumen_ray.inference.request import Request, Shown
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.http import Overloaded, Unavailable, logger
 from lumen_ray.serve.job import TrunkJob
@@ -66,8 +65,8 @@ class ServeBackend:
         self.settings = settings
         self._info: dict[str, Any] | None = None
 
-    async def infer(self, image: np.ndarray | None, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
-        """One trunk pass over `image` (uint8 [H, W, 3] or None), then the decoders that may be needed, in parallel."""
+    async def infer(self, image: Shown, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
+        """One trunk pass over what is shown, then the decoders that may be needed, in parallel."""
         job = TrunkJob(image, tuple(requests), max_new_tokens)
         names = self._needed(requests)
 

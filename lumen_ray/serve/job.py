@@ -1,21 +1,19 @@
-"""The message from the ingress to the model: one image and the requests about it. No HTTP, no torch."""
+"""The message from the ingress to the model: what is shown and the requests about it. No HTTP, no torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
-from lumen_ray.inference.request import Request
+from lumen_ray.inference.request import Request, Shown
 
 
 @dataclass(frozen=True)
 class TrunkJob:
-    """One image (uint8 [H, W, 3] RGB, EXIF-rotated, read-only), None for text alone, and the requests about it.
+    """An image, those of a conversation (read-only), or None for text alone, and the requests about it.
 
     Every request carries its score threshold and number of instances.
     """
 
-    image: np.ndarray | None
+    image: Shown
     requests: tuple[Request, ...]
     max_new_tokens: int

@@ -1,4 +1,4 @@
-"""`/v1/chat/completions` in OpenAI's format, as far as the model supports it: conversations with at most one image.
+"""`/v1/chat/completions` in OpenAI's format, as far as the model supports it: conversations with and without images.
 
 Parameters that cannot be honoured are taken at their neutral value and refused at any other; those of sampling too,
 unless the server's setting `openai_sampling` is on. Answers come in one piece. When the LLM routes the prompt to a
@@ -56,7 +56,7 @@ class ChatRequest(Settings):
     model: str | None = Field(None, description="the preset from GET /v1/models; null for the model that is loaded")
     messages: list[ChatMessage] = Field(
         min_length=1,
-        description="system or developer first, if any; user and assistant in turn; user last; at most one image",
+        description="system or developer first, if any; user and assistant in turn; user last; images in user messages",
     )
     max_tokens: int | None = Field(
         None,
@@ -135,7 +135,7 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
     @router.post(
         "/chat/completions",
         tags=["openai"],
-        summary="A conversation with at most one image, in OpenAI's format",
+        summary="A conversation about images or in text alone, in OpenAI's format",
         openapi_extra={"requestBody": body},
     )
     async def chat_completions(request: Request) -> dict[str, Any]:
@@ -144,9 +144,10 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
         await check_model(backend, chat.model)
         if not settings.openai_sampling:
             _refuse_sampling(chat)
-        conversation = read_conversation(chat.messages)
+        conversation = read_conversation(chat.messages, settings.limits.max_images)
         fields = _task_fields(chat, conversation)
-        answers, extra = await answer(backend, settings, conversation.image, [("chat", fields)])
+        turns = conversation.image_turns[1:]  # the first image stands before all questions
+        answers, extra = await answer(backend, settings, conversation.images, [("chat", fields)], turns)
         return _completion(answers[0], extra, bool(chat.logprobs))
 
     return router

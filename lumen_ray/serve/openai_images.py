@@ -91,7 +91,7 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
         height, width = _size(wanted.size)
         drawn = {"num_images": wanted.n, "seed": wanted.seed, "height": height, "width": width}
         fields = schemas.parse(schemas.TaskFields, {"text": wanted.prompt, **drawn})
-        answers, extra = await answer(backend, settings, image, [(task, fields)])
+        answers, extra = await answer(backend, settings, [] if image is None else [image], [(task, fields)])
         pictures = answers[0].to_dict()["images"]
         return {"created": int(time.time()), "data": [{"b64_json": picture} for picture in pictures], "lumen": extra}
 

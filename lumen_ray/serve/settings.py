@@ -125,7 +125,10 @@ class Limits(Settings):
     """Limits of a request; larger ones get a 4xx before any decoding or model work."""
 
     max_body_bytes: int = Field(20 * 1024 * 1024, ge=1024)
-    max_pixels: int = Field(40_000_000, ge=1, description="width times height of an image")
+    max_pixels: int = Field(
+        40_000_000, ge=1, description="width times height of an image, or of all images of a conversation together"
+    )
+    max_images: int = Field(8, ge=1, description="images of one conversation")
     max_classes: int = Field(256, ge=1, description="phrases of one request body, over all its tasks")
     max_requests: int = Field(32, ge=1, description="tasks of one /v1/infer call")
     max_text_chars: int = Field(2000, ge=1, description="characters of one text or name")

@@ -15,11 +15,11 @@ from fastapi import Request as HttpRequest
 from starlette.datastructures import FormData, UploadFile
 
 from lumen_ray.errors import UserError
-from lumen_ray.inference.request import Request, check_image, make_request
+from lumen_ray.inference.request import Request, Shown, check_image, make_request
 from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.serve import forms, schemas
 from lumen_ray.serve.http import content_type, json_schema_ref
-from lumen_ray.serve.images import checked_rle, decode_image, image_bytes
+from lumen_ray.serve.images import checked_rle, decode_images, image_bytes
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.structures import Answer, Region, SampleSettings, Size
 from lumen_ray.tasks import TASKS, Task, get_task
@@ -28,8 +28,8 @@ from lumen_ray.tasks import TASKS, Task, get_task
 class Backend(Protocol):
     """The model behind the API. `ingress.ServeBackend` implements it over Serve; tests use a fake."""
 
-    async def infer(self, image: np.ndarray | None, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
-        """Answers about one image (uint8 [H, W, 3]) or text alone, one per request, in order."""
+    async def infer(self, image: Shown, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
+        """Answers about an image, those of a conversation, or text alone, one per request, in order."""
 
     async def info(self) -> dict[str, Any]:
         """preset, version, image_size, classes, skeletons of the loaded model."""
@@ -169,20 +169,25 @@ def _check_amount(requests: Sequence[Request], settings: ServeSettings) -> None:
 async def answer(
     backend: Backend,
     settings: ServeSettings,
-    image: bytes | None,
+    encoded: Sequence[bytes],
     tasks: Sequence[tuple[str, schemas.TaskFields]],
+    image_turns: Sequence[int] = (),
 ) -> tuple[list[Answer], dict[str, Any]]:
-    """Answers to `tasks` about one encoded image, or text alone, and the response's fields `model` and `timing_ms`."""
+    """Answers to `tasks` about an encoded image, several, or text alone, and the response's fields `model` and
+    `timing_ms`. `image_turns`: as of `Request`."""
     start = time.perf_counter()
     for task, _ in tasks:
-        check_image(task, image is not None)  # refused before the image is decoded
-    pixels = None if image is None else await asyncio.to_thread(decode_image, image, settings.limits.max_pixels)
+        check_image(task, bool(encoded))  # refused before the image is decoded
+    images = await asyncio.to_thread(decode_images, encoded, settings.limits.max_pixels)
     decoded = time.perf_counter()
-    size = (1, 1) if pixels is None else (pixels.shape[0], pixels.shape[1])
-    requests = [parse_request(task, fields, size, settings) for task, fields in tasks]
+    size = (images[0].shape[0], images[0].shape[1]) if images else (1, 1)
+    requests = [
+        replace(parse_request(task, fields, size, settings), image_turns=tuple(image_turns)) for task, fields in tasks
+    ]
     _check_amount(requests, settings)
     tokens = [fields.max_new_tokens for _, fields in tasks if fields.max_new_tokens is not None]
-    answers = await backend.infer(pixels, requests, max(tokens, default=settings.defaults.max_new_tokens))
+    shown: Shown = images if len(images) > 1 else images[0] if images else None
+    answers = await backend.infer(shown, requests, max(tokens, default=settings.defaults.max_new_tokens))
     info = await backend.info()
     end = time.perf_counter()
     timing = {"decode": decoded - start, "model": end - decoded, "total": end - start}
@@ -242,7 +247,7 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
         for name, _ in tasks:
             if not get_task(name).sees_image:
                 raise UserError(f"task '{name}' takes no image; use /v1/{name}", "unexpected_image")
-        answers, extra = await answer(backend, settings, image_bytes(body.image), tasks)
+        answers, extra = await answer(backend, settings, [image_bytes(body.image)], tasks)
         return {"answers": [a.to_dict() for a in answers], **extra}
 
     for task in TASKS.values():
@@ -274,7 +279,7 @@ def make_fallback() -> APIRouter:
 def _task_endpoint(name: str, backend: Backend, settings: ServeSettings) -> Any:
     async def endpoint(request: HttpRequest) -> Any:
         image, fields = await _read_task(request)
-        answers, extra = await answer(backend, settings, image, [(name, fields)])
+        answers, extra = await answer(backend, settings, [] if image is None else [image], [(name, fields)])
         return {**answers[0].to_dict(), **extra}
 
     return endpoint

@@ -79,11 +79,11 @@ class Prefix:
         image = self.segments == 0
         cache = DynamicCache()
         for number, layer in enumerate(self._layers()):
-            parts = []
-            for stored in (layer.keys, layer.values):
-                tokens = [stored[row] if not n else stored[row][:, image] for n, row in enumerate(rows)]
-                parts.append(torch.cat(tokens, dim=1)[None])
-            cache.update(*parts, number)
+            keys, values = (
+                torch.cat([stored[row] if not n else stored[row][:, image] for n, row in enumerate(rows)], dim=1)[None]
+                for stored in (layer.keys, layer.values)
+            )
+            cache.update(keys, values, number)
         lead, each = int((~image).sum()), int(image.sum())
         segments = prefix_segments(lead, each, len(rows), self.segments.device)
         last = self.select(rows[-1:])

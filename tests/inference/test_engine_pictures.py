@@ -132,3 +132,12 @@ def test_route_only_reports_a_route_without_a_decoder(monkeypatch):
     detect = make_request("detect", classes=["circle"])
     chat, place = plain.run([PICTURE], [[make_request("chat", text="draw a circle"), detect]], route_only=True)[0]
     assert (chat.route, place.route, place.predictions) == ("[GEN]", "[DET]", [])
+
+
+def test_a_route_without_a_decoder_stops_no_other_request(monkeypatch):
+    plain = Engine(tiny_loaded())
+    force_answers(monkeypatch, plain.trunk.loop, [plain.trunk.tokenizer.ids["[GEN]"]])
+    detect = make_request("detect", classes=["circle"])
+    chat, place = plain.run([PICTURE], [[make_request("chat", text="draw a circle"), detect]], score_threshold=0)[0]
+    assert (chat.route, chat.text, chat.images, chat.predictions) == ("[GEN]", None, None, [])
+    assert len(place.predictions[0]) > 0

@@ -15,17 +15,17 @@ def text(words):
 
 def read(*messages):
     """The conversation of (role, content) pairs."""
-    return read_conversation([ChatMessage(role=role, content=content) for role, content in messages])
+    return read_conversation([ChatMessage(role=role, content=content) for role, content in messages], max_images=3)
 
 
 def test_text_alone():
-    assert read(("user", "hello")) == Conversation("hello", [], None, None)
+    assert read(("user", "hello")) == Conversation("hello", [], None, [], [])
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])
 def test_turns_behind_a_system_text(role):
     found = read((role, "be brief"), ("user", "one"), ("assistant", "1"), ("user", [text("two"), text("three")]))
-    assert found == Conversation("two three", [("one", "1")], "be brief", None)
+    assert found == Conversation("two three", [("one", "1")], "be brief", [], [])
 
 
 def test_an_earlier_question_is_stripped_as_the_last_is_and_an_answer_is_kept():
@@ -37,8 +37,19 @@ def test_the_image_stands_in_any_user_message(place):
     messages = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"), ("user", "e")]
     messages[place] = ("user", [IMAGE, text("here")])
     found = read(*messages)
-    assert found.image == png() and len(found.history) == 2
+    assert (found.images, found.image_turns) == ([png()], [place // 2]) and len(found.history) == 2
     assert "here" in (found.question, *(question for question, _ in found.history))
+
+
+@pytest.mark.parametrize("system", [(), (("system", "s"),)])
+def test_images_come_with_the_number_of_their_question(system):
+    other = {"type": "image_url", "image_url": base64_png(8, 8)}
+    found = read(
+        *system, ("user", [IMAGE, text("a"), other]), ("assistant", "b"), ("user", "c"), ("assistant", "d"),
+        ("user", [text("e"), other]),
+    )  # fmt: skip
+    assert found.images == [png(), png(8, 8), png(8, 8)] and found.image_turns == [0, 0, 2]
+    assert found.history == [("a", "b"), ("c", "d")] and found.question == "e"
 
 
 USER, SYSTEM, ANSWER = ("user", "a"), ("system", "s"), ("assistant", "b")
@@ -68,12 +79,12 @@ REFUSED = {
         "unexpected_image",
         "'messages.0.content.1.image_url' is an image of the system; give it in a user message",
     ),
-    "two images": (
-        (("user", [text("a"), IMAGE]), ANSWER, ("user", [text("c"), IMAGE])),
+    "four images": (
+        (("user", [text("a"), IMAGE, IMAGE]), ANSWER, ("user", [text("c"), IMAGE, IMAGE])),
         "too_many_images",
-        "the conversation has 2 images; give at most 1",
+        "the conversation has 4 images; give at most 3",
     ),
-    "two images in a message": ((("user", [text("a"), IMAGE, IMAGE]),), "too_many_images", "at most 1"),
+    "four images in a message": ((("user", [text("a"), *[IMAGE] * 4]),), "too_many_images", "at most 3"),
 }
 
 
@@ -94,7 +105,7 @@ def test_an_answer_comes_back_with_the_keys_that_clients_give_it():
     keys = {"refusal": None, "annotations": [], "audio": None, "tool_calls": None, "function_call": None}
     answer = ChatMessage(role="assistant", content="b", **keys)
     asked = ChatMessage(role="user", content="a")
-    assert read_conversation([asked, answer, asked]).history == [("a", "b")]
+    assert read_conversation([asked, answer, asked], 1).history == [("a", "b")]
     called = ChatMessage(role="assistant", content="b", tool_calls=[{"id": "x"}])
     with pytest.raises(UserError, match=r"calls no tools; leave 'messages\.1\.tool_calls' out"):
-        read_conversation([asked, called, asked])
+        read_conversation([asked, called, asked], 1)

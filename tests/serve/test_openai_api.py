@@ -56,6 +56,26 @@ def test_a_conversation_reaches_the_model(client, backend):
     assert (request.system, request.history, request.text) == ("be brief", (("hello", "hi"),), "what is it ?")
 
 
+def test_several_images_reach_the_model_with_their_questions(client, backend):
+    later = message("what differs ?", "data:image/png;base64," + base64_png(12, 8))
+    messages = [message("what is it ?"), {"role": "assistant", "content": "a dog"}, later]
+    assert client.post(CHAT, json={"messages": messages}).status_code == 200
+    shown, (request,), _ = backend.calls[0]
+    assert [image.shape for image in shown] == [(16, 20, 3), (8, 12, 3)]
+    assert (request.image_turns, request.history) == ((1,), (("what is it ?", "a dog"),))
+
+
+def test_the_images_of_a_conversation_share_the_limit_of_pixels(client, backend):
+    wide = "data:image/png;base64," + base64_png(100, 60)
+    assert client.post(CHAT, json={"messages": [message(image=wide)]}).status_code == 200
+    two = [message(image=wide), {"role": "assistant", "content": "x"}, message(image=wide)]
+    error = client.post(CHAT, json={"messages": two}).json()["error"]
+    assert (error["reason"], error["message"]) == (
+        "image_too_large",
+        "the images have 12000 pixels together, more than the 10000 pixels allowed; scale them down",
+    )
+
+
 def test_text_alone(client, backend):
     response = client.post(CHAT, json={"messages": [TEXT_ONLY]})
     assert response.json()["choices"][0]["message"]["content"] == "chat says hello"
@@ -174,8 +194,8 @@ REFUSED = {
     "answer last": ({"messages": [message(), {"role": "assistant", "content": "x"}]}, 400, "unsupported_conversation"),
     "two questions": ({"messages": [message(), TEXT_ONLY]}, 400, "unsupported_conversation"),
     "unknown role": ({"messages": [{"role": "bot", "content": "x"}, message()]}, 400, "invalid_request"),
-    "two images": (
-        {"messages": [message(), {"role": "assistant", "content": "x"}, message()]},
+    "nine images": (
+        {"messages": [message(), *[{"role": "assistant", "content": "x"}, message()] * 8]},
         400,
         "too_many_images",
     ),

@@ -147,6 +147,17 @@ def test_a_conversation_that_the_model_refuses_fails_alone(trunk, monkeypatch):
     assert outputs[0] == outputs[2] == outcome(trunk.outputs([good])[0])
 
 
+def test_conversations_with_several_images_share_a_pass_with_others(trunk, model_folder):
+    pictures = [np.random.default_rng(n).integers(0, 256, (48, 64, 3), dtype=np.uint8) for n in range(3)]
+    chat = chat_job(history=[("hello", "hi")], image_turns=[1])
+    jobs = [dataclasses.replace(chat, image=shown) for shown in ([*pictures[:2]], [*pictures[1:]])]
+    jobs.insert(1, dataclasses.replace(chat_job(), image=pictures[2]))
+    engine = Engine.load(model_folder)
+    for job, output in zip(jobs, pickle.loads(pickle.dumps(trunk.outputs(jobs))), strict=True):
+        ((answer,),) = engine.run([job.image], [job.requests], max_new_tokens=job.max_new_tokens)
+        assert outcome(output) == (answer.text, answer.route, answer.tokens)
+
+
 def test_a_seed_gives_the_same_answer_whatever_the_batch(trunk):
     def drawn(seed):
         return chat_job(sampling=Sampling(temperature=1.0, seed=seed))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from lumen_ray.decoders.base import PredictSettings
 from lumen_ray.inference.outputs import finish, request_limits
-from lumen_ray.inference.request import Request
+from lumen_ray.inference.request import Request, Shown, images_of
 from lumen_ray.structures import Answer, Boxes, Keypoints, Masks, Prediction
 from lumen_ray.tasks import TASKS, get_task
 
@@ -55,15 +55,16 @@ class FakeBackend:
     """Records its calls; `error` is raised instead of an answer."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[np.ndarray | None, list[Request], int]] = []
+        self.calls: list[tuple[Any, list[Request], int]] = []
         self.error: Exception | None = None
         self.deployments = {"trunk": True, "lumen": True}
 
-    async def infer(self, image: np.ndarray | None, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
+    async def infer(self, image: Shown, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
         self.calls.append((image, list(requests), max_new_tokens))
         if self.error is not None:
             raise self.error
-        size = (8, 8) if image is None else (image.shape[0], image.shape[1])
+        shown = images_of(image)
+        size = (shown[-1].shape[0], shown[-1].shape[1]) if shown else (8, 8)
         limits = [request_limits(request, PredictSettings()) for request in requests]
         return [
             finish(fake_answer(request, size), limit, PredictSettings(-1.0))
