@@ -77,11 +77,12 @@ def raw_outputs(engine: Engine, image: np.ndarray, requests: list[Request], limi
     out = engine.trunk.links([image], [requests], max_new_tokens=limit)
     if name not in out.decoder_inputs:
         return []
-    link, decoder = out.decoder_inputs[name].link, engine.decoders[name].decoder
+    link = out.decoder_inputs[name].link
+    decoder: Any = engine.decoders[name].decoder
     if decoder.reads != "dense":
         return [link.embeddings]
     raw: Any = decoder(link, out.dense)
-    return [link.embeddings, raw.logits, raw.boxes / engine.image_size]
+    return [link.embeddings, raw.logits, decoder.all_boxes(raw) / engine.image_size]
 
 
 def difference(engine: Engine, image: np.ndarray, single: list[Request], limit: int) -> float:

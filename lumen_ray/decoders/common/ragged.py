@@ -29,7 +29,7 @@ class Seats:
         order = row.argsort(stable=True)
         seat = torch.empty_like(row)
         seat[order] = place_in_group(row[order])
-        return cls(row, seat, (maps, int(seat.max()) + 1))
+        return cls(row, seat, (maps, int(seat.max()) + 1 if len(seat) else 0))
 
     def fill(self, values: Tensor) -> Tensor:
         """Scatters [P, C] -> [B, S, C], 0 at empty seats."""

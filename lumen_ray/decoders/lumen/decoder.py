@@ -22,9 +22,10 @@ from torch import Tensor, nn
 
 from lumen_ray.decoders.base import Decoder, LossTerm, PredictSettings, PromptSpec
 from lumen_ray.decoders.common.boxes import giou_loss, greedy_nms
+from lumen_ray.decoders.common.ragged import place_in_group
 from lumen_ray.decoders.common.upsample import at_stored_size
 from lumen_ray.decoders.lumen import SPEC
-from lumen_ray.decoders.lumen.aligner import Aligner, sine_position
+from lumen_ray.decoders.lumen.aligner import AlignedPlaces, Aligner, sine_position
 from lumen_ray.decoders.lumen.assigner import Assignment, assign
 from lumen_ray.decoders.lumen.mask_positives import select_mask_positives
 from lumen_ray.decoders.lumen.pose_head import PoseHead
@@ -43,13 +44,13 @@ PLACES_PER_INSTANCE, MOST_PLACES = 10, 3000
 @dataclass
 class LumenRaw:
     """Output of the forward pass. `objects` int64 [P]: the links that are object prompts; the others are keypoint
-    prompts of a parent."""
+    prompts of a parent. `boxes`: made with gradients only; `LumenDecoder.boxes_at` makes those of some places."""
 
     link: SuperLink
     objects: Tensor
     logits: Tensor  # [P, L] heatmap
-    boxes: Tensor  # [P, L, 4] xyxy
-    places: Tensor  # [P, L, C]
+    boxes: Tensor | None  # [P, L, 4] xyxy
+    places: AlignedPlaces
     centers: Tensor  # [L, 2] xy
     shape: tuple[int, int]  # (h, w)
     mask_features: Tensor  # [B, mask_channels, H/4, W/4]
@@ -104,25 +105,44 @@ class LumenDecoder(Decoder):
             link.image_index[objects],
             position,
         )
-        c = places.shape[-1]
+        c = features.shape[1]
         norm, linear = self.heat_place
         word = self.heat_token(tokens)  # P C; folds heat_place's C x C product into the token
-        logits = torch.einsum("plc,pc->pl", norm(places), word @ linear.weight) + (word @ linear.bias)[:, None]
-        logits = logits * (self.heat_scale / c**0.5) + self.heat_bias
         stride = self.settings.stride
         y, x = torch.meshgrid(torch.arange(h, device=dense.device), torch.arange(w, device=dense.device), indexing="ij")
         centers = (torch.stack([x.flatten(), y.flatten()], -1) + 0.5) * stride
-        # exp keeps distances positive; at initialisation they are 2 strides, half a typical object
-        sides = torch.exp(self.box_head(places).clamp(-6, 6)) * (2 * stride)
-        boxes = torch.cat([centers - sides[..., :2], centers + sides[..., 2:]], dim=-1)
+        boxes = None
+        if torch.is_grad_enabled():  # the losses read the boxes of all places
+            whole = places.whole()
+            logits = torch.einsum("plc,pc->pl", norm(whole), word @ linear.weight)
+            boxes = self._boxes(whole, centers)
+        else:
+            logits = places.matched(norm, word @ linear.weight)
+        logits = (logits + (word @ linear.bias)[:, None]) * (self.heat_scale / c**0.5) + self.heat_bias
         return LumenRaw(link, objects, logits, boxes, places, centers, (h, w), self.mask_features(dense), dense)
+
+    def _boxes(self, aligned: Tensor, centers: Tensor) -> Tensor:
+        """Boxes xyxy [..., 4] of aligned places [..., C] at `centers` [..., 2]."""
+        # exp keeps distances positive; at initialisation they are 2 strides, half a typical object
+        sides = torch.exp(self.box_head(aligned).clamp(-6, 6)) * (2 * self.settings.stride)
+        return torch.cat([centers - sides[..., :2], centers + sides[..., 2:]], dim=-1)
+
+    def all_boxes(self, raw: LumenRaw) -> Tensor:
+        """Boxes xyxy [P, L, 4] of all places."""
+        return self._boxes(raw.places.whole(), raw.centers) if raw.boxes is None else raw.boxes
+
+    def boxes_at(self, raw: LumenRaw, prompts: Tensor, places: Tensor) -> Tensor:
+        """Boxes xyxy [N, 4] at `places` [N] of `prompts` [N]."""
+        if raw.boxes is not None:
+            return raw.boxes[prompts, places]
+        return self._boxes(raw.places.at(prompts, places), raw.centers[places])
 
     def masks_at(self, raw: LumenRaw, prompts: Tensor, places: Tensor, sizes: Tensor) -> Tensor:
         """Mask logits [I, H/4, W/4] of the instances at `places` [I] of `prompts` [I].
 
         `sizes` [I]: the longer side of each instance's box in pixels, the unit of the relative coordinates.
         """
-        kernels = self.kernel_head(raw.places[prompts, places])
+        kernels = self.kernel_head(raw.places.at(prompts, places))
         w1, w2, w3, b1, b2, b3 = kernels.split(self.kernel_sizes, dim=1)
         features = raw.mask_features[raw.link.image_index[raw.objects[prompts]]]  # I m h w
         h, w = features.shape[-2:]
@@ -145,9 +165,10 @@ class LumenDecoder(Decoder):
     def loss(self, raw: LumenRaw, targets: PerceptionTargets) -> dict[str, LossTerm]:
         """Heatmap, box, mask and keypoint losses; `targets` has one entry per link, keypoint prompts included."""
         s, rows = self.settings, raw.objects
+        everywhere = self.all_boxes(raw)
         boxes, counted = targets.boxes[rows], targets.counted[rows]
         assignment = assign(
-            raw.logits.sigmoid(), raw.boxes, raw.centers, boxes, targets.valid[rows], targets.crowd[rows],
+            raw.logits.sigmoid(), everywhere, raw.centers, boxes, targets.valid[rows], targets.crowd[rows],
             s.topk_assign, s.stride,
         )  # fmt: skip
         quality = assignment.quality
@@ -157,7 +178,7 @@ class LumenDecoder(Decoder):
         count = (quality * weight).sum().detach()
         prompt, place = torch.nonzero((assignment.target >= 0) & counted[:, None], as_tuple=True)
         gt = assignment.target[prompt, place]
-        predicted, truth, q = raw.boxes[prompt, place], boxes[prompt, gt], quality[prompt, place]
+        predicted, truth, q = everywhere[prompt, place], boxes[prompt, gt], quality[prompt, place]
         extent = (truth[:, 2:] - truth[:, :2]).clamp_min(s.stride).repeat(1, 2)
         l1 = ((predicted - truth) / extent).abs().mean(-1)
         box = (q * (giou_loss(predicted, truth) + 0.5 * l1)).sum()
@@ -216,7 +237,7 @@ class LumenDecoder(Decoder):
         prompt, place, gt, index = prompt[keep], place[keep], gt[keep], index[keep]
         if len(keep) == 0:
             return LossTerm(raw.logits.new_zeros(()), raw.logits.new_zeros(()))
-        boxes = raw.boxes.detach()[prompt, place]
+        boxes = self.boxes_at(raw, prompt, place).detach()
         logits = self.masks_at(raw, prompt, place, (boxes[:, 2:] - boxes[:, :2]).amax(-1))
         truth = targets.masks[index].float()
         bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
@@ -273,31 +294,43 @@ class LumenDecoder(Decoder):
                 children.setdefault(parent, []).append(child)
         out: list[Prediction | None] = [None] * len(raw.link)
         scores = raw.logits.sigmoid()
+        found = self._candidates(raw, scores, frames, settings)
         for p, link_index in enumerate(raw.objects.tolist()):
             frame, prompt = frames[int(raw.link.image_index[link_index])], prompts[link_index]
             assert prompt is not None, "only keypoint prompts have none"
-            places = self._instances(raw, p, scores[p], frame, settings)
-            out[link_index] = self._prediction(raw, p, places, scores[p], frame, prompt, children.get(link_index, []))
+            places, boxes = found[p]
+            if len(places):
+                kept = greedy_nms(boxes, scores[p, places], self.settings.nms_iou)[: settings.max_per_phrase]
+                places, boxes = places[kept], boxes[kept]
+            of_keypoints = children.get(link_index, [])
+            out[link_index] = self._prediction(raw, p, places, boxes, scores[p], frame, prompt, of_keypoints)
         return out
 
-    def _instances(self, raw: LumenRaw, p: int, scores: Tensor, frame: Frame, settings: PredictSettings) -> Tensor:
-        """Places of one prompt's instances, best first: inside the image, above the threshold, after NMS."""
-        height, width = (side * frame.scale for side in frame.size)
-        centers = raw.centers
-        inside = (centers[:, 0] < width) & (centers[:, 1] < height)
-        places = torch.nonzero(inside & (scores >= settings.score_threshold)).flatten()
-        if len(places) == 0:
-            return places
+    def _candidates(
+        self, raw: LumenRaw, scores: Tensor, frames: list[Frame], settings: PredictSettings
+    ) -> list[tuple[Tensor, Tensor]]:
+        """For each object prompt the places [I] that may be instances, best first, and their boxes [I, 4]: inside the
+        image and above the threshold. `scores` [P, L]."""
+        ends = raw.centers.new_tensor([[side * frame.scale for side in reversed(frame.size)] for frame in frames])
+        inside = (raw.centers < ends[:, None]).all(-1)  # images L
+        hits = (scores >= settings.score_threshold) & inside[raw.link.image_index[raw.objects]]
+        prompts, places = torch.nonzero(hits, as_tuple=True)
+        order = scores[prompts, places].argsort(descending=True, stable=True)
+        order = order[prompts[order].argsort(stable=True)]  # by prompt, then best first
         most = min(PLACES_PER_INSTANCE * settings.max_per_phrase, MOST_PLACES)
-        places = places[scores[places].argsort(descending=True, stable=True)[:most]]
-        kept = greedy_nms(raw.boxes[p, places], scores[places], self.settings.nms_iou)
-        return places[kept][: settings.max_per_phrase]
+        if len(order):
+            order = order[place_in_group(prompts[order]) < most]
+        prompts, places = prompts[order], places[order]
+        boxes = self.boxes_at(raw, prompts, places)
+        numbers = prompts.bincount(minlength=len(scores)).tolist()
+        return list(zip(places.split(numbers), boxes.split(numbers), strict=True))
 
     def _prediction(
         self,
         raw: LumenRaw,
         p: int,
         places: Tensor,
+        input_boxes: Tensor,
         scores: Tensor,
         frame: Frame,
         prompt: PromptSpec,
@@ -305,7 +338,6 @@ class LumenDecoder(Decoder):
     ) -> Prediction:
         """The instances at `places` [I] of object prompt `p`; `children`: the links of its keypoint prompts."""
         height, width = frame.size
-        input_boxes = raw.boxes[p, places]
         boxes = Boxes((input_boxes / frame.scale).float().cpu().numpy(), frame.size).clip()
         masks = keypoints = None
         if prompt.masks:

@@ -44,17 +44,36 @@ def test_prompts_and_places_read_each_other_as_written_out(num_layers, images):
     tokens, places = torch.randn(len(images), C), torch.randn(3, SHAPE[0] * SHAPE[1], C)
     position = sine_position(*SHAPE, C, torch.device("cpu"))
     with torch.no_grad():
-        found = aligner(tokens, places, torch.tensor(images), position)
+        found, parts = aligner(tokens, places, torch.tensor(images), position)
+        whole = parts.whole()
         for p, image in enumerate(images):
             token, own = written_out(aligner, tokens[p], places[image], position)
-            torch.testing.assert_close(found[0][p], token, atol=2e-5, rtol=2e-5)
-            torch.testing.assert_close(found[1][p], own, atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(found[p], token, atol=2e-5, rtol=2e-5)
+            torch.testing.assert_close(whole[p], own, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_places_in_parts_are_as_in_whole(num_layers):
+    aligner = scrambled(Aligner(C, HEADS, num_layers))
+    torch.manual_seed(0)
+    images = torch.tensor([1, 0, 1, 2, 1])
+    tokens, places, words = torch.randn(5, C), 3 * torch.randn(3, SHAPE[0] * SHAPE[1], C) + 2, torch.randn(5, C)
+    norm = scrambled(torch.nn.LayerNorm(C))
+    with torch.no_grad():
+        _, parts = aligner(tokens, places, images, sine_position(*SHAPE, C, torch.device("cpu")))
+        whole = parts.whole()
+        expected = torch.einsum("plc,pc->pl", norm(whole), words)
+        torch.testing.assert_close(parts.matched(norm, words), expected, atol=1e-4, rtol=1e-4)
+        prompts, at = torch.tensor([3, 0, 3]), torch.tensor([14, 2, 0])
+        torch.testing.assert_close(parts.at(prompts, at), whole[prompts, at], atol=1e-5, rtol=1e-5)
 
 
 def test_no_prompts_are_no_prompts():
     aligner = Aligner(C, HEADS, 2)
     tokens, places = aligner(torch.zeros(0, C), torch.zeros(2, 15, C), torch.zeros(0, dtype=torch.long), None)
-    assert tokens.shape == (0, C) and places.shape == (0, 15, C)
+    assert tokens.shape == (0, C) and places.whole().shape == (0, 15, C)
+    norm = torch.nn.LayerNorm(C)
+    assert places.matched(norm, torch.zeros(0, C)).shape == (0, 15)
 
 
 def test_seats_are_unique():

@@ -371,11 +371,35 @@ def test_every_stride_builds_boxes_around_its_places(stride):
     assert ((x1 < x) & (x < x2) & (y1 < y) & (y < y2)).all()
 
 
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_without_gradients_it_gives_the_same_without_a_map_per_prompt(num_layers):
+    model = scrambled(decoder(num_layers=num_layers))
+    embeddings, dense = random_inputs(5, 2)
+    link = make_link(embeddings, [0, 1, 1, 0, 1])
+    whole = model(link, dense)
+    with torch.no_grad():
+        parts = model(link, dense)
+    assert whole.boxes is not None and parts.boxes is None
+    torch.testing.assert_close(parts.logits, whole.logits, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model.all_boxes(parts), whole.boxes, atol=1e-3, rtol=1e-4)
+    prompts, places = torch.tensor([4, 0, 2]), torch.tensor([3, 40, 17])
+    torch.testing.assert_close(
+        model.boxes_at(parts, prompts, places), whole.boxes[prompts, places], atol=1e-3, rtol=1e-4
+    )
+    frames = [Frame.fit((SIDE, SIDE), SIDE)] * 2
+    found, expected = (model.predict(raw, frames, [DETECT] * 5, PredictSettings(0.01)) for raw in (parts, whole))
+    assert sum(map(len, expected)) > 5
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one.boxes.xyxy, other.boxes.xyxy, atol=1e-2)
+        np.testing.assert_allclose(one.scores, other.scores, atol=1e-4)
+
+
 def test_objects_in_neighbouring_places_are_all_detected():
     """Two of equal score, and one beside a better one, side by side: their boxes hardly overlap."""
     model = decoder(stride=4)
     with torch.no_grad():
         raw = model(make_link(*random_inputs(1, 1)[:1], [0]), random_inputs(1, 1)[1])
+    raw.boxes = model.all_boxes(raw)
     size, (y, x) = raw.shape, (5, 6)
     logits = torch.full_like(raw.logits, -9.0)
     for column, logit in ((x, 2.0), (x + 1, 2.0), (x + 2, 1.0)):
