@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -166,10 +167,9 @@ class TrunkStage(FromFolder):
             for r, request in enumerate(row)
             for branch in self.planner.branches(request, b, r)
         ]
-        length, numbers = self._prefix_length(inputs), inputs.numbers
-        prompts = self._text_prompts(inputs.valid, length, numbers, requests, max_new_tokens)
-        held = length * (len(inputs.images) + len(inputs.earlier) + sum(n for n in numbers if n > 1))
-        with self.loop.images(0 if isinstance(images, EncodedImages) else held):
+        prefixes = self._prefix_lengths(inputs)
+        prompts = self._text_prompts(inputs, prefixes, requests, max_new_tokens)
+        with self.loop.images(0 if isinstance(images, EncodedImages) else self._tokens_held(inputs, prefixes)):
             encoded = images if isinstance(images, EncodedImages) else self._encode(inputs)
             written = self._submit(encoded, prompts)
             self.loop.wait(list(written.values()), self._streaming(written, on_text))
@@ -186,9 +186,19 @@ class TrunkStage(FromFolder):
         taught = self.tokenizer.turns is not None and self.prompt_layout == "branches"
         return taught and not inputs.valid.any()
 
-    def _prefix_length(self, inputs: Inputs) -> int:
-        _, _, height, width = inputs.pixels.shape
-        return 0 if self._text_alone(inputs) else self.trunk.settings.image_tokens((height, width))
+    def _prefix_lengths(self, inputs: Inputs) -> list[int]:
+        """The number of prefix tokens of each row, with all images of a conversation."""
+        lead, image_tokens = len(self.trunk.lead), math.prod(self.trunk.vision.grid(*inputs.pixels.shape[-2:]))
+        return [lead + image_tokens * number for number in inputs.numbers]
+
+    def _tokens_held(self, inputs: Inputs, prefixes: Sequence[int]) -> int:
+        """Prefix tokens whose keys and values encoding makes: of every image, and once more of those in
+        conversations."""
+        if self._text_alone(inputs):
+            return 0
+        lead, several = len(self.trunk.lead), [row for row, number in enumerate(inputs.numbers) if number > 1]
+        alone = sum(length + lead * (number - 1) for length, number in zip(prefixes, inputs.numbers, strict=True))
+        return alone + sum(prefixes[row] for row in several)
 
     def _encode(self, inputs: Inputs) -> EncodedImages:
         with self.loop.turn():
@@ -296,15 +306,10 @@ class TrunkStage(FromFolder):
         )
 
     def _text_prompts(
-        self,
-        valid: Tensor,
-        prefix: int,
-        numbers: Sequence[int],
-        requests: Sequence[Sequence[Request]],
-        limit: int,
+        self, inputs: Inputs, prefixes: Sequence[int], requests: Sequence[Sequence[Request]], limit: int
     ) -> dict[tuple[int, int], TextPrompt]:
-        """The prompts of all text requests by (image, request). `valid` bool [B]: whether there is an image; `prefix`:
-        number of its tokens; `numbers`: of each row's images."""
+        """The prompts of all text requests by (image, request). `prefixes`: the number of prefix tokens of each row."""
+        numbers = inputs.numbers
         found: dict[tuple[int, int], TextPrompt] = {}
         for b, row in enumerate(requests):
             for r, request in enumerate(row):
@@ -318,9 +323,9 @@ class TrunkStage(FromFolder):
                 branch = Branch(
                     0, text, regions=regions, history=request.history, system=request.system, image_turns=turns
                 )
-                layout = build_layout([branch], 1, self.tokenizer, self.prompt_layout, valid[b : b + 1])
+                layout = build_layout([branch], 1, self.tokenizer, self.prompt_layout, inputs.valid[b : b + 1])
                 ids = layout.input_ids[0].tolist()
-                self._check_context(len(ids) + (0 if layout.alone else prefix * numbers[b]), limit)
+                self._check_context(len(ids) + (0 if layout.alone else prefixes[b]), limit)
                 region = None
                 if request.region is not None:
                     region = torch.from_numpy(region_mask(request.region, self.bucket(request.region.size)))

@@ -26,6 +26,8 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from lumen_ray.trunk.branch_blocks import BranchBlocks
+
 #: Name of the attention function in the LLM's config.
 ATTENTION = "lumen_branches"
 #: Own tokens for which memory is taken at a time.
@@ -40,13 +42,17 @@ def branch_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     decoding_step: DecodingStep | None = None,
+    branch_blocks: BranchBlocks | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, in transformers' format: query [B, H * G, T, D], key and value [B, H, T, D] -> [B, T,
     H * G, D]. With a `decoding_step` B is 1 and T the number of its answers."""
-    if decoding_step is None:
+    if decoding_step is None and branch_blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if decoding_step is None:
+        assert branch_blocks is not None, "returned above"
+        return branch_blocks.attend(query * scaling, key, value), None
     layer: Any = module.layer_idx
     return decoding_step.attend(layer, query[0] * scaling, key[0], value[0])[None], None
 

@@ -316,10 +316,13 @@ def branch_allowed(branch_ids: Tensor, seen: Tensor, segments: Tensor, alone: Te
     length = branch_ids.shape[1]
     same = branch_ids[:, :, None] == branch_ids[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool, device=branch_ids.device).tril()
+    return torch.cat([visible_prefix(seen, segments, alone), same & causal], dim=2)
+
+
+def visible_prefix(seen: Tensor, segments: Tensor, alone: Tensor | None = None) -> Tensor:
+    """The prefix tokens that each branch token attends to: bool [B, T, P]; arguments as of `branch_allowed`."""
     visible = segments < seen[..., None]
-    if alone is not None:
-        visible = visible & ~alone[:, None, None]
-    return torch.cat([visible, same & causal], dim=2)
+    return visible if alone is None else visible & ~alone[:, None, None]
 
 
 def packed_allowed(pack: Tensor, layout: Layout, segments: Tensor, mode: str) -> Tensor:

@@ -25,6 +25,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.meta_init import published_part
 from lumen_ray.superlink import SuperLink
 from lumen_ray.trunk.batch import TrainingBatch
+from lumen_ray.trunk.branch_blocks import BranchBlocks
 from lumen_ray.trunk.comm import BridgedVision, CommVision, build_vision
 from lumen_ray.trunk.decoding import ATTENTION, DecodingStep
 from lumen_ray.trunk.dense import ConvStem, DenseFeatures
@@ -37,6 +38,7 @@ from lumen_ray.trunk.layout import (
     prefix_allowed,
     prefix_segments,
     unpacked,
+    visible_prefix,
 )
 from lumen_ray.trunk.queries import SuperLinkQueries, mean_words
 from lumen_ray.trunk.regions import build_regions
@@ -367,10 +369,15 @@ class Trunk(nn.Module):
 
     def _run(self, prefix: Prefix, layout: Layout, embeds: Tensor) -> tuple[Tensor, DynamicCache]:
         cache = prefix.fork()
-        mask = mask_to_bias(_branches(layout, prefix.valid, prefix.segments), embeds.dtype)[:, None]
+        blocks = BranchBlocks.of(layout, visible_prefix(*_seen(layout, prefix.valid, prefix.segments)))
+        if blocks is None:
+            mask = mask_to_bias(_branches(layout, prefix.valid, prefix.segments), embeds.dtype)[:, None]
+        else:
+            mask = embeds.new_zeros(1, 1, 1, 1)  # none is made then, and none is read
         out = self.llm.model(
             inputs_embeds=embeds,
             attention_mask=mask,
+            branch_blocks=blocks,
             position_ids=torch.where(layout.alone, 0, prefix.ends)[:, None] + layout.offsets,
             past_key_values=cache,
             use_cache=True,
@@ -432,4 +439,9 @@ def _without_adapters(llm: nn.Module) -> Iterator[None]:
 
 def _branches(layout: Layout, has_image: Tensor, segments: Tensor) -> Tensor:
     """`branch_allowed` for rows of which some have no image."""
-    return branch_allowed(layout.branch_ids, layout.seen * has_image[:, None], segments, layout.alone)
+    return branch_allowed(layout.branch_ids, *_seen(layout, has_image, segments))
+
+
+def _seen(layout: Layout, has_image: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments of `visible_prefix`."""
+    return layout.seen * has_image[:, None], segments, layout.alone

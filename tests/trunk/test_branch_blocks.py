@@ -1,0 +1,49 @@
+"""Attention in blocks equals attention over whole rows with the mask of the layout."""
+
+import pytest
+import torch
+from support.tiny_models import tiny_tokenizer
+
+from lumen_ray.trunk.branch import Branch
+from lumen_ray.trunk.branch_blocks import BranchBlocks
+from lumen_ray.trunk.layout import branch_allowed, build_layout, prefix_segments, visible_prefix
+
+TOKENIZER = tiny_tokenizer()
+HEADS, WIDTH = 2, 8
+NAMES = ("red circle", "a", "a very blue square with a long name", "green", "red", "triangle", "dot", "b c")
+
+
+def branches(rows):
+    """Eight prompts about each image, in turn, and a conversation with a second image."""
+    found = [Branch(row, f"detect {name}", route="[DET]") for name in NAMES for row in range(rows)]
+    return [*found, Branch(0, "what ?", history=(("a", "b"),), image_turns=(1,))]
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("has_image", [[True], [True, True], [True, False, True]])
+@pytest.mark.parametrize("lead", [0, 2])
+def test_blocks_give_what_the_mask_gives(groups, has_image, lead):
+    rows = len(has_image)
+    layout = build_layout(branches(rows), rows, TOKENIZER, has_image=has_image)
+    segments = prefix_segments(lead, 5, 2)
+    layout.alone = ~torch.tensor(has_image) if lead else layout.alone
+    visible = visible_prefix(layout.seen, segments, layout.alone)
+    blocks = BranchBlocks.of(layout, visible)
+    length = layout.input_ids.shape[1]
+    torch.manual_seed(0)
+    query = torch.randn(rows, HEADS * groups, length, WIDTH)
+    key, value = torch.randn(2, rows, HEADS, len(segments) + length, WIDTH)
+    allowed = branch_allowed(layout.branch_ids, layout.seen, segments, layout.alone)
+    wide = (stored.repeat_interleave(groups, 1) for stored in (key, value))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, *wide, attn_mask=allowed[:, None])
+    found = blocks.attend(query * WIDTH**-0.5, key, value)
+    filled = layout.branch_ids >= 0
+    torch.testing.assert_close(found[filled], expected.transpose(1, 2)[filled], atol=1e-5, rtol=1e-5)
+    assert found.isfinite().all()
+
+
+def test_one_long_branch_takes_the_whole_row():
+    layout = build_layout([Branch(0, "what ?", response="a red circle " * 20)], 1, TOKENIZER)
+    assert BranchBlocks.of(layout, visible_prefix(layout.seen, prefix_segments(0, 16, 1))) is None
+    nothing = build_layout([], 1, TOKENIZER)
+    assert BranchBlocks.of(nothing, visible_prefix(nothing.seen, prefix_segments(0, 16, 1))) is None
