@@ -21,6 +21,7 @@ from lumen_ray.data.files import write_atomically
 from lumen_ray.data.images import decode
 from lumen_ray.data.shards.shards import read_manifest, read_row_group
 from lumen_ray.errors import UserError
+from lumen_ray.evaluate.calibration import draw_reliability
 from lumen_ray.evaluate.grounding import DECISION_THRESHOLD
 from lumen_ray.evaluate.pictures import detector_of
 from lumen_ray.evaluate.report import write_report
@@ -79,8 +80,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores `engine` on the shard folder `shards_dir`.
 
-    Writes ``report.json`` and ``predictions.parquet``, and with tasks that make pictures ``generated.png`` and
-    ``edited.png``.
+    Writes ``report.json`` and ``predictions.parquet``, with task detect or segment ``reliability.png``, and with tasks
+    that make pictures ``generated.png`` and ``edited.png``.
 
     tasks: by default all that the model serves and the split is annotated for; ``chat`` stands for routing accuracy;
     ``region_segment`` and ``semantic`` (scored on masks) and ``generate`` (on captions) must be named.
@@ -120,6 +121,8 @@ def evaluate(
     metrics, tables = scorer.evaluate()
     metrics |= scorer.pictures.evaluate(scorer.tasks, detector_of(engine, scorer.classes))
     scorer.pictures.save(output)
+    if diagrams := scorer.reliability:
+        draw_reliability(diagrams, output / "reliability.png")
     seconds = time.monotonic() - started
     report = {
         "split": str(shards_dir),

@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lumen_ray.evaluate.calibration import CalibrationEvaluator, Reliability
 from lumen_ray.evaluate.coco import CocoEvaluator
+from lumen_ray.evaluate.concepts import ConceptEvaluator
 from lumen_ray.evaluate.grounding import CountEvaluator, GroundEvaluator, ReferEvaluator
 from lumen_ray.evaluate.masks import RegionSegmentEvaluator, SemanticEvaluator, region_prompts
 from lumen_ray.evaluate.pictures import PicturesEvaluator
@@ -45,6 +47,8 @@ class SplitScorer:
         self.box = CocoEvaluator("bbox", classes)
         self.mask = CocoEvaluator("segm", classes)
         self.keypoint = CocoEvaluator("keypoints", classes, skeletons=self.skeletons)
+        self.concepts = {"detect": ConceptEvaluator("bbox"), "segment": ConceptEvaluator("segm")}
+        self.calibration = {"detect": CalibrationEvaluator("bbox"), "segment": CalibrationEvaluator("segm")}
         self.refer, self.ground, self.count = ReferEvaluator(), GroundEvaluator(), CountEvaluator()
         self.vqa, self.caption, self.region = VqaEvaluator(), CaptionEvaluator(), RegionCaptionEvaluator()
         self.routing = RoutingEvaluator()
@@ -92,9 +96,11 @@ class SplitScorer:
         names = self._annotated(row)
         requests: list[ScoredRequest] = []
         if "detect" in self.tasks and names:
-            requests.append(ScoredRequest(make_request("detect", classes=names), partial(_score_row, self.box, row)))
+            score = partial(self._score_classes, self.box, row)
+            requests.append(ScoredRequest(make_request("detect", classes=names), score))
         if "segment" in self.tasks and names:
-            requests.append(ScoredRequest(make_request("segment", classes=names), partial(_score_row, self.mask, row)))
+            score = partial(self._score_classes, self.mask, row)
+            requests.append(ScoredRequest(make_request("segment", classes=names), score))
         for region, mask in region_prompts(row) if "region_segment" in self.tasks else ():
             request = make_request("region_segment", region=region)
             requests.append(ScoredRequest(request, partial(self.region_mask.process, mask)))
@@ -145,6 +151,17 @@ class SplitScorer:
                 requests.append(ScoredRequest(make_request("region_caption", region=region), score))
         return requests
 
+    def _score_classes(self, evaluator: CocoEvaluator, row: Row, answer: Answer) -> None:
+        evaluator.process([row], [answer])
+        self.concepts[answer.task].process(row, answer)
+        self.calibration[answer.task].process(row, answer)
+
+    @property
+    def reliability(self) -> dict[str, Reliability]:
+        """Of the instances of each task that has some."""
+        found = {task: evaluator.reliability for task, evaluator in self.calibration.items() if task in self.tasks}
+        return {task: diagram for task, diagram in found.items() if diagram.number.any()}
+
     def _score_grounded(self, row: Row, grounded: Mapping[str, Sequence[int]], answer: Answer) -> None:
         for prediction in answer.predictions:
             self.ground.process(row, grounded[prediction.phrase], prediction)
@@ -185,6 +202,8 @@ class SplitScorer:
         ):
             values = evaluator.evaluate()
             per_class = values.pop("per_class")
+            if task in self.concepts:
+                values |= self.concepts[task].evaluate() | self.calibration[task].evaluate()
             metrics.update({f"{kind}_{name}": value for name, value in values.items()})
             if task in self.tasks and values["AP"] is not None:
                 tables[f"{kind}_AP50_per_class"] = per_class
