@@ -22,18 +22,19 @@ from typing import TYPE_CHECKING, Any
 from lumen_ray.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lumen_ray.api import evaluate, label, prepare, serve, train
+    from lumen_ray.api import calibrate, evaluate, label, prepare, serve, train
     from lumen_ray.inference.engine import Engine
     from lumen_ray.inference.request import make_request
     from lumen_ray.viz import draw
 
-__all__ = ["Engine", "draw", "evaluate", "label", "make_request", "prepare", "serve", "train"]
+__all__ = ["Engine", "calibrate", "draw", "evaluate", "label", "make_request", "prepare", "serve", "train"]
 
 _MODULES = {
     "Engine": "lumen_ray.inference.engine",
     "draw": "lumen_ray.viz",
     "make_request": "lumen_ray.inference.request",
     "prepare": "lumen_ray.api",
+    "calibrate": "lumen_ray.api",
 }
 _CALLABLE_PACKAGES = ("evaluate", "label", "serve", "train")  # see `callable_package`
 

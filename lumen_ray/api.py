@@ -1,4 +1,5 @@
-"""The jobs of this package as Python functions: `prepare`, `train`, `evaluate`, `label` and `serve`.
+"""The jobs of this package as Python functions: `prepare`, `train`, `evaluate`, `calibrate`, `label` and
+`serve`.
 
 Import them from `lumen_ray`. The command line calls the same functions, so options and results are the same. All of
 them raise `UserError` (a `ValueError`: one sentence, with a machine-readable `reason`) for input that the caller must
@@ -7,6 +8,7 @@ change. Ray reads its settings when it is imported, so call them before your own
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from lumen_ray.errors import UserError
 
 if TYPE_CHECKING:
+    from lumen_ray.evaluate.calibrate import Fit
     from lumen_ray.inference.engine import Engine
     from lumen_ray.label.pipeline import Status
     from lumen_ray.recipe import Recipe
@@ -173,6 +176,68 @@ def evaluate(
         picture_limit=pictures,
         progress=progress,
     )
+
+
+def calibrate(
+    model: PathOrUrl,
+    shards: PathOrUrl,
+    *,
+    output: PathOrUrl | None = None,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
+    decoders: Mapping[str, str] | None = None,
+    device: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Fit]:
+    """Fits a model's scores to a labelled split, so that they are the share of instances that are right; the model
+    folder keeps the curves, and everything that uses it then has calibrated scores.
+
+    model: model folder, or name of bundled weights, which needs an `output`.
+    shards: shard folder of a labelled split that the model was not trained on, a path or URL.
+    output: folder for a copy of the model with the curves; None: they go into `model`.
+    tasks: of detect, segment, count, ground and refer; None: all that the model serves and the split is annotated for.
+    limit: use the first images only.
+    decoders: task -> decoder that serves it, where it should be another than the model's settings say.
+    device: "cpu", "cuda" or "cuda:N"; None: "cuda" where torch finds a GPU, else "cpu".
+    progress: called with (images done, images in all) after each batch.
+
+    Returns for each task its `lumen_ray.evaluate.calibrate.Fit`. Curves fitted before are replaced, those of other
+    tasks too. Raises `UserError` as `evaluate`, and where there are too few right or wrong instances.
+
+    >>> from lumen_ray import calibrate
+    >>> fits = calibrate("nano", "shards/calibration", output="calibrated", tasks=["detect"])
+    >>> fits["detect"].after < fits["detect"].before
+    True
+    """
+    from lumen_ray.presets import model_folder
+
+    folder = model_folder(fspath(model))
+    if output is None and not Path(fspath(model)).is_dir():
+        raise UserError(f"'{fspath(model)}' is part of the package; give a folder for the copy as output", "usage")
+    if output is not None and Path(fspath(output)).exists():
+        raise UserError(f"'{fspath(output)}' exists; give a new folder for the copy of the model", "output_exists")
+    _prepare_environment()
+    from lumen_ray.evaluate.calibrate import as_meta
+    from lumen_ray.evaluate.calibrate import calibrate as fit
+    from lumen_ray.inference.device import find_device
+    from lumen_ray.inference.engine import Engine
+    from lumen_ray.model.build import load_model, write_meta
+
+    where = find_device(device)
+    loaded = load_model(folder, decoders, where)
+    loaded.meta.calibration = {}  # curves are of the decoders' own scores
+    fits = fit(
+        Engine(loaded, where),
+        fspath(shards),
+        tasks=None if tasks is None else _names(tasks),
+        limit=limit,
+        progress=progress,
+    )
+    loaded.meta.calibration = as_meta(fits)
+    if output is not None:
+        shutil.copytree(folder, fspath(output))
+    write_meta(folder if output is None else fspath(output), loaded.meta)
+    return fits
 
 
 def label(

@@ -1,4 +1,4 @@
-"""`lumen-ray`: quickstart, prepare, data, train, evaluate, label, serve, convert, doctor.
+"""`lumen-ray`: quickstart, prepare, data, train, evaluate, calibrate, label, serve, convert, doctor.
 
 Each verb is a function of `lumen_ray.api` behind options, with a progress bar and a line on what was written. Heavy
 imports happen inside the functions, so that `--help` and error messages come at once.
@@ -55,6 +55,7 @@ def _parser_and_verbs() -> tuple[argparse.ArgumentParser, list[str]]:
     data_command.add_args(verbs, _Parser)
     _train_args(verbs)
     _evaluate_args(verbs)
+    _calibrate_args(verbs)
     _label_args(verbs)
     _serve_args(verbs)
     convert.add_args(verbs, _Parser)
@@ -135,6 +136,18 @@ def _evaluate_args(verbs: Any) -> None:
     p.add_argument("--limit", type=int, help="score the first images only")
     p.add_argument("--pictures", type=int, default=32, help="make pictures for the first images only (default: 32)")
     p.set_defaults(run=_evaluate)
+
+
+def _calibrate_args(verbs: Any) -> None:
+    p = verbs.add_parser("calibrate", help="fit a model's scores to a labelled split, so that they are probabilities")
+    _model_arg(p)
+    _decoders_arg(p)
+    _device_arg(p, "cuda where torch finds a GPU, else cpu")
+    p.add_argument("--shards", required=True, help="shard folder of a labelled split that was not trained on")
+    p.add_argument("--output", help="folder for a calibrated copy of the model (default: the model's own folder)")
+    p.add_argument("--tasks", type=comma_separated, help="of detect, segment, count, ground, refer (default: all)")
+    p.add_argument("--limit", type=int, help="use the first images only")
+    p.set_defaults(run=_calibrate)
 
 
 def _label_args(verbs: Any) -> None:
@@ -218,6 +231,27 @@ def _evaluate(args: argparse.Namespace) -> None:
         )
     print_report(report, console)
     say(f"report -> {args.output}/report.json")
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    with bar("calibrate") as progress:
+        fits = api.calibrate(
+            args.model,
+            args.shards,
+            output=args.output,
+            tasks=args.tasks,
+            limit=args.limit,
+            decoders=decoders_by_task(args.decoders),
+            device=args.device,
+            progress=progress.update,
+        )
+    for task, fit in fits.items():
+        classes = f", own shifts of {len(fit.curve.classes)} classes" if fit.curve.classes else ""
+        say(
+            f"{task}: calibration error {fit.before:.3f} -> {fit.after:.3f} on these {fit.instances:,} instances "
+            f"(slope {fit.curve.slope:.2f}, shift {fit.curve.shift:+.2f}{classes})"
+        )
+    say(f"curves -> {args.output or args.model}/meta.json")
 
 
 def _label(args: argparse.Namespace) -> None:

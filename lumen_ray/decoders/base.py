@@ -52,6 +52,7 @@ class PromptSpec:
     masks: bool = False
     keypoints: tuple[str, ...] = field(default_factory=tuple)
     sample: SampleSettings | None = None  # of image prompts
+    task: str = ""  # by which scores are calibrated
 
 
 def anchor(parameters: Iterable[nn.Parameter]) -> Tensor | float:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from lumen_ray.data.files import write_atomically
 from lumen_ray.evaluate.concepts import Row, overlaps, true_instances
-from lumen_ray.structures import Answer
+from lumen_ray.structures import Answer, Prediction
 
 NUM_BINS = 15
 #: Instances with lower scores are left out: there are any number of them, none of which anybody looks at.
@@ -67,18 +67,21 @@ class CalibrationEvaluator:
         known are left out."""
         for prediction in answer.predictions:
             truth = true_instances(row, prediction.phrase, self.kind)
-            if truth is None:
-                continue
-            found = prediction.above(LEAST_SCORE)
-            iou = overlaps(found, truth, self.kind)
-            hits = np.zeros(len(found), bool)
-            for i in np.argsort(-found.scores, kind="stable"):
-                if iou.shape[1] and iou[i].max() >= HIT_IOU:
-                    iou[:, iou[i].argmax()] = -1
-                    hits[i] = True
-            self._scores.append(np.asarray(found.scores, float))
-            self._hits.append(hits)
-            self._phrases += [prediction.phrase] * len(found)
+            if truth is not None:
+                self.add(prediction, truth)
+
+    def add(self, prediction: Prediction, truth: list[Any]) -> None:
+        """Adds the prediction of a phrase, and its objects as of `true_instances`."""
+        found = prediction.above(LEAST_SCORE)
+        iou = overlaps(found, truth, self.kind)
+        hits = np.zeros(len(found), bool)
+        for i in np.argsort(-found.scores, kind="stable"):
+            if iou.shape[1] and iou[i].max() >= HIT_IOU:
+                iou[:, iou[i].argmax()] = -1
+                hits[i] = True
+        self._scores.append(np.asarray(found.scores, float))
+        self._hits.append(hits)
+        self._phrases += [prediction.phrase] * len(found)
 
     @property
     def instances(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -137,6 +137,38 @@ def evaluate(
     return report
 
 
+def collect_instances(
+    engine: EngineProtocol,
+    shards_dir: str | Path,
+    tasks: Sequence[str] | None,
+    possible: Sequence[str],
+    *,
+    limit: int | None = None,
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The instances that a model finds on a split, by task: see `CalibrationEvaluator.instances`.
+
+    tasks: by default all of `possible` that the model serves and the split is annotated for. Images that cannot be read
+    are left out. Raises `UserError` as `evaluate`, and if no task is left.
+    """
+    limits = Limits(limit, 0, 0)
+    _check(batch_size, limits)
+    manifest = read_manifest(shards_dir)
+    chosen = tasks or [task for task in choose_tasks(manifest, None, engine)[0] if task in possible]
+    if not chosen:
+        raise UserError(f"the split is annotated for none of {', '.join(possible)}", "no_tasks")
+    scorer = _scorer(manifest, chosen, engine)
+    total = min(manifest["rows"], limit) if limit is not None else manifest["rows"]
+    done = 0
+    for rows in _batches(shards_dir, manifest, total, batch_size):
+        _score_batch(engine, _requests(scorer, rows, [], done, limits))
+        done += len(rows)
+        if progress is not None:
+            progress(done, total)
+    return {task: scorer.calibration[task].instances for task in chosen}
+
+
 def _check(batch_size: int, limits: Limits) -> None:
     for name, value in {"batch_size": batch_size, **vars(limits)}.items():
         least = 0 if name in ("chat_limit", "picture_limit") else 1

@@ -11,7 +11,7 @@ import numpy as np
 from lumen_ray.evaluate.calibration import CalibrationEvaluator, Reliability
 from lumen_ray.evaluate.coco import CocoEvaluator
 from lumen_ray.evaluate.concepts import ConceptEvaluator
-from lumen_ray.evaluate.grounding import CountEvaluator, GroundEvaluator, ReferEvaluator
+from lumen_ray.evaluate.grounding import CountEvaluator, GroundEvaluator, ReferEvaluator, row_boxes
 from lumen_ray.evaluate.masks import RegionSegmentEvaluator, SemanticEvaluator, region_prompts
 from lumen_ray.evaluate.pictures import PicturesEvaluator
 from lumen_ray.evaluate.scored import Row, ScoredRequest
@@ -48,7 +48,10 @@ class SplitScorer:
         self.mask = CocoEvaluator("segm", classes)
         self.keypoint = CocoEvaluator("keypoints", classes, skeletons=self.skeletons)
         self.concepts = {"detect": ConceptEvaluator("bbox"), "segment": ConceptEvaluator("segm")}
-        self.calibration = {"detect": CalibrationEvaluator("bbox"), "segment": CalibrationEvaluator("segm")}
+        self.calibration = {
+            task: CalibrationEvaluator("segm" if task == "segment" else "bbox")
+            for task in ("detect", "segment", "count", "ground", "refer")
+        }
         self.refer, self.ground, self.count = ReferEvaluator(), GroundEvaluator(), CountEvaluator()
         self.vqa, self.caption, self.region = VqaEvaluator(), CaptionEvaluator(), RegionCaptionEvaluator()
         self.routing = RoutingEvaluator()
@@ -105,7 +108,7 @@ class SplitScorer:
             request = make_request("region_segment", region=region)
             requests.append(ScoredRequest(request, partial(self.region_mask.process, mask)))
         if "count" in self.tasks and names:
-            requests.append(ScoredRequest(make_request("count", classes=names), partial(self.count.process, row)))
+            requests.append(ScoredRequest(make_request("count", classes=names), partial(self._score_counts, row)))
         return requests + (self._pose_requests(row, names) if "pose" in self.tasks else [])
 
     def _pose_requests(self, row: Row, names: Sequence[str]) -> list[ScoredRequest]:
@@ -123,7 +126,7 @@ class SplitScorer:
         phrases = [p for p in row["phrases"] if p["task"] in self.tasks]
         for phrase in (p for p in phrases if p["task"] == "refer"):
             request = make_request("refer", text=phrase["phrase"])
-            requests.append(ScoredRequest(request, partial(self.refer.process, row, phrase["instances"])))
+            requests.append(ScoredRequest(request, partial(self._score_referred, row, phrase["instances"])))
         grounded = {p["phrase"].strip().lower(): p["instances"] for p in phrases if p["task"] == "ground"}
         if grounded:
             request = make_request("ground", text=" and ".join(f"[{phrase}]" for phrase in grounded))
@@ -165,6 +168,15 @@ class SplitScorer:
     def _score_grounded(self, row: Row, grounded: Mapping[str, Sequence[int]], answer: Answer) -> None:
         for prediction in answer.predictions:
             self.ground.process(row, grounded[prediction.phrase], prediction)
+            self.calibration["ground"].add(prediction, _meant(row, grounded[prediction.phrase]))
+
+    def _score_referred(self, row: Row, instances: Sequence[int], answer: Answer) -> None:
+        self.refer.process(row, instances, answer)
+        self.calibration["refer"].add(answer.predictions[0], _meant(row, instances))
+
+    def _score_counts(self, row: Row, answer: Answer) -> None:
+        self.count.process(row, answer)
+        self.calibration["count"].process(row, answer)
 
     def _score_route(self, task: str, answer: Answer) -> None:
         self.routing.process(task, answer.route)
@@ -213,9 +225,16 @@ class SplitScorer:
         )  # fmt: skip
         for other in others:
             metrics.update(other.evaluate())
+        for task in ("count", "ground", "refer"):
+            metrics[f"{task}_ECE"] = self.calibration[task].evaluate()["ECE"]
         if per_task := metrics.pop("routing_per_task"):
             tables["routing_per_task"] = per_task
         return metrics, tables
+
+
+def _meant(row: Row, instances: Sequence[int]) -> list[Any]:
+    """The boxes of a row's instances, as `CalibrationEvaluator.add` takes them."""
+    return list(row_boxes(row, instances).to_xywh().astype(float))
 
 
 def _score_row(evaluator: CocoEvaluator, row: Row, answer: Answer) -> None:

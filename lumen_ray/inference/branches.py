@@ -81,11 +81,14 @@ class BranchPlanner:
         if request.region is not None:
             text = task.prompt(template=request.template)
             branch = Branch(image, text, route=task.routing_token, regions=(0,), group=index)
-            return [PendingBranch(branch, PromptSpec(REGION_PHRASE, masks=True), decoder, request.region)]
+            return [
+                PendingBranch(branch, PromptSpec(REGION_PHRASE, masks=True, task=task.name), decoder, request.region)
+            ]
         pending = []
         for phrase in request.phrases:
             names = self._keypoints(request, phrase) if task.name == "pose" else ()
-            prompt = PromptSpec(phrase, masks=task.result == "masks", keypoints=names, sample=request.sample)
+            masks = task.result == "masks"
+            prompt = PromptSpec(phrase, masks=masks, keypoints=names, sample=request.sample, task=task.name)
             text = task.prompt(phrase, request.template)
             branch = Branch(image, text, route=task.routing_token, phrase=phrase, group=index)
             pending.append(PendingBranch(branch, prompt, decoder))
@@ -102,7 +105,7 @@ class BranchPlanner:
         if task.name == "pose" and phrase in self.skeletons:
             return self.branches(Request("pose", (phrase,)), image, index)
         sample = SampleSettings() if task.result == "image" else None
-        prompt = PromptSpec(phrase, masks=task.result == "masks", sample=sample)
+        prompt = PromptSpec(phrase, masks=task.result == "masks", sample=sample, task=task.name)
         branch = Branch(image, request.text, route=task.routing_token, group=index)
         return [PendingBranch(branch, prompt, self.decoder(task))]
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lumen_ray.decoders.base import ImageDecoder, PredictSettings
+from lumen_ray.decoders.base import ImageDecoder, PredictSettings, PromptSpec
+from lumen_ray.inference.calibration import Calibration
 from lumen_ray.inference.outputs import DecoderInput, DecoderResult, TrunkOutput
 from lumen_ray.input_size import padded_pixels
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.precision import in_model_dtype
-from lumen_ray.structures import SampleSettings, Size
+from lumen_ray.structures import Prediction, SampleSettings, Size
 from lumen_ray.superlink import SuperLink
 from lumen_ray.targets import Frame, Pixels
 
@@ -35,6 +36,7 @@ class DecoderStage:
         self.device, self.dtype = torch.device(device), loaded.dtype
         self.decoder = loaded.decoder(name, device)
         self.input_rule = loaded.settings.input_rules.get(name)
+        self.calibration = Calibration.from_dict(loaded.meta.calibration)
 
     @classmethod
     def load(cls, model: str | Path, name: str, device: str = "cpu", dtype: str = "float32") -> DecoderStage:
@@ -43,7 +45,8 @@ class DecoderStage:
 
     @in_model_dtype
     def predict(self, output: TrunkOutput, settings: PredictSettings = DEFAULTS) -> list[DecoderResult]:
-        """The result of each link of this decoder, in stored-image pixels. Received tensors are never written to.
+        """The result of each link of this decoder, in stored-image pixels, with calibrated scores where the model has
+        them. Received tensors are never written to.
 
         Prompts are decoded in chunks, so that memory does not grow with their number. Prompts that attend to each other
         stay in one chunk, so results do not depend on the chunks.
@@ -53,6 +56,7 @@ class DecoderStage:
         if isinstance(self.decoder, ImageDecoder):
             return self._draw(self.decoder, inputs)
         results: list[DecoderResult] = [None] * len(inputs.link)
+        raw_settings = self._raw(settings, inputs.prompts)
         for members in self._chunks(inputs, output):
             link, images = inputs.link.select_with_images(members)
             frames = [self._decoder_frame(output.frames[i]) for i in images.tolist()]
@@ -64,10 +68,31 @@ class DecoderStage:
                 view = self._pixels(inputs, members, link, [frame.extent for frame in frames])
             raw = self.decoder(link.to(self.device), view)
             prompts = [inputs.prompts[i] for i in members.tolist()]
-            predictions = self.decoder.predict(raw, frames, prompts, settings)
-            for i, prediction in zip(members.tolist(), predictions, strict=True):
-                results[i] = prediction
+            predictions = self.decoder.predict(raw, frames, prompts, raw_settings)
+            for i, prompt, prediction in zip(members.tolist(), prompts, predictions, strict=True):
+                results[i] = self._calibrated(prediction, prompt, settings)
         return results
+
+    def _raw(self, settings: PredictSettings, prompts: Sequence[PromptSpec | None]) -> PredictSettings:
+        """Settings whose threshold is of the decoder's own scores: the lowest of all prompts."""
+        thresholds = [
+            curve.raw(settings.score_threshold, prompt.phrase)
+            if (curve := self.calibration.curve(prompt.task)) is not None
+            else settings.score_threshold
+            for prompt in prompts
+            if prompt is not None
+        ]
+        return replace(settings, score_threshold=min(thresholds, default=settings.score_threshold))
+
+    def _calibrated(
+        self, prediction: Prediction | None, prompt: PromptSpec | None, settings: PredictSettings
+    ) -> Prediction | None:
+        """The prediction with calibrated scores, above the threshold."""
+        if prediction is None or prompt is None or not self.calibration.curves:
+            return prediction
+        if (curve := self.calibration.curve(prompt.task)) is not None:
+            prediction = replace(prediction, scores=curve(prediction.scores, prompt.phrase))
+        return prediction.above(settings.score_threshold)
 
     def _draw(self, decoder: ImageDecoder, inputs: DecoderInput) -> list[DecoderResult]:
         """The pictures of every prompt; prompts with the same settings are sampled together."""

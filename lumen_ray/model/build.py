@@ -145,6 +145,7 @@ class ModelMeta:
     recipe: str = ""
     steps: int = 0
     seed: int = 0
+    calibration: dict[str, Any] = field(default_factory=dict)  # see `inference.calibration`; empty: scores as they are
 
 
 def build_model(settings: ModelSettings, vocab_size: int, seed: int = 0) -> Generalist:
@@ -248,6 +249,17 @@ def read_meta(folder: str | Path) -> ModelMeta:
         raise UserError(
             f"'{folder / 'meta.json'}' is damaged or of another version: {error}", "damaged_model"
         ) from None
+
+
+def write_meta(folder: str | Path, meta: ModelMeta) -> None:
+    """Replaces `meta.json` of a model folder."""
+    temporary = Path(folder) / f".meta.json.{os.getpid()}.tmp"
+    try:
+        temporary.write_text(json.dumps(asdict(meta), indent=1))
+        sync(temporary)
+        os.replace(temporary, Path(folder) / "meta.json")
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_tokenizer(folder: str | Path) -> LumenTokenizer:

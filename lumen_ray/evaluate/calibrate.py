@@ -1,0 +1,117 @@
+"""`calibrate` = ask a model about a labelled split, and fit what its scores mean (see `inference.calibration`)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import minimize
+
+from lumen_ray.errors import UserError
+from lumen_ray.evaluate.calibration import Reliability
+from lumen_ray.evaluate.run import collect_instances
+from lumen_ray.inference.calibration import Calibration, Curve, logit
+from lumen_ray.inference.protocol import EngineProtocol
+
+#: Tasks whose instances have scores that can be checked.
+TASKS = ("detect", "segment", "count", "ground", "refer")
+#: Instances, right and wrong ones, that a task needs at least for a curve, and a class for a shift of its own.
+LEAST, LEAST_OF_CLASS = 10, 50
+#: Strength of the pull of a class's shift to that of its task: as of so many instances.
+PRIOR = 10.0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The curve of a task, the number of `instances` it is fitted to, and the expected calibration error of these
+    `before` and `after`."""
+
+    curve: Curve
+    instances: int
+    before: float
+    after: float
+
+
+def fit_curve(scores: np.ndarray, hits: np.ndarray, phrases: Sequence[str]) -> Curve | None:
+    """The most likely curve: scores float [N], hits bool [N], phrases [N], empty where instances have no class. None
+    without enough right and wrong instances."""
+    if min(hits.sum(), (~hits).sum()) < LEAST:
+        return None
+    x = logit(scores)
+    slope, shift = _most_likely(x, hits)
+    classes: dict[str, float] = {}
+    names = np.asarray(phrases, dtype=object)
+    for name, number in Counter(phrases).items():
+        own = names == name
+        if name and number >= LEAST_OF_CLASS and 0 < hits[own].sum() < number:
+            classes[name] = _shift(slope * x[own], hits[own], shift)
+    return Curve(slope, shift, classes)
+
+
+def _most_likely(x: np.ndarray, hits: np.ndarray) -> tuple[float, float]:
+    """(slope, shift) with the smallest negative log likelihood; the slope is positive."""
+
+    def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
+        slope, shift = np.exp(values[0]), values[1]
+        z = slope * x + shift
+        error = 1 / (1 + np.exp(-z)) - hits
+        return float((np.logaddexp(0, z) - hits * z).sum()), np.array([(error * x).sum() * slope, error.sum()])
+
+    found = minimize(loss, np.zeros(2), jac=True, method="L-BFGS-B", bounds=[(-4, 4), (-20, 20)]).x
+    return float(np.exp(found[0])), float(found[1])
+
+
+def _shift(x: np.ndarray, hits: np.ndarray, of_task: float) -> float:
+    """The most likely shift of a class, pulled to that of its task."""
+
+    def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
+        z = x + values[0]
+        error = (1 / (1 + np.exp(-z)) - hits).sum() + PRIOR * (values[0] - of_task)
+        likelihood = (np.logaddexp(0, z) - hits * z).sum()
+        return float(likelihood + PRIOR / 2 * (values[0] - of_task) ** 2), np.array([error])
+
+    return float(minimize(loss, np.array([of_task]), jac=True, method="L-BFGS-B").x[0])
+
+
+def calibrate(
+    engine: EngineProtocol,
+    shards_dir: str | Path,
+    *,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Fit]:
+    """The fit of each task from a labelled split.
+
+    engine: with the scores of the decoders as they are. tasks: of `TASKS`, by default all that the model serves and the
+    split is annotated for. limit: images at most. Raises `UserError` for other tasks, and where no task has enough
+    right and wrong instances.
+    """
+    if other := [task for task in tasks or () if task not in TASKS]:
+        raise UserError(f"task '{other[0]}' has no scores to calibrate; tasks: {', '.join(TASKS)}", "invalid_setting")
+    found = collect_instances(engine, shards_dir, tasks, TASKS, limit=limit, progress=progress)
+    fits: dict[str, Fit] = {}
+    for task, (scores, hits, phrases) in found.items():
+        # expressions are all different
+        names = list(phrases) if task in ("detect", "segment", "count") else [""] * len(scores)
+        if (curve := fit_curve(scores, hits, names)) is None:
+            continue
+        after = np.array([curve(scores[i : i + 1], name)[0] for i, name in enumerate(names)])
+        before, left = (Reliability.of(values, hits).error for values in (scores, after))
+        assert before is not None and left is not None, "there are instances"
+        fits[task] = Fit(curve, len(scores), before, left)
+    if not fits:
+        raise UserError(
+            f"no task has {LEAST} right and {LEAST} wrong instances on this split; give one with more images",
+            "too_few_instances",
+        )
+    return fits
+
+
+def as_meta(fits: dict[str, Fit]) -> dict[str, Any]:
+    """The curves as `ModelMeta.calibration`."""
+    return Calibration({task: fit.curve for task, fit in fits.items()}).to_dict()
