@@ -42,6 +42,10 @@ class TrainingBatch:
     targets: dict[str, PerceptionTargets | ImageTargets]
     #: by decoder name: images in the decoder's input size, for decoders with an input size rule
     pixels: dict[str, Pixels] = field(default_factory=dict)
+    #: uint8 [E, 3, H, W]: the images of rows beyond their first, in the size of `images`; `further_rows` int64 [E]: the
+    #: row of the batch that each belongs to, nondecreasing; the images of a row in their order
+    further_images: Tensor = field(default_factory=lambda: torch.zeros(0, 3, 1, 1, dtype=torch.uint8))
+    further_rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     #: image id of every row
     image_ids: list[str] = field(default_factory=list)
     #: decoders trained on this batch, the same on all ranks; None: all of the model's
@@ -75,6 +79,8 @@ class TrainingBatch:
             layout=self.layout.to(device),
             region_masks=self.region_masks.to(device),
             region_images=self.region_images.to(device),
+            further_images=self.further_images.to(device),
+            further_rows=self.further_rows.to(device),
             targets={name: move(value) for name, value in self.targets.items()},
             pixels={name: move(value) for name, value in self.pixels.items()},
         )

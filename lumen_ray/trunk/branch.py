@@ -47,6 +47,8 @@ class Branch:
     `parent`: for a keypoint prompt the index (in the list of branches) of its object's prompt, else -1.
     `limit`: maximum number of tokens; a response is cut off there, without an end token. `system`: the system text of a
     conversation, where the LLM was taught turns its system turn, and with an image the beginning of the first question.
+    `image_turns`: the question (0-based, those of `history` counted) from which on each further image of the row is
+    seen; the row's first image is seen by everything.
 
     `group`: prompts of one image and group are one request: expert decoders process them jointly, and the sequential
     layout puts them into one string, in which `phrase` names the prompt's object (by default parsed from the prompt).
@@ -63,3 +65,4 @@ class Branch:
     phrase: str = ""
     group: int = 0
     system: str = ""
+    image_turns: tuple[int, ...] = ()
