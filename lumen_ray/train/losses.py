@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lumen_ray.data.batches.packing import num_images
 from lumen_ray.decoders.base import LossTerm
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.model.build import served_links
@@ -61,10 +62,11 @@ def _objects(decoder: str, batch: TrainingBatch, t: PerceptionTargets) -> dict[s
 
 def count_tokens(batch: TrainingBatch, image_tokens: int) -> tuple[int, int]:
     """(tokens of images and prompts, tokens the LLM computes: also padding, and the image tokens of rows without an
-    image)."""
+    image, or with fewer than others)."""
     layout = batch.layout
-    real = int((layout.branch_ids >= 0).sum()) + int(batch.has_image.sum()) * image_tokens
-    rows, length = layout.llm_shape(image_tokens)
+    images = num_images(batch.has_image.cpu(), batch.further_rows.cpu())
+    real = int((layout.branch_ids >= 0).sum()) + int(images.sum()) * image_tokens
+    rows, length = layout.llm_shape(max(1, int(images.max())) * image_tokens)
     return real, rows * length
 
 
