@@ -122,6 +122,15 @@ def test_every_image_has_its_place(read, record, images, image_turns, texts):
     assert sizes == [(24 + 8 * NAMES.index(name), 40) for name in images[1:]]
 
 
+def test_the_example_of_the_page_is_read(read):
+    page = (Path(__file__).resolve().parents[3] / "docs" / "data.md").read_text()
+    example = re.search(r"## Conversations about several images.*?```text\n(.*?)```", page, re.DOTALL)[1]
+    record = json.loads(example.replace("c.jpg", "d.jpg"))
+    (row,), rejected = read(record)
+    assert rejected == [] and row["messages"][0]["image_turns"] == [0, 1]
+    assert questions(row) == ["What differs?", "Is image 3 like image 1?"]
+
+
 BAD = {
     "too few markers": ({"images": TWO, "conversations": turns("<image> q", "x")},
                         "image_count", "it has 1 <image> marker for 2 images"),
