@@ -273,9 +273,10 @@ def _model_input(view: View, prompts: list[Prompt], colours: dict[str, Colour]) 
     )
     beside = ", and the picture to make of it" if made else ""
     strip = _strip([_further_input(image) for image in view.batch.further_images])
+    augmented = "without augmentation, since texts compare images" if strip else "after augmentation"
     return (
-        f"{_pair(drawn, made)}{strip}<figcaption><i>model input</i> {width}×{height}, after augmentation, with what "
-        f"the prompts should find{beside}{left_out}</figcaption>"
+        f"{_pair(drawn, made)}{strip}<figcaption><i>model input</i> {width}×{height}, {augmented}, with what the prompts "
+        f"should find{beside}{left_out}</figcaption>"
     )
 
 

@@ -97,24 +97,30 @@ def open_group(folder: str, group: dict[str, Any]) -> tuple[bytes, AnnotationFra
 
     Raises `UserError` if the image is missing, broken or of another size, `StoreError` if the store is unreachable.
     """
-    data = _read(folder, group)
-    return data, read_frame(data, group["sizes"])
+    return _open(folder, group, 0, group["sizes"])
 
 
 def open_further(folder: str, group: dict[str, Any]) -> list[dict[str, Any]]:
     """The further images of a group as in the column `further_images`, each decoded once. Raises like `open_group`."""
     found = []
-    for number, image in enumerate(group["further"], start=2):
-        try:
-            data = _read(folder, image)
-            height, width = read_frame(data, []).rotated_size
-        except files.StoreError:
-            raise
-        except UserError as error:
-            what = f"image {number} of {1 + len(group['further'])}, '{image['image']}'"
-            raise UserError(f"{what}: {error}", error.reason) from None
+    for number in range(1, 1 + len(group["further"])):
+        data, frame = _open(folder, group, number, [])
+        height, width = frame.rotated_size
         found.append({"image": data, "height": height, "width": width})
     return found
+
+
+def _open(folder: str, group: dict[str, Any], number: int, sizes: list[list[int]]) -> tuple[bytes, AnnotationFrame]:
+    """Image `number` of a group, from 0, and its frame. Among several, an error says which one it is about."""
+    image = [group, *group["further"]][number]
+    try:
+        data = _read(folder, image)
+        return data, read_frame(data, sizes)
+    except UserError as error:
+        if isinstance(error, files.StoreError) or not group["further"]:
+            raise
+        what = f"image {number + 1} of {1 + len(group['further'])}, '{image['image']}'"
+        raise UserError(f"{what}: {error}", error.reason) from None
 
 
 def _read(folder: str, image: dict[str, Any]) -> bytes:

@@ -174,7 +174,7 @@ def test_any_image_that_cannot_be_read_rejects_the_record(read, bad, rule, place
     rows, rejected = read({"images": images, "conversations": turns("q", "x")})
     assert rows == [] and [r["kind"] for r in rejected] == ["samples", "conversations"]
     assert rejected[0]["rule"] == rule and rejected[1]["rule"] == "image_rejected"
-    assert not place or f"image {place + 1} of 3, '{bad}': " in rejected[0]["reason"]
+    assert f"image {place + 1} of 3, '{bad}': " in rejected[0]["reason"]
 
 
 def test_records_of_the_same_images_share_a_row(read):
