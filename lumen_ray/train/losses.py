@@ -66,7 +66,7 @@ def count_tokens(batch: TrainingBatch, image_tokens: int) -> tuple[int, int]:
     layout = batch.layout
     images = num_images(batch.has_image.cpu(), batch.further_rows.cpu())
     real = int((layout.branch_ids >= 0).sum()) + int(images.sum()) * image_tokens
-    rows, length = layout.llm_shape(max(1, int(images.max())) * image_tokens)
+    rows, length = layout.llm_shape(max([1, *images.tolist()]) * image_tokens)
     return real, rows * length
 
 

@@ -127,8 +127,8 @@ def _further_images(row: dict[str, Any], tasks: Sequence[str], side: int) -> lis
 
     Raises `UserError` if one cannot be decoded.
     """
-    seen = any(message["task"] in tasks and message["image_turns"] for message in row["messages"])
-    if not seen or not all(TASKS[task].sees_image for task in tasks):
+    asked = any(message["task"] in tasks and message["image_turns"] for message in row["messages"])
+    if row["image"] is None or not asked or not all(TASKS[task].sees_image for task in tasks):
         return []
     found = []
     for number, image in enumerate(row["further_images"], start=2):

@@ -275,8 +275,8 @@ def _model_input(view: View, prompts: list[Prompt], colours: dict[str, Colour]) 
     strip = _strip([_further_input(image) for image in view.batch.further_images])
     augmented = "without augmentation, since texts compare images" if strip else "after augmentation"
     return (
-        f"{_pair(drawn, made)}{strip}<figcaption><i>model input</i> {width}×{height}, {augmented}, with what the prompts "
-        f"should find{beside}{left_out}</figcaption>"
+        f"{_pair(drawn, made)}{strip}<figcaption><i>model input</i> {width}×{height}, {augmented}, with what the "
+        f"prompts should find{beside}{left_out}</figcaption>"
     )
 
 
