@@ -187,6 +187,17 @@ def test_records_of_the_same_images_share_a_row(read):
     assert len({row["image_id"] for row in rows}) == 3
 
 
+@pytest.mark.parametrize("rejected_too", [False, True])
+def test_a_further_image_is_not_guessed_where_another_could_be_meant(read, rejected_too):
+    """Both names lack their folder; without it, either could be `b.jpg`."""
+    records = [{"images": ["a.jpg", f"cam{n}/b.jpg"], "conversations": turns("q", "x")} for n in (1, 2)]
+    (row,), _ = read(records[0])
+    assert names_of(row) == TWO
+    records[1] |= {"video": "v.mp4"} if rejected_too else {}
+    rows, rejected = read(*records)
+    assert rows == [] and "ambiguous_image" in {r["rule"] for r in rejected}
+
+
 def test_the_declared_size_of_one_of_several_images_is_not_used(read):
     (row,), rejected = read({"images": TWO, "height": 7, "width": 9, "conversations": turns("q", "x")})
     assert rejected == [] and (row["height"], row["width"]) == (24, 40)
