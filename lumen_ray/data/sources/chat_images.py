@@ -55,8 +55,8 @@ def place_images(listed: Sequence[ImageRef], turns: Sequence[Turn]) -> list[Plac
     if len(images) == 1 and markers <= 1:
         return [PlacedImage(images[0], 0)]
     for number, turn in enumerate(turns):
-        if turn.beside:
-            _fill_turn(turn, number, turns)
+        _fill_markers(turn, number)
+    _mark_unmarked(turns, listed)
     slots = [slot for turn in turns for slot in turn.slots]
     if not slots:
         return [PlacedImage(ref, 0) for ref in images]
@@ -70,24 +70,34 @@ def images_in(turns: Iterable[Turn]) -> list[ImageRef]:
     return [ref for turn in turns for ref in (*turn.slots, *turn.beside) if ref is not None]
 
 
-def _fill_turn(turn: Turn, number: int, turns: Sequence[Turn]) -> None:
-    """Gives the images under keys of a turn to its markers; without a marker, those that no other turn shows stand at
-    its beginning."""
-    if turn.role != "user":
+def _fill_markers(turn: Turn, number: int) -> None:
+    """Gives the images under keys of a turn to its markers, if it has some."""
+    if turn.beside and turn.role != "user":
         raise UserError(f"turn {number}, an answer, has an image; only questions can have some", "marker_in_answer")
-    free = turn.slots.count(None)
-    if free:
-        if free != len(turn.beside):
-            raise _miscounted(f"turn {number}", free, len(turn.beside))
-        refs = iter(turn.beside)
-        turn.slots = [next(refs) if slot is None else slot for slot in turn.slots]
+    if not turn.beside or None not in turn.slots:
         return
-    shown = {_key(ref) for other in turns for ref in other.slots if ref is not None}
-    new = [ref for ref in _distinct(turn.beside) if _key(ref) not in shown]
-    if new and turn.slots:
-        raise _unplaced(new[0])
-    turn.slots = [*new, *turn.slots]
-    turn.text = f"{IMAGE_MARKER}\n" * len(new) + turn.text
+    if (free := turn.slots.count(None)) != len(turn.beside):
+        raise _miscounted(f"turn {number}", free, len(turn.beside))
+    refs = iter(turn.beside)
+    turn.slots = [next(refs) if slot is None else slot for slot in turn.slots]
+    turn.beside = []
+
+
+def _mark_unmarked(turns: Sequence[Turn], listed: Sequence[ImageRef]) -> None:
+    """Puts a marker at the beginning of a turn for each image under its keys that has none yet, there or elsewhere."""
+    taken = {_key(ref) for turn in turns for ref in turn.slots if ref is not None}
+    new = {_key(ref) for turn in turns for ref in turn.beside} - taken
+    of_record = {_key(ref) for ref in listed}
+    free = sum(turn.slots.count(None) for turn in turns)
+    if free and free != len(of_record - taken - new):  # then a marker stands for an image that the turn repeats
+        new -= of_record
+    for turn in turns:
+        mine = [ref for ref in _distinct(turn.beside) if _key(ref) in new]
+        if mine and turn.slots:
+            raise _unplaced(mine[0])
+        turn.slots = [*mine, *turn.slots]
+        turn.text = f"{IMAGE_MARKER}\n" * len(mine) + turn.text
+        new -= {_key(ref) for ref in mine}
 
 
 def _fill(slots: Sequence[ImageRef | None], listed: Sequence[ImageRef], number: int) -> list[ImageRef]:
@@ -153,4 +163,4 @@ def _miscounted(what: str, markers: int, images: int) -> UserError:
 
 
 def _unplaced(ref: ImageRef) -> UserError:
-    return UserError(f"other images have a place in a turn, but none says where '{ref.name}' stands", "image_order")
+    return UserError(f"it says where other images stand, but not where '{ref.name}' does", "image_order")

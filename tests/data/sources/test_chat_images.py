@@ -103,6 +103,19 @@ WAYS = {
         {"role": "user", "content": "<image> q"}, {"role": "assistant", "content": "x"},
         {"role": "user", "content": "r", "images": ["a.jpg"]}, {"role": "assistant", "content": "y"}]},
         ["a.jpg"], [], ["q", "r"]),
+    "a key repeats before its marker": ({"messages": [
+        {"role": "user", "content": "q", "images": ["a.jpg"]}, {"role": "assistant", "content": "x"},
+        {"role": "user", "content": "<image> <image> r", "images": TWO}, {"role": "assistant", "content": "y"}]},
+        TWO, [1], ["q", "image 1 image 2 r"]),
+    "a key repeats what a marker shows": ({"image": "a.jpg", "messages": [
+        {"role": "user", "content": "<image> q"}, {"role": "assistant", "content": "x"},
+        {"role": "user", "content": "r", "images": ["a.jpg"]}, {"role": "assistant", "content": "y"},
+        {"role": "user", "content": [image_part("b.jpg"), text_part("s")]}, {"role": "assistant", "content": "z"}]},
+        TWO, [2], ["image 1 q", "r", "s"]),
+    "a key and a marker share the list": ({"images": TWO, "messages": [
+        {"role": "user", "content": "q", "images": ["a.jpg"]}, {"role": "assistant", "content": "x"},
+        {"role": "user", "content": "<image> r"}, {"role": "assistant", "content": "y"}]},
+        TWO, [1], ["q", "image 2 r"]),
     "the system turn": ({"images": TWO, "conversations": [{"from": "system", "value": "See <image>."},
                                                           *turns("And <image>?", "x")]},
                         TWO, [0], ["See image 1.\nAnd image 2?"]),
@@ -141,10 +154,14 @@ BAD = {
                   "image_count", "turn 0 has 1 <image> marker for 2 images"),
     "no place for one": ({"image": "a.jpg", "messages": [{"role": "user", "content": [image_part("b.jpg")]},
                                                          {"role": "assistant", "content": "x"}]},
-                         "image_order", "none says where 'a.jpg' stands"),
+                         "image_order", "not where 'a.jpg' does"),
     "key and part of a turn": ({"messages": [
         {"role": "user", "content": [text_part("q"), image_part("b.jpg")], "images": ["a.jpg"]},
-        {"role": "assistant", "content": "x"}]}, "image_order", "none says where 'a.jpg' stands"),
+        {"role": "assistant", "content": "x"}]}, "image_order", "not where 'a.jpg' does"),
+    "listed and shown in part": ({"images": TWO, "messages": [
+        {"role": "user", "content": "q"}, {"role": "assistant", "content": "x"},
+        {"role": "user", "content": "r", "images": ["a.jpg"]}, {"role": "assistant", "content": "y"}]},
+        "image_order", "not where 'b.jpg' does"),
     "an answer": ({"image": "b.jpg", "messages": [{"role": "user", "content": "q"},
                                                   {"role": "assistant", "content": "x", "images": ["a.jpg"]}]},
                   "marker_in_answer", "turn 1, an answer, has an image"),
