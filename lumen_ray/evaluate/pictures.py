@@ -52,6 +52,8 @@ class PicturesEvaluator:
     def generate_requests(self, row: Row, number: int) -> list[ScoredRequest]:
         """The row's first caption that describes a scene; pictures of other captions cannot be scored by counting."""
         for message in row["messages"]:
+            if message["image_turns"]:  # a caption of several images describes none of them alone
+                continue
             if message["task"] == "caption" and (objects := described(message["turns"][-1]["content"])):
                 text = message["turns"][-1]["content"]
                 request = make_request("generate", text=text, sample=SampleSettings(seed=number))

@@ -79,12 +79,14 @@ def format_value(value: float | None) -> str:
 
 
 def print_report(report: dict[str, Any], console: Console | None = None) -> None:
-    """Prints the table, and below it the number of skipped images."""
+    """Prints the table, and below it the number of skipped images and the notes."""
     console = console or Console()
     console.print(make_table(report))
     if report["skipped"]:
         first = report["errors"][0]
         console.print(f"{report['skipped']} images were skipped, e.g. {first['image_id']}: {first['message']}")
+    for note in report.get("notes", ()):
+        console.print(f"note: {note}")
 
 
 def write_report(report: dict[str, Any], path: str | Path) -> None:

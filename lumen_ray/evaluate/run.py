@@ -130,6 +130,7 @@ def evaluate(
         "tasks": [name for name in TASKS if name in scorer.tasks],
         "settings": _settings(engine, batch_size, limits),
         **_counts(done, errors, seconds),
+        "notes": _notes(scorer),
         "metrics": metrics,
         "tables": tables,
     }
@@ -202,6 +203,13 @@ def _counts(images: int, errors: list[dict[str, str]], seconds: float) -> dict[s
         "seconds": round(seconds, 2),
         "images_per_second": round(images / max(seconds, 1e-9), 2),
     }
+
+
+def _notes(scorer: SplitScorer) -> list[str]:
+    """Sentences about what is not scored."""
+    if not scorer.about_several:
+        return []
+    return [f"{scorer.about_several} questions and captions about several images are not scored, only those about one"]
 
 
 def _scorer(manifest: dict[str, Any], named: Sequence[str] | None, engine: EngineProtocol) -> SplitScorer:

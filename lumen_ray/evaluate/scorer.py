@@ -20,6 +20,9 @@ from lumen_ray.inference.request import make_request
 from lumen_ray.structures import Answer, Region
 from lumen_ray.tasks import get_task
 
+#: tasks whose messages are scored
+_SCORED_TEXTS = ("vqa", "caption", "region_caption")
+
 
 class _Evaluator(Protocol):
     def evaluate(self) -> dict[str, Any]:
@@ -30,7 +33,8 @@ class SplitScorer:
     """Turns rows into requests, and their answers into metrics.
 
     classes: all class names of the split; skeletons: class -> keypoint names; tasks: those to score; spoken: tasks that
-    only free chat asks for.
+    only free chat asks for. Requests are about one image: texts about several are left out and counted in
+    `about_several`.
     """
 
     def __init__(
@@ -57,6 +61,7 @@ class SplitScorer:
         self.routing = RoutingEvaluator()
         self.pictures = PicturesEvaluator()
         self.region_mask, self.semantic = RegionSegmentEvaluator(), SemanticEvaluator(classes)
+        self.about_several = 0
 
     def requests(self, row: Row) -> list[ScoredRequest]:
         """Requests for everything the row is annotated with, the routing token given."""
@@ -140,6 +145,9 @@ class SplitScorer:
             task, turns = message["task"], message["turns"]
             if task not in self.tasks or len(turns) < 2:
                 continue
+            if message["image_turns"]:
+                self.about_several += task in _SCORED_TEXTS
+                continue
             question, truth = turns[0]["content"], turns[1]["content"]
             if task == "vqa":
                 score = partial(_score_text, partial(self.vqa.process, question, truth))
@@ -195,6 +203,8 @@ class SplitScorer:
             if item["task"] in self.spoken:
                 phrases.setdefault(item["task"], item["phrase"])
         for message in row["messages"]:
+            if message["image_turns"]:
+                continue
             if message["task"] in ("vqa", "edit") and message["task"] in self.spoken:
                 phrases.setdefault(message["task"], message["turns"][0]["content"])
             if message["task"] == "caption" and "caption" in self.spoken:

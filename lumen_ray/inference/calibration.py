@@ -54,11 +54,11 @@ class Curve:
         return self.classes.get(phrase, self.shift)
 
 
+@dataclass(frozen=True, slots=True)
 class Calibration:
     """The curves of a model by task. Tasks without one keep their scores."""
 
-    def __init__(self, curves: Mapping[str, Curve]):
-        self.curves = dict(curves)
+    curves: Mapping[str, Curve]
 
     def curve(self, task: str) -> Curve | None:
         """The curve of a task, or of the one that its answers are computed from."""

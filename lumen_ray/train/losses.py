@@ -61,11 +61,11 @@ def _objects(decoder: str, batch: TrainingBatch, t: PerceptionTargets) -> dict[s
 
 def count_tokens(batch: TrainingBatch, image_tokens: int) -> tuple[int, int]:
     """(tokens of images and prompts, tokens the LLM computes: also padding, and the image tokens of rows without an
-    image)."""
+    image, or with fewer than others)."""
     layout = batch.layout
     images = int(batch.has_image.sum()) + len(batch.further_rows)
     real = int((layout.branch_ids >= 0).sum()) + images * image_tokens
-    rows, length = layout.llm_shape(image_tokens)
+    rows, length = layout.llm_shape(image_tokens * batch.most_images)
     return real, rows * length
 
 

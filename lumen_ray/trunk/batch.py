@@ -5,6 +5,7 @@ Imports only torch, so that a machine without Ray can run training steps on batc
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,10 @@ class TrainingBatch:
     targets: dict[str, PerceptionTargets | ImageTargets]
     #: by decoder name: images in the decoder's input size, for decoders with an input size rule
     pixels: dict[str, Pixels] = field(default_factory=dict)
+    #: uint8 [E, 3, H, W]: the images of rows beyond their first, in the size of `images`; `further_rows` int64 [E]: the
+    #: row of the batch that each belongs to, nondecreasing; the images of a row in their order
+    further_images: Tensor = field(default_factory=lambda: torch.zeros(0, 3, 1, 1, dtype=torch.uint8))
+    further_rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     #: image id of every row
     image_ids: list[str] = field(default_factory=list)
     #: decoders trained on this batch, the same on all ranks; None: all of the model's
@@ -50,10 +55,6 @@ class TrainingBatch:
     distil: bool = False
     #: tasks that may occur in the batch, the same on all ranks; None: any
     possible_tasks: Collection[str] | None = None
-    #: uint8 [E, 3, H, W]: images behind the first of rows that have several, as `images`; `further_rows` int64 [E]: the
-    #: row of each, ascending; those of a row are in their order
-    further_images: Tensor = field(default_factory=lambda: torch.zeros(0, 3, 0, 0, dtype=torch.uint8))
-    further_rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     step: int = 0
     #: images that could not be decoded: {image_id, reason}
     rejected: list[dict[str, Any]] = field(default_factory=list)
@@ -61,6 +62,11 @@ class TrainingBatch:
     truncated: dict[str, int] = field(default_factory=dict)
     #: seconds spent on reading, decoding and layout
     read_s: float = 0.0
+
+    @property
+    def most_images(self) -> int:
+        """Most images of a row."""
+        return 1 + max(Counter(self.further_rows.tolist()).values(), default=0)
 
     def to(self, device: torch.device | str) -> TrainingBatch:
         """The batch with its tensors on `device`. Pixels and targets shared by decoders stay shared."""
@@ -76,11 +82,11 @@ class TrainingBatch:
             images=self.images.to(device),
             extents=self.extents.to(device),
             has_image=self.has_image.to(device),
-            further_images=self.further_images.to(device),
-            further_rows=self.further_rows.to(device),
             layout=self.layout.to(device),
             region_masks=self.region_masks.to(device),
             region_images=self.region_images.to(device),
+            further_images=self.further_images.to(device),
+            further_rows=self.further_rows.to(device),
             targets={name: move(value) for name, value in self.targets.items()},
             pixels={name: move(value) for name, value in self.pixels.items()},
         )

@@ -64,17 +64,12 @@ class Layout:
     #: are packed; each entry is an index into the flattened [B, P + T] grid, -1 at padding
     pack: Tensor | None = None
 
-    @property
-    def most_images(self) -> int:
-        """Most images of a row."""
-        return max(1, int(self.images.max())) if self.images.numel() else 1
-
-    def llm_shape(self, image_tokens: int) -> tuple[int, int]:
-        """(rows, tokens per row) of the LLM's input with `image_tokens` tokens per image."""
+    def llm_shape(self, prefix: int) -> tuple[int, int]:
+        """(rows, tokens per row) of the LLM's input with a prefix of `prefix` image tokens."""
         if self.pack is not None:
             rows, length = self.pack.shape
             return rows, length
-        return len(self.input_ids), image_tokens * self.most_images + self.input_ids.shape[1]
+        return len(self.input_ids), prefix + self.input_ids.shape[1]
 
     def to(self, device: torch.device | str) -> Layout:
         def move(value: Any) -> Any:

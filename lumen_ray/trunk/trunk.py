@@ -216,13 +216,13 @@ class Trunk(nn.Module):
         tokens, merged, stem = self.extract_features(images)
         image_tokens = tokens.shape[1] - len(self.lead)
         if several:
-            tokens = self._with_further(tokens, number, batch.further_rows, layout.most_images)
+            tokens = self._with_further(tokens, number, batch.further_rows, batch.most_images)
             images, merged = images[:number], merged[:number]
             stem = None if stem is None else (stem[0][:number], stem[1][:number], stem[2][:number])
         regions = None
         if len(batch.region_masks):
             regions = self.regions(images, merged, batch.region_masks, batch.region_images)
-        segments = prefix_segments(len(self.lead), image_tokens, layout.most_images, images.device)
+        segments = prefix_segments(len(self.lead), image_tokens, batch.most_images, images.device)
         prefix = len(segments)
         if layout.pack is not None:
             tokens = F.pad(tokens, (0, 0, 0, 0, 0, len(layout.input_ids) - len(images)))

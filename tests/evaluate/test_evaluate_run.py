@@ -1,5 +1,6 @@
 """The whole evaluation on rendered scenes, with engines whose scores are known beforehand."""
 
+import io
 import json
 
 import pyarrow.parquet as pq
@@ -8,6 +9,7 @@ from rich.console import Console
 from support.evaluate_fakes import POSED, FakeEngine, write_split
 
 from lumen_ray.data.scenes.render import scene_row
+from lumen_ray.data.shards.schema import make_message
 from lumen_ray.errors import UserError
 from lumen_ray.evaluate.report import print_report
 from lumen_ray.evaluate.run import evaluate
@@ -143,3 +145,25 @@ def test_an_invalid_text_is_reported_and_the_rest_scored(rows, tmp_path):
     report = evaluate(FakeEngine(rows, skeletons=POSED), split, tmp_path / "out")
     assert (report["scored"], report["skipped"]) == (1, 1)
     assert report["errors"][0]["image_id"] == "bad" and report["errors"][0]["reason"] == "reserved_text"
+
+
+def test_texts_about_several_images_are_not_scored_on_the_first_alone(rows, tmp_path):
+    """They are counted in a note; texts about one image of the same row are scored."""
+    other = {"image": rows[2]["image"], "height": 96, "width": 96}
+    wrong = [
+        make_message("vqa", "which is red ?", "the second", image_turns=(0,)),
+        make_message("caption", "how do they differ ?", "a red circle left of a blue square", image_turns=(0,)),
+    ]
+    pair = {**rows[0], "messages": [*wrong, *rows[0]["messages"]], "further_images": [other]}
+    split = write_split(tmp_path / "split", [pair, rows[1]])
+    report = evaluate(FakeEngine(rows, skeletons=POSED), split, tmp_path / "out")
+    questions = [m for row in rows[:2] for m in row["messages"] if m["task"] == "vqa"]
+    assert report["metrics"]["vqa_questions"] == len(questions) and report["metrics"]["captions"] == 2
+    assert report["metrics"]["vqa_accuracy"] == report["metrics"]["caption_attributes"] == 1
+    (note,) = report["notes"]
+    assert note.startswith("2 questions and captions about several images are not scored")
+    print_report(report, Console(file=(out := io.StringIO()), width=200))
+    assert note in out.getvalue()
+    chat = evaluate(FakeEngine(rows), write_split(tmp_path / "one", [{**pair, "messages": wrong}]), tmp_path / "o2")
+    assert chat["metrics"]["vqa_questions"] == 0 and "vqa" not in chat["tables"]["routing_per_task"]
+    assert evaluate(FakeEngine(rows), write_split(tmp_path / "two", rows[:1]), tmp_path / "o3")["notes"] == []

@@ -12,7 +12,7 @@ from lumen_ray.data.scenes import edits as scenes_edits
 from lumen_ray.data.scenes import render as scenes
 from lumen_ray.data.shards.schema import make_message
 from lumen_ray.errors import UserError
-from lumen_ray.evaluate.pictures import write_sheet
+from lumen_ray.evaluate.pictures import PicturesEvaluator, write_sheet
 from lumen_ray.evaluate.run import evaluate
 from lumen_ray.structures import Answer, Boxes, Prediction
 from lumen_ray.tasks import TASKS, task_of_prompt
@@ -181,3 +181,11 @@ def test_by_default_routing_to_pictures_is_scored_for_models_that_draw(split, tm
     report = evaluate(engine, split, tmp_path, limit=4, chat_limit=4)
     assert report["tasks"] == ["chat", "caption"]  # no picture is made
     assert report["tables"]["routing_per_task"] == {"caption": 1, "generate": 1, "edit": 1}
+
+
+def test_a_caption_of_several_images_is_not_drawn():
+    text = "a red circle and two blue squares"
+    row = {"messages": [make_message("caption", "differ ?", text, image_turns=(0,))]}
+    assert PicturesEvaluator().generate_requests(row, 0) == []
+    row["messages"].append(make_message("caption", "what ?", text))
+    assert len(PicturesEvaluator().generate_requests(row, 0)) == 1

@@ -145,7 +145,13 @@ def scene_batch(
     sizes = tiny_settings(**EXPERTS).input_rules if sizes is None else sizes
     collator = Collator(tiny_tokenizer(), SIDE, tasks, scenes.SKELETONS, branches, input_rules=sizes)
     images = [None if row["image"] is None else decode(row["image"]) for row in rows]
-    return collator(rows, images, [np.random.default_rng((seed, i)) for i in range(len(rows))])
+    rngs = [np.random.default_rng((seed, i)) for i in range(len(rows))]
+    return collator(rows, images, rngs, further=[further_images(row) for row in rows])
+
+
+def further_images(row: dict[str, Any]) -> list[np.ndarray]:
+    """The images of a row beyond its first, uint8 [H, W, 3] each."""
+    return [decode(image["image"]) for image in row["further_images"]]
 
 
 def plain_batch(images: Tensor, layout: Layout, **fields: Any) -> TrainingBatch:

@@ -179,10 +179,9 @@ def test_a_later_image_is_seen_from_its_question_on(turns):
         assert layout.seen[0, column] == 1 + sum(turn <= question for turn in turns)
     assert (layout.images[0] == 1 + len(turns)).all()
     assert (layout.seen[1] == 1).all() and (layout.images[1] == 1).all()
-    assert layout.most_images == 1 + len(turns)
-    allowed = branch_allowed(layout.branch_ids, layout.seen, prefix_segments(1, 2, layout.most_images))
+    allowed = branch_allowed(layout.branch_ids, layout.seen, prefix_segments(1, 2, 1 + len(turns)))
     for column in range(layout.input_ids.shape[1]):
-        assert allowed[0, column, : 1 + 2 * layout.most_images].sum() == 1 + 2 * layout.seen[0, column]
+        assert allowed[0, column, : 3 + 2 * len(turns)].sum() == 1 + 2 * layout.seen[0, column]
 
 
 def test_the_sequential_layout_takes_one_image_per_conversation():

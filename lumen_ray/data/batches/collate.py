@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,9 +11,18 @@ import torch
 from torch import Tensor
 
 from lumen_ray.data.batches.decoder_inputs import BatchImages, as_pixels, prompted_images
-from lumen_ray.data.batches.packing import Packing, fit_branches, pack
+from lumen_ray.data.batches.packing import Packing, fit_branches, num_images, pack
 from lumen_ray.data.batches.prompts import PromptBatch, SamplePrompts
-from lumen_ray.data.batches.transforms import PAD_VALUE, Sample, as_picture, mask_shape, picture_of, transform
+from lumen_ray.data.batches.transforms import (
+    PAD_VALUE,
+    Sample,
+    as_picture,
+    fit_matrix,
+    mask_shape,
+    picture_of,
+    transform,
+    warp,
+)
 from lumen_ray.data.images import Picture
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.input_size import PictureSize, SizeRule
@@ -108,54 +117,87 @@ class Collator:
         images: Sequence[np.ndarray | Picture | None],
         rngs: Sequence[np.random.Generator],
         edited: Sequence[np.ndarray | Picture | None] | None = None,
+        further: Sequence[Sequence[np.ndarray | Picture]] | None = None,
     ) -> TrainingBatch:
         """Makes the batch that `Generalist.forward` takes.
 
-        `images`: decoded, None for text-only rows; `edited`: the target images of rows that have one. Prompts of a
+        `images`: decoded, None for text-only rows; `edited`: the target images of rows that have one; `further`: the
+        further images of each row, all or none, without which its messages about them are left out. Prompts of a
         generation step see no image: the images of the rows are their targets, and are not augmented.
 
         In a packed batch rows with an image come first, and `images` holds theirs alone (one grey image if there is
-        none).
+        none). A row whose images leave no room for a prompt in a packed row has neither.
         """
         edited = edited or [None] * len(rows)
-        if self.packing:
-            order = sorted(range(len(rows)), key=lambda i: images[i] is None)
-            rows, rngs = [rows[i] for i in order], [rngs[i] for i in order]
-            images, edited = [images[i] for i in order], [edited[i] for i in order]
-        pictures = [as_picture(GREY if image is None else image) for image in images]
         blind = not all(TASKS[task].sees_image for task in self.tasks)
+        further = further if further and not blind else [()] * len(rows)
+        fits = [image is not None and self._fits(1 + len(more)) for image, more in zip(images, further, strict=True)]
+        if self.packing:
+            order = sorted(range(len(rows)), key=lambda i: not fits[i])
+            rows, rngs, fits = [rows[i] for i in order], [rngs[i] for i in order], [fits[i] for i in order]
+            images, edited = [images[i] for i in order], [edited[i] for i in order]
+            further = [further[i] for i in order]
+        pictures = [as_picture(GREY if image is None else image) for image in images]
         prompts, samples = PromptBatch(), []
         for index, (row, rng) in enumerate(zip(rows, rngs, strict=True)):
             target = edited[index] if "edit" in self.tasks else None
-            augment = self._augment(blind, editing=target is not None)
+            augment = self._augment(blind, editing=target is not None, several=bool(further[index]))
             sample = transform(row, pictures[index], self.input_size, augment, rng, self.skeletons)
             samples.append(sample)
             drawn = SamplePrompts(
-                prompts, index, row, sample, self.tasks, self.branches, rng, self.skeletons, self.frequencies
+                prompts,
+                index,
+                row,
+                sample,
+                self.tasks,
+                self.branches,
+                rng,
+                self.skeletons,
+                self.frequencies,
+                len(further[index]),
             )
             if blind and images[index] is not None:
                 drawn.add_generation(pictures[index])
             if target is not None:
                 drawn.add_edits(as_picture(target))
             drawn.add_understanding()
-        has_image = torch.tensor([image is not None and not blind for image in images])
-        return self._tensors(prompts, BatchImages(rows, pictures, samples), has_image)
+        has_image = torch.tensor([fit and not blind for fit in fits])
+        if self.packing:
+            truncated = self._truncate(prompts, has_image, further, self.packing)
+        else:
+            truncated = {}
+        batch = self._tensors(prompts, BatchImages(rows, pictures, samples), has_image, further)
+        return replace(batch, truncated=truncated)
 
-    def _augment(self, blind: bool, editing: bool) -> AugmentSettings:
+    def _fits(self, images: int) -> bool:
+        """Whether that many images of a row leave room for a prompt."""
+        return self.packing is None or images * self.packing.image_tokens < self.packing.tokens
+
+    def _augment(self, blind: bool, editing: bool, several: bool) -> AugmentSettings:
         """The augmentation of one row."""
+        if several:  # texts compare images by side, size and colour, and name their order
+            return AugmentSettings()
         if blind:  # else the decoder would learn to draw padding, and colours that the caption does not name
             return AugmentSettings()
         if editing:  # jitter of the source's colours alone would be part of the edit
             return self.augment.model_copy(update={"color": 0.0})
         return self.augment
 
-    def _tensors(self, prompts: PromptBatch, shown: BatchImages, has_image: Tensor) -> TrainingBatch:
+    def _tensors(
+        self,
+        prompts: PromptBatch,
+        shown: BatchImages,
+        has_image: Tensor,
+        further: Sequence[Sequence[np.ndarray | Picture]],
+    ) -> TrainingBatch:
         """The batch of the collected prompts and samples."""
         number = len(shown.rows)
-        truncated = self._truncate(prompts, has_image, self.packing) if self.packing else {}
+        needed = {branch.image for branch in prompts.branches if branch.image_turns}
+        further_images = [(row, image) for row in sorted(needed) for image in further[row]]
+        further_rows = torch.tensor([row for row, _ in further_images], dtype=torch.int64)
         layout = build_layout(prompts.branches, number, self.tokenizer, self.prompt_layout, has_image)
         if self.packing:
-            layout.pack = pack(layout, has_image, self.packing)
+            layout.pack = pack(layout, num_images(has_image, further_rows), self.packing)
             number = max(1, int(has_image.sum()))
         pixels, targets = self._decoder_inputs(prompts, shown, layout, number)
         samples = shown.samples[:number]
@@ -170,9 +212,18 @@ class Collator:
             region_images=torch.tensor(prompts.region_images, dtype=torch.int64),
             targets=targets,
             pixels=pixels,
+            further_images=self._fitted([image for _, image in further_images]),
+            further_rows=further_rows,
             image_ids=[row["image_id"] for row in shown.rows],
-            truncated=truncated,
         )
+
+    def _fitted(self, images: Sequence[np.ndarray | Picture]) -> Tensor:
+        """Images without augmentation in the input size, uint8 [E, 3, H, W]."""
+        fitted = [np.zeros((0, *as_size(self.input_size), 3), np.uint8)]
+        for picture in map(as_picture, images):
+            matrix = fit_matrix(picture.size, self.input_size)
+            fitted.append(warp(picture.pixels, matrix, self.input_size, reduction=picture.reduction)[None])
+        return torch.from_numpy(np.concatenate(fitted)).permute(0, 3, 1, 2).contiguous()
 
     def _decoder_inputs(
         self, prompts: PromptBatch, shown: BatchImages, layout: Layout, number: int
@@ -206,9 +257,17 @@ class Collator:
                 targets |= dict.fromkeys(names, in_frame)
         return pixels, targets
 
-    def _truncate(self, prompts: PromptBatch, has_image: Tensor, packing: Packing) -> dict[str, int]:
+    def _truncate(
+        self,
+        prompts: PromptBatch,
+        has_image: Tensor,
+        further: Sequence[Sequence[np.ndarray | Picture]],
+        packing: Packing,
+    ) -> dict[str, int]:
         """Cuts the prompts of each sample to fit a packed row; returns how much was cut, empty if nothing was."""
-        tokens = (has_image.long() * packing.image_tokens).tolist()
+        # those of a row whose images do not fit count too, so that its prompts are dropped and counted
+        shown = [(has or bool(more)) + len(more) for has, more in zip(has_image.tolist(), further, strict=True)]
+        tokens = [number * packing.image_tokens for number in shown]
         kept, lost = fit_branches(prompts.branches, tokens, packing.tokens, self.tokenizer)
         if not any(lost.values()):
             return {}

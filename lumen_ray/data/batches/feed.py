@@ -11,7 +11,7 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -23,7 +23,7 @@ import torch
 from lumen_ray.data.batches.collate import Collator
 from lumen_ray.data.batches.packing import Packing
 from lumen_ray.data.batches.plan import Plan, join_rows, row_rng
-from lumen_ray.data.images import decode_reduced
+from lumen_ray.data.images import Picture, decode_reduced
 from lumen_ray.data.shards.schema import make_row
 from lumen_ray.data.shards.shards import read_manifest, read_row_group, read_rows
 from lumen_ray.errors import UserError
@@ -74,7 +74,7 @@ class BatchReader:
         step, group = item["step"], stage.groups[item["group"]]
         tasks, size = group.tasks, as_size(item.get("bucket") or self.input_size)
         input_rules = {name: rule for name, rule in self.input_rules.items() if name in group.learning}
-        rows, images, edited, rngs, rejected = [], [], [], [], []
+        rows, images, edited, further, rngs, rejected = [], [], [], [], [], []
         for file, index, wanted in item["parts"]:
             numbers = range(wanted) if isinstance(wanted, int) else wanted
             for number, row in zip(numbers, read_row_group(self.shards, file, index, numbers), strict=True):
@@ -84,20 +84,22 @@ class BatchReader:
                     target = None
                     if "edit" in tasks and row["target_image"] is not None:
                         target = decode_reduced(row["target_image"], side)
+                    more = _further_images(row, tasks, max(size))
                 except UserError as error:  # a broken image is reported in the metrics and does not stop the run
                     rejected.append({"image_id": row["image_id"], "reason": str(error)})
                     row, image = make_row(row["image_id"], None, (row["height"], row["width"]), row["source"]), None
-                    target = None
+                    target, more = None, []
                 rows.append(row)
                 images.append(image)
                 edited.append(target)
+                further.append(more)
                 rngs.append(row_rng(self.recipe.seed, step, file, index, number))
         collator = Collator(
             self.tokenizer, size, tasks, self.skeletons, stage.branches, stage.augment, self.frequencies,
             self._packing(size), self.prompt_layout, input_rules,
         )  # fmt: skip
         return replace(
-            collator(rows, images, rngs, edited),
+            collator(rows, images, rngs, edited, further),
             step=step,
             possible_tasks=list(tasks),
             decoders=list(group.learning),
@@ -118,6 +120,23 @@ class BatchReader:
         if not self.recipe.pack_tokens:
             return None
         return Packing(self.recipe.pack_tokens, (size[0] // self.token_side) * (size[1] // self.token_side))
+
+
+def _further_images(row: dict[str, Any], tasks: Sequence[str], side: int) -> list[Picture]:
+    """The further images of a row, decoded for an input of `side` pixels; none if no prompt of the tasks sees them.
+
+    Raises `UserError` if one cannot be decoded.
+    """
+    asked = any(message["task"] in tasks and message["image_turns"] for message in row["messages"])
+    if row["image"] is None or not asked or not all(TASKS[task].sees_image for task in tasks):
+        return []
+    found = []
+    for number, image in enumerate(row["further_images"], start=2):
+        try:
+            found.append(decode_reduced(image["image"], side))
+        except UserError as error:
+            raise UserError(f"image {number}: {error}", error.reason) from None
+    return found
 
 
 def plan_items(plan: Plan, rank: int, world_size: int, start: int = 0) -> list[dict[str, Any]]:

@@ -1,6 +1,6 @@
 """Packing: samples share rows of the LLM's batch, so that little of it is padding.
 
-A sample is the tokens of its image (none for a text) and of its branches. Samples are distributed over rows of at most
+A sample is the tokens of its images (none for a text) and of its branches. Samples are distributed over rows of at most
 `tokens` tokens; attention is masked between them and positions restart with each, so their results are independent.
 """
 
@@ -96,23 +96,34 @@ def fit_branches(
     return kept, lost
 
 
-def sample_lengths(layout: Layout, has_image: Tensor, image_tokens: int) -> Tensor:
-    """int64 [B]: tokens of each sample, those of its image included."""
-    return has_image.long() * image_tokens + (layout.branch_ids >= 0).sum(1)
+def num_images(has_image: Tensor, further_rows: Tensor) -> Tensor:
+    """int64 [B]: images of each row of a batch, of which `further_rows` lists the rows of those beyond the first."""
+    return has_image.long() + torch.bincount(further_rows, minlength=len(has_image))
 
 
-def pack(layout: Layout, has_image: Tensor, packing: Packing) -> Tensor:
-    """`Layout.pack` of a layout whose samples all fit: int64 [R, L]. L is at most `packing.tokens`."""
-    lengths = sample_lengths(layout, has_image, packing.image_tokens).tolist()
+def sample_lengths(layout: Layout, images: Tensor, image_tokens: int) -> Tensor:
+    """int64 [B]: tokens of each sample, those of its `images` (how many, [B]) included."""
+    return images.long() * image_tokens + (layout.branch_ids >= 0).sum(1)
+
+
+def pack(layout: Layout, images: Tensor, packing: Packing) -> Tensor:
+    """`Layout.pack` of a layout whose samples all fit: int64 [R, L]. L is at most `packing.tokens`.
+
+    `images`: how many each sample has, int64 [B]. The prefix of the flattened grid has room for the most images of any
+    sample, and for one at least; the image tokens of a sample are the first columns of it.
+    """
+    lengths = sample_lengths(layout, images, packing.image_tokens).tolist()
     members = [i for i, length in enumerate(lengths) if length]
     rows = pack_lengths([lengths[i] for i in members], packing.tokens)
-    width = packing.image_tokens + layout.branch_ids.shape[1]
+    prefixes = (images.long() * packing.image_tokens).tolist()
+    prefix = max([packing.image_tokens, *prefixes])
+    width = prefix + layout.branch_ids.shape[1]
     slots = torch.full((len(rows), max([sum(lengths[members[m]] for m in row) for row in rows] + [1])), -1)
     for r, row in enumerate(rows):
         start = 0
         for sample in (members[m] for m in row):
-            first = sample * width + (0 if has_image[sample] else packing.image_tokens)
-            end = start + lengths[sample]
-            slots[r, start:end] = torch.arange(first, first + lengths[sample])
+            first, middle, end = sample * width, start + prefixes[sample], start + lengths[sample]
+            slots[r, start:middle] = torch.arange(first, first + prefixes[sample])
+            slots[r, middle:end] = torch.arange(first + prefix, first + prefix + end - middle)
             start = end
     return slots

@@ -97,7 +97,7 @@ class SamplePrompts:
     """Draws the prompts about one sample and adds them to a batch.
 
     `tasks`: of the step; `skeletons`: keypoint names by class; `frequencies`: images per class, by which absent classes
-    are drawn.
+    are drawn; `further`: how many of the row's further images the batch has, all or none.
     """
 
     batch: PromptBatch
@@ -109,6 +109,7 @@ class SamplePrompts:
     rng: np.random.Generator
     skeletons: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     frequencies: Mapping[str, int] = field(default_factory=dict)
+    further: int = 0
 
     def add_understanding(self) -> None:
         """Adds prompts whose answers are texts or perception results, in a fixed order."""
@@ -177,24 +178,41 @@ class SamplePrompts:
     def add_messages(self) -> None:
         """Adds captions, questions and chats; each `<region>` becomes a mask in the model input.
 
-        A message about a region that was cropped away is left out.
+        A message about a region that was cropped away, or about images that the batch does not have, is left out.
         """
         row, sample = self.row, self.sample
         visible = [region_visible(region, sample) for region in row["regions"]]
         tasks = [task for task in self.tasks if task in TEXT_TASKS]
-        usable = [m for m in row["messages"] if m["task"] in tasks and all(visible[r] for r in m["regions"])]
+        usable = [
+            m
+            for m in row["messages"]
+            if m["task"] in tasks
+            and all(visible[r] for r in m["regions"])
+            and len(m["image_turns"]) in (0, self.further)
+        ]
         for message in draw(usable, self.settings.max_messages, self.rng):
             history, prompt, response = exchanges(message["turns"])
             regions = tuple(
                 self.batch.add_region(self.image, region_input(sample, row["regions"][index]))
                 for index in message["regions"]
             )
-            branch = Branch(self.image, prompt, response=response, regions=regions, history=history)
+            branch = Branch(
+                self.image,
+                prompt,
+                response=response,
+                regions=regions,
+                history=history,
+                image_turns=tuple(message["image_turns"]),
+            )
             self.batch.add(message["task"], branch)
 
     def add_generation(self, picture: Picture) -> None:
-        """Adds a caption of the row as the description of its image, which the prompt does not see."""
-        captions = [m["turns"][-1]["content"] for m in self.row["messages"] if m["task"] == "caption"]
+        """Adds a caption of the row as the description of its image, which the prompt does not see.
+
+        A caption of several images describes none of them alone.
+        """
+        messages = [m for m in self.row["messages"] if m["task"] == "caption" and not m["image_turns"]]
+        captions = [m["turns"][-1]["content"] for m in messages]
         for caption in draw(captions, 1, self.rng):
             self._routed(TASKS["generate"], caption, Target(picture=picture, text=caption))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
+from torch import Tensor
 
 from lumen_ray.data.batches.prompts import CLASS_TASKS
 from lumen_ray.data.images import decode
@@ -24,6 +25,8 @@ from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
 from lumen_ray.viz import Colour, draw, known_edges, palette, upscale_factor
 
 STORED_SIDE = 640
+#: longer side of the further images of a row
+THUMBNAIL_SIDE = 320
 #: with more objects, names would hide the image and are not drawn
 MAX_NAMED = 40
 #: of more queries, only the first and the last are shown
@@ -127,8 +130,7 @@ def _stored(row: Row, names: dict[str, tuple[str, ...]], edges: dict[str, Any], 
     partial = sorted(set(counts) - set(row["classes"]))
     notes = [f"classes annotated as absent: {absent:,}"] * bool(absent)
     notes += [f"not annotated exhaustively, not used as prompts: {safe(', '.join(partial))}"] * bool(partial)
-    texts = [f"<li><i>{safe(m['task'])}</i> {' → '.join(safe(t['content']) for t in m['turns'])}</li>"
-             for m in row["messages"]]  # fmt: skip
+    texts = [f"<li><i>{safe(m['task'])}</i> {' → '.join(_turns(m))}</li>" for m in row["messages"]]
     texts += [f"<li><i>{safe(p['task'])}</i> {safe(p['phrase'])} → {len(p['instances'])} objects</li>"
               for p in row["phrases"]]  # fmt: skip
     listed = f"<details><summary>{len(texts)} texts</summary><ul>{''.join(texts)}</ul></details>" if texts else ""
@@ -137,7 +139,38 @@ def _stored(row: Row, names: dict[str, tuple[str, ...]], edges: dict[str, Any], 
     if row["target_image"] is not None:
         stored = _pair(stored, _edited_picture(row["target_image"]))
         title += ", before and after the edit"
+    stored += _strip([_stored_thumbnail(image["image"]) for image in row["further_images"]])
+    if row["further_images"]:
+        title += f", {1 + len(row['further_images'])} images"
     return f"{stored}<figcaption><i>{title}</i>{words}{listed}</figcaption>"
+
+
+def _turns(message: dict[str, Any]) -> list[str]:
+    """The texts of a message, behind the numbers of the further images that come in each question."""
+    texts = [safe(turn["content"]) for turn in message["turns"]]
+    for number, question in reversed(list(enumerate(message["image_turns"], start=2))):
+        if 2 * question < len(texts):
+            texts[2 * question] = f"<code>image {number}</code> {texts[2 * question]}"
+    return texts
+
+
+def _strip(pictures: list[str]) -> str:
+    """The further images of a row, each with its number; nothing without any."""
+    if not pictures:
+        return ""
+    shown = "".join(
+        f"<div>{picture}<small>image {number}</small></div>" for number, picture in enumerate(pictures, start=2)
+    )
+    return f"<div class=strip>{shown}</div>"
+
+
+def _stored_thumbnail(encoded: bytes | None) -> str:
+    try:
+        picture = Image.fromarray(decode(encoded or b""))
+    except UserError as error:
+        return f"<div class=none>{safe(error)}</div>"
+    picture.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
+    return f'<img class=zoom loading=lazy src="{data_url(picture)}" alt="further stored image">'
 
 
 def _edited_picture(encoded: bytes) -> str:
@@ -239,10 +272,18 @@ def _model_input(view: View, prompts: list[Prompt], colours: dict[str, Colour]) 
         f'<svg viewBox="0 0 {width} {height}">{layers}</svg></div>'
     )
     beside = ", and the picture to make of it" if made else ""
+    strip = _strip([_further_input(image) for image in view.batch.further_images])
+    augmented = "without augmentation, since texts compare images" if strip else "after augmentation"
     return (
-        f"{_pair(drawn, made)}<figcaption><i>model input</i> {width}×{height}, after augmentation, with what the "
+        f"{_pair(drawn, made)}{strip}<figcaption><i>model input</i> {width}×{height}, {augmented}, with what the "
         f"prompts should find{beside}{left_out}</figcaption>"
     )
+
+
+def _further_input(image: Tensor) -> str:
+    """A further image of the batch, uint8 [3, H, W]."""
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    return f'<img loading=lazy src="{data_url(picture, "PNG")}" alt="further model input">'
 
 
 def _pair(left: str, right: str) -> str:

@@ -96,7 +96,8 @@ class Sampler:
         part = (file, index, (number,))
         batch = self.reader({"step": step, "stage": self.stage, "group": group, "parts": [part], "bucket": bucket})
         height, width = batch.images.shape[-2:]
-        tokens = self.settings.image_tokens((height, width)) if bool(batch.has_image[0]) else 0
+        images = int(batch.has_image[0]) + len(batch.further_rows)
+        tokens = images * self.settings.image_tokens((height, width))
         return View(row, batch, self.recipe.stages[self.stage].groups[group].tasks, tokens)
 
     def _group(self, row: dict[str, Any], rng: np.random.Generator) -> int:

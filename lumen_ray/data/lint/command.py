@@ -28,7 +28,7 @@ from lumen_ray.errors import UserError, suggest, unknown
 
 SAMPLES = 24
 MIN_SIDE = 2.0
-_AGAINST_COLUMNS = ("image_id", "image", "height", "width")
+_AGAINST_COLUMNS = ("image_id", "image", "height", "width", "further_images")
 _STYLES: dict[Severity, str] = {"problem": "bold red", "warning": "yellow", "note": "dim"}
 
 

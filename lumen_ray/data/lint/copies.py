@@ -21,7 +21,8 @@ def plain_id(image_id: str) -> str:
 
 
 class Copies(Check):
-    """Compares every row with the first row of its image id, of its plain id and of its image bytes.
+    """Compares every row with the first row of its image id, of its plain id and of its image bytes (of several images:
+    of all of them).
 
     Keeps per row the id, three hashes of 8 bytes and one of 16. Several rows may share an image if they have different
     texts, as in sets of captions or of edits; with objects or classes, an image should be one row.
@@ -125,15 +126,16 @@ class Leaks(Check):
         self._images: dict[bytes, str] = {}  # digest -> id of its first row
 
     def row(self, row: LintRow) -> None:
-        if row.image_digest is not None:
-            self._images.setdefault(row.image_digest, row.image_id)
+        for digest in row.image_digests:
+            self._images.setdefault(digest, row.image_id)
 
     def other(self, row: LintRow, folder: str) -> None:
-        """Looks for the image of a row of another folder among those of the set."""
-        if row.image_digest is not None and row.image_digest in self._images:
-            own = self._images.pop(row.image_digest)
-            name = "" if own == row.image_id else f" as '{row.image_id}'"
-            self.add(self.leak, LintRow({**row.row, "image_id": own}), f"also in '{folder}'{name}")
+        """Looks for the images of a row of another folder among those of the set."""
+        for digest in row.image_digests:
+            if digest in self._images:
+                own = self._images.pop(digest)
+                name = "" if own == row.image_id else f" as '{row.image_id}'"
+                self.add(self.leak, LintRow({**row.row, "image_id": own}), f"also in '{folder}'{name}")
 
     def finish(self, facts: SetFacts) -> None:
         self._images.clear()

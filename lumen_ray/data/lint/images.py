@@ -34,12 +34,19 @@ class Images(Check):
             self._decode(row)
 
     def _decode(self, row: LintRow) -> None:
-        try:
-            height, width = decode(row.row["image"]).shape[:2]
-            if row.row["target_image"] is not None:
+        first = {"image": row.row["image"], "height": row.height, "width": row.width}
+        for number, image in enumerate([first, *row.row["further_images"]], start=1):
+            what = f"image {number}: " if number > 1 else ""
+            try:
+                height, width = decode(image["image"] or b"").shape[:2]
+            except UserError as error:
+                self.add(self.broken, row, f"{what}{error}")
+                continue
+            if (height, width) != (image["height"], image["width"]):
+                said = f"the row says {image['width']}x{image['height']}, the image has {width}x{height} pixels"
+                self.add(self.resized, row, f"{what}{said}")
+        if row.row["target_image"] is not None:
+            try:
                 decode(row.row["target_image"])
-        except UserError as error:
-            self.add(self.broken, row, str(error))
-            return
-        if (height, width) != (row.height, row.width):
-            self.add(self.resized, row, f"the row says {row.width}x{row.height}, the image has {width}x{height} pixels")
+            except UserError as error:
+                self.add(self.broken, row, str(error))

@@ -32,8 +32,9 @@ def export_coco(shards: urls.Location, output: urls.Location, *, images: bool = 
     compressed RLE, skeletons count keypoints from 1. Images and annotations are numbered from 1; `file_name` is the
     row's `image_id`, with an extension added if it has none and a number if an earlier row has that name. If a row is
     not annotated for all classes, the image has LVIS's ``neg_category_ids`` and ``not_exhaustive_category_ids``.
-    `images`: also write the encoded images, unchanged, to ``images/``. Rows without an image are left out and counted
-    under "without_image". Questions, regions and phrases, which COCO does not have, are left out.
+    `images`: also write the encoded images, unchanged, to ``images/``. Rows without an image, and the further images of
+    rows with several, are left out and counted under "without_image" and "further_images_left_out". Questions, regions,
+    phrases and captions about several images, which COCO does not have, are left out.
     """
     manifest = read_manifest(shards)
     categories = {c["name"]: {"id": n, **_category(c)} for n, c in enumerate(manifest["categories"], start=1)}
@@ -42,12 +43,13 @@ def export_coco(shards: urls.Location, output: urls.Location, *, images: bool = 
     annotations: list[dict[str, Any]] = []
     captions: list[dict[str, Any]] = []
     interned: dict[frozenset[str], frozenset[str]] = {}  # one copy of the sets that most rows share
-    skipped = 0
+    skipped = {"without_image": 0, "further_images_left_out": 0}
     names = FileNames()
     files.make_folder(output)
     for row in read_rows(shards):
+        skipped["further_images_left_out"] += len(row["further_images"])
         if row["image"] is None:
-            skipped += 1
+            skipped["without_image"] += 1
             continue
         number = len(listed) + 1
         for instance in row["instances"]:
@@ -55,7 +57,7 @@ def export_coco(shards: urls.Location, output: urls.Location, *, images: bool = 
             category = categories.setdefault(name, {"id": len(categories) + 1, "name": name})
             annotations.append({"id": len(annotations) + 1, "image_id": number, **_annotation(instance, category, row)})
         for message in row["messages"]:
-            if message["task"] == "caption":
+            if message["task"] == "caption" and not message["image_turns"]:
                 text = message["turns"][-1]["content"]
                 captions.append({"id": len(captions) + 1, "image_id": number, "caption": text})
         name = names.free(_file_name(row))
@@ -73,7 +75,7 @@ def export_coco(shards: urls.Location, output: urls.Location, *, images: bool = 
     else:  # those of an earlier export have other image ids
         files.remove(urls.join(output, CAPTIONS))
     counts = {"images": len(listed), "annotations": len(annotations), "captions": len(captions)}
-    return counts | {"without_image": skipped}
+    return counts | skipped
 
 
 def _category(category: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,15 @@
 """The Arrow schema of a shard row: one row per image, the same columns for all tasks (DESIGN: Shards).
 
+A conversation about several images is a row of its own: `image` is the first of them, `further_images` the others.
+All annotations but those messages are about `image`.
+
 Boxes are `xyxy`, absolute pixels of the EXIF-rotated image, float32. Masks are COCO RLE. Keypoints are flat
 ``x, y, v`` with v in {0, 1, 2}. All annotations of a row become branches of one training pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -36,6 +40,8 @@ _MESSAGE = pa.struct(
         ("task", pa.string()),  # chat | caption | vqa | region_caption | edit
         ("turns", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),  # user, assistant, ...
         ("regions", pa.list_(pa.int32())),  # indices into `regions`, one per <region> in the text
+        # the question, from 0, from which on each of `further_images` is seen; empty: only `image` is
+        ("image_turns", pa.list_(pa.int32())),
     ]
 )
 
@@ -46,6 +52,8 @@ _PHRASE = pa.struct(
         ("instances", pa.list_(pa.int32())),  # indices into `instances`; empty: no object in the image matches
     ]
 )
+
+_FURTHER_IMAGE = pa.struct([("image", pa.binary()), ("height", pa.int32()), ("width", pa.int32())])
 
 SCHEMA = pa.schema(
     [
@@ -61,6 +69,7 @@ SCHEMA = pa.schema(
         ("messages", pa.list_(_MESSAGE)),
         ("regions", pa.list_(_REGION)),
         ("target_image", pa.binary()),  # edit triples
+        ("further_images", pa.list_(_FURTHER_IMAGE)),  # encoded bytes, unchanged, and size after EXIF rotation
     ]
 )
 
@@ -92,6 +101,7 @@ def make_row(image_id: str, image: bytes | None, size: tuple[int, int], source: 
         "messages": [],
         "regions": [],
         "target_image": None,
+        "further_images": [],
     }
     extra = set(columns) - set(row)
     if extra:
@@ -100,8 +110,24 @@ def make_row(image_id: str, image: bytes | None, size: tuple[int, int], source: 
     return row
 
 
-def make_message(task: str, prompt: str, response: str | None, regions: tuple[int, ...] = ()) -> dict[str, Any]:
+def make_message(
+    task: str,
+    prompt: str,
+    response: str | None,
+    regions: tuple[int, ...] = (),
+    image_turns: tuple[int, ...] = (),
+) -> dict[str, Any]:
     """A single-turn message; without a `response`, the answer is the row's `target_image`."""
     turns = [{"role": "user", "content": prompt}]
     turns += [] if response is None else [{"role": "assistant", "content": response}]
-    return {"task": task, "turns": turns, "regions": list(regions)}
+    return {"task": task, "turns": turns, "regions": list(regions), "image_turns": list(image_turns)}
+
+
+def with_new_fields(row: dict[str, Any], columns: Sequence[str] | None = None) -> dict[str, Any]:
+    """A row as read from a file, with the fields that files written before there were several images lack; `columns`:
+    those read, None for all. Changes the row."""
+    if columns is None or "further_images" in columns:
+        row["further_images"] = row.get("further_images") or []
+    for message in row.get("messages") or ():
+        message["image_turns"] = message.get("image_turns") or []
+    return row

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lumen_ray.data import files, urls
-from lumen_ray.data.shards.schema import REJECTED_SCHEMA, SCHEMA
+from lumen_ray.data.shards.schema import REJECTED_SCHEMA, SCHEMA, with_new_fields
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Size
 
@@ -309,7 +309,7 @@ def read_row_group(
         table = _read_group(parquet, index, file)
         if rows is not None and list(rows) != list(range(len(table))):
             table = table.take(list(rows))
-        return table.to_pylist()
+        return [with_new_fields(row) for row in table.to_pylist()]
 
 
 def read_rows(folder: urls.Location, columns: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
@@ -317,7 +317,8 @@ def read_rows(folder: urls.Location, columns: Sequence[str] | None = None) -> It
     for entry in read_manifest(folder)["files"]:
         with open_file(folder, entry["path"]) as parquet:
             for index in range(parquet.num_row_groups):
-                yield from _read_group(parquet, index, entry["path"], columns).to_pylist()
+                for row in _read_group(parquet, index, entry["path"], columns).to_pylist():
+                    yield with_new_fields(row, columns)
 
 
 def _read_group(parquet: pq.ParquetFile, index: int, file: str, columns: Sequence[str] | None = None) -> pa.Table:

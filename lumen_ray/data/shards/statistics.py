@@ -29,6 +29,7 @@ _COLUMNS = [
     *(f"instances.list.element.{leaf}" for leaf in ("phrase", "keypoints", "crowd", "area", "mask.size")),
     "phrases.list.element.task", "phrases.list.element.instances",
     "messages.list.element.task", "regions.list.element.kind",
+    "further_images.list.element.height", "further_images.list.element.width",
 ]  # fmt: skip
 
 
@@ -41,7 +42,8 @@ class Statistics:
     bytes: int = 0
     sources: Counter[str] = field(default_factory=Counter)
     tasks: dict[str, int] = field(default_factory=dict)  # rows per task
-    items: Counter[str] = field(default_factory=Counter)  # objects, phrases and messages per task, regions per kind
+    #: objects, phrases and messages per task, regions per kind, images of rows beyond their first
+    items: Counter[str] = field(default_factory=Counter)
     class_instances: Counter[str] = field(default_factory=Counter)
     class_images: Counter[str] = field(default_factory=Counter)
     class_absent: Counter[str] = field(default_factory=Counter)  # images annotated as not containing it
@@ -130,15 +132,23 @@ def gather(folder: urls.Location, progress: Callable[[int, int], None] | None = 
 def _count(s: Statistics, batch: pa.RecordBatch) -> None:
     s.rows += batch.num_rows
     s.sources.update(_values(batch["source"]))
-    longer = pc.drop_null(pc.max_element_wise(batch["height"], batch["width"])).to_numpy()
-    limits = np.array([*IMAGE_SIDES, IMAGE_SIDES[-1] + 1])  # the last one for all larger images
-    s.image_sides.update(limits[np.searchsorted(limits[:-1], longer[longer > 0])].tolist())
+    _count_images(s, batch["height"], batch["width"])
+    if "further_images" in batch.schema.names:  # not in files written before there were several images
+        further = batch["further_images"]
+        s.items["further images"] += len(pc.list_flatten(further))
+        _count_images(s, _leaf(further, "height"), _leaf(further, "width"))
     s.items.update(_values(_leaf(batch["phrases"], "task")))
     s.items.update(_values(_leaf(batch["messages"], "task")))
     s.items.update({f"{kind} regions": n for kind, n in _values(_leaf(batch["regions"], "kind")).items()})
     targets = _leaf(batch["phrases"], "instances")
     s.items["phrases with nothing to find"] += int(pc.sum(pc.equal(pc.list_value_length(targets), 0)).as_py() or 0)
     _count_objects(s, batch)
+
+
+def _count_images(s: Statistics, heights: pa.Array, widths: pa.Array) -> None:
+    longer = pc.drop_null(pc.max_element_wise(heights, widths)).to_numpy()
+    limits = np.array([*IMAGE_SIDES, IMAGE_SIDES[-1] + 1])  # the last one for all larger images
+    s.image_sides.update(limits[np.searchsorted(limits[:-1], longer[longer > 0])].tolist())
 
 
 def _count_objects(s: Statistics, batch: pa.RecordBatch) -> None:

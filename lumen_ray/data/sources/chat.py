@@ -3,12 +3,15 @@
     {"id": .., "image": .., "conversations": [{"from": "human", "value": "<image> <region>?"}, {"from": "gpt", ..}],
      "regions": [[x1, y1, x2, y2], {"segmentation": ..}, {"point": [x, y]}]}
 
-Also read: `messages` of `role` and `content` (texts or parts), `images` (a list of one, a name, or {path or bytes}),
-and records without image. A record becomes one message with all its turns; every answer is trained. Turns must
+Also read: `messages` of `role` and `content` (texts or parts), `images` (a list, a name, or {path or bytes}), images
+under keys of a turn, and records without image. A record becomes one message with all its turns; every answer is
+trained. Records with the same image, or the same list of images, share a row. Turns must
 alternate, user first; `system` of the record and a system turn are prepended to the first question. A record with a
 picture, clip or sound under any other key or marker is rejected, see `chat_media`.
 
-Markers: `<image>` is removed. Each `<region>` in a question refers to the next entry of the regions. A numbered
+Markers: `<image>` is removed. With several images, there are as many markers as images, or none; the n-th marker is
+the n-th image, which is seen from that question on, and a marker within a line becomes ``image n``, see `chat_images`.
+Regions need a record with one image. Each `<region>` in a question refers to the next entry of the regions. A numbered
 `<region2>` or `<region 2>` refers to that entry: its first mention becomes ``region2 <region>``, later ones and those
 in answers ``region2``; regions that no question mentions are introduced before the first question.
 """
@@ -24,28 +27,22 @@ from lumen_ray.data import files, urls
 from lumen_ray.data.frames import AnnotationFrame
 from lumen_ray.data.shards.schema import make_row
 from lumen_ray.data.sources.base import Listing, Outcome, Source, reject
-from lumen_ray.data.sources.chat_media import (
-    IMAGE_MARKER,
-    TURN_KEYS,
-    check_markers,
-    conversation_image,
-    read_content,
-    turn_images,
-)
-from lumen_ray.data.sources.groups import Images, finished_group, lost_group, open_group
+from lumen_ray.data.sources.chat_images import PlacedImage, Turn, images_in, name_markers, place_images
+from lumen_ray.data.sources.chat_media import TURN_KEYS, check_keys, check_markers, read_turn
+from lumen_ray.data.sources.groups import Images, finished_group, lost_group, open_further, open_group
 from lumen_ray.data.sources.objects import make_instance, read_mask
 from lumen_ray.data.sources.record_parsing import (
     BOX_FORMATS,
-    ImageRef,
     Record,
     as_mapping,
     check_choice,
     clean_text,
     first_of,
     fractions_note,
+    image_refs,
     is_numbers,
     load_records,
-    named_image,
+    named_images,
     plain_json,
     relative_scale,
     short,
@@ -58,7 +55,6 @@ from lumen_ray.tasks import REGION_TOKEN, TASKS
 ITEMS = "conversations"
 TASK_NAMES = tuple(name for name, task in TASKS.items() if task.is_text)
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-_MARKER_AND_BLANKS = re.compile(rf"\s*{IMAGE_MARKER}\s*")
 _NUMBERED = re.compile(r"<region\s*(\d{1,4})>")
 _REGION_KEYS = ("regions", "region", "bbox", "bboxes", "boxes", "masks", "annotation", "annotations")
 _POINT_KINDS = ("point", "scribble", "polygon")
@@ -67,18 +63,22 @@ _POINT_KINDS = ("point", "scribble", "polygon")
 @dataclass
 class ChatSource(Source):
     """`conversations`: json or jsonl files; `images`: folder of the images, None if no record has one; `task`: the one
-    of `TASK_NAMES` that the answers train; `box_format`: of the regions' boxes, see `BOX_FORMATS`."""
+    of `TASK_NAMES` that the answers train; `box_format`: of the regions' boxes, see `BOX_FORMATS`; `max_images`: of a
+    record."""
 
     conversations: list[str]
     images: str | None = None
     task: str = "chat"
     box_format: str = "xyxy"
+    max_images: int = 8
     kind = "chat"
     row_kind = "samples"
 
     def read_listing(self) -> Listing:
         check_choice("task", self.task, TASK_NAMES)
         check_choice("box format", self.box_format, BOX_FORMATS)
+        if self.max_images < 1:
+            raise UserError(f"max_images must be at least 1, got {self.max_images}", "invalid_config")
         if self.images is not None:
             self.images = urls.absolute(self.images)
             if not files.is_dir(self.images):
@@ -95,31 +95,51 @@ class ChatSource(Source):
         return Listing(listed, inputs, rejected=groups.rejected, notes=notes)
 
     def _add(self, groups: Images, origin: str, record: Any) -> None:
-        image = None
+        turns: list[Turn] = []
         try:
             record = as_mapping(record)
-            turns, listed = _turns(record)
-            image = conversation_image(record, listed)
-            if image is not None and image.data is None and self.images is None:
-                why = f"it has the image '{image.name}'; give the folder of the images as --images"
-                raise UserError(why, "no_images")
-            item = parse(record, turns, image is not None)
+            turns = _turns(record)
+            images = self._images(record, turns)
+            item = parse(record, turns, images)
         except UserError as error:
-            groups.reject(image or named_image(record), origin, error)
+            refs = [*named_images(record), *images_in(turns)]
+            groups.reject(refs[0] if refs else None, origin, error, further=refs[1:])
             return
         size = declared_size(record.get("height"), record.get("width"))
-        groups.add(image, origin, item, size=size if any(size) else None)
+        groups.add(
+            images[0].ref if images else None,
+            origin,
+            item,
+            size=size if any(size) and len(images) == 1 else None,  # of several, it does not say which one
+            further=[image.ref for image in images[1:]],
+        )
+
+    def _images(self, record: Record, turns: list[Turn]) -> list[PlacedImage]:
+        """The images of a record in order. Raises `UserError` if they are not said clearly, or are too many."""
+        listed = image_refs(record)
+        check_keys(record, [*listed, *images_in(turns)])
+        check_markers([{"role": turn.role, "content": turn.text} for turn in turns])
+        images = place_images(listed, turns)
+        if len(images) > self.max_images:
+            why = f"it has {len(images)} images, more than the limit of {self.max_images} (--max-images)"
+            raise UserError(why, "too_many_images")
+        if self.images is None and (missing := [image.ref for image in images if image.ref.data is None]):
+            why = f"it has the image '{missing[0].name}'; give the folder of the images as --images"
+            raise UserError(why, "no_images")
+        return images
 
     def rows(self, record: Record, shared: Any) -> Iterator[Outcome]:
-        data, frame = None, None
+        data, frame, further = None, None, []
         if record["image"] is not None:
             try:
                 data, frame = open_group(self.images or "", record)
+                further = open_further(self.images or "", record)
             except UserError as error:
                 yield lost_group(self.row_kind, ITEMS, record, error)
                 return
         name = record["id"]
-        row = make_row(name, data, frame.rotated_size if frame else (0, 0), self.kind, tasks=[self.task])
+        size = frame.rotated_size if frame else (0, 0)
+        row = make_row(name, data, size, self.kind, tasks=[self.task], further_images=further)
         rejected = []
         for item in record["items"]:
             try:
@@ -129,24 +149,24 @@ class ChatSource(Source):
                 continue
             places = [len(row["regions"]) + i for i in item["order"]]
             row["regions"] += regions
-            row["messages"].append({"task": self.task, "turns": item["turns"], "regions": places})
+            message = {"task": self.task, "turns": item["turns"], "regions": places}
+            row["messages"].append(message | {"image_turns": item["image_turns"]})
         yield from finished_group(self.row_kind, ITEMS, Outcome(row), record, rejected)
 
 
-def parse(record: Record, turns: list[dict[str, str]], has_image: bool) -> Record:
-    """`turns` as in the schema, `regions` not yet checked against the image, and their `order` of use.
+def parse(record: Record, written: list[Turn], images: list[PlacedImage]) -> Record:
+    """`turns` and `image_turns` as in the schema, `regions` not yet checked against the image, their `order` of use.
 
-    Raises `UserError` if the record is not a conversation about at most one image.
+    Raises `UserError` if the texts or regions cannot be used.
     """
     regions = _regions(record)
-    check_markers(turns)
-    markers = sum(turn["content"].count(IMAGE_MARKER) for turn in turns)
-    if markers > 1:
-        raise UserError(f"it has {markers} <image> markers; one image per record is supported", "several_images")
-    if (markers or regions) and not has_image:
+    if regions and not images:
         raise UserError("it has an <image> marker or regions but no image", "missing_image")
-    for turn in turns:
-        turn["content"] = _MARKER_AND_BLANKS.sub("\n", turn["content"]).strip()
+    if regions and len(images) > 1:
+        why = f"it has regions and {len(images)} images; a region does not say which image it is on"
+        raise UserError(why, "regions_of_several")
+    name_markers(written, len(images))
+    turns = [{"role": turn.role, "content": turn.text} for turn in written]
     order = _place_regions(turns, len(regions))
     for number, turn in enumerate(turns):
         allowed = (REGION_TOKEN,) if turn["role"] == "user" else ()
@@ -154,38 +174,47 @@ def parse(record: Record, turns: list[dict[str, str]], has_image: bool) -> Recor
     identity = first_of(record, ("id", "question_id"))
     identity = id_key(identity) if isinstance(identity, int | float) else identity
     name = None if identity is None else clean_text(identity, "the record's id", keep_lines=True)
-    return {"id": name, "turns": turns, "regions": regions, "order": order}
+    image_turns = [image.question for image in images[1:]]
+    return {"id": name, "turns": turns, "regions": regions, "order": order, "image_turns": image_turns}
 
 
-def _turns(record: Record) -> tuple[list[dict[str, str]], list[ImageRef]]:
-    """The turns, alternating between user and assistant, the last one of the assistant, and the images in them."""
+def _turns(record: Record) -> list[Turn]:
+    """The turns, alternating between user and assistant, the last one of the assistant."""
     listed = first_of(record, TURN_KEYS)
     if not isinstance(listed, list) or not listed:
         raise UserError("it has no list of turns (keys: conversations, messages)", "missing_turns")
-    turns: list[dict[str, str]] = []
-    images: list[ImageRef] = []
+    turns: list[Turn] = []
     system = record.get("system")
     if system is not None and not isinstance(system, str):
         raise UserError(f"its 'system' must be a text, got {short(system)}", "invalid_text")
-    heads = [system.strip()] if system and system.strip() else []
+    heads = [read_turn("system", system.strip(), {}, 0)] if system and system.strip() else []
     for number, entry in enumerate(listed):
         entry = entry if isinstance(entry, dict) else {}
         role, content = first_of(entry, ("from", "role")), first_of(entry, ("value", "content"))
         role = _ROLES.get(role) if isinstance(role, str) else None
         if role is None:
             raise UserError(f"turn {number} needs 'from' (human, gpt or system) and a text 'value'", "invalid_turn")
-        text, found = read_content(content, number)
-        images += found + turn_images(entry, number)
+        turn = read_turn(role, content, entry, number)
         if role == "system" and number == 0:
-            heads += [text.strip()] if text.strip() not in heads else []
+            turn.text = turn.text.strip()
+            if turn.text in [head.text for head in heads]:
+                heads[0].beside += turn.beside
+            else:
+                heads.append(turn)
         elif role != ("assistant" if len(turns) % 2 else "user"):
             raise UserError(f"turn {number} is from {role}; user and assistant must alternate, user first", "turns")
         else:
-            turns.append({"role": role, "content": text})
+            turns.append(turn)
     if not turns or len(turns) % 2:
         raise UserError("the last question has no answer", "turns")
-    turns[0]["content"] = "".join(f"{head}\n" for head in heads) + turns[0]["content"]
-    return turns, images
+    parts = [*heads, turns[0]]
+    turns[0] = Turn(
+        "user",
+        "\n".join(part.text for part in parts),
+        [slot for part in parts for slot in part.slots],
+        [ref for part in parts for ref in part.beside],
+    )
+    return turns
 
 
 def _regions(record: Record) -> list[Record]:

@@ -7,14 +7,14 @@ read would train answers about something that the model does not see, so it is r
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from lumen_ray.data.pictures import SUFFIXES, bare_key, identity
-from lumen_ray.data.sources.record_parsing import IMAGE_ID_KEYS, IMAGE_KEYS, ImageRef, Record, image_ref, short
+from lumen_ray.data.pictures import SUFFIXES, bare_key
+from lumen_ray.data.sources.chat_images import IMAGE_MARKER, Turn
+from lumen_ray.data.sources.record_parsing import IMAGE_ID_KEYS, IMAGE_KEYS, ImageRef, Record, image_refs, short
 from lumen_ray.errors import UserError
 
-IMAGE_MARKER = "<image>"
 TURN_KEYS = ("conversations", "conversation", "messages")
 #: words of keys that name a picture, or a clip or sound; and of keys that describe one without naming it
 _PICTURE_WORDS = frozenset(
@@ -66,43 +66,28 @@ _TURN_KEYS = frozenset(
 )
 
 
-def conversation_image(record: Record, listed: list[ImageRef]) -> ImageRef | None:
-    """The image of a conversation, under a key of the record or among those `listed` in its turns.
-
-    None for a conversation about text alone. Raises `UserError` (`several_images`, `other_media`) if it has several
-    images, or names a picture, clip or sound that is not read.
-    """
-    found = image_ref(record)
-    refs = [*([found] if found is not None else []), *listed]
-    _check_one(refs)
-    image = refs[0] if refs else None
+def check_keys(record: Record, images: Sequence[ImageRef]) -> None:
+    """Raises `UserError` (`other_media`) if a key of a record names a picture, clip or sound that is not among the
+    `images` that are read."""
     for key, value in record.items():
-        if key not in (*TURN_KEYS, *IMAGE_KEYS, "id", "system") and (why := _unread(key, value, image)):
+        if key not in (*TURN_KEYS, *IMAGE_KEYS, "id", "system") and (why := _unread(key, value, images)):
             raise UserError(f"its key '{key}' {why}: {short(value)}", "other_media")
-    return image
 
 
-def _check_one(refs: list[ImageRef]) -> None:
-    """Raises `UserError` (`several_images`) if the images are not one and the same."""
-    number = len({(identity(ref.name), ref.data) for ref in refs})
-    if number > 1:
-        raise UserError(f"the record has {number} images; one image per record is supported", "several_images")
-
-
-def turn_images(entry: Record, number: int) -> list[ImageRef]:
-    """The images under keys of a turn itself. Raises `UserError` (`other_media`) for pictures, clips and sounds that
-    are not read."""
-    found = image_ref(entry)
+def _turn_images(entry: Record, number: int) -> list[ImageRef]:
+    """The images under keys of a turn or text part. Raises `UserError` (`other_media`) for pictures, clips and sounds
+    that are not read."""
+    found = image_refs(entry)
     for key, value in entry.items():
         if key not in IMAGE_KEYS and key not in _TURN_KEYS and (why := _unread(key, value, found)):
             raise UserError(f"the key '{key}' of turn {number} {why}: {short(value)}", "other_media")
-    return [] if found is None else [found]
+    return found
 
 
-def _unread(key: str, value: Any, image: ImageRef | None) -> str:
+def _unread(key: str, value: Any, images: Sequence[ImageRef]) -> str:
     """Why a key of a record hides a picture, clip or sound that is not read; empty if it does not.
 
-    With an image, another key may repeat or describe it.
+    With images, another key may repeat or describe them.
     """
     if value is None or value in ("", [], {}, False, 0):
         return ""
@@ -110,9 +95,10 @@ def _unread(key: str, value: Any, image: ImageRef | None) -> str:
     if words & _OTHER_WORDS and not words & _DESCRIPTIONS:
         return "names a clip or sound that is not read"
     named = [text for text in _texts(value) if text.lower().endswith(_MEDIA_SUFFIXES) or _BASE64.match(text)]
-    if image is not None:
-        others = [text for text in named if bare_key(text) != bare_key(image.name)]
-        return "names a second picture, clip or sound" if others else ""
+    if images:
+        known = {bare_key(image.name) for image in images}
+        others = [text for text in named if bare_key(text) not in known]
+        return "names another picture, clip or sound" if others else ""
     by_id = key in IMAGE_ID_KEYS or (words & {"id", "ids"} and words & _PICTURE_WORDS)
     by_word = words & _PICTURE_WORDS and not words & _DESCRIPTIONS and not isinstance(value, int | float)
     return "names a picture, clip or sound that is not read" if named or by_id or by_word else ""
@@ -140,43 +126,48 @@ def check_markers(turns: list[dict[str, str]], what: str = "") -> None:
                 raise UserError(f"{shown}, which is not read", "other_media")
 
 
-def read_content(content: Any, number: int) -> tuple[str, list[ImageRef]]:
-    """(text, images) of a turn: a text, or parts as OpenAI, Qwen and TRL write them.
+def read_turn(role: str, content: Any, entry: Record, number: int) -> Turn:
+    """The turn of an `entry`, number `number` of its record; its `content` is a text, or parts as OpenAI, Qwen and TRL
+    write them.
 
     A part is ``{"type": "text", "text": ..}``, ``{"type": "image", "image" or "path": ..}``, which may leave the image
     to the record, or ``{"type": "image_url", "image_url": {"url": ..}}``. Images leave ``<image>`` in the text. Raises
     `UserError` for anything else.
     """
+    turn = Turn(role, content if isinstance(content, str) else "", [], _turn_images(entry, number))
     if isinstance(content, str):
-        return content, []
+        turn.slots = [None] * content.count(IMAGE_MARKER)
+        return turn
     if not isinstance(content, list) or not content:
         raise UserError(f"turn {number} needs 'from' (human, gpt or system) and a text 'value'", "invalid_turn")
     texts: list[str] = []
-    images: list[ImageRef] = []
     for part in content:
         part = {"type": "text", "text": part} if isinstance(part, str) else part
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
             texts.append(part["text"])
-            images += turn_images(part, number)
+            turn.slots += [None] * part["text"].count(IMAGE_MARKER)
+            turn.beside += _turn_images(part, number)
         elif kind in ("image", "image_url"):
-            images += _part_image(part, number)
+            turn.slots.append(_part_image(part, number))
             texts.append(IMAGE_MARKER)
         else:
             raise UserError(f"turn {number} has a part of type {short(kind)}; types: text, image, image_url",
                             "other_media" if isinstance(kind, str) and kind != "text" else "invalid_turn")  # fmt: skip
-    return "\n".join(texts), images
+    turn.text = "\n".join(texts)
+    return turn
 
 
-def _part_image(part: Record, number: int) -> list[ImageRef]:
-    """The image of a part; none if the part leaves it to the record."""
+def _part_image(part: Record, number: int) -> ImageRef | None:
+    """The image of a part; None if the part leaves it to the record."""
     values = {key: part[key] for key in ("image", "image_url", "path", "url", "source") if part.get(key)}
     source = values.get("source")
     if isinstance(source, dict):  # {"type": "base64", "media_type": .., "data": ..}, or {"type": "url", "url": ..}
         values["source"] = {"bytes": source.get("data"), "url": source.get("url")}
-    refs = [ref for value in values.values() if (ref := image_ref({"image": value})) is not None]
-    _check_one(refs)
+    refs = [ref for value in values.values() for ref in image_refs({"image": value})]
+    if any(other != refs[0] for other in refs):
+        raise UserError(f"an image of turn {number} names {len(refs)} images", "image_order")
     for key, value in part.items():
-        if key not in values and key not in _TURN_KEYS and (why := _unread(key, value, None)):
+        if key not in values and key not in _TURN_KEYS and (why := _unread(key, value, ())):
             raise UserError(f"the key '{key}' of an image in turn {number} {why}: {short(value)}", "other_media")
-    return refs[:1]
+    return refs[0] if refs else None

@@ -186,6 +186,35 @@ def image_ref(record: Record, pattern: str | None = None, keys: Sequence[str] = 
     return None if number is None or pattern is None else ImageRef(fill_pattern(pattern, number))
 
 
+def image_refs(record: Record) -> list[ImageRef]:
+    """The images of a record in their order: the values under one of `IMAGE_KEYS`, each as in `image_ref`, or a list
+    of any number of them.
+
+    Further keys may repeat all or some of the images. Raises `UserError` if they name others, or for an invalid name.
+    """
+    found = {key: refs for key in IMAGE_KEYS if (refs := _as_images(record.get(key)))}
+    if not found:
+        return []
+    longest = max(found, key=lambda key: len(found[key]))
+    names = [bare_key(ref.name) for ref in found[longest]]
+    for key, refs in found.items():
+        others = [bare_key(ref.name) for ref in refs]
+        if not set(others) <= set(names) or (len(others) == len(names) and others != names):
+            raise UserError(
+                f"the keys '{longest}' and '{key}' name different images, so their order is unknown", "image_order"
+            )
+    return found[longest]
+
+
+def named_images(record: Any) -> list[ImageRef]:
+    """The images that a rejected record names under `IMAGE_KEYS`, as far as they can be read."""
+    found: list[ImageRef] = []
+    for key in IMAGE_KEYS if isinstance(record, dict) else ():
+        with suppress(UserError):
+            found += _as_images(record.get(key))
+    return found
+
+
 def named_image(record: Any) -> ImageRef | None:
     """The image that a rejected record names, if any: its file must not be taken for another record's image."""
     if isinstance(record, dict):
@@ -195,12 +224,21 @@ def named_image(record: Any) -> ImageRef | None:
 
 
 def _as_image(value: Any) -> ImageRef | None:
-    if isinstance(value, list | tuple):
-        if len(value) > 1:
-            raise UserError(f"the record has {len(value)} images; one image per record is supported", "several_images")
-        if value and value[0] in (None, ""):
-            raise UserError("the record has a place for an image but no image in it", "invalid_image")
-        value = value[0] if value else None
+    if isinstance(value, list | tuple) and len(value) > 1:
+        raise UserError(f"the record has {len(value)} images; one image per record is supported", "several_images")
+    return next(iter(_as_images(value)), None)
+
+
+def _as_images(value: Any) -> list[ImageRef]:
+    if not isinstance(value, list | tuple):
+        return [] if (ref := _single_image(value)) is None else [ref]
+    found = [_single_image(item) for item in value]
+    if None in found:
+        raise UserError("the record has a place for an image but no image in it", "invalid_image")
+    return [ref for ref in found if ref is not None]
+
+
+def _single_image(value: Any) -> ImageRef | None:
     data = None
     if isinstance(value, dict):
         data, value = value.get("bytes"), first_of(value, ("path", "file_name", "filename", "url"))

@@ -156,13 +156,15 @@ SOURCES: dict[str, SourceSpec] = {
     ),
     "chat": _source(
         "chat:ChatSource",
-        "LLaVA-style conversations, with regions",
+        "LLaVA-style conversations, with regions, or about several images",
         arg("conversations", "one or more json or jsonl files", nargs="+"),
         arg("images", "folder of the images; not needed for text-only records", default=None),
         arg("task", "task that the answers train: chat, caption, vqa, region_caption (default: chat)", default="chat"),
         _BOX_FORMAT,
+        arg("max_images", "most images of a record; those with more are rejected (default: 8)", type=int, default=8),
         layout="Records: {id, image, conversations: [{from: human, value: '<image> What is <region>?'}, {from: gpt, "
-        "value}], regions: [[x1, y1, x2, y2], {segmentation}, {point}]}.",
+        "value}], regions: [[x1, y1, x2, y2], {segmentation}, {point}]}. Several images: {images: [..], conversations: "
+        "[{from: human, value: 'What differs between <image> and <image>?'}, ..]}.",
     ),
     "vqa": _source(
         "vqa:VqaSource",

@@ -16,7 +16,8 @@ from typing import Any
 from lumen_ray.data import files, urls
 from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.data.sources.base import Listing, Outcome, Source
-from lumen_ray.data.sources.chat_media import IMAGE_MARKER, check_markers
+from lumen_ray.data.sources.chat_images import IMAGE_MARKER
+from lumen_ray.data.sources.chat_media import check_markers
 from lumen_ray.data.sources.groups import Images, finished_group, lost_group, open_group
 from lumen_ray.data.sources.record_parsing import (
     IMAGE_ID_KEYS,

@@ -132,7 +132,7 @@ def forward(model: Generalist, batch: TrainingBatch) -> dict[str, float]:
     images, layout, trunk = len(batch.images), batch.layout, model.trunk
     rows, columns = trunk.vision.grid(height, width)
     supervised = int((layout.labels[:, 1:] != IGNORE).sum())
-    sequences, tokens = layout.llm_shape(rows * columns)
+    sequences, tokens = layout.llm_shape(rows * columns * batch.most_images)
     total = {
         "vision": (images + len(batch.further_rows)) * vision(trunk.vision, height, width),
         "llm": sequences * llm(trunk.llm.config, tokens) + 2 * supervised * _vocabulary(trunk.llm.config),

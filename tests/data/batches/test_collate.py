@@ -1,14 +1,24 @@
 """Which prompts an image gets, and what each should find."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.tiny_models import SIDE, captioning_tokenizer, clip_tokenizer, scene_batch, tiny_model, tiny_tokenizer
+from support.tiny_models import (
+    SIDE,
+    captioning_tokenizer,
+    clip_tokenizer,
+    further_images,
+    scene_batch,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 from lumen_ray.data.batches.collate import BranchSettings, Collator
 from lumen_ray.data.batches.prompts import PromptBatch, SamplePrompts
-from lumen_ray.data.batches.transforms import Sample, transform
+from lumen_ray.data.batches.transforms import Sample, fit, transform
 from lumen_ray.data.images import decode
 from lumen_ray.data.scenes import render as scenes
 from lumen_ray.data.shards.schema import make_message, make_row
@@ -286,3 +296,73 @@ def test_a_region_on_an_instance_asks_for_its_mask():
             assert targets.valid[link].sum() == 1 and (region & wanted).any()
             seen.add(int(region.sum() > wanted.sum()))
     assert seen == {0, 1}  # boxes are more than the instance, points and scribbles less
+
+
+# -- conversations about several images -------------------------------------------------------------------------------
+
+
+def several(task="chat", image_turns=(0, 1)):
+    """A conversation about three images of different shapes, the first of which is a scene."""
+    row = scenes.scene_row(5, 0, SIDE)
+    pictures = [Image.fromarray(decode(scenes.scene_row(6, n, SIDE)["image"])) for n in range(2)]
+    pictures = [pictures[0].crop((0, 0, SIDE // 2, SIDE)), pictures[1].resize((2 * SIDE, SIDE))]
+    further = []
+    for picture in pictures:
+        picture.save(buffer := io.BytesIO(), "PNG")
+        further.append({"image": buffer.getvalue(), "height": picture.height, "width": picture.width})
+    message = make_message(task, "is image 2 like it ?", "no", image_turns=image_turns)
+    message["turns"] += make_message(task, "and this ?", "yes")["turns"]
+    return {**row, "messages": [message], "further_images": further}
+
+
+def collate_several(row, tasks, augment=AugmentSettings(), further=True, size=SIDE):  # noqa: B008  frozen
+    collator = Collator(tiny_tokenizer(), size, tasks, {}, augment=augment, input_rules=PICTURES)
+    pictures = [further_images(row)] if further else None
+    return collator([row], [decode(row["image"])], rngs(1), further=pictures)
+
+
+@pytest.mark.parametrize("size", [SIDE, (48, 96)])
+def test_further_images_are_fitted_like_the_first_and_never_augmented(size):
+    """Texts compare them by side, size and colour."""
+    row = several()
+    augment = AugmentSettings(flip_x=True, turn=True, scale=(0.5, 2.0), shift=0.3, color=0.9)
+    batch = collate_several(row, ("chat",), augment, size=size)
+    images = [batch.images[0], *batch.further_images]
+    encoded = [row["image"], *(image["image"] for image in row["further_images"])]
+    for found, image in zip(images, encoded, strict=True):
+        np.testing.assert_array_equal(found.permute(1, 2, 0).numpy(), fit(decode(image), size)[0])
+    assert batch.further_rows.tolist() == [0, 0] and batch.further_rows.dtype == torch.int64
+    alone = {**row, "further_images": [], "messages": [make_message("chat", "q", "a")]}
+    assert not torch.equal(collate_several(alone, ("chat",), augment, size=size).images, batch.images)
+
+
+def test_a_branch_knows_when_each_image_is_seen():
+    row, prompts = several(), PromptBatch()
+    drawn = SamplePrompts(prompts, 0, row, sample_of(row), ("chat",), MANY, np.random.default_rng(0), further=2)
+    drawn.add_messages()
+    (branch,) = prompts.branches
+    assert branch.image_turns == (0, 1) and len(branch.history) == 1
+    row["messages"] = [make_message("chat", "q", "a")]
+    drawn.add_messages()
+    assert prompts.branches[1].image_turns == ()
+
+
+@pytest.mark.parametrize(("tasks", "further"), [(("detect",), True), (("chat",), False)])
+def test_images_that_no_prompt_sees_are_not_in_the_batch(tasks, further):
+    batch = collate_several(several(), tasks, further=further)
+    assert batch.further_images.shape == (0, 3, SIDE, SIDE) and batch.further_rows.tolist() == []
+    assert "chat" not in batch.tasks, "nor is a message asked whose images are missing"
+
+
+def test_a_caption_of_several_images_is_not_generated():
+    row = several("caption")
+    assert collate_several(row, ("generate",)).tasks == []
+    row["messages"].append(make_message("caption", "what ?", "a red circle"))
+    batch = collate_several(row, ("generate", "caption"))
+    assert sorted(batch.tasks) == ["caption", "generate"] and len(batch.further_images) == 0
+    assert not batch.has_image.any(), "prompts of a step that generates see no image"
+
+
+def test_a_batch_moves_with_its_further_images():
+    batch = collate_several(several(), ("chat",)).to("meta")
+    assert batch.further_images.is_meta and batch.further_rows.is_meta

@@ -21,6 +21,7 @@ from lumen_ray.data.batches.feed import (
 from lumen_ray.data.batches.plan import Plan
 from lumen_ray.data.scenes import render as scenes
 from lumen_ray.data.shards.prepare import prepare_source
+from lumen_ray.data.shards.schema import make_message
 from lumen_ray.data.shards.shards import ShardWriter, build_manifest, read_manifest, read_row_group, write_manifest
 from lumen_ray.data.sources.scenes import ScenesSource
 from lumen_ray.recipe import Recipe
@@ -109,6 +110,61 @@ def test_broken_pictures_are_reported_and_the_batch_keeps_its_size(tmp_path, bro
     model = tiny_model()
     sum(term.total for term in model(batch).values()).backward()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+# -- conversations about several images -------------------------------------------------------------------------------
+
+
+def write_several(folder, broken=()):
+    """Four rows with one to four images each, of which the numbered further ones cannot be decoded."""
+    with ShardWriter(folder, "part.parquet", rows_per_group=4) as writer:
+        for i in range(4):
+            row = scenes.scene_row(0, i, SIDE)
+            images = [scenes.scene_row(1, n, SIDE)["image"] for n in range(i)]
+            images = [image[:200] if (i, n) in broken else image for n, image in enumerate(images)]
+            message = make_message("chat", "which ?", f"image {i}", image_turns=(0,) * i)
+            further = [{"image": image, "height": SIDE, "width": SIDE} for image in images]
+            tasks = [*row["tasks"], "chat"]
+            messages = [*row["messages"], message]
+            writer.write({**row, "messages": messages, "further_images": further, "tasks": tasks})
+    categories = [{"name": c, "keypoints": [], "skeleton": []} for c in scenes.CLASSES]
+    write_manifest(folder, build_manifest([writer.entry], categories=categories))
+
+
+def read_several(folder, tasks, **changes):
+    groups = [{"tasks": tasks}]
+    stages = [{"name": "one", "steps": 1, "augment": AUGMENT, "groups": groups, "branches": {"max_messages": 50}}]
+    made = recipe(stages=stages, **changes)
+    read = BatchReader(str(folder), made, tiny_tokenizer(), SIDE, {}, token_side=16)
+    return read({"step": 0, "stage": 0, "group": 0, "parts": [("part.parquet", 0, 4)]})
+
+
+@pytest.mark.parametrize("pack_tokens", [0, 2000])
+def test_the_further_images_of_a_row_are_read(tmp_path, pack_tokens):
+    write_several(tmp_path)
+    batch = read_several(tmp_path, ["chat"], pack_tokens=pack_tokens)
+    assert batch.rejected == [] and batch.further_rows.tolist() == [1, 2, 2, 3, 3, 3]
+    assert batch.further_images.shape == (6, 3, SIDE, SIDE) and batch.further_images.dtype == torch.uint8
+    for first in (1, 3):  # those of a row in their order
+        assert torch.equal(batch.further_images[first], batch.further_images[0])
+    assert torch.equal(batch.further_images[2], batch.further_images[4])
+    assert batches_equal(pickle.loads(to_bytes(batch)), batch)
+
+
+@pytest.mark.parametrize("tasks", [["detect"], ["caption"], ["generate"]])
+def test_further_images_that_no_prompt_sees_are_not_decoded(tmp_path, tasks):
+    write_several(tmp_path, broken={(3, 1)})
+    batch = read_several(tmp_path, tasks)
+    assert batch.rejected == [] and len(batch.further_images) == 0
+
+
+def test_a_further_image_that_is_broken_rejects_its_row(tmp_path):
+    write_several(tmp_path, broken={(3, 1)})
+    batch = read_several(tmp_path, ["chat"])
+    (rejected,) = batch.rejected
+    assert rejected["image_id"] == "scene-0-0000003" and rejected["reason"].startswith("image 3: the image cannot")
+    assert batch.has_image.tolist() == [True, True, True, False]
+    assert batch.further_rows.tolist() == [1, 2, 2] and not (batch.layout.branch_ids[3] >= 0).any()
 
 
 def test_the_tokenizer_learns_from_every_prompt(shards):

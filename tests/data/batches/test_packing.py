@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.tiny_models import SIDE, scrambled, tiny_model, tiny_tokenizer
+from support.tiny_models import SIDE, further_images, scrambled, tiny_model, tiny_tokenizer
 
 from lumen_ray.data.batches.collate import BranchSettings, Collator
-from lumen_ray.data.batches.packing import Packing, fit_branches, pack_lengths
+from lumen_ray.data.batches.packing import Packing, fit_branches, pack, pack_lengths
 from lumen_ray.data.images import decode
 from lumen_ray.data.scenes import render as scenes
 from lumen_ray.data.shards.schema import make_message, make_row
@@ -235,3 +235,99 @@ def test_the_layout_says_what_the_llm_computes():
     assert layout.llm_shape(16) == (2, 16 + layout.input_ids.shape[1])
     layout.pack = torch.zeros(3, 7, dtype=torch.int64)
     assert layout.llm_shape(16) == (3, 7) == layout.to("cpu").llm_shape(16)
+
+
+# -- rows of several images -------------------------------------------------------------------------------------------
+
+
+def several(number, images, words=2):
+    """A row whose conversation is about that many scenes, and a text of so many words."""
+    message = make_message("chat", "hello " * words, "a red circle", image_turns=(0,) * (images - 1))
+    further = [
+        {"image": scenes.scene_row(7, i, SIDE)["image"], "height": SIDE, "width": SIDE} for i in range(1, images)
+    ]
+    image = scenes.scene_row(7, 0, SIDE)["image"]
+    return make_row(f"several-{number}", image, (SIDE, SIDE), "test", tasks=["chat"], messages=[message],
+                    further_images=further)  # fmt: skip
+
+
+def collate_several(rows, packing=None):
+    collator = Collator(TOKENIZER, SIDE, UNDERSTANDING, scenes.SKELETONS, FEW, AugmentSettings(), packing=packing)
+    images = [None if row["image"] is None else decode(row["image"]) for row in rows]
+    further = [further_images(row) for row in rows]
+    return collator(rows, images, [np.random.default_rng((0, i)) for i in range(len(rows))], further=further)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_packed_row_holds_the_images_and_branches_of_its_samples(data):
+    """Of each sample: the first columns of the prefix, as many as its images have tokens, then its branches."""
+    image_tokens = data.draw(st.integers(1, 5))
+    count = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=6)
+    samples = data.draw(count)
+    branches = [Branch(i, "hello", response="yes " * n) for i, (_, words) in enumerate(samples) for n in range(words)]
+    layout = build_layout(branches, len(samples), TOKENIZER)
+    images = torch.tensor([number for number, _ in samples])
+    lengths = images * image_tokens + (layout.branch_ids >= 0).sum(1)
+    most = max(1, int(lengths.max())) + data.draw(st.integers(0, 40))
+    slots = pack(layout, images, Packing(most, image_tokens))
+    assert slots.shape[1] <= most
+    prefix = image_tokens * max(1, int(images.max()))
+    width = prefix + layout.branch_ids.shape[1]
+    placed = {}
+    for row in slots.tolist():
+        row = row[: row.index(-1)] if -1 in row else row
+        for slot in row:
+            placed.setdefault(slot // width, []).append(slot % width)
+        assert [s // width for s in row] == sorted([s // width for s in row], key=[s // width for s in row].index)
+    for sample, (number, _) in enumerate(samples):
+        tokens = int((layout.branch_ids[sample] >= 0).sum())
+        wanted = [*range(number * image_tokens), *range(prefix, prefix + tokens)]
+        assert placed.get(sample, []) == wanted
+
+
+def test_further_images_follow_their_rows_into_a_packed_batch():
+    rows = [chat_row(0, 3), several(0, 3), SCENES[0], chat_row(1, 2), several(1, 2), several(2, 4)]
+    batch = collate_several(rows, Packing(2000, IMAGE_TOKENS))
+    assert batch.image_ids == ["several-0", SCENES[0]["image_id"], "several-1", "several-2", "text-0", "text-1"]
+    assert batch.has_image.tolist() == [True] * 4 + [False] * 2 and len(batch.images) == 4
+    assert batch.further_rows.tolist() == [0, 0, 2, 3, 3, 3]
+    for row, image in zip(batch.further_rows.tolist(), batch.further_images, strict=True):
+        assert not torch.equal(image, batch.images[row])
+    assert torch.equal(batch.further_images[0], batch.further_images[2])
+    assert torch.equal(batch.further_images[1], batch.further_images[4])
+    real, computed = count_tokens(batch, IMAGE_TOKENS)
+    assert real == 10 * IMAGE_TOKENS + int((batch.layout.branch_ids >= 0).sum())
+    assert computed == batch.layout.pack.numel() and int((batch.layout.pack >= 0).sum()) == real
+    unpacked = collate_several(rows)
+    assert unpacked.further_rows.tolist() == [1, 1, 4, 5, 5, 5]
+    width = 4 * IMAGE_TOKENS + unpacked.layout.input_ids.shape[1]
+    assert count_tokens(unpacked, IMAGE_TOKENS) == (real, 6 * width)
+
+
+@pytest.mark.parametrize("room", [0, 1, 5])
+def test_a_row_whose_images_leave_no_room_is_dropped_and_counted(room):
+    rows = [several(0, 4), several(1, 2), chat_row(0, 2)]
+    batch = collate_several(rows, Packing(4 * IMAGE_TOKENS + room, IMAGE_TOKENS))
+    fits = room > 0
+    assert batch.truncated == {"branches": 1, "tokens": 0}
+    order = ["several-0", "several-1", "text-0"] if fits else ["several-1", "several-0", "text-0"]
+    assert batch.image_ids == order and batch.has_image.tolist() == [True, fits, False]
+    assert batch.further_rows.tolist() == ([1] if fits else [0]), "images that no prompt sees are left out"
+    assert batch.tasks == ["chat", "chat"] and batch.layout.pack.shape[1] <= 4 * IMAGE_TOKENS + room
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 150)), min_size=1, max_size=5), st.integers(70, 400))
+def test_no_mix_of_images_and_texts_stops_the_run(kinds, most):
+    rows = [several(i, n, words) if n else chat_row(i, words) for i, (n, words) in enumerate(kinds)]
+    batch = collate_several(rows, Packing(most, IMAGE_TOKENS))
+    assert batch.layout.pack.shape[1] <= most
+    assert batch.has_image.tolist() == sorted(batch.has_image.tolist(), reverse=True)
+    assert len(batch.images) == max(1, int(batch.has_image.sum()))
+    assert batch.further_rows.tolist() == sorted(batch.further_rows.tolist())
+    assert len(batch.tasks) + batch.truncated.get("branches", 0) == len(rows)
+    wanted = {row["image_id"]: len(row["further_images"]) for row in rows}
+    for row, number in enumerate(torch.bincount(batch.further_rows, minlength=len(rows)).tolist()):
+        asked = bool((batch.layout.branch_ids[row] >= 0).any())
+        assert number == (wanted[batch.image_ids[row]] if asked else 0)

@@ -176,6 +176,35 @@ def test_without_edits_the_page_has_no_pairs(folder, tmp_path):
     assert "<div class=pair>" not in (tmp_path / "out" / "index.html").read_text()
 
 
+def several_images_row(broken=False):
+    images = [scenes.scene_row(3, i, 64)["image"] for i in range(3)]
+    further = [{"image": image[:200] if broken else image, "height": 64, "width": 64} for image in images[1:]]
+    message = make_message("chat", "what ?", "this", image_turns=(0, 1))
+    message["turns"] += make_message("chat", "and this ?", "that")["turns"]
+    return make_row("three", images[0], (64, 64), "chat", tasks=["chat"], messages=[message], further_images=further)
+
+
+def test_rows_of_several_images_are_shown_with_their_numbers(tmp_path):
+    folder = tmp_path / "shards"
+    with shards.ShardWriter(folder, FILE) as writer:
+        writer.write(several_images_row())
+        writer.write({**several_images_row(broken=True), "image_id": "broken"})
+    shards.write_manifest(folder, shards.build_manifest([writer.entry]))
+    statistics, _ = inspect(folder, tmp_path / "out", samples=2)
+    assert statistics.items["further images"] == 4 and statistics.image_sides.total() == 6
+    text = (tmp_path / "out" / "index.html").read_text()
+    whole, broken = sorted(re.findall("<article>.*?</article>", text, re.DOTALL), key=lambda card: "broken" in card)
+    assert whole.count('alt="further stored image"') == whole.count('alt="further model input"') == 2
+    assert re.findall(r"<small>(image \d)</small>", whole) == ["image 2", "image 3"] * 2
+    assert "<code>image 2</code> what ? → this → <code>image 3</code> and this ? → that" in whole
+    assert "as stored, 3 images" in whole
+    assert "image 2: the image cannot be read" in broken and broken.count("further") == 0
+    sampler = Sampler(folder, shards.read_manifest(folder), load_recipe(None))
+    view = sampler.view(FILE, 0, 0, np.random.default_rng(0))
+    side = sampler.settings.image_size
+    assert view.image_tokens == 3 * sampler.settings.image_tokens((side, side))
+
+
 def test_long_lists_end_in_one_line_and_a_pipe_gets_plain_lines():
     s = Statistics(rows=5)
     for i in range(1200):

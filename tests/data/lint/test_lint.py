@@ -60,6 +60,20 @@ def clean(tmp_path):
     return write_shards(tmp_path / "clean", clean_rows())
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_an_image_of_several_leaks_too(tmp_path, place):
+    """It may be the first or a further one, in the set or in the other folder."""
+    images = [picture(100), picture(101)]
+    images[place] = picture(3)
+    further = [{"image": images[1], "height": HEIGHT, "width": WIDTH}]
+    row = make_row("pair", images[0], (HEIGHT, WIDTH), "test", tasks=["chat"], further_images=further,
+                   messages=[make_message("chat", "q", "a", image_turns=(0,))])  # fmt: skip
+    folders = [write_shards(tmp_path / "pair", [row]), write_shards(tmp_path / "val", clean_rows())]
+    for one, other in (folders, folders[::-1]):
+        report, _ = lint(one, tmp_path / "out", against=[other])
+        assert [f.number for f in report.findings if f.rule.name == "leak"] == [1]
+
+
 @pytest.fixture
 def faulty(tmp_path):
     """A folder with findings of all severities, and objects that are hard to draw."""

@@ -249,6 +249,29 @@ def test_only_with_decode_are_images_decoded(monkeypatch):
     assert "the row says 50x100, the image has 100x100 pixels" in found["image-size"].examples[0]
 
 
+def several(*images, **columns):
+    """A conversation about images, each as its encoded bytes."""
+    further = [{"image": image, "height": SIDE, "width": SIDE} for image in images[1:]]
+    messages = [make_message("chat", "differ?", "no", image_turns=(0,) * len(further))]
+    return row(classes=[], tasks=["chat"], messages=messages, image=images[0], further_images=further, **columns)
+
+
+def test_further_images_are_decoded_too():
+    rows = [several(IMAGE, jpeg(SIDE, 50), b"nonsense"), several(b"broken", IMAGE + b"x")]
+    assert not ELSEWHERE & set(lint_rows(rows))
+    found = lint_rows(rows, settings=Settings(decode=True))
+    assert found["image-broken"].number == 2 and found["image-size"].number == 1
+    assert "image 3: the image cannot be read" in found["image-broken"].examples[0]
+    assert "image 2: the row says 100x100, the image has 50x100 pixels" in found["image-size"].examples[0]
+
+
+def test_rows_of_the_same_images_are_copies_and_other_lists_are_not():
+    images = [IMAGE + bytes([n]) for n in range(3)]
+    rows = [several(images[0]), several(*images[:2]), several(images[0], images[2]), several(images[1], images[0])]
+    assert not {"copies", "shared-image"} & set(lint_rows(rows))
+    assert lint_rows([*rows, several(*images[:2])])["copies"].number == 1
+
+
 def test_an_id_may_repeat_for_texts_about_one_image():
     rows = [text_row(t, name="a", image=b"x") for t in ("a dog", "a cat", "a dog")]
     found = lint_rows(rows)

@@ -3,11 +3,15 @@
 import gc
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from lumen_ray.data.scenes import render as scenes
 from lumen_ray.data.shards import shards
-from lumen_ray.data.shards.schema import make_row
+from lumen_ray.data.shards.join import join
+from lumen_ray.data.shards.schema import SCHEMA, make_message, make_row
+from lumen_ray.data.shards.statistics import gather
 from lumen_ray.errors import UserError
 
 
@@ -188,3 +192,62 @@ def test_changes_name_the_first_images():
     first.merge(later.numbers, later.images)
     assert first.numbers["boxes clipped"] == 9
     assert first.images == {"boxes clipped": ["a", "b", "c", "d", "e"]}
+
+
+# -- rows of several images -------------------------------------------------------------------------------------------
+
+
+def several_images_row():
+    first, second, third = (scenes.scene_row(0, index, 64)["image"] for index in range(3))
+    message = make_message("chat", "image 2 or image 3?", "The second.", image_turns=(0, 0))
+    further = [{"image": image, "height": 64, "width": 64} for image in (second, third)]
+    return make_row("pair", first, (64, 64), "chat", tasks=["chat"], messages=[message], further_images=further)
+
+
+def write_older_file(folder, rows):
+    """A shard folder as written before rows had further images and messages said when these are seen."""
+    with shards.ShardWriter(folder, "part-00000.parquet", rows_per_group=4) as writer:
+        for row in rows:
+            writer.write(row)
+    fields = [field for field in SCHEMA if field.name != "further_images"]
+    message = SCHEMA.field("messages").type.value_type
+    older = pa.list_(pa.struct([field for field in message if field.name != "image_turns"]))
+    fields = [pa.field("messages", older) if field.name == "messages" else field for field in fields]
+    plain = [{**row, "messages": [{k: v for k, v in m.items() if k != "image_turns"} for m in row["messages"]]}
+             for row in rows]  # fmt: skip
+    path = folder / "part-00000.parquet"
+    pq.write_table(pa.Table.from_pylist(plain, schema=pa.schema(fields)), path, row_group_size=4)
+    entry = writer.entry | {"bytes": path.stat().st_size, "sha256": shards.sha256(path)}
+    shards.write_manifest(folder, shards.build_manifest([entry], categories=[{"name": c} for c in scenes.CLASSES]))
+    return folder
+
+
+def test_rows_of_several_images_come_back_as_written(tmp_path):
+    row = several_images_row()
+    with shards.ShardWriter(tmp_path, "part-00000.parquet") as writer:
+        writer.write(row)
+    shards.write_manifest(tmp_path, shards.build_manifest([writer.entry]))
+    assert list(shards.read_rows(tmp_path)) == [row]
+    assert shards.read_row_group(tmp_path, "part-00000.parquet", 0, [0, 0]) == [row, row]
+
+
+def test_files_written_before_there_were_several_images_are_read(tmp_path, rows):
+    folder = write_older_file(tmp_path / "old", rows)
+    assert list(shards.read_rows(folder)) == rows
+    assert shards.read_row_group(folder, "part-00000.parquet", 1, [1, 0]) == [rows[5], rows[4]]
+    read = list(shards.read_rows(folder, ["messages", "further_images"]))
+    assert read == [{"messages": row["messages"], "further_images": []} for row in rows]
+    assert list(shards.read_rows(folder, ["image_id"])) == [{"image_id": row["image_id"]} for row in rows]
+    statistics = gather(folder)
+    assert statistics.rows == statistics.image_sides.total() == len(rows)
+
+
+def test_old_and_new_files_are_joined(tmp_path, rows):
+    folders = [write_older_file(tmp_path / "old", rows), tmp_path / "new"]
+    with shards.ShardWriter(folders[1], "part-00000.parquet") as writer:
+        writer.write(several_images_row())
+    shards.write_manifest(folders[1], shards.build_manifest([writer.entry]))
+    join(folders, tmp_path / "all")
+    assert list(shards.read_rows(tmp_path / "all")) == [*rows, several_images_row()]
+    statistics = gather(tmp_path / "all")
+    assert statistics.image_sides.total() == len(rows) + 3 and statistics.items["further images"] == 2

@@ -136,9 +136,12 @@ def test_rejected_by_name(read, record):
 @pytest.mark.parametrize(
     ("record", "rule"),
     [
-        ({"images": ["a.jpg", "b.jpg"], "messages": human("q")}, "several_images"),
-        ({"image": "a.jpg", "images": ["b.jpg"], "messages": human("q")}, "several_images"),
-        ({"image": "b.jpg", "messages": parts({"type": "image", "image": "a.jpg"}, TEXT)}, "several_images"),
+        ({"image": "a.jpg", "images": ["b.jpg"], "messages": human("q")}, "image_order"),
+        ({"image": ["a.jpg", "b.jpg"], "images": ["b.jpg", "a.jpg"], "messages": human("q")}, "image_order"),
+        ({"image": "b.jpg", "messages": parts({"type": "image", "image": "a.jpg"}, TEXT)}, "image_order"),
+        ({"messages": parts({"type": "image", "image": "a.jpg", "path": "b.jpg"}, TEXT)}, "image_order"),
+        ({"images": ["a.jpg", "b.jpg"], "messages": human("<image>q")}, "image_count"),
+        ({"images": ["a.jpg", None], "messages": human("q")}, "invalid_image"),
         ({"messages": parts({"type": "image"}, TEXT)}, "missing_image"),
         (
             {"image": "a.jpg", "conversations": [*human("q")[:1], {"from": "gpt", "value": "<image>"}]},

@@ -138,8 +138,9 @@ def test_numbered_regions(make):
 @pytest.mark.parametrize(
     ("bad", "reason"),
     [
-        (chat("q", "a", image=["a.jpg", "b.jpg"]), "has 2 images"),
-        (chat("<image> <image> q", "a"), "2 <image> markers"),
+        (chat("<image> q", "a", image=["a.jpg", "b.jpg"]), "it has 1 <image> marker for 2 images"),
+        (chat("q <region>", "a", image=["a.jpg", "b.jpg"], regions=[[0, 0, 5, 5]]), "it has regions and 2 images"),
+        (chat("<image> <image> q", "a"), "2 <image> markers for 1 image"),
         (chat("<image> q", "a", image=None), "no image"),
         (chat("q"), "the last question has no answer"),
         (chat("q", "a", "q"), "the last question has no answer"),

@@ -31,7 +31,7 @@ from lumen_ray.data.sources.chat import ChatSource
 BAD = {  # records that must be rejected, by what is wrong with them
     "video": {"video": "clip.mp4"},
     "audio": {"audio_path": "a.wav"},
-    "several images": {"image": ["a.png", "b.png"]},
+    "two images": {"image": "a.png", "images": ["b.png"]},
     "no turns": {"conversations": []},
     "no answer": {"conversations": [{"from": "human", "value": "What?"}]},
     "blank": {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": " "}]},
@@ -94,7 +94,7 @@ def draw_text_alone(draw, number):
 def draw_talk(draw, picture, place, picture_fate, box_format, number):
     """A conversation about a picture, with some of its things as regions."""
     talk = Talk({}, picture, place, draw(st.sampled_from(["fine"] * 12 + list(BAD))))
-    if place.twin and talk.fate == "several images":
+    if place.twin and talk.fate == "two images":
         talk.fate = "video"  # which lists the name, so that it is known to be similar
     things = [thing for thing in picture.things if draw(st.sampled_from([True, True, False]))]
     record = talk.record = {"regions": [region(draw, thing, picture.size, box_format) for thing in things]}
@@ -126,8 +126,6 @@ def draw_talk(draw, picture, place, picture_fate, box_format, number):
             record["regions"] = [[0.5, 0.5, 0.5, 0.5] if box_format == "relative" else [900, 900, 950, 950]]
             record["conversations"] = [{"from": "human", "value": "<region>?"}, {"from": "gpt", "value": "Yes."}]
             record.pop("messages", None)
-        elif talk.fate == "several images":
-            record.pop("images", None)
         elif talk.fate == "markers":
             record["conversations"] = [{"from": "human", "value": "<region>?"}, {"from": "gpt", "value": "Yes."}]
             record.pop("messages", None)

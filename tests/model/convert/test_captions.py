@@ -18,6 +18,7 @@ from support.tiny_models import (
 from lumen_ray.data.batches.collate import Collator
 from lumen_ray.data.images import decode
 from lumen_ray.data.scenes import render as scenes
+from lumen_ray.data.shards.schema import make_message
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import ModelMeta, load_model, save_model
 from lumen_ray.model.warm_start import start_settings, start_tokenizer
@@ -83,10 +84,7 @@ def test_a_step_aligns_links_with_captions(folder, task, decoder, loss):
     loaded = load_model(folder)
     model, rows = loaded.model.train(), [scenes.scene_row(5, n, SIDE) for n in range(2)]
     for row in rows:
-        row["messages"] = [
-            {"task": name, "turns": [{"role": role, "content": "red b"} for role in roles], "regions": []}
-            for name, roles in (("caption", ("user", "assistant")), ("edit", ("user",)))
-        ]
+        row["messages"] = [make_message("caption", "red b", "red b"), make_message("edit", "red b", None)]
     images = [decode(row["image"]) for row in rows]
     generators = [np.random.default_rng(n) for n in range(2)]
     collator = Collator(loaded.tokenizer, SIDE, (task,), {}, input_rules=loaded.settings.input_rules)
