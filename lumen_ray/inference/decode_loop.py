@@ -62,8 +62,8 @@ class TextPrompt:
 
 @dataclass
 class TextLink:
-    """A link in an answer. `start`, `end`: [first, end) in the answer's tokens of the words that name its objects, behind
-    which its routing token is; `states`: the hidden states [width] at its queries so far."""
+    """A link in an answer. `start`, `end`: [first, end) in the answer's tokens of the words that name its objects; its
+    routing token is the one behind them; `states`: the hidden states [width] at its queries so far."""
 
     route: str
     start: int

@@ -71,8 +71,8 @@ class Branch:
     `parent`: for a keypoint prompt the index (in the list of branches) of its object's prompt, else -1.
     `limit`: maximum number of tokens; a response is cut off there, without an end token. `system`: the system text of a
     conversation, where the LLM was taught turns its system turn, and with an image the beginning of the first question.
-    `links`: number of the routing tokens in its responses, each of which is followed by queries, then by more text; with
-    0 they are words like any other.
+    `links`: number of the routing tokens in its responses, each of which is followed by queries, then by more text;
+    with 0 they are words like any other.
 
     `group`: prompts of one image and group are one request: expert decoders process them jointly, and the sequential
     layout puts them into one string, in which `phrase` names the prompt's object (by default parsed from the prompt).

@@ -58,8 +58,8 @@ class Layout:
     #: int64 [R, L], or None: the LLM then runs on B rows of P + T tokens. Otherwise on R rows in which images and texts
     #: are packed; each entry is an index into the flattened [B, P + T] grid, -1 at padding
     pack: Tensor | None = None
-    #: of families with links in texts: int64 [Q], the index in `ROUTING_TOKENS` of the token before each link in a text,
-    #: -1 for others; and int64 [B, T], the link whose objects each token names, -1 for tokens that name none
+    #: of families with links in texts: int64 [Q], the index in `ROUTING_TOKENS` of the token before each such link, -1
+    #: for others; and int64 [B, T], the link whose objects each token names, -1 for tokens that name none
     text_routes: dict[str, Tensor] = field(default_factory=dict)
     link_words: dict[str, Tensor] = field(default_factory=dict)
 

@@ -162,8 +162,8 @@ class Trunk(nn.Module):
 
     @torch.inference_mode()
     def text_links(self, decoder: str, states: Tensor, words: Sequence[Sequence[int]]) -> Tensor:
-        """Embeddings [P, channels], float32, of links that were written in texts: from the last hidden states [P, N, width] at
-        their queries, and the token ids that name the objects of each."""
+        """Embeddings [P, channels], float32, of links that were written in texts, from the last hidden states [P, N,
+        width] at their queries and the ids of the tokens that name the objects of each."""
         head, read = self.link_heads[decoder], None
         if self.settings.link_reads_words:
             table = cast("nn.Embedding | None", head.vocabulary) or self.llm.get_input_embeddings()

@@ -6,9 +6,13 @@ Boxes are `xyxy`, absolute pixels of the EXIF-rotated image, float32. Masks are 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
+
+from lumen_ray.errors import UserError
+from lumen_ray.tasks import get_task, text_pieces
 
 _RLE = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
 
@@ -31,11 +35,25 @@ _REGION = pa.struct(
     ]
 )
 
+_LINK = pa.struct(
+    [
+        ("phrase", pa.string()),  # the objects that the answer names
+        ("instances", pa.list_(pa.int32())),  # indices into `instances`
+    ]
+)
+
 _MESSAGE = pa.struct(
     [
         ("task", pa.string()),  # chat | caption | vqa | region_caption | edit
         ("turns", pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))),  # user, assistant, ...
         ("regions", pa.list_(pa.int32())),  # indices into `regions`, one per <region> in the text
+    ]
+)
+#: of files with links
+_LINKED_MESSAGE = pa.struct(
+    [
+        *_MESSAGE,
+        ("links", pa.list_(_LINK)),  # one per routing token in the assistant's turns, in order; null: none
     ]
 )
 
@@ -63,6 +81,10 @@ SCHEMA = pa.schema(
         ("target_image", pa.binary()),  # edit triples
     ]
 )
+
+_MESSAGES = SCHEMA.get_field_index("messages")
+#: of files in which a message has links; others are as they were before there were any
+LINKED_SCHEMA = SCHEMA.set(_MESSAGES, pa.field("messages", pa.list_(_LINKED_MESSAGE)))
 
 REJECTED_SCHEMA = pa.schema(
     [
@@ -105,3 +127,29 @@ def make_message(task: str, prompt: str, response: str | None, regions: tuple[in
     turns = [{"role": "user", "content": prompt}]
     turns += [] if response is None else [{"role": "assistant", "content": response}]
     return {"task": task, "turns": turns, "regions": list(regions)}
+
+
+def message_links(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The links of a message, none in shards written before there were any. Raises `UserError` (`invalid_links`) unless
+    there is one for each routing token in its answers, and all of these may stand in a text."""
+    links = message.get("links") or []
+    if not links:
+        return []
+    if not get_task(message["task"]).is_conversation:
+        raise UserError(f"a message of task '{message['task']}' has links; only chats may", "invalid_links")
+    answers = [turn["content"] for turn in message["turns"] if turn["role"] == "assistant"]
+    number = sum(len(text_pieces(answer)) - 1 for answer in answers)
+    if number != len(links):
+        raise UserError(
+            f"the answers {answers!r} have {number} routing tokens but {len(links)} links; give one for each",
+            "invalid_links",
+        )
+    return links
+
+
+def message_routes(message: Mapping[str, Any]) -> list[str]:
+    """The routing token of each link of a message."""
+    if not message_links(message):
+        return []
+    answers = (turn["content"] for turn in message["turns"] if turn["role"] == "assistant")
+    return [token for answer in answers for _, token in text_pieces(answer) if token]
