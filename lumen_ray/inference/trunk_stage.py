@@ -268,7 +268,7 @@ class TrunkStage(FromFolder):
                 if request.region is not None:
                     region = torch.from_numpy(region_mask(request.region, self.bucket(request.region.size)))
                 prompt = TextPrompt(replace(branch, image=b), Sampler(request.sampling, ids), limit, region, routes)
-                self._check_context(len(ids) + (0 if layout.alone else prefix), limit + prompt.most_queries)
+                self._check_context(len(ids) + (0 if layout.alone else prefix), limit, prompt.most_queries)
                 found[b, r] = prompt
         return found
 
@@ -340,12 +340,14 @@ class TrunkStage(FromFolder):
                 f"an earlier answer may not contain '{token}', which the prompt layout uses", "reserved_text"
             )
 
-    def _check_context(self, length: int, limit: int) -> None:
-        """Raises `UserError` if a prompt of `length` tokens and its answer are longer than the LLM's context."""
+    def _check_context(self, length: int, limit: int, queries: int) -> None:
+        """Raises `UserError` if a prompt of `length` tokens and its answer of at most `limit` tokens and `queries` are
+        longer than the LLM's context."""
         most = getattr(self.trunk.llm.config, "max_position_embeddings", None)
-        if most is not None and length + limit > most:
+        if most is not None and length + limit + queries > most:
+            own = f"{limit} and {queries} queries" if queries else f"{limit}"
             raise UserError(
-                f"the prompt has {length} tokens and its answer may have {limit}, more than the LLM's context of "
+                f"the prompt has {length} tokens and its answer may have {own}, more than the LLM's context of "
                 f"{most} tokens; shorten the conversation or lower the longest answer",
                 "context_too_long",
             )

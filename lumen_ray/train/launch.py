@@ -79,6 +79,12 @@ def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: st
         with sole_writer(folder):
             start = make_start(folder, shards, recipe, settings, manifest)
         check_recipe(recipe, settings, len(start.tokenizer))
+        if settings.prompt_layout == "sequential" and _trains_links(recipe, manifest):
+            raise UserError(
+                "the shards have answers with links, which need prompt_layout 'branches'; train chats in a group of "
+                "their own, without detect, ground and segment",
+                "wrong_layout",
+            )
         skeletons = skeletons_of(manifest)
         job = TrainingJob(recipe, start, _meta(recipe, start, manifest, skeletons), str(folder))
         reader = BatchReader(

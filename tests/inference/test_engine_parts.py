@@ -9,9 +9,10 @@ from support.forced_answers import force_answers
 from support.tiny_models import tiny_loaded
 
 from lumen_ray.decoders.base import PredictSettings
+from lumen_ray.errors import UserError
 from lumen_ray.inference.branches import last_phrase
 from lumen_ray.inference.engine import Engine
-from lumen_ray.inference.outputs import finish
+from lumen_ray.inference.outputs import assemble, finish, merge
 from lumen_ray.inference.request import make_request
 from lumen_ray.inference.sampling import Sampling
 from lumen_ray.structures import Answer
@@ -143,6 +144,32 @@ def test_json_has_the_parts_and_comes_back(engine, monkeypatch):
     assert data["instances"] == data["parts"][1]["instances"] + data["parts"][3]["instances"]
     assert len(data["instances"]) == 4 and data["phrases"] == ["red circle"] * 2
     assert Answer.from_dict(data).to_dict() == data
+
+
+def test_outputs_for_the_wire_keep_the_parts(engine, monkeypatch):
+    detect = make_request("detect", classes=["red circle"])
+    force(monkeypatch, engine)
+    rows = [[detect, CHAT], [CHAT]]
+    output = engine.trunk.links([IMAGE, IMAGE[::-1].copy()], rows, max_new_tokens=60)
+    again = merge([output.select(1), output.select(0)])
+    settings = PredictSettings(0.0)
+    found = assemble(again.plans, {"lumen": engine.decoders["lumen"].predict(again, settings)})
+    expected = assemble(output.plans, {"lumen": engine.decoders["lumen"].predict(output, settings)})
+    assert assemble(output.plans, {})[1] == [None]  # answered by the decoder
+    for one, two in ((found[0][0], expected[1][0]), (found[1][1], expected[0][1])):
+        assert [part.route for part in one.parts] == [None, "[DET]", None, "[SEG]", None]
+        for a, b in zip(one.predictions, two.predictions, strict=True):
+            same(a, b)
+
+
+def test_queries_count_in_the_context(engine, monkeypatch):
+    force(monkeypatch, engine, "red")
+    assert run(engine, max_new_tokens=390).text == "red"
+    with pytest.raises(UserError, match="answer may have 450 and 64 queries"):
+        run(engine, max_new_tokens=450)
+    plain = make_engine(flag=False)
+    force(monkeypatch, plain, "red")
+    assert run(plain, max_new_tokens=450).text == "red"
 
 
 def test_streams_go_on_behind_links_and_history_has_the_text(engine, monkeypatch):

@@ -13,6 +13,7 @@ from lumen_ray.data.scenes.text import GROUNDED_CAPTION
 from lumen_ray.data.shards.prepare import prepare_source
 from lumen_ray.data.shards.shards import read_rows
 from lumen_ray.data.sources.scenes import ScenesSource
+from lumen_ray.errors import UserError
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import make_request
 from lumen_ray.structures import Boxes
@@ -82,6 +83,11 @@ def test_training_sets_the_flag_where_it_draws_messages_with_links(trained, data
         groups = [{"tasks": tasks} for tasks in options.pop("groups")]
         return job_of(where, tmp_path / run, {**STAGE, "groups": groups}, **options).job.meta.writes_behind_routes
 
+    sequential = {"prompt_layout": "sequential", "prefix_attention": "causal", "link_reads_words": False}
+    settings = tiny_settings(vocab_size=330, **sequential)
+    (tmp_path / "sequential.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
+    with pytest.raises(UserError, match="need prompt_layout 'branches'"):
+        flag("sequential", groups=[["chat", "detect"]], model=str(tmp_path / "sequential.yaml"))
     assert flag("both", groups=[["vqa"], ["chat", "segment"]])
     assert not flag("apart", groups=[["chat"], ["detect"]])
     assert not flag("without", data, groups=[["chat", "detect"]])
