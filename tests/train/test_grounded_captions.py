@@ -62,6 +62,9 @@ def test_it_writes_the_captions_with_their_objects(trained):
             assert overlap.shape == (len(expected),) * 2 and overlap.max(0).min() > 0.7
             assert prediction.phrase in answer.text
     assert len(answers[0][0].predictions) == 3
+    # an instruction is routed as before
+    ((routed,),) = engine.run([decode(rows[0]["image"])], [[make_request("chat", text="detect red triangle")]])
+    assert (routed.parts, routed.text, routed.route) == (None, None, "[DET]")
 
 
 def test_a_folder_without_the_flag_ends_answers_at_their_routing_token(trained, tmp_path):
