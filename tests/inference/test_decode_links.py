@@ -4,15 +4,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.chat_templates import FAMILIES, renderer
 from support.forced_answers import force_answers
-from support.tiny_models import llm, plain_batch, random_images, scrambled, tiny_model, tiny_tokenizer
+from support.released_fakes import gpt_tokenizer
+from support.tiny_models import llm, plain_batch, random_images, scrambled, tiny_model, tiny_settings, tiny_tokenizer
+from tokenizers import AddedToken
 
 from lumen_ray.inference.decode_loop import DecodeLoop, TextPrompt, Writing
 from lumen_ray.inference.sampling import GREEDY, Sampler
+from lumen_ray.model.build import build_model
 from lumen_ray.tasks import MAX_TEXT_LINKS, TEXT_ROUTES
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.layout import branch_span, build_layout
-from lumen_ray.trunk.tokenizer import EOS
+from lumen_ray.trunk.tokenizer import EOS, LumenTokenizer
+from lumen_ray.trunk.turns import read_template
 
 TOKENIZER = tiny_tokenizer()
 IMAGES = random_images(2)
@@ -123,3 +128,24 @@ def test_queries_count_as_memory(monkeypatch):
     assert Writing(prompt(limit=10)).need == Writing(prompt(limit=10, routes=())).need + 5 * NUM_QUERIES
     most = Writing(prompt(limit=400)).need - Writing(prompt(limit=400, routes=())).need
     assert most == MAX_TEXT_LINKS * NUM_QUERIES
+
+
+def test_links_in_the_turns_of_a_published_llm(monkeypatch):
+    template, bos, eos, others = FAMILIES["qwen2"]
+    backend, special = gpt_tokenizer(), [token for token in (bos, eos, *others) if token]
+    backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    turns = read_template(renderer(template, bos, eos), special, eos)
+    tokenizer, _ = LumenTokenizer.extend(backend, {"<eos>": eos}, ("perception",), turns=turns)
+    trunk = scrambled(build_model(tiny_settings(llm=llm()), len(tokenizer)).trunk)
+    branch = Branch(0, QUESTION, response="A cat [DET] and a dog [SEG] .", links=2)
+    layout = build_layout([branch], 1, tokenizer)
+    with torch.no_grad():
+        expected = trunk(plain_batch(IMAGES[:1], layout, tasks=["chat"])).links["lumen"].embeddings
+    loop, prefix = DecodeLoop(trunk, tokenizer), trunk.encode(IMAGES)
+    learned = layout.labels[0][layout.labels[0] >= 0].tolist()  # what the LLM would write
+    force_answers(monkeypatch, loop, learned)
+    asked = Branch(0, QUESTION)
+    ids = build_layout([asked], 1, tokenizer).input_ids[0].tolist()
+    (writing,) = write(loop, prefix, [TextPrompt(asked, Sampler(GREEDY, ids), 60, routes=TEXT_ROUTES)])
+    assert writing.end == "stop" and writing.tokens == learned[: len(writing.tokens)]
+    torch.testing.assert_close(link_embeddings(trunk, writing), expected, atol=1e-4, rtol=1e-4)
