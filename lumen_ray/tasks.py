@@ -144,6 +144,11 @@ UNDERSTANDING = tuple(name for name, task in TASKS.items() if task.result != "im
 #: those of them that can be trained
 TRAINABLE_TASKS = tuple(name for name in UNDERSTANDING if not TASKS[name].derived_from)
 ROUTING_TOKENS: tuple[str, ...] = tuple(t for family in LINK_FAMILIES.values() for t in family.routing_tokens)
+#: tokens behind whose queries the text of an answer may go on; those of poses are followed by keypoint prompts instead
+TEXT_ROUTES: tuple[str, ...] = tuple(t for t in LINK_FAMILIES["perception"].routing_tokens if t != "[POSE]")
+#: most links in one answer
+MAX_TEXT_LINKS = 16
+_ROUTES = re.compile("|".join(map(re.escape, ROUTING_TOKENS)))
 
 
 def get_task(name: str) -> Task:
@@ -165,6 +170,32 @@ def family_of(routing_token: str) -> LinkFamily:
         if routing_token in family.routing_tokens:
             return family
     raise unknown("routing token", routing_token, ROUTING_TOKENS)
+
+
+def task_of_route(routing_token: str) -> Task:
+    """The first task of the registry whose prompts that token answers."""
+    return next(task for task in TASKS.values() if task.routing_token == routing_token)
+
+
+def text_pieces(text: str) -> list[tuple[str, str]]:
+    """(words, the routing token behind them) of every piece of an answer with links, in order; the last has no token.
+
+    Raises `UserError` if a token has no words before it, or if text cannot go on behind it.
+    """
+    pieces: list[tuple[str, str]] = []
+    start = 0
+    for match in _ROUTES.finditer(text):
+        words, token = text[start : match.start()], match.group()
+        if token not in TEXT_ROUTES:
+            raise UserError(
+                f"an answer cannot go on behind {token}; tokens that may stand in a text: {', '.join(TEXT_ROUTES)}",
+                "invalid_links",
+            )
+        if not words.strip():
+            raise UserError(f"{token} has no words before it in the answer {text!r}; name the objects", "invalid_links")
+        pieces.append((words, token))
+        start = match.end()
+    return [*pieces, (text[start:], "")]
 
 
 def task_of_prompt(text: str) -> tuple[str, str] | None:

@@ -16,7 +16,7 @@ from lumen_ray.inference.outputs import DecoderInput, RequestPlan
 from lumen_ray.inference.request import Request, no_decoder
 from lumen_ray.structures import Region, SampleSettings
 from lumen_ray.superlink import SuperLink
-from lumen_ray.tasks import TASKS, Task, task_of_prompt
+from lumen_ray.tasks import TASKS, TEXT_ROUTES, Task, split_phrases, task_of_prompt, task_of_route
 from lumen_ray.trunk.branch import Branch
 
 R = TypeVar("R")
@@ -30,13 +30,15 @@ class PendingBranch:
     """A branch with a routing token that has not run yet.
 
     `prompt`: how its predictions enter the answer, None for a keypoint branch. `branch.group` is the index of the
-    request among those of its image. `region`: the visual prompt that fills the branch's `<region>`.
+    request among those of its image. `region`: the visual prompt that fills the branch's `<region>`. `embedding`: of a
+    link in a text, which the LLM has read while it wrote; such a branch does not run.
     """
 
     branch: Branch
     prompt: PromptSpec | None
     decoder: str
     region: Region | None = None
+    embedding: Tensor | None = None
 
     @property
     def key(self) -> tuple[int, int]:
@@ -109,6 +111,22 @@ class BranchPlanner:
         branch = Branch(image, request.text, route=task.routing_token, group=index)
         return [PendingBranch(branch, prompt, self.decoder(task))]
 
+    def text_routes(self, text_task: Task) -> dict[str, str]:
+        """Routing tokens behind which a text of this task may go on -> the decoder that serves them all: an answer has
+        one decoder."""
+        if not text_task.is_conversation:
+            return {}
+        found = {token: self.serving.get(task_of_route(token).name) for token in TEXT_ROUTES}
+        decoder = next((name for name in found.values() if name), None)
+        return {token: name for token, name in found.items() if name and name == decoder}
+
+    def text_link(self, token: str, words: str, image: int, index: int, embedding: Tensor) -> PendingBranch:
+        """The link of a routing token in a text: the last noun phrase of the `words` before it names its objects."""
+        task = task_of_route(token)
+        prompt = PromptSpec(last_phrase(words), masks=task.result == "masks", task=task.name)
+        branch = Branch(image, words, route=token, group=index)
+        return PendingBranch(branch, prompt, self.decoder(task), embedding=embedding)
+
     def _keypoints(self, request: Request, phrase: str) -> tuple[str, ...]:
         names = request.keypoints or self.skeletons.get(phrase)
         if not names:
@@ -118,6 +136,16 @@ class BranchPlanner:
                 "unknown_skeleton",
             )
         return tuple(names)
+
+
+def last_phrase(words: str) -> str:
+    """The last noun phrase of a text, the text itself if it has none."""
+    try:
+        phrases = split_phrases(words)
+    except UserError:
+        return words.strip()
+    lower = words.lower()
+    return max(phrases, key=lambda phrase: (lower.rfind(phrase) + len(phrase), len(phrase)))
 
 
 def split_passes(pending: Sequence[PendingBranch], most: int, whole_requests: bool) -> list[list[int]]:

@@ -39,7 +39,7 @@ class _Abandoned(Exception):
 class Conversation:
     """Keeps the images encoded, and the questions and answers so far in `history`.
 
-    Of an answer that a decoder gives (boxes, pictures), only the text before it enters `history`, if there is any.
+    Of an answer that a decoder has a part in (boxes, pictures), only the text enters `history`, if there is any.
     """
 
     def __init__(self, engine: ConversationEngine, images: Shown = None, system: str = "", sampling: Sampling = GREEDY):

@@ -3,6 +3,9 @@
 Prompts wait in a queue, join the answers that are being written between two steps, and leave as soon as they are done.
 Every step is one pass of the LLM over one token of each answer (see `trunk.decoding`).
 
+Behind the routing token of a link in a text, an answer takes the family's queries in place of words, one in each step,
+and the words go on behind the last (`TextPrompt.routes`).
+
 There is no thread of its own: whoever waits for an answer takes the next step for all. So several threads may ask at
 once, and one that comes with a new image or prompt waits for one step at most.
 """
@@ -11,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +26,7 @@ from lumen_ray.inference.branches import with_regions
 from lumen_ray.inference.sampling import Sampler, stop_at
 from lumen_ray.precision import in_model_dtype
 from lumen_ray.structures import Dtype
-from lumen_ray.tasks import ROUTING_TOKENS
+from lumen_ray.tasks import MAX_TEXT_LINKS, ROUTING_TOKENS, family_of
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.decoding import AnswerGroup, DecodingStep, PrefixSlots, Row
 from lumen_ray.trunk.layout import build_layout
@@ -41,28 +44,81 @@ SHORTEST_GROUP, GROUP_RATIO = 128, 4
 @dataclass
 class TextPrompt:
     """A prompt whose answer is to be written. `branch.image`: index of its image in the batch; `region`: uint8 [H, W]
-    mask in the trunk's input of its visual prompt, if it has one; `limit`: most tokens of the answer."""
+    mask in the trunk's input of its visual prompt, if it has one; `limit`: most tokens of the answer; `routes`: the
+    routing tokens behind which it goes on."""
 
     branch: Branch
     sampler: Sampler
     limit: int
     region: Tensor | None = None
+    routes: Collection[str] = ()
+
+    @property
+    def most_queries(self) -> int:
+        """Queries in the answer, at most."""
+        links = min(MAX_TEXT_LINKS, self.limit // 2)  # a link takes a word and a routing token
+        return links * max((family_of(route).num_queries for route in self.routes), default=0)
+
+
+@dataclass
+class TextLink:
+    """A link in an answer. `start`, `end`: [first, end) in the answer's tokens of the words that name its objects; its
+    routing token is the one behind them; `states`: the hidden states [width] at its queries so far."""
+
+    route: str
+    start: int
+    end: int
+    states: list[Tensor] = field(default_factory=list)
+    route_read: bool = False  # whether the LLM has read the routing token, so that queries are next
+
+    @property
+    def is_open(self) -> bool:
+        """Whether queries are left to read."""
+        return len(self.states) < family_of(self.route).num_queries
 
 
 @dataclass(eq=False)
 class Writing:
-    """An answer that is being written: `tokens` so far, without the end token; `end`: why it is done ('stop', 'length',
-    'route' behind a routing token, 'cancelled' or 'error'), None before."""
+    """An answer that is being written: `tokens` so far, without the end token and queries; `links` in it; `end`: why it
+    is done ('stop', 'length', 'route' behind a routing token, 'cancelled' or 'error'), None before."""
 
     prompt: TextPrompt
     tokens: list[int] = field(default_factory=list)
+    links: list[TextLink] = field(default_factory=list)
     end: str | None = None
     error: BaseException | None = None
 
     @property
     def need(self) -> int:
-        """Own tokens at the end, at most."""
-        return len(self.prompt.sampler.prompt) + self.prompt.limit
+        """Own tokens and queries at the end, at most."""
+        return len(self.prompt.sampler.prompt) + self.prompt.limit + self.prompt.most_queries
+
+    @property
+    def open_link(self) -> TextLink | None:
+        """The link whose queries are next."""
+        return self.links[-1] if self.links and self.links[-1].is_open else None
+
+    def begin_link(self, route: str) -> bool:
+        """Begins the link of a routing token that was just written; False if the answer cannot go on behind it."""
+        start, end = self.links[-1].end + 1 if self.links else 0, len(self.tokens) - 1
+        if route not in self.prompt.routes or start == end or len(self.links) == MAX_TEXT_LINKS:
+            return False
+        self.links.append(TextLink(route, start, end))
+        return True
+
+    def read(self, hidden: Tensor) -> bool:
+        """Enters the hidden state [width] of the last input; returns whether a word is next."""
+        link = self.open_link
+        if link is None:
+            return True
+        if link.route_read:
+            link.states.append(hidden)
+        link.route_read = True
+        if link.is_open:
+            return False
+        if len(self.tokens) >= self.prompt.limit:
+            self.end = "length"
+        return self.end is None
 
 
 class DecodeLoop:
@@ -85,6 +141,7 @@ class DecodeLoop:
         self.device, self.dtype = trunk.lead.device, dtype
         self._most_tokens = memory // trunk.key_value_bytes
         self._routes = frozenset(tokenizer.ids[token] for token in ROUTING_TOKENS if token in tokenizer.ids)
+        self._names = {i: token for token, i in tokenizer.ids.items()}
         self._queue: deque[tuple[Prefix, list[Writing]]] = deque()
         self._active: dict[Row, Writing] = {}
         self._groups: dict[tuple[int, int], AnswerGroup] = {}  # by tokens of the prefix, longest prompt and answer
@@ -293,10 +350,20 @@ class DecodeLoop:
     def _next_tokens(self) -> None:
         groups = list(self._groups.values())
         writings = [self._active[row] for group in groups for row in group.rows]
+        queries = {n: self._query(link) for n, w in enumerate(writings) if (link := w.open_link) and link.route_read}
         with decoding_rows():
-            hidden = self.trunk.decode_step(DecodingStep(groups), [writing.tokens[-1] for writing in writings])
+            tokens = [writing.tokens[-1] for writing in writings]
+            hidden = self.trunk.decode_step(DecodingStep(groups), tokens, queries)
+            chosen = [n for n, writing in enumerate(writings) if writing.read(hidden[n])]
+            if len(chosen) < len(writings):
+                hidden = hidden[chosen]
             logits = self.trunk.llm.lm_head(hidden)
-        self._choose(writings, logits)
+        if chosen:
+            self._choose([writings[n] for n in chosen], logits)
+
+    def _query(self, link: TextLink) -> Tensor:
+        """The embedding [width] of the next query of a link."""
+        return self.trunk.queries.queries[family_of(link.route).name][len(link.states)]
 
     def _choose(self, writings: Sequence[Writing], logits: Tensor) -> None:
         """Appends the next token of each answer, from logits [N, V]; ends those that are done."""
@@ -315,7 +382,8 @@ class DecodeLoop:
             writing.tokens.append(token)
             stops = writing.prompt.sampler.settings.stop
             if token in self._routes:
-                writing.end = "route"
+                if not writing.begin_link(self._names.get(token, "")):
+                    writing.end = "route"
             elif stops and stop_at(self.tokenizer.decode(writing.tokens), stops) is not None:
                 writing.end = "stop"
             elif len(writing.tokens) >= writing.prompt.limit:

@@ -15,7 +15,7 @@ from torch import Tensor
 from lumen_ray.decoders.base import PredictSettings, PromptSpec
 from lumen_ray.inference.request import Request
 from lumen_ray.inference.semantic import class_regions
-from lumen_ray.structures import Answer, Prediction, Size
+from lumen_ray.structures import Answer, AnswerPart, Prediction, Size
 from lumen_ray.superlink import SuperLink, concat
 from lumen_ray.targets import Frame
 from lumen_ray.tasks import TASKS
@@ -27,7 +27,8 @@ DecoderResult = Prediction | list[np.ndarray] | None
 @dataclass
 class RequestPlan:
     """Where one request's answer comes from: `links` are indices into the super link of its `decoder`, `text` is what
-    the LLM wrote; `log_probs`, `tokens` and `is_cut` are as in `Answer`."""
+    the LLM wrote; `log_probs`, `tokens` and `is_cut` are as in `Answer`. `parts`: as there, with an entry without
+    prediction for each link, in the order of `links`."""
 
     task: str
     size: Size
@@ -38,6 +39,7 @@ class RequestPlan:
     log_probs: list[float] | None = None
     tokens: list[str] | None = None
     is_cut: bool = False
+    parts: list[AnswerPart] | None = None
 
 
 @dataclass
@@ -153,7 +155,23 @@ def _answer(plan: RequestPlan, results: Mapping[str, Sequence[DecoderResult]]) -
         size = plan.size if TASKS[plan.task].sees_image else (pictures[0].shape[0], pictures[0].shape[1])
         return Answer(plan.task, size, text=plan.text, route=plan.route, images=pictures)
     predictions = [result for result in found if isinstance(result, Prediction)]
-    return Answer(plan.task, plan.size, predictions, text=plan.text, route=plan.route)
+    return Answer(
+        plan.task,
+        plan.size,
+        predictions,
+        text=plan.text,
+        route=plan.route,
+        log_probs=plan.log_probs,
+        tokens=plan.tokens,
+        is_cut=plan.is_cut,
+        parts=None if plan.parts is None else _with_predictions(plan.parts, predictions),
+    )
+
+
+def _with_predictions(parts: Sequence[AnswerPart], predictions: Sequence[Prediction]) -> list[AnswerPart]:
+    """The parts of an answer, with a prediction for each link."""
+    following = iter(predictions)
+    return [part if part.route is None else replace(part, prediction=next(following)) for part in parts]
 
 
 def request_limits(request: Request, default: PredictSettings) -> PredictSettings:
@@ -180,4 +198,4 @@ def finish(answer: Answer, limits: PredictSettings, used: PredictSettings) -> An
         predictions = [p.above(limits.score_threshold)[: limits.max_per_phrase] for p in predictions]
     if answer.task == "semantic":
         predictions = class_regions(predictions)
-    return replace(answer, predictions=predictions)
+    return answer.with_predictions(predictions)

@@ -25,9 +25,9 @@ from lumen_ray.inference.request import Request, Shown, check_requests, images_o
 from lumen_ray.inference.sampling import Sampler, stable_text, stop_at
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.precision import in_model_dtype
-from lumen_ray.structures import Region, Size
+from lumen_ray.structures import AnswerPart, Region, Size
 from lumen_ray.targets import Frame
-from lumen_ray.tasks import ROUTING_TOKENS, TASKS
+from lumen_ray.tasks import ROUTING_TOKENS, TASKS, task_of_route
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.layout import build_layout, several_images_unsupported
 from lumen_ray.trunk.regions import region_mask
@@ -112,6 +112,7 @@ class TrunkStage(FromFolder):
         self.skeletons = {name: tuple(names) for name, names in loaded.meta.skeletons.items()}
         self.planner = BranchPlanner(self.serving, self.skeletons, set(loaded.meta.tasks or TASKS))
         square = (loaded.settings.image_size,) * 2
+        self.writes_behind_routes = loaded.meta.writes_behind_routes
         self.buckets = tuple((int(h), int(w)) for h, w in loaded.meta.buckets) or (square,)
 
     @property
@@ -178,7 +179,9 @@ class TrunkStage(FromFolder):
                 pending = []
             else:
                 pending += self._routed_branches(routed, inputs.valid, requests, plans)
-            with self.loop.turn() if pending else nullcontext():
+            linked = {} if route_only else {place: w for place, w in written.items() if w.links}
+            with self.loop.turn() if pending or linked else nullcontext():
+                pending += self._text_links(linked, plans)
                 return self._output(encoded.prefix, pending, plans, inputs, class_chunk)
 
     def _text_alone(self, inputs: Inputs) -> bool:
@@ -325,13 +328,14 @@ class TrunkStage(FromFolder):
                 )
                 layout = build_layout([branch], 1, self.tokenizer, self.prompt_layout, inputs.valid[b : b + 1])
                 ids = layout.input_ids[0].tolist()
-                self._check_context(len(ids) + (0 if layout.alone else prefixes[b]), limit)
+                routes = self.planner.text_routes(task) if self.writes_behind_routes and inputs.valid[b] else ()
                 region = None
                 if request.region is not None:
                     region = torch.from_numpy(region_mask(request.region, self.bucket(request.region.size)))
                 # a conversation about several images is a batch by itself
                 at = replace(branch, image=0 if turns else b)
-                prompt = TextPrompt(at, Sampler(request.sampling, ids), limit, region)
+                prompt = TextPrompt(at, Sampler(request.sampling, ids), limit, region, routes)
+                self._check_context(len(ids) + (0 if layout.alone else prefixes[b]), limit, prompt.most_queries)
                 found[b, r] = prompt
         return found
 
@@ -347,16 +351,48 @@ class TrunkStage(FromFolder):
         routed = []
         for (b, r), writing in written.items():
             plan = plans[b][r]
-            if writing.end == "route" and TASKS[requests[b][r].task].is_conversation:
+            if writing.end == "route" and TASKS[requests[b][r].task].is_conversation and not writing.links:
                 plan.route = routing[writing.tokens[-1]]
                 plan.text = self._text(writing) or None
                 routed.append((b, r))
             else:
                 plan.text = self._text(writing)
-                plan.log_probs = writing.prompt.sampler.log_probs[: len(writing.tokens)]
-                plan.tokens = self.tokenizer.token_texts(writing.tokens)
-                plan.is_cut = writing.end == "length"
+                words = [n for n in range(len(writing.tokens)) if n not in {link.end for link in writing.links}]
+                texts = self.tokenizer.token_texts(writing.tokens)
+                plan.log_probs = [writing.prompt.sampler.log_probs[n] for n in words]
+                plan.tokens = [texts[n] for n in words]
+                plan.is_cut = writing.end == "length" or (writing.end == "route" and bool(writing.links))
+                plan.parts = self._parts(writing)
+                plan.route = writing.links[0].route if plan.parts else None
         return routed
+
+    def _parts(self, writing: Writing) -> list[AnswerPart] | None:
+        """The texts and links of an answer in order, links without predictions; None if it has no link. Links behind a
+        stop text are left out."""
+        text, start = self._text(writing), 0
+        parts = []
+        for link in writing.links:
+            end = len(self.tokenizer.decode(writing.tokens[: link.end]))
+            if end > len(text):
+                break
+            parts += [AnswerPart(text[start:end]), AnswerPart(route=link.route)]
+            start = end
+        parts.append(AnswerPart(text[start:]))
+        return [part for part in parts if part.text or part.route] if len(parts) > 1 else None
+
+    def _text_links(
+        self, written: Mapping[tuple[int, int], Writing], plans: Sequence[Sequence[RequestPlan]]
+    ) -> list[PendingBranch]:
+        """The links in the texts of answers, whose queries have been read."""
+        pending = []
+        for (b, r), writing in written.items():
+            number = sum(part.route is not None for part in plans[b][r].parts or ())
+            for link in writing.links[:number]:
+                ids = writing.tokens[link.start : link.end]
+                decoder = self.planner.decoder(task_of_route(link.route))
+                embedding = self.trunk.text_links(decoder, torch.stack(link.states)[None], [ids])[0].cpu()
+                pending.append(self.planner.text_link(link.route, self.tokenizer.decode(ids), b, r, embedding))
+        return pending
 
     def _text(self, writing: Writing) -> str:
         """The text of an answer, up to its first stop text and without routing tokens."""
@@ -371,12 +407,14 @@ class TrunkStage(FromFolder):
                 f"an earlier answer may not contain '{token}', which the prompt layout uses", "reserved_text"
             )
 
-    def _check_context(self, length: int, limit: int) -> None:
-        """Raises `UserError` if a prompt of `length` tokens and its answer are longer than the LLM's context."""
+    def _check_context(self, length: int, limit: int, queries: int) -> None:
+        """Raises `UserError` if a prompt of `length` tokens and its answer of at most `limit` tokens and `queries` are
+        longer than the LLM's context."""
         most = getattr(self.trunk.llm.config, "max_position_embeddings", None)
-        if most is not None and length + limit > most:
+        if most is not None and length + limit + queries > most:
+            own = f"{limit} and {queries} queries" if queries else f"{limit}"
             raise UserError(
-                f"the prompt has {length} tokens and its answer may have {limit}, more than the LLM's context of "
+                f"the prompt has {length} tokens and its answer may have {own}, more than the LLM's context of "
                 f"{most} tokens; shorten the conversation or lower the longest answer",
                 "context_too_long",
             )
@@ -392,7 +430,7 @@ class TrunkStage(FromFolder):
         is no place to find."""
         pending = []
         for b, r in routed:
-            task = next(task for task in TASKS.values() if task.routing_token == plans[b][r].route)
+            task = task_of_route(plans[b][r].route or "")
             if task.name in self.planner.serving and (has_image[b] or not task.sees_image):
                 pending += self.planner.routed_branches(requests[b][r], task, b, r)
         return pending
@@ -407,9 +445,11 @@ class TrunkStage(FromFolder):
         self, prefix: Prefix, pending: list[PendingBranch], plans: list[list[RequestPlan]], chunk: int
     ) -> dict[str, DecoderInput]:
         """Runs the branches in chunks per image; the input of each decoder, in the order of `pending`."""
-        embeddings: dict[int, Tensor] = {}  # by index into `pending`
-        for members in split_passes(pending, chunk, self.prompt_layout == "sequential"):
-            embeddings |= self._embeddings(prefix, pending, members)
+        # by index into `pending`
+        embeddings = {i: item.embedding for i, item in enumerate(pending) if item.embedding is not None}
+        waiting = [i for i in range(len(pending)) if i not in embeddings]
+        for numbers in split_passes([pending[i] for i in waiting], chunk, self.prompt_layout == "sequential"):
+            embeddings |= self._embeddings(prefix, pending, [waiting[n] for n in numbers])
         inputs = {}
         for name in dict.fromkeys(item.decoder for item in pending):
             members = [i for i, item in enumerate(pending) if item.decoder == name]

@@ -128,8 +128,8 @@ def images_and_targets(decoder: Learner, batch: TrainingBatch) -> tuple[Pixels, 
 
 def served_links(decoder: str, batch: TrainingBatch) -> list[int]:
     """Indices of the links of the decoder's family in a training batch whose task it serves, ascending."""
-    branches = batch.layout.link_branches[DECODERS[decoder].family].tolist()
-    return [link for link, i in enumerate(branches) if serves(decoder, batch.tasks[i])]
+    tasks = batch.layout.link_tasks(DECODERS[decoder].family, batch.tasks)
+    return [link for link, task in enumerate(tasks) if serves(decoder, task)]
 
 
 @dataclass
@@ -146,6 +146,8 @@ class ModelMeta:
     steps: int = 0
     seed: int = 0
     calibration: dict[str, Any] = field(default_factory=dict)  # see `inference.calibration`; empty: scores as they are
+    #: whether it has learned to go on with a text behind a routing token and its queries
+    writes_behind_routes: bool = False
 
 
 def build_model(settings: ModelSettings, vocab_size: int, seed: int = 0) -> Generalist:

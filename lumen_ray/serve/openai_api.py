@@ -2,7 +2,8 @@
 
 Parameters that cannot be honoured are taken at their neutral value and refused at any other; those of sampling too,
 unless the server's setting `openai_sampling` is on. Answers come in one piece. When the LLM routes the prompt to a
-decoder, the instances are in the extension field `lumen`, and `content` is the text before the routing token.
+decoder, the instances are in the extension field `lumen`, and `content` is the text around them: `lumen.parts` has
+both in the order of writing. A model that has not learned to go on behind a routing token ends its answer there.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic_core import ErrorDetails
@@ -156,6 +156,16 @@ class Instance(BaseModel):
     )
 
 
+class AnswerPart(BaseModel):
+    """A piece of an answer that is text with instances in it."""
+
+    type: Literal["text", "instances"]
+    text: str | None = Field(None, description="of a piece of text")
+    task: str | None = Field(None, description="of instances: the task, as if it had been asked for the phrase")
+    phrase: str | None = Field(None, description="of instances: the noun phrase that ends the text before them")
+    instances: list[Instance] | None = Field(None, description="objects, best first")
+
+
 _SIZE = "of the image after EXIF rotation, in pixels; without one, of the pictures made or the model's input"
 
 
@@ -166,9 +176,18 @@ class TaskAnswer(BaseModel):
     height: int = Field(description=_SIZE)
     width: int = Field(description=_SIZE)
     text: str | None = Field(None, description=f"the written answer of {in_words(lambda task: task.is_text)}")
-    route: str | None = Field(None, description="routing token that sent the prompt to a decoder; absent for text")
-    phrases: list[str] | None = Field(None, description="the phrases of the request; absent for text")
+    route: str | None = Field(
+        None, description="routing token that sent the prompt to a decoder, the first of several; absent for text"
+    )
+    phrases: list[str] | None = Field(
+        None, description="the phrases of the request, or of the parts in their order; absent for text"
+    )
     instances: list[Instance] | None = Field(None, description="objects, per phrase best first; absent for text")
+    parts: list[AnswerPart] | None = Field(
+        None,
+        description="chat with instances in the text: texts and instances in the order of writing; `text` is the texts "
+        "joined, `instances` those of all parts",
+    )
     counts: dict[str, int] | None = Field(None, description="count only: phrase -> number of objects")
     images: list[str] | None = Field(None, description=f"{_PICTURES} only: the pictures, PNG in base64")
 

@@ -28,7 +28,7 @@ from lumen_ray.data.shards.shards import read_manifest
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import ModelMeta
 from lumen_ray.recipe import BucketRange, Recipe
-from lumen_ray.tasks import TASKS
+from lumen_ray.tasks import TASKS, TEXT_ROUTES, task_of_route
 from lumen_ray.train import parallel, precision
 from lumen_ray.train.checks import check_recipe
 from lumen_ray.train.metrics.metrics import MetricsWatcher, Progress
@@ -79,6 +79,12 @@ def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: st
         with sole_writer(folder):
             start = make_start(folder, shards, recipe, settings, manifest)
         check_recipe(recipe, settings, len(start.tokenizer))
+        if settings.prompt_layout == "sequential" and _trains_links(recipe, manifest):
+            raise UserError(
+                "the shards have answers with links, which need prompt_layout 'branches'; train chats in a group of "
+                "their own, without detect, ground and segment",
+                "wrong_layout",
+            )
         skeletons = skeletons_of(manifest)
         job = TrainingJob(recipe, start, _meta(recipe, start, manifest, skeletons), str(folder))
         reader = BatchReader(
@@ -96,11 +102,20 @@ def _buckets(manifest: dict[str, Any], recipe: Recipe) -> list[list[int]]:
     return [list(bucket) for bucket in used]
 
 
+def _trains_links(recipe: Recipe, manifest: dict[str, Any]) -> bool:
+    """Whether a step can draw messages with links: it trains chats together with the task of a link."""
+    linked = {task_of_route(token).name for token in TEXT_ROUTES}
+    groups = [set(group.tasks) for stage in recipe.stages for group in stage.groups]
+    chats = {task.name for task in TASKS.values() if task.is_conversation}
+    return manifest.get("links", 0) > 0 and any(tasks & chats and tasks & linked for tasks in groups)
+
+
 def _meta(
     recipe: Recipe, start_point: StartPoint, manifest: dict[str, Any], skeletons: dict[str, tuple[str, ...]]
 ) -> ModelMeta:
     """Metadata of the model to export: tasks of the recipe and of the model it starts from; classes of the shards;
-    skeletons of the shards and, if that model has learned poses, of its other classes."""
+    skeletons of the shards and, if that model has learned poses, of its other classes; whether one of the two taught it
+    links in texts."""
     categories, start = manifest["categories"], start_point.meta
     meta = ModelMeta(
         preset=start_point.settings.name,
@@ -109,6 +124,7 @@ def _meta(
         edges={c["name"]: c.get("skeleton") or [] for c in categories if c.get("keypoints")},
         buckets=_buckets(manifest, recipe),
         tasks=[task for task in TASKS if task in recipe.tasks or (start and task in start.tasks)],
+        writes_behind_routes=_trains_links(recipe, manifest) or bool(start and start.writes_behind_routes),
     )
     if start and "pose" in start.tasks:
         meta.skeletons, meta.edges = start.skeletons | meta.skeletons, start.edges | meta.edges

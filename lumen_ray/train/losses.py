@@ -84,7 +84,8 @@ def per_task(batch: TrainingBatch, losses: dict[str, LossTerm], names: tuple[str
             links, layout = served_links(_DECODER_OF[name], batch), batch.layout
             family = DECODERS[_DECODER_OF[name]].family
             objects = layout.link_parents[family].cpu()[links] < 0
-            index = tasks[layout.link_branches[family].cpu()[links]][objects].to(device)
+            of_links = [_TASK_INDEX[task] for task in layout.link_tasks(family, batch.tasks)]
+            index = torch.tensor(of_links)[links][objects].to(device)
             values = values[objects.to(device)]
         out[row, 0].index_add_(0, index, values)
         out[row, 1].index_add_(0, index, torch.ones_like(values))

@@ -175,8 +175,8 @@ class Trunk(nn.Module):
         """The super links by decoder, each of all prompts of the decoder's family: the link head applied to the last
         hidden states [B, T, width] at the query slots.
 
-        With `link_reads_words` the head also reads the mean embedding of the instruction's words, from `embeds` [B, T,
-        width] or from the head's own embedding table.
+        With `link_reads_words` the head also reads the mean embedding of the instruction's words, in a text of those
+        that name the link's objects, from `embeds` [B, T, width] or from the head's own embedding table.
         """
         words = None
         if self.settings.link_reads_words and layout.query_slots:
@@ -190,10 +190,24 @@ class Trunk(nn.Module):
             vocabulary = cast("nn.Embedding | None", head.vocabulary)
             means = words if vocabulary is None else self._words(vocabulary(layout.input_ids), layout)
             read = None if means is None else means[layout.link_branches[family]]
+            if read is not None and family in layout.text_routes:
+                table = embeds if vocabulary is None else vocabulary(layout.input_ids)
+                named = mean_words(table, layout.link_words[family], slots, len(slots))
+                read = torch.where(layout.text_routes[family][:, None] >= 0, named, read)
             embeddings = head(hidden[slots[..., 0], slots[..., 1]], read, parents)
             images, groups = layout.link_images[family], layout.link_groups[family]
             out[name] = SuperLink(name, embeddings.float(), images, parents, groups)
         return out
+
+    @torch.inference_mode()
+    def text_links(self, decoder: str, states: Tensor, words: Sequence[Sequence[int]]) -> Tensor:
+        """Embeddings [P, channels], float32, of links that were written in texts, from the last hidden states [P, N,
+        width] at their queries and the ids of the tokens that name the objects of each."""
+        head, read = self.link_heads[decoder], None
+        if self.settings.link_reads_words:
+            table = cast("nn.Embedding | None", head.vocabulary) or self.llm.get_input_embeddings()
+            read = torch.stack([table(torch.tensor(ids, device=states.device)).mean(0) for ids in words])
+        return head(states, read, torch.full((len(states),), -1, device=states.device)).float()
 
     @staticmethod
     def _words(embeds: Tensor, layout: Layout) -> Tensor:
@@ -394,11 +408,16 @@ class Trunk(nn.Module):
         return 2 * config.num_hidden_layers * heads * width * size
 
     @torch.inference_mode()
-    def decode_step(self, step: DecodingStep, tokens: Sequence[int]) -> Tensor:
-        """Hidden states [N, width] of the next token of every answer in a step. Raises `UserError` if the LLM does not
-        call transformers' attention functions."""
+    def decode_step(
+        self, step: DecodingStep, tokens: Sequence[int], queries: Mapping[int, Tensor] | None = None
+    ) -> Tensor:
+        """Hidden states [N, width] of the next token of every answer in a step; `queries`: by answer, the embedding
+        [width] that it takes instead of its token. Raises `UserError` if the LLM does not call transformers' attention
+        functions."""
         device = self.lead.device
         embeds = self.llm.get_input_embeddings()(torch.tensor([tokens], device=device))
+        if queries:
+            embeds[0, list(queries)] = torch.stack(list(queries.values())).to(embeds.dtype)
         hidden = self.llm.model(
             inputs_embeds=embeds,
             attention_mask=embeds.new_zeros(1, 1, 1, 1),  # none is made then, and none is read

@@ -13,7 +13,7 @@ from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.openai_api import ChatRequest
 from lumen_ray.serve.settings import MAX_NEW_TOKENS
-from lumen_ray.structures import Answer, Boxes, Prediction
+from lumen_ray.structures import Answer, AnswerPart, Boxes, Prediction
 
 CHAT = "/v1/chat/completions"
 
@@ -40,6 +40,47 @@ def test_routed_answer_carries_instances(client, backend):
     result = client.post(CHAT, json={"messages": [message()]}).json()
     assert result["choices"][0]["message"]["content"] == ""
     assert result["lumen"]["route"] == "[DET]" and result["lumen"]["instances"][0]["box"] == [1, 2, 3, 4]
+
+
+def parted(size):
+    """An answer with instances in the middle of its text."""
+    found = [Prediction("red circle", Boxes([[1, 2, 3, 4]], size), [0.8]), Prediction("square", Boxes([], size), [])]
+    parts = [
+        AnswerPart("a red circle"),
+        AnswerPart(route="[DET]", prediction=found[0]),
+        AnswerPart(" and a square"),
+        AnswerPart(route="[SEG]", prediction=found[1]),
+    ]
+    tokens = ["a", " red", " circle", " and", " a", " square"]
+    return Answer(
+        "chat", size, found, "a red circle and a square", "[DET]", log_probs=[-0.5] * 6, tokens=tokens, parts=parts
+    )
+
+
+def test_an_answer_with_instances_in_its_text(client, backend):
+    async def infer(image, queries, max_new_tokens):
+        return [parted(image.shape[:2])]
+
+    backend.infer = infer
+    result = client.post(CHAT, json={"messages": [message()], "logprobs": True}).json()
+    (choice,) = result["choices"]
+    assert choice["message"]["content"] == "a red circle and a square" and choice["finish_reason"] == "stop"
+    assert [entry["token"] for entry in choice["logprobs"]["content"]][-1] == " square"
+    instance = {"phrase": "red circle", "score": 0.8, "box": [1.0, 2.0, 3.0, 4.0]}
+    parts = [
+        {"type": "text", "text": "a red circle"},
+        {"type": "instances", "task": "detect", "phrase": "red circle", "instances": [instance]},
+        {"type": "text", "text": " and a square"},
+        {"type": "instances", "task": "segment", "phrase": "square", "instances": []},
+    ]
+    assert result["lumen"]["parts"] == parts and result["lumen"]["instances"] == [instance]
+    assert result["lumen"]["phrases"] == ["red circle", "square"]
+    # the task API has the same parts, and documents them
+    body = client.post("/v1/chat", json={"text": "what ?", "image": base64_png()}).json()
+    assert body["parts"] == parts and body["text"] == "a red circle and a square"
+    schema = client.get("/openapi.json").json()["components"]["schemas"]
+    assert {"type", "text", "task", "phrase", "instances"} == set(schema["AnswerPart"]["properties"])
+    assert "parts" in schema["TaskResponse"]["properties"]
 
 
 def test_a_conversation_reaches_the_model(client, backend):

@@ -36,11 +36,11 @@ from lumen_ray.trunk.tokenizer import LumenTokenizer
 
 
 def perception_targets(prompts: PromptBatch, samples: Sequence[Sample | None], members: list[int]) -> PerceptionTargets:
-    """Targets of the branches at `members`, which are links of the perception family, padded to the most instances.
+    """Targets of the links of the perception family, padded to the most instances; `members`: the branch of each.
 
     Branches of an image whose sample is None have no instances. Masks of different sizes are padded to the largest.
     """
-    wanted = [prompts.target(b) for b in members]
+    wanted = prompts.link_targets(members)
     most = max([len(target.instances) for target in wanted] + [1])
     boxes = np.zeros((len(members), most, 4), np.float32)
     valid, crowd = np.zeros((2, len(members), most), bool)

@@ -50,8 +50,8 @@ def prompted_images(layout: Layout, tasks: Sequence[str], decoder: str) -> set[i
     family = DECODERS[decoder].family
     if family not in layout.link_branches:
         return set()
-    pairs = zip(layout.link_branches[family].tolist(), layout.link_images[family].tolist(), strict=True)
-    return {image for branch, image in pairs if serves(decoder, tasks[branch])}
+    pairs = zip(layout.link_tasks(family, tasks), layout.link_images[family].tolist(), strict=True)
+    return {image for task, image in pairs if serves(decoder, task)}
 
 
 def as_tensor(image: np.ndarray) -> Tensor:

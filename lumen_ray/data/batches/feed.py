@@ -30,7 +30,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.input_size import SizeRule
 from lumen_ray.recipe import Recipe, Stage
 from lumen_ray.structures import Size, as_size
-from lumen_ray.tasks import TASKS, family_of
+from lumen_ray.tasks import TASKS, family_of, text_pieces
 from lumen_ray.trunk.batch import TrainingBatch
 from lumen_ray.trunk.tokenizer import LumenTokenizer
 
@@ -231,7 +231,11 @@ def read_texts(shards: str | Path, limit_rows: int = 4000, families: Iterable[st
             texts.append(TASKS["pose"].keypoint_prompt(name, category["name"]))
     for row in islice(read_rows(shards, ["phrases", "messages"]), max(0, limit_rows)):
         texts += [p["phrase"] for p in row["phrases"] or ()]
-        texts += [turn["content"] for m in row["messages"] or () for turn in m["turns"]]
+        for message in row["messages"] or ():
+            for turn in message["turns"]:
+                linked = bool(message.get("links")) and turn["role"] == "assistant"
+                # routing tokens are in the vocabulary already
+                texts += [words for words, _ in text_pieces(turn["content"])] if linked else [turn["content"]]
     for task in TASKS.values():
         if task.result == "image" and task.routing_token and family_of(task.routing_token).name in families:
             texts += [task.prompt(template=t) for t in range(len(task.templates))]

@@ -90,7 +90,9 @@ def fit_branches(
             prompt = len(branch_tokens(replace(branch, response=None), tokenizer)[0])
             if prompt < room[branch.image]:
                 kept[index] = replace(branch, limit=room[branch.image])
-                lost["tokens"] += lengths[index] - room[branch.image]
+                lost["tokens"] += lengths[index] - len(
+                    branch_tokens(replace(branch, limit=room[branch.image]), tokenizer)[0]
+                )
                 empty.discard(branch.image)
     lost["branches"] = sum(branch is None for branch in kept)
     return kept, lost

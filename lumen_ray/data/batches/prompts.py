@@ -6,6 +6,7 @@ questions. Draws depend only on the random generator, so a resumed run gets the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,9 +17,11 @@ from lumen_ray.data.batches.negatives import choose_classes, draw
 from lumen_ray.data.batches.region_prompts import drawn_region, region_input, region_visible
 from lumen_ray.data.batches.transforms import Sample
 from lumen_ray.data.images import Picture
+from lumen_ray.data.shards.schema import message_links, message_routes
+from lumen_ray.errors import UserError
 from lumen_ray.keypoints import DEFAULT_SIGMA, keypoint_sigmas
 from lumen_ray.recipe import BranchSettings
-from lumen_ray.tasks import TASKS, Task
+from lumen_ray.tasks import TASKS, Task, task_of_route
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.regions import region_mask
 
@@ -32,7 +35,7 @@ class Target:
 
     Perception: `instances`, indices into the sample's instances; for a keypoint prompt `keypoint`, its index in the
     skeleton, and `sigma`. Pictures: the `picture` to draw, in the size of the stored image, to be cropped like the
-    sample, and `text`, the bare description or instruction.
+    sample, and `text`, the bare description or instruction. Texts: `links`, the target of each link in it.
     """
 
     instances: list[int] = field(default_factory=list)
@@ -40,6 +43,7 @@ class Target:
     sigma: float = DEFAULT_SIGMA
     picture: Picture | None = None
     text: str = ""
+    links: list[Target] = field(default_factory=list)
 
 
 @dataclass
@@ -74,6 +78,16 @@ class PromptBatch:
         target = self.targets[index]
         assert target is not None
         return target
+
+    def link_targets(self, members: Sequence[int]) -> list[Target]:
+        """The target of each link; `members`: the branch of each, those of a text in their order in it."""
+        seen: Counter[int] = Counter()
+        found = []
+        for index in members:
+            target = self.target(index)
+            found.append(target.links[seen[index]] if target.links else target)
+            seen[index] += 1
+        return found
 
     def add_region(self, image: int, mask: np.ndarray) -> int:
         """Appends the mask of a region prompt, uint8 [H, W] in the trunk's input, and returns its index."""
@@ -178,7 +192,9 @@ class SamplePrompts:
     def add_messages(self) -> None:
         """Adds captions, questions and chats; each `<region>` becomes a mask in the model input.
 
-        A message about a region that was cropped away, or about images that the batch does not have, is left out.
+        A message about a region that was cropped away, or about images that the batch does not have, is left out, and
+        so is one with links whose tasks the step does not train. Instances that were cropped away are no targets of a
+        link.
         """
         row, sample = self.row, self.sample
         visible = [region_visible(region, sample) for region in row["regions"]]
@@ -189,22 +205,36 @@ class SamplePrompts:
             if m["task"] in tasks
             and all(visible[r] for r in m["regions"])
             and len(m["image_turns"]) in (0, self.further)
+            and all(task_of_route(token).name in self.tasks for token in message_routes(m))
         ]
+        index = {int(i): n for n, i in enumerate(sample.kept)}
         for message in draw(usable, self.settings.max_messages, self.rng):
             history, prompt, response = exchanges(message["turns"])
             regions = tuple(
-                self.batch.add_region(self.image, region_input(sample, row["regions"][index]))
-                for index in message["regions"]
+                self.batch.add_region(self.image, region_input(sample, row["regions"][region]))
+                for region in message["regions"]
             )
+            links = [self._link_target(link, index) for link in message_links(message)]
             branch = Branch(
                 self.image,
                 prompt,
                 response=response,
                 regions=regions,
                 history=history,
+                links=len(links),
                 image_turns=tuple(message["image_turns"]),
             )
-            self.batch.add(message["task"], branch)
+            self.batch.add(message["task"], branch, Target(links=links) if links else None)
+
+    def _link_target(self, link: Mapping[str, Any], index: Mapping[int, int]) -> Target:
+        """The target of a link in a text; `index`: of the row's instances in the sample, of those that are visible."""
+        if wrong := [i for i in link["instances"] if not 0 <= i < len(self.row["instances"])]:
+            raise UserError(
+                f"a link of '{self.row['image_id']}' names instance {wrong[0]} of {len(self.row['instances'])}; "
+                "instances count from 0",
+                "invalid_links",
+            )
+        return Target([index[i] for i in link["instances"] if i in index])
 
     def add_generation(self, picture: Picture) -> None:
         """Adds a caption of the row as the description of its image, which the prompt does not see.

@@ -50,7 +50,8 @@ class Prompt:
     def note(self) -> str:
         """Its targets and number of tokens, in words."""
         if TASKS[self.task].is_text:
-            return f"{self.num_tokens} tokens"
+            finds = f"{self.crowd.count(False)} to find, " if self.boxes else ""
+            return f"{finds}{self.num_tokens} tokens"
         if self.parent >= 0:
             return f"labelled in {self.labelled}, {self.num_tokens} tokens"
         if self.picture is not None:
@@ -126,15 +127,16 @@ def instruction(prompt: Prompt) -> str:
 
 
 def _targets(prompt: Prompt, targets: PerceptionTargets, link: int) -> None:
+    """Adds the targets of a link to its prompt; a text may have several."""
     named = task_of_prompt(instruction(prompt))
     prompt.phrase = named[1] if named else instruction(prompt)
     valid = torch.nonzero(targets.valid[link]).flatten()
     if prompt.parent >= 0:
         prompt.labelled = int((targets.keypoints[link, valid, 2] > 0).sum())
         return
-    prompt.boxes = targets.boxes[link, valid].tolist()
-    prompt.crowd = targets.crowd[link, valid].tolist()
-    prompt.masks = [targets.masks[i].numpy() for i in targets.mask_index[link, valid].tolist() if i >= 0]
+    prompt.boxes += targets.boxes[link, valid].tolist()
+    prompt.crowd += targets.crowd[link, valid].tolist()
+    prompt.masks += [targets.masks[i].numpy() for i in targets.mask_index[link, valid].tolist() if i >= 0]
 
 
 def _picture(targets: ImageTargets, link: int) -> np.ndarray:

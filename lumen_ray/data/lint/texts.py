@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from lumen_ray.data.lint.check import Check, SetFacts
 from lumen_ray.data.lint.findings import Rule
 from lumen_ray.data.lint.rows import LintRow, fingerprint
+from lumen_ray.data.shards.schema import message_links
+from lumen_ray.errors import UserError
+from lumen_ray.tasks import ROUTING_TOKENS
 
 #: characters that are left by a wrong encoding
 DAMAGED = {"\ufffd": "a replacement character (U+FFFD)", "\ufeff": "a byte order mark (U+FEFF)"}
@@ -29,15 +33,36 @@ class Texts(Check):
         "text-damaged", "warning", "texts",
         "texts have characters left by a wrong encoding; read the annotations as UTF-8 and write them again",
     )  # fmt: skip
-    rules = (empty, damaged)
+    links = Rule(
+        "links-wrong", "problem", "messages",
+        "answers have routing tokens without links, or links that do not fit; give each token one, with objects of its "
+        "row",
+    )  # fmt: skip
+    rules = (empty, damaged, links)
 
     def row(self, row: LintRow) -> None:
+        for message in row.row["messages"]:
+            if problem := _link_problem(message, len(row.row["instances"])):
+                self.add(self.links, row, problem)
         for what, text, learned in texts_of(row):
             if learned and not text.strip():
                 self.add(self.empty, row, f"{what} is empty")
             for character, name in DAMAGED.items():
                 if character in text:
                     self.add(self.damaged, row, f"{what} has {name}: '{text}'")
+
+
+def _link_problem(message: dict[str, Any], instances: int) -> str | None:
+    """Why the links of a message cannot be trained, None if they can; `instances`: of the row."""
+    try:
+        links = message_links(message)
+    except UserError as error:
+        return str(error)
+    if wrong := [i for link in links for i in link["instances"] if not 0 <= i < instances]:
+        return f"a link names instance {wrong[0]} of {instances}"
+    answers = [turn["content"] or "" for turn in message["turns"] if turn["role"] == "assistant"]
+    tokens = [token for token in ROUTING_TOKENS if any(token in answer for answer in answers)]
+    return f"the answer ({message['task']}) has {tokens[0]} and no link" if tokens and not links else None
 
 
 def texts_of(row: LintRow) -> Iterator[tuple[str, str, bool]]:

@@ -290,8 +290,11 @@ def encode_jpeg(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def scene_row(seed: int, index: int, side: int = 128) -> dict[str, Any]:
-    """The shard row (`shards.schema`) of one scene, annotated for every task. A pure function of its arguments."""
+def scene_row(seed: int, index: int, side: int = 128, grounded_captions: bool = False) -> dict[str, Any]:
+    """The shard row (`shards.schema`) of one scene, annotated for every task. A pure function of its arguments.
+
+    `grounded_captions`: with a chat more, `text.grounded_caption`; everything else is the same as without.
+    """
     scene = render(seed, index, side)
     objects = scene.objects
     rng = np.random.default_rng([seed, index, 1])  # a separate stream: changed texts do not change the images
@@ -313,6 +316,8 @@ def scene_row(seed: int, index: int, side: int = 128) -> dict[str, Any]:
     messages += [text.region_message(objects[i], number, rng) for number, i in enumerate(described)]
     if rng.random() < 0.3:
         messages.append(text.chat(objects, rng))
+    if grounded_captions:
+        messages.append(text.grounded_caption(objects))
     tasks = ["detect", "segment", "count", "ground", "refer"]
     tasks += ["pose"] if any(o.keypoints is not None for o in objects) else []
     tasks += sorted({message["task"] for message in messages})

@@ -22,6 +22,8 @@ SHAPES = ("circle", "square", "triangle", "figure")
 CLASSES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPES)
 NUMBERS = ("zero", "one", "two", "three", "four", "five")
 COUNT_ANSWERS = NUMBERS[:5]
+#: the question of grounded captions
+GROUNDED_CAPTION = "describe the image and show each object ."
 
 AREA_MARGIN = 1.4  # the largest object has at least this many times the area of the next
 PLACE_MARGIN = 0.1  # the leftmost object is left of the next by at least this fraction of the image's side
@@ -44,6 +46,17 @@ def caption(objects: Sequence[Any]) -> str:
     """``"a red circle , two blue squares and a blue figure ."``: classes in the order of `CLASSES`."""
     groups = [f"{'a' if n == 1 else NUMBERS[n]} {noun(name, n)}" for name, n in class_counts(objects).items()]
     return " and ".join(filter(None, [" , ".join(groups[:-1]), groups[-1]])) + " ."
+
+
+def grounded_caption(objects: Sequence[Any]) -> dict[str, Any]:
+    """A chat whose answer names each group of equal objects and locates it: ``"a red circle [DET] and two blue squares
+    [DET] ."``, with all objects of a group in its link."""
+    groups = ground_phrases(objects)
+    counts = (len(group["instances"]) for group in groups)
+    named = [f"{'a' if n == 1 else NUMBERS[n]} {g['phrase']} [DET]" for n, g in zip(counts, groups, strict=True)]
+    answer = " and ".join(filter(None, [" , ".join(named[:-1]), named[-1]])) + " ."
+    links = [{"phrase": group["phrase"], "instances": group["instances"]} for group in groups]
+    return {**make_message("chat", GROUNDED_CAPTION, answer), "links": links}
 
 
 def _winner(values: np.ndarray, margin: float, ratio: bool = False) -> int | None:

@@ -83,6 +83,7 @@ def _manifest(
             counts.setdefault(kind, Counter()).update(count)
         for change, names in manifest.get("changed_in", {}).items():
             named.setdefault(change, []).extend(names)
+    links = sum(manifest.get("links", 0) for manifest in manifests)
     return {
         "schema_version": shards.SCHEMA_VERSION,
         "rows": sum(entry["rows"] for entry in entries),
@@ -93,6 +94,7 @@ def _manifest(
         "changed": dict(sorted(changed.items())),
         "changed_in": dict(sorted(named.items())),
         "untrained": sum(manifest.get("untrained", 0) for manifest in manifests),
+        **({"links": links} if links else {}),
         "notes": list(dict.fromkeys(note for manifest in manifests for note in manifest.get("notes", []))),
         "origin": {"kind": "joined", "parts": [manifest.get("origin", {}) for manifest in manifests]},
         "files": entries,

@@ -9,10 +9,13 @@ Boxes are `xyxy`, absolute pixels of the EXIF-rotated image, float32. Masks are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+
+from lumen_ray.errors import UserError
+from lumen_ray.tasks import get_task, text_pieces
 
 _RLE = pa.struct([("size", pa.list_(pa.int32())), ("counts", pa.string())])
 
@@ -35,6 +38,13 @@ _REGION = pa.struct(
     ]
 )
 
+_LINK = pa.struct(
+    [
+        ("phrase", pa.string()),  # the objects that the answer names
+        ("instances", pa.list_(pa.int32())),  # indices into `instances`
+    ]
+)
+
 _MESSAGE = pa.struct(
     [
         ("task", pa.string()),  # chat | caption | vqa | region_caption | edit
@@ -42,6 +52,13 @@ _MESSAGE = pa.struct(
         ("regions", pa.list_(pa.int32())),  # indices into `regions`, one per <region> in the text
         # the question, from 0, from which on each of `further_images` is seen; empty: only `image` is
         ("image_turns", pa.list_(pa.int32())),
+    ]
+)
+#: of files with links
+_LINKED_MESSAGE = pa.struct(
+    [
+        *_MESSAGE,
+        ("links", pa.list_(_LINK)),  # one per routing token in the assistant's turns, in order; null: none
     ]
 )
 
@@ -72,6 +89,10 @@ SCHEMA = pa.schema(
         ("further_images", pa.list_(_FURTHER_IMAGE)),  # encoded bytes, unchanged, and size after EXIF rotation
     ]
 )
+
+_MESSAGES = SCHEMA.get_field_index("messages")
+#: of files in which a message has links; others are as they were before there were any
+LINKED_SCHEMA = SCHEMA.set(_MESSAGES, pa.field("messages", pa.list_(_LINKED_MESSAGE)))
 
 REJECTED_SCHEMA = pa.schema(
     [
@@ -131,3 +152,29 @@ def with_new_fields(row: dict[str, Any], columns: Sequence[str] | None = None) -
     for message in row.get("messages") or ():
         message["image_turns"] = message.get("image_turns") or []
     return row
+
+
+def message_links(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The links of a message, none in shards written before there were any. Raises `UserError` (`invalid_links`) unless
+    there is one for each routing token in its answers, and all of these may stand in a text."""
+    links = message.get("links") or []
+    if not links:
+        return []
+    if not get_task(message["task"]).is_conversation:
+        raise UserError(f"a message of task '{message['task']}' has links; only chats may", "invalid_links")
+    answers = [turn["content"] for turn in message["turns"] if turn["role"] == "assistant"]
+    number = sum(len(text_pieces(answer)) - 1 for answer in answers)
+    if number != len(links):
+        raise UserError(
+            f"the answers {answers!r} have {number} routing tokens but {len(links)} links; give one for each",
+            "invalid_links",
+        )
+    return links
+
+
+def message_routes(message: Mapping[str, Any]) -> list[str]:
+    """The routing token of each link of a message."""
+    if not message_links(message):
+        return []
+    answers = (turn["content"] for turn in message["turns"] if turn["role"] == "assistant")
+    return [token for answer in answers for _, token in text_pieces(answer) if token]

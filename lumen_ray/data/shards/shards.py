@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lumen_ray.data import files, urls
-from lumen_ray.data.shards.schema import REJECTED_SCHEMA, SCHEMA, with_new_fields
+from lumen_ray.data.shards.schema import LINKED_SCHEMA, REJECTED_SCHEMA, SCHEMA, with_new_fields
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Size
 
@@ -54,6 +54,8 @@ class ShardWriter:
         self._groups: list[dict[str, Any]] = []
         self._class_images: Counter[str] = Counter()
         self._untrained = 0
+        self._links = 0
+        self._schema = SCHEMA
         self._writer: pq.ParquetWriter | None = None
 
     def write(self, row: dict[str, Any]) -> None:
@@ -64,23 +66,43 @@ class ShardWriter:
 
     def _flush(self) -> None:
         rows, self._pending = self._pending, []
+        links = sum(len(message.get("links") or ()) for row in rows for message in row["messages"])
         if self._partial is None:
             files.make_folder(self.folder)
             self._partial = _temporary_folder(self.folder) / self.name
         with files.as_user_error(self._partial, "written"):
-            if self._writer is None:
-                self._writer = pq.ParquetWriter(
-                    self._partial,
-                    SCHEMA,
-                    compression="zstd",
-                    use_dictionary=["source"],  # a dictionary of image bytes would only cost time
-                    write_statistics=["image_id"],
-                )
-            self._writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), row_group_size=len(rows))
+            if links and self._schema is not LINKED_SCHEMA:
+                self._begin_links(self._partial)
+            self._write_group(self._partial, rows)
         tasks = Counter(task for row in rows for task in set(row["tasks"]))
         self._untrained += sum(not row["tasks"] for row in rows)
+        self._links += links
         self._groups.append({"rows": len(rows), "tasks": dict(sorted(tasks.items())), "sizes": _sizes_text(rows)})
         self._class_images.update(name for row in rows for name in {i["phrase"] for i in row["instances"]})
+
+    def _write_group(self, partial: Path, rows: list[dict[str, Any]]) -> None:
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(
+                partial,
+                self._schema,
+                compression="zstd",
+                use_dictionary=["source"],  # a dictionary of image bytes would only cost time
+                write_statistics=["image_id"],
+            )
+        self._writer.write_table(pa.Table.from_pylist(rows, schema=self._schema), row_group_size=len(rows))
+
+    def _begin_links(self, partial: Path) -> None:
+        """Gives the file the columns of links; groups that were written without are written again."""
+        self._schema = LINKED_SCHEMA
+        if self._writer is None:
+            return
+        self._finish(self._writer)
+        before = partial.with_suffix(".before")
+        partial.rename(before)
+        with pq.ParquetFile(before) as file:
+            for index in range(file.num_row_groups):
+                self._write_group(partial, file.read_row_group(index).to_pylist())
+        before.unlink()
 
     def close(self) -> dict[str, Any] | None:
         """Finishes the file; returns its manifest entry, or None (and no file) if no row was written."""
@@ -99,7 +121,7 @@ class ShardWriter:
             "sha256": sha256(partial),
             "class_images": dict(sorted(self._class_images.items())),
             "untrained": self._untrained,
-        }
+        } | ({"links": self._links} if self._links else {})
         files.put(partial, urls.join(self.folder, self.name))
         self._drop()
         return self.entry
@@ -203,15 +225,16 @@ def build_manifest(
     kind, e.g. ``{"images": {"in": 10, "written": 9, "rejected": 1}}``; `changed` becomes
     ``"changed": {"boxes clipped": 2}, "changed_in": {"boxes clipped": ["a.jpg"]}``; `origin`: the settings used;
     `notes`: sentences about how the input was read. A category gets `images`, the number of rows that contain it, by
-    which training draws absent classes; `untrained` is the number of rows without any task. Raises `RuntimeError` if
-    the counts do not add up, i.e. a source has lost records.
+    which training draws absent classes; `untrained` is the number of rows without any task; `links`, where there are
+    any, that of links in texts. Raises `RuntimeError` if the counts do not add up, i.e. a source has lost records.
     """
     files = [dict(file) for file in files]
     class_images: Counter[str] = Counter()
-    untrained = 0
+    untrained = links = 0
     for file in files:
         class_images.update(file.pop("class_images", {}))
         untrained += file.pop("untrained", 0)
+        links += file.pop("links", 0)
     tasks: Counter[str] = Counter()
     for group in (group for file in files for group in file["row_groups"]):
         tasks.update(group["tasks"])
@@ -232,6 +255,7 @@ def build_manifest(
         "changed": dict(sorted(changed.numbers.items())),
         "changed_in": dict(sorted(changed.images.items())),
         "untrained": untrained,
+        **({"links": links} if links else {}),
         "notes": list(notes),
         "origin": origin or {},
         "files": files,

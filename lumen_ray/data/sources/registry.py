@@ -86,6 +86,12 @@ SOURCES: dict[str, SourceSpec] = {
             action="store_true",
             default=False,
         ),
+        arg(
+            "grounded_captions",
+            "add a chat to every scene whose answer locates each object it names, in the middle of the text",
+            action="store_true",
+            default=False,
+        ),
     ),
     "coco": _source(
         "coco:CocoSource",

@@ -18,13 +18,15 @@ class ScenesSource(Source):
     """`num` scenes of the set `seed`, `side` pixels high and wide. Independent draws: no need to shuffle them.
 
     `edits`: rows also have an instruction (task `edit`) and the edited scene as `target_image`; the rest of a row is
-    the same as without.
+    the same as without. `grounded_captions`: rows also have a chat that describes the scene, with a link for each group
+    of equal objects.
     """
 
     num: int
     seed: int = 0
     side: int = 128
     edits: bool = False
+    grounded_captions: bool = False
     kind = "scenes"
 
     def read_listing(self) -> Listing:
@@ -45,7 +47,7 @@ class ScenesSource(Source):
         return Listing(range(self.num), {"images": self.num}, categories, shuffle=False)
 
     def rows(self, record: int, shared: Any) -> Iterator[Outcome]:
-        row = scenes.scene_row(self.seed, record, self.side)
+        row = scenes.scene_row(self.seed, record, self.side, self.grounded_captions)
         if self.edits:
             row = scenes_edits.with_edit(row, scenes_edits.scene_edit(self.seed, record, self.side))
         yield Outcome(row)

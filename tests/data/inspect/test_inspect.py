@@ -309,3 +309,18 @@ def test_a_crowd_is_ignored_not_found():
     prompt = Prompt(0, "detect", [], 9, boxes=boxes, crowd=[False, True, False])
     assert prompt.note == "2 to find, 1 crowds ignored, 9 tokens" and not prompt.negative
     assert Prompt(0, "detect", [], 9).note == "nothing to find, 9 tokens"
+
+
+def test_a_text_with_links_shows_all_their_objects(tmp_path):
+    row = scenes.scene_row(0, 13, 64, grounded_captions=True)
+    row["messages"] = row["messages"][-1:]
+    with shards.ShardWriter(tmp_path, FILE) as writer:
+        writer.write(row)
+    shards.write_manifest(tmp_path, shards.build_manifest([writer.entry]))
+    sampler = Sampler(tmp_path, shards.read_manifest(tmp_path), load_recipe(None))
+    prompts = prompts_of(view_of(sampler, 0), sampler.tokenizer, {})
+    (prompt,) = (p for p in prompts if p.task == "chat")
+    number = len(row["instances"])
+    assert len(prompt.boxes) == len(prompt.masks) == number and prompt.note.startswith(f"{number} to find, ")
+    assert sum(kind == "query" for _, kind, _ in prompt.tokens) == 4 * len(row["messages"][0]["links"])
+    assert [text for text, _, learned in prompt.tokens if learned and text == "[DET]"] == ["[DET]"] * 4

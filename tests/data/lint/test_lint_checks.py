@@ -57,6 +57,11 @@ def row(*instances, name=None, image=None, size=(SIDE, SIDE), **columns):
     return make_row(name or f"{number}.jpg", image or None, size, "fake", instances=list(instances), **columns)
 
 
+def linked(answer, *instances):
+    """A chat with links to these instances."""
+    return make_message("chat", "what ?", answer) | {"links": [{"phrase": "it", "instances": i} for i in instances]}
+
+
 def thing(box=(10, 10, 40, 40), phrase="cell", mask=None, keypoints=None, crowd=False):
     """An instance; `mask`: xyxy of a rectangle."""
     if isinstance(mask, tuple):
@@ -185,6 +190,16 @@ CASES = {
         [text_row("a caf\ufffd"), text_row("\ufeffa dog"), row(thing(phrase="caf\ufffd"))],
         3,
         [text_row("a café, 犬")],
+    ),
+    "links-wrong": (
+        [
+            row(thing(), messages=[linked("a cell [DET]", [1])]),
+            row(thing(), messages=[linked("a cell [DET] [DET]", [0], [0])]),
+            row(thing(), messages=[linked("a cell [DET]")]),
+            row(thing(), messages=[linked("a cell", [0])]),
+        ],
+        4,
+        [row(thing(), messages=[linked("a cell [DET] and a dog [SEG] .", [0], []), linked("a cell")])],
     ),
     "caption-repeated": (
         [*(text_row("a dog") for _ in range(3)), *(text_row(f"a cat {i}") for i in range(9))],
