@@ -81,6 +81,20 @@ def _check_prompts(args: argparse.Namespace) -> None:
         model_folder(args.model)
 
 
+def _classes(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
+    from lumen_ray.bench import classes
+
+    given = {"model": args.model, "threads": args.threads, "turns": args.turns}
+    return classes.bench(against=args.against, **_set(given))
+
+
+def _check_classes(args: argparse.Namespace) -> None:
+    from lumen_ray.bench import classes
+
+    classes.check(args.against)
+    _check_prompts(args)
+
+
 def _gpu(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
     from lumen_ray.bench import gpu
 
@@ -147,6 +161,7 @@ KINDS: dict[str, dict[str, Bench]] = {
         "pipeline": Bench(_pipeline, _check_pipeline),
         "gpu": Bench(_gpu, _check_gpu),
     },
+    "prompts": {"classes": Bench(_classes, _check_classes)},
     "decoders": {
         "grounding_dino": Bench(_grounding_dino, lambda args: None),
         "memory": Bench(_memory, _check_memory),
@@ -174,6 +189,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--workers", type=int, default=1, help="training workers of pipeline, reading processes of input")
     p.add_argument("--threads", type=int, help="threads of a training process (default: leaves a core for reading)")
     p.add_argument("--steps", type=int, help="steps of a side per turn, warm-up included")
+    p = _add_kind(kinds, "prompts", "images per second against the number of classes")
+    p.add_argument("--against", metavar="CHECKOUT", help="folder of another checkout, to compare with in turns")
+    p.add_argument("--model", help="model folder, or name of bundled weights (default: nano)")
+    p.add_argument("--threads", type=int, help="threads of each side (default: 1)")
     p = _add_kind(kinds, "decoders", "grounding_dino against transformers, training steps of every decoder")
     p.add_argument("--preset", default="nano-experts", help="preset for memory and variants (default: nano-experts)")
     p.add_argument(
