@@ -36,7 +36,7 @@ class Engine(FromFolder):
 
     @property
     def version(self) -> str:
-        """First 12 hex digits of the weights' sha256."""
+        """The first 12 hex digits of the weights' sha256; others for a calibrated model."""
         return self.loaded.version
 
     @property

@@ -7,6 +7,7 @@ machine, without access to a hub.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -210,7 +211,7 @@ class LoadedModel:
     settings: ModelSettings
     tokenizer: LumenTokenizer
     meta: ModelMeta
-    version: str  # first 12 hex digits of the sha256 of the weights file; empty if the trunk was not read
+    version: str  # 12 hex digits of a sha256 of weights and calibration; empty if the trunk was not read
     chosen: dict[str, str] = field(default_factory=dict)  # {task: decoder} that differ from the folder's settings
     dtype: Dtype = "float32"  # of its weights and arithmetic at inference
     weights: WeightsFile | None = None
@@ -309,7 +310,7 @@ def load_model(
         model = build_model(settings, len(tokenizer)).eval()
     _check_fits(weights, model, settings.name)
     parts = {"trunk", *model.decoders} if parts is None else set(parts)
-    version = weights.digest()[:12] if "trunk" in parts else ""
+    version = _version(weights, meta) if "trunk" in parts else ""
     chosen = settings.chosen_over(stored)
     loaded = LoadedModel(model, settings, tokenizer, meta, version, chosen, weights_dtype, weights)
     if "trunk" in parts:
@@ -317,6 +318,15 @@ def load_model(
     for name in parts - {"trunk"}:
         loaded.decoder(name, device)
     return loaded
+
+
+def _version(weights: WeightsFile, meta: ModelMeta) -> str:
+    """`LoadedModel.version`: calibrated, a model gives other answers, so it is another version."""
+    digest = weights.digest()
+    if meta.calibration:
+        curves = json.dumps(meta.calibration, sort_keys=True)
+        digest = hashlib.sha256(f"{digest} {curves}".encode()).hexdigest()
+    return digest[:12]
 
 
 def _check_fits(weights: WeightsFile, model: Generalist, preset: str) -> None:

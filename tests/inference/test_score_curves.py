@@ -72,6 +72,10 @@ def test_curves_are_kept_in_the_model_folder(tmp_path):
     meta.calibration = Calibration.from_dict({"detect": CURVE}).to_dict()
     write_meta(folder, meta)
     assert load_model(folder).meta.calibration == {"detect": CURVE}
+    calibrated = load_model(folder).version
+    meta.calibration = {}
+    write_meta(folder, meta)
+    assert len(calibrated) == 12 and calibrated != load_model(folder).version
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         ["config.yaml", "meta.json", "model.safetensors", "tokenizer.json"]
     )
