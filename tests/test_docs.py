@@ -8,6 +8,7 @@ Blocks are told apart by the info string behind the fence:
     python                 compiled; imports and arguments of calls are checked against the real signatures
     yaml recipe|model|serve  validated, laid over `quickstart` or `nano` where it is a part
     json MODEL             validated against that model of `lumen_ray.serve.schemas`
+    text chat              a record for `prepare chat`, read in tests/data/sources/test_chat_images.py
 """
 
 import ast
@@ -37,7 +38,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 README_WORDS = 1500
-INFO_STRINGS = {"", "sh", "toml", "python", "python run", "python ray", "yaml recipe", "yaml model", "yaml serve"}
+INFO_STRINGS = {
+    *("", "sh", "toml", "python", "python run", "python ray", "yaml recipe", "yaml model", "yaml serve", "text chat")
+}
 #: files that a command line names and its user has to write
 OWN_FILES = (".yaml", ".yml", ".txt")
 

@@ -137,7 +137,7 @@ def test_every_image_has_its_place(read, record, images, image_turns, texts):
 
 def test_the_example_of_the_page_is_read(read):
     page = (Path(__file__).resolve().parents[3] / "docs" / "data.md").read_text()
-    example = re.search(r"## Conversations about several images.*?```text\n(.*?)```", page, re.DOTALL)[1]
+    example = re.search(r"## Conversations about several images.*?```text chat\n(.*?)```", page, re.DOTALL)[1]
     record = json.loads(example.replace("c.jpg", "d.jpg"))
     (row,), rejected = read(record)
     assert rejected == [] and row["messages"][0]["image_turns"] == [0, 1]

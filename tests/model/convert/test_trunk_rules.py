@@ -105,6 +105,7 @@ def splice_layout(data, ids) -> Layout:
         labels=torch.full_like(tokens, IGNORE),
         branch_ids=torch.where(valid, torch.arange(2)[:, None], -1),
         offsets=torch.arange(tokens.shape[1]).expand(2, -1),
+        images=torch.ones_like(tokens), seen=torch.ones_like(tokens),
         query_slots=slots,
         link_branches={}, link_images={},
         link_parents={family: torch.full((len(found),), -1) for family, found in slots.items()},
