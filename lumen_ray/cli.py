@@ -246,6 +246,10 @@ def _calibrate(args: argparse.Namespace) -> None:
             progress=progress.update,
         )
     for task, fit in fits.items():
+        if fit.curve is None:
+            wrong = fit.instances - fit.right
+            say(f"{task}: no curve, since only {fit.right} instances are right and {wrong} wrong; its scores are kept")
+            continue
         classes = f", own shifts of {len(fit.curve.classes)} classes" if fit.curve.classes else ""
         say(
             f"{task}: calibration error {fit.before:.3f} -> {fit.after:.3f} on these {fit.instances:,} instances "

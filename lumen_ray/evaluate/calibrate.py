@@ -21,24 +21,25 @@ from lumen_ray.inference.protocol import EngineProtocol
 TASKS = ("detect", "segment", "count", "ground", "refer")
 #: Instances, right and wrong ones, that a task needs at least for a curve, and a class for a shift of its own.
 LEAST, LEAST_OF_CLASS = 10, 50
-#: Strength of the pull of a class's shift to that of its task: as of so many instances.
-PRIOR = 10.0
+#: Strength of the pull of a class's shift to that of its task, and of a task's slope to 1: as of so many instances.
+PRIOR, SLOPE_PRIOR = 10.0, 1.0
 
 
 @dataclass(frozen=True)
 class Fit:
-    """The curve of a task, the number of `instances` it is fitted to, and the expected calibration error of these
-    `before` and `after`."""
+    """The curve of a task, the number of `instances` it is fitted to, how many of them are `right`, and the expected
+    calibration error of these `before` and `after`. Without enough right and wrong instances the curve is None."""
 
-    curve: Curve
+    curve: Curve | None
     instances: int
-    before: float
-    after: float
+    right: int
+    before: float | None
+    after: float | None
 
 
-def fit_curve(scores: np.ndarray, hits: np.ndarray, phrases: Sequence[str]) -> Curve | None:
-    """The most likely curve: scores float [N], hits bool [N], phrases [N], empty where instances have no class. None
-    without enough right and wrong instances."""
+def fit_curve(scores: np.ndarray, hits: np.ndarray, phrases: Sequence[str], decoder: str = "") -> Curve | None:
+    """The most likely curve of a decoder: scores float [N], hits bool [N], phrases [N], empty where instances have no
+    class. None without enough right and wrong instances."""
     if min(hits.sum(), (~hits).sum()) < LEAST:
         return None
     x = logit(scores)
@@ -49,17 +50,26 @@ def fit_curve(scores: np.ndarray, hits: np.ndarray, phrases: Sequence[str]) -> C
         own = names == name
         if name and number >= LEAST_OF_CLASS and 0 < hits[own].sum() < number:
             classes[name] = _shift(slope * x[own], hits[own], shift)
-    return Curve(slope, shift, classes)
+    return Curve(slope, shift, classes, decoder)
 
 
 def _most_likely(x: np.ndarray, hits: np.ndarray) -> tuple[float, float]:
-    """(slope, shift) with the smallest negative log likelihood; the slope is positive."""
+    """(slope, shift) with the smallest negative log likelihood; the slope is positive.
+
+    Of few instances the right and the wrong ones may be told apart by their scores, and the likelihood would grow with
+    the slope for ever. As in Platt (1999, sec. 2.2) the targets are therefore not 1 and 0 but what so many instances
+    leave open.
+    """
+    right = int(hits.sum())
+    targets = np.where(hits, (right + 1) / (right + 2), 1 / (len(hits) - right + 2))
 
     def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
         slope, shift = np.exp(values[0]), values[1]
         z = slope * x + shift
-        error = 1 / (1 + np.exp(-z)) - hits
-        return float((np.logaddexp(0, z) - hits * z).sum()), np.array([(error * x).sum() * slope, error.sum()])
+        error = 1 / (1 + np.exp(-z)) - targets
+        likelihood = (np.logaddexp(0, z) - targets * z).sum()
+        gradient = np.array([(error * x).sum() * slope + SLOPE_PRIOR * values[0], error.sum()])
+        return float(likelihood + SLOPE_PRIOR / 2 * values[0] ** 2), gradient
 
     found = minimize(loss, np.zeros(2), jac=True, method="L-BFGS-B", bounds=[(-4, 4), (-20, 20)]).x
     return float(np.exp(found[0])), float(found[1])
@@ -98,15 +108,16 @@ def calibrate(
     for task, (scores, hits, phrases) in found.items():
         # expressions are all different
         names = list(phrases) if task in ("detect", "segment", "count") else [""] * len(scores)
-        if (curve := fit_curve(scores, hits, names)) is None:
-            continue
-        after = np.array([curve(scores[i : i + 1], name)[0] for i, name in enumerate(names)])
+        curve = fit_curve(scores, hits, names, engine.serving[task])
+        after = scores
+        if curve is not None:
+            after = np.array([curve(scores[i : i + 1], name)[0] for i, name in enumerate(names)])
         before, left = (Reliability.of(values, hits).error for values in (scores, after))
-        assert before is not None and left is not None, "there are instances"
-        fits[task] = Fit(curve, len(scores), before, left)
-    if not fits:
+        fits[task] = Fit(curve, len(scores), int(hits.sum()), before, left)
+    if all(fit.curve is None for fit in fits.values()):
+        seen = ", ".join(f"{task} {fit.right} and {fit.instances - fit.right}" for task, fit in fits.items())
         raise UserError(
-            f"no task has {LEAST} right and {LEAST} wrong instances on this split; give one with more images",
+            f"no task has {LEAST} right and {LEAST} wrong instances on this split ({seen}); give one with more images",
             "too_few_instances",
         )
     return fits
@@ -114,4 +125,4 @@ def calibrate(
 
 def as_meta(fits: dict[str, Fit]) -> dict[str, Any]:
     """The curves as `ModelMeta.calibration`."""
-    return Calibration({task: fit.curve for task, fit in fits.items()}).to_dict()
+    return Calibration({task: fit.curve for task, fit in fits.items() if fit.curve is not None}).to_dict()

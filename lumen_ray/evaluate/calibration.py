@@ -105,8 +105,8 @@ _SIDE, _MARGIN = 300, 44
 
 
 def draw_reliability(diagrams: Mapping[str, Reliability], path: Path) -> None:
-    """Draws reliability diagrams by title, side by side, as a PNG: the share of right instances (bars) and the mean
-    score (marks) of each bin; instances of calibrated scores reach up to the diagonal."""
+    """Draws reliability diagrams by title, side by side, as a PNG: the share of right instances (bars), the mean score
+    (marks) and the number of instances of each bin; bars of calibrated scores reach up to the diagonal."""
     width = _SIDE + 2 * _MARGIN
     picture = Image.new("RGB", (width * max(1, len(diagrams)), width), "white")
     for number, (title, diagram) in enumerate(diagrams.items()):
@@ -128,6 +128,8 @@ def _draw(draw: ImageDraw.ImageDraw, left: int, title: str, diagram: Reliability
             continue
         x1, x2 = (left + round(edge / bins * _SIDE) for edge in (n, n + 1))
         draw.rectangle((x1, bottom - round(right * _SIDE), x2 - 1, bottom), fill="#6d9eeb", outline="#3c6db0")
+        shown = str(number) if number < 1000 else f"{number / 1000:.0f}k"
+        draw.text(((x1 + x2) // 2, top + 3), shown, fill="black", font=ImageFont.load_default(8), anchor="ma")
         y = bottom - round(score * _SIDE)
         draw.line((x1, y, x2 - 1, y), fill="#cc3333", width=2)
     draw.line((left, bottom, left + _SIDE, top), fill="#888888")
@@ -135,5 +137,5 @@ def _draw(draw: ImageDraw.ImageDraw, left: int, title: str, diagram: Reliability
     error = "-" if diagram.error is None else f"{diagram.error:.3f}"
     heading = f"{title}: {diagram.number.sum():,} instances, ECE {error}"
     draw.text((left, top - 8), heading, fill="black", font=font, anchor="ls")
-    draw.text((left + _SIDE // 2, bottom + 22), "score; bars: right at IoU 0.5; red: mean score", fill="black",
-              font=font, anchor="ma")  # fmt: skip
+    legend = "score; number of instances; bars: right at IoU 0.5; red: mean score"
+    draw.text((left + _SIDE // 2, bottom + 24), legend, fill="black", font=ImageFont.load_default(10), anchor="ma")

@@ -25,10 +25,11 @@ _LINES, _LINE, _LETTER = 3, 12, 6  # of text above; pixels of a line and of a le
 
 def detector_of(engine: EngineProtocol, classes: Sequence[str]) -> Detector:
     """A detector made of the engine's answers to `detect` with all classes."""
-    request = make_request("detect", classes=classes)
 
     def detect(pictures: Sequence[np.ndarray]) -> list[dict[str, Boxes]]:
         found = []
+        if pictures:  # a split of texts alone has no classes
+            request = make_request("detect", classes=classes)
         for start in range(0, len(pictures), _JUDGED_AT_ONCE):
             chunk = pictures[start : start + _JUDGED_AT_ONCE]
             found += [detections(answers[0]) for answers in engine.run(chunk, [[request]] * len(chunk))]

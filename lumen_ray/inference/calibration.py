@@ -33,21 +33,24 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Curve:
-    """The curve of a task: `slope` (the inverse of the temperature, above 0), `shift`, and other shifts by class."""
+    """The curve of a task: `slope` (the inverse of the temperature, above 0), `shift`, and other shifts by class.
+    `decoder`: whose scores these are."""
 
     slope: float = 1.0
     shift: float = 0.0
     classes: Mapping[str, float] = field(default_factory=dict)
+    decoder: str = ""
 
     def __call__(self, scores: np.ndarray, phrase: str) -> np.ndarray:
         """Calibrated scores, float32 [N], of those of a phrase."""
         return sigmoid(self.slope * logit(scores) + self._shift(phrase)).astype(np.float32)
 
     def raw(self, threshold: float, phrase: str) -> float:
-        """The largest score that is certainly not above another one whose calibrated score is `threshold`."""
-        if threshold <= 0:
+        """A score below all whose calibrated score is `threshold` or more."""
+        least = threshold * (1 - 1e-6)  # calibrated scores are rounded to float32
+        if least <= EDGE:
             return 0.0
-        exact = sigmoid((logit(np.array([threshold])) - self._shift(phrase)) / self.slope)
+        exact = sigmoid((logit(np.array([least])) - self._shift(phrase)) / self.slope)
         return max(0.0, float(exact[0]) - EDGE)
 
     def _shift(self, phrase: str) -> float:
@@ -60,14 +63,20 @@ class Calibration:
 
     curves: Mapping[str, Curve]
 
-    def curve(self, task: str) -> Curve | None:
-        """The curve of a task, or of the one that its answers are computed from."""
-        return self.curves.get((get_task(task).derived_from or task) if task else task)
+    def curve(self, task: str, decoder: str) -> Curve | None:
+        """The curve of a decoder for a task, or for the one that its answers are computed from."""
+        found = self.curves.get((get_task(task).derived_from or task) if task else task)
+        return found if found is not None and found.decoder == decoder else None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types, as in `meta.json`."""
         return {
-            task: {"slope": curve.slope, "shift": curve.shift, "classes": dict(curve.classes)}
+            task: {
+                "decoder": curve.decoder,
+                "slope": curve.slope,
+                "shift": curve.shift,
+                "classes": dict(curve.classes),
+            }
             for task, curve in self.curves.items()
         }
 

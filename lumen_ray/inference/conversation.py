@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -36,10 +37,20 @@ class _Abandoned(Exception):
     """Nobody reads the answer any more."""
 
 
+@dataclass(frozen=True)
+class _Images:
+    """The images of a conversation, the question that brought each, and what the engine made of them."""
+
+    images: tuple[np.ndarray, ...] = ()
+    turns: tuple[int, ...] = ()
+    encoded: EncodedImages | None = None
+
+
 class Conversation:
     """Keeps the images encoded, and the questions and answers so far in `history`.
 
-    Of an answer that a decoder has a part in (boxes, pictures), only the text enters `history`, if there is any.
+    Of an answer that a decoder has a part in (boxes, pictures), only the text enters `history`; a question that has an
+    answer without a text is left out too. A question that fails or whose stream is closed leaves no trace.
     """
 
     def __init__(self, engine: ConversationEngine, images: Shown = None, system: str = "", sampling: Sampling = GREEDY):
@@ -47,31 +58,39 @@ class Conversation:
         self.system = system
         self.sampling = sampling
         self.history: list[tuple[str, str]] = []
-        #: the images so far, and for each the number of the question that brought it
-        self.images: list[np.ndarray] = []
-        self.image_turns: list[int] = []
-        self._encoded: EncodedImages | None = None
-        self.show(images)
+        self._shown = self._with(images, _Images())
 
-    def show(self, images: Shown) -> None:
-        """Adds images, which the next question and those behind it see; the first one of a conversation stands before
-        all questions. Raises `UserError` if they are none."""
+    @property
+    def images(self) -> tuple[np.ndarray, ...]:
+        """The images so far."""
+        return self._shown.images
+
+    @property
+    def image_turns(self) -> tuple[int, ...]:
+        """For each image the number of the question that brought it, from 0."""
+        return self._shown.turns
+
+    def _with(self, images: Shown, before: _Images) -> _Images:
+        """The images so far and those of the next question. Raises `UserError` if they are none."""
         check_call([images], [[]], 0.0)
-        if new := images_of(images):
-            self._encoded = self.engine.encode([[*self.images, *new]])
-            self.images += new
-            self.image_turns += [len(self.history)] * len(new)
+        if not (new := images_of(images)):
+            return before
+        everything = (*before.images, *new)
+        turns = (*before.turns, *(len(self.history) for _ in new))
+        return _Images(everything, turns, self.engine.encode([everything]))
 
     def ask(self, text: str, images: Shown = None, *, max_new_tokens: int = 256) -> Answer:
-        """The answer to the next question, which may bring images. Raises `UserError` for a text that `make_request`
-        refuses, and for a conversation longer than the LLM's context (`context_too_long`)."""
-        self.show(images)
-        return self._run(text, max_new_tokens, lambda text: None)
+        """The answer to the next question. It may bring images, which it and those behind it see; the first image of a
+        conversation stands before all questions.
+
+        Raises `UserError` for a text that `make_request` refuses, for images that are none, and for a conversation
+        longer than the LLM's context (`context_too_long`).
+        """
+        return self._run(text, images, max_new_tokens, lambda text: None)
 
     def stream(self, text: str, images: Shown = None, *, max_new_tokens: int = 256) -> Iterator[str | Answer]:
         """Yields the texts of the answer as they are written, then the `Answer`. Closing the iterator gives the answer
-        up at its next token. Raises as `ask`."""
-        self.show(images)
+        up at its next token. Raises as `ask`, when the first text is taken."""
         pieces: queue.SimpleQueue[str | Answer | BaseException] = queue.SimpleQueue()
         abandoned = threading.Event()
 
@@ -83,7 +102,7 @@ class Conversation:
 
         def run() -> None:
             try:
-                pieces.put(self._run(text, max_new_tokens, on_text))
+                pieces.put(self._run(text, images, max_new_tokens, on_text))
             except BaseException as error:  # raised in the thread that reads
                 pieces.put(error)
 
@@ -101,21 +120,23 @@ class Conversation:
             abandoned.set()
             thread.join()
 
-    def _run(self, text: str, max_new_tokens: int, on_text: Callable[[str], None]) -> Answer:
+    def _run(self, text: str, images: Shown, max_new_tokens: int, on_text: Callable[[str], None]) -> Answer:
+        shown = self._with(images, self._shown)
         request = make_request(
             "chat",
             text=text,
             history=self.history,
             system=self.system,
             sampling=self.sampling,
-            image_turns=self.image_turns[1:],
+            image_turns=shown.turns[1:],
         )
         ((answer,),) = self.engine.run(
-            self._encoded or [None],
+            shown.encoded or [None],
             [[request]],
             max_new_tokens=max_new_tokens,
             on_text=lambda _image, _request, new: on_text(new),
         )
+        self._shown = shown
         if answer.text:
             self.history.append((request.text, answer.text))
         return answer

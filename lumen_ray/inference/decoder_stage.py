@@ -77,7 +77,7 @@ class DecoderStage:
         """Settings whose threshold is of the decoder's own scores: the lowest of all prompts."""
         thresholds = [
             curve.raw(settings.score_threshold, prompt.phrase)
-            if (curve := self.calibration.curve(prompt.task)) is not None
+            if (curve := self.calibration.curve(prompt.task, self.name)) is not None
             else settings.score_threshold
             for prompt in prompts
             if prompt is not None
@@ -90,7 +90,7 @@ class DecoderStage:
         """The prediction with calibrated scores, above the threshold."""
         if prediction is None or prompt is None or not self.calibration.curves:
             return prediction
-        if (curve := self.calibration.curve(prompt.task)) is not None:
+        if (curve := self.calibration.curve(prompt.task, self.name)) is not None:
             prediction = replace(prediction, scores=curve(prediction.scores, prompt.phrase))
         return prediction.above(settings.score_threshold)
 

@@ -101,6 +101,8 @@ def make_request(
             f"'region' takes a lumen_ray.structures.Region, e.g. Region('box', (height, width), ...), got {region!r}",
             "invalid_region",
         )
+    if text is not None and not isinstance(text, str):
+        raise UserError(f"'text' must be a text, got {text!r}", "invalid_text")
     for given in (text or "", *(classes or ()), *(keypoints or ())):
         _refuse_reserved(given or "")
     sample = _checked_sample(task, sample)
@@ -142,6 +144,10 @@ def _check_image_turns(task: str, turns: Sequence[int], earlier: int) -> None:
 
 
 def _check_conversation(task: str, history: Sequence[tuple[str, str]], system: str | None, sampling: Sampling) -> None:
+    if not isinstance(sampling, Sampling):
+        raise UserError(
+            f"'sampling' takes a Sampling, e.g. Sampling(temperature=0.7), got {sampling!r}", "invalid_sampling"
+        )
     if sampling != GREEDY and not get_task(task).is_text:
         raise UserError(f"task '{task}' writes no text; leave 'sampling' out", "unexpected_field")
     if not get_task(task).is_conversation:

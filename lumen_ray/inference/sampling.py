@@ -45,7 +45,7 @@ class Sampling:
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= high:
                 raise UserError(f"'{name}' must be a whole number from 0 to {high}, got {value!r}", "invalid_sampling")
         if (
-            isinstance(self.stop, str)
+            not isinstance(self.stop, list | tuple)
             or len(self.stop) > _MAX_STOPS
             or not all(isinstance(text, str) and text for text in self.stop)
         ):

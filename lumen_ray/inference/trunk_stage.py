@@ -335,7 +335,7 @@ class TrunkStage(FromFolder):
                 # a conversation about several images is a batch by itself
                 at = replace(branch, image=0 if turns else b)
                 prompt = TextPrompt(at, Sampler(request.sampling, ids), limit, region, routes)
-                self._check_context(len(ids) + (0 if layout.alone else prefixes[b]), limit, prompt.most_queries)
+                self._check_context(len(ids), 0 if layout.alone else prefixes[b], limit, prompt.most_queries)
                 found[b, r] = prompt
         return found
 
@@ -407,15 +407,16 @@ class TrunkStage(FromFolder):
                 f"an earlier answer may not contain '{token}', which the prompt layout uses", "reserved_text"
             )
 
-    def _check_context(self, length: int, limit: int, queries: int) -> None:
-        """Raises `UserError` if a prompt of `length` tokens and its answer of at most `limit` tokens and `queries` are
-        longer than the LLM's context."""
+    def _check_context(self, length: int, prefix: int, limit: int, queries: int) -> None:
+        """Raises `UserError` if a prefix, a prompt of `length` tokens and its answer of at most `limit` tokens and
+        `queries` are longer than the LLM's context."""
         most = getattr(self.trunk.llm.config, "max_position_embeddings", None)
-        if most is not None and length + limit + queries > most:
+        if most is not None and prefix + length + limit + queries > most:
             own = f"{limit} and {queries} queries" if queries else f"{limit}"
+            of_images = f", {prefix} of them of images," if prefix else ""
             raise UserError(
-                f"the prompt has {length} tokens and its answer may have {own}, more than the LLM's context of "
-                f"{most} tokens; shorten the conversation or lower the longest answer",
+                f"the prompt has {prefix + length} tokens{of_images} and its answer may have {own}, more than the "
+                f"LLM's context of {most} tokens; shorten the conversation, give fewer images or lower max_new_tokens",
                 "context_too_long",
             )
 

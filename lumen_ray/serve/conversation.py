@@ -87,13 +87,15 @@ class ChatMessage(Settings):
 @dataclass(frozen=True)
 class Conversation:
     """`question`: the last user message; `history`: the earlier ones with their answers; `system`: the system text;
-    `images`: the encoded images, and `image_turns` the number of the user message (from 0) that each is in."""
+    `images`: the encoded images, `image_turns` the number of the user message (from 0) that each is in, `places` where
+    each is in the request."""
 
     question: str
     history: list[tuple[str, str]]
     system: str | None
     images: list[bytes]
     image_turns: list[int]
+    places: list[str]
 
 
 def read_conversation(messages: Sequence[ChatMessage], max_images: int) -> Conversation:
@@ -109,7 +111,8 @@ def read_conversation(messages: Sequence[ChatMessage], max_images: int) -> Conve
     system = texts.pop(0) if has_system else None
     # stripped, as the question is, so that it reads the same when it comes back as history
     turns = list(zip((text.strip() for text in texts[:-1:2]), texts[1::2], strict=True))
-    return Conversation(texts[-1], turns, system, images, [(n - has_system) // 2 for n, _, _ in found])
+    image_turns = [(n - has_system) // 2 for n, _, _ in found]
+    return Conversation(texts[-1], turns, system, images, image_turns, [place for _, place, _ in found])
 
 
 def _is_system(message: ChatMessage) -> bool:

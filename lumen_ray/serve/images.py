@@ -6,13 +6,15 @@ import base64
 import binascii
 import re
 import sys
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
 from lumen_ray.data.images import decode, image_size
 from lumen_ray.errors import UserError
+
+T = TypeVar("T")
 
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 _DATA_URL = re.compile(r"^data:image/[\w.+-]+;base64,", re.IGNORECASE)
@@ -44,18 +46,27 @@ def image_bytes(text: str, field: str = "image") -> bytes:
         ) from None
 
 
-def decode_images(encoded: Sequence[bytes], max_pixels: int) -> list[np.ndarray]:
-    """Decodes to uint8 [H, W, 3] RGB, EXIF-rotated, after checking the sizes in the headers. `max_pixels`: of all.
+def decode_images(encoded: Sequence[bytes], max_pixels: int, places: Sequence[str] = ()) -> list[np.ndarray]:
+    """Decodes to uint8 [H, W, 3] RGB, EXIF-rotated, after checking the sizes in the headers. `max_pixels`: of all;
+    `places`: where each image is in the request, for errors.
 
     Raises `UserError` with reason ``image_too_large`` or ``broken_image``.
     """
-    sizes = [image_size(data, max_pixels=sys.maxsize) for data in encoded]
+    sizes = [_named(image_size, data, sys.maxsize, places[n : n + 1]) for n, data in enumerate(encoded)]
     if (total := sum(height * width for height, width in sizes)) > max_pixels:
         height, width = sizes[0]
         what = f"the image is {width}x{height}," if len(sizes) == 1 else f"the images have {total} pixels together,"
         them = "it" if len(sizes) == 1 else "them"
         raise UserError(f"{what} more than the {max_pixels} pixels allowed; scale {them} down", "image_too_large")
-    return [decode(data, max_pixels) for data in encoded]
+    return [_named(decode, data, max_pixels, places[n : n + 1]) for n, data in enumerate(encoded)]
+
+
+def _named(read: Callable[[bytes, int], T], data: bytes, max_pixels: int, place: Sequence[str]) -> T:
+    """What `read` makes of an image; its errors name the `place`, if there is one."""
+    try:
+        return read(data, max_pixels)
+    except UserError as error:
+        raise UserError(f"'{place[0]}': {error}", error.reason) if place else error from None
 
 
 def checked_rle(mask: Any, size: tuple[int, int]) -> dict[str, Any]:

@@ -148,8 +148,13 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
         conversation = read_conversation(chat.messages, settings.limits.max_images)
         fields = _task_fields(chat, conversation)
         turns = conversation.image_turns[1:]  # the first image stands before all questions
-        answers, extra = await answer(backend, settings, conversation.images, [("chat", fields)], turns)
-        return _completion(answers[0], extra, bool(chat.logprobs))
+        # of a single image the error says enough
+        places = conversation.places if len(conversation.images) > 1 else ()
+        answers, extra = await answer(backend, settings, conversation.images, [("chat", fields)], turns, places)
+        completion = _completion(answers[0], extra, bool(chat.logprobs))
+        if len(conversation.images) > 1:  # decoders look at the last one
+            completion["lumen"]["image"] = len(conversation.images) - 1
+        return completion
 
     return router
 

@@ -172,13 +172,14 @@ async def answer(
     encoded: Sequence[bytes],
     tasks: Sequence[tuple[str, schemas.TaskFields]],
     image_turns: Sequence[int] = (),
+    places: Sequence[str] = (),
 ) -> tuple[list[Answer], dict[str, Any]]:
     """Answers to `tasks` about an encoded image, several, or text alone, and the response's fields `model` and
-    `timing_ms`. `image_turns`: as of `Request`."""
+    `timing_ms`. `image_turns`: as of `Request`; `places`: as of `decode_images`."""
     start = time.perf_counter()
     for task, _ in tasks:
         check_image(task, bool(encoded))  # refused before the image is decoded
-    images = await asyncio.to_thread(decode_images, encoded, settings.limits.max_pixels)
+    images = await asyncio.to_thread(decode_images, encoded, settings.limits.max_pixels, places)
     decoded = time.perf_counter()
     size = (images[0].shape[0], images[0].shape[1]) if images else (1, 1)
     requests = [

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from lumen_ray.trunk.layout import Layout
 
-#: Blocks are used where they save at least this share of the products.
-SAVING = 0.3
+#: Blocks are used where they save at least this share of the products; each costs more than one of torch's attention.
+SAVING = 0.5
+#: Attention weights that are held at a time.
+MOST_WEIGHTS = 1 << 24
 
 
 @dataclass
@@ -29,6 +31,7 @@ class BranchBlocks:
     tokens: Tensor
     cells: Tensor
     hidden: Tensor | None
+    attended: bool = False  # whether the LLM has called `attend`
 
     @classmethod
     def of(cls, layout: Layout, visible: Tensor) -> BranchBlocks | None:
@@ -54,13 +57,22 @@ class BranchBlocks:
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """query [B, H * G, T, D], scaled; key and value [B, H, P + T, D] -> [B, T, H * G, D]."""
+        self.attended = True
         rows, most, length = self.tokens.shape
+        step = max(1, MOST_WEIGHTS // (query.shape[1] * rows * length * (key.shape[2] - query.shape[2] + length)))
+        out = torch.cat([self._attend(query, key, value, slice(m, m + step)) for m in range(0, most, step)], dim=1)
+        return out[torch.arange(rows, device=out.device)[:, None], self.cells]
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, members: slice) -> Tensor:
+        """The result of some branches' tokens: [B, M * L, H * G, D]."""
+        tokens = self.tokens[:, members]
+        rows, most, length = tokens.shape
         heads, prefix = key.shape[1], key.shape[2] - query.shape[2]
         # B H M L G D, so that all queries of a row are one matrix for the prefix, and those of a branch one for itself
-        asked = self._in_blocks(query.unflatten(1, (heads, -1)).permute(0, 3, 1, 2, 4)).permute(0, 3, 1, 2, 4, 5)
+        asked = _in_blocks(query.unflatten(1, (heads, -1)).permute(0, 3, 1, 2, 4), tokens).permute(0, 3, 1, 2, 4, 5)
         groups = asked.shape[4]
         own_key, own_value = (
-            self._in_blocks(stored[:, :, prefix:].transpose(1, 2)).permute(0, 3, 1, 2, 4) for stored in (key, value)
+            _in_blocks(stored[:, :, prefix:].transpose(1, 2), tokens).permute(0, 3, 1, 2, 4) for stored in (key, value)
         )  # B H M L D
         own = asked.flatten(3, 4) @ own_key.transpose(-1, -2)  # B H M L*G L
         later = torch.ones(length, length, dtype=torch.bool, device=key.device).triu(1).repeat_interleave(groups, 0)
@@ -68,15 +80,15 @@ class BranchBlocks:
         to_prefix = asked.flatten(2, 4) @ key[:, :, :prefix].transpose(-1, -2)  # B H M*L*G P
         to_prefix = to_prefix.view(rows, heads, most, length * groups, prefix)
         if self.hidden is not None:
-            hidden = self.hidden.repeat_interleave(groups, 2)[:, None]
+            hidden = self.hidden[:, members].repeat_interleave(groups, 2)[:, None]
             to_prefix = to_prefix.masked_fill(hidden, torch.finfo(own.dtype).min)
         weights = torch.cat([to_prefix, own], dim=-1).float().softmax(-1).to(value.dtype)
         read = weights[..., prefix:] @ own_value
         of_prefix = weights[..., :prefix].flatten(2, 3) @ value[:, :, :prefix]
         read = (read + of_prefix.view_as(read)).unflatten(3, (length, groups))  # B H M L G D
-        out = read.permute(0, 2, 3, 1, 4, 5).flatten(1, 2).flatten(2, 3)  # B M*L H*G D
-        return out[torch.arange(rows, device=out.device)[:, None], self.cells]
+        return read.permute(0, 2, 3, 1, 4, 5).flatten(1, 2).flatten(2, 3)
 
-    def _in_blocks(self, values: Tensor) -> Tensor:
-        """[B, T, ...] -> [B, M, L, ...]."""
-        return values[torch.arange(len(values), device=values.device)[:, None, None], self.tokens]
+
+def _in_blocks(values: Tensor, tokens: Tensor) -> Tensor:
+    """values [B, T, ...] at tokens [B, M, L] -> [B, M, L, ...]."""
+    return values[torch.arange(len(values), device=values.device)[:, None, None], tokens]

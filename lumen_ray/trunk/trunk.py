@@ -142,6 +142,7 @@ class Trunk(nn.Module):
         self.link_heads = nn.ModuleDict(
             {name: DECODERS[name].resolve("link_head")(section, shape) for name, section in decoders.items()}
         )
+        self._takes_blocks = True
         self.dense = None
         if needs_dense and self.stem is not None:
             self.dense = DenseFeatures(self.stem.widths, settings.dense_channels, self.vision.merged_width, width)
@@ -382,8 +383,9 @@ class Trunk(nn.Module):
         return self.embed_branches(layout, regions)
 
     def _run(self, prefix: Prefix, layout: Layout, embeds: Tensor) -> tuple[Tensor, DynamicCache]:
-        cache = prefix.fork()
-        blocks = BranchBlocks.of(layout, visible_prefix(*_seen(layout, prefix.valid, prefix.segments)))
+        cache, blocks = prefix.fork(), None
+        if self._takes_blocks:
+            blocks = BranchBlocks.of(layout, visible_prefix(*_seen(layout, prefix.valid, prefix.segments)))
         if blocks is None:
             mask = mask_to_bias(_branches(layout, prefix.valid, prefix.segments), embeds.dtype)[:, None]
         else:
@@ -396,6 +398,9 @@ class Trunk(nn.Module):
             past_key_values=cache,
             use_cache=True,
         )
+        if blocks is not None and not blocks.attended:  # an LLM whose class has an attention of its own
+            self._takes_blocks = False
+            return self._run(prefix, layout, embeds)
         return out.last_hidden_state, cache
 
     @property

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.tiny_models import tiny_folder, tiny_loaded
 
@@ -13,7 +13,7 @@ from lumen_ray.inference.request import make_request
 from lumen_ray.model.build import load_model, read_meta, write_meta
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-CURVE = {"slope": 2.0, "shift": 1.5, "classes": {"blue square": -0.5}}
+CURVE = {"decoder": "lumen", "slope": 2.0, "shift": 1.5, "classes": {"blue square": -0.5}}
 
 curves = st.builds(
     Curve, st.floats(0.05, 20), st.floats(-8, 8), st.dictionaries(st.sampled_from("ab"), st.floats(-8, 8))
@@ -21,12 +21,15 @@ curves = st.builds(
 
 
 @settings(max_examples=100, deadline=None)
-@given(curves, st.floats(0.01, 0.99), st.lists(st.floats(0, 1), min_size=1, max_size=20), st.sampled_from("abc"))
+@given(curves, st.floats(0, 0.99), st.lists(st.floats(0, 1), min_size=1, max_size=20), st.sampled_from("abc"))
+@example(Curve(0.119, 4.65), 0.98927176, [0.2581302], "a")
 def test_a_threshold_of_calibrated_scores_loses_none(curve, threshold, scores, phrase):
     scores = np.sort(np.array(scores, np.float32))
     calibrated = curve(scores, phrase)
+    for score in calibrated:  # of thresholds those that a score meets exactly are the hardest
+        assert (scores[calibrated >= score] >= curve.raw(float(score), phrase)).all()
     assert (np.diff(calibrated) >= 0).all() and ((calibrated >= 0) & (calibrated <= 1)).all()
-    assert (scores[calibrated >= np.float32(threshold)] >= curve.raw(threshold, phrase) - 1e-6).all()
+    assert (scores[calibrated >= np.float32(threshold)] >= curve.raw(threshold, phrase)).all()
 
 
 def test_a_slope_of_one_without_shift_changes_nothing():
@@ -61,8 +64,10 @@ def test_answers_have_calibrated_scores_above_the_threshold(threshold):
 
 
 def test_semantic_answers_use_the_curve_of_the_masks_they_are_made_of():
-    assert Calibration({"segment": Curve()}).curve("semantic") is not None
-    assert Calibration({"segment": Curve()}).curve("detect") is None
+    calibration = Calibration({"segment": Curve(decoder="lumen")})
+    assert calibration.curve("semantic", "lumen") is not None
+    assert calibration.curve("detect", "lumen") is None
+    assert calibration.curve("segment", "grounding_dino") is None  # whose scores are others
 
 
 def test_curves_are_kept_in_the_model_folder(tmp_path):
@@ -79,7 +84,7 @@ def test_curves_are_kept_in_the_model_folder(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         ["config.yaml", "meta.json", "model.safetensors", "tokenizer.json"]
     )
-    meta.calibration = {"detect": {"slope": -1.0, "shift": 0.0, "classes": {}}}
+    meta.calibration = {"detect": {"decoder": "lumen", "slope": -1.0, "shift": 0.0, "classes": {}}}
     write_meta(folder, meta)
     with pytest.raises(UserError, match="run 'lumen-ray calibrate' again"):
         Engine.load(folder).run([IMAGE], [[make_request("detect", classes=["a"])]])

@@ -19,13 +19,13 @@ def read(*messages):
 
 
 def test_text_alone():
-    assert read(("user", "hello")) == Conversation("hello", [], None, [], [])
+    assert read(("user", "hello")) == Conversation("hello", [], None, [], [], [])
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])
 def test_turns_behind_a_system_text(role):
     found = read((role, "be brief"), ("user", "one"), ("assistant", "1"), ("user", [text("two"), text("three")]))
-    assert found == Conversation("two three", [("one", "1")], "be brief", [], [])
+    assert found == Conversation("two three", [("one", "1")], "be brief", [], [], [])
 
 
 def test_an_earlier_question_is_stripped_as_the_last_is_and_an_answer_is_kept():
@@ -49,6 +49,7 @@ def test_images_come_with_the_number_of_their_question(system):
         ("user", [text("e"), other]),
     )  # fmt: skip
     assert found.images == [png(), png(8, 8), png(8, 8)] and found.image_turns == [0, 0, 2]
+    assert found.places[2] == f"messages.{4 + len(system)}.content.1.image_url"
     assert found.history == [("a", "b"), ("c", "d")] and found.question == "e"
 
 

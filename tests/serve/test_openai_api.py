@@ -100,7 +100,7 @@ def test_a_conversation_reaches_the_model(client, backend):
 def test_several_images_reach_the_model_with_their_questions(client, backend):
     later = message("what differs ?", "data:image/png;base64," + base64_png(12, 8))
     messages = [message("what is it ?"), {"role": "assistant", "content": "a dog"}, later]
-    assert client.post(CHAT, json={"messages": messages}).status_code == 200
+    assert client.post(CHAT, json={"messages": messages}).json()["lumen"]["image"] == 1
     shown, (request,), _ = backend.calls[0]
     assert [image.shape for image in shown] == [(16, 20, 3), (8, 12, 3)]
     assert (request.image_turns, request.history) == ((1,), (("what is it ?", "a dog"),))
@@ -115,6 +115,13 @@ def test_the_images_of_a_conversation_share_the_limit_of_pixels(client, backend)
         "image_too_large",
         "the images have 12000 pixels together, more than the 10000 pixels allowed; scale them down",
     )
+
+
+def test_the_broken_one_of_several_images_is_named(client, backend):
+    broken = "data:image/png;base64," + base64_png()[:40]
+    messages = [message(), {"role": "assistant", "content": "x"}, message(image=broken)]
+    error = client.post(CHAT, json={"messages": messages}).json()["error"]
+    assert error["reason"] == "broken_image" and error["message"].startswith("'messages.2.content.1.image_url': ")
 
 
 def test_text_alone(client, backend):

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from support.tiny_models import tiny_tokenizer
+from support.tiny_models import llm, random_images, scrambled, tiny_model, tiny_tokenizer
 
+from lumen_ray.trunk import branch_blocks
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.branch_blocks import BranchBlocks
 from lumen_ray.trunk.layout import branch_allowed, build_layout, prefix_segments, visible_prefix
@@ -22,7 +23,10 @@ def branches(rows):
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("has_image", [[True], [True, True], [True, False, True]])
 @pytest.mark.parametrize("lead", [0, 2])
-def test_blocks_give_what_the_mask_gives(groups, has_image, lead):
+@pytest.mark.parametrize("most_weights", [branch_blocks.MOST_WEIGHTS, 1, 3000])
+def test_blocks_give_what_the_mask_gives(groups, has_image, lead, most_weights, monkeypatch):
+    monkeypatch.setattr(branch_blocks, "MOST_WEIGHTS", most_weights)
+    monkeypatch.setattr(branch_blocks, "SAVING", 0.0)
     rows = len(has_image)
     layout = build_layout(branches(rows), rows, TOKENIZER, has_image=has_image)
     segments = prefix_segments(lead, 5, 2)
@@ -47,3 +51,14 @@ def test_one_long_branch_takes_the_whole_row():
     assert BranchBlocks.of(layout, visible_prefix(layout.seen, prefix_segments(0, 16, 1))) is None
     nothing = build_layout([], 1, TOKENIZER)
     assert BranchBlocks.of(nothing, visible_prefix(nothing.seen, prefix_segments(0, 16, 1))) is None
+
+
+def test_an_llm_with_an_attention_of_its_own_gets_the_mask():
+    trunk = scrambled(tiny_model(llm=llm("stablelm"), prefix_attention="causal").trunk)
+    images, none = random_images(1), torch.zeros(0)
+    prompts = [Branch(0, f"detect {name}", route="[DET]") for name in 3 * NAMES]
+    prefix = trunk.encode(images)
+    together = trunk.branch_links(prefix, build_layout(prompts, 1, TOKENIZER), none, none)["lumen"].embeddings
+    for prompt, found in zip(prompts[:3], together, strict=False):
+        alone = trunk.branch_links(prefix, build_layout([prompt], 1, TOKENIZER), none, none)["lumen"].embeddings
+        torch.testing.assert_close(found[None], alone, atol=1e-4, rtol=1e-4)
