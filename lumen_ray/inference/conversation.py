@@ -47,7 +47,8 @@ class _Images:
 
 
 class Conversation:
-    """Keeps the images encoded, and the questions and answers so far in `history`.
+    """Keeps the images encoded, and the questions and answers so far in `history`. A question that brings images
+    encodes all of them once more.
 
     Of an answer that a decoder has a part in (boxes, pictures), only the text enters `history`; a question that has an
     answer without a text is left out too. A question that fails or whose stream is closed leaves no trace.

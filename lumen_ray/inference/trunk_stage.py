@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -77,7 +78,8 @@ class Inputs:
     @property
     def numbers(self) -> list[int]:
         """How many images each row has; 1 for text alone too."""
-        return [1 + self.earlier_rows.count(row) for row in range(len(self.images))]
+        earlier = Counter(self.earlier_rows)
+        return [1 + earlier[row] for row in range(len(self.images))]
 
 
 @dataclass

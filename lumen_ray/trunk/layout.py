@@ -229,8 +229,8 @@ def build_layout(
     Raises `UserError` if the tokenizer lacks the turn tokens of the 'branches' layout.
     """
     taught = tokenizer.turns is not None and prompt_layout == "branches"
-    seen = torch.ones(num_images, dtype=torch.bool) if has_image is None else torch.as_tensor(has_image).cpu()
-    alone = ~seen & taught
+    shown = torch.ones(num_images, dtype=torch.bool) if has_image is None else torch.as_tensor(has_image).cpu()
+    alone = ~shown & taught
     rows = _spans(branches, alone.tolist(), tokenizer, prompt_layout)
     grids, links = _token_grids(rows, branches, tokenizer.ids[PAD]), _links(rows, branches)
     region_slots, region_index = _regions(rows, branches, tokenizer.ids[REGION_TOKEN])
@@ -240,7 +240,7 @@ def build_layout(
         branch_ids=grids["branch_ids"],
         offsets=grids["offsets"],
         images=grids["images"],
-        seen=grids["seen"] * seen[:, None],
+        seen=grids["seen"] * shown[:, None],
         query_slots=links["query_slots"],
         link_branches=links["link_branches"],
         link_images=links["link_images"],

@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from support.forced_answers import force_answers
 from support.tiny_models import scrambled, tiny_loaded
 
+from lumen_ray.data.batches.transforms import fit
 from lumen_ray.errors import UserError
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import make_request
@@ -37,6 +39,18 @@ def test_each_image_and_its_order_matter(engine):
     answers = [ask(engine, shown) for shown in ([A, B], [B, A], [A, C], [A, B, C], [B, A, C], A, [B])]
     for n, one in enumerate(answers):
         assert not any(same(one, other) for other in answers[n + 1 :])
+
+
+def test_images_stand_in_the_order_given(engine):
+    trunk = engine.trunk.trunk
+    encoded = engine.encode([C[:, :60], [A, B, C], A, [B, A]])
+    fitted = torch.stack([torch.from_numpy(fit(image, (64, 64))[0].copy()).permute(2, 0, 1) for image in (A, B, C)])
+    for row, order in ((1, [0, 1, 2]), (3, [1, 0])):
+        apart = trunk.encode(fitted[order], places=torch.arange(len(order))).joined(range(len(order)))
+        for ours, theirs in zip(encoded.conversations[row].cache.layers, apart.cache.layers, strict=True):
+            torch.testing.assert_close(ours.keys, theirs.keys, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(ours.values, theirs.values, atol=1e-4, rtol=1e-4)
+    assert set(encoded.conversations) == {1, 3}
 
 
 def test_a_list_of_one_is_that_image(engine):
@@ -87,7 +101,11 @@ def test_a_conversation_that_brings_images_is_as_from_its_history(engine):
 def test_an_image_may_come_after_a_question_in_text_alone(engine):
     chat = engine.conversation()
     chat.history.append(("what is red ?", "a circle"))
-    assert chat.ask("what is there ?", A, max_new_tokens=3).size == (60, 80)
+    answer = chat.ask("what is there ?", A, max_new_tokens=3)
+    assert answer.size == (60, 80)
+    request = make_request("chat", text="what is there ?", history=[("what is red ?", "a circle")])
+    ((whole,),) = engine.run([A], [[request]], max_new_tokens=3)
+    assert answer.tokens == whole.tokens
     assert chat.image_turns == (1,)
 
 
