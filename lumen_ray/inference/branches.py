@@ -16,7 +16,7 @@ from lumen_ray.inference.outputs import DecoderInput, RequestPlan
 from lumen_ray.inference.request import Request, no_decoder
 from lumen_ray.structures import Region, SampleSettings
 from lumen_ray.superlink import SuperLink
-from lumen_ray.tasks import TASKS, TEXT_ROUTES, Task, split_phrases, task_of_prompt, task_of_route
+from lumen_ray.tasks import ROUTING_TOKENS, TASKS, TEXT_ROUTES, Task, split_phrases, task_of_prompt, task_of_route
 from lumen_ray.trunk.branch import Branch
 
 R = TypeVar("R")
@@ -119,6 +119,14 @@ class BranchPlanner:
         found = {token: self.serving.get(task_of_route(token).name) for token in TEXT_ROUTES}
         decoder = next((name for name in found.values() if name), None)
         return {token: name for token, name in found.items() if name and name == decoder}
+
+    def useless_routes(self, text_task: Task, has_image: bool) -> list[str]:
+        """Routing tokens that a conversation cannot follow: without a decoder for them, or without an image where they
+        need one. The LLM writes none of them, so that text alone is answered as if they were not in its vocabulary."""
+        if not text_task.is_conversation:
+            return []
+        tasks = {token: task_of_route(token) for token in ROUTING_TOKENS}
+        return [t for t, task in tasks.items() if task.name not in self.serving or (task.sees_image and not has_image)]
 
     def text_link(self, token: str, words: str, image: int, index: int, embedding: Tensor) -> PendingBranch:
         """The link of a routing token in a text: the last noun phrase of the `words` before it names its objects."""

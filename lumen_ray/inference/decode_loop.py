@@ -45,13 +45,14 @@ SHORTEST_GROUP, GROUP_RATIO = 128, 4
 class TextPrompt:
     """A prompt whose answer is to be written. `branch.image`: index of its image in the batch; `region`: uint8 [H, W]
     mask in the trunk's input of its visual prompt, if it has one; `limit`: most tokens of the answer; `routes`: the
-    routing tokens behind which it goes on."""
+    routing tokens behind which it goes on; `never`: ids of tokens that it cannot use and does not write."""
 
     branch: Branch
     sampler: Sampler
     limit: int
     region: Tensor | None = None
     routes: Collection[str] = ()
+    never: Sequence[int] = ()
 
     @property
     def most_queries(self) -> int:
@@ -366,14 +367,17 @@ class DecodeLoop:
         return self.trunk.queries.queries[family_of(link.route).name][len(link.states)]
 
     def _choose(self, writings: Sequence[Writing], logits: Tensor) -> None:
-        """Appends the next token of each answer, from logits [N, V]; ends those that are done."""
+        """Appends the next token of each answer, from logits [N, V], which are changed; ends those that are done."""
+        total = logits.float().logsumexp(-1)
+        if never := [(number, token) for number, w in enumerate(writings) for token in w.prompt.never]:
+            numbers, banned = torch.tensor(never, device=logits.device).T
+            logits[numbers, banned] = -torch.inf
         tokens = logits.argmax(-1).tolist()
         for number, writing in enumerate(writings):
             if not writing.prompt.sampler.is_plain:
                 tokens[number] = writing.prompt.sampler.choose(logits[number])
         chosen = torch.tensor(tokens, device=logits.device)[:, None]
-        logits = logits.float()
-        log_probs = (logits.gather(1, chosen)[:, 0] - logits.logsumexp(-1)).tolist()
+        log_probs = (logits.gather(1, chosen)[:, 0].float() - total).tolist()
         for writing, token, log_prob in zip(writings, tokens, log_probs, strict=True):
             writing.prompt.sampler.record(token, log_prob)
             if token in self.tokenizer.end_ids:

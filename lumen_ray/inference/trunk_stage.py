@@ -180,7 +180,7 @@ class TrunkStage(FromFolder):
             if route_only:
                 pending = []
             else:
-                pending += self._routed_branches(routed, inputs.valid, requests, plans)
+                pending += self._routed_branches(routed, requests, plans)
             linked = {} if route_only else {place: w for place, w in written.items() if w.links}
             with self.loop.turn() if pending or linked else nullcontext():
                 pending += self._text_links(linked, plans)
@@ -336,7 +336,9 @@ class TrunkStage(FromFolder):
                     region = torch.from_numpy(region_mask(request.region, self.bucket(request.region.size)))
                 # a conversation about several images is a batch by itself
                 at = replace(branch, image=0 if turns else b)
-                prompt = TextPrompt(at, Sampler(request.sampling, ids), limit, region, routes)
+                useless = self.planner.useless_routes(task, bool(inputs.valid[b]))
+                never = [self.tokenizer.ids[token] for token in useless if token in self.tokenizer.ids]
+                prompt = TextPrompt(at, Sampler(request.sampling, ids), limit, region, routes, never)
                 self._check_context(len(ids), 0 if layout.alone else prefixes[b], limit, prompt.most_queries)
                 found[b, r] = prompt
         return found
@@ -425,17 +427,14 @@ class TrunkStage(FromFolder):
     def _routed_branches(
         self,
         routed: Sequence[tuple[int, int]],
-        has_image: Tensor,
         requests: Sequence[Sequence[Request]],
         plans: Sequence[Sequence[RequestPlan]],
     ) -> list[PendingBranch]:
-        """The branches of free chats that chose a route: none without a decoder for it, and in text alone, where there
-        is no place to find."""
+        """The branches of free chats that chose a route."""
         pending = []
         for b, r in routed:
             task = task_of_route(plans[b][r].route or "")
-            if task.name in self.planner.serving and (has_image[b] or not task.sees_image):
-                pending += self.planner.routed_branches(requests[b][r], task, b, r)
+            pending += self.planner.routed_branches(requests[b][r], task, b, r)
         return pending
 
     def _regions(self, regions: list[Region], images: list[int]) -> tuple[Tensor, Tensor]:

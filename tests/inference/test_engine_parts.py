@@ -101,7 +101,8 @@ def test_tokens_that_no_text_follows_route_the_prompt_as_before(engine, monkeypa
 def test_text_alone_and_other_tasks_have_no_parts(engine, monkeypatch):
     force(monkeypatch, engine)
     answer = run(engine, image=None)
-    assert (answer.parts, answer.text, answer.predictions) == (None, "a red circle", [])
+    assert (answer.parts, answer.route, answer.predictions) == (None, None, [])
+    assert answer.text.startswith("a red circle") and "[DET]" not in answer.tokens
     answer = run(engine, make_request("caption"))
     assert (answer.parts, answer.text, answer.route) == (None, "a red circle", None)
     answer = run(engine, route_only=True)
