@@ -8,7 +8,6 @@ change. Ray reads its settings when it is imported, so call them before your own
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
@@ -217,27 +216,19 @@ def calibrate(
     if output is not None and Path(fspath(output)).exists():
         raise UserError(f"'{fspath(output)}' exists; give a new folder for the copy of the model", "output_exists")
     _prepare_environment()
-    from lumen_ray.evaluate.calibrate import as_meta
-    from lumen_ray.evaluate.calibrate import calibrate as fit
+    from lumen_ray.evaluate.calibrate import calibrate_folder
     from lumen_ray.inference.device import find_device
-    from lumen_ray.inference.engine import Engine
-    from lumen_ray.model.build import load_model, write_meta
 
-    where = find_device(device)
-    loaded = load_model(folder, decoders, where)
-    loaded.meta.calibration = {}  # curves are of the decoders' own scores
-    fits = fit(
-        Engine(loaded, where),
+    return calibrate_folder(
+        folder,
         fspath(shards),
+        None if output is None else fspath(output),
         tasks=None if tasks is None else _names(tasks),
         limit=limit,
+        decoders=decoders,
+        device=find_device(device),
         progress=progress,
     )
-    loaded.meta.calibration = as_meta(fits)
-    if output is not None:
-        shutil.copytree(folder, fspath(output))
-    write_meta(folder if output is None else fspath(output), loaded.meta)
-    return fits
 
 
 def label(

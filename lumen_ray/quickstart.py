@@ -268,8 +268,8 @@ def draw_served(image: bytes, task: str, answer: dict[str, Any], path: Path) -> 
     """Draws an answer of the HTTP API on its image and writes it to `path` as PNG."""
     from PIL import Image
 
+    from lumen_ray.answer import Answer
     from lumen_ray.data.images import decode
-    from lumen_ray.structures import Answer
     from lumen_ray.viz import draw
 
     Image.fromarray(draw(decode(image), Answer.from_dict(answer | {"task": task}))).save(path)

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from lumen_ray.answer import Answer
 from lumen_ray.keypoints import known_edges
-from lumen_ray.structures import Answer, Prediction
+from lumen_ray.structures import Prediction
 
 Colour = tuple[int, int, int]
 _Font = ImageFont.FreeTypeFont | ImageFont.ImageFont

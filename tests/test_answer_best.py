@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lumen_ray.structures import Answer, Boxes, Masks, Prediction
+from lumen_ray.answer import Answer
+from lumen_ray.structures import Boxes, Masks, Prediction
 
 SCORES = st.lists(st.lists(st.floats(0, 1, width=32), max_size=6), max_size=6)
 

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1] / "lumen_ray"
 #: names of modules and packages below `lumen_ray`, lowest first; a layer imports itself and what is below it
 LAYERS = (
     (
-        "version", "errors", "config", "structures", "tasks", "presets", "console", "keypoints", "attention",
+        "version", "errors", "config", "structures", "answer", "tasks", "presets", "console", "keypoints", "attention",
         "precision", "targets", "input_size", "superlink", "meta_init", "ray_env", "ray_log", "viz",
         "installation",
     ),

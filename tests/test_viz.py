@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
 
+from lumen_ray.answer import Answer
 from lumen_ray.keypoints import known_edges
-from lumen_ray.structures import Answer, Boxes, Keypoints, Masks, Prediction
+from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
 from lumen_ray.viz import draw, palette, upscale_factor
 
 SIZE = (60, 80)

@@ -29,9 +29,9 @@ from lumen_ray import config
 from lumen_ray.bench.chat_sides import Library, Ours, Question, Side, Written, run_vllm, serving
 from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
 from lumen_ray.errors import UserError
-from lumen_ray.inference.decode_loop import TextPrompt
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.sampling import GREEDY, Sampler
+from lumen_ray.inference.writing import TextPrompt
 from lumen_ray.model.convert.pretrained import Sources, assemble
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.presets import model_path

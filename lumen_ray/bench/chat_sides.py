@@ -22,9 +22,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, StoppingCriteria, StoppingCriteriaList
 
 from lumen_ray.errors import UserError
+from lumen_ray.inference.encoded_images import EncodedImages
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import make_request
-from lumen_ray.inference.trunk_stage import EncodedImages
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.layout import branch_span
 

@@ -18,6 +18,7 @@ from transformers import (
     GroundingDinoProcessor,
 )
 
+from lumen_ray.answer import Answer
 from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
 from lumen_ray.checkpoints.rules import apply
 from lumen_ray.data.images import decode
@@ -31,7 +32,6 @@ from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import Request, make_request
 from lumen_ray.model.build import LoadedModel, ModelMeta, build_model
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.structures import Answer
 from lumen_ray.tasks import TASKS
 from lumen_ray.trunk.tokenizer import LumenTokenizer
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from lumen_ray import config
+from lumen_ray.answer import Answer
 from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
 from lumen_ray.data.images import decode
 from lumen_ray.data.scenes import render as scenes
@@ -20,7 +21,6 @@ from lumen_ray.inference.request import Request, make_request
 from lumen_ray.model.build import LoadedModel, ModelMeta, build_model
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.presets import model_path
-from lumen_ray.structures import Answer
 from lumen_ray.tasks import TASKS
 from lumen_ray.trunk.tokenizer import LumenTokenizer
 

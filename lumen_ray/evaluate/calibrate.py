@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.optimize import minimize
+from scipy.special import expit
 
 from lumen_ray.errors import UserError
 from lumen_ray.evaluate.calibration import Reliability
 from lumen_ray.evaluate.run import collect_instances
-from lumen_ray.inference.calibration import Calibration, Curve, logit
+from lumen_ray.inference.calibration import Calibration, Curve, log_odds
+from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.protocol import EngineProtocol
+from lumen_ray.model.build import load_model, write_meta
 
 #: Tasks whose instances have scores that can be checked.
 TASKS = ("detect", "segment", "count", "ground", "refer")
@@ -42,7 +45,7 @@ def fit_curve(scores: np.ndarray, hits: np.ndarray, phrases: Sequence[str], deco
     class. None without enough right and wrong instances."""
     if min(hits.sum(), (~hits).sum()) < LEAST:
         return None
-    x = logit(scores)
+    x = log_odds(scores)
     slope, shift = _most_likely(x, hits)
     classes: dict[str, float] = {}
     names = np.asarray(phrases, dtype=object)
@@ -66,7 +69,7 @@ def _most_likely(x: np.ndarray, hits: np.ndarray) -> tuple[float, float]:
     def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
         slope, shift = np.exp(values[0]), values[1]
         z = slope * x + shift
-        error = 1 / (1 + np.exp(-z)) - targets
+        error = expit(z) - targets
         likelihood = (np.logaddexp(0, z) - targets * z).sum()
         gradient = np.array([(error * x).sum() * slope + SLOPE_PRIOR * values[0], error.sum()])
         return float(likelihood + SLOPE_PRIOR / 2 * values[0] ** 2), gradient
@@ -80,7 +83,7 @@ def _shift(x: np.ndarray, hits: np.ndarray, of_task: float) -> float:
 
     def loss(values: np.ndarray) -> tuple[float, np.ndarray]:
         z = x + values[0]
-        error = (1 / (1 + np.exp(-z)) - hits).sum() + PRIOR * (values[0] - of_task)
+        error = (expit(z) - hits).sum() + PRIOR * (values[0] - of_task)
         likelihood = (np.logaddexp(0, z) - hits * z).sum()
         return float(likelihood + PRIOR / 2 * (values[0] - of_task) ** 2), np.array([error])
 
@@ -123,6 +126,24 @@ def calibrate(
     return fits
 
 
-def as_meta(fits: dict[str, Fit]) -> dict[str, Any]:
-    """The curves as `ModelMeta.calibration`."""
-    return Calibration({task: fit.curve for task, fit in fits.items() if fit.curve is not None}).to_dict()
+def calibrate_folder(
+    folder: Path,
+    shards_dir: str,
+    output: str | None,
+    *,
+    tasks: Sequence[str] | None,
+    limit: int | None,
+    decoders: Mapping[str, str] | None,
+    device: str,
+    progress: Callable[[int, int], None] | None,
+) -> dict[str, Fit]:
+    """`calibrate` for a model folder: the curves go into its `meta.json`, or into that of a copy in `output`."""
+    loaded = load_model(folder, decoders, device)
+    loaded.meta.calibration = {}  # curves are of the decoders' own scores
+    fits = calibrate(Engine(loaded, device), shards_dir, tasks=tasks, limit=limit, progress=progress)
+    curves = {task: fit.curve for task, fit in fits.items() if fit.curve is not None}
+    loaded.meta.calibration = Calibration(curves).to_dict()
+    if output is not None:
+        shutil.copytree(folder, output)
+    write_meta(folder if output is None else output, loaded.meta)
+    return fits

@@ -14,14 +14,16 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from lumen_ray.answer import Answer
 from lumen_ray.data.files import write_atomically
-from lumen_ray.evaluate.concepts import Row, overlaps, true_instances
-from lumen_ray.structures import Answer, Prediction
+from lumen_ray.evaluate.concepts import overlaps, true_instances
+from lumen_ray.evaluate.grounding import matched
+from lumen_ray.evaluate.scored import Row
+from lumen_ray.structures import Prediction
 
 NUM_BINS = 15
 #: Instances with lower scores are left out: there are any number of them, none of which anybody looks at.
 LEAST_SCORE = 0.05
-HIT_IOU = 0.5
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,8 @@ class CalibrationEvaluator:
     def add(self, prediction: Prediction, truth: list[Any]) -> None:
         """Adds the prediction of a phrase, and its objects as of `true_instances`."""
         found = prediction.above(LEAST_SCORE)
-        iou = overlaps(found, truth, self.kind)
-        hits = np.zeros(len(found), bool)
-        for i in np.argsort(-found.scores, kind="stable"):
-            if iou.shape[1] and iou[i].max() >= HIT_IOU:
-                iou[:, iou[i].argmax()] = -1
-                hits[i] = True
         self._scores.append(np.asarray(found.scores, float))
-        self._hits.append(hits)
+        self._hits.append(matched(found.scores, overlaps(found, truth, self.kind)))
         self._phrases += [prediction.phrase] * len(found)
 
     @property

@@ -17,8 +17,9 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from lumen_ray.answer import Answer
 from lumen_ray.keypoints import keypoint_sigmas
-from lumen_ray.structures import Answer, Boxes, Prediction
+from lumen_ray.structures import Boxes, Prediction
 
 Kind = Literal["bbox", "segm", "keypoints"]
 COCO_MAX_DETS = 100

@@ -17,13 +17,13 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from scipy.optimize import linear_sum_assignment
 
-from lumen_ray.structures import Answer, Boxes, Prediction
+from lumen_ray.answer import Answer
+from lumen_ray.evaluate.scored import Row
+from lumen_ray.structures import Boxes, Prediction
 
 #: The benchmark's decision threshold, and its IoU thresholds.
 CONCEPT_THRESHOLD = 0.5
 IOUS = np.linspace(0.5, 0.95, 10)
-
-Row = dict[str, Any]
 
 
 def true_instances(row: Row, phrase: str, kind: Literal["bbox", "segm"]) -> list[Any] | None:

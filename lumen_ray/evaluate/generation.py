@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from PIL import Image
 
+from lumen_ray.answer import Answer
 from lumen_ray.evaluate.grounding import DECISION_THRESHOLD, HIT_IOU
 from lumen_ray.evaluate.scene_captions import caption_attributes
-from lumen_ray.structures import Answer, Boxes, Size
+from lumen_ray.structures import Boxes, Size
 
 Detections = Mapping[str, Boxes]  # by class; classes without boxes may be absent
 Detector = Callable[[Sequence[np.ndarray]], Sequence[Detections]]  # of uint8 [H, W, 3] pictures

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lumen_ray.structures import Answer, Boxes, Prediction
+from lumen_ray.answer import Answer
+from lumen_ray.structures import Boxes, Prediction
 
 #: An instance counts as claimed from this score on, where a task has to decide (absence, counting, F1).
 DECISION_THRESHOLD = 0.3
@@ -21,15 +22,20 @@ def row_boxes(row: dict[str, Any], indices: Sequence[int]) -> Boxes:
     return Boxes(np.asarray(boxes, np.float32).reshape(-1, 4), (row["height"], row["width"]))
 
 
-def match_count(prediction: Prediction, truth: Boxes, iou: float = HIT_IOU) -> int:
-    """Number of predictions matched to distinct true boxes at `iou` or more, in order of score."""
-    overlaps = prediction.boxes.iou(truth)
-    matched = 0
-    for i in np.argsort(-prediction.scores, kind="stable"):
+def matched(scores: np.ndarray, overlaps: np.ndarray, iou: float = HIT_IOU) -> np.ndarray:
+    """Which predictions are matched to distinct true objects at `iou` or more, best `scores` first: bool [P].
+    `overlaps`: their IoU [P, T], which is changed."""
+    hits = np.zeros(len(scores), bool)
+    for i in np.argsort(-scores, kind="stable"):
         if overlaps.shape[1] and overlaps[i].max() >= iou:
             overlaps[:, overlaps[i].argmax()] = -1
-            matched += 1
-    return matched
+            hits[i] = True
+    return hits
+
+
+def match_count(prediction: Prediction, truth: Boxes, iou: float = HIT_IOU) -> int:
+    """Number of predictions matched to distinct true boxes at `iou` or more."""
+    return int(matched(prediction.scores, prediction.boxes.iou(truth), iou).sum())
 
 
 def _ratio(part: float, whole: float) -> float | None:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as coco_mask
 
+from lumen_ray.answer import Answer
 from lumen_ray.evaluate.scored import Row
-from lumen_ray.structures import Answer, Region
+from lumen_ray.structures import Region
 
 MAX_REGIONS = 3  # instances of a row that get a visual prompt
 

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from lumen_ray.answer import Answer
 from lumen_ray.data.images import decode
 from lumen_ray.evaluate.generation import Detector, described, detections, score_edits, score_generated
 from lumen_ray.evaluate.scored import Row, ScoredRequest
 from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.inference.request import make_request
-from lumen_ray.structures import Answer, Boxes, SampleSettings
+from lumen_ray.structures import Boxes, SampleSettings
 
 _JUDGED_AT_ONCE = 8
 _SHEET, _CELL = 1200, 132  # pixels: width of a sheet of pictures, side of one of them

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from lumen_ray.answer import Answer
 from lumen_ray.data import files
 from lumen_ray.data.files import write_atomically
 from lumen_ray.data.images import decode
@@ -30,7 +31,6 @@ from lumen_ray.evaluate.scorer import SplitScorer
 from lumen_ray.evaluate.task_choice import choose_tasks
 from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.inference.records import LABEL_SCHEMA, answer_records
-from lumen_ray.structures import Answer
 from lumen_ray.tasks import TASKS
 
 #: AP needs the low-scored predictions too; decisions (absence, counts, F1) use their own threshold.

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from lumen_ray.answer import Answer
 from lumen_ray.inference.request import Request
-from lumen_ray.structures import Answer
 
 Row = dict[str, Any]
 

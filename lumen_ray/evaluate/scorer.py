@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from lumen_ray.answer import Answer
 from lumen_ray.evaluate.calibration import CalibrationEvaluator, Reliability
 from lumen_ray.evaluate.coco import CocoEvaluator
 from lumen_ray.evaluate.concepts import ConceptEvaluator
@@ -17,7 +18,7 @@ from lumen_ray.evaluate.pictures import PicturesEvaluator
 from lumen_ray.evaluate.scored import Row, ScoredRequest
 from lumen_ray.evaluate.text import CaptionEvaluator, RegionCaptionEvaluator, RoutingEvaluator, VqaEvaluator
 from lumen_ray.inference.request import make_request
-from lumen_ray.structures import Answer, Region
+from lumen_ray.structures import Region
 from lumen_ray.tasks import get_task
 
 #: tasks whose messages are scored

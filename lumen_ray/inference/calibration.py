@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 import numpy as np
+from scipy.special import expit, logit
 
 from lumen_ray.errors import UserError
 from lumen_ray.tasks import get_task
@@ -20,15 +21,9 @@ from lumen_ray.tasks import get_task
 EDGE = 1e-6
 
 
-def logit(scores: np.ndarray) -> np.ndarray:
-    """Log odds, float64, of scores in 0..1."""
-    inside = np.clip(np.asarray(scores, float), EDGE, 1 - EDGE)
-    return np.log(inside) - np.log1p(-inside)
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    """The inverse of `logit`."""
-    return 1 / (1 + np.exp(-x))
+def log_odds(scores: np.ndarray) -> np.ndarray:
+    """Logits, float64, of scores in 0..1."""
+    return logit(np.clip(np.asarray(scores, float), EDGE, 1 - EDGE))
 
 
 @dataclass(frozen=True)
@@ -43,15 +38,15 @@ class Curve:
 
     def __call__(self, scores: np.ndarray, phrase: str) -> np.ndarray:
         """Calibrated scores, float32 [N], of those of a phrase."""
-        return sigmoid(self.slope * logit(scores) + self._shift(phrase)).astype(np.float32)
+        return expit(self.slope * log_odds(scores) + self._shift(phrase)).astype(np.float32)
 
     def raw(self, threshold: float, phrase: str) -> float:
         """A score below all whose calibrated score is `threshold` or more."""
         least = threshold * (1 - 1e-6)  # calibrated scores are rounded to float32
         if least <= EDGE:
             return 0.0
-        exact = sigmoid((logit(np.array([least])) - self._shift(phrase)) / self.slope)
-        return max(0.0, float(exact[0]) - EDGE)
+        exact = float(expit((log_odds(np.array(least)) - self._shift(phrase)) / self.slope))
+        return max(0.0, exact - EDGE)
 
     def _shift(self, phrase: str) -> float:
         return self.classes.get(phrase, self.shift)

@@ -10,10 +10,11 @@ from typing import Protocol
 
 import numpy as np
 
+from lumen_ray.answer import Answer
+from lumen_ray.inference.encoded_images import EncodedImages
 from lumen_ray.inference.request import Request, Shown, check_call, images_of, make_request
 from lumen_ray.inference.sampling import GREEDY, Sampling
-from lumen_ray.inference.trunk_stage import EncodedImages, OnText
-from lumen_ray.structures import Answer
+from lumen_ray.inference.trunk_stage import OnText
 
 
 class ConversationEngine(Protocol):

@@ -14,112 +14,31 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from lumen_ray.inference.branches import with_regions
-from lumen_ray.inference.sampling import Sampler, stop_at
+from lumen_ray.inference.sampling import stop_at
+from lumen_ray.inference.writing import TextLink, TextPrompt, Writing
 from lumen_ray.precision import in_model_dtype
 from lumen_ray.structures import Dtype
-from lumen_ray.tasks import MAX_TEXT_LINKS, ROUTING_TOKENS, family_of
-from lumen_ray.trunk.branch import Branch
+from lumen_ray.tasks import ROUTING_TOKENS, family_of
 from lumen_ray.trunk.decoding import AnswerGroup, DecodingStep, PrefixSlots, Row
 from lumen_ray.trunk.layout import build_layout
+from lumen_ray.trunk.prefix import Prefix
 from lumen_ray.trunk.step_linear import decoding_rows, use_step_linears
 from lumen_ray.trunk.tokenizer import LumenTokenizer
-from lumen_ray.trunk.trunk import Prefix, Trunk
+from lumen_ray.trunk.trunk import Trunk
 
 #: Bytes of the keys and values of answers that are being written, and as many of images. More wait in the queue.
 MEMORY = 1 << 30
 #: Longest prompt and answer, in tokens, of the first group of answers, and its ratio from group to group. Answers of a
 #: group are padded to its longest one.
 SHORTEST_GROUP, GROUP_RATIO = 128, 4
-
-
-@dataclass
-class TextPrompt:
-    """A prompt whose answer is to be written. `branch.image`: index of its image in the batch; `region`: uint8 [H, W]
-    mask in the trunk's input of its visual prompt, if it has one; `limit`: most tokens of the answer; `routes`: the
-    routing tokens behind which it goes on; `never`: ids of tokens that it cannot use and does not write."""
-
-    branch: Branch
-    sampler: Sampler
-    limit: int
-    region: Tensor | None = None
-    routes: Collection[str] = ()
-    never: Sequence[int] = ()
-
-    @property
-    def most_queries(self) -> int:
-        """Queries in the answer, at most."""
-        links = min(MAX_TEXT_LINKS, self.limit // 2)  # a link takes a word and a routing token
-        return links * max((family_of(route).num_queries for route in self.routes), default=0)
-
-
-@dataclass
-class TextLink:
-    """A link in an answer. `start`, `end`: [first, end) in the answer's tokens of the words that name its objects; its
-    routing token is the one behind them; `states`: the hidden states [width] at its queries so far."""
-
-    route: str
-    start: int
-    end: int
-    states: list[Tensor] = field(default_factory=list)
-    route_read: bool = False  # whether the LLM has read the routing token, so that queries are next
-
-    @property
-    def is_open(self) -> bool:
-        """Whether queries are left to read."""
-        return len(self.states) < family_of(self.route).num_queries
-
-
-@dataclass(eq=False)
-class Writing:
-    """An answer that is being written: `tokens` so far, without the end token and queries; `links` in it; `end`: why it
-    is done ('stop', 'length', 'route' behind a routing token, 'cancelled' or 'error'), None before."""
-
-    prompt: TextPrompt
-    tokens: list[int] = field(default_factory=list)
-    links: list[TextLink] = field(default_factory=list)
-    end: str | None = None
-    error: BaseException | None = None
-
-    @property
-    def need(self) -> int:
-        """Own tokens and queries at the end, at most."""
-        return len(self.prompt.sampler.prompt) + self.prompt.limit + self.prompt.most_queries
-
-    @property
-    def open_link(self) -> TextLink | None:
-        """The link whose queries are next."""
-        return self.links[-1] if self.links and self.links[-1].is_open else None
-
-    def begin_link(self, route: str) -> bool:
-        """Begins the link of a routing token that was just written; False if the answer cannot go on behind it."""
-        start, end = self.links[-1].end + 1 if self.links else 0, len(self.tokens) - 1
-        if route not in self.prompt.routes or start == end or len(self.links) == MAX_TEXT_LINKS:
-            return False
-        self.links.append(TextLink(route, start, end))
-        return True
-
-    def read(self, hidden: Tensor) -> bool:
-        """Enters the hidden state [width] of the last input; returns whether a word is next."""
-        link = self.open_link
-        if link is None:
-            return True
-        if link.route_read:
-            link.states.append(hidden)
-        link.route_read = True
-        if link.is_open:
-            return False
-        if len(self.tokens) >= self.prompt.limit:
-            self.end = "length"
-        return self.end is None
 
 
 class DecodeLoop:

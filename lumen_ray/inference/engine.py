@@ -10,16 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import cast
 
+from lumen_ray.answer import Answer
 from lumen_ray.decoders.base import PredictSettings
 from lumen_ray.errors import UserError
 from lumen_ray.inference.conversation import Conversation
 from lumen_ray.inference.decoder_stage import DecoderStages
+from lumen_ray.inference.encoded_images import EncodedImages
 from lumen_ray.inference.outputs import assemble, finish, loosest, request_limits
 from lumen_ray.inference.request import Request, Shown, check_call
 from lumen_ray.inference.sampling import GREEDY, Sampling
-from lumen_ray.inference.trunk_stage import EncodedImages, FromFolder, OnText, TrunkStage
+from lumen_ray.inference.trunk_stage import FromFolder, OnText, TrunkStage
 from lumen_ray.model.build import LoadedModel
-from lumen_ray.structures import Answer, Size
+from lumen_ray.structures import Size
 
 
 class Engine(FromFolder):

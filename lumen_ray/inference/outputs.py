@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lumen_ray.answer import Answer, AnswerPart
 from lumen_ray.decoders.base import PredictSettings, PromptSpec
 from lumen_ray.inference.request import Request
 from lumen_ray.inference.semantic import class_regions
-from lumen_ray.structures import Answer, AnswerPart, Prediction, Size
+from lumen_ray.structures import Prediction, Size
 from lumen_ray.superlink import SuperLink, concat
 from lumen_ray.targets import Frame
 from lumen_ray.tasks import TASKS
@@ -136,16 +137,17 @@ def assemble(
 
 
 def _answer(plan: RequestPlan, results: Mapping[str, Sequence[DecoderResult]]) -> Answer | None:
+    written = Answer(
+        plan.task,
+        plan.size,
+        text=plan.text,
+        route=plan.route,
+        log_probs=plan.log_probs,
+        tokens=plan.tokens,
+        is_cut=plan.is_cut,
+    )
     if not plan.links:
-        return Answer(
-            plan.task,
-            plan.size,
-            text=plan.text,
-            route=plan.route,
-            log_probs=plan.log_probs,
-            tokens=plan.tokens,
-            is_cut=plan.is_cut,
-        )
+        return written
     assert plan.decoder is not None, "links belong to a decoder"
     if plan.decoder not in results:
         return None
@@ -153,25 +155,9 @@ def _answer(plan: RequestPlan, results: Mapping[str, Sequence[DecoderResult]]) -
     pictures = [picture for result in found if isinstance(result, list) for picture in result]
     if isinstance(found[0], list):
         size = plan.size if TASKS[plan.task].sees_image else (pictures[0].shape[0], pictures[0].shape[1])
-        return Answer(plan.task, size, text=plan.text, route=plan.route, images=pictures)
+        return replace(written, size=size, images=pictures)
     predictions = [result for result in found if isinstance(result, Prediction)]
-    return Answer(
-        plan.task,
-        plan.size,
-        predictions,
-        text=plan.text,
-        route=plan.route,
-        log_probs=plan.log_probs,
-        tokens=plan.tokens,
-        is_cut=plan.is_cut,
-        parts=None if plan.parts is None else _with_predictions(plan.parts, predictions),
-    )
-
-
-def _with_predictions(parts: Sequence[AnswerPart], predictions: Sequence[Prediction]) -> list[AnswerPart]:
-    """The parts of an answer, with a prediction for each link."""
-    following = iter(predictions)
-    return [part if part.route is None else replace(part, prediction=next(following)) for part in parts]
+    return replace(written, parts=plan.parts).with_predictions(predictions)
 
 
 def request_limits(request: Request, default: PredictSettings) -> PredictSettings:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
+from lumen_ray.answer import Answer
 from lumen_ray.inference.request import Request, Shown
-from lumen_ray.structures import Answer
 
 
 @runtime_checkable

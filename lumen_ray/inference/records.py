@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from lumen_ray.answer import Answer
 from lumen_ray.inference.request import Request
 from lumen_ray.keypoints import known_edges
-from lumen_ray.structures import Answer, Boxes, Keypoints, Masks, Prediction
+from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
 
 LABEL_SCHEMA = pa.schema(
     [

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -15,24 +14,24 @@ import torch
 from torch import Tensor
 
 from lumen_ray.data.batches.buckets import choose
-from lumen_ray.data.batches.transforms import PAD_VALUE, fit
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.inference.branches import BranchPlanner, PendingBranch, decoder_input, split_passes, with_regions
-from lumen_ray.inference.decode_loop import DecodeLoop, TextPrompt, Writing
+from lumen_ray.inference.decode_loop import DecodeLoop
 from lumen_ray.inference.decoder_inputs import decoder_pixels
+from lumen_ray.inference.encoded_images import EncodedImages, Inputs, fit_images
 from lumen_ray.inference.outputs import DecoderInput, RequestPlan, TrunkOutput
 from lumen_ray.inference.request import Request, Shown, check_requests, images_of
-from lumen_ray.inference.sampling import Sampler, stable_text, stop_at
+from lumen_ray.inference.sampling import Sampler, stable_text
+from lumen_ray.inference.writing import TextPrompt, Writing, written_parts, written_text
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.precision import in_model_dtype
-from lumen_ray.structures import AnswerPart, Region, Size
-from lumen_ray.targets import Frame
+from lumen_ray.structures import Region, Size
 from lumen_ray.tasks import ROUTING_TOKENS, TASKS, task_of_route
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.layout import build_layout, several_images_unsupported
+from lumen_ray.trunk.prefix import Prefix
 from lumen_ray.trunk.regions import region_mask
-from lumen_ray.trunk.trunk import Prefix
 
 #: Called with (image, request, new text), indices into the batch.
 OnText = Callable[[int, int, str], None]
@@ -57,46 +56,6 @@ class FromFolder:
         `decoders` (task -> decoder) overrides the folder's choice for tasks that several decoders can serve; `dtype`:
         'float32', or 'bfloat16' for half the memory and, on GPUs, faster arithmetic (see `lumen_ray.precision`)."""
         return cls(load_model(model, decoders, device, ("trunk",), dtype), device)
-
-
-@dataclass
-class Inputs:
-    """A batch in the trunk's frame: an image per row, the last one of a conversation with several.
-
-    `images`: uint8 [h, w, 3] as stored; `pixels`: uint8 [B, 3, H, W] on the CPU; `frames`: where each image lies in its
-    input; `valid`: bool [B], False for text alone; `earlier`: the earlier images of conversations, uint8 [E, 3, H, W],
-    and `earlier_rows` the row of each, ascending.
-    """
-
-    images: list[np.ndarray]
-    pixels: Tensor
-    frames: list[Frame]
-    valid: Tensor
-    earlier: Tensor
-    earlier_rows: list[int]
-
-    @property
-    def numbers(self) -> list[int]:
-        """How many images each row has; 1 for text alone too."""
-        earlier = Counter(self.earlier_rows)
-        return [1 + earlier[row] for row in range(len(self.images))]
-
-
-@dataclass
-class EncodedImages:
-    """A batch of images of one bucket that is encoded once, for any number of calls. Holds their keys and values, and
-    their dense features where a decoder reads them.
-
-    `conversations`: by row, what texts are written about where a row has several images; `prefix` has the last of them,
-    which decoders look at.
-    """
-
-    inputs: Inputs
-    prefix: Prefix
-    conversations: dict[int, Prefix]
-
-    def __len__(self) -> int:
-        return len(self.inputs.images)
 
 
 class TrunkStage(FromFolder):
@@ -212,20 +171,14 @@ class TrunkStage(FromFolder):
                 return EncodedImages(inputs, self.trunk.no_prefix(pixels), {})
             if not len(inputs.earlier):
                 return EncodedImages(inputs, self.trunk.encode(pixels, valid), {})
-            rows, last = len(pixels), [number - 1 for number in inputs.numbers]
-            members = {row: [*self._earlier(inputs, row), row] for row in range(rows) if last[row]}
-            places = torch.tensor([*last, *(members[row].index(rows + n) for n, row in enumerate(inputs.earlier_rows))])
             everything = torch.cat([pixels, inputs.earlier.to(self.device)])
             valid = torch.cat([valid, valid.new_ones(len(inputs.earlier))])
+            places = torch.zeros(len(everything), dtype=torch.int64)
+            for images in inputs.conversations.values():
+                places[images] = torch.arange(len(images))
             prefix = self.trunk.encode(everything, valid, places.to(self.device))
-            return EncodedImages(
-                inputs, prefix.select(range(rows)), {row: prefix.joined(images) for row, images in members.items()}
-            )
-
-    @staticmethod
-    def _earlier(inputs: Inputs, row: int) -> list[int]:
-        """The index of each earlier image of a row, behind those of `inputs.pixels`."""
-        return [len(inputs.pixels) + n for n, owner in enumerate(inputs.earlier_rows) if owner == row]
+            conversations = {row: prefix.joined(images) for row, images in inputs.conversations.items()}
+            return EncodedImages(inputs, prefix.select(range(len(pixels))), conversations)
 
     def _submit(
         self, encoded: EncodedImages, prompts: Mapping[tuple[int, int], TextPrompt]
@@ -271,7 +224,7 @@ class TrunkStage(FromFolder):
         sent = dict.fromkeys(places, "")
 
         def on_token(writing: Writing) -> None:
-            text = self._text(writing)
+            text = written_text(writing, self.tokenizer)
             if writing.end is None:
                 text = stable_text(text, writing.prompt.sampler.settings.stop)
             new = text[len(sent[writing]) :]
@@ -297,18 +250,7 @@ class TrunkStage(FromFolder):
         rows = [images_of(shown) for shown in images]
         if self.prompt_layout == "sequential" and any(len(row) > 1 for row in rows):
             raise several_images_unsupported()
-        stored = [row[-1] if row else np.full((*bucket, 3), PAD_VALUE, np.uint8) for row in rows]
-        fitted = [fit(image, bucket) for image in stored]
-        earlier = [(n, fit(image, bucket)[0]) for n, row in enumerate(rows) for image in row[:-1]]
-        pixels = as_tensors([image for image, _ in fitted])
-        return Inputs(
-            stored,
-            pixels,
-            [frame for _, frame in fitted],
-            torch.tensor([bool(row) for row in rows]),
-            as_tensors([image for _, image in earlier]) if earlier else pixels[:0],
-            [row for row, _ in earlier],
-        )
+        return fit_images(rows, bucket)
 
     def _text_prompts(
         self, inputs: Inputs, prefixes: Sequence[int], requests: Sequence[Sequence[Request]], limit: int
@@ -357,32 +299,18 @@ class TrunkStage(FromFolder):
             plan = plans[b][r]
             if writing.end == "route" and TASKS[requests[b][r].task].is_conversation and not writing.links:
                 plan.route = routing[writing.tokens[-1]]
-                plan.text = self._text(writing) or None
+                plan.text = written_text(writing, self.tokenizer) or None
                 routed.append((b, r))
             else:
-                plan.text = self._text(writing)
+                plan.text = written_text(writing, self.tokenizer)
                 words = [n for n in range(len(writing.tokens)) if n not in {link.end for link in writing.links}]
                 texts = self.tokenizer.token_texts(writing.tokens)
                 plan.log_probs = [writing.prompt.sampler.log_probs[n] for n in words]
                 plan.tokens = [texts[n] for n in words]
                 plan.is_cut = writing.end == "length" or (writing.end == "route" and bool(writing.links))
-                plan.parts = self._parts(writing)
+                plan.parts = written_parts(writing, self.tokenizer)
                 plan.route = writing.links[0].route if plan.parts else None
         return routed
-
-    def _parts(self, writing: Writing) -> list[AnswerPart] | None:
-        """The texts and links of an answer in order, links without predictions; None if it has no link. Links behind a
-        stop text are left out."""
-        text, start = self._text(writing), 0
-        parts = []
-        for link in writing.links:
-            end = len(self.tokenizer.decode(writing.tokens[: link.end]))
-            if end > len(text):
-                break
-            parts += [AnswerPart(text[start:end]), AnswerPart(route=link.route)]
-            start = end
-        parts.append(AnswerPart(text[start:]))
-        return [part for part in parts if part.text or part.route] if len(parts) > 1 else None
 
     def _text_links(
         self, written: Mapping[tuple[int, int], Writing], plans: Sequence[Sequence[RequestPlan]]
@@ -397,12 +325,6 @@ class TrunkStage(FromFolder):
                 embedding = self.trunk.text_links(decoder, torch.stack(link.states)[None], [ids])[0].cpu()
                 pending.append(self.planner.text_link(link.route, self.tokenizer.decode(ids), b, r, embedding))
         return pending
-
-    def _text(self, writing: Writing) -> str:
-        """The text of an answer, up to its first stop text and without routing tokens."""
-        text = self.tokenizer.decode(writing.tokens)
-        stopped = stop_at(text, writing.prompt.sampler.settings.stop)
-        return text if stopped is None else stopped
 
     def _refuse_special(self, text: str) -> None:
         """Raises `UserError` for a special token of this model in an earlier answer."""
@@ -474,8 +396,3 @@ class TrunkStage(FromFolder):
                 if pending[members[number]].decoder == name:
                     found[members[number]] = embedding
         return found
-
-
-def as_tensors(images: Sequence[np.ndarray]) -> Tensor:
-    """Images uint8 [H, W, 3] as a tensor [B, 3, H, W]."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lumen_ray.answer import Answer
 from lumen_ray.data.files import write_atomically
 from lumen_ray.data.images import decode
 from lumen_ray.errors import UserError
 from lumen_ray.inference.records import record_edges, records_to_answers
 from lumen_ray.label.inputs import Item, read_bytes
 from lumen_ray.label.ledger import Ledger, open_finished
-from lumen_ray.structures import Answer
 from lumen_ray.viz import draw, palette
 
 MAX_IMAGES = 120

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ray import serve
 
+from lumen_ray.answer import Answer
 from lumen_ray.inference.request import Request
 from lumen_ray.serve.batching import map_grouped, set_batching, value_of
-from lumen_ray.structures import Answer
 
 if TYPE_CHECKING:
     from lumen_ray.decoders.base import PredictSettings

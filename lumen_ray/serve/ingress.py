@@ -18,13 +18,13 @@ from ray.serve.exceptions import (
 )
 from ray.serve.handle import DeploymentHandle
 
+from lumen_ray.answer import Answer
 from lumen_ray.errors import UserError
 from lumen_ray.inference.request import Request, Shown
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.http import Overloaded, Unavailable, logger
 from lumen_ray.serve.job import TrunkJob
 from lumen_ray.serve.settings import ServeSettings
-from lumen_ray.structures import Answer
 
 T = TypeVar("T")
 

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from pydantic import BeforeValidator, Field
 
+from lumen_ray.answer import Answer
 from lumen_ray.config import Settings
 from lumen_ray.errors import UserError
 from lumen_ray.serve import schemas
@@ -23,7 +24,6 @@ from lumen_ray.serve.http import json_schema_ref
 from lumen_ray.serve.neutral import Neutral, refuse_others
 from lumen_ray.serve.settings import MAX_NEW_TOKENS, ServeSettings
 from lumen_ray.serve.task_api import Backend, answer
-from lumen_ray.structures import Answer
 
 _ONE_ANSWER = "each request has one answer"
 _NO_PENALTY = "tokens are not penalised by how often they occur"

@@ -14,6 +14,7 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.datastructures import FormData, UploadFile
 
+from lumen_ray.answer import Answer
 from lumen_ray.errors import UserError
 from lumen_ray.inference.request import Request, Shown, check_image, make_request
 from lumen_ray.inference.sampling import GREEDY, Sampling
@@ -21,7 +22,7 @@ from lumen_ray.serve import forms, schemas
 from lumen_ray.serve.http import content_type, json_schema_ref
 from lumen_ray.serve.images import checked_rle, decode_images, image_bytes
 from lumen_ray.serve.settings import ServeSettings
-from lumen_ray.structures import Answer, Region, SampleSettings, Size
+from lumen_ray.structures import Region, SampleSettings, Size
 from lumen_ray.tasks import TASKS, Task, get_task
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from lumen_ray.answer import Answer
 from lumen_ray.serve.batching import Collector, map_grouped, value_of
 from lumen_ray.serve.job import TrunkJob
-from lumen_ray.structures import Answer, Size
+from lumen_ray.structures import Size
 from lumen_ray.tasks import TASKS
 
 if TYPE_CHECKING:

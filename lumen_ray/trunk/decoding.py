@@ -26,6 +26,7 @@ from transformers import AttentionInterface, DynamicCache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from lumen_ray.errors import UserError
 from lumen_ray.trunk.branch_blocks import BranchBlocks
 
 #: Name of the attention function in the LLM's config.
@@ -55,6 +56,17 @@ def branch_attention(
         return branch_blocks.attend(query * scaling, key, value), None
     layer: Any = module.layer_idx
     return decoding_step.attend(layer, query[0] * scaling, key[0], value[0])[None], None
+
+
+def check_attention(llm: Any) -> None:
+    """Raises `UserError` if the attention of an LLM is not the plain softmax that `branch_attention` computes."""
+    kind = llm.config.model_type
+    if not getattr(llm, "_supports_sdpa", True) or getattr(llm.config, "attn_logit_softcapping", None) is not None:
+        raise UserError(
+            f"the attention of an LLM of type '{kind}' has sinks or capped logits, which are not supported; use "
+            "another, such as llama, qwen3 or mistral",
+            "unsupported_llm",
+        )
 
 
 AttentionInterface.register(ATTENTION, branch_attention)

@@ -7,10 +7,9 @@ give the same results.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -27,78 +26,25 @@ from lumen_ray.superlink import SuperLink
 from lumen_ray.trunk.batch import TrainingBatch
 from lumen_ray.trunk.branch_blocks import BranchBlocks
 from lumen_ray.trunk.comm import BridgedVision, CommVision, build_vision
-from lumen_ray.trunk.decoding import ATTENTION, DecodingStep
+from lumen_ray.trunk.decoding import ATTENTION, DecodingStep, check_attention
 from lumen_ray.trunk.dense import ConvStem, DenseFeatures
-from lumen_ray.trunk.layout import (
-    IGNORE,
-    Layout,
+from lumen_ray.trunk.layout import IGNORE, Layout
+from lumen_ray.trunk.masks import (
     branch_allowed,
+    packed,
     packed_allowed,
-    packed_positions,
+    position_ids,
     prefix_allowed,
     prefix_segments,
     unpacked,
     visible_prefix,
 )
+from lumen_ray.trunk.prefix import Prefix
 from lumen_ray.trunk.queries import SuperLinkQueries, mean_words
 from lumen_ray.trunk.regions import build_regions
 from lumen_ray.trunk.settings import TrunkSettings
 
 _Stem = tuple[Tensor, Tensor, Tensor]  # features at strides 4, 8 and 16
-
-
-@dataclass
-class Prefix:
-    """An encoded image batch, shared by all prompts about it.
-
-    In a conversation with several images a row has the keys and values of all, and the maps of the last one.
-    """
-
-    images: Tensor  # [B, 3, H, W] in 0..1
-    merged: Tensor  # [B, C, h, w]
-    dense: Tensor | None  # [B, channels, H/4, W/4]; None if no decoder reads it
-    valid: Tensor  # bool [B], False for samples without an image
-    cache: DynamicCache  # keys and values of the image tokens
-    segments: Tensor  # int64 [length]: the image of a row that each token belongs to, -1 for the lead
-    ends: Tensor  # int64 [B]: the position behind the last token
-
-    @property
-    def length(self) -> int:
-        return len(self.segments)
-
-    def select(self, rows: Sequence[int]) -> Prefix:
-        """The prefix of some of the rows."""
-        index = torch.tensor(rows, device=self.valid.device)
-        cache = DynamicCache()
-        for number, layer in enumerate(self._layers()):
-            cache.update(layer.keys[index], layer.values[index], number)
-        dense = None if self.dense is None else self.dense[index]
-        maps = self.images[index], self.merged[index], dense
-        return Prefix(*maps, self.valid[index], cache, self.segments, self.ends[index])
-
-    def joined(self, rows: Sequence[int]) -> Prefix:
-        """One row with the images of several, which are encoded as one conversation's (see `Trunk.encode`)."""
-        image = self.segments == 0
-        cache = DynamicCache()
-        for number, layer in enumerate(self._layers()):
-            keys, values = (
-                torch.cat([stored[row] if not n else stored[row][:, image] for n, row in enumerate(rows)], dim=1)[None]
-                for stored in (layer.keys, layer.values)
-            )
-            cache.update(keys, values, number)
-        lead, each = int((~image).sum()), int(image.sum())
-        segments = prefix_segments(lead, each, len(rows), self.segments.device)
-        last = self.select(rows[-1:])
-        return replace(last, cache=cache, segments=segments)
-
-    def _layers(self) -> list[Any]:
-        return list(self.cache.layers)
-
-    def fork(self) -> DynamicCache:
-        """A cache to extend. It shares keys and values, since the LLM appends by making new tensors."""
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        return cache
 
 
 @dataclass
@@ -128,7 +74,7 @@ class Trunk(nn.Module):
         needs_dense = reads_dense(decoders)
         config = settings.llm_config(vocab_size=vocab_size)
         self.llm = published_part(lambda: AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION))
-        _check_attention(self.llm)
+        check_attention(self.llm)
         width = config.hidden_size
         std = getattr(config, "initializer_range", 0.02)
         self.stem = ConvStem(settings.stem_channels) if settings.tokens_read_stem or needs_dense else None
@@ -275,7 +221,7 @@ class Trunk(nn.Module):
         if layout.pack is not None:
             return self._packed(embeds, layout, layout.pack, segments)
         mask = self._training_mask(layout, has_image, segments, embeds.dtype)
-        return self._llm(embeds, mask, self._positions(layout, segments))
+        return self._llm(embeds, mask, position_ids(layout, segments))
 
     def _llm(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         return self.llm.model(
@@ -289,8 +235,8 @@ class Trunk(nn.Module):
         flat = embeds.flatten(0, 1)
         rows = flat.index_select(0, pack.clamp_min(0).flatten()).unflatten(0, pack.shape)
         allowed = packed_allowed(pack, layout, segments, self.settings.prefix_attention)
-        positions = packed_positions(pack, layout, len(segments), int((segments == 0).sum()))
-        hidden = self._llm(rows, mask_to_bias(allowed, embeds.dtype)[:, None], positions).flatten(0, 1)
+        places = packed(pack, position_ids(layout, segments))
+        hidden = self._llm(rows, mask_to_bias(allowed, embeds.dtype)[:, None], places).flatten(0, 1)
         hidden = F.pad(hidden, (0, 0, 0, 1))  # tokens that are not packed read the zeros at the end
         return hidden[unpacked(pack, len(flat))].view(embeds.shape)
 
@@ -298,13 +244,6 @@ class Trunk(nn.Module):
         batch, length = layout.input_ids.shape
         top = F.pad(prefix_allowed(segments, self.settings.prefix_attention), (0, length)).expand(batch, -1, -1)
         return mask_to_bias(torch.cat([top, _branches(layout, has_image, segments)], dim=1), dtype)[:, None]
-
-    @staticmethod
-    def _positions(layout: Layout, segments: Tensor) -> Tensor:
-        image = torch.arange(len(segments), device=segments.device).expand(len(layout.offsets), -1)
-        starts = (segments < 0).sum() + layout.images * (segments == 0).sum()
-        starts = torch.where(layout.alone[:, None], 0, starts)
-        return torch.cat([image, starts + layout.offsets], dim=1)
 
     def _lm_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Next-token cross entropy [B, T - 1]; only supervised positions go through the vocabulary projection."""
@@ -435,17 +374,6 @@ class Trunk(nn.Module):
             raise UserError(f"the LLM's class {kind} takes no attention function; use another LLM", "unsupported_llm")
         step.finish()
         return hidden[0]
-
-
-def _check_attention(llm: Any) -> None:
-    """Raises `UserError` if the attention of an LLM is not the plain softmax that `branch_attention` computes."""
-    kind = llm.config.model_type
-    if not getattr(llm, "_supports_sdpa", True) or getattr(llm.config, "attn_logit_softcapping", None) is not None:
-        raise UserError(
-            f"the attention of an LLM of type '{kind}' has sinks or capped logits, which are not supported; use "
-            "another, such as llama, qwen3 or mistral",
-            "unsupported_llm",
-        )
 
 
 @contextmanager

@@ -6,10 +6,10 @@ import pytest
 from support.tiny_models import tiny_folder
 
 from lumen_ray import api
+from lumen_ray.answer import Answer
 from lumen_ray.data.shards.shards import read_rows
 from lumen_ray.errors import UserError
 from lumen_ray.evaluate.answers import ask, changed, main, read_answers, read_questions, write_answers
-from lumen_ray.structures import Answer
 
 
 class Parrot:

@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from scipy.special import expit, logit
 from support.serve_fakes import save_random_model
 
 from lumen_ray import calibrate, evaluate, prepare
 from lumen_ray.errors import UserError
 from lumen_ray.evaluate.calibrate import fit_curve
 from lumen_ray.evaluate.calibration import Reliability
-from lumen_ray.inference.calibration import logit, sigmoid
 from lumen_ray.model.build import read_meta
 
 
@@ -16,7 +16,7 @@ def sample(number, slope, shift, seed=0):
     """Scores, and hits as often as the curve says."""
     rng = np.random.default_rng(seed)
     scores = rng.uniform(0.05, 0.95, number)
-    return scores, rng.random(number) < sigmoid(slope * logit(scores) + shift)
+    return scores, rng.random(number) < expit(slope * logit(scores) + shift)
 
 
 @pytest.mark.parametrize(("slope", "shift"), [(1.0, 0.0), (3.0, -1.0), (0.4, 0.8)])

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from pycocotools import mask as coco_mask
 
+from lumen_ray.answer import Answer
 from lumen_ray.data.shards.schema import make_row
 from lumen_ray.evaluate.coco import CocoEvaluator
-from lumen_ray.structures import Answer, Boxes, Keypoints, Masks, Prediction
+from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
 
 CROWDPOSE_SIGMAS = np.array([0.79, 0.79, 0.72, 0.72, 0.62, 0.62, 1.07, 1.07, 0.87, 0.87, 0.89, 0.89, 0.79, 0.79]) / 10
 

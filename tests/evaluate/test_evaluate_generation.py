@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from lumen_ray.answer import Answer
 from lumen_ray.data.scenes import edits as scenes_edits
 from lumen_ray.data.scenes import render as scenes
 from lumen_ray.data.scenes.text import caption, class_counts
 from lumen_ray.evaluate import generation
 from lumen_ray.evaluate.generation import Changes, score_described, score_edit, score_edits, score_generated
-from lumen_ray.structures import Answer, Boxes, Prediction
+from lumen_ray.structures import Boxes, Prediction
 
 SIDE = 64
 

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
+from lumen_ray.answer import Answer
 from lumen_ray.data.shards.schema import make_row
 from lumen_ray.evaluate.grounding import CountEvaluator, GroundEvaluator, ReferEvaluator, match_count
-from lumen_ray.structures import Answer, Boxes, Prediction
+from lumen_ray.structures import Boxes, Prediction
 
 SIZE = (100, 100)
 A, B, C = [0, 0, 20, 20], [40, 40, 60, 60], [70, 70, 90, 90]

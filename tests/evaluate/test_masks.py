@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+from lumen_ray.answer import Answer
 from lumen_ray.data.scenes.render import scene_row
 from lumen_ray.evaluate.masks import RegionSegmentEvaluator, SemanticEvaluator, region_prompts
 from lumen_ray.inference.semantic import class_regions
-from lumen_ray.structures import Answer, Boxes, Masks, Prediction
+from lumen_ray.structures import Boxes, Masks, Prediction
 from lumen_ray.trunk.regions import region_mask
 
 SIZE = (10, 20)

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 from support.evaluate_fakes import FakeEngine, write_split
 
+from lumen_ray.answer import Answer
 from lumen_ray.data.images import decode
 from lumen_ray.data.scenes import edits as scenes_edits
 from lumen_ray.data.scenes import render as scenes
@@ -14,7 +15,7 @@ from lumen_ray.data.shards.schema import make_message
 from lumen_ray.errors import UserError
 from lumen_ray.evaluate.pictures import PicturesEvaluator, write_sheet
 from lumen_ray.evaluate.run import evaluate
-from lumen_ray.structures import Answer, Boxes, Prediction
+from lumen_ray.structures import Boxes, Prediction
 from lumen_ray.tasks import TASKS, task_of_prompt
 
 ROWS, SIDE = 8, 128

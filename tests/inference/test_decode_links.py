@@ -10,8 +10,9 @@ from support.released_fakes import gpt_tokenizer
 from support.tiny_models import llm, plain_batch, random_images, scrambled, tiny_model, tiny_settings, tiny_tokenizer
 from tokenizers import AddedToken
 
-from lumen_ray.inference.decode_loop import DecodeLoop, TextPrompt, Writing
+from lumen_ray.inference.decode_loop import DecodeLoop
 from lumen_ray.inference.sampling import GREEDY, Sampler
+from lumen_ray.inference.writing import TextPrompt, Writing
 from lumen_ray.model.build import build_model
 from lumen_ray.tasks import MAX_TEXT_LINKS, TEXT_ROUTES
 from lumen_ray.trunk.branch import Branch

@@ -7,8 +7,9 @@ import torch
 from support.tiny_models import SIDE, llm, random_images, scrambled, tiny_model, tiny_tokenizer
 
 from lumen_ray.errors import UserError
-from lumen_ray.inference.decode_loop import DecodeLoop, TextPrompt
+from lumen_ray.inference.decode_loop import DecodeLoop
 from lumen_ray.inference.sampling import GREEDY, Sampler, Sampling
+from lumen_ray.inference.writing import TextPrompt
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.layout import branch_span
 from lumen_ray.trunk.tokenizer import EOS

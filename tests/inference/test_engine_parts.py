@@ -8,6 +8,7 @@ import torch
 from support.forced_answers import force_answers
 from support.tiny_models import tiny_loaded
 
+from lumen_ray.answer import Answer
 from lumen_ray.decoders.base import PredictSettings
 from lumen_ray.errors import UserError
 from lumen_ray.inference.branches import last_phrase
@@ -15,7 +16,6 @@ from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.outputs import assemble, finish, merge
 from lumen_ray.inference.request import make_request
 from lumen_ray.inference.sampling import Sampling
-from lumen_ray.structures import Answer
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
 WRITTEN = "a red circle[DET] and two blue squares[SEG] , yes ."

@@ -6,13 +6,14 @@ import torch
 from support.forced_answers import force_answers
 from support.tiny_models import EXPERTS, SIDE, scene_batch, tiny_loaded, tiny_settings
 
+from lumen_ray.answer import Answer
 from lumen_ray.data.images import decode
 from lumen_ray.data.scenes import render as scenes
 from lumen_ray.errors import UserError
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.outputs import merge
 from lumen_ray.inference.request import make_request
-from lumen_ray.structures import Answer, SampleSettings
+from lumen_ray.structures import SampleSettings
 
 QUICK = SampleSettings(steps=2, seed=5)
 DRAW = make_request("generate", text="a red circle .", sample=QUICK)

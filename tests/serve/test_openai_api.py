@@ -8,12 +8,13 @@ import pytest
 from fastapi.testclient import TestClient
 from support.serve_fakes import INFO, base64_png
 
+from lumen_ray.answer import Answer, AnswerPart
 from lumen_ray.errors import UserError
 from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.openai_api import ChatRequest
 from lumen_ray.serve.settings import MAX_NEW_TOKENS
-from lumen_ray.structures import Answer, AnswerPart, Boxes, Prediction
+from lumen_ray.structures import Boxes, Prediction
 
 CHAT = "/v1/chat/completions"
 

@@ -8,8 +8,8 @@ import json
 import pytest
 from support.serve_fakes import png
 
+from lumen_ray.answer import decode_png
 from lumen_ray.serve.openai_images import ImageRequest
-from lumen_ray.structures import decode_png
 
 MAKE, EDIT = "/v1/images/generations", "/v1/images/edits"
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from support.serve_fakes import png
 
+from lumen_ray.answer import encode_png
 from lumen_ray.serve.http import _without_data
-from lumen_ray.structures import encode_png
 
 NOISE = base64.b64encode(encode_png(np.random.default_rng(0).integers(0, 256, (16, 20, 3), np.uint8))).decode()
 WRAPPED = "\n".join(textwrap.wrap(NOISE, 76))

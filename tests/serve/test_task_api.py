@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from support.serve_fakes import base64_png, png
 
+from lumen_ray.answer import decode_png
 from lumen_ray.errors import UserError
 from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.serve.http import Overloaded, Unavailable
 from lumen_ray.serve.schemas import TaskFields
 from lumen_ray.serve.task_api import fields_of
-from lumen_ray.structures import Masks, SampleSettings, decode_png
+from lumen_ray.structures import Masks, SampleSettings
 from lumen_ray.tasks import TASKS
 
 FIELDS = {

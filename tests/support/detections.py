@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from lumen_ray.structures import Answer, Boxes, Masks, Prediction
+from lumen_ray.answer import Answer
+from lumen_ray.structures import Boxes, Masks, Prediction
 
 SIZE = (40, 40)
 

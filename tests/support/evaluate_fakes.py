@@ -4,6 +4,7 @@ import hashlib
 
 import numpy as np
 
+from lumen_ray.answer import Answer
 from lumen_ray.data.images import decode
 from lumen_ray.data.scenes.render import SKELETONS
 from lumen_ray.data.scenes.text import CLASSES
@@ -11,7 +12,7 @@ from lumen_ray.data.shards.shards import ShardWriter, build_manifest, write_mani
 from lumen_ray.evaluate.masks import region_prompts
 from lumen_ray.inference.semantic import class_regions
 from lumen_ray.keypoints import FIGURE_EDGES
-from lumen_ray.structures import Answer, Boxes, Keypoints, Masks, Prediction
+from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
 from lumen_ray.tasks import TASKS, UNDERSTANDING, task_of_prompt
 
 POSED = {name: SKELETONS[name] for name in CLASSES if name in SKELETONS}

@@ -5,7 +5,8 @@ import io
 import numpy as np
 from PIL import Image
 
-from lumen_ray.structures import Answer, Boxes, Keypoints, Masks, Prediction
+from lumen_ray.answer import Answer
+from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
 from lumen_ray.tasks import TASKS, UNDERSTANDING
 
 NAMES = ("top", "bottom")

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lumen_ray.answer import Answer
 from lumen_ray.decoders.base import PredictSettings
 from lumen_ray.inference.outputs import finish, request_limits
 from lumen_ray.inference.request import Request, Shown, images_of
-from lumen_ray.structures import Answer, Boxes, Keypoints, Masks, Prediction
+from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
 from lumen_ray.tasks import TASKS, get_task
 
 INFO = {

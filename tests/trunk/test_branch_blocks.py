@@ -7,7 +7,8 @@ from support.tiny_models import llm, random_images, scrambled, tiny_model, tiny_
 from lumen_ray.trunk import branch_blocks
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.branch_blocks import BranchBlocks
-from lumen_ray.trunk.layout import branch_allowed, build_layout, prefix_segments, visible_prefix
+from lumen_ray.trunk.layout import build_layout
+from lumen_ray.trunk.masks import branch_allowed, prefix_segments, visible_prefix
 
 TOKENIZER = tiny_tokenizer()
 HEADS, WIDTH = 2, 8

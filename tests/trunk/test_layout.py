@@ -9,14 +9,8 @@ from support.tiny_models import tiny_tokenizer
 from lumen_ray.errors import UserError
 from lumen_ray.tasks import LINK_FAMILIES, REGION_TOKEN, ROUTING_TOKENS, family_of
 from lumen_ray.trunk.branch import Branch
-from lumen_ray.trunk.layout import (
-    IGNORE,
-    branch_allowed,
-    branch_tokens,
-    build_layout,
-    prefix_allowed,
-    prefix_segments,
-)
+from lumen_ray.trunk.layout import IGNORE, branch_tokens, build_layout
+from lumen_ray.trunk.masks import branch_allowed, prefix_allowed, prefix_segments
 from lumen_ray.trunk.tokenizer import ASSISTANT, EOS, PAD, USER
 
 TOKENIZER = tiny_tokenizer()

@@ -9,7 +9,8 @@ from lumen_ray.attention import mask_to_bias
 from lumen_ray.superlink import SuperLink
 from lumen_ray.tasks import LINK_FAMILIES, ROUTING_TOKENS
 from lumen_ray.trunk.branch import Branch
-from lumen_ray.trunk.layout import IGNORE, branch_allowed, build_layout, prefix_segments
+from lumen_ray.trunk.layout import IGNORE, build_layout
+from lumen_ray.trunk.masks import branch_allowed, prefix_segments
 from lumen_ray.trunk.queries import LinkHead, SuperLinkQueries, mean_words
 
 

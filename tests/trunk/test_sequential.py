@@ -12,10 +12,11 @@ from support.tiny_models import plain_batch, random_images, scrambled, tiny_toke
 from tokenizers import AddedToken
 
 from lumen_ray.errors import UserError
-from lumen_ray.inference.decode_loop import DecodeLoop, TextPrompt
+from lumen_ray.inference.decode_loop import DecodeLoop
 from lumen_ray.inference.request import make_request
 from lumen_ray.inference.sampling import GREEDY, Sampler
 from lumen_ray.inference.trunk_stage import TrunkStage
+from lumen_ray.inference.writing import TextPrompt
 from lumen_ray.model.build import LoadedModel, ModelMeta, build_model
 from lumen_ray.structures import Region
 from lumen_ray.trunk.branch import Branch

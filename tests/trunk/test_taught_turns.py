@@ -8,7 +8,8 @@ from tokenizers import AddedToken
 
 from lumen_ray.errors import UserError
 from lumen_ray.trunk.branch import IGNORE, Branch
-from lumen_ray.trunk.layout import branch_allowed, build_layout, prefix_allowed, prefix_segments
+from lumen_ray.trunk.layout import build_layout
+from lumen_ray.trunk.masks import branch_allowed, prefix_allowed, prefix_segments
 from lumen_ray.trunk.tokenizer import EXTRA_FILES, TURNS_FILE, LumenTokenizer
 from lumen_ray.trunk.turns import read_template
 

@@ -17,7 +17,8 @@ from lumen_ray.model.convert.visionllm_v2 import convert_tensors, may_be_fresh, 
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.presets import model_path
 from lumen_ray.trunk.comm import CLIP_MEAN, CLIP_STD, BridgedVision
-from lumen_ray.trunk.layout import IGNORE, Layout, prefix_segments
+from lumen_ray.trunk.layout import IGNORE, Layout
+from lumen_ray.trunk.masks import position_ids, prefix_segments
 from lumen_ray.trunk.regions import LevelRegionEncoder
 from lumen_ray.trunk.settings import RegionSettings
 from lumen_ray.trunk.trunk import Trunk
@@ -145,7 +146,7 @@ def test_a_prompt_with_regions_and_queries_gives_the_reference_logits(test_data)
 
     segments = prefix_segments(lead=1, image_tokens=16, images=1)
     mask = trunk._training_mask(layout, torch.tensor([True, True]), segments, embeds.dtype)
-    hidden = trunk._llm(embeds, mask, trunk._positions(layout, segments))
+    hidden = trunk._llm(embeds, mask, position_ids(layout, segments))
     torch.testing.assert_close(hidden[valid], data["outputs.llm_last_hidden"][valid], **TOLERANCE)
     torch.testing.assert_close(trunk.llm.lm_head(hidden)[valid], data["outputs.logits"][valid], **TOLERANCE)
 

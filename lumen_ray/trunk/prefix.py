@@ -1,0 +1,68 @@
+"""An encoded batch of images: what all prompts about them share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from lumen_ray.trunk.masks import prefix_segments
+
+
+@dataclass
+class Prefix:
+    """An encoded image batch, shared by all prompts about it.
+
+    In a conversation with several images a row has the keys and values of all, and the maps of the last one.
+    """
+
+    images: Tensor  # [B, 3, H, W] in 0..1
+    merged: Tensor  # [B, C, h, w]
+    dense: Tensor | None  # [B, channels, H/4, W/4]; None if no decoder reads it
+    valid: Tensor  # bool [B], False for samples without an image
+    cache: DynamicCache  # keys and values of the image tokens
+    segments: Tensor  # int64 [length]: the image of a row that each token belongs to, -1 for the lead
+    ends: Tensor  # int64 [B]: the position behind the last token
+
+    @property
+    def length(self) -> int:
+        return len(self.segments)
+
+    def select(self, rows: Sequence[int]) -> Prefix:
+        """The prefix of some of the rows."""
+        index = torch.tensor(rows, device=self.valid.device)
+        cache = DynamicCache()
+        for number, layer in enumerate(self._layers()):
+            cache.update(layer.keys[index], layer.values[index], number)
+        dense = None if self.dense is None else self.dense[index]
+        maps = self.images[index], self.merged[index], dense
+        return Prefix(*maps, self.valid[index], cache, self.segments, self.ends[index])
+
+    def joined(self, rows: Sequence[int]) -> Prefix:
+        """One row with the images of several, which are encoded as one conversation's (see `Trunk.encode`)."""
+        image = self.segments == 0
+        cache = DynamicCache()
+        for number, layer in enumerate(self._layers()):
+            keys, values = (
+                torch.cat([stored[row] if not n else stored[row][:, image] for n, row in enumerate(rows)], dim=1)[None]
+                for stored in (layer.keys, layer.values)
+            )
+            cache.update(keys, values, number)
+        lead, each = int((~image).sum()), int(image.sum())
+        segments = prefix_segments(lead, each, len(rows), self.segments.device)
+        last = self.select(rows[-1:])
+        return replace(last, cache=cache, segments=segments)
+
+    def _layers(self) -> list[Any]:
+        return list(self.cache.layers)
+
+    def fork(self) -> DynamicCache:
+        """A cache to extend. It shares keys and values, since the LLM appends by making new tensors."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        return cache
