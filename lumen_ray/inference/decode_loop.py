@@ -7,7 +7,8 @@ Behind the routing token of a link in a text, an answer takes the family's queri
 and the words go on behind the last (`TextPrompt.routes`).
 
 There is no thread of its own: whoever waits for an answer takes the next step for all. So several threads may ask at
-once, and one that comes with a new image or prompt waits for one step at most.
+once, and one that comes with a new image or prompt waits for one step at most. A thread that takes one step after the
+other wakes the rest only when an answer is done, or when one of them needs to know of every step.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lumen_ray.cpu_linear import pack, packed_weights
 from lumen_ray.inference.branches import with_regions
 from lumen_ray.inference.sampling import stop_at
 from lumen_ray.inference.writing import TextLink, TextPrompt, Writing
@@ -30,7 +32,6 @@ from lumen_ray.tasks import ROUTING_TOKENS, family_of
 from lumen_ray.trunk.decoding import AnswerGroup, DecodingStep, PrefixSlots, Row
 from lumen_ray.trunk.layout import build_layout
 from lumen_ray.trunk.prefix import Prefix
-from lumen_ray.trunk.step_linear import decoding_rows, use_step_linears
 from lumen_ray.trunk.tokenizer import LumenTokenizer
 from lumen_ray.trunk.trunk import Trunk
 
@@ -54,7 +55,7 @@ class DecodeLoop:
     ):
         """`prompt_layout`, `dtype`: of the model; `memory`: bytes, see `MEMORY`. At least one answer is always
         written."""
-        use_step_linears(trunk.llm)
+        pack(trunk.llm)
         self.trunk = trunk
         self.tokenizer = tokenizer
         self.prompt_layout = prompt_layout
@@ -71,6 +72,7 @@ class DecodeLoop:
         self._tickets: list[object] = []  # of those who wait in `images`, in their order
         self._held = 0  # prefix tokens, see `images`
         self._arriving = 0  # threads that wait with new work for the model
+        self._watching = 0  # threads that need to know of every step
 
     @property
     def bytes_held(self) -> int:
@@ -88,14 +90,8 @@ class DecodeLoop:
             finally:
                 self._arriving -= 1
             self._busy = True
-        with self._handing_back():
-            self._step()  # so that threads that keep coming do not stop the answers
-            yield
-
-    @contextmanager
-    def _handing_back(self) -> Iterator[None]:
-        """Lets others use the model behind the context."""
         try:
+            self._step()  # so that threads that keep coming do not stop the answers
             yield
         finally:
             with self._changed:
@@ -140,14 +136,20 @@ class DecodeLoop:
         """Returns when these answers are written. `on_token` is called, in this thread, for each that has new tokens or
         is done. If this or the model raises, the answers are given up, and the error is raised."""
         seen = [0] * len(writings)
+        watching = on_token is not None
+        with self._changed:
+            self._watching += watching
         try:
             while not all(writing.end for writing in writings):
-                self._step_or_wait(writings)
+                self._step_or_wait(writings, watching)
                 for number, writing in enumerate(writings):
                     if on_token is not None and (now := _progress([writing])) > seen[number]:
                         seen[number] = now
                         on_token(writing)
         finally:
+            with self._changed:
+                self._watching -= watching
+                self._changed.notify_all()  # another thread takes the steps now
             self.cancel(writings)
         for writing in writings:
             if writing.error is not None:
@@ -159,22 +161,38 @@ class DecodeLoop:
         if all(writing.end for writing in writings):
             return
         with self._changed:
-            self._changed.wait_for(lambda: not self._busy)
+            self._watching += 1
+            try:
+                self._changed.wait_for(lambda: not self._busy)
+            finally:
+                self._watching -= 1
             for writing in writings:
                 if writing.end is None:
                     writing.end = "cancelled"
             self._drop_finished()
 
-    def _step_or_wait(self, writings: Sequence[Writing]) -> None:
-        """Takes the next step, or waits while another thread takes it or has new work."""
+    def _step_or_wait(self, writings: Sequence[Writing], watching: bool) -> None:
+        """Takes the next step, or waits while another thread takes it or has new work: until these answers are done,
+        or if `watching` have a new token."""
         before = _progress(writings)
+
+        def has_news() -> bool:
+            if watching:
+                return _progress(writings) > before
+            return all(writing.end for writing in writings)
+
         with self._changed:
-            self._changed.wait_for(lambda: _progress(writings) > before or not (self._busy or self._arriving))
-            if _progress(writings) > before:
+            self._changed.wait_for(lambda: has_news() or not (self._busy or self._arriving))
+            if has_news():
                 return
             self._busy = True
-        with self._handing_back():
+        try:
             self._step()
+        finally:
+            with self._changed:
+                self._busy = False
+                if self._arriving or self._watching:
+                    self._changed.notify_all()
 
     @in_model_dtype
     def _step(self) -> None:
@@ -210,6 +228,9 @@ class DecodeLoop:
                 raise
         finally:
             self._drop_finished()
+            if any(writing.end for writing in writings):
+                with self._changed:
+                    self._changed.notify_all()
 
     def _room(self, waiting: Sequence[Writing]) -> int:
         """The number of waiting prompts that may join: while their memory is free, and at least one in all."""
@@ -240,10 +261,13 @@ class DecodeLoop:
         device = prefix.valid.device
         layout = build_layout(branches, len(prefix.valid), self.tokenizer, self.prompt_layout, prefix.valid).to(device)
         regions = torch.stack(masks).to(device) if masks else torch.zeros(0, device=device)
-        hidden, cache = self.trunk.run_branches(prefix, layout, regions, torch.tensor(owners, device=device).long())
         last = layout.last_slots
-        self._choose(writings, self.trunk.llm.lm_head(hidden[last[:, 0], last[:, 1]]))
-        visible = [prefix.length if valid else len(self.trunk.lead) for valid in prefix.valid.tolist()]
+        with packed_weights():
+            hidden, cache = self.trunk.run_branches(prefix, layout, regions, torch.tensor(owners, device=device).long())
+            logits = self.trunk.llm.lm_head(hidden[last[:, 0], last[:, 1]])
+        self._choose(writings, logits)
+        valid = prefix.valid.tolist()
+        visible = [prefix.length if has_image else len(self.trunk.lead) for has_image in valid]
         joining: list[tuple[AnswerGroup, Row, Writing, int]] = []
         for number, writing in enumerate(writings):
             if writing.end is not None:
@@ -251,7 +275,7 @@ class DecodeLoop:
             image, end = last[number].tolist()
             length = int(layout.offsets[image, end]) + 1
             start = 0 if layout.alone[image] else int(prefix.ends[image])
-            row = Row(prefix.cache, image, length, start + length)
+            row = Row(prefix.cache, image, valid[image], length, start + length)
             group = self._group(0 if layout.alone[image] else visible[image], writing)
             joining.append((group, row, writing, prefix.length + end + 1 - length))
         for group, answers in Counter(group for group, *_ in joining).items():
@@ -271,7 +295,7 @@ class DecodeLoop:
         groups = list(self._groups.values())
         writings = [self._active[row] for group in groups for row in group.rows]
         queries = {n: self._query(link) for n, w in enumerate(writings) if (link := w.open_link) and link.route_read}
-        with decoding_rows():
+        with packed_weights():
             tokens = [writing.tokens[-1] for writing in writings]
             hidden = self.trunk.decode_step(DecodingStep(groups), tokens, queries)
             chosen = [n for n, writing in enumerate(writings) if writing.read(hidden[n])]

@@ -21,6 +21,7 @@ import yaml
 from torch import Tensor, nn
 
 from lumen_ray.checkpoints.safetensors_file import WeightsFile, sync, write_weights
+from lumen_ray.cpu_linear import use_onednn
 from lumen_ray.decoders.base import Decoder, ImageDecoder, Learner, LossTerm, anchor
 from lumen_ray.decoders.registry import DECODERS, decoder_class, reads_dense, serves
 from lumen_ray.errors import UserError
@@ -50,6 +51,12 @@ class Generalist(nn.Module):
         self.settings = settings
         self.trunk = Trunk(settings, vocab_size, settings.sections)
         self.decoders = nn.ModuleDict({name: build_decoder(settings, name) for name in settings.decoder_names})
+        use_onednn(self)
+        #: parameters that keep their start values, whatever a stage trains
+        self.frozen: frozenset[str] = frozenset()
+        if settings.image_adapters:
+            llm = (name for name, _ in self.trunk.named_parameters(prefix="trunk") if name.startswith("trunk.llm."))
+            self.frozen = frozenset(name for name in llm if ".lora_" not in name) - {*VOCABULARY}
 
     @property
     def loss_names(self) -> tuple[str, ...]:

@@ -27,7 +27,8 @@ def check_recipe(recipe: Recipe, settings: ModelSettings, vocab_size: int) -> No
     for stage in recipe.stages:
         for group in stage.groups:
             _check_decoders(stage, group, settings)
-            if group.distil and not recipe.lora and (stage.trainable is None or "llm" in stage.trainable):
+            adapted = recipe.lora or settings.image_adapters
+            if group.distil and not adapted and (stage.trainable is None or "llm" in stage.trainable):
                 raise UserError(
                     f"stage '{stage.name}': distil needs an LLM that is frozen or trained by adapters; add lora, or "
                     "leave distil out",

@@ -24,15 +24,19 @@ if TYPE_CHECKING:
     from lumen_ray.recipe import LoraSettings
 
 ADAPTER = "default"
-FROZEN = "frozen_by_lora"  # attribute of a model with adapters
 
 
 def inject(model: Generalist, settings: LoraSettings, seed: int) -> None:
     """Puts adapters on the linear layers whose names match `targets`; `frozen_names` lists what then stays frozen.
 
     The model's outputs do not change: fresh adapters add zero. In a model on the meta device the adapters are on the
-    CPU and have values. Raises `UserError` if a pattern matches nothing.
+    CPU and have values. Raises `UserError` if a pattern matches nothing, or if the model has adapters of its own.
     """
+    if model.settings.image_adapters:
+        raise UserError(
+            f"model '{model.settings.name}' has image_adapters, which learn in place of its LLM; leave lora out",
+            "invalid_config",
+        )
     peft = _peft()
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     targets = sorted({name for pattern in settings.targets for name in _matching(pattern, list(linear), "targets")})
@@ -47,7 +51,7 @@ def inject(model: Generalist, settings: LoraSettings, seed: int) -> None:
         peft.inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     by_id = {id(p): name for name, p in model.named_parameters()}
     names = frozenset(by_id[id(p)] for p in frozen)
-    setattr(model, FROZEN, names)
+    model.frozen = names
     for name, parameter in model.named_parameters():  # peft froze everything but the adapters
         parameter.requires_grad_(name not in names)
 
@@ -74,8 +78,8 @@ def _adapted(model: Generalist, targets: list[str], kept: set[str]) -> list[nn.P
 
 
 def frozen_names(model: nn.Module) -> frozenset[str]:
-    """Parameters that keep their start values, whatever a stage trains; empty without LoRA."""
-    return getattr(model, FROZEN, frozenset())
+    """Parameters that keep their start values, whatever a stage trains; empty without adapters."""
+    return getattr(model, "frozen", frozenset())
 
 
 def changing_state(model: nn.Module) -> dict[str, Tensor]:

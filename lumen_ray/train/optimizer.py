@@ -23,7 +23,7 @@ def parts(model: Generalist) -> dict[str, nn.Module]:
 
 
 def set_trainable(model: Generalist, stage: Stage) -> None:
-    """Sets `requires_grad` on the parts that the stage trains, except parameters with rate 0 or frozen by LoRA.
+    """Sets `requires_grad` on the parts that the stage trains, except parameters with rate 0 or frozen beside adapters.
 
     The vocabulary of a published LLM is trained with the queries even where the LLM is frozen: `only_new_rows`.
     """

@@ -73,13 +73,13 @@ def sharded_model(job: TrainingJob, resume: Path | None, device: torch.device) -
     """Builds the model of a job, sharded over the ranks, with the weights of the checkpoint `resume` or of the start
     point; a collective.
 
-    The model is built and sharded on the meta device, then filled tensor by tensor. With LoRA a checkpoint lacks the
-    frozen weights, so a resumed run reads those of the start point too.
+    The model is built and sharded on the meta device, then filled tensor by tensor. With adapters a checkpoint lacks
+    the frozen weights, so a resumed run reads those of the start point too.
     """
     recipe = job.recipe
     precision.check(recipe.precision, device)
     model = job.start.build_model()
-    start = job.start.weights(model) if resume is None or recipe.lora else None
+    start = job.start.weights(model) if resume is None or recipe.lora or model.frozen else None
     if recipe.lora:
         lora.inject(model, recipe.lora, recipe.seed)
     checkpoint_blocks(model, recipe.activation_checkpointing)

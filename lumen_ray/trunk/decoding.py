@@ -205,11 +205,12 @@ class PrefixSlots:
 
 @dataclass(eq=False)
 class Row:
-    """An answer's place in a group. `cache`: of the batch its image is in; `image`: the index there; `length`: own
-    tokens stored; `position`: of its next token."""
+    """An answer's place in a group. `cache`: of the batch its image is in; `image`: the index there; `has_image`: False
+    in text alone; `length`: own tokens stored; `position`: of its next token."""
 
     cache: DynamicCache
     image: int
+    has_image: bool
     length: int
     position: int
 
@@ -346,7 +347,9 @@ class DecodingStep:
 
     def __init__(self, groups: Sequence[AnswerGroup]):
         self.groups = [group.prepare() for group in groups]
-        self.positions = [row.position for group in groups for row in group.rows]
+        rows = [row for group in groups for row in group.rows]
+        self.positions = [row.position for row in rows]
+        self.have_images = [row.has_image for row in rows]
         self.attended = False  # whether the LLM has called `attend`
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

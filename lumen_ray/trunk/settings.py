@@ -130,6 +130,18 @@ class RegionSettings(Settings):
         return self
 
 
+class ImageAdapterSettings(Settings):
+    """Low-rank adapters of the LLM that act in rows with an image only (see `image_adapters.py`)."""
+
+    rank: int = Field(8, gt=0, description="rank of the adapters' matrices")
+    alpha: float = Field(16.0, gt=0, description="the adapters' output is scaled by alpha / rank")
+    targets: tuple[str, ...] = Field(
+        ("*_proj",),
+        min_length=1,
+        description="names of linear layers in the LLM's blocks that get adapters; * is a wildcard",
+    )
+
+
 class TrunkSettings(Settings):
     """Vision branch, region encoder, LLM, prompt layout and super-link queries."""
 
@@ -159,6 +171,11 @@ class TrunkSettings(Settings):
         ge=0,
         description="tokens that a published LLM knew, the first rows of its embedding; 0: the LLM is not published. "
         "Where it is frozen or trained by adapters, only the rows after them learn",
+    )
+    image_adapters: ImageAdapterSettings | None = Field(
+        None,
+        description="adapters of the LLM in rows with an image. Its own weights are then never trained, except the "
+        "rows of new tokens, so that text alone is answered as before",
     )
     dense_channels: int = Field(64, gt=0, description="channels of the shared dense features")
     stem_channels: int = Field(32, gt=0, description="channels of the convolutional stem at stride 4")

@@ -28,6 +28,7 @@ from lumen_ray.trunk.branch_blocks import BranchBlocks
 from lumen_ray.trunk.comm import BridgedVision, CommVision, build_vision
 from lumen_ray.trunk.decoding import ATTENTION, DecodingStep, check_attention
 from lumen_ray.trunk.dense import ConvStem, DenseFeatures
+from lumen_ray.trunk.image_adapters import adapt
 from lumen_ray.trunk.layout import IGNORE, Layout
 from lumen_ray.trunk.masks import (
     branch_allowed,
@@ -75,6 +76,8 @@ class Trunk(nn.Module):
         config = settings.llm_config(vocab_size=vocab_size)
         self.llm = published_part(lambda: AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION))
         check_attention(self.llm)
+        if settings.image_adapters:
+            adapt(self.llm, settings.image_adapters)
         width = config.hidden_size
         std = getattr(config, "initializer_range", 0.02)
         self.stem = ConvStem(settings.stem_channels) if settings.tokens_read_stem or needs_dense else None
@@ -218,17 +221,28 @@ class Trunk(nn.Module):
 
     def _hidden(self, embeds: Tensor, layout: Layout, has_image: Tensor, segments: Tensor) -> Tensor:
         """The LLM's last hidden states [B, P + T, width] of a training pass."""
+        of_images = has_image[:, None].expand(embeds.shape[:2])
         if layout.pack is not None:
-            return self._packed(embeds, layout, layout.pack, segments)
+            return self._packed(embeds, layout, layout.pack, of_images, segments)
         mask = self._training_mask(layout, has_image, segments, embeds.dtype)
-        return self._llm(embeds, mask, position_ids(layout, segments))
+        return self._llm(embeds, mask, position_ids(layout, segments), of_images)
 
-    def _llm(self, embeds: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+    def _llm(self, embeds: Tensor, mask: Tensor, positions: Tensor, of_images: Tensor) -> Tensor:
         return self.llm.model(
-            inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+            **self._adapters(of_images),
         ).last_hidden_state
 
-    def _packed(self, embeds: Tensor, layout: Layout, pack: Tensor, segments: Tensor) -> Tensor:
+    def _adapters(self, of_images: Tensor) -> dict[str, Tensor | None]:
+        """What the LLM needs to know for its adapters. `of_images`: bool [B, T], the tokens of rows with an image."""
+        if self.settings.image_adapters is None:
+            return {}
+        return {"image_tokens": of_images if bool(of_images.any()) else None}
+
+    def _packed(self, embeds: Tensor, layout: Layout, pack: Tensor, of_images: Tensor, segments: Tensor) -> Tensor:
         """Hidden states [B, P + T, width], computed in the rows of `pack` (see `Layout`); 0 for tokens not packed."""
         if len(self.lead) or self.settings.prompt_layout != "branches":  # a row may start without image and lead
             raise UserError("pack_tokens needs prompt_layout 'branches' and no lead_tokens; set it to 0", "packed_lead")
@@ -236,7 +250,8 @@ class Trunk(nn.Module):
         rows = flat.index_select(0, pack.clamp_min(0).flatten()).unflatten(0, pack.shape)
         allowed = packed_allowed(pack, layout, segments, self.settings.prefix_attention)
         places = packed(pack, position_ids(layout, segments))
-        hidden = self._llm(rows, mask_to_bias(allowed, embeds.dtype)[:, None], places).flatten(0, 1)
+        mask = mask_to_bias(allowed, embeds.dtype)[:, None]
+        hidden = self._llm(rows, mask, places, packed(pack, of_images)).flatten(0, 1)
         hidden = F.pad(hidden, (0, 0, 0, 1))  # tokens that are not packed read the zeros at the end
         return hidden[unpacked(pack, len(flat))].view(embeds.shape)
 
@@ -281,10 +296,15 @@ class Trunk(nn.Module):
         positions = torch.arange(length, device=images.device).expand(batch, -1)
         if places is not None:
             positions = positions + torch.where(segments < 0, 0, places[:, None] * (segments == 0).sum())
-        out = self.llm.model(
-            inputs_embeds=tokens, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-        )
         valid = torch.ones(batch, dtype=torch.bool, device=images.device) if valid is None else valid
+        out = self.llm.model(
+            inputs_embeds=tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **self._adapters(valid[:, None].expand(tokens.shape[:2])),
+        )
         dense = None
         if self.dense is not None:
             states = out.last_hidden_state[:, len(self.lead) :]
@@ -336,6 +356,7 @@ class Trunk(nn.Module):
             position_ids=torch.where(layout.alone, 0, prefix.ends)[:, None] + layout.offsets,
             past_key_values=cache,
             use_cache=True,
+            **self._adapters(prefix.valid[:, None].expand(embeds.shape[:2])),
         )
         if blocks is not None and not blocks.attended:  # an LLM whose class has an attention of its own
             self._takes_blocks = False
@@ -368,6 +389,7 @@ class Trunk(nn.Module):
             position_ids=torch.tensor([step.positions], device=device),
             use_cache=False,
             decoding_step=step,
+            **self._adapters(torch.tensor([step.have_images], device=device)),
         ).last_hidden_state
         if not step.attended:
             kind = type(self.llm).__name__

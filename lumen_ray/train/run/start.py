@@ -28,8 +28,8 @@ from lumen_ray.trunk.tokenizer import LumenTokenizer
 class StartPoint:
     """The state of a run before its first step; plain values, so that Ray can ship it.
 
-    A resumed run has the same start point: its checkpoints replace the weights, or with LoRA only those that training
-    changes.
+    A resumed run has the same start point: its checkpoints replace the weights, or with adapters only those that
+    training changes.
     """
 
     settings: ModelSettings
