@@ -98,6 +98,12 @@ class BranchSettings(Settings):
     max_messages: int = Field(4, ge=0, description="maximum of captions, questions, region captions and chats")
     max_regions: int = Field(1, ge=0, description="maximum of region_segment prompts: a box, point, ... on an instance")
     max_poses: int = Field(1, ge=0, description="maximum of pose prompts for classes with annotated keypoints")
+    max_routes: int = Field(
+        2,
+        ge=0,
+        description="maximum of perception prompts whose routing token is learned beside the image, where links do not "
+        "see it (links_see_image: false); elsewhere every prompt's is",
+    )
     absent_poses: int = Field(1, ge=0, description="maximum of pose prompts for absent classes with keypoints")
 
 

@@ -49,12 +49,20 @@ class PendingBranch:
 class BranchPlanner:
     """Turns requests into branches for one model.
 
-    serving: task -> decoder; skeletons: class -> keypoint names; trained: the tasks that the model was trained on.
+    serving: task -> decoder; skeletons: class -> keypoint names; trained: the tasks that the model was trained on;
+    links_see_image: as in its settings.
     """
 
-    def __init__(self, serving: Mapping[str, str], skeletons: Mapping[str, tuple[str, ...]], trained: Collection[str]):
+    def __init__(
+        self,
+        serving: Mapping[str, str],
+        skeletons: Mapping[str, tuple[str, ...]],
+        trained: Collection[str],
+        links_see_image: bool = True,
+    ):
         self.serving = serving
         self.skeletons = skeletons
+        self.links_see_image = links_see_image
         served = (t for t in TASKS.values() if t.is_text or t.name in serving)
         self.tasks = tuple(t.name for t in served if (t.derived_from or t.name) in trained)
 
@@ -86,17 +94,19 @@ class BranchPlanner:
             return [
                 PendingBranch(branch, PromptSpec(REGION_PHRASE, masks=True, task=task.name), decoder, request.region)
             ]
-        pending = []
+        pending, sees = [], self._sees_image(task)
         for phrase in request.phrases:
             names = self._keypoints(request, phrase) if task.name == "pose" else ()
             masks = task.result == "masks"
             prompt = PromptSpec(phrase, masks=masks, keypoints=names, sample=request.sample, task=task.name)
             text = task.prompt(phrase, request.template)
-            branch = Branch(image, text, route=task.routing_token, phrase=phrase, group=index)
+            branch = Branch(image, text, route=task.routing_token, phrase=phrase, group=index, sees_image=sees)
             pending.append(PendingBranch(branch, prompt, decoder))
             for name in names:
                 text = task.keypoint_prompt(name, phrase)
-                branch = Branch(image, text, route=task.routing_token, parent=0, phrase=name, group=index)
+                branch = Branch(
+                    image, text, route=task.routing_token, parent=0, phrase=name, group=index, sees_image=sees
+                )
                 pending.append(PendingBranch(branch, None, decoder))
         return pending
 
@@ -108,8 +118,13 @@ class BranchPlanner:
             return self.branches(Request("pose", (phrase,)), image, index)
         sample = SampleSettings() if task.result == "image" else None
         prompt = PromptSpec(phrase, masks=task.result == "masks", sample=sample, task=task.name)
-        branch = Branch(image, request.text, route=task.routing_token, group=index)
+        sees = self._sees_image(task)
+        branch = Branch(image, request.text, route=task.routing_token, group=index, sees_image=sees)
         return [PendingBranch(branch, prompt, self.decoder(task))]
+
+    def _sees_image(self, task: Task) -> bool:
+        """Whether the links of a task's prompts without a region read the image."""
+        return self.links_see_image or task.result == "image"
 
     def text_routes(self, text_task: Task) -> dict[str, str]:
         """Routing tokens behind which a text of this task may go on -> the decoder that serves them all: an answer has

@@ -23,6 +23,7 @@ from lumen_ray.inference.encoded_images import EncodedImages, Inputs, fit_images
 from lumen_ray.inference.outputs import DecoderInput, RequestPlan, TrunkOutput
 from lumen_ray.inference.request import Request, Shown, check_requests, images_of
 from lumen_ray.inference.sampling import Sampler, stable_text
+from lumen_ray.inference.word_links import WordLinks
 from lumen_ray.inference.writing import TextPrompt, Writing, written_parts, written_text
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.precision import in_model_dtype
@@ -71,7 +72,9 @@ class TrunkStage(FromFolder):
         self.serving = loaded.settings.serving
         self.input_rules = loaded.settings.input_rules
         self.skeletons = {name: tuple(names) for name, names in loaded.meta.skeletons.items()}
-        self.planner = BranchPlanner(self.serving, self.skeletons, set(loaded.meta.tasks or TASKS))
+        trained, settings = set(loaded.meta.tasks or TASKS), loaded.settings
+        self.planner = BranchPlanner(self.serving, self.skeletons, trained, settings.links_see_image)
+        self.word_links = WordLinks(self._word_links)
         square = (loaded.settings.image_size,) * 2
         self.writes_behind_routes = loaded.meta.writes_behind_routes
         self.buckets = tuple((int(h), int(w)) for h, w in loaded.meta.buckets) or (square,)
@@ -371,6 +374,8 @@ class TrunkStage(FromFolder):
         """Runs the branches in chunks per image; the input of each decoder, in the order of `pending`."""
         # by index into `pending`
         embeddings = {i: item.embedding for i, item in enumerate(pending) if item.embedding is not None}
+        blind = [i for i, item in enumerate(pending) if not item.branch.sees_image and item.embedding is None]
+        embeddings |= zip(blind, self.word_links.embeddings([pending[i] for i in blind]), strict=True)
         waiting = [i for i in range(len(pending)) if i not in embeddings]
         for numbers in split_passes([pending[i] for i in waiting], chunk, self.prompt_layout == "sequential"):
             embeddings |= self._embeddings(prefix, pending, [waiting[n] for n in numbers])
@@ -380,6 +385,15 @@ class TrunkStage(FromFolder):
             stack = torch.stack([embeddings[i] for i in members])
             inputs[name] = decoder_input(name, [pending[i] for i in members], stack, plans)
         return inputs
+
+    def _word_links(self, branches: list[Branch], keypoints: list[bool]) -> dict[str, Tensor]:
+        """What `WordLinks` computes."""
+        layout = build_layout(branches, 1, self.tokenizer, self.prompt_layout)
+        for family, numbers in layout.link_branches.items():
+            layout.link_parents[family] = torch.tensor([keypoints[n] for n in numbers.tolist()]).long() - 1
+        none = self._regions([], [])
+        links = self.trunk.branch_links(self.trunk.lead_prefix(), layout.to(self.device), *none)
+        return {name: link.embeddings.float().cpu() for name, link in links.items()}
 
     def _embeddings(self, prefix: Prefix, pending: list[PendingBranch], members: list[int]) -> dict[int, Tensor]:
         """The link embedding of each branch of one pass, float32 on the CPU, by index into `pending`."""

@@ -72,6 +72,8 @@ def compile_blocks(model: Generalist, parts: tuple[str, ...], device: torch.devi
     """Compiles the blocks of these parts, each kind once, except those that a decoder lists as `eager`. A dimension
     that changes is compiled as dynamic."""
     for name in parts:
+        if name == "llm":
+            model.trunk.trains_in_blocks = False
         compile_module(find_part(model, name) or nn.Identity(), device, backend)
 
 

@@ -89,7 +89,7 @@ def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: st
         job = TrainingJob(recipe, start, _meta(recipe, start, manifest, skeletons), str(folder))
         reader = BatchReader(
             urls.absolute(shards), recipe, start.tokenizer, settings.image_size, skeletons, class_frequencies(manifest),
-            settings.token_side, settings.prompt_layout, settings.input_rules,
+            settings.token_side, settings.prompt_layout, settings.input_rules, settings.links_see_image,
         )  # fmt: skip
         yield PreparedRun(job, reader, manifest)
 

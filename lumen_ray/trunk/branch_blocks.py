@@ -1,4 +1,4 @@
-"""Attention of many short branches behind one prefix, at inference.
+"""Attention of many short branches behind one prefix.
 
 Attention over the whole row would compute every product of two branches and mask it away. Here each branch attends to
 the prefix and to itself alone: the cost grows with the number of branches instead of its square.
@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lumen_ray.trunk.layout import Layout
@@ -26,15 +27,16 @@ MOST_WEIGHTS = 1 << 24
 class BranchBlocks:
     """`tokens` int64 [B, M, L]: the column of each token of each branch, 0 at padding; `cells` int64 [B, T]: the cell
     in M * L of each token, 0 at padding; `hidden` bool [B, M, L, P]: prefix tokens that a token does not see, None if
-    all see all."""
+    all see all; `prefix_allowed` bool [P, P], if the prefix is in the same pass: what each of its tokens attends to."""
 
     tokens: Tensor
     cells: Tensor
     hidden: Tensor | None
+    prefix_allowed: Tensor | None = None
     attended: bool = False  # whether the LLM has called `attend`
 
     @classmethod
-    def of(cls, layout: Layout, visible: Tensor) -> BranchBlocks | None:
+    def of(cls, layout: Layout, visible: Tensor, prefix_allowed: Tensor | None = None) -> BranchBlocks | None:
         """The blocks of a layout, None where they save little. `visible` bool [B, T, P]: the prefix tokens that each
         token sees."""
         filled = layout.branch_ids >= 0
@@ -53,11 +55,27 @@ class BranchBlocks:
         hidden = None
         if prefix and not bool(visible[filled].all()):
             hidden = ~visible[torch.arange(rows, device=filled.device)[:, None], tokens].unflatten(1, (most, length))
-        return cls(tokens.unflatten(1, (most, length)), cells, hidden)
+        return cls(tokens.unflatten(1, (most, length)), cells, hidden, prefix_allowed)
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """query [B, H * G, T, D], scaled; key and value [B, H, P + T, D] -> [B, T, H * G, D]."""
+        """query [B, H * G, T, D], scaled; key and value [B, H, P + T, D] -> [B, T, H * G, D]. With the prefix in the
+        same pass [B, H * G, P + T, D] -> [B, P + T, H * G, D]."""
         self.attended = True
+        if self.prefix_allowed is None:
+            return self._attend_all(query, key, value)
+        prefix = len(self.prefix_allowed)
+        of_prefix = F.scaled_dot_product_attention(
+            query[:, :, :prefix],
+            key[:, :, :prefix],
+            value[:, :, :prefix],
+            attn_mask=self.prefix_allowed,
+            scale=1.0,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        return torch.cat([of_prefix.transpose(1, 2), self._attend_all(query[:, :, prefix:], key, value)], dim=1)
+
+    def _attend_all(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """The result of all branches: [B, T, H * G, D]."""
         rows, most, length = self.tokens.shape
         step = max(1, MOST_WEIGHTS // (query.shape[1] * rows * length * (key.shape[2] - query.shape[2] + length)))
         out = torch.cat([self._attend(query, key, value, slice(m, m + step)) for m in range(0, most, step)], dim=1)

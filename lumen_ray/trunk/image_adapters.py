@@ -63,7 +63,8 @@ class _AdaptedBlock:
 
 
 @cache
-def _adapted_class(block: type) -> type:
+def _adapted_class(block: Any) -> Any:
+    """The class of blocks of class `block` that have adapters."""
     return type(f"Adapted{block.__name__}", (_AdaptedBlock, block), {})
 
 
@@ -82,7 +83,8 @@ def adapt(llm: Any, settings: ImageAdapterSettings) -> None:
         for name in matches:
             _adapt_layer(layers[name], settings)
     for block in blocks:
-        block.__class__ = _adapted_class(type(block))
+        kind: Any = type(block)
+        block.__class__ = _adapted_class(kind)
 
 
 def _adapt_layer(layer: nn.Linear, settings: ImageAdapterSettings) -> None:

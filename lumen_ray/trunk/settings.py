@@ -182,6 +182,11 @@ class TrunkSettings(Settings):
     tokens_read_stem: bool = Field(
         False, description="image tokens also read the convolutional stem; for encoders trained from scratch"
     )
+    links_see_image: bool = Field(
+        True,
+        description="false: prompts for classes, phrases and keypoints read their own words only, so their links are "
+        "computed once for all images; texts, region prompts and descriptions of pictures to draw see the image",
+    )
     link_channels: int = Field(256, gt=0, description="width of the light decoder's link embeddings")
     link_reads_words: bool = Field(
         False, description="links also read the instruction's words; for an LLM trained from scratch"
@@ -235,6 +240,8 @@ class TrunkSettings(Settings):
             raise UserError("tokens_read_stem needs vision.bridge 'comm'", "invalid_config")
         if self.prompt_layout == "sequential" and self.prefix_attention != "causal":
             raise UserError("prompt_layout 'sequential' needs prefix_attention 'causal'", "invalid_config")
+        if self.prompt_layout == "sequential" and not self.links_see_image:
+            raise UserError("links_see_image: false needs prompt_layout 'branches'", "invalid_config")
         if self.prompt_layout == "sequential" and self.link_reads_words:
             raise UserError("link_reads_words needs prompt_layout 'branches'", "invalid_config")
         return self

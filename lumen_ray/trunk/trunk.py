@@ -92,6 +92,8 @@ class Trunk(nn.Module):
             {name: DECODERS[name].resolve("link_head")(section, shape) for name, section in decoders.items()}
         )
         self._takes_blocks = True
+        #: whether training on a CPU attends in blocks, which compiled blocks of the LLM cannot
+        self.trains_in_blocks = True
         self.dense = None
         if needs_dense and self.stem is not None:
             self.dense = DenseFeatures(self.stem.widths, settings.dense_channels, self.vision.merged_width, width)
@@ -224,15 +226,32 @@ class Trunk(nn.Module):
         of_images = has_image[:, None].expand(embeds.shape[:2])
         if layout.pack is not None:
             return self._packed(embeds, layout, layout.pack, of_images, segments)
+        positions = position_ids(layout, segments)
+        if self.trains_in_blocks and self._takes_blocks and embeds.device.type == "cpu":
+            visible = visible_prefix(*_seen(layout, has_image, segments))
+            blocks = BranchBlocks.of(layout, visible, prefix_allowed(segments, self.settings.prefix_attention))
+            if blocks is not None:
+                hidden = self._llm(embeds, embeds.new_zeros(1, 1, 1, 1), positions, of_images, blocks)
+                if blocks.attended:
+                    return hidden
+                self._takes_blocks = False  # an LLM whose class has an attention of its own
         mask = self._training_mask(layout, has_image, segments, embeds.dtype)
-        return self._llm(embeds, mask, position_ids(layout, segments), of_images)
+        return self._llm(embeds, mask, positions, of_images)
 
-    def _llm(self, embeds: Tensor, mask: Tensor, positions: Tensor, of_images: Tensor) -> Tensor:
+    def _llm(
+        self,
+        embeds: Tensor,
+        mask: Tensor,
+        positions: Tensor,
+        of_images: Tensor,
+        blocks: BranchBlocks | None = None,
+    ) -> Tensor:
         return self.llm.model(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions,
             use_cache=False,
+            branch_blocks=blocks,
             **self._adapters(of_images),
         ).last_hidden_state
 
@@ -311,6 +330,23 @@ class Trunk(nn.Module):
             dense = self.dense(images, stem, merged, states, self.vision.grid(*images.shape[-2:]))
         return Prefix(images, merged, dense, valid, cache, segments, positions[:, -1] + 1)
 
+    @torch.inference_mode()
+    def lead_prefix(self) -> Prefix:
+        """The prefix of prompts that see no image, as one row: the lead tokens."""
+        length, device = len(self.lead), self.lead.device
+        places, valid = torch.arange(length, device=device), torch.ones(1, dtype=torch.bool, device=device)
+        cache = DynamicCache()
+        if length:
+            self.llm.model(
+                inputs_embeds=self.llm.get_input_embeddings()(self.lead)[None],
+                position_ids=places[None],
+                past_key_values=cache,
+                use_cache=True,
+                **self._adapters(valid[:, None].expand(1, length)),
+            )
+        none = torch.zeros(1, 0, 0, 0, device=device)
+        return Prefix(none, none, None, valid, cache, torch.full_like(places, -1), valid.long() * length)
+
     def no_prefix(self, images: Tensor) -> Prefix:
         """The empty prefix of samples without images whose branches attend to none; `images` as of `encode`."""
         valid = torch.zeros(len(images), dtype=torch.bool, device=images.device)
@@ -353,7 +389,7 @@ class Trunk(nn.Module):
             inputs_embeds=embeds,
             attention_mask=mask,
             branch_blocks=blocks,
-            position_ids=torch.where(layout.alone, 0, prefix.ends)[:, None] + layout.offsets,
+            position_ids=_starts(layout, prefix) + layout.offsets,
             past_key_values=cache,
             use_cache=True,
             **self._adapters(prefix.valid[:, None].expand(embeds.shape[:2])),
@@ -409,6 +445,12 @@ def _without_adapters(llm: nn.Module) -> Iterator[None]:
     finally:
         for module in adapted:
             module._disable_adapters = False
+
+
+def _starts(layout: Layout, prefix: Prefix) -> Tensor:
+    """The position of the first token of each token's branch behind a cached prefix: int64 [B, T]."""
+    behind = torch.where(layout.images == 0, (prefix.segments < 0).sum(), prefix.ends[:, None])
+    return torch.where(layout.alone[:, None], 0, behind)
 
 
 def _branches(layout: Layout, has_image: Tensor, segments: Tensor) -> Tensor:

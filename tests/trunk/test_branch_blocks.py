@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.tiny_models import llm, random_images, scrambled, tiny_model, tiny_tokenizer
+from support.tiny_models import llm, plain_batch, random_images, scrambled, tiny_model, tiny_tokenizer
 
 from lumen_ray.trunk import branch_blocks
 from lumen_ray.trunk.branch import Branch
@@ -63,3 +63,36 @@ def test_an_llm_with_an_attention_of_its_own_gets_the_mask():
     for prompt, found in zip(prompts[:3], together, strict=False):
         alone = trunk.branch_links(prefix, build_layout([prompt], 1, TOKENIZER), none, none)["lumen"].embeddings
         torch.testing.assert_close(found[None], alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("mode", ["causal", "full"])
+@pytest.mark.parametrize("lead", [(), (3, 4)])
+def test_training_in_blocks_gives_the_losses_and_gradients_of_the_mask(kind, mode, lead, monkeypatch):
+    monkeypatch.setattr(branch_blocks, "SAVING", 0.0)
+    has_image = torch.tensor([True, False, True])
+    prompts = [
+        *(Branch(row, f"detect {name}", route="[DET]") for name in NAMES for row in (0, 2)),
+        *(Branch(row, "what ?", response="a red circle") for row in range(3)),
+    ]
+    layout = build_layout(prompts, 3, TOKENIZER, has_image=has_image)
+    layout.alone = ~has_image if lead else layout.alone
+    found = []
+    for blocks in (True, False):
+        trunk = scrambled(tiny_model(llm=llm(kind), prefix_attention=mode, lead_tokens=lead).trunk).train()
+        trunk.trains_in_blocks = blocks
+        with monkeypatch.context() as patched:
+            if not blocks:
+                patched.setattr(BranchBlocks, "attend", None)
+            else:
+                patched.setattr(trunk, "_training_mask", None)
+            out = trunk(plain_batch(random_images(3), layout, has_image=has_image))
+        link = out.links["lumen"].embeddings
+        (out.lm_losses.sum() + link.square().sum() + out.dense.square().sum()).backward()
+        grads = {name: p.grad for name, p in trunk.named_parameters() if p.grad is not None}
+        found.append((out.lm_losses, link, out.dense, grads))
+    for ours, whole in zip(found[0][:3], found[1][:3], strict=True):
+        torch.testing.assert_close(ours, whole, atol=1e-4, rtol=1e-4)
+    assert found[0][3].keys() == found[1][3].keys()
+    for name, grad in found[0][3].items():
+        torch.testing.assert_close(grad, found[1][3][name], atol=1e-3, rtol=1e-3)

@@ -110,6 +110,7 @@ class Collator:
     packing: Packing | None = None
     prompt_layout: str = "branches"  # the model's
     input_rules: dict[str, SizeRule] = field(default_factory=dict)  # by decoder; those that draw pictures need one
+    links_see_image: bool = True  # the model's
 
     def __call__(
         self,
@@ -155,6 +156,7 @@ class Collator:
                 self.skeletons,
                 self.frequencies,
                 len(further[index]),
+                self.links_see_image,
             )
             if blind and images[index] is not None:
                 drawn.add_generation(pictures[index])

@@ -62,6 +62,7 @@ class BatchReader:
     token_side: int = 0  # input pixels per side of one image token; needed where the recipe packs
     prompt_layout: str = "branches"  # the model's
     input_rules: dict[str, SizeRule] = field(default_factory=dict)  # by decoder of the model
+    links_see_image: bool = True  # the model's
 
     def __call__(self, item: dict[str, Any]) -> TrainingBatch:
         """The batch of an item of `plan_items`, with images that cannot be read under `rejected`.
@@ -96,7 +97,7 @@ class BatchReader:
                 rngs.append(row_rng(self.recipe.seed, step, file, index, number))
         collator = Collator(
             self.tokenizer, size, tasks, self.skeletons, stage.branches, stage.augment, self.frequencies,
-            self._packing(size), self.prompt_layout, input_rules,
+            self._packing(size), self.prompt_layout, input_rules, self.links_see_image,
         )  # fmt: skip
         return replace(
             collator(rows, images, rngs, edited, further),

@@ -111,7 +111,8 @@ class SamplePrompts:
     """Draws the prompts about one sample and adds them to a batch.
 
     `tasks`: of the step; `skeletons`: keypoint names by class; `frequencies`: images per class, by which absent classes
-    are drawn; `further`: how many of the row's further images the batch has, all or none.
+    are drawn; `further`: how many of the row's further images the batch has, all or none; `links_see_image`: as in the
+    model's settings.
     """
 
     batch: PromptBatch
@@ -124,15 +125,18 @@ class SamplePrompts:
     skeletons: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     frequencies: Mapping[str, int] = field(default_factory=dict)
     further: int = 0
+    links_see_image: bool = True
 
     def add_understanding(self) -> None:
         """Adds prompts whose answers are texts or perception results, in a fixed order."""
+        first = len(self.batch.branches)
         self.add_classes()
         if "pose" in self.tasks:
             self.add_poses()
         self.add_phrases()
         if "region_segment" in self.tasks:
             self.add_region_segments()
+        self.add_routes(first)
         self.add_messages()
 
     def add_classes(self) -> None:
@@ -162,7 +166,8 @@ class SamplePrompts:
             sigmas = keypoint_sigmas(self.skeletons[phrase])
             for k, name in enumerate(self.skeletons[phrase]):
                 text = task.keypoint_prompt(name, phrase)
-                branch = Branch(self.image, text, route=task.routing_token, parent=parent)
+                sees = self.links_see_image
+                branch = Branch(self.image, text, route=task.routing_token, parent=parent, sees_image=sees)
                 self.batch.add("pose", branch, Target(instances, k, sigmas[k]))
 
     def add_phrases(self) -> None:
@@ -188,6 +193,18 @@ class SamplePrompts:
             region = drawn_region(usable[n], sample.boxes[n], size, self.rng)
             index = self.batch.add_region(self.image, region_mask(region, size))
             self._routed(task, "", Target([n]), regions=(index,))
+
+    def add_routes(self, first: int) -> None:
+        """Adds some of the object prompts from index `first` on that see no image once more as questions beside it,
+        whose answer is the routing token: in free chat the LLM writes it with the image before its eyes."""
+        batch = self.batch
+        added = list(enumerate(zip(batch.branches, batch.tasks, strict=True)))[first:]
+        unseen = [number for number, (branch, _) in added if not branch.sees_image and branch.parent < 0]
+        if not unseen:  # draws nothing, so that other models' batches do not depend on this
+            return
+        for number in draw(unseen, self.settings.max_routes, self.rng):
+            branch, task = batch.branches[number], batch.tasks[number]
+            batch.add(task, Branch(self.image, branch.prompt, response=branch.route))
 
     def add_messages(self) -> None:
         """Adds captions, questions and chats; each `<region>` becomes a mask in the model input.
@@ -260,7 +277,8 @@ class SamplePrompts:
     def _routed(self, task: Task, phrase: str, target: Target, request: str = "", regions: tuple[int, ...] = ()) -> int:
         """Adds a branch that is answered by the task's routing token, in a phrasing drawn at random."""
         text = task.prompt(phrase, int(self.rng.integers(len(task.templates))))
-        branch = Branch(self.image, text, route=task.routing_token, regions=regions)
+        sees = self.links_see_image or bool(regions) or task.result == "image"
+        branch = Branch(self.image, text, route=task.routing_token, regions=regions, sees_image=sees)
         return self.batch.add(task.name, branch, target, request)
 
 

@@ -76,7 +76,7 @@ class Sampler:
         )
         self.reader = BatchReader(
             self.folder, recipe, tokenizer, settings.image_size, skeletons_of(manifest), class_frequencies(manifest),
-            settings.token_side, settings.prompt_layout, settings.input_rules,
+            settings.token_side, settings.prompt_layout, settings.input_rules, settings.links_see_image,
         )  # fmt: skip
 
     @property
