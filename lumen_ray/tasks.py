@@ -64,6 +64,12 @@ class Task:
         return self.needs != "description"
 
     @property
+    def is_about_one_image(self) -> bool:
+        """Whether its prompts name something of the image at hand, so that their links always read the image: a kept
+        link would not be asked for again, and referring expressions compare objects."""
+        return self.needs not in ("classes", "sentence")
+
+    @property
     def may_have_regions(self) -> bool:
         """Whether its prompts can refer to regions of the image."""
         return self.is_text or self.needs == "region"

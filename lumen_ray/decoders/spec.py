@@ -41,7 +41,7 @@ _MODULE_NAMES = """
 RESERVED = frozenset([*TRUNK_PARTS, *_SETTINGS_NAMES.split(), *_MODULE_NAMES.split()])
 
 #: what the normaliser of a loss counts. Losses of "batches" are averaged over micro-steps
-LossUnit = Literal["objects", "masks", "keypoints", "batches"]
+LossUnit = Literal["objects", "masks", "keypoints", "prompts", "batches"]
 #: what a decoder reads: the trunk's dense features, the image itself, or only the super link
 Reads = Literal["dense", "pixels"] | None
 

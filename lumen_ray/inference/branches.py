@@ -118,13 +118,17 @@ class BranchPlanner:
             return self.branches(Request("pose", (phrase,)), image, index)
         sample = SampleSettings() if task.result == "image" else None
         prompt = PromptSpec(phrase, masks=task.result == "masks", sample=sample, task=task.name)
-        sees = self._sees_image(task)
+        # an expression may be worded freely, and shares its token with noun phrases
+        asked = [t for t in TASKS.values() if t.routing_token == task.routing_token and t.needs != "region"]
+        if named and TASKS[named[0]].routing_token == task.routing_token:
+            asked = [TASKS[named[0]]]
+        sees = any(self._sees_image(t) for t in asked)
         branch = Branch(image, request.text, route=task.routing_token, group=index, sees_image=sees)
         return [PendingBranch(branch, prompt, self.decoder(task))]
 
     def _sees_image(self, task: Task) -> bool:
-        """Whether the links of a task's prompts without a region read the image."""
-        return self.links_see_image or task.result == "image"
+        """Whether the links of a task's prompts read the image."""
+        return self.links_see_image or task.is_about_one_image
 
     def text_routes(self, text_task: Task) -> dict[str, str]:
         """Routing tokens behind which a text of this task may go on -> the decoder that serves them all: an answer has

@@ -47,7 +47,8 @@ def _objects(decoder: str, batch: TrainingBatch, t: PerceptionTargets) -> dict[s
     """Numbers of objects, masks or keypoints in the prompts that the decoder serves, by the loss that counts them."""
     served = torch.tensor(served_links(decoder, batch), dtype=torch.int64)
     objects = (t.valid & ~t.crowd & t.counted[:, None])[served]
-    counts = {"batches": 1.0, "objects": float(objects.sum())}
+    prompts = float(t.counted[served].sum())
+    counts = {"batches": 1.0, "objects": float(objects.sum()), "prompts": prompts}
     units = set(DECODERS[decoder].losses.values())
     if "masks" in units:
         counts["masks"] = float((objects & (t.mask_index[served] >= 0)).sum())

@@ -184,8 +184,8 @@ class TrunkSettings(Settings):
     )
     links_see_image: bool = Field(
         True,
-        description="false: prompts for classes, phrases and keypoints read their own words only, so their links are "
-        "computed once for all images; texts, region prompts and descriptions of pictures to draw see the image",
+        description="false: prompts for classes, noun phrases and keypoints read their own words only, so their links "
+        "are computed once for all images; referring expressions, region prompts and texts see the image",
     )
     link_channels: int = Field(256, gt=0, description="width of the light decoder's link embeddings")
     link_reads_words: bool = Field(

@@ -242,6 +242,60 @@ def test_threads_write_together_and_each_gets_its_own():
     assert loop.bytes_held == 0
 
 
+def test_a_thread_that_takes_the_steps_wakes_others_when_their_answer_is_done():
+    """None of them streams, so none is woken by every step; the answers end at different steps."""
+    trunk = make_trunk()
+    loop = make_loop(trunk)
+    limits, found = {0: 3, 1: 25, 2: 9, 3: 14}, {}
+
+    def ask(number):
+        with torch.inference_mode():
+            with loop.turn():
+                prefix = trunk.encode(IMAGES)
+            written = loop.submit(prefix, [prompt(QUESTIONS[number], OWNERS[number], limits[number])])
+            loop.wait(written)
+            found[number] = written[0].tokens
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in limits]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert found == {n: naive_greedy(trunk, IMAGES[OWNERS[n]], QUESTIONS[n], limits[n]) for n in limits}
+    assert loop.bytes_held == 0 and not loop._watching
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt])
+def test_another_thread_goes_on_when_the_one_that_took_the_steps_leaves(error):
+    trunk = make_trunk()
+    loop, prefix = make_loop(trunk), trunk.encode(IMAGES)
+    waiting, found = threading.Event(), []
+
+    def second():
+        with torch.inference_mode():
+            written = loop.submit(prefix, [prompt(QUESTIONS[2], 1, 12)])
+            waiting.set()
+            loop.wait(written)
+            found.append(written[0].tokens)
+
+    thread = threading.Thread(target=second)
+
+    def leave(writing):
+        if len(writing.tokens) == 2:
+            thread.start()
+            waiting.wait(timeout=10)
+        if len(writing.tokens) == 5:
+            raise error
+
+    with torch.inference_mode():
+        (first,) = loop.submit(prefix, [prompt(QUESTIONS[1], 1, 40)])
+        with pytest.raises(error):
+            loop.wait([first], leave)
+    thread.join(timeout=30)
+    assert found == [naive_greedy(trunk, IMAGES[1], QUESTIONS[2], 12)]
+    assert loop.bytes_held == 0 and not loop._watching
+
+
 def test_new_work_waits_for_one_step_at_most():
     trunk = make_trunk()
     loop, prefix = make_loop(trunk), trunk.encode(IMAGES)

@@ -277,7 +277,7 @@ class SamplePrompts:
     def _routed(self, task: Task, phrase: str, target: Target, request: str = "", regions: tuple[int, ...] = ()) -> int:
         """Adds a branch that is answered by the task's routing token, in a phrasing drawn at random."""
         text = task.prompt(phrase, int(self.rng.integers(len(task.templates))))
-        sees = self.links_see_image or bool(regions) or task.result == "image"
+        sees = self.links_see_image or task.is_about_one_image
         branch = Branch(self.image, text, route=task.routing_token, regions=regions, sees_image=sees)
         return self.batch.add(task.name, branch, target, request)
 

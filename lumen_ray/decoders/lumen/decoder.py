@@ -5,8 +5,9 @@ Per prompt, the aligner gives a heatmap over the shared dense features. Each pla
 the four sides (FCOS, arXiv 1904.01355, eq. 1); places of high score become instances after NMS. (Lumen takes peaks
 among 8 neighbours, which loses one of two small objects in neighbouring cells.) Masks come from a dynamic kernel per
 place that reads mask features and relative coordinates (CondInst, arXiv 2003.05664, sec. 3); keypoints from
-cross-attention of each instance and keypoint name over the instance's box. Several places per object are positives (see
-`assigner`); the target of their score is the IoU (quality focal loss, arXiv 2006.04388, eq. 2).
+cross-attention of each instance and keypoint name over the instance's box. With `presence` a prompt is first asked
+whether its object is in the image at all, and only then for places (see `presence`). Several places per object are
+positives (see `assigner`); the target of their score is the IoU (quality focal loss, arXiv 2006.04388, eq. 2).
 
 Legend: P prompts, L = h * w places at `stride`, I instances, K keypoints, C channels. Coordinates: input pixels.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +31,7 @@ from lumen_ray.decoders.lumen.aligner import AlignedPlaces, Aligner, sine_positi
 from lumen_ray.decoders.lumen.assigner import Assignment, assign
 from lumen_ray.decoders.lumen.mask_positives import select_mask_positives
 from lumen_ray.decoders.lumen.pose_head import PoseHead
+from lumen_ray.decoders.lumen.presence import PresenceHead
 from lumen_ray.decoders.lumen.settings import LumenSettings
 from lumen_ray.decoders.spec import TrunkShape
 from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
@@ -43,11 +46,14 @@ PLACES_PER_INSTANCE, MOST_PLACES = 10, 3000
 
 @dataclass
 class LumenRaw:
-    """Output of the forward pass. `objects` int64 [P]: the links that are object prompts; the others are keypoint
-    prompts of a parent. `boxes`: made with gradients only; `LumenDecoder.boxes_at` makes those of some places."""
+    """Output of the forward pass. `objects` int64 [P]: the links that are object prompts; `absent` int64: those whose
+    object is not in the image, which have no places; the others are keypoint prompts of a parent. `boxes`: made with
+    gradients only; `LumenDecoder.boxes_at` makes those of some places."""
 
     link: SuperLink
     objects: Tensor
+    absent: Tensor
+    presence: Tensor | None  # [P] logits
     logits: Tensor  # [P, L] heatmap
     boxes: Tensor | None  # [P, L, 4] xyxy
     places: AlignedPlaces
@@ -91,20 +97,26 @@ class LumenDecoder(Decoder):
             nn.LayerNorm(c), nn.Linear(c, c), nn.SiLU(), nn.Linear(c, sum(self.kernel_sizes))
         )
         self.mask_features = nn.Sequential(conv_block(dense_channels, c // 2), nn.Conv2d(c // 2, m, 1))
+        self.presence = PresenceHead(c) if settings.presence else None
         self.pose = PoseHead(dense_channels, link_channels, c, settings.pose_grid)
 
     def forward(self, link: SuperLink, dense: Tensor) -> LumenRaw:
-        """link of P prompts, dense [B, D, H/4, W/4] -> maps of all object prompts."""
+        """link of P prompts, dense [B, D, H/4, W/4] -> maps of all object prompts, without gradients of those whose
+        object may be in the image."""
         features = self.neck(dense)
         h, w = features.shape[-2:]
         position = sine_position(h, w, features.shape[1], dense.device)
         objects = torch.nonzero(link.parent < 0).flatten()
-        tokens, places = self.aligner(
-            self.link_proj(link.embeddings[objects]),
-            features.flatten(2).transpose(1, 2) + self.position_scale * position,
-            link.image_index[objects],
-            position,
-        )
+        tokens = self.link_proj(link.embeddings[objects])
+        maps = features.flatten(2).transpose(1, 2) + self.position_scale * position
+        presence, absent = None, objects[:0]
+        if self.presence is not None:
+            presence = self.presence(tokens, maps, link.image_index[objects])
+            if not torch.is_grad_enabled() and self.settings.presence_threshold > 0:
+                possible = presence.sigmoid() >= self.settings.presence_threshold
+                objects, absent = objects[possible], objects[~possible]
+                tokens, presence = tokens[possible], presence[possible]
+        tokens, places = self.aligner(tokens, maps, link.image_index[objects], position)
         c = features.shape[1]
         norm, linear = self.heat_place
         word = self.heat_token(tokens)  # P C; folds heat_place's C x C product into the token
@@ -119,7 +131,9 @@ class LumenDecoder(Decoder):
         else:
             logits = places.matched(norm, word @ linear.weight)
         logits = (logits + (word @ linear.bias)[:, None]) * (self.heat_scale / c**0.5) + self.heat_bias
-        return LumenRaw(link, objects, logits, boxes, places, centers, (h, w), self.mask_features(dense), dense)
+        return LumenRaw(
+            link, objects, absent, presence, logits, boxes, places, centers, (h, w), self.mask_features(dense), dense
+        )
 
     def _boxes(self, aligned: Tensor, centers: Tensor) -> Tensor:
         """Boxes xyxy [..., 4] of aligned places [..., C] at `centers` [..., 2]."""
@@ -189,7 +203,16 @@ class LumenDecoder(Decoder):
             "mask": self._mask_loss(raw, targets, prompt, place, gt),
         }
         losses["keypoint"] = self._keypoint_loss(raw, targets)
+        if raw.presence is not None:
+            losses["presence"] = self._presence_loss(raw, raw.presence, targets.valid[rows].any(1), counted)
         return losses
+
+    def _presence_loss(self, raw: LumenRaw, presence: Tensor, present: Tensor, counted: Tensor) -> LossTerm:
+        """Binary cross entropy of every prompt that is `counted`; `present` bool [P]: whether it has an object, crowds
+        included."""
+        loss = F.binary_cross_entropy_with_logits(presence, present.float(), reduction="none") * counted
+        weighted = self.settings.presence_weight * loss.sum()
+        return LossTerm(weighted, counted.float().sum(), self._per_link(loss.detach(), raw))
 
     @staticmethod
     def _per_link(values: Tensor, raw: LumenRaw) -> Tensor:
@@ -294,6 +317,12 @@ class LumenDecoder(Decoder):
                 children.setdefault(parent, []).append(child)
         out: list[Prediction | None] = [None] * len(raw.link)
         scores = raw.logits.sigmoid()
+        if raw.presence is not None:
+            scores = scores * raw.presence.sigmoid()[:, None].to(scores.dtype)
+        for link_index in raw.absent.tolist():
+            frame, prompt = frames[int(raw.link.image_index[link_index])], prompts[link_index]
+            assert prompt is not None, "only keypoint prompts have none"
+            out[link_index] = _nothing(prompt, frame)
         found = self._candidates(raw, scores, frames, settings)
         for p, link_index in enumerate(raw.objects.tolist()):
             frame, prompt = frames[int(raw.link.image_index[link_index])], prompts[link_index]
@@ -366,3 +395,12 @@ class LumenDecoder(Decoder):
             full = at_stored_size(one.sigmoid(), MASK_STRIDE, frame)
             rles += Masks.from_arrays((full > 0.5).cpu().numpy()[None]).rles
         return Masks(rles, frame.size)
+
+
+def _nothing(prompt: PromptSpec, frame: Frame) -> Prediction:
+    """The prediction of no object."""
+    masks = Masks([], frame.size) if prompt.masks else None
+    keypoints = None
+    if prompt.keypoints:
+        keypoints = Keypoints(np.zeros((0, len(prompt.keypoints), 3), np.float32), prompt.keypoints, frame.size)
+    return Prediction(prompt.phrase, Boxes([], frame.size), np.zeros(0, np.float32), masks, keypoints)

@@ -30,9 +30,14 @@ def forward(module: LumenDecoder, work: DecoderWork) -> float:
     maps = images + (s.num_layers - 1) * prompts  # the aligner's first layer has one map per image
     read = maps * places * 2 * 3 * c * c
     aligner = s.num_layers * (places * (2 * 3 * c + 2 * s.num_heads * c) + 2 * 9 * c * c)
+    presence = 0.0
+    if module.presence is not None:
+        once = products(module.presence.place, lambda _: 1.0) * places * images
+        each = products(module.presence.token, lambda _: 1.0) + products(module.presence.read, lambda _: 1.0)
+        presence = once + prompts * (each + places * 2 * 3 * c)
     heads = places * (2 * c + 2 * (c * c + 4 * c)) + 2 * 2 * c * c
     objects = int(((targets.mask_index >= 0) & targets.valid & ~targets.crowd & targets.counted[:, None]).sum())
     k, m = KERNEL_WIDTH, s.mask_channels
     kernel = 2.0 * c * (c + sum(module.kernel_sizes)) + 2.0 * height * width * ((m + 2) * k + k * k + k)
     trained = min(objects * min(s.max_masks_per_object, s.topk_assign), images * s.max_masks_per_image)
-    return images * (neck + masks + poses) + read + prompts * (link + aligner + heads) + trained * kernel
+    return images * (neck + masks + poses) + presence + read + prompts * (link + aligner + heads) + trained * kernel

@@ -24,6 +24,13 @@ class LumenSettings(DecoderSettings):
         0.5, ge=0, description="weight of the cross entropy of an object's places over the image's prompts"
     )
     keypoint_weight: float = 1.0
+    presence: bool = Field(
+        False, description="predict whether a prompt's object is in the image; scores are multiplied by it"
+    )
+    presence_weight: float = Field(0.5, ge=0, description="weight of its cross entropy")
+    presence_threshold: float = Field(
+        0.02, ge=0, le=1, description="prompts below it are answered by no object without a look at places; 0: none are"
+    )
     topk_assign: int = Field(9, gt=0, description="positive places per object")
     pose_grid: int = Field(12, gt=0, description="cells per side of the grid sampled in a box for keypoints")
     nms_iou: float = Field(0.6, description="IoU threshold of NMS within a prompt")

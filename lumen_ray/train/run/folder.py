@@ -27,7 +27,7 @@ from lumen_ray.trunk.tokenizer import CAPTIONS_FILE, TURNS_FILE, LumenTokenizer
 
 #: settings of decoders that no weight depends on: they only affect how a step is carried out (`pixels_at_once` also the
 #: order of its noise) or how pictures are drawn
-NOT_LEARNED = ("pixels_at_once", "guidance", "image_guidance", "sampler")
+NOT_LEARNED = ("pixels_at_once", "guidance", "image_guidance", "sampler", "presence_threshold")
 #: how long a new try waits for the processes of the last one to end; Ray takes seconds to end those of a dead driver
 LOCK_SECONDS = 60.0
 

@@ -24,6 +24,7 @@ from lumen_ray.data.scenes import render as scenes
 from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.input_size import PictureSize
 from lumen_ray.recipe import AugmentSettings
+from lumen_ray.tasks import ROUTING_TOKENS
 from lumen_ray.train.losses import StepLosses
 
 TASKS = ("detect", "segment", "pose", "region_caption")
@@ -198,6 +199,32 @@ def test_prompts_are_laid_out_as_the_model_wants_them():
         batch = collator([row], [decode(row["image"])], rngs(1))
         texts[layout] = tiny_tokenizer().decode(batch.layout.input_ids[0].tolist())
     assert "Can you analyze the image" in texts["sequential"] and "analyze" not in texts["branches"]
+
+
+def test_links_of_words_leave_the_routing_tokens_to_questions_beside_the_image():
+    row, tokenizer = scenes.scene_row(5, 0, SIDE), tiny_tokenizer()
+    tasks = ("detect", "ground", "refer", "pose", "caption")
+    for most in (0, 2, 99):
+        settings = BranchSettings(max_routes=most, max_phrases=9)
+        collator = Collator(tokenizer, SIDE, tasks, scenes.SKELETONS, settings, links_see_image=False)
+        batch = collator([row], [decode(row["image"])], rngs(1))
+        layout, learned = batch.layout, {}
+        for index, task in enumerate(batch.tasks):
+            here = layout.branch_ids == index
+            known = [tokenizer.ids[token] for token in ROUTING_TOKENS if token in tokenizer.ids]
+            routes = [token for token in layout.labels[here].tolist() if token in known]
+            linked = bool((layout.link_branches["perception"] == index).any())
+            learned.setdefault((task, linked, bool(layout.seen[here].all())), []).append(len(routes))
+        prompts = sum(len(found) for (task, linked, _), found in learned.items() if linked and task != "pose")
+        assert {key for key in learned if key[1]} <= {
+            ("detect", True, False), ("ground", True, False), ("pose", True, False), ("refer", True, True),
+        }  # fmt: skip
+        assert all(number == (task == "refer") for (task, linked, _), f in learned.items() if linked for number in f)
+        beside = [n for (task, linked, _), found in learned.items() if not linked and task != "caption" for n in found]
+        assert beside == [1] * len(beside) and (len(beside) == most if most < 99 else len(beside) >= 3)
+        assert prompts >= 4 and learned[("caption", False, True)]
+    unchanged = Collator(tokenizer, SIDE, tasks, scenes.SKELETONS)([row], [decode(row["image"])], rngs(1))
+    assert unchanged.layout.seen[unchanged.layout.branch_ids >= 0].all()
 
 
 # -- pictures as answers ----------------------------------------------------------------------------------------------

@@ -72,11 +72,11 @@ def circle_mask(box, step=4):
     return ((line - cx) / rx)[None] ** 2 + ((line - cy) / ry)[:, None] ** 2 <= 1
 
 
-@pytest.fixture(scope="module")
-def learned():
+@pytest.fixture(scope="module", params=[False, True], ids=["", "presence"])
+def learned(request):
     """A decoder that has learned one scene by heart: two things for prompt 0, one for prompt 1, nothing for 2."""
     torch.manual_seed(0)
-    model = decoder(std=0)
+    model = decoder(std=0, presence=request.param)
     boxes = [
         [[4, 6, 28, 30], [36, 34, 60, 58]],
         [[34, 4, 58, 24]] * 2,
