@@ -1,6 +1,6 @@
 """Presence before place: whether the object of a prompt is in the image at all.
 
-SAM 3 (arXiv 2511.16719, sec. 3.1) gives this question to one token of its decoder, so that places need not answer it.
+SAM 3 (arXiv 2511.16719, sec. 3) gives this question to one token of its decoder, so that places need not answer it.
 Here it has one logit per prompt, from the link and a look at all places: what the link reads there by attention, and
 the place that fits it best. Most classes of a long list are not in an image, and only the others meet the aligner.
 
