@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 from rich.markup import escape
 
 from lumen_ray.console import bar, say
-from lumen_ray.data.files import write_atomically
+from lumen_ray.data.files import read_bytes, write_atomically
+from lumen_ray.data.images import decode
 from lumen_ray.errors import UserError
 from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.inference.request import make_request
@@ -61,13 +63,17 @@ def read_questions(name: str) -> dict[str, str | None]:
 
 
 def ask(
-    engine: EngineProtocol, questions: Sequence[str], max_tokens: int = MAX_TOKENS, progress: Progress | None = None
+    engine: EngineProtocol,
+    questions: Sequence[str],
+    max_tokens: int = MAX_TOKENS,
+    progress: Progress | None = None,
+    image: np.ndarray | None = None,
 ) -> Iterator[Written]:
-    """The engine's answers in free chat without an image, in order."""
+    """The engine's answers in free chat, in order: in text alone, or beside `image`, uint8 [h, w, 3]."""
     for start in range(0, len(questions), BATCH):
         part = questions[start : start + BATCH]
         requests = [[make_request("chat", text=question)] for question in part]
-        answers = engine.run([None] * len(part), requests, max_new_tokens=max_tokens)
+        answers = engine.run([image] * len(part), requests, max_new_tokens=max_tokens)
         for question, [answer] in zip(part, answers, strict=True):
             tokens = len(answer.log_probs or ())
             yield Written(question, answer.text or "", tokens, tokens < max_tokens)
@@ -97,10 +103,15 @@ def read_answers(path: Path) -> list[Written]:
         raise UserError(f"'{path}' is no file of answers; write it with 'answers.py write'", "invalid_file") from None
 
 
-def changed(engine: EngineProtocol, before: Sequence[Written], progress: Progress | None = None) -> list[Written]:
-    """Those of the engine's answers that are not the stored ones, by text and number of tokens."""
+def changed(
+    engine: EngineProtocol,
+    before: Sequence[Written],
+    progress: Progress | None = None,
+    image: np.ndarray | None = None,
+) -> list[Written]:
+    """Those of the engine's answers (see `ask`) that are not the stored ones, by text and number of tokens."""
     most = max((answer.tokens for answer in before), default=0) + 1
-    found = ask(engine, [answer.question for answer in before], most, progress)
+    found = ask(engine, [answer.question for answer in before], most, progress, image)
     return [new for old, new in zip(before, found, strict=True) if (new.text, new.tokens) != (old.text, old.tokens)]
 
 
@@ -113,6 +124,7 @@ def build_parser() -> argparse.ArgumentParser:
     write.add_argument("--output", required=True, help="jsonl file, for 'lumen-ray prepare chat' and 'compare'")
     compare = actions.add_parser("compare", help="count the answers of a model that are the stored ones")
     compare.add_argument("--answers", required=True, help="file of 'write', by the model before training")
+    compare.add_argument("--image", help="image file to ask the questions beside (default: in text alone)")
     for action in (write, compare):
         action.add_argument("--model", required=True, help="model folder")
         action.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where torch finds a GPU, else cpu)")
@@ -150,9 +162,10 @@ def _write(args: argparse.Namespace) -> None:
 
 def _compare(args: argparse.Namespace) -> None:
     before = read_answers(Path(args.answers))
+    image = None if args.image is None else decode(read_bytes(args.image))
     engine = _engine(args)
     with bar("answers") as progress:
-        others = changed(engine, before, progress.update)
+        others = changed(engine, before, progress.update, image)
     old = {answer.question: answer.text for answer in before}
     for answer in others:
         say(escape(f"{answer.question} -> {answer.text!r}, before {old[answer.question]!r}"))

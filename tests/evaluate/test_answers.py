@@ -2,7 +2,9 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 from support.tiny_models import tiny_folder
 
 from lumen_ray import api
@@ -15,11 +17,11 @@ from lumen_ray.evaluate.answers import ask, changed, main, read_answers, read_qu
 class Parrot:
     """Answers with the last word, of `length` tokens."""
 
-    def __init__(self, length=2, **others):
-        self.length, self.others = length, others
+    def __init__(self, length=2, image=None, **others):
+        self.length, self.image, self.others = length, image, others
 
     def run(self, images, requests, *, max_new_tokens, **_):
-        assert images == [None] * len(requests)
+        assert len(images) == len(requests) and all(image is self.image for image in images)
         found = []
         for [request] in requests:
             text = self.others.get(request.text.split()[0], request.text.split()[-1])
@@ -56,6 +58,8 @@ def test_answers_are_training_data_and_can_be_compared(tmp_path):
     assert changed(Parrot(), kept) == []
     assert [a.question for a in changed(Parrot(c="other"), kept)] == ["c then last2"]
     assert len(changed(Parrot(length=3), kept)) == 10  # the same text of other tokens
+    image = np.zeros((8, 8, 3), np.uint8)
+    assert [a.question for a in changed(Parrot(image=image, d="seen"), kept, image=image)] == ["d then last3"]
     api.prepare("chat", tmp_path / "shards", conversations=[str(tmp_path / "a.jsonl")], workers=0)
     rows = list(read_rows(tmp_path / "shards"))
     assert {row["messages"][0]["turns"][1]["content"] for row in rows} == {a.text for a in answers}
@@ -86,5 +90,10 @@ def test_the_command_writes_and_compares(tmp_path, capsys):
     assert main(["compare", "--model", model, "--answers", answers]) == 0
     kept = len(read_answers(tmp_path / "a.jsonl"))
     assert f"{kept} of {kept} answers are unchanged" in capsys.readouterr().out
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    assert main(["compare", "--model", model, "--answers", answers, "--image", str(tmp_path / "red.png")]) == 0
+    assert f"of {kept} answers are unchanged" in capsys.readouterr().out
+    assert main(["compare", "--model", model, "--answers", answers, "--image", str(tmp_path / "none.png")]) == 2
+    assert "none.png" in capsys.readouterr().err
     assert main(["compare", "--model", model, "--answers", str(tmp_path / "none")]) == 2
     assert "does not exist" in capsys.readouterr().err
