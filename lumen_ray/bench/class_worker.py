@@ -18,7 +18,7 @@ def main(model: str, threads: int) -> None:
 
     torch.set_num_threads(threads)
     engine = Engine.load(model)
-    print(json.dumps({"ready": True}), flush=True)
+    print(json.dumps({"version": engine.version}), flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         image = np.array(asked["image"], np.uint8)

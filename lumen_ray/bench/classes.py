@@ -46,7 +46,7 @@ class _Side:
             stdout=subprocess.PIPE,
             text=True,
         )
-        self._read()
+        self.version: str = self._read()["version"]
 
     def ask(self, classes: list[str], image: list[Any], repeats: int) -> dict[str, Any]:
         """Times `repeats` passes, after one that warms up."""
@@ -72,17 +72,20 @@ class _Side:
 def bench(
     *, against: str | None = None, model: str = DEFAULT_MODEL, threads: int = 1, turns: int = 3, counts: Any = COUNTS
 ) -> Iterator[Result]:
-    """A result for each number of classes. Raises `SidesDiffer` if the checkouts find different instances."""
+    """A result for each number of classes. Raises `SidesDiffer` if the checkouts find different instances with the same
+    weights; what is bundled may differ."""
     image = decode(scenes.scene_row(0, 1, 128)["image"]).tolist()
     roots = {THIS: Path(__file__).parents[2]} | ({OTHER: Path(against)} if against else {})
     with ExitStack() as stack:
         sides = {name: _Side(root, model, threads) for name, root in roots.items()}
         for side in sides.values():
             stack.callback(side.close)
+        same_weights = len({side.version for side in sides.values()}) == 1
         for count in counts:
             names = class_names(count)
             first = {name: side.ask(names, image, 1) for name, side in sides.items()}
-            _check_equal([result["found"] for result in first.values()], count)
+            if same_weights:
+                _check_equal([result["found"] for result in first.values()], count)
             slowest = max(result["seconds"]["wall"] for result in first.values())
             repeats = max(1, round(SECONDS / slowest))
             memory: dict[str, int] = {}
@@ -97,7 +100,8 @@ def bench(
                 f"{count:,} classes",
                 "images/s of CPU time",
                 rates,
-                equal=f"instances, their scores and boxes to {TOLERANCE:g}" if against else "",
+                equal=f"instances, their scores and boxes to {TOLERANCE:g}" if against and same_weights else "",
+                note="" if same_weights else "the checkouts have other weights, so instances are not compared",
                 budget=f"{threads} threads",
                 details={"classes": count, "model": model, "peak_memory": memory},
             )
