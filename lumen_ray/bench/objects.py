@@ -28,7 +28,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
+from lumen_ray.decoders.base import PredictSettings
 from lumen_ray.inference.engine import Engine
+from lumen_ray.inference.outputs import TrunkOutput
 from lumen_ray.inference.request import make_request
 from lumen_ray.inference.sampling import GREEDY, Sampler
 from lumen_ray.inference.writing import TextPrompt
@@ -52,7 +54,7 @@ FORMATS = ("location tokens", "text")
 #: time with the most objects over time with the fewest, at most
 MOST_GROWTH = 1.5
 SECONDS = 2.0  # of a side in a turn, about
-UNIT = "ms/image of CPU time"
+UNIT = "CPU ms/image"
 
 
 def crowd(count: int, side: int = SIDE, seed: int = 0) -> np.ndarray:
@@ -103,6 +105,15 @@ class Sides:
         ((answer,),) = self.engine.run([image], [[request]], score_threshold=THRESHOLD)
         return answer.predictions[0].boxes
 
+    def trunk_output(self, image: np.ndarray) -> TrunkOutput:
+        """The input of the decoder."""
+        return self.engine.trunk.links([image], [[make_request("detect", classes=[CLASS])]])
+
+    def decode(self, output: TrunkOutput) -> int:
+        """The number of boxes, from the decoder alone: its pass over the dense features, NMS and conversion."""
+        decoder = self.engine.decoders[self.engine.serving["detect"]]
+        return sum(len(found) for found in decoder.predict(output, PredictSettings(THRESHOLD)) if found is not None)
+
     def write(self, image: np.ndarray, tokens: int) -> int:
         """Writes `tokens` tokens about an image; returns their number."""
         stage = self.engine.trunk
@@ -137,8 +148,8 @@ class Sides:
 
 @dataclass(frozen=True)
 class Case:
-    """An image of `count` objects, which the engine finds, and the tokens of their boxes in one format. `is_most`:
-    whether more boxes would not fit into the LLM's context."""
+    """An image of `count` objects, which the engine finds, and the tokens of their boxes in one format. `is_most`: more
+    boxes would not fit into the LLM's context."""
 
     count: int
     image: np.ndarray
@@ -148,11 +159,15 @@ class Case:
 
     @property
     def name(self) -> str:
-        return f"{_objects(self.count)}, {self.form}" + (" (most that fit)" if self.is_most else "")
+        return _objects(self.count) + (" (most)" if self.is_most else "") + f", {self.form}"
 
 
 def _objects(count: int) -> str:
     return f"{count} object" + ("s" if count > 1 else "")
+
+
+def _alone(count: int) -> str:
+    return f"decoder, {_objects(count)}"
 
 
 def _found(sides: Sides, image: np.ndarray, count: int) -> Boxes:
@@ -192,17 +207,23 @@ def _timed(run: Callable[[], Any], repeats: int) -> float:
 def bench(
     *, model: str = DEFAULT_MODEL, threads: int = 1, turns: int = 3, counts: Sequence[int] = COUNTS, side: int = SIDE
 ) -> Iterator[Result]:
-    """Milliseconds per image of both sides for every number of objects, then of the engine with the fewest and the most
-    objects. Raises `SidesDiffer` if the engine does not find the objects or the LLM writes fewer tokens."""
+    """Milliseconds per image of both sides for every number of objects, then of the engine and of its decoder alone
+    with the fewest and the most objects.
+
+    Raises `SidesDiffer` if the engine does not find the objects or the LLM writes fewer tokens."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         sides = Sides.load(model, side)
         rows = cases(sides, counts, side)
         images = {case.count: case.image for case in rows}
+        ends = (min(counts), max(counts))
         measures: dict[str, Callable[[], float]] = {}
         for count, image in images.items():
             measures[_objects(count)] = _measure(lambda image=image: sides.detect(image))  # type: ignore[misc]
+        for count in ends:
+            output = sides.trunk_output(images[count])
+            measures[_alone(count)] = _measure(lambda output=output: sides.decode(output))  # type: ignore[misc]
         for case in rows:
             if (written := sides.write(case.image, case.tokens)) != case.tokens:
                 raise SidesDiffer(f"the LLM writes {written} of {case.tokens} tokens")
@@ -223,20 +244,24 @@ def bench(
                     "model": model,
                 },
             )
-        fewest, most = (rates[_objects(count)] for count in (min(counts), max(counts)))
-        yield Result(
-            "growth",
-            UNIT,
-            {_objects(min(counts)): fewest, _objects(max(counts)): most},
-            1 / MOST_GROWTH,
-            budget=f"{threads} threads",
-            details={
-                "most_over_fewest": statistics.median(b / a for a, b in zip(fewest, most, strict=True)),
-                "more_ms": statistics.median(b - a for a, b in zip(fewest, most, strict=True)),
-            },
-        )
+        yield _growth("growth", *(rates[_objects(count)] for count in ends), ends, 1 / MOST_GROWTH)
+        yield _growth("growth, decoder alone", *(rates[_alone(count)] for count in ends), ends, None)
     finally:
         torch.set_num_threads(before)
+
+
+def _growth(name: str, fewest: list[float], most: list[float], counts: tuple[int, int], aim: float | None) -> Result:
+    """Time with the fewest objects over time with the most, turn by turn."""
+    return Result(
+        name,
+        UNIT,
+        {_objects(counts[0]): fewest, _objects(counts[1]): most},
+        aim,
+        details={
+            "most_over_fewest": statistics.median(b / a for a, b in zip(fewest, most, strict=True)),
+            "more_ms": statistics.median(b - a for a, b in zip(fewest, most, strict=True)),
+        },
+    )
 
 
 def _measure(run: Callable[[], Any]) -> Callable[[], float]:

@@ -43,7 +43,7 @@ def test_the_engine_finds_three_hundred_objects():
 
 
 def test_every_number_of_objects_has_both_formats(short):
-    *rows, growth = objects.bench(turns=2, counts=(1, 5), side=SIDE)
+    *rows, growth, decoder = objects.bench(turns=2, counts=(1, 5), side=SIDE)
     assert [row.name for row in rows] == [
         "1 object, location tokens", "1 object, text", "5 objects, location tokens", "5 objects, text",
     ]  # fmt: skip
@@ -56,6 +56,7 @@ def test_every_number_of_objects_has_both_formats(short):
         assert len(row.ratios) == 2 and min(row.ratios) > 0 and row.aim is None
     assert rows[0].rates["engine"] == rows[1].rates["engine"] == growth.rates["1 object"]
     assert growth.rates["5 objects"] == rows[2].rates["engine"]
+    assert list(decoder.rates) == ["1 object", "5 objects"] and decoder.aim is None
     assert growth.aim == pytest.approx(1 / objects.MOST_GROWTH)
 
 
@@ -72,6 +73,11 @@ def test_as_many_tokens_are_written_one_step_each(sides, monkeypatch):
     assert steps == [1] * 139  # the first token comes from the question
 
 
+def test_the_decoder_alone_gives_all_boxes(sides):
+    for count in (1, 5):
+        assert sides.decode(sides.trunk_output(objects.crowd(count, SIDE))) == count
+
+
 def test_text_is_counted_in_the_models_tokens(sides):
     boxes = Boxes([[1.2, 2.6, 30, 40], [5, 6, 7, 8]], (SIDE, SIDE))
     assert objects.box_text(boxes) == "[1, 3, 30, 40], [5, 6, 7, 8]"
@@ -85,7 +91,7 @@ def test_the_most_that_fit_are_measured_on_an_image_of_as_many(sides, monkeypatc
     location, text = objects.cases(sides, [5], SIDE)
     assert (location.count, location.tokens, location.is_most) == (5, 20, False)
     assert text.is_most and text.count == 2 and text.tokens <= 50
-    assert text.name == "2 objects, text (most that fit)"
+    assert text.name == "2 objects (most), text"
     assert len(sides.detect(text.image)) == 2
 
 
