@@ -244,18 +244,19 @@ def bench(
                     "model": model,
                 },
             )
-        yield _growth("growth", *(rates[_objects(count)] for count in ends), ends, 1 / MOST_GROWTH)
-        yield _growth("growth, decoder alone", *(rates[_alone(count)] for count in ends), ends, None)
+        yield _growth("growth", rates, [_objects(count) for count in ends], 1 / MOST_GROWTH)
+        yield _growth("growth, decoder alone", rates, [_alone(count) for count in ends], None)
     finally:
         torch.set_num_threads(before)
 
 
-def _growth(name: str, fewest: list[float], most: list[float], counts: tuple[int, int], aim: float | None) -> Result:
+def _growth(name: str, rates: dict[str, list[float]], sides: list[str], aim: float | None) -> Result:
     """Time with the fewest objects over time with the most, turn by turn."""
+    fewest, most = (rates[side] for side in sides)
     return Result(
         name,
         UNIT,
-        {_objects(counts[0]): fewest, _objects(counts[1]): most},
+        {side.removeprefix("decoder, "): rates[side] for side in sides},
         aim,
         details={
             "most_over_fewest": statistics.median(b / a for a, b in zip(fewest, most, strict=True)),
