@@ -153,6 +153,25 @@ def _check_chat(args: argparse.Namespace) -> None:
     chat.check(args.llm)
 
 
+def _objects(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
+    from lumen_ray.bench import objects
+
+    return objects.bench(**_set({"model": args.model, "threads": args.threads, "turns": args.turns}))
+
+
+def _yolo(args: argparse.Namespace, folder: Path) -> list[Result]:
+    from lumen_ray.bench import yolo
+
+    given = {"model": args.model, "threads": args.threads, "turns": args.turns}
+    return [yolo.bench(folder, ultralytics=args.ultralytics, **_set(given))]
+
+
+def _check_yolo(args: argparse.Namespace) -> None:
+    from lumen_ray.bench import yolo
+
+    yolo.check(args.model, args.ultralytics)
+
+
 #: kind -> its benches by name, in the order in which they run
 KINDS: dict[str, dict[str, Bench]] = {
     "train": {
@@ -162,6 +181,8 @@ KINDS: dict[str, dict[str, Bench]] = {
         "gpu": Bench(_gpu, _check_gpu),
     },
     "prompts": {"classes": Bench(_classes, _check_classes)},
+    "objects": {"objects": Bench(_objects, _check_prompts)},
+    "yolo": {"yolo": Bench(_yolo, _check_yolo)},
     "decoders": {
         "grounding_dino": Bench(_grounding_dino, lambda args: None),
         "memory": Bench(_memory, _check_memory),
@@ -192,6 +213,13 @@ def build_parser() -> argparse.ArgumentParser:
     p = _add_kind(kinds, "prompts", "images per second against the number of classes")
     p.add_argument("--against", metavar="CHECKOUT", help="folder of another checkout, to compare with in turns")
     p.add_argument("--model", help="model folder, or name of bundled weights (default: nano)")
+    p.add_argument("--threads", type=int, help="threads of each side (default: 1)")
+    p = _add_kind(kinds, "objects", "time against the number of objects, beside boxes written as tokens")
+    p.add_argument("--model", help="model folder that knows red squares, or name of bundled weights (default: nano)")
+    p.add_argument("--threads", type=int, help="threads of each side (default: 1)")
+    p = _add_kind(kinds, "yolo", "detection on photographs from JPEG bytes, against YOLOv8n")
+    p.add_argument("--ultralytics", metavar="PYTHON", help="Python of an environment with ultralytics, to compare with")
+    p.add_argument("--model", help="model folder, or name of bundled weights (default: nano-512 with random weights)")
     p.add_argument("--threads", type=int, help="threads of each side (default: 1)")
     p = _add_kind(kinds, "decoders", "grounding_dino against transformers, training steps of every decoder")
     p.add_argument("--preset", default="nano-experts", help="preset for memory and variants (default: nano-experts)")
