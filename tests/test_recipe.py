@@ -128,18 +128,20 @@ def test_the_large_recipes_fit_their_models(name):
     assert text / sum(group.weight for group in joint.groups) == pytest.approx(1 / 3)
 
 
-def test_the_smollm2_recipe_freezes_the_llm_at_first_and_trains_text_alone_beside_scenes():
-    pytest.importorskip("peft", reason="LoRA needs peft (pip install 'lumen-ray[lora]')")
+def test_the_smollm2_recipe_freezes_the_llm_and_then_trains_its_image_adapters():
     made = config.load(Recipe, recipe_path("smollm2"))
     settings = config.load(ModelSettings, model_path(made.model))
     check_recipe(made, settings, settings.vocab_size)
-    align, *later = made.stages
-    assert "llm" not in align.trainable and "queries" in align.trainable
-    assert all(stage.trainable is None for stage in later)
-    for stage in made.stages:
-        scenes, text = stage.groups
-        assert "chat" not in scenes.tasks  # that task would draw rows of text alone, by their tokens
-        assert text.tasks == ("chat",) and text.text_only and text.distil
+    align, joint = made.stages
+    assert "llm" not in align.trainable and "queries" in align.trainable and joint.trainable is None
+    assert settings.image_adapters and made.lora is None
+    with torch.device("meta"):
+        model = build_model(settings, settings.vocab_size)
+    for stage, learns in ((align, False), (joint, True)):
+        set_trainable(model, stage)
+        trained = {name for name, p in model.trunk.llm.named_parameters() if p.requires_grad}
+        assert any(".lora_" in name for name in trained) == learns
+        assert all(".lora_" in name or "embed_tokens" in name for name in trained)
         check_micro_steps(stage, made.batch_size // 4, made.workers)
 
 
