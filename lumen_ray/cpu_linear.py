@@ -9,7 +9,7 @@ them in every call. Within `packed_weights` they are read in oneDNN's own order,
 memory as the weights.
 
 oneDNN and torch each keep a compiled product for every shape they have met, 1,024 by default. In training each holds a
-copy of its weights, and there are new shapes in every step: gigabytes. Fewer are kept here (`MOST_PRODUCTS`); making
+copy of its weights, and there are new shapes in every step: gigabytes. Fewer are kept here (`MOST_SHAPES`); making
 one anew takes 0.4 ms.
 """
 
@@ -24,6 +24,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 #: Multiplications from which a product is oneDNN's.
 LEAST_WORK = 1 << 20
@@ -34,10 +35,10 @@ LEAST_PACKED_WEIGHTS = 1 << 16
 MOST_PACKED_BYTES = 2 << 30
 
 #: Compiled products that are kept: more than a step of training needs.
-MOST_PRODUCTS = 256
+MOST_SHAPES = 256
 
 for _variable in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # read when the first is compiled
-    os.environ.setdefault(_variable, str(MOST_PRODUCTS))
+    os.environ.setdefault(_variable, str(MOST_SHAPES))
 
 _HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
 
@@ -47,23 +48,23 @@ _packed = threading.local()
 @contextmanager
 def packed_weights() -> Iterator[None]:
     """Context in which the layers of this thread that `pack` names use packed weights."""
-    _packed.used = True
+    before, _packed.used = getattr(_packed, "used", False), True
     try:
         yield
     finally:
-        _packed.used = False
+        _packed.used = before
 
 
 class CpuLinear(nn.Linear):
     """`nn.Linear` that computes with oneDNN where torch has it and it is faster."""
 
     packs = False  # whether a packed copy of the weights may be made
-    _copy: tuple[tuple[int, int], Tensor] | None = None
+    _copy: tuple[Tensor, int, Tensor] | None = None  # the weights, their version, and the packed ones
 
     def forward(self, input: Tensor) -> Tensor:
         weight, rows = self.weight, input.shape[:-1].numel()
         if (
-            not _HAS_ONEDNN
+            not (_HAS_ONEDNN and torch.backends.mkldnn.enabled)
             or not rows
             or weight.device.type != "cpu"
             or weight.dtype != torch.float32
@@ -72,7 +73,7 @@ class CpuLinear(nn.Linear):
             or torch.compiler.is_compiling()
         ):
             return F.linear(input, weight, self.bias)
-        learns = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+        learns = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, self.bias))
         packed = self.packs and not learns and rows <= MOST_PACKED_ROWS and getattr(_packed, "used", False)
         if not packed and rows * weight.numel() < LEAST_WORK:
             return F.linear(input, weight, self.bias)
@@ -88,13 +89,13 @@ class CpuLinear(nn.Linear):
         return {**self.__dict__, "_copy": None}
 
     def _packed_weights(self) -> Tensor:
-        """The packed weights, packed again if the weights have changed."""
+        """The packed weights, packed again if the weights have been replaced or changed in place. Changes that torch
+        does not count are not seen: of `weight.data`, and of inference tensors."""
         version = 0 if self.weight.is_inference() else self.weight._version  # inference tensors have none
-        state = self.weight.data_ptr(), version
-        if self._copy is None or self._copy[0] != state:
+        if self._copy is None or self._copy[0] is not self.weight or self._copy[1] != version:
             ops: Any = torch.ops.mkldnn
-            self._copy = state, ops._reorder_linear_weight(self.weight.detach())
-        return self._copy[1]
+            self._copy = self.weight, version, ops._reorder_linear_weight(self.weight.detach())
+        return self._copy[2]
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -108,10 +109,12 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(rows, weight)
+        of_weight = ctx.needs_input_grad[1]
+        ctx.save_for_backward(rows if of_weight else None, weight)
         return _product(rows, weight, bias)
 
     @staticmethod
+    @once_differentiable  # the products below are not recorded
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         rows, weight = ctx.saved_tensors
         grad = grads[0].contiguous()

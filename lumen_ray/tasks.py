@@ -64,9 +64,9 @@ class Task:
         return self.needs != "description"
 
     @property
-    def is_about_one_image(self) -> bool:
-        """Whether its prompts name something of the image at hand, so that their links always read the image: a kept
-        link would not be asked for again, and referring expressions compare objects."""
+    def link_reads_image(self) -> bool:
+        """Whether the links of its prompts read the branch's prefix in every model: they name something of the image at
+        hand, so a kept link would not be asked for again, and referring expressions compare objects."""
         return self.needs not in ("classes", "sentence")
 
     @property

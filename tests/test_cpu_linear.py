@@ -57,25 +57,47 @@ def test_the_product_is_that_of_a_plain_layer(shape, bias, calls):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("frozen", ["nothing", "weights", "input"])
+@pytest.mark.parametrize("frozen", ["nothing", "weights", "input", "all but the bias"])
 def test_gradients_are_those_of_a_plain_layer(frozen, bias, calls):
     plain, layer = _pair(bias=bias)
     found = []
     for module in (plain, layer):
-        module.weight.requires_grad_(frozen != "weights")
+        module.weight.requires_grad_(frozen not in ("weights", "all but the bias"))
         x = torch.linspace(-1, 1, 2 * 3 * 24).view(3, 2, 24).transpose(0, 1)  # not contiguous
-        x.requires_grad_(frozen != "input")
+        x.requires_grad_(frozen not in ("input", "all but the bias"))
+        if frozen == "all but the bias" and not bias:
+            continue
         with packed_weights():  # not where gradients are needed
             out = module(x)
         out.square().sum().backward()
         (module(x) * torch.ones(1)).sum().backward()  # a gradient without strides
         found.append([out, x.grad, module.weight.grad, module.bias.grad if bias else None])
-    for expected, value in zip(*found, strict=True):
+    for expected, value in zip(*found, strict=True) if found else ():
         if expected is None:
             assert value is None
         else:
             torch.testing.assert_close(value, expected)
-    assert calls and not any(calls)
+    assert bool(calls) == bool(found) and not any(calls)
+
+
+def test_gradients_of_gradients_are_refused():
+    _, layer = _pair()
+    x = torch.randn(3, 24, requires_grad=True)
+    (grad,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_weights_that_are_replaced_are_packed_again(calls):
+    _, layer = _pair(bias=False)
+    x = torch.randn(2, 24)
+    for number in range(5):
+        layer.weight = nn.Parameter(torch.full((40, 24), float(number)))
+        with torch.inference_mode(), packed_weights():
+            with packed_weights():
+                layer(x)
+            torch.testing.assert_close(layer(x), x @ layer.weight.t())
+    assert calls == [True] * 10
 
 
 def test_second_pass_of_a_checkpoint_gives_the_same_gradients():

@@ -131,6 +131,9 @@ def test_the_large_recipes_fit_their_models(name):
 def test_the_smollm2_recipe_freezes_the_llm_and_then_trains_its_image_adapters():
     made = config.load(Recipe, recipe_path("smollm2"))
     settings = config.load(ModelSettings, model_path(made.model))
+    with pytest.raises(UserError, match="has image_adapters but no published LLM"):
+        check_recipe(made, settings, settings.vocab_size)
+    settings = settings.model_copy(update={"published_tokens": settings.vocab_size - 6})
     check_recipe(made, settings, settings.vocab_size)
     align, joint = made.stages
     assert "llm" not in align.trainable and "queries" in align.trainable and joint.trainable is None

@@ -16,7 +16,16 @@ from lumen_ray.inference.outputs import DecoderInput, RequestPlan
 from lumen_ray.inference.request import Request, no_decoder
 from lumen_ray.structures import Region, SampleSettings
 from lumen_ray.superlink import SuperLink
-from lumen_ray.tasks import ROUTING_TOKENS, TASKS, TEXT_ROUTES, Task, split_phrases, task_of_prompt, task_of_route
+from lumen_ray.tasks import (
+    REGION_TOKEN,
+    ROUTING_TOKENS,
+    TASKS,
+    TEXT_ROUTES,
+    Task,
+    split_phrases,
+    task_of_prompt,
+    task_of_route,
+)
 from lumen_ray.trunk.branch import Branch
 
 R = TypeVar("R")
@@ -94,18 +103,18 @@ class BranchPlanner:
             return [
                 PendingBranch(branch, PromptSpec(REGION_PHRASE, masks=True, task=task.name), decoder, request.region)
             ]
-        pending, sees = [], self._sees_image(task)
+        pending, reads = [], self._reads_image(task)
         for phrase in request.phrases:
             names = self._keypoints(request, phrase) if task.name == "pose" else ()
             masks = task.result == "masks"
             prompt = PromptSpec(phrase, masks=masks, keypoints=names, sample=request.sample, task=task.name)
             text = task.prompt(phrase, request.template)
-            branch = Branch(image, text, route=task.routing_token, phrase=phrase, group=index, sees_image=sees)
+            branch = Branch(image, text, route=task.routing_token, phrase=phrase, group=index, reads_image=reads)
             pending.append(PendingBranch(branch, prompt, decoder))
             for name in names:
                 text = task.keypoint_prompt(name, phrase)
                 branch = Branch(
-                    image, text, route=task.routing_token, parent=0, phrase=name, group=index, sees_image=sees
+                    image, text, route=task.routing_token, parent=0, phrase=name, group=index, reads_image=reads
                 )
                 pending.append(PendingBranch(branch, None, decoder))
         return pending
@@ -119,16 +128,17 @@ class BranchPlanner:
         sample = SampleSettings() if task.result == "image" else None
         prompt = PromptSpec(phrase, masks=task.result == "masks", sample=sample, task=task.name)
         # an expression may be worded freely, and shares its token with noun phrases
-        asked = [t for t in TASKS.values() if t.routing_token == task.routing_token and t.needs != "region"]
+        trained = (TASKS[name] for name in self.tasks)
+        asked = [t for t in trained if t.routing_token == task.routing_token and t.needs != "region"]
         if named and TASKS[named[0]].routing_token == task.routing_token:
             asked = [TASKS[named[0]]]
-        sees = any(self._sees_image(t) for t in asked)
-        branch = Branch(image, request.text, route=task.routing_token, group=index, sees_image=sees)
+        reads = any(self._reads_image(t) for t in asked)
+        branch = Branch(image, request.text, route=task.routing_token, group=index, reads_image=reads)
         return [PendingBranch(branch, prompt, self.decoder(task))]
 
-    def _sees_image(self, task: Task) -> bool:
+    def _reads_image(self, task: Task) -> bool:
         """Whether the links of a task's prompts read the image."""
-        return self.links_see_image or task.is_about_one_image
+        return self.links_see_image or task.link_reads_image
 
     def text_routes(self, text_task: Task) -> dict[str, str]:
         """Routing tokens behind which a text of this task may go on -> the decoder that serves them all: an answer has
@@ -139,13 +149,15 @@ class BranchPlanner:
         decoder = next((name for name in found.values() if name), None)
         return {token: name for token, name in found.items() if name and name == decoder}
 
-    def useless_routes(self, text_task: Task, has_image: bool) -> list[str]:
-        """Routing tokens that a conversation cannot follow: without a decoder for them, or without an image where they
-        need one. The LLM writes none of them, so that text alone is answered as if they were not in its vocabulary."""
+    def useless_tokens(self, text_task: Task, has_image: bool) -> list[str]:
+        """Tokens of ours that mean nothing in a conversation's answer: those of regions, and routing tokens that it
+        cannot follow, without a decoder for them, or without an image where they need one. The LLM writes none of them,
+        so that text alone is answered as if they were not in its vocabulary."""
         if not text_task.is_conversation:
             return []
         tasks = {token: task_of_route(token) for token in ROUTING_TOKENS}
-        return [t for t, task in tasks.items() if task.name not in self.serving or (task.sees_image and not has_image)]
+        useless = (t for t, task in tasks.items() if task.name not in self.serving or task.sees_image > has_image)
+        return [REGION_TOKEN, *useless]
 
     def text_link(self, token: str, words: str, image: int, index: int, embedding: Tensor) -> PendingBranch:
         """The link of a routing token in a text: the last noun phrase of the `words` before it names its objects."""

@@ -84,11 +84,7 @@ class DecodeLoop:
     def turn(self) -> Iterator[None]:
         """The model for other work of this thread, such as encoding images. Goes before steps, after one step."""
         with self._changed:
-            self._arriving += 1
-            try:
-                self._changed.wait_for(lambda: not self._busy)
-            finally:
-                self._arriving -= 1
+            self._await_model()
             self._busy = True
         try:
             self._step()  # so that threads that keep coming do not stop the answers
@@ -97,6 +93,15 @@ class DecodeLoop:
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
+
+    def _await_model(self) -> None:
+        """Waits until no thread uses the model; goes before the next step. Its lock is held."""
+        self._arriving += 1
+        try:
+            self._changed.wait_for(lambda: not self._busy)
+        finally:
+            self._arriving -= 1
+            self._changed.notify_all()  # those that wait for the next step, whether this thread goes on or not
 
     @contextmanager
     def images(self, tokens: int) -> Iterator[None]:
@@ -161,11 +166,7 @@ class DecodeLoop:
         if all(writing.end for writing in writings):
             return
         with self._changed:
-            self._watching += 1
-            try:
-                self._changed.wait_for(lambda: not self._busy)
-            finally:
-                self._watching -= 1
+            self._await_model()
             for writing in writings:
                 if writing.end is None:
                     writing.end = "cancelled"
@@ -311,10 +312,10 @@ class DecodeLoop:
 
     def _choose(self, writings: Sequence[Writing], logits: Tensor) -> None:
         """Appends the next token of each answer, from logits [N, V], which are changed; ends those that are done."""
-        total = logits.float().logsumexp(-1)
         if never := [(number, token) for number, w in enumerate(writings) for token in w.prompt.never]:
             numbers, banned = torch.tensor(never, device=logits.device).T
             logits[numbers, banned] = -torch.inf
+        total = logits.float().logsumexp(-1)
         tokens = logits.argmax(-1).tolist()
         for number, writing in enumerate(writings):
             if not writing.prompt.sampler.is_plain:

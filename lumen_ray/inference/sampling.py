@@ -64,7 +64,8 @@ GREEDY = Sampling()
 class Sampler:
     """Chooses the tokens of one answer. `prompt`: token ids before the answer, for the repetition penalty.
 
-    `log_probs`: of the tokens chosen so far, by the LLM's own distribution (temperature 1, without penalties).
+    `log_probs`: of the tokens chosen so far, by the LLM's own distribution (temperature 1, without penalties) over the
+    tokens that the answer may have.
     """
 
     settings: Sampling

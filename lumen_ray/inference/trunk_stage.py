@@ -281,7 +281,7 @@ class TrunkStage(FromFolder):
                     region = torch.from_numpy(region_mask(request.region, self.bucket(request.region.size)))
                 # a conversation about several images is a batch by itself
                 at = replace(branch, image=0 if turns else b)
-                useless = self.planner.useless_routes(task, bool(inputs.valid[b]))
+                useless = self.planner.useless_tokens(task, bool(inputs.valid[b]))
                 never = [self.tokenizer.ids[token] for token in useless if token in self.tokenizer.ids]
                 prompt = TextPrompt(at, Sampler(request.sampling, ids), limit, region, routes, never)
                 self._check_context(len(ids), 0 if layout.alone else prefixes[b], limit, prompt.most_queries)
@@ -374,7 +374,7 @@ class TrunkStage(FromFolder):
         """Runs the branches in chunks per image; the input of each decoder, in the order of `pending`."""
         # by index into `pending`
         embeddings = {i: item.embedding for i, item in enumerate(pending) if item.embedding is not None}
-        blind = [i for i, item in enumerate(pending) if not item.branch.sees_image and item.embedding is None]
+        blind = [i for i, item in enumerate(pending) if not item.branch.reads_image and item.embedding is None]
         embeddings |= zip(blind, self.word_links.embeddings([pending[i] for i in blind]), strict=True)
         waiting = [i for i in range(len(pending)) if i not in embeddings]
         for numbers in split_passes([pending[i] for i in waiting], chunk, self.prompt_layout == "sequential"):

@@ -65,7 +65,7 @@ class WordLinks:
         made = []
         for start in range(0, len(keys), AT_ONCE):
             part = keys[start : start + AT_ONCE]
-            branches = [Branch(0, key.prompt, route=key.route, sees_image=False) for key in part]
+            branches = [Branch(0, key.prompt, route=key.route, reads_image=False) for key in part]
             links = self._compute(branches, [key.is_keypoint for key in part])
             made += [(key, links[key.decoder][number].clone()) for number, key in enumerate(part)]
         return made

@@ -22,6 +22,12 @@ def check_recipe(recipe: Recipe, settings: ModelSettings, vocab_size: int) -> No
     The model is built only if the recipe names modules, on the meta device.
     """
     check_mlflow(recipe)
+    if settings.image_adapters and not settings.published_tokens:
+        raise UserError(
+            f"model '{settings.name}' has image_adapters but no published LLM, which would stay random; start from a "
+            "folder of 'lumen-ray convert pretrained', or leave image_adapters out",
+            "invalid_config",
+        )
     for name in settings.decoder_names:
         check_usable(name)
     for stage in recipe.stages:

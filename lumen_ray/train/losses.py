@@ -81,6 +81,10 @@ def per_task(batch: TrainingBatch, losses: dict[str, LossTerm], names: tuple[str
         if name not in losses or (each := losses[name].each) is None:
             continue
         index, values = tasks.to(device), each.float()
+        if name == "lm":  # prompts of words alone have no text to learn
+            learned = torch.zeros(len(tasks) + 1, dtype=torch.bool)
+            learned[batch.layout.branch_ids[batch.layout.labels != IGNORE].cpu()] = True
+            index, values = index[learned[:-1].to(device)], values[learned[:-1].to(device)]
         if name in _DECODER_OF:
             links, layout = served_links(_DECODER_OF[name], batch), batch.layout
             family = DECODERS[_DECODER_OF[name]].family

@@ -77,7 +77,7 @@ class Branch:
     on each image behind the first is seen.
     `links`: number of the routing tokens in its responses, each of which is followed by queries, then by more text;
     with 0 they are words like any other.
-    `sees_image`: False for a perception prompt whose link is made of its words alone (`links_see_image` of the
+    `reads_image`: False for a perception prompt whose link is made of its words alone (`links_see_image` of the
     settings): the same for every image, so it can be kept. Its routing token is then not supervised.
 
     `group`: prompts of one image and group are one request: expert decoders process them jointly, and the sequential
@@ -97,4 +97,4 @@ class Branch:
     system: str = ""
     image_turns: tuple[int, ...] = ()
     links: int = 0
-    sees_image: bool = True
+    reads_image: bool = True

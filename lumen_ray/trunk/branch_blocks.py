@@ -19,7 +19,7 @@ from lumen_ray.trunk.layout import Layout
 
 #: Blocks are used where they save at least this share of the products; each costs more than one of torch's attention.
 SAVING = 0.5
-#: Attention weights that are held at a time.
+#: Attention weights that are computed at a time; with gradients all are kept.
 MOST_WEIGHTS = 1 << 24
 
 

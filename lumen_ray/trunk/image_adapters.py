@@ -29,11 +29,11 @@ _pass = threading.local()
 @contextmanager
 def _about_images(tokens: Tensor | None) -> Iterator[None]:
     """Context in which the adapters of this thread act on `tokens`: bool [B, T], None for no token."""
-    _pass.tokens = tokens
+    before, _pass.tokens = getattr(_pass, "tokens", None), tokens
     try:
         yield
     finally:
-        _pass.tokens = None
+        _pass.tokens = before
 
 
 class AdaptedLinear(CpuLinear):
@@ -44,13 +44,13 @@ class AdaptedLinear(CpuLinear):
     scale: float
 
     def forward(self, input: Tensor) -> Tensor:
-        """input [B, T, in] -> [B, T, out]."""
+        """input [B, T, in] or [B * T, in] -> [B, T, out] or [B * T, out]."""
         out = super().forward(input)
         tokens: Tensor | None = getattr(_pass, "tokens", None)
         if tokens is None:
             return out
         change = F.linear(F.linear(input, self.lora_A), self.lora_B * self.scale)
-        return out + change.masked_fill(~tokens[..., None], 0.0)
+        return out + change.masked_fill(~tokens.reshape(input.shape[:-1])[..., None], 0.0)
 
 
 class _AdaptedBlock:

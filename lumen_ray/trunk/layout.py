@@ -8,7 +8,7 @@ One image is a *prefix*: its image tokens, encoded once. Each prompt about it is
 
 A branch attends to the prefix and to itself, never to another branch: a 4-D mask, and position ids that restart at the
 end of the prefix. So a prompt's result depends neither on the other prompts, nor on their order, nor on the batch.
-A branch with `sees_image` False attends to the lead and to itself, at positions that follow the lead.
+A branch with `reads_image` False attends to the lead and to itself, at positions that follow the lead.
 
 A conversation may have several images. Each is a segment of the prefix, encoded by itself at its position: images do
 not attend to each other. The first is seen by all turns, each of the others from its question on.
@@ -104,7 +104,7 @@ def branch_span(index: int, branch: Branch, tokenizer: LumenTokenizer, alone: bo
     else:
         _add_taught_turns(span, branch, tokenizer, tokenizer.turns, alone)
     if branch.route is not None:
-        span.add([tokenizer.ids[branch.route]], branch.sees_image)
+        span.add([tokenizer.ids[branch.route]], branch.reads_image)
         span.add_queries(index, branch.route, tokenizer.ids[PAD])
         return span
     if branch.response is not None and len(span.queries) != branch.links:
@@ -285,7 +285,7 @@ def _token_grids(rows: _Rows, branches: Sequence[Branch], pad: int) -> dict[str,
         grids["branch_ids"][image, start:end] = span.owner
         grids["offsets"][image, start:end] = np.arange(len(span.tokens))
         grids["last_slots"][span.members] = image, end - 1
-        if not branches[span.owner].sees_image:
+        if not branches[span.owner].reads_image:
             grids["images"][image, start:end] = grids["seen"][image, start:end] = 0
         elif turns := branches[span.owner].image_turns:
             grids["images"][image, start:end] += len(turns)

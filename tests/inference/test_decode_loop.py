@@ -296,6 +296,58 @@ def test_another_thread_goes_on_when_the_one_that_took_the_steps_leaves(error):
     assert loop.bytes_held == 0 and not loop._watching
 
 
+def test_an_answer_is_given_up_while_others_are_written():
+    """Its caller goes on before the others are done, and no more than a token is written for it."""
+    trunk = make_trunk()
+    loop, prefix = make_loop(trunk), trunk.encode(IMAGES)
+    (long,) = loop.submit(prefix, [prompt(QUESTIONS[1], 1, 300)])
+    begun = threading.Event()
+
+    def write():
+        with torch.inference_mode():
+            loop.wait([long])
+
+    def stop(writing):
+        if len(writing.tokens) == 2:
+            begun.set()
+        if len(writing.tokens) >= 4:
+            raise KeyError("gone")
+
+    thread = threading.Thread(target=write)
+    with torch.inference_mode():
+        (short,) = loop.submit(prefix, [prompt(QUESTIONS[2], 1, 300)])
+        thread.start()
+        with pytest.raises(KeyError):
+            loop.wait([short], stop)
+        left = len(short.tokens)
+    assert long.end is None
+    thread.join(timeout=60)
+    assert len(short.tokens) == left and short.end == "cancelled"
+    assert long.tokens == naive_greedy(trunk, IMAGES[1], QUESTIONS[1], 300)
+
+
+def test_a_turn_that_is_interrupted_stops_nobody(monkeypatch):
+    trunk = make_trunk()
+    loop, prefix = make_loop(trunk), trunk.encode(IMAGES)
+    (written,) = loop.submit(prefix, [prompt(QUESTIONS[1], 1, 5)])
+    thread = threading.Thread(target=lambda: loop.wait([written]))
+    waits = loop._changed.wait_for
+
+    def interrupted(ready, *args):
+        if threading.current_thread() is threading.main_thread():
+            loop._busy = False
+            thread.start()  # sees that a thread is arriving, and sleeps once this one leaves the lock
+            waits(lambda: len(loop._changed._waiters) > 1, 10)
+            raise KeyboardInterrupt
+        return waits(ready, *args)
+
+    monkeypatch.setattr(loop._changed, "wait_for", interrupted)
+    with pytest.raises(KeyboardInterrupt), loop.turn():
+        pass
+    thread.join(timeout=30)
+    assert not thread.is_alive() and len(written.tokens) == 5
+
+
 def test_new_work_waits_for_one_step_at_most():
     trunk = make_trunk()
     loop, prefix = make_loop(trunk), trunk.encode(IMAGES)

@@ -6,10 +6,12 @@ import torch
 from support.tiny_models import scrambled, tiny_loaded
 
 from lumen_ray.inference import word_links
+from lumen_ray.inference.branches import BranchPlanner
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import make_request
 from lumen_ray.inference.word_links import WordLinks
 from lumen_ray.structures import Region
+from lumen_ray.tasks import TASKS
 
 CLASSES = ["red circle", "blue square", "green dot", "triangle"]
 
@@ -89,6 +91,26 @@ def test_the_oldest_links_make_room(engine):
     assert len(calls) == 2
     assert len(kept.embeddings([items["b"], items["c"], items["a"]])) == 3
     assert len(calls) == 3 and len(calls[2]) == 1
+
+
+@pytest.mark.parametrize(
+    ("trained", "text", "route", "reads"),
+    [
+        (("detect", "ground", "chat"), "where may that be", "ground", False),
+        (("detect", "ground", "refer", "chat"), "where may that be", "ground", True),
+        (("detect", "ground", "refer", "chat"), "point to the left one", "ground", True),
+        (("detect", "ground", "refer", "chat"), "ground a red circle", "ground", False),
+        (("detect", "ground", "refer", "chat"), "are there any dogs", "detect", False),
+    ],
+)
+def test_a_route_chosen_in_chat_reads_the_image_where_its_links_were_trained_so(trained, text, route, reads):
+    planner = BranchPlanner(dict.fromkeys(trained, "lumen"), {}, trained, links_see_image=False)
+    (item,) = planner.routed_branches(make_request("chat", text=text), TASKS[route], 0, 0)
+    assert item.branch.reads_image == reads
+    (item,) = BranchPlanner(dict.fromkeys(trained, "lumen"), {}, trained).routed_branches(
+        make_request("chat", text=text), TASKS[route], 0, 0
+    )
+    assert item.branch.reads_image
 
 
 def _pending(engine, name):

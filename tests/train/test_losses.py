@@ -19,7 +19,7 @@ from lumen_ray.recipe import AugmentSettings
 from lumen_ray.tasks import TASKS
 from lumen_ray.train import parallel
 from lumen_ray.train.launch import train_local
-from lumen_ray.train.losses import TASK_NAMES, StepLosses, expected_counts
+from lumen_ray.train.losses import TASK_NAMES, StepLosses, expected_counts, per_task
 
 TEXT = ["caption", "vqa", "region_caption", "chat"]
 CPU = torch.device("cpu")
@@ -101,6 +101,20 @@ def test_what_is_known_beforehand_is_what_the_losses_count():
     assert expected["heatmap"] == expected["box"] >= expected["mask"] > 0
     text_only = expected_counts(scene_batch(2, tuple(TEXT)), (*model.loss_names, "other"))
     assert text_only[1:].tolist() == [0] * (len(model.loss_names) - 1) + [1]
+
+
+def test_prompts_without_a_text_to_learn_are_not_in_the_mean_of_their_task():
+    """Those of words alone, whose routing token is learned in a question beside the image."""
+    tasks, settings = ("detect", "pose", "caption"), BranchSettings(max_routes=1)
+    collator = Collator(tiny_tokenizer(), SIDE, tasks, scenes.SKELETONS, settings, links_see_image=False)
+    row = scenes.scene_row(0, 3, SIDE)
+    batch = collator([row], [decode(row["image"])], [np.random.default_rng(0)])
+    losses = tiny_model(links_see_image=False)(batch)
+    sums, counts = per_task(batch, losses, ("lm",), CPU)[0]
+    texts = [batch.tasks[i] for i in range(len(batch.tasks)) if losses["lm"].each[i] > 0]
+    assert len(texts) < len(batch.tasks) - 3
+    assert counts.tolist() == [texts.count(name) for name in TASK_NAMES]
+    assert float(sums.sum()) == pytest.approx(float(losses["lm"].each.sum()))
 
 
 @pytest.mark.parametrize("decoder", ["grounding_dino", "unipose"])

@@ -14,9 +14,9 @@ from lumen_ray.trunk.layout import IGNORE, build_layout
 TOKENIZER = tiny_tokenizer()
 NONE = torch.zeros(0)
 BLIND = [
-    Branch(0, "detect red circle", route="[DET]", sees_image=False),
-    Branch(0, "locate head of figure", route="[POSE]", parent=0, sees_image=False),
-    Branch(0, "segment blue square", route="[SEG]", sees_image=False),
+    Branch(0, "detect red circle", route="[DET]", reads_image=False),
+    Branch(0, "locate head of figure", route="[POSE]", parent=0, reads_image=False),
+    Branch(0, "segment blue square", route="[SEG]", reads_image=False),
 ]
 LOOKING = [Branch(0, "detect red circle", route="[DET]"), Branch(0, "what is this ?", response="a circle")]
 

@@ -166,8 +166,8 @@ class SamplePrompts:
             sigmas = keypoint_sigmas(self.skeletons[phrase])
             for k, name in enumerate(self.skeletons[phrase]):
                 text = task.keypoint_prompt(name, phrase)
-                sees = self.links_see_image
-                branch = Branch(self.image, text, route=task.routing_token, parent=parent, sees_image=sees)
+                reads = self.links_see_image
+                branch = Branch(self.image, text, route=task.routing_token, parent=parent, reads_image=reads)
                 self.batch.add("pose", branch, Target(instances, k, sigmas[k]))
 
     def add_phrases(self) -> None:
@@ -199,7 +199,7 @@ class SamplePrompts:
         whose answer is the routing token: in free chat the LLM writes it with the image before its eyes."""
         batch = self.batch
         added = list(enumerate(zip(batch.branches, batch.tasks, strict=True)))[first:]
-        unseen = [number for number, (branch, _) in added if not branch.sees_image and branch.parent < 0]
+        unseen = [number for number, (branch, _) in added if not branch.reads_image and branch.parent < 0]
         if not unseen:  # draws nothing, so that other models' batches do not depend on this
             return
         for number in draw(unseen, self.settings.max_routes, self.rng):
@@ -277,8 +277,8 @@ class SamplePrompts:
     def _routed(self, task: Task, phrase: str, target: Target, request: str = "", regions: tuple[int, ...] = ()) -> int:
         """Adds a branch that is answered by the task's routing token, in a phrasing drawn at random."""
         text = task.prompt(phrase, int(self.rng.integers(len(task.templates))))
-        sees = self.links_see_image or task.is_about_one_image
-        branch = Branch(self.image, text, route=task.routing_token, regions=regions, sees_image=sees)
+        reads = self.links_see_image or task.link_reads_image
+        branch = Branch(self.image, text, route=task.routing_token, regions=regions, reads_image=reads)
         return self.batch.add(task.name, branch, target, request)
 
 

@@ -38,20 +38,28 @@ class Prompt:
     keypoint_names: tuple[str, ...] = ()
     edges: list[list[int]] = field(default_factory=list)
     labelled: int = -1  # of a keypoint prompt: number of instances in which it is labelled
+    is_linked: bool = False  # whether a decoder reads a link of it
+    reads_image: bool = True
     picture: np.ndarray | None = None  # target of generation or editing, uint8 [h, w, 3]
 
     @property
     def negative(self) -> bool:
         """Whether it is a perception prompt without targets."""
-        finds = not TASKS[self.task].is_text and TASKS[self.task].result != "image"
+        finds = not TASKS[self.task].is_text and TASKS[self.task].result != "image" and self.is_linked
         return finds and self.parent < 0 and not self.boxes
 
     @property
     def note(self) -> str:
-        """Its targets and number of tokens, in words."""
+        """Its targets and number of tokens, in words, and whether it sees the image."""
+        return self._targets_in_words if self.reads_image else f"{self._targets_in_words}, without the image"
+
+    @property
+    def _targets_in_words(self) -> str:
         if TASKS[self.task].is_text:
             finds = f"{self.crowd.count(False)} to find, " if self.boxes else ""
             return f"{finds}{self.num_tokens} tokens"
+        if not self.is_linked:
+            return f"its answer is the routing token, {self.num_tokens} tokens"
         if self.parent >= 0:
             return f"labelled in {self.labelled}, {self.num_tokens} tokens"
         if self.picture is not None:
@@ -72,6 +80,7 @@ def prompts_of(view: View, tokenizer: LumenTokenizer, edges: dict[str, Any]) -> 
     for index, task in enumerate(view.batch.tasks):
         places = torch.nonzero(layout.branch_ids[0] == index).flatten()
         prompt = Prompt(index, task, _tokens(layout, places, queries, tokenizer), len(places))
+        prompt.reads_image = bool(layout.images[0, places].any())
         slots = layout.region_slots[:, 1]
         prompt.regions = layout.region_index[torch.isin(slots, places)].tolist()
         prompts.append(prompt)
@@ -80,6 +89,7 @@ def prompts_of(view: View, tokenizer: LumenTokenizer, edges: dict[str, Any]) -> 
             continue
         members, parents = layout.link_branches[family].tolist(), layout.link_parents[family].tolist()
         for link, branch in enumerate(members):
+            prompts[branch].is_linked = True
             if parents[link] >= 0:
                 prompts[branch].parent = members[parents[link]]
             if isinstance(targets, ImageTargets):

@@ -101,8 +101,8 @@ class LumenDecoder(Decoder):
         self.pose = PoseHead(dense_channels, link_channels, c, settings.pose_grid)
 
     def forward(self, link: SuperLink, dense: Tensor) -> LumenRaw:
-        """link of P prompts, dense [B, D, H/4, W/4] -> maps of all object prompts, without gradients of those whose
-        object may be in the image."""
+        """link of P prompts, dense [B, D, H/4, W/4] -> maps of all object prompts; in eval mode and without gradients
+        of those whose object may be in the image."""
         features = self.neck(dense)
         h, w = features.shape[-2:]
         position = sine_position(h, w, features.shape[1], dense.device)
@@ -112,7 +112,7 @@ class LumenDecoder(Decoder):
         presence, absent = None, objects[:0]
         if self.presence is not None:
             presence = self.presence(tokens, maps, link.image_index[objects])
-            if not torch.is_grad_enabled() and self.settings.presence_threshold > 0:
+            if not (self.training or torch.is_grad_enabled()) and self.settings.presence_threshold > 0:
                 possible = presence.sigmoid() >= self.settings.presence_threshold
                 objects, absent = objects[possible], objects[~possible]
                 tokens, presence = tokens[possible], presence[possible]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from lumen_ray.decoders.common.ragged import Seats
 
-#: Products of prompts and places that are held at a time.
-MOST_PRODUCTS = 1 << 24
+#: Matches of prompts and places that are held at a time.
+MOST_MATCHES = 1 << 24
 
 
 class PresenceHead(nn.Module):
@@ -38,7 +38,7 @@ class PresenceHead(nn.Module):
         key, value, against = self.place(places_BLC).chunk(3, dim=-1)
         width, (images, places) = key.shape[-1], key.shape[:2]
         found = []
-        step = max(1, MOST_PRODUCTS // max(1, images * places))
+        step = max(1, MOST_MATCHES // max(1, images * places))
         for some in torch.arange(len(tokens_PC), device=tokens_PC.device).split(step):
             seats = Seats.of(image_index[some], images)
             read = F.scaled_dot_product_attention(seats.fill(query[some]), key, value)  # B S C

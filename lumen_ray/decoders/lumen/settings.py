@@ -29,7 +29,7 @@ class LumenSettings(DecoderSettings):
     )
     presence_weight: float = Field(0.5, ge=0, description="weight of its cross entropy")
     presence_threshold: float = Field(
-        0.02, ge=0, le=1, description="prompts below it are answered by no object without a look at places; 0: none are"
+        0.02, ge=0, lt=1, description="prompts below it are answered by no object without a look at places; 0: none are"
     )
     topk_assign: int = Field(9, gt=0, description="positive places per object")
     pose_grid: int = Field(12, gt=0, description="cells per side of the grid sampled in a box for keypoints")
@@ -42,4 +42,4 @@ class LumenSettings(DecoderSettings):
         return self.stride
 
     def weight_semantics(self) -> dict[str, Any]:
-        return {"num_heads": self.num_heads}
+        return {"num_heads": self.num_heads, "presence": self.presence}

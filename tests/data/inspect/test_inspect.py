@@ -23,7 +23,7 @@ from lumen_ray.data.shards import shards
 from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.data.shards.statistics import Statistics
 from lumen_ray.keypoints import FIGURE_EDGES, FIGURE_KEYPOINTS
-from lumen_ray.tasks import TASKS, UNDERSTANDING
+from lumen_ray.tasks import ROUTING_TOKENS, TASKS, UNDERSTANDING
 
 FILE = "part-00000.parquet"
 BROKEN = "broken.jpg"
@@ -79,7 +79,7 @@ def test_prompts_and_targets_are_those_of_the_collator(sampler, rows):
     for number in range(8):
         collator = Collator(
             reader.tokenizer, reader.input_size, UNDERSTANDING, reader.skeletons, stage.branches, stage.augment,
-            reader.frequencies,
+            reader.frequencies, links_see_image=reader.links_see_image,
         )  # fmt: skip
         rng = row_rng(sampler.recipe.seed, 0, FILE, number // 4, number % 4)
         batch = collator([rows[number]], [decode(rows[number]["image"])], [rng])
@@ -90,11 +90,16 @@ def test_prompts_and_targets_are_those_of_the_collator(sampler, rows):
         assert sum(p.num_tokens for p in prompts) == int((batch.layout.branch_ids >= 0).sum())
         present = [i["phrase"] for i in rows[number]["instances"]]
         for prompt in prompts:
-            if prompt.task in ("detect", "segment", "count"):
+            if not prompt.is_linked and not TASKS[prompt.task].is_text:
+                assert prompt.note.startswith("its answer is the routing token") and prompt.reads_image
+                assert prompt.tokens[-2][0] in ROUTING_TOKENS and prompt.tokens[-2][2] and not prompt.negative
+            elif prompt.task in ("detect", "segment", "count"):
                 assert len(prompt.boxes) == present.count(prompt.phrase)
                 assert prompt.negative == (prompt.phrase not in present)
-                assert prompt.tokens[-5][0] in ("[DET]", "[SEG]") and prompt.tokens[-5][2]
+                assert prompt.tokens[-5][0] in ("[DET]", "[SEG]") and prompt.tokens[-5][2] == prompt.reads_image
+                assert prompt.note.endswith("without the image") != reader.links_see_image
                 assert [kind for _, kind, _ in prompt.tokens[-4:]] == ["query"] * 4
+        assert sum(not p.is_linked and not TASKS[p.task].is_text for p in prompts) == stage.branches.max_routes
         told = {" ".join(t["content"] for t in m["turns"][1::2]) for m in rows[number]["messages"]}
         for prompt in prompts:
             learned = "".join(text for text, kind, is_learned in prompt.tokens if is_learned and kind == "text")
@@ -306,9 +311,9 @@ def test_classes_may_stand_in_a_file(tmp_path):
 
 def test_a_crowd_is_ignored_not_found():
     boxes = [[0.0, 0, 1, 1]] * 3
-    prompt = Prompt(0, "detect", [], 9, boxes=boxes, crowd=[False, True, False])
+    prompt = Prompt(0, "detect", [], 9, boxes=boxes, crowd=[False, True, False], is_linked=True)
     assert prompt.note == "2 to find, 1 crowds ignored, 9 tokens" and not prompt.negative
-    assert Prompt(0, "detect", [], 9).note == "nothing to find, 9 tokens"
+    assert Prompt(0, "detect", [], 9, is_linked=True).note == "nothing to find, 9 tokens"
 
 
 def test_a_text_with_links_shows_all_their_objects(tmp_path):
