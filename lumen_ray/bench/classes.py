@@ -70,14 +70,21 @@ class _Side:
 
 
 def bench(
-    *, against: str | None = None, model: str = DEFAULT_MODEL, threads: int = 1, turns: int = 3, counts: Any = COUNTS
+    *,
+    against: str | None = None,
+    model: str = DEFAULT_MODEL,
+    against_model: str | None = None,
+    threads: int = 1,
+    turns: int = 3,
+    counts: Any = COUNTS,
 ) -> Iterator[Result]:
-    """A result for each number of classes. Raises `SidesDiffer` if the checkouts find different instances with the same
-    weights; what is bundled may differ."""
+    """A result for each number of classes. `against_model`: that of the other checkout, by default `model`. Raises
+    `SidesDiffer` if the checkouts find different instances with the same weights."""
     image = decode(scenes.scene_row(0, 1, 128)["image"]).tolist()
     roots = {THIS: Path(__file__).parents[2]} | ({OTHER: Path(against)} if against else {})
     with ExitStack() as stack:
-        sides = {name: _Side(root, model, threads) for name, root in roots.items()}
+        models = {THIS: model, OTHER: against_model or model}
+        sides = {name: _Side(root, models[name], threads) for name, root in roots.items()}
         for side in sides.values():
             stack.callback(side.close)
         same_weights = len({side.version for side in sides.values()}) == 1

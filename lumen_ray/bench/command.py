@@ -84,7 +84,7 @@ def _check_prompts(args: argparse.Namespace) -> None:
 def _classes(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
     from lumen_ray.bench import classes
 
-    given = {"model": args.model, "threads": args.threads, "turns": args.turns}
+    given = {"model": args.model, "threads": args.threads, "turns": args.turns, "against_model": args.against_model}
     return classes.bench(against=args.against, **_set(given))
 
 
@@ -93,6 +93,8 @@ def _check_classes(args: argparse.Namespace) -> None:
 
     classes.check(args.against)
     _check_prompts(args)
+    if args.against_model and not args.against:
+        raise UserError("--against-model is the model of another checkout; give that with --against", "usage")
 
 
 def _gpu(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
@@ -212,6 +214,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, help="steps of a side per turn, warm-up included")
     p = _add_kind(kinds, "prompts", "images per second against the number of classes")
     p.add_argument("--against", metavar="CHECKOUT", help="folder of another checkout, to compare with in turns")
+    p.add_argument("--against-model", metavar="MODEL", help="model that it is asked with (default: that of --model)")
     p.add_argument("--model", help="model folder, or name of bundled weights (default: nano)")
     p.add_argument("--threads", type=int, help="threads of each side (default: 1)")
     p = _add_kind(kinds, "objects", "time against the number of objects, beside boxes written as tokens")
