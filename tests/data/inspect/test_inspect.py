@@ -23,7 +23,7 @@ from lumen_ray.data.shards import shards
 from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.data.shards.statistics import Statistics
 from lumen_ray.keypoints import FIGURE_EDGES, FIGURE_KEYPOINTS
-from lumen_ray.tasks import ROUTING_TOKENS, TASKS, UNDERSTANDING
+from lumen_ray.tasks import ROUTING_TOKENS, TASKS
 
 FILE = "part-00000.parquet"
 BROKEN = "broken.jpg"
@@ -58,6 +58,16 @@ def sampler(folder):
     return Sampler(folder, shards.read_manifest(folder), load_recipe(None))
 
 
+@pytest.fixture(scope="module", params=[None, "nano-words"])
+def samplers(folder, request):
+    """Of a recipe whose links see the image, and of one whose links do not."""
+    recipe = load_recipe(request.param)
+    if request.param is None:
+        return Sampler(folder, shards.read_manifest(folder), recipe)
+    joint = next(stage for stage in recipe.stages if "detect" in stage.groups[0].tasks)
+    return Sampler(folder, shards.read_manifest(folder), recipe.model_copy(update={"stages": (joint,)}))
+
+
 def view_of(sampler, number):
     return sampler.view(FILE, number // 4, number % 4, np.random.default_rng(0))
 
@@ -74,12 +84,13 @@ def test_samples_are_different_rows_from_all_over_the_folder(folder, number):
         assert places != [4 * g + r for _, g, r in sample_places(manifest, number, seed=4)]
 
 
-def test_prompts_and_targets_are_those_of_the_collator(sampler, rows):
+def test_prompts_and_targets_are_those_of_the_collator(samplers, rows):
+    sampler = samplers
     reader, stage = sampler.reader, sampler.recipe.stages[0]
     for number in range(8):
         collator = Collator(
-            reader.tokenizer, reader.input_size, UNDERSTANDING, reader.skeletons, stage.branches, stage.augment,
-            reader.frequencies, links_see_image=reader.links_see_image,
+            reader.tokenizer, reader.input_size, stage.groups[0].tasks, reader.skeletons, stage.branches,
+            stage.augment, reader.frequencies, links_see_image=reader.links_see_image,
         )  # fmt: skip
         rng = row_rng(sampler.recipe.seed, 0, FILE, number // 4, number % 4)
         batch = collator([rows[number]], [decode(rows[number]["image"])], [rng])
@@ -99,7 +110,8 @@ def test_prompts_and_targets_are_those_of_the_collator(sampler, rows):
                 assert prompt.tokens[-5][0] in ("[DET]", "[SEG]") and prompt.tokens[-5][2] == prompt.reads_image
                 assert prompt.note.endswith("without the image") != reader.links_see_image
                 assert [kind for _, kind, _ in prompt.tokens[-4:]] == ["query"] * 4
-        assert sum(not p.is_linked and not TASKS[p.task].is_text for p in prompts) == stage.branches.max_routes
+        questions = sum(not p.is_linked and not TASKS[p.task].is_text for p in prompts)
+        assert questions == (0 if reader.links_see_image else stage.branches.max_routes)
         told = {" ".join(t["content"] for t in m["turns"][1::2]) for m in rows[number]["messages"]}
         for prompt in prompts:
             learned = "".join(text for text, kind, is_learned in prompt.tokens if is_learned and kind == "text")
