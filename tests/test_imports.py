@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1] / "lumen_ray"
 LAYERS = (
     (
         "version", "errors", "config", "structures", "answer", "tasks", "presets", "console", "keypoints", "attention",
-        "precision", "targets", "input_size", "superlink", "meta_init", "ray_env", "ray_log", "viz",
+        "cpu_linear", "precision", "targets", "input_size", "superlink", "meta_init", "ray_env", "ray_log", "viz",
         "installation",
     ),
     ("checkpoints",),
