@@ -132,7 +132,7 @@ class BranchPlanner:
         asked = [t for t in trained if t.routing_token == task.routing_token and t.needs != "region"]
         if named and TASKS[named[0]].routing_token == task.routing_token:
             asked = [TASKS[named[0]]]
-        reads = any(self._reads_image(t) for t in asked)
+        reads = any(self._reads_image(t) for t in asked or [task])
         branch = Branch(image, request.text, route=task.routing_token, group=index, reads_image=reads)
         return [PendingBranch(branch, prompt, self.decoder(task))]
 

@@ -227,7 +227,7 @@ class Trunk(nn.Module):
         if layout.pack is not None:
             return self._packed(embeds, layout, layout.pack, of_images, segments)
         positions = position_ids(layout, segments)
-        dropped = self.training and getattr(self.llm.config, "attention_dropout", 0.0)
+        dropped = self.training and float(getattr(self.llm.config, "attention_dropout", None) or 0) > 0
         if self.trains_in_blocks and self._takes_blocks and embeds.device.type == "cpu" and not dropped:
             visible = visible_prefix(*_seen(layout, has_image, segments))
             blocks = BranchBlocks.of(layout, visible, prefix_allowed(segments, self.settings.prefix_attention))
