@@ -46,6 +46,16 @@ def visible_prefix(seen: Tensor, segments: Tensor, alone: Tensor | None = None) 
     return visible if alone is None else visible & ~alone[:, None, None]
 
 
+def seen_prefix(layout: Layout, has_image: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The arguments of `visible_prefix` for rows of which some have no image; `has_image` bool [B]."""
+    return layout.seen * has_image[:, None], segments, layout.alone
+
+
+def rows_allowed(layout: Layout, has_image: Tensor, segments: Tensor) -> Tensor:
+    """`branch_allowed` for rows of which some have no image."""
+    return branch_allowed(layout.branch_ids, *seen_prefix(layout, has_image, segments))
+
+
 def packed_allowed(pack: Tensor, layout: Layout, segments: Tensor, mode: str) -> Tensor:
     """Attention mask of packed rows: `prefix_allowed` and `branch_allowed` within each sample.
 
@@ -72,6 +82,13 @@ def position_ids(layout: Layout, segments: Tensor) -> Tensor:
     starts = (segments < 0).sum() + layout.images * (segments == 0).sum()
     starts = torch.where(layout.alone[:, None], 0, starts)
     return torch.cat([image, starts + layout.offsets], dim=1)
+
+
+def branch_starts(layout: Layout, segments: Tensor, ends: Tensor) -> Tensor:
+    """The position of the first token of each token's branch behind a cached prefix, whose images end at `ends` [B]:
+    int64 [B, T]."""
+    behind = torch.where(layout.images == 0, (segments < 0).sum(), ends[:, None])
+    return torch.where(layout.alone[:, None], 0, behind)
 
 
 def packed(pack: Tensor, values: Tensor) -> Tensor:

@@ -29,6 +29,12 @@ class Prefix:
     segments: Tensor  # int64 [length]: the image of a row that each token belongs to, -1 for the lead
     ends: Tensor  # int64 [B]: the position behind the last token
 
+    @classmethod
+    def without_images(cls, valid: Tensor, cache: DynamicCache, segments: Tensor, ends: Tensor) -> Prefix:
+        """The prefix of branches that see no image."""
+        none = torch.zeros(len(valid), 0, 0, 0, device=valid.device)
+        return cls(none, none, None, valid, cache, segments, ends)
+
     @property
     def length(self) -> int:
         return len(self.segments)

@@ -7,8 +7,7 @@ give the same results.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -30,13 +29,16 @@ from lumen_ray.trunk.decoding import ATTENTION, DecodingStep, check_attention
 from lumen_ray.trunk.dense import ConvStem, DenseFeatures
 from lumen_ray.trunk.image_adapters import adapt
 from lumen_ray.trunk.layout import IGNORE, Layout
+from lumen_ray.trunk.lm_losses import distilled_losses, next_token_losses, without_adapters
 from lumen_ray.trunk.masks import (
-    branch_allowed,
+    branch_starts,
     packed,
     packed_allowed,
     position_ids,
     prefix_allowed,
     prefix_segments,
+    rows_allowed,
+    seen_prefix,
     unpacked,
     visible_prefix,
 )
@@ -197,11 +199,12 @@ class Trunk(nn.Module):
         hidden = self._hidden(embeds, layout, batch.has_image, segments)
         branches = hidden[:, prefix:]
         if batch.distil:
-            with torch.no_grad(), _without_adapters(self.llm):
+            with torch.no_grad(), without_adapters(self.llm):
                 own = self._hidden(embeds, layout, batch.has_image, segments)[:, prefix:]
-            losses = self._distilled(branches, own, layout.labels)
+            published = self.settings.published_tokens
+            losses = distilled_losses(self.llm.lm_head, branches, own, layout.labels, published)
         else:
-            losses = self._lm_losses(branches, layout.labels)
+            losses = next_token_losses(self.llm.lm_head, branches, layout.labels)
         supervised = (layout.labels[:, 1:] != IGNORE).sum().float()
         dense = None
         if self.dense is not None and layout.query_slots and reads_dense(batch.decoders):
@@ -227,40 +230,44 @@ class Trunk(nn.Module):
         if layout.pack is not None:
             return self._packed(embeds, layout, layout.pack, of_images, segments)
         positions = position_ids(layout, segments)
+
+        def run(blocks: BranchBlocks | None) -> Any:
+            mask = None if blocks else self._training_mask(layout, has_image, segments, embeds.dtype)
+            return self._llm(embeds, positions, of_images, mask, branch_blocks=blocks)
+
+        blocks = None
         dropped = self.training and float(getattr(self.llm.config, "attention_dropout", None) or 0) > 0
-        if self.trains_in_blocks and self._takes_blocks and embeds.device.type == "cpu" and not dropped:
-            visible = visible_prefix(*_seen(layout, has_image, segments))
+        if self.trains_in_blocks and embeds.device.type == "cpu" and not dropped:
+            visible = visible_prefix(*seen_prefix(layout, has_image, segments))
             blocks = BranchBlocks.of(layout, visible, prefix_allowed(segments, self.settings.prefix_attention))
-            if blocks is not None:
-                hidden = self._llm(embeds, embeds.new_zeros(1, 1, 1, 1), positions, of_images, blocks)
-                if blocks.attended:
-                    return hidden
-                self._takes_blocks = False  # an LLM whose class has an attention of its own
-        mask = self._training_mask(layout, has_image, segments, embeds.dtype)
-        return self._llm(embeds, mask, positions, of_images)
+        return self._attending(run, blocks).last_hidden_state
 
     def _llm(
-        self,
-        embeds: Tensor,
-        mask: Tensor,
-        positions: Tensor,
-        of_images: Tensor,
-        blocks: BranchBlocks | None = None,
-    ) -> Tensor:
+        self, embeds: Tensor, positions: Tensor, of_images: Tensor, mask: Tensor | None = None, **others: Any
+    ) -> Any:
+        """A pass of the LLM over embeds [B, T, width]. `of_images`: bool [B, T], the tokens of rows with an image, on
+        which image adapters act; `mask`: additive, None where `others` say what attends to what."""
+        if mask is None:
+            mask = embeds.new_zeros(1, 1, 1, 1)  # none is made then, and none is read
+        if self.settings.image_adapters is not None:
+            others["image_tokens"] = of_images if bool(of_images.any()) else None
         return self.llm.model(
             inputs_embeds=embeds,
             attention_mask=mask,
             position_ids=positions,
-            use_cache=False,
-            branch_blocks=blocks,
-            **self._adapters(of_images),
-        ).last_hidden_state
+            use_cache="past_key_values" in others,
+            **others,
+        )
 
-    def _adapters(self, of_images: Tensor) -> dict[str, Tensor | None]:
-        """What the LLM needs to know for its adapters. `of_images`: bool [B, T], the tokens of rows with an image."""
-        if self.settings.image_adapters is None:
-            return {}
-        return {"image_tokens": of_images if bool(of_images.any()) else None}
+    def _attending(self, run: Callable[[BranchBlocks | None], Any], blocks: BranchBlocks | None) -> Any:
+        """A pass in `blocks`, or over whole rows where there are none or the LLM's class has an attention of its
+        own."""
+        if blocks is not None and self._takes_blocks:
+            out = run(blocks)
+            if blocks.attended:
+                return out
+            self._takes_blocks = False
+        return run(None)
 
     def _packed(self, embeds: Tensor, layout: Layout, pack: Tensor, of_images: Tensor, segments: Tensor) -> Tensor:
         """Hidden states [B, P + T, width], computed in the rows of `pack` (see `Layout`); 0 for tokens not packed."""
@@ -271,36 +278,14 @@ class Trunk(nn.Module):
         allowed = packed_allowed(pack, layout, segments, self.settings.prefix_attention)
         places = packed(pack, position_ids(layout, segments))
         mask = mask_to_bias(allowed, embeds.dtype)[:, None]
-        hidden = self._llm(rows, mask, places, packed(pack, of_images)).flatten(0, 1)
+        hidden = self._llm(rows, places, packed(pack, of_images), mask).last_hidden_state.flatten(0, 1)
         hidden = F.pad(hidden, (0, 0, 0, 1))  # tokens that are not packed read the zeros at the end
         return hidden[unpacked(pack, len(flat))].view(embeds.shape)
 
     def _training_mask(self, layout: Layout, has_image: Tensor, segments: Tensor, dtype: torch.dtype) -> Tensor:
         batch, length = layout.input_ids.shape
         top = F.pad(prefix_allowed(segments, self.settings.prefix_attention), (0, length)).expand(batch, -1, -1)
-        return mask_to_bias(torch.cat([top, _branches(layout, has_image, segments)], dim=1), dtype)[:, None]
-
-    def _lm_losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """Next-token cross entropy [B, T - 1]; only supervised positions go through the vocabulary projection."""
-        targets = labels[:, 1:]
-        supervised = targets != IGNORE
-        logits = self.llm.lm_head(hidden[:, :-1][supervised])
-        losses = torch.zeros(targets.shape, device=hidden.device)
-        losses[supervised] = F.cross_entropy(logits.float(), targets[supervised], reduction="none")
-        return losses
-
-    def _distilled(self, hidden: Tensor, own: Tensor, labels: Tensor) -> Tensor:
-        """Divergence [B, T - 1] of the next token's probabilities from those of the LLM as published, with the hidden
-        states `own`; it gives new tokens none."""
-        supervised = labels[:, 1:] != IGNORE
-        with torch.no_grad():
-            target = self.llm.lm_head(own[:, :-1][supervised]).float()
-            if known := self.settings.published_tokens:
-                target[:, known:] = -torch.inf
-        logits = self.llm.lm_head(hidden[:, :-1][supervised]).float()
-        losses = torch.zeros(supervised.shape, device=hidden.device)
-        losses[supervised] = F.kl_div(logits.log_softmax(-1), target.softmax(-1), reduction="none").sum(-1)
-        return losses
+        return mask_to_bias(torch.cat([top, rows_allowed(layout, has_image, segments)], dim=1), dtype)[:, None]
 
     @torch.inference_mode()
     def encode(self, images: Tensor, valid: Tensor | None = None, places: Tensor | None = None) -> Prefix:
@@ -310,50 +295,41 @@ class Trunk(nn.Module):
         tokens, merged, stem = self.extract_features(images)
         batch, length = tokens.shape[:2]
         segments = prefix_segments(len(self.lead), length - len(self.lead), 1, images.device)
-        allowed = prefix_allowed(segments, self.settings.prefix_attention)
-        mask = mask_to_bias(allowed, tokens.dtype).expand(batch, 1, -1, -1)
-        cache = DynamicCache()  # without the config, whose sliding windows would drop keys
         positions = torch.arange(length, device=images.device).expand(batch, -1)
         if places is not None:
             positions = positions + torch.where(segments < 0, 0, places[:, None] * (segments == 0).sum())
         valid = torch.ones(batch, dtype=torch.bool, device=images.device) if valid is None else valid
-        out = self.llm.model(
-            inputs_embeds=tokens,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            **self._adapters(valid[:, None].expand(tokens.shape[:2])),
-        )
+        states, cache = self._prefix_pass(tokens, positions, valid, segments)
         dense = None
         if self.dense is not None:
-            states = out.last_hidden_state[:, len(self.lead) :]
-            dense = self.dense(images, stem, merged, states, self.vision.grid(*images.shape[-2:]))
+            grid = self.vision.grid(*images.shape[-2:])
+            dense = self.dense(images, stem, merged, states[:, len(self.lead) :], grid)
         return Prefix(images, merged, dense, valid, cache, segments, positions[:, -1] + 1)
+
+    def _prefix_pass(
+        self, tokens: Tensor, positions: Tensor, valid: Tensor, segments: Tensor
+    ) -> tuple[Tensor, DynamicCache]:
+        """Hidden states [B, P, width] of prefix tokens, and their keys and values."""
+        mask = mask_to_bias(prefix_allowed(segments, self.settings.prefix_attention), tokens.dtype)
+        cache = DynamicCache()  # without the config, whose sliding windows would drop keys
+        of_images, rows = valid[:, None].expand(tokens.shape[:2]), mask.expand(len(tokens), 1, -1, -1)
+        return self._llm(tokens, positions, of_images, rows, past_key_values=cache).last_hidden_state, cache
 
     @torch.inference_mode()
     def lead_prefix(self) -> Prefix:
         """The prefix of prompts that see no image, as one row: the lead tokens."""
         length, device = len(self.lead), self.lead.device
         places, valid = torch.arange(length, device=device), torch.ones(1, dtype=torch.bool, device=device)
-        cache = DynamicCache()
+        segments, cache = torch.full_like(places, -1), DynamicCache()
         if length:
-            self.llm.model(
-                inputs_embeds=self.llm.get_input_embeddings()(self.lead)[None],
-                position_ids=places[None],
-                past_key_values=cache,
-                use_cache=True,
-                **self._adapters(valid[:, None].expand(1, length)),
-            )
-        none = torch.zeros(1, 0, 0, 0, device=device)
-        return Prefix(none, none, None, valid, cache, torch.full_like(places, -1), valid.long() * length)
+            embeds = self.llm.get_input_embeddings()(self.lead)[None]
+            _, cache = self._prefix_pass(embeds, places[None], valid, segments)
+        return Prefix.without_images(valid, cache, segments, valid.long() * length)
 
     def no_prefix(self, images: Tensor) -> Prefix:
         """The empty prefix of samples without images whose branches attend to none; `images` as of `encode`."""
         valid = torch.zeros(len(images), dtype=torch.bool, device=images.device)
-        none = torch.zeros(len(images), 0, 0, 0, device=images.device)
-        ends = torch.zeros(len(images), dtype=torch.int64, device=images.device)
-        return Prefix(none, none, None, valid, DynamicCache(), ends[:0], ends)
+        return Prefix.without_images(valid, DynamicCache(), valid[:0].long(), valid.long())
 
     @torch.inference_mode()
     def run_branches(
@@ -379,26 +355,19 @@ class Trunk(nn.Module):
         return self.embed_branches(layout, regions)
 
     def _run(self, prefix: Prefix, layout: Layout, embeds: Tensor) -> tuple[Tensor, DynamicCache]:
-        cache, blocks = prefix.fork(), None
-        if self._takes_blocks:
-            blocks = BranchBlocks.of(layout, visible_prefix(*_seen(layout, prefix.valid, prefix.segments)))
-        if blocks is None:
-            mask = mask_to_bias(_branches(layout, prefix.valid, prefix.segments), embeds.dtype)[:, None]
-        else:
-            mask = embeds.new_zeros(1, 1, 1, 1)  # none is made then, and none is read
-        out = self.llm.model(
-            inputs_embeds=embeds,
-            attention_mask=mask,
-            branch_blocks=blocks,
-            position_ids=_starts(layout, prefix) + layout.offsets,
-            past_key_values=cache,
-            use_cache=True,
-            **self._adapters(prefix.valid[:, None].expand(embeds.shape[:2])),
+        of_images = prefix.valid[:, None].expand(embeds.shape[:2])
+
+        def run(blocks: BranchBlocks | None) -> tuple[Tensor, DynamicCache]:
+            mask, cache = None, prefix.fork()
+            if blocks is None:
+                mask = mask_to_bias(rows_allowed(layout, prefix.valid, prefix.segments), embeds.dtype)[:, None]
+            positions = branch_starts(layout, prefix.segments, prefix.ends) + layout.offsets
+            out = self._llm(embeds, positions, of_images, mask, branch_blocks=blocks, past_key_values=cache)
+            return out.last_hidden_state, cache
+
+        return self._attending(
+            run, BranchBlocks.of(layout, visible_prefix(*seen_prefix(layout, prefix.valid, prefix.segments)))
         )
-        if blocks is not None and not blocks.attended:  # an LLM whose class has an attention of its own
-            self._takes_blocks = False
-            return self._run(prefix, layout, embeds)
-        return out.last_hidden_state, cache
 
     @property
     def key_value_bytes(self) -> int:
@@ -420,45 +389,11 @@ class Trunk(nn.Module):
         embeds = self.llm.get_input_embeddings()(torch.tensor([tokens], device=device))
         if queries:
             embeds[0, list(queries)] = torch.stack(list(queries.values())).to(embeds.dtype)
-        hidden = self.llm.model(
-            inputs_embeds=embeds,
-            attention_mask=embeds.new_zeros(1, 1, 1, 1),  # none is made then, and none is read
-            position_ids=torch.tensor([step.positions], device=device),
-            use_cache=False,
-            decoding_step=step,
-            **self._adapters(torch.tensor([step.have_images], device=device)),
-        ).last_hidden_state
+        positions = torch.tensor([step.positions], device=device)
+        of_images = torch.tensor([step.have_images], device=device)
+        hidden = self._llm(embeds, positions, of_images, decoding_step=step).last_hidden_state
         if not step.attended:
             kind = type(self.llm).__name__
             raise UserError(f"the LLM's class {kind} takes no attention function; use another LLM", "unsupported_llm")
         step.finish()
         return hidden[0]
-
-
-@contextmanager
-def _without_adapters(llm: nn.Module) -> Iterator[None]:
-    """Switches adapters of `peft` off. Its own switch would also freeze them."""
-    adapted: list[Any] = [module for module in llm.modules() if hasattr(module, "_disable_adapters")]
-    for module in adapted:
-        module._disable_adapters = True
-    try:
-        yield
-    finally:
-        for module in adapted:
-            module._disable_adapters = False
-
-
-def _starts(layout: Layout, prefix: Prefix) -> Tensor:
-    """The position of the first token of each token's branch behind a cached prefix: int64 [B, T]."""
-    behind = torch.where(layout.images == 0, (prefix.segments < 0).sum(), prefix.ends[:, None])
-    return torch.where(layout.alone[:, None], 0, behind)
-
-
-def _branches(layout: Layout, has_image: Tensor, segments: Tensor) -> Tensor:
-    """`branch_allowed` for rows of which some have no image."""
-    return branch_allowed(layout.branch_ids, *_seen(layout, has_image, segments))
-
-
-def _seen(layout: Layout, has_image: Tensor, segments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The arguments of `visible_prefix`."""
-    return layout.seen * has_image[:, None], segments, layout.alone

@@ -102,7 +102,6 @@ def test_packed_rows_equal_rows_of_their_own():
 def _answers(trunk, asked):
     """Tokens of answers to [(images, has_image, branches)], all written together, 12 each."""
     loop = DecodeLoop(trunk, TOKENIZER)
-    TOKENIZER.end_ids = frozenset()
     writings = []
     for images, has_image, branches in asked:
         prefix = trunk.encode(images, has_image)
@@ -112,7 +111,8 @@ def _answers(trunk, asked):
     return [writing.tokens for writing in writings]
 
 
-def test_answers_written_in_the_same_steps_are_those_of_each_alone():
+def test_answers_written_in_the_same_steps_are_those_of_each_alone(monkeypatch):
+    monkeypatch.setattr(TOKENIZER, "end_ids", frozenset())  # shared by other tests
     trunk = learned()
     images, one = random_images(2), torch.tensor([True])
     text, seen = Branch(0, "which one is blue ?"), Branch(0, "what is this ?")

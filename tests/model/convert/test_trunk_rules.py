@@ -147,7 +147,7 @@ def test_a_prompt_with_regions_and_queries_gives_the_reference_logits(test_data)
     segments = prefix_segments(lead=1, image_tokens=16, images=1)
     mask = trunk._training_mask(layout, torch.tensor([True, True]), segments, embeds.dtype)
     seen = torch.ones(embeds.shape[:2], dtype=torch.bool)
-    hidden = trunk._llm(embeds, mask, position_ids(layout, segments), seen)
+    hidden = trunk._llm(embeds, position_ids(layout, segments), seen, mask).last_hidden_state
     torch.testing.assert_close(hidden[valid], data["outputs.llm_last_hidden"][valid], **TOLERANCE)
     torch.testing.assert_close(trunk.llm.lm_head(hidden)[valid], data["outputs.logits"][valid], **TOLERANCE)
 
