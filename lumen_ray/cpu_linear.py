@@ -40,7 +40,8 @@ MOST_SHAPES = 256
 for _variable in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # read when the first is compiled
     os.environ.setdefault(_variable, str(MOST_SHAPES))
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+_OPS: Any = torch.ops.mkldnn
+_HAS_ONEDNN = torch.backends.mkldnn.is_available() and hasattr(_OPS, "_reorder_linear_weight")
 
 _packed = threading.local()
 
@@ -93,15 +94,13 @@ class CpuLinear(nn.Linear):
         does not count are not seen: of `weight.data`, and of inference tensors."""
         version = 0 if self.weight.is_inference() else self.weight._version  # inference tensors have none
         if self._copy is None or self._copy[0] is not self.weight or self._copy[1] != version:
-            ops: Any = torch.ops.mkldnn
-            self._copy = self.weight, version, ops._reorder_linear_weight(self.weight.detach())
+            self._copy = self.weight, version, _OPS._reorder_linear_weight(self.weight.detach())
         return self._copy[2]
 
 
 def _product(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """rows [N, I], weight [O, I] -> [N, O]."""
-    ops: Any = torch.ops.mkldnn
-    return ops._linear_pointwise(rows, weight, bias, "none", [], "")
+    return _OPS._linear_pointwise(rows, weight, bias, "none", [], "")
 
 
 class _Product(torch.autograd.Function):

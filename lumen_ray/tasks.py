@@ -63,11 +63,11 @@ class Task:
         """False if the result is a picture drawn from text alone."""
         return self.needs != "description"
 
-    @property
-    def link_reads_image(self) -> bool:
-        """Whether the links of its prompts read the branch's prefix in every model: they name something of the image at
-        hand, so a kept link would not be asked for again, and referring expressions compare objects."""
-        return self.needs not in ("classes", "sentence")
+    def link_reads_image(self, links_see_image: bool) -> bool:
+        """Whether the links of its prompts read the image in a model with this `links_see_image`. Those that name
+        something of the image at hand always do: a kept link would not be asked for again, and referring expressions
+        compare objects."""
+        return links_see_image or self.needs not in ("classes", "sentence")
 
     @property
     def may_have_regions(self) -> bool:

@@ -6,10 +6,11 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import numpy as np
 from torch import Tensor, nn
 
 from lumen_ray.errors import UserError
-from lumen_ray.structures import Prediction, SampleSettings
+from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction, SampleSettings, Size
 from lumen_ray.targets import Frame, ImageTargets, PerceptionTargets, Pixels
 
 if TYPE_CHECKING:
@@ -53,6 +54,14 @@ class PromptSpec:
     keypoints: tuple[str, ...] = field(default_factory=tuple)
     sample: SampleSettings | None = None  # of image prompts
     task: str = ""  # by which scores are calibrated
+
+    def nothing(self, size: Size) -> Prediction:
+        """The prediction of no object in an image of (height, width) `size`."""
+        masks = Masks([], size) if self.masks else None
+        keypoints = None
+        if self.keypoints:
+            keypoints = Keypoints(np.zeros((0, len(self.keypoints), 3), np.float32), self.keypoints, size)
+        return Prediction(self.phrase, Boxes([], size), np.zeros(0, np.float32), masks, keypoints)
 
 
 def anchor(parameters: Iterable[nn.Parameter]) -> Tensor | float:

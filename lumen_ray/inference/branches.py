@@ -103,7 +103,7 @@ class BranchPlanner:
             return [
                 PendingBranch(branch, PromptSpec(REGION_PHRASE, masks=True, task=task.name), decoder, request.region)
             ]
-        pending, reads = [], self._reads_image(task)
+        pending, reads = [], task.link_reads_image(self.links_see_image)
         for phrase in request.phrases:
             names = self._keypoints(request, phrase) if task.name == "pose" else ()
             masks = task.result == "masks"
@@ -127,18 +127,18 @@ class BranchPlanner:
             return self.branches(Request("pose", (phrase,)), image, index)
         sample = SampleSettings() if task.result == "image" else None
         prompt = PromptSpec(phrase, masks=task.result == "masks", sample=sample, task=task.name)
-        # an expression may be worded freely, and shares its token with noun phrases
-        trained = (TASKS[name] for name in self.tasks)
-        asked = [t for t in trained if t.routing_token == task.routing_token and t.needs != "region"]
-        if named and TASKS[named[0]].routing_token == task.routing_token:
-            asked = [TASKS[named[0]]]
-        reads = any(self._reads_image(t) for t in asked or [task])
+        reads = any(asked.link_reads_image(self.links_see_image) for asked in self._asked(named, task))
         branch = Branch(image, request.text, route=task.routing_token, group=index, reads_image=reads)
         return [PendingBranch(branch, prompt, self.decoder(task))]
 
-    def _reads_image(self, task: Task) -> bool:
-        """Whether the links of a task's prompts read the image."""
-        return self.links_see_image or task.link_reads_image
+    def _asked(self, named: tuple[str, str] | None, task: Task) -> list[Task]:
+        """The tasks of a free chat that chose the routing token of `task`: the one that its words name, else all that
+        were trained with that token, since an expression may be worded freely and shares its token with noun
+        phrases."""
+        if named and TASKS[named[0]].routing_token == task.routing_token:
+            return [TASKS[named[0]]]
+        trained = (TASKS[name] for name in self.tasks)
+        return [t for t in trained if t.routing_token == task.routing_token and t.needs != "region"] or [task]
 
     def text_routes(self, text_task: Task) -> dict[str, str]:
         """Routing tokens behind which a text of this task may go on -> the decoder that serves them all: an answer has
@@ -155,9 +155,11 @@ class BranchPlanner:
         so that text alone is answered as if they were not in its vocabulary."""
         if not text_task.is_conversation:
             return []
-        tasks = {token: task_of_route(token) for token in ROUTING_TOKENS}
-        useless = (t for t, task in tasks.items() if task.name not in self.serving or task.sees_image > has_image)
-        return [REGION_TOKEN, *useless]
+
+        def is_useless(task: Task) -> bool:
+            return task.name not in self.serving or (task.sees_image and not has_image)
+
+        return [REGION_TOKEN, *(token for token in ROUTING_TOKENS if is_useless(task_of_route(token)))]
 
     def text_link(self, token: str, words: str, image: int, index: int, embedding: Tensor) -> PendingBranch:
         """The link of a routing token in a text: the last noun phrase of the `words` before it names its objects."""

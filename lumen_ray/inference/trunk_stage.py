@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -23,7 +24,7 @@ from lumen_ray.inference.encoded_images import EncodedImages, Inputs, fit_images
 from lumen_ray.inference.outputs import DecoderInput, RequestPlan, TrunkOutput
 from lumen_ray.inference.request import Request, Shown, check_requests, images_of
 from lumen_ray.inference.sampling import Sampler, stable_text
-from lumen_ray.inference.word_links import WordLinks
+from lumen_ray.inference.word_links import WordLinks, links_of_words
 from lumen_ray.inference.writing import TextPrompt, Writing, written_parts, written_text
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.precision import in_model_dtype
@@ -74,7 +75,7 @@ class TrunkStage(FromFolder):
         self.skeletons = {name: tuple(names) for name, names in loaded.meta.skeletons.items()}
         trained, settings = set(loaded.meta.tasks or TASKS), loaded.settings
         self.planner = BranchPlanner(self.serving, self.skeletons, trained, settings.links_see_image)
-        self.word_links = WordLinks(self._word_links)
+        self.word_links = WordLinks(partial(links_of_words, self.trunk, self.tokenizer))
         square = (loaded.settings.image_size,) * 2
         self.writes_behind_routes = loaded.meta.writes_behind_routes
         self.buckets = tuple((int(h), int(w)) for h, w in loaded.meta.buckets) or (square,)
@@ -386,22 +387,11 @@ class TrunkStage(FromFolder):
             inputs[name] = decoder_input(name, [pending[i] for i in members], stack, plans)
         return inputs
 
-    def _word_links(self, branches: list[Branch], keypoints: list[bool]) -> dict[str, Tensor]:
-        """What `WordLinks` computes."""
-        layout = build_layout(branches, 1, self.tokenizer, self.prompt_layout)
-        for family, numbers in layout.link_branches.items():
-            layout.link_parents[family] = torch.tensor([keypoints[n] for n in numbers.tolist()]).long() - 1
-        none = self._regions([], [])
-        links = self.trunk.branch_links(self.trunk.lead_prefix(), layout.to(self.device), *none)
-        return {name: link.embeddings.float().cpu() for name, link in links.items()}
-
     def _embeddings(self, prefix: Prefix, pending: list[PendingBranch], members: list[int]) -> dict[int, Tensor]:
         """The link embedding of each branch of one pass, float32 on the CPU, by index into `pending`."""
         branches, regions, owners = with_regions((pending[i].branch, pending[i].region) for i in members)
         layout = build_layout(branches, len(prefix.valid), self.tokenizer, self.prompt_layout, prefix.valid)
-        for family, numbers in layout.link_branches.items():  # a keypoint's object may be in another pass
-            keypoints = [pending[members[number]].prompt is None for number in numbers.tolist()]
-            layout.link_parents[family] = torch.tensor(keypoints).long() - 1
+        layout.mark_keypoints([pending[i].prompt is None for i in members])
         layout = layout.to(self.device)
         found: dict[int, Tensor] = {}
         for name, link in self.trunk.branch_links(prefix, layout, *self._regions(regions, owners)).items():

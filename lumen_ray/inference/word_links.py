@@ -9,10 +9,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from lumen_ray.inference.branches import PendingBranch
 from lumen_ray.trunk.branch import Branch
+from lumen_ray.trunk.layout import build_layout
+from lumen_ray.trunk.tokenizer import LumenTokenizer
+from lumen_ray.trunk.trunk import Trunk
 
 #: Links that are kept, the latest ones: 1,203 classes, each in several phrasings, many times over.
 MOST_LINKS = 1 << 16
@@ -31,6 +35,17 @@ class LinkKey(NamedTuple):
     @classmethod
     def of(cls, item: PendingBranch) -> LinkKey:
         return cls(item.decoder, item.branch.prompt, item.branch.route or "", item.prompt is None)
+
+
+def links_of_words(
+    trunk: Trunk, tokenizer: LumenTokenizer, branches: Sequence[Branch], are_keypoints: Sequence[bool]
+) -> dict[str, Tensor]:
+    """What `WordLinks` computes, by one pass of a trunk."""
+    layout = build_layout(branches, 1, tokenizer)
+    layout.mark_keypoints(are_keypoints)
+    none = torch.zeros(0, device=trunk.lead.device)
+    links = trunk.branch_links(trunk.lead_prefix(), layout.to(none.device), none, none.long())
+    return {name: link.embeddings.float().cpu() for name, link in links.items()}
 
 
 class WordLinks:

@@ -22,7 +22,6 @@ import torch
 from lumen_ray.data import files, urls
 from lumen_ray.data.batches.buckets import with_sizes
 from lumen_ray.data.batches.feed import BatchReader, dataset_for_rank, plan_items, ray_batches, skeletons_of
-from lumen_ray.data.batches.negatives import class_frequencies
 from lumen_ray.data.batches.plan import Plan
 from lumen_ray.data.shards.shards import read_manifest
 from lumen_ray.errors import UserError
@@ -87,10 +86,7 @@ def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: st
             )
         skeletons = skeletons_of(manifest)
         job = TrainingJob(recipe, start, _meta(recipe, start, manifest, skeletons), str(folder))
-        reader = BatchReader(
-            urls.absolute(shards), recipe, start.tokenizer, settings.image_size, skeletons, class_frequencies(manifest),
-            settings.token_side, settings.prompt_layout, settings.input_rules, settings.links_see_image,
-        )  # fmt: skip
+        reader = BatchReader.of(urls.absolute(shards), recipe, start.tokenizer, settings, manifest)
         yield PreparedRun(job, reader, manifest)
 
 

@@ -82,9 +82,8 @@ def per_task(batch: TrainingBatch, losses: dict[str, LossTerm], names: tuple[str
             continue
         index, values = tasks.to(device), each.float()
         if name == "lm":  # prompts of words alone have no text to learn
-            learned = torch.zeros(len(tasks) + 1, dtype=torch.bool)
-            learned[batch.layout.branch_ids[batch.layout.labels != IGNORE].cpu()] = True
-            index, values = index[learned[:-1].to(device)], values[learned[:-1].to(device)]
+            learned = batch.layout.branch_ids[batch.layout.labels != IGNORE].unique().to(device)
+            index, values = index[learned], values[learned]
         if name in _DECODER_OF:
             links, layout = served_links(_DECODER_OF[name], batch), batch.layout
             family = DECODERS[_DECODER_OF[name]].family

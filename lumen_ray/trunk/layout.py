@@ -79,6 +79,12 @@ class Layout:
             for branch, route in zip(owners, routes, strict=True)
         ]
 
+    def mark_keypoints(self, are_keypoints: Sequence[bool]) -> None:
+        """Sets `link_parents` of a pass in which the object of a keypoint prompt need not be; `are_keypoints`: by
+        branch."""
+        for family, members in self.link_branches.items():
+            self.link_parents[family] = torch.tensor([are_keypoints[branch] for branch in members.tolist()]).long() - 1
+
     def llm_shape(self, prefix: int) -> tuple[int, int]:
         """(rows, tokens per row) of the LLM's input with a prefix of `prefix` image tokens."""
         if self.pack is not None:

@@ -60,7 +60,7 @@ def test_a_class_list_is_computed_once(engine, computed):
 def test_a_link_does_not_depend_on_those_computed_with_it(engine, monkeypatch):
     together = links(engine, images(1), [[make_request("detect", classes=CLASSES)]])
     monkeypatch.setattr(word_links, "AT_ONCE", 1)
-    engine.trunk.word_links = WordLinks(engine.trunk._word_links)
+    engine.trunk.word_links = WordLinks(engine.trunk.word_links._compute)
     alone = links(engine, images(1), [[make_request("detect", classes=CLASSES)]])
     torch.testing.assert_close(alone, together, atol=1e-4, rtol=1e-4)
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 
 from lumen_ray.data.batches.collate import Collator
+from lumen_ray.data.batches.negatives import class_frequencies
 from lumen_ray.data.batches.packing import Packing
 from lumen_ray.data.batches.plan import Plan, join_rows, row_rng
 from lumen_ray.data.images import Picture, decode_reduced
@@ -28,6 +29,7 @@ from lumen_ray.data.shards.schema import make_row
 from lumen_ray.data.shards.shards import read_manifest, read_row_group, read_rows
 from lumen_ray.errors import UserError
 from lumen_ray.input_size import SizeRule
+from lumen_ray.model.settings import ModelSettings
 from lumen_ray.recipe import Recipe, Stage
 from lumen_ray.structures import Size, as_size
 from lumen_ray.tasks import TASKS, family_of, text_pieces
@@ -63,6 +65,29 @@ class BatchReader:
     prompt_layout: str = "branches"  # the model's
     input_rules: dict[str, SizeRule] = field(default_factory=dict)  # by decoder of the model
     links_see_image: bool = True  # the model's
+
+    @classmethod
+    def of(
+        cls,
+        shards: str,
+        recipe: Recipe,
+        tokenizer: LumenTokenizer,
+        settings: ModelSettings,
+        manifest: dict[str, Any],
+    ) -> BatchReader:
+        """The reader of a shard folder with this manifest for a model with these settings."""
+        return cls(
+            shards,
+            recipe,
+            tokenizer,
+            settings.image_size,
+            skeletons_of(manifest),
+            class_frequencies(manifest),
+            settings.token_side,
+            settings.prompt_layout,
+            settings.input_rules,
+            settings.links_see_image,
+        )
 
     def __call__(self, item: dict[str, Any]) -> TrainingBatch:
         """The batch of an item of `plan_items`, with images that cannot be read under `rejected`.

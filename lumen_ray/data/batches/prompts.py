@@ -166,7 +166,7 @@ class SamplePrompts:
             sigmas = keypoint_sigmas(self.skeletons[phrase])
             for k, name in enumerate(self.skeletons[phrase]):
                 text = task.keypoint_prompt(name, phrase)
-                reads = self.links_see_image
+                reads = task.link_reads_image(self.links_see_image)
                 branch = Branch(self.image, text, route=task.routing_token, parent=parent, reads_image=reads)
                 self.batch.add("pose", branch, Target(instances, k, sigmas[k]))
 
@@ -198,12 +198,11 @@ class SamplePrompts:
         """Adds some of the object prompts from index `first` on that see no image once more as questions beside it,
         whose answer is the routing token: in free chat the LLM writes it with the image before its eyes."""
         batch = self.batch
-        added = list(enumerate(zip(batch.branches, batch.tasks, strict=True)))[first:]
-        unseen = [number for number, (branch, _) in added if not branch.reads_image and branch.parent < 0]
+        added = zip(batch.branches[first:], batch.tasks[first:], strict=True)
+        unseen = [(branch, task) for branch, task in added if not branch.reads_image and branch.parent < 0]
         if not unseen:  # draws nothing, so that other models' batches do not depend on this
             return
-        for number in draw(unseen, self.settings.max_routes, self.rng):
-            branch, task = batch.branches[number], batch.tasks[number]
+        for branch, task in draw(unseen, self.settings.max_routes, self.rng):
             batch.add(task, Branch(self.image, branch.prompt, response=branch.route))
 
     def add_messages(self) -> None:
@@ -277,7 +276,7 @@ class SamplePrompts:
     def _routed(self, task: Task, phrase: str, target: Target, request: str = "", regions: tuple[int, ...] = ()) -> int:
         """Adds a branch that is answered by the task's routing token, in a phrasing drawn at random."""
         text = task.prompt(phrase, int(self.rng.integers(len(task.templates))))
-        reads = self.links_see_image or task.link_reads_image
+        reads = task.link_reads_image(self.links_see_image)
         branch = Branch(self.image, text, route=task.routing_token, regions=regions, reads_image=reads)
         return self.batch.add(task.name, branch, target, request)
 

@@ -12,8 +12,7 @@ from lumen_ray import config
 from lumen_ray.data import urls
 from lumen_ray.data.batches import buckets
 from lumen_ray.data.batches.buckets import with_sizes
-from lumen_ray.data.batches.feed import BatchReader, read_texts, skeletons_of
-from lumen_ray.data.batches.negatives import class_frequencies
+from lumen_ray.data.batches.feed import BatchReader, read_texts
 from lumen_ray.data.shards.shards import read_row_group
 from lumen_ray.errors import unknown
 from lumen_ray.model.settings import ModelSettings
@@ -74,10 +73,7 @@ class Sampler:
         tokenizer = LumenTokenizer.train(
             read_texts(self.folder, families=settings.families), settings.vocab_size, settings.families
         )
-        self.reader = BatchReader(
-            self.folder, recipe, tokenizer, settings.image_size, skeletons_of(manifest), class_frequencies(manifest),
-            settings.token_side, settings.prompt_layout, settings.input_rules, settings.links_see_image,
-        )  # fmt: skip
+        self.reader = BatchReader.of(self.folder, recipe, tokenizer, settings, manifest)
 
     @property
     def tokenizer(self) -> LumenTokenizer:

@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -322,7 +321,7 @@ class LumenDecoder(Decoder):
         for link_index in raw.absent.tolist():
             frame, prompt = frames[int(raw.link.image_index[link_index])], prompts[link_index]
             assert prompt is not None, "only keypoint prompts have none"
-            out[link_index] = _nothing(prompt, frame)
+            out[link_index] = prompt.nothing(frame.size)
         found = self._candidates(raw, scores, frames, settings)
         for p, link_index in enumerate(raw.objects.tolist()):
             frame, prompt = frames[int(raw.link.image_index[link_index])], prompts[link_index]
@@ -395,12 +394,3 @@ class LumenDecoder(Decoder):
             full = at_stored_size(one.sigmoid(), MASK_STRIDE, frame)
             rles += Masks.from_arrays((full > 0.5).cpu().numpy()[None]).rles
         return Masks(rles, frame.size)
-
-
-def _nothing(prompt: PromptSpec, frame: Frame) -> Prediction:
-    """The prediction of no object."""
-    masks = Masks([], frame.size) if prompt.masks else None
-    keypoints = None
-    if prompt.keypoints:
-        keypoints = Keypoints(np.zeros((0, len(prompt.keypoints), 3), np.float32), prompt.keypoints, frame.size)
-    return Prediction(prompt.phrase, Boxes([], frame.size), np.zeros(0, np.float32), masks, keypoints)
