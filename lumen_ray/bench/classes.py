@@ -3,15 +3,14 @@ and, beside it in turns, in another."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from lumen_ray.bench.json_worker import JsonWorker
 from lumen_ray.bench.prompts import class_names
 from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
 from lumen_ray.data.images import decode
@@ -39,34 +38,17 @@ class _Side:
     def __init__(self, root: Path, model: str, threads: int):
         path = os.pathsep.join([str(root), *filter(None, [os.environ.get("PYTHONPATH")])])
         threads_set = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-        self.process = subprocess.Popen(  # -P: the folder of the script holds modules with common names
+        self._worker = JsonWorker(  # -P: the folder of the script holds modules with common names
+            "a side of the comparison",
             [sys.executable, "-P", str(WORKER), model, str(threads)],
-            env=os.environ | threads_set | {"PYTHONPATH": path},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
+            os.environ | threads_set | {"PYTHONPATH": path},
         )
-        self.version: str = self._read()["version"]
+        self.version: str = self._worker.read()["version"]
+        self.close = self._worker.close
 
     def ask(self, classes: list[str], image: list[Any], repeats: int) -> dict[str, Any]:
         """Times `repeats` passes, after one that warms up."""
-        assert self.process.stdin is not None
-        asked = {"image": image, "classes": classes, "repeats": repeats, "threshold": THRESHOLD}
-        self.process.stdin.write(json.dumps(asked) + "\n")
-        self.process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise UserError("a side of the comparison stopped; its error is above", "bench_failed")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """Ends the process."""
-        self.process.kill()
-        self.process.wait()
+        return self._worker.ask({"image": image, "classes": classes, "repeats": repeats, "threshold": THRESHOLD})
 
 
 def bench(

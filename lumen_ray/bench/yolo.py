@@ -15,11 +15,9 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import os
 import shutil
 import statistics
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,6 +28,7 @@ import torch
 from PIL import Image
 
 from lumen_ray import config
+from lumen_ray.bench.json_worker import JsonWorker
 from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
 from lumen_ray.data.images import decode
 from lumen_ray.data.scenes import render as scenes
@@ -63,10 +62,9 @@ def fresh_folder(folder: Path, preset: str = PRESET, bucket: tuple[int, int] = B
 
 
 def photographs(count: int = PHOTOS) -> tuple[str, list[bytes]]:
-    """(source, JPEG bytes): photographs of BCCD where the test data are, else rendered scenes."""
-    beside = Path(__file__).parents[2].parent / "shared" / "data"
-    data = Path(os.environ.get("LUMEN_TEST_DATA", beside))
-    paths = sorted((data / "bccd" / "images").glob("*.jpg"))[:count]
+    """(source, JPEG bytes): photographs of BCCD in the test data, if `$LUMEN_TEST_DATA` names them, else rendered
+    scenes."""
+    paths = sorted((Path(os.environ.get("LUMEN_TEST_DATA", "")) / "bccd" / "images").glob("*.jpg"))[:count]
     if len(paths) == count:
         return "bccd", [path.read_bytes() for path in paths]
     return "scenes", [_scene(n) for n in range(count)]
@@ -122,51 +120,29 @@ class Ours:
 
 
 class Yolo:
-    """`ultralytics` in a process of the interpreter `python`. Raises `UserError` if it
-    stops or runs another number of threads."""
+    """`ultralytics` in a process of the interpreter `python`. Raises `UserError` if it stops or runs another number of
+    threads."""
 
     def __init__(self, python: str, photos: Sequence[bytes], classes: int, threads: int, folder: Path):
         self._threads = threads
-        self._log = folder / "ultralytics.log"
-        with self._log.open("w") as log:
-            self._process = subprocess.Popen(  # -c: the folder of the script holds modules with common names
-                [python, "-c", WORKER.read_text(), str(classes), str(YOLO_SIDE), str(threads), str(folder)],
-                env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-            )
+        # -c: the folder of the script holds modules with common names
+        command = [python, "-c", WORKER.read_text(), str(classes), str(YOLO_SIDE), str(threads), str(folder)]
+        env = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        self._worker = JsonWorker("ultralytics", command, env, folder / "ultralytics.log")
+        self.close = self._worker.close
+        given = {"photos": [base64.b64encode(photo).decode() for photo in photos]}
         try:
-            self.versions = self._ask({"photos": [base64.b64encode(photo).decode() for photo in photos]})["versions"]
+            self.versions = self._worker.ask(given)["versions"]
         except BaseException:
             self.close()
             raise
 
     def detect(self, thresholds: Sequence[float]) -> Pass:
         """See `Side`."""
-        found = self._ask({"thresholds": list(thresholds)})
+        found = self._worker.ask({"thresholds": list(thresholds)})
         if found["threads"] != self._threads:
             raise UserError(f"ultralytics runs {found['threads']} threads, not {self._threads}", "bench_failed")
         return Pass(found["seconds"], found["scores"])
-
-    def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(question) + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # its log says why it stopped
-        line = self._process.stdout.readline()
-        if not line:
-            why = self._log.read_text().strip().splitlines()[-1:]
-            raise UserError(f"ultralytics stopped: {''.join(why)}", "bench_failed")
-        return json.loads(line)
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.kill()
-        self._process.communicate()
 
 
 def thresholds_for(scores: Sequence[Sequence[float]], count: int) -> list[float]:

@@ -123,7 +123,7 @@ def test_the_worker_answers_for_each_photograph_on_its_threads(python, few, tmp_
         assert first == sorted(first, reverse=True) and 0 < len(first) < 20 and second == []
     finally:
         side.close()
-    assert side._process.poll() is not None
+    assert side._worker._process.poll() is not None
 
 
 def test_another_number_of_threads_is_refused(python, few, tmp_path):
