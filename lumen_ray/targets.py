@@ -77,11 +77,11 @@ class PerceptionTargets:
     """Ground truth of P perception prompts, in input pixels (the frame of `Frame`).
 
     `boxes` float32 [P, G, 4] xyxy, padded; `valid`, `crowd` bool [P, G]; `mask_index` int64 [P, G] into `masks`
-    uint8 [M, H/4, W/4] or -1; `keypoints` float32 [P, G, 3], for keypoint prompts: the keypoint in each instance of
-    the parent prompt (v = 0 where unlabelled). `counted` bool [P]: False for prompts without detection targets.
-    `instance` int64 [P, G]: index of the instance within its image, -1 at padding; prompts may share an instance. By
-    default all are distinct. `sigma` float32 [P], for keypoint prompts: the keypoint's OKS sigma
-    (`keypoints.keypoint_sigmas`), by default `DEFAULT_SIGMA`.
+    uint8 [M, H/4, W/4], the covered share of each cell in 255ths (see `coverage`), or -1; `keypoints` float32
+    [P, G, 3], for keypoint prompts: the keypoint in each instance of the parent prompt (v = 0 where unlabelled).
+    `counted` bool [P]: False for prompts without detection targets. `instance` int64 [P, G]: index of the instance
+    within its image, -1 at padding; prompts may share an instance. By default all are distinct. `sigma` float32 [P],
+    for keypoint prompts: the keypoint's OKS sigma (`keypoints.keypoint_sigmas`), by default `DEFAULT_SIGMA`.
     """
 
     boxes: Tensor
@@ -103,6 +103,14 @@ class PerceptionTargets:
 
     def to(self, device: torch.device | str) -> PerceptionTargets:
         return PerceptionTargets(**{name: value.to(device) for name, value in self.__dict__.items()})
+
+    def coverage(self, index: Tensor) -> Tensor:
+        """The masks at `index` int64 [N], float32 [N, H/4, W/4] in 0..1: how much of each cell is covered.
+
+        Not just whether most of it is: at stride 4 a contour between cells is then at the right place once upsampled,
+        and parts narrower than a cell are kept.
+        """
+        return self.masks[index].float() / 255
 
     def select(self, members: Tensor) -> PerceptionTargets:
         """The targets of the prompts at `members`, int64 [M]."""

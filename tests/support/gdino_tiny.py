@@ -59,7 +59,7 @@ def targets_of(boxes: list[list[list[float]]], side: int = 96, masks: bool = Fal
                 index[p, j] = len(drawn)
                 x1, y1, x2, y2 = (round(v / 4) for v in box)
                 drawn.append(torch.zeros(side // 4, side // 4, dtype=torch.uint8))
-                drawn[-1][y1:y2, x1:x2] = 1
+                drawn[-1][y1:y2, x1:x2] = 255
     maps = torch.stack(drawn) if drawn else torch.zeros(0, side // 4, side // 4, dtype=torch.uint8)
     counted = torch.ones(len(boxes), dtype=torch.bool)
     keypoints = torch.zeros(len(boxes), most, 3)

@@ -187,7 +187,8 @@ class SamplePrompts:
     def add_region_segments(self) -> None:
         """Adds prompts for the mask of an instance at a box, a point, a scribble or a polygon on it."""
         task, sample = TASKS["region_segment"], self.sample
-        usable = {n: m for n, m in enumerate(sample.masks) if m is not None and m.any() and not sample.crowd[n]}
+        cells = {n: m > 127 for n, m in enumerate(sample.masks) if m is not None and not sample.crowd[n]}
+        usable = {n: m for n, m in cells.items() if m.any()}
         for n in draw(list(usable), self.settings.max_regions, self.rng):
             size = sample.image.shape[:2]
             region = drawn_region(usable[n], sample.boxes[n], size, self.rng)

@@ -59,7 +59,8 @@ def region_input(sample: Sample, region: dict) -> np.ndarray:
 
 
 def drawn_region(mask: np.ndarray, box: np.ndarray, size: Size, rng: np.random.Generator) -> Region:
-    """A random region as a user might draw it on an instance: `mask` uint8 [H/4, W/4], `box` xyxy in input pixels."""
+    """A random region as a user might draw it on an instance: `mask` bool [H/4, W/4], its cells, `box` xyxy in input
+    pixels."""
     kind = ("box", "point", "scribble", "polygon")[int(rng.integers(4))]
     if mask.sum() < 2:
         kind = "point"

@@ -34,9 +34,10 @@ PAD_VALUE = 114  # grey of the padding, 0..255, and of inputs without an image
 @dataclass
 class Sample:
     """One image in the input frame. `image` uint8 [H, W, 3]; `boxes` float32 [N, 4], xyxy; `crowd` bool [N]; `masks`: N
-    uint8 arrays [H/4, W/4] or None; `keypoints`: N float32 arrays [K, 3] (x, y, v) or None; `kept` int [N]: index of
-    each instance in the row; `matrix` float64 [2, 3]: stored -> input pixels; `size`: (height, width) of the stored
-    image; `colors` [3]: factors of brightness, contrast and saturation."""
+    uint8 arrays [H/4, W/4], the covered share of each cell in 255ths, or None; `keypoints`: N float32 arrays [K, 3]
+    (x, y, v) or None; `kept` int [N]: index of each instance in the row; `matrix` float64 [2, 3]: stored -> input
+    pixels; `size`: (height, width) of the stored image; `colors` [3]: factors of brightness, contrast and
+    saturation."""
 
     image: np.ndarray
     boxes: np.ndarray
@@ -175,7 +176,7 @@ def mask_shape(input_size: int | Size) -> Size:
 
 
 def map_mask(rle: dict[str, Any], matrix: np.ndarray, input_size: int | Size) -> np.ndarray:
-    """Maps an RLE of the stored image to a binary mask of the input, uint8 [H/4, W/4]."""
+    """Maps an RLE of the stored image into the input: uint8 [H/4, W/4], the covered share of each cell in 255ths."""
     small = matrix / MASK_STRIDE
     inverse = np.linalg.inv(np.vstack([small, [0, 0, 1]]))[:2]
     shape = mask_shape(input_size)[::-1]
@@ -190,7 +191,7 @@ def map_mask(rle: dict[str, Any], matrix: np.ndarray, input_size: int | Size) ->
         inverse = factor @ inverse
         picture = shrunk
     out = picture.transform(shape, Image.Transform.AFFINE, inverse.flatten().tolist(), Image.Resampling.BILINEAR)
-    return (np.asarray(out) > 127).astype(np.uint8)
+    return np.array(out)
 
 
 def draw_colors(strength: float, rng: np.random.Generator) -> np.ndarray:

@@ -302,7 +302,7 @@ def _layer(prompt: Prompt, colour: Colour, view: View, size: tuple[int, int]) ->
     rgb, unit = f"rgb{colour}", max(size) / 256
     parts = []
     for mask in prompt.masks:
-        parts.append(_mask_image(mask, colour, width, height))
+        parts.append(_mask_image(mask > 127, colour, width, height))
     for region in prompt.regions:
         parts.append(_mask_image(view.batch.region_masks[region].numpy(), (255, 255, 255), width, height))
     for (x1, y1, x2, y2), crowd in zip(prompt.boxes, prompt.crowd, strict=True):

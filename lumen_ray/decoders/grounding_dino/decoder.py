@@ -109,9 +109,8 @@ class GroundingDinoDecoder(DinoDecoder):
             if not len(group):
                 continue
             logits = self._mask_logits(features, m.layer.hidden, group, query)
-            bce, dice = mask_losses(
-                logits, targets.masks[wanted.mask[index]], wanted.scale[group, :2], points, MASK_STRIDE
-            )
+            truth = targets.coverage(wanted.mask[index])
+            bce, dice = mask_losses(logits, truth, wanted.scale[group, :2], points, MASK_STRIDE)
             total = total + ((s.mask_weight * bce + s.dice_weight * dice) * m.weight[group, query]).sum()
         return LossTerm(total, count)
 

@@ -40,7 +40,7 @@ def choose_points(logits: Tensor, extents: Tensor, count: int, stride: int) -> T
 def mask_losses(logits: Tensor, masks: Tensor, extents: Tensor, count: int, stride: int) -> tuple[Tensor, Tensor]:
     """Binary cross entropy and dice loss of each mask, [K] each, on `count` points.
 
-    logits [K, h, w] and true `masks` 0 or 1 [K, H, W], both at `stride`; `extents` as in `choose_points`."""
+    logits [K, h, w] and true `masks` [K, H, W] in 0..1, both at `stride`; `extents` as in `choose_points`."""
     points = choose_points(logits, extents, count, stride)
     predicted, truth = at_points(logits, points, stride), at_points(masks, points, stride)
     bce = F.binary_cross_entropy_with_logits(predicted, truth, reduction="none").mean(1)

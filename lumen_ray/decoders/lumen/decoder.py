@@ -261,7 +261,7 @@ class LumenDecoder(Decoder):
             return LossTerm(raw.logits.new_zeros(()), raw.logits.new_zeros(()))
         boxes = self.boxes_at(raw, prompt, place).detach()
         logits = self.masks_at(raw, prompt, place, (boxes[:, 2:] - boxes[:, :2]).amax(-1))
-        truth = targets.masks[index].float()
+        truth = targets.coverage(index)
         bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
         # only the object and its surroundings, else background would outweigh a small object
         near = self._near(gt_boxes, logits.shape[-2:], raw)

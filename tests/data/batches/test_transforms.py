@@ -82,7 +82,7 @@ def test_annotations_follow_the_rectangle(scene):
     assert mask.shape == (INPUT // MASK_STRIDE,) * 2
     inner = sample.boxes[0, 2:] - sample.boxes[0, :2]
     if inner.min() > MASK_STRIDE:  # a sliver at the border may fill no cell by half
-        assert np.abs(extent(mask) * MASK_STRIDE - sample.boxes[0]).max() <= MASK_STRIDE
+        assert np.abs(extent(mask > 127) * MASK_STRIDE - sample.boxes[0]).max() <= MASK_STRIDE
     stored = np.array(row["instances"][0]["keypoints"]).reshape(-1, 3)
     mirrored = np.linalg.det(sample.matrix[:, :2]) < 0
     wanted = stored[[0, 2, 1, 3]] if mirrored else stored
@@ -181,6 +181,25 @@ def test_a_reduced_image_gives_the_same_sample(scene, reduction):
         assert np.abs(extent(found) - extent(expected)).max() <= 1
 
 
+@settings(max_examples=100, deadline=None)
+@given(scenes(), st.integers(0, 99))
+def test_masks_say_how_much_of_each_cell_is_covered(scene, zoom):
+    """So that their sum is the area, and a contour between two cells is where it was once upsampled."""
+    size, box, _, seed = scene
+    row, image = rectangle_row(size, box)
+    augment = AugmentSettings(scale=(0.5 + zoom / 100, 0.5 + zoom / 100), shift=0.0)
+    sample = transform(row, image, INPUT, augment, np.random.default_rng(seed))
+    if len(sample.kept) == 0:
+        return
+    x1, y1, x2, y2 = sample.boxes[0]
+    covered = sample.masks[0].astype(float).sum() / 255 * MASK_STRIDE**2
+    assert covered == pytest.approx((x2 - x1) * (y2 - y1), rel=0.08, abs=4 * MASK_STRIDE)
+    cells = np.arange(INPUT // MASK_STRIDE) * MASK_STRIDE
+    across = np.clip(x2 - cells, 0, MASK_STRIDE) - np.clip(x1 - cells, 0, MASK_STRIDE)
+    row_of_cells = sample.masks[0][int((y1 + y2) / 2 / MASK_STRIDE)] / 255
+    assert np.abs(row_of_cells - across / MASK_STRIDE).max() < 0.3
+
+
 inputs = st.tuples(st.integers(4, 20).map(lambda n: 16 * n), st.integers(4, 20).map(lambda n: 16 * n))
 
 
@@ -203,7 +222,7 @@ def test_an_input_of_any_shape_shows_the_rectangle_where_its_box_is(scene, input
     assert mask.shape == (input_size[0] // MASK_STRIDE, input_size[1] // MASK_STRIDE)
     inner = sample.boxes[0, 2:] - sample.boxes[0, :2]
     if inner.min() > MASK_STRIDE:
-        assert np.abs(extent(mask) * MASK_STRIDE - sample.boxes[0]).max() <= MASK_STRIDE
+        assert np.abs(extent(mask > 127) * MASK_STRIDE - sample.boxes[0]).max() <= MASK_STRIDE
     points = sample.keypoints[0]
     assert (((points[:, :2] >= 0) & (points[:, :2] <= input_size[::-1])).all(1) | (points[:, 2] == 0)).all()
 

@@ -50,7 +50,7 @@ def make_targets(boxes, masks=None, crowd=None, keypoints=None):
     index = torch.full(shape, -1)
     if masks is not None:
         index = torch.arange(shape.numel()).view(shape)
-        masks = torch.tensor(np.array(masks), dtype=torch.uint8).flatten(0, 1)
+        masks = torch.tensor(np.array(masks), dtype=torch.uint8).flatten(0, 1) * 255
     return PerceptionTargets(
         boxes=boxes,
         valid=torch.ones(shape, dtype=torch.bool),

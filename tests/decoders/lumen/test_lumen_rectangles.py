@@ -33,7 +33,7 @@ def test_one_object_is_learned_and_detected_in_the_stored_image(shape):
         valid=torch.tensor([[True], [True]]),
         crowd=torch.zeros(2, 1, dtype=torch.bool),
         mask_index=torch.tensor([[0], [-1]]),
-        masks=torch.tensor(ellipse(box, shape, 4)[None], dtype=torch.uint8),
+        masks=torch.tensor(ellipse(box, shape, 4)[None], dtype=torch.uint8) * 255,
         keypoints=torch.tensor([[[0.0, 0, 0]], [[*CORNER[shape], 2]]]),
         counted=torch.tensor([True, False]),
     )
