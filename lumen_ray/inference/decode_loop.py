@@ -258,13 +258,17 @@ class DecodeLoop:
 
     def _begin(self, prefix: Prefix, writings: Sequence[Writing]) -> None:
         """Runs prompts about a batch of images, and chooses the first token of their answers."""
-        branches, masks, owners = with_regions((w.prompt.branch, w.prompt.region) for w in writings)
+        branches, masks, owners = with_regions(
+            (w.prompt.branch, () if w.prompt.region is None else (w.prompt.region,)) for w in writings
+        )
         device = prefix.valid.device
         layout = build_layout(branches, len(prefix.valid), self.tokenizer, self.prompt_layout, prefix.valid).to(device)
-        regions = torch.stack(masks).to(device) if masks else torch.zeros(0, device=device)
-        last = layout.last_slots
+        last, regions = layout.last_slots, None
         with packed_weights():
-            hidden, cache = self.trunk.run_branches(prefix, layout, regions, torch.tensor(owners, device=device).long())
+            if masks:
+                owner = torch.tensor(owners, device=device)
+                regions = self.trunk.region_embeddings(prefix, torch.stack(masks).to(device), owner)
+            hidden, cache = self.trunk.run_branches(prefix, layout, regions)
             logits = self.trunk.llm.lm_head(hidden[last[:, 0], last[:, 1]])
         self._choose(writings, logits)
         valid = prefix.valid.tolist()

@@ -333,26 +333,32 @@ class Trunk(nn.Module):
 
     @torch.inference_mode()
     def run_branches(
-        self, prefix: Prefix, layout: Layout, region_masks: Tensor, region_images: Tensor
+        self, prefix: Prefix, layout: Layout, regions: Tensor | None = None
     ) -> tuple[Tensor, DynamicCache]:
-        """Hidden states [B, T, width] of a chunk of branches against the cached prefix, and the extended cache."""
-        return self._run(prefix, layout, self._branch_embeds(prefix, layout, region_masks, region_images))
+        """Hidden states [B, T, width] of a chunk of branches against the cached prefix, and the extended cache.
+        `regions`: embeddings [R, width] of the layout's regions."""
+        return self._run(prefix, layout, self.embed_branches(layout, regions))
 
     @torch.inference_mode()
-    def branch_links(
-        self, prefix: Prefix, layout: Layout, region_masks: Tensor, region_images: Tensor
-    ) -> dict[str, SuperLink]:
-        """The super links, by decoder, of a chunk of branches against the cached prefix."""
-        embeds = self._branch_embeds(prefix, layout, region_masks, region_images)
+    def branch_links(self, prefix: Prefix, layout: Layout, regions: Tensor | None = None) -> dict[str, SuperLink]:
+        """The super links, by decoder, of a chunk of branches against the cached prefix; `regions` as above."""
+        embeds = self.embed_branches(layout, regions)
         hidden, _ = self._run(prefix, layout, embeds)
         return self.links(hidden, layout, embeds)
 
-    def _branch_embeds(self, prefix: Prefix, layout: Layout, region_masks: Tensor, region_images: Tensor) -> Tensor:
-        """The branches' input embeddings of the LLM: [B, T, width]."""
-        regions = None
-        if len(region_masks):
-            regions = self.regions(prefix.images, prefix.merged, region_masks, region_images)
-        return self.embed_branches(layout, regions)
+    @torch.inference_mode()
+    def region_embeddings(self, prefix: Prefix, masks: Tensor, image_index: Tensor) -> Tensor:
+        """Embeddings [R, width] of regions on the images of a prefix: masks [R, H, W] of the model input, image_index
+        int64 [R]."""
+        return self.regions(prefix.images, prefix.merged, masks, image_index)
+
+    @torch.inference_mode()
+    def example_embeddings(self, images: Tensor, masks: Tensor, image_index: Tensor) -> Tensor:
+        """Embeddings [R, width] of regions on images uint8 [B, 3, H, W] that nothing else is asked about; others as
+        above."""
+        scaled = images.float() / 255
+        _, merged, _ = self.extract_features(scaled)
+        return self.regions(scaled, merged, masks, image_index)
 
     def _run(self, prefix: Prefix, layout: Layout, embeds: Tensor) -> tuple[Tensor, DynamicCache]:
         of_images = prefix.valid[:, None].expand(embeds.shape[:2])

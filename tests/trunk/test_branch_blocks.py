@@ -56,12 +56,12 @@ def test_one_long_branch_takes_the_whole_row():
 
 def test_an_llm_with_an_attention_of_its_own_gets_the_mask():
     trunk = scrambled(tiny_model(llm=llm("stablelm"), prefix_attention="causal").trunk)
-    images, none = random_images(1), torch.zeros(0)
+    images = random_images(1)
     prompts = [Branch(0, f"detect {name}", route="[DET]") for name in 3 * NAMES]
     prefix = trunk.encode(images)
-    together = trunk.branch_links(prefix, build_layout(prompts, 1, TOKENIZER), none, none)["lumen"].embeddings
+    together = trunk.branch_links(prefix, build_layout(prompts, 1, TOKENIZER))["lumen"].embeddings
     for prompt, found in zip(prompts[:3], together, strict=False):
-        alone = trunk.branch_links(prefix, build_layout([prompt], 1, TOKENIZER), none, none)["lumen"].embeddings
+        alone = trunk.branch_links(prefix, build_layout([prompt], 1, TOKENIZER))["lumen"].embeddings
         torch.testing.assert_close(found[None], alone, atol=1e-4, rtol=1e-4)
 
 

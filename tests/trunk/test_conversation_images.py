@@ -57,7 +57,7 @@ def test_the_cached_path_equals_the_training_pass(mode, lead):
         torch.testing.assert_close(prefix.dense[0], together.dense[members[-1]])
         number, branch = next((i, b) for i, b in enumerate(BRANCHES) if b.image == row)
         layout = build_layout([replace(branch, image=0)], 1, TOKENIZER)
-        hidden, _ = trunk.run_branches(prefix, layout, torch.zeros(0), torch.zeros(0))
+        hidden, _ = trunk.run_branches(prefix, layout)
         logits = trunk.llm.lm_head(hidden[:, :-1])
         losses = F.cross_entropy(logits[0], layout.labels[0, 1:], reduction="none", ignore_index=IGNORE)
         torch.testing.assert_close(losses[layout.labels[0, 1:] != IGNORE], expected[number], atol=1e-4, rtol=1e-4)
@@ -70,7 +70,7 @@ def test_an_image_elsewhere_in_a_conversation_has_the_same_features_and_links(mo
     alone = trunk.encode(FIRSTS)
     torch.testing.assert_close(later.dense, alone.dense, atol=1e-4, rtol=1e-4)
     layout = build_layout([Branch(0, "detect red circle", route="[DET]")], 3, TOKENIZER)
-    links = [trunk.branch_links(p, layout, torch.zeros(0), torch.zeros(0))["lumen"].embeddings for p in (later, alone)]
+    links = [trunk.branch_links(p, layout)["lumen"].embeddings for p in (later, alone)]
     torch.testing.assert_close(*links, atol=1e-4, rtol=1e-4)
 
 

@@ -77,15 +77,15 @@ def test_the_cached_path_equals_the_training_pass():
     trunk, given = learned(), batch()
     expected, links = losses_of(trunk, given), trunk(given).links["lumen"].embeddings
     prefix = trunk.encode(given.images, HAS_IMAGE)
-    layout, none = given.layout, torch.zeros(0)
-    hidden, _ = trunk.run_branches(prefix, layout, none, none)
+    layout = given.layout
+    hidden, _ = trunk.run_branches(prefix, layout)
     losses = F.cross_entropy(
         trunk.llm.lm_head(hidden[:, :-1]).flatten(0, 1), layout.labels[:, 1:].flatten(), reduction="none"
     ).view(3, -1)
     for i, found in expected.items():
         here = (layout.labels[:, 1:] != IGNORE) & (layout.branch_ids[:, 1:] == i)
         torch.testing.assert_close(losses[here], found, atol=1e-4, rtol=1e-4)
-    of_cache = trunk.branch_links(prefix, layout, none, none)["lumen"].embeddings
+    of_cache = trunk.branch_links(prefix, layout)["lumen"].embeddings
     torch.testing.assert_close(of_cache, links, atol=1e-4, rtol=1e-4)
 
 

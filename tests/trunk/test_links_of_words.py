@@ -43,9 +43,9 @@ def test_training_and_inference_give_the_same_links_for_every_image(mode, lead, 
     trunk = make_trunk(prefix_attention=mode, lead_tokens=lead, image_adapters=adapters, **published)
     ours, other = (training_links(trunk, random_images(1, seed=seed)) for seed in (0, 1))
     larger = training_links(trunk, random_images(1, side=128))
-    kept = trunk.branch_links(trunk.lead_prefix(), build_layout(BLIND, 1, TOKENIZER), NONE, NONE)["lumen"].embeddings
+    kept = trunk.branch_links(trunk.lead_prefix(), build_layout(BLIND, 1, TOKENIZER))["lumen"].embeddings
     prefix = trunk.encode(random_images(1))
-    cached = trunk.branch_links(prefix, build_layout([*BLIND, *LOOKING], 1, TOKENIZER), NONE, NONE)["lumen"].embeddings
+    cached = trunk.branch_links(prefix, build_layout([*BLIND, *LOOKING], 1, TOKENIZER))["lumen"].embeddings
     for found in (other, larger, cached):
         torch.testing.assert_close(found[:3], ours[:3], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(kept, ours[:3], atol=1e-4, rtol=1e-4)

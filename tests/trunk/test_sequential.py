@@ -127,24 +127,24 @@ def test_training_and_inference_agree_behind_a_lead():
         Branch(1, "what is red ?", response="the cat"), Branch(1, "ground dog", route="[GRD]"),
     ]  # fmt: skip
     layout = build_layout(branches, 2, TOKENIZER, "sequential")
-    none, batch = torch.zeros(0), plain_batch(images, layout)
+    batch = plain_batch(images, layout)
     with torch.no_grad():
         whole = trunk(batch)
     prefix = trunk.encode(images)
     assert prefix.length == 16 + len(trunk.lead)
     torch.testing.assert_close(prefix.dense, whole.dense, atol=1e-4, rtol=1e-4)
-    found, expected = trunk.branch_links(prefix, layout, none, none), whole.links
+    found, expected = trunk.branch_links(prefix, layout), whole.links
     torch.testing.assert_close(found["lumen"].embeddings, expected["lumen"].embeddings, atol=1e-4, rtol=1e-4)
 
 
 def test_in_one_string_a_prompt_changes_those_after_it_and_none_before():
     trunk, images = small_trunk(), random_images(1, 56)
-    prefix, none = trunk.encode(images), torch.zeros(0)
+    prefix = trunk.encode(images)
 
     def links(*names):
         branches = [Branch(0, f"detect {name}", route="[DET]") for name in names]
         layout = build_layout(branches, 1, TOKENIZER, "sequential")
-        return trunk.branch_links(prefix, layout, none, none)["lumen"].embeddings
+        return trunk.branch_links(prefix, layout)["lumen"].embeddings
 
     assert (links("cat", "dog")[1] - links("red", "dog")[1]).abs().max() > 1e-4
 
@@ -194,10 +194,10 @@ def test_chunks_do_not_cut_a_string(stage):
 def test_without_an_image_the_lead_is_still_attended_to():
     trunk = small_trunk()
     layout = build_layout([Branch(0, "detect dog", route="[DET]")], 1, TOKENIZER, "sequential")
-    none, blind = torch.zeros(0), torch.tensor([False])
+    blind = torch.tensor([False])
 
     def link(trunk, images):
-        return trunk.branch_links(trunk.encode(images, blind), layout, none, none)["lumen"].embeddings
+        return trunk.branch_links(trunk.encode(images, blind), layout)["lumen"].embeddings
 
     before = link(trunk, random_images(1, 56))
     torch.testing.assert_close(before, link(trunk, random_images(1, 56, seed=5)))

@@ -90,8 +90,9 @@ def test_the_cached_path_equals_the_packed_pass(model_type, mode):
     assert prefix.length == 16
     torch.testing.assert_close(prefix.dense, packed.dense, atol=1e-4, rtol=1e-4)
     for _ in range(2):  # the prefix can be used again: branches leave no trace in it
-        hidden, _ = trunk.run_branches(prefix, layout, REGION_MASKS, batch.region_images)
-        links = trunk.branch_links(prefix, layout, REGION_MASKS, batch.region_images)["lumen"]
+        regions = trunk.region_embeddings(prefix, REGION_MASKS, batch.region_images)
+        hidden, _ = trunk.run_branches(prefix, layout, regions)
+        links = trunk.branch_links(prefix, layout, regions)["lumen"]
         torch.testing.assert_close(links.embeddings, packed.links["lumen"].embeddings, atol=1e-4, rtol=1e-4)
         logits = trunk.llm.lm_head(hidden[:, :-1])
         losses = F.cross_entropy(logits.transpose(1, 2), layout.labels[:, 1:], reduction="none", ignore_index=IGNORE)
@@ -108,7 +109,7 @@ def test_without_an_image_the_pixels_do_not_matter():
     torch.testing.assert_close(before[0], after[0])
     assert (before[1] - after[1]).abs().max() > 1e-3
     prefix = trunk.encode(IMAGES, torch.tensor([False, True]))
-    cached = trunk.branch_links(prefix, batch.layout, torch.zeros(0), torch.zeros(0))["lumen"].embeddings
+    cached = trunk.branch_links(prefix, batch.layout)["lumen"].embeddings
     torch.testing.assert_close(cached, before, atol=1e-4, rtol=1e-4)
 
 
@@ -135,7 +136,8 @@ def test_inputs_that_are_not_square_give_the_same_packed_cached_and_alone(shape,
     prefix = trunk.encode(images)
     assert prefix.length == (shape[0] // 32) * (shape[1] // 32)
     assert prefix.dense.shape == (2, 16, shape[0] // 4, shape[1] // 4)
-    cached = trunk.branch_links(prefix, layout, masks, batch.region_images)["lumen"].embeddings
+    regions = trunk.region_embeddings(prefix, masks, batch.region_images)
+    cached = trunk.branch_links(prefix, layout, regions)["lumen"].embeddings
     with torch.no_grad():
         whole = trunk(batch)
         layout.pack = pack(layout, batch.has_image, Packing(600, prefix.length))

@@ -121,7 +121,7 @@ def test_a_model_of_published_modules_computes_the_same_as_them(folders, tmp_pat
     assert counted["trunk.vision"][0] > 0 and counted["trunk.vision"][1] > 0
     # and it runs
     layout = build_layout([Branch(0, "detect red cat", route="[DET]")], 1, tokenizer)
-    hidden, _ = trunk.run_branches(trunk.encode(random_images(1, 56)), layout, torch.zeros(0), torch.zeros(0))
+    hidden, _ = trunk.run_branches(trunk.encode(random_images(1, 56)), layout)
     assert hidden.isfinite().all()
 
 

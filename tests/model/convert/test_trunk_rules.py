@@ -152,7 +152,7 @@ def test_a_prompt_with_regions_and_queries_gives_the_reference_logits(test_data)
     torch.testing.assert_close(trunk.llm.lm_head(hidden)[valid], data["outputs.logits"][valid], **TOLERANCE)
 
     prefix = trunk.encode(images * 255)
-    hidden, _ = trunk.run_branches(prefix, layout, masks, owners)
+    hidden, _ = trunk.run_branches(prefix, layout, trunk.region_embeddings(prefix, masks, owners))
     valid = valid[:, 17:]
     torch.testing.assert_close(hidden[valid], data["outputs.llm_last_hidden"][:, 17:][valid], **TOLERANCE)
 

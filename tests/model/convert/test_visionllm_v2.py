@@ -106,7 +106,7 @@ def test_the_engine_asks_a_converted_model_in_its_layout(released, tmp_path):
     branches = [Branch(0, f"detect {word}", route="[DET]") for word in ("word4", "word5")]
     layout = build_layout(branches, 1, tokenizer, "sequential")
     prefix = trunk.encode(torch.from_numpy(image).permute(2, 0, 1)[None])
-    expected = trunk.branch_links(prefix, layout, torch.zeros(0), torch.zeros(0))["lumen"].embeddings
+    expected = trunk.branch_links(prefix, layout)["lumen"].embeddings
     torch.testing.assert_close(found.decoder_inputs["lumen"].link.embeddings, expected)
     assert isinstance(found.plans[0][1].text, str)
 
