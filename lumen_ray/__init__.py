@@ -23,13 +23,28 @@ from lumen_ray.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from lumen_ray.api import calibrate, evaluate, label, prepare, serve, train
+    from lumen_ray.exemplars import ClassByExample, Example
     from lumen_ray.inference.engine import Engine
     from lumen_ray.inference.request import make_request
     from lumen_ray.viz import draw
 
-__all__ = ["Engine", "calibrate", "draw", "evaluate", "label", "make_request", "prepare", "serve", "train"]
+__all__ = [
+    "ClassByExample",
+    "Engine",
+    "Example",
+    "calibrate",
+    "draw",
+    "evaluate",
+    "label",
+    "make_request",
+    "prepare",
+    "serve",
+    "train",
+]
 
 _MODULES = {
+    "ClassByExample": "lumen_ray.exemplars",
+    "Example": "lumen_ray.exemplars",
     "Engine": "lumen_ray.inference.engine",
     "draw": "lumen_ray.viz",
     "make_request": "lumen_ray.inference.request",

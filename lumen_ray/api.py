@@ -17,6 +17,7 @@ from lumen_ray.errors import UserError
 
 if TYPE_CHECKING:
     from lumen_ray.evaluate.calibrate import Fit
+    from lumen_ray.exemplars import ClassByExample
     from lumen_ray.inference.engine import Engine
     from lumen_ray.label.pipeline import Status
     from lumen_ray.recipe import Recipe
@@ -133,6 +134,7 @@ def evaluate(
     tasks: Sequence[str] | None = None,
     limit: int | None = None,
     pictures: int = 32,
+    exemplars: PathOrUrl | Sequence[ClassByExample] | None = None,
     decoders: Mapping[str, str] | None = None,
     device: str | None = None,
     dtype: str = "float32",
@@ -146,6 +148,8 @@ def evaluate(
     tasks: tasks to score; None: all that the model serves and the split is annotated for.
     limit: score the first images only.
     pictures: images to generate or edit pictures for, from the first on.
+    exemplars: classes of the split that detect, segment and count ask for by example: a file (see
+        `lumen_ray.exemplar_file`) or a list of `ClassByExample`.
     decoders: task -> decoder that serves it, where it should be another than the model's settings say.
     device: "cpu", "cuda" or "cuda:N"; None: "cuda" where torch finds a GPU, else "cpu".
     dtype: "float32" or "bfloat16", of weights and matrix products.
@@ -153,8 +157,8 @@ def evaluate(
 
     The report holds ``metrics`` (name -> value in 0..1, or None where the split has no annotations for it), ``tables``,
     ``settings``, ``images == scored + skipped``, ``errors`` and timings in seconds. Raises `UserError` for an unknown
-    model, a task that the split is not annotated for or that no decoder serves, and a device that is not there;
-    `decoders`, `device` and `dtype` of an `Engine` are those it was loaded with.
+    model, a task that the split is not annotated for or that no decoder serves, exemplars that the split has no class
+    for, and a device that is not there; `decoders`, `device` and `dtype` of an `Engine` are those it was loaded with.
 
     >>> from lumen_ray import evaluate
     >>> report = evaluate("nano", "shards/val", "evaluation", tasks=["detect", "count"], limit=16)
@@ -163,6 +167,7 @@ def evaluate(
     >>> report["metrics"]["box_AP50"] > 0.5
     True
     """
+    shown = load_exemplars(exemplars)
     engine = load_engine(model, decoders, device, dtype)
     from lumen_ray.evaluate.run import evaluate as score
 
@@ -173,6 +178,7 @@ def evaluate(
         tasks=None if tasks is None else _names(tasks),
         limit=limit,
         picture_limit=pictures,
+        exemplars=shown,
         progress=progress,
     )
 
@@ -239,6 +245,7 @@ def label(
     tasks: Sequence[str] = ("detect",),
     classes: Sequence[str] | None = None,
     text: Mapping[str, Sequence[str]] | None = None,
+    exemplars: PathOrUrl | Sequence[ClassByExample] | None = None,
     decoders: Mapping[str, str] | None = None,
     device: str | None = None,
     dtype: str = "float32",
@@ -253,8 +260,11 @@ def label(
     output: folder to write, on this machine. Called again with the same arguments, it continues where it stopped.
     model: model folder, or name of bundled weights ("nano" is trained on the synthetic scenes only).
     tasks: tasks to run on every image.
-    classes: class names for the tasks that need them; None: the classes that the model was trained on.
+    classes: class names for the tasks that need them; None: the classes that the model was trained on, or with
+        `exemplars` none but those.
     text: task -> texts, for the tasks that need one (vqa, refer, ground, chat); these run in addition to `tasks`.
+    exemplars: classes given by example, also where `classes` has their names: a file (see `lumen_ray.exemplar_file`) or
+        a list of `ClassByExample`. Task pose takes classes by name only.
     decoders: task -> decoder that serves it, where it should be another than the model's settings say.
     device: "cpu" or "cuda", with ``actors=0`` also "cuda:N"; None: a GPU for each actor where the cluster has any.
     dtype: "float32" or "bfloat16", of weights and matrix products.
@@ -279,6 +289,7 @@ def label(
 
     model = fspath(model)
     model_folder(model)  # before the imports that take seconds
+    shown = load_exemplars(exemplars)
     _prepare_environment()
     from lumen_ray.label.pipeline import label as run
     from lumen_ray.model.build import read_meta
@@ -288,7 +299,7 @@ def label(
     all_tasks = list(dict.fromkeys([*_names(tasks), *texts]))
     if classes is not None:
         classes = _names(classes)
-    elif any(get_task(name).needs == "classes" for name in all_tasks):
+    elif not shown and any(get_task(name).needs == "classes" for name in all_tasks):
         classes = read_meta(model).classes
     return run(
         model,
@@ -297,6 +308,7 @@ def label(
         tasks=all_tasks,
         classes=classes,
         prompts=texts,
+        exemplars=shown,
         decoders=decoders,
         device=device,
         dtype=dtype,
@@ -378,6 +390,15 @@ def load_engine(
     from lumen_ray.inference.engine import Engine
 
     return Engine.load(fspath(model), find_device(device), dict(decoders or {}), dtype)
+
+
+def load_exemplars(given: PathOrUrl | Sequence[ClassByExample] | None) -> list[ClassByExample]:
+    """The classes by example of a file, or those given, none for None. Raises `UserError` for what does not fit."""
+    if given is None:
+        return []
+    from lumen_ray.exemplar_file import load_exemplars as load
+
+    return load(given)
 
 
 def serve_settings(

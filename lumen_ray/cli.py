@@ -108,6 +108,10 @@ def _decoders_arg(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _exemplars_arg(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--exemplars", metavar="FILE", help=f"{what}: a YAML or JSON file with boxes on images")
+
+
 def _device_arg(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--device", help=f"device to run the model on: cpu, cuda or cuda:N (default: {default})")
 
@@ -134,6 +138,7 @@ def _evaluate_args(verbs: Any) -> None:
         help="tasks to score, comma separated (default: all that the split is annotated for)",
     )
     p.add_argument("--limit", type=int, help="score the first images only")
+    _exemplars_arg(p, "classes of the split that detect, segment and count ask for by example, instead of by name")
     p.add_argument("--pictures", type=int, default=32, help="make pictures for the first images only (default: 32)")
     p.set_defaults(run=_evaluate)
 
@@ -164,7 +169,11 @@ def _label_args(verbs: Any) -> None:
         default=["detect"],
         help="tasks to run, comma separated, e.g. segment,caption (default: detect)",
     )
-    p.add_argument("--classes", help="class names, comma separated, or a .txt file of them (default: the model's)")
+    p.add_argument(
+        "--classes",
+        help="class names, comma separated, or a .txt file of them (default: the model's, none with --exemplars)",
+    )
+    _exemplars_arg(p, "classes given by example, also those that --classes names")
     p.add_argument(
         "--text",
         action="append",
@@ -216,6 +225,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
+    exemplars = api.load_exemplars(args.exemplars)
     engine = api.load_engine(args.model, decoders_by_task(args.decoders), args.device, args.dtype)
     from lumen_ray.evaluate.report import print_report
 
@@ -227,6 +237,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             tasks=args.tasks,
             limit=args.limit,
             pictures=args.pictures,
+            exemplars=exemplars,
             progress=progress.update,
         )
     print_report(report, console)
@@ -264,6 +275,7 @@ def _label(args: argparse.Namespace) -> None:
     from lumen_ray.tasks import get_task
 
     classes = None if args.classes is None else class_names(args.classes)
+    exemplars = api.load_exemplars(args.exemplars)
     text = texts_by_task(args.text)
     for task in (*args.tasks, *text):
         get_task(task)
@@ -276,6 +288,7 @@ def _label(args: argparse.Namespace) -> None:
             tasks=args.tasks,
             classes=classes,
             text=text,
+            exemplars=exemplars,
             decoders=decoders_by_task(args.decoders),
             device=args.device,
             dtype=args.dtype,

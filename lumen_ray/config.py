@@ -77,27 +77,28 @@ def validate(cls: type[T], data: Any, origin: str, describe: Callable[[ErrorDeta
         raise UserError(_explain(cls, error, origin, describe), "invalid_config") from None
 
 
-def load_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file, {} for an empty file. Raises `UserError` if it is unreadable or not a mapping."""
+def load_yaml(path: str | Path, kind: str = "config file") -> dict[str, Any]:
+    """The mapping in a YAML file, {} for an empty file. Raises `UserError`, which says what `kind` of file it is, if it
+    is unreadable or not a mapping."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"config file '{path}' does not exist", "missing_config")
+        raise UserError(f"{kind} '{path}' does not exist", "missing_config")
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except UnicodeDecodeError:
-        raise UserError(f"config file '{path}' is not UTF-8 text; give a YAML file", "invalid_config") from None
+        raise UserError(f"{kind} '{path}' is not UTF-8 text; give a YAML file", "invalid_config") from None
     except OSError as error:
-        raise UserError(f"config file '{path}' cannot be read: {error.strerror}", "invalid_config") from None
+        raise UserError(f"{kind} '{path}' cannot be read: {error.strerror}", "invalid_config") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         why = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"config file '{path}' is not valid YAML{where}: {why}", "invalid_config") from None
+        raise UserError(f"{kind} '{path}' is not valid YAML{where}: {why}", "invalid_config") from None
     if data is None:
         return {}
     if not isinstance(data, dict):
         raise UserError(
-            f"config file '{path}' must contain a mapping of settings, not a {type(data).__name__}", "invalid_config"
+            f"{kind} '{path}' must contain a mapping of settings, not a {type(data).__name__}", "invalid_config"
         )
     return data
 

@@ -112,7 +112,7 @@ def test_callable_packages_can_be_pickled_and_read_about(name):
 
 
 def test_names_of_the_api_are_listed():
-    assert set(lumen_ray.__all__) == {"Engine", "make_request", "draw", *FUNCTIONS}
+    assert set(lumen_ray.__all__) == {"ClassByExample", "Engine", "Example", "make_request", "draw", *FUNCTIONS}
     assert set(lumen_ray.__all__) <= set(dir(lumen_ray))
     namespace = {}
     exec("from lumen_ray import *", namespace)
@@ -222,7 +222,7 @@ def test_evaluate_takes_an_engine_that_is_loaded():
         assert lumen_ray.evaluate(engine, "s", "o", dtype="bfloat16") == {"images": 1}
     first, second = score.call_args_list
     assert first.args == (engine, "s", "o") and second.kwargs["tasks"] is None
-    assert first.kwargs == {"tasks": ["detect"], "limit": 3, "picture_limit": 2, "progress": None}
+    assert first.kwargs == {"tasks": ["detect"], "limit": 3, "picture_limit": 2, "exemplars": [], "progress": None}
     for option in ({"decoders": {"pose": "lumen"}}, {"device": "cpu"}):
         with pytest.raises(UserError, match="give decoders, device and dtype to Engine.load"):
             lumen_ray.evaluate(engine, "s", "o", **option)

@@ -7,6 +7,7 @@ Blocks are told apart by the info string behind the fence:
     python ray             the same, in a test of its own that starts Ray
     python                 compiled; imports and arguments of calls are checked against the real signatures
     yaml recipe|model|serve  validated, laid over `quickstart` or `nano` where it is a part
+    yaml exemplars         read, with images in place of those that it names
     json MODEL             validated against that model of `lumen_ray.serve.schemas`
     text chat              a record for `prepare chat`, read in tests/data/sources/test_chat_images.py
 """
@@ -39,7 +40,8 @@ PAGES = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 README_WORDS = 1500
 INFO_STRINGS = {
-    *("", "sh", "toml", "python", "python run", "python ray", "yaml recipe", "yaml model", "yaml serve", "text chat")
+    *("", "sh", "toml", "python", "python run", "python ray", "text chat"),
+    *("yaml recipe", "yaml model", "yaml serve", "yaml exemplars"),
 }
 #: files that a command line names and its user has to write
 OWN_FILES = (".yaml", ".yml", ".txt")
@@ -308,6 +310,17 @@ def test_yaml_blocks_validate(block):
     config.validate(settings, preset(base, kind) | given, str(block))
 
 
+@pytest.mark.parametrize("block", blocks_of("yaml exemplars"), ids=str)
+def test_files_of_exemplars_can_be_read(block, tmp_path):
+    from lumen_ray.exemplar_file import read_exemplars
+
+    (tmp_path / "exemplars.yaml").write_text(block.text)
+    for name in {e["image"] for given in yaml.safe_load(block.text)["classes"] for e in given["examples"]}:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (128, 128)).save(tmp_path / name)
+    assert read_exemplars(tmp_path / "exemplars.yaml")
+
+
 def test_the_page_about_training_names_every_recipe_and_key():
     from lumen_ray.recipe import BranchSettings, EmaSettings, LoraSettings, MlflowSettings, Recipe, Stage, TaskGroup
 
@@ -419,7 +432,9 @@ def signature_of(called: Callable[..., Any]) -> inspect.Signature:
 
 
 def built(node: ast.expr, known: dict[str, Any]) -> Any:
-    """The value of a literal, or of a call of one of our classes with literals."""
+    """The value of a literal, or of a call of one of our classes with literals, or a list of them."""
+    if isinstance(node, ast.List):
+        return [built(item, known) for item in node.elts]
     if isinstance(node, ast.Call) and inspect.isclass(called := callee(node.func, known)):
         return called(**{keyword.arg: built(keyword.value, known) for keyword in node.keywords if keyword.arg})
     try:

@@ -22,7 +22,7 @@ LAYERS = (
     (
         "version", "errors", "config", "structures", "answer", "tasks", "presets", "console", "keypoints", "attention",
         "cpu_linear", "precision", "targets", "input_size", "superlink", "meta_init", "ray_env", "ray_log", "viz",
-        "installation",
+        "installation", "exemplars",
     ),
     ("checkpoints",),
     ("decoders", "trunk"),
@@ -30,7 +30,7 @@ LAYERS = (
     ("model",),
     ("data",),
     ("inference", "train"),
-    ("footprint",),
+    ("footprint", "exemplar_file"),
     ("label", "evaluate", "serve", "bench"),
     ("api", "callable_package"),
     ("cli", "quickstart", "doctor", "lumen_ray"),

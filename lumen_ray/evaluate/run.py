@@ -21,14 +21,16 @@ from lumen_ray.data import files
 from lumen_ray.data.files import write_atomically
 from lumen_ray.data.images import decode
 from lumen_ray.data.shards.shards import read_manifest, read_row_group
-from lumen_ray.errors import UserError
+from lumen_ray.errors import UserError, suggest
 from lumen_ray.evaluate.calibration import draw_reliability
 from lumen_ray.evaluate.grounding import DECISION_THRESHOLD
 from lumen_ray.evaluate.pictures import detector_of
 from lumen_ray.evaluate.report import write_report
 from lumen_ray.evaluate.scored import Row, ScoredRequest
-from lumen_ray.evaluate.scorer import SplitScorer
+from lumen_ray.evaluate.scorer import EXEMPLAR_TASKS, SplitScorer
 from lumen_ray.evaluate.task_choice import choose_tasks
+from lumen_ray.exemplar_file import load_exemplars
+from lumen_ray.exemplars import ClassByExample
 from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.inference.records import LABEL_SCHEMA, answer_records
 from lumen_ray.tasks import TASKS
@@ -76,6 +78,7 @@ def evaluate(
     batch_size: int = 8,
     chat_limit: int = 100,
     picture_limit: int = 32,
+    exemplars: Sequence[ClassByExample] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Scores `engine` on the shard folder `shards_dir`.
@@ -87,9 +90,10 @@ def evaluate(
     ``region_segment`` and ``semantic`` (scored on masks) and ``generate`` (on captions) must be named.
     limit: images at most. chat_limit: images whose instructions are also asked as free chat (slow: text is sampled).
     picture_limit: images for which a picture is generated from their caption or edited (slower still).
+    exemplars: classes of the split that detect, segment and count ask for by example, on images of their own.
     progress: called with (images done, images in all) after each batch.
     Raises `UserError` for tasks that the split is not annotated for or that the model has no decoder for, numbers that
-    make no sense, and an output folder that is a URL.
+    make no sense, exemplars of a class that the split does not have, and an output folder that is a URL.
 
     Returns the report as a plain dict: ``metrics`` (metric -> value or None where the split has no annotations),
     ``tables``, ``settings``, counts and timing; ``images == scored + skipped``, with the reason of each skipped image
@@ -99,7 +103,7 @@ def evaluate(
     _check(batch_size, limits)
     output = files.local_folder(output_dir)
     manifest = read_manifest(shards_dir)
-    scorer = _scorer(manifest, tasks, engine)
+    scorer = _scorer(manifest, tasks, engine, load_exemplars(exemplars))
     files.make_folder(output)  # before the work whose results it gets
     total = min(manifest["rows"], limit) if limit is not None else manifest["rows"]
     started = time.monotonic()
@@ -128,7 +132,7 @@ def evaluate(
         "split": str(shards_dir),
         "model": {"preset": engine.preset, "version": engine.version},
         "tasks": [name for name in TASKS if name in scorer.tasks],
-        "settings": _settings(engine, batch_size, limits),
+        "settings": _settings(engine, batch_size, limits, list(scorer.exemplars)),
         **_counts(done, errors, seconds),
         "notes": _notes(scorer),
         "metrics": metrics,
@@ -177,7 +181,7 @@ def _check(batch_size: int, limits: Limits) -> None:
             raise UserError(f"{name} is {value}; give {least} or more", "invalid_setting")
 
 
-def _settings(engine: EngineProtocol, batch_size: int, limits: Limits) -> dict[str, Any]:
+def _settings(engine: EngineProtocol, batch_size: int, limits: Limits, exemplars: Sequence[str]) -> dict[str, Any]:
     """The ``settings`` of the report; choices that are not the default are added."""
     settings = {
         "score_threshold": SCORE_THRESHOLD,
@@ -190,6 +194,8 @@ def _settings(engine: EngineProtocol, batch_size: int, limits: Limits) -> dict[s
         settings["decoders"] = engine.chosen_decoders
     if engine.dtype != "float32":
         settings["dtype"] = engine.dtype
+    if exemplars:
+        settings["exemplars"] = exemplars
     return settings
 
 
@@ -212,11 +218,35 @@ def _notes(scorer: SplitScorer) -> list[str]:
     return [f"{scorer.about_several} questions and captions about several images are not scored, only those about one"]
 
 
-def _scorer(manifest: dict[str, Any], named: Sequence[str] | None, engine: EngineProtocol) -> SplitScorer:
+def _scorer(
+    manifest: dict[str, Any],
+    named: Sequence[str] | None,
+    engine: EngineProtocol,
+    exemplars: Sequence[ClassByExample] = (),
+) -> SplitScorer:
     tasks, spoken = choose_tasks(manifest, named, engine)
     categories = manifest["categories"]
+    classes = [c["name"] for c in categories]
     skeletons = {c["name"]: c["keypoints"] for c in categories if c.get("keypoints")}
-    return SplitScorer([c["name"] for c in categories], skeletons, tasks, spoken)
+    _check_exemplars(exemplars, classes, tasks)
+    return SplitScorer(classes, skeletons, tasks, spoken, exemplars)
+
+
+def _check_exemplars(exemplars: Sequence[ClassByExample], classes: Sequence[str], tasks: Sequence[str]) -> None:
+    """Raises `UserError` for exemplars of another class than the split's, or that no task asks for."""
+    for name in (shown.name for shown in exemplars):
+        if name not in classes:
+            raise UserError(
+                f"class '{name}' is given by example, but the split has no such class;{suggest(name, classes)} its "
+                f"classes: {', '.join(classes) or 'none'}",
+                "unknown_class",
+            )
+    if exemplars and not set(EXEMPLAR_TASKS) & set(tasks):
+        raise UserError(
+            f"classes are given by example, which only {', '.join(EXEMPLAR_TASKS)} ask for; name one of them in the "
+            "tasks, or leave the examples out",
+            "unused_exemplars",
+        )
 
 
 def _batches(folder: str | Path, manifest: dict[str, Any], total: int, batch_size: int) -> Iterator[list[Row]]:

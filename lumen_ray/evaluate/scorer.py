@@ -17,12 +17,15 @@ from lumen_ray.evaluate.masks import RegionSegmentEvaluator, SemanticEvaluator, 
 from lumen_ray.evaluate.pictures import PicturesEvaluator
 from lumen_ray.evaluate.scored import Row, ScoredRequest
 from lumen_ray.evaluate.text import CaptionEvaluator, RegionCaptionEvaluator, RoutingEvaluator, VqaEvaluator
+from lumen_ray.exemplars import ClassByExample
 from lumen_ray.inference.request import make_request
 from lumen_ray.structures import Region
 from lumen_ray.tasks import get_task
 
 #: tasks whose messages are scored
 _SCORED_TEXTS = ("vqa", "caption", "region_caption")
+#: tasks that ask for classes by example
+EXEMPLAR_TASKS = ("detect", "segment", "count")
 
 
 class _Evaluator(Protocol):
@@ -34,8 +37,8 @@ class SplitScorer:
     """Turns rows into requests, and their answers into metrics.
 
     classes: all class names of the split; skeletons: class -> keypoint names; tasks: those to score; spoken: tasks that
-    only free chat asks for. Requests are about one image: texts about several are left out and counted in
-    `about_several`.
+    only free chat asks for; exemplars: those of `classes` that `EXEMPLAR_TASKS` ask for by example. Requests are about
+    one image: texts about several are left out and counted in `about_several`.
     """
 
     def __init__(
@@ -44,8 +47,10 @@ class SplitScorer:
         skeletons: Mapping[str, Sequence[str]],
         tasks: Sequence[str],
         spoken: Sequence[str] = (),
+        exemplars: Sequence[ClassByExample] = (),
     ):
         self.classes = list(classes)
+        self.exemplars = {shown.name: shown for shown in exemplars}
         self.skeletons = {name: tuple(points) for name, points in skeletons.items()}
         self.tasks = set(tasks)
         self.spoken = self.tasks | set(spoken)
@@ -103,18 +108,19 @@ class SplitScorer:
     def _class_requests(self, row: Row) -> list[ScoredRequest]:
         """Over all classes annotated in the row: those that are absent test for false positives."""
         names = self._annotated(row)
+        asked = [self.exemplars.get(name, name) for name in names]
         requests: list[ScoredRequest] = []
         if "detect" in self.tasks and names:
             score = partial(self._score_classes, self.box, row)
-            requests.append(ScoredRequest(make_request("detect", classes=names), score))
+            requests.append(ScoredRequest(make_request("detect", classes=asked), score))
         if "segment" in self.tasks and names:
             score = partial(self._score_classes, self.mask, row)
-            requests.append(ScoredRequest(make_request("segment", classes=names), score))
+            requests.append(ScoredRequest(make_request("segment", classes=asked), score))
         for region, mask in region_prompts(row) if "region_segment" in self.tasks else ():
             request = make_request("region_segment", region=region)
             requests.append(ScoredRequest(request, partial(self.region_mask.process, mask)))
         if "count" in self.tasks and names:
-            requests.append(ScoredRequest(make_request("count", classes=names), partial(self._score_counts, row)))
+            requests.append(ScoredRequest(make_request("count", classes=asked), partial(self._score_counts, row)))
         return requests + (self._pose_requests(row, names) if "pose" in self.tasks else [])
 
     def _pose_requests(self, row: Row, names: Sequence[str]) -> list[ScoredRequest]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lumen_ray.decoders.base import PromptSpec
 from lumen_ray.errors import UserError
+from lumen_ray.exemplars import Example
 from lumen_ray.inference.outputs import DecoderInput, RequestPlan
 from lumen_ray.inference.request import Request, no_decoder
 from lumen_ray.structures import Region, SampleSettings
@@ -39,15 +40,22 @@ class PendingBranch:
     """A branch with a routing token that has not run yet.
 
     `prompt`: how its predictions enter the answer, None for a keypoint branch. `branch.group` is the index of the
-    request among those of its image. `region`: the visual prompt that fills the branch's `<region>`. `embedding`: of a
-    link in a text, which the LLM has read while it wrote; such a branch does not run.
+    request among those of its image. `regions`: the visual prompts that fill the branch's `<region>`s in order, on its
+    image or, of an example, on another. `embedding`: of a link in a text, which the LLM has read while it wrote; such a
+    branch does not run.
     """
 
     branch: Branch
     prompt: PromptSpec | None
     decoder: str
-    region: Region | None = None
+    regions: tuple[Region | Example, ...] = ()
     embedding: Tensor | None = None
+
+    @property
+    def is_same_for_every_image(self) -> bool:
+        """Whether its link depends on nothing but its words and on examples on images of their own."""
+        here = any(isinstance(region, Region) or region.image is None for region in self.regions)
+        return not (self.branch.reads_image or here or self.embedding is not None)
 
     @property
     def key(self) -> tuple[int, int]:
@@ -88,8 +96,8 @@ class BranchPlanner:
             task.name, size, decoder=None if task.is_text else self.decoder(task), route=task.routing_token
         )
 
-    def branches(self, request: Request, image: int, index: int) -> list[PendingBranch]:
-        """The branches of request `index` of `image`; none for text tasks.
+    def branches(self, request: Request, image: int, index: int, looks: bool = False) -> list[PendingBranch]:
+        """The branches of request `index` of `image`; none for text tasks. `looks`: see the image in any case.
 
         The routing token is given, so nothing is sampled.
         """
@@ -101,16 +109,21 @@ class BranchPlanner:
             text = task.prompt(template=request.template)
             branch = Branch(image, text, route=task.routing_token, regions=(0,), group=index)
             return [
-                PendingBranch(branch, PromptSpec(REGION_PHRASE, masks=True, task=task.name), decoder, request.region)
+                PendingBranch(branch, PromptSpec(REGION_PHRASE, masks=True, task=task.name), decoder, (request.region,))
             ]
-        pending, reads = [], task.link_reads_image(self.links_see_image)
+        pending, reads = [], looks or task.link_reads_image(self.links_see_image)
         for phrase in request.phrases:
             names = self._keypoints(request, phrase) if task.name == "pose" else ()
             masks = task.result == "masks"
             prompt = PromptSpec(phrase, masks=masks, keypoints=names, sample=request.sample, task=task.name)
-            text = task.prompt(phrase, request.template)
-            branch = Branch(image, text, route=task.routing_token, phrase=phrase, group=index, reads_image=reads)
-            pending.append(PendingBranch(branch, prompt, decoder))
+            shown = request.examples.get(phrase)
+            text = task.prompt(shown.phrase if shown else phrase, request.template)
+            regions = tuple(shown.examples) if shown else ()
+            branch = Branch(
+                image, text, route=task.routing_token, phrase=phrase, group=index, reads_image=reads,
+                regions=tuple(range(len(regions))),
+            )  # fmt: skip
+            pending.append(PendingBranch(branch, prompt, decoder, regions))
             for name in names:
                 text = task.keypoint_prompt(name, phrase)
                 branch = Branch(
@@ -120,25 +133,16 @@ class BranchPlanner:
         return pending
 
     def routed_branches(self, request: Request, task: Task, image: int, index: int) -> list[PendingBranch]:
-        """The branches of a free chat in which the LLM chose the routing token of `task`: its text, with queries."""
+        """The branches of a free chat in which the LLM chose the routing token of `task`, with the image before its
+        eyes: its text, with queries, which see the image as well."""
         named = task_of_prompt(request.text)
         phrase = named[1] if named else request.text
         if task.name == "pose" and phrase in self.skeletons:
-            return self.branches(Request("pose", (phrase,)), image, index)
+            return self.branches(Request("pose", (phrase,)), image, index, looks=True)
         sample = SampleSettings() if task.result == "image" else None
         prompt = PromptSpec(phrase, masks=task.result == "masks", sample=sample, task=task.name)
-        reads = any(asked.link_reads_image(self.links_see_image) for asked in self._asked(named, task))
-        branch = Branch(image, request.text, route=task.routing_token, group=index, reads_image=reads)
+        branch = Branch(image, request.text, route=task.routing_token, group=index)
         return [PendingBranch(branch, prompt, self.decoder(task))]
-
-    def _asked(self, named: tuple[str, str] | None, task: Task) -> list[Task]:
-        """The tasks of a free chat that chose the routing token of `task`: the one that its words name, else all that
-        were trained with that token, since an expression may be worded freely and shares its token with noun
-        phrases."""
-        if named and TASKS[named[0]].routing_token == task.routing_token:
-            return [TASKS[named[0]]]
-        trained = (TASKS[name] for name in self.tasks)
-        return [t for t in trained if t.routing_token == task.routing_token and t.needs != "region"] or [task]
 
     def text_routes(self, text_task: Task) -> dict[str, str]:
         """Routing tokens behind which a text of this task may go on -> the decoder that serves them all: an answer has
@@ -204,17 +208,17 @@ def split_passes(pending: Sequence[PendingBranch], most: int, whole_requests: bo
     return [list(chain.from_iterable(chunks)) for chunks in zip_longest(*per_image.values(), fillvalue=())]
 
 
-def with_regions(items: Iterable[tuple[Branch, R | None]]) -> tuple[list[Branch], list[R], list[int]]:
-    """(branches of one pass, their regions, the image of each region), from each branch and its region, if it has
-    one."""
+def with_regions(items: Iterable[tuple[Branch, Sequence[R]]]) -> tuple[list[Branch], list[R], list[int]]:
+    """(branches of one pass, their regions, the image of each branch with that region), from each branch and its
+    regions."""
     branches: list[Branch] = []
     regions: list[R] = []
     images: list[int] = []
-    for branch, region in items:
-        if region is not None:
-            branch = replace(branch, regions=(len(regions),))
-            regions.append(region)
-            images.append(branch.image)
+    for branch, own in items:
+        if own:
+            branch = replace(branch, regions=tuple(range(len(regions), len(regions) + len(own))))
+            regions += own
+            images += [branch.image] * len(own)
         branches.append(branch)
     return branches, regions, images
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
 
 import numpy as np
 
 from lumen_ray.errors import UserError
+from lumen_ray.exemplars import ClassByExample, split_classes
 from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.structures import Region, SampleSettings, Size
 from lumen_ray.tasks import Needs, check_classes, get_task, split_phrases
@@ -33,6 +34,7 @@ class Request:
 
     `phrases`: the phrase of each branch, in the order of the answer's predictions (classes, phrases, expression);
     `text`: the question of chat and vqa, else the sentence or expression as given;
+    `examples`: the classes among `phrases` that are given by example, by name;
     `keypoints`: names of the keypoints of a pose request; None for the skeleton the model was trained with. `sample`:
     how the pictures of a generate or edit request are drawn. `score_threshold` (0..1) and `max_per_phrase` limit the
     instances of the answer; None for the limits of the call. `history`: earlier (question, answer) pairs of a chat, and
@@ -45,6 +47,7 @@ class Request:
     phrases: tuple[str, ...] = ()
     text: str = ""
     region: Region | None = None
+    examples: Mapping[str, ClassByExample] = field(default_factory=dict)
     keypoints: tuple[str, ...] | None = None
     template: int = 0
     sample: SampleSettings | None = None
@@ -71,7 +74,7 @@ class Request:
 def make_request(
     task: str,
     *,
-    classes: Sequence[str] | str | None = None,
+    classes: Sequence[str | ClassByExample] | ClassByExample | str | None = None,
     text: str | None = None,
     region: Region | None = None,
     keypoints: Sequence[str] | str | None = None,
@@ -85,15 +88,18 @@ def make_request(
     """A validated `Request`. Raises `UserError` (one sentence, machine-readable reason) if it is invalid.
 
     The registry's `Task.needs` says which argument a task takes: "classes" `classes`, "region" `region`, "nothing"
-    none, all others `text`. A single string stands for a list of one. `history` (earlier pairs of question and answer)
+    none, all others `text`. A single string stands for a list of one. A class may be given by example
+    (`lumen_ray.exemplars.ClassByExample`). `history` (earlier pairs of question and answer)
     and `system` go with task "chat", `sampling` with tasks that give a text, and `image_turns` with a chat about
     several images.
     """
     needs = get_task(task).needs
     _check_conversation(task, history, system, sampling)
     _check_image_turns(task, image_turns, len(history))
-    classes, keypoints = ([names] if isinstance(names, str) else names for names in (classes, keypoints))
-    for name in (*(classes or ()), *(keypoints or ())):
+    classes = [classes] if isinstance(classes, str | ClassByExample) else classes
+    keypoints = [keypoints] if isinstance(keypoints, str) else keypoints
+    names, examples = split_classes(classes or ())
+    for name in (*names, *(keypoints or ())):
         if not isinstance(name, str):
             raise UserError(f"names of classes and keypoints are texts, got {name!r}", "invalid_classes")
     if region is not None and not isinstance(region, Region):
@@ -103,12 +109,15 @@ def make_request(
         )
     if text is not None and not isinstance(text, str):
         raise UserError(f"'text' must be a text, got {text!r}", "invalid_text")
-    for given in (text or "", *(classes or ()), *(keypoints or ())):
+    for given in (text or "", *names, *(keypoints or ())):
         _refuse_reserved(given or "")
     sample = _checked_sample(task, sample)
     if needs == "classes":
         points = tuple(keypoints) if keypoints else None
-        return Request(task, tuple(check_classes(list(classes or ()), task)), keypoints=points, template=template)
+        if examples and get_task(task).keypoint_template:
+            raise UserError(f"task '{task}' takes classes by name only; give none by example", "invalid_classes")
+        found = tuple(check_classes(names, task))
+        return Request(task, found, examples=examples, keypoints=points, template=template)
     if needs == "region":
         if region is None:
             raise UserError(f"task '{task}' needs a region (box, point, scribble, polygon or mask)", "missing_region")
@@ -229,6 +238,9 @@ def check_requests(size: Size | None, requests: Sequence[Request], images: int =
             request.turns_of(images)
         if size is not None and request.region is not None:
             _check_region(size, request.region)
+        for example in (e for shown in request.examples.values() for e in shown.examples):
+            if size is not None and example.image is None:
+                example.region(size)
 
 
 def check_image(task: str, given: bool) -> None:

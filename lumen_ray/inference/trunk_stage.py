@@ -17,10 +17,12 @@ from torch import Tensor
 from lumen_ray.data.batches.buckets import choose
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
+from lumen_ray.exemplars import Example, no_exemplars
 from lumen_ray.inference.branches import BranchPlanner, PendingBranch, decoder_input, split_passes, with_regions
 from lumen_ray.inference.decode_loop import DecodeLoop
 from lumen_ray.inference.decoder_inputs import decoder_pixels
 from lumen_ray.inference.encoded_images import EncodedImages, Inputs, fit_images
+from lumen_ray.inference.examples import ExampleEmbeddings
 from lumen_ray.inference.outputs import DecoderInput, RequestPlan, TrunkOutput
 from lumen_ray.inference.request import Request, Shown, check_requests, images_of
 from lumen_ray.inference.sampling import Sampler, stable_text
@@ -29,6 +31,7 @@ from lumen_ray.inference.writing import TextPrompt, Writing, written_parts, writ
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.precision import in_model_dtype
 from lumen_ray.structures import Region, Size
+from lumen_ray.targets import Frame
 from lumen_ray.tasks import ROUTING_TOKENS, TASKS, task_of_route
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.layout import build_layout, several_images_unsupported
@@ -75,7 +78,9 @@ class TrunkStage(FromFolder):
         self.skeletons = {name: tuple(names) for name, names in loaded.meta.skeletons.items()}
         trained, settings = set(loaded.meta.tasks or TASKS), loaded.settings
         self.planner = BranchPlanner(self.serving, self.skeletons, trained, settings.links_see_image)
-        self.word_links = WordLinks(partial(links_of_words, self.trunk, self.tokenizer))
+        self.examples = ExampleEmbeddings(self.trunk, self.bucket)
+        self.word_links = WordLinks(partial(links_of_words, self.trunk, self.tokenizer), self.examples.of)
+        self.reads_exemplars = loaded.meta.reads_exemplars
         square = (loaded.settings.image_size,) * 2
         self.writes_behind_routes = loaded.meta.writes_behind_routes
         self.buckets = tuple((int(h), int(w)) for h, w in loaded.meta.buckets) or (square,)
@@ -206,7 +211,7 @@ class TrunkStage(FromFolder):
         class_chunk: int,
     ) -> TrunkOutput:
         """Runs the branches of the decoders, and collects what they read."""
-        decoder_inputs = self._decoder_inputs(prefix, pending, plans, class_chunk)
+        decoder_inputs = self._decoder_inputs(prefix, pending, plans, inputs.frames, class_chunk)
         reads = {name: DECODERS[name].reads for name in decoder_inputs}
         for name, decoder in decoder_inputs.items():
             if reads[name] == "pixels":
@@ -244,6 +249,13 @@ class TrunkStage(FromFolder):
         rows = zip(inputs.images, inputs.valid.tolist(), inputs.numbers, requests, strict=True)
         for image, valid, number, row in rows:
             check_requests((image.shape[0], image.shape[1]) if valid else None, row, number)
+            for name in (name for request in row for name in request.examples):
+                self._check_examples(name)
+
+    def _check_examples(self, name: str) -> None:
+        """Raises `UserError` if the model does not take a class by example."""
+        if self.prompt_layout == "sequential" or not self.reads_exemplars:
+            raise no_exemplars(name)
 
     def _inputs(self, images: Sequence[Shown]) -> Inputs:
         """Fits images, which must share a bucket, into the trunk's input."""
@@ -363,23 +375,38 @@ class TrunkStage(FromFolder):
             pending += self.planner.routed_branches(requests[b][r], task, b, r)
         return pending
 
-    def _regions(self, regions: list[Region], images: list[int]) -> tuple[Tensor, Tensor]:
-        """Masks of the regions in the model input [R, H, W] and the index of each one's image, int64 [R]."""
-        masks = [region_mask(region, self.bucket(region.size)) for region in regions]
-        stack = torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0)
-        return stack.to(self.device), torch.tensor(images, dtype=torch.int64, device=self.device)
+    def _regions(
+        self, prefix: Prefix, regions: Sequence[Region | Example], images: Sequence[int], frames: Sequence[Frame]
+    ) -> Tensor | None:
+        """Embeddings [R, width] of the regions of prompts about `images`, None if there are none."""
+        if not regions:
+            return None
+        elsewhere = {i: r for i, r in enumerate(regions) if isinstance(r, Example) and r.image is not None}
+        found = dict(zip(elsewhere, self.examples.of(list(elsewhere.values())), strict=True))
+        here = [i for i in range(len(regions)) if i not in found]
+        if here:
+            masks = [_mask_here(regions[i], frames[images[i]]) for i in here]
+            owners = torch.tensor([images[i] for i in here], device=self.device)
+            stack = torch.from_numpy(np.stack(masks)).to(self.device)
+            found |= zip(here, self.trunk.region_embeddings(prefix, stack, owners), strict=True)
+        return torch.stack([found[i] for i in range(len(regions))])
 
     def _decoder_inputs(
-        self, prefix: Prefix, pending: list[PendingBranch], plans: list[list[RequestPlan]], chunk: int
+        self,
+        prefix: Prefix,
+        pending: list[PendingBranch],
+        plans: list[list[RequestPlan]],
+        frames: Sequence[Frame],
+        chunk: int,
     ) -> dict[str, DecoderInput]:
         """Runs the branches in chunks per image; the input of each decoder, in the order of `pending`."""
         # by index into `pending`
         embeddings = {i: item.embedding for i, item in enumerate(pending) if item.embedding is not None}
-        blind = [i for i, item in enumerate(pending) if not item.branch.reads_image and item.embedding is None]
+        blind = [i for i, item in enumerate(pending) if item.is_same_for_every_image]
         embeddings |= zip(blind, self.word_links.embeddings([pending[i] for i in blind]), strict=True)
         waiting = [i for i in range(len(pending)) if i not in embeddings]
         for numbers in split_passes([pending[i] for i in waiting], chunk, self.prompt_layout == "sequential"):
-            embeddings |= self._embeddings(prefix, pending, [waiting[n] for n in numbers])
+            embeddings |= self._embeddings(prefix, pending, [waiting[n] for n in numbers], frames)
         inputs = {}
         for name in dict.fromkeys(item.decoder for item in pending):
             members = [i for i, item in enumerate(pending) if item.decoder == name]
@@ -387,16 +414,25 @@ class TrunkStage(FromFolder):
             inputs[name] = decoder_input(name, [pending[i] for i in members], stack, plans)
         return inputs
 
-    def _embeddings(self, prefix: Prefix, pending: list[PendingBranch], members: list[int]) -> dict[int, Tensor]:
+    def _embeddings(
+        self, prefix: Prefix, pending: list[PendingBranch], members: list[int], frames: Sequence[Frame]
+    ) -> dict[int, Tensor]:
         """The link embedding of each branch of one pass, float32 on the CPU, by index into `pending`."""
-        branches, regions, owners = with_regions((pending[i].branch, pending[i].region) for i in members)
+        branches, regions, owners = with_regions((pending[i].branch, pending[i].regions) for i in members)
         layout = build_layout(branches, len(prefix.valid), self.tokenizer, self.prompt_layout, prefix.valid)
         layout.mark_keypoints([pending[i].prompt is None for i in members])
         layout = layout.to(self.device)
         found: dict[int, Tensor] = {}
-        for name, link in self.trunk.branch_links(prefix, layout, *self._regions(regions, owners)).items():
+        embedded = self._regions(prefix, regions, owners, frames)
+        for name, link in self.trunk.branch_links(prefix, layout, embedded).items():
             order = layout.link_branches[DECODERS[name].family].tolist()
             for number, embedding in zip(order, link.embeddings.float().cpu(), strict=True):
                 if pending[members[number]].decoder == name:
                     found[members[number]] = embedding
         return found
+
+
+def _mask_here(region: Region | Example, frame: Frame) -> np.ndarray:
+    """A region of the image that is asked about as a mask of its input, uint8 [H, W]."""
+    here = region.region(frame.size) if isinstance(region, Example) else region
+    return region_mask(here, frame.input_size)

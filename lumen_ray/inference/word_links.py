@@ -12,7 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lumen_ray.inference.branches import PendingBranch
+from lumen_ray.exemplars import Example
+from lumen_ray.inference.branches import PendingBranch, with_regions
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.layout import build_layout
 from lumen_ray.trunk.tokenizer import LumenTokenizer
@@ -31,29 +32,41 @@ class LinkKey(NamedTuple):
     prompt: str
     route: str
     is_keypoint: bool
+    examples: tuple[str, ...]  # keys of those whose embeddings are in the prompt
 
     @classmethod
     def of(cls, item: PendingBranch) -> LinkKey:
-        return cls(item.decoder, item.branch.prompt, item.branch.route or "", item.prompt is None)
+        examples = tuple(region.key for region in item.regions if isinstance(region, Example))
+        return cls(item.decoder, item.branch.prompt, item.branch.route or "", item.prompt is None, examples)
 
 
 def links_of_words(
-    trunk: Trunk, tokenizer: LumenTokenizer, branches: Sequence[Branch], are_keypoints: Sequence[bool]
+    trunk: Trunk,
+    tokenizer: LumenTokenizer,
+    branches: Sequence[Branch],
+    are_keypoints: Sequence[bool],
+    examples: Sequence[Tensor] = (),
 ) -> dict[str, Tensor]:
     """What `WordLinks` computes, by one pass of a trunk."""
     layout = build_layout(branches, 1, tokenizer)
     layout.mark_keypoints(are_keypoints)
-    none = torch.zeros(0, device=trunk.lead.device)
-    links = trunk.branch_links(trunk.lead_prefix(), layout.to(none.device), none, none.long())
+    regions = torch.stack(list(examples)) if examples else None
+    links = trunk.branch_links(trunk.lead_prefix(), layout.to(trunk.lead.device), regions)
     return {name: link.embeddings.float().cpu() for name, link in links.items()}
 
 
 class WordLinks:
-    """The links of one trunk. `compute`: the embeddings of branches of image 0 without parents, and whether each is of
-    a keypoint -> by decoder [N, C], float32 on the CPU."""
+    """The links of one trunk. `compute`: the embeddings of branches of image 0 without parents, from them, whether each
+    is of a keypoint, and the embedding of each of their regions -> by decoder [N, C], float32 on the CPU. `embed`: the
+    embeddings of examples on images of their own."""
 
-    def __init__(self, compute: Callable[[list[Branch], list[bool]], dict[str, Tensor]], most: int = MOST_LINKS):
-        self._compute = compute
+    def __init__(
+        self,
+        compute: Callable[[list[Branch], list[bool], list[Tensor]], dict[str, Tensor]],
+        embed: Callable[[list[Example]], list[Tensor]],
+        most: int = MOST_LINKS,
+    ):
+        self._compute, self._embed = compute, embed
         self._most = most
         self._kept: OrderedDict[LinkKey, Tensor] = OrderedDict()
 
@@ -61,10 +74,11 @@ class WordLinks:
         return len(self._kept)
 
     def embeddings(self, items: Sequence[PendingBranch]) -> list[Tensor]:
-        """The embedding [C] of each branch, computed for words that are not known yet."""
+        """The embedding [C] of each branch, computed for words that are not known yet; its regions are examples on
+        images of their own."""
         keys = [LinkKey.of(item) for item in items]
-        missing = list(dict.fromkeys(key for key in keys if key not in self._kept))
-        made = dict(self._made(missing))
+        missing = {key: item for key, item in zip(keys, items, strict=True) if key not in self._kept}
+        made = dict(self._made(list(missing.items())))
         found = []
         for key in keys:
             if (link := made.get(key)) is None:
@@ -76,11 +90,13 @@ class WordLinks:
             self._kept.popitem(last=False)
         return found
 
-    def _made(self, keys: Sequence[LinkKey]) -> list[tuple[LinkKey, Tensor]]:
+    def _made(self, missing: Sequence[tuple[LinkKey, PendingBranch]]) -> list[tuple[LinkKey, Tensor]]:
         made = []
-        for start in range(0, len(keys), AT_ONCE):
-            part = keys[start : start + AT_ONCE]
-            branches = [Branch(0, key.prompt, route=key.route, reads_image=False) for key in part]
-            links = self._compute(branches, [key.is_keypoint for key in part])
-            made += [(key, links[key.decoder][number].clone()) for number, key in enumerate(part)]
+        for start in range(0, len(missing), AT_ONCE):
+            keys, items = zip(*missing[start : start + AT_ONCE], strict=True)
+            plain = [Branch(0, key.prompt, route=key.route, reads_image=False) for key in keys]
+            owned = zip(plain, (item.regions for item in items), strict=True)
+            branches, examples, _ = with_regions(owned)
+            links = self._compute(branches, [key.is_keypoint for key in keys], self._embed(examples))
+            made += [(key, links[key.decoder][number].clone()) for number, key in enumerate(keys)]
         return made

@@ -20,6 +20,8 @@ from lumen_ray.data import files
 from lumen_ray.data.files import write_atomically
 from lumen_ray.data.pictures import left_out_note
 from lumen_ray.errors import UserError, unknown
+from lumen_ray.exemplar_file import load_exemplars
+from lumen_ray.exemplars import ClassByExample, no_exemplars
 from lumen_ray.inference.device import find_device
 from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.label.inputs import find_inputs
@@ -60,6 +62,7 @@ def label(
     classes: Sequence[str] | None = None,
     prompts: Mapping[str, Sequence[str]] | None = None,
     keypoints: Sequence[str] | None = None,
+    exemplars: Sequence[ClassByExample] = (),
     decoders: Mapping[str, str] | None = None,
     num_actors: int = 1,
     batch_size: int = 8,
@@ -76,6 +79,7 @@ def label(
 
     model: model folder, or a function that returns an engine (called in each actor).
     prompts: task -> texts for the tasks that need one (see `label.requests`).
+    exemplars: classes given by example, on images of their own (see `label.requests`).
     decoders: task -> decoder, overriding the model folder's choice.
     num_actors: model actors on Ray; 0 labels in this process, without Ray.
     device: 'cpu' or 'cuda', in this process also 'cuda:N'; None: a GPU per actor if the cluster has any.
@@ -91,15 +95,17 @@ def label(
     _check(num_actors, batch_size, score_threshold, fragment_size, exports)
     device = _check_device(device, num_actors)
     output = files.local_folder(output)
-    requests = build_requests(tasks, classes, prompts, keypoints)
+    exemplars = load_exemplars(exemplars)
+    requests = build_requests(tasks, classes, prompts, keypoints, exemplars)
     chosen = _chosen_decoders(model, decoders or {})
+    _check_exemplars(model, exemplars)
     worker = WorkerSettings(
         model, tuple(requests), device, batch_size, num_actors, score_threshold, max_per_phrase, max_new_tokens, chosen,
         check_dtype(dtype),
     )  # fmt: skip
     ledger = Ledger(output)
     inputs = find_inputs(input, exclude=output)
-    ledger.open(_job_settings(worker, input, tasks, classes, prompts, keypoints))
+    ledger.open(_job_settings(worker, input, tasks, classes, prompts, keypoints) | _exemplar_settings(exemplars))
     fragments = ledger.plan(inputs.items, fragment_size)
     before = sum(entry["images"] for entry in ledger.entries().values())
     status = Status(before + sum(len(f.items) for f in fragments), done=before, finished_before=before)
@@ -136,6 +142,23 @@ def _job_settings(
         "max_per_phrase": worker.max_per_phrase,
         "max_new_tokens": worker.max_new_tokens,
     }
+
+
+def _exemplar_settings(exemplars: Sequence[ClassByExample]) -> dict[str, Any]:
+    """The part of the job's settings that identifies the examples; empty without any, as in older folders."""
+    if not exemplars:
+        return {}
+    found = [
+        {
+            "name": shown.name,
+            "named": shown.named,
+            "examples": [
+                {"box": [float(value) for value in e.box], "positive": e.positive, "key": e.key} for e in shown.examples
+            ],
+        }
+        for shown in exemplars
+    ]
+    return {"exemplars": found}
 
 
 def _check(
@@ -178,6 +201,17 @@ def _chosen_decoders(model: str | Path | Callable[[], EngineProtocol], decoders:
 
     settings = read_settings(model)
     return settings.choose(decoders, str(model)).chosen_over(settings)
+
+
+def _check_exemplars(model: str | Path | Callable[[], EngineProtocol], exemplars: Sequence[ClassByExample]) -> None:
+    """Raises `UserError` for exemplars if the model folder does not take them, before an actor is started."""
+    if not exemplars or callable(model):
+        return
+    from lumen_ray.model.build import read_meta
+    from lumen_ray.model.settings import read_settings
+
+    if not read_meta(model).reads_exemplars or read_settings(model).prompt_layout == "sequential":
+        raise no_exemplars(exemplars[0].name)
 
 
 def _collect(

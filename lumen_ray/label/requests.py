@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from lumen_ray.errors import UserError
+from lumen_ray.exemplars import ClassByExample
 from lumen_ray.inference.request import Request, make_request
 from lumen_ray.tasks import get_task
 
@@ -14,13 +15,16 @@ def build_requests(
     classes: Sequence[str] | None = None,
     prompts: Mapping[str, Sequence[str]] | None = None,
     keypoints: Sequence[str] | None = None,
+    exemplars: Sequence[ClassByExample] = (),
 ) -> list[Request]:
     """The requests about every image.
 
-    Tasks that need classes get `classes`; tasks that need a text get one request per text in `prompts[task]`.
-    Raises `UserError` for unknown tasks, missing classes or texts.
+    Tasks that need classes get `classes`, those of a name in `exemplars` by example, and the rest of `exemplars`; a
+    task that takes classes by name only gets `classes` alone. Tasks that need a text get one request per text in
+    `prompts[task]`. Raises `UserError` for unknown tasks, missing classes or texts, and exemplars that no task takes.
     """
     prompts = prompts or {}
+    all_classes = _with_exemplars(classes or (), exemplars)
     if not tasks:
         raise UserError("no task given; give e.g. tasks 'detect,segment,caption'", "empty_tasks")
     for name in prompts:
@@ -38,10 +42,16 @@ def build_requests(
             raise UserError(
                 f"task '{name}' needs a region in each image and cannot label a corpus; leave it out", "invalid_task"
             )
-        if needs == "classes":
-            requests.append(
-                make_request(name, classes=list(classes or ()), keypoints=keypoints if name == "pose" else None)
-            )
+        if needs == "classes" and get_task(name).keypoint_template:
+            if exemplars and not classes:
+                raise UserError(
+                    f"task '{name}' takes classes by name only, and all are given by example; name some, or leave the "
+                    "task out",
+                    "empty_classes",
+                )
+            requests.append(make_request(name, classes=list(classes or ()), keypoints=keypoints))
+        elif needs == "classes":
+            requests.append(make_request(name, classes=all_classes))
         elif needs == "nothing":
             requests.append(make_request(name))
         else:
@@ -50,4 +60,16 @@ def build_requests(
             if not texts:
                 raise UserError(f"task '{name}' needs a text ({needs}) for its requests; give one", "empty_text")
             requests += [make_request(name, text=text) for text in texts]
+    if exemplars and not any(request.examples for request in requests):
+        raise UserError(
+            "classes are given by example, but no task takes them; add one such as detect, segment or count",
+            "unused_exemplars",
+        )
     return requests
+
+
+def _with_exemplars(classes: Sequence[str], exemplars: Sequence[ClassByExample]) -> list[str | ClassByExample]:
+    """`classes` in their order, then the exemplars of other names."""
+    shown = {given.name: given for given in exemplars}
+    named = [shown.pop(name.strip(), name) if isinstance(name, str) else name for name in classes]
+    return [*named, *shown.values()]

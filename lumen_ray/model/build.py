@@ -156,6 +156,8 @@ class ModelMeta:
     calibration: dict[str, Any] = field(default_factory=dict)  # see `inference.calibration`; empty: scores as they are
     #: whether it has learned to go on with a text behind a routing token and its queries
     writes_behind_routes: bool = False
+    #: whether it was trained with classes given by example
+    reads_exemplars: bool = False
 
 
 def build_model(settings: ModelSettings, vocab_size: int, seed: int = 0) -> Generalist:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
@@ -69,6 +70,7 @@ class ServeBackend:
         """One trunk pass over what is shown, then the decoders that may be needed, in parallel."""
         job = TrunkJob(image, tuple(requests), max_new_tokens)
         names = self._needed(requests)
+        plain = tuple(replace(request, examples={}) for request in requests)  # decoders read no images of examples
 
         async def call() -> list[Answer]:
             if not names:
@@ -76,7 +78,7 @@ class ServeBackend:
             # The response is passed on unawaited: tensors go from the trunk to the decoders, not through here.
             output = self.trunk.link.remote(job)
             found = await asyncio.gather(
-                *(_awaited(self.decoders[name].decode.remote(output, job.requests)) for name in names)
+                *(_awaited(self.decoders[name].decode.remote(output, plain)) for name in names)
             )
             # an answer without a decoder, such as a text, comes from each of them
             return [next(answer for answer in answers if answer is not None) for answers in zip(*found, strict=True)]

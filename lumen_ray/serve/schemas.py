@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from lumen_ray.config import Settings, validate
 from lumen_ray.errors import UserError
+from lumen_ray.exemplars import MOST_EXAMPLES
 from lumen_ray.serve.settings import MAX_NEW_TOKENS
 from lumen_ray.structures import REGION_KINDS
 from lumen_ray.tasks import Needs, in_words
@@ -47,10 +48,46 @@ class RegionPrompt(Settings):
     )
 
 
+_IMAGE_TEXT = "the encoded image (JPEG, PNG, WebP) in base64, or a data URL; remote URLs are refused"
+
+
+class ExampleBox(Settings):
+    """A box around an object of a class, or around one that is not meant."""
+
+    box: list[float] = Field(min_length=4, max_length=4, description=f"x1, y1, x2, y2 in {_FRAME}")
+    positive: bool = Field(True, description="false: an object that is not meant")
+    image: str | None = Field(
+        None, description=f"the image that the box is on, null for the request's own: {_IMAGE_TEXT}"
+    )
+
+
+class ClassExamples(Settings):
+    """A class given by boxes."""
+
+    name: str = Field(description="what its objects are called in the answer")
+    named: bool = Field(True, description="false: the model does not read the name, only the boxes")
+    examples: list[ExampleBox] = Field(
+        description=f"1 to {MOST_EXAMPLES} boxes, at least one of them positive, for models that were trained with some"
+    )
+
+
+def _name_or_examples(value: Any) -> Any:
+    """Validates an object as `ClassExamples`, so that errors are about its fields and not about both kinds."""
+    if isinstance(value, dict):
+        return ClassExamples.model_validate(value)
+    if not isinstance(value, str | ClassExamples):
+        raise PydanticCustomError("class_type", "it must be a name or an object with name and examples")
+    return value
+
+
 class TaskFields(Settings):
     """The fields of a request, for all tasks."""
 
-    classes: list[str] | None = Field(None, description=f"class names; {_needing('classes')} need them")
+    classes: list[Annotated[str | ClassExamples, BeforeValidator(_name_or_examples)]] | None = Field(
+        None,
+        description=f"class names, or objects that give a class by boxes around examples of it (not for {_POSES}); "
+        f"{_needing('classes')} need them",
+    )
     text: str | None = Field(
         None,
         description=f"the question ({_needing('question')}), the sentence whose phrases are to be located "
@@ -116,7 +153,6 @@ class TaskFields(Settings):
     num_images: int | None = Field(None, ge=1, le=16, description=f"{_PICTURES}: pictures to make; null is 1")
 
 
-_IMAGE_TEXT = "the encoded image (JPEG, PNG, WebP) in base64, or a data URL; remote URLs are refused"
 _IMAGE = Field(description=_IMAGE_TEXT)
 
 
@@ -245,6 +281,7 @@ _EXPECTED = {
     "tuple_type": "a list",
     "dict_type": "an object",
     "model_type": "an object",
+    "class_type": "a name or an object with its name and examples",
 }
 #: kinds of values in JSON and in forms; a bool is an int to Python
 _KINDS = ((bool, "true or false"), (int | float, "a number"), (str, "a text"), (list, "a list"), (dict, "an object"))

@@ -126,10 +126,12 @@ class Limits(Settings):
 
     max_body_bytes: int = Field(20 * 1024 * 1024, ge=1024)
     max_pixels: int = Field(
-        40_000_000, ge=1, description="width times height of an image, or of all images of a conversation together"
+        40_000_000, ge=1, description="width times height of an image, or of all images of one request together"
     )
-    max_images: int = Field(8, ge=1, description="images of one conversation")
-    max_classes: int = Field(256, ge=1, description="phrases of one request body, over all its tasks")
+    max_images: int = Field(
+        8, ge=1, description="images of one conversation, or those of the examples in one request body"
+    )
+    max_classes: int = Field(256, ge=1, description="phrases and examples of one request body, over all its tasks")
     max_requests: int = Field(32, ge=1, description="tasks of one /v1/infer call")
     max_text_chars: int = Field(2000, ge=1, description="characters of one text or name")
     max_history_chars: int = Field(

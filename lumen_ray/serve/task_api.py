@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,7 +17,8 @@ from starlette.datastructures import FormData, UploadFile
 
 from lumen_ray.answer import Answer
 from lumen_ray.errors import UserError
-from lumen_ray.inference.request import Request, Shown, check_image, make_request
+from lumen_ray.exemplars import ClassByExample, Example
+from lumen_ray.inference.request import Request, Shown, check_image, check_requests, make_request
 from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.serve import forms, schemas
 from lumen_ray.serve.http import content_type, json_schema_ref
@@ -73,8 +75,17 @@ def fields_of(task: Task) -> tuple[str, ...]:
     return fields
 
 
-def parse_request(task: str, fields: schemas.TaskFields, size: Size, settings: ServeSettings) -> Request:
-    """The validated request about an image of `size` (height, width), with its limits. Raises `UserError`."""
+def parse_request(
+    task: str,
+    fields: schemas.TaskFields,
+    size: Size,
+    settings: ServeSettings,
+    example_images: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> Request:
+    """The validated request about an image of `size` (height, width), with its limits. Raises `UserError`.
+
+    `example_images`: those of `decode_all`.
+    """
     taken = fields_of(get_task(task))
     for name in _OPTIONAL:
         if getattr(fields, name) is not None and name not in taken:
@@ -83,7 +94,7 @@ def parse_request(task: str, fields: schemas.TaskFields, size: Size, settings: S
     region = None if fields.region is None else _region(fields.region, size)
     request = make_request(
         task,
-        classes=fields.classes,
+        classes=None if fields.classes is None else [_class(given, example_images) for given in fields.classes],
         text=fields.text,
         region=region,
         keypoints=fields.keypoints,
@@ -92,12 +103,54 @@ def parse_request(task: str, fields: schemas.TaskFields, size: Size, settings: S
         system=fields.system,
         sampling=_sampling(fields) if get_task(task).is_text else GREEDY,
     )
+    if request.examples:
+        check_requests(size, [request])  # here, where it costs the model nothing
     defaults = settings.defaults
     return replace(
         request,
         score_threshold=defaults.score_threshold if fields.score_threshold is None else fields.score_threshold,
         max_per_phrase=fields.max_per_phrase or defaults.max_per_phrase,
     )
+
+
+def _class(given: str | schemas.ClassExamples, images: Mapping[str, np.ndarray]) -> str | ClassByExample:
+    """A class as of `make_request`. Raises `UserError`, which names it, for examples that do not fit."""
+    if isinstance(given, str):
+        return given
+    try:
+        examples = [
+            Example(item.box, None if item.image is None else images[item.image], item.positive)
+            for item in given.examples
+        ]
+    except UserError as error:
+        raise UserError(f"class '{given.name}': {error}", error.reason) from None
+    return ClassByExample(given.name, examples, given.named)
+
+
+def example_texts(tasks: Sequence[tuple[str, schemas.TaskFields]]) -> dict[str, str]:
+    """The images of examples as they are in the request, each once, and where it is there first."""
+    found: dict[str, str] = {}
+    for number, (_, fields) in enumerate(tasks):
+        where = f"requests.{number}." if len(tasks) > 1 else ""
+        for n, given in enumerate(fields.classes or ()):
+            for m, item in enumerate(() if isinstance(given, str) else given.examples):
+                if item.image is not None:
+                    found.setdefault(item.image, f"{where}classes.{n}.examples.{m}.image")
+    return found
+
+
+def decode_all(
+    encoded: Sequence[bytes], places: Sequence[str], examples: Mapping[str, str], max_pixels: int
+) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
+    """The images of a request and, by their texts, those of its examples (as of `example_texts`): `max_pixels` bounds
+    them together. `places`: as of `decode_images`."""
+    if not examples:
+        return decode_images(encoded, max_pixels, places), {}
+    encoded = [*encoded, *(image_bytes(text, place) for text, place in examples.items())]
+    places = [*(places or ["image"] * (len(encoded) - len(examples))), *examples.values()]
+    images = decode_images(encoded, max_pixels, places)
+    number = len(images) - len(examples)
+    return images[:number], dict(zip(examples, images[number:], strict=True))
 
 
 def _in_words(taken: Sequence[str]) -> str:
@@ -110,7 +163,8 @@ def _in_words(taken: Sequence[str]) -> str:
 
 def _check_lengths(fields: schemas.TaskFields, settings: ServeSettings) -> None:
     limits = settings.limits
-    for text in (fields.text or "", *(fields.classes or ()), *(fields.keypoints or ())):
+    names = (given if isinstance(given, str) else given.name for given in fields.classes or ())
+    for text in (fields.text or "", *names, *(fields.keypoints or ())):
         if len(text) > limits.max_text_chars:
             raise UserError(
                 f"a text of {len(text)} characters is too long; give at most {limits.max_text_chars}", "text_too_long"
@@ -153,16 +207,18 @@ def _region(prompt: schemas.RegionPrompt, size: Size) -> Region:
 
 
 def _check_amount(requests: Sequence[Request], settings: ServeSettings) -> None:
-    """Bounds the branches of one pass: phrases, and for poses every keypoint of every phrase."""
+    """Bounds the branches and regions of one pass: phrases, for poses every keypoint of every phrase, and examples."""
     limits = settings.limits
     if len(requests) > limits.max_requests:
         raise UserError(
             f"{len(requests)} tasks in one request; give at most {limits.max_requests}", "too_many_requests"
         )
     phrases = sum(len(r.phrases) * (1 + len(r.keypoints or ())) for r in requests)
-    if phrases > limits.max_classes:
+    examples = sum(len(shown.examples) for r in requests for shown in r.examples.values())
+    if phrases + examples > limits.max_classes:
+        what = "classes, phrases, keypoints and examples" if examples else "classes, phrases and keypoints"
         raise UserError(
-            f"{phrases} classes, phrases and keypoints in one request; give at most {limits.max_classes}",
+            f"{phrases + examples} {what} in one request; give at most {limits.max_classes}",
             "too_many_classes",
         )
 
@@ -180,11 +236,19 @@ async def answer(
     start = time.perf_counter()
     for task, _ in tasks:
         check_image(task, bool(encoded))  # refused before the image is decoded
-    images = await asyncio.to_thread(decode_images, encoded, settings.limits.max_pixels, places)
+    examples = example_texts(tasks)
+    if len(examples) > settings.limits.max_images:
+        raise UserError(
+            f"{len(examples)} images of examples in one request; give at most {settings.limits.max_images}",
+            "too_many_images",
+        )
+    limit = settings.limits.max_pixels
+    images, example_images = await asyncio.to_thread(decode_all, encoded, places, examples, limit)
     decoded = time.perf_counter()
     size = (images[0].shape[0], images[0].shape[1]) if images else (1, 1)
     requests = [
-        replace(parse_request(task, fields, size, settings), image_turns=tuple(image_turns)) for task, fields in tasks
+        replace(parse_request(task, fields, size, settings, example_images), image_turns=tuple(image_turns))
+        for task, fields in tasks
     ]
     _check_amount(requests, settings)
     tokens = [fields.max_new_tokens for _, fields in tasks if fields.max_new_tokens is not None]
@@ -197,14 +261,16 @@ async def answer(
     return answers, {"model": f"{info['preset']}@{info['version']}", "timing_ms": timing_ms}
 
 
-async def _read_task(request: HttpRequest) -> tuple[bytes | None, schemas.TaskFields]:
+async def _read_task(request: HttpRequest, settings: ServeSettings) -> tuple[bytes | None, schemas.TaskFields]:
     """Image bytes (None without an image) and fields of a JSON body or of a multipart form."""
     kind = content_type(request)
     if kind == "application/json":
         body = schemas.parse(schemas.TaskRequest, schemas.parse_json(await request.body()))
         return None if body.image is None else image_bytes(body.image), body
     if kind == "multipart/form-data":
-        async with request.form(max_files=1, max_fields=32) as form:
+        # the body is bounded; a field may hold images of examples
+        most = settings.limits.max_body_bytes
+        async with request.form(max_files=1, max_fields=32, max_part_size=most) as form:
             return await _read_form(form)
     raise UserError(
         f"content type '{kind}' is not supported; send application/json or multipart/form-data",
@@ -280,7 +346,7 @@ def make_fallback() -> APIRouter:
 
 def _task_endpoint(name: str, backend: Backend, settings: ServeSettings) -> Any:
     async def endpoint(request: HttpRequest) -> Any:
-        image, fields = await _read_task(request)
+        image, fields = await _read_task(request, settings)
         answers, extra = await answer(backend, settings, [] if image is None else [image], [(name, fields)])
         return {**answers[0].to_dict(), **extra}
 
@@ -319,7 +385,8 @@ def _task_body() -> dict[str, Any]:
         "required": ["image"],
         "properties": {"image": {"type": "string", "format": "binary"}, **dict.fromkeys(names, text)},
         "description": "the file itself; classes, keypoints and stop comma-separated (in double quotes where an item "
-        "has a comma) or JSON, repeated fields add up; region and history as JSON; an empty field is as if left out",
+        "has a comma) or JSON, as classes by example are, repeated fields add up; region and history as JSON; an empty "
+        "field is as if left out",
     }
     body["content"]["multipart/form-data"] = {"schema": form}
     return body

@@ -8,7 +8,7 @@ from support.tiny_models import scrambled, tiny_loaded
 from lumen_ray.inference import word_links
 from lumen_ray.inference.branches import BranchPlanner
 from lumen_ray.inference.engine import Engine
-from lumen_ray.inference.request import make_request
+from lumen_ray.inference.request import Request, make_request
 from lumen_ray.inference.word_links import WordLinks
 from lumen_ray.structures import Region
 from lumen_ray.tasks import TASKS
@@ -28,9 +28,9 @@ def computed(engine, monkeypatch):
     """The prompts of every computation."""
     calls, compute = [], engine.trunk.word_links._compute
 
-    def counted(branches, keypoints):
+    def counted(branches, keypoints, examples):
         calls.append([branch.prompt for branch in branches])
-        return compute(branches, keypoints)
+        return compute(branches, keypoints, examples)
 
     monkeypatch.setattr(engine.trunk.word_links, "_compute", counted)
     return calls
@@ -60,7 +60,7 @@ def test_a_class_list_is_computed_once(engine, computed):
 def test_a_link_does_not_depend_on_those_computed_with_it(engine, monkeypatch):
     together = links(engine, images(1), [[make_request("detect", classes=CLASSES)]])
     monkeypatch.setattr(word_links, "AT_ONCE", 1)
-    engine.trunk.word_links = WordLinks(engine.trunk.word_links._compute)
+    engine.trunk.word_links = WordLinks(engine.trunk.word_links._compute, engine.trunk.examples.of)
     alone = links(engine, images(1), [[make_request("detect", classes=CLASSES)]])
     torch.testing.assert_close(alone, together, atol=1e-4, rtol=1e-4)
 
@@ -77,11 +77,11 @@ def test_poses_have_links_of_their_own_and_regions_look(engine, computed):
 def test_the_oldest_links_make_room(engine):
     calls = []
 
-    def compute(branches, keypoints):
+    def compute(branches, keypoints, examples):
         calls.append([branch.prompt for branch in branches])
         return {"lumen": torch.arange(len(branches))[:, None].float()}
 
-    kept = WordLinks(compute, most=2)
+    kept = WordLinks(compute, list, most=2)
     items = {n: _pending(engine, n) for n in "abc"}
     kept.embeddings([items["a"], items["b"], items["a"]])
     kept.embeddings([items["a"]])
@@ -93,24 +93,17 @@ def test_the_oldest_links_make_room(engine):
     assert len(calls) == 3 and len(calls[2]) == 1
 
 
-@pytest.mark.parametrize(
-    ("trained", "text", "route", "reads"),
-    [
-        (("detect", "ground", "chat"), "where may that be", "ground", False),
-        (("detect", "ground", "refer", "chat"), "where may that be", "ground", True),
-        (("detect", "ground", "refer", "chat"), "point to the left one", "ground", True),
-        (("detect", "ground", "refer", "chat"), "ground a red circle", "ground", False),
-        (("detect", "ground", "refer", "chat"), "are there any dogs", "detect", False),
-    ],
-)
-def test_a_route_chosen_in_chat_reads_the_image_where_its_links_were_trained_so(trained, text, route, reads):
-    planner = BranchPlanner(dict.fromkeys(trained, "lumen"), {}, trained, links_see_image=False)
-    (item,) = planner.routed_branches(make_request("chat", text=text), TASKS[route], 0, 0)
-    assert item.branch.reads_image == reads
-    (item,) = BranchPlanner(dict.fromkeys(trained, "lumen"), {}, trained).routed_branches(
-        make_request("chat", text=text), TASKS[route], 0, 0
+@pytest.mark.parametrize("text", ["where may that be", "detect a red circle", "pose of red figure"])
+def test_a_route_chosen_in_chat_reads_the_image(text):
+    trained = ("detect", "ground", "pose", "chat")
+    planner = BranchPlanner(
+        dict.fromkeys(trained, "lumen"), {"red figure": ("head", "left hand")}, trained, links_see_image=False
     )
-    assert item.branch.reads_image
+    task = TASKS["pose" if "pose" in text else "detect"]
+    items = planner.routed_branches(make_request("chat", text=text), task, 0, 0)
+    assert len(items) == (3 if "pose" in text else 1)
+    assert all(item.branch.reads_image for item in items)
+    assert not any(item.branch.reads_image for item in planner.branches(Request("pose", ("red figure",)), 0, 0))
 
 
 def _pending(engine, name):

@@ -14,6 +14,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from support.serve_fakes import fake_answer
 
 from lumen_ray.errors import UserError
+from lumen_ray.exemplars import ClassByExample, Example
 from lumen_ray.inference.request import make_request
 from lumen_ray.serve.http import Overloaded, Unavailable
 from lumen_ray.serve.ingress import ServeBackend
@@ -86,6 +87,14 @@ def test_trunk_response_is_handed_on_unawaited(queries):
     assert infer(trunk, decoder, queries) == ["answer"]
     (_, (response, sent)) = decoder.calls[0]
     assert isinstance(response, Response) and not response.awaited and sent == tuple(queries)
+
+
+def test_images_of_examples_go_to_the_trunk_alone():
+    trunk, decoder = Handle(link=["tensors"]), Handle(decode=[["answer"]])
+    bolt = ClassByExample("bolt", [Example([1, 2, 8, 9], IMAGE)])
+    infer(trunk, decoder, [make_request("detect", classes=["a", bolt])])
+    ((_, (job,)),), ((_, (_, (sent,))),) = trunk.calls, decoder.calls
+    assert job.requests[0].examples["bolt"] is bolt and not sent.examples and sent.phrases == ("a", "bolt")
 
 
 @pytest.mark.parametrize("error", [ActorDiedError(), wrapped(ActorDiedError()), wrapped(wrapped(ActorDiedError()))])

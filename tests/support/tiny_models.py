@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,13 @@ def tiny_folder(folder: Path, **changes: Any) -> Path:
     """The folder of such a model."""
     loaded = tiny_loaded(**changes)
     return save_model(folder, loaded.model.state_dict(), loaded.settings, loaded.tokenizer, loaded.meta)
+
+
+def exemplar_folder(folder: Path, **changes: Any) -> Path:
+    """The folder of such a model that takes classes by example."""
+    loaded = tiny_loaded(**changes)
+    meta = replace(loaded.meta, reads_exemplars=True)
+    return save_model(folder, loaded.model.state_dict(), loaded.settings, loaded.tokenizer, meta)
 
 
 def scene_batch(
