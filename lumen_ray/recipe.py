@@ -83,13 +83,24 @@ def parse_buckets(value: Any) -> Any:
 
 
 class BranchSettings(Settings):
-    """The number of prompts per image and training step; at most `max_classes` + `negatives` classes.
+    """The number of prompts per image and training step; at most `max_classes` + `negatives` +
+    `foreign_negatives` classes.
 
     Negatives are classes annotated as absent, drawn by the rule of `data/batches/negatives.py`. A few are enough for a
-    dozen classes; for a thousand use 20 to 50 (Detic and OWL-ViT use 50).
+    dozen classes; for a thousand use 20 to 50 (Detic and OWL-ViT use 50). Foreign ones are those of
+    `data/batches/foreign.py`.
     """
 
     negatives: int = Field(3, ge=0, description="prompts for classes annotated as absent")
+    foreign_negatives: int = Field(
+        0, ge=0, description="prompts for names of things that are no class of the shards, and surely in no image"
+    )
+    exemplars: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the class prompts that show the class by boxes on this image or others of the batch",
+    )
     negatives_by_frequency: float = Field(
         0.5, ge=0, le=1, description="share of negatives drawn by the square root of class frequency, others uniformly"
     )
@@ -98,11 +109,12 @@ class BranchSettings(Settings):
     max_messages: int = Field(4, ge=0, description="maximum of captions, questions, region captions and chats")
     max_regions: int = Field(1, ge=0, description="maximum of region_segment prompts: a box, point, ... on an instance")
     max_poses: int = Field(1, ge=0, description="maximum of pose prompts for classes with annotated keypoints")
-    max_routes: int = Field(
-        2,
+    looking_share: float = Field(
+        0.5,
         ge=0,
-        description="maximum of perception prompts whose routing token is learned beside the image, where links do not "
-        "see it (links_see_image: false); elsewhere every prompt's is",
+        le=1,
+        description="share of the requests for classes, noun phrases and poses whose links see the image in training, "
+        "as in free chat, in a model whose links else do not (links_see_image: false); elsewhere all do",
     )
     absent_poses: int = Field(1, ge=0, description="maximum of pose prompts for absent classes with keypoints")
 

@@ -23,6 +23,7 @@ from lumen_ray.data import files, urls
 from lumen_ray.data.batches.buckets import with_sizes
 from lumen_ray.data.batches.feed import BatchReader, dataset_for_rank, plan_items, ray_batches, skeletons_of
 from lumen_ray.data.batches.plan import Plan
+from lumen_ray.data.batches.prompts import CLASS_TASKS
 from lumen_ray.data.shards.shards import read_manifest
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import ModelMeta
@@ -106,12 +107,20 @@ def _trains_links(recipe: Recipe, manifest: dict[str, Any]) -> bool:
     return manifest.get("links", 0) > 0 and any(tasks & chats and tasks & linked for tasks in groups)
 
 
+def _trains_exemplars(recipe: Recipe) -> bool:
+    """Whether a step can show a class by example."""
+    return any(
+        stage.branches.exemplars > 0 and set(CLASS_TASKS) & {name for group in stage.groups for name in group.tasks}
+        for stage in recipe.stages
+    )
+
+
 def _meta(
     recipe: Recipe, start_point: StartPoint, manifest: dict[str, Any], skeletons: dict[str, tuple[str, ...]]
 ) -> ModelMeta:
     """Metadata of the model to export: tasks of the recipe and of the model it starts from; classes of the shards;
     skeletons of the shards and, if that model has learned poses, of its other classes; whether one of the two taught it
-    links in texts."""
+    links in texts, or classes by example."""
     categories, start = manifest["categories"], start_point.meta
     meta = ModelMeta(
         preset=start_point.settings.name,
@@ -121,6 +130,7 @@ def _meta(
         buckets=_buckets(manifest, recipe),
         tasks=[task for task in TASKS if task in recipe.tasks or (start and task in start.tasks)],
         writes_behind_routes=_trains_links(recipe, manifest) or bool(start and start.writes_behind_routes),
+        reads_exemplars=_trains_exemplars(recipe) or bool(start and start.reads_exemplars),
     )
     if start and "pose" in start.tasks:
         meta.skeletons, meta.edges = start.skeletons | meta.skeletons, start.edges | meta.edges

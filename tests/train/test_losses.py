@@ -104,8 +104,8 @@ def test_what_is_known_beforehand_is_what_the_losses_count():
 
 
 def test_prompts_without_a_text_to_learn_are_not_in_the_mean_of_their_task():
-    """Those of words alone, whose routing token is learned in a question beside the image."""
-    tasks, settings = ("detect", "pose", "caption"), BranchSettings(max_routes=1)
+    """Those of words alone: their routing token follows from the task, not from what is seen."""
+    tasks, settings = ("detect", "pose", "caption"), BranchSettings(looking_share=0)
     collator = Collator(tiny_tokenizer(), SIDE, tasks, scenes.SKELETONS, settings, links_see_image=False)
     row = scenes.scene_row(0, 3, SIDE)
     batch = collator([row], [decode(row["image"])], [np.random.default_rng(0)])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lumen_ray.data.batches.decoder_inputs import BatchImages, as_pixels, prompted_images
+from lumen_ray.data.batches.example_pool import ExamplePool
 from lumen_ray.data.batches.packing import Packing, fit_branches, num_images, pack
 from lumen_ray.data.batches.prompts import PromptBatch, SamplePrompts
 from lumen_ray.data.batches.transforms import (
@@ -140,11 +141,14 @@ class Collator:
             further = [further[i] for i in order]
         pictures = [as_picture(GREY if image is None else image) for image in images]
         prompts, samples = PromptBatch(), []
+        targets = list(edited) if "edit" in self.tasks else [None] * len(rows)
         for index, (row, rng) in enumerate(zip(rows, rngs, strict=True)):
-            target = edited[index] if "edit" in self.tasks else None
-            augment = self._augment(blind, editing=target is not None, several=bool(further[index]))
-            sample = transform(row, pictures[index], self.input_size, augment, rng, self.skeletons)
-            samples.append(sample)
+            augment = self._augment(blind, editing=targets[index] is not None, several=bool(further[index]))
+            samples.append(transform(row, pictures[index], self.input_size, augment, rng, self.skeletons))
+        shown = [index for index, fit in enumerate(fits) if fit]
+        pool = ExamplePool.of(rows, samples, shown) if self.branches.exemplars and not blind else ExamplePool()
+        for index, (row, sample, rng) in enumerate(zip(rows, samples, rngs, strict=True)):
+            target = targets[index]
             drawn = SamplePrompts(
                 prompts,
                 index,
@@ -157,6 +161,7 @@ class Collator:
                 self.frequencies,
                 len(further[index]),
                 self.links_see_image,
+                pool,
             )
             if blind and images[index] is not None:
                 drawn.add_generation(pictures[index])

@@ -7,18 +7,21 @@ questions. Draws depend only on the random generator, so a resumed run gets the 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from lumen_ray.data.batches.example_pool import ExamplePool
+from lumen_ray.data.batches.foreign import foreign_names
 from lumen_ray.data.batches.negatives import choose_classes, draw
 from lumen_ray.data.batches.region_prompts import drawn_region, region_input, region_visible
 from lumen_ray.data.batches.transforms import Sample
 from lumen_ray.data.images import Picture
 from lumen_ray.data.shards.schema import message_links, message_routes
 from lumen_ray.errors import UserError
+from lumen_ray.exemplars import exemplar_phrase
 from lumen_ray.keypoints import DEFAULT_SIGMA, keypoint_sigmas
 from lumen_ray.recipe import BranchSettings
 from lumen_ray.tasks import TASKS, Task, task_of_route
@@ -112,7 +115,7 @@ class SamplePrompts:
 
     `tasks`: of the step; `skeletons`: keypoint names by class; `frequencies`: images per class, by which absent classes
     are drawn; `further`: how many of the row's further images the batch has, all or none; `links_see_image`: as in the
-    model's settings.
+    model's settings; `pool`: the batch's objects that a class may be shown by.
     """
 
     batch: PromptBatch
@@ -126,17 +129,16 @@ class SamplePrompts:
     frequencies: Mapping[str, int] = field(default_factory=dict)
     further: int = 0
     links_see_image: bool = True
+    pool: ExamplePool = field(default_factory=ExamplePool)
 
     def add_understanding(self) -> None:
         """Adds prompts whose answers are texts or perception results, in a fixed order."""
-        first = len(self.batch.branches)
         self.add_classes()
         if "pose" in self.tasks:
             self.add_poses()
         self.add_phrases()
         if "region_segment" in self.tasks:
             self.add_region_segments()
-        self.add_routes(first)
         self.add_messages()
 
     def add_classes(self) -> None:
@@ -146,8 +148,27 @@ class SamplePrompts:
             return
         visible = list(dict.fromkeys(self.row["instances"][i]["phrase"] for i in self.sample.kept))
         task = TASKS[tasks[int(self.rng.integers(len(tasks)))]]
+        looks = self._looks(task)
+        known = {*self.row["classes"], *visible, *self.frequencies}
         for phrase in choose_classes(self.row, visible, self.settings, self.frequencies, self.rng):
-            self._routed(task, phrase, Target(self._instances_of(phrase)), request=task.name)
+            shown, regions = self._by_example(phrase, known)
+            self._routed(task, shown, Target(self._instances_of(phrase)), looks, task.name, regions)
+        for phrase in foreign_names(known, self.settings.foreign_negatives, self.rng):
+            self._routed(task, phrase, Target(), looks, task.name)
+
+    def _by_example(self, phrase: str, known: Collection[str]) -> tuple[str, tuple[int, ...]]:
+        """(a class as it is asked for, the regions in it): by its name, or some by objects of the class, with its name,
+        with none, or with a name that means nothing to the model, so that the objects decide."""
+        if not self.pool or self.rng.random() >= self.settings.exemplars:
+            return phrase, ()
+        drawn = self.pool.draw(phrase, self.image, self.rng)
+        if drawn is None:
+            return phrase, ()
+        names = (phrase, "", *foreign_names(known, 1, self.rng))
+        regions = [*drawn.positive, *drawn.negative]
+        indices = tuple(self.batch.add_region(region.image, region.mask) for region in regions)
+        name = names[int(self.rng.integers(len(names)))]
+        return exemplar_phrase(name, len(drawn.positive), len(drawn.negative)), indices
 
     def add_poses(self) -> None:
         """Adds pose prompts of classes with a skeleton, present with keypoints or absent: an object branch and one
@@ -162,12 +183,12 @@ class SamplePrompts:
         chosen = draw([c for c in annotated if c in with_pose], s.max_poses, self.rng)
         for phrase in chosen + draw([c for c in annotated if c not in present], s.absent_poses, self.rng):
             instances = self._instances_of(phrase)
-            parent = self._routed(task, phrase, Target(instances), request="pose")
+            looks = self._looks(task)
+            parent = self._routed(task, phrase, Target(instances), looks, request="pose")
             sigmas = keypoint_sigmas(self.skeletons[phrase])
             for k, name in enumerate(self.skeletons[phrase]):
                 text = task.keypoint_prompt(name, phrase)
-                reads = task.link_reads_image(self.links_see_image)
-                branch = Branch(self.image, text, route=task.routing_token, parent=parent, reads_image=reads)
+                branch = Branch(self.image, text, route=task.routing_token, parent=parent, reads_image=looks)
                 self.batch.add("pose", branch, Target(instances, k, sigmas[k]))
 
     def add_phrases(self) -> None:
@@ -182,7 +203,8 @@ class SamplePrompts:
             task = TASKS[item["task"]]
             target = Target([index[i] for i in item["instances"] if i in index])
             # the phrases of a sentence are one request
-            self._routed(task, item["phrase"], target, request=task.name if task.needs == "sentence" else "")
+            request = task.name if task.needs == "sentence" else ""
+            self._routed(task, item["phrase"], target, self._looks(task), request)
 
     def add_region_segments(self) -> None:
         """Adds prompts for the mask of an instance at a box, a point, a scribble or a polygon on it."""
@@ -194,17 +216,6 @@ class SamplePrompts:
             region = drawn_region(usable[n], sample.boxes[n], size, self.rng)
             index = self.batch.add_region(self.image, region_mask(region, size))
             self._routed(task, "", Target([n]), regions=(index,))
-
-    def add_routes(self, first: int) -> None:
-        """Adds some of the object prompts from index `first` on that see no image once more as questions beside it,
-        whose answer is the routing token: in free chat the LLM writes it with the image before its eyes."""
-        batch = self.batch
-        added = zip(batch.branches[first:], batch.tasks[first:], strict=True)
-        unseen = [(branch, task) for branch, task in added if not branch.reads_image and branch.parent < 0]
-        if not unseen:  # draws nothing, so that other models' batches do not depend on this
-            return
-        for branch, task in draw(unseen, self.settings.max_routes, self.rng):
-            batch.add(task, Branch(self.image, branch.prompt, response=branch.route))
 
     def add_messages(self) -> None:
         """Adds captions, questions and chats; each `<region>` becomes a mask in the model input.
@@ -274,11 +285,23 @@ class SamplePrompts:
         """Indices into the sample of the instances whose class is `phrase`."""
         return [n for n, i in enumerate(self.sample.kept) if self.row["instances"][i]["phrase"] == phrase]
 
-    def _routed(self, task: Task, phrase: str, target: Target, request: str = "", regions: tuple[int, ...] = ()) -> int:
+    def _looks(self, task: Task) -> bool:
+        """Whether the links of a request see the image: where they need not, a share of them do all the same, since
+        they do in free chat, and since the LLM learns from it to match words with places."""
+        return task.link_reads_image(self.links_see_image) or self.rng.random() < self.settings.looking_share
+
+    def _routed(
+        self,
+        task: Task,
+        phrase: str,
+        target: Target,
+        looks: bool = True,
+        request: str = "",
+        regions: tuple[int, ...] = (),
+    ) -> int:
         """Adds a branch that is answered by the task's routing token, in a phrasing drawn at random."""
         text = task.prompt(phrase, int(self.rng.integers(len(task.templates))))
-        reads = task.link_reads_image(self.links_see_image)
-        branch = Branch(self.image, text, route=task.routing_token, regions=regions, reads_image=reads)
+        branch = Branch(self.image, text, route=task.routing_token, regions=regions, reads_image=looks)
         return self.batch.add(task.name, branch, target, request)
 
 

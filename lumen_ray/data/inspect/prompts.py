@@ -38,14 +38,13 @@ class Prompt:
     keypoint_names: tuple[str, ...] = ()
     edges: list[list[int]] = field(default_factory=list)
     labelled: int = -1  # of a keypoint prompt: number of instances in which it is labelled
-    is_linked: bool = False  # whether a decoder reads a link of it
     reads_image: bool = True
     picture: np.ndarray | None = None  # target of generation or editing, uint8 [h, w, 3]
 
     @property
     def negative(self) -> bool:
         """Whether it is a perception prompt without targets."""
-        finds = not TASKS[self.task].is_text and TASKS[self.task].result != "image" and self.is_linked
+        finds = not TASKS[self.task].is_text and TASKS[self.task].result != "image"
         return finds and self.parent < 0 and not self.boxes
 
     @property
@@ -58,8 +57,6 @@ class Prompt:
         if TASKS[self.task].is_text:
             finds = f"{self.crowd.count(False)} to find, " if self.boxes else ""
             return f"{finds}{self.num_tokens} tokens"
-        if not self.is_linked:
-            return f"its answer is the routing token, {self.num_tokens} tokens"
         if self.parent >= 0:
             return f"labelled in {self.labelled}, {self.num_tokens} tokens"
         if self.picture is not None:
@@ -89,7 +86,6 @@ def prompts_of(view: View, tokenizer: LumenTokenizer, edges: dict[str, Any]) -> 
             continue
         members, parents = layout.link_branches[family].tolist(), layout.link_parents[family].tolist()
         for link, branch in enumerate(members):
-            prompts[branch].is_linked = True
             if parents[link] >= 0:
                 prompts[branch].parent = members[parents[link]]
             if isinstance(targets, ImageTargets):

@@ -201,30 +201,59 @@ def test_prompts_are_laid_out_as_the_model_wants_them():
     assert "Can you analyze the image" in texts["sequential"] and "analyze" not in texts["branches"]
 
 
-def test_links_of_words_leave_the_routing_tokens_to_questions_beside_the_image():
+def test_a_share_of_the_requests_looks_where_links_are_made_of_words():
+    """All prompts of a request alike; the routing tokens of those that look are supervised."""
     row, tokenizer = scenes.scene_row(5, 0, SIDE), tiny_tokenizer()
     tasks = ("detect", "ground", "refer", "pose", "caption")
-    for most in (0, 2, 99):
-        settings = BranchSettings(max_routes=most, max_phrases=9)
+    routes = [tokenizer.ids[token] for token in ROUTING_TOKENS if token in tokenizer.ids]
+    looked = {}
+    for share in (0.0, 0.5, 1.0):
+        settings = BranchSettings(looking_share=share, max_phrases=9)
         collator = Collator(tokenizer, SIDE, tasks, scenes.SKELETONS, settings, links_see_image=False)
-        batch = collator([row], [decode(row["image"])], rngs(1))
-        layout, learned = batch.layout, {}
-        for index, task in enumerate(batch.tasks):
-            here = layout.branch_ids == index
-            known = [tokenizer.ids[token] for token in ROUTING_TOKENS if token in tokenizer.ids]
-            routes = [token for token in layout.labels[here].tolist() if token in known]
-            linked = bool((layout.link_branches["perception"] == index).any())
-            learned.setdefault((task, linked, bool(layout.seen[here].all())), []).append(len(routes))
-        prompts = sum(len(found) for (task, linked, _), found in learned.items() if linked and task != "pose")
-        assert {key for key in learned if key[1]} <= {
-            ("detect", True, False), ("ground", True, False), ("pose", True, False), ("refer", True, True),
-        }  # fmt: skip
-        assert all(number == (task == "refer") for (task, linked, _), f in learned.items() if linked for number in f)
-        beside = [n for (task, linked, _), found in learned.items() if not linked and task != "caption" for n in found]
-        assert beside == [1] * len(beside) and (len(beside) == most if most < 99 else len(beside) >= 3)
-        assert prompts >= 4 and learned[("caption", False, True)]
-    unchanged = Collator(tokenizer, SIDE, tasks, scenes.SKELETONS)([row], [decode(row["image"])], rngs(1))
-    assert unchanged.layout.seen[unchanged.layout.branch_ids >= 0].all()
+        for seed in range(8):
+            layout, names = _batch_of(collator, row, seed)
+            requests = {}
+            linked = layout.link_branches["perception"].tolist()
+            for link, index in enumerate(linked):
+                here = layout.branch_ids == index
+                looks = bool(layout.seen[here].all())
+                assert looks == bool(layout.seen[here].any())
+                supervised = [label for label in layout.labels[here].tolist() if label in routes]
+                assert len(supervised) == looks
+                looked.setdefault((share, names[index] == "refer"), []).append(looks)
+                if names[index] in ("detect", "pose"):
+                    requests.setdefault((names[index], int(layout.link_groups["perception"][link])), set()).add(looks)
+            assert all(len(found) == 1 for (name, _), found in requests.items() if name == "detect")
+            parents = layout.link_parents["perception"].tolist()
+            for link, parent in enumerate(parents):
+                if parent >= 0:
+                    own, above = (layout.seen[layout.branch_ids == linked[i]].all() for i in (link, parent))
+                    assert own == above
+    assert all(all(found) for (_, is_refer), found in looked.items() if is_refer)
+    assert [set(looked[share, False]) for share in (0.0, 0.5, 1.0)] == [{False}, {True, False}, {True}]
+    unchanged = Collator(tokenizer, SIDE, tasks, scenes.SKELETONS, BranchSettings(looking_share=0))
+    layout, _ = _batch_of(unchanged, row, 1)
+    assert layout.seen[layout.branch_ids >= 0].all()
+
+
+def _batch_of(collator, row, seed):
+    batch = collator([row], [decode(row["image"])], [np.random.default_rng(seed)])
+    return batch.layout, batch.tasks
+
+
+def test_foreign_names_are_asked_for_as_absent():
+    row = scenes.scene_row(5, 0, SIDE)
+    settings = BranchSettings(negatives=1, foreign_negatives=3)
+    collator = Collator(tiny_tokenizer(), SIDE, ("detect",), {}, settings)
+    without = Collator(tiny_tokenizer(), SIDE, ("detect",), {}, BranchSettings(negatives=1))
+    (batch, before) = (c([row], [decode(row["image"])], rngs(1)) for c in (collator, without))
+    assert len(batch.tasks) == len(before.tasks) + 3
+    targets = batch.targets["perception"]
+    assert not targets.valid[-4:].any() and targets.counted.all()
+    assert len(set(batch.layout.link_groups["perception"].tolist())) == 1
+    text = tiny_tokenizer().decode(batch.layout.input_ids[0].tolist())
+    asked = before.layout.input_ids.shape[1]
+    assert all(name not in text[asked:] for name in row["classes"][:1])
 
 
 # -- pictures as answers ----------------------------------------------------------------------------------------------

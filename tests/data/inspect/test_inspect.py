@@ -23,7 +23,7 @@ from lumen_ray.data.shards import shards
 from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.data.shards.statistics import Statistics
 from lumen_ray.keypoints import FIGURE_EDGES, FIGURE_KEYPOINTS
-from lumen_ray.tasks import ROUTING_TOKENS, TASKS
+from lumen_ray.tasks import TASKS
 
 FILE = "part-00000.parquet"
 BROKEN = "broken.jpg"
@@ -58,12 +58,10 @@ def sampler(folder):
     return Sampler(folder, shards.read_manifest(folder), load_recipe(None))
 
 
-@pytest.fixture(scope="module", params=[None, "nano-words"])
+@pytest.fixture(scope="module", params=["bccd", "nano"])
 def samplers(folder, request):
     """Of a recipe whose links see the image, and of one whose links do not."""
     recipe = load_recipe(request.param)
-    if request.param is None:
-        return Sampler(folder, shards.read_manifest(folder), recipe)
     joint = next(stage for stage in recipe.stages if "detect" in stage.groups[0].tasks)
     return Sampler(folder, shards.read_manifest(folder), recipe.model_copy(update={"stages": (joint,)}))
 
@@ -86,7 +84,7 @@ def test_samples_are_different_rows_from_all_over_the_folder(folder, number):
 
 def test_prompts_and_targets_are_those_of_the_collator(samplers, rows):
     sampler = samplers
-    reader, stage = sampler.reader, sampler.recipe.stages[0]
+    reader, stage, looking = sampler.reader, sampler.recipe.stages[0], set()
     for number in range(8):
         collator = Collator(
             reader.tokenizer, reader.input_size, stage.groups[0].tasks, reader.skeletons, stage.branches,
@@ -101,21 +99,18 @@ def test_prompts_and_targets_are_those_of_the_collator(samplers, rows):
         assert sum(p.num_tokens for p in prompts) == int((batch.layout.branch_ids >= 0).sum())
         present = [i["phrase"] for i in rows[number]["instances"]]
         for prompt in prompts:
-            if not prompt.is_linked and not TASKS[prompt.task].is_text:
-                assert prompt.note.startswith("its answer is the routing token") and prompt.reads_image
-                assert prompt.tokens[-2][0] in ROUTING_TOKENS and prompt.tokens[-2][2] and not prompt.negative
-            elif prompt.task in ("detect", "segment", "count"):
+            if prompt.task in ("detect", "segment", "count"):
                 assert len(prompt.boxes) == present.count(prompt.phrase)
                 assert prompt.negative == (prompt.phrase not in present)
                 assert prompt.tokens[-5][0] in ("[DET]", "[SEG]") and prompt.tokens[-5][2] == prompt.reads_image
-                assert prompt.note.endswith("without the image") != reader.links_see_image
+                assert prompt.note.endswith("without the image") != prompt.reads_image
+                looking.add(prompt.reads_image)
                 assert [kind for _, kind, _ in prompt.tokens[-4:]] == ["query"] * 4
-        questions = sum(not p.is_linked and not TASKS[p.task].is_text for p in prompts)
-        assert questions == (0 if reader.links_see_image else stage.branches.max_routes)
         told = {" ".join(t["content"] for t in m["turns"][1::2]) for m in rows[number]["messages"]}
         for prompt in prompts:
             learned = "".join(text for text, kind, is_learned in prompt.tokens if is_learned and kind == "text")
             assert not TASKS[prompt.task].is_text or learned.strip() in told
+    assert looking == ({True} if reader.links_see_image else {True, False})
 
 
 def test_a_pose_brings_its_keypoints_together(sampler, rows):
@@ -323,9 +318,9 @@ def test_classes_may_stand_in_a_file(tmp_path):
 
 def test_a_crowd_is_ignored_not_found():
     boxes = [[0.0, 0, 1, 1]] * 3
-    prompt = Prompt(0, "detect", [], 9, boxes=boxes, crowd=[False, True, False], is_linked=True)
+    prompt = Prompt(0, "detect", [], 9, boxes=boxes, crowd=[False, True, False])
     assert prompt.note == "2 to find, 1 crowds ignored, 9 tokens" and not prompt.negative
-    assert Prompt(0, "detect", [], 9, is_linked=True).note == "nothing to find, 9 tokens"
+    assert Prompt(0, "detect", [], 9).note == "nothing to find, 9 tokens"
 
 
 def test_a_text_with_links_shows_all_their_objects(tmp_path):
