@@ -135,6 +135,7 @@ def evaluate(
     limit: int | None = None,
     pictures: int = 32,
     exemplars: PathOrUrl | Sequence[ClassByExample] | None = None,
+    absent_classes: Sequence[str] = (),
     decoders: Mapping[str, str] | None = None,
     device: str | None = None,
     dtype: str = "float32",
@@ -150,6 +151,8 @@ def evaluate(
     pictures: images to generate or edit pictures for, from the first on.
     exemplars: classes of the split that detect, segment and count ask for by example: a file (see
         `lumen_ray.exemplar_file`) or a list of `ClassByExample`.
+    absent_classes: names of things that no image shows, for which detect should find nothing at score 0.3; the split's
+        own classes are left out.
     decoders: task -> decoder that serves it, where it should be another than the model's settings say.
     device: "cpu", "cuda" or "cuda:N"; None: "cuda" where torch finds a GPU, else "cpu".
     dtype: "float32" or "bfloat16", of weights and matrix products.
@@ -179,6 +182,7 @@ def evaluate(
         limit=limit,
         picture_limit=pictures,
         exemplars=shown,
+        absent_classes=_names(absent_classes),
         progress=progress,
     )
 

@@ -139,6 +139,12 @@ def _evaluate_args(verbs: Any) -> None:
     )
     p.add_argument("--limit", type=int, help="score the first images only")
     _exemplars_arg(p, "classes of the split that detect, segment and count ask for by example, instead of by name")
+    p.add_argument(
+        "--absent-classes",
+        default="",
+        metavar="CLASSES",
+        help="names of things that no image shows, comma separated, or a .txt file of them: counts the boxes they get",
+    )
     p.add_argument("--pictures", type=int, default=32, help="make pictures for the first images only (default: 32)")
     p.set_defaults(run=_evaluate)
 
@@ -238,6 +244,7 @@ def _evaluate(args: argparse.Namespace) -> None:
             limit=args.limit,
             pictures=args.pictures,
             exemplars=exemplars,
+            absent_classes=class_names(args.absent_classes) if args.absent_classes else (),
             progress=progress.update,
         )
     print_report(report, console)

@@ -79,6 +79,7 @@ def evaluate(
     chat_limit: int = 100,
     picture_limit: int = 32,
     exemplars: Sequence[ClassByExample] = (),
+    absent_classes: Sequence[str] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Scores `engine` on the shard folder `shards_dir`.
@@ -91,6 +92,7 @@ def evaluate(
     limit: images at most. chat_limit: images whose instructions are also asked as free chat (slow: text is sampled).
     picture_limit: images for which a picture is generated from their caption or edited (slower still).
     exemplars: classes of the split that detect, segment and count ask for by example, on images of their own.
+    absent_classes: names of things that no image shows, which detect asks for as well, without the split's classes.
     progress: called with (images done, images in all) after each batch.
     Raises `UserError` for tasks that the split is not annotated for or that the model has no decoder for, numbers that
     make no sense, exemplars of a class that the split does not have, and an output folder that is a URL.
@@ -103,7 +105,7 @@ def evaluate(
     _check(batch_size, limits)
     output = files.local_folder(output_dir)
     manifest = read_manifest(shards_dir)
-    scorer = _scorer(manifest, tasks, engine, load_exemplars(exemplars))
+    scorer = _scorer(manifest, tasks, engine, load_exemplars(exemplars), absent_classes)
     files.make_folder(output)  # before the work whose results it gets
     total = min(manifest["rows"], limit) if limit is not None else manifest["rows"]
     started = time.monotonic()
@@ -132,7 +134,7 @@ def evaluate(
         "split": str(shards_dir),
         "model": {"preset": engine.preset, "version": engine.version},
         "tasks": [name for name in TASKS if name in scorer.tasks],
-        "settings": _settings(engine, batch_size, limits, list(scorer.exemplars)),
+        "settings": _settings(engine, batch_size, limits, scorer),
         **_counts(done, errors, seconds),
         "notes": _notes(scorer),
         "metrics": metrics,
@@ -181,7 +183,7 @@ def _check(batch_size: int, limits: Limits) -> None:
             raise UserError(f"{name} is {value}; give {least} or more", "invalid_setting")
 
 
-def _settings(engine: EngineProtocol, batch_size: int, limits: Limits, exemplars: Sequence[str]) -> dict[str, Any]:
+def _settings(engine: EngineProtocol, batch_size: int, limits: Limits, scorer: SplitScorer) -> dict[str, Any]:
     """The ``settings`` of the report; choices that are not the default are added."""
     settings = {
         "score_threshold": SCORE_THRESHOLD,
@@ -194,8 +196,10 @@ def _settings(engine: EngineProtocol, batch_size: int, limits: Limits, exemplars
         settings["decoders"] = engine.chosen_decoders
     if engine.dtype != "float32":
         settings["dtype"] = engine.dtype
-    if exemplars:
-        settings["exemplars"] = exemplars
+    if scorer.exemplars:
+        settings["exemplars"] = list(scorer.exemplars)
+    if scorer.absent.names:
+        settings["absent_classes"] = len(scorer.absent.names)
     return settings
 
 
@@ -212,10 +216,12 @@ def _counts(images: int, errors: list[dict[str, str]], seconds: float) -> dict[s
 
 
 def _notes(scorer: SplitScorer) -> list[str]:
-    """Sentences about what is not scored."""
-    if not scorer.about_several:
-        return []
-    return [f"{scorer.about_several} questions and captions about several images are not scored, only those about one"]
+    """Sentences about what is not scored, and about names of absent classes."""
+    notes = [scorer.absent.note] if scorer.absent.names else []
+    if scorer.about_several:
+        number = scorer.about_several
+        notes.append(f"{number} questions and captions about several images are not scored, only those about one")
+    return notes
 
 
 def _scorer(
@@ -223,13 +229,16 @@ def _scorer(
     named: Sequence[str] | None,
     engine: EngineProtocol,
     exemplars: Sequence[ClassByExample] = (),
+    absent: Sequence[str] = (),
 ) -> SplitScorer:
     tasks, spoken = choose_tasks(manifest, named, engine)
     categories = manifest["categories"]
     classes = [c["name"] for c in categories]
     skeletons = {c["name"]: c["keypoints"] for c in categories if c.get("keypoints")}
     _check_exemplars(exemplars, classes, tasks)
-    return SplitScorer(classes, skeletons, tasks, spoken, exemplars)
+    if absent and "detect" not in tasks:
+        raise UserError("names of absent classes are asked for by task detect; add it, or leave them out", "no_tasks")
+    return SplitScorer(classes, skeletons, tasks, spoken, exemplars, absent)
 
 
 def _check_exemplars(exemplars: Sequence[ClassByExample], classes: Sequence[str], tasks: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lumen_ray.answer import Answer
+from lumen_ray.evaluate.absent import AbsentNames
 from lumen_ray.evaluate.calibration import CalibrationEvaluator, Reliability
 from lumen_ray.evaluate.coco import CocoEvaluator
 from lumen_ray.evaluate.concepts import ConceptEvaluator
@@ -37,8 +38,9 @@ class SplitScorer:
     """Turns rows into requests, and their answers into metrics.
 
     classes: all class names of the split; skeletons: class -> keypoint names; tasks: those to score; spoken: tasks that
-    only free chat asks for; exemplars: those of `classes` that `EXEMPLAR_TASKS` ask for by example. Requests are about
-    one image: texts about several are left out and counted in `about_several`.
+    only free chat asks for; exemplars: those of `classes` that `EXEMPLAR_TASKS` ask for by example; absent: names of
+    things that no image shows, which detect asks for as well. Requests are about one image: texts about several are
+    left out and counted in `about_several`.
     """
 
     def __init__(
@@ -48,9 +50,11 @@ class SplitScorer:
         tasks: Sequence[str],
         spoken: Sequence[str] = (),
         exemplars: Sequence[ClassByExample] = (),
+        absent: Sequence[str] = (),
     ):
         self.classes = list(classes)
         self.exemplars = {shown.name: shown for shown in exemplars}
+        self.absent = AbsentNames([name for name in dict.fromkeys(absent) if name not in self.classes])
         self.skeletons = {name: tuple(points) for name, points in skeletons.items()}
         self.tasks = set(tasks)
         self.spoken = self.tasks | set(spoken)
@@ -74,11 +78,14 @@ class SplitScorer:
         return self._class_requests(row) + self._phrase_requests(row) + self._text_requests(row)
 
     def decision_requests(self, row: Row) -> list[ScoredRequest]:
-        """Requests whose answer merges all instances and so needs the decision threshold."""
-        names = self._annotated(row)
-        if "semantic" not in self.tasks or not names or not any(i["mask"] for i in row["instances"]):
-            return []
-        return [ScoredRequest(make_request("semantic", classes=names), partial(self.semantic.process, row))]
+        """Requests that need the decision threshold: their answers merge all instances, or should have none."""
+        names, requests = self._annotated(row), []
+        if "semantic" in self.tasks and names and any(i["mask"] for i in row["instances"]):
+            request = make_request("semantic", classes=names)
+            requests.append(ScoredRequest(request, partial(self.semantic.process, row)))
+        if "detect" in self.tasks and self.absent.names:
+            requests.append(ScoredRequest(make_request("detect", classes=self.absent.names), self.absent.process))
+        return requests
 
     def picture_requests(self, row: Row, number: int) -> tuple[list[ScoredRequest], list[ScoredRequest]]:
         """(pictures to generate from text, edits of the row's image); `number` is their seed."""
@@ -242,6 +249,9 @@ class SplitScorer:
         )  # fmt: skip
         for other in others:
             metrics.update(other.evaluate())
+        if self.absent.names:
+            metrics |= self.absent.evaluate()
+            tables["absent_boxes_per_image_and_name"] = self.absent.worst
         for task in ("count", "ground", "refer"):
             metrics[f"{task}_ECE"] = self.calibration[task].evaluate()["ECE"]
         if per_task := metrics.pop("routing_per_task"):

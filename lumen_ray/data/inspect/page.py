@@ -291,8 +291,8 @@ def _pair(left: str, right: str) -> str:
 
 
 def _lost(row: Row, prompts: list[Prompt]) -> int:
-    """Number of instances of the prompted classes that are not in the model input."""
-    left = {p.phrase: len(p.boxes) for p in prompts if p.task in CLASS_TASKS}
+    """Number of instances of the classes prompted by name that are not in the model input."""
+    left = {p.phrase: len(p.boxes) for p in prompts if p.task in CLASS_TASKS and not p.regions}
     return sum(i["phrase"] in left for i in row["instances"]) - sum(left.values())
 
 

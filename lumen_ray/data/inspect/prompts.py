@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lumen_ray.targets import ImageTargets, PerceptionTargets
-from lumen_ray.tasks import TASKS, task_of_prompt
+from lumen_ray.tasks import REGION_TOKEN, TASKS, task_of_prompt
 from lumen_ray.trunk.layout import IGNORE, Layout
 from lumen_ray.trunk.tokenizer import LumenTokenizer
 
@@ -29,7 +29,7 @@ class Prompt:
     tokens: list[PromptToken]
     num_tokens: int
     parent: int = -1  # of a keypoint prompt: index of its object's prompt
-    phrase: str = ""
+    phrase: str = ""  # of a class by example: as it is asked for
     regions: list[int] = field(default_factory=list)  # into the batch's region masks
     boxes: list[list[float]] = field(default_factory=list)
     crowd: list[bool] = field(default_factory=list)
@@ -123,12 +123,12 @@ def _tokens(layout: Layout, places: Tensor, queries: set[int], tokenizer: LumenT
 
 
 def instruction(prompt: Prompt) -> str:
-    """The words between the first <user> and <assistant>."""
+    """The words between the first <user> and <assistant>, with the <region>s among them."""
     words = []
     for text, kind, _ in prompt.tokens[1:]:
         if text == "<assistant>":
             break
-        words.append(text if kind == "text" else "")
+        words.append(text if kind == "text" or text == REGION_TOKEN else "")
     return "".join(words).strip()
 
 

@@ -85,6 +85,7 @@ def test_samples_are_different_rows_from_all_over_the_folder(folder, number):
 def test_prompts_and_targets_are_those_of_the_collator(samplers, rows):
     sampler = samplers
     reader, stage, looking = sampler.reader, sampler.recipe.stages[0], set()
+    by_example = 0
     for number in range(8):
         collator = Collator(
             reader.tokenizer, reader.input_size, stage.groups[0].tasks, reader.skeletons, stage.branches,
@@ -100,8 +101,10 @@ def test_prompts_and_targets_are_those_of_the_collator(samplers, rows):
         present = [i["phrase"] for i in rows[number]["instances"]]
         for prompt in prompts:
             if prompt.task in ("detect", "segment", "count"):
-                assert len(prompt.boxes) == present.count(prompt.phrase)
-                assert prompt.negative == (prompt.phrase not in present)
+                by_example += (shown := bool(prompt.regions))
+                assert shown == (" like <region>" in prompt.phrase)
+                assert shown or len(prompt.boxes) == present.count(prompt.phrase)
+                assert shown or prompt.negative == (prompt.phrase not in present)
                 assert prompt.tokens[-5][0] in ("[DET]", "[SEG]") and prompt.tokens[-5][2] == prompt.reads_image
                 assert prompt.note.endswith("without the image") != prompt.reads_image
                 looking.add(prompt.reads_image)
@@ -111,6 +114,7 @@ def test_prompts_and_targets_are_those_of_the_collator(samplers, rows):
             learned = "".join(text for text, kind, is_learned in prompt.tokens if is_learned and kind == "text")
             assert not TASKS[prompt.task].is_text or learned.strip() in told
     assert looking == ({True} if reader.links_see_image else {True, False})
+    assert (by_example > 0) == (stage.branches.exemplars > 0)
 
 
 def test_a_pose_brings_its_keypoints_together(sampler, rows):
