@@ -8,6 +8,8 @@ prompt detectors this way; here the LLM reads names and boxes in one sentence.
 from __future__ import annotations
 
 import hashlib
+import math
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -35,8 +37,9 @@ def exemplar_phrase(name: str, positive: int, negative: int) -> str:
 class Example:
     """A box around an object of a class, or, if not `positive`, around one that is not meant.
 
-    `box`: x1, y1, x2, y2 in pixels of `image`, uint8 [height, width, 3] RGB, EXIF-rotated; None: the image that is
-    asked about. Raises `UserError` for what is no image, and for a box without area or outside its image.
+    `box`: x1, y1, x2, y2 in pixels of `image`, uint8 [height, width, 3] RGB, EXIF-rotated, whose pixels must not change
+    afterwards; None: the image that is asked about. Raises `UserError` for what is no image, and for a box without area
+    or outside its image.
     """
 
     box: Sequence[float]
@@ -44,8 +47,10 @@ class Example:
     positive: bool = True
 
     def __post_init__(self) -> None:
+        if not isinstance(self.positive, bool):
+            raise UserError(f"'positive' of an example is True or False, got {self.positive!r}", "invalid_example")
+        self._corners()
         if self.image is None:
-            self.region((1 << 24, 1 << 24))  # of unknown size; checked again beside its image
             return
         image = self.image
         if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
@@ -57,18 +62,7 @@ class Example:
 
     def region(self, size: Size) -> Region:
         """The box on an image of (height, width) `size`. Raises `UserError` if it does not lie on it."""
-        try:
-            x1, y1, x2, y2 = (float(value) for value in self.box)
-        except (TypeError, ValueError):
-            raise UserError(
-                f"the box of an example is [x1, y1, x2, y2] in pixels, got {self.box!r}", "invalid_example"
-            ) from None
-        if not (0 <= x1 < x2 and 0 <= y1 < y2):  # also where a number is not finite
-            raise UserError(
-                f"the box {[x1, y1, x2, y2]} of an example has no area; give [x1, y1, x2, y2] in pixels of its image "
-                "with 0 <= x1 < x2 and 0 <= y1 < y2",
-                "invalid_example",
-            )
+        x1, y1, x2, y2 = self._corners()
         if x2 > size[1] or y2 > size[0]:
             raise UserError(
                 f"the box {[x1, y1, x2, y2]} of an example is outside its image of {size[1]}x{size[0]} pixels; give "
@@ -77,13 +71,44 @@ class Example:
             )
         return Region("box", size, np.array([[x1, y1], [x2, y2]], np.float32))
 
+    def _corners(self) -> tuple[float, float, float, float]:
+        """The box as numbers. Raises `UserError` if it is none, whatever its image."""
+        try:
+            if isinstance(self.box, str):
+                raise TypeError
+            x1, y1, x2, y2 = (float(value) for value in self.box)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"the box of an example is [x1, y1, x2, y2] in pixels, got {self.box!r}", "invalid_example"
+            ) from None
+        if not (0 <= x1 < x2 < math.inf and 0 <= y1 < y2 < math.inf):  # nor where a number is none
+            raise UserError(
+                f"the box {[x1, y1, x2, y2]} of an example has no area; give [x1, y1, x2, y2] in pixels of its image "
+                "with 0 <= x1 < x2 and 0 <= y1 < y2",
+                "invalid_example",
+            )
+        return x1, y1, x2, y2
+
     @cached_property
     def key(self) -> str:
         """Identifies box and image, of an example on an image of its own."""
         assert self.image is not None
-        digest = hashlib.blake2b(self.image.tobytes(), digest_size=16)
-        digest.update(repr((self.image.shape, [float(value) for value in self.box])).encode())
-        return digest.hexdigest()
+        return hashlib.blake2b(f"{_digest(self.image)} {self._corners()}".encode(), digest_size=16).hexdigest()
+
+
+#: (the array, its digest) by the array's id, while it lives: many boxes share an image
+_digests: dict[int, tuple[weakref.ref[np.ndarray], str]] = {}
+
+
+def _digest(image: np.ndarray) -> str:
+    """Identifies the pixels of an image; computed once for an array."""
+    known = _digests.get(id(image))
+    if known is not None and known[0]() is image:
+        return known[1]
+    made = hashlib.blake2b(repr(image.shape).encode() + image.tobytes(), digest_size=16).hexdigest()
+    number = id(image)
+    _digests[number] = weakref.ref(image, lambda _: _digests.pop(number, None)), made
+    return made
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,12 +120,14 @@ class ClassByExample:
     """
 
     name: str
-    examples: Sequence[Example]
+    examples: Sequence[Example]  # or a single one
     named: bool = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.strip():
             raise UserError(f"a class by example needs a name for its answers, got {self.name!r}", "invalid_classes")
+        if isinstance(self.examples, Example):
+            object.__setattr__(self, "examples", (self.examples,))
         wrong = next((example for example in self.examples if not isinstance(example, Example)), None)
         if wrong is not None:
             raise UserError(f"the examples of '{self.name}' are lumen_ray.Example, got {wrong!r}", "invalid_example")
@@ -126,8 +153,14 @@ class ClassByExample:
         return any(example.image is None for example in self.examples)
 
 
-def no_exemplars(name: str) -> UserError:
+def no_exemplars(name: str, prompt_layout: str = "branches") -> UserError:
     """The error for a class by example, if the model does not take them."""
+    if prompt_layout == "sequential":
+        return UserError(
+            f"class '{name}' is given by example, which models with prompt_layout 'sequential' cannot take; give its "
+            "name alone",
+            "no_exemplars",
+        )
     return UserError(
         f"class '{name}' is given by example, which this model was not trained with; give its name alone, or "
         "train with 'exemplars' in the recipe's branches",

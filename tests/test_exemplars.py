@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lumen_ray import exemplars
 from lumen_ray.errors import UserError
 from lumen_ray.exemplars import MOST_EXAMPLES, ClassByExample, Example, exemplar_phrase
 from lumen_ray.inference.request import check_requests, make_request
@@ -33,6 +34,8 @@ def test_positive_boxes_come_first_in_the_order_given():
         ((9, 5, 5, 9), None, "has no area"),
         ((-1, 5, 5, 9), None, "0 <= x1 < x2"),
         ((0, 0, float("nan"), 9), None, "has no area"),
+        ((0, 0, float("inf"), 9), None, "has no area"),
+        ("1299", IMAGE, "got '1299'"),
         ((0, 0, 61, 9), IMAGE, "outside its image of 60x40 pixels"),
         ((0, 0, 9), IMAGE, r"is \[x1, y1, x2, y2\] in pixels"),
         ("here", IMAGE, r"is \[x1, y1, x2, y2\] in pixels"),
@@ -81,6 +84,25 @@ def test_a_box_on_the_image_that_is_asked_about_lies_on_it():
     check_requests((60, 60), [request])
     with pytest.raises(UserError, match="outside its image of 40x60 pixels"):
         check_requests((60, 40), [request])
+
+
+def test_one_example_is_a_list_of_one_and_positive_is_true_or_false():
+    assert len(ClassByExample("bolt", Example(BOX)).examples) == 1
+    with pytest.raises(UserError, match="'positive' of an example is True or False, got 'no'"):
+        Example(BOX, positive="no")
+
+
+def test_an_image_is_hashed_once_for_all_its_boxes(monkeypatch):
+    hashed, blake2b = [], exemplars.hashlib.blake2b
+
+    def counted(data, **settings):
+        hashed.append(len(data))
+        return blake2b(data, **settings)
+
+    monkeypatch.setattr(exemplars.hashlib, "blake2b", counted)
+    image = np.full((50, 70, 3), 7, np.uint8)
+    keys = {Example((0, 0, n + 1, 5), image).key for n in range(6)}
+    assert len(keys) == 6 and sum(size > 10000 for size in hashed) == 1
 
 
 def test_keys_tell_images_and_boxes_apart():

@@ -13,7 +13,7 @@ MOST_NAMES = 20
 
 
 class AbsentNames:
-    """`names`: those to ask for, without the split's own classes and without repeats."""
+    """`names`: those to ask for, each once."""
 
     def __init__(self, names: Sequence[str] = ()):
         self.names = list(names)

@@ -236,9 +236,16 @@ def _scorer(
     classes = [c["name"] for c in categories]
     skeletons = {c["name"]: c["keypoints"] for c in categories if c.get("keypoints")}
     _check_exemplars(exemplars, classes, tasks)
+    own = {name.casefold() for name in classes}
+    names = [name for name in dict.fromkeys(map(str.strip, absent)) if name and name.casefold() not in own]
     if absent and "detect" not in tasks:
         raise UserError("names of absent classes are asked for by task detect; add it, or leave them out", "no_tasks")
-    return SplitScorer(classes, skeletons, tasks, spoken, exemplars, absent)
+    if absent and not names:
+        raise UserError(
+            "all names of absent classes are classes of the split; give names of things that none of its images shows",
+            "empty_classes",
+        )
+    return SplitScorer(classes, skeletons, tasks, spoken, exemplars, names)
 
 
 def _check_exemplars(exemplars: Sequence[ClassByExample], classes: Sequence[str], tasks: Sequence[str]) -> None:
@@ -247,7 +254,7 @@ def _check_exemplars(exemplars: Sequence[ClassByExample], classes: Sequence[str]
         if name not in classes:
             raise UserError(
                 f"class '{name}' is given by example, but the split has no such class;{suggest(name, classes)} its "
-                f"classes: {', '.join(classes) or 'none'}",
+                f"classes: {', '.join([*classes[:20], *(['...'] if len(classes) > 20 else [])]) or 'none'}",
                 "unknown_class",
             )
     if exemplars and not set(EXEMPLAR_TASKS) & set(tasks):
@@ -310,7 +317,12 @@ def _score_batch(engine: EngineProtocol, batch: _Batch) -> list[dict[str, Any]]:
     """Runs and scores all requests of a batch; returns the answers about what is annotated as label records."""
     no_images = [None] * len(batch.images)
     answers = _run(
-        engine, batch.images, batch.perception, score_threshold=SCORE_THRESHOLD, max_per_phrase=MAX_PER_PHRASE
+        engine,
+        batch.images,
+        batch.perception,
+        most=MAX_PER_IMAGE,
+        score_threshold=SCORE_THRESHOLD,
+        max_per_phrase=MAX_PER_PHRASE,
     )
     _run(engine, batch.images, batch.decisions, score_threshold=DECISION_THRESHOLD, max_per_phrase=MAX_PER_PHRASE)
     # of free chat only the route is scored, so no decoder has to run
@@ -330,9 +342,11 @@ def _run(
     engine: EngineProtocol,
     images: Sequence[np.ndarray | None],
     requests: Sequence[Sequence[ScoredRequest]],
+    most: int | None = None,
     **settings: Any,
 ) -> list[list[Answer]]:
-    """Answers per image, each passed to its score; images without a request are not sent."""
+    """Answers per image, each passed to its score; images without a request are not sent. `most`: instances of an
+    answer that AP counts."""
     answers: list[list[Answer]] = [[] for _ in images]
     busy = [i for i, row in enumerate(requests) if row]
     if not busy:
@@ -340,6 +354,6 @@ def _run(
     rows = [[item.request for item in requests[i]] for i in busy]
     for i, found in zip(busy, engine.run([images[i] for i in busy], rows, **settings), strict=True):
         for item, answer in zip(requests[i], found, strict=True):
-            answers[i].append(answer.best(MAX_PER_IMAGE) if item.request.task in _AP_TASKS else answer)
+            answers[i].append(answer.best(most) if most and item.request.task in _AP_TASKS else answer)
             item.score(answers[i][-1])
     return answers

@@ -54,7 +54,7 @@ class SplitScorer:
     ):
         self.classes = list(classes)
         self.exemplars = {shown.name: shown for shown in exemplars}
-        self.absent = AbsentNames([name for name in dict.fromkeys(absent) if name not in self.classes])
+        self.absent = AbsentNames(absent)
         self.skeletons = {name: tuple(points) for name, points in skeletons.items()}
         self.tasks = set(tasks)
         self.spoken = self.tasks | set(spoken)

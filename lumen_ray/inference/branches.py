@@ -209,7 +209,7 @@ def split_passes(pending: Sequence[PendingBranch], most: int, whole_requests: bo
 
 
 def with_regions(items: Iterable[tuple[Branch, Sequence[R]]]) -> tuple[list[Branch], list[R], list[int]]:
-    """(branches of one pass, their regions, the image of each branch with that region), from each branch and its
+    """(branches of one pass, their regions, the image of each region's branch), from each branch and its
     regions."""
     branches: list[Branch] = []
     regions: list[R] = []

@@ -16,7 +16,7 @@ from lumen_ray.trunk.regions import region_mask
 from lumen_ray.trunk.trunk import Trunk
 
 #: Embeddings that are kept, the latest ones.
-MOST_EXAMPLES = 1 << 14
+MOST_EMBEDDINGS = 1 << 14
 #: Images that are encoded together.
 AT_ONCE = 8
 
@@ -24,7 +24,7 @@ AT_ONCE = 8
 class ExampleEmbeddings:
     """`bucket`: (height, width) of an image -> (height, width) of the model input."""
 
-    def __init__(self, trunk: Trunk, bucket: Callable[[Size], Size], most: int = MOST_EXAMPLES):
+    def __init__(self, trunk: Trunk, bucket: Callable[[Size], Size], most: int = MOST_EMBEDDINGS):
         self._trunk, self._bucket, self._most = trunk, bucket, most
         self._kept: OrderedDict[str, Tensor] = OrderedDict()
 

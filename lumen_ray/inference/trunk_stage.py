@@ -17,7 +17,7 @@ from torch import Tensor
 from lumen_ray.data.batches.buckets import choose
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
-from lumen_ray.exemplars import Example, no_exemplars
+from lumen_ray.exemplars import ClassByExample, Example, no_exemplars
 from lumen_ray.inference.branches import BranchPlanner, PendingBranch, decoder_input, split_passes, with_regions
 from lumen_ray.inference.decode_loop import DecodeLoop
 from lumen_ray.inference.decoder_inputs import decoder_pixels
@@ -249,13 +249,16 @@ class TrunkStage(FromFolder):
         rows = zip(inputs.images, inputs.valid.tolist(), inputs.numbers, requests, strict=True)
         for image, valid, number, row in rows:
             check_requests((image.shape[0], image.shape[1]) if valid else None, row, number)
-            for name in (name for request in row for name in request.examples):
-                self._check_examples(name)
+            for shown in (shown for request in row for shown in request.examples.values()):
+                self._check_examples(shown)
 
-    def _check_examples(self, name: str) -> None:
-        """Raises `UserError` if the model does not take a class by example."""
+    def _check_examples(self, shown: ClassByExample) -> None:
+        """Raises `UserError` if the model does not take a class by example. Computes the keys of its examples: here
+        nobody waits for the model."""
         if self.prompt_layout == "sequential" or not self.reads_exemplars:
-            raise no_exemplars(name)
+            raise no_exemplars(shown.name, self.prompt_layout)
+        for example in shown.examples:
+            _ = example.key if example.image is not None else ""
 
     def _inputs(self, images: Sequence[Shown]) -> Inputs:
         """Fits images, which must share a bucket, into the trunk's input."""

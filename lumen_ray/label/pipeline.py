@@ -210,8 +210,9 @@ def _check_exemplars(model: str | Path | Callable[[], EngineProtocol], exemplars
     from lumen_ray.model.build import read_meta
     from lumen_ray.model.settings import read_settings
 
-    if not read_meta(model).reads_exemplars or read_settings(model).prompt_layout == "sequential":
-        raise no_exemplars(exemplars[0].name)
+    layout = read_settings(model).prompt_layout
+    if not read_meta(model).reads_exemplars or layout == "sequential":
+        raise no_exemplars(exemplars[0].name, layout)
 
 
 def _collect(

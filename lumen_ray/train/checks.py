@@ -31,6 +31,12 @@ def check_recipe(recipe: Recipe, settings: ModelSettings, vocab_size: int) -> No
     for name in settings.decoder_names:
         check_usable(name)
     for stage in recipe.stages:
+        if stage.branches.exemplars and settings.prompt_layout == "sequential":
+            raise UserError(
+                f"stage '{stage.name}': models with prompt_layout 'sequential' cannot take classes by example; set "
+                "exemplars to 0",
+                "invalid_config",
+            )
         for group in stage.groups:
             _check_decoders(stage, group, settings)
             adapted = recipe.lora or settings.image_adapters

@@ -10,6 +10,7 @@ Only for data sets whose images surely show none of it: of photographs of everyd
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 
 import numpy as np
@@ -67,16 +68,21 @@ tent lighthouse campfire anchor barrel crate pallet cage aquarium swing slide se
 ADJECTIVES, NOUNS = _ADJECTIVES.split(), _NOUNS.split()
 
 
-def is_foreign(name: str, words: Collection[str]) -> bool:
+def is_foreign(name: str, words: set[str]) -> bool:
     """Whether what `name` means, its last word, is none of `words`, in singular and plural."""
     noun = name.split()[-1]
-    return not {noun, noun + "s", noun.removesuffix("s")} & set(words)
+    plurals = {noun + "s", noun + "es", noun.removesuffix("y") + "ies", noun.removesuffix("f") + "ves"}
+    plurals |= {noun.removesuffix("fe") + "ves", noun.removesuffix("s")}
+    return words.isdisjoint({noun, *plurals})
 
 
 def foreign_names(classes: Collection[str], count: int, rng: np.random.Generator) -> list[str]:
     """`count` different names, none of which means a class of the data set; `classes`: all its class names."""
-    words = {word for name in classes for word in name.lower().split()}
-    own = sorted({word for name in classes for word in name.lower().split()[:-1]})
+    if not count:
+        return []
+    named = [re.findall(r"[^\W_]+", name.lower()) for name in classes]
+    words = {word for name in named for word in name}
+    own = sorted({word for name in named for word in name[:-1]})
     found: dict[str, None] = {}
     while len(found) < count:
         noun, other = (NOUNS[i] for i in rng.integers(len(NOUNS), size=2))

@@ -1,7 +1,8 @@
 """Draws the prompts of a training batch from annotations, with the target of each.
 
 All annotations of an image become branches of one pass: classes (present and absent ones), phrases, poses, captions,
-questions. Draws depend only on the random generator, so a resumed run gets the same batch.
+questions. Draws depend only on the random generator and, for classes by example, on the batch's other rows, so a
+resumed run gets the same batch.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class PromptBatch:
         return len(self.regions) - 1
 
     def replace(self, branches: Sequence[Branch | None]) -> None:
-        """Replaces the branches one by one and removes those that are None."""
+        """Replaces the branches one by one, and removes those that are None with the regions that only they have."""
         new_index = np.cumsum([branch is not None for branch in branches]) - 1
         kept = [(i, branch) for i, branch in enumerate(branches) if branch is not None]
         self.branches = [
@@ -107,6 +108,14 @@ class PromptBatch:
         ]
         self.tasks = [self.tasks[i] for i, _ in kept]
         self.targets = [self.targets[i] for i, _ in kept]
+        used = sorted({region for branch in self.branches for region in branch.regions})
+        number = {region: n for n, region in enumerate(used)}
+        self.branches = [
+            replace(branch, regions=tuple(number[region] for region in branch.regions)) if branch.regions else branch
+            for branch in self.branches
+        ]
+        self.regions = [self.regions[i] for i in used]
+        self.region_images = [self.region_images[i] for i in used]
 
 
 @dataclass(frozen=True)
@@ -164,10 +173,9 @@ class SamplePrompts:
         drawn = self.pool.draw(phrase, self.image, self.rng)
         if drawn is None:
             return phrase, ()
-        names = (phrase, "", *foreign_names(known, 1, self.rng))
         regions = [*drawn.positive, *drawn.negative]
         indices = tuple(self.batch.add_region(region.image, region.mask) for region in regions)
-        name = names[int(self.rng.integers(len(names)))]
+        name = (phrase, "", *foreign_names(known, 1, self.rng))[int(self.rng.integers(3))]
         return exemplar_phrase(name, len(drawn.positive), len(drawn.negative)), indices
 
     def add_poses(self) -> None:
@@ -199,12 +207,13 @@ class SamplePrompts:
             for p in self.row["phrases"]
             if p["task"] in self.tasks and (not p["instances"] or any(i in index for i in p["instances"]))
         ]
+        looks = self._looks(TASKS["ground"]) if any(item["task"] == "ground" for item in usable) else True
         for item in draw(usable, self.settings.max_phrases, self.rng):
             task = TASKS[item["task"]]
             target = Target([index[i] for i in item["instances"] if i in index])
             # the phrases of a sentence are one request
-            request = task.name if task.needs == "sentence" else ""
-            self._routed(task, item["phrase"], target, self._looks(task), request)
+            is_of_sentence = task.needs == "sentence"
+            self._routed(task, item["phrase"], target, looks or not is_of_sentence, task.name if is_of_sentence else "")
 
     def add_region_segments(self) -> None:
         """Adds prompts for the mask of an instance at a box, a point, a scribble or a polygon on it."""

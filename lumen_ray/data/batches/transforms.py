@@ -176,7 +176,8 @@ def mask_shape(input_size: int | Size) -> Size:
 
 
 def map_mask(rle: dict[str, Any], matrix: np.ndarray, input_size: int | Size) -> np.ndarray:
-    """Maps an RLE of the stored image into the input: uint8 [H/4, W/4], the covered share of each cell in 255ths."""
+    """Maps an RLE of the stored image into the input: uint8 [H/4, W/4], the covered share of each cell in 255ths; where
+    the input enlarges the image more than twice, of about two stored pixels."""
     small = matrix / MASK_STRIDE
     inverse = np.linalg.inv(np.vstack([small, [0, 0, 1]]))[:2]
     shape = mask_shape(input_size)[::-1]

@@ -92,9 +92,21 @@ def test_prompts_by_example_have_the_targets_of_their_class(packed):
     assert named == {True, False}
 
 
-def test_without_the_setting_nothing_changes():
+def test_without_the_setting_prompts_are_drawn_as_without_a_pool(monkeypatch):
     rows = ROWS[:2]
-    plain = Collator(TOKENIZER, SIDE, ("detect",), {}, BranchSettings())
-    batches = [plain(rows, [decode(r["image"]) for r in rows], [np.random.default_rng(n) for n in (1, 2)])]
-    assert len(batches[0].region_masks) == 0
-    assert torch.equal(batches[0].layout.region_index, torch.zeros(0, dtype=torch.int64))
+
+    def batch():
+        collator = Collator(TOKENIZER, SIDE, ("detect",), {}, BranchSettings())
+        return collator(rows, [decode(r["image"]) for r in rows], [np.random.default_rng(n) for n in (1, 2)])
+
+    found = batch()
+    monkeypatch.setattr(ExamplePool, "of", None)  # nor is one made
+    assert torch.equal(found.layout.input_ids, batch().layout.input_ids)
+    assert len(found.region_masks) == 0
+
+
+def test_regions_of_prompts_that_do_not_fit_are_dropped():
+    cut = collate(ROWS, packing=Packing(100, 16))
+    assert cut.truncated and len(cut.region_masks) == len(cut.region_images)
+    used = set(cut.layout.region_index.tolist())
+    assert used == set(range(len(cut.region_masks))) and len(used) < len(collate(ROWS).region_masks)

@@ -13,6 +13,9 @@ def test_no_name_means_a_class_of_the_data_set():
     assert len(set(names)) == 3000
     assert not {"cat", "cats", "dog", "dogs", "sheep", "case", "guitar"} & {name.split()[-1] for name in names}
     assert any(name.startswith("red ") for name in names)
+    joined = foreign_names(("t-shirt", "cup_(drinking)"), 3000, np.random.default_rng(0))
+    assert not {"shirt", "cup"} & {name.split()[-1] for name in joined}
+    assert foreign_names(classes, 0, None) == []
 
 
 def test_names_are_nouns_some_described_some_spliced():
@@ -32,6 +35,10 @@ def test_names_are_nouns_some_described_some_spliced():
         ("red cat", {"cat"}, False),
         ("cat tree", {"cat"}, True),
         ("red car", {"red", "cat"}, True),
+        ("bus", {"buses"}, False),
+        ("knife", {"knives"}, False),
+        ("leaf", {"leaves"}, False),
+        ("cherry", {"cherries"}, False),
     ],
 )
 def test_a_name_means_its_last_word(name, words, foreign):
