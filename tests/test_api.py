@@ -222,7 +222,9 @@ def test_evaluate_takes_an_engine_that_is_loaded():
         assert lumen_ray.evaluate(engine, "s", "o", dtype="bfloat16") == {"images": 1}
     first, second = score.call_args_list
     assert first.args == (engine, "s", "o") and second.kwargs["tasks"] is None
-    assert first.kwargs == {"tasks": ["detect"], "limit": 3, "picture_limit": 2, "exemplars": [], "progress": None}
+    assert first.kwargs == {
+        "tasks": ["detect"], "limit": 3, "picture_limit": 2, "exemplars": [], "absent_classes": [], "progress": None,
+    }  # fmt: skip
     for option in ({"decoders": {"pose": "lumen"}}, {"device": "cpu"}):
         with pytest.raises(UserError, match="give decoders, device and dtype to Engine.load"):
             lumen_ray.evaluate(engine, "s", "o", **option)

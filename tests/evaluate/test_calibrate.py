@@ -58,8 +58,8 @@ def test_without_right_or_wrong_instances_there_is_no_curve():
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     folder = tmp_path_factory.mktemp("scenes")
-    for name, seed in (("calibration", 5), ("held-out", 6)):
-        prepare("scenes", folder / name, num=128, seed=seed, workers=0)
+    for name, seed, number in (("calibration", 5, 320), ("held-out", 6, 128)):  # wrong instances are rare
+        prepare("scenes", folder / name, num=number, seed=seed, workers=0)
     return folder
 
 
@@ -75,7 +75,9 @@ def test_held_out_scenes_are_calibrated_afterwards(shards, tmp_path):
     # once more: curves are of the decoders' own scores, not of those that are calibrated
     assert fits["detect"].right < fits["detect"].instances
     again = calibrate(tmp_path / "model", shards / "calibration", tasks=["detect"])
-    assert again["detect"].curve == fits["detect"].curve
+    one, other = again["detect"].curve, fits["detect"].curve
+    assert [one.slope, one.shift] == pytest.approx([other.slope, other.shift], rel=1e-3)
+    assert one.classes == pytest.approx(other.classes, rel=1e-3)
     assert set(read_meta(tmp_path / "model").calibration) == {"detect"}
 
 

@@ -197,7 +197,7 @@ def test_masks_say_how_much_of_each_cell_is_covered(scene, zoom):
     cells = np.arange(INPUT // MASK_STRIDE) * MASK_STRIDE
     across = np.clip(x2 - cells, 0, MASK_STRIDE) - np.clip(x1 - cells, 0, MASK_STRIDE)
     row_of_cells = sample.masks[0][int((y1 + y2) / 2 / MASK_STRIDE)] / 255
-    assert np.abs(row_of_cells - across / MASK_STRIDE).max() < 0.3
+    assert np.abs(row_of_cells - across / MASK_STRIDE).max() < 0.4  # stored pixels are resampled twice
 
 
 inputs = st.tuples(st.integers(4, 20).map(lambda n: 16 * n), st.integers(4, 20).map(lambda n: 16 * n))
