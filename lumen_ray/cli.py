@@ -244,11 +244,19 @@ def _evaluate(args: argparse.Namespace) -> None:
             limit=args.limit,
             pictures=args.pictures,
             exemplars=exemplars,
-            absent_classes=class_names(args.absent_classes) if args.absent_classes else (),
+            absent_classes=_absent_classes(args.absent_classes),
             progress=progress.update,
         )
     print_report(report, console)
     say(f"report -> {args.output}/report.json")
+
+
+def _absent_classes(given: str) -> list[str]:
+    """The value of ``--absent-classes``. Raises `UserError` if it has no name."""
+    names = class_names(given) if given else []
+    if given and not names:
+        raise UserError(f"--absent-classes '{given}' has no names; give some, or leave it out", "invalid_classes")
+    return names
 
 
 def _calibrate(args: argparse.Namespace) -> None:

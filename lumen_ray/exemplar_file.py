@@ -125,7 +125,8 @@ def _read_image(path: Path, images: dict[Path, np.ndarray]) -> np.ndarray:
     key = path.resolve()
     if key not in images:
         if not path.is_file():
-            raise UserError(f"its image '{path}' does not exist; give the path relative to the file", "missing_image")
+            what = "is a folder" if path.is_dir() else "does not exist"
+            raise UserError(f"its image '{path}' {what}; give the path relative to the file", "missing_image")
         try:
             images[key] = decode(path.read_bytes())
         except OSError as error:

@@ -56,7 +56,9 @@ class Example:
         if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
             kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
             raise UserError(
-                f"the image of an example is a uint8 array [height, width, 3] (RGB), got {kind}", "invalid_example"
+                f"the image of an example is a uint8 array [height, width, 3] (RGB), got {kind}; for a PIL "
+                "image give np.asarray(image.convert('RGB'))",
+                "invalid_example",
             )
         self.region((image.shape[0], image.shape[1]))
 
@@ -131,11 +133,15 @@ class ClassByExample:
         wrong = next((example for example in self.examples if not isinstance(example, Example)), None)
         if wrong is not None:
             raise UserError(f"the examples of '{self.name}' are lumen_ray.Example, got {wrong!r}", "invalid_example")
-        positive = sum(example.positive for example in self.examples)
-        if not positive or len(self.examples) > MOST_EXAMPLES:
+        if not any(example.positive for example in self.examples):
             raise UserError(
-                f"class '{self.name}' has {len(self.examples)} examples, {positive} of them positive; give 1 to "
-                f"{MOST_EXAMPLES}, at least one positive",
+                f"class '{self.name}' has no positive example; give 1 to {MOST_EXAMPLES} examples, at least one of "
+                "them positive",
+                "invalid_example",
+            )
+        if len(self.examples) > MOST_EXAMPLES:
+            raise UserError(
+                f"class '{self.name}' has {len(self.examples)} examples; give at most {MOST_EXAMPLES}",
                 "invalid_example",
             )
         object.__setattr__(self, "name", self.name.strip())

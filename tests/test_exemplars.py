@@ -54,9 +54,9 @@ def test_an_example_that_cannot_be_is_refused_in_one_sentence(box, image, messag
     [
         ("", [Example(BOX)], "needs a name for its answers"),
         (None, [Example(BOX)], "needs a name"),
-        ("bolt", [], "0 examples, 0 of them positive"),
-        ("bolt", [Example(BOX, positive=False)], "1 examples, 0 of them positive; give 1 to 8"),
-        ("bolt", [Example(BOX)] * (MOST_EXAMPLES + 1), "9 examples"),
+        ("bolt", [], "has no positive example"),
+        ("bolt", [Example(BOX, positive=False)], "has no positive example; give 1 to 8"),
+        ("bolt", [Example(BOX)] * (MOST_EXAMPLES + 1), "has 9 examples; give at most 8"),
         ("bolt", [BOX], r"are lumen_ray.Example, got \(1, 2"),
     ],
 )

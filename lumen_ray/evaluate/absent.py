@@ -13,10 +13,10 @@ MOST_NAMES = 20
 
 
 class AbsentNames:
-    """`names`: those to ask for, each once."""
+    """`names`: those to ask for, each once; `left_out`: names that were given but are classes of the split."""
 
-    def __init__(self, names: Sequence[str] = ()):
-        self.names = list(names)
+    def __init__(self, names: Sequence[str] = (), left_out: Sequence[str] = ()):
+        self.names, self.left_out = list(names), list(left_out)
         self._images = self._marred = 0
         self._found: Counter[str] = Counter()
 
@@ -40,7 +40,9 @@ class AbsentNames:
         """The result in a sentence."""
         boxes = self._found.total() / max(self._images, 1)
         often = "".join(f", most often '{name}'" for name, _ in self._found.most_common(1))
-        return f"for {len(self.names):,} names of absent classes there are {boxes:.2f} boxes per image{often}"
+        rest = ", ".join([*self.left_out[:3], *(["..."] if len(self.left_out) > 3 else [])])
+        without = f"; left out as classes of the split: {rest}" if rest else ""
+        return f"for {len(self.names):,} names of absent classes there are {boxes:.2f} boxes per image{often}{without}"
 
     @property
     def worst(self) -> dict[str, float | None]:

@@ -236,16 +236,17 @@ def _scorer(
     classes = [c["name"] for c in categories]
     skeletons = {c["name"]: c["keypoints"] for c in categories if c.get("keypoints")}
     _check_exemplars(exemplars, classes, tasks)
-    own = {name.casefold() for name in classes}
-    names = [name for name in dict.fromkeys(map(str.strip, absent)) if name and name.casefold() not in own]
     if absent and "detect" not in tasks:
         raise UserError("names of absent classes are asked for by task detect; add it, or leave them out", "no_tasks")
-    if absent and not names:
+    scorer = SplitScorer(
+        classes, skeletons, tasks, spoken, exemplars, [name.strip() for name in absent if name.strip()]
+    )
+    if absent and not scorer.absent.names:
         raise UserError(
             "all names of absent classes are classes of the split; give names of things that none of its images shows",
             "empty_classes",
         )
-    return SplitScorer(classes, skeletons, tasks, spoken, exemplars, names)
+    return scorer
 
 
 def _check_exemplars(exemplars: Sequence[ClassByExample], classes: Sequence[str], tasks: Sequence[str]) -> None:

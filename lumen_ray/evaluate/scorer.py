@@ -54,7 +54,11 @@ class SplitScorer:
     ):
         self.classes = list(classes)
         self.exemplars = {shown.name: shown for shown in exemplars}
-        self.absent = AbsentNames(absent)
+        own = {name.casefold() for name in classes}
+        names = list(dict.fromkeys(absent))
+        self.absent = AbsentNames(
+            [name for name in names if name.casefold() not in own], [name for name in names if name.casefold() in own]
+        )
         self.skeletons = {name: tuple(points) for name, points in skeletons.items()}
         self.tasks = set(tasks)
         self.spoken = self.tasks | set(spoken)

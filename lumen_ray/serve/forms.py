@@ -42,9 +42,12 @@ def read_fields(items: Iterable[Item], lists: Container[str] = (), objects: Cont
 
 
 def _read_list(name: str, text: str) -> list[Any]:
-    """The items of a JSON list, or of comma-separated text with or without double quotes."""
+    """The items of a JSON list, a JSON object as one item, or those of comma-separated text with or without double
+    quotes."""
     if text.lstrip().startswith("["):
         return _read_json(name, text)
+    if text.lstrip().startswith("{"):
+        return [_read_json(name, text)]
     lines = io.StringIO(text + ",", newline=None)  # an item behind this comma is one that an open quote made of it
     try:
         items = [item.strip() for row in csv.reader(lines, skipinitialspace=True) for item in row]

@@ -42,15 +42,18 @@ def split(tmp_path_factory):
 
 def test_the_splits_own_classes_are_left_out_and_others_asked_once(split, tmp_path):
     engine = FakeEngine([scene_row(11, i, 96) for i in range(3)])
-    names = ["red circle", "bicycle", "bicycle", "blue hat"]
+    names = ["red circle", "bicycle", "bicycle ", "blue hat", "Red Circle"]
     report = evaluate(engine, split, tmp_path, tasks=["detect"], absent_classes=names)
     assert report["metrics"]["absent_boxes_per_image"] == 0.0
     assert report["settings"]["absent_classes"] == 2 and report["metrics"]["box_AP"] == pytest.approx(1)
-    assert report["notes"] == ["for 2 names of absent classes there are 0.00 boxes per image"]
+    told = "for 2 names of absent classes there are 0.00 boxes per image; left out as classes of the split: red circle"
+    assert report["notes"] == [f"{told}, Red Circle"]
     without = evaluate(engine, split, tmp_path, tasks=["detect"])
     assert "absent_boxes_per_image" not in without["metrics"] and not without["notes"]
     with pytest.raises(UserError, match="asked for by task detect"):
         evaluate(engine, split, tmp_path, tasks=["count"], absent_classes=names)
+    with pytest.raises(UserError, match="all names of absent classes are classes of the split"):
+        evaluate(engine, split, tmp_path, tasks=["detect"], absent_classes=["Red Circle"])
 
 
 def test_the_command_takes_a_file_of_names(split, tmp_path, capsys):
@@ -62,3 +65,5 @@ def test_the_command_takes_a_file_of_names(split, tmp_path, capsys):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["metrics"]["absent_boxes_per_image"] is not None
     assert "for 2 names of absent classes" in capsys.readouterr().out
+    (tmp_path / "names.txt").write_text("\n")
+    assert cli.main([*command, *names]) == 2 and "has no names" in capsys.readouterr().err

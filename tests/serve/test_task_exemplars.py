@@ -65,6 +65,15 @@ def test_a_form_has_the_same_classes(client, backend):
     assert [e.box for e in form.examples["bolt"].examples] == [e.box for e in plain.examples["bolt"].examples]
 
 
+def test_repeated_fields_of_a_form_are_a_class_each(client, backend):
+    fields = {"classes": ["nut, washer", json.dumps(bolt(box()))]}
+    assert client.post("/v1/count", files={"image": png()}, data=fields).status_code == 200
+    ((_, (asked,), _),) = backend.calls
+    assert asked.phrases == ("nut", "washer", "bolt") and set(asked.examples) == {"bolt"}
+    broken = client.post("/v1/count", files={"image": png()}, data={"classes": '{"name": "bolt"'})
+    assert broken.status_code == 400 and "is not valid JSON" in broken.text
+
+
 def test_a_field_of_a_form_may_hold_large_images(client):
     padded = base64.b64encode(png() + b"\0" * 900_000).decode()  # decoders ignore what follows an image
     fields = {"classes": json.dumps([bolt(box(image=padded))])}
@@ -95,8 +104,8 @@ CASES = {
     "blank name": (body(bolt(name=" ")), 400, "invalid_classes", "needs a name"),
     "long name": (body(bolt(name="x" * 101)), 400, "text_too_long", "a text of 101 characters is too long"),
     "reserved name": (body(bolt(name="[DET]")), 400, "reserved_text", "may not contain '[DET]'"),
-    "empty": (body({"name": "bolt", "examples": []}), 400, "invalid_example", "class 'bolt' has 0 examples"),
-    "negative alone": (body(bolt(box(positive=False))), 400, "invalid_example", "0 of them positive"),
+    "empty": (body({"name": "bolt", "examples": []}), 400, "invalid_example", "class 'bolt' has no positive example"),
+    "negative alone": (body(bolt(box(positive=False))), 400, "invalid_example", "has no positive example"),
     "too many boxes": (body(bolt(*[box()] * 9)), 400, "invalid_example", "has 9 examples"),
     "too many in all": (
         body(bolt(*[box()] * 8), bolt(*[box()] * 8, name="nut")), 400, "too_many_classes",
