@@ -1,5 +1,6 @@
 """Whatever is damaged in a set, in any format: no crash, and what came in is what was written and what was rejected."""
 
+import copy
 import json
 import re
 import tempfile
@@ -80,7 +81,7 @@ def damage_json(draw, text):
         for key in path[:-1]:
             holder = holder[key]
         if draw(st.booleans()):
-            holder[path[-1]] = draw(st.sampled_from(ODD))
+            holder[path[-1]] = copy.deepcopy(draw(st.sampled_from(ODD)))  # or a list may come to hold itself
         else:
             del holder[path[-1]]
     return json.dumps(data)
