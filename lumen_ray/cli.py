@@ -290,7 +290,6 @@ def _label(args: argparse.Namespace) -> None:
     from lumen_ray.tasks import get_task
 
     classes = None if args.classes is None else class_names(args.classes)
-    exemplars = api.load_exemplars(args.exemplars)
     text = texts_by_task(args.text)
     for task in (*args.tasks, *text):
         get_task(task)
@@ -303,7 +302,7 @@ def _label(args: argparse.Namespace) -> None:
             tasks=args.tasks,
             classes=classes,
             text=text,
-            exemplars=exemplars,
+            exemplars=args.exemplars,
             decoders=decoders_by_task(args.decoders),
             device=args.device,
             dtype=args.dtype,

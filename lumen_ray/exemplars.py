@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from lumen_ray.errors import UserError
-from lumen_ray.structures import Region, Size
+from lumen_ray.structures import Region, Size, check_pixels
 from lumen_ray.tasks import REGION_TOKEN
 
 #: what stands for the class where its name is not read
@@ -52,15 +52,8 @@ class Example:
         self._corners()
         if self.image is None:
             return
-        image = self.image
-        if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
-            kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise UserError(
-                f"the image of an example is a uint8 array [height, width, 3] (RGB), got {kind}; for a PIL "
-                "image give np.asarray(image.convert('RGB'))",
-                "invalid_example",
-            )
-        self.region((image.shape[0], image.shape[1]))
+        check_pixels(self.image, "the image of an example", "invalid_example")
+        self.region((self.image.shape[0], self.image.shape[1]))
 
     def region(self, size: Size) -> Region:
         """The box on an image of (height, width) `size`. Raises `UserError` if it does not lie on it."""

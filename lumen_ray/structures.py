@@ -33,6 +33,18 @@ def as_size(size: int | Size) -> Size:
     return int(height), int(width)
 
 
+def check_pixels(image: Any, what: str, reason: str) -> None:
+    """Raises `UserError` unless `image` is a uint8 array [height, width, 3]. `what`: its name in the sentence."""
+    if isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3:
+        return
+    kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
+    raise UserError(
+        f"{what} is a uint8 array [height, width, 3] (RGB), got {kind}; for a PIL image give "
+        "np.asarray(image.convert('RGB'))",
+        reason,
+    )
+
+
 def _check_size(size: Size) -> Size:
     height, width = int(size[0]), int(size[1])
     if height <= 0 or width <= 0:

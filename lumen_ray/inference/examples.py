@@ -1,4 +1,5 @@
-"""Embeddings of examples on images of their own, computed once and kept as long as the trunk that made them."""
+"""Embeddings of the regions of prompts. Those of examples on images of their own are computed once, and kept as long as
+the trunk that made them."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from lumen_ray.exemplars import Example
 from lumen_ray.inference.encoded_images import fit_images
-from lumen_ray.structures import Size
+from lumen_ray.structures import Region, Size
+from lumen_ray.targets import Frame
+from lumen_ray.trunk.prefix import Prefix
 from lumen_ray.trunk.regions import region_mask
 from lumen_ray.trunk.trunk import Trunk
 
@@ -46,6 +49,22 @@ class ExampleEmbeddings:
             self._kept.popitem(last=False)
         return found
 
+    def of_prompts(
+        self, prefix: Prefix, regions: Sequence[Region | Example], images: Sequence[int], frames: Sequence[Frame]
+    ) -> Tensor | None:
+        """Embeddings [R, width] of the regions of prompts about `images`, indices into the prefix and `frames`; None if
+        there are none."""
+        if not regions:
+            return None
+        elsewhere = {i: r for i, r in enumerate(regions) if isinstance(r, Example) and r.image is not None}
+        found = dict(zip(elsewhere, self.of(list(elsewhere.values())), strict=True))
+        here = [i for i in range(len(regions)) if i not in found]
+        if here:
+            masks = torch.from_numpy(np.stack([_mask_here(regions[i], frames[images[i]]) for i in here]))
+            owners, device = torch.tensor([images[i] for i in here]), self._trunk.lead.device
+            found |= zip(here, self._trunk.region_embeddings(prefix, masks.to(device), owners.to(device)), strict=True)
+        return torch.stack([found[i] for i in range(len(regions))])
+
     def _made(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         by_image: dict[int, list[Example]] = {}
         for example in examples:
@@ -68,6 +87,12 @@ class ExampleEmbeddings:
         device = self._trunk.lead.device
         embeddings = self._trunk.example_embeddings(pixels.to(device), masks.to(device), owners.to(device))
         return {example.key: embedding for (_, example), embedding in zip(members, embeddings, strict=True)}
+
+
+def _mask_here(region: Region | Example, frame: Frame) -> np.ndarray:
+    """A region of the image that is asked about as a mask of its input, uint8 [H, W]."""
+    here = region.region(frame.size) if isinstance(region, Example) else region
+    return region_mask(here, frame.input_size)
 
 
 def _image(example: Example) -> np.ndarray:

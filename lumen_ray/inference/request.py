@@ -12,7 +12,7 @@ import numpy as np
 from lumen_ray.errors import UserError
 from lumen_ray.exemplars import ClassByExample, split_classes
 from lumen_ray.inference.sampling import GREEDY, Sampling
-from lumen_ray.structures import Region, SampleSettings, Size
+from lumen_ray.structures import Region, SampleSettings, Size, check_pixels
 from lumen_ray.tasks import Needs, check_classes, get_task, split_phrases
 from lumen_ray.trunk.tokenizer import SPECIAL_TOKENS
 
@@ -301,13 +301,7 @@ def check_call(images: Any, requests: Any, score_threshold: Any, max_new_tokens:
             "invalid_call",
         )
     for image in (image for shown in images for image in _given_images(shown)):
-        if not (isinstance(image, np.ndarray) and image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3):
-            kind = f"{image.dtype} {list(image.shape)}" if isinstance(image, np.ndarray) else type(image).__name__
-            raise UserError(
-                f"an image is a uint8 array [height, width, 3] (RGB), got {kind}; for a PIL image give "
-                "np.asarray(image.convert('RGB'))",
-                "invalid_image",
-            )
+        check_pixels(image, "an image", "invalid_image")
         if image.size == 0:
             raise UserError(f"an image is empty, its shape is {list(image.shape)}", "invalid_image")
     for row in requests:

@@ -10,14 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Self
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lumen_ray.data.batches.buckets import choose
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
-from lumen_ray.exemplars import ClassByExample, Example, no_exemplars
+from lumen_ray.exemplars import ClassByExample, no_exemplars
 from lumen_ray.inference.branches import BranchPlanner, PendingBranch, decoder_input, split_passes, with_regions
 from lumen_ray.inference.decode_loop import DecodeLoop
 from lumen_ray.inference.decoder_inputs import decoder_pixels
@@ -30,7 +29,7 @@ from lumen_ray.inference.word_links import WordLinks, links_of_words
 from lumen_ray.inference.writing import TextPrompt, Writing, written_parts, written_text
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.precision import in_model_dtype
-from lumen_ray.structures import Region, Size
+from lumen_ray.structures import Size
 from lumen_ray.targets import Frame
 from lumen_ray.tasks import ROUTING_TOKENS, TASKS, task_of_route
 from lumen_ray.trunk.branch import Branch
@@ -378,22 +377,6 @@ class TrunkStage(FromFolder):
             pending += self.planner.routed_branches(requests[b][r], task, b, r)
         return pending
 
-    def _regions(
-        self, prefix: Prefix, regions: Sequence[Region | Example], images: Sequence[int], frames: Sequence[Frame]
-    ) -> Tensor | None:
-        """Embeddings [R, width] of the regions of prompts about `images`, None if there are none."""
-        if not regions:
-            return None
-        elsewhere = {i: r for i, r in enumerate(regions) if isinstance(r, Example) and r.image is not None}
-        found = dict(zip(elsewhere, self.examples.of(list(elsewhere.values())), strict=True))
-        here = [i for i in range(len(regions)) if i not in found]
-        if here:
-            masks = [_mask_here(regions[i], frames[images[i]]) for i in here]
-            owners = torch.tensor([images[i] for i in here], device=self.device)
-            stack = torch.from_numpy(np.stack(masks)).to(self.device)
-            found |= zip(here, self.trunk.region_embeddings(prefix, stack, owners), strict=True)
-        return torch.stack([found[i] for i in range(len(regions))])
-
     def _decoder_inputs(
         self,
         prefix: Prefix,
@@ -426,16 +409,10 @@ class TrunkStage(FromFolder):
         layout.mark_keypoints([pending[i].prompt is None for i in members])
         layout = layout.to(self.device)
         found: dict[int, Tensor] = {}
-        embedded = self._regions(prefix, regions, owners, frames)
+        embedded = self.examples.of_prompts(prefix, regions, owners, frames)
         for name, link in self.trunk.branch_links(prefix, layout, embedded).items():
             order = layout.link_branches[DECODERS[name].family].tolist()
             for number, embedding in zip(order, link.embeddings.float().cpu(), strict=True):
                 if pending[members[number]].decoder == name:
                     found[members[number]] = embedding
         return found
-
-
-def _mask_here(region: Region | Example, frame: Frame) -> np.ndarray:
-    """A region of the image that is asked about as a mask of its input, uint8 [H, W]."""
-    here = region.region(frame.size) if isinstance(region, Example) else region
-    return region_mask(here, frame.input_size)

@@ -18,6 +18,9 @@ from lumen_ray.structures import Region, Size, as_size
 from lumen_ray.trunk.comm import CLIP_MEAN, CLIP_STD, BridgedVision, TokenGrid
 from lumen_ray.trunk.settings import RegionSettings
 
+#: Regions whose embeddings are computed together at inference.
+AT_ONCE = 32
+
 
 def region_mask(region: Region, input_size: int | Size) -> np.ndarray:
     """Rasterises a region to a binary mask of the model input, uint8 [H, W]; `input_size` is (H, W) or the side of a
@@ -177,3 +180,11 @@ def build_regions(settings: RegionSettings, vision: TokenGrid, llm_width: int) -
     if settings.kind == "levels":
         return LevelRegionEncoder(vision.merged_width, llm_width, vision.patch_size, settings, BridgedVision.LEVELS)
     return RegionEncoder(vision.merged_width, llm_width, vision.patch_size, settings.channels)
+
+
+def encode_in_parts(
+    encoder: RegionEncoder | LevelRegionEncoder, images: Tensor, merged: Tensor, masks: Tensor, image_index: Tensor
+) -> Tensor:
+    """Embeddings [R, llm_width] as of the encoder, a few regions at a time: each has a copy of its image's features."""
+    parts = zip(masks.split(AT_ONCE), image_index.split(AT_ONCE), strict=True)
+    return torch.cat([encoder(images, merged, *part) for part in parts])

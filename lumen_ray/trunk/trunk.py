@@ -44,12 +44,10 @@ from lumen_ray.trunk.masks import (
 )
 from lumen_ray.trunk.prefix import Prefix
 from lumen_ray.trunk.queries import SuperLinkQueries, mean_words
-from lumen_ray.trunk.regions import build_regions
+from lumen_ray.trunk.regions import build_regions, encode_in_parts
 from lumen_ray.trunk.settings import TrunkSettings
 
 _Stem = tuple[Tensor, Tensor, Tensor]  # features at strides 4, 8 and 16
-#: Regions whose embeddings are computed together at inference.
-REGIONS_AT_ONCE = 32
 
 
 @dataclass
@@ -352,7 +350,7 @@ class Trunk(nn.Module):
     def region_embeddings(self, prefix: Prefix, masks: Tensor, image_index: Tensor) -> Tensor:
         """Embeddings [R, width] of regions on the images of a prefix: masks [R, H, W] of the model input, image_index
         int64 [R]."""
-        return self._regions_in_parts(prefix.images, prefix.merged, masks, image_index)
+        return encode_in_parts(self.regions, prefix.images, prefix.merged, masks, image_index)
 
     @torch.inference_mode()
     def example_embeddings(self, images: Tensor, masks: Tensor, image_index: Tensor) -> Tensor:
@@ -360,12 +358,7 @@ class Trunk(nn.Module):
         above."""
         scaled = images.float() / 255
         _, merged, _ = self.extract_features(scaled)
-        return self._regions_in_parts(scaled, merged, masks, image_index)
-
-    def _regions_in_parts(self, images: Tensor, merged: Tensor, masks: Tensor, image_index: Tensor) -> Tensor:
-        """Embeddings of regions, a few at a time: each has a copy of its image's features."""
-        parts = zip(masks.split(REGIONS_AT_ONCE), image_index.split(REGIONS_AT_ONCE), strict=True)
-        return torch.cat([self.regions(images, merged, *part) for part in parts])
+        return encode_in_parts(self.regions, scaled, merged, masks, image_index)
 
     def _run(self, prefix: Prefix, layout: Layout, embeds: Tensor) -> tuple[Tensor, DynamicCache]:
         of_images = prefix.valid[:, None].expand(embeds.shape[:2])
