@@ -147,7 +147,9 @@ TASKS: dict[str, Task] = {
 
 #: the tasks whose results are not pictures
 UNDERSTANDING = tuple(name for name, task in TASKS.items() if task.result != "image")
-#: those of them that can be trained
+#: tasks about all objects of each class, which differ in wording, routing token and result
+CLASS_TASKS = ("detect", "segment", "count")
+#: those of `UNDERSTANDING` that can be trained
 TRAINABLE_TASKS = tuple(name for name in UNDERSTANDING if not TASKS[name].derived_from)
 ROUTING_TOKENS: tuple[str, ...] = tuple(t for family in LINK_FAMILIES.values() for t in family.routing_tokens)
 #: tokens behind whose queries the text of an answer may go on; those of poses are followed by keypoint prompts instead

@@ -27,13 +27,13 @@ from lumen_ray.evaluate.grounding import DECISION_THRESHOLD
 from lumen_ray.evaluate.pictures import detector_of
 from lumen_ray.evaluate.report import write_report
 from lumen_ray.evaluate.scored import Row, ScoredRequest
-from lumen_ray.evaluate.scorer import EXEMPLAR_TASKS, SplitScorer
+from lumen_ray.evaluate.scorer import SplitScorer
 from lumen_ray.evaluate.task_choice import choose_tasks
 from lumen_ray.exemplar_file import load_exemplars
 from lumen_ray.exemplars import ClassByExample
 from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.inference.records import LABEL_SCHEMA, answer_records
-from lumen_ray.tasks import TASKS
+from lumen_ray.tasks import CLASS_TASKS, TASKS
 
 #: AP needs the low-scored predictions too; decisions (absence, counts, F1) use their own threshold.
 SCORE_THRESHOLD = 0.01
@@ -258,9 +258,9 @@ def _check_exemplars(exemplars: Sequence[ClassByExample], classes: Sequence[str]
                 f"classes: {', '.join([*classes[:20], *(['...'] if len(classes) > 20 else [])]) or 'none'}",
                 "unknown_class",
             )
-    if exemplars and not set(EXEMPLAR_TASKS) & set(tasks):
+    if exemplars and not set(CLASS_TASKS) & set(tasks):
         raise UserError(
-            f"classes are given by example, which only {', '.join(EXEMPLAR_TASKS)} ask for; name one of them in the "
+            f"classes are given by example, which only {', '.join(CLASS_TASKS)} ask for; name one of them in the "
             "tasks, or leave the examples out",
             "unused_exemplars",
         )

@@ -25,8 +25,6 @@ from lumen_ray.tasks import get_task
 
 #: tasks whose messages are scored
 _SCORED_TEXTS = ("vqa", "caption", "region_caption")
-#: tasks that ask for classes by example
-EXEMPLAR_TASKS = ("detect", "segment", "count")
 
 
 class _Evaluator(Protocol):
@@ -38,7 +36,7 @@ class SplitScorer:
     """Turns rows into requests, and their answers into metrics.
 
     classes: all class names of the split; skeletons: class -> keypoint names; tasks: those to score; spoken: tasks that
-    only free chat asks for; exemplars: those of `classes` that `EXEMPLAR_TASKS` ask for by example; absent: names of
+    only free chat asks for; exemplars: those of `classes` that `CLASS_TASKS` ask for by example; absent: names of
     things that no image shows, which detect asks for as well. Requests are about one image: texts about several are
     left out and counted in `about_several`.
     """

@@ -23,12 +23,11 @@ from lumen_ray.data import files, urls
 from lumen_ray.data.batches.buckets import with_sizes
 from lumen_ray.data.batches.feed import BatchReader, dataset_for_rank, plan_items, ray_batches, skeletons_of
 from lumen_ray.data.batches.plan import Plan
-from lumen_ray.data.batches.prompts import CLASS_TASKS
 from lumen_ray.data.shards.shards import read_manifest
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import ModelMeta
 from lumen_ray.recipe import BucketRange, Recipe
-from lumen_ray.tasks import TASKS, TEXT_ROUTES, task_of_route
+from lumen_ray.tasks import CLASS_TASKS, TASKS, TEXT_ROUTES, task_of_route
 from lumen_ray.train import parallel, precision
 from lumen_ray.train.checks import check_recipe
 from lumen_ray.train.metrics.metrics import MetricsWatcher, Progress

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lumen_ray.data.batches.transforms import Sample, clip_boxes
-from lumen_ray.structures import Region
+from lumen_ray.data.batches.region_prompts import drawn_box
+from lumen_ray.data.batches.transforms import Sample
 from lumen_ray.trunk.regions import region_mask
 
 MOST_POSITIVE = 3
@@ -72,7 +72,4 @@ class ExamplePool:
 
 def _shown(item: tuple[int, np.ndarray, tuple[int, int]], rng: np.random.Generator) -> Shown:
     image, box, size = item
-    low, high = box[:2], box[2:]
-    loose = np.stack([low, high]) + rng.uniform(-LOOSENESS, LOOSENESS, (2, 2)) * (high - low)
-    low, high = clip_boxes(loose.reshape(1, 4), size).reshape(2, 2)
-    return Shown(image, region_mask(Region("box", size, np.stack([low, np.maximum(high, low + 1)])), size))
+    return Shown(image, region_mask(drawn_box(box, size, rng, LOOSENESS), size))

@@ -25,11 +25,10 @@ from lumen_ray.errors import UserError
 from lumen_ray.exemplars import exemplar_phrase
 from lumen_ray.keypoints import DEFAULT_SIGMA, keypoint_sigmas
 from lumen_ray.recipe import BranchSettings
-from lumen_ray.tasks import TASKS, Task, task_of_route
+from lumen_ray.tasks import CLASS_TASKS, TASKS, Task, task_of_route
 from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.regions import region_mask
 
-CLASS_TASKS = ("detect", "segment", "count")  # with the same targets; they differ in wording and routing token
 TEXT_TASKS = tuple(name for name, task in TASKS.items() if task.is_text)
 
 
@@ -207,13 +206,13 @@ class SamplePrompts:
             for p in self.row["phrases"]
             if p["task"] in self.tasks and (not p["instances"] or any(i in index for i in p["instances"]))
         ]
-        looks = self._looks(TASKS["ground"]) if any(item["task"] == "ground" for item in usable) else True
+        looks = {name: self._looks(TASKS[name]) for name in dict.fromkeys(item["task"] for item in usable)}
         for item in draw(usable, self.settings.max_phrases, self.rng):
             task = TASKS[item["task"]]
             target = Target([index[i] for i in item["instances"] if i in index])
             # the phrases of a sentence are one request
-            is_of_sentence = task.needs == "sentence"
-            self._routed(task, item["phrase"], target, looks or not is_of_sentence, task.name if is_of_sentence else "")
+            request = task.name if task.needs == "sentence" else ""
+            self._routed(task, item["phrase"], target, looks[task.name], request)
 
     def add_region_segments(self) -> None:
         """Adds prompts for the mask of an instance at a box, a point, a scribble or a polygon on it."""

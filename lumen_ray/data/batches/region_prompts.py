@@ -58,6 +58,14 @@ def region_input(sample: Sample, region: dict) -> np.ndarray:
     return region_mask(Region(region["kind"], size, clip_boxes(points, size)), size)
 
 
+def drawn_box(box: np.ndarray, size: Size, rng: np.random.Generator, looseness: float = 0.1) -> Region:
+    """A box xyxy, in pixels of the input, as a user might draw it: its sides are off by up to that share of it."""
+    low, high = box[:2], box[2:]
+    loose = np.stack([low, high]) + rng.uniform(-looseness, looseness, (2, 2)) * (high - low)
+    low, high = clip_boxes(loose.reshape(1, 4), size).reshape(2, 2)
+    return Region("box", size, np.stack([low, np.maximum(high, low + 1)]))
+
+
 def drawn_region(mask: np.ndarray, box: np.ndarray, size: Size, rng: np.random.Generator) -> Region:
     """A random region as a user might draw it on an instance: `mask` bool [H/4, W/4], its cells, `box` xyxy in input
     pixels."""
@@ -65,10 +73,7 @@ def drawn_region(mask: np.ndarray, box: np.ndarray, size: Size, rng: np.random.G
     if mask.sum() < 2:
         kind = "point"
     if kind == "box":
-        low, high = box[:2], box[2:]
-        loose = np.stack([low, high]) + rng.uniform(-0.1, 0.1, (2, 2)) * (high - low)
-        low, high = clip_boxes(loose.reshape(1, 4), size).reshape(2, 2)
-        return Region("box", size, np.stack([low, np.maximum(high, low + 1)]))
+        return drawn_box(box, size, rng)
     ys, xs = np.nonzero(mask)
     inside = (np.stack([xs, ys], 1) + 0.5) * MASK_STRIDE
     if kind == "polygon":  # the support points in 8 directions

@@ -15,13 +15,13 @@ import numpy as np
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from lumen_ray.data.batches.prompts import CLASS_TASKS
 from lumen_ray.data.images import decode
 from lumen_ray.data.inspect.prompts import Prompt, PromptToken, prompts_of
 from lumen_ray.data.inspect.view import Sampler, Section, View, shown
 from lumen_ray.data.shards.statistics import Statistics
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
+from lumen_ray.tasks import CLASS_TASKS
 from lumen_ray.viz import Colour, draw, known_edges, palette, upscale_factor
 
 STORED_SIDE = 640
