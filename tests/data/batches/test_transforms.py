@@ -193,7 +193,8 @@ def test_masks_say_how_much_of_each_cell_is_covered(scene, zoom):
         return
     x1, y1, x2, y2 = sample.boxes[0]
     covered = sample.masks[0].astype(float).sum() / 255 * MASK_STRIDE**2
-    assert covered == pytest.approx((x2 - x1) * (y2 - y1), rel=0.08, abs=4 * MASK_STRIDE)
+    contour = 2 * float(x2 - x1 + y2 - y1)  # whole cells are off by up to half a cell along it
+    assert covered == pytest.approx((x2 - x1) * (y2 - y1), abs=contour * MASK_STRIDE / 4)
     if y2 - y1 < 3 * MASK_STRIDE:  # no row of cells is sure to be covered from top to bottom
         return
     cells = np.arange(INPUT // MASK_STRIDE) * MASK_STRIDE
