@@ -36,7 +36,7 @@ def write_images(folder, number, start=0):
 class FakeEngine:
     """`fails(image)`: raises for such an image. Scores: 0.9 for the first class, 0.1 less for each further one."""
 
-    preset, version, image_size, dtype = "fake", "v0", 64, "float32"
+    preset, version, image_size, largest_side, dtype = "fake", "v0", 64, 64, "float32"
     tasks, serving, chosen_decoders = UNDERSTANDING, {}, {}
     skeletons = {"square": NAMES}
     classes = ("square", "circle")
