@@ -77,7 +77,6 @@ def test_mistakes_are_one_sentence(capsys, tmp_path, monkeypatch, argv, words):
     [
         ["quickstart"],
         ["train", "--recipe", "quickstart", "--shards", "nowhere"],
-        ["label", "nowhere", "--classes", "a"],
     ],
 )
 def test_what_must_lie_on_a_file_system_is_not_written_to_a_url(capsys, tmp_path, monkeypatch, argv):

@@ -59,7 +59,7 @@ def write_gallery(output: str | Path, *, max_images: int = MAX_IMAGES) -> Path:
         cards="\n".join(cards),
         errors=_errors(ledger),
     )
-    path = ledger.output / "gallery.html"
+    path = Path(ledger.output, "gallery.html")
     write_atomically(path, lambda p: p.write_text(page))
     return path
 
@@ -77,9 +77,9 @@ def _images(ledger: Ledger, shown: dict[str, Any]) -> Iterator[tuple[Item, bytes
 
 
 def _summary(ledger: Ledger, shown: int) -> str:
-    entries = ledger.entries().values()
-    job = json.loads((ledger.output / "job.json").read_text())
-    images, labelled = sum(e["images"] for e in entries), sum(e["labelled"] for e in entries)
+    totals, job = ledger.totals(), ledger.settings()
+    assert job is not None, "a labelled folder has settings"
+    images, labelled = totals["images"], totals["labelled"]
     facts = {
         "images": images,
         "labelled": labelled,
@@ -144,7 +144,7 @@ def _thumbnail(image: np.ndarray, answers: list[Answer], colours: dict[str, Any]
 
 
 def _errors(ledger: Ledger) -> str:
-    errors = [error for entry in ledger.entries().values() for error in entry["errors"]]
+    errors = [error for _, entry in ledger.entries() for error in entry["errors"]]
     if not errors:
         return ""
     rows = "".join(

@@ -33,6 +33,16 @@ def write_images(folder, number, start=0):
     return folder
 
 
+class FakeListing:
+    """Items in place of a `label.listing.Listing`."""
+
+    def __init__(self, items, left_out=None):
+        self._items, self.left_out = items, left_out or {}
+
+    def __iter__(self):
+        return iter(self._items)
+
+
 class FakeEngine:
     """`fails(image)`: raises for such an image. Scores: 0.9 for the first class, 0.1 less for each further one."""
 

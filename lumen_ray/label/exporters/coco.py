@@ -35,7 +35,7 @@ def export_coco(output: str | Path) -> list[Path]:
     names = FileNames()
     annotations: dict[str, list[dict[str, Any]]] = defaultdict(list)
     categories: dict[str, dict[str, dict[str, Any]]] = {}
-    job = json.loads((ledger.output / "job.json").read_text())
+    job = ledger.settings() or {}
     for table in ledger.tables():
         for record in table.to_pylist():
             key = record["image_id"], record["path"]
@@ -52,7 +52,7 @@ def export_coco(output: str | Path) -> list[Path]:
                 items.append({"id": len(items) + 1, "image_id": image["id"], **_instance(record, category)})
     paths = []
     for task, items in annotations.items():
-        path = ledger.output / "coco" / f"{'captions' if task == 'caption' else task}.json"
+        path = Path(ledger.output, "coco") / f"{'captions' if task == 'caption' else task}.json"
         data = {
             "info": {"description": f"lumen_ray labels, task {task}", "settings": job},
             "images": list(images.values()),
