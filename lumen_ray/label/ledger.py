@@ -108,26 +108,30 @@ class Ledger:
                 yield fragment, json.loads(data)
 
     def totals(self) -> dict[str, Any]:
-        """``images``, ``labelled``, ``errors``, ``fragments``, ``instances`` (task -> count) and ``first_error`` of all
-        finished fragments; writes the failed images to ``errors.parquet``."""
+        """``images``, ``labelled``, ``errors``, ``fragments``, ``instances`` (task -> count), ``reasons`` (of errors ->
+        count) and ``first_error`` of all finished fragments."""
         sums: Counter[str] = Counter(images=0, labelled=0, errors=0, fragments=0)
         instances: Counter[str] = Counter()
+        reasons: Counter[str] = Counter()
         first: dict[str, str] | None = None
+        for fragment, entry in self.entries():
+            errors = entry["errors"]
+            sums.update(images=entry["images"], labelled=entry["labelled"], errors=len(errors), fragments=1)
+            instances.update(entry["instances"] if "instances" in entry else self._instances(fragment))
+            reasons.update(error["reason"] for error in errors)
+            first = first or (errors[0] if errors else None)
+        return {**sums, "instances": dict(instances), "reasons": dict(reasons), "first_error": first}
+
+    def write_errors(self) -> str:
+        """Gathers the failed images of all finished fragments in ``errors.parquet``; returns its place."""
+        path = self._path("errors.parquet")
         buffer = io.BytesIO()
         with pq.ParquetWriter(buffer, ERROR_SCHEMA) as writer:
-            for fragment, entry in self.entries():
-                errors = entry["errors"]
-                sums.update(images=entry["images"], labelled=entry["labelled"], errors=len(errors), fragments=1)
-                instances.update(entry["instances"] if "instances" in entry else self._instances(fragment))
-                if errors:
-                    first = first or errors[0]
-                    writer.write_table(pa.Table.from_pylist(errors, schema=ERROR_SCHEMA))
-        files.write_bytes(self.errors_path, buffer.getvalue())
-        return {**sums, "instances": dict(instances), "first_error": first}
-
-    @property
-    def errors_path(self) -> str:
-        return self._path("errors.parquet")
+            for _, entry in self.entries():
+                if entry["errors"]:
+                    writer.write_table(pa.Table.from_pylist(entry["errors"], schema=ERROR_SCHEMA))
+        files.write_bytes(path, buffer.getvalue())
+        return path
 
     def tables(self) -> Iterator[pa.Table]:
         """The label table of each finished fragment, in order."""

@@ -89,9 +89,9 @@ class Listing:
                 continue
             location = name if folder == "." and not self.source.startswith("./") else urls.join(folder, name)
             if name.endswith((*TABLES, ".tar")):
-                yield from self._file(location, location)
+                yield from self._file(location, urls.shown(location))
             else:
-                yield from self._picture(location, location)
+                yield from self._picture(urls.shown(location), location)
 
     def _folder(self) -> Iterator[Item]:
         direct = [name for name in _direct_names(self.source) if name not in _NOT_SHARDS]

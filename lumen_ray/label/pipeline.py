@@ -193,7 +193,7 @@ class ErrorLimit:
         if too_many:
             raise UserError(
                 f"stopped after {status.done} images with {status.errors} errors, more than the limit of {self.text}; "
-                "see ledger/*.json for the reasons; run again with a higher limit to continue",
+                "see 'lumen-ray label status' for the reasons; run again with a higher limit to continue",
                 "too_many_errors",
             )
 
@@ -387,12 +387,12 @@ def _paths(export: str | list[str] | None) -> list[str]:
 
 def _finish(ledger: Ledger, status: Status, exports: Sequence[str], left_out: Counter[str]) -> dict[str, Any]:
     """Writes errors, exports and the summary of the whole output folder (all runs)."""
-    totals = ledger.totals()
+    totals, errors_path = ledger.totals(), ledger.write_errors()
     if totals["images"] and not totals["labelled"]:
         first = totals["first_error"]
         raise UserError(
             f"none of {totals['images']} images could be labelled, the first, '{first['image_id']}', because "
-            f"{first['message']}; see '{urls.shown(ledger.errors_path)}', fix the images and give a new output folder",
+            f"{first['message']}; see '{urls.shown(errors_path)}', fix the images and give a new output folder",
             "nothing_labelled",
         )
     seconds = time.monotonic() - status.started

@@ -1,6 +1,7 @@
 """An engine whose answer is in the pixels: one box around everything brighter than the background."""
 
 import io
+import time
 
 import numpy as np
 from PIL import Image
@@ -100,3 +101,14 @@ class FakeEngine:
 def make_picky_engine():
     """An engine that fails on `picture(5)`."""
     return FakeEngine(lambda image: np.array_equal(image, picture(5)))
+
+
+def slow_engine():
+    """An engine that takes half a second for a batch."""
+
+    class Slow(FakeEngine):
+        def run(self, *args, **kwargs):
+            time.sleep(0.5)
+            return super().run(*args, **kwargs)
+
+    return Slow()
