@@ -19,18 +19,18 @@ from typing import Any
 from lumen_ray.data import files
 from lumen_ray.data.files import write_atomically
 from lumen_ray.data.pictures import left_out_note
-from lumen_ray.errors import UserError, unknown
+from lumen_ray.errors import UserError
 from lumen_ray.exemplar_file import load_exemplars
 from lumen_ray.exemplars import ClassByExample, no_exemplars
 from lumen_ray.inference.device import find_device
 from lumen_ray.inference.protocol import EngineProtocol
+from lumen_ray.label.exporters.registry import DEFAULT_EXPORTS, check_formats, choose_tasks
 from lumen_ray.label.inputs import find_inputs
 from lumen_ray.label.ledger import Fragment, Ledger
 from lumen_ray.label.requests import build_requests
 from lumen_ray.label.workers import WorkerSettings, fingerprint, label_in_process, label_on_ray
 from lumen_ray.structures import check_dtype
 
-EXPORTS = ("coco", "gallery")
 #: A job stops after this many failures of the model without a success: the model is at fault, not the images.
 MODEL_FAILURES = 8
 
@@ -72,7 +72,7 @@ def label(
     device: str | None = None,
     dtype: str = "float32",
     fragment_size: int = 32,
-    exports: Sequence[str] = EXPORTS,
+    exports: Sequence[str] = DEFAULT_EXPORTS,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Labels the images of `input` (folder, glob or shard folder) into the folder `output`; returns a summary.
@@ -84,6 +84,7 @@ def label(
     num_actors: model actors on Ray; 0 labels in this process, without Ray.
     device: 'cpu' or 'cuda', in this process also 'cuda:N'; None: a GPU per actor if the cluster has any.
     dtype: 'float32' or 'bfloat16', of the model's weights and arithmetic.
+    exports: formats to export the labels in, by their names in `exporters.registry`; none: only the tables.
     progress: called with a `Status` after every image.
 
     Writes ``labels/*.parquet``, ``errors.parquet``, the `exports` and ``summary.json``. Run again after a stop, it
@@ -92,7 +93,10 @@ def label(
     input without images, or an output folder that is a URL or holds labels made with other settings; and, once the
     errors are written, if no image at all could be labelled.
     """
-    _check(num_actors, batch_size, score_threshold, fragment_size, exports)
+    _check(num_actors, batch_size, score_threshold, fragment_size)
+    exports = check_formats(exports) if exports else []
+    for name in exports:
+        choose_tasks(name, list(dict.fromkeys(tasks)))
     device = _check_device(device, num_actors)
     output = files.local_folder(output)
     exemplars = load_exemplars(exemplars)
@@ -161,9 +165,7 @@ def _exemplar_settings(exemplars: Sequence[ClassByExample]) -> dict[str, Any]:
     return {"exemplars": found}
 
 
-def _check(
-    num_actors: int, batch_size: int, score_threshold: float, fragment_size: int, exports: Sequence[str]
-) -> None:
+def _check(num_actors: int, batch_size: int, score_threshold: float, fragment_size: int) -> None:
     for name, value, least in (
         ("num_actors", num_actors, 0),
         ("batch_size", batch_size, 1),
@@ -173,9 +175,6 @@ def _check(
             raise UserError(f"{name} is {value}; give {least} or more", "invalid_setting")
     if not 0 <= score_threshold <= 1:
         raise UserError(f"score_threshold is {score_threshold}; give a value from 0 to 1", "invalid_setting")
-    for name in exports:
-        if name not in EXPORTS:
-            raise unknown("export", name, EXPORTS)
 
 
 def _check_device(device: str | None, num_actors: int) -> str | None:
@@ -266,8 +265,7 @@ def _publish(ledger: Ledger, fragment: Fragment, results: dict[int, dict[str, An
 
 def _finish(ledger: Ledger, status: Status, exports: Sequence[str], left_out: Counter[str]) -> dict[str, Any]:
     """Writes errors, exports and the summary of the whole output folder (all runs)."""
-    from lumen_ray.label.exporters.coco import export_coco
-    from lumen_ray.label.gallery import write_gallery
+    from lumen_ray.label.exporters.export import export
 
     entries = ledger.entries()
     errors_path = ledger.write_errors()
@@ -297,10 +295,8 @@ def _finish(ledger: Ledger, status: Status, exports: Sequence[str], left_out: Co
         "images_per_second": round((status.done - status.finished_before) / max(seconds, 1e-9), 2),
     }
     assert summary["images"] == summary["labelled"] + summary["errors"] == status.total
-    if "coco" in exports:
-        summary["coco"] = [str(path) for path in export_coco(ledger.output)]
-    if "gallery" in exports:
-        summary["gallery"] = str(write_gallery(ledger.output))
+    written = export(ledger.output, exports) if exports else {}
+    summary["exports"] = {name: found["output"] for name, found in written.items()}
     write_atomically(ledger.output / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1)))
     return summary
 
@@ -311,7 +307,8 @@ def labelled_line(summary: dict[str, Any], output: str | Path) -> str:
     log = f"; log -> {summary['log']}" if summary.get("log") else ""
     reason = f" (e.g. {first['image_id']}: {first['message']}; see errors.parquet)" if first else ""
     left_out = left_out_note(Counter(summary.get("left_out", {})))
+    written = ", ".join(["labels/*.parquet", *(Path(path).name for path in summary.get("exports", {}).values())])
     return (
         f"{summary['images']} images: {summary['labelled']} labelled, {summary['errors']} errors{reason} -> {output} "
-        f"(labels/*.parquet, coco/*.json, gallery.html){log}{left_out and '; ' + left_out}"
+        f"({written}){log}{left_out and '; ' + left_out}"
     )
