@@ -1,7 +1,7 @@
 """COCO JSON: one file per task, because detect, segment and pose label the same objects.
 
-Images have the same numbers, in input order, in all files; `file_name` is the label table's `image_id`,
-numbered where two differ by case alone. Ids count from 1: pycocotools takes object 0 for "no match".
+Images have the same numbers, in input order, in all files; `file_name` is the label table's `image_id`. Ids count from
+1: pycocotools takes object 0 for "no match".
 """
 
 from __future__ import annotations

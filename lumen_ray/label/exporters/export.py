@@ -17,7 +17,7 @@ from lumen_ray.label.exporters.registry import EXPORTERS, check_formats, choose_
 from lumen_ray.version import __version__
 
 #: hidden file that marks a folder as an export, which a later export of the format may replace
-MARKER = ".export.json"
+MARKER = ".lumen-ray-export"
 
 Progress = Callable[[str, int, int], None]
 

@@ -76,7 +76,7 @@ class Labels:
     """A finished folder, for the `tasks` chosen.
 
     `categories`: task -> class name -> `Category`; `prompts`: text task -> its questions in order, "" for a task
-    without; `num_images`: labelled images, without those that failed; `ids`, `stems`: hashes of their names; `missing`:
+    without; `num_images`: labelled images, without those that failed; `stems`: hashes of their names; `missing`:
     pictures that the last pass could not read.
     """
 
@@ -86,7 +86,6 @@ class Labels:
     categories: dict[str, dict[str, Category]]
     prompts: dict[str, list[str]]
     num_images: int
-    ids: np.ndarray
     stems: np.ndarray
     progress: Callable[[int, int], None] | None = None
     missing: int = 0
@@ -110,9 +109,8 @@ class Labels:
         return [task for task in self.tasks if get_task(task).is_text]
 
     def images(self) -> Iterator[LabelledImage]:
-        """The labelled images in input order, named by their ids, which may have folders."""
-        names = Names(self.ids, with_suffix=True)
-        for images in self._tables(lambda image_id: names.free(image_id)):
+        """The labelled images in input order, named by their ids: paths that readers find the user's files by."""
+        for images in self._tables(lambda image_id: image_id):
             yield from images
 
     def parts(self, size: int | None) -> Iterator[tuple[str, Iterator[LabelledImage]]]:
@@ -127,7 +125,7 @@ class Labels:
 
         Pictures that cannot be read any more are left out and counted in `missing`. Raises `UserError` if none can.
         """
-        names = Names(self.stems, with_suffix=False)
+        names = Names(self.stems)
         self.missing = 0
         items: _ItemFinder | None = None
         for images in self._tables(lambda image_id: names.free(file_stem(image_id))):
@@ -185,19 +183,19 @@ def open_labels(labelled: str | Path) -> Labels:
     job = json.loads((ledger.output / "job.json").read_text())
     categories: dict[str, dict[str, Category]] = {}
     prompts: dict[str, dict[str, None]] = {}
-    ids, stems = array("Q"), array("Q")
+    stems = array("Q")
     for table in ledger.tables():
         _scan(table, categories, prompts, job)
         image_ids = table["image_id"].to_pylist()
         for image_id, _ in dict.fromkeys(zip(image_ids, table["path"].to_pylist(), strict=True)):
-            ids.append(name_hash(image_id))
             stems.append(name_hash(file_stem(image_id)))
-    if not ids:
+    if not stems:
         raise UserError(f"'{labelled}' holds no labels yet; run `lumen-ray label` to its end first", "no_labels")
-    tasks = sorted(categories, key=lambda task: job["tasks"].index(task) if task in job.get("tasks", ()) else len(ids))
+    tasks = sorted(
+        categories, key=lambda task: job["tasks"].index(task) if task in job.get("tasks", ()) else len(stems)
+    )
     texts = {task: list(found) for task, found in prompts.items()}
-    id_hashes, stem_hashes = np.frombuffer(ids, np.uint64), np.frombuffer(stems, np.uint64)
-    return Labels(ledger, job, tuple(tasks), categories, texts, len(ids), id_hashes, stem_hashes)
+    return Labels(ledger, job, tuple(tasks), categories, texts, len(stems), np.frombuffer(stems, np.uint64))
 
 
 def _scan(

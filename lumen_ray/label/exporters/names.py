@@ -40,26 +40,24 @@ def file_stem(image_id: str) -> str:
 
 
 class Names:
-    """Hands out the names of one pass over the images. `hashes`: `name_hash` of all names of the corpus."""
+    """Hands out the stems of one pass over the images. `hashes`: `name_hash` of all stems of the corpus."""
 
-    def __init__(self, hashes: np.ndarray, *, with_suffix: bool) -> None:
+    def __init__(self, hashes: np.ndarray) -> None:
         self._all, times = np.unique(hashes, return_counts=True)
         self._repeated = set(self._all[times > 1].tolist())
         self._times: Counter[int] = Counter()
         self._numbered: set[int] = set()
-        self._with_suffix = with_suffix
 
     def free(self, name: str) -> str:
-        """`name`, or with ``_2``, ``_3``, ... behind its stem if an earlier image has it."""
+        """`name`, or with ``_2``, ``_3``, ... behind it if an earlier image has it."""
         key = name_hash(name)
         if key not in self._repeated:
             return name
         self._times[key] += 1
         if self._times[key] == 1:
             return name
-        stem, suffix = posixpath.splitext(name) if self._with_suffix else (name, "")
         while True:
-            numbered = f"{stem}_{self._times[key]}{suffix}"
+            numbered = f"{name}_{self._times[key]}"
             other = name_hash(numbered)
             if not self._is_taken(other):
                 self._numbered.add(other)

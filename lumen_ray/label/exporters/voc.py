@@ -1,5 +1,7 @@
 """Pascal VOC: ``JPEGImages/``, ``Annotations/`` and ``ImageSets/Main/default.txt``; one folder per task, boxes only.
 
+``labelmap.txt`` lists the classes for Datumaro and CVAT, which know only VOC's twenty without it.
+
 Pixels are counted from 1 with both edges included, as in the devkit: a box ``xyxy`` that is exclusive at its far edge
 becomes ``x1 + 1, y1 + 1, x2, y2`` in whole pixels. An image without instances has an XML without objects.
 """
@@ -28,6 +30,9 @@ class Voc(Exporter):
             for task in labels.tasks:
                 for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
                     (target / task / name).mkdir(parents=True)
+                names = ["background", *map(clean, labels.categories[task])]
+                label_map = "".join(f"{name}:::\n" for name in names)
+                (target / task / "labelmap.txt").write_text(f"# label:color_rgb:parts:actions\n{label_map}", "utf-8")
                 path = target / task / "ImageSets" / "Main" / "default.txt"
                 lists[task] = stack.enter_context(path.open("w", encoding="utf-8"))
             for image, picture in labels.pictures():
