@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from lumen_ray.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lumen_ray.api import calibrate, evaluate, label, prepare, serve, train
+    from lumen_ray.api import calibrate, evaluate, export_labels, label, prepare, serve, train
     from lumen_ray.exemplars import ClassByExample, Example
     from lumen_ray.inference.engine import Engine
     from lumen_ray.inference.request import make_request
@@ -35,6 +35,7 @@ __all__ = [
     "calibrate",
     "draw",
     "evaluate",
+    "export_labels",
     "label",
     "make_request",
     "prepare",
@@ -50,6 +51,7 @@ _MODULES = {
     "make_request": "lumen_ray.inference.request",
     "prepare": "lumen_ray.api",
     "calibrate": "lumen_ray.api",
+    "export_labels": "lumen_ray.api",
 }
 _CALLABLE_PACKAGES = ("evaluate", "label", "serve", "train")  # see `callable_package`
 

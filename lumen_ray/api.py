@@ -1,5 +1,5 @@
-"""The jobs of this package as Python functions: `prepare`, `train`, `evaluate`, `calibrate`, `label` and
-`serve`.
+"""The jobs of this package as Python functions: `prepare`, `train`, `evaluate`, `calibrate`, `label`, `export_labels`
+and `serve`.
 
 Import them from `lumen_ray`. The command line calls the same functions, so options and results are the same. All of
 them raise `UserError` (a `ValueError`: one sentence, with a machine-readable `reason`) for input that the caller must
@@ -256,9 +256,10 @@ def label(
     actors: int = 1,
     batch_size: int = 8,
     score_threshold: float = 0.3,
+    exports: Sequence[str] = ("coco", "gallery"),
     progress: Callable[[Status], None] | None = None,
 ) -> dict[str, Any]:
-    """Labels a corpus of images: Parquet, COCO json and an HTML gallery; returns a summary.
+    """Labels a corpus of images: Parquet, and exports such as COCO json and an HTML gallery; returns a summary.
 
     images: folder, glob or shard folder, a path or URL.
     output: folder to write, on this machine. Called again with the same arguments, it continues where it stopped.
@@ -275,13 +276,13 @@ def label(
     actors: model actors on Ray; 0: in this process, without Ray.
     batch_size: images per forward pass.
     score_threshold: instances below this score (0..1) are left out.
+    exports: formats to export in, as in `export_labels`; none: only the Parquet tables.
     progress: called after each image with a `Status`: ``done``, ``total``, ``errors``, ``rate`` in images per second.
 
     The summary holds ``images == labelled + errors``, ``instances`` (task -> count), ``first_error``, ``left_out``
-    (number of files that are no pictures, by suffix), ``seconds`` and
-    the paths written. Raises `UserError` for an unknown model, task or device, a task without its classes or text, an
-    input without images, an output folder that holds labels made with other settings, and when not one image could be
-    labelled.
+    (number of files that are no pictures, by suffix), ``seconds`` and ``exports`` (format -> path). Raises `UserError`
+    for an unknown model, task, device or format, a task without its classes or text, an input without images, an output
+    folder that holds labels made with other settings, and when not one image could be labelled.
 
     >>> from lumen_ray import label
     >>> questions = {"vqa": ["how many circles are there ?"]}
@@ -319,6 +320,52 @@ def label(
         num_actors=actors,
         batch_size=batch_size,
         score_threshold=score_threshold,
+        exports=_names(exports),
+        progress=progress,
+    )
+
+
+def export_labels(
+    labels: PathOrUrl,
+    formats: Sequence[str],
+    *,
+    output: PathOrUrl | None = None,
+    tasks: Sequence[str] | None = None,
+    max_images_per_file: int | None = None,
+    copy_images: bool = False,
+    image_url: str | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Writes the labels of a folder in the formats of annotation tools and trainers; returns what it wrote.
+
+    labels: output folder of `label`.
+    formats: names of formats, those of ``lumen-ray label export --help``, e.g. "coco", "yolo-detect", "voc".
+    output: folder in which each format gets a folder of its name; None: `labels` itself.
+    tasks: tasks to export; None: all that a format can hold.
+    max_images_per_file: images in one JSON, XML, CSV or tar file; None: all, in tars 1000.
+    copy_images: copy image files, for formats that have them, instead of linking them where the disk allows.
+    image_url: prefix of the images' addresses in Label Studio; None: its local files.
+    progress: called with (format, images done, images in all).
+
+    Each export is whole or not there at all, and replaces an earlier one of its format. Returns format -> ``output``
+    (path), ``files`` (number), ``tasks``, ``left_out`` (tasks that the format cannot hold), ``images`` and ``missing``
+    (images that could not be read any more). Raises `UserError` for an unknown format, a folder without labels, a task
+    that was not labelled or that a format cannot hold, and an output that holds something else.
+
+    >>> from lumen_ray import export_labels
+    >>> written = export_labels("labels", ["yolo-detect", "csv"])
+    >>> written["yolo-detect"]["tasks"], written["csv"]["images"]
+    (['detect'], 64)
+    """
+    from lumen_ray.label.exporters.base import ExportSettings
+    from lumen_ray.label.exporters.export import export
+
+    return export(
+        fspath(labels),
+        _names(formats),
+        None if output is None else fspath(output),
+        tasks=None if tasks is None else _names(tasks),
+        settings=ExportSettings(max_images_per_file, copy_images, image_url),
         progress=progress,
     )
 

@@ -25,6 +25,7 @@ from lumen_ray.console import (
 from lumen_ray.data import command as data_command
 from lumen_ray.decoders.registry import choice_example, problems
 from lumen_ray.errors import UserError, suggest
+from lumen_ray.label.exporters.registry import DEFAULT_EXPORTS, EXPORTERS
 from lumen_ray.model.convert import command as convert
 from lumen_ray.presets import DEFAULT_MODEL, bundled_models, model_folder
 from lumen_ray.ray_env import prepare_environment
@@ -36,7 +37,19 @@ RESUMABLE = ("quickstart", "train", "label")
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises `UserError` for a wrong command line, instead of printing the usage and exiting."""
+    """Raises `UserError` for a wrong command line, instead of printing the usage and exiting.
+
+    `subcommands`: parsers that take over if their name is the first argument; else it is the first positional one's.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.subcommands: dict[str, argparse.ArgumentParser] = {}
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if args and args[0] in self.subcommands:
+            return self.subcommands[args[0]].parse_known_args(args[1:], namespace)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.replace(chr(10), ' ')} (see '{self.prog} --help')", "usage")
@@ -162,7 +175,15 @@ def _calibrate_args(verbs: Any) -> None:
 
 
 def _label_args(verbs: Any) -> None:
-    p = verbs.add_parser("label", help="label a folder of images: Parquet, COCO json, HTML gallery")
+    _label_input_args(verbs)
+    parser = verbs.choices["label"]
+    parser.subcommands["export"] = _label_export_parser()
+    names = ", ".join(f"'lumen-ray label {name} --help'" for name in parser.subcommands)
+    parser.epilog = f"see also {names}; a folder of such a name is given as ./NAME"
+
+
+def _label_input_args(verbs: Any) -> None:
+    p = verbs.add_parser("label", help="label a folder of images: Parquet, COCO json, HTML gallery; export labels")
     p.add_argument("input", help="folder, glob or shard folder")
     _model_arg(p)
     _decoders_arg(p)
@@ -190,7 +211,48 @@ def _label_args(verbs: Any) -> None:
     p.add_argument("--score-threshold", type=float, default=0.3, help="leave out instances below it (default: 0.3)")
     p.add_argument("--batch-size", type=int, default=8, help="images per forward pass (default: 8)")
     p.add_argument("--actors", type=int, default=1, help="model actors on Ray (default: 1; 0: without Ray)")
+    p.add_argument(
+        "--export",
+        type=comma_separated,
+        default=list(DEFAULT_EXPORTS),
+        metavar="FORMAT,..",
+        help=f"formats to export the labels in, see 'lumen-ray label export --help', or none (default: "
+        f"{','.join(DEFAULT_EXPORTS)})",
+    )
     p.set_defaults(run=_label)
+
+
+def _label_export_parser() -> argparse.ArgumentParser:
+    p = _Parser(
+        prog="lumen-ray label export",
+        description="Writes labels in the formats of annotation tools and trainers.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="formats:\n" + "\n".join(f"  {name:<13} {form.summary}" for name, form in EXPORTERS.items()),
+    )
+    p.add_argument("labels", metavar="DIR", help="output folder of 'lumen-ray label'")
+    p.add_argument(
+        "--format", type=comma_separated, required=True, metavar="FORMAT,..", help="formats, comma separated, see below"
+    )
+    p.add_argument("--output", help="folder in which each format gets a folder of its name (default: DIR)")
+    p.add_argument(
+        "--tasks", type=comma_separated, help="tasks to export, comma separated (default: all that a format can hold)"
+    )
+    p.add_argument(
+        "--max-images-per-file",
+        type=int,
+        metavar="N",
+        help="images in one JSON, XML, CSV or tar file (default: all, in tars 1000)",
+    )
+    p.add_argument(
+        "--copy-images",
+        action="store_true",
+        help="copy the image files of formats that have them (default: hard links, copies on another disk)",
+    )
+    p.add_argument(
+        "--image-url", metavar="PREFIX", help="prefix of image addresses in labelstudio (default: local files)"
+    )
+    p.set_defaults(run=_label_export)
+    return p
 
 
 def _serve_args(verbs: Any) -> None:
@@ -309,9 +371,29 @@ def _label(args: argparse.Namespace) -> None:
             actors=args.actors,
             batch_size=args.batch_size,
             score_threshold=args.score_threshold,
+            exports=[] if args.export == ["none"] else args.export,
             progress=lambda s: progress.update(s.done, s.total, f"{s.rate:.1f} img/s, {s.errors} errors"),
         )
     say(labelled_line(summary, args.output))
+
+
+def _label_export(args: argparse.Namespace) -> None:
+    with bar("export") as progress:
+        written = api.export_labels(
+            args.labels,
+            args.format,
+            output=args.output,
+            tasks=args.tasks,
+            max_images_per_file=args.max_images_per_file,
+            copy_images=args.copy_images,
+            image_url=args.image_url,
+            progress=lambda name, done, total: progress.update(done, total, name),
+        )
+    for name, found in written.items():
+        left_out = f"; not {', '.join(found['left_out'])}, which it cannot hold" if found["left_out"] else ""
+        missing = f"; {found['missing']} images could not be read any more" if found["missing"] else ""
+        tasks = ", ".join(found["tasks"])
+        say(f"{name}: {found['images']} images, {tasks} -> {found['output']}{left_out}{missing}")
 
 
 def _serve(args: argparse.Namespace) -> None:

@@ -331,6 +331,31 @@ def write_atomically(path: Path, write: Callable[[Path], Any], *, durable: bool 
         raise
 
 
+_LEFT_OVER = 86_400.0  # seconds after which an unfinished folder is one of a job that was killed
+
+
+def write_folder_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Calls `write(temporary)` with a new folder beside `path` and renames it to `path`, replacing a folder there.
+
+    A job that is killed leaves no half-written folder under this name; what it leaves under a hidden one is removed by
+    the next call, a day later at the earliest.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for name in idle_folders(str(path.parent), f".{path.name}.", _LEFT_OVER):
+        shutil.rmtree(path.parent / name, ignore_errors=True)
+    temporary, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        write(temporary)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+    finally:
+        for folder in (temporary, old):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 def _rename(temporary: Path, path: Path, durable: bool = True) -> None:
     if durable:
         with temporary.open("rb") as file:

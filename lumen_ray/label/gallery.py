@@ -34,8 +34,8 @@ MAX_DRAWN = 300
 _PAGE = Template((Path(__file__).parent / "gallery.html").read_text())
 
 
-def write_gallery(output: str | Path, *, max_images: int = MAX_IMAGES) -> Path:
-    """Writes ``gallery.html`` into the labelled folder `output` and returns its path.
+def write_gallery(output: str | Path, *, max_images: int = MAX_IMAGES, path: Path | None = None) -> Path:
+    """Writes the gallery of the labelled folder `output`, as ``gallery.html`` in it or to `path`; returns its path.
 
     Shows the first `max_images` images, embedded in the page; the counts are those of all images.
     """
@@ -59,7 +59,7 @@ def write_gallery(output: str | Path, *, max_images: int = MAX_IMAGES) -> Path:
         cards="\n".join(cards),
         errors=_errors(ledger),
     )
-    path = Path(ledger.output, "gallery.html")
+    path = path or Path(ledger.output, "gallery.html")
     write_atomically(path, lambda p: p.write_text(page))
     return path
 

@@ -17,12 +17,13 @@ from typing import Any
 
 from lumen_ray.data import files, urls
 from lumen_ray.data.pictures import left_out_note
-from lumen_ray.errors import UserError, unknown
+from lumen_ray.errors import UserError
 from lumen_ray.exemplar_file import load_exemplars
 from lumen_ray.exemplars import ClassByExample, no_exemplars
 from lumen_ray.inference.device import find_device
 from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.label.claim import Claim
+from lumen_ray.label.exporters.registry import DEFAULT_EXPORTS, check_formats, choose_tasks
 from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.listing import Listing
 from lumen_ray.label.plan import Plan
@@ -31,7 +32,6 @@ from lumen_ray.label.runs import Work, label_in_process, label_on_ray
 from lumen_ray.label.workers import Outcome, WorkerSettings, fingerprint
 from lumen_ray.structures import check_dtype
 
-EXPORTS = ("coco", "gallery")
 #: A job stops after this many failures of the model without a success: the model is at fault, not the images.
 MODEL_FAILURES = 8
 #: seconds for which the input is listed before the first image is labelled; a longer listing goes on beside it
@@ -111,7 +111,8 @@ def label(
     refresh: looks for images that were added to an input that has been listed before.
     max_errors: stops the job once more images than this have failed: a number, or a share such as '5%', which counts
         from 100 images on.
-    exports: of `EXPORTS`; None: all for a local output, none in a bucket.
+    exports: formats to export the labels in, by their names in `exporters.registry`; None: `DEFAULT_EXPORTS` for a
+        local output, none for one in a bucket.
     progress: called with a `Status` after every few images.
 
     Writes ``labels/*.parquet``, ``errors.parquet``, the `exports` and ``summary.json``. Run again after a stop, it
@@ -121,7 +122,7 @@ def label(
     settings; when the job stops for `max_errors` or a store that cannot be reached; and, once the errors are written,
     if no image at all could be labelled.
     """
-    exports = _exports(exports, output)
+    exports = _exports(exports, output, list(dict.fromkeys(tasks)))
     _check(num_actors, batch_size, score_threshold, fragment_size)
     limit = ErrorLimit.parse(max_errors)
     device = _check_device(device, num_actors)
@@ -269,20 +270,22 @@ def _exemplar_settings(exemplars: Sequence[ClassByExample]) -> dict[str, Any]:
     return {"exemplars": found}
 
 
-def _exports(exports: Sequence[str] | None, output: str | Path) -> Sequence[str]:
-    """The exports to write. Raises `UserError` for unknown ones and, in a bucket, for any."""
-    for name in exports or ():
-        if name not in EXPORTS:
-            raise unknown("export", name, EXPORTS)
-    if not urls.is_url(output):
-        return EXPORTS if exports is None else exports
-    if exports:
-        raise UserError(
-            f"output '{urls.shown(output)}' is a URL, where {', '.join(exports)} cannot be written; leave the exports "
-            "out, or give a folder on a file system",
-            "invalid_output",
-        )
-    return ()
+def _exports(exports: Sequence[str] | None, output: str | Path, tasks: Sequence[str]) -> Sequence[str]:
+    """The exports to write. Raises `UserError` for unknown ones, one that holds none of the tasks, and, in a bucket,
+    for any."""
+    chosen = check_formats(exports) if exports else []
+    if urls.is_url(output):
+        if chosen:
+            raise UserError(
+                f"output '{urls.shown(output)}' is a URL, where {', '.join(chosen)} cannot be written; leave the "
+                "exports out and use `lumen-ray label export` afterwards, or give a folder on a file system",
+                "invalid_output",
+            )
+        return ()
+    chosen = list(DEFAULT_EXPORTS) if exports is None else chosen
+    for name in chosen:
+        choose_tasks(name, tasks)
+    return chosen
 
 
 def _check(num_actors: int | range | None, batch_size: int, score_threshold: float, fragment_size: int) -> None:
@@ -375,18 +378,16 @@ def _finished(ledger: Ledger, plan: Plan, done: int, exports: Sequence[str]) -> 
     if not files.is_file(path) or plan.num_fragments() != done:
         return None
     summary = json.loads(files.read_text(path))
-    written = [name for name in exports for path in _paths(summary.get(name)) if files.is_file(path)]
-    if summary["fragments"] != done or not set(exports) <= set(written):
+    written = {name for name, path in summary.get("exports", {}).items() if files.exists(path)}
+    if summary["fragments"] != done or not set(exports) <= written:
         return None
     return {**summary, "finished_before": summary["images"], "seconds": 0.0, "images_per_second": 0.0}
 
 
-def _paths(export: str | list[str] | None) -> list[str]:
-    return [export] if isinstance(export, str) else export or []
-
-
 def _finish(ledger: Ledger, status: Status, exports: Sequence[str], left_out: Counter[str]) -> dict[str, Any]:
     """Writes errors, exports and the summary of the whole output folder (all runs)."""
+    from lumen_ray.label.exporters.export import export
+
     totals, errors_path = ledger.totals(), ledger.write_errors()
     if totals["images"] and not totals["labelled"]:
         first = totals["first_error"]
@@ -406,14 +407,8 @@ def _finish(ledger: Ledger, status: Status, exports: Sequence[str], left_out: Co
     }
     planned = ledger.plan().num_images()
     assert totals["images"] == totals["labelled"] + totals["errors"] == planned, f"{totals} of {planned} images"
-    if "coco" in exports:
-        from lumen_ray.label.exporters.coco import export_coco
-
-        summary["coco"] = [str(path) for path in export_coco(ledger.output)]
-    if "gallery" in exports:
-        from lumen_ray.label.gallery import write_gallery
-
-        summary["gallery"] = str(write_gallery(ledger.output))
+    written = export(ledger.output, exports) if exports else {}
+    summary["exports"] = {name: found["output"] for name, found in written.items()}
     files.write_bytes(urls.join(ledger.output, "summary.json"), json.dumps(summary, indent=1).encode())
     return summary
 
@@ -424,7 +419,8 @@ def labelled_line(summary: dict[str, Any], output: str | Path) -> str:
     log = f"; log -> {summary['log']}" if summary.get("log") else ""
     reason = f" (e.g. {first['image_id']}: {first['message']}; see errors.parquet)" if first else ""
     left_out = left_out_note(Counter(summary.get("left_out", {})))
+    written = ", ".join(["labels/*.parquet", *(Path(path).name for path in summary.get("exports", {}).values())])
     return (
         f"{summary['images']} images: {summary['labelled']} labelled, {summary['errors']} errors{reason} -> {output} "
-        f"(labels/*.parquet, coco/*.json, gallery.html){log}{left_out and '; ' + left_out}"
+        f"({written}){log}{left_out and '; ' + left_out}"
     )

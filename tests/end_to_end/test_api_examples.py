@@ -26,7 +26,7 @@ def folder(tmp_path_factory):
     ray_env.shutdown()
 
 
-@pytest.mark.parametrize("name", ["prepare", "train", "evaluate", "label", "serve"])
+@pytest.mark.parametrize("name", ["prepare", "train", "evaluate", "label", "export_labels", "serve"])
 def test_the_example_of_a_docstring_gives_what_it_says(folder, name):
     (example,) = doctest.DocTestFinder().find(getattr(api, name), name, globs={})
     report = []

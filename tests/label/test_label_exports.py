@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,8 +32,8 @@ def labelled(tmp_path_factory):
 
 def test_coco_files_load_and_agree_with_the_labels(labelled):
     output, summary = labelled
-    assert [path.rsplit("/", 1)[1] for path in summary["coco"]] == [
-        "detect.json", "segment.json", "pose.json", "captions.json", "vqa.json"
+    assert sorted(path.name for path in Path(summary["exports"]["coco"]).glob("*.json")) == [
+        "captions.json", "detect.json", "pose.json", "segment.json", "vqa.json"
     ]  # fmt: skip
     for name in ("captions", "vqa"):
         assert len(COCO(output / "coco" / f"{name}.json").getAnnIds()) == 5
@@ -62,7 +63,7 @@ def test_coco_keypoints_and_captions(labelled):
 def test_the_gallery_stands_alone_and_escapes(labelled):
     output, summary = labelled
     page = (output / "gallery.html").read_text()
-    assert summary["gallery"] == str(output / "gallery.html")
+    assert summary["exports"]["gallery"] == str(output / "gallery.html")
     assert page.count("<figure") == 5 and page.count("<img") == 5 * 3 + 1  # a picture per perception task, the dialog
     assert not re.search(r'(src|href)="(?!data:)', page), "nothing is fetched"
     assert 'data-class="circle"' in page and 'data-task="pose"' in page

@@ -1,117 +1,125 @@
-"""COCO json from a labelled folder: one file per task, because detect, segment and pose label the same objects.
+"""COCO JSON: one file per task, because detect, segment and pose label the same objects.
 
-Images have the same numbers, in input order, in all files; `file_name` is the label table's `image_id`,
-numbered where two differ by case alone.
+Images have the same numbers, in input order, in all files; `file_name` is the label table's `image_id`. Ids count from
+1: pycocotools takes object 0 for "no match".
 """
 
 from __future__ import annotations
 
-import json
-from collections import defaultdict
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lumen_ray.data.files import write_atomically
-from lumen_ray.data.pictures import FileNames
-from lumen_ray.inference.records import record_edges
-from lumen_ray.label.ledger import open_finished
+from lumen_ray.label.exporters.base import Exporter, ExportSettings
+from lumen_ray.label.exporters.json_file import JsonObject
+from lumen_ray.label.exporters.labels import Category, LabelledImage, Labels, Record
 from lumen_ray.structures import Boxes, Masks
-from lumen_ray.tasks import get_task
+from lumen_ray.tasks import Task, get_task
 from lumen_ray.viz import KEYPOINT_SCORE
 
 
-def export_coco(output: str | Path) -> list[Path]:
-    """Writes ``coco/<task>.json`` in the labelled folder `output` and returns the paths.
+class Coco(Exporter):
+    """``<task>.json``, captions in ``captions.json``.
 
     Perception tasks: boxes as xywh, `segmentation` as compressed RLE, `score`, keypoints with v 2 or, below
     `KEYPOINT_SCORE`, 0, and `keypoint_scores`. Captions: COCO's captions layout; other text tasks: `question` and
     `answer`.
     """
-    ledger = open_finished(output)
-    images: dict[tuple[str, str], dict[str, Any]] = {}
-    names = FileNames()
-    annotations: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    categories: dict[str, dict[str, dict[str, Any]]] = {}
-    job = ledger.settings() or {}
-    for table in ledger.tables():
-        for record in table.to_pylist():
-            key = record["image_id"], record["path"]
-            if (image := images.get(key)) is None:
-                image = images[key] = _image(record, len(images) + 1, names.free(record["image_id"]))
-            task = record["task"]
-            items = annotations[task]
-            if task not in categories:
-                categories[task] = _requested(task, job)
-            if get_task(task).is_text:
-                items.append({"id": len(items) + 1, "image_id": image["id"], **_text(record)})
-            elif record["box"] is not None:
-                category = _category(categories[task], record["phrase"])
-                items.append({"id": len(items) + 1, "image_id": image["id"], **_instance(record, category)})
-    paths = []
-    for task, items in annotations.items():
-        path = Path(ledger.output, "coco") / f"{'captions' if task == 'caption' else task}.json"
-        data = {
-            "info": {"description": f"lumen_ray labels, task {task}", "settings": job},
-            "images": list(images.values()),
-            "annotations": items,
-        }
+
+    def holds(self, task: Task) -> bool:
+        return True
+
+    def write(self, labels: Labels, target: Path, settings: ExportSettings) -> None:
+        numbers = dict.fromkeys(labels.tasks, 0)
+        for ending, images in labels.parts(settings.max_images_per_file):
+            paths = {task: target / f"{file_stem(task)}{ending}.json" for task in labels.tasks}
+            self._write_part(labels, images, paths, numbers)
+
+    def _write_part(
+        self, labels: Labels, images: Iterable[LabelledImage], paths: dict[str, Path], numbers: dict[str, int]
+    ) -> None:
+        """Writes one file per task; `numbers`: task -> annotations written before, which is updated."""
+        files = {task: CocoFile(path, labels, task) for task, path in paths.items()}
+        for image in images:
+            for task, file in files.items():
+                file.add_image(image, image.name)
+                for annotation in image_annotations(image, task, labels):
+                    numbers[task] += 1
+                    file.add({"id": numbers[task], **annotation})
+        for file in files.values():
+            file.close()
+
+
+class CocoFile:
+    """One COCO JSON of one task."""
+
+    def __init__(self, path: Path, labels: Labels, task: str) -> None:
+        head: dict[str, Any] = {"info": {"description": f"lumen_ray labels, task {task}", "settings": labels.job}}
         if not get_task(task).is_text:  # captions have none: `pycocotools` would look up the category of each
-            data["categories"] = list(categories[task].values())
-        text = json.dumps(data)
-        write_atomically(path, partial(Path.write_text, data=text))
-        paths.append(path)
-    return paths
+            head["categories"] = [_category(category) for category in labels.categories[task].values()]
+        self._file = JsonObject(path, head, ["annotations", "images"])
+
+    def add_image(self, image: LabelledImage, file_name: str) -> None:
+        """Adds an image, with annotations or not."""
+        height, width = image.size
+        entry = {"id": image.number, "file_name": file_name, "height": height, "width": width, "path": image.path}
+        self._file.add("images", entry)
+
+    def add(self, annotation: dict[str, Any]) -> None:
+        """Adds an annotation, which has its `id`."""
+        self._file.add("annotations", annotation)
+
+    def close(self) -> None:
+        """Completes the file."""
+        self._file.close()
 
 
-def _image(record: dict[str, Any], number: int, name: str) -> dict[str, Any]:
-    return {
-        "id": number,
-        "file_name": name,
-        "height": record["height"],
-        "width": record["width"],
-        "path": record["path"],
-    }
+def file_stem(task: str) -> str:
+    """Name of a task's file, without suffix."""
+    return "captions" if task == "caption" else task
 
 
-def _requested(task: str, job: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The job's classes in their order, with instances or not; empty for a task without classes."""
-    categories: dict[str, dict[str, Any]] = {}
-    for name in job["classes"] if get_task(task).needs == "classes" else ():
-        _category(categories, name)
-    return categories
+def image_annotations(image: LabelledImage, task: str, labels: Labels) -> list[dict[str, Any]]:
+    """The annotations of one image for one task, without ids."""
+    if get_task(task).is_text:
+        return [{"image_id": image.number, **_text(record)} for record in image.texts(task)]
+    categories = labels.categories[task]
+    return [
+        {"image_id": image.number, "category_id": categories[record["phrase"]].id, **_instance(record)}
+        for record in image.instances(task)
+    ]
 
 
-def _category(categories: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
-    return categories.setdefault(name, {"id": len(categories) + 1, "name": name})
+def xywh(record: Record) -> list[float]:
+    """The box as x, y, width, height in pixels, to a thousandth."""
+    boxes = Boxes(np.array([record["box"]]), (record["height"], record["width"]))
+    return [round(value, 3) for value in boxes.to_xywh()[0].tolist()]
 
 
-def _text(record: dict[str, Any]) -> dict[str, Any]:
+def _category(category: Category) -> dict[str, Any]:
+    entry: dict[str, Any] = {"id": category.id, "name": category.name}
+    if category.keypoints:
+        entry["keypoints"] = category.keypoints
+        entry["skeleton"] = [[a + 1, b + 1] for a, b in category.edges]  # COCO counts from 1
+    return entry
+
+
+def _text(record: Record) -> dict[str, Any]:
     if record["task"] == "caption":
         return {"caption": record["text"]}
     return {"question": record["prompt"], "answer": record["text"]}
 
 
-def _instance(record: dict[str, Any], category: dict[str, Any]) -> dict[str, Any]:
+def _instance(record: Record) -> dict[str, Any]:
     size = (record["height"], record["width"])
-    boxes = Boxes(np.array([record["box"]]), size)
-    item: dict[str, Any] = {
-        "category_id": category["id"],
-        "bbox": [round(v, 3) for v in boxes.to_xywh()[0].tolist()],
-        "area": float(boxes.area[0]),
-        "iscrowd": 0,
-        "score": record["score"],
-    }
+    area = Boxes(np.array([record["box"]]), size).area
+    item: dict[str, Any] = {"bbox": xywh(record), "area": float(area[0]), "iscrowd": 0, "score": record["score"]}
     if record["mask"] is not None:
         item["segmentation"] = record["mask"]
         item["area"] = float(Masks([record["mask"]], size).area[0])
     if record["keypoints"] is not None:
-        names = record["keypoint_names"]
-        if "keypoints" not in category:
-            category["keypoints"] = names
-            category["skeleton"] = [[a + 1, b + 1] for a, b in record_edges(record)]  # COCO counts from 1
         item.update(_keypoints(record["keypoints"]))
     return item
 

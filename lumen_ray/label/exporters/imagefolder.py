@@ -1,0 +1,44 @@
+"""Hugging Face imagefolder: ``images/`` and ``metadata.jsonl`` with a line per image and a column per task.
+
+    datasets.load_dataset("imagefolder", data_dir="export/imagefolder", split="train")
+
+Columns have the same type in every line, and the first lines are those of images in which something was found for a
+task: the reader takes the types from the first 10 MB and fails on a list that was empty until then. Pictures without a
+line would be dropped, lines without a picture are an error, so images that could not be labelled have neither.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from lumen_ray.label.exporters.base import Exporter, ExportSettings
+from lumen_ray.label.exporters.image_files import write_picture
+from lumen_ray.label.exporters.labels import Labels
+from lumen_ray.label.exporters.sample_json import columns
+from lumen_ray.tasks import Task
+
+
+class ImageFolder(Exporter):
+    """All tasks in one table."""
+
+    def holds(self, task: Task) -> bool:
+        return True
+
+    def write(self, labels: Labels, target: Path, settings: ExportSettings) -> None:
+        (target / "images").mkdir()
+        found: set[str] = set()
+        rest = target / ".metadata.tmp"
+        with (target / "metadata.jsonl").open("wb") as first_lines, rest.open("w+b") as other_lines:
+            for image, picture in labels.pictures():
+                name = write_picture(image, picture, target / "images", copy=settings.copy_images)
+                height, width = image.size
+                line = {"file_name": f"images/{name}", "image_id": image.image_id, "height": height, "width": width}
+                new = {task for task in labels.tasks if image.instances(task) or image.texts(task)} - found
+                found |= new
+                file = first_lines if new else other_lines
+                file.write(json.dumps(line | columns(image, labels)).encode() + b"\n")
+            other_lines.seek(0)
+            shutil.copyfileobj(other_lines, first_lines, 1 << 20)
+        rest.unlink()

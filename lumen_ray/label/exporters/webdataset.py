@@ -1,0 +1,46 @@
+"""WebDataset tars: per sample an image and a JSON, in tars of 1000 samples.
+
+Keys have no dots, at the first of which a reader ends them, and the members of a sample lie together. The JSON is an
+object, since Ray's reader unwraps lists of one element at its top. The bytes of images are kept. A corpus of JPEG and
+PNG files has both extensions, which WebDataset and Ray read; the `datasets` library wants the same members in every
+sample.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+from lumen_ray.label.exporters.base import Exporter, ExportSettings
+from lumen_ray.label.exporters.image_files import encoded
+from lumen_ray.label.exporters.labels import Labels
+from lumen_ray.label.exporters.sample_json import columns
+from lumen_ray.tasks import Task
+
+SAMPLES_PER_TAR = 1000
+
+
+class WebDataset(Exporter):
+    """``labels-00001.tar``, ...; all tasks in the JSON of a sample."""
+
+    def holds(self, task: Task) -> bool:
+        return True
+
+    def write(self, labels: Labels, target: Path, settings: ExportSettings) -> None:
+        size = settings.max_images_per_file or SAMPLES_PER_TAR
+        for ending, pairs in labels.picture_parts(size):
+            with tarfile.open(target / f"labels{ending or '-00001'}.tar", "w") as tar:
+                for image, picture in pairs:
+                    data, suffix = encoded(image, picture)
+                    height, width = image.size
+                    sample = {"image_id": image.image_id, "height": height, "width": width, **columns(image, labels)}
+                    _add(tar, f"{image.name}{suffix}", data or b"")
+                    _add(tar, f"{image.name}.json", json.dumps(sample).encode())
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
