@@ -7,6 +7,7 @@ import pytest
 from lumen_ray import cli, config
 from lumen_ray.console import decoders_by_task, texts_by_task
 from lumen_ray.data import command
+from lumen_ray.label import command as label_command
 from lumen_ray.label.pipeline import labelled_line
 
 
@@ -265,7 +266,7 @@ def test_only_what_resumes_says_so(capsys, monkeypatch, argv, resumes):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    module = command if argv[0] == "prepare" else cli
+    module = {"prepare": command, "label": label_command}.get(argv[0], cli)
     monkeypatch.setattr(module, f"_{argv[0]}", interrupted)
     assert cli.main(argv) == 130
     err = capsys.readouterr().err.strip()

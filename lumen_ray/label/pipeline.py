@@ -11,7 +11,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lumen_ray.data import files, urls
 from lumen_ray.data.pictures import left_out_note
 from lumen_ray.errors import UserError
 from lumen_ray.exemplar_file import load_exemplars
-from lumen_ray.exemplars import ClassByExample, no_exemplars
+from lumen_ray.exemplars import ClassByExample
 from lumen_ray.inference.device import find_device
 from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.label.claim import Claim
@@ -27,49 +27,18 @@ from lumen_ray.label.exporters.registry import DEFAULT_EXPORTS, check_formats, c
 from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.listing import Listing
 from lumen_ray.label.plan import Plan
+from lumen_ray.label.progress import ErrorLimit, Status
 from lumen_ray.label.requests import build_requests
 from lumen_ray.label.runs import Work, label_in_process, label_on_ray
-from lumen_ray.label.workers import Outcome, WorkerSettings, fingerprint
+from lumen_ray.label.settings import check_exemplars, chosen_decoders, exemplar_settings, job_settings
+from lumen_ray.label.workers import Outcome, WorkerSettings
 from lumen_ray.structures import check_dtype
 
 #: A job stops after this many failures of the model without a success: the model is at fault, not the images.
 MODEL_FAILURES = 8
 #: seconds for which the input is listed before the first image is labelled; a longer listing goes on beside it
 LIST_AHEAD_S = 2.0
-#: a limit of errors in percent counts from this many images
-_FEWEST_FOR_SHARE = 100
-
-Progress = Callable[["Status"], None]
-
-
-@dataclass
-class Status:
-    """The progress of a job. `total`: images listed so far, all of them if `is_listed`; `finished_before`: images done
-    in earlier runs."""
-
-    total: int
-    done: int = 0
-    errors: int = 0
-    finished_before: int = 0
-    is_listed: bool = True
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def rate(self) -> float:
-        """Images per second of this run."""
-        return (self.done - self.finished_before) / max(time.monotonic() - self.started, 1e-9)
-
-    def facts(self) -> dict[str, Any]:
-        """The numbers as JSON types, with ``images_per_second`` and ``seconds_left`` (None while unknown)."""
-        left = (self.total - self.done) / self.rate if self.is_listed and self.rate > 0 else None
-        return {
-            "done": self.done,
-            "total": self.total,
-            "is_listed": self.is_listed,
-            "errors": self.errors,
-            "images_per_second": round(self.rate, 2),
-            "seconds_left": None if left is None else round(left),
-        }
+Progress = Callable[[Status], None]
 
 
 def label(
@@ -128,14 +97,14 @@ def label(
     device = _check_device(device, num_actors)
     exemplars = load_exemplars(exemplars)
     requests = build_requests(tasks, classes, prompts, keypoints, exemplars)
-    chosen = _chosen_decoders(model, decoders or {})
-    _check_exemplars(model, exemplars)
+    chosen = chosen_decoders(model, decoders or {})
+    check_exemplars(model, exemplars)
     ledger = Ledger(output)
     worker = WorkerSettings(
         model, tuple(requests), device, batch_size, score_threshold, max_per_phrase, max_new_tokens, chosen,
         check_dtype(dtype), output=ledger.output,
     )  # fmt: skip
-    settings = _job_settings(worker, input, tasks, classes, prompts, keypoints) | _exemplar_settings(exemplars)
+    settings = job_settings(worker, input, tasks, classes, prompts, keypoints) | exemplar_settings(exemplars)
     inside = None if urls.is_url(output) else Path(ledger.output)
     listing = Listing(input, inside, image_column)
     files.make_folder(ledger.output)
@@ -160,43 +129,6 @@ def label(
 
         summary["log"] = str(log_file())
     return summary
-
-
-@dataclass(frozen=True)
-class ErrorLimit:
-    """Stops a job once more than `most` images have failed, or more than `share` (0..1) of them."""
-
-    text: str = ""
-    most: int | None = None
-    share: float | None = None
-
-    @classmethod
-    def parse(cls, given: str | int | None) -> ErrorLimit:
-        """``50``, ``"50"`` or ``"5%"``. Raises `UserError` for others."""
-        if given is None:
-            return cls()
-        text = str(given).strip()
-        try:
-            value = float(text.removesuffix("%"))
-            if value < 0 or value != value:
-                raise ValueError
-            return cls(text, share=value / 100) if text.endswith("%") else cls(text, most=int(text))
-        except ValueError:
-            raise UserError(
-                f"max_errors is '{given}'; give a number of images such as 50, or a share such as 5%", "invalid_setting"
-            ) from None
-
-    def check(self, status: Status) -> None:
-        """Raises `UserError` (`too_many_errors`) if the limit is passed."""
-        too_many = self.most is not None and status.errors > self.most
-        if self.share is not None and status.done >= min(_FEWEST_FOR_SHARE, status.total):
-            too_many |= status.errors > self.share * status.done
-        if too_many:
-            raise UserError(
-                f"stopped after {status.done} images with {status.errors} errors, more than the limit of {self.text}; "
-                "see 'lumen-ray label status' for the reasons; run again with a higher limit to continue",
-                "too_many_errors",
-            )
 
 
 def _range(num_actors: int | range | None) -> range | None:
@@ -227,47 +159,6 @@ def _told(status: Status, claim: Claim, plan: Plan, progress: Progress | None) -
             progress(status)
 
     return tell
-
-
-def _job_settings(
-    worker: WorkerSettings,
-    input: str | Path,
-    tasks: Sequence[str],
-    classes: Sequence[str] | None,
-    prompts: Mapping[str, Sequence[str]] | None,
-    keypoints: Sequence[str] | None,
-) -> dict[str, Any]:
-    """The settings that labels depend on, as ``job.json`` keeps them (JSON types)."""
-    return {
-        "input": str(input),
-        "model": fingerprint(worker.model),
-        "tasks": list(dict.fromkeys(tasks)),
-        "classes": list(classes or ()),
-        "prompts": {name: list(texts) for name, texts in (prompts or {}).items()},
-        "keypoints": list(keypoints or ()),
-        "decoders": dict(worker.decoders) or None,  # null, as in folders older than this setting
-        "dtype": None if worker.dtype == "float32" else worker.dtype,  # likewise
-        "score_threshold": worker.score_threshold,
-        "max_per_phrase": worker.max_per_phrase,
-        "max_new_tokens": worker.max_new_tokens,
-    }
-
-
-def _exemplar_settings(exemplars: Sequence[ClassByExample]) -> dict[str, Any]:
-    """The part of the job's settings that identifies the examples; empty without any, as in older folders."""
-    if not exemplars:
-        return {}
-    found = [
-        {
-            "name": shown.name,
-            "named": shown.named,
-            "examples": [
-                {"box": [float(value) for value in e.box], "positive": e.positive, "key": e.key} for e in shown.examples
-            ],
-        }
-        for shown in exemplars
-    ]
-    return {"exemplars": found}
 
 
 def _exports(exports: Sequence[str] | None, output: str | Path, tasks: Sequence[str]) -> Sequence[str]:
@@ -313,30 +204,6 @@ def _check_device(device: str | None, num_actors: int | range | None) -> str | N
             "unknown_device",
         )
     return device
-
-
-def _chosen_decoders(model: str | Path | Callable[[], EngineProtocol], decoders: Mapping[str, str]) -> dict[str, str]:
-    """The entries of `decoders` that differ from the model folder's choice, which its fingerprint covers."""
-    if not decoders:
-        return {}
-    if callable(model):
-        raise UserError("decoders can be chosen for a model folder only; give one as the model", "invalid_setting")
-    from lumen_ray.model.settings import read_settings
-
-    settings = read_settings(model)
-    return settings.choose(decoders, str(model)).chosen_over(settings)
-
-
-def _check_exemplars(model: str | Path | Callable[[], EngineProtocol], exemplars: Sequence[ClassByExample]) -> None:
-    """Raises `UserError` for exemplars if the model folder does not take them, before an actor is started."""
-    if not exemplars or callable(model):
-        return
-    from lumen_ray.model.build import read_meta
-    from lumen_ray.model.settings import read_settings
-
-    layout = read_settings(model).prompt_layout
-    if not read_meta(model).reads_exemplars or layout == "sequential":
-        raise no_exemplars(exemplars[0].name, layout)
 
 
 def _collect(
