@@ -31,8 +31,8 @@ LAYERS = (
     ("data",),
     ("inference", "train"),
     ("footprint", "exemplar_file", "options"),
-    ("label", "evaluate", "serve", "bench"),
-    ("api", "callable_package"),
+    ("label", "evaluate", "serve"),
+    ("api", "callable_package", "bench"),
     ("cli", "quickstart", "doctor", "lumen_ray"),
 )  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
