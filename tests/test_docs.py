@@ -137,7 +137,7 @@ def test_command_lines_parse_and_name_what_exists(where, line):
     tasks = getattr(args, "tasks", None) or ()
     for task in tasks:
         get_task(task)
-    if line[0] in ("evaluate", "label", "serve"):
+    if hasattr(args, "decoders") and line[0] in ("evaluate", "label", "serve"):
         check_decoders(dict(pair.split("=") for pair in args.decoders))
     for text in getattr(args, "text", None) or ():
         get_task(text.partition("=")[0])
