@@ -32,6 +32,7 @@ from PIL import Image, ImageDraw
 
 import lumen_ray
 from lumen_ray import cli, config
+from lumen_ray.label.exporters.registry import check_formats
 from lumen_ray.presets import find
 from lumen_ray.tasks import TASKS, get_task
 
@@ -139,6 +140,8 @@ def test_command_lines_parse_and_name_what_exists(where, line):
         get_task(task)
     if hasattr(args, "decoders") and line[0] in ("evaluate", "label", "serve"):
         check_decoders(dict(pair.split("=") for pair in args.decoders))
+    if line[0] == "label" and line[1] != "status":
+        check_formats(args.format if line[1] == "export" else args.export)
     for text in getattr(args, "text", None) or ():
         get_task(text.partition("=")[0])
 
@@ -338,6 +341,27 @@ def test_the_page_about_decoders_names_every_decoder_and_the_one_about_labelling
     assert [name for name in decoders if f"| `{name}` |" not in text] == []
     text = (ROOT / "docs" / "labelling.md").read_text()
     assert [name for name in TASKS if f"`{name}`" not in text] == []
+
+
+def test_the_page_about_labelling_has_a_row_for_every_format():
+    from lumen_ray.label.exporters.registry import EXPORTERS
+
+    text = (ROOT / "docs" / "labelling.md").read_text()
+    table = text[text.index("## Exports") : text.index("| option | meaning |", text.index("## Exports"))]
+    assert re.findall(r"^\| `([a-z-]+)` \|", table, flags=re.MULTILINE) == sorted(EXPORTERS)
+    every = [task.name for task in TASKS.values() if task.result != "image" and task.needs != "region"]
+    for name, form in EXPORTERS.items():
+        held = [task for task in every if form.load().holds(get_task(task))]
+        written = re.search(rf"^\| `{name}` \|[^|]*\| ([^|]*) \|", table, flags=re.MULTILINE)[1]
+        if written.startswith("all with boxes"):
+            wanted = [task for task in every if not get_task(task).is_text]
+        elif written.startswith("all but"):
+            wanted = [task for task in every if f"`{task}`" not in written]
+        elif written.startswith("all"):
+            wanted = every
+        else:
+            wanted = re.findall("`([a-z]+)`", written)
+        assert held == wanted, name
 
 
 def test_toml_blocks_parse():
@@ -575,9 +599,9 @@ def test_the_changelog_has_the_version_of_the_package():
 def test_signatures_in_the_text_are_the_real_ones():
     """`train(shards, output, *, ...)` in docs/python.md has the parameters of the function, in order, with defaults."""
     text = " ".join((ROOT / "docs" / "python.md").read_text().split())
-    found = re.findall(r"`(prepare|train|evaluate|label|serve)\(([^`]*)\)`", text)
+    found = re.findall(r"`(prepare|train|evaluate|label|export_labels|serve)\(([^`]*)\)`", text)
     written = {name: arguments for name, arguments in found if "*, " in arguments}
-    assert set(written) == {"prepare", "train", "evaluate", "label", "serve"}
+    assert set(written) == {"prepare", "train", "evaluate", "label", "export_labels", "serve"}
     for name, arguments in written.items():
         parameters = inspect.signature(getattr(lumen_ray, name)).parameters.values()
         real = [str(p.replace(annotation=inspect.Parameter.empty)) for p in parameters]

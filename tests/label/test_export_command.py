@@ -4,12 +4,15 @@ import json
 import os
 import subprocess
 import sys
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
 from support import export_labels as made
 
 from lumen_ray import cli, export_labels
 from lumen_ray.errors import UserError
+from lumen_ray.inference.records import LABEL_SCHEMA
 from lumen_ray.label.exporters import coco, registry
 from lumen_ray.label.exporters.base import Exporter
 from lumen_ray.label.exporters.labels import open_labels
@@ -50,6 +53,20 @@ def test_a_folder_named_export_is_given_with_its_path():
     assert parse(["label", "export", "d", "--format", "voc"]).labels == "d"
     assert parse(["label", "x", "--output", "o"]).export == ["coco", "gallery"]
     assert parse(["label", "x", "--output", "o", "--export", "none"]).export == ["none"]
+
+
+def test_label_hands_the_formats_on(monkeypatch, capsys):
+    calls = []
+
+    def label(*_, **options):
+        calls.append(options["exports"])
+        return {"images": 1, "labelled": 1, "errors": 0, "first_error": None, "exports": {"csv": "out/csv"}}
+
+    monkeypatch.setattr("lumen_ray.label.pipeline.label", label)
+    for options in ([], ["--export", "none"], ["--export", "csv,voc"]):
+        assert cli.main(["label", "x", "--output", "out", "--classes", "a", *options]) == 0
+    assert calls == [["coco", "gallery"], [], ["csv", "voc"]]
+    assert "-> out (labels/*.parquet, csv)" in capsys.readouterr().out
 
 
 def test_help_lists_every_format(capsys):
@@ -153,6 +170,29 @@ def test_large_corpora_are_split_into_files(folder):
     assert files[0]["categories"] == files[2]["categories"]
     assert len(list((folder / "webdataset").glob("*.tar"))) == 3
     assert sum(len(json.loads(p.read_text())) for p in (folder / "labelstudio").glob("*.json")) == 5
+
+
+def test_boxes_and_names_that_go_beyond(tmp_path):
+    """Boxes across and outside the borders; an id that leads out of the folder."""
+    photos = made.write_photos(tmp_path / "photos")
+    base = dict.fromkeys(LABEL_SCHEMA.names) | {"task": "detect", "phrase": "a\x02 & b", "score": 0.5}
+    boxes = [[-5.0, -5.0, 4.0, 4.0], [60.9, 47.9, 80.0, 50.0], [100.0, 100.0, 120.0, 130.0], [0.2, 0.2, 0.4, 0.4]]
+
+    def rows(image_id, path, size):
+        own = {"image_id": "../../x y.png", "path": path, "height": size[0], "width": size[1]}
+        return [base | own | {"box": box} for box in boxes]
+
+    folder = made.write_labels(tmp_path / "labels", photos=photos, images=made.IMAGES[:1], rows=rows)
+    export_labels(folder, list(set(EXPORTERS) - {"yolo-pose", "yolo-segment"}))
+    lines = (folder / "yolo-detect" / "detect" / "labels" / "x_y.txt").read_text().splitlines()
+    values = np.array([line.split()[1:] for line in lines], float)
+    assert len(lines) == 3 and (values > 0).all() and (values <= 1).all()
+    root = ElementTree.parse(folder / "voc" / "detect" / "Annotations" / "x_y.xml").getroot()
+    found = [[int(node.text) for node in box] for box in root.iter("bndbox")]
+    assert found == [[1, 1, 4, 4], [62, 48, 64, 48], [1, 1, 1, 1]]
+    assert root.findtext("object/name") == "a\ufffd & b"
+    ElementTree.parse(folder / "cvat" / "annotations.xml")
+    assert sorted(os.listdir(tmp_path)) == ["labels", "photos"]
 
 
 def test_images_are_streamed(folder, monkeypatch):

@@ -311,8 +311,8 @@ def test_webdataset(exported):
             samples.setdefault(key, {})[extension] = tar.extractfile(member).read()
     for image_id, size in made.LABELLED:
         sample = samples[STEMS[image_id]]
-        data = sample.get("png") or sample["jpg"]
-        assert upright(io.BytesIO(data)) == size
+        assert set(sample) == {"png", "json"}, "the same members in every sample"
+        assert upright(io.BytesIO(sample["png"])) == size
         check_columns(json.loads(sample["json"]), image_id, size)
 
 

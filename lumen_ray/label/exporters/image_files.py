@@ -12,6 +12,7 @@ import io
 import os
 import posixpath
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from PIL import Image
@@ -42,14 +43,16 @@ def write_picture(image: LabelledImage, picture: Picture, folder: Path, *, copy:
     return target.name
 
 
-def encoded(image: LabelledImage, picture: Picture, *, read: bool = True) -> tuple[bytes | None, str]:
+def encoded(
+    image: LabelledImage, picture: Picture, *, read: bool = True, kinds: Collection[str] = tuple(_SUFFIX)
+) -> tuple[bytes | None, str]:
     """(encoded bytes, suffix) of the upright picture; None for the bytes of a file that can be used as it is, unless
-    `read`."""
+    `read`. `kinds`: formats that are kept, by Pillow's names; others become PNG."""
     kind, upright = _inspect(picture)
     suffix = posixpath.splitext(image.image_id)[1].lower()
     if _SUFFIX.get(kind) != (".jpg" if suffix == ".jpeg" else ".tif" if suffix == ".tiff" else suffix):
         suffix = _SUFFIX.get(kind, ".png")
-    if upright and kind in _SUFFIX:
+    if upright and kind in kinds:
         return (picture.data if picture.data is not None or not read else _bytes(picture)), suffix
     buffer = io.BytesIO()
     pixels = Image.fromarray(decode(_bytes(picture)))

@@ -3,7 +3,8 @@
 ``labelmap.txt`` lists the classes for Datumaro and CVAT, which know only VOC's twenty without it.
 
 Pixels are counted from 1 with both edges included, as in the devkit: a box ``xyxy`` that is exclusive at its far edge
-becomes ``x1 + 1, y1 + 1, x2, y2`` in whole pixels. An image without instances has an XML without objects.
+becomes ``x1 + 1, y1 + 1, x2, y2`` in whole pixels. Boxes are clipped to the image, those outside of it left out. An
+image without instances has an XML without objects.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ def _annotation(image: LabelledImage, task: str, file_name: str) -> ElementTree.
         ElementTree.SubElement(size, tag).text = str(number)
     ElementTree.SubElement(root, "segmented").text = "0"
     for record in image.instances(task):
-        _add_object(root, record)
+        if Boxes(np.array([record["box"]]), image.size).clip().area[0] > 0:
+            _add_object(root, record)
     return root
 
 

@@ -1,9 +1,9 @@
 """WebDataset tars: per sample an image and a JSON, in tars of 1000 samples.
 
 Keys have no dots, at the first of which a reader ends them, and the members of a sample lie together. The JSON is an
-object, since Ray's reader unwraps lists of one element at its top. The bytes of images are kept. A corpus of JPEG and
-PNG files has both extensions, which WebDataset and Ray read; the `datasets` library wants the same members in every
-sample.
+object, since Ray's reader unwraps lists of one element at its top. The bytes of JPEG and PNG files are kept, others
+become PNG. Ray and `datasets` want the same members in every sample, so all images have the extension of the first, in
+a corpus of both kinds too: readers decode by content.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from lumen_ray.label.exporters.sample_json import columns
 from lumen_ray.tasks import Task
 
 SAMPLES_PER_TAR = 1000
+_KEPT = ("JPEG", "MPO", "PNG")  # Pillow's names of formats
 
 
 class WebDataset(Exporter):
@@ -30,13 +31,15 @@ class WebDataset(Exporter):
 
     def write(self, labels: Labels, target: Path, settings: ExportSettings) -> None:
         size = settings.max_images_per_file or SAMPLES_PER_TAR
+        extension = ""
         for ending, pairs in labels.picture_parts(size):
             with tarfile.open(target / f"labels{ending or '-00001'}.tar", "w") as tar:
                 for image, picture in pairs:
-                    data, suffix = encoded(image, picture)
+                    data, suffix = encoded(image, picture, kinds=_KEPT)
+                    extension = extension or (".png" if suffix == ".png" else ".jpg")
                     height, width = image.size
                     sample = {"image_id": image.image_id, "height": height, "width": width, **columns(image, labels)}
-                    _add(tar, f"{image.name}{suffix}", data or b"")
+                    _add(tar, f"{image.name}{extension}", data or b"")
                     _add(tar, f"{image.name}.json", json.dumps(sample).encode())
 
 
