@@ -155,7 +155,7 @@ def test_a_killed_job_resumes_without_duplicate_or_gap(tmp_path):
         ({"prompts": {"vqa": ["x ?"]}}, "not among the tasks"),
         ({"score_threshold": 3}, "from 0 to 1"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"exports": ["voc"]}, "unknown export"),
+        ({"exports": ["vco"]}, "unknown format"),
         ({"tasks": ["pose"], "classes": ["circle"]}, "no class with keypoints"),
         ({"model": "nowhere"}, "model folder 'nowhere' does not exist"),
         ({"model": "nowhere", "decoders": {"detect": "lumen"}}, "model folder 'nowhere' does not exist"),
