@@ -62,6 +62,10 @@ def test_supervision(root):
     folder = root / "voc" / "detect"
     dataset = supervision.DetectionDataset.from_pascal_voc(str(folder / "JPEGImages"), str(folder / "Annotations"))
     assert sum(agrees(Path(p).stem, "detect", d.xyxy) for p, _, d in dataset) == 8
+    folder = root / "yolo-detect" / "detect"
+    paths = [str(folder / name) for name in ("images", "labels", "data.yaml")]
+    dataset = supervision.DetectionDataset.from_yolo(*paths)
+    assert sum(agrees(Path(p).stem, "detect", d.xyxy) for p, _, d in dataset) == 8
 
 
 @pytest.mark.parametrize(
