@@ -1,4 +1,6 @@
-"""Builds and runs the Serve application: Ingress -> Trunk -> one deployment per decoder, each scaled separately."""
+"""Builds and runs the Serve application: Ingress -> Trunk -> one deployment per decoder, each scaled separately.
+
+`run` serves from this process; `build` is the import path of Serve config files (see `config_file`)."""
 
 from __future__ import annotations
 
@@ -13,13 +15,16 @@ import urllib.request
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from lumen_ray import config
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.presets import model_folder
-from lumen_ray.ray_env import cluster_resources, init_local, prepare_environment, shutdown
+from lumen_ray.ray_env import cluster_resources, init_local, shutdown
 from lumen_ray.ray_log import log_file, native_lines_in_file, quiet_loggers
+from lumen_ray.serve.config_file import PROXY_MARGIN_S, check_no_address
+from lumen_ray.serve.environment import prepare_serve_environment
 from lumen_ray.serve.settings import Deployment as DeploymentSettings
 from lumen_ray.serve.settings import Http, ServeSettings
 
@@ -33,16 +38,8 @@ APP_NAME = "lumen"
 _SPARE_CPUS = 2
 
 
-def prepare_serve_environment() -> None:
-    """Sets the environment that Ray reads on import; variables that the user has set are kept."""
-    prepare_environment()
-    # Replicas report their load every second (default 10), so that upscale_delay_s decides.
-    os.environ.setdefault("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
-    os.environ.setdefault("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
-
-
 def build_app(settings: ServeSettings) -> Application:
-    """The application graph, ready for `ray.serve.run` or a Serve config file."""
+    """The application graph, ready for `ray.serve.run`."""
     prepare_serve_environment()
     from ray import serve
 
@@ -66,6 +63,18 @@ def build_app(settings: ServeSettings) -> Application:
         model, settings.trunk.torch_device, settings.serving, partial(load_trunk, dtype=settings.trunk.dtype)
     )
     return deployment(Ingress, "Ingress", settings.ingress).bind(settings, trunk, decoders, served.serving)
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application of a Serve config file with `import_path: lumen_ray.serve.app:build`.
+
+    `args`: the settings, as of `ServeSettings`. Raises `UserError` for invalid ones, and for an address in `http`: such
+    a file has it in `http_options`.
+    """
+    # Serve passes the mapping as it is: it reads only annotations that are classes, and those of this module are texts
+    settings = config.validate(ServeSettings, args, "args")
+    check_no_address(settings.http, "args")
+    return build_app(settings)
 
 
 def deployment_name(decoder: str) -> str:
@@ -164,8 +173,7 @@ def _deploy(settings: ServeSettings) -> None:
     from ray import serve
 
     http: Http = settings.http
-    # The proxy's limit lies above ours, so that a slow request gets our error body.
-    options = {"host": http.host, "port": http.port, "request_timeout_s": http.request_timeout_s + 10}
+    options = {"host": http.host, "port": http.port, "request_timeout_s": http.request_timeout_s + PROXY_MARGIN_S}
     serve.start(http_options=options, logging_config={"log_level": "WARNING", "enable_access_log": False})
     logging = {"log_level": "INFO" if http.access_log else "WARNING", "enable_access_log": http.access_log}
     serve.run(build_app(settings), name=APP_NAME, route_prefix="/", blocking=False, logging_config=logging)

@@ -1,4 +1,4 @@
-"""Settings of the Serve application, as in `configs/serve/*.yaml`.
+"""Settings of the Serve application, as under `args` in `configs/serve/*.yaml`.
 
 Unknown keys are refused here, because Ray Serve accepts them silently."""
 
@@ -10,11 +10,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lumen_ray import config
 from lumen_ray.config import Settings
 from lumen_ray.decoders.registry import get
 from lumen_ray.errors import UserError
-from lumen_ray.presets import find
 from lumen_ray.structures import Dtype
 
 #: tokens of the longest text answer that a request can ask for
@@ -199,27 +197,3 @@ class ServeSettings(Settings):
                     f"{field} or replicas in the settings, or serve on a Ray with more",
                     "no_room",
                 )
-
-
-def load_settings(
-    name: str,
-    *,
-    model: str | None = None,
-    host: str | None = None,
-    port: int | None = None,
-    serving: dict[str, str] | None = None,
-) -> ServeSettings:
-    """The settings in `configs/serve/<name>.yaml`, or in the YAML file `name`; the other arguments override them.
-
-    Raises `UserError` for missing files and invalid settings.
-    """
-    data = config.load_yaml(find("serve", name))
-    if model is not None:
-        data["model"] = model
-    http = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
-    for section, given in (("http", http), ("serving", serving or {})):
-        if data.get(section) is None:
-            data[section] = {}
-        if isinstance(data[section], dict):  # validation refuses anything else
-            data[section] |= given
-    return config.validate(ServeSettings, data, name)

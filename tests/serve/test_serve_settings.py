@@ -7,17 +7,18 @@ from pathlib import Path
 import pytest
 from support.tiny_models import EXPERTS, tiny_folder
 
-from lumen_ray.config import load, validate
+from lumen_ray.config import validate
 from lumen_ray.errors import UserError
 from lumen_ray.serve.app import model_settings
-from lumen_ray.serve.settings import ServeSettings, load_settings
+from lumen_ray.serve.config_file import load_settings
+from lumen_ray.serve.settings import ServeSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "serve"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configs_load(path):
-    settings = load(ServeSettings, path)
+    settings = load_settings(str(path))
     assert settings.logical_cpus(["lumen"]) >= 1
 
 
