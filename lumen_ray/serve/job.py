@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lumen_ray.inference.request import Request, Shown
+from lumen_ray.tasks import TASKS
 
 
 @dataclass(frozen=True)
@@ -17,3 +19,25 @@ class TrunkJob:
     image: Shown
     requests: tuple[Request, ...]
     max_new_tokens: int
+
+    @property
+    def cost(self) -> int:
+        return cost_of(self.requests, self.max_new_tokens)
+
+
+def cost_of(requests: Iterable[Request], max_new_tokens: int) -> int:
+    """The tokens that requests may cost, at most: their classes, phrases, keypoints and questions have at most a token
+    for each byte in UTF-8, and an answer in text has `max_new_tokens`. Without earlier turns of conversations."""
+    return sum(_prompt_bytes(r) + max_new_tokens * TASKS[r.task].is_text for r in requests)
+
+
+def _prompt_bytes(request: Request) -> int:
+    """A keypoint is asked for with the name of its class."""
+    phrases = [_bytes(phrase) for phrase in request.phrases]
+    keypoints = [_bytes(name) for name in request.keypoints or ()]
+    text = 0 if phrases else _bytes(request.text)
+    return text + sum(phrases) * (1 + len(keypoints)) + sum(keypoints) * len(phrases)
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode())

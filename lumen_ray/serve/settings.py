@@ -84,6 +84,11 @@ class Batching(Settings):
     """How requests of several callers share one forward pass."""
 
     max_batch_size: int = Field(8, ge=1, description="images of one pass")
+    max_batch_tokens: int = Field(
+        16_384,
+        ge=1,
+        description="tokens of one pass, counted as in limits.max_request_tokens; a request with more is alone",
+    )
     batch_wait_timeout_s: float = Field(0.005, ge=0, description="seconds a first request waits for others")
 
 
@@ -131,9 +136,15 @@ class Limits(Settings):
     )
     max_classes: int = Field(256, ge=1, description="phrases and examples of one request body, over all its tasks")
     max_requests: int = Field(32, ge=1, description="tasks of one /v1/infer call")
+    max_request_tokens: int = Field(
+        16_384,
+        ge=1,
+        description="tokens that one request body may cost: one for each byte of its classes, keypoints and texts, and "
+        "max_new_tokens for each answer in text",
+    )
     max_text_chars: int = Field(2000, ge=1, description="characters of one text or name")
     max_history_chars: int = Field(
-        20_000, ge=1, description="characters of a chat's system text and earlier turns together"
+        20_000, ge=1, description="characters of system text and earlier turns of one request body together"
     )
 
 

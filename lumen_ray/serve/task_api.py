@@ -23,6 +23,7 @@ from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.serve import forms, schemas
 from lumen_ray.serve.http import content_type, json_schema_ref
 from lumen_ray.serve.images import checked_rle, decode_images, image_bytes
+from lumen_ray.serve.job import cost_of
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.structures import Region, SampleSettings, Size
 from lumen_ray.tasks import TASKS, Task, get_task
@@ -169,13 +170,6 @@ def _check_lengths(fields: schemas.TaskFields, settings: ServeSettings) -> None:
             raise UserError(
                 f"a text of {len(text)} characters is too long; give at most {limits.max_text_chars}", "text_too_long"
             )
-    # the model's own answers come back as history, so that one of them may be longer than a question
-    before = len(fields.system or "") + sum(len(text) for turn in fields.history or () for text in turn)
-    if before > limits.max_history_chars:
-        raise UserError(
-            f"the system text and earlier turns have {before} characters; give at most {limits.max_history_chars}",
-            "text_too_long",
-        )
 
 
 def _sampling(fields: schemas.TaskFields) -> Sampling:
@@ -206,8 +200,9 @@ def _region(prompt: schemas.RegionPrompt, size: Size) -> Region:
     return Region(prompt.kind, size, points=np.asarray(prompt.points or [], np.float32))
 
 
-def _check_amount(requests: Sequence[Request], settings: ServeSettings) -> None:
-    """Bounds the branches and regions of one pass: phrases, for poses every keypoint of every phrase, and examples."""
+def _check_amount(requests: Sequence[Request], max_new_tokens: int, settings: ServeSettings) -> None:
+    """Bounds what one request body costs the model. Of branches and regions: phrases, for poses every keypoint of every
+    phrase, and examples; of tokens: see `cost_of`."""
     limits = settings.limits
     if len(requests) > limits.max_requests:
         raise UserError(
@@ -220,6 +215,20 @@ def _check_amount(requests: Sequence[Request], settings: ServeSettings) -> None:
         raise UserError(
             f"{phrases + examples} {what} in one request; give at most {limits.max_classes}",
             "too_many_classes",
+        )
+    # the model's own answers come back as history, so that one of them may be longer than a question
+    before = sum(len(r.system) + sum(len(text) for turn in r.history for text in turn) for r in requests)
+    if before > limits.max_history_chars:
+        raise UserError(
+            f"the system text and earlier turns have {before} characters; give at most {limits.max_history_chars}",
+            "text_too_long",
+        )
+    if (cost := cost_of(requests, max_new_tokens)) > limits.max_request_tokens:
+        raise UserError(
+            f"the request may cost {cost} tokens, but this server allows {limits.max_request_tokens} "
+            "(limits.max_request_tokens): each byte of its classes, keypoints and texts counts, and max_new_tokens for "
+            "each answer in text; give fewer or shorter ones, or send several requests",
+            "too_many_tokens",
         )
 
 
@@ -250,10 +259,11 @@ async def answer(
         replace(parse_request(task, fields, size, settings, example_images), image_turns=tuple(image_turns))
         for task, fields in tasks
     ]
-    _check_amount(requests, settings)
     tokens = [fields.max_new_tokens for _, fields in tasks if fields.max_new_tokens is not None]
+    max_new_tokens = max(tokens, default=settings.defaults.max_new_tokens)
+    _check_amount(requests, max_new_tokens, settings)
     shown: Shown = images if len(images) > 1 else images[0] if images else None
-    answers = await backend.infer(shown, requests, max(tokens, default=settings.defaults.max_new_tokens))
+    answers = await backend.infer(shown, requests, max_new_tokens)
     info = await backend.info()
     end = time.perf_counter()
     timing = {"decode": decoded - start, "model": end - decoded, "total": end - start}
