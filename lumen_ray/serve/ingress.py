@@ -41,10 +41,15 @@ _PING_S = 5.0
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """The innermost error of a remote call; a call whose argument is a failed response wraps the error once more."""
-    while isinstance(error, ray_errors.RayTaskError) and isinstance(error.cause, BaseException):
-        error = error.cause
-    return error
+    """The innermost error of a remote call; a call whose argument is a failed response wraps the error once more, and
+    is a plain `RayServeException` if the argument's replica died ("an upstream actor died")."""
+    while True:
+        inner = error.cause if isinstance(error, ray_errors.RayTaskError) else None
+        if isinstance(error, RayServeException) and isinstance(error.__cause__, ray_errors.RayError):
+            inner = error.__cause__
+        if not isinstance(inner, BaseException):
+            return error
+        error = inner
 
 
 class ServeBackend:

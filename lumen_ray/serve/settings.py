@@ -89,7 +89,9 @@ class Batching(Settings):
         ge=1,
         description="tokens of one pass, counted as in limits.max_request_tokens; a request with more is alone",
     )
-    batch_wait_timeout_s: float = Field(0.005, ge=0, description="seconds a first request waits for others")
+    batch_wait_timeout_s: float = Field(
+        0, ge=0, description="seconds that the first request to an idle replica waits for others"
+    )
 
 
 class ModelDeployment(Deployment):

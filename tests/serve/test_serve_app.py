@@ -157,8 +157,14 @@ def test_overload_is_503_with_retry_after(http):
 
 
 @pytest.mark.ray
-def test_requests_survive_the_death_of_a_replica(http):
-    """Four clients ask without a pause; the replica that serves them is killed; nobody sees it."""
+@pytest.mark.parametrize(
+    ("task", "fields"),
+    [("caption", {"max_new_tokens": 60}), ("detect", {"classes": ["red circle"]})],
+    ids=["caption", "detect"],
+)
+def test_requests_survive_the_death_of_a_replica(http, task, fields):
+    """Four clients ask without a pause; the trunk's replica is killed, on whose response a decoder's call may wait;
+    nobody sees it."""
     import ray
 
     def trunk_replica() -> str:
@@ -169,7 +175,7 @@ def test_requests_survive_the_death_of_a_replica(http):
 
     def client():
         while not enough.is_set():
-            answers.append(http.post("/v1/caption", json={"image": image(), "max_new_tokens": 60}))
+            answers.append(http.post(f"/v1/{task}", json={"image": image(), **fields}))
 
     def wait_for(count):
         deadline = time.monotonic() + 60
