@@ -130,6 +130,8 @@ def test_conversations_are_answered_as_by_the_engine(http, model_folder):
         [[expected]] = engine.run([pixels], [[request]], score_threshold=0, max_per_phrase=3, max_new_tokens=6)
         assert choice["message"]["content"] == (expected.text or "")
         assert choice["finish_reason"] == ("length" if expected.is_cut else "stop")
+        usage, written = response.json()["usage"], expected.usage
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (written.prompt, written.completion)
         content = choice["logprobs"]["content"]
         assert "".join(entry["token"] for entry in content) == (expected.text or "")
         of_tokens = [entry["logprob"] for entry in content]
