@@ -11,6 +11,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from lumen_ray.serve import openai_api, openai_images, schemas, task_api
+from lumen_ray.serve.admission import Admission
 from lumen_ray.serve.http import Guard, install_error_handlers
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.serve.task_api import Backend
@@ -38,6 +39,7 @@ def create_api(backend: Backend, settings: ServeSettings) -> FastAPI:
     _add_health(api, backend)
     _add_pages(api)
     _add_request_schemas(api)
+    api.add_middleware(Admission, limits=settings.ingress, retry_after_s=settings.http.retry_after_s)
     api.add_middleware(Guard, max_body_bytes=settings.limits.max_body_bytes)
     return api
 

@@ -23,9 +23,9 @@ from lumen_ray.errors import UserError
 from lumen_ray.presets import model_folder
 from lumen_ray.ray_env import cluster_resources, init_local, shutdown
 from lumen_ray.ray_log import log_file, native_lines_in_file, quiet_loggers
+from lumen_ray.serve.admission import ingress_options
 from lumen_ray.serve.config_file import PROXY_MARGIN_S, check_no_address
 from lumen_ray.serve.environment import prepare_serve_environment
-from lumen_ray.serve.settings import Deployment as DeploymentSettings
 from lumen_ray.serve.settings import Http, ServeSettings
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ def build_app(settings: ServeSettings) -> Application:
     from lumen_ray.serve.ingress import Ingress
     from lumen_ray.serve.trunk import TrunkReplica, load_trunk
 
-    def deployment(replica: type, name: str, options: DeploymentSettings) -> Deployment:
+    def deployment(replica: type, name: str, options: dict[str, Any]) -> Deployment:
         # Ray's types have only the form that is a decorator
-        return cast("Deployment", serve.deployment(replica, name=name, **options.options()))
+        return cast("Deployment", serve.deployment(replica, name=name, **options))
 
     model = str(model_folder(settings.model).resolve())
     served = model_settings(settings)
@@ -57,12 +57,13 @@ def build_app(settings: ServeSettings) -> Application:
     for name in served.decoder_names:
         options = settings.decoder(name)
         load = partial(load_decoder, dtype=options.dtype)
-        decoder = deployment(DecoderReplica, deployment_name(name), options)
+        decoder = deployment(DecoderReplica, deployment_name(name), options.options())
         decoders[name] = decoder.bind(model, name, options.torch_device, load)
-    trunk = deployment(TrunkReplica, "Trunk", settings.trunk).bind(
+    trunk = deployment(TrunkReplica, "Trunk", settings.trunk.options()).bind(
         model, settings.trunk.torch_device, settings.serving, partial(load_trunk, dtype=settings.trunk.dtype)
     )
-    return deployment(Ingress, "Ingress", settings.ingress).bind(settings, trunk, decoders, served.serving)
+    ingress = deployment(Ingress, "Ingress", ingress_options(settings))
+    return ingress.bind(settings, trunk, decoders, served.serving)
 
 
 def build(args: dict[str, Any]) -> Application:

@@ -46,7 +46,7 @@ def server(model_folder):
         http=Http(port=free_port(), request_timeout_s=90),
         openai_sampling=True,
         defaults=Defaults(score_threshold=0, max_per_phrase=3),
-        ingress=Deployment(num_cpus=0.1, max_ongoing_requests=64),
+        ingress=Deployment(num_cpus=0.1, max_ongoing_requests=12, max_queued_requests=4),
         trunk=ModelDeployment(
             num_cpus=0.5, max_ongoing_requests=4, max_queued_requests=4, batching=Batching(max_batch_size=4)
         ),
@@ -150,6 +150,7 @@ def test_health_errors_and_page(http):
 
 @pytest.mark.ray
 def test_overload_is_503_with_retry_after(http):
+    """The trunk takes and queues 8 of them, the ingress 16."""
     body = {"image": image(), "max_new_tokens": 60}
     with ThreadPoolExecutor(24) as pool:
         responses = list(pool.map(lambda _: http.post("/v1/caption", json=body), range(24)))

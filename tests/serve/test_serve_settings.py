@@ -50,7 +50,7 @@ def test_options_are_accepted_by_serve():
         serve.deployment(object, **part.options())
     options = settings.trunk.options()
     assert options["autoscaling_config"]["upscale_delay_s"] == 2 and "num_replicas" not in options
-    expected = {"max_batch_size": 8, "max_batch_tokens": 16384, "batch_wait_timeout_s": 0.005}
+    expected = {"max_batch_size": 8, "max_batch_tokens": 16384, "batch_wait_timeout_s": 0}
     assert options["user_config"] == expected
     assert settings.logical_cpus(["lumen"]) == 4  # 3 trunks of 1, a decoder and an ingress of a half
 
