@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from lumen_ray.model.settings import ModelSettings
 
+logger = logging.getLogger("ray.serve.lumen")
 APP_NAME = "lumen"
 #: logical CPUs besides the replicas', for Serve's own actors and other users of this Ray
 _SPARE_CPUS = 2
@@ -49,8 +51,10 @@ def build_app(settings: ServeSettings) -> Application:
 
     def deployment(replica: type, name: str, options: dict[str, Any]) -> Deployment:
         # Ray's types have only the form that is a decorator
-        return cast("Deployment", serve.deployment(replica, name=name, **options))
+        return cast("Deployment", serve.deployment(replica, name=name, **(options | grace)))
 
+    # a replica that is stopped finishes its requests, Serve's default is 20 s for that
+    grace = {"graceful_shutdown_timeout_s": settings.http.request_timeout_s}
     model = str(model_folder(settings.model).resolve())
     served = model_settings(settings)
     decoders = {}
@@ -92,20 +96,50 @@ def model_settings(settings: ServeSettings) -> ModelSettings:
 
 @dataclass
 class Server:
-    """A running application at `url`. `log`: the file with the lines of Ray and Ray Serve in this process."""
+    """A running application at `url`. `log`: the file with the lines of Ray and Ray Serve in this process;
+    `longest_request_s`: how long a request may take."""
 
     url: str
     started_ray: bool
     log: Path
+    longest_request_s: float = 60
 
     def stop(self) -> None:
-        """Ends the application, and Serve and Ray if `run` started them; else they go on for their other users."""
+        """Refuses new requests, finishes those that have begun, and ends the application, as well as Serve and Ray if
+        `run` started them; else they go on for their other users. Ctrl-C ends it at once."""
+        with native_lines_in_file():
+            try:
+                self._drain()
+            except KeyboardInterrupt:
+                pass
+            finally:
+                self.end()
+
+    def end(self) -> None:
+        """Ends the application, whatever it is doing."""
         from ray import serve
 
         with native_lines_in_file():
-            serve.delete(APP_NAME)
             if self.started_ray:
-                shutdown()
+                shutdown()  # without deleting first: until that was done, Serve's proxy would answer 404
+            else:
+                serve.delete(APP_NAME)
+
+    def _drain(self) -> None:
+        """Closes the ingress; returns when it has answered all requests, or no longer answers itself."""
+        from ray import serve
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        until = time.monotonic() + self.longest_request_s + PROXY_MARGIN_S
+        try:
+            ingress = serve.get_app_handle(APP_NAME)
+            # asked again, since a replica may have been added
+            while sum(ingress.broadcast("close").results(timeout_s=10)) and time.monotonic() < until:
+                time.sleep(0.2)
+            time.sleep(0.5)  # until the proxy has passed the last answers on
+        except (RayError, RayServeException, TimeoutError):
+            logger.warning("the ingress does not answer; requests that have begun may be lost", exc_info=True)
 
     def wait(self) -> None:
         """Blocks until SIGINT or SIGTERM. Only for the main thread."""
@@ -115,6 +149,7 @@ class Server:
         with native_lines_in_file():
             while not done.wait(1):
                 pass
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C once more ends `stop` at once
 
 
 def run(settings: ServeSettings, blocking: bool = True, timeout_s: float = 300) -> Server:
@@ -127,13 +162,14 @@ def run(settings: ServeSettings, blocking: bool = True, timeout_s: float = 300) 
     """
     model_folder(settings.model)  # raises before Ray starts
     started = _join_ray(settings)
-    server = Server(f"http://{_reachable(settings.http.host)}:{settings.http.port}", started, log_file())
+    url = f"http://{_reachable(settings.http.host)}:{settings.http.port}"
+    server = Server(url, started, log_file(), settings.http.request_timeout_s)
     try:
         with native_lines_in_file():
             _deploy(settings)
             wait_ready(server.url, timeout_s)
     except BaseException:
-        server.stop()
+        server.end()
         raise
     if blocking:
         print(

@@ -36,6 +36,7 @@ STATUS = {
     "unsupported_media_type": 415,
     "internal_error": 500,
     "overloaded": 503,
+    "shutting_down": 503,
     "unavailable": 503,
     "timeout": 504,
 }

@@ -22,6 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from lumen_ray.answer import Answer
 from lumen_ray.errors import UserError
 from lumen_ray.inference.request import Request, Shown
+from lumen_ray.serve.admission import Gate
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.http import Overloaded, Unavailable, logger
 from lumen_ray.serve.job import TrunkJob
@@ -155,6 +156,12 @@ class Ingress:
     ):
         self.settings = settings
         self.backend = ServeBackend(trunk, decoders, serving, settings)
+        self.gate = Gate(settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self.backend, self.settings)
+        return create_api(self.backend, self.settings, self.gate)
+
+    async def close(self) -> int:
+        """Takes no more requests; returns the number of those that are not answered yet."""
+        self.gate.is_closed = True
+        return self.gate.inside

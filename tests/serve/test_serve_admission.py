@@ -8,7 +8,7 @@ import httpx
 import pytest
 from support.serve_fakes import FakeBackend, base64_png
 
-from lumen_ray.serve.admission import ingress_options
+from lumen_ray.serve.admission import Gate, ingress_options
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.settings import Deployment, Http, ServeSettings
 
@@ -80,6 +80,27 @@ def test_a_client_that_leaves_makes_room():
             return [(await ask(client)).status_code for _ in range(3)]
 
     assert asyncio.run(asyncio.wait_for(leave(), 20)) == [200] * 3
+
+
+def test_a_server_that_shuts_down_finishes_what_has_begun():
+    async def shut_down():
+        backend = Busy()
+        settings = ServeSettings(model="m", http=Http(retry_after_s=7))
+        gate = Gate(settings)
+        transport = httpx.ASGITransport(create_api(backend, settings, gate))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            begun = ask(client)
+            await until(lambda: backend.now == 1)
+            gate.is_closed = True
+            refused, ready, health = await ask(client), await client.get("/readyz"), await client.get("/healthz")
+            inside = gate.inside
+            backend.free.set()
+            return refused, ready, health, await begun, (inside, gate.inside)
+
+    refused, ready, health, begun, inside = asyncio.run(shut_down())
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "7")
+    assert refused.json()["error"]["reason"] == "shutting_down"
+    assert (ready.status_code, health.status_code, begun.status_code, inside) == (503, 200, 200, (1, 0))
 
 
 def test_without_a_limit_all_wait():
