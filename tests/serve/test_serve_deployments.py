@@ -281,25 +281,27 @@ def test_the_decoder_takes_everything_that_waits(decoder, trunk, jobs):
 
     def counted(batch):
         sizes.append(len(batch))
-        if len(sizes) == 1:
-            assert busy.wait(20)
+        began.set()
+        assert free.wait(20)
         return answers(batch)
 
     async def seven():
-        tasks = [asyncio.create_task(decoder.decode(output, asked)) for _ in range(7)]
+        tasks = [asyncio.create_task(decoder.decode(output, asked))]
+        await asyncio.to_thread(began.wait, 20)
+        tasks += [asyncio.create_task(decoder.decode(output, asked)) for _ in range(6)]
         while len(decoder.batches._waiting) < 6:
             await asyncio.sleep(0.001)
-        busy.set()
-        return await asyncio.gather(*tasks)
+        free.set()
+        return await asyncio.wait_for(asyncio.gather(*tasks), 60)
 
-    busy = threading.Event()
+    began, free = threading.Event(), threading.Event()
     decoder.reconfigure(batching())
     decoder.batches._run = counted
     try:
-        found = asyncio.run(asyncio.wait_for(seven(), 20))
+        found = asyncio.run(seven())
     finally:
         decoder.batches._run = answers
-    assert len(found) == 7 and len(sizes) == 2
+    assert len(found) == 7 and sizes == [1, 6]
 
 
 def test_no_item_is_left_behind_by_those_of_other_keys():
