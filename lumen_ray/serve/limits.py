@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from lumen_ray.errors import UserError
 from lumen_ray.inference.request import Request
-from lumen_ray.serve.job import cost_of
+from lumen_ray.serve.job import LONG_NAME, cost_of
 from lumen_ray.serve.schemas import TaskFields
 from lumen_ray.serve.settings import Limits
 
@@ -46,7 +46,8 @@ def check_amount(requests: Sequence[Request], max_new_tokens: int, limits: Limit
     if (cost := cost_of(requests, max_new_tokens)) > limits.max_request_tokens:
         raise UserError(
             f"the request may cost {cost} tokens, but this server allows {limits.max_request_tokens} "
-            "(limits.max_request_tokens): each byte of its classes, keypoints and texts counts, and max_new_tokens for "
-            "each answer in text; give fewer or shorter ones, or send several requests",
+            "(limits.max_request_tokens): each byte of its classes, keypoints and texts counts, in names of more than "
+            f"{LONG_NAME} bytes several times, and max_new_tokens for each answer in text; give fewer or shorter ones, "
+            "or send several requests",
             "too_many_tokens",
         )

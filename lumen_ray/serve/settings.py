@@ -141,8 +141,8 @@ class Limits(Settings):
     max_request_tokens: int = Field(
         16_384,
         ge=1,
-        description="tokens that one request body may cost: one for each byte of its classes, keypoints and texts, and "
-        "max_new_tokens for each answer in text",
+        description="tokens that one request body may cost: one for each byte of its classes, keypoints and texts, "
+        "more in long names, and max_new_tokens for each answer in text",
     )
     max_text_chars: int = Field(2000, ge=1, description="characters of one text or name")
     max_history_chars: int = Field(

@@ -384,4 +384,6 @@ def test_the_cost_of_requests_is_a_bound_of_their_tokens(trunk):
     assert cost_of([detect, limited("caption"), limited("vqa", text="what ?")], 48) == cost_of([detect], 0) + 96 + 6
     pose = limited("pose", classes=["figure", "man"], keypoints=["head", "hand"])
     assert cost_of([pose], 48) == (6 + 3) * 3 + 2 * (4 + 4)
+    assert [cost_of([limited("detect", classes=["x" * n])], 48) for n in (256, 257, 2000)] == [256, 514, 16_000]
+    assert cost_of([limited("vqa", text="x" * 2000)], 48) == 2048
     assert cost_of([limited("ground", text="a [red circle] by a [square]")], 48) == len("red circle" + "square")

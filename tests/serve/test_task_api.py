@@ -381,10 +381,10 @@ def test_what_one_request_costs_the_model_is_bounded(backend):
         return client.post("/v1/detect", json={"image": GOOD, "classes": classes})
 
     error = detect(64, 2000).json()["error"]
-    assert error["reason"] == "too_many_tokens" and "cost 128000 tokens" in error["message"]
+    assert error["reason"] == "too_many_tokens" and "cost 1024000 tokens" in error["message"]
     assert "16384 (limits.max_request_tokens)" in error["message"] and "fewer or shorter" in error["message"]
-    assert detect(64, 2000).status_code == 400 and detect(64, 257).status_code == 400 and backend.calls == []
-    assert detect(64, 256).status_code == detect(256, 64).status_code == detect(8, 2000).status_code == 200
+    assert detect(64, 2000).status_code == 400 and detect(33, 257).status_code == 400 and backend.calls == []
+    assert detect(64, 256).status_code == detect(256, 64).status_code == detect(1, 2000).status_code == 200
     tasks = [{"task": "caption", "max_new_tokens": 1024}] * 17
     error = client.post("/v1/infer", json={"image": GOOD, "requests": tasks}).json()["error"]
     assert error["reason"] == "too_many_tokens" and "cost 17408 tokens" in error["message"]
