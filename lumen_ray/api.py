@@ -256,6 +256,8 @@ def label(
     actors: int | range | None = None,
     batch_size: int = 8,
     score_threshold: float = 0.3,
+    tile: int | None = None,
+    overlap: float = 0.2,
     image_column: str | None = None,
     refresh: bool = False,
     max_errors: str | int | None = None,
@@ -280,6 +282,8 @@ def label(
         one for each GPU, or core of a machine without; 0: in this process, without Ray.
     batch_size: images per forward pass.
     score_threshold: instances below this score (0..1) are left out.
+    tile: side in pixels of tiles, in which larger images are searched, beside the whole image; None: no tiles.
+    overlap: of neighbouring tiles, as a share of their side.
     image_column: the column of images or of their paths, where ``images`` is a table with an unusual name for it.
     refresh: look for images that were added since the input was listed.
     max_errors: stop once more images than this cannot be labelled: a number, or a share such as "5%".
@@ -306,6 +310,7 @@ def label(
     model_folder(model)  # before the imports that take seconds
     shown = load_exemplars(exemplars)
     _prepare_environment()
+    from lumen_ray.inference.tiles import Tiles
     from lumen_ray.label.pipeline import label as run
     from lumen_ray.model.build import read_meta
     from lumen_ray.tasks import get_task
@@ -330,6 +335,7 @@ def label(
         num_actors=actors,
         batch_size=batch_size,
         score_threshold=score_threshold,
+        tiles=None if tile is None else Tiles(tile, overlap),
         image_column=image_column,
         refresh=refresh,
         max_errors=max_errors,

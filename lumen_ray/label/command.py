@@ -77,6 +77,15 @@ def _input_args(verbs: Any) -> None:
         "GPU or core; 0: without Ray)",
     )
     p.add_argument(
+        "--tile",
+        type=int,
+        metavar="PIXELS",
+        help="search images larger than this in tiles of this side, beside the whole image (default: no tiles)",
+    )
+    p.add_argument(
+        "--overlap", type=float, default=0.2, help="of neighbouring tiles, a share of the side (default: 0.2)"
+    )
+    p.add_argument(
         "--image-column", metavar="NAME", help="column of images or of their paths, in a table with a name of its own"
     )
     p.add_argument("--refresh", action="store_true", help="look for images that were added since the input was listed")
@@ -170,6 +179,8 @@ def _label(args: argparse.Namespace) -> int:
             actors=actors,
             batch_size=args.batch_size,
             score_threshold=args.score_threshold,
+            tile=args.tile,
+            overlap=args.overlap,
             image_column=args.image_column,
             refresh=args.refresh,
             max_errors=args.max_errors,

@@ -22,6 +22,7 @@ from lumen_ray.exemplar_file import load_exemplars
 from lumen_ray.exemplars import ClassByExample
 from lumen_ray.inference.device import find_device
 from lumen_ray.inference.protocol import EngineProtocol
+from lumen_ray.inference.tiles import Tiles
 from lumen_ray.label.claim import Claim
 from lumen_ray.label.exporters.registry import DEFAULT_EXPORTS, check_formats, choose_tasks
 from lumen_ray.label.ledger import Ledger
@@ -60,6 +61,7 @@ def label(
     device: str | None = None,
     dtype: str = "float32",
     fragment_size: int = 32,
+    tiles: Tiles | None = None,
     image_column: str | None = None,
     refresh: bool = False,
     max_errors: str | int | None = None,
@@ -76,6 +78,7 @@ def label(
         as many as there are GPUs or cores; 0 labels in this process, without Ray.
     device: 'cpu' or 'cuda', in this process also 'cuda:N'; None: a GPU per actor if the cluster has any.
     dtype: 'float32' or 'bfloat16', of the model's weights and arithmetic.
+    tiles: how images larger than a tile are divided (see `inference.tiles`); None looks at whole images only.
     image_column: the column of images or of their paths, where the input is a table with an unusual name for it.
     refresh: looks for images that were added to an input that has been listed before.
     max_errors: stops the job once more images than this have failed: a number, or a share such as '5%', which counts
@@ -102,7 +105,7 @@ def label(
     ledger = Ledger(output)
     worker = WorkerSettings(
         model, tuple(requests), device, batch_size, score_threshold, max_per_phrase, max_new_tokens, chosen,
-        check_dtype(dtype), output=ledger.output,
+        check_dtype(dtype), output=ledger.output, tiles=tiles,
     )  # fmt: skip
     settings = job_settings(worker, input, tasks, classes, prompts, keypoints) | exemplar_settings(exemplars)
     inside = None if urls.is_url(output) else Path(ledger.output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def job_settings(
     keypoints: Sequence[str] | None,
 ) -> dict[str, Any]:
     """The settings that labels depend on, as ``job.json`` keeps them (JSON types)."""
+    tiles = {} if worker.tiles is None else {"tiles": asdict(worker.tiles)}
     return {
         "input": str(input),
         "model": fingerprint(worker.model),
@@ -33,6 +35,7 @@ def job_settings(
         "score_threshold": worker.score_threshold,
         "max_per_phrase": worker.max_per_phrase,
         "max_new_tokens": worker.max_new_tokens,
+        **tiles,  # absent in folders older than this setting
     }
 
 

@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 
+from lumen_ray.answer import Answer
 from lumen_ray.data.images import Picture, decode_reduced
 from lumen_ray.errors import UserError
 from lumen_ray.inference.device import find_device
 from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.inference.records import answer_records
 from lumen_ray.inference.request import Request
+from lumen_ray.inference.tiles import Tiles, run_tiled
 from lumen_ray.label.inputs import Item, read_bytes
 from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.plan import Fragment
@@ -39,7 +41,8 @@ class WorkerSettings:
     """The settings of a model actor. `model`: folder, or a function that returns an engine; `decoders`: task ->
     decoder, overriding the folder's choice; `device`: None for a GPU if there is one; `threads`: of an actor, for
     arithmetic on a CPU and for decoding; None in a process of the user's, whose threads are left alone. `output`: the
-    folder to publish in. `proven`: the model has answered about an image of this job before."""
+    folder to publish in. `proven`: the model has answered about an image of this job before. `tiles`: for images larger
+    than a tile; None looks at whole images only."""
 
     model: str | Path | Callable[[], EngineProtocol]
     requests: tuple[Request, ...]
@@ -53,6 +56,7 @@ class WorkerSettings:
     threads: int | None = None
     output: str = ""
     proven: bool = False
+    tiles: Tiles | None = None
 
 
 @dataclass
@@ -109,8 +113,9 @@ class _Image:
     message: str = ""
 
 
-def read_images(items: Sequence[Item], largest_side: int, pool: ThreadPoolExecutor) -> list[_Image]:
-    """Reads the images and decodes them at the scale that leaves their longer side `largest_side` pixels."""
+def read_images(items: Sequence[Item], largest_side: int | None, pool: ThreadPoolExecutor) -> list[_Image]:
+    """Reads the images and decodes them at the scale that leaves their longer side `largest_side` pixels, all pixels
+    for None."""
 
     def decoded(item: Item, data: bytes | UserError) -> _Image:
         try:
@@ -149,6 +154,8 @@ class Labeller:
             provenance["settings"]["decoders"] = dict(self.engine.chosen_decoders)
         if settings.dtype != "float32":
             provenance["settings"]["dtype"] = settings.dtype
+        if settings.tiles is not None:
+            provenance["settings"]["tiles"] = asdict(settings.tiles)
         if any(request.task == "pose" for request in self.requests):
             provenance["edges"] = self.engine.edges  # to draw and export skeletons without the model
         self.provenance = json.dumps(provenance, sort_keys=True)
@@ -191,10 +198,11 @@ class Labeller:
         ]
         coming: list[Future[list[_Image]]] = []
 
+        side = None if self.settings.tiles else self.engine.largest_side
+
         def read_ahead(number: int) -> None:
             if number < len(batches):
-                items = batches[number][1]
-                coming.append(self._reader.submit(read_images, items, self.engine.largest_side, self._decoders))
+                coming.append(self._reader.submit(read_images, batches[number][1], side, self._decoders))
 
         read_ahead(0)
         images: list[_Image] = []
@@ -235,9 +243,7 @@ class Labeller:
         if not images:
             return
         try:
-            answers = self.engine.run(
-                [_shown(image) for image in images], [self.requests] * len(images), **self._run_settings()
-            )
+            answers = self._run(images)
         except Exception as error:  # one image must not stop the others
             if len(images) > 1:
                 for image in images:
@@ -253,6 +259,26 @@ class Labeller:
                 for request, answer in zip(self.requests, found, strict=True)
                 for record in answer_records(image.item.image_id, image.item.path, request, answer, self.provenance)
             ]
+
+    def _run(self, images: Sequence[_Image]) -> list[list[Answer]]:
+        """The answers about each image, of large ones tile by tile."""
+        tiles, options = self.settings.tiles, self._run_settings()
+        shown = [_shown(image) for image in images]
+        large = [
+            isinstance(image, np.ndarray) and tiles is not None and len(tiles.windows(image.shape[:2])) > 1
+            for image in shown
+        ]
+        small = [image for image, is_large in zip(shown, large, strict=True) if not is_large]
+        together = iter(self.engine.run(small, [self.requests] * len(small), **options) if small else [])
+        answers = []
+        for image, is_large in zip(shown, large, strict=True):
+            if is_large:
+                assert isinstance(image, np.ndarray) and tiles is not None
+                size = self.settings.batch_size
+                answers.append(run_tiled(self.engine, image, self.requests, tiles, batch_size=size, **options))
+            else:
+                answers.append(next(together))
+        return answers
 
 
 def _shown(image: _Image) -> np.ndarray | Picture:

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from support.label_fakes import FakeEngine, picture, write_images
 from support.tiny_models import EXPERTS, tiny_folder
 
 from lumen_ray.errors import UserError
+from lumen_ray.inference.tiles import Tiles
 from lumen_ray.label.pipeline import label
 from lumen_ray.label.requests import build_requests
 from lumen_ray.label.workers import LabelActor, Labeller, WorkerSettings
@@ -212,6 +214,28 @@ def test_labels_name_their_dtype_and_are_not_mixed_with_anothers(tmp_path):
         run("low")
     with pytest.raises(UserError, match="unknown dtype 'half'"):
         run("third", dtype="half")
+
+
+def test_large_images_are_labelled_in_tiles(tmp_path):
+    """The fake engine puts one box around everything bright: two squares far apart are two objects only in tiles."""
+    photos = write_images(tmp_path / "photos", 2)
+    image = np.full((64, 200, 3), 40, np.uint8)
+    image[10:30, 10:30] = image[10:30, 150:170] = 250
+    Image.fromarray(image).save(photos / "large.png")
+
+    def boxes(name, **options):
+        label(make_engine, photos, tmp_path / name, tasks=["segment"], **OPTIONS, **options)
+        rows = read_labels(tmp_path / name)
+        large = [r for r in rows if r["image_id"] == "large.png" and r["phrase"] == "square"]
+        return sorted(row["box"] for row in large), len(rows), json.loads(rows[0]["provenance"])["settings"]
+
+    whole, tiled = boxes("whole"), boxes("tiled", tiles=Tiles(80, 0.2))
+    assert whole[0] == [[10, 10, 170, 30]] and "tiles" not in whole[2]
+    assert [10, 10, 30, 30] in tiled[0] and [150, 10, 170, 30] in tiled[0]
+    assert tiled[2]["tiles"] == {"side": 80, "overlap": 0.2}
+    write_images(photos, 1, start=2)
+    with pytest.raises(UserError, match="made with other settings .tiles was"):
+        boxes("tiled", tiles=Tiles(80, 0.3))
 
 
 def test_a_folder_from_before_decoders_could_be_chosen_is_resumed(tmp_path):
