@@ -353,6 +353,7 @@ def export_labels(
     max_images_per_file: int | None = None,
     copy_images: bool = False,
     image_url: str | None = None,
+    review_budget: int = 100,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Writes the labels of a folder in the formats of annotation tools and trainers; returns what it wrote.
@@ -364,6 +365,7 @@ def export_labels(
     max_images_per_file: images in one JSON, XML, CSV or tar file; None: all, in tars 1000.
     copy_images: copy image files, for formats that have them, instead of linking them where the disk allows.
     image_url: prefix of the images' addresses in Label Studio; None: its local files.
+    review_budget: images that format "review" chooses.
     progress: called with (format, images done, images in all).
 
     Each export is whole or not there at all, and replaces an earlier one of its format. Returns format -> ``output``
@@ -384,7 +386,7 @@ def export_labels(
         _names(formats),
         None if output is None else fspath(output),
         tasks=None if tasks is None else _names(tasks),
-        settings=ExportSettings(max_images_per_file, copy_images, image_url),
+        settings=ExportSettings(max_images_per_file, copy_images, image_url, review_budget),
         progress=progress,
     )
 

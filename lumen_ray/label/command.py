@@ -136,6 +136,9 @@ def _export_parser(parser_class: type) -> argparse.ArgumentParser:
     p.add_argument(
         "--image-url", metavar="PREFIX", help="prefix of image addresses in labelstudio (default: local files)"
     )
+    p.add_argument(
+        "--review-budget", type=int, default=100, metavar="N", help="images that review chooses (default: 100)"
+    )
     p.set_defaults(run=_export)
     return p
 
@@ -247,6 +250,7 @@ def _export(args: argparse.Namespace) -> None:
             max_images_per_file=args.max_images_per_file,
             copy_images=args.copy_images,
             image_url=args.image_url,
+            review_budget=args.review_budget,
             progress=lambda name, done, total: progress.update(done, total, name),
         )
     for name, found in written.items():

@@ -7,13 +7,15 @@ import html
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from lumen_ray.answer import Answer
@@ -38,29 +40,42 @@ MAX_ERRORS = 1000
 _PAGE = Template((Path(__file__).parent / "gallery.html").read_text())
 
 
-def write_gallery(output: str | Path, *, max_images: int = MAX_IMAGES, path: Path | None = None) -> Path:
+def write_gallery(
+    output: str | Path,
+    *,
+    max_images: int = MAX_IMAGES,
+    image_ids: Sequence[str] | None = None,
+    path: Path | None = None,
+) -> Path:
     """Writes the gallery of the labelled folder `output`, as ``gallery.html`` in it or to `path`; returns its path.
 
-    Shows the first `max_images` images, embedded in the page; the counts are those of all images.
+    Shows the first `max_images` images, or those of `image_ids` in this order, embedded in the page; the counts are
+    those of all images.
     """
     ledger = open_finished(output)
     instances: Counter[tuple[str, str]] = Counter()  # (task, phrase)
     shown: dict[str, list[dict[str, Any]]] = {}
+    wanted = None if image_ids is None else pa.array(image_ids, pa.string())
     for table in ledger.tables():
         boxed = table.filter(table["box"].is_valid())
         instances.update(zip(boxed["task"].to_pylist(), boxed["phrase"].to_pylist(), strict=True))
-        if len(shown) < max_images:
-            for record in table.to_pylist():
-                if record["image_id"] in shown or len(shown) < max_images:
-                    shown.setdefault(record["image_id"], []).append(record)
+        if wanted is None and len(shown) >= max_images:
+            continue
+        if wanted is not None:
+            table = table.filter(pc.is_in(table["image_id"], value_set=wanted))
+        for record in table.to_pylist():
+            if record["image_id"] in shown or wanted is not None or len(shown) < max_images:
+                shown.setdefault(record["image_id"], []).append(record)
     colours = palette(sorted({phrase for _, phrase in instances}))
-    cards = [_card(item, data, shown[item.image_id], colours) for item, data in _images(ledger, shown)]
+    cards = {item.image_id: _card(item, data, shown[item.image_id], colours) for item, data in _images(ledger, shown)}
+    if image_ids is not None:
+        cards = {image_id: cards[image_id] for image_id in image_ids if image_id in cards}
     tasks = list(dict.fromkeys(task for task, _ in instances))
     page = _PAGE.substitute(
-        summary=_summary(ledger, len(cards)),
+        summary=_summary(ledger, len(cards), "the first" if image_ids is None else "the chosen"),
         tasks="".join(f'<button data-task="{_safe(t)}">{_safe(t)}</button>' for t in tasks),
         classes=_chips(instances, tasks, colours),
-        cards="\n".join(cards),
+        cards="\n".join(cards.values()),
         errors=_errors(ledger),
     )
     path = path or Path(ledger.output, "gallery.html")
@@ -80,7 +95,7 @@ def _images(ledger: Ledger, shown: dict[str, Any]) -> Iterator[tuple[Item, bytes
             yield item, data
 
 
-def _summary(ledger: Ledger, shown: int) -> str:
+def _summary(ledger: Ledger, shown: int, which: str) -> str:
     totals, job = ledger.totals(), ledger.settings()
     assert job is not None, "a labelled folder has settings"
     images, labelled = totals["images"], totals["labelled"]
@@ -92,7 +107,7 @@ def _summary(ledger: Ledger, shown: int) -> str:
         "tasks": ", ".join(job["tasks"]),
     }
     if shown < labelled:
-        facts["shown here"] = f"the first {shown}"
+        facts["shown here"] = f"{which} {shown}"
     return "".join(f"<div><dt>{_safe(name)}</dt><dd>{_safe(value)}</dd></div>" for name, value in facts.items())
 
 

@@ -21,11 +21,13 @@ from lumen_ray.tasks import Task
 @dataclass(frozen=True)
 class ExportSettings:
     """`max_images_per_file`: images in one JSON, XML, CSV or tar file, None: all (tars: 1000); `copy_images`: copy
-    image files instead of linking them; `image_url`: prefix of image addresses in Label Studio, None: local files."""
+    image files instead of linking them; `image_url`: prefix of image addresses in Label Studio, None: local files;
+    `review_budget`: images that `review` chooses."""
 
     max_images_per_file: int | None = None
     copy_images: bool = False
     image_url: str | None = None
+    review_budget: int = 100
 
 
 class Exporter(ABC):

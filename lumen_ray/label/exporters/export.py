@@ -44,6 +44,8 @@ def export(
         raise UserError(
             f"max_images_per_file is {settings.max_images_per_file}; give 1 or more, or leave it out", "invalid_setting"
         )
+    if settings.review_budget < 1:
+        raise UserError(f"review_budget is {settings.review_budget}; give 1 image or more", "invalid_setting")
     formats = check_formats(formats)
     labels = open_labels(labelled)
     chosen = {name: choose_tasks(name, labels.tasks, tasks) for name in formats}

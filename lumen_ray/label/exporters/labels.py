@@ -75,8 +75,8 @@ class Labels:
     """A finished folder, for the `tasks` chosen.
 
     `categories`: task -> class name -> `Category`; `prompts`: text task -> its questions in order, "" for a task
-    without; `num_images`: labelled images, without those that failed; `stems`: hashes of their names; `missing`:
-    pictures that the last pass could not read.
+    without; `num_images`: labelled images, without those that failed; `stems`: hashes of their names; `only`:
+    numbers of the images that passes are limited to; `missing`: pictures that the last pass could not read.
     """
 
     ledger: Ledger
@@ -87,6 +87,7 @@ class Labels:
     num_images: int
     stems: np.ndarray
     progress: Callable[[int, int], None] | None = None
+    only: frozenset[int] | None = None
     missing: int = 0
     first_missing: str = ""
 
@@ -170,7 +171,7 @@ class Labels:
                     found[key] = image
                 if record["task"] in self.tasks:
                     image.records.setdefault(record["task"], []).append(record)
-            yield list(found.values())
+            yield [image for image in found.values() if self.only is None or image.number in self.only]
             done += len(found)
             if self.progress is not None:
                 self.progress(done, self.num_images)

@@ -45,6 +45,8 @@ EXPORTERS: dict[str, Format] = {
         Format("imagefolder", "Hugging Face imagefolder: images and metadata.jsonl", "imagefolder:ImageFolder"),
         Format("labelme", "labelme JSON beside each image", "labelme:Labelme"),
         Format("labelstudio", "Label Studio predictions and labelling configuration", "labelstudio:LabelStudio"),
+        Format("report", "one HTML page: class balance, scores, empty and crowded images, errors", "report:Report"),
+        Format("review", "the images most worth a look, for Label Studio and as a gallery", "review:Review"),
         Format("voc", "Pascal VOC: XML and image per image, boxes only", "voc:Voc"),
         Format("webdataset", "WebDataset tars: image and JSON per sample", "webdataset:WebDataset"),
         Format("yolo-detect", "ultralytics folders of boxes", "yolo:YoloDetect"),

@@ -1,0 +1,157 @@
+"""What a labelled folder holds, counted image by image, and which images are most worth a person's look."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from lumen_ray.label.exporters.labels import LabelledImage, Labels
+
+BINS = 20
+#: of the lists of images in a report
+LISTED = 20
+_SURE = 1e-6  # scores are kept this far from 0 and 1
+
+
+@dataclass
+class ClassStatistics:
+    """`instances`; `images` that have one; `histogram`: instances by score, in `BINS` equal bins of 0..1."""
+
+    instances: int = 0
+    images: int = 0
+    histogram: list[int] = field(default_factory=lambda: [0] * BINS)
+
+    @property
+    def median(self) -> float:
+        """The median score, to half a bin."""
+        seen = 0
+        for number, count in enumerate(self.histogram):
+            seen += count
+            if 2 * seen >= self.instances > 0:
+                return (number + 0.5) / BINS
+        return math.nan
+
+
+@dataclass
+class Statistics:
+    """Counts of all labelled images.
+
+    `classes`: task -> phrase -> its counts, most instances first; `empty`: task -> images in which it found nothing;
+    `crowded` and `unsure`: (number or score, image id) of the images with most instances and of those whose best
+    instance has the lowest score, `LISTED` at most.
+    """
+
+    images: int
+    classes: dict[str, dict[str, ClassStatistics]]
+    empty: dict[str, int]
+    crowded: list[tuple[float, str]]
+    unsure: list[tuple[float, str]]
+
+
+def collect(labels: Labels) -> Statistics:
+    """Counts the labels of the tasks with instances. Memory: the classes and the lists."""
+    tasks = labels.boxed_tasks()
+    classes = {task: {name: ClassStatistics() for name in labels.categories[task]} for task in tasks}
+    empty = dict.fromkeys(tasks, 0)
+    number = 0
+    crowded: list[tuple[float, int, str]] = []  # the number of the image settles ties
+    unsure: list[tuple[float, int, str]] = []
+    for image in labels.images():
+        number += 1
+        scores = []
+        for task in tasks:
+            found = image.instances(task)
+            empty[task] += not found
+            scores += [record["score"] for record in found]
+            for phrase in {record["phrase"] for record in found}:
+                classes[task][phrase].images += 1
+            for record in found:
+                counts = classes[task][record["phrase"]]
+                counts.instances += 1
+                counts.histogram[min(int(record["score"] * BINS), BINS - 1)] += 1
+        if scores:
+            _keep(crowded, (len(scores), -number, image.image_id))
+            _keep(unsure, (-max(scores), -number, image.image_id))
+    ordered = {
+        task: dict(sorted(found.items(), key=lambda item: -item[1].instances)) for task, found in classes.items()
+    }
+    return Statistics(
+        number,
+        ordered,
+        empty,
+        [(count, image_id) for count, _, image_id in sorted(crowded, reverse=True)],
+        [(-score, image_id) for score, _, image_id in sorted(unsure, reverse=True)],
+    )
+
+
+def _keep(heap: list[tuple[float, int, str]], entry: tuple[float, int, str]) -> None:
+    if len(heap) < LISTED:
+        heapq.heappush(heap, entry)
+    else:
+        heapq.heappushpop(heap, entry)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An image to look at: its `number` in the export, how much it is worth (`score`) and the `reasons`."""
+
+    number: int
+    image_id: str
+    score: float
+    reasons: dict[str, float]
+
+
+def choose_for_review(labels: Labels, budget: int) -> list[Choice]:
+    """The `budget` images that are most worth a person's look, best first. Each of these counts from 0 to 1:
+
+    - ``unsure``: the mean entropy, in bits, of the three scores nearest to a half;
+    - ``rare``, by a half: that of its rarest class, 1 - log(1 + images with it) / log(1 + images with the commonest);
+    - ``disagree``, by a half: the share of a class's instances that one task finds and another does not;
+    - ``empty``, by 0.3: nothing was found at all.
+    """
+    tasks = labels.boxed_tasks()
+    with_class: dict[str, int] = {}
+    for image in labels.images():
+        for phrase in {record["phrase"] for task in tasks for record in image.instances(task)}:
+            with_class[phrase] = with_class.get(phrase, 0) + 1
+    most = math.log1p(max(with_class.values(), default=1))
+    rarity = {phrase: 1 - math.log1p(number) / most for phrase, number in with_class.items()}
+    chosen: list[tuple[float, int, Choice]] = []
+    for image in labels.images():
+        reasons = _reasons(image, tasks, rarity)
+        choice = Choice(image.number, image.image_id, sum(reasons.values()), reasons)
+        entry = (choice.score, -choice.number, choice)
+        if len(chosen) < budget:
+            heapq.heappush(chosen, entry)
+        else:
+            heapq.heappushpop(chosen, entry)
+    return [choice for _, _, choice in sorted(chosen, key=lambda entry: entry[:2], reverse=True)]
+
+
+def _reasons(image: LabelledImage, tasks: Iterable[str], rarity: dict[str, float]) -> dict[str, float]:
+    """Reason -> what it adds to the score, those that add nothing left out."""
+    found = {task: image.instances(task) for task in tasks}
+    records = [record for some in found.values() for record in some]
+    entropies = sorted((_entropy(record["score"]) for record in records), reverse=True)[:3]
+    counts = [dict.fromkeys(rarity, 0) for _ in found]
+    for count, some in zip(counts, found.values(), strict=True):
+        for record in some:
+            count[record["phrase"]] += 1
+    differences = []
+    for phrase in {record["phrase"] for record in records}:
+        of_tasks = [count[phrase] for count in counts]
+        differences.append((max(of_tasks) - min(of_tasks)) / max(of_tasks))
+    reasons = {
+        "unsure": sum(entropies) / len(entropies) if entropies else 0.0,
+        "rare": 0.5 * max((rarity[record["phrase"]] for record in records), default=0.0),
+        "disagree": 0.5 * max(differences, default=0.0),
+        "empty": 0.0 if records else 0.3,
+    }
+    return {reason: value for reason, value in reasons.items() if value > 0}
+
+
+def _entropy(score: float) -> float:
+    p = min(max(score, _SURE), 1 - _SURE)
+    return -(p * math.log2(p) + (1 - p) * math.log2(1 - p))
