@@ -15,7 +15,6 @@ Legend: P prompts, L = h * w places at `stride`, I instances, K keypoints, C cha
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,42 +23,24 @@ from torch import Tensor, nn
 from lumen_ray.decoders.base import Decoder, LossTerm, PredictSettings, PromptSpec
 from lumen_ray.decoders.common.boxes import giou_loss, greedy_nms
 from lumen_ray.decoders.common.ragged import place_in_group
-from lumen_ray.decoders.common.upsample import masks_at_stored_size
 from lumen_ray.decoders.lumen import SPEC
-from lumen_ray.decoders.lumen.aligner import AlignedPlaces, Aligner, sine_position
+from lumen_ray.decoders.lumen.aligner import Aligner, sine_position
 from lumen_ray.decoders.lumen.assigner import Assignment, assign
+from lumen_ray.decoders.lumen.instances import Found, keypoints_of, masks_of
 from lumen_ray.decoders.lumen.mask_positives import select_mask_positives
 from lumen_ray.decoders.lumen.pose_head import PoseHead
 from lumen_ray.decoders.lumen.presence import PresenceHead
+from lumen_ray.decoders.lumen.raw import LumenRaw
 from lumen_ray.decoders.lumen.settings import LumenSettings
 from lumen_ray.decoders.spec import TrunkShape
-from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
+from lumen_ray.structures import Boxes, Prediction
 from lumen_ray.superlink import SuperLink
-from lumen_ray.targets import MASK_STRIDE, Frame, PerceptionTargets
+from lumen_ray.targets import Frame, PerceptionTargets
 from lumen_ray.trunk.dense import DownBlock, ResidualBlock, conv_block
 
 KERNEL_WIDTH = 8
 #: candidates before NMS: about as many as one instance gives high scores, and a bound on the IoU matrix
 PLACES_PER_INSTANCE, MOST_PLACES = 10, 3000
-
-
-@dataclass
-class LumenRaw:
-    """Output of the forward pass. `objects` int64 [P]: the links that are object prompts; `absent` int64: those whose
-    object is not in the image, which have no places; the others are keypoint prompts of a parent. `boxes`: made with
-    gradients only; `LumenDecoder.boxes_at` makes those of some places."""
-
-    link: SuperLink
-    objects: Tensor
-    absent: Tensor
-    presence: Tensor | None  # [P] logits
-    logits: Tensor  # [P, L] heatmap
-    boxes: Tensor | None  # [P, L, 4] xyxy
-    places: AlignedPlaces
-    centers: Tensor  # [L, 2] xy
-    shape: tuple[int, int]  # (h, w)
-    mask_features: Tensor  # [B, mask_channels, H/4, W/4]
-    dense: Tensor  # [B, D, H/4, W/4]
 
 
 class LumenDecoder(Decoder):
@@ -264,7 +245,7 @@ class LumenDecoder(Decoder):
         truth = targets.coverage(index)
         bce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
         # only the object and its surroundings, else background would outweigh a small object
-        near = self._near(gt_boxes, logits.shape[-2:], raw)
+        near = self.near(gt_boxes, logits.shape[-2:], raw)
         bce = (bce * near).sum((1, 2)) / near.sum((1, 2)).clamp_min(1)
         probability = logits.sigmoid()
         overlap = (probability * truth).sum((1, 2))
@@ -272,7 +253,7 @@ class LumenDecoder(Decoder):
         total = self.settings.mask_weight * (bce + dice).sum()
         return LossTerm(total, logits.new_tensor(float(len(keep))))
 
-    def _near(self, boxes: Tensor, shape: torch.Size, raw: LumenRaw) -> Tensor:
+    def near(self, boxes: Tensor, shape: torch.Size, raw: LumenRaw) -> Tensor:
         """float [I, h, w], 1 inside the boxes enlarged by half their size on each side."""
         h, w = shape
         step = raw.shape[1] * self.settings.stride / w
@@ -322,16 +303,23 @@ class LumenDecoder(Decoder):
             frame, prompt = frames[int(raw.link.image_index[link_index])], prompts[link_index]
             assert prompt is not None, "only keypoint prompts have none"
             out[link_index] = prompt.nothing(frame.size)
-        found = self._candidates(raw, scores, frames, settings)
-        for p, link_index in enumerate(raw.objects.tolist()):
-            frame, prompt = frames[int(raw.link.image_index[link_index])], prompts[link_index]
+        objects = raw.objects.tolist()
+        found = []
+        for p, (places, boxes) in enumerate(self._candidates(raw, scores, frames, settings)):
+            prompt = prompts[objects[p]]
             assert prompt is not None, "only keypoint prompts have none"
-            places, boxes = found[p]
             if len(places):
                 kept = greedy_nms(boxes, scores[p, places], self.settings.nms_iou)[: settings.max_per_phrase]
                 places, boxes = places[kept], boxes[kept]
-            of_keypoints = children.get(link_index, [])
-            out[link_index] = self._prediction(raw, p, places, boxes, scores[p], frame, prompt, of_keypoints)
+            frame = frames[int(raw.link.image_index[objects[p]])]
+            found.append(Found(p, places, boxes, frame, prompt, children.get(objects[p], [])))
+        masks, keypoints = masks_of(self.masks_at, self.near, raw, found), keypoints_of(self.pose, raw, found)
+        for one in found:
+            stored = Boxes((one.boxes / one.frame.scale).float().cpu().numpy(), one.frame.size).clip()
+            best = scores[one.prompt, one.places].float().cpu().numpy()
+            out[objects[one.prompt]] = Prediction(
+                one.spec.phrase, stored, best, masks.get(one.prompt), keypoints.get(one.prompt)
+            )
         return out
 
     def _candidates(
@@ -352,40 +340,3 @@ class LumenDecoder(Decoder):
         boxes = self.boxes_at(raw, prompts, places)
         numbers = prompts.bincount(minlength=len(scores)).tolist()
         return list(zip(places.split(numbers), boxes.split(numbers), strict=True))
-
-    def _prediction(
-        self,
-        raw: LumenRaw,
-        p: int,
-        places: Tensor,
-        input_boxes: Tensor,
-        scores: Tensor,
-        frame: Frame,
-        prompt: PromptSpec,
-        children: list[int],
-    ) -> Prediction:
-        """The instances at `places` [I] of object prompt `p`; `children`: the links of its keypoint prompts."""
-        height, width = frame.size
-        boxes = Boxes((input_boxes / frame.scale).float().cpu().numpy(), frame.size).clip()
-        masks = keypoints = None
-        if prompt.masks:
-            masks = self._masks(raw, p, places, input_boxes, frame)
-        if children:
-            image = raw.link.image_index[children[0]].expand(len(places) * len(children))
-            repeated = input_boxes.repeat_interleave(len(children), dim=0)
-            links = raw.link.embeddings[children].repeat(len(places), 1)
-            xy, visible = self.pose(raw.dense, repeated, image, links)
-            xyv = torch.cat([xy / frame.scale, visible.sigmoid()[:, None]], dim=1).float().cpu().numpy()
-            xyv = xyv.reshape(len(places), len(children), 3)
-            xyv[..., 0], xyv[..., 1] = xyv[..., 0].clip(0, width), xyv[..., 1].clip(0, height)
-            keypoints = Keypoints(xyv, prompt.keypoints, frame.size)
-        return Prediction(prompt.phrase, boxes, scores[places].float().cpu().numpy(), masks, keypoints)
-
-    def _masks(self, raw: LumenRaw, p: int, places: Tensor, boxes: Tensor, frame: Frame) -> Masks:
-        """Masks at the stored image's resolution, each clipped to its enlarged box (see `_near`)."""
-        if len(places) == 0:
-            return Masks([], frame.size)
-        prompts = torch.full_like(places, p)
-        logits = self.masks_at(raw, prompts, places, (boxes[:, 2:] - boxes[:, :2]).amax(-1))
-        logits = torch.where(self._near(boxes, logits.shape[-2:], raw) > 0, logits, torch.full_like(logits, -10.0))
-        return masks_at_stored_size(logits.sigmoid(), MASK_STRIDE, frame)
