@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lumen_ray.evaluate.calibrate import Fit
     from lumen_ray.exemplars import ClassByExample
     from lumen_ray.inference.engine import Engine
-    from lumen_ray.label.pipeline import Status
+    from lumen_ray.label.progress import Status
     from lumen_ray.recipe import Recipe
     from lumen_ray.serve.app import Server
     from lumen_ray.serve.settings import ServeSettings
@@ -253,16 +253,19 @@ def label(
     decoders: Mapping[str, str] | None = None,
     device: str | None = None,
     dtype: str = "float32",
-    actors: int = 1,
+    actors: int | range | None = None,
     batch_size: int = 8,
     score_threshold: float = 0.3,
-    exports: Sequence[str] = ("coco", "gallery"),
+    image_column: str | None = None,
+    refresh: bool = False,
+    max_errors: str | int | None = None,
+    exports: Sequence[str] | None = None,
     progress: Callable[[Status], None] | None = None,
 ) -> dict[str, Any]:
     """Labels a corpus of images: Parquet, and exports such as COCO json and an HTML gallery; returns a summary.
 
-    images: folder, glob or shard folder, a path or URL.
-    output: folder to write, on this machine. Called again with the same arguments, it continues where it stopped.
+    images: folder, glob, shard folder, list, table or tar of images, a path or URL.
+    output: folder to write, a path or URL. Called again with the same arguments, it continues where it stopped.
     model: model folder, or name of bundled weights ("nano" is trained on the synthetic scenes only).
     tasks: tasks to run on every image.
     classes: class names for the tasks that need them; None: the classes that the model was trained on, or with
@@ -273,16 +276,23 @@ def label(
     decoders: task -> decoder that serves it, where it should be another than the model's settings say.
     device: "cpu" or "cuda", with ``actors=0`` also "cuda:N"; None: a GPU for each actor where the cluster has any.
     dtype: "float32" or "bfloat16", of weights and matrix products.
-    actors: model actors on Ray; 0: in this process, without Ray.
+    actors: model actors on Ray; a range, such as ``range(1, 33)``, for a pool of 1 to 32 that follows the load; None:
+        one for each GPU, or core of a machine without; 0: in this process, without Ray.
     batch_size: images per forward pass.
     score_threshold: instances below this score (0..1) are left out.
-    exports: formats to export in, as in `export_labels`; none: only the Parquet tables.
-    progress: called after each image with a `Status`: ``done``, ``total``, ``errors``, ``rate`` in images per second.
+    image_column: the column of images or of their paths, where ``images`` is a table with an unusual name for it.
+    refresh: look for images that were added since the input was listed.
+    max_errors: stop once more images than this cannot be labelled: a number, or a share such as "5%".
+    exports: formats to export in, as in `export_labels`; none: only the Parquet tables; None: "coco" and "gallery",
+        nothing for an output in a bucket.
+    progress: called after every few images with a `Status`: ``done``, ``total`` (listed so far, all if ``is_listed``),
+        ``errors``, ``rate`` in images per second.
 
     The summary holds ``images == labelled + errors``, ``instances`` (task -> count), ``first_error``, ``left_out``
     (number of files that are no pictures, by suffix), ``seconds`` and ``exports`` (format -> path). Raises `UserError`
     for an unknown model, task, device or format, a task without its classes or text, an input without images, an output
-    folder that holds labels made with other settings, and when not one image could be labelled.
+    folder that holds labels made with other settings or that another job is writing, too many errors, and when not one
+    image could be labelled.
 
     >>> from lumen_ray import label
     >>> questions = {"vqa": ["how many circles are there ?"]}
@@ -320,7 +330,10 @@ def label(
         num_actors=actors,
         batch_size=batch_size,
         score_threshold=score_threshold,
-        exports=_names(exports),
+        image_column=image_column,
+        refresh=refresh,
+        max_errors=max_errors,
+        exports=None if exports is None else _names(exports),
         progress=progress,
     )
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any, NoReturn
 
 from lumen_ray import api, doctor
@@ -19,15 +18,14 @@ from lumen_ray.console import (
     console,
     decoders_by_task,
     say,
-    texts_by_task,
     training_note,
 )
 from lumen_ray.data import command as data_command
-from lumen_ray.decoders.registry import choice_example, problems
+from lumen_ray.decoders.registry import problems
 from lumen_ray.errors import UserError, suggest
-from lumen_ray.label.exporters.registry import DEFAULT_EXPORTS, EXPORTERS
+from lumen_ray.label import command as label_command
 from lumen_ray.model.convert import command as convert
-from lumen_ray.presets import DEFAULT_MODEL, bundled_models, model_folder
+from lumen_ray.options import decoders_arg, device_arg, dtype_arg, exemplars_arg, model_arg, say_bundled
 from lumen_ray.ray_env import prepare_environment
 from lumen_ray.version import __version__
 
@@ -69,7 +67,7 @@ def _parser_and_verbs() -> tuple[argparse.ArgumentParser, list[str]]:
     _train_args(verbs)
     _evaluate_args(verbs)
     _calibrate_args(verbs)
-    _label_args(verbs)
+    label_command.add_args(verbs, _Parser)
     _serve_args(verbs)
     convert.add_args(verbs, _Parser)
     doctor.add_args(verbs)
@@ -101,48 +99,12 @@ def _train_args(verbs: Any) -> None:
     p.set_defaults(run=_train)
 
 
-def _model_arg(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model",
-        default=DEFAULT_MODEL,
-        help=f"model folder, or the name of bundled weights (default: {DEFAULT_MODEL}, for the synthetic scenes)",
-    )
-
-
-def _decoders_arg(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--decoders",
-        type=comma_separated,
-        action="extend",
-        default=[],
-        metavar="TASK=DECODER,..",
-        help="decoder for each task that several of the model's decoders can serve, e.g. "
-        f"{choice_example()} (default: as in the model's settings)",
-    )
-
-
-def _exemplars_arg(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument("--exemplars", metavar="FILE", help=f"{what}: a YAML or JSON file with boxes on images")
-
-
-def _device_arg(parser: argparse.ArgumentParser, default: str) -> None:
-    parser.add_argument("--device", help=f"device to run the model on: cpu, cuda or cuda:N (default: {default})")
-
-
-def _dtype_arg(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--dtype",
-        default="float32",
-        help="float32, or bfloat16: half the memory and, on GPUs, faster (default: float32)",
-    )
-
-
 def _evaluate_args(verbs: Any) -> None:
     p = verbs.add_parser("evaluate", help="score a model on shards: one table, one JSON")
-    _model_arg(p)
-    _decoders_arg(p)
-    _device_arg(p, "cuda where torch finds a GPU, else cpu")
-    _dtype_arg(p)
+    model_arg(p)
+    decoders_arg(p)
+    device_arg(p, "cuda where torch finds a GPU, else cpu")
+    dtype_arg(p)
     p.add_argument("--shards", required=True, help="shard folder of the held-out split")
     p.add_argument("--output", required=True, help="folder for report.json and predictions.parquet")
     p.add_argument(
@@ -151,7 +113,7 @@ def _evaluate_args(verbs: Any) -> None:
         help="tasks to score, comma separated (default: all that the split is annotated for)",
     )
     p.add_argument("--limit", type=int, help="score the first images only")
-    _exemplars_arg(p, "classes of the split that detect, segment and count ask for by example, instead of by name")
+    exemplars_arg(p, "classes of the split that detect, segment and count ask for by example, instead of by name")
     p.add_argument(
         "--absent-classes",
         default="",
@@ -164,9 +126,9 @@ def _evaluate_args(verbs: Any) -> None:
 
 def _calibrate_args(verbs: Any) -> None:
     p = verbs.add_parser("calibrate", help="fit a model's scores to a labelled split, so that they are probabilities")
-    _model_arg(p)
-    _decoders_arg(p)
-    _device_arg(p, "cuda where torch finds a GPU, else cpu")
+    model_arg(p)
+    decoders_arg(p)
+    device_arg(p, "cuda where torch finds a GPU, else cpu")
     p.add_argument("--shards", required=True, help="shard folder of a labelled split that was not trained on")
     p.add_argument("--output", help="folder for a calibrated copy of the model (default: the model's own folder)")
     p.add_argument("--tasks", type=comma_separated, help="of detect, segment, count, ground, refer (default: all)")
@@ -174,92 +136,11 @@ def _calibrate_args(verbs: Any) -> None:
     p.set_defaults(run=_calibrate)
 
 
-def _label_args(verbs: Any) -> None:
-    _label_input_args(verbs)
-    parser = verbs.choices["label"]
-    parser.subcommands["export"] = _label_export_parser()
-    names = ", ".join(f"'lumen-ray label {name} --help'" for name in parser.subcommands)
-    parser.epilog = f"see also {names}; a folder of such a name is given as ./NAME"
-
-
-def _label_input_args(verbs: Any) -> None:
-    p = verbs.add_parser("label", help="label a folder of images: Parquet, COCO json, HTML gallery; export labels")
-    p.add_argument("input", help="folder, glob or shard folder")
-    _model_arg(p)
-    _decoders_arg(p)
-    _device_arg(p, "a GPU for each actor where the Ray cluster has any, else cpu")
-    _dtype_arg(p)
-    p.add_argument("--output", required=True, help="folder for the labels; run it again to continue after a stop")
-    p.add_argument(
-        "--tasks",
-        type=comma_separated,
-        default=["detect"],
-        help="tasks to run, comma separated, e.g. segment,caption (default: detect)",
-    )
-    p.add_argument(
-        "--classes",
-        help="class names, comma separated, or a .txt file of them (default: the model's, none with --exemplars)",
-    )
-    _exemplars_arg(p, "classes given by example, also those that --classes names")
-    p.add_argument(
-        "--text",
-        action="append",
-        default=[],
-        metavar="TASK=TEXT",
-        help="a text for vqa, refer, ground or chat, in addition to --tasks; can be given several times",
-    )
-    p.add_argument("--score-threshold", type=float, default=0.3, help="leave out instances below it (default: 0.3)")
-    p.add_argument("--batch-size", type=int, default=8, help="images per forward pass (default: 8)")
-    p.add_argument("--actors", type=int, default=1, help="model actors on Ray (default: 1; 0: without Ray)")
-    p.add_argument(
-        "--export",
-        type=comma_separated,
-        default=list(DEFAULT_EXPORTS),
-        metavar="FORMAT,..",
-        help=f"formats to export the labels in, see 'lumen-ray label export --help', or none (default: "
-        f"{','.join(DEFAULT_EXPORTS)})",
-    )
-    p.set_defaults(run=_label)
-
-
-def _label_export_parser() -> argparse.ArgumentParser:
-    p = _Parser(
-        prog="lumen-ray label export",
-        description="Writes labels in the formats of annotation tools and trainers.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="formats:\n" + "\n".join(f"  {name:<13} {form.summary}" for name, form in EXPORTERS.items()),
-    )
-    p.add_argument("labels", metavar="DIR", help="output folder of 'lumen-ray label'")
-    p.add_argument(
-        "--format", type=comma_separated, required=True, metavar="FORMAT,..", help="formats, comma separated, see below"
-    )
-    p.add_argument("--output", help="folder in which each format gets a folder of its name (default: DIR)")
-    p.add_argument(
-        "--tasks", type=comma_separated, help="tasks to export, comma separated (default: all that a format can hold)"
-    )
-    p.add_argument(
-        "--max-images-per-file",
-        type=int,
-        metavar="N",
-        help="images in one JSON, XML, CSV or tar file (default: all, in tars 1000)",
-    )
-    p.add_argument(
-        "--copy-images",
-        action="store_true",
-        help="copy the image files of formats that have them (default: hard links, copies on another disk)",
-    )
-    p.add_argument(
-        "--image-url", metavar="PREFIX", help="prefix of image addresses in labelstudio (default: local files)"
-    )
-    p.set_defaults(run=_label_export)
-    return p
-
-
 def _serve_args(verbs: Any) -> None:
     p = verbs.add_parser("serve", help="serve a model over HTTP with Ray Serve")
     p.add_argument("--config", default="nano", help="name in configs/serve, or a YAML file (default: nano)")
     p.add_argument("--model", help="model folder or name of bundled weights, instead of the config's")
-    _decoders_arg(p)
+    decoders_arg(p)
     p.add_argument("--host", help="address to listen on, instead of the config's")
     p.add_argument("--port", type=int, help="port to listen on, instead of the config's")
     p.set_defaults(run=_serve)
@@ -346,77 +227,18 @@ def _calibrate(args: argparse.Namespace) -> None:
     say(f"curves -> {args.output or args.model}/meta.json")
 
 
-def _label(args: argparse.Namespace) -> None:
-    model_folder(args.model)
-    from lumen_ray.label.pipeline import labelled_line
-    from lumen_ray.tasks import get_task
-
-    classes = None if args.classes is None else class_names(args.classes)
-    text = texts_by_task(args.text)
-    for task in (*args.tasks, *text):
-        get_task(task)
-    _say_bundled(args.model)
-    with bar("label") as progress:
-        summary = api.label(
-            args.input,
-            args.output,
-            model=args.model,
-            tasks=args.tasks,
-            classes=classes,
-            text=text,
-            exemplars=args.exemplars,
-            decoders=decoders_by_task(args.decoders),
-            device=args.device,
-            dtype=args.dtype,
-            actors=args.actors,
-            batch_size=args.batch_size,
-            score_threshold=args.score_threshold,
-            exports=[] if args.export == ["none"] else args.export,
-            progress=lambda s: progress.update(s.done, s.total, f"{s.rate:.1f} img/s, {s.errors} errors"),
-        )
-    say(labelled_line(summary, args.output))
-
-
-def _label_export(args: argparse.Namespace) -> None:
-    with bar("export") as progress:
-        written = api.export_labels(
-            args.labels,
-            args.format,
-            output=args.output,
-            tasks=args.tasks,
-            max_images_per_file=args.max_images_per_file,
-            copy_images=args.copy_images,
-            image_url=args.image_url,
-            progress=lambda name, done, total: progress.update(done, total, name),
-        )
-    for name, found in written.items():
-        left_out = f"; not {', '.join(found['left_out'])}, which it cannot hold" if found["left_out"] else ""
-        missing = f"; {found['missing']} images could not be read any more" if found["missing"] else ""
-        tasks = ", ".join(found["tasks"])
-        say(f"{name}: {found['images']} images, {tasks} -> {found['output']}{left_out}{missing}")
-
-
 def _serve(args: argparse.Namespace) -> None:
     settings = api.serve_settings(
         args.model, config=args.config, host=args.host, port=args.port, decoders=decoders_by_task(args.decoders)
     )
     from lumen_ray.serve.app import run
 
-    _say_bundled(settings.model)
+    say_bundled(settings.model)
     say("serve: starting")
     server = run(settings, blocking=False)
     say(f"serving {settings.model} at {server.url} (page at /, API at /docs); stop with Ctrl-C; log -> {server.log}")
     server.wait()
     server.stop()
-
-
-def _say_bundled(model: str) -> None:
-    """Prints what the bundled weights were trained on, which is not photographs."""
-    if not Path(model).is_dir() and model in bundled_models():
-        say(
-            f"the bundled weights '{model}' are trained on the drawn shapes of 'lumen-ray prepare scenes' only; for "
-            "other images train a model on your data and give --model"
-        )
 
 
 def _warn_of_broken_decoders() -> None:

@@ -29,6 +29,11 @@ class ShortSide:
     def __str__(self) -> str:
         return f"shorter side {self.short} pixels, longer side at most {self.long}"
 
+    @property
+    def longest(self) -> int:
+        """The longest side in pixels of any input."""
+        return self.long
+
     def fit(self, shape: Shape, room: float = 1.0) -> tuple[Size, Scale]:
         """(height, width) in pixels for an image of this shape, and the scale of its coordinates.
 
@@ -50,6 +55,11 @@ class PictureSize:
 
     def __str__(self) -> str:
         return f"{self.side} x {self.side} pixels, or about as many in another shape"
+
+    @property
+    def longest(self) -> int:
+        """The longest side in pixels of any input."""
+        return self.most
 
     def fit(self, shape: Shape, room: float = 1.0) -> tuple[Size, Scale]:
         """(height, width) in pixels for an image of this shape, and the scale of its coordinates.

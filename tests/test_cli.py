@@ -7,6 +7,7 @@ import pytest
 from lumen_ray import cli, config
 from lumen_ray.console import decoders_by_task, texts_by_task
 from lumen_ray.data import command
+from lumen_ray.label import command as label_command
 from lumen_ray.label.pipeline import labelled_line
 
 
@@ -77,7 +78,6 @@ def test_mistakes_are_one_sentence(capsys, tmp_path, monkeypatch, argv, words):
     [
         ["quickstart"],
         ["train", "--recipe", "quickstart", "--shards", "nowhere"],
-        ["label", "nowhere", "--classes", "a"],
     ],
 )
 def test_what_must_lie_on_a_file_system_is_not_written_to_a_url(capsys, tmp_path, monkeypatch, argv):
@@ -266,7 +266,7 @@ def test_only_what_resumes_says_so(capsys, monkeypatch, argv, resumes):
     def interrupted(args):
         raise KeyboardInterrupt
 
-    module = command if argv[0] == "prepare" else cli
+    module = {"prepare": command, "label": label_command}.get(argv[0], cli)
     monkeypatch.setattr(module, f"_{argv[0]}", interrupted)
     assert cli.main(argv) == 130
     err = capsys.readouterr().err.strip()

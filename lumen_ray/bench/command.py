@@ -161,6 +161,28 @@ def _objects(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
     return objects.bench(**_set({"model": args.model, "threads": args.threads, "turns": args.turns}))
 
 
+def _label(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
+    from lumen_ray.bench import label
+
+    return label.bench(folder, **_set({"model": args.model, "threads": args.threads, "turns": args.turns}))
+
+
+def _label_command(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
+    from lumen_ray.bench import label
+
+    given = {"model": args.model, "turns": args.turns, "images": args.images}
+    return label.bench_command(folder, against=args.against, **_set(given))
+
+
+def _check_label_command(args: argparse.Namespace) -> None:
+    from lumen_ray.bench import classes
+
+    if not args.against:
+        raise UserError("the bench 'command' compares two checkouts; name the other one with --against", "usage")
+    classes.check(args.against)
+    _check_prompts(args)
+
+
 def _yolo(args: argparse.Namespace, folder: Path) -> list[Result]:
     from lumen_ray.bench import yolo
 
@@ -184,6 +206,10 @@ KINDS: dict[str, dict[str, Bench]] = {
     },
     "prompts": {"classes": Bench(_classes, _check_classes)},
     "objects": {"objects": Bench(_objects, _check_prompts)},
+    "label": {
+        "worker": Bench(_label, _check_prompts),
+        "command": Bench(_label_command, _check_label_command, optional=True),
+    },
     "yolo": {"yolo": Bench(_yolo, _check_yolo)},
     "decoders": {
         "grounding_dino": Bench(_grounding_dino, lambda args: None),
@@ -194,7 +220,7 @@ KINDS: dict[str, dict[str, Bench]] = {
         name: Bench(partial(_chat, name), _check_chat) for name in ("images", "single", "serve", "vllm", "memory")
     },
 }
-AT_LEAST_ONE = ("workers", "threads", "users", "turns", "steps", "batch_size")
+AT_LEAST_ONE = ("workers", "threads", "images", "users", "turns", "steps", "batch_size")
 
 
 def _set(options: dict[str, Any]) -> dict[str, Any]:
@@ -220,6 +246,11 @@ def build_parser() -> argparse.ArgumentParser:
     p = _add_kind(kinds, "objects", "time against the number of objects, beside boxes written as tokens")
     p.add_argument("--model", help="model folder that knows red squares, or name of bundled weights (default: nano)")
     p.add_argument("--threads", type=int, help="threads of each side (default: 1)")
+    p = _add_kind(kinds, "label", "labelling, against a bare loop of the engine and against another checkout")
+    p.add_argument("--model", help="model folder that knows the scenes, or name of bundled weights (default: nano)")
+    p.add_argument("--threads", type=int, help="threads of each side of worker (default: 1)")
+    p.add_argument("--against", metavar="CHECKOUT", help="folder of another checkout, for command")
+    p.add_argument("--images", type=int, help="images of command (default: 2048)")
     p = _add_kind(kinds, "yolo", "detection on photographs from JPEG bytes, against YOLOv8n")
     p.add_argument("--ultralytics", metavar="PYTHON", help="Python of an environment with ultralytics, to compare with")
     p.add_argument("--model", help="model folder, or name of bundled weights (default: nano-512 with random weights)")

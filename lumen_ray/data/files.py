@@ -200,12 +200,16 @@ def size(location: Location) -> int:
         return store.get_file_info(path).size or 0
 
 
+def missing_folder(folder: Location) -> UserError:
+    return UserError(f"folder '{shown(folder)}' does not exist", "missing_folder")
+
+
 def list_files(folder: Location, suffixes: Iterable[str] = (), recursive: bool = False) -> list[str]:
     """Names of the files under `folder`, relative to it with ``/``, sorted; only those ending in one of `suffixes` (any
     case), all if empty. Raises `UserError` (`missing_folder`) if there is no such folder."""
     endings = tuple(s.lower() for s in suffixes)
     if not is_dir(folder):
-        raise UserError(f"folder '{shown(folder)}' does not exist", "missing_folder")
+        raise missing_folder(folder)
     with as_user_error(folder):
         store, path = filesystem(folder)
         found = store.get_file_info(fs.FileSelector(path, recursive=recursive))
@@ -247,20 +251,37 @@ def expand(pattern: Location) -> list[str]:
     if not scheme:
         found = [name for name in local_glob.glob(os.path.expanduser(path), recursive=True) if os.path.isfile(name)]
     else:
-        fixed = path[: wild.start()].rpartition("/")[0]
-        folder = url_of(scheme, fixed, settings)
-        rest = _as_regex(path[len(fixed) :].lstrip("/"))
-        names = list_files(folder, recursive="/" in path[len(fixed) + 1 :]) if is_dir(folder) else []
+        folder, rest = split_pattern(pattern)
+        deep = "/" in path[len(split(folder)[1]) + 1 :]
+        names = list_files(folder, recursive=deep) if is_dir(folder) else []
         found = [join(folder, name) for name in names if rest.fullmatch(name)]
     if not found:
         raise UserError(f"no file matches '{shown(pattern)}'", "missing_file")
     return sorted(found)
 
 
+def has_wildcards(location: Location) -> bool:
+    """Whether it has ``*``, ``?`` or ``[``."""
+    return _WILD.search(split(location)[1]) is not None
+
+
+def split_pattern(pattern: Location) -> tuple[str, re.Pattern[str]]:
+    """The folder before the first wildcard of a location, and a pattern for the names relative to it."""
+    scheme, path, settings = split(pattern)
+    wild = _WILD.search(path)
+    assert wild is not None, "a pattern has a wildcard"
+    fixed = path[: wild.start()].rpartition("/")[0]
+    if not scheme and not fixed:
+        fixed = "/" if path.startswith("/") else "."
+        return fixed, _as_regex(path.lstrip("/"))
+    return url_of(scheme, fixed, settings), _as_regex(path[len(fixed) :].lstrip("/"))
+
+
 def _as_regex(pattern: str) -> re.Pattern[str]:
     wildcards = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     tokens = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]*\])", pattern)
-    return re.compile("".join(wildcards.get(t) or (t if t.startswith("[") else re.escape(t)) for t in tokens))
+    sets = (t.replace("[!", "[^", 1) if t.startswith("[") else re.escape(t) for t in tokens)
+    return re.compile("".join(wildcards.get(t) or other for t, other in zip(tokens, sets, strict=True)))
 
 
 def put(local: Location, location: Location) -> None:

@@ -127,6 +127,11 @@ class Picture:
     reduction: int = 1
 
 
+def as_picture(image: np.ndarray | Picture) -> Picture:
+    """The image as a `Picture`, at full scale if it is an array uint8 [h, w, 3]."""
+    return image if isinstance(image, Picture) else Picture(image, image.shape[:2])
+
+
 def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     """Decodes an image (first frame of an animation) to uint8 [H, W, 3] RGB in the EXIF-rotated frame.
 

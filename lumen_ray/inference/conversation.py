@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from lumen_ray.answer import Answer
 from lumen_ray.inference.encoded_images import EncodedImages
-from lumen_ray.inference.request import Request, Shown, check_call, images_of, make_request
+from lumen_ray.inference.request import Image, Request, Shown, check_call, images_of, make_request
 from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.inference.trunk_stage import OnText
 
@@ -42,7 +40,7 @@ class _Abandoned(Exception):
 class _Images:
     """The images of a conversation, the question that brought each, and what the engine made of them."""
 
-    images: tuple[np.ndarray, ...] = ()
+    images: tuple[Image, ...] = ()
     turns: tuple[int, ...] = ()
     encoded: EncodedImages | None = None
 
@@ -63,7 +61,7 @@ class Conversation:
         self._shown = self._with(images, _Images())
 
     @property
-    def images(self) -> tuple[np.ndarray, ...]:
+    def images(self) -> tuple[Image, ...]:
         """The images so far."""
         return self._shown.images
 

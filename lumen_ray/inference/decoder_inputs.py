@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lumen_ray.data.batches.decoder_inputs import as_tensor
 from lumen_ray.data.batches.transforms import warp
+from lumen_ray.data.images import Picture
 from lumen_ray.decoders.base import PromptSpec
 from lumen_ray.input_size import PictureSize, SizeRule
 from lumen_ray.structures import SampleSettings
@@ -23,22 +24,22 @@ def rule_for(rule: SizeRule | None, sample: SampleSettings | None) -> SizeRule |
     return rule
 
 
-def resize(image: np.ndarray, rule: SizeRule) -> Tensor:
-    """Resamples uint8 [h, w, 3] to the size that the rule gives it: uint8 [3, *size]."""
-    size, scale = rule.fit((image.shape[0], image.shape[1]))
-    return as_tensor(warp(image, np.diag((*scale, 1.0))[:2], size))
+def resize(image: Picture, rule: SizeRule) -> Tensor:
+    """Resamples an image to the size that the rule gives it: uint8 [3, *size]."""
+    size, scale = rule.fit(image.size)
+    return as_tensor(warp(image.pixels, np.diag((*scale, 1.0))[:2], size, reduction=image.reduction))
 
 
 def decoder_pixels(
     about: Sequence[int],
     prompts: Sequence[PromptSpec | None],
     rule: SizeRule | None,
-    images: Sequence[np.ndarray],
+    images: Sequence[Picture],
     inputs: Tensor,
 ) -> list[Tensor]:
     """For each prompt the image that its decoder reads, uint8 [3, h, w]; prompts with the same image share a tensor.
 
-    `about`: index of each prompt's image; `images`: as stored; `inputs` uint8 [B, 3, H, W]: the trunk's inputs, which
+    `about`: index of each prompt's image; `images`: as given; `inputs` uint8 [B, 3, H, W]: the trunk's inputs, which
     a decoder without a size rule reads.
     """
     wanted = [

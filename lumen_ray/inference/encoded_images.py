@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lumen_ray.data.batches.transforms import PAD_VALUE, fit
+from lumen_ray.data.images import Picture, as_picture
 from lumen_ray.structures import Size
 from lumen_ray.targets import Frame
 from lumen_ray.trunk.prefix import Prefix
@@ -20,12 +21,12 @@ from lumen_ray.trunk.prefix import Prefix
 class Inputs:
     """A batch in the trunk's frame: an image per row, the last one of a conversation with several.
 
-    `images`: uint8 [h, w, 3] as stored; `pixels`: uint8 [B, 3, H, W] on the CPU; `frames`: where each image lies in its
+    `images`: as given; `pixels`: uint8 [B, 3, H, W] on the CPU; `frames`: where each image lies in its
     input; `valid`: bool [B], False for text alone; `earlier`: the earlier images of conversations, uint8 [E, 3, H, W],
     and `earlier_rows` the row of each, ascending.
     """
 
-    images: list[np.ndarray]
+    images: list[Picture]
     pixels: Tensor
     frames: list[Frame]
     valid: Tensor
@@ -47,10 +48,10 @@ class Inputs:
         return {row: [*earlier, row] for row, earlier in members.items()}
 
 
-def fit_images(rows: Sequence[Sequence[np.ndarray]], bucket: Size) -> Inputs:
-    """Fits images uint8 [h, w, 3] into an input of (height, width) `bucket`; `rows`: the images of each row in order,
+def fit_images(rows: Sequence[Sequence[np.ndarray | Picture]], bucket: Size) -> Inputs:
+    """Fits images into an input of (height, width) `bucket`; `rows`: the images of each row in order,
     none for text alone."""
-    stored = [row[-1] if row else np.full((*bucket, 3), PAD_VALUE, np.uint8) for row in rows]
+    stored = [as_picture(row[-1] if row else np.full((*bucket, 3), PAD_VALUE, np.uint8)) for row in rows]
     fitted = [fit(image, bucket) for image in stored]
     earlier = [(n, fit(image, bucket)[0]) for n, row in enumerate(rows) for image in row[:-1]]
     pixels = _as_tensor([image for image, _ in fitted])

@@ -55,6 +55,11 @@ class Engine(FromFolder):
         return self.loaded.settings.image_size
 
     @property
+    def largest_side(self) -> int:
+        """The longest side in pixels of any input of trunk or decoders."""
+        return self.trunk.largest_side
+
+    @property
     def tasks(self) -> tuple[str, ...]:
         """Names of the tasks that the model serves."""
         return self.trunk.tasks
@@ -101,13 +106,13 @@ class Engine(FromFolder):
     ) -> list[list[Answer]]:
         """An `Answer` per request of each image, predictions best first.
 
-        images: uint8 [h, w, 3] RGB in the EXIF-rotated frame, None for text alone, a list for the images of a
-        conversation; or the result of `encode`. requests: per entry of `images` (see `make_request`). Decoders that a
-        conversation calls look at its last image. Images that share a size bucket share a pass. `score_threshold` and
-        `max_per_phrase` apply to requests without their own. With `route_only` no decoder is called: an answer holds
-        the LLM's text or the routing token, which in free chat names the decoder that the LLM would have called.
-        `on_text` is called with (index of the image, index of the request, new text) for every token that is written;
-        the text may be empty.
+        images: uint8 [h, w, 3] RGB in the EXIF-rotated frame, or a `Picture` of one decoded at reduced scale (see
+        `largest_side`), None for text alone, a list for the images of a conversation; or the result of `encode`.
+        requests: per entry of `images` (see `make_request`). Decoders that a conversation calls look at its last image.
+        Images that share a size bucket share a pass. `score_threshold` and `max_per_phrase` apply to requests without
+        their own. With `route_only` no decoder is called: an answer holds the LLM's text or the routing token, which in
+        free chat names the decoder that the LLM would have called. `on_text` is called with (index of the image, index
+        of the request, new text) for every token that is written; the text may be empty.
 
         Several threads may call this at once: their text answers are written together.
         """

@@ -30,6 +30,11 @@ class EngineProtocol(Protocol):
         """Side in pixels of the trunk's square input."""
 
     @property
+    def largest_side(self) -> int:
+        """The longest side in pixels of any input of trunk or decoders: images may be decoded at a reduced scale that
+        leaves their longer side this many."""
+
+    @property
     def tasks(self) -> Sequence[str]:
         """Names of the tasks that the model serves."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lumen_ray.data.images import Picture
 from lumen_ray.errors import UserError
 from lumen_ray.exemplars import ClassByExample, split_classes
 from lumen_ray.inference.sampling import GREEDY, Sampling
@@ -17,15 +18,16 @@ from lumen_ray.tasks import Needs, check_classes, get_task, split_phrases
 from lumen_ray.trunk.tokenizer import SPECIAL_TOKENS
 
 #: What requests are about: an image, the images of a conversation in their order, or nothing but text. Images are
-#: uint8 [height, width, 3] RGB, EXIF-rotated.
-Shown = np.ndarray | Sequence[np.ndarray] | None
+#: uint8 [height, width, 3] RGB, EXIF-rotated, or a `Picture` of one that was decoded at reduced scale.
+Image = np.ndarray | Picture
+Shown = Image | Sequence[Image] | None
 
 
-def images_of(shown: Shown) -> tuple[np.ndarray, ...]:
+def images_of(shown: Shown) -> tuple[Image, ...]:
     """The images that requests are about, in order; none for text alone."""
     if shown is None:
         return ()
-    return (shown,) if isinstance(shown, np.ndarray) else tuple(shown)
+    return (shown,) if isinstance(shown, np.ndarray | Picture) else tuple(shown)
 
 
 @dataclass(frozen=True)
@@ -301,9 +303,10 @@ def check_call(images: Any, requests: Any, score_threshold: Any, max_new_tokens:
             "invalid_call",
         )
     for image in (image for shown in images for image in _given_images(shown)):
-        check_pixels(image, "an image", "invalid_image")
-        if image.size == 0:
-            raise UserError(f"an image is empty, its shape is {list(image.shape)}", "invalid_image")
+        pixels = image.pixels if isinstance(image, Picture) else image
+        check_pixels(pixels, "an image", "invalid_image")
+        if pixels.size == 0:
+            raise UserError(f"an image is empty, its shape is {list(pixels.shape)}", "invalid_image")
     for row in requests:
         if not isinstance(row, Sequence) or not all(isinstance(request, Request) for request in row):
             raise UserError(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lumen_ray.data.batches.buckets import choose
+from lumen_ray.data.images import as_picture
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.exemplars import ClassByExample, no_exemplars
@@ -89,6 +90,14 @@ class TrunkStage(FromFolder):
         """Names of the tasks that the model was trained on and, where they need a decoder, has one for."""
         return self.planner.tasks
 
+    @property
+    def largest_side(self) -> int:
+        """The longest side in pixels of any input of trunk or decoders: larger images lose nothing by being decoded at
+        a reduced scale that leaves their longer side this many."""
+        return max(
+            max(max(bucket) for bucket in self.buckets), *(rule.longest for rule in self.input_rules.values()), 1
+        )
+
     def bucket(self, size: Size) -> Size:
         """(height, width) of the model input for an image of (height, width) `size`."""
         return choose((max(1, size[0]), max(1, size[1])), self.buckets)
@@ -96,7 +105,7 @@ class TrunkStage(FromFolder):
     def bucket_of(self, shown: Shown) -> Size:
         """(height, width) of the model input for an image, for several (that of the first), or for text alone."""
         images = images_of(shown)
-        return self.bucket((images[0].shape[0], images[0].shape[1])) if images else self.buckets[0]
+        return self.bucket(as_picture(images[0]).size) if images else self.buckets[0]
 
     @in_model_dtype
     def encode(self, images: Sequence[Shown]) -> EncodedImages:
@@ -116,7 +125,7 @@ class TrunkStage(FromFolder):
     ) -> TrunkOutput:
         """Encodes one prefix per image, then runs the branches of all requests against it.
 
-        images: uint8 [h, w, 3] RGB, EXIF-rotated, all of one `bucket_of`, None for text alone, a sequence for the
+        images: as of `Engine.run`, all of one `bucket_of`, None for text alone, a sequence for the
         images of a conversation, of which decoders see the last; or what `encode` has encoded. requests: per image.
         `class_chunk` bounds the branches per image and pass; results do not depend on it. In the sequential layout the
         prompts of a request are one text and are never split, however many.
@@ -247,7 +256,7 @@ class TrunkStage(FromFolder):
             raise ValueError(f"{len(inputs.images)} images but {len(requests)} lists of requests")
         rows = zip(inputs.images, inputs.valid.tolist(), inputs.numbers, requests, strict=True)
         for image, valid, number, row in rows:
-            check_requests((image.shape[0], image.shape[1]) if valid else None, row, number)
+            check_requests(image.size if valid else None, row, number)
             for shown in (shown for request in row for shown in request.examples.values()):
                 self._check_examples(shown)
 

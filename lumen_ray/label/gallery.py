@@ -8,6 +8,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -17,11 +18,12 @@ from PIL import Image
 
 from lumen_ray.answer import Answer
 from lumen_ray.data.files import write_atomically
-from lumen_ray.data.images import decode
+from lumen_ray.data.images import Picture, decode_reduced
 from lumen_ray.errors import UserError
 from lumen_ray.inference.records import record_edges, records_to_answers
 from lumen_ray.label.inputs import Item, read_bytes
 from lumen_ray.label.ledger import Ledger, open_finished
+from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
 from lumen_ray.viz import draw, palette
 
 MAX_IMAGES = 120
@@ -30,6 +32,8 @@ THUMBNAIL_SIDE = 560
 MAX_LABELLED_INSTANCES = 40
 #: At most this many instances of an answer are drawn, best scores first: a thousand would hide each other.
 MAX_DRAWN = 300
+#: errors.parquet has all of them
+MAX_ERRORS = 1000
 
 _PAGE = Template((Path(__file__).parent / "gallery.html").read_text())
 
@@ -59,7 +63,7 @@ def write_gallery(output: str | Path, *, max_images: int = MAX_IMAGES, path: Pat
         cards="\n".join(cards),
         errors=_errors(ledger),
     )
-    path = path or ledger.output / "gallery.html"
+    path = path or Path(ledger.output, "gallery.html")
     write_atomically(path, lambda p: p.write_text(page))
     return path
 
@@ -70,16 +74,16 @@ def _safe(text: Any) -> str:
 
 def _images(ledger: Ledger, shown: dict[str, Any]) -> Iterator[tuple[Item, bytes]]:
     """The encoded bytes of the images in `shown`, in order; those deleted since are left out."""
-    items = [item for item in ledger.items() if item.image_id in shown]
+    items = list(islice((item for item in ledger.items() if item.image_id in shown), len(shown)))
     for item, data in read_bytes(items):
         if not isinstance(data, UserError):
             yield item, data
 
 
 def _summary(ledger: Ledger, shown: int) -> str:
-    entries = ledger.entries().values()
-    job = json.loads((ledger.output / "job.json").read_text())
-    images, labelled = sum(e["images"] for e in entries), sum(e["labelled"] for e in entries)
+    totals, job = ledger.totals(), ledger.settings()
+    assert job is not None, "a labelled folder has settings"
+    images, labelled = totals["images"], totals["labelled"]
     facts = {
         "images": images,
         "labelled": labelled,
@@ -103,17 +107,17 @@ def _chips(instances: Counter[tuple[str, str]], tasks: list[str], colours: dict[
 
 
 def _card(item: Item, data: bytes, records: list[dict[str, Any]], colours: dict[str, Any]) -> str:
-    image = decode(data)
+    picture = decode_reduced(data, 2 * THUMBNAIL_SIDE)
     answers = records_to_answers(records)
     boxed: dict[str, list[Answer]] = {}
     for answer in answers:
         if answer.text is None:
-            boxed.setdefault(answer.task, []).append(answer)
+            boxed.setdefault(answer.task, []).append(_reduced(answer.best(MAX_DRAWN), picture))
     edges = {r["phrase"]: record_edges(r) for r in records if r["keypoints"] is not None}
-    pictures = [(task, _thumbnail(image, group, colours, edges)) for task, group in boxed.items()]
-    pictures = pictures or [("", _thumbnail(image, [], colours, edges))]
+    pictures = [(task, _thumbnail(picture.pixels, group, colours, edges)) for task, group in boxed.items()]
+    pictures = pictures or [("", _thumbnail(picture.pixels, [], colours, edges))]
     classes = sorted({p.phrase for a in answers for p in a.predictions})
-    found = Counter({p.phrase: len(p) for group in boxed.values() for a in group for p in a.predictions})
+    found = Counter({p.phrase: len(p) for a in answers for p in a.predictions})
     counts = ", ".join(f"{n} × {_safe(phrase)}" for phrase, n in found.items()) or "nothing found" * bool(boxed)
     return (
         f'<figure data-classes="{_safe(json.dumps(classes))}">'
@@ -121,6 +125,23 @@ def _card(item: Item, data: bytes, records: list[dict[str, Any]], colours: dict[
         + f'<figcaption><b title="{_safe(item.path)}">{_safe(item.image_id)}</b><p>{counts}</p>{_texts(records)}'
         + "</figcaption></figure>"
     )
+
+
+def _reduced(answer: Answer, picture: Picture) -> Answer:
+    """The answer in pixels of an image that was decoded at reduced scale."""
+    if picture.reduction == 1 or answer.text is not None:
+        return answer
+    factor, size = picture.reduction, (picture.pixels.shape[0], picture.pixels.shape[1])
+    predictions = []
+    for p in answer.predictions:
+        small = Prediction(p.phrase, Boxes(p.boxes.xyxy / factor, size), p.scores)
+        if p.masks is not None:  # one by one: a mask of a large photograph takes as many bytes as it has pixels
+            whole = (Masks([rle], answer.size).to_arrays()[0] for rle in p.masks.rles)
+            small.masks = Masks.from_arrays(np.stack([mask[::factor, ::factor] for mask in whole]))
+        if p.keypoints is not None:
+            small.keypoints = Keypoints(p.keypoints.xyv / [factor, factor, 1], p.keypoints.names, size)
+        predictions.append(small)
+    return Answer(answer.task, size, predictions)
 
 
 def _texts(records: list[dict[str, Any]]) -> str:
@@ -133,7 +154,6 @@ def _texts(records: list[dict[str, Any]]) -> str:
 
 
 def _thumbnail(image: np.ndarray, answers: list[Answer], colours: dict[str, Any], edges: dict[str, Any]) -> str:
-    answers = [answer.best(MAX_DRAWN) for answer in answers]
     number = sum(len(p) for a in answers for p in a.predictions)
     drawn = draw(image, answers, edges=edges, colours=colours, labels=number <= MAX_LABELLED_INSTANCES)
     picture = Image.fromarray(drawn)
@@ -144,14 +164,15 @@ def _thumbnail(image: np.ndarray, answers: list[Answer], colours: dict[str, Any]
 
 
 def _errors(ledger: Ledger) -> str:
-    errors = [error for entry in ledger.entries().values() for error in entry["errors"]]
+    errors = list(islice((error for _, entry in ledger.entries() for error in entry["errors"]), MAX_ERRORS + 1))
     if not errors:
         return ""
     rows = "".join(
         f"<tr><td>{_safe(e['image_id'])}</td><td><code>{_safe(e['reason'])}</code></td><td>{_safe(e['message'])}</td></tr>"
-        for e in errors
+        for e in errors[:MAX_ERRORS]
     )
+    number = f"{len(errors)} images" if len(errors) <= MAX_ERRORS else f"The first {MAX_ERRORS:,} images"
     return (
-        f"<section><h2>{len(errors)} images that could not be labelled</h2>"
+        f"<section><h2>{number} that could not be labelled</h2>"
         f"<table><tr><th>image</th><th>reason</th><th>what to do</th></tr>{rows}</table></section>"
     )

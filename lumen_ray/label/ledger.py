@@ -1,166 +1,186 @@
 """Records which fragments of the input are done. A job killed anywhere resumes without duplicates or gaps.
 
-The input is cut into fragments of a fixed number of images, listed once in ``ledger/inputs.parquet``. A fragment's
-labels are written to ``labels/part-N.parquet``, then its entry to ``ledger/N.json``, both by atomic rename: only the
-entry marks the fragment as done. A file of labels without an entry is overwritten by the next run; readers take the
-valid files from the ledger.
+`plan.py` cuts the input into fragments. A fragment's labels are written to ``labels/part-N.parquet``, then its entry to
+``ledger/N.json``; each appears whole or not at all, in a folder or a bucket, and only the entry marks the fragment as
+done. A file of labels without an entry is overwritten by the next run; readers take the valid files from the ledger.
+The processes of a job share the folder and nothing else.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lumen_ray.data.files import make_folder, write_atomically
-from lumen_ray.data.pictures import unique_id
+from lumen_ray.data import files, urls
 from lumen_ray.errors import UserError
 from lumen_ray.inference.records import ERROR_SCHEMA, LABEL_SCHEMA
 from lumen_ray.label.inputs import Item
+from lumen_ray.label.plan import Plan
 
-_INPUT_SCHEMA = pa.schema(
-    [
-        ("fragment", pa.int64()),
-        ("image_id", pa.string()),
-        ("path", pa.string()),
-        ("row_group", pa.int32()),
-        ("row", pa.int32()),
-    ]
-)
-
-
-@dataclass(frozen=True)
-class Fragment:
-    """`index`: its number in the job; `items`: its images."""
-
-    index: int
-    items: tuple[Item, ...]
-
-
-def _write_json(path: Path, data: Any) -> None:
-    write_atomically(path, lambda p: p.write_text(json.dumps(data, indent=1, sort_keys=True)))
+_ENTRY = re.compile(r"(\d+)\.json")
 
 
 class Ledger:
-    """The ledger of one output folder."""
+    """The ledger of one output folder, local or in a bucket."""
 
-    def __init__(self, output: str | Path):
-        self.output = Path(output)
-        self._folder = self.output / "ledger"
-        self._inputs = self._folder / "inputs.parquet"
+    def __init__(self, output: urls.Location):
+        self.output = urls.absolute(output)
+        self.folder = urls.join(self.output, "ledger")
+
+    def plan(self, fragment_size: int = 32) -> Plan:
+        return Plan(self.folder, fragment_size)
 
     def open(self, settings: dict[str, Any]) -> None:
-        """Claims the folder for a job with `settings` (JSON types).
+        """Takes the folder for a job with `settings` (JSON types).
 
-        Raises `UserError` if it holds labels made with other settings, naming the difference. The settings of a job
-        that finished no fragment are replaced.
+        Raises `UserError` if it holds labels made with other settings, naming the difference. The settings and the plan
+        of a job that finished no fragment are replaced.
         """
         settings = json.loads(json.dumps(settings))
-        path = self.output / "job.json"
-        make_folder(self.output)
-        if not path.is_file() or not self.entries():
-            self._inputs.unlink(missing_ok=True)
-            _write_json(path, settings)
+        files.make_folder(self.output)
+        before = self.settings()
+        changed = [key for key in sorted({*(before or {}), *settings}) if (before or {}).get(key) != settings.get(key)]
+        if before is not None and not changed:
             return
-        before = json.loads(path.read_text())
-        changed = [key for key in sorted({*before, *settings}) if before.get(key) != settings.get(key)]
-        if changed:
+        if before is not None and self.done():
             key = changed[0]
             more = f", and {', '.join(changed[1:])}" if changed[1:] else ""
+            was, now = _short(before.get(key), settings.get(key))
             raise UserError(
-                f"output '{self.output}' holds labels made with other settings ({key} was {_short(before.get(key))}, "
-                f"now {_short(settings.get(key))}{more}); give a new output folder, or the same settings to resume",
+                f"output '{urls.shown(self.output)}' holds labels made with other settings ({key} was {was}, now {now}"
+                f"{more}); give a new output folder, or the same settings to resume",
                 "other_settings",
             )
+        self.plan().clear()
+        self._write_json(self._path("job.json"), settings)
 
-    def plan(self, items: Sequence[Item], fragment_size: int) -> list[Fragment]:
-        """The fragments still to do, in order.
+    def settings(self) -> dict[str, Any] | None:
+        """The settings of the job; None for a folder without one."""
+        path = self._path("job.json")
+        return json.loads(files.read_text(path)) if files.is_file(path) else None
 
-        Fragments keep their images of the first run; images added since then form further fragments. An image whose id
-        another one has already, as in shard files of different sets, gets a number after it.
-        """
-        known = self._planned()
-        seen = {item.place for fragment in known for item in fragment.items}
-        times = Counter(item.image_id for fragment in known for item in fragment.items)
-        new = [replace(i, image_id=unique_id(i.image_id, times)) for i in items if i.place not in seen]
-        for start in range(0, len(new), fragment_size):
-            known.append(Fragment(len(known), tuple(new[start : start + fragment_size])))
-        if new:
-            rows = [{"fragment": f.index, **asdict(item)} for f in known for item in f.items]
-            table = pa.Table.from_pylist(rows, schema=_INPUT_SCHEMA)
-            write_atomically(self._inputs, lambda p: pq.write_table(table, p))
-        done = self.entries()
-        return [fragment for fragment in known if fragment.index not in done]
-
-    def _planned(self) -> list[Fragment]:
-        """The fragments of ``inputs.parquet``."""
-        if not self._inputs.is_file():
-            return []
-        fragments: dict[int, list[Item]] = {}
-        for row in pq.read_table(self._inputs).to_pylist():
-            fragments.setdefault(row.pop("fragment"), []).append(Item(**row))
-        return [Fragment(index, tuple(items)) for index, items in sorted(fragments.items())]
-
-    def publish(self, fragment: Fragment, records: Sequence[dict[str, Any]], errors: Sequence[dict[str, str]]) -> None:
-        """Marks `fragment` done with its label rows and its failed images (rows of `ERROR_SCHEMA`)."""
+    def publish(
+        self, fragment: int, images: int, records: Sequence[dict[str, Any]], errors: Sequence[dict[str, str]]
+    ) -> None:
+        """Marks a fragment of `images` images done, with its label rows and failed images (rows of `ERROR_SCHEMA`)."""
         table = pa.Table.from_pylist(list(records), schema=LABEL_SCHEMA)
-        path = self._labels(fragment.index)
-        write_atomically(path, lambda p: pq.write_table(table, p, compression="zstd"))
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd")
+        part = f"part-{fragment:06d}.parquet"
+        files.write_bytes(self._path("labels", part), buffer.getvalue())
         entry = {
-            "part": path.name,
-            "images": len(fragment.items),
-            "labelled": len(fragment.items) - len(errors),
+            "part": part,
+            "images": images,
+            "labelled": images - len(errors),
             "errors": list(errors),
             "rows": len(records),
+            "instances": dict(Counter(record["task"] for record in records if record["box"] is not None)),
         }
-        _write_json(self._entry(fragment.index), entry)
+        self._write_json(self._entry(fragment), entry)
 
-    def entries(self) -> dict[int, dict[str, Any]]:
-        """The finished fragments: number -> entry."""
-        paths = sorted(self._folder.glob("[0-9]*.json"))
-        return {int(path.stem): json.loads(path.read_text()) for path in paths}
+    def done(self) -> set[int]:
+        """The numbers of the finished fragments."""
+        if not files.is_dir(self.folder):
+            return set()
+        names = files.list_files(self.folder, (".json",))
+        return {int(match[1]) for name in names if (match := _ENTRY.fullmatch(name))}
 
-    def write_errors(self) -> Path:
-        """Gathers the failed images of all finished fragments in ``errors.parquet``."""
-        errors = [error for entry in self.entries().values() for error in entry["errors"]]
-        path = self.output / "errors.parquet"
-        table = pa.Table.from_pylist(errors, schema=ERROR_SCHEMA)
-        write_atomically(path, lambda p: pq.write_table(table, p))
+    def entry(self, fragment: int) -> dict[str, Any] | None:
+        """What is recorded of a fragment; None if it is not done."""
+        path = self._entry(fragment)
+        return json.loads(files.read_text(path)) if files.is_file(path) else None
+
+    def entries(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        """(number, entry) of the finished fragments, in order."""
+        done = sorted(self.done())
+        for start in range(0, len(done), 512):
+            block = done[start : start + 512]
+            for fragment, data in zip(block, files.read_many([self._entry(f) for f in block]), strict=True):
+                if isinstance(data, UserError):
+                    raise data
+                yield fragment, json.loads(data)
+
+    def totals(self) -> dict[str, Any]:
+        """``images``, ``labelled``, ``errors``, ``fragments``, ``instances`` (task -> count), ``reasons`` (of errors ->
+        count) and ``first_error`` of all finished fragments."""
+        sums: Counter[str] = Counter(images=0, labelled=0, errors=0, fragments=0)
+        instances: Counter[str] = Counter()
+        reasons: Counter[str] = Counter()
+        first: dict[str, str] | None = None
+        for fragment, entry in self.entries():
+            errors = entry["errors"]
+            sums.update(images=entry["images"], labelled=entry["labelled"], errors=len(errors), fragments=1)
+            instances.update(entry["instances"] if "instances" in entry else self._instances(fragment))
+            reasons.update(error["reason"] for error in errors)
+            first = first or (errors[0] if errors else None)
+        return {**sums, "instances": dict(instances), "reasons": dict(reasons), "first_error": first}
+
+    def write_errors(self) -> str:
+        """Gathers the failed images of all finished fragments in ``errors.parquet``; returns its place."""
+        path = self._path("errors.parquet")
+        buffer = io.BytesIO()
+        with pq.ParquetWriter(buffer, ERROR_SCHEMA) as writer:
+            for _, entry in self.entries():
+                if entry["errors"]:
+                    writer.write_table(pa.Table.from_pylist(entry["errors"], schema=ERROR_SCHEMA))
+        files.write_bytes(path, buffer.getvalue())
         return path
 
     def tables(self) -> Iterator[pa.Table]:
         """The label table of each finished fragment, in order."""
-        for index in self.entries():
-            yield pq.read_table(self._labels(index))
+        for fragment in sorted(self.done()):
+            yield self.table(fragment)
+
+    def table(self, fragment: int) -> pa.Table:
+        """The label table of a finished fragment."""
+        path = self._path("labels", f"part-{fragment:06d}.parquet")
+        with files.as_user_error(path), files.open_input(path) as file:
+            return pq.ParquetFile(file).read()
 
     def items(self) -> Iterator[Item]:
         """The images of all finished fragments, failed ones included, in order."""
-        done = self.entries()
-        for fragment in self._planned():
+        done = self.done()
+        for fragment in self.plan().fragments():
             if fragment.index in done:
                 yield from fragment.items
 
-    def _labels(self, index: int) -> Path:
-        return self.output / "labels" / f"part-{index:06d}.parquet"
+    def _instances(self, fragment: int) -> Counter[str]:
+        """Of a fragment from before they were recorded in the entry."""
+        table = self.table(fragment)
+        return Counter(table.filter(table["box"].is_valid())["task"].to_pylist())
 
-    def _entry(self, index: int) -> Path:
-        return self._folder / f"{index:06d}.json"
+    def _path(self, *names: str) -> str:
+        return urls.join(self.output, *names)
+
+    def _entry(self, fragment: int) -> str:
+        return urls.join(self.folder, f"{fragment:06d}.json")
+
+    def _write_json(self, path: str, data: Any) -> None:
+        files.write_bytes(path, json.dumps(data, indent=1, sort_keys=True).encode())
 
 
-def _short(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def _short(before: Any, after: Any) -> tuple[str, str]:
+    """Two values as text, cut to what tells them apart."""
+    texts = [json.dumps(before), json.dumps(after)]
+    if max(map(len, texts)) > 60:
+        first = next((i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b), min(map(len, texts)))
+        start = max(0, first - 20)
+        texts = ["..." * (start > 0) + text[start : start + 54] + "..." * (len(text) > start + 54) for text in texts]
+    return texts[0], texts[1]
 
 
-def open_finished(output: str | Path) -> Ledger:
+def open_finished(output: urls.Location) -> Ledger:
     """The ledger of a labelled folder; raises `UserError` if `output` is not one."""
     ledger = Ledger(output)
-    if not (ledger.output / "job.json").is_file():
-        raise UserError(f"'{output}' is not an output folder of `lumen-ray label`; give one", "not_labelled")
+    if ledger.settings() is None:
+        raise UserError(
+            f"'{urls.shown(output)}' is not an output folder of `lumen-ray label`; give one", "not_labelled"
+        )
     return ledger

@@ -1,56 +1,44 @@
 """Labels a corpus: images in, `LABEL_SCHEMA` Parquet out, one trunk pass per image for all its tasks.
 
-    fragments -> read and decode (CPU tasks) -> model actors -> this process: collects each fragment, publishes it
+    listing -> fragments -> model actors: read, decode, answer, publish -> counts in this process
 
-Decoded pixels travel as raw bytes; an image's labels are a few kilobytes, so one writer suffices and the ledger needs
-no lock. `workers.py` holds the code that runs on the cluster.
+What the actors write is the labels and the ledger (`ledger.py`); this process never holds a label or a list of images.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lumen_ray.data import files
-from lumen_ray.data.files import write_atomically
+from lumen_ray.data import files, urls
 from lumen_ray.data.pictures import left_out_note
 from lumen_ray.errors import UserError
 from lumen_ray.exemplar_file import load_exemplars
-from lumen_ray.exemplars import ClassByExample, no_exemplars
+from lumen_ray.exemplars import ClassByExample
 from lumen_ray.inference.device import find_device
 from lumen_ray.inference.protocol import EngineProtocol
+from lumen_ray.label.claim import Claim
 from lumen_ray.label.exporters.registry import DEFAULT_EXPORTS, check_formats, choose_tasks
-from lumen_ray.label.inputs import find_inputs
-from lumen_ray.label.ledger import Fragment, Ledger
+from lumen_ray.label.ledger import Ledger
+from lumen_ray.label.listing import Listing
+from lumen_ray.label.plan import Plan
+from lumen_ray.label.progress import ErrorLimit, Status
 from lumen_ray.label.requests import build_requests
-from lumen_ray.label.workers import WorkerSettings, fingerprint, label_in_process, label_on_ray
+from lumen_ray.label.runs import Work, label_in_process, label_on_ray
+from lumen_ray.label.settings import check_exemplars, chosen_decoders, exemplar_settings, job_settings
+from lumen_ray.label.workers import Outcome, WorkerSettings
 from lumen_ray.structures import check_dtype
 
 #: A job stops after this many failures of the model without a success: the model is at fault, not the images.
 MODEL_FAILURES = 8
-
-Progress = Callable[["Status"], None]
-
-
-@dataclass
-class Status:
-    """The progress of a job. `finished_before`: images done in earlier runs."""
-
-    total: int
-    done: int = 0
-    errors: int = 0
-    finished_before: int = 0
-    started: float = field(default_factory=time.monotonic)
-
-    @property
-    def rate(self) -> float:
-        """Images per second of this run."""
-        return (self.done - self.finished_before) / max(time.monotonic() - self.started, 1e-9)
+#: seconds for which the input is listed before the first image is labelled; a longer listing goes on beside it
+LIST_AHEAD_S = 2.0
+Progress = Callable[[Status], None]
 
 
 def label(
@@ -64,7 +52,7 @@ def label(
     keypoints: Sequence[str] | None = None,
     exemplars: Sequence[ClassByExample] = (),
     decoders: Mapping[str, str] | None = None,
-    num_actors: int = 1,
+    num_actors: int | range | None = 1,
     batch_size: int = 8,
     score_threshold: float = 0.3,
     max_per_phrase: int = 300,
@@ -72,112 +60,140 @@ def label(
     device: str | None = None,
     dtype: str = "float32",
     fragment_size: int = 32,
-    exports: Sequence[str] = DEFAULT_EXPORTS,
+    image_column: str | None = None,
+    refresh: bool = False,
+    max_errors: str | int | None = None,
+    exports: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Labels the images of `input` (folder, glob or shard folder) into the folder `output`; returns a summary.
+    """Labels the images of `input` (see `label.listing`) into the folder `output`; returns a summary.
 
     model: model folder, or a function that returns an engine (called in each actor).
     prompts: task -> texts for the tasks that need one (see `label.requests`).
     exemplars: classes given by example, on images of their own (see `label.requests`).
     decoders: task -> decoder, overriding the model folder's choice.
-    num_actors: model actors on Ray; 0 labels in this process, without Ray.
+    num_actors: model actors on Ray; a range for a pool that grows and shrinks between its first and last number; None:
+        as many as there are GPUs or cores; 0 labels in this process, without Ray.
     device: 'cpu' or 'cuda', in this process also 'cuda:N'; None: a GPU per actor if the cluster has any.
     dtype: 'float32' or 'bfloat16', of the model's weights and arithmetic.
-    exports: formats to export the labels in, by their names in `exporters.registry`; none: only the tables.
-    progress: called with a `Status` after every image.
+    image_column: the column of images or of their paths, where the input is a table with an unusual name for it.
+    refresh: looks for images that were added to an input that has been listed before.
+    max_errors: stops the job once more images than this have failed: a number, or a share such as '5%', which counts
+        from 100 images on.
+    exports: formats to export the labels in, by their names in `exporters.registry`; None: `DEFAULT_EXPORTS` for a
+        local output, none for one in a bucket.
+    progress: called with a `Status` after every few images.
 
     Writes ``labels/*.parquet``, ``errors.parquet``, the `exports` and ``summary.json``. Run again after a stop, it
     continues where it stopped. In the summary, ``images == labelled + errors``; on Ray, ``log`` names the file with
     Ray's log lines. Raises `UserError` for invalid requests, a decoder that cannot serve its task, a missing device, an
-    input without images, or an output folder that is a URL or holds labels made with other settings; and, once the
-    errors are written, if no image at all could be labelled.
+    input without images, or an output folder that another job is writing or that holds labels made with other
+    settings; when the job stops for `max_errors` or a store that cannot be reached; and, once the errors are written,
+    if no image at all could be labelled.
     """
+    exports = _exports(exports, output, list(dict.fromkeys(tasks)))
     _check(num_actors, batch_size, score_threshold, fragment_size)
-    exports = check_formats(exports) if exports else []
-    for name in exports:
-        choose_tasks(name, list(dict.fromkeys(tasks)))
+    limit = ErrorLimit.parse(max_errors)
     device = _check_device(device, num_actors)
-    output = files.local_folder(output)
     exemplars = load_exemplars(exemplars)
     requests = build_requests(tasks, classes, prompts, keypoints, exemplars)
-    chosen = _chosen_decoders(model, decoders or {})
-    _check_exemplars(model, exemplars)
-    worker = WorkerSettings(
-        model, tuple(requests), device, batch_size, num_actors, score_threshold, max_per_phrase, max_new_tokens, chosen,
-        check_dtype(dtype),
-    )  # fmt: skip
+    chosen = chosen_decoders(model, decoders or {})
+    check_exemplars(model, exemplars)
     ledger = Ledger(output)
-    inputs = find_inputs(input, exclude=output)
-    ledger.open(_job_settings(worker, input, tasks, classes, prompts, keypoints) | _exemplar_settings(exemplars))
-    fragments = ledger.plan(inputs.items, fragment_size)
-    before = sum(entry["images"] for entry in ledger.entries().values())
-    status = Status(before + sum(len(f.items) for f in fragments), done=before, finished_before=before)
-    if fragments:
-        results = (label_on_ray if num_actors else label_in_process)(fragments, worker)
-        _collect(results, fragments, ledger, status, progress)
-    summary = _finish(ledger, status, exports, inputs.left_out)
-    if fragments and num_actors:
+    worker = WorkerSettings(
+        model, tuple(requests), device, batch_size, score_threshold, max_per_phrase, max_new_tokens, chosen,
+        check_dtype(dtype), output=ledger.output,
+    )  # fmt: skip
+    settings = job_settings(worker, input, tasks, classes, prompts, keypoints) | exemplar_settings(exemplars)
+    inside = None if urls.is_url(output) else Path(ledger.output)
+    listing = Listing(input, inside, image_column)
+    files.make_folder(ledger.output)
+    with Claim(ledger.folder) as claim:
+        ledger.open(settings)
+        plan = ledger.plan(fragment_size)
+        done = ledger.done()
+        if not refresh and (finished := _finished(ledger, plan, len(done), exports)) is not None:
+            return finished
+        work = Work(plan, done, listing if refresh or not plan.is_complete else None)
+        _list_ahead(work)
+        before = ledger.totals()
+        status = Status(plan.num_images(), before["images"], before["errors"], before["images"], plan.is_complete)
+        ran = status.done < status.total or not status.is_listed
+        if ran:
+            worker = replace(worker, proven=before["labelled"] > 0)
+            run = label_in_process(work, worker) if num_actors == 0 else label_on_ray(work, worker, _range(num_actors))
+            _collect(run, ledger, status, limit, _told(status, claim, plan, progress), proven=worker.proven)
+        summary = _finish(ledger, status, exports, plan.left_out)
+    if ran and num_actors != 0:
         from lumen_ray.ray_log import log_file
 
         summary["log"] = str(log_file())
     return summary
 
 
-def _job_settings(
-    worker: WorkerSettings,
-    input: str | Path,
-    tasks: Sequence[str],
-    classes: Sequence[str] | None,
-    prompts: Mapping[str, Sequence[str]] | None,
-    keypoints: Sequence[str] | None,
-) -> dict[str, Any]:
-    """The settings that labels depend on, as ``job.json`` keeps them (JSON types)."""
-    return {
-        "input": str(input),
-        "model": fingerprint(worker.model),
-        "tasks": list(dict.fromkeys(tasks)),
-        "classes": list(classes or ()),
-        "prompts": {name: list(texts) for name, texts in (prompts or {}).items()},
-        "keypoints": list(keypoints or ()),
-        "decoders": dict(worker.decoders) or None,  # null, as in folders older than this setting
-        "dtype": None if worker.dtype == "float32" else worker.dtype,  # likewise
-        "score_threshold": worker.score_threshold,
-        "max_per_phrase": worker.max_per_phrase,
-        "max_new_tokens": worker.max_new_tokens,
-    }
+def _range(num_actors: int | range | None) -> range | None:
+    return range(num_actors, num_actors + 1) if isinstance(num_actors, int) else num_actors
 
 
-def _exemplar_settings(exemplars: Sequence[ClassByExample]) -> dict[str, Any]:
-    """The part of the job's settings that identifies the examples; empty without any, as in older folders."""
-    if not exemplars:
-        return {}
-    found = [
-        {
-            "name": shown.name,
-            "named": shown.named,
-            "examples": [
-                {"box": [float(value) for value in e.box], "positive": e.positive, "key": e.key} for e in shown.examples
-            ],
-        }
-        for shown in exemplars
-    ]
-    return {"exemplars": found}
+def _list_ahead(work: Work) -> None:
+    """Lists the input for a moment, so that mistakes in it are raised here and most totals are known from the start."""
+    if work.listing is None:
+        return
+    ends = time.monotonic() + LIST_AHEAD_S
+    for _ in work.plan.fragments(work.listing):
+        if time.monotonic() > ends:
+            return
 
 
-def _check(num_actors: int, batch_size: int, score_threshold: float, fragment_size: int) -> None:
+def _told(status: Status, claim: Claim, plan: Plan, progress: Progress | None) -> Callable[[], None]:
+    """Passes progress on to the caller and, for `lumen-ray label status`, to the claim."""
+    checked = time.monotonic()
+
+    def tell() -> None:
+        nonlocal checked
+        if not status.is_listed and time.monotonic() > checked + LIST_AHEAD_S:
+            checked = time.monotonic()
+            status.is_listed, status.total = plan.is_complete, plan.num_images()
+        claim.state = status.facts()
+        if progress is not None:
+            progress(status)
+
+    return tell
+
+
+def _exports(exports: Sequence[str] | None, output: str | Path, tasks: Sequence[str]) -> Sequence[str]:
+    """The exports to write. Raises `UserError` for unknown ones, one that holds none of the tasks, and, in a bucket,
+    for any."""
+    chosen = check_formats(exports) if exports else []
+    if urls.is_url(output):
+        if chosen:
+            raise UserError(
+                f"output '{urls.shown(output)}' is a URL, where {', '.join(chosen)} cannot be written; leave the "
+                "exports out and use `lumen-ray label export` afterwards, or give a folder on a file system",
+                "invalid_output",
+            )
+        return ()
+    chosen = list(DEFAULT_EXPORTS) if exports is None else chosen
+    for name in chosen:
+        choose_tasks(name, tasks)
+    return chosen
+
+
+def _check(num_actors: int | range | None, batch_size: int, score_threshold: float, fragment_size: int) -> None:
     for name, value, least in (
-        ("num_actors", num_actors, 0),
+        ("num_actors", num_actors if isinstance(num_actors, int) else 1, 0),
         ("batch_size", batch_size, 1),
         ("fragment_size", fragment_size, 1),
     ):
         if value < least:
             raise UserError(f"{name} is {value}; give {least} or more", "invalid_setting")
+    if isinstance(num_actors, range) and not (len(num_actors) and num_actors[0] >= 1):
+        raise UserError("num_actors is an empty range; give at least 1, and no less at most", "invalid_setting")
     if not 0 <= score_threshold <= 1:
         raise UserError(f"score_threshold is {score_threshold}; give a value from 0 to 1", "invalid_setting")
 
 
-def _check_device(device: str | None, num_actors: int) -> str | None:
+def _check_device(device: str | None, num_actors: int | range | None) -> str | None:
     """The device of this process; actors get their GPU from Ray, which also checks that there is one."""
     if num_actors == 0:
         return find_device(device)
@@ -190,114 +206,77 @@ def _check_device(device: str | None, num_actors: int) -> str | None:
     return device
 
 
-def _chosen_decoders(model: str | Path | Callable[[], EngineProtocol], decoders: Mapping[str, str]) -> dict[str, str]:
-    """The entries of `decoders` that differ from the model folder's choice, which its fingerprint covers."""
-    if not decoders:
-        return {}
-    if callable(model):
-        raise UserError("decoders can be chosen for a model folder only; give one as the model", "invalid_setting")
-    from lumen_ray.model.settings import read_settings
-
-    settings = read_settings(model)
-    return settings.choose(decoders, str(model)).chosen_over(settings)
-
-
-def _check_exemplars(model: str | Path | Callable[[], EngineProtocol], exemplars: Sequence[ClassByExample]) -> None:
-    """Raises `UserError` for exemplars if the model folder does not take them, before an actor is started."""
-    if not exemplars or callable(model):
-        return
-    from lumen_ray.model.build import read_meta
-    from lumen_ray.model.settings import read_settings
-
-    layout = read_settings(model).prompt_layout
-    if not read_meta(model).reads_exemplars or layout == "sequential":
-        raise no_exemplars(exemplars[0].name, layout)
-
-
 def _collect(
-    results: Iterable[dict[str, Any]],
-    fragments: Sequence[Fragment],
+    outcomes: Iterable[Outcome],
     ledger: Ledger,
     status: Status,
-    progress: Progress | None,
+    limit: ErrorLimit,
+    tell: Callable[[], None],
+    proven: bool,
 ) -> None:
-    """Gathers per-image results into fragments and publishes each as soon as it is complete."""
-    by_index = {fragment.index: fragment for fragment in fragments}
-    waiting: dict[int, dict[int, dict[str, Any]]] = defaultdict(dict)
-    succeeded = sum(entry["labelled"] for entry in ledger.entries().values())
-    model_failures: list[str] = []
-    for result in results:
-        if result["reason"] == "unusable_model":
-            raise UserError(result["message"], "unusable_model")
-        status.done += 1
-        status.errors += bool(result["reason"])
-        succeeded += not result["reason"]
-        if result["reason"] == "model_error":
-            model_failures.append(result["message"])
-        index = result["fragment"]
-        waiting[index][result["index"]] = result
-        if not succeeded and len(model_failures) >= MODEL_FAILURES:
+    """Adds up what the workers have done, and publishes what they withheld once the model has succeeded anywhere."""
+    failures: list[str] = []
+    withheld: list[tuple[int, int, list[dict[str, str]]]] = []
+    for outcome in outcomes:
+        if outcome.fault:
+            raise UserError(outcome.fault, "unusable_model")
+        status.done += outcome.done
+        status.errors += outcome.errors
+        failures += outcome.failures
+        withheld += outcome.withheld
+        proven |= outcome.done > outcome.errors
+        if not proven and len(failures) >= MODEL_FAILURES:
             break
-        # nothing is published before the model's first success, so that a bad model leaves no errors to clean up
-        ready = [i for i, found in waiting.items() if len(found) == len(by_index[i].items)]
-        for i in ready if succeeded or not model_failures else ():
-            _publish(ledger, by_index[i], waiting.pop(i))
-        if progress is not None:
-            progress(status)
-    if model_failures and not succeeded:
-        raise RuntimeError(
-            f"the model failed on each of {len(model_failures)} images; the first time: {model_failures[0]}"
-        )
-    assert not waiting, f"{len(waiting)} fragments came back incomplete"
+        while proven and withheld:
+            index, images, errors = withheld.pop()
+            ledger.publish(index, images, [], errors)
+        tell()
+        if outcome.stop is not None:
+            message, reason = outcome.stop
+            raise UserError(f"{message}; run the same command again to continue", reason)
+        limit.check(status)
+    if failures and not proven:
+        raise RuntimeError(f"the model failed on each of {len(failures)} images; the first time: {failures[0]}")
 
 
-def _publish(ledger: Ledger, fragment: Fragment, results: dict[int, dict[str, Any]]) -> None:
-    records, errors = [], []
-    for position, item in enumerate(fragment.items):
-        result = results[position]
-        if result["reason"]:
-            error = {"image_id": item.image_id, "path": item.path}
-            errors.append({**error, "reason": result["reason"], "message": result["message"]})
-        else:
-            records += json.loads(result["records"])
-    ledger.publish(fragment, records, errors)
+def _finished(ledger: Ledger, plan: Plan, done: int, exports: Sequence[str]) -> dict[str, Any] | None:
+    """The summary of a job that has nothing left to do; None for others."""
+    path = urls.join(ledger.output, "summary.json")
+    if not files.is_file(path) or plan.num_fragments() != done:
+        return None
+    summary = json.loads(files.read_text(path))
+    written = {name for name, path in summary.get("exports", {}).items() if files.exists(path)}
+    if summary["fragments"] != done or not set(exports) <= written:
+        return None
+    return {**summary, "finished_before": summary["images"], "seconds": 0.0, "images_per_second": 0.0}
 
 
 def _finish(ledger: Ledger, status: Status, exports: Sequence[str], left_out: Counter[str]) -> dict[str, Any]:
     """Writes errors, exports and the summary of the whole output folder (all runs)."""
     from lumen_ray.label.exporters.export import export
 
-    entries = ledger.entries()
-    errors_path = ledger.write_errors()
-    errors = [error for entry in entries.values() for error in entry["errors"]]
-    if errors and not any(entry["labelled"] for entry in entries.values()):
+    totals, errors_path = ledger.totals(), ledger.write_errors()
+    if totals["images"] and not totals["labelled"]:
+        first = totals["first_error"]
         raise UserError(
-            f"none of {len(errors)} images could be labelled, the first, '{errors[0]['image_id']}', because "
-            f"{errors[0]['message']}; see '{errors_path}', fix the images and give a new output folder",
+            f"none of {totals['images']} images could be labelled, the first, '{first['image_id']}', because "
+            f"{first['message']}; see '{urls.shown(errors_path)}', fix the images and give a new output folder",
             "nothing_labelled",
         )
-    instances: Counter[str] = Counter()
-    for table in ledger.tables():
-        boxed = table.filter(table["box"].is_valid())
-        instances.update(boxed["task"].to_pylist())
     seconds = time.monotonic() - status.started
     summary: dict[str, Any] = {
-        "output": str(ledger.output),
-        "images": sum(e["images"] for e in entries.values()),
-        "labelled": sum(e["labelled"] for e in entries.values()),
-        "errors": len(errors),
-        "first_error": errors[0] if errors else None,
+        "output": ledger.output,
+        **totals,
         "left_out": dict(left_out),
-        "instances": dict(instances),
-        "fragments": len(entries),
         "finished_before": status.finished_before,
         "seconds": round(seconds, 2),
         "images_per_second": round((status.done - status.finished_before) / max(seconds, 1e-9), 2),
     }
-    assert summary["images"] == summary["labelled"] + summary["errors"] == status.total
+    planned = ledger.plan().num_images()
+    assert totals["images"] == totals["labelled"] + totals["errors"] == planned, f"{totals} of {planned} images"
     written = export(ledger.output, exports) if exports else {}
     summary["exports"] = {name: found["output"] for name, found in written.items()}
-    write_atomically(ledger.output / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1)))
+    files.write_bytes(urls.join(ledger.output, "summary.json"), json.dumps(summary, indent=1).encode())
     return summary
 
 

@@ -1,48 +1,82 @@
-"""The workers of a label job, on the cluster's machines or in this process: reading, decoding, the model."""
+"""The workers of a label job, on the cluster's machines or in this process: reading, decoding, the model, publishing.
+
+An actor reads the images of a fragment where the model is, decodes them at the scale that the model needs, and
+publishes the fragment's labels itself: what travels between processes is where images are, and counts.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
+import pickle
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lumen_ray.data.images import decode
+from lumen_ray.data.images import Picture, decode_reduced
 from lumen_ray.errors import UserError
 from lumen_ray.inference.device import find_device
 from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.inference.records import answer_records
 from lumen_ray.inference.request import Request
-from lumen_ray.label.inputs import read_bytes
-from lumen_ray.label.ledger import Fragment
+from lumen_ray.label.inputs import Item, read_bytes
+from lumen_ray.label.ledger import Ledger
+from lumen_ray.label.plan import Fragment
 from lumen_ray.presets import model_folder
 
-#: Seconds without a result after which Ray Data gives up (its default: 30 minutes); loading a large model must fit.
-NO_PROGRESS_TIMEOUT_S = 900
 _SAMPLE_BYTES = 1 << 20
+#: of `StoreError`: where no image of a fragment can be read for these, the job stops instead of recording all of them
+_STORE_REASONS = ("store_unreachable", "unknown_store")
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
     """The settings of a model actor. `model`: folder, or a function that returns an engine; `decoders`: task ->
-    decoder, overriding the folder's choice; `device`: None for a GPU if there is one."""
+    decoder, overriding the folder's choice; `device`: None for a GPU if there is one; `threads`: of an actor, for
+    arithmetic on a CPU and for decoding; None in a process of the user's, whose threads are left alone. `output`: the
+    folder to publish in. `proven`: the model has answered about an image of this job before."""
 
     model: str | Path | Callable[[], EngineProtocol]
     requests: tuple[Request, ...]
     device: str | None = None
     batch_size: int = 8
-    num_actors: int = 1
     score_threshold: float = 0.3
     max_per_phrase: int = 300
     max_new_tokens: int = 48
     decoders: Mapping[str, str] = field(default_factory=dict)
     dtype: str = "float32"
+    threads: int | None = None
+    output: str = ""
+    proven: bool = False
+
+
+@dataclass
+class Outcome:
+    """What came of some fragments: the numbers of images `done` and of `errors` among them.
+
+    `failures`: messages of failures of the model; `fault`: why the model cannot be used at all; `stop`: why the job
+    cannot go on; `withheld`: fragments (number, images, errors) that an actor whose model never succeeded did not
+    publish.
+    """
+
+    done: int = 0
+    errors: int = 0
+    failures: list[str] = field(default_factory=list)
+    fault: str = ""
+    stop: tuple[str, str] | None = None
+    withheld: list[tuple[int, int, list[dict[str, str]]]] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Outcome:
+        return cls(**json.loads(text))
 
 
 def fingerprint(model: str | Path | Callable[[], EngineProtocol]) -> str:
@@ -64,19 +98,29 @@ def fingerprint(model: str | Path | Callable[[], EngineProtocol]) -> str:
     return digest.hexdigest()[:16]
 
 
-def read_fragment(fragment: Fragment) -> Iterator[dict[str, Any]]:
-    """One row per image of the fragment: its pixels as bytes, or `reason` and `message`."""
-    for index, (item, data) in enumerate(read_bytes(fragment.items)):
-        row = {"fragment": fragment.index, "index": index, "image_id": item.image_id, "path": item.path}
-        row.update(height=0, width=0, pixels=b"", reason="", message="")
+@dataclass
+class _Image:
+    """An image of a fragment on its way: `picture`, then `records`; or an error's `reason` and `message`."""
+
+    item: Item
+    picture: Picture | None = None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    reason: str = ""
+    message: str = ""
+
+
+def read_images(items: Sequence[Item], largest_side: int, pool: ThreadPoolExecutor) -> list[_Image]:
+    """Reads the images and decodes them at the scale that leaves their longer side `largest_side` pixels."""
+
+    def decoded(item: Item, data: bytes | UserError) -> _Image:
         try:
             if isinstance(data, UserError):
                 raise data
-            image = decode(data)
-            row.update(height=image.shape[0], width=image.shape[1], pixels=image.tobytes())
+            return _Image(item, decode_reduced(data, largest_side))
         except UserError as error:
-            row.update(reason=error.reason, message=str(error))
-        yield row
+            return _Image(item, reason=error.reason, message=str(error))
+
+    return [future.result() for future in [pool.submit(decoded, *read) for read in read_bytes(items)]]
 
 
 class Labeller:
@@ -84,7 +128,11 @@ class Labeller:
 
     def __init__(self, settings: WorkerSettings):
         self.settings = settings
+        self.ledger = Ledger(settings.output)
         self.fault = ""
+        self._proven = settings.proven
+        self._reader = ThreadPoolExecutor(1, "label-read")
+        self._decoders = ThreadPoolExecutor(settings.threads or 1, "label-decode")
         try:
             self.engine = _load(settings)
             self.requests = _fit_requests(settings.requests, self.engine)
@@ -113,60 +161,121 @@ class Labeller:
             "max_new_tokens": s.max_new_tokens,
         }
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        """Columns of `read_fragment` -> ``fragment, index, reason, message, records`` (JSON), one row per image."""
-        names = ("fragment", "index", "image_id", "path", "height", "width", "pixels", "reason", "message")
-        rows = [dict(zip(names, values, strict=True)) for values in zip(*(batch[n] for n in names), strict=True)]
-        results = self.label(rows)
-        return {name: [r[name] for r in results] for name in ("fragment", "index", "reason", "message", "records")}
+    def label(self, fragments: Sequence[Fragment]) -> Outcome:
+        """Labels and publishes fragments. One that is done already, by an actor that died before it reported, is only
+        counted."""
+        outcome = Outcome(fault=self.fault)
+        if self.fault:
+            return outcome
+        waiting: list[Fragment] = []
+        for fragment in fragments:
+            if (entry := self.ledger.entry(fragment.index)) is None:
+                waiting.append(fragment)
+            else:
+                outcome.done += entry["images"]
+                outcome.errors += len(entry["errors"])
+        try:
+            for fragment, images in self._answered(waiting):
+                self._publish(fragment, images, outcome)
+        except UserError as error:  # the store of the images or of the labels is gone, the disk is full
+            outcome.stop = (str(error), error.reason)
+        return outcome
 
-    def label(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The result of each row of `read_fragment`, in order."""
-        results = []
-        for row in rows:
-            result = {"fragment": int(row["fragment"]), "index": int(row["index"]), "records": ""}
-            fault = ("unusable_model", self.fault) if self.fault else (row["reason"], row["message"])
-            results.append({**result, "reason": str(fault[0]), "message": str(fault[1])})
-        good = [(row, result) for row, result in zip(rows, results, strict=True) if not result["reason"]]
-        self._answer(good)
-        return results
+    def _answered(self, fragments: Sequence[Fragment]) -> Iterator[tuple[Fragment, list[_Image]]]:
+        """The fragments with all their images answered. The next batch is read while the model has this one."""
+        size = self.settings.batch_size
+        batches = [
+            (fragment, fragment.items[start : start + size], start + size >= len(fragment.items))
+            for fragment in fragments
+            for start in range(0, len(fragment.items), size)
+        ]
+        coming: list[Future[list[_Image]]] = []
 
-    def _answer(self, pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]]) -> None:
-        """Fills in the records of the (row, result) pairs. A batch that fails is retried image by image."""
-        if not pairs:
+        def read_ahead(number: int) -> None:
+            if number < len(batches):
+                items = batches[number][1]
+                coming.append(self._reader.submit(read_images, items, self.engine.largest_side, self._decoders))
+
+        read_ahead(0)
+        images: list[_Image] = []
+        for number, (fragment, _, is_last) in enumerate(batches):
+            batch = coming.pop(0).result()
+            read_ahead(number + 1)
+            self._answer([image for image in batch if not image.reason])
+            for image in batch:
+                image.picture = None
+            images += batch
+            if is_last:
+                yield fragment, images
+                images = []
+
+    def _publish(self, fragment: Fragment, images: Sequence[_Image], outcome: Outcome) -> None:
+        """Nothing that the model failed on is published before its first success, so that a bad model leaves no errors
+        to clean up."""
+        errors = [
+            {"image_id": i.item.image_id, "path": i.item.path, "reason": i.reason, "message": i.message}
+            for i in images
+            if i.reason
+        ]
+        if len(errors) == len(images) > 1 and all(error["reason"] in _STORE_REASONS for error in errors):
+            raise UserError(errors[0]["message"], errors[0]["reason"])
+        failures = [image.message for image in images if image.reason == "model_error"]
+        outcome.done += len(images)
+        outcome.errors += len(errors)
+        outcome.failures += failures
+        self._proven |= len(errors) < len(images)
+        if failures and not self._proven:
+            outcome.withheld.append((fragment.index, len(images), errors))
+            return
+        records = [record for image in images for record in image.records]
+        self.ledger.publish(fragment.index, len(images), records, errors)
+
+    def _answer(self, images: Sequence[_Image]) -> None:
+        """Fills in the records of images. A batch that fails is retried image by image."""
+        if not images:
             return
         try:
-            images = [
-                np.frombuffer(row["pixels"], np.uint8).reshape(int(row["height"]), int(row["width"]), 3)
-                for row, _ in pairs
-            ]
-            answers = self.engine.run(images, [self.requests] * len(images), **self._run_settings())
+            answers = self.engine.run(
+                [_shown(image) for image in images], [self.requests] * len(images), **self._run_settings()
+            )
         except Exception as error:  # one image must not stop the others
-            if len(pairs) > 1:
-                for pair in pairs:
-                    self._answer([pair])
+            if len(images) > 1:
+                for image in images:
+                    self._answer([image])
                 return
             where = traceback.extract_tb(error.__traceback__)[-1]
-            message = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
-            pairs[0][1].update(reason="model_error", message=message)
+            images[0].reason = "model_error"
+            images[0].message = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
             return
-        for (row, result), found in zip(pairs, answers, strict=True):
-            records = [
+        for image, found in zip(images, answers, strict=True):
+            image.records = [
                 record
                 for request, answer in zip(self.requests, found, strict=True)
-                for record in answer_records(str(row["image_id"]), str(row["path"]), request, answer, self.provenance)
+                for record in answer_records(image.item.image_id, image.item.path, request, answer, self.provenance)
             ]
-            result["records"] = json.dumps(records)
+
+
+def _shown(image: _Image) -> np.ndarray | Picture:
+    """What the engine gets: an image at full scale as its pixels."""
+    assert image.picture is not None, "images that could not be decoded are not asked about"
+    return image.picture.pixels if image.picture.reduction == 1 else image.picture
 
 
 class LabelActor(Labeller):
-    """A `Labeller` of the actor pool."""
+    """A `Labeller` of Ray Data's actor pool."""
 
     def __init__(self, settings: WorkerSettings):
         import torch
 
-        torch.set_num_threads(1)  # actors share the machine's cores
+        torch.set_num_threads(settings.threads or 1)  # actors share the machine's cores
         super().__init__(settings)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
+        """``fragments`` (pickled) or ``outcome`` of the listing -> ``outcome``, as JSON."""
+        outcomes = []
+        for pickled, failed in zip(batch["fragments"], batch["outcome"], strict=True):
+            outcomes.append(str(failed) if failed else self.label(pickle.loads(pickled)).to_json())
+        return {"outcome": outcomes}
 
 
 def _load(settings: WorkerSettings) -> EngineProtocol:
@@ -195,89 +304,3 @@ def _fit_requests(requests: Iterable[Request], engine: EngineProtocol) -> list[R
             request = replace(request, phrases=posed)
         fitted.append(request)
     return fitted
-
-
-def label_in_process(fragments: Sequence[Fragment], settings: WorkerSettings) -> Iterator[dict[str, Any]]:
-    """The result of every image, in order, without Ray."""
-    labeller = Labeller(settings)
-    batch: list[dict[str, Any]] = []
-    for row in (row for fragment in fragments for row in read_fragment(fragment)):
-        batch.append(row)
-        if len(batch) == settings.batch_size:
-            yield from labeller.label(batch)
-            batch = []
-    yield from labeller.label(batch)
-
-
-def label_on_ray(fragments: Sequence[Fragment], settings: WorkerSettings) -> Iterator[dict[str, Any]]:
-    """The result of every image in no particular order. Starts a local Ray if none is running."""
-    from lumen_ray.ray_env import cluster_resources, init_local, prepare_environment
-    from lumen_ray.ray_log import native_lines_in_file
-
-    prepare_environment()
-    import ray
-    import ray.data
-
-    if not ray.is_initialized():
-        init_local()
-    settings, (num_cpus, num_gpus) = actor_resources(settings, cluster_resources())
-    rows = [{"item": fragment} for fragment in fragments]
-    with _data_context(ray.data.DataContext.get_current()):
-        dataset = (
-            ray.data.from_items(rows, override_num_blocks=len(rows))
-            .flat_map(lambda row: read_fragment(row["item"]))
-            .map_batches(
-                LabelActor,
-                fn_constructor_args=(settings,),
-                batch_size=settings.batch_size,
-                batch_format="numpy",
-                compute=ray.data.ActorPoolStrategy(size=settings.num_actors),
-                num_cpus=num_cpus,
-                num_gpus=num_gpus,
-            )
-        )
-        with native_lines_in_file():
-            yield from dataset.iter_rows()
-
-
-def actor_resources(settings: WorkerSettings, available: Mapping[str, float]) -> tuple[WorkerSettings, tuple[int, int]]:
-    """The settings of an actor with its device, and the (CPUs, GPUs) to reserve: Ray hides other GPUs from it.
-
-    available: "CPU" and "GPU" of the cluster. GPUs are used if there are any. Raises `UserError` if the actors do not
-    fit.
-    """
-    on_gpu = settings.device == "cuda" or (settings.device is None and available.get("GPU", 0) >= 1)
-    _check_resources(available, settings.num_actors, on_gpu)
-    if on_gpu:
-        return settings, (0, 1)
-    return replace(settings, device="cpu"), (1, 0)
-
-
-def _check_resources(available: Mapping[str, float], num_actors: int, on_gpu: bool) -> None:
-    """Raises `UserError` for actors that do not fit, for which Ray Data would wait silently; reading needs one CPU."""
-    kind, need = ("GPU", num_actors) if on_gpu else ("CPU", num_actors + 1)
-    have = int(available.get(kind, 0))
-    if need > have:
-        others = ([f"at most {have}"] if have else []) + ["device 'cpu'"] if on_gpu else [f"at most {max(have - 1, 0)}"]
-        raise UserError(
-            f"num_actors {num_actors} needs {need} {kind}s but the Ray cluster has {have}; give {' or '.join(others)}",
-            "too_many_actors",
-        )
-
-
-@contextlib.contextmanager
-def _data_context(context: Any) -> Iterator[None]:
-    """Applies Ray Data's settings for a job, and restores the previous ones afterwards."""
-    changes = {
-        "enable_progress_bars": False,
-        "execution_no_progress_timeout_s": NO_PROGRESS_TIMEOUT_S,
-        "target_max_block_size": 8 << 20,
-    }
-    before = {name: getattr(context, name) for name in changes}
-    for name, value in changes.items():
-        setattr(context, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(context, name, value)

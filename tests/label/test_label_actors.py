@@ -4,7 +4,8 @@ import pytest
 from support.label_fakes import FakeEngine
 
 from lumen_ray.errors import UserError
-from lumen_ray.label.workers import Labeller, WorkerSettings, actor_resources
+from lumen_ray.label.runs import actor_resources, default_actors
+from lumen_ray.label.workers import Labeller, WorkerSettings
 
 GPU, CPU = (0, 1), (1, 0)  # (CPUs, GPUs)
 
@@ -20,7 +21,7 @@ GPU, CPU = (0, 1), (1, 0)  # (CPUs, GPUs)
     ],
 )
 def test_an_actor_reserves_the_gpu_it_uses(device, available, resources, told):
-    settings, asked = actor_resources(WorkerSettings(FakeEngine, (), device, num_actors=2), available)
+    settings, asked = actor_resources(WorkerSettings(FakeEngine, (), device), range(2, 3), available)
     assert (asked, settings.device) == (resources, told)
 
 
@@ -29,12 +30,12 @@ def test_an_actor_reserves_the_gpu_it_uses(device, available, resources, told):
     [
         (None, {"CPU": 8, "GPU": 1}, "num_actors 2 needs 2 GPUs but the Ray cluster has 1; give at most 1 or device"),
         ("cuda", {"CPU": 8}, "num_actors 2 needs 2 GPUs but the Ray cluster has 0; give device 'cpu'"),
-        ("cpu", {"CPU": 2, "GPU": 4}, "num_actors 2 needs 3 CPUs but the Ray cluster has 2; give at most 1"),
+        ("cpu", {"CPU": 1, "GPU": 4}, "num_actors 2 needs 2 CPUs but the Ray cluster has 1; give at most 1"),
     ],
 )
 def test_actors_that_do_not_fit_are_refused(device, available, words):
     with pytest.raises(UserError, match=words):
-        actor_resources(WorkerSettings(FakeEngine, (), device, num_actors=2), available)
+        actor_resources(WorkerSettings(FakeEngine, (), device), range(2, 9), available)
 
 
 def test_an_actor_whose_torch_sees_no_gpu_says_so(monkeypatch):
@@ -42,3 +43,32 @@ def test_an_actor_whose_torch_sees_no_gpu_says_so(monkeypatch):
     labeller = Labeller(WorkerSettings("nano", (), "cuda"))
     assert labeller.fault.startswith("device 'cuda' is not available")
     assert not Labeller(WorkerSettings("nano", ())).fault
+
+
+@pytest.mark.parametrize(
+    ("cores", "available", "images", "is_all", "pool"),
+    [
+        (4, {"CPU": 6}, 10_000, True, range(4, 5)),  # logical CPUs of a local Ray are not cores
+        (4, {"CPU": 6}, 100, True, range(2, 3)),  # loading the model takes longer than 64 images
+        (4, {"CPU": 6}, 1, True, range(1, 2)),
+        (4, {"CPU": 6}, 100, False, range(4, 5)),  # more are being listed
+        (64, {"CPU": 64}, 10_000, True, range(8, 9)),
+        (64, {"CPU": 64, "GPU": 2}, 10_000, True, range(2, 3)),
+        (None, {"CPU": 96, "GPU": 16}, 10_000, False, range(1, 17)),  # a cluster's pool grows
+    ],
+)
+def test_by_default_there_is_an_actor_for_each_gpu_or_core(monkeypatch, cores, available, images, is_all, pool):
+    monkeypatch.setattr("lumen_ray.label.runs._local_cores", lambda: cores)
+    assert default_actors(None, available, images, is_all) == pool
+    if "GPU" in available:
+        assert default_actors("cpu", available, images, is_all)[-1] == 8
+
+
+def test_actors_share_the_cores(monkeypatch):
+    monkeypatch.setattr("lumen_ray.label.runs._local_cores", lambda: 8)
+    settings = WorkerSettings(FakeEngine, ())
+    assert actor_resources(settings, range(2, 3), {"CPU": 8})[0].threads == 4
+    assert actor_resources(settings, range(1, 9), {"CPU": 8})[0].threads == 1
+    assert actor_resources(settings, range(1, 2), {"CPU": 8, "GPU": 1})[0].threads == 8  # to decode
+    monkeypatch.setattr("lumen_ray.label.runs._local_cores", lambda: None)
+    assert actor_resources(settings, range(4, 5), {"CPU": 64})[0].threads == 1  # one CPU is reserved for each

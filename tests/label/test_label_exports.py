@@ -10,8 +10,11 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from support.label_fakes import FakeEngine, write_images
 
+from lumen_ray.answer import Answer
+from lumen_ray.data.images import Picture
 from lumen_ray.label.gallery import write_gallery
 from lumen_ray.label.pipeline import label
+from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
 
 
 def make_engine():
@@ -88,3 +91,22 @@ def test_classes_without_instances_are_categories_too(tmp_path):
     assert [(c["id"], c["name"]) for c in data["categories"]] == [(1, "circle"), (2, "square")]
     assert data["annotations"] == [] and len(data["images"]) == 1
     assert "categories" not in json.loads((tmp_path / "out" / "coco" / "captions.json").read_text())
+
+
+def test_photographs_are_drawn_from_a_reduced_decode(tmp_path):
+    """Boxes, masks and keypoints of the stored size are at the same places of a picture an eighth as large."""
+    from lumen_ray.label.gallery import _reduced
+
+    image = np.zeros((400, 640, 3), np.uint8)
+    picture = Picture(image[::8, ::8], (400, 640), 8)
+    mask = np.zeros((1, 400, 640), bool)
+    mask[:, 80:240, 160:320] = True
+    whole = Prediction("a", Boxes([[160, 80, 320, 240]], (400, 640)), [0.5])
+    whole.masks = Masks.from_arrays(mask)
+    whole.keypoints = Keypoints([[[160, 80, 0.9]]], ("tip",), (400, 640))
+    small = _reduced(Answer("segment", (400, 640), [whole]), picture).predictions[0]
+    assert small.boxes.xyxy.tolist() == [[20, 10, 40, 30]] and small.boxes.size == (50, 80)
+    assert np.array_equal(small.masks.to_arrays(), mask[:, ::8, ::8])
+    np.testing.assert_allclose(small.keypoints.xyv[0, 0], [20, 10, 0.9], atol=1e-6)
+    plain = Picture(image, (400, 640))
+    assert _reduced(Answer("detect", (400, 640), [whole]), plain).predictions[0] is whole

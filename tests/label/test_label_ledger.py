@@ -1,6 +1,7 @@
 import json
 
 import pytest
+from support.label_fakes import FakeListing
 
 from lumen_ray.data.files import write_atomically
 from lumen_ray.errors import UserError
@@ -15,49 +16,29 @@ def record(item):
     return {**dict.fromkeys(LABEL_SCHEMA.names), "image_id": item.image_id, "task": "caption", "text": "x"}
 
 
-def test_fragments_keep_their_images_when_the_input_grows(tmp_path):
-    ledger = Ledger(tmp_path)
-    fragments = ledger.plan(ITEMS[:5], 2)
-    assert [len(f.items) for f in fragments] == [2, 2, 1]
-    ledger.publish(fragments[1], [record(i) for i in fragments[1].items], [])
-    again = Ledger(tmp_path).plan([Item("a-new", "/a.png"), *ITEMS], 2)
-    assert [(f.index, [i.image_id for i in f.items]) for f in again] == [
-        (0, ["i0", "i1"]),
-        (2, ["i4"]),
-        (3, ["a-new", "i5"]),
-        (4, ["i6"]),
-    ]
-
-
-def test_images_of_one_name_get_numbers_and_keep_them(tmp_path):
-    ledger = Ledger(tmp_path)
-    (first,) = ledger.plan([Item("a.jpg", "/s.parquet", 0, 0), Item("a.jpg", "/s.parquet", 0, 1)], 4)
-    assert [item.image_id for item in first.items] == ["a.jpg", "a.jpg#2"]
-    ledger.publish(first, [record(item) for item in first.items], [])
-    again = Ledger(tmp_path).plan(
-        [Item("a.jpg", "/r.parquet", 0, 0), *[Item("a.jpg", *i.place) for i in first.items]], 4
-    )
-    assert [(i.image_id, i.path) for fragment in again for i in fragment.items] == [("a.jpg#3", "/r.parquet")]
+def publish(ledger, fragment, *errors):
+    ledger.publish(fragment.index, len(fragment.items), [record(item) for item in fragment.items], list(errors))
 
 
 def test_a_label_file_without_an_entry_does_not_count(tmp_path):
     ledger = Ledger(tmp_path)
-    fragment = ledger.plan(ITEMS[:2], 2)[0]
-    ledger.publish(fragment, [record(i) for i in fragment.items], [])
+    fragment = next(ledger.plan(2).fragments(FakeListing(ITEMS[:2])))
+    publish(ledger, fragment)
+    assert ledger.done() == {0} and ledger.entry(0)["instances"] == {} and ledger.entry(1) is None
     (tmp_path / "ledger" / "000000.json").unlink()  # as if killed between the two renames
-    assert list(ledger.tables()) == [] and ledger.plan(ITEMS[:2], 2) == [fragment]
-    ledger.publish(
-        fragment, [record(fragment.items[0])], [{"image_id": "i1", "path": "", "reason": "r", "message": "m"}]
-    )
-    assert [t.num_rows for t in ledger.tables()] == [1]
-    assert ledger.entries()[0]["labelled"] == 1 and len(list(ledger.items())) == 2
+    assert list(ledger.tables()) == [] and ledger.done() == set()
+    error = {"image_id": "i1", "path": "", "reason": "r", "message": "m"}
+    ledger.publish(0, 2, [record(fragment.items[0])], [error])
+    assert [t.num_rows for t in ledger.tables()] == [1] and list(ledger.items()) == ITEMS[:2]
+    totals = ledger.totals()
+    assert (totals["images"], totals["labelled"], totals["errors"]) == (2, 1, 1) and totals["first_error"] == error
 
 
 def test_other_settings_are_refused_in_one_sentence(tmp_path):
     Ledger(tmp_path).open({"tasks": ["mistaken"]})  # nothing was labelled yet
     ledger = Ledger(tmp_path)
     ledger.open({"tasks": ["detect"], "score_threshold": 0.3})
-    ledger.publish(ledger.plan(ITEMS[:1], 2)[0], [record(ITEMS[0])], [])
+    publish(ledger, next(ledger.plan(2).fragments(FakeListing(ITEMS[:1]))))
     ledger.open({"tasks": ["detect"], "score_threshold": 0.3})
     with pytest.raises(UserError, match=r"score_threshold was 0.3, now 0.5, and tasks") as caught:
         Ledger(tmp_path).open({"tasks": ["pose"], "score_threshold": 0.5})
@@ -76,6 +57,26 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_atomically(path, broken)
     assert path.read_text() == "old"
+
+
+def test_long_settings_are_cut_to_what_differs(tmp_path):
+    names = [f"class {n}" for n in range(40)]
+    ledger = Ledger(tmp_path)
+    ledger.open({"classes": names})
+    publish(ledger, next(ledger.plan(2).fragments(FakeListing(ITEMS[:1]))))
+    with pytest.raises(UserError, match=r'was \.\.\..*"class 30", .*, now \.\.\..*"another", "class 31"'):
+        Ledger(tmp_path).open({"classes": [*names[:30], "another", *names[31:]]})
+
+
+def test_the_labels_lie_in_any_store():
+    ledger = Ledger("memory://ledger-test/out")
+    ledger.open({"tasks": ["detect"]})
+    fragments = list(ledger.plan(2).fragments(FakeListing(ITEMS)))
+    for fragment in fragments[:2]:
+        publish(ledger, fragment)
+    again = Ledger("memory://ledger-test/out")
+    assert again.done() == {0, 1} and list(again.items()) == ITEMS[:4] and len(list(again.tables())) == 2
+    assert again.plan().num_images() == 7 and again.totals()["images"] == 4
 
 
 def test_reading_what_is_no_output(tmp_path):

@@ -40,7 +40,7 @@ def test_all_tasks_in_one_pass(tmp_path):
     )
     assert (summary["images"], summary["labelled"], summary["errors"]) == (10, 10, 0)
     assert summary["instances"] == {"detect": 20, "segment": 20, "pose": 10}  # a circle has no keypoints
-    assert engine.images == 10 and seen == [(i, 10) for i in range(1, 11)]
+    assert engine.images == 10 and seen == [(4, 10), (8, 10), (10, 10)]  # fragment by fragment
     rows = read_labels(tmp_path / "out")
     assert Counter(r["task"] for r in rows) == {"detect": 20, "segment": 20, "pose": 10, "caption": 10, "vqa": 20}
     first = next(r for r in rows if r["image_id"] == "image003.png" and r["task"] == "segment")
@@ -84,7 +84,7 @@ def test_a_model_that_always_fails_stops_the_job_and_can_be_resumed(tmp_path, nu
     with pytest.raises(RuntimeError, match="the model failed on each of .* no luck"):
         label(make_failing, photos, tmp_path / "out", tasks=["detect"], **OPTIONS)
     assert not list((tmp_path / "out").glob("labels/*"))
-    assert not list((tmp_path / "out" / "ledger").glob("*.json"))
+    assert not list((tmp_path / "out" / "ledger").glob("0*.json"))
 
 
 def make_failing():
@@ -139,7 +139,8 @@ def test_a_killed_job_resumes_without_duplicate_or_gap(tmp_path):
     again = label(make_engine, photos, out, **options)
     assert again["finished_before"] == 11 and again["images"] == 11
     write_images(photos, 2, start=11)
-    assert label(make_engine, photos, out, **options)["images"] == 13
+    assert label(make_engine, photos, out, **options)["images"] == 11  # the input is not listed again
+    assert label(make_engine, photos, out, refresh=True, **options)["images"] == 13
     with pytest.raises(UserError, match="score_threshold was 0.3, now 0.6"):
         label(make_engine, photos, out, **options, score_threshold=0.6)
 
@@ -155,7 +156,7 @@ def test_a_killed_job_resumes_without_duplicate_or_gap(tmp_path):
         ({"prompts": {"vqa": ["x ?"]}}, "not among the tasks"),
         ({"score_threshold": 3}, "from 0 to 1"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"exports": ["vco"]}, "unknown format"),
+        ({"exports": ["vocs"]}, "unknown format .vocs.; did you mean .voc."),
         ({"tasks": ["pose"], "classes": ["circle"]}, "no class with keypoints"),
         ({"model": "nowhere"}, "model folder 'nowhere' does not exist"),
         ({"model": "nowhere", "decoders": {"detect": "lumen"}}, "model folder 'nowhere' does not exist"),
@@ -176,7 +177,8 @@ def test_labels_name_the_chosen_decoder_and_are_not_mixed_with_anothers(tmp_path
     chosen = {"detect": "grounding_dino"}
 
     def run(name, decoders):
-        label(model, photos, tmp_path / name, tasks=["detect"], decoders=decoders, score_threshold=0, **OPTIONS)
+        options = {"tasks": ["detect"], "decoders": decoders, "score_threshold": 0, "refresh": True, **OPTIONS}
+        label(model, photos, tmp_path / name, **options)
         rows = read_labels(tmp_path / name)
         return rows, json.loads(rows[0]["provenance"])["settings"]
 

@@ -49,7 +49,7 @@ def test_ray_and_this_process_write_the_same_labels(local_ray, tmp_path):
         progress=lambda s: seen.append(s.done), **options,
     )  # fmt: skip
     assert (summary["images"], summary["labelled"], summary["errors"]) == (22, 20, 2)
-    assert seen == list(range(1, 23))
+    assert seen[-1] == 22 and len(seen) == 6  # fragments
     label(make_picky_engine, photos, tmp_path / "here", num_actors=0, **options)
     assert rows_of(tmp_path / "ray") == rows_of(tmp_path / "here")
     errors = [pq.read_table(tmp_path / name / "errors.parquet").to_pylist() for name in ("ray", "here")]
@@ -70,7 +70,7 @@ def test_a_shard_folder_and_resuming(local_ray, tmp_path):
 
 def test_mistakes_reach_the_caller_as_one_sentence(local_ray, tmp_path):
     photos = write_images(tmp_path / "photos", 2)
-    with pytest.raises(UserError, match=r"num_actors 99 needs 100 CPUs but the Ray cluster has \d+; give at most"):
+    with pytest.raises(UserError, match=r"num_actors 99 needs 99 CPUs but the Ray cluster has \d+; give at most"):
         label(FakeEngine, photos, tmp_path / "a", tasks=["detect"], classes=["square"], num_actors=99)
     with pytest.raises(UserError, match="no class with keypoints"):  # found out by the actor
         label(FakeEngine, photos, tmp_path / "b", tasks=["pose"], classes=["circle"])

@@ -38,7 +38,7 @@ class FakeEngine:
     """`shift`: pixels by which boxes, masks and keypoints are off; `text`: the answer to everything, None for the true
     one; `route`: the token free chat always chooses, "truth" for the right one; `instances`: False for no instances."""
 
-    preset, version, image_size, tasks = "fake", "0000", 128, UNDERSTANDING
+    preset, version, image_size, largest_side, tasks = "fake", "0000", 128, 128, UNDERSTANDING
     chosen_decoders, edges, classes = {}, {}, tuple(CLASSES)
     dtype = "float32"
     serving = {name: "fake" for name in UNDERSTANDING if not TASKS[name].is_text}

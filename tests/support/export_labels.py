@@ -9,8 +9,9 @@ from PIL import Image
 
 from lumen_ray.inference.records import LABEL_SCHEMA
 from lumen_ray.label.inputs import Item
-from lumen_ray.label.ledger import Fragment, Ledger
+from lumen_ray.label.ledger import Ledger
 from lumen_ray.structures import Masks
+from support.label_fakes import FakeListing
 
 CLASSES = ("square", "red & <big> circle")
 KEYPOINTS = ("left end", "right end", "centre")
@@ -112,12 +113,12 @@ def write_labels(folder, *, photos=None, shard=None, rows=records, images=IMAGES
             place = [n for n, _ in images if n != "broken.png"].index(images[index][0])
             items.append(Item(name, str(shard), place // 2, place % 2))
     sizes = dict(images)
-    for fragment in ledger.plan(items, 2):
+    for fragment in ledger.plan(2).fragments(FakeListing(items)):
         found, errors = [], []
         for item in fragment.items:
             if item.image_id == "broken.png":
                 errors.append({"image_id": item.image_id, "path": item.path, "reason": "broken_image", "message": "no"})
             else:
                 found += rows(item.image_id, item.path, sizes[item.image_id])
-        ledger.publish(Fragment(fragment.index, fragment.items), found, errors)
+        ledger.publish(fragment.index, len(fragment.items), found, errors)
     return folder

@@ -1,6 +1,7 @@
 """An engine whose answer is in the pixels: one box around everything brighter than the background."""
 
 import io
+import time
 
 import numpy as np
 from PIL import Image
@@ -33,10 +34,20 @@ def write_images(folder, number, start=0):
     return folder
 
 
+class FakeListing:
+    """Items in place of a `label.listing.Listing`."""
+
+    def __init__(self, items, left_out=None):
+        self._items, self.left_out = items, left_out or {}
+
+    def __iter__(self):
+        return iter(self._items)
+
+
 class FakeEngine:
     """`fails(image)`: raises for such an image. Scores: 0.9 for the first class, 0.1 less for each further one."""
 
-    preset, version, image_size, dtype = "fake", "v0", 64, "float32"
+    preset, version, image_size, largest_side, dtype = "fake", "v0", 64, 64, "float32"
     tasks, serving, chosen_decoders = UNDERSTANDING, {}, {}
     skeletons = {"square": NAMES}
     classes = ("square", "circle")
@@ -90,3 +101,14 @@ class FakeEngine:
 def make_picky_engine():
     """An engine that fails on `picture(5)`."""
     return FakeEngine(lambda image: np.array_equal(image, picture(5)))
+
+
+def slow_engine():
+    """An engine that takes half a second for a batch."""
+
+    class Slow(FakeEngine):
+        def run(self, *args, **kwargs):
+            time.sleep(0.5)
+            return super().run(*args, **kwargs)
+
+    return Slow()

@@ -17,14 +17,13 @@ from lumen_ray.data.batches.prompts import PromptBatch, SamplePrompts
 from lumen_ray.data.batches.transforms import (
     PAD_VALUE,
     Sample,
-    as_picture,
     fit_matrix,
     mask_shape,
     picture_of,
     transform,
     warp,
 )
-from lumen_ray.data.images import Picture
+from lumen_ray.data.images import Picture, as_picture
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.input_size import PictureSize, SizeRule
 from lumen_ray.recipe import AugmentSettings, BranchSettings

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageEnhance
 from pycocotools import mask as coco_mask
 
-from lumen_ray.data.images import Picture
+from lumen_ray.data.images import Picture, as_picture
 from lumen_ray.input_size import SizeRule
 from lumen_ray.recipe import AugmentSettings
 from lumen_ray.structures import Size, as_size
@@ -69,11 +69,12 @@ class Sample:
         return max(1.0, (self.image.shape[:2] / whole).min())
 
 
-def fit(image: np.ndarray, input_size: int | Size) -> tuple[np.ndarray, Frame]:
+def fit(image: np.ndarray | Picture, input_size: int | Size) -> tuple[np.ndarray, Frame]:
     """Fits an image into the model input without augmentation, for inference: uint8 [h, w, 3] -> (uint8 [H, W, 3],
     scaled, at the top left, padded with `PAD_VALUE`; its frame)."""
-    frame = Frame.fit(image.shape[:2], input_size)
-    return warp(image, fit_matrix(image.shape[:2], input_size), input_size), frame
+    picture = as_picture(image)
+    matrix = fit_matrix(picture.size, input_size)
+    return warp(picture.pixels, matrix, input_size, reduction=picture.reduction), Frame.fit(picture.size, input_size)
 
 
 def fit_matrix(size: Size, input_size: int | Size) -> np.ndarray:
@@ -282,11 +283,6 @@ def picture_of(sample: Sample, picture: Picture, rule: SizeRule) -> np.ndarray:
     size, scale = rule.fit(sample.visible)
     resize = np.diag([sample.size[1] / picture.size[1], sample.size[0] / picture.size[0], 1.0])
     return warp(picture.pixels, np.diag(scale) @ sample.matrix @ resize, size, reduction=picture.reduction)
-
-
-def as_picture(image: np.ndarray | Picture) -> Picture:
-    """The image as a `Picture`, at full scale if it is an array uint8 [h, w, 3]."""
-    return image if isinstance(image, Picture) else Picture(image, image.shape[:2])
 
 
 def _stored_boxes(row: dict[str, Any]) -> np.ndarray:

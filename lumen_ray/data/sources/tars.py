@@ -82,6 +82,35 @@ def samples(location: str, wanted: Collection[str]) -> Iterator[tuple[str, Membe
         yield key, members
 
 
+def members(location: str) -> Iterator[tuple[str, int, int] | UserError]:
+    """(name, offset, size) in bytes of each regular member of an uncompressed tar, hidden ones left out; at damage one
+    `UserError` for the rest of the tar.
+
+    Raises `UserError` (`compressed_tar`) for a compressed one, of which members cannot be read alone.
+    """
+    name = ""
+    try:
+        with files.open_input(location) as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as tar:
+            for member in tar:
+                tar.members = []  # type: ignore[attr-defined]  # missing in typeshed
+                name = member.name.removeprefix("./")
+                if member.isreg() and not is_hidden(name):
+                    yield name, member.offset_data, member.size
+    except UserError:
+        raise
+    except _DAMAGE as error:
+        if isinstance(error, OSError) and urls.is_url(location):
+            raise files.StoreError(f"'{location}' can no longer be read: {error}", "store_unreachable") from None
+        if not name and str(location).endswith((".gz", ".tgz", ".xz", ".bz2", ".zst")):
+            raise UserError(
+                f"'{location}' is compressed, so its images cannot be read one by one; unpack it to a plain .tar",
+                "compressed_tar",
+            ) from None
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        after = f" after '{name}'" if name else ""
+        yield UserError(f"the rest of the tar{after} cannot be read: {why}", "broken_tar")
+
+
 _NUMBERED = re.compile(r"([^.]*(?:\.[0-9_-]+)+)\.([^.]+)")
 
 

@@ -48,6 +48,12 @@ def export(
     labels = open_labels(labelled)
     chosen = {name: choose_tasks(name, labels.tasks, tasks) for name in formats}
     folder = labels.folder if output is None else local_folder(output)
+    if folder is None:
+        raise UserError(
+            f"the labels are in a bucket, '{urls.shown(labelled)}'; give an output folder on a file system for their "
+            "exports",
+            "invalid_output",
+        )
     _check_output(folder, labels)
     exporters = {name: EXPORTERS[name].load() for name in formats}
     paths = {name: folder / (exporter.single_file or name) for name, exporter in exporters.items()}
@@ -76,7 +82,7 @@ def _write(exporter: Exporter, name: str, labels: Labels, path: Path, settings: 
 
     def write(temporary: Path) -> None:
         exporter.write(labels, temporary, settings)
-        marker = {"format": name, "labels": str(labels.folder), "tasks": labels.tasks, "version": __version__}
+        marker = {"format": name, "labels": labels.ledger.output, "tasks": labels.tasks, "version": __version__}
         (temporary / MARKER).write_text(json.dumps(marker, indent=1))
 
     write_folder_atomically(path, write)
@@ -97,11 +103,11 @@ def _summary(labels: Labels, all_tasks: Sequence[str], path: Path) -> dict[str, 
 def _check_output(folder: Path, labels: Labels) -> None:
     """Raises `UserError` for an output where the files would be taken for labels or for images to label."""
     target = folder.absolute().resolve()
-    own = labels.folder.resolve()
-    for inner in (own / "labels", own / "ledger"):
+    own = None if labels.folder is None else labels.folder.resolve()
+    for inner in () if own is None else (own / "labels", own / "ledger"):
         if target == inner or inner in target.parents:
             raise UserError(
-                f"output '{folder}' is inside '{labels.folder / inner.name}', which holds the labels themselves; give "
+                f"output '{folder}' is inside '{inner}', which holds the labels themselves; give "
                 "another folder, or none to export into the labelled folder",
                 "invalid_output",
             )
@@ -109,7 +115,7 @@ def _check_output(folder: Path, labels: Labels) -> None:
     if not source or urls.is_url(source) or not Path(source).is_dir():
         return
     images = Path(source).resolve()
-    if target == own or own in target.parents:
+    if own is not None and (target == own or own in target.parents):
         return
     if target == images or images in target.parents:
         raise UserError(
@@ -129,7 +135,8 @@ def _check_replaceable(path: Path, exporter: Exporter, labels: Labels) -> None:
         return
     if path.is_dir():
         entries = list(path.iterdir())
-        older = path == labels.folder / "coco" and all(entry.suffix == ".json" for entry in entries)
+        coco = None if labels.folder is None else labels.folder / "coco"
+        older = path == coco and all(entry.suffix == ".json" for entry in entries)
         if not entries or (path / MARKER).is_file() or older:
             return
     raise UserError(

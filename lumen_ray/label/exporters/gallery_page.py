@@ -19,4 +19,4 @@ class Gallery(Exporter):
         return True
 
     def write(self, labels: Labels, target: Path, settings: ExportSettings) -> None:
-        write_gallery(labels.folder, path=target)
+        write_gallery(labels.ledger.output, path=target)

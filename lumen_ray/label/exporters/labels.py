@@ -6,7 +6,6 @@ image, of which file names are made unique.
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -43,8 +42,8 @@ class Category:
 class LabelledImage:
     """One image and its rows.
 
-    `number`: from 1, in input order, the same in every export; `path`: of the image file, or of the shard that holds
-    it; `name`: file name that is unique in the export, a stem without suffix where the export writes image files.
+    `number`: from 1, in input order, the same in every export; `path`: of the image file, or of the shard or tar that
+    holds it; `name`: file name that is unique in the export, a stem without suffix where the export writes image files.
     """
 
     number: int
@@ -65,7 +64,7 @@ class LabelledImage:
 
 @dataclass(frozen=True)
 class Picture:
-    """The encoded image: a local `file`, or the bytes of one that is in a shard or a store."""
+    """The encoded image: a local `file`, or the bytes of one that is in a shard, a tar or a store."""
 
     file: Path | None = None
     data: bytes | None = None
@@ -92,9 +91,9 @@ class Labels:
     first_missing: str = ""
 
     @property
-    def folder(self) -> Path:
-        """The labelled folder."""
-        return self.ledger.output
+    def folder(self) -> Path | None:
+        """The labelled folder; None for one in a bucket."""
+        return None if urls.is_url(self.ledger.output) else Path(self.ledger.output)
 
     def class_names(self) -> list[str]:
         """The classes of all chosen tasks, each once."""
@@ -180,7 +179,7 @@ class Labels:
 def open_labels(labelled: str | Path) -> Labels:
     """Scans a labelled folder, with all its tasks chosen. Raises `UserError` if it is not one or holds no labels."""
     ledger = open_finished(labelled)
-    job = json.loads((ledger.output / "job.json").read_text())
+    job = ledger.settings() or {}
     categories: dict[str, dict[str, Category]] = {}
     prompts: dict[str, dict[str, None]] = {}
     stems = array("Q")
@@ -226,12 +225,15 @@ def _add_skeleton(category: Category, record: Record) -> None:
 
 
 def _is_local_file(path: str) -> bool:
-    """Whether `path` is that of an image file on this machine, not of a shard or in a store."""
-    return not urls.is_url(path) and not path.endswith(".parquet")
+    """Whether `path` is that of an image file on this machine, not in a shard, a tar or a store."""
+    return not urls.is_url(path) and not path.endswith((".parquet", ".tar"))
 
 
 class _ItemFinder:
-    """Where the images of a job are in their shards. `find` is asked in input order; memory: the failed images."""
+    """Where the images of a job are in their shards and tars. `find` is asked in input order.
+
+    Memory: the failed images.
+    """
 
     def __init__(self, ledger: Ledger) -> None:
         self._items = iter(ledger.items())
@@ -249,7 +251,7 @@ class _ItemFinder:
 
 
 def _stored_bytes(images: Sequence[LabelledImage], items: _ItemFinder) -> Iterator[Picture | None]:
-    """The bytes of images in shards or stores, None where they cannot be read."""
+    """The bytes of images in shards, tars or stores, None where they cannot be read."""
     found = [items.find(image) for image in images]
     data = read_bytes([item for item in found if item is not None])
     for item in found:

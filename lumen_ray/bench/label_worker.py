@@ -1,0 +1,37 @@
+"""Labels a folder with the defaults of a checkout, for `label.bench_command`, and writes what it took as a JSON line.
+Run by its path, so that `lumen_ray` is that of the checkout on PYTHONPATH."""
+
+import json
+import sys
+import time
+
+STARTED = time.perf_counter()
+
+import lumen_ray  # noqa: E402  the import is part of what is measured
+
+
+def main(model: str, source: str, output: str) -> None:
+    """Writes ``seconds`` of the whole job, ``images_per_second`` between the first and the last progress, and
+    ``driver_cpu``, the CPU seconds of this process between them."""
+    seen = []
+
+    def progress(status: object) -> None:
+        seen.append((time.perf_counter(), time.process_time(), status.done))  # type: ignore[attr-defined]
+
+    summary = lumen_ray.label(source, output, model=model, tasks=["detect"], progress=progress)
+    assert summary["labelled"] == summary["images"], summary
+    first, last = seen[0], seen[-1]
+    print(
+        json.dumps(
+            {
+                "seconds": time.perf_counter() - STARTED,
+                "images_per_second": (last[2] - first[2]) / (last[0] - first[0]),
+                "driver_cpu": last[1] - first[1],
+            }
+        ),
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,256 @@
+"""The verb `label` of the command line, with `label export` and `label status`: its options and its output.
+
+Heavy imports happen inside the functions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from lumen_ray import api
+from lumen_ray.console import bar, class_names, comma_separated, decoders_by_task, say, texts_by_task
+from lumen_ray.errors import UserError
+from lumen_ray.label.exporters.registry import DEFAULT_EXPORTS, EXPORTERS
+from lumen_ray.options import decoders_arg, device_arg, dtype_arg, exemplars_arg, model_arg, say_bundled
+from lumen_ray.presets import model_folder
+
+if TYPE_CHECKING:
+    from lumen_ray.label.progress import Status
+
+#: of a job with ``--strict`` that could not label every image
+EXIT_WITH_ERRORS = 3
+
+
+def add_args(verbs: Any, parser_class: type) -> None:
+    """Adds `label INPUT`, `label export` and `label status`; `verbs` are argparse's subparsers."""
+    _input_args(verbs)
+    parser = verbs.choices["label"]
+    parser.subcommands["export"] = _export_parser(parser_class)
+    parser.subcommands["status"] = _status_parser(parser_class)
+    names = ", ".join(f"'lumen-ray label {name} --help'" for name in parser.subcommands)
+    parser.epilog = f"see also {names}; a folder of such a name is given as ./NAME"
+
+
+def _input_args(verbs: Any) -> None:
+    p = verbs.add_parser("label", help="label a folder of images: Parquet, COCO json, HTML gallery; export labels")
+    p.add_argument(
+        "input",
+        help="folder, glob, shard folder, .txt list, .csv, .jsonl or Parquet table, or .tar of images; a path or URL",
+    )
+    model_arg(p)
+    decoders_arg(p)
+    device_arg(p, "a GPU for each actor where the Ray cluster has any, else cpu")
+    dtype_arg(p)
+    p.add_argument(
+        "--output", required=True, help="folder or bucket for the labels; run it again to continue after a stop"
+    )
+    p.add_argument(
+        "--tasks",
+        type=comma_separated,
+        default=["detect"],
+        help="tasks to run, comma separated, e.g. segment,caption (default: detect)",
+    )
+    p.add_argument(
+        "--classes",
+        help="class names, comma separated, or a .txt file of them (default: the model's, none with --exemplars)",
+    )
+    exemplars_arg(p, "classes given by example, also those that --classes names")
+    p.add_argument(
+        "--text",
+        action="append",
+        default=[],
+        metavar="TASK=TEXT",
+        help="a text for vqa, refer, ground or chat, in addition to --tasks; can be given several times",
+    )
+    p.add_argument("--score-threshold", type=float, default=0.3, help="leave out instances below it (default: 0.3)")
+    p.add_argument("--batch-size", type=int, default=8, help="images per forward pass (default: 8)")
+    p.add_argument(
+        "--actors",
+        default="auto",
+        metavar="N|MIN:MAX",
+        help="model actors on Ray, or the fewest and most of a pool that follows the load (default: auto, one for each "
+        "GPU or core; 0: without Ray)",
+    )
+    p.add_argument(
+        "--image-column", metavar="NAME", help="column of images or of their paths, in a table with a name of its own"
+    )
+    p.add_argument("--refresh", action="store_true", help="look for images that were added since the input was listed")
+    p.add_argument(
+        "--max-errors", metavar="N|P%", help="stop once more images than this cannot be labelled, e.g. 50 or 5%%"
+    )
+    p.add_argument("--strict", action="store_true", help="exit with status 3 if any image could not be labelled")
+    p.add_argument(
+        "--progress", choices=("bar", "json"), default="bar", help="json: a line of JSON every second (default: bar)"
+    )
+    p.add_argument(
+        "--export",
+        type=comma_separated,
+        default=list(DEFAULT_EXPORTS),
+        metavar="FORMAT,..",
+        help=f"formats to export the labels in, see 'lumen-ray label export --help', or none (default: "
+        f"{','.join(DEFAULT_EXPORTS)})",
+    )
+    p.set_defaults(run=_label)
+
+
+def _export_parser(parser_class: type) -> argparse.ArgumentParser:
+    p = parser_class(
+        prog="lumen-ray label export",
+        description="Writes labels in the formats of annotation tools and trainers.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="formats:\n" + "\n".join(f"  {name:<13} {form.summary}" for name, form in EXPORTERS.items()),
+    )
+    p.add_argument("labels", metavar="DIR", help="output folder of 'lumen-ray label'")
+    p.add_argument(
+        "--format", type=comma_separated, required=True, metavar="FORMAT,..", help="formats, comma separated, see below"
+    )
+    p.add_argument("--output", help="folder in which each format gets a folder of its name (default: DIR)")
+    p.add_argument(
+        "--tasks", type=comma_separated, help="tasks to export, comma separated (default: all that a format can hold)"
+    )
+    p.add_argument(
+        "--max-images-per-file",
+        type=int,
+        metavar="N",
+        help="images in one JSON, XML, CSV or tar file (default: all, in tars 1000)",
+    )
+    p.add_argument(
+        "--copy-images",
+        action="store_true",
+        help="copy the image files of formats that have them (default: hard links, copies on another disk)",
+    )
+    p.add_argument(
+        "--image-url", metavar="PREFIX", help="prefix of image addresses in labelstudio (default: local files)"
+    )
+    p.set_defaults(run=_export)
+    return p
+
+
+def _status_parser(parser_class: type) -> argparse.ArgumentParser:
+    p = parser_class(
+        prog="lumen-ray label status",
+        description="Says how far a job is, from its output: on any machine that sees it, while it runs or later.",
+    )
+    p.add_argument("labels", metavar="DIR", help="output folder or bucket of 'lumen-ray label'")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    p.set_defaults(run=_status)
+    return p
+
+
+def _label(args: argparse.Namespace) -> int:
+    model_folder(args.model)
+    from lumen_ray.label.pipeline import labelled_line
+    from lumen_ray.tasks import get_task
+
+    classes = None if args.classes is None else class_names(args.classes)
+    text = texts_by_task(args.text)
+    for task in (*args.tasks, *text):
+        get_task(task)
+    actors = actor_numbers(args.actors)
+    as_json = args.progress == "json"
+    if not as_json:
+        say_bundled(args.model)
+    with _reported(as_json) as progress:
+        summary = api.label(
+            args.input,
+            args.output,
+            model=args.model,
+            tasks=args.tasks,
+            classes=classes,
+            text=text,
+            exemplars=args.exemplars,
+            decoders=decoders_by_task(args.decoders),
+            device=args.device,
+            dtype=args.dtype,
+            actors=actors,
+            batch_size=args.batch_size,
+            score_threshold=args.score_threshold,
+            image_column=args.image_column,
+            refresh=args.refresh,
+            max_errors=args.max_errors,
+            exports=[] if args.export == ["none"] else args.export,
+            progress=progress,
+        )
+    if as_json:
+        print(json.dumps({"state": "finished", **summary}), flush=True)
+    else:
+        say(labelled_line(summary, args.output))
+    return EXIT_WITH_ERRORS if args.strict and summary["errors"] else 0
+
+
+@contextmanager
+def _reported(as_json: bool) -> Iterator[Callable[[Status], None]]:
+    """What shows the progress of a job."""
+    if as_json:
+        yield _json_lines()
+        return
+    with bar("label") as shown:
+
+        def update(status: Status) -> None:
+            total = status.total if status.is_listed else None
+            more = "" if status.is_listed else f", {status.total:,} listed so far"
+            shown.update(status.done, total, f"{status.rate:.1f} img/s, {status.errors} errors{more}")
+
+        yield update
+
+
+def _json_lines() -> Callable[[Status], None]:
+    """Prints the progress as a line of JSON, at most one every second."""
+    printed = 0.0
+
+    def update(status: Status) -> None:
+        nonlocal printed
+        now = time.monotonic()
+        if now - printed >= 1 or (status.is_listed and status.done == status.total):
+            printed = now
+            print(json.dumps({"state": "running", **status.facts()}), flush=True)
+
+    return update
+
+
+def actor_numbers(text: str) -> int | range | None:
+    """The value of ``--actors``: "4", "1:32" (a pool), or "auto". Raises `UserError` for others."""
+    if text == "auto":
+        return None
+    fewest, colon, most = text.partition(":")
+    if fewest.isdecimal() and (not colon or most.isdecimal()):
+        if not colon:
+            return int(fewest)
+        if 1 <= int(fewest) <= int(most):
+            return range(int(fewest), int(most) + 1)
+    raise UserError(f"--actors is '{text}'; give a number such as 4, a range such as 1:32, or auto", "invalid_setting")
+
+
+def _export(args: argparse.Namespace) -> None:
+    with bar("export") as progress:
+        written = api.export_labels(
+            args.labels,
+            args.format,
+            output=args.output,
+            tasks=args.tasks,
+            max_images_per_file=args.max_images_per_file,
+            copy_images=args.copy_images,
+            image_url=args.image_url,
+            progress=lambda name, done, total: progress.update(done, total, name),
+        )
+    for name, found in written.items():
+        left_out = f"; not {', '.join(found['left_out'])}, which it cannot hold" if found["left_out"] else ""
+        missing = f"; {found['missing']} images could not be read any more" if found["missing"] else ""
+        tasks = ", ".join(found["tasks"])
+        say(f"{name}: {found['images']} images, {tasks} -> {found['output']}{left_out}{missing}")
+
+
+def _status(args: argparse.Namespace) -> None:
+    from lumen_ray.label.status import label_status, status_lines
+
+    status = label_status(args.labels)
+    if args.json:
+        print(json.dumps(status, indent=1))
+        return
+    for line in status_lines(args.labels, status):
+        say(line)

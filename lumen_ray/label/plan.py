@@ -1,0 +1,182 @@
+"""The plan of a label job: which images form which fragment, written while the input is listed.
+
+``ledger/inputs-NNNNN.parquet`` holds the images of consecutive fragments. A file is written before any of its fragments
+is handed out, so that a job that is killed while it lists goes on with the same fragments. ``ledger/listing.json``
+says that the listing is complete; later runs then read the plan and leave the input alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from lumen_ray.data import files, urls
+from lumen_ray.label.inputs import ITEM_SCHEMA, Item
+from lumen_ray.label.listing import Listing
+
+#: fragments of the first file of a plan; each further file has twice as many, up to the most
+FIRST_FRAGMENTS, MOST_FRAGMENTS = 8, 1024
+_SCHEMA = pa.schema([("fragment", pa.int64()), *ITEM_SCHEMA])
+_OLD = "inputs.parquet"  # the whole plan, of folders from before it was written in parts
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """`index`: its number in the job; `items`: its images."""
+
+    index: int
+    items: tuple[Item, ...]
+
+
+class Plan:
+    """The fragments of `fragment_size` images in the ledger folder `folder`, on any store."""
+
+    def __init__(self, folder: urls.Location, fragment_size: int = 32):
+        self._folder, self._size = folder, fragment_size
+        self._listing = urls.join(folder, "listing.json")
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the input has been listed to its end."""
+        return files.is_file(self._listing)
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """Number of files that are no images, by suffix, once the listing is complete."""
+        return Counter(json.loads(files.read_text(self._listing))["left_out"]) if self.is_complete else Counter()
+
+    def clear(self) -> None:
+        """Removes the plan."""
+        files.remove(self._listing)
+        for part in self._parts():
+            files.remove(part)
+
+    def num_fragments(self) -> int | None:
+        """The number of fragments, once the listing is complete."""
+        return json.loads(files.read_text(self._listing))["fragments"] if self.is_complete else None
+
+    def num_images(self) -> int:
+        """Images planned so far."""
+        return sum(self._metadata(part).num_rows for part in self._parts())
+
+    def fragments(self, listing: Listing | None = None) -> Iterator[Fragment]:
+        """All fragments in order: those planned before, then those of images in `listing` that are new.
+
+        An image whose id another one has already, as in shard files of different sets, gets a number after it.
+        """
+        places, ids = _HashSet(), _HashSet()
+        known, parts = 0, self._parts()
+        for part in parts:
+            for fragment in self._read(part):
+                if listing is not None:
+                    places.add([_hash(item.place) for item in fragment.items])
+                    ids.add([_hash(item.image_id) for item in fragment.items])
+                known = fragment.index + 1
+                yield fragment
+        if listing is None:
+            return
+        new = self._numbered(listing, places, ids)
+        count, size = len(parts), FIRST_FRAGMENTS
+        while block := _take(new, size * self._size):
+            made = [
+                Fragment(known + n, tuple(block[start : start + self._size]))
+                for n, start in enumerate(range(0, len(block), self._size))
+            ]
+            self._write(urls.join(self._folder, f"inputs-{count:05d}.parquet"), made)
+            yield from made
+            known, count, size = known + len(made), count + 1, min(2 * size, MOST_FRAGMENTS)
+        facts: dict[str, Any] = {"fragments": known, "left_out": dict(listing.left_out)}
+        files.write_bytes(self._listing, json.dumps(facts, indent=1).encode())
+
+    def _numbered(self, listing: Iterable[Item], places: _HashSet, ids: _HashSet) -> Iterator[Item]:
+        """The images that are not yet planned, with ids of their own."""
+        listed = iter(listing)
+        while block := _take(listed, 1024):
+            planned = places.add([_hash(item.place) for item in block])
+            fresh = [item for item, is_planned in zip(block, planned, strict=True) if not is_planned]
+            taken = ids.add([_hash(item.image_id) for item in fresh])
+            for item, is_taken in zip(fresh, taken, strict=True):
+                name, number = item.image_id, 1
+                while is_taken:
+                    number += 1
+                    name = f"{item.image_id}#{number}"
+                    (is_taken,) = ids.add([_hash(name)])
+                yield item if number == 1 else replace(item, image_id=name)
+
+    def _parts(self) -> list[str]:
+        if not files.is_dir(self._folder):
+            return []
+        names = files.list_files(self._folder, (".parquet",))
+        parts = sorted(name for name in names if name.startswith("inputs-"))
+        return [urls.join(self._folder, name) for name in ([_OLD] if _OLD in names else []) + parts]
+
+    def _metadata(self, part: str) -> pq.FileMetaData:
+        with files.as_user_error(part), files.open_input(part) as file:
+            return pq.ParquetFile(file).metadata
+
+    def _read(self, part: str) -> Iterator[Fragment]:
+        with files.as_user_error(part), files.open_input(part) as file:
+            table = pq.ParquetFile(file).read()
+        items: list[Item] = []
+        index = -1
+        for batch in table.to_batches(max_chunksize=4096):
+            for row in batch.to_pylist():
+                fragment = row.pop("fragment")
+                if fragment != index and items:
+                    yield Fragment(index, tuple(items))
+                    items = []
+                index = fragment
+                items.append(Item(**row))
+        if items:
+            yield Fragment(index, tuple(items))
+
+    def _write(self, part: str, fragments: list[Fragment]) -> None:
+        rows = [{"fragment": f.index, **asdict(item)} for f in fragments for item in f.items]
+        buffer = io.BytesIO()
+        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), buffer, compression="zstd")
+        files.write_bytes(part, buffer.getvalue())
+
+
+def _take(items: Iterator[Item], number: int) -> list[Item]:
+    return [item for _, item in zip(range(number), items, strict=False)]
+
+
+def _hash(value: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little")
+
+
+class _HashSet:
+    """A set of 64-bit hashes in 8 bytes each: sorted arrays of growing length, merged when they are as long.
+
+    Two of a hundred million values share a hash with a probability of 0.0003.
+    """
+
+    def __init__(self) -> None:
+        self._runs: list[np.ndarray] = []
+
+    def add(self, hashes: list[int]) -> list[bool]:
+        """Adds hashes in order; for each, whether it was in the set."""
+        new = np.array(hashes, np.uint64)
+        known = np.zeros(len(new), bool)
+        for run in self._runs:
+            place = np.searchsorted(run, new).clip(max=len(run) - 1)
+            known |= run[place] == new
+        values, first = np.unique(new, return_index=True)
+        is_first = np.zeros(len(new), bool)
+        is_first[first] = True
+        fresh = values[~known[first]]
+        if len(fresh):
+            self._runs.append(fresh)
+        while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
+            last = self._runs.pop()
+            self._runs[-1] = np.sort(np.concatenate([self._runs[-1], last]))
+        return (known | ~is_first).tolist()

@@ -1,0 +1,77 @@
+"""The settings that labels depend on, as ``job.json`` keeps them, and checks of those that need the model folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lumen_ray.errors import UserError
+from lumen_ray.exemplars import ClassByExample, no_exemplars
+from lumen_ray.inference.protocol import EngineProtocol
+from lumen_ray.label.workers import WorkerSettings, fingerprint
+
+
+def job_settings(
+    worker: WorkerSettings,
+    input: str | Path,
+    tasks: Sequence[str],
+    classes: Sequence[str] | None,
+    prompts: Mapping[str, Sequence[str]] | None,
+    keypoints: Sequence[str] | None,
+) -> dict[str, Any]:
+    """The settings that labels depend on, as ``job.json`` keeps them (JSON types)."""
+    return {
+        "input": str(input),
+        "model": fingerprint(worker.model),
+        "tasks": list(dict.fromkeys(tasks)),
+        "classes": list(classes or ()),
+        "prompts": {name: list(texts) for name, texts in (prompts or {}).items()},
+        "keypoints": list(keypoints or ()),
+        "decoders": dict(worker.decoders) or None,  # null, as in folders older than this setting
+        "dtype": None if worker.dtype == "float32" else worker.dtype,  # likewise
+        "score_threshold": worker.score_threshold,
+        "max_per_phrase": worker.max_per_phrase,
+        "max_new_tokens": worker.max_new_tokens,
+    }
+
+
+def exemplar_settings(exemplars: Sequence[ClassByExample]) -> dict[str, Any]:
+    """The part of the job's settings that identifies the examples; empty without any, as in older folders."""
+    if not exemplars:
+        return {}
+    found = [
+        {
+            "name": shown.name,
+            "named": shown.named,
+            "examples": [
+                {"box": [float(value) for value in e.box], "positive": e.positive, "key": e.key} for e in shown.examples
+            ],
+        }
+        for shown in exemplars
+    ]
+    return {"exemplars": found}
+
+
+def chosen_decoders(model: str | Path | Callable[[], EngineProtocol], decoders: Mapping[str, str]) -> dict[str, str]:
+    """The entries of `decoders` that differ from the model folder's choice, which its fingerprint covers."""
+    if not decoders:
+        return {}
+    if callable(model):
+        raise UserError("decoders can be chosen for a model folder only; give one as the model", "invalid_setting")
+    from lumen_ray.model.settings import read_settings
+
+    settings = read_settings(model)
+    return settings.choose(decoders, str(model)).chosen_over(settings)
+
+
+def check_exemplars(model: str | Path | Callable[[], EngineProtocol], exemplars: Sequence[ClassByExample]) -> None:
+    """Raises `UserError` for exemplars if the model folder does not take them, before an actor is started."""
+    if not exemplars or callable(model):
+        return
+    from lumen_ray.model.build import read_meta
+    from lumen_ray.model.settings import read_settings
+
+    layout = read_settings(model).prompt_layout
+    if not read_meta(model).reads_exemplars or layout == "sequential":
+        raise no_exemplars(exemplars[0].name, layout)

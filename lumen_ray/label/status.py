@@ -1,0 +1,69 @@
+"""The state of a label job, read from its output folder: on another terminal or machine, while it runs or later."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lumen_ray.data import files, urls
+from lumen_ray.label.claim import read_claim
+from lumen_ray.label.ledger import open_finished
+
+
+def label_status(output: urls.Location) -> dict[str, Any]:
+    """The state of the job that writes `output`, a folder or a bucket.
+
+    ``state``: running, stopped or finished; ``images``: listed so far, all of them if ``is_listed``; ``done``,
+    ``labelled``, ``errors``; ``reasons``: number of errors by reason; ``instances`` by task; of a running job
+    ``host``, ``pid``, ``seconds`` since it started, and once it has labelled ``images_per_second`` and
+    ``seconds_left``. Raises `UserError` if `output` is not the output of `lumen-ray label`.
+    """
+    ledger = open_finished(output)
+    plan, claim = ledger.plan(), read_claim(ledger.folder)
+    totals = ledger.totals()
+    images, is_listed = plan.num_images(), plan.is_complete
+    finished = is_listed and totals["images"] == images and files.is_file(urls.join(ledger.output, "summary.json"))
+    status: dict[str, Any] = {
+        "state": "running" if claim else "finished" if finished else "stopped",
+        "images": images,
+        "is_listed": is_listed,
+        "done": totals["images"],
+        "labelled": totals["labelled"],
+        "errors": totals["errors"],
+        "reasons": totals["reasons"],
+        "instances": totals["instances"],
+    }
+    if claim:
+        status |= {"host": claim["host"], "pid": claim["pid"], "seconds": round(time.time() - claim["started"])}
+        status |= {name: claim["state"].get(name) for name in ("images_per_second", "seconds_left")}
+    return status
+
+
+def status_lines(output: urls.Location, status: dict[str, Any]) -> list[str]:
+    """`label_status` in words."""
+    share = f" ({status['done'] / status['images']:.0%})" if status["images"] and status["is_listed"] else ""
+    listed = "" if status["is_listed"] else " listed so far"
+    lines = [
+        f"{urls.shown(output)}: {status['state']}, {status['done']:,} of {status['images']:,} images{listed}{share}, "
+        f"{status['errors']:,} errors"
+    ]
+    if status["reasons"]:
+        lines.append("errors: " + ", ".join(f"{reason} {number:,}" for reason, number in status["reasons"].items()))
+    if status["instances"]:
+        lines.append("instances: " + ", ".join(f"{task} {number:,}" for task, number in status["instances"].items()))
+    if status["state"] == "running":
+        rate, left = status["images_per_second"], status["seconds_left"]
+        speed = f", {rate:.1f} images/s" if rate else ""
+        lines.append(
+            f"process {status['pid']} on {status['host']}, for {_duration(status['seconds'])}{speed}"
+            + (f", about {_duration(left)} left" if left is not None else "")
+        )
+    elif status["state"] == "stopped":
+        lines.append("run the same command again to continue")
+    return lines
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
