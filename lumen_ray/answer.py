@@ -52,6 +52,15 @@ class AnswerPart:
         return cls(route=route, prediction=_prediction(data["phrase"], data["instances"], size))
 
 
+@dataclass(frozen=True)
+class TokenUsage:
+    """Tokens of an answer in text: those that the LLM has read for it, images included, and those that it has written,
+    without the end token."""
+
+    prompt: int
+    completion: int
+
+
 @dataclass
 class Answer:
     """The result of one `Request` about one image: text, images, or one `Prediction` per phrase in the request's order.
@@ -74,6 +83,8 @@ class Answer:
     tokens: list[str] | None = None
     #: whether the text is as long as it may be, though the LLM did not end it
     is_cut: bool = False
+    #: of an answer that the LLM wrote, if only its routing token
+    usage: TokenUsage | None = field(default=None, compare=False)
     #: of a text with instances in it, both in the order of writing: the texts joined are `text`, the predictions are
     #: `predictions`; None for other answers
     parts: list[AnswerPart] | None = None

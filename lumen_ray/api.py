@@ -480,7 +480,7 @@ def serve_settings(
         model_folder(fspath(model))
     _prepare_environment()
     from lumen_ray.model.build import read_meta
-    from lumen_ray.serve.settings import load_settings
+    from lumen_ray.serve.config_file import load_settings
 
     settings = load_settings(
         config, model=None if model is None else fspath(model), host=host, port=port, serving=dict(decoders or {})

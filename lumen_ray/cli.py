@@ -143,6 +143,7 @@ def _serve_args(verbs: Any) -> None:
     decoders_arg(p)
     p.add_argument("--host", help="address to listen on, instead of the config's")
     p.add_argument("--port", type=int, help="port to listen on, instead of the config's")
+    p.add_argument("--check", action="store_true", help="check the config, also one for `serve deploy`, and end")
     p.set_defaults(run=_serve)
 
 
@@ -228,6 +229,12 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
+    if args.check:
+        from lumen_ray.serve.config_file import check_file
+
+        check_file(args.config)
+        say(f"serve: no mistakes in {args.config}")
+        return
     settings = api.serve_settings(
         args.model, config=args.config, host=args.host, port=args.port, decoders=decoders_by_task(args.decoders)
     )

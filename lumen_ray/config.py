@@ -74,7 +74,8 @@ def validate(cls: type[T], data: Any, origin: str, describe: Callable[[ErrorDeta
     try:
         return cls.model_validate(data)
     except ValidationError as error:
-        raise UserError(_explain(cls, error, origin, describe), "invalid_config") from None
+        place = ".".join(str(step) for step in error.errors()[0]["loc"])
+        raise UserError(_explain(cls, error, origin, describe), "invalid_config", place or None) from None
 
 
 def load_yaml(path: str | Path, kind: str = "config file") -> dict[str, Any]:

@@ -9,15 +9,17 @@ from collections.abc import Iterable
 class UserError(ValueError):
     """An error with one sentence that says what to change: the CLI prints it and exits with 2, the server answers 4xx.
 
-    `reason` is its machine-readable form, e.g. ``"unknown_task"``.
+    `reason` is its machine-readable form, e.g. ``"unknown_task"``; `field`: the place of the wrong value in a request
+    or a settings file, where it has one, e.g. ``"messages.0.content"``.
     """
 
-    def __init__(self, message: str, reason: str = "invalid_request"):
+    def __init__(self, message: str, reason: str = "invalid_request", field: str | None = None):
         super().__init__(message)
         self.reason = reason
+        self.field = field
 
-    def __reduce__(self) -> tuple[type[UserError], tuple[str, str]]:  # keeps `reason` when Ray pickles the error
-        return type(self), (str(self), self.reason)
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str | None]]:  # keeps all when Ray pickles the error
+        return type(self), (str(self), self.reason, self.field)
 
 
 def suggest(word: str, valid: Iterable[str]) -> str:

@@ -210,7 +210,7 @@ def _requests(row: dict[str, Any], posed: Collection[str]) -> dict[str, dict[str
 def _serve_settings(model: Path, port: int) -> ServeSettings:
     """The settings of step 5, checked before the minutes that steps 1 to 4 take."""
     from lumen_ray.serve.app import check_port
-    from lumen_ray.serve.settings import load_settings
+    from lumen_ray.serve.config_file import load_settings
 
     settings = load_settings("nano", model=str(model), port=port)
     if not os.environ.get("RAY_ADDRESS"):  # there, the cluster's own Serve may hold the port

@@ -52,6 +52,27 @@ def _check_size(size: Size) -> Size:
     return height, width
 
 
+def _paste(crop: np.ndarray, x: int, y: int, size: Size) -> dict[str, Any]:
+    """The COCO RLE of an image of `size` that is empty but for `crop` at (x, y). RLE counts down the columns."""
+    height, width = size
+    rows = crop.shape[0]
+    columns = np.zeros((crop.shape[1], rows + 2), np.int8)
+    columns[:, 1:-1] = crop.T
+    steps = np.diff(columns, axis=1)  # 1 where a run starts, -1 behind its end
+    column, row = np.nonzero(steps == 1)
+    starts = (x + column) * height + y + row
+    column, row = np.nonzero(steps == -1)
+    ends = (x + column) * height + y + row
+    apart = np.ones(len(starts) + 1, bool)
+    apart[1:-1] = starts[1:] != ends[:-1]  # a run that reaches the bottom goes on at the top of the next column
+    edges = np.stack([starts[apart[:-1]], ends[apart[1:]]], axis=1).reshape(-1)
+    counts = np.diff(edges, prepend=0, append=height * width)
+    if len(counts) > 1 and counts[-1] == 0:  # the last run ends the image
+        counts = counts[:-1]
+    rle = _coco_mask().frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
+    return {"size": [height, width], "counts": rle["counts"].decode()}
+
+
 def _coco_mask() -> Any:
     """`pycocotools.mask`, imported on first use: running a model needs no pycocotools, e.g. on a bare GPU machine."""
     from pycocotools import mask
@@ -128,6 +149,12 @@ class Masks:
             return cls([], size)
         encoded = _coco_mask().encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
         return cls([{"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode()} for rle in encoded], size)
+
+    @classmethod
+    def from_crops(cls, crops: Iterable[np.ndarray], corners: Iterable[tuple[int, int]], size: Size) -> Masks:
+        """From parts of images of (height, width) `size`, which are empty elsewhere: bool [h, w] each, and the (x, y)
+        of its top left pixel. Takes time by the size of the parts."""
+        return cls([_paste(crop, x, y, size) for crop, (x, y) in zip(crops, corners, strict=True)], size)
 
     def to_arrays(self) -> np.ndarray:
         """The masks as bool [N, height, width]."""

@@ -310,7 +310,10 @@ def test_yaml_blocks_validate(block):
         "yaml model": ("models", "nano", ModelSettings),
         "yaml serve": ("serve", "nano", ServeSettings),
     }[block.info]
-    config.validate(settings, preset(base, kind) | given, str(block))
+    base_settings = preset(base, kind)
+    if kind == "serve":
+        base_settings = base_settings["applications"][0]["args"]
+    config.validate(settings, base_settings | given, str(block))
 
 
 @pytest.mark.parametrize("block", blocks_of("yaml exemplars"), ids=str)

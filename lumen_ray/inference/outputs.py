@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lumen_ray.answer import Answer, AnswerPart
+from lumen_ray.answer import Answer, AnswerPart, TokenUsage
 from lumen_ray.decoders.base import PredictSettings, PromptSpec
 from lumen_ray.inference.request import Request
 from lumen_ray.inference.semantic import class_regions
@@ -28,8 +28,8 @@ DecoderResult = Prediction | list[np.ndarray] | None
 @dataclass
 class RequestPlan:
     """Where one request's answer comes from: `links` are indices into the super link of its `decoder`, `text` is what
-    the LLM wrote; `log_probs`, `tokens` and `is_cut` are as in `Answer`. `parts`: as there, with an entry without
-    prediction for each link, in the order of `links`."""
+    the LLM wrote; `log_probs`, `tokens`, `is_cut` and `usage` are as in `Answer`. `parts`: as there, with an entry
+    without prediction for each link, in the order of `links`."""
 
     task: str
     size: Size
@@ -40,6 +40,7 @@ class RequestPlan:
     log_probs: list[float] | None = None
     tokens: list[str] | None = None
     is_cut: bool = False
+    usage: TokenUsage | None = None
     parts: list[AnswerPart] | None = None
 
 
@@ -145,6 +146,7 @@ def _answer(plan: RequestPlan, results: Mapping[str, Sequence[DecoderResult]]) -
         log_probs=plan.log_probs,
         tokens=plan.tokens,
         is_cut=plan.is_cut,
+        usage=plan.usage,
     )
     if not plan.links:
         return written

@@ -13,6 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from lumen_ray.answer import TokenUsage
 from lumen_ray.data.batches.buckets import choose
 from lumen_ray.data.images import as_picture
 from lumen_ray.decoders.registry import DECODERS
@@ -307,8 +308,10 @@ class TrunkStage(FromFolder):
                 at = replace(branch, image=0 if turns else b)
                 useless = self.planner.useless_tokens(task, bool(inputs.valid[b]))
                 never = [self.tokenizer.ids[token] for token in useless if token in self.tokenizer.ids]
-                prompt = TextPrompt(at, Sampler(request.sampling, ids), limit, region, routes, never)
-                self._check_context(len(ids), 0 if layout.alone else prefixes[b], limit, prompt.most_queries)
+                prefix = 0 if layout.alone else prefixes[b]
+                read = prefix if inputs.valid[b] else min(prefix, len(self.trunk.lead))
+                prompt = TextPrompt(at, Sampler(request.sampling, ids), limit, region, routes, never, read + len(ids))
+                self._check_context(len(ids), prefix, limit, prompt.most_queries)
                 found[b, r] = prompt
         return found
 
@@ -324,6 +327,7 @@ class TrunkStage(FromFolder):
         routed = []
         for (b, r), writing in written.items():
             plan = plans[b][r]
+            plan.usage = TokenUsage(writing.prompt.length, len(writing.tokens))
             if writing.end == "route" and TASKS[requests[b][r].task].is_conversation and not writing.links:
                 plan.route = routing[writing.tokens[-1]]
                 plan.text = written_text(writing, self.tokenizer) or None

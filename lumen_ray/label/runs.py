@@ -16,9 +16,9 @@ from lumen_ray.label.plan import Fragment, Plan
 from lumen_ray.label.workers import LabelActor, Labeller, Outcome, WorkerSettings
 
 #: Seconds without a result after which Ray Data gives up (its default: 30 minutes); loading a large model must fit.
-NO_PROGRESS_TIMEOUT_S = 900
+NO_PROGRESS_TIMEOUT_S = 3600
 #: Fragments of one task: one at first, more once many have been handed out, since a task costs the driver 7 ms.
-MOST_PER_TASK = 16
+MOST_PER_TASK = 64
 _TASKS_PER_STEP = 64
 #: by default an actor is started for this many images, as it takes seconds to load the model
 _IMAGES_PER_ACTOR = 64

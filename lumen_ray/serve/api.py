@@ -11,6 +11,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse
 
 from lumen_ray.serve import openai_api, openai_images, schemas, task_api
+from lumen_ray.serve.admission import Admission, Gate
 from lumen_ray.serve.http import Guard, install_error_handlers
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.serve.task_api import Backend
@@ -26,8 +27,12 @@ def _page(name: str) -> str:
     return (_PAGES / name).read_text(encoding="utf-8")
 
 
-def create_api(backend: Backend, settings: ServeSettings) -> FastAPI:
-    """The HTTP API over `backend`. FastAPI's documentation pages are replaced: they load scripts from a remote host."""
+def create_api(backend: Backend, settings: ServeSettings, gate: Gate | None = None) -> FastAPI:
+    """The HTTP API over `backend`.
+
+    `gate`: of the requests that come in, by default one of its own. FastAPI's documentation pages are replaced: they
+    load scripts from a remote host.
+    """
     errors: dict[int | str, dict[str, Any]] = {code: {"model": schemas.ErrorResponse} for code in (400, 404, 413, 503)}
     api = FastAPI(title="lumen_ray", version=__version__, summary=_SUMMARY, docs_url=None, redoc_url=None)
     install_error_handlers(api)
@@ -35,22 +40,28 @@ def create_api(backend: Backend, settings: ServeSettings) -> FastAPI:
     api.include_router(openai_api.make_router(backend, settings), responses=errors)
     api.include_router(openai_images.make_router(backend, settings), responses=errors)
     api.include_router(task_api.make_fallback())
-    _add_health(api, backend)
+    gate = gate or Gate(settings)
+    _add_health(api, backend, gate)
     _add_pages(api)
     _add_request_schemas(api)
+    api.add_middleware(Admission, gate=gate)
     api.add_middleware(Guard, max_body_bytes=settings.limits.max_body_bytes)
     return api
 
 
-def _add_health(api: FastAPI, backend: Backend) -> None:
+def _add_health(api: FastAPI, backend: Backend, gate: Gate) -> None:
     @api.get("/healthz", tags=["about"], summary="200 while the HTTP server runs")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
-    @api.get("/readyz", tags=["about"], summary="200 when every deployment of the model answers, else 503")
+    @api.get(
+        "/readyz",
+        tags=["about"],
+        summary="200 when every deployment of the model answers, else 503",
+    )
     async def readyz() -> JSONResponse:
         deployments = await backend.ready()
-        ready = all(deployments.values())
+        ready = all(deployments.values()) and not gate.is_closed
         return JSONResponse({"ready": ready, "deployments": deployments}, 200 if ready else 503)
 
 

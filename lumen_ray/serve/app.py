@@ -1,8 +1,11 @@
-"""Builds and runs the Serve application: Ingress -> Trunk -> one deployment per decoder, each scaled separately."""
+"""Builds and runs the Serve application: Ingress -> Trunk -> one deployment per decoder, each scaled separately.
+
+`run` serves from this process; `build` is the import path of Serve config files (see `config_file`)."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -13,14 +16,17 @@ import urllib.request
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
+from lumen_ray import config
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.presets import model_folder
-from lumen_ray.ray_env import cluster_resources, init_local, prepare_environment, shutdown
+from lumen_ray.ray_env import cluster_resources, init_local, shutdown
 from lumen_ray.ray_log import log_file, native_lines_in_file, quiet_loggers
-from lumen_ray.serve.settings import Deployment as DeploymentSettings
+from lumen_ray.serve.admission import ingress_options
+from lumen_ray.serve.config_file import PROXY_MARGIN_S, check_no_address
+from lumen_ray.serve.environment import prepare_serve_environment
 from lumen_ray.serve.settings import Http, ServeSettings
 
 if TYPE_CHECKING:
@@ -28,21 +34,14 @@ if TYPE_CHECKING:
 
     from lumen_ray.model.settings import ModelSettings
 
+logger = logging.getLogger("ray.serve.lumen")
 APP_NAME = "lumen"
 #: logical CPUs besides the replicas', for Serve's own actors and other users of this Ray
 _SPARE_CPUS = 2
 
 
-def prepare_serve_environment() -> None:
-    """Sets the environment that Ray reads on import; variables that the user has set are kept."""
-    prepare_environment()
-    # Replicas report their load every second (default 10), so that upscale_delay_s decides.
-    os.environ.setdefault("RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
-    os.environ.setdefault("RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S", "1")
-
-
 def build_app(settings: ServeSettings) -> Application:
-    """The application graph, ready for `ray.serve.run` or a Serve config file."""
+    """The application graph, ready for `ray.serve.run`."""
     prepare_serve_environment()
     from ray import serve
 
@@ -50,22 +49,37 @@ def build_app(settings: ServeSettings) -> Application:
     from lumen_ray.serve.ingress import Ingress
     from lumen_ray.serve.trunk import TrunkReplica, load_trunk
 
-    def deployment(replica: type, name: str, options: DeploymentSettings) -> Deployment:
+    def deployment(replica: type, name: str, options: dict[str, Any]) -> Deployment:
         # Ray's types have only the form that is a decorator
-        return cast("Deployment", serve.deployment(replica, name=name, **options.options()))
+        return cast("Deployment", serve.deployment(replica, name=name, **(options | grace)))
 
+    # a replica that is stopped finishes its requests, Serve's default is 20 s for that
+    grace = {"graceful_shutdown_timeout_s": settings.http.request_timeout_s}
     model = str(model_folder(settings.model).resolve())
     served = model_settings(settings)
     decoders = {}
     for name in served.decoder_names:
         options = settings.decoder(name)
         load = partial(load_decoder, dtype=options.dtype)
-        decoder = deployment(DecoderReplica, deployment_name(name), options)
+        decoder = deployment(DecoderReplica, deployment_name(name), options.options())
         decoders[name] = decoder.bind(model, name, options.torch_device, load)
-    trunk = deployment(TrunkReplica, "Trunk", settings.trunk).bind(
+    trunk = deployment(TrunkReplica, "Trunk", settings.trunk.options()).bind(
         model, settings.trunk.torch_device, settings.serving, partial(load_trunk, dtype=settings.trunk.dtype)
     )
-    return deployment(Ingress, "Ingress", settings.ingress).bind(settings, trunk, decoders, served.serving)
+    ingress = deployment(Ingress, "Ingress", ingress_options(settings))
+    return ingress.bind(settings, trunk, decoders, served.serving)
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The application of a Serve config file with `import_path: lumen_ray.serve.app:build`.
+
+    `args`: the settings, as of `ServeSettings`. Raises `UserError` for invalid ones, and for an address in `http`: such
+    a file has it in `http_options`.
+    """
+    # Serve passes the mapping as it is: it reads only annotations that are classes, and those of this module are texts
+    settings = config.validate(ServeSettings, args, "args")
+    check_no_address(settings.http, "args")
+    return build_app(settings)
 
 
 def deployment_name(decoder: str) -> str:
@@ -82,20 +96,50 @@ def model_settings(settings: ServeSettings) -> ModelSettings:
 
 @dataclass
 class Server:
-    """A running application at `url`. `log`: the file with the lines of Ray and Ray Serve in this process."""
+    """A running application at `url`. `log`: the file with the lines of Ray and Ray Serve in this process;
+    `longest_request_s`: how long a request may take."""
 
     url: str
     started_ray: bool
     log: Path
+    longest_request_s: float = 60
 
     def stop(self) -> None:
-        """Ends the application, and Serve and Ray if `run` started them; else they go on for their other users."""
+        """Refuses new requests, finishes those that have begun, and ends the application, as well as Serve and Ray if
+        `run` started them; else they go on for their other users. Ctrl-C ends it at once."""
+        with native_lines_in_file():
+            try:
+                self._drain()
+            except KeyboardInterrupt:
+                pass
+            finally:
+                self.end()
+
+    def end(self) -> None:
+        """Ends the application, whatever it is doing."""
         from ray import serve
 
         with native_lines_in_file():
-            serve.delete(APP_NAME)
             if self.started_ray:
-                shutdown()
+                shutdown()  # without deleting first: until that was done, Serve's proxy would answer 404
+            else:
+                serve.delete(APP_NAME)
+
+    def _drain(self) -> None:
+        """Closes the ingress; returns when it has answered all requests, or no longer answers itself."""
+        from ray import serve
+        from ray.exceptions import RayError
+        from ray.serve.exceptions import RayServeException
+
+        until = time.monotonic() + self.longest_request_s + PROXY_MARGIN_S
+        try:
+            ingress = serve.get_app_handle(APP_NAME)
+            # asked again, since a replica may have been added
+            while sum(ingress.broadcast("close").results(timeout_s=10)) and time.monotonic() < until:
+                time.sleep(0.2)
+            time.sleep(0.5)  # until the proxy has passed the last answers on
+        except (RayError, RayServeException, TimeoutError):
+            logger.warning("the ingress does not answer; requests that have begun may be lost", exc_info=True)
 
     def wait(self) -> None:
         """Blocks until SIGINT or SIGTERM. Only for the main thread."""
@@ -105,6 +149,7 @@ class Server:
         with native_lines_in_file():
             while not done.wait(1):
                 pass
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C once more ends `stop` at once
 
 
 def run(settings: ServeSettings, blocking: bool = True, timeout_s: float = 300) -> Server:
@@ -117,13 +162,14 @@ def run(settings: ServeSettings, blocking: bool = True, timeout_s: float = 300) 
     """
     model_folder(settings.model)  # raises before Ray starts
     started = _join_ray(settings)
-    server = Server(f"http://{_reachable(settings.http.host)}:{settings.http.port}", started, log_file())
+    url = f"http://{_reachable(settings.http.host)}:{settings.http.port}"
+    server = Server(url, started, log_file(), settings.http.request_timeout_s)
     try:
         with native_lines_in_file():
             _deploy(settings)
             wait_ready(server.url, timeout_s)
     except BaseException:
-        server.stop()
+        server.end()
         raise
     if blocking:
         print(
@@ -164,8 +210,7 @@ def _deploy(settings: ServeSettings) -> None:
     from ray import serve
 
     http: Http = settings.http
-    # The proxy's limit lies above ours, so that a slow request gets our error body.
-    options = {"host": http.host, "port": http.port, "request_timeout_s": http.request_timeout_s + 10}
+    options = {"host": http.host, "port": http.port, "request_timeout_s": http.request_timeout_s + PROXY_MARGIN_S}
     serve.start(http_options=options, logging_config={"log_level": "WARNING", "enable_access_log": False})
     logging = {"log_level": "INFO" if http.access_log else "WARNING", "enable_access_log": http.access_log}
     serve.run(build_app(settings), name=APP_NAME, route_prefix="/", blocking=False, logging_config=logging)

@@ -8,9 +8,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Generic, TypeVar
 
 from lumen_ray.errors import UserError
 from lumen_ray.serve.http import logger
@@ -19,56 +19,47 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-class Batched(Protocol):
-    """The part of a `serve.batch` method that Ray's types leave out."""
-
-    def set_max_batch_size(self, new_max_batch_size: int) -> None: ...
-
-    def set_batch_wait_timeout_s(self, new_batch_wait_timeout_s: float) -> None: ...
-
-
-def set_batching(method: Any, batching: dict[str, Any]) -> None:
-    """Applies the settings of `settings.Batching` to a `serve.batch` method."""
-    batched = cast(Batched, method)
-    batched.set_max_batch_size(batching["max_batch_size"])
-    batched.set_batch_wait_timeout_s(batching["batch_wait_timeout_s"])
-
-
 @dataclass
 class _Waiting(Generic[T, R]):
     item: T
     key: Hashable
+    cost: int
+    since: float
     future: Future[R | Exception] = field(default_factory=Future)
 
 
 class Collector(Generic[T, R]):
     """Batches for a model that one thread uses at a time: a worker that gets the model takes everything that waits, and
-    may leave it to others while its batch goes on (as text answers do, which are written together with theirs)."""
+    may leave it to others while its batch goes on (as text answers do, which are written together with theirs).
+
+    `serve.batch` closes a batch some milliseconds after its first item, also while the model is busy."""
 
     def __init__(
         self,
         run: Callable[[list[T]], list[R | Exception]],
         key: Callable[[T], Hashable],
-        turn: Callable[[], AbstractContextManager[None]],
-        workers: int,
+        cost: Callable[[T], int] = lambda _: 0,
+        turn: Callable[[], AbstractContextManager[None]] = nullcontext,
+        workers: int = 1,
     ):
-        """`run`: the results of a batch, whose items share a `key`; `turn`: waits for the model; `workers`: most
-        batches at a time."""
-        self._run, self._key, self._turn = run, key, turn
+        """`run`: the results of a batch, whose items share a `key`; `cost`: the tokens of an item; `turn`: waits for
+        the model, not needed by a single worker; `workers`: most batches at a time."""
+        self._run, self._key, self._cost, self._turn = run, key, cost, turn
         self._pool = ThreadPoolExecutor(workers)
         self._waiting: deque[_Waiting[T, R]] = deque()
         self._lock = threading.Lock()  # of `_waiting`
-        self.max_batch_size = 1
+        self.max_batch_size = self.max_batch_tokens = 1
         self.wait_timeout_s = 0.0
 
     def configure(self, batching: dict[str, Any]) -> None:
         """Applies the settings of `settings.Batching`."""
         self.max_batch_size = batching["max_batch_size"]
+        self.max_batch_tokens = batching["max_batch_tokens"]
         self.wait_timeout_s = batching["batch_wait_timeout_s"]
 
     async def submit(self, item: T) -> R | Exception:
         """The result of one item. If this is cancelled while the item waits, it is dropped."""
-        waiting: _Waiting[T, R] = _Waiting(item, self._key(item))
+        waiting: _Waiting[T, R] = _Waiting(item, self._key(item), self._cost(item), time.monotonic())
         with self._lock:
             self._waiting.append(waiting)
         self._pool.submit(self._work)
@@ -79,7 +70,8 @@ class Collector(Generic[T, R]):
         with self._lock:
             if not self._waiting:
                 return
-        time.sleep(self.wait_timeout_s)  # others may come while the model is idle
+            until = self._waiting[0].since + self.wait_timeout_s
+        time.sleep(max(0.0, until - time.monotonic()))  # others may come while the model is idle
         batch: list[_Waiting[T, R]] = []
         results: list[R | Exception]
         try:
@@ -93,16 +85,19 @@ class Collector(Generic[T, R]):
             waiting.future.set_result(result)
 
     def _take(self) -> list[_Waiting[T, R]]:
-        """The first item that waits and those of its key, in their order."""
+        """The first item that waits and those of its key, in their order, as many as fit."""
         batch: list[_Waiting[T, R]] = []
         others: list[_Waiting[T, R]] = []
+        tokens = 0
         with self._lock:
             while self._waiting and len(batch) < self.max_batch_size:
                 waiting = self._waiting.popleft()
-                if batch and waiting.key != batch[0].key:
+                cost = tokens + waiting.cost
+                if batch and (waiting.key != batch[0].key or cost > self.max_batch_tokens):
                     others.append(waiting)
                 elif waiting.future.set_running_or_notify_cancel():
                     batch.append(waiting)
+                    tokens = cost
             self._waiting.extendleft(reversed(others))
         return batch
 
@@ -137,7 +132,7 @@ def _map_isolated(items: list[T], function: Callable[[list[T]], list[R]]) -> lis
 
 
 def value_of(result: R | Exception) -> R:
-    """The result of one item, or its exception raised: `serve.batch` returns both as values."""
+    """The result of one item, or its exception raised: a batch has both as values."""
     if isinstance(result, Exception):
         raise result
     return result

@@ -140,16 +140,16 @@ def _check_order(messages: Sequence[ChatMessage], first: int) -> None:
 
 
 def _unsupported(n: int, problem: str) -> UserError:
-    return UserError(f"'messages.{n}' {problem}", "unsupported_conversation")
+    return UserError(f"'messages.{n}' {problem}", "unsupported_conversation", f"messages.{n}")
 
 
 def _text(n: int, message: ChatMessage) -> str:
     """The texts of a message's parts, joined."""
     if not message.content:
-        raise UserError(f"'messages.{n}.content' is empty; give a text", "missing_content")
+        raise UserError(f"'messages.{n}.content' is empty; give a text", "missing_content", f"messages.{n}.content")
     text = " ".join(part.text for part in message.content if part.text)
     if not text.strip():
-        raise UserError(f"'messages.{n}.content' has no text; give one", "empty_text")
+        raise UserError(f"'messages.{n}.content' has no text; give one", "empty_text", f"messages.{n}.content")
     return text
 
 
@@ -163,11 +163,13 @@ def _images(messages: Sequence[ChatMessage], most: int) -> list[tuple[int, str, 
             place = f"messages.{n}.content.{i}.image_url"
             if message.role != "user":
                 raise UserError(
-                    f"'{place}' is an image of the {message.role}; give it in a user message", "unexpected_image"
+                    f"'{place}' is an image of the {message.role}; give it in a user message", "unexpected_image", place
                 )
             found.append((n, place, part.image_url.url))
     if len(found) > most:
         raise UserError(
-            f"the conversation has {len(found)} images; give at most {most} in all its messages", "too_many_images"
+            f"the conversation has {len(found)} images; give at most {most} in all its messages",
+            "too_many_images",
+            "messages",
         )
     return found

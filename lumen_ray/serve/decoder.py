@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
-
-from ray import serve
 
 from lumen_ray.answer import Answer
 from lumen_ray.inference.request import Request
-from lumen_ray.serve.batching import map_grouped, set_batching, value_of
+from lumen_ray.serve.batching import Collector, map_grouped, value_of
+from lumen_ray.serve.job import cost_of
 
 if TYPE_CHECKING:
     from lumen_ray.decoders.base import PredictSettings
@@ -35,25 +32,24 @@ class DecoderReplica:
         self, model: str, name: str, device: str, load: Callable[[str, str, str], DecoderStage] = load_decoder
     ):
         self.stage = load(model, name, device)
-        self.worker = ThreadPoolExecutor(1)  # as in `TrunkReplica`
+        # a thread, so that the event loop stays free to answer pings
+        self.batches: Collector[DecoderJob, Answers] = Collector(
+            self.answers, self._key, lambda job: cost_of(job[1], 0)
+        )
 
     def reconfigure(self, batching: dict[str, Any]) -> None:
         """Called by Serve at the start and on every change of the settings, without a restart."""
-        set_batching(self._batched, batching)
+        self.batches.configure(batching)
 
     async def decode(self, output: TrunkOutput, requests: tuple[Request, ...]) -> Answers:
         """Answers to the requests about one image, None for those that another decoder serves.
 
         The tensors lie in shared memory: they are read, never written.
         """
-        return value_of(await self._batched((output, requests)))
+        return value_of(await self.batches.submit((output, requests)))
 
     async def ping(self) -> bool:
         return True
-
-    @serve.batch
-    async def _batched(self, jobs: list[DecoderJob]) -> list[Answers | Exception]:
-        return await asyncio.get_running_loop().run_in_executor(self.worker, self.answers, jobs)
 
     def answers(self, jobs: list[DecoderJob]) -> list[Answers | Exception]:
         """One pass for all jobs of one input size with the same limit of instances; a failed job gets its exception.

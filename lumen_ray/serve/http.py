@@ -1,7 +1,8 @@
 """The error envelope, the body limit and the request id of all HTTP responses.
 
 An error is always ``{"error": {"reason": "unknown_task", "message": "one sentence", "request_id": "..."}}``: `reason`
-is for programs, `message` for people. Tracebacks go to the log, with the request id.
+is for programs, `message` for people; beside them are the fields of OpenAI's errors (`type`, `param`, `code`).
+Tracebacks go to the log, with the request id.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ STATUS = {
     "unsupported_media_type": 415,
     "internal_error": 500,
     "overloaded": 503,
+    "shutting_down": 503,
     "unavailable": 503,
     "timeout": 504,
 }
@@ -52,11 +54,25 @@ class Unavailable(Exception):
     """A deployment of the model did not answer, retries included."""
 
 
-def error_response(reason: str, message: str, request_id: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """The error envelope, with the status of `reason`."""
-    message = message.encode("utf-8", "backslashreplace").decode()  # it may quote half a surrogate pair of the request
-    content = {"error": {"reason": reason, "message": message, "request_id": request_id}}
-    return JSONResponse(content, STATUS.get(reason, 400), headers)
+def error_response(
+    reason: str, message: str, request_id: str, headers: dict[str, str] | None = None, field: str | None = None
+) -> JSONResponse:
+    """The error envelope, with the status of `reason`. `field`: the one of the request that is wrong."""
+    status = STATUS.get(reason, 400)
+    error = {
+        "message": _printable(message),
+        "type": "invalid_request_error" if status < 500 else "server_error",
+        "param": None if field is None else _printable(field),
+        "code": reason,
+        "reason": reason,
+        "request_id": request_id,
+    }
+    return JSONResponse({"error": error}, status, headers)
+
+
+def _printable(text: str) -> str:
+    """A text that may quote half a surrogate pair of the request, as UTF-8 can hold it."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def content_type(request: Request) -> str:
@@ -75,7 +91,8 @@ def _without_data(message: str) -> str:
 
 
 async def _user_error(request: Request, error: UserError) -> JSONResponse:
-    return error_response(error.reason, _without_data(str(error)), request_id(request))
+    field = None if error.field is None else _without_data(error.field)
+    return error_response(error.reason, _without_data(str(error)), request_id(request), field=field)
 
 
 async def _http_exception(request: Request, error: HTTPException) -> JSONResponse:

@@ -22,6 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from lumen_ray.answer import Answer
 from lumen_ray.errors import UserError
 from lumen_ray.inference.request import Request, Shown
+from lumen_ray.serve.admission import Gate
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.http import Overloaded, Unavailable, logger
 from lumen_ray.serve.job import TrunkJob
@@ -41,10 +42,15 @@ _PING_S = 5.0
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """The innermost error of a remote call; a call whose argument is a failed response wraps the error once more."""
-    while isinstance(error, ray_errors.RayTaskError) and isinstance(error.cause, BaseException):
-        error = error.cause
-    return error
+    """The innermost error of a remote call; a call whose argument is a failed response wraps the error once more, and
+    is a plain `RayServeException` if the argument's replica died ("an upstream actor died")."""
+    while True:
+        inner = error.cause if isinstance(error, ray_errors.RayTaskError) else None
+        if isinstance(error, RayServeException) and isinstance(error.__cause__, ray_errors.RayError):
+            inner = error.__cause__
+        if not isinstance(inner, BaseException):
+            return error
+        error = inner
 
 
 class ServeBackend:
@@ -150,6 +156,12 @@ class Ingress:
     ):
         self.settings = settings
         self.backend = ServeBackend(trunk, decoders, serving, settings)
+        self.gate = Gate(settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self.backend, self.settings)
+        return create_api(self.backend, self.settings, self.gate)
+
+    async def close(self) -> int:
+        """Takes no more requests; returns the number of those that are not answered yet."""
+        self.gate.is_closed = True
+        return self.gate.inside

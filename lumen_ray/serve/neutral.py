@@ -32,7 +32,7 @@ class Neutral:
     def refusal(self, name: str) -> UserError:
         """The error for another value of the parameter `name`."""
         choices = f" or set it to {_in_words(*self.values)}" if self.values else ""
-        return UserError(f"{self.because}; leave '{name}' out{choices}", self.reason)
+        return UserError(f"{self.because}; leave '{name}' out{choices}", self.reason, name)
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         values = [None, *self.values]

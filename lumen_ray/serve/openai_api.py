@@ -15,7 +15,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from pydantic import BeforeValidator, Field
 
-from lumen_ray.answer import Answer
+from lumen_ray.answer import Answer, TokenUsage
 from lumen_ray.config import Settings
 from lumen_ray.errors import UserError
 from lumen_ray.serve import schemas
@@ -163,7 +163,7 @@ async def check_model(backend: Backend, name: str | None) -> None:
     """Raises `UserError` if a request names another model than the loaded one."""
     info = await backend.info()
     if name is not None and name not in (info["preset"], f"{info['preset']}@{info['version']}"):
-        raise UserError(f"unknown model '{name}'; models: {info['preset']}", "unknown_model")
+        raise UserError(f"unknown model '{name}'; models: {info['preset']}", "unknown_model", "model")
 
 
 def _refuse_sampling(chat: ChatRequest) -> None:
@@ -190,7 +190,7 @@ def _task_fields(chat: ChatRequest, conversation: Conversation) -> schemas.TaskF
 
 
 def _completion(answer: Answer, extra: dict[str, Any], with_log_probs: bool) -> dict[str, Any]:
-    """The response in OpenAI's format, without token usage, which is not measured."""
+    """The response in OpenAI's format."""
     choice = {
         "index": 0,
         "message": {"role": "assistant", "content": answer.text or ""},
@@ -203,8 +203,16 @@ def _completion(answer: Answer, extra: dict[str, Any], with_log_probs: bool) -> 
         "created": int(time.time()),
         "model": extra["model"],
         "choices": [choice],
+        "usage": _usage(answer.usage),
         "lumen": {**answer.to_dict(), "timing_ms": extra["timing_ms"]},
     }
+
+
+def _usage(usage: TokenUsage | None) -> dict[str, int] | None:
+    if usage is None:
+        return None
+    total = usage.prompt + usage.completion
+    return {"prompt_tokens": usage.prompt, "completion_tokens": usage.completion, "total_tokens": total}
 
 
 def _log_probs(answer: Answer) -> list[dict[str, Any]]:

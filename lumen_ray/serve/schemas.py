@@ -250,8 +250,13 @@ class InferResponse(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    reason: str = Field(description="machine-readable, e.g. unknown_task")
+    """With the fields of OpenAI's errors."""
+
     message: str = Field(description="one sentence that says what to change")
+    type: Literal["invalid_request_error", "server_error"] = Field(description="whether the request is wrong")
+    param: str | None = Field(description="the field that is wrong, if it is a certain one")
+    code: str = Field(description="the same as reason")
+    reason: str = Field(description="machine-readable, e.g. unknown_task")
     request_id: str = Field(description="also in the X-Request-ID header; names the request in the server's log")
 
 
@@ -317,4 +322,4 @@ def parse(model: type[T], data: dict[str, Any]) -> T:
     try:
         return validate(model, data, "request", _describe)
     except UserError as error:
-        raise UserError(str(error), "invalid_request") from None
+        raise UserError(str(error), "invalid_request", error.field) from None

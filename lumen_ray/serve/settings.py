@@ -1,4 +1,4 @@
-"""Settings of the Serve application, as in `configs/serve/*.yaml`.
+"""Settings of the Serve application, as under `args` in `configs/serve/*.yaml`.
 
 Unknown keys are refused here, because Ray Serve accepts them silently."""
 
@@ -10,11 +10,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lumen_ray import config
 from lumen_ray.config import Settings
 from lumen_ray.decoders.registry import get
 from lumen_ray.errors import UserError
-from lumen_ray.presets import find
 from lumen_ray.structures import Dtype
 
 #: tokens of the longest text answer that a request can ask for
@@ -86,7 +84,14 @@ class Batching(Settings):
     """How requests of several callers share one forward pass."""
 
     max_batch_size: int = Field(8, ge=1, description="images of one pass")
-    batch_wait_timeout_s: float = Field(0.005, ge=0, description="seconds a first request waits for others")
+    max_batch_tokens: int = Field(
+        16_384,
+        ge=1,
+        description="tokens of one pass, counted as in limits.max_request_tokens; a request with more is alone",
+    )
+    batch_wait_timeout_s: float = Field(
+        0, ge=0, description="seconds that the first request to an idle replica waits for others"
+    )
 
 
 class ModelDeployment(Deployment):
@@ -133,9 +138,15 @@ class Limits(Settings):
     )
     max_classes: int = Field(256, ge=1, description="phrases and examples of one request body, over all its tasks")
     max_requests: int = Field(32, ge=1, description="tasks of one /v1/infer call")
+    max_request_tokens: int = Field(
+        16_384,
+        ge=1,
+        description="tokens that one request body may cost: one for each byte of its classes, keypoints and texts, "
+        "more in long names, and max_new_tokens for each answer in text",
+    )
     max_text_chars: int = Field(2000, ge=1, description="characters of one text or name")
     max_history_chars: int = Field(
-        20_000, ge=1, description="characters of a chat's system text and earlier turns together"
+        20_000, ge=1, description="characters of system text and earlier turns of one request body together"
     )
 
 
@@ -199,27 +210,3 @@ class ServeSettings(Settings):
                     f"{field} or replicas in the settings, or serve on a Ray with more",
                     "no_room",
                 )
-
-
-def load_settings(
-    name: str,
-    *,
-    model: str | None = None,
-    host: str | None = None,
-    port: int | None = None,
-    serving: dict[str, str] | None = None,
-) -> ServeSettings:
-    """The settings in `configs/serve/<name>.yaml`, or in the YAML file `name`; the other arguments override them.
-
-    Raises `UserError` for missing files and invalid settings.
-    """
-    data = config.load_yaml(find("serve", name))
-    if model is not None:
-        data["model"] = model
-    http = {key: value for key, value in (("host", host), ("port", port)) if value is not None}
-    for section, given in (("http", http), ("serving", serving or {})):
-        if data.get(section) is None:
-            data[section] = {}
-        if isinstance(data[section], dict):  # validation refuses anything else
-            data[section] |= given
-    return config.validate(ServeSettings, data, name)

@@ -23,6 +23,7 @@ from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.serve import forms, schemas
 from lumen_ray.serve.http import content_type, json_schema_ref
 from lumen_ray.serve.images import checked_rle, decode_images, image_bytes
+from lumen_ray.serve.limits import check_amount, check_lengths
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.structures import Region, SampleSettings, Size
 from lumen_ray.tasks import TASKS, Task, get_task
@@ -89,8 +90,10 @@ def parse_request(
     taken = fields_of(get_task(task))
     for name in _OPTIONAL:
         if getattr(fields, name) is not None and name not in taken:
-            raise UserError(f"task '{task}' does not take '{name}'; it takes {_in_words(taken)}", "unexpected_field")
-    _check_lengths(fields, settings)
+            raise UserError(
+                f"task '{task}' does not take '{name}'; it takes {_in_words(taken)}", "unexpected_field", name
+            )
+    check_lengths(fields, settings.limits)
     region = None if fields.region is None else _region(fields.region, size)
     request = make_request(
         task,
@@ -161,23 +164,6 @@ def _in_words(taken: Sequence[str]) -> str:
     return f"{' and '.join(others) or 'the image alone'}, and settings of sampling"
 
 
-def _check_lengths(fields: schemas.TaskFields, settings: ServeSettings) -> None:
-    limits = settings.limits
-    names = (given if isinstance(given, str) else given.name for given in fields.classes or ())
-    for text in (fields.text or "", *names, *(fields.keypoints or ())):
-        if len(text) > limits.max_text_chars:
-            raise UserError(
-                f"a text of {len(text)} characters is too long; give at most {limits.max_text_chars}", "text_too_long"
-            )
-    # the model's own answers come back as history, so that one of them may be longer than a question
-    before = len(fields.system or "") + sum(len(text) for turn in fields.history or () for text in turn)
-    if before > limits.max_history_chars:
-        raise UserError(
-            f"the system text and earlier turns have {before} characters; give at most {limits.max_history_chars}",
-            "text_too_long",
-        )
-
-
 def _sampling(fields: schemas.TaskFields) -> Sampling:
     """How the tokens of a text are chosen. Drawn without a seed, every answer is another one."""
     names = ("temperature", "top_p", "top_k", "repetition_penalty")
@@ -204,23 +190,6 @@ def _region(prompt: schemas.RegionPrompt, size: Size) -> Region:
     if prompt.mask is not None:
         raise UserError(f"a {prompt.kind} region takes 'points', not 'mask'", "invalid_region")
     return Region(prompt.kind, size, points=np.asarray(prompt.points or [], np.float32))
-
-
-def _check_amount(requests: Sequence[Request], settings: ServeSettings) -> None:
-    """Bounds the branches and regions of one pass: phrases, for poses every keypoint of every phrase, and examples."""
-    limits = settings.limits
-    if len(requests) > limits.max_requests:
-        raise UserError(
-            f"{len(requests)} tasks in one request; give at most {limits.max_requests}", "too_many_requests"
-        )
-    phrases = sum(len(r.phrases) * (1 + len(r.keypoints or ())) for r in requests)
-    examples = sum(len(shown.examples) for r in requests for shown in r.examples.values())
-    if phrases + examples > limits.max_classes:
-        what = "classes, phrases, keypoints and examples" if examples else "classes, phrases and keypoints"
-        raise UserError(
-            f"{phrases + examples} {what} in one request; give at most {limits.max_classes}",
-            "too_many_classes",
-        )
 
 
 async def answer(
@@ -250,10 +219,11 @@ async def answer(
         replace(parse_request(task, fields, size, settings, example_images), image_turns=tuple(image_turns))
         for task, fields in tasks
     ]
-    _check_amount(requests, settings)
     tokens = [fields.max_new_tokens for _, fields in tasks if fields.max_new_tokens is not None]
+    max_new_tokens = max(tokens, default=settings.defaults.max_new_tokens)
+    check_amount(requests, max_new_tokens, settings.limits)
     shown: Shown = images if len(images) > 1 else images[0] if images else None
-    answers = await backend.infer(shown, requests, max(tokens, default=settings.defaults.max_new_tokens))
+    answers = await backend.infer(shown, requests, max_new_tokens)
     info = await backend.info()
     end = time.perf_counter()
     timing = {"decode": decoded - start, "model": end - decoded, "total": end - start}

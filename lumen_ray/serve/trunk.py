@@ -43,7 +43,7 @@ class TrunkReplica:
         self.stage = load(model, device, serving)
         # Threads, so that the event loop stays free to answer pings. The model is used by one of them at a time.
         self.batches: Collector[TrunkJob, TrunkOutput] = Collector(
-            self.outputs, self._key, self.stage.loop.turn, MAX_BATCHES
+            self.outputs, self._key, lambda job: job.cost, self.stage.loop.turn, MAX_BATCHES
         )
 
     def reconfigure(self, batching: dict[str, Any]) -> None:

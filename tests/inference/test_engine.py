@@ -180,6 +180,23 @@ def test_tokens_of_a_text_and_whether_it_was_cut(engine):
     assert whole.tokens[:2] == cut[1].tokens[:2] and whole.is_cut == (len(whole.tokens) == 400)
 
 
+def test_the_tokens_read_and_written_are_counted(engine):
+    """A longer question by its words, an image by its tokens; text alone reads none of images."""
+
+    def usage(image, text, **fields):
+        [[answer]] = engine.run([image], [[make_request("chat", text=text, **fields)]], max_new_tokens=5)
+        assert answer.usage.completion >= len(answer.tokens or ())
+        return answer.usage
+
+    encode = engine.trunk.tokenizer.encode
+    short, long = usage(PICTURES[0], "what ?"), usage(PICTURES[0], "what is it ?")
+    assert long.prompt - short.prompt == len(encode("what is it ?")) - len(encode("what ?"))
+    grid = engine.trunk.trunk.vision.grid(*engine.trunk.bucket_of(PICTURES[0]))
+    assert short.prompt == grid[0] * grid[1] + usage(None, "what ?").prompt
+    assert usage(PICTURES[0], "what ?", history=[("hello", "hi")]).prompt > short.prompt
+    assert written(engine, 3, temperature=1.0, seed=3).usage.completion == 3
+
+
 def test_a_text_that_ends_at_its_longest_is_not_cut(engine):
     """By the LLM's end token or by a stop text."""
     answer = written(engine, 6, temperature=1.0, seed=3)

@@ -8,10 +8,11 @@ import pytest
 from fastapi.testclient import TestClient
 from support.serve_fakes import INFO, base64_png
 
-from lumen_ray.answer import Answer, AnswerPart
+from lumen_ray.answer import Answer, AnswerPart, TokenUsage
 from lumen_ray.errors import UserError
 from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.serve.api import create_api
+from lumen_ray.serve.http import Overloaded, Unavailable
 from lumen_ray.serve.openai_api import ChatRequest
 from lumen_ray.serve.settings import MAX_NEW_TOKENS
 from lumen_ray.structures import Boxes, Prediction
@@ -462,3 +463,61 @@ def test_content_of_another_kind(client, content):
     response = client.post(CHAT, json={"messages": [{"role": "user", "content": content}]})
     sentence = response.json()["error"]["message"]
     assert response.status_code == 400 and "messages.0.content" in sentence and "list of parts" in sentence
+
+
+def test_the_tokens_of_an_answer_are_counted(client, backend):
+    answers(backend, text="a", usage=TokenUsage(70, 3))
+    usage = client.post(CHAT, json={"messages": [TEXT_ONLY]}).json()["usage"]
+    assert usage == {"prompt_tokens": 70, "completion_tokens": 3, "total_tokens": 73}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "code"),
+    [
+        ({"messages": [TEXT_ONLY], "n": 2}, "n", "unsupported_parameter"),
+        ({"messages": [TEXT_ONLY], "temperature": 1}, "temperature", "unsupported_parameter"),
+        ({"messages": [TEXT_ONLY], "model": "gpt"}, "model", "unknown_model"),
+        ({"messages": [TEXT_ONLY], "max_tokens": 0}, "max_tokens", "invalid_request"),
+        ({"messages": [TEXT_ONLY], "tempo": 0}, "tempo", "invalid_request"),
+        ({"messages": [{**TEXT_ONLY, "role": "assistant"}]}, "messages.0", "unsupported_conversation"),
+        ({"messages": [{**TEXT_ONLY, "content": ""}]}, "messages.0.content", "empty_text"),
+    ],
+)
+def test_errors_have_openais_fields(client, body, param, code):
+    error = client.post(CHAT, json=body).json()["error"]
+    assert (error["param"], error["code"], error["reason"]) == (param, code, code), error
+    assert error["type"] == "invalid_request_error" and error["message"] and error["request_id"]
+
+
+def test_errors_of_the_server_have_their_type(client, backend):
+    backend.error = Unavailable("a replica died")
+    error = client.post(CHAT, json={"messages": [TEXT_ONLY]}).json()["error"]
+    assert (error["type"], error["param"], error["code"]) == ("server_error", None, "unavailable")
+
+
+def test_openais_client_reads_answers_and_errors(client, backend):
+    openai = pytest.importorskip("openai")
+    chat = openai.OpenAI(api_key="none", base_url="http://testserver/v1", http_client=client, max_retries=0).chat
+    answers(backend, text="a", is_cut=True, usage=TokenUsage(70, 3))
+    neutral = {"n": 1, "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "temperature": 0, "top_p": 1}
+    completion = chat.completions.create(model="nano", messages=[TEXT_ONLY], max_tokens=3, **neutral)
+    assert completion.choices[0].finish_reason == "length" and completion.usage.total_tokens == 73
+    with pytest.raises(openai.BadRequestError) as caught:
+        chat.completions.create(model="nano", messages=[TEXT_ONLY], presence_penalty=1)
+    error = caught.value
+    assert (error.param, error.code, error.type) == (
+        "presence_penalty",
+        "unsupported_parameter",
+        "invalid_request_error",
+    )
+    with pytest.raises(openai.NotFoundError):
+        chat.completions.create(model="gpt", messages=[TEXT_ONLY])
+    backend_error = Overloaded("full", 3)
+
+    async def full(image, requests, max_new_tokens):
+        raise backend_error
+
+    backend.infer = full
+    with pytest.raises(openai.InternalServerError) as caught:
+        chat.completions.create(model="nano", messages=[TEXT_ONLY])
+    assert caught.value.response.headers["retry-after"] == "3"

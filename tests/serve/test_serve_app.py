@@ -46,7 +46,7 @@ def server(model_folder):
         http=Http(port=free_port(), request_timeout_s=90),
         openai_sampling=True,
         defaults=Defaults(score_threshold=0, max_per_phrase=3),
-        ingress=Deployment(num_cpus=0.1, max_ongoing_requests=64),
+        ingress=Deployment(num_cpus=0.1, max_ongoing_requests=12, max_queued_requests=4),
         trunk=ModelDeployment(
             num_cpus=0.5, max_ongoing_requests=4, max_queued_requests=4, batching=Batching(max_batch_size=4)
         ),
@@ -130,6 +130,8 @@ def test_conversations_are_answered_as_by_the_engine(http, model_folder):
         [[expected]] = engine.run([pixels], [[request]], score_threshold=0, max_per_phrase=3, max_new_tokens=6)
         assert choice["message"]["content"] == (expected.text or "")
         assert choice["finish_reason"] == ("length" if expected.is_cut else "stop")
+        usage, written = response.json()["usage"], expected.usage
+        assert (usage["prompt_tokens"], usage["completion_tokens"]) == (written.prompt, written.completion)
         content = choice["logprobs"]["content"]
         assert "".join(entry["token"] for entry in content) == (expected.text or "")
         of_tokens = [entry["logprob"] for entry in content]
@@ -148,6 +150,7 @@ def test_health_errors_and_page(http):
 
 @pytest.mark.ray
 def test_overload_is_503_with_retry_after(http):
+    """The trunk takes and queues 8 of them, the ingress 16."""
     body = {"image": image(), "max_new_tokens": 60}
     with ThreadPoolExecutor(24) as pool:
         responses = list(pool.map(lambda _: http.post("/v1/caption", json=body), range(24)))
@@ -157,8 +160,14 @@ def test_overload_is_503_with_retry_after(http):
 
 
 @pytest.mark.ray
-def test_requests_survive_the_death_of_a_replica(http):
-    """Four clients ask without a pause; the replica that serves them is killed; nobody sees it."""
+@pytest.mark.parametrize(
+    ("task", "fields"),
+    [("caption", {"max_new_tokens": 60}), ("detect", {"classes": ["red circle"]})],
+    ids=["caption", "detect"],
+)
+def test_requests_survive_the_death_of_a_replica(http, task, fields):
+    """Four clients ask without a pause; the trunk's replica is killed, on whose response a decoder's call may wait;
+    nobody sees it."""
     import ray
 
     def trunk_replica() -> str:
@@ -169,7 +178,7 @@ def test_requests_survive_the_death_of_a_replica(http):
 
     def client():
         while not enough.is_set():
-            answers.append(http.post("/v1/caption", json={"image": image(), "max_new_tokens": 60}))
+            answers.append(http.post(f"/v1/{task}", json={"image": image(), **fields}))
 
     def wait_for(count):
         deadline = time.monotonic() + 60

@@ -23,10 +23,16 @@ from lumen_ray.inference.request import make_request
 from lumen_ray.inference.sampling import Sampling
 from lumen_ray.serve.batching import Collector, map_grouped
 from lumen_ray.serve.decoder import DecoderReplica, load_decoder
-from lumen_ray.serve.job import TrunkJob
+from lumen_ray.serve.job import TrunkJob, cost_of
+from lumen_ray.serve.settings import Batching
 from lumen_ray.serve.trunk import TrunkReplica, load_trunk
 from lumen_ray.structures import Region
 from lumen_ray.trunk.turns import Turns
+
+
+def batching(**fields):
+    """What Serve hands to `reconfigure`."""
+    return {**Batching(batch_wait_timeout_s=0.0).model_dump(), **fields}
 
 
 def limited(task, threshold=0.0, limit=3, **fields):
@@ -229,7 +235,7 @@ def test_what_waits_for_the_model_is_one_batch_of_its_kind(trunk):
         return outputs(jobs)
 
     trunk.batches._run = counted
-    trunk.reconfigure({"max_batch_size": 5, "batch_wait_timeout_s": 0.0})
+    trunk.reconfigure(batching(max_batch_size=5))
     try:
         found = asyncio.run(busy())
     finally:
@@ -237,10 +243,71 @@ def test_what_waits_for_the_model_is_one_batch_of_its_kind(trunk):
     assert sorted(sizes) == [1, 1, 5, 5] and len(found) == 12
 
 
+def batches_of(collector, items):
+    """The batches in which a collector runs items that come while its model is busy with another."""
+    sizes, free, began = [], threading.Event(), threading.Event()
+
+    def run(batch):
+        sizes.append(batch)
+        began.set()
+        free.wait(20)
+        return batch
+
+    collector._run = run
+
+    async def all_of_them():
+        first = asyncio.create_task(collector.submit(items[0]))
+        await asyncio.to_thread(began.wait, 20)
+        others = [asyncio.create_task(collector.submit(item)) for item in items[1:]]
+        await asyncio.sleep(0.02)
+        free.set()
+        return await asyncio.wait_for(asyncio.gather(first, *others), 20)
+
+    assert asyncio.run(all_of_them()) == items
+    return sizes
+
+
+def test_the_tokens_of_a_batch_are_bounded():
+    collector = Collector(list, lambda item: 0, lambda item: item)
+    collector.configure(batching(max_batch_size=4, max_batch_tokens=10))
+    assert batches_of(collector, [1, 30, 6, 7, 2, 1, 1, 1, 1]) == [[1], [30], [6, 2, 1, 1], [7, 1, 1]]
+
+
+def test_the_decoder_takes_everything_that_waits(decoder, trunk, jobs):
+    """With `serve.batch` a batch was closed while the decoder was busy."""
+    output, asked = trunk.outputs([jobs[0]])[0], jobs[0].requests
+    answers = decoder.answers
+    sizes = []
+
+    def counted(batch):
+        sizes.append(len(batch))
+        began.set()
+        assert free.wait(20)
+        return answers(batch)
+
+    async def seven():
+        tasks = [asyncio.create_task(decoder.decode(output, asked))]
+        await asyncio.to_thread(began.wait, 20)
+        tasks += [asyncio.create_task(decoder.decode(output, asked)) for _ in range(6)]
+        while len(decoder.batches._waiting) < 6:
+            await asyncio.sleep(0.001)
+        free.set()
+        return await asyncio.wait_for(asyncio.gather(*tasks), 60)
+
+    began, free = threading.Event(), threading.Event()
+    decoder.reconfigure(batching())
+    decoder.batches._run = counted
+    try:
+        found = asyncio.run(seven())
+    finally:
+        decoder.batches._run = answers
+    assert len(found) == 7 and sizes == [1, 6]
+
+
 def test_no_item_is_left_behind_by_those_of_other_keys():
     model = threading.Lock()
-    collector = Collector(list, lambda item: item % 7, lambda: model, 8)
-    collector.configure({"max_batch_size": 3, "batch_wait_timeout_s": 0.0})
+    collector = Collector(list, lambda item: item % 7, turn=lambda: model, workers=8)
+    collector.configure(batching(max_batch_size=3))
 
     async def rounds():
         for _ in range(200):
@@ -259,7 +326,7 @@ def test_an_error_reaches_every_item_that_waits():
     def broken():
         raise RuntimeError("no model")
 
-    collector = Collector(list, lambda item: 0, broken, 1)
+    collector = Collector(list, lambda item: 0, turn=broken)
 
     async def both():
         return await asyncio.wait_for(asyncio.gather(collector.submit(1), collector.submit(2)), 20)
@@ -305,3 +372,18 @@ def test_map_grouped_keeps_order_and_groups():
 
     assert map_grouped([3, 2, 5, 4], lambda item: item % 2, tenfold) == [30, 20, 50, 40]
     assert seen == [[3, 5], [2, 4]]
+
+
+def test_the_cost_of_requests_is_a_bound_of_their_tokens(trunk):
+    """Every byte of a text is a token at most, whatever the language."""
+    words = ["red circle", "größter Kreis", "红色圆圈", "🙂🙂", "qxzvk"]
+    encode = trunk.stage.tokenizer.encode
+    assert all(len(encode(word)) <= len(word.encode()) + 1 for word in words)
+    detect = limited("detect", classes=words)
+    assert cost_of([detect], 48) == sum(len(word.encode()) for word in words)
+    assert cost_of([detect, limited("caption"), limited("vqa", text="what ?")], 48) == cost_of([detect], 0) + 96 + 6
+    pose = limited("pose", classes=["figure", "man"], keypoints=["head", "hand"])
+    assert cost_of([pose], 48) == (6 + 3) * 3 + 2 * (4 + 4)
+    assert [cost_of([limited("detect", classes=["x" * n])], 48) for n in (256, 257, 2000)] == [256, 514, 16_000]
+    assert cost_of([limited("vqa", text="x" * 2000)], 48) == 2048
+    assert cost_of([limited("ground", text="a [red circle] by a [square]")], 48) == len("red circle" + "square")

@@ -10,7 +10,7 @@ import asyncio
 import numpy as np
 import pytest
 from ray.exceptions import ActorDiedError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from support.serve_fakes import fake_answer
 
 from lumen_ray.errors import UserError
@@ -97,7 +97,17 @@ def test_images_of_examples_go_to_the_trunk_alone():
     assert job.requests[0].examples["bolt"] is bolt and not sent.examples and sent.phrases == ("a", "bolt")
 
 
-@pytest.mark.parametrize("error", [ActorDiedError(), wrapped(ActorDiedError()), wrapped(wrapped(ActorDiedError()))])
+def upstream_died() -> RayServeException:
+    """As of `ray.serve._private.router`, for a call whose argument is the response of a replica that died."""
+    error = RayServeException("Request to deployment 'LumenDecoder' failed because an upstream actor died")
+    error.__cause__ = ActorDiedError()
+    return error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [ActorDiedError(), wrapped(ActorDiedError()), wrapped(wrapped(ActorDiedError())), upstream_died()],
+)
 def test_lost_replica_is_retried_once(error):
     trunk, decoder = Handle(link=["tensors"]), Handle(decode=[error, ["answer"]])
     assert infer(trunk, decoder, [query()]) == ["answer"]
@@ -114,6 +124,7 @@ def test_lost_replica_is_retried_once(error):
         (wrapped(UserError("no such keypoint", "unknown_keypoint")), UserError),
         (DeploymentUnavailableError(None), Unavailable),
         (wrapped(RuntimeError("bug")), RayTaskError),
+        (RayServeException("bug"), RayServeException),
     ],
 )
 def test_other_errors_are_not_retried(error, becomes):

@@ -7,17 +7,18 @@ from pathlib import Path
 import pytest
 from support.tiny_models import EXPERTS, tiny_folder
 
-from lumen_ray.config import load, validate
+from lumen_ray.config import validate
 from lumen_ray.errors import UserError
 from lumen_ray.serve.app import model_settings
-from lumen_ray.serve.settings import ServeSettings, load_settings
+from lumen_ray.serve.config_file import load_settings
+from lumen_ray.serve.settings import ServeSettings
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "serve"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.name)
 def test_shipped_configs_load(path):
-    settings = load(ServeSettings, path)
+    settings = load_settings(str(path))
     assert settings.logical_cpus(["lumen"]) >= 1
 
 
@@ -49,7 +50,8 @@ def test_options_are_accepted_by_serve():
         serve.deployment(object, **part.options())
     options = settings.trunk.options()
     assert options["autoscaling_config"]["upscale_delay_s"] == 2 and "num_replicas" not in options
-    assert options["user_config"] == {"max_batch_size": 8, "batch_wait_timeout_s": 0.005}
+    expected = {"max_batch_size": 8, "max_batch_tokens": 16384, "batch_wait_timeout_s": 0}
+    assert options["user_config"] == expected
     assert settings.logical_cpus(["lumen"]) == 4  # 3 trunks of 1, a decoder and an ingress of a half
 
 

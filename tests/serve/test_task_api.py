@@ -8,13 +8,16 @@ import re
 
 import numpy as np
 import pytest
+from fastapi.testclient import TestClient
 from support.serve_fakes import base64_png, png
 
 from lumen_ray.answer import decode_png
 from lumen_ray.errors import UserError
 from lumen_ray.inference.sampling import GREEDY, Sampling
+from lumen_ray.serve.api import create_api
 from lumen_ray.serve.http import Overloaded, Unavailable
 from lumen_ray.serve.schemas import TaskFields
+from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.serve.task_api import fields_of
 from lumen_ray.structures import Masks, SampleSettings
 from lumen_ray.tasks import TASKS
@@ -367,3 +370,27 @@ def test_pictures_follow_the_request(client, backend):
 def test_what_a_picture_cannot_be_made_of_is_refused(client, task, changes, reason):
     response = client.post(f"/v1/{task}", json=body_of(TASKS[task], **changes))
     assert response.status_code in (400, 413, 422) and response.json()["error"]["reason"] == reason
+
+
+def test_what_one_request_costs_the_model_is_bounded(backend):
+    """64 classes of 2,000 characters kept a trunk busy for 40 seconds, in which nobody else was answered."""
+    client = TestClient(create_api(backend, ServeSettings(model="unused")))
+
+    def detect(number, length):
+        classes = [f"{n:03}".ljust(length, "x") for n in range(number)]
+        return client.post("/v1/detect", json={"image": GOOD, "classes": classes})
+
+    error = detect(64, 2000).json()["error"]
+    assert error["reason"] == "too_many_tokens" and "cost 1024000 tokens" in error["message"]
+    assert "16384 (limits.max_request_tokens)" in error["message"] and "fewer or shorter" in error["message"]
+    assert detect(64, 2000).status_code == 400 and detect(33, 257).status_code == 400 and backend.calls == []
+    assert detect(64, 256).status_code == detect(256, 64).status_code == detect(1, 2000).status_code == 200
+    tasks = [{"task": "caption", "max_new_tokens": 1024}] * 17
+    error = client.post("/v1/infer", json={"image": GOOD, "requests": tasks}).json()["error"]
+    assert error["reason"] == "too_many_tokens" and "cost 17408 tokens" in error["message"]
+    long = {"text": "a", "history": [["b", "c" * 9_999]] * 3}
+    assert client.post("/v1/chat", json=long).json()["error"]["reason"] == "text_too_long"
+    assert client.post("/v1/chat", json={**long, "history": long["history"][:2]}).status_code == 200
+    tasks = [{"task": "chat", **long, "history": long["history"][:1]}] * 3
+    error = client.post("/v1/infer", json={"image": GOOD, "requests": tasks}).json()["error"]
+    assert error["reason"] == "text_too_long"

@@ -18,7 +18,7 @@ from transformers.models.grounding_dino.modeling_grounding_dino import Grounding
 
 from lumen_ray.decoders.base import LossTerm, PredictSettings, PromptSpec
 from lumen_ray.decoders.common.boxes import to_xyxy
-from lumen_ray.decoders.common.upsample import at_stored_size
+from lumen_ray.decoders.common.upsample import masks_at_stored_size
 from lumen_ray.decoders.dino.decoder import DinoDecoder, DinoRaw, Groups, LayerOutput, Matched
 from lumen_ray.decoders.dino.denoising import Denoising, make_denoising
 from lumen_ray.decoders.dino.memory import Levels, Memory
@@ -163,8 +163,4 @@ class GroundingDinoDecoder(DinoDecoder):
         return logits[:, :rows, :columns].float().sigmoid()
 
     def _masks(self, raw: GroundingDinoRaw, features: Tensor, row: int, queries: Tensor, frame: Frame) -> Masks:
-        rles = []
-        for one in self._probabilities(raw, features, row, queries):  # one at a time, to bound memory
-            full = at_stored_size(one, MASK_STRIDE, frame) > 0.5
-            rles += Masks.from_arrays(full.cpu().numpy()[None]).rles
-        return Masks(rles, frame.size)
+        return masks_at_stored_size(self._probabilities(raw, features, row, queries), MASK_STRIDE, frame)

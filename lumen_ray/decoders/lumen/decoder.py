@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from lumen_ray.decoders.base import Decoder, LossTerm, PredictSettings, PromptSpec
 from lumen_ray.decoders.common.boxes import giou_loss, greedy_nms
 from lumen_ray.decoders.common.ragged import place_in_group
-from lumen_ray.decoders.common.upsample import at_stored_size
+from lumen_ray.decoders.common.upsample import masks_at_stored_size
 from lumen_ray.decoders.lumen import SPEC
 from lumen_ray.decoders.lumen.aligner import AlignedPlaces, Aligner, sine_position
 from lumen_ray.decoders.lumen.assigner import Assignment, assign
@@ -388,9 +388,4 @@ class LumenDecoder(Decoder):
         prompts = torch.full_like(places, p)
         logits = self.masks_at(raw, prompts, places, (boxes[:, 2:] - boxes[:, :2]).amax(-1))
         logits = torch.where(self._near(boxes, logits.shape[-2:], raw) > 0, logits, torch.full_like(logits, -10.0))
-        rles = []
-        # Upsamples probabilities, not logits: one very negative cell would move the border inwards.
-        for one in logits:  # one at a time: hundreds of full-size masks of a large photo do not fit in memory
-            full = at_stored_size(one.sigmoid(), MASK_STRIDE, frame)
-            rles += Masks.from_arrays((full > 0.5).cpu().numpy()[None]).rles
-        return Masks(rles, frame.size)
+        return masks_at_stored_size(logits.sigmoid(), MASK_STRIDE, frame)

@@ -1,0 +1,20 @@
+"""The environment that Ray Serve reads on import. Import before `ray.serve`."""
+
+from __future__ import annotations
+
+import os
+
+from lumen_ray.ray_env import prepare_environment
+
+#: Replicas report their load every second (default 10), so that upscale_delay_s decides.
+_DEFAULTS = {
+    "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
+}
+
+
+def prepare_serve_environment() -> None:
+    """Sets the environment that Ray reads on import; variables that the user has set are kept."""
+    prepare_environment()
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
