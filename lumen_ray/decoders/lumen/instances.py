@@ -14,7 +14,7 @@ from lumen_ray.decoders.base import PromptSpec
 from lumen_ray.decoders.common.upsample import masks_at_stored_size
 from lumen_ray.decoders.lumen.pose_head import PoseHead
 from lumen_ray.decoders.lumen.raw import LumenRaw
-from lumen_ray.structures import Keypoints, Masks, Size
+from lumen_ray.structures import Keypoints, Masks
 from lumen_ray.targets import MASK_STRIDE, Frame
 
 #: instances whose masks, and keypoints which, are computed in one pass: bounds memory, whatever the number of prompts
@@ -36,7 +36,7 @@ class Found:
 
 def masks_of(
     masks_at: Callable[[LumenRaw, Tensor, Tensor, Tensor], Tensor],
-    near: Callable[[Tensor, Size, LumenRaw], Tensor],
+    near: Callable[[Tensor, torch.Size, LumenRaw], Tensor],
     raw: LumenRaw,
     found: Sequence[Found],
 ) -> dict[int, Masks]:
