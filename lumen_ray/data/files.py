@@ -61,6 +61,11 @@ def filesystem(location: Location) -> tuple[fs.FileSystem, str]:
     scheme, path, settings = split(location)
     if not scheme:
         return _local(), str(Path(path).expanduser().absolute())
+    if scheme in ("http", "https"):
+        raise UserError(
+            f"'{shown(location)}' is a web address, which is not read; download it, or give its place in a store",
+            "web_address",
+        )
     if scheme not in NATIVE:
         return _store(scheme, "", settings), path
     bucket, slash, key = path.partition("/")
@@ -281,7 +286,10 @@ def _as_regex(pattern: str) -> re.Pattern[str]:
     wildcards = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     tokens = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]*\])", pattern)
     sets = (t.replace("[!", "[^", 1) if t.startswith("[") else re.escape(t) for t in tokens)
-    return re.compile("".join(wildcards.get(t) or other for t, other in zip(tokens, sets, strict=True)))
+    try:
+        return re.compile("".join(wildcards.get(t) or other for t, other in zip(tokens, sets, strict=True)))
+    except re.error as error:
+        raise UserError(f"'{pattern}' is not a pattern of file names: {error}", "invalid_pattern") from None
 
 
 def put(local: Location, location: Location) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
@@ -16,12 +16,18 @@ from lumen_ray.data import files, urls
 SORTED_BLOCK = 10_000
 
 
-def walk(folder: urls.Location, exclude: Path | None = None, depth: int | None = None) -> Iterator[str]:
+def walk(
+    folder: urls.Location,
+    exclude: Path | None = None,
+    depth: int | None = None,
+    passed_over: Counter[str] | None = None,
+) -> Iterator[str]:
     """Names of the files below `folder`, relative to it with ``/``: sorted, but for local folders that hold more than
     `SORTED_BLOCK` entries.
 
-    Symbolic links to folders are not followed, local folders that cannot be read are passed over, and so is the local
-    folder `exclude`. `depth`: 0 for the folder's own files only, 1 for those of its folders too, ...; None: all.
+    Symbolic links to folders are not followed and local folders that cannot be read are left out; `passed_over` counts
+    them, and broken links. The local folder `exclude` is left out. `depth`: 0 for the folder's own files only, 1 for
+    those of its folders too, ...; None: all.
     Raises `UserError` (`missing_folder`) if there is no such folder.
     """
     if not files.is_dir(folder):
@@ -29,24 +35,44 @@ def walk(folder: urls.Location, exclude: Path | None = None, depth: int | None =
     if urls.is_url(folder):
         yield from _walk_store(folder, depth)
     else:
-        passed_over = None if exclude is None else os.path.realpath(exclude)
-        yield from _walk_local(files.filesystem(folder)[1], "", passed_over, depth)
+        counts: Counter[str] = Counter() if passed_over is None else passed_over
+        hidden = None if exclude is None else os.path.realpath(exclude)
+        yield from _walk_local(files.filesystem(folder)[1], "", hidden, depth, counts)
 
 
-def _walk_local(folder: str, prefix: str, exclude: str | None, depth: int | None) -> Iterator[str]:
+def _walk_local(
+    folder: str, prefix: str, exclude: str | None, depth: int | None, passed_over: Counter[str]
+) -> Iterator[str]:
     if exclude is not None and os.path.realpath(folder) == exclude:
         return
-    with suppress(PermissionError, FileNotFoundError), os.scandir(folder) as entries:
+    try:
+        entries = os.scandir(folder)
+    except PermissionError:
+        passed_over["folder without permission"] += 1
+        return
+    except FileNotFoundError:  # removed since
+        return
+    with entries:
         # the key of a folder ends in "/", so that names come in the order of their whole paths
-        kinds = ((entry.name, entry.is_dir(follow_symlinks=False), entry.is_file()) for entry in entries)
+        kinds = ((entry.name, entry.is_dir(follow_symlinks=False), _is_file(entry, passed_over)) for entry in entries)
         while block := sorted((name + "/" * is_dir, is_file) for name, is_dir, is_file in islice(kinds, SORTED_BLOCK)):
             for name, is_file in block:
                 if name.endswith("/"):
                     if depth != 0:
                         below = None if depth is None else depth - 1
-                        yield from _walk_local(os.path.join(folder, name[:-1]), prefix + name, exclude, below)
+                        yield from _walk_local(
+                            os.path.join(folder, name[:-1]), prefix + name, exclude, below, passed_over
+                        )
                 elif is_file:
                     yield prefix + name
+
+
+def _is_file(entry: os.DirEntry[str], passed_over: Counter[str]) -> bool:
+    if entry.is_file():
+        return True
+    if entry.is_symlink():
+        passed_over["link to a folder" if entry.is_dir() else "broken link"] += 1
+    return False
 
 
 def _walk_store(folder: urls.Location, depth: int | None) -> Iterator[str]:

@@ -71,7 +71,7 @@ def run_tiled(
     """The answers to requests about one image, uint8 [h, w, 3], as of `Engine.run`, which takes the `options`.
 
     Requests of `TILED_TASKS` are also asked about every tile, `batch_size` of them in a pass. `max_per_phrase` bounds
-    the instances of the whole image and of each tile.
+    the instances of each tile, that of a request also those of the image.
     """
     size: Size = (image.shape[0], image.shape[1])
     windows = tiles.windows(size)
@@ -91,13 +91,14 @@ def run_tiled(
             merged.append(whole)
             continue
         parts = [found[number] for found in by_tile]
-        most = max_per_phrase if request.max_per_phrase is None else request.max_per_phrase
         image_window = (0, 0, size[1], size[0])
         phrases = [
             [_Part(p, image_window, size), *_moved(parts, phrase, windows, size)]
             for phrase, p in enumerate(whole.predictions)
         ]
-        merged.append(replace(whole, predictions=[merge(found)[:most] for found in without_pieces(phrases)]))
+        merged.append(
+            replace(whole, predictions=[merge(found)[: request.max_per_phrase] for found in without_pieces(phrases)])
+        )
     return merged
 
 
@@ -173,12 +174,16 @@ def merge(parts: Sequence[_Part]) -> Prediction:
     owner = np.repeat(np.arange(len(parts)), [len(part.prediction) for part in parts])
     index = np.concatenate([np.arange(len(part.prediction)) for part in parts])
     windows = np.array([part.window for part in parts], np.float32)
+    beside = _neighbours(windows)
+    of_part = [np.flatnonzero(owner == part) for part in range(len(parts))]
     groups: list[list[int]] = []
     group_of = np.full(len(boxes), -1)
     for i in np.argsort(-scores, kind="stable").tolist():
-        agreement = _agreement(boxes[i], windows[owner[i]], boxes, windows[owner])
-        agreement[(group_of < 0) | (owner == owner[i])] = 0
-        same = [int(group_of[j]) for j in np.argsort(-agreement, kind="stable") if agreement[j] >= SAME_OBJECT]
+        near = np.concatenate([of_part[part] for part in beside[owner[i]]]) if beside[owner[i]] else np.zeros(0, int)
+        near = near[(group_of[near] >= 0) & _meet(boxes[i], boxes[near])]
+        agreement = _agreement(boxes[i], windows[owner[i]], boxes[near], windows[owner[near]])
+        agrees = np.flatnonzero(agreement >= SAME_OBJECT)
+        same = group_of[near[agrees[np.argsort(-agreement[agrees], kind="stable")]]].tolist()
         # two instances of one tile are two objects
         group = next((group for group in same if owner[i] not in owner[groups[group]]), len(groups))
         if group == len(groups):
@@ -187,6 +192,16 @@ def merge(parts: Sequence[_Part]) -> Prediction:
         group_of[i] = group
     members = [[(int(owner[i]), int(index[i])) for i in group] for group in groups]
     return _joined(parts, members, [float(scores[group[0]]) for group in groups])
+
+
+def _neighbours(windows: np.ndarray) -> list[list[int]]:
+    """For each window [T, 4] the others that it overlaps."""
+    return [[int(j) for j in np.flatnonzero(_meet(window, windows)) if j != i] for i, window in enumerate(windows)]
+
+
+def _meet(box: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Whether `box` overlaps each of `boxes` [N, 4]."""
+    return ((np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])) > 0).all(1)
 
 
 def _agreement(box: np.ndarray, window: np.ndarray, boxes: np.ndarray, windows: np.ndarray) -> np.ndarray:

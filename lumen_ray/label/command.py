@@ -99,10 +99,9 @@ def _input_args(verbs: Any) -> None:
     p.add_argument(
         "--export",
         type=comma_separated,
-        default=list(DEFAULT_EXPORTS),
         metavar="FORMAT,..",
         help=f"formats to export the labels in, see 'lumen-ray label export --help', or none (default: "
-        f"{','.join(DEFAULT_EXPORTS)})",
+        f"{','.join(DEFAULT_EXPORTS)}, in a bucket none)",
     )
     p.set_defaults(run=_label)
 

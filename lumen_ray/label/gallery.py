@@ -67,7 +67,10 @@ def write_gallery(
             if record["image_id"] in shown or wanted is not None or len(shown) < max_images:
                 shown.setdefault(record["image_id"], []).append(record)
     colours = palette(sorted({phrase for _, phrase in instances}))
-    cards = {item.image_id: _card(item, data, shown[item.image_id], colours) for item, data in _images(ledger, shown)}
+    cards = {}
+    for item, data in _images(ledger, shown):
+        if (card := _card(item, data, shown[item.image_id], colours)) is not None:
+            cards[item.image_id] = card
     if image_ids is not None:
         cards = {image_id: cards[image_id] for image_id in image_ids if image_id in cards}
     tasks = list(dict.fromkeys(task for task, _ in instances))
@@ -79,7 +82,7 @@ def write_gallery(
         errors=_errors(ledger),
     )
     path = path or Path(ledger.output, "gallery.html")
-    write_atomically(path, lambda p: p.write_text(page))
+    write_atomically(path, lambda p: p.write_text(page, encoding="utf-8"))
     return path
 
 
@@ -121,8 +124,14 @@ def _chips(instances: Counter[tuple[str, str]], tasks: list[str], colours: dict[
     return "".join(chips)
 
 
-def _card(item: Item, data: bytes, records: list[dict[str, Any]], colours: dict[str, Any]) -> str:
-    picture = decode_reduced(data, 2 * THUMBNAIL_SIDE)
+def _card(item: Item, data: bytes, records: list[dict[str, Any]], colours: dict[str, Any]) -> str | None:
+    """The picture and what was found in it; None for an image that has changed since it was labelled."""
+    try:
+        picture = decode_reduced(data, 2 * THUMBNAIL_SIDE)
+    except UserError:
+        return None
+    if picture.size != (records[0]["height"], records[0]["width"]):
+        return None
     answers = records_to_answers(records)
     boxed: dict[str, list[Answer]] = {}
     for answer in answers:

@@ -20,7 +20,8 @@ class Item:
     """One image: the file `path`, or a part of it.
 
     In a Parquet file: row `row` of row group `row_group`, in `column` (bytes, or a struct with ``bytes``). In a tar:
-    `length` bytes from `offset`. `fault`: why a record names no image that could be read, else empty.
+    `length` bytes from `offset`. `record`: of a list or table, the id that the record has or the path that it names;
+    `fault`: why it names no image that could be read, else empty.
     """
 
     image_id: str
@@ -30,12 +31,14 @@ class Item:
     column: str = ""
     offset: int = -1
     length: int = -1
+    record: str = ""
     fault: str = ""
 
     @property
-    def place(self) -> tuple[str, int, int, int]:
-        """Where it is, without its id."""
-        return self.path, self.row_group, self.row, self.offset
+    def place(self) -> tuple[str, int, int, int, str, str]:
+        """What makes it another image than others: where it is and, in a list, its record; not its id, which may have
+        got a number."""
+        return self.path, self.row_group, self.row, self.offset, self.record, self.fault
 
 
 #: of the files in which a job's plan is written
@@ -48,37 +51,45 @@ ITEM_SCHEMA = pa.schema(
         ("column", pa.string()),
         ("offset", pa.int64()),
         ("length", pa.int64()),
+        ("record", pa.string()),
         ("fault", pa.string()),
     ]
 )
 
 
-def read_bytes(items: Sequence[Item]) -> Iterator[tuple[Item, bytes | UserError]]:
-    """The encoded bytes of each item, or the error of reading them.
-
-    A row group is read once for all its items that follow each other. A store that does not answer is asked once more
-    after `RETRY_S` seconds.
-    """
-    group = _RowGroup()
+def read_bytes(items: Sequence[Item], reader: Reader | None = None) -> Iterator[tuple[Item, bytes | UserError]]:
+    """The encoded bytes of each item, or the error of reading them; `reader`: see `Reader`."""
+    reader = reader or Reader()
     for item in items:
-        try:
-            try:
-                yield item, _read(item, group)
-            except files.StoreError:
-                time.sleep(RETRY_S)
-                yield item, _read(item, group)
-        except UserError as error:
-            yield item, error
+        yield item, reader.read(item)
 
 
-class _RowGroup:
-    """The images of the row group that was read last."""
+class Reader:
+    """Reads images one by one and keeps the row group that was read last, which the next image is often in.
+
+    A store that does not answer is asked once more after `RETRY_S` seconds.
+    """
 
     def __init__(self) -> None:
         self._loaded: tuple[str, int] | None = None
         self._images: list[bytes | dict[str, bytes | None] | None] = []
 
+    def read(self, item: Item) -> bytes | UserError:
+        """The encoded bytes, or the error of reading them."""
+        try:
+            try:
+                return _read(item, self)
+            except files.StoreError:
+                time.sleep(RETRY_S)
+                return _read(item, self)
+        except UserError as error:
+            return error
+        except (ValueError, pa.ArrowException) as error:  # a path that no file system takes
+            why = str(error).splitlines()[0] if str(error) else type(error).__name__
+            return UserError(f"'{urls.shown(item.path)}' cannot be read: {why}", "unreadable_file")
+
     def image(self, item: Item) -> bytes | None:
+        """The image of a row."""
         if self._loaded != (item.path, item.row_group):
             column = item.column or "image"
             with files.as_user_error(item.path), files.open_input(item.path) as file:
@@ -88,12 +99,12 @@ class _RowGroup:
         return image.get("bytes") if isinstance(image, dict) else image
 
 
-def _read(item: Item, group: _RowGroup) -> bytes:
+def _read(item: Item, reader: Reader) -> bytes:
     if item.fault:
         raise UserError(item.fault, "invalid_record")
     if item.row_group >= 0:
         try:
-            data = group.image(item)
+            data = reader.image(item)
         except (pa.ArrowException, IndexError) as error:
             why = str(error).splitlines()[0]
             raise UserError(f"'{urls.shown(item.path)}' cannot be read: {why}", "unreadable_file") from None

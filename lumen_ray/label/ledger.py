@@ -46,6 +46,8 @@ class Ledger:
         settings = json.loads(json.dumps(settings))
         files.make_folder(self.output)
         before = self.settings()
+        if before and not urls.is_url(before.get("input", "")) and "input" in before:
+            before["input"] = urls.absolute(before["input"])  # older folders have it as it was given
         changed = [key for key in sorted({*(before or {}), *settings}) if (before or {}).get(key) != settings.get(key)]
         if before is not None and not changed:
             return
@@ -59,7 +61,18 @@ class Ledger:
                 "other_settings",
             )
         self.plan().clear()
+        self.remove_leftovers()
         self._write_json(self._path("job.json"), settings)
+
+    def remove_leftovers(self) -> None:
+        """Removes label files that no entry names, of fragments that a killed job was publishing."""
+        folder = self._path("labels")
+        if not files.is_dir(folder):
+            return
+        valid = {_part(fragment) for fragment in self.done()}
+        for name in files.list_files(folder, (".parquet",)):
+            if name.startswith("part-") and name not in valid:
+                files.remove(urls.join(folder, name))
 
     def settings(self) -> dict[str, Any] | None:
         """The settings of the job; None for a folder without one."""
@@ -73,7 +86,7 @@ class Ledger:
         table = pa.Table.from_pylist(list(records), schema=LABEL_SCHEMA)
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
-        part = f"part-{fragment:06d}.parquet"
+        part = _part(fragment)
         files.write_bytes(self._path("labels", part), buffer.getvalue())
         entry = {
             "part": part,
@@ -140,7 +153,7 @@ class Ledger:
 
     def table(self, fragment: int) -> pa.Table:
         """The label table of a finished fragment."""
-        path = self._path("labels", f"part-{fragment:06d}.parquet")
+        path = self._path("labels", _part(fragment))
         with files.as_user_error(path), files.open_input(path) as file:
             return pq.ParquetFile(file).read()
 
@@ -164,6 +177,10 @@ class Ledger:
 
     def _write_json(self, path: str, data: Any) -> None:
         files.write_bytes(path, json.dumps(data, indent=1, sort_keys=True).encode())
+
+
+def _part(fragment: int) -> str:
+    return f"part-{fragment:06d}.parquet"
 
 
 def _short(before: Any, after: Any) -> tuple[str, str]:

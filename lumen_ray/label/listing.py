@@ -33,6 +33,7 @@ IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes")
 PATH_COLUMNS = ("path", "image_path", "file_name", "filename", "file", "image", "img", "image_url", "url", "uri")
 ID_COLUMNS = ("image_id", "__key__", "id", "key")
 _NOT_SHARDS = ("rejected.parquet", "errors.parquet")
+_LONGEST_FIELD = 1 << 26  # of a CSV file, in characters
 _SHARD = {"image_id", "image", "height"}
 
 
@@ -41,9 +42,10 @@ class Listing:
 
     source: a folder (searched recursively; ids are paths relative to it), a glob, one image, a ``.txt`` list of paths
     and URLs, a ``.csv``, ``.tsv``, ``.jsonl`` or Parquet file with a column of images or of their paths, a WebDataset
-    ``.tar``, or a folder that directly holds Parquet files or tars. Paths in lists and tables are relative to the
-    file. exclude: a local folder that is passed over. column: the column of images or paths, if it has an unusual name.
-    `left_out`: number of other files by suffix that the last iteration met, hidden ones not counted.
+    ``.tar``, or a folder that directly holds Parquet files or tars and no picture. Paths in lists and tables are
+    relative to the file. exclude: a local folder that is passed over. column: the column of images or paths, if it has
+    an unusual name. `left_out`: number of other files by suffix, and of what else the last iteration passed over,
+    hidden files not counted.
 
     An iteration raises `UserError` if the source does not exist, has no such column, or holds no image.
     """
@@ -64,19 +66,24 @@ class Listing:
                 "empty_input",
             )
 
-    def _items(self) -> Iterator[Item]:
-        if files.is_dir(self.source):
-            yield from self._folder()
-        elif files.is_file(self.source):
-            yield from self._file(self.source, urls.base_name(self.source))
-        elif files.has_wildcards(self.source):
-            yield from self._glob()
-        else:
+    def check(self) -> None:
+        """Raises `UserError` (`missing_input`) if there is no such input."""
+        source = self.source
+        if not (files.is_dir(source) or files.is_file(source) or files.has_wildcards(source)):
             raise UserError(
-                f"input '{urls.shown(self.source)}' does not exist; give a folder of images, a shard folder, a glob "
+                f"input '{urls.shown(source)}' does not exist; give a folder of images, a shard folder, a glob "
                 "such as 'photos/**/*.jpg', or a list, table or tar of images",
                 "missing_input",
             )
+
+    def _items(self) -> Iterator[Item]:
+        self.check()
+        if files.is_dir(self.source):
+            yield from self._folder()
+        elif files.is_file(self.source):
+            yield from self._file(urls.absolute(self.source), urls.base_name(self.source))
+        else:
+            yield from self._glob()
 
     def _glob(self) -> Iterator[Item]:
         folder, pattern = files.split_pattern(self.source)
@@ -84,25 +91,26 @@ class Listing:
             return
         rest = urls.split(self.source)[1].removeprefix(urls.split(folder)[1])
         depth = None if "**" in rest else rest.strip("/").count("/")
-        for name in walk(folder, self.exclude, depth):
+        for name in walk(folder, self.exclude, depth, self.left_out):
             if not pattern.fullmatch(name) or is_hidden(name):
                 continue
-            location = name if folder == "." and not self.source.startswith("./") else urls.join(folder, name)
-            if name.endswith((*TABLES, ".tar")):
-                yield from self._file(location, urls.shown(location))
+            written = name if folder == "." and not self.source.startswith("./") else urls.join(folder, name)
+            location = urls.absolute(written)
+            if _is_archive(name):
+                yield from self._file(location, urls.shown(written), is_one_of_many=True)
             else:
-                yield from self._picture(urls.shown(location), location)
+                yield from self._picture(urls.shown(written), location)
 
     def _folder(self) -> Iterator[Item]:
-        direct = [name for name in _direct_names(self.source) if name not in _NOT_SHARDS]
-        for suffix in (*TABLES, ".tar"):
-            if held := sorted(name for name in direct if name.endswith(suffix)):
-                for name in held:
-                    yield from self._file(urls.join(self.source, name), name)
-                return
-        for name in walk(self.source, self.exclude):
+        root = urls.absolute(self.source)
+        for suffix in _archives(root):
+            for name in (n for n in walk(root, depth=0) if n.lower().endswith(suffix) and n not in _NOT_SHARDS):
+                if not is_hidden(name):
+                    yield from self._file(urls.join(root, name), name, is_one_of_many=True)
+            return
+        for name in walk(root, self.exclude, passed_over=self.left_out):
             if not is_hidden(name):
-                yield from self._picture(name, urls.join(self.source, name))
+                yield from self._picture(name, urls.join(root, name))
 
     def _picture(self, name: str, location: str) -> Iterator[Item]:
         try:
@@ -115,15 +123,21 @@ class Listing:
         else:
             self.left_out[posixpath.splitext(name)[1].lower() or "no suffix"] += 1
 
-    def _file(self, location: str, name: str) -> Iterator[Item]:
+    def _file(self, location: str, name: str, is_one_of_many: bool = False) -> Iterator[Item]:
+        """The images of a file. `is_one_of_many`: a damaged one is a failed image and does not end the listing."""
         suffix = posixpath.splitext(name)[1].lower()
         if suffix in TABLES:
-            yield from _table_items(location, self.column)
+            try:
+                yield from _table_items(location, self.column)
+            except UserError as error:
+                if not is_one_of_many or isinstance(error, files.StoreError):
+                    raise
+                yield Item(name, location, fault=str(error))
         elif suffix in RECORDS:
             yield from _record_items(location, suffix, self.column)
         elif suffix in LISTS:
             yield from _list_items(location)
-        elif name.endswith(tars.SUFFIXES):
+        elif name.lower().endswith(tars.SUFFIXES):
             yield from self._tar_items(location, name)
         else:
             yield Item(name, location)
@@ -138,25 +152,37 @@ class Listing:
                 self.left_out[posixpath.splitext(member[0])[1].lower() or "no suffix"] += 1
 
 
-def _direct_names(folder: str) -> list[str]:
-    """Names of the tables and tars directly in a folder, none of them hidden."""
-    return [n for n in files.list_files(folder, (*TABLES, ".tar")) if not is_hidden(n)]
+def _is_archive(name: str) -> bool:
+    return name.lower().endswith((*TABLES, ".tar"))
+
+
+def _archives(folder: str) -> list[str]:
+    """The suffix of the tables or, without any, tars directly in a folder that directly holds no picture; else none."""
+    found = set()
+    for name in walk(folder, depth=0):
+        if is_picture(name) and not is_hidden(name):
+            return []
+        if _is_archive(name) and not is_hidden(name) and name not in _NOT_SHARDS:
+            found.add(posixpath.splitext(name)[1].lower())
+    return [suffix for suffix in (*TABLES, ".tar") if suffix in found][:1]
 
 
 def _choose(names: Sequence[str], wanted: str | None, kinds: Sequence[str], location: str) -> str:
     """The column of images or paths. Raises `UserError` naming the columns there are."""
-    have = ", ".join(names)
-    if wanted is not None:
-        if wanted not in names:
-            raise UserError(
-                f"'{urls.shown(location)}' has no column '{wanted}';{suggest(wanted, list(names))} columns: {have}",
-                "unknown_column",
-            )
-        return wanted
-    for name in kinds:
+    for name in [wanted] if wanted else kinds:
         if name in names:
             return name
-    raise UserError(
+    raise _no_column(names, wanted, kinds, location)
+
+
+def _no_column(names: Sequence[str], wanted: str | None, kinds: Sequence[str], location: str) -> UserError:
+    have = ", ".join(names)
+    if wanted is not None:
+        return UserError(
+            f"'{urls.shown(location)}' has no column '{wanted}';{suggest(wanted, list(names))} columns: {have}",
+            "unknown_column",
+        )
+    return UserError(
         f"'{urls.shown(location)}' has no column of images or of their paths, such as {', '.join(kinds[:4])}; name it "
         f"with --image-column, of: {have}",
         "unknown_column",
@@ -211,10 +237,12 @@ def _named(path: Any, location: str, name: str | None, where: str) -> Item:
     """The image that a record names. `name`: its id, by default the path as it is written."""
     shown = f"{urls.base_name(location)}, {where}"
     if not isinstance(path, str) or not path.strip():
-        return Item(name or shown, location, fault=f"{where} of '{urls.shown(location)}' names no image")
+        return Item(
+            name or shown, location, record=name or shown, fault=f"{where} of '{urls.shown(location)}' names no image"
+        )
     path = path.strip()
-    there = path if urls.is_url(path) else urls.join(urls.parent(location), path)
-    return Item(name or path, there)
+    there = path if urls.is_url(path) else urls.join(urls.parent(location), path.removeprefix("file://"))
+    return Item(name or urls.shown(path), there, record=name or path)
 
 
 def _lines(location: str) -> Iterator[tuple[int, str]]:
@@ -234,22 +262,37 @@ def _list_items(location: str) -> Iterator[Item]:
 
 def _record_items(location: str, suffix: str, wanted: str | None) -> Iterator[Item]:
     column = ""
+    unusable: UserError | None = None
     for where, record in _csv(location, suffix) if suffix in (".csv", ".tsv") else _json_lines(location):
+        if not isinstance(record, str):
+            names = [name for name in ([wanted] if wanted else PATH_COLUMNS) if name in record]
+            if column or names:
+                column = column or names[0]
+            else:
+                unusable = unusable or _no_column(list(record), wanted, PATH_COLUMNS, location)
+                record = f"{where} of '{urls.shown(location)}' has no column of image paths"
         if isinstance(record, str):
             yield Item(f"{urls.base_name(location)}, {where}", location, fault=record)
             continue
-        column = column or _choose(list(record), wanted, PATH_COLUMNS, location)
         ids = next((record[name] for name in ID_COLUMNS if record.get(name) is not None), None)
         yield _named(record.get(column), location, None if ids is None else str(ids), where)
+    if unusable is not None and not column:
+        raise unusable
 
 
 def _csv(location: str, suffix: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.DictReader((line for _, line in _lines(location)), delimiter="\t" if suffix == ".tsv" else ",")
-    try:
-        for record in reader:
-            yield f"line {reader.line_num}", {k: v for k, v in record.items() if isinstance(k, str)}
-    except csv.Error as error:
-        yield f"line {reader.line_num}", f"line {reader.line_num} of '{urls.shown(location)}' cannot be read: {error}"
+    while True:
+        try:
+            record = next(reader, None)
+        except csv.Error as error:
+            where = f"line {reader.line_num}"
+            yield where, f"{where} of '{urls.shown(location)}' cannot be read: {error}"
+            continue
+        if record is None:
+            return
+        yield f"line {reader.line_num}", {k: v for k, v in record.items() if isinstance(k, str)}
 
 
 def _json_lines(location: str) -> Iterator[tuple[str, dict[str, Any] | str]]:

@@ -91,8 +91,8 @@ def label(
     continues where it stopped. In the summary, ``images == labelled + errors``; on Ray, ``log`` names the file with
     Ray's log lines. Raises `UserError` for invalid requests, a decoder that cannot serve its task, a missing device, an
     input without images, or an output folder that another job is writing or that holds labels made with other
-    settings; when the job stops for `max_errors` or a store that cannot be reached; and, once the errors are written,
-    if no image at all could be labelled.
+    settings; when the job stops for `max_errors`, a model that always fails or a store that cannot be reached; and,
+    once the errors are written, if no image at all could be labelled.
     """
     exports = _exports(exports, output, list(dict.fromkeys(tasks)))
     _check(num_actors, batch_size, score_threshold, fragment_size)
@@ -107,20 +107,27 @@ def label(
         model, tuple(requests), device, batch_size, score_threshold, max_per_phrase, max_new_tokens, chosen,
         check_dtype(dtype), output=ledger.output, tiles=tiles,
     )  # fmt: skip
-    settings = job_settings(worker, input, tasks, classes, prompts, keypoints) | exemplar_settings(exemplars)
+    settings = job_settings(worker, input, tasks, classes, prompts, keypoints, image_column) | exemplar_settings(
+        exemplars
+    )
     inside = None if urls.is_url(output) else Path(ledger.output)
     listing = Listing(input, inside, image_column)
+    listing.check()
     files.make_folder(ledger.output)
     with Claim(ledger.folder) as claim:
         ledger.open(settings)
         plan = ledger.plan(fragment_size)
         done = ledger.done()
-        if not refresh and (finished := _finished(ledger, plan, len(done), exports)) is not None:
+        if refresh:
+            plan.reopen()
+        elif (finished := _finished(ledger, plan, len(done), exports)) is not None:
+            limit.check_numbers(finished["errors"], finished["images"])
             return finished
-        work = Work(plan, done, listing if refresh or not plan.is_complete else None)
+        work = Work(plan, done, None if plan.is_complete else listing)
         _list_ahead(work)
         before = ledger.totals()
         status = Status(plan.num_images(), before["images"], before["errors"], before["images"], plan.is_complete)
+        limit.check(status)
         ran = status.done < status.total or not status.is_listed
         if ran:
             worker = replace(worker, proven=before["labelled"] > 0)
@@ -154,6 +161,8 @@ def _told(status: Status, claim: Claim, plan: Plan, progress: Progress | None) -
 
     def tell() -> None:
         nonlocal checked
+        if claim.is_lost:
+            claim.check()
         if not status.is_listed and time.monotonic() > checked + LIST_AHEAD_S:
             checked = time.monotonic()
             status.is_listed, status.total = plan.is_complete, plan.num_images()
@@ -218,17 +227,18 @@ def _collect(
     proven: bool,
 ) -> None:
     """Adds up what the workers have done, and publishes what they withheld once the model has succeeded anywhere."""
-    failures: list[str] = []
+    failures, first_failure = 0, ""
     withheld: list[tuple[int, int, list[dict[str, str]]]] = []
     for outcome in outcomes:
         if outcome.fault:
             raise UserError(outcome.fault, "unusable_model")
         status.done += outcome.done
         status.errors += outcome.errors
-        failures += outcome.failures
+        failures += len(outcome.failures)
+        first_failure = first_failure or (outcome.failures or [""])[0]
         withheld += outcome.withheld
         proven |= outcome.done > outcome.errors
-        if not proven and len(failures) >= MODEL_FAILURES:
+        if not proven and failures >= MODEL_FAILURES:
             break
         while proven and withheld:
             index, images, errors = withheld.pop()
@@ -239,7 +249,11 @@ def _collect(
             raise UserError(f"{message}; run the same command again to continue", reason)
         limit.check(status)
     if failures and not proven:
-        raise RuntimeError(f"the model failed on each of {len(failures)} images; the first time: {failures[0]}")
+        raise UserError(
+            f"the model failed on each of {failures} images; the first time: {first_failure}; mend the model or the "
+            "images and run again",
+            "model_failed",
+        )
 
 
 def _finished(ledger: Ledger, plan: Plan, done: int, exports: Sequence[str]) -> dict[str, Any] | None:
@@ -258,6 +272,7 @@ def _finish(ledger: Ledger, status: Status, exports: Sequence[str], left_out: Co
     """Writes errors, exports and the summary of the whole output folder (all runs)."""
     from lumen_ray.label.exporters.export import export
 
+    ledger.remove_leftovers()
     totals, errors_path = ledger.totals(), ledger.write_errors()
     if totals["images"] and not totals["labelled"]:
         first = totals["first_error"]

@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -60,6 +60,10 @@ class Plan:
         for part in self._parts():
             files.remove(part)
 
+    def reopen(self) -> None:
+        """Says that the input is to be listed again, until that is done."""
+        files.remove(self._listing)
+
     def num_fragments(self) -> int | None:
         """The number of fragments, once the listing is complete."""
         return json.loads(files.read_text(self._listing))["fragments"] if self.is_complete else None
@@ -78,13 +82,13 @@ class Plan:
         for part in parts:
             for fragment in self._read(part):
                 if listing is not None:
-                    places.add([_hash(item.place) for item in fragment.items])
+                    places.add([_hash(_absolute(item).place) for item in fragment.items])
                     ids.add([_hash(item.image_id) for item in fragment.items])
                 known = fragment.index + 1
                 yield fragment
         if listing is None:
             return
-        new = self._numbered(listing, places, ids)
+        new = self._numbered(listing, places, ids, is_first=known == 0)
         count, size = len(parts), FIRST_FRAGMENTS
         while block := _take(new, size * self._size):
             made = [
@@ -97,20 +101,29 @@ class Plan:
         facts: dict[str, Any] = {"fragments": known, "left_out": dict(listing.left_out)}
         files.write_bytes(self._listing, json.dumps(facts, indent=1).encode())
 
-    def _numbered(self, listing: Iterable[Item], places: _HashSet, ids: _HashSet) -> Iterator[Item]:
-        """The images that are not yet planned, with ids of their own."""
+    def _numbered(self, listing: Listing, places: _HashSet, ids: _HashSet, is_first: bool) -> Iterator[Item]:
+        """The images that are not yet planned, with ids of their own. `is_first`: none is planned, so that those met
+        twice are repeated by the listing itself."""
         listed = iter(listing)
+        following: dict[str, int] = {}  # of repeated ids the number to try next
         while block := _take(listed, 1024):
             planned = places.add([_hash(item.place) for item in block])
             fresh = [item for item, is_planned in zip(block, planned, strict=True) if not is_planned]
+            if is_first and len(fresh) < len(block):
+                listing.left_out["listed again"] += len(block) - len(fresh)
             taken = ids.add([_hash(item.image_id) for item in fresh])
+            given: set[int] = set()  # to names with a number, in this block
             for item, is_taken in zip(fresh, taken, strict=True):
-                name, number = item.image_id, 1
-                while is_taken:
+                if not is_taken:
+                    yield item
+                    continue
+                number = following.get(item.image_id, 2)
+                while (key := _hash(f"{item.image_id}#{number}")) in given or key in ids:
                     number += 1
-                    name = f"{item.image_id}#{number}"
-                    (is_taken,) = ids.add([_hash(name)])
-                yield item if number == 1 else replace(item, image_id=name)
+                given.add(key)
+                following[item.image_id] = number + 1
+                yield replace(item, image_id=f"{item.image_id}#{number}")
+            ids.add(sorted(given))
 
     def _parts(self) -> list[str]:
         if not files.is_dir(self._folder):
@@ -146,6 +159,11 @@ class Plan:
         files.write_bytes(part, buffer.getvalue())
 
 
+def _absolute(item: Item) -> Item:
+    """The item of a plan, with a path that does not depend on the current folder: older plans have such."""
+    return replace(item, path=urls.absolute(item.path))
+
+
 def _take(items: Iterator[Item], number: int) -> list[Item]:
     return [item for _, item in zip(range(number), items, strict=False)]
 
@@ -162,6 +180,11 @@ class _HashSet:
 
     def __init__(self) -> None:
         self._runs: list[np.ndarray] = []
+
+    def __contains__(self, value: int) -> bool:
+        wanted = np.uint64(value)
+        places = ((run, np.searchsorted(run, wanted)) for run in self._runs)
+        return any(place < len(run) and run[place] == wanted for run, place in places)
 
     def add(self, hashes: list[int]) -> list[bool]:
         """Adds hashes in order; for each, whether it was in the set."""

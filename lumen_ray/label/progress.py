@@ -68,12 +68,16 @@ class ErrorLimit:
 
     def check(self, status: Status) -> None:
         """Raises `UserError` (`too_many_errors`) if the limit is passed."""
-        too_many = self.most is not None and status.errors > self.most
-        if self.share is not None and status.done >= min(_FEWEST_FOR_SHARE, status.total):
-            too_many |= status.errors > self.share * status.done
+        if status.done >= min(_FEWEST_FOR_SHARE, status.total) or self.share is None:
+            self.check_numbers(status.errors, status.done)
+
+    def check_numbers(self, errors: int, done: int) -> None:
+        """The same, for `errors` of `done` images."""
+        too_many = self.most is not None and errors > self.most
+        too_many |= self.share is not None and errors > self.share * done
         if too_many:
             raise UserError(
-                f"stopped after {status.done} images with {status.errors} errors, more than the limit of {self.text}; "
+                f"stopped after {done} images with {errors} errors, more than the limit of {self.text}; "
                 "see 'lumen-ray label status' for the reasons; run again with a higher limit to continue",
                 "too_many_errors",
             )

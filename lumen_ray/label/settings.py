@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from lumen_ray.data import urls
 from lumen_ray.errors import UserError
 from lumen_ray.exemplars import ClassByExample, no_exemplars
 from lumen_ray.inference.protocol import EngineProtocol
@@ -20,11 +21,12 @@ def job_settings(
     classes: Sequence[str] | None,
     prompts: Mapping[str, Sequence[str]] | None,
     keypoints: Sequence[str] | None,
+    image_column: str | None,
 ) -> dict[str, Any]:
     """The settings that labels depend on, as ``job.json`` keeps them (JSON types)."""
     tiles = {} if worker.tiles is None else {"tiles": asdict(worker.tiles)}
     return {
-        "input": str(input),
+        "input": urls.shown(urls.absolute(input)),
         "model": fingerprint(worker.model),
         "tasks": list(dict.fromkeys(tasks)),
         "classes": list(classes or ()),
@@ -36,6 +38,7 @@ def job_settings(
         "max_per_phrase": worker.max_per_phrase,
         "max_new_tokens": worker.max_new_tokens,
         **tiles,  # absent in folders older than this setting
+        **({"image_column": image_column} if image_column else {}),  # likewise
     }
 
 

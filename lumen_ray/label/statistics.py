@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lumen_ray.label.exporters.labels import LabelledImage, Labels
@@ -108,19 +109,23 @@ def choose_for_review(labels: Labels, budget: int) -> list[Choice]:
 
     - ``unsure``: the mean entropy, in bits, of the three scores nearest to a half;
     - ``rare``, by a half: that of its rarest class, 1 - log(1 + images with it) / log(1 + images with the commonest);
-    - ``disagree``, by a half: the share of a class's instances that one task finds and another does not;
+    - ``disagree``, by a half: the share of a class's instances that one task finds and another does not, of tasks that
+      find the class in any image;
     - ``empty``, by 0.3: nothing was found at all.
     """
     tasks = labels.boxed_tasks()
     with_class: dict[str, int] = {}
+    asked: dict[str, set[str]] = {task: set() for task in tasks}  # as far as it was found anywhere
     for image in labels.images():
+        for task in tasks:
+            asked[task] |= {record["phrase"] for record in image.instances(task)}
         for phrase in {record["phrase"] for task in tasks for record in image.instances(task)}:
             with_class[phrase] = with_class.get(phrase, 0) + 1
     most = math.log1p(max(with_class.values(), default=1))
     rarity = {phrase: 1 - math.log1p(number) / most for phrase, number in with_class.items()}
     chosen: list[tuple[float, int, Choice]] = []
     for image in labels.images():
-        reasons = _reasons(image, tasks, rarity)
+        reasons = _reasons(image, asked, rarity)
         choice = Choice(image.number, image.image_id, sum(reasons.values()), reasons)
         entry = (choice.score, -choice.number, choice)
         if len(chosen) < budget:
@@ -130,18 +135,16 @@ def choose_for_review(labels: Labels, budget: int) -> list[Choice]:
     return [choice for _, _, choice in sorted(chosen, key=lambda entry: entry[:2], reverse=True)]
 
 
-def _reasons(image: LabelledImage, tasks: Iterable[str], rarity: dict[str, float]) -> dict[str, float]:
-    """Reason -> what it adds to the score, those that add nothing left out."""
-    found = {task: image.instances(task) for task in tasks}
+def _reasons(image: LabelledImage, asked: Mapping[str, set[str]], rarity: dict[str, float]) -> dict[str, float]:
+    """Reason -> what it adds to the score, those that add nothing left out. `asked`: the phrases that each task knows,
+    which are the ones that it can disagree about."""
+    found = {task: image.instances(task) for task in asked}
     records = [record for some in found.values() for record in some]
     entropies = sorted((_entropy(record["score"]) for record in records), reverse=True)[:3]
-    counts = [dict.fromkeys(rarity, 0) for _ in found]
-    for count, some in zip(counts, found.values(), strict=True):
-        for record in some:
-            count[record["phrase"]] += 1
+    counts = {task: Counter(record["phrase"] for record in some) for task, some in found.items()}
     differences = []
     for phrase in {record["phrase"] for record in records}:
-        of_tasks = [count[phrase] for count in counts]
+        of_tasks = [counts[task][phrase] for task, known in asked.items() if phrase in known]
         differences.append((max(of_tasks) - min(of_tasks)) / max(of_tasks))
     reasons = {
         "unsure": sum(entropies) / len(entropies) if entropies else 0.0,

@@ -13,18 +13,19 @@ from lumen_ray.label.ledger import open_finished
 def label_status(output: urls.Location) -> dict[str, Any]:
     """The state of the job that writes `output`, a folder or a bucket.
 
-    ``state``: running, stopped or finished; ``images``: listed so far, all of them if ``is_listed``; ``done``,
-    ``labelled``, ``errors``; ``reasons``: number of errors by reason; ``instances`` by task; of a running job
-    ``host``, ``pid``, ``seconds`` since it started, and once it has labelled ``images_per_second`` and
-    ``seconds_left``. Raises `UserError` if `output` is not the output of `lumen-ray label`.
+    ``state``: running, stopped, finished, or failed if no image at all could be labelled; ``images``: listed so far,
+    all of them if ``is_listed``; ``done``, ``labelled``, ``errors``; ``reasons``: number of errors by reason;
+    ``instances`` by task; of a running job ``host``, ``pid``, ``seconds`` since it started, and once it has labelled
+    ``images_per_second`` and ``seconds_left``. Raises `UserError` if `output` is not the output of `lumen-ray label`.
     """
     ledger = open_finished(output)
     plan, claim = ledger.plan(), read_claim(ledger.folder)
     totals = ledger.totals()
     images, is_listed = plan.num_images(), plan.is_complete
     finished = is_listed and totals["images"] == images and files.is_file(urls.join(ledger.output, "summary.json"))
+    failed = is_listed and totals["images"] == images and images > 0 and not totals["labelled"]
     status: dict[str, Any] = {
-        "state": "running" if claim else "finished" if finished else "stopped",
+        "state": "running" if claim else "finished" if finished else "failed" if failed else "stopped",
         "images": images,
         "is_listed": is_listed,
         "done": totals["images"],
@@ -60,6 +61,8 @@ def status_lines(output: urls.Location, status: dict[str, Any]) -> list[str]:
         )
     elif status["state"] == "stopped":
         lines.append("run the same command again to continue")
+    elif status["state"] == "failed":
+        lines.append("no image could be labelled; fix the images and give a new output folder")
     return lines
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from lumen_ray.answer import Answer
+from lumen_ray.data import urls
 from lumen_ray.data.images import Picture, decode_reduced
 from lumen_ray.errors import UserError
 from lumen_ray.inference.device import find_device
@@ -26,12 +27,13 @@ from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.inference.records import answer_records
 from lumen_ray.inference.request import Request
 from lumen_ray.inference.tiles import Tiles, run_tiled
-from lumen_ray.label.inputs import Item, read_bytes
+from lumen_ray.label.inputs import Item, Reader
 from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.plan import Fragment
 from lumen_ray.presets import model_folder
 
 _SAMPLE_BYTES = 1 << 20
+_FETCHED_AT_ONCE = 8
 #: of `StoreError`: where no image of a fragment can be read for these, the job stops instead of recording all of them
 _STORE_REASONS = ("store_unreachable", "unknown_store")
 
@@ -113,9 +115,15 @@ class _Image:
     message: str = ""
 
 
-def read_images(items: Sequence[Item], largest_side: int | None, pool: ThreadPoolExecutor) -> list[_Image]:
+def read_images(
+    items: Sequence[Item],
+    largest_side: int | None,
+    reader: Reader,
+    pool: ThreadPoolExecutor,
+    fetchers: ThreadPoolExecutor,
+) -> list[_Image]:
     """Reads the images and decodes them at the scale that leaves their longer side `largest_side` pixels, all pixels
-    for None."""
+    for None. pool: decodes; fetchers: read files of stores, several at once; all else `reader` reads in order."""
 
     def decoded(item: Item, data: bytes | UserError) -> _Image:
         try:
@@ -125,7 +133,17 @@ def read_images(items: Sequence[Item], largest_side: int | None, pool: ThreadPoo
         except UserError as error:
             return _Image(item, reason=error.reason, message=str(error))
 
-    return [future.result() for future in [pool.submit(decoded, *read) for read in read_bytes(items)]]
+    waiting = [fetchers.submit(Reader().read, item) if _is_remote(item) else None for item in items]
+    coming = []
+    for item, fetched in zip(items, waiting, strict=True):
+        data = reader.read(item) if fetched is None else fetched.result()
+        coming.append(pool.submit(decoded, item, data))
+    return [future.result() for future in coming]
+
+
+def _is_remote(item: Item) -> bool:
+    """Whether the image is a file of its own, or a member of a tar, in a store."""
+    return item.row_group < 0 and not item.fault and urls.is_url(item.path)
 
 
 class Labeller:
@@ -138,6 +156,8 @@ class Labeller:
         self._proven = settings.proven
         self._reader = ThreadPoolExecutor(1, "label-read")
         self._decoders = ThreadPoolExecutor(settings.threads or 1, "label-decode")
+        self._fetchers = ThreadPoolExecutor(_FETCHED_AT_ONCE, "label-fetch")
+        self._row_groups = Reader()
         try:
             self.engine = _load(settings)
             self.requests = _fit_requests(settings.requests, self.engine)
@@ -202,7 +222,7 @@ class Labeller:
 
         def read_ahead(number: int) -> None:
             if number < len(batches):
-                coming.append(self._reader.submit(read_images, batches[number][1], side, self._decoders))
+                coming.append(self._reader.submit(self._read, batches[number][1], side))
 
         read_ahead(0)
         images: list[_Image] = []
@@ -217,11 +237,14 @@ class Labeller:
                 yield fragment, images
                 images = []
 
+    def _read(self, items: Sequence[Item], side: int | None) -> list[_Image]:
+        return read_images(items, side, self._row_groups, self._decoders, self._fetchers)
+
     def _publish(self, fragment: Fragment, images: Sequence[_Image], outcome: Outcome) -> None:
         """Nothing that the model failed on is published before its first success, so that a bad model leaves no errors
         to clean up."""
         errors = [
-            {"image_id": i.item.image_id, "path": i.item.path, "reason": i.reason, "message": i.message}
+            {"image_id": i.item.image_id, "path": urls.shown(i.item.path), "reason": i.reason, "message": i.message}
             for i in images
             if i.reason
         ]
@@ -257,7 +280,9 @@ class Labeller:
             image.records = [
                 record
                 for request, answer in zip(self.requests, found, strict=True)
-                for record in answer_records(image.item.image_id, image.item.path, request, answer, self.provenance)
+                for record in answer_records(
+                    image.item.image_id, urls.shown(image.item.path), request, answer, self.provenance
+                )
             ]
 
     def _run(self, images: Sequence[_Image]) -> list[list[Answer]]:

@@ -51,7 +51,7 @@ def test_a_folder_named_export_is_given_with_its_path():
     parse = cli.build_parser().parse_args
     assert parse(["label", "./export", "--output", "o"]).input == "./export"
     assert parse(["label", "export", "d", "--format", "voc"]).labels == "d"
-    assert parse(["label", "x", "--output", "o"]).export == ["coco", "gallery"]
+    assert parse(["label", "x", "--output", "o"]).export is None
     assert parse(["label", "x", "--output", "o", "--export", "none"]).export == ["none"]
 
 
@@ -65,7 +65,7 @@ def test_label_hands_the_formats_on(monkeypatch, capsys):
     monkeypatch.setattr("lumen_ray.label.pipeline.label", label)
     for options in ([], ["--export", "none"], ["--export", "csv,voc"]):
         assert cli.main(["label", "x", "--output", "out", "--classes", "a", *options]) == 0
-    assert calls == [["coco", "gallery"], [], ["csv", "voc"]]
+    assert calls == [None, [], ["csv", "voc"]]
     assert "-> out (labels/*.parquet, csv)" in capsys.readouterr().out
 
 

@@ -7,14 +7,15 @@ import tarfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from support.label_fakes import encode, picture, write_images
+from support.label_fakes import FakeListing, encode, picture, write_images
 
 from lumen_ray.data import files
 from lumen_ray.data.shards.schema import make_row
 from lumen_ray.data.shards.shards import ShardWriter
 from lumen_ray.errors import UserError
-from lumen_ray.label.inputs import Item, read_bytes
+from lumen_ray.label.inputs import Item, Reader, read_bytes
 from lumen_ray.label.listing import Listing
+from lumen_ray.label.plan import Plan
 
 
 def test_folders_are_searched_and_sorted(tmp_path):
@@ -221,3 +222,99 @@ def test_a_bucket_is_an_input(tmp_path):
     }
     assert listing.left_out == {".txt": 1}
     assert len(read("memory://listing-bucket/in/**/*.png")) == 3
+
+
+def test_every_faulty_record_is_recorded(tmp_path):
+    images = images_of(tmp_path, 1)
+    (tmp_path / "r.csv").write_text("path\nimage000.png\n \n \n\n \n")
+    plan = Plan(str(tmp_path / "ledger"), 8)
+    (fragment,) = plan.fragments(Listing(tmp_path / "r.csv"))
+    found = [data if isinstance(data, bytes) else data.reason for _, data in read_bytes(fragment.items)]
+    assert found == [images["image000.png"], *["invalid_record"] * 3]
+    assert len({item.image_id for item in fragment.items}) == 4
+
+
+def test_records_of_one_file_are_images_of_their_own(tmp_path):
+    images_of(tmp_path, 1)
+    (tmp_path / "r.csv").write_text("id,path\nA,image000.png\nB,image000.png\nA,image000.png\n")
+    listing = Listing(tmp_path / "r.csv")
+    (fragment,) = Plan(str(tmp_path / "ledger"), 8).fragments(listing)
+    assert [item.image_id for item in fragment.items] == ["A", "B"] and listing.left_out == {"listed again": 1}
+
+
+def test_many_images_of_one_id_are_planned_in_time(tmp_path):
+    """Each gets the next number: a thousand tars that all count from 0 are nothing unusual."""
+    items = [Item("0.png", f"/{n}.tar", offset=512, length=1) for n in range(3000)]
+    plan = Plan(str(tmp_path), 1000)
+    names = [item.image_id for fragment in plan.fragments(FakeListing(items)) for item in fragment.items]
+    assert names == ["0.png", *(f"0.png#{n}" for n in range(2, 3001))]
+
+
+def test_an_archive_beside_pictures_hides_none(tmp_path):
+    images = images_of(tmp_path, 2)
+    write_tar(tmp_path / "backup.tar", {"a.png": b"x"})
+    listing = Listing(tmp_path)
+    assert [item.image_id for item in listing] == list(images) and listing.left_out == {".tar": 1}
+
+
+def test_a_damaged_table_among_others_is_one_error(tmp_path):
+    images = images_of(tmp_path / "x", 2)
+    pq.write_table(pa.table({"image": list(images.values())}), tmp_path / "a.parquet")
+    (tmp_path / "b.PARQUET").write_bytes(b"")
+    found = read(tmp_path)
+    assert list(found.values()) == [*images.values(), "invalid_record"]
+
+
+def test_long_and_broken_records_of_a_csv_do_not_end_it(tmp_path):
+    images = images_of(tmp_path, 3)
+    rows = ["path,note", "image000.png," + "x" * 200_000, "image001.png,", "image002.png,y"]
+    (tmp_path / "r.csv").write_text("\n".join(rows))
+    assert read(tmp_path / "r.csv") == images
+
+
+def test_records_that_name_no_path_at_first(tmp_path):
+    images = images_of(tmp_path, 1)
+    (tmp_path / "r.jsonl").write_text('{"note": 1}\n{"path": "image000.png"}\n')
+    assert list(read(tmp_path / "r.jsonl").values()) == ["invalid_record", images["image000.png"]]
+    (tmp_path / "r.jsonl").write_text('{"note": 1}\n')
+    with pytest.raises(UserError, match="no column of images .* --image-column, of: note"):
+        read(tmp_path / "r.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("path", "reason"), [("https://example.org/a.png", "web_address"), ("a\0b.png", "unreadable_file")]
+)
+def test_addresses_that_cannot_be_read_are_recorded(tmp_path, path, reason):
+    (tmp_path / "list.txt").write_text(f"{path}\n")
+    assert list(read(tmp_path / "list.txt").values()) == [reason]
+
+
+def test_file_urls_are_paths(tmp_path):
+    images = images_of(tmp_path, 1)
+    (tmp_path / "list.txt").write_text(f"file://{tmp_path}/image000.png\n")
+    assert list(read(tmp_path / "list.txt").values()) == list(images.values())
+
+
+def test_what_is_passed_over_is_counted(tmp_path):
+    images_of(tmp_path / "in", 1)
+    (tmp_path / "in" / "loop").symlink_to(tmp_path / "in", target_is_directory=True)
+    (tmp_path / "in" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    listing = Listing(tmp_path / "in")
+    assert len(list(listing)) == 1 and listing.left_out == {"link to a folder": 1, "broken link": 1}
+
+
+def test_a_pattern_that_is_none_is_one_sentence(tmp_path):
+    images_of(tmp_path, 1)
+    with pytest.raises(UserError, match="not a pattern of file names"):
+        list(Listing(str(tmp_path / "[z-a]*.png")))
+
+
+def test_a_row_group_is_read_once_for_a_fragment(tmp_path, monkeypatch):
+    images = images_of(tmp_path, 9)
+    pq.write_table(pa.table({"image": list(images.values())}), tmp_path / "t.parquet")
+    reader, opened = Reader(), []
+    monkeypatch.setattr(files, "open_input", lambda path, real=files.open_input: opened.append(path) or real(path))
+    items = list(Listing(tmp_path / "t.parquet"))
+    opened.clear()
+    found = [data for start in range(0, 9, 2) for _, data in read_bytes(items[start : start + 2], reader)]
+    assert found == list(images.values()) and len(opened) == 1

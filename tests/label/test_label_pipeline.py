@@ -83,7 +83,7 @@ def test_an_image_that_breaks_the_model_does_not_stop_its_batch(tmp_path):
 @pytest.mark.parametrize("number", [2, 30])
 def test_a_model_that_always_fails_stops_the_job_and_can_be_resumed(tmp_path, number):
     photos = write_images(tmp_path / "photos", number)
-    with pytest.raises(RuntimeError, match="the model failed on each of .* no luck"):
+    with pytest.raises(UserError, match="the model failed on each of .* no luck"):
         label(make_failing, photos, tmp_path / "out", tasks=["detect"], **OPTIONS)
     assert not list((tmp_path / "out").glob("labels/*"))
     assert not list((tmp_path / "out" / "ledger").glob("0*.json"))

@@ -97,7 +97,7 @@ def _summary(labels: Labels, all_tasks: Sequence[str], path: Path) -> dict[str, 
         "files": number,
         "tasks": list(labels.tasks),
         "left_out": [task for task in all_tasks if task not in labels.tasks],
-        "images": labels.num_images - labels.missing,
+        "images": labels.num_images - labels.missing if labels.written is None else labels.written,
         "missing": labels.missing,
     }
 

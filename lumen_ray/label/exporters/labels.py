@@ -75,8 +75,9 @@ class Labels:
     """A finished folder, for the `tasks` chosen.
 
     `categories`: task -> class name -> `Category`; `prompts`: text task -> its questions in order, "" for a task
-    without; `num_images`: labelled images, without those that failed; `stems`: hashes of their names; `only`:
-    numbers of the images that passes are limited to; `missing`: pictures that the last pass could not read.
+    without; `num_images`: labelled images, without those that failed; `stems`: hashes of their names; `only`: numbers
+    of the images that passes are limited to; `written`: set by an export that does not have all; `missing`: pictures
+    that the last pass could not read.
     """
 
     ledger: Ledger
@@ -88,6 +89,7 @@ class Labels:
     stems: np.ndarray
     progress: Callable[[int, int], None] | None = None
     only: frozenset[int] | None = None
+    written: int | None = None
     missing: int = 0
     first_missing: str = ""
 
@@ -227,7 +229,7 @@ def _add_skeleton(category: Category, record: Record) -> None:
 
 def _is_local_file(path: str) -> bool:
     """Whether `path` is that of an image file on this machine, not in a shard, a tar or a store."""
-    return not urls.is_url(path) and not path.endswith((".parquet", ".tar"))
+    return not urls.is_url(path) and not path.lower().endswith((".parquet", ".tar"))
 
 
 class _ItemFinder:
@@ -245,9 +247,9 @@ class _ItemFinder:
         if key in self._passed:
             return self._passed.pop(key)
         for item in self._items:
-            if (item.image_id, item.path) == key:
+            if (item.image_id, urls.shown(item.path)) == key:
                 return item
-            self._passed[item.image_id, item.path] = item
+            self._passed[item.image_id, urls.shown(item.path)] = item
         return None
 
 

@@ -25,6 +25,7 @@ class Review(Exporter):
             for choice in chosen:
                 reasons = " ".join(f"{reason}={value:.3f}" for reason, value in choice.reasons.items())
                 writer.writerow([choice.image_id, f"{choice.score:.4f}", reasons])
+        labels.written = len(chosen)
         some = replace(labels, only=frozenset(choice.number for choice in chosen))
         LabelStudio().write(some, target, settings)
         write_gallery(
