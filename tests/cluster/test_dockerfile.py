@@ -59,7 +59,9 @@ def test_a_target_runs_as_the_user_of_the_pods_and_is_healthy_when_ready(target)
     from lumen_ray.serve.settings import ServeSettings
 
     given = dict(stages()[target])  # the last of each
-    ids = {(t["spec"]["securityContext"]["runAsUser"], t["spec"]["securityContext"]["runAsGroup"]) for _, t in pods("base")}
+    ids = {
+        (t["spec"]["securityContext"]["runAsUser"], t["spec"]["securityContext"]["runAsGroup"]) for _, t in pods("base")
+    }
     assert {tuple(map(int, given["USER"].split(":")))} == ids
     assert stages()[target][-1][0] == "USER"
     assert "HOME=/tmp" in given["ENV"] and {"name": "HOME", "value": "/tmp"} in container(next(pods("base"))[1])["env"]
@@ -75,7 +77,7 @@ def test_versions_are_those_of_the_project():
     texts = "\n".join(text for _, text in instructions())
     [torch] = [d for d in PROJECT["dependencies"] if d.startswith("torch>")]
     assert f'"{torch}"' in texts
-    python = dict(instructions())["ARG"] and re.search(r"^PYTHON=(\S+)", texts, flags=re.MULTILINE)[1]
+    python = re.search(r"^PYTHON=(\S+)", texts, flags=re.MULTILINE)[1]
     assert PROJECT["requires-python"] == f">={python}"
     extras = set(re.search(r"whl\)\[([a-z,]+)\]", texts)[1].split(","))
     assert extras == PROJECT["optional-dependencies"].keys() - {"test"}
@@ -93,6 +95,7 @@ def test_what_is_copied_exists_and_is_sent_to_docker():
         assert not any(fnmatch.fnmatch(name, rule[1:]) for rule in rules if rule.startswith("!"))
 
 
+@pytest.mark.filterwarnings("ignore")
 def test_a_wheel_is_built_from_what_is_copied(tmp_path, monkeypatch):
     setuptools = pytest.importorskip("setuptools")
     if int(setuptools.__version__.split(".")[0]) < 77:

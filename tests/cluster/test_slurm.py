@@ -2,11 +2,13 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -38,7 +40,7 @@ def program(folder: Path, name: str, text: str) -> None:
 
 
 @pytest.fixture
-def allocation(tmp_path) -> dict[str, str]:
+def allocation(tmp_path) -> Iterator[dict[str, str]]:
     """The environment of a job of one node, whose Ray nodes do not get into the way of others on this machine."""
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
         program(tmp_path / "bin", name, text)
@@ -52,7 +54,7 @@ def allocation(tmp_path) -> dict[str, str]:
 
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "SLURM_", "LUMEN_RAY_"))}
     job = 10_000_000 + os.getpid()
-    return kept | {
+    yield kept | {
         "PATH": f"{tmp_path / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
         "SLURM_JOB_ID": str(job),
@@ -66,6 +68,7 @@ def allocation(tmp_path) -> dict[str, str]:
         "FAKE_WORKER": options(),
         "OMP_NUM_THREADS": "1",
     }
+    shutil.rmtree(f"/tmp/ray-{job}", ignore_errors=True)  # the logs of a Ray whose verb failed
 
 
 def submit(environment: dict[str, str], *arguments: str, seconds: float = 240) -> tuple[int, str]:
@@ -133,7 +136,10 @@ def test_a_verb_runs_on_all_nodes_behind_a_token(allocation, tmp_path):
     assert (tmp_path / "shards" / "manifest.json").is_file()
     head, worker, cleaning = Path(allocation["FAKE_LOG"]).read_text().splitlines()
     assert "--nodes=1 --ntasks=1 " in head and " --nodelist=node1 ray start --head " in head
-    assert "--nodes=1 --ntasks=1 " in worker and f" --exclude=node1 ray start --address=127.0.0.1:{port(environment)} " in worker
+    assert (
+        "--nodes=1 --ntasks=1 " in worker
+        and f" --exclude=node1 ray start --address=127.0.0.1:{port(environment)} " in worker
+    )
     assert "--cpus-per-task=2" in head and "--num-cpus=2" in worker and "--block" in head and "--block" in worker
     session = Path(f"/tmp/ray-{allocation['SLURM_JOB_ID']}")
     assert cleaning.endswith(f"rm -rf {session}") and not session.exists()
