@@ -92,6 +92,7 @@ def test_the_service_is_the_serve_config_file(variant):
 @every_variant
 def test_pods_that_serve_are_ready_when_the_application_is(variant):
     from lumen_ray.serve.api import create_api
+    from lumen_ray.serve.ingress import _PING_S
     from lumen_ray.serve.settings import ServeSettings
 
     routes = create_api(None, ServeSettings(model="nano")).openapi()["paths"]
@@ -100,6 +101,7 @@ def test_pods_that_serve_are_ready_when_the_application_is(variant):
     for probe in filter(None, probes.values()):
         assert probe["httpGet"] == {"path": "/readyz", "port": 8000}
         assert probe["httpGet"]["path"] in routes
+        assert probe["timeoutSeconds"] > _PING_S  # else the probe would give up before the route does
 
 
 # Sizes --------------------------------------------------------------------------------------------------------------
@@ -113,19 +115,30 @@ def test_workers_are_as_many_as_the_commands_ask_for(variant):
     assert gang["replicas"] == gang["minReplicas"] == gang["maxReplicas"] == recipe.workers
     for name in ("label", "nightly"):
         assert group(clusters[name], "gpu")["maxReplicas"] == int(words[name][words[name].index("--actors") + 1])
+        # it looks for GPUs once, when it starts
+        assert group(clusters[name], "gpu")["minReplicas"] >= 1
     evaluate = document(variant, "RayJob", "evaluate")["spec"]
     assert evaluate["entrypointNumGpus"] == group(clusters["evaluate"], "gpu")["maxReplicas"] == 1
 
 
-@pytest.mark.parametrize("variant", [v for v in VARIANTS if v != "kind"])
-def test_the_first_training_pod_holds_the_whole_model(variant):
+def test_the_first_training_pod_holds_the_whole_model():
     from lumen_ray.footprint import FP32, count_recipe
     from lumen_ray.model.settings import ModelSettings
 
     recipe = config.load(Recipe, find("recipes", "7b"))
     counted = count_recipe(config.load(ModelSettings, find("models", recipe.model)), recipe)
-    pod = container(group(dict(ray_clusters(variant))["train"], "gpu")["template"])
-    assert counted.model.parameters * FP32 * 1.2 < quantity(pod["resources"]["limits"]["memory"])
+    for variant in VARIANTS.keys() - {"kind"}:
+        pod = container(group(dict(ray_clusters(variant))["train"], "gpu")["template"])
+        assert counted.model.parameters * FP32 * 1.2 < quantity(pod["resources"]["limits"]["memory"])
+
+
+@every_variant
+def test_a_job_starts_with_a_worker_since_its_head_takes_no_work(variant):
+    clusters = dict(ray_clusters(variant))
+    for name in entrypoints(variant):
+        assert sum(g["minReplicas"] for g in clusters[name]["workerGroupSpecs"]) >= 1, name
+        for workers in clusters[name]["workerGroupSpecs"]:
+            assert 0 <= workers["minReplicas"] <= workers["maxReplicas"], name
 
 
 def test_kind_fits_a_laptop():
