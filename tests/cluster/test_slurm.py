@@ -17,6 +17,7 @@ from support.clusters import free_ports, in_session, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "cluster" / "slurm" / "lumen-ray.sbatch"
+BASH = shutil.which("bash")
 SRUN = """#!/usr/bin/env bash
 # Runs the command after the options here; to `ray start` it adds what lets several nodes share a machine.
 echo "$*" >> "$FAKE_LOG"
@@ -74,7 +75,7 @@ def allocation(tmp_path) -> Iterator[dict[str, str]]:
 def submit(environment: dict[str, str], *arguments: str, seconds: float = 240) -> tuple[int, str]:
     """(exit code, output) of the script; nothing that it started is left."""
     with in_session(
-        ["bash", str(SCRIPT), *arguments], environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [BASH, str(SCRIPT), *arguments], environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         output, _ = process.communicate(timeout=seconds)
     return process.returncode, output
@@ -102,7 +103,7 @@ def test_the_script_is_bash():
         (["train", "--recipe", "nano"], {}, "the following arguments are required: --shards, --output"),
         ([*TRAIN, "--wrokers", "2"], {}, "--wrokers"),
         (TRAIN, {"SLURM_JOB_ID": ""}, "no Slurm allocation; submit the script with sbatch"),
-        (TRAIN, {"PATH": "/usr/bin:/bin"}, "'srun' is not in PATH"),
+        (TRAIN, {"PATH": "/nowhere"}, "'srun' is not in PATH"),
         (TRAIN, {"LUMEN_RAY_PORT": "auto"}, "LUMEN_RAY_PORT must be a whole number, not 'auto'"),
         (TRAIN, {"LUMEN_RAY_JOIN_S": "5m"}, "LUMEN_RAY_JOIN_S must be a whole number, not '5m'"),
     ],
@@ -166,7 +167,7 @@ def test_the_exit_code_is_the_verbs_and_a_signal_reaches_it(allocation, tmp_path
     log = tmp_path / "job.log"
     with (
         open(log, "w") as out,
-        in_session(["bash", str(SCRIPT), *TRAIN], allocation, stdout=out, stderr=subprocess.STDOUT) as process,
+        in_session([BASH, str(SCRIPT), *TRAIN], allocation, stdout=out, stderr=subprocess.STDOUT) as process,
     ):
         wait_for(lambda: "token 64 token train" in log.read_text(), "the verb's start", 120, process)
         os.kill(process.pid, signal.SIGTERM)
