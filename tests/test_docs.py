@@ -106,6 +106,9 @@ def command_line(words: tuple[str, ...]) -> list[str] | None:
     """What the command gives to the parser of `lumen-ray`; None for other commands."""
     if words[:3] == ("ray", "job", "submit"):
         words = words[words.index("--") + 1 :]
+    elif words[0] == "sbatch":
+        script = next(n for n, word in enumerate(words) if word.endswith(".sbatch"))
+        return list(words[script + 1 :])
     if words[0].rpartition("/")[2] == "lumen-ray":
         return list(words[1:])
     script = Path(words[1]) if len(words) > 1 and words[0] == "python" else None
@@ -194,6 +197,7 @@ def test_pages_have_commands_of_every_verb_and_source():
 
 def test_files_of_pytest_and_bash_lines_exist():
     named = [word for _, words in commands() for word in words if words[0] in ("pytest", "bash") and "/" in word]
+    named += [word for _, words in commands() for word in words if word.startswith("cluster/")]
     assert named and [word for word in named if not (ROOT / word).exists()] == []
 
 
