@@ -143,8 +143,9 @@ def test_command_lines_parse_and_name_what_exists(where, line):
         get_task(task)
     if hasattr(args, "decoders") and line[0] in ("evaluate", "label", "serve"):
         check_decoders(dict(pair.split("=") for pair in args.decoders))
-    if line[0] == "label" and line[1] != "status":
-        check_formats(args.format if line[1] == "export" else args.export)
+    formats = getattr(args, "format", None) or getattr(args, "export", None)
+    if line[0] == "label" and formats:
+        check_formats(formats)
     for text in getattr(args, "text", None) or ():
         get_task(text.partition("=")[0])
 
