@@ -188,11 +188,32 @@ def test_text_answers_and_info(trunk, jobs):
     async def both():
         with pytest.raises(UserError, match="dragon"):
             await trunk.link(job(5, limited("pose", classes=["dragon"])))
-        return await trunk.answer(jobs[3]), await trunk.info()
+        return await trunk.link(jobs[3]), await trunk.info()
 
-    (answer,), info = asyncio.run(both())
-    assert answer.task == "vqa" and answer.text is not None
+    reply, info = asyncio.run(both())
+    (answer,) = reply.answers
+    assert not reply.decoders and reply.output is None and answer.task == "vqa" and answer.text is not None
     assert info["preset"] == "nano" and info["skeletons"] == {"figure": ["head", "left hand"]}
+
+
+def test_a_chat_names_the_decoders_that_it_has_links_for(trunk, decoder, monkeypatch):
+    """In one pass of the trunk, whatever the LLM decides."""
+    passes, links = [], trunk.stage.links
+    monkeypatch.setattr(trunk.stage, "links", lambda *args, **more: passes.append(1) or links(*args, **more))
+    monkeypatch.setattr("lumen_ray.serve.trunk._put", lambda output: output)
+    asked = job(1, limited("chat", text="find the red circle"))
+
+    def link(token):
+        with monkeypatch.context() as patch:
+            force_answers(patch, trunk.stage.loop, [token] * 6)
+            return asyncio.run(trunk.link(asked))
+
+    said = link(trunk.stage.tokenizer.encode("red")[0])
+    assert (said.decoders, said.output) == ((), None) and said.answers[0].text == "red red red red red red"
+    routed = link(trunk.stage.tokenizer.ids["[DET]"])
+    assert routed.decoders == ("lumen",) and routed.answers == (None,) and len(passes) == 2
+    ((answer,),) = decoder.answers([(routed.output, asked.requests)])
+    assert answer.route == "[DET]" and len(answer.predictions) == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -203,7 +224,7 @@ def test_a_short_answer_and_boxes_do_not_wait_for_a_long_answer(model_folder, mo
     order = []
 
     async def ask(name, asked):
-        await trunk.link(asked)
+        await trunk.output(asked)
         order.append(name)
 
     async def all_of_them():
@@ -226,7 +247,7 @@ def test_what_waits_for_the_model_is_one_batch_of_its_kind(trunk):
     async def busy():
         with trunk.stage.loop.turn():
             kinds = [limited("detect", classes=["red circle"]), limited("caption")]
-            tasks = [asyncio.create_task(trunk.link(job(n, kinds[n % 2]))) for n in range(12)]
+            tasks = [asyncio.create_task(trunk.output(job(n, kinds[n % 2]))) for n in range(12)]
             await asyncio.sleep(0.05)
         return await asyncio.gather(*tasks)
 
@@ -337,8 +358,8 @@ def test_an_error_reaches_every_item_that_waits():
 def test_a_job_that_is_cancelled_while_it_waits_is_dropped(trunk):
     async def cancelled():
         with trunk.stage.loop.turn():
-            gone = asyncio.create_task(trunk.link(job(1, limited("caption"))))
-            kept = asyncio.create_task(trunk.link(job(2, limited("caption"))))
+            gone = asyncio.create_task(trunk.output(job(1, limited("caption"))))
+            kept = asyncio.create_task(trunk.output(job(2, limited("caption"))))
             await asyncio.sleep(0.01)
             gone.cancel()
             await asyncio.sleep(0.01)
