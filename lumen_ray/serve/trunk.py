@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lumen_ray.serve.batching import Collector, map_grouped, value_of
+from lumen_ray.serve.health import Health
 from lumen_ray.serve.job import TrunkJob, TrunkReply
 from lumen_ray.structures import Size
 from lumen_ray.tasks import TASKS
@@ -43,14 +44,16 @@ class TrunkReplica:
         load: Callable[[str, str, Mapping[str, str]], TrunkStage] = load_trunk,
     ):
         self.stage = load(model, device, serving)
+        self.health = Health(self.stage.loop.busy_s)
         # Threads, so that the event loop stays free to answer pings. The model is used by one of them at a time.
         self.batches: Collector[TrunkJob, TrunkOutput] = Collector(
             self.outputs, self._key, lambda job: job.cost, self.stage.loop.turn, MAX_BATCHES
         )
 
-    def reconfigure(self, batching: dict[str, Any]) -> None:
+    def reconfigure(self, settings: dict[str, Any]) -> None:
         """Called by Serve at the start and on every change of the settings, without a restart."""
-        self.batches.configure(batching)
+        self.batches.configure(settings)
+        self.health.configure(settings)
 
     async def link(self, job: TrunkJob) -> TrunkReply:
         """The answers that need no decoder, and what the decoders of the others read."""
@@ -82,7 +85,12 @@ class TrunkReplica:
         }
 
     async def ping(self) -> bool:
-        return True
+        """Whether the model gets on."""
+        return self.health.is_ready
+
+    async def check_health(self) -> None:
+        """Called by Serve, which replaces the replica after several errors in a row."""
+        self.health.check()
 
     def outputs(self, jobs: list[TrunkJob]) -> list[TrunkOutput | Exception]:
         """One pass for all jobs of one key; a failed job gets its exception."""

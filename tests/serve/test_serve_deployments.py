@@ -8,6 +8,7 @@ import dataclasses
 import pickle
 import sys
 import threading
+import time
 from functools import partial
 
 import numpy as np
@@ -24,7 +25,7 @@ from lumen_ray.inference.sampling import Sampling
 from lumen_ray.serve.batching import Collector, map_grouped
 from lumen_ray.serve.decoder import DecoderReplica, load_decoder
 from lumen_ray.serve.job import TrunkJob, cost_of
-from lumen_ray.serve.settings import Batching
+from lumen_ray.serve.settings import ModelDeployment
 from lumen_ray.serve.trunk import TrunkReplica, load_trunk
 from lumen_ray.structures import Region
 from lumen_ray.trunk.turns import Turns
@@ -32,7 +33,7 @@ from lumen_ray.trunk.turns import Turns
 
 def batching(**fields):
     """What Serve hands to `reconfigure`."""
-    return {**Batching(batch_wait_timeout_s=0.0).model_dump(), **fields}
+    return {**ModelDeployment().user_config, **fields}
 
 
 def limited(task, threshold=0.0, limit=3, **fields):
@@ -353,6 +354,42 @@ def test_an_error_reaches_every_item_that_waits():
         return await asyncio.wait_for(asyncio.gather(collector.submit(1), collector.submit(2)), 20)
 
     assert [str(error) for error in asyncio.run(both())] == ["no model", "no model"]
+
+
+def test_a_stuck_model_is_not_ready_and_then_replaced(trunk, decoder):
+    """Event loops answer all the time: only the thread of the model is busy."""
+
+    async def state(replica):
+        ready = await replica.ping()
+        try:
+            await replica.check_health()
+        except RuntimeError as error:
+            return ready, str(error)
+        return ready, None
+
+    def states(busy, replica):
+        """At once, then after the one and after the other limit of a pass."""
+        found = []
+        with busy():
+            for not_ready_after_s, replace_after_s in ((60, 60), (0.01, 60), (0.01, 0.02)):
+                time.sleep(0.03)
+                limits = {"not_ready_after_s": not_ready_after_s, "replace_after_s": replace_after_s}
+                replica.reconfigure(batching(**limits))
+                found.append(asyncio.run(state(replica)))
+        return [*found, asyncio.run(state(replica))]
+
+    for busy, replica in ((trunk.stage.loop.turn, trunk), (decoder.clock.running, decoder)):
+        ready, slow, (last, error), after = states(busy, replica)
+        assert ready == (True, None) and slow == (False, None) and after == (True, None)
+        assert last is False and "in one pass for 0 s" in error
+        replica.reconfigure(batching())
+
+
+def test_the_clock_runs_while_the_decoder_does(decoder, trunk, jobs, monkeypatch):
+    busy, group = [], decoder._answer_group
+    monkeypatch.setattr(decoder, "_answer_group", lambda jobs: busy.append(decoder.clock.busy_s()) or group(jobs))
+    decoder.answers([(trunk.outputs([jobs[0]])[0], jobs[0].requests)])
+    assert busy[0] > 0 and decoder.clock.busy_s() == 0
 
 
 def test_a_job_that_is_cancelled_while_it_waits_is_dropped(trunk):
