@@ -208,13 +208,25 @@ class DecodeLoop:
 
     @in_model_dtype
     def _step(self) -> None:
-        """Admits prompts from the queue, then writes the next token of every answer."""
+        """Gives up answers that nobody waits for, admits prompts from the queue, then writes the next token of every
+        answer."""
+        self._drop_unwanted()
         while (admitted := self._admit()) is not None:
             prefix, writings = admitted
             for wave in self._waves(writings):
                 self._guarded(wave, partial(self._begin, prefix, wave))
         if self._active:
             self._guarded(list(self._active.values()), self._next_tokens)
+
+    def _drop_unwanted(self) -> None:
+        with self._changed:
+            waiting = [writing for _, queued in self._queue for writing in queued]
+            unwanted = [writing for writing in (*self._active.values(), *waiting) if not writing.is_wanted()]
+            for writing in unwanted:
+                writing.end = "cancelled"
+            if unwanted:
+                self._drop_finished()
+                self._changed.notify_all()
 
     def _admit(self) -> tuple[Prefix, list[Writing]] | None:
         """Takes the prompts from the head of the queue that may join, all about one batch of images."""

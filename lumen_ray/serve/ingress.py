@@ -17,7 +17,7 @@ from ray.serve.exceptions import (
     ReplicaUnavailableError,
     RequestCancelledError,
 )
-from ray.serve.handle import DeploymentHandle
+from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from lumen_ray.answer import Answer
 from lumen_ray.errors import UserError
@@ -73,7 +73,7 @@ class ServeBackend:
         plain = tuple(replace(request, examples={}) for request in requests)  # decoders read no images of examples
 
         async def call() -> list[Answer]:
-            reply: TrunkReply = await self.trunk.link.remote(job)
+            reply: TrunkReply = await _awaited(self.trunk.link.remote(job))
             found = await asyncio.gather(
                 *(_awaited(self.decoders[name].decode.remote(reply.output, plain)) for name in reply.decoders)
             )
@@ -123,8 +123,14 @@ class ServeBackend:
             raise Unavailable("a replica died during this request; try again")
 
 
-async def _awaited(response: Awaitable[T]) -> T:
-    return await response
+async def _awaited(response: DeploymentResponse[T]) -> T:
+    """The result of a call. One that is given up, as after a time-out, is cancelled: Serve itself does so only for
+    requests whose client has left."""
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
 
 
 @serve.ingress()

@@ -17,6 +17,7 @@ import torch
 from support.forced_answers import force_answers
 from support.tiny_models import EXPERTS, tiny_folder
 
+from lumen_ray import cancellation
 from lumen_ray.errors import UserError
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.outputs import merge
@@ -404,6 +405,87 @@ def test_a_job_that_is_cancelled_while_it_waits_is_dropped(trunk):
         return gone.cancelled()
 
     assert asyncio.run(cancelled())
+
+
+def given_up(replica_work, until):
+    """Cancels a call once `until` is true."""
+
+    async def cancelled():
+        call = asyncio.create_task(replica_work)
+        while not until():
+            await asyncio.sleep(0.001)
+        call.cancel()
+        await asyncio.wait([call])
+        return call.cancelled()
+
+    assert asyncio.run(cancelled())
+
+
+def wait_for(condition):
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def test_a_text_that_nobody_waits_for_is_given_up(trunk, monkeypatch):
+    loop = trunk.stage.loop
+    force_answers(monkeypatch, loop, [trunk.stage.tokenizer.encode("red")[0]] * 1000)
+    written, step = [], loop._next_tokens
+    monkeypatch.setattr(loop, "_next_tokens", lambda: written.append(1) or step())
+    given_up(trunk.output(job(1, limited("caption"), max_new_tokens=1000)), lambda: len(written) > 3)
+    wait_for(lambda: not loop._active)
+    assert len(written) < 900 and loop.bytes_held == 0
+
+
+def test_passes_end_between_chunks_when_nobody_waits(trunk, monkeypatch):
+    """300 names are three passes of the LLM; whoever asked leaves during the first."""
+    passes, compute, go_on = [], trunk.stage.word_links._compute, threading.Event()
+
+    def slow(*args):
+        passes.append(1)
+        assert go_on.wait(20)
+        return compute(*args)
+
+    monkeypatch.setattr(trunk.stage.word_links, "_compute", slow)
+    names = [f"thing {n}" for n in range(300)]
+    given_up(trunk.output(job(1, limited("detect", classes=names))), lambda: passes)
+    go_on.set()
+    wait_for(lambda: not trunk.stage.loop._busy)
+    assert len(passes) == 1
+    # the others of a batch are still answered
+    (output,) = trunk.outputs([job(1, limited("detect", classes=names[:2]))])
+    assert list(output.decoder_inputs) == ["lumen"]
+
+
+def test_a_batch_goes_on_while_one_of_its_callers_waits():
+    began, go_on, seen = threading.Event(), threading.Event(), []
+
+    def run(items):
+        if items != [0]:
+            began.set()
+            assert go_on.wait(20)
+            seen.append(cancellation.current()())
+        return items
+
+    collector = Collector(run, lambda item: 0)
+    collector.configure(batching(batch_wait_timeout_s=0.05))
+
+    async def ask(leaving):
+        began.clear()
+        go_on.clear()
+        calls = [asyncio.create_task(collector.submit(n)) for n in (1, 2)]
+        await asyncio.to_thread(began.wait, 20)
+        for call in calls[:leaving]:
+            call.cancel()
+        await asyncio.sleep(0.01)
+        go_on.set()
+        return [outcome.__class__ for outcome in await asyncio.gather(*calls, return_exceptions=True)]
+
+    assert asyncio.run(ask(1)) == [asyncio.CancelledError, int]
+    assert asyncio.run(ask(2)) == [asyncio.CancelledError] * 2
+    wait_for(lambda: len(seen) == 2)
+    assert seen == [True, False]
 
 
 def test_the_trunk_sends_a_task_to_the_decoder_that_was_chosen(tmp_path):

@@ -6,6 +6,7 @@ No Ray runs here: handles are stand-ins whose `remote` gives an awaitable, as Se
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +37,10 @@ class Response:
 
     def __init__(self, outcome):
         self.outcome = outcome
+        self.is_cancelled = False
+
+    def cancel(self):
+        self.is_cancelled = True
 
     def __await__(self):
         yield from asyncio.sleep(0).__await__()
@@ -148,18 +153,23 @@ def test_other_errors_are_not_retried(error, becomes):
         assert caught.value.reason == "unknown_keypoint"
 
 
-def test_slow_model_times_out():
+def test_a_slow_model_times_out_and_its_call_is_cancelled():
+    """Serve cancels calls only of requests whose client has left."""
+    calls = []
+
+    class Slow(Response):
+        def __await__(self):
+            calls.append(self)
+            yield from asyncio.sleep(60).__await__()
+
     class Never(Handle):
         def __getattr__(self, name):
-            class Slow:
-                @staticmethod
-                def remote(*_):
-                    return asyncio.sleep(60)
+            return SimpleNamespace(remote=lambda *_: Slow(None))
 
-            return Slow
-
-    with pytest.raises(TimeoutError):
-        infer(Never(), Never(), [query("caption")], request_timeout_s=0.05)
+    for trunk in (Never(), Handle(link=[LINKED])):
+        with pytest.raises(TimeoutError):
+            infer(trunk, Never(), [query()], request_timeout_s=0.05)
+    assert [call.is_cancelled for call in calls] == [True, True]
 
 
 def test_ready_asks_both_and_info_is_kept():
