@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI
 from ray import exceptions as ray_errors
@@ -17,7 +17,7 @@ from ray.serve.exceptions import (
     ReplicaUnavailableError,
     RequestCancelledError,
 )
-from ray.serve.handle import DeploymentHandle, DeploymentResponse
+from ray.serve.handle import DeploymentHandle
 
 from lumen_ray.answer import Answer
 from lumen_ray.errors import UserError
@@ -29,6 +29,7 @@ from lumen_ray.serve.job import TrunkJob, TrunkReply
 from lumen_ray.serve.settings import ServeSettings
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 #: raised by a call whose replica, or an object made by it, is lost
 _LOST = (
@@ -51,6 +52,12 @@ def cause_of(error: BaseException) -> BaseException:
         if not isinstance(inner, BaseException):
             return error
         error = inner
+
+
+class _Call(Awaitable[T_co], Protocol[T_co]):
+    """A call of a deployment."""
+
+    def cancel(self) -> None: ...
 
 
 class ServeBackend:
@@ -123,7 +130,7 @@ class ServeBackend:
             raise Unavailable("a replica died during this request; try again")
 
 
-async def _awaited(response: DeploymentResponse[T]) -> T:
+async def _awaited(response: _Call[T]) -> T:
     """The result of a call. One that is given up, as after a time-out, is cancelled: Serve itself does so only for
     requests whose client has left."""
     try:
