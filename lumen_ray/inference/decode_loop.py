@@ -14,6 +14,7 @@ other wakes the rest only when an answer is done, or when one of them needs to k
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -69,6 +70,7 @@ class DecodeLoop:
         self._slots: dict[int, PrefixSlots] = {}  # by tokens of the prefix
         self._changed = threading.Condition()
         self._busy = False  # whether a thread is using the model
+        self._busy_since = 0.0
         self._tickets: list[object] = []  # of those who wait in `images`, in their order
         self._held = 0  # prefix tokens, see `images`
         self._arriving = 0  # threads that wait with new work for the model
@@ -85,7 +87,7 @@ class DecodeLoop:
         """The model for other work of this thread, such as encoding images. Goes before steps, after one step."""
         with self._changed:
             self._await_model()
-            self._busy = True
+            self._begin_use()
         try:
             self._step()  # so that threads that keep coming do not stop the answers
             yield
@@ -93,6 +95,15 @@ class DecodeLoop:
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()
+
+    def busy_s(self) -> float:
+        """Seconds since a thread took the model for its current pass; 0 if none has it."""
+        return time.monotonic() - self._busy_since if self._busy else 0.0
+
+    def _begin_use(self) -> None:
+        """Takes the model for this thread. Its lock is held."""
+        self._busy_since = time.monotonic()
+        self._busy = True
 
     def _await_model(self) -> None:
         """Waits until no thread uses the model; goes before the next step. Its lock is held."""
@@ -186,7 +197,7 @@ class DecodeLoop:
             self._changed.wait_for(lambda: has_news() or not (self._busy or self._arriving))
             if has_news():
                 return
-            self._busy = True
+            self._begin_use()
         try:
             self._step()
         finally:
@@ -197,13 +208,25 @@ class DecodeLoop:
 
     @in_model_dtype
     def _step(self) -> None:
-        """Admits prompts from the queue, then writes the next token of every answer."""
+        """Gives up answers that nobody waits for, admits prompts from the queue, then writes the next token of every
+        answer."""
+        self._drop_unwanted()
         while (admitted := self._admit()) is not None:
             prefix, writings = admitted
             for wave in self._waves(writings):
                 self._guarded(wave, partial(self._begin, prefix, wave))
         if self._active:
             self._guarded(list(self._active.values()), self._next_tokens)
+
+    def _drop_unwanted(self) -> None:
+        with self._changed:
+            waiting = [writing for _, queued in self._queue for writing in queued]
+            unwanted = [writing for writing in (*self._active.values(), *waiting) if not writing.is_wanted()]
+            for writing in unwanted:
+                writing.end = "cancelled"
+            if unwanted:
+                self._drop_finished()
+                self._changed.notify_all()
 
     def _admit(self) -> tuple[Prefix, list[Writing]] | None:
         """Takes the prompts from the head of the queue that may join, all about one batch of images."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lumen_ray.cancellation import check_wanted
 from lumen_ray.decoders.base import ImageDecoder, PredictSettings, PromptSpec
 from lumen_ray.inference.calibration import Calibration
 from lumen_ray.inference.outputs import DecoderInput, DecoderResult, TrunkOutput
@@ -58,6 +59,7 @@ class DecoderStage:
         results: list[DecoderResult] = [None] * len(inputs.link)
         raw_settings = self._raw(settings, inputs.prompts)
         for members in self._chunks(inputs, output):
+            check_wanted()
             link, images = inputs.link.select_with_images(members)
             frames = [self._decoder_frame(output.frames[i]) for i in images.tolist()]
             view: Tensor | Pixels | None = None

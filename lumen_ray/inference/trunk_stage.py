@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lumen_ray.answer import TokenUsage
+from lumen_ray.cancellation import check_wanted
 from lumen_ray.data.batches.buckets import choose
 from lumen_ray.data.images import as_picture
 from lumen_ray.decoders.registry import DECODERS
@@ -153,6 +154,7 @@ class TrunkStage(FromFolder):
             encoded = images if isinstance(images, EncodedImages) else self._encode(inputs)
             written = self._submit(encoded, prompts)
             self.loop.wait(list(written.values()), self._streaming(written, on_text))
+            check_wanted()
             routed = self._enter_texts(written, requests, plans)
             if route_only:
                 pending = []
@@ -405,6 +407,7 @@ class TrunkStage(FromFolder):
         embeddings |= zip(blind, self.word_links.embeddings([pending[i] for i in blind]), strict=True)
         waiting = [i for i in range(len(pending)) if i not in embeddings]
         for numbers in split_passes([pending[i] for i in waiting], chunk, self.prompt_layout == "sequential"):
+            check_wanted()
             embeddings |= self._embeddings(prefix, pending, [waiting[n] for n in numbers], frames)
         inputs = {}
         for name in dict.fromkeys(item.decoder for item in pending):

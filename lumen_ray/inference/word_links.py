@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lumen_ray.cancellation import check_wanted
 from lumen_ray.exemplars import Example
 from lumen_ray.inference.branches import PendingBranch, with_regions
 from lumen_ray.trunk.branch import Branch
@@ -93,6 +94,7 @@ class WordLinks:
     def _made(self, missing: Sequence[tuple[LinkKey, PendingBranch]]) -> list[tuple[LinkKey, Tensor]]:
         made = []
         for start in range(0, len(missing), AT_ONCE):
+            check_wanted()
             keys, items = zip(*missing[start : start + AT_ONCE], strict=True)
             plain = [Branch(0, key.prompt, route=key.route, reads_image=False) for key in keys]
             owned = zip(plain, (item.regions for item in items), strict=True)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from lumen_ray.answer import AnswerPart
+from lumen_ray.cancellation import current
 from lumen_ray.inference.sampling import Sampler, stop_at
 from lumen_ray.tasks import MAX_TEXT_LINKS, family_of
 from lumen_ray.trunk.branch import Branch
@@ -56,13 +57,15 @@ class TextLink:
 @dataclass(eq=False)
 class Writing:
     """An answer that is being written: `tokens` so far, without the end token and queries; `links` in it; `end`: why it
-    is done ('stop', 'length', 'route' behind a routing token, 'cancelled' or 'error'), None before."""
+    is done ('stop', 'length', 'route' behind a routing token, 'cancelled' or 'error'), None before;
+    `is_wanted`: whether somebody waits for it, as of the thread that asks for it."""
 
     prompt: TextPrompt
     tokens: list[int] = field(default_factory=list)
     links: list[TextLink] = field(default_factory=list)
     end: str | None = None
     error: BaseException | None = None
+    is_wanted: Callable[[], bool] = field(default_factory=current)
 
     @property
     def need(self) -> int:

@@ -67,7 +67,7 @@ def build_app(settings: ServeSettings) -> Application:
         model, settings.trunk.torch_device, settings.serving, partial(load_trunk, dtype=settings.trunk.dtype)
     )
     ingress = deployment(Ingress, "Ingress", ingress_options(settings))
-    return ingress.bind(settings, trunk, decoders, served.serving)
+    return ingress.bind(settings, trunk, decoders)
 
 
 def build(args: dict[str, Any]) -> Application:

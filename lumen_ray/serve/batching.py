@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
+from lumen_ray.cancellation import Cancelled, wanted_while
 from lumen_ray.errors import UserError
 from lumen_ray.serve.http import logger
 
@@ -26,6 +27,7 @@ class _Waiting(Generic[T, R]):
     cost: int
     since: float
     future: Future[R | Exception] = field(default_factory=Future)
+    is_gone: bool = False  # whether the caller has left
 
 
 class Collector(Generic[T, R]):
@@ -58,12 +60,17 @@ class Collector(Generic[T, R]):
         self.wait_timeout_s = batching["batch_wait_timeout_s"]
 
     async def submit(self, item: T) -> R | Exception:
-        """The result of one item. If this is cancelled while the item waits, it is dropped."""
+        """The result of one item. If this is cancelled while the item waits, it is dropped; while its batch runs, that
+        is given up once all its callers have left."""
         waiting: _Waiting[T, R] = _Waiting(item, self._key(item), self._cost(item), time.monotonic())
         with self._lock:
             self._waiting.append(waiting)
         self._pool.submit(self._work)
-        return await asyncio.wrap_future(waiting.future)
+        try:
+            return await asyncio.wrap_future(waiting.future)
+        except asyncio.CancelledError:
+            waiting.is_gone = True
+            raise
 
     def _work(self) -> None:
         """Runs a batch. There is a call for every item, so calls whose item is in another's batch find less or none."""
@@ -77,7 +84,8 @@ class Collector(Generic[T, R]):
         try:
             with self._turn():
                 batch = self._take()
-            results = self._run([waiting.item for waiting in batch]) if batch else []
+            with wanted_while(lambda: not all(waiting.is_gone for waiting in batch)):
+                results = self._run([waiting.item for waiting in batch]) if batch else []
         except Exception as error:
             batch = batch or self._take()
             results = [error] * len(batch)
@@ -123,6 +131,8 @@ def _map_isolated(items: list[T], function: Callable[[list[T]], list[R]]) -> lis
     """Applies `function` to all items; if that fails, to each alone, so that the others still get their result."""
     try:
         return [*function(items)]
+    except Cancelled as error:
+        return [error] * len(items)
     except Exception as error:  # whatever one item caused must not reach the others
         if len(items) == 1:
             if not isinstance(error, UserError):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lumen_ray.answer import Answer
 from lumen_ray.inference.request import Request
 from lumen_ray.serve.batching import Collector, map_grouped, value_of
+from lumen_ray.serve.health import Health, PassClock
 from lumen_ray.serve.job import cost_of
 
 if TYPE_CHECKING:
@@ -32,14 +33,17 @@ class DecoderReplica:
         self, model: str, name: str, device: str, load: Callable[[str, str, str], DecoderStage] = load_decoder
     ):
         self.stage = load(model, name, device)
+        self.clock = PassClock()
+        self.health = Health(self.clock.busy_s)
         # a thread, so that the event loop stays free to answer pings
         self.batches: Collector[DecoderJob, Answers] = Collector(
             self.answers, self._key, lambda job: cost_of(job[1], 0)
         )
 
-    def reconfigure(self, batching: dict[str, Any]) -> None:
+    def reconfigure(self, settings: dict[str, Any]) -> None:
         """Called by Serve at the start and on every change of the settings, without a restart."""
-        self.batches.configure(batching)
+        self.batches.configure(settings)
+        self.health.configure(settings)
 
     async def decode(self, output: TrunkOutput, requests: tuple[Request, ...]) -> Answers:
         """Answers to the requests about one image, None for those that another decoder serves.
@@ -49,14 +53,20 @@ class DecoderReplica:
         return value_of(await self.batches.submit((output, requests)))
 
     async def ping(self) -> bool:
-        return True
+        """Whether the model gets on."""
+        return self.health.is_ready
+
+    async def check_health(self) -> None:
+        """Called by Serve, which replaces the replica after several errors in a row."""
+        self.health.check()
 
     def answers(self, jobs: list[DecoderJob]) -> list[Answers | Exception]:
         """One pass for all jobs of one input size with the same limit of instances; a failed job gets its exception.
 
         The limit bounds the instances before overlaps are merged, so it must not depend on the other jobs of a pass.
         """
-        return map_grouped(jobs, self._key, self._answer_group)
+        with self.clock.running():
+            return map_grouped(jobs, self._key, self._answer_group)
 
     def _key(self, job: DecoderJob) -> tuple[bool, int, tuple[int, ...]]:
         from lumen_ray.inference.outputs import loosest

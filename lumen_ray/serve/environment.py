@@ -6,8 +6,10 @@ import os
 
 from lumen_ray.ray_env import prepare_environment
 
-#: Replicas report their load every second (default 10), so that upscale_delay_s decides.
 _DEFAULTS = {
+    # a replica that fails its health checks ends at once: a stuck one would hold its GPU for the time of a request more
+    "RAY_SERVE_FORCE_STOP_UNHEALTHY_REPLICAS": "1",
+    # replicas report their load every second (default 10), so that upscale_delay_s decides
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI
 from ray import exceptions as ray_errors
@@ -25,10 +25,11 @@ from lumen_ray.inference.request import Request, Shown
 from lumen_ray.serve.admission import Gate
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.http import Overloaded, Unavailable, logger
-from lumen_ray.serve.job import TrunkJob
+from lumen_ray.serve.job import TrunkJob, TrunkReply
 from lumen_ray.serve.settings import ServeSettings
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 #: raised by a call whose replica, or an object made by it, is lost
 _LOST = (
@@ -53,50 +54,40 @@ def cause_of(error: BaseException) -> BaseException:
         error = inner
 
 
-class ServeBackend:
-    """Implements `task_api.Backend` with the handles of the trunk and, by name, the decoders.
+class _Call(Awaitable[T_co], Protocol[T_co]):
+    """A call of a deployment."""
 
-    `serving`: task -> decoder.
-    """
+    def cancel(self) -> None: ...
+
+
+class ServeBackend:
+    """Implements `task_api.Backend` with the handles of the trunk and, by name, the decoders."""
 
     def __init__(
         self,
         trunk: DeploymentHandle,
         decoders: dict[str, DeploymentHandle],
-        serving: dict[str, str],
         settings: ServeSettings,
     ):
         self.trunk = trunk
         self.decoders = decoders
-        self.serving = serving
         self.settings = settings
         self._info: dict[str, Any] | None = None
 
     async def infer(self, image: Shown, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
-        """One trunk pass over what is shown, then the decoders that may be needed, in parallel."""
+        """One trunk pass over what is shown, then the decoders that it has links for, in parallel."""
         job = TrunkJob(image, tuple(requests), max_new_tokens)
-        names = self._needed(requests)
         plain = tuple(replace(request, examples={}) for request in requests)  # decoders read no images of examples
 
         async def call() -> list[Answer]:
-            if not names:
-                return await self.trunk.answer.remote(job)
-            # The response is passed on unawaited: tensors go from the trunk to the decoders, not through here.
-            output = self.trunk.link.remote(job)
+            reply: TrunkReply = await _awaited(self.trunk.link.remote(job))
             found = await asyncio.gather(
-                *(_awaited(self.decoders[name].decode.remote(output, plain)) for name in names)
+                *(_awaited(self.decoders[name].decode.remote(reply.output, plain)) for name in reply.decoders)
             )
-            # an answer without a decoder, such as a text, comes from each of them
-            return [next(answer for answer in answers if answer is not None) for answers in zip(*found, strict=True)]
+            rows = zip(reply.answers, *found, strict=True)
+            return [next(answer for answer in answers if answer is not None) for answers in rows]
 
         return await self._retried(call)
-
-    def _needed(self, requests: Sequence[Request]) -> list[str]:
-        """The decoders that the requests may need; in free chat the LLM decides, so all of them."""
-        tasks = [request.task for request in requests]
-        if "chat" in tasks:
-            return list(self.decoders)
-        return list(dict.fromkeys(self.serving[task] for task in tasks if task in self.serving))
 
     async def info(self) -> dict[str, Any]:
         if self._info is not None:
@@ -139,8 +130,14 @@ class ServeBackend:
             raise Unavailable("a replica died during this request; try again")
 
 
-async def _awaited(response: Awaitable[T]) -> T:
-    return await response
+async def _awaited(response: _Call[T]) -> T:
+    """The result of a call. One that is given up, as after a time-out, is cancelled: Serve itself does so only for
+    requests whose client has left."""
+    try:
+        return await response
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
 
 
 @serve.ingress()
@@ -152,10 +149,9 @@ class Ingress:
         settings: ServeSettings,
         trunk: DeploymentHandle,
         decoders: dict[str, DeploymentHandle],
-        serving: dict[str, str],
     ):
         self.settings = settings
-        self.backend = ServeBackend(trunk, decoders, serving, settings)
+        self.backend = ServeBackend(trunk, decoders, settings)
         self.gate = Gate(settings)
 
     def __serve_build_asgi_app__(self) -> FastAPI:

@@ -1,13 +1,21 @@
-"""The message from the ingress to the model: what is shown and the requests about it. No HTTP, no torch."""
+"""The messages between the ingress and the trunk: what is shown and the requests about it, and the reply. No HTTP, no
+torch."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
+from lumen_ray.answer import Answer
 from lumen_ray.inference.request import Request, Shown
 from lumen_ray.tasks import TASKS
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+    from lumen_ray.inference.outputs import TrunkOutput
 
 #: bytes of a name that counts once
 LONG_NAME = 256
@@ -27,6 +35,19 @@ class TrunkJob:
     @property
     def cost(self) -> int:
         return cost_of(self.requests, self.max_new_tokens)
+
+
+@dataclass(frozen=True)
+class TrunkReply:
+    """The answers to the requests of a job, None for those that the `decoders` give.
+
+    `output`: the reference to what these decoders read; None without any. Tensors lie behind it, so that they go from
+    the trunk to the decoders and not through the ingress.
+    """
+
+    answers: tuple[Answer | None, ...]
+    decoders: tuple[str, ...] = ()
+    output: ObjectRef[TrunkOutput] | None = None
 
 
 def cost_of(requests: Iterable[Request], max_new_tokens: int) -> int:

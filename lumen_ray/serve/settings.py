@@ -48,7 +48,10 @@ class Deployment(Settings):
     )
     num_cpus: float = Field(0.5, ge=0, description="logical CPUs a replica reserves")
     num_gpus: float = Field(0, ge=0, description="GPUs a replica reserves")
-    health_check_timeout_s: float = Field(30, gt=0)
+    health_check_period_s: float = Field(1, gt=0, description="seconds between Serve's health checks of a replica")
+    health_check_timeout_s: float = Field(
+        10, gt=0, description="seconds without an answer after which a health check has failed; three replace a replica"
+    )
 
     @model_validator(mode="after")
     def _one_way_to_scale(self) -> Deployment:
@@ -70,6 +73,7 @@ class Deployment(Settings):
             "max_ongoing_requests": self.max_ongoing_requests,
             "max_queued_requests": self.max_queued_requests,
             "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
+            "health_check_period_s": self.health_check_period_s,
             "health_check_timeout_s": self.health_check_timeout_s,
             "graceful_shutdown_wait_loop_s": 0.2,  # how often a stopping replica checks whether it is idle
         }
@@ -100,6 +104,18 @@ class ModelDeployment(Deployment):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: cuda when the replica reserves a GPU")
     dtype: Dtype = Field("float32", description="of weights and arithmetic; bfloat16 takes half the memory")
     batching: Batching = Batching()
+    not_ready_after_s: float = Field(
+        60, gt=0, description="seconds of one pass of the model after which /readyz is 503"
+    )
+    replace_after_s: float = Field(
+        300, gt=0, description="seconds of one pass of the model after which the replica is replaced"
+    )
+
+    @model_validator(mode="after")
+    def _ready_before_replaced(self) -> ModelDeployment:
+        if self.replace_after_s < self.not_ready_after_s:
+            raise ValueError("replace_after_s must be at least not_ready_after_s")
+        return self
 
     @model_validator(mode="after")
     def _batch_can_fill(self) -> ModelDeployment:
@@ -113,8 +129,17 @@ class ModelDeployment(Deployment):
             return "cuda" if self.num_gpus > 0 else "cpu"
         return self.device
 
+    @property
+    def user_config(self) -> dict[str, Any]:
+        """The settings that a replica takes without a restart."""
+        return {
+            **self.batching.model_dump(),
+            "not_ready_after_s": self.not_ready_after_s,
+            "replace_after_s": self.replace_after_s,
+        }
+
     def options(self) -> dict[str, Any]:
-        return {**super().options(), "user_config": self.batching.model_dump()}
+        return {**super().options(), "user_config": self.user_config}
 
 
 class Http(Settings):

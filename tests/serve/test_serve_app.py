@@ -13,6 +13,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -198,6 +199,32 @@ def test_requests_survive_the_death_of_a_replica(http, task, fields):
         thread.join()
     assert {r.status_code for r in answers} == {200}, [r.text for r in answers if r.status_code != 200][:1]
     assert trunk_replica() != victim
+
+
+@pytest.mark.ray
+def test_the_model_stops_when_the_client_has_left(http):
+    (process,) = [p for p in psutil.process_iter(["cmdline"]) if is_trunk(p)]
+
+    def cpu_s() -> float:
+        return process.cpu_times().user + process.cpu_times().system
+
+    def ask(timeout: float) -> None:
+        http.post("/v1/caption", json={"image": image(), "max_new_tokens": 1000}, timeout=timeout)
+
+    begin, cpu = time.monotonic(), cpu_s()
+    ask(120)
+    took, whole = time.monotonic() - begin, cpu_s() - cpu
+    cpu = cpu_s()
+    with pytest.raises(httpx.ReadTimeout):
+        ask(took / 5)
+    time.sleep(2 * took)
+    assert cpu_s() - cpu < 0.7 * whole
+
+
+def is_trunk(process: psutil.Process) -> bool:
+    """Whether it is the replica of this process's Ray."""
+    names = " ".join(process.info["cmdline"] or ())
+    return "Trunk" in names and "ServeReplica" in names and os.getpid() in {p.pid for p in process.parents()}
 
 
 def test_missing_model_is_refused_before_ray_starts(tmp_path):

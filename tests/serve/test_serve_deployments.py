@@ -8,6 +8,7 @@ import dataclasses
 import pickle
 import sys
 import threading
+import time
 from functools import partial
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from support.forced_answers import force_answers
 from support.tiny_models import EXPERTS, tiny_folder
 
+from lumen_ray import cancellation
 from lumen_ray.errors import UserError
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.outputs import merge
@@ -24,7 +26,7 @@ from lumen_ray.inference.sampling import Sampling
 from lumen_ray.serve.batching import Collector, map_grouped
 from lumen_ray.serve.decoder import DecoderReplica, load_decoder
 from lumen_ray.serve.job import TrunkJob, cost_of
-from lumen_ray.serve.settings import Batching
+from lumen_ray.serve.settings import ModelDeployment
 from lumen_ray.serve.trunk import TrunkReplica, load_trunk
 from lumen_ray.structures import Region
 from lumen_ray.trunk.turns import Turns
@@ -32,7 +34,7 @@ from lumen_ray.trunk.turns import Turns
 
 def batching(**fields):
     """What Serve hands to `reconfigure`."""
-    return {**Batching(batch_wait_timeout_s=0.0).model_dump(), **fields}
+    return {**ModelDeployment().user_config, **fields}
 
 
 def limited(task, threshold=0.0, limit=3, **fields):
@@ -188,11 +190,32 @@ def test_text_answers_and_info(trunk, jobs):
     async def both():
         with pytest.raises(UserError, match="dragon"):
             await trunk.link(job(5, limited("pose", classes=["dragon"])))
-        return await trunk.answer(jobs[3]), await trunk.info()
+        return await trunk.link(jobs[3]), await trunk.info()
 
-    (answer,), info = asyncio.run(both())
-    assert answer.task == "vqa" and answer.text is not None
+    reply, info = asyncio.run(both())
+    (answer,) = reply.answers
+    assert not reply.decoders and reply.output is None and answer.task == "vqa" and answer.text is not None
     assert info["preset"] == "nano" and info["skeletons"] == {"figure": ["head", "left hand"]}
+
+
+def test_a_chat_names_the_decoders_that_it_has_links_for(trunk, decoder, monkeypatch):
+    """In one pass of the trunk, whatever the LLM decides."""
+    passes, links = [], trunk.stage.links
+    monkeypatch.setattr(trunk.stage, "links", lambda *args, **more: passes.append(1) or links(*args, **more))
+    monkeypatch.setattr("lumen_ray.serve.trunk._put", lambda output: output)
+    asked = job(1, limited("chat", text="find the red circle"))
+
+    def link(token):
+        with monkeypatch.context() as patch:
+            force_answers(patch, trunk.stage.loop, [token] * 6)
+            return asyncio.run(trunk.link(asked))
+
+    said = link(trunk.stage.tokenizer.encode("red")[0])
+    assert (said.decoders, said.output) == ((), None) and said.answers[0].text == "red red red red red red"
+    routed = link(trunk.stage.tokenizer.ids["[DET]"])
+    assert routed.decoders == ("lumen",) and routed.answers == (None,) and len(passes) == 2
+    ((answer,),) = decoder.answers([(routed.output, asked.requests)])
+    assert answer.route == "[DET]" and len(answer.predictions) == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -203,7 +226,7 @@ def test_a_short_answer_and_boxes_do_not_wait_for_a_long_answer(model_folder, mo
     order = []
 
     async def ask(name, asked):
-        await trunk.link(asked)
+        await trunk.output(asked)
         order.append(name)
 
     async def all_of_them():
@@ -226,7 +249,7 @@ def test_what_waits_for_the_model_is_one_batch_of_its_kind(trunk):
     async def busy():
         with trunk.stage.loop.turn():
             kinds = [limited("detect", classes=["red circle"]), limited("caption")]
-            tasks = [asyncio.create_task(trunk.link(job(n, kinds[n % 2]))) for n in range(12)]
+            tasks = [asyncio.create_task(trunk.output(job(n, kinds[n % 2]))) for n in range(12)]
             await asyncio.sleep(0.05)
         return await asyncio.gather(*tasks)
 
@@ -334,11 +357,47 @@ def test_an_error_reaches_every_item_that_waits():
     assert [str(error) for error in asyncio.run(both())] == ["no model", "no model"]
 
 
+def test_a_stuck_model_is_not_ready_and_then_replaced(trunk, decoder):
+    """Event loops answer all the time: only the thread of the model is busy."""
+
+    async def state(replica):
+        ready = await replica.ping()
+        try:
+            await replica.check_health()
+        except RuntimeError as error:
+            return ready, str(error)
+        return ready, None
+
+    def states(busy, replica):
+        """At once, then after the one and after the other limit of a pass."""
+        found = []
+        with busy():
+            for not_ready_after_s, replace_after_s in ((60, 60), (0.01, 60), (0.01, 0.02)):
+                time.sleep(0.03)
+                limits = {"not_ready_after_s": not_ready_after_s, "replace_after_s": replace_after_s}
+                replica.reconfigure(batching(**limits))
+                found.append(asyncio.run(state(replica)))
+        return [*found, asyncio.run(state(replica))]
+
+    for busy, replica in ((trunk.stage.loop.turn, trunk), (decoder.clock.running, decoder)):
+        ready, slow, (last, error), after = states(busy, replica)
+        assert ready == (True, None) and slow == (False, None) and after == (True, None)
+        assert last is False and "in one pass for 0 s" in error
+        replica.reconfigure(batching())
+
+
+def test_the_clock_runs_while_the_decoder_does(decoder, trunk, jobs, monkeypatch):
+    busy, group = [], decoder._answer_group
+    monkeypatch.setattr(decoder, "_answer_group", lambda jobs: busy.append(decoder.clock.busy_s()) or group(jobs))
+    decoder.answers([(trunk.outputs([jobs[0]])[0], jobs[0].requests)])
+    assert busy[0] > 0 and decoder.clock.busy_s() == 0
+
+
 def test_a_job_that_is_cancelled_while_it_waits_is_dropped(trunk):
     async def cancelled():
         with trunk.stage.loop.turn():
-            gone = asyncio.create_task(trunk.link(job(1, limited("caption"))))
-            kept = asyncio.create_task(trunk.link(job(2, limited("caption"))))
+            gone = asyncio.create_task(trunk.output(job(1, limited("caption"))))
+            kept = asyncio.create_task(trunk.output(job(2, limited("caption"))))
             await asyncio.sleep(0.01)
             gone.cancel()
             await asyncio.sleep(0.01)
@@ -346,6 +405,87 @@ def test_a_job_that_is_cancelled_while_it_waits_is_dropped(trunk):
         return gone.cancelled()
 
     assert asyncio.run(cancelled())
+
+
+def given_up(replica_work, until):
+    """Cancels a call once `until` is true."""
+
+    async def cancelled():
+        call = asyncio.create_task(replica_work)
+        while not until():
+            await asyncio.sleep(0.001)
+        call.cancel()
+        await asyncio.wait([call])
+        return call.cancelled()
+
+    assert asyncio.run(cancelled())
+
+
+def wait_for(condition):
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
+
+
+def test_a_text_that_nobody_waits_for_is_given_up(trunk, monkeypatch):
+    loop = trunk.stage.loop
+    force_answers(monkeypatch, loop, [trunk.stage.tokenizer.encode("red")[0]] * 1000)
+    written, step = [], loop._next_tokens
+    monkeypatch.setattr(loop, "_next_tokens", lambda: written.append(1) or step())
+    given_up(trunk.output(job(1, limited("caption"), max_new_tokens=1000)), lambda: len(written) > 3)
+    wait_for(lambda: not loop._active)
+    assert len(written) < 900 and loop.bytes_held == 0
+
+
+def test_passes_end_between_chunks_when_nobody_waits(trunk, monkeypatch):
+    """300 names are three passes of the LLM; whoever asked leaves during the first."""
+    passes, compute, go_on = [], trunk.stage.word_links._compute, threading.Event()
+
+    def slow(*args):
+        passes.append(1)
+        assert go_on.wait(20)
+        return compute(*args)
+
+    monkeypatch.setattr(trunk.stage.word_links, "_compute", slow)
+    names = [f"thing {n}" for n in range(300)]
+    given_up(trunk.output(job(1, limited("detect", classes=names))), lambda: passes)
+    go_on.set()
+    wait_for(lambda: not trunk.stage.loop._busy)
+    assert len(passes) == 1
+    # the others of a batch are still answered
+    (output,) = trunk.outputs([job(1, limited("detect", classes=names[:2]))])
+    assert list(output.decoder_inputs) == ["lumen"]
+
+
+def test_a_batch_goes_on_while_one_of_its_callers_waits():
+    began, go_on, seen = threading.Event(), threading.Event(), []
+
+    def run(items):
+        if items != [0]:
+            began.set()
+            assert go_on.wait(20)
+            seen.append(cancellation.current()())
+        return items
+
+    collector = Collector(run, lambda item: 0)
+    collector.configure(batching(batch_wait_timeout_s=0.05))
+
+    async def ask(leaving):
+        began.clear()
+        go_on.clear()
+        calls = [asyncio.create_task(collector.submit(n)) for n in (1, 2)]
+        await asyncio.to_thread(began.wait, 20)
+        for call in calls[:leaving]:
+            call.cancel()
+        await asyncio.sleep(0.01)
+        go_on.set()
+        return [outcome.__class__ for outcome in await asyncio.gather(*calls, return_exceptions=True)]
+
+    assert asyncio.run(ask(1)) == [asyncio.CancelledError, int]
+    assert asyncio.run(ask(2)) == [asyncio.CancelledError] * 2
+    wait_for(lambda: len(seen) == 2)
+    assert seen == [True, False]
 
 
 def test_the_trunk_sends_a_task_to_the_decoder_that_was_chosen(tmp_path):

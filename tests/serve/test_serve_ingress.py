@@ -6,6 +6,7 @@ No Ray runs here: handles are stand-ins whose `remote` gives an awaitable, as Se
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +19,11 @@ from lumen_ray.exemplars import ClassByExample, Example
 from lumen_ray.inference.request import make_request
 from lumen_ray.serve.http import Overloaded, Unavailable
 from lumen_ray.serve.ingress import ServeBackend
+from lumen_ray.serve.job import TrunkReply
 from lumen_ray.serve.settings import Http, ServeSettings
 
 IMAGE = np.zeros((16, 20, 3), np.uint8)
-SERVING = {"detect": "lumen"}
+LINKED = TrunkReply((None,), ("lumen",), "reference")
 
 
 def query(task="detect", **fields):
@@ -35,10 +37,12 @@ class Response:
 
     def __init__(self, outcome):
         self.outcome = outcome
-        self.awaited = False
+        self.is_cancelled = False
+
+    def cancel(self):
+        self.is_cancelled = True
 
     def __await__(self):
-        self.awaited = True
         yield from asyncio.sleep(0).__await__()
         if isinstance(self.outcome, Exception):
             raise self.outcome
@@ -71,26 +75,39 @@ def wrapped(cause: Exception) -> RayTaskError:
 
 def infer(trunk, decoder, queries, **http):
     settings = ServeSettings(model="m", http=Http(**http))
-    return asyncio.run(ServeBackend(trunk, {"lumen": decoder}, SERVING, settings).infer(IMAGE, queries, 8))
+    return asyncio.run(ServeBackend(trunk, {"lumen": decoder}, settings).infer(IMAGE, queries, 8))
 
 
 def test_text_tasks_do_not_reach_the_decoder():
     answers = [fake_answer(query("caption"), (16, 20))]
-    trunk, decoder = Handle(answer=[answers]), Handle()
+    trunk, decoder = Handle(link=[TrunkReply(tuple(answers))]), Handle()
     assert infer(trunk, decoder, [query("caption")]) == answers
-    assert [name for name, _ in trunk.calls] == ["answer"] and decoder.calls == []
+    assert [name for name, _ in trunk.calls] == ["link"] and decoder.calls == []
 
 
-@pytest.mark.parametrize("queries", [[query()], [query("chat", text="find a")], [query("caption"), query()]])
-def test_trunk_response_is_handed_on_unawaited(queries):
-    trunk, decoder = Handle(link=["tensors"]), Handle(decode=[["answer"]])
-    assert infer(trunk, decoder, queries) == ["answer"]
-    (_, (response, sent)) = decoder.calls[0]
-    assert isinstance(response, Response) and not response.awaited and sent == tuple(queries)
+def test_a_chat_asks_the_decoder_that_was_routed_to_alone():
+    """All decoders were asked, so that a plain question waited behind the pictures of others."""
+    asked = query("chat", text="find a")
+    said = fake_answer(query("caption"), (16, 20))
+    for decoders, decoded in (((), [said]), (("lumen",), ["boxes"])):
+        reply = TrunkReply((said if not decoders else None,), decoders, "reference" if decoders else None)
+        trunk, lumen, pictures = Handle(link=[reply]), Handle(decode=[["boxes"]]), Handle()
+        backend = ServeBackend(trunk, {"lumen": lumen, "pictures": pictures}, ServeSettings(model="m"))
+        assert asyncio.run(backend.infer(IMAGE, [asked], 8)) == decoded
+        assert (len(trunk.calls), len(lumen.calls), len(pictures.calls)) == (1, len(decoders), 0)
+
+
+def test_a_decoder_gets_the_reference_and_only_missing_answers_come_from_it():
+    queries = [query("caption"), query()]
+    said = fake_answer(queries[0], (16, 20))
+    trunk = Handle(link=[TrunkReply((said, None), ("lumen",), "reference")])
+    decoder = Handle(decode=[["again", "boxes"]])
+    assert infer(trunk, decoder, queries) == [said, "boxes"]
+    assert decoder.calls == [("decode", ("reference", tuple(queries)))]
 
 
 def test_images_of_examples_go_to_the_trunk_alone():
-    trunk, decoder = Handle(link=["tensors"]), Handle(decode=[["answer"]])
+    trunk, decoder = Handle(link=[LINKED]), Handle(decode=[["answer"]])
     bolt = ClassByExample("bolt", [Example([1, 2, 8, 9], IMAGE)])
     infer(trunk, decoder, [make_request("detect", classes=["a", bolt])])
     ((_, (job,)),), ((_, (_, (sent,))),) = trunk.calls, decoder.calls
@@ -109,11 +126,11 @@ def upstream_died() -> RayServeException:
     [ActorDiedError(), wrapped(ActorDiedError()), wrapped(wrapped(ActorDiedError())), upstream_died()],
 )
 def test_lost_replica_is_retried_once(error):
-    trunk, decoder = Handle(link=["tensors"]), Handle(decode=[error, ["answer"]])
+    trunk, decoder = Handle(link=[LINKED]), Handle(decode=[error, ["answer"]])
     assert infer(trunk, decoder, [query()]) == ["answer"]
     assert len(trunk.calls) == len(decoder.calls) == 2
     with pytest.raises(Unavailable):
-        infer(Handle(), Handle(decode=[error]), [query()])
+        infer(Handle(link=[LINKED]), Handle(decode=[error]), [query()])
 
 
 @pytest.mark.parametrize(
@@ -130,29 +147,34 @@ def test_lost_replica_is_retried_once(error):
 def test_other_errors_are_not_retried(error, becomes):
     decoder = Handle(decode=[error, "answers"])
     with pytest.raises(becomes) as caught:
-        infer(Handle(), decoder, [query()])
+        infer(Handle(link=[LINKED]), decoder, [query()])
     assert len(decoder.calls) == 1
     if becomes is UserError:
         assert caught.value.reason == "unknown_keypoint"
 
 
-def test_slow_model_times_out():
+def test_a_slow_model_times_out_and_its_call_is_cancelled():
+    """Serve cancels calls only of requests whose client has left."""
+    calls = []
+
+    class Slow(Response):
+        def __await__(self):
+            calls.append(self)
+            yield from asyncio.sleep(60).__await__()
+
     class Never(Handle):
         def __getattr__(self, name):
-            class Slow:
-                @staticmethod
-                def remote(*_):
-                    return asyncio.sleep(60)
+            return SimpleNamespace(remote=lambda *_: Slow(None))
 
-            return Slow
-
-    with pytest.raises(TimeoutError):
-        infer(Never(), Never(), [query("caption")], request_timeout_s=0.05)
+    for trunk in (Never(), Handle(link=[LINKED])):
+        with pytest.raises(TimeoutError):
+            infer(trunk, Never(), [query()], request_timeout_s=0.05)
+    assert [call.is_cancelled for call in calls] == [True, True]
 
 
 def test_ready_asks_both_and_info_is_kept():
     trunk, decoder = Handle(info=[{"preset": "nano"}]), Handle(ping=[wrapped(ActorDiedError())])
-    backend = ServeBackend(trunk, {"lumen": decoder}, SERVING, ServeSettings(model="m"))
+    backend = ServeBackend(trunk, {"lumen": decoder}, ServeSettings(model="m"))
 
     async def both():
         return await backend.ready(), await backend.info(), await backend.info()

@@ -32,6 +32,7 @@ def test_shipped_configs_load(path):
         ({"trunk": {"autoscaling": {"min_replicas": 3, "max_replicas": 2}}}, "min_replicas <= initial_replicas"),
         ({"trunk": {"batching": {"max_batch_size": 64}}}, "no batch can fill"),
         ({"trunk": {"dtype": "half"}}, "trunk.dtype"),
+        ({"trunk": {"not_ready_after_s": 9, "replace_after_s": 8}}, "replace_after_s must be at least"),
         ({"http": {"port": 0}}, "http.port"),
     ],
 )
@@ -49,8 +50,10 @@ def test_options_are_accepted_by_serve():
     for part in (settings.ingress, settings.trunk, settings.decoder("lumen")):
         serve.deployment(object, **part.options())
     options = settings.trunk.options()
+    assert (options["health_check_period_s"], options["health_check_timeout_s"]) == (1, 10)
     assert options["autoscaling_config"]["upscale_delay_s"] == 2 and "num_replicas" not in options
     expected = {"max_batch_size": 8, "max_batch_tokens": 16384, "batch_wait_timeout_s": 0}
+    expected |= {"not_ready_after_s": 60, "replace_after_s": 300}
     assert options["user_config"] == expected
     assert settings.logical_cpus(["lumen"]) == 4  # 3 trunks of 1, a decoder and an ingress of a half
 

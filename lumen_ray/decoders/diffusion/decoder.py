@@ -16,6 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from lumen_ray.cancellation import check_wanted
 from lumen_ray.decoders.base import ImageDecoder, LossTerm, SampleSettings, sum_terms
 from lumen_ray.decoders.diffusion.modules import (
     build_module,
@@ -277,6 +278,7 @@ class DiffusionDecoder(ImageDecoder):
             guidance_scale=settings.guidance,
             generator=generators,
             output_type="pt",
+            callback_on_step_end=_between_steps,
             **self._inputs(link, view, size, settings),
         ).images.float()
 
@@ -325,3 +327,8 @@ class DiffusionDecoder(ImageDecoder):
                 raise UserError(message, "invalid_sampling")
         check_steps(self.name, self.settings, settings.steps)
         return size
+
+
+def _between_steps(pipeline: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    check_wanted()
+    return tensors

@@ -5,6 +5,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from support.diffusion_fakes import TEXT, make_link, make_pixels, make_targets, stable_diffusion
 
+from lumen_ray.cancellation import Cancelled, wanted_while
 from lumen_ray.decoders.base import SampleSettings
 from lumen_ray.decoders.diffusion.schedulers import make_scheduler
 
@@ -86,3 +87,12 @@ def test_sampling_is_classifier_free_guidance_written_out(keys):
     expected = (picture / 2 + 0.5).clamp(0, 1)
     drawn = decoder.sample(link, make_pixels(), SampleSettings(steps=4, guidance=3.0))
     assert (drawn / 255 - expected).abs().max() < 1 / 255
+
+
+def test_pictures_that_nobody_waits_for_are_given_up_between_steps(monkeypatch):
+    decoder, passes = stable_diffusion().eval(), []
+    forward = decoder.unet.forward
+    monkeypatch.setattr(decoder.unet, "forward", lambda *args, **more: passes.append(1) or forward(*args, **more))
+    with wanted_while(lambda: len(passes) < 3), pytest.raises(Cancelled):
+        decoder.sample(make_link(1), make_pixels(), SampleSettings(steps=50))
+    assert len(passes) == 3
