@@ -14,13 +14,21 @@ from lumen_ray.errors import UserError
 class JsonWorker:
     """A process that answers every line of JSON with one. Raises `UserError` if it stops; `name` is its name there."""
 
-    def __init__(self, name: str, command: Sequence[str], env: Mapping[str, str], log: Path | None = None):
-        """`log`: file of what it writes to standard error, the last line of which errors name; None: the terminal."""
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        env: Mapping[str, str],
+        log: Path | None = None,
+        folder: Path | None = None,
+    ):
+        """`folder`: the process's current folder; `log`: file of what it writes to standard error, the last line of
+        which errors name; None: the terminal."""
         self._name, self._log = name, log
         err = None if log is None else log.open("w")
         try:
             self._process = subprocess.Popen(
-                list(command), env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True
+                list(command), env=env, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, text=True
             )
         finally:
             if err is not None:

@@ -123,6 +123,7 @@ def bench_command(
             [sys.executable, "-P", str(WORKER), model, str(source), str(folder / f"out-{next(number)}")],
             {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path},
             folder / "log.txt",
+            folder,  # Ray's workers look for modules in the driver's folder first
         )
         try:
             seen[name].append(worker.read())
