@@ -119,11 +119,11 @@ def read_images(
     items: Sequence[Item],
     largest_side: int | None,
     reader: Reader,
-    pool: ThreadPoolExecutor,
+    pool: ThreadPoolExecutor | None,
     fetchers: ThreadPoolExecutor,
 ) -> list[_Image]:
     """Reads the images and decodes them at the scale that leaves their longer side `largest_side` pixels, all pixels
-    for None. pool: decodes; fetchers: read files of stores, several at once; all else `reader` reads in order."""
+    for None. pool: decodes, None for this thread; fetchers: read files of stores, several at once; all else `reader` reads in order."""
 
     def decoded(item: Item, data: bytes | UserError) -> _Image:
         try:
@@ -134,11 +134,11 @@ def read_images(
             return _Image(item, reason=error.reason, message=str(error))
 
     waiting = [fetchers.submit(Reader().read, item) if _is_remote(item) else None for item in items]
-    coming = []
+    coming: list[_Image | Future[_Image]] = []
     for item, fetched in zip(items, waiting, strict=True):
         data = reader.read(item) if fetched is None else fetched.result()
-        coming.append(pool.submit(decoded, item, data))
-    return [future.result() for future in coming]
+        coming.append(decoded(item, data) if pool is None else pool.submit(decoded, item, data))
+    return [image if isinstance(image, _Image) else image.result() for image in coming]
 
 
 def _is_remote(item: Item) -> bool:
@@ -155,7 +155,8 @@ class Labeller:
         self.fault = ""
         self._proven = settings.proven
         self._reader = ThreadPoolExecutor(1, "label-read")
-        self._decoders = ThreadPoolExecutor(settings.threads or 1, "label-decode")
+        threads = settings.threads or 1
+        self._decoders = ThreadPoolExecutor(threads, "label-decode") if threads > 1 else None
         self._fetchers = ThreadPoolExecutor(_FETCHED_AT_ONCE, "label-fetch")
         self._row_groups = Reader()
         try:
