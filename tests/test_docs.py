@@ -153,7 +153,7 @@ def test_command_lines_parse_and_name_what_exists(where, line):
 def parse_bench(line: list[str]) -> Any:
     from lumen_ray.bench import command
 
-    args = command.build_parser().parse_args(line)
+    args = command.build_parser().parse_args([str(ROOT) if word == "CHECKOUT" else word for word in line])
     command.check(args, command.chosen(args.kind, args.only))
     if args.kind == "decoders" and args.decoders:
         assert set(args.decoders) <= set(preset(args.preset))

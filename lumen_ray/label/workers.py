@@ -123,7 +123,11 @@ def read_images(
     fetchers: ThreadPoolExecutor,
 ) -> list[_Image]:
     """Reads the images and decodes them at the scale that leaves their longer side `largest_side` pixels, all pixels
-    for None. pool: decodes, None for this thread; fetchers: read files of stores, several at once; all else `reader` reads in order."""
+    for None.
+
+    pool: decodes, None for this thread; fetchers: read files of stores, several at once; all else `reader` reads in
+    order.
+    """
 
     def decoded(item: Item, data: bytes | UserError) -> _Image:
         try:
