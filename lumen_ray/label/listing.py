@@ -281,18 +281,20 @@ def _record_items(location: str, suffix: str, wanted: str | None) -> Iterator[It
 
 
 def _csv(location: str, suffix: str) -> Iterator[tuple[str, dict[str, Any] | str]]:
-    csv.field_size_limit(_LONGEST_FIELD)
     reader = csv.DictReader((line for _, line in _lines(location)), delimiter="\t" if suffix == ".tsv" else ",")
     while True:
+        before = csv.field_size_limit(_LONGEST_FIELD)  # of the whole process
+        record, fault = None, ""
         try:
             record = next(reader, None)
         except csv.Error as error:
-            where = f"line {reader.line_num}"
-            yield where, f"{where} of '{urls.shown(location)}' cannot be read: {error}"
-            continue
-        if record is None:
+            fault = f"line {reader.line_num} of '{urls.shown(location)}' cannot be read: {error}"
+        finally:
+            csv.field_size_limit(before)
+        if record is None and not fault:
             return
-        yield f"line {reader.line_num}", {k: v for k, v in record.items() if isinstance(k, str)}
+        where = f"line {reader.line_num}"
+        yield where, fault or {k: v for k, v in (record or {}).items() if isinstance(k, str)}
 
 
 def _json_lines(location: str) -> Iterator[tuple[str, dict[str, Any] | str]]:

@@ -132,6 +132,7 @@ class Server:
         from ray.serve.exceptions import RayServeException
 
         until = time.monotonic() + self.longest_request_s + PROXY_MARGIN_S
+        ingress = None
         try:
             ingress = serve.get_app_handle(APP_NAME)
             # asked again, since a replica may have been added
@@ -140,6 +141,9 @@ class Server:
             time.sleep(0.5)  # until the proxy has passed the last answers on
         except (RayError, RayServeException, TimeoutError):
             logger.warning("the ingress does not answer; requests that have begun may be lost", exc_info=True)
+        finally:
+            if ingress is not None:
+                ingress.shutdown()  # it reports to the controller from a thread, which would start another Ray later
 
     def wait(self) -> None:
         """Blocks until SIGINT or SIGTERM. Only for the main thread."""
