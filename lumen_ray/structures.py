@@ -70,7 +70,12 @@ def _paste(crop: np.ndarray, x: int, y: int, size: Size) -> dict[str, Any]:
     if len(counts) > 1 and counts[-1] == 0:  # the last run ends the image
         counts = counts[:-1]
     rle = _coco_mask().frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width)
-    return {"size": [height, width], "counts": rle["counts"].decode()}
+    return _as_rle(rle)
+
+
+def _as_rle(encoded: dict[str, Any]) -> dict[str, Any]:
+    """An RLE of `pycocotools` in JSON types."""
+    return {"size": [int(side) for side in encoded["size"]], "counts": encoded["counts"].decode()}
 
 
 def _coco_mask() -> Any:
@@ -148,7 +153,7 @@ class Masks:
         if len(masks) == 0:
             return cls([], size)
         encoded = _coco_mask().encode(np.asfortranarray(masks.transpose(1, 2, 0).astype(np.uint8)))
-        return cls([{"size": [int(s) for s in rle["size"]], "counts": rle["counts"].decode()} for rle in encoded], size)
+        return cls([_as_rle(rle) for rle in encoded], size)
 
     @classmethod
     def from_crops(cls, crops: Iterable[np.ndarray], corners: Iterable[tuple[int, int]], size: Size) -> Masks:
@@ -161,6 +166,10 @@ class Masks:
         if not self.rles:
             return np.zeros((0, *self.size), bool)
         return _coco_mask().decode(self.rles).transpose(2, 0, 1).astype(bool)
+
+    def union(self) -> Masks:
+        """One mask: where any of them is."""
+        return Masks([_as_rle(_coco_mask().merge(self.rles))], self.size)
 
     @property
     def area(self) -> np.ndarray:

@@ -38,6 +38,11 @@ def is_picture(name: str) -> bool:
     return posixpath.splitext(name)[1].lower() in SUFFIXES
 
 
+def kind_of(name: str) -> str:
+    """The suffix in lower case, by which files that are no pictures are counted."""
+    return posixpath.splitext(name)[1].lower() or "no suffix"
+
+
 def list_pictures(folder: urls.Location) -> tuple[list[str], Counter[str]]:
     """Names of the pictures below `folder`, relative to it and sorted, and the number of files left out, by suffix.
 
@@ -49,7 +54,7 @@ def list_pictures(folder: urls.Location) -> tuple[list[str], Counter[str]]:
 def split_pictures(names: Iterable[str]) -> tuple[list[str], Counter[str]]:
     """Those of `names` that are pictures, and the number of others by suffix; hidden ones are neither."""
     visible = [name for name in names if not is_hidden(name)]
-    others = Counter(posixpath.splitext(name)[1].lower() or "no suffix" for name in visible if not is_picture(name))
+    others = Counter(kind_of(name) for name in visible if not is_picture(name))
     return [name for name in visible if is_picture(name)], others
 
 

@@ -229,7 +229,7 @@ def _joined(
         found = np.stack([parts[p].prediction.boxes.xyxy[i] for p, i in taken])
         boxes.append(np.concatenate([found[:, :2].min(0), found[:, 2:].max(0)]))
         if first.masks is not None:
-            rles.append(_union([_masks(parts[p]).rles[i] for p, i in taken]))
+            rles += Masks([_masks(parts[p]).rles[i] for p, i in taken], size).union().rles
         if first.keypoints is not None:
             part, i = taken[0]
             keypoints = parts[part].prediction.keypoints
@@ -262,12 +262,3 @@ def _is_cut(box: np.ndarray, part: _Part) -> bool:
 def _masks(part: _Part) -> Masks:
     assert part.prediction.masks is not None, "all tiles answer the same request"
     return part.prediction.masks
-
-
-def _union(rles: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    if len(rles) == 1:
-        return rles[0]
-    from pycocotools import mask as coco_mask
-
-    merged = coco_mask.merge(list(rles))
-    return {"size": [int(side) for side in merged["size"]], "counts": merged["counts"].decode()}

@@ -84,7 +84,7 @@ class Reader:
                 return _read(item, self)
         except UserError as error:
             return error
-        except (ValueError, pa.ArrowException) as error:  # a path that no file system takes
+        except (ValueError, IndexError, pa.ArrowException) as error:  # no such path or row, a damaged table
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             return UserError(f"'{urls.shown(item.path)}' cannot be read: {why}", "unreadable_file")
 
@@ -103,14 +103,9 @@ def _read(item: Item, reader: Reader) -> bytes:
     if item.fault:
         raise UserError(item.fault, "invalid_record")
     if item.row_group >= 0:
-        try:
-            data = reader.image(item)
-        except (pa.ArrowException, IndexError) as error:
-            why = str(error).splitlines()[0]
-            raise UserError(f"'{urls.shown(item.path)}' cannot be read: {why}", "unreadable_file") from None
-        if data is None:
+        if (image := reader.image(item)) is None:
             raise UserError(f"row '{item.image_id}' of '{urls.shown(item.path)}' has no image", "no_image")
-        return data
+        return image
     if item.offset < 0:
         return files.read_bytes(item.path)
     with files.as_user_error(item.path), files.open_input(item.path) as file:

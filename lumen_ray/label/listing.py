@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lumen_ray.data import files, urls
-from lumen_ray.data.pictures import SUFFIXES, is_hidden, is_picture
+from lumen_ray.data.pictures import SUFFIXES, is_hidden, is_picture, kind_of
 from lumen_ray.data.sources import tars
 from lumen_ray.data.walk import walk
 from lumen_ray.errors import UserError, suggest
@@ -121,7 +121,7 @@ class Listing:
         if is_picture(name):
             yield Item(name, location)
         else:
-            self.left_out[posixpath.splitext(name)[1].lower() or "no suffix"] += 1
+            self.left_out[kind_of(name)] += 1
 
     def _file(self, location: str, name: str, is_one_of_many: bool = False) -> Iterator[Item]:
         """The images of a file. `is_one_of_many`: a damaged one is a failed image and does not end the listing."""
@@ -149,7 +149,7 @@ class Listing:
             elif is_picture(member[0]):
                 yield Item(member[0], location, offset=member[1], length=member[2])
             else:
-                self.left_out[posixpath.splitext(member[0])[1].lower() or "no suffix"] += 1
+                self.left_out[kind_of(member[0])] += 1
 
 
 def _is_archive(name: str) -> bool:

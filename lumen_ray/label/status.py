@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from lumen_ray.console import seconds
 from lumen_ray.data import files, urls
 from lumen_ray.label.claim import read_claim
 from lumen_ray.label.ledger import open_finished
@@ -56,17 +57,11 @@ def status_lines(output: urls.Location, status: dict[str, Any]) -> list[str]:
         rate, left = status["images_per_second"], status["seconds_left"]
         speed = f", {rate:.1f} images/s" if rate else ""
         lines.append(
-            f"process {status['pid']} on {status['host']}, for {_duration(status['seconds'])}{speed}"
-            + (f", about {_duration(left)} left" if left is not None else "")
+            f"process {status['pid']} on {status['host']}, for {seconds(status['seconds'])}{speed}"
+            + (f", about {seconds(left)} left" if left is not None else "")
         )
     elif status["state"] == "stopped":
         lines.append("run the same command again to continue")
     elif status["state"] == "failed":
         lines.append("no image could be labelled; fix the images and give a new output folder")
     return lines
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -5,6 +5,7 @@ import socket
 import urllib.error
 
 import pytest
+from support.serve_fakes import free_port
 
 from lumen_ray.errors import UserError
 from lumen_ray.serve import app
@@ -16,12 +17,6 @@ def taken():
         other.bind(("127.0.0.1", 0))
         other.listen()
         yield other.getsockname()[1]
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_a_port_that_another_program_holds(taken):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import os
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
+from support.serve_fakes import free_port
 
 from lumen_ray.errors import UserError
 from lumen_ray.inference.engine import Engine
@@ -31,12 +31,6 @@ def image() -> str:
     buffer = io.BytesIO()
     Image.fromarray(PIXELS).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

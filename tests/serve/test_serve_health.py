@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from pathlib import Path
 
 import httpx
 import pytest
-from support.serve_fakes import base64_png
+from support.serve_fakes import base64_png, free_port
 
 from lumen_ray.serve.app import run
 from lumen_ray.serve.settings import Http, ModelDeployment, ServeSettings
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -101,3 +102,10 @@ def save_random_model(folder: Path) -> Path:
     meta = ModelMeta("nano", ["red circle", "figure"], {"figure": ["head", "left hand"]}, {"figure": [[0, 1]]})
     state = build_model(settings, len(tokenizer)).state_dict()
     return save_model(folder, state, settings, tokenizer, meta)
+
+
+def free_port() -> int:
+    """A port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
