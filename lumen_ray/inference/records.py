@@ -33,8 +33,16 @@ LABEL_SCHEMA = pa.schema(
         ("keypoint_names", pa.list_(pa.string())),
         ("text", pa.string()),
         ("provenance", pa.string()),  # json: model, version, preset, settings
+        ("presence", pa.float32()),  # probability that the image holds the phrase; null without a presence gate
+        ("verified", pa.float32()),  # probability of "yes" when asked about the instance; null if not asked
+        ("agreement", pa.float32()),  # IoU with the best instance of a second decoder, 0 without one; null without it
+        ("sha256", pa.string()),  # of the image's encoded bytes, hexadecimal
+        ("duplicate_of", pa.string()),  # image id of the image with the same bytes that the row was copied from
+        ("labelled_at", pa.timestamp("us", "UTC")),
     ]
 )
+#: columns that differ between two runs with equal results
+TIME_COLUMNS = ("labelled_at",)
 
 ERROR_SCHEMA = pa.schema(
     [("image_id", pa.string()), ("path", pa.string()), ("reason", pa.string()), ("message", pa.string())]

@@ -155,7 +155,7 @@ class Ledger:
         """The label table of a finished fragment."""
         path = self._path("labels", _part(fragment))
         with files.as_user_error(path), files.open_input(path) as file:
-            return pq.ParquetFile(file).read()
+            return _with_all_columns(pq.ParquetFile(file).read())
 
     def items(self) -> Iterator[Item]:
         """The images of all finished fragments, failed ones included, in order."""
@@ -177,6 +177,14 @@ class Ledger:
 
     def _write_json(self, path: str, data: Any) -> None:
         files.write_bytes(path, json.dumps(data, indent=1, sort_keys=True).encode())
+
+
+def _with_all_columns(table: pa.Table) -> pa.Table:
+    """The table with nulls in the columns that it lacks, as one from before they were introduced."""
+    for column in LABEL_SCHEMA:
+        if column.name not in table.column_names:
+            table = table.append_column(column, pa.nulls(len(table), column.type))
+    return table
 
 
 def _part(fragment: int) -> str:

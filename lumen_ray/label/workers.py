@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -106,10 +107,13 @@ def fingerprint(model: str | Path | Callable[[], EngineProtocol]) -> str:
 
 @dataclass
 class _Image:
-    """An image of a fragment on its way: `picture`, then `records`; or an error's `reason` and `message`."""
+    """An image of a fragment on its way: `picture`, then `records`; or an error's `reason` and `message`.
+
+    `sha256`: of its encoded bytes, hexadecimal."""
 
     item: Item
     picture: Picture | None = None
+    sha256: str = ""
     records: list[dict[str, Any]] = field(default_factory=list)
     reason: str = ""
     message: str = ""
@@ -133,7 +137,7 @@ def read_images(
         try:
             if isinstance(data, UserError):
                 raise data
-            return _Image(item, decode_reduced(data, largest_side))
+            return _Image(item, decode_reduced(data, largest_side), hashlib.sha256(data).hexdigest())
         except UserError as error:
             return _Image(item, reason=error.reason, message=str(error))
 
@@ -281,9 +285,11 @@ class Labeller:
             images[0].reason = "model_error"
             images[0].message = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
             return
+        now = datetime.now(UTC)
         for image, found in zip(images, answers, strict=True):
+            shared = {"sha256": image.sha256, "labelled_at": now}
             image.records = [
-                record
+                record | shared
                 for request, answer in zip(self.requests, found, strict=True)
                 for record in answer_records(
                     image.item.image_id, urls.shown(image.item.path), request, answer, self.provenance

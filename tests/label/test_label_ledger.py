@@ -1,5 +1,6 @@
 import json
 
+import pyarrow.parquet as pq
 import pytest
 from support.label_fakes import FakeListing
 
@@ -82,3 +83,13 @@ def test_the_labels_lie_in_any_store():
 def test_reading_what_is_no_output(tmp_path):
     with pytest.raises(UserError, match="not an output folder"):
         open_finished(tmp_path)
+
+
+def test_a_table_from_before_a_column_was_introduced_has_nulls_there(tmp_path):
+    ledger = Ledger(tmp_path)
+    publish(ledger, next(ledger.plan(2).fragments(FakeListing(ITEMS[:2]))))
+    part = tmp_path / "labels" / "part-000000.parquet"
+    pq.write_table(pq.read_table(part).drop_columns(["sha256", "labelled_at"]), part)
+    table = ledger.table(0)
+    assert {f.name: f.type for f in table.schema} == {f.name: f.type for f in LABEL_SCHEMA}
+    assert table["sha256"].null_count == 2 and table["text"].to_pylist() == ["x", "x"]

@@ -1,5 +1,6 @@
 """Label jobs in this process; `test_label_pipeline_ray.py` runs the same on Ray."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -49,6 +50,8 @@ def test_all_tasks_in_one_pass(tmp_path):
     ys, xs = np.nonzero(picture(3)[..., 0] > 128)
     assert first["box"] == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
     assert (first["height"], first["width"], first["mask"]["size"]) == (48, 64, [48, 64])
+    assert first["sha256"] == hashlib.sha256((photos / first["image_id"]).read_bytes()).hexdigest()
+    assert first["labelled_at"] is not None and first["duplicate_of"] is None
     provenance = json.loads(first["provenance"])
     assert provenance["version"] == "v0" and provenance["settings"]["score_threshold"] == 0.3
 

@@ -14,6 +14,7 @@ from support.s3_server import s3_server
 
 from lumen_ray.data import files
 from lumen_ray.errors import UserError
+from lumen_ray.inference.records import TIME_COLUMNS
 from lumen_ray.label.ledger import Ledger, open_finished
 from lumen_ray.label.pipeline import label
 
@@ -35,10 +36,10 @@ def fill(bucket, prefix, number):
 
 
 def rows(output):
-    """The label rows by image id, without the paths."""
+    """The label rows by image id, without the paths and times."""
     found = {}
     for table in Ledger(output).tables():
-        for row in table.drop_columns(["path"]).to_pylist():
+        for row in table.drop_columns(["path", *TIME_COLUMNS]).to_pylist():
             found.setdefault(row["image_id"].rpartition("/")[2], []).append({**row, "image_id": ""})
     return found
 
