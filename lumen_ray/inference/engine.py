@@ -81,6 +81,10 @@ class Engine(FromFolder):
     def edges(self) -> dict[str, list[list[int]]]:
         return self.loaded.meta.edges
 
+    def input_size(self, shown: Shown) -> Size:
+        """(height, width) in pixels of the trunk's input for an image."""
+        return self.trunk.bucket_of(shown)
+
     def encode(self, images: Sequence[Shown]) -> EncodedImages:
         """Encodes images that share a size bucket, so that several calls of `run` about them pay for it once.
 

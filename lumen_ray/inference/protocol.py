@@ -7,6 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from lumen_ray.answer import Answer
 from lumen_ray.inference.request import Request, Shown
+from lumen_ray.structures import Size
 
 
 @runtime_checkable
@@ -57,6 +58,9 @@ class EngineProtocol(Protocol):
     @property
     def edges(self) -> Mapping[str, Sequence[Sequence[int]]]:
         """Class -> pairs of 0-based keypoint indices to join."""
+
+    def input_size(self, shown: Shown) -> Size:
+        """(height, width) in pixels of the trunk's input for an image."""
 
     def run(
         self,

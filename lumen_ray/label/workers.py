@@ -30,6 +30,7 @@ from lumen_ray.inference.request import Request
 from lumen_ray.inference.tiles import Tiles, run_tiled
 from lumen_ray.label.inputs import Item, Reader
 from lumen_ray.label.ledger import Ledger
+from lumen_ray.label.passes import Passes
 from lumen_ray.label.plan import Fragment
 from lumen_ray.presets import model_folder
 
@@ -218,7 +219,9 @@ class Labeller:
         return outcome
 
     def _answered(self, fragments: Sequence[Fragment]) -> Iterator[tuple[Fragment, list[_Image]]]:
-        """The fragments with all their images answered. The next batch is read while the model has this one."""
+        """The fragments with all their images answered. The next batch is read while the model has this one.
+
+        Which images share a pass depends on their fragment alone, so that a resumed job gets the same results."""
         size = self.settings.batch_size
         batches = [
             (fragment, fragment.items[start : start + size], start + size >= len(fragment.items))
@@ -235,14 +238,18 @@ class Labeller:
 
         read_ahead(0)
         images: list[_Image] = []
+        passes: Passes[_Image] = Passes(size, self.engine.image_size)
         for number, (fragment, _, is_last) in enumerate(batches):
             batch = coming.pop(0).result()
             read_ahead(number + 1)
-            self._answer([image for image in batch if not image.reason])
-            for image in batch:
-                image.picture = None
             images += batch
+            for image in batch:
+                if not image.reason:
+                    large = self._is_tiled(image)
+                    self._answer([image] if large else passes.add(image, self.engine.input_size(_shown(image))))
             if is_last:
+                for rest in passes.rest():
+                    self._answer(rest)
                 yield fragment, images
                 images = []
 
@@ -271,7 +278,7 @@ class Labeller:
         self.ledger.publish(fragment.index, len(images), records, errors)
 
     def _answer(self, images: Sequence[_Image]) -> None:
-        """Fills in the records of images. A batch that fails is retried image by image."""
+        """Fills in the records of images, and forgets their pixels. A pass that fails is retried image by image."""
         if not images:
             return
         try:
@@ -284,9 +291,11 @@ class Labeller:
             where = traceback.extract_tb(error.__traceback__)[-1]
             images[0].reason = "model_error"
             images[0].message = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+            images[0].picture = None
             return
         now = datetime.now(UTC)
         for image, found in zip(images, answers, strict=True):
+            image.picture = None
             shared = {"sha256": image.sha256, "labelled_at": now}
             image.records = [
                 record | shared
@@ -297,30 +306,29 @@ class Labeller:
             ]
 
     def _run(self, images: Sequence[_Image]) -> list[list[Answer]]:
-        """The answers about each image, of large ones tile by tile."""
-        tiles, options = self.settings.tiles, self._run_settings()
-        shown = [_shown(image) for image in images]
-        large = [
-            isinstance(image, np.ndarray) and tiles is not None and len(tiles.windows(image.shape[:2])) > 1
-            for image in shown
-        ]
-        small = [image for image, is_large in zip(shown, large, strict=True) if not is_large]
-        together = iter(self.engine.run(small, [self.requests] * len(small), **options) if small else [])
-        answers = []
-        for image, is_large in zip(shown, large, strict=True):
-            if is_large:
-                assert isinstance(image, np.ndarray) and tiles is not None
-                size = self.settings.batch_size
-                answers.append(run_tiled(self.engine, image, self.requests, tiles, batch_size=size, **options))
-            else:
-                answers.append(next(together))
-        return answers
+        """The answers about each image of a pass, or about one that is searched in tiles."""
+        options = self._run_settings()
+        if self._is_tiled(images[0]):
+            tiles, size = self.settings.tiles, self.settings.batch_size
+            assert tiles is not None and len(images) == 1
+            pixels = _picture(images[0]).pixels
+            return [run_tiled(self.engine, pixels, self.requests, tiles, batch_size=size, **options)]
+        return self.engine.run([_shown(image) for image in images], [self.requests] * len(images), **options)
+
+    def _is_tiled(self, image: _Image) -> bool:
+        tiles = self.settings.tiles
+        return tiles is not None and len(tiles.windows(_picture(image).size)) > 1
+
+
+def _picture(image: _Image) -> Picture:
+    assert image.picture is not None, "images that could not be decoded are not asked about"
+    return image.picture
 
 
 def _shown(image: _Image) -> np.ndarray | Picture:
     """What the engine gets: an image at full scale as its pixels."""
-    assert image.picture is not None, "images that could not be decoded are not asked about"
-    return image.picture.pixels if image.picture.reduction == 1 else image.picture
+    picture = _picture(image)
+    return picture.pixels if picture.reduction == 1 else picture
 
 
 class LabelActor(Labeller):

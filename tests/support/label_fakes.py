@@ -57,6 +57,9 @@ class FakeEngine:
         self.fails = fails
         self.images = 0
 
+    def input_size(self, shown):
+        return self.image_size, self.image_size
+
     def run(
         self,
         images,
