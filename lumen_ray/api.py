@@ -254,6 +254,7 @@ def label(
     device: str | None = None,
     dtype: str = "float32",
     actors: int | range | None = None,
+    gpus_per_actor: float = 1,
     batch_size: int = 8,
     score_threshold: float = 0.3,
     tile: int | None = None,
@@ -280,6 +281,7 @@ def label(
     dtype: "float32" or "bfloat16", of weights and matrix products.
     actors: model actors on Ray; a range, such as ``range(1, 33)``, for a pool of 1 to 32 that follows the load; None:
         one for each GPU, or core of a machine without; 0: in this process, without Ray.
+    gpus_per_actor: share of a GPU that an actor reserves, so that several may share one.
     batch_size: images per forward pass.
     score_threshold: instances below this score (0..1) are left out.
     tile: side in pixels of tiles, in which larger images are searched, beside the whole image; None: no tiles.
@@ -333,6 +335,7 @@ def label(
         device=device,
         dtype=dtype,
         num_actors=actors,
+        gpus_per_actor=gpus_per_actor,
         batch_size=batch_size,
         score_threshold=score_threshold,
         tiles=None if tile is None else Tiles(tile, overlap),

@@ -77,6 +77,13 @@ def _input_args(verbs: Any) -> None:
         "GPU or core; 0: without Ray)",
     )
     p.add_argument(
+        "--gpus-per-actor",
+        type=float,
+        default=1,
+        metavar="SHARE",
+        help="share of a GPU that an actor reserves, e.g. 0.5 for two on each (default: 1)",
+    )
+    p.add_argument(
         "--tile",
         type=int,
         metavar="PIXELS",
@@ -179,6 +186,7 @@ def _label(args: argparse.Namespace) -> int:
             device=args.device,
             dtype=args.dtype,
             actors=actors,
+            gpus_per_actor=args.gpus_per_actor,
             batch_size=args.batch_size,
             score_threshold=args.score_threshold,
             tile=args.tile,

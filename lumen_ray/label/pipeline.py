@@ -54,6 +54,7 @@ def label(
     exemplars: Sequence[ClassByExample] = (),
     decoders: Mapping[str, str] | None = None,
     num_actors: int | range | None = 1,
+    gpus_per_actor: float = 1,
     batch_size: int = 8,
     score_threshold: float = 0.3,
     max_per_phrase: int = 300,
@@ -76,6 +77,7 @@ def label(
     decoders: task -> decoder, overriding the model folder's choice.
     num_actors: model actors on Ray; a range for a pool that grows and shrinks between its first and last number; None:
         as many as there are GPUs or cores; 0 labels in this process, without Ray.
+    gpus_per_actor: the share of a GPU that an actor on Ray reserves, up to 1; several actors may share one.
     device: 'cpu' or 'cuda', in this process also 'cuda:N'; None: a GPU per actor if the cluster has any.
     dtype: 'float32' or 'bfloat16', of the model's weights and arithmetic.
     tiles: how images larger than a tile are divided (see `inference.tiles`); None looks at whole images only.
@@ -96,6 +98,8 @@ def label(
     """
     exports = _exports(exports, output, list(dict.fromkeys(tasks)))
     _check(num_actors, batch_size, score_threshold, fragment_size)
+    if not 0.01 <= gpus_per_actor <= 1:
+        raise UserError(f"gpus_per_actor is {gpus_per_actor}; give a share of a GPU from 0.01 to 1", "invalid_setting")
     limit = ErrorLimit.parse(max_errors)
     device = _check_device(device, num_actors)
     exemplars = load_exemplars(exemplars)
@@ -131,7 +135,10 @@ def label(
         ran = status.done < status.total or not status.is_listed
         if ran:
             worker = replace(worker, proven=before["labelled"] > 0)
-            run = label_in_process(work, worker) if num_actors == 0 else label_on_ray(work, worker, _range(num_actors))
+            if num_actors == 0:
+                run = label_in_process(work, worker)
+            else:
+                run = label_on_ray(work, worker, _range(num_actors), gpus_per_actor)
             _collect(run, ledger, status, limit, _told(status, claim, plan, progress), proven=worker.proven)
         summary = _finish(ledger, status, exports, plan.left_out)
     if ran and num_actors != 0:
