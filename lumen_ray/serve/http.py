@@ -31,6 +31,7 @@ STATUS = {
     "unknown_model": 404,
     "not_found": 404,
     "method_not_allowed": 405,
+    "image_gone": 410,
     "body_too_large": 413,
     "image_too_large": 413,
     "unsupported_media_type": 415,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from lumen_ray.answer import Answer
 from lumen_ray.inference.request import Request, Shown
+from lumen_ray.serve.image_cache import KeyedImage
 from lumen_ray.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -23,12 +24,13 @@ LONG_NAME = 256
 
 @dataclass(frozen=True)
 class TrunkJob:
-    """An image, those of a conversation (read-only), or None for text alone, and the requests about it.
+    """An image, those of a conversation (read-only), or None for text alone, and the requests about it. A single image
+    has its id where trunks hold images.
 
     Every request carries its score threshold and number of instances.
     """
 
-    image: Shown
+    image: Shown | KeyedImage
     requests: tuple[Request, ...]
     max_new_tokens: int
 

@@ -142,6 +142,28 @@ class ModelDeployment(Deployment):
         return {**super().options(), "user_config": self.user_config}
 
 
+class TrunkDeployment(ModelDeployment):
+    """The deployment of the trunk."""
+
+    image_cache_mb: int = Field(
+        256,
+        ge=0,
+        description="MiB of encoded images that a replica holds, for further requests about them; 0: none",
+    )
+
+    @property
+    def user_config(self) -> dict[str, Any]:
+        return {**super().user_config, "image_cache_mb": self.image_cache_mb}
+
+    def options(self) -> dict[str, Any]:
+        """With several replicas, requests about one image go to one of them, by their session id."""
+        options = super().options()
+        if self.image_cache_mb and self.max_replicas > 1:
+            router = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+            options["request_router_config"] = {"request_router_class": router}
+        return options
+
+
 class Http(Settings):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all interfaces")
     port: int = Field(8000, ge=1, le=65535)
@@ -191,7 +213,7 @@ class ServeSettings(Settings):
     limits: Limits = Limits()
     defaults: Defaults = Defaults()
     ingress: Deployment = Deployment(max_ongoing_requests=64, max_queued_requests=128, num_cpus=0.5)
-    trunk: ModelDeployment = ModelDeployment(num_cpus=1)
+    trunk: TrunkDeployment = TrunkDeployment(num_cpus=1)
     decoders: dict[str, ModelDeployment] = Field({}, description="by decoder; those left out get the defaults")
     openai_sampling: bool = Field(
         False,

@@ -16,12 +16,14 @@ from fastapi import Request as HttpRequest
 from starlette.datastructures import FormData, UploadFile
 
 from lumen_ray.answer import Answer
+from lumen_ray.data.images import Picture
 from lumen_ray.errors import UserError
 from lumen_ray.exemplars import ClassByExample, Example
 from lumen_ray.inference.request import Request, Shown, check_image, check_requests, make_request
 from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.serve import forms, schemas
 from lumen_ray.serve.http import content_type, json_schema_ref
+from lumen_ray.serve.image_cache import ImageGone, KeyedImage, gone, image_id
 from lumen_ray.serve.images import checked_rle, decode_images, image_bytes
 from lumen_ray.serve.limits import check_amount, check_lengths
 from lumen_ray.serve.settings import ServeSettings
@@ -32,8 +34,13 @@ from lumen_ray.tasks import TASKS, Task, get_task
 class Backend(Protocol):
     """The model behind the API. `ingress.ServeBackend` implements it over Serve; tests use a fake."""
 
-    async def infer(self, image: Shown, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
-        """Answers about an image, those of a conversation, or text alone, one per request, in order."""
+    async def infer(self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
+        """Answers about an image, those of a conversation, or text alone, one per request, in order. Raises `ImageGone`
+        for a `KeyedImage` without its picture that is not held."""
+
+    async def held_size(self, image_id: str, ask: bool) -> Size | None:
+        """(height, width) of an image that a trunk holds, as far as this process remembers, or, with `ask`, as the
+        trunk says; None if it holds none."""
 
     async def info(self) -> dict[str, Any]:
         """preset, version, image_size, classes, skeletons of the loaded model."""
@@ -143,17 +150,21 @@ def example_texts(tasks: Sequence[tuple[str, schemas.TaskFields]]) -> dict[str, 
 
 
 def decode_all(
-    encoded: Sequence[bytes], places: Sequence[str], examples: Mapping[str, str], max_pixels: int
-) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-    """The images of a request and, by their texts, those of its examples (as of `example_texts`): `max_pixels` bounds
-    them together. `places`: as of `decode_images`."""
+    encoded: Sequence[bytes],
+    places: Sequence[str],
+    examples: Mapping[str, str],
+    max_pixels: int,
+    largest_side: int | None = None,
+) -> tuple[list[Picture], dict[str, np.ndarray]]:
+    """The images of a request and, by their texts, those of its examples (as of `example_texts`), which are decoded at
+    full scale: `max_pixels` bounds them together. `places`, `largest_side`: as of `decode_images`."""
     if not examples:
-        return decode_images(encoded, max_pixels, places), {}
+        return decode_images(encoded, max_pixels, places, largest_side), {}
     encoded = [*encoded, *(image_bytes(text, place) for text, place in examples.items())]
     places = [*(places or ["image"] * (len(encoded) - len(examples))), *examples.values()]
     images = decode_images(encoded, max_pixels, places)
     number = len(images) - len(examples)
-    return images[:number], dict(zip(examples, images[number:], strict=True))
+    return images[:number], {text: i.pixels for text, i in zip(examples, images[number:], strict=True)}
 
 
 def _in_words(taken: Sequence[str]) -> str:
@@ -199,44 +210,80 @@ async def answer(
     tasks: Sequence[tuple[str, schemas.TaskFields]],
     image_turns: Sequence[int] = (),
     places: Sequence[str] = (),
+    held_id: str | None = None,
 ) -> tuple[list[Answer], dict[str, Any]]:
-    """Answers to `tasks` about an encoded image, several, or text alone, and the response's fields `model` and
-    `timing_ms`. `image_turns`: as of `Request`; `places`: as of `decode_images`."""
+    """Answers to `tasks` about an encoded image, several, or text alone, and the response's fields `model`, `image_id`
+    and `timing_ms`. `image_turns`: as of `Request`; `places`: as of `decode_images`; `held_id`: the id of an image that
+    the server was shown before, in place of `encoded`.
+
+    An image that a trunk holds is neither decoded nor encoded again."""
     start = time.perf_counter()
     for task, _ in tasks:
-        check_image(task, bool(encoded))  # refused before the image is decoded
+        check_image(task, bool(encoded) or held_id is not None)  # refused before the image is decoded
     examples = example_texts(tasks)
     if len(examples) > settings.limits.max_images:
         raise UserError(
             f"{len(examples)} images of examples in one request; give at most {settings.limits.max_images}",
             "too_many_images",
         )
-    limit = settings.limits.max_pixels
-    images, example_images = await asyncio.to_thread(decode_all, encoded, places, examples, limit)
-    decoded = time.perf_counter()
-    size = (images[0].shape[0], images[0].shape[1]) if images else (1, 1)
-    requests = [
-        replace(parse_request(task, fields, size, settings, example_images), image_turns=tuple(image_turns))
-        for task, fields in tasks
-    ]
-    tokens = [fields.max_new_tokens for _, fields in tasks if fields.max_new_tokens is not None]
-    max_new_tokens = max(tokens, default=settings.defaults.max_new_tokens)
-    check_amount(requests, max_new_tokens, settings.limits)
-    shown: Shown = images if len(images) > 1 else images[0] if images else None
-    answers = await backend.infer(shown, requests, max_new_tokens)
     info = await backend.info()
+    key = held_id
+    if key is None and len(encoded) == 1 and settings.trunk.image_cache_mb:
+        key = image_id(encoded[0])
+    held = None if key is None else await backend.held_size(key, ask=held_id is not None)
+    if held_id is not None and held is None:
+        raise gone(held_id)
+    decoding = 0.0
+
+    async def ask(encoded: Sequence[bytes], held: Size | None) -> list[Answer]:
+        nonlocal decoding
+        began = time.perf_counter()
+        limit, side = settings.limits.max_pixels, info.get("largest_side")
+        images, example_images = await asyncio.to_thread(decode_all, encoded, places, examples, limit, side)
+        decoding += time.perf_counter() - began
+        size = held or (images[0].size if images else (1, 1))
+        requests = [
+            replace(parse_request(task, fields, size, settings, example_images), image_turns=tuple(image_turns))
+            for task, fields in tasks
+        ]
+        tokens = [fields.max_new_tokens for _, fields in tasks if fields.max_new_tokens is not None]
+        max_new_tokens = max(tokens, default=settings.defaults.max_new_tokens)
+        check_amount(requests, max_new_tokens, settings.limits)
+        shown: Shown | KeyedImage = images if len(images) > 1 else images[0] if images else None
+        if key is not None:
+            shown = KeyedImage(key, size, images[0] if images else None)
+        return await backend.infer(shown, requests, max_new_tokens)
+
+    try:
+        answers = await ask([] if held else encoded, held)
+    except ImageGone:
+        if not encoded or not held:
+            raise
+        answers = await ask(encoded, None)
     end = time.perf_counter()
-    timing = {"decode": decoded - start, "model": end - decoded, "total": end - start}
+    timing = {"decode": decoding, "model": end - start - decoding, "total": end - start}
     timing_ms = {name: round(1000 * seconds, 1) for name, seconds in timing.items()}
-    return answers, {"model": f"{info['preset']}@{info['version']}", "timing_ms": timing_ms}
+    extra: dict[str, Any] = {"model": f"{info['preset']}@{info['version']}", "timing_ms": timing_ms}
+    if key is not None:
+        extra["image_id"] = key
+    return answers, extra
 
 
-async def _read_task(request: HttpRequest, settings: ServeSettings) -> tuple[bytes | None, schemas.TaskFields]:
-    """Image bytes (None without an image) and fields of a JSON body or of a multipart form."""
+def _image_of(image: str | None, held_id: str | None) -> tuple[list[bytes], str | None]:
+    """The bytes of the image in a body, if any, or the id of one that is held."""
+    if image is not None and held_id is not None:
+        raise UserError("give 'image' or 'image_id', not both", "unexpected_field", "image_id")
+    return [] if image is None else [image_bytes(image)], held_id
+
+
+async def _read_task(
+    request: HttpRequest, settings: ServeSettings
+) -> tuple[list[bytes], str | None, schemas.TaskFields]:
+    """Image bytes (none without an image) or the id of a held one, and fields of a JSON body or of a multipart form."""
     kind = content_type(request)
     if kind == "application/json":
         body = schemas.parse(schemas.TaskRequest, schemas.parse_json(await request.body()))
-        return None if body.image is None else image_bytes(body.image), body
+        return *_image_of(body.image, body.image_id), body
     if kind == "multipart/form-data":
         # the body is bounded; a field may hold images of examples
         most = settings.limits.max_body_bytes
@@ -248,12 +295,16 @@ async def _read_task(request: HttpRequest, settings: ServeSettings) -> tuple[byt
     )
 
 
-async def _read_form(form: FormData) -> tuple[bytes, schemas.TaskFields]:
+async def _read_form(form: FormData) -> tuple[list[bytes], str | None, schemas.TaskFields]:
     fields = forms.read_fields(forms.given(form), _FORM_LISTS, _FORM_OBJECTS)
-    upload = fields.pop("image", None)
+    upload, held_id = fields.pop("image", None), fields.pop("image_id", None)
+    if held_id and upload is None:
+        return [], held_id, schemas.parse(schemas.TaskFields, fields)
     if not isinstance(upload, UploadFile):
         raise UserError("the form has no file 'image'; attach one", "missing_image")
-    return await upload.read(), schemas.parse(schemas.TaskFields, fields)
+    if held_id:
+        raise UserError("give 'image' or 'image_id', not both", "unexpected_field", "image_id")
+    return [await upload.read()], None, schemas.parse(schemas.TaskFields, fields)
 
 
 def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
@@ -285,7 +336,8 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
         for name, _ in tasks:
             if not get_task(name).sees_image:
                 raise UserError(f"task '{name}' takes no image; use /v1/{name}", "unexpected_image")
-        answers, extra = await answer(backend, settings, [image_bytes(body.image)], tasks)
+        image, held_id = _image_of(body.image, body.image_id)
+        answers, extra = await answer(backend, settings, image, tasks, held_id=held_id)
         return {"answers": [a.to_dict() for a in answers], **extra}
 
     for task in TASKS.values():
@@ -316,8 +368,8 @@ def make_fallback() -> APIRouter:
 
 def _task_endpoint(name: str, backend: Backend, settings: ServeSettings) -> Any:
     async def endpoint(request: HttpRequest) -> Any:
-        image, fields = await _read_task(request, settings)
-        answers, extra = await answer(backend, settings, [] if image is None else [image], [(name, fields)])
+        image, held_id, fields = await _read_task(request, settings)
+        answers, extra = await answer(backend, settings, image, [(name, fields)], held_id=held_id)
         return {**answers[0].to_dict(), **extra}
 
     return endpoint

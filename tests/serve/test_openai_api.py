@@ -35,8 +35,8 @@ def test_text_answer(client, backend):
 
 def test_routed_answer_carries_instances(client, backend):
     async def infer(image, queries, max_new_tokens):
-        boxes = Boxes([[1, 2, 3, 4]], image.shape[:2])
-        return [Answer("chat", image.shape[:2], [Prediction("red circle", boxes, [0.8])], route="[DET]")]
+        boxes = Boxes([[1, 2, 3, 4]], image.size)
+        return [Answer("chat", image.size, [Prediction("red circle", boxes, [0.8])], route="[DET]")]
 
     backend.infer = infer
     result = client.post(CHAT, json={"messages": [message()]}).json()
@@ -61,7 +61,7 @@ def parted(size):
 
 def test_an_answer_with_instances_in_its_text(client, backend):
     async def infer(image, queries, max_new_tokens):
-        return [parted(image.shape[:2])]
+        return [parted(image.size)]
 
     backend.infer = infer
     result = client.post(CHAT, json={"messages": [message()], "logprobs": True}).json()
