@@ -252,7 +252,8 @@ def check_body(path: str, body: dict[str, Any]) -> None:
     else:
         asked = schemas.parse(schemas.TaskRequest, body)
         task = path.removeprefix("/v1/")
-        assert (asked.image is not None) == get_task(task).sees_image
+        shown = asked.image is not None or asked.image_id is not None
+        assert shown == get_task(task).sees_image
         check_fields(task, asked)
 
 
