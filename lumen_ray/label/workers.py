@@ -118,6 +118,16 @@ class _Image:
     reason: str = ""
     message: str = ""
 
+    def error(self) -> dict[str, str]:
+        """What the ledger keeps of a failure, a row of `ERROR_SCHEMA`."""
+        item = self.item
+        return {
+            "image_id": item.image_id,
+            "path": urls.shown(item.path),
+            "reason": self.reason,
+            "message": self.message,
+        }
+
 
 def read_images(
     items: Sequence[Item],
@@ -252,11 +262,7 @@ class Labeller:
     def _publish(self, fragment: Fragment, images: Sequence[_Image], outcome: Outcome) -> None:
         """Nothing that the model failed on is published before its first success, so that a bad model leaves no errors
         to clean up."""
-        errors = [
-            {"image_id": i.item.image_id, "path": urls.shown(i.item.path), "reason": i.reason, "message": i.message}
-            for i in images
-            if i.reason
-        ]
+        errors = [image.error() for image in images if image.reason]
         if len(errors) == len(images) > 1 and all(error["reason"] in _STORE_REASONS for error in errors):
             raise UserError(errors[0]["message"], errors[0]["reason"])
         failures = [image.message for image in images if image.reason == "model_error"]
