@@ -30,7 +30,7 @@ LAYERS = (
     ("model",),
     ("data",),
     ("inference", "train"),
-    ("footprint", "exemplar_file", "options"),
+    ("footprint", "exemplar_file", "options", "wire"),
     ("label", "evaluate", "serve"),
     ("api", "callable_package", "bench"),
     ("cli", "quickstart", "doctor", "lumen_ray"),
@@ -155,7 +155,7 @@ OF_A_DECODER = re.compile(r"decoders\.(lumen|grounding_dino|unipose|diffusion|di
 #: where decoders are named on purpose: their registry, and the comparison of one of them with its library
 NAMES_DECODERS = ("decoders.registry", "bench.grounding_dino", "bench.command", "bench.kinds")
 #: where "lumen" is the product's own name: its server, its assistant, its deployments
-PRODUCT = ("serve.app", "serve.openai_api", "serve.openai_images", "serve.task_api")
+PRODUCT = ("serve.app", "serve.openai_api", "serve.openai_images", "serve.task_api", "wire.chat")
 
 
 def tokens_naming_decoders(source: str, product: bool = False) -> list[str]:

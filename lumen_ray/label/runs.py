@@ -49,15 +49,19 @@ class Work:
             yield group
 
 
-def label_in_process(work: Work, settings: WorkerSettings) -> Iterator[Outcome]:
+def label_in_process(work: Work, settings: WorkerSettings, labeller: type[Labeller] = Labeller) -> Iterator[Outcome]:
     """The outcome of each fragment, in order, without Ray."""
-    labeller = Labeller(settings)
+    worker = labeller(settings)
     for fragment in work.fragments():
-        yield labeller.label([fragment])
+        yield worker.label([fragment])
 
 
 def label_on_ray(
-    work: Work, settings: WorkerSettings, num_actors: range | None, gpus_per_actor: float = 1
+    work: Work,
+    settings: WorkerSettings,
+    num_actors: range | None,
+    gpus_per_actor: float = 1,
+    actor: type[LabelActor] = LabelActor,
 ) -> Iterator[Outcome]:
     """The outcomes in no particular order. Starts a local Ray if none is running.
 
@@ -82,7 +86,7 @@ def label_on_ray(
             ray.data.from_items([{"work": pickle.dumps(work)}], override_num_blocks=1)
             .flat_map(_listed, num_cpus=0)
             .map_batches(
-                LabelActor,
+                actor,
                 fn_constructor_args=(settings,),
                 batch_size=None,
                 batch_format="numpy",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ import numpy as np
 from lumen_ray.answer import Answer
 from lumen_ray.data import urls
 from lumen_ray.data.images import Picture, decode_reduced
+from lumen_ray.data.windows import LargeImage, find_large
 from lumen_ray.errors import UserError
 from lumen_ray.inference.device import find_device
 from lumen_ray.inference.protocol import EngineProtocol
@@ -108,16 +110,28 @@ def fingerprint(model: str | Path | Callable[[], EngineProtocol]) -> str:
 
 @dataclass
 class _Image:
-    """An image of a fragment on its way: `picture`, then `records`; or an error's `reason` and `message`.
+    """An image of a fragment on its way: `picture`, or `large` if it is read by window, then `records`; or an error's
+    `reason` and `message`.
 
     `sha256`: of its encoded bytes, hexadecimal."""
 
     item: Item
     picture: Picture | None = None
+    large: LargeImage | None = None
     sha256: str = ""
     records: list[dict[str, Any]] = field(default_factory=list)
     reason: str = ""
     message: str = ""
+
+    def error(self) -> dict[str, str]:
+        """What the ledger keeps of a failure, a row of `ERROR_SCHEMA`."""
+        item = self.item
+        return {
+            "image_id": item.image_id,
+            "path": urls.shown(item.path),
+            "reason": self.reason,
+            "message": self.message,
+        }
 
 
 def read_images(
@@ -126,9 +140,10 @@ def read_images(
     reader: Reader,
     pool: ThreadPoolExecutor | None,
     fetchers: ThreadPoolExecutor,
+    by_window: bool = False,
 ) -> list[_Image]:
     """Reads the images and decodes them at the scale that leaves their longer side `largest_side` pixels, all pixels
-    for None.
+    for None. `by_window`: not those that are better read by window (see `data.windows`).
 
     pool: decodes, None for this thread; fetchers: read files of stores, several at once; all else `reader` reads in
     order.
@@ -138,13 +153,19 @@ def read_images(
         try:
             if isinstance(data, UserError):
                 raise data
-            return _Image(item, decode_reduced(data, largest_side), hashlib.sha256(data).hexdigest())
+            digest = hashlib.sha256(data).hexdigest()
+            if by_window and (large := find_large(data)) is not None:
+                return _Image(item, large=large, sha256=digest)
+            return _Image(item, decode_reduced(data, largest_side), sha256=digest)
         except UserError as error:
             return _Image(item, reason=error.reason, message=str(error))
 
     waiting = [fetchers.submit(Reader().read, item) if _is_remote(item) else None for item in items]
     coming: list[_Image | Future[_Image]] = []
     for item, fetched in zip(items, waiting, strict=True):
+        if by_window and (large_file := _large_file(item)) is not None:
+            coming.append(large_file)
+            continue
         data = reader.read(item) if fetched is None else fetched.result()
         coming.append(decoded(item, data) if pool is None else pool.submit(decoded, item, data))
     return [image if isinstance(image, _Image) else image.result() for image in coming]
@@ -153,6 +174,23 @@ def read_images(
 def _is_remote(item: Item) -> bool:
     """Whether the image is a file of its own, or a member of a tar, in a store."""
     return item.row_group < 0 and not item.fault and urls.is_url(item.path)
+
+
+def _large_file(item: Item) -> _Image | None:
+    """A local file that is read by window, of which the whole is never in memory; None for other images."""
+    path = urls.split(item.path)[1]
+    is_own_file = item.row_group < 0 and item.offset < 0 and not item.fault and not urls.is_url(item.path)
+    if not is_own_file or not path.lower().endswith((".tif", ".tiff")) or not os.path.isfile(path):
+        return None
+    try:
+        if (large := find_large(path)) is None:
+            return None
+        with open(path, "rb") as file:
+            return _Image(item, large=large, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+    except OSError:
+        return None  # whoever reads it says what is wrong
+    except UserError as error:
+        return _Image(item, reason=error.reason, message=str(error))
 
 
 class Labeller:
@@ -254,16 +292,13 @@ class Labeller:
                 images = []
 
     def _read(self, items: Sequence[Item], side: int | None) -> list[_Image]:
-        return read_images(items, side, self._row_groups, self._decoders, self._fetchers)
+        tiled = self.settings.tiles is not None
+        return read_images(items, side, self._row_groups, self._decoders, self._fetchers, tiled)
 
     def _publish(self, fragment: Fragment, images: Sequence[_Image], outcome: Outcome) -> None:
         """Nothing that the model failed on is published before its first success, so that a bad model leaves no errors
         to clean up."""
-        errors = [
-            {"image_id": i.item.image_id, "path": urls.shown(i.item.path), "reason": i.reason, "message": i.message}
-            for i in images
-            if i.reason
-        ]
+        errors = [image.error() for image in images if image.reason]
         if len(errors) == len(images) > 1 and all(error["reason"] in _STORE_REASONS for error in errors):
             raise UserError(errors[0]["message"], errors[0]["reason"])
         failures = [image.message for image in images if image.reason == "model_error"]
@@ -288,14 +323,17 @@ class Labeller:
                 for image in images:
                     self._answer([image])
                 return
+            images[0].picture = images[0].large = None
+            if isinstance(error, UserError) and error.reason == "broken_image":  # of one that is read by window
+                images[0].reason, images[0].message = error.reason, str(error)
+                return
             where = traceback.extract_tb(error.__traceback__)[-1]
             images[0].reason = "model_error"
             images[0].message = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
-            images[0].picture = None
             return
         now = datetime.now(UTC)
         for image, found in zip(images, answers, strict=True):
-            image.picture = None
+            image.picture = image.large = None
             shared = {"sha256": image.sha256, "labelled_at": now}
             image.records = [
                 record | shared
@@ -309,25 +347,30 @@ class Labeller:
         """The answers about each image of a pass, or about one that is searched in tiles."""
         options = self._run_settings()
         if self._is_tiled(images[0]):
-            tiles, size = self.settings.tiles, self.settings.batch_size
-            assert tiles is not None and len(images) == 1
-            pixels = _picture(images[0]).pixels
-            return [run_tiled(self.engine, pixels, self.requests, tiles, batch_size=size, **options)]
+            assert len(images) == 1
+            return [self._run_tiled(images[0], options)]
         return self.engine.run([_shown(image) for image in images], [self.requests] * len(images), **options)
 
     def _is_tiled(self, image: _Image) -> bool:
         tiles = self.settings.tiles
-        return tiles is not None and len(tiles.windows(_picture(image).size)) > 1
+        if image.picture is None or tiles is None:
+            return image.large is not None
+        return image.picture.reduction == 1 and len(tiles.windows(image.picture.size)) > 1
 
-
-def _picture(image: _Image) -> Picture:
-    assert image.picture is not None, "images that could not be decoded are not asked about"
-    return image.picture
+    def _run_tiled(self, image: _Image, options: dict[str, Any]) -> list[Answer]:
+        tiles, size = self.settings.tiles, self.settings.batch_size
+        assert tiles is not None, "others are not read by window"
+        if image.large is not None:
+            with image.large.open() as windows:
+                return run_tiled(self.engine, windows, self.requests, tiles, batch_size=size, **options)
+        assert image.picture is not None, "images that could not be decoded are not asked about"
+        return run_tiled(self.engine, image.picture.pixels, self.requests, tiles, batch_size=size, **options)
 
 
 def _shown(image: _Image) -> np.ndarray | Picture:
     """What the engine gets: an image at full scale as its pixels."""
-    picture = _picture(image)
+    assert image.picture is not None, "images that could not be decoded are not asked about"
+    picture = image.picture
     return picture.pixels if picture.reduction == 1 else picture
 
 

@@ -13,9 +13,9 @@ from lumen_ray.errors import UserError
 from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.http import Overloaded, Unavailable
-from lumen_ray.serve.openai_api import ChatRequest
-from lumen_ray.serve.settings import MAX_NEW_TOKENS
 from lumen_ray.structures import Boxes, Prediction
+from lumen_ray.wire.chat import ChatRequest
+from lumen_ray.wire.settings import MAX_NEW_TOKENS
 
 CHAT = "/v1/chat/completions"
 

@@ -13,7 +13,8 @@ from support.tiny_models import exemplar_folder, tiny_folder
 
 from lumen_ray.inference.engine import Engine
 from lumen_ray.serve.api import create_api
-from lumen_ray.serve.settings import Limits, ServeSettings
+from lumen_ray.serve.settings import ServeSettings
+from lumen_ray.wire.settings import Limits
 
 GOOD = base64_png()
 OTHER = base64_png(30, 24)

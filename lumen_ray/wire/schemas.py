@@ -11,9 +11,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from lumen_ray.config import Settings, validate
 from lumen_ray.errors import UserError
 from lumen_ray.exemplars import MOST_EXAMPLES
-from lumen_ray.serve.settings import MAX_NEW_TOKENS
 from lumen_ray.structures import REGION_KINDS
 from lumen_ray.tasks import Needs, in_words
+from lumen_ray.wire.settings import MAX_NEW_TOKENS
 
 _FRAME = "pixels of the image after EXIF rotation, x to the right, y down, origin at the top left corner"
 T = TypeVar("T", bound=Settings)
