@@ -19,6 +19,7 @@ from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.records import TIME_COLUMNS
 from lumen_ray.inference.request import make_request
 from lumen_ray.inference.tiles import Tiles, run_tiled
+from lumen_ray.label.exporters.export import export
 from lumen_ray.label.pipeline import label
 
 tifffile = pytest.importorskip("tifffile")
@@ -138,6 +139,7 @@ import resource, sys
 from support.label_fakes import FakeEngine
 from test_label_large import OPTIONS, WideEngine, rows
 from lumen_ray.inference.tiles import Tiles
+from lumen_ray.label.exporters.export import export
 from lumen_ray.label.pipeline import label
 
 class SmallEngine(WideEngine):
@@ -163,3 +165,15 @@ def test_a_slide_of_1_2_gigabytes_is_never_in_memory(tmp_path):
     assert int(done.stdout) < 400e6  # of 1.2e9 for the pixels
     found = sorted(row["box"] for row in rows(tmp_path / "out"))
     assert found == [list(box) for box in sorted(boxes)]
+
+
+def test_exports_link_files_that_no_reader_decodes_at_once(tmp_path, monkeypatch):
+    source = tmp_path / "in"
+    source.mkdir()
+    write_large(source / "a.tif", 700, tile=64, size=40, number=3)
+    monkeypatch.setattr(windows.find_large, "__defaults__", (100_000,))
+    label(WideEngine, source, tmp_path / "out", tiles=Tiles(256), **OPTIONS)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100_000)
+    export(tmp_path / "out", ["voc", "coco"])
+    linked = list((tmp_path / "out" / "voc").rglob("*.tif"))
+    assert linked and {file.stat().st_ino for file in linked} == {(source / "a.tif").stat().st_ino}
