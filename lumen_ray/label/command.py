@@ -92,6 +92,14 @@ def _input_args(verbs: Any) -> None:
     p.add_argument(
         "--max-errors", metavar="N|P%", help="stop once more images than this cannot be labelled, e.g. 50 or 5%%"
     )
+    p.add_argument(
+        "--dedup",
+        action="store_true",
+        help="label images with the same bytes once, copy the labels, and record perceptual hashes",
+    )
+    p.add_argument(
+        "--usd-per-hour", type=float, metavar="X", help="price of the whole cluster for an hour, to show the cost"
+    )
     p.add_argument("--strict", action="store_true", help="exit with status 3 if any image could not be labelled")
     p.add_argument(
         "--progress", choices=("bar", "json"), default="bar", help="json: a line of JSON every second (default: bar)"
@@ -186,6 +194,8 @@ def _label(args: argparse.Namespace) -> int:
             image_column=args.image_column,
             refresh=args.refresh,
             max_errors=args.max_errors,
+            dedup=args.dedup,
+            usd_per_hour=args.usd_per_hour,
             exports=[] if args.export == ["none"] else args.export,
             progress=progress,
         )
@@ -206,8 +216,10 @@ def _reported(as_json: bool) -> Iterator[Callable[[Status], None]]:
 
         def update(status: Status) -> None:
             total = status.total if status.is_listed else None
-            more = "" if status.is_listed else f", {status.total:,} listed so far"
-            shown.update(status.done, total, f"{status.rate:.1f} img/s, {status.errors} errors{more}")
+            facts = [f"{status.rate:.1f} img/s", f"{status.errors} errors", *status.notes()]
+            if not status.is_listed:
+                facts.append(f"{status.total:,} listed so far")
+            shown.update(status.done, total, ", ".join(facts))
 
         yield update
 

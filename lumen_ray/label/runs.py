@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lumen_ray.errors import UserError
+from lumen_ray.label.content_index import ContentIndex, RemoteIndex
 from lumen_ray.label.listing import Listing
 from lumen_ray.label.plan import Fragment, Plan
 from lumen_ray.label.workers import LabelActor, Labeller, Outcome, WorkerSettings
@@ -49,16 +50,19 @@ class Work:
             yield group
 
 
-def label_in_process(work: Work, settings: WorkerSettings) -> Iterator[Outcome]:
-    """The outcome of each fragment, in order, without Ray."""
-    labeller = Labeller(settings)
+def label_in_process(work: Work, settings: WorkerSettings, dedup: bool = False) -> Iterator[Outcome]:
+    """The outcome of each fragment, in order, without Ray. `dedup`: images with equal bytes are labelled once."""
+    labeller = Labeller(replace(settings, index=ContentIndex(settings.output) if dedup else None))
     for fragment in work.fragments():
         yield labeller.label([fragment])
 
 
-def label_on_ray(work: Work, settings: WorkerSettings, num_actors: range | None) -> Iterator[Outcome]:
+def label_on_ray(
+    work: Work, settings: WorkerSettings, num_actors: range | None, dedup: bool = False
+) -> Iterator[Outcome]:
     """The outcomes in no particular order. Starts a local Ray if none is running.
 
+    dedup: images with equal bytes are labelled once, as far as the workers know of each other.
     num_actors: fewest and most actors, as a range; None: as many as the cluster has GPUs or, without any, cores for.
     """
     from lumen_ray.ray_env import cluster_resources, init_local, prepare_environment
@@ -73,6 +77,8 @@ def label_on_ray(work: Work, settings: WorkerSettings, num_actors: range | None)
     available = cluster_resources()
     pool = num_actors or default_actors(settings.device, available, work.plan.num_images(), work.plan.is_complete)
     settings, (num_cpus, num_gpus) = actor_resources(settings, pool, available)
+    if dedup:
+        settings = replace(settings, index=RemoteIndex.start(settings.output))
     with _data_context(ray.data.DataContext.get_current()):
         dataset = (
             ray.data.from_items([{"work": pickle.dumps(work)}], override_num_blocks=1)
