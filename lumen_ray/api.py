@@ -363,6 +363,7 @@ def export_labels(
     copy_images: bool = False,
     image_url: str | None = None,
     review_budget: int = 100,
+    near_distance: int = 6,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Writes the labels of a folder in the formats of annotation tools and trainers; returns what it wrote.
@@ -375,6 +376,7 @@ def export_labels(
     copy_images: copy image files, for formats that have them, instead of linking them where the disk allows.
     image_url: prefix of the images' addresses in Label Studio; None: its local files.
     review_budget: images that format "review" chooses.
+    near_distance: bits of 64, 0 to 16, in which the perceptual hashes of near duplicates differ at most.
     progress: called with (format, images done, images in all).
 
     Each export is whole or not there at all, and replaces an earlier one of its format. Returns format -> ``output``
@@ -395,7 +397,7 @@ def export_labels(
         _names(formats),
         None if output is None else fspath(output),
         tasks=None if tasks is None else _names(tasks),
-        settings=ExportSettings(max_images_per_file, copy_images, image_url, review_budget),
+        settings=ExportSettings(max_images_per_file, copy_images, image_url, review_budget, near_distance),
         progress=progress,
     )
 

@@ -146,6 +146,13 @@ def _export_parser(parser_class: type) -> argparse.ArgumentParser:
     p.add_argument(
         "--review-budget", type=int, default=100, metavar="N", help="images that review chooses (default: 100)"
     )
+    p.add_argument(
+        "--near-distance",
+        type=int,
+        default=6,
+        metavar="BITS",
+        help="of the 64 of perceptual hashes, the most in which those of near duplicates differ (default: 6)",
+    )
     p.set_defaults(run=_export)
     return p
 
@@ -262,6 +269,7 @@ def _export(args: argparse.Namespace) -> None:
             copy_images=args.copy_images,
             image_url=args.image_url,
             review_budget=args.review_budget,
+            near_distance=args.near_distance,
             progress=lambda name, done, total: progress.update(done, total, name),
         )
     for name, found in written.items():

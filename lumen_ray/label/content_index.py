@@ -17,8 +17,10 @@ import pyarrow.compute as pc
 from lumen_ray.errors import UserError
 from lumen_ray.label.ledger import Ledger
 
-#: seconds that a worker waits for an index that does not answer, and for which it then asks no more
-ANSWER_S, PAUSE_S = 20.0, 60.0
+#: seconds that a worker waits for an index that does not answer
+ANSWER_S = 20.0
+#: after which it asks no more for so many seconds, and so many times as long as it has waited
+PAUSE_S, PAUSE_PER_S = 1.0, 3.0
 _READ_AT_ONCE, _READ_AHEAD = 16, 512
 
 
@@ -36,7 +38,7 @@ def content_keys(digests: Sequence[str]) -> np.ndarray:
 
 
 class KeyTable:
-    """A map of uint64 keys to uint32 values in 12 bytes each, 25 at moments of its growth: sorted arrays of growing
+    """A map of uint64 keys to uint32 values in 12 bytes each, 32 at moments of its growth: sorted arrays of growing
     length, merged when they are as long. A key keeps its first value."""
 
     def __init__(self) -> None:
@@ -127,11 +129,13 @@ class RemoteIndex:
     def find(self, keys: np.ndarray) -> np.ndarray:
         import ray
 
-        if time.monotonic() >= self._asks_again:
+        asked = time.monotonic()
+        if asked >= self._asks_again:
             try:
                 return ray.get(self._actor.find.remote(keys), timeout=ANSWER_S)
             except ray.exceptions.RayError:
-                self._asks_again = time.monotonic() + PAUSE_S
+                now = time.monotonic()
+                self._asks_again = now + PAUSE_S + PAUSE_PER_S * (now - asked)
         return np.full(len(keys), -1, np.int64)
 
     def add(self, keys: np.ndarray, fragment: int) -> None:

@@ -149,10 +149,10 @@ class Ledger:
         files.write_bytes(path, buffer.getvalue())
         return path
 
-    def tables(self) -> Iterator[pa.Table]:
-        """The label table of each finished fragment, in order."""
+    def tables(self, columns: Sequence[str] = LABEL_SCHEMA.names) -> Iterator[pa.Table]:
+        """The label table of each finished fragment, or these columns of it, in order."""
         for fragment in sorted(self.done()):
-            yield self.table(fragment)
+            yield self.table(fragment, columns)
 
     def table(self, fragment: int, columns: Sequence[str] = LABEL_SCHEMA.names) -> pa.Table:
         """The label table of a finished fragment, or these columns of it. Raises `UserError` if it cannot be read."""
@@ -195,7 +195,7 @@ def _with_all_columns(table: pa.Table, columns: Sequence[str]) -> pa.Table:
         if name not in table.column_names:
             column = LABEL_SCHEMA.field(name)
             table = table.append_column(column, pa.nulls(len(table), column.type))
-    return table
+    return table.select(list(columns))
 
 
 def _part(fragment: int) -> str:
