@@ -1,4 +1,4 @@
-"""Groups of images with equal bytes or with nearly equal perceptual hashes, among a hundred million images.
+"""Groups of images with equal bytes or with nearly equal perceptual hashes.
 
 Hashes within `distance` bits of each other are found without comparing all pairs: if 64 bits are cut into
 ``distance + k`` blocks, two such hashes agree in all bits of at least `k` blocks. For every choice of `k` blocks the
@@ -51,7 +51,7 @@ def find_groups(
     """The groups of N images: two are in one group if their contents are equal, their hashes differ in `distance` bits
     at most, or a chain of such images joins them.
 
-    contents, hashes: uint64 [N]; has_content, has_hash: bool [N], False where it is not known. Memory: about 60 bytes
+    contents, hashes: uint64 [N]; has_content, has_hash: bool [N], False where it is not known. Memory: some 100 bytes
     an image.
     """
     parent = np.arange(len(contents))
@@ -115,11 +115,14 @@ def _agreeing(number: int, distance: int) -> int:
 
 def _join_equal(parent: np.ndarray, values: np.ndarray, known: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Joins images with equal values; returns the distinct values and the first image of each."""
-    images = np.flatnonzero(known)
-    distinct, first, number = np.unique(values[images], return_index=True, return_inverse=True)
-    first = images[first]
-    _join(parent, images, first[number])
-    return distinct, first
+    order = np.flatnonzero(known)
+    order = order[np.argsort(values[order], kind="stable")]
+    ordered = values[order]
+    is_first = np.ones(len(order), bool)
+    is_first[1:] = ordered[1:] != ordered[:-1]
+    first, later = np.flatnonzero(is_first), np.flatnonzero(~is_first)
+    _join(parent, order[later], order[first[np.searchsorted(first, later) - 1]])
+    return ordered[first], order[first]
 
 
 def _join(parent: np.ndarray, a: np.ndarray, b: np.ndarray) -> None:

@@ -54,7 +54,7 @@ class Duplicates(Exporter):
 
 
 class FoundDuplicates:
-    """The duplicates among the labelled images, numbered from 0 in input order. Memory: about 80 bytes an image.
+    """The duplicates among the labelled images, numbered from 0 in input order. Memory: some 100 bytes an image.
 
     `has_hashes`: some images have a hash of any kind; `has_perceptual_hashes`: of how they look.
     """
