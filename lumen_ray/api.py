@@ -262,6 +262,8 @@ def label(
     image_column: str | None = None,
     refresh: bool = False,
     max_errors: str | int | None = None,
+    dedup: bool = False,
+    usd_per_hour: float | None = None,
     exports: Sequence[str] | None = None,
     progress: Callable[[Status], None] | None = None,
 ) -> dict[str, Any]:
@@ -289,16 +291,21 @@ def label(
     image_column: the column of images or of their paths, where ``images`` is a table with an unusual name for it.
     refresh: look for images that were added since the input was listed.
     max_errors: stop once more images than this cannot be labelled: a number, or a share such as "5%".
+    dedup: label images with the same bytes once, copy the labels to the others, and record perceptual hashes. Other
+        labels it does not change: a job that was stopped may go on with or without it.
+    usd_per_hour: price of the whole cluster for an hour; the cost of all runs is then in the progress and the summary.
     exports: formats to export in, as in `export_labels`; none: only the Parquet tables; None: "coco" and "gallery",
         nothing for an output in a bucket.
     progress: called after every few images with a `Status`: ``done``, ``total`` (listed so far, all if ``is_listed``),
-        ``errors``, ``rate`` in images per second.
+        ``errors``, ``copied``, ``rate`` in images per second, ``model_busy`` (share of the actors' time, 0..1), and
+        ``facts()``, which has all of them and the cost.
 
-    The summary holds ``images == labelled + errors``, ``instances`` (task -> count), ``first_error``, ``left_out``
-    (number of files that are no pictures, by suffix), ``seconds`` and ``exports`` (format -> path). Raises `UserError`
-    for an unknown model, task, device or format, a task without its classes or text, an input without images, an output
-    folder that holds labels made with other settings or that another job is writing, too many errors, and when not one
-    image could be labelled.
+    The summary holds ``images == labelled + errors``, ``copied`` (of the labelled), ``instances`` (task -> count),
+    ``first_error``, ``left_out`` (number of files that are no pictures, by suffix), ``seconds``, ``model_busy``,
+    ``spent_seconds`` and ``usd`` of all runs, and ``exports`` (format -> path). Raises `UserError` for an unknown
+    model, task, device or format, a task without its classes or text, an input without images, an output folder that
+    holds labels made with other settings or that another job is writing, too many errors, and when not one image could
+    be labelled.
 
     >>> from lumen_ray import label
     >>> questions = {"vqa": ["how many circles are there ?"]}
@@ -342,6 +349,8 @@ def label(
         image_column=image_column,
         refresh=refresh,
         max_errors=max_errors,
+        dedup=dedup,
+        usd_per_hour=usd_per_hour,
         exports=None if exports is None else _names(exports),
         progress=progress,
     )
@@ -424,6 +433,7 @@ def export_labels(
     copy_images: bool = False,
     image_url: str | None = None,
     review_budget: int = 100,
+    near_distance: int = 6,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Writes the labels of a folder in the formats of annotation tools and trainers; returns what it wrote.
@@ -436,6 +446,7 @@ def export_labels(
     copy_images: copy image files, for formats that have them, instead of linking them where the disk allows.
     image_url: prefix of the images' addresses in Label Studio; None: its local files.
     review_budget: images that format "review" chooses.
+    near_distance: bits of 64, 0 to 16, in which the perceptual hashes of near duplicates differ at most.
     progress: called with (format, images done, images in all).
 
     Each export is whole or not there at all, and replaces an earlier one of its format. Returns format -> ``output``
@@ -456,7 +467,7 @@ def export_labels(
         _names(formats),
         None if output is None else fspath(output),
         tasks=None if tasks is None else _names(tasks),
-        settings=ExportSettings(max_images_per_file, copy_images, image_url, review_budget),
+        settings=ExportSettings(max_images_per_file, copy_images, image_url, review_budget, near_distance),
         progress=progress,
     )
 

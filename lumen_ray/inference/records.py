@@ -38,6 +38,7 @@ LABEL_SCHEMA = pa.schema(
         ("agreement", pa.float32()),  # IoU with the best instance of a second decoder, 0 without one; null without it
         ("sha256", pa.string()),  # of the image's encoded bytes, hexadecimal
         ("duplicate_of", pa.string()),  # image id of the image with the same bytes that the row was copied from
+        ("phash", pa.string()),  # perceptual hash, 64 bits hexadecimal; null in labels made without deduplication
         ("labelled_at", pa.timestamp("us", "UTC")),
     ]
 )

@@ -105,6 +105,14 @@ def _input_args(verbs: Any) -> None:
     p.add_argument(
         "--max-errors", metavar="N|P%", help="stop once more images than this cannot be labelled, e.g. 50 or 5%%"
     )
+    p.add_argument(
+        "--dedup",
+        action="store_true",
+        help="label images with the same bytes once, copy the labels, and record perceptual hashes",
+    )
+    p.add_argument(
+        "--usd-per-hour", type=float, metavar="X", help="price of the whole cluster for an hour, to show the cost"
+    )
     p.add_argument("--strict", action="store_true", help="exit with status 3 if any image could not be labelled")
     p.add_argument(
         "--progress", choices=("bar", "json"), default="bar", help="json: a line of JSON every second (default: bar)"
@@ -150,6 +158,13 @@ def _export_parser(parser_class: type) -> argparse.ArgumentParser:
     )
     p.add_argument(
         "--review-budget", type=int, default=100, metavar="N", help="images that review chooses (default: 100)"
+    )
+    p.add_argument(
+        "--near-distance",
+        type=int,
+        default=6,
+        metavar="BITS",
+        help="of the 64 of perceptual hashes, the most in which those of near duplicates differ (default: 6)",
     )
     p.set_defaults(run=_export)
     return p
@@ -246,6 +261,8 @@ def _label(args: argparse.Namespace) -> int:
             image_column=args.image_column,
             refresh=args.refresh,
             max_errors=args.max_errors,
+            dedup=args.dedup,
+            usd_per_hour=args.usd_per_hour,
             exports=[] if args.export == ["none"] else args.export,
             progress=progress,
         )
@@ -266,8 +283,10 @@ def _reported(as_json: bool, unit: str = "img") -> Iterator[Callable[[Status], N
 
         def update(status: Status) -> None:
             total = status.total if status.is_listed else None
-            more = "" if status.is_listed else f", {status.total:,} listed so far"
-            shown.update(status.done, total, f"{status.rate:.1f} {unit}/s, {status.errors} errors{more}")
+            facts = [f"{status.rate:.1f} {unit}/s", f"{status.errors} errors", *status.notes()]
+            if not status.is_listed:
+                facts.append(f"{status.total:,} listed so far")
+            shown.update(status.done, total, ", ".join(facts))
 
         yield update
 
@@ -310,6 +329,7 @@ def _export(args: argparse.Namespace) -> None:
             copy_images=args.copy_images,
             image_url=args.image_url,
             review_budget=args.review_budget,
+            near_distance=args.near_distance,
             progress=lambda name, done, total: progress.update(done, total, name),
         )
     for name, found in written.items():

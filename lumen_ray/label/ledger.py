@@ -94,6 +94,7 @@ class Ledger:
             "labelled": images - len(errors),
             "errors": list(errors),
             "rows": len(records),
+            "copied": len({r["image_id"] for r in records if r.get("duplicate_of") is not None}),
             "instances": dict(Counter(record["task"] for record in records if record.get("box") is not None)),
         }
         self._write_json(self._entry(fragment), entry)
@@ -121,15 +122,17 @@ class Ledger:
                 yield fragment, json.loads(data)
 
     def totals(self) -> dict[str, Any]:
-        """``images``, ``labelled``, ``errors``, ``fragments``, ``instances`` (task -> count), ``reasons`` (of errors ->
-        count) and ``first_error`` of all finished fragments."""
-        sums: Counter[str] = Counter(images=0, labelled=0, errors=0, fragments=0)
+        """``images``, ``labelled``, ``copied`` (of those, from an image with the same bytes), ``errors``,
+        ``fragments``, ``instances`` (task -> count), ``reasons`` (of errors -> count) and ``first_error`` of all
+        finished fragments."""
+        sums: Counter[str] = Counter(images=0, labelled=0, copied=0, errors=0, fragments=0)
         instances: Counter[str] = Counter()
         reasons: Counter[str] = Counter()
         first: dict[str, str] | None = None
         for fragment, entry in self.entries():
             errors = entry["errors"]
             sums.update(images=entry["images"], labelled=entry["labelled"], errors=len(errors), fragments=1)
+            sums["copied"] += entry.get("copied", 0)  # absent in older entries
             instances.update(entry["instances"] if "instances" in entry else self._instances(fragment))
             reasons.update(error["reason"] for error in errors)
             first = first or (errors[0] if errors else None)
@@ -146,16 +149,24 @@ class Ledger:
         files.write_bytes(path, buffer.getvalue())
         return path
 
-    def tables(self) -> Iterator[pa.Table]:
-        """The label table of each finished fragment, in order."""
+    def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+        """The label table of each finished fragment, or these columns of it, in order."""
         for fragment in sorted(self.done()):
-            yield self.table(fragment)
+            yield self.table(fragment, columns)
 
-    def table(self, fragment: int) -> pa.Table:
-        """The label table of a finished fragment."""
+    def table(self, fragment: int, columns: Sequence[str] | None = None) -> pa.Table:
+        """The label table of a finished fragment, or these columns of it. Raises `UserError` if it cannot be read."""
         path = self._path("labels", _part(fragment))
-        with files.as_user_error(path), files.open_input(path) as file:
-            return _with_all_columns(pq.ParquetFile(file).read(), self.schema)
+        try:
+            with files.as_user_error(path), files.open_input(path) as file:
+                wanted = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
+                return _with_all_columns(pq.ParquetFile(file).read(wanted.names), wanted)
+        except pa.ArrowException as error:
+            entry = urls.shown(self._entry(fragment))
+            raise UserError(
+                f"'{urls.shown(path)}' is damaged ({str(error).splitlines()[0]}); remove '{entry}' and label again",
+                "unreadable_file",
+            ) from None
 
     def items(self) -> Iterator[Item]:
         """The images of all finished fragments, failed ones included, in order."""
@@ -184,7 +195,7 @@ def _with_all_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
     for column in schema:
         if column.name not in table.column_names:
             table = table.append_column(column, pa.nulls(len(table), column.type))
-    return table
+    return table.select(schema.names)
 
 
 def _part(fragment: int) -> str:

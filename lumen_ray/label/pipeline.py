@@ -30,9 +30,10 @@ from lumen_ray.label.listing import Listing
 from lumen_ray.label.plan import Plan
 from lumen_ray.label.progress import ErrorLimit, Status
 from lumen_ray.label.requests import build_requests
-from lumen_ray.label.runs import Work, label_in_process, label_on_ray
+from lumen_ray.label.runs import Pool, Work
 from lumen_ray.label.settings import check_exemplars, chosen_decoders, exemplar_settings, job_settings
-from lumen_ray.label.workers import LabelActor, Labeller, Outcome, WorkerSettings
+from lumen_ray.label.spent import Spent, check_price, cost_text
+from lumen_ray.label.workers import Outcome, WorkerSettings
 from lumen_ray.structures import check_dtype
 
 #: A job stops after this many failures of the model without a success: the model is at fault, not the images.
@@ -66,6 +67,8 @@ def label(
     image_column: str | None = None,
     refresh: bool = False,
     max_errors: str | int | None = None,
+    dedup: bool = False,
+    usd_per_hour: float | None = None,
     exports: Sequence[str] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -85,6 +88,9 @@ def label(
     refresh: looks for images that were added to an input that has been listed before.
     max_errors: stops the job once more images than this have failed: a number, or a share such as '5%', which counts
         from 100 images on.
+    dedup: images with the same bytes are labelled once and get copies of the labels (see `label.duplicates`), and each
+        image its perceptual hash. Changes no label, so a job may go on with another choice.
+    usd_per_hour: price of the whole cluster for an hour, for the cost of all runs (see `label.spent`).
     exports: formats to export the labels in, by their names in `exporters.registry`; None: `DEFAULT_EXPORTS` for a
         local output, none for one in a bucket.
     progress: called with a `Status` after every few images.
@@ -100,6 +106,7 @@ def label(
     check_numbers(num_actors, batch_size, score_threshold, fragment_size)
     if not 0.01 <= gpus_per_actor <= 1:
         raise UserError(f"gpus_per_actor is {gpus_per_actor}; give a share of a GPU from 0.01 to 1", "invalid_setting")
+    check_price(usd_per_hour)
     limit = ErrorLimit.parse(max_errors)
     device = check_device(device, num_actors)
     exemplars = load_exemplars(exemplars)
@@ -127,9 +134,12 @@ def label(
         elif (finished := _finished(ledger, plan, len(done), exports)) is not None:
             limit.check_numbers(finished["errors"], finished["images"])
             return finished
+        spent = Spent(ledger.folder, usd_per_hour)
         work = Work(plan, done, None if plan.is_complete else listing)
-        status, log = run_work(work, ledger, worker, num_actors, limit, claim, progress, gpus_per_actor=gpus_per_actor)
+        pool = Pool(num_actors, gpus_per_actor, dedup)
+        status, log = run_work(work, ledger, worker, pool, limit, claim, spent, progress)
         summary = _finish(ledger, status, exports, plan.left_out)
+        spent.save(now=True)
     return summary | log
 
 
@@ -137,38 +147,33 @@ def run_work(
     work: Work,
     ledger: Ledger,
     worker: WorkerSettings,
-    num_actors: int | range | None,
+    pool: Pool,
     limit: ErrorLimit,
     claim: Claim,
+    spent: Spent,
     progress: Progress | None,
-    labeller: type[Labeller] = Labeller,
-    actor: type[LabelActor] = LabelActor,
-    gpus_per_actor: float = 1,
 ) -> tuple[Status, dict[str, str]]:
-    """Does the fragments of `work` that are left, by a `labeller` in this process or by an `actor` class on Ray.
-    Returns the status and, if Ray was used, the summary's ``log``. Raises as `label`."""
+    """Does the fragments of `work` that are left. Returns the status and, if Ray was used, the summary's ``log``.
+    Raises as `label`."""
     _list_ahead(work)
-    before = ledger.totals()
-    plan = work.plan
+    before, plan = ledger.totals(), work.plan
     status = Status(plan.num_images(), before["images"], before["errors"], before["images"], plan.is_complete)
+    status.copied, status.spent = before["copied"], spent
+    status.fragments, status.num_fragments = before["fragments"], plan.num_fragments()
     limit.check(status)
     if status.done == status.total and status.is_listed:
         return status, {}
     worker = replace(worker, proven=before["labelled"] > 0)
-    if num_actors == 0:
-        run = label_in_process(work, worker, labeller)
-    else:
-        run = label_on_ray(work, worker, _range(num_actors), gpus_per_actor, actor)
-    _collect(run, ledger, status, limit, _told(status, claim, plan, progress), proven=worker.proven)
-    if num_actors == 0:
+    try:
+        run = pool.run(work, worker)
+        _collect(run, ledger, status, limit, _told(status, claim, plan, progress), proven=worker.proven)
+    finally:
+        spent.save(now=True)
+    if not pool.is_remote:
         return status, {}
     from lumen_ray.ray_log import log_file
 
     return status, {"log": str(log_file())}
-
-
-def _range(num_actors: int | range | None) -> range | None:
-    return range(num_actors, num_actors + 1) if isinstance(num_actors, int) else num_actors
 
 
 def _list_ahead(work: Work) -> None:
@@ -192,7 +197,10 @@ def _told(status: Status, claim: Claim, plan: Plan, progress: Progress | None) -
         if not status.is_listed and time.monotonic() > checked + LIST_AHEAD_S:
             checked = time.monotonic()
             status.is_listed, status.total = plan.is_complete, plan.num_images()
+            status.num_fragments = plan.num_fragments()
         claim.state = status.facts()
+        if status.spent is not None:
+            status.spent.save()
         if progress is not None:
             progress(status)
 
@@ -259,8 +267,7 @@ def _collect(
     for outcome in outcomes:
         if outcome.fault:
             raise UserError(outcome.fault, "unusable_model")
-        status.done += outcome.done
-        status.errors += outcome.errors
+        status.add(outcome)
         failures += len(outcome.failures)
         first_failure = first_failure or (outcome.failures or [""])[0]
         withheld += outcome.withheld
@@ -316,7 +323,9 @@ def _finish(ledger: Ledger, status: Status, exports: Sequence[str], left_out: Co
         "finished_before": status.finished_before,
         "seconds": round(seconds, 2),
         "images_per_second": round((status.done - status.finished_before) / max(seconds, 1e-9), 2),
+        **status.spent_facts(0),
     }
+    del summary["usd_expected"]  # nothing more is
     planned = ledger.plan().num_images()
     assert totals["images"] == totals["labelled"] + totals["errors"] == planned, f"{totals} of {planned} images"
     written = export(ledger.output, exports) if exports else {}
@@ -332,7 +341,9 @@ def labelled_line(summary: dict[str, Any], output: str | Path) -> str:
     reason = f" (e.g. {first['image_id']}: {first['message']}; see errors.parquet)" if first else ""
     left_out = left_out_note(Counter(summary.get("left_out", {})))
     written = ", ".join(["labels/*.parquet", *(Path(path).name for path in summary.get("exports", {}).values())])
+    copied = f" ({summary['copied']} copied)" if summary.get("copied") else ""
+    cost = cost_text(summary.get("usd"))
     return (
-        f"{summary['images']} images: {summary['labelled']} labelled, {summary['errors']} errors{reason} -> {output} "
-        f"({written}){log}{left_out and '; ' + left_out}"
+        f"{summary['images']} images: {summary['labelled']} labelled{copied}, {summary['errors']} errors{reason} -> "
+        f"{output} ({written}){log}{left_out and '; ' + left_out}{cost and '; ' + cost}"
     )

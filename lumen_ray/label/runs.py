@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lumen_ray.errors import UserError
+from lumen_ray.label.content_index import ContentIndex, RemoteIndex
 from lumen_ray.label.listing import Listing
 from lumen_ray.label.plan import Fragment, Plan
 from lumen_ray.label.workers import LabelActor, Labeller, Outcome, WorkerSettings
@@ -49,25 +50,38 @@ class Work:
             yield group
 
 
-def label_in_process(work: Work, settings: WorkerSettings, labeller: type[Labeller] = Labeller) -> Iterator[Outcome]:
-    """The outcome of each fragment, in order, without Ray."""
-    worker = labeller(settings)
+@dataclass(frozen=True)
+class Pool:
+    """Which workers do the work of a job.
+
+    num_actors: on Ray, fewest and most of them as a range; None: as many as the cluster has GPUs or, without any, cores
+    for; 0: a `labeller` in this process. gpus_per_actor: the share of a GPU that an actor on one reserves, up to 1.
+    dedup: images with equal bytes are labelled once, as far as the workers know of each other.
+    """
+
+    num_actors: range | int | None = None
+    gpus_per_actor: float = 1
+    dedup: bool = False
+    labeller: type[Labeller] = Labeller
+    actor: type[LabelActor] = LabelActor
+
+    @property
+    def is_remote(self) -> bool:
+        return self.num_actors != 0
+
+    def run(self, work: Work, settings: WorkerSettings) -> Iterator[Outcome]:
+        """The outcomes of the work, on Ray in no particular order."""
+        return _label_on_ray(work, settings, self) if self.is_remote else _label_in_process(work, settings, self)
+
+
+def _label_in_process(work: Work, settings: WorkerSettings, pool: Pool) -> Iterator[Outcome]:
+    worker = pool.labeller(replace(settings, index=ContentIndex(settings.output) if pool.dedup else None))
     for fragment in work.fragments():
         yield worker.label([fragment])
 
 
-def label_on_ray(
-    work: Work,
-    settings: WorkerSettings,
-    num_actors: range | None,
-    gpus_per_actor: float = 1,
-    actor: type[LabelActor] = LabelActor,
-) -> Iterator[Outcome]:
-    """The outcomes in no particular order. Starts a local Ray if none is running.
-
-    num_actors: fewest and most actors, as a range; None: as many as the cluster has GPUs or, without any, cores for.
-    gpus_per_actor: the share of a GPU that an actor on one reserves, up to 1.
-    """
+def _label_on_ray(work: Work, settings: WorkerSettings, pool: Pool) -> Iterator[Outcome]:
+    """Starts a local Ray if none is running."""
     from lumen_ray.ray_env import cluster_resources, init_local, prepare_environment
     from lumen_ray.ray_log import native_lines_in_file
 
@@ -78,21 +92,27 @@ def label_on_ray(
     if not ray.is_initialized():
         init_local()
     available = cluster_resources()
-    available["GPU"] = int(available["GPU"]) * math.floor(1 / gpus_per_actor + 1e-6)  # an actor uses one GPU only
-    pool = num_actors or default_actors(settings.device, available, work.plan.num_images(), work.plan.is_complete)
-    settings, (num_cpus, num_gpus) = actor_resources(settings, pool, available)
+    available["GPU"] = int(available["GPU"]) * math.floor(1 / pool.gpus_per_actor + 1e-6)  # an actor uses one only
+    number = pool.num_actors
+    if isinstance(number, int):
+        number = range(number, number + 1)
+    if number is None:
+        number = default_actors(settings.device, available, work.plan.num_images(), work.plan.is_complete)
+    settings, (num_cpus, num_gpus) = actor_resources(settings, number, available)
+    if pool.dedup:
+        settings = replace(settings, index=RemoteIndex.start(settings.output))
     with _data_context(ray.data.DataContext.get_current()):
         dataset = (
             ray.data.from_items([{"work": pickle.dumps(work)}], override_num_blocks=1)
             .flat_map(_listed, num_cpus=0)
             .map_batches(
-                actor,
+                pool.actor,
                 fn_constructor_args=(settings,),
                 batch_size=None,
                 batch_format="numpy",
-                compute=ray.data.ActorPoolStrategy(min_size=pool[0], max_size=pool[-1]),
+                compute=ray.data.ActorPoolStrategy(min_size=number[0], max_size=number[-1]),
                 num_cpus=num_cpus,
-                num_gpus=num_gpus * gpus_per_actor,
+                num_gpus=num_gpus * pool.gpus_per_actor,
             )
         )
         with native_lines_in_file():

@@ -9,6 +9,10 @@ from lumen_ray.console import seconds
 from lumen_ray.data import files, urls
 from lumen_ray.label.claim import read_claim
 from lumen_ray.label.ledger import is_batch, open_finished
+from lumen_ray.label.spent import cost_text, read_spent
+
+#: of a running job's state
+_RUNNING = ("images_per_second", "seconds_left", "fragments_left", "model_busy", "usd_expected")
 
 
 def label_status(output: urls.Location) -> dict[str, Any]:
@@ -16,9 +20,11 @@ def label_status(output: urls.Location) -> dict[str, Any]:
 
     ``state``: running, stopped, finished, or failed if no image at all could be labelled; ``images``: listed so
     far, all of them if ``is_listed``; ``counted``: what these are, "images", or "requests" of a batch file;
-    ``done``, ``labelled``, ``errors``; ``reasons``: number of errors by reason; ``instances`` by task; of a running
-    job ``host``, ``pid``, ``seconds`` since it started, and once it has labelled ``images_per_second`` and
-    ``seconds_left``. Raises `UserError` if `output` is not the output of `lumen-ray label`.
+    ``done``, ``labelled``, ``errors``; ``reasons``: number of errors by reason; ``copied`` of the labelled;
+    ``instances`` by task; ``spent_seconds`` of all runs and their cost ``usd``, None without a price; of a running
+    job ``host``, ``pid``, ``seconds`` since it started, and once it has labelled ``images_per_second``,
+    ``seconds_left``, ``fragments_left``, ``model_busy`` and ``usd_expected`` (see `progress.Status`). Raises
+    `UserError` if `output` is not the output of `lumen-ray label`.
     """
     ledger = open_finished(output, of_images=False)
     counted = "requests" if is_batch(ledger.settings() or {}) else "images"
@@ -34,13 +40,16 @@ def label_status(output: urls.Location) -> dict[str, Any]:
         "is_listed": is_listed,
         "done": totals["images"],
         "labelled": totals["labelled"],
+        "copied": totals["copied"],
         "errors": totals["errors"],
         "reasons": totals["reasons"],
         "instances": totals["instances"],
     }
+    spent = read_spent(ledger.folder)
+    status |= {"spent_seconds": round(spent["seconds"], 1), "usd": spent["usd"]}
     if claim:
         status |= {"host": claim["host"], "pid": claim["pid"], "seconds": round(time.time() - claim["started"])}
-        status |= {name: claim["state"].get(name) for name in ("images_per_second", "seconds_left")}
+        status |= {name: claim["state"].get(name) for name in _RUNNING}
     return status
 
 
@@ -49,7 +58,8 @@ def status_lines(output: urls.Location, status: dict[str, Any]) -> list[str]:
     share = f" ({status['done'] / status['images']:.0%})" if status["images"] and status["is_listed"] else ""
     listed = "" if status["is_listed"] else " listed so far"
     number = f"{status['done']:,} of {status['images']:,} {status['counted']}{listed}{share}"
-    lines = [f"{urls.shown(output)}: {status['state']}, {number}, {status['errors']:,} errors"]
+    copied = f", {status['copied']:,} copied" if status["copied"] else ""
+    lines = [f"{urls.shown(output)}: {status['state']}, {number}, {status['errors']:,} errors{copied}"]
     if status["reasons"]:
         lines.append("errors: " + ", ".join(f"{reason} {number:,}" for reason, number in status["reasons"].items()))
     if status["instances"]:
@@ -61,8 +71,17 @@ def status_lines(output: urls.Location, status: dict[str, Any]) -> list[str]:
             f"process {status['pid']} on {status['host']}, for {seconds(status['seconds'])}{speed}"
             + (f", about {seconds(left)} left" if left is not None else "")
         )
+        if status["model_busy"] is not None:
+            lines.append(f"model busy {status['model_busy']:.0%}" + _left(status["fragments_left"]))
     elif status["state"] == "stopped":
         lines.append("run the same command again to continue")
     elif status["state"] == "failed":
         lines.append("no image could be labelled; fix the images and give a new output folder")
+    if status["usd"] is not None:
+        cost = cost_text(status["usd"], status.get("usd_expected"))
+        lines.append(f"{cost} for {seconds(status['spent_seconds'])} in all runs")
     return lines
+
+
+def _left(fragments: int | None) -> str:
+    return "" if fragments is None else f", {fragments:,} fragments waiting or in work"

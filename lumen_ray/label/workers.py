@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
+import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,18 +22,20 @@ import numpy as np
 
 from lumen_ray.answer import Answer
 from lumen_ray.data import urls
-from lumen_ray.data.images import Picture, decode_reduced
-from lumen_ray.data.windows import LargeImage, find_large
+from lumen_ray.data.images import Picture
 from lumen_ray.errors import UserError
 from lumen_ray.inference.device import find_device
 from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.inference.records import answer_records
 from lumen_ray.inference.request import Request
 from lumen_ray.inference.tiles import Tiles, run_tiled
+from lumen_ray.label.content_index import Index
+from lumen_ray.label.duplicates import Duplicates
 from lumen_ray.label.inputs import Item, Reader
 from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.passes import Passes
 from lumen_ray.label.plan import Fragment
+from lumen_ray.label.reading import ImageInHand, read_images
 from lumen_ray.presets import model_folder
 
 _SAMPLE_BYTES = 1 << 20
@@ -48,7 +50,8 @@ class WorkerSettings:
     decoder, overriding the folder's choice; `device`: None for a GPU if there is one; `threads`: of an actor, for
     arithmetic on a CPU and for decoding; None in a process of the user's, whose threads are left alone. `output`: the
     folder to publish in. `proven`: the model has answered about an image of this job before. `tiles`: for images larger
-    than a tile; None looks at whole images only."""
+    than a tile; None looks at whole images only. `index`: of the content that the job has labelled, of which
+    duplicates are copies; None labels every image."""
 
     model: str | Path | Callable[[], EngineProtocol]
     requests: tuple[Request, ...]
@@ -63,12 +66,14 @@ class WorkerSettings:
     output: str = ""
     proven: bool = False
     tiles: Tiles | None = None
+    index: Index | None = None
 
 
 @dataclass
 class Outcome:
-    """What came of some fragments: the numbers of images `done` and of `errors` among them.
+    """What came of some `fragments`: the numbers of images `done`, and of `errors` and `copied` ones among them.
 
+    `seconds`: since the worker reported last, or had loaded the model; `busy_seconds`: of these in the model.
     `failures`: messages of failures of the model; `fault`: why the model cannot be used at all; `stop`: why the job
     cannot go on; `withheld`: fragments (number, images, errors) that an actor whose model never succeeded did not
     publish.
@@ -76,6 +81,10 @@ class Outcome:
 
     done: int = 0
     errors: int = 0
+    copied: int = 0
+    fragments: int = 0
+    seconds: float = 0.0
+    busy_seconds: float = 0.0
     failures: list[str] = field(default_factory=list)
     fault: str = ""
     stop: tuple[str, str] | None = None
@@ -108,91 +117,6 @@ def fingerprint(model: str | Path | Callable[[], EngineProtocol]) -> str:
     return digest.hexdigest()[:16]
 
 
-@dataclass
-class _Image:
-    """An image of a fragment on its way: `picture`, or `large` if it is read by window, then `records`; or an error's
-    `reason` and `message`.
-
-    `sha256`: of its encoded bytes, hexadecimal."""
-
-    item: Item
-    picture: Picture | None = None
-    large: LargeImage | None = None
-    sha256: str = ""
-    records: list[dict[str, Any]] = field(default_factory=list)
-    reason: str = ""
-    message: str = ""
-
-    def error(self) -> dict[str, str]:
-        """What the ledger keeps of a failure, a row of `ERROR_SCHEMA`."""
-        item = self.item
-        return {
-            "image_id": item.image_id,
-            "path": urls.shown(item.path),
-            "reason": self.reason,
-            "message": self.message,
-        }
-
-
-def read_images(
-    items: Sequence[Item],
-    largest_side: int | None,
-    reader: Reader,
-    pool: ThreadPoolExecutor | None,
-    fetchers: ThreadPoolExecutor,
-    by_window: bool = False,
-) -> list[_Image]:
-    """Reads the images and decodes them at the scale that leaves their longer side `largest_side` pixels, all pixels
-    for None. `by_window`: not those that are better read by window (see `data.windows`).
-
-    pool: decodes, None for this thread; fetchers: read files of stores, several at once; all else `reader` reads in
-    order.
-    """
-
-    def decoded(item: Item, data: bytes | UserError) -> _Image:
-        try:
-            if isinstance(data, UserError):
-                raise data
-            digest = hashlib.sha256(data).hexdigest()
-            if by_window and (large := find_large(data)) is not None:
-                return _Image(item, large=large, sha256=digest)
-            return _Image(item, decode_reduced(data, largest_side), sha256=digest)
-        except UserError as error:
-            return _Image(item, reason=error.reason, message=str(error))
-
-    waiting = [fetchers.submit(Reader().read, item) if _is_remote(item) else None for item in items]
-    coming: list[_Image | Future[_Image]] = []
-    for item, fetched in zip(items, waiting, strict=True):
-        if by_window and (large_file := _large_file(item)) is not None:
-            coming.append(large_file)
-            continue
-        data = reader.read(item) if fetched is None else fetched.result()
-        coming.append(decoded(item, data) if pool is None else pool.submit(decoded, item, data))
-    return [image if isinstance(image, _Image) else image.result() for image in coming]
-
-
-def _is_remote(item: Item) -> bool:
-    """Whether the image is a file of its own, or a member of a tar, in a store."""
-    return item.row_group < 0 and not item.fault and urls.is_url(item.path)
-
-
-def _large_file(item: Item) -> _Image | None:
-    """A local file that is read by window, of which the whole is never in memory; None for other images."""
-    path = urls.split(item.path)[1]
-    is_own_file = item.row_group < 0 and item.offset < 0 and not item.fault and not urls.is_url(item.path)
-    if not is_own_file or not path.lower().endswith((".tif", ".tiff")) or not os.path.isfile(path):
-        return None
-    try:
-        if (large := find_large(path)) is None:
-            return None
-        with open(path, "rb") as file:
-            return _Image(item, large=large, sha256=hashlib.file_digest(file, "sha256").hexdigest())
-    except OSError:
-        return None  # whoever reads it says what is wrong
-    except UserError as error:
-        return _Image(item, reason=error.reason, message=str(error))
-
-
 class Labeller:
     """A model with the requests about every image. `fault`: why the model cannot be used, else empty."""
 
@@ -206,6 +130,8 @@ class Labeller:
         self._decoders = ThreadPoolExecutor(threads, "label-decode") if threads > 1 else None
         self._fetchers = ThreadPoolExecutor(_FETCHED_AT_ONCE, "label-fetch")
         self._row_groups = Reader()
+        self._duplicates = Duplicates(self.ledger, settings.index) if settings.index is not None else None
+        self._busy_seconds = 0.0
         try:
             self.engine = _load(settings)
             self.requests = _fit_requests(settings.requests, self.engine)
@@ -227,6 +153,7 @@ class Labeller:
         if any(request.task == "pose" for request in self.requests):
             provenance["edges"] = self.engine.edges  # to draw and export skeletons without the model
         self.provenance = json.dumps(provenance, sort_keys=True)
+        self._reported = time.monotonic()
 
     def _run_settings(self) -> dict[str, Any]:
         s = self.settings
@@ -239,7 +166,7 @@ class Labeller:
     def label(self, fragments: Sequence[Fragment]) -> Outcome:
         """Labels and publishes fragments. One that is done already, by an actor that died before it reported, is only
         counted."""
-        outcome = Outcome(fault=self.fault)
+        outcome = Outcome(fault=self.fault, fragments=len(fragments))
         if self.fault:
             return outcome
         waiting: list[Fragment] = []
@@ -249,14 +176,20 @@ class Labeller:
             else:
                 outcome.done += entry["images"]
                 outcome.errors += len(entry["errors"])
+                outcome.copied += entry.get("copied", 0)
         try:
             for fragment, images in self._answered(waiting):
                 self._publish(fragment, images, outcome)
+                if self._duplicates is not None:
+                    self._duplicates.published(fragment.index, images)
         except UserError as error:  # the store of the images or of the labels is gone, the disk is full
             outcome.stop = (str(error), error.reason)
+        now = time.monotonic()
+        outcome.seconds, self._reported = now - self._reported, now
+        outcome.busy_seconds, self._busy_seconds = self._busy_seconds, 0.0
         return outcome
 
-    def _answered(self, fragments: Sequence[Fragment]) -> Iterator[tuple[Fragment, list[_Image]]]:
+    def _answered(self, fragments: Sequence[Fragment]) -> Iterator[tuple[Fragment, list[ImageInHand]]]:
         """The fragments with all their images answered. The next batch is read while the model has this one.
 
         Which images share a pass depends on their fragment alone, so that a resumed job gets the same results."""
@@ -266,7 +199,7 @@ class Labeller:
             for fragment in fragments
             for start in range(0, len(fragment.items), size)
         ]
-        coming: list[Future[list[_Image]]] = []
+        coming: list[Future[list[ImageInHand]]] = []
 
         side = None if self.settings.tiles else self.engine.largest_side
 
@@ -275,27 +208,41 @@ class Labeller:
                 coming.append(self._reader.submit(self._read, batches[number][1], side))
 
         read_ahead(0)
-        images: list[_Image] = []
-        passes: Passes[_Image] = Passes(size, self.engine.image_size)
+        images: list[ImageInHand] = []
+        passes: Passes[ImageInHand] = Passes(size, self.engine.image_size)
         for number, (fragment, _, is_last) in enumerate(batches):
             batch = coming.pop(0).result()
             read_ahead(number + 1)
             images += batch
             for image in batch:
-                if not image.reason:
+                if image.is_ready:
                     large = self._is_tiled(image)
-                    self._answer([image] if large else passes.add(image, self.engine.input_size(_shown(image))))
+                    self._look([image] if large else passes.add(image, self.engine.input_size(_shown(image))))
             if is_last:
                 for rest in passes.rest():
-                    self._answer(rest)
+                    self._look(rest)
+                if self._duplicates is not None:
+                    for place in self._duplicates.copy(images):  # those whose twin failed are looked at themselves
+                        images[place] = self._reader.submit(self._read, [images[place].item], side, False).result()[0]
+                        self._look([images[place]] if images[place].is_ready else [])
                 yield fragment, images
                 images = []
 
-    def _read(self, items: Sequence[Item], side: int | None) -> list[_Image]:
+    def _read(self, items: Sequence[Item], side: int | None, can_copy: bool = True) -> list[ImageInHand]:
+        """can_copy: images that have been labelled before are not decoded."""
+        found = self._duplicates
+        look_up = found.look_up if found is not None and can_copy else None
+        reader, decoders, fetchers = self._row_groups, self._decoders, self._fetchers
         tiled = self.settings.tiles is not None
-        return read_images(items, side, self._row_groups, self._decoders, self._fetchers, tiled)
+        return read_images(items, side, reader, decoders, fetchers, tiled, look_up, with_phash=found is not None)
 
-    def _publish(self, fragment: Fragment, images: Sequence[_Image], outcome: Outcome) -> None:
+    def _look(self, images: Sequence[ImageInHand]) -> None:
+        """Answers a pass."""
+        began = time.monotonic()
+        self._answer(images)
+        self._busy_seconds += time.monotonic() - began
+
+    def _publish(self, fragment: Fragment, images: Sequence[ImageInHand], outcome: Outcome) -> None:
         """Nothing that the model failed on is published before its first success, so that a bad model leaves no errors
         to clean up."""
         errors = [image.error() for image in images if image.reason]
@@ -304,6 +251,7 @@ class Labeller:
         failures = [image.message for image in images if image.reason == "model_error"]
         outcome.done += len(images)
         outcome.errors += len(errors)
+        outcome.copied += sum(bool(i.records) and i.records[0].get("duplicate_of") is not None for i in images)
         outcome.failures += failures
         self._proven |= len(errors) < len(images)
         if failures and not self._proven:
@@ -312,7 +260,7 @@ class Labeller:
         records = [record for image in images for record in image.records]
         self.ledger.publish(fragment.index, len(images), records, errors)
 
-    def _answer(self, images: Sequence[_Image]) -> None:
+    def _answer(self, images: Sequence[ImageInHand]) -> None:
         """Fills in the records of images, and forgets their pixels. A pass that fails is retried image by image."""
         if not images:
             return
@@ -334,7 +282,7 @@ class Labeller:
         now = datetime.now(UTC)
         for image, found in zip(images, answers, strict=True):
             image.picture = image.large = None
-            shared = {"sha256": image.sha256, "labelled_at": now}
+            shared = {"sha256": image.sha256, "phash": image.phash, "labelled_at": now}
             image.records = [
                 record | shared
                 for request, answer in zip(self.requests, found, strict=True)
@@ -343,7 +291,7 @@ class Labeller:
                 )
             ]
 
-    def _run(self, images: Sequence[_Image]) -> list[list[Answer]]:
+    def _run(self, images: Sequence[ImageInHand]) -> list[list[Answer]]:
         """The answers about each image of a pass, or about one that is searched in tiles."""
         options = self._run_settings()
         if self._is_tiled(images[0]):
@@ -351,13 +299,13 @@ class Labeller:
             return [self._run_tiled(images[0], options)]
         return self.engine.run([_shown(image) for image in images], [self.requests] * len(images), **options)
 
-    def _is_tiled(self, image: _Image) -> bool:
+    def _is_tiled(self, image: ImageInHand) -> bool:
         tiles = self.settings.tiles
         if image.picture is None or tiles is None:
             return image.large is not None
         return image.picture.reduction == 1 and len(tiles.windows(image.picture.size)) > 1
 
-    def _run_tiled(self, image: _Image, options: dict[str, Any]) -> list[Answer]:
+    def _run_tiled(self, image: ImageInHand, options: dict[str, Any]) -> list[Answer]:
         tiles, size = self.settings.tiles, self.settings.batch_size
         assert tiles is not None, "others are not read by window"
         if image.large is not None:
@@ -367,7 +315,7 @@ class Labeller:
         return run_tiled(self.engine, image.picture.pixels, self.requests, tiles, batch_size=size, **options)
 
 
-def _shown(image: _Image) -> np.ndarray | Picture:
+def _shown(image: ImageInHand) -> np.ndarray | Picture:
     """What the engine gets: an image at full scale as its pixels."""
     assert image.picture is not None, "images that could not be decoded are not asked about"
     picture = image.picture

@@ -6,7 +6,7 @@ from support.label_fakes import FakeEngine
 from lumen_ray.errors import UserError
 from lumen_ray.label.pipeline import label
 from lumen_ray.label.plan import Plan
-from lumen_ray.label.runs import Work, actor_resources, default_actors, label_on_ray
+from lumen_ray.label.runs import Pool, Work, actor_resources, default_actors
 from lumen_ray.label.workers import Labeller, WorkerSettings
 
 GPU, CPU = (0, 1), (1, 0)  # (CPUs, GPUs)
@@ -104,7 +104,7 @@ def test_several_actors_share_a_gpu(monkeypatch):
     for share, fit in ((1, 3), (0.5, 6), (0.4, 6), (0.3, 9), (0.1, 30)):
         monkeypatch.setattr("lumen_ray.ray_env.cluster_resources", lambda: {"CPU": 8.0, "GPU": 3.0})
         with pytest.raises(Stop):
-            next(label_on_ray(Work(Plan("/nowhere"), (), None), WorkerSettings(FakeEngine, ()), None, share))
+            next(Pool(gpus_per_actor=share).run(Work(Plan("/nowhere"), (), None), WorkerSettings(FakeEngine, ())))
         assert asked["GPU"] == fit
 
 

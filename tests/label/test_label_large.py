@@ -86,7 +86,7 @@ def test_images_in_tables_are_read_by_window_too(tmp_path, monkeypatch):
     pq.write_table(pa.table({"id": ["a", "b"], "image": data}), tmp_path / "in.parquet")
     label(WideEngine, tmp_path / "in.parquet", tmp_path / "whole", tiles=Tiles(256), **OPTIONS)
     monkeypatch.setattr(windows.find_large, "__defaults__", (100_000,))
-    monkeypatch.setattr("lumen_ray.label.workers.decode_reduced", only_small)
+    monkeypatch.setattr("lumen_ray.label.reading.decode_reduced", only_small)
     label(WideEngine, tmp_path / "in.parquet", tmp_path / "parts", tiles=Tiles(256), **OPTIONS)
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
 

@@ -1,5 +1,6 @@
 """A small labelled folder made by hand: five tasks, awkward masks, names and sizes, and an image that failed."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -43,6 +44,7 @@ def masks(size):
 def records(image_id, path, size):
     """The rows of one image; none of its questions about objects finds one in the last image."""
     base = dict.fromkeys(LABEL_SCHEMA.names) | {"image_id": image_id, "path": path}
+    base |= {"sha256": hashlib.sha256(image_id.encode()).hexdigest()}
     base |= {"height": size[0], "width": size[1], "provenance": json.dumps({"edges": {CLASSES[0]: [[0, 2], [1, 2]]}})}
     rows = []
     if image_id.startswith("nothing"):

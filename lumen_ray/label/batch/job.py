@@ -19,8 +19,9 @@ from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.pipeline import Progress, check_device, check_numbers, run_work
 from lumen_ray.label.plan import Plan
 from lumen_ray.label.progress import ErrorLimit, Status
-from lumen_ray.label.runs import Work
+from lumen_ray.label.runs import Pool, Work
 from lumen_ray.label.settings import chosen_decoders, job_settings
+from lumen_ray.label.spent import Spent
 from lumen_ray.label.workers import WorkerSettings
 from lumen_ray.structures import check_dtype
 
@@ -74,9 +75,12 @@ def answer_batch(
         if (finished := _finished(ledger, plan, len(done))) is not None:
             limit.check_numbers(finished["errors"], finished["requests"])
             return finished
+        spent = Spent(ledger.folder)
         work = Work(plan, done, None if plan.is_complete else listing)
-        status, log = run_work(work, ledger, worker, num_actors, limit, claim, progress, BatchLabeller, BatchActor)
+        pool = Pool(num_actors, labeller=BatchLabeller, actor=BatchActor)
+        status, log = run_work(work, ledger, worker, pool, limit, claim, spent, progress)
         summary = _finish(ledger, status)
+        spent.save(now=True)
     return summary | log
 
 

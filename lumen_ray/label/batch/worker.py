@@ -23,7 +23,8 @@ from lumen_ray.label.batch.lines import InvalidLine, parse_line, read_lines
 from lumen_ray.label.inputs import RETRY_S, Item
 from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.plan import Fragment
-from lumen_ray.label.workers import LabelActor, Labeller, WorkerSettings, _Image
+from lumen_ray.label.reading import ImageInHand
+from lumen_ray.label.workers import LabelActor, Labeller, WorkerSettings
 from lumen_ray.wire.chat import ChatRequest, check_model, completion, parse_chat, read_chat
 from lumen_ray.wire.errors import error_body, without_data
 from lumen_ray.wire.requests import Prepared, prepare
@@ -44,7 +45,7 @@ ANSWER_SCHEMA = pa.schema(
 
 
 @dataclass
-class _Line(_Image):
+class _Line(ImageInHand):
     """A line on its way: `chat` and what the engine is asked, then `records`; or its line of ``errors.jsonl``."""
 
     custom_id: str | None = None
@@ -85,7 +86,7 @@ class BatchLabeller(Labeller):
         self._limits = Limits()
         self._defaults = Defaults(**self._run_settings())
 
-    def _answered(self, fragments: Sequence[Fragment]) -> Iterator[tuple[Fragment, list[_Image]]]:
+    def _answered(self, fragments: Sequence[Fragment]) -> Iterator[tuple[Fragment, list[ImageInHand]]]:
         """The fragments with all their lines answered. The next lines are read while the model has these."""
         size = self.settings.batch_size
         batches = [
@@ -94,7 +95,7 @@ class BatchLabeller(Labeller):
             for start in range(0, len(fragment.items), size)
         ]
         coming: Future[list[_Line]] | None = None
-        answered: list[_Image] = []
+        answered: list[ImageInHand] = []
         for number, (fragment, items, is_last) in enumerate(batches):
             lines = self._read_lines(items) if coming is None else coming.result()
             if number + 1 < len(batches):

@@ -22,12 +22,14 @@ from lumen_ray.tasks import Task
 class ExportSettings:
     """`max_images_per_file`: images in one JSON, XML, CSV or tar file, None: all (tars: 1000); `copy_images`: copy
     image files instead of linking them; `image_url`: prefix of image addresses in Label Studio, None: local files;
-    `review_budget`: images that `review` chooses."""
+    `review_budget`: images that `review` chooses; `near_distance`: bits in which the perceptual hashes of near
+    duplicates differ at most."""
 
     max_images_per_file: int | None = None
     copy_images: bool = False
     image_url: str | None = None
     review_budget: int = 100
+    near_distance: int = 6
 
 
 class Exporter(ABC):

@@ -14,6 +14,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.label.exporters.base import Exporter, ExportSettings
 from lumen_ray.label.exporters.labels import Labels, open_labels
 from lumen_ray.label.exporters.registry import EXPORTERS, check_formats, choose_tasks
+from lumen_ray.label.near_duplicates import check_distance
 from lumen_ray.version import __version__
 
 #: hidden file that marks a folder as an export, which a later export of the format may replace
@@ -46,6 +47,7 @@ def export(
         )
     if settings.review_budget < 1:
         raise UserError(f"review_budget is {settings.review_budget}; give 1 image or more", "invalid_setting")
+    check_distance(settings.near_distance)
     formats = check_formats(formats)
     labels = open_labels(labelled)
     chosen = {name: choose_tasks(name, labels.tasks, tasks) for name in formats}

@@ -40,6 +40,7 @@ EXPORTERS: dict[str, Format] = {
         Format("csv", "one CSV row per instance or text", "csv_table:CsvTable"),
         Format("cvat", "CVAT for images 1.1: boxes, masks, points and tags in one XML", "cvat:Cvat"),
         Format("datumaro", "Datumaro JSON and images", "datumaro:Datumaro"),
+        Format("duplicates", "CSV of groups of exact and near duplicates", "duplicates:Duplicates"),
         Format("fiftyone", "folders for FiftyOne's COCODetectionDataset importer", "fiftyone:FiftyOne"),
         Format("gallery", "one HTML page with the first images", "gallery_page:Gallery"),
         Format("imagefolder", "Hugging Face imagefolder: images and metadata.jsonl", "imagefolder:ImageFolder"),

@@ -9,6 +9,7 @@ from string import Template
 from typing import Any
 
 from lumen_ray.label.exporters.base import Exporter, ExportSettings
+from lumen_ray.label.exporters.duplicates import FoundDuplicates
 from lumen_ray.label.exporters.labels import Labels
 from lumen_ray.label.statistics import BINS, ClassStatistics, collect
 from lumen_ray.tasks import Task
@@ -34,6 +35,7 @@ class Report(Exporter):
             "labelled": f"{totals['labelled']:,}",
             "errors": f"{totals['errors']:,}",
             "tasks": ", ".join(labels.tasks),
+            **_duplicates(labels, settings.near_distance),
             "score from": labels.job.get("score_threshold", ""),
         }
         page = _PAGE.substitute(
@@ -47,6 +49,15 @@ class Report(Exporter):
             errors=_errors(totals["reasons"]),
         )
         target.write_text(page, encoding="utf-8")
+
+
+def _duplicates(labels: Labels, near_distance: int) -> dict[str, str]:
+    """Of labels with perceptual hashes, the numbers of images that are duplicates of earlier ones."""
+    found = FoundDuplicates(labels, near_distance)
+    if not found.has_perceptual_hashes:
+        return {}
+    counts = found.groups.counts
+    return {"exact duplicates": f"{counts['exact']:,}", "near duplicates": f"{counts['near']:,}"}
 
 
 def _safe(text: Any) -> str:

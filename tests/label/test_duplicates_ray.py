@@ -1,0 +1,149 @@
+"""Labelling with `dedup` on a local Ray: workers ask one index, which may die."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from support import label_fakes
+from support.label_fakes import FakeEngine, slow_engine, write_images
+
+from lumen_ray.label.content_index import ContentIndex, RemoteIndex, content_keys
+from lumen_ray.label.ledger import Ledger
+from lumen_ray.label.pipeline import label
+
+pytestmark = pytest.mark.ray
+OPTIONS = {"tasks": ["segment", "caption"], "classes": ["square"], "fragment_size": 4, "exports": (), "dedup": True}
+
+
+@pytest.fixture(scope="module")
+def local_ray():
+    from lumen_ray.ray_env import init_local, prepare_environment
+
+    prepare_environment()
+    import ray
+
+    init_local()
+    ray.cloudpickle.register_pickle_by_value(label_fakes)  # the workers cannot import this folder
+    yield ray
+    ray.cloudpickle.unregister_pickle_by_value(label_fakes)
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """24 different images, then two copies of each."""
+    folder = write_images(tmp_path_factory.mktemp("in"), 24)
+    for i in range(24):
+        for name in ("y", "z"):
+            shutil.copy(folder / f"image{i:03d}.png", folder / f"{name}{i:03d}.png")
+    return folder
+
+
+def check(output, folder):
+    """Every image has its rows once, and the labels of its pixels; returns the ids of the copied ones."""
+    rows = [row for path in (output / "labels").glob("*.parquet") for row in pq.read_table(path).to_pylist()]
+    assert Counter(row["image_id"] for row in rows) == {path.name: 2 for path in folder.iterdir()}
+    boxes = {row["image_id"]: row["box"] for row in rows if row["task"] == "segment"}
+    assert all(boxes[name] == boxes[f"image{name[-7:]}"] for name in boxes)
+    return {row["image_id"] for row in rows if row["duplicate_of"] is not None}
+
+
+def test_actors_copy_from_each_other_and_from_earlier_runs(local_ray, photos, tmp_path):
+    summary = label(slow_engine, photos, tmp_path / "out", num_actors=2, **OPTIONS)
+    copied = check(tmp_path / "out", photos)
+    assert summary["copied"] == len(copied) >= 30 and summary["images"] == 72
+    assert 0.2 < summary["model_busy"] <= 1
+    removed = sorted((tmp_path / "out" / "ledger").glob("00001*.json"))
+    for entry in removed:
+        entry.unlink()
+    summary = label(slow_engine, photos, tmp_path / "out", num_actors=1, **OPTIONS)
+    assert summary["finished_before"] == 72 - 4 * len(removed)
+    assert check(tmp_path / "out", photos) >= {f"z{i:03d}.png" for i in range(16, 24)}
+
+
+@pytest.mark.parametrize("is_restarted", [True, False])
+def test_a_job_goes_on_without_its_index(local_ray, photos, tmp_path, monkeypatch, is_restarted):
+    started = []
+    start = RemoteIndex.start
+    monkeypatch.setattr(RemoteIndex, "start", lambda output: started.append(start(output)) or started[-1])
+
+    def kill(status):
+        if status.done and len(started) == 1:
+            started.append(None)
+            local_ray.kill(started[0]._actor, no_restart=not is_restarted)
+
+    label(slow_engine, photos, tmp_path / "out", num_actors=1, progress=kill, **OPTIONS)
+    copied = check(tmp_path / "out", photos)
+    assert len(started) == 2 and bool(copied) == is_restarted
+
+
+def test_an_index_that_was_killed_reads_what_was_published(local_ray, photos, tmp_path):
+    label(FakeEngine, photos, tmp_path / "out", num_actors=0, **OPTIONS)
+    index, expected = RemoteIndex.start(str(tmp_path / "out")), ContentIndex(str(tmp_path / "out"))
+    keys = content_keys(pq.read_table(tmp_path / "out" / "labels")["sha256"].to_pylist())
+    assert index.find(keys).tolist() == expected.find(keys).tolist() and (expected.find(keys) >= 0).all()
+    local_ray.kill(index._actor, no_restart=False)
+    index._asks_again = 0
+    for _ in range(20):  # it is away for a moment
+        if (found := index.find(keys)).max() >= 0:
+            break
+        index._asks_again = 0
+    assert found.tolist() == expected.find(keys).tolist()
+    index.add(content_keys(["ab" * 32]), 99)
+    assert index.find(content_keys(["ab" * 32])).tolist() == [99]
+
+
+DRIVER = """
+import sys
+from support import label_fakes
+from support.label_fakes import slow_engine
+from lumen_ray.label.pipeline import label
+from lumen_ray.ray_env import init_local, prepare_environment
+
+prepare_environment()
+import ray
+
+init_local()
+ray.cloudpickle.register_pickle_by_value(label_fakes)
+summary = label(slow_engine, *sys.argv[1:], tasks=["segment", "caption"], classes=["square"], fragment_size=4,
+                exports=(), num_actors=2, dedup=True)
+assert summary["images"] == summary["labelled"] == 72, summary
+"""
+
+
+def test_a_killed_job_leaves_nothing_missing_or_doubled(photos, tmp_path):
+    """Driver, workers and index are processes of their own, all killed at once."""
+    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+    without_ray = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    ledger = Ledger(tmp_path / "out")
+
+    def start():
+        return subprocess.Popen(
+            [sys.executable, "-c", DRIVER, str(photos), str(tmp_path / "out")],
+            env=without_ray | {"PYTHONPATH": path},
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    job = start()
+    ends = time.monotonic() + 120
+    while len(ledger.done()) < 8:  # two of which hold copies
+        assert job.poll() is None, job.stderr.read()[-2000:]
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    assert 8 <= len(ledger.done()) < 18
+    job = start()
+    _, errors = job.communicate(timeout=240)
+    assert job.returncode == 0, errors[-2000:]
+    assert len(check(tmp_path / "out", photos)) >= 30
