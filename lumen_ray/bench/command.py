@@ -183,6 +183,13 @@ def _check_label_command(args: argparse.Namespace) -> None:
     _check_prompts(args)
 
 
+def _plan(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
+    from lumen_ray.bench import plan
+
+    given = {"model": args.model, "turns": args.turns, "images": args.images, "tasks": args.tasks}
+    return plan.bench(folder, **_set(given))
+
+
 def _yolo(args: argparse.Namespace, folder: Path) -> list[Result]:
     from lumen_ray.bench import yolo
 
@@ -210,6 +217,7 @@ KINDS: dict[str, dict[str, Bench]] = {
         "worker": Bench(_label, _check_prompts),
         "command": Bench(_label_command, _check_label_command, optional=True),
     },
+    "plan": {"plan": Bench(_plan, _check_prompts)},
     "yolo": {"yolo": Bench(_yolo, _check_yolo)},
     "decoders": {
         "grounding_dino": Bench(_grounding_dino, lambda args: None),
@@ -251,6 +259,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--threads", type=int, help="threads of each side of worker (default: 1)")
     p.add_argument("--against", metavar="CHECKOUT", help="folder of another checkout, for command")
     p.add_argument("--images", type=int, help="images of command (default: 2048)")
+    p = _add_kind(kinds, "plan", "what 'lumen-ray plan' predicts of labelling with 1 and 2 actors, against a run")
+    p.add_argument("--model", help="model folder, or name of bundled weights (default: nano)")
+    p.add_argument("--images", type=int, help="images of a run (default: 1024)")
+    p.add_argument("--tasks", help="tasks, comma separated (default: detect)")
     p = _add_kind(kinds, "yolo", "detection on photographs from JPEG bytes, against YOLOv8n")
     p.add_argument("--ultralytics", metavar="PYTHON", help="Python of an environment with ultralytics, to compare with")
     p.add_argument("--model", help="model folder, or name of bundled weights (default: nano-512 with random weights)")

@@ -283,7 +283,9 @@ class _Ray:
         finishing = []
         for _ in range(3):
             began = time.perf_counter()
-            ledger.remove_leftovers(), ledger.totals(), ledger.write_errors()
+            ledger.remove_leftovers()
+            ledger.totals()
+            ledger.write_errors()
             finishing.append((time.perf_counter() - began) / len(fragments))
         known: Any = _Planned(fragments)
         settings = replace(self._settings, model=null_engine, output=output, requests=())

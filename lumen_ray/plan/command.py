@@ -68,10 +68,10 @@ def _run(args: argparse.Namespace) -> None:
     from lumen_ray.plan.report import plan_label, print_report
     from lumen_ray.plan.settings import check_memory, stage_times
 
-    job, work, is_computed = _job(args, None if is_new else args.preset or args.model, recording)
+    job, work = _job(args, None if is_new else args.preset or args.model, recording)
     if job.gpus:
         check_memory(work, job)
-    report = plan_label(job, stage_times(job, work if is_computed else None, recording), work)
+    report = plan_label(job, stage_times(job, work, recording), work)
     if args.json:
         print(json.dumps(report.to_json(), indent=1))
     else:
@@ -122,8 +122,8 @@ def _calibrate(args: argparse.Namespace) -> Recording:
     return recording
 
 
-def _job(args: argparse.Namespace, model: str | None, recording: Recording | None) -> tuple[LabelJob, ModelWork, bool]:
-    """The job, the model's work, and whether the model's time is computed from it instead of recorded."""
+def _job(args: argparse.Namespace, model: str | None, recording: Recording | None) -> tuple[LabelJob, ModelWork]:
+    """The job, and the model's work."""
     from lumen_ray.plan.gpus import find_gpu
     from lumen_ray.plan.settings import IMAGE_MB, MEGAPIXELS, LabelJob, parse_count, read_model
     from lumen_ray.plan.work import count_work
@@ -152,7 +152,7 @@ def _job(args: argparse.Namespace, model: str | None, recording: Recording | Non
         num_classes=classes,
         gpus=gpus,
         actors=actors,
-        gpu=find_gpu(args.gpu or "h100") if gpus and (is_computed or args.gpu) else None,
+        gpu=find_gpu(args.gpu or "h100") if is_computed else None,
         cores=args.cores or of.cores,
         cpus_per_gpu=args.cpus_per_gpu,
         gpus_per_node=args.gpus_per_node,
@@ -166,7 +166,7 @@ def _job(args: argparse.Namespace, model: str | None, recording: Recording | Non
         mfu=args.mfu,
         seed=args.seed,
     )
-    return job, work, is_computed
+    return job, work
 
 
 def _numbers(args: argparse.Namespace, recording: Recording | None, is_computed: bool) -> tuple[int, int]:

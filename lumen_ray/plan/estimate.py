@@ -87,8 +87,7 @@ def window(cluster: Cluster, times: StageTimes, image_bytes: float, size: int, s
 
 
 def _window(part: Cluster, share: float, times: StageTimes, image_bytes: float, size: int, seed: int) -> Window:
-    first = next(n for n in range(MOST_PER_TASK**2) if task_size(n) >= size)
-    pipeline = Pipeline(part, times, image_bytes, first_task=first, is_warm=True, shared=share, seed=seed)
+    pipeline = Pipeline(part, times, image_bytes, fragments=size, is_warm=True, shared=share, seed=seed)
     each = max(1, 8 // size)  # tasks of an actor, more of short ones
     before = pipeline.run_to_task(part.actors * each)
     after = pipeline.run_to_task(2 * part.actors * each)

@@ -81,7 +81,7 @@ class Mark:
 class Pipeline:
     """A label job on a cluster.
 
-    images: of the whole job; None: without end. first_task: number of the first task, by which tasks have their size.
+    images: of the whole job; None: without end. fragments: of every task; None: as in a job, where tasks grow.
     is_warm: actors are up from the start. shared: the share of driver and lister that this (part of a) cluster has.
     """
 
@@ -92,7 +92,7 @@ class Pipeline:
         image_bytes: float,
         *,
         images: int | None = None,
-        first_task: int = 0,
+        fragments: int | None = None,
         is_warm: bool = False,
         shared: float = 1.0,
         seed: int = 0,
@@ -100,7 +100,7 @@ class Pipeline:
         self.cluster, self.times = cluster, times
         self.simulation = Simulation()
         self.images = self.tasks = 0
-        self._bytes, self._total, self._first, self._is_warm = image_bytes, images, first_task, is_warm
+        self._bytes, self._total, self._fragments, self._is_warm = image_bytes, images, fragments, is_warm
         rng = np.random.default_rng(seed)
         self._rng = rng
         batch = min(times.batch_size, FRAGMENT)
@@ -141,13 +141,13 @@ class Pipeline:
     def mark(self) -> Mark:
         spent = self._spent.copy()
         spent["storage"] = self._storage.done["reading"]  # bytes
-        spent["cores"] = sum(sum(node.done.values()) for node in self._nodes)  # type: ignore[assignment]
+        spent["cores"] = sum(sum(node.done.values()) for node in self._nodes)
         return Mark(self.simulation.now, self.images, self.tasks, spent)
 
     def _tasks(self) -> Iterator[_Task]:
-        left, number = self._total, self._first
+        left, number = self._total, 0
         while left is None or left > 0:
-            count = task_size(number) * FRAGMENT
+            count = (self._fragments or task_size(number)) * FRAGMENT
             count = count if left is None else min(count, left)
             sizes = [FRAGMENT] * (count // FRAGMENT) + ([count % FRAGMENT] if count % FRAGMENT else [])
             yield _Task(sizes)

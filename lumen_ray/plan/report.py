@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from rich.table import Table
 
@@ -17,12 +17,15 @@ from lumen_ray.label.runs import MOST_PER_TASK
 from lumen_ray.plan.estimate import MOST_ACTORS, Estimate, estimate
 from lumen_ray.plan.pipeline import FRAGMENT, TASKS_IN_FLIGHT, Cluster
 from lumen_ray.plan.settings import LabelJob
-from lumen_ray.plan.times import STAGES, StageTimes
+from lumen_ray.plan.times import STAGES, Source, StageTimes
 from lumen_ray.plan.work import ModelWork
 
 #: bytes of a process of Ray without a model, and of an actor's with torch, without and with CUDA's libraries: assumed
 PROCESS, ACTOR, CUDA_ACTOR = 0.5e9, 1.0e9, 3.0e9
-_PER = {"listing": "image", "reading": "image", "decoding": "image", "model": "batch", "publishing": "fragment"}
+_PER = {
+    "listing": "image", "reading": "image", "decoding": "image", "model": "batch", "publishing": "fragment",
+    "start": "actor", "finishing": "fragment",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -161,24 +164,25 @@ def _advice(name: str, job: LabelJob, times: StageTimes, report: PlanReport) -> 
 
 
 def print_report(report: PlanReport) -> None:
-    """Prints the plan as tables."""
+    """Prints the plan: stages as a table, where their times come from, totals, and the bottleneck."""
     job, found = report.job, report.found
     where = f"{job.gpus} GPUs" + (f" ({job.gpu.name})" if job.gpu else "") if job.gpus else f"{job.actors} actors"
     tasks = ",".join(job.tasks)
     say(f"label {job.images:,} images, '{report.work.preset}', {tasks}, {job.num_classes} classes, on {where}")
-    stages = Table("stage", "time", "per", "source", "busy", "twice as fast", box=None, pad_edge=False)
+    table = Table("stage", "time", "per", "source", "busy", "twice as fast", box=None, pad_edge=False)
     for name, stage in report.times.stages.items():
         is_stage = name in STAGES
         busy, gain = (f"{found.window.busy[name]:.0%}", f"x{found.gains[name]:.2f}") if is_stage else ("", "")
-        per = _PER.get(name, {"start": "actor", "finishing": "fragment"}.get(name, "task"))
+        per = _PER.get(name, "task")
         per = f"{per} of {report.times.batch_size}" if per == "batch" else per
-        source = stage.source + (f" ({stage.note})" if stage.note else "")
-        stages.add_row(name, duration(stage.mean), per, source, busy, gain)
-    console.print(stages)
-    totals = Table(box=None, pad_edge=False, show_header=False)
+        table.add_row(name, duration(stage.mean), per, stage.source, busy, gain)
+    console.print(table)
+    for source in get_args(Source):
+        notes = [f"{name} ({s.note})" for name, s in report.times.stages.items() if s.source == source and s.note]
+        if notes:
+            say(f"{source}: {', '.join(notes)}")
     for name, value in _totals(report):
-        totals.add_row(name, value)
-    console.print(totals)
+        say(f"{name:<13} {value}")
     say(report.sentence())
 
 

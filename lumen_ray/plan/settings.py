@@ -1,8 +1,7 @@
-"""What a labelling job is planned for: images, model, cluster and store, with what is assumed where nothing is known."""
+"""What a labelling job is planned for: images, model, cluster and store; and what is assumed of stages not recorded."""
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from lumen_ray.label.workers import FETCHED_AT_ONCE
 from lumen_ray.plan.gpus import Gpu
 from lumen_ray.plan.recording import Recording
 from lumen_ray.plan.times import Stage, StageTimes
-from lumen_ray.structures import Dtype
+from lumen_ray.structures import Dtype, check_dtype
 
 if TYPE_CHECKING:
     from lumen_ray.model.settings import ModelSettings
@@ -44,21 +43,29 @@ class LabelJob:
     images: int
     tasks: tuple[str, ...]
     num_classes: int
-    gpus: int
-    actors: int
-    gpu: Gpu | None
-    cores: int
-    cpus_per_gpu: float
-    gpus_per_node: int
-    image_mb: float
-    megapixels: float
-    storage: float | None
-    usd_per_hour: float | None
-    losses_per_hour: float
-    batch_size: int
-    dtype: Dtype
-    mfu: float
-    seed: int
+    image_mb: float = IMAGE_MB
+    megapixels: float = MEGAPIXELS
+    batch_size: int = 8
+    dtype: Dtype = "bfloat16"
+    gpus: int = 0
+    gpu: Gpu | None = None
+    cpus_per_gpu: float = 12.0
+    gpus_per_node: int = 8
+    actors: int = 0
+    cores: int = 1
+    storage: float | None = None
+    usd_per_hour: float | None = None
+    losses_per_hour: float = 0.0
+    mfu: float = MFU
+    seed: int = 0
+
+    @classmethod
+    def recorded(cls, recording: Recording, images: int, actors: int) -> LabelJob:
+        """The job that was recorded, with other numbers, on the machine that it was recorded on."""
+        return cls(
+            images, tuple(recording.tasks), recording.num_classes, recording.image_bytes / 1e6, recording.megapixels,
+            recording.batch_size, check_dtype(recording.dtype), actors=actors, cores=recording.cores,
+        )  # fmt: skip
 
     @property
     def num_actors(self) -> int:
@@ -107,24 +114,19 @@ def check_memory(work: ModelWork, job: LabelJob) -> None:
     )
 
 
-def stage_times(job: LabelJob, work: ModelWork | None, recording: Recording | None) -> StageTimes:
-    """The stages of the job: recorded ones scaled to its images, else assumed ones; the model's by `work`, if given."""
-    if recording is not None:
-        times = _scaled(recording, job)
-    else:
-        assert work is not None, "without a recording the model's time is counted"
-        times = _assumed(job, work)
-    if work is None or job.gpu is None:
-        return times
+def stage_times(job: LabelJob, work: ModelWork, recording: Recording | None) -> StageTimes:
+    """The stages of the job: recorded ones scaled to its images, else assumed ones. On a kind of GPU, `job.gpu`, the
+    model's time is computed from its work; else it is the recorded one."""
+    if job.gpu is None:
+        assert recording is not None, "without a kind of GPU the model's time is recorded"
+        return _scaled(recording, job)
     seconds = work.seconds(job.batch_size, job.gpu, job.dtype, job.mfu)
     note = f"FLOPs of '{work.preset}' at {job.mfu:.0%} of the peak of a {job.gpu.name} in {job.dtype}"
-    return replace(
-        times,
-        model=Stage((seconds,), "computed", note),
-        start=_start(work, job),
-        batch_size=job.batch_size,
-        model_cores=1.0,
-    )
+    model = Stage((seconds,), "computed", note)
+    if recording is None:
+        return _assumed(job, work, model)
+    start = _start(work, job)
+    return replace(_scaled(recording, job), model=model, start=start, batch_size=job.batch_size, model_cores=1.0)
 
 
 def _start(work: ModelWork, job: LabelJob) -> Stage:
@@ -134,13 +136,13 @@ def _start(work: ModelWork, job: LabelJob) -> Stage:
     return Stage((START_S + weights / WEIGHTS_PER_S,), "assumed", f"{START_S:.0f} s, and weights at 1 GB/s")
 
 
-def _assumed(job: LabelJob, work: ModelWork) -> StageTimes:
+def _assumed(job: LabelJob, work: ModelWork, model: Stage) -> StageTimes:
     size = job.image_mb * 1e6
     return StageTimes(
         listing=Stage((LIST_S,), "assumed", "a bucket"),
         reading=Stage((REQUEST_S + size / STREAM,), "assumed", f"30 ms and 50 MB/s, {FETCHED_AT_ONCE} at once"),
         decoding=Stage((DECODE_S_PER_MEGAPIXEL * job.megapixels,), "assumed", "8 ms per megapixel"),
-        model=Stage((math.nan,), "computed"),
+        model=model,
         publishing=Stage((PUBLISH_S,), "assumed", "and 3 requests of 30 ms"),
         driver=Stage((DRIVER_S,), "assumed"),
         worker=Stage((WORKER_S,), "assumed"),
