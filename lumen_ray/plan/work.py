@@ -25,16 +25,17 @@ ANSWER_TOKENS = 24  # of a caption or an answer, assumed
 CLASS_CHUNK = 64  # branches of an image in a pass, as `Engine.run` has it
 KEYPOINTS = 17  # of the one class that poses are planned for
 TEXT = "how many things are in the picture ?"  # in place of a question, a sentence or an expression
-#: share of a GPU's memory bandwidth that writing a token reaches, and seconds to launch the kernels of one LLM layer:
-#: both assumed
-BANDWIDTH_SHARE, LAUNCH_S = 0.7, 2.5e-4
+#: assumed: the share of a GPU's memory bandwidth that writing a token reaches, seconds to launch the kernels of one
+#: layer, layers of a decoder, and seconds of the host for the records of an image
+BANDWIDTH_SHARE, LAUNCH_S, DECODER_LAYERS, RECORDS_S = 0.7, 2.5e-4, 12, 1e-3
 _CUDA = 1e9  # bytes of CUDA's context and of the allocator's slack, assumed
 
 
 @dataclass(frozen=True)
 class ModelWork:
     """flops: component -> FLOPs of one image, writing aside. token_flops: of one token of an answer. texts: answers in
-    text per image, of `answer_tokens` tokens each. passes: of the LLM per batch, besides a pass for each token.
+    text per image, of `answer_tokens` tokens each. passes: of the LLM of `layers` layers per batch, besides a pass for
+    each token. other_layers: of encoders and decoders.
 
     parameters, llm_parameters: of the trunk and the decoders in use, and of the LLM alone. kv_values,
     activation_values: numbers kept per image, of keys and values and at the widest point of the pass (estimated).
@@ -48,6 +49,7 @@ class ModelWork:
     answer_tokens: int
     passes: int
     layers: int
+    other_layers: int
     parameters: int
     llm_parameters: int
     kv_values: float
@@ -59,7 +61,8 @@ class ModelWork:
     def seconds(self, batch: int, gpu: Gpu, dtype: Dtype, mfu: float) -> float:
         """Seconds of a batch. mfu: share of the GPU's peak rate that the passes reach."""
         rate = gpu.peak(dtype) * mfu
-        together = max(batch * sum(self.flops.values()) / rate, self.passes * self.layers * LAUNCH_S)
+        launches = (self.passes * self.layers + self.other_layers) * LAUNCH_S
+        together = max(batch * sum(self.flops.values()) / rate, launches) + batch * RECORDS_S
         if not self.texts:
             return together
         reading = self.llm_parameters * BYTES[dtype] / (gpu.bandwidth * BANDWIDTH_SHARE)
@@ -149,6 +152,8 @@ def count_work(
         answer_tokens=answer_tokens,
         passes=1 + len(chunks) + bool(texts),
         layers=config.num_hidden_layers,
+        other_layers=DECODER_LAYERS * len(used)
+        + sum(each.model.config.num_hidden_layers for each in (trunk.vision.clip, trunk.vision.dinov2) if each),
         parameters=count_parameters(trunk) + sum(count_parameters(model.decoders[name]) for name in used),
         llm_parameters=count_parameters(trunk.llm),
         kv_values=2.0 * config.num_hidden_layers * kv_width * reach,

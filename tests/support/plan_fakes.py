@@ -6,7 +6,7 @@ from lumen_ray.plan.recording import Recording
 from lumen_ray.plan.times import Stage, StageTimes
 from lumen_ray.plan.work import ModelWork
 
-WORK = ModelWork("nano", {"vision": 1e9}, 1e6, 0, 24, 1, 3, 10**6, 10**5, 1e5, 1e5, ("light",), True, 128)
+WORK = ModelWork("nano", {"vision": 1e9}, 1e6, 0, 24, 1, 3, 18, 10**6, 10**5, 1e5, 1e5, ("light",), True, 128)
 
 
 def stage(*seconds):
