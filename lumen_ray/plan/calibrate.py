@@ -241,15 +241,20 @@ class _Ray:
 
     def measure(self) -> dict[str, list[float]]:
         """Samples of driver, worker, start and finishing."""
-        from lumen_ray.ray_env import init_local, shutdown
+        from lumen_ray.ray_env import init_local, prepare_environment, shutdown
 
+        prepare_environment()
+        import ray
+
+        was_running = ray.is_initialized()
         began = time.perf_counter()
         init_local()
         self.start_s = time.perf_counter() - began
         try:
             return {"start": [self._actor_start()], **self._tasks()}
         finally:
-            shutdown()
+            if not was_running:
+                shutdown()
 
     def _actor_start(self) -> float:
         """Seconds until an actor returns its first fragment, without the time that the model takes."""
