@@ -43,7 +43,7 @@ def bench(
             name = f"{actors} actor{'s' if actors > 1 else ''}"
             rates = {
                 name: (report.found.window.images_per_second, seen["images_per_second"]),
-                f"{name}, whole job": (images / report.found.seconds, images / seen["job_seconds"]),
+                f"{name}, whole job": (images / report.found.took.seconds, images / seen["job_seconds"]),
                 f"{name}, by CPU time": (1 / _cpu(report), seen["cpu_images"] / seen["all_cpu"]),
             }
             for each, (predicted, measured) in rates.items():

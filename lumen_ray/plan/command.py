@@ -31,6 +31,7 @@ def add_args(verbs: Any) -> None:
     p.add_argument("--tasks", type=comma_separated, help="tasks, comma separated (default: the recording's, or detect)")
     p.add_argument("--classes", type=int, metavar="N", help="number of classes (default: the recording's, or 80)")
     p.add_argument("--gpus", type=int, metavar="N", help="GPUs of the cluster, each with an actor")
+    p.add_argument("--within", type=float, metavar="HOURS", help="instead of --gpus: the fewest that need no longer")
     p.add_argument("--gpu", help="their kind, e.g. h100, a100 or l4 (default: h100)")
     p.add_argument("--cpus-per-gpu", type=float, default=12, metavar="N", help="CPUs for each of them (default: 12)")
     p.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs of a node (default: 8)")
@@ -65,13 +66,16 @@ def _run(args: argparse.Namespace) -> None:
         recording = Recording.load(Path(args.recorded))
     if is_new and args.images is None:
         return
-    from lumen_ray.plan.report import plan_label, print_report
+    from lumen_ray.plan.report import fewest_gpus, plan_label, print_report
     from lumen_ray.plan.settings import check_memory, stage_times
 
     job, work = _job(args, None if is_new else args.preset or args.model, recording)
     if job.gpus:
         check_memory(work, job)
-    report = plan_label(job, stage_times(job, work, recording), work)
+    times = stage_times(job, work, recording)
+    if args.within is not None:
+        job = fewest_gpus(job, times, args.within)
+    report = plan_label(job, times, work)
     if args.json:
         print(json.dumps(report.to_json(), indent=1))
     else:
@@ -94,7 +98,7 @@ def _check(args: argparse.Namespace) -> None:
         given = getattr(args, name)
         if given is not None and not given >= value:
             raise UserError(f"--{name.replace('_', '-')} is {given:g}; give {value} or more", "invalid_setting")
-    for name in ("image_mb", "megapixels", "storage_gbps"):
+    for name in ("image_mb", "megapixels", "storage_gbps", "within"):
         given = getattr(args, name)
         if given is not None and not 0 < given < float("inf"):
             raise UserError(f"--{name.replace('_', '-')} is {given:g}; give more than 0", "invalid_setting")
@@ -171,8 +175,12 @@ def _job(args: argparse.Namespace, model: str | None, recording: Recording | Non
 
 def _numbers(args: argparse.Namespace, recording: Recording | None, is_computed: bool) -> tuple[int, int]:
     """(GPUs, actors without one)."""
-    if args.gpus is not None and args.actors is not None:
-        raise UserError("--gpus and --actors are both given; --actors is for a machine without GPUs", "usage")
+    if (args.gpus is not None) + (args.actors is not None) + (args.within is not None) > 1:
+        raise UserError(
+            "give one of --gpus, --within, which finds their number, and --actors, for a machine without GPUs", "usage"
+        )
+    if args.within is not None:
+        return 1, 0
     if args.actors is not None:
         if recording is None or is_computed or recording.device != "cpu":
             raise UserError(
@@ -184,7 +192,8 @@ def _numbers(args: argparse.Namespace, recording: Recording | None, is_computed:
     if args.gpus is None or args.gpus < 1:
         given = "--gpus is not given" if args.gpus is None else f"--gpus is {args.gpus}"
         raise UserError(
-            f"{given}; give 1 or more GPUs, or --actors N with --recorded FILE for a machine without any", "no_gpus"
+            f"{given}; give 1 or more, --within HOURS, or --actors N with --recorded FILE for a machine without GPUs",
+            "no_gpus",
         )
     return args.gpus, 0
 

@@ -36,17 +36,13 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Duration:
     """start_s, label_s, finish_s: seconds until the first actor has its first task, until all images are labelled, and
-    until the summary is written. window: the job once it is under way. gains: stage -> rate with this stage twice as
-    fast, relative to the rate. bottleneck: a stage, "start" or "finishing". is_whole: the job was simulated whole."""
+    until the summary is written. is_whole: the job was simulated whole."""
 
     start_s: float
     label_s: float
     finish_s: float
-    window: Window
-    gains: dict[str, float]
-    bottleneck: str
     is_whole: bool
 
     @property
@@ -54,30 +50,42 @@ class Estimate:
         return self.start_s + self.label_s + self.finish_s
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """window: the job once it is under way. gains: stage -> rate with this stage twice as fast, relative to the rate.
+    bottleneck: a stage, "start" or "finishing"."""
+
+    took: Duration
+    window: Window
+    gains: dict[str, float]
+    bottleneck: str
+
+
 def estimate(cluster: Cluster, times: StageTimes, images: int, image_bytes: float, seed: int = 0) -> Estimate:
     """Simulates labelling `images` images of `image_bytes` bytes each. Equal seeds give equal results."""
-    batches = images / min(times.batch_size, FRAGMENT)
-    is_whole = batches <= WHOLE
+    took = duration(cluster, times, images, image_bytes, seed)
     size = task_size(_tasks(images) - 1)
-    start, finish = times.ray_start_s, times.finishing.mean * math.ceil(images / FRAGMENT)
-    if is_whole:
-        whole = Pipeline(cluster, times, image_bytes, images=images, seed=seed).run_to_end()
-        up = min(whole, max(times.start.samples))
-        start, label = start + up, whole - up
-        last = window(cluster, times, image_bytes, size, seed)
-    else:
-        start += max(times.start.samples)
-        windows = {each: window(cluster, times, image_bytes, each, seed) for each in SIZES}
-        last = windows[max(SIZES)]
-        label = _spread(images, {size: 1 / w.images_per_second for size, w in windows.items()})
-        label /= availability(cluster, times)
+    last = window(cluster, times, image_bytes, size, seed)
     gains = _gains(cluster, times, image_bytes, size, seed)
-    bottleneck = max(gains, key=lambda stage: (gains[stage], last.busy.get(stage, 0.0)))
+    bottleneck = max(gains, key=lambda stage: (gains[stage], last.busy[stage]))
     if gains[bottleneck] < _LEAST_GAIN:
         bottleneck = max(STAGES, key=lambda stage: last.busy[stage])
-    if max(start, finish) > label:
-        bottleneck = "start" if start > finish else "finishing"
-    return Estimate(start, label, finish, last, gains, bottleneck, is_whole)
+    if max(took.start_s, took.finish_s) > took.label_s:
+        bottleneck = "start" if took.start_s > took.finish_s else "finishing"
+    return Estimate(took, last, gains, bottleneck)
+
+
+def duration(cluster: Cluster, times: StageTimes, images: int, image_bytes: float, seed: int = 0) -> Duration:
+    """How long a job takes."""
+    start, up = times.ray_start_s, max(times.start.samples)
+    finish = times.finishing.mean * math.ceil(images / FRAGMENT)
+    if images / min(times.batch_size, FRAGMENT) <= WHOLE:
+        whole = Pipeline(cluster, times, image_bytes, images=images, seed=seed).run_to_end()
+        up = min(whole, up)
+        return Duration(start + up, whole - up, finish, True)
+    rates = {size: window(cluster, times, image_bytes, size, seed).images_per_second for size in SIZES}
+    label = _spread(images, {size: 1 / rate for size, rate in rates.items()}) / availability(cluster, times)
+    return Duration(start + up, label, finish, False)
 
 
 def window(cluster: Cluster, times: StageTimes, image_bytes: float, size: int, seed: int = 0) -> Window:

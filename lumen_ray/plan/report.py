@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 import pickle
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 from rich.table import Table
 
 from lumen_ray.console import console, say
 from lumen_ray.console import seconds as as_time
+from lumen_ray.errors import UserError
 from lumen_ray.label.inputs import Item
 from lumen_ray.label.plan import Fragment
 from lumen_ray.label.runs import MOST_PER_TASK
-from lumen_ray.plan.estimate import MOST_ACTORS, Estimate, estimate
+from lumen_ray.plan.estimate import MOST_ACTORS, Estimate, duration, estimate
 from lumen_ray.plan.pipeline import FRAGMENT, TASKS_IN_FLIGHT, Cluster
 from lumen_ray.plan.settings import LabelJob
 from lumen_ray.plan.times import STAGES, Source, StageTimes
@@ -40,7 +41,7 @@ class PlanReport:
 
     @property
     def hours(self) -> float:
-        return self.found.seconds / 3600
+        return self.found.took.seconds / 3600
 
     @property
     def cost(self) -> float | None:
@@ -96,13 +97,18 @@ class PlanReport:
         return f"Bottleneck: {name}{gain}; {_advice(name, job, times, self)}."
 
     def to_json(self) -> dict[str, Any]:
-        found, job = self.found, self.job
+        found, job, took = self.found, self.job, self.found.took
         return {
             "images": job.images,
             "actors": job.num_actors,
-            "seconds": {"start": found.start_s, "label": found.label_s, "finish": found.finish_s, "all": found.seconds},
+            "seconds": {
+                "start": found.took.start_s,
+                "label": found.took.label_s,
+                "finish": found.took.finish_s,
+                "all": found.took.seconds,
+            },
             "images_per_second": found.window.images_per_second,
-            "images_per_second_overall": job.images / found.seconds,
+            "images_per_second_overall": job.images / took.seconds,
             "bottleneck": found.bottleneck,
             "sentence": self.sentence(),
             "stages": {
@@ -118,14 +124,19 @@ class PlanReport:
             "storage_bytes_per_second": job.storage,
             "gpu_hours": self.hours * job.gpus,
             "usd": self.cost,
-            "simulated": "the whole job" if found.is_whole else "windows of the job",
+            "simulated": "the whole job" if took.is_whole else "windows of the job",
         }
 
 
 def plan_label(job: LabelJob, times: StageTimes, work: ModelWork) -> PlanReport:
     """Simulates a job (see `estimate`)."""
+    cluster = cluster_of(job)
+    return PlanReport(job, times, work, cluster, estimate(cluster, times, job.images, job.image_mb * 1e6, job.seed))
+
+
+def cluster_of(job: LabelJob) -> Cluster:
     per_node = min(job.gpus_per_node, job.gpus) if job.gpus else job.actors
-    cluster = Cluster(
+    return Cluster(
         actors=job.num_actors,
         actors_per_node=per_node,
         cores=job.cpus_per_gpu * per_node if job.gpus else job.cores,
@@ -134,7 +145,33 @@ def plan_label(job: LabelJob, times: StageTimes, work: ModelWork) -> PlanReport:
         on_one_machine=not job.gpus,
         losses_per_hour=job.losses_per_hour,
     )
-    return PlanReport(job, times, work, cluster, estimate(cluster, times, job.images, job.image_mb * 1e6, job.seed))
+
+
+def fewest_gpus(job: LabelJob, times: StageTimes, hours: float) -> LabelJob:
+    """The job on the fewest GPUs, to within 5 %, on which it takes no longer than `hours`.
+
+    Raises `UserError` if no number of GPUs is enough, since something else is at its limit.
+    """
+
+    def seconds(gpus: int) -> float:
+        cluster = cluster_of(replace(job, gpus=gpus))
+        return duration(cluster, times, job.images, job.image_mb * 1e6, job.seed).seconds
+
+    most, took = 1, seconds(1)
+    while took > hours * 3600:
+        before, most = took, 2 * most
+        took = seconds(most)
+        if took > hours * 3600 and took > 0.95 * before:
+            raise UserError(
+                f"no number of GPUs labels {job.images:,} images within {hours:g} hours: on {most} GPUs the job takes "
+                f"{took / 3600:.1f} hours, and more make it no shorter; give more hours, or --gpus {most} to see why",
+                "too_little_time",
+            )
+    few = most // 2
+    while most - few > max(1, most // 20):
+        middle = (few + most) // 2
+        few, most = (few, middle) if seconds(middle) <= hours * 3600 else (middle, most)
+    return replace(job, gpus=most)
 
 
 def _advice(name: str, job: LabelJob, times: StageTimes, report: PlanReport) -> str:
@@ -175,7 +212,7 @@ def print_report(report: PlanReport) -> None:
         busy, gain = (f"{found.window.busy[name]:.0%}", f"x{found.gains[name]:.2f}") if is_stage else ("", "")
         per = _PER.get(name, "task")
         per = f"{per} of {report.times.batch_size}" if per == "batch" else per
-        table.add_row(name, duration(stage.mean), per, stage.source, busy, gain)
+        table.add_row(name, with_unit(stage.mean), per, stage.source, busy, gain)
     console.print(table)
     for source in get_args(Source):
         notes = [f"{name} ({s.note})" for name, s in report.times.stages.items() if s.source == source and s.note]
@@ -187,15 +224,15 @@ def print_report(report: PlanReport) -> None:
 
 
 def _totals(report: PlanReport) -> list[tuple[str, str]]:
-    job, found = report.job, report.found
+    job, found, took = report.job, report.found, report.found.took
     rate = found.window.images_per_second
-    parts = f"start {as_time(found.start_s)}, labelling {as_time(found.label_s)}, finishing {as_time(found.finish_s)}"
+    parts = f"start {as_time(took.start_s)}, labelling {as_time(took.label_s)}, finishing {as_time(took.finish_s)}"
     each = f"{rate / job.num_actors:,.1f} by each {'GPU' if job.gpus else 'actor'}"
     unit = "GPU" if job.gpus else "actor"
     given = job.cpus_per_gpu if job.gpus else job.cores / job.actors
     storage = "" if job.storage is None else f", of {job.storage / 1e9:,.2f} GB/s"
     rows = [
-        ("time", f"{as_time(found.seconds)} ({parts})"),
+        ("time", f"{as_time(took.seconds)} ({parts})"),
         ("rate", f"{rate:,.0f} images/s once under way, {each}"),
         (f"CPUs per {unit}", f"{report.cpus_wanted:.1f} keep the model busy; {given:g} given"),
         ("memory", ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in report.memory.items())),
@@ -208,13 +245,13 @@ def _totals(report: PlanReport) -> list[tuple[str, str]]:
         rows.append(("cost", f"{report.cost:,.0f} USD"))
     if job.losses_per_hour:
         rows.append(("lost nodes", f"{job.losses_per_hour * report.hours:,.0f} expected"))
-    whole = "the whole job" if found.is_whole else "parts of the job, extrapolated"
-    some = f", {MOST_ACTORS} of the actors" if job.num_actors > MOST_ACTORS and not found.is_whole else ""
+    whole = "the whole job" if took.is_whole else "parts of the job, extrapolated"
+    some = f", {MOST_ACTORS} of the actors" if job.num_actors > MOST_ACTORS and not took.is_whole else ""
     rows.append(("simulated", whole + some))
     return rows
 
 
-def duration(value: float) -> str:
+def with_unit(value: float) -> str:
     """Seconds with a unit: ``0.0123 -> "12.3 ms"``."""
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if value >= size:

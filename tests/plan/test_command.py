@@ -88,6 +88,17 @@ def test_lost_nodes_make_a_job_longer(capsys, recorded):
     assert lossy["seconds"]["label"] > 1.02 * calm["seconds"]["label"]
 
 
+def test_the_fewest_gpus_for_a_time(capsys, recorded):
+    words = ("--recorded", recorded, "--images", "2M")
+    found = planned(capsys, *words, "--within", "0.5")
+    hours = found["seconds"]["all"] / 3600
+    assert 0.4 < hours <= 0.5
+    fewer = planned(capsys, *words, "--gpus", str(round(found["actors"] * 0.9)))
+    assert fewer["seconds"]["all"] / 3600 > 0.5
+    status, _, err = plan(capsys, *words, "--within", "0.01", "--storage-gbps", "0.1")
+    assert status == cli.EXIT_USER_ERROR and "no number of GPUs labels 2,000,000 images within 0.01 hours" in err
+
+
 PRESET = ("--preset", "7b", "--images", "1M")
 
 
@@ -96,10 +107,13 @@ PRESET = ("--preset", "7b", "--images", "1M")
     [
         (("--gpus", "8"), "nothing to plan: give --images N"),
         (("--images", "1M", "--gpus", "8"), "no model is given"),
-        ((*PRESET, "--gpus", "0"), "--gpus is 0; give 1 or more GPUs, or --actors N with --recorded FILE"),
-        (PRESET, "--gpus is not given; give 1 or more GPUs"),
+        (
+            (*PRESET, "--gpus", "0"),
+            "--gpus is 0; give 1 or more, --within HOURS, or --actors N with",
+        ),
+        (PRESET, "--gpus is not given; give 1 or more"),
         ((*PRESET, "--actors", "2"), "--actors plans for CPUs, whose rate cannot be computed from a preset"),
-        ((*PRESET, "--actors", "2", "--gpus", "8"), "--gpus and --actors are both given"),
+        ((*PRESET, "--actors", "2", "--gpus", "8"), "give one of --gpus, --within, which finds"),
         (("--preset", "nanno", "--images", "1M", "--gpus", "8"), "did you mean 'nano'?"),
         ((*PRESET, "--gpus", "8", "--gpu", "h1000"), "unknown gpu 'h1000'; did you mean 'h100'?"),
         ((*PRESET, "--gpus", "8", "--tasks", "detct"), "unknown task 'detct'; did you mean 'detect'?"),

@@ -69,11 +69,11 @@ def test_the_bottleneck_is_named(cluster, stages, name):
 
 def test_a_job_is_simulated_from_its_start_to_its_end():
     found = estimate(EIGHT, times(model=0.8, start=30.0, finishing=0.01, ray_start_s=5.0), 8_000, 1e6)
-    assert found.is_whole
-    assert found.start_s == pytest.approx(35)
-    assert found.label_s == pytest.approx(100, rel=0.1)  # the last tasks do not end together
-    assert found.finish_s == pytest.approx(2.5)
-    assert found.seconds == pytest.approx(found.start_s + found.label_s + found.finish_s)
+    assert found.took.is_whole
+    assert found.took.start_s == pytest.approx(35)
+    assert found.took.label_s == pytest.approx(100, rel=0.1)  # the last tasks do not end together
+    assert found.took.finish_s == pytest.approx(2.5)
+    assert found.took.seconds == pytest.approx(found.took.start_s + found.took.label_s + found.took.finish_s)
 
 
 @pytest.mark.parametrize(
@@ -89,8 +89,8 @@ def test_parts_of_a_job_say_what_the_whole_says(monkeypatch, stages):
     whole = estimate(EIGHT, given, images, 1e6)
     monkeypatch.setattr(module, "WHOLE", 0)
     parts = estimate(EIGHT, given, images, 1e6)
-    assert whole.is_whole and not parts.is_whole
-    assert parts.seconds == pytest.approx(whole.seconds, rel=0.03)
+    assert whole.took.is_whole and not parts.took.is_whole
+    assert parts.took.seconds == pytest.approx(whole.took.seconds, rel=0.03)
 
 
 def test_a_share_of_a_large_cluster_stands_for_it(monkeypatch):
@@ -124,15 +124,15 @@ def test_lost_nodes_cost_what_the_long_estimate_says():
 
 def test_seeds_give_equal_results_and_others_do_not():
     given = times(model=(0.1, 0.5, 2.0))
-    one, same, other = (estimate(EIGHT, given, 20_000, 1e6, seed).seconds for seed in (0, 0, 1))
+    one, same, other = (estimate(EIGHT, given, 20_000, 1e6, seed).took.seconds for seed in (0, 0, 1))
     assert one == same != other
 
 
 def test_a_hundred_million_images_on_64_gpus():
     cluster = Cluster(actors=64, cores=96, actors_per_node=8, threads=4, storage=1e12)
     found = estimate(cluster, times(**MODEL, driver=0.007, listing=1e-4), 100_000_000, 5e5)
-    assert found.label_s == pytest.approx(100_000_000 / 640, rel=0.03)
-    assert found.bottleneck == "model" and not found.is_whole
+    assert found.took.label_s == pytest.approx(100_000_000 / 640, rel=0.03)
+    assert found.bottleneck == "model" and not found.took.is_whole
 
 
 @settings(deadline=None, max_examples=15)
