@@ -90,6 +90,9 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError("--recorded replays a recording and --calibrate makes one; give one of them", "usage")
     if args.calibrate and args.preset:
         raise UserError("--calibrate measures a model with weights; give --model instead of --preset", "usage")
+    output = Path(args.output)
+    if args.calibrate and (output.is_dir() or not output.parent.is_dir()):
+        raise UserError(f"--output '{output}' cannot be written; give a file in a folder that exists", "invalid_output")
     least = {
         "gpus_per_node": 1, "cpus_per_gpu": 1, "actors": 1, "cores": 1, "batch_size": 1, "answer_tokens": 1,
         "classes": 1, "losses_per_hour": 0, "usd_per_hour": 0,

@@ -99,6 +99,26 @@ def test_the_fewest_gpus_for_a_time(capsys, recorded):
     assert status == cli.EXIT_USER_ERROR and "no number of GPUs labels 2,000,000 images within 0.01 hours" in err
 
 
+def test_a_calibration_is_written_and_planned_with(tmp_path, capsys, monkeypatch):
+    given = []
+
+    def calibrate(source, **options):
+        given.append((source, options["model"], options["tasks"], options["classes"]))
+        return recording()
+
+    monkeypatch.setattr("lumen_ray.plan.calibrate.calibrate", calibrate)
+    path = tmp_path / "new.json"
+    words = ("--calibrate", "photos", "--tasks", "detect", "--classes", "12", "--output", str(path))
+    status, out, _ = plan(capsys, *words)
+    assert status == 0 and f"recording -> {path}" in out and "Bottleneck" not in out
+    assert given == [("photos", "nano", ["detect"], [f"object {n}" for n in range(12)])]
+    status, out, _ = plan(capsys, *words, "--images", "1000", "--actors", "2")
+    assert status == 0 and "on 2 actors" in out and "Bottleneck: " in out
+    status, _, err = plan(capsys, "--calibrate", "photos", "--output", str(tmp_path / "no" / "r.json"))
+    assert status == cli.EXIT_USER_ERROR and "cannot be written; give a file in a folder that exists" in err
+    assert len(given) == 2
+
+
 PRESET = ("--preset", "7b", "--images", "1M")
 
 
