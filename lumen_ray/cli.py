@@ -1,4 +1,4 @@
-"""`lumen-ray`: quickstart, prepare, data, train, evaluate, calibrate, label, serve, convert, doctor.
+"""`lumen-ray`: quickstart, prepare, data, train, evaluate, calibrate, label, serve, convert, plan, doctor.
 
 Each verb is a function of `lumen_ray.api` behind options, with a progress bar and a line on what was written. Heavy
 imports happen inside the functions, so that `--help` and error messages come at once.
@@ -26,6 +26,7 @@ from lumen_ray.errors import UserError, suggest
 from lumen_ray.label import command as label_command
 from lumen_ray.model.convert import command as convert
 from lumen_ray.options import decoders_arg, device_arg, dtype_arg, exemplars_arg, model_arg, say_bundled
+from lumen_ray.plan import command as plan_command
 from lumen_ray.ray_env import prepare_environment
 from lumen_ray.version import __version__
 
@@ -70,6 +71,7 @@ def _parser_and_verbs() -> tuple[argparse.ArgumentParser, list[str]]:
     label_command.add_args(verbs, _Parser)
     _serve_args(verbs)
     convert.add_args(verbs, _Parser)
+    plan_command.add_args(verbs)
     doctor.add_args(verbs)
     return parser, list(verbs.choices)
 

@@ -32,14 +32,16 @@ LAYERS = (
     ("inference", "train"),
     ("footprint", "exemplar_file", "options", "wire"),
     ("label", "evaluate", "serve"),
-    ("api", "callable_package", "bench"),
+    ("api", "callable_package", "bench", "plan"),
     ("cli", "quickstart", "doctor", "lumen_ray"),
 )  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 #: layers whose members import each other; elsewhere the packages of a layer stay apart
 SHARED = {0, RANK["decoders"], RANK["api"], RANK["cli"]}
 #: modules of the command line that live beside what they run
-COMMANDS = ("data.command", "model.convert.command", "label.command", "bench.command", "bench.kinds")
+COMMANDS = (
+    "data.command", "model.convert.command", "label.command", "bench.command", "bench.kinds", "plan.command",
+)  # fmt: skip
 #: packages that can be called as a function of the API
 CALLABLE = ("train", "label", "evaluate", "serve")
 

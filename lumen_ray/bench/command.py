@@ -54,6 +54,10 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--numbers", type=_numbers, help="numbers of images of scale, comma separated (default: 1000,100000,1000000)"
     )
+    p = _add_kind(kinds, "plan", "what 'lumen-ray plan' predicts of labelling with 1 and 2 actors, against a run")
+    p.add_argument("--model", help="model folder, or name of bundled weights (default: nano)")
+    p.add_argument("--images", type=int, help="images of a run (default: 1024)")
+    p.add_argument("--tasks", help="tasks, comma separated (default: detect)")
     p = _add_kind(kinds, "yolo", "detection on photographs from JPEG bytes, against YOLOv8n")
     p.add_argument("--ultralytics", metavar="PYTHON", help="Python of an environment with ultralytics, to compare with")
     p.add_argument("--model", help="model folder, or name of bundled weights (default: nano-512 with random weights)")

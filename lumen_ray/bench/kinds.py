@@ -181,6 +181,13 @@ def _label_scale(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
     return label_scale.bench(folder, **_set({"numbers": args.numbers}))
 
 
+def _plan(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
+    from lumen_ray.bench import plan
+
+    given = {"model": args.model, "turns": args.turns, "images": args.images, "tasks": args.tasks}
+    return plan.bench(folder, **_set(given))
+
+
 def _yolo(args: argparse.Namespace, folder: Path) -> list[Result]:
     from lumen_ray.bench import yolo
 
@@ -209,6 +216,7 @@ KINDS: dict[str, dict[str, Bench]] = {
         "command": Bench(_label_command, _check_label_command, optional=True),
         "scale": Bench(_label_scale, lambda args: None, optional=True),
     },
+    "plan": {"plan": Bench(_plan, _check_prompts)},
     "yolo": {"yolo": Bench(_yolo, _check_yolo)},
     "decoders": {
         "grounding_dino": Bench(_grounding_dino, lambda args: None),

@@ -24,6 +24,8 @@ _TASKS_PER_STEP = 64
 #: by default an actor is started for this many images, as it takes seconds to load the model
 _IMAGES_PER_ACTOR = 64
 _MOST_CPU_ACTORS = 8
+#: decoding threads of an actor with a GPU on a cluster
+THREADS_PER_GPU = 4
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,16 @@ class Work:
         number = 0
         for fragment in self.fragments():
             group.append(fragment)
-            if len(group) >= min(MOST_PER_TASK, 1 + number // _TASKS_PER_STEP):
+            if len(group) >= task_size(number):
                 yield group
                 group, number = [], number + 1
         if group:
             yield group
+
+
+def task_size(number: int) -> int:
+    """The fragments of task `number`, counted from 0."""
+    return min(MOST_PER_TASK, 1 + number // _TASKS_PER_STEP)
 
 
 @dataclass(frozen=True)
@@ -162,7 +169,7 @@ def actor_resources(
     _check_resources(available, pool[0], on_gpu)
     cores = _local_cores()
     most = min(pool[-1], max(pool[0], int(available.get("GPU" if on_gpu else "CPU", 1))))
-    threads = 1 if cores is None and not on_gpu else max(1, (cores or 4 * most) // most)
+    threads = 1 if cores is None and not on_gpu else max(1, (cores or THREADS_PER_GPU * most) // most)
     settings = replace(settings, threads=threads)
     if on_gpu:
         return settings, (0, 1)

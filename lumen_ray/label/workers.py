@@ -39,7 +39,8 @@ from lumen_ray.label.reading import ImageInHand, read_images
 from lumen_ray.presets import model_folder
 
 _SAMPLE_BYTES = 1 << 20
-_FETCHED_AT_ONCE = 8
+#: images of a store that an actor fetches at once
+FETCHED_AT_ONCE = 8
 #: of `StoreError`: where no image of a fragment can be read for these, the job stops instead of recording all of them
 _STORE_REASONS = ("store_unreachable", "unknown_store")
 
@@ -128,7 +129,7 @@ class Labeller:
         self._reader = ThreadPoolExecutor(1, "label-read")
         threads = settings.threads or 1
         self._decoders = ThreadPoolExecutor(threads, "label-decode") if threads > 1 else None
-        self._fetchers = ThreadPoolExecutor(_FETCHED_AT_ONCE, "label-fetch")
+        self._fetchers = ThreadPoolExecutor(FETCHED_AT_ONCE, "label-fetch")
         self._row_groups = Reader()
         self._duplicates = Duplicates(self.ledger, settings.index) if settings.index is not None else None
         self._busy_seconds = 0.0

@@ -72,7 +72,7 @@ def test_labels_by_window_are_those_of_decoded_images(tmp_path, monkeypatch):
         patched.setattr(windows.TiffWindows, "read", counted)
         patched.setattr(windows.find_large, "__defaults__", (100_000,))
         parts = label(WideEngine, source, tmp_path / "parts", tiles=tiles, **OPTIONS)
-    assert len(opened) > len(tiles.windows((700, 700)))
+    assert len(opened) >= len(tiles.windows((700, 700)))
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     assert parts["labelled"] == whole["labelled"] == 3 and parts["reasons"] == whole["reasons"] == {"broken_image": 1}
     assert parts["instances"]["detect"] >= 5
