@@ -354,6 +354,7 @@ def export_labels(
     copy_images: bool = False,
     image_url: str | None = None,
     review_budget: int = 100,
+    gallery_images: int | None = 1000,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Writes the labels of a folder in the formats of annotation tools and trainers; returns what it wrote.
@@ -366,6 +367,7 @@ def export_labels(
     copy_images: copy image files, for formats that have them, instead of linking them where the disk allows.
     image_url: prefix of the images' addresses in Label Studio; None: its local files.
     review_budget: images that format "review" chooses.
+    gallery_images: images that format "gallery" shows, the first of the input; None: all.
     progress: called with (format, images done, images in all).
 
     Each export is whole or not there at all, and replaces an earlier one of its format. Returns format -> ``output``
@@ -386,7 +388,7 @@ def export_labels(
         _names(formats),
         None if output is None else fspath(output),
         tasks=None if tasks is None else _names(tasks),
-        settings=ExportSettings(max_images_per_file, copy_images, image_url, review_budget),
+        settings=ExportSettings(max_images_per_file, copy_images, image_url, review_budget, gallery_images),
         progress=progress,
     )
 

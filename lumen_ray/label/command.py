@@ -138,6 +138,12 @@ def _export_parser(parser_class: type) -> argparse.ArgumentParser:
     p.add_argument(
         "--review-budget", type=int, default=100, metavar="N", help="images that review chooses (default: 100)"
     )
+    p.add_argument(
+        "--gallery-images",
+        default="1000",
+        metavar="N|all",
+        help="images that gallery shows, the first of the input (default: 1000)",
+    )
     p.set_defaults(run=_export)
     return p
 
@@ -239,7 +245,15 @@ def actor_numbers(text: str) -> int | range | None:
     raise UserError(f"--actors is '{text}'; give a number such as 4, a range such as 1:32, or auto", "invalid_setting")
 
 
+def gallery_images(text: str) -> int | None:
+    """The value of ``--gallery-images``; None for "all". Raises `UserError` for others."""
+    if text != "all" and not (text.isdecimal() and int(text)):
+        raise UserError(f"--gallery-images is '{text}'; give a number of images from 1, or all", "invalid_setting")
+    return None if text == "all" else int(text)
+
+
 def _export(args: argparse.Namespace) -> None:
+    shown = gallery_images(args.gallery_images)
     with bar("export") as progress:
         written = api.export_labels(
             args.labels,
@@ -250,6 +264,7 @@ def _export(args: argparse.Namespace) -> None:
             copy_images=args.copy_images,
             image_url=args.image_url,
             review_budget=args.review_budget,
+            gallery_images=shown,
             progress=lambda name, done, total: progress.update(done, total, name),
         )
     for name, found in written.items():

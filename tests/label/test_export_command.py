@@ -37,7 +37,7 @@ def fails(capsys, *argv):
 def test_the_command_writes_each_format_into_a_folder_of_its_name(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert cli.main(["label", "export", str(folder), "--format", "coco, csv,gallery", "--output", str(out)]) == 0
-    assert sorted(os.listdir(out)) == ["coco", "csv", "gallery.html"]
+    assert sorted(os.listdir(out)) == ["coco", "csv", "gallery", "gallery.html"]
     printed = capsys.readouterr().out
     assert f"coco: 5 images, detect, segment, pose, caption, vqa -> {out}/coco" in printed
     assert cli.main(["label", "export", str(folder), "--format", "voc", "--tasks", "pose"]) == 0

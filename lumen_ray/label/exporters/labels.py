@@ -115,6 +115,15 @@ class Labels:
         for images in self._tables(lambda image_id: image_id):
             yield from images
 
+    def fragments(self) -> Iterator[tuple[tuple[Item, ...], list[LabelledImage], list[dict[str, str]]]]:
+        """Per fragment of the job, in input order: its images, those of them that were labelled, and the errors of the
+        others, rows of `ERROR_SCHEMA`; no errors where `only` limits the images."""
+        done = self.ledger.done()
+        finished = (fragment for fragment in self.ledger.plan().fragments() if fragment.index in done)
+        for fragment, images in zip(finished, self._tables(lambda image_id: image_id), strict=True):
+            entry = self.ledger.entry(fragment.index) if self.only is None else None
+            yield fragment.items, images, entry["errors"] if entry else []
+
     def parts(self, size: int | None) -> Iterator[tuple[str, Iterator[LabelledImage]]]:
         """`images` in parts of at most `size`: (ending of the part's file name, its images), "" if one part holds all.
 

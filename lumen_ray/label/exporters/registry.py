@@ -41,7 +41,7 @@ EXPORTERS: dict[str, Format] = {
         Format("cvat", "CVAT for images 1.1: boxes, masks, points and tags in one XML", "cvat:Cvat"),
         Format("datumaro", "Datumaro JSON and images", "datumaro:Datumaro"),
         Format("fiftyone", "folders for FiftyOne's COCODetectionDataset importer", "fiftyone:FiftyOne"),
-        Format("gallery", "one HTML page with the first images", "gallery_page:Gallery"),
+        Format("gallery", "HTML page over any number of images, with filters and orders", "gallery_page:Gallery"),
         Format("imagefolder", "Hugging Face imagefolder: images and metadata.jsonl", "imagefolder:ImageFolder"),
         Format("labelme", "labelme JSON beside each image", "labelme:Labelme"),
         Format("labelstudio", "Label Studio predictions and labelling configuration", "labelstudio:LabelStudio"),
