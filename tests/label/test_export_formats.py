@@ -402,7 +402,7 @@ def test_pictures_get_the_suffix_of_their_format_and_formats_that_readers_do_not
     labels = made.write_labels(tmp_path / "labels", photos=folder, images=images)
     out = tmp_path / "out"
     out.mkdir()
-    written = [write_picture(image, found, out) for image, found in open_labels(labels).pictures()]
+    written = [write_picture(image.name, found, out) for image, found in open_labels(labels).pictures()]
     assert written == ["cut.jpg", "gif.png", "ok.jpeg", "wrong.jpg"]
     assert os.path.samefile(out / "ok.jpeg", folder / "ok.jpeg")
     assert not os.path.samefile(out / "cut.jpg", folder / "cut.jpg"), "some readers write such a file again in place"

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from lumen_ray.data.images import decode_reduced
-from lumen_ray.errors import UserError
+from lumen_ray.label.exporters.image_files import changed_size
 from lumen_ray.label.exporters.labels import LabelledImage, Record
 from lumen_ray.label.gallery.layout import thousandths
 from lumen_ray.structures import Masks, Size
@@ -29,11 +29,7 @@ def write_thumbnail(data: bytes, size: Size, path: Path) -> Size:
     """
     picture = decode_reduced(data, THUMBNAIL_SIDE)
     if picture.size != size:
-        raise UserError(
-            f"the image has {picture.size[1]}x{picture.size[0]} pixels, {size[1]}x{size[0]} when it was labelled; "
-            "label it again in a new output folder",
-            "changed_image",
-        )
+        raise changed_size(picture.size, size)
     small = Image.fromarray(picture.pixels)
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     small.save(path, "JPEG", quality=_QUALITY)
