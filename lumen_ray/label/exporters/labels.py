@@ -114,9 +114,13 @@ class Labels:
         """The chosen tasks whose answers are texts."""
         return [task for task in self.tasks if get_task(task).is_text]
 
-    def images(self) -> Iterator[LabelledImage]:
-        """The labelled images in input order, named by their ids: paths that readers find the user's files by."""
-        for images in self._tables(lambda image_id: image_id):
+    def images(self, stems: bool = False) -> Iterator[LabelledImage]:
+        """The labelled images in input order, named by their ids: paths that readers find the user's files by.
+
+        stems: named as in `pictures`, for formats that write a file per image.
+        """
+        names = Names(self.stems)
+        for images in self._tables(lambda image_id: names.free(file_stem(image_id)) if stems else image_id):
             yield from images
 
     def fragments(self) -> Iterator[tuple[tuple[Item, ...], list[LabelledImage], list[dict[str, str]]]]:
@@ -128,12 +132,12 @@ class Labels:
             entry = self.ledger.entry(fragment.index) if self.only is None else None
             yield fragment.items, images, entry["errors"] if entry else []
 
-    def parts(self, size: int | None) -> Iterator[tuple[str, Iterator[LabelledImage]]]:
+    def parts(self, size: int | None, stems: bool = False) -> Iterator[tuple[str, Iterator[LabelledImage]]]:
         """`images` in parts of at most `size`: (ending of the part's file name, its images), "" if one part holds all.
 
         A part's images must be used up before the next part is asked for.
         """
-        yield from self._split(self.images(), lambda image: image.number, size)
+        yield from self._split(self.images(stems), lambda image: image.number, size)
 
     def pictures(self, kinds: Collection[str] = KINDS) -> Iterator[tuple[LabelledImage, Picture]]:
         """The labelled images with their encoded pictures, named by a stem without folders and dots.

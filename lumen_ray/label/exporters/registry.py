@@ -36,6 +36,7 @@ EXPORTERS: dict[str, Format] = {
     form.name: form
     for form in (
         Format("coco", "COCO JSON, one file per task", "coco:Coco"),
+        Format("coco-panoptic", "COCO panoptic: masks without overlaps as PNG and JSON", "coco_panoptic:CocoPanoptic"),
         Format("coco-results", "COCO results, the list that pycocotools' loadRes reads", "coco_results:CocoResults"),
         Format("csv", "one CSV row per instance or text", "csv_table:CsvTable"),
         Format("cvat", "CVAT for images 1.1: boxes, masks, points and tags in one XML", "cvat:Cvat"),
