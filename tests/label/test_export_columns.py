@@ -24,7 +24,7 @@ def folder(tmp_path_factory):
             row |= {"sha256": image_id * 2, "labelled_at": TIME}
             if image_id.startswith("B/"):
                 row["duplicate_of"] = "b/x y.png"
-            if row["task"] == "detect" and row["phrase"] == made.CLASSES[0]:
+            if row["task"] == "detect" and row["phrase"] == made.CLASSES[0] and not image_id.startswith("B/"):
                 row["verified"] = 0.5
         return found
 
@@ -39,15 +39,16 @@ def test_csv(folder):
     for row in table:
         assert row["sha256"] == row["image_id"] * 2 and datetime.fromisoformat(row["labelled_at"]) == TIME
         assert row["duplicate_of"] == ("b/x y.png" if row["image_id"].startswith("B/") else "")
-        is_asked = row["task"] == "detect" and row["phrase"] == made.CLASSES[0]
+        is_asked = row["task"] == "detect" and row["phrase"] == made.CLASSES[0] and not row["duplicate_of"]
         assert row["verified"] == ("0.5" if is_asked else "")
 
 
 def check(sample):
     assert sample["sha256"] == sample["image_id"] * 2 and datetime.fromisoformat(sample["labelled_at"]) == TIME
     assert sample["duplicate_of"] == ("b/x y.png" if sample["image_id"].startswith("B/") else None)
-    assert sample["detect"]["verified"] == ([] if sample["image_id"].startswith("nothing") else [0.5, None])
-    assert "presence" not in sample["detect"] and "agreement" not in sample["detect"]
+    is_asked = not sample["image_id"].startswith(("B/", "nothing"))
+    assert sample["detect"]["verified"] == ([0.5, None] if is_asked else [])
+    assert "presence" not in sample["detect"] and "verified" not in sample["segment"]
 
 
 def test_json_of_samples(folder):
@@ -72,3 +73,12 @@ def test_columns_without_a_value_are_left_out(tmp_path):
     assert head.endswith(",keypoints,text")
     line = json.loads((folder / "imagefolder" / "metadata.jsonl").read_text().splitlines()[0])
     assert list(line) == ["file_name", "image_id", "height", "width", *made.SETTINGS["tasks"]]
+
+
+def test_datasets_reads_them(folder, tmp_path):
+    datasets = pytest.importorskip("datasets")
+    data = str(folder / "imagefolder")
+    table = datasets.load_dataset("imagefolder", data_dir=data, split="train", cache_dir=str(tmp_path))
+    assert len(table) == 5
+    for row in table:
+        check(row)

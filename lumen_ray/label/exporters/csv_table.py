@@ -30,13 +30,14 @@ class CsvTable(Exporter):
         return True
 
     def write(self, labels: Labels, target: Path, settings: ExportSettings) -> None:
+        columns = labels.columns_of(*labels.tasks)
         for ending, images in labels.parts(settings.max_images_per_file):
             with (target / f"labels{ending}.csv").open("w", encoding="utf-8", newline="") as file:
                 writer = csv.writer(file)
-                writer.writerow(COLUMNS + labels.columns)
+                writer.writerow(COLUMNS + columns)
                 for image in images:
                     for task in labels.tasks:
-                        writer.writerows(_row(image, record, labels.columns) for record in image.records.get(task, ()))
+                        writer.writerows(_row(image, record, columns) for record in image.records.get(task, ()))
 
 
 def _row(image: LabelledImage, record: Record, columns: tuple[str, ...]) -> list[Any]:

@@ -76,7 +76,7 @@ class LabelledImage:
 class Labels:
     """A finished folder, for the `tasks` chosen.
 
-    `columns`: those of `IMAGE_COLUMNS` and `INSTANCE_COLUMNS` with a value in any row; exports leave the others out;
+    `columns`: task -> those of `INSTANCE_COLUMNS` and `IMAGE_COLUMNS` with a value in any row, see `columns_of`;
     `categories`: task -> class name -> `Category`; `prompts`: text task -> its questions in order, "" for a task
     without; `num_images`: labelled images, without those that failed; `stems`: hashes of their names; `only`: numbers
     of the images that passes are limited to; `written`: set by an export that does not have all; `missing`: pictures
@@ -86,7 +86,7 @@ class Labels:
     ledger: Ledger
     job: dict[str, Any]
     tasks: tuple[str, ...]
-    columns: tuple[str, ...]
+    columns: dict[str, set[str]]
     categories: dict[str, dict[str, Category]]
     prompts: dict[str, list[str]]
     num_images: int
@@ -113,6 +113,12 @@ class Labels:
     def text_tasks(self) -> list[str]:
         """The chosen tasks whose answers are texts."""
         return [task for task in self.tasks if get_task(task).is_text]
+
+    def columns_of(self, *tasks: str) -> tuple[str, ...]:
+        """Those of `INSTANCE_COLUMNS` and `IMAGE_COLUMNS` that have a value in any row of the tasks; exports leave the
+        others out."""
+        found = {name for task in tasks for name in self.columns.get(task, ())}
+        return tuple(name for name in INSTANCE_COLUMNS + IMAGE_COLUMNS if name in found)
 
     def images(self, stems: bool = False) -> Iterator[LabelledImage]:
         """The labelled images in input order, named by their ids: paths that readers find the user's files by.
@@ -211,9 +217,11 @@ def open_labels(labelled: str | Path) -> Labels:
     categories: dict[str, dict[str, Category]] = {}
     prompts: dict[str, dict[str, None]] = {}
     stems = array("Q")
-    columns: set[str] = set()
+    columns: dict[str, set[str]] = {}
     for table in ledger.tables():
-        columns |= {name for name in IMAGE_COLUMNS + INSTANCE_COLUMNS if table[name].null_count < len(table)}
+        for name in INSTANCE_COLUMNS + IMAGE_COLUMNS:
+            for task in table["task"].filter(table[name].is_valid()).unique().to_pylist():
+                columns.setdefault(task, set()).add(name)
         _scan(table, categories, prompts, job)
         image_ids = table["image_id"].to_pylist()
         for image_id, _ in dict.fromkeys(zip(image_ids, table["path"].to_pylist(), strict=True)):
@@ -224,8 +232,7 @@ def open_labels(labelled: str | Path) -> Labels:
         categories, key=lambda task: job["tasks"].index(task) if task in job.get("tasks", ()) else len(stems)
     )
     texts = {task: list(found) for task, found in prompts.items()}
-    there = tuple(name for name in INSTANCE_COLUMNS + IMAGE_COLUMNS if name in columns)
-    return Labels(ledger, job, tuple(tasks), there, categories, texts, len(stems), np.frombuffer(stems, np.uint64))
+    return Labels(ledger, job, tuple(tasks), columns, categories, texts, len(stems), np.frombuffer(stems, np.uint64))
 
 
 def _scan(

@@ -15,10 +15,12 @@ def sample(image: LabelledImage, labels: Labels) -> dict[str, Any]:
     of equal lengths, empty where nothing was found; captions are one text.
 
     `bbox` is x, y, width, height in pixels of the upright image, `segmentation` COCO RLE, `keypoints` x, y, score per
-    point; `presence`, `verified` and `agreement` are there if any instance has them.
+    point. `presence`, `verified` and `agreement` are there if any instance of the task has them, with null for those of
+    the image that have none, and empty where all have none: `datasets` fails on lists of nulls alone.
     """
     height, width = image.size
-    facts = {name: plain(getattr(image, name)) for name in IMAGE_COLUMNS if name in labels.columns}
+    there = labels.columns_of(*labels.tasks)
+    facts = {name: plain(getattr(image, name)) for name in IMAGE_COLUMNS if name in there}
     answers = {
         task: _text(image, task) if get_task(task).is_text else _objects(image, task, labels) for task in labels.tasks
     }
@@ -44,9 +46,10 @@ def _objects(image: LabelledImage, task: str, labels: Labels) -> dict[str, Any]:
         "category": [record["phrase"] for record in records],
         "score": [record["score"] for record in records],
     }
-    for name in INSTANCE_COLUMNS:
-        if name in labels.columns:
-            objects[name] = [record[name] for record in records]
+    there = labels.columns_of(task)
+    for name in (name for name in INSTANCE_COLUMNS if name in there):
+        values = [record[name] for record in records]
+        objects[name] = [] if all(value is None for value in values) else values
     if get_task(task).result == "masks":
         objects["segmentation"] = [record["mask"] for record in records]
     if get_task(task).result == "keypoints":
