@@ -2,7 +2,7 @@
 // Draws instances on a canvas over a picture, as `lumen_ray.viz` does.
 const drawing = (() => {
   const MASK_ALPHA = 0.35
-  const CROWDED = 10 // more instances than this have smaller labels, and names only where they are no wider than the box
+  const CROWDED = 10 // more instances than this have smaller labels, and names only where the box is as wide
   const SMALL = 420 // CSS pixels, of the cards
   const MAX_LABELLED = 40 // the labels of more would hide the picture
   const [CLASS, SCORE, X1, Y1, X2, Y2, MASK, KEYPOINTS] = [0, 1, 2, 3, 4, 5, 6, 7]
@@ -130,8 +130,9 @@ const drawing = (() => {
     }
     for (const instance of instances) {
       const colour = meta.colours[instance[CLASS]]
+      const joined = edges?.[instance[CLASS]] ?? []
       if (instance[KEYPOINTS]) {
-        keypoints(context, instance[KEYPOINTS], edges?.[instance[CLASS]] ?? [], colour, scale, meta.keypointScore, width)
+        keypoints(context, instance[KEYPOINTS], joined, colour, scale, meta.keypointScore, width)
       }
     }
     if (instances.length > MAX_LABELLED) return

@@ -35,7 +35,7 @@ function start(given) {
     find('facts').append(make('div', {}, [make('dt', { textContent: name }), make('dd', { textContent: value })]))
   }
   meta.tasks.forEach((task, number) => {
-    const input = make('input', { type: 'radio', name: 'task', value: number, checked: number === filter.task })
+    const input = make('input', { type: 'radio', name: 'task', value: number })
     input.onchange = () => { filter.task = number; filter.classes.clear(); showControls(); update() }
     find('tasks').append(make('label', { className: 'chip' }, [input, make('span', { textContent: task.name })]))
   })
@@ -47,7 +47,7 @@ function start(given) {
 }
 
 const range = (first, end) => Array.from({ length: Math.max(end - first, 0) }, (_, k) => first + k)
-const isWhole = () => !filter.classes.size && filter.from <= ALL.from && filter.to === ALL.to && filter.state === ALL.state
+const isWhole = () => !filter.classes.size && ['from', 'to', 'state'].every(key => filter[key] === ALL[key])
 
 // The filter is kept in the address, so that a view can be linked and found again.
 function readAddress() {
@@ -56,7 +56,8 @@ function readAddress() {
   const boxed = meta.tasks.findIndex(({ isText }) => !isText)
   const names = new Map(meta.classes.map(([name], number) => [name, number]))
   const hundredths = (key) => Math.min(Math.max(Math.round(given.get(key) ?? ALL[key]) || 0, ALL.from), 100)
-  const choice = key => [...find(key).options].some(({ value }) => value === given.get(key)) ? given.get(key) : ALL[key]
+  const isChoice = key => [...find(key).options].some(({ value }) => value === given.get(key))
+  const choice = key => isChoice(key) ? given.get(key) : ALL[key]
   filter = {
     task: task >= 0 ? task : Math.max(boxed, 0),
     classes: new Set(given.getAll('class').map(name => names.get(name)).filter(number => number !== undefined)),
@@ -77,6 +78,7 @@ function writeAddress() {
 function showControls() {
   for (const key of ['from', 'to', 'state', 'order']) find(key).value = filter[key]
   for (const key of ['from', 'to']) find(key).disabled = meta.tasks[filter.task].isText
+  find('tasks').querySelectorAll('input')[filter.task].checked = true
   showScores()
   showClasses()
 }
@@ -117,7 +119,8 @@ async function showPage() {
   const pages = Math.max(Math.ceil(selected.length / PAGE), 1)
   page = Math.min(Math.max(page, 0), pages - 1)
   const images = [...selected.slice(page * PAGE, (page + 1) * PAGE)]
-  const found = await Promise.all(images.map(image => gallery.card(image).catch(error => ({ i: '', e: ['missing', String(error)] }))))
+  const missing = error => ({ i: '', e: ['missing', String(error)] })
+  const found = await Promise.all(images.map(image => gallery.card(image).catch(missing)))
   if (mine !== turn) return
   observer.disconnect()
   visible.clear()
@@ -129,7 +132,8 @@ async function showPage() {
   Object.assign(find('page'), { value: page + 1, max: pages })
   find('pages').textContent = pages.toLocaleString()
   const isAll = selected.length === meta.images
-  find('status').textContent = `${selected.length.toLocaleString()} ${isAll ? 'images' : `of ${meta.images.toLocaleString()} images`}`
+  const of = isAll ? '' : `of ${meta.images.toLocaleString()} `
+  find('status').textContent = `${selected.length.toLocaleString()} ${of}images`
   for (const id of ['first', 'previous']) find(id).disabled = page === 0
   for (const id of ['last', 'next']) find(id).disabled = page === pages - 1
   writeAddress()
@@ -149,7 +153,7 @@ function makeCard(image, card, place) {
   button.onclick = () => open(place)
   button.onfocus = () => { current = place; setTabStop() }
   if (card.e) {
-    button.append(make('span', { className: 'failed' }, [make('code', { textContent: card.e[0] }), card.e[1]]))
+    button.append(reason(card, 'span'))
   } else {
     made.canvas = make('canvas')
     made.frame = make('span', { className: 'frame' }, [
@@ -165,6 +169,11 @@ function makeCard(image, card, place) {
   return made
 }
 
+// Why an image has no picture.
+function reason(card, tag) {
+  return make(tag, { className: 'failed' }, [make('code', { textContent: card.e[0] }), card.e[1]])
+}
+
 // Id, what was found and the texts, in words.
 function describe(element, card) {
   const instances = instancesOf(card)
@@ -176,7 +185,8 @@ function describe(element, card) {
   const found = instances.length ? `${words.join(', ')}; lowest score ${(lowest / 1000).toFixed(2)}` : nothing
   const texts = Object.entries(card.x ?? {}).flatMap(([task, pairs]) => pairs.map(([question, answer]) =>
     make('p', { className: 'text' }, [make('span', { textContent: question || meta.tasks[task].name }), ` ${answer}`])))
-  element.replaceChildren(make('b', { textContent: card.i, title: card.p ?? '' }), make('p', { textContent: found }), ...texts)
+  const name = make('b', { textContent: card.i, title: card.p ?? '' })
+  element.replaceChildren(name, make('p', { textContent: found }), ...texts)
 }
 
 // Boxes are drawn on cards in sight alone, and again when a filter changes.
@@ -218,7 +228,7 @@ function open(place) {
   const { card, image } = opened
   find('largeName').textContent = card.i
   describe(find('largeText'), card)
-  find('largePicture').replaceChildren(...(card.e ? [make('p', { className: 'failed' }, [make('code', { textContent: card.e[0] }), card.e[1]])] : largePicture(card, image)))
+  find('largePicture').replaceChildren(card.e ? reason(card, 'p') : largePicture(card, image))
   if (!find('large').open) find('large').showModal()
   drawLarge()
 }
@@ -229,10 +239,12 @@ function largePicture(card, image) {
   const isFile = card.p.startsWith('/') && !/\.(parquet|tar)$/i.test(card.p)
   if (location.protocol === 'file:' && isFile) {
     const stored = new Image()
-    stored.onload = () => { if (stored.naturalWidth === card.s[0] && stored.naturalHeight === card.s[1]) shown.src = stored.src }
+    stored.onload = () => {
+      if (stored.naturalWidth === card.s[0] && stored.naturalHeight === card.s[1]) shown.src = stored.src
+    }
     stored.src = 'file://' + card.p.split('/').map(encodeURIComponent).join('/')
   }
-  return [make('span', { className: 'frame' }, [shown, make('canvas')])]
+  return make('span', { className: 'frame' }, [shown, make('canvas')])
 }
 
 function drawLarge() {
@@ -262,8 +274,15 @@ for (const key of ['from', 'to']) {
   }
 }
 find('search').oninput = showClasses
+find('search').onkeydown = event => { if (event.key === 'Enter') find('chips').querySelector('input')?.click() }
 find('filters').onsubmit = event => event.preventDefault()
-find('reset').onclick = () => { Object.assign(filter, ALL); filter.classes.clear(); find('search').value = ''; showControls(); update() }
+find('reset').onclick = () => {
+  Object.assign(filter, ALL)
+  filter.classes.clear()
+  find('search').value = ''
+  showControls()
+  update()
+}
 find('first').onclick = () => turnTo(0)
 find('previous').onclick = () => turnTo(page - 1)
 find('next').onclick = () => turnTo(page + 1)
@@ -278,6 +297,7 @@ find('large').onclose = () => { // after the browser has moved the focus to the 
   opened = null
   focusCard(place)
 }
+addEventListener('hashchange', () => { readAddress(); showControls(); update(page) })
 addEventListener('resize', () => { visible.forEach(redraw); drawLarge() })
 
 const columns = () => cards.filter(({ item }) => item.offsetTop === cards[0].item.offsetTop).length || 1
@@ -294,8 +314,18 @@ document.addEventListener('keydown', event => {
     if (event.key === 'Escape') focusCard(current)
     return
   }
-  if (event.key === '/') { event.preventDefault(); find('box').open = true; (find('classes').hidden ? find('state') : find('search')).focus() }
-  if (event.key === 'PageDown') { event.preventDefault(); find('next').disabled || turnTo(page + 1).then(() => focusCard(0)) }
-  if (event.key === 'PageUp') { event.preventDefault(); find('previous').disabled || turnTo(page - 1).then(() => focusCard(0)) }
-  if (event.key in MOVES) { event.preventDefault(); event.target.matches('.picture') ? move(MOVES[event.key]()) : focusCard(current) }
+  if (event.key === '/') {
+    event.preventDefault()
+    find('box').open = true
+    find(find('classes').hidden ? 'state' : 'search').focus()
+  }
+  const step = { PageDown: 1, PageUp: -1 }[event.key]
+  if (step) {
+    event.preventDefault()
+    if (!find(step > 0 ? 'next' : 'previous').disabled) turnTo(page + step).then(() => focusCard(0))
+  }
+  if (event.key in MOVES) {
+    event.preventDefault()
+    event.target.matches('.picture') ? move(MOVES[event.key]()) : focusCard(current)
+  }
 })
