@@ -372,8 +372,9 @@ def export_labels(
 
     Each export is whole or not there at all, and replaces an earlier one of its format. Returns format -> ``output``
     (path), ``files`` (number), ``tasks``, ``left_out`` (tasks that the format cannot hold), ``images`` and ``missing``
-    (images that could not be read any more). Raises `UserError` for an unknown format, a folder without labels, a task
-    that was not labelled or that a format cannot hold, and an output that holds something else.
+    (images that could not be read any more, or have another size now). Raises `UserError` for an unknown format, a
+    folder without labels, a task that was not labelled or that a format cannot hold, and an output that holds something
+    else.
 
     >>> from lumen_ray import export_labels
     >>> written = export_labels("labels", ["yolo-detect", "csv"])

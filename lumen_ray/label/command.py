@@ -269,7 +269,7 @@ def _export(args: argparse.Namespace) -> None:
         )
     for name, found in written.items():
         left_out = f"; not {', '.join(found['left_out'])}, which it cannot hold" if found["left_out"] else ""
-        missing = f"; {found['missing']} images could not be read any more" if found["missing"] else ""
+        missing = f"; {found['missing']} images could not be read any more, or have changed" if found["missing"] else ""
         tasks = ", ".join(found["tasks"])
         say(f"{name}: {found['images']} images, {tasks} -> {found['output']}{left_out}{missing}")
 

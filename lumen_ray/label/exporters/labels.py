@@ -125,8 +125,8 @@ class Labels:
 
         stems: named as in `pictures`, for formats that write a file per image.
         """
-        names = Names(self.stems)
-        for images in self._tables(lambda image_id: names.free(file_stem(image_id)) if stems else image_id):
+        names = Names(self.stems) if stems else None
+        for images in self._tables(lambda image_id: names.free(file_stem(image_id)) if names else image_id):
             yield from images
 
     def fragments(self) -> Iterator[tuple[tuple[Item, ...], list[LabelledImage], list[dict[str, str]]]]:
