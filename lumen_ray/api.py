@@ -434,6 +434,7 @@ def export_labels(
     image_url: str | None = None,
     review_budget: int = 100,
     near_distance: int = 6,
+    gallery_images: int | None = 1000,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Writes the labels of a folder in the formats of annotation tools and trainers; returns what it wrote.
@@ -447,12 +448,14 @@ def export_labels(
     image_url: prefix of the images' addresses in Label Studio; None: its local files.
     review_budget: images that format "review" chooses.
     near_distance: bits of 64, 0 to 16, in which the perceptual hashes of near duplicates differ at most.
+    gallery_images: images that format "gallery" shows, the first of the input; None: all.
     progress: called with (format, images done, images in all).
 
     Each export is whole or not there at all, and replaces an earlier one of its format. Returns format -> ``output``
     (path), ``files`` (number), ``tasks``, ``left_out`` (tasks that the format cannot hold), ``images`` and ``missing``
-    (images that could not be read any more). Raises `UserError` for an unknown format, a folder without labels, a task
-    that was not labelled or that a format cannot hold, and an output that holds something else.
+    (images that could not be read any more, or have another size now). Raises `UserError` for an unknown format, a
+    folder without labels, a task that was not labelled or that a format cannot hold, and an output that holds something
+    else.
 
     >>> from lumen_ray import export_labels
     >>> written = export_labels("labels", ["yolo-detect", "csv"])
@@ -467,7 +470,9 @@ def export_labels(
         _names(formats),
         None if output is None else fspath(output),
         tasks=None if tasks is None else _names(tasks),
-        settings=ExportSettings(max_images_per_file, copy_images, image_url, review_budget, near_distance),
+        settings=ExportSettings(
+            max_images_per_file, copy_images, image_url, review_budget, near_distance, gallery_images
+        ),
         progress=progress,
     )
 

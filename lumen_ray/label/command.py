@@ -166,6 +166,12 @@ def _export_parser(parser_class: type) -> argparse.ArgumentParser:
         metavar="BITS",
         help="of the 64 of perceptual hashes, the most in which those of near duplicates differ (default: 6)",
     )
+    p.add_argument(
+        "--gallery-images",
+        default="1000",
+        metavar="N|all",
+        help="images that gallery shows, the first of the input (default: 1000)",
+    )
     p.set_defaults(run=_export)
     return p
 
@@ -318,7 +324,15 @@ def actor_numbers(text: str) -> int | range | None:
     raise UserError(f"--actors is '{text}'; give a number such as 4, a range such as 1:32, or auto", "invalid_setting")
 
 
+def gallery_images(text: str) -> int | None:
+    """The value of ``--gallery-images``; None for "all". Raises `UserError` for others."""
+    if text != "all" and not (text.isdecimal() and int(text)):
+        raise UserError(f"--gallery-images is '{text}'; give a number of images from 1, or all", "invalid_setting")
+    return None if text == "all" else int(text)
+
+
 def _export(args: argparse.Namespace) -> None:
+    shown = gallery_images(args.gallery_images)
     with bar("export") as progress:
         written = api.export_labels(
             args.labels,
@@ -330,11 +344,12 @@ def _export(args: argparse.Namespace) -> None:
             image_url=args.image_url,
             review_budget=args.review_budget,
             near_distance=args.near_distance,
+            gallery_images=shown,
             progress=lambda name, done, total: progress.update(done, total, name),
         )
     for name, found in written.items():
         left_out = f"; not {', '.join(found['left_out'])}, which it cannot hold" if found["left_out"] else ""
-        missing = f"; {found['missing']} images could not be read any more" if found["missing"] else ""
+        missing = f"; {found['missing']} images could not be read any more, or have changed" if found["missing"] else ""
         tasks = ", ".join(found["tasks"])
         say(f"{name}: {found['images']} images, {tasks} -> {found['output']}{left_out}{missing}")
 

@@ -329,7 +329,7 @@ def test_imagefolder(exported):
 def test_imagefolder_begins_with_images_in_which_something_was_found(tmp_path):
     images = (made.IMAGES[-1], *made.IMAGES[:2])
     photos = made.write_photos(tmp_path / "photos")
-    folder = made.write_labels(tmp_path / "labels", photos=photos, images=images, settings=made.SETTINGS)
+    folder = made.write_labels(tmp_path / "labels", photos=photos, images=images, rows=made.records_without_hashes)
     export_labels(folder, ["imagefolder"], tasks=["segment"])
     lines = [json.loads(line) for line in (folder / "imagefolder" / "metadata.jsonl").read_text().splitlines()]
     assert [line["image_id"] for line in lines] == ["a/x y.png", "nothing-ü.jpg", "b/x y.png"]
@@ -402,7 +402,7 @@ def test_pictures_get_the_suffix_of_their_format_and_formats_that_readers_do_not
     labels = made.write_labels(tmp_path / "labels", photos=folder, images=images)
     out = tmp_path / "out"
     out.mkdir()
-    written = [write_picture(image, found, out) for image, found in open_labels(labels).pictures()]
+    written = [write_picture(image.name, found, out) for image, found in open_labels(labels).pictures()]
     assert written == ["cut.jpg", "gif.png", "ok.jpeg", "wrong.jpg"]
     assert os.path.samefile(out / "ok.jpeg", folder / "ok.jpeg")
     assert not os.path.samefile(out / "cut.jpg", folder / "cut.jpg"), "some readers write such a file again in place"

@@ -183,6 +183,29 @@ def test_datumaro(root, tmp_path):
     assert sum(len(item.annotations) for item in voc) == 8
 
 
+def test_datumaro_reads_panoptic(root, tmp_path):
+    datumaro = pytest.importorskip("datumaro")
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "panoptic_default.json").symlink_to(root / "coco-panoptic" / "segment.json")
+    (tmp_path / "annotations" / "panoptic_default").symlink_to(root / "coco-panoptic" / "segment")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "default").symlink_to(root.parent / "photos")
+    stems = {os.path.splitext(made.LABELLED[k][0])[0]: stem for stem, k in IDS.items()}
+    number = 0
+    for item in datumaro.Dataset.import_from(str(tmp_path), "coco_panoptic"):
+        boxes = [xyxy(mask.get_bbox()) for mask in item.annotations]
+        number += agrees(stems[item.id], "segment", boxes, [mask.image for mask in item.annotations])
+    assert number == 8
+
+
+def test_panoptic_quality(root):
+    """Of a panoptic export against itself, as panopticapi computes it."""
+    panoptic = pytest.importorskip("hotcoco.panoptic")
+    path = str(root / "coco-panoptic" / "segment.json")
+    result = panoptic.pq_compute(path, path)
+    assert result["Things"]["pq"] == 1 and result["Things"]["n"] == 2 and result["Stuff"]["n"] == 0
+
+
 def test_label_studio(root):
     brush = pytest.importorskip("label_studio_sdk.converter.brush")
     from label_studio_sdk.label_interface import LabelInterface

@@ -68,6 +68,11 @@ def records(image_id, path, size):
     return sorted(rows, key=lambda row: SETTINGS["tasks"].index(row["task"]))
 
 
+def records_without_hashes(image_id, path, size):
+    """The rows of one image, as of labels from before images had hashes."""
+    return [row | {"sha256": None} for row in records(image_id, path, size)]
+
+
 def pixels(index, size):
     """A noise image, uint8 [H, W, 3]."""
     return np.random.default_rng(index).integers(0, 255, (*size, 3), dtype=np.uint8)

@@ -23,13 +23,14 @@ class ExportSettings:
     """`max_images_per_file`: images in one JSON, XML, CSV or tar file, None: all (tars: 1000); `copy_images`: copy
     image files instead of linking them; `image_url`: prefix of image addresses in Label Studio, None: local files;
     `review_budget`: images that `review` chooses; `near_distance`: bits in which the perceptual hashes of near
-    duplicates differ at most."""
+    duplicates differ at most; `gallery_images`: images that `gallery` shows, None: all."""
 
     max_images_per_file: int | None = None
     copy_images: bool = False
     image_url: str | None = None
     review_budget: int = 100
     near_distance: int = 6
+    gallery_images: int | None = 1000
 
 
 class Exporter(ABC):
@@ -37,6 +38,8 @@ class Exporter(ABC):
 
     #: file that the export consists of, in the output folder itself; None: a folder with the format's name
     single_file: ClassVar[str | None] = None
+    #: page that opens the folder, copied beside it once the folder is complete, with which it is the export
+    front_page: ClassVar[Path | None] = None
 
     def holds(self, task: Task) -> bool:
         """Whether the format has a place for the answers of a task; by default those that are instances."""

@@ -34,7 +34,7 @@ class Datumaro(Exporter):
         for ending, pairs in labels.picture_parts(settings.max_images_per_file):
             file = JsonObject(target / "annotations" / f"default{ending}.json", head, ["items"])
             for image, picture in pairs:
-                name = write_picture(image, picture, target / "images", copy=settings.copy_images)
+                name = write_picture(image.name, picture, target / "images", copy=settings.copy_images)
                 file.add("items", _item(image, name, labels.tasks, numbers))
             file.close()
 

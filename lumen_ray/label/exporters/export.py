@@ -48,6 +48,8 @@ def export(
     if settings.review_budget < 1:
         raise UserError(f"review_budget is {settings.review_budget}; give 1 image or more", "invalid_setting")
     check_distance(settings.near_distance)
+    if settings.gallery_images is not None and settings.gallery_images < 1:
+        raise UserError(f"gallery_images is {settings.gallery_images}; give 1 image or more, or all", "invalid_setting")
     formats = check_formats(formats)
     labels = open_labels(labelled)
     chosen = {name: choose_tasks(name, labels.tasks, tasks) for name in formats}
@@ -72,6 +74,9 @@ def export(
         with as_user_error(str(paths[name]), "written"):
             _write(exporter, name, picked, paths[name], settings)
         summaries[name] = _summary(picked, labels.tasks, paths[name])
+        if exporter.front_page is not None:
+            summaries[name]["output"] = str(folder / exporter.front_page.name)
+            summaries[name]["files"] += 1
     return summaries
 
 
@@ -90,6 +95,9 @@ def _write(exporter: Exporter, name: str, labels: Labels, path: Path, settings: 
         (temporary / MARKER).write_text(json.dumps(marker, indent=1))
 
     write_folder_atomically(path, write)
+    if exporter.front_page is not None:
+        page = exporter.front_page.read_bytes()
+        write_atomically(path.parent / exporter.front_page.name, lambda temporary: temporary.write_bytes(page))
 
 
 def _summary(labels: Labels, all_tasks: Sequence[str], path: Path) -> dict[str, Any]:
@@ -131,9 +139,11 @@ def _check_output(folder: Path, labels: Labels) -> None:
 
 def _check_replaceable(path: Path, exporter: Exporter, labels: Labels) -> None:
     """Raises `UserError` if something that is no export stands where an export would go."""
+    page = exporter.front_page
+    file = path if exporter.single_file else None if page is None else path.parent / page.name
+    if file is not None and file.is_dir():
+        raise UserError(f"'{file}' is a folder; move it away or give another output folder", "invalid_output")
     if exporter.single_file:
-        if path.is_dir():
-            raise UserError(f"'{path}' is a folder; move it away or give another output folder", "invalid_output")
         return
     if not path.exists():
         return

@@ -25,7 +25,7 @@ class FiftyOne(Exporter):
         numbers = dict.fromkeys(labels.tasks, 0)
         for image, picture in labels.pictures():
             for task, file in files.items():
-                name = write_picture(image, picture, target / task / "data", copy=settings.copy_images)
+                name = write_picture(image.name, picture, target / task / "data", copy=settings.copy_images)
                 file.add_image(image, name)
                 for annotation in image_annotations(image, task, labels):
                     numbers[task] += 1

@@ -29,7 +29,7 @@ class Labelme(Exporter):
 
     def write(self, labels: Labels, target: Path, settings: ExportSettings) -> None:
         for image, picture in labels.pictures():
-            name = write_picture(image, picture, target, copy=settings.copy_images)
+            name = write_picture(image.name, picture, target, copy=settings.copy_images)
             text = json.dumps(_label_file(image, name, labels.tasks), ensure_ascii=False, indent=2)
             (target / f"{image.name}.json").write_text(text, encoding="utf-8")
 

@@ -7,8 +7,9 @@ image, of which file names are made unique.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pyarrow as pa
 from lumen_ray.data import urls
 from lumen_ray.errors import UserError
 from lumen_ray.inference.records import record_edges
+from lumen_ray.label.exporters.image_files import KINDS, Picture, open_picture
 from lumen_ray.label.exporters.names import Names, file_stem, name_hash
 from lumen_ray.label.inputs import Item, read_bytes
 from lumen_ray.label.ledger import Ledger, open_finished
@@ -26,6 +28,10 @@ from lumen_ray.structures import Size
 from lumen_ray.tasks import get_task
 
 Record = dict[str, Any]  # a row of `LABEL_SCHEMA`
+
+#: columns of the label table that may be null throughout: of an image, the same in all its rows, and of an instance
+IMAGE_COLUMNS = ("sha256", "duplicate_of", "labelled_at")
+INSTANCE_COLUMNS = ("presence", "verified", "agreement")
 
 
 @dataclass
@@ -43,7 +49,8 @@ class LabelledImage:
     """One image and its rows.
 
     `number`: from 1, in input order, the same in every export; `path`: of the image file, or of the shard or tar that
-    holds it; `name`: file name that is unique in the export, a stem without suffix where the export writes image files.
+    holds it; `name`: file name that is unique in the export, a stem without suffix where the export writes image files;
+    `sha256`, `duplicate_of`, `labelled_at`: the columns of the label table.
     """
 
     number: int
@@ -51,7 +58,10 @@ class LabelledImage:
     path: str
     size: Size
     name: str
-    records: dict[str, list[Record]]
+    records: dict[str, list[Record]] = field(default_factory=dict)
+    sha256: str | None = None
+    duplicate_of: str | None = None
+    labelled_at: datetime | None = None
 
     def instances(self, task: str) -> list[Record]:
         """The rows with a box, best score first within a phrase; empty if the image has nothing of what was asked."""
@@ -62,18 +72,11 @@ class LabelledImage:
         return [record for record in self.records.get(task, ()) if record["text"] is not None]
 
 
-@dataclass(frozen=True)
-class Picture:
-    """The encoded image: a local `file`, or the bytes of one that is in a shard, a tar or a store."""
-
-    file: Path | None = None
-    data: bytes | None = None
-
-
 @dataclass
 class Labels:
     """A finished folder, for the `tasks` chosen.
 
+    `columns`: task -> those of `INSTANCE_COLUMNS` and `IMAGE_COLUMNS` with a value in any row, see `columns_of`;
     `categories`: task -> class name -> `Category`; `prompts`: text task -> its questions in order, "" for a task
     without; `num_images`: labelled images, without those that failed; `stems`: hashes of their names; `only`: numbers
     of the images that passes are limited to; `written`: set by an export that does not have all; `missing`: pictures
@@ -83,6 +86,7 @@ class Labels:
     ledger: Ledger
     job: dict[str, Any]
     tasks: tuple[str, ...]
+    columns: dict[str, set[str]]
     categories: dict[str, dict[str, Category]]
     prompts: dict[str, list[str]]
     num_images: int
@@ -110,22 +114,42 @@ class Labels:
         """The chosen tasks whose answers are texts."""
         return [task for task in self.tasks if get_task(task).is_text]
 
-    def images(self) -> Iterator[LabelledImage]:
-        """The labelled images in input order, named by their ids: paths that readers find the user's files by."""
-        for images in self._tables(lambda image_id: image_id):
+    def columns_of(self, *tasks: str) -> tuple[str, ...]:
+        """Those of `INSTANCE_COLUMNS` and `IMAGE_COLUMNS` that have a value in any row of the tasks; exports leave the
+        others out."""
+        found = {name for task in tasks for name in self.columns.get(task, ())}
+        return tuple(name for name in INSTANCE_COLUMNS + IMAGE_COLUMNS if name in found)
+
+    def images(self, stems: bool = False) -> Iterator[LabelledImage]:
+        """The labelled images in input order, named by their ids: paths that readers find the user's files by.
+
+        stems: named as in `pictures`, for formats that write a file per image.
+        """
+        names = Names(self.stems) if stems else None
+        for images in self._tables(lambda image_id: names.free(file_stem(image_id)) if names else image_id):
             yield from images
 
-    def parts(self, size: int | None) -> Iterator[tuple[str, Iterator[LabelledImage]]]:
+    def fragments(self) -> Iterator[tuple[tuple[Item, ...], list[LabelledImage], list[dict[str, str]]]]:
+        """Per fragment of the job, in input order: its images, those of them that were labelled, and the errors of the
+        others, rows of `ERROR_SCHEMA`; no errors where `only` limits the images."""
+        done = self.ledger.done()
+        finished = (fragment for fragment in self.ledger.plan().fragments() if fragment.index in done)
+        for fragment, images in zip(finished, self._tables(lambda image_id: image_id), strict=True):
+            entry = self.ledger.entry(fragment.index) if self.only is None else None
+            yield fragment.items, images, entry["errors"] if entry else []
+
+    def parts(self, size: int | None, stems: bool = False) -> Iterator[tuple[str, Iterator[LabelledImage]]]:
         """`images` in parts of at most `size`: (ending of the part's file name, its images), "" if one part holds all.
 
         A part's images must be used up before the next part is asked for.
         """
-        yield from self._split(self.images(), lambda image: image.number, size)
+        yield from self._split(self.images(stems), lambda image: image.number, size)
 
-    def pictures(self) -> Iterator[tuple[LabelledImage, Picture]]:
+    def pictures(self, kinds: Collection[str] = KINDS) -> Iterator[tuple[LabelledImage, Picture]]:
         """The labelled images with their encoded pictures, named by a stem without folders and dots.
 
-        Pictures that cannot be read any more are left out and counted in `missing`. Raises `UserError` if none can.
+        kinds: formats whose bytes are kept, see `open_picture`. Images that cannot be read any more, or have another
+        size now, are left out and counted in `missing`. Raises `UserError` if that is all of them.
         """
         names = Names(self.stems)
         self.missing = 0
@@ -136,8 +160,12 @@ class Labels:
                 items = _ItemFinder(self.ledger)
             data = _stored_bytes(stored, items) if items else iter(())
             for image in images:
-                picture = Picture(Path(image.path)) if _is_local_file(image.path) else next(data)
-                if picture is None or (picture.file and not picture.file.is_file()):
+                source = Path(image.path) if _is_local_file(image.path) else next(data)
+                try:
+                    if isinstance(source, UserError):
+                        raise source
+                    picture = open_picture(image.image_id, source, image.size, image.sha256, kinds)
+                except UserError:
                     self.missing += 1
                     self.first_missing = self.first_missing or image.path
                 else:
@@ -149,9 +177,11 @@ class Labels:
                 "missing_images",
             )
 
-    def picture_parts(self, size: int | None) -> Iterator[tuple[str, Iterator[tuple[LabelledImage, Picture]]]]:
+    def picture_parts(
+        self, size: int | None, kinds: Collection[str] = KINDS
+    ) -> Iterator[tuple[str, Iterator[tuple[LabelledImage, Picture]]]]:
         """`pictures` in parts, as in `parts`."""
-        yield from self._split(self.pictures(), lambda pair: pair[0].number, size)
+        yield from self._split(self.pictures(kinds), lambda pair: pair[0].number, size)
 
     def _split(self, items: Iterator[Any], number: Callable[[Any], int], size: int | None) -> Iterator[Any]:
         if size is None or size >= self.num_images:
@@ -169,7 +199,8 @@ class Labels:
                 key = record["image_id"], record["path"]
                 if (image := found.get(key)) is None:
                     size = (record["height"], record["width"])
-                    image = LabelledImage(done + len(found) + 1, *key, size, name(record["image_id"]), {})
+                    own = {column: record[column] for column in IMAGE_COLUMNS}
+                    image = LabelledImage(done + len(found) + 1, *key, size, name(record["image_id"]), **own)
                     found[key] = image
                 if record["task"] in self.tasks:
                     image.records.setdefault(record["task"], []).append(record)
@@ -186,7 +217,11 @@ def open_labels(labelled: str | Path) -> Labels:
     categories: dict[str, dict[str, Category]] = {}
     prompts: dict[str, dict[str, None]] = {}
     stems = array("Q")
+    columns: dict[str, set[str]] = {}
     for table in ledger.tables():
+        for name in INSTANCE_COLUMNS + IMAGE_COLUMNS:
+            for task in table["task"].filter(table[name].is_valid()).unique().to_pylist():
+                columns.setdefault(task, set()).add(name)
         _scan(table, categories, prompts, job)
         image_ids = table["image_id"].to_pylist()
         for image_id, _ in dict.fromkeys(zip(image_ids, table["path"].to_pylist(), strict=True)):
@@ -197,7 +232,7 @@ def open_labels(labelled: str | Path) -> Labels:
         categories, key=lambda task: job["tasks"].index(task) if task in job.get("tasks", ()) else len(stems)
     )
     texts = {task: list(found) for task, found in prompts.items()}
-    return Labels(ledger, job, tuple(tasks), categories, texts, len(stems), np.frombuffer(stems, np.uint64))
+    return Labels(ledger, job, tuple(tasks), columns, categories, texts, len(stems), np.frombuffer(stems, np.uint64))
 
 
 def _scan(
@@ -253,10 +288,10 @@ class _ItemFinder:
         return None
 
 
-def _stored_bytes(images: Sequence[LabelledImage], items: _ItemFinder) -> Iterator[Picture | None]:
-    """The bytes of images in shards, tars or stores, None where they cannot be read."""
+def _stored_bytes(images: Sequence[LabelledImage], items: _ItemFinder) -> Iterator[bytes | UserError]:
+    """The bytes of images in shards, tars or stores, or the error of reading them."""
     found = [items.find(image) for image in images]
     data = read_bytes([item for item in found if item is not None])
-    for item in found:
-        content = None if item is None else next(data)[1]
-        yield Picture(data=content) if isinstance(content, bytes) else None
+    for image, item in zip(images, found, strict=True):
+        gone = UserError(f"the job's list of images has no '{image.image_id}'", "missing_image")
+        yield gone if item is None else next(data)[1]

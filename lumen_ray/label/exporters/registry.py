@@ -36,13 +36,14 @@ EXPORTERS: dict[str, Format] = {
     form.name: form
     for form in (
         Format("coco", "COCO JSON, one file per task", "coco:Coco"),
+        Format("coco-panoptic", "COCO panoptic: masks without overlaps as PNG and JSON", "coco_panoptic:CocoPanoptic"),
         Format("coco-results", "COCO results, the list that pycocotools' loadRes reads", "coco_results:CocoResults"),
         Format("csv", "one CSV row per instance or text", "csv_table:CsvTable"),
         Format("cvat", "CVAT for images 1.1: boxes, masks, points and tags in one XML", "cvat:Cvat"),
         Format("datumaro", "Datumaro JSON and images", "datumaro:Datumaro"),
         Format("duplicates", "CSV of groups of exact and near duplicates", "duplicates:Duplicates"),
         Format("fiftyone", "folders for FiftyOne's COCODetectionDataset importer", "fiftyone:FiftyOne"),
-        Format("gallery", "one HTML page with the first images", "gallery_page:Gallery"),
+        Format("gallery", "HTML page over any number of images, with filters and orders", "gallery_page:Gallery"),
         Format("imagefolder", "Hugging Face imagefolder: images and metadata.jsonl", "imagefolder:ImageFolder"),
         Format("labelme", "labelme JSON beside each image", "labelme:Labelme"),
         Format("labelstudio", "Label Studio predictions and labelling configuration", "labelstudio:LabelStudio"),

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 from lumen_ray.label.exporters.base import Exporter, ExportSettings
 from lumen_ray.label.exporters.labels import Labels
 from lumen_ray.label.exporters.labelstudio import LabelStudio
-from lumen_ray.label.gallery import write_gallery
+from lumen_ray.label.gallery.layout import FRONT_PAGE
+from lumen_ray.label.gallery.write import write_gallery
 from lumen_ray.label.statistics import choose_for_review
 
 
@@ -28,6 +30,6 @@ class Review(Exporter):
         labels.written = len(chosen)
         some = replace(labels, only=frozenset(choice.number for choice in chosen))
         LabelStudio().write(some, target, settings)
-        write_gallery(
-            labels.ledger.output, image_ids=[choice.image_id for choice in chosen], path=target / "gallery.html"
-        )
+        (target / "gallery").mkdir()
+        write_gallery(some, target / "gallery", order=[choice.number for choice in chosen])
+        shutil.copyfile(FRONT_PAGE, target / FRONT_PAGE.name)

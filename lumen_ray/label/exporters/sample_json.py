@@ -1,21 +1,35 @@
-"""The labels of one image as columns of plain JSON, for formats without a scheme of their own."""
+"""The labels of one image as plain JSON, for formats without a scheme of their own."""
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 from lumen_ray.label.exporters.coco import xywh
-from lumen_ray.label.exporters.labels import LabelledImage, Labels
+from lumen_ray.label.exporters.labels import IMAGE_COLUMNS, INSTANCE_COLUMNS, LabelledImage, Labels
 from lumen_ray.tasks import get_task
 
 
-def columns(image: LabelledImage, labels: Labels) -> dict[str, Any]:
-    """Task -> its answers: lists of equal lengths, empty where nothing was found; captions are one text.
+def sample(image: LabelledImage, labels: Labels) -> dict[str, Any]:
+    """`image_id`, `height`, `width`, the image's columns that are not null throughout, and per task its answers: lists
+    of equal lengths, empty where nothing was found; captions are one text.
 
     `bbox` is x, y, width, height in pixels of the upright image, `segmentation` COCO RLE, `keypoints` x, y, score per
-    point.
+    point. `presence`, `verified` and `agreement` are there if any instance of the task has them, with null for those of
+    the image that have none, and empty where all have none: `datasets` fails on lists of nulls alone.
     """
-    return {task: _text(image, task) if get_task(task).is_text else _objects(image, task) for task in labels.tasks}
+    height, width = image.size
+    there = labels.columns_of(*labels.tasks)
+    facts = {name: plain(getattr(image, name)) for name in IMAGE_COLUMNS if name in there}
+    answers = {
+        task: _text(image, task) if get_task(task).is_text else _objects(image, task, labels) for task in labels.tasks
+    }
+    return {"image_id": image.image_id, "height": height, "width": width, **facts, **answers}
+
+
+def plain(value: Any) -> Any:
+    """A value of a label table as JSON has it: times as ISO 8601."""
+    return value.isoformat() if isinstance(value, datetime) else value
 
 
 def _text(image: LabelledImage, task: str) -> Any:
@@ -25,13 +39,17 @@ def _text(image: LabelledImage, task: str) -> Any:
     return {"question": [r["prompt"] or "" for r in records], "answer": [r["text"] for r in records]}
 
 
-def _objects(image: LabelledImage, task: str) -> dict[str, Any]:
+def _objects(image: LabelledImage, task: str, labels: Labels) -> dict[str, Any]:
     records = image.instances(task)
     objects: dict[str, Any] = {
         "bbox": [xywh(record) for record in records],
         "category": [record["phrase"] for record in records],
         "score": [record["score"] for record in records],
     }
+    there = labels.columns_of(task)
+    for name in (name for name in INSTANCE_COLUMNS if name in there):
+        values = [record[name] for record in records]
+        objects[name] = [] if all(value is None for value in values) else values
     if get_task(task).result == "masks":
         objects["segmentation"] = [record["mask"] for record in records]
     if get_task(task).result == "keypoints":

@@ -38,7 +38,7 @@ class Voc(Exporter):
                 lists[task] = stack.enter_context(path.open("w", encoding="utf-8"))
             for image, picture in labels.pictures():
                 for task in labels.tasks:
-                    name = write_picture(image, picture, target / task / "JPEGImages", copy=settings.copy_images)
+                    name = write_picture(image.name, picture, target / task / "JPEGImages", copy=settings.copy_images)
                     tree = ElementTree.ElementTree(_annotation(image, task, name))
                     ElementTree.indent(tree)
                     tree.write(target / task / "Annotations" / f"{image.name}.xml", encoding="utf-8")

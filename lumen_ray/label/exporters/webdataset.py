@@ -14,9 +14,8 @@ import tarfile
 from pathlib import Path
 
 from lumen_ray.label.exporters.base import Exporter, ExportSettings
-from lumen_ray.label.exporters.image_files import encoded
 from lumen_ray.label.exporters.labels import Labels
-from lumen_ray.label.exporters.sample_json import columns
+from lumen_ray.label.exporters.sample_json import sample
 from lumen_ray.tasks import Task
 
 SAMPLES_PER_TAR = 1000
@@ -32,15 +31,12 @@ class WebDataset(Exporter):
     def write(self, labels: Labels, target: Path, settings: ExportSettings) -> None:
         size = settings.max_images_per_file or SAMPLES_PER_TAR
         extension = ""
-        for ending, pairs in labels.picture_parts(size):
+        for ending, pairs in labels.picture_parts(size, _KEPT):
             with tarfile.open(target / f"labels{ending or '-00001'}.tar", "w") as tar:
                 for image, picture in pairs:
-                    data, suffix = encoded(image, picture, kinds=_KEPT)
-                    extension = extension or (".png" if suffix == ".png" else ".jpg")
-                    height, width = image.size
-                    sample = {"image_id": image.image_id, "height": height, "width": width, **columns(image, labels)}
-                    _add(tar, f"{image.name}{extension}", data or b"")
-                    _add(tar, f"{image.name}.json", json.dumps(sample).encode())
+                    extension = extension or (".png" if picture.suffix == ".png" else ".jpg")
+                    _add(tar, f"{image.name}{extension}", picture.read())
+                    _add(tar, f"{image.name}.json", json.dumps(sample(image, labels)).encode())
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -33,7 +33,7 @@ class _Yolo(Exporter):
             tables = {task: self._start(target / task, labels.categories[task], stack) for task in labels.tasks}
             for image, picture in labels.pictures():
                 for task in labels.tasks:
-                    name = write_picture(image, picture, target / task / "images", copy=settings.copy_images)
+                    name = write_picture(image.name, picture, target / task / "images", copy=settings.copy_images)
                     tables[task].writerow([name, image.image_id, image.path])
                     lines = self._lines(image.instances(task), labels.categories[task])
                     (target / task / "labels" / f"{image.name}.txt").write_text("".join(lines))
