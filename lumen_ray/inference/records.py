@@ -67,6 +67,7 @@ def answer_records(
             if p.keypoints is not None:
                 record["keypoints"] = p.keypoints.xyv[i].reshape(-1).tolist()
                 record["keypoint_names"] = list(p.keypoints.names)
+            record.update({name: float(values[i]) for name, values in p.marks.items()})
             records.append(record)
     return records or [base]
 

@@ -23,6 +23,7 @@ from lumen_ray.exemplars import ClassByExample
 from lumen_ray.inference.device import find_device
 from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.inference.tiles import Tiles
+from lumen_ray.label.asking import SecondLookSettings
 from lumen_ray.label.claim import Claim
 from lumen_ray.label.exporters.registry import DEFAULT_EXPORTS, check_formats, choose_tasks
 from lumen_ray.label.ledger import Ledger
@@ -31,7 +32,15 @@ from lumen_ray.label.plan import Plan
 from lumen_ray.label.progress import ErrorLimit, Status
 from lumen_ray.label.requests import build_requests
 from lumen_ray.label.runs import Work, label_in_process, label_on_ray
-from lumen_ray.label.settings import check_exemplars, chosen_decoders, exemplar_settings, job_settings
+from lumen_ray.label.settings import (
+    check_auto_classes,
+    check_exemplars,
+    check_second_look,
+    chosen_decoders,
+    exemplar_settings,
+    job_settings,
+)
+from lumen_ray.label.vocabulary import AUTO, VOCABULARY, write_vocabulary
 from lumen_ray.label.workers import Outcome, WorkerSettings
 from lumen_ray.structures import check_dtype
 
@@ -66,11 +75,15 @@ def label(
     refresh: bool = False,
     max_errors: str | int | None = None,
     exports: Sequence[str] | None = None,
+    agree_with: str | None = None,
+    verify: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Labels the images of `input` (see `label.listing`) into the folder `output`; returns a summary.
 
     model: model folder, or a function that returns an engine (called in each actor).
+    classes: names for the tasks that need some; 'auto': those of each image's caption (see `label.vocabulary`), task
+        caption is then added to `tasks`.
     prompts: task -> texts for the tasks that need one (see `label.requests`).
     exemplars: classes given by example, on images of their own (see `label.requests`).
     decoders: task -> decoder, overriding the model folder's choice.
@@ -85,16 +98,20 @@ def label(
         from 100 images on.
     exports: formats to export the labels in, by their names in `exporters.registry`; None: `DEFAULT_EXPORTS` for a
         local output, none for one in a bucket.
+    agree_with: a decoder of the model that answers too, where it can; instances get their agreement with it.
+    verify: asks the LLM about each instance (see `inference.second_look`).
     progress: called with a `Status` after every few images.
 
-    Writes ``labels/*.parquet``, ``errors.parquet``, the `exports` and ``summary.json``. Run again after a stop, it
+    Writes ``labels/*.parquet``, ``errors.parquet``, the `exports`, ``summary.json`` and, with classes 'auto',
+    ``vocabulary.csv``. Run again after a stop, it
     continues where it stopped. In the summary, ``images == labelled + errors``; on Ray, ``log`` names the file with
     Ray's log lines. Raises `UserError` for invalid requests, a decoder that cannot serve its task, a missing device, an
     input without images, or an output folder that another job is writing or that holds labels made with other
     settings; when the job stops for `max_errors`, a model that always fails or a store that cannot be reached; and,
     once the errors are written, if no image at all could be labelled.
     """
-    exports = _exports(exports, output, list(dict.fromkeys(tasks)))
+    tasks = list(dict.fromkeys([*tasks, "caption"] if classes == AUTO else tasks))
+    exports = _exports(exports, output, tasks)
     _check(num_actors, batch_size, score_threshold, fragment_size)
     limit = ErrorLimit.parse(max_errors)
     device = _check_device(device, num_actors)
@@ -102,10 +119,14 @@ def label(
     requests = build_requests(tasks, classes, prompts, keypoints, exemplars)
     chosen = chosen_decoders(model, decoders or {})
     check_exemplars(model, exemplars)
+    second = SecondLookSettings(agree_with, verify)
+    check_second_look(model, second, tasks, chosen)
+    if classes == AUTO:
+        check_auto_classes(model, tasks, keypoints)
     ledger = Ledger(output)
     worker = WorkerSettings(
         model, tuple(requests), device, batch_size, score_threshold, max_per_phrase, max_new_tokens, chosen,
-        check_dtype(dtype), output=ledger.output, tiles=tiles,
+        check_dtype(dtype), output=ledger.output, tiles=tiles, second=second,
     )  # fmt: skip
     settings = job_settings(worker, input, tasks, classes, prompts, keypoints, image_column) | exemplar_settings(
         exemplars
@@ -294,6 +315,8 @@ def _finish(ledger: Ledger, status: Status, exports: Sequence[str], left_out: Co
     assert totals["images"] == totals["labelled"] + totals["errors"] == planned, f"{totals} of {planned} images"
     written = export(ledger.output, exports) if exports else {}
     summary["exports"] = {name: found["output"] for name, found in written.items()}
+    if (ledger.settings() or {}).get("classes") == AUTO:
+        summary["vocabulary"] = write_vocabulary(ledger)
     files.write_bytes(urls.join(ledger.output, "summary.json"), json.dumps(summary, indent=1).encode())
     return summary
 
@@ -304,7 +327,8 @@ def labelled_line(summary: dict[str, Any], output: str | Path) -> str:
     log = f"; log -> {summary['log']}" if summary.get("log") else ""
     reason = f" (e.g. {first['image_id']}: {first['message']}; see errors.parquet)" if first else ""
     left_out = left_out_note(Counter(summary.get("left_out", {})))
-    written = ", ".join(["labels/*.parquet", *(Path(path).name for path in summary.get("exports", {}).values())])
+    tables = ["labels/*.parquet", *([VOCABULARY] if "vocabulary" in summary else [])]
+    written = ", ".join([*tables, *(Path(path).name for path in summary.get("exports", {}).values())])
     return (
         f"{summary['images']} images: {summary['labelled']} labelled, {summary['errors']} errors{reason} -> {output} "
         f"({written}){log}{left_out and '; ' + left_out}"

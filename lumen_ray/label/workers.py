@@ -10,16 +10,15 @@ import hashlib
 import json
 import pickle
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lumen_ray.answer import Answer
 from lumen_ray.data import urls
 from lumen_ray.data.images import Picture, decode_reduced
 from lumen_ray.errors import UserError
@@ -27,10 +26,12 @@ from lumen_ray.inference.device import find_device
 from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.inference.records import answer_records
 from lumen_ray.inference.request import Request
-from lumen_ray.inference.tiles import Tiles, run_tiled
+from lumen_ray.inference.tiles import Tiles
+from lumen_ray.label.asking import Asker, SecondLookSettings
 from lumen_ray.label.inputs import Item, Reader
 from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.plan import Fragment
+from lumen_ray.label.vocabulary import AUTO, is_named_by_caption
 from lumen_ray.presets import model_folder
 
 _SAMPLE_BYTES = 1 << 20
@@ -45,7 +46,7 @@ class WorkerSettings:
     decoder, overriding the folder's choice; `device`: None for a GPU if there is one; `threads`: of an actor, for
     arithmetic on a CPU and for decoding; None in a process of the user's, whose threads are left alone. `output`: the
     folder to publish in. `proven`: the model has answered about an image of this job before. `tiles`: for images larger
-    than a tile; None looks at whole images only."""
+    than a tile; None looks at whole images only. `second`: what is asked about the answers."""
 
     model: str | Path | Callable[[], EngineProtocol]
     requests: tuple[Request, ...]
@@ -60,6 +61,7 @@ class WorkerSettings:
     output: str = ""
     proven: bool = False
     tiles: Tiles | None = None
+    second: SecondLookSettings = SecondLookSettings()
 
 
 @dataclass
@@ -169,7 +171,10 @@ class Labeller:
         self._row_groups = Reader()
         try:
             self.engine = _load(settings)
-            self.requests = _fit_requests(settings.requests, self.engine)
+            self.asker = Asker(
+                self.engine, settings.requests, settings.second, settings.tiles, settings.batch_size,
+                self._run_settings(),
+            )  # fmt: skip
         except UserError as error:  # Ray would restart an actor whose constructor raises, again and again
             self.fault = str(error)
             return
@@ -185,7 +190,10 @@ class Labeller:
             provenance["settings"]["dtype"] = settings.dtype
         if settings.tiles is not None:
             provenance["settings"]["tiles"] = asdict(settings.tiles)
-        if any(request.task == "pose" for request in self.requests):
+        provenance["settings"] |= settings.second.as_dict()
+        if any(map(is_named_by_caption, settings.requests)):
+            provenance["settings"]["classes"] = AUTO
+        if any(request.task == "pose" for request in self.asker.requests):
             provenance["edges"] = self.engine.edges  # to draw and export skeletons without the model
         self.provenance = json.dumps(provenance, sort_keys=True)
 
@@ -275,7 +283,7 @@ class Labeller:
         if not images:
             return
         try:
-            answers = self._run(images)
+            answers = self.asker.answers([_shown(image) for image in images])
         except Exception as error:  # one image must not stop the others
             if len(images) > 1:
                 for image in images:
@@ -290,31 +298,11 @@ class Labeller:
             shared = {"sha256": image.sha256, "labelled_at": now}
             image.records = [
                 record | shared
-                for request, answer in zip(self.requests, found, strict=True)
+                for request, answer in zip(self.asker.requests, found, strict=True)
                 for record in answer_records(
                     image.item.image_id, urls.shown(image.item.path), request, answer, self.provenance
                 )
             ]
-
-    def _run(self, images: Sequence[_Image]) -> list[list[Answer]]:
-        """The answers about each image, of large ones tile by tile."""
-        tiles, options = self.settings.tiles, self._run_settings()
-        shown = [_shown(image) for image in images]
-        large = [
-            isinstance(image, np.ndarray) and tiles is not None and len(tiles.windows(image.shape[:2])) > 1
-            for image in shown
-        ]
-        small = [image for image, is_large in zip(shown, large, strict=True) if not is_large]
-        together = iter(self.engine.run(small, [self.requests] * len(small), **options) if small else [])
-        answers = []
-        for image, is_large in zip(shown, large, strict=True):
-            if is_large:
-                assert isinstance(image, np.ndarray) and tiles is not None
-                size = self.settings.batch_size
-                answers.append(run_tiled(self.engine, image, self.requests, tiles, batch_size=size, **options))
-            else:
-                answers.append(next(together))
-        return answers
 
 
 def _shown(image: _Image) -> np.ndarray | Picture:
@@ -346,23 +334,3 @@ def _load(settings: WorkerSettings) -> EngineProtocol:
     from lumen_ray.inference.engine import Engine
 
     return Engine.load(settings.model, find_device(settings.device), settings.decoders, settings.dtype)
-
-
-def _fit_requests(requests: Iterable[Request], engine: EngineProtocol) -> list[Request]:
-    """Narrows pose requests without keypoints to the classes that the model has a skeleton for.
-
-    One list of classes then serves all tasks. Raises `UserError` if no class is left.
-    """
-    fitted = []
-    for request in requests:
-        if request.task == "pose" and not request.keypoints and engine.skeletons:
-            posed = tuple(name for name in request.phrases if name in engine.skeletons)
-            if not posed:
-                raise UserError(
-                    f"task 'pose' has no class with keypoints; classes with keypoints in this model: "
-                    f"{', '.join(sorted(engine.skeletons))} (or name the keypoints)",
-                    "no_skeleton",
-                )
-            request = replace(request, phrases=posed)
-        fitted.append(request)
-    return fitted
