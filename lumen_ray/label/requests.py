@@ -23,10 +23,14 @@ def build_requests(
     Tasks that need classes get `classes`, those of a name in `exemplars` by example, and the rest of `exemplars`; a
     task that takes classes by name only gets `classes` alone. With `vocabulary.AUTO` they have none yet. Tasks that
     need a text get one request per text in `prompts[task]`. Raises `UserError` for unknown tasks, missing classes or
-    texts, and exemplars that no task takes.
+    texts, and exemplars or 'auto' that no task takes.
     """
     prompts = prompts or {}
     by_caption = classes == AUTO
+    if by_caption and not any(get_task(name).needs == "classes" for name in tasks):
+        raise UserError(
+            "classes are 'auto', but no task takes classes; add one such as detect, segment or count", "unused_classes"
+        )
     if by_caption and exemplars:
         raise UserError("classes are 'auto' and others are given by example; give one of the two", "invalid_classes")
     all_classes = [] if by_caption else _with_exemplars(classes or (), exemplars)

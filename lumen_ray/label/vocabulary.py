@@ -34,6 +34,7 @@ _IRREGULAR = {
     "mice": "mouse", "geese": "goose", "knives": "knife", "leaves": "leaf", "loaves": "loaf", "shelves": "shelf",
     "wolves": "wolf", "halves": "half", "calves": "calf", "lives": "life", "wives": "wife", "thieves": "thief",
     "buses": "bus", "lenses": "lens", "canvases": "canvas", "gases": "gas",
+    "cookies": "cookie", "movies": "movie", "hoodies": "hoodie", "brownies": "brownie", "smoothies": "smoothie",
 }  # fmt: skip
 #: names of one thing that end like a plural
 _NO_PLURALS = frozenset((
@@ -84,12 +85,8 @@ def with_classes(request: Request, classes: Sequence[str], skeletons: Mapping[st
 def check_auto(
     tasks: Sequence[str], served: Sequence[str], skeletons: Mapping[str, Any], keypoints: Sequence[str] | None
 ) -> None:
-    """Raises `UserError` for classes from captions if no task takes classes, or if a model that serves the tasks
-    `served` and has these skeletons writes no captions, or has no poses to name."""
-    if not any(get_task(task).needs == "classes" for task in tasks):
-        raise UserError(
-            "classes are 'auto', but no task takes classes; add one such as detect, segment or count", "unused_classes"
-        )
+    """Raises `UserError` for classes from captions if a model that serves the tasks `served` and has these skeletons
+    writes no captions, or knows no keypoints."""
     if "caption" not in served:
         raise UserError(
             f"classes 'auto' are named by the model's captions, but it serves no task caption, only: "
