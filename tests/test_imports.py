@@ -145,7 +145,7 @@ def test_tasks_import_nothing_by_name():
 #: what only a decoder's own folder may say in code: its name, its losses, its classes
 NAMES = [name for spec in DECODERS.values() for name in (spec.name, *spec.losses)]
 #: of these the ones that are plain words elsewhere; as a string they still stand for the decoder
-WORDS = {"lumen", "box", "mask", "match", "heatmap", "keypoint", "edit", "generate"}
+WORDS = {"lumen", "box", "mask", "match", "heatmap", "keypoint", "edit", "generate", "presence"}
 NAMED = re.compile(
     rf"\b({'|'.join(name for name in NAMES if name not in WORDS)})\b|decoders\.lumen\b"
     r"|\b(Lumen|GroundingDino|UniPose|StableDiffusion|InstructPix2Pix|Diffusion|Dino)(Decoder|Settings|LossSettings|Raw)\b"
