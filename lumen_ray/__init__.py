@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from lumen_ray.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from lumen_ray.api import calibrate, evaluate, export_labels, label, prepare, serve, train
+    from lumen_ray.api import answer_batch, calibrate, evaluate, export_labels, label, prepare, serve, train
     from lumen_ray.exemplars import ClassByExample, Example
     from lumen_ray.inference.engine import Engine
     from lumen_ray.inference.request import make_request
@@ -32,6 +32,7 @@ __all__ = [
     "ClassByExample",
     "Engine",
     "Example",
+    "answer_batch",
     "calibrate",
     "draw",
     "evaluate",
@@ -50,6 +51,7 @@ _MODULES = {
     "draw": "lumen_ray.viz",
     "make_request": "lumen_ray.inference.request",
     "prepare": "lumen_ray.api",
+    "answer_batch": "lumen_ray.api",
     "calibrate": "lumen_ray.api",
     "export_labels": "lumen_ray.api",
 }

@@ -1,5 +1,5 @@
-"""The jobs of this package as Python functions: `prepare`, `train`, `evaluate`, `calibrate`, `label`, `export_labels`
-and `serve`.
+"""The jobs of this package as Python functions: `prepare`, `train`, `evaluate`, `calibrate`, `label`, `answer_batch`,
+`export_labels` and `serve`.
 
 Import them from `lumen_ray`. The command line calls the same functions, so options and results are the same. All of
 them raise `UserError` (a `ValueError`: one sentence, with a machine-readable `reason`) for input that the caller must
@@ -256,6 +256,7 @@ def label(
     device: str | None = None,
     dtype: str = "float32",
     actors: int | range | None = None,
+    gpus_per_actor: float = 1,
     batch_size: int = 8,
     score_threshold: float = 0.3,
     tile: int | None = None,
@@ -285,6 +286,7 @@ def label(
     dtype: "float32" or "bfloat16", of weights and matrix products.
     actors: model actors on Ray; a range, such as ``range(1, 33)``, for a pool of 1 to 32 that follows the load; None:
         one for each GPU, or core of a machine without; 0: in this process, without Ray.
+    gpus_per_actor: share of a GPU that an actor reserves, so that several may share one.
     batch_size: images per forward pass.
     score_threshold: instances below this score (0..1) are left out.
     tile: side in pixels of tiles, in which larger images are searched, beside the whole image; None: no tiles.
@@ -344,6 +346,7 @@ def label(
         device=device,
         dtype=dtype,
         num_actors=actors,
+        gpus_per_actor=gpus_per_actor,
         batch_size=batch_size,
         score_threshold=score_threshold,
         tiles=None if tile is None else Tiles(tile, overlap),
@@ -351,6 +354,69 @@ def label(
         refresh=refresh,
         max_errors=max_errors,
         exports=None if exports is None else _names(exports),
+        progress=progress,
+    )
+
+
+def answer_batch(
+    requests: PathOrUrl,
+    output: PathOrUrl,
+    *,
+    model: PathOrUrl = "nano",
+    decoders: Mapping[str, str] | None = None,
+    device: str | None = None,
+    dtype: str = "float32",
+    actors: int | range | None = None,
+    batch_size: int = 8,
+    score_threshold: float = 0.3,
+    max_errors: str | int | None = None,
+    progress: Callable[[Status], None] | None = None,
+) -> dict[str, Any]:
+    """Answers a file of chat requests in the format of OpenAI's Batch API, as a server answers each; returns a summary.
+
+    requests: JSON lines ``{"custom_id": ..., "method": "POST", "url": "/v1/chat/completions", "body": {...}}``, a path
+        or URL. Images in a body are data URLs, paths relative to the file, or URLs of stores.
+    output: folder to write ``output.jsonl`` and ``errors.jsonl`` in, a path or URL. Called again with the same
+        arguments, it continues where it stopped.
+    model, decoders, device, dtype, actors: as of `label`.
+    batch_size: requests that are given to the model together.
+    score_threshold: instances below this score (0..1) are left out of answers.
+    max_errors: stop once more requests than this have failed: a number, or a share such as "5%".
+    progress: as of `label`, with requests for images.
+
+    The summary holds ``requests == answered + errors``, ``reasons`` (of errors -> count), ``first_error``, ``usage``
+    (tokens) and ``seconds``. A line that cannot be answered is a line of ``errors.jsonl`` and stops nothing. Raises
+    `UserError` for an unknown model or device, a file that is missing or empty, an output folder that holds something
+    else or that another job is writing, and too many errors.
+
+    >>> import json
+    >>> from lumen_ray import answer_batch
+    >>> body = {"messages": [{"role": "user", "content": "how are you ?"}], "max_tokens": 8}
+    >>> line = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    >>> with open("requests.jsonl", "w") as file:
+    ...     _ = file.write(json.dumps(line))
+    >>> summary = answer_batch("requests.jsonl", "answers", actors=0)
+    >>> summary["requests"], summary["errors"]
+    (1, 0)
+    """
+    from lumen_ray.presets import model_folder
+
+    model = fspath(model)
+    model_folder(model)  # before the imports that take seconds
+    _prepare_environment()
+    from lumen_ray.label.batch.job import answer_batch as run
+
+    return run(
+        model,
+        fspath(requests),
+        fspath(output),
+        decoders=decoders,
+        device=device,
+        dtype=dtype,
+        num_actors=actors,
+        batch_size=batch_size,
+        score_threshold=score_threshold,
+        max_errors=max_errors,
         progress=progress,
     )
 

@@ -8,7 +8,7 @@ Blocks are told apart by the info string behind the fence:
     python                 compiled; imports and arguments of calls are checked against the real signatures
     yaml recipe|model|serve  validated, laid over `quickstart` or `nano` where it is a part
     yaml exemplars         read, with images in place of those that it names
-    json MODEL             validated against that model of `lumen_ray.serve.schemas`
+    json MODEL             validated against that model of `lumen_ray.wire.schemas`
     text chat              a record for `prepare chat`, read in tests/data/sources/test_chat_images.py
 """
 
@@ -244,11 +244,12 @@ def routes() -> set[str]:
 
 
 def check_body(path: str, body: dict[str, Any]) -> None:
-    from lumen_ray.serve import openai_api, openai_images, schemas
+    from lumen_ray.serve import openai_images
+    from lumen_ray.wire import chat, schemas
 
     assert path in routes()
     if path == "/v1/chat/completions":
-        asked = schemas.parse(openai_api.ChatRequest, body)
+        asked = schemas.parse(chat.ChatRequest, body)
         assert [part.type for part in asked.messages[0].content].count("image_url") == 1
     elif path == "/v1/images/generations":
         schemas.parse(openai_images.ImageRequest, body)
@@ -258,12 +259,14 @@ def check_body(path: str, body: dict[str, Any]) -> None:
     else:
         asked = schemas.parse(schemas.TaskRequest, body)
         task = path.removeprefix("/v1/")
-        assert (asked.image is not None) == get_task(task).sees_image
+        shown = asked.image is not None or asked.image_id is not None
+        assert shown == get_task(task).sees_image
         check_fields(task, asked)
 
 
 def check_form(path: str, form: dict[str, str]) -> None:
-    from lumen_ray.serve import openai_images, schemas
+    from lumen_ray.serve import openai_images
+    from lumen_ray.wire import schemas
 
     assert path in routes()
     fields: dict[str, Any] = dict(form)
@@ -278,10 +281,10 @@ def check_form(path: str, form: dict[str, str]) -> None:
 
 def check_fields(task: str, fields: Any) -> None:
     """The task takes what is given and has what it needs."""
-    from lumen_ray.serve.settings import ServeSettings
-    from lumen_ray.serve.task_api import parse_request
+    from lumen_ray.wire.requests import parse_request
+    from lumen_ray.wire.settings import Defaults, Limits
 
-    parse_request(task, fields, (128, 128), ServeSettings(model="nano"))
+    parse_request(task, fields, (128, 128), Limits(), Defaults())
 
 
 def json_blocks() -> list[Block]:
@@ -290,7 +293,7 @@ def json_blocks() -> list[Block]:
 
 @pytest.mark.parametrize("block", json_blocks(), ids=str)
 def test_json_blocks_fit_their_schema(block):
-    from lumen_ray.serve import schemas
+    from lumen_ray.wire import schemas
 
     model = getattr(schemas, block.info.split()[1])
     data = json.loads(block.text)

@@ -30,7 +30,7 @@ LAYERS = (
     ("model",),
     ("data",),
     ("inference", "train"),
-    ("footprint", "exemplar_file", "options"),
+    ("footprint", "exemplar_file", "options", "wire"),
     ("label", "evaluate", "serve"),
     ("api", "callable_package", "bench"),
     ("cli", "quickstart", "doctor", "lumen_ray"),
@@ -39,7 +39,7 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 #: layers whose members import each other; elsewhere the packages of a layer stay apart
 SHARED = {0, RANK["decoders"], RANK["api"], RANK["cli"]}
 #: modules of the command line that live beside what they run
-COMMANDS = ("data.command", "model.convert.command", "label.command", "bench.command")
+COMMANDS = ("data.command", "model.convert.command", "label.command", "bench.command", "bench.kinds")
 #: packages that can be called as a function of the API
 CALLABLE = ("train", "label", "evaluate", "serve")
 
@@ -153,9 +153,9 @@ NAMED = re.compile(
 #: a module that belongs to a decoder
 OF_A_DECODER = re.compile(r"decoders\.(lumen|grounding_dino|unipose|diffusion|dino)\b")
 #: where decoders are named on purpose: their registry, and the comparison of one of them with its library
-NAMES_DECODERS = ("decoders.registry", "bench.grounding_dino", "bench.command")
+NAMES_DECODERS = ("decoders.registry", "bench.grounding_dino", "bench.command", "bench.kinds")
 #: where "lumen" is the product's own name: its server, its assistant, its deployments
-PRODUCT = ("serve.app", "serve.openai_api", "serve.openai_images", "serve.task_api")
+PRODUCT = ("serve.app", "serve.openai_api", "serve.openai_images", "serve.task_api", "wire.chat")
 
 
 def tokens_naming_decoders(source: str, product: bool = False) -> list[str]:

@@ -32,7 +32,7 @@ _PNG_EXIF = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")  # chunks of a 
 _SWAPS_AXES = (5, 6, 7, 8)
 _HIGH_DEPTH = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 #: raised by Pillow's parsers on damaged bytes; anything else is a bug and keeps its traceback
-_DAMAGE = (OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError, ZeroDivisionError,
+DAMAGE = (OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError, ZeroDivisionError,
            OverflowError, MemoryError, AttributeError, struct.error)  # fmt: skip
 
 
@@ -52,7 +52,7 @@ def _guarded() -> Iterator[None]:
         raise _broken("it declares far more pixels than any limit allows") from None
     except Image.UnidentifiedImageError:
         raise _broken("its format is not recognised") from None
-    except _DAMAGE as error:
+    except DAMAGE as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise _broken(why[:160]) from None
 
@@ -80,7 +80,7 @@ def _orientation(image: Image.Image, data: bytes) -> int:
         return 1  # Pillow would decode all pixels to search for a chunk after them
     try:
         value = image.getexif().get(_ORIENTATION, 1)
-    except _DAMAGE:  # a damaged EXIF block does not make the pixels unreadable
+    except DAMAGE:  # a damaged EXIF block does not make the pixels unreadable
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -96,7 +96,7 @@ _TRANSPOSE = {
 }
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     """Converts any mode to RGB: 16-bit and float are scaled, transparency is composited on white."""
     if image.mode in _HIGH_DEPTH:
         values = np.asarray(image).astype(np.float64)
@@ -161,7 +161,7 @@ def decode_reduced(data: bytes, min_side: int | None, max_pixels: int = MAX_PIXE
             width, height = image.size  # an icon or damaged header may change it on load
             if width * height > max_pixels:
                 raise _broken(f"it unpacks to {width}x{height} pixels, more than the limit of {max_pixels}")
-            pixels = np.array(_to_rgb(image))
+            pixels = np.array(to_rgb(image))
         if orientation in _TRANSPOSE:
             pixels = np.array(Image.fromarray(pixels).transpose(_TRANSPOSE[orientation]))
         size = (width, height) if orientation in _SWAPS_AXES else (height, width)
@@ -187,7 +187,7 @@ def _decode_jpeg(data: bytes, image: Image.Image, reduction: int) -> np.ndarray:
     if simplejpeg is not None and image.mode in ("L", "RGB") and min(width, height) >= _SMALL:
         try:
             pixels = simplejpeg.decode_jpeg(data, min_height=height, min_width=width, min_factor=1)
-        except _DAMAGE:  # simplejpeg rejects files that Pillow reads with a warning, so Pillow decides
+        except DAMAGE:  # simplejpeg rejects files that Pillow reads with a warning, so Pillow decides
             pass
         else:
             if pixels.shape == (height, width, 3):
@@ -197,7 +197,7 @@ def _decode_jpeg(data: bytes, image: Image.Image, reduction: int) -> np.ndarray:
     image.load()
     if image.size != (width, height):
         raise _broken(f"its header says {width}x{height} pixels, its data {image.width}x{image.height}")
-    return np.array(_to_rgb(image))
+    return np.array(to_rgb(image))
 
 
 def image_size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -38,6 +38,24 @@ class Inputs:
         """How many images each row has; 1 for text alone too."""
         earlier = Counter(self.earlier_rows)
         return [1 + earlier[row] for row in range(len(self.images))]
+
+    def select(self, row: int) -> Inputs:
+        """One row, without earlier images."""
+        rows = slice(row, row + 1)
+        return Inputs(self.images[rows], self.pixels[rows], self.frames[rows], self.valid[rows], self.earlier[:0], [])
+
+    @classmethod
+    def concat(cls, batches: Sequence[Inputs]) -> Inputs:
+        """The rows of several batches of one input size, none of them with earlier images."""
+        assert not any(batch.earlier_rows for batch in batches)
+        return cls(
+            [image for batch in batches for image in batch.images],
+            torch.cat([batch.pixels for batch in batches]),
+            [frame for batch in batches for frame in batch.frames],
+            torch.cat([batch.valid for batch in batches]),
+            batches[0].earlier[:0],
+            [],
+        )
 
     @property
     def conversations(self) -> dict[int, list[int]]:
@@ -85,3 +103,21 @@ class EncodedImages:
 
     def __len__(self) -> int:
         return len(self.inputs.images)
+
+    def select(self, row: int) -> EncodedImages:
+        """A single image of a batch without conversations, with tensors of its own."""
+        inputs = self.inputs.select(row)
+        return EncodedImages(replace(inputs, pixels=inputs.pixels.clone()), self.prefix.select([row]), {})
+
+    @classmethod
+    def concat(cls, batches: Sequence[EncodedImages]) -> EncodedImages:
+        """The images of several batches of one input size without conversations."""
+        if len(batches) == 1:
+            return batches[0]
+        return cls(Inputs.concat([b.inputs for b in batches]), Prefix.concat([b.prefix for b in batches]), {})
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what was encoded and of the images as they were given."""
+        stored = sum(image.pixels.nbytes for image in self.inputs.images)
+        return stored + self.inputs.pixels.nbytes + self.prefix.nbytes

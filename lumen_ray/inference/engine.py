@@ -83,6 +83,10 @@ class Engine(FromFolder):
     def edges(self) -> dict[str, list[list[int]]]:
         return self.loaded.meta.edges
 
+    def input_size(self, shown: Shown) -> Size:
+        """(height, width) in pixels of the trunk's input for an image."""
+        return self.trunk.bucket_of(shown)
+
     def encode(self, images: Sequence[Shown]) -> EncodedImages:
         """Encodes images that share a size bucket, so that several calls of `run` about them pay for it once.
 
@@ -152,13 +156,6 @@ class Engine(FromFolder):
                     assert answer is not None, "every decoder of the pass has answered"
                     answers[i].append(finish(answer, request_limits(request, default), used))
         return [answers[i] for i in range(len(stored))]
-
-    def by_input_size(self, images: Sequence[Shown]) -> list[list[int]]:
-        """Indices of images that share a size bucket, which `encode` takes together."""
-        groups: dict[Size, list[int]] = {}
-        for number, image in enumerate(images):
-            groups.setdefault(self.trunk.bucket_of(image), []).append(number)
-        return list(groups.values())
 
     def beside(self, decoder: str, tasks: Sequence[str]) -> Engine:
         """An engine over the same modules, whose `decoder` serves those of `tasks` that it can and that another one

@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from lumen_ray.answer import Answer
 from lumen_ray.inference.region_questions import RegionQuestion
 from lumen_ray.inference.request import Request, Shown
+from lumen_ray.structures import Size
 
 
 @runtime_checkable
@@ -59,6 +60,9 @@ class EngineProtocol(Protocol):
     def edges(self) -> Mapping[str, Sequence[Sequence[int]]]:
         """Class -> pairs of 0-based keypoint indices to join."""
 
+    def input_size(self, shown: Shown) -> Size:
+        """(height, width) in pixels of the trunk's input for an image."""
+
     def run(
         self,
         images: Sequence[Shown],
@@ -78,11 +82,8 @@ class EncodingEngine(EngineProtocol, Protocol):
     """An engine that encodes images once for several calls, whose `run` takes what `encode` returns in place of images.
     What `Engine` does is described there."""
 
-    def by_input_size(self, images: Sequence[Shown]) -> list[list[int]]:
-        """Indices of the images that `encode` takes together."""
-
     def encode(self, images: Sequence[Shown]) -> Any:
-        """Encodes images of one input size."""
+        """Encodes images of one `input_size`."""
 
     def beside(self, decoder: str, tasks: Sequence[str]) -> EngineProtocol:
         """An engine with another decoder for some tasks, over the same modules; see `Engine.beside`."""

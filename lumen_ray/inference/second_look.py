@@ -12,7 +12,7 @@ from lumen_ray.answer import Answer
 from lumen_ray.inference.protocol import EncodingEngine, EngineProtocol
 from lumen_ray.inference.region_questions import RegionQuestion, box_region
 from lumen_ray.inference.request import Request, Shown
-from lumen_ray.structures import Prediction
+from lumen_ray.structures import Prediction, Size
 from lumen_ray.tasks import TASKS
 
 Rows = Sequence[Sequence[Request]]
@@ -38,9 +38,10 @@ class SecondLook:
         if verify:
             engine.ask_regions(None, [])
 
-    def by_input_size(self, images: Sequence[Shown]) -> list[list[int]]:
+    @property
+    def largest_side(self) -> int:
         """As of the engine."""
-        return self.engine.by_input_size(images)
+        return self.engine.largest_side
 
     def encode(self, images: Sequence[Shown]) -> Any:
         """As of the engine."""
@@ -50,8 +51,11 @@ class SecondLook:
         """As `Engine.run`, which takes the options. `images`: a list, or what `encode` returned."""
         if not isinstance(images, list):
             return self._run(images, requests, **options)
+        groups: dict[Size, list[int]] = {}
+        for number, image in enumerate(images):
+            groups.setdefault(self.engine.input_size(image), []).append(number)
         answers: dict[int, list[Answer]] = {}
-        for members in self.by_input_size(images):
+        for members in groups.values():
             encoded = self.encode([images[i] for i in members])
             found = self._run(encoded, [requests[i] for i in members], **options)
             answers |= dict(zip(members, found, strict=True))

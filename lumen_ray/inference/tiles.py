@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from lumen_ray.answer import Answer
+from lumen_ray.data.windows import Windows
 from lumen_ray.errors import UserError
 from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.inference.request import Request
@@ -61,7 +62,7 @@ class Tiles:
 
 def run_tiled(
     engine: EngineProtocol | SecondLook,
-    image: np.ndarray,
+    image: np.ndarray | Windows,
     requests: Sequence[Request],
     tiles: Tiles,
     *,
@@ -70,22 +71,25 @@ def run_tiled(
     encoded: Any = None,
     **options: Any,
 ) -> list[Answer]:
-    """The answers to requests about one image, uint8 [h, w, 3], as of `Engine.run`, which takes the `options`.
+    """The answers to requests about one image, uint8 [h, w, 3] or read by window, as of `Engine.run`, which takes the
+    `options`.
 
     Requests of `TILED_TASKS` are also asked about every tile, `batch_size` of them in a pass. `max_per_phrase` bounds
     the instances of each tile, that of a request also those of the image. `encoded`: the whole image as `engine` has
     encoded it.
     """
-    size: Size = (image.shape[0], image.shape[1])
+    size: Size = (image.shape[0], image.shape[1]) if isinstance(image, np.ndarray) else image.size
     windows = tiles.windows(size)
     options["max_per_phrase"] = max_per_phrase
-    (answers,) = engine.run([image] if encoded is None else encoded, [list(requests)], **options)
+    if encoded is None:
+        encoded = [image if isinstance(image, np.ndarray) else image.overview(engine.largest_side)]
+    (answers,) = engine.run(encoded, [list(requests)], **options)
     tiled = [request for request in requests if request.task in TILED_TASKS]
     if len(windows) == 1 or not tiled:
         return answers
     by_tile: list[list[Answer]] = []
     for start in range(0, len(windows), batch_size):
-        crops = [np.ascontiguousarray(image[y1:y2, x1:x2]) for x1, y1, x2, y2 in windows[start : start + batch_size]]
+        crops = [_crop(image, window) for window in windows[start : start + batch_size]]
         by_tile += engine.run(crops, [tiled] * len(crops), **options)
     merged = []
     numbers = {id(request): number for number, request in enumerate(tiled)}
@@ -103,6 +107,13 @@ def run_tiled(
             replace(whole, predictions=[merge(found)[: request.max_per_phrase] for found in without_pieces(phrases)])
         )
     return merged
+
+
+def _crop(image: np.ndarray | Windows, window: tuple[int, int, int, int]) -> np.ndarray:
+    if not isinstance(image, np.ndarray):
+        return image.read(window)
+    x1, y1, x2, y2 = window
+    return np.ascontiguousarray(image[y1:y2, x1:x2])
 
 
 @dataclass(frozen=True)

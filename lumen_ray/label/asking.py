@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from lumen_ray.answer import Answer
+from lumen_ray.data.windows import Windows
 from lumen_ray.errors import UserError
 from lumen_ray.inference.protocol import EncodingEngine, EngineProtocol
 from lumen_ray.inference.request import Image, Request, make_request
@@ -70,32 +71,8 @@ class Asker:
         if second.as_dict():
             self._engine = self._encoder = SecondLook(engine, tasks, second.agree_with, second.verify)
 
-    def answers(self, images: Sequence[Image]) -> list[list[Answer]]:
-        """The answers about each image, in the order of `requests`."""
-        tiled = [number for number, image in enumerate(images) if self._is_tiled(image)]
-        small = [number for number in range(len(images)) if number not in tiled]
-        found: dict[int, list[Answer]] = {}
-        for members in self._together(images, small):
-            shown = [images[i] for i in members]
-            found |= dict(zip(members, self._about(shown), strict=True))
-        for number in tiled:
-            found[number] = self._in_tiles(images[number])
-        return [found[number] for number in range(len(images))]
-
-    def _is_tiled(self, image: Image) -> bool:
-        tiles = self._tiles
-        return isinstance(image, np.ndarray) and tiles is not None and len(tiles.windows(image.shape[:2])) > 1
-
-    def _together(self, images: Sequence[Image], members: Sequence[int]) -> list[list[int]]:
-        """The groups of images of one pass."""
-        if not members:
-            return []
-        if self._encoder is None:
-            return [list(members)]
-        groups = self._encoder.by_input_size([images[i] for i in members])
-        return [[members[i] for i in group] for group in groups]
-
-    def _about(self, images: list[Image]) -> list[list[Answer]]:
+    def about(self, images: list[Image]) -> list[list[Answer]]:
+        """The answers about each of some images of one input size, in the order of `requests`."""
         if self._encoder is None:
             return self._engine.run(images, [self.requests] * len(images), **self._options)
         encoded = self._encoder.encode(images)
@@ -103,9 +80,13 @@ class Asker:
         found = self._engine.run(encoded, [row.left for row in asked], **self._options)
         return [row.with_answers(answers) for row, answers in zip(asked, found, strict=True)]
 
-    def _in_tiles(self, image: Image) -> list[Answer]:
-        assert isinstance(image, np.ndarray) and self._tiles is not None
-        encoded = None if self._encoder is None else self._encoder.encode([image])
+    def in_tiles(self, image: np.ndarray | Windows) -> list[Answer]:
+        """The answers about an image that is looked at as a whole and in tiles."""
+        assert self._tiles is not None, "others are looked at as a whole"
+        encoded = None
+        if self._encoder is not None:
+            whole = image if isinstance(image, np.ndarray) else image.overview(self._encoder.largest_side)
+            encoded = self._encoder.encode([whole])
         (asked,) = self._named(encoded, 1)
         answers = run_tiled(
             self._engine, image, asked.left, self._tiles, batch_size=self._batch_size, encoded=encoded, **self._options

@@ -40,7 +40,13 @@ def _input_args(verbs: Any) -> None:
     p = verbs.add_parser("label", help="label a folder of images: Parquet, COCO json, HTML gallery; export labels")
     p.add_argument(
         "input",
+        nargs="?",
         help="folder, glob, shard folder, .txt list, .csv, .jsonl or Parquet table, or .tar of images; a path or URL",
+    )
+    p.add_argument(
+        "--input-jsonl",
+        metavar="FILE",
+        help="instead of images, a batch file of chat requests in OpenAI's format; gives output.jsonl and errors.jsonl",
     )
     model_arg(p)
     decoders_arg(p)
@@ -86,6 +92,13 @@ def _input_args(verbs: Any) -> None:
         "GPU or core; 0: without Ray)",
     )
     p.add_argument(
+        "--gpus-per-actor",
+        type=float,
+        default=1,
+        metavar="SHARE",
+        help="share of a GPU that an actor reserves, e.g. 0.5 for two on each (default: 1)",
+    )
+    p.add_argument(
         "--tile",
         type=int,
         metavar="PIXELS",
@@ -112,7 +125,7 @@ def _input_args(verbs: Any) -> None:
         help=f"formats to export the labels in, see 'lumen-ray label export --help', or none (default: "
         f"{','.join(DEFAULT_EXPORTS)}, in a bucket none)",
     )
-    p.set_defaults(run=_label)
+    p.set_defaults(run=lambda args: _label(args) if args.input_jsonl is None else _answer_batch(args, p))
 
 
 def _export_parser(parser_class: type) -> argparse.ArgumentParser:
@@ -162,7 +175,53 @@ def _status_parser(parser_class: type) -> argparse.ArgumentParser:
     return p
 
 
+#: what ``--input-jsonl`` can be combined with
+_OF_BATCHES = (
+    "input_jsonl", "model", "decoders", "device", "dtype", "output", "score_threshold", "batch_size", "actors",
+    "max_errors", "strict", "progress", "verb", "run",
+)  # fmt: skip
+
+
+def _answer_batch(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    model_folder(args.model)
+    # a default that was not given is the very object that the parser has
+    given = [name for name, value in vars(args).items() if value is not parser.get_default(name)]
+    if others := [name for name in given if name not in _OF_BATCHES]:
+        named = "an input of images" if others[0] == "input" else f"--{others[0].replace('_', '-')}"
+        raise UserError(
+            f"{named} does not go with --input-jsonl, whose lines say what is asked about which images; leave it out",
+            "usage",
+        )
+    from lumen_ray.label.batch.job import answered_line
+
+    actors = actor_numbers(args.actors)
+    as_json = args.progress == "json"
+    if not as_json:
+        say_bundled(args.model)
+    with _reported(as_json, "req") as progress:
+        summary = api.answer_batch(
+            args.input_jsonl,
+            args.output,
+            model=args.model,
+            decoders=decoders_by_task(args.decoders),
+            device=args.device,
+            dtype=args.dtype,
+            actors=actors,
+            batch_size=args.batch_size,
+            score_threshold=args.score_threshold,
+            max_errors=args.max_errors,
+            progress=progress,
+        )
+    if as_json:
+        print(json.dumps({"state": "finished", **summary}), flush=True)
+    else:
+        say(answered_line(summary, args.output))
+    return EXIT_WITH_ERRORS if args.strict and summary["errors"] else 0
+
+
 def _label(args: argparse.Namespace) -> int:
+    if args.input is None:
+        raise UserError("give the images to label, such as a folder, or --input-jsonl with a batch file", "usage")
     model_folder(args.model)
     from lumen_ray.label.pipeline import labelled_line
     from lumen_ray.label.vocabulary import AUTO
@@ -191,6 +250,7 @@ def _label(args: argparse.Namespace) -> int:
             device=args.device,
             dtype=args.dtype,
             actors=actors,
+            gpus_per_actor=args.gpus_per_actor,
             batch_size=args.batch_size,
             score_threshold=args.score_threshold,
             tile=args.tile,
@@ -209,7 +269,7 @@ def _label(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _reported(as_json: bool) -> Iterator[Callable[[Status], None]]:
+def _reported(as_json: bool, unit: str = "img") -> Iterator[Callable[[Status], None]]:
     """What shows the progress of a job."""
     if as_json:
         yield _json_lines()
@@ -219,7 +279,7 @@ def _reported(as_json: bool) -> Iterator[Callable[[Status], None]]:
         def update(status: Status) -> None:
             total = status.total if status.is_listed else None
             more = "" if status.is_listed else f", {status.total:,} listed so far"
-            shown.update(status.done, total, f"{status.rate:.1f} img/s, {status.errors} errors{more}")
+            shown.update(status.done, total, f"{status.rate:.1f} {unit}/s, {status.errors} errors{more}")
 
         yield update
 

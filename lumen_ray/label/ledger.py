@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -28,10 +28,10 @@ _ENTRY = re.compile(r"(\d+)\.json")
 
 
 class Ledger:
-    """The ledger of one output folder, local or in a bucket."""
+    """The ledger of one output folder, local or in a bucket. `schema`: of the rows that are published."""
 
-    def __init__(self, output: urls.Location):
-        self.output = urls.absolute(output)
+    def __init__(self, output: urls.Location, schema: pa.Schema = LABEL_SCHEMA):
+        self.output, self.schema = urls.absolute(output), schema
         self.folder = urls.join(self.output, "ledger")
 
     def plan(self, fragment_size: int = 32) -> Plan:
@@ -82,8 +82,8 @@ class Ledger:
     def publish(
         self, fragment: int, images: int, records: Sequence[dict[str, Any]], errors: Sequence[dict[str, str]]
     ) -> None:
-        """Marks a fragment of `images` images done, with its label rows and failed images (rows of `ERROR_SCHEMA`)."""
-        table = pa.Table.from_pylist(list(records), schema=LABEL_SCHEMA)
+        """Marks a fragment of `images` images done, with its rows and failed images (rows of `ERROR_SCHEMA`)."""
+        table = pa.Table.from_pylist(list(records), schema=self.schema)
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
         part = _part(fragment)
@@ -94,7 +94,7 @@ class Ledger:
             "labelled": images - len(errors),
             "errors": list(errors),
             "rows": len(records),
-            "instances": dict(Counter(record["task"] for record in records if record["box"] is not None)),
+            "instances": dict(Counter(record["task"] for record in records if record.get("box") is not None)),
         }
         self._write_json(self._entry(fragment), entry)
 
@@ -155,7 +155,7 @@ class Ledger:
         """The label table of a finished fragment."""
         path = self._path("labels", _part(fragment))
         with files.as_user_error(path), files.open_input(path) as file:
-            return _with_all_columns(pq.ParquetFile(file).read())
+            return _with_all_columns(pq.ParquetFile(file).read(), self.schema)
 
     def items(self) -> Iterator[Item]:
         """The images of all finished fragments, failed ones included, in order."""
@@ -179,9 +179,9 @@ class Ledger:
         files.write_bytes(path, json.dumps(data, indent=1, sort_keys=True).encode())
 
 
-def _with_all_columns(table: pa.Table) -> pa.Table:
+def _with_all_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
     """The table with nulls in the columns that it lacks, as one from before they were introduced."""
-    for column in LABEL_SCHEMA:
+    for column in schema:
         if column.name not in table.column_names:
             table = table.append_column(column, pa.nulls(len(table), column.type))
     return table
@@ -201,10 +201,23 @@ def _short(before: Any, after: Any) -> tuple[str, str]:
     return texts[0], texts[1]
 
 
-def open_finished(output: urls.Location) -> Ledger:
-    """The ledger of a labelled folder; raises `UserError` if `output` is not one."""
+def is_batch(settings: Mapping[str, Any]) -> bool:
+    """Whether these are the settings of a job that answers a batch file (see `label.batch`)."""
+    return "batch" in settings
+
+
+def open_finished(output: urls.Location, of_images: bool = True) -> Ledger:
+    """The ledger of a labelled folder; raises `UserError` if `output` is not one or, with `of_images`, if it holds the
+    answers to a batch file."""
     ledger = Ledger(output)
-    if ledger.settings() is None:
+    settings = ledger.settings()
+    if of_images and settings is not None and is_batch(settings):
+        raise UserError(
+            f"'{urls.shown(output)}' holds the answers to a batch file, in output.jsonl; give a folder with labels of "
+            "images",
+            "not_labelled",
+        )
+    if settings is None:
         raise UserError(
             f"'{urls.shown(output)}' is not an output folder of `lumen-ray label`; give one", "not_labelled"
         )

@@ -41,7 +41,7 @@ from lumen_ray.label.settings import (
     job_settings,
 )
 from lumen_ray.label.vocabulary import AUTO, VOCABULARY, write_vocabulary
-from lumen_ray.label.workers import Outcome, WorkerSettings
+from lumen_ray.label.workers import LabelActor, Labeller, Outcome, WorkerSettings
 from lumen_ray.structures import check_dtype
 
 #: A job stops after this many failures of the model without a success: the model is at fault, not the images.
@@ -63,6 +63,7 @@ def label(
     exemplars: Sequence[ClassByExample] = (),
     decoders: Mapping[str, str] | None = None,
     num_actors: int | range | None = 1,
+    gpus_per_actor: float = 1,
     batch_size: int = 8,
     score_threshold: float = 0.3,
     max_per_phrase: int = 300,
@@ -89,6 +90,7 @@ def label(
     decoders: task -> decoder, overriding the model folder's choice.
     num_actors: model actors on Ray; a range for a pool that grows and shrinks between its first and last number; None:
         as many as there are GPUs or cores; 0 labels in this process, without Ray.
+    gpus_per_actor: the share of a GPU that an actor on Ray reserves, up to 1; several actors may share one.
     device: 'cpu' or 'cuda', in this process also 'cuda:N'; None: a GPU per actor if the cluster has any.
     dtype: 'float32' or 'bfloat16', of the model's weights and arithmetic.
     tiles: how images larger than a tile are divided (see `inference.tiles`); None looks at whole images only.
@@ -112,9 +114,11 @@ def label(
     """
     tasks = list(dict.fromkeys([*tasks, "caption"] if classes == AUTO else tasks))
     exports = _exports(exports, output, tasks)
-    _check(num_actors, batch_size, score_threshold, fragment_size)
+    check_numbers(num_actors, batch_size, score_threshold, fragment_size)
+    if not 0.01 <= gpus_per_actor <= 1:
+        raise UserError(f"gpus_per_actor is {gpus_per_actor}; give a share of a GPU from 0.01 to 1", "invalid_setting")
     limit = ErrorLimit.parse(max_errors)
-    device = _check_device(device, num_actors)
+    device = check_device(device, num_actors)
     exemplars = load_exemplars(exemplars)
     requests = build_requests(tasks, classes, prompts, keypoints, exemplars)
     chosen = chosen_decoders(model, decoders or {})
@@ -145,21 +149,43 @@ def label(
             limit.check_numbers(finished["errors"], finished["images"])
             return finished
         work = Work(plan, done, None if plan.is_complete else listing)
-        _list_ahead(work)
-        before = ledger.totals()
-        status = Status(plan.num_images(), before["images"], before["errors"], before["images"], plan.is_complete)
-        limit.check(status)
-        ran = status.done < status.total or not status.is_listed
-        if ran:
-            worker = replace(worker, proven=before["labelled"] > 0)
-            run = label_in_process(work, worker) if num_actors == 0 else label_on_ray(work, worker, _range(num_actors))
-            _collect(run, ledger, status, limit, _told(status, claim, plan, progress), proven=worker.proven)
+        status, log = run_work(work, ledger, worker, num_actors, limit, claim, progress, gpus_per_actor=gpus_per_actor)
         summary = _finish(ledger, status, exports, plan.left_out)
-    if ran and num_actors != 0:
-        from lumen_ray.ray_log import log_file
+    return summary | log
 
-        summary["log"] = str(log_file())
-    return summary
+
+def run_work(
+    work: Work,
+    ledger: Ledger,
+    worker: WorkerSettings,
+    num_actors: int | range | None,
+    limit: ErrorLimit,
+    claim: Claim,
+    progress: Progress | None,
+    labeller: type[Labeller] = Labeller,
+    actor: type[LabelActor] = LabelActor,
+    gpus_per_actor: float = 1,
+) -> tuple[Status, dict[str, str]]:
+    """Does the fragments of `work` that are left, by a `labeller` in this process or by an `actor` class on Ray.
+    Returns the status and, if Ray was used, the summary's ``log``. Raises as `label`."""
+    _list_ahead(work)
+    before = ledger.totals()
+    plan = work.plan
+    status = Status(plan.num_images(), before["images"], before["errors"], before["images"], plan.is_complete)
+    limit.check(status)
+    if status.done == status.total and status.is_listed:
+        return status, {}
+    worker = replace(worker, proven=before["labelled"] > 0)
+    if num_actors == 0:
+        run = label_in_process(work, worker, labeller)
+    else:
+        run = label_on_ray(work, worker, _range(num_actors), gpus_per_actor, actor)
+    _collect(run, ledger, status, limit, _told(status, claim, plan, progress), proven=worker.proven)
+    if num_actors == 0:
+        return status, {}
+    from lumen_ray.ray_log import log_file
+
+    return status, {"log": str(log_file())}
 
 
 def _range(num_actors: int | range | None) -> range | None:
@@ -212,7 +238,8 @@ def _exports(exports: Sequence[str] | None, output: str | Path, tasks: Sequence[
     return chosen
 
 
-def _check(num_actors: int | range | None, batch_size: int, score_threshold: float, fragment_size: int) -> None:
+def check_numbers(num_actors: int | range | None, batch_size: int, score_threshold: float, fragment_size: int) -> None:
+    """Raises `UserError` for numbers out of their range."""
     for name, value, least in (
         ("num_actors", num_actors if isinstance(num_actors, int) else 1, 0),
         ("batch_size", batch_size, 1),
@@ -226,7 +253,7 @@ def _check(num_actors: int | range | None, batch_size: int, score_threshold: flo
         raise UserError(f"score_threshold is {score_threshold}; give a value from 0 to 1", "invalid_setting")
 
 
-def _check_device(device: str | None, num_actors: int | range | None) -> str | None:
+def check_device(device: str | None, num_actors: int | range | None) -> str | None:
     """The device of this process; actors get their GPU from Ray, which also checks that there is one."""
     if num_actors == 0:
         return find_device(device)

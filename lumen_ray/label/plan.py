@@ -7,7 +7,6 @@ says that the listing is complete; later runs then read the plan and leave the i
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from collections import Counter
@@ -15,11 +14,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lumen_ray.data import files, urls
+from lumen_ray.data.hash_set import HashSet, hash_of
 from lumen_ray.label.inputs import ITEM_SCHEMA, Item
 from lumen_ray.label.listing import Listing
 
@@ -77,13 +76,13 @@ class Plan:
 
         An image whose id another one has already, as in shard files of different sets, gets a number after it.
         """
-        places, ids = _HashSet(), _HashSet()
+        places, ids = HashSet(), HashSet()
         known, parts = 0, self._parts()
         for part in parts:
             for fragment in self._read(part):
                 if listing is not None:
-                    places.add([_hash(_absolute(item).place) for item in fragment.items])
-                    ids.add([_hash(item.image_id) for item in fragment.items])
+                    places.add([hash_of(_absolute(item).place) for item in fragment.items])
+                    ids.add([hash_of(item.image_id) for item in fragment.items])
                 known = fragment.index + 1
                 yield fragment
         if listing is None:
@@ -101,24 +100,24 @@ class Plan:
         facts: dict[str, Any] = {"fragments": known, "left_out": dict(listing.left_out)}
         files.write_bytes(self._listing, json.dumps(facts, indent=1).encode())
 
-    def _numbered(self, listing: Listing, places: _HashSet, ids: _HashSet, is_first: bool) -> Iterator[Item]:
+    def _numbered(self, listing: Listing, places: HashSet, ids: HashSet, is_first: bool) -> Iterator[Item]:
         """The images that are not yet planned, with ids of their own. `is_first`: none is planned, so that those met
         twice are repeated by the listing itself."""
         listed = iter(listing)
         following: dict[str, int] = {}  # of repeated ids the number to try next
         while block := _take(listed, 1024):
-            planned = places.add([_hash(item.place) for item in block])
+            planned = places.add([hash_of(item.place) for item in block])
             fresh = [item for item, is_planned in zip(block, planned, strict=True) if not is_planned]
             if is_first and len(fresh) < len(block):
                 listing.left_out["listed again"] += len(block) - len(fresh)
-            taken = ids.add([_hash(item.image_id) for item in fresh])
+            taken = ids.add([hash_of(item.image_id) for item in fresh])
             given: set[int] = set()  # to names with a number, in this block
             for item, is_taken in zip(fresh, taken, strict=True):
                 if not is_taken:
                     yield item
                     continue
                 number = following.get(item.image_id, 2)
-                while (key := _hash(f"{item.image_id}#{number}")) in given or key in ids:
+                while (key := hash_of(f"{item.image_id}#{number}")) in given or key in ids:
                     number += 1
                 given.add(key)
                 following[item.image_id] = number + 1
@@ -166,40 +165,3 @@ def _absolute(item: Item) -> Item:
 
 def _take(items: Iterator[Item], number: int) -> list[Item]:
     return [item for _, item in zip(range(number), items, strict=False)]
-
-
-def _hash(value: Any) -> int:
-    return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=8).digest(), "little")
-
-
-class _HashSet:
-    """A set of 64-bit hashes in 8 bytes each: sorted arrays of growing length, merged when they are as long.
-
-    Two of a hundred million values share a hash with a probability of 0.0003.
-    """
-
-    def __init__(self) -> None:
-        self._runs: list[np.ndarray] = []
-
-    def __contains__(self, value: int) -> bool:
-        wanted = np.uint64(value)
-        places = ((run, np.searchsorted(run, wanted)) for run in self._runs)
-        return any(place < len(run) and run[place] == wanted for run, place in places)
-
-    def add(self, hashes: list[int]) -> list[bool]:
-        """Adds hashes in order; for each, whether it was in the set."""
-        new = np.array(hashes, np.uint64)
-        known = np.zeros(len(new), bool)
-        for run in self._runs:
-            place = np.searchsorted(run, new).clip(max=len(run) - 1)
-            known |= run[place] == new
-        values, first = np.unique(new, return_index=True)
-        is_first = np.zeros(len(new), bool)
-        is_first[first] = True
-        fresh = values[~known[first]]
-        if len(fresh):
-            self._runs.append(fresh)
-        while len(self._runs) > 1 and len(self._runs[-2]) < 2 * len(self._runs[-1]):
-            last = self._runs.pop()
-            self._runs[-1] = np.sort(np.concatenate([self._runs[-1], last]))
-        return (known | ~is_first).tolist()

@@ -49,17 +49,24 @@ class Work:
             yield group
 
 
-def label_in_process(work: Work, settings: WorkerSettings) -> Iterator[Outcome]:
+def label_in_process(work: Work, settings: WorkerSettings, labeller: type[Labeller] = Labeller) -> Iterator[Outcome]:
     """The outcome of each fragment, in order, without Ray."""
-    labeller = Labeller(settings)
+    worker = labeller(settings)
     for fragment in work.fragments():
-        yield labeller.label([fragment])
+        yield worker.label([fragment])
 
 
-def label_on_ray(work: Work, settings: WorkerSettings, num_actors: range | None) -> Iterator[Outcome]:
+def label_on_ray(
+    work: Work,
+    settings: WorkerSettings,
+    num_actors: range | None,
+    gpus_per_actor: float = 1,
+    actor: type[LabelActor] = LabelActor,
+) -> Iterator[Outcome]:
     """The outcomes in no particular order. Starts a local Ray if none is running.
 
     num_actors: fewest and most actors, as a range; None: as many as the cluster has GPUs or, without any, cores for.
+    gpus_per_actor: the share of a GPU that an actor on one reserves, up to 1.
     """
     from lumen_ray.ray_env import cluster_resources, init_local, prepare_environment
     from lumen_ray.ray_log import native_lines_in_file
@@ -71,6 +78,7 @@ def label_on_ray(work: Work, settings: WorkerSettings, num_actors: range | None)
     if not ray.is_initialized():
         init_local()
     available = cluster_resources()
+    available["GPU"] = int(available["GPU"]) * math.floor(1 / gpus_per_actor + 1e-6)  # an actor uses one GPU only
     pool = num_actors or default_actors(settings.device, available, work.plan.num_images(), work.plan.is_complete)
     settings, (num_cpus, num_gpus) = actor_resources(settings, pool, available)
     with _data_context(ray.data.DataContext.get_current()):
@@ -78,13 +86,13 @@ def label_on_ray(work: Work, settings: WorkerSettings, num_actors: range | None)
             ray.data.from_items([{"work": pickle.dumps(work)}], override_num_blocks=1)
             .flat_map(_listed, num_cpus=0)
             .map_batches(
-                LabelActor,
+                actor,
                 fn_constructor_args=(settings,),
                 batch_size=None,
                 batch_format="numpy",
                 compute=ray.data.ActorPoolStrategy(min_size=pool[0], max_size=pool[-1]),
                 num_cpus=num_cpus,
-                num_gpus=num_gpus,
+                num_gpus=num_gpus * gpus_per_actor,
             )
         )
         with native_lines_in_file():
@@ -104,10 +112,10 @@ def _listed(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def default_actors(device: str | None, available: Mapping[str, float], images: int, is_all: bool) -> range:
-    """How many actors are started by default: one per GPU, else one per core of this machine or CPU of the cluster,
-    at most `_MOST_CPU_ACTORS`; fewer for few images. A pool on a cluster starts with one and grows.
+    """How many actors are started by default: as many as fit on the GPUs, else one per core of this machine or CPU of
+    the cluster, at most `_MOST_CPU_ACTORS`; fewer for few images. A pool on a cluster starts with one and grows.
 
-    `is_all`: there are no more images than these.
+    available: "CPU", and "GPU": the actors that fit on GPUs; `is_all`: there are no more images than these.
     """
     gpus = int(available.get("GPU", 0)) if device != "cpu" else 0
     cores = _local_cores() or int(available.get("CPU", 1))
@@ -127,7 +135,7 @@ def actor_resources(
     """The settings of an actor with its device and threads, and the (CPUs, GPUs) to reserve: Ray hides other GPUs from
     it.
 
-    pool: fewest and most actors, as a range; available: "CPU" and "GPU" of the cluster. GPUs are used if there are any.
+    pool: fewest and most actors, as a range; available: as of `default_actors`. GPUs are used if there are any.
     Raises `UserError` if the fewest actors do not fit.
     """
     on_gpu = settings.device == "cuda" or (settings.device is None and available.get("GPU", 0) >= 1)
@@ -148,7 +156,7 @@ def _check_resources(available: Mapping[str, float], num_actors: int, on_gpu: bo
     if num_actors > have:
         others = ([f"at most {have}"] if have else []) + (["device 'cpu'"] if on_gpu else [])
         raise UserError(
-            f"num_actors {num_actors} needs {num_actors} {kind}s but the Ray cluster has {have}; give "
+            f"num_actors {num_actors} is too many: the {kind}s of the Ray cluster have room for {have}; give "
             f"{' or '.join(others)}",
             "too_many_actors",
         )

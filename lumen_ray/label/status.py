@@ -8,25 +8,28 @@ from typing import Any
 from lumen_ray.console import seconds
 from lumen_ray.data import files, urls
 from lumen_ray.label.claim import read_claim
-from lumen_ray.label.ledger import open_finished
+from lumen_ray.label.ledger import is_batch, open_finished
 
 
 def label_status(output: urls.Location) -> dict[str, Any]:
     """The state of the job that writes `output`, a folder or a bucket.
 
-    ``state``: running, stopped, finished, or failed if no image at all could be labelled; ``images``: listed so far,
-    all of them if ``is_listed``; ``done``, ``labelled``, ``errors``; ``reasons``: number of errors by reason;
-    ``instances`` by task; of a running job ``host``, ``pid``, ``seconds`` since it started, and once it has labelled
-    ``images_per_second`` and ``seconds_left``. Raises `UserError` if `output` is not the output of `lumen-ray label`.
+    ``state``: running, stopped, finished, or failed if no image at all could be labelled; ``images``: listed so
+    far, all of them if ``is_listed``; ``counted``: what these are, "images", or "requests" of a batch file;
+    ``done``, ``labelled``, ``errors``; ``reasons``: number of errors by reason; ``instances`` by task; of a running
+    job ``host``, ``pid``, ``seconds`` since it started, and once it has labelled ``images_per_second`` and
+    ``seconds_left``. Raises `UserError` if `output` is not the output of `lumen-ray label`.
     """
-    ledger = open_finished(output)
+    ledger = open_finished(output, of_images=False)
+    counted = "requests" if is_batch(ledger.settings() or {}) else "images"
     plan, claim = ledger.plan(), read_claim(ledger.folder)
     totals = ledger.totals()
     images, is_listed = plan.num_images(), plan.is_complete
     finished = is_listed and totals["images"] == images and files.is_file(urls.join(ledger.output, "summary.json"))
-    failed = is_listed and totals["images"] == images and images > 0 and not totals["labelled"]
+    failed = counted == "images" and is_listed and totals["images"] == images and images > 0 and not totals["labelled"]
     status: dict[str, Any] = {
         "state": "running" if claim else "finished" if finished else "failed" if failed else "stopped",
+        "counted": counted,
         "images": images,
         "is_listed": is_listed,
         "done": totals["images"],
@@ -45,17 +48,15 @@ def status_lines(output: urls.Location, status: dict[str, Any]) -> list[str]:
     """`label_status` in words."""
     share = f" ({status['done'] / status['images']:.0%})" if status["images"] and status["is_listed"] else ""
     listed = "" if status["is_listed"] else " listed so far"
-    lines = [
-        f"{urls.shown(output)}: {status['state']}, {status['done']:,} of {status['images']:,} images{listed}{share}, "
-        f"{status['errors']:,} errors"
-    ]
+    number = f"{status['done']:,} of {status['images']:,} {status['counted']}{listed}{share}"
+    lines = [f"{urls.shown(output)}: {status['state']}, {number}, {status['errors']:,} errors"]
     if status["reasons"]:
         lines.append("errors: " + ", ".join(f"{reason} {number:,}" for reason, number in status["reasons"].items()))
     if status["instances"]:
         lines.append("instances: " + ", ".join(f"{task} {number:,}" for task, number in status["instances"].items()))
     if status["state"] == "running":
         rate, left = status["images_per_second"], status["seconds_left"]
-        speed = f", {rate:.1f} images/s" if rate else ""
+        speed = f", {rate:.1f} {status['counted']}/s" if rate else ""
         lines.append(
             f"process {status['pid']} on {status['host']}, for {seconds(status['seconds'])}{speed}"
             + (f", about {seconds(left)} left" if left is not None else "")

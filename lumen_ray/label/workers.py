@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import pickle
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,8 +20,10 @@ from typing import Any
 
 import numpy as np
 
+from lumen_ray.answer import Answer
 from lumen_ray.data import urls
 from lumen_ray.data.images import Picture, decode_reduced
+from lumen_ray.data.windows import LargeImage, find_large
 from lumen_ray.errors import UserError
 from lumen_ray.inference.device import find_device
 from lumen_ray.inference.protocol import EngineProtocol
@@ -30,6 +33,7 @@ from lumen_ray.inference.tiles import Tiles
 from lumen_ray.label.asking import Asker, SecondLookSettings
 from lumen_ray.label.inputs import Item, Reader
 from lumen_ray.label.ledger import Ledger
+from lumen_ray.label.passes import Passes
 from lumen_ray.label.plan import Fragment
 from lumen_ray.label.vocabulary import AUTO, is_named_by_caption
 from lumen_ray.presets import model_folder
@@ -109,16 +113,28 @@ def fingerprint(model: str | Path | Callable[[], EngineProtocol]) -> str:
 
 @dataclass
 class _Image:
-    """An image of a fragment on its way: `picture`, then `records`; or an error's `reason` and `message`.
+    """An image of a fragment on its way: `picture`, or `large` if it is read by window, then `records`; or an error's
+    `reason` and `message`.
 
     `sha256`: of its encoded bytes, hexadecimal."""
 
     item: Item
     picture: Picture | None = None
+    large: LargeImage | None = None
     sha256: str = ""
     records: list[dict[str, Any]] = field(default_factory=list)
     reason: str = ""
     message: str = ""
+
+    def error(self) -> dict[str, str]:
+        """What the ledger keeps of a failure, a row of `ERROR_SCHEMA`."""
+        item = self.item
+        return {
+            "image_id": item.image_id,
+            "path": urls.shown(item.path),
+            "reason": self.reason,
+            "message": self.message,
+        }
 
 
 def read_images(
@@ -127,9 +143,10 @@ def read_images(
     reader: Reader,
     pool: ThreadPoolExecutor | None,
     fetchers: ThreadPoolExecutor,
+    by_window: bool = False,
 ) -> list[_Image]:
     """Reads the images and decodes them at the scale that leaves their longer side `largest_side` pixels, all pixels
-    for None.
+    for None. `by_window`: not those that are better read by window (see `data.windows`).
 
     pool: decodes, None for this thread; fetchers: read files of stores, several at once; all else `reader` reads in
     order.
@@ -139,13 +156,19 @@ def read_images(
         try:
             if isinstance(data, UserError):
                 raise data
-            return _Image(item, decode_reduced(data, largest_side), hashlib.sha256(data).hexdigest())
+            digest = hashlib.sha256(data).hexdigest()
+            if by_window and (large := find_large(data)) is not None:
+                return _Image(item, large=large, sha256=digest)
+            return _Image(item, decode_reduced(data, largest_side), sha256=digest)
         except UserError as error:
             return _Image(item, reason=error.reason, message=str(error))
 
     waiting = [fetchers.submit(Reader().read, item) if _is_remote(item) else None for item in items]
     coming: list[_Image | Future[_Image]] = []
     for item, fetched in zip(items, waiting, strict=True):
+        if by_window and (large_file := _large_file(item)) is not None:
+            coming.append(large_file)
+            continue
         data = reader.read(item) if fetched is None else fetched.result()
         coming.append(decoded(item, data) if pool is None else pool.submit(decoded, item, data))
     return [image if isinstance(image, _Image) else image.result() for image in coming]
@@ -154,6 +177,23 @@ def read_images(
 def _is_remote(item: Item) -> bool:
     """Whether the image is a file of its own, or a member of a tar, in a store."""
     return item.row_group < 0 and not item.fault and urls.is_url(item.path)
+
+
+def _large_file(item: Item) -> _Image | None:
+    """A local file that is read by window, of which the whole is never in memory; None for other images."""
+    path = urls.split(item.path)[1]
+    is_own_file = item.row_group < 0 and item.offset < 0 and not item.fault and not urls.is_url(item.path)
+    if not is_own_file or not path.lower().endswith((".tif", ".tiff")) or not os.path.isfile(path):
+        return None
+    try:
+        if (large := find_large(path)) is None:
+            return None
+        with open(path, "rb") as file:
+            return _Image(item, large=large, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+    except OSError:
+        return None  # whoever reads it says what is wrong
+    except UserError as error:
+        return _Image(item, reason=error.reason, message=str(error))
 
 
 class Labeller:
@@ -226,7 +266,9 @@ class Labeller:
         return outcome
 
     def _answered(self, fragments: Sequence[Fragment]) -> Iterator[tuple[Fragment, list[_Image]]]:
-        """The fragments with all their images answered. The next batch is read while the model has this one."""
+        """The fragments with all their images answered. The next batch is read while the model has this one.
+
+        Which images share a pass depends on their fragment alone, so that a resumed job gets the same results."""
         size = self.settings.batch_size
         batches = [
             (fragment, fragment.items[start : start + size], start + size >= len(fragment.items))
@@ -243,28 +285,29 @@ class Labeller:
 
         read_ahead(0)
         images: list[_Image] = []
+        passes: Passes[_Image] = Passes(size, self.engine.image_size)
         for number, (fragment, _, is_last) in enumerate(batches):
             batch = coming.pop(0).result()
             read_ahead(number + 1)
-            self._answer([image for image in batch if not image.reason])
-            for image in batch:
-                image.picture = None
             images += batch
+            for image in batch:
+                if not image.reason:
+                    large = self._is_tiled(image)
+                    self._answer([image] if large else passes.add(image, self.engine.input_size(_shown(image))))
             if is_last:
+                for rest in passes.rest():
+                    self._answer(rest)
                 yield fragment, images
                 images = []
 
     def _read(self, items: Sequence[Item], side: int | None) -> list[_Image]:
-        return read_images(items, side, self._row_groups, self._decoders, self._fetchers)
+        tiled = self.settings.tiles is not None
+        return read_images(items, side, self._row_groups, self._decoders, self._fetchers, tiled)
 
     def _publish(self, fragment: Fragment, images: Sequence[_Image], outcome: Outcome) -> None:
         """Nothing that the model failed on is published before its first success, so that a bad model leaves no errors
         to clean up."""
-        errors = [
-            {"image_id": i.item.image_id, "path": urls.shown(i.item.path), "reason": i.reason, "message": i.message}
-            for i in images
-            if i.reason
-        ]
+        errors = [image.error() for image in images if image.reason]
         if len(errors) == len(images) > 1 and all(error["reason"] in _STORE_REASONS for error in errors):
             raise UserError(errors[0]["message"], errors[0]["reason"])
         failures = [image.message for image in images if image.reason == "model_error"]
@@ -279,15 +322,19 @@ class Labeller:
         self.ledger.publish(fragment.index, len(images), records, errors)
 
     def _answer(self, images: Sequence[_Image]) -> None:
-        """Fills in the records of images. A batch that fails is retried image by image."""
+        """Fills in the records of images, and forgets their pixels. A pass that fails is retried image by image."""
         if not images:
             return
         try:
-            answers = self.asker.answers([_shown(image) for image in images])
+            answers = self._answers(images)
         except Exception as error:  # one image must not stop the others
             if len(images) > 1:
                 for image in images:
                     self._answer([image])
+                return
+            images[0].picture = images[0].large = None
+            if isinstance(error, UserError) and error.reason == "broken_image":  # of one that is read by window
+                images[0].reason, images[0].message = error.reason, str(error)
                 return
             where = traceback.extract_tb(error.__traceback__)[-1]
             images[0].reason = "model_error"
@@ -295,6 +342,7 @@ class Labeller:
             return
         now = datetime.now(UTC)
         for image, found in zip(images, answers, strict=True):
+            image.picture = image.large = None
             shared = {"sha256": image.sha256, "labelled_at": now}
             image.records = [
                 record | shared
@@ -304,11 +352,30 @@ class Labeller:
                 )
             ]
 
+    def _answers(self, images: Sequence[_Image]) -> list[list[Answer]]:
+        """The answers about each image of a pass, or about one that is searched in tiles."""
+        first = images[0]
+        if not self._is_tiled(first):
+            return self.asker.about([_shown(image) for image in images])
+        assert len(images) == 1
+        if first.large is not None:
+            with first.large.open() as windows:
+                return [self.asker.in_tiles(windows)]
+        assert first.picture is not None, "images that could not be decoded are not asked about"
+        return [self.asker.in_tiles(first.picture.pixels)]
+
+    def _is_tiled(self, image: _Image) -> bool:
+        tiles = self.settings.tiles
+        if image.picture is None or tiles is None:
+            return image.large is not None
+        return image.picture.reduction == 1 and len(tiles.windows(image.picture.size)) > 1
+
 
 def _shown(image: _Image) -> np.ndarray | Picture:
     """What the engine gets: an image at full scale as its pixels."""
     assert image.picture is not None, "images that could not be decoded are not asked about"
-    return image.picture.pixels if image.picture.reduction == 1 else image.picture
+    picture = image.picture
+    return picture.pixels if picture.reduction == 1 else picture
 
 
 class LabelActor(Labeller):

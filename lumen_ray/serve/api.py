@@ -10,14 +10,16 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from lumen_ray.serve import openai_api, openai_images, schemas, task_api
+from lumen_ray.serve import openai_api, openai_images, task_api
 from lumen_ray.serve.admission import Admission, Gate
 from lumen_ray.serve.http import Guard, install_error_handlers
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.serve.task_api import Backend
 from lumen_ray.version import __version__
+from lumen_ray.wire import schemas
+from lumen_ray.wire.chat import ChatRequest
 
-_REQUESTS = (schemas.TaskRequest, schemas.InferRequest, openai_api.ChatRequest, openai_images.ImageRequest)
+_REQUESTS = (schemas.TaskRequest, schemas.InferRequest, ChatRequest, openai_images.ImageRequest)
 _PAGES = Path(__file__).parent / "page"
 _SUMMARY = "Answers, finds, segments, poses and counts what is in an image. One schema for all tasks."
 

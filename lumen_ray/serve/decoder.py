@@ -9,7 +9,7 @@ from lumen_ray.answer import Answer
 from lumen_ray.inference.request import Request
 from lumen_ray.serve.batching import Collector, map_grouped, value_of
 from lumen_ray.serve.health import Health, PassClock
-from lumen_ray.serve.job import cost_of
+from lumen_ray.wire.limits import cost_of
 
 if TYPE_CHECKING:
     from lumen_ray.decoders.base import PredictSettings

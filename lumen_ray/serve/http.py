@@ -18,28 +18,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumen_ray.errors import UserError
+from lumen_ray.wire.errors import error_body, without_data
 
 logger = logging.getLogger("ray.serve.lumen")  # a child of the logger that Serve writes to the replica's log file
 _REQUEST_ID = re.compile(r"^[\w-]{8,64}$")
-#: a run of base64 characters longer than any word of an error, with the lines that base64 may be wrapped into
-_BASE64 = re.compile(r"[\w+/=-]{40,}(?:(?:\s|\\[rn])+[\w+/=-]{20,})*", re.ASCII)
-_LONGEST_MESSAGE = 1000
-
-#: reason -> HTTP status; 400 for all other reasons
-STATUS = {
-    "unknown_task": 404,
-    "unknown_model": 404,
-    "not_found": 404,
-    "method_not_allowed": 405,
-    "body_too_large": 413,
-    "image_too_large": 413,
-    "unsupported_media_type": 415,
-    "internal_error": 500,
-    "overloaded": 503,
-    "shutting_down": 503,
-    "unavailable": 503,
-    "timeout": 504,
-}
 
 
 class Overloaded(Exception):
@@ -58,21 +40,8 @@ def error_response(
     reason: str, message: str, request_id: str, headers: dict[str, str] | None = None, field: str | None = None
 ) -> JSONResponse:
     """The error envelope, with the status of `reason`. `field`: the one of the request that is wrong."""
-    status = STATUS.get(reason, 400)
-    error = {
-        "message": _printable(message),
-        "type": "invalid_request_error" if status < 500 else "server_error",
-        "param": None if field is None else _printable(field),
-        "code": reason,
-        "reason": reason,
-        "request_id": request_id,
-    }
-    return JSONResponse({"error": error}, status, headers)
-
-
-def _printable(text: str) -> str:
-    """A text that may quote half a surrogate pair of the request, as UTF-8 can hold it."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    status, body = error_body(reason, message, request_id, field)
+    return JSONResponse(body, status, headers)
 
 
 def content_type(request: Request) -> str:
@@ -84,19 +53,13 @@ def request_id(request: Request) -> str:
     return request.scope.get("lumen_request_id", "-")
 
 
-def _without_data(message: str) -> str:
-    """A message without the images and other long values that a caller sent in place of a name, wherever it arose."""
-    message = _BASE64.sub(lambda found: f"({len(found[0])} characters)", message)
-    return message if len(message) <= _LONGEST_MESSAGE else message[:_LONGEST_MESSAGE] + "..."
-
-
 async def _user_error(request: Request, error: UserError) -> JSONResponse:
-    field = None if error.field is None else _without_data(error.field)
-    return error_response(error.reason, _without_data(str(error)), request_id(request), field=field)
+    field = None if error.field is None else without_data(error.field)
+    return error_response(error.reason, without_data(str(error)), request_id(request), field=field)
 
 
 async def _http_exception(request: Request, error: HTTPException) -> JSONResponse:
-    path = _without_data(request.url.path)
+    path = without_data(request.url.path)
     if error.status_code == 404:
         return error_response("not_found", f"there is nothing at '{path}'; see /docs for the API", request_id(request))
     if error.status_code == 405:

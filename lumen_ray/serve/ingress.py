@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import uuid
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
@@ -25,8 +27,10 @@ from lumen_ray.inference.request import Request, Shown
 from lumen_ray.serve.admission import Gate
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.http import Overloaded, Unavailable, logger
+from lumen_ray.serve.image_cache import ImageGone, KeyedImage
 from lumen_ray.serve.job import TrunkJob, TrunkReply
 from lumen_ray.serve.settings import ServeSettings
+from lumen_ray.structures import Size
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
@@ -40,6 +44,8 @@ _LOST = (
     ReplicaUnavailableError,
 )
 _PING_S = 5.0
+#: images of which an ingress replica remembers that a trunk holds them
+_REMEMBERED = 10_000
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -73,14 +79,47 @@ class ServeBackend:
         self.decoders = decoders
         self.settings = settings
         self._info: dict[str, Any] | None = None
+        self._held: OrderedDict[str, Size] = OrderedDict()
 
-    async def infer(self, image: Shown, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
+    async def infer(self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
         """One trunk pass over what is shown, then the decoders that it has links for, in parallel."""
+        key = image.image_id if isinstance(image, KeyedImage) else None
+        try:
+            answers = await self._infer(image, requests, max_new_tokens, self._trunk(key))
+        except ImageGone:
+            self._held.pop(key or "", None)
+            raise
+        if isinstance(image, KeyedImage):
+            self._remember(image.image_id, image.size)
+        return answers
+
+    def _trunk(self, key: str | None = None) -> DeploymentHandle:
+        """The trunk for one call: the replica that holds the image of id `key`, any for None."""
+        return self.trunk.options(session_id=key or uuid.uuid4().hex)
+
+    def _remember(self, image_id: str, size: Size) -> None:
+        self._held[image_id] = size
+        self._held.move_to_end(image_id)
+        if len(self._held) > _REMEMBERED:
+            self._held.popitem(last=False)
+
+    async def held_size(self, image_id: str, ask: bool) -> Size | None:
+        if not self.settings.trunk.image_cache_mb:
+            return None
+        if image_id not in self._held and ask:
+            size = await self._retried(lambda: _awaited(self._trunk(image_id).image_size.remote(image_id)))
+            if size is not None:
+                self._remember(image_id, size)
+        return self._held.get(image_id)
+
+    async def _infer(
+        self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int, trunk: DeploymentHandle
+    ) -> list[Answer]:
         job = TrunkJob(image, tuple(requests), max_new_tokens)
         plain = tuple(replace(request, examples={}) for request in requests)  # decoders read no images of examples
 
         async def call() -> list[Answer]:
-            reply: TrunkReply = await _awaited(self.trunk.link.remote(job))
+            reply: TrunkReply = await _awaited(trunk.link.remote(job))
             found = await asyncio.gather(
                 *(_awaited(self.decoders[name].decode.remote(reply.output, plain)) for name in reply.decoders)
             )
@@ -92,12 +131,12 @@ class ServeBackend:
     async def info(self) -> dict[str, Any]:
         if self._info is not None:
             return self._info
-        info: dict[str, Any] = await self._retried(lambda: _awaited(self.trunk.info.remote()))
+        info: dict[str, Any] = await self._retried(lambda: _awaited(self._trunk().info.remote()))
         self._info = info
         return info
 
     async def ready(self) -> dict[str, bool]:
-        handles = {"trunk": self.trunk, **self.decoders}
+        handles = {"trunk": self._trunk(), **self.decoders}
         answers = await asyncio.gather(*(self._answers(handle) for handle in handles.values()))
         return dict(zip(handles, answers, strict=True))
 

@@ -14,9 +14,7 @@ from lumen_ray.config import Settings
 from lumen_ray.decoders.registry import get
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Dtype
-
-#: tokens of the longest text answer that a request can ask for
-MAX_NEW_TOKENS = 1024
+from lumen_ray.wire.settings import Defaults, Limits
 
 
 class Autoscaling(Settings):
@@ -142,6 +140,28 @@ class ModelDeployment(Deployment):
         return {**super().options(), "user_config": self.user_config}
 
 
+class TrunkDeployment(ModelDeployment):
+    """The deployment of the trunk."""
+
+    image_cache_mb: int = Field(
+        256,
+        ge=0,
+        description="MiB of encoded images that a replica holds, for further requests about them; 0: none",
+    )
+
+    @property
+    def user_config(self) -> dict[str, Any]:
+        return {**super().user_config, "image_cache_mb": self.image_cache_mb}
+
+    def options(self) -> dict[str, Any]:
+        """With several replicas, requests about one image go to one of them, by their session id."""
+        options = super().options()
+        if self.image_cache_mb and self.max_replicas > 1:
+            router = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
+            options["request_router_config"] = {"request_router_class": router}
+        return options
+
+
 class Http(Settings):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all interfaces")
     port: int = Field(8000, ge=1, le=65535)
@@ -149,38 +169,6 @@ class Http(Settings):
     access_log: bool = Field(False, description="a line in the replicas' logs for every request")
     retries: int = Field(1, ge=0, le=5, description="times a request is repeated when a replica dies under it")
     retry_after_s: int = Field(1, ge=1, description="seconds named in Retry-After when the server is overloaded")
-
-
-class Limits(Settings):
-    """Limits of a request; larger ones get a 4xx before any decoding or model work."""
-
-    max_body_bytes: int = Field(20 * 1024 * 1024, ge=1024)
-    max_pixels: int = Field(
-        40_000_000, ge=1, description="width times height of an image, or of all images of one request together"
-    )
-    max_images: int = Field(
-        8, ge=1, description="images of one conversation, or those of the examples in one request body"
-    )
-    max_classes: int = Field(256, ge=1, description="phrases and examples of one request body, over all its tasks")
-    max_requests: int = Field(32, ge=1, description="tasks of one /v1/infer call")
-    max_request_tokens: int = Field(
-        16_384,
-        ge=1,
-        description="tokens that one request body may cost: one for each byte of its classes, keypoints and texts, "
-        "more in long names, and max_new_tokens for each answer in text",
-    )
-    max_text_chars: int = Field(2000, ge=1, description="characters of one text or name")
-    max_history_chars: int = Field(
-        20_000, ge=1, description="characters of system text and earlier turns of one request body together"
-    )
-
-
-class Defaults(Settings):
-    """Defaults of a request's fields."""
-
-    score_threshold: float = Field(0.3, ge=0, le=1)
-    max_per_phrase: int = Field(300, ge=1, le=1000)
-    max_new_tokens: int = Field(48, ge=1, le=MAX_NEW_TOKENS)
 
 
 class ServeSettings(Settings):
@@ -191,7 +179,7 @@ class ServeSettings(Settings):
     limits: Limits = Limits()
     defaults: Defaults = Defaults()
     ingress: Deployment = Deployment(max_ongoing_requests=64, max_queued_requests=128, num_cpus=0.5)
-    trunk: ModelDeployment = ModelDeployment(num_cpus=1)
+    trunk: TrunkDeployment = TrunkDeployment(num_cpus=1)
     decoders: dict[str, ModelDeployment] = Field({}, description="by decoder; those left out get the defaults")
     openai_sampling: bool = Field(
         False,

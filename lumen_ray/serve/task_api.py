@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from types import MappingProxyType
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
-import numpy as np
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.datastructures import FormData, UploadFile
 
 from lumen_ray.answer import Answer
+from lumen_ray.data.images import Picture
 from lumen_ray.errors import UserError
-from lumen_ray.exemplars import ClassByExample, Example
-from lumen_ray.inference.request import Request, Shown, check_image, check_requests, make_request
-from lumen_ray.inference.sampling import GREEDY, Sampling
-from lumen_ray.serve import forms, schemas
+from lumen_ray.inference.request import Request, Shown
+from lumen_ray.serve import forms
 from lumen_ray.serve.http import content_type, json_schema_ref
-from lumen_ray.serve.images import checked_rle, decode_images, image_bytes
-from lumen_ray.serve.limits import check_amount, check_lengths
+from lumen_ray.serve.image_cache import ImageGone, KeyedImage, gone, image_id
 from lumen_ray.serve.settings import ServeSettings
-from lumen_ray.structures import Region, SampleSettings, Size
+from lumen_ray.structures import Size
 from lumen_ray.tasks import TASKS, Task, get_task
+from lumen_ray.wire import schemas
+from lumen_ray.wire.images import image_bytes
+from lumen_ray.wire.requests import Asked, fields_of, prepare
+
+_FORM_LISTS, _FORM_OBJECTS = ("classes", "keypoints", "stop"), ("region", "history")
 
 
 class Backend(Protocol):
     """The model behind the API. `ingress.ServeBackend` implements it over Serve; tests use a fake."""
 
-    async def infer(self, image: Shown, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
-        """Answers about an image, those of a conversation, or text alone, one per request, in order."""
+    async def infer(self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
+        """Answers about an image, those of a conversation, or text alone, one per request, in order. Raises `ImageGone`
+        for a `KeyedImage` without its picture that is not held."""
+
+    async def held_size(self, image_id: str, ask: bool) -> Size | None:
+        """(height, width) of an image that a trunk holds, as far as this process remembers, or, with `ask`, as the
+        trunk says; None if it holds none."""
 
     async def info(self) -> dict[str, Any]:
         """preset, version, image_size, classes, skeletons of the loaded model."""
@@ -42,201 +46,75 @@ class Backend(Protocol):
         """Deployment name -> whether it answers now."""
 
 
-#: `Task.needs` -> the request fields that the task reads; any other field is refused
-_FIELDS = {
-    "classes": ("classes",),
-    "question": ("text",),
-    "sentence": ("text",),
-    "expression": ("text",),
-    "description": ("text",),
-    "instruction": ("text",),
-    "region": ("region",),
-    "nothing": (),
-}
-
-
-#: settings of the pictures
-_SAMPLE_FIELDS = ("seed", "steps", "guidance", "image_guidance", "height", "width", "num_images")
-#: how the tokens of a text are chosen
-_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed")
-_CHAT_FIELDS = ("history", "system")
-_OPTIONAL = ("classes", "text", "region", "keypoints", *_CHAT_FIELDS, *_SAMPLING_FIELDS, *_SAMPLE_FIELDS)
-_FORM_LISTS, _FORM_OBJECTS = ("classes", "keypoints", "stop"), ("region", "history")
-
-
-def fields_of(task: Task) -> tuple[str, ...]:
-    """Names of the request fields that `task` takes, without the limits of the answer."""
-    fields = _FIELDS[task.needs] + (("keypoints",) if task.keypoint_template else ())
-    if task.is_conversation:
-        fields += _CHAT_FIELDS
-    if task.is_text:
-        fields += _SAMPLING_FIELDS
-    if task.result == "image":
-        fields += tuple(name for name in _SAMPLE_FIELDS if name != "image_guidance" or task.sees_image)
-    return fields
-
-
-def parse_request(
-    task: str,
-    fields: schemas.TaskFields,
-    size: Size,
-    settings: ServeSettings,
-    example_images: Mapping[str, np.ndarray] = MappingProxyType({}),
-) -> Request:
-    """The validated request about an image of `size` (height, width), with its limits. Raises `UserError`.
-
-    `example_images`: those of `decode_all`.
-    """
-    taken = fields_of(get_task(task))
-    for name in _OPTIONAL:
-        if getattr(fields, name) is not None and name not in taken:
-            raise UserError(
-                f"task '{task}' does not take '{name}'; it takes {_in_words(taken)}", "unexpected_field", name
-            )
-    check_lengths(fields, settings.limits)
-    region = None if fields.region is None else _region(fields.region, size)
-    request = make_request(
-        task,
-        classes=None if fields.classes is None else [_class(given, example_images) for given in fields.classes],
-        text=fields.text,
-        region=region,
-        keypoints=fields.keypoints,
-        sample=_sample(fields) if get_task(task).result == "image" else None,
-        history=fields.history or (),
-        system=fields.system,
-        sampling=_sampling(fields) if get_task(task).is_text else GREEDY,
-    )
-    if request.examples:
-        check_requests(size, [request])  # here, where it costs the model nothing
-    defaults = settings.defaults
-    return replace(
-        request,
-        score_threshold=defaults.score_threshold if fields.score_threshold is None else fields.score_threshold,
-        max_per_phrase=fields.max_per_phrase or defaults.max_per_phrase,
-    )
-
-
-def _class(given: str | schemas.ClassExamples, images: Mapping[str, np.ndarray]) -> str | ClassByExample:
-    """A class as of `make_request`. Raises `UserError`, which names it, for examples that do not fit."""
-    if isinstance(given, str):
-        return given
-    try:
-        examples = [
-            Example(item.box, None if item.image is None else images[item.image], item.positive)
-            for item in given.examples
-        ]
-    except UserError as error:
-        raise UserError(f"class '{given.name}': {error}", error.reason) from None
-    return ClassByExample(given.name, examples, given.named)
-
-
-def example_texts(tasks: Sequence[tuple[str, schemas.TaskFields]]) -> dict[str, str]:
-    """The images of examples as they are in the request, each once, and where it is there first."""
-    found: dict[str, str] = {}
-    for number, (_, fields) in enumerate(tasks):
-        where = f"requests.{number}." if len(tasks) > 1 else ""
-        for n, given in enumerate(fields.classes or ()):
-            for m, item in enumerate(() if isinstance(given, str) else given.examples):
-                if item.image is not None:
-                    found.setdefault(item.image, f"{where}classes.{n}.examples.{m}.image")
-    return found
-
-
-def decode_all(
-    encoded: Sequence[bytes], places: Sequence[str], examples: Mapping[str, str], max_pixels: int
-) -> tuple[list[np.ndarray], dict[str, np.ndarray]]:
-    """The images of a request and, by their texts, those of its examples (as of `example_texts`): `max_pixels` bounds
-    them together. `places`: as of `decode_images`."""
-    if not examples:
-        return decode_images(encoded, max_pixels, places), {}
-    encoded = [*encoded, *(image_bytes(text, place) for text, place in examples.items())]
-    places = [*(places or ["image"] * (len(encoded) - len(examples))), *examples.values()]
-    images = decode_images(encoded, max_pixels, places)
-    number = len(images) - len(examples)
-    return images[:number], dict(zip(examples, images[number:], strict=True))
-
-
-def _in_words(taken: Sequence[str]) -> str:
-    """The fields of a task for an error; those of sampling, which every text has, under one name."""
-    if not set(_SAMPLING_FIELDS) <= set(taken):
-        return " and ".join(taken)
-    others = [name for name in taken if name not in _SAMPLING_FIELDS]
-    return f"{' and '.join(others) or 'the image alone'}, and settings of sampling"
-
-
-def _sampling(fields: schemas.TaskFields) -> Sampling:
-    """How the tokens of a text are chosen. Drawn without a seed, every answer is another one."""
-    names = ("temperature", "top_p", "top_k", "repetition_penalty")
-    given = {name: value for name in names if (value := getattr(fields, name)) is not None}
-    seed = secrets.randbits(63) if fields.seed is None else fields.seed
-    return Sampling(**given, seed=seed if fields.temperature else 0, stop=tuple(fields.stop or ()))
-
-
-def _sample(fields: schemas.TaskFields) -> SampleSettings:
-    """The settings of a picture; those left out are the decoder's defaults."""
-    height, width = fields.height, fields.width
-    if (height is None) != (width is None):
-        raise UserError("give 'height' and 'width' together, or neither", "invalid_size")
-    names = ("seed", "steps", "guidance", "image_guidance", "num_images")
-    given = {name: value for name in names if (value := getattr(fields, name)) is not None}
-    return SampleSettings(**given, size=None if height is None or width is None else (height, width))
-
-
-def _region(prompt: schemas.RegionPrompt, size: Size) -> Region:
-    if prompt.kind == "mask":
-        if prompt.points is not None:
-            raise UserError("a mask region takes 'mask', not 'points'", "invalid_region")
-        return Region("mask", size, rle=checked_rle(prompt.mask, size))
-    if prompt.mask is not None:
-        raise UserError(f"a {prompt.kind} region takes 'points', not 'mask'", "invalid_region")
-    return Region(prompt.kind, size, points=np.asarray(prompt.points or [], np.float32))
-
-
 async def answer(
     backend: Backend,
     settings: ServeSettings,
     encoded: Sequence[bytes],
     tasks: Sequence[tuple[str, schemas.TaskFields]],
-    image_turns: Sequence[int] = (),
-    places: Sequence[str] = (),
+    held_id: str | None = None,
 ) -> tuple[list[Answer], dict[str, Any]]:
-    """Answers to `tasks` about an encoded image, several, or text alone, and the response's fields `model` and
-    `timing_ms`. `image_turns`: as of `Request`; `places`: as of `decode_images`."""
+    """Answers to `tasks` about an encoded image or none, or about the image of id `held_id`, which the server was shown
+    before; and the response's fields as of `ask`."""
+    return await ask(backend, settings, lambda: Asked(encoded, tasks), held_id)
+
+
+async def ask(
+    backend: Backend, settings: ServeSettings, read: Callable[[], Asked], held_id: str | None = None
+) -> tuple[list[Answer], dict[str, Any]]:
+    """Answers to what `read` finds in a body, in a thread, and the response's fields `model`, `timing_ms` and, for a
+    single image, `image_id`. An image that a trunk holds is neither decoded nor encoded again."""
     start = time.perf_counter()
-    for task, _ in tasks:
-        check_image(task, bool(encoded))  # refused before the image is decoded
-    examples = example_texts(tasks)
-    if len(examples) > settings.limits.max_images:
-        raise UserError(
-            f"{len(examples)} images of examples in one request; give at most {settings.limits.max_images}",
-            "too_many_images",
-        )
-    limit = settings.limits.max_pixels
-    images, example_images = await asyncio.to_thread(decode_all, encoded, places, examples, limit)
-    decoded = time.perf_counter()
-    size = (images[0].shape[0], images[0].shape[1]) if images else (1, 1)
-    requests = [
-        replace(parse_request(task, fields, size, settings, example_images), image_turns=tuple(image_turns))
-        for task, fields in tasks
-    ]
-    tokens = [fields.max_new_tokens for _, fields in tasks if fields.max_new_tokens is not None]
-    max_new_tokens = max(tokens, default=settings.defaults.max_new_tokens)
-    check_amount(requests, max_new_tokens, settings.limits)
-    shown: Shown = images if len(images) > 1 else images[0] if images else None
-    answers = await backend.infer(shown, requests, max_new_tokens)
-    info = await backend.info()
+    info, asked = await backend.info(), await asyncio.to_thread(read)
+    key = held_id
+    if key is None and len(asked.encoded) == 1 and settings.trunk.image_cache_mb:
+        key = image_id(asked.encoded[0])
+    held = None if key is None else await backend.held_size(key, ask=held_id is not None)
+    if held_id is not None and held is None:
+        raise gone(held_id)
+    decoding = 0.0
+
+    async def infer(held: Size | None) -> list[Answer]:
+        nonlocal decoding
+        began = time.perf_counter()
+        side = info.get("largest_side")
+        prepared = await asyncio.to_thread(prepare, asked, settings.limits, settings.defaults, side, held)
+        decoding += time.perf_counter() - began
+        shown: Shown | KeyedImage = prepared.shown
+        if key is not None:
+            assert shown is None or isinstance(shown, Picture)
+            shown = KeyedImage(key, prepared.size, shown)
+        return await backend.infer(shown, prepared.requests, prepared.max_new_tokens)
+
+    try:
+        answers = await infer(held)
+    except ImageGone:
+        if not asked.encoded:
+            raise
+        answers = await infer(None)
     end = time.perf_counter()
-    timing = {"decode": decoded - start, "model": end - decoded, "total": end - start}
+    timing = {"decode": decoding, "model": end - start - decoding, "total": end - start}
     timing_ms = {name: round(1000 * seconds, 1) for name, seconds in timing.items()}
-    return answers, {"model": f"{info['preset']}@{info['version']}", "timing_ms": timing_ms}
+    extra: dict[str, Any] = {"model": f"{info['preset']}@{info['version']}", "timing_ms": timing_ms}
+    if key is not None:
+        extra["image_id"] = key
+    return answers, extra
 
 
-async def _read_task(request: HttpRequest, settings: ServeSettings) -> tuple[bytes | None, schemas.TaskFields]:
-    """Image bytes (None without an image) and fields of a JSON body or of a multipart form."""
+def _image_of(image: str | None, held_id: str | None) -> tuple[list[bytes], str | None]:
+    """The bytes of the image in a body, if any, or the id of one that is held."""
+    if image is not None and held_id is not None:
+        raise UserError("give 'image' or 'image_id', not both", "unexpected_field", "image_id")
+    return [] if image is None else [image_bytes(image)], held_id
+
+
+async def _read_task(
+    request: HttpRequest, settings: ServeSettings
+) -> tuple[list[bytes], str | None, schemas.TaskFields]:
+    """Image bytes (none without an image) or the id of a held one, and fields of a JSON body or of a multipart form."""
     kind = content_type(request)
     if kind == "application/json":
         body = schemas.parse(schemas.TaskRequest, schemas.parse_json(await request.body()))
-        return None if body.image is None else image_bytes(body.image), body
+        return *_image_of(body.image, body.image_id), body
     if kind == "multipart/form-data":
         # the body is bounded; a field may hold images of examples
         most = settings.limits.max_body_bytes
@@ -248,12 +126,16 @@ async def _read_task(request: HttpRequest, settings: ServeSettings) -> tuple[byt
     )
 
 
-async def _read_form(form: FormData) -> tuple[bytes, schemas.TaskFields]:
+async def _read_form(form: FormData) -> tuple[list[bytes], str | None, schemas.TaskFields]:
     fields = forms.read_fields(forms.given(form), _FORM_LISTS, _FORM_OBJECTS)
-    upload = fields.pop("image", None)
+    upload, held_id = fields.pop("image", None), fields.pop("image_id", None)
+    if held_id and upload is None:
+        return [], held_id, schemas.parse(schemas.TaskFields, fields)
     if not isinstance(upload, UploadFile):
         raise UserError("the form has no file 'image'; attach one", "missing_image")
-    return await upload.read(), schemas.parse(schemas.TaskFields, fields)
+    if held_id:
+        raise UserError("give 'image' or 'image_id', not both", "unexpected_field", "image_id")
+    return [await upload.read()], None, schemas.parse(schemas.TaskFields, fields)
 
 
 def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
@@ -285,7 +167,8 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
         for name, _ in tasks:
             if not get_task(name).sees_image:
                 raise UserError(f"task '{name}' takes no image; use /v1/{name}", "unexpected_image")
-        answers, extra = await answer(backend, settings, [image_bytes(body.image)], tasks)
+        image, held_id = _image_of(body.image, body.image_id)
+        answers, extra = await answer(backend, settings, image, tasks, held_id=held_id)
         return {"answers": [a.to_dict() for a in answers], **extra}
 
     for task in TASKS.values():
@@ -316,8 +199,8 @@ def make_fallback() -> APIRouter:
 
 def _task_endpoint(name: str, backend: Backend, settings: ServeSettings) -> Any:
     async def endpoint(request: HttpRequest) -> Any:
-        image, fields = await _read_task(request, settings)
-        answers, extra = await answer(backend, settings, [] if image is None else [image], [(name, fields)])
+        image, held_id, fields = await _read_task(request, settings)
+        answers, extra = await answer(backend, settings, image, [(name, fields)], held_id=held_id)
         return {**answers[0].to_dict(), **extra}
 
     return endpoint

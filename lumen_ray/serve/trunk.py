@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lumen_ray.serve.batching import Collector, map_grouped, value_of
 from lumen_ray.serve.health import Health
+from lumen_ray.serve.image_cache import ImageCache, ImageGone, KeyedImage, gone
 from lumen_ray.serve.job import TrunkJob, TrunkReply
 from lumen_ray.structures import Size
 from lumen_ray.tasks import TASKS
@@ -15,7 +16,9 @@ from lumen_ray.tasks import TASKS
 if TYPE_CHECKING:
     from ray import ObjectRef
 
+    from lumen_ray.inference.encoded_images import EncodedImages
     from lumen_ray.inference.outputs import TrunkOutput
+    from lumen_ray.inference.request import Shown
     from lumen_ray.inference.trunk_stage import TrunkStage
 
 
@@ -45,6 +48,7 @@ class TrunkReplica:
     ):
         self.stage = load(model, device, serving)
         self.health = Health(self.stage.loop.busy_s)
+        self.images = ImageCache()
         # Threads, so that the event loop stays free to answer pings. The model is used by one of them at a time.
         self.batches: Collector[TrunkJob, TrunkOutput] = Collector(
             self.outputs, self._key, lambda job: job.cost, self.stage.loop.turn, MAX_BATCHES
@@ -54,6 +58,7 @@ class TrunkReplica:
         """Called by Serve at the start and on every change of the settings, without a restart."""
         self.batches.configure(settings)
         self.health.configure(settings)
+        self.images.resize(settings["image_cache_mb"] << 20)
 
     async def link(self, job: TrunkJob) -> TrunkReply:
         """The answers that need no decoder, and what the decoders of the others read."""
@@ -69,14 +74,19 @@ class TrunkReplica:
         """The inputs of the decoders for one image, and the plan of its answers."""
         return value_of(await self.batches.submit(job))
 
+    async def image_size(self, image_id: str) -> Size | None:
+        """(height, width) of an image that this replica holds; None if it does not."""
+        return self.images.size_of(image_id)
+
     async def info(self) -> dict[str, Any]:
-        """The public description of the model: preset, version, image size, tasks and the decoders that serve them,
-        classes, skeletons and their edges."""
+        """The public description of the model: preset, version, image size, the longest side of any input, tasks and
+        the decoders that serve them, classes, skeletons and their edges."""
         loaded = self.stage.loaded
         return {
             "preset": loaded.settings.name,
             "version": loaded.version,
             "image_size": loaded.settings.image_size,
+            "largest_side": self.stage.largest_side,
             "tasks": list(self.stage.tasks),
             "decoders": loaded.settings.serving,
             "classes": list(loaded.meta.classes),
@@ -96,15 +106,42 @@ class TrunkReplica:
         """One pass for all jobs of one key; a failed job gets its exception."""
         return map_grouped(jobs, self._key, self._link_group)
 
-    def _key(self, job: TrunkJob) -> tuple[bool, bool, int, Size]:
+    def _key(self, job: TrunkJob) -> tuple[bool, bool, bool, int, Size]:
         """What jobs of one pass share. Those without text do not wait for the answers of others."""
         writes = any(TASKS[request.task].is_text for request in job.requests)
-        return writes, job.image is None, job.max_new_tokens, self.stage.bucket_of(job.image)
+        if isinstance(job.image, KeyedImage):
+            return writes, True, False, job.max_new_tokens, self.stage.bucket(job.image.size)
+        return writes, False, job.image is None, job.max_new_tokens, self.stage.bucket_of(job.image)
 
-    def _link_group(self, jobs: list[TrunkJob]) -> list[TrunkOutput]:
-        images, requests = [job.image for job in jobs], [job.requests for job in jobs]
-        output = self.stage.links(images, requests, max_new_tokens=jobs[0].max_new_tokens)
+    def _link_group(self, jobs: list[TrunkJob]) -> list[TrunkOutput | ImageGone]:
+        keyed = [job.image for job in jobs if isinstance(job.image, KeyedImage)]
+        if not keyed:
+            return list(self._links([job.image for job in jobs if not isinstance(job.image, KeyedImage)], jobs))
+        held = self._encoded(keyed)
+        members = [n for n, image in enumerate(held) if image is not None]
+        outputs: dict[int, TrunkOutput] = {}
+        if members:
+            from lumen_ray.inference.encoded_images import EncodedImages
+
+            images = EncodedImages.concat([image for image in held if image is not None])
+            outputs = dict(zip(members, self._links(images, [jobs[n] for n in members]), strict=True))
+        return [outputs[n] if n in outputs else gone(image.image_id) for n, image in enumerate(keyed)]
+
+    def _links(self, images: Sequence[Shown] | EncodedImages, jobs: Sequence[TrunkJob]) -> list[TrunkOutput]:
+        output = self.stage.links(images, [job.requests for job in jobs], max_new_tokens=jobs[0].max_new_tokens)
         return [output.select(index) for index in range(len(jobs))]
+
+    def _encoded(self, images: Sequence[KeyedImage]) -> list[EncodedImages | None]:
+        """The images, those that are not held encoded in one batch; None where one is neither held nor given."""
+        found = {image.image_id: self.images.get(image.image_id) for image in images}
+        new = {i.image_id: i.picture for i in images if found[i.image_id] is None and i.picture is not None}
+        if new:
+            batch = self.stage.encode(list(new.values()))
+            for row, image_id in enumerate(new):
+                image = batch.select(row)
+                self.images.put(image_id, image)
+                found[image_id] = image
+        return [found[image.image_id] for image in images]
 
 
 def _put(output: TrunkOutput) -> ObjectRef[TrunkOutput]:

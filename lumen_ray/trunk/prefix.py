@@ -49,6 +49,26 @@ class Prefix:
         maps = self.images[index], self.merged[index], dense
         return Prefix(*maps, self.valid[index], cache, self.segments, self.ends[index])
 
+    @classmethod
+    def concat(cls, prefixes: Sequence[Prefix]) -> Prefix:
+        """The rows of several prefixes of one input size in one batch: the inverse of `select`."""
+        first, cache = prefixes[0], DynamicCache()
+        for number, layers in enumerate(zip(*(prefix._layers() for prefix in prefixes), strict=True)):
+            keys, values = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("keys", "values"))
+            cache.update(keys, values, number)
+        dense = None if first.dense is None else torch.cat([p.dense for p in prefixes if p.dense is not None])
+        images, merged, valid, ends = (
+            torch.cat([getattr(prefix, name) for prefix in prefixes]) for name in ("images", "merged", "valid", "ends")
+        )
+        return cls(images, merged, dense, valid, cache, first.segments, ends)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its maps, keys and values."""
+        maps = [self.images, self.merged, *([] if self.dense is None else [self.dense])]
+        layers = [tensor for layer in self._layers() for tensor in (layer.keys, layer.values)]
+        return sum(tensor.nbytes for tensor in (*maps, *layers))
+
     def joined(self, rows: Sequence[int]) -> Prefix:
         """One row with the images of several, which are encoded as one conversation's (see `Trunk.encode`)."""
         image = self.segments == 0

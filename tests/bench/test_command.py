@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 import pytest
 import torch
 
-from lumen_ray.bench import command
+from lumen_ray.bench import command, kinds
 from lumen_ray.bench.timing import Result, SidesDiffer
 
 
@@ -168,4 +168,4 @@ def test_an_unknown_bench_is_reported(benches, tmp_path, capsys):
 
 def test_options_not_given_keep_the_benches_defaults():
     args = command.build_parser().parse_args(["train", "--turns", "2"])
-    assert command._set({"turns": args.turns, "steps": args.steps}) == {"turns": 2}
+    assert kinds._set({"turns": args.turns, "steps": args.steps}) == {"turns": 2}

@@ -4,7 +4,9 @@ import pytest
 from support.label_fakes import FakeEngine
 
 from lumen_ray.errors import UserError
-from lumen_ray.label.runs import actor_resources, default_actors
+from lumen_ray.label.pipeline import label
+from lumen_ray.label.plan import Plan
+from lumen_ray.label.runs import Work, actor_resources, default_actors, label_on_ray
 from lumen_ray.label.workers import Labeller, WorkerSettings
 
 GPU, CPU = (0, 1), (1, 0)  # (CPUs, GPUs)
@@ -28,9 +30,21 @@ def test_an_actor_reserves_the_gpu_it_uses(device, available, resources, told):
 @pytest.mark.parametrize(
     ("device", "available", "words"),
     [
-        (None, {"CPU": 8, "GPU": 1}, "num_actors 2 needs 2 GPUs but the Ray cluster has 1; give at most 1 or device"),
-        ("cuda", {"CPU": 8}, "num_actors 2 needs 2 GPUs but the Ray cluster has 0; give device 'cpu'"),
-        ("cpu", {"CPU": 1, "GPU": 4}, "num_actors 2 needs 2 CPUs but the Ray cluster has 1; give at most 1"),
+        (
+            None,
+            {"CPU": 8, "GPU": 1},
+            "num_actors 2 is too many: the GPUs of the Ray cluster have room for 1; give at most 1 or device",
+        ),
+        (
+            "cuda",
+            {"CPU": 8},
+            "num_actors 2 is too many: the GPUs of the Ray cluster have room for 0; give device 'cpu'",
+        ),
+        (
+            "cpu",
+            {"CPU": 1, "GPU": 4},
+            "num_actors 2 is too many: the CPUs of the Ray cluster have room for 1; give at most 1",
+        ),
     ],
 )
 def test_actors_that_do_not_fit_are_refused(device, available, words):
@@ -72,3 +86,29 @@ def test_actors_share_the_cores(monkeypatch):
     assert actor_resources(settings, range(1, 2), {"CPU": 8, "GPU": 1})[0].threads == 8  # to decode
     monkeypatch.setattr("lumen_ray.label.runs._local_cores", lambda: None)
     assert actor_resources(settings, range(4, 5), {"CPU": 64})[0].threads == 1  # one CPU is reserved for each
+
+
+def test_several_actors_share_a_gpu(monkeypatch):
+    """Ray hands out shares of a GPU, and no actor is split over two."""
+    asked = {}
+
+    class Stop(Exception):
+        pass
+
+    def pool(device, available, images, is_all):
+        asked.update(available)
+        raise Stop
+
+    monkeypatch.setattr("lumen_ray.label.runs.default_actors", pool)
+    monkeypatch.setattr("ray.is_initialized", lambda: True)
+    for share, fit in ((1, 3), (0.5, 6), (0.4, 6), (0.3, 9), (0.1, 30)):
+        monkeypatch.setattr("lumen_ray.ray_env.cluster_resources", lambda: {"CPU": 8.0, "GPU": 3.0})
+        with pytest.raises(Stop):
+            next(label_on_ray(Work(Plan("/nowhere"), (), None), WorkerSettings(FakeEngine, ()), None, share))
+        assert asked["GPU"] == fit
+
+
+@pytest.mark.parametrize("share", [0, -1, 1.5, float("nan")])
+def test_a_share_of_no_gpu_or_of_several_is_refused(tmp_path, share):
+    with pytest.raises(UserError, match="give a share of a GPU from 0.01 to 1"):
+        label(FakeEngine, tmp_path, tmp_path / "out", tasks=["detect"], classes=["a"], gpus_per_actor=share)

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.label_fakes import FakeListing
 
+from lumen_ray.data.hash_set import HashSet
 from lumen_ray.label.inputs import Item
-from lumen_ray.label.plan import FIRST_FRAGMENTS, Plan, _HashSet
+from lumen_ray.label.plan import FIRST_FRAGMENTS, Plan
 
 ITEMS = [Item(f"i{n}", f"/i{n}.png") for n in range(7)]
 
@@ -62,7 +63,7 @@ def test_a_plan_in_one_file_of_an_older_version_is_read(tmp_path):
 
 @given(st.lists(st.lists(st.integers(0, 60))))
 def test_the_hash_set_is_a_set(blocks):
-    mine, theirs = _HashSet(), set()
+    mine, theirs = HashSet(), set()
     for block in blocks:
         known = []
         for value in block:
@@ -72,7 +73,7 @@ def test_the_hash_set_is_a_set(blocks):
 
 
 def test_the_hash_set_takes_eight_bytes_a_value():
-    hashes = _HashSet()
+    hashes = HashSet()
     for start in range(0, 200_000, 1000):
         hashes.add(list(range(start, start + 1000)))
     assert sum(run.nbytes for run in hashes._runs) == 8 * 200_000 and len(hashes._runs) < 20

@@ -9,7 +9,8 @@ from fastapi.testclient import TestClient
 from support.serve_fakes import FakeBackend, save_random_model
 
 from lumen_ray.serve.api import create_api
-from lumen_ray.serve.settings import Limits, ServeSettings
+from lumen_ray.serve.settings import ServeSettings
+from lumen_ray.wire.settings import Limits
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from lumen_ray.errors import UserError
 from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.http import Overloaded, Unavailable
-from lumen_ray.serve.openai_api import ChatRequest
-from lumen_ray.serve.settings import MAX_NEW_TOKENS
 from lumen_ray.structures import Boxes, Prediction
+from lumen_ray.wire.chat import ChatRequest
+from lumen_ray.wire.settings import MAX_NEW_TOKENS
 
 CHAT = "/v1/chat/completions"
 
@@ -35,8 +35,8 @@ def test_text_answer(client, backend):
 
 def test_routed_answer_carries_instances(client, backend):
     async def infer(image, queries, max_new_tokens):
-        boxes = Boxes([[1, 2, 3, 4]], image.shape[:2])
-        return [Answer("chat", image.shape[:2], [Prediction("red circle", boxes, [0.8])], route="[DET]")]
+        boxes = Boxes([[1, 2, 3, 4]], image.size)
+        return [Answer("chat", image.size, [Prediction("red circle", boxes, [0.8])], route="[DET]")]
 
     backend.infer = infer
     result = client.post(CHAT, json={"messages": [message()]}).json()
@@ -61,7 +61,7 @@ def parted(size):
 
 def test_an_answer_with_instances_in_its_text(client, backend):
     async def infer(image, queries, max_new_tokens):
-        return [parted(image.shape[:2])]
+        return [parted(image.size)]
 
     backend.infer = infer
     result = client.post(CHAT, json={"messages": [message()], "logprobs": True}).json()

@@ -22,7 +22,8 @@ from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import make_request
 from lumen_ray.inference.sampling import Sampling
 from lumen_ray.serve.app import run
-from lumen_ray.serve.settings import Batching, Defaults, Deployment, Http, ModelDeployment, ServeSettings
+from lumen_ray.serve.settings import Batching, Deployment, Http, ModelDeployment, ServeSettings
+from lumen_ray.wire.settings import Defaults
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)
 

@@ -25,16 +25,17 @@ from lumen_ray.inference.request import make_request
 from lumen_ray.inference.sampling import Sampling
 from lumen_ray.serve.batching import Collector, map_grouped
 from lumen_ray.serve.decoder import DecoderReplica, load_decoder
-from lumen_ray.serve.job import TrunkJob, cost_of
-from lumen_ray.serve.settings import ModelDeployment
+from lumen_ray.serve.job import TrunkJob
+from lumen_ray.serve.settings import TrunkDeployment
 from lumen_ray.serve.trunk import TrunkReplica, load_trunk
 from lumen_ray.structures import Region
 from lumen_ray.trunk.turns import Turns
+from lumen_ray.wire.limits import cost_of
 
 
 def batching(**fields):
     """What Serve hands to `reconfigure`."""
-    return {**ModelDeployment().user_config, **fields}
+    return {**TrunkDeployment().user_config, **fields}
 
 
 def limited(task, threshold=0.0, limit=3, **fields):

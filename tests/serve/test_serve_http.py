@@ -10,7 +10,7 @@ import pytest
 from support.serve_fakes import png
 
 from lumen_ray.answer import encode_png
-from lumen_ray.serve.http import _without_data
+from lumen_ray.wire.errors import without_data
 
 NOISE = base64.b64encode(encode_png(np.random.default_rng(0).integers(0, 256, (16, 20, 3), np.uint8))).decode()
 WRAPPED = "\n".join(textwrap.wrap(NOISE, 76))
@@ -97,8 +97,8 @@ def test_no_path_repeats_an_image(client):
     ],
 )
 def test_words_are_kept(message):
-    assert _without_data(message) == message
+    assert without_data(message) == message
 
 
 def test_a_long_message_ends_early():
-    assert len(_without_data("no such class: " + "red circle, " * 500)) < 1010
+    assert len(without_data("no such class: " + "red circle, " * 500)) < 1010

@@ -64,6 +64,11 @@ class Handle:
     def __init__(self, **outcomes):
         self.outcomes = {name: list(values) for name, values in outcomes.items()}
         self.calls = []
+        self.sessions = []
+
+    def options(self, session_id):
+        self.sessions.append(session_id)
+        return self
 
     def __getattr__(self, name):
         return Method(self, name)

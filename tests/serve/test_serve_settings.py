@@ -53,7 +53,7 @@ def test_options_are_accepted_by_serve():
     assert (options["health_check_period_s"], options["health_check_timeout_s"]) == (1, 10)
     assert options["autoscaling_config"]["upscale_delay_s"] == 2 and "num_replicas" not in options
     expected = {"max_batch_size": 8, "max_batch_tokens": 16384, "batch_wait_timeout_s": 0}
-    expected |= {"not_ready_after_s": 60, "replace_after_s": 300}
+    expected |= {"not_ready_after_s": 60, "replace_after_s": 300, "image_cache_mb": 256}
     assert options["user_config"] == expected
     assert settings.logical_cpus(["lumen"]) == 4  # 3 trunks of 1, a decoder and an ingress of a half
 

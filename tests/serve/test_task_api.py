@@ -16,11 +16,11 @@ from lumen_ray.errors import UserError
 from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.http import Overloaded, Unavailable
-from lumen_ray.serve.schemas import TaskFields
 from lumen_ray.serve.settings import ServeSettings
-from lumen_ray.serve.task_api import fields_of
 from lumen_ray.structures import Masks, SampleSettings
 from lumen_ray.tasks import TASKS
+from lumen_ray.wire.requests import fields_of
+from lumen_ray.wire.schemas import TaskFields
 
 FIELDS = {
     "classes": {"classes": ["red circle", "blue square"]},

@@ -8,12 +8,13 @@ import pickle
 
 import pytest
 from fastapi.testclient import TestClient
-from support.serve_fakes import FakeBackend, base64_png, png
+from support.serve_fakes import FakeBackend, base64_png, pixels_of, png
 from support.tiny_models import exemplar_folder, tiny_folder
 
 from lumen_ray.inference.engine import Engine
 from lumen_ray.serve.api import create_api
-from lumen_ray.serve.settings import Limits, ServeSettings
+from lumen_ray.serve.settings import ServeSettings
+from lumen_ray.wire.settings import Limits
 
 GOOD = base64_png()
 OTHER = base64_png(30, 24)
@@ -174,7 +175,7 @@ class EngineBackend(FakeBackend):
         self.engine = Engine.load(folder)
 
     async def infer(self, image, requests, max_new_tokens):
-        (found,) = self.engine.run([image], [requests], max_new_tokens=max_new_tokens)
+        (found,) = self.engine.run([pixels_of(image)], [requests], max_new_tokens=max_new_tokens)
         return found
 
 

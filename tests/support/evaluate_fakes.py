@@ -49,6 +49,9 @@ class FakeEngine:
         self.shift, self.text, self.route, self.instances = shift, text, route, instances
         self.calls = []
 
+    def input_size(self, shown):
+        return self.image_size, self.image_size
+
     def run(
         self,
         images,

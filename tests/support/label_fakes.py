@@ -57,6 +57,9 @@ class FakeEngine:
         self.fails = fails
         self.images = 0
 
+    def input_size(self, shown):
+        return self.image_size, self.image_size
+
     def run(
         self,
         images,
@@ -109,9 +112,8 @@ class EncodingFake(FakeEngine):
         super().__init__()
         self.caption, self.shift, self.encoded = caption, shift, 0
 
-    def by_input_size(self, images):
-        sizes = [image.shape for image in images]
-        return [[n for n, size in enumerate(sizes) if size == one] for one in dict.fromkeys(sizes)]
+    def input_size(self, shown):
+        return shown.shape[:2]
 
     def encode(self, images):
         assert len({image.shape for image in images}) == 1

@@ -13,9 +13,11 @@ import numpy as np
 from PIL import Image
 
 from lumen_ray.answer import Answer
+from lumen_ray.data.images import Picture
 from lumen_ray.decoders.base import PredictSettings
 from lumen_ray.inference.outputs import finish, request_limits
 from lumen_ray.inference.request import Request, Shown, images_of
+from lumen_ray.serve.image_cache import KeyedImage
 from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
 from lumen_ray.tasks import TASKS, get_task
 
@@ -53,6 +55,13 @@ def fake_answer(request: Request, size: tuple[int, int]) -> Answer:
     return Answer(task.name, size, predictions, route=task.routing_token)
 
 
+def pixels_of(image: Shown | KeyedImage) -> Shown:
+    """The same with arrays in place of pictures, which the backend gets at full scale."""
+    if isinstance(image, KeyedImage):
+        image = image.picture
+    return image.pixels if isinstance(image, Picture) else [pixels_of(i) for i in image] if image else None
+
+
 class FakeBackend:
     """Records its calls; `error` is raised instead of an answer."""
 
@@ -61,7 +70,8 @@ class FakeBackend:
         self.error: Exception | None = None
         self.deployments = {"trunk": True, "lumen": True}
 
-    async def infer(self, image: Shown, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
+    async def infer(self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
+        image = pixels_of(image)
         self.calls.append((image, list(requests), max_new_tokens))
         if self.error is not None:
             raise self.error
@@ -72,6 +82,9 @@ class FakeBackend:
             finish(fake_answer(request, size), limit, PredictSettings(-1.0))
             for request, limit in zip(requests, limits, strict=True)
         ]
+
+    async def held_size(self, image_id: str, ask: bool) -> None:
+        return None
 
     async def info(self) -> dict[str, Any]:
         return INFO

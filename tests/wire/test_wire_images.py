@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pycocotools import mask as coco_mask
 
 from lumen_ray.errors import UserError
-from lumen_ray.serve.images import checked_rle
+from lumen_ray.wire.images import checked_rle
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 2**32 - 1), st.floats(0.02, 0.98))

@@ -11,9 +11,9 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 from lumen_ray.config import Settings, validate
 from lumen_ray.errors import UserError
 from lumen_ray.exemplars import MOST_EXAMPLES
-from lumen_ray.serve.settings import MAX_NEW_TOKENS
 from lumen_ray.structures import REGION_KINDS
 from lumen_ray.tasks import Needs, in_words
+from lumen_ray.wire.settings import MAX_NEW_TOKENS
 
 _FRAME = "pixels of the image after EXIF rotation, x to the right, y down, origin at the top left corner"
 T = TypeVar("T", bound=Settings)
@@ -153,13 +153,18 @@ class TaskFields(Settings):
     num_images: int | None = Field(None, ge=1, le=16, description=f"{_PICTURES}: pictures to make; null is 1")
 
 
-_IMAGE = Field(description=_IMAGE_TEXT)
+_IMAGE_ID = Field(
+    None,
+    pattern=r"^[0-9a-f]{32}$",
+    description="in place of the image, its id from an earlier response; 410 if it is not held any more",
+)
 
 
 class TaskRequest(TaskFields):
     """One task, about one image unless it generates one."""
 
     image: str | None = Field(None, description=f"{_IMAGE_TEXT}; chat can do without")
+    image_id: str | None = _IMAGE_ID
 
 
 class NamedTask(TaskFields):
@@ -171,7 +176,8 @@ class NamedTask(TaskFields):
 class InferRequest(Settings):
     """Several tasks about one image, answered in one pass of the trunk."""
 
-    image: str = _IMAGE
+    image: str | None = Field(None, description=_IMAGE_TEXT)
+    image_id: str | None = _IMAGE_ID
     requests: list[NamedTask] = Field(min_length=1, description="the tasks, answered in this order")
 
 
@@ -235,6 +241,7 @@ class TaskResponse(TaskAnswer):
     timing_ms: dict[str, float] = Field(
         description="milliseconds: decode (of the image), model (queueing included), total"
     )
+    image_id: str | None = Field(None, description="names the image in further requests, while the server holds it")
 
 
 class InferResponse(BaseModel):
@@ -247,6 +254,7 @@ class InferResponse(BaseModel):
     timing_ms: dict[str, float] = Field(
         description="milliseconds: decode (of the image), model (queueing included), total"
     )
+    image_id: str | None = Field(None, description="names the image in further requests, while the server holds it")
 
 
 class ErrorBody(BaseModel):

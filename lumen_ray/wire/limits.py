@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 from lumen_ray.errors import UserError
 from lumen_ray.inference.request import Request
-from lumen_ray.serve.job import LONG_NAME, cost_of
-from lumen_ray.serve.schemas import TaskFields
-from lumen_ray.serve.settings import Limits
+from lumen_ray.tasks import TASKS
+from lumen_ray.wire.schemas import TaskFields
+from lumen_ray.wire.settings import Limits
+
+#: bytes of a name that counts once
+LONG_NAME = 256
 
 
 def check_lengths(fields: TaskFields, limits: Limits) -> None:
@@ -51,3 +55,22 @@ def check_amount(requests: Sequence[Request], max_new_tokens: int, limits: Limit
             "or send several requests",
             "too_many_tokens",
         )
+
+
+def cost_of(requests: Iterable[Request], max_new_tokens: int) -> int:
+    """The tokens that requests may cost, at most: their classes, phrases, keypoints and questions have at most a token
+    for each byte in UTF-8, and an answer in text has `max_new_tokens`. Without earlier turns of conversations.
+
+    The time for a name grows with the square of its length, so a long one counts several times.
+    """
+    return sum(_prompt_cost(r) + max_new_tokens * TASKS[r.task].is_text for r in requests)
+
+
+def _prompt_cost(request: Request) -> int:
+    """A keypoint is asked for with the name of its class."""
+    if not request.phrases:
+        return len(request.text.encode())
+    phrases = [len(phrase.encode()) for phrase in request.phrases]
+    keypoints = [len(name.encode()) for name in request.keypoints or ()]
+    names = [*phrases, *(phrase + keypoint for phrase in phrases for keypoint in keypoints)]
+    return sum(length * math.ceil(length / LONG_NAME) for length in names)

@@ -6,7 +6,7 @@ Messages that the model cannot read are refused in one sentence that names the m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -14,8 +14,8 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from lumen_ray.config import Settings
 from lumen_ray.errors import UserError
-from lumen_ray.serve.images import image_bytes
-from lumen_ray.serve.neutral import Neutral, refuse_others
+from lumen_ray.wire.images import image_bytes
+from lumen_ray.wire.neutral import Neutral, refuse_others
 
 UNUSED = "accepted and without effect"
 NO_TOOLS = "the model calls no tools"
@@ -98,16 +98,18 @@ class Conversation:
     places: list[str]
 
 
-def read_conversation(messages: Sequence[ChatMessage], max_images: int) -> Conversation:
+def read_conversation(
+    messages: Sequence[ChatMessage], max_images: int, read_image: Callable[[str, str], bytes] = image_bytes
+) -> Conversation:
     """The conversation of at least one message; raises `UserError` for one that the model cannot read, or with more
-    than `max_images` images."""
+    than `max_images` images. `read_image`: (URL, its place in the request) -> the encoded image."""
     has_system = _is_system(messages[0])
     _check_order(messages, int(has_system))
     for n, message in enumerate(messages):
         refuse_others(message, f"messages.{n}.")
     texts = [_text(n, message) for n, message in enumerate(messages)]
     found = _images(messages, max_images)
-    images = [image_bytes(url, f"{place}.url") for _, place, url in found]
+    images = [read_image(url, f"{place}.url") for _, place, url in found]
     system = texts.pop(0) if has_system else None
     # stripped, as the question is, so that it reads the same when it comes back as history
     turns = list(zip((text.strip() for text in texts[:-1:2]), texts[1::2], strict=True))

@@ -9,9 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
-
-from lumen_ray.data.images import decode, image_size
+from lumen_ray.data.images import Picture, decode_reduced, image_size
 from lumen_ray.errors import UserError
 
 T = TypeVar("T")
@@ -46,9 +44,11 @@ def image_bytes(text: str, field: str = "image") -> bytes:
         ) from None
 
 
-def decode_images(encoded: Sequence[bytes], max_pixels: int, places: Sequence[str] = ()) -> list[np.ndarray]:
-    """Decodes to uint8 [H, W, 3] RGB, EXIF-rotated, after checking the sizes in the headers. `max_pixels`: of all;
-    `places`: where each image is in the request, for errors.
+def decode_images(
+    encoded: Sequence[bytes], max_pixels: int, places: Sequence[str] = (), largest_side: int | None = None
+) -> list[Picture]:
+    """Decodes images after checking the sizes in their headers, at a reduced scale where that leaves the longer side
+    `largest_side` pixels. `max_pixels`: of all as stored; `places`: where each is in the request, for errors.
 
     Raises `UserError` with reason ``image_too_large`` or ``broken_image``.
     """
@@ -58,7 +58,11 @@ def decode_images(encoded: Sequence[bytes], max_pixels: int, places: Sequence[st
         what = f"the image is {width}x{height}," if len(sizes) == 1 else f"the images have {total} pixels together,"
         them = "it" if len(sizes) == 1 else "them"
         raise UserError(f"{what} more than the {max_pixels} pixels allowed; scale {them} down", "image_too_large")
-    return [_named(decode, data, max_pixels, places[n : n + 1]) for n, data in enumerate(encoded)]
+
+    def read(data: bytes, most: int) -> Picture:
+        return decode_reduced(data, largest_side, most)
+
+    return [_named(read, data, max_pixels, places[n : n + 1]) for n, data in enumerate(encoded)]
 
 
 def _named(read: Callable[[bytes, int], T], data: bytes, max_pixels: int, place: Sequence[str]) -> T:

@@ -4,7 +4,7 @@ import pytest
 from support.serve_fakes import base64_png, png
 
 from lumen_ray.errors import UserError
-from lumen_ray.serve.conversation import ChatMessage, Conversation, read_conversation
+from lumen_ray.wire.conversation import ChatMessage, Conversation, read_conversation
 
 IMAGE = {"type": "image_url", "image_url": base64_png()}
 

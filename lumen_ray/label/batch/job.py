@@ -1,0 +1,136 @@
+"""Answers a batch file of chat requests: the ledger, plan and workers of a label job, with lines in place of images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lumen_ray.data import files, urls
+from lumen_ray.inference.protocol import EngineProtocol
+from lumen_ray.label.batch.lines import RequestListing
+from lumen_ray.label.batch.output import ERRORS, OUTPUT, write_outputs
+from lumen_ray.label.batch.worker import ANSWER_SCHEMA, BatchActor, BatchLabeller
+from lumen_ray.label.claim import Claim
+from lumen_ray.label.ledger import Ledger
+from lumen_ray.label.pipeline import Progress, check_device, check_numbers, run_work
+from lumen_ray.label.plan import Plan
+from lumen_ray.label.progress import ErrorLimit, Status
+from lumen_ray.label.runs import Work
+from lumen_ray.label.settings import chosen_decoders, job_settings
+from lumen_ray.label.workers import WorkerSettings
+from lumen_ray.structures import check_dtype
+
+_SAMPLE_BYTES = 1 << 20
+
+
+def answer_batch(
+    model: str | Path | Callable[[], EngineProtocol],
+    requests: str | Path,
+    output: str | Path,
+    *,
+    decoders: Mapping[str, str] | None = None,
+    num_actors: int | range | None = 1,
+    batch_size: int = 8,
+    score_threshold: float = 0.3,
+    max_per_phrase: int = 300,
+    max_new_tokens: int = 48,
+    device: str | None = None,
+    dtype: str = "float32",
+    fragment_size: int = 32,
+    max_errors: str | int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Answers the chat requests in a batch file (see `batch.lines`) into the folder `output`; returns a summary.
+
+    model, decoders, num_actors, device, dtype, max_errors, progress: as of `pipeline.label`, with lines for images.
+    batch_size: requests that are given to the engine together.
+    score_threshold, max_per_phrase, max_new_tokens: of requests that do not say, or cannot.
+
+    Writes ``output.jsonl`` and ``errors.jsonl`` (see `batch.output`) at the end, and ``summary.json``. Run again after
+    a stop, it continues where it stopped. In the summary, ``requests == answered + errors``. A line that cannot be
+    answered is in ``errors.jsonl`` and stops nothing. Raises `UserError` as `pipeline.label` does, but not where no
+    line at all could be answered.
+    """
+    check_numbers(num_actors, batch_size, score_threshold, fragment_size)
+    limit = ErrorLimit.parse(max_errors)
+    device = check_device(device, num_actors)
+    chosen = chosen_decoders(model, decoders or {})
+    listing = RequestListing(requests)
+    listing.check()
+    ledger = Ledger(output, ANSWER_SCHEMA)
+    worker = WorkerSettings(
+        model, (), device, batch_size, score_threshold, max_per_phrase, max_new_tokens, chosen, check_dtype(dtype),
+        output=ledger.output,
+    )  # fmt: skip
+    settings = job_settings(worker, requests, ["chat"], None, None, None, None) | {"batch": _fingerprint(requests)}
+    files.make_folder(ledger.output)
+    with Claim(ledger.folder) as claim:
+        ledger.open(settings)
+        plan, done = ledger.plan(fragment_size), ledger.done()
+        if (finished := _finished(ledger, plan, len(done))) is not None:
+            limit.check_numbers(finished["errors"], finished["requests"])
+            return finished
+        work = Work(plan, done, None if plan.is_complete else listing)
+        status, log = run_work(work, ledger, worker, num_actors, limit, claim, progress, BatchLabeller, BatchActor)
+        summary = _finish(ledger, status)
+    return summary | log
+
+
+def _fingerprint(requests: str | Path) -> str:
+    """Identifies the content of the file without reading it whole, as the plan has places in it: size and both ends."""
+    size = files.size(requests)
+    digest = hashlib.sha256(f"{size}\n".encode())
+    with files.as_user_error(requests), files.open_input(requests) as file:
+        digest.update(file.read(_SAMPLE_BYTES))
+        file.seek(max(0, size - _SAMPLE_BYTES))
+        digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]
+
+
+def _finished(ledger: Ledger, plan: Plan, done: int) -> dict[str, Any] | None:
+    """The summary of a job that has nothing left to do; None for others."""
+    paths = [urls.join(ledger.output, name) for name in ("summary.json", OUTPUT, ERRORS)]
+    if plan.num_fragments() != done or not all(files.is_file(path) for path in paths):
+        return None
+    summary = json.loads(files.read_text(paths[0]))
+    return {**summary, "finished_before": summary["requests"], "seconds": 0.0, "requests_per_second": 0.0}
+
+
+def _finish(ledger: Ledger, status: Status) -> dict[str, Any]:
+    """Writes the output and the summary of all runs."""
+    ledger.remove_leftovers()
+    totals, usage = ledger.totals(), write_outputs(ledger)
+    first = totals["first_error"]
+    seconds = time.monotonic() - status.started
+    summary = {
+        "output": urls.join(ledger.output, OUTPUT),
+        "errors_file": urls.join(ledger.output, ERRORS),
+        "requests": totals["images"],
+        "answered": totals["labelled"],
+        "errors": totals["errors"],
+        "reasons": totals["reasons"],
+        "first_error": first and {"custom_id": first["image_id"], **{n: first[n] for n in ("reason", "message")}},
+        "usage": usage,
+        "finished_before": status.finished_before,
+        "seconds": round(seconds, 2),
+        "requests_per_second": round((status.done - status.finished_before) / max(seconds, 1e-9), 2),
+    }
+    planned = ledger.plan().num_images()
+    assert totals["images"] == totals["labelled"] + totals["errors"] == planned, f"{totals} of {planned} lines"
+    files.write_bytes(urls.join(ledger.output, "summary.json"), json.dumps(summary, indent=1).encode())
+    return summary
+
+
+def answered_line(summary: dict[str, Any], output: str | Path) -> str:
+    """The summary of `answer_batch` in one line."""
+    first = summary["first_error"]
+    log = f"; log -> {summary['log']}" if summary.get("log") else ""
+    reason = f" (e.g. {first['custom_id']}: {first['message']})" if first else ""
+    return (
+        f"{summary['requests']} requests: {summary['answered']} answered, {summary['errors']} errors{reason} -> "
+        f"{output} ({OUTPUT}, {ERRORS}){log}"
+    )

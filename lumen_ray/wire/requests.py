@@ -1,0 +1,227 @@
+"""The fields of a request as the engine's requests: which fields a task takes, its limits, its images decoded."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import numpy as np
+
+from lumen_ray.data.images import Picture
+from lumen_ray.errors import UserError
+from lumen_ray.exemplars import ClassByExample, Example
+from lumen_ray.inference.request import Request, Shown, check_image, check_requests, make_request
+from lumen_ray.inference.sampling import GREEDY, Sampling
+from lumen_ray.structures import Region, SampleSettings, Size
+from lumen_ray.tasks import Task, get_task
+from lumen_ray.wire import schemas
+from lumen_ray.wire.images import checked_rle, decode_images, image_bytes
+from lumen_ray.wire.limits import check_amount, check_lengths
+from lumen_ray.wire.settings import Defaults, Limits
+
+#: `Task.needs` -> the request fields that the task reads; any other field is refused
+_FIELDS = {
+    "classes": ("classes",),
+    "question": ("text",),
+    "sentence": ("text",),
+    "expression": ("text",),
+    "description": ("text",),
+    "instruction": ("text",),
+    "region": ("region",),
+    "nothing": (),
+}
+
+
+#: settings of the pictures
+_SAMPLE_FIELDS = ("seed", "steps", "guidance", "image_guidance", "height", "width", "num_images")
+#: how the tokens of a text are chosen
+_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "repetition_penalty", "stop", "seed")
+_CHAT_FIELDS = ("history", "system")
+_OPTIONAL = ("classes", "text", "region", "keypoints", *_CHAT_FIELDS, *_SAMPLING_FIELDS, *_SAMPLE_FIELDS)
+
+
+def fields_of(task: Task) -> tuple[str, ...]:
+    """Names of the request fields that `task` takes, without the limits of the answer."""
+    fields = _FIELDS[task.needs] + (("keypoints",) if task.keypoint_template else ())
+    if task.is_conversation:
+        fields += _CHAT_FIELDS
+    if task.is_text:
+        fields += _SAMPLING_FIELDS
+    if task.result == "image":
+        fields += tuple(name for name in _SAMPLE_FIELDS if name != "image_guidance" or task.sees_image)
+    return fields
+
+
+def parse_request(
+    task: str,
+    fields: schemas.TaskFields,
+    size: Size,
+    limits: Limits,
+    defaults: Defaults,
+    example_images: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> Request:
+    """The validated request about an image of `size` (height, width), with its limits. Raises `UserError`.
+
+    `example_images`: those of `decode_all`.
+    """
+    taken = fields_of(get_task(task))
+    for name in _OPTIONAL:
+        if getattr(fields, name) is not None and name not in taken:
+            raise UserError(
+                f"task '{task}' does not take '{name}'; it takes {_in_words(taken)}", "unexpected_field", name
+            )
+    check_lengths(fields, limits)
+    region = None if fields.region is None else _region(fields.region, size)
+    request = make_request(
+        task,
+        classes=None if fields.classes is None else [_class(given, example_images) for given in fields.classes],
+        text=fields.text,
+        region=region,
+        keypoints=fields.keypoints,
+        sample=_sample(fields) if get_task(task).result == "image" else None,
+        history=fields.history or (),
+        system=fields.system,
+        sampling=_sampling(fields) if get_task(task).is_text else GREEDY,
+    )
+    if request.examples:
+        check_requests(size, [request])  # here, where it costs the model nothing
+    return replace(
+        request,
+        score_threshold=defaults.score_threshold if fields.score_threshold is None else fields.score_threshold,
+        max_per_phrase=fields.max_per_phrase or defaults.max_per_phrase,
+    )
+
+
+def _class(given: str | schemas.ClassExamples, images: Mapping[str, np.ndarray]) -> str | ClassByExample:
+    """A class as of `make_request`. Raises `UserError`, which names it, for examples that do not fit."""
+    if isinstance(given, str):
+        return given
+    try:
+        examples = [
+            Example(item.box, None if item.image is None else images[item.image], item.positive)
+            for item in given.examples
+        ]
+    except UserError as error:
+        raise UserError(f"class '{given.name}': {error}", error.reason) from None
+    return ClassByExample(given.name, examples, given.named)
+
+
+def example_texts(tasks: Sequence[tuple[str, schemas.TaskFields]]) -> dict[str, str]:
+    """The images of examples as they are in the request, each once, and where it is there first."""
+    found: dict[str, str] = {}
+    for number, (_, fields) in enumerate(tasks):
+        where = f"requests.{number}." if len(tasks) > 1 else ""
+        for n, given in enumerate(fields.classes or ()):
+            for m, item in enumerate(() if isinstance(given, str) else given.examples):
+                if item.image is not None:
+                    found.setdefault(item.image, f"{where}classes.{n}.examples.{m}.image")
+    return found
+
+
+def decode_all(
+    encoded: Sequence[bytes],
+    places: Sequence[str],
+    examples: Mapping[str, str],
+    max_pixels: int,
+    largest_side: int | None = None,
+) -> tuple[list[Picture], dict[str, np.ndarray]]:
+    """The images of a request and, by their texts, those of its examples (as of `example_texts`), which are decoded at
+    full scale: `max_pixels` bounds them together. `places`, `largest_side`: as of `decode_images`."""
+    if not examples:
+        return decode_images(encoded, max_pixels, places, largest_side), {}
+    encoded = [*encoded, *(image_bytes(text, place) for text, place in examples.items())]
+    places = [*(places or ["image"] * (len(encoded) - len(examples))), *examples.values()]
+    images = decode_images(encoded, max_pixels, places)
+    number = len(images) - len(examples)
+    return images[:number], {text: i.pixels for text, i in zip(examples, images[number:], strict=True)}
+
+
+def _in_words(taken: Sequence[str]) -> str:
+    """The fields of a task for an error; those of sampling, which every text has, under one name."""
+    if not set(_SAMPLING_FIELDS) <= set(taken):
+        return " and ".join(taken)
+    others = [name for name in taken if name not in _SAMPLING_FIELDS]
+    return f"{' and '.join(others) or 'the image alone'}, and settings of sampling"
+
+
+def _sampling(fields: schemas.TaskFields) -> Sampling:
+    """How the tokens of a text are chosen. Drawn without a seed, every answer is another one."""
+    names = ("temperature", "top_p", "top_k", "repetition_penalty")
+    given = {name: value for name in names if (value := getattr(fields, name)) is not None}
+    seed = secrets.randbits(63) if fields.seed is None else fields.seed
+    return Sampling(**given, seed=seed if fields.temperature else 0, stop=tuple(fields.stop or ()))
+
+
+def _sample(fields: schemas.TaskFields) -> SampleSettings:
+    """The settings of a picture; those left out are the decoder's defaults."""
+    height, width = fields.height, fields.width
+    if (height is None) != (width is None):
+        raise UserError("give 'height' and 'width' together, or neither", "invalid_size")
+    names = ("seed", "steps", "guidance", "image_guidance", "num_images")
+    given = {name: value for name in names if (value := getattr(fields, name)) is not None}
+    return SampleSettings(**given, size=None if height is None or width is None else (height, width))
+
+
+def _region(prompt: schemas.RegionPrompt, size: Size) -> Region:
+    if prompt.kind == "mask":
+        if prompt.points is not None:
+            raise UserError("a mask region takes 'mask', not 'points'", "invalid_region")
+        return Region("mask", size, rle=checked_rle(prompt.mask, size))
+    if prompt.mask is not None:
+        raise UserError(f"a {prompt.kind} region takes 'points', not 'mask'", "invalid_region")
+    return Region(prompt.kind, size, points=np.asarray(prompt.points or [], np.float32))
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The tasks of a request, as (name, fields), about an encoded image, several, or text alone.
+
+    `image_turns`: as of `Request`; `places`: as of `decode_images`.
+    """
+
+    encoded: Sequence[bytes]
+    tasks: Sequence[tuple[str, schemas.TaskFields]]
+    image_turns: tuple[int, ...] = ()
+    places: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the engine is asked: the `requests` about what is `shown`, whose text answers have `max_new_tokens` at
+    most. `size`: (height, width) of the first image as stored, (1, 1) without any."""
+
+    shown: Shown
+    requests: tuple[Request, ...]
+    max_new_tokens: int
+    size: Size
+
+
+def prepare(
+    asked: Asked, limits: Limits, defaults: Defaults, largest_side: int | None = None, held: Size | None = None
+) -> Prepared:
+    """Decodes the images of a request and checks its tasks. Raises `UserError`.
+
+    `largest_side`: as of `decode_images`; `held`: (height, width) of the request's image where another process holds
+    it, so that it is not decoded and nothing is `shown`.
+    """
+    for task, _ in asked.tasks:
+        check_image(task, bool(asked.encoded) or held is not None)  # refused before the image is decoded
+    examples = example_texts(asked.tasks)
+    if len(examples) > limits.max_images:
+        raise UserError(
+            f"{len(examples)} images of examples in one request; give at most {limits.max_images}", "too_many_images"
+        )
+    encoded = asked.encoded if held is None else ()
+    images, example_images = decode_all(encoded, asked.places, examples, limits.max_pixels, largest_side)
+    size = held or (images[0].size if images else (1, 1))
+    requests = [
+        replace(parse_request(task, fields, size, limits, defaults, example_images), image_turns=asked.image_turns)
+        for task, fields in asked.tasks
+    ]
+    tokens = [fields.max_new_tokens for _, fields in asked.tasks if fields.max_new_tokens is not None]
+    max_new_tokens = max(tokens, default=defaults.max_new_tokens)
+    check_amount(requests, max_new_tokens, limits)
+    shown: Shown = images if len(images) > 1 else images[0] if images else None
+    return Prepared(shown, tuple(requests), max_new_tokens, size)

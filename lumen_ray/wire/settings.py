@@ -1,0 +1,42 @@
+"""Limits of a request, and the defaults of its fields."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from lumen_ray.config import Settings
+
+#: tokens of the longest text answer that a request can ask for
+MAX_NEW_TOKENS = 1024
+
+
+class Limits(Settings):
+    """Limits of a request; larger ones get a 4xx before any decoding or model work."""
+
+    max_body_bytes: int = Field(20 * 1024 * 1024, ge=1024)
+    max_pixels: int = Field(
+        40_000_000, ge=1, description="width times height of an image, or of all images of one request together"
+    )
+    max_images: int = Field(
+        8, ge=1, description="images of one conversation, or those of the examples in one request body"
+    )
+    max_classes: int = Field(256, ge=1, description="phrases and examples of one request body, over all its tasks")
+    max_requests: int = Field(32, ge=1, description="tasks of one /v1/infer call")
+    max_request_tokens: int = Field(
+        16_384,
+        ge=1,
+        description="tokens that one request body may cost: one for each byte of its classes, keypoints and texts, "
+        "more in long names, and max_new_tokens for each answer in text",
+    )
+    max_text_chars: int = Field(2000, ge=1, description="characters of one text or name")
+    max_history_chars: int = Field(
+        20_000, ge=1, description="characters of system text and earlier turns of one request body together"
+    )
+
+
+class Defaults(Settings):
+    """Defaults of a request's fields."""
+
+    score_threshold: float = Field(0.3, ge=0, le=1)
+    max_per_phrase: int = Field(300, ge=1, le=1000)
+    max_new_tokens: int = Field(48, ge=1, le=MAX_NEW_TOKENS)
