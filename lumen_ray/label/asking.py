@@ -16,7 +16,7 @@ from lumen_ray.inference.protocol import EncodingEngine, EngineProtocol
 from lumen_ray.inference.request import Image, Request, make_request
 from lumen_ray.inference.second_look import SecondLook
 from lumen_ray.inference.tiles import Tiles, run_tiled
-from lumen_ray.label.vocabulary import caption_classes, check_auto, is_named_by_caption, with_classes
+from lumen_ray.label.vocabulary import caption_classes, check_auto, classes_for, is_named_by_caption
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Asker:
         for request in self.requests:
             answer = caption if request.task == "caption" else None
             if is_named_by_caption(request):
-                request = replace(request, phrases=with_classes(request, classes, self._skeletons))
+                request = replace(request, phrases=classes_for(request, classes, self._skeletons))
                 answer = None if request.phrases else Answer(request.task, caption.size)
             requests.append(request)
             known.append(answer)

@@ -74,7 +74,7 @@ def is_named_by_caption(request: Request) -> bool:
     return get_task(request.task).needs == "classes" and not request.phrases
 
 
-def with_classes(request: Request, classes: Sequence[str], skeletons: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+def classes_for(request: Request, classes: Sequence[str], skeletons: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     """The classes of a caption that a request can be about: for poses without named keypoints, those with a
     skeleton."""
     if get_task(request.task).keypoint_template and not request.keypoints:
