@@ -378,7 +378,11 @@ def answer_batch(
         or URL. Images in a body are data URLs, paths relative to the file, or URLs of stores.
     output: folder to write ``output.jsonl`` and ``errors.jsonl`` in, a path or URL. Called again with the same
         arguments, it continues where it stopped.
-    model, decoders, device, dtype, actors: as of `label`.
+    model: model folder, or name of bundled weights.
+    decoders: task -> decoder that serves it, where it should be another than the model's settings say.
+    device: as of `label`.
+    dtype: "float32" or "bfloat16", of weights and matrix products.
+    actors: as of `label`.
     batch_size: requests that are given to the model together.
     score_threshold: instances below this score (0..1) are left out of answers.
     max_errors: stop once more requests than this have failed: a number, or a share such as "5%".

@@ -16,8 +16,8 @@ from lumen_ray.errors import UserError
 from lumen_ray.presets import recipe_path
 from lumen_ray.recipe import Recipe
 
-FUNCTIONS = ("prepare", "calibrate", "export_labels", "train", "evaluate", "label", "serve")
-PACKAGES = FUNCTIONS[3:]
+FUNCTIONS = ("prepare", "calibrate", "export_labels", "answer_batch", "train", "evaluate", "label", "serve")
+PACKAGES = FUNCTIONS[4:]
 
 
 def in_a_new_process(code: str):

@@ -10,6 +10,7 @@ Blocks are told apart by the info string behind the fence:
     yaml exemplars         read, with images in place of those that it names
     json MODEL             validated against that model of `lumen_ray.wire.schemas`
     text chat              a record for `prepare chat`, read in tests/data/sources/test_chat_images.py
+    text batch             a line of a batch file, read in tests/label/batch/test_batch_lines.py
 """
 
 import ast
@@ -41,7 +42,7 @@ PAGES = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 README_WORDS = 1500
 INFO_STRINGS = {
-    *("", "sh", "toml", "python", "python run", "python ray", "text chat"),
+    *("", "sh", "toml", "python", "python run", "python ray", "text chat", "text batch"),
     *("yaml recipe", "yaml model", "yaml serve", "yaml exemplars"),
 }
 #: files that a command line names and its user has to write

@@ -237,8 +237,9 @@ class _Level:
         for row in range(math.ceil(self.size[0] / self._side[0])):
             for column in range(self._across):
                 tile, top, left = self._tile(row, column), row * self._side[0], column * self._side[1]
-                by_row = np.add.reduceat(tile, _starts(top, tile.shape[0], block), axis=0, dtype=np.uint64)
-                by_block = np.add.reduceat(by_row, _starts(left, tile.shape[1], block), axis=1)
+                down, across = _starts(top, tile.shape[0], block), _starts(left, tile.shape[1], block)
+                by_row = np.add.reduceat(tile.reshape(len(tile), -1), down, axis=0, dtype=np.uint32)
+                by_block = np.add.reduceat(by_row.reshape(len(down), -1, 3), across, axis=1, dtype=np.uint64)
                 y, x = top // block, left // block
                 sums[y : y + by_block.shape[0], x : x + by_block.shape[1]] += by_block
         counts = [np.minimum(block, side - block * np.arange(-(-side // block))) for side in self.size]
@@ -275,6 +276,8 @@ class _Level:
         if found is None:
             return np.zeros((*self._side, 3), np.uint8)
         pixels = found[0]
+        if pixels.shape[2] == 3:
+            return pixels
         return np.asarray(to_rgb(Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)))
 
 
@@ -283,5 +286,5 @@ def _overlap(start: int, end: int, first: int, length: int) -> tuple[int, int]:
 
 
 def _starts(first: int, length: int, block: int) -> np.ndarray:
-    """Where in a tile, whose first pixel is number `first`, a new block begins; always at 0."""
+    """Where in a tile, whose first pixel is number `first`, a block begins; the first one at 0."""
     return np.unique(np.concatenate([[0], np.arange(-first % block, length, block)])).astype(np.intp)

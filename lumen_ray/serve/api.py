@@ -12,9 +12,9 @@ from fastapi.responses import HTMLResponse, JSONResponse
 
 from lumen_ray.serve import openai_api, openai_images, task_api
 from lumen_ray.serve.admission import Admission, Gate
+from lumen_ray.serve.asking import Backend
 from lumen_ray.serve.http import Guard, install_error_handlers
 from lumen_ray.serve.settings import ServeSettings
-from lumen_ray.serve.task_api import Backend
 from lumen_ray.version import __version__
 from lumen_ray.wire import schemas
 from lumen_ray.wire.chat import ChatRequest

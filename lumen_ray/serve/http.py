@@ -7,6 +7,7 @@ Tracebacks go to the log, with the request id.
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import uuid
@@ -85,17 +86,33 @@ async def _timeout(request: Request, error: TimeoutError) -> JSONResponse:
     return error_response("timeout", "the model did not answer in time; ask for less or try again", request_id(request))
 
 
+_HANDLERS: dict[type[Exception], Any] = {  # Starlette's types want handlers of any exception
+    UserError: _user_error,
+    HTTPException: _http_exception,
+    Overloaded: _overloaded,
+    Unavailable: _unavailable,
+    TimeoutError: _timeout,
+}
+
+
 def install_error_handlers(api: FastAPI) -> None:
     """Puts all errors of `api` into the envelope."""
-    handlers: dict[type[Exception], Any] = {  # Starlette's types want handlers of any exception
-        UserError: _user_error,
-        HTTPException: _http_exception,
-        Overloaded: _overloaded,
-        Unavailable: _unavailable,
-        TimeoutError: _timeout,
-    }
-    for error, handler in handlers.items():
+    for error, handler in _HANDLERS.items():
         api.add_exception_handler(error, handler)
+
+
+async def error_of(request: Request, error: Exception) -> dict[str, Any]:
+    """The envelope of an error that arose after the status of the response was sent."""
+    handler = next((handler for kind, handler in _HANDLERS.items() if isinstance(error, kind)), None)
+    if handler is not None:
+        return json.loads((await handler(request, error)).body)
+    identity = request_id(request)
+    logger.exception("request %s to %s failed", identity, request.url.path)
+    return error_body("internal_error", failed_message(identity), identity)[1]
+
+
+def failed_message(identity: str) -> str:
+    return f"the server failed on this request; its log has the cause under {identity}"
 
 
 def body_too_large(limit: int) -> UserError:
@@ -140,8 +157,7 @@ class Guard:
             logger.exception("request %s to %s failed", identity, scope.get("path"))
             if started:
                 raise
-            message = f"the server failed on this request; its log has the cause under {identity}"
-            await error_response("internal_error", message, identity)(scope, receive, numbered_send)
+            await error_response("internal_error", failed_message(identity), identity)(scope, receive, numbered_send)
 
     def _counting(self, receive: Receive) -> Receive:
         """A `receive` that raises once the body exceeds the limit, whatever its headers say."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, Protocol, TypeVar
 
@@ -67,7 +69,7 @@ class _Call(Awaitable[T_co], Protocol[T_co]):
 
 
 class ServeBackend:
-    """Implements `task_api.Backend` with the handles of the trunk and, by name, the decoders."""
+    """Implements `asking.Backend` with the handles of the trunk and, by name, the decoders."""
 
     def __init__(
         self,
@@ -116,17 +118,64 @@ class ServeBackend:
         self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int, trunk: DeploymentHandle
     ) -> list[Answer]:
         job = TrunkJob(image, tuple(requests), max_new_tokens)
-        plain = tuple(replace(request, examples={}) for request in requests)  # decoders read no images of examples
 
         async def call() -> list[Answer]:
-            reply: TrunkReply = await _awaited(trunk.link.remote(job))
-            found = await asyncio.gather(
-                *(_awaited(self.decoders[name].decode.remote(reply.output, plain)) for name in reply.decoders)
-            )
-            rows = zip(reply.answers, *found, strict=True)
-            return [next(answer for answer in answers if answer is not None) for answers in rows]
+            return await self._decoded(await _awaited(trunk.link.remote(job)), requests)
 
         return await self._retried(call)
+
+    async def _decoded(self, reply: TrunkReply, requests: Sequence[Request]) -> list[Answer]:
+        """The answers to a job, with those of the decoders that it has links for."""
+        plain = tuple(replace(request, examples={}) for request in requests)  # decoders read no images of examples
+        found = await asyncio.gather(
+            *(_awaited(self.decoders[name].decode.remote(reply.output, plain)) for name in reply.decoders)
+        )
+        rows = zip(reply.answers, *found, strict=True)
+        return [next(answer for answer in answers if answer is not None) for answers in rows]
+
+    async def stream(
+        self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int
+    ) -> AsyncGenerator[str | Answer, None]:
+        """When a replica dies, another one writes the answer again, of which what was sent is left out."""
+        job, http, sent = TrunkJob(image, tuple(requests), max_new_tokens), self.settings.http, ""
+        until = time.monotonic() + http.request_timeout_s
+        for attempt in range(http.retries + 1):
+            written = ""
+            try:
+                async with aclosing(self._written(job, until)) as pieces:
+                    async for piece in pieces:
+                        if isinstance(piece, Answer):
+                            yield piece
+                            return
+                        written += piece
+                        if not (written.startswith(sent) or sent.startswith(written)):
+                            raise Unavailable("a replica died during this answer; ask again")
+                        if len(written) > len(sent):
+                            new, sent = written[len(sent) :], written
+                            yield new
+            except (ray_errors.RayError, RayServeException) as error:
+                self._check_lost(error, attempt)
+        raise Unavailable("a replica died during this request; try again")
+
+    async def _written(self, job: TrunkJob, until: float) -> AsyncGenerator[str | Answer, None]:
+        """The texts of one call of the trunk and the answer, with what a decoder adds to it."""
+        key = job.image.image_id if isinstance(job.image, KeyedImage) else None
+        response = self._trunk(key).options(stream=True).link_streaming.remote(job)
+        try:
+            async with aclosing(_until(response, until)) as pieces:
+                async for piece in pieces:
+                    if not isinstance(piece, TrunkReply):
+                        yield piece
+                        continue
+                    if isinstance(job.image, KeyedImage):
+                        self._remember(job.image.image_id, job.image.size)
+                    async with asyncio.timeout(until - time.monotonic()):
+                        (answer,) = await self._decoded(piece, job.requests)
+                    yield answer
+        except (ray_errors.RayError, RayServeException) as error:
+            if isinstance(cause_of(error), ImageGone):
+                self._held.pop(key or "", None)
+            raise
 
     async def info(self) -> dict[str, Any]:
         if self._info is not None:
@@ -155,18 +204,40 @@ class ServeBackend:
                 try:
                     return await call()
                 except (ray_errors.RayError, RayServeException) as error:
-                    cause = cause_of(error)
-                    if isinstance(cause, UserError):
-                        raise cause from None
-                    if isinstance(cause, BackPressureError):
-                        message = "the server is at its limit of waiting requests; try again shortly"
-                        raise Overloaded(message, http.retry_after_s) from None
-                    if isinstance(cause, DeploymentUnavailableError):
-                        raise Unavailable("a deployment of the model failed to start; see the server's log") from error
-                    if isinstance(cause, RequestCancelledError) or not isinstance(cause, _LOST):
-                        raise
-                    logger.warning("a replica was lost (%s), attempt %d", type(cause).__name__, attempt + 1)
+                    self._check_lost(error, attempt)
             raise Unavailable("a replica died during this request; try again")
+
+    def _check_lost(self, error: Exception, attempt: int) -> None:
+        """Returns if the error of a call is that its replica is lost, so that another one may be asked; raises it, or
+        what it means, for others."""
+        cause = cause_of(error)
+        if isinstance(cause, UserError):
+            raise cause from None
+        if isinstance(cause, BackPressureError):
+            message = "the server is at its limit of waiting requests; try again shortly"
+            raise Overloaded(message, self.settings.http.retry_after_s) from None
+        if isinstance(cause, DeploymentUnavailableError):
+            raise Unavailable("a deployment of the model failed to start; see the server's log") from error
+        if isinstance(cause, RequestCancelledError) or not isinstance(cause, _LOST):
+            raise error
+        logger.warning("a replica was lost (%s), attempt %d", type(cause).__name__, attempt + 1)
+
+
+async def _until(response: Any, until: float) -> AsyncGenerator[Any, None]:
+    """The items of a streaming call; raises `TimeoutError` at the time `until` of `time.monotonic`. A call that is left
+    before its end is cancelled."""
+    items, is_done = aiter(response), False
+    try:
+        while True:
+            try:
+                item = await asyncio.wait_for(anext(items), until - time.monotonic())
+            except StopAsyncIteration:
+                is_done = True
+                return
+            yield item
+    finally:
+        if not is_done:
+            response.cancel()
 
 
 async def _awaited(response: _Call[T]) -> T:

@@ -17,10 +17,10 @@ from starlette.datastructures import FormData, UploadFile
 from lumen_ray.config import Settings
 from lumen_ray.errors import UserError
 from lumen_ray.serve import forms
+from lumen_ray.serve.asking import Backend, answer
 from lumen_ray.serve.http import content_type, json_schema_ref
 from lumen_ray.serve.openai_api import check_model
 from lumen_ray.serve.settings import ServeSettings
-from lumen_ray.serve.task_api import Backend, answer
 from lumen_ray.wire import schemas
 from lumen_ray.wire.neutral import Neutral, refuse_others
 

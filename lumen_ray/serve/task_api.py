@@ -2,102 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.datastructures import FormData, UploadFile
 
-from lumen_ray.answer import Answer
-from lumen_ray.data.images import Picture
 from lumen_ray.errors import UserError
-from lumen_ray.inference.request import Request, Shown
 from lumen_ray.serve import forms
+from lumen_ray.serve.asking import Backend, answer
 from lumen_ray.serve.http import content_type, json_schema_ref
-from lumen_ray.serve.image_cache import ImageGone, KeyedImage, gone, image_id
 from lumen_ray.serve.settings import ServeSettings
-from lumen_ray.structures import Size
 from lumen_ray.tasks import TASKS, Task, get_task
 from lumen_ray.wire import schemas
 from lumen_ray.wire.images import image_bytes
-from lumen_ray.wire.requests import Asked, fields_of, prepare
+from lumen_ray.wire.requests import fields_of
 
 _FORM_LISTS, _FORM_OBJECTS = ("classes", "keypoints", "stop"), ("region", "history")
-
-
-class Backend(Protocol):
-    """The model behind the API. `ingress.ServeBackend` implements it over Serve; tests use a fake."""
-
-    async def infer(self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
-        """Answers about an image, those of a conversation, or text alone, one per request, in order. Raises `ImageGone`
-        for a `KeyedImage` without its picture that is not held."""
-
-    async def held_size(self, image_id: str, ask: bool) -> Size | None:
-        """(height, width) of an image that a trunk holds, as far as this process remembers, or, with `ask`, as the
-        trunk says; None if it holds none."""
-
-    async def info(self) -> dict[str, Any]:
-        """preset, version, image_size, classes, skeletons of the loaded model."""
-
-    async def ready(self) -> dict[str, bool]:
-        """Deployment name -> whether it answers now."""
-
-
-async def answer(
-    backend: Backend,
-    settings: ServeSettings,
-    encoded: Sequence[bytes],
-    tasks: Sequence[tuple[str, schemas.TaskFields]],
-    held_id: str | None = None,
-) -> tuple[list[Answer], dict[str, Any]]:
-    """Answers to `tasks` about an encoded image or none, or about the image of id `held_id`, which the server was shown
-    before; and the response's fields as of `ask`."""
-    return await ask(backend, settings, lambda: Asked(encoded, tasks), held_id)
-
-
-async def ask(
-    backend: Backend, settings: ServeSettings, read: Callable[[], Asked], held_id: str | None = None
-) -> tuple[list[Answer], dict[str, Any]]:
-    """Answers to what `read` finds in a body, in a thread, and the response's fields `model`, `timing_ms` and, for a
-    single image, `image_id`. An image that a trunk holds is neither decoded nor encoded again."""
-    start = time.perf_counter()
-    info, asked = await backend.info(), await asyncio.to_thread(read)
-    key = held_id
-    if key is None and len(asked.encoded) == 1 and settings.trunk.image_cache_mb:
-        key = image_id(asked.encoded[0])
-    held = None if key is None else await backend.held_size(key, ask=held_id is not None)
-    if held_id is not None and held is None:
-        raise gone(held_id)
-    decoding = 0.0
-
-    async def infer(held: Size | None) -> list[Answer]:
-        nonlocal decoding
-        began = time.perf_counter()
-        side = info.get("largest_side")
-        prepared = await asyncio.to_thread(prepare, asked, settings.limits, settings.defaults, side, held)
-        decoding += time.perf_counter() - began
-        shown: Shown | KeyedImage = prepared.shown
-        if key is not None:
-            assert shown is None or isinstance(shown, Picture)
-            shown = KeyedImage(key, prepared.size, shown)
-        return await backend.infer(shown, prepared.requests, prepared.max_new_tokens)
-
-    try:
-        answers = await infer(held)
-    except ImageGone:
-        if not asked.encoded:
-            raise
-        answers = await infer(None)
-    end = time.perf_counter()
-    timing = {"decode": decoding, "model": end - start - decoding, "total": end - start}
-    timing_ms = {name: round(1000 * seconds, 1) for name, seconds in timing.items()}
-    extra: dict[str, Any] = {"model": f"{info['preset']}@{info['version']}", "timing_ms": timing_ms}
-    if key is not None:
-        extra["image_id"] = key
-    return answers, extra
 
 
 def _image_of(image: str | None, held_id: str | None) -> tuple[list[bytes], str | None]:

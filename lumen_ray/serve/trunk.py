@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lumen_ray.serve.batching import Collector, map_grouped, value_of
@@ -49,6 +49,7 @@ class TrunkReplica:
         self.stage = load(model, device, serving)
         self.health = Health(self.stage.loop.busy_s)
         self.images = ImageCache()
+        self._listeners: dict[int, Callable[[str], None]] = {}  # by the identity of their job
         # Threads, so that the event loop stays free to answer pings. The model is used by one of them at a time.
         self.batches: Collector[TrunkJob, TrunkOutput] = Collector(
             self.outputs, self._key, lambda job: job.cost, self.stage.loop.turn, MAX_BATCHES
@@ -69,6 +70,33 @@ class TrunkReplica:
         if not output.decoder_inputs:
             return TrunkReply(answers)
         return TrunkReply(answers, tuple(output.decoder_inputs), await asyncio.to_thread(_put, output))
+
+    async def link_streaming(self, job: TrunkJob) -> AsyncIterator[str | TrunkReply]:
+        """The text of the answer to the single request of a job in pieces, as it is written, then the reply as of
+        `link`. Pieces are put together while the caller is busy."""
+        event_loop, written = asyncio.get_running_loop(), asyncio.Event()
+        text = sent = ""
+
+        def listen(now: str) -> None:
+            nonlocal text
+            if len(now) > len(text):  # not while a job whose pass has failed is repeated alone
+                text = now
+                event_loop.call_soon_threadsafe(written.set)
+
+        self._listeners[id(job)] = listen
+        reply = asyncio.ensure_future(self.link(job))
+        reply.add_done_callback(lambda _: written.set())
+        try:
+            while not reply.done():
+                await written.wait()
+                written.clear()
+                if len(now := text) > len(sent):
+                    yield now[len(sent) :]
+                    sent = now
+            yield await reply
+        finally:
+            reply.cancel()
+            del self._listeners[id(job)]
 
     async def output(self, job: TrunkJob) -> TrunkOutput:
         """The inputs of the decoders for one image, and the plan of its answers."""
@@ -128,7 +156,18 @@ class TrunkReplica:
         return [outputs[n] if n in outputs else gone(image.image_id) for n, image in enumerate(keyed)]
 
     def _links(self, images: Sequence[Shown] | EncodedImages, jobs: Sequence[TrunkJob]) -> list[TrunkOutput]:
-        output = self.stage.links(images, [job.requests for job in jobs], max_new_tokens=jobs[0].max_new_tokens)
+        requests = [job.requests for job in jobs]
+        listeners = [self._listeners.get(id(job)) for job in jobs]
+        texts = [""] * len(jobs)
+
+        def on_text(image: int, request: int, new: str) -> None:
+            if (listener := listeners[image]) is not None:
+                texts[image] += new
+                listener(texts[image])
+
+        output = self.stage.links(
+            images, requests, max_new_tokens=jobs[0].max_new_tokens, on_text=on_text if any(listeners) else None
+        )
         return [output.select(index) for index in range(len(jobs))]
 
     def _encoded(self, images: Sequence[KeyedImage]) -> list[EncodedImages | None]:

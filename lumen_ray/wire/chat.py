@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
@@ -49,6 +49,13 @@ def _as_stops(value: Any) -> Any:
     if value is not None and not isinstance(value, list):
         raise UserError("'stop' is a text or a list of texts")
     return value
+
+
+class StreamOptions(Settings):
+    """Options of a streamed answer."""
+
+    include_usage: bool | None = Field(None, description="whether a last event has the numbers of tokens")
+    include_obfuscation: Annotated[bool | None, Neutral("events are not padded", False)] = None
 
 
 class ChatRequest(Settings):
@@ -97,8 +104,10 @@ class ChatRequest(Settings):
     frequency_penalty: Annotated[float | None, Neutral(_NO_PENALTY, 0)] = None
     presence_penalty: Annotated[float | None, Neutral(_NO_PENALTY, 0)] = None
     logit_bias: Annotated[Any, Neutral("the probabilities of tokens are not changed", {})] = None
-    stream: Annotated[bool | None, Neutral("answers are not streamed", False, reason="streaming_unsupported")] = None
-    stream_options: Annotated[Any, Neutral("answers are not streamed")] = None
+    stream: bool | None = Field(
+        None, description="whether the answer comes in pieces, as server-sent events, while it is written"
+    )
+    stream_options: StreamOptions | None = Field(None, description="of a streamed answer")
     response_format: Annotated[Any, Neutral(_TEXT_ONLY, {"type": "text"})] = None
     modalities: Annotated[Any, Neutral(_TEXT_ONLY, ["text"])] = None
     audio: Annotated[Any, Neutral(_TEXT_ONLY)] = None
@@ -133,11 +142,29 @@ class ChatRequest(Settings):
         return None if asked is None else min(asked, MAX_NEW_TOKENS)
 
 
-def parse_chat(data: dict[str, Any], takes_sampling: bool) -> ChatRequest:
+def parse_chat(data: dict[str, Any], takes_sampling: bool, takes_stream: bool = False) -> ChatRequest:
     """The request in a JSON object. Raises `UserError` for what is none and for parameters that cannot be honoured:
-    those of sampling too, unless `takes_sampling`."""
+    those of sampling and streaming too, unless `takes_sampling` and `takes_stream`."""
     chat = schemas.parse(ChatRequest, data)
     refuse_others(chat)
+    if chat.stream_options is not None:
+        refuse_others(chat.stream_options)
+        if not chat.stream:
+            raise UserError(
+                "'stream_options' needs 'stream': true; set it, or leave the options out",
+                "unsupported_parameter",
+                "stream_options",
+            )
+    if chat.stream and not takes_stream:
+        raise UserError(
+            "answers are not streamed here; leave 'stream' out or set it to false", "streaming_unsupported", "stream"
+        )
+    if chat.stream and chat.logprobs:
+        raise UserError(
+            "streamed answers have no log probabilities; leave 'logprobs' or 'stream' out",
+            "unsupported_parameter",
+            "logprobs",
+        )
     if not takes_sampling:
         _refuse_sampling(chat)
     return chat
@@ -190,20 +217,63 @@ def completion(chat: ChatRequest, answer: Answer, model: str) -> dict[str, Any]:
         "index": 0,
         "message": {"role": "assistant", "content": answer.text or ""},
         "logprobs": {"content": _log_probs(answer), "refusal": None} if chat.logprobs else None,
-        "finish_reason": "length" if answer.is_cut else "stop",
+        "finish_reason": _finish_reason(answer),
     }
+    return {
+        **_head("chat.completion", model),
+        "choices": [choice],
+        "usage": _usage(answer.usage),
+        "lumen": _extension(chat, answer),
+    }
+
+
+class Chunks:
+    """The events of a streamed response, as objects `chat.completion.chunk`. `model`: preset@version."""
+
+    def __init__(self, chat: ChatRequest, model: str):
+        self._chat = chat
+        self._head = _head("chat.completion.chunk", model)
+        self._sent = ""
+        self._with_usage = bool(chat.stream_options and chat.stream_options.include_usage)
+
+    def begin(self) -> dict[str, Any]:
+        """The first event."""
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def text(self, new: str) -> dict[str, Any]:
+        """The event of new text."""
+        self._sent += new
+        return self._chunk({"content": new})
+
+    def end(self, answer: Answer, timing_ms: dict[str, float]) -> Iterator[dict[str, Any]]:
+        """The events behind the last text: what is left of it, the end, whose extension field `lumen` has the whole
+        answer, and the numbers of tokens if they were asked for."""
+        text = answer.text or ""
+        if text.startswith(self._sent) and (rest := text[len(self._sent) :]):
+            yield self.text(rest)
+        extension = {**_extension(self._chat, answer), "timing_ms": timing_ms}
+        yield {**self._chunk({}, _finish_reason(answer)), "lumen": extension}
+        if self._with_usage:
+            yield {**self._head, "choices": [], "usage": _usage(answer.usage)}
+
+    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        return {**self._head, "choices": [choice], **({"usage": None} if self._with_usage else {})}
+
+
+def _head(kind: str, model: str) -> dict[str, Any]:
+    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
+
+
+def _finish_reason(answer: Answer) -> str:
+    return "length" if answer.is_cut else "stop"
+
+
+def _extension(chat: ChatRequest, answer: Answer) -> dict[str, Any]:
     extension = answer.to_dict()
     if chat.num_images > 1:  # decoders look at the last one
         extension["image"] = chat.num_images - 1
-    return {
-        "id": f"chatcmpl-{uuid.uuid4().hex}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": model,
-        "choices": [choice],
-        "usage": _usage(answer.usage),
-        "lumen": extension,
-    }
+    return extension
 
 
 def _usage(usage: TokenUsage | None) -> dict[str, int] | None:

@@ -237,7 +237,6 @@ def test_sampling_out_of_range_is_refused_by_its_name(sampling, name, values):
 
 TEXT_ONLY = {"role": "user", "content": "hello"}
 REFUSED = {
-    "stream": ({"messages": [message()], "stream": True}, 400, "streaming_unsupported"),
     "n": ({"messages": [message()], "n": 2}, 400, "unsupported_parameter"),
     "temperature": ({"messages": [message()], "temperature": 0.7}, 400, "unsupported_parameter"),
     "model": ({"messages": [message()], "model": "gpt"}, 404, "unknown_model"),
@@ -300,8 +299,8 @@ PARAMETERS = {
     "stop": ([None, []], ["x", ["x"], 5]),
     "top_k": ([None, 0, -1], [1, 50, -2]),
     "repetition_penalty": ([None, 1, 1.0], [1.2, 0]),
-    "stream": ([None, False], [True]),
-    "stream_options": ([None], [{"include_usage": True}]),
+    "stream": ([None, False, True], ["x", 5]),
+    "stream_options": ([None], [{"include_usage": True}, {"other": True}, 5]),  # without stream
     "response_format": ([None, {"type": "text"}], [{"type": "json_object"}, {"type": "json_schema"}]),
     "modalities": ([None, ["text"]], [["text", "audio"]]),
     "audio": ([None], [{"voice": "alloy", "format": "wav"}]),
@@ -357,7 +356,11 @@ def test_a_refusal_says_why_and_what_to_do(client):
     greedy = "decoding is greedy (the server's setting 'openai_sampling' is off)"
     for name, value, sentence in [
         ("temperature", 0.7, f"{greedy}; leave 'temperature' out or set it to 0"),
-        ("stream", True, "answers are not streamed; leave 'stream' out or set it to false"),
+        (
+            "stream_options",
+            {"include_usage": True},
+            "'stream_options' needs 'stream': true; set it, or leave the options out",
+        ),
         (
             "tool_choice",
             "required",

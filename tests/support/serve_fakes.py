@@ -83,6 +83,13 @@ class FakeBackend:
             for request, limit in zip(requests, limits, strict=True)
         ]
 
+    async def stream(self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int) -> Any:
+        """The text word by word, then the answer."""
+        (answer,) = await self.infer(image, requests, max_new_tokens)
+        for n, word in enumerate((answer.text or "").split()):
+            yield word if n == 0 else f" {word}"
+        yield answer
+
     async def held_size(self, image_id: str, ask: bool) -> None:
         return None
 

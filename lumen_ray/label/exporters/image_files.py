@@ -86,6 +86,8 @@ def _inspect(picture: Picture) -> tuple[str, bool]:
     try:
         with Image.open(io.BytesIO(picture.data) if picture.data is not None else picture.file) as opened:  # type: ignore[arg-type]  # one of the two is there
             return opened.format or "", opened.getexif().get(_ORIENTATION, 1) in (0, 1)
+    except Image.DecompressionBombError:  # so large are only TIFF files that were read by window, which are upright
+        return "TIFF", True
     except (OSError, ValueError, SyntaxError) as error:
         name = picture.file or "an image of a shard"
         raise UserError(f"'{name}' cannot be read any more: {error}", "broken_image") from None
