@@ -251,6 +251,8 @@ def label(
     text: Mapping[str, Sequence[str]] | None = None,
     exemplars: PathOrUrl | Sequence[ClassByExample] | None = None,
     decoders: Mapping[str, str] | None = None,
+    agree_with: str | None = None,
+    verify: bool = False,
     device: str | None = None,
     dtype: str = "float32",
     actors: int | range | None = None,
@@ -274,11 +276,14 @@ def label(
     model: model folder, or name of bundled weights ("nano" is trained on the synthetic scenes only).
     tasks: tasks to run on every image.
     classes: class names for the tasks that need them; None: the classes that the model was trained on, or with
-        `exemplars` none but those.
+        `exemplars` none but those; "auto": what the model's caption of each image names, which adds task caption.
     text: task -> texts, for the tasks that need one (vqa, refer, ground, chat); these run in addition to `tasks`.
     exemplars: classes given by example, also where `classes` has their names: a file (see `lumen_ray.exemplar_file`) or
         a list of `ClassByExample`. Task pose takes classes by name only.
     decoders: task -> decoder that serves it, where it should be another than the model's settings say.
+    agree_with: a second decoder of the model, asked the same where it can serve the task: column ``agreement`` of the
+        labels is the IoU of an instance with its best one.
+    verify: ask the LLM about each instance: column ``verified`` is the probability of yes.
     device: "cpu" or "cuda", with ``actors=0`` also "cuda:N"; None: a GPU for each actor where the cluster has any.
     dtype: "float32" or "bfloat16", of weights and matrix products.
     actors: model actors on Ray; a range, such as ``range(1, 33)``, for a pool of 1 to 32 that follows the load; None:
@@ -302,10 +307,10 @@ def label(
 
     The summary holds ``images == labelled + errors``, ``copied`` (of the labelled), ``instances`` (task -> count),
     ``first_error``, ``left_out`` (number of files that are no pictures, by suffix), ``seconds``, ``model_busy``,
-    ``spent_seconds`` and ``usd`` of all runs, and ``exports`` (format -> path). Raises `UserError` for an unknown
-    model, task, device or format, a task without its classes or text, an input without images, an output folder that
-    holds labels made with other settings or that another job is writing, too many errors, and when not one image could
-    be labelled.
+    ``spent_seconds`` and ``usd`` of all runs, ``exports`` (format -> path) and, with classes "auto", ``vocabulary``
+    (task -> class -> counts of the most frequent ones). Raises `UserError` for an unknown model, task, device or
+    format, a task without its classes or text, an input without images, an output folder that holds labels made with
+    other settings or that another job is writing, too many errors, and when not one image could be labelled.
 
     >>> from lumen_ray import label
     >>> questions = {"vqa": ["how many circles are there ?"]}
@@ -321,12 +326,15 @@ def label(
     _prepare_environment()
     from lumen_ray.inference.tiles import Tiles
     from lumen_ray.label.pipeline import label as run
+    from lumen_ray.label.vocabulary import AUTO
     from lumen_ray.model.build import read_meta
     from lumen_ray.tasks import get_task
 
     texts = {task: _names(given) for task, given in (text or {}).items()}
     all_tasks = list(dict.fromkeys([*_names(tasks), *texts]))
-    if classes is not None:
+    if classes == AUTO:
+        pass
+    elif classes is not None:
         classes = _names(classes)
     elif not shown and any(get_task(name).needs == "classes" for name in all_tasks):
         classes = read_meta(model).classes
@@ -339,6 +347,8 @@ def label(
         prompts=texts,
         exemplars=shown,
         decoders=decoders,
+        agree_with=agree_with,
+        verify=verify,
         device=device,
         dtype=dtype,
         num_actors=actors,

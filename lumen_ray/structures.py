@@ -7,8 +7,8 @@ other conventions (COCO's xywh) happen only in the methods below and in exporter
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast, get_args
 
 import numpy as np
@@ -171,6 +171,13 @@ class Masks:
         """One mask: where any of them is."""
         return Masks([_as_rle(_coco_mask().merge(self.rles))], self.size)
 
+    def iou(self, other: Masks) -> np.ndarray:
+        """Intersection over union with M other masks, float32 [N, M] in 0..1."""
+        if not len(self) or not len(other):
+            return np.zeros((len(self), len(other)), np.float32)
+        found = _coco_mask().iou(self.rles, other.rles, [False] * len(other))
+        return np.asarray(found, np.float32).reshape(len(self), len(other))
+
     @property
     def area(self) -> np.ndarray:
         """float32 [N], number of pixels."""
@@ -268,7 +275,8 @@ class Prediction:
     """All instances of one phrase in one image, best score first.
 
     `boxes`: N boxes; `scores`: float32 [N] in 0..1; `masks` and `keypoints`: N each, None if the task has none. All in
-    pixels of the EXIF-rotated image.
+    pixels of the EXIF-rotated image. `marks`: further numbers of each instance, float32 [N] in 0..1, by the column of
+    the label table that they belong in: "presence", "verified", "agreement".
     """
 
     phrase: str
@@ -276,6 +284,7 @@ class Prediction:
     scores: np.ndarray
     masks: Masks | None = None
     keypoints: Keypoints | None = None
+    marks: dict[str, np.ndarray] = field(default_factory=dict)
 
     def __init__(
         self,
@@ -284,10 +293,12 @@ class Prediction:
         scores: ArrayLike,
         masks: Masks | None = None,
         keypoints: Keypoints | None = None,
+        marks: Mapping[str, ArrayLike] | None = None,
     ) -> None:
         self.phrase, self.boxes, self.masks, self.keypoints = phrase, boxes, masks, keypoints
         self.scores = np.asarray(scores, np.float32).reshape(-1)
-        assert len(self.scores) == len(self.boxes)
+        self.marks = {name: np.asarray(values, np.float32).reshape(-1) for name, values in (marks or {}).items()}
+        assert all(len(values) == len(self.boxes) for values in (self.scores, *self.marks.values()))
 
     def __len__(self) -> int:
         return len(self.scores)
@@ -299,7 +310,13 @@ class Prediction:
             self.scores[index],
             None if self.masks is None else self.masks[np.arange(len(self))[index]],
             None if self.keypoints is None else self.keypoints[index],
+            {name: values[index] for name, values in self.marks.items()},
         )
+
+    def marked(self, **marks: ArrayLike) -> Prediction:
+        """The instances with more `marks`, [N] each."""
+        more = {name: np.asarray(values, np.float32) for name, values in marks.items()}
+        return replace(self, marks=self.marks | more)
 
     def above(self, threshold: float) -> Prediction:
         """The instances with a score of at least `threshold`."""

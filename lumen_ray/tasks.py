@@ -232,6 +232,12 @@ def check_classes(classes: list[str] | tuple[str, ...], task: str) -> list[str]:
     return names
 
 
+def region_question(phrase: str) -> str:
+    """The question whether a region shows what a phrase names, to be answered with yes or no. Reads alike for class
+    names, plurals and referring expressions."""
+    return f"does {REGION_TOKEN} show {phrase} ?"
+
+
 _PHRASE_BREAKS = re.compile(
     r"\s*(?:[,.;:!?]|\b(?:and|or|with|near|next to|left of|right of|above|below|behind|under|over|on|in|at|is|are|"
     r"there|to|of|by|beside|between|while|from)\b)\s*",
@@ -240,17 +246,29 @@ _PHRASE_BREAKS = re.compile(
 _DETERMINERS = re.compile(r"^(?:(?:a|an|the|some|one|two|three|four|five|several|many)\s+)+", re.IGNORECASE)
 
 
+def noun_phrases(sentence: str) -> list[tuple[str, str]]:
+    """(its determiners, a noun phrase without them) of a sentence, lower case, in order: ``"A dog by two cats." ->
+    [("a", "dog"), ("two", "cats")]``. Split at punctuation, conjunctions and prepositions."""
+    found = []
+    for piece in _PHRASE_BREAKS.split(sentence.lower()):
+        determiners = _DETERMINERS.match(piece := piece.strip())
+        start = determiners.end() if determiners else 0
+        if phrase := piece[start:].strip():
+            found.append((piece[:start].strip(), phrase))
+    return found
+
+
 def split_phrases(sentence: str) -> list[str]:
     """Noun phrases of a sentence for the `ground` task, in order of appearance, without duplicates.
 
-    If phrases are marked by square brackets, only those: ``"a [red circle] by [two squares]"``. Otherwise the sentence
-    is split at punctuation, conjunctions and prepositions, and leading determiners are dropped.
+    If phrases are marked by square brackets, only those: ``"a [red circle] by [two squares]"``. Otherwise those of
+    `noun_phrases`.
 
     Raises `UserError` if there is no phrase.
     """
     phrases = re.findall(r"\[([^\[\]]+)\]", sentence)
     if not phrases:
-        phrases = [_DETERMINERS.sub("", piece.strip()) for piece in _PHRASE_BREAKS.split(sentence)]
+        phrases = [phrase for _, phrase in noun_phrases(sentence)]
     phrases = list(dict.fromkeys(p.strip().lower() for p in phrases if p and p.strip()))
     if not phrases:
         raise UserError(

@@ -170,8 +170,14 @@ def parse_answers(line: list[str]) -> Any:
     return args
 
 
+def parse_score(line: list[str]) -> Any:
+    from lumen_ray.evaluate.labelled import build_parser
+
+    return build_parser().parse_args(line)
+
+
 #: jobs that are no verb of `lumen-ray`
-JOBS = {"bench": parse_bench, "answers": parse_answers}
+JOBS = {"bench": parse_bench, "answers": parse_answers, "score": parse_score}
 
 
 def check_decoders(chosen: dict[str, str]) -> None:

@@ -152,7 +152,7 @@ class _Worker:
     def requests(self, *tasks: str) -> list[Request]:
         """Requests about an image; poses of the classes that the model has keypoints for."""
         requests = build_requests(tasks, self.engine.classes, {"vqa": [QUESTION]} if "vqa" in tasks else {})
-        return Labeller(self._settings(requests)).requests
+        return Labeller(self._settings(requests)).asker.requests
 
     def rate(self, paths: Sequence[Path], requests: Sequence[Request]) -> float:
         """Images per second of CPU time of this process, its reading threads included, from files to a ledger."""

@@ -8,6 +8,7 @@ It has two halves, so that serving can deploy them separately: `TrunkStage` turn
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import cast
 
 from lumen_ray.answer import Answer
@@ -17,6 +18,7 @@ from lumen_ray.inference.conversation import Conversation
 from lumen_ray.inference.decoder_stage import DecoderStages
 from lumen_ray.inference.encoded_images import EncodedImages
 from lumen_ray.inference.outputs import assemble, finish, loosest, request_limits
+from lumen_ray.inference.region_questions import RegionQuestion
 from lumen_ray.inference.request import Request, Shown, check_call
 from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.inference.trunk_stage import FromFolder, OnText, TrunkStage
@@ -154,6 +156,18 @@ class Engine(FromFolder):
                     assert answer is not None, "every decoder of the pass has answered"
                     answers[i].append(finish(answer, request_limits(request, default), used))
         return [answers[i] for i in range(len(stored))]
+
+    def beside(self, decoder: str, tasks: Sequence[str]) -> Engine:
+        """An engine over the same modules, whose `decoder` serves those of `tasks` that it can and that another one
+        serves here; it takes what this engine has encoded. Raises `UserError` if there is no such decoder or task."""
+        other = copy(self)
+        other.trunk = self.trunk.serving_by(self.loaded.settings.beside(decoder, tasks).serving)
+        return other
+
+    def ask_regions(self, images: EncodedImages, questions: Sequence[RegionQuestion]) -> list[float]:
+        """The probability of "yes" against "no", 0..1, of each question about a region of an encoded image. Raises
+        `UserError` (`cannot_verify`) if the tokenizer begins both words alike."""
+        return self.trunk.region_questions.probabilities(images, questions)
 
     def conversation(self, image: Shown = None, system: str = "", sampling: Sampling = GREEDY) -> Conversation:
         """Several questions in a row about an image, several (as of `run`), or none; questions may bring more.

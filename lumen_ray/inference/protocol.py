@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from lumen_ray.answer import Answer
+from lumen_ray.inference.region_questions import RegionQuestion
 from lumen_ray.inference.request import Request, Shown
 from lumen_ray.structures import Size
 
@@ -74,3 +75,18 @@ class EngineProtocol(Protocol):
         route_only: bool = False,
     ) -> list[list[Answer]]:
         """One `Answer` per request of each entry of `images`; see `Engine.run`."""
+
+
+@runtime_checkable
+class EncodingEngine(EngineProtocol, Protocol):
+    """An engine that encodes images once for several calls, whose `run` takes what `encode` returns in place of images.
+    What `Engine` does is described there."""
+
+    def encode(self, images: Sequence[Shown]) -> Any:
+        """Encodes images of one `input_size`."""
+
+    def beside(self, decoder: str, tasks: Sequence[str]) -> EngineProtocol:
+        """An engine with another decoder for some tasks, over the same modules; see `Engine.beside`."""
+
+    def ask_regions(self, images: Any, questions: Sequence[RegionQuestion]) -> list[float]:
+        """The probability of "yes" against "no" of each question; see `Engine.ask_regions`."""

@@ -42,6 +42,8 @@ LABEL_SCHEMA = pa.schema(
         ("labelled_at", pa.timestamp("us", "UTC")),
     ]
 )
+#: columns of `Prediction.marks`
+MARKS = ("presence", "verified", "agreement")
 #: columns that differ between two runs with equal results
 TIME_COLUMNS = ("labelled_at",)
 
@@ -68,6 +70,7 @@ def answer_records(
             if p.keypoints is not None:
                 record["keypoints"] = p.keypoints.xyv[i].reshape(-1).tolist()
                 record["keypoint_names"] = list(p.keypoints.names)
+            record.update({name: float(values[i]) for name, values in p.marks.items()})
             records.append(record)
     return records or [base]
 
@@ -109,4 +112,7 @@ def _prediction(phrase: str, rows: Sequence[dict[str, Any]], size: tuple[int, in
     if rows[0]["keypoints"] is not None:
         points = np.array([r["keypoints"] for r in rows]).reshape(len(rows), -1, 3)
         prediction.keypoints = Keypoints(points, tuple(rows[0]["keypoint_names"]), size)
+    for name in MARKS:
+        if None not in (values := [row.get(name) for row in rows]):
+            prediction.marks[name] = np.asarray(values, np.float32)
     return prediction

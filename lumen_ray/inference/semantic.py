@@ -6,6 +6,7 @@ Works on the masks of any decoder, so the task needs no training.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -36,4 +37,4 @@ def _region(prediction: Prediction, mask: np.ndarray) -> Prediction:
         return Prediction(prediction.phrase, Boxes(np.zeros((0, 4)), size), np.zeros(0), Masks([], size))
     ys, xs = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     box = Boxes(np.array([[xs[0], ys[0], xs[-1] + 1, ys[-1] + 1]]), size)
-    return Prediction(prediction.phrase, box, prediction.scores[:1], Masks.from_arrays(mask[None]))
+    return replace(prediction[:1], boxes=box, masks=Masks.from_arrays(mask[None]))

@@ -19,6 +19,7 @@ from lumen_ray.data.windows import Windows
 from lumen_ray.errors import UserError
 from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.inference.request import Request
+from lumen_ray.inference.second_look import SecondLook
 from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction, Size
 
 #: tasks that are answered tile by tile; all others look at the whole image
@@ -60,26 +61,29 @@ class Tiles:
 
 
 def run_tiled(
-    engine: EngineProtocol,
+    engine: EngineProtocol | SecondLook,
     image: np.ndarray | Windows,
     requests: Sequence[Request],
     tiles: Tiles,
     *,
     batch_size: int = 8,
     max_per_phrase: int = 300,
+    encoded: Any = None,
     **options: Any,
 ) -> list[Answer]:
     """The answers to requests about one image, uint8 [h, w, 3] or read by window, as of `Engine.run`, which takes the
     `options`.
 
     Requests of `TILED_TASKS` are also asked about every tile, `batch_size` of them in a pass. `max_per_phrase` bounds
-    the instances of each tile, that of a request also those of the image.
+    the instances of each tile, that of a request also those of the image. `encoded`: the whole image as `engine` has
+    encoded it.
     """
     size: Size = (image.shape[0], image.shape[1]) if isinstance(image, np.ndarray) else image.size
     windows = tiles.windows(size)
     options["max_per_phrase"] = max_per_phrase
-    shown = image if isinstance(image, np.ndarray) else image.overview(engine.largest_side)
-    (answers,) = engine.run([shown], [list(requests)], **options)
+    if encoded is None:
+        encoded = [image if isinstance(image, np.ndarray) else image.overview(engine.largest_side)]
+    (answers,) = engine.run(encoded, [list(requests)], **options)
     tiled = [request for request in requests if request.task in TILED_TASKS]
     if len(windows) == 1 or not tiled:
         return answers
@@ -139,7 +143,7 @@ def _moved(
             masks = Masks.from_crops(crops, [(x, y)] * len(crops), size)
         if found.keypoints is not None:
             keypoints = Keypoints(found.keypoints.xyv + [x, y, 0], found.keypoints.names, size)
-        parts.append(_Part(Prediction(found.phrase, boxes, found.scores, masks, keypoints), window, size))
+        parts.append(_Part(Prediction(found.phrase, boxes, found.scores, masks, keypoints, found.marks), window, size))
     return parts
 
 
@@ -234,6 +238,7 @@ def _joined(
     the instances."""
     size, first = parts[0].size, parts[0].prediction
     boxes, rles, points = [], [], []
+    marks: dict[str, list[float]] = {name: [] for part in parts for name in part.prediction.marks}
     for group in members:
         taken = _seen_best(parts, group)
         found = np.stack([parts[p].prediction.boxes.xyxy[i] for p, i in taken])
@@ -245,12 +250,15 @@ def _joined(
             keypoints = parts[part].prediction.keypoints
             assert keypoints is not None, "all tiles answer the same request"
             points.append(keypoints.xyv[i])
+        for name, values in marks.items():
+            values.append(max(float(parts[p].prediction.marks[name][i]) for p, i in taken))
     return Prediction(
         first.phrase,
         Boxes(np.stack(boxes) if boxes else np.zeros((0, 4), np.float32), size),
         scores,
         None if first.masks is None else Masks(rles, size),
         None if first.keypoints is None else Keypoints(points, first.keypoints.names, size),
+        marks,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from lumen_ray.inference.decoder_inputs import decoder_pixels
 from lumen_ray.inference.encoded_images import EncodedImages, Inputs, fit_images
 from lumen_ray.inference.examples import ExampleEmbeddings
 from lumen_ray.inference.outputs import DecoderInput, RequestPlan, TrunkOutput
+from lumen_ray.inference.region_questions import RegionQuestions
 from lumen_ray.inference.request import Request, Shown, check_requests, images_of
 from lumen_ray.inference.sampling import Sampler, stable_text
 from lumen_ray.inference.word_links import WordLinks, links_of_words
@@ -81,11 +83,20 @@ class TrunkStage(FromFolder):
         trained, settings = set(loaded.meta.tasks or TASKS), loaded.settings
         self.planner = BranchPlanner(self.serving, self.skeletons, trained, settings.links_see_image)
         self.examples = ExampleEmbeddings(self.trunk, self.bucket)
+        self.region_questions = RegionQuestions(self.trunk, self.tokenizer, self.loop, self.prompt_layout, self.dtype)
         self.word_links = WordLinks(partial(links_of_words, self.trunk, self.tokenizer), self.examples.of)
         self.reads_exemplars = loaded.meta.reads_exemplars
         square = (loaded.settings.image_size,) * 2
         self.writes_behind_routes = loaded.meta.writes_behind_routes
         self.buckets = tuple((int(h), int(w)) for h, w in loaded.meta.buckets) or (square,)
+
+    def serving_by(self, serving: Mapping[str, str]) -> TrunkStage:
+        """This stage, with the same modules and kept links, for tasks served by these decoders, task -> decoder."""
+        other = copy(self)
+        other.serving = dict(serving)
+        other.planner = copy(self.planner)
+        other.planner.serving = other.serving
+        return other
 
     @property
     def tasks(self) -> tuple[str, ...]:

@@ -63,7 +63,8 @@ def _input_args(verbs: Any) -> None:
     )
     p.add_argument(
         "--classes",
-        help="class names, comma separated, or a .txt file of them (default: the model's, none with --exemplars)",
+        help="class names, comma separated, or a .txt file of them; auto: what the model's caption of each image names "
+        "(default: the model's, none with --exemplars)",
     )
     exemplars_arg(p, "classes given by example, also those that --classes names")
     p.add_argument(
@@ -72,6 +73,14 @@ def _input_args(verbs: Any) -> None:
         default=[],
         metavar="TASK=TEXT",
         help="a text for vqa, refer, ground or chat, in addition to --tasks; can be given several times",
+    )
+    p.add_argument(
+        "--agree-with",
+        metavar="DECODER",
+        help="a second decoder of the model, asked the same: instances get their agreement (IoU) with its own",
+    )
+    p.add_argument(
+        "--verify", action="store_true", help="ask the LLM about each instance: instances get its probability of yes"
     )
     p.add_argument("--score-threshold", type=float, default=0.3, help="leave out instances below it (default: 0.3)")
     p.add_argument("--batch-size", type=int, default=8, help="images per forward pass (default: 8)")
@@ -236,9 +245,10 @@ def _label(args: argparse.Namespace) -> int:
         raise UserError("give the images to label, such as a folder, or --input-jsonl with a batch file", "usage")
     model_folder(args.model)
     from lumen_ray.label.pipeline import labelled_line
+    from lumen_ray.label.vocabulary import AUTO
     from lumen_ray.tasks import get_task
 
-    classes = None if args.classes is None else class_names(args.classes)
+    classes = args.classes if args.classes in (None, AUTO) else class_names(args.classes)
     text = texts_by_task(args.text)
     for task in (*args.tasks, *text):
         get_task(task)
@@ -256,6 +266,8 @@ def _label(args: argparse.Namespace) -> int:
             text=text,
             exemplars=args.exemplars,
             decoders=decoders_by_task(args.decoders),
+            agree_with=args.agree_with,
+            verify=args.verify,
             device=args.device,
             dtype=args.dtype,
             actors=actors,

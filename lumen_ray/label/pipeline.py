@@ -23,6 +23,7 @@ from lumen_ray.exemplars import ClassByExample
 from lumen_ray.inference.device import find_device
 from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.inference.tiles import Tiles
+from lumen_ray.label.asking import SecondLookSettings
 from lumen_ray.label.claim import Claim
 from lumen_ray.label.exporters.registry import DEFAULT_EXPORTS, check_formats, choose_tasks
 from lumen_ray.label.ledger import Ledger
@@ -31,8 +32,16 @@ from lumen_ray.label.plan import Plan
 from lumen_ray.label.progress import ErrorLimit, Status
 from lumen_ray.label.requests import build_requests
 from lumen_ray.label.runs import Pool, Work
-from lumen_ray.label.settings import check_exemplars, chosen_decoders, exemplar_settings, job_settings
+from lumen_ray.label.settings import (
+    check_auto_classes,
+    check_exemplars,
+    check_second_look,
+    chosen_decoders,
+    exemplar_settings,
+    job_settings,
+)
 from lumen_ray.label.spent import Spent, check_price, cost_text
+from lumen_ray.label.vocabulary import AUTO, VOCABULARY, write_vocabulary
 from lumen_ray.label.workers import Outcome, WorkerSettings
 from lumen_ray.structures import check_dtype
 
@@ -70,11 +79,15 @@ def label(
     dedup: bool = False,
     usd_per_hour: float | None = None,
     exports: Sequence[str] | None = None,
+    agree_with: str | None = None,
+    verify: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Labels the images of `input` (see `label.listing`) into the folder `output`; returns a summary.
 
     model: model folder, or a function that returns an engine (called in each actor).
+    classes: names for the tasks that need some; 'auto': those of each image's caption (see `label.vocabulary`), task
+        caption is then added to `tasks`.
     prompts: task -> texts for the tasks that need one (see `label.requests`).
     exemplars: classes given by example, on images of their own (see `label.requests`).
     decoders: task -> decoder, overriding the model folder's choice.
@@ -93,16 +106,20 @@ def label(
     usd_per_hour: price of the whole cluster for an hour, for the cost of all runs (see `label.spent`).
     exports: formats to export the labels in, by their names in `exporters.registry`; None: `DEFAULT_EXPORTS` for a
         local output, none for one in a bucket.
+    agree_with: a decoder of the model that answers too, where it can; instances get their agreement with it.
+    verify: asks the LLM about each instance (see `inference.second_look`).
     progress: called with a `Status` after every few images.
 
-    Writes ``labels/*.parquet``, ``errors.parquet``, the `exports` and ``summary.json``. Run again after a stop, it
+    Writes ``labels/*.parquet``, ``errors.parquet``, the `exports`, ``summary.json`` and, with classes 'auto',
+    ``vocabulary.csv``. Run again after a stop, it
     continues where it stopped. In the summary, ``images == labelled + errors``; on Ray, ``log`` names the file with
     Ray's log lines. Raises `UserError` for invalid requests, a decoder that cannot serve its task, a missing device, an
     input without images, or an output folder that another job is writing or that holds labels made with other
     settings; when the job stops for `max_errors`, a model that always fails or a store that cannot be reached; and,
     once the errors are written, if no image at all could be labelled.
     """
-    exports = _exports(exports, output, list(dict.fromkeys(tasks)))
+    tasks = list(dict.fromkeys([*tasks, "caption"] if classes == AUTO else tasks))
+    exports = _exports(exports, output, tasks)
     check_numbers(num_actors, batch_size, score_threshold, fragment_size)
     if not 0.01 <= gpus_per_actor <= 1:
         raise UserError(f"gpus_per_actor is {gpus_per_actor}; give a share of a GPU from 0.01 to 1", "invalid_setting")
@@ -113,10 +130,14 @@ def label(
     requests = build_requests(tasks, classes, prompts, keypoints, exemplars)
     chosen = chosen_decoders(model, decoders or {})
     check_exemplars(model, exemplars)
+    second = SecondLookSettings(agree_with, verify)
+    check_second_look(model, second, tasks, chosen)
+    if classes == AUTO:
+        check_auto_classes(model, tasks, keypoints)
     ledger = Ledger(output)
     worker = WorkerSettings(
         model, tuple(requests), device, batch_size, score_threshold, max_per_phrase, max_new_tokens, chosen,
-        check_dtype(dtype), output=ledger.output, tiles=tiles,
+        check_dtype(dtype), output=ledger.output, tiles=tiles, second=second,
     )  # fmt: skip
     settings = job_settings(worker, input, tasks, classes, prompts, keypoints, image_column) | exemplar_settings(
         exemplars
@@ -330,6 +351,8 @@ def _finish(ledger: Ledger, status: Status, exports: Sequence[str], left_out: Co
     assert totals["images"] == totals["labelled"] + totals["errors"] == planned, f"{totals} of {planned} images"
     written = export(ledger.output, exports) if exports else {}
     summary["exports"] = {name: found["output"] for name, found in written.items()}
+    if (ledger.settings() or {}).get("classes") == AUTO:
+        summary["vocabulary"] = write_vocabulary(ledger)
     files.write_bytes(urls.join(ledger.output, "summary.json"), json.dumps(summary, indent=1).encode())
     return summary
 
@@ -340,7 +363,8 @@ def labelled_line(summary: dict[str, Any], output: str | Path) -> str:
     log = f"; log -> {summary['log']}" if summary.get("log") else ""
     reason = f" (e.g. {first['image_id']}: {first['message']}; see errors.parquet)" if first else ""
     left_out = left_out_note(Counter(summary.get("left_out", {})))
-    written = ", ".join(["labels/*.parquet", *(Path(path).name for path in summary.get("exports", {}).values())])
+    tables = ["labels/*.parquet", *([VOCABULARY] if "vocabulary" in summary else [])]
+    written = ", ".join([*tables, *(Path(path).name for path in summary.get("exports", {}).values())])
     copied = f" ({summary['copied']} copied)" if summary.get("copied") else ""
     cost = cost_text(summary.get("usd"))
     return (

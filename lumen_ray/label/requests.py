@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from lumen_ray.errors import UserError
 from lumen_ray.exemplars import ClassByExample
 from lumen_ray.inference.request import Request, make_request
+from lumen_ray.label.vocabulary import AUTO
 from lumen_ray.tasks import get_task
 
 
@@ -20,11 +21,19 @@ def build_requests(
     """The requests about every image.
 
     Tasks that need classes get `classes`, those of a name in `exemplars` by example, and the rest of `exemplars`; a
-    task that takes classes by name only gets `classes` alone. Tasks that need a text get one request per text in
-    `prompts[task]`. Raises `UserError` for unknown tasks, missing classes or texts, and exemplars that no task takes.
+    task that takes classes by name only gets `classes` alone. With `vocabulary.AUTO` they have none yet. Tasks that
+    need a text get one request per text in `prompts[task]`. Raises `UserError` for unknown tasks, missing classes or
+    texts, and exemplars or 'auto' that no task takes.
     """
     prompts = prompts or {}
-    all_classes = _with_exemplars(classes or (), exemplars)
+    by_caption = classes == AUTO
+    if by_caption and not any(get_task(name).needs == "classes" for name in tasks):
+        raise UserError(
+            "classes are 'auto', but no task takes classes; add one such as detect, segment or count", "unused_classes"
+        )
+    if by_caption and exemplars:
+        raise UserError("classes are 'auto' and others are given by example; give one of the two", "invalid_classes")
+    all_classes = [] if by_caption else _with_exemplars(classes or (), exemplars)
     if not tasks:
         raise UserError("no task given; give e.g. tasks 'detect,segment,caption'", "empty_tasks")
     for name in prompts:
@@ -42,7 +51,10 @@ def build_requests(
             raise UserError(
                 f"task '{name}' needs a region in each image and cannot label a corpus; leave it out", "invalid_task"
             )
-        if needs == "classes" and get_task(name).keypoint_template:
+        if needs == "classes" and by_caption:
+            posed = get_task(name).keypoint_template
+            requests.append(Request(name, keypoints=tuple(keypoints) if posed and keypoints else None))
+        elif needs == "classes" and get_task(name).keypoint_template:
             if exemplars and not classes:
                 raise UserError(
                     f"task '{name}' takes classes by name only, and all are given by example; name some, or leave the "

@@ -11,7 +11,10 @@ from lumen_ray.data import urls
 from lumen_ray.errors import UserError
 from lumen_ray.exemplars import ClassByExample, no_exemplars
 from lumen_ray.inference.protocol import EngineProtocol
+from lumen_ray.label.asking import SecondLookSettings
+from lumen_ray.label.vocabulary import AUTO, check_auto
 from lumen_ray.label.workers import WorkerSettings, fingerprint
+from lumen_ray.tasks import TASKS
 
 
 def job_settings(
@@ -29,7 +32,7 @@ def job_settings(
         "input": urls.shown(urls.absolute(input)),
         "model": fingerprint(worker.model),
         "tasks": list(dict.fromkeys(tasks)),
-        "classes": list(classes or ()),
+        "classes": AUTO if classes == AUTO else list(classes or ()),
         "prompts": {name: list(texts) for name, texts in (prompts or {}).items()},
         "keypoints": list(keypoints or ()),
         "decoders": dict(worker.decoders) or None,  # null, as in folders older than this setting
@@ -39,6 +42,7 @@ def job_settings(
         "max_new_tokens": worker.max_new_tokens,
         **tiles,  # absent in folders older than this setting
         **({"image_column": image_column} if image_column else {}),  # likewise
+        **worker.second.as_dict(),  # likewise
     }
 
 
@@ -69,6 +73,33 @@ def chosen_decoders(model: str | Path | Callable[[], EngineProtocol], decoders: 
 
     settings = read_settings(model)
     return settings.choose(decoders, str(model)).chosen_over(settings)
+
+
+def check_second_look(
+    model: str | Path | Callable[[], EngineProtocol],
+    second: SecondLookSettings,
+    tasks: Sequence[str],
+    decoders: Mapping[str, str],
+) -> None:
+    """Raises `UserError` for a second look that the decoders of the model folder cannot take, before an actor is
+    started."""
+    if second.agree_with is None or callable(model):
+        return
+    from lumen_ray.model.settings import read_settings
+
+    read_settings(model).choose(decoders, str(model)).beside(second.agree_with, tasks)
+
+
+def check_auto_classes(
+    model: str | Path | Callable[[], EngineProtocol], tasks: Sequence[str], keypoints: Sequence[str] | None
+) -> None:
+    """Raises `UserError` if a model folder cannot name classes by captions, before an actor is started."""
+    if callable(model):
+        return
+    from lumen_ray.model.build import read_meta
+
+    meta = read_meta(model)
+    check_auto(tasks, meta.tasks or list(TASKS), meta.skeletons, keypoints)
 
 
 def check_exemplars(model: str | Path | Callable[[], EngineProtocol], exemplars: Sequence[ClassByExample]) -> None:

@@ -111,6 +111,7 @@ def choose_for_review(labels: Labels, budget: int) -> list[Choice]:
     - ``rare``, by a half: that of its rarest class, 1 - log(1 + images with it) / log(1 + images with the commonest);
     - ``disagree``, by a half: the share of a class's instances that one task finds and another does not, of tasks that
       find the class in any image;
+    - ``disputed``, by a half: 1 - the lowest agreement of an instance with a second decoder (`label --agree-with`);
     - ``empty``, by 0.3: nothing was found at all.
     """
     tasks = labels.boxed_tasks()
@@ -150,6 +151,7 @@ def _reasons(image: LabelledImage, asked: Mapping[str, set[str]], rarity: dict[s
         "unsure": sum(entropies) / len(entropies) if entropies else 0.0,
         "rare": 0.5 * max((rarity[record["phrase"]] for record in records), default=0.0),
         "disagree": 0.5 * max(differences, default=0.0),
+        "disputed": 0.5 * max((1 - value for r in records if (value := r["agreement"]) is not None), default=0.0),
         "empty": 0.0 if records else 0.3,
     }
     return {reason: value for reason, value in reasons.items() if value > 0}

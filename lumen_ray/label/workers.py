@@ -11,9 +11,9 @@ import json
 import pickle
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from lumen_ray.inference.device import find_device
 from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.inference.records import answer_records
 from lumen_ray.inference.request import Request
-from lumen_ray.inference.tiles import Tiles, run_tiled
+from lumen_ray.inference.tiles import Tiles
+from lumen_ray.label.asking import Asker, SecondLookSettings
 from lumen_ray.label.content_index import Index
 from lumen_ray.label.duplicates import Duplicates
 from lumen_ray.label.inputs import Item, Reader
@@ -36,6 +37,7 @@ from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.passes import Passes
 from lumen_ray.label.plan import Fragment
 from lumen_ray.label.reading import ImageInHand, read_images
+from lumen_ray.label.vocabulary import AUTO, is_named_by_caption
 from lumen_ray.presets import model_folder
 
 _SAMPLE_BYTES = 1 << 20
@@ -51,8 +53,8 @@ class WorkerSettings:
     decoder, overriding the folder's choice; `device`: None for a GPU if there is one; `threads`: of an actor, for
     arithmetic on a CPU and for decoding; None in a process of the user's, whose threads are left alone. `output`: the
     folder to publish in. `proven`: the model has answered about an image of this job before. `tiles`: for images larger
-    than a tile; None looks at whole images only. `index`: of the content that the job has labelled, of which
-    duplicates are copies; None labels every image."""
+    than a tile; None looks at whole images only. `second`: what is asked about the answers. `index`: of the content
+    that the job has labelled, of which duplicates are copies; None labels every image."""
 
     model: str | Path | Callable[[], EngineProtocol]
     requests: tuple[Request, ...]
@@ -67,6 +69,7 @@ class WorkerSettings:
     output: str = ""
     proven: bool = False
     tiles: Tiles | None = None
+    second: SecondLookSettings = SecondLookSettings()
     index: Index | None = None
 
 
@@ -135,7 +138,10 @@ class Labeller:
         self._busy_seconds = 0.0
         try:
             self.engine = _load(settings)
-            self.requests = _fit_requests(settings.requests, self.engine)
+            self.asker = Asker(
+                self.engine, settings.requests, settings.second, settings.tiles, settings.batch_size,
+                self._run_settings(),
+            )  # fmt: skip
         except UserError as error:  # Ray would restart an actor whose constructor raises, again and again
             self.fault = str(error)
             return
@@ -151,7 +157,10 @@ class Labeller:
             provenance["settings"]["dtype"] = settings.dtype
         if settings.tiles is not None:
             provenance["settings"]["tiles"] = asdict(settings.tiles)
-        if any(request.task == "pose" for request in self.requests):
+        provenance["settings"] |= settings.second.as_dict()
+        if any(map(is_named_by_caption, settings.requests)):
+            provenance["settings"]["classes"] = AUTO
+        if any(request.task == "pose" for request in self.asker.requests):
             provenance["edges"] = self.engine.edges  # to draw and export skeletons without the model
         self.provenance = json.dumps(provenance, sort_keys=True)
         self._reported = time.monotonic()
@@ -266,7 +275,7 @@ class Labeller:
         if not images:
             return
         try:
-            answers = self._run(images)
+            answers = self._ask(images)
         except Exception as error:  # one image must not stop the others
             if len(images) > 1:
                 for image in images:
@@ -286,34 +295,29 @@ class Labeller:
             shared = {"sha256": image.sha256, "phash": image.phash, "labelled_at": now}
             image.records = [
                 record | shared
-                for request, answer in zip(self.requests, found, strict=True)
+                for request, answer in zip(self.asker.requests, found, strict=True)
                 for record in answer_records(
                     image.item.image_id, urls.shown(image.item.path), request, answer, self.provenance
                 )
             ]
 
-    def _run(self, images: Sequence[ImageInHand]) -> list[list[Answer]]:
+    def _ask(self, images: Sequence[ImageInHand]) -> list[list[Answer]]:
         """The answers about each image of a pass, or about one that is searched in tiles."""
-        options = self._run_settings()
-        if self._is_tiled(images[0]):
-            assert len(images) == 1
-            return [self._run_tiled(images[0], options)]
-        return self.engine.run([_shown(image) for image in images], [self.requests] * len(images), **options)
+        first = images[0]
+        if not self._is_tiled(first):
+            return self.asker.about([_shown(image) for image in images])
+        assert len(images) == 1
+        if first.large is not None:
+            with first.large.open() as windows:
+                return [self.asker.in_tiles(windows)]
+        assert first.picture is not None, "images that could not be decoded are not asked about"
+        return [self.asker.in_tiles(first.picture.pixels)]
 
     def _is_tiled(self, image: ImageInHand) -> bool:
         tiles = self.settings.tiles
         if image.picture is None or tiles is None:
             return image.large is not None
         return image.picture.reduction == 1 and len(tiles.windows(image.picture.size)) > 1
-
-    def _run_tiled(self, image: ImageInHand, options: dict[str, Any]) -> list[Answer]:
-        tiles, size = self.settings.tiles, self.settings.batch_size
-        assert tiles is not None, "others are not read by window"
-        if image.large is not None:
-            with image.large.open() as windows:
-                return run_tiled(self.engine, windows, self.requests, tiles, batch_size=size, **options)
-        assert image.picture is not None, "images that could not be decoded are not asked about"
-        return run_tiled(self.engine, image.picture.pixels, self.requests, tiles, batch_size=size, **options)
 
 
 def _shown(image: ImageInHand) -> np.ndarray | Picture:
@@ -346,23 +350,3 @@ def _load(settings: WorkerSettings) -> EngineProtocol:
     from lumen_ray.inference.engine import Engine
 
     return Engine.load(settings.model, find_device(settings.device), settings.decoders, settings.dtype)
-
-
-def _fit_requests(requests: Iterable[Request], engine: EngineProtocol) -> list[Request]:
-    """Narrows pose requests without keypoints to the classes that the model has a skeleton for.
-
-    One list of classes then serves all tasks. Raises `UserError` if no class is left.
-    """
-    fitted = []
-    for request in requests:
-        if request.task == "pose" and not request.keypoints and engine.skeletons:
-            posed = tuple(name for name in request.phrases if name in engine.skeletons)
-            if not posed:
-                raise UserError(
-                    f"task 'pose' has no class with keypoints; classes with keypoints in this model: "
-                    f"{', '.join(sorted(engine.skeletons))} (or name the keypoints)",
-                    "no_skeleton",
-                )
-            request = replace(request, phrases=posed)
-        fitted.append(request)
-    return fitted

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,12 +71,39 @@ class _ModelSettings(TrunkSettings):
     @property
     def serving(self) -> dict[str, str]:
         """The decoder that serves each task, without text tasks and tasks that no decoder of the model can serve."""
-        able = {task: self._able(task) for task in TASKS}
+        able = {task: self.able(task) for task in TASKS}
         return {task: self.decoders.get(task, names[0]) for task, names in able.items() if names}
 
-    def _able(self, task: str) -> list[str]:
+    def able(self, task: str) -> list[str]:
         """The decoders of this model that can serve a task."""
         return [name for name in decoders_for(task) if name in self.sections]
+
+    def beside(self, decoder: str, tasks: Iterable[str]) -> ModelSettings:
+        """These settings with `decoder` for those of `tasks` that it can serve and another decoder serves. Raises
+        `UserError` if there is no such decoder or task."""
+        if decoder not in self.sections:
+            raise UserError(
+                f"agree_with is '{decoder}', which the model does not have; its decoders: "
+                f"{', '.join(self.decoder_names) or 'none'}",
+                "unknown_decoder",
+            )
+        able = [task for task in dict.fromkeys(tasks) if decoder in self.able(task)]
+        others = [task for task in able if self.serving[task] != decoder]
+        if able and not others:
+            more = [name for name in self.decoder_names if any(name in self.able(task) for task in able)]
+            have = ", ".join(name for name in more if name != decoder)
+            raise UserError(
+                f"agree_with is '{decoder}', which answers {', '.join(able)} itself; give another decoder "
+                f"({have or 'this model has none'})",
+                "same_decoder",
+            )
+        if not others:
+            serves = ", ".join(task for task in TASKS if decoder in self.able(task))
+            raise UserError(
+                f"agree_with is '{decoder}', which can serve none of the tasks; it can serve: {serves}",
+                "no_common_task",
+            )
+        return self.choose(dict.fromkeys(others, decoder), "agree_with")
 
     def choose(self, decoders: Mapping[str, str], origin: str) -> ModelSettings:
         """These settings with other decoders for some tasks, {task: decoder}. Raises `UserError`, with `origin` in
@@ -122,7 +149,7 @@ class _ModelSettings(TrunkSettings):
     @model_validator(mode="after")
     def _check_decoders(self) -> _ModelSettings:
         for task, decoder in self.decoders.items():
-            able = self._able(get_task(task).name)
+            able = self.able(get_task(task).name)
             if decoder not in able:
                 have = f"this model's for it: {', '.join(able)}" if able else "this model has none for it"
                 raise UserError(f"decoders: '{decoder}' cannot serve task '{task}'; {have}", "invalid_config")

@@ -113,7 +113,7 @@ def calibrate(
         say("starting Ray and an actor")
         samples |= (ray := _Ray(folder, labeller.settings, items, wall)).measure()
     engine = labeller.engine
-    num_classes = max([0, *(len(request.phrases) for request in labeller.requests)])
+    num_classes = max([0, *(len(request.phrases) for request in labeller.asker.requests)])
     return Recording(
         model=model,
         preset=engine.preset,

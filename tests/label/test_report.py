@@ -84,6 +84,16 @@ def test_tasks_that_disagree(tmp_path):
     assert first.image_id == "b.png" and first.reasons["disagree"] == pytest.approx(0.25)
 
 
+def test_instances_that_a_second_decoder_does_not_find(tmp_path):
+    folder = write(tmp_path, {name: {"detect": [("cat", 0.999)]} for name in ("a.png", "b.png")})
+    ledger = Ledger(folder)
+    rows = [row | {"agreement": 0.9 if row["image_id"] == "a.png" else 0.2} for row in ledger.table(0).to_pylist()]
+    ledger.publish(0, 2, rows, [])
+    first, second = choose_for_review(open_labels(folder), 2)
+    assert (first.image_id, second.image_id) == ("b.png", "a.png")
+    assert first.reasons["disputed"] == pytest.approx(0.4) and second.reasons["disputed"] == pytest.approx(0.05)
+
+
 def test_the_report_escapes_names_and_has_the_reasons_of_errors(tmp_path):
     photos = made.write_photos(tmp_path / "photos")
     folder = made.write_labels(tmp_path / "labels", photos=photos)

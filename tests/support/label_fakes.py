@@ -101,6 +101,43 @@ class FakeEngine:
         return Answer(request.task, size, predictions, route=task.routing_token)
 
 
+class EncodingFake(FakeEngine):
+    """It encodes images for several questions: `encoded` counts them. `caption`: (image) -> text. Its other decoder,
+    "second", finds the same box a quarter of its width further right. Asked about a region, it says yes as far as the
+    region is white."""
+
+    serving = dict.fromkeys(("detect", "segment", "pose", "count"), "first")
+
+    def __init__(self, caption=lambda image: "a square and two circles .", shift=0):
+        super().__init__()
+        self.caption, self.shift, self.encoded = caption, shift, 0
+
+    def input_size(self, shown):
+        return shown.shape[:2]
+
+    def encode(self, images):
+        assert len({image.shape for image in images}) == 1
+        self.encoded += len(images)
+        return tuple(images)
+
+    def beside(self, decoder, tasks):
+        other = EncodingFake(self.caption, shift=5)
+        other.serving = self.serving | {"detect": decoder, "segment": decoder}
+        return other
+
+    def ask_regions(self, images, questions):
+        values = []
+        for question in questions:
+            (x1, y1), (x2, y2) = question.region.points.astype(int)
+            values.append(float((images[question.image][y1:y2, x1:x2, 0] > 128).mean()))
+        return values
+
+    def _answer(self, image, request, threshold):
+        if request.task == "caption":
+            return Answer("caption", image.shape[:2], text=self.caption(image))
+        return super()._answer(np.roll(image, self.shift, axis=1), request, threshold)
+
+
 def make_picky_engine():
     """An engine that fails on `picture(5)`."""
     return FakeEngine(lambda image: np.array_equal(image, picture(5)))

@@ -128,6 +128,14 @@ def tiny_loaded(seed: int = 0, **changes: Any) -> LoadedModel:
     return LoadedModel(tiny_model(seed, **changes).eval(), tiny_settings(**changes), tiny_tokenizer(), meta, "0" * 12)
 
 
+def answering(loaded: LoadedModel) -> LoadedModel:
+    """The model with a tokenizer in which "yes" and "no" are words; in `tiny_tokenizer` they begin alike."""
+    texts = [*(t for task in TASKS.values() for t in task.templates), *["yes", "no", "does show"] * 50]
+    tokenizer = LumenTokenizer.train(texts, len(tiny_tokenizer()), LINK_FAMILIES)
+    assert len(tokenizer) == len(tiny_tokenizer())
+    return replace(loaded, tokenizer=tokenizer)
+
+
 def tiny_folder(folder: Path, **changes: Any) -> Path:
     """The folder of such a model."""
     loaded = tiny_loaded(**changes)

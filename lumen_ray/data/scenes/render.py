@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from lumen_ray.data.scenes import text
+from lumen_ray.data.scenes.region_questions import region_questions_of
 from lumen_ray.data.scenes.text import CLASSES, COLOURS, SHAPES
 from lumen_ray.data.shards.schema import make_row
 from lumen_ray.keypoints import FIGURE_KEYPOINTS
@@ -290,10 +291,13 @@ def encode_jpeg(image: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def scene_row(seed: int, index: int, side: int = 128, grounded_captions: bool = False) -> dict[str, Any]:
+def scene_row(
+    seed: int, index: int, side: int = 128, grounded_captions: bool = False, region_questions: bool = False
+) -> dict[str, Any]:
     """The shard row (`shards.schema`) of one scene, annotated for every task. A pure function of its arguments.
 
-    `grounded_captions`: with a chat more, `text.grounded_caption`; everything else is the same as without.
+    `grounded_captions`: with a chat more, `text.grounded_caption`; `region_questions`: with chats that ask whether a
+    box shows a class. Everything else is the same as without.
     """
     scene = render(seed, index, side)
     objects = scene.objects
@@ -318,6 +322,9 @@ def scene_row(seed: int, index: int, side: int = 128, grounded_captions: bool = 
         messages.append(text.chat(objects, rng))
     if grounded_captions:
         messages.append(text.grounded_caption(objects))
+    if region_questions:
+        asked = region_questions_of(objects, len(regions), side, np.random.default_rng([seed, index, 3]))
+        regions, messages = regions + asked[0], messages + asked[1]
     tasks = ["detect", "segment", "count", "ground", "refer"]
     tasks += ["pose"] if any(o.keypoints is not None for o in objects) else []
     tasks += sorted({message["task"] for message in messages})

@@ -92,6 +92,12 @@ SOURCES: dict[str, SourceSpec] = {
             action="store_true",
             default=False,
         ),
+        arg(
+            "region_questions",
+            "add questions to every scene whether a box shows a class, as 'label --verify' asks them",
+            action="store_true",
+            default=False,
+        ),
     ),
     "coco": _source(
         "coco:CocoSource",

@@ -19,7 +19,7 @@ class ScenesSource(Source):
 
     `edits`: rows also have an instruction (task `edit`) and the edited scene as `target_image`; the rest of a row is
     the same as without. `grounded_captions`: rows also have a chat that describes the scene, with a link for each group
-    of equal objects.
+    of equal objects; `region_questions`: chats that ask whether a box shows a class, to be answered with yes or no.
     """
 
     num: int
@@ -27,6 +27,7 @@ class ScenesSource(Source):
     side: int = 128
     edits: bool = False
     grounded_captions: bool = False
+    region_questions: bool = False
     kind = "scenes"
 
     def read_listing(self) -> Listing:
@@ -47,7 +48,7 @@ class ScenesSource(Source):
         return Listing(range(self.num), {"images": self.num}, categories, shuffle=False)
 
     def rows(self, record: int, shared: Any) -> Iterator[Outcome]:
-        row = scenes.scene_row(self.seed, record, self.side, self.grounded_captions)
+        row = scenes.scene_row(self.seed, record, self.side, self.grounded_captions, self.region_questions)
         if self.edits:
             row = scenes_edits.with_edit(row, scenes_edits.scene_edit(self.seed, record, self.side))
         yield Outcome(row)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -297,8 +298,10 @@ class LumenDecoder(Decoder):
                 children.setdefault(parent, []).append(child)
         out: list[Prediction | None] = [None] * len(raw.link)
         scores = raw.logits.sigmoid()
+        presence: list[float] | None = None
         if raw.presence is not None:
-            scores = scores * raw.presence.sigmoid()[:, None].to(scores.dtype)
+            gate = raw.presence.sigmoid()
+            scores, presence = scores * gate[:, None].to(scores.dtype), gate.tolist()
         for link_index in raw.absent.tolist():
             frame, prompt = frames[int(raw.link.image_index[link_index])], prompts[link_index]
             assert prompt is not None, "only keypoint prompts have none"
@@ -317,8 +320,9 @@ class LumenDecoder(Decoder):
         for one in found:
             stored = Boxes((one.boxes / one.frame.scale).float().cpu().numpy(), one.frame.size).clip()
             best = scores[one.prompt, one.places].float().cpu().numpy()
+            marks = {} if presence is None else {"presence": np.full(len(best), presence[one.prompt])}
             out[objects[one.prompt]] = Prediction(
-                one.spec.phrase, stored, best, masks.get(one.prompt), keypoints.get(one.prompt)
+                one.spec.phrase, stored, best, masks.get(one.prompt), keypoints.get(one.prompt), marks
             )
         return out
 

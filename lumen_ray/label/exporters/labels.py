@@ -24,6 +24,7 @@ from lumen_ray.label.exporters.image_files import KINDS, Picture, open_picture
 from lumen_ray.label.exporters.names import Names, file_stem, name_hash
 from lumen_ray.label.inputs import Item, read_bytes
 from lumen_ray.label.ledger import Ledger, open_finished
+from lumen_ray.label.vocabulary import AUTO
 from lumen_ray.structures import Size
 from lumen_ray.tasks import get_task
 
@@ -245,7 +246,9 @@ def _scan(
     columns = (table[name].to_pylist() for name in ("task", "phrase", "prompt"))
     for row, (task, phrase, prompt) in enumerate(zip(*columns, strict=True)):
         if task not in categories:
-            names = job.get("classes", ()) if get_task(task).needs == "classes" else ()
+            listed = job.get("classes", ())
+            # classes from captions are known by their instances
+            names = listed if get_task(task).needs == "classes" and listed != AUTO else ()
             categories[task] = {name: Category(k, name) for k, name in enumerate(dict.fromkeys(names), start=1)}
         found = categories[task]
         if get_task(task).is_text:
