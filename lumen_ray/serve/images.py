@@ -46,9 +46,9 @@ def image_bytes(text: str, field: str = "image") -> bytes:
         ) from None
 
 
-def decode_images(encoded: Sequence[bytes], max_pixels: int, places: Sequence[str] = ()) -> list[np.ndarray]:
-    """Decodes to uint8 [H, W, 3] RGB, EXIF-rotated, after checking the sizes in the headers. `max_pixels`: of all;
-    `places`: where each image is in the request, for errors.
+def check_sizes(encoded: Sequence[bytes], max_pixels: int, places: Sequence[str] = ()) -> None:
+    """Checks the sizes in the headers of images. `max_pixels`: of all; `places`: where each image is in the request,
+    for errors.
 
     Raises `UserError` with reason ``image_too_large`` or ``broken_image``.
     """
@@ -58,6 +58,11 @@ def decode_images(encoded: Sequence[bytes], max_pixels: int, places: Sequence[st
         what = f"the image is {width}x{height}," if len(sizes) == 1 else f"the images have {total} pixels together,"
         them = "it" if len(sizes) == 1 else "them"
         raise UserError(f"{what} more than the {max_pixels} pixels allowed; scale {them} down", "image_too_large")
+
+
+def decode_images(encoded: Sequence[bytes], max_pixels: int, places: Sequence[str] = ()) -> list[np.ndarray]:
+    """Decodes to uint8 [H, W, 3] RGB, EXIF-rotated, after `check_sizes`, whose arguments and errors it shares."""
+    check_sizes(encoded, max_pixels, places)
     return [_named(decode, data, max_pixels, places[n : n + 1]) for n, data in enumerate(encoded)]
 
 

@@ -22,7 +22,7 @@ from lumen_ray.inference.request import Request, Shown, check_image, check_reque
 from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.serve import forms, schemas
 from lumen_ray.serve.http import content_type, json_schema_ref
-from lumen_ray.serve.images import checked_rle, decode_images, image_bytes
+from lumen_ray.serve.images import check_sizes, checked_rle, decode_images, image_bytes
 from lumen_ray.serve.limits import check_amount, check_lengths
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.structures import Region, SampleSettings, Size
@@ -199,9 +199,11 @@ async def answer(
     tasks: Sequence[tuple[str, schemas.TaskFields]],
     image_turns: Sequence[int] = (),
     places: Sequence[str] = (),
+    copies: int = 1,
 ) -> tuple[list[Answer], dict[str, Any]]:
-    """Answers to `tasks` about an encoded image, several, or text alone, and the response's fields `model` and
-    `timing_ms`. `image_turns`: as of `Request`; `places`: as of `decode_images`."""
+    """Answers to `tasks` about an encoded image, a conversation about several, or text alone, and the response's fields
+    `model` and `timing_ms`. `image_turns`: as of `Request`; `places`: as of `decode_images`; `copies`: how often the
+    request body has all this answered, for its limits."""
     start = time.perf_counter()
     for task, _ in tasks:
         check_image(task, bool(encoded))  # refused before the image is decoded
@@ -221,7 +223,7 @@ async def answer(
     ]
     tokens = [fields.max_new_tokens for _, fields in tasks if fields.max_new_tokens is not None]
     max_new_tokens = max(tokens, default=settings.defaults.max_new_tokens)
-    check_amount(requests, max_new_tokens, settings.limits)
+    check_amount(requests * copies, max_new_tokens, settings.limits)
     shown: Shown = images if len(images) > 1 else images[0] if images else None
     answers = await backend.infer(shown, requests, max_new_tokens)
     info = await backend.info()
@@ -229,6 +231,39 @@ async def answer(
     timing = {"decode": decoded - start, "model": end - decoded, "total": end - start}
     timing_ms = {name: round(1000 * seconds, 1) for name, seconds in timing.items()}
     return answers, {"model": f"{info['preset']}@{info['version']}", "timing_ms": timing_ms}
+
+
+async def answer_each(
+    backend: Backend,
+    settings: ServeSettings,
+    encoded: Sequence[bytes],
+    tasks: Sequence[tuple[str, schemas.TaskFields]],
+    places: Sequence[str] = (),
+) -> tuple[list[list[Answer]], dict[str, Any]]:
+    """`answer` about each of several images: a list for each, and the response's fields; the times are the longest."""
+    if len(encoded) > settings.limits.max_images:
+        raise UserError(
+            f"{len(encoded)} images in one request; give at most {settings.limits.max_images}", "too_many_images"
+        )
+    await asyncio.to_thread(check_sizes, encoded, settings.limits.max_pixels, places)
+    try:
+        async with asyncio.TaskGroup() as group:
+            running = [
+                group.create_task(
+                    answer(backend, settings, [image], tasks, places=places[n : n + 1], copies=len(encoded))
+                )
+                for n, image in enumerate(encoded)
+            ]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    answers, extras = zip(*(task.result() for task in running), strict=True)
+    timing = {name: max(extra["timing_ms"][name] for extra in extras) for name in extras[0]["timing_ms"]}
+    return list(answers), {**extras[0], "timing_ms": timing}
+
+
+def as_response(answer: Answer) -> dict[str, Any]:
+    """The fields of `schemas.TaskAnswer`."""
+    return {**answer.to_dict(), "size": answer.size, "frame": "exif_rotated"}
 
 
 async def _read_task(request: HttpRequest, settings: ServeSettings) -> tuple[bytes | None, schemas.TaskFields]:
@@ -274,7 +309,7 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
     @router.post(
         "/infer",
         tags=["tasks"],
-        summary="Several tasks about one image in one pass",
+        summary="Several tasks about one image, or about each of several",
         response_model=schemas.InferResponse,
         response_model_exclude_none=True,
         openapi_extra={"requestBody": _json_body(schemas.InferRequest)},
@@ -285,8 +320,15 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
         for name, _ in tasks:
             if not get_task(name).sees_image:
                 raise UserError(f"task '{name}' takes no image; use /v1/{name}", "unexpected_image")
-        answers, extra = await answer(backend, settings, [image_bytes(body.image)], tasks)
-        return {"answers": [a.to_dict() for a in answers], **extra}
+        if body.images is None and body.image is not None:
+            answers, extra = await answer(backend, settings, [image_bytes(body.image)], tasks)
+            return {"answers": [as_response(a) for a in answers], **extra}
+        if body.images is None or body.image is not None:
+            raise UserError("give either 'image' or 'images'", "missing_image" if body.image is None else "two_images")
+        places = [f"images.{n}" for n in range(len(body.images))]
+        encoded = [image_bytes(text, place) for text, place in zip(body.images, places, strict=True)]
+        each, extra = await answer_each(backend, settings, encoded, tasks, places)
+        return {"answers": [{**as_response(a), "image": n} for n, found in enumerate(each) for a in found], **extra}
 
     for task in TASKS.values():
         router.add_api_route(
@@ -318,7 +360,7 @@ def _task_endpoint(name: str, backend: Backend, settings: ServeSettings) -> Any:
     async def endpoint(request: HttpRequest) -> Any:
         image, fields = await _read_task(request, settings)
         answers, extra = await answer(backend, settings, [] if image is None else [image], [(name, fields)])
-        return {**answers[0].to_dict(), **extra}
+        return {**as_response(answers[0]), **extra}
 
     return endpoint
 
