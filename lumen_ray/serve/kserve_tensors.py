@@ -1,8 +1,8 @@
 """Bodies of the Open Inference Protocol: tensors in JSON, or behind it in its binary extension.
 
 In the extension the header `Inference-Header-Content-Length` says where the JSON ends; the bytes of the tensors that
-have `binary_data_size` follow in their order. Each string of a BYTES tensor there has a length of 4 bytes, little endian,
-in front of it. In JSON a BYTES tensor is a list of texts, so that an image is in base64.
+have `binary_data_size` follow in their order. Each string of a BYTES tensor there stands behind its length in 4 bytes,
+little endian. In JSON a BYTES tensor is a list of texts, so that an image is in base64.
 """
 
 from __future__ import annotations
@@ -172,8 +172,8 @@ def _texts_of_bytes(tensor: InputTensor, data: bytes) -> list[bytes]:
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor of a response: an array of numbers, or with datatype BYTES texts in one dimension, or files, which are in
-    base64 in JSON."""
+    """A tensor of a response: an array of numbers; or, with datatype BYTES and one dimension, texts, or files, which are
+    in base64 in JSON."""
 
     datatype: str
     values: np.ndarray | Sequence[bytes]
