@@ -172,7 +172,7 @@ def _texts_of_bytes(tensor: InputTensor, data: bytes) -> list[bytes]:
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor of a response: an array of numbers; or, with datatype BYTES and one dimension, texts, or files, which are
+    """A tensor of a response: an array of numbers; or, with datatype BYTES and one dimension, texts or files, which are
     in base64 in JSON."""
 
     datatype: str
