@@ -249,9 +249,7 @@ async def answer_each(
     try:
         async with asyncio.TaskGroup() as group:
             running = [
-                group.create_task(
-                    answer(backend, settings, [image], tasks, places=places[n : n + 1], copies=len(encoded))
-                )
+                group.create_task(answer(backend, settings, [image], tasks, (), places[n : n + 1], len(encoded)))
                 for n, image in enumerate(encoded)
             ]
     except BaseExceptionGroup as errors:
