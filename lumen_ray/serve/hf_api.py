@@ -149,6 +149,11 @@ class HfAnswer(BaseModel):
     answer: str
 
 
+class HfError(BaseModel):
+    error: str = Field(description="one sentence that says what to change")
+    error_type: str = Field(description="machine-readable, e.g. broken_image")
+
+
 def envelope(error: dict[str, Any]) -> dict[str, Any]:
     return {"error": error["message"], "error_type": error["reason"]}
 
@@ -158,7 +163,7 @@ BODIES = (HfDetectionBody, HfSegmentationBody, HfTextBody, HfQuestionBody)
 
 
 def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
-    router = APIRouter(prefix="/hf", tags=["hugging face"])
+    router = APIRouter(prefix="/hf", tags=["hugging face"], responses=dict.fromkeys(("4XX", "5XX"), {"model": HfError}))
 
     async def find(request: Request, task: str, image: bytes, body: Any, labels: list[str] | None) -> Answer:
         """The objects of the labels of the URL, the body, or the model."""
@@ -285,4 +290,9 @@ def _probability(answer: Answer) -> float:
 def _body(model: type[HfBody]) -> dict[str, Any]:
     binary = {"schema": {"type": "string", "format": "binary", "description": "the image's bytes"}}
     content = {"application/json": {"schema": json_schema_ref(model)}, "image/*": binary}
-    return {"requestBody": {"required": True, "content": content}}
+    operation: dict[str, Any] = {"requestBody": {"required": True, "content": content}}
+    if "candidate_labels" in model.model_fields:
+        schema = {"type": "array", "items": {"type": "string"}}
+        labels = {"name": "candidate_labels", "in": "query", "explode": False, "schema": schema, "description": _LABELS}
+        operation["parameters"] = [labels]
+    return operation

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
 
 from lumen_ray.answer import Answer
 from lumen_ray.errors import UserError
@@ -55,13 +56,17 @@ _PLATFORM = "lumen_ray"
 BODIES = (KserveRequest,)
 
 
+class KserveError(BaseModel):
+    error: str = Field(description="one sentence that says what to change")
+
+
 def envelope(error: dict[str, Any]) -> dict[str, Any]:
     return {"error": error["message"]}
 
 
 def make_router(backend: Backend, settings: ServeSettings, is_ready: Callable[[], Awaitable[bool]]) -> APIRouter:
     """The routes. `is_ready`: as of /readyz."""
-    router = APIRouter(prefix="/v2", tags=["kserve"])
+    router = APIRouter(prefix="/v2", tags=["kserve"], responses=dict.fromkeys(("4XX", "5XX"), {"model": KserveError}))
 
     @router.get("", summary="The server")
     async def server() -> dict[str, Any]:

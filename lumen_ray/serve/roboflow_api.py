@@ -93,7 +93,8 @@ class _Asker:
 
 
 def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
-    router = APIRouter(tags=["roboflow"])
+    errors: dict[int | str, dict[str, Any]] = dict.fromkeys(("4XX", "5XX"), {"model": shapes.RoboflowError})
+    router = APIRouter(tags=["roboflow"], responses=errors)
     asker = _Asker(backend, settings)
 
     @router.get("/info", summary="The server, as Roboflow's client asks for it")

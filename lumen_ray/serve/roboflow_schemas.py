@@ -6,7 +6,7 @@ import uuid
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from lumen_ray.answer import Answer
 from lumen_ray.config import Settings
@@ -140,6 +140,12 @@ class RoboflowModelBody(Settings):
     model_config = ConfigDict(extra="ignore", frozen=True, protected_namespaces=())
 
     model_id: str = Field(description="as in GET /model/registry")
+
+
+class RoboflowError(BaseModel):
+    message: str = Field(description="one sentence that says what to change")
+    reason: str = Field(description="machine-readable, e.g. broken_image")
+    request_id: str = Field(description="also in the X-Request-ID header")
 
 
 def predictions(
