@@ -156,10 +156,10 @@ def predictions(
     for instance in sorted(answer.to_dict()["instances"], key=lambda instance: -instance["score"]):
         x1, y1, x2, y2 = instance["box"]
         item: dict[str, Any] = {
-            "x": (x1 + x2) / 2,
-            "y": (y1 + y2) / 2,
-            "width": x2 - x1,
-            "height": y2 - y1,
+            "x": round((x1 + x2) / 2, 3),
+            "y": round((y1 + y2) / 2, 3),
+            "width": round(x2 - x1, 2),
+            "height": round(y2 - y1, 2),
             "confidence": instance["score"],
             "class": instance["phrase"],
             "class_id": ids[instance["phrase"]],
