@@ -132,7 +132,7 @@ def _checked(tensor: InputTensor, values: list[bytes]) -> list[bytes]:
     """`values`. Raises `UserError` if the tensor is not of texts, or its shape has room for another number of them."""
     if tensor.datatype != "BYTES":
         raise UserError(
-            f"input '{tensor.name}' has datatype {tensor.datatype[:20]!r}; give BYTES: an encoded image, or texts",
+            f"the datatype of input '{tensor.name}' must be BYTES: an encoded image, or texts",
             "invalid_tensor",
             tensor.name,
         )

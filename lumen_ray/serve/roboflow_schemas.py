@@ -24,7 +24,7 @@ MaskFormat = Literal["polygon", "rle"]
 class RoboflowImage(Settings):
     """An image in a body."""
 
-    type: str = Field(description="base64; url and numpy are refused", json_schema_extra={"enum": ["base64"]})
+    type: Literal["base64", "url", "numpy"] = Field(description="base64; the others are refused")
     value: str = Field(description="the encoded image in base64")
 
 
@@ -60,7 +60,7 @@ class RoboflowBody(Settings):
                 )
             if given.type != "base64":
                 raise UserError(
-                    f"'{place}.type' must be 'base64', not {given.type[:20]!r}; pickled arrays are not read",
+                    f"'{place}.type' must be 'base64': pickled arrays are not read",
                     "invalid_request",
                     place,
                 )

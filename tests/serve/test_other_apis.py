@@ -3,16 +3,19 @@ envelope of the API whatever raised them."""
 
 from __future__ import annotations
 
+import base64
 import json
 import struct
 from urllib.parse import quote
 
+import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.serve_fakes import FakeBackend, base64_png, png
 
+from lumen_ray.answer import encode_png
 from lumen_ray.serve.admission import Gate
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.http import Overloaded, Unavailable
@@ -173,6 +176,21 @@ def test_paths_of_any_kind(prefix, name, posts):
     path = prefix + quote(name.encode("utf-8", "replace"))
     response = CLIENT.post(path, json={}) if posts else CLIENT.get(path)
     assert response.status_code < 500
+
+
+@pytest.mark.parametrize("route", BODIES)
+def test_no_error_repeats_an_image(route):
+    noise = base64.b64encode(encode_png(np.random.default_rng(0).integers(0, 256, (16, 20, 3), np.uint8))).decode()
+    refused = 0
+    for path in places(BODIES[route]):
+        for value in (noise, [noise], {noise: noise}):
+            response = CLIENT.post(route, json=replaced(BODIES[route], path, value))
+            assert_clean(response, KEYS[route])
+            if response.status_code >= 400:
+                refused += 1
+                sentence = response.json()[KEYS[route]]
+                assert not any(noise[i : i + 20] in sentence for i in range(len(noise) - 20)), sentence
+    assert refused
 
 
 @pytest.mark.parametrize(
