@@ -5,6 +5,7 @@ Blocks are told apart by the info string behind the fence:
     sh                     `lumen-ray`, `python jobs/*.py` and `curl` lines are parsed by the real parsers and schemas
     python run             executed, the blocks of a page in order, in a folder with a photo.jpg
     python ray             the same, in a test of its own that starts Ray
+    python client          the same, of a client of other servers, if it is installed, against a fake model
     python                 compiled; imports and arguments of calls are checked against the real signatures
     yaml recipe|model|serve  validated, laid over `quickstart` or `nano` where it is a part
     yaml exemplars         read, with images in place of those that it names
@@ -42,11 +43,13 @@ PAGES = [ROOT / name for name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 README_WORDS = 1500
 INFO_STRINGS = {
-    *("", "sh", "toml", "python", "python run", "python ray", "text chat", "text batch"),
+    *("", "sh", "toml", "python", "python run", "python ray", "python client", "text chat", "text batch"),
     *("yaml recipe", "yaml model", "yaml serve", "yaml exemplars"),
 }
 #: files that a command line names and its user has to write
 OWN_FILES = (".yaml", ".yml", ".txt")
+#: stands for an image in the body of a curl line
+IMAGE_OF_SHELL = "$(base64 -w0 photo.jpg)"
 
 
 @dataclass(frozen=True)
@@ -225,6 +228,7 @@ def test_the_readme_has_the_blocks_that_ci_runs():
 def test_curl_bodies_fit_the_api(where, words):
     path = re.fullmatch(r"http://127\.0\.0\.1:\d+(/.*)", next(w for w in words if w.startswith("http")))[1]
     given = list(zip(words, words[1:], strict=False))
+    path = path.partition("?")[0]
     bodies = [value for option, value in given if option in ("-d", "--data")]
     fields = dict(value.split("=", 1) for option, value in given if option in ("-F", "--form"))
     if bodies:
@@ -248,6 +252,9 @@ def check_body(path: str, body: dict[str, Any]) -> None:
     from lumen_ray.serve import openai_images
     from lumen_ray.wire import chat, schemas
 
+    if not path.startswith("/v1/"):
+        check_other_api(path, body)
+        return
     assert path in routes()
     if path == "/v1/chat/completions":
         asked = schemas.parse(chat.ChatRequest, body)
@@ -263,6 +270,20 @@ def check_body(path: str, body: dict[str, Any]) -> None:
         shown = asked.image is not None or asked.image_id is not None
         assert shown == get_task(task).sees_image
         check_fields(task, asked)
+
+
+def check_other_api(path: str, body: dict[str, Any]) -> None:
+    """A fake model answers the body, whose images are of the shell."""
+    from fastapi.testclient import TestClient
+    from support.serve_fakes import FakeBackend, base64_png
+
+    from lumen_ray.serve.api import create_api
+    from lumen_ray.serve.settings import ServeSettings
+
+    text = json.dumps(body).replace(IMAGE_OF_SHELL, base64_png())
+    client = TestClient(create_api(FakeBackend(), ServeSettings(model="nano")))
+    response = client.post(path, content=text, headers={"content-type": "application/json"})
+    assert response.status_code == 200, response.text
 
 
 def check_form(path: str, form: dict[str, str]) -> None:
@@ -396,7 +417,7 @@ def test_every_block_says_how_it_is_checked():
 # Python -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("block", blocks_of("python", "python run", "python ray"), ids=str)
+@pytest.mark.parametrize("block", blocks_of("python", "python run", "python ray", "python client"), ids=str)
 def test_python_blocks_fit_the_real_signatures(block):
     check_python(block.text, str(block))
 
@@ -514,6 +535,22 @@ def test_python_blocks_run(page, user_folder, capsys):
     run_blocks(page, "python run")
     assert (user_folder / "drawn.png").is_file()
     assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("block", blocks_of("python client"), ids=str)
+def test_python_blocks_of_other_clients_run(block, user_folder, capsys, monkeypatch):
+    from support.live_server import live_server
+    from support.serve_fakes import FakeBackend
+
+    from lumen_ray.serve.api import create_api
+    from lumen_ray.serve.settings import ServeSettings
+
+    pytest.importorskip(re.search(r"^from (huggingface_hub|inference_sdk|tritonclient)", block.text, re.MULTILINE)[1])
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # which CI sets
+    with live_server(create_api(FakeBackend(), ServeSettings(model="nano"))) as base:
+        text = block.text.replace("127.0.0.1:8000", base.removeprefix("http://"))
+        exec(compile(text, str(block), "exec"), {})
+    assert "red circle" in capsys.readouterr().out
 
 
 @pytest.mark.ray

@@ -10,16 +10,26 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from lumen_ray.serve import openai_api, openai_images, task_api
+from lumen_ray.serve import hf_api, kserve_api, openai_api, openai_images, roboflow_api, task_api
 from lumen_ray.serve.admission import Admission, Gate
 from lumen_ray.serve.asking import Backend
+from lumen_ray.serve.envelopes import Envelopes
 from lumen_ray.serve.http import Guard, install_error_handlers
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.version import __version__
 from lumen_ray.wire import schemas
 from lumen_ray.wire.chat import ChatRequest
 
-_REQUESTS = (schemas.TaskRequest, schemas.InferRequest, ChatRequest, openai_images.ImageRequest)
+_REQUESTS = (
+    *(schemas.TaskRequest, schemas.InferRequest, ChatRequest, openai_images.ImageRequest),
+    *(*hf_api.BODIES, *roboflow_api.BODIES, *kserve_api.BODIES),
+)
+#: of the other APIs' routes, by the first segment of their paths
+_ENVELOPES = {
+    "hf": hf_api.envelope,
+    **dict.fromkeys(roboflow_api.SEGMENTS, roboflow_api.envelope),
+    "v2": kserve_api.envelope,
+}
 _PAGES = Path(__file__).parent / "page"
 _SUMMARY = "Answers, finds, segments, poses and counts what is in an image. One schema for all tasks."
 
@@ -41,13 +51,21 @@ def create_api(backend: Backend, settings: ServeSettings, gate: Gate | None = No
     api.include_router(task_api.make_router(backend, settings), responses=errors)
     api.include_router(openai_api.make_router(backend, settings), responses=errors)
     api.include_router(openai_images.make_router(backend, settings), responses=errors)
-    api.include_router(task_api.make_fallback())
+    api.include_router(hf_api.make_router(backend, settings))
+    api.include_router(roboflow_api.make_router(backend, settings))
     gate = gate or Gate(settings)
+
+    async def is_ready() -> bool:
+        return all((await backend.ready()).values()) and not gate.is_closed
+
+    api.include_router(kserve_api.make_router(backend, settings, is_ready))
+    api.include_router(task_api.make_fallback())
     _add_health(api, backend, gate)
     _add_pages(api)
     _add_request_schemas(api)
     api.add_middleware(Admission, gate=gate)
     api.add_middleware(Guard, max_body_bytes=settings.limits.max_body_bytes)
+    api.add_middleware(Envelopes, envelopes=_ENVELOPES)
     return api
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from lumen_ray.answer import Answer
 from lumen_ray.data.images import Picture
+from lumen_ray.errors import UserError
 from lumen_ray.inference.request import Request, Shown
 from lumen_ray.serve.image_cache import ImageGone, KeyedImage, gone, image_id
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.structures import Size
 from lumen_ray.wire import schemas
+from lumen_ray.wire.images import check_sizes
 from lumen_ray.wire.requests import Asked, prepare
 
 
@@ -51,6 +54,36 @@ async def answer(
     """Answers to `tasks` about an encoded image or none, or about the image of id `held_id`, which the server was shown
     before; and the response's fields as of `ask`."""
     return await ask(backend, settings, lambda: Asked(encoded, tasks), held_id)
+
+
+async def answer_each(
+    backend: Backend,
+    settings: ServeSettings,
+    encoded: Sequence[bytes],
+    tasks: Sequence[tuple[str, schemas.TaskFields]],
+    places: Sequence[str] = (),
+) -> tuple[list[list[Answer]], dict[str, Any]]:
+    """`answer` about each of several images: a list for each, and the response's fields; the times are the longest.
+    `places`: as of `decode_images`."""
+    if len(encoded) > settings.limits.max_images:
+        raise UserError(
+            f"{len(encoded)} images in one request; give at most {settings.limits.max_images}", "too_many_images"
+        )
+    await asyncio.to_thread(check_sizes, encoded, settings.limits.max_pixels, places)
+
+    def asked(number: int) -> Asked:
+        return Asked([encoded[number]], tasks, places=places[number : number + 1], copies=len(encoded))
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            running = [
+                group.create_task(ask(backend, settings, partial(asked, number))) for number in range(len(encoded))
+            ]
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+    answers, extras = zip(*(task.result() for task in running), strict=True)
+    timing = {name: max(extra["timing_ms"][name] for extra in extras) for name in extras[0]["timing_ms"]}
+    return list(answers), {"model": extras[0]["model"], "timing_ms": timing}
 
 
 async def ask(

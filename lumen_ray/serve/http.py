@@ -15,6 +15,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -64,7 +65,7 @@ async def _http_exception(request: Request, error: HTTPException) -> JSONRespons
     if error.status_code == 404:
         return error_response("not_found", f"there is nothing at '{path}'; see /docs for the API", request_id(request))
     if error.status_code == 405:
-        allowed = (error.headers or {}).get("allow", "another method")
+        allowed = Headers(error.headers or {}).get("allow", "another method")
         message = f"'{path}' does not take {request.method}; use {allowed}"
         return error_response("method_not_allowed", message, request_id(request), dict(error.headers or {}))
     response = error_response("invalid_request", f"{error.detail}", request_id(request), dict(error.headers or {}))

@@ -8,9 +8,10 @@ from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from starlette.datastructures import FormData, UploadFile
 
+from lumen_ray.answer import Answer
 from lumen_ray.errors import UserError
 from lumen_ray.serve import forms
-from lumen_ray.serve.asking import Backend, answer
+from lumen_ray.serve.asking import Backend, answer, answer_each
 from lumen_ray.serve.http import content_type, json_schema_ref
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.tasks import TASKS, Task, get_task
@@ -26,6 +27,11 @@ def _image_of(image: str | None, held_id: str | None) -> tuple[list[bytes], str 
     if image is not None and held_id is not None:
         raise UserError("give 'image' or 'image_id', not both", "unexpected_field", "image_id")
     return [] if image is None else [image_bytes(image)], held_id
+
+
+def as_response(answer: Answer) -> dict[str, Any]:
+    """The fields of `schemas.TaskAnswer`."""
+    return {**answer.to_dict(), "size": answer.size, "frame": "exif_rotated"}
 
 
 async def _read_task(
@@ -77,7 +83,7 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
     @router.post(
         "/infer",
         tags=["tasks"],
-        summary="Several tasks about one image in one pass",
+        summary="Several tasks about one image, or about each of several",
         response_model=schemas.InferResponse,
         response_model_exclude_none=True,
         openapi_extra={"requestBody": _json_body(schemas.InferRequest)},
@@ -88,9 +94,18 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
         for name, _ in tasks:
             if not get_task(name).sees_image:
                 raise UserError(f"task '{name}' takes no image; use /v1/{name}", "unexpected_image")
-        image, held_id = _image_of(body.image, body.image_id)
-        answers, extra = await answer(backend, settings, image, tasks, held_id=held_id)
-        return {"answers": [a.to_dict() for a in answers], **extra}
+        if body.images is None:
+            image, held_id = _image_of(body.image, body.image_id)
+            if not image and held_id is None:
+                raise UserError("give 'image', 'images' or 'image_id'", "missing_image")
+            answers, extra = await answer(backend, settings, image, tasks, held_id)
+            return {"answers": [as_response(a) for a in answers], **extra}
+        if body.image is not None or body.image_id is not None:
+            raise UserError("give one of 'image', 'images' and 'image_id'", "two_images")
+        places = [f"images.{n}" for n in range(len(body.images))]
+        encoded = [image_bytes(text, place) for text, place in zip(body.images, places, strict=True)]
+        each, extra = await answer_each(backend, settings, encoded, tasks, places)
+        return {"answers": [{**as_response(a), "image": n} for n, found in enumerate(each) for a in found], **extra}
 
     for task in TASKS.values():
         router.add_api_route(
@@ -121,8 +136,8 @@ def make_fallback() -> APIRouter:
 def _task_endpoint(name: str, backend: Backend, settings: ServeSettings) -> Any:
     async def endpoint(request: HttpRequest) -> Any:
         image, held_id, fields = await _read_task(request, settings)
-        answers, extra = await answer(backend, settings, image, [(name, fields)], held_id=held_id)
-        return {**answers[0].to_dict(), **extra}
+        answers, extra = await answer(backend, settings, image, [(name, fields)], held_id)
+        return {**as_response(answers[0]), **extra}
 
     return endpoint
 

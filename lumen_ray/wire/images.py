@@ -44,11 +44,9 @@ def image_bytes(text: str, field: str = "image") -> bytes:
         ) from None
 
 
-def decode_images(
-    encoded: Sequence[bytes], max_pixels: int, places: Sequence[str] = (), largest_side: int | None = None
-) -> list[Picture]:
-    """Decodes images after checking the sizes in their headers, at a reduced scale where that leaves the longer side
-    `largest_side` pixels. `max_pixels`: of all as stored; `places`: where each is in the request, for errors.
+def check_sizes(encoded: Sequence[bytes], max_pixels: int, places: Sequence[str] = ()) -> None:
+    """Checks the sizes in the headers of images. `max_pixels`: of all; `places`: where each image is in the request,
+    for errors.
 
     Raises `UserError` with reason ``image_too_large`` or ``broken_image``.
     """
@@ -58,6 +56,14 @@ def decode_images(
         what = f"the image is {width}x{height}," if len(sizes) == 1 else f"the images have {total} pixels together,"
         them = "it" if len(sizes) == 1 else "them"
         raise UserError(f"{what} more than the {max_pixels} pixels allowed; scale {them} down", "image_too_large")
+
+
+def decode_images(
+    encoded: Sequence[bytes], max_pixels: int, places: Sequence[str] = (), largest_side: int | None = None
+) -> list[Picture]:
+    """Decodes images after `check_sizes`, whose arguments and errors it shares, at a reduced scale where that leaves
+    the longer side `largest_side` pixels."""
+    check_sizes(encoded, max_pixels, places)
 
     def read(data: bytes, most: int) -> Picture:
         return decode_reduced(data, largest_side, most)

@@ -178,13 +178,15 @@ def _region(prompt: schemas.RegionPrompt, size: Size) -> Region:
 class Asked:
     """The tasks of a request, as (name, fields), about an encoded image, several, or text alone.
 
-    `image_turns`: as of `Request`; `places`: as of `decode_images`.
+    `image_turns`: as of `Request`; `places`: as of `decode_images`; `copies`: how often a request body has all this
+    answered, for its limits.
     """
 
     encoded: Sequence[bytes]
     tasks: Sequence[tuple[str, schemas.TaskFields]]
     image_turns: tuple[int, ...] = ()
     places: Sequence[str] = ()
+    copies: int = 1
 
 
 @dataclass(frozen=True)
@@ -222,6 +224,6 @@ def prepare(
     ]
     tokens = [fields.max_new_tokens for _, fields in asked.tasks if fields.max_new_tokens is not None]
     max_new_tokens = max(tokens, default=defaults.max_new_tokens)
-    check_amount(requests, max_new_tokens, limits)
+    check_amount(requests * asked.copies, max_new_tokens, limits)
     shown: Shown = images if len(images) > 1 else images[0] if images else None
     return Prepared(shown, tuple(requests), max_new_tokens, size)

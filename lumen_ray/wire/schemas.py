@@ -174,9 +174,12 @@ class NamedTask(TaskFields):
 
 
 class InferRequest(Settings):
-    """Several tasks about one image, answered in one pass of the trunk."""
+    """Several tasks about one image, or about each of several, answered in one pass of the trunk for each image."""
 
-    image: str | None = Field(None, description=_IMAGE_TEXT)
+    image: str | None = Field(None, description=f"{_IMAGE_TEXT}; null with `images` or `image_id`")
+    images: list[str] | None = Field(
+        None, min_length=1, description="instead of `image`: images in the same forms, each of which gets all tasks"
+    )
     image_id: str | None = _IMAGE_ID
     requests: list[NamedTask] = Field(min_length=1, description="the tasks, answered in this order")
 
@@ -217,6 +220,12 @@ class TaskAnswer(BaseModel):
     task: str
     height: int = Field(description=_SIZE)
     width: int = Field(description=_SIZE)
+    size: tuple[int, int] = Field(description=f"(height, width) {_SIZE}")
+    frame: Literal["exif_rotated"] = Field(
+        "exif_rotated",
+        description=f"the frame of all coordinates: {_FRAME}; boxes are xyxy",
+    )
+    image: int | None = Field(None, description="number of the image in `images` of the request, from 0")
     text: str | None = Field(None, description=f"the written answer of {in_words(lambda task: task.is_text)}")
     route: str | None = Field(
         None, description="routing token that sent the prompt to a decoder, the first of several; absent for text"
@@ -245,7 +254,7 @@ class TaskResponse(TaskAnswer):
 
 
 class InferResponse(BaseModel):
-    """Answers in the order of the requests."""
+    """Answers in the order of the requests; of several images first those about the first one."""
 
     model_config = ConfigDict(protected_namespaces=())
 

@@ -18,7 +18,7 @@ class Limits(Settings):
         40_000_000, ge=1, description="width times height of an image, or of all images of one request together"
     )
     max_images: int = Field(
-        8, ge=1, description="images of one conversation, or those of the examples in one request body"
+        8, ge=1, description="images of one request body: of a conversation, of several requests, or of examples"
     )
     max_classes: int = Field(256, ge=1, description="phrases and examples of one request body, over all its tasks")
     max_requests: int = Field(32, ge=1, description="tasks of one /v1/infer call")

@@ -21,7 +21,7 @@ import yaml
 from lumen_ray.label.exporters.base import Exporter, ExportSettings
 from lumen_ray.label.exporters.image_files import write_picture
 from lumen_ray.label.exporters.labels import Category, Labels, Record
-from lumen_ray.label.exporters.outline import one_outline
+from lumen_ray.outline import one_outline
 from lumen_ray.structures import Boxes, Masks
 from lumen_ray.tasks import Task
 from lumen_ray.viz import KEYPOINT_SCORE

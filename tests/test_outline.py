@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from lumen_ray.label.exporters.outline import INSET, one_outline
+from lumen_ray.outline import INSET, one_outline
 
 
 def fill(points, size):

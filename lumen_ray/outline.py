@@ -1,4 +1,4 @@
-"""Outlines of masks for formats that have one polygon per object, such as YOLO's.
+"""Outlines of masks for formats that have one polygon per object, such as YOLO's and Roboflow's.
 
 The outline runs along the edges of the pixels, pulled inwards by `INSET`. Its box is then the mask's, and a reader that
 cuts coordinates off to whole pixels and draws both edges, as ultralytics does with OpenCV, fills exactly the mask.
