@@ -18,6 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumen_ray.errors import UserError
+from lumen_ray.serve.metrics import ERRORS, REFUSALS
 
 logger = logging.getLogger("ray.serve.lumen")  # a child of the logger that Serve writes to the replica's log file
 _REQUEST_ID = re.compile(r"^[\w-]{8,64}$")
@@ -27,6 +28,8 @@ _LONGEST_MESSAGE = 1000
 
 #: reason -> HTTP status; 400 for all other reasons
 STATUS = {
+    "missing_api_key": 401,
+    "invalid_api_key": 401,
     "unknown_task": 404,
     "unknown_model": 404,
     "not_found": 404,
@@ -34,6 +37,8 @@ STATUS = {
     "body_too_large": 413,
     "image_too_large": 413,
     "unsupported_media_type": 415,
+    "rate_limit_exceeded": 429,
+    "too_many_concurrent_requests": 429,
     "internal_error": 500,
     "overloaded": 503,
     "shutting_down": 503,
@@ -59,6 +64,7 @@ def error_response(
 ) -> JSONResponse:
     """The error envelope, with the status of `reason`. `field`: the one of the request that is wrong."""
     status = STATUS.get(reason, 400)
+    ERRORS.record(reason=reason)
     error = {
         "message": _printable(message),
         "type": "invalid_request_error" if status < 500 else "server_error",
@@ -109,6 +115,7 @@ async def _http_exception(request: Request, error: HTTPException) -> JSONRespons
 
 
 async def _overloaded(request: Request, error: Overloaded) -> JSONResponse:
+    REFUSALS.record(by="model")
     return error_response("overloaded", str(error), request_id(request), {"Retry-After": str(error.retry_after_s)})
 
 
@@ -151,7 +158,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = _header(scope, b"x-request-id")  # set by Serve's proxy, which also adds it to the response
+        given = header(scope, b"x-request-id")  # set by Serve's proxy, which also adds it to the response
         identity = given if given and _REQUEST_ID.match(given) else uuid.uuid4().hex
         scope["lumen_request_id"] = identity
         started = False
@@ -165,7 +172,7 @@ class Guard:
             await send(message)
 
         try:
-            length = _header(scope, b"content-length")
+            length = header(scope, b"content-length")
             if length and length.isdigit() and int(length) > self.max_body_bytes:
                 raise body_too_large(self.max_body_bytes)
             await self.app(scope, self._counting(receive), numbered_send)
@@ -195,8 +202,15 @@ class Guard:
         return counting_receive
 
 
-def _header(scope: Scope, name: bytes) -> str | None:
+def header(scope: Scope, name: bytes) -> str | None:
+    """A header of a request by its name in lower case; the first of several."""
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
+
+
+def local_path(scope: Scope) -> str:
+    """The path of a request below the application's own prefix."""
+    path, root = scope["path"], scope.get("root_path", "")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def json_schema_ref(model: Any) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI
@@ -26,6 +27,8 @@ from lumen_ray.serve.admission import Gate
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.http import Overloaded, Unavailable, logger
 from lumen_ray.serve.job import TrunkJob, TrunkReply
+from lumen_ray.serve.metrics import STAGE_SECONDS, export_to_ray
+from lumen_ray.serve.readiness import Ping, Readiness
 from lumen_ray.serve.settings import ServeSettings
 
 T = TypeVar("T")
@@ -39,7 +42,6 @@ _LOST = (
     ray_errors.NodeDiedError,
     ReplicaUnavailableError,
 )
-_PING_S = 5.0
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -73,6 +75,12 @@ class ServeBackend:
         self.decoders = decoders
         self.settings = settings
         self._info: dict[str, Any] | None = None
+        stages = {"trunk": (trunk, settings.trunk)}
+        stages |= {name: (handle, settings.decoder(name)) for name, handle in decoders.items()}
+        self._readiness = {
+            name: Readiness(partial(_ping, handle), partial(_is_running, handle), options.not_ready_after_s)
+            for name, (handle, options) in stages.items()
+        }
 
     async def infer(self, image: Shown, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
         """One trunk pass over what is shown, then the decoders that it has links for, in parallel."""
@@ -80,9 +88,9 @@ class ServeBackend:
         plain = tuple(replace(request, examples={}) for request in requests)  # decoders read no images of examples
 
         async def call() -> list[Answer]:
-            reply: TrunkReply = await _awaited(self.trunk.link.remote(job))
+            reply: TrunkReply = await self._timed("trunk", self.trunk.link.remote(job))
             found = await asyncio.gather(
-                *(_awaited(self.decoders[name].decode.remote(reply.output, plain)) for name in reply.decoders)
+                *(self._timed(name, self.decoders[name].decode.remote(reply.output, plain)) for name in reply.decoders)
             )
             rows = zip(reply.answers, *found, strict=True)
             return [next(answer for answer in answers if answer is not None) for answers in rows]
@@ -97,16 +105,15 @@ class ServeBackend:
         return info
 
     async def ready(self) -> dict[str, bool]:
-        handles = {"trunk": self.trunk, **self.decoders}
-        answers = await asyncio.gather(*(self._answers(handle) for handle in handles.values()))
-        return dict(zip(handles, answers, strict=True))
+        answers = await asyncio.gather(*(readiness.check() for readiness in self._readiness.values()))
+        return dict(zip(self._readiness, answers, strict=True))
 
-    async def _answers(self, handle: DeploymentHandle) -> bool:
-        try:
-            async with asyncio.timeout(_PING_S):
-                return await _awaited(handle.ping.remote())
-        except (TimeoutError, ray_errors.RayError, RayServeException):
-            return False
+    async def _timed(self, stage: str, response: _Call[T]) -> T:
+        """The result of a call of the trunk or a decoder."""
+        with STAGE_SECONDS.timed(stage=stage):
+            result = await _awaited(response)
+        self._readiness[stage].answered()
+        return result
 
     async def _retried(self, call: Callable[[], Awaitable[T]]) -> T:
         """Awaits `call`, again if its replica dies: every call here is idempotent. Serve itself does not retry."""
@@ -140,6 +147,22 @@ async def _awaited(response: _Call[T]) -> T:
         raise
 
 
+async def _ping(handle: DeploymentHandle) -> Ping:
+    try:
+        return Ping.FINE if await handle.ping.remote() else Ping.STUCK
+    except (ray_errors.RayError, RayServeException) as error:
+        return Ping.BUSY if isinstance(cause_of(error), BackPressureError) else Ping.GONE
+
+
+async def _is_running(handle: DeploymentHandle) -> bool:
+    """Whether Serve's controller knows a running replica: the handle's own list lags behind, and is private."""
+    status = await asyncio.to_thread(serve.status)
+    application = status.applications.get(handle.app_name)
+    deployment = application.deployments.get(handle.deployment_name) if application else None
+    states = deployment.replica_states.items() if deployment else ()
+    return any(state == "RUNNING" and count > 0 for state, count in states)
+
+
 @serve.ingress()
 class Ingress:
     """Builds the FastAPI application in the replica, so that it need not be pickled."""
@@ -150,6 +173,7 @@ class Ingress:
         trunk: DeploymentHandle,
         decoders: dict[str, DeploymentHandle],
     ):
+        export_to_ray()
         self.settings = settings
         self.backend = ServeBackend(trunk, decoders, settings)
         self.gate = Gate(settings)

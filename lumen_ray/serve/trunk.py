@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from lumen_ray.serve.batching import Collector, map_grouped, value_of
 from lumen_ray.serve.health import Health
 from lumen_ray.serve.job import TrunkJob, TrunkReply
+from lumen_ray.serve.metrics import export_to_ray
 from lumen_ray.structures import Size
 from lumen_ray.tasks import TASKS
 
@@ -43,6 +44,7 @@ class TrunkReplica:
         serving: Mapping[str, str],
         load: Callable[[str, str, Mapping[str, str]], TrunkStage] = load_trunk,
     ):
+        export_to_ray()
         self.stage = load(model, device, serving)
         self.health = Health(self.stage.loop.busy_s)
         # Threads, so that the event loop stays free to answer pings. The model is used by one of them at a time.

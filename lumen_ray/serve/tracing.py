@@ -1,0 +1,47 @@
+"""OpenTelemetry traces of requests: Ray Serve makes the spans, of proxy, ingress, trunk and decoders, with the request
+id; here they get where they are sent."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from lumen_ray.errors import UserError
+from lumen_ray.serve.settings import Tracing
+
+if TYPE_CHECKING:
+    from ray.serve.schema import TracingConfig
+
+#: of Serve config files, for `tracing_config.exporter_import_path`
+EXPORTER = "lumen_ray.serve.tracing:otlp"
+
+
+def otlp(_: str) -> list[Any]:
+    """The span processors of a Serve process: batches by OTLP over HTTP, to `OTEL_EXPORTER_OTLP_ENDPOINT`, by default
+    localhost:4318. Serve passes the name of a file for spans, which is not used."""
+    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    return [BatchSpanProcessor(OTLPSpanExporter())]
+
+
+def tracing_config(settings: Tracing | None) -> TracingConfig | None:
+    """Serve's setting; None, with which its environment decides, if tracing is not configured here."""
+    if settings is None:
+        return None
+    from ray.serve.schema import TracingConfig
+
+    return TracingConfig(enabled=True, exporter_import_path=EXPORTER, sampling_ratio=settings.sampling_ratio)
+
+
+def check_installed() -> None:
+    """Raises `UserError` without the exporter."""
+    try:
+        is_there = find_spec("opentelemetry.exporter.otlp.proto.http") is not None
+    except ModuleNotFoundError:
+        is_there = False
+    if not is_there:
+        raise UserError(
+            "'tracing' needs the OTLP exporter of OpenTelemetry; pip install 'lumen-ray[otel]', or leave it out",
+            "missing_package",
+        )
