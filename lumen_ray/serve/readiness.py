@@ -8,6 +8,8 @@ import time
 from collections.abc import Awaitable, Callable
 from enum import Enum
 
+#: seconds for a ping, where nothing was answered lately
+WAIT_S = 5.0
 #: for a ping where something was answered lately: probes of Kubernetes wait for 1 s by default
 _SHORT_WAIT_S = 0.5
 
@@ -34,7 +36,7 @@ class Readiness:
         ping: Callable[[], Awaitable[Ping]],
         is_running: Callable[[], Awaitable[bool]],
         patience_s: float,
-        wait_s: float = 5.0,
+        wait_s: float = WAIT_S,
         clock: Callable[[], float] = time.monotonic,
     ):
         """`ping`: asks one replica; `is_running`: whether there is a replica at all, asked where a ping tells nothing;
