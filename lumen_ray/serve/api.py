@@ -64,7 +64,7 @@ def create_api(backend: Backend, settings: ServeSettings, gate: Gate | None = No
     gate = gate or Gate(settings)
     _add_health(api, backend, gate)
     _add_pages(api)
-    _add_request_schemas(api)
+    _add_to_openapi(api, asks_for_key=settings.auth is not None)
     _add_middleware(api, settings, gate)
     return api
 
@@ -119,13 +119,18 @@ def _add_pages(api: FastAPI) -> None:
         return _html("docs.html")
 
 
-def _add_request_schemas(api: FastAPI) -> None:
-    """Adds the body schemas to OpenAPI: bodies are parsed by hand (JSON or form, our error envelope)."""
+def _add_to_openapi(api: FastAPI, asks_for_key: bool) -> None:
+    """Adds what FastAPI does not see: the schemas of bodies, which are parsed by hand (JSON or form, our error
+    envelope), and the key, which middleware asks for."""
 
     def openapi() -> dict[str, Any]:
         if api.openapi_schema is None:
             document = get_openapi(title=api.title, version=api.version, summary=api.summary, routes=api.routes)
-            known = document.setdefault("components", {}).setdefault("schemas", {})
+            components = document.setdefault("components", {})
+            if asks_for_key:
+                components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+                document["security"] = [{"key": []}]
+            known = components.setdefault("schemas", {})
             for model in _REQUESTS:
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 known.update(schema.pop("$defs", {}))

@@ -131,6 +131,13 @@ def test_the_log_has_the_name_of_a_key_and_never_the_key(made, caplog):
     assert not any(keys["alice"] in str(vars(record)) for record in caplog.records)
 
 
+def test_openapi_names_the_key(made):
+    document = TestClient(served(made[1])).get("/openapi.json").json()
+    assert document["security"] == [{"key": []}]
+    assert document["components"]["securitySchemes"]["key"] == {"type": "http", "scheme": "bearer"}
+    assert "security" not in create_api(FakeBackend(), ServeSettings(model="m")).openapi()
+
+
 def test_openais_client_reads_the_refusals(made):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(api_key="wrong", base_url="http://test/v1", max_retries=0,

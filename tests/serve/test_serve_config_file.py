@@ -49,7 +49,10 @@ def test_serve_builds_the_application_of_a_config():
         ({"model": "nano", "trunk": {"num_replica": 2}}, "args: unknown key 'trunk.num_replica'; did you mean"),
         ({}, "args: 'model' is required"),
         ({"model": "nano", "http": {"port": 9}}, "args: 'http.port' would have no effect; give it in 'http_options'"),
-        ({"model": "nano", "http": {"log_encoding": "JSON"}}, "'http.log_encoding' would have no effect; give it in 'l"),
+        (
+            {"model": "nano", "http": {"log_encoding": "JSON"}},
+            "'http.log_encoding' would have no effect; give it in 'l",
+        ),
         ({"model": "nano", "tracing": {}}, "args: 'tracing' would have no effect; give it in 'tracing_config'"),
     ],
 )
