@@ -51,7 +51,7 @@ def test_serve_builds_the_application_of_a_config():
         ({"model": "nano", "http": {"port": 9}}, "args: 'http.port' would have no effect; give it in 'http_options'"),
         (
             {"model": "nano", "http": {"log_encoding": "JSON"}},
-            "'http.log_encoding' would have no effect; give it in 'l",
+            "'http.log_encoding' would have no effect; give",
         ),
         ({"model": "nano", "tracing": {}}, "args: 'tracing' would have no effect; give it in 'tracing_config'"),
     ],
