@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from time import perf_counter
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -21,8 +21,8 @@ _CLIENT_LEFT = 499
 class Access:
     """Middleware. Paths without a route count as one, so that nobody can make up series."""
 
-    def __init__(self, app: ASGIApp, paths: Collection[str], log: bool):
-        """`paths`: of the routes, for requests that are refused before they reach theirs."""
+    def __init__(self, app: ASGIApp, paths: Callable[[], Collection[str]], log: bool):
+        """`paths`: those of the routes, asked for requests that are refused before they reach theirs."""
         self.app = app
         self.paths = paths
         self.log = log
@@ -86,7 +86,7 @@ class Access:
         if (path := getattr(scope.get("route"), "path", None)) is not None:
             return str(path)
         path = local_path(scope)
-        return path if path in self.paths else "other"
+        return path if path in self.paths() else "other"
 
 
 def _is_stream(message: Message) -> bool:

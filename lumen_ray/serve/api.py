@@ -84,8 +84,7 @@ def _add_middleware(api: FastAPI, settings: ServeSettings, gate: Gate) -> None:
             expose_headers=_EXPOSED,
         )
     api.add_middleware(SecurityHeaders)
-    paths = frozenset(getattr(route, "path", "") for route in api.routes)
-    api.add_middleware(Access, paths=paths, log=settings.http.access_log)
+    api.add_middleware(Access, paths=lambda: api.openapi()["paths"], log=settings.http.access_log)
 
 
 def _add_health(api: FastAPI, backend: Backend, gate: Gate) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import re
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from lumen_ray.serve.api import create_api
 from lumen_ray.serve.batching import Collector
 from lumen_ray.serve.http import Overloaded
 from lumen_ray.serve.metrics import METRICS, REGISTRY
-from lumen_ray.serve.settings import Http, ServeSettings
+from lumen_ray.serve.settings import Http, Limits, ServeSettings
 
 BODY = {"image": base64_png()}
 
@@ -83,6 +82,13 @@ def test_requests_tasks_and_tokens_are_counted():
     assert value("lumen_ray_requests_inside", state="working") == 0
 
 
+def test_what_is_refused_early_counts_at_its_route():
+    settings = ServeSettings(model="m", limits=Limits(max_body_bytes=1024))
+    refused = Change("lumen_ray_requests_total", method="POST", route="/v1/detect", status="413")
+    client = TestClient(create_api(FakeBackend(), settings))
+    assert client.post("/v1/detect", content=2000 * "a").status_code == 413 and refused.now == 1
+
+
 def test_errors_are_counted_by_reason_and_paths_nobody_serves_as_one():
     backend = FakeBackend()
     client = TestClient(create_api(backend, ServeSettings(model="m")))
@@ -133,13 +139,12 @@ def test_ray_gets_the_same_values(monkeypatch):
         assert metric.name == metric.base + ("_total" if metric.kind == "counter" else "")
 
 
-def test_a_line_of_the_log_has_fields_that_serve_writes_as_json(caplog):
+def test_a_line_of_the_log_has_fields_that_serve_writes_as_json(access_lines):
     from ray.serve._private.logging_utils import JSONFormatter
 
-    caplog.set_level(logging.INFO)
     client = TestClient(create_api(FakeBackend(), ServeSettings(model="m", http=Http(access_log=True))))
     response = client.post("/v1/caption?a=b", json=BODY, headers={"X-Request-ID": "0123456789"})
-    (record,) = [r for r in caplog.records if r.name == "ray.serve.lumen.access"]
+    (record,) = access_lines
     line = json.loads(JSONFormatter().format(record))
     wanted = {
         "request_id": "0123456789", "method": "POST", "route": "/v1/caption", "path": "/v1/caption", "status": 200,
@@ -149,10 +154,9 @@ def test_a_line_of_the_log_has_fields_that_serve_writes_as_json(caplog):
     assert re.fullmatch(r"POST /v1/caption 200 [\d.]+ms", line["message"])
 
 
-def test_without_the_setting_there_are_no_lines(caplog):
-    caplog.set_level(logging.INFO)
+def test_without_the_setting_there_are_no_lines(access_lines):
     TestClient(create_api(FakeBackend(), ServeSettings(model="m"))).get("/v1/tasks")
-    assert not [r for r in caplog.records if r.name == "ray.serve.lumen.access"]
+    assert access_lines == []
 
 
 @pytest.mark.parametrize("kind", [b"text/event-stream; charset=utf-8", b"application/json"])
@@ -171,5 +175,5 @@ def test_the_first_event_of_a_stream_is_timed(kind):
 
     timed = Change("lumen_ray_first_event_seconds_count", route="/v1/stream")
     scope = {"type": "http", "method": "POST", "path": "/v1/stream", "headers": []}
-    asyncio.run(Access(stream, {"/v1/stream"}, log=False)(scope, nothing, nothing))
+    asyncio.run(Access(stream, lambda: {"/v1/stream"}, log=False)(scope, nothing, nothing))
     assert timed.now == (kind != b"application/json")
