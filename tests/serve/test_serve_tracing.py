@@ -20,9 +20,11 @@ def test_serve_gets_the_exporter_and_the_ratio():
 
 def test_spans_are_sent_by_otlp(monkeypatch):
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
+    from ray.serve._private.tracing_utils import _load_span_processors
+
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://collector:4318")
     tracing.check_installed()
-    (processor,) = tracing.otlp("spans.json")
+    (processor,) = _load_span_processors(tracing.EXPORTER, "spans.json")
     assert processor.span_exporter._endpoint == "http://collector:4318/v1/traces"
     processor.shutdown()
 
