@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumen_ray.errors import UserError
 from lumen_ray.serve.metrics import ERRORS, REFUSALS
+from lumen_ray.serve.tracing import name_request
 
 logger = logging.getLogger("ray.serve.lumen")  # a child of the logger that Serve writes to the replica's log file
 _REQUEST_ID = re.compile(r"^[\w-]{8,64}$")
@@ -161,6 +162,7 @@ class Guard:
         given = header(scope, b"x-request-id")  # set by Serve's proxy, which also adds it to the response
         identity = given if given and _REQUEST_ID.match(given) else uuid.uuid4().hex
         scope["lumen_request_id"] = identity
+        name_request(identity)
         started = False
 
         async def numbered_send(message: Message) -> None:

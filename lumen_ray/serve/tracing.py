@@ -1,10 +1,12 @@
-"""OpenTelemetry traces of requests: Ray Serve makes the spans, of proxy, ingress, trunk and decoders, with the request
-id; here they get where they are sent."""
+"""OpenTelemetry traces of requests: FastAPI and Ray Serve make the spans, of ingress, trunk and decoders; here they get
+the request id and where they are sent."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+from opentelemetry import trace
 
 from lumen_ray.errors import UserError
 from lumen_ray.serve.settings import Tracing
@@ -23,6 +25,11 @@ def otlp() -> list[Any]:
     from opentelemetry.sdk.trace.export import BatchSpanProcessor
 
     return [BatchSpanProcessor(OTLPSpanExporter())]
+
+
+def name_request(identity: str) -> None:
+    """Writes the request id on the span of this request, which is FastAPI's; nothing without tracing."""
+    trace.get_current_span().set_attribute("request_id", identity)
 
 
 def tracing_config(settings: Tracing | None) -> TracingConfig | None:

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import pytest
+from fastapi.testclient import TestClient
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from support.serve_fakes import FakeBackend
 
 from lumen_ray.errors import UserError
 from lumen_ray.serve import tracing
-from lumen_ray.serve.settings import Tracing
+from lumen_ray.serve.api import create_api
+from lumen_ray.serve.http import Guard
+from lumen_ray.serve.settings import ServeSettings, Tracing
+
+ID = {"X-Request-ID": "0123456789abcdef"}
 
 
 def test_serve_gets_the_exporter_and_the_ratio():
@@ -27,6 +36,20 @@ def test_spans_are_sent_by_otlp(monkeypatch):
     (processor,) = _load_span_processors(tracing.EXPORTER, "spans.json")
     assert processor.span_exporter._endpoint == "http://collector:4318/v1/traces"
     processor.shutdown()
+
+
+def test_the_span_of_a_request_has_its_id():
+    provider, exporter = TracerProvider(), InMemorySpanExporter()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    guard = Guard(create_api(FakeBackend(), ServeSettings(model="m")), max_body_bytes=1)
+
+    async def traced(scope, receive, send):
+        with provider.get_tracer("test").start_as_current_span("request"):
+            await guard(scope, receive, send)
+
+    TestClient(traced).get("/healthz", headers=ID)
+    (span,) = exporter.get_finished_spans()
+    assert span.attributes["request_id"] == ID["X-Request-ID"]
 
 
 def test_a_missing_exporter_is_named(monkeypatch):
