@@ -146,6 +146,7 @@ def _serve_args(verbs: Any) -> None:
     p.add_argument("--host", help="address to listen on, instead of the config's")
     p.add_argument("--port", type=int, help="port to listen on, instead of the config's")
     p.add_argument("--check", action="store_true", help="check the config, also one for `serve deploy`, and end")
+    p.add_argument("--new-key", metavar="NAME", help="make an API key, print its line for auth.keys_file, and end")
     p.set_defaults(run=_serve)
 
 
@@ -231,6 +232,13 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 
 def _serve(args: argparse.Namespace) -> None:
+    if args.new_key is not None:
+        from lumen_ray.serve.keys import new_key
+
+        key, line = new_key(args.new_key)
+        print(f"the key of {args.new_key}, shown only now: {key}", file=sys.stderr)
+        print(line)  # alone on the output, so that >> puts it into the file
+        return
     if args.check:
         from lumen_ray.serve.config_file import check_file
 

@@ -8,6 +8,7 @@ Blocks are told apart by the info string behind the fence:
     python client          the same, of a client of other servers, if it is installed, against a fake model
     python                 compiled; imports and arguments of calls are checked against the real signatures
     yaml recipe|model|serve  validated, laid over `quickstart` or `nano` where it is a part
+    yaml keys              read as the file of API keys
     yaml exemplars         read, with images in place of those that it names
     json MODEL             validated against that model of `lumen_ray.wire.schemas`
     text chat              a record for `prepare chat`, read in tests/data/sources/test_chat_images.py
@@ -44,7 +45,7 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 README_WORDS = 1500
 INFO_STRINGS = {
     *("", "sh", "toml", "python", "python run", "python ray", "python client", "text chat", "text batch"),
-    *("yaml recipe", "yaml model", "yaml serve", "yaml exemplars"),
+    *("yaml recipe", "yaml model", "yaml serve", "yaml exemplars", "yaml keys"),
 }
 #: files that a command line names and its user has to write
 OWN_FILES = (".yaml", ".yml", ".txt")
@@ -350,6 +351,14 @@ def test_yaml_blocks_validate(block):
     if kind == "serve":
         base_settings = base_settings["applications"][0]["args"]
     config.validate(settings, base_settings | given, str(block))
+
+
+@pytest.mark.parametrize("block", blocks_of("yaml keys"), ids=str)
+def test_files_of_keys_can_be_read(block, tmp_path):
+    from lumen_ray.serve.keys import read_keys
+
+    (tmp_path / "keys.yaml").write_text(block.text)
+    assert read_keys(tmp_path / "keys.yaml")
 
 
 @pytest.mark.parametrize("block", blocks_of("yaml exemplars"), ids=str)

@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from time import perf_counter
 from typing import Any
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lumen_ray.serve.http import error_response
+from lumen_ray.serve.metrics import INSIDE, REFUSALS, STAGE_SECONDS
 from lumen_ray.serve.settings import ServeSettings
 
 #: requests that Serve hands to a replica beyond its limits, so that they are refused there
@@ -41,6 +43,7 @@ class Gate:
         #: whether the replica is about to stop and takes no more requests
         self.is_closed = False
         self.inside = 0
+        self._most_at_work = limits.max_ongoing_requests
         self._most_inside: float = limits.max_ongoing_requests + limits.max_queued_requests
         if limits.max_queued_requests < 0:
             self._most_inside = float("inf")
@@ -57,12 +60,20 @@ class Gate:
     @asynccontextmanager
     async def slot(self) -> AsyncIterator[None]:
         """Waits until the request may be worked on."""
-        self.inside += 1
+        self._count(1)
+        start = perf_counter()
         try:
             async with self._slots:
+                STAGE_SECONDS.record(perf_counter() - start, stage="queue")
                 yield
         finally:
-            self.inside -= 1
+            self._count(-1)
+
+    def _count(self, more: int) -> None:
+        self.inside += more
+        waiting = max(0, self.inside - self._most_at_work)
+        INSIDE.record(waiting, state="waiting")
+        INSIDE.record(self.inside - waiting, state="working")
 
 
 class Admission:
@@ -77,6 +88,7 @@ class Admission:
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
         elif refusal := self.gate.refusal():
+            REFUSALS.record(by="ingress")
             headers = {"Retry-After": str(self.gate.retry_after_s)}
             await error_response(*refusal, scope["lumen_request_id"], headers)(scope, receive, send)
         else:

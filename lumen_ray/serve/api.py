@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 
 from lumen_ray.serve import hf_api, kserve_api, openai_api, openai_images, roboflow_api, task_api
+from lumen_ray.serve.access import Access
 from lumen_ray.serve.admission import Admission, Gate
 from lumen_ray.serve.asking import Backend
+from lumen_ray.serve.auth import KeyCheck
 from lumen_ray.serve.envelopes import Envelopes
+from lumen_ray.serve.headers import SecurityHeaders, page_policy
 from lumen_ray.serve.http import Guard, install_error_handlers
+from lumen_ray.serve.measured import MeasuredBackend
+from lumen_ray.serve.metrics import exposition
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.version import __version__
 from lumen_ray.wire import schemas
@@ -31,6 +37,14 @@ _ENVELOPES = {
     "v2": kserve_api.envelope,
 }
 _PAGES = Path(__file__).parent / "page"
+#: headers of answers that pages of other origins may read
+_EXPOSED = (
+    "Retry-After",
+    "X-Request-ID",
+    "x-ratelimit-limit-requests",
+    "x-ratelimit-remaining-requests",
+    "x-ratelimit-reset-requests",
+)
 _SUMMARY = "Answers, finds, segments, poses and counts what is in an image. One schema for all tasks."
 
 
@@ -39,13 +53,20 @@ def _page(name: str) -> str:
     return (_PAGES / name).read_text(encoding="utf-8")
 
 
+def _html(name: str) -> HTMLResponse:
+    page = _page(name)
+    return HTMLResponse(page, headers={"Content-Security-Policy": page_policy(page)})
+
+
 def create_api(backend: Backend, settings: ServeSettings, gate: Gate | None = None) -> FastAPI:
     """The HTTP API over `backend`.
 
     `gate`: of the requests that come in, by default one of its own. FastAPI's documentation pages are replaced: they
     load scripts from a remote host.
     """
-    errors: dict[int | str, dict[str, Any]] = {code: {"model": schemas.ErrorResponse} for code in (400, 404, 413, 503)}
+    codes = (400, 404, 413, 503) if settings.auth is None else (400, 401, 404, 413, 429, 503)
+    errors: dict[int | str, dict[str, Any]] = {code: {"model": schemas.ErrorResponse} for code in codes}
+    backend = MeasuredBackend(backend)
     api = FastAPI(title="lumen_ray", version=__version__, summary=_SUMMARY, docs_url=None, redoc_url=None)
     install_error_handlers(api)
     api.include_router(task_api.make_router(backend, settings), responses=errors)
@@ -62,11 +83,28 @@ def create_api(backend: Backend, settings: ServeSettings, gate: Gate | None = No
     api.include_router(task_api.make_fallback())
     _add_health(api, backend, gate)
     _add_pages(api)
-    _add_request_schemas(api)
+    _add_to_openapi(api, asks_for_key=settings.auth is not None)
+    _add_middleware(api, settings, gate)
+    return api
+
+
+def _add_middleware(api: FastAPI, settings: ServeSettings, gate: Gate) -> None:
+    """Innermost first."""
     api.add_middleware(Admission, gate=gate)
+    if settings.auth is not None:
+        api.add_middleware(KeyCheck, settings=settings.auth)
     api.add_middleware(Guard, max_body_bytes=settings.limits.max_body_bytes)
     api.add_middleware(Envelopes, envelopes=_ENVELOPES)
-    return api
+    if settings.http.cors_origins:  # around the key check: a browser's preflight has no key, and reads errors too
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.http.cors_origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
+            expose_headers=_EXPOSED,
+        )
+    api.add_middleware(SecurityHeaders)
+    api.add_middleware(Access, paths=lambda: api.openapi()["paths"], log=settings.http.access_log)
 
 
 def _add_health(api: FastAPI, backend: Backend, gate: Gate) -> None:
@@ -77,31 +115,41 @@ def _add_health(api: FastAPI, backend: Backend, gate: Gate) -> None:
     @api.get(
         "/readyz",
         tags=["about"],
-        summary="200 when every deployment of the model answers, else 503",
+        summary="200 when every deployment of the model takes requests, else 503",
     )
     async def readyz() -> JSONResponse:
         deployments = await backend.ready()
         ready = all(deployments.values()) and not gate.is_closed
         return JSONResponse({"ready": ready, "deployments": deployments}, 200 if ready else 503)
 
+    @api.get("/metrics", tags=["about"], summary="Counts and times of this ingress replica, for Prometheus")
+    async def metrics() -> Response:
+        text, media_type = exposition()
+        return Response(text, media_type=media_type)
+
 
 def _add_pages(api: FastAPI) -> None:
     @api.get("/", include_in_schema=False)
     async def index() -> HTMLResponse:
-        return HTMLResponse(_page("index.html"))
+        return _html("index.html")
 
     @api.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        return HTMLResponse(_page("docs.html"))
+        return _html("docs.html")
 
 
-def _add_request_schemas(api: FastAPI) -> None:
-    """Adds the body schemas to OpenAPI: bodies are parsed by hand (JSON or form, our error envelope)."""
+def _add_to_openapi(api: FastAPI, asks_for_key: bool) -> None:
+    """Adds what FastAPI does not see: the schemas of bodies, which are parsed by hand (JSON or form, our error
+    envelope), and the key, which middleware asks for."""
 
     def openapi() -> dict[str, Any]:
         if api.openapi_schema is None:
             document = get_openapi(title=api.title, version=api.version, summary=api.summary, routes=api.routes)
-            known = document.setdefault("components", {}).setdefault("schemas", {})
+            components = document.setdefault("components", {})
+            if asks_for_key:
+                components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+                document["security"] = [{"key": []}]
+            known = components.setdefault("schemas", {})
             for model in _REQUESTS:
                 schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
                 known.update(schema.pop("$defs", {}))

@@ -25,9 +25,11 @@ from lumen_ray.presets import model_folder
 from lumen_ray.ray_env import cluster_resources, init_local, shutdown
 from lumen_ray.ray_log import log_file, native_lines_in_file, quiet_loggers
 from lumen_ray.serve.admission import ingress_options
-from lumen_ray.serve.config_file import PROXY_MARGIN_S, check_no_address
+from lumen_ray.serve.config_file import PROXY_MARGIN_S, check_effective
 from lumen_ray.serve.environment import prepare_serve_environment
+from lumen_ray.serve.keys import read_keys
 from lumen_ray.serve.settings import Http, ServeSettings
+from lumen_ray.serve.tracing import check_installed, tracing_config
 
 if TYPE_CHECKING:
     from ray.serve import Application, Deployment
@@ -67,7 +69,15 @@ def build_app(settings: ServeSettings) -> Application:
         model, settings.trunk.torch_device, settings.serving, partial(load_trunk, dtype=settings.trunk.dtype)
     )
     ingress = deployment(Ingress, "Ingress", ingress_options(settings))
-    return ingress.bind(settings, trunk, decoders)
+    return ingress.bind(_with_absolute_paths(settings), trunk, decoders)
+
+
+def _with_absolute_paths(settings: ServeSettings) -> ServeSettings:
+    """The settings for replicas, which have another working directory."""
+    if settings.auth is None:
+        return settings
+    keys_file = str(Path(settings.auth.keys_file).expanduser().resolve())
+    return settings.model_copy(update={"auth": settings.auth.model_copy(update={"keys_file": keys_file})})
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -78,7 +88,7 @@ def build(args: dict[str, Any]) -> Application:
     """
     # Serve passes the mapping as it is: it reads only annotations that are classes, and those of this module are texts
     settings = config.validate(ServeSettings, args, "args")
-    check_no_address(settings.http, "args")
+    check_effective(settings, "args")
     return build_app(settings)
 
 
@@ -165,6 +175,10 @@ def run(settings: ServeSettings, blocking: bool = True, timeout_s: float = 300) 
     the application is not ready after `timeout_s`.
     """
     model_folder(settings.model)  # raises before Ray starts
+    if settings.auth is not None:
+        read_keys(settings.auth.keys_file)
+    if settings.tracing is not None:
+        check_installed()
     started = _join_ray(settings)
     url = f"http://{_reachable(settings.http.host)}:{settings.http.port}"
     server = Server(url, started, log_file(), settings.http.request_timeout_s)
@@ -215,8 +229,9 @@ def _deploy(settings: ServeSettings) -> None:
 
     http: Http = settings.http
     options = {"host": http.host, "port": http.port, "request_timeout_s": http.request_timeout_s + PROXY_MARGIN_S}
-    serve.start(http_options=options, logging_config={"log_level": "WARNING", "enable_access_log": False})
-    logging = {"log_level": "INFO" if http.access_log else "WARNING", "enable_access_log": http.access_log}
+    # Serve's access log has a line for every call of every deployment; `access.Access` writes one for a request
+    logging = {"log_level": "WARNING", "enable_access_log": False, "encoding": http.log_encoding}
+    serve.start(http_options=options, logging_config=logging, tracing_config=tracing_config(settings.tracing))
     serve.run(build_app(settings), name=APP_NAME, route_prefix="/", blocking=False, logging_config=logging)
 
 

@@ -15,6 +15,7 @@ from typing import Any, Generic, TypeVar
 from lumen_ray.cancellation import Cancelled, wanted_while
 from lumen_ray.errors import UserError
 from lumen_ray.serve.http import logger
+from lumen_ray.serve.metrics import BATCH_SIZE, BATCH_WAIT_SECONDS, PASS_SECONDS
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,9 +44,11 @@ class Collector(Generic[T, R]):
         cost: Callable[[T], int] = lambda _: 0,
         turn: Callable[[], AbstractContextManager[None]] = nullcontext,
         workers: int = 1,
+        stage: str = "trunk",
     ):
         """`run`: the results of a batch, whose items share a `key`; `cost`: the tokens of an item; `turn`: waits for
-        the model, not needed by a single worker; `workers`: most batches at a time."""
+        the model, not needed by a single worker; `workers`: most batches at a time; `stage`: name in metrics."""
+        self._stage = stage
         self._run, self._key, self._cost, self._turn = run, key, cost, turn
         self._pool = ThreadPoolExecutor(workers)
         self._waiting: deque[_Waiting[T, R]] = deque()
@@ -85,12 +88,20 @@ class Collector(Generic[T, R]):
             with self._turn():
                 batch = self._take()
             with wanted_while(lambda: not all(waiting.is_gone for waiting in batch)):
-                results = self._run([waiting.item for waiting in batch]) if batch else []
+                results = self._measured(batch) if batch else []
         except Exception as error:
             batch = batch or self._take()
             results = [error] * len(batch)
         for waiting, result in zip(batch, results, strict=True):
             waiting.future.set_result(result)
+
+    def _measured(self, batch: list[_Waiting[T, R]]) -> list[R | Exception]:
+        now = time.monotonic()
+        BATCH_SIZE.record(len(batch), stage=self._stage)
+        for waiting in batch:
+            BATCH_WAIT_SECONDS.record(now - waiting.since, stage=self._stage)
+        with PASS_SECONDS.timed(stage=self._stage):
+            return self._run([waiting.item for waiting in batch])
 
     def _take(self) -> list[_Waiting[T, R]]:
         """The first item that waits and those of its key, in their order, as many as fit."""

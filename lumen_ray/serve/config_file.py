@@ -15,7 +15,7 @@ from lumen_ray import config
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.presets import find
 from lumen_ray.serve.environment import prepare_serve_environment
-from lumen_ray.serve.settings import Http, ServeSettings
+from lumen_ray.serve.settings import ServeSettings
 
 IMPORT_PATH = "lumen_ray.serve.app:build"
 #: seconds by which the proxy's time-out lies above ours, so that a slow request gets our error body
@@ -83,8 +83,12 @@ def settings_of(data: dict[str, Any], origin: str) -> dict[str, Any]:
             "invalid_config",
         )
     args, options = applications[0]["args"], data.get("http_options") or {}
-    address = {key: options[key] for key in ("host", "port") if key in options}
-    return args | {"http": (args.get("http") or {}) | address}
+    http = {key: options[key] for key in ("host", "port") if key in options}
+    if encoding := (data.get("logging_config") or {}).get("encoding"):
+        http["log_encoding"] = encoding
+    tracing = data.get("tracing_config") or {}
+    traced = {"tracing": {"sampling_ratio": tracing.get("sampling_ratio", 1)}} if tracing.get("enabled") else {}
+    return args | traced | {"http": (args.get("http") or {}) | http}
 
 
 def check_serve_file(data: dict[str, Any], origin: str) -> None:
@@ -117,15 +121,23 @@ def check_serve_file(data: dict[str, Any], origin: str) -> None:
 
 def _checked_args(args: Any, origin: str) -> ServeSettings:
     settings = config.validate(ServeSettings, args, origin)
-    check_no_address(settings.http, origin)
+    check_effective(settings, origin)
     return settings
 
 
-def check_no_address(http: Http, origin: str) -> None:
-    """Raises `UserError` for an address in the settings of a Serve config, where it would have no effect."""
-    if misplaced := {"host", "port"} & http.model_fields_set:
-        names = " and ".join(f"'http.{name}'" for name in sorted(misplaced))
-        raise UserError(f"{origin}: {names} would have no effect; give it in 'http_options'", "invalid_config")
+def check_effective(settings: ServeSettings, origin: str) -> None:
+    """Raises `UserError` for settings in a Serve config that would have no effect there: Serve has its own place for
+    the address, the encoding of logs, and tracing."""
+    given = settings.http.model_fields_set
+    places = (
+        ([f"'http.{name}'" for name in ("host", "port") if name in given], "http_options"),
+        (["'http.log_encoding'"] if "log_encoding" in given else [], "logging_config"),
+        (["'tracing'"] if settings.tracing is not None else [], "tracing_config"),
+    )
+    for names, place in places:
+        if names:
+            message = f"{origin}: {' and '.join(names)} would have no effect; give it in '{place}'"
+            raise UserError(message, "invalid_config")
 
 
 def _refuse_unknown(model: type[BaseModel], data: Mapping[str, Any], origin: str, place: str = "") -> None:

@@ -9,6 +9,7 @@ from lumen_ray.answer import Answer
 from lumen_ray.inference.request import Request
 from lumen_ray.serve.batching import Collector, map_grouped, value_of
 from lumen_ray.serve.health import Health, PassClock
+from lumen_ray.serve.metrics import export_to_ray
 from lumen_ray.wire.limits import cost_of
 
 if TYPE_CHECKING:
@@ -32,12 +33,13 @@ class DecoderReplica:
     def __init__(
         self, model: str, name: str, device: str, load: Callable[[str, str, str], DecoderStage] = load_decoder
     ):
+        export_to_ray()
         self.stage = load(model, name, device)
         self.clock = PassClock()
         self.health = Health(self.clock.busy_s)
         # a thread, so that the event loop stays free to answer pings
         self.batches: Collector[DecoderJob, Answers] = Collector(
-            self.answers, self._key, lambda job: cost_of(job[1], 0)
+            self.answers, self._key, lambda job: cost_of(job[1], 0), stage=name
         )
 
     def reconfigure(self, settings: dict[str, Any]) -> None:

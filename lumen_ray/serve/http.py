@@ -20,6 +20,8 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumen_ray.errors import UserError
+from lumen_ray.serve.metrics import ERRORS, REFUSALS
+from lumen_ray.serve.tracing import name_request
 from lumen_ray.wire.errors import error_body, without_data
 
 logger = logging.getLogger("ray.serve.lumen")  # a child of the logger that Serve writes to the replica's log file
@@ -42,6 +44,7 @@ def error_response(
     reason: str, message: str, request_id: str, headers: dict[str, str] | None = None, field: str | None = None
 ) -> JSONResponse:
     """The error envelope, with the status of `reason`. `field`: the one of the request that is wrong."""
+    ERRORS.record(reason=reason)
     status, body = error_body(reason, message, request_id, field)
     return JSONResponse(body, status, headers)
 
@@ -74,6 +77,7 @@ async def _http_exception(request: Request, error: HTTPException) -> JSONRespons
 
 
 async def _overloaded(request: Request, error: Overloaded) -> JSONResponse:
+    REFUSALS.record(by="model")
     return error_response("overloaded", str(error), request_id(request), {"Retry-After": str(error.retry_after_s)})
 
 
@@ -109,6 +113,7 @@ async def error_of(request: Request, error: Exception) -> dict[str, Any]:
         return json.loads((await handler(request, error)).body)
     identity = request_id(request)
     logger.exception("request %s to %s failed", identity, request.url.path)
+    ERRORS.record(reason="internal_error")
     return error_body("internal_error", failed_message(identity), identity)[1]
 
 
@@ -132,9 +137,10 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        given = _header(scope, b"x-request-id")  # set by Serve's proxy, which also adds it to the response
+        given = header(scope, b"x-request-id")  # set by Serve's proxy, which also adds it to the response
         identity = given if given and _REQUEST_ID.match(given) else uuid.uuid4().hex
         scope["lumen_request_id"] = identity
+        name_request(identity)
         started = False
 
         async def numbered_send(message: Message) -> None:
@@ -146,7 +152,7 @@ class Guard:
             await send(message)
 
         try:
-            length = _header(scope, b"content-length")
+            length = header(scope, b"content-length")
             if length and length.isdigit() and int(length) > self.max_body_bytes:
                 raise body_too_large(self.max_body_bytes)
             await self.app(scope, self._counting(receive), numbered_send)
@@ -175,8 +181,15 @@ class Guard:
         return counting_receive
 
 
-def _header(scope: Scope, name: bytes) -> str | None:
+def header(scope: Scope, name: bytes) -> str | None:
+    """A header of a request by its name in lower case; the first of several."""
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
+
+
+def local_path(scope: Scope) -> str:
+    """The path of a request below the application's own prefix."""
+    path, root = scope["path"], scope.get("root_path", "")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def json_schema_ref(model: Any) -> dict[str, str]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from lumen_ray.data.images import Picture
 from lumen_ray.errors import UserError
+from lumen_ray.serve.metrics import IMAGE_BYTES, IMAGE_LOOKUPS
 from lumen_ray.structures import Size
 
 if TYPE_CHECKING:
@@ -46,11 +47,11 @@ class KeyedImage:
 
 
 class ImageCache:
-    """The last images that were asked about, up to `max_bytes`. Thread-safe. `hits` and `misses` count lookups."""
+    """The last images that were asked about, up to `max_bytes`. Thread-safe."""
 
     def __init__(self, max_bytes: int = 0):
         self.max_bytes = max_bytes
-        self.hits = self.misses = self.nbytes = 0
+        self.nbytes = 0
         self._images: OrderedDict[str, EncodedImages] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -61,11 +62,9 @@ class ImageCache:
         """The image, which is now the last to be dropped; None if it is not held."""
         with self._lock:
             found = self._images.get(image_id)
-            if found is None:
-                self.misses += 1
-                return None
-            self.hits += 1
-            self._images.move_to_end(image_id)
+            IMAGE_LOOKUPS.record(result="miss" if found is None else "hit")
+            if found is not None:
+                self._images.move_to_end(image_id)
             return found
 
     def put(self, image_id: str, image: EncodedImages) -> None:
@@ -93,3 +92,4 @@ class ImageCache:
     def _shrink(self) -> None:
         while self.nbytes > self.max_bytes:
             self.nbytes -= self._images.popitem(last=False)[1].nbytes
+        IMAGE_BYTES.record(self.nbytes)

@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from fastapi import FastAPI
@@ -31,7 +32,9 @@ from lumen_ray.serve.api import create_api
 from lumen_ray.serve.http import Overloaded, Unavailable, logger
 from lumen_ray.serve.image_cache import ImageGone, KeyedImage
 from lumen_ray.serve.job import TrunkJob, TrunkReply
-from lumen_ray.serve.settings import ServeSettings
+from lumen_ray.serve.metrics import STAGE_SECONDS, export_to_ray
+from lumen_ray.serve.readiness import Ping, Readiness
+from lumen_ray.serve.settings import ModelDeployment, ServeSettings
 from lumen_ray.structures import Size
 
 T = TypeVar("T")
@@ -45,7 +48,6 @@ _LOST = (
     ray_errors.NodeDiedError,
     ReplicaUnavailableError,
 )
-_PING_S = 5.0
 #: images of which an ingress replica remembers that a trunk holds them
 _REMEMBERED = 10_000
 
@@ -82,6 +84,12 @@ class ServeBackend:
         self.settings = settings
         self._info: dict[str, Any] | None = None
         self._held: OrderedDict[str, Size] = OrderedDict()
+        stages: dict[str, tuple[DeploymentHandle, ModelDeployment]] = {"trunk": (trunk, settings.trunk)}
+        stages |= {name: (handle, settings.decoder(name)) for name, handle in decoders.items()}
+        self._readiness = {
+            name: Readiness(partial(_ping, handle), partial(_is_running, handle), options.not_ready_after_s)
+            for name, (handle, options) in stages.items()
+        }
 
     async def infer(self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
         """One trunk pass over what is shown, then the decoders that it has links for, in parallel."""
@@ -97,7 +105,7 @@ class ServeBackend:
 
     def _trunk(self, key: str | None = None) -> DeploymentHandle:
         """The trunk for one call: the replica that holds the image of id `key`, any for None."""
-        return self.trunk.options(session_id=key or uuid.uuid4().hex)
+        return self.trunk.options(session_id=key) if key else _any_replica(self.trunk)
 
     def _remember(self, image_id: str, size: Size) -> None:
         self._held[image_id] = size
@@ -120,7 +128,7 @@ class ServeBackend:
         job = TrunkJob(image, tuple(requests), max_new_tokens)
 
         async def call() -> list[Answer]:
-            return await self._decoded(await _awaited(trunk.link.remote(job)), requests)
+            return await self._decoded(await self._timed("trunk", trunk.link.remote(job)), requests)
 
         return await self._retried(call)
 
@@ -128,7 +136,7 @@ class ServeBackend:
         """The answers to a job, with those of the decoders that it has links for."""
         plain = tuple(replace(request, examples={}) for request in requests)  # decoders read no images of examples
         found = await asyncio.gather(
-            *(_awaited(self.decoders[name].decode.remote(reply.output, plain)) for name in reply.decoders)
+            *(self._timed(name, self.decoders[name].decode.remote(reply.output, plain)) for name in reply.decoders)
         )
         rows = zip(reply.answers, *found, strict=True)
         return [next(answer for answer in answers if answer is not None) for answers in rows]
@@ -160,6 +168,7 @@ class ServeBackend:
     async def _written(self, job: TrunkJob, until: float) -> AsyncGenerator[str | Answer, None]:
         """The texts of one call of the trunk and the answer, with what a decoder adds to it."""
         key = job.image.image_id if isinstance(job.image, KeyedImage) else None
+        began = time.monotonic()
         response = self._trunk(key).options(stream=True).link_streaming.remote(job)
         try:
             async with aclosing(_until(response, until)) as pieces:
@@ -167,6 +176,8 @@ class ServeBackend:
                     if not isinstance(piece, TrunkReply):
                         yield piece
                         continue
+                    STAGE_SECONDS.record(time.monotonic() - began, stage="trunk")
+                    self._readiness["trunk"].answered()
                     if isinstance(job.image, KeyedImage):
                         self._remember(job.image.image_id, job.image.size)
                     async with asyncio.timeout(until - time.monotonic()):
@@ -185,16 +196,15 @@ class ServeBackend:
         return info
 
     async def ready(self) -> dict[str, bool]:
-        handles = {"trunk": self._trunk(), **self.decoders}
-        answers = await asyncio.gather(*(self._answers(handle) for handle in handles.values()))
-        return dict(zip(handles, answers, strict=True))
+        answers = await asyncio.gather(*(readiness.check() for readiness in self._readiness.values()))
+        return dict(zip(self._readiness, answers, strict=True))
 
-    async def _answers(self, handle: DeploymentHandle) -> bool:
-        try:
-            async with asyncio.timeout(_PING_S):
-                return await _awaited(handle.ping.remote())
-        except (TimeoutError, ray_errors.RayError, RayServeException):
-            return False
+    async def _timed(self, stage: str, response: _Call[T]) -> T:
+        """The result of a call of the trunk or a decoder."""
+        with STAGE_SECONDS.timed(stage=stage):
+            result = await _awaited(response)
+        self._readiness[stage].answered()
+        return result
 
     async def _retried(self, call: Callable[[], Awaitable[T]]) -> T:
         """Awaits `call`, again if its replica dies: every call here is idempotent. Serve itself does not retry."""
@@ -250,6 +260,27 @@ async def _awaited(response: _Call[T]) -> T:
         raise
 
 
+def _any_replica(handle: DeploymentHandle) -> DeploymentHandle:
+    """A handle for one call: those without a session id go to one replica where sessions have theirs."""
+    return handle.options(session_id=uuid.uuid4().hex)
+
+
+async def _ping(handle: DeploymentHandle) -> Ping:
+    try:
+        return Ping.FINE if await _any_replica(handle).ping.remote() else Ping.STUCK
+    except (ray_errors.RayError, RayServeException) as error:
+        return Ping.BUSY if isinstance(cause_of(error), BackPressureError) else Ping.GONE
+
+
+async def _is_running(handle: DeploymentHandle) -> bool:
+    """Whether Serve's controller knows a running replica: the handle's own list lags behind, and is private."""
+    status = await asyncio.to_thread(serve.status)
+    application = status.applications.get(handle.app_name)
+    deployment = application.deployments.get(handle.deployment_name) if application else None
+    states = deployment.replica_states.items() if deployment else ()
+    return any(state == "RUNNING" and count > 0 for state, count in states)
+
+
 @serve.ingress()
 class Ingress:
     """Builds the FastAPI application in the replica, so that it need not be pickled."""
@@ -260,6 +291,7 @@ class Ingress:
         trunk: DeploymentHandle,
         decoders: dict[str, DeploymentHandle],
     ):
+        export_to_ray()
         self.settings = settings
         self.backend = ServeBackend(trunk, decoders, settings)
         self.gate = Gate(settings)

@@ -5,6 +5,7 @@ Unknown keys are refused here, because Ray Serve accepts them silently."""
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -15,6 +16,8 @@ from lumen_ray.decoders.registry import get
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Dtype
 from lumen_ray.wire.settings import Defaults, Limits
+
+_ORIGIN = re.compile(r"https?://[^/\s*?#@]+", re.ASCII)
 
 
 class Autoscaling(Settings):
@@ -166,9 +169,38 @@ class Http(Settings):
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all interfaces")
     port: int = Field(8000, ge=1, le=65535)
     request_timeout_s: float = Field(60, gt=0, description="seconds after which a request is given up with 504")
-    access_log: bool = Field(False, description="a line in the replicas' logs for every request")
+    access_log: bool = Field(False, description="a line in the ingress's log for every request")
+    log_encoding: Literal["TEXT", "JSON"] = Field("TEXT", description="of the replicas' logs")
+    cors_origins: list[str] = Field(
+        [], description='origins whose pages may call the API, as "https://example.com"; "*" for all; none by default'
+    )
     retries: int = Field(1, ge=0, le=5, description="times a request is repeated when a replica dies under it")
     retry_after_s: int = Field(1, ge=1, description="seconds named in Retry-After when the server is overloaded")
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _origins(cls, origins: list[str]) -> list[str]:
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise UserError(
+                    f"'{origin}' is no origin; give scheme, host and port alone, as 'https://example.com', or '*'"
+                )
+        return origins
+
+
+class Auth(Settings):
+    """API keys, and what each may do in a minute and at a time. The limits hold in each ingress replica."""
+
+    keys_file: str = Field(description="YAML file of the keys' hashes, read again when it changes; see `keys`")
+    requests_per_minute: int | None = Field(None, ge=1, description="of a key that names no other; None: any number")
+    max_concurrent_requests: int | None = Field(None, ge=1, description="of a key that names no other; None: any")
+    open_metrics: bool = Field(False, description="whether /metrics needs no key")
+
+
+class Tracing(Settings):
+    """OpenTelemetry spans, sent where OTEL_EXPORTER_OTLP_ENDPOINT says."""
+
+    sampling_ratio: float = Field(1.0, ge=0, le=1, description="share of requests that are traced")
 
 
 class ServeSettings(Settings):
@@ -176,6 +208,8 @@ class ServeSettings(Settings):
 
     model: str
     http: Http = Http()
+    auth: Auth | None = Field(None, description="who may use the server; None: everyone who reaches it")
+    tracing: Tracing | None = Field(None, description="OpenTelemetry; None: off")
     limits: Limits = Limits()
     defaults: Defaults = Defaults()
     ingress: Deployment = Deployment(max_ongoing_requests=64, max_queued_requests=128, num_cpus=0.5)

@@ -10,6 +10,7 @@ from lumen_ray.serve.batching import Collector, map_grouped, value_of
 from lumen_ray.serve.health import Health
 from lumen_ray.serve.image_cache import ImageCache, ImageGone, KeyedImage, gone
 from lumen_ray.serve.job import TrunkJob, TrunkReply
+from lumen_ray.serve.metrics import export_to_ray
 from lumen_ray.structures import Size
 from lumen_ray.tasks import TASKS
 
@@ -46,6 +47,7 @@ class TrunkReplica:
         serving: Mapping[str, str],
         load: Callable[[str, str, Mapping[str, str]], TrunkStage] = load_trunk,
     ):
+        export_to_ray()
         self.stage = load(model, device, serving)
         self.health = Health(self.stage.loop.busy_s)
         self.images = ImageCache()

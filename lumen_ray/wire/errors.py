@@ -12,6 +12,8 @@ _LONGEST_MESSAGE = 1000
 
 #: reason -> HTTP status; 400 for all other reasons
 STATUS = {
+    "missing_api_key": 401,
+    "invalid_api_key": 401,
     "unknown_task": 404,
     "unknown_model": 404,
     "not_found": 404,
@@ -20,6 +22,8 @@ STATUS = {
     "body_too_large": 413,
     "image_too_large": 413,
     "unsupported_media_type": 415,
+    "rate_limit_exceeded": 429,
+    "too_many_concurrent_requests": 429,
     "internal_error": 500,
     "overloaded": 503,
     "shutting_down": 503,

@@ -92,7 +92,7 @@ def test_the_service_is_the_serve_config_file(variant):
 @every_variant
 def test_pods_that_serve_are_ready_when_the_application_is(variant):
     from lumen_ray.serve.api import create_api
-    from lumen_ray.serve.ingress import _PING_S
+    from lumen_ray.serve.readiness import WAIT_S
     from lumen_ray.serve.settings import ServeSettings
 
     routes = create_api(None, ServeSettings(model="nano")).openapi()["paths"]
@@ -101,7 +101,7 @@ def test_pods_that_serve_are_ready_when_the_application_is(variant):
     for probe in filter(None, probes.values()):
         assert probe["httpGet"] == {"path": "/readyz", "port": 8000}
         assert probe["httpGet"]["path"] in routes
-        assert probe["timeoutSeconds"] > _PING_S  # else the probe would give up before the route does
+        assert probe["timeoutSeconds"] > WAIT_S  # else the probe would give up before the route does
 
 
 # Sizes --------------------------------------------------------------------------------------------------------------

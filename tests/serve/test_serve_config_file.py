@@ -49,6 +49,11 @@ def test_serve_builds_the_application_of_a_config():
         ({"model": "nano", "trunk": {"num_replica": 2}}, "args: unknown key 'trunk.num_replica'; did you mean"),
         ({}, "args: 'model' is required"),
         ({"model": "nano", "http": {"port": 9}}, "args: 'http.port' would have no effect; give it in 'http_options'"),
+        (
+            {"model": "nano", "http": {"log_encoding": "JSON"}},
+            "'http.log_encoding' would have no effect; give",
+        ),
+        ({"model": "nano", "tracing": {}}, "args: 'tracing' would have no effect; give it in 'tracing_config'"),
     ],
 )
 def test_the_builder_names_mistakes(args, says):
@@ -128,3 +133,20 @@ def test_a_config_can_be_checked_alone(tmp_path, capsys):
     assert (
         cli.main(["serve", "--check", "--config", changed(tmp_path, lambda file, app: app["args"].pop("model"))]) == 2
     )
+
+
+def test_logs_and_traces_of_a_file_hold_for_the_command_too(tmp_path):
+    def change(file, app):
+        file["logging_config"]["encoding"] = "JSON"
+        file["tracing_config"] = {"enabled": True, "sampling_ratio": 0.5}
+
+    settings = load_settings(changed(tmp_path, change))
+    assert settings.http.log_encoding == "JSON" and settings.tracing.sampling_ratio == 0.5
+    assert load_settings("nano").http.log_encoding == "TEXT" and load_settings("nano").tracing is None
+
+
+def test_the_keys_file_has_its_place_whatever_the_folder_of_a_replica_is(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = {"model": "nano", "auth": {"keys_file": "keys.yaml"}}
+    ingress = built({"name": "lumen", "import_path": IMPORT_PATH, "args": args})["Ingress"]
+    assert ingress.init_args[0].auth.keys_file == str(tmp_path / "keys.yaml")

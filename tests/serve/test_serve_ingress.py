@@ -187,3 +187,31 @@ def test_ready_asks_both_and_info_is_kept():
     ready, info, _ = asyncio.run(both())
     assert ready == {"trunk": True, "lumen": False} and info == {"preset": "nano"}
     assert [name for name, _ in trunk.calls].count("info") == 1
+
+
+@pytest.mark.parametrize(
+    ("running", "error", "is_ready"),
+    [
+        ({"RUNNING": 1}, BackPressureError(9, 8), True),
+        ({"RUNNING": 1}, wrapped(BackPressureError(9, 8)), True),
+        ({"STARTING": 1}, BackPressureError(9, 8), False),
+        ({"RUNNING": 1}, DeploymentUnavailableError(None), False),
+        ({"RUNNING": 1}, wrapped(ActorDiedError()), False),
+    ],
+)
+def test_overload_of_a_trunk_that_answers_is_no_reason_not_to_be_ready(monkeypatch, running, error, is_ready):
+    """Readiness was lost with a full queue, at all ingress replicas at once."""
+    application = SimpleNamespace(deployments={"Trunk": SimpleNamespace(replica_states=running)})
+    status = SimpleNamespace(applications={"lumen": application})
+    monkeypatch.setattr("lumen_ray.serve.ingress.serve.status", lambda: status)
+    trunk, decoder = Handle(link=[LINKED], ping=[error]), Handle(decode=[["answer"]])
+    trunk.app_name, trunk.deployment_name = "lumen", "Trunk"
+    backend = ServeBackend(trunk, {"lumen": decoder}, ServeSettings(model="m"))
+
+    async def ready():
+        before = await backend.ready()
+        await backend.infer(IMAGE, [query()], 8)
+        return before, await backend.ready()
+
+    before, after = asyncio.run(ready())
+    assert before == {"trunk": False, "lumen": True} and after == {"trunk": is_ready, "lumen": True}

@@ -1,0 +1,95 @@
+"""Headers for browsers: other origins are shut out unless named, and pages load nothing but themselves."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import re
+import shutil
+import subprocess
+import threading
+
+import pytest
+import uvicorn
+from fastapi.testclient import TestClient
+from support.serve_fakes import FakeBackend, base64_png, free_port
+
+from lumen_ray import config
+from lumen_ray.errors import UserError
+from lumen_ray.serve.api import create_api
+from lumen_ray.serve.keys import new_key
+from lumen_ray.serve.settings import Auth, Http, ServeSettings
+
+ORIGIN = "https://app.example.com"
+PREFLIGHT = {
+    "Origin": ORIGIN,
+    "Access-Control-Request-Method": "POST",
+    "Access-Control-Request-Headers": "authorization,content-type",
+}
+
+
+def served(**fields):
+    return TestClient(create_api(FakeBackend(), ServeSettings(model="m", **fields)))
+
+
+@pytest.mark.parametrize("path", ["/", "/docs", "/v1/tasks", "/nothing", "/metrics"])
+def test_every_answer_has_them(path):
+    response = served().get(path)
+    policy = response.headers["content-security-policy"]
+    assert response.headers["x-content-type-options"] == "nosniff"
+    assert response.headers["referrer-policy"] == "no-referrer"
+    assert policy.startswith("default-src 'none'") and "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy
+    assert ("script-src" in policy) == (path in ("/", "/docs"))
+
+
+@pytest.mark.parametrize("path", ["/", "/docs"])
+def test_the_policy_of_a_page_names_its_own_scripts_and_styles(path):
+    response = served().get(path)
+    inline = re.findall(r"<(script|style)[^>]*>(.*?)</\1>", response.text, re.DOTALL)
+    assert {kind for kind, _ in inline} == {"script", "style"}
+    for kind, text in inline:
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert re.search(rf"{kind}-src [^;]*'sha256-{re.escape(digest)}'", response.headers["content-security-policy"])
+    assert not re.search(r"\son\w+=|\sstyle=|<script src|<link rel=.stylesheet", response.text)
+
+
+def test_other_origins_are_shut_out_unless_named(tmp_path):
+    assert not [h for h in served().get("/v1/tasks", headers={"Origin": ORIGIN}).headers if "access-control" in h]
+    key, line = new_key("alice")
+    (tmp_path / "keys.yaml").write_text(line)
+    client = served(http=Http(cors_origins=[ORIGIN]), auth=Auth(keys_file=str(tmp_path / "keys.yaml")))
+    asked = client.options("/v1/caption", headers=PREFLIGHT)  # has no key
+    assert asked.status_code == 200 and asked.headers["access-control-allow-origin"] == ORIGIN
+    refused = client.post("/v1/caption", json={}, headers={"Origin": ORIGIN})
+    assert (refused.status_code, refused.headers["access-control-allow-origin"]) == (401, ORIGIN)
+    headers = {"Origin": ORIGIN, "Authorization": f"Bearer {key}"}
+    given = client.post("/v1/caption", json={"image": base64_png()}, headers=headers)
+    assert given.status_code == 200 and "X-Request-ID" in given.headers["access-control-expose-headers"]
+    stranger = client.options("/v1/caption", headers=PREFLIGHT | {"Origin": "https://evil.example"})
+    assert stranger.status_code == 400 and "access-control-allow-origin" not in stranger.headers
+
+
+@pytest.mark.parametrize("origin", ["app.example.com", "https://a.com/", "https://*.a.com", "ftp://a.com", ""])
+def test_what_is_no_origin_is_refused(origin):
+    with pytest.raises(UserError, match="is no origin"):
+        config.validate(ServeSettings, {"model": "m", "http": {"cors_origins": [origin]}}, "settings")
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
+def test_a_browser_runs_the_page_under_its_policy(tmp_path):
+    port = free_port()
+    api = create_api(FakeBackend(), ServeSettings(model="m"))
+    server = uvicorn.Server(uvicorn.Config(api, port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        for path, shows in (("/", "nano, version abc123"), ("/docs", "/v1/region_caption")):
+            command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+            command += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=5000", "--dump-dom"]
+            command += [f"http://127.0.0.1:{port}{path}"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+            assert shows in done.stdout and "Content Security Policy" not in done.stderr
+    finally:
+        server.should_exit = True
+        thread.join()
