@@ -12,7 +12,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -125,11 +125,14 @@ class Ledger:
         """``images``, ``labelled``, ``copied`` (of those, from an image with the same bytes), ``errors``,
         ``fragments``, ``instances`` (task -> count), ``reasons`` (of errors -> count) and ``first_error`` of all
         finished fragments."""
+        return self._sum(self.entries())
+
+    def _sum(self, entries: Iterable[tuple[int, dict[str, Any]]]) -> dict[str, Any]:
         sums: Counter[str] = Counter(images=0, labelled=0, copied=0, errors=0, fragments=0)
         instances: Counter[str] = Counter()
         reasons: Counter[str] = Counter()
         first: dict[str, str] | None = None
-        for fragment, entry in self.entries():
+        for fragment, entry in entries:
             errors = entry["errors"]
             sums.update(images=entry["images"], labelled=entry["labelled"], errors=len(errors), fragments=1)
             sums["copied"] += entry.get("copied", 0)  # absent in older entries
@@ -138,16 +141,22 @@ class Ledger:
             first = first or (errors[0] if errors else None)
         return {**sums, "instances": dict(instances), "reasons": dict(reasons), "first_error": first}
 
-    def write_errors(self) -> str:
-        """Gathers the failed images of all finished fragments in ``errors.parquet``; returns its place."""
+    def write_errors(self) -> tuple[dict[str, Any], str]:
+        """Gathers the failed images of all finished fragments in ``errors.parquet``; returns `totals` and its place.
+        Each entry is read once."""
         path = self._path("errors.parquet")
         buffer = io.BytesIO()
         with pq.ParquetWriter(buffer, ERROR_SCHEMA) as writer:
-            for _, entry in self.entries():
-                if entry["errors"]:
-                    writer.write_table(pa.Table.from_pylist(entry["errors"], schema=ERROR_SCHEMA))
+
+            def written() -> Iterator[tuple[int, dict[str, Any]]]:
+                for fragment, entry in self.entries():
+                    if entry["errors"]:
+                        writer.write_table(pa.Table.from_pylist(entry["errors"], schema=ERROR_SCHEMA))
+                    yield fragment, entry
+
+            totals = self._sum(written())
         files.write_bytes(path, buffer.getvalue())
-        return path
+        return totals, path
 
     def tables(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
         """The label table of each finished fragment, or these columns of it, in order."""

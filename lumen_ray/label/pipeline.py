@@ -328,7 +328,7 @@ def _finish(ledger: Ledger, status: Status, exports: Sequence[str], left_out: Co
     from lumen_ray.label.exporters.export import export
 
     ledger.remove_leftovers()
-    totals, errors_path = ledger.totals(), ledger.write_errors()
+    totals, errors_path = ledger.write_errors()
     if totals["images"] and not totals["labelled"]:
         first = totals["first_error"]
         raise UserError(

@@ -11,8 +11,9 @@ import json
 import pickle
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,6 +44,8 @@ from lumen_ray.presets import model_folder
 _SAMPLE_BYTES = 1 << 20
 #: images of a store that an actor fetches at once
 FETCHED_AT_ONCE = 8
+#: fragments that are being published while the model has the next one
+PUBLISHED_BEHIND = 2
 #: of `StoreError`: where no image of a fragment can be read for these, the job stops instead of recording all of them
 _STORE_REASONS = ("store_unreachable", "unknown_store")
 
@@ -133,6 +136,7 @@ class Labeller:
         threads = settings.threads or 1
         self._decoders = ThreadPoolExecutor(threads, "label-decode") if threads > 1 else None
         self._fetchers = ThreadPoolExecutor(FETCHED_AT_ONCE, "label-fetch")
+        self._publisher = ThreadPoolExecutor(1, "label-publish")
         self._row_groups = Reader()
         self._duplicates = Duplicates(self.ledger, settings.index) if settings.index is not None else None
         self._busy_seconds = 0.0
@@ -180,20 +184,26 @@ class Labeller:
         if self.fault:
             return outcome
         waiting: list[Fragment] = []
-        for fragment in fragments:
-            if (entry := self.ledger.entry(fragment.index)) is None:
+        entries = self._fetchers.map(self.ledger.entry, [fragment.index for fragment in fragments])
+        for fragment, entry in zip(fragments, entries, strict=True):
+            if entry is None:
                 waiting.append(fragment)
             else:
                 outcome.done += entry["images"]
                 outcome.errors += len(entry["errors"])
                 outcome.copied += entry.get("copied", 0)
+        publishing: deque[Future[None]] = deque()
         try:
             for fragment, images in self._answered(waiting):
-                self._publish(fragment, images, outcome)
-                if self._duplicates is not None:
-                    self._duplicates.published(fragment.index, images)
+                publishing.append(self._publisher.submit(self._publish, fragment, images, outcome))
+                if len(publishing) > PUBLISHED_BEHIND:
+                    publishing.popleft().result()
+            while publishing:
+                publishing.popleft().result()
         except UserError as error:  # the store of the images or of the labels is gone, the disk is full
             outcome.stop = (str(error), error.reason)
+        finally:
+            wait(publishing)  # `outcome` is theirs until then
         now = time.monotonic()
         outcome.seconds, self._reported = now - self._reported, now
         outcome.busy_seconds, self._busy_seconds = self._busy_seconds, 0.0
@@ -253,8 +263,10 @@ class Labeller:
         self._busy_seconds += time.monotonic() - began
 
     def _publish(self, fragment: Fragment, images: Sequence[ImageInHand], outcome: Outcome) -> None:
-        """Nothing that the model failed on is published before its first success, so that a bad model leaves no errors
-        to clean up."""
+        """Runs in a thread, fragment after fragment, so that the model does not wait for a store.
+
+        Nothing that the model failed on is published before its first success, so that a bad model leaves no errors to
+        clean up."""
         errors = [image.error() for image in images if image.reason]
         if len(errors) == len(images) > 1 and all(error["reason"] in _STORE_REASONS for error in errors):
             raise UserError(errors[0]["message"], errors[0]["reason"])
@@ -269,6 +281,8 @@ class Labeller:
             return
         records = [record for image in images for record in image.records]
         self.ledger.publish(fragment.index, len(images), records, errors)
+        if self._duplicates is not None:
+            self._duplicates.published(fragment.index, images)
 
     def _answer(self, images: Sequence[ImageInHand]) -> None:
         """Fills in the records of images, and forgets their pixels. A pass that fails is retried image by image."""

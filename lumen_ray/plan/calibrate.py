@@ -289,7 +289,6 @@ class _Ray:
         for _ in range(3):
             began = time.perf_counter()
             ledger.remove_leftovers()
-            ledger.totals()
             ledger.write_errors()
             finishing.append((time.perf_counter() - began) / len(fragments))
         known: Any = _Planned(fragments)

@@ -1,20 +1,22 @@
 """The pipeline of a label job as a simulation: lister, driver and actors as in `label/runs.py` and `label/workers.py`.
 
-An actor reads and decodes a batch while the model has the one before, and publishes each fragment before it goes on.
-The lister hands out tasks, which grow with the job; the driver gives an actor its next task while it works on one.
+An actor reads and decodes a batch while the model has the one before, and publishes a fragment while it goes on with
+the next ones. The lister hands out tasks, which grow with the job; the driver gives an actor its next task while it
+works on one.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from lumen_ray.label.runs import task_size
-from lumen_ray.plan.events import Process, Queue, Shared, Simulation
+from lumen_ray.label.workers import FETCHED_AT_ONCE, PUBLISHED_BEHIND
+from lumen_ray.plan.events import Process, Queue, Shared, Simulation, Wait
 from lumen_ray.plan.times import Draws, StageTimes
 
 #: Ray Data's tasks of an actor: one that runs and one that waits
@@ -200,7 +202,8 @@ class Pipeline:
         times, simulation = self.times, self.simulation
         if times.request_s:
             began = simulation.now
-            yield simulation.sleep(times.request_s * len(task.fragments))  # whether each fragment is done already
+            # whether each fragment is done already
+            yield simulation.sleep(times.request_s * math.ceil(len(task.fragments) / FETCHED_AT_ONCE))
             self._spend("publishing", began)
         yield actor.cores.use(self._worker.draw(), 1.0, "worker")
         size = times.batch_size
@@ -210,6 +213,7 @@ class Pipeline:
             for start in range(0, images, size)
         ]
         coming = simulation.start(self._read(actor, batches[0][0]))
+        publishing: list[Wait] = []
         for number, (images, is_last) in enumerate(batches):
             yield coming
             if number + 1 < len(batches):
@@ -220,12 +224,21 @@ class Pipeline:
             if actor.is_lost:
                 return
             if is_last:
-                began = simulation.now
-                yield actor.cores.use(self._publishing.draw(), 1.0, "publishing")
-                if times.request_s:
-                    yield simulation.sleep(2 * times.request_s)  # labels, then the entry in the ledger
-                self._spend("publishing", began)
-                self.images += task.fragments.pop(0)
+                publishing.append(simulation.start(self._publish(actor, task, publishing[-1:])))
+                if len(publishing) > PUBLISHED_BEHIND:
+                    yield publishing.pop(0)
+        yield from publishing
+
+    def _publish(self, actor: _Actor, task: _Task, before: Sequence[Wait]) -> Process:
+        """Publishes the next fragment of a task once that `before` it is published."""
+        yield from before
+        began = self.simulation.now
+        yield actor.cores.use(self._publishing.draw(), 1.0, "publishing")
+        if self.times.request_s:
+            yield self.simulation.sleep(2 * self.times.request_s)  # labels, then the entry in the ledger
+        self._spend("publishing", began)
+        if not actor.is_lost:
+            self.images += task.fragments.pop(0)
 
     def _read(self, actor: _Actor, images: int) -> Process:
         """Reads a batch and decodes it, several images at once where there are threads for them."""

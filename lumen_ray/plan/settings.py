@@ -26,7 +26,7 @@ LIST_S, REQUEST_S, STREAM = 1e-4, 0.03, 50e6
 DECODE_S_PER_MEGAPIXEL, PUBLISH_S = 0.008, 0.01
 DRIVER_S, WORKER_S, RAY_START_S = 0.007, 0.008, 20.0
 START_S, WEIGHTS_PER_S = 30.0, 1e9
-LEDGER_S = 2 * REQUEST_S / 32  # entries are read twice at the end, 32 at a time
+LEDGER_S = REQUEST_S / 32  # entries are read at the end, 32 at a time
 MFU = 0.35  # share of the GPU's peak that passes of a batch reach
 IMAGE_MB, MEGAPIXELS = 0.5, 2.0
 

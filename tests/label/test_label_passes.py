@@ -1,11 +1,18 @@
+import threading
 from collections import Counter
 
 from hypothesis import given
 from hypothesis import strategies as st
-from support.label_fakes import FakeEngine, encode, picture
+from support.label_fakes import FakeEngine, encode, picture, write_images
 
+from lumen_ray.errors import UserError
+from lumen_ray.inference.request import make_request
+from lumen_ray.label.inputs import Item
+from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.passes import Passes
 from lumen_ray.label.pipeline import label
+from lumen_ray.label.plan import Fragment
+from lumen_ray.label.workers import Labeller, WorkerSettings
 
 SIZES = [(64, 64), (48, 64), (64, 48), (32, 64), (64, 20)]
 
@@ -55,3 +62,48 @@ def test_images_of_one_input_size_share_a_pass_across_batches(tmp_path):
     assert summary["labelled"] == 22
     assert [len(one) for one in engine.seen] == [8, 8, 2, 2, 1, 1]  # twice `batch_size`; then the ends of the fragments
     assert all(len(set(one)) == 1 for one in engine.seen)
+
+
+def test_a_fragment_is_published_while_the_model_has_the_next_one(tmp_path, monkeypatch):
+    went_on, waited = threading.Event(), []
+
+    class Engine(FakeEngine):
+        def run(self, images, requests, **options):
+            if self.images:
+                went_on.set()
+            return super().run(images, requests, **options)
+
+    publish = Ledger.publish
+
+    def slow(self, fragment, *rest):
+        if fragment == 0:
+            waited.append(went_on.wait(20))
+        return publish(self, fragment, *rest)
+
+    monkeypatch.setattr(Ledger, "publish", slow)
+    fragments = [Fragment(n, tuple(items)) for n, items in enumerate(two_fragments(tmp_path / "photos"))]
+    settings = WorkerSettings(Engine, (make_request("detect", classes=["square"]),), output=str(tmp_path / "out"))
+    outcome = Labeller(settings).label(fragments)
+    assert waited == [True] and (outcome.done, outcome.errors, outcome.stop) == (6, 0, None)
+    assert Ledger(str(tmp_path / "out")).done() == {0, 1}
+
+
+def test_what_was_published_before_a_store_failed_stays(tmp_path, monkeypatch):
+    publish = Ledger.publish
+
+    def full(self, fragment, *rest):
+        if fragment == 1:
+            raise UserError("the disk is full", "disk_full")
+        return publish(self, fragment, *rest)
+
+    monkeypatch.setattr(Ledger, "publish", full)
+    fragments = [Fragment(n, tuple(items)) for n, items in enumerate(two_fragments(tmp_path / "photos"))]
+    settings = WorkerSettings(FakeEngine, (make_request("detect", classes=["square"]),), output=str(tmp_path / "out"))
+    outcome = Labeller(settings).label(fragments)
+    assert outcome.stop == ("the disk is full", "disk_full") and Ledger(str(tmp_path / "out")).done() == {0}
+
+
+def two_fragments(folder):
+    paths = sorted(write_images(folder, 6).iterdir())
+    items = [Item(path.name, str(path)) for path in paths]
+    return items[:3], items[3:]

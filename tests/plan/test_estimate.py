@@ -32,8 +32,9 @@ EIGHT = Cluster(actors=8, cores=96, actors_per_node=8, threads=4)
         (EIGHT, MODEL | {"reading": 0.5, "read_at_once": 8}, 64, 80),
         (EIGHT, MODEL | {"decoding": 0.8}, 64, 40),  # 4 threads each
         (replace(EIGHT, threads=1), MODEL | {"decoding": 0.4}, 64, 20),
-        (EIGHT, MODEL | {"publishing": 3.2}, 64, 40),  # an actor publishes between batches
-        (EIGHT, MODEL | {"request_s": 3.2 / 3}, 64, 40),  # three requests per fragment
+        (EIGHT, MODEL | {"publishing": 3.0}, 64, 80),  # an actor publishes beside the model
+        (EIGHT, MODEL | {"publishing": 6.4}, 64, 40),
+        (EIGHT, MODEL | {"request_s": 3.2}, 64, 37.6),  # two requests per fragment, and one of eight at once before
     ],
 )
 def test_throughput(cluster, stages, size, rate):
