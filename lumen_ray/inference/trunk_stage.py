@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import replace
 from functools import partial
@@ -175,6 +175,12 @@ class TrunkStage(FromFolder):
             with self.loop.turn() if pending or linked else nullcontext():
                 pending += self._text_links(linked, plans)
                 return self._output(encoded.prefix, pending, plans, inputs, class_chunk)
+
+    def room(self, number: int, size: Size) -> AbstractContextManager[None]:
+        """Reserves memory for the keys and values of `number` images of (height, width) `size` while they are encoded
+        and asked about, as `links` does for those that it encodes itself."""
+        image_tokens = math.prod(self.trunk.vision.grid(*self.bucket(size)))
+        return self.loop.images(number * (len(self.trunk.lead) + image_tokens))
 
     def _text_alone(self, inputs: Inputs) -> bool:
         """Whether nothing in the batch attends to a prefix."""

@@ -36,6 +36,11 @@ class ImageInHand:
     message: str = ""
 
     @property
+    def is_open(self) -> bool:
+        """Whether it is neither failed nor labelled, nor going to be a copy."""
+        return not (self.reason or self.twin or self.records)
+
+    @property
     def is_ready(self) -> bool:
         """Whether the model can look at it."""
         return self.picture is not None or self.large is not None
@@ -69,9 +74,11 @@ def read_images(
 
     def decoded(image: ImageInHand) -> ImageInHand:
         try:
-            if by_window and image.data and not (image.reason or image.twin or image.records):
+            if not image.is_open:
+                image.large = None
+            elif by_window and image.data:
                 image.large = find_large(image.data)
-            if not (image.reason or image.twin or image.records or image.large):
+            if image.is_open and image.large is None:
                 image.picture = decode_reduced(image.data, largest_side)
                 image.phash = perceptual_hash(image.picture.pixels) if with_phash else None
         except UserError as error:

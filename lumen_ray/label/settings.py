@@ -83,6 +83,11 @@ def check_second_look(
 ) -> None:
     """Raises `UserError` for a second look that the decoders of the model folder cannot take, before an actor is
     started."""
+    if second.verify and all(TASKS[task].is_text for task in tasks):
+        raise UserError(
+            "verify asks about instances, and no task finds any; add one such as detect, or leave verify out",
+            "nothing_to_verify",
+        )
     if second.agree_with is None or callable(model):
         return
     from lumen_ray.model.settings import read_settings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from lumen_ray.label.exporters.labels import LabelledImage, Labels
@@ -113,11 +113,13 @@ def choose_for_review(labels: Labels, budget: int) -> list[Choice]:
       find the class in any image;
     - ``disputed``, by a half: 1 - the lowest agreement of an instance with a second decoder (`label --agree-with`);
     - ``empty``, by 0.3: nothing was found at all.
+
+    Copies of other images (`label --dedup`) are not chosen and do not count.
     """
     tasks = labels.boxed_tasks()
     with_class: dict[str, int] = {}
     asked: dict[str, set[str]] = {task: set() for task in tasks}  # as far as it was found anywhere
-    for image in labels.images():
+    for image in _originals(labels):
         for task in tasks:
             asked[task] |= {record["phrase"] for record in image.instances(task)}
         for phrase in {record["phrase"] for task in tasks for record in image.instances(task)}:
@@ -125,7 +127,7 @@ def choose_for_review(labels: Labels, budget: int) -> list[Choice]:
     most = math.log1p(max(with_class.values(), default=1))
     rarity = {phrase: 1 - math.log1p(number) / most for phrase, number in with_class.items()}
     chosen: list[tuple[float, int, Choice]] = []
-    for image in labels.images():
+    for image in _originals(labels):
         reasons = _reasons(image, asked, rarity)
         choice = Choice(image.number, image.image_id, sum(reasons.values()), reasons)
         entry = (choice.score, -choice.number, choice)
@@ -134,6 +136,10 @@ def choose_for_review(labels: Labels, budget: int) -> list[Choice]:
         else:
             heapq.heappushpop(chosen, entry)
     return [choice for _, _, choice in sorted(chosen, key=lambda entry: entry[:2], reverse=True)]
+
+
+def _originals(labels: Labels) -> Iterator[LabelledImage]:
+    return (image for image in labels.images() if image.duplicate_of is None)
 
 
 def _reasons(image: LabelledImage, asked: Mapping[str, set[str]], rarity: dict[str, float]) -> dict[str, float]:

@@ -23,7 +23,7 @@ import numpy as np
 
 from lumen_ray.answer import Answer
 from lumen_ray.data import urls
-from lumen_ray.data.images import Picture
+from lumen_ray.data.images import Picture, as_picture
 from lumen_ray.errors import UserError
 from lumen_ray.inference.device import find_device
 from lumen_ray.inference.protocol import EngineProtocol
@@ -212,7 +212,8 @@ class Labeller:
     def _answered(self, fragments: Sequence[Fragment]) -> Iterator[tuple[Fragment, list[ImageInHand]]]:
         """The fragments with all their images answered. The next batch is read while the model has this one.
 
-        Which images share a pass depends on their fragment alone, so that a resumed job gets the same results."""
+        Which images share a pass depends on their fragment alone, so that a resumed job gets the same results; copies
+        of other images take no part."""
         size = self.settings.batch_size
         batches = [
             (fragment, fragment.items[start : start + size], start + size >= len(fragment.items))
@@ -236,8 +237,8 @@ class Labeller:
             images += batch
             for image in batch:
                 if image.is_ready:
-                    large = self._is_tiled(image)
-                    self._look([image] if large else passes.add(image, self.engine.input_size(_shown(image))))
+                    for some in [[image]] if self._is_tiled(image) else self._full_passes(passes, image):
+                        self._look(some)
             if is_last:
                 for rest in passes.rest():
                     self._look(rest)
@@ -255,6 +256,10 @@ class Labeller:
         reader, decoders, fetchers = self._row_groups, self._decoders, self._fetchers
         tiled = self.settings.tiles is not None
         return read_images(items, side, reader, decoders, fetchers, tiled, look_up, with_phash=found is not None)
+
+    def _full_passes(self, passes: Passes[ImageInHand], image: ImageInHand) -> list[list[ImageInHand]]:
+        shown = _shown(image)
+        return passes.add(image, self.engine.input_size(shown), as_picture(shown).pixels.nbytes)
 
     def _look(self, images: Sequence[ImageInHand]) -> None:
         """Answers a pass."""

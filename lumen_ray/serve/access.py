@@ -34,21 +34,29 @@ class Access:
             await self.app(scope, receive, send)
             return
         start = perf_counter()
-        status, size, is_stream, first = 0, 0, False, None
+        status, size, is_stream, first, is_over = 0, 0, False, None, False
+
+        async def watched_receive() -> Message:
+            nonlocal status
+            message = await receive()
+            if message["type"] == "http.disconnect" and not is_over:
+                status = _CLIENT_LEFT
+            return message
 
         async def watched_send(message: Message) -> None:
-            nonlocal status, size, is_stream, first
+            nonlocal status, size, is_stream, first, is_over
             if message["type"] == "http.response.start":
                 status = message["status"]
                 is_stream = _is_stream(message)
-            elif message.get("body"):
-                size += len(message["body"])
-                if is_stream and first is None:
+            else:
+                is_over = not message.get("more_body", False)
+                size += len(message.get("body", b""))
+                if is_stream and first is None and message.get("body"):
                     first = perf_counter() - start
             await send(message)
 
         try:
-            await self.app(scope, receive, watched_send)
+            await self.app(scope, watched_receive, watched_send)
         except asyncio.CancelledError:
             status = _CLIENT_LEFT
             raise

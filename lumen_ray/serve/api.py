@@ -64,8 +64,8 @@ def create_api(backend: Backend, settings: ServeSettings, gate: Gate | None = No
     `gate`: of the requests that come in, by default one of its own. FastAPI's documentation pages are replaced: they
     load scripts from a remote host.
     """
-    codes = (400, 404, 413, 503) if settings.auth is None else (400, 401, 404, 413, 429, 503)
-    errors: dict[int | str, dict[str, Any]] = {code: {"model": schemas.ErrorResponse} for code in codes}
+    codes = [400, 404, 410, 413, 415, 500, 503, 504, *([] if settings.auth is None else [401, 429])]
+    errors: dict[int | str, dict[str, Any]] = {code: {"model": schemas.ErrorResponse} for code in sorted(codes)}
     backend = MeasuredBackend(backend)
     api = FastAPI(title="lumen_ray", version=__version__, summary=_SUMMARY, docs_url=None, redoc_url=None)
     install_error_handlers(api)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from functools import partial
 from typing import Any, Protocol
 
@@ -12,12 +13,13 @@ from lumen_ray.answer import Answer
 from lumen_ray.data.images import Picture
 from lumen_ray.errors import UserError
 from lumen_ray.inference.request import Request, Shown
+from lumen_ray.serve.http import Unavailable
 from lumen_ray.serve.image_cache import ImageGone, KeyedImage, gone, image_id
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.structures import Size
 from lumen_ray.wire import schemas
-from lumen_ray.wire.images import check_sizes
-from lumen_ray.wire.requests import Asked, prepare
+from lumen_ray.wire.requests import Asked, decode_examples, prepare
+from lumen_ray.wire.settings import Limits
 
 
 class Backend(Protocol):
@@ -29,9 +31,9 @@ class Backend(Protocol):
 
     def stream(
         self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int
-    ) -> AsyncIterator[str | Answer]:
-        """The texts of the answer to a single request as they are written, then the answer. Raises as `infer`,
-        `ImageGone` before the first text."""
+    ) -> AsyncGenerator[str | Answer, None]:
+        """The texts of the answer to a single request as they are written, then the answer. Raises as `infer`, also
+        behind some text."""
 
     async def held_size(self, image_id: str, ask: bool) -> Size | None:
         """(height, width) of an image that a trunk holds, as far as this process remembers, or, with `ask`, as the
@@ -64,15 +66,15 @@ async def answer_each(
     places: Sequence[str] = (),
 ) -> tuple[list[list[Answer]], dict[str, Any]]:
     """`answer` about each of several images: a list for each, and the response's fields; the times are the longest.
-    `places`: as of `decode_images`."""
+    `places`: as of `decode_images`. The limits of a request hold for all images together, with those of examples."""
     if len(encoded) > settings.limits.max_images:
         raise UserError(
             f"{len(encoded)} images in one request; give at most {settings.limits.max_images}", "too_many_images"
         )
-    await asyncio.to_thread(check_sizes, encoded, settings.limits.max_pixels, places)
+    examples = await asyncio.to_thread(decode_examples, tasks, settings.limits, encoded, places)
 
     def asked(number: int) -> Asked:
-        return Asked([encoded[number]], tasks, places=places[number : number + 1], copies=len(encoded))
+        return Asked([encoded[number]], tasks, (), places[number : number + 1], len(encoded), examples)
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -98,7 +100,7 @@ async def ask(
         if not call.asked.encoded:
             raise
         answers = await backend.infer(*await call.prepare(None))
-    return answers, call.extra()
+    return answers, await call.extra()
 
 
 async def ask_streaming(
@@ -107,24 +109,59 @@ async def ask_streaming(
     """The texts of the answer to the single task that `read` finds, as they are written, then the answer with the
     response's fields as of `ask`. What is wrong with the request is raised before the first text."""
     call = await _Call.begin(backend, settings, read, None)
-    held = call.held
+    held, text = call.held, SentText()
     while True:
+        text.begin()
         try:
-            async for piece in backend.stream(*await call.prepare(held)):
-                yield (piece, call.extra()) if isinstance(piece, Answer) else piece
+            async with aclosing(backend.stream(*await call.prepare(held))) as pieces:
+                async for piece in pieces:
+                    if isinstance(piece, Answer):
+                        yield piece, await call.extra()
+                    elif new := text.unsent(piece):
+                        yield new
             return
-        except ImageGone:  # nothing was written yet
+        except ImageGone:  # also behind some text, where a replica died and the next one does not hold the image
             if held is None:
                 raise
             held = None
 
 
+class SentText:
+    """The text of an answer that a client has. An answer that is written again, after a replica died, goes on there."""
+
+    def __init__(self) -> None:
+        self._sent = self._written = ""
+
+    def begin(self) -> None:
+        """The answer is written from its beginning."""
+        self._written = ""
+
+    def unsent(self, piece: str) -> str:
+        """What is new in the next piece; empty while the answer is not as far as before. Raises `Unavailable` if it is
+        another one."""
+        self._written += piece
+        if not (self._written.startswith(self._sent) or self._sent.startswith(self._written)):
+            raise Unavailable("a replica died during this answer; ask again")
+        new = self._written[len(self._sent) :]
+        self._sent += new
+        return new
+
+
 class _Call:
     """A request on its way. `held`: (height, width) of its image, if a trunk is said to hold it."""
 
-    def __init__(self, asked: Asked, settings: ServeSettings, info: dict[str, Any], key: str | None, held: Size | None):
+    def __init__(
+        self,
+        asked: Asked,
+        backend: Backend,
+        settings: ServeSettings,
+        info: dict[str, Any],
+        key: str | None,
+        held: Size | None,
+    ):
         self.asked, self.held = asked, held
-        self._settings, self._info, self._key = settings, info, key
+        self._backend, self._settings, self._info, self._key = backend, settings, info, key
+        self._requests: tuple[Request, ...] | None = None
         self._start, self._decoding = time.perf_counter(), 0.0
 
     @classmethod
@@ -132,30 +169,41 @@ class _Call:
         cls, backend: Backend, settings: ServeSettings, read: Callable[[], Asked], held_id: str | None
     ) -> _Call:
         start = time.perf_counter()
-        info, asked = await backend.info(), await asyncio.to_thread(read)
-        key = held_id
-        if key is None and len(asked.encoded) == 1 and settings.trunk.image_cache_mb:
-            key = image_id(asked.encoded[0])
+        info = await backend.info()
+
+        def read_and_hash() -> tuple[Asked, str | None]:
+            asked = read()
+            is_kept = held_id is None and len(asked.encoded) == 1 and settings.trunk.image_cache_mb
+            return asked, image_id(asked.encoded[0]) if is_kept else held_id
+
+        asked, key = await asyncio.to_thread(read_and_hash)
         held = None if key is None else await backend.held_size(key, ask=held_id is not None)
         if held_id is not None and held is None:
             raise gone(held_id)
-        call = cls(asked, settings, info, key, held)
+        call = cls(asked, backend, settings, info, key, held)
         call._start = start
         return call
 
     async def prepare(self, held: Size | None) -> tuple[Shown | KeyedImage, tuple[Request, ...], int]:
-        """The arguments of the backend, with the image decoded unless it is `held`."""
+        """The arguments of the backend, with the image decoded unless it is `held`; the requests are the same each
+        time, with the seed that was drawn."""
         began = time.perf_counter()
-        limits, defaults, side = self._settings.limits, self._settings.defaults, self._info.get("largest_side")
-        prepared = await asyncio.to_thread(prepare, self.asked, limits, defaults, side, held)
+        defaults, side = self._settings.defaults, self._info.get("largest_side")
+        prepared = await asyncio.to_thread(prepare, self.asked, self._limits(), defaults, side, held)
         self._decoding += time.perf_counter() - began
         shown: Shown | KeyedImage = prepared.shown
         if self._key is not None:
             assert shown is None or isinstance(shown, Picture)
             shown = KeyedImage(self._key, prepared.size, shown)
-        return shown, prepared.requests, prepared.max_new_tokens
+        self._requests = self._requests or prepared.requests
+        return shown, self._requests, prepared.max_new_tokens
 
-    def extra(self) -> dict[str, Any]:
+    def _limits(self) -> Limits:
+        """Of the settings; the model's own classes are never too many."""
+        limits, own = self._settings.limits, len(self._info.get("classes", ()))
+        return limits if own <= limits.max_classes else limits.model_copy(update={"max_classes": own})
+
+    async def extra(self) -> dict[str, Any]:
         """Fields of the response, now that it is complete."""
         total = time.perf_counter() - self._start
         timing = {"decode": self._decoding, "model": total - self._decoding, "total": total}
@@ -163,6 +211,6 @@ class _Call:
             "model": f"{self._info['preset']}@{self._info['version']}",
             "timing_ms": {name: round(1000 * seconds, 1) for name, seconds in timing.items()},
         }
-        if self._key is not None:
+        if self._key is not None and await self._backend.held_size(self._key, ask=False):
             extra["image_id"] = self._key
         return extra

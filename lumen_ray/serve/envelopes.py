@@ -12,19 +12,22 @@ from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lumen_ray.serve.http import local_path
+
 #: from the fields of `schemas.ErrorBody` to the body of the other API's error
 Envelope = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 class Envelopes:
-    """Outermost middleware. `envelopes`: by the first segment of the path, such as ``hf``."""
+    """Middleware around all that refuses requests. `envelopes`: by the first segment of the path, such as ``hf``."""
 
     def __init__(self, app: ASGIApp, envelopes: Mapping[str, Envelope]):
         self.app = app
         self.envelopes = envelopes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        envelope = self.envelopes.get(scope["path"].split("/")[1]) if scope["type"] == "http" else None
+        first = local_path(scope).lstrip("/").partition("/")[0] if scope["type"] == "http" else ""
+        envelope = self.envelopes.get(first)
         if envelope is None:
             await self.app(scope, receive, send)
             return

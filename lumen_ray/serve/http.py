@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumen_ray.errors import UserError
@@ -126,7 +127,7 @@ def body_too_large(limit: int) -> UserError:
 
 
 class Guard:
-    """Outermost middleware: numbers requests, stops oversized bodies as they arrive, and turns uncaught exceptions into
+    """Middleware: numbers requests, stops oversized bodies as they arrive, and turns uncaught exceptions into
     a 500 without a traceback. Plain ASGI, because Starlette's handler for `Exception` re-raises."""
 
     def __init__(self, app: ASGIApp, max_body_bytes: int):
@@ -156,6 +157,8 @@ class Guard:
             if length and length.isdigit() and int(length) > self.max_body_bytes:
                 raise body_too_large(self.max_body_bytes)
             await self.app(scope, self._counting(receive), numbered_send)
+        except ClientDisconnect:  # before its body was here: nobody reads an answer
+            return
         except UserError as error:
             if started:
                 raise

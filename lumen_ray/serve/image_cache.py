@@ -83,6 +83,9 @@ class ImageCache:
             self.max_bytes = max_bytes
             self._shrink()
 
+    def __contains__(self, image_id: object) -> bool:
+        return image_id in self._images
+
     def size_of(self, image_id: str) -> Size | None:
         """(height, width) of a held image as stored; None if it is not held."""
         with self._lock:

@@ -29,6 +29,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.inference.request import Request, Shown
 from lumen_ray.serve.admission import Gate
 from lumen_ray.serve.api import create_api
+from lumen_ray.serve.asking import SentText
 from lumen_ray.serve.http import Overloaded, Unavailable, logger
 from lumen_ray.serve.image_cache import ImageGone, KeyedImage
 from lumen_ray.serve.job import TrunkJob, TrunkReply
@@ -93,25 +94,32 @@ class ServeBackend:
 
     async def infer(self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
         """One trunk pass over what is shown, then the decoders that it has links for, in parallel."""
-        key = image.image_id if isinstance(image, KeyedImage) else None
+        job, key = TrunkJob(image, tuple(requests), max_new_tokens), _key_of(image)
+
+        async def call() -> list[Answer]:
+            reply: TrunkReply = await self._timed("trunk", self._trunk(key).link.remote(job))
+            self._remember(job.image, reply)
+            return await self._decoded(reply, requests)
+
         try:
-            answers = await self._infer(image, requests, max_new_tokens, self._trunk(key))
+            return await self._retried(call)
         except ImageGone:
             self._held.pop(key or "", None)
             raise
-        if isinstance(image, KeyedImage):
-            self._remember(image.image_id, image.size)
-        return answers
 
     def _trunk(self, key: str | None = None) -> DeploymentHandle:
         """The trunk for one call: the replica that holds the image of id `key`, any for None."""
         return self.trunk.options(session_id=key) if key else _any_replica(self.trunk)
 
-    def _remember(self, image_id: str, size: Size) -> None:
-        self._held[image_id] = size
-        self._held.move_to_end(image_id)
-        if len(self._held) > _REMEMBERED:
-            self._held.popitem(last=False)
+    def _remember(self, image: Shown | KeyedImage, reply: TrunkReply) -> None:
+        """Whether a trunk holds the image of a call."""
+        if not isinstance(image, KeyedImage):
+            return
+        self._held.pop(image.image_id, None)
+        if reply.is_held:
+            self._held[image.image_id] = image.size
+            if len(self._held) > _REMEMBERED:
+                self._held.popitem(last=False)
 
     async def held_size(self, image_id: str, ask: bool) -> Size | None:
         if not self.settings.trunk.image_cache_mb:
@@ -119,18 +127,8 @@ class ServeBackend:
         if image_id not in self._held and ask:
             size = await self._retried(lambda: _awaited(self._trunk(image_id).image_size.remote(image_id)))
             if size is not None:
-                self._remember(image_id, size)
+                self._held[image_id] = size
         return self._held.get(image_id)
-
-    async def _infer(
-        self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int, trunk: DeploymentHandle
-    ) -> list[Answer]:
-        job = TrunkJob(image, tuple(requests), max_new_tokens)
-
-        async def call() -> list[Answer]:
-            return await self._decoded(await self._timed("trunk", trunk.link.remote(job)), requests)
-
-        return await self._retried(call)
 
     async def _decoded(self, reply: TrunkReply, requests: Sequence[Request]) -> list[Answer]:
         """The answers to a job, with those of the decoders that it has links for."""
@@ -145,21 +143,17 @@ class ServeBackend:
         self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int
     ) -> AsyncGenerator[str | Answer, None]:
         """When a replica dies, another one writes the answer again, of which what was sent is left out."""
-        job, http, sent = TrunkJob(image, tuple(requests), max_new_tokens), self.settings.http, ""
+        job, http, text = TrunkJob(image, tuple(requests), max_new_tokens), self.settings.http, SentText()
         until = time.monotonic() + http.request_timeout_s
         for attempt in range(http.retries + 1):
-            written = ""
+            text.begin()
             try:
                 async with aclosing(self._written(job, until)) as pieces:
                     async for piece in pieces:
                         if isinstance(piece, Answer):
                             yield piece
                             return
-                        written += piece
-                        if not (written.startswith(sent) or sent.startswith(written)):
-                            raise Unavailable("a replica died during this answer; ask again")
-                        if len(written) > len(sent):
-                            new, sent = written[len(sent) :], written
+                        if new := text.unsent(piece):
                             yield new
             except (ray_errors.RayError, RayServeException) as error:
                 self._check_lost(error, attempt)
@@ -167,7 +161,7 @@ class ServeBackend:
 
     async def _written(self, job: TrunkJob, until: float) -> AsyncGenerator[str | Answer, None]:
         """The texts of one call of the trunk and the answer, with what a decoder adds to it."""
-        key = job.image.image_id if isinstance(job.image, KeyedImage) else None
+        key = _key_of(job.image)
         began = time.monotonic()
         response = self._trunk(key).options(stream=True).link_streaming.remote(job)
         try:
@@ -178,8 +172,7 @@ class ServeBackend:
                         continue
                     STAGE_SECONDS.record(time.monotonic() - began, stage="trunk")
                     self._readiness["trunk"].answered()
-                    if isinstance(job.image, KeyedImage):
-                        self._remember(job.image.image_id, job.image.size)
+                    self._remember(job.image, piece)
                     async with asyncio.timeout(until - time.monotonic()):
                         (answer,) = await self._decoded(piece, job.requests)
                     yield answer
@@ -258,6 +251,10 @@ async def _awaited(response: _Call[T]) -> T:
     except asyncio.CancelledError:
         response.cancel()
         raise
+
+
+def _key_of(image: Shown | KeyedImage) -> str | None:
+    return image.image_id if isinstance(image, KeyedImage) else None
 
 
 def _any_replica(handle: DeploymentHandle) -> DeploymentHandle:

@@ -39,9 +39,10 @@ class TrunkReply:
     """The answers to the requests of a job, None for those that the `decoders` give.
 
     `output`: the reference to what these decoders read; None without any. Tensors lie behind it, so that they go from
-    the trunk to the decoders and not through the ingress.
+    the trunk to the decoders and not through the ingress. `is_held`: whether the replica holds the job's image now.
     """
 
     answers: tuple[Answer | None, ...]
     decoders: tuple[str, ...] = ()
     output: ObjectRef[TrunkOutput] | None = None
+    is_held: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING, Any
 
 from lumen_ray.answer import Answer
@@ -30,10 +31,11 @@ class MeasuredBackend:
     async def stream(
         self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int
     ) -> AsyncGenerator[str | Answer, None]:
-        async for piece in self._backend.stream(image, requests, max_new_tokens):
-            if isinstance(piece, Answer):
-                _count(piece)
-            yield piece
+        async with aclosing(self._backend.stream(image, requests, max_new_tokens)) as pieces:
+            async for piece in pieces:
+                if isinstance(piece, Answer):
+                    _count(piece)
+                yield piece
 
     async def held_size(self, image_id: str, ask: bool) -> Size | None:
         return await self._backend.held_size(image_id, ask)

@@ -43,12 +43,16 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
         if not asked.stream:
             answers, extra = await ask(backend, settings, read)
             completion = chat.completion(asked, answers[0], extra["model"])
-            completion["lumen"]["timing_ms"] = extra["timing_ms"]
+            completion["lumen"] |= {name: value for name, value in extra.items() if name != "model"}
             return JSONResponse(completion)
         info = await backend.info()
         chunks = chat.Chunks(asked, f"{info['preset']}@{info['version']}")
         pieces = ask_streaming(backend, settings, read)
-        first = await anext(pieces)  # errors of the request still have their status
+        try:
+            first = await anext(pieces)  # errors of the request still have their status
+        except BaseException:
+            await pieces.aclose()
+            raise
         events = _events(request, chunks, first, pieces)
         return StreamingResponse(events, media_type="text/event-stream", headers=_EVENT_HEADERS)
 
@@ -68,7 +72,7 @@ async def _events(
                     yield _event(chunks.text(piece))
                 else:
                     answer, extra = piece
-                    for chunk in chunks.end(answer, extra["timing_ms"]):
+                    for chunk in chunks.end(answer, {name: v for name, v in extra.items() if name != "model"}):
                         yield _event(chunk)
                 piece = await anext(pieces, None)
         except Exception as error:  # the status has been sent

@@ -55,14 +55,17 @@ async def _read_task(
 
 async def _read_form(form: FormData) -> tuple[list[bytes], str | None, schemas.TaskFields]:
     fields = forms.read_fields(forms.given(form), _FORM_LISTS, _FORM_OBJECTS)
-    upload, held_id = fields.pop("image", None), fields.pop("image_id", None)
-    if held_id and upload is None:
-        return [], held_id, schemas.parse(schemas.TaskFields, fields)
+    upload = fields.pop("image", None)
+    if not isinstance(upload, UploadFile) and "image_id" not in fields:
+        raise UserError("the form has no file 'image'; attach one, or give 'image_id'", "missing_image")
+    body = schemas.parse(schemas.TaskRequest, fields)
+    if upload is None and body.image_id is not None:
+        return [], body.image_id, body
     if not isinstance(upload, UploadFile):
-        raise UserError("the form has no file 'image'; attach one", "missing_image")
-    if held_id:
+        raise UserError("the form has no file 'image'; attach one, or give 'image_id'", "missing_image")
+    if body.image_id is not None:
         raise UserError("give 'image' or 'image_id', not both", "unexpected_field", "image_id")
-    return [await upload.read()], None, schemas.parse(schemas.TaskFields, fields)
+    return [await upload.read()], None, body
 
 
 def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
@@ -168,14 +171,13 @@ def _task_body() -> dict[str, Any]:
     """JSON, or a form with the image as a file and the other fields as text."""
     body = _json_body(schemas.TaskRequest)
     text = {"type": "string"}
-    names = [name for name in schemas.TaskFields.model_fields if name != "image"]
+    names = [name for name in schemas.TaskRequest.model_fields if name != "image"]
     form = {
         "type": "object",
-        "required": ["image"],
         "properties": {"image": {"type": "string", "format": "binary"}, **dict.fromkeys(names, text)},
-        "description": "the file itself; classes, keypoints and stop comma-separated (in double quotes where an item "
-        "has a comma) or JSON, as classes by example are, repeated fields add up; region and history as JSON; an empty "
-        "field is as if left out",
+        "description": "the file itself, or image_id; classes, keypoints and stop comma-separated (in double quotes "
+        "where an item has a comma) or JSON, as classes by example are, repeated fields add up; region and history as "
+        "JSON; an empty field is as if left out",
     }
     body["content"]["multipart/form-data"] = {"schema": form}
     return body

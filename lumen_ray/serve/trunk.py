@@ -69,9 +69,10 @@ class TrunkReplica:
 
         output = await self.output(job)
         answers = tuple(assemble(output.plans, {})[0])
+        is_held = isinstance(job.image, KeyedImage) and job.image.image_id in self.images
         if not output.decoder_inputs:
-            return TrunkReply(answers)
-        return TrunkReply(answers, tuple(output.decoder_inputs), await asyncio.to_thread(_put, output))
+            return TrunkReply(answers, is_held=is_held)
+        return TrunkReply(answers, tuple(output.decoder_inputs), await asyncio.to_thread(_put, output), is_held)
 
     async def link_streaming(self, job: TrunkJob) -> AsyncIterator[str | TrunkReply]:
         """The text of the answer to the single request of a job in pieces, as it is written, then the reply as of
@@ -101,7 +102,11 @@ class TrunkReplica:
             del self._listeners[id(job)]
 
     async def output(self, job: TrunkJob) -> TrunkOutput:
-        """The inputs of the decoders for one image, and the plan of its answers."""
+        """The inputs of the decoders for one image, and the plan of its answers. An image that is neither given nor
+        held is refused before it waits for a pass."""
+        image = job.image
+        if isinstance(image, KeyedImage) and image.picture is None and image.image_id not in self.images:
+            raise gone(image.image_id)
         return value_of(await self.batches.submit(job))
 
     async def image_size(self, image_id: str) -> Size | None:
@@ -147,14 +152,15 @@ class TrunkReplica:
         keyed = [job.image for job in jobs if isinstance(job.image, KeyedImage)]
         if not keyed:
             return list(self._links([job.image for job in jobs if not isinstance(job.image, KeyedImage)], jobs))
-        held = self._encoded(keyed)
-        members = [n for n, image in enumerate(held) if image is not None]
         outputs: dict[int, TrunkOutput] = {}
-        if members:
-            from lumen_ray.inference.encoded_images import EncodedImages
+        with self.stage.room(len(keyed), keyed[0].size):  # of the pass's own copies, besides what is held
+            held = self._encoded(keyed)
+            members = [n for n, image in enumerate(held) if image is not None]
+            if members:
+                from lumen_ray.inference.encoded_images import EncodedImages
 
-            images = EncodedImages.concat([image for image in held if image is not None])
-            outputs = dict(zip(members, self._links(images, [jobs[n] for n in members]), strict=True))
+                images = EncodedImages.concat([image for image in held if image is not None])
+                outputs = dict(zip(members, self._links(images, [jobs[n] for n in members]), strict=True))
         return [outputs[n] if n in outputs else gone(image.image_id) for n, image in enumerate(keyed)]
 
     def _links(self, images: Sequence[Shown] | EncodedImages, jobs: Sequence[TrunkJob]) -> list[TrunkOutput]:

@@ -245,13 +245,13 @@ class Chunks:
         self._sent += new
         return self._chunk({"content": new})
 
-    def end(self, answer: Answer, timing_ms: dict[str, float]) -> Iterator[dict[str, Any]]:
+    def end(self, answer: Answer, extra: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """The events behind the last text: what is left of it, the end, whose extension field `lumen` has the whole
-        answer, and the numbers of tokens if they were asked for."""
+        answer and `extra`, and the numbers of tokens if they were asked for."""
         text = answer.text or ""
         if text.startswith(self._sent) and (rest := text[len(self._sent) :]):
             yield self.text(rest)
-        extension = {**_extension(self._chat, answer), "timing_ms": timing_ms}
+        extension = _extension(self._chat, answer) | extra
         yield {**self._chunk({}, _finish_reason(answer)), "lumen": extension}
         if self._with_usage:
             yield {**self._head, "choices": [], "usage": _usage(answer.usage)}

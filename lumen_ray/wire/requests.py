@@ -17,7 +17,7 @@ from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.structures import Region, SampleSettings, Size
 from lumen_ray.tasks import Task, get_task
 from lumen_ray.wire import schemas
-from lumen_ray.wire.images import checked_rle, decode_images, image_bytes
+from lumen_ray.wire.images import check_sizes, checked_rle, decode_images, image_bytes
 from lumen_ray.wire.limits import check_amount, check_lengths
 from lumen_ray.wire.settings import Defaults, Limits
 
@@ -120,6 +120,28 @@ def example_texts(tasks: Sequence[tuple[str, schemas.TaskFields]]) -> dict[str, 
     return found
 
 
+def _checked_examples(tasks: Sequence[tuple[str, schemas.TaskFields]], limits: Limits) -> dict[str, str]:
+    examples = example_texts(tasks)
+    if len(examples) > limits.max_images:
+        raise UserError(
+            f"{len(examples)} images of examples in one request; give at most {limits.max_images}", "too_many_images"
+        )
+    return examples
+
+
+def decode_examples(
+    tasks: Sequence[tuple[str, schemas.TaskFields]], limits: Limits, beside: Sequence[bytes], places: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """The images of examples in a request by their texts. Raises `UserError`, also if they and the images `beside`
+    them, which are at `places`, have more than `limits.max_pixels` together."""
+    examples = _checked_examples(tasks, limits)
+    encoded = {text: image_bytes(text, place) for text, place in examples.items()}
+    all_places = [*(places or ["image"] * len(beside)), *examples.values()]
+    check_sizes([*beside, *encoded.values()], limits.max_pixels, all_places)
+    decoded = decode_images(list(encoded.values()), limits.max_pixels, list(examples.values()))
+    return {text: picture.pixels for text, picture in zip(encoded, decoded, strict=True)}
+
+
 def decode_all(
     encoded: Sequence[bytes],
     places: Sequence[str],
@@ -179,7 +201,7 @@ class Asked:
     """The tasks of a request, as (name, fields), about an encoded image, several, or text alone.
 
     `image_turns`: as of `Request`; `places`: as of `decode_images`; `copies`: how often a request body has all this
-    answered, for its limits.
+    answered, for its limits; `examples`: the images of examples where they are decoded already, as of `decode_all`.
     """
 
     encoded: Sequence[bytes]
@@ -187,6 +209,7 @@ class Asked:
     image_turns: tuple[int, ...] = ()
     places: Sequence[str] = ()
     copies: int = 1
+    examples: Mapping[str, np.ndarray] | None = None
 
 
 @dataclass(frozen=True)
@@ -210,13 +233,10 @@ def prepare(
     """
     for task, _ in asked.tasks:
         check_image(task, bool(asked.encoded) or held is not None)  # refused before the image is decoded
-    examples = example_texts(asked.tasks)
-    if len(examples) > limits.max_images:
-        raise UserError(
-            f"{len(examples)} images of examples in one request; give at most {limits.max_images}", "too_many_images"
-        )
     encoded = asked.encoded if held is None else ()
-    images, example_images = decode_all(encoded, asked.places, examples, limits.max_pixels, largest_side)
+    examples = _checked_examples(asked.tasks, limits) if asked.examples is None else {}
+    images, decoded = decode_all(encoded, asked.places, examples, limits.max_pixels, largest_side)
+    example_images = decoded if asked.examples is None else asked.examples
     size = held or (images[0].size if images else (1, 1))
     requests = [
         replace(parse_request(task, fields, size, limits, defaults, example_images), image_turns=asked.image_turns)

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -177,3 +178,20 @@ def test_exports_link_files_that_no_reader_decodes_at_once(tmp_path, monkeypatch
     export(tmp_path / "out", ["voc", "coco"])
     linked = list((tmp_path / "out" / "voc").rglob("*.tif"))
     assert linked and {file.stat().st_ino for file in linked} == {(source / "a.tif").stat().st_ino}
+
+
+def test_copies_of_a_large_file_are_not_looked_at(tmp_path, monkeypatch):
+    """In one fragment, and in a later run."""
+    source, looks = tmp_path / "in", []
+    source.mkdir()
+    write_large(source / "a.tif", 700, tile=64, size=40, number=3)
+    shutil.copy(source / "a.tif", source / "b.tif")
+    read = windows.TiffWindows.read
+    monkeypatch.setattr(windows.TiffWindows, "read", lambda self, window: looks.append(window) or read(self, window))
+    monkeypatch.setattr(windows.find_large, "__defaults__", (100_000,))
+    tiles = Tiles(256, 0.25)
+    summary = label(WideEngine, source, tmp_path / "out", tiles=tiles, dedup=True, **OPTIONS)
+    assert (summary["labelled"], summary["copied"]) == (2, 1) and len(looks) == len(tiles.windows((700, 700)))
+    shutil.copy(source / "a.tif", source / "c.tif")
+    again = label(WideEngine, source, tmp_path / "out", tiles=tiles, dedup=True, refresh=True, **OPTIONS)
+    assert (again["labelled"], again["copied"]) == (3, 2) and len(looks) == len(tiles.windows((700, 700)))

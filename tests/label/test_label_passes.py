@@ -20,7 +20,7 @@ SIZES = [(64, 64), (48, 64), (64, 48), (32, 64), (64, 20)]
 @given(st.lists(st.sampled_from(SIZES), max_size=80), st.integers(1, 8))
 def test_every_image_has_one_pass_of_its_input_size_and_no_pass_costs_more_than_a_full_one(sizes, batch_size):
     passes = Passes(batch_size, 64)
-    full = [done for image in enumerate(sizes) if (done := passes.add(image, image[1]))]
+    full = [done for image in enumerate(sizes) for done in passes.add(image, image[1])]
     rest = passes.rest()
     assert passes.rest() == []
     assert Counter(image for one in [*full, *rest] for image in one) == Counter(enumerate(sizes))
@@ -32,6 +32,13 @@ def test_every_image_has_one_pass_of_its_input_size_and_no_pass_costs_more_than_
         height, width = one[0][1]
         assert (len(one) + 1) * height * width > batch_size * 64**2
     assert len(rest) == len({one[0][1] for one in rest})
+
+
+def test_large_images_do_not_wait_for_others():
+    passes = Passes(8, 64, max_bytes=100)
+    assert passes.add("a", (64, 64), 60) == [] and passes.add("b", (64, 48), 30) == []
+    assert passes.add("c", (48, 64), 20) == [["a"], ["b"], ["c"]]
+    assert passes.add("d", (64, 64), 90) == [] and passes.rest() == [["d"]]
 
 
 class TwoInputs(FakeEngine):

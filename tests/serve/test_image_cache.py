@@ -129,10 +129,10 @@ def test_without_room_every_image_is_encoded(trunk):
 
 
 class Trunk:
-    """A handle of one replica that holds `held`."""
+    """A handle of one replica that holds `held`. `room`: whether it can hold more."""
 
-    def __init__(self, *held):
-        self.held, self.sessions, self.jobs = set(held), [], []
+    def __init__(self, *held, room=True):
+        self.held, self.sessions, self.jobs, self.room = set(held), [], [], room
 
     def options(self, session_id):
         self.sessions.append(session_id)
@@ -150,8 +150,9 @@ class Trunk:
         self.jobs.append(job)
         if job.image.picture is None and job.image.image_id not in self.held:
             raise gone(job.image.image_id)
-        self.held.add(job.image.image_id)
-        return TrunkReply(("answer",))
+        if self.room:
+            self.held.add(job.image.image_id)
+        return TrunkReply(("answer",), is_held=self.room)
 
 
 class _Method:
@@ -227,8 +228,11 @@ def test_the_same_image_is_decoded_once(holding):
         "/v1/infer", json={"image_id": first["image_id"], "requests": [{"task": "detect", "classes": ["a"]}]}
     ).json()
     assert several["image_id"] == first["image_id"] and several["answers"][0]["instances"] == first["instances"]
-    form = client.post("/v1/detect", data={"image_id": first["image_id"], "classes": "a"}, files={"x": b""})
-    assert form.status_code == 400  # a form takes one file, 'image'
+    form = client.post("/v1/detect", files={"image_id": (None, first["image_id"]), "classes": (None, "a")})
+    assert form.json()["instances"] == first["instances"]
+    for bad in ((None, "<b>none</b>"), ("x.png", png())):  # a file is no id
+        answer = client.post("/v1/detect", files={"image_id": bad, "classes": (None, "a")})
+        assert answer.status_code == 400 and "image_id" in answer.json()["error"]["message"]
     url = f"data:image/png;base64,{base64_png()}"
     parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "what is it ?"}]
     client.post("/v1/chat/completions", json={"messages": [{"role": "user", "content": parts}]})
@@ -274,3 +278,30 @@ def test_lookups_and_bytes_are_counted():
     after = [value("lumen_ray_image_lookups_total", result=result) for result in ("hit", "miss")]
     assert [now - then for now, then in zip(after, before, strict=True)] == [1, 1]
     assert value("lumen_ray_image_cache_bytes") == 7
+
+
+def test_an_image_that_the_trunk_has_no_room_for_is_not_believed_held():
+    trunk = Trunk(room=False)
+    backend = ServeBackend(trunk, {}, ServeSettings(model="m"))
+    image = KeyedImage("a" * 32, (16, 20), Picture(pixels(0, (16, 20)), (16, 20)))
+
+    async def ask():
+        await backend.infer(image, [DETECT], 8)
+        return await backend.held_size(image.image_id, ask=False)
+
+    assert asyncio.run(ask()) is None
+
+
+def test_an_image_that_is_gone_is_refused_before_it_waits_for_a_pass(trunk):
+    with trunk.stage.loop.turn(), pytest.raises(ImageGone):  # the model is busy
+        asyncio.run(asyncio.wait_for(trunk.link(keyed(7, DETECT, given=False)), 5))
+
+
+def test_a_pass_over_held_images_reserves_memory_as_others_do(trunk, monkeypatch):
+    reserved = []
+    images = trunk.stage.loop.images
+    monkeypatch.setattr(trunk.stage.loop, "images", lambda tokens: reserved.append(tokens) or images(tokens))
+    trunk.outputs([keyed(1, DETECT), keyed(2, DETECT)])
+    trunk.outputs([TrunkJob(pixels(1), (DETECT,), 6), TrunkJob(pixels(2), (DETECT,), 6)])
+    first, second = [tokens for tokens in reserved if tokens]
+    assert first == second

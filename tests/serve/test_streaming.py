@@ -1,9 +1,11 @@
 """Answers in pieces: the replica that writes them, the ingress that passes them on, and OpenAI's events."""
 
 import asyncio
+import base64
 import dataclasses
 import json
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -17,9 +19,10 @@ from lumen_ray.inference.request import make_request
 from lumen_ray.inference.sampling import Sampling
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.http import Unavailable
-from lumen_ray.serve.image_cache import ImageGone, KeyedImage, gone
+from lumen_ray.serve.image_cache import ImageGone, KeyedImage, gone, image_id
 from lumen_ray.serve.ingress import ServeBackend
 from lumen_ray.serve.job import TrunkJob, TrunkReply
+from lumen_ray.serve.metrics import REGISTRY
 from lumen_ray.serve.settings import ServeSettings, TrunkDeployment
 from lumen_ray.serve.trunk import TrunkReplica
 
@@ -50,8 +53,18 @@ async def collect(replica, one):
     return pieces, reply
 
 
-def test_the_pieces_are_the_text_of_the_answer(trunk):
+def test_the_pieces_are_the_text_of_the_answer(trunk, monkeypatch):
     """Several at once, of which one is not streamed; each piece comes while its answer is being written."""
+    links = trunk.stage.links
+
+    def slow(images, requests, *, on_text, **options):
+        def later(*text):
+            on_text(*text)
+            time.sleep(0.005)  # so that the event loop comes between
+
+        return links(images, requests, on_text=on_text and later, **options)
+
+    monkeypatch.setattr(trunk.stage, "links", slow)
 
     async def run():
         streamed = [collect(trunk, job(n, drawn(n))) for n in range(3)]
@@ -123,7 +136,7 @@ class Trunk:
     """A handle whose calls yield what `scripts` say, one after the other; an exception in one is raised."""
 
     def __init__(self, *scripts):
-        self.scripts, self.cancelled, self.options_given = list(scripts), 0, []
+        self.scripts, self.cancelled, self.options_given, self.jobs = list(scripts), 0, [], []
 
     def options(self, **options):
         self.options_given.append(options)
@@ -134,6 +147,7 @@ class Trunk:
         return self
 
     def remote(self, job):
+        self.jobs.append(job)
         return Response(self, self.scripts.pop(0))
 
 
@@ -291,3 +305,47 @@ def test_openais_client_reads_the_stream(client):
     chunks = list(stream)
     texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
     assert "".join(texts) == "chat says what is it ?" and chunks[-1].choices == []
+
+
+def test_a_stream_about_a_held_image_goes_on_when_its_replica_dies(settings):
+    """The next replica does not hold the image, and gets it; the requests are those of the first time."""
+    trunk = Trunk(["a", " red", LOST], [RayTaskError("f", "", gone("x"))], ["a", " red", " circle", REPLY])
+    settings = settings.model_copy(update={"openai_sampling": True})
+    backend = ServeBackend(trunk, {}, settings)
+    encoded = base64.b64decode(base64_png())
+    backend._held[image_id(encoded)] = (16, 20)
+    backend._info = {"preset": "nano", "version": "1", "classes": []}
+    client = TestClient(create_api(backend, settings))
+    *chunks, end = events(client.post(CHAT, json=body(temperature=0.7)))
+    texts = [json.loads(chunk)["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(texts) == "a red circle" and end == "[DONE]"
+    first, second, third = trunk.jobs
+    assert first.image.picture is None and third.image.picture is not None
+    assert first.requests == third.requests  # with the seed that was drawn
+
+
+def test_a_client_that_leaves_is_counted_and_no_error_of_the_server(settings):
+    app = create_api(FakeBackend(), settings)
+    name, labels = "lumen_ray_requests_total", {"method": "POST", "route": "/v1/detect", "status": "499"}
+
+    def counted():
+        errors = REGISTRY.get_sample_value("lumen_ray_errors_total", {"reason": "internal_error"}) or 0
+        return REGISTRY.get_sample_value(name, labels) or 0, errors
+
+    async def left():
+        messages = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+        sent = []
+
+        async def receive():
+            return messages.pop(0) if len(messages) > 1 else messages[0]
+
+        async def send(message):
+            sent.append(message)
+
+        scope = {"type": "http", "method": "POST", "path": "/v1/detect", "headers": [], "query_string": b""}
+        await app(scope, receive, send)
+        return sent
+
+    before = counted()
+    assert asyncio.run(left()) == []
+    assert counted() == (before[0] + 1, before[1])

@@ -13,6 +13,7 @@ from support.serve_fakes import FakeBackend, base64_png
 from lumen_ray.errors import UserError
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.settings import ServeSettings
+from lumen_ray.wire import images as wire_images
 
 DETECT = {"task": "detect", "classes": ["a"]}
 
@@ -68,12 +69,14 @@ def test_limits_hold_for_all_images_together(client, backend, body, reason, word
 
 
 def test_an_error_about_one_image_gives_the_others_up():
-    cancelled = []
+    cancelled, begun = [], asyncio.Event()
 
     class Backend(FakeBackend):
         async def infer(self, image, requests, max_new_tokens):
             if image.size[0] == 16:
+                await begun.wait()
                 raise UserError("no", "no_room")
+            begun.set()
             try:
                 await asyncio.sleep(60)
             except asyncio.CancelledError:
@@ -84,3 +87,18 @@ def test_an_error_about_one_image_gives_the_others_up():
     images = [base64_png(20, 16), base64_png(30, 10)]
     response = client.post("/v1/infer", json={"images": images, "requests": [DETECT]})
     assert response.json()["error"]["reason"] == "no_room" and cancelled == [(10, 30)]
+
+
+def test_images_of_examples_are_decoded_once_and_count_once(backend, settings, monkeypatch):
+    decoded = []
+    decode = wire_images.decode_reduced
+    monkeypatch.setattr(wire_images, "decode_reduced", lambda *args: decoded.append(args) or decode(*args))
+    client = TestClient(create_api(backend, settings))
+    shown = {"name": "bolt", "examples": [{"box": [1, 1, 9, 9], "image": base64_png(30, 20)}]}
+    images = [base64_png(20 + n, 16) for n in range(2)]
+    asked = {"task": "detect", "classes": [shown]}
+    assert client.post("/v1/infer", json={"images": images, "requests": [asked]}).status_code == 200
+    assert len(decoded) == 3
+    large = {"name": "bolt", "examples": [{"box": [1, 1, 9, 9], "image": base64_png(99, 99)}]}
+    body = {"images": images, "requests": [asked | {"classes": [large]}]}
+    assert client.post("/v1/infer", json=body).json()["error"]["reason"] == "image_too_large"

@@ -100,7 +100,9 @@ class BatchLabeller(Labeller):
             lines = self._read_lines(items) if coming is None else coming.result()
             if number + 1 < len(batches):
                 coming = self._reader.submit(self._read_lines, batches[number + 1][1])
+            began = time.monotonic()
             self._answer_lines([line for line in lines if not line.reason])
+            self._busy_seconds += time.monotonic() - began
             for line in lines:
                 line.chat = line.prepared = None
             answered += lines

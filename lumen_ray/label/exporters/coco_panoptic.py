@@ -66,13 +66,14 @@ def _start(folder: Path, labels: Labels, task: str, colours: dict[str, Colour]) 
 def _segments(
     image: LabelledImage, task: str, labels: Labels, colours: dict[str, Colour]
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """(ids, int64 [H, W], the entries of ``segments_info``), best score first."""
+    """(ids, uint32 [H, W], the entries of ``segments_info``), best score first."""
     records = sorted(image.instances(task), key=lambda record: -record["score"])
-    ids = np.zeros(image.size, np.int64)
+    ids = np.zeros(image.size, np.uint32)
     segments: list[dict[str, Any]] = []
     used = {0}
     for record in records:
-        visible = _mask(record, image.size) & (ids == 0)
+        visible = _mask(record, image.size)
+        visible &= ids == 0
         rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
         if not len(rows):
             continue
@@ -106,5 +107,5 @@ def _free(colour: Colour, used: set[int]) -> int:
 
 
 def _picture(ids: np.ndarray) -> Image.Image:
-    channels = np.stack([ids & 255, ids >> 8 & 255, ids >> 16], axis=-1)
-    return Image.fromarray(channels.astype(np.uint8))
+    channels = ids.astype("<u4").view(np.uint8).reshape(*ids.shape, 4)  # lowest byte first
+    return Image.fromarray(np.ascontiguousarray(channels[..., :3]))
