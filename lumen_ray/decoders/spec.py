@@ -23,7 +23,7 @@ TRUNK_PARTS = ("stem", "vision", "regions", "llm", "queries", "link_heads", "den
 _SETTINGS_NAMES = """
     trunk decoders name published_weights image_size prefix_attention prompt_layout lead_tokens dense_channels
     published_tokens stem_channels tokens_read_stem link_channels link_reads_words vocab_size pose_queries choose
-    beside chosen_over conversion image_adapters links_see_image
+    able beside chosen_over conversion image_adapters links_see_image
     decoder_names families image_tokens input_rules input_step llm_config reads_dense sections serving shape token_side
     trunk_shape
 """
