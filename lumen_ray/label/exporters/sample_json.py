@@ -9,14 +9,17 @@ from lumen_ray.label.exporters.coco import xywh
 from lumen_ray.label.exporters.labels import IMAGE_COLUMNS, INSTANCE_COLUMNS, LabelledImage, Labels
 from lumen_ray.tasks import get_task
 
+#: in place of a number from 0 to 1 that an instance does not have
+NONE = -1.0
+
 
 def sample(image: LabelledImage, labels: Labels) -> dict[str, Any]:
     """`image_id`, `height`, `width`, the image's columns that are not null throughout, and per task its answers: lists
     of equal lengths, empty where nothing was found; captions are one text.
 
     `bbox` is x, y, width, height in pixels of the upright image, `segmentation` COCO RLE, `keypoints` x, y, score per
-    point. `presence`, `verified` and `agreement` are there if any instance of the task has them, with null for those of
-    the image that have none, and empty where all have none: `datasets` fails on lists of nulls alone.
+    point. `presence`, `verified` and `agreement`, 0..1, are there if any instance of the task has them, with `NONE` for
+    those that have none: pyarrow's reader of JSON moves values of lists with nulls to other rows (apache/arrow 51305).
     """
     height, width = image.size
     there = labels.columns_of(*labels.tasks)
@@ -48,8 +51,7 @@ def _objects(image: LabelledImage, task: str, labels: Labels) -> dict[str, Any]:
     }
     there = labels.columns_of(task)
     for name in (name for name in INSTANCE_COLUMNS if name in there):
-        values = [record[name] for record in records]
-        objects[name] = [] if all(value is None for value in values) else values
+        objects[name] = [NONE if record[name] is None else record[name] for record in records]
     if get_task(task).result == "masks":
         objects["segmentation"] = [record["mask"] for record in records]
     if get_task(task).result == "keypoints":
