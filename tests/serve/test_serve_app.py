@@ -22,7 +22,7 @@ from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import make_request
 from lumen_ray.inference.sampling import Sampling
 from lumen_ray.serve.app import run
-from lumen_ray.serve.settings import Batching, Deployment, Http, ModelDeployment, ServeSettings
+from lumen_ray.serve.settings import Batching, Deployment, Http, ServeSettings, TrunkDeployment
 from lumen_ray.wire.settings import Defaults
 
 PIXELS = np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)
@@ -43,7 +43,7 @@ def server(model_folder):
         openai_sampling=True,
         defaults=Defaults(score_threshold=0, max_per_phrase=3),
         ingress=Deployment(num_cpus=0.1, max_ongoing_requests=12, max_queued_requests=4),
-        trunk=ModelDeployment(
+        trunk=TrunkDeployment(
             num_cpus=0.5, max_ongoing_requests=4, max_queued_requests=4, batching=Batching(max_batch_size=4)
         ),
     )

@@ -12,7 +12,7 @@ import pytest
 from support.serve_fakes import base64_png, free_port
 
 from lumen_ray.serve.app import run
-from lumen_ray.serve.settings import Http, ModelDeployment, ServeSettings
+from lumen_ray.serve.settings import Http, ServeSettings, TrunkDeployment
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def server(model_folder, monkeypatch):
     settings = ServeSettings(
         model=str(model_folder),
         http=Http(port=free_port(), request_timeout_s=4),
-        trunk=ModelDeployment(num_cpus=0.5, not_ready_after_s=1, replace_after_s=5),
+        trunk=TrunkDeployment(num_cpus=0.5, not_ready_after_s=1, replace_after_s=5),
     )
     running = run(settings, blocking=False)
     yield running

@@ -16,7 +16,7 @@ from support.serve_fakes import base64_png, free_port
 from lumen_ray.serve.app import run
 from lumen_ray.serve.keys import new_key
 from lumen_ray.serve.metrics import METRICS
-from lumen_ray.serve.settings import Auth, Autoscaling, Deployment, Http, ModelDeployment, ServeSettings
+from lumen_ray.serve.settings import Auth, Autoscaling, Deployment, Http, ServeSettings, TrunkDeployment
 
 pytestmark = pytest.mark.ray
 ONE = Autoscaling(min_replicas=1, max_replicas=1)
@@ -32,7 +32,7 @@ def key_and_server(model_folder, tmp_path_factory):
         http=Http(port=free_port(), request_timeout_s=30, access_log=True, log_encoding="JSON"),
         auth=Auth(keys_file=str(path)),
         ingress=Deployment(num_cpus=0.5, max_ongoing_requests=64, autoscaling=ONE),
-        trunk=ModelDeployment(num_cpus=0.5, max_ongoing_requests=8, max_queued_requests=8),
+        trunk=TrunkDeployment(num_cpus=0.5, max_ongoing_requests=8, max_queued_requests=8),
     )
     server = run(settings, blocking=False)
     yield key, server
