@@ -228,7 +228,8 @@ def _publishing(labeller: _StageTimer, items: Sequence[Item], folder: Path) -> l
 
 def null_engine() -> Any:
     """An engine for actors that find all their fragments done."""
-    return SimpleNamespace(version="", preset="", chosen_decoders={}, edges={}, skeletons={}, largest_side=64)
+    facts: dict[str, Any] = {"version": "", "preset": "", "chosen_decoders": {}, "edges": {}, "skeletons": {}}
+    return SimpleNamespace(**facts, image_size=64, largest_side=64)
 
 
 class _Ray:
