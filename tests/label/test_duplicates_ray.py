@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from support import label_fakes
+from support.clusters import wait_for
 from support.label_fakes import FakeEngine, slow_engine, write_images
 
 from lumen_ray.label.content_index import ContentIndex, RemoteIndex, content_keys
@@ -90,12 +91,13 @@ def test_an_index_that_was_killed_reads_what_was_published(local_ray, photos, tm
     keys = content_keys(pq.read_table(tmp_path / "out" / "labels")["sha256"].to_pylist())
     assert index.find(keys).tolist() == expected.find(keys).tolist() and (expected.find(keys) >= 0).all()
     local_ray.kill(index._actor, no_restart=False)
-    index._asks_again = 0
-    for _ in range(20):  # it is away for a moment
-        if (found := index.find(keys)).max() >= 0:
-            break
+
+    def is_back():
         index._asks_again = 0
-    assert found.tolist() == expected.find(keys).tolist()
+        return index.find(keys).max() >= 0
+
+    wait_for(is_back, "the index's restart", 60)
+    assert index.find(keys).tolist() == expected.find(keys).tolist()
     index.add(content_keys(["ab" * 32]), 99)
     assert index.find(content_keys(["ab" * 32])).tolist() == [99]
 
@@ -103,6 +105,7 @@ def test_an_index_that_was_killed_reads_what_was_published(local_ray, photos, tm
 DRIVER = """
 import sys
 from support import label_fakes
+from support.clusters import wait_for
 from support.label_fakes import slow_engine
 from lumen_ray.label.pipeline import label
 from lumen_ray.ray_env import init_local, prepare_environment
