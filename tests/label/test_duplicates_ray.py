@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -90,13 +91,15 @@ def test_an_index_that_was_killed_reads_what_was_published(local_ray, photos, tm
     index, expected = RemoteIndex.start(str(tmp_path / "out")), ContentIndex(str(tmp_path / "out"))
     keys = content_keys(pq.read_table(tmp_path / "out" / "labels")["sha256"].to_pylist())
     assert index.find(keys).tolist() == expected.find(keys).tolist() and (expected.find(keys) >= 0).all()
+
+    def process():
+        with suppress(local_ray.exceptions.RayError):  # it is away for a moment
+            return local_ray.get(index._actor.__ray_call__.remote(lambda self: os.getpid()), timeout=20)
+
+    before = process()
     local_ray.kill(index._actor, no_restart=False)
-
-    def is_back():
-        index._asks_again = 0
-        return index.find(keys).max() >= 0
-
-    wait_for(is_back, "the index's restart", 60)
+    wait_for(lambda: process() not in (None, before), "the index's restart", 60)
+    index._asks_again = 0
     assert index.find(keys).tolist() == expected.find(keys).tolist()
     index.add(content_keys(["ab" * 32]), 99)
     assert index.find(content_keys(["ab" * 32])).tolist() == [99]
@@ -105,7 +108,6 @@ def test_an_index_that_was_killed_reads_what_was_published(local_ray, photos, tm
 DRIVER = """
 import sys
 from support import label_fakes
-from support.clusters import wait_for
 from support.label_fakes import slow_engine
 from lumen_ray.label.pipeline import label
 from lumen_ray.ray_env import init_local, prepare_environment
