@@ -18,8 +18,7 @@ from lumen_ray.inference.conversation import Conversation
 from lumen_ray.inference.decoder_stage import DecoderStages
 from lumen_ray.inference.encoded_images import EncodedImages
 from lumen_ray.inference.outputs import assemble, finish, loosest, request_limits
-from lumen_ray.inference.region_questions import RegionQuestion
-from lumen_ray.inference.request import Request, Shown, check_call
+from lumen_ray.inference.request import RegionQuestion, Request, Shown, check_call
 from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.inference.trunk_stage import FromFolder, OnText, TrunkStage
 from lumen_ray.model.build import LoadedModel

@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from lumen_ray.answer import Answer
-from lumen_ray.inference.region_questions import RegionQuestion
-from lumen_ray.inference.request import Request, Shown
+from lumen_ray.inference.request import RegionQuestion, Request, Shown
 from lumen_ray.structures import Size
 
 

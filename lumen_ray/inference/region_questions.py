@@ -8,7 +8,6 @@ writes it behind the question.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,8 +18,9 @@ from lumen_ray.errors import UserError
 from lumen_ray.inference.branches import with_regions
 from lumen_ray.inference.decode_loop import DecodeLoop
 from lumen_ray.inference.encoded_images import EncodedImages
+from lumen_ray.inference.request import RegionQuestion
 from lumen_ray.precision import in_model_dtype
-from lumen_ray.structures import Boxes, Dtype, Region
+from lumen_ray.structures import Dtype
 from lumen_ray.tasks import region_question
 from lumen_ray.trunk.branch import IGNORE, Branch
 from lumen_ray.trunk.layout import build_layout
@@ -32,23 +32,6 @@ from lumen_ray.trunk.trunk import Trunk
 AT_ONCE = 64
 #: how models write the two answers
 _ANSWERS = (("yes", "no"), ("Yes", "No"))
-
-
-@dataclass(frozen=True)
-class RegionQuestion:
-    """Whether `region` of image `image` (index into the batch) is a `phrase`."""
-
-    image: int
-    region: Region
-    phrase: str
-
-
-def box_region(boxes: Boxes, index: int) -> Region:
-    """A box as a region: inside the image, and at least a pixel wide and high."""
-    height, width = boxes.size
-    x1, y1, x2, y2 = boxes.clip().xyxy[index].tolist()
-    x1, y1 = max(min(x1, width - 1.0), 0.0), max(min(y1, height - 1.0), 0.0)
-    return Region("box", boxes.size, [[x1, y1], [max(x2, x1 + 1), max(y2, y1 + 1)]])
 
 
 class RegionQuestions:

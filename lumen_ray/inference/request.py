@@ -13,7 +13,7 @@ from lumen_ray.data.images import Picture
 from lumen_ray.errors import UserError
 from lumen_ray.exemplars import ClassByExample, split_classes
 from lumen_ray.inference.sampling import GREEDY, Sampling
-from lumen_ray.structures import Region, SampleSettings, Size, check_pixels
+from lumen_ray.structures import Boxes, Region, SampleSettings, Size, check_pixels
 from lumen_ray.tasks import Needs, check_classes, get_task, split_phrases
 from lumen_ray.trunk.tokenizer import SPECIAL_TOKENS
 
@@ -317,3 +317,20 @@ def check_call(images: Any, requests: Any, score_threshold: Any, max_new_tokens:
         raise UserError(f"max_new_tokens must be a whole number from 1, got {max_new_tokens!r}", "invalid_length")
     if not isinstance(score_threshold, Real) or not 0 <= float(score_threshold) <= 1:
         raise UserError(f"score_threshold must be from 0 to 1, got {score_threshold!r}", "invalid_threshold")
+
+
+@dataclass(frozen=True)
+class RegionQuestion:
+    """Whether `region` of image `image` (index into the batch) is a `phrase`."""
+
+    image: int
+    region: Region
+    phrase: str
+
+
+def box_region(boxes: Boxes, index: int) -> Region:
+    """A box as a region: inside the image, and at least a pixel wide and high."""
+    height, width = boxes.size
+    x1, y1, x2, y2 = boxes.clip().xyxy[index].tolist()
+    x1, y1 = max(min(x1, width - 1.0), 0.0), max(min(y1, height - 1.0), 0.0)
+    return Region("box", boxes.size, [[x1, y1], [max(x2, x1 + 1), max(y2, y1 + 1)]])

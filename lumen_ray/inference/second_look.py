@@ -10,8 +10,7 @@ import numpy as np
 
 from lumen_ray.answer import Answer
 from lumen_ray.inference.protocol import EncodingEngine, EngineProtocol
-from lumen_ray.inference.region_questions import RegionQuestion, box_region
-from lumen_ray.inference.request import Request, Shown
+from lumen_ray.inference.request import RegionQuestion, Request, Shown, box_region
 from lumen_ray.structures import Prediction, Size
 from lumen_ray.tasks import TASKS
 

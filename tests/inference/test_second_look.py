@@ -12,8 +12,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.inference import region_questions
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.protocol import EncodingEngine
-from lumen_ray.inference.region_questions import RegionQuestion, box_region
-from lumen_ray.inference.request import make_request
+from lumen_ray.inference.request import RegionQuestion, box_region, make_request
 from lumen_ray.inference.sampling import GREEDY, Sampler
 from lumen_ray.inference.second_look import SecondLook, with_agreement
 from lumen_ray.inference.writing import TextPrompt

@@ -12,7 +12,7 @@ from lumen_ray.data.shards.prepare import prepare_source
 from lumen_ray.data.shards.shards import read_rows
 from lumen_ray.data.sources.scenes import ScenesSource
 from lumen_ray.inference.engine import Engine
-from lumen_ray.inference.region_questions import RegionQuestion
+from lumen_ray.inference.request import RegionQuestion
 from lumen_ray.structures import Region
 from lumen_ray.tasks import region_question
 from lumen_ray.train.launch import train_local
