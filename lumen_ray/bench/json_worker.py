@@ -59,3 +59,13 @@ class JsonWorker:
         """Ends the process."""
         self._process.kill()
         self._process.communicate()
+
+
+def answer_once(name: str, command: Sequence[str], env: Mapping[str, str], folder: Path) -> dict[str, Any]:
+    """What a process writes as its only line. `folder`: its current folder, which Ray's workers look for modules in
+    first, and that of its ``log.txt``. Raises `UserError` as `JsonWorker`."""
+    worker = JsonWorker(name, command, {**env, "HF_HUB_OFFLINE": "1"}, folder / "log.txt", folder)
+    try:
+        return worker.read()
+    finally:
+        worker.close()

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from lumen_ray.bench.json_worker import JsonWorker
+from lumen_ray.bench.json_worker import answer_once
 from lumen_ray.bench.timing import Result, SidesDiffer, in_turns
 from lumen_ray.data.images import decode, decode_reduced
 from lumen_ray.data.scenes.render import encode_jpeg, render
@@ -119,17 +119,8 @@ def bench_command(
 
     def run(name: str) -> float:
         path = os.pathsep.join([str(roots[name]), *filter(None, [os.environ.get("PYTHONPATH")])])
-        worker = JsonWorker(
-            f"label in {roots[name]}",
-            [sys.executable, "-P", str(WORKER), model, str(source), str(folder / f"out-{next(number)}")],
-            {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path},
-            folder / "log.txt",
-            folder,  # Ray's workers look for modules in the driver's folder first
-        )
-        try:
-            seen[name].append(worker.read())
-        finally:
-            worker.close()
+        command = [sys.executable, "-P", str(WORKER), model, str(source), str(folder / f"out-{next(number)}")]
+        seen[name].append(answer_once(f"label in {roots[name]}", command, os.environ | {"PYTHONPATH": path}, folder))
         return seen[name][-1]["images_per_second"]
 
     rates = in_turns({name: lambda name=name: run(name) for name in roots}, turns)  # type: ignore[misc]

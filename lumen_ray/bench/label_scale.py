@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from lumen_ray.bench.json_worker import JsonWorker
+from lumen_ray.bench.json_worker import answer_once
 from lumen_ray.bench.timing import Result
 from lumen_ray.data.scenes.render import encode_jpeg
 
@@ -58,17 +58,8 @@ def write_links(folder: Path, start: int, end: int) -> None:
 
 
 def _job(folder: Path, source: Path, number: int) -> dict[str, Any]:
-    worker = JsonWorker(
-        f"a job of {number} images",
-        [sys.executable, "-P", str(WORKER), str(source), str(folder / f"labels-{number}"), str(number)],
-        {**os.environ, "HF_HUB_OFFLINE": "1"},
-        folder / "log.txt",
-        folder,
-    )
-    try:
-        return worker.read()
-    finally:
-        worker.close()
+    command = [sys.executable, "-P", str(WORKER), str(source), str(folder / f"labels-{number}"), str(number)]
+    return answer_once(f"a job of {number} images", command, os.environ, folder)
 
 
 def empty_engine(started: Path) -> Callable[[], Any]:

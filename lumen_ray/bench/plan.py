@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from lumen_ray.bench.json_worker import JsonWorker
+from lumen_ray.bench.json_worker import answer_once
 from lumen_ray.bench.label import WORKER, write_scenes
 from lumen_ray.bench.timing import Result
 from lumen_ray.console import comma_separated
@@ -66,14 +66,5 @@ def _cpu(report: PlanReport) -> float:
 def _run(folder: Path, model: str, source: Path, tasks: str, actors: int, turn: int) -> dict[str, float]:
     path = os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
     output = folder / f"labels-{actors}-{turn}"
-    worker = JsonWorker(
-        f"label with {actors} actors",
-        [sys.executable, "-P", str(WORKER), model, str(source), str(output), tasks, str(actors)],
-        {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": path},
-        folder / "log.txt",
-        folder,
-    )
-    try:
-        return worker.read()
-    finally:
-        worker.close()
+    command = [sys.executable, "-P", str(WORKER), model, str(source), str(output), tasks, str(actors)]
+    return answer_once(f"label with {actors} actors", command, os.environ | {"PYTHONPATH": path}, folder)
