@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from support import label_fakes
 from support.clusters import wait_for
 from support.label_fakes import FakeEngine, slow_engine, write_images
 
@@ -22,20 +21,6 @@ from lumen_ray.label.pipeline import label
 
 pytestmark = pytest.mark.ray
 OPTIONS = {"tasks": ["segment", "caption"], "classes": ["square"], "fragment_size": 4, "exports": (), "dedup": True}
-
-
-@pytest.fixture(scope="module")
-def local_ray():
-    from lumen_ray.ray_env import init_local, prepare_environment
-
-    prepare_environment()
-    import ray
-
-    init_local()
-    ray.cloudpickle.register_pickle_by_value(label_fakes)  # the workers cannot import this folder
-    yield ray
-    ray.cloudpickle.unregister_pickle_by_value(label_fakes)
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from support import label_fakes
 from support.label_fakes import FakeEngine, encode, make_picky_engine, picture, write_images
 
 from lumen_ray.data.shards.schema import make_row
@@ -20,20 +19,6 @@ from lumen_ray.inference.records import TIME_COLUMNS
 from lumen_ray.label.pipeline import label
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def local_ray():
-    from lumen_ray.ray_env import init_local, prepare_environment
-
-    prepare_environment()
-    import ray
-
-    init_local()
-    ray.cloudpickle.register_pickle_by_value(label_fakes)  # the workers cannot import this folder
-    yield ray
-    ray.cloudpickle.unregister_pickle_by_value(label_fakes)
-    ray.shutdown()
 
 
 def rows_of(output):
