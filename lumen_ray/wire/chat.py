@@ -25,6 +25,8 @@ from lumen_ray.wire.neutral import Neutral, refuse_others
 from lumen_ray.wire.requests import Asked
 from lumen_ray.wire.settings import MAX_NEW_TOKENS, Limits
 
+#: where a server takes these requests; the one URL of those in batch files
+CHAT_URL = "/v1/chat/completions"
 _ONE_ANSWER = "each request has one answer"
 _NO_PENALTY = "tokens are not penalised by how often they occur"
 _TEXT_ONLY = "answers are plain text"
