@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from lumen_ray.serve.access import Access
 from lumen_ray.serve.admission import Admission, Gate
 from lumen_ray.serve.asking import Backend
 from lumen_ray.serve.auth import KeyCheck
+from lumen_ray.serve.batches.absent import make_absent_router
+from lumen_ray.serve.batches.bodies import FORM_BYTES, BatchBody
 from lumen_ray.serve.envelopes import Envelopes
 from lumen_ray.serve.headers import SecurityHeaders, page_policy
 from lumen_ray.serve.http import Guard, install_error_handlers
@@ -27,7 +30,7 @@ from lumen_ray.wire import schemas
 from lumen_ray.wire.chat import ChatRequest
 
 _REQUESTS = (
-    *(schemas.TaskRequest, schemas.InferRequest, ChatRequest, openai_images.ImageRequest),
+    *(schemas.TaskRequest, schemas.InferRequest, ChatRequest, openai_images.ImageRequest, BatchBody),
     *(*hf_api.BODIES, *roboflow_api.BODIES, *kserve_api.BODIES),
 )
 #: of the other APIs' routes, by the first segment of their paths
@@ -58,10 +61,13 @@ def _html(name: str) -> HTMLResponse:
     return HTMLResponse(page, headers={"Content-Security-Policy": page_policy(page)})
 
 
-def create_api(backend: Backend, settings: ServeSettings, gate: Gate | None = None) -> FastAPI:
+def create_api(
+    backend: Backend, settings: ServeSettings, gate: Gate | None = None, wake_batches: Callable[[], None] = lambda: None
+) -> FastAPI:
     """The HTTP API over `backend`.
 
-    `gate`: of the requests that come in, by default one of its own. FastAPI's documentation pages are replaced: they
+    `gate`: of the requests that come in, by default one of its own. `wake_batches`: tells whoever answers batches to
+    look at them. FastAPI's documentation pages are replaced: they
     load scripts from a remote host.
     """
     codes = [400, 404, 410, 413, 415, 500, 503, 504, *([] if settings.auth is None else [401, 429])]
@@ -80,6 +86,7 @@ def create_api(backend: Backend, settings: ServeSettings, gate: Gate | None = No
         return all((await backend.ready()).values()) and not gate.is_closed
 
     api.include_router(kserve_api.make_router(backend, settings, is_ready))
+    _add_batches(api, settings, wake_batches, errors)
     api.include_router(task_api.make_fallback())
     _add_health(api, backend, gate)
     _add_pages(api)
@@ -88,18 +95,34 @@ def create_api(backend: Backend, settings: ServeSettings, gate: Gate | None = No
     return api
 
 
+def _add_batches(
+    api: FastAPI, settings: ServeSettings, wake: Callable[[], None], errors: dict[int | str, dict[str, Any]]
+) -> None:
+    if settings.batches is None:
+        api.include_router(make_absent_router())
+        return
+    from lumen_ray.serve.batches.api import make_batches_router, make_files_router
+    from lumen_ray.serve.batches.batch_store import BatchStore
+    from lumen_ray.serve.batches.file_store import FileStore
+
+    files, batches = FileStore(settings.batches), BatchStore(settings.batches)
+    api.include_router(make_files_router(files, batches), responses=errors)
+    api.include_router(make_batches_router(files, batches, wake), responses=errors)
+
+
 def _add_middleware(api: FastAPI, settings: ServeSettings, gate: Gate) -> None:
     """Innermost first."""
     api.add_middleware(Admission, gate=gate)
     if settings.auth is not None:
         api.add_middleware(KeyCheck, settings=settings.auth)
-    api.add_middleware(Guard, max_body_bytes=settings.limits.max_body_bytes)
+    uploads = {} if settings.batches is None else {"/v1/files": settings.batches.max_file_bytes + FORM_BYTES}
+    api.add_middleware(Guard, max_body_bytes=settings.limits.max_body_bytes, others=uploads)
     api.add_middleware(Envelopes, envelopes=_ENVELOPES)
     if settings.http.cors_origins:  # around the key check: a browser's preflight has no key, and reads errors too
         api.add_middleware(
             CORSMiddleware,
             allow_origins=settings.http.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
             expose_headers=_EXPOSED,
         )
