@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +49,7 @@ _SWEEP_EVERY_S = 3600.0
 
 
 class _Lost(Exception):
-    """Another process has the claim."""
+    """Another process has taken the claim, as after a pause of this one."""
 
 
 @dataclass
@@ -59,7 +59,7 @@ class _Job:
     batch: Batch
     state: BatchState
     work: BatchWork
-    reader: LineReader
+    reader: LineReader | None
     publishing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -87,16 +87,15 @@ class BatchRunner:
 
     async def run(self) -> None:
         """Runs until it is cancelled."""
+        told = ""
         while True:
-            claim = Claim(self._limits.folder)
-            with ExitStack() as held:
-                try:
-                    await asyncio.to_thread(held.enter_context, claim)
-                    self._claim = claim
+            try:
+                with Claim(self._limits.folder) as self._claim:
+                    told = ""
                     await self._work()
-                except _Lost:
-                    logger.warning("another process answers the batches of '%s' now", self._limits.folder)
-                except UserError as error:  # of another process that is alive, or the folder's disk
+            except (_Lost, UserError) as error:
+                if (why := getattr(error, "reason", "lost")) != told:  # once, not every few seconds
+                    told = why
                     logger.warning("batches wait: %s", error)
             await asyncio.sleep(_AGAIN_S)
 
@@ -128,7 +127,7 @@ class BatchRunner:
 
     def _check_claim(self) -> None:
         if self._claim is None or self._claim.is_lost:
-            raise _Lost
+            raise _Lost(f"another process answers the batches in '{self._limits.folder}' now")
 
     async def _advance(self, batch: Batch) -> None:
         """Takes a batch to its end, through what passes by itself: a model that is restarted, a disk that is full."""
@@ -180,14 +179,9 @@ class BatchRunner:
 
     async def _answered(self, batch: Batch, state: BatchState, work: BatchWork) -> BatchState:
         """The state behind the last line. Lines that were answered before a kill are not asked again."""
-        info, settings = await self._backend.info(), self._settings
-        reader = LineReader(
-            *(info["preset"], info["version"], info.get("largest_side"), settings.limits, settings.defaults),
-            takes_sampling=settings.openai_sampling,
-            read_image=lambda _: image_bytes,  # the client's file, which may not name files of the server
-        )
-        counts = await asyncio.to_thread(work.counts, state.counts.total)
-        job = _Job(batch, state.with_facts(model=reader.model, counts=counts), work, reader)
+        reader = await self._reader(batch)
+        counts, model = await asyncio.to_thread(work.counts, state.counts.total), reader.model if reader else None
+        job = _Job(batch, state.with_facts(model=model or state.model, counts=counts), work, reader)
         waiting = await asyncio.to_thread(work.waiting)
         room = asyncio.Semaphore(_OPEN_FRAGMENTS)
         try:
@@ -201,6 +195,23 @@ class BatchRunner:
         state = job.state.enter("finalizing", self._now())
         await self._save(batch, state)
         return state
+
+    async def _reader(self, batch: Batch) -> LineReader | None:
+        """Reads lines for the model, which is waited for; None if the batch is stopped before there is one."""
+        while True:
+            try:
+                info = await self._backend.info()
+                break
+            except (Overloaded, Unavailable, TimeoutError):
+                if await asyncio.to_thread(self._why_stopped, batch) is not None:
+                    return None
+                await asyncio.sleep(_AGAIN_S)
+        settings = self._settings
+        return LineReader(
+            *(info["preset"], info["version"], info.get("largest_side"), settings.limits, settings.defaults),
+            takes_sampling=settings.openai_sampling,
+            read_image=lambda _: image_bytes,  # the client's file, which may not name files of the server
+        )
 
     async def _answer_fragment(self, job: _Job, fragment: Fragment) -> None:
         lines = await asyncio.gather(*(self._answer_line(job, item) for item in fragment.items))
@@ -226,17 +237,18 @@ class BatchRunner:
         """A line with what the model is asked, or failed; blocks."""
         if (why := self._why_stopped(job.batch)) is not None:
             return not_asked(item, why, _STOPPED[why].message)
+        assert job.reader is not None, "a batch without a model was stopped"
         return job.reader.read(item, read_item(item))
 
     async def _ask(self, job: _Job, line: Line) -> Line:
         """The line, answered or failed. What passes by itself is waited for: a full queue, a replica that is gone."""
-        prepared = line.prepared
-        assert prepared is not None, "lines that failed are not asked"
+        prepared, reader = line.prepared, job.reader
+        assert prepared is not None and reader is not None, "lines that failed are not asked"
         tries = 0
         while True:
             try:
                 (answer,) = await self._backend.infer(prepared.shown, prepared.requests, prepared.max_new_tokens)
-                await asyncio.to_thread(line.answer, answer, job.reader.model)
+                await asyncio.to_thread(line.answer, answer, reader.model)
                 return line
             except Overloaded as error:
                 await asyncio.sleep(error.retry_after_s)

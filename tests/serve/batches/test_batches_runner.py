@@ -13,6 +13,7 @@ from support.serve_fakes import png
 from lumen_ray.errors import UserError
 from lumen_ray.label.claim import Claim
 from lumen_ray.serve.batches import work
+from lumen_ray.serve.http import Unavailable
 
 URL = "data:image/png;base64," + base64.b64encode(png()).decode()
 
@@ -178,6 +179,19 @@ def test_a_batch_expires_with_what_it_has(batch_server):
     assert len(left) + len(batch_server.rows(batch["output_file_id"])) == 100
 
 
+def test_a_batch_whose_model_never_comes_expires(batch_server, monkeypatch):
+    batch_id = batch_server.create(line("a"), window_s=10)
+
+    async def info():
+        batch_server.now += 5
+        raise Unavailable("a deployment of the model failed to start")
+
+    monkeypatch.setattr(batch_server.backend, "info", info)
+    (batch,) = batch_server.finish(batch_id)
+    assert (batch["status"], batch["model"]) == ("expired", None)
+    assert codes(batch_server.rows(batch["error_file_id"])) == {"a": "batch_expired"}
+
+
 def test_a_killed_runner_goes_on_with_every_line_once(batch_server, monkeypatch):
     monkeypatch.setattr(work, "FRAGMENT_LINES", 4)
     batch_id = batch_server.create(*(line(f"{n}", f"question {n}") for n in range(40)))
@@ -231,6 +245,22 @@ def test_two_processes_do_not_answer_the_same_folder(batch_server):
 
     asyncio.run(both())
     assert batch_server.shown(batch_id)["status"] == "completed"
+
+
+def test_a_runner_that_lost_its_claim_stops_and_asks_for_it_again(batch_server, monkeypatch):
+    monkeypatch.setattr(work, "FRAGMENT_LINES", 4)
+    batch_id, lost = batch_server.create(*(line(f"{n}", f"question {n}") for n in range(40))), []
+
+    def step(found):
+        if len(batch_server.backend.asked) >= 10 and not lost:
+            lost.append(found._claim)
+            found._claim.is_lost = True
+            found.wake()
+        return batch_server.batches.state(batch_id).has_ended and found._claim is not lost[0]
+
+    asyncio.run(batch_server.run(step))
+    batch = batch_server.shown(batch_id)
+    assert [row["custom_id"] for row in batch_server.rows(batch["output_file_id"])] == [f"{n}" for n in range(40)]
 
 
 def test_a_bug_fails_the_batch_and_not_the_others(batch_server, monkeypatch):
