@@ -104,6 +104,11 @@ class TrunkStage(FromFolder):
         return self.planner.tasks
 
     @property
+    def takes_exemplars(self) -> bool:
+        """Whether the model takes classes by example."""
+        return self.reads_exemplars and self.prompt_layout != "sequential"
+
+    @property
     def largest_side(self) -> int:
         """The longest side in pixels of any input of trunk or decoders: larger images lose nothing by being decoded at
         a reduced scale that leaves their longer side this many."""
@@ -283,7 +288,7 @@ class TrunkStage(FromFolder):
     def _check_examples(self, shown: ClassByExample) -> None:
         """Raises `UserError` if the model does not take a class by example. Computes the keys of its examples: here
         nobody waits for the model."""
-        if self.prompt_layout == "sequential" or not self.reads_exemplars:
+        if not self.takes_exemplars:
             raise no_exemplars(shown.name, self.prompt_layout)
         for example in shown.examples:
             _ = example.key if example.image is not None else ""

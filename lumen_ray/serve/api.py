@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 
 from lumen_ray.serve import hf_api, kserve_api, openai_api, openai_images, roboflow_api, task_api
 from lumen_ray.serve.access import Access
@@ -17,10 +15,11 @@ from lumen_ray.serve.admission import Admission, Gate
 from lumen_ray.serve.asking import Backend
 from lumen_ray.serve.auth import KeyCheck
 from lumen_ray.serve.envelopes import Envelopes
-from lumen_ray.serve.headers import SecurityHeaders, page_policy
+from lumen_ray.serve.headers import SecurityHeaders
 from lumen_ray.serve.http import Guard, install_error_handlers
 from lumen_ray.serve.measured import MeasuredBackend
 from lumen_ray.serve.metrics import exposition
+from lumen_ray.serve.pages import add_pages
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.version import __version__
 from lumen_ray.wire import schemas
@@ -36,7 +35,6 @@ _ENVELOPES = {
     **dict.fromkeys(roboflow_api.SEGMENTS, roboflow_api.envelope),
     "v2": kserve_api.envelope,
 }
-_PAGES = Path(__file__).parent / "page"
 #: headers of answers that pages of other origins may read
 _EXPOSED = (
     "Retry-After",
@@ -46,16 +44,6 @@ _EXPOSED = (
     "x-ratelimit-reset-requests",
 )
 _SUMMARY = "Answers, finds, segments, poses and counts what is in an image. One schema for all tasks."
-
-
-@cache
-def _page(name: str) -> str:
-    return (_PAGES / name).read_text(encoding="utf-8")
-
-
-def _html(name: str) -> HTMLResponse:
-    page = _page(name)
-    return HTMLResponse(page, headers={"Content-Security-Policy": page_policy(page)})
 
 
 def create_api(backend: Backend, settings: ServeSettings, gate: Gate | None = None) -> FastAPI:
@@ -82,7 +70,7 @@ def create_api(backend: Backend, settings: ServeSettings, gate: Gate | None = No
     api.include_router(kserve_api.make_router(backend, settings, is_ready))
     api.include_router(task_api.make_fallback())
     _add_health(api, backend, gate)
-    _add_pages(api)
+    add_pages(api)
     _add_to_openapi(api, asks_for_key=settings.auth is not None)
     _add_middleware(api, settings, gate)
     return api
@@ -126,16 +114,6 @@ def _add_health(api: FastAPI, backend: Backend, gate: Gate) -> None:
     async def metrics() -> Response:
         text, media_type = exposition()
         return Response(text, media_type=media_type)
-
-
-def _add_pages(api: FastAPI) -> None:
-    @api.get("/", include_in_schema=False)
-    async def index() -> HTMLResponse:
-        return _html("index.html")
-
-    @api.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return _html("docs.html")
 
 
 def _add_to_openapi(api: FastAPI, asks_for_key: bool) -> None:

@@ -115,7 +115,7 @@ class TrunkReplica:
 
     async def info(self) -> dict[str, Any]:
         """The public description of the model: preset, version, image size, the longest side of any input, tasks and
-        the decoders that serve them, classes, skeletons and their edges."""
+        the decoders that serve them, classes, skeletons and their edges, and whether it takes classes by example."""
         loaded = self.stage.loaded
         return {
             "preset": loaded.settings.name,
@@ -127,6 +127,7 @@ class TrunkReplica:
             "classes": list(loaded.meta.classes),
             "skeletons": {name: list(points) for name, points in loaded.meta.skeletons.items()},
             "edges": loaded.meta.edges,
+            "exemplars": self.stage.takes_exemplars,
         }
 
     async def ping(self) -> bool:

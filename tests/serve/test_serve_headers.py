@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
 import shutil
 import subprocess
@@ -44,14 +42,12 @@ def test_every_answer_has_them(path):
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])
-def test_the_policy_of_a_page_names_its_own_scripts_and_styles(path):
+def test_a_page_runs_and_loads_files_of_this_server_alone(path):
     response = served().get(path)
-    inline = re.findall(r"<(script|style)[^>]*>(.*?)</\1>", response.text, re.DOTALL)
-    assert {kind for kind, _ in inline} == {"script", "style"}
-    for kind, text in inline:
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        assert re.search(rf"{kind}-src [^;]*'sha256-{re.escape(digest)}'", response.headers["content-security-policy"])
-    assert not re.search(r"\son\w+=|\sstyle=|<script src|<link rel=.stylesheet", response.text)
+    policy = response.headers["content-security-policy"]
+    assert "script-src 'self';" in policy and "style-src 'self';" in policy and "connect-src 'self';" in policy
+    # its policy would not let these run
+    assert not re.search(r"<style|<script(?![^>]*\ssrc=)|\son\w+=|\sstyle=", response.text)
 
 
 def test_other_origins_are_shut_out_unless_named(tmp_path):
