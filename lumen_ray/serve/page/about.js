@@ -27,6 +27,6 @@ export function startAbout() {
   on("model", () => {
     find("model").textContent = `${state.model.preset}, version ${state.model.version}`
     find("facts").replaceChildren(...facts())
-    find("about").hidden = false
+    find("side").hidden = false
   })
 }

@@ -42,6 +42,7 @@ async function send(question) {
   } catch (error) {
     turn.isStopped = control.signal.aborted
     turn.error = turn.isStopped ? "" : error.message
+    if (turn.error && !find("question").value) find("question").value = question // to be sent again
   }
   if (running === control) running = null
   turn.isDone = !turn.error

@@ -34,7 +34,7 @@ export function asCurl(request) {
   return `${lines.join("\n")}\n`
 }
 
-const remark = picture => (picture.original ? "  # a smaller copy, as it was sent: save it from the page" : "")
+const remark = picture => (picture.original ? "  # a smaller copy: save it from the page, 'Image as sent'" : "")
 
 export function asPython(request) {
   const { pictures, body } = located(request.body), names = fileNames(pictures).map(name => JSON.stringify(name))

@@ -10,6 +10,7 @@ import { changed, on, state, takes } from "./state.js"
 
 const LEAST_SCORE = 0.05 // is asked for; the slider hides the rest without a new request
 const MOST_CHIPS = 200
+const MOVES = matchMedia("(pointer: coarse)").matches ? "Two fingers move the image." : "Shift-drag moves the image."
 const TEXTS = {
   question: "Question", sentence: "Sentence; every phrase in it is found", expression: "Expression for one object",
   description: "What the picture should show", instruction: "What to change",
@@ -97,7 +98,7 @@ function arrange() {
   }
   find("tools").hidden = aims !== "region"
   find("hint").hidden = !aims
-  find("hint").textContent = aims ? `${hints[aims]} Shift-drag moves the image.` : ""
+  find("hint").textContent = aims ? `${hints[aims]} ${MOVES}` : ""
   check()
 }
 

@@ -1,6 +1,6 @@
 // Pointer, wheel and keys on the canvas: they draw regions and examples, zoom and move.
 import { announce, find } from "./dom.js"
-import { aim, fit, highlight, imagePoint, inside, instanceAt, isZoomed, pan, redraw, sayZoom, view, zoom } from "./stage.js"
+import { aim, fit, highlight, imagePoint, inside, instanceAt, pan, redraw, sayZoom, view, zoom } from "./stage.js"
 import { changed, on, state } from "./state.js"
 
 const canvas = find("view")
@@ -76,7 +76,6 @@ canvas.onpointerup = event => {
   else if (isLast && event.pointerType === "touch" && !aim()) {
     highlight(instanceAt(imagePoint(event.clientX, event.clientY)))
   }
-  setTouch()
 }
 canvas.onpointercancel = event => { pointers.delete(event.pointerId); cancel() }
 canvas.onpointerleave = event => { if (!pointers.has(event.pointerId) && event.pointerType === "mouse") highlight(-1) }
@@ -84,7 +83,6 @@ canvas.addEventListener("wheel", event => {
   event.preventDefault()
   const box = canvas.getBoundingClientRect()
   zoom(Math.exp(-event.deltaY * (event.deltaMode ? 0.05 : 0.0015)), event.clientX - box.left, event.clientY - box.top)
-  setTouch()
 }, { passive: false })
 
 const ARROWS = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }
@@ -127,19 +125,13 @@ function mark(ends) {
   }
 }
 
-// A finger scrolls the page where there is nothing to draw or to move.
-function setTouch() {
-  canvas.classList.toggle("aims", Boolean(aim()))
-  canvas.classList.toggle("moves", isZoomed())
-}
-
 // `onShape` takes {kind, points} that the user has drawn.
 export function startGestures(onShape) {
   use = onShape
   canvas.tabIndex = 0
   canvas.setAttribute("role", "application")
   canvas.onfocus = canvas.onblur = () => { if (aim()) { view.cursor ??= cursor(); redraw() } }
-  on("shown task examples", () => { state.drawing = null; setTouch() })
+  on("shown task examples", () => { state.drawing = null })
   find("tools").onchange = event => {
     state.tool = event.target.value
     changed("region")

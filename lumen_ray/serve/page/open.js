@@ -23,12 +23,12 @@ export function useImage(picture) {
   show(picture)
 }
 
-function refuse(message) {
-  state.picture = null
-  Object.assign(state, { region: null, answer: null, request: null, marking: null })
+// Leaves the page without an image, and says why if there is a reason.
+function clear(message = "") {
+  Object.assign(state, { picture: null, region: null, answer: null, request: null, marking: null })
   state.views = state.views.filter(view => view.isExample)
   find("problem").textContent = message
-  find("problem").hidden = false
+  find("problem").hidden = !message
   changed("picture", "answer", "views")
   show(null)
 }
@@ -42,7 +42,7 @@ export async function openImage(file, more) {
       announce(`${picture.name}, ${picture.width} by ${picture.height} pixels`)
     }
   } catch (error) {
-    if (turn === opening) refuse(error.message)
+    if (turn === opening) clear(error.message)
   }
 }
 
@@ -65,7 +65,7 @@ export async function showMade(images) {
 async function openSample(number) {
   const path = `page/samples/${number}.jpg`
   const response = await fetch(address(path)).catch(() => null)
-  if (!response?.ok) { refuse("The sample could not be loaded."); return }
+  if (!response?.ok) { clear("The sample could not be loaded."); return }
   await openImage(await response.blob(), { name: `sample-${number}.jpg`, url: address(path) })
 }
 
@@ -118,6 +118,7 @@ function take(transfer, more) {
 
 export function startOpening() {
   for (const id of ["open", "choose"]) find(id).onclick = () => find("file").click()
+  find("close").onclick = () => { clear(); find("choose").focus() }
   find("file").onchange = () => {
     if (find("file").files[0]) openImage(find("file").files[0])
     find("file").value = "" // the same file may be chosen again
@@ -128,7 +129,7 @@ export function startOpening() {
   document.ondrop = event => {
     event.preventDefault()
     stage.classList.remove("over")
-    if (!take(event.dataTransfer)) refuse("That was no file. Save the image first, then drop or choose its file.")
+    if (!take(event.dataTransfer)) clear("That was no file. Save the image first, then drop or choose its file.")
   }
   document.onpaste = event => { if (take(event.clipboardData, { isMade: true })) event.preventDefault() }
   on("views shown picture", arrangeStrip)

@@ -56,7 +56,7 @@ async function reencode(name, bitmap, mostPixels, mostBytes, more) {
     const copy = await createImageBitmap(canvas)
     bitmap.close()
     const given = scale === 1 ? {} : { original }
-    return new Picture(`${stem}${isWhole ? ".png" : ".jpg"}`, blob, copy, { ...more, isMade: true, ...given })
+    return new Picture(`${stem}${isWhole ? ".png" : "-scaled.jpg"}`, blob, copy, { ...more, isMade: true, ...given })
   }
 }
 

@@ -65,6 +65,7 @@ function arrange() {
   const { answer } = state
   find("result").hidden = !answer
   find("error").hidden = true
+  find("found").hidden = !answer
   if (!answer) return
   const hasInstances = Boolean(answer.instances?.length)
   find("score-row").hidden = !hasInstances

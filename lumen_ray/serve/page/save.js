@@ -6,6 +6,7 @@ import { maskArea } from "./masks.js"
 import { look } from "./stage.js"
 import { on, state, visible } from "./state.js"
 
+const LABELLED_SIDE = 800
 const thousandths = value => Math.round(1000 * value) / 1000
 
 // The shown instances in COCO's format, with the fields that `lumen-ray label` writes.
@@ -43,11 +44,12 @@ function keypointsOf({ keypoints }) {
   }
 }
 
-// The image at its full size, with what is drawn on it.
+// The image at its full size, with what is drawn on it. Small ones are enlarged by a whole factor, for the labels.
 async function drawnPng() {
-  const { picture } = state.answer
-  const canvas = make("canvas", { width: picture.width, height: picture.height }), context = canvas.getContext("2d")
-  const at = { x: 0, y: 0, scale: 1, unit: Math.max(1, Math.max(picture.width, picture.height) / 1000) }
+  const { picture } = state.answer, side = Math.max(picture.width, picture.height)
+  const scale = Math.max(1, Math.floor(LABELLED_SIDE / side)), unit = Math.max(1, side / 1000)
+  const canvas = make("canvas", { width: picture.width * scale, height: picture.height * scale })
+  const context = canvas.getContext("2d"), at = { x: 0, y: 0, scale, unit }
   const { on: isOn, opacity } = state.layers.picture
   if (isOn) drawImage(context, picture.bitmap, at, opacity)
   drawAnswer(context, visible(), at, look())

@@ -16,7 +16,7 @@ const fitScale = () => {
   return Math.min((stage.clientWidth - 2 * MARGIN) / width, (stage.clientHeight - 2 * MARGIN) / height)
 }
 
-export const isZoomed = () => Boolean(state.shown) && view.scale > fitScale() * 1.001
+const isZoomed = () => Boolean(state.shown) && view.scale > fitScale() * 1.001
 
 export function fit() {
   if (!state.shown) return
@@ -89,6 +89,8 @@ function draw() {
   if (isOn || !hasAnswer) drawImage(context, state.shown.bitmap, at, hasAnswer ? opacity : 1)
   if (hasAnswer) drawAnswer(context, visible(), at, look())
   drawShapes(context, at)
+  canvas.classList.toggle("aims", Boolean(aim()))
+  canvas.classList.toggle("moves", isZoomed()) // else a finger on it scrolls the page
   find("zoom-value").textContent = `${Math.round(view.scale * 100)} %`
 }
 
@@ -109,11 +111,12 @@ function drawShapes(context, at) {
 }
 
 function describe() {
-  const { shown } = state
+  const { shown } = state, hadFocus = find("empty").contains(document.activeElement)
   canvas.hidden = !shown
   find("empty").hidden = Boolean(shown)
-  find("zoom").hidden = !shown
+  find("bar").hidden = !shown
   if (!shown) return
+  if (hadFocus) canvas.focus({ preventScroll: true }) // what had it is gone
   const found = showsAnswer() ? `, ${plural(visible().length, "object")} drawn` : ""
   const keys = aim() ? ". Arrow keys move the crosshair, Enter marks" : ". Plus and minus zoom, arrow keys move"
   canvas.setAttribute("aria-label", `${shown.name}, ${shown.width} by ${shown.height} pixels${found}${keys}`)
