@@ -1,5 +1,5 @@
 // What the loaded model knows.
-import { find, make } from "./dom.js"
+import { find, make, plural } from "./dom.js"
 import { on, state } from "./state.js"
 
 function fact(name, ...words) { return [make("dt", {}, name), make("dd", {}, ...words)] }
@@ -26,6 +26,9 @@ function facts() {
 export function startAbout() {
   on("model", () => {
     find("model").textContent = `${state.model.preset}, version ${state.model.version}`
+    const classes = state.model.classes?.length
+    find("about-summary").textContent = `What this model knows: ${classes ? `${plural(classes, "class", "classes")}, ` : ""}`
+      + plural(state.tasks.size, "task")
     find("facts").replaceChildren(...facts())
     find("side").hidden = false
   })

@@ -1,5 +1,6 @@
 // Calls of the server.
 import { Picture } from "./picture.js"
+import { changed } from "./state.js"
 
 const KEY = "lumen-key" // in this tab until it is closed
 
@@ -51,6 +52,7 @@ async function call(path, options = {}) {
   }
   if (response.ok) return response
   const error = (await response.json().catch(() => null))?.error
+  if (response.status === 401) changed("key")
   const message = error?.message || `The server answered ${response.status}.`
   throw new ApiError(sentence(message), response.status, error?.reason)
 }

@@ -3,10 +3,11 @@ import { Sent, stream } from "./api.js"
 import { palette } from "./colours.js"
 import { announce, find, make, plural } from "./dom.js"
 import { show, showMade } from "./open.js"
+import { revealStage } from "./stage.js"
 import { changed, on, state } from "./state.js"
 
 const PATH = "v1/chat/completions"
-let turns = [] // {question, text, answer, error, isStopped, isDone, node}
+let turns = [] // {question, text, answer, error, isStopped, isDone, request, node}
 let running = null // the AbortController of the answer that is written
 
 // Turns without an answer in text cannot be sent back: every message needs one.
@@ -26,9 +27,9 @@ function body(question) {
 }
 
 async function send(question) {
-  const turn = { question, text: "", answer: null, error: "", isStopped: false, isDone: false }
-  const asked = body(question), picture = find("with-image").checked ? state.picture : null
+  const asked = body(question), request = { path: PATH, body: asked }, picture = find("with-image").checked ? state.picture : null
   const control = (running = new AbortController())
+  const turn = { question, text: "", answer: null, error: "", isStopped: false, isDone: false, request }
   turns.push(turn)
   write(turn)
   arrange()
@@ -51,12 +52,12 @@ async function send(question) {
   arrange()
   announce(turn.error || turn.text || found(turn))
   if (turn.answer && picture === (find("with-image").checked ? state.picture : null)) {
-    await present(turn, { path: PATH, body: asked })
+    await present(turn)
   }
 }
 
 // Draws what an answer located; an answer in text alone leaves the image as it is.
-async function present({ answer }, request) {
+async function present({ answer, request }) {
   Object.assign(state, { answer, request, hover: -1 })
   state.hidden.clear()
   changed("answer")
@@ -94,7 +95,7 @@ function write(turn) {
   if (note) answer.append(make("p", { className: turn.error ? "error" : "soft" }, note))
   if (turn.answer?.instances?.length && turn.answer.picture) {
     const button = make("button", { type: "button" }, `Show ${plural(turn.answer.instances.length, "object")}`)
-    button.onclick = () => present(turn, state.request)
+    button.onclick = () => { present(turn); revealStage() }
     answer.append(make("div", { className: "row" }, button))
   }
   const question = make("div", { className: "asked" }, make("span", { className: "unseen" }, "You: "), turn.question)

@@ -15,4 +15,4 @@ export function announce(words) { find("status").textContent = words }
 // The items of a comma-separated list.
 export function items(words) { return words.split(",").map(word => word.trim()).filter(Boolean) }
 
-export function plural(count, noun) { return `${count} ${noun}${count === 1 ? "" : "s"}` }
+export function plural(count, noun, nouns = `${noun}s`) { return `${count} ${count === 1 ? noun : nouns}` }

@@ -5,7 +5,7 @@ import { addExample, exampleClasses, isComplete, isOffered } from "./exemplars.j
 import { show, showMade } from "./open.js"
 import { arrangeOptions, options } from "./options.js"
 import { report } from "./result.js"
-import { aim } from "./stage.js"
+import { aim, revealStage } from "./stage.js"
 import { changed, on, state, takes } from "./state.js"
 
 const LEAST_SCORE = 0.05 // is asked for; the slider hides the rest without a new request
@@ -51,7 +51,7 @@ function body() {
 }
 
 async function submit() {
-  if (missing() || !find("options").closest("form").reportValidity()) return
+  if (missing() || !find("form").reportValidity()) return
   running?.abort()
   const control = (running = new AbortController())
   const request = { path: state.task.endpoint.slice(1), body: body() }, { picture } = state
@@ -74,6 +74,7 @@ async function accept(answer, request) {
   changed("answer")
   await showMade(answer.images)
   if (!answer.images && state.picture) show(state.picture)
+  if (answer.instances?.length || answer.images) revealStage()
 }
 
 // What is drawn on the stage: a region of the request, which is then sent, or an example.
@@ -160,6 +161,7 @@ export function startForm() {
     find("form").requestSubmit()
   }
   for (const id of ["classes", "text", "keypoints"]) find(id).oninput = check
+  find("options").addEventListener("invalid", () => { find("options-row").open = true }, true) // so that its reason is seen
   find("task").onchange = chooseTask
   on("task picture shown region examples", arrange)
   on("classes", check)

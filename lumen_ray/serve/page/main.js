@@ -11,7 +11,7 @@ import { startOpening } from "./open.js"
 import { startResult } from "./result.js"
 import { startSaving } from "./save.js"
 import { startStage } from "./stage.js"
-import { changed, state } from "./state.js"
+import { changed, on, state } from "./state.js"
 
 const RETRY_MS = 3000
 
@@ -25,7 +25,6 @@ async function connect() {
     changed("model")
   } catch (error) {
     const needsKey = error.status === 401
-    find("key-form").hidden = !needsKey
     find("model").textContent = !needsKey ? "The model is not ready; trying again." : hasKey()
       ? "This API key is not valid." : "This server needs an API key."
     if (!needsKey) setTimeout(connect, RETRY_MS)
@@ -53,6 +52,7 @@ function startTabs() {
   }
 }
 
+on("key", () => { find("key-form").hidden = false })
 find("key-form").onsubmit = event => {
   event.preventDefault()
   setKey(find("key").value.trim())

@@ -73,12 +73,13 @@ export function maskCanvas(mask, colour) {
 
 // Half transparent, with an edge.
 function coloured(bits, width, height, rgb) {
-  const image = new ImageData(width, height)
+  const image = new ImageData(width, height), [red, green, blue] = rgb, colour = red | green << 8 | blue << 16
+  const pixels = new Uint32Array(image.data.buffer) // a byte for each of red, green, blue and alpha, red first
   for (let at = 0; at < bits.length; at++) {
     if (!bits[at]) continue
     const x = at % width
     const isInside = x && x < width - 1 && bits[at - 1] && bits[at + 1] && bits[at - width] && bits[at + width]
-    image.data.set([...rgb, isInside ? 115 : 230], 4 * at)
+    pixels[at] = colour | (isInside ? 115 : 230) << 24
   }
   return image
 }

@@ -33,6 +33,14 @@ function clear(message = "") {
   show(null)
 }
 
+// Says what went wrong without taking the image that is there.
+function complain(message) {
+  if (!state.shown) { clear(message); return }
+  find("note").textContent = message
+  find("note").hidden = false
+  announce(message)
+}
+
 export async function openImage(file, more) {
   const turn = ++opening
   try {
@@ -118,18 +126,29 @@ function take(transfer, more) {
 
 export function startOpening() {
   for (const id of ["open", "choose"]) find(id).onclick = () => find("file").click()
+  find("use-made").onclick = () => {
+    const made = state.views.filter(view => !view.isExample).map(view => view.picture)
+    useImage(made.includes(state.shown) ? state.shown : made[0])
+  }
   find("close").onclick = () => { clear(); find("choose").focus() }
   find("file").onchange = () => {
     if (find("file").files[0]) openImage(find("file").files[0])
     find("file").value = "" // the same file may be chosen again
   }
   const stage = find("stage")
-  document.ondragover = event => { event.preventDefault(); stage.classList.add("over") }
+  // text that is dragged elsewhere is none of the stage's
+  const isMeant = event => event.dataTransfer.types.includes("Files") || stage.contains(event.target)
+  document.ondragover = event => {
+    if (!isMeant(event)) return
+    event.preventDefault()
+    stage.classList.add("over")
+  }
   document.ondragleave = event => { if (!event.relatedTarget) stage.classList.remove("over") }
   document.ondrop = event => {
+    if (!isMeant(event)) return
     event.preventDefault()
     stage.classList.remove("over")
-    if (!take(event.dataTransfer)) clear("That was no file. Save the image first, then drop or choose its file.")
+    if (!take(event.dataTransfer)) complain("That was no file. Save the image first, then drop or choose its file.")
   }
   document.onpaste = event => { if (take(event.clipboardData, { isMade: true })) event.preventDefault() }
   on("views shown picture", arrangeStrip)

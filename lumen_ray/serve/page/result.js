@@ -12,6 +12,12 @@ export function report(message) {
   find("error").textContent = message
 }
 
+// A class by its name that is none of the model's, if it has some.
+function isNew(phrase) {
+  const known = state.model.classes || []
+  return known.length > 0 && !known.includes(phrase) && Boolean(state.request?.body.classes?.includes(phrase))
+}
+
 function words() {
   const { answer } = state, shown = visible()
   if (answer.images) return `${plural(answer.images.length, "picture")} made.`
@@ -19,8 +25,10 @@ function words() {
   if (answer.task === "count") {
     return answer.phrases.map(phrase => `${phrase}: ${shown.filter(item => item.phrase === phrase).length}`).join(", ")
   }
+  const unknown = (answer.phrases || []).filter(phrase => !answer.instances.some(item => item.phrase === phrase) && isNew(phrase))
+  const hint = unknown.length ? ` This model was not trained with ${unknown.join(", ")}.` : ""
   const below = answer.instances.filter(item => item.score < state.score).length
-  return `${shown.length ? `${shown.length} found` : "Nothing found"}${below ? `, ${below} below the score` : ""}.`
+  return `${shown.length ? `${shown.length} found` : "Nothing found"}${below ? `, ${below} below the score` : ""}.${hint}`
 }
 
 function item(instance, colour) {
@@ -71,6 +79,7 @@ function arrange() {
   find("score-row").hidden = !hasInstances
   find("save-coco").hidden = !hasInstances
   find("save-png").hidden = !hasInstances && !answer.images
+  find("use-made").hidden = !answer.images
   find("save-image").hidden = !answer.picture?.differs
   const { timing_ms: timing, route } = answer
   find("timing").textContent = `${timing ? `${timing.total} ms` : ""}${route ? `, routed by ${route}` : ""}`

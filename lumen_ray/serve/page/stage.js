@@ -145,4 +145,9 @@ export function startStage() {
   find("zoom-fit").onclick = () => { fit(); sayZoom() }
 }
 
+// Where the stage is above what was just used, as on phones.
+export function revealStage() {
+  if (matchMedia("(max-width: 60rem)").matches) find("viewer").scrollIntoView()
+}
+
 export function sayZoom() { announce(`Zoom ${Math.round(view.scale * 100)} percent`) }

@@ -34,7 +34,7 @@ export function on(topics, listener) {
 }
 
 // Topics: model, task, picture (asked about), shown (on the stage), views, region, examples, classes, answer, filter (which
-// of its instances are shown), look (how they are drawn).
+// of its instances are shown), look (how they are drawn), key (the server asks for one).
 export function changed(...topics) {
   for (const listener of new Set(topics.flatMap(topic => listeners.get(topic) || []))) listener()
 }
