@@ -3,6 +3,7 @@ import { palette } from "./colours.js"
 import { maskCanvas } from "./masks.js"
 
 export const KEYPOINT_SCORE = 0.3 // as in `lumen_ray.viz`
+const SHARP = 3 // from this scale on pixels are seen as such
 const CROWDED = 25 // more instances than this have labels only where their boxes are as wide
 
 // `at`: {x, y, scale, unit}: an image point p is drawn at p * scale + (x, y), lines are `unit` thick.
@@ -24,10 +25,9 @@ export function drawAnswer(context, instances, at, look) {
 
 export function drawImage(context, bitmap, at, opacity) {
   context.globalAlpha = opacity
-  context.imageSmoothingEnabled = at.scale < 3 // pixels are seen as such when enlarged
+  context.imageSmoothingEnabled = at.scale < SHARP
   context.imageSmoothingQuality = "high"
   context.drawImage(bitmap, at.x, at.y, bitmap.width * at.scale, bitmap.height * at.scale)
-  context.imageSmoothingEnabled = true
   context.globalAlpha = 1
 }
 
@@ -48,6 +48,7 @@ function outline(context, at, colour, width, trace) {
 function drawMask(context, item, at, { colour }) {
   const made = item.mask && maskCanvas(item.mask, colour)
   if (!made) return
+  context.imageSmoothingEnabled = at.scale < SHARP
   context.drawImage(made.canvas, ...place(at, [made.x, made.y]), made.width * at.scale, made.height * at.scale)
 }
 
