@@ -32,7 +32,7 @@ from lumen_ray.serve.api import create_api
 from lumen_ray.serve.asking import SentText
 from lumen_ray.serve.http import Overloaded, Unavailable, logger
 from lumen_ray.serve.image_cache import ImageGone, KeyedImage
-from lumen_ray.serve.job import TrunkJob, TrunkReply
+from lumen_ray.serve.job import TrunkJob, TrunkReply, sender
 from lumen_ray.serve.metrics import STAGE_SECONDS, export_to_ray
 from lumen_ray.serve.readiness import Ping, Readiness
 from lumen_ray.serve.settings import ModelDeployment, ServeSettings
@@ -94,7 +94,7 @@ class ServeBackend:
 
     async def infer(self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
         """One trunk pass over what is shown, then the decoders that it has links for, in parallel."""
-        job, key = TrunkJob(image, tuple(requests), max_new_tokens), _key_of(image)
+        job, key = TrunkJob(image, tuple(requests), max_new_tokens, sender.get()), _key_of(image)
 
         async def call() -> list[Answer]:
             reply: TrunkReply = await self._timed("trunk", self._trunk(key).link.remote(job))
@@ -134,7 +134,7 @@ class ServeBackend:
         """The answers to a job, with those of the decoders that it has links for."""
         plain = tuple(replace(request, examples={}) for request in requests)  # decoders read no images of examples
         found = await asyncio.gather(
-            *(self._timed(name, self.decoders[name].decode.remote(reply.output, plain)) for name in reply.decoders)
+            *(self._timed(name, self.decoders[name].decode.remote(reply.output, plain, sender.get())) for name in reply.decoders)
         )
         rows = zip(reply.answers, *found, strict=True)
         return [next(answer for answer in answers if answer is not None) for answers in rows]
@@ -143,7 +143,8 @@ class ServeBackend:
         self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int
     ) -> AsyncGenerator[str | Answer, None]:
         """When a replica dies, another one writes the answer again, of which what was sent is left out."""
-        job, http, text = TrunkJob(image, tuple(requests), max_new_tokens), self.settings.http, SentText()
+        job = TrunkJob(image, tuple(requests), max_new_tokens, sender.get())
+        http, text = self.settings.http, SentText()
         until = time.monotonic() + http.request_timeout_s
         for attempt in range(http.retries + 1):
             text.begin()

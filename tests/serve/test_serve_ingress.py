@@ -108,14 +108,14 @@ def test_a_decoder_gets_the_reference_and_only_missing_answers_come_from_it():
     trunk = Handle(link=[TrunkReply((said, None), ("lumen",), "reference")])
     decoder = Handle(decode=[["again", "boxes"]])
     assert infer(trunk, decoder, queries) == [said, "boxes"]
-    assert decoder.calls == [("decode", ("reference", tuple(queries)))]
+    assert decoder.calls == [("decode", ("reference", tuple(queries), ""))]
 
 
 def test_images_of_examples_go_to_the_trunk_alone():
     trunk, decoder = Handle(link=[LINKED]), Handle(decode=[["answer"]])
     bolt = ClassByExample("bolt", [Example([1, 2, 8, 9], IMAGE)])
     infer(trunk, decoder, [make_request("detect", classes=["a", bolt])])
-    ((_, (job,)),), ((_, (_, (sent,))),) = trunk.calls, decoder.calls
+    ((_, (job,)),), ((_, (_, (sent,), _)),) = trunk.calls, decoder.calls
     assert job.requests[0].examples["bolt"] is bolt and not sent.examples and sent.phrases == ("a", "bolt")
 
 
