@@ -70,9 +70,7 @@ class Collector(Generic[T, R]):
     async def submit(self, item: T) -> R | Exception:
         """The result of one item. If this is cancelled while the item waits, it is dropped; while its batch runs, that
         is given up once all its callers have left."""
-        waiting: _Waiting[T, R] = _Waiting(
-            item, self._key(item), self._cost(item), self._owner(item), time.monotonic()
-        )
+        waiting: _Waiting[T, R] = _Waiting(item, self._key(item), self._cost(item), self._owner(item), time.monotonic())
         with self._lock:
             self._waiting.append(waiting)
         self._pool.submit(self._work)

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lumen_ray.answer import Answer
-from lumen_ray.inference.request import Request
 from lumen_ray.inference.fair_share import SharedModel
+from lumen_ray.inference.request import Request
 from lumen_ray.serve.batching import Collector, map_grouped, value_of
 from lumen_ray.serve.health import Health
 from lumen_ray.serve.job import owner_of

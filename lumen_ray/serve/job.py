@@ -33,13 +33,14 @@ class TrunkJob:
     has its id where trunks hold images.
 
     Every request carries its score threshold and number of instances. `sender`: whom its turns of the model are counted
-    to, so that all get it in turn.
+    to, so that all get it in turn. `version`: of the model that is to answer, where the replica holds it.
     """
 
     image: Shown | KeyedImage
     requests: tuple[Request, ...]
     max_new_tokens: int
     sender: str = ""
+    version: str = ""
 
     @property
     def cost(self) -> int:
@@ -57,9 +58,11 @@ class TrunkReply:
 
     `output`: the reference to what these decoders read; None without any. Tensors lie behind it, so that they go from
     the trunk to the decoders and not through the ingress. `is_held`: whether the replica holds the job's image now.
+    `version`: of the model that made it.
     """
 
     answers: tuple[Answer | None, ...]
     decoders: tuple[str, ...] = ()
     output: ObjectRef[TrunkOutput] | None = None
     is_held: bool = False
+    version: str = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lumen_ray.serve.batching import Collector, map_grouped, value_of
@@ -80,7 +80,7 @@ class TrunkReplica:
             return TrunkReply(answers, is_held=is_held)
         return TrunkReply(answers, tuple(output.decoder_inputs), await asyncio.to_thread(_put, output), is_held)
 
-    async def link_streaming(self, job: TrunkJob) -> AsyncIterator[str | TrunkReply]:
+    async def link_streaming(self, job: TrunkJob) -> AsyncGenerator[str | TrunkReply, None]:
         """The text of the answer to the single request of a job in pieces, as it is written, then the reply as of
         `link`. Pieces are put together while the caller is busy."""
         event_loop, written = asyncio.get_running_loop(), asyncio.Event()
