@@ -107,9 +107,7 @@ class Reloads:
 
     def _refuse(self, why: str) -> None:
         if why != self.refused:
-            logger.warning(
-                "version %s goes on, since what is in the model folder is refused: %s", self.version, why
-            )
+            logger.warning("version %s goes on, since what is in the model folder is refused: %s", self.version, why)
         self.refused = why
 
     async def _all(self, method: str, *arguments: Any) -> list[Any]:
