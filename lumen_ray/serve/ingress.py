@@ -199,8 +199,9 @@ class ServeBackend:
             return self._info
         version = self.reloads.version
         info: dict[str, Any] = await self._retried(lambda: _awaited(self._trunk().info.remote(version)))
-        self._info = info
-        self.reloads.version = version or info.get("version", "")
+        if version == self.reloads.version:  # which may have changed meanwhile
+            self._info = info
+            self.reloads.version = version or info.get("version", "")
         return info
 
     def notes(self) -> dict[str, Any]:

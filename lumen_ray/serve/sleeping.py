@@ -69,8 +69,8 @@ class Sleeper:
 
 
 class Woken:
-    """Middleware: the header of answers that have waited. A streamed answer has it if the wait was before its first
-    event."""
+    """Middleware: the header of answers that have waited. Streams have none: their headers are sent before a decoder is
+    asked."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
