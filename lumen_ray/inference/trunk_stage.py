@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lumen_ray.answer import TokenUsage
-from lumen_ray.cancellation import check_wanted
+from lumen_ray.cancellation import between_passes, check_wanted
 from lumen_ray.data.batches.buckets import choose
 from lumen_ray.data.images import as_picture
 from lumen_ray.decoders.registry import DECODERS
@@ -44,6 +44,8 @@ from lumen_ray.trunk.regions import region_mask
 
 #: Called with (image, request, new text), indices into the batch.
 OnText = Callable[[int, int, str], None]
+#: Branches of an image in one pass.
+CLASS_CHUNK = 64
 
 
 class FromFolder:
@@ -137,7 +139,7 @@ class TrunkStage(FromFolder):
         requests: Sequence[Sequence[Request]],
         *,
         max_new_tokens: int = 48,
-        class_chunk: int = 64,
+        class_chunk: int = CLASS_CHUNK,
         route_only: bool = False,
         on_text: OnText | None = None,
     ) -> TrunkOutput:
@@ -429,7 +431,7 @@ class TrunkStage(FromFolder):
         embeddings |= zip(blind, self.word_links.embeddings([pending[i] for i in blind]), strict=True)
         waiting = [i for i in range(len(pending)) if i not in embeddings]
         for numbers in split_passes([pending[i] for i in waiting], chunk, self.prompt_layout == "sequential"):
-            check_wanted()
+            between_passes()
             embeddings |= self._embeddings(prefix, pending, [waiting[n] for n in numbers], frames)
         inputs = {}
         for name in dict.fromkeys(item.decoder for item in pending):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from fastapi import FastAPI
@@ -21,6 +22,7 @@ from lumen_ray.serve.measured import MeasuredBackend
 from lumen_ray.serve.metrics import exposition
 from lumen_ray.serve.pages import add_pages
 from lumen_ray.serve.settings import ServeSettings
+from lumen_ray.serve.sleeping import HEADER, Woken
 from lumen_ray.version import __version__
 from lumen_ray.wire import schemas
 from lumen_ray.wire.chat import ChatRequest
@@ -39,6 +41,7 @@ _ENVELOPES = {
 _EXPOSED = (
     "Retry-After",
     "X-Request-ID",
+    HEADER,
     "x-ratelimit-limit-requests",
     "x-ratelimit-remaining-requests",
     "x-ratelimit-reset-requests",
@@ -46,11 +49,16 @@ _EXPOSED = (
 _SUMMARY = "Answers, finds, segments, poses and counts what is in an image. One schema for all tasks."
 
 
-def create_api(backend: Backend, settings: ServeSettings, gate: Gate | None = None) -> FastAPI:
+def create_api(
+    backend: Backend,
+    settings: ServeSettings,
+    gate: Gate | None = None,
+    notes: Callable[[], dict[str, Any]] = dict,
+) -> FastAPI:
     """The HTTP API over `backend`.
 
-    `gate`: of the requests that come in, by default one of its own. FastAPI's documentation pages are replaced: they
-    load scripts from a remote host.
+    `gate`: of the requests that come in, by default one of its own; `notes`: further fields of /readyz. FastAPI's
+    documentation pages are replaced: they load scripts from a remote host.
     """
     codes = [400, 404, 410, 413, 415, 500, 503, 504, *([] if settings.auth is None else [401, 429])]
     errors: dict[int | str, dict[str, Any]] = {code: {"model": schemas.ErrorResponse} for code in sorted(codes)}
@@ -69,7 +77,7 @@ def create_api(backend: Backend, settings: ServeSettings, gate: Gate | None = No
 
     api.include_router(kserve_api.make_router(backend, settings, is_ready))
     api.include_router(task_api.make_fallback())
-    _add_health(api, backend, gate)
+    _add_health(api, backend, gate, notes)
     add_pages(api)
     _add_to_openapi(api, asks_for_key=settings.auth is not None)
     _add_middleware(api, settings, gate)
@@ -78,6 +86,7 @@ def create_api(backend: Backend, settings: ServeSettings, gate: Gate | None = No
 
 def _add_middleware(api: FastAPI, settings: ServeSettings, gate: Gate) -> None:
     """Innermost first."""
+    api.add_middleware(Woken)
     api.add_middleware(Admission, gate=gate)
     if settings.auth is not None:
         api.add_middleware(KeyCheck, settings=settings.auth)
@@ -95,7 +104,7 @@ def _add_middleware(api: FastAPI, settings: ServeSettings, gate: Gate) -> None:
     api.add_middleware(Access, paths=lambda: api.openapi()["paths"], log=settings.http.access_log)
 
 
-def _add_health(api: FastAPI, backend: Backend, gate: Gate) -> None:
+def _add_health(api: FastAPI, backend: Backend, gate: Gate, notes: Callable[[], dict[str, Any]]) -> None:
     @api.get("/healthz", tags=["about"], summary="200 while the HTTP server runs")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
@@ -108,7 +117,7 @@ def _add_health(api: FastAPI, backend: Backend, gate: Gate) -> None:
     async def readyz() -> JSONResponse:
         deployments = await backend.ready()
         ready = all(deployments.values()) and not gate.is_closed
-        return JSONResponse({"ready": ready, "deployments": deployments}, 200 if ready else 503)
+        return JSONResponse({"ready": ready, "deployments": deployments, **notes()}, 200 if ready else 503)
 
     @api.get("/metrics", tags=["about"], summary="Counts and times of this ingress replica, for Prometheus")
     async def metrics() -> Response:
