@@ -369,6 +369,11 @@ class DecodeLoop:
         if never := [(number, token) for number, w in enumerate(writings) for token in w.prompt.never]:
             numbers, banned = torch.tensor(never, device=logits.device).T
             logits[numbers, banned] = -torch.inf
+        for number, writing in enumerate(writings):
+            if only := list(writing.prompt.only):
+                kept = logits[number, only]
+                logits[number] = -torch.inf
+                logits[number, only] = kept
         total = logits.float().logsumexp(-1)
         tokens = logits.argmax(-1).tolist()
         for number, writing in enumerate(writings):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import replace
@@ -326,20 +326,36 @@ class TrunkStage(FromFolder):
                 )
                 layout = build_layout([branch], 1, self.tokenizer, self.prompt_layout, inputs.valid[b : b + 1])
                 ids = layout.input_ids[0].tolist()
-                routes = self.planner.text_routes(task) if self.writes_behind_routes and inputs.valid[b] else ()
+                useless = self.planner.useless_tokens(task, bool(inputs.valid[b]), request.routing)
+                goes_on = self.writes_behind_routes and inputs.valid[b] and not request.routing.is_single
+                routes = [r for r in self.planner.text_routes(task) if r not in useless] if goes_on else ()
                 region = None
                 if request.region is not None:
                     region = torch.from_numpy(region_mask(request.region, self.bucket(request.region.size)))
                 # a conversation about several images is a batch by itself
                 at = replace(branch, image=0 if turns else b)
-                useless = self.planner.useless_tokens(task, bool(inputs.valid[b]))
                 never = [self.tokenizer.ids[token] for token in useless if token in self.tokenizer.ids]
                 prefix = 0 if layout.alone else prefixes[b]
                 read = prefix if inputs.valid[b] else min(prefix, len(self.trunk.lead))
-                prompt = TextPrompt(at, Sampler(request.sampling, ids), limit, region, routes, never, read + len(ids))
+                sampler, only = Sampler(request.sampling, ids), self._required_tokens(request, useless)
+                prompt = TextPrompt(at, sampler, limit, region, routes, never, only, read + len(ids))
                 self._check_context(len(ids), prefix, limit, prompt.most_queries)
                 found[b, r] = prompt
         return found
+
+    def _required_tokens(self, request: Request, useless: Collection[str]) -> list[int]:
+        """The ids of the routing tokens of which the answer is one; none if it may be a text. Raises `UserError` if the
+        answer has to be one that cannot be followed."""
+        if not request.routing.is_required:
+            return []
+        tokens = [token for token in ROUTING_TOKENS if token not in useless and token in self.tokenizer.ids]
+        if not tokens:
+            raise UserError(
+                "the answer has to be sent to a decoder, but the model has none for what is allowed and given; allow "
+                f"others, or give an image if there is none (the model serves: {', '.join(self.tasks)})",
+                "no_decoder",
+            )
+        return [self.tokenizer.ids[token] for token in tokens]
 
     def _enter_texts(
         self,

@@ -25,10 +25,9 @@ from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.serve.sleeping import HEADER, Woken
 from lumen_ray.version import __version__
 from lumen_ray.wire import schemas
-from lumen_ray.wire.chat import ChatRequest
 
 _REQUESTS = (
-    *(schemas.TaskRequest, schemas.InferRequest, ChatRequest, openai_images.ImageRequest),
+    *(schemas.TaskRequest, schemas.InferRequest, *openai_api.BODIES, openai_images.ImageRequest),
     *(*hf_api.BODIES, *roboflow_api.BODIES, *kserve_api.BODIES),
 )
 #: of the other APIs' routes, by the first segment of their paths

@@ -25,7 +25,8 @@ from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.plan import Fragment
 from lumen_ray.label.reading import ImageInHand
 from lumen_ray.label.workers import LabelActor, Labeller, WorkerSettings
-from lumen_ray.wire.chat import ChatRequest, check_model, completion, parse_chat, read_chat
+from lumen_ray.wire.chat import ChatRequest, check_model, parse_chat, read_chat
+from lumen_ray.wire.completions import completion
 from lumen_ray.wire.errors import error_body, without_data
 from lumen_ray.wire.requests import Prepared, prepare
 from lumen_ray.wire.settings import Defaults, Limits
@@ -130,6 +131,7 @@ class BatchLabeller(Labeller):
             line.custom_id = request.custom_id
             line.chat = parse_chat(request.body, takes_sampling=True)
             check_model(line.chat.model, self.engine.preset, self.engine.version)
+            line.chat.tool_use.check_served(self.engine.tasks)
             asked = read_chat(line.chat, self._limits, image_reader(item.path))
             line.prepared = prepare(asked, self._limits, self._defaults, self.engine.largest_side)
         except InvalidLine as error:
@@ -167,21 +169,22 @@ class BatchLabeller(Labeller):
                 lines[0].fail(UserError(what, "internal_error"))
                 lines[0].reason = "model_error"
             return
-        for line, (answer,) in zip(lines, answers, strict=True):
-            line.records = [self._record(line, answer)]
+        for line, choices in zip(lines, answers, strict=True):
+            line.records = [self._record(line, choices)]
 
-    def _record(self, line: _Line, answer: Answer) -> dict[str, Any]:
+    def _record(self, line: _Line, choices: Sequence[Answer]) -> dict[str, Any]:
         """The row of `ANSWER_SCHEMA`."""
         assert line.chat is not None, "lines that failed are not answered"
-        body = completion(line.chat, answer, f"{self.engine.preset}@{self.engine.version}")
+        body = completion(line.chat, choices, f"{self.engine.preset}@{self.engine.version}")
+        usage = body["usage"] or {}
         return {
             "id": _identity("batch_req"),
             "custom_id": line.custom_id,
             "status_code": 200,
             "request_id": _identity("req"),
             "body": json.dumps(body),
-            "prompt_tokens": answer.usage.prompt if answer.usage else None,
-            "completion_tokens": answer.usage.completion if answer.usage else None,
+            "prompt_tokens": usage.get("prompt_tokens"),
+            "completion_tokens": usage.get("completion_tokens"),
         }
 
 
