@@ -1,6 +1,6 @@
-"""Giving up work that nobody waits for any more, between two passes of a model.
+"""Between two passes of a model: giving up work that nobody waits for any more, and letting others have the model.
 
-Whoever runs a model for others sets `wanted_while`; loops over passes call `check_wanted` between them.
+Whoever runs a model for others sets `wanted_while` and `giving_way`; loops over passes call `between_passes`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,11 @@ def _always() -> bool:
     return True
 
 
+def _keep() -> None:
+    """Nobody else uses the model."""
+
+
+_give_way: ContextVar[Callable[[], None]] = ContextVar("give_way", default=_keep)
 _is_wanted: ContextVar[Callable[[], bool]] = ContextVar("is_wanted", default=_always)
 
 
@@ -31,6 +36,16 @@ def wanted_while(is_wanted: Callable[[], bool]) -> Iterator[None]:
         _is_wanted.reset(token)
 
 
+@contextmanager
+def giving_way(give_way: Callable[[], None]) -> Iterator[None]:
+    """Work of this thread inside calls `give_way` between its passes, which returns when it may go on."""
+    token = _give_way.set(give_way)
+    try:
+        yield
+    finally:
+        _give_way.reset(token)
+
+
 def current() -> Callable[[], bool]:
     """Whether the work of this thread is wanted, to be asked from other threads too."""
     return _is_wanted.get()
@@ -40,3 +55,10 @@ def check_wanted() -> None:
     """Raises `Cancelled` if the work of this thread is no longer wanted."""
     if not _is_wanted.get()():
         raise Cancelled("nobody waits for this any more")
+
+
+def between_passes() -> None:
+    """Lets others have the model that this thread uses. Raises `Cancelled` if its work is no longer wanted."""
+    check_wanted()
+    _give_way.get()()
+    check_wanted()

@@ -253,15 +253,18 @@ def routes() -> set[str]:
 
 def check_body(path: str, body: dict[str, Any]) -> None:
     from lumen_ray.serve import openai_images
-    from lumen_ray.wire import chat, schemas
+    from lumen_ray.wire import chat, responses, schemas
 
     if not path.startswith("/v1/"):
         check_other_api(path, body)
         return
     assert path in routes()
     if path == "/v1/chat/completions":
-        asked = schemas.parse(chat.ChatRequest, body)
+        asked = chat.parse_chat(body, takes_sampling=True, takes_stream=True)
         assert [part.type for part in asked.messages[0].content].count("image_url") == 1
+    elif path == "/v1/responses":
+        (item,) = schemas.parse(responses.ResponsesRequest, body).input
+        assert [part.type for part in item.content].count("input_image") == 1
     elif path == "/v1/images/generations":
         schemas.parse(openai_images.ImageRequest, body)
     elif path == "/v1/infer":
@@ -556,7 +559,9 @@ def test_python_blocks_of_other_clients_run(block, user_folder, capsys, monkeypa
     from lumen_ray.serve.api import create_api
     from lumen_ray.serve.settings import ServeSettings
 
-    pytest.importorskip(re.search(r"^from (huggingface_hub|inference_sdk|tritonclient)", block.text, re.MULTILINE)[1])
+    pytest.importorskip(
+        re.search(r"^from (huggingface_hub|inference_sdk|openai|tritonclient)", block.text, re.MULTILINE)[1]
+    )
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)  # which CI sets
     with live_server(create_api(FakeBackend(), ServeSettings(model="nano"))) as base:
         text = block.text.replace("127.0.0.1:8000", base.removeprefix("http://"))

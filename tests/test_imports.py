@@ -158,7 +158,14 @@ OF_A_DECODER = re.compile(r"decoders\.(lumen|grounding_dino|unipose|diffusion|di
 #: where decoders are named on purpose: their registry, and the comparison of one of them with its library
 NAMES_DECODERS = ("decoders.registry", "bench.grounding_dino", "bench.command", "bench.kinds")
 #: where "lumen" is the product's own name: its server, its assistant, its deployments
-PRODUCT = ("serve.app", "serve.openai_api", "serve.openai_images", "serve.task_api", "wire.chat")
+PRODUCT = (
+    "serve.app",
+    "serve.openai_api",
+    "serve.openai_images",
+    "serve.task_api",
+    "wire.completions",
+    "wire.response_events",
+)
 
 
 def tokens_naming_decoders(source: str, product: bool = False) -> list[str]:

@@ -14,7 +14,7 @@ from lumen_ray.decoders.base import PromptSpec
 from lumen_ray.errors import UserError
 from lumen_ray.exemplars import Example
 from lumen_ray.inference.outputs import DecoderInput, RequestPlan
-from lumen_ray.inference.request import Request, no_decoder
+from lumen_ray.inference.request import ANY_ROUTE, Request, Routing, no_decoder
 from lumen_ray.structures import Region, SampleSettings
 from lumen_ray.superlink import SuperLink
 from lumen_ray.tasks import (
@@ -153,17 +153,19 @@ class BranchPlanner:
         decoder = next((name for name in found.values() if name), None)
         return {token: name for token, name in found.items() if name and name == decoder}
 
-    def useless_tokens(self, text_task: Task, has_image: bool) -> list[str]:
+    def useless_tokens(self, text_task: Task, has_image: bool, routing: Routing = ANY_ROUTE) -> list[str]:
         """Tokens of ours that mean nothing in a conversation's answer: those of regions, and routing tokens that it
-        cannot follow, without a decoder for them, or without an image where they need one. The LLM writes none of them,
-        so that text alone is answered as if they were not in its vocabulary."""
+        cannot follow, without a decoder for them, or without an image where they need one, or which `routing` excludes.
+        The LLM writes none of them, so that text alone is answered as if they were not in its vocabulary."""
         if not text_task.is_conversation:
             return []
 
-        def is_useless(task: Task) -> bool:
-            return task.name not in self.serving or (task.sees_image and not has_image)
+        def is_useless(token: str) -> bool:
+            task = task_of_route(token)
+            is_excluded = routing.tokens is not None and token not in routing.tokens
+            return is_excluded or task.name not in self.serving or (task.sees_image and not has_image)
 
-        return [REGION_TOKEN, *(token for token in ROUTING_TOKENS if is_useless(task_of_route(token)))]
+        return [REGION_TOKEN, *filter(is_useless, ROUTING_TOKENS)]
 
     def text_link(self, token: str, words: str, image: int, index: int, embedding: Tensor) -> PendingBranch:
         """The link of a routing token in a text: the last noun phrase of the `words` before it names its objects."""

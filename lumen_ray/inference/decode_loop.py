@@ -23,8 +23,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lumen_ray.cancellation import giving_way
 from lumen_ray.cpu_linear import pack, packed_weights
 from lumen_ray.inference.branches import with_regions
+from lumen_ray.inference.fair_share import FairShare, Ticket
 from lumen_ray.inference.sampling import stop_at
 from lumen_ray.inference.writing import TextLink, TextPrompt, Writing
 from lumen_ray.precision import in_model_dtype
@@ -71,6 +73,7 @@ class DecodeLoop:
         self._changed = threading.Condition()
         self._busy = False  # whether a thread is using the model
         self._busy_since = 0.0
+        self._share = FairShare()  # of those who wait with new work
         self._tickets: list[object] = []  # of those who wait in `images`, in their order
         self._held = 0  # prefix tokens, see `images`
         self._arriving = 0  # threads that wait with new work for the model
@@ -84,17 +87,41 @@ class DecodeLoop:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """The model for other work of this thread, such as encoding images. Goes before steps, after one step."""
+        """The model for other work of this thread, such as encoding images. Goes before steps, after one step. Others
+        may have the model at `cancellation.between_passes`, and it is taken back after one step."""
         with self._changed:
-            self._await_model()
-            self._begin_use()
+            ticket = self._share.draw()
+            self._take_turn(ticket)
         try:
             self._step()  # so that threads that keep coming do not stop the answers
-            yield
+            with giving_way(partial(self._give_way, ticket)):
+                yield
         finally:
             with self._changed:
-                self._busy = False
-                self._changed.notify_all()
+                self._end_turn(ticket)
+
+    def _give_way(self, ticket: Ticket) -> None:
+        with self._changed:
+            self._end_turn(ticket, goes_on=True)
+            self._take_turn(ticket)
+        self._step()
+
+    def _take_turn(self, ticket: Ticket) -> None:
+        """Waits until it is the turn of a ticket. The lock is held."""
+        try:
+            self._await_model(lambda: self._share.is_next(ticket))
+        except BaseException:
+            self._share.leave(ticket)
+            raise
+        self._share.begin(ticket)
+        self._begin_use()
+
+    def _end_turn(self, ticket: Ticket, goes_on: bool = False) -> None:
+        if self._share.turn is not ticket:  # interrupted while others had the model
+            return
+        self._share.end(goes_on)
+        self._busy = False
+        self._changed.notify_all()
 
     def busy_s(self) -> float:
         """Seconds since a thread took the model for its current pass; 0 if none has it."""
@@ -105,11 +132,11 @@ class DecodeLoop:
         self._busy_since = time.monotonic()
         self._busy = True
 
-    def _await_model(self) -> None:
-        """Waits until no thread uses the model; goes before the next step. Its lock is held."""
+    def _await_model(self, is_next: Callable[[], bool] = lambda: True) -> None:
+        """Waits until no thread uses the model and `is_next`; goes before the next step. Its lock is held."""
         self._arriving += 1
         try:
-            self._changed.wait_for(lambda: not self._busy)
+            self._changed.wait_for(lambda: not self._busy and is_next())
         finally:
             self._arriving -= 1
             self._changed.notify_all()  # those that wait for the next step, whether this thread goes on or not
@@ -342,6 +369,11 @@ class DecodeLoop:
         if never := [(number, token) for number, w in enumerate(writings) for token in w.prompt.never]:
             numbers, banned = torch.tensor(never, device=logits.device).T
             logits[numbers, banned] = -torch.inf
+        for number, writing in enumerate(writings):
+            if only := list(writing.prompt.only):
+                kept = logits[number, only]
+                logits[number] = -torch.inf
+                logits[number, only] = kept
         total = logits.float().logsumexp(-1)
         tokens = logits.argmax(-1).tolist()
         for number, writing in enumerate(writings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lumen_ray.cancellation import check_wanted
+from lumen_ray.cancellation import between_passes
 from lumen_ray.decoders.base import ImageDecoder, PredictSettings, PromptSpec
 from lumen_ray.inference.calibration import Calibration
 from lumen_ray.inference.outputs import DecoderInput, DecoderResult, TrunkOutput
@@ -59,7 +60,7 @@ class DecoderStage:
         results: list[DecoderResult] = [None] * len(inputs.link)
         raw_settings = self._raw(settings, inputs.prompts)
         for members in self._chunks(inputs, output):
-            check_wanted()
+            between_passes()
             link, images = inputs.link.select_with_images(members)
             frames = [self._decoder_frame(output.frames[i]) for i in images.tolist()]
             view: Tensor | Pixels | None = None
@@ -115,6 +116,15 @@ class DecoderStage:
             for number, i in enumerate(members):
                 results[i] = list(pictures[number * sample.num_images : (number + 1) * sample.num_images])
         return results
+
+    def passes(self, output: TrunkOutput) -> int:
+        """The number of passes for this output alone, of pictures their steps; 0 if it has no link of this decoder."""
+        if (inputs := output.decoder_inputs.get(self.name)) is None:
+            return 0
+        if not isinstance(self.decoder, ImageDecoder):
+            return len(self._chunks(inputs, output))
+        samples = [prompt.sample for prompt in inputs.prompts if prompt is not None and prompt.sample is not None]
+        return sum(sample.steps * math.ceil(sample.num_images / sample.batch_size) for sample in samples)
 
     def _chunks(self, inputs: DecoderInput, output: TrunkOutput) -> list[Tensor]:
         """Indices of the links of each pass."""

@@ -14,7 +14,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.exemplars import ClassByExample, split_classes
 from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.structures import Boxes, Region, SampleSettings, Size, check_pixels
-from lumen_ray.tasks import Needs, check_classes, get_task, split_phrases
+from lumen_ray.tasks import ROUTING_TOKENS, Needs, check_classes, get_task, split_phrases
 from lumen_ray.trunk.tokenizer import SPECIAL_TOKENS
 
 #: What requests are about: an image, the images of a conversation in their order, or nothing but text. Images are
@@ -31,6 +31,22 @@ def images_of(shown: Shown) -> tuple[Image, ...]:
 
 
 @dataclass(frozen=True)
+class Routing:
+    """To which decoders the LLM may send a chat.
+
+    `tokens`: the routing tokens that it may write, None for all; `is_required`: its answer is one of them, with nothing
+    before it; `is_single`: an answer ends at its first one.
+    """
+
+    tokens: tuple[str, ...] | None = None
+    is_required: bool = False
+    is_single: bool = False
+
+
+ANY_ROUTE = Routing()
+
+
+@dataclass(frozen=True)
 class Request:
     """One task about one image. Build it with `make_request`, which validates.
 
@@ -42,7 +58,7 @@ class Request:
     instances of the answer; None for the limits of the call. `history`: earlier (question, answer) pairs of a chat, and
     its `system` text; `sampling`: how the tokens of a text are chosen. `image_turns`: about several images, the
     question (0-based, those of `history` counted) from which on each image behind the first is seen; empty: all from
-    the first.
+    the first. `routing`: to which decoders the LLM may send a chat.
     """
 
     task: str
@@ -59,6 +75,7 @@ class Request:
     system: str = ""
     sampling: Sampling = GREEDY
     image_turns: tuple[int, ...] = ()
+    routing: Routing = ANY_ROUTE
 
     def turns_of(self, images: int) -> tuple[int, ...]:
         """`image_turns` about so many images. Raises `UserError` if they are of another number."""
@@ -86,18 +103,19 @@ def make_request(
     system: str | None = None,
     sampling: Sampling = GREEDY,
     image_turns: Sequence[int] = (),
+    routing: Routing = ANY_ROUTE,
 ) -> Request:
     """A validated `Request`. Raises `UserError` (one sentence, machine-readable reason) if it is invalid.
 
     The registry's `Task.needs` says which argument a task takes: "classes" `classes`, "region" `region`, "nothing"
     none, all others `text`. A single string stands for a list of one. A class may be given by example
-    (`lumen_ray.exemplars.ClassByExample`). `history` (earlier pairs of question and answer)
-    and `system` go with task "chat", `sampling` with tasks that give a text, and `image_turns` with a chat about
-    several images.
+    (`lumen_ray.exemplars.ClassByExample`). `history` (earlier pairs of question and answer), `system` and `routing` go
+    with task "chat", `sampling` with tasks that give a text, and `image_turns` with a chat about several images.
     """
     needs = get_task(task).needs
     _check_conversation(task, history, system, sampling)
     _check_image_turns(task, image_turns, len(history))
+    _check_routing(task, routing)
     classes = [classes] if isinstance(classes, str | ClassByExample) else classes
     keypoints = [keypoints] if isinstance(keypoints, str) else keypoints
     names, examples = split_classes(classes or ())
@@ -139,6 +157,7 @@ def make_request(
         system=(system or "").strip(),
         sampling=sampling,
         image_turns=tuple(image_turns),
+        routing=routing,
     )
 
 
@@ -151,6 +170,15 @@ def _check_image_turns(task: str, turns: Sequence[int], earlier: int) -> None:
         raise UserError(
             f"'image_turns' are numbers of questions from 0 to {earlier}, ascending, got {list(turns)}",
             "invalid_image_turns",
+        )
+
+
+def _check_routing(task: str, routing: Routing) -> None:
+    if routing != ANY_ROUTE and not get_task(task).is_conversation:
+        raise UserError(f"task '{task}' is no conversation; leave 'routing' out", "unexpected_field")
+    if unknown := next((token for token in routing.tokens or () if token not in ROUTING_TOKENS), None):
+        raise UserError(
+            f"'{unknown}' is no routing token; give some of: {', '.join(ROUTING_TOKENS)}", "invalid_routing"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import replace
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lumen_ray.answer import TokenUsage
-from lumen_ray.cancellation import check_wanted
+from lumen_ray.cancellation import between_passes, check_wanted
 from lumen_ray.data.batches.buckets import choose
 from lumen_ray.data.images import as_picture
 from lumen_ray.decoders.registry import DECODERS
@@ -44,6 +44,8 @@ from lumen_ray.trunk.regions import region_mask
 
 #: Called with (image, request, new text), indices into the batch.
 OnText = Callable[[int, int, str], None]
+#: Branches of an image in one pass.
+CLASS_CHUNK = 64
 
 
 class FromFolder:
@@ -104,6 +106,11 @@ class TrunkStage(FromFolder):
         return self.planner.tasks
 
     @property
+    def takes_exemplars(self) -> bool:
+        """Whether the model takes classes by example."""
+        return self.reads_exemplars and self.prompt_layout != "sequential"
+
+    @property
     def largest_side(self) -> int:
         """The longest side in pixels of any input of trunk or decoders: larger images lose nothing by being decoded at
         a reduced scale that leaves their longer side this many."""
@@ -132,7 +139,7 @@ class TrunkStage(FromFolder):
         requests: Sequence[Sequence[Request]],
         *,
         max_new_tokens: int = 48,
-        class_chunk: int = 64,
+        class_chunk: int = CLASS_CHUNK,
         route_only: bool = False,
         on_text: OnText | None = None,
     ) -> TrunkOutput:
@@ -283,7 +290,7 @@ class TrunkStage(FromFolder):
     def _check_examples(self, shown: ClassByExample) -> None:
         """Raises `UserError` if the model does not take a class by example. Computes the keys of its examples: here
         nobody waits for the model."""
-        if self.prompt_layout == "sequential" or not self.reads_exemplars:
+        if not self.takes_exemplars:
             raise no_exemplars(shown.name, self.prompt_layout)
         for example in shown.examples:
             _ = example.key if example.image is not None else ""
@@ -319,20 +326,36 @@ class TrunkStage(FromFolder):
                 )
                 layout = build_layout([branch], 1, self.tokenizer, self.prompt_layout, inputs.valid[b : b + 1])
                 ids = layout.input_ids[0].tolist()
-                routes = self.planner.text_routes(task) if self.writes_behind_routes and inputs.valid[b] else ()
+                useless = self.planner.useless_tokens(task, bool(inputs.valid[b]), request.routing)
+                goes_on = self.writes_behind_routes and inputs.valid[b] and not request.routing.is_single
+                routes = [r for r in self.planner.text_routes(task) if r not in useless] if goes_on else ()
                 region = None
                 if request.region is not None:
                     region = torch.from_numpy(region_mask(request.region, self.bucket(request.region.size)))
                 # a conversation about several images is a batch by itself
                 at = replace(branch, image=0 if turns else b)
-                useless = self.planner.useless_tokens(task, bool(inputs.valid[b]))
                 never = [self.tokenizer.ids[token] for token in useless if token in self.tokenizer.ids]
                 prefix = 0 if layout.alone else prefixes[b]
                 read = prefix if inputs.valid[b] else min(prefix, len(self.trunk.lead))
-                prompt = TextPrompt(at, Sampler(request.sampling, ids), limit, region, routes, never, read + len(ids))
+                sampler, only = Sampler(request.sampling, ids), self._required_tokens(request, useless)
+                prompt = TextPrompt(at, sampler, limit, region, routes, never, only, read + len(ids))
                 self._check_context(len(ids), prefix, limit, prompt.most_queries)
                 found[b, r] = prompt
         return found
+
+    def _required_tokens(self, request: Request, useless: Collection[str]) -> list[int]:
+        """The ids of the routing tokens of which the answer is one; none if it may be a text. Raises `UserError` if the
+        answer has to be one that cannot be followed."""
+        if not request.routing.is_required:
+            return []
+        tokens = [token for token in ROUTING_TOKENS if token not in useless and token in self.tokenizer.ids]
+        if not tokens:
+            raise UserError(
+                "the answer has to be sent to a decoder, but the model has none for what is allowed and given; allow "
+                f"others, or give an image if there is none (the model serves: {', '.join(self.tasks)})",
+                "no_decoder",
+            )
+        return [self.tokenizer.ids[token] for token in tokens]
 
     def _enter_texts(
         self,
@@ -424,7 +447,7 @@ class TrunkStage(FromFolder):
         embeddings |= zip(blind, self.word_links.embeddings([pending[i] for i in blind]), strict=True)
         waiting = [i for i in range(len(pending)) if i not in embeddings]
         for numbers in split_passes([pending[i] for i in waiting], chunk, self.prompt_layout == "sequential"):
-            check_wanted()
+            between_passes()
             embeddings |= self._embeddings(prefix, pending, [waiting[n] for n in numbers], frames)
         inputs = {}
         for name in dict.fromkeys(item.decoder for item in pending):

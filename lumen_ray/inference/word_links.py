@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lumen_ray.cancellation import check_wanted
+from lumen_ray.cancellation import between_passes
 from lumen_ray.exemplars import Example
 from lumen_ray.inference.branches import PendingBranch, with_regions
 from lumen_ray.trunk.branch import Branch
@@ -78,23 +78,20 @@ class WordLinks:
         """The embedding [C] of each branch, computed for words that are not known yet; its regions are examples on
         images of their own."""
         keys = [LinkKey.of(item) for item in items]
-        missing = {key: item for key, item in zip(keys, items, strict=True) if key not in self._kept}
-        made = dict(self._made(list(missing.items())))
-        found = []
-        for key in keys:
-            if (link := made.get(key)) is None:
-                link = self._kept[key]
-                self._kept.move_to_end(key)
-            found.append(link)
-        self._kept |= made
+        known = {key: self._kept[key] for key in keys if key in self._kept}
+        missing = {key: item for key, item in zip(keys, items, strict=True) if key not in known}
+        made = dict(self._made(list(missing.items())))  # between its passes others may drop what is known
+        for key, link in (known | made).items():
+            self._kept[key] = link
+            self._kept.move_to_end(key)
         while len(self._kept) > self._most:
             self._kept.popitem(last=False)
-        return found
+        return [made[key] if key in made else known[key] for key in keys]
 
     def _made(self, missing: Sequence[tuple[LinkKey, PendingBranch]]) -> list[tuple[LinkKey, Tensor]]:
         made = []
         for start in range(0, len(missing), AT_ONCE):
-            check_wanted()
+            between_passes()
             keys, items = zip(*missing[start : start + AT_ONCE], strict=True)
             plain = [Branch(0, key.prompt, route=key.route, reads_image=False) for key in keys]
             owned = zip(plain, (item.regions for item in items), strict=True)

@@ -19,8 +19,8 @@ from lumen_ray.trunk.tokenizer import LumenTokenizer
 class TextPrompt:
     """A prompt whose answer is to be written. `branch.image`: index of its image in the batch; `region`: uint8 [H, W]
     mask in the trunk's input of its visual prompt, if it has one; `limit`: most tokens of the answer; `routes`: the
-    routing tokens behind which it goes on; `never`: ids of tokens that it cannot use and does not write; `length`:
-    tokens of the prompt and of its images."""
+    routing tokens behind which it goes on; `never`: ids of tokens that it cannot use and does not write; `only`: ids of
+    the routing tokens of which it is one, empty for any answer; `length`: tokens of the prompt and of its images."""
 
     branch: Branch
     sampler: Sampler
@@ -28,6 +28,7 @@ class TextPrompt:
     region: Tensor | None = None
     routes: Collection[str] = ()
     never: Sequence[int] = ()
+    only: Sequence[int] = ()
     length: int = 0
 
     @property

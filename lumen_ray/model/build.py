@@ -329,6 +329,11 @@ def load_model(
     return loaded
 
 
+def model_version(folder: str | Path) -> str:
+    """`LoadedModel.version` of a model folder, without loading it; reads the whole weights file."""
+    return _version(open_weights(folder), read_meta(folder))
+
+
 def _version(weights: WeightsFile, meta: ModelMeta) -> str:
     """`LoadedModel.version`: calibrated, a model gives other answers, so it is another version."""
     digest = weights.digest()

@@ -14,6 +14,7 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lumen_ray.serve.http import error_response
+from lumen_ray.serve.job import sender
 from lumen_ray.serve.metrics import INSIDE, REFUSALS, STAGE_SECONDS
 from lumen_ray.serve.settings import ServeSettings
 
@@ -93,4 +94,6 @@ class Admission:
             await error_response(*refusal, scope["lumen_request_id"], headers)(scope, receive, send)
         else:
             async with self.gate.slot():
+                key = scope.get("lumen_key")
+                sender.set(f"request {scope['lumen_request_id']}" if key is None else f"key {key}")
                 await self.app(scope, receive, send)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
-from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.responses import JSONResponse, Response
 
 from lumen_ray.serve import hf_api, kserve_api, openai_api, openai_images, roboflow_api, task_api
 from lumen_ray.serve.access import Access
@@ -20,17 +18,18 @@ from lumen_ray.serve.auth import KeyCheck
 from lumen_ray.serve.batches.absent import make_absent_router
 from lumen_ray.serve.batches.bodies import FORM_BYTES, BatchBody
 from lumen_ray.serve.envelopes import Envelopes
-from lumen_ray.serve.headers import SecurityHeaders, page_policy
+from lumen_ray.serve.headers import SecurityHeaders
 from lumen_ray.serve.http import Guard, install_error_handlers
 from lumen_ray.serve.measured import MeasuredBackend
 from lumen_ray.serve.metrics import exposition
+from lumen_ray.serve.pages import add_pages
 from lumen_ray.serve.settings import ServeSettings
+from lumen_ray.serve.sleeping import HEADER, Woken
 from lumen_ray.version import __version__
 from lumen_ray.wire import schemas
-from lumen_ray.wire.chat import ChatRequest
 
 _REQUESTS = (
-    *(schemas.TaskRequest, schemas.InferRequest, ChatRequest, openai_images.ImageRequest, BatchBody),
+    *(schemas.TaskRequest, schemas.InferRequest, *openai_api.BODIES, openai_images.ImageRequest, BatchBody),
     *(*hf_api.BODIES, *roboflow_api.BODIES, *kserve_api.BODIES),
 )
 #: of the other APIs' routes, by the first segment of their paths
@@ -39,11 +38,11 @@ _ENVELOPES = {
     **dict.fromkeys(roboflow_api.SEGMENTS, roboflow_api.envelope),
     "v2": kserve_api.envelope,
 }
-_PAGES = Path(__file__).parent / "page"
 #: headers of answers that pages of other origins may read
 _EXPOSED = (
     "Retry-After",
     "X-Request-ID",
+    HEADER,
     "x-ratelimit-limit-requests",
     "x-ratelimit-remaining-requests",
     "x-ratelimit-reset-requests",
@@ -51,24 +50,18 @@ _EXPOSED = (
 _SUMMARY = "Answers, finds, segments, poses and counts what is in an image. One schema for all tasks."
 
 
-@cache
-def _page(name: str) -> str:
-    return (_PAGES / name).read_text(encoding="utf-8")
-
-
-def _html(name: str) -> HTMLResponse:
-    page = _page(name)
-    return HTMLResponse(page, headers={"Content-Security-Policy": page_policy(page)})
-
-
 def create_api(
-    backend: Backend, settings: ServeSettings, gate: Gate | None = None, wake_batches: Callable[[], None] = lambda: None
+    backend: Backend,
+    settings: ServeSettings,
+    gate: Gate | None = None,
+    notes: Callable[[], dict[str, Any]] = dict,
+    wake_batches: Callable[[], None] = lambda: None,
 ) -> FastAPI:
     """The HTTP API over `backend`.
 
-    `gate`: of the requests that come in, by default one of its own. `wake_batches`: tells whoever answers batches to
-    look at them. FastAPI's documentation pages are replaced: they
-    load scripts from a remote host.
+    `gate`: of the requests that come in, by default one of its own; `notes`: further fields of /readyz; `wake_batches`:
+    tells whoever answers batches to look at them. FastAPI's documentation pages are replaced: they load scripts from a
+    remote host.
     """
     codes = [400, 404, 410, 413, 415, 500, 503, 504, *([] if settings.auth is None else [401, 429])]
     errors: dict[int | str, dict[str, Any]] = {code: {"model": schemas.ErrorResponse} for code in sorted(codes)}
@@ -88,8 +81,8 @@ def create_api(
     api.include_router(kserve_api.make_router(backend, settings, is_ready))
     _add_batches(api, settings, wake_batches, errors)
     api.include_router(task_api.make_fallback())
-    _add_health(api, backend, gate)
-    _add_pages(api)
+    _add_health(api, backend, gate, notes)
+    add_pages(api)
     _add_to_openapi(api, asks_for_key=settings.auth is not None)
     _add_middleware(api, settings, gate)
     return api
@@ -112,6 +105,7 @@ def _add_batches(
 
 def _add_middleware(api: FastAPI, settings: ServeSettings, gate: Gate) -> None:
     """Innermost first."""
+    api.add_middleware(Woken)
     api.add_middleware(Admission, gate=gate)
     if settings.auth is not None:
         api.add_middleware(KeyCheck, settings=settings.auth)
@@ -130,7 +124,7 @@ def _add_middleware(api: FastAPI, settings: ServeSettings, gate: Gate) -> None:
     api.add_middleware(Access, paths=lambda: api.openapi()["paths"], log=settings.http.access_log)
 
 
-def _add_health(api: FastAPI, backend: Backend, gate: Gate) -> None:
+def _add_health(api: FastAPI, backend: Backend, gate: Gate, notes: Callable[[], dict[str, Any]]) -> None:
     @api.get("/healthz", tags=["about"], summary="200 while the HTTP server runs")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
@@ -143,22 +137,12 @@ def _add_health(api: FastAPI, backend: Backend, gate: Gate) -> None:
     async def readyz() -> JSONResponse:
         deployments = await backend.ready()
         ready = all(deployments.values()) and not gate.is_closed
-        return JSONResponse({"ready": ready, "deployments": deployments}, 200 if ready else 503)
+        return JSONResponse({"ready": ready, "deployments": deployments, **notes()}, 200 if ready else 503)
 
     @api.get("/metrics", tags=["about"], summary="Counts and times of this ingress replica, for Prometheus")
     async def metrics() -> Response:
         text, media_type = exposition()
         return Response(text, media_type=media_type)
-
-
-def _add_pages(api: FastAPI) -> None:
-    @api.get("/", include_in_schema=False)
-    async def index() -> HTMLResponse:
-        return _html("index.html")
-
-    @api.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
-        return _html("docs.html")
 
 
 def _add_to_openapi(api: FastAPI, asks_for_key: bool) -> None:

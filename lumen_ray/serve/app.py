@@ -47,9 +47,10 @@ def build_app(settings: ServeSettings) -> Application:
     prepare_serve_environment()
     from ray import serve
 
-    from lumen_ray.serve.decoder import DecoderReplica, load_decoder
+    from lumen_ray.serve.decoder import load_decoder
     from lumen_ray.serve.ingress import Ingress
-    from lumen_ray.serve.trunk import TrunkReplica, load_trunk
+    from lumen_ray.serve.trunk import load_trunk
+    from lumen_ray.serve.versions import DecoderVersions, TrunkVersions
 
     def deployment(replica: type, name: str, options: dict[str, Any]) -> Deployment:
         # Ray's types have only the form that is a decorator
@@ -57,15 +58,15 @@ def build_app(settings: ServeSettings) -> Application:
 
     # a replica that is stopped finishes its requests, Serve's default is 20 s for that
     grace = {"graceful_shutdown_timeout_s": settings.http.request_timeout_s}
-    model = str(model_folder(settings.model).resolve())
+    model = served_folder(settings)
     served = model_settings(settings)
     decoders = {}
     for name in served.decoder_names:
         options = settings.decoder(name)
         load = partial(load_decoder, dtype=options.dtype)
-        decoder = deployment(DecoderReplica, deployment_name(name), options.options())
+        decoder = deployment(DecoderVersions, deployment_name(name), options.options())
         decoders[name] = decoder.bind(model, name, options.torch_device, load)
-    trunk = deployment(TrunkReplica, "Trunk", settings.trunk.options()).bind(
+    trunk = deployment(TrunkVersions, "Trunk", settings.trunk.options()).bind(
         model, settings.trunk.torch_device, settings.serving, partial(load_trunk, dtype=settings.trunk.dtype)
     )
     ingress = deployment(Ingress, "Ingress", ingress_options(settings))
@@ -78,9 +79,15 @@ def build_app(settings: ServeSettings) -> Application:
     return ingress.bind(settings, trunk, decoders, batches)
 
 
+def served_folder(settings: ServeSettings) -> str:
+    """The absolute path of the model folder; a symlink stays one where the folder is followed."""
+    folder = model_folder(settings.model)
+    return str(folder.resolve() if settings.reload is None else folder.absolute())
+
+
 def _with_absolute_paths(settings: ServeSettings) -> ServeSettings:
     """The settings for replicas, which have another working directory."""
-    changed: dict[str, Any] = {}
+    changed: dict[str, Any] = {"model": served_folder(settings)}
     if settings.auth is not None:
         keys_file = str(Path(settings.auth.keys_file).expanduser().resolve())
         changed["auth"] = settings.auth.model_copy(update={"keys_file": keys_file})

@@ -12,6 +12,8 @@ from lumen_ray.serve.settings import Auth
 
 #: answered without a key: health, and the pages with their description of the API, which hold nothing of anyone
 OPEN = frozenset({"/healthz", "/readyz", "/", "/docs", "/openapi.json", "/v2/health/live", "/v2/health/ready"})
+#: so are the files of the pages
+_OPEN_FOLDER = "/page/"
 
 _CHALLENGE = 'Bearer realm="lumen_ray"'
 
@@ -31,7 +33,7 @@ class KeyCheck:
         self.open = OPEN | ({"/metrics"} if settings.open_metrics else set())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan" or (scope["type"] == "http" and local_path(scope) in self.open):
+        if scope["type"] == "lifespan" or (scope["type"] == "http" and self._is_open(local_path(scope))):
             await self.app(scope, receive, send)
             return
         if scope["type"] != "http":  # a websocket; no route takes one
@@ -48,6 +50,9 @@ class KeyCheck:
             await self._limited(self._quota(name, key), scope, receive, send)
         else:
             await self.app(scope, receive, send)
+
+    def _is_open(self, path: str) -> bool:
+        return path in self.open or path.startswith(_OPEN_FOLDER)
 
     async def _limited(self, quota: Quota, scope: Scope, receive: Receive, send: Send) -> None:
         async def counted_send(message: Message) -> None:

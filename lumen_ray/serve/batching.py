@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 from lumen_ray.cancellation import Cancelled, wanted_while
 from lumen_ray.errors import UserError
+from lumen_ray.inference.fair_share import acting_for
 from lumen_ray.serve.http import logger
 from lumen_ray.serve.metrics import BATCH_SIZE, BATCH_WAIT_SECONDS, PASS_SECONDS
 
@@ -26,6 +27,7 @@ class _Waiting(Generic[T, R]):
     item: T
     key: Hashable
     cost: int
+    owner: Hashable
     since: float
     future: Future[R | Exception] = field(default_factory=Future)
     is_gone: bool = False  # whether the caller has left
@@ -33,7 +35,8 @@ class _Waiting(Generic[T, R]):
 
 class Collector(Generic[T, R]):
     """Batches for a model that one thread uses at a time: a worker that gets the model takes everything that waits, and
-    may leave it to others while its batch goes on (as text answers do, which are written together with theirs).
+    may leave it to others while its batch goes on: between passes, and for text answers, which are written together
+    with theirs.
 
     `serve.batch` closes a batch some milliseconds after its first item, also while the model is busy."""
 
@@ -45,11 +48,13 @@ class Collector(Generic[T, R]):
         turn: Callable[[], AbstractContextManager[None]] = nullcontext,
         workers: int = 1,
         stage: str = "trunk",
+        owner: Callable[[T], Hashable] = lambda _: object(),
     ):
         """`run`: the results of a batch, whose items share a `key`; `cost`: the tokens of an item; `turn`: waits for
-        the model, not needed by a single worker; `workers`: most batches at a time; `stage`: name in metrics."""
+        the model, not needed by a single worker; `workers`: most batches at a time; `stage`: name in metrics; `owner`:
+        whom an item is for. Owners are served in turn."""
         self._stage = stage
-        self._run, self._key, self._cost, self._turn = run, key, cost, turn
+        self._run, self._key, self._cost, self._turn, self._owner = run, key, cost, turn, owner
         self._pool = ThreadPoolExecutor(workers)
         self._waiting: deque[_Waiting[T, R]] = deque()
         self._lock = threading.Lock()  # of `_waiting`
@@ -65,7 +70,7 @@ class Collector(Generic[T, R]):
     async def submit(self, item: T) -> R | Exception:
         """The result of one item. If this is cancelled while the item waits, it is dropped; while its batch runs, that
         is given up once all its callers have left."""
-        waiting: _Waiting[T, R] = _Waiting(item, self._key(item), self._cost(item), time.monotonic())
+        waiting: _Waiting[T, R] = _Waiting(item, self._key(item), self._cost(item), self._owner(item), time.monotonic())
         with self._lock:
             self._waiting.append(waiting)
         self._pool.submit(self._work)
@@ -87,7 +92,8 @@ class Collector(Generic[T, R]):
         try:
             with self._turn():
                 batch = self._take()
-            with wanted_while(lambda: not all(waiting.is_gone for waiting in batch)):
+            is_wanted = wanted_while(lambda: not all(waiting.is_gone for waiting in batch))
+            with is_wanted, acting_for([waiting.owner for waiting in batch]):
                 results = self._measured(batch) if batch else []
         except Exception as error:
             batch = batch or self._take()
@@ -104,11 +110,12 @@ class Collector(Generic[T, R]):
             return self._run([waiting.item for waiting in batch])
 
     def _take(self) -> list[_Waiting[T, R]]:
-        """The first item that waits and those of its key, in their order, as many as fit."""
+        """The first item that waits and those of its key, in the order of `_by_turns`, as many as fit."""
         batch: list[_Waiting[T, R]] = []
         others: list[_Waiting[T, R]] = []
         tokens = 0
         with self._lock:
+            self._waiting = deque(_by_turns(self._waiting))
             while self._waiting and len(batch) < self.max_batch_size:
                 waiting = self._waiting.popleft()
                 cost = tokens + waiting.cost
@@ -119,6 +126,16 @@ class Collector(Generic[T, R]):
                     tokens = cost
             self._waiting.extendleft(reversed(others))
         return batch
+
+
+def _by_turns(waiting: Iterable[_Waiting[T, R]]) -> list[_Waiting[T, R]]:
+    """The first item of each owner, then the second of each, and so on; else in their order."""
+    seen: Counter[Hashable] = Counter()
+    rounds: list[tuple[int, _Waiting[T, R]]] = []
+    for one in waiting:
+        rounds.append((seen[one.owner], one))
+        seen[one.owner] += 1
+    return [one for _, one in sorted(rounds, key=lambda entry: entry[0])]
 
 
 def map_grouped(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lumen_ray.answer import Answer
+from lumen_ray.inference.fair_share import SharedModel
 from lumen_ray.inference.request import Request
 from lumen_ray.serve.batching import Collector, map_grouped, value_of
-from lumen_ray.serve.health import Health, PassClock
+from lumen_ray.serve.health import Health
+from lumen_ray.serve.job import owner_of
 from lumen_ray.serve.metrics import export_to_ray
 from lumen_ray.wire.limits import cost_of
 
@@ -17,8 +19,18 @@ if TYPE_CHECKING:
     from lumen_ray.inference.decoder_stage import DecoderStage
     from lumen_ray.inference.outputs import TrunkOutput
 
-DecoderJob = tuple["TrunkOutput", tuple[Request, ...]]
 Answers = list[Answer | None]
+
+#: Passes at a time: one uses the model, others wait for it between theirs.
+MAX_BATCHES = 8
+
+
+class DecoderJob(NamedTuple):
+    """What the trunk has made of an image, the requests about it, and who asks, as of `job.sender`."""
+
+    output: TrunkOutput
+    requests: tuple[Request, ...]
+    sender: str = ""
 
 
 def load_decoder(model: str, name: str, device: str, dtype: str = "float32") -> DecoderStage:
@@ -35,11 +47,17 @@ class DecoderReplica:
     ):
         export_to_ray()
         self.stage = load(model, name, device)
-        self.clock = PassClock()
-        self.health = Health(self.clock.busy_s)
-        # a thread, so that the event loop stays free to answer pings
+        self.model = SharedModel()
+        self.health = Health(self.model.busy_s)
+        # threads, so that the event loop stays free to answer pings
         self.batches: Collector[DecoderJob, Answers] = Collector(
-            self.answers, self._key, lambda job: cost_of(job[1], 0), stage=name
+            self.answers,
+            self._key,
+            lambda job: cost_of(job.requests, 0),
+            self.model.turn,
+            MAX_BATCHES,
+            name,
+            lambda job: owner_of(job.sender),
         )
 
     def reconfigure(self, settings: dict[str, Any]) -> None:
@@ -47,12 +65,13 @@ class DecoderReplica:
         self.batches.configure(settings)
         self.health.configure(settings)
 
-    async def decode(self, output: TrunkOutput, requests: tuple[Request, ...]) -> Answers:
-        """Answers to the requests about one image, None for those that another decoder serves.
+    async def decode(self, output: TrunkOutput, requests: tuple[Request, ...], sender: str = "") -> Answers:
+        """Answers to the requests about one image, None for those that another decoder serves. `sender`: as of
+        `job.TrunkJob`.
 
         The tensors lie in shared memory: they are read, never written.
         """
-        return value_of(await self.batches.submit((output, requests)))
+        return value_of(await self.batches.submit(DecoderJob(output, requests, sender)))
 
     async def ping(self) -> bool:
         """Whether the model gets on."""
@@ -63,32 +82,34 @@ class DecoderReplica:
         self.health.check()
 
     def answers(self, jobs: list[DecoderJob]) -> list[Answers | Exception]:
-        """One pass for all jobs of one input size with the same limit of instances; a failed job gets its exception.
+        """One pass for all jobs of one input size with the same limit of instances, or as many as each takes alone; a
+        failed job gets its exception.
 
         The limit bounds the instances before overlaps are merged, so it must not depend on the other jobs of a pass.
         """
-        with self.clock.running():
+        with self.model.turn():
             return map_grouped(jobs, self._key, self._answer_group)
 
-    def _key(self, job: DecoderJob) -> tuple[bool, int, tuple[int, ...]]:
+    def _key(self, job: DecoderJob) -> tuple[int, int, tuple[int, ...]]:
+        """What jobs of one batch share. One does not wait for more passes than its own."""
         from lumen_ray.inference.outputs import loosest
 
-        output, requests = job
-        return self.stage.name in output.decoder_inputs, loosest(requests, _limits()).max_per_phrase, output.input_size
+        most = loosest(job.requests, _limits()).max_per_phrase
+        return self.stage.passes(job.output), most, job.output.input_size
 
     def _answer_group(self, jobs: list[DecoderJob]) -> list[Answers]:
         from lumen_ray.inference.outputs import assemble, finish, loosest, merge, request_limits
 
         default = _limits()
-        used = loosest((request for _, requests in jobs for request in requests), default)
-        output = merge([output for output, _ in jobs])
+        used = loosest((request for _, requests, _ in jobs for request in requests), default)
+        output = merge([output for output, _, _ in jobs])
         rows = assemble(output.plans, {self.stage.name: self.stage.predict(output, used)})
         return [
             [
                 None if answer is None else finish(answer, request_limits(request, default), used)
                 for request, answer in zip(requests, answers, strict=True)
             ]
-            for answers, (_, requests) in zip(rows, jobs, strict=True)
+            for answers, (_, requests, _) in zip(rows, jobs, strict=True)
         ]
 
 

@@ -2,30 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
-
-
-class PassClock:
-    """The time that the model has spent in its current pass. For one pass at a time."""
-
-    def __init__(self) -> None:
-        self._since: float | None = None
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        self._since = time.monotonic()
-        try:
-            yield
-        finally:
-            self._since = None
-
-    def busy_s(self) -> float:
-        """Seconds since the pass began; 0 between passes."""
-        since = self._since
-        return 0.0 if since is None else time.monotonic() - since
 
 
 class Health:

@@ -32,10 +32,13 @@ from lumen_ray.serve.api import create_api
 from lumen_ray.serve.asking import SentText
 from lumen_ray.serve.http import Overloaded, Unavailable, logger
 from lumen_ray.serve.image_cache import ImageGone, KeyedImage
-from lumen_ray.serve.job import TrunkJob, TrunkReply
+from lumen_ray.serve.job import TrunkJob, TrunkReply, sender
 from lumen_ray.serve.metrics import STAGE_SECONDS, export_to_ray
 from lumen_ray.serve.readiness import Ping, Readiness
+from lumen_ray.serve.reload import Reloads
 from lumen_ray.serve.settings import ModelDeployment, ServeSettings
+from lumen_ray.serve.sleeping import Sleeper, State, woken
+from lumen_ray.serve.versions import OtherVersion
 from lumen_ray.structures import Size
 
 T = TypeVar("T")
@@ -49,8 +52,12 @@ _LOST = (
     ray_errors.NodeDiedError,
     ReplicaUnavailableError,
 )
+#: Serve's words for deployments whose replicas do not start
+_FAILED = ("UNHEALTHY", "DEPLOY_FAILED")
 #: images of which an ingress replica remembers that a trunk holds them
 _REMEMBERED = 10_000
+#: seconds before a request is asked again whose trunk and decoder held different versions of the model
+_OTHER_VERSION_WAIT_S = 0.2
 
 
 def cause_of(error: BaseException) -> BaseException:
@@ -87,17 +94,17 @@ class ServeBackend:
         self._held: OrderedDict[str, Size] = OrderedDict()
         stages: dict[str, tuple[DeploymentHandle, ModelDeployment]] = {"trunk": (trunk, settings.trunk)}
         stages |= {name: (handle, settings.decoder(name)) for name, handle in decoders.items()}
-        self._readiness = {
-            name: Readiness(partial(_ping, handle), partial(_is_running, handle), options.not_ready_after_s)
-            for name, (handle, options) in stages.items()
-        }
+        self._readiness = {name: _readiness_of(handle, options) for name, (handle, options) in stages.items()}
+        handles = {name: handle for name, (handle, _) in stages.items()}
+        self.reloads = Reloads(settings.model, handles, settings.http.request_timeout_s, self._forget)
 
     async def infer(self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
         """One trunk pass over what is shown, then the decoders that it has links for, in parallel."""
-        job, key = TrunkJob(image, tuple(requests), max_new_tokens), _key_of(image)
+        job, key = TrunkJob(image, tuple(requests), max_new_tokens, sender.get()), _key_of(image)
 
         async def call() -> list[Answer]:
-            reply: TrunkReply = await self._timed("trunk", self._trunk(key).link.remote(job))
+            asked = replace(job, version=self.reloads.version)
+            reply: TrunkReply = await self._timed("trunk", lambda: self._trunk(key).link.remote(asked))
             self._remember(job.image, reply)
             return await self._decoded(reply, requests)
 
@@ -125,7 +132,8 @@ class ServeBackend:
         if not self.settings.trunk.image_cache_mb:
             return None
         if image_id not in self._held and ask:
-            size = await self._retried(lambda: _awaited(self._trunk(image_id).image_size.remote(image_id)))
+            version = self.reloads.version
+            size = await self._retried(lambda: _awaited(self._trunk(image_id).image_size.remote(image_id, version)))
             if size is not None:
                 self._held[image_id] = size
         return self._held.get(image_id)
@@ -133,9 +141,11 @@ class ServeBackend:
     async def _decoded(self, reply: TrunkReply, requests: Sequence[Request]) -> list[Answer]:
         """The answers to a job, with those of the decoders that it has links for."""
         plain = tuple(replace(request, examples={}) for request in requests)  # decoders read no images of examples
-        found = await asyncio.gather(
-            *(self._timed(name, self.decoders[name].decode.remote(reply.output, plain)) for name in reply.decoders)
-        )
+
+        def decode(name: str) -> _Call[list[Answer | None]]:
+            return self.decoders[name].decode.remote(reply.output, plain, sender.get(), reply.version)
+
+        found = await asyncio.gather(*(self._timed(name, partial(decode, name)) for name in reply.decoders))
         rows = zip(reply.answers, *found, strict=True)
         return [next(answer for answer in answers if answer is not None) for answers in rows]
 
@@ -143,12 +153,15 @@ class ServeBackend:
         self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int
     ) -> AsyncGenerator[str | Answer, None]:
         """When a replica dies, another one writes the answer again, of which what was sent is left out."""
-        job, http, text = TrunkJob(image, tuple(requests), max_new_tokens), self.settings.http, SentText()
+        job = TrunkJob(image, tuple(requests), max_new_tokens, sender.get())
+        http, text = self.settings.http, SentText()
         until = time.monotonic() + http.request_timeout_s
-        for attempt in range(http.retries + 1):
+        attempt = 0
+        while attempt <= http.retries:
             text.begin()
+            asked = replace(job, version=self.reloads.version)
             try:
-                async with aclosing(self._written(job, until)) as pieces:
+                async with aclosing(self._written(asked, until)) as pieces:
                     async for piece in pieces:
                         if isinstance(piece, Answer):
                             yield piece
@@ -156,7 +169,7 @@ class ServeBackend:
                         if new := text.unsent(piece):
                             yield new
             except (ray_errors.RayError, RayServeException) as error:
-                self._check_lost(error, attempt)
+                attempt += await self._check_lost(error, attempt)
         raise Unavailable("a replica died during this request; try again")
 
     async def _written(self, job: TrunkJob, until: float) -> AsyncGenerator[str | Answer, None]:
@@ -184,36 +197,59 @@ class ServeBackend:
     async def info(self) -> dict[str, Any]:
         if self._info is not None:
             return self._info
-        info: dict[str, Any] = await self._retried(lambda: _awaited(self._trunk().info.remote()))
-        self._info = info
+        version = self.reloads.version
+        info: dict[str, Any] = await self._retried(lambda: _awaited(self._trunk().info.remote(version)))
+        if version == self.reloads.version:  # which may have changed meanwhile
+            self._info = info
+            self.reloads.version = version or info.get("version", "")
         return info
+
+    def notes(self) -> dict[str, Any]:
+        """What an operator should know, for /readyz, as of the last `ready`."""
+        asleep = [name for name, one in self._readiness.items() if isinstance(one, Sleeper) and one.is_asleep]
+        notes = {"scaled_to_zero": asleep, "reload_refused": self.reloads.refused}
+        return {name: note for name, note in notes.items() if note}
+
+    def _forget(self) -> None:
+        """What is known of a version that is no longer served."""
+        self._info = None
+        self._held.clear()
 
     async def ready(self) -> dict[str, bool]:
         answers = await asyncio.gather(*(readiness.check() for readiness in self._readiness.values()))
         return dict(zip(self._readiness, answers, strict=True))
 
-    async def _timed(self, stage: str, response: _Call[T]) -> T:
+    async def _timed(self, stage: str, call: Callable[[], _Call[T]]) -> T:
         """The result of a call of the trunk or a decoder."""
+        readiness, names = self._readiness[stage], woken.get()
+        if isinstance(readiness, Sleeper) and names is not None and await readiness.is_woken():
+            names.append(stage)
         with STAGE_SECONDS.timed(stage=stage):
-            result = await _awaited(response)
-        self._readiness[stage].answered()
+            result = await _awaited(call())
+        readiness.answered()
         return result
 
     async def _retried(self, call: Callable[[], Awaitable[T]]) -> T:
         """Awaits `call`, again if its replica dies: every call here is idempotent. Serve itself does not retry."""
         http = self.settings.http
+        attempt = 0
         async with asyncio.timeout(http.request_timeout_s):
-            for attempt in range(http.retries + 1):
+            while attempt <= http.retries:
                 try:
                     return await call()
                 except (ray_errors.RayError, RayServeException) as error:
-                    self._check_lost(error, attempt)
+                    attempt += await self._check_lost(error, attempt)
             raise Unavailable("a replica died during this request; try again")
 
-    def _check_lost(self, error: Exception, attempt: int) -> None:
-        """Returns if the error of a call is that its replica is lost, so that another one may be asked; raises it, or
-        what it means, for others."""
+    async def _check_lost(self, error: Exception, attempt: int) -> int:
+        """Returns if another replica may be asked, with 1 since this one is lost, or 0 if it has another version of the
+        model than the one that asked it; raises what another error of a call means."""
         cause = cause_of(error)
+        if isinstance(cause, OtherVersion):  # all are to have that of the folder, or the others are being replaced
+            self._info = None
+            await self.reloads.switch()
+            await asyncio.sleep(_OTHER_VERSION_WAIT_S)
+            return 0
         if isinstance(cause, UserError):
             raise cause from None
         if isinstance(cause, BackPressureError):
@@ -224,6 +260,7 @@ class ServeBackend:
         if isinstance(cause, RequestCancelledError) or not isinstance(cause, _LOST):
             raise error
         logger.warning("a replica was lost (%s), attempt %d", type(cause).__name__, attempt + 1)
+        return 1
 
 
 async def _until(response: Any, until: float) -> AsyncGenerator[Any, None]:
@@ -271,11 +308,23 @@ async def _ping(handle: DeploymentHandle) -> Ping:
 
 async def _is_running(handle: DeploymentHandle) -> bool:
     """Whether Serve's controller knows a running replica: the handle's own list lags behind, and is private."""
+    return (await _state(handle)).running > 0
+
+
+async def _state(handle: DeploymentHandle) -> State:
     status = await asyncio.to_thread(serve.status)
     application = status.applications.get(handle.app_name)
     deployment = application.deployments.get(handle.deployment_name) if application else None
-    states = deployment.replica_states.items() if deployment else ()
-    return any(state == "RUNNING" and count > 0 for state, count in states)
+    if deployment is None:
+        return State(0, is_healthy=False)
+    running = sum(count for state, count in deployment.replica_states.items() if state == "RUNNING")
+    return State(running, deployment.status not in _FAILED)
+
+
+def _readiness_of(handle: DeploymentHandle, options: ModelDeployment) -> Readiness | Sleeper:
+    if options.autoscaling is not None and options.min_replicas == 0:
+        return Sleeper(partial(_state, handle), options.autoscaling.downscale_delay_s)
+    return Readiness(partial(_ping, handle), partial(_is_running, handle), options.not_ready_after_s)
 
 
 @serve.ingress()
@@ -294,9 +343,12 @@ class Ingress:
         self.settings, self.batches = settings, batches
         self.backend = ServeBackend(trunk, decoders, settings)
         self.gate = Gate(settings)
+        if settings.reload is not None:
+            # Serve runs this on the event loop of the requests
+            self._watching = asyncio.create_task(self.backend.reloads.watch(settings.reload.watch_s))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self.backend, self.settings, self.gate, self._wake_batches)
+        return create_api(self.backend, self.settings, self.gate, self.backend.notes, self._wake_batches)
 
     def _wake_batches(self) -> None:
         """Without waiting for an answer: a replica that dies of it finds the batch when it starts again."""

@@ -3,6 +3,8 @@ torch."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,22 +18,38 @@ if TYPE_CHECKING:
 
     from lumen_ray.inference.outputs import TrunkOutput
 
+#: Who has sent the HTTP request that is answered in this context: its API key, or the request itself.
+sender: ContextVar[str] = ContextVar("sender", default="")
+
+
+def owner_of(sender: str) -> Hashable:
+    """Whom turns of the model are counted to; a job without a sender is for itself."""
+    return sender or object()
+
 
 @dataclass(frozen=True)
 class TrunkJob:
     """An image, those of a conversation (read-only), or None for text alone, and the requests about it. A single image
     has its id where trunks hold images.
 
-    Every request carries its score threshold and number of instances.
+    Every request carries its score threshold and number of instances. `sender`: whom its turns of the model are counted
+    to, so that all get it in turn. `version`: of the model that is to answer, where the replica holds it.
     """
 
     image: Shown | KeyedImage
     requests: tuple[Request, ...]
     max_new_tokens: int
+    sender: str = ""
+    version: str = ""
 
     @property
     def cost(self) -> int:
         return cost_of(self.requests, self.max_new_tokens)
+
+    @property
+    def branches(self) -> int:
+        """Names that the trunk makes links of, without keypoints that only the model knows."""
+        return sum(len(request.phrases) * (1 + len(request.keypoints or ())) for request in self.requests)
 
 
 @dataclass(frozen=True)
@@ -40,9 +58,11 @@ class TrunkReply:
 
     `output`: the reference to what these decoders read; None without any. Tensors lie behind it, so that they go from
     the trunk to the decoders and not through the ingress. `is_held`: whether the replica holds the job's image now.
+    `version`: of the model that made it.
     """
 
     answers: tuple[Answer | None, ...]
     decoders: tuple[str, ...] = ()
     output: ObjectRef[TrunkOutput] | None = None
     is_held: bool = False
+    version: str = ""

@@ -1,4 +1,5 @@
-"""`/v1/chat/completions` in OpenAI's format (see `wire.chat`).
+"""`/v1/chat/completions` and `/v1/responses` in OpenAI's formats (see `wire.chat` and `wire.responses`), and the tools
+of both.
 
 Parameters of sampling are refused unless the server's setting `openai_sampling` is on. Answers come in one piece, or as
 server-sent events while they are written.
@@ -6,83 +7,76 @@ server-sent events while they are written.
 
 from __future__ import annotations
 
-import json
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
 from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse
 
-from lumen_ray.answer import Answer
-from lumen_ray.serve.asking import Backend, ask, ask_streaming
-from lumen_ray.serve.http import error_of, json_schema_ref
+from lumen_ray.serve.asking import Backend, ask
+from lumen_ray.serve.http import json_schema_ref
+from lumen_ray.serve.openai_streams import stream
 from lumen_ray.serve.settings import ServeSettings
-from lumen_ray.wire import chat, schemas
+from lumen_ray.wire import chat, responses, schemas
+from lumen_ray.wire.completions import Chunks, completion
+from lumen_ray.wire.response_events import ResponseEvents
+from lumen_ray.wire.tools import ToolUse, describe_tools
 
-Piece = str | tuple[Answer, dict[str, Any]]
-#: proxies in front of the server pass events on at once
-_EVENT_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+BODIES = (chat.ChatRequest, responses.ResponsesRequest)
 
 
 def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
-    router = APIRouter(prefix="/v1")
-    body = {"required": True, "content": {"application/json": {"schema": json_schema_ref(chat.ChatRequest)}}}
+    router = APIRouter(prefix="/v1", tags=["openai"])
 
     @router.post(
         "/chat/completions",
-        tags=["openai"],
         summary="A conversation about images or in text alone, in OpenAI's format",
-        openapi_extra={"requestBody": body},
+        openapi_extra=_body(chat.ChatRequest),
     )
     async def chat_completions(request: Request) -> Response:
         asked = chat.parse_chat(schemas.parse_json(await request.body()), settings.openai_sampling, takes_stream=True)
-        await check_model(backend, asked.model)
+        model = await check(asked.model, asked.tool_use)
         read = partial(chat.read_chat, asked, settings.limits)
-        if not asked.stream:
-            answers, extra = await ask(backend, settings, read)
-            completion = chat.completion(asked, answers[0], extra["model"])
-            completion["lumen"] |= {name: value for name, value in extra.items() if name != "model"}
-            return JSONResponse(completion)
+        if asked.stream:
+            return await stream(request, backend, settings, read, Chunks(asked, model))
+        answers, extra = await ask(backend, settings, read)
+        body = completion(asked, answers, extra.pop("model"))
+        body["lumen"] |= extra
+        return JSONResponse(body)
+
+    @router.post(
+        "/responses",
+        summary="The same in OpenAI's newer format; nothing is stored",
+        openapi_extra=_body(responses.ResponsesRequest),
+    )
+    async def create_response(request: Request) -> Response:
+        asked = responses.parse_responses(schemas.parse_json(await request.body()), settings.openai_sampling)
+        model = await check(asked.chat.model, asked.tools)
+        read = partial(chat.read_chat, asked.chat, settings.limits, tools=asked.tools, places=asked.places)
+        writer = ResponseEvents(asked, model)
+        if asked.chat.stream:
+            return await stream(request, backend, settings, read, writer)
+        answers, extra = await ask(backend, settings, read)
+        del extra["model"]
+        return JSONResponse(writer.response(answers[0], extra))
+
+    @router.get("/tools", summary="The tools of the loaded model, to be put into a request, and schemas of results")
+    async def tools() -> dict[str, Any]:
+        return describe_tools((await backend.info())["tasks"])
+
+    async def check(name: str | None, use: ToolUse) -> str:
+        """Returns preset@version of the model. Raises `UserError` if a request names another model, or tools that it
+        does not have."""
+        await check_model(backend, name)
         info = await backend.info()
-        chunks = chat.Chunks(asked, f"{info['preset']}@{info['version']}")
-        pieces = ask_streaming(backend, settings, read)
-        try:
-            first = await anext(pieces)  # errors of the request still have their status
-        except BaseException:
-            await pieces.aclose()
-            raise
-        events = _events(request, chunks, first, pieces)
-        return StreamingResponse(events, media_type="text/event-stream", headers=_EVENT_HEADERS)
+        use.check_served(info["tasks"])
+        return f"{info['preset']}@{info['version']}"
 
     return router
 
 
-async def _events(
-    request: Request, chunks: chat.Chunks, first: Piece, pieces: AsyncGenerator[Piece, None]
-) -> AsyncIterator[bytes]:
-    """Server-sent events of an answer; one with an error in our envelope is the last of an answer that fails."""
-    async with aclosing(pieces):
-        yield _event(chunks.begin())
-        piece: Piece | None = first
-        try:
-            while piece is not None:
-                if isinstance(piece, str):
-                    yield _event(chunks.text(piece))
-                else:
-                    answer, extra = piece
-                    for chunk in chunks.end(answer, {name: v for name, v in extra.items() if name != "model"}):
-                        yield _event(chunk)
-                piece = await anext(pieces, None)
-        except Exception as error:  # the status has been sent
-            yield _event(await error_of(request, error))
-            return
-        yield b"data: [DONE]\n\n"
-
-
-def _event(data: dict[str, Any]) -> bytes:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode("utf-8", "backslashreplace")
+def _body(model: type) -> dict[str, Any]:
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": json_schema_ref(model)}}}}
 
 
 async def check_model(backend: Backend, name: str | None) -> None:

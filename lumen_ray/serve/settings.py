@@ -221,6 +221,14 @@ class Batches(Settings):
         return folder
 
 
+class Reload(Settings):
+    """Following the model folder while it is served."""
+
+    watch_s: float = Field(
+        10, gt=0, description="seconds between looks at the model folder; a new version in it is served from then on"
+    )
+
+
 class Tracing(Settings):
     """OpenTelemetry spans, sent where OTEL_EXPORTER_OTLP_ENDPOINT says."""
 
@@ -235,6 +243,9 @@ class ServeSettings(Settings):
     auth: Auth | None = Field(None, description="who may use the server; None: everyone who reaches it")
     tracing: Tracing | None = Field(None, description="OpenTelemetry; None: off")
     batches: Batches | None = Field(None, description="files and batches in OpenAI's format; None: none are taken")
+    reload: Reload | None = Field(
+        None, description="whether a new version in the model folder is served; None: the version of the start is"
+    )
     limits: Limits = Limits()
     defaults: Defaults = Defaults()
     ingress: Deployment = Deployment(max_ongoing_requests=64, max_queued_requests=128, num_cpus=0.5)

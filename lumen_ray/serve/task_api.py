@@ -81,7 +81,8 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
     async def models() -> dict[str, Any]:
         info = await backend.info()
         card = {"id": info["preset"], "object": "model", "created": 0, "owned_by": "lumen_ray"}
-        return {"object": "list", "data": [{**card, "lumen": info}]}
+        limits = settings.limits.model_dump()
+        return {"object": "list", "data": [{**card, "lumen": {**info, "limits": limits}}]}
 
     @router.post(
         "/infer",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+import math
+from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lumen_ray.serve.batching import Collector, map_grouped, value_of
 from lumen_ray.serve.health import Health
 from lumen_ray.serve.image_cache import ImageCache, ImageGone, KeyedImage, gone
-from lumen_ray.serve.job import TrunkJob, TrunkReply
+from lumen_ray.serve.job import TrunkJob, TrunkReply, owner_of
 from lumen_ray.serve.metrics import export_to_ray
 from lumen_ray.structures import Size
 from lumen_ray.tasks import TASKS
@@ -54,7 +55,12 @@ class TrunkReplica:
         self._listeners: dict[int, Callable[[str], None]] = {}  # by the identity of their job
         # Threads, so that the event loop stays free to answer pings. The model is used by one of them at a time.
         self.batches: Collector[TrunkJob, TrunkOutput] = Collector(
-            self.outputs, self._key, lambda job: job.cost, self.stage.loop.turn, MAX_BATCHES
+            self.outputs,
+            self._key,
+            lambda job: job.cost,
+            self.stage.loop.turn,
+            MAX_BATCHES,
+            owner=lambda job: owner_of(job.sender),
         )
 
     def reconfigure(self, settings: dict[str, Any]) -> None:
@@ -74,7 +80,7 @@ class TrunkReplica:
             return TrunkReply(answers, is_held=is_held)
         return TrunkReply(answers, tuple(output.decoder_inputs), await asyncio.to_thread(_put, output), is_held)
 
-    async def link_streaming(self, job: TrunkJob) -> AsyncIterator[str | TrunkReply]:
+    async def link_streaming(self, job: TrunkJob) -> AsyncGenerator[str | TrunkReply, None]:
         """The text of the answer to the single request of a job in pieces, as it is written, then the reply as of
         `link`. Pieces are put together while the caller is busy."""
         event_loop, written = asyncio.get_running_loop(), asyncio.Event()
@@ -115,7 +121,7 @@ class TrunkReplica:
 
     async def info(self) -> dict[str, Any]:
         """The public description of the model: preset, version, image size, the longest side of any input, tasks and
-        the decoders that serve them, classes, skeletons and their edges."""
+        the decoders that serve them, classes, skeletons and their edges, and whether it takes classes by example."""
         loaded = self.stage.loaded
         return {
             "preset": loaded.settings.name,
@@ -127,6 +133,7 @@ class TrunkReplica:
             "classes": list(loaded.meta.classes),
             "skeletons": {name: list(points) for name, points in loaded.meta.skeletons.items()},
             "edges": loaded.meta.edges,
+            "exemplars": self.stage.takes_exemplars,
         }
 
     async def ping(self) -> bool:
@@ -141,12 +148,13 @@ class TrunkReplica:
         """One pass for all jobs of one key; a failed job gets its exception."""
         return map_grouped(jobs, self._key, self._link_group)
 
-    def _key(self, job: TrunkJob) -> tuple[bool, bool, bool, int, Size]:
-        """What jobs of one pass share. Those without text do not wait for the answers of others."""
-        writes = any(TASKS[request.task].is_text for request in job.requests)
+    def _key(self, job: TrunkJob) -> Hashable:
+        """What jobs of one batch share. Those without text do not wait for the answers of others, nor does one for more
+        passes than its own."""
+        writes, passes = any(TASKS[request.task].is_text for request in job.requests), passes_of(job)
         if isinstance(job.image, KeyedImage):
-            return writes, True, False, job.max_new_tokens, self.stage.bucket(job.image.size)
-        return writes, False, job.image is None, job.max_new_tokens, self.stage.bucket_of(job.image)
+            return writes, passes, True, False, job.max_new_tokens, self.stage.bucket(job.image.size)
+        return writes, passes, False, job.image is None, job.max_new_tokens, self.stage.bucket_of(job.image)
 
     def _link_group(self, jobs: list[TrunkJob]) -> list[TrunkOutput | ImageGone]:
         keyed = [job.image for job in jobs if isinstance(job.image, KeyedImage)]
@@ -189,6 +197,13 @@ class TrunkReplica:
                 self.images.put(image_id, image)
                 found[image_id] = image
         return [found[image.image_id] for image in images]
+
+
+def passes_of(job: TrunkJob) -> int:
+    """Passes over the names of a job, beside the one that encodes its image."""
+    from lumen_ray.inference.trunk_stage import CLASS_CHUNK
+
+    return math.ceil(job.branches / CLASS_CHUNK)
 
 
 def _put(output: TrunkOutput) -> ObjectRef[TrunkOutput]:

@@ -1,33 +1,29 @@
-"""A chat completion in OpenAI's format, as far as the model supports it: conversations with and without images.
+"""The request for a chat completion in OpenAI's format, as far as the model supports it: conversations with and without
+images.
 
-Parameters that cannot be honoured are taken at their neutral value and refused at any other. When the LLM routes the
-prompt to a decoder, the instances are in the extension field `lumen`, and `content` is the text around them:
-`lumen.parts` has both in the order of writing. A model that has not learned to go on behind a routing token ends its
-answer there.
+Parameters that cannot be honoured are taken at their neutral value and refused at any other. The answer is in
+`completions`.
 """
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from lumen_ray.answer import Answer, TokenUsage
 from lumen_ray.config import Settings
 from lumen_ray.errors import UserError
 from lumen_ray.wire import schemas
-from lumen_ray.wire.conversation import NO_TOOLS, UNUSED, ChatMessage, Conversation, read_conversation
+from lumen_ray.wire.conversation import ChatMessage, Conversation, read_conversation
 from lumen_ray.wire.images import image_bytes
 from lumen_ray.wire.neutral import Neutral, refuse_others
 from lumen_ray.wire.requests import Asked
 from lumen_ray.wire.settings import MAX_NEW_TOKENS, Limits
+from lumen_ray.wire.tools import UNUSED, Tool, ToolUse, read_tools
 
 #: where a server takes these requests; the one URL of those in batch files
 CHAT_URL = "/v1/chat/completions"
-_ONE_ANSWER = "each request has one answer"
 _NO_PENALTY = "tokens are not penalised by how often they occur"
 _TEXT_ONLY = "answers are plain text"
 _GREEDY = "decoding is greedy (the server's setting 'openai_sampling' is off)"
@@ -39,9 +35,8 @@ _SAMPLING = {
     "repetition_penalty": Neutral(_GREEDY, 1),
     "stop": Neutral(_GREEDY, []),
 }
-_NEEDS_SAMPLING = "taken if the server's setting openai_sampling is on"
-#: the least log probability, which JSON has a number for, as in OpenAI's API
-_LEAST_LOG_PROB = -9999.0
+NEEDS_SAMPLING = "taken if the server's setting openai_sampling is on"
+_OLD_FUNCTIONS = "functions are listed in 'tools'"
 
 
 def _as_stops(value: Any) -> Any:
@@ -58,6 +53,22 @@ class StreamOptions(Settings):
 
     include_usage: bool | None = Field(None, description="whether a last event has the numbers of tokens")
     include_obfuscation: Annotated[bool | None, Neutral("events are not padded", False)] = None
+
+
+class JsonSchema(Settings):
+    """The schema of the answer's text."""
+
+    name: str = Field(description="the tool whose result the text is to be")
+    schema_: Any = Field(None, alias="schema", description="that of its result, as at GET /v1/tools")
+    strict: bool | None = Field(None, description=f"{UNUSED}: the text always fits")
+    description: str | None = Field(None, description=UNUSED)
+
+
+class ResponseFormat(Settings):
+    """The form of the answer's text."""
+
+    type: Literal["text", "json_schema"]
+    json_schema: JsonSchema | None = Field(None, description="of type json_schema")
 
 
 class ChatRequest(Settings):
@@ -77,32 +88,34 @@ class ChatRequest(Settings):
 
     temperature: schemas.Temperature | None = Field(
         None,
-        description=f"0 or null takes the most probable tokens; above 0, {_NEEDS_SAMPLING}, they are drawn",
+        description=f"0 or null takes the most probable tokens; above 0, {NEEDS_SAMPLING}, they are drawn",
     )
     top_p: schemas.Fraction | None = Field(
         None,
-        description=f"draw from the most probable tokens with this probability in sum; below 1, {_NEEDS_SAMPLING}",
+        description=f"draw from the most probable tokens with this probability in sum; below 1, {NEEDS_SAMPLING}",
     )
     top_k: int | None = Field(
         None,
         ge=-1,
         le=2**31,
-        description=f"not in OpenAI's API: draw from so many tokens at most; above 0, {_NEEDS_SAMPLING}; -1, 0: all",
+        description=f"not in OpenAI's API: draw from so many tokens at most; above 0, {NEEDS_SAMPLING}; -1, 0: all",
     )
     repetition_penalty: schemas.Penalty | None = Field(
         None,
         description="not in OpenAI's API: above 1, tokens of prompt and answer become less probable; other than 1, "
-        f"{_NEEDS_SAMPLING}",
+        f"{NEEDS_SAMPLING}",
     )
     stop: Annotated[list[str] | None, BeforeValidator(_as_stops, json_schema_input_type=str | list[str] | None)] = (
-        Field(None, description=f"a text that ends the answer, or up to 16 of them; {_NEEDS_SAMPLING}")
+        Field(None, description=f"a text that ends the answer, or up to 16 of them; {NEEDS_SAMPLING}")
     )
     seed: int | None = Field(
         None, description="of the tokens drawn: the same request with the same seed gets the same answer; null: any"
     )
     logprobs: bool | None = Field(None, description="whether the answer has the log probabilities of its tokens")
     top_logprobs: Annotated[int | None, Neutral("only the chosen tokens have log probabilities", 0)] = None
-    n: Annotated[int | None, Neutral(_ONE_ANSWER, 1)] = None
+    n: int | None = Field(
+        None, ge=1, description="answers, up to limits.max_choices, equal ones unless they are drawn; null is 1"
+    )
     frequency_penalty: Annotated[float | None, Neutral(_NO_PENALTY, 0)] = None
     presence_penalty: Annotated[float | None, Neutral(_NO_PENALTY, 0)] = None
     logit_bias: Annotated[Any, Neutral("the probabilities of tokens are not changed", {})] = None
@@ -110,13 +123,19 @@ class ChatRequest(Settings):
         None, description="whether the answer comes in pieces, as server-sent events, while it is written"
     )
     stream_options: StreamOptions | None = Field(None, description="of a streamed answer")
-    response_format: Annotated[Any, Neutral(_TEXT_ONLY, {"type": "text"})] = None
+    response_format: ResponseFormat | None = Field(
+        None, description="null or type text; type json_schema for the result of a tool, which is then called"
+    )
     modalities: Annotated[Any, Neutral(_TEXT_ONLY, ["text"])] = None
     audio: Annotated[Any, Neutral(_TEXT_ONLY)] = None
-    tools: Annotated[Any, Neutral(NO_TOOLS, [])] = None
-    functions: Annotated[Any, Neutral(NO_TOOLS, [])] = None
-    tool_choice: Annotated[Any, Neutral(NO_TOOLS, "none", "auto")] = None
-    function_call: Annotated[Any, Neutral(NO_TOOLS, "none", "auto")] = None
+    tools: list[Tool] | None = Field(None, description="the decoders that may be called, see GET /v1/tools")
+    functions: Annotated[Any, Neutral(_OLD_FUNCTIONS, [])] = None
+    tool_choice: Any = Field(
+        None,
+        description="null or auto: the model chooses text or tools; required: one of the tools; an object of type "
+        "function: that one; an object of type allowed_tools: some of them; none: text",
+    )
+    function_call: Annotated[Any, Neutral(_OLD_FUNCTIONS, "none", "auto")] = None
     prediction: Annotated[Any, Neutral("a predicted answer is not used")] = None
     reasoning_effort: Annotated[Any, Neutral("the model answers without reasoning", "none")] = None
     verbosity: Annotated[Any, Neutral("the length of answers cannot be steered", "medium")] = None
@@ -125,7 +144,7 @@ class ChatRequest(Settings):
     store: Annotated[bool | None, Neutral("answers are not stored", False)] = None
     service_tier: Annotated[Any, Neutral("all requests are served alike", "auto", "default")] = None
 
-    parallel_tool_calls: bool | None = Field(None, description=f"{UNUSED}: {NO_TOOLS}")
+    parallel_tool_calls: bool | None = Field(None, description="false: an answer has one call at most")
     metadata: dict[str, str] | None = Field(None, description=UNUSED)
     prompt_cache_key: str | None = Field(None, description=UNUSED)
     prompt_cache_retention: str | None = Field(None, description=UNUSED)
@@ -136,6 +155,36 @@ class ChatRequest(Settings):
     @property
     def num_images(self) -> int:
         return sum(part.image_url is not None for message in self.messages for part in message.content or ())
+
+    @property
+    def choices(self) -> int:
+        """The number of answers."""
+        return self.n or 1
+
+    @property
+    def question(self) -> str:
+        """The text of the last user message."""
+        last = next((message for message in reversed(self.messages) if message.role == "user"), None)
+        return " ".join(part.text for part in (last and last.content) or () if part.text)
+
+    @property
+    def tool_use(self) -> ToolUse:
+        """How tools are used. Raises `UserError` for what cannot be honoured."""
+        functions = [(f"tools.{n}.function", tool.function) for n, tool in enumerate(self.tools or ())]
+        return read_tools(functions, self.tool_choice, self.parallel_tool_calls, self._schema())
+
+    def _schema(self) -> tuple[str, Any, str] | None:
+        """The name of the schema of the answer's text, the schema, and its place; None for plain text."""
+        form = self.response_format
+        if form is None or form.type == "text":
+            return None
+        if form.json_schema is None:
+            raise UserError(
+                "'response_format.json_schema' is missing; give the result of a tool, see GET /v1/tools",
+                "invalid_request",
+                "response_format.json_schema",
+            )
+        return form.json_schema.name, form.json_schema.schema_, "response_format.json_schema"
 
     @property
     def max_new_tokens(self) -> int | None:
@@ -149,6 +198,7 @@ def parse_chat(data: dict[str, Any], takes_sampling: bool, takes_stream: bool = 
     those of sampling and streaming too, unless `takes_sampling` and `takes_stream`."""
     chat = schemas.parse(ChatRequest, data)
     refuse_others(chat)
+    _ = chat.tool_use
     if chat.stream_options is not None:
         refuse_others(chat.stream_options)
         if not chat.stream:
@@ -161,6 +211,15 @@ def parse_chat(data: dict[str, Any], takes_sampling: bool, takes_stream: bool = 
         raise UserError(
             "answers are not streamed here; leave 'stream' out or set it to false", "streaming_unsupported", "stream"
         )
+    check_chat(chat, takes_sampling)
+    return chat
+
+
+def check_chat(chat: ChatRequest, takes_sampling: bool) -> None:
+    """Raises `UserError` for parameters that cannot be honoured together, and those of sampling unless
+    `takes_sampling`."""
+    if chat.stream and chat.choices > 1:
+        raise UserError("a streamed answer is one; leave 'n' or 'stream' out", "unsupported_parameter", "n")
     if chat.stream and chat.logprobs:
         raise UserError(
             "streamed answers have no log probabilities; leave 'logprobs' or 'stream' out",
@@ -169,19 +228,38 @@ def parse_chat(data: dict[str, Any], takes_sampling: bool, takes_stream: bool = 
         )
     if not takes_sampling:
         _refuse_sampling(chat)
-    return chat
 
 
-def read_chat(chat: ChatRequest, limits: Limits, read_image: Callable[[str, str], bytes] = image_bytes) -> Asked:
-    """The conversation as a task about its images. Raises `UserError` for one that the model cannot read.
+def read_chat(
+    chat: ChatRequest,
+    limits: Limits,
+    read_image: Callable[[str, str], bytes] = image_bytes,
+    tools: ToolUse | None = None,
+    places: Sequence[str] | None = None,
+) -> Asked:
+    """The conversation as a task about its images, several times if several answers are drawn. Raises `UserError` for
+    one that the model cannot read.
 
-    `read_image`: (URL, its place in the request) -> the encoded image.
+    `read_image`: (URL, its place in the request) -> the encoded image; `tools`: by default those of `chat`; `places`:
+    of the messages in the request.
     """
-    conversation = read_conversation(chat.messages, limits.max_images, read_image)
+    if chat.choices > limits.max_choices:
+        raise UserError(f"'n' is {chat.choices}; give at most {limits.max_choices}", "too_many_choices", "n")
+    conversation = read_conversation(chat.messages, limits.max_images, read_image, places)
+    tools = tools or chat.tool_use
+    if conversation.ends_with_result:
+        tools = tools.after_result()
+    tools.check_images(len(conversation.images))
     fields = _task_fields(chat, conversation)
+    drawn = range(chat.choices if chat.temperature else 1)
+    tasks = [("chat", fields if not n or fields.seed is None else _with_seed(fields, fields.seed + n)) for n in drawn]
     turns = tuple(conversation.image_turns[1:])  # the first image stands before all questions
-    places = conversation.places if len(conversation.images) > 1 else ()  # of a single image the error says enough
-    return Asked(conversation.images, [("chat", fields)], turns, places)
+    where = conversation.places if len(conversation.images) > 1 else ()  # of a single image the error says enough
+    return Asked(conversation.images, tasks, turns, where, routing=tools.routing)
+
+
+def _with_seed(fields: schemas.TaskFields, seed: int) -> schemas.TaskFields:
+    return fields.model_copy(update={"seed": seed % 2**63})
 
 
 def check_model(name: str | None, preset: str, version: str) -> None:
@@ -211,97 +289,3 @@ def _task_fields(chat: ChatRequest, conversation: Conversation) -> schemas.TaskF
         stop=chat.stop,
         seed=None if chat.seed is None else chat.seed % 2**63,  # OpenAI's may be negative
     )
-
-
-def completion(chat: ChatRequest, answer: Answer, model: str) -> dict[str, Any]:
-    """The response to a request, whose extension field `lumen` has the whole answer. `model`: preset@version."""
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": answer.text or ""},
-        "logprobs": {"content": _log_probs(answer), "refusal": None} if chat.logprobs else None,
-        "finish_reason": _finish_reason(answer),
-    }
-    return {
-        **_head("chat.completion", model),
-        "choices": [choice],
-        "usage": _usage(answer.usage),
-        "lumen": _extension(chat, answer),
-    }
-
-
-class Chunks:
-    """The events of a streamed response, as objects `chat.completion.chunk`. `model`: preset@version."""
-
-    def __init__(self, chat: ChatRequest, model: str):
-        self._chat = chat
-        self._head = _head("chat.completion.chunk", model)
-        self._sent = ""
-        self._with_usage = bool(chat.stream_options and chat.stream_options.include_usage)
-
-    def begin(self) -> dict[str, Any]:
-        """The first event."""
-        return self._chunk({"role": "assistant", "content": ""})
-
-    def text(self, new: str) -> dict[str, Any]:
-        """The event of new text."""
-        self._sent += new
-        return self._chunk({"content": new})
-
-    def end(self, answer: Answer, extra: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The events behind the last text: what is left of it, the end, whose extension field `lumen` has the whole
-        answer and `extra`, and the numbers of tokens if they were asked for."""
-        text = answer.text or ""
-        if text.startswith(self._sent) and (rest := text[len(self._sent) :]):
-            yield self.text(rest)
-        extension = _extension(self._chat, answer) | extra
-        yield {**self._chunk({}, _finish_reason(answer)), "lumen": extension}
-        if self._with_usage:
-            yield {**self._head, "choices": [], "usage": _usage(answer.usage)}
-
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-        return {**self._head, "choices": [choice], **({"usage": None} if self._with_usage else {})}
-
-
-def _head(kind: str, model: str) -> dict[str, Any]:
-    return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()), "model": model}
-
-
-def _finish_reason(answer: Answer) -> str:
-    return "length" if answer.is_cut else "stop"
-
-
-def _extension(chat: ChatRequest, answer: Answer) -> dict[str, Any]:
-    extension = answer.to_dict()
-    if chat.num_images > 1:  # decoders look at the last one
-        extension["image"] = chat.num_images - 1
-    return extension
-
-
-def _usage(usage: TokenUsage | None) -> dict[str, int] | None:
-    if usage is None:
-        return None
-    total = usage.prompt + usage.completion
-    return {"prompt_tokens": usage.prompt, "completion_tokens": usage.completion, "total_tokens": total}
-
-
-def _log_probs(answer: Answer) -> list[dict[str, Any]]:
-    """An entry per token, whose texts joined are the answer: without outer blanks and what a stop text cut off."""
-    text, tokens = answer.text or "", answer.tokens or []
-    written = "".join(tokens)
-    end = len(written.lstrip()) - len(written)  # of the last token, in `text`; below 0 in the blanks before it
-    entries = []
-    for token, log_prob in zip(tokens, answer.log_probs or (), strict=True):
-        start, end = end, end + len(token)
-        if start >= len(text):
-            break
-        piece = text[max(start, 0) : max(end, 0)]
-        entries.append(
-            {
-                "token": piece,
-                "logprob": max(_LEAST_LOG_PROB, log_prob),
-                "bytes": list(piece.encode()),
-                "top_logprobs": [],
-            }
-        )
-    return entries

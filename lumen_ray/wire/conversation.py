@@ -1,5 +1,5 @@
 """The messages of `/v1/chat/completions`: an optional system message, then user and assistant in turn, with images in
-those of the user.
+those of the user, and behind an assistant's calls of tools their results.
 
 Messages that the model cannot read are refused in one sentence that names the message.
 """
@@ -16,9 +16,7 @@ from lumen_ray.config import Settings
 from lumen_ray.errors import UserError
 from lumen_ray.wire.images import image_bytes
 from lumen_ray.wire.neutral import Neutral, refuse_others
-
-UNUSED = "accepted and without effect"
-NO_TOOLS = "the model calls no tools"
+from lumen_ray.wire.tools import UNUSED, as_read
 
 
 class ImageUrl(Settings):
@@ -68,8 +66,22 @@ def _as_parts(content: Any) -> Any:
     return content
 
 
+class CalledFunction(Settings):
+    name: str
+    arguments: str = Field(description=f"{UNUSED}: the model reads the result")
+
+
+class GivenCall(Settings):
+    """A call of an earlier answer."""
+
+    id: str = Field(min_length=1)
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = Field(None, description=UNUSED)
+
+
 class ChatMessage(Settings):
-    """A message. Roles and keys of tools are known, so that the error is about them."""
+    """A message."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Annotated[
@@ -79,16 +91,21 @@ class ChatMessage(Settings):
     refusal: Annotated[Any, Neutral("a message holds no refusal", "")] = None
     audio: Annotated[Any, Neutral("a message holds text and an image")] = None
     annotations: Annotated[Any, Neutral("a message holds no annotations", [])] = None
-    tool_calls: Annotated[Any, Neutral(NO_TOOLS, [])] = None
-    tool_call_id: Annotated[Any, Neutral(NO_TOOLS, "")] = None
-    function_call: Annotated[Any, Neutral(NO_TOOLS)] = None
+    tool_calls: list[GivenCall] | None = Field(None, description="of the assistant: the calls of an earlier answer")
+    tool_call_id: str | None = Field(None, description="of a tool message: the call whose result it is")
+    function_call: Annotated[Any, Neutral("calls are in tool_calls")] = None
+
+    @property
+    def is_system(self) -> bool:
+        return self.role in ("system", "developer")
 
 
 @dataclass(frozen=True)
 class Conversation:
     """`question`: the last user message; `history`: the earlier ones with their answers; `system`: the system text;
     `images`: the encoded images, `image_turns` the number of the user message (from 0) that each is in, `places` where
-    each is in the request."""
+    each is in the request; `ends_with_result`: whether results of tools are the last, which stand behind the
+    question."""
 
     question: str
     history: list[tuple[str, str]]
@@ -96,73 +113,122 @@ class Conversation:
     images: list[bytes]
     image_turns: list[int]
     places: list[str]
+    ends_with_result: bool = False
 
 
 def read_conversation(
-    messages: Sequence[ChatMessage], max_images: int, read_image: Callable[[str, str], bytes] = image_bytes
+    messages: Sequence[ChatMessage],
+    max_images: int,
+    read_image: Callable[[str, str], bytes] = image_bytes,
+    places: Sequence[str] | None = None,
 ) -> Conversation:
     """The conversation of at least one message; raises `UserError` for one that the model cannot read, or with more
-    than `max_images` images. `read_image`: (URL, its place in the request) -> the encoded image."""
-    has_system = _is_system(messages[0])
-    _check_order(messages, int(has_system))
-    for n, message in enumerate(messages):
-        refuse_others(message, f"messages.{n}.")
-    texts = [_text(n, message) for n, message in enumerate(messages)]
-    found = _images(messages, max_images)
+    than `max_images` images. `read_image`: (URL, its place in the request) -> the encoded image; `places`: of the
+    messages in the request."""
+    placed = list(zip(places or [f"messages.{n}" for n in range(len(messages))], messages, strict=True))
+    _check_order(placed)
+    for place, message in placed:
+        refuse_others(message, f"{place}.")
+        _check_keys(place, message)
+    texts = [_text(place, message) for place, message in placed]
+    found = _images(placed, max_images)
     images = [read_image(url, f"{place}.url") for _, place, url in found]
-    system = texts.pop(0) if has_system else None
-    # stripped, as the question is, so that it reads the same when it comes back as history
-    turns = list(zip((text.strip() for text in texts[:-1:2]), texts[1::2], strict=True))
-    image_turns = [(n - has_system) // 2 for n, _, _ in found]
-    return Conversation(texts[-1], turns, system, images, image_turns, [place for _, place, _ in found])
+    system = texts[0] if messages[0].is_system else None
+    questions = [n for n, message in enumerate(messages) if message.role == "user"]
+    # stripped, as the last question is, so that it reads the same when it comes back as history
+    turns = [
+        (texts[start].strip(), _joined(texts[start + 1 : end]))
+        for start, end in zip(questions[:-1], questions[1:], strict=True)
+    ]
+    image_turns = [questions.index(n) for n, _, _ in found]
+    last = range(questions[-1], len(messages))
+    return Conversation(
+        _joined([texts[n] for n in last if messages[n].role != "assistant"]),
+        turns,
+        system,
+        images,
+        image_turns,
+        [place for _, place, _ in found],
+        messages[-1].role == "tool",
+    )
 
 
-def _is_system(message: ChatMessage) -> bool:
-    return message.role in ("system", "developer")
+def _joined(texts: Sequence[str]) -> str:
+    """The texts of a turn; an answer that calls tools may have none itself."""
+    return " ".join(text for text in texts if text)
 
 
-def _check_order(messages: Sequence[ChatMessage], first: int) -> None:
-    """Raises `UserError` unless users and assistants take turns from message `first` on, and a user is the last."""
-    for n, message in enumerate(messages):
-        if message.role in ("tool", "function"):
-            raise _unsupported(n, f"is of role '{message.role}', but {NO_TOOLS}; leave it out")
-        if _is_system(message) and n:
-            raise _unsupported(n, f"is of role '{message.role}'; put one such message first, and no other")
-    roles = [message.role for message in messages]
-    if roles[first:] and roles[first] != "user":
-        raise _unsupported(first, f"is of role '{roles[first]}'; begin with a user message")
-    for n in range(first + 1, len(roles)):
-        if roles[n] == roles[n - 1]:
-            between = "assistant's answer" if roles[n] == "user" else "user's question"
+def _check_order(placed: Sequence[tuple[str, ChatMessage]]) -> None:
+    """Raises `UserError` unless users and assistants take turns behind a system message, if any, with the results of
+    its calls behind an assistant message, and the last is of a user or a result."""
+    before, waiting = "", set[str]()  # the role before, and the calls that have no result yet
+    for place, message in placed:
+        role = message.role
+        if waiting and role != "tool":
+            raise _unsupported(place, f"stands before the result of the call '{min(waiting)}'; give that first")
+        if role == "tool":
+            if message.tool_call_id not in waiting:
+                raise _unsupported(place, f"is a result of {_call_in_words(message)}; put it behind that call, once")
+            waiting.remove(message.tool_call_id or "")
+        elif message.is_system and place != placed[0][0]:
+            raise _unsupported(place, f"is of role '{role}'; put one such message first, and no other")
+        elif role == "function":
+            raise _unsupported(place, "is of role 'function'; give the result of a call in a message of role 'tool'")
+        elif not before and role == "assistant":
+            raise _unsupported(place, f"is of role '{role}'; begin with a user message")
+        elif role == before:
+            between = "assistant's answer" if role == "user" else "user's question"
             raise _unsupported(
-                n, f"follows another {roles[n]} message; join the two, or put the {between} between them"
+                place, f"follows another {role} message; join the two, or put the {between} between them"
             )
-    if roles[-1] != "user":
-        raise _unsupported(len(roles) - 1, f"is the last and of role '{roles[-1]}'; end with a user message")
+        if role == "assistant":
+            waiting = {call.id for call in message.tool_calls or ()}
+        before = "" if message.is_system else role
+    if waiting:
+        raise _unsupported(placed[-1][0], f"is the last; give the result of its call '{min(waiting)}' behind it")
+    if before not in ("user", "tool"):
+        raise _unsupported(placed[-1][0], f"is the last and of role '{placed[-1][1].role}'; end with a user message")
 
 
-def _unsupported(n: int, problem: str) -> UserError:
-    return UserError(f"'messages.{n}' {problem}", "unsupported_conversation", f"messages.{n}")
+def _check_keys(place: str, message: ChatMessage) -> None:
+    """Raises `UserError` for keys of calls and results in messages of another role."""
+    for key, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+        if getattr(message, key) and message.role != role:
+            raise UserError(
+                f"'{place}.{key}' belongs into a message of role '{role}', not '{message.role}'; leave it out",
+                "unsupported_parameter",
+                f"{place}.{key}",
+            )
 
 
-def _text(n: int, message: ChatMessage) -> str:
-    """The texts of a message's parts, joined."""
+def _call_in_words(message: ChatMessage) -> str:
+    return f"the call '{message.tool_call_id}'" if message.tool_call_id else "no call ('tool_call_id' is missing)"
+
+
+def _unsupported(place: str, problem: str) -> UserError:
+    return UserError(f"'{place}' {problem}", "unsupported_conversation", place)
+
+
+def _text(place: str, message: ChatMessage) -> str:
+    """The texts of a message's parts, joined; of a result what the model reads of it."""
+    text = " ".join(part.text for part in message.content or () if part.text)
+    if message.role == "tool":
+        text = as_read(text)
+    if text.strip() or message.tool_calls:
+        return text if text.strip() else ""
     if not message.content:
-        raise UserError(f"'messages.{n}.content' is empty; give a text", "missing_content", f"messages.{n}.content")
-    text = " ".join(part.text for part in message.content if part.text)
-    if not text.strip():
-        raise UserError(f"'messages.{n}.content' has no text; give one", "empty_text", f"messages.{n}.content")
-    return text
+        raise UserError(f"'{place}.content' is empty; give a text", "missing_content", f"{place}.content")
+    raise UserError(f"'{place}.content' has no text; give one", "empty_text", f"{place}.content")
 
 
-def _images(messages: Sequence[ChatMessage], most: int) -> list[tuple[int, str, str]]:
+def _images(placed: Sequence[tuple[str, ChatMessage]], most: int) -> list[tuple[int, str, str]]:
     """The images of the conversation in order: (number of the message, place in the request, URL)."""
     found: list[tuple[int, str, str]] = []
-    for n, message in enumerate(messages):
+    for n, (where, message) in enumerate(placed):
         for i, part in enumerate(message.content or ()):
             if part.image_url is None:
                 continue
-            place = f"messages.{n}.content.{i}.image_url"
+            place = f"{where}.content.{i}.image_url"
             if message.role != "user":
                 raise UserError(
                     f"'{place}' is an image of the {message.role}; give it in a user message", "unexpected_image", place
@@ -172,6 +238,6 @@ def _images(messages: Sequence[ChatMessage], most: int) -> list[tuple[int, str, 
         raise UserError(
             f"the conversation has {len(found)} images; give at most {most} in all its messages",
             "too_many_images",
-            "messages",
+            placed[-1][0].partition(".")[0],
         )
     return found

@@ -12,7 +12,7 @@ import numpy as np
 from lumen_ray.data.images import Picture
 from lumen_ray.errors import UserError
 from lumen_ray.exemplars import ClassByExample, Example
-from lumen_ray.inference.request import Request, Shown, check_image, check_requests, make_request
+from lumen_ray.inference.request import ANY_ROUTE, Request, Routing, Shown, check_image, check_requests, make_request
 from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.structures import Region, SampleSettings, Size
 from lumen_ray.tasks import Task, get_task
@@ -201,7 +201,8 @@ class Asked:
     """The tasks of a request, as (name, fields), about an encoded image, several, or text alone.
 
     `image_turns`: as of `Request`; `places`: as of `decode_images`; `copies`: how often a request body has all this
-    answered, for its limits; `examples`: the images of examples where they are decoded already, as of `decode_all`.
+    answered, for its limits; `examples`: the images of examples where they are decoded already, as of `decode_all`;
+    `routing`: of a chat.
     """
 
     encoded: Sequence[bytes]
@@ -210,6 +211,7 @@ class Asked:
     places: Sequence[str] = ()
     copies: int = 1
     examples: Mapping[str, np.ndarray] | None = None
+    routing: Routing = ANY_ROUTE
 
 
 @dataclass(frozen=True)
@@ -238,10 +240,8 @@ def prepare(
     images, decoded = decode_all(encoded, asked.places, examples, limits.max_pixels, largest_side)
     example_images = decoded if asked.examples is None else asked.examples
     size = held or (images[0].size if images else (1, 1))
-    requests = [
-        replace(parse_request(task, fields, size, limits, defaults, example_images), image_turns=asked.image_turns)
-        for task, fields in asked.tasks
-    ]
+    parsed = [parse_request(task, fields, size, limits, defaults, example_images) for task, fields in asked.tasks]
+    requests = [replace(request, image_turns=asked.image_turns, routing=asked.routing) for request in parsed]
     tokens = [fields.max_new_tokens for _, fields in asked.tasks if fields.max_new_tokens is not None]
     max_new_tokens = max(tokens, default=defaults.max_new_tokens)
     check_amount(requests * asked.copies, max_new_tokens, limits)

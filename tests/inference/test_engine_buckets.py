@@ -13,7 +13,7 @@ from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import make_request
 from lumen_ray.inference.trunk_stage import TrunkStage
 from lumen_ray.model.build import load_model, save_model
-from lumen_ray.serve.decoder import DecoderReplica
+from lumen_ray.serve.decoder import DecoderJob, DecoderReplica
 from lumen_ray.serve.job import TrunkJob
 from lumen_ray.serve.trunk import TrunkReplica
 from lumen_ray.structures import Region
@@ -112,7 +112,7 @@ def test_deployments_batch_images_of_one_bucket(engine, monkeypatch):
     monkeypatch.setattr(
         decoder.stage, "predict", lambda output, limits: passes.append(len(output.dense)) or predict(output, limits)
     )
-    answers = decoder.answers([(output, asked) for output in outputs])
+    answers = decoder.answers([DecoderJob(output, asked) for output in outputs])
     assert sorted(passes) == [1, 2, 2]  # tall, wide, square
     for job, answer in zip(jobs, answers, strict=True):
         same(answer, engine.run([job.image], [asked])[0])

@@ -16,7 +16,7 @@ from lumen_ray.data.images import Picture
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import make_request
 from lumen_ray.serve.api import create_api
-from lumen_ray.serve.decoder import DecoderReplica
+from lumen_ray.serve.decoder import DecoderJob, DecoderReplica
 from lumen_ray.serve.image_cache import ImageCache, ImageGone, KeyedImage, gone, image_id
 from lumen_ray.serve.ingress import ServeBackend
 from lumen_ray.serve.job import TrunkJob, TrunkReply
@@ -95,7 +95,7 @@ def test_held_and_new_images_of_one_pass_get_the_engines_answers(trunk, model_fo
         [keyed(1, CAPTION, DETECT, given=False), keyed(4, CAPTION)],
     ):
         outputs = pickle.loads(pickle.dumps(trunk.outputs(jobs)))
-        rows = decoder.answers([(output, job.requests) for output, job in zip(outputs, jobs, strict=True)])
+        rows = decoder.answers([DecoderJob(output, job.requests) for output, job in zip(outputs, jobs, strict=True)])
         for job, output, row in zip(jobs, outputs, rows, strict=True):
             from lumen_ray.inference.outputs import assemble
 
@@ -144,7 +144,7 @@ class Trunk:
 
     @property
     def image_size(self):
-        return _Method(lambda key: (16, 20) if key in self.held else None)
+        return _Method(lambda key, version: (16, 20) if key in self.held else None)
 
     def _link(self, job):
         self.jobs.append(job)

@@ -214,6 +214,37 @@ def test_sampling_follows_the_parameters(sampling, parameters, expected):
     assert sampling(**parameters) == expected
 
 
+def test_several_answers_are_drawn_with_seeds_of_their_own(backend, settings):
+    served = TestClient(create_api(backend, settings.model_copy(update={"openai_sampling": True})))
+    drawn = {"temperature": 1, "n": 3, "logprobs": True}
+    body = served.post(CHAT, json={"messages": [message("what ?")], "seed": 5, **drawn}).json()
+    ((_, requests, _),) = backend.calls
+    assert [request.sampling.seed for request in requests] == [5, 6, 7]
+    assert [choice["index"] for choice in body["choices"]] == [0, 1, 2]
+    assert {choice["message"]["content"] for choice in body["choices"]} == {"chat says what ?"}
+    assert all(choice["lumen"]["text"] for choice in body["choices"]) and body["lumen"]["text"]
+    served.post(CHAT, json={"messages": [message("what ?")], **drawn})
+    assert len({request.sampling.seed for request in backend.calls[1][1]}) == 3
+
+
+def test_several_greedy_answers_are_one(client, backend):
+    answers(backend, text="a", usage=TokenUsage(70, 3))
+    body = client.post(CHAT, json={"messages": [TEXT_ONLY], "n": 3}).json()
+    assert [choice["message"]["content"] for choice in body["choices"]] == ["a"] * 3
+    assert body["usage"] == {"prompt_tokens": 70, "completion_tokens": 3, "total_tokens": 73}
+
+
+def test_the_prompt_of_several_answers_counts_once(backend, settings):
+    served = TestClient(create_api(backend, settings.model_copy(update={"openai_sampling": True})))
+
+    async def infer(image, requests, max_new_tokens):
+        return [Answer("chat", (8, 8), text="a", usage=TokenUsage(70, 3)) for _ in requests]
+
+    backend.infer = infer
+    usage = served.post(CHAT, json={"messages": [TEXT_ONLY], "n": 3, "temperature": 1}).json()["usage"]
+    assert usage == {"prompt_tokens": 70, "completion_tokens": 9, "total_tokens": 79}
+
+
 def test_without_a_seed_each_answer_is_drawn_anew(sampling):
     assert len({sampling(temperature=1).seed for _ in range(8)}) == 8
 
@@ -237,7 +268,8 @@ def test_sampling_out_of_range_is_refused_by_its_name(sampling, name, values):
 
 TEXT_ONLY = {"role": "user", "content": "hello"}
 REFUSED = {
-    "n": ({"messages": [message()], "n": 2}, 400, "unsupported_parameter"),
+    "n": ({"messages": [message()], "n": 9}, 400, "too_many_choices"),
+    "n in a stream": ({"messages": [message()], "n": 2, "stream": True}, 400, "unsupported_parameter"),
     "temperature": ({"messages": [message()], "temperature": 0.7}, 400, "unsupported_parameter"),
     "model": ({"messages": [message()], "model": "gpt"}, 404, "unknown_model"),
     "answer last": ({"messages": [message(), {"role": "assistant", "content": "x"}]}, 400, "unsupported_conversation"),
@@ -258,7 +290,7 @@ REFUSED = {
     "calls": (
         {"messages": [message(), {"role": "assistant", "content": None, "tool_calls": [{"id": "a"}]}]},
         400,
-        "unsupported_conversation",
+        "invalid_request",
     ),
     "no content": ({"messages": [{"role": "user"}]}, 400, "missing_content"),
     "undocumented": ({"messages": [message()], "best_of": 1}, 400, "invalid_request"),
@@ -290,7 +322,7 @@ def test_model_may_name_its_version(client):
 PARAMETERS = {
     "temperature": ([None, 0, 0.0], [0.7, 1]),
     "top_p": ([None, 1, 1.0], [0.5, 0]),
-    "n": ([None, 1, 1.0], [0, 2]),
+    "n": ([None, 1, 1.0, 3], [0, -1, 9, "x"]),
     "frequency_penalty": ([None, 0, 0.0], [1, -0.5]),
     "presence_penalty": ([None, 0, 0.0], [1, -0.5]),
     "logit_bias": ([None, {}], [{"50": 10}, []]),
@@ -301,10 +333,10 @@ PARAMETERS = {
     "repetition_penalty": ([None, 1, 1.0], [1.2, 0]),
     "stream": ([None, False, True], ["x", 5]),
     "stream_options": ([None], [{"include_usage": True}, {"other": True}, 5]),  # without stream
-    "response_format": ([None, {"type": "text"}], [{"type": "json_object"}, {"type": "json_schema"}]),
+    "response_format": ([None, {"type": "text"}], [{"type": "json_object"}, {"type": "json_schema"}, "text"]),
     "modalities": ([None, ["text"]], [["text", "audio"]]),
     "audio": ([None], [{"voice": "alloy", "format": "wav"}]),
-    "tools": ([None, []], [[{"type": "function"}]]),
+    "tools": ([None, []], [[{"type": "function"}], [{"type": "custom", "custom": {"name": "x"}}], {}]),
     "functions": ([None, []], [[{"name": "f"}]]),
     "tool_choice": ([None, "none", "auto"], ["required", {"type": "function"}]),
     "function_call": ([None, "none", "auto"], [{"name": "f"}]),
@@ -364,7 +396,7 @@ def test_a_refusal_says_why_and_what_to_do(client):
         (
             "tool_choice",
             "required",
-            'the model calls no tools; leave \'tool_choice\' out or set it to "none" or "auto"',
+            "'tool_choice' needs 'tools'; list them, see GET /v1/tools",
         ),
         ("audio", {}, "answers are plain text; leave 'audio' out"),
     ]:
@@ -376,7 +408,7 @@ def test_every_parameter_is_documented(client):
     schemas = client.get("/openapi.json").json()["components"]["schemas"]
     parameters = schemas["ChatRequest"]["properties"]
     assert all(parameter["description"] for parameter in parameters.values())
-    assert parameters["n"]["enum"] == [None, 1] and "one answer" in parameters["n"]["description"]
+    assert parameters["store"]["enum"] == [None, False] and "not stored" in parameters["store"]["description"]
     assert "openai_sampling" in parameters["top_p"]["description"]
     assert {"type": "string"} in parameters["stop"]["anyOf"]
     assert {"type": "string"} in schemas["ChatMessage"]["properties"]["content"]["anyOf"]
@@ -398,7 +430,8 @@ def test_empty_keys_of_a_message_are_taken(client):
 
 @pytest.mark.parametrize("key", ["refusal", "audio", "tool_calls", "function_call", "annotations"])
 def test_a_filled_key_of_a_message_is_refused_by_its_name(client, key):
-    response = client.post(CHAT, json={"messages": [message() | {key: [{"id": "a"}]}]})
+    value = [{"id": "a", "type": "function", "function": {"name": "detect", "arguments": "{}"}}]
+    response = client.post(CHAT, json={"messages": [message() | {key: value}]})
     assert response.status_code == 400 and f"'messages.0.{key}'" in response.json()["error"]["message"]
 
 
@@ -477,7 +510,7 @@ def test_the_tokens_of_an_answer_are_counted(client, backend):
 @pytest.mark.parametrize(
     ("body", "param", "code"),
     [
-        ({"messages": [TEXT_ONLY], "n": 2}, "n", "unsupported_parameter"),
+        ({"messages": [TEXT_ONLY], "n": 9}, "n", "too_many_choices"),
         ({"messages": [TEXT_ONLY], "temperature": 1}, "temperature", "unsupported_parameter"),
         ({"messages": [TEXT_ONLY], "model": "gpt"}, "model", "unknown_model"),
         ({"messages": [TEXT_ONLY], "max_tokens": 0}, "max_tokens", "invalid_request"),

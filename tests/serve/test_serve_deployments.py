@@ -24,7 +24,7 @@ from lumen_ray.inference.outputs import merge
 from lumen_ray.inference.request import make_request
 from lumen_ray.inference.sampling import Sampling
 from lumen_ray.serve.batching import Collector, map_grouped
-from lumen_ray.serve.decoder import DecoderReplica, load_decoder
+from lumen_ray.serve.decoder import DecoderJob, DecoderReplica, load_decoder
 from lumen_ray.serve.job import TrunkJob
 from lumen_ray.serve.settings import TrunkDeployment
 from lumen_ray.serve.trunk import TrunkReplica, load_trunk
@@ -89,7 +89,7 @@ def same(one, other):
 
 def test_shared_passes_give_what_the_engine_gives_alone(trunk, decoder, jobs, model_folder):
     outputs = pickle.loads(pickle.dumps(trunk.outputs(jobs)))
-    answers = decoder.answers([(output, job.requests) for output, job in zip(outputs, jobs, strict=True)])
+    answers = decoder.answers([DecoderJob(output, job.requests) for output, job in zip(outputs, jobs, strict=True)])
     engine = Engine.load(model_folder)
     for job, got in zip(jobs, answers, strict=True):
         same(got, engine.run([job.image], [job.requests], max_new_tokens=job.max_new_tokens)[0])
@@ -124,11 +124,11 @@ def test_a_bad_row_fails_alone(trunk, decoder, jobs, caplog):
     assert isinstance(refused, UserError) and "dragon" in str(refused)
     assert isinstance(crashed, Exception) and not isinstance(crashed, UserError)
     same(
-        decoder.answers([(first, jobs[0].requests)])[0],
-        decoder.answers([(trunk.outputs([jobs[0]])[0], jobs[0].requests)])[0],
+        decoder.answers([DecoderJob(first, jobs[0].requests)])[0],
+        decoder.answers([DecoderJob(trunk.outputs([jobs[0]])[0], jobs[0].requests)])[0],
     )
     torn = dataclasses.replace(last, dense=last.dense[:, :1])
-    good, failed = decoder.answers([(first, jobs[0].requests), (torn, jobs[0].requests)])
+    good, failed = decoder.answers([DecoderJob(first, jobs[0].requests), DecoderJob(torn, jobs[0].requests)])
     assert isinstance(failed, Exception) and len(good) == 2
     assert caplog.text.count("a request failed in the model") == 2
 
@@ -183,7 +183,7 @@ def test_each_request_keeps_its_own_limits(trunk, decoder):
     loose, strict = limited("detect", classes=["a"], limit=4), limited("detect", 0.999, classes=["a"], limit=4)
     one = limited("detect", classes=["a"], limit=1)
     asked = job(6, loose, strict, one)
-    many, none, single = decoder.answers([(trunk.outputs([asked])[0], asked.requests)])[0]
+    many, none, single = decoder.answers([DecoderJob(trunk.outputs([asked])[0], asked.requests)])[0]
     assert (len(many.predictions[0]), len(none.predictions[0]), len(single.predictions[0])) == (4, 0, 1)
 
 
@@ -215,7 +215,7 @@ def test_a_chat_names_the_decoders_that_it_has_links_for(trunk, decoder, monkeyp
     assert (said.decoders, said.output) == ((), None) and said.answers[0].text == "red red red red red red"
     routed = link(trunk.stage.tokenizer.ids["[DET]"])
     assert routed.decoders == ("lumen",) and routed.answers == (None,) and len(passes) == 2
-    ((answer,),) = decoder.answers([(routed.output, asked.requests)])
+    ((answer,),) = decoder.answers([DecoderJob(routed.output, asked.requests)])
     assert answer.route == "[DET]" and len(answer.predictions) == 1
 
 
@@ -305,8 +305,9 @@ def test_the_decoder_takes_everything_that_waits(decoder, trunk, jobs):
 
     def counted(batch):
         sizes.append(len(batch))
-        began.set()
-        assert free.wait(20)
+        with decoder.model.turn():
+            began.set()
+            assert free.wait(20)
         return answers(batch)
 
     async def seven():
@@ -326,6 +327,71 @@ def test_the_decoder_takes_everything_that_waits(decoder, trunk, jobs):
     finally:
         decoder.batches._run = answers
     assert len(found) == 7 and sizes == [1, 6]
+
+
+def test_owners_whose_items_wait_are_served_in_turn():
+    collector = Collector(list, lambda item: 0, owner=lambda item: item[0])
+    collector.configure(batching(max_batch_size=3))
+    waiting = ["a0", "a1", "a2", "a3", "b0", "a4", "b1", "c0"]
+    assert batches_of(collector, ["x", *waiting]) == [["x"], ["a0", "b0", "c0"], ["a1", "b1", "a2"], ["a3", "a4"]]
+
+
+def asked_beside(expensive, cheap, is_waiting, target, name, is_expensive):
+    """Makes an expensive call and, from its first pass on, a cheap one beside it; returns the passes of the expensive
+    one before the cheap answer, and all. A pass is a call of `target.name`, and the expensive one's end once somebody
+    `is_waiting` for the model, or the cheap answer is there."""
+    began, answered, passes = threading.Event(), threading.Event(), []
+    compute = getattr(target, name)
+
+    def counted(*args):
+        if is_expensive(*args):
+            passes.append(1)
+            began.set()
+            wait_for(lambda: answered.is_set() or is_waiting())
+        return compute(*args)
+
+    async def both():
+        long = asyncio.create_task(expensive())
+        assert await asyncio.to_thread(began.wait, 20)
+        await cheap()
+        before = len(passes)
+        answered.set()
+        await long
+        return before, len(passes)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(target, name, counted)
+        return asyncio.run(both())
+
+
+def test_a_cheap_request_waits_for_one_pass_of_an_expensive_one_at_a_time(trunk):
+    """Once for each time that it comes to the model: to be taken, to encode its image, to make its links."""
+    names = [f"object {n}" for n in range(1000)]
+    before, passes = asked_beside(
+        lambda: trunk.output(job(1, limited("detect", classes=names))),
+        lambda: trunk.output(job(2, limited("detect", classes=["gadget"]))),
+        lambda: trunk.stage.loop._arriving,
+        trunk.stage.word_links,
+        "_compute",
+        lambda branches, *_: len(branches) > 1,
+    )
+    assert before <= 3 and passes == 8
+
+
+def test_a_decoder_gives_way_between_its_passes(trunk, decoder, monkeypatch):
+    many, one = (limited("detect", classes=names) for names in ([f"thing {n}" for n in range(12)], ["gadget"]))
+    output, small = trunk.outputs([job(1, many), job(2, one)])
+    monkeypatch.setattr("lumen_ray.inference.decoder_stage.MAX_DECODER_CELLS", 1)
+    decoder.reconfigure(batching())
+    before, passes = asked_beside(
+        lambda: decoder.decode(output, (many,)),
+        lambda: decoder.decode(small, (one,)),
+        lambda: decoder.model._share._line,
+        decoder.stage.decoder,
+        "predict",
+        lambda _raw, _frames, prompts, _settings: prompts[0].phrase != "gadget",
+    )
+    assert before <= 2 and passes == 12
 
 
 def test_no_item_is_left_behind_by_those_of_other_keys():
@@ -380,7 +446,7 @@ def test_a_stuck_model_is_not_ready_and_then_replaced(trunk, decoder):
                 found.append(asyncio.run(state(replica)))
         return [*found, asyncio.run(state(replica))]
 
-    for busy, replica in ((trunk.stage.loop.turn, trunk), (decoder.clock.running, decoder)):
+    for busy, replica in ((trunk.stage.loop.turn, trunk), (decoder.model.turn, decoder)):
         ready, slow, (last, error), after = states(busy, replica)
         assert ready == (True, None) and slow == (False, None) and after == (True, None)
         assert last is False and "in one pass for 0 s" in error
@@ -389,9 +455,9 @@ def test_a_stuck_model_is_not_ready_and_then_replaced(trunk, decoder):
 
 def test_the_clock_runs_while_the_decoder_does(decoder, trunk, jobs, monkeypatch):
     busy, group = [], decoder._answer_group
-    monkeypatch.setattr(decoder, "_answer_group", lambda jobs: busy.append(decoder.clock.busy_s()) or group(jobs))
-    decoder.answers([(trunk.outputs([jobs[0]])[0], jobs[0].requests)])
-    assert busy[0] > 0 and decoder.clock.busy_s() == 0
+    monkeypatch.setattr(decoder, "_answer_group", lambda jobs: busy.append(decoder.model.busy_s()) or group(jobs))
+    decoder.answers([DecoderJob(trunk.outputs([jobs[0]])[0], jobs[0].requests)])
+    assert busy[0] > 0 and decoder.model.busy_s() == 0
 
 
 def test_a_job_that_is_cancelled_while_it_waits_is_dropped(trunk):

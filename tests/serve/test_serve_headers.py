@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import re
-import shutil
-import subprocess
-import threading
 
 import pytest
-import uvicorn
 from fastapi.testclient import TestClient
-from support.serve_fakes import FakeBackend, base64_png, free_port
+from support.serve_fakes import FakeBackend, base64_png
 
 from lumen_ray import config
 from lumen_ray.errors import UserError
@@ -44,14 +38,12 @@ def test_every_answer_has_them(path):
 
 
 @pytest.mark.parametrize("path", ["/", "/docs"])
-def test_the_policy_of_a_page_names_its_own_scripts_and_styles(path):
+def test_a_page_runs_and_loads_files_of_this_server_alone(path):
     response = served().get(path)
-    inline = re.findall(r"<(script|style)[^>]*>(.*?)</\1>", response.text, re.DOTALL)
-    assert {kind for kind, _ in inline} == {"script", "style"}
-    for kind, text in inline:
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        assert re.search(rf"{kind}-src [^;]*'sha256-{re.escape(digest)}'", response.headers["content-security-policy"])
-    assert not re.search(r"\son\w+=|\sstyle=|<script src|<link rel=.stylesheet", response.text)
+    policy = response.headers["content-security-policy"]
+    assert "script-src 'self';" in policy and "style-src 'self';" in policy and "connect-src 'self';" in policy
+    # its policy would not let these run
+    assert not re.search(r"<style|<script(?![^>]*\ssrc=)|\son\w+=|\sstyle=", response.text)
 
 
 def test_other_origins_are_shut_out_unless_named(tmp_path):
@@ -74,22 +66,3 @@ def test_other_origins_are_shut_out_unless_named(tmp_path):
 def test_what_is_no_origin_is_refused(origin):
     with pytest.raises(UserError, match="is no origin"):
         config.validate(ServeSettings, {"model": "m", "http": {"cors_origins": [origin]}}, "settings")
-
-
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs chromium")
-def test_a_browser_runs_the_page_under_its_policy(tmp_path):
-    port = free_port()
-    api = create_api(FakeBackend(), ServeSettings(model="m"))
-    server = uvicorn.Server(uvicorn.Config(api, port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        for path, shows in (("/", "nano, version abc123"), ("/docs", "/v1/region_caption")):
-            command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
-            command += [f"--user-data-dir={tmp_path}", "--virtual-time-budget=5000", "--dump-dom"]
-            command += [f"http://127.0.0.1:{port}{path}"]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-            assert shows in done.stdout and "Content Security Policy" not in done.stderr
-    finally:
-        server.should_exit = True
-        thread.join()

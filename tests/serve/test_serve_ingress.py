@@ -21,6 +21,7 @@ from lumen_ray.serve.http import Overloaded, Unavailable
 from lumen_ray.serve.ingress import ServeBackend
 from lumen_ray.serve.job import TrunkReply
 from lumen_ray.serve.settings import Http, ServeSettings
+from lumen_ray.serve.versions import OtherVersion
 
 IMAGE = np.zeros((16, 20, 3), np.uint8)
 LINKED = TrunkReply((None,), ("lumen",), "reference")
@@ -66,6 +67,14 @@ class Handle:
         self.calls = []
         self.sessions = []
 
+    def broadcast(self, name, *args):
+        self.calls.append((name, args))
+
+        async def results_async(return_exceptions):
+            return ["a"]
+
+        return SimpleNamespace(results_async=results_async)
+
     def options(self, session_id):
         self.sessions.append(session_id)
         return self
@@ -108,14 +117,14 @@ def test_a_decoder_gets_the_reference_and_only_missing_answers_come_from_it():
     trunk = Handle(link=[TrunkReply((said, None), ("lumen",), "reference")])
     decoder = Handle(decode=[["again", "boxes"]])
     assert infer(trunk, decoder, queries) == [said, "boxes"]
-    assert decoder.calls == [("decode", ("reference", tuple(queries)))]
+    assert decoder.calls == [("decode", ("reference", tuple(queries), "", ""))]
 
 
 def test_images_of_examples_go_to_the_trunk_alone():
     trunk, decoder = Handle(link=[LINKED]), Handle(decode=[["answer"]])
     bolt = ClassByExample("bolt", [Example([1, 2, 8, 9], IMAGE)])
     infer(trunk, decoder, [make_request("detect", classes=["a", bolt])])
-    ((_, (job,)),), ((_, (_, (sent,))),) = trunk.calls, decoder.calls
+    ((_, (job,)),), ((_, (_, (sent,), *_)),) = trunk.calls, decoder.calls
     assert job.requests[0].examples["bolt"] is bolt and not sent.examples and sent.phrases == ("a", "bolt")
 
 
@@ -156,6 +165,22 @@ def test_other_errors_are_not_retried(error, becomes):
     assert len(decoder.calls) == 1
     if becomes is UserError:
         assert caught.value.reason == "unknown_keypoint"
+
+
+def test_a_decoder_of_another_version_is_asked_again_once_all_hold_one(monkeypatch):
+    """As often as it takes: no replica is lost."""
+    monkeypatch.setattr("lumen_ray.serve.ingress._OTHER_VERSION_WAIT_S", 0)
+    other = wrapped(OtherVersion("this replica holds version b, not a"))
+    trunk, decoder = Handle(link=[LINKED], info=[{"version": "a"}]), Handle(decode=[other, other, other, ["answer"]])
+    backend = ServeBackend(trunk, {"lumen": decoder}, ServeSettings(model="m", http=Http(retries=0)))
+
+    async def ask():
+        await backend.info()
+        return await backend.infer(IMAGE, [query()], 8)
+
+    assert asyncio.run(ask()) == ["answer"]
+    assert [args[0].version for name, args in trunk.calls if name == "link"] == ["a"] * 4
+    assert [args for name, args in decoder.calls if name == "update"] == [("a",)] * 3
 
 
 def test_a_slow_model_times_out_and_its_call_is_cancelled():
@@ -201,7 +226,8 @@ def test_ready_asks_both_and_info_is_kept():
 )
 def test_overload_of_a_trunk_that_answers_is_no_reason_not_to_be_ready(monkeypatch, running, error, is_ready):
     """Readiness was lost with a full queue, at all ingress replicas at once."""
-    application = SimpleNamespace(deployments={"Trunk": SimpleNamespace(replica_states=running)})
+    deployment = SimpleNamespace(replica_states=running, status="HEALTHY")
+    application = SimpleNamespace(deployments={"Trunk": deployment})
     status = SimpleNamespace(applications={"lumen": application})
     monkeypatch.setattr("lumen_ray.serve.ingress.serve.status", lambda: status)
     trunk, decoder = Handle(link=[LINKED], ping=[error]), Handle(decode=[["answer"]])

@@ -314,7 +314,7 @@ def test_a_stream_about_a_held_image_goes_on_when_its_replica_dies(settings):
     backend = ServeBackend(trunk, {}, settings)
     encoded = base64.b64decode(base64_png())
     backend._held[image_id(encoded)] = (16, 20)
-    backend._info = {"preset": "nano", "version": "1", "classes": []}
+    backend._info = {"preset": "nano", "version": "1", "classes": [], "tasks": ["chat"]}
     client = TestClient(create_api(backend, settings))
     *chunks, end = events(client.post(CHAT, json=body(temperature=0.7)))
     texts = [json.loads(chunk)["choices"][0]["delta"].get("content", "") for chunk in chunks]

@@ -6,6 +6,7 @@ import base64
 import io
 import socket
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from lumen_ray.decoders.base import PredictSettings
 from lumen_ray.inference.outputs import finish, request_limits
 from lumen_ray.inference.request import Request, Shown, images_of
 from lumen_ray.serve.image_cache import KeyedImage
-from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction
-from lumen_ray.tasks import TASKS, get_task
+from lumen_ray.structures import Boxes, Keypoints, Masks, Prediction, SampleSettings
+from lumen_ray.tasks import TASKS, get_task, task_of_prompt, task_of_route
 
 INFO = {
     "preset": "nano",
@@ -33,8 +34,14 @@ INFO = {
 
 
 def fake_answer(request: Request, size: tuple[int, int]) -> Answer:
-    """Two instances per phrase, with scores 0.9 and 0.2, of the task's result type."""
+    """Two instances per phrase, with scores 0.9 and 0.2, of the task's result type. A chat that has to be routed goes
+    to the first decoder that it may go to."""
     task = get_task(request.task)
+    if request.routing.is_required:
+        routed = task_of_route(request.routing.tokens[0])
+        phrase = (task_of_prompt(request.text) or ("", request.text))[1]
+        asked = Request(routed.name, (phrase,), sample=SampleSettings())
+        return replace(fake_answer(asked, size), task=task.name)
     if task.is_text:
         return Answer(task.name, size, text=f"{task.name} says {request.text}".strip())
     if task.result == "image":

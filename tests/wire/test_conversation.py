@@ -1,5 +1,7 @@
 """Messages of OpenAI's format as conversations, and those that the model cannot read."""
 
+import json
+
 import pytest
 from support.serve_fakes import base64_png, png
 
@@ -67,7 +69,7 @@ REFUSED = {
     "tool": (
         (USER, ("tool", "x"), USER),
         "unsupported_conversation",
-        "'messages.1' is of role 'tool', but the model c",
+        "'messages.1' is a result of no call",
     ),
     "function": ((("function", "x"), USER), "unsupported_conversation", "'messages.0' is of role 'function'"),
     "no content": ((("user", None),), "missing_content", "'messages.0.content' is empty; give a text"),
@@ -107,6 +109,73 @@ def test_an_answer_comes_back_with_the_keys_that_clients_give_it():
     answer = ChatMessage(role="assistant", content="b", **keys)
     asked = ChatMessage(role="user", content="a")
     assert read_conversation([asked, answer, asked], 1).history == [("a", "b")]
-    called = ChatMessage(role="assistant", content="b", tool_calls=[{"id": "x"}])
-    with pytest.raises(UserError, match=r"calls no tools; leave 'messages\.1\.tool_calls' out"):
-        read_conversation([asked, called, asked], 1)
+
+
+def question(text="a"):
+    return ChatMessage(role="user", content=text)
+
+
+def calls(*ids, content=None):
+    given = [{"id": i, "function": {"name": "detect", "arguments": "{}"}} for i in ids]
+    return ChatMessage(role="assistant", content=content, tool_calls=given)
+
+
+def result(number, content="circle: 2 found"):
+    return ChatMessage(role="tool", content=content, tool_call_id=number)
+
+
+def answer(text="two"):
+    return ChatMessage(role="assistant", content=text)
+
+
+def test_results_of_tools_are_read_with_the_answer_that_called_them():
+    found = read_conversation([question(), calls("x"), result("x"), question("b")], 1)
+    assert (found.question, found.history, found.ends_with_result) == ("b", [("a", "circle: 2 found")], False)
+    spoken = [question(), calls("x", "y", content="see"), result("y", "second"), result("x", "first"), answer()]
+    found = read_conversation([*spoken, question("b")], 1)
+    assert found.history == [("a", "see second first two")]
+    again = [question(), calls("x"), result("x"), calls("y"), result("y", "more"), question("b")]
+    assert read_conversation(again, 1).history == [("a", "circle: 2 found more")]
+
+
+def test_a_result_at_the_end_stands_behind_the_question():
+    found = read_conversation([question("hi"), answer(), question(), calls("x", content="see"), result("x")], 1)
+    assert (found.question, found.history, found.ends_with_result) == ("a circle: 2 found", [("hi", "two")], True)
+
+
+def test_of_a_result_that_the_server_gave_its_text_is_read():
+    part = {"type": "instances", "instances": [], "text": "square: 0 found", "tool_call_id": "x"}
+    other = {"square": 0, "text": "mine"}
+    for content, read_as in [(json.dumps(part), part["text"]), (json.dumps(other), json.dumps(other))]:
+        assert read_conversation([question(), calls("x"), result("x", content)], 1).question == f"a {read_as}"
+
+
+def test_the_image_of_a_turn_with_calls_is_of_its_question():
+    image = ChatMessage(role="user", content=[IMAGE, text("b")])
+    found = read_conversation([question(), calls("x"), result("x"), answer(), image, calls("y"), result("y")], 1)
+    assert found.image_turns == [1] and found.places == ["messages.4.content.0.image_url"]
+
+
+@pytest.mark.parametrize(
+    ("messages", "words"),
+    [
+        ([question(), calls("x")], "'messages.1' is the last; give the result of its call 'x'"),
+        ([question(), calls("x"), question("b")], "'messages.2' stands before the result of the call 'x'"),
+        ([question(), calls("x", "y"), result("x"), answer()], "'messages.3' stands before the result of the call 'y'"),
+        ([question(), calls("x"), result("z")], "'messages.2' is a result of the call 'z'; put it behind that call"),
+        ([question(), calls("x"), result("x"), result("x")], "'messages.3' is a result of the call 'x'"),
+        ([question(), calls("x"), result(None)], "'messages.2' is a result of no call"),
+        ([question(), answer(), result("x")], "'messages.2' is a result of the call 'x'"),
+        ([question(), calls("x"), result("x", " ")], "'messages.2.content' has no text"),
+        ([question(), calls("x"), result("x"), answer()], "is the last and of role 'assistant'"),
+    ],
+)
+def test_calls_and_results_that_do_not_fit_are_refused(messages, words):
+    with pytest.raises(UserError) as error:
+        read_conversation(messages, 1)
+    assert words in str(error.value)
+
+
+def test_errors_name_the_places_of_another_format():
+    with pytest.raises(UserError, match=r"'input\.1' follows another user message"):
+        read_conversation([question(), question()], 1, places=["input.0", "input.1"])

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from lumen_ray.cancellation import check_wanted
+from lumen_ray.cancellation import between_passes
 from lumen_ray.decoders.base import ImageDecoder, LossTerm, SampleSettings, sum_terms
 from lumen_ray.decoders.diffusion.modules import (
     build_module,
@@ -330,5 +330,6 @@ class DiffusionDecoder(ImageDecoder):
 
 
 def _between_steps(pipeline: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-    check_wanted()
+    between_passes()
+    pipeline.vae.enable_slicing()  # another thread may have ended its sampling meanwhile
     return tensors

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from lumen_ray.errors import UserError
 from lumen_ray.label.batch.lines import InvalidLine, parse_line
 from lumen_ray.label.inputs import Item
 from lumen_ray.label.reading import ImageInHand
-from lumen_ray.wire.chat import ChatRequest, check_model, completion, parse_chat, read_chat
+from lumen_ray.wire.chat import ChatRequest, check_model, parse_chat, read_chat
+from lumen_ray.wire.completions import completion
 from lumen_ray.wire.errors import error_body, without_data
 from lumen_ray.wire.requests import Prepared, prepare
 from lumen_ray.wire.settings import Defaults, Limits
@@ -66,17 +67,19 @@ class Line(ImageInHand):
         line = {"id": _identity("batch_req"), "custom_id": self.custom_id, "response": response, "error": failure}
         self.failure = json.dumps(line)
 
-    def answer(self, answer: Answer, model: str) -> None:
-        """Records the answer, a row of `ANSWER_SCHEMA`. `model`: preset@version."""
+    def answer(self, choices: Sequence[Answer], model: str) -> None:
+        """Records the answer, a row of `ANSWER_SCHEMA`. `choices`, `model`: as of `completion`."""
         assert self.chat is not None, "lines that failed are not answered"
+        body = completion(self.chat, choices, model)
+        usage = body["usage"] or {}
         record: dict[str, Any] = {
             "id": _identity("batch_req"),
             "custom_id": self.custom_id,
             "status_code": 200,
             "request_id": _identity("req"),
-            "body": json.dumps(completion(self.chat, answer, model)),
-            "prompt_tokens": answer.usage.prompt if answer.usage else None,
-            "completion_tokens": answer.usage.completion if answer.usage else None,
+            "body": json.dumps(body),
+            "prompt_tokens": usage.get("prompt_tokens"),
+            "completion_tokens": usage.get("completion_tokens"),
         }
         self.records = [record]
 
@@ -87,11 +90,12 @@ class Line(ImageInHand):
 
 @dataclass(frozen=True)
 class LineReader:
-    """Reads lines as a server with these settings reads requests. `preset`, `version`, `largest_side`: of the model;
-    `read_image`: as of `read_chat`, for the file that a line is in."""
+    """Reads lines as a server with these settings reads requests. `preset`, `version`, `tasks`, `largest_side`: of the
+    model; `read_image`: as of `read_chat`, for the file that a line is in."""
 
     preset: str
     version: str
+    tasks: Collection[str]
     largest_side: int | None
     limits: Limits
     defaults: Defaults
@@ -112,6 +116,7 @@ class LineReader:
             line.custom_id = request.custom_id
             line.chat = parse_chat(request.body, self.takes_sampling)
             check_model(line.chat.model, self.preset, self.version)
+            line.chat.tool_use.check_served(self.tasks)
             asked = read_chat(line.chat, self.limits, self.read_image(item.path))
             line.prepared = prepare(asked, self.limits, self.defaults, self.largest_side)
         except UserError as error:

@@ -36,7 +36,9 @@ class BatchLabeller(Labeller):
             return
         engine, defaults = self.engine, Defaults(**self._run_settings())
         self._lines = LineReader(
-            engine.preset, engine.version, engine.largest_side, Limits(), defaults, True, image_reader
+            *(engine.preset, engine.version, engine.tasks, engine.largest_side, Limits(), defaults),
+            takes_sampling=True,
+            read_image=image_reader,
         )
 
     def _answered(self, fragments: Sequence[Fragment]) -> Iterator[tuple[Fragment, list[ImageInHand]]]:
@@ -101,8 +103,8 @@ class BatchLabeller(Labeller):
                 lines[0].fail(UserError(what, "internal_error"))
                 lines[0].reason = "model_error"
             return
-        for line, (answer,) in zip(lines, answers, strict=True):
-            line.answer(answer, self._lines.model)
+        for line, choices in zip(lines, answers, strict=True):
+            line.answer(choices, self._lines.model)
 
 
 class BatchActor(LabelActor, BatchLabeller):

@@ -28,10 +28,13 @@ class BatchesReplica:
     def __init__(self, settings: ServeSettings, trunk: DeploymentHandle, decoders: dict[str, DeploymentHandle]):
         assert settings.batches is not None, "the server takes batches"
         export_to_ray()
-        backend = MeasuredBackend(ServeBackend(trunk, decoders, settings))
+        backend = ServeBackend(trunk, decoders, settings)
         stores = FileStore(settings.batches), BatchStore(settings.batches)
-        self._runner = BatchRunner(*stores, backend, settings)
-        self._running = asyncio.get_running_loop().create_task(self._runner.run())
+        self._runner = BatchRunner(*stores, MeasuredBackend(backend), settings)
+        # Serve runs this on the event loop of the replica's calls
+        self._running = asyncio.create_task(self._runner.run())
+        if settings.reload is not None:
+            self._watching = asyncio.create_task(backend.reloads.watch(settings.reload.watch_s))
 
     async def wake(self) -> None:
         """A batch was created or is to be cancelled."""

@@ -91,7 +91,7 @@ class Counts(Settings):
 
 
 class BatchState(Settings):
-    """How far a batch is. `times`: when each state but the first began; `model`: that answers it, preset@version;
+    """How far a batch is. `times`: when each state but the first began; `model`: that answers it now, preset@version;
     `usage`: tokens of all answers."""
 
     status: Status = "validating"

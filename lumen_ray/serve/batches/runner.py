@@ -23,6 +23,7 @@ from lumen_ray.serve.batches.file_store import Clock, FileStore
 from lumen_ray.serve.batches.records import Batch, BatchState, Problem, Status, output_id
 from lumen_ray.serve.batches.work import BatchWork, not_asked, read_item
 from lumen_ray.serve.http import Overloaded, Unavailable, failed_message, logger
+from lumen_ray.serve.job import sender
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.wire.images import image_bytes
 
@@ -46,6 +47,8 @@ _OPEN_FRAGMENTS = 2
 #: seconds before the folder, or a batch that could not go on, is tried again
 _AGAIN_S = 5.0
 _SWEEP_EVERY_S = 3600.0
+#: seconds between looks at the folder without being woken
+_LOOK_EVERY_S = 60.0
 
 
 class _Lost(Exception):
@@ -59,7 +62,6 @@ class _Job:
     batch: Batch
     state: BatchState
     work: BatchWork
-    reader: LineReader | None
     publishing: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -87,6 +89,7 @@ class BatchRunner:
 
     async def run(self) -> None:
         """Runs until it is cancelled."""
+        sender.set("batches")  # together they get their turn of the model as one user does
         told = ""
         while True:
             try:
@@ -116,10 +119,9 @@ class BatchRunner:
                     swept = time.monotonic()
                     await asyncio.to_thread(self._files.sweep, {batch.input_file_id for batch in waiting})
                     await asyncio.to_thread(self._batches.sweep)
-                try:
-                    await asyncio.wait_for(self._woken.wait(), 60)
-                except TimeoutError:
-                    continue
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(_LOOK_EVERY_S):  # `wait_for` of Python 3.11 may lose a cancellation
+                        await self._woken.wait()
         finally:
             for task in running.values():
                 task.cancel()
@@ -179,9 +181,8 @@ class BatchRunner:
 
     async def _answered(self, batch: Batch, state: BatchState, work: BatchWork) -> BatchState:
         """The state behind the last line. Lines that were answered before a kill are not asked again."""
-        reader = await self._reader(batch)
-        counts, model = await asyncio.to_thread(work.counts, state.counts.total), reader.model if reader else None
-        job = _Job(batch, state.with_facts(model=model or state.model, counts=counts), work, reader)
+        counts = await asyncio.to_thread(work.counts, state.counts.total)
+        job = _Job(batch, state.with_facts(counts=counts), work)
         waiting = await asyncio.to_thread(work.waiting)
         room = asyncio.Semaphore(_OPEN_FRAGMENTS)
         try:
@@ -197,7 +198,8 @@ class BatchRunner:
         return state
 
     async def _reader(self, batch: Batch) -> LineReader | None:
-        """Reads lines for the model, which is waited for; None if the batch is stopped before there is one."""
+        """Reads lines for the model that is served now, which is waited for; None if the batch is stopped before there
+        is one."""
         while True:
             try:
                 info = await self._backend.info()
@@ -208,7 +210,8 @@ class BatchRunner:
                 await asyncio.sleep(_AGAIN_S)
         settings = self._settings
         return LineReader(
-            *(info["preset"], info["version"], info.get("largest_side"), settings.limits, settings.defaults),
+            *(info["preset"], info["version"], info["tasks"], info.get("largest_side")),
+            *(settings.limits, settings.defaults),
             takes_sampling=settings.openai_sampling,
             read_image=lambda _: image_bytes,  # the client's file, which may not name files of the server
         )
@@ -227,28 +230,31 @@ class BatchRunner:
 
     async def _answer_line(self, job: _Job, item: Item) -> Line:
         async with self._slots:
-            line = await asyncio.to_thread(self._read, job, item)
+            reader = await self._reader(job.batch)
+            line = await asyncio.to_thread(self._read, job, item, reader)
             if not line.reason:
-                line = await self._ask(job, line)
+                assert reader is not None, "a batch without a model was stopped"
+                line = await self._ask(job, line, reader.model)
             line.forget()
             return line
 
-    def _read(self, job: _Job, item: Item) -> Line:
+    def _read(self, job: _Job, item: Item, reader: LineReader | None) -> Line:
         """A line with what the model is asked, or failed; blocks."""
         if (why := self._why_stopped(job.batch)) is not None:
             return not_asked(item, why, _STOPPED[why].message)
-        assert job.reader is not None, "a batch without a model was stopped"
-        return job.reader.read(item, read_item(item))
+        assert reader is not None, "a batch without a model was stopped"
+        return reader.read(item, read_item(item))
 
-    async def _ask(self, job: _Job, line: Line) -> Line:
+    async def _ask(self, job: _Job, line: Line, model: str) -> Line:
         """The line, answered or failed. What passes by itself is waited for: a full queue, a replica that is gone."""
-        prepared, reader = line.prepared, job.reader
-        assert prepared is not None and reader is not None, "lines that failed are not asked"
+        prepared = line.prepared
+        assert prepared is not None, "lines that failed are not asked"
         tries = 0
         while True:
             try:
-                (answer,) = await self._backend.infer(prepared.shown, prepared.requests, prepared.max_new_tokens)
-                await asyncio.to_thread(line.answer, answer, reader.model)
+                choices = await self._backend.infer(prepared.shown, prepared.requests, prepared.max_new_tokens)
+                await asyncio.to_thread(line.answer, choices, model)
+                job.state = job.state.with_facts(model=model)
                 return line
             except Overloaded as error:
                 await asyncio.sleep(error.retry_after_s)

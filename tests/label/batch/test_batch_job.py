@@ -143,7 +143,7 @@ def test_ids_that_look_like_numbered_ones_are_their_own(tmp_path):
 
 REFUSED = {
     "unknown_model": (404, line("a", model="gpt-4o")),
-    "unsupported_parameter": (400, line("a", tools=[{"type": "function"}])),
+    "unsupported_parameter": (400, line("a", functions=[{"name": "f"}])),
     "streaming_unsupported": (400, line("a", stream=True)),
     "empty_text": (400, line("a", " ")),
     "context_too_long": (400, line("a", "refuse")),

@@ -28,7 +28,7 @@ def codes(rows):
 
 def test_every_line_is_answered_or_an_error(batch_server):
     batch_id = batch_server.create(
-        line("a", "one"), "", line("b", "two", URL), line("c", "x", model="gpt-4o"), line("d", "x", tools=[1])
+        line("a", "one"), "", line("b", "two", URL), line("c", "x", model="gpt-4o"), line("d", "x", logit_bias={"1": 2})
     )
     assert batch_server.shown(batch_id)["status"] == "validating"
     (batch,) = batch_server.finish(batch_id)

@@ -39,7 +39,7 @@ def requests(number: int) -> str:
     lines = []
     for n in range(number):
         images = [picture(n)] if n % 2 else []
-        more = {"tools": [{"type": "x"}]} if n % 10 == 9 else {"max_tokens": 16 + n % 3}
+        more = {"logit_bias": {"1": 2}} if n % 10 == 9 else {"max_tokens": 16 + n % 3}
         lines.append(line(f"id {n}", f"what is number {n} ?", *images, **more))
     return "\n".join(lines)
 
