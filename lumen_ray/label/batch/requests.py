@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +95,7 @@ class LineReader:
 
     preset: str
     version: str
-    tasks: Collection[str]
+    tasks: Sequence[str]
     largest_side: int | None
     limits: Limits
     defaults: Defaults
