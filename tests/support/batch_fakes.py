@@ -15,6 +15,7 @@ from lumen_ray.serve.batches.batch_store import BatchStore
 from lumen_ray.serve.batches.file_store import FileStore
 from lumen_ray.serve.batches.runner import BatchRunner
 from lumen_ray.serve.http import Overloaded, Unavailable
+from lumen_ray.serve.job import sender
 from lumen_ray.serve.settings import Batches, ServeSettings
 from support.chat_fakes import line
 from support.serve_fakes import FakeBackend
@@ -24,23 +25,22 @@ __all__ = ["BatchServer", "ScriptedBackend", "line"]
 
 class ScriptedBackend(FakeBackend):
     """Fails by the first word of a question: "busy" and "lost" the first time, "dies", "late", "refuse" and "crash"
-    each time. `asked`: how often each question was; `most`: questions at a time; `hold`: waited for by all of them."""
+    each time. `asked`: how often each question was; `senders`: on whose behalf; `most`: questions at a time."""
 
     def __init__(self) -> None:
         super().__init__()
         self.asked: Counter[str] = Counter()
         self.inside = self.most = 0
-        self.hold: asyncio.Event | None = None
+        self.senders: set[str] = set()
 
     async def infer(self, image: Any, requests: Any, max_new_tokens: int) -> Any:
         text = requests[0].text
         self.asked[text] += 1
+        self.senders.add(sender.get())
         self.inside += 1
         self.most = max(self.most, self.inside)
         try:
             await asyncio.sleep(0)
-            if self.hold is not None:
-                await self.hold.wait()
             kind, is_first = text.split()[0], self.asked[text] == 1
             if kind == "busy" and is_first:
                 raise Overloaded("full", 0)

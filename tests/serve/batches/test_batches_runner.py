@@ -65,10 +65,11 @@ def test_what_passes_by_itself_is_waited_for(batch_server):
 
 
 def test_a_bounded_number_of_requests_is_in_flight(tmp_path):
+    """On behalf of one sender, so that all batches together wait for their turn as one user does."""
     server = BatchServer(tmp_path, in_flight=3, at_once=2)
     ids = [server.create(*(line(f"{n}", f"{b} {n}") for n in range(50))) for b in range(3)]
     assert [batch["request_counts"]["completed"] for batch in server.finish(*ids)] == [50] * 3
-    assert server.backend.most == 3
+    assert server.backend.most == 3 and server.backend.senders == {"batches"}
 
 
 @pytest.mark.parametrize(
@@ -119,9 +120,6 @@ def cancelled(server, batch_id, after):
     """The batch, cancelled while its questions behind the first `after` are with the model."""
 
     async def run():
-        server.backend.hold = asyncio.Event()
-        server.backend.hold.set()
-
         def step(_):
             if server.batches.state(batch_id).status == "in_progress" and len(server.backend.asked) >= after:
                 server.batches.cancel(batch_id)
