@@ -169,6 +169,8 @@ export function startForm() {
   on("model", () => {
     const tasks = [...state.tasks.values()].filter(task => task.name !== "chat") // has a tab of its own
     find("task").replaceChildren(...tasks.map(({ name }) => new Option(name.replace("_", " "), name)))
+    find("task-tab").hidden = !tasks.length
+    if (!tasks.length) { find("chat-tab").click(); return }
     if (state.tasks.has("detect")) find("task").value = "detect"
     listClasses()
     chooseTask()
