@@ -86,7 +86,8 @@ def record(folder: Path) -> list[Sample]:
     answered: Counter[str] = Counter()
     is_over = threading.Event()
     clients = [threading.Thread(target=_ask, args=(server.url, is_over, answered)) for _ in range(CLIENTS)]
-    samples, start, known = [], time.monotonic(), 0
+    samples: list[Sample] = []
+    start, known = time.monotonic(), 0
     try:
         while (now := time.monotonic() - start) < BEFORE_S + LOAD_S + AFTER_S:
             if now > BEFORE_S and clients[0].ident is None:
@@ -99,8 +100,10 @@ def record(folder: Path) -> list[Sample]:
                 name: sum(n for state, n in one.replica_states.items() if state == "RUNNING")
                 for name, one in found.items()
             }
-            samples.append(Sample(now, replicas, (answered["all"] - known) / EVERY_S))
-            known = answered["all"]
+            count = answered["all"]
+            since = samples[-1].seconds if samples else -EVERY_S
+            samples.append(Sample(now, replicas, (count - known) / (now - since)))
+            known = count
             time.sleep(EVERY_S)
     finally:
         is_over.set()
@@ -123,6 +126,7 @@ def _ask(url: str, is_over: threading.Event, answered: Counter[str]) -> None:
 def draw(samples: Sequence[Sample], load: tuple[float, float]) -> str:
     """An SVG: a row of steps for each deployment, and one of answers; the time of the `load` is shaded."""
     names = list(samples[0].replicas)
+    most = float(max(max(sample.replicas.values()) for sample in samples))
     end, height = samples[-1].seconds, TOP + ROW * (len(names) + 1) + 30
 
     def x(seconds: float) -> float:
@@ -137,8 +141,10 @@ def draw(samples: Sequence[Sample], load: tuple[float, float]) -> str:
     ]
     for row, name in enumerate(names):
         values = [(sample.seconds, float(sample.replicas[name])) for sample in samples]
-        parts += _row(name, "replicas", values, row, COLOURS[row % len(COLOURS)], x)
-    parts += _row("answers", "per second", [(s.seconds, s.answers) for s in samples], len(names), "#777777", x)
+        parts += _row(name, "replicas", values, most, row, COLOURS[row % len(COLOURS)], x)
+    answers = [(sample.seconds, sample.answers) for sample in samples]
+    fastest = max(1.0, *(value for _, value in answers))
+    parts += _row("answers", "per second", answers, fastest, len(names), "#777777", x)
     parts += [
         f'<text x="{x(second):.1f}" y="{height - 8}" text-anchor="middle">{second:g} s</text>'
         for second in range(0, int(end) + 1, 20)
@@ -147,19 +153,32 @@ def draw(samples: Sequence[Sample], load: tuple[float, float]) -> str:
 
 
 def _row(
-    name: str, unit: str, values: Sequence[tuple[float, float]], row: int, colour: str, x: Callable[[float], float]
+    name: str,
+    unit: str,
+    values: Sequence[tuple[float, float]],
+    most: float,
+    row: int,
+    colour: str,
+    x: Callable[[float], float],
 ) -> list[str]:
-    """Name, largest value and the steps of one row."""
-    most, bottom = max(1.0, *(value for _, value in values)), TOP + ROW * (row + 1) - 8
-    points = []
-    for (seconds, value), (following, _) in zip(values, [*values[1:], values[-1]], strict=True):
-        y = bottom - (ROW - 22) * value / most
-        points += [f"{x(seconds):.1f},{y:.1f}", f"{x(following):.1f},{y:.1f}"]
+    """Name, largest value and the steps of one row, which is as high as the value `most`."""
+    bottom = TOP + ROW * (row + 1) - 8
+    points: list[str] = []
+    before = None
+    for seconds, value in [*values, (values[-1][0], None)]:
+        if value == before:
+            continue
+        if before is not None:
+            points.append(f"{x(seconds):.1f},{bottom - (ROW - 22) * before / most:.1f}")
+        if value is not None:
+            points.append(f"{x(seconds):.1f},{bottom - (ROW - 22) * value / most:.1f}")
+        before = value
+    largest = max(value for _, value in values)
     return [
         f'<line x1="{LEFT}" x2="{WIDTH - 20}" y1="{bottom}" y2="{bottom}" stroke="#cccccc"/>',
         f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="2"/>',
         f'<text x="10" y="{bottom - 22}" font-weight="bold">{name}</text>',
-        f'<text x="10" y="{bottom - 6}" fill="#555555">{unit}, up to {most:.3g}</text>',
+        f'<text x="10" y="{bottom - 6}" fill="#555555">{unit}, up to {largest:.3g}</text>',
     ]
 
 
