@@ -46,6 +46,16 @@ def _as_stops(value: Any) -> Any:
     return value
 
 
+TopLogProbs = Annotated[
+    int | None,
+    Field(
+        ge=0,
+        le=20,
+        description="log probabilities of so many most probable tokens at each place, with those of the answer",
+    ),
+]
+
+
 class StreamOptions(Settings):
     """Options of a streamed answer."""
 
@@ -110,7 +120,7 @@ class ChatRequest(Settings):
         None, description="of the tokens drawn: the same request with the same seed gets the same answer; null: any"
     )
     logprobs: bool | None = Field(None, description="whether the answer has the log probabilities of its tokens")
-    top_logprobs: Annotated[int | None, Neutral("only the chosen tokens have log probabilities", 0)] = None
+    top_logprobs: TopLogProbs = None
     n: int | None = Field(
         None, ge=1, description="answers, up to limits.max_choices, equal ones unless they are drawn; null is 1"
     )
@@ -224,6 +234,12 @@ def check_chat(chat: ChatRequest, takes_sampling: bool) -> None:
             "unsupported_parameter",
             "logprobs",
         )
+    if chat.top_logprobs and not chat.logprobs:
+        raise UserError(
+            "'top_logprobs' are given beside the log probabilities of the answer; ask for these, or leave it out",
+            "unsupported_parameter",
+            "top_logprobs",
+        )
     if not takes_sampling:
         _refuse_sampling(chat)
 
@@ -253,7 +269,8 @@ def read_chat(
     tasks = [("chat", fields if not n or fields.seed is None else _with_seed(fields, fields.seed + n)) for n in drawn]
     turns = tuple(conversation.image_turns[1:])  # the first image stands before all questions
     where = conversation.places if len(conversation.images) > 1 else ()  # of a single image the error says enough
-    return Asked(conversation.images, tasks, turns, where, routing=tools.routing)
+    top = chat.top_logprobs or 0
+    return Asked(conversation.images, tasks, turns, where, routing=tools.routing, top_log_probs=top)
 
 
 def _with_seed(fields: schemas.TaskFields, seed: int) -> schemas.TaskFields:

@@ -202,7 +202,7 @@ class Asked:
 
     `image_turns`: as of `Request`; `places`: as of `decode_images`; `copies`: how often a request body has all this
     answered, for its limits; `examples`: the images of examples where they are decoded already, as of `decode_all`;
-    `routing`: of a chat.
+    `routing`: of a chat; `top_log_probs`: as of `Sampling`.
     """
 
     encoded: Sequence[bytes]
@@ -212,6 +212,12 @@ class Asked:
     copies: int = 1
     examples: Mapping[str, np.ndarray] | None = None
     routing: Routing = ANY_ROUTE
+    top_log_probs: int = 0
+
+    def completed(self, request: Request) -> Request:
+        """The request for one of the tasks, with what all of them share."""
+        sampling = replace(request.sampling, top_log_probs=self.top_log_probs)
+        return replace(request, image_turns=self.image_turns, routing=self.routing, sampling=sampling)
 
 
 @dataclass(frozen=True)
@@ -241,7 +247,7 @@ def prepare(
     example_images = decoded if asked.examples is None else asked.examples
     size = held or (images[0].size if images else (1, 1))
     parsed = [parse_request(task, fields, size, limits, defaults, example_images) for task, fields in asked.tasks]
-    requests = [replace(request, image_turns=asked.image_turns, routing=asked.routing) for request in parsed]
+    requests = [asked.completed(request) for request in parsed]
     tokens = [fields.max_new_tokens for _, fields in asked.tasks if fields.max_new_tokens is not None]
     max_new_tokens = max(tokens, default=defaults.max_new_tokens)
     check_amount(requests * asked.copies, max_new_tokens, limits)

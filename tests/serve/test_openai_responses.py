@@ -212,7 +212,7 @@ PARAMETERS = {
         [{"format": {"type": "json_object"}}, {"format": {"type": "json_schema"}}, {"verbosity": "low"}],
     ),
     "include": ([None, [], ["message.output_text.logprobs"]], [["reasoning.encrypted_content"], "x"]),
-    "top_logprobs": ([None, 0], [5]),
+    "top_logprobs": ([None, 0], [5, 21]),  # without include
     "store": ([None, False], [True]),
     "previous_response_id": ([None], ["resp_1"]),
     "conversation": ([None], ["conv_1"]),
