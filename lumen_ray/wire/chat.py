@@ -251,8 +251,8 @@ def read_chat(
     tools: ToolUse | None = None,
     places: Sequence[str] | None = None,
 ) -> Asked:
-    """The conversation as a task about its images, several times if several answers are drawn. Raises `UserError` for
-    one that the model cannot read.
+    """The conversation as a task about its images, several times if several answers are drawn. One that ends with the
+    results of tools is answered by their text. Raises `UserError` for one that the model cannot read.
 
     `read_image`: (URL, its place in the request) -> the encoded image; `tools`: by default those of `chat`; `places`:
     of the messages in the request.
@@ -261,14 +261,15 @@ def read_chat(
         raise UserError(f"'n' is {chat.choices}; give at most {limits.max_choices}", "too_many_choices", "n")
     conversation = read_conversation(chat.messages, limits.max_images, read_image, places)
     tools = tools or chat.tool_use
-    if conversation.ends_with_result:
-        tools = tools.after_result()
+    where = conversation.places if len(conversation.images) > 1 else ()  # of a single image the error says enough
+    if conversation.result is not None:
+        tools.check_ended()
+        return Asked(conversation.images, [], places=where, text=conversation.result)
     tools.check_images(len(conversation.images))
     fields = _task_fields(chat, conversation)
     drawn = range(chat.choices if chat.temperature else 1)
     tasks = [("chat", fields if not n or fields.seed is None else _with_seed(fields, fields.seed + n)) for n in drawn]
     turns = tuple(conversation.image_turns[1:])  # the first image stands before all questions
-    where = conversation.places if len(conversation.images) > 1 else ()  # of a single image the error says enough
     top = chat.top_logprobs or 0
     return Asked(conversation.images, tasks, turns, where, routing=tools.routing, top_log_probs=top)
 

@@ -76,9 +76,8 @@ class ToolUse:
         if self.routing.is_required and not number and all(TASKS[name].sees_image for name in names):
             raise UserError(f"{' and '.join(names)} need an image; give one", "missing_image", "tool_choice")
 
-    def after_result(self) -> ToolUse:
-        """The use for a conversation that ends with the result of a tool, which is answered in text. Raises `UserError`
-        if a tool has to be called again."""
+    def check_ended(self) -> None:
+        """Raises `UserError` if a tool has to be called again, though the conversation ends with the result of one."""
         if self.routing.is_required:
             raise UserError(
                 "the conversation ends with the result of a tool, but one has to be called again; leave 'tool_choice' "
@@ -86,7 +85,6 @@ class ToolUse:
                 "unsupported_conversation",
                 "tool_choice",
             )
-        return ToolUse(routing=Routing(()))
 
 
 NO_TOOLS = ToolUse()

@@ -117,9 +117,12 @@ def test_openais_client_reads_calls_and_sends_them_back(responses, backend):
     type(response).model_validate(response.model_dump())
     given += response.output
     given.append({"type": "function_call_output", "call_id": call.call_id, "output": json.dumps(part)})
-    asked = answers(backend, text="one")
-    assert responses.create(model="nano", input=given, tools=TOOLS).output_text == "one"
-    assert asked[0].text == "find every red circle red circle: 1 found" and asked[0].routing == Routing(())
+    assert responses.create(model="nano", input=given, tools=TOOLS).output_text == "red circle: 1 found"
+    with responses.stream(model="nano", input=given, tools=TOOLS) as stream:
+        assert stream.get_final_response().output_text == "red circle: 1 found"
+    asked = answers(backend, text="green")
+    responses.create(model="nano", input=[*given, {"role": "user", "content": "which colour ?"}])
+    assert asked[0].history == (("find every red circle", "red circle: 1 found"),)
 
 
 def test_openais_client_reads_a_typed_result(responses, backend):
