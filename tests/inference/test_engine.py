@@ -158,6 +158,10 @@ def test_images_without_requests_and_no_images(engine):
     assert engine.run([], []) == []
 
 
+def test_text_alone_may_have_no_requests(engine):
+    assert engine.run([None, PICTURES[0]], [[], []]) == [[], []]
+
+
 def test_texts_alone_need_no_decoder(engine):
     out = engine.trunk.links(PICTURES[:2], [[make_request("caption")], []])
     assert not out.decoder_inputs and assemble(out.plans, {})[0][0].text is not None
