@@ -16,7 +16,7 @@ from lumen_ray.config import Settings
 from lumen_ray.errors import UserError
 from lumen_ray.wire import schemas
 from lumen_ray.wire.chat import NEEDS_SAMPLING, ChatRequest, TopLogProbs, check_chat
-from lumen_ray.wire.conversation import ChatMessage
+from lumen_ray.wire.conversation import CalledFunction, ChatMessage, GivenCall
 from lumen_ray.wire.neutral import Neutral, refuse_others
 from lumen_ray.wire.settings import MAX_NEW_TOKENS
 from lumen_ray.wire.tools import UNUSED, Function, ToolUse, read_tools
@@ -237,11 +237,11 @@ def _messages(body: ResponsesRequest) -> tuple[list[ChatMessage], list[str]]:
     return [message for _, message in placed], [place for place, _ in placed]
 
 
-def _call(place: str, item: InputItem) -> Any:
+def _call(place: str, item: InputItem) -> GivenCall:
     """A call in the form of chat completions."""
     if not item.call_id or not item.name:
         raise UserError(f"'{place}' is a call; give its 'call_id' and 'name'", "invalid_request", place)
-    return {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments or ""}}
+    return GivenCall(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments or ""))
 
 
 def _parts(place: str, parts: Sequence[InputPart] | None) -> list[dict[str, Any]] | None:

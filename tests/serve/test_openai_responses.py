@@ -125,6 +125,15 @@ def test_openais_client_reads_calls_and_sends_them_back(responses, backend):
     assert asked[0].history == (("find every red circle", "red circle: 1 found"),)
 
 
+def test_calls_in_a_row_and_the_text_before_them_are_one_answer(client, backend):
+    said = {"role": "assistant", "content": "see :"}
+    calls = [{"type": "function_call", "call_id": n, "name": "detect", "arguments": "{}"} for n in "ab"]
+    results = [{"type": "function_call_output", "call_id": n, "output": f"{n} found"} for n in "ab"]
+    response = ask(client, [QUESTION, said, *calls, *results, {"role": "user", "content": "which ?"}])
+    assert response.status_code == 200, response.text
+    assert backend.calls[0][1][0].history == (("find every red circle", "see : a found b found"),)
+
+
 def test_openais_client_reads_a_typed_result(responses, backend):
     from pydantic import BaseModel
 
@@ -171,6 +180,29 @@ def test_openais_client_reads_the_events(responses, backend, text, is_routed, ki
     assert final.output_text == (text or "") and [item.type for item in final.output][-1] == (
         "function_call" if is_routed else "message"
     )
+
+
+@pytest.mark.parametrize(
+    ("choice", "echo"),
+    [
+        (None, "auto"),
+        ("required", "required"),
+        ({"type": "function", "name": "detect", "x": 1}, {"type": "function", "name": "detect"}),
+        (
+            {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "detect"}]},
+            {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "detect"}]},
+        ),
+    ],
+)
+def test_the_response_has_the_tools_of_the_request(client, choice, echo):
+    deep: dict = {}
+    for _ in range(400):
+        deep = {"x": deep}
+    tools = [{**TOOLS[0], "parameters": {"type": "object", "x": deep}}]
+    body = ask(client, [QUESTION], tools=tools, tool_choice=choice).json()
+    assert body["tool_choice"] == echo
+    (tool,) = body["tools"]
+    assert tool["name"] == "detect" and set(tool["parameters"]["properties"]) == {"classes"}
 
 
 def test_an_answer_without_text_and_calls_is_an_empty_message(client, backend):
