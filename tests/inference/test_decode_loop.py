@@ -284,7 +284,7 @@ def test_another_thread_goes_on_when_the_one_that_took_the_steps_leaves(error):
         if len(writing.tokens) == 2:
             thread.start()
             waiting.wait(timeout=10)
-        if len(writing.tokens) >= 5:
+        if len(writing.tokens) >= 5:  # it may wake up behind several steps of the other thread
             raise error
 
     with torch.inference_mode():

@@ -170,7 +170,8 @@ class BatchLabeller(Labeller):
                 lines[0].reason = "model_error"
             return
         for line, choices in zip(lines, answers, strict=True):
-            line.records = [self._record(line, choices)]
+            assert line.prepared is not None, "lines that failed are not answered"
+            line.records = [self._record(line, choices or line.prepared.known)]
 
     def _record(self, line: _Line, choices: Sequence[Answer]) -> dict[str, Any]:
         """The row of `ANSWER_SCHEMA`."""

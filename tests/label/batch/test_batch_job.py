@@ -108,6 +108,25 @@ def test_a_conversation_is_read_as_by_a_server(tmp_path):
     assert answers(tmp_path / "out") == {"a": "user text |  | 1"}
 
 
+def test_several_answers_and_results_of_tools_are_as_by_a_server(tmp_path):
+    tools = [{"type": "function", "function": {"name": name}} for name in ("detect", "generate")]
+    call = {"id": "c", "type": "function", "function": {"name": "detect", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "find it"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "one found"},
+    ]
+    run(
+        tmp_path, line("drawn", "what ?", n=2, temperature=1), line("result", messages=messages, tools=tools[:1]),
+        line("no decoder", "draw it", tools=tools),
+    )  # fmt: skip
+    assert answers(tmp_path / "out") == {"drawn": "what ? |  | 0", "result": "one found"}
+    assert errors(tmp_path / "out") == [("no decoder", "no_decoder")]
+    drawn, _ = read_lines(tmp_path / "out" / "output.jsonl")
+    assert [choice["index"] for choice in drawn["response"]["body"]["choices"]] == [0, 1]
+    assert drawn["response"]["body"]["usage"] == {"prompt_tokens": 6, "completion_tokens": 12, "total_tokens": 18}
+
+
 BAD = {
     "invalid_json": ("{", None),
     "missing_custom_id": (json.dumps({"method": "POST", "body": {}}), None),
