@@ -21,6 +21,7 @@ import inspect
 import json
 import re
 import shlex
+import tempfile
 import tomllib
 import typing
 from collections.abc import Callable, Iterator
@@ -243,9 +244,10 @@ def test_curl_bodies_fit_the_api(where, words):
 @cache
 def routes() -> set[str]:
     from lumen_ray.serve.api import create_api
-    from lumen_ray.serve.settings import ServeSettings
+    from lumen_ray.serve.settings import Batches, ServeSettings
 
-    api = create_api(None, ServeSettings(model="nano"))
+    with tempfile.TemporaryDirectory() as folder:
+        api = create_api(None, ServeSettings(model="nano", batches=Batches(folder=folder)))
     return set(api.openapi()["paths"]) | {"/", "/docs", "/openapi.json"}
 
 

@@ -31,7 +31,8 @@ LAYERS = (
     ("data",),
     ("inference", "train"),
     ("footprint", "exemplar_file", "options", "wire"),
-    ("label", "evaluate", "serve"),
+    ("label", "evaluate"),
+    ("serve",),  # answers batches over label's ledger
     ("api", "callable_package", "bench", "plan"),
     ("cli", "quickstart", "doctor", "lumen_ray"),
 )  # fmt: skip

@@ -15,6 +15,8 @@ from lumen_ray.serve.access import Access
 from lumen_ray.serve.admission import Admission, Gate
 from lumen_ray.serve.asking import Backend
 from lumen_ray.serve.auth import KeyCheck
+from lumen_ray.serve.batches.absent import make_absent_router
+from lumen_ray.serve.batches.bodies import FORM_BYTES, BatchBody
 from lumen_ray.serve.envelopes import Envelopes
 from lumen_ray.serve.headers import SecurityHeaders
 from lumen_ray.serve.http import Guard, install_error_handlers
@@ -27,7 +29,7 @@ from lumen_ray.version import __version__
 from lumen_ray.wire import schemas
 
 _REQUESTS = (
-    *(schemas.TaskRequest, schemas.InferRequest, *openai_api.BODIES, openai_images.ImageRequest),
+    *(schemas.TaskRequest, schemas.InferRequest, *openai_api.BODIES, openai_images.ImageRequest, BatchBody),
     *(*hf_api.BODIES, *roboflow_api.BODIES, *kserve_api.BODIES),
 )
 #: of the other APIs' routes, by the first segment of their paths
@@ -53,11 +55,13 @@ def create_api(
     settings: ServeSettings,
     gate: Gate | None = None,
     notes: Callable[[], dict[str, Any]] = dict,
+    wake_batches: Callable[[], None] = lambda: None,
 ) -> FastAPI:
     """The HTTP API over `backend`.
 
-    `gate`: of the requests that come in, by default one of its own; `notes`: further fields of /readyz. FastAPI's
-    documentation pages are replaced: they load scripts from a remote host.
+    `gate`: of the requests that come in, by default one of its own; `notes`: further fields of /readyz; `wake_batches`:
+    tells whoever answers batches to look at them. FastAPI's documentation pages are replaced: they load scripts from a
+    remote host.
     """
     codes = [400, 404, 410, 413, 415, 500, 503, 504, *([] if settings.auth is None else [401, 429])]
     errors: dict[int | str, dict[str, Any]] = {code: {"model": schemas.ErrorResponse} for code in sorted(codes)}
@@ -75,6 +79,7 @@ def create_api(
         return all((await backend.ready()).values()) and not gate.is_closed
 
     api.include_router(kserve_api.make_router(backend, settings, is_ready))
+    _add_batches(api, settings, wake_batches, errors)
     api.include_router(task_api.make_fallback())
     _add_health(api, backend, gate, notes)
     add_pages(api)
@@ -83,19 +88,35 @@ def create_api(
     return api
 
 
+def _add_batches(
+    api: FastAPI, settings: ServeSettings, wake: Callable[[], None], errors: dict[int | str, dict[str, Any]]
+) -> None:
+    if settings.batches is None:
+        api.include_router(make_absent_router())
+        return
+    from lumen_ray.serve.batches.api import make_batches_router, make_files_router
+    from lumen_ray.serve.batches.batch_store import BatchStore
+    from lumen_ray.serve.batches.file_store import FileStore
+
+    files, batches = FileStore(settings.batches), BatchStore(settings.batches)
+    api.include_router(make_files_router(files, batches), responses=errors)
+    api.include_router(make_batches_router(files, batches, wake), responses=errors)
+
+
 def _add_middleware(api: FastAPI, settings: ServeSettings, gate: Gate) -> None:
     """Innermost first."""
     api.add_middleware(Woken)
     api.add_middleware(Admission, gate=gate)
     if settings.auth is not None:
         api.add_middleware(KeyCheck, settings=settings.auth)
-    api.add_middleware(Guard, max_body_bytes=settings.limits.max_body_bytes)
+    uploads = {} if settings.batches is None else {"/v1/files": settings.batches.max_file_bytes + FORM_BYTES}
+    api.add_middleware(Guard, max_body_bytes=settings.limits.max_body_bytes, others=uploads)
     api.add_middleware(Envelopes, envelopes=_ENVELOPES)
     if settings.http.cors_origins:  # around the key check: a browser's preflight has no key, and reads errors too
         api.add_middleware(
             CORSMiddleware,
             allow_origins=settings.http.cors_origins,
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "X-API-Key", "X-Request-ID"],
             expose_headers=_EXPOSED,
         )

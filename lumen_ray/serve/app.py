@@ -70,7 +70,13 @@ def build_app(settings: ServeSettings) -> Application:
         model, settings.trunk.torch_device, settings.serving, partial(load_trunk, dtype=settings.trunk.dtype)
     )
     ingress = deployment(Ingress, "Ingress", ingress_options(settings))
-    return ingress.bind(_with_absolute_paths(settings), trunk, decoders)
+    settings = _with_absolute_paths(settings)
+    if settings.batches is None:
+        return ingress.bind(settings, trunk, decoders)
+    from lumen_ray.serve.batches.deployment import BatchesReplica, batches_options
+
+    batches = deployment(BatchesReplica, "Batches", batches_options(settings)).bind(settings, trunk, decoders)
+    return ingress.bind(settings, trunk, decoders, batches)
 
 
 def served_folder(settings: ServeSettings) -> str:
@@ -81,11 +87,14 @@ def served_folder(settings: ServeSettings) -> str:
 
 def _with_absolute_paths(settings: ServeSettings) -> ServeSettings:
     """The settings for replicas, which have another working directory."""
-    settings = settings.model_copy(update={"model": served_folder(settings)})
-    if settings.auth is None:
-        return settings
-    keys_file = str(Path(settings.auth.keys_file).expanduser().resolve())
-    return settings.model_copy(update={"auth": settings.auth.model_copy(update={"keys_file": keys_file})})
+    changed: dict[str, Any] = {"model": served_folder(settings)}
+    if settings.auth is not None:
+        keys_file = str(Path(settings.auth.keys_file).expanduser().resolve())
+        changed["auth"] = settings.auth.model_copy(update={"keys_file": keys_file})
+    if settings.batches is not None:
+        folder = str(Path(settings.batches.folder).expanduser().resolve())
+        changed["batches"] = settings.batches.model_copy(update={"folder": folder})
+    return settings.model_copy(update=changed)
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -187,6 +196,10 @@ def run(settings: ServeSettings, blocking: bool = True, timeout_s: float = 300) 
         read_keys(settings.auth.keys_file)
     if settings.tracing is not None:
         check_installed()
+    if settings.batches is not None:
+        from lumen_ray.serve.batches.file_store import check_folder
+
+        check_folder(settings.batches)
     started = _join_ray(settings)
     url = f"http://{_reachable(settings.http.host)}:{settings.http.port}"
     server = Server(url, started, log_file(), settings.http.request_timeout_s)

@@ -11,6 +11,8 @@ import json
 import logging
 import re
 import uuid
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -123,16 +125,17 @@ def failed_message(identity: str) -> str:
 
 
 def body_too_large(limit: int) -> UserError:
-    return UserError(f"the request body is larger than {limit} bytes; send a smaller image", "body_too_large")
+    return UserError(f"the request body is larger than {limit} bytes; send a smaller one", "body_too_large")
 
 
 class Guard:
     """Middleware: numbers requests, stops oversized bodies as they arrive, and turns uncaught exceptions into
     a 500 without a traceback. Plain ASGI, because Starlette's handler for `Exception` re-raises."""
 
-    def __init__(self, app: ASGIApp, max_body_bytes: int):
+    def __init__(self, app: ASGIApp, max_body_bytes: int, others: Mapping[str, int] = MappingProxyType({})):
+        """`others`: paths whose bodies have another limit."""
         self.app = app
-        self.max_body_bytes = max_body_bytes
+        self.max_body_bytes, self.others = max_body_bytes, others
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -153,10 +156,10 @@ class Guard:
             await send(message)
 
         try:
-            length = header(scope, b"content-length")
-            if length and length.isdigit() and int(length) > self.max_body_bytes:
-                raise body_too_large(self.max_body_bytes)
-            await self.app(scope, self._counting(receive), numbered_send)
+            length, most = header(scope, b"content-length"), self.others.get(local_path(scope), self.max_body_bytes)
+            if length and length.isdigit() and int(length) > most:
+                raise body_too_large(most)
+            await self.app(scope, self._counting(receive, most), numbered_send)
         except ClientDisconnect:  # before its body was here: nobody reads an answer
             return
         except UserError as error:
@@ -169,16 +172,16 @@ class Guard:
                 raise
             await error_response("internal_error", failed_message(identity), identity)(scope, receive, numbered_send)
 
-    def _counting(self, receive: Receive) -> Receive:
-        """A `receive` that raises once the body exceeds the limit, whatever its headers say."""
+    def _counting(self, receive: Receive, most: int) -> Receive:
+        """A `receive` that raises once the body has more than `most` bytes, whatever its headers say."""
         size = 0
 
         async def counting_receive() -> Message:
             nonlocal size
             message = await receive()
             size += len(message.get("body", b""))
-            if size > self.max_body_bytes:
-                raise body_too_large(self.max_body_bytes)
+            if size > most:
+                raise body_too_large(most)
             return message
 
         return counting_receive

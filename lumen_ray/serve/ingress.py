@@ -336,9 +336,11 @@ class Ingress:
         settings: ServeSettings,
         trunk: DeploymentHandle,
         decoders: dict[str, DeploymentHandle],
+        batches: DeploymentHandle | None = None,
     ):
+        """`batches`: answers batches, None on a server that takes none."""
         export_to_ray()
-        self.settings = settings
+        self.settings, self.batches = settings, batches
         self.backend = ServeBackend(trunk, decoders, settings)
         self.gate = Gate(settings)
         if settings.reload is not None:
@@ -346,7 +348,12 @@ class Ingress:
             self._watching = asyncio.create_task(self.backend.reloads.watch(settings.reload.watch_s))
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self.backend, self.settings, self.gate, self.backend.notes)
+        return create_api(self.backend, self.settings, self.gate, self.backend.notes, self._wake_batches)
+
+    def _wake_batches(self) -> None:
+        """Without waiting for an answer: a replica that dies of it finds the batch when it starts again."""
+        if self.batches is not None:
+            self.batches.wake.remote()
 
     async def close(self) -> int:
         """Takes no more requests; returns the number of those that are not answered yet."""

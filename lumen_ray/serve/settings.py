@@ -12,6 +12,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from lumen_ray.config import Settings
+from lumen_ray.data.urls import is_url
 from lumen_ray.decoders.registry import get
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Dtype
@@ -197,6 +198,29 @@ class Auth(Settings):
     open_metrics: bool = Field(False, description="whether /metrics needs no key")
 
 
+class Batches(Settings):
+    """`/v1/files` and `/v1/batches`: where they are kept, and how much is taken."""
+
+    folder: str = Field(description="folder of files and batches; a path that every node of the cluster sees")
+    max_file_bytes: int = Field(200 << 20, ge=1024, description="bytes of an uploaded file")
+    max_total_bytes: int = Field(10 << 30, ge=1024, description="bytes of all files; uploads above are refused")
+    max_lines: int = Field(50_000, ge=1, description="requests of a batch")
+    max_unfinished: int = Field(100, ge=1, description="batches of one key that are not done; more are refused")
+    at_once: int = Field(2, ge=1, description="batches that are answered at a time; others wait")
+    in_flight: int = Field(4, ge=1, le=32, description="requests that the model has at a time, of all batches together")
+    retention_days: float = Field(
+        30, gt=0, description="days after which files are removed, as are batches that ended so long ago"
+    )
+    num_cpus: float = Field(0.1, ge=0, description="logical CPUs that their one replica reserves")
+
+    @field_validator("folder")
+    @classmethod
+    def _local(cls, folder: str) -> str:
+        if not folder or is_url(folder):
+            raise UserError(f"'{folder}' is no path; give a folder on a file system that every node sees")
+        return folder
+
+
 class Reload(Settings):
     """Following the model folder while it is served."""
 
@@ -218,6 +242,7 @@ class ServeSettings(Settings):
     http: Http = Http()
     auth: Auth | None = Field(None, description="who may use the server; None: everyone who reaches it")
     tracing: Tracing | None = Field(None, description="OpenTelemetry; None: off")
+    batches: Batches | None = Field(None, description="files and batches in OpenAI's format; None: none are taken")
     reload: Reload | None = Field(
         None, description="whether a new version in the model folder is served; None: the version of the start is"
     )
@@ -248,7 +273,10 @@ class ServeSettings(Settings):
 
     def deployments(self, decoders: Iterable[str]) -> dict[str, Deployment]:
         """The deployments of a model with these decoders, by name."""
-        return {"ingress": self.ingress, "trunk": self.trunk, **{name: self.decoder(name) for name in decoders}}
+        deployments = {"ingress": self.ingress, "trunk": self.trunk, **{name: self.decoder(name) for name in decoders}}
+        if self.batches is not None:
+            deployments["batches"] = Deployment(num_cpus=self.batches.num_cpus)
+        return deployments
 
     def logical_cpus(self, decoders: Iterable[str]) -> int:
         """Logical CPUs that let every deployment of a model with these decoders reach its largest size."""

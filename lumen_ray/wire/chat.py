@@ -22,6 +22,8 @@ from lumen_ray.wire.requests import Asked
 from lumen_ray.wire.settings import MAX_NEW_TOKENS, Limits
 from lumen_ray.wire.tools import UNUSED, Tool, ToolUse, read_tools
 
+#: where a server takes these requests; the one URL of those in batch files
+CHAT_URL = "/v1/chat/completions"
 _NO_PENALTY = "tokens are not penalised by how often they occur"
 _TEXT_ONLY = "answers are plain text"
 _GREEDY = "decoding is greedy (the server's setting 'openai_sampling' is off)"

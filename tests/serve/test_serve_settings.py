@@ -34,6 +34,8 @@ def test_shipped_configs_load(path):
         ({"trunk": {"dtype": "half"}}, "trunk.dtype"),
         ({"trunk": {"not_ready_after_s": 9, "replace_after_s": 8}}, "replace_after_s must be at least"),
         ({"http": {"port": 0}}, "http.port"),
+        ({"batches": {}}, "'batches.folder' is required"),
+        ({"batches": {"folder": "s3://bucket/batches"}}, "is no path"),
     ],
 )
 def test_mistakes_are_named(data, says):
@@ -56,6 +58,9 @@ def test_options_are_accepted_by_serve():
     expected |= {"not_ready_after_s": 60, "replace_after_s": 300, "image_cache_mb": 256}
     assert options["user_config"] == expected
     assert settings.logical_cpus(["lumen"]) == 4  # 3 trunks of 1, a decoder and an ingress of a half
+    batches = validate(ServeSettings, {"model": "m", "batches": {"folder": "b", "num_cpus": 0.5}}, "test")
+    assert batches.deployments([])["batches"].options()["num_replicas"] == 1
+    assert batches.logical_cpus([]) == 2
 
 
 def test_deployments_too_large_for_a_ray_are_refused():

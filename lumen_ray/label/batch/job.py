@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -11,9 +10,10 @@ from typing import Any
 
 from lumen_ray.data import files, urls
 from lumen_ray.inference.protocol import EngineProtocol
-from lumen_ray.label.batch.lines import RequestListing
-from lumen_ray.label.batch.output import ERRORS, OUTPUT, write_outputs
-from lumen_ray.label.batch.worker import ANSWER_SCHEMA, BatchActor, BatchLabeller
+from lumen_ray.label.batch.lines import RequestListing, fingerprint
+from lumen_ray.label.batch.output import ERRORS, OUTPUT, finish
+from lumen_ray.label.batch.requests import ANSWER_SCHEMA
+from lumen_ray.label.batch.worker import BatchActor, BatchLabeller
 from lumen_ray.label.claim import Claim
 from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.pipeline import Progress, check_device, check_numbers, run_work
@@ -24,8 +24,6 @@ from lumen_ray.label.settings import chosen_decoders, job_settings
 from lumen_ray.label.spent import Spent
 from lumen_ray.label.workers import WorkerSettings
 from lumen_ray.structures import check_dtype
-
-_SAMPLE_BYTES = 1 << 20
 
 
 def answer_batch(
@@ -67,7 +65,7 @@ def answer_batch(
         model, (), device, batch_size, score_threshold, max_per_phrase, max_new_tokens, chosen, check_dtype(dtype),
         output=ledger.output,
     )  # fmt: skip
-    settings = job_settings(worker, requests, ["chat"], None, None, None, None) | {"batch": _fingerprint(requests)}
+    settings = job_settings(worker, requests, ["chat"], None, None, None, None) | {"batch": fingerprint(requests)}
     files.make_folder(ledger.output)
     with Claim(ledger.folder) as claim:
         ledger.open(settings)
@@ -84,17 +82,6 @@ def answer_batch(
     return summary | log
 
 
-def _fingerprint(requests: str | Path) -> str:
-    """Identifies the content of the file without reading it whole, as the plan has places in it: size and both ends."""
-    size = files.size(requests)
-    digest = hashlib.sha256(f"{size}\n".encode())
-    with files.as_user_error(requests), files.open_input(requests) as file:
-        digest.update(file.read(_SAMPLE_BYTES))
-        file.seek(max(0, size - _SAMPLE_BYTES))
-        digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()[:16]
-
-
 def _finished(ledger: Ledger, plan: Plan, done: int) -> dict[str, Any] | None:
     """The summary of a job that has nothing left to do; None for others."""
     paths = [urls.join(ledger.output, name) for name in ("summary.json", OUTPUT, ERRORS)]
@@ -106,8 +93,7 @@ def _finished(ledger: Ledger, plan: Plan, done: int) -> dict[str, Any] | None:
 
 def _finish(ledger: Ledger, status: Status) -> dict[str, Any]:
     """Writes the output and the summary of all runs."""
-    ledger.remove_leftovers()
-    totals, usage = ledger.totals(), write_outputs(ledger)
+    totals, usage = finish(ledger)
     first = totals["first_error"]
     seconds = time.monotonic() - status.started
     summary = {
@@ -123,8 +109,6 @@ def _finish(ledger: Ledger, status: Status) -> dict[str, Any]:
         "seconds": round(seconds, 2),
         "requests_per_second": round((status.done - status.finished_before) / max(seconds, 1e-9), 2),
     }
-    planned = ledger.plan().num_images()
-    assert totals["images"] == totals["labelled"] + totals["errors"] == planned, f"{totals} of {planned} lines"
     files.write_bytes(urls.join(ledger.output, "summary.json"), json.dumps(summary, indent=1).encode())
     return summary
 

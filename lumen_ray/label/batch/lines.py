@@ -5,11 +5,13 @@ The file is read line by line. A line that is no request is one that fails; it d
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lumen_ray.data import files, urls
@@ -17,18 +19,18 @@ from lumen_ray.data.hash_set import HashSet, hash_of
 from lumen_ray.errors import UserError
 from lumen_ray.label.inputs import Item
 from lumen_ray.label.listing import Listing
+from lumen_ray.wire.chat import CHAT_URL
 from lumen_ray.wire.errors import without_data
 
-#: the one URL of requests that are answered
-CHAT_URL = "/v1/chat/completions"
 #: bytes of the longest line; images are in it, in base64
 LONGEST_LINE = 64 << 20
 _SUFFIXES = (".jsonl", ".ndjson")
 _LISTED_AT_ONCE = 1024
+_SAMPLE_BYTES = 1 << 20
 
 
 class InvalidLine(UserError):
-    """A line that is no request. `custom_id`: None if it has none."""
+    """Why a line is not asked: mostly that it is no request. `custom_id`: None if it has none."""
 
     def __init__(self, message: str, reason: str, custom_id: str | None = None):
         super().__init__(message, reason)
@@ -168,3 +170,14 @@ def read_lines(items: Sequence[Item]) -> Iterator[tuple[Item, bytes | InvalidLin
                 yield item, InvalidLine(item.fault, "duplicate_custom_id", _custom_id(_record(data)))
             else:
                 yield item, data
+
+
+def fingerprint(requests: str | Path) -> str:
+    """Identifies the content of the file without reading it whole, as the plan has places in it: size and both ends."""
+    size = files.size(requests)
+    digest = hashlib.sha256(f"{size}\n".encode())
+    with files.as_user_error(requests), files.open_input(requests) as file:
+        digest.update(file.read(_SAMPLE_BYTES))
+        file.seek(max(0, size - _SAMPLE_BYTES))
+        digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()[:16]

@@ -15,6 +15,16 @@ from lumen_ray.label.ledger import Ledger
 OUTPUT, ERRORS = "output.jsonl", "errors.jsonl"
 
 
+def finish(ledger: Ledger) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Writes both files of a job whose lines are all done; returns the ledger's totals and the tokens, as of
+    `write_outputs`."""
+    ledger.remove_leftovers()
+    totals, usage = ledger.totals(), write_outputs(ledger)
+    planned = ledger.plan().num_images()
+    assert totals["images"] == totals["labelled"] + totals["errors"] == planned, f"{totals} of {planned} lines"
+    return totals, usage
+
+
 def write_outputs(ledger: Ledger) -> dict[str, Any]:
     """Writes both files from the ledger's finished fragments, a fragment at a time; each appears whole. Returns the
     tokens of all answers, as OpenAI's ``usage``."""

@@ -18,7 +18,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.label.batch import lines as batch_lines
 from lumen_ray.label.batch.job import answer_batch
 from lumen_ray.label.batch.output import write_outputs
-from lumen_ray.label.batch.worker import ANSWER_SCHEMA
+from lumen_ray.label.batch.requests import ANSWER_SCHEMA
 from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.status import label_status, status_lines
 

@@ -1,0 +1,165 @@
+"""The files of `/v1/files` in a folder that all ingress replicas and the replica of the batches share.
+
+``files/ID/content.jsonl`` is a file and ``files/ID/file.json`` its `StoredFile`, which is written last: a file is there
+whole or not at all. Names that clients give are in the record only, never in a path.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import BinaryIO, TypeVar
+
+from lumen_ray.config import Settings
+from lumen_ray.data import files
+from lumen_ray.errors import UserError
+from lumen_ray.serve.batches.records import Purpose, StoredFile, is_id, new_id
+from lumen_ray.serve.settings import Batches
+
+T = TypeVar("T", bound=Settings)
+Clock = Callable[[], float]
+
+_RECORD, _CONTENT = "file.json", "content.jsonl"
+#: bytes that an empty file counts, as it takes a place on disk too
+_LEAST_BYTES = 4096
+#: seconds after which a folder without a record is one of an upload that was killed
+_LEFT_OVER_S = 86_400
+_COPIED_AT_ONCE = 1 << 20
+
+
+def check_folder(settings: Batches) -> None:
+    """Raises `UserError` if nothing can be written into the folder of files and batches."""
+    probe = Path(settings.folder).expanduser() / ".writable"
+    files.write_bytes(probe, b"", durable=False)
+    files.remove(probe)
+
+
+def write_record(path: Path, record: Settings, durable: bool = True) -> None:
+    """Writes a record, which appears whole. Raises `UserError`."""
+    files.write_bytes(path, record.model_dump_json().encode(), durable=durable)
+
+
+def read_record(path: Path, kind: type[T]) -> T | None:
+    """A record; None if there is none, as when another process has removed it."""
+    with files.as_user_error(path):
+        try:
+            return kind.model_validate_json(path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+
+def ids_in(folder: Path) -> list[str]:
+    """The names in a folder, sorted, which for ids is by time of creation."""
+    with files.as_user_error(folder):
+        return sorted(os.listdir(folder))
+
+
+def remove_left_over(folder: Path, now: float) -> None:
+    """Removes a folder without a record, unless it may still get one."""
+    with suppress(OSError):
+        if folder.stat().st_mtime < now - _LEFT_OVER_S:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+class FileStore:
+    """Keeps files. Methods block, and raise `UserError` for what a client did, or if the folder cannot be used."""
+
+    def __init__(self, settings: Batches, clock: Clock = time.time):
+        self._settings, self._clock = settings, clock
+        self._folder = Path(settings.folder) / "files"
+        with files.as_user_error(self._folder, "written"):
+            self._folder.mkdir(parents=True, exist_ok=True)
+
+    def check_room(self, size: int) -> None:
+        """Raises `UserError` if a file of so many bytes is too large, or the folder too full for it."""
+        most = self._settings.max_file_bytes
+        if size > most:
+            raise UserError(f"the file has {size} bytes; give at most {most}", "file_too_large", "file")
+        used = sum(max(file.bytes, _LEAST_BYTES) for file in self._all())
+        if used + size > self._settings.max_total_bytes:
+            raise UserError(
+                f"the server's files have {used} bytes, of {self._settings.max_total_bytes} at most; delete files that "
+                "are no longer needed, or ask the server's operator",
+                "storage_full",
+            )
+
+    def add(self, source: BinaryIO, owner: str | None, filename: str, lifetime_s: int | None = None) -> StoredFile:
+        """Keeps a copy of a file of requests, from `source`'s position on."""
+        file_id = new_id("file-")
+        content = self.content(file_id)
+        try:
+            with files.as_user_error(content, "written"):
+                content.parent.mkdir()
+                with content.open("wb") as target:
+                    shutil.copyfileobj(source, target, _COPIED_AT_ONCE)
+                    target.flush()
+                    os.fsync(target.fileno())
+            return self._record(file_id, owner, filename, "batch", lifetime_s)
+        except BaseException:
+            shutil.rmtree(content.parent, ignore_errors=True)
+            raise
+
+    def adopt(self, path: Path, file_id: str, owner: str | None, filename: str, lifetime_s: int | None) -> StoredFile:
+        """Takes the output of a batch, which is on the same disk, under an id that is known before. A file of that id
+        is replaced."""
+        content = self.content(file_id)
+        with files.as_user_error(content, "written"):
+            content.parent.mkdir(exist_ok=True)
+            os.replace(path, content)
+        return self._record(file_id, owner, filename, "batch_output", lifetime_s)
+
+    def _record(
+        self, file_id: str, owner: str | None, filename: str, purpose: Purpose, lifetime_s: int | None
+    ) -> StoredFile:
+        now, kept = int(self._clock()), self._settings.retention_days * 86_400
+        file = StoredFile(
+            id=file_id,
+            owner=owner,
+            bytes=self.content(file_id).stat().st_size,
+            created_at=now,
+            expires_at=now + int(min(kept, lifetime_s or kept)),
+            filename=filename,
+            purpose=purpose,
+        )
+        write_record(self._folder / file_id / _RECORD, file)
+        return file
+
+    def get(self, file_id: str, owner: str | None) -> StoredFile:
+        """A file of this owner. Raises `UserError` (`unknown_file`) if there is none."""
+        file = self._read(file_id)
+        if file is None or file.owner != owner or file.expires_at <= self._clock():
+            raise UserError(f"there is no file '{file_id}'; GET /v1/files lists those there are", "unknown_file")
+        return file
+
+    def content(self, file_id: str) -> Path:
+        return self._folder / file_id / _CONTENT
+
+    def of(self, owner: str | None) -> list[StoredFile]:
+        """The files of this owner, oldest first."""
+        now = self._clock()
+        return [file for file in self._all() if file.owner == owner and file.expires_at > now]
+
+    def delete(self, file_id: str) -> None:
+        with files.as_user_error(self._folder / file_id, "removed"), suppress(FileNotFoundError):
+            (self._folder / file_id / _RECORD).unlink()
+        shutil.rmtree(self._folder / file_id, ignore_errors=True)
+
+    def sweep(self, needed: set[str]) -> None:
+        """Removes what has expired, but for files that are `needed`, and the rests of uploads that were killed."""
+        now = self._clock()
+        for file_id in ids_in(self._folder):
+            file = self._read(file_id)
+            if file is None:
+                remove_left_over(self._folder / file_id, now)
+            elif file.expires_at <= now and file_id not in needed:
+                self.delete(file_id)
+
+    def _all(self) -> Iterator[StoredFile]:
+        return (file for file_id in ids_in(self._folder) if (file := self._read(file_id)) is not None)
+
+    def _read(self, file_id: str) -> StoredFile | None:
+        return read_record(self._folder / file_id / _RECORD, StoredFile) if is_id(file_id, "file-") else None
