@@ -401,9 +401,9 @@ def answer_batch(
     progress: as of `label`, with requests for images.
 
     The summary holds ``requests == answered + errors``, ``reasons`` (of errors -> count), ``first_error``, ``usage``
-    (tokens), ``seconds``, ``model_busy``, ``spent_seconds`` and ``usd`` of all runs. A line that cannot be answered is a line of ``errors.jsonl`` and stops nothing. Raises
-    `UserError` for an unknown model or device, a file that is missing or empty, an output folder that holds something
-    else or that another job is writing, and too many errors.
+    (tokens), ``seconds``, ``model_busy``, ``spent_seconds`` and ``usd`` of all runs. A line that cannot be answered is
+    a line of ``errors.jsonl`` and stops nothing. Raises `UserError` for an unknown model or device, a file that is
+    missing or empty, an output folder that holds something else or that another job is writing, and too many errors.
 
     >>> import json
     >>> from lumen_ray import answer_batch

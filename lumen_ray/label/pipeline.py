@@ -174,8 +174,8 @@ def run_work(
     progress: Progress | None,
     counted: str = "images",
 ) -> tuple[Status, dict[str, str]]:
-    """Does the fragments of `work` that are left; `counted`: see `Status`. Returns the status and, if Ray was used, the summary's ``log``.
-    Raises as `label`."""
+    """Does the fragments of `work` that are left; `counted`: see `Status`. Returns the status and, if Ray was
+    used, the summary's ``log``. Raises as `label`."""
     _list_ahead(work)
     before, plan = ledger.totals(), work.plan
     status = Status(plan.num_images(), before["images"], before["errors"], before["images"], plan.is_complete)

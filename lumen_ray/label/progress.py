@@ -60,8 +60,8 @@ class Status:
         self.busy_seconds += outcome.busy_seconds
 
     def facts(self) -> dict[str, Any]:
-        """The numbers as JSON types, with ``images_per_second`` (or ``requests_per_second``), ``seconds_left`` (None while
-        unknown), and what `spent_facts` returns.
+        """The numbers as JSON types, with ``images_per_second`` (or ``requests_per_second``), ``seconds_left`` (None
+        while unknown), and what `spent_facts` returns.
 
         ``fragments_left``: those that wait or are being labelled, None while the input is being listed.
         """

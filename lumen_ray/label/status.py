@@ -22,9 +22,10 @@ def label_status(output: urls.Location) -> dict[str, Any]:
     far, all of them if ``is_listed``; ``counted``: what these are, "images", or "requests" of a batch file;
     ``done``, ``labelled``, ``errors``; ``reasons``: number of errors by reason; ``copied`` of the labelled;
     ``instances`` by task; ``spent_seconds`` of all runs, their cost ``usd`` and the price ``usd_per_hour`` of the last
-    one, None without a price; of a running job ``host``, ``pid``, ``seconds`` since it started, and once it has labelled
-    ``images_per_second`` (or ``requests_per_second``), ``seconds_left``, ``fragments_left``, ``model_busy`` and
-    ``usd_expected`` (see `progress.Status`). Raises `UserError` if `output` is not the output of `lumen-ray label`.
+    one, None without a price; of a running job ``host``, ``pid``, ``seconds`` since it started, and once it has
+    labelled ``images_per_second`` (or ``requests_per_second``), ``seconds_left``, ``fragments_left``, ``model_busy``
+    and ``usd_expected`` (see `progress.Status`). Raises `UserError` if `output` is not the output of
+    `lumen-ray label`.
     """
     ledger = open_finished(output, of_images=False)
     counted = "requests" if is_batch(ledger.settings() or {}) else "images"
