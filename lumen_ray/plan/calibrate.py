@@ -22,7 +22,9 @@ from lumen_ray.inference.device import find_device
 from lumen_ray.label.inputs import Item, Reader
 from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.listing import Listing
+from lumen_ray.label.passes import Passes
 from lumen_ray.label.plan import Plan, reference
+from lumen_ray.label.reading import ImageInHand
 from lumen_ray.label.requests import build_requests
 from lumen_ray.label.runs import Pool, Work, task_size
 from lumen_ray.label.workers import Labeller, WorkerSettings
@@ -45,10 +47,13 @@ class _StageTimer(Labeller):
     """A worker whose stages run one after the other and are timed."""
 
     def answers(self, items: Sequence[Item]) -> tuple[float, float]:
-        """(seconds, CPU seconds) of a batch, from pixels to records."""
+        """(seconds, CPU seconds) of the images of a fragment, from pixels to records: in passes, as a job has them."""
         images = self._read(items, None if self.settings.tiles else self.engine.largest_side)
         began, used = time.perf_counter(), time.process_time()
-        self._answer([image for image in images if image.is_ready])
+        passes: Passes[ImageInHand] = Passes(self.settings.batch_size, self.engine.image_size)
+        full = [some for image in images if image.is_ready for some in self._full_passes(passes, image)]
+        for some in (*full, *passes.rest()):
+            self._answer(some)
         self.last = images
         return time.perf_counter() - began, time.process_time() - used
 
@@ -189,20 +194,21 @@ def _images(items: Sequence[Item], side: int) -> tuple[list[float], list[float],
 def _model(
     labeller: _StageTimer, items: Sequence[Item], batch: int, say: Callable[[str], None]
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds and CPU seconds of batches, by the number of threads: one, and all cores."""
+    """Seconds and CPU seconds per batch, of fragments, by the number of threads: one, and all cores. Images of one
+    input size share passes, which are fuller the more images there are to choose from."""
     import torch
 
     before = torch.get_num_threads()
-    batches = [items[start : start + batch] for start in range(0, len(items) - batch + 1, batch)] or [items]
+    fragments = [items[start : start + FRAGMENT] for start in range(0, len(items) - FRAGMENT + 1, FRAGMENT)] or [items]
     wall: dict[str, list[float]] = {}
     cpu: dict[str, list[float]] = {}
     for threads in sorted({1, os.cpu_count() or 1}):
         say(f"model, {threads} thread{'s' if threads > 1 else ''}")
         torch.set_num_threads(threads)
         ends = time.monotonic() + _ENGINE_S
-        labeller.answers(batches[0])  # the first pass makes what is kept
+        labeller.answers(fragments[0])  # the first pass makes what is kept
         measured = []
-        for some in batches:
+        for some in fragments:
             seconds, used = labeller.answers(some)
             measured.append((seconds * batch / len(some), used * batch / len(some)))
             if time.monotonic() > ends:
