@@ -1,13 +1,12 @@
 """Label jobs in a store that fsspec knows and pyarrow does not: ``az://``, whose library is a fake."""
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from fsspec.registry import _registry
 from support.label_fakes import FakeEngine, write_images
+from support.label_jobs import LabelJob
 
 from lumen_ray.data import files
 from lumen_ray.errors import UserError
@@ -15,8 +14,7 @@ from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.pipeline import label
 from lumen_ray.label.status import label_status
 
-TESTS = Path(__file__).resolve().parents[1]
-FAKES = TESTS / "support" / "fake_azure"
+FAKES = Path(__file__).resolve().parents[1] / "support" / "fake_azure"
 OPTIONS = {"tasks": ["detect"], "classes": ["square"], "fragment_size": 4}
 
 
@@ -51,34 +49,11 @@ def test_a_job_reads_and_writes_through_fsspec(azure):
     check(label(FakeEngine, "az://box/in", "az://box/out", num_actors=0, **OPTIONS), azure, 10)
 
 
-DRIVER = """
-import sys
-from support import label_fakes
-from support.label_fakes import FakeEngine
-from lumen_ray.label.pipeline import label
-from lumen_ray.ray_env import init_local, prepare_environment
-
-prepare_environment()
-import ray
-
-init_local()
-ray.cloudpickle.register_pickle_by_value(label_fakes)
-summary = label(FakeEngine, "az://box/in", "az://box/out", tasks=["detect"], classes=["square"], fragment_size=4,
-                num_actors=2)
-assert summary["images"] == summary["labelled"] == 24, summary
-"""
-
-
 @pytest.mark.ray
 def test_workers_on_ray_share_the_store(azure):
     """What other processes wrote is seen, whatever was listed before."""
     write_images(azure / "box" / "in", 24)
-    path = os.pathsep.join([str(FAKES), str(TESTS), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", DRIVER], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert label_status("az://box/out")["state"] == "finished"
+    check(LabelJob("az://box/in", "az://box/out", OPTIONS, [FAKES]).run(), azure, 24)
 
 
 def test_what_another_process_wrote_is_listed(azure):
