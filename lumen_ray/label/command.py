@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 #: of a job with ``--strict`` that could not label every image
 EXIT_WITH_ERRORS = 3
+#: of the progress line
+_UNITS = {"images": "img", "requests": "req"}
 
 
 def add_args(verbs: Any, parser_class: type) -> None:
@@ -199,7 +201,7 @@ def _status_parser(parser_class: type) -> argparse.ArgumentParser:
 #: what ``--input-jsonl`` can be combined with
 _OF_BATCHES = (
     "input_jsonl", "model", "decoders", "device", "dtype", "output", "score_threshold", "batch_size", "actors",
-    "max_errors", "strict", "progress", "verb", "run",
+    "gpus_per_actor", "max_errors", "usd_per_hour", "strict", "progress", "verb", "run",
 )  # fmt: skip
 
 
@@ -219,7 +221,7 @@ def _answer_batch(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     as_json = args.progress == "json"
     if not as_json:
         say_bundled(args.model)
-    with _reported(as_json, "req") as progress:
+    with _reported(as_json) as progress:
         summary = api.answer_batch(
             args.input_jsonl,
             args.output,
@@ -228,9 +230,11 @@ def _answer_batch(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
             device=args.device,
             dtype=args.dtype,
             actors=actors,
+            gpus_per_actor=args.gpus_per_actor,
             batch_size=args.batch_size,
             score_threshold=args.score_threshold,
             max_errors=args.max_errors,
+            usd_per_hour=args.usd_per_hour,
             progress=progress,
         )
     if as_json:
@@ -292,7 +296,7 @@ def _label(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _reported(as_json: bool, unit: str = "img") -> Iterator[Callable[[Status], None]]:
+def _reported(as_json: bool) -> Iterator[Callable[[Status], None]]:
     """What shows the progress of a job."""
     if as_json:
         yield _json_lines()
@@ -301,7 +305,7 @@ def _reported(as_json: bool, unit: str = "img") -> Iterator[Callable[[Status], N
 
         def update(status: Status) -> None:
             total = status.total if status.is_listed else None
-            facts = [f"{status.rate:.1f} {unit}/s", f"{status.errors} errors", *status.notes()]
+            facts = [f"{status.rate:.1f} {_UNITS[status.counted]}/s", f"{status.errors} errors", *status.notes()]
             if not status.is_listed:
                 facts.append(f"{status.total:,} listed so far")
             shown.update(status.done, total, ", ".join(facts))
