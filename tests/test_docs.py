@@ -528,11 +528,14 @@ def user_folder(tmp_path, monkeypatch):
 
 
 def run_blocks(page: str, info: str) -> None:
-    """The blocks of a page one after the other in one namespace."""
+    """The blocks of a page one after the other in one namespace, with a free port for servers."""
+    from support.serve_fakes import free_port
+
+    port = str(free_port())
     namespace: dict[str, Any] = {}
     for block in blocks_of(info):
         if block.page == page:
-            exec(compile(block.text, str(block), "exec"), namespace)
+            exec(compile(block.text.replace("8123", port), str(block), "exec"), namespace)
 
 
 def pages_with(info: str) -> list[str]:
