@@ -217,7 +217,7 @@ def test_the_readme_has_the_blocks_that_ci_runs():
     text = (ROOT / "README.md").read_text()
     for marker, command in (
         ("install-and-run", "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/lumen-ray quickstart"),
-        ("test", '.venv/bin/pip install ".[test]" && .venv/bin/pytest'),
+        ("test", '.venv/bin/pip install ".[test]" && .venv/bin/pytest -n 2 --dist loadfile'),
     ):
         assert f"<!-- {marker} -->\n```sh\n{command}\n```\n" in text
 
