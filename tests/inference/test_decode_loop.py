@@ -285,7 +285,7 @@ def test_another_thread_goes_on_when_the_one_that_took_the_steps_leaves(error):
         if len(writing.tokens) == 2:
             thread.start()
             waiting.wait(timeout=10)
-        if len(writing.tokens) >= 5:  # more, where the other one took steps meanwhile
+        if len(writing.tokens) >= 5:
             raise error
 
     with torch.inference_mode():
