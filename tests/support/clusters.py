@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -82,10 +83,15 @@ def in_session(command: list[str], environment: dict[str, str], **pipes: object)
 
 def train_workers(pid: int) -> list[psutil.Process]:
     """Ray Train's workers among the processes that `pid` has started."""
+    return descendants(pid, "RayTrainWorker")
+
+
+def descendants(pid: int, name: str) -> list[psutil.Process]:
+    """The processes that `pid` and those it has started have started, with `name` in their command line."""
     found = []
     for process in psutil.Process(pid).children(recursive=True):
         try:
-            if "RayTrainWorker" in " ".join(process.cmdline()):
+            if name in " ".join(process.cmdline()):
                 found.append(process)
         except psutil.NoSuchProcess:
             continue
@@ -93,8 +99,9 @@ def train_workers(pid: int) -> list[psutil.Process]:
 
 
 def free_ports() -> Iterator[int]:
-    """Ports that nobody listens on, outside the range Ray takes its workers' ports from, each once."""
-    for port in range(21000, 30000):
+    """Ports that nobody listens on, outside the range Ray takes its workers' ports from, each once and in an order of
+    its own, since other processes look for theirs at the same time."""
+    for port in random.SystemRandom().sample(range(21000, 30000), 9000):
         with socket.socket() as s:
             if s.connect_ex(("127.0.0.1", port)) != 0:
                 yield port
