@@ -18,6 +18,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.label.exporters.registry import DEFAULT_EXPORTS, EXPORTERS
 from lumen_ray.options import decoders_arg, device_arg, dtype_arg, exemplars_arg, model_arg, say_bundled
 from lumen_ray.presets import model_folder
+from lumen_ray.remote.command import add_submit_args
 
 if TYPE_CHECKING:
     from lumen_ray.label.progress import Status
@@ -135,6 +136,7 @@ def _input_args(verbs: Any) -> None:
         help=f"formats to export the labels in, see 'lumen-ray label export --help', or none (default: "
         f"{','.join(DEFAULT_EXPORTS)}, in a bucket none)",
     )
+    add_submit_args(p)
     p.set_defaults(run=lambda args: _label(args) if args.input_jsonl is None else _answer_batch(args, p))
 
 

@@ -110,8 +110,8 @@ def free_ports() -> Iterator[int]:
 class Cluster:
     """A head node with its dashboard (where jobs are submitted), and more nodes on demand. A context manager."""
 
-    def __init__(self, cpus: int = 1):
-        self.cpus = cpus
+    def __init__(self, cpus: int = 1, token: str | None = None):
+        self.cpus, self.token = cpus, token
         self.nodes: list[subprocess.Popen] = []
         self._ports = free_ports()
         self.port, self.dashboard, self.client = (next(self._ports) for _ in range(3))
@@ -124,7 +124,8 @@ class Cluster:
         quick_death = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "10"}
         address = {"RAY_ADDRESS": f"127.0.0.1:{self.port}"}
         threads = {"OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
-        return os.environ | quick_death | address | threads
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token} if self.token else {}
+        return os.environ | quick_death | address | threads | token
 
     def _start(self, *options: str) -> subprocess.Popen:
         common = ["--block", f"--num-cpus={self.cpus}", "--object-store-memory=100000000", "--disable-usage-stats"]
