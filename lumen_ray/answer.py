@@ -81,6 +81,8 @@ class Answer:
     log_probs: list[float] | None = None
     #: the text of each of these tokens (`LumenTokenizer.token_texts`)
     tokens: list[str] | None = None
+    #: the most probable tokens at the place of each, as (text, log probability), if `Sampling.top_log_probs` asks so
+    top_tokens: list[list[tuple[str, float]]] | None = None
     #: whether the text is as long as it may be, though the LLM did not end it
     is_cut: bool = False
     #: of an answer that the LLM wrote, if only its routing token

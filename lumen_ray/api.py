@@ -375,9 +375,11 @@ def answer_batch(
     device: str | None = None,
     dtype: str = "float32",
     actors: int | range | None = None,
+    gpus_per_actor: float = 1,
     batch_size: int = 8,
     score_threshold: float = 0.3,
     max_errors: str | int | None = None,
+    usd_per_hour: float | None = None,
     progress: Callable[[Status], None] | None = None,
 ) -> dict[str, Any]:
     """Answers a file of chat requests in the format of OpenAI's Batch API, as a server answers each; returns a summary.
@@ -391,15 +393,17 @@ def answer_batch(
     device: as of `label`.
     dtype: "float32" or "bfloat16", of weights and matrix products.
     actors: as of `label`.
+    gpus_per_actor: as of `label`.
     batch_size: requests that are given to the model together.
     score_threshold: instances below this score (0..1) are left out of answers.
     max_errors: stop once more requests than this have failed: a number, or a share such as "5%".
+    usd_per_hour: as of `label`.
     progress: as of `label`, with requests for images.
 
     The summary holds ``requests == answered + errors``, ``reasons`` (of errors -> count), ``first_error``, ``usage``
-    (tokens) and ``seconds``. A line that cannot be answered is a line of ``errors.jsonl`` and stops nothing. Raises
-    `UserError` for an unknown model or device, a file that is missing or empty, an output folder that holds something
-    else or that another job is writing, and too many errors.
+    (tokens), ``seconds``, ``model_busy``, ``spent_seconds`` and ``usd`` of all runs. A line that cannot be answered is
+    a line of ``errors.jsonl`` and stops nothing. Raises `UserError` for an unknown model or device, a file that is
+    missing or empty, an output folder that holds something else or that another job is writing, and too many errors.
 
     >>> import json
     >>> from lumen_ray import answer_batch
@@ -426,9 +430,11 @@ def answer_batch(
         device=device,
         dtype=dtype,
         num_actors=actors,
+        gpus_per_actor=gpus_per_actor,
         batch_size=batch_size,
         score_threshold=score_threshold,
         max_errors=max_errors,
+        usd_per_hour=usd_per_hour,
         progress=progress,
     )
 

@@ -1,4 +1,4 @@
-"""`lumen-ray`: quickstart, prepare, data, train, evaluate, calibrate, label, serve, convert, plan, doctor.
+"""`lumen-ray`: quickstart, prepare, data, train, evaluate, calibrate, label, serve, convert, plan, jobs, doctor.
 
 Each verb is a function of `lumen_ray.api` behind options, with a progress bar and a line on what was written. Heavy
 imports happen inside the functions, so that `--help` and error messages come at once.
@@ -28,6 +28,7 @@ from lumen_ray.model.convert import command as convert
 from lumen_ray.options import decoders_arg, device_arg, dtype_arg, exemplars_arg, model_arg, say_bundled
 from lumen_ray.plan import command as plan_command
 from lumen_ray.ray_env import prepare_environment
+from lumen_ray.remote import command as remote_command
 from lumen_ray.version import __version__
 
 EXIT_USER_ERROR = 2
@@ -72,6 +73,7 @@ def _parser_and_verbs() -> tuple[argparse.ArgumentParser, list[str]]:
     _serve_args(verbs)
     convert.add_args(verbs, _Parser)
     plan_command.add_args(verbs)
+    remote_command.add_args(verbs, _Parser)
     doctor.add_args(verbs)
     return parser, list(verbs.choices)
 
@@ -98,6 +100,7 @@ def _train_args(verbs: Any) -> None:
         "from fresh weights",
     )
     p.add_argument("--workers", type=int, help="Ray Train workers, instead of the recipe's")
+    remote_command.add_submit_args(p)
     p.set_defaults(run=_train)
 
 
@@ -123,6 +126,7 @@ def _evaluate_args(verbs: Any) -> None:
         help="names of things that no image shows, comma separated, or a .txt file of them: counts the boxes they get",
     )
     p.add_argument("--pictures", type=int, default=32, help="make pictures for the first images only (default: 32)")
+    remote_command.add_submit_args(p)
     p.set_defaults(run=_evaluate)
 
 
@@ -147,6 +151,7 @@ def _serve_args(verbs: Any) -> None:
     p.add_argument("--port", type=int, help="port to listen on, instead of the config's")
     p.add_argument("--check", action="store_true", help="check the config, also one for `serve deploy`, and end")
     p.add_argument("--new-key", metavar="NAME", help="make an API key, print its line for auth.keys_file, and end")
+    remote_command.add_submit_args(p)
     p.set_defaults(run=_serve)
 
 
@@ -273,10 +278,15 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if verb and not verb.startswith("-") and verb not in verbs:
             raise UserError(f"unknown verb '{verb}';{suggest(verb, verbs)} verbs: {', '.join(verbs)}", "unknown_verb")
+        job, argv = remote_command.split(argv) if verb in remote_command.SUBMITTED else (None, argv)
         args = parser.parse_args(argv)
         if not args.verb:
             parser.print_help()
             return EXIT_USER_ERROR
+        if job is not None and job.address:
+            return remote_command.submit(job, argv, args)
+        if job is not None:
+            remote_command.check_local(job, args)
         _warn_of_broken_decoders()
         return args.run(args) or 0
     except UserError as error:

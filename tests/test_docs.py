@@ -218,7 +218,7 @@ def test_the_readme_has_the_blocks_that_ci_runs():
     text = (ROOT / "README.md").read_text()
     for marker, command in (
         ("install-and-run", "python3 -m venv .venv && .venv/bin/pip install . && .venv/bin/lumen-ray quickstart"),
-        ("test", '.venv/bin/pip install ".[test]" && .venv/bin/pytest'),
+        ("test", '.venv/bin/pip install ".[test]" && .venv/bin/pytest -n 2 --dist loadfile'),
     ):
         assert f"<!-- {marker} -->\n```sh\n{command}\n```\n" in text
 
@@ -533,11 +533,14 @@ def user_folder(tmp_path, monkeypatch):
 
 
 def run_blocks(page: str, info: str) -> None:
-    """The blocks of a page one after the other in one namespace."""
+    """The blocks of a page one after the other in one namespace, with a free port for servers."""
+    from support.serve_fakes import free_port
+
+    port = str(free_port())
     namespace: dict[str, Any] = {}
     for block in blocks_of(info):
         if block.page == page:
-            exec(compile(block.text, str(block), "exec"), namespace)
+            exec(compile(block.text.replace("8123", port), str(block), "exec"), namespace)
 
 
 def pages_with(info: str) -> list[str]:

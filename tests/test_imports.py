@@ -30,7 +30,7 @@ LAYERS = (
     ("model",),
     ("data",),
     ("inference", "train"),
-    ("footprint", "exemplar_file", "options", "wire"),
+    ("footprint", "exemplar_file", "options", "remote", "wire"),
     ("label", "evaluate"),
     ("serve",),  # answers batches over label's ledger
     ("api", "callable_package", "bench", "plan"),
@@ -42,6 +42,7 @@ SHARED = {0, RANK["decoders"], RANK["api"], RANK["cli"]}
 #: modules of the command line that live beside what they run
 COMMANDS = (
     "data.command", "model.convert.command", "label.command", "bench.command", "bench.kinds", "plan.command",
+    "remote.command",
 )  # fmt: skip
 #: packages that can be called as a function of the API
 CALLABLE = ("train", "label", "evaluate", "serve")

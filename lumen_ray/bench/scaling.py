@@ -2,7 +2,8 @@
 
     python -m lumen_ray.bench.scaling docs/scaling.svg
 
-Serves `nano-experts` with random weights, without its decoders of pictures, and asks for boxes by GroundingDINO alone.
+Serves `nano-experts` with random weights, without its decoders of pictures, and asks for boxes alone, by the last of
+its decoders that finds them.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ import numpy as np
 
 from lumen_ray import config
 from lumen_ray.data.scenes.render import encode_jpeg
+from lumen_ray.decoders.registry import DECODERS, serves
 from lumen_ray.model.build import ModelMeta, build_model, save_model
-from lumen_ray.model.settings import ModelSettings
+from lumen_ray.model.settings import ModelSettings, read_settings
 from lumen_ray.presets import model_path
 from lumen_ray.serve.app import APP_NAME, run
 from lumen_ray.serve.settings import Autoscaling, Deployment, Http, ModelDeployment, ServeSettings, TrunkDeployment
@@ -33,8 +35,7 @@ from lumen_ray.trunk.tokenizer import LumenTokenizer
 #: seconds before, of and after the load, and between samples
 BEFORE_S, LOAD_S, AFTER_S, EVERY_S = 10, 45, 45, 0.5
 CLIENTS = 8
-PICTURES = ("stable_diffusion", "instruct_pix2pix")
-SERVING = {"detect": "grounding_dino"}
+TASK = "detect"
 COLOURS = ("#4c78a8", "#72b7b2", "#54a24b", "#e4572e", "#b279a2")
 WIDTH, ROW, LEFT, TOP = 760, 64, 150, 34
 
@@ -51,7 +52,8 @@ class Sample:
 def model(folder: Path) -> Path:
     """The preset with random weights."""
     preset = config.load_yaml(model_path("nano-experts"))
-    settings = config.validate(ModelSettings, {k: v for k, v in preset.items() if k not in PICTURES}, "nano-experts")
+    drawing = {name for name in DECODERS if serves(name, "generate") or serves(name, "edit")}
+    settings = config.validate(ModelSettings, {k: v for k, v in preset.items() if k not in drawing}, "nano-experts")
     tokenizer = LumenTokenizer.train(["detect red circle and blue square"], settings.vocab_size)
     state = build_model(settings, len(tokenizer)).state_dict()
     return save_model(folder, state, settings, tokenizer, ModelMeta("nano-experts", ["red circle"]))
@@ -62,14 +64,14 @@ def settings_of(folder: Path, port: int) -> ServeSettings:
     scales = Autoscaling(
         min_replicas=1, max_replicas=3, target_ongoing_requests=2, upscale_delay_s=2, downscale_delay_s=10
     )
-    decoder = ModelDeployment(num_cpus=0.1, autoscaling=scales)
+    names = read_settings(folder).decoder_names
     return ServeSettings(
         model=str(folder),
         http=Http(port=port),
         ingress=Deployment(num_cpus=0.1, max_ongoing_requests=64),
         trunk=TrunkDeployment(num_cpus=0.1, max_ongoing_requests=32, autoscaling=scales),
-        decoders=dict.fromkeys(("lumen", "grounding_dino", "unipose"), decoder),
-        serving=SERVING,
+        decoders=dict.fromkeys(names, ModelDeployment(num_cpus=0.1, autoscaling=scales)),
+        serving={TASK: [name for name in names if serves(name, TASK)][-1]},
     )
 
 
@@ -84,7 +86,8 @@ def record(folder: Path) -> list[Sample]:
     answered: Counter[str] = Counter()
     is_over = threading.Event()
     clients = [threading.Thread(target=_ask, args=(server.url, is_over, answered)) for _ in range(CLIENTS)]
-    samples, start, known = [], time.monotonic(), 0
+    samples: list[Sample] = []
+    start, known = time.monotonic(), 0
     try:
         while (now := time.monotonic() - start) < BEFORE_S + LOAD_S + AFTER_S:
             if now > BEFORE_S and clients[0].ident is None:
@@ -97,8 +100,10 @@ def record(folder: Path) -> list[Sample]:
                 name: sum(n for state, n in one.replica_states.items() if state == "RUNNING")
                 for name, one in found.items()
             }
-            samples.append(Sample(now, replicas, (answered["all"] - known) / EVERY_S))
-            known = answered["all"]
+            count = answered["all"]
+            since = samples[-1].seconds if samples else -EVERY_S
+            samples.append(Sample(now, replicas, (count - known) / (now - since)))
+            known = count
             time.sleep(EVERY_S)
     finally:
         is_over.set()
@@ -114,13 +119,14 @@ def _ask(url: str, is_over: threading.Event, answered: Counter[str]) -> None:
     body = {"image": base64.b64encode(encode_jpeg(pixels)).decode(), "classes": ["red circle", "blue square"]}
     with httpx.Client(base_url=url, timeout=90) as client:
         while not is_over.is_set():
-            if client.post("/v1/detect", json=body).status_code == 200:
+            if client.post(f"/v1/{TASK}", json=body).status_code == 200:
                 answered["all"] += 1
 
 
 def draw(samples: Sequence[Sample], load: tuple[float, float]) -> str:
     """An SVG: a row of steps for each deployment, and one of answers; the time of the `load` is shaded."""
     names = list(samples[0].replicas)
+    most = float(max(max(sample.replicas.values()) for sample in samples))
     end, height = samples[-1].seconds, TOP + ROW * (len(names) + 1) + 30
 
     def x(seconds: float) -> float:
@@ -131,12 +137,14 @@ def draw(samples: Sequence[Sample], load: tuple[float, float]) -> str:
         f'font-size="12"><rect width="{WIDTH}" height="{height}" fill="white"/>',
         f'<rect x="{x(load[0]):.1f}" y="{TOP - 14}" width="{x(load[1]) - x(load[0]):.1f}" '
         f'height="{height - TOP - 12}" fill="#f3efe2"/>',
-        f'<text x="{x(load[0]) + 6:.1f}" y="{TOP - 20}">{CLIENTS} clients ask for boxes of GroundingDINO</text>',
+        f'<text x="{x(load[0]) + 6:.1f}" y="{TOP - 20}">{CLIENTS} clients ask for boxes</text>',
     ]
     for row, name in enumerate(names):
         values = [(sample.seconds, float(sample.replicas[name])) for sample in samples]
-        parts += _row(name, "replicas", values, row, COLOURS[row % len(COLOURS)], x)
-    parts += _row("answers", "per second", [(s.seconds, s.answers) for s in samples], len(names), "#777777", x)
+        parts += _row(name, "replicas", values, most, row, COLOURS[row % len(COLOURS)], x)
+    answers = [(sample.seconds, sample.answers) for sample in samples]
+    fastest = max(1.0, *(value for _, value in answers))
+    parts += _row("answers", "per second", answers, fastest, len(names), "#777777", x)
     parts += [
         f'<text x="{x(second):.1f}" y="{height - 8}" text-anchor="middle">{second:g} s</text>'
         for second in range(0, int(end) + 1, 20)
@@ -145,19 +153,32 @@ def draw(samples: Sequence[Sample], load: tuple[float, float]) -> str:
 
 
 def _row(
-    name: str, unit: str, values: Sequence[tuple[float, float]], row: int, colour: str, x: Callable[[float], float]
+    name: str,
+    unit: str,
+    values: Sequence[tuple[float, float]],
+    most: float,
+    row: int,
+    colour: str,
+    x: Callable[[float], float],
 ) -> list[str]:
-    """Name, largest value and the steps of one row."""
-    most, bottom = max(1.0, *(value for _, value in values)), TOP + ROW * (row + 1) - 8
-    points = []
-    for (seconds, value), (following, _) in zip(values, [*values[1:], values[-1]], strict=True):
-        y = bottom - (ROW - 22) * value / most
-        points += [f"{x(seconds):.1f},{y:.1f}", f"{x(following):.1f},{y:.1f}"]
+    """Name, largest value and the steps of one row, which is as high as the value `most`."""
+    bottom = TOP + ROW * (row + 1) - 8
+    points: list[str] = []
+    before = None
+    for seconds, value in [*values, (values[-1][0], None)]:
+        if value == before:
+            continue
+        if before is not None:
+            points.append(f"{x(seconds):.1f},{bottom - (ROW - 22) * before / most:.1f}")
+        if value is not None:
+            points.append(f"{x(seconds):.1f},{bottom - (ROW - 22) * value / most:.1f}")
+        before = value
+    largest = max(value for _, value in values)
     return [
         f'<line x1="{LEFT}" x2="{WIDTH - 20}" y1="{bottom}" y2="{bottom}" stroke="#cccccc"/>',
         f'<polyline points="{" ".join(points)}" fill="none" stroke="{colour}" stroke-width="2"/>',
         f'<text x="10" y="{bottom - 22}" font-weight="bold">{name}</text>',
-        f'<text x="10" y="{bottom - 6}" fill="#555555">{unit}, up to {most:.3g}</text>',
+        f'<text x="10" y="{bottom - 6}" fill="#555555">{unit}, up to {largest:.3g}</text>',
     ]
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from lumen_ray import api
 from lumen_ray.console import bar, console, say
 from lumen_ray.errors import UserError
+from lumen_ray.remote.command import add_submit_args
 
 
 def add_args(verbs: Any, parser_class: type) -> None:
@@ -50,6 +51,7 @@ def _prepare_args(verbs: Any, parser_class: type) -> None:
             type=int,
             help="most tasks at once (default: one per core, on a cluster as many as it has room for; 0: without Ray)",
         )
+        add_submit_args(q)
     p.set_defaults(run=_prepare)
 
 

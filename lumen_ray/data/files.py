@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-import fsspec
 from pyarrow import fs
 
+from lumen_ray.data.fsspec_store import open_store
 from lumen_ray.data.urls import NATIVE, Location, is_url, join, parent, shown, split, url_of
 from lumen_ray.errors import UserError
 
@@ -40,7 +40,7 @@ class StoreError(UserError):
 def _store(scheme: str, bucket: str, settings: str) -> fs.FileSystem:
     if scheme not in NATIVE:
         try:
-            return fs.PyFileSystem(fs.FSSpecHandler(fsspec.filesystem(scheme)))
+            return open_store(scheme)
         except (ValueError, ImportError) as error:
             raise StoreError(f"'{scheme}://' paths cannot be read: {_first(error)}", "unknown_store") from None
     user, at, _ = bucket.rpartition("@")
@@ -123,6 +123,8 @@ def _store_error(location: Location, error: BaseException) -> StoreError:
     hint = {
         "s3": "check the bucket's name and region, and the credentials (AWS_ACCESS_KEY_ID, AWS_PROFILE or a role)",
         "gs": "check the bucket's name and the credentials (GOOGLE_APPLICATION_CREDENTIALS)",
+        "az": "check the container's name and the credentials (AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY)",
+        "hf": "check the repository's name and the credentials (HF_TOKEN)",
     }.get("gs" if scheme == "gcs" else scheme, "check its address and credentials")
     return StoreError(f"'{shown(location)}' cannot be reached; {hint}: {_first(error)}", "store_unreachable")
 

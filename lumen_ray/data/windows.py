@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,21 +25,22 @@ from lumen_ray.errors import UserError
 from lumen_ray.structures import Size
 
 
-def _optional(name: str) -> Any:
-    """A module of the `tiff` extra; None where it is not installed."""
+@cache
+def _tifffile() -> Any:
+    """The library, imported by the process that first meets a TIFF file; None where it is not installed."""
     try:
-        return import_module(name)
+        import tifffile
     except ImportError:
         return None
+    return tifffile
 
 
-tifffile = _optional("tifffile")
 #: run lengths of masks are 32 bits wide
 MOST_PIXELS = 2**32 - 1
 #: bytes of decoded tiles that are kept, since windows that follow each other share some
 _KEPT_BYTES = 64 << 20
 #: raised by tifffile, its codecs and Pillow on damaged bytes
-_DAMAGE = (*DAMAGE, RuntimeError, zlib.error, lzma.LZMAError, *((tifffile.TiffFileError,) if tifffile else ()))
+_DAMAGE = (*DAMAGE, RuntimeError, zlib.error, lzma.LZMAError)  # TiffFileError is a ValueError
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _ORIENTATION, _EXTRA_UNASSOCIATED_ALPHA = 274, 2
 _GREY, _RGB, _YCBCR = 1, 2, 6  # photometric interpretations
@@ -73,7 +74,7 @@ class LargeImage:
     def open(self) -> Iterator[TiffWindows]:
         """The windows. Raises `UserError` (`broken_image`) if the file is gone or damaged."""
         with _guarded():
-            opened = tifffile.TiffFile(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source)
+            opened = _tifffile().TiffFile(io.BytesIO(self.source) if isinstance(self.source, bytes) else self.source)
         with opened as file:
             with _guarded():
                 windows = TiffWindows(file)
@@ -89,7 +90,7 @@ def find_large(source: str | bytes, max_pixels: int = MAX_PIXELS) -> LargeImage 
     try:
         if _head(source) not in _MAGIC:
             return None
-        if tifffile is None:
+        if (tifffile := _tifffile()) is None:
             _check_needless(source, max_pixels)
             return None
         with tifffile.TiffFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:

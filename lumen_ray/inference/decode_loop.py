@@ -27,7 +27,7 @@ from lumen_ray.cancellation import giving_way
 from lumen_ray.cpu_linear import pack, packed_weights
 from lumen_ray.inference.branches import with_regions
 from lumen_ray.inference.fair_share import FairShare, Ticket
-from lumen_ray.inference.sampling import stop_at
+from lumen_ray.inference.sampling import most_probable, stop_at
 from lumen_ray.inference.writing import TextLink, TextPrompt, Writing
 from lumen_ray.precision import in_model_dtype
 from lumen_ray.structures import Dtype
@@ -381,8 +381,9 @@ class DecodeLoop:
                 tokens[number] = writing.prompt.sampler.choose(logits[number])
         chosen = torch.tensor(tokens, device=logits.device)[:, None]
         log_probs = (logits.gather(1, chosen)[:, 0].float() - total).tolist()
-        for writing, token, log_prob in zip(writings, tokens, log_probs, strict=True):
-            writing.prompt.sampler.record(token, log_prob)
+        tops = most_probable(logits, total, max(w.prompt.sampler.settings.top_log_probs for w in writings))
+        for writing, token, log_prob, top in zip(writings, tokens, log_probs, tops, strict=True):
+            writing.prompt.sampler.record(token, log_prob, top)
             if token in self.tokenizer.end_ids:
                 writing.end = "stop"
                 continue

@@ -28,8 +28,8 @@ DecoderResult = Prediction | list[np.ndarray] | None
 @dataclass
 class RequestPlan:
     """Where one request's answer comes from: `links` are indices into the super link of its `decoder`, `text` is what
-    the LLM wrote; `log_probs`, `tokens`, `is_cut` and `usage` are as in `Answer`. `parts`: as there, with an entry
-    without prediction for each link, in the order of `links`."""
+    the LLM wrote; `log_probs`, `tokens`, `top_tokens`, `is_cut` and `usage` are as in `Answer`. `parts`: as there,
+    with an entry without prediction for each link, in the order of `links`."""
 
     task: str
     size: Size
@@ -39,6 +39,7 @@ class RequestPlan:
     text: str | None = None
     log_probs: list[float] | None = None
     tokens: list[str] | None = None
+    top_tokens: list[list[tuple[str, float]]] | None = None
     is_cut: bool = False
     usage: TokenUsage | None = None
     parts: list[AnswerPart] | None = None
@@ -145,6 +146,7 @@ def _answer(plan: RequestPlan, results: Mapping[str, Sequence[DecoderResult]]) -
         route=plan.route,
         log_probs=plan.log_probs,
         tokens=plan.tokens,
+        top_tokens=plan.top_tokens,
         is_cut=plan.is_cut,
         usage=plan.usage,
     )

@@ -31,7 +31,7 @@ from lumen_ray.inference.region_questions import RegionQuestions
 from lumen_ray.inference.request import Request, Shown, check_requests, images_of
 from lumen_ray.inference.sampling import Sampler, stable_text
 from lumen_ray.inference.word_links import WordLinks, links_of_words
-from lumen_ray.inference.writing import TextPrompt, Writing, written_parts, written_text
+from lumen_ray.inference.writing import TextPrompt, Writing, top_tokens, written_parts, written_text
 from lumen_ray.model.build import LoadedModel, load_model
 from lumen_ray.precision import in_model_dtype
 from lumen_ray.structures import Size
@@ -380,6 +380,7 @@ class TrunkStage(FromFolder):
                 texts = self.tokenizer.token_texts(writing.tokens)
                 plan.log_probs = [writing.prompt.sampler.log_probs[n] for n in words]
                 plan.tokens = [texts[n] for n in words]
+                plan.top_tokens = top_tokens(writing, words, self.tokenizer)
                 plan.is_cut = writing.end == "length" or (writing.end == "route" and bool(writing.links))
                 plan.parts = written_parts(writing, self.tokenizer)
                 plan.route = writing.links[0].route if plan.parts else None

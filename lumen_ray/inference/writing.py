@@ -121,3 +121,18 @@ def written_parts(writing: Writing, tokenizer: LumenTokenizer) -> list[AnswerPar
         start = end
     parts.append(AnswerPart(text[start:]))
     return [part for part in parts if part.text or part.route] if len(parts) > 1 else None
+
+
+def top_tokens(
+    writing: Writing, places: Sequence[int], tokenizer: LumenTokenizer
+) -> list[list[tuple[str, float]]] | None:
+    """The most probable tokens at these places of an answer, as of `Answer`, if it was asked for them; special tokens
+    by their names."""
+    if not (top := writing.prompt.sampler.top):
+        return None
+
+    def text_of(number: int, place: int) -> str:
+        before = writing.tokens[max(place - 1, 0) : place]
+        return tokenizer.token_texts([*before, number])[-1] or tokenizer.name_of(number)
+
+    return [[(text_of(number, place), value) for number, value in top[place]] for place in places]

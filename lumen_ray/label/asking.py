@@ -106,7 +106,9 @@ class Asker:
         for request in self.requests:
             answer = caption if request.task == "caption" else None
             if is_named_by_caption(request):
-                request = replace(request, phrases=classes_for(request, classes, self._skeletons))
+                request = replace(
+                    request, phrases=classes_for(request.task, request.keypoints, classes, self._skeletons)
+                )
                 answer = None if request.phrases else Answer(request.task, caption.size)
             requests.append(request)
             known.append(answer)

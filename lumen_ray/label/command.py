@@ -18,12 +18,15 @@ from lumen_ray.errors import UserError
 from lumen_ray.label.exporters.registry import DEFAULT_EXPORTS, EXPORTERS
 from lumen_ray.options import decoders_arg, device_arg, dtype_arg, exemplars_arg, model_arg, say_bundled
 from lumen_ray.presets import model_folder
+from lumen_ray.remote.command import add_submit_args
 
 if TYPE_CHECKING:
     from lumen_ray.label.progress import Status
 
 #: of a job with ``--strict`` that could not label every image
 EXIT_WITH_ERRORS = 3
+#: of the progress line
+_UNITS = {"images": "img", "requests": "req"}
 
 
 def add_args(verbs: Any, parser_class: type) -> None:
@@ -133,6 +136,7 @@ def _input_args(verbs: Any) -> None:
         help=f"formats to export the labels in, see 'lumen-ray label export --help', or none (default: "
         f"{','.join(DEFAULT_EXPORTS)}, in a bucket none)",
     )
+    add_submit_args(p)
     p.set_defaults(run=lambda args: _label(args) if args.input_jsonl is None else _answer_batch(args, p))
 
 
@@ -199,7 +203,7 @@ def _status_parser(parser_class: type) -> argparse.ArgumentParser:
 #: what ``--input-jsonl`` can be combined with
 _OF_BATCHES = (
     "input_jsonl", "model", "decoders", "device", "dtype", "output", "score_threshold", "batch_size", "actors",
-    "max_errors", "strict", "progress", "verb", "run",
+    "gpus_per_actor", "max_errors", "usd_per_hour", "strict", "progress", "verb", "run",
 )  # fmt: skip
 
 
@@ -219,7 +223,7 @@ def _answer_batch(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     as_json = args.progress == "json"
     if not as_json:
         say_bundled(args.model)
-    with _reported(as_json, "req") as progress:
+    with _reported(as_json) as progress:
         summary = api.answer_batch(
             args.input_jsonl,
             args.output,
@@ -228,9 +232,11 @@ def _answer_batch(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
             device=args.device,
             dtype=args.dtype,
             actors=actors,
+            gpus_per_actor=args.gpus_per_actor,
             batch_size=args.batch_size,
             score_threshold=args.score_threshold,
             max_errors=args.max_errors,
+            usd_per_hour=args.usd_per_hour,
             progress=progress,
         )
     if as_json:
@@ -292,7 +298,7 @@ def _label(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _reported(as_json: bool, unit: str = "img") -> Iterator[Callable[[Status], None]]:
+def _reported(as_json: bool) -> Iterator[Callable[[Status], None]]:
     """What shows the progress of a job."""
     if as_json:
         yield _json_lines()
@@ -301,7 +307,7 @@ def _reported(as_json: bool, unit: str = "img") -> Iterator[Callable[[Status], N
 
         def update(status: Status) -> None:
             total = status.total if status.is_listed else None
-            facts = [f"{status.rate:.1f} {unit}/s", f"{status.errors} errors", *status.notes()]
+            facts = [f"{status.rate:.1f} {_UNITS[status.counted]}/s", f"{status.errors} errors", *status.notes()]
             if not status.is_listed:
                 facts.append(f"{status.total:,} listed so far")
             shown.update(status.done, total, ", ".join(facts))

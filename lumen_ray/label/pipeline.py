@@ -40,7 +40,7 @@ from lumen_ray.label.settings import (
     exemplar_settings,
     job_settings,
 )
-from lumen_ray.label.spent import Spent, check_price, cost_text
+from lumen_ray.label.spent import Spent, check_price, cost_text, priced_again
 from lumen_ray.label.vocabulary import AUTO, VOCABULARY, write_vocabulary
 from lumen_ray.label.workers import Outcome, WorkerSettings
 from lumen_ray.structures import check_dtype
@@ -103,7 +103,8 @@ def label(
         from 100 images on.
     dedup: images with the same bytes are labelled once and get copies of the labels (see `label.duplicates`), and each
         image its perceptual hash. Changes no label, so a job may go on with another choice.
-    usd_per_hour: price of the whole cluster for an hour, for the cost of all runs (see `label.spent`).
+    usd_per_hour: price of the whole cluster for an hour, for the cost of all runs (see `label.spent`); of a finished
+        job, the price of all its time.
     exports: formats to export the labels in, by their names in `exporters.registry`; None: `DEFAULT_EXPORTS` for a
         local output, none for one in a bucket.
     agree_with: a decoder of the model that answers too, where it can; instances get their agreement with it.
@@ -120,9 +121,7 @@ def label(
     """
     tasks = list(dict.fromkeys([*tasks, "caption"] if classes == AUTO else tasks))
     exports = _exports(exports, output, tasks)
-    check_numbers(num_actors, batch_size, score_threshold, fragment_size)
-    if not 0.01 <= gpus_per_actor <= 1:
-        raise UserError(f"gpus_per_actor is {gpus_per_actor}; give a share of a GPU from 0.01 to 1", "invalid_setting")
+    check_numbers(num_actors, gpus_per_actor, batch_size, score_threshold, fragment_size)
     check_price(usd_per_hour)
     limit = ErrorLimit.parse(max_errors)
     device = check_device(device, num_actors)
@@ -154,7 +153,7 @@ def label(
             plan.reopen()
         elif (finished := _finished(ledger, plan, len(done), exports)) is not None:
             limit.check_numbers(finished["errors"], finished["images"])
-            return finished
+            return priced_again(ledger, finished, usd_per_hour)
         spent = Spent(ledger.folder, usd_per_hour)
         work = Work(plan, done, None if plan.is_complete else listing)
         pool = Pool(num_actors, gpus_per_actor, dedup)
@@ -173,13 +172,14 @@ def run_work(
     claim: Claim,
     spent: Spent,
     progress: Progress | None,
+    counted: str = "images",
 ) -> tuple[Status, dict[str, str]]:
-    """Does the fragments of `work` that are left. Returns the status and, if Ray was used, the summary's ``log``.
-    Raises as `label`."""
+    """Does the fragments of `work` that are left; `counted`: see `Status`. Returns the status and, if Ray was
+    used, the summary's ``log``. Raises as `label`."""
     _list_ahead(work)
     before, plan = ledger.totals(), work.plan
     status = Status(plan.num_images(), before["images"], before["errors"], before["images"], plan.is_complete)
-    status.copied, status.spent = before["copied"], spent
+    status.copied, status.spent, status.counted = before["copied"], spent, counted
     status.fragments, status.num_fragments = before["fragments"], plan.num_fragments()
     limit.check(status)
     if status.done == status.total and status.is_listed:
@@ -246,7 +246,9 @@ def _exports(exports: Sequence[str] | None, output: str | Path, tasks: Sequence[
     return chosen
 
 
-def check_numbers(num_actors: int | range | None, batch_size: int, score_threshold: float, fragment_size: int) -> None:
+def check_numbers(
+    num_actors: int | range | None, gpus_per_actor: float, batch_size: int, score_threshold: float, fragment_size: int
+) -> None:
     """Raises `UserError` for numbers out of their range."""
     for name, value, least in (
         ("num_actors", num_actors if isinstance(num_actors, int) else 1, 0),
@@ -257,6 +259,8 @@ def check_numbers(num_actors: int | range | None, batch_size: int, score_thresho
             raise UserError(f"{name} is {value}; give {least} or more", "invalid_setting")
     if isinstance(num_actors, range) and not (len(num_actors) and num_actors[0] >= 1):
         raise UserError("num_actors is an empty range; give at least 1, and no less at most", "invalid_setting")
+    if not 0.01 <= gpus_per_actor <= 1:
+        raise UserError(f"gpus_per_actor is {gpus_per_actor}; give a share of a GPU from 0.01 to 1", "invalid_setting")
     if not 0 <= score_threshold <= 1:
         raise UserError(f"score_threshold is {score_threshold}; give a value from 0 to 1", "invalid_setting")
 
@@ -305,8 +309,8 @@ def _collect(
         limit.check(status)
     if failures and not proven:
         raise UserError(
-            f"the model failed on each of {failures} images; the first time: {first_failure}; mend the model or the "
-            "images and run again",
+            f"the model failed on each of {failures} {status.counted}; the first time: {first_failure}; mend the model "
+            f"or the {status.counted} and run again",
             "model_failed",
         )
 

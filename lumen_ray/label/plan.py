@@ -10,11 +10,12 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lumen_ray.data import files, urls
@@ -24,16 +25,38 @@ from lumen_ray.label.listing import Listing
 
 #: fragments of the first file of a plan; each further file has twice as many, up to the most
 FIRST_FRAGMENTS, MOST_FRAGMENTS = 8, 1024
+#: images of a row group of such a file, so that some of its fragments can be read without the others
+_ROW_GROUP = 2048
 _SCHEMA = pa.schema([("fragment", pa.int64()), *ITEM_SCHEMA])
 _OLD = "inputs.parquet"  # the whole plan, of folders from before it was written in parts
 
 
 @dataclass(frozen=True)
 class Fragment:
-    """`index`: its number in the job; `items`: its images."""
+    """`index`: its number in the job; `items`: its images; `part`: the file of the plan that has it."""
 
     index: int
     items: tuple[Item, ...]
+    part: str = ""
+
+
+def reference(fragments: Sequence[Fragment]) -> str:
+    """Where the plan has these fragments, as JSON: what travels to a worker, and waits, in place of their images."""
+    places: dict[str, list[int]] = {}
+    for fragment in fragments:
+        places.setdefault(fragment.part, []).append(fragment.index)
+    return json.dumps(places)
+
+
+def read_fragments(reference: str) -> list[Fragment]:
+    """The fragments of a `reference`, from any process. Raises `UserError` if the plan cannot be read."""
+    found: list[Fragment] = []
+    number = pc.field("fragment")
+    for part, wanted in json.loads(reference).items():
+        chosen = (number >= min(wanted)) & (number <= max(wanted)) & number.isin(wanted)
+        with files.as_user_error(part), files.open_input(part) as file:
+            found += _fragments(pq.read_table(file, filters=chosen, use_threads=False), part)
+    return found
 
 
 class Plan:
@@ -90,11 +113,12 @@ class Plan:
         new = self._numbered(listing, places, ids, is_first=known == 0)
         count, size = len(parts), FIRST_FRAGMENTS
         while block := _take(new, size * self._size):
+            part = urls.join(self._folder, f"inputs-{count:05d}.parquet")
             made = [
-                Fragment(known + n, tuple(block[start : start + self._size]))
+                Fragment(known + n, tuple(block[start : start + self._size]), part)
                 for n, start in enumerate(range(0, len(block), self._size))
             ]
-            self._write(urls.join(self._folder, f"inputs-{count:05d}.parquet"), made)
+            self._write(part, made)
             yield from made
             known, count, size = known + len(made), count + 1, min(2 * size, MOST_FRAGMENTS)
         facts: dict[str, Any] = {"fragments": known, "left_out": dict(listing.left_out)}
@@ -138,24 +162,30 @@ class Plan:
     def _read(self, part: str) -> Iterator[Fragment]:
         with files.as_user_error(part), files.open_input(part) as file:
             table = pq.ParquetFile(file).read()
-        items: list[Item] = []
-        index = -1
-        for batch in table.to_batches(max_chunksize=4096):
-            for row in batch.to_pylist():
-                fragment = row.pop("fragment")
-                if fragment != index and items:
-                    yield Fragment(index, tuple(items))
-                    items = []
-                index = fragment
-                items.append(Item(**row))
-        if items:
-            yield Fragment(index, tuple(items))
+        yield from _fragments(table, part)
 
     def _write(self, part: str, fragments: list[Fragment]) -> None:
         rows = [{"fragment": f.index, **asdict(item)} for f in fragments for item in f.items]
         buffer = io.BytesIO()
-        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), buffer, compression="zstd")
+        table = pa.Table.from_pylist(rows, schema=_SCHEMA)
+        pq.write_table(table, buffer, compression="zstd", row_group_size=_ROW_GROUP)
         files.write_bytes(part, buffer.getvalue())
+
+
+def _fragments(table: pa.Table, part: str) -> Iterator[Fragment]:
+    """The fragments in a table of `_SCHEMA`, in which their rows follow each other."""
+    items: list[Item] = []
+    index = -1
+    for batch in table.to_batches(max_chunksize=4096):
+        for row in batch.to_pylist():
+            fragment = row.pop("fragment")
+            if fragment != index and items:
+                yield Fragment(index, tuple(items), part)
+                items = []
+            index = fragment
+            items.append(Item(**row))
+    if items:
+        yield Fragment(index, tuple(items), part)
 
 
 def _absolute(item: Item) -> Item:

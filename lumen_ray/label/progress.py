@@ -18,7 +18,8 @@ _FEWEST_FOR_SHARE = 100
 
 @dataclass
 class Status:
-    """The progress of a job. `total`: images listed so far, all of them if `is_listed`; `finished_before`: images done
+    """The progress of a job. `counted`: what the numbers count, "images", or "requests" of a batch file, here called
+    images. `total`: images listed so far, all of them if `is_listed`; `finished_before`: images done
     in earlier runs; `copied`: of the done ones, with the labels of an image with the same bytes.
 
     `fragments`: those done of `num_fragments`, which is None while the input is being listed. `seconds` and
@@ -37,6 +38,7 @@ class Status:
     seconds: float = 0.0
     busy_seconds: float = 0.0
     spent: Spent | None = None
+    counted: str = "images"
 
     @property
     def rate(self) -> float:
@@ -58,8 +60,8 @@ class Status:
         self.busy_seconds += outcome.busy_seconds
 
     def facts(self) -> dict[str, Any]:
-        """The numbers as JSON types, with ``images_per_second``, ``seconds_left`` (None while unknown), and what
-        `spent_facts` returns.
+        """The numbers as JSON types, with ``images_per_second`` (or ``requests_per_second``), ``seconds_left`` (None
+        while unknown), and what `spent_facts` returns.
 
         ``fragments_left``: those that wait or are being labelled, None while the input is being listed.
         """
@@ -70,7 +72,7 @@ class Status:
             "is_listed": self.is_listed,
             "errors": self.errors,
             "copied": self.copied,
-            "images_per_second": round(self.rate, 2),
+            f"{self.counted}_per_second": round(self.rate, 2),
             "seconds_left": None if left is None else round(left),
             "fragments_left": None if self.num_fragments is None else self.num_fragments - self.fragments,
             **self.spent_facts(left),
@@ -124,21 +126,21 @@ class ErrorLimit:
             return cls(text, share=value / 100) if text.endswith("%") else cls(text, most=int(text))
         except ValueError:
             raise UserError(
-                f"max_errors is '{given}'; give a number of images such as 50, or a share such as 5%", "invalid_setting"
+                f"max_errors is '{given}'; give a number such as 50, or a share such as 5%", "invalid_setting"
             ) from None
 
     def check(self, status: Status) -> None:
         """Raises `UserError` (`too_many_errors`) if the limit is passed."""
         if status.done >= min(_FEWEST_FOR_SHARE, status.total) or self.share is None:
-            self.check_numbers(status.errors, status.done)
+            self.check_numbers(status.errors, status.done, status.counted)
 
-    def check_numbers(self, errors: int, done: int) -> None:
-        """The same, for `errors` of `done` images."""
+    def check_numbers(self, errors: int, done: int, counted: str = "images") -> None:
+        """The same, for `errors` of `done` images or what else is `counted`."""
         too_many = self.most is not None and errors > self.most
         too_many |= self.share is not None and errors > self.share * done
         if too_many:
             raise UserError(
-                f"stopped after {done} images with {errors} errors, more than the limit of {self.text}; "
+                f"stopped after {done} {counted} with {errors} errors, more than the limit of {self.text}; "
                 "see 'lumen-ray label status' for the reasons; run again with a higher limit to continue",
                 "too_many_errors",
             )

@@ -106,19 +106,27 @@ def _received(item: Item, data: bytes | UserError) -> ImageInHand:
     return ImageInHand(item, data, sha256=hashlib.sha256(data).hexdigest())
 
 
-def _large_file(item: Item) -> ImageInHand | None:
-    """A local file that is read by window, of which the whole is never in memory; None for other images."""
+def find_large_file(item: Item) -> LargeImage | None:
+    """A local file that is read by window, of which the whole is never in memory; None for other images. Raises
+    `UserError` as `find_large`."""
     path = urls.split(item.path)[1]
     is_own_file = item.row_group < 0 and item.offset < 0 and not item.fault and not urls.is_url(item.path)
     if not is_own_file or not path.lower().endswith((".tif", ".tiff")) or not os.path.isfile(path):
         return None
     try:
-        if (large := find_large(path)) is None:
-            return None
-        with open(path, "rb") as file:
-            return ImageInHand(item, large=large, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+        return find_large(path)
     except OSError:
         return None  # whoever reads it says what is wrong
+
+
+def _large_file(item: Item) -> ImageInHand | None:
+    try:
+        if (large := find_large_file(item)) is None:
+            return None
+        with open(large.source, "rb") as file:
+            return ImageInHand(item, large=large, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+    except OSError:
+        return None
     except UserError as error:
         return ImageInHand(item, reason=error.reason, message=str(error))
 

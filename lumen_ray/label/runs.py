@@ -13,7 +13,7 @@ from typing import Any
 from lumen_ray.errors import UserError
 from lumen_ray.label.content_index import ContentIndex, RemoteIndex
 from lumen_ray.label.listing import Listing
-from lumen_ray.label.plan import Fragment, Plan
+from lumen_ray.label.plan import Fragment, Plan, reference
 from lumen_ray.label.workers import LabelActor, Labeller, Outcome, WorkerSettings
 
 #: Seconds without a result after which Ray Data gives up (its default: 30 minutes); loading a large model must fit.
@@ -129,13 +129,15 @@ def _label_on_ray(work: Work, settings: WorkerSettings, pool: Pool) -> Iterator[
 
 def _listed(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Runs on the cluster: lists the input while its first images are labelled. A task that Ray repeats reads the plan
-    that it wrote before, and so yields the same again."""
+    that it wrote before, and so yields the same again.
+
+    The listing is soon done, and its rows wait in the driver: they refer to the plan, whatever the number of images."""
     work: Work = pickle.loads(row["work"])
     try:
         for fragments in work.tasks():
-            yield {"fragments": pickle.dumps(fragments), "outcome": ""}
+            yield {"fragments": reference(fragments), "outcome": ""}
     except UserError as error:
-        yield {"fragments": b"", "outcome": Outcome(stop=(str(error), error.reason)).to_json()}
+        yield {"fragments": "", "outcome": Outcome(stop=(str(error), error.reason)).to_json()}
 
 
 def default_actors(device: str | None, available: Mapping[str, float], images: int, is_all: bool) -> range:

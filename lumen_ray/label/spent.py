@@ -10,14 +10,16 @@ from typing import Any
 
 from lumen_ray.data import files, urls
 from lumen_ray.errors import UserError
+from lumen_ray.label.ledger import Ledger
 
 #: what a killed job loses of its time at most, beside the time since its last result
 SAVE_S = 10.0
+_FILE = "spent.json"
 
 
 def read_spent(ledger: urls.Location) -> dict[str, Any]:
     """``seconds`` of all runs, ``usd`` and ``usd_per_hour`` (None without a price), as last saved."""
-    path = urls.join(ledger, "spent.json")
+    path = urls.join(ledger, _FILE)
     try:
         found = json.loads(files.read_text(path)) if files.is_file(path) else {}
     except ValueError:  # damaged
@@ -34,7 +36,7 @@ class Spent:
 
     def __init__(self, ledger: urls.Location, usd_per_hour: float | None = None):
         before = read_spent(ledger)
-        self._path = urls.join(ledger, "spent.json")
+        self._path = urls.join(ledger, _FILE)
         self._started = self._saved = time.monotonic()
         self._seconds_before = before["seconds"]
         self.usd_per_hour: float | None = before["usd_per_hour"] if usd_per_hour is None else usd_per_hour
@@ -67,6 +69,21 @@ class Spent:
 
     def _price(self, seconds: float) -> float | None:
         return None if self.usd_per_hour is None else self.usd_per_hour * seconds / 3600
+
+
+def priced_again(ledger: Ledger, summary: dict[str, Any], usd_per_hour: float | None) -> dict[str, Any]:
+    """The summary of a job that has nothing left to do, once all its time costs this price: it is kept in
+    ``summary.json`` and the ledger. None: as it is."""
+    if usd_per_hour is None:
+        return summary
+    seconds = read_spent(ledger.folder)["seconds"]
+    numbers = {"seconds": seconds, "usd": usd_per_hour * seconds / 3600, "usd_per_hour": usd_per_hour}
+    files.write_bytes(urls.join(ledger.folder, _FILE), json.dumps(numbers).encode())
+    usd = round(usd_per_hour * summary.get("spent_seconds", seconds) / 3600, 4)
+    path = urls.join(ledger.output, "summary.json")
+    kept = json.loads(files.read_text(path)) | {"usd": usd}
+    files.write_bytes(path, json.dumps(kept, indent=1).encode())
+    return summary | {"usd": usd}
 
 
 def check_price(usd_per_hour: float | None) -> None:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from lumen_ray.label.exporters.labels import LabelledImage, Labels
+from lumen_ray.label.exporters.labels import LabelledImage, Labels, Record
 
 BINS = 20
 #: of the lists of images in a report
@@ -111,7 +111,10 @@ def choose_for_review(labels: Labels, budget: int) -> list[Choice]:
     - ``rare``, by a half: that of its rarest class, 1 - log(1 + images with it) / log(1 + images with the commonest);
     - ``disagree``, by a half: the share of a class's instances that one task finds and another does not, of tasks that
       find the class in any image;
-    - ``disputed``, by a half: 1 - the lowest agreement of an instance with a second decoder (`label --agree-with`);
+    - ``disputed``, by a half: the most, of its instances, of score x (1 - agreement with a second decoder), which is
+      high where only the first decoder is sure (`label --agree-with`);
+    - ``doubted``, by a half: the largest difference between an instance's score and the probability that the LLM gives
+      it (`label --verify`), whichever is higher;
     - ``empty``, by 0.3: nothing was found at all.
 
     Copies of other images (`label --dedup`) are not chosen and do not count.
@@ -157,10 +160,16 @@ def _reasons(image: LabelledImage, asked: Mapping[str, set[str]], rarity: dict[s
         "unsure": sum(entropies) / len(entropies) if entropies else 0.0,
         "rare": 0.5 * max((rarity[record["phrase"]] for record in records), default=0.0),
         "disagree": 0.5 * max(differences, default=0.0),
-        "disputed": 0.5 * max((1 - value for r in records if (value := r["agreement"]) is not None), default=0.0),
+        "disputed": 0.5
+        * max((r["score"] * (1 - r["agreement"]) for r in records if _has(r, "agreement")), default=0.0),
+        "doubted": 0.5 * max((abs(r["score"] - r["verified"]) for r in records if _has(r, "verified")), default=0.0),
         "empty": 0.0 if records else 0.3,
     }
     return {reason: value for reason, value in reasons.items() if value > 0}
+
+
+def _has(record: Record, column: str) -> bool:
+    return record[column] is not None
 
 
 def _entropy(score: float) -> float:

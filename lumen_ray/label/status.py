@@ -12,7 +12,7 @@ from lumen_ray.label.ledger import is_batch, open_finished
 from lumen_ray.label.spent import cost_text, read_spent
 
 #: of a running job's state
-_RUNNING = ("images_per_second", "seconds_left", "fragments_left", "model_busy", "usd_expected")
+_RUNNING = ("seconds_left", "fragments_left", "model_busy", "usd_expected")
 
 
 def label_status(output: urls.Location) -> dict[str, Any]:
@@ -21,10 +21,11 @@ def label_status(output: urls.Location) -> dict[str, Any]:
     ``state``: running, stopped, finished, or failed if no image at all could be labelled; ``images``: listed so
     far, all of them if ``is_listed``; ``counted``: what these are, "images", or "requests" of a batch file;
     ``done``, ``labelled``, ``errors``; ``reasons``: number of errors by reason; ``copied`` of the labelled;
-    ``instances`` by task; ``spent_seconds`` of all runs and their cost ``usd``, None without a price; of a running
-    job ``host``, ``pid``, ``seconds`` since it started, and once it has labelled ``images_per_second``,
-    ``seconds_left``, ``fragments_left``, ``model_busy`` and ``usd_expected`` (see `progress.Status`). Raises
-    `UserError` if `output` is not the output of `lumen-ray label`.
+    ``instances`` by task; ``spent_seconds`` of all runs, their cost ``usd`` and the price ``usd_per_hour`` of the last
+    one, None without a price; of a running job ``host``, ``pid``, ``seconds`` since it started, and once it has
+    labelled ``images_per_second`` (or ``requests_per_second``), ``seconds_left``, ``fragments_left``, ``model_busy``
+    and ``usd_expected`` (see `progress.Status`). Raises `UserError` if `output` is not the output of
+    `lumen-ray label`.
     """
     ledger = open_finished(output, of_images=False)
     counted = "requests" if is_batch(ledger.settings() or {}) else "images"
@@ -46,10 +47,10 @@ def label_status(output: urls.Location) -> dict[str, Any]:
         "instances": totals["instances"],
     }
     spent = read_spent(ledger.folder)
-    status |= {"spent_seconds": round(spent["seconds"], 1), "usd": spent["usd"]}
+    status |= {"spent_seconds": round(spent["seconds"], 1), "usd": spent["usd"], "usd_per_hour": spent["usd_per_hour"]}
     if claim:
         status |= {"host": claim["host"], "pid": claim["pid"], "seconds": round(time.time() - claim["started"])}
-        status |= {name: claim["state"].get(name) for name in _RUNNING}
+        status |= {name: claim["state"].get(name) for name in (f"{counted}_per_second", *_RUNNING)}
     return status
 
 
@@ -65,7 +66,7 @@ def status_lines(output: urls.Location, status: dict[str, Any]) -> list[str]:
     if status["instances"]:
         lines.append("instances: " + ", ".join(f"{task} {number:,}" for task, number in status["instances"].items()))
     if status["state"] == "running":
-        rate, left = status["images_per_second"], status["seconds_left"]
+        rate, left = status[f"{status['counted']}_per_second"], status["seconds_left"]
         speed = f", {rate:.1f} {status['counted']}/s" if rate else ""
         lines.append(
             f"process {status['pid']} on {status['host']}, for {seconds(status['seconds'])}{speed}"
@@ -79,7 +80,8 @@ def status_lines(output: urls.Location, status: dict[str, Any]) -> list[str]:
         lines.append("no image could be labelled; fix the images and give a new output folder")
     if status["usd"] is not None:
         cost = cost_text(status["usd"], status.get("usd_expected"))
-        lines.append(f"{cost} for {seconds(status['spent_seconds'])} in all runs")
+        price = f"the last one at ${status['usd_per_hour']:,.2f} an hour"
+        lines.append(f"{cost} for {seconds(status['spent_seconds'])} in all runs, {price}")
     return lines
 
 

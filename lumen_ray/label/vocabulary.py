@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import pyarrow.compute as pc
@@ -74,10 +75,12 @@ def is_named_by_caption(request: Request) -> bool:
     return get_task(request.task).needs == "classes" and not request.phrases
 
 
-def classes_for(request: Request, classes: Sequence[str], skeletons: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
-    """The classes of a caption that a request can be about: for poses without named keypoints, those with a
-    skeleton."""
-    if get_task(request.task).keypoint_template and not request.keypoints:
+def classes_for(
+    task: str, keypoints: Sequence[str] | None, classes: Sequence[str], skeletons: Collection[str] | None
+) -> tuple[str, ...]:
+    """The classes of captions that a task can be asked for: of poses without named keypoints, those in `skeletons`;
+    None: all."""
+    if skeletons is not None and get_task(task).keypoint_template and not keypoints:
         return tuple(name for name in classes if name in skeletons)
     return tuple(classes)
 
@@ -106,13 +109,17 @@ def write_vocabulary(ledger: Ledger) -> dict[str, dict[str, dict[str, int]]]:
     """Writes `VOCABULARY` from the label tables, one after the other; returns its first `LISTED` classes by task.
 
     By class of a task: ``named``, the images whose captions name it; ``images``, those in which it was found, and its
-    ``instances``. Memory: the vocabulary.
+    ``instances``. A task that needs keypoints has the classes that it was asked for. Memory: the vocabulary.
     """
+    settings = ledger.settings() or {}
+    skeletons: list[str] | None = None
     named: Counter[str] = Counter()
     images: Counter[tuple[str, str]] = Counter()
     instances: Counter[tuple[str, str]] = Counter()
-    tasks = [task for task in (ledger.settings() or {}).get("tasks", ()) if get_task(task).needs == "classes"]
+    tasks = [task for task in settings.get("tasks", ()) if get_task(task).needs == "classes"]
     for table in ledger.tables():
+        if skeletons is None and len(table):
+            skeletons = json.loads(table["provenance"][0].as_py() or "{}").get("skeletons")
         captions = table.filter(pc.equal(table["task"], "caption"))["text"].to_pylist()
         for caption in captions:
             named.update(caption_classes(caption))
@@ -122,9 +129,9 @@ def write_vocabulary(ledger: Ledger) -> dict[str, dict[str, dict[str, int]]]:
         seen = {(row["image_id"], row["path"], row["task"], row["phrase"]) for row in found}
         images.update((task, phrase) for _, _, task, phrase in seen)
     rows = [
-        (task, phrase, number, images[task, phrase], instances[task, phrase])
+        (task, phrase, named[phrase], images[task, phrase], instances[task, phrase])
         for task in tasks
-        for phrase, number in named.items()
+        for phrase in classes_for(task, settings.get("keypoints"), list(named), skeletons)
     ]
     rows.sort(key=lambda row: (tasks.index(row[0]), -row[4], -row[2], row[1]))
     text = io.StringIO()

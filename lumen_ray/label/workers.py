@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
 import time
 import traceback
 from collections import deque
@@ -36,7 +35,7 @@ from lumen_ray.label.duplicates import Duplicates
 from lumen_ray.label.inputs import Item, Reader
 from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.passes import Passes
-from lumen_ray.label.plan import Fragment
+from lumen_ray.label.plan import Fragment, read_fragments
 from lumen_ray.label.reading import ImageInHand, read_images
 from lumen_ray.label.vocabulary import AUTO, is_named_by_caption
 from lumen_ray.presets import model_folder
@@ -164,6 +163,7 @@ class Labeller:
         provenance["settings"] |= settings.second.as_dict()
         if any(map(is_named_by_caption, settings.requests)):
             provenance["settings"]["classes"] = AUTO
+            provenance["skeletons"] = sorted(self.engine.skeletons)  # the classes of a caption that have keypoints
         if any(request.task == "pose" for request in self.asker.requests):
             provenance["edges"] = self.engine.edges  # to draw and export skeletons without the model
         self.provenance = json.dumps(provenance, sort_keys=True)
@@ -356,11 +356,18 @@ class LabelActor(Labeller):
         super().__init__(settings)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
-        """``fragments`` (pickled) or ``outcome`` of the listing -> ``outcome``, as JSON."""
+        """``fragments`` (their `plan.reference`) or ``outcome`` of the listing -> ``outcome``, as JSON."""
         outcomes = []
-        for pickled, failed in zip(batch["fragments"], batch["outcome"], strict=True):
-            outcomes.append(str(failed) if failed else self.label(pickle.loads(pickled)).to_json())
+        for reference, failed in zip(batch["fragments"], batch["outcome"], strict=True):
+            outcomes.append(str(failed) if failed else self._label_planned(str(reference)).to_json())
         return {"outcome": outcomes}
+
+    def _label_planned(self, reference: str) -> Outcome:
+        try:
+            fragments = read_fragments(reference)
+        except UserError as error:  # the store of the plan is gone
+            return Outcome(stop=(str(error), error.reason))
+        return self.label(fragments)
 
 
 def _load(settings: WorkerSettings) -> EngineProtocol:

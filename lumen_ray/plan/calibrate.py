@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import pickle
 import tempfile
 import time
 from collections import Counter
@@ -23,9 +22,11 @@ from lumen_ray.inference.device import find_device
 from lumen_ray.label.inputs import Item, Reader
 from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.listing import Listing
-from lumen_ray.label.plan import Fragment, Plan
+from lumen_ray.label.passes import Passes
+from lumen_ray.label.plan import Plan, reference
+from lumen_ray.label.reading import ImageInHand
 from lumen_ray.label.requests import build_requests
-from lumen_ray.label.runs import Pool, Work
+from lumen_ray.label.runs import Pool, Work, task_size
 from lumen_ray.label.workers import Labeller, WorkerSettings
 from lumen_ray.model.settings import read_settings
 from lumen_ray.plan.pipeline import FRAGMENT
@@ -46,10 +47,13 @@ class _StageTimer(Labeller):
     """A worker whose stages run one after the other and are timed."""
 
     def answers(self, items: Sequence[Item]) -> tuple[float, float]:
-        """(seconds, CPU seconds) of a batch, from pixels to records."""
+        """(seconds, CPU seconds) of the images of a fragment, from pixels to records: in passes, as a job has them."""
         images = self._read(items, None if self.settings.tiles else self.engine.largest_side)
         began, used = time.perf_counter(), time.process_time()
-        self._answer([image for image in images if image.is_ready])
+        passes: Passes[ImageInHand] = Passes(self.settings.batch_size, self.engine.image_size)
+        full = [some for image in images if image.is_ready for some in self._full_passes(passes, image)]
+        for some in (*full, *passes.rest()):
+            self._answer(some)
         self.last = images
         return time.perf_counter() - began, time.process_time() - used
 
@@ -159,7 +163,7 @@ def _listing(listing: Listing, items: Sequence[Item], folder: Path) -> list[floa
         many: Any = _Repeated(items, _PLANNED // _REPEATS)
         began = clock()
         for task in Work(plan, (), many).tasks():
-            pickle.dumps(task)
+            reference(task)
         found.append(walked + (clock() - began) / (_PLANNED // _REPEATS))
     return found
 
@@ -190,20 +194,21 @@ def _images(items: Sequence[Item], side: int) -> tuple[list[float], list[float],
 def _model(
     labeller: _StageTimer, items: Sequence[Item], batch: int, say: Callable[[str], None]
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds and CPU seconds of batches, by the number of threads: one, and all cores."""
+    """Seconds and CPU seconds per batch, of fragments, by the number of threads: one, and all cores. Images of one
+    input size share passes, which are fuller the more images there are to choose from."""
     import torch
 
     before = torch.get_num_threads()
-    batches = [items[start : start + batch] for start in range(0, len(items) - batch + 1, batch)] or [items]
+    fragments = [items[start : start + FRAGMENT] for start in range(0, len(items) - FRAGMENT + 1, FRAGMENT)] or [items]
     wall: dict[str, list[float]] = {}
     cpu: dict[str, list[float]] = {}
     for threads in sorted({1, os.cpu_count() or 1}):
         say(f"model, {threads} thread{'s' if threads > 1 else ''}")
         torch.set_num_threads(threads)
         ends = time.monotonic() + _ENGINE_S
-        labeller.answers(batches[0])  # the first pass makes what is kept
+        labeller.answers(fragments[0])  # the first pass makes what is kept
         measured = []
-        for some in batches:
+        for some in fragments:
             seconds, used = labeller.answers(some)
             measured.append((seconds * batch / len(some), used * batch / len(some)))
             if time.monotonic() > ends:
@@ -259,13 +264,12 @@ class _Ray:
 
     def _actor_start(self) -> float:
         """Seconds until an actor returns its first fragment, without the time that the model takes."""
-        output = str(self._folder / "start")
-        plan = Plan(str(self._folder / "start-plan"))
+        ledger = Ledger(str(self._folder / "start"))
         items: Any = _Repeated(self._items, FRAGMENT)
-        settings = replace(self._settings, output=output)
-        Ledger(output).open({})
+        settings = replace(self._settings, output=ledger.output)
+        ledger.open({})
         began = time.perf_counter()
-        for outcome in Pool(1).run(Work(plan, (), items), settings):
+        for outcome in Pool(1).run(Work(ledger.plan(), (), items), settings):
             if outcome.fault:
                 raise UserError(outcome.fault, "unusable_model")
             if outcome.stop:
@@ -276,26 +280,21 @@ class _Ray:
         return max(0.1, time.perf_counter() - began - batches * float(np.mean(most)))
 
     def _tasks(self) -> dict[str, list[float]]:
-        output = str(self._folder / "empty")
-        ledger = Ledger(output)
-        items: Any = _Repeated(self._items, _EMPTY_TASKS * 3 * FRAGMENT)
-        plan = Plan(str(self._folder / "empty-plan"))
-        made = Work(plan, (), items)
-        tasks = [task for task, _ in zip(made.tasks(), range(_EMPTY_TASKS), strict=False)]
-        fragments = [fragment for task in tasks for fragment in task]
+        ledger = Ledger(str(self._folder / "empty"))
         ledger.open({})
-        for fragment in fragments:
+        plan, number = ledger.plan(), sum(map(task_size, range(_EMPTY_TASKS)))
+        items: Any = _Repeated(self._items, number * FRAGMENT)
+        for fragment in plan.fragments(items):
             ledger.publish(fragment.index, len(fragment.items), [], [])
         finishing = []
         for _ in range(3):
             began = time.perf_counter()
             ledger.remove_leftovers()
             ledger.write_errors()
-            finishing.append((time.perf_counter() - began) / len(fragments))
-        known: Any = _Planned(fragments)
-        settings = replace(self._settings, model=null_engine, output=output, requests=())
+            finishing.append((time.perf_counter() - began) / number)
+        settings = replace(self._settings, model=null_engine, output=ledger.output, requests=())
         marks = []
-        for _ in Pool(1).run(Work(known, (), None), settings):
+        for _ in Pool(1).run(Work(plan, (), None), settings):
             marks.append((time.process_time(), cpu_seconds()))
         driver, tree = (np.array(column)[_WARM_TASKS:] for column in zip(*marks, strict=True))
         of_driver = _steps(driver)
@@ -305,18 +304,6 @@ class _Ray:
             "worker": [max(0.0, a - d) for a, d in zip(of_all, of_driver, strict=True)],
             "finishing": finishing,
         }
-
-
-class _Planned:
-    """A plan of given fragments."""
-
-    is_complete = True
-
-    def __init__(self, fragments: Sequence[Fragment]):
-        self._fragments = fragments
-
-    def fragments(self, listing: Listing | None = None) -> Iterator[Fragment]:
-        return iter(self._fragments)
 
 
 def _steps(marks: np.ndarray) -> list[float]:

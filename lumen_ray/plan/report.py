@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import pickle
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -12,11 +11,8 @@ from rich.table import Table
 from lumen_ray.console import console, say
 from lumen_ray.console import seconds as as_time
 from lumen_ray.errors import UserError
-from lumen_ray.label.inputs import Item
-from lumen_ray.label.plan import Fragment
-from lumen_ray.label.runs import MOST_PER_TASK
 from lumen_ray.plan.estimate import MOST_ACTORS, Estimate, duration, estimate
-from lumen_ray.plan.pipeline import FRAGMENT, TASKS_IN_FLIGHT, Cluster
+from lumen_ray.plan.pipeline import FRAGMENT, Cluster
 from lumen_ray.plan.settings import LabelJob
 from lumen_ray.plan.times import STAGES, Source, StageTimes
 from lumen_ray.plan.work import ModelWork
@@ -76,15 +72,6 @@ class PlanReport:
         return roles
 
     @property
-    def object_store(self) -> float:
-        """Bytes of the tasks that wait or run, on all nodes together."""
-        item = Item("folder-0000/000000000.jpg", "bucket/photos/folder-0000/000000000.jpg")
-        task = [Fragment(n, (item,) * FRAGMENT) for n in range(MOST_PER_TASK)]
-        # equal items are pickled once; in a job all differ
-        each = len(pickle.dumps(task)) + MOST_PER_TASK * FRAGMENT * len(item.image_id + item.path)
-        return each * self.job.num_actors * (TASKS_IN_FLIGHT + 4)
-
-    @property
     def bandwidth(self) -> float:
         """Bytes per second of images that are read, of all actors."""
         return self.found.window.images_per_second * self.job.image_mb * 1e6
@@ -119,7 +106,6 @@ class PlanReport:
             "gains": found.gains,
             "cpus_per_actor_wanted": self.cpus_wanted,
             "memory_bytes": self.memory,
-            "object_store_bytes": self.object_store,
             "read_bytes_per_second": self.bandwidth,
             "storage_bytes_per_second": job.storage,
             "gpu_hours": self.hours * job.gpus,
@@ -236,7 +222,6 @@ def _totals(report: PlanReport) -> list[tuple[str, str]]:
         ("rate", f"{rate:,.0f} images/s once under way, {each}"),
         (f"CPUs per {unit}", f"{report.cpus_wanted:.1f} keep the model busy; {given:g} given"),
         ("memory", ", ".join(f"{name} {size / 1e9:.1f} GB" for name, size in report.memory.items())),
-        ("object store", f"{report.object_store / 1e6:,.0f} MB on all nodes"),
         ("storage", f"{report.bandwidth / 1e9:,.2f} GB/s{storage}, {job.images * job.image_mb / 1e6:,.1f} TB in all"),
     ]
     if job.gpus:

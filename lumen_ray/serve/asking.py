@@ -18,7 +18,7 @@ from lumen_ray.serve.image_cache import ImageGone, KeyedImage, gone, image_id
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.structures import Size
 from lumen_ray.wire import schemas
-from lumen_ray.wire.requests import Asked, decode_examples, prepare
+from lumen_ray.wire.requests import Asked, Prepared, decode_examples, prepare
 from lumen_ray.wire.settings import Limits
 
 
@@ -94,6 +94,8 @@ async def ask(
     """Answers to what `read` finds in a body, in a thread, and the response's fields `model`, `timing_ms` and, for a
     single image, `image_id`. An image that a trunk holds is neither decoded nor encoded again."""
     call = await _Call.begin(backend, settings, read, held_id)
+    if known := await call.known():
+        return list(known), await call.extra()
     try:
         answers = await backend.infer(*await call.prepare(call.held))
     except ImageGone:
@@ -109,6 +111,9 @@ async def ask_streaming(
     """The texts of the answer to the single task that `read` finds, as they are written, then the answer with the
     response's fields as of `ask`. What is wrong with the request is raised before the first text."""
     call = await _Call.begin(backend, settings, read, None)
+    for answer in await call.known():
+        yield answer, await call.extra()
+        return
     held, text = call.held, SentText()
     while True:
         text.begin()
@@ -184,19 +189,27 @@ class _Call:
         call._start = start
         return call
 
+    async def known(self) -> tuple[Answer, ...]:
+        """The answer that the request has already; else none."""
+        return () if self.asked.text is None else (await self._prepared(self.held)).known
+
     async def prepare(self, held: Size | None) -> tuple[Shown | KeyedImage, tuple[Request, ...], int]:
         """The arguments of the backend, with the image decoded unless it is `held`; the requests are the same each
         time, with the seed that was drawn."""
-        began = time.perf_counter()
-        defaults, side = self._settings.defaults, self._info.get("largest_side")
-        prepared = await asyncio.to_thread(prepare, self.asked, self._limits(), defaults, side, held)
-        self._decoding += time.perf_counter() - began
+        prepared = await self._prepared(held)
         shown: Shown | KeyedImage = prepared.shown
         if self._key is not None:
             assert shown is None or isinstance(shown, Picture)
             shown = KeyedImage(self._key, prepared.size, shown)
         self._requests = self._requests or prepared.requests
         return shown, self._requests, prepared.max_new_tokens
+
+    async def _prepared(self, held: Size | None) -> Prepared:
+        began = time.perf_counter()
+        defaults, side = self._settings.defaults, self._info.get("largest_side")
+        prepared = await asyncio.to_thread(prepare, self.asked, self._limits(), defaults, side, held)
+        self._decoding += time.perf_counter() - began
+        return prepared
 
     def _limits(self) -> Limits:
         """Of the settings; the model's own classes are never too many."""

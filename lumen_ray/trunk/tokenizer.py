@@ -175,6 +175,10 @@ class LumenTokenizer:
                 start, read = read, end
         return texts
 
+    def name_of(self, number: int) -> str:
+        """The entry of an id in the vocabulary."""
+        return self.backend.id_to_token(number) or ""
+
     def _text(self, ids: Iterable[int]) -> str:
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
 

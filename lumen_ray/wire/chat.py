@@ -48,6 +48,16 @@ def _as_stops(value: Any) -> Any:
     return value
 
 
+TopLogProbs = Annotated[
+    int | None,
+    Field(
+        ge=0,
+        le=20,
+        description="log probabilities of so many most probable tokens at each place, with those of the answer",
+    ),
+]
+
+
 class StreamOptions(Settings):
     """Options of a streamed answer."""
 
@@ -112,7 +122,7 @@ class ChatRequest(Settings):
         None, description="of the tokens drawn: the same request with the same seed gets the same answer; null: any"
     )
     logprobs: bool | None = Field(None, description="whether the answer has the log probabilities of its tokens")
-    top_logprobs: Annotated[int | None, Neutral("only the chosen tokens have log probabilities", 0)] = None
+    top_logprobs: TopLogProbs = None
     n: int | None = Field(
         None, ge=1, description="answers, up to limits.max_choices, equal ones unless they are drawn; null is 1"
     )
@@ -226,6 +236,12 @@ def check_chat(chat: ChatRequest, takes_sampling: bool) -> None:
             "unsupported_parameter",
             "logprobs",
         )
+    if chat.top_logprobs and not chat.logprobs:
+        raise UserError(
+            "'top_logprobs' are given beside the log probabilities of the answer; ask for these, or leave it out",
+            "unsupported_parameter",
+            "top_logprobs",
+        )
     if not takes_sampling:
         _refuse_sampling(chat)
 
@@ -237,8 +253,8 @@ def read_chat(
     tools: ToolUse | None = None,
     places: Sequence[str] | None = None,
 ) -> Asked:
-    """The conversation as a task about its images, several times if several answers are drawn. Raises `UserError` for
-    one that the model cannot read.
+    """The conversation as a task about its images, several times if several answers are drawn. One that ends with the
+    results of tools is answered by their text. Raises `UserError` for one that the model cannot read.
 
     `read_image`: (URL, its place in the request) -> the encoded image; `tools`: by default those of `chat`; `places`:
     of the messages in the request.
@@ -247,15 +263,17 @@ def read_chat(
         raise UserError(f"'n' is {chat.choices}; give at most {limits.max_choices}", "too_many_choices", "n")
     conversation = read_conversation(chat.messages, limits.max_images, read_image, places)
     tools = tools or chat.tool_use
-    if conversation.ends_with_result:
-        tools = tools.after_result()
+    where = conversation.places if len(conversation.images) > 1 else ()  # of a single image the error says enough
+    if conversation.result is not None:
+        tools.check_ended()
+        return Asked(conversation.images, [], places=where, text=conversation.result)
     tools.check_images(len(conversation.images))
     fields = _task_fields(chat, conversation)
     drawn = range(chat.choices if chat.temperature else 1)
     tasks = [("chat", fields if not n or fields.seed is None else _with_seed(fields, fields.seed + n)) for n in drawn]
     turns = tuple(conversation.image_turns[1:])  # the first image stands before all questions
-    where = conversation.places if len(conversation.images) > 1 else ()  # of a single image the error says enough
-    return Asked(conversation.images, tasks, turns, where, routing=tools.routing)
+    top = chat.top_logprobs or 0
+    return Asked(conversation.images, tasks, turns, where, routing=tools.routing, top_log_probs=top)
 
 
 def _with_seed(fields: schemas.TaskFields, seed: int) -> schemas.TaskFields:

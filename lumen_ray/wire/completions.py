@@ -143,20 +143,18 @@ def _usage(usage: TokenUsage | None) -> dict[str, int] | None:
 def log_probs(answer: Answer) -> list[dict[str, Any]]:
     """An entry per token, whose texts joined are the answer: without outer blanks and what a stop text cut off."""
     text, tokens = answer.text or "", answer.tokens or []
+    top_tokens = answer.top_tokens or [[]] * len(tokens)
     written = "".join(tokens)
     end = len(written.lstrip()) - len(written)  # of the last token, in `text`; below 0 in the blanks before it
     entries = []
-    for token, log_prob in zip(tokens, answer.log_probs or (), strict=True):
+    for token, log_prob, top in zip(tokens, answer.log_probs or (), top_tokens, strict=True):
         start, end = end, end + len(token)
         if start >= len(text):
             break
         piece = text[max(start, 0) : max(end, 0)]
-        entries.append(
-            {
-                "token": piece,
-                "logprob": max(_LEAST_LOG_PROB, log_prob),
-                "bytes": list(piece.encode()),
-                "top_logprobs": [],
-            }
-        )
+        entries.append({**_entry(piece, log_prob), "top_logprobs": [_entry(*item) for item in top]})
     return entries
+
+
+def _entry(token: str, log_prob: float) -> dict[str, Any]:
+    return {"token": token, "logprob": max(_LEAST_LOG_PROB, log_prob), "bytes": list(token.encode())}

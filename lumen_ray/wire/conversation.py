@@ -104,8 +104,7 @@ class ChatMessage(Settings):
 class Conversation:
     """`question`: the last user message; `history`: the earlier ones with their answers; `system`: the system text;
     `images`: the encoded images, `image_turns` the number of the user message (from 0) that each is in, `places` where
-    each is in the request; `ends_with_result`: whether results of tools are the last, which stand behind the
-    question."""
+    each is in the request; `result`: of a conversation that ends with results of tools, their texts."""
 
     question: str
     history: list[tuple[str, str]]
@@ -113,7 +112,7 @@ class Conversation:
     images: list[bytes]
     image_turns: list[int]
     places: list[str]
-    ends_with_result: bool = False
+    result: str | None = None
 
 
 def read_conversation(
@@ -141,15 +140,15 @@ def read_conversation(
         for start, end in zip(questions[:-1], questions[1:], strict=True)
     ]
     image_turns = [questions.index(n) for n, _, _ in found]
-    last = range(questions[-1], len(messages))
+    results = [n for n in range(questions[-1], len(messages)) if messages[n].role == "tool"]
     return Conversation(
-        _joined([texts[n] for n in last if messages[n].role != "assistant"]),
+        texts[questions[-1]],
         turns,
         system,
         images,
         image_turns,
         [place for _, place, _ in found],
-        messages[-1].role == "tool",
+        ", ".join(texts[n] for n in results) if messages[-1].role == "tool" else None,
     )
 
 

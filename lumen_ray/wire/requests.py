@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 import numpy as np
 
+from lumen_ray.answer import Answer
 from lumen_ray.data.images import Picture
 from lumen_ray.errors import UserError
 from lumen_ray.exemplars import ClassByExample, Example
@@ -202,7 +203,8 @@ class Asked:
 
     `image_turns`: as of `Request`; `places`: as of `decode_images`; `copies`: how often a request body has all this
     answered, for its limits; `examples`: the images of examples where they are decoded already, as of `decode_all`;
-    `routing`: of a chat.
+    `routing`: of a chat; `top_log_probs`: as of `Sampling`; `text`: of a chat whose answer the request has already, the
+    answer, so that the model has no tasks.
     """
 
     encoded: Sequence[bytes]
@@ -212,17 +214,26 @@ class Asked:
     copies: int = 1
     examples: Mapping[str, np.ndarray] | None = None
     routing: Routing = ANY_ROUTE
+    top_log_probs: int = 0
+    text: str | None = None
+
+    def completed(self, request: Request) -> Request:
+        """The request for one of the tasks, with what all of them share."""
+        sampling = replace(request.sampling, top_log_probs=self.top_log_probs)
+        return replace(request, image_turns=self.image_turns, routing=self.routing, sampling=sampling)
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What the engine is asked: the `requests` about what is `shown`, whose text answers have `max_new_tokens` at
-    most. `size`: (height, width) of the first image as stored, (1, 1) without any."""
+    most. `size`: (height, width) of the first image as stored, (1, 1) without any. `known`: the answer, if the model is
+    not asked."""
 
     shown: Shown
     requests: tuple[Request, ...]
     max_new_tokens: int
     size: Size
+    known: tuple[Answer, ...] = ()
 
 
 def prepare(
@@ -241,9 +252,10 @@ def prepare(
     example_images = decoded if asked.examples is None else asked.examples
     size = held or (images[0].size if images else (1, 1))
     parsed = [parse_request(task, fields, size, limits, defaults, example_images) for task, fields in asked.tasks]
-    requests = [replace(request, image_turns=asked.image_turns, routing=asked.routing) for request in parsed]
+    requests = [asked.completed(request) for request in parsed]
     tokens = [fields.max_new_tokens for _, fields in asked.tasks if fields.max_new_tokens is not None]
     max_new_tokens = max(tokens, default=defaults.max_new_tokens)
     check_amount(requests * asked.copies, max_new_tokens, limits)
     shown: Shown = images if len(images) > 1 else images[0] if images else None
-    return Prepared(shown, tuple(requests), max_new_tokens, size)
+    known = () if asked.text is None else (Answer("chat", size, text=asked.text),)
+    return Prepared(shown, tuple(requests), max_new_tokens, size, known)

@@ -10,7 +10,7 @@ from typing import Any
 from lumen_ray.answer import Answer, TokenUsage
 from lumen_ray.wire.completions import Reply, log_probs
 from lumen_ray.wire.responses import AskedResponse
-from lumen_ray.wire.tools import ToolCall
+from lumen_ray.wire.tools import ToolCall, definition
 
 
 class ResponseEvents:
@@ -119,10 +119,18 @@ class ResponseEvents:
             "lumen": reply.extension | extra,
         }
 
+    def _tool_choice(self) -> Any:
+        """The value of the request, without what means nothing in it."""
+        choice, tools = self._asked.body.tool_choice, self._asked.tools
+        if not isinstance(choice, dict):
+            return choice or "auto"
+        names = [{"type": "function", "name": name} for name in tools.names]
+        mode = "required" if tools.routing.is_required else "auto"
+        return names[0] if choice["type"] == "function" else {"type": "allowed_tools", "mode": mode, "tools": names}
+
     def _head(self, status: str) -> dict[str, Any]:
         """The response without an answer, with the request's fields."""
         body = self._asked.body
-        tools = [tool.model_dump() for tool in body.tools or ()]
         form = body.text and body.text.format
         return {
             "id": self._id,
@@ -142,12 +150,16 @@ class ResponseEvents:
             "store": False,
             "temperature": body.temperature or 0,
             "text": {"format": form.model_dump(by_alias=True, exclude_none=True) if form else {"type": "text"}},
-            "tool_choice": "auto" if body.tool_choice is None else body.tool_choice,
-            "tools": tools,
+            "tool_choice": self._tool_choice(),
+            "tools": [_flat(tool.name) for tool in body.tools or ()],
             "top_p": 1 if body.top_p is None else body.top_p,
             "truncation": "disabled",
             "usage": None,
         }
+
+
+def _flat(tool: str) -> dict[str, Any]:
+    return {"type": "function", **definition(tool)}
 
 
 def _text_part(text: str) -> dict[str, Any]:

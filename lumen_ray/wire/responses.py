@@ -15,8 +15,8 @@ from pydantic import BeforeValidator, Field
 from lumen_ray.config import Settings
 from lumen_ray.errors import UserError
 from lumen_ray.wire import schemas
-from lumen_ray.wire.chat import NEEDS_SAMPLING, ChatRequest, check_chat
-from lumen_ray.wire.conversation import ChatMessage
+from lumen_ray.wire.chat import NEEDS_SAMPLING, ChatRequest, TopLogProbs, check_chat
+from lumen_ray.wire.conversation import CalledFunction, ChatMessage, GivenCall
 from lumen_ray.wire.neutral import Neutral, refuse_others
 from lumen_ray.wire.settings import MAX_NEW_TOKENS
 from lumen_ray.wire.tools import UNUSED, Function, ToolUse, read_tools
@@ -135,7 +135,7 @@ class ResponsesRequest(Settings):
     parallel_tool_calls: bool | None = Field(None, description="false: an answer has one call at most")
     text: TextConfig | None = Field(None, description="the form of the answer's text")
     include: Annotated[list[Any] | None, Neutral(f"only '{_LOG_PROBS}' is added", [], [_LOG_PROBS])] = None
-    top_logprobs: Annotated[int | None, Neutral("only the chosen tokens have log probabilities", 0)] = None
+    top_logprobs: TopLogProbs = None
     store: Annotated[bool | None, Neutral(_NOT_STORED, False)] = None
     previous_response_id: Annotated[Any, Neutral(_NOT_STORED)] = None
     conversation: Annotated[Any, Neutral(_NOT_STORED)] = None
@@ -191,6 +191,7 @@ def parse_responses(data: dict[str, Any], takes_sampling: bool) -> AskedResponse
         top_p=body.top_p,
         stream=body.stream,
         logprobs=bool(body.include),
+        top_logprobs=body.top_logprobs,
     )
     check_chat(chat, takes_sampling)
     return AskedResponse(body, chat, places, tools)
@@ -236,11 +237,11 @@ def _messages(body: ResponsesRequest) -> tuple[list[ChatMessage], list[str]]:
     return [message for _, message in placed], [place for place, _ in placed]
 
 
-def _call(place: str, item: InputItem) -> Any:
+def _call(place: str, item: InputItem) -> GivenCall:
     """A call in the form of chat completions."""
     if not item.call_id or not item.name:
         raise UserError(f"'{place}' is a call; give its 'call_id' and 'name'", "invalid_request", place)
-    return {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments or ""}}
+    return GivenCall(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments or ""))
 
 
 def _parts(place: str, parts: Sequence[InputPart] | None) -> list[dict[str, Any]] | None:

@@ -18,7 +18,7 @@ from lumen_ray.answer import Answer, AnswerPart
 from lumen_ray.config import Settings
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.inference.request import ANY_ROUTE, Routing, no_decoder
-from lumen_ray.tasks import TASKS, Task, task_of_prompt
+from lumen_ray.tasks import TASKS, task_of_prompt
 from lumen_ray.wire.results import result_schema, tool_of_schema
 
 UNUSED = "accepted and without effect"
@@ -76,9 +76,8 @@ class ToolUse:
         if self.routing.is_required and not number and all(TASKS[name].sees_image for name in names):
             raise UserError(f"{' and '.join(names)} need an image; give one", "missing_image", "tool_choice")
 
-    def after_result(self) -> ToolUse:
-        """The use for a conversation that ends with the result of a tool, which is answered in text. Raises `UserError`
-        if a tool has to be called again."""
+    def check_ended(self) -> None:
+        """Raises `UserError` if a tool has to be called again, though the conversation ends with the result of one."""
         if self.routing.is_required:
             raise UserError(
                 "the conversation ends with the result of a tool, but one has to be called again; leave 'tool_choice' "
@@ -86,7 +85,6 @@ class ToolUse:
                 "unsupported_conversation",
                 "tool_choice",
             )
-        return ToolUse(routing=Routing(()))
 
 
 NO_TOOLS = ToolUse()
@@ -193,18 +191,19 @@ def describe_tools(served: Sequence[str]) -> dict[str, Any]:
     """The tools of a model with these tasks, in the form of a request, and the schemas of their results."""
     names = [name for name in TOOLS if name in served]
     return {
-        "tools": [{"type": "function", "function": _definition(TASKS[name])} for name in names],
+        "tools": [{"type": "function", "function": definition(name)} for name in names],
         "results": {name: result_schema(name) for name in names},
     }
 
 
-def _definition(task: Task) -> dict[str, Any]:
-    field = _field(task.name)
-    kind: dict[str, Any] = {"type": "string", "description": f"the {task.needs}"}
+def definition(name: str) -> dict[str, Any]:
+    """A tool as a function: its name, what it does, and the schema of its arguments."""
+    field = _field(name)
+    kind: dict[str, Any] = {"type": "string", "description": f"the {TASKS[name].needs}"}
     if field == "classes":
         kind = {"type": "array", "items": {"type": "string"}, "description": "names of what to look for"}
     parameters = {"type": "object", "properties": {field: kind}, "required": [field], "additionalProperties": False}
-    return {"name": task.name, "description": _PURPOSES[task.name], "parameters": parameters, "strict": True}
+    return {"name": name, "description": _PURPOSES[name], "parameters": parameters, "strict": True}
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import xml.etree.ElementTree as ElementTree
 
-from lumen_ray.bench.scaling import Sample, draw, model
+from lumen_ray.bench.scaling import Sample, draw, model, settings_of
 from lumen_ray.model.settings import read_settings
 
 
@@ -17,4 +17,7 @@ def test_the_picture_has_a_row_of_steps_for_each_deployment():
 
 
 def test_the_model_has_decoders_that_scale_apart(tmp_path):
-    assert set(read_settings(str(model(tmp_path / "model"))).decoder_names) == {"lumen", "grounding_dino", "unipose"}
+    folder = model(tmp_path / "model")
+    assert set(read_settings(folder).decoder_names) == {"lumen", "grounding_dino", "unipose"}
+    settings = settings_of(folder, 8000)
+    assert settings.serving == {"detect": "grounding_dino"} and settings.decoder("unipose").max_replicas == 3

@@ -188,7 +188,7 @@ def test_a_file_that_is_gone_when_it_is_opened(tmp_path):
 
 
 def test_the_extra_is_named_where_it_is_missing(monkeypatch):
-    monkeypatch.setattr(windows, "tifffile", None)
+    monkeypatch.setattr(windows, "_tifffile", lambda: None)
     with pytest.raises(UserError, match=r"421x300 pixels .* install lumen-ray\[tiff\]"):
         find_large(tiff(scene()), 100)
     assert find_large(tiff(scene())) is None

@@ -4,6 +4,7 @@ import doctest
 
 import pytest
 import yaml
+from support.serve_fakes import free_port
 
 from lumen_ray import api, presets, ray_env
 
@@ -29,6 +30,8 @@ def folder(tmp_path_factory):
 @pytest.mark.parametrize("name", ["prepare", "train", "evaluate", "label", "export_labels", "serve"])
 def test_the_example_of_a_docstring_gives_what_it_says(folder, name):
     (example,) = doctest.DocTestFinder().find(getattr(api, name), name, globs={})
+    for line in example.examples:  # a port that no other process of this machine may take
+        line.source = line.source.replace("port=8123", f"port={free_port()}")
     report = []
     result = doctest.DocTestRunner().run(example, out=report.append)
     assert result.attempted >= 3 and result.failed == 0, "".join(report)

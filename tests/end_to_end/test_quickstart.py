@@ -13,6 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 from support.gallery_files import read_gallery
+from support.serve_fakes import free_port
 
 from lumen_ray import cli
 from lumen_ray.data.images import decode
@@ -37,13 +38,18 @@ RECIPE = {
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def port():
+    return free_port()
+
+
+@pytest.fixture(scope="module")
+def made(port, tmp_path_factory):
     """The output folder of a short quickstart, and what it printed, on stdout and stderr together."""
     folder = tmp_path_factory.mktemp("quickstart")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
     command = ["quickstart", "--output", str(folder / "out"), "--recipe", str(folder / "recipe.yaml")]
     done = subprocess.run(
-        [sys.executable, "-m", "lumen_ray.cli", *command, "--scenes", "64", "--held-out", "16", "--port", "8123"],
+        [sys.executable, "-m", "lumen_ray.cli", *command, "--scenes", "64", "--held-out", "16", "--port", str(port)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -185,9 +191,9 @@ def test_served_answers_are_those_of_the_model_and_drawn_on_the_image(made, engi
             assert served.get("mask") == own.get("mask")
 
 
-def test_the_server_is_down_afterwards(made):
+def test_the_server_is_down_afterwards(made, port):
     with pytest.raises(urllib.error.URLError):
-        post("http://127.0.0.1:8123/v1/caption", {})
+        post(f"http://127.0.0.1:{port}/v1/caption", {})
 
 
 def test_prepare_does_not_write_over_shards(made, capsys):

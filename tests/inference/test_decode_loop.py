@@ -1,6 +1,7 @@
 """Answers that are written together equal plain greedy runs; prompts join, wait and leave without touching others."""
 
 import threading
+import time
 
 import pytest
 import torch
@@ -337,7 +338,9 @@ def test_a_turn_that_is_interrupted_stops_nobody(monkeypatch):
         if threading.current_thread() is threading.main_thread():
             loop._busy = False
             thread.start()  # sees that a thread is arriving, and sleeps once this one leaves the lock
-            waits(lambda: len(loop._changed._waiters) > 1, 10)
+            deadline = time.monotonic() + 10
+            while not loop._changed._waiters and time.monotonic() < deadline:  # nobody tells when one sleeps
+                loop._changed.wait(0.01)
             raise KeyboardInterrupt
         return waits(ready, *args)
 

@@ -158,6 +158,10 @@ def test_images_without_requests_and_no_images(engine):
     assert engine.run([], []) == []
 
 
+def test_text_alone_may_have_no_requests(engine):
+    assert engine.run([None, PICTURES[0]], [[], []]) == [[], []]
+
+
 def test_texts_alone_need_no_decoder(engine):
     out = engine.trunk.links(PICTURES[:2], [[make_request("caption")], []])
     assert not out.decoder_inputs and assemble(out.plans, {})[0][0].text is not None
@@ -178,6 +182,21 @@ def test_tokens_of_a_text_and_whether_it_was_cut(engine):
         assert "".join(answer.tokens).strip() == answer.text
     whole = written(engine, 400, temperature=1.0, seed=seeds[0])
     assert whole.tokens[:2] == cut[1].tokens[:2] and whole.is_cut == (len(whole.tokens) == 400)
+
+
+def test_the_most_probable_tokens_stand_beside_those_of_a_text(engine):
+    greedy, drawn, plain = (
+        written(engine, 6, **settings)
+        for settings in ({"top_log_probs": 3}, {"top_log_probs": 1, "temperature": 2.0, "seed": 1}, {})
+    )
+    assert plain.top_tokens is None and plain.tokens == greedy.tokens and plain.log_probs == greedy.log_probs
+    assert [len(top) for top in greedy.top_tokens] == [3] * len(greedy.tokens)
+    assert [len(top) for top in drawn.top_tokens] == [1] * len(drawn.tokens)
+    for top, log_prob in zip(greedy.top_tokens, greedy.log_probs, strict=True):
+        values = [value for _, value in top]
+        assert values == sorted(values, reverse=True) and values[0] == pytest.approx(log_prob)
+        assert all(text for text, _ in top)
+    assert all(top[0][1] >= log_prob - 1e-6 for top, log_prob in zip(drawn.top_tokens, drawn.log_probs, strict=True))
 
 
 def test_the_tokens_read_and_written_are_counted(engine):

@@ -70,11 +70,11 @@ def engine(source, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected(source):
-    """Answers of `transformers` generate: prompts -> token ids without the end token, greedy, 64 new tokens."""
+    """Answers of `transformers` generate: (prompts, most new tokens) -> token ids without the end token, greedy."""
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
 
-    def answers(prompts):
+    def answers(prompts, new_tokens):
         found = []
         for question, history, system in prompts:
             messages = [{"role": "system", "content": system}] if system else []
@@ -84,8 +84,9 @@ def expected(source):
             inputs = tokenizer.apply_chat_template(
                 messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
             )
-            written = model.generate(**inputs, max_new_tokens=64, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-            found.append([token for token in written.tolist() if token not in tokenizer.all_special_ids])
+            ids = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False)[0].tolist()
+            answer = ids[inputs["input_ids"].shape[1] :]
+            found.append([token for token in answer if token not in tokenizer.all_special_ids])
         return found
 
     return answers
@@ -95,38 +96,38 @@ def requests(prompts):
     return [[make_request("chat", text=text, history=history, system=system)] for text, history, system in prompts]
 
 
-def written(engine, images, rows):
+def written(engine, images, rows, new_tokens):
     """The token ids of all answers in text, and the numbers of answers that shared a step."""
     loop, writings, shared = engine.trunk.loop, [], set()
     submit, advance = loop.submit, loop._next_tokens
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "submit", lambda *args: writings.extend(new := submit(*args)) or new)
         patch.setattr(loop, "_next_tokens", lambda: shared.add(len(loop._active)) or advance())
-        engine.run(images, rows, max_new_tokens=64)
+        engine.run(images, rows, max_new_tokens=new_tokens)
     return [writing.tokens for writing in writings], shared
 
 
-def check(engine, expected, prompts):
-    wanted = expected(prompts)
+def check(engine, expected, prompts, new_tokens):
+    wanted = expected(prompts, new_tokens)
     for row, ids in zip(requests(prompts), wanted, strict=True):
-        assert written(engine, [None], [row])[0] == [ids]
+        assert written(engine, [None], [row], new_tokens)[0] == [ids]
     # four together, and in the same steps as prompts about images
     others = [[make_request("detect", classes=["cat"]), make_request("chat", text="What is it?")]] * 2
     for start in range(0, len(prompts), 4):
         members = prompts[start : start + 4]
         images = [None] * len(members) + [np.full((56, 56, 3), 120, np.uint8)] * 2
-        found, shared = written(engine, engine.encode(images), [*requests(members), *others])
+        found, shared = written(engine, engine.encode(images), [*requests(members), *others], new_tokens)
         assert found[: len(members)] == wanted[start : start + 4]
         assert len(members) + 2 in shared
 
 
 def test_text_is_answered_as_by_the_llm_alone(engine, expected):
-    check(engine, expected, PROMPTS[2:6])
+    check(engine, expected, PROMPTS[2:6], 24)
 
 
 @pytest.mark.slow
 def test_all_prompts_are_answered_as_by_the_llm_alone(engine, expected):
-    check(engine, expected, PROMPTS)
+    check(engine, expected, PROMPTS, 64)
 
 
 def test_the_parameters_are_counted_and_stored_once(engine, source):

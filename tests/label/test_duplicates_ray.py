@@ -2,21 +2,16 @@
 
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from contextlib import suppress
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from support.clusters import wait_for
 from support.label_fakes import FakeEngine, slow_engine, write_images
+from support.label_jobs import LabelJob
 
 from lumen_ray.label.content_index import ContentIndex, RemoteIndex, content_keys
-from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.pipeline import label
 
 pytestmark = pytest.mark.ray
@@ -90,50 +85,11 @@ def test_an_index_that_was_killed_reads_what_was_published(local_ray, photos, tm
     assert index.find(content_keys(["ab" * 32])).tolist() == [99]
 
 
-DRIVER = """
-import sys
-from support import label_fakes
-from support.label_fakes import slow_engine
-from lumen_ray.label.pipeline import label
-from lumen_ray.ray_env import init_local, prepare_environment
-
-prepare_environment()
-import ray
-
-init_local()
-ray.cloudpickle.register_pickle_by_value(label_fakes)
-summary = label(slow_engine, *sys.argv[1:], tasks=["segment", "caption"], classes=["square"], fragment_size=4,
-                exports=(), num_actors=2, dedup=True)
-assert summary["images"] == summary["labelled"] == 72, summary
-"""
-
-
 def test_a_killed_job_leaves_nothing_missing_or_doubled(photos, tmp_path):
     """Driver, workers and index are processes of their own, all killed at once."""
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    without_ray = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    ledger = Ledger(tmp_path / "out")
-
-    def start():
-        return subprocess.Popen(
-            [sys.executable, "-c", DRIVER, str(photos), str(tmp_path / "out")],
-            env=without_ray | {"PYTHONPATH": path},
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    job = start()
-    ends = time.monotonic() + 120
-    while len(ledger.done()) < 8:  # two of which hold copies
-        assert job.poll() is None, job.stderr.read()[-2000:]
-        assert time.monotonic() < ends
-        time.sleep(0.1)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
-    assert 8 <= len(ledger.done()) < 18
-    job = start()
-    _, errors = job.communicate(timeout=240)
-    assert job.returncode == 0, errors[-2000:]
+    job = LabelJob(photos, tmp_path / "out", OPTIONS)
+    job.kill_after(8)  # two of which hold copies
+    assert 8 <= len(job.ledger.done()) < 18
+    summary = job.run()
+    assert summary["images"] == summary["labelled"] == 72
     assert len(check(tmp_path / "out", photos)) >= 30

@@ -1,15 +1,19 @@
 """COCO panoptic, read by the published format: ids of PNG files, overlaps, what JSON and PNG say of each other."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
 from PIL import Image
 from support import export_labels as made
+from support.label_fakes import FakeListing
 
 from lumen_ray import export_labels, prepare
 from lumen_ray.data.shards.shards import read_rows
 from lumen_ray.inference.records import LABEL_SCHEMA
+from lumen_ray.label.inputs import Item
+from lumen_ray.label.ledger import Ledger
 from lumen_ray.structures import Masks
 
 IMAGES = (("a/one.png", (20, 30)), ("two.png", (12, 16)))
@@ -118,3 +122,25 @@ def test_parts_have_folders_of_their_own(folder, tmp_path):
     assert [name for name in names if "marker" not in name and not name.startswith(".")] == [
         *("segment-00001.json", "segment-00001/a_one.png", "segment-00002.json", "segment-00002/two.png"),
     ]
+
+
+def test_a_picture_takes_seven_bytes_a_pixel(tmp_path):
+    """Of arrays; Pillow's encoder adds none."""
+    side = 2000
+    mask = np.zeros((1, side, side), bool)
+    mask[0, 200:1500, 100:1900] = True
+    base = dict.fromkeys(LABEL_SCHEMA.names) | {"image_id": "a.png", "path": "a.png", "provenance": ""}
+    base |= {"task": "segment", "height": side, "width": side, "box": [100.0, 200.0, 1900.0, 1500.0]}
+    found = [base | {"phrase": "cat", "score": s, "mask": Masks.from_arrays(mask).rles[0]} for s in (0.9, 0.8)]
+    ledger = Ledger(tmp_path)
+    ledger.open({"tasks": ["segment"], "classes": ["cat"]})
+    for fragment in ledger.plan().fragments(FakeListing([Item("a.png", "a.png")])):
+        ledger.publish(fragment.index, 1, found, [])
+    tracemalloc.start()
+    export_labels(tmp_path, ["coco-panoptic"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 7 * side**2 + 2_000_000
+    written = json.loads((tmp_path / "coco-panoptic" / "segment.json").read_text())
+    (segment,) = written["annotations"][0]["segments_info"]
+    assert segment["area"] == 1300 * 1800

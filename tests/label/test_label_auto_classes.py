@@ -72,9 +72,9 @@ def test_each_image_is_asked_for_what_its_caption_names(tmp_path):
     assert lines == [
         ["task", "phrase", "named", "images", "instances"],
         ["detect", "circle", "4", "4", "4"], ["detect", "square", "4", "4", "4"],
-        ["pose", "square", "4", "4", "4"], ["pose", "circle", "4", "0", "0"],
+        ["pose", "square", "4", "4", "4"],  # a circle has no keypoints to ask for
     ]  # fmt: skip
-    assert summary["vocabulary"]["pose"]["circle"] == {"named": 4, "images": 0, "instances": 0}
+    assert summary["vocabulary"]["pose"] == {"square": {"named": 4, "images": 4, "instances": 4}}
     again = label(lambda: engine, photos, tmp_path / "out", tasks=["detect", "pose"], **OPTIONS)
     assert again["vocabulary"] == summary["vocabulary"] and engine.encoded == 6
 

@@ -180,6 +180,24 @@ def test_exports_link_files_that_no_reader_decodes_at_once(tmp_path, monkeypatch
     assert linked and {file.stat().st_ino for file in linked} == {(source / "a.tif").stat().st_ino}
 
 
+def test_the_gallery_reads_large_files_by_window(tmp_path, monkeypatch):
+    """A local file, one in a table, and a damaged one; none is decoded or read whole."""
+    source = tmp_path / "in"
+    source.mkdir()
+    write_large(source / "a.tif", 1700, tile=64, size=200, number=3)
+    shutil.copy(source / "a.tif", source / "b.tif")
+    monkeypatch.setattr(windows.find_large, "__defaults__", (100_000,))
+    label(WideEngine, source, tmp_path / "out", tiles=Tiles(400), **OPTIONS)
+    (source / "b.tif").write_bytes((source / "b.tif").read_bytes()[:5000])
+    monkeypatch.setattr("lumen_ray.label.gallery.cards.decode_reduced", None)
+    monkeypatch.setattr("lumen_ray.label.inputs.Reader.read", lambda self, item: pytest.fail("read whole"))
+    found = export(tmp_path / "out", ["gallery"])["gallery"]
+    assert (found["images"], found["missing"]) == (1, 1)
+    gallery = tmp_path / "out" / "gallery"
+    thumbnail = np.asarray(Image.open(next(gallery.rglob("*.jpg"))))
+    assert max(thumbnail.shape) == 400 and thumbnail[75, 75].min() > 200 > 60 > thumbnail[40, 200].max()
+
+
 def test_copies_of_a_large_file_are_not_looked_at(tmp_path, monkeypatch):
     """In one fragment, and in a later run."""
     source, looks = tmp_path / "in", []

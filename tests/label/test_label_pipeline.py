@@ -287,3 +287,13 @@ def test_only_actors_take_one_thread(monkeypatch):
     assert taken == []
     LabelActor(settings)
     assert taken == [1]
+
+
+def test_the_driver_loads_no_library_of_models_or_tiffs():
+    """They would be most of its memory; actors load what they use."""
+    code = (
+        "import sys, lumen_ray.label.pipeline, lumen_ray.label.batch.job\n"
+        "print(sorted({'transformers', 'tifffile', 'imagecodecs'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

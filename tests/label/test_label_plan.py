@@ -7,7 +7,7 @@ from support.label_fakes import FakeListing
 
 from lumen_ray.data.hash_set import HashSet
 from lumen_ray.label.inputs import Item
-from lumen_ray.label.plan import FIRST_FRAGMENTS, Plan
+from lumen_ray.label.plan import FIRST_FRAGMENTS, Plan, read_fragments, reference
 
 ITEMS = [Item(f"i{n}", f"/i{n}.png") for n in range(7)]
 
@@ -52,6 +52,16 @@ def test_a_plan_is_written_before_its_fragments_are_handed_out(tmp_path):
     some = FakeListing(Item(f"i{n}", f"/i{n}.png") for n in range(200))
     names = [name for _, found in ids(again.fragments(some)) for name in found]
     assert names == [f"i{n}" for n in range(200)] and again.is_complete
+
+
+def test_a_reference_is_short_and_gives_its_fragments_back(tmp_path):
+    """Of several files, with gaps, and from a file in several row groups."""
+    plan = Plan(str(tmp_path), 400)
+    made = list(plan.fragments(FakeListing(Item(f"i{n}", f"/{n}.png", record="x" * 50) for n in range(12_000))))
+    for wanted in (made[:1], made[5:11], made[3:30:4], made[-1:]):
+        found = reference(wanted)
+        assert read_fragments(found) == wanted and len(found) < 400
+    assert list(Plan(str(tmp_path)).fragments())[3] == made[3]
 
 
 def test_a_plan_in_one_file_of_an_older_version_is_read(tmp_path):

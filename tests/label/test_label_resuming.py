@@ -113,7 +113,7 @@ def test_a_limit_of_errors_holds_until_it_is_raised(tmp_path):
     with pytest.raises(UserError, match="limit of 5%"):
         label(FakeEngine, photos, tmp_path / "out", max_errors="5%", **OPTIONS)
     for wrong in ("many", "-1", "3x%", "nan"):
-        with pytest.raises(UserError, match="give a number of images such as 50"):
+        with pytest.raises(UserError, match="give a number such as 50"):
             label(FakeEngine, photos, tmp_path / "out", max_errors=wrong, **OPTIONS)
 
 

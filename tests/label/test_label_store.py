@@ -1,15 +1,10 @@
 """Label jobs whose input and output are in a bucket, on the `moto` library's S3 server."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from support.label_fakes import FakeEngine, encode, picture, write_images
+from support.label_jobs import LabelJob
 from support.s3_server import s3_server
 
 from lumen_ray.data import files
@@ -68,54 +63,15 @@ def test_a_bucket_that_is_not_there_is_one_sentence(bucket, tmp_path):
         assert "nowhere" in str(caught.value) and "\n" not in str(caught.value)
 
 
-DRIVER = """
-import sys
-from support import label_fakes
-from support.label_fakes import slow_engine
-from lumen_ray.label.pipeline import label
-from lumen_ray.ray_env import init_local, prepare_environment
-
-prepare_environment()
-import ray
-
-init_local()
-ray.cloudpickle.register_pickle_by_value(label_fakes)
-source, output = sys.argv[1:]
-summary = label(slow_engine, source, output, tasks=["segment", "caption"], classes=["square"], fragment_size=4,
-                num_actors=2)
-assert summary["images"] == summary["labelled"] == 48, summary
-"""
-
-
 @pytest.mark.ray
 def test_a_killed_job_leaves_nothing_missing_or_doubled(bucket, tmp_path):
     """Driver and workers are processes of their own."""
     source, output = fill(bucket, "killed/in", 48), bucket("killed/out")
-    path = os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    ledger = Ledger(output)
-
-    def start():
-        return subprocess.Popen(
-            [sys.executable, "-c", DRIVER, source, output],
-            env=os.environ | {"PYTHONPATH": path},
-            start_new_session=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    job = start()
-    ends = time.monotonic() + 120
-    while len(ledger.done()) < 3:
-        assert job.poll() is None, job.stderr.read()[-2000:]
-        assert time.monotonic() < ends
-        time.sleep(0.1)
-    os.killpg(job.pid, signal.SIGKILL)
-    job.wait()
+    job, ledger = LabelJob(source, output, OPTIONS), Ledger(output)
+    job.kill_after(3)
     assert 3 <= len(ledger.done()) < 12
-    job = start()
-    _, errors = job.communicate(timeout=240)
-    assert job.returncode == 0, errors[-2000:]
+    summary = job.run()
+    assert summary["images"] == summary["labelled"] == 48
     found = Counter(row["image_id"] for table in ledger.tables() for row in table.to_pylist())
     assert found == {f"{i % 3}/image{i:03d}.png": 2 for i in range(48)}  # an instance and a caption
     label(FakeEngine, write_images(tmp_path / "in", 48), tmp_path / "out", num_actors=0, exports=(), **OPTIONS)

@@ -123,6 +123,21 @@ def test_a_stopped_job_remembers_its_cost(tmp_path):
     assert Ledger(out).totals()["images"] == 12
 
 
+def test_a_finished_job_at_another_price(tmp_path):
+    """All its time costs what is given now; without a price it stays as it was."""
+    photos, out = write_images(tmp_path / "in", 8), tmp_path / "out"
+    first = label(FakeEngine, photos, out, **OPTIONS)
+    assert first["usd"] is None and label_status(out)["usd_per_hour"] is None
+    for price in (3600.0, 7200.0):
+        again = label(FakeEngine, photos, out, usd_per_hour=price, **OPTIONS)
+        assert again["usd"] == pytest.approx(first["spent_seconds"] * price / 3600)
+        assert json.loads((out / "summary.json").read_text())["usd"] == again["usd"]
+        status = label_status(out)
+        assert status["usd_per_hour"] == price and status["usd"] == pytest.approx(again["usd"], abs=0.2)
+        assert f"in all runs, the last one at ${price:,.2f} an hour" in status_lines(out, status)[-1]
+    assert label(FakeEngine, photos, out, **OPTIONS)["usd"] == again["usd"]
+
+
 def test_a_running_job_says_what_it_costs(tmp_path):
     photos = write_images(tmp_path / "in", 8)
     seen = []
@@ -131,7 +146,14 @@ def test_a_running_job_says_what_it_costs(tmp_path):
         progress=lambda status: seen.append(label_status(tmp_path / "out")), **OPTIONS,
     )  # fmt: skip
     assert seen[0]["state"] == "running" and seen[0]["usd"] is None  # saved after ten seconds
-    running = {**seen[0], "usd": 1.5, "usd_expected": 3.0, "model_busy": 0.871, "fragments_left": 1200}
+    running = {
+        **seen[0],
+        "usd": 1.5,
+        "usd_per_hour": 1.0,
+        "usd_expected": 3.0,
+        "model_busy": 0.871,
+        "fragments_left": 1200,
+    }
     lines = status_lines("out", {**running, "spent_seconds": 60, "images_per_second": 2.0})
     assert "model busy 87%, 1,200 fragments waiting or in work" in lines
     assert any(line.startswith("$1.50 of about $3.00 for") for line in lines)

@@ -84,14 +84,32 @@ def test_tasks_that_disagree(tmp_path):
     assert first.image_id == "b.png" and first.reasons["disagree"] == pytest.approx(0.25)
 
 
-def test_instances_that_a_second_decoder_does_not_find(tmp_path):
-    folder = write(tmp_path, {name: {"detect": [("cat", 0.999)]} for name in ("a.png", "b.png")})
+def with_column(folder, column, values):
+    """The labels of `write` with a value of the column for each image of the first fragment."""
     ledger = Ledger(folder)
-    rows = [row | {"agreement": 0.9 if row["image_id"] == "a.png" else 0.2} for row in ledger.table(0).to_pylist()]
-    ledger.publish(0, 2, rows, [])
-    first, second = choose_for_review(open_labels(folder), 2)
+    ledger.publish(0, 2, [row | {column: values[row["image_id"]]} for row in ledger.table(0).to_pylist()], [])
+    return open_labels(folder)
+
+
+def test_instances_that_a_second_decoder_does_not_find(tmp_path):
+    folder = write(tmp_path, {name: {"detect": [("cat", 0.99)]} for name in ("a.png", "b.png")})
+    first, second = choose_for_review(with_column(folder, "agreement", {"a.png": 0.9, "b.png": 0.2}), 2)
     assert (first.image_id, second.image_id) == ("b.png", "a.png")
-    assert first.reasons["disputed"] == pytest.approx(0.4) and second.reasons["disputed"] == pytest.approx(0.05)
+    assert first.reasons["disputed"] == pytest.approx(0.396) and second.reasons["disputed"] == pytest.approx(0.0495)
+
+
+def test_what_only_a_sure_decoder_finds_is_disputed_most(tmp_path):
+    folder = write(tmp_path, {"a.png": {"detect": [("cat", 0.4)]}, "b.png": {"detect": [("cat", 0.9)]}})
+    found = choose_for_review(with_column(folder, "agreement", {"a.png": 0.0, "b.png": 0.0}), 2)
+    assert {c.image_id: round(c.reasons["disputed"], 6) for c in found} == {"a.png": 0.2, "b.png": 0.45}
+
+
+@pytest.mark.parametrize(("score", "verified"), [(0.99, 0.01), (0.01, 0.99)])
+def test_instances_that_the_llm_sees_otherwise(tmp_path, score, verified):
+    folder = write(tmp_path, {name: {"detect": [("cat", score)]} for name in ("a.png", "b.png")})
+    first, second = choose_for_review(with_column(folder, "verified", {"a.png": verified, "b.png": score}), 2)
+    assert first.image_id == "a.png" and first.reasons["doubted"] == pytest.approx(0.49)
+    assert "doubted" not in second.reasons
 
 
 def test_the_report_escapes_names_and_has_the_reasons_of_errors(tmp_path):

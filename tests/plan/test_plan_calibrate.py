@@ -7,11 +7,13 @@ import time
 
 import numpy as np
 import pytest
-from support.label_fakes import write_images
+from support.label_fakes import FakeEngine, encode, picture, write_images
 
 from lumen_ray import cli
 from lumen_ray.errors import UserError
+from lumen_ray.inference.request import make_request
 from lumen_ray.label.listing import Listing
+from lumen_ray.label.workers import WorkerSettings
 from lumen_ray.plan import calibrate as module
 from lumen_ray.plan.process_tree import cpu_seconds, descendants, rss_bytes
 from lumen_ray.plan.recording import Recording
@@ -49,6 +51,29 @@ def test_reading_and_decoding_of_images(tmp_path):
     reading, decoding, sizes, pixels = module._images(list(Listing(folder)), 64)
     assert len(reading) == len(decoding) == 5 and pixels == [48 * 64] * 5
     assert sorted(sizes) == sorted(path.stat().st_size for path in folder.glob("image*.png"))
+
+
+def test_images_of_one_input_size_share_passes(tmp_path):
+    """As in a job, which does not mix them."""
+    folder, passes = tmp_path / "images", []
+    folder.mkdir()
+    for n in range(12):
+        (folder / f"{n:02d}.png").write_bytes(encode(picture(n, (48, 64) if n % 3 else (64, 48))))
+
+    class Engine(FakeEngine):
+        def input_size(self, shown):
+            return shown.shape[:2]
+
+        def run(self, images, requests, **options):
+            passes.append([image.shape[0] for image in images])
+            return super().run(images, requests, **options)
+
+    requests = (make_request("detect", classes=["square"]),)
+    timer = module._StageTimer(WorkerSettings(Engine, requests, batch_size=4, output=str(tmp_path / "out")))
+    seconds, used = timer.answers(list(Listing(folder)))
+    assert seconds > 0 and used > 0 and sum(map(len, passes)) == 12
+    assert all(len(set(sides)) == 1 for sides in passes) and len(passes) == 3
+    assert all(len(image.records) == 1 for image in timer.last)
 
 
 def test_images_of_which_none_can_be_read(tmp_path):

@@ -176,6 +176,21 @@ def test_log_probs_are_those_of_the_answers_tokens(client, backend, tokens, text
     assert all(entry["top_logprobs"] == [] for entry in content)
 
 
+def test_top_log_probs_are_those_of_each_place(client, backend):
+    top = [[("a", -0.5), ("</s>", -1.5)], [(" cat", -0.25), ("ä", -float("inf"))]]
+    answers(backend, text="a cat", tokens=["a", " cat"], log_probs=[-0.5, -0.25], top_tokens=top)
+    body = {"messages": [TEXT_ONLY], "logprobs": True, "top_logprobs": 2}
+    content = client.post(CHAT, json=body).json()["choices"][0]["logprobs"]["content"]
+    assert [[entry["token"] for entry in one["top_logprobs"]] for one in content] == [["a", "</s>"], [" cat", "ä"]]
+    assert content[1]["top_logprobs"][1] == {"token": "ä", "logprob": -9999, "bytes": [195, 164]}
+
+
+def test_top_log_probs_are_asked_of_the_model(client, backend):
+    for most in (None, 0, 20):
+        assert client.post(CHAT, json={"messages": [TEXT_ONLY], "logprobs": True, "top_logprobs": most}).is_success
+        assert backend.calls[-1][1][0].sampling.top_log_probs == (most or 0)
+
+
 def test_log_probs_are_numbers_of_json_and_none_where_a_decoder_answers(client, backend):
     answers(backend, text="a", tokens=["a"], log_probs=[-float("inf")])
     body = {"messages": [TEXT_ONLY], "logprobs": True}
@@ -327,7 +342,7 @@ PARAMETERS = {
     "presence_penalty": ([None, 0, 0.0], [1, -0.5]),
     "logit_bias": ([None, {}], [{"50": 10}, []]),
     "logprobs": ([None, False, True], ["x"]),
-    "top_logprobs": ([None, 0], [5]),
+    "top_logprobs": ([None, 0], [5, 21, -1]),  # without logprobs
     "stop": ([None, []], ["x", ["x"], 5]),
     "top_k": ([None, 0, -1], [1, 50, -2]),
     "repetition_penalty": ([None, 1, 1.0], [1.2, 0]),

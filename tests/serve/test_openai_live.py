@@ -56,8 +56,10 @@ def test_a_tool_is_called_and_its_result_read(openai_client, tools):
     assert "red circle" in call.function.arguments and len(part["instances"]) == 3
     assert completion.usage.completion_tokens == 1
     messages += [completion.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": json.dumps(part)}]
-    answer = chat.create(model="nano", messages=messages, tools=tools)
-    assert answer.choices[0].finish_reason in ("stop", "length") and answer.choices[0].message.tool_calls is None
+    answer = chat.create(model="nano", messages=messages, tools=tools).choices[0]
+    assert (answer.finish_reason, answer.message.content) == ("stop", "red circle: 3 found")
+    messages += [answer.message, {"role": "user", "content": "and the square ?"}]
+    assert chat.create(model="nano", messages=messages).choices[0].finish_reason in ("stop", "length")
 
 
 @pytest.mark.parametrize("name", ["detect", "segment", "count"])

@@ -117,9 +117,21 @@ def test_openais_client_reads_calls_and_sends_them_back(responses, backend):
     type(response).model_validate(response.model_dump())
     given += response.output
     given.append({"type": "function_call_output", "call_id": call.call_id, "output": json.dumps(part)})
-    asked = answers(backend, text="one")
-    assert responses.create(model="nano", input=given, tools=TOOLS).output_text == "one"
-    assert asked[0].text == "find every red circle red circle: 1 found" and asked[0].routing == Routing(())
+    assert responses.create(model="nano", input=given, tools=TOOLS).output_text == "red circle: 1 found"
+    with responses.stream(model="nano", input=given, tools=TOOLS) as stream:
+        assert stream.get_final_response().output_text == "red circle: 1 found"
+    asked = answers(backend, text="green")
+    responses.create(model="nano", input=[*given, {"role": "user", "content": "which colour ?"}])
+    assert asked[0].history == (("find every red circle", "red circle: 1 found"),)
+
+
+def test_calls_in_a_row_and_the_text_before_them_are_one_answer(client, backend):
+    said = {"role": "assistant", "content": "see :"}
+    calls = [{"type": "function_call", "call_id": n, "name": "detect", "arguments": "{}"} for n in "ab"]
+    results = [{"type": "function_call_output", "call_id": n, "output": f"{n} found"} for n in "ab"]
+    response = ask(client, [QUESTION, said, *calls, *results, {"role": "user", "content": "which ?"}])
+    assert response.status_code == 200, response.text
+    assert backend.calls[0][1][0].history == (("find every red circle", "see : a found b found"),)
 
 
 def test_openais_client_reads_a_typed_result(responses, backend):
@@ -170,6 +182,29 @@ def test_openais_client_reads_the_events(responses, backend, text, is_routed, ki
     )
 
 
+@pytest.mark.parametrize(
+    ("choice", "echo"),
+    [
+        (None, "auto"),
+        ("required", "required"),
+        ({"type": "function", "name": "detect", "x": 1}, {"type": "function", "name": "detect"}),
+        (
+            {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "detect"}]},
+            {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "detect"}]},
+        ),
+    ],
+)
+def test_the_response_has_the_tools_of_the_request(client, choice, echo):
+    deep: dict = {}
+    for _ in range(400):
+        deep = {"x": deep}
+    tools = [{**TOOLS[0], "parameters": {"type": "object", "x": deep}}]
+    body = ask(client, [QUESTION], tools=tools, tool_choice=choice).json()
+    assert body["tool_choice"] == echo
+    (tool,) = body["tools"]
+    assert tool["name"] == "detect" and set(tool["parameters"]["properties"]) == {"classes"}
+
+
 def test_an_answer_without_text_and_calls_is_an_empty_message(client, backend):
     routed(backend)
     assert ask(client, [QUESTION]).json()["output"][0]["content"][0]["text"] == ""
@@ -212,7 +247,7 @@ PARAMETERS = {
         [{"format": {"type": "json_object"}}, {"format": {"type": "json_schema"}}, {"verbosity": "low"}],
     ),
     "include": ([None, [], ["message.output_text.logprobs"]], [["reasoning.encrypted_content"], "x"]),
-    "top_logprobs": ([None, 0], [5]),
+    "top_logprobs": ([None, 0], [5, 21]),  # without include
     "store": ([None, False], [True]),
     "previous_response_id": ([None], ["resp_1"]),
     "conversation": ([None], ["conv_1"]),

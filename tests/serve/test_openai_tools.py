@@ -204,20 +204,20 @@ def test_a_picture_is_the_result_of_a_call(client, backend):
     assert len(body["lumen"]["images"]) == 1
 
 
-def test_a_conversation_that_ends_with_a_result_is_answered_in_text(client, backend):
+def test_a_conversation_that_ends_with_a_result_is_answered_by_its_text(client, backend):
     answers(backend, predictions=[found()], route="[DET]")
     body = ask(client, "detect").json()
     called, part = body["choices"][0]["message"], body["lumen"]["parts"][-1]
     result = {"role": "tool", "tool_call_id": called["tool_calls"][0]["id"], "content": json.dumps(part)}
-    asked = answers(backend, text="there are two")
-    again = ask(client, "detect", messages=[message(), called, result]).json()
-    assert again["choices"][0]["message"]["content"] == "there are two"
-    assert asked[0].routing == Routing(()) and asked[0].text == "find every red circle red circle: 2 found"
-    ask(client, messages=[message(), called, result])  # without tools
-    assert asked[1].routing == Routing(())
+    asked = answers(backend, text="green")
+    for fields in ({}, {"tools": []}, {"n": 2, "logprobs": True}):
+        again = ask(client, "detect", messages=[message(), called, result], **fields).json()
+        assert again["choices"][-1]["message"] == {"role": "assistant", "content": "red circle: 2 found"}
+        assert again["choices"][-1]["finish_reason"] == "stop" and again["lumen"]["height"] == 16
+    assert asked == []
     later = [message(), called, result, message("and squares ?", False)]
     assert ask(client, "detect", messages=later).status_code == 200
-    assert asked[2].history == (("find every red circle", "red circle: 2 found"),)
+    assert asked[0].history == (("find every red circle", "red circle: 2 found"),)
     refused = ask(client, "detect", messages=[message(), called, result], tool_choice="required").json()["error"]
     assert (refused["reason"], refused["param"]) == ("unsupported_conversation", "tool_choice")
 
@@ -237,9 +237,10 @@ def test_openais_client_reads_calls_and_sends_them_back(chat, client, backend):
     assert call.type == "function" and json.loads(call.function.arguments) == {"classes": ["red circle"]}
     part = completion.lumen["parts"][0]
     messages += [completion.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": part["text"]}]
-    asked = answers(backend, text="two")
     completion = chat.completions.create(model="nano", messages=messages, tools=tools)
-    assert completion.choices[0].message.content == "two" and asked[0].text.endswith(" red circle: 2 found")
+    assert completion.choices[0].message.content == "red circle: 2 found"
+    chunks = list(chat.completions.create(model="nano", messages=messages, tools=tools, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "red circle: 2 found"
 
 
 def test_openais_client_reads_typed_arguments(chat, backend):

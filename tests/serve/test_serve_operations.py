@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import httpx
-import psutil
 import pytest
+from support.clusters import descendants
 from support.serve_fakes import base64_png, free_port
 
 from lumen_ray.serve.app import run
@@ -119,7 +119,7 @@ def test_the_log_of_the_ingress_has_a_line_in_json(client):
 
 def test_a_request_whose_ingress_replica_dies_gets_the_envelope(client):
     """Serve's HTTP server said "Internal Server Error" in plain text."""
-    (replica,) = [p for p in psutil.process_iter(["cmdline"]) if "lumen:Ingress" in " ".join(p.info["cmdline"] or ())]
+    (replica,) = descendants(os.getpid(), "lumen:Ingress")
     answers = []
     threads = [threading.Thread(target=lambda: answers.append(ask(client, 1000))) for _ in range(8)]
     for thread in threads:

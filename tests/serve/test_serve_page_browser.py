@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,19 @@ def test_a_chat_is_streamed_and_remembers(page):
         )
     image, (request,), _ = page.backend.calls[-1]
     assert image is not None and request.history == (("question 1", "chat says question 1"),)
+
+
+def test_an_answer_is_stopped(page, monkeypatch):
+    async def endless(*_: Any) -> AsyncIterator[str]:
+        yield "the beginning"
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(page.backend, "stream", endless)
+    page.begin()
+    page.run("(find('chat-tab').click(), find('question').value = 'go on', find('chat-form').requestSubmit())")
+    page.run("until(() => find('turns').innerText.includes('the beginning'))")
+    page.run("find('stop').click()")
+    page.run("until(() => find('turns').innerText.includes('Stopped.') && !find('send').hidden)")
 
 
 def test_what_is_no_image_leaves_none(page):

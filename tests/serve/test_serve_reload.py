@@ -91,7 +91,7 @@ def test_a_new_version_is_served_without_losing_a_request_or_mixing_two(url, fol
     try:
         wait_for(lambda: len(answers) >= 8, "answers of the old version")
         loaded = load_model(folder)
-        state = {name: 1.02 * tensor for name, tensor in loaded.model.state_dict().items()}
+        state = {name: 1.2 * tensor for name, tensor in loaded.model.state_dict().items()}
         save_model(folder, state, loaded.settings, loaded.tokenizer, loaded.meta)
         wait_for(lambda: version_of(url) != first, "the new version", 60)
         enough = len(answers) + 12
@@ -109,7 +109,7 @@ def test_a_new_version_is_served_without_losing_a_request_or_mixing_two(url, fol
         near = [n for n, one in enumerate(expected) if found == pytest.approx(one, abs=1e-4)]
         assert near, (found, expected)
         seen.update(near)
-    assert seen == {0, 1} and expected[0] != pytest.approx(expected[1], abs=1e-3)
+    assert seen == {0, 1} and expected[0] != pytest.approx(expected[1], abs=2e-4)
 
 
 def test_an_incomplete_folder_is_named_and_the_old_version_goes_on(url, folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -82,10 +83,15 @@ def in_session(command: list[str], environment: dict[str, str], **pipes: object)
 
 def train_workers(pid: int) -> list[psutil.Process]:
     """Ray Train's workers among the processes that `pid` has started."""
+    return descendants(pid, "RayTrainWorker")
+
+
+def descendants(pid: int, name: str) -> list[psutil.Process]:
+    """The processes that `pid` and those it has started have started, with `name` in their command line."""
     found = []
     for process in psutil.Process(pid).children(recursive=True):
         try:
-            if "RayTrainWorker" in " ".join(process.cmdline()):
+            if name in " ".join(process.cmdline()):
                 found.append(process)
         except psutil.NoSuchProcess:
             continue
@@ -93,8 +99,9 @@ def train_workers(pid: int) -> list[psutil.Process]:
 
 
 def free_ports() -> Iterator[int]:
-    """Ports that nobody listens on, outside the range Ray takes its workers' ports from, each once."""
-    for port in range(21000, 30000):
+    """Ports that nobody listens on, outside the range Ray takes its workers' ports from, each once and in an order of
+    its own, since other processes look for theirs at the same time."""
+    for port in random.SystemRandom().sample(range(21000, 30000), 9000):
         with socket.socket() as s:
             if s.connect_ex(("127.0.0.1", port)) != 0:
                 yield port
@@ -103,8 +110,8 @@ def free_ports() -> Iterator[int]:
 class Cluster:
     """A head node with its dashboard (where jobs are submitted), and more nodes on demand. A context manager."""
 
-    def __init__(self, cpus: int = 1):
-        self.cpus = cpus
+    def __init__(self, cpus: int = 1, token: str | None = None):
+        self.cpus, self.token = cpus, token
         self.nodes: list[subprocess.Popen] = []
         self._ports = free_ports()
         self.port, self.dashboard, self.client = (next(self._ports) for _ in range(3))
@@ -117,7 +124,8 @@ class Cluster:
         quick_death = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "10"}
         address = {"RAY_ADDRESS": f"127.0.0.1:{self.port}"}
         threads = {"OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
-        return os.environ | quick_death | address | threads
+        token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token} if self.token else {}
+        return os.environ | quick_death | address | threads | token
 
     def _start(self, *options: str) -> subprocess.Popen:
         common = ["--block", f"--num-cpus={self.cpus}", "--object-store-memory=100000000", "--disable-usage-stats"]

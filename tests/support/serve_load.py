@@ -140,11 +140,11 @@ def replicas(deployment: str = "") -> list[psutil.Process]:
     return found
 
 
-def memory() -> dict[str, int]:
-    """MiB of every process of Ray that this one has started, by name and number."""
+def memory() -> dict[int, tuple[str, int]]:
+    """Name, which says what a worker does just now, and MiB of every process of Ray that this one has started."""
     found = {}
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.Error):
-            name = " ".join(process.cmdline())[:40] or process.name()
-            found[f"{name} {process.pid}"] = process.memory_info().rss >> 20
+            name = " ".join(process.cmdline())[:60] or process.name()
+            found[process.pid] = name, process.memory_info().rss >> 20
     return found

@@ -24,10 +24,11 @@ from support.tiny_models import SIDE, tiny_settings
 torch.set_num_threads(1)
 
 
-def make_shards(folder: Path) -> Path:
-    """32 scenes in row groups of 4, and the preset beside them."""
+def make_shards(folder: Path, **changes) -> Path:
+    """32 scenes in row groups of 4, and beside them the preset, with `changes` of its keys."""
     prepare_source(folder / "shards", ScenesSource(32, side=SIDE), rows_per_group=4, workers=0)
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(tiny_settings(vocab_size=330).model_dump(mode="json")))
+    settings = tiny_settings(vocab_size=330, **changes)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     return folder
 
 

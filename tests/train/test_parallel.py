@@ -1,43 +1,27 @@
 """Two FSDP ranks train what one process trains."""
 
 import json
-import os
-from datetime import timedelta
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
+from support.ranks import run_ranks
 from support.train_fakes import job_of, weights_of
 
-from lumen_ray.data.batches.feed import plan_items
-from lumen_ray.data.batches.plan import Plan
 from lumen_ray.model.build import build_model
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.train.launch import train_local
 from lumen_ray.train.run import checkpoint
-from lumen_ray.train.trainer import Trainer
 from lumen_ray.trunk.tokenizer import LumenTokenizer
 
 # At a low rate: Adam's first steps are as large as the rate even where a gradient is nothing but rounding.
 STAGES = ({"steps": 12, "lr": 3e-4}, {"steps": 8, "lr": 3e-4, "trainable": ["lumen"]})
 
 
-def _rank(rank, prepared, store, threads=1):
-    torch.set_num_threads(threads)
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=120), 2, rank)
-    trainer = Trainer(prepared.job, torch.device("cpu"))
-    items = plan_items(Plan(prepared.manifest, prepared.job.recipe, 2), rank, 2, trainer.step)
-    trainer.fit(prepared.reader(item) for item in items)
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def runs(data, tmp_path_factory):
     folder = tmp_path_factory.mktemp("parallel")
     train_local(job_of(data, folder / "one", *STAGES))
-    mp.spawn(_rank, (job_of(data, folder / "two", *STAGES), folder / "store"), nprocs=2)
+    assert run_ranks(job_of(data, folder / "two", *STAGES)) == [0, 0]
     return folder / "one", folder / "two"
 
 

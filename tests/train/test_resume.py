@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 from support.ranks import Moment, run_ranks
-from support.train_fakes import cut_after, make_job
+from support.tiny_models import CLIP, DINOV2, llm
+from support.train_fakes import cut_after, make_job, make_shards
 
 from lumen_ray.train.run import checkpoint
 
@@ -31,6 +32,16 @@ NAMED = {
     "while an old checkpoint is removed": Moment(0, "os.remove", 2),
     "during the export, after the last checkpoint": Moment(0, "model/.partial/model.safetensors"),
 }
+
+
+ONE_LAYER = {"num_hidden_layers": 1}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """With a preset of few tensors: most of a rank's time is DTensor's, once per process for each list of them."""
+    vision = {"clip": CLIP | ONE_LAYER, "dinov2": DINOV2 | ONE_LAYER, "mlp_ratio": 2}
+    return make_shards(tmp_path_factory.mktemp("resume"), vision=vision, llm=llm() | ONE_LAYER)
 
 
 @pytest.fixture(scope="module")

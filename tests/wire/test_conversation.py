@@ -130,7 +130,7 @@ def answer(text="two"):
 
 def test_results_of_tools_are_read_with_the_answer_that_called_them():
     found = read_conversation([question(), calls("x"), result("x"), question("b")], 1)
-    assert (found.question, found.history, found.ends_with_result) == ("b", [("a", "circle: 2 found")], False)
+    assert (found.question, found.history, found.result) == ("b", [("a", "circle: 2 found")], None)
     spoken = [question(), calls("x", "y", content="see"), result("y", "second"), result("x", "first"), answer()]
     found = read_conversation([*spoken, question("b")], 1)
     assert found.history == [("a", "see second first two")]
@@ -138,16 +138,17 @@ def test_results_of_tools_are_read_with_the_answer_that_called_them():
     assert read_conversation(again, 1).history == [("a", "circle: 2 found more")]
 
 
-def test_a_result_at_the_end_stands_behind_the_question():
-    found = read_conversation([question("hi"), answer(), question(), calls("x", content="see"), result("x")], 1)
-    assert (found.question, found.history, found.ends_with_result) == ("a circle: 2 found", [("hi", "two")], True)
+def test_results_at_the_end_stand_alone():
+    given = [question("hi"), answer(), question(), calls("x", "y", content="see"), result("x"), result("y", "one")]
+    found = read_conversation(given, 1)
+    assert (found.question, found.history, found.result) == ("a", [("hi", "two")], "circle: 2 found, one")
 
 
 def test_of_a_result_that_the_server_gave_its_text_is_read():
     part = {"type": "instances", "instances": [], "text": "square: 0 found", "tool_call_id": "x"}
     other = {"square": 0, "text": "mine"}
     for content, read_as in [(json.dumps(part), part["text"]), (json.dumps(other), json.dumps(other))]:
-        assert read_conversation([question(), calls("x"), result("x", content)], 1).question == f"a {read_as}"
+        assert read_conversation([question(), calls("x"), result("x", content)], 1).result == read_as
 
 
 def test_the_image_of_a_turn_with_calls_is_of_its_question():

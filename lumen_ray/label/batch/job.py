@@ -21,9 +21,12 @@ from lumen_ray.label.plan import Plan
 from lumen_ray.label.progress import ErrorLimit, Status
 from lumen_ray.label.runs import Pool, Work
 from lumen_ray.label.settings import chosen_decoders, job_settings
-from lumen_ray.label.spent import Spent
+from lumen_ray.label.spent import Spent, check_price, cost_text, priced_again
 from lumen_ray.label.workers import WorkerSettings
 from lumen_ray.structures import check_dtype
+
+#: what these jobs count, in messages
+COUNTED = "requests"
 
 
 def answer_batch(
@@ -33,6 +36,7 @@ def answer_batch(
     *,
     decoders: Mapping[str, str] | None = None,
     num_actors: int | range | None = 1,
+    gpus_per_actor: float = 1,
     batch_size: int = 8,
     score_threshold: float = 0.3,
     max_per_phrase: int = 300,
@@ -41,11 +45,13 @@ def answer_batch(
     dtype: str = "float32",
     fragment_size: int = 32,
     max_errors: str | int | None = None,
+    usd_per_hour: float | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Answers the chat requests in a batch file (see `batch.lines`) into the folder `output`; returns a summary.
 
-    model, decoders, num_actors, device, dtype, max_errors, progress: as of `pipeline.label`, with lines for images.
+    model, decoders, num_actors, gpus_per_actor, device, dtype, max_errors, usd_per_hour, progress: as of
+        `pipeline.label`, with lines for images.
     batch_size: requests that are given to the engine together.
     score_threshold, max_per_phrase, max_new_tokens: of requests that do not say, or cannot.
 
@@ -54,7 +60,8 @@ def answer_batch(
     answered is in ``errors.jsonl`` and stops nothing. Raises `UserError` as `pipeline.label` does, but not where no
     line at all could be answered.
     """
-    check_numbers(num_actors, batch_size, score_threshold, fragment_size)
+    check_numbers(num_actors, gpus_per_actor, batch_size, score_threshold, fragment_size)
+    check_price(usd_per_hour)
     limit = ErrorLimit.parse(max_errors)
     device = check_device(device, num_actors)
     chosen = chosen_decoders(model, decoders or {})
@@ -71,12 +78,12 @@ def answer_batch(
         ledger.open(settings)
         plan, done = ledger.plan(fragment_size), ledger.done()
         if (finished := _finished(ledger, plan, len(done))) is not None:
-            limit.check_numbers(finished["errors"], finished["requests"])
-            return finished
-        spent = Spent(ledger.folder)
+            limit.check_numbers(finished["errors"], finished["requests"], COUNTED)
+            return priced_again(ledger, finished, usd_per_hour)
+        spent = Spent(ledger.folder, usd_per_hour)
         work = Work(plan, done, None if plan.is_complete else listing)
-        pool = Pool(num_actors, labeller=BatchLabeller, actor=BatchActor)
-        status, log = run_work(work, ledger, worker, pool, limit, claim, spent, progress)
+        pool = Pool(num_actors, gpus_per_actor, labeller=BatchLabeller, actor=BatchActor)
+        status, log = run_work(work, ledger, worker, pool, limit, claim, spent, progress, COUNTED)
         summary = _finish(ledger, status)
         spent.save(now=True)
     return summary | log
@@ -108,7 +115,9 @@ def _finish(ledger: Ledger, status: Status) -> dict[str, Any]:
         "finished_before": status.finished_before,
         "seconds": round(seconds, 2),
         "requests_per_second": round((status.done - status.finished_before) / max(seconds, 1e-9), 2),
+        **status.spent_facts(0),
     }
+    del summary["usd_expected"]  # nothing more is
     files.write_bytes(urls.join(ledger.output, "summary.json"), json.dumps(summary, indent=1).encode())
     return summary
 
@@ -118,7 +127,8 @@ def answered_line(summary: dict[str, Any], output: str | Path) -> str:
     first = summary["first_error"]
     log = f"; log -> {summary['log']}" if summary.get("log") else ""
     reason = f" (e.g. {first['custom_id']}: {first['message']})" if first else ""
+    cost = cost_text(summary.get("usd"))
     return (
         f"{summary['requests']} requests: {summary['answered']} answered, {summary['errors']} errors{reason} -> "
-        f"{output} ({OUTPUT}, {ERRORS}){log}"
+        f"{output} ({OUTPUT}, {ERRORS}){log}{cost and '; ' + cost}"
     )

@@ -104,7 +104,8 @@ class BatchLabeller(Labeller):
                 lines[0].reason = "model_error"
             return
         for line, choices in zip(lines, answers, strict=True):
-            line.answer(choices, self._lines.model)
+            assert line.prepared is not None, "lines that failed are not answered"
+            line.answer(choices or line.prepared.known, self._lines.model)
 
 
 class BatchActor(LabelActor, BatchLabeller):

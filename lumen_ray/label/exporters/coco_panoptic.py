@@ -40,9 +40,9 @@ class CocoPanoptic(Exporter):
             files = {task: _start(folder, labels, task, colours[task]) for task, folder in folders.items()}
             for image in images:
                 for task, file in files.items():
-                    ids, segments = _segments(image, task, labels, colours[task])
+                    pixels, segments = _segments(image, task, labels, colours[task])
                     name = f"{image.name}.png"
-                    _picture(ids).save(folders[task] / name)
+                    Image.fromarray(pixels).save(folders[task] / name)
                     height, width = image.size
                     entry = {"id": image.number, "file_name": image.image_id, "height": height, "width": width}
                     file.add("images", {**entry, "path": image.path})
@@ -66,19 +66,21 @@ def _start(folder: Path, labels: Labels, task: str, colours: dict[str, Colour]) 
 def _segments(
     image: LabelledImage, task: str, labels: Labels, colours: dict[str, Colour]
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
-    """(ids, uint32 [H, W], the entries of ``segments_info``), best score first."""
+    """(ids, uint8 [H, W, 3] with the lowest byte first, the entries of ``segments_info``), best score first."""
     records = sorted(image.instances(task), key=lambda record: -record["score"])
-    ids = np.zeros(image.size, np.uint32)
+    pixels, free = np.zeros((*image.size, 3), np.uint8), np.ones(image.size, bool)
     segments: list[dict[str, Any]] = []
     used = {0}
     for record in records:
         visible = _mask(record, image.size)
-        visible &= ids == 0
+        visible &= free
         rows, columns = np.flatnonzero(visible.any(1)), np.flatnonzero(visible.any(0))
         if not len(rows):
             continue
         number = _free(colours[record["phrase"]], used)
-        ids[visible] = number
+        free ^= visible
+        for channel in range(3):
+            np.copyto(pixels[..., channel], number >> 8 * channel & 255, where=visible)
         left, top = int(columns[0]), int(rows[0])
         segments.append(
             {
@@ -90,7 +92,7 @@ def _segments(
                 "score": record["score"],
             }
         )
-    return ids, segments
+    return pixels, segments
 
 
 def _mask(record: Record, size: Size) -> np.ndarray:
@@ -104,8 +106,3 @@ def _free(colour: Colour, used: set[int]) -> int:
         number = (number + _STEP) % _IDS
     used.add(number)
     return number
-
-
-def _picture(ids: np.ndarray) -> Image.Image:
-    channels = ids.astype("<u4").view(np.uint8).reshape(*ids.shape, 4)  # lowest byte first
-    return Image.fromarray(np.ascontiguousarray(channels[..., :3]))

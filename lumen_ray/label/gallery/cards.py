@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lumen_ray.data.images import decode_reduced
+from lumen_ray.data.images import Picture, decode_reduced
+from lumen_ray.data.rle import runs
+from lumen_ray.data.windows import LargeImage, find_large
 from lumen_ray.label.exporters.image_files import changed_size
 from lumen_ray.label.exporters.labels import LabelledImage, Record
 from lumen_ray.label.gallery.layout import thousandths
@@ -22,18 +24,27 @@ _QUALITY = 80
 MAX_DRAWN = 300
 
 
-def write_thumbnail(data: bytes, size: Size, path: Path) -> Size:
-    """Writes the thumbnail of an encoded image; returns its (height, width).
+def write_thumbnail(source: bytes | LargeImage, size: Size, path: Path) -> Size:
+    """Writes the thumbnail of an image, encoded or read by window; returns its (height, width).
 
     Raises `UserError` if it cannot be decoded or its (height, width) is not `size`, that of the image when labelled.
     """
-    picture = decode_reduced(data, THUMBNAIL_SIDE)
+    picture = _small_enough(source)
     if picture.size != size:
         raise changed_size(picture.size, size)
     small = Image.fromarray(picture.pixels)
     small.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE), Image.Resampling.LANCZOS)
     small.save(path, "JPEG", quality=_QUALITY)
     return small.height, small.width
+
+
+def _small_enough(source: bytes | LargeImage) -> Picture:
+    large = source if isinstance(source, LargeImage) else find_large(source)
+    if large is None:
+        assert isinstance(source, bytes), "an image is encoded or read by window"
+        return decode_reduced(source, THUMBNAIL_SIDE)
+    with large.open() as windows:
+        return windows.overview(THUMBNAIL_SIDE)
 
 
 def labelled_card(image: LabelledImage, small: Size, tasks: tuple[str, ...], classes: dict[str, int]) -> dict[str, Any]:
@@ -80,5 +91,6 @@ def _small_mask(rle: dict[str, Any], size: Size, small: Size) -> str:
     if size == small:
         return str(rle["counts"])
     rows, columns = (((np.arange(n) + 0.5) * side / n).astype(int) for n, side in zip(small, size, strict=True))
-    mask = Masks([rle], size).to_arrays()[0][np.ix_(rows, columns)]
+    ends = np.cumsum(runs(rle["counts"]))  # of the runs, which alternate and go down the columns
+    mask = np.searchsorted(ends, columns * size[0] + rows[:, None], side="right") % 2 == 1
     return str(Masks.from_arrays(mask[None]).rles[0]["counts"])

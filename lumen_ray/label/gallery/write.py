@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lumen_ray.data import urls
+from lumen_ray.data.windows import LargeImage
 from lumen_ray.errors import UserError
 from lumen_ray.label.exporters.labels import LabelledImage, Labels
 from lumen_ray.label.gallery.cards import failed_card, labelled_card, write_thumbnail
 from lumen_ray.label.gallery.layout import GalleryFiles, index_entry
 from lumen_ray.label.inputs import Item, Reader
+from lumen_ray.label.reading import find_large_file
 from lumen_ray.tasks import get_task
 from lumen_ray.viz import KEYPOINT_SCORE, palette
 
@@ -75,12 +77,19 @@ class _Writer:
         """Adds the images and yields each once it is added. Threads decode them; a few per core are in memory."""
         waiting: deque[tuple[_Image, Future[dict[str, Any]]]] = deque()
         for number, image in enumerate(images):
-            data = self._reader.read(image.item) if image.labelled else b""
-            waiting.append((image, pool.submit(self._card, image, data, self.files.thumbnail(number))))
+            source = self._source(image.item) if image.labelled else b""
+            waiting.append((image, pool.submit(self._card, image, source, self.files.thumbnail(number))))
             if len(waiting) > 2 * (os.cpu_count() or 1):
                 yield self._add(*waiting.popleft())
         while waiting:
             yield self._add(*waiting.popleft())
+
+    def _source(self, item: Item) -> bytes | LargeImage | UserError:
+        """The encoded bytes of an image, or a file that is read by window; or the error of reading it."""
+        try:
+            return find_large_file(item) or self._reader.read(item)
+        except UserError as error:
+            return error
 
     def _add(self, image: _Image, waiting: Future[dict[str, Any]]) -> _Image:
         card = waiting.result()
@@ -91,15 +100,15 @@ class _Writer:
         self.files.add(card, b"\x01" if failed or image.labelled is None else self._index(image.labelled))
         return image
 
-    def _card(self, image: _Image, data: bytes | UserError, thumbnail: Path) -> dict[str, Any]:
+    def _card(self, image: _Image, source: bytes | LargeImage | UserError, thumbnail: Path) -> dict[str, Any]:
         shown, path = image.labelled, urls.shown(image.item.path)
         if shown is None:
             assert image.error is not None, "an image is labelled or failed"
             return failed_card(image.item.image_id, path, image.error["reason"], image.error["message"])
         try:
-            if isinstance(data, UserError):
-                raise data
-            return labelled_card(shown, write_thumbnail(data, shown.size, thumbnail), self._tasks, self._classes)
+            if isinstance(source, UserError):
+                raise source
+            return labelled_card(shown, write_thumbnail(source, shown.size, thumbnail), self._tasks, self._classes)
         except UserError as error:
             return failed_card(shown.image_id, path, error.reason, f"It was labelled, but {error}")
 

@@ -252,7 +252,9 @@ class BatchRunner:
         tries = 0
         while True:
             try:
-                choices = await self._backend.infer(prepared.shown, prepared.requests, prepared.max_new_tokens)
+                choices = prepared.known or await self._backend.infer(
+                    prepared.shown, prepared.requests, prepared.max_new_tokens
+                )
                 await asyncio.to_thread(line.answer, choices, model)
                 job.state = job.state.with_facts(model=model)
                 return line

@@ -27,8 +27,8 @@ export function startAbout() {
   on("model", () => {
     find("model").textContent = `${state.model.preset}, version ${state.model.version}`
     const classes = state.model.classes?.length
-    find("about-summary").textContent = `What this model knows: ${classes ? `${plural(classes, "class", "classes")}, ` : ""}`
-      + plural(state.tasks.size, "task")
+    const counts = [...(classes ? [plural(classes, "class", "classes")] : []), plural(state.tasks.size, "task")]
+    find("about-summary").textContent = `What this model knows: ${counts.join(", ")}`
     find("facts").replaceChildren(...facts())
     find("side").hidden = false
   })

@@ -27,7 +27,8 @@ function body(question) {
 }
 
 async function send(question) {
-  const asked = body(question), request = { path: PATH, body: asked }, picture = find("with-image").checked ? state.picture : null
+  const asked = body(question), request = { path: PATH, body: asked }
+  const picture = find("with-image").checked ? state.picture : null
   const control = (running = new AbortController())
   const turn = { question, text: "", answer: null, error: "", isStopped: false, isDone: false, request }
   turns.push(turn)

@@ -42,11 +42,13 @@ export function asPython(request) {
   const lines = [...(pictures.length ? ["import base64"] : []), ...(needsKey ? ["import os"] : [])]
   lines.push(...(lines.length ? [""] : []), "import requests", "", "")
   if (pictures.length) {
-    lines.push("def encoded(path):", '    with open(path, "rb") as file:', "        return base64.b64encode(file.read()).decode()", "", "")
+    lines.push("def encoded(path):", '    with open(path, "rb") as file:')
+    lines.push("        return base64.b64encode(file.read()).decode()", "", "")
   }
   pictures.forEach((picture, n) => {
     if (picture.url) {
-      lines.push(`with open(${names[n]}, "wb") as file:`, `    file.write(requests.get(${JSON.stringify(picture.url)}).content)`)
+      lines.push(`with open(${names[n]}, "wb") as file:`)
+      lines.push(`    file.write(requests.get(${JSON.stringify(picture.url)}).content)`)
     } else if (picture.original) {
       lines.push(`#${remark(picture).slice(3)}: ${names[n]}`)
     }

@@ -11,13 +11,15 @@ const CROWDED = 25 // more instances than this have labels only where their boxe
 export function drawAnswer(context, instances, at, look) {
   const colours = palette(look.phrases)
   const isCrowded = instances.length > CROWDED
-  for (const [layer, draw] of [["masks", drawMask], ["boxes", drawBox], ["keypoints", drawKeypoints], ["labels", drawLabel]]) {
+  const layers = { masks: drawMask, boxes: drawBox, keypoints: drawKeypoints, labels: drawLabel }
+  for (const [layer, draw] of Object.entries(layers)) {
     const { on, opacity } = look.layers[layer]
     if (!on) continue
     for (const item of instances) {
       const isOther = look.hover >= 0 && look.hover !== item.index
       context.globalAlpha = opacity * (isOther ? 0.2 : 1)
-      draw(context, item, at, { ...look, isCrowded, isHovered: look.hover === item.index, colour: colours.get(item.phrase) })
+      const isHovered = look.hover === item.index, colour = colours.get(item.phrase)
+      draw(context, item, at, { ...look, isCrowded, isHovered, colour })
     }
   }
   context.globalAlpha = 1

@@ -85,7 +85,8 @@ function card(entry, number) {
   const group = make("div", { className: "by-example" },
     make("label", { htmlFor: name.id }, "Name in the answer"), name,
     make("label", { className: "check" }, read, "The model reads the name too"),
-    make("div", { className: "row" }, toggle(entry, true, "+ Box what is meant"), toggle(entry, false, "− Box what is not")),
+    make("div", { className: "row" },
+      toggle(entry, true, "+ Box what is meant"), toggle(entry, false, "− Box what is not")),
     list,
     make("div", { className: "row" }, upload, remove))
   group.setAttribute("role", "group")

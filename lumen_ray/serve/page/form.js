@@ -128,7 +128,8 @@ function chooseTask() {
 function suggest() {
   const known = state.task.result === "keypoints" ? Object.keys(state.model.skeletons || {}) : state.model.classes || []
   const chosen = items(find("classes").value)
-  if (takes("classes") && !chosen.some(name => known.includes(name))) find("classes").value = known.slice(0, 3).join(", ")
+  if (!takes("classes") || chosen.some(name => known.includes(name))) return
+  find("classes").value = known.slice(0, 3).join(", ")
 }
 
 function listClasses() {
@@ -161,7 +162,8 @@ export function startForm() {
     find("form").requestSubmit()
   }
   for (const id of ["classes", "text", "keypoints"]) find(id).oninput = check
-  find("options").addEventListener("invalid", () => { find("options-row").open = true }, true) // so that its reason is seen
+  const open = () => { find("options-row").open = true } // so that the browser's reason is seen
+  find("options").addEventListener("invalid", open, true)
   find("task").onchange = chooseTask
   on("task picture shown region examples", arrange)
   on("classes", check)
@@ -169,6 +171,8 @@ export function startForm() {
   on("model", () => {
     const tasks = [...state.tasks.values()].filter(task => task.name !== "chat") // has a tab of its own
     find("task").replaceChildren(...tasks.map(({ name }) => new Option(name.replace("_", " "), name)))
+    find("task-tab").hidden = !tasks.length
+    if (!tasks.length) { find("chat-tab").click(); return }
     if (state.tasks.has("detect")) find("task").value = "detect"
     listClasses()
     chooseTask()

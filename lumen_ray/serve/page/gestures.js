@@ -46,7 +46,8 @@ function pinch(event) {
   const before = [...pointers.values()]
   pointers.set(event.pointerId, [event.clientX, event.clientY])
   const after = [...pointers.values()], box = canvas.getBoundingClientRect()
-  const middle = ([[a, b], [c, d]]) => [(a + c) / 2, (b + d) / 2], apart = ([[a, b], [c, d]]) => Math.hypot(a - c, b - d)
+  const middle = ([[a, b], [c, d]]) => [(a + c) / 2, (b + d) / 2]
+  const apart = ([[a, b], [c, d]]) => Math.hypot(a - c, b - d)
   const [x, y] = middle(after), [u, v] = middle(before)
   pan(x - u, y - v)
   zoom(apart(after) / Math.max(1, apart(before)), x - box.left, y - box.top)
@@ -110,8 +111,8 @@ function arrow(dx, dy, isFar) {
 
 function cursor() { return view.cursor || inside([state.shown.width / 2, state.shown.height / 2]) }
 
-// Enter begins a shape; the second one ends a box, or a point where the crosshair has not moved. A scribble goes on until
-// Shift and Enter.
+// Enter begins a shape; the second one ends a box, or a point where the crosshair has not moved. A scribble goes on
+// until Shift and Enter.
 function mark(ends) {
   view.cursor = cursor()
   if (!state.drawing) {

@@ -45,7 +45,7 @@ function startTabs() {
   }
   for (const tab of tabs) tab.onclick = () => choose(tab)
   find("tabs").onkeydown = event => {
-    if (!["ArrowLeft", "ArrowRight"].includes(event.key) || find("chat-tab").hidden) return
+    if (!["ArrowLeft", "ArrowRight"].includes(event.key) || tabs.some(tab => tab.hidden)) return
     const other = tabs.find(tab => tab.getAttribute("aria-selected") === "false")
     choose(other)
     other.focus()

@@ -25,10 +25,12 @@ function words() {
   if (answer.task === "count") {
     return answer.phrases.map(phrase => `${phrase}: ${shown.filter(item => item.phrase === phrase).length}`).join(", ")
   }
-  const unknown = (answer.phrases || []).filter(phrase => !answer.instances.some(item => item.phrase === phrase) && isNew(phrase))
+  const isFound = phrase => answer.instances.some(item => item.phrase === phrase)
+  const unknown = (answer.phrases || []).filter(phrase => !isFound(phrase) && isNew(phrase))
   const hint = unknown.length ? ` This model was not trained with ${unknown.join(", ")}.` : ""
   const below = answer.instances.filter(item => item.score < state.score).length
-  return `${shown.length ? `${shown.length} found` : "Nothing found"}${below ? `, ${below} below the score` : ""}.${hint}`
+  const count = shown.length ? `${shown.length} found` : "Nothing found"
+  return `${count}${below ? `, ${below} below the score` : ""}.${hint}`
 }
 
 function item(instance, colour) {
@@ -65,7 +67,8 @@ function list() {
   const { answer } = state, focused = document.activeElement?.dataset?.phrase
   find("said").textContent = answer.task === "chat" && !answer.instances?.length ? "" : words()
   const colours = palette(answer.phrases || [])
-  find("list").replaceChildren(...[...colours].filter(() => answer.instances).map(([phrase, colour]) => group(phrase, colour)))
+  const groups = answer.instances ? [...colours].map(([phrase, colour]) => group(phrase, colour)) : []
+  find("list").replaceChildren(...groups)
   if (focused) [...find("list").querySelectorAll("input")].find(box => box.dataset.phrase === focused)?.focus()
 }
 

@@ -42,7 +42,8 @@ export function pan(dx, dy) {
 
 // The image covers the stage where it is larger, and is centred where it is not.
 function keepInside() {
-  for (const [axis, room, side] of [["x", stage.clientWidth, state.shown.width], ["y", stage.clientHeight, state.shown.height]]) {
+  const { width, height } = state.shown, axes = [["x", stage.clientWidth, width], ["y", stage.clientHeight, height]]
+  for (const [axis, room, side] of axes) {
     const size = side * view.scale
     view[axis] = size + 2 * MARGIN <= room ? (room - size) / 2
       : Math.min(MARGIN, Math.max(room - MARGIN - size, view[axis]))
@@ -102,7 +103,8 @@ function drawShapes(context, at) {
   for (const { examples } of state.classes) {
     for (const { box, positive, picture } of examples) {
       if (picture !== state.shown || find("examples-row").hidden) continue
-      drawShape(context, { kind: "box", points: [box.slice(0, 2), box.slice(2)] }, at, positive ? "#fff" : "#ffb199", !positive)
+      const shape = { kind: "box", points: [box.slice(0, 2), box.slice(2)] }
+      drawShape(context, shape, at, positive ? "#fff" : "#ffb199", !positive)
     }
   }
   if (aim() === "region" && state.region && !state.drawing) drawShape(context, state.region, at, "#fff")

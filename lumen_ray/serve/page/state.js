@@ -33,8 +33,8 @@ export function on(topics, listener) {
   for (const topic of topics.split(" ")) listeners.set(topic, [...(listeners.get(topic) || []), listener])
 }
 
-// Topics: model, task, picture (asked about), shown (on the stage), views, region, examples, classes, answer, filter (which
-// of its instances are shown), look (how they are drawn), key (the server asks for one).
+// Topics: model, task, picture (asked about), shown (on the stage), views, region, examples, classes, answer, filter
+// (which of its instances are shown), look (how they are drawn), key (the server asks for one).
 export function changed(...topics) {
   for (const listener of new Set(topics.flatMap(topic => listeners.get(topic) || []))) listener()
 }

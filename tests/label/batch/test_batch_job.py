@@ -16,7 +16,7 @@ from support.label_fakes import encode, picture
 from lumen_ray import cli
 from lumen_ray.errors import UserError
 from lumen_ray.label.batch import lines as batch_lines
-from lumen_ray.label.batch.job import answer_batch
+from lumen_ray.label.batch.job import answer_batch, answered_line
 from lumen_ray.label.batch.output import write_outputs
 from lumen_ray.label.batch.requests import ANSWER_SCHEMA
 from lumen_ray.label.ledger import Ledger
@@ -108,6 +108,25 @@ def test_a_conversation_is_read_as_by_a_server(tmp_path):
     assert answers(tmp_path / "out") == {"a": "user text |  | 1"}
 
 
+def test_several_answers_and_results_of_tools_are_as_by_a_server(tmp_path):
+    tools = [{"type": "function", "function": {"name": name}} for name in ("detect", "generate")]
+    call = {"id": "c", "type": "function", "function": {"name": "detect", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "find it"},
+        {"role": "assistant", "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "one found"},
+    ]
+    run(
+        tmp_path, line("drawn", "what ?", n=2, temperature=1), line("result", messages=messages, tools=tools[:1]),
+        line("no decoder", "draw it", tools=tools),
+    )  # fmt: skip
+    assert answers(tmp_path / "out") == {"drawn": "what ? |  | 0", "result": "one found"}
+    assert errors(tmp_path / "out") == [("no decoder", "no_decoder")]
+    drawn, _ = read_lines(tmp_path / "out" / "output.jsonl")
+    assert [choice["index"] for choice in drawn["response"]["body"]["choices"]] == [0, 1]
+    assert drawn["response"]["body"]["usage"] == {"prompt_tokens": 6, "completion_tokens": 12, "total_tokens": 18}
+
+
 BAD = {
     "invalid_json": ("{", None),
     "missing_custom_id": (json.dumps({"method": "POST", "body": {}}), None),
@@ -170,7 +189,7 @@ def test_a_file_of_bad_lines_alone_is_answered_with_errors(tmp_path):
 
 
 def test_a_model_that_always_fails_stops_the_job(tmp_path):
-    with pytest.raises(UserError, match="the model failed on each of"):
+    with pytest.raises(UserError, match=r"failed on each of \d+ requests; .* mend the model or the requests and run"):
         run(tmp_path, *(line(f"{n}", "crash") for n in range(12)))
 
 
@@ -209,6 +228,34 @@ def test_a_killed_job_goes_on_with_every_line_once(tmp_path):
     assert errors(tmp_path / "out") == [(None, "invalid_json"), ("id 3", "duplicate_custom_id")]
     rows = read_lines(tmp_path / "out" / "output.jsonl")
     assert [row["id"] for row in rows[:8]] == [row["id"] for row in kept]  # not answered again
+
+
+def test_progress_and_errors_count_requests(tmp_path):
+    texts, seen, states = [line(f"{n}") for n in range(6)] + ["{"] * 3, [], []
+
+    def look(status):
+        seen.append(status.facts())
+        states.append(label_status(tmp_path / "out"))
+
+    with pytest.raises(UserError, match="stopped after 8 requests with 2 errors"):
+        run(tmp_path, *texts, max_errors=1, progress=look)
+    assert seen[0]["requests_per_second"] > 0 and "images_per_second" not in seen[0]
+    running = {**states[0], "requests_per_second": 2.0}
+    assert any(text.endswith(", 2.0 requests/s") for text in status_lines(tmp_path / "out", running))
+
+
+def test_a_batch_costs_what_its_time_costs(tmp_path):
+    summary = run(tmp_path, line("a"), "{", usd_per_hour=3600.0)
+    assert summary["usd"] == pytest.approx(summary["spent_seconds"], abs=0.1) and summary["usd"] > 0
+    assert "; $" in answered_line(summary, "out") and label_status(tmp_path / "out")["usd_per_hour"] == 3600.0
+    again = run(tmp_path, line("a"), "{", usd_per_hour=7200.0)
+    assert again["usd"] == pytest.approx(2 * summary["spent_seconds"])
+
+
+@pytest.mark.parametrize(("option", "value"), [("usd_per_hour", -1.0), ("gpus_per_actor", 0.0)])
+def test_a_price_and_a_share_are_checked(tmp_path, option, value):
+    with pytest.raises(UserError, match=f"{option} is {value}"):
+        run(tmp_path, line("a"), **{option: value})
 
 
 def test_a_finished_job_is_not_done_again(tmp_path):
@@ -323,7 +370,8 @@ def test_an_input_is_needed(tmp_path, capsys):
 def test_the_command_answers_with_the_bundled_weights(tmp_path, capsys):
     path = write(tmp_path, line("a", "hello ?", max_tokens=4), line("b", "how many ?", DATA_URL), "{")
     command = ["label", "--input-jsonl", str(path), "--output", str(tmp_path / "out"), "--actors", "0"]
-    assert cli.main(command) == 0
-    assert "3 requests: 2 answered, 1 errors" in capsys.readouterr().out
+    assert cli.main([*command, "--usd-per-hour", "36", "--gpus-per-actor", "0.5"]) == 0
+    shown = capsys.readouterr().out
+    assert "3 requests: 2 answered, 1 errors" in shown and " req/s" in shown and "; $" in shown
     assert list(answers(tmp_path / "out")) == ["a", "b"]
     assert cli.main([*command, "--strict"]) == 3
