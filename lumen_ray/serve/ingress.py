@@ -8,11 +8,9 @@ import uuid
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from fastapi import FastAPI
 from ray import exceptions as ray_errors
 from ray import serve
 from ray.serve.exceptions import (
@@ -27,13 +25,12 @@ from ray.serve.handle import DeploymentHandle
 from lumen_ray.answer import Answer
 from lumen_ray.errors import UserError
 from lumen_ray.inference.request import Request, Shown
-from lumen_ray.serve.admission import Gate
-from lumen_ray.serve.api import create_api
 from lumen_ray.serve.asking import SentText
 from lumen_ray.serve.http import Overloaded, Unavailable, logger
+from lumen_ray.serve.http_replica import HttpReplica
 from lumen_ray.serve.image_cache import ImageGone, KeyedImage
 from lumen_ray.serve.job import TrunkJob, TrunkReply
-from lumen_ray.serve.metrics import STAGE_SECONDS, export_to_ray
+from lumen_ray.serve.metrics import STAGE_SECONDS
 from lumen_ray.serve.readiness import Ping, Readiness
 from lumen_ray.serve.settings import ModelDeployment, ServeSettings
 from lumen_ray.structures import Size
@@ -99,7 +96,7 @@ class ServeBackend:
         async def call() -> list[Answer]:
             reply: TrunkReply = await self._timed("trunk", self._trunk(key).link.remote(job))
             self._remember(job.image, reply)
-            return await self._decoded(reply, requests)
+            return await self._decoded(reply, job)
 
         try:
             return await self._retried(call)
@@ -130,14 +127,13 @@ class ServeBackend:
                 self._held[image_id] = size
         return self._held.get(image_id)
 
-    async def _decoded(self, reply: TrunkReply, requests: Sequence[Request]) -> list[Answer]:
+    async def _decoded(self, reply: TrunkReply, job: TrunkJob) -> list[Answer]:
         """The answers to a job, with those of the decoders that it has links for."""
-        plain = tuple(replace(request, examples={}) for request in requests)  # decoders read no images of examples
+        plain = job.for_decoders
         found = await asyncio.gather(
             *(self._timed(name, self.decoders[name].decode.remote(reply.output, plain)) for name in reply.decoders)
         )
-        rows = zip(reply.answers, *found, strict=True)
-        return [next(answer for answer in answers if answer is not None) for answers in rows]
+        return reply.completed(found)
 
     async def stream(
         self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int
@@ -174,7 +170,7 @@ class ServeBackend:
                     self._readiness["trunk"].answered()
                     self._remember(job.image, piece)
                     async with asyncio.timeout(until - time.monotonic()):
-                        (answer,) = await self._decoded(piece, job.requests)
+                        (answer,) = await self._decoded(piece, job)
                     yield answer
         except (ray_errors.RayError, RayServeException) as error:
             if isinstance(cause_of(error), ImageGone):
@@ -279,8 +275,8 @@ async def _is_running(handle: DeploymentHandle) -> bool:
 
 
 @serve.ingress()
-class Ingress:
-    """Builds the FastAPI application in the replica, so that it need not be pickled."""
+class Ingress(HttpReplica):
+    """The replica that calls the others."""
 
     def __init__(
         self,
@@ -288,15 +284,4 @@ class Ingress:
         trunk: DeploymentHandle,
         decoders: dict[str, DeploymentHandle],
     ):
-        export_to_ray()
-        self.settings = settings
-        self.backend = ServeBackend(trunk, decoders, settings)
-        self.gate = Gate(settings)
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self.backend, self.settings, self.gate)
-
-    async def close(self) -> int:
-        """Takes no more requests; returns the number of those that are not answered yet."""
-        self.gate.is_closed = True
-        return self.gate.inside
+        super().__init__(ServeBackend(trunk, decoders, settings), settings)

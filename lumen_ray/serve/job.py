@@ -3,7 +3,8 @@ torch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lumen_ray.answer import Answer
@@ -33,16 +34,27 @@ class TrunkJob:
     def cost(self) -> int:
         return cost_of(self.requests, self.max_new_tokens)
 
+    @property
+    def for_decoders(self) -> tuple[Request, ...]:
+        """The requests as decoders get them, which read no images of examples."""
+        return tuple(replace(request, examples={}) for request in self.requests)
+
 
 @dataclass(frozen=True)
 class TrunkReply:
     """The answers to the requests of a job, None for those that the `decoders` give.
 
-    `output`: the reference to what these decoders read; None without any. Tensors lie behind it, so that they go from
-    the trunk to the decoders and not through the ingress. `is_held`: whether the replica holds the job's image now.
+    `output`: what these decoders read, or the reference to it; None without any. Tensors lie behind a reference, so
+    that they go from the trunk to the decoders and not through the ingress. `is_held`: whether the replica holds the
+    job's image now.
     """
 
     answers: tuple[Answer | None, ...]
     decoders: tuple[str, ...] = ()
-    output: ObjectRef[TrunkOutput] | None = None
+    output: ObjectRef[TrunkOutput] | TrunkOutput | None = None
     is_held: bool = False
+
+    def completed(self, found: Sequence[Sequence[Answer | None]]) -> list[Answer]:
+        """The answers to all requests, with those that each of the `decoders` has `found`."""
+        rows = zip(self.answers, *found, strict=True)
+        return [next(answer for answer in answers if answer is not None) for answers in rows]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lumen_ray.serve.batching import Collector, map_grouped, value_of
@@ -37,7 +37,7 @@ class TrunkReplica:
     """A replica with the trunk of the model.
 
     `serving`: task -> decoder, overriding the model's choice. `load` returns the engine's trunk half; tests pass their
-    own.
+    own. `store` puts an output where decoders find it by what it returns.
     """
 
     def __init__(
@@ -46,11 +46,13 @@ class TrunkReplica:
         device: str,
         serving: Mapping[str, str],
         load: Callable[[str, str, Mapping[str, str]], TrunkStage] = load_trunk,
+        store: Callable[[TrunkOutput], Awaitable[ObjectRef[TrunkOutput] | TrunkOutput]] | None = None,
     ):
         export_to_ray()
         self.stage = load(model, device, serving)
         self.health = Health(self.stage.loop.busy_s)
         self.images = ImageCache()
+        self._store = store or _in_object_store
         self._listeners: dict[int, Callable[[str], None]] = {}  # by the identity of their job
         # Threads, so that the event loop stays free to answer pings. The model is used by one of them at a time.
         self.batches: Collector[TrunkJob, TrunkOutput] = Collector(
@@ -72,9 +74,9 @@ class TrunkReplica:
         is_held = isinstance(job.image, KeyedImage) and job.image.image_id in self.images
         if not output.decoder_inputs:
             return TrunkReply(answers, is_held=is_held)
-        return TrunkReply(answers, tuple(output.decoder_inputs), await asyncio.to_thread(_put, output), is_held)
+        return TrunkReply(answers, tuple(output.decoder_inputs), await self._store(output), is_held)
 
-    async def link_streaming(self, job: TrunkJob) -> AsyncIterator[str | TrunkReply]:
+    async def link_streaming(self, job: TrunkJob) -> AsyncGenerator[str | TrunkReply, None]:
         """The text of the answer to the single request of a job in pieces, as it is written, then the reply as of
         `link`. Pieces are put together while the caller is busy."""
         event_loop, written = asyncio.get_running_loop(), asyncio.Event()
@@ -191,8 +193,8 @@ class TrunkReplica:
         return [found[image.image_id] for image in images]
 
 
-def _put(output: TrunkOutput) -> ObjectRef[TrunkOutput]:
-    """Stores an output for the decoders. It lives as long as this replica, and until the reference is dropped."""
+async def _in_object_store(output: TrunkOutput) -> ObjectRef[TrunkOutput]:
+    """The reference to an output, which lives as long as this replica, and until the reference is dropped."""
     import ray
 
-    return ray.put(output)
+    return await asyncio.to_thread(ray.put, output)

@@ -26,6 +26,7 @@ from lumen_ray.inference.sampling import Sampling
 from lumen_ray.serve.batching import Collector, map_grouped
 from lumen_ray.serve.decoder import DecoderReplica, load_decoder
 from lumen_ray.serve.job import TrunkJob
+from lumen_ray.serve.one_process import kept
 from lumen_ray.serve.settings import TrunkDeployment
 from lumen_ray.serve.trunk import TrunkReplica, load_trunk
 from lumen_ray.structures import Region
@@ -203,7 +204,7 @@ def test_a_chat_names_the_decoders_that_it_has_links_for(trunk, decoder, monkeyp
     """In one pass of the trunk, whatever the LLM decides."""
     passes, links = [], trunk.stage.links
     monkeypatch.setattr(trunk.stage, "links", lambda *args, **more: passes.append(1) or links(*args, **more))
-    monkeypatch.setattr("lumen_ray.serve.trunk._put", lambda output: output)
+    monkeypatch.setattr(trunk, "_store", kept)
     asked = job(1, limited("chat", text="find the red circle"))
 
     def link(token):

@@ -1,0 +1,284 @@
+"""The speed of `lumen-ray serve` on one machine beside the engine in a process: latency, throughput and CPU time of the
+deployments, of one process, and, if wanted, of another checkout.
+
+All sides run at once and are measured in turns; those that are not asked cost a few percent of a core each. Scenes of
+128 x 128 pixels are detected from JPEG bytes: the engine decodes them too. Every request has an image that the server
+has not seen, but for `cached`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import base64
+import json
+import os
+import statistics
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from lumen_ray.bench.label import write_scenes
+from lumen_ray.bench.serve_load import numbered
+from lumen_ray.bench.serve_sides import REPORT_S, Client, EngineSide, ServerSide
+from lumen_ray.bench.timing import Result, SidesDiffer
+from lumen_ray.presets import DEFAULT_MODEL, model_folder
+from lumen_ray.serve.app import model_settings
+from lumen_ray.serve.settings import ServeSettings
+
+ENGINE, ONE, DEPLOYMENTS, OTHER = "engine", "one_process", "deployments", "other checkout"
+IMAGES = 64
+THRESHOLD = 0.3
+BATCH = 8
+CLIENTS = (8, 16)
+REQUESTS = 100  # of a side in a turn, at concurrency 1
+SECONDS = 5.0  # of a side in a turn, under load
+CONNECTIONS = 64  # for requests that arrive at random moments
+#: most milliseconds that HTTP may add to the engine's
+ADDED = {"p50": 8.0, "p99": 30.0}
+#: least images per second, over the engine's on all cores
+THROUGHPUT = {ONE: 0.9, DEPLOYMENTS: 0.75}
+#: the engine's CPU time of an image, over that of all processes of a server
+CPU = {ONE: 0.97, DEPLOYMENTS: 17 / 24}
+#: share of the engine's throughput at which requests arrive by default
+RATE = 0.5
+
+
+@dataclass(frozen=True)
+class Sides:
+    engine: EngineSide
+    servers: Mapping[str, ServerSide]
+    client: Client
+    classes: tuple[str, ...]
+    threads: int
+
+    def run_engine(self, **options: Any) -> dict[str, Any]:
+        return self.engine.run(self.classes, THRESHOLD, **{"threads": self.threads, **options})
+
+    def load(self, name: str, **options: Any) -> dict[str, Any]:
+        """Raises `SidesDiffer` if a request is refused."""
+        fields = options.pop("fields", [{"classes": self.classes}])
+        run = self.client.load(self.servers[name], fields, **options)
+        if set(run["statuses"]) != {"200"}:
+            raise SidesDiffer(f"{name} answered with the statuses {run['statuses']}")
+        return run
+
+
+def settings_of(model: str, topology: str) -> dict[str, Any]:
+    """The settings of a server: one replica of each deployment, which takes twice as many requests as fit a pass."""
+    section = {"max_ongoing_requests": 2 * BATCH, "max_queued_requests": 64}
+    settings = ServeSettings.model_validate({"model": model})
+    decoders = {name: {**section, "num_cpus": 0.5} for name in model_settings(settings).decoder_names}
+    made = {"model": model, "trunk": {**section, "num_cpus": 1}, "decoders": decoders}
+    return made if topology == DEPLOYMENTS else {**made, "topology": topology}
+
+
+@cache
+def start(model: str, against: str | None, threads: int) -> Sides:
+    """The sides, which all benches share; they end with this process."""
+    stack = ExitStack()
+    atexit.register(stack.close)
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lumen-bench-")))
+    write_scenes(folder / "scenes", IMAGES)
+    source, here = str(model_folder(model).resolve()), Path(__file__).parents[2]
+    places = {ONE: (here, ONE), DEPLOYMENTS: (here, DEPLOYMENTS)}
+    if against:
+        places[OTHER] = (Path(against).resolve(), DEPLOYMENTS)
+    servers = {}
+    for name, (root, topology) in places.items():
+        servers[name] = ServerSide(name, root, settings_of(source, topology), folder / name, threads)
+        stack.callback(servers[name].close)
+        servers[name].await_ready()
+    engine = EngineSide(source, folder / "scenes", threads)
+    stack.callback(engine.close)
+    client = Client(folder / "scenes")
+    stack.callback(client.close)
+    sides = Sides(engine, servers, client, tuple(engine.classes), threads)
+    _check_equal(sides, folder / "scenes")
+    for name in servers:
+        sides.load(name, clients=BATCH, count=10 * BATCH)
+    return sides
+
+
+def _check_equal(sides: Sides, images: Path) -> None:
+    """Raises `SidesDiffer` unless the servers find what the engine finds."""
+    expected = sides.run_engine(batch=1, count=4, keep=True)["found"]
+    for name, server in sides.servers.items():
+        for number, (path, instances) in enumerate(zip(sorted(images.glob("*.jpg")), expected, strict=False)):
+            found = _instances(server, numbered(path.read_bytes(), -1 - number), sides.classes)
+            same = len(found) == len(instances) and all(
+                a["phrase"] == b["phrase"]
+                and abs(a["score"] - b["score"]) < 1e-3
+                and max(abs(x - y) for x, y in zip(a["box"], b["box"], strict=True)) < 0.05
+                for a, b in zip(found, instances, strict=True)
+            )
+            if not same:
+                raise SidesDiffer(f"{name} finds other instances than the engine in {path.name}")
+
+
+def _instances(server: ServerSide, jpeg: bytes, classes: Sequence[str]) -> list[dict[str, Any]]:
+    body = json.dumps({"image": base64.b64encode(jpeg).decode(), "classes": classes}).encode()
+    url = f"http://127.0.0.1:{server.port}/v1/detect"
+    request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return json.loads(response.read())["instances"]
+
+
+def percentiles(took: Sequence[float]) -> dict[str, float]:
+    """p50, p90 and p99 in milliseconds."""
+    ordered = sorted(took)
+    return {f"p{share}": 1000 * ordered[min(len(ordered) - 1, len(ordered) * share // 100)] for share in (50, 90, 99)}
+
+
+def latency(sides: Sides, turns: int) -> Iterator[Result]:
+    """One client: the time of a request beside the engine's with one image."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in (ENGINE, *sides.servers)}
+    for _ in range(turns):
+        found[ENGINE].append(percentiles(sides.run_engine(batch=1, count=REQUESTS)["took"]))
+        for name in sides.servers:
+            found[name].append(percentiles(sides.load(name, clients=1, count=REQUESTS)["took"]))
+    for name in sides.servers:
+        for share, most in ADDED.items():
+            added = [there[share] - here[share] for there, here in zip(found[name], found[ENGINE], strict=True)]
+            yield Result(
+                f"latency {share}, {name}",
+                "ms",
+                {"aim": [most] * turns, f"added to the {ENGINE}'s": added},
+                aim=None if name == OTHER else 1,
+                budget=_budget(sides),
+                equal="instances of 4 images",
+                details={ENGINE: [each[share] for each in found[ENGINE]], name: [each[share] for each in found[name]]},
+            )
+
+
+@dataclass
+class _Load:
+    """The turns of one side under load."""
+
+    rates: list[float]
+    cpu_ms: list[float]
+    by_process: list[dict[str, float]]
+    client_ms: list[float]
+    batch: float | None = None
+
+
+def throughput(sides: Sides, turns: int) -> Iterator[Result]:
+    """Several clients without a pause: images per second, CPU time of an image, and images of a trunk's pass."""
+    for clients in CLIENTS:
+        loads = {name: _Load([], [], [], []) for name in (ENGINE, *sides.servers)}
+        alone: list[float] = []
+        before = _counts(sides)
+        for _ in range(turns):
+            for name, load in loads.items():
+                _measure(sides, name, clients, load)
+            # the engine's CPU time is least with one thread, its throughput best with all cores
+            run = sides.run_engine(batch=BATCH, seconds=SECONDS)
+            alone.append(1000 * run["cpu"] / (len(run["took"]) * BATCH))
+        after = _counts(sides)
+        for name in sides.servers:
+            requests, passes = (now - then for now, then in zip(after[name], before[name], strict=True))
+            loads[name].batch = requests / passes if passes else None
+            yield from _compared(sides, name, clients, loads, alone)
+
+
+def _measure(sides: Sides, name: str, clients: int, load: _Load) -> None:
+    if name == ENGINE:
+        run = sides.run_engine(batch=BATCH, seconds=SECONDS, threads=os.cpu_count() or 1)
+        images, used = len(run["took"]) * BATCH, {ENGINE: run["cpu"]}
+    else:
+        before = sides.servers[name].cpu()
+        run = sides.load(name, clients=clients, count=int(400 * SECONDS), seconds=SECONDS)
+        after = sides.servers[name].cpu()
+        images, used = len(run["took"]), {role: after[role] - before.get(role, 0) for role in after}
+        load.client_ms.append(1000 * run["cpu"] / images)
+    load.rates.append(images / run["seconds"])
+    load.cpu_ms.append(1000 * sum(used.values()) / images)
+    load.by_process.append({role: 1000 * seconds / images for role, seconds in used.items()})
+
+
+def _counts(sides: Sides) -> dict[str, tuple[float, float]]:
+    time.sleep(REPORT_S)
+    return {name: server.trunk_counts() for name, server in sides.servers.items()}
+
+
+def _compared(
+    sides: Sides, name: str, clients: int, loads: Mapping[str, _Load], alone: list[float]
+) -> Iterator[Result]:
+    load = loads[name]
+    by_process = {
+        role: round(statistics.median(turn.get(role, 0) for turn in load.by_process), 2) for role in load.by_process[-1]
+    }
+    parts = ", ".join(f"{role} {ms:.1f}" for role, ms in sorted(by_process.items(), key=lambda item: -item[1]))
+    batch = "unknown" if load.batch is None else f"{load.batch:.1f}"
+    yield Result(
+        f"throughput, {clients} clients, {name}",
+        "images/s",
+        {name: load.rates, ENGINE: loads[ENGINE].rates},
+        aim=THROUGHPUT.get(name),
+        budget=_budget(sides),
+        note=f"{batch} images in a pass of the trunk; the engine in batches of {BATCH} on all cores",
+        details={"trunk_batch": load.batch, "client_ms_per_image": load.client_ms},
+    )
+    yield Result(
+        f"CPU time, {clients} clients, {name}",
+        "ms per image",
+        {ENGINE: alone, name: load.cpu_ms},
+        aim=CPU.get(name),
+        budget=_budget(sides),
+        note=f"ms per image: {parts}; the engine on {sides.threads} threads",
+        details={"ms_per_image": by_process},
+    )
+
+
+def cached(sides: Sides, turns: int) -> Iterator[Result]:
+    """One client asks each image two questions: the second one finds it held."""
+    half = len(sides.classes) // 2
+    fields = [{"classes": sides.classes[:half]}, {"classes": sides.classes[half:]}]
+    for name in sides.servers:
+        rates: dict[str, list[float]] = {"second": [], "first": []}
+        for _ in range(turns):
+            took = sides.load(name, fields=fields, clients=1, count=REQUESTS // 2)["took"]
+            rates["first"].append(1 / statistics.median(took[0::2]))
+            rates["second"].append(1 / statistics.median(took[1::2]))
+        yield Result(f"a further task about an image, {name}", "requests/s", rates, budget=_budget(sides))
+
+
+def load(sides: Sides, turns: int, rate: float | None) -> Iterator[Result]:
+    """Requests that arrive at random moments, the same ones at each server."""
+    if rate is None:
+        run = sides.run_engine(batch=BATCH, seconds=SECONDS, threads=os.cpu_count() or 1)
+        rate = round(RATE * len(run["took"]) * BATCH / run["seconds"], 1)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in sides.servers}
+    for turn in range(turns):
+        for name in sides.servers:
+            options = {"clients": CONNECTIONS, "count": int(rate * SECONDS * 4), "seconds": 2 * SECONDS}
+            found[name].append(percentiles(sides.load(name, rate=rate, seed=turn, **options)["took"]))
+    for name, turns_of_side in found.items():
+        rates = {share: [turn[share] for turn in turns_of_side] for share in ("p50", "p90", "p99")}
+        yield Result(f"{rate:g} requests/s, {name}", "ms", rates, budget=_budget(sides), details={"rate": rate})
+
+
+def _budget(sides: Sides) -> str:
+    return f"{os.cpu_count()} cores, {sides.threads} threads for a pass"
+
+
+def bench(
+    name: str,
+    *,
+    model: str = DEFAULT_MODEL,
+    against: str | None = None,
+    threads: int = 1,
+    turns: int = 3,
+    rate: float | None = None,
+) -> Iterator[Result]:
+    """One of 'latency', 'throughput', 'cached' and 'load'. `against`: the folder of another checkout; `rate`: requests
+    per second of 'load', by default `RATE` of the engine's throughput."""
+    sides = start(model, against, threads)
+    if name == "load":
+        return load(sides, turns, rate)
+    return {"latency": latency, "throughput": throughput, "cached": cached}[name](sides, turns)
