@@ -16,7 +16,7 @@ import statistics
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
@@ -56,6 +56,7 @@ class Sides:
     client: Client
     classes: tuple[str, ...]
     threads: int
+    close: Callable[[], None]
 
     def run_engine(self, **options: Any) -> dict[str, Any]:
         return self.engine.run(self.classes, THRESHOLD, **{"threads": self.threads, **options})
@@ -98,7 +99,7 @@ def start(model: str, against: str | None, threads: int) -> Sides:
     stack.callback(engine.close)
     client = Client(folder / "scenes")
     stack.callback(client.close)
-    sides = Sides(engine, servers, client, tuple(engine.classes), threads)
+    sides = Sides(engine, servers, client, tuple(engine.classes), threads, stack.close)
     _check_equal(sides, folder / "scenes")
     for name in servers:
         sides.load(name, clients=BATCH, count=10 * BATCH)

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -32,8 +32,9 @@ class _Waiting(Generic[T, R]):
 
 
 class Collector(Generic[T, R]):
-    """Batches for a model that one thread uses at a time: a worker that gets the model takes everything that waits, and
-    may leave it to others while its batch goes on (as text answers do, which are written together with theirs).
+    """Batches for a model that one thread uses at a time: a worker that gets the model takes everything that waits. The
+    next batch is taken when this one is done, or at once if it leaves the model to others while it goes on (as text
+    answers do, which are written together with theirs).
 
     `serve.batch` closes a batch some milliseconds after its first item, also while the model is busy."""
 
@@ -45,14 +46,17 @@ class Collector(Generic[T, R]):
         turn: Callable[[], AbstractContextManager[None]] = nullcontext,
         workers: int = 1,
         stage: str = "trunk",
+        leaves: Callable[[T], bool] = lambda _: False,
     ):
         """`run`: the results of a batch, whose items share a `key`; `cost`: the tokens of an item; `turn`: waits for
-        the model, not needed by a single worker; `workers`: most batches at a time; `stage`: name in metrics."""
+        the model, not needed by a single worker; `workers`: most batches at a time; `stage`: name in metrics;
+        `leaves`: whether a batch of such items leaves the model to others."""
         self._stage = stage
-        self._run, self._key, self._cost, self._turn = run, key, cost, turn
+        self._run, self._key, self._cost, self._turn, self._leaves = run, key, cost, turn, leaves
         self._pool = ThreadPoolExecutor(workers)
         self._waiting: deque[_Waiting[T, R]] = deque()
         self._lock = threading.Lock()  # of `_waiting`
+        self._entry = threading.Lock()  # a batch that were taken while another one has the model would be a small one
         self.max_batch_size = self.max_batch_tokens = 1
         self.wait_timeout_s = 0.0
 
@@ -85,10 +89,14 @@ class Collector(Generic[T, R]):
         batch: list[_Waiting[T, R]] = []
         results: list[R | Exception]
         try:
-            with self._turn():
-                batch = self._take()
-            with wanted_while(lambda: not all(waiting.is_gone for waiting in batch)):
-                results = self._measured(batch) if batch else []
+            with ExitStack() as entry:
+                entry.enter_context(self._entry)
+                with self._turn():
+                    batch = self._take()
+                if batch and self._leaves(batch[0].item):
+                    entry.close()
+                with wanted_while(lambda: not all(waiting.is_gone for waiting in batch)):
+                    results = self._measured(batch) if batch else []
         except Exception as error:
             batch = batch or self._take()
             results = [error] * len(batch)

@@ -56,7 +56,7 @@ class TrunkReplica:
         self._listeners: dict[int, Callable[[str], None]] = {}  # by the identity of their job
         # Threads, so that the event loop stays free to answer pings. The model is used by one of them at a time.
         self.batches: Collector[TrunkJob, TrunkOutput] = Collector(
-            self.outputs, self._key, lambda job: job.cost, self.stage.loop.turn, MAX_BATCHES
+            self.outputs, self._key, lambda job: job.cost, self.stage.loop.turn, MAX_BATCHES, leaves=_writes
         )
 
     def reconfigure(self, settings: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ class TrunkReplica:
 
     def _key(self, job: TrunkJob) -> tuple[bool, bool, bool, int, Size]:
         """What jobs of one pass share. Those without text do not wait for the answers of others."""
-        writes = any(TASKS[request.task].is_text for request in job.requests)
+        writes = _writes(job)
         if isinstance(job.image, KeyedImage):
             return writes, True, False, job.max_new_tokens, self.stage.bucket(job.image.size)
         return writes, False, job.image is None, job.max_new_tokens, self.stage.bucket_of(job.image)
@@ -191,6 +191,11 @@ class TrunkReplica:
                 self.images.put(image_id, image)
                 found[image_id] = image
         return [found[image.image_id] for image in images]
+
+
+def _writes(job: TrunkJob) -> bool:
+    """Whether a job has text to write, in steps between which others may have the model."""
+    return any(TASKS[request.task].is_text for request in job.requests)
 
 
 async def _in_object_store(output: TrunkOutput) -> ObjectRef[TrunkOutput]:
