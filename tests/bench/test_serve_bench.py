@@ -147,12 +147,13 @@ def test_every_side_is_measured(monkeypatch):
     monkeypatch.setattr(serve, "SECONDS", 0.5)
     monkeypatch.setattr(serve, "CLIENTS", (2,))
     results = {name: list(serve.bench(name, turns=1)) for name in KINDS["serve"]}
-    assert [len(results[name]) for name in ("latency", "throughput", "cached", "load")] == [4, 4, 2, 2]
+    assert [len(results[name]) for name in ("latency", "throughput", "cached", "load")] == [4, 6, 2, 2]
     for found in results.values():
-        assert all(min(rates) != 0 for result in found for rates in result.rates.values())
-    rate, cpu = results["throughput"][:2]
-    assert list(rate.rates) == [serve.ONE, serve.ENGINE] and rate.details["trunk_batch"] >= 1
-    assert {"OneProcess", "proxy", "raylet"} <= cpu.details["ms_per_image"].keys()
+        assert all(result.rates and not result.failed for result in found)
+    rate, cpu, processes = results["throughput"][:3]
+    assert list(rate.rates) == [serve.ONE, serve.ENGINE] and list(cpu.rates) == [serve.ENGINE, serve.ONE]
+    assert {"OneProcess", "proxy", "raylet", "client"} <= processes.rates.keys()
+    assert processes.details["trunk_batch"] >= 1
     serve.start(serve.DEFAULT_MODEL, None, 1).close()
     serve.start.cache_clear()
 
