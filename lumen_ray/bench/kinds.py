@@ -205,7 +205,7 @@ def _serve(name: str, args: argparse.Namespace, folder: Path) -> Iterator[Result
     from lumen_ray.bench import serve
 
     given = {"model": args.model, "threads": args.threads, "turns": args.turns, "rate": args.rate}
-    return serve.bench(name, against=args.against, **_set(given))
+    return serve.bench(name, against=args.against, haproxy=args.haproxy, **_set(given))
 
 
 def _check_serve(args: argparse.Namespace) -> None:

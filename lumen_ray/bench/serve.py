@@ -25,13 +25,14 @@ from typing import Any
 
 from lumen_ray.bench.label import write_scenes
 from lumen_ray.bench.serve_load import numbered
-from lumen_ray.bench.serve_sides import REPORT_S, Client, EngineSide, ServerSide
+from lumen_ray.bench.serve_sides import REPORT_S, Client, EngineSide, ServerSide, haproxy_environment
 from lumen_ray.bench.timing import Result, SidesDiffer
 from lumen_ray.presets import DEFAULT_MODEL, model_folder
 from lumen_ray.serve.app import model_settings
 from lumen_ray.serve.settings import ServeSettings
 
 ENGINE, ONE, DEPLOYMENTS, OTHER = "engine", "one_process", "deployments", "other checkout"
+HAPROXY = "one_process, HAProxy"
 IMAGES = 64
 THRESHOLD = 0.3
 BATCH = 8
@@ -80,19 +81,22 @@ def settings_of(model: str, topology: str) -> dict[str, Any]:
 
 
 @cache
-def start(model: str, against: str | None, threads: int) -> Sides:
+def start(model: str, against: str | None, threads: int, haproxy: bool = False) -> Sides:
     """The sides, which all benches share; they end with this process."""
     stack = ExitStack()
     atexit.register(stack.close)
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="lumen-bench-")))
     write_scenes(folder / "scenes", IMAGES)
     source, here = str(model_folder(model).resolve()), Path(__file__).parents[2]
-    places = {ONE: (here, ONE), DEPLOYMENTS: (here, DEPLOYMENTS)}
+    places: dict[str, tuple[Path, str, dict[str, str]]] = {ONE: (here, ONE, {}), DEPLOYMENTS: (here, DEPLOYMENTS, {})}
+    if haproxy:
+        places[HAPROXY] = (here, ONE, haproxy_environment(folder))
     if against:
-        places[OTHER] = (Path(against).resolve(), DEPLOYMENTS)
+        places[OTHER] = (Path(against).resolve(), DEPLOYMENTS, {})
     servers = {}
-    for name, (root, topology) in places.items():
-        servers[name] = ServerSide(name, root, settings_of(source, topology), folder / name, threads)
+    for name, (root, topology, variables) in places.items():
+        settings = settings_of(source, topology)
+        servers[name] = ServerSide(name, root, settings, folder / name.replace(", ", "-"), threads, variables)
         stack.callback(servers[name].close)
         servers[name].await_ready()
     engine = EngineSide(source, folder / "scenes", threads)
@@ -289,10 +293,11 @@ def bench(
     threads: int = 1,
     turns: int = 3,
     rate: float | None = None,
+    haproxy: bool = False,
 ) -> Iterator[Result]:
     """One of 'latency', 'throughput', 'cached' and 'load'. `against`: the folder of another checkout; `rate`: requests
-    per second of 'load', by default `RATE` of the engine's throughput."""
-    sides = start(model, against, threads)
+    per second of 'load', by default `RATE` of the engine's throughput; `haproxy`: also one process behind HAProxy."""
+    sides = start(model, against, threads, haproxy)
     if name == "load":
         return load(sides, turns, rate)
     return {"latency": latency, "throughput": throughput, "cached": cached}[name](sides, turns)

@@ -20,6 +20,7 @@ HERE = Path(__file__)
 _ROLES = {
     "ServeController": "controller",
     "ProxyActor": "proxy",
+    "haproxy": "proxy",
     "raylet": "raylet",
     "gcs_server": "GCS",
     "ray::": "other of Ray",
@@ -52,6 +53,16 @@ def _environment(root: Path, threads: int) -> dict[str, str]:
     return kept | {"PYTHONPATH": path, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
 
 
+def haproxy_environment(folder: Path) -> dict[str, str]:
+    """With which a server has HAProxy, which comes with Ray Serve, in place of Serve's own proxy. `folder`: of its
+    files."""
+    files = {"SOCKET_PATH": "admin.sock", "CONFIG_FILE_LOC": "haproxy.cfg", "SERVER_STATE_FILE": "state"}
+    ports = {"METRICS_PORT": free_port(), "STATS_PORT": free_port()}
+    given = {name: str(folder / file) for name, file in files.items()} | {"SERVER_STATE_BASE": str(folder)}
+    given |= {name: str(port) for name, port in ports.items()}
+    return {"RAY_SERVE_ENABLE_HA_PROXY": "1", **{f"RAY_SERVE_HAPROXY_{name}": value for name, value in given.items()}}
+
+
 class EngineSide:
     """The engine in a process of its own."""
 
@@ -82,14 +93,23 @@ class EngineSide:
 class ServerSide:
     """A server of a checkout, with its own Ray."""
 
-    def __init__(self, name: str, root: Path, settings: Mapping[str, Any], folder: Path, threads: int):
-        """`settings`: of `ServeSettings`, in plain values."""
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        settings: Mapping[str, Any],
+        folder: Path,
+        threads: int,
+        variables: Mapping[str, str],
+    ):
+        """`settings`: of `ServeSettings`, in plain values; `variables`: of its environment."""
         folder.mkdir(parents=True)
         self.port = free_port()
         path = folder / "settings.json"
         path.write_text(json.dumps({**settings, "http": {**settings.get("http", {}), "port": self.port}}))
         command = [sys.executable, "-P", str(HERE.with_name("serve_worker.py")), str(path)]
-        self._worker = JsonWorker(name, command, _environment(root, threads), folder / "log.txt", folder)
+        environment = {**_environment(root, threads), **variables}
+        self._worker = JsonWorker(name, command, environment, folder / "log.txt", folder)
         self._about: dict[str, str] = {}
 
     def await_ready(self) -> None:

