@@ -1,6 +1,6 @@
 """`python jobs/bench.py KIND`, by itself or as a `ray job submit`: measures the speed of training (`train`), of
-inference (`prompts`, `objects`, `yolo`, `chat`), of labelling (`label`) or of the expert decoders (`decoders`), with
-both sides of each comparison in one run. See `lumen_ray/bench`."""
+inference (`prompts`, `objects`, `yolo`, `chat`), of labelling (`label`), of serving (`serve`) or of the expert decoders
+(`decoders`), with both sides of each comparison in one run. See `lumen_ray/bench`."""
 
 import sys
 

@@ -55,6 +55,17 @@ class JsonWorker:
             raise UserError(f"{self._name} stopped: {why}", "bench_failed")
         return json.loads(line)
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def finish(self, seconds: float = 60) -> None:
+        """Ends its input, and the process itself if it has not ended after some time."""
+        try:
+            self._process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            self.close()
+
     def close(self) -> None:
         """Ends the process."""
         self._process.kill()

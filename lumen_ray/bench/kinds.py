@@ -201,6 +201,22 @@ def _check_yolo(args: argparse.Namespace) -> None:
     yolo.check(args.model, args.ultralytics)
 
 
+def _serve(name: str, args: argparse.Namespace, folder: Path) -> Iterator[Result]:
+    from lumen_ray.bench import serve
+
+    given = {"model": args.model, "threads": args.threads, "turns": args.turns, "rate": args.rate}
+    return serve.bench(name, against=args.against, haproxy=args.haproxy, **_set(given))
+
+
+def _check_serve(args: argparse.Namespace) -> None:
+    from lumen_ray.bench import classes
+
+    classes.check(args.against)
+    _check_prompts(args)
+    if args.rate is not None and args.rate <= 0:
+        raise UserError(f"--rate {args.rate:g} must be above 0", "invalid_option")
+
+
 #: kind -> its benches by name, in the order in which they run
 KINDS: dict[str, dict[str, Bench]] = {
     "train": {
@@ -223,6 +239,7 @@ KINDS: dict[str, dict[str, Bench]] = {
         "memory": Bench(_memory, _check_memory),
         "variants": Bench(_variants, _check_variants, optional=True),
     },
+    "serve": {name: Bench(partial(_serve, name), _check_serve) for name in ("latency", "throughput", "cached", "load")},
     "chat": {
         name: Bench(partial(_chat, name), _check_chat) for name in ("images", "single", "serve", "vllm", "memory")
     },

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lumen_ray.serve.http import error_response
 from lumen_ray.serve.job import sender
 from lumen_ray.serve.metrics import INSIDE, REFUSALS, STAGE_SECONDS
-from lumen_ray.serve.settings import ServeSettings
+from lumen_ray.serve.settings import Deployment, ServeSettings
 
 #: requests that Serve hands to a replica beyond its limits, so that they are refused there
 _REFUSED_AT_ONCE = 256
@@ -24,11 +24,13 @@ _REFUSED_AT_ONCE = 256
 _PROXY_QUEUE = 4096
 
 
-def ingress_options(settings: ServeSettings) -> dict[str, Any]:
-    """Keyword arguments of `ray.serve.deployment` for the ingress, which applies its limits itself."""
-    most = settings.ingress.max_ongoing_requests + max(settings.ingress.max_queued_requests, 0)
+def ingress_options(settings: ServeSettings, deployment: Deployment | None = None) -> dict[str, Any]:
+    """Keyword arguments of `ray.serve.deployment` for the one that has the HTTP API, by default `settings.ingress`,
+    whose limits it applies itself."""
+    deployment = deployment or settings.ingress
+    most = deployment.max_ongoing_requests + max(deployment.max_queued_requests, 0)
     return {
-        **settings.ingress.options(),
+        **deployment.options(),
         "max_ongoing_requests": most + _REFUSED_AT_ONCE,
         "max_queued_requests": _PROXY_QUEUE,
         "backpressure_config": {"retry_after_s": settings.http.retry_after_s},

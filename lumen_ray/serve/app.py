@@ -1,4 +1,5 @@
-"""Builds and runs the Serve application: Ingress -> Trunk -> one deployment per decoder, each scaled separately.
+"""Builds and runs the Serve application: Ingress -> Trunk -> one deployment per decoder, each scaled separately, or all
+of them in one process.
 
 `run` serves from this process; `build` is the import path of Serve config files (see `config_file`)."""
 
@@ -59,9 +60,14 @@ def build_app(settings: ServeSettings) -> Application:
     # a replica that is stopped finishes its requests, Serve's default is 20 s for that
     grace = {"graceful_shutdown_timeout_s": settings.http.request_timeout_s}
     model = served_folder(settings)
-    served = model_settings(settings)
+    names = model_settings(settings).decoder_names
+    if settings.topology == "one_process":
+        from lumen_ray.serve.one_process import OneProcess, options_of
+
+        one = deployment(OneProcess, "OneProcess", options_of(settings, names))
+        return one.bind(_with_absolute_paths(settings), model, names)
     decoders = {}
-    for name in served.decoder_names:
+    for name in names:
         options = settings.decoder(name)
         load = partial(load_decoder, dtype=options.dtype)
         decoder = deployment(DecoderVersions, deployment_name(name), options.options())

@@ -8,7 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -34,9 +34,9 @@ class _Waiting(Generic[T, R]):
 
 
 class Collector(Generic[T, R]):
-    """Batches for a model that one thread uses at a time: a worker that gets the model takes everything that waits, and
-    may leave it to others while its batch goes on: between passes, and for text answers, which are written together
-    with theirs.
+    """Batches for a model that one thread uses at a time: a worker that gets the model takes everything that waits. The
+    next batch is taken when this one is done, or at once if it leaves the model to others while it goes on: between
+    passes, and for text answers, which are written together with theirs.
 
     `serve.batch` closes a batch some milliseconds after its first item, also while the model is busy."""
 
@@ -49,15 +49,19 @@ class Collector(Generic[T, R]):
         workers: int = 1,
         stage: str = "trunk",
         owner: Callable[[T], Hashable] = lambda _: object(),
+        leaves: Callable[[T], bool] = lambda _: False,
     ):
         """`run`: the results of a batch, whose items share a `key`; `cost`: the tokens of an item; `turn`: waits for
         the model, not needed by a single worker; `workers`: most batches at a time; `stage`: name in metrics; `owner`:
-        whom an item is for. Owners are served in turn."""
+        whom an item is for. Owners are served in turn. `leaves`: whether a batch of such items leaves the model to
+        others."""
         self._stage = stage
         self._run, self._key, self._cost, self._turn, self._owner = run, key, cost, turn, owner
+        self._leaves = leaves
         self._pool = ThreadPoolExecutor(workers)
         self._waiting: deque[_Waiting[T, R]] = deque()
         self._lock = threading.Lock()  # of `_waiting`
+        self._entry = threading.Lock()  # a batch that were taken while another one has the model would be a small one
         self.max_batch_size = self.max_batch_tokens = 1
         self.wait_timeout_s = 0.0
 
@@ -90,11 +94,15 @@ class Collector(Generic[T, R]):
         batch: list[_Waiting[T, R]] = []
         results: list[R | Exception]
         try:
-            with self._turn():
-                batch = self._take()
-            is_wanted = wanted_while(lambda: not all(waiting.is_gone for waiting in batch))
-            with is_wanted, acting_for([waiting.owner for waiting in batch]):
-                results = self._measured(batch) if batch else []
+            with ExitStack() as entry:
+                entry.enter_context(self._entry)
+                with self._turn():
+                    batch = self._take()
+                if batch and self._leaves(batch[0].item):
+                    entry.close()
+                is_wanted = wanted_while(lambda: not all(waiting.is_gone for waiting in batch))
+                with is_wanted, acting_for([waiting.owner for waiting in batch]):
+                    results = self._measured(batch) if batch else []
         except Exception as error:
             batch = batch or self._take()
             results = [error] * len(batch)

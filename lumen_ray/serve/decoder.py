@@ -58,6 +58,7 @@ class DecoderReplica:
             MAX_BATCHES,
             name,
             lambda job: owner_of(job.sender),
+            lambda job: self.stage.passes(job.output) > 1,
         )
 
     def reconfigure(self, settings: dict[str, Any]) -> None:

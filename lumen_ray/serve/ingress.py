@@ -12,7 +12,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from fastapi import FastAPI
 from ray import exceptions as ray_errors
 from ray import serve
 from ray.serve.exceptions import (
@@ -27,13 +26,12 @@ from ray.serve.handle import DeploymentHandle
 from lumen_ray.answer import Answer
 from lumen_ray.errors import UserError
 from lumen_ray.inference.request import Request, Shown
-from lumen_ray.serve.admission import Gate
-from lumen_ray.serve.api import create_api
 from lumen_ray.serve.asking import SentText
 from lumen_ray.serve.http import Overloaded, Unavailable, logger
+from lumen_ray.serve.http_replica import HttpReplica
 from lumen_ray.serve.image_cache import ImageGone, KeyedImage
 from lumen_ray.serve.job import TrunkJob, TrunkReply, sender
-from lumen_ray.serve.metrics import STAGE_SECONDS, export_to_ray
+from lumen_ray.serve.metrics import STAGE_SECONDS
 from lumen_ray.serve.readiness import Ping, Readiness
 from lumen_ray.serve.reload import Reloads
 from lumen_ray.serve.settings import ModelDeployment, ServeSettings
@@ -106,7 +104,7 @@ class ServeBackend:
             asked = replace(job, version=self.reloads.version)
             reply: TrunkReply = await self._timed("trunk", lambda: self._trunk(key).link.remote(asked))
             self._remember(job.image, reply)
-            return await self._decoded(reply, requests)
+            return await self._decoded(reply, job)
 
         try:
             return await self._retried(call)
@@ -138,16 +136,15 @@ class ServeBackend:
                 self._held[image_id] = size
         return self._held.get(image_id)
 
-    async def _decoded(self, reply: TrunkReply, requests: Sequence[Request]) -> list[Answer]:
+    async def _decoded(self, reply: TrunkReply, job: TrunkJob) -> list[Answer]:
         """The answers to a job, with those of the decoders that it has links for."""
-        plain = tuple(replace(request, examples={}) for request in requests)  # decoders read no images of examples
 
         def decode(name: str) -> _Call[list[Answer | None]]:
-            return self.decoders[name].decode.remote(reply.output, plain, sender.get(), reply.version)
+            return self.decoders[name].decode.remote(reply.output, job.for_decoders, job.sender, reply.version)
 
-        found = await asyncio.gather(*(self._timed(name, partial(decode, name)) for name in reply.decoders))
-        rows = zip(reply.answers, *found, strict=True)
-        return [next(answer for answer in answers if answer is not None) for answers in rows]
+        return reply.completed(
+            await asyncio.gather(*(self._timed(name, partial(decode, name)) for name in reply.decoders))
+        )
 
     async def stream(
         self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int
@@ -187,7 +184,7 @@ class ServeBackend:
                     self._readiness["trunk"].answered()
                     self._remember(job.image, piece)
                     async with asyncio.timeout(until - time.monotonic()):
-                        (answer,) = await self._decoded(piece, job.requests)
+                        (answer,) = await self._decoded(piece, job)
                     yield answer
         except (ray_errors.RayError, RayServeException) as error:
             if isinstance(cause_of(error), ImageGone):
@@ -328,8 +325,8 @@ def _readiness_of(handle: DeploymentHandle, options: ModelDeployment) -> Readine
 
 
 @serve.ingress()
-class Ingress:
-    """Builds the FastAPI application in the replica, so that it need not be pickled."""
+class Ingress(HttpReplica):
+    """The replica that calls the others."""
 
     def __init__(
         self,
@@ -339,23 +336,14 @@ class Ingress:
         batches: DeploymentHandle | None = None,
     ):
         """`batches`: answers batches, None on a server that takes none."""
-        export_to_ray()
-        self.settings, self.batches = settings, batches
-        self.backend = ServeBackend(trunk, decoders, settings)
-        self.gate = Gate(settings)
+        backend = ServeBackend(trunk, decoders, settings)
+        super().__init__(backend, settings, backend.notes, self._wake_batches)
+        self._batches = batches
         if settings.reload is not None:
             # Serve runs this on the event loop of the requests
-            self._watching = asyncio.create_task(self.backend.reloads.watch(settings.reload.watch_s))
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_api(self.backend, self.settings, self.gate, self.backend.notes, self._wake_batches)
+            self._watching = asyncio.create_task(backend.reloads.watch(settings.reload.watch_s))
 
     def _wake_batches(self) -> None:
         """Without waiting for an answer: a replica that dies of it finds the batch when it starts again."""
-        if self.batches is not None:
-            self.batches.wake.remote()
-
-    async def close(self) -> int:
-        """Takes no more requests; returns the number of those that are not answered yet."""
-        self.gate.is_closed = True
-        return self.gate.inside
+        if self._batches is not None:
+            self._batches.wake.remote()

@@ -3,9 +3,9 @@ torch."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lumen_ray.answer import Answer
@@ -51,18 +51,28 @@ class TrunkJob:
         """Names that the trunk makes links of, without keypoints that only the model knows."""
         return sum(len(request.phrases) * (1 + len(request.keypoints or ())) for request in self.requests)
 
+    @property
+    def for_decoders(self) -> tuple[Request, ...]:
+        """The requests as decoders get them, which read no images of examples."""
+        return tuple(replace(request, examples={}) for request in self.requests)
+
 
 @dataclass(frozen=True)
 class TrunkReply:
     """The answers to the requests of a job, None for those that the `decoders` give.
 
-    `output`: the reference to what these decoders read; None without any. Tensors lie behind it, so that they go from
-    the trunk to the decoders and not through the ingress. `is_held`: whether the replica holds the job's image now.
-    `version`: of the model that made it.
+    `output`: what these decoders read, or the reference to it; None without any. Tensors lie behind a reference, so
+    that they go from the trunk to the decoders and not through the ingress. `is_held`: whether the replica holds the
+    job's image now. `version`: of the model that made it.
     """
 
     answers: tuple[Answer | None, ...]
     decoders: tuple[str, ...] = ()
-    output: ObjectRef[TrunkOutput] | None = None
+    output: ObjectRef[TrunkOutput] | TrunkOutput | None = None
     is_held: bool = False
     version: str = ""
+
+    def completed(self, found: Sequence[Sequence[Answer | None]]) -> list[Answer]:
+        """The answers to all requests, with those that each of the `decoders` has `found`."""
+        rows = zip(self.answers, *found, strict=True)
+        return [next(answer for answer in answers if answer is not None) for answers in rows]

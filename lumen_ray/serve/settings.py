@@ -235,10 +235,21 @@ class Tracing(Settings):
     sampling_ratio: float = Field(1.0, ge=0, le=1, description="share of requests that are traced")
 
 
+#: logical resources of a replica
+_RESERVED = ("num_cpus", "num_gpus")
+#: of trunk and decoders, whose replicas are the ingress's in one process
+_OF_A_REPLICA = ("num_replicas", "autoscaling", "health_check_period_s", "health_check_timeout_s")
+
+
 class ServeSettings(Settings):
     """The whole application. `model`: the model folder that training wrote."""
 
     model: str
+    topology: Literal["deployments", "one_process"] = Field(
+        "deployments",
+        description="deployments: ingress, trunk and every decoder have replicas of their own; one_process: each "
+        "replica has all of them, for machines with one GPU",
+    )
     http: Http = Http()
     auth: Auth | None = Field(None, description="who may use the server; None: everyone who reaches it")
     tracing: Tracing | None = Field(None, description="OpenTelemetry; None: off")
@@ -267,16 +278,54 @@ class ServeSettings(Settings):
             get(name)
         return decoders
 
+    @model_validator(mode="after")
+    def _effective(self) -> ServeSettings:
+        """Refuses settings that have no effect in one process."""
+        if self.topology != "one_process":
+            return self
+        sections = {"trunk": self.trunk, **{f"decoders.{name}": section for name, section in self.decoders.items()}}
+        for name, section in sections.items():
+            if given := [field for field in _OF_A_REPLICA if field in section.model_fields_set]:
+                raise UserError(
+                    f"'{name}.{given[0]}' has no effect with topology 'one_process', whose replicas have the ingress, "
+                    f"the trunk and all decoders; give '{given[0]}' in 'ingress', or choose topology 'deployments'",
+                    "invalid_config",
+                )
+        if self.reload is not None:
+            raise UserError(
+                "'reload' needs replicas of trunk and decoders, which topology 'one_process' has not; leave it out, or "
+                "choose topology 'deployments'",
+                "invalid_config",
+            )
+        if "retries" in self.http.model_fields_set:
+            raise UserError(
+                "'http.retries' has no effect with topology 'one_process', in which the requests of a replica that "
+                "dies end with it; leave it out, or choose topology 'deployments'",
+                "invalid_config",
+            )
+        return self
+
     def decoder(self, name: str) -> ModelDeployment:
         """The deployment of one of the model's decoders."""
         return self.decoders.get(name, ModelDeployment(num_cpus=0.5))
 
     def deployments(self, decoders: Iterable[str]) -> dict[str, Deployment]:
-        """The deployments of a model with these decoders, by name."""
-        deployments = {"ingress": self.ingress, "trunk": self.trunk, **{name: self.decoder(name) for name in decoders}}
+        """The deployments of a model with these decoders, by name. The one of topology 'one_process' is `ingress` with
+        the CPUs and GPUs of all sections. Raises `UserError` if these are more than one GPU."""
+        sections = {"ingress": self.ingress, "trunk": self.trunk, **{name: self.decoder(name) for name in decoders}}
         if self.batches is not None:
-            deployments["batches"] = Deployment(num_cpus=self.batches.num_cpus)
-        return deployments
+            sections["batches"] = Deployment(num_cpus=self.batches.num_cpus)
+        if self.topology == "deployments":
+            return sections
+        reserved = {field: round(sum(getattr(s, field) for s in sections.values()), 4) for field in _RESERVED}
+        if reserved["num_gpus"] > 1:
+            each = ", ".join(f"{name} {section.num_gpus:g}" for name, section in sections.items() if section.num_gpus)
+            raise UserError(
+                f"the sections reserve {reserved['num_gpus']:g} GPUs together ({each}), and a replica of topology "
+                "'one_process' uses one; lower num_gpus to 1 in all, or choose topology 'deployments'",
+                "invalid_config",
+            )
+        return {"one_process": self.ingress.model_copy(update=reserved)}
 
     def logical_cpus(self, decoders: Iterable[str]) -> int:
         """Logical CPUs that let every deployment of a model with these decoders reach its largest size."""

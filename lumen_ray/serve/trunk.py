@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, Callable, Hashable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from lumen_ray.serve.batching import Collector, map_grouped, value_of
@@ -38,7 +38,7 @@ class TrunkReplica:
     """A replica with the trunk of the model.
 
     `serving`: task -> decoder, overriding the model's choice. `load` returns the engine's trunk half; tests pass their
-    own.
+    own. `store` puts an output where decoders find it by what it returns.
     """
 
     def __init__(
@@ -47,11 +47,13 @@ class TrunkReplica:
         device: str,
         serving: Mapping[str, str],
         load: Callable[[str, str, Mapping[str, str]], TrunkStage] = load_trunk,
+        store: Callable[[TrunkOutput], Awaitable[ObjectRef[TrunkOutput] | TrunkOutput]] | None = None,
     ):
         export_to_ray()
         self.stage = load(model, device, serving)
         self.health = Health(self.stage.loop.busy_s)
         self.images = ImageCache()
+        self._store = store or _in_object_store
         self._listeners: dict[int, Callable[[str], None]] = {}  # by the identity of their job
         # Threads, so that the event loop stays free to answer pings. The model is used by one of them at a time.
         self.batches: Collector[TrunkJob, TrunkOutput] = Collector(
@@ -61,6 +63,7 @@ class TrunkReplica:
             self.stage.loop.turn,
             MAX_BATCHES,
             owner=lambda job: owner_of(job.sender),
+            leaves=lambda job: _writes(job) or passes_of(job) > 1,
         )
 
     def reconfigure(self, settings: dict[str, Any]) -> None:
@@ -78,7 +81,7 @@ class TrunkReplica:
         is_held = isinstance(job.image, KeyedImage) and job.image.image_id in self.images
         if not output.decoder_inputs:
             return TrunkReply(answers, is_held=is_held)
-        return TrunkReply(answers, tuple(output.decoder_inputs), await asyncio.to_thread(_put, output), is_held)
+        return TrunkReply(answers, tuple(output.decoder_inputs), await self._store(output), is_held)
 
     async def link_streaming(self, job: TrunkJob) -> AsyncGenerator[str | TrunkReply, None]:
         """The text of the answer to the single request of a job in pieces, as it is written, then the reply as of
@@ -151,7 +154,7 @@ class TrunkReplica:
     def _key(self, job: TrunkJob) -> Hashable:
         """What jobs of one batch share. Those without text do not wait for the answers of others, nor does one for more
         passes than its own."""
-        writes, passes = any(TASKS[request.task].is_text for request in job.requests), passes_of(job)
+        writes, passes = _writes(job), passes_of(job)
         if isinstance(job.image, KeyedImage):
             return writes, passes, True, False, job.max_new_tokens, self.stage.bucket(job.image.size)
         return writes, passes, False, job.image is None, job.max_new_tokens, self.stage.bucket_of(job.image)
@@ -206,8 +209,13 @@ def passes_of(job: TrunkJob) -> int:
     return math.ceil(job.branches / CLASS_CHUNK)
 
 
-def _put(output: TrunkOutput) -> ObjectRef[TrunkOutput]:
-    """Stores an output for the decoders. It lives as long as this replica, and until the reference is dropped."""
+def _writes(job: TrunkJob) -> bool:
+    """Whether a job has text to write, in steps between which others may have the model."""
+    return any(TASKS[request.task].is_text for request in job.requests)
+
+
+async def _in_object_store(output: TrunkOutput) -> ObjectRef[TrunkOutput]:
+    """The reference to an output, which lives as long as this replica, and until the reference is dropped."""
     import ray
 
-    return ray.put(output)
+    return await asyncio.to_thread(ray.put, output)

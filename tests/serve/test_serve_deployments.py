@@ -26,6 +26,7 @@ from lumen_ray.inference.sampling import Sampling
 from lumen_ray.serve.batching import Collector, map_grouped
 from lumen_ray.serve.decoder import DecoderJob, DecoderReplica, load_decoder
 from lumen_ray.serve.job import TrunkJob
+from lumen_ray.serve.one_process import kept
 from lumen_ray.serve.settings import TrunkDeployment
 from lumen_ray.serve.trunk import TrunkReplica, load_trunk
 from lumen_ray.structures import Region
@@ -203,7 +204,7 @@ def test_a_chat_names_the_decoders_that_it_has_links_for(trunk, decoder, monkeyp
     """In one pass of the trunk, whatever the LLM decides."""
     passes, links = [], trunk.stage.links
     monkeypatch.setattr(trunk.stage, "links", lambda *args, **more: passes.append(1) or links(*args, **more))
-    monkeypatch.setattr("lumen_ray.serve.trunk._put", lambda output: output)
+    monkeypatch.setattr(trunk, "_store", kept)
     asked = job(1, limited("chat", text="find the red circle"))
 
     def link(token):
@@ -265,6 +266,38 @@ def test_what_waits_for_the_model_is_one_batch_of_its_kind(trunk):
     finally:
         trunk.batches._run = outputs
     assert sorted(sizes) == [1, 1, 5, 5] and len(found) == 12
+
+
+@pytest.mark.parametrize(("task", "expected"), [("detect", [1, 5]), ("caption", [1, 1, 1, 1, 1, 1])])
+def test_what_comes_during_a_pass_is_one_batch(trunk, task, expected):
+    """Batches were taken while a pass did not use the model for a moment, and then waited for it. Those of text are
+    taken all the same, since answers are written together."""
+    sizes, free = [], threading.Event()
+    outputs = trunk.outputs
+    request = limited(task, **({"classes": ["red circle"]} if task == "detect" else {}))
+
+    def slow(jobs):
+        sizes.append(len(jobs))
+        assert free.wait(20)
+        return outputs(jobs)
+
+    async def all_of_them():
+        tasks = []
+        for number in range(6):
+            tasks.append(asyncio.create_task(trunk.output(job(number, request))))
+            while len(sizes) + len(trunk.batches._waiting) <= number:
+                await asyncio.sleep(0.001)
+            while expected[-1] == 1 and len(sizes) <= number or not sizes:
+                await asyncio.sleep(0.001)
+        free.set()
+        return await asyncio.wait_for(asyncio.gather(*tasks), 20)
+
+    trunk.batches._run = slow
+    try:
+        found = asyncio.run(all_of_them())
+    finally:
+        trunk.batches._run = outputs
+    assert sizes == expected and len(found) == 6
 
 
 def batches_of(collector, items):

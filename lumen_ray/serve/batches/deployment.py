@@ -7,6 +7,7 @@ from typing import Any
 
 from ray.serve.handle import DeploymentHandle
 
+from lumen_ray.serve.asking import Backend
 from lumen_ray.serve.batches.batch_store import BatchStore
 from lumen_ray.serve.batches.file_store import FileStore
 from lumen_ray.serve.batches.runner import BatchRunner
@@ -22,15 +23,20 @@ def batches_options(settings: ServeSettings) -> dict[str, Any]:
     return Deployment(num_cpus=settings.batches.num_cpus, num_replicas=1).options()
 
 
+def make_runner(backend: Backend, settings: ServeSettings) -> BatchRunner:
+    """What answers the batches of the settings' folder through a backend."""
+    assert settings.batches is not None, "the server takes batches"
+    stores = FileStore(settings.batches), BatchStore(settings.batches)
+    return BatchRunner(*stores, MeasuredBackend(backend), settings)
+
+
 class BatchesReplica:
     """Answers batches for as long as it lives; where a replica was killed, the next one goes on."""
 
     def __init__(self, settings: ServeSettings, trunk: DeploymentHandle, decoders: dict[str, DeploymentHandle]):
-        assert settings.batches is not None, "the server takes batches"
         export_to_ray()
         backend = ServeBackend(trunk, decoders, settings)
-        stores = FileStore(settings.batches), BatchStore(settings.batches)
-        self._runner = BatchRunner(*stores, MeasuredBackend(backend), settings)
+        self._runner = make_runner(backend, settings)
         # Serve runs this on the event loop of the replica's calls
         self._running = asyncio.create_task(self._runner.run())
         if settings.reload is not None:
