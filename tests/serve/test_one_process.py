@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import json
 import os
 import threading
 import time
@@ -17,6 +18,8 @@ import pytest
 import torch
 from fastapi.testclient import TestClient
 from PIL import Image
+from support.chat_fakes import line
+from support.clusters import wait_for
 from support.serve_fakes import free_port
 
 from lumen_ray.answer import Answer
@@ -31,7 +34,7 @@ from lumen_ray.serve.decoder import DecoderReplica
 from lumen_ray.serve.http import Overloaded
 from lumen_ray.serve.metrics import REGISTRY
 from lumen_ray.serve.one_process import LocalBackend, kept, options_of
-from lumen_ray.serve.settings import Batching, Http, ModelDeployment, ServeSettings, TrunkDeployment
+from lumen_ray.serve.settings import Batches, Batching, Http, ModelDeployment, ServeSettings, TrunkDeployment
 from lumen_ray.serve.trunk import TrunkReplica
 from lumen_ray.wire.settings import Defaults
 
@@ -206,6 +209,7 @@ def test_a_stuck_stage_is_not_ready(local, model_folder):
         ({"decoders": {"lumen": {"autoscaling": {}}}}, "'decoders.lumen.autoscaling' has no effect"),
         ({"trunk": {"health_check_period_s": 2}}, "give 'health_check_period_s' in 'ingress'"),
         ({"http": {"retries": 1}}, "'http.retries' has no effect"),
+        ({"reload": {}}, "'reload' needs replicas of trunk and decoders"),
         ({"topology": "one"}, "'topology' is invalid"),
     ],
 )
@@ -237,12 +241,15 @@ def test_one_replica_has_what_all_sections_reserve():
 
 
 @pytest.mark.ray
-def test_the_death_of_the_replica_is_a_503_and_another_one_follows(model_folder):
-    """Answers over real HTTP, and those of clients whose replica is killed: none is repeated."""
+def test_the_death_of_the_replica_is_a_503_and_another_one_follows(model_folder, tmp_path):
+    """Answers over real HTTP, and those of clients whose replica is killed: none is repeated but in batches."""
+    import openai
     import ray
 
     os.environ["PYTHONPATH"] = f"{Path(__file__).parents[2]}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    server = run(settings_of(model_folder, http=Http(port=free_port())), blocking=False)
+    settings = settings_of(model_folder, http=Http(port=free_port()), batches=Batches(folder=str(tmp_path / "batches")))
+    server = run(settings, blocking=False)
+    lines = [line(f"id {n}", "what is it ?", max_tokens=4) for n in range(40)]
     body = {"image": image(), "classes": CLASSES}
     answers: list[httpx.Response] = []
     enough = threading.Event()
@@ -263,6 +270,11 @@ def test_the_death_of_the_replica_is_a_503_and_another_one_follows(model_folder)
             assert "lumen_ray_pass_seconds" in http.get("/metrics").text
             names = [actor["name"] for actor in ray.util.list_named_actors(all_namespaces=True)]
             (replica,) = [name for name in names if name.startswith("SERVE_REPLICA::lumen#")]
+            asker = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any")
+            sent = asker.files.create(file=("lines.jsonl", "\n".join(lines).encode()), purpose="batch")
+            batch = asker.batches.create(
+                input_file_id=sent.id, endpoint="/v1/chat/completions", completion_window="24h"
+            )
             threads = [threading.Thread(target=client) for _ in range(4)]
             for thread in threads:
                 thread.start()
@@ -272,6 +284,9 @@ def test_the_death_of_the_replica_is_a_503_and_another_one_follows(model_folder)
             enough.set()
             for thread in threads:
                 thread.join()
+            wait_for(lambda: asker.batches.retrieve(batch.id).status == "completed", "the end of the batch", 120)
+            output = asker.files.content(asker.batches.retrieve(batch.id).output_file_id).text
+            assert {json.loads(each)["custom_id"] for each in output.splitlines()} == {f"id {n}" for n in range(40)}
     finally:
         enough.set()
         server.stop()

@@ -15,6 +15,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.inference.request import make_request
 from lumen_ray.model.build import load_model, save_model
 from lumen_ray.serve.job import TrunkJob
+from lumen_ray.serve.one_process import kept
 from lumen_ray.serve.reload import Reloads
 from lumen_ray.serve.settings import TrunkDeployment
 from lumen_ray.serve.versions import DecoderVersions, OtherVersion, TrunkVersions
@@ -30,7 +31,7 @@ def folder(model_folder, tmp_path):
 
 @pytest.fixture
 def replicas(folder, monkeypatch):
-    monkeypatch.setattr("lumen_ray.serve.trunk._put", lambda output: output)
+    monkeypatch.setattr("lumen_ray.serve.trunk._in_object_store", kept)
     trunk, decoder = TrunkVersions(str(folder), "cpu", {}), DecoderVersions(str(folder), "lumen", "cpu")
     for replica in (trunk, decoder):
         replica.reconfigure(TrunkDeployment().user_config)
