@@ -49,8 +49,8 @@ def quickstart(
 ) -> dict[str, Any]:
     """Prepares, trains, evaluates, labels and serves in `output`; returns the report of the evaluation.
 
-    Run again, it continues: finished shards and stages are kept. Raises `UserError` for an unknown recipe, a port that
-    is taken, and an `output` that holds other scenes.
+    Run again, it continues: shards, finished stages and the newest checkpoint (of a recipe with `checkpoint_every`) are
+    kept. Raises `UserError` for an unknown recipe, a port that is taken, and an `output` that holds other scenes.
     """
     from lumen_ray.serve.app import prepare_serve_environment
 
