@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from rich.markup import escape
+
 from lumen_ray.console import console, say, seconds
 from lumen_ray.errors import UserError
 from lumen_ray.remote.paths import SHARED, SHARED_VARIABLE
@@ -124,7 +126,7 @@ def _list(args: argparse.Namespace) -> None:
 
     table = Table("job", "status", "took", "command", box=None)
     for job in jobs:
-        table.add_row(job.job_id, job.status, _took(job), job.command)
+        table.add_row(escape(job.job_id), job.status, _took(job), escape(job.command))
     console.print(table if jobs else "no jobs")
 
 
@@ -134,7 +136,7 @@ def _status(args: argparse.Namespace) -> None:
         print(json.dumps(asdict(job)))
         return
     code = "" if job.exit_code is None else f", exit status {job.exit_code}"
-    say(f"{job.job_id}: {job.status}{code}, {_took(job)}: {job.command}")
+    say(f"{escape(job.job_id)}: {job.status}{code}, {_took(job)}: {escape(job.command)}")
     if job.status == "FAILED" and job.message:
         print(job.message)
 
@@ -154,10 +156,10 @@ def _stop(args: argparse.Namespace) -> None:
     head = _head(args)
     job = head.job(args.job)
     if job.has_ended:
-        say(f"{job.job_id} had ended: {job.status}")
+        say(f"{escape(job.job_id)} had ended: {job.status}")
         return
     head.stop(job.job_id)
-    say(f"stopping {job.job_id}")
+    say(f"stopping {escape(job.job_id)}")
 
 
 def _took(job: Any) -> str:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from lumen_ray.console import say
 from lumen_ray.errors import UserError
 from lumen_ray.remote.head import Head, JobState
@@ -49,10 +51,10 @@ class Submission:
             if packed is not None and packed.files:
                 package = Path(folder) / "working_dir.zip"
                 packed.write(package)
-                say(f"working directory: {packed.describe()}")
+                say(escape(f"working directory: {packed.describe()}"))
             command = f"python -m lumen_ray.cli {shlex.join(argv)}"
             job_id = head.submit(command, str(package) if package else None, env, self.job_id)
-        say(f"job {job_id} at {head.address}; lumen-ray jobs logs {job_id} --follow --address {head.address}")
+        say(escape(f"job {job_id} at {head.address}; lumen-ray jobs logs {job_id} --follow --address {head.address}"))
         return 0 if self.no_wait else follow(head, job_id)
 
 
@@ -84,14 +86,14 @@ def follow(head: Head, job_id: str) -> int:
 def exit_status(job: JobState) -> int:
     """That of the job's command; says so where it has none."""
     if job.status == "STOPPED":
-        say(f"job {job.job_id} was stopped")
+        say(escape(f"job {job.job_id} was stopped"))
         return EXIT_STOPPED
     if job.exit_code is not None:
         # 128 and the signal, as a shell has it
         return 128 - job.exit_code if job.exit_code < 0 else job.exit_code
     if job.status == "SUCCEEDED":
         return 0
-    say(f"job {job.job_id} failed: {' '.join(job.message.split())[-500:]}")
+    say(escape(f"job {job.job_id} failed: {' '.join(job.message.split())[-500:]}"))
     return EXIT_FAILED
 
 
@@ -105,9 +107,9 @@ def _interrupted(head: Head, job_id: str) -> int:
     """Stops the job or leaves it, as the user chooses; without a terminal it goes on."""
     if _wants_to_stop(job_id):
         head.stop(job_id)
-        say(f"stopping job {job_id}; run the same command again to continue where the verb can")
+        say(escape(f"stopping job {job_id}; run the same command again to continue where the verb can"))
     else:
-        say(f"job {job_id} goes on; lumen-ray jobs logs|status|stop {job_id} --address {head.address}")
+        say(escape(f"job {job_id} goes on; lumen-ray jobs logs|status|stop {job_id} --address {head.address}"))
     return EXIT_STOPPED
 
 

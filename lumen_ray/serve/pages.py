@@ -11,6 +11,7 @@ from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
 from lumen_ray.serve.headers import PAGE_POLICY
 from lumen_ray.serve.samples import samples
@@ -22,7 +23,13 @@ _CACHED = {"Cache-Control": "max-age=3600"}
 
 
 class _Files(StaticFiles):
-    """Files that browsers ask for again each time, by their ETag: those of one version go together."""
+    """Scripts and styles that browsers ask for again each time, by their ETag: those of one version go together. Pages
+    have routes of their own, with their headers."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        if path.endswith(".html"):
+            raise HTTPException(404)
+        return await super().get_response(path, scope)
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)

@@ -1,6 +1,7 @@
 """What is checked before a job is submitted, and what its end means."""
 
 import argparse
+from types import SimpleNamespace
 
 import pytest
 
@@ -139,3 +140,13 @@ def test_every_submitted_verb_has_the_options():
             kinds = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
             parser = kinds["scenes"]
         assert "--no-wait" in parser.format_help()
+
+
+def test_commands_are_printed_as_they_are(monkeypatch, capsys):
+    job = JobState("[a]", "SUCCEEDED", "lumen-ray label '[/data]/x' --classes '[red]'", exit_code=0)
+    head = SimpleNamespace(jobs=lambda: [job], job=lambda _: job)
+    monkeypatch.setattr(command, "_head", lambda _: head)
+    for argv in (["jobs", "list"], ["jobs", "status", "[a]"]):
+        assert cli.main(argv) == 0
+        said = "".join(capsys.readouterr().out.split())
+        assert "[/data]/x" in said and "[red]" in said and "[a]" in said

@@ -71,7 +71,7 @@ def client():
     return TestClient(create_api(FakeBackend(), ServeSettings(model="m")))
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [path for path in FILES if path.suffix != ".html"], ids=lambda path: path.name)
 def test_files_are_served_and_asked_for_again(client, path):
     response = client.get(f"/page/{path.name}")
     assert response.status_code == 200 and response.headers["cache-control"] == "no-cache"
@@ -109,3 +109,8 @@ def test_the_page_needs_no_key_but_what_it_asks_does(tmp_path):
 def test_the_model_names_the_limits_that_the_page_scales_images_to(client):
     limits = client.get("/v1/models").json()["data"][0]["lumen"]["limits"]
     assert limits["max_pixels"] == 40_000_000 and limits["max_body_bytes"] == 20 * 1024 * 1024
+
+
+@pytest.mark.parametrize("name", ["index.html", "docs.html"])
+def test_pages_have_one_address(client, name):
+    assert client.get(f"/page/{name}").status_code == 404

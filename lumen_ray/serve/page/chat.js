@@ -105,6 +105,8 @@ function write(turn) {
 }
 
 function arrange() {
+  // a button that hides would take the focus with it
+  if (document.activeElement === find(running ? "send" : "stop")) find("question").focus()
   find("turns").hidden = !turns.length
   find("new-chat").hidden = !turns.length
   find("stop").hidden = !running
