@@ -39,7 +39,7 @@ class Reloads:
         self.refused: str | None = None
         self._seen: Stamp | str | None = None
         self._switching: asyncio.Task[bool] | None = None
-        self._settling: asyncio.Task[None] | None = None
+        self._settling: set[asyncio.Task[None]] = set()
 
     async def watch(self, every_s: float) -> None:
         """Looks at the folder for ever."""
@@ -73,7 +73,7 @@ class Reloads:
 
     async def _switch(self) -> bool:
         if not self.version:
-            return True  # nothing was answered yet, so nothing can be mixed
+            return False  # which version the replicas hold is asked with the first request
         found = await self._all("update", self.version)
         if lost := [one for one in found if not isinstance(one, str | UserError)]:
             logger.warning("a replica was lost while it loaded the model folder: %s", lost[0])
@@ -87,23 +87,25 @@ class Reloads:
             self.refused = None
             self._serve(versions.pop())
             return True
-        await self._all("keep", self.version)
+        for version in versions - {self.version}:
+            await self._all("drop", version)
         return True
 
     def _serve(self, version: str) -> None:
         if version == self.version:
             return
         logger.warning("serving version %s of '%s' in place of %s", version, self._model, self.version)
-        self.version = version
+        old, self.version = self.version, version
         self._on_switch()
-        if self._settling is not None:
-            self._settling.cancel()
-        self._settling = asyncio.create_task(self._settle(version))
+        settling = asyncio.create_task(self._settle(old))
+        self._settling.add(settling)
+        settling.add_done_callback(self._settling.discard)
 
-    async def _settle(self, version: str) -> None:
-        """Drops the old version once requests that ask for it are over."""
+    async def _settle(self, old: str) -> None:
+        """Drops the old version once requests that ask for it are over, unless it is served again."""
         await asyncio.sleep(self._keep_s)
-        await self._all("keep", version)
+        if old != self.version:
+            await self._all("drop", old)
 
     def _refuse(self, why: str) -> None:
         if why != self.refused:

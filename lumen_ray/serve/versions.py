@@ -8,6 +8,7 @@ none is missing in between.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -98,7 +99,9 @@ class Versions(Generic[R]):
             try:
                 if await asyncio.to_thread(stamp_of, self._model) == self._stamp:
                     return self.newest
-                self.settle(current)  # so that at most two are held at a time
+                kept = current if current in self._held else self.newest
+                for version in set(self._held) - {kept}:  # so that at most two are held at a time
+                    await self.drop(version)
                 stamp, version, made = await asyncio.to_thread(self._load)
             except UserError as error:
                 return error
@@ -108,16 +111,14 @@ class Versions(Generic[R]):
             self._held.setdefault(version, made)
             return version
 
-    def settle(self, version: str) -> None:
-        """Drops all versions but this one, if it is held. Calls that have begun are answered."""
-        if version in self._held:
-            if self.newest != version:
-                self.newest, self._stamp = version, ("", ())  # looks at the folder again next time
-            self._held = {version: self._held[version]}
-
-    async def keep(self, version: str) -> None:
-        """`settle`, as a call."""
-        self.settle(version)
+    async def drop(self, version: str) -> None:
+        """Holds a version no longer, unless it is the only one. Calls that have begun are answered."""
+        if version not in self._held or len(self._held) == 1:
+            return
+        del self._held[version]
+        if self.newest == version:
+            self.newest, self._stamp = next(reversed(self._held)), ("", ())  # looks at the folder again next time
+        await asyncio.to_thread(_free_memory)
 
     def _of(self, version: str) -> R:
         if (found := self._held.get(version)) is None:
@@ -132,6 +133,15 @@ class Versions(Generic[R]):
         if stamp_of(self._model) != stamp:
             raise UserError(f"'{self._model}' changed while it was read; publish whole folders", "model_changed")
         return stamp, version, made
+
+
+def _free_memory() -> None:
+    """Collects what was dropped: replicas and their threads refer to each other."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 class TrunkVersions(Versions[TrunkReplica]):

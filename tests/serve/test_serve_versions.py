@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import os
 import shutil
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -56,7 +57,7 @@ def test_a_request_is_answered_by_one_version_while_the_folder_changes(replicas,
         new = await trunk.link(dataclasses.replace(JOB, version=second))
         both = [await decoder.decode(reply.output, (REQUEST,), "", reply.version) for reply in (old, new)]
         again = await trunk.link(dataclasses.replace(JOB, version=first))
-        decoder.settle(second)
+        await decoder.drop(first)
         with pytest.raises(OtherVersion, match=f"holds version {second}, not {first}"):
             await decoder.decode(again.output, (REQUEST,), "", again.version)
         return [old.version, found[0], found[1], new.version, again.version], both, await trunk.info(second)
@@ -117,7 +118,7 @@ class Replicas:
         self.calls.append((method, *arguments))
 
         async def results_async(return_exceptions):
-            return [None] * len(self.says) if method == "keep" else list(self.says)
+            return [None] * len(self.says) if method == "drop" else list(self.says)
 
         return SimpleNamespace(results_async=results_async)
 
@@ -131,8 +132,7 @@ def looked(folder, *deployments, version="old"):
 
     async def look():
         await reloads.look()
-        if reloads._settling is not None:
-            await reloads._settling
+        await asyncio.gather(*reloads._settling)
         await reloads.look()
 
     asyncio.run(look())
@@ -143,14 +143,14 @@ def test_requests_go_over_once_every_replica_holds_the_new_version(folder):
     trunk, decoder = Replicas("new"), Replicas("new", "new")
     reloads, switched = looked(folder, trunk, decoder)
     assert (reloads.version, reloads.refused, switched) == ("new", None, 1)
-    assert trunk.calls == decoder.calls == [("update", "old"), ("keep", "new")]
+    assert trunk.calls == decoder.calls == [("update", "old"), ("drop", "old")]
 
 
 def test_what_one_replica_refuses_is_not_served_and_dropped_everywhere(folder, caplog):
     trunk, decoder = Replicas("new"), Replicas("new", UserError("it is damaged", "damaged_model"))
     reloads, switched = looked(folder, trunk, decoder)
     assert (reloads.version, reloads.refused, switched) == ("old", "it is damaged", 0)
-    assert trunk.calls == decoder.calls == [("update", "old"), ("keep", "old")]
+    assert trunk.calls == decoder.calls == [("update", "old"), ("drop", "new")]
 
 
 def test_versions_that_differ_between_nodes_are_refused(folder):
@@ -170,3 +170,17 @@ def test_an_incomplete_folder_reaches_no_replica(folder):
     trunk = Replicas("new")
     reloads, _ = looked(folder, trunk)
     assert "model.safetensors is missing" in reloads.refused and trunk.calls == []
+
+
+def test_a_version_that_is_dropped_leaves_the_memory(replicas, folder):
+    decoder = replicas[1]
+    first, second = decoder.newest, publish(folder)
+
+    async def change():
+        await decoder.update(first)
+        gone = weakref.ref(decoder._held[first].stage)
+        await decoder.drop(first)
+        await decoder.drop(second)
+        return gone(), list(decoder._held)
+
+    assert asyncio.run(change()) == (None, [second])
