@@ -22,6 +22,11 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+#: Batches at a time where one that leaves the model keeps its thread until its end: above the requests that Serve lets
+#: into a replica, so that those that leave keep no other one waiting. Threads are made as they are needed.
+MANY = 1024
+
+
 @dataclass
 class _Waiting(Generic[T, R]):
     item: T

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lumen_ray.answer import Answer
 from lumen_ray.inference.fair_share import SharedModel
 from lumen_ray.inference.request import Request
-from lumen_ray.serve.batching import Collector, map_grouped, value_of
+from lumen_ray.serve.batching import MANY, Collector, map_grouped, value_of
 from lumen_ray.serve.health import Health
 from lumen_ray.serve.job import owner_of
 from lumen_ray.serve.metrics import export_to_ray
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from lumen_ray.inference.outputs import TrunkOutput
 
 Answers = list[Answer | None]
-
-#: Passes at a time: one uses the model, others wait for it between theirs.
-MAX_BATCHES = 8
 
 
 class DecoderJob(NamedTuple):
@@ -55,7 +52,7 @@ class DecoderReplica:
             self._key,
             lambda job: cost_of(job.requests, 0),
             self.model.turn,
-            MAX_BATCHES,
+            MANY,
             name,
             lambda job: owner_of(job.sender),
             lambda job: self.stage.passes(job.output) > 1,

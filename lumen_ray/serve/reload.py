@@ -73,7 +73,7 @@ class Reloads:
 
     async def _switch(self) -> bool:
         if not self.version:
-            return False  # which version the replicas hold is asked with the first request
+            return False  # nothing was answered yet; the replicas load what is new once something was
         found = await self._all("update", self.version)
         if lost := [one for one in found if not isinstance(one, str | UserError)]:
             logger.warning("a replica was lost while it loaded the model folder: %s", lost[0])

@@ -7,7 +7,7 @@ import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from lumen_ray.serve.batching import Collector, map_grouped, value_of
+from lumen_ray.serve.batching import MANY, Collector, map_grouped, value_of
 from lumen_ray.serve.health import Health
 from lumen_ray.serve.image_cache import ImageCache, ImageGone, KeyedImage, gone
 from lumen_ray.serve.job import TrunkJob, TrunkReply, owner_of
@@ -22,10 +22,6 @@ if TYPE_CHECKING:
     from lumen_ray.inference.outputs import TrunkOutput
     from lumen_ray.inference.request import Shown
     from lumen_ray.inference.trunk_stage import TrunkStage
-
-
-#: Passes at a time: one uses the model, others wait for it or for text answers, which all of them write together.
-MAX_BATCHES = 32
 
 
 def load_trunk(model: str, device: str, serving: Mapping[str, str], dtype: str = "float32") -> TrunkStage:
@@ -61,7 +57,7 @@ class TrunkReplica:
             self._key,
             lambda job: job.cost,
             self.stage.loop.turn,
-            MAX_BATCHES,
+            MANY,
             owner=lambda job: owner_of(job.sender),
             leaves=lambda job: _writes(job) or passes_of(job) > 1,
         )

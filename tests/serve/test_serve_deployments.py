@@ -23,7 +23,7 @@ from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.outputs import merge
 from lumen_ray.inference.request import make_request
 from lumen_ray.inference.sampling import Sampling
-from lumen_ray.serve.batching import Collector, map_grouped
+from lumen_ray.serve.batching import MANY, Collector, map_grouped
 from lumen_ray.serve.decoder import DecoderJob, DecoderReplica, load_decoder
 from lumen_ray.serve.job import TrunkJob
 from lumen_ray.serve.one_process import kept
@@ -425,6 +425,30 @@ def test_a_decoder_gives_way_between_its_passes(trunk, decoder, monkeypatch):
         lambda _raw, _frames, prompts, _settings: prompts[0].phrase != "gadget",
     )
     assert before <= 2 and passes == 12
+
+
+def test_batches_that_leave_the_model_do_not_keep_others_from_it():
+    """However many: a decoder's pictures, each in passes of its own, and then a detection."""
+    is_over, pictures, begun = threading.Event(), 40, []
+
+    def run(items):
+        if items[0] < pictures:
+            begun.append(items[0])
+            assert is_over.wait(60)
+        return items
+
+    collector = Collector(run, lambda item: item, workers=MANY, leaves=lambda item: item < pictures)
+
+    async def all_of_them():
+        running = [asyncio.create_task(collector.submit(n)) for n in range(pictures)]
+        try:
+            await asyncio.to_thread(wait_for, lambda: len(begun) == pictures)
+            assert await asyncio.wait_for(collector.submit(pictures), 20) == pictures
+        finally:
+            is_over.set()
+            assert await asyncio.gather(*running) == list(range(pictures))
+
+    asyncio.run(all_of_them())
 
 
 def test_no_item_is_left_behind_by_those_of_other_keys():

@@ -165,6 +165,15 @@ def test_a_replica_that_dies_while_it_loads_is_asked_again(folder):
     assert trunk.calls == [("update", "old")] * 2
 
 
+def test_a_version_published_before_the_first_request_is_served_from_then_on(folder):
+    trunk = Replicas("new")
+    reloads, _ = looked(folder, trunk, version="")
+    assert trunk.calls == []
+    reloads.version = "old"
+    asyncio.run(reloads.look())
+    assert reloads.version == "new" and trunk.calls[0] == ("update", "old")
+
+
 def test_an_incomplete_folder_reaches_no_replica(folder):
     (folder / "model.safetensors").unlink()
     trunk = Replicas("new")
