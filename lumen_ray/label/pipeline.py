@@ -27,7 +27,7 @@ from lumen_ray.label.asking import SecondLookSettings
 from lumen_ray.label.claim import Claim
 from lumen_ray.label.exporters.registry import DEFAULT_EXPORTS, check_formats, choose_tasks
 from lumen_ray.label.ledger import Ledger
-from lumen_ray.label.listing import Listing
+from lumen_ray.label.listing import Listing, check_output
 from lumen_ray.label.plan import Plan
 from lumen_ray.label.progress import ErrorLimit, Status
 from lumen_ray.label.requests import build_requests
@@ -120,6 +120,7 @@ def label(
     once the errors are written, if no image at all could be labelled.
     """
     tasks = list(dict.fromkeys([*tasks, "caption"] if classes == AUTO else tasks))
+    check_output(input, output)
     exports = _exports(exports, output, tasks)
     check_numbers(num_actors, gpus_per_actor, batch_size, score_threshold, fragment_size)
     check_price(usd_per_hour)

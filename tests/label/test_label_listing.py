@@ -15,6 +15,7 @@ from lumen_ray.data.shards.shards import ShardWriter
 from lumen_ray.errors import UserError
 from lumen_ray.label.inputs import Item, Reader, read_bytes
 from lumen_ray.label.listing import Listing
+from lumen_ray.label.pipeline import label
 from lumen_ray.label.plan import Plan
 
 
@@ -301,6 +302,45 @@ def test_what_is_passed_over_is_counted(tmp_path):
     (tmp_path / "in" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     listing = Listing(tmp_path / "in")
     assert len(list(listing)) == 1 and listing.left_out == {"link to a folder": 1, "broken link": 1}
+
+
+def make_job(folder):
+    write_images(folder / "gallery", 2)
+    (folder / "job.json").write_text("{}")
+    (folder / "ledger").mkdir()
+
+
+def test_the_output_of_an_earlier_job_is_passed_over(tmp_path):
+    images = images_of(tmp_path, 2)
+    make_job(tmp_path / "out")
+    write_images(tmp_path / "own", 1)
+    (tmp_path / "own" / "job.json").write_text("{}")  # no ledger: not ours
+    listing = Listing(tmp_path)
+    assert [item.image_id for item in listing] == [*images, "own/image000.png"]
+    assert listing.left_out == {"folder of labels": 1, ".json": 1}
+    assert len(list(Listing(tmp_path / "**" / "*.png"))) == 3
+    for source in ("out", "out/**/*.png"):
+        with pytest.raises(UserError, match="is an output folder of `lumen-ray label`; give the images"):
+            list(Listing(tmp_path / source))
+
+
+def test_the_output_of_an_earlier_job_in_a_bucket_is_passed_over():
+    image = encode(picture(0))
+    for name in ("a.png", "out/job.json", "out/ledger/0.json", "out/x.png"):
+        files.write_bytes(f"memory://listing-job/in/{name}", image)
+    listing = Listing("memory://listing-job/in")
+    assert [item.image_id for item in listing] == ["a.png"] and listing.left_out == {"folder of labels": 1}
+    with pytest.raises(UserError, match="is an output folder"):
+        list(Listing("memory://listing-job/in/out"))
+
+
+@pytest.mark.parametrize("source", [".", "*.png", "../in", "**/*.png"])
+def test_the_output_is_not_the_input(tmp_path, monkeypatch, source):
+    images = images_of(tmp_path / "in", 1)
+    monkeypatch.chdir(tmp_path / "in")
+    with pytest.raises(UserError, match="is the input; give a folder of its own"):
+        label(None, source, tmp_path / "in", tasks=["caption"], num_actors=0)
+    assert sorted(os.listdir(tmp_path / "in")) == list(images)
 
 
 def test_a_pattern_that_is_none_is_one_sentence(tmp_path):
