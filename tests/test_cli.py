@@ -48,6 +48,16 @@ def labelling(monkeypatch):
         (["label", "nowhere", "--output", "y", "--classes", ""], ["at least one class name"]),
         (["label", "nowhere", "--output", "y", "--classes", ","], ["at least one class name"]),
         (["label", "nowhere", "--output", "y", "--classes", "no.txt"], ["class file 'no.txt' does not exist"]),
+        (["label", "nowhere", "--output", "y", "--classes", "no.csv"], ["class file 'no.csv' does not exist"]),
+        (["label", "nowhere", "--output", "y", "--classes", "lists/no"], ["'lists/no' does not exist", "comma behind"]),
+        (["label", "nowhere", "--output", "y", "--overlap", "0.2"], ["give --tile PIXELS with it"]),
+        (
+            ["label", "nowhere", "--output", "y", "--text", "detect=a dog"],
+            ["no text", "chat, ground, refer, vqa"],
+        ),
+        (["label", "nowhere", "--output", "y", "--score-threshold", "3"], ["--score-threshold is 3.0; give a value"]),
+        (["label", "nowhere", "--output", "y", "--batch-size", "0"], ["--batch-size is 0; give 1"]),
+        (["label", "nowhere", "--output", "y", "--max-errors", "x"], ["--max-errors is 'x'"]),
         (
             ["evaluate", "--shards", "x", "--output", "y", "--decoders", "detect=unipose"],
             ["nano: decoders: 'unipose' cannot serve task 'detect'; this model's for it: lumen"],

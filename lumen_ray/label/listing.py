@@ -290,7 +290,7 @@ def _lines(location: str) -> Iterator[tuple[int, str]]:
 
 def _list_items(location: str) -> Iterator[Item]:
     for number, line in _lines(location):
-        if line.strip():
+        if line.strip() and not line.startswith("#"):
             yield _named(line, location, None, f"line {number}")
 
 

@@ -343,6 +343,13 @@ def test_the_output_is_not_the_input(tmp_path, monkeypatch, source):
     assert sorted(os.listdir(tmp_path / "in")) == list(images)
 
 
+def test_a_list_may_have_comments(tmp_path):
+    images = images_of(tmp_path, 2)
+    (tmp_path / "#x.png").write_bytes(images["image001.png"])
+    (tmp_path / "list.txt").write_text("# drawn\nimage000.png\n./#x.png\n")
+    assert list(read(tmp_path / "list.txt")) == ["image000.png", "./#x.png"]
+
+
 def test_a_pattern_that_is_none_is_one_sentence(tmp_path):
     images_of(tmp_path, 1)
     with pytest.raises(UserError, match="not a pattern of file names"):
