@@ -35,6 +35,7 @@ def add_args(verbs: Any, parser_class: type) -> None:
     parser = verbs.choices["label"]
     parser.subcommands["export"] = _export_parser(parser_class)
     parser.subcommands["status"] = _status_parser(parser_class)
+    parser.advice = "label takes one input; put a glob in quotes, such as 'photos/*.jpg'"
     names = ", ".join(f"'lumen-ray label {name} --help'" for name in parser.subcommands)
     parser.epilog = f"see also {names}; a folder of such a name is given as ./NAME"
 
