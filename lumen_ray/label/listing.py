@@ -10,6 +10,7 @@ import io
 import json
 import os
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,7 +37,9 @@ ID_COLUMNS = ("image_id", "__key__", "id", "key")
 _NOT_SHARDS = ("rejected.parquet", "errors.parquet")
 #: what an output folder of `label` has
 _JOB = ("job.json", "ledger")
+_ONE_SLASH = re.compile(r"(s3|gs|gcs|az|hf|https?):/(?!/)")
 _LONGEST_FIELD = 1 << 26  # of a CSV file, in characters
+_CHAT_REQUEST = {"custom_id", "body"}
 _SHARD = {"image_id", "image", "height"}
 
 
@@ -74,6 +77,8 @@ class Listing:
         """Raises `UserError` if there is no such input (`missing_input`), or it is the output of a job
         (`labelled_input`)."""
         source = self.source
+        if urls.is_url(source):
+            files.filesystem(source)  # raises for web addresses
         if not (files.is_dir(source) or files.is_file(source) or files.has_wildcards(source)):
             raise UserError(
                 f"input '{urls.shown(source)}' does not exist; give a folder of images, a shard folder, a glob "
@@ -172,7 +177,12 @@ def source_folder(source: urls.Location) -> str | None:
 
 
 def check_output(source: urls.Location, output: urls.Location) -> None:
-    """Raises `UserError` (`invalid_output`) if the labels of `source` are to go among its images themselves."""
+    """Raises `UserError` if the labels of `source` are to go among its images themselves (`invalid_output`), and for
+    URLs with a slash too few (`invalid_url`), which would be local paths."""
+    for kind, location in (("input", str(source)), ("output", str(output))):
+        if match := _ONE_SLASH.match(location):
+            right = f"{match[1]}://{location[match.end() :]}"
+            raise UserError(f"{kind} '{urls.shown(location)}' is no URL; did you mean '{right}'?", "invalid_url")
     folder = source_folder(source)
     if folder is not None and _real(folder) == _real(output):
         raise UserError(
@@ -211,6 +221,14 @@ def _choose(names: Sequence[str], wanted: str | None, kinds: Sequence[str], loca
 
 def _no_column(names: Sequence[str], wanted: str | None, kinds: Sequence[str], location: str) -> UserError:
     have = ", ".join(names)
+    for separator in ";|\t":
+        if len(names) == 1 and separator in names[0]:
+            shown = "a tab" if separator == "\t" else f"'{separator}'"
+            return UserError(
+                f"the columns of '{urls.shown(location)}' are separated by {shown}; write it with commas, or with "
+                "tabs as .tsv",
+                "wrong_separator",
+            )
     if wanted is not None:
         return UserError(
             f"'{urls.shown(location)}' has no column '{wanted}';{suggest(wanted, list(names))} columns: {have}",
@@ -303,6 +321,12 @@ def _record_items(location: str, suffix: str, wanted: str | None) -> Iterator[It
             if column or names:
                 column = column or names[0]
             else:
+                if record.keys() >= _CHAT_REQUEST:
+                    raise UserError(
+                        f"'{urls.shown(location)}' is a batch file of chat requests, not a list of images; give it as "
+                        "--input-jsonl, in Python to answer_batch",
+                        "batch_file",
+                    )
                 unusable = unusable or _no_column(list(record), wanted, PATH_COLUMNS, location)
                 record = f"{where} of '{urls.shown(location)}' has no column of image paths"
         if isinstance(record, str):

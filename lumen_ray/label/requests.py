@@ -10,8 +10,13 @@ from lumen_ray.inference.request import Request, make_request
 from lumen_ray.label.vocabulary import AUTO
 from lumen_ray.tasks import TASKS, get_task
 
+_EXAMPLES: dict[str, str] = {
+    "question": "how many dogs are there ?",
+    "sentence": "a dog on a red sofa",
+    "expression": "the dog on the left",
+}
 #: tasks that take a text about each image
-TEXT_TASKS = sorted(name for name, task in TASKS.items() if task.needs in ("question", "sentence", "expression"))
+TEXT_TASKS = sorted(name for name, task in TASKS.items() if task.needs in _EXAMPLES)
 
 
 def build_requests(
@@ -75,7 +80,11 @@ def build_requests(
             given = prompts.get(name, ())
             texts = [given] if isinstance(given, str) else given
             if not texts:
-                raise UserError(f"task '{name}' needs a text ({needs}) for its requests; give one", "empty_text")
+                raise UserError(
+                    f"task '{name}' needs a text ({needs}); give one, such as --text \"{name}={_EXAMPLES[needs]}\", in "
+                    f"Python text={{'{name}': '{_EXAMPLES[needs]}'}}",
+                    "empty_text",
+                )
             requests += [make_request(name, text=text) for text in texts]
     if exemplars and not any(request.examples for request in requests):
         raise UserError(

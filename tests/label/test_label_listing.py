@@ -350,6 +350,41 @@ def test_a_list_may_have_comments(tmp_path):
     assert list(read(tmp_path / "list.txt")) == ["image000.png", "./#x.png"]
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("https://example.org/a.jpg", "is a web address, which is neither read nor written; download it"),
+        ("s4://box/x", r"'s4://' is no kind of store; did you mean 's3://'\? give a local path, .*s3://, gs://, az://"),
+        ("req.jsonl", "is a batch file of chat requests, .*give it as --input-jsonl"),
+        ("semicolons.csv", "are separated by ';'; write it with commas"),
+        ("tabs.csv", "are separated by a tab; .*as .tsv"),
+    ],
+)
+def test_inputs_that_are_something_else(tmp_path, monkeypatch, source, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "req.jsonl").write_text('{"custom_id": "a", "method": "POST", "body": {}}\n')
+    (tmp_path / "semicolons.csv").write_text("path;note\na.png;x\n")
+    (tmp_path / "tabs.csv").write_text("path\tnote\na.png\tx\n")
+    with pytest.raises(UserError, match=message):
+        list(Listing(source))
+
+
+@pytest.mark.parametrize(("source", "output"), [("s3:/box/in", "out"), ("in", "s3:/box/out")])
+def test_a_url_with_a_slash_too_few_is_no_folder(tmp_path, monkeypatch, source, output):
+    monkeypatch.chdir(tmp_path)
+    images_of(tmp_path / "in", 1)
+    with pytest.raises(UserError, match=r"put 's3:/box.*' is no URL; did you mean 's3://box/.*'\?"):
+        label(None, source, output, tasks=["caption"], num_actors=0)
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_a_missing_file_of_a_list_says_where_its_path_begins(tmp_path):
+    (tmp_path / "list.txt").write_text(f"no.png\n{tmp_path}/neither.png\n")
+    (_, relative), (_, absolute) = read_bytes(list(Listing(tmp_path / "list.txt")))
+    assert "(relative paths of a list or table begin at its own folder)" in str(relative)
+    assert relative.reason == "missing_file" and "relative" not in str(absolute)
+
+
 def test_a_pattern_that_is_none_is_one_sentence(tmp_path):
     images_of(tmp_path, 1)
     with pytest.raises(UserError, match="not a pattern of file names"):
