@@ -183,6 +183,8 @@ def check_output(source: urls.Location, output: urls.Location) -> None:
         if match := _ONE_SLASH.match(location):
             right = f"{match[1]}://{location[match.end() :]}"
             raise UserError(f"{kind} '{urls.shown(location)}' is no URL; did you mean '{right}'?", "invalid_url")
+    if urls.is_url(output):
+        files.filesystem(output)  # raises for web addresses
     folder = source_folder(source)
     if folder is not None and _real(folder) == _real(output):
         raise UserError(

@@ -369,6 +369,11 @@ def test_inputs_that_are_something_else(tmp_path, monkeypatch, source, message):
         list(Listing(source))
 
 
+def test_a_web_address_is_no_output(tmp_path):
+    with pytest.raises(UserError, match="'https://example.org/x' is a web address, which is neither"):
+        label(None, images_of(tmp_path, 1) and tmp_path, "https://example.org/x", tasks=["caption"], num_actors=0)
+
+
 @pytest.mark.parametrize(("source", "output"), [("s3:/box/in", "out"), ("in", "s3:/box/out")])
 def test_a_url_with_a_slash_too_few_is_no_folder(tmp_path, monkeypatch, source, output):
     monkeypatch.chdir(tmp_path)

@@ -56,6 +56,8 @@ def test_a_job_that_was_only_just_begun_is_one(tmp_path):
     (tmp_path / "out" / "ledger").mkdir(parents=True)
     with pytest.raises(UserError, match="was only just begun and has labelled nothing; run its command again"):
         label_status(tmp_path / "out")
+    with pytest.raises(UserError, match="does not exist; a job that was stopped before it began has no output"):
+        label_status(tmp_path / "none")
 
 
 def test_status_says_how_to_get_over_a_limit_of_errors(tmp_path):
