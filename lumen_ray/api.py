@@ -260,7 +260,7 @@ def label(
     batch_size: int = 8,
     score_threshold: float = 0.3,
     tile: int | None = None,
-    overlap: float = 0.2,
+    overlap: float | None = None,
     image_column: str | None = None,
     refresh: bool = False,
     max_errors: str | int | None = None,
@@ -275,7 +275,8 @@ def label(
     output: folder to write, a path or URL. Called again with the same arguments, it continues where it stopped.
     model: model folder, or name of bundled weights ("nano" is trained on the synthetic scenes only).
     tasks: tasks to run on every image.
-    classes: class names for the tasks that need them; None: the classes that the model was trained on, or with
+    classes: class names for the tasks that need them, as a list, or one name without a comma; None: the classes that
+        the model was trained on, or with
         `exemplars` none but those; "auto": what the model's caption of each image names, which adds task caption.
     text: task -> texts, for the tasks that need one (vqa, refer, ground, chat); these run in addition to `tasks`.
     exemplars: classes given by example, also where `classes` has their names: a file (see `lumen_ray.exemplar_file`) or
@@ -292,7 +293,7 @@ def label(
     batch_size: images per forward pass.
     score_threshold: instances below this score (0..1) are left out.
     tile: side in pixels of tiles, in which larger images are searched, beside the whole image; None: no tiles.
-    overlap: of neighbouring tiles, as a share of their side.
+    overlap: of neighbouring tiles, as a share of their side; None: 0.2. Goes with `tile` only.
     image_column: the column of images or of their paths, where ``images`` is a table with an unusual name for it.
     refresh: look for images that were added since the input was listed.
     max_errors: stop once more images than this cannot be labelled: a number, or a share such as "5%".
@@ -320,8 +321,15 @@ def label(
     """
     from lumen_ray.presets import model_folder
 
-    model = fspath(model)
+    images, output, model = _path(images, "images"), _path(output, "output"), _path(model, "model")
     model_folder(model)  # before the imports that take seconds
+    if overlap is not None and tile is None:
+        raise UserError("overlap is of neighbouring tiles; give tile with it, or leave it out", "invalid_setting")
+    if isinstance(classes, str) and "," in classes:
+        raise UserError(
+            f"classes are the one text '{classes}'; give a list of names, such as {classes.split(',')}",
+            "invalid_classes",
+        )
     shown = load_exemplars(exemplars)
     _prepare_environment()
     from lumen_ray.inference.tiles import Tiles
@@ -340,8 +348,8 @@ def label(
         classes = read_meta(model).classes
     return run(
         model,
-        fspath(images),
-        fspath(output),
+        images,
+        output,
         tasks=all_tasks,
         classes=classes,
         prompts=texts,
@@ -355,7 +363,7 @@ def label(
         gpus_per_actor=gpus_per_actor,
         batch_size=batch_size,
         score_threshold=score_threshold,
-        tiles=None if tile is None else Tiles(tile, overlap),
+        tiles=None if tile is None else Tiles(tile, 0.2 if overlap is None else overlap),
         image_column=image_column,
         refresh=refresh,
         max_errors=max_errors,
@@ -417,15 +425,15 @@ def answer_batch(
     """
     from lumen_ray.presets import model_folder
 
-    model = fspath(model)
+    requests, output, model = _path(requests, "requests"), _path(output, "output"), _path(model, "model")
     model_folder(model)  # before the imports that take seconds
     _prepare_environment()
     from lumen_ray.label.batch.job import answer_batch as run
 
     return run(
         model,
-        fspath(requests),
-        fspath(output),
+        requests,
+        output,
         decoders=decoders,
         device=device,
         dtype=dtype,
@@ -604,6 +612,13 @@ def _prepare_environment() -> None:
     from lumen_ray.serve.app import prepare_serve_environment
 
     prepare_serve_environment()
+
+
+def _path(given: PathOrUrl, name: str) -> str:
+    """The path or URL that is given as argument `name`. Raises `UserError` for anything else."""
+    if not isinstance(given, str | PathLike):
+        raise UserError(f"{name} is {given!r}; give one path or URL", f"invalid_{name}")
+    return fspath(given)
 
 
 def _names(names: Sequence[str]) -> list[str]:

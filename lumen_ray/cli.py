@@ -34,22 +34,38 @@ from lumen_ray.version import __version__
 EXIT_USER_ERROR = 2
 #: verbs that continue where they stopped
 RESUMABLE = ("quickstart", "train", "label")
+#: of many arguments that are wrong
+_MOST_NAMED = 3
 
 
 class _Parser(argparse.ArgumentParser):
     """Raises `UserError` for a wrong command line, instead of printing the usage and exiting.
 
     `subcommands`: parsers that take over if their name is the first argument; else it is the first positional one's.
+    `advice`: what to do about more positional arguments than it takes, for the message.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.subcommands: dict[str, argparse.ArgumentParser] = {}
+        self.advice = ""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         if args and args[0] in self.subcommands:
             return self.subcommands[args[0]].parse_known_args(args[1:], namespace)
-        return super().parse_known_args(args, namespace)
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:
+            self._refuse(rest)
+        return found, rest
+
+    def _refuse(self, rest: list[str]) -> NoReturn:
+        """Raises `UserError` for arguments that are left: the parser of a verb sees its own, and names its own help."""
+        if options := [name.partition("=")[0] for name in rest if name.startswith("-")]:
+            known = [option for action in self._actions for option in action.option_strings]
+            self.error(f"unknown option '{options[0]}';{suggest(options[0], known)}".rstrip(";"))
+        shown = ", ".join(f"'{name}'" for name in rest[:_MOST_NAMED])
+        more = f" and {len(rest) - _MOST_NAMED} more" if len(rest) > _MOST_NAMED else ""
+        self.error(f"unexpected {shown}{more}" + (self.advice and f"; {self.advice}"))
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message.replace(chr(10), ' ')} (see '{self.prog} --help')", "usage")

@@ -26,14 +26,24 @@ def comma_separated(text: str) -> list[str]:
 
 
 def class_names(text: str) -> list[str]:
-    """The value of ``--classes``: names separated by commas, or the path of a file with one name a line."""
+    """The value of ``--classes``: names separated by commas, or the path of a file with one name a line.
+
+    Empty lines of a file and those that begin with ``#`` are passed over. Raises `UserError` for a file that does not
+    exist; one name with a ``/`` is taken for a path, unless a comma follows it.
+    """
     path = Path(text)
     if not os.path.isfile(path):  # `Path.is_file` raises for a text longer than a file name may be
-        if path.suffix == ".txt":
+        if path.suffix in (".txt", ".csv"):
             raise UserError(f"class file '{text}' does not exist", "invalid_classes")
+        if "/" in text and "," not in text:
+            raise UserError(
+                f"class file '{text}' does not exist; write a comma behind it if it is the name of a class",
+                "invalid_classes",
+            )
         return comma_separated(text)
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        return [line for line in lines if line and not line.startswith("#")]
     except (OSError, UnicodeDecodeError):
         raise UserError(
             f"class file '{text}' cannot be read; give a UTF-8 text file with one class a line", "invalid_classes"

@@ -246,6 +246,23 @@ def test_label_takes_one_name_or_text_as_a_list_of_one():
     assert (named.kwargs["num_actors"], named.kwargs["batch_size"]) == (0, 2)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((["small"], "o"), {}, r"images is \['small'\]; give one path or URL"),
+        (("small", None), {}, "output is None; give one path or URL"),
+        (("small", "o"), {"classes": "red circle,blue square"}, "give a list of names, such as .'red circle', 'blue"),
+        (("small", "o"), {"overlap": 0.2}, "give tile with it"),
+        (("small", "o"), {"score_threshold": "a"}, "score_threshold is 'a'; give a value from 0 to 1"),
+    ],
+)
+def test_wrong_arguments_of_label_are_one_sentence(tmp_path, monkeypatch, arguments, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        lumen_ray.label(*arguments, **options)
+    assert not list(tmp_path.iterdir())
+
+
 def test_serve_overrides_its_config():
     with mock.patch("lumen_ray.serve.app.run", return_value="server") as run:
         assert lumen_ray.serve(port=8123, decoders={"detect": "lumen"}, blocking=False) == "server"

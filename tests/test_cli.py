@@ -48,6 +48,16 @@ def labelling(monkeypatch):
         (["label", "nowhere", "--output", "y", "--classes", ""], ["at least one class name"]),
         (["label", "nowhere", "--output", "y", "--classes", ","], ["at least one class name"]),
         (["label", "nowhere", "--output", "y", "--classes", "no.txt"], ["class file 'no.txt' does not exist"]),
+        (["label", "nowhere", "--output", "y", "--classes", "no.csv"], ["class file 'no.csv' does not exist"]),
+        (["label", "nowhere", "--output", "y", "--classes", "lists/no"], ["'lists/no' does not exist", "comma behind"]),
+        (["label", "nowhere", "--output", "y", "--overlap", "0.2"], ["give --tile PIXELS with it"]),
+        (
+            ["label", "nowhere", "--output", "y", "--text", "detect=a dog"],
+            ["no text", "chat, ground, refer, vqa"],
+        ),
+        (["label", "nowhere", "--output", "y", "--score-threshold", "3"], ["--score-threshold is 3.0; give a value"]),
+        (["label", "nowhere", "--output", "y", "--batch-size", "0"], ["--batch-size is 0; give 1"]),
+        (["label", "nowhere", "--output", "y", "--max-errors", "x"], ["--max-errors is 'x'"]),
         (
             ["evaluate", "--shards", "x", "--output", "y", "--decoders", "detect=unipose"],
             ["nano: decoders: 'unipose' cannot serve task 'detect'; this model's for it: lumen"],
@@ -84,6 +94,31 @@ def test_what_must_lie_on_a_file_system_is_not_written_to_a_url(capsys, tmp_path
     monkeypatch.chdir(tmp_path)
     assert "output folder 's3://bucket/run' is a URL" in fails(capsys, *argv, "--output", "s3://bucket/run")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (
+            ["label", "a", "--scorethreshold=1"],
+            "option '--scorethreshold'; did you mean '--score-threshold'? (see '{}')",
+        ),
+        (["train", "--recipe", "r", "--shard", "s", "--worker", "2", "-x"], "unknown option '-x' (see '{}')"),
+        (["label", "a", "b"], "unexpected 'b'; label takes one input; put a glob in quotes, such as 'photos/*.jpg' ("),
+        (["label", "a", *"bcdefg"], "unexpected 'b', 'c', 'd' and 3 more; label takes one input; put a glob in quotes"),
+        (["serve", "nano"], "unexpected 'nano' (see '{}')"),
+        (["serve", "--cheque"], "unknown option '--cheque'; did you mean '--check'? (see '{}')"),
+    ],
+)
+def test_arguments_too_many_name_the_help_of_their_verb(capsys, argv, message):
+    output = [] if argv[0] == "serve" else ["--output", "y"]
+    assert message.format(f"lumen-ray {argv[0]} --help") in fails(capsys, *argv, *output)
+
+
+@pytest.mark.parametrize("command", ["label status x", "data inspect x", "prepare scenes --num 1 --output x"])
+def test_commands_of_a_verb_name_their_own_help(capsys, command):
+    verb, name, *rest = command.split()
+    assert f"(see 'lumen-ray {verb} {name} --help')" in fails(capsys, verb, name, *rest, "--nothing-like-it")
 
 
 def test_a_text_asks_for_its_task(labelling, tmp_path):

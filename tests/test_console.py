@@ -14,6 +14,13 @@ def lines(monkeypatch):
     return clock, said
 
 
+def test_a_class_file_may_have_comments(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("# shapes\nred circle\n\n  # more\nblue square # 2\n")
+    assert console.class_names(str(path)) == ["red circle", "blue square # 2"]
+    assert console.class_names("and/or,") == ["and/or"] and console.class_names("on/off, b") == ["on/off", "b"]
+
+
 @pytest.mark.parametrize("start", [0, 900])
 def test_time_left_counts_from_the_first_step_seen(lines, start):
     clock, said = lines

@@ -24,11 +24,13 @@ from urllib.parse import parse_qsl
 
 from pyarrow import fs
 
-from lumen_ray.data.fsspec_store import open_store
+from lumen_ray.data.fsspec_store import is_known, open_store
 from lumen_ray.data.urls import NATIVE, Location, is_url, join, parent, shown, split, url_of
-from lumen_ray.errors import UserError
+from lumen_ray.errors import UserError, suggest
 
 _WILD = re.compile(r"[*?\[]")
+#: of the stores that messages name
+SCHEMES = ("s3", "gs", "az", "hf")
 _LONGEST_KEY = 1024  # bytes, of S3 and GCS alike
 
 
@@ -39,10 +41,17 @@ class StoreError(UserError):
 @lru_cache(maxsize=256)
 def _store(scheme: str, bucket: str, settings: str) -> fs.FileSystem:
     if scheme not in NATIVE:
+        if not is_known(scheme):
+            schemes = [f"{name}://" for name in SCHEMES]
+            raise StoreError(
+                f"'{scheme}://' is no kind of store;{suggest(f'{scheme}://', schemes)} give a local path, or one with "
+                f"{', '.join(schemes)} or the scheme of another fsspec file system",
+                "unknown_store",
+            )
         try:
             return open_store(scheme)
         except (ValueError, ImportError) as error:
-            raise StoreError(f"'{scheme}://' paths cannot be read: {_first(error)}", "unknown_store") from None
+            raise StoreError(f"'{scheme}://' paths cannot be used: {_first(error)}", "unknown_store") from None
     user, at, _ = bucket.rpartition("@")
     options: dict[str, Any] = dict(parse_qsl(settings))
     try:
@@ -63,7 +72,8 @@ def filesystem(location: Location) -> tuple[fs.FileSystem, str]:
         return _local(), str(Path(path).expanduser().absolute())
     if scheme in ("http", "https"):
         raise UserError(
-            f"'{shown(location)}' is a web address, which is not read; download it, or give its place in a store",
+            f"'{shown(location)}' is a web address, which is neither read nor written; download it, or give its "
+            "place in a store",
             "web_address",
         )
     if scheme not in NATIVE:

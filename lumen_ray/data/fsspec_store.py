@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import fsspec
+from fsspec.registry import registry
 from pyarrow import fs
 
 
@@ -14,6 +15,11 @@ def open_store(scheme: str) -> fs.FileSystem:
     """The file system of a scheme. Raises `ImportError`, which names the library that is missing, and `ValueError` for
     an unknown scheme or without credentials."""
     return fs.PyFileSystem(_Handler(fsspec.filesystem(scheme)))
+
+
+def is_known(scheme: str) -> bool:
+    """Whether fsspec has a file system of this scheme, whose library may still be missing."""
+    return scheme in registry or scheme in fsspec.available_protocols()
 
 
 @contextmanager

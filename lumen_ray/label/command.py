@@ -35,6 +35,7 @@ def add_args(verbs: Any, parser_class: type) -> None:
     parser = verbs.choices["label"]
     parser.subcommands["export"] = _export_parser(parser_class)
     parser.subcommands["status"] = _status_parser(parser_class)
+    parser.advice = "label takes one input; put a glob in quotes, such as 'photos/*.jpg'"
     names = ", ".join(f"'lumen-ray label {name} --help'" for name in parser.subcommands)
     parser.epilog = f"see also {names}; a folder of such a name is given as ./NAME"
 
@@ -107,9 +108,7 @@ def _input_args(verbs: Any) -> None:
         metavar="PIXELS",
         help="search images larger than this in tiles of this side, beside the whole image (default: no tiles)",
     )
-    p.add_argument(
-        "--overlap", type=float, default=0.2, help="of neighbouring tiles, a share of the side (default: 0.2)"
-    )
+    p.add_argument("--overlap", type=float, help="of neighbouring tiles, a share of the side (default: 0.2)")
     p.add_argument(
         "--image-column", metavar="NAME", help="column of images or of their paths, in a table with a name of its own"
     )
@@ -223,7 +222,7 @@ def _answer_batch(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     as_json = args.progress == "json"
     if not as_json:
         say_bundled(args.model)
-    with _reported(as_json) as progress:
+    with _reported(as_json) as progress, _options_named(args):
         summary = api.answer_batch(
             args.input_jsonl,
             args.output,
@@ -254,6 +253,8 @@ def _label(args: argparse.Namespace) -> int:
     from lumen_ray.label.vocabulary import AUTO
     from lumen_ray.tasks import get_task
 
+    if args.overlap is not None and args.tile is None:
+        raise UserError("--overlap is of neighbouring tiles; give --tile PIXELS with it, or leave it out", "usage")
     classes = args.classes if args.classes in (None, AUTO) else class_names(args.classes)
     text = texts_by_task(args.text)
     for task in (*args.tasks, *text):
@@ -262,7 +263,7 @@ def _label(args: argparse.Namespace) -> int:
     as_json = args.progress == "json"
     if not as_json:
         say_bundled(args.model)
-    with _reported(as_json) as progress:
+    with _reported(as_json) as progress, _options_named(args):
         summary = api.label(
             args.input,
             args.output,
@@ -295,6 +296,18 @@ def _label(args: argparse.Namespace) -> int:
     else:
         say(labelled_line(summary, args.output))
     return EXIT_WITH_ERRORS if args.strict and summary["errors"] else 0
+
+
+@contextmanager
+def _options_named(args: argparse.Namespace) -> Iterator[None]:
+    """Messages about an argument of the Python function begin with the option's name instead."""
+    try:
+        yield
+    except UserError as error:
+        name, verb, rest = str(error).partition(" is ")
+        if not verb or not hasattr(args, name):
+            raise
+        raise UserError(f"--{name.replace('_', '-')}{verb}{rest}", error.reason) from None
 
 
 @contextmanager

@@ -83,7 +83,7 @@ class Reader:
                 time.sleep(RETRY_S)
                 return _read(item, self)
         except UserError as error:
-            return error
+            return _explained(error, item)
         except (ValueError, IndexError, pa.ArrowException) as error:  # no such path or row, a damaged table
             why = str(error).splitlines()[0] if str(error) else type(error).__name__
             return UserError(f"'{urls.shown(item.path)}' cannot be read: {why}", "unreadable_file")
@@ -97,6 +97,18 @@ class Reader:
             self._images, self._loaded = table[column].to_pylist(), (item.path, item.row_group)
         image = self._images[item.row]
         return image.get("bytes") if isinstance(image, dict) else image
+
+
+def _explained(error: UserError, item: Item) -> UserError:
+    """The error of reading an image; of one that a list names, with where its path begins."""
+    if (
+        error.reason != "missing_file"
+        or not item.record
+        or urls.is_url(item.path)
+        or item.record.startswith(("/", "file://"))
+    ):
+        return error
+    return UserError(f"{error} (relative paths of a list or table begin at its own folder)", error.reason)
 
 
 def _read(item: Item, reader: Reader) -> bytes:

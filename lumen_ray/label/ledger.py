@@ -237,6 +237,16 @@ def open_finished(output: urls.Location, of_images: bool = True) -> Ledger:
             "images",
             "not_labelled",
         )
+    if settings is None and files.is_dir(ledger.folder):
+        raise UserError(
+            f"the job in '{urls.shown(output)}' was only just begun and has labelled nothing; run its command again",
+            "not_labelled",
+        )
+    if settings is None and not files.exists(output):
+        raise UserError(
+            f"'{urls.shown(output)}' does not exist; a job that was stopped before it began has no output folder yet",
+            "not_labelled",
+        )
     if settings is None:
         raise UserError(
             f"'{urls.shown(output)}' is not an output folder of `lumen-ray label`; give one", "not_labelled"

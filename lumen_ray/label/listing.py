@@ -8,7 +8,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import posixpath
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -33,7 +35,11 @@ IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "bytes")
 PATH_COLUMNS = ("path", "image_path", "file_name", "filename", "file", "image", "img", "image_url", "url", "uri")
 ID_COLUMNS = ("image_id", "__key__", "id", "key")
 _NOT_SHARDS = ("rejected.parquet", "errors.parquet")
+#: what an output folder of `label` has
+_JOB = ("job.json", "ledger")
+_ONE_SLASH = re.compile(r"(s3|gs|gcs|az|hf|https?):/(?!/)")
 _LONGEST_FIELD = 1 << 26  # of a CSV file, in characters
+_CHAT_REQUEST = {"custom_id", "body"}
 _SHARD = {"image_id", "image", "height"}
 
 
@@ -47,7 +53,8 @@ class Listing:
     an unusual name. `left_out`: number of other files by suffix, and of what else the last iteration passed over,
     hidden files not counted.
 
-    An iteration raises `UserError` if the source does not exist, has no such column, or holds no image.
+    Output folders of label jobs, with their thumbnails, are passed over. An iteration raises `UserError` if the source
+    does not exist, is such a folder itself, has no such column, or holds no image.
     """
 
     def __init__(self, source: str | Path, exclude: Path | None = None, column: str | None = None):
@@ -67,13 +74,23 @@ class Listing:
             )
 
     def check(self) -> None:
-        """Raises `UserError` (`missing_input`) if there is no such input."""
+        """Raises `UserError` if there is no such input (`missing_input`), or it is the output of a job
+        (`labelled_input`)."""
         source = self.source
+        if urls.is_url(source):
+            files.filesystem(source)  # raises for web addresses
         if not (files.is_dir(source) or files.is_file(source) or files.has_wildcards(source)):
             raise UserError(
                 f"input '{urls.shown(source)}' does not exist; give a folder of images, a shard folder, a glob "
                 "such as 'photos/**/*.jpg', or a list, table or tar of images",
                 "missing_input",
+            )
+        root = source_folder(source)
+        if root is not None and all(files.exists(urls.join(root, name)) for name in _JOB):
+            raise UserError(
+                f"input '{urls.shown(source)}' is an output folder of `lumen-ray label`; give the images that it was "
+                "made from, or move them into a folder of their own",
+                "labelled_input",
             )
 
     def _items(self) -> Iterator[Item]:
@@ -91,7 +108,7 @@ class Listing:
             return
         rest = urls.split(self.source)[1].removeprefix(urls.split(folder)[1])
         depth = None if "**" in rest else rest.strip("/").count("/")
-        for name in walk(folder, self.exclude, depth, self.left_out):
+        for name in walk(folder, self.exclude, depth, self.left_out, _JOB):
             if not pattern.fullmatch(name) or is_hidden(name):
                 continue
             written = name if folder == "." and not self.source.startswith("./") else urls.join(folder, name)
@@ -108,7 +125,7 @@ class Listing:
                 if not is_hidden(name):
                     yield from self._file(urls.join(root, name), name, is_one_of_many=True)
             return
-        for name in walk(root, self.exclude, passed_over=self.left_out):
+        for name in walk(root, self.exclude, passed_over=self.left_out, marks=_JOB):
             if not is_hidden(name):
                 yield from self._picture(name, urls.join(root, name))
 
@@ -152,6 +169,35 @@ class Listing:
                 self.left_out[kind_of(member[0])] += 1
 
 
+def source_folder(source: urls.Location) -> str | None:
+    """The folder whose files are listed for `source`, a folder or a glob; None for a file."""
+    if files.is_dir(source):
+        return str(source)
+    return None if files.is_file(source) or not files.has_wildcards(source) else files.split_pattern(source)[0]
+
+
+def check_output(source: urls.Location, output: urls.Location) -> None:
+    """Raises `UserError` if the labels of `source` are to go among its images themselves (`invalid_output`), and for
+    URLs with a slash too few (`invalid_url`), which would be local paths."""
+    for kind, location in (("input", str(source)), ("output", str(output))):
+        if match := _ONE_SLASH.match(location):
+            right = f"{match[1]}://{location[match.end() :]}"
+            raise UserError(f"{kind} '{urls.shown(location)}' is no URL; did you mean '{right}'?", "invalid_url")
+    if urls.is_url(output):
+        files.filesystem(output)  # raises for web addresses
+    folder = source_folder(source)
+    if folder is not None and _real(folder) == _real(output):
+        raise UserError(
+            f"output '{urls.shown(output)}' is the input; give a folder of its own, which may be inside it, such as "
+            f"'{urls.shown(urls.join(output, 'labels'))}'",
+            "invalid_output",
+        )
+
+
+def _real(folder: urls.Location) -> str:
+    return urls.absolute(folder) if urls.is_url(folder) else os.path.realpath(urls.absolute(folder))
+
+
 def _is_archive(name: str) -> bool:
     return name.lower().endswith((*TABLES, ".tar"))
 
@@ -177,6 +223,14 @@ def _choose(names: Sequence[str], wanted: str | None, kinds: Sequence[str], loca
 
 def _no_column(names: Sequence[str], wanted: str | None, kinds: Sequence[str], location: str) -> UserError:
     have = ", ".join(names)
+    for separator in ";|\t":
+        if len(names) == 1 and separator in names[0]:
+            shown = "a tab" if separator == "\t" else f"'{separator}'"
+            return UserError(
+                f"the columns of '{urls.shown(location)}' are separated by {shown}; write it with commas, or with "
+                "tabs as .tsv",
+                "wrong_separator",
+            )
     if wanted is not None:
         return UserError(
             f"'{urls.shown(location)}' has no column '{wanted}';{suggest(wanted, list(names))} columns: {have}",
@@ -256,7 +310,7 @@ def _lines(location: str) -> Iterator[tuple[int, str]]:
 
 def _list_items(location: str) -> Iterator[Item]:
     for number, line in _lines(location):
-        if line.strip():
+        if line.strip() and not line.startswith("#"):
             yield _named(line, location, None, f"line {number}")
 
 
@@ -269,6 +323,12 @@ def _record_items(location: str, suffix: str, wanted: str | None) -> Iterator[It
             if column or names:
                 column = column or names[0]
             else:
+                if record.keys() >= _CHAT_REQUEST:
+                    raise UserError(
+                        f"'{urls.shown(location)}' is a batch file of chat requests, not a list of images; give it as "
+                        "--input-jsonl, in Python to answer_batch",
+                        "batch_file",
+                    )
                 unusable = unusable or _no_column(list(record), wanted, PATH_COLUMNS, location)
                 record = f"{where} of '{urls.shown(location)}' has no column of image paths"
         if isinstance(record, str):

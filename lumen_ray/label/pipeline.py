@@ -27,7 +27,7 @@ from lumen_ray.label.asking import SecondLookSettings
 from lumen_ray.label.claim import Claim
 from lumen_ray.label.exporters.registry import DEFAULT_EXPORTS, check_formats, choose_tasks
 from lumen_ray.label.ledger import Ledger
-from lumen_ray.label.listing import Listing
+from lumen_ray.label.listing import Listing, check_output
 from lumen_ray.label.plan import Plan
 from lumen_ray.label.progress import ErrorLimit, Status
 from lumen_ray.label.requests import build_requests
@@ -35,6 +35,7 @@ from lumen_ray.label.runs import Pool, Work
 from lumen_ray.label.settings import (
     check_auto_classes,
     check_exemplars,
+    check_numbers,
     check_second_look,
     chosen_decoders,
     exemplar_settings,
@@ -120,6 +121,7 @@ def label(
     once the errors are written, if no image at all could be labelled.
     """
     tasks = list(dict.fromkeys([*tasks, "caption"] if classes == AUTO else tasks))
+    check_output(input, output)
     exports = _exports(exports, output, tasks)
     check_numbers(num_actors, gpus_per_actor, batch_size, score_threshold, fragment_size)
     check_price(usd_per_hour)
@@ -246,25 +248,6 @@ def _exports(exports: Sequence[str] | None, output: str | Path, tasks: Sequence[
     return chosen
 
 
-def check_numbers(
-    num_actors: int | range | None, gpus_per_actor: float, batch_size: int, score_threshold: float, fragment_size: int
-) -> None:
-    """Raises `UserError` for numbers out of their range."""
-    for name, value, least in (
-        ("num_actors", num_actors if isinstance(num_actors, int) else 1, 0),
-        ("batch_size", batch_size, 1),
-        ("fragment_size", fragment_size, 1),
-    ):
-        if value < least:
-            raise UserError(f"{name} is {value}; give {least} or more", "invalid_setting")
-    if isinstance(num_actors, range) and not (len(num_actors) and num_actors[0] >= 1):
-        raise UserError("num_actors is an empty range; give at least 1, and no less at most", "invalid_setting")
-    if not 0.01 <= gpus_per_actor <= 1:
-        raise UserError(f"gpus_per_actor is {gpus_per_actor}; give a share of a GPU from 0.01 to 1", "invalid_setting")
-    if not 0 <= score_threshold <= 1:
-        raise UserError(f"score_threshold is {score_threshold}; give a value from 0 to 1", "invalid_setting")
-
-
 def check_device(device: str | None, num_actors: int | range | None) -> str | None:
     """The device of this process; actors get their GPU from Ray, which also checks that there is one."""
     if num_actors == 0:
@@ -272,7 +255,7 @@ def check_device(device: str | None, num_actors: int | range | None) -> str | No
     if device not in (None, "cpu", "cuda"):
         raise UserError(
             f"device '{device}' cannot be chosen for Ray's actors, which get one GPU each; give 'cpu' or 'cuda', or "
-            "num_actors 0",
+            "0 actors",
             "unknown_device",
         )
     return device

@@ -8,7 +8,15 @@ from lumen_ray.errors import UserError
 from lumen_ray.exemplars import ClassByExample
 from lumen_ray.inference.request import Request, make_request
 from lumen_ray.label.vocabulary import AUTO
-from lumen_ray.tasks import get_task
+from lumen_ray.tasks import TASKS, get_task
+
+_EXAMPLES: dict[str, str] = {
+    "question": "how many dogs are there ?",
+    "sentence": "a dog on a red sofa",
+    "expression": "the dog on the left",
+}
+#: tasks that take a text about each image
+TEXT_TASKS = sorted(name for name, task in TASKS.items() if task.needs in _EXAMPLES)
 
 
 def build_requests(
@@ -23,7 +31,7 @@ def build_requests(
     Tasks that need classes get `classes`, those of a name in `exemplars` by example, and the rest of `exemplars`; a
     task that takes classes by name only gets `classes` alone. With `vocabulary.AUTO` they have none yet. Tasks that
     need a text get one request per text in `prompts[task]`. Raises `UserError` for unknown tasks, missing classes or
-    texts, and exemplars or 'auto' that no task takes.
+    texts, a text for a task that takes none, and exemplars or 'auto' that no task takes.
     """
     prompts = prompts or {}
     by_caption = classes == AUTO
@@ -37,6 +45,8 @@ def build_requests(
     if not tasks:
         raise UserError("no task given; give e.g. tasks 'detect,segment,caption'", "empty_tasks")
     for name in prompts:
+        if get_task(name).needs in ("classes", "nothing"):
+            raise UserError(f"task '{name}' takes no text; tasks that take one: {', '.join(TEXT_TASKS)}", "unused_text")
         if name not in tasks:
             raise UserError(f"texts are given for task '{name}', which is not among the tasks; add it", "unused_text")
     requests = []
@@ -70,7 +80,11 @@ def build_requests(
             given = prompts.get(name, ())
             texts = [given] if isinstance(given, str) else given
             if not texts:
-                raise UserError(f"task '{name}' needs a text ({needs}) for its requests; give one", "empty_text")
+                raise UserError(
+                    f"task '{name}' needs a text ({needs}); give one, such as --text \"{name}={_EXAMPLES[needs]}\", in "
+                    f"Python text={{'{name}': '{_EXAMPLES[needs]}'}}",
+                    "empty_text",
+                )
             requests += [make_request(name, text=text) for text in texts]
     if exemplars and not any(request.examples for request in requests):
         raise UserError(

@@ -185,7 +185,7 @@ def _check_resources(available: Mapping[str, float], num_actors: int, on_gpu: bo
     if num_actors > have:
         others = ([f"at most {have}"] if have else []) + (["device 'cpu'"] if on_gpu else [])
         raise UserError(
-            f"num_actors {num_actors} is too many: the {kind}s of the Ray cluster have room for {have}; give "
+            f"{num_actors} actors are too many: the {kind}s of the Ray cluster have room for {have}; give "
             f"{' or '.join(others)}",
             "too_many_actors",
         )

@@ -1,9 +1,11 @@
-"""The settings that labels depend on, as ``job.json`` keeps them, and checks of those that need the model folder."""
+"""The settings that labels depend on, as ``job.json`` keeps them, and checks of them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,25 @@ def exemplar_settings(exemplars: Sequence[ClassByExample]) -> dict[str, Any]:
         for shown in exemplars
     ]
     return {"exemplars": found}
+
+
+def check_numbers(
+    num_actors: int | range | None, gpus_per_actor: float, batch_size: int, score_threshold: float, fragment_size: int
+) -> None:
+    """Raises `UserError` for what is no number or out of its range, by its name in `lumen_ray.label`."""
+    if not isinstance(num_actors, range):
+        _check_number("actors", 0 if num_actors is None else num_actors, Integral, 0, math.inf, "0 or more, or a range")
+    elif not (len(num_actors) and num_actors[0] >= 1):
+        raise UserError("actors is an empty range; give at least 1, and no less at most", "invalid_setting")
+    _check_number("batch_size", batch_size, Integral, 1, math.inf, "1 or more")
+    _check_number("fragment_size", fragment_size, Integral, 1, math.inf, "1 or more")
+    _check_number("gpus_per_actor", gpus_per_actor, Real, 0.01, 1, "a share of a GPU from 0.01 to 1")
+    _check_number("score_threshold", score_threshold, Real, 0, 1, "a value from 0 to 1")
+
+
+def _check_number(name: str, value: Any, kind: type, least: float, most: float, valid: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:  # type: ignore[operator]
+        raise UserError(f"{name} is {value!r}; give {valid}", "invalid_setting")
 
 
 def chosen_decoders(model: str | Path | Callable[[], EngineProtocol], decoders: Mapping[str, str]) -> dict[str, str]:

@@ -75,7 +75,8 @@ def status_lines(output: urls.Location, status: dict[str, Any]) -> list[str]:
         if status["model_busy"] is not None:
             lines.append(f"model busy {status['model_busy']:.0%}" + _left(status["fragments_left"]))
     elif status["state"] == "stopped":
-        lines.append("run the same command again to continue")
+        limit = ", with a higher --max-errors if that stopped it" if status["errors"] else ""
+        lines.append(f"run the same command again to continue{limit}")
     elif status["state"] == "failed":
         lines.append("no image could be labelled; fix the images and give a new output folder")
     if status["usd"] is not None:

@@ -215,7 +215,7 @@ def test_a_store_that_cannot_be_reached_stops_the_job():
     for location, message in (
         ("s3://bucket/a.jpg?endpoint_override=127.0.0.1:9&scheme=http&region=x", "cannot be reached; check the bucket"),
         ("s3:///a.jpg", "names no bucket"),
-        ("nothing9://a.jpg", "Protocol not known"),
+        ("nothing9://a.jpg", "'nothing9://' is no kind of store; give a local path"),
         ("s3://bucket/a.jpg?nonsense=1", "cannot open"),
     ):
         for ask in (files.read_bytes, files.is_file, files.list_files):

@@ -33,17 +33,17 @@ def test_an_actor_reserves_the_gpu_it_uses(device, available, resources, told):
         (
             None,
             {"CPU": 8, "GPU": 1},
-            "num_actors 2 is too many: the GPUs of the Ray cluster have room for 1; give at most 1 or device",
+            "2 actors are too many: the GPUs of the Ray cluster have room for 1; give at most 1 or device",
         ),
         (
             "cuda",
             {"CPU": 8},
-            "num_actors 2 is too many: the GPUs of the Ray cluster have room for 0; give device 'cpu'",
+            "2 actors are too many: the GPUs of the Ray cluster have room for 0; give device 'cpu'",
         ),
         (
             "cpu",
             {"CPU": 1, "GPU": 4},
-            "num_actors 2 is too many: the CPUs of the Ray cluster have room for 1; give at most 1",
+            "2 actors are too many: the CPUs of the Ray cluster have room for 1; give at most 1",
         ),
     ],
 )

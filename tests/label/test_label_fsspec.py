@@ -79,13 +79,13 @@ def test_errors_of_the_stores_own_library_are_one_sentence(azure, tmp_path):
 
 def test_credentials_that_are_missing(azure, tmp_path, monkeypatch):
     monkeypatch.delenv("FAKE_AZURE")
-    with pytest.raises(UserError, match="'az://' paths cannot be read: .*account_name with credentials"):
+    with pytest.raises(UserError, match="'az://' paths cannot be used: .*account_name with credentials"):
         label(FakeEngine, "az://box/in", tmp_path / "out", num_actors=0, **OPTIONS)
 
 
 def test_a_library_that_is_missing_is_named(azure, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "adlfs", None)
-    with pytest.raises(UserError, match="'az://' paths cannot be read: Install adlfs") as caught:
+    with pytest.raises(UserError, match="'az://' paths cannot be used: Install adlfs") as caught:
         label(FakeEngine, "az://box/in", tmp_path / "out", num_actors=0, **OPTIONS)
     assert caught.value.reason == "unknown_store" and "\n" not in str(caught.value)
 

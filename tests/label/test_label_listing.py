@@ -15,6 +15,7 @@ from lumen_ray.data.shards.shards import ShardWriter
 from lumen_ray.errors import UserError
 from lumen_ray.label.inputs import Item, Reader, read_bytes
 from lumen_ray.label.listing import Listing
+from lumen_ray.label.pipeline import label
 from lumen_ray.label.plan import Plan
 
 
@@ -301,6 +302,92 @@ def test_what_is_passed_over_is_counted(tmp_path):
     (tmp_path / "in" / "gone.png").symlink_to(tmp_path / "nowhere.png")
     listing = Listing(tmp_path / "in")
     assert len(list(listing)) == 1 and listing.left_out == {"link to a folder": 1, "broken link": 1}
+
+
+def make_job(folder):
+    write_images(folder / "gallery", 2)
+    (folder / "job.json").write_text("{}")
+    (folder / "ledger").mkdir()
+
+
+def test_the_output_of_an_earlier_job_is_passed_over(tmp_path):
+    images = images_of(tmp_path, 2)
+    make_job(tmp_path / "out")
+    write_images(tmp_path / "own", 1)
+    (tmp_path / "own" / "job.json").write_text("{}")  # no ledger: not ours
+    listing = Listing(tmp_path)
+    assert [item.image_id for item in listing] == [*images, "own/image000.png"]
+    assert listing.left_out == {"folder of labels": 1, ".json": 1}
+    assert len(list(Listing(tmp_path / "**" / "*.png"))) == 3
+    for source in ("out", "out/**/*.png"):
+        with pytest.raises(UserError, match="is an output folder of `lumen-ray label`; give the images"):
+            list(Listing(tmp_path / source))
+
+
+def test_the_output_of_an_earlier_job_in_a_bucket_is_passed_over():
+    image = encode(picture(0))
+    for name in ("a.png", "out/job.json", "out/ledger/0.json", "out/x.png"):
+        files.write_bytes(f"memory://listing-job/in/{name}", image)
+    listing = Listing("memory://listing-job/in")
+    assert [item.image_id for item in listing] == ["a.png"] and listing.left_out == {"folder of labels": 1}
+    with pytest.raises(UserError, match="is an output folder"):
+        list(Listing("memory://listing-job/in/out"))
+
+
+@pytest.mark.parametrize("source", [".", "*.png", "../in", "**/*.png"])
+def test_the_output_is_not_the_input(tmp_path, monkeypatch, source):
+    images = images_of(tmp_path / "in", 1)
+    monkeypatch.chdir(tmp_path / "in")
+    with pytest.raises(UserError, match="is the input; give a folder of its own"):
+        label(None, source, tmp_path / "in", tasks=["caption"], num_actors=0)
+    assert sorted(os.listdir(tmp_path / "in")) == list(images)
+
+
+def test_a_list_may_have_comments(tmp_path):
+    images = images_of(tmp_path, 2)
+    (tmp_path / "#x.png").write_bytes(images["image001.png"])
+    (tmp_path / "list.txt").write_text("# drawn\nimage000.png\n./#x.png\n")
+    assert list(read(tmp_path / "list.txt")) == ["image000.png", "./#x.png"]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("https://example.org/a.jpg", "is a web address, which is neither read nor written; download it"),
+        ("s4://box/x", r"'s4://' is no kind of store; did you mean 's3://'\? give a local path, .*s3://, gs://, az://"),
+        ("req.jsonl", "is a batch file of chat requests, .*give it as --input-jsonl"),
+        ("semicolons.csv", "are separated by ';'; write it with commas"),
+        ("tabs.csv", "are separated by a tab; .*as .tsv"),
+    ],
+)
+def test_inputs_that_are_something_else(tmp_path, monkeypatch, source, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "req.jsonl").write_text('{"custom_id": "a", "method": "POST", "body": {}}\n')
+    (tmp_path / "semicolons.csv").write_text("path;note\na.png;x\n")
+    (tmp_path / "tabs.csv").write_text("path\tnote\na.png\tx\n")
+    with pytest.raises(UserError, match=message):
+        list(Listing(source))
+
+
+def test_a_web_address_is_no_output(tmp_path):
+    with pytest.raises(UserError, match="'https://example.org/x' is a web address, which is neither"):
+        label(None, images_of(tmp_path, 1) and tmp_path, "https://example.org/x", tasks=["caption"], num_actors=0)
+
+
+@pytest.mark.parametrize(("source", "output"), [("s3:/box/in", "out"), ("in", "s3:/box/out")])
+def test_a_url_with_a_slash_too_few_is_no_folder(tmp_path, monkeypatch, source, output):
+    monkeypatch.chdir(tmp_path)
+    images_of(tmp_path / "in", 1)
+    with pytest.raises(UserError, match=r"put 's3:/box.*' is no URL; did you mean 's3://box/.*'\?"):
+        label(None, source, output, tasks=["caption"], num_actors=0)
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_a_missing_file_of_a_list_says_where_its_path_begins(tmp_path):
+    (tmp_path / "list.txt").write_text(f"no.png\n{tmp_path}/neither.png\n")
+    (_, relative), (_, absolute) = read_bytes(list(Listing(tmp_path / "list.txt")))
+    assert "(relative paths of a list or table begin at its own folder)" in str(relative)
+    assert relative.reason == "missing_file" and "relative" not in str(absolute)
 
 
 def test_a_pattern_that_is_none_is_one_sentence(tmp_path):

@@ -58,7 +58,7 @@ def test_a_shard_folder_and_resuming(local_ray, tmp_path):
 def test_mistakes_reach_the_caller_as_one_sentence(local_ray, tmp_path):
     photos = write_images(tmp_path / "photos", 2)
     with pytest.raises(
-        UserError, match=r"num_actors 99 is too many: the CPUs of the Ray cluster have room for \d+; give at most"
+        UserError, match=r"99 actors are too many: the CPUs of the Ray cluster have room for \d+; give at most"
     ):
         label(FakeEngine, photos, tmp_path / "a", tasks=["detect"], classes=["square"], num_actors=99)
     with pytest.raises(UserError, match="no class with keypoints"):  # found out by the actor

@@ -18,7 +18,7 @@ from lumen_ray.label.claim import Claim, read_claim
 from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.pipeline import label
 from lumen_ray.label.plan import Plan
-from lumen_ray.label.status import label_status
+from lumen_ray.label.status import label_status, status_lines
 
 OPTIONS = {"tasks": ["detect"], "classes": ["square"], "num_actors": 0, "fragment_size": 4, "exports": ()}
 
@@ -50,6 +50,22 @@ def test_an_interrupted_refresh_goes_on_without_being_asked_for(tmp_path, monkey
     assert label_status(tmp_path / "out")["state"] == "stopped"
     assert label(FakeEngine, photos, tmp_path / "out", **OPTIONS)["images"] == 12
     assert label_status(tmp_path / "out")["state"] == "finished"
+
+
+def test_a_job_that_was_only_just_begun_is_one(tmp_path):
+    (tmp_path / "out" / "ledger").mkdir(parents=True)
+    with pytest.raises(UserError, match="was only just begun and has labelled nothing; run its command again"):
+        label_status(tmp_path / "out")
+    with pytest.raises(UserError, match="does not exist; a job that was stopped before it began has no output"):
+        label_status(tmp_path / "none")
+
+
+def test_status_says_how_to_get_over_a_limit_of_errors(tmp_path):
+    photos, out = write_images(tmp_path / "in", 8), tmp_path / "out"
+    (photos / "a.png").write_bytes(b"")
+    with pytest.raises(UserError, match="run again with a higher limit"):
+        label(FakeEngine, photos, out, max_errors=0, **OPTIONS)
+    assert "with a higher --max-errors if that stopped it" in status_lines(out, label_status(out))[-1]
 
 
 def test_of_jobs_that_start_together_one_is_refused(tmp_path, monkeypatch):

@@ -16,11 +16,11 @@ from lumen_ray.label.batch.requests import ANSWER_SCHEMA
 from lumen_ray.label.batch.worker import BatchActor, BatchLabeller
 from lumen_ray.label.claim import Claim
 from lumen_ray.label.ledger import Ledger
-from lumen_ray.label.pipeline import Progress, check_device, check_numbers, run_work
+from lumen_ray.label.pipeline import Progress, check_device, run_work
 from lumen_ray.label.plan import Plan
 from lumen_ray.label.progress import ErrorLimit, Status
 from lumen_ray.label.runs import Pool, Work
-from lumen_ray.label.settings import chosen_decoders, job_settings
+from lumen_ray.label.settings import check_numbers, chosen_decoders, job_settings
 from lumen_ray.label.spent import Spent, check_price, cost_text, priced_again
 from lumen_ray.label.workers import WorkerSettings
 from lumen_ray.structures import check_dtype
