@@ -115,6 +115,9 @@ def _input_args(verbs: Any) -> None:
     )
     p.add_argument("--refresh", action="store_true", help="look for images that were added since the input was listed")
     p.add_argument(
+        "--retry-errors", action="store_true", help="ask the images that could not be labelled again, each once"
+    )
+    p.add_argument(
         "--max-errors", metavar="N|P%", help="stop once more images than this cannot be labelled, e.g. 50 or 5%%"
     )
     p.add_argument(
@@ -284,6 +287,7 @@ def _label(args: argparse.Namespace) -> int:
             overlap=args.overlap,
             image_column=args.image_column,
             refresh=args.refresh,
+            retry_errors=args.retry_errors,
             max_errors=args.max_errors,
             dedup=args.dedup,
             usd_per_hour=args.usd_per_hour,
