@@ -194,7 +194,11 @@ def run_work(
     worker = replace(worker, proven=before["labelled"] > 0)
     try:
         run = pool.run(work, worker)
-        _collect(run, ledger, status, limit, _told(status, claim, plan, progress), proven=worker.proven)
+        tell = _told(status, claim, plan, progress)
+        _collect(run, ledger, status, limit, tell, proven=worker.proven)
+        if not status.is_listed:  # so that the last numbers have their total
+            _look_at_plan(status, plan)
+            tell()
     finally:
         spent.save(now=True)
     if not pool.is_remote:
@@ -224,8 +228,7 @@ def _told(status: Status, claim: Claim, plan: Plan, progress: Progress | None) -
             claim.check()
         if not status.is_listed and time.monotonic() > checked + LIST_AHEAD_S:
             checked = time.monotonic()
-            status.is_listed, status.total = plan.is_complete, plan.num_images()
-            status.num_fragments = plan.num_fragments()
+            _look_at_plan(status, plan)
         claim.state = status.facts()
         if status.spent is not None:
             status.spent.save()
@@ -233,6 +236,10 @@ def _told(status: Status, claim: Claim, plan: Plan, progress: Progress | None) -
             progress(status)
 
     return tell
+
+
+def _look_at_plan(status: Status, plan: Plan) -> None:
+    status.is_listed, status.total, status.num_fragments = plan.is_complete, plan.num_images(), plan.num_fragments()
 
 
 def _exports(exports: Sequence[str] | None, output: str | Path, tasks: Sequence[str]) -> Sequence[str]:
@@ -365,7 +372,7 @@ def _finish(ledger: Ledger, status: Status, exports: Sequence[str], left_out: Co
     summary["exports"] = {name: found["output"] for name, found in written.items()}
     if (ledger.settings() or {}).get("classes") == AUTO:
         summary["vocabulary"] = write_vocabulary(ledger)
-    files.write_bytes(urls.join(ledger.output, "summary.json"), json.dumps(summary, indent=1).encode())
+    files.write_bytes(urls.join(ledger.output, "summary.json"), (json.dumps(summary, indent=1) + "\n").encode())
     return summary
 
 
@@ -373,17 +380,15 @@ def labelled_line(summary: dict[str, Any], output: str | Path) -> str:
     """The summary of `label` in one line."""
     first = summary["first_error"]
     log = f"; log -> {summary['log']}" if summary.get("log") else ""
-    reason = (
-        f" (e.g. {first['image_id']}: {first['message']}; see errors.parquet; once mended, --retry-errors asks again)"
-        if first
-        else ""
-    )
+    reason = f" (e.g. {first['image_id']}: {first['message']}; see errors.parquet)" if first else ""
+    again = "; once the images are mended, --retry-errors asks those that failed again" if first else ""
+    before = "nothing was left to do: " if summary.get("finished_before") == summary["images"] else ""
     left_out = left_out_note(Counter(summary.get("left_out", {})))
     tables = ["labels/*.parquet", *([VOCABULARY] if "vocabulary" in summary else [])]
     written = ", ".join([*tables, *(Path(path).name for path in summary.get("exports", {}).values())])
     copied = f" ({summary['copied']} copied)" if summary.get("copied") else ""
     cost = cost_text(summary.get("usd"))
     return (
-        f"{summary['images']} images: {summary['labelled']} labelled{copied}, {summary['errors']} errors{reason} -> "
-        f"{output} ({written}){log}{left_out and '; ' + left_out}{cost and '; ' + cost}"
+        f"{before}{summary['images']} images: {summary['labelled']} labelled{copied}, {summary['errors']} "
+        f"errors{reason} -> {output} ({written}){log}{left_out and '; ' + left_out}{again}{cost and '; ' + cost}"
     )

@@ -193,7 +193,7 @@ def test_a_limit_of_errors_counts_those_of_the_retry(tmp_path, photos):
 def test_the_command_names_and_takes_the_option(tmp_path, photos, capsys):
     command = ["label", str(photos), "--output", str(tmp_path / "out"), "--actors", "0", "--export", "none"]
     assert cli.main(command) == 0
-    assert "once mended, --retry-errors asks again" in capsys.readouterr().out
+    assert "once the images are mended, --retry-errors asks those that failed again" in capsys.readouterr().out
     mend(photos, *BROKEN)
     assert cli.main([*command, "--retry-errors"]) == 0
     assert "10 labelled, 0 errors" in capsys.readouterr().out

@@ -6,10 +6,12 @@ image, of which file names are made unique.
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,12 @@ class Labels:
     def folder(self) -> Path | None:
         """The labelled folder; None for one in a bucket."""
         return None if urls.is_url(self.ledger.output) else Path(self.ledger.output)
+
+    @cached_property
+    def model_version(self) -> str:
+        """The ``version`` in the provenance of the labels: that of the model, as servers and `Engine` name it."""
+        table = next(table for table in self.ledger.tables(["provenance"]) if len(table))
+        return str(json.loads(table["provenance"][0].as_py() or "{}").get("version", ""))
 
     def class_names(self) -> list[str]:
         """The classes of all chosen tasks, each once."""
