@@ -164,8 +164,8 @@ class Labeller:
         provenance["settings"] |= settings.second.as_dict()
         if any(map(is_named_by_caption, settings.requests)):
             provenance["settings"]["classes"] = AUTO
-            provenance["skeletons"] = sorted(self.engine.skeletons)  # the classes of a caption that have keypoints
         if any(request.task == "pose" for request in self.asker.requests):
+            provenance["skeletons"] = sorted(self.engine.skeletons)  # the classes that are asked for, of those given
             provenance["edges"] = self.engine.edges  # to draw and export skeletons without the model
         self.provenance = json.dumps(provenance, sort_keys=True)
         self._reported = time.monotonic()

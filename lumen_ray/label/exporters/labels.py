@@ -26,7 +26,7 @@ from lumen_ray.label.exporters.image_files import KINDS, Picture, open_picture
 from lumen_ray.label.exporters.names import Names, file_stem, name_hash
 from lumen_ray.label.inputs import Item, read_bytes
 from lumen_ray.label.ledger import Ledger, open_finished
-from lumen_ray.label.vocabulary import AUTO
+from lumen_ray.label.vocabulary import AUTO, classes_for
 from lumen_ray.structures import Size
 from lumen_ray.tasks import get_task
 
@@ -83,7 +83,7 @@ class Labels:
     `categories`: task -> class name -> `Category`; `prompts`: text task -> its questions in order, "" for a task
     without; `num_images`: labelled images, without those that failed; `stems`: hashes of their names; `only`: numbers
     of the images that passes are limited to; `written`: set by an export that does not have all; `missing`: pictures
-    that the last pass could not read.
+    that the last pass could not read; `note`: what the user should know of an export, set by it.
     """
 
     ledger: Ledger
@@ -99,6 +99,7 @@ class Labels:
     written: int | None = None
     missing: int = 0
     first_missing: str = ""
+    note: str = ""
 
     @property
     def folder(self) -> Path | None:
@@ -257,6 +258,8 @@ def _scan(
             listed = job.get("classes", ())
             # classes from captions are known by their instances
             names = listed if get_task(task).needs == "classes" and listed != AUTO else ()
+            skeletons = json.loads(table["provenance"][row].as_py() or "{}").get("skeletons")
+            names = classes_for(task, job.get("keypoints"), names, skeletons)
             categories[task] = {name: Category(k, name) for k, name in enumerate(dict.fromkeys(names), start=1)}
         found = categories[task]
         if get_task(task).is_text:
