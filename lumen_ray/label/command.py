@@ -373,7 +373,8 @@ def _export(args: argparse.Namespace) -> None:
         left_out = f"; not {', '.join(found['left_out'])}, which it cannot hold" if found["left_out"] else ""
         missing = f"; {found['missing']} images could not be read any more, or have changed" if found["missing"] else ""
         tasks = ", ".join(found["tasks"])
-        say(f"{name}: {found['images']} images, {tasks} -> {found['output']}{left_out}{missing}")
+        note = f"; {found['note']}" if "note" in found else ""
+        say(f"{name}: {found['images']} images, {tasks} -> {found['output']}{left_out}{missing}{note}")
 
 
 def _status(args: argparse.Namespace) -> None:
