@@ -263,6 +263,7 @@ def label(
     overlap: float | None = None,
     image_column: str | None = None,
     refresh: bool = False,
+    retry_errors: bool = False,
     max_errors: str | int | None = None,
     dedup: bool = False,
     usd_per_hour: float | None = None,
@@ -296,6 +297,7 @@ def label(
     overlap: of neighbouring tiles, as a share of their side; None: 0.2. Goes with `tile` only.
     image_column: the column of images or of their paths, where ``images`` is a table with an unusual name for it.
     refresh: look for images that were added since the input was listed.
+    retry_errors: ask the images that could not be labelled again, each once; what comes of it replaces their errors.
     max_errors: stop once more images than this cannot be labelled: a number, or a share such as "5%".
     dedup: label images with the same bytes once, copy the labels to the others, and record perceptual hashes. Other
         labels it does not change: a job that was stopped may go on with or without it.
@@ -366,6 +368,7 @@ def label(
         tiles=None if tile is None else Tiles(tile, 0.2 if overlap is None else overlap),
         image_column=image_column,
         refresh=refresh,
+        retry_errors=retry_errors,
         max_errors=max_errors,
         dedup=dedup,
         usd_per_hour=usd_per_hour,

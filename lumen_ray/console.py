@@ -91,6 +91,7 @@ class Bar:
         self._title = title
         self._display = (progress, progress.add_task(title, total=None, note="")) if progress else None
         self._last_line = time.monotonic()
+        self._last_text = ""
         # (time, done) of the last minute, oldest first: a resumed job does not start at 0, and stages differ in speed
         self._recent: deque[tuple[float, int]] = deque()
 
@@ -110,7 +111,11 @@ class Bar:
         left = ""
         if total and first < done < total:
             left = f", about {seconds((now - began) * (total - done) / (done - first))} left"
-        say(f"  {self._title}: {done}/{total}{left}{'  ' + note if note else ''}")
+        number = str(done) if total is None else f"{done}/{total}"
+        text = f"  {self._title}: {number}{left}{'  ' + note if note else ''}"
+        if text != self._last_text:  # an export that passes over the images several times is done several times
+            say(text)
+        self._last_text = text
 
     def line(self, text: str) -> None:
         """Prints a line that stays above the progress display."""

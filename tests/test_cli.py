@@ -311,6 +311,9 @@ def test_only_what_resumes_says_so(capsys, monkeypatch, argv, resumes):
 def test_the_line_about_labels_names_the_first_error():
     summary = {"images": 3, "labelled": 2, "errors": 1, "first_error": {"image_id": "a.png", "message": "it is broken"}}
     assert "1 errors (e.g. a.png: it is broken; see errors.parquet)" in labelled_line(summary, "out")
+    assert "; once the images are mended, --retry-errors asks those that failed again" in labelled_line(summary, "out")
+    assert labelled_line(summary | {"finished_before": 3}, "out").startswith("nothing was left to do: 3 images")
+    assert labelled_line(summary | {"finished_before": 2}, "out").startswith("3 images")
     assert "3 labelled, 0 errors -> out" in labelled_line(
         {"images": 3, "labelled": 3, "errors": 0, "first_error": None}, "out"
     )

@@ -41,6 +41,23 @@ def test_the_first_line_has_no_rate_and_the_last_nothing_left(lines):
     assert said == ["  label: 5/10", "  label: 10/10  done"]
 
 
+def test_a_number_without_a_total_is_written_alone(lines):
+    clock, said = lines
+    bar = console.Bar("label", None)
+    clock[0] += 20
+    bar.update(5, None)
+    assert said == ["  label: 5"]
+
+
+def test_a_line_that_would_say_the_same_is_left_out(lines):
+    _, said = lines
+    bar = console.Bar("export", None)
+    for _ in range(3):
+        bar.update(64, 64, "review")
+    bar.update(64, 64, "coco")
+    assert said == ["  export: 64/64  review", "  export: 64/64  coco"]
+
+
 def test_a_slower_stage_is_reported_at_its_own_speed(lines):
     clock, said = lines
     bar = console.Bar("train", None)

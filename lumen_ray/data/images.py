@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ try:
     import simplejpeg
 except ImportError:
     simplejpeg = None
+
+# Pillow's warnings about damaged files do not name the file; what cannot be read is an error, which does.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 MAX_PIXELS = 50_000_000
 # An allow-list, since some of Pillow's other readers start programs (EPS) or have no signature to recognise.

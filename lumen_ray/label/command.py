@@ -114,6 +114,9 @@ def _input_args(verbs: Any) -> None:
     )
     p.add_argument("--refresh", action="store_true", help="look for images that were added since the input was listed")
     p.add_argument(
+        "--retry-errors", action="store_true", help="ask the images that could not be labelled again, each once"
+    )
+    p.add_argument(
         "--max-errors", metavar="N|P%", help="stop once more images than this cannot be labelled, e.g. 50 or 5%%"
     )
     p.add_argument(
@@ -285,6 +288,7 @@ def _label(args: argparse.Namespace) -> int:
             overlap=args.overlap,
             image_column=args.image_column,
             refresh=args.refresh,
+            retry_errors=args.retry_errors,
             max_errors=args.max_errors,
             dedup=args.dedup,
             usd_per_hour=args.usd_per_hour,
@@ -382,7 +386,8 @@ def _export(args: argparse.Namespace) -> None:
         left_out = f"; not {', '.join(found['left_out'])}, which it cannot hold" if found["left_out"] else ""
         missing = f"; {found['missing']} images could not be read any more, or have changed" if found["missing"] else ""
         tasks = ", ".join(found["tasks"])
-        say(f"{name}: {found['images']} images, {tasks} -> {found['output']}{left_out}{missing}")
+        note = f"; {found['note']}" if "note" in found else ""
+        say(f"{name}: {found['images']} images, {tasks} -> {found['output']}{left_out}{missing}{note}")
 
 
 def _status(args: argparse.Namespace) -> None:

@@ -3,7 +3,8 @@
 `plan.py` cuts the input into fragments. A fragment's labels are written to ``labels/part-N.parquet``, then its entry to
 ``ledger/N.json``; each appears whole or not at all, in a folder or a bucket, and only the entry marks the fragment as
 done. A file of labels without an entry is overwritten by the next run; readers take the valid files from the ledger.
-The processes of a job share the folder and nothing else.
+Where failed images are asked again (`retries.py`), the fragment's labels with theirs go to a file of another name, and
+its entry is replaced. The processes of a job share the folder and nothing else.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lumen_ray.data import files, urls
@@ -25,13 +27,15 @@ from lumen_ray.label.inputs import Item
 from lumen_ray.label.plan import Plan
 
 _ENTRY = re.compile(r"(\d+)\.json")
+_PART = re.compile(r"part-(\d+)(?:-\d+)?\.parquet")
 
 
 class Ledger:
-    """The ledger of one output folder, local or in a bucket. `schema`: of the rows that are published."""
+    """The ledger of one output folder, local or in a bucket. `schema`: of the rows that are published; `round`: images
+    that failed in an earlier round are asked again, 0: none are."""
 
-    def __init__(self, output: urls.Location, schema: pa.Schema = LABEL_SCHEMA):
-        self.output, self.schema = urls.absolute(output), schema
+    def __init__(self, output: urls.Location, schema: pa.Schema = LABEL_SCHEMA, round: int = 0):
+        self.output, self.schema, self.round = urls.absolute(output), schema, round
         self.folder = urls.join(self.output, "ledger")
 
     def plan(self, fragment_size: int = 32) -> Plan:
@@ -69,10 +73,18 @@ class Ledger:
         folder = self._path("labels")
         if not files.is_dir(folder):
             return
-        valid = {_part(fragment) for fragment in self.done()}
+        names: dict[int, list[str]] = {}
         for name in files.list_files(folder, (".parquet",)):
-            if name.startswith("part-") and name not in valid:
-                files.remove(urls.join(folder, name))
+            if match := _PART.fullmatch(name):
+                names.setdefault(int(match[1]), []).append(name)
+        done = self.done()
+        for fragment, found in names.items():
+            if fragment in done and len(found) == 1:
+                continue  # the entry need not be read
+            entry = self.entry(fragment) or {"part": ""}
+            for name in found:
+                if name != entry["part"]:
+                    files.remove(urls.join(folder, name))
 
     def settings(self) -> dict[str, Any] | None:
         """The settings of the job; None for a folder without one."""
@@ -80,24 +92,52 @@ class Ledger:
         return json.loads(files.read_text(path)) if files.is_file(path) else None
 
     def publish(
-        self, fragment: int, images: int, records: Sequence[dict[str, Any]], errors: Sequence[dict[str, str]]
+        self,
+        fragment: int,
+        images: int,
+        records: Sequence[dict[str, Any]],
+        errors: Sequence[dict[str, str]],
+        order: Sequence[str] = (),
     ) -> None:
-        """Marks a fragment of `images` images done, with its rows and failed images (rows of `ERROR_SCHEMA`)."""
+        """Marks a fragment of `images` images done, with its rows and failed images (rows of `ERROR_SCHEMA`).
+
+        Of a fragment that was done in an earlier round, these are its images that had failed; the rows of the others
+        stay, and all are put in the `order` of these image ids.
+        """
         table = pa.Table.from_pylist(list(records), schema=self.schema)
+        copied = _copied(table)
+        entry: dict[str, Any] = {}
+        before = self.entry(fragment) if self.round else None
+        if self.round:
+            entry = {"round": self.round, "asked": {"images": images, "copied": copied}}
+        if before is not None:
+            asked = {row["image_id"] for row in [*records, *errors]}  # of which a worker that died may have rows here
+            table = _in_order(pa.concat_tables([_without(self.table(fragment), asked), table]), order)
+            images, copied = before["images"], _copied(table)
         buffer = io.BytesIO()
         pq.write_table(table, buffer, compression="zstd")
-        part = _part(fragment)
+        part = _part(fragment, self.round)
         files.write_bytes(self._path("labels", part), buffer.getvalue())
-        entry = {
+        entry |= {
             "part": part,
             "images": images,
             "labelled": images - len(errors),
             "errors": list(errors),
-            "rows": len(records),
-            "copied": len({r["image_id"] for r in records if r.get("duplicate_of") is not None}),
-            "instances": dict(Counter(record["task"] for record in records if record.get("box") is not None)),
+            "rows": len(table),
+            "copied": copied,
+            "instances": _instances(table),
         }
         self._write_json(self._entry(fragment), entry)
+        if before is not None and before["part"] != part:
+            files.remove(self._path("labels", before["part"]))
+
+    def asks_again(self, entry: Mapping[str, Any]) -> bool:
+        """Whether images of a fragment with this entry are to be asked again in this round."""
+        return bool(entry["errors"]) and entry.get("round", 0) < self.round
+
+    def failed(self) -> dict[int, int]:
+        """The finished fragments with images that are to be asked again, and the number of these."""
+        return {f: len(entry["errors"]) for f, entry in self.entries() if self.asks_again(entry)} if self.round else {}
 
     def done(self) -> set[int]:
         """The numbers of the finished fragments."""
@@ -136,7 +176,7 @@ class Ledger:
             errors = entry["errors"]
             sums.update(images=entry["images"], labelled=entry["labelled"], errors=len(errors), fragments=1)
             sums["copied"] += entry.get("copied", 0)  # absent in older entries
-            instances.update(entry["instances"] if "instances" in entry else self._instances(fragment))
+            instances.update(entry["instances"] if "instances" in entry else _instances(self.table(fragment)))
             reasons.update(error["reason"] for error in errors)
             first = first or (errors[0] if errors else None)
         return {**sums, "instances": dict(instances), "reasons": dict(reasons), "first_error": first}
@@ -165,7 +205,8 @@ class Ledger:
 
     def table(self, fragment: int, columns: Sequence[str] | None = None) -> pa.Table:
         """The label table of a finished fragment, or these columns of it. Raises `UserError` if it cannot be read."""
-        path = self._path("labels", _part(fragment))
+        entry_read = self.entry(fragment)
+        path = self._path("labels", entry_read["part"] if entry_read else _part(fragment))
         try:
             with files.as_user_error(path), files.open_input(path) as file:
                 wanted = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])
@@ -183,11 +224,6 @@ class Ledger:
         for fragment in self.plan().fragments():
             if fragment.index in done:
                 yield from fragment.items
-
-    def _instances(self, fragment: int) -> Counter[str]:
-        """Of a fragment from before they were recorded in the entry."""
-        table = self.table(fragment)
-        return Counter(table.filter(table["box"].is_valid())["task"].to_pylist())
 
     def _path(self, *names: str) -> str:
         return urls.join(self.output, *names)
@@ -207,8 +243,35 @@ def _with_all_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return table.select(schema.names)
 
 
-def _part(fragment: int) -> str:
-    return f"part-{fragment:06d}.parquet"
+def _in_order(table: pa.Table, order: Sequence[str]) -> pa.Table:
+    """The rows by the place of their image in `order`, if it is given; those of one image as they were."""
+    if not order:
+        return table
+    place = {image_id: number for number, image_id in enumerate(order)}
+    images = table["image_id"].to_pylist()
+    return table.take(sorted(range(len(images)), key=lambda row: place[images[row]])) if images else table
+
+
+def _without(table: pa.Table, image_ids: Collection[str]) -> pa.Table:
+    return table.filter(pc.invert(pc.is_in(table["image_id"], pa.array(sorted(image_ids), pa.string()))))
+
+
+def _instances(table: pa.Table) -> dict[str, int]:
+    """task -> rows with a box; empty for rows of another kind."""
+    if "box" not in table.column_names:
+        return {}
+    return dict(Counter(table.filter(table["box"].is_valid())["task"].to_pylist()))
+
+
+def _copied(table: pa.Table) -> int:
+    """The images with the labels of another one."""
+    if "duplicate_of" not in table.column_names:
+        return 0
+    return len(table.filter(table["duplicate_of"].is_valid())["image_id"].unique())
+
+
+def _part(fragment: int, round: int = 0) -> str:
+    return f"part-{fragment:06d}-{round}.parquet" if round else f"part-{fragment:06d}.parquet"
 
 
 def _short(before: Any, after: Any) -> tuple[str, str]:

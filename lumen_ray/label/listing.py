@@ -160,13 +160,21 @@ class Listing:
             yield Item(name, location)
 
     def _tar_items(self, location: str, name: str) -> Iterator[Item]:
+        key, has_picture = "", False
+        others: Counter[str] = Counter()  # of a sample that has no picture so far
         for member in tars.members(location):
             if isinstance(member, UserError):
                 yield Item(name, location, fault=str(member))
-            elif is_picture(member[0]):
+                continue
+            if (of := tars.sample_key(member[0])) != key:
+                self.left_out.update(others)
+                key, has_picture, others = of, False, Counter()
+            if is_picture(member[0]):
+                has_picture, others = True, Counter()
                 yield Item(member[0], location, offset=member[1], length=member[2])
-            else:
-                self.left_out[kind_of(member[0])] += 1
+            elif not has_picture:
+                others[kind_of(member[0])] += 1
+        self.left_out.update(others)
 
 
 def source_folder(source: urls.Location) -> str | None:

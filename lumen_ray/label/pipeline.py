@@ -31,6 +31,7 @@ from lumen_ray.label.listing import Listing, check_output
 from lumen_ray.label.plan import Plan
 from lumen_ray.label.progress import ErrorLimit, Status
 from lumen_ray.label.requests import build_requests
+from lumen_ray.label.retries import end_round, open_round
 from lumen_ray.label.runs import Pool, Work
 from lumen_ray.label.settings import (
     check_auto_classes,
@@ -76,6 +77,7 @@ def label(
     tiles: Tiles | None = None,
     image_column: str | None = None,
     refresh: bool = False,
+    retry_errors: bool = False,
     max_errors: str | int | None = None,
     dedup: bool = False,
     usd_per_hour: float | None = None,
@@ -100,6 +102,7 @@ def label(
     tiles: how images larger than a tile are divided (see `inference.tiles`); None looks at whole images only.
     image_column: the column of images or of their paths, where the input is a table with an unusual name for it.
     refresh: looks for images that were added to an input that has been listed before.
+    retry_errors: asks images that have failed before again, each once; their errors are replaced by what comes of it.
     max_errors: stops the job once more images than this have failed: a number, or a share such as '5%', which counts
         from 100 images on.
     dedup: images with the same bytes are labelled once and get copies of the labels (see `label.duplicates`), and each
@@ -151,15 +154,18 @@ def label(
         ledger.open(settings)
         plan = ledger.plan(fragment_size)
         done = ledger.done()
+        worker = replace(worker, round=open_round(ledger, retry_errors))
+        ledger.round = worker.round
         if refresh:
             plan.reopen()
-        elif (finished := _finished(ledger, plan, len(done), exports)) is not None:
+        elif not worker.round and (finished := _finished(ledger, plan, len(done), exports)) is not None:
             limit.check_numbers(finished["errors"], finished["images"])
             return priced_again(ledger, finished, usd_per_hour)
         spent = Spent(ledger.folder, usd_per_hour)
-        work = Work(plan, done, None if plan.is_complete else listing)
+        work = Work(plan, done, None if plan.is_complete else listing, ledger.failed())
         pool = Pool(num_actors, gpus_per_actor, dedup)
         status, log = run_work(work, ledger, worker, pool, limit, claim, spent, progress)
+        end_round(ledger)
         summary = _finish(ledger, status, exports, plan.left_out)
         spent.save(now=True)
     return summary | log
@@ -179,17 +185,22 @@ def run_work(
     """Does the fragments of `work` that are left; `counted`: see `Status`. Returns the status and, if Ray was
     used, the summary's ``log``. Raises as `label`."""
     _list_ahead(work)
-    before, plan = ledger.totals(), work.plan
-    status = Status(plan.num_images(), before["images"], before["errors"], before["images"], plan.is_complete)
+    before, plan, again = ledger.totals(), work.plan, sum(work.failed.values())
+    done, errors = before["images"] - again, before["errors"] - again
+    status = Status(plan.num_images(), done, errors, done, plan.is_complete)
     status.copied, status.spent, status.counted = before["copied"], spent, counted
-    status.fragments, status.num_fragments = before["fragments"], plan.num_fragments()
+    status.fragments, status.num_fragments = before["fragments"] - len(work.failed), plan.num_fragments()
     limit.check(status)
     if status.done == status.total and status.is_listed:
         return status, {}
     worker = replace(worker, proven=before["labelled"] > 0)
     try:
         run = pool.run(work, worker)
-        _collect(run, ledger, status, limit, _told(status, claim, plan, progress), proven=worker.proven)
+        tell = _told(status, claim, plan, progress)
+        _collect(run, ledger, status, limit, tell, proven=worker.proven)
+        if not status.is_listed:  # so that the last numbers have their total
+            _look_at_plan(status, plan)
+            tell()
     finally:
         spent.save(now=True)
     if not pool.is_remote:
@@ -219,8 +230,7 @@ def _told(status: Status, claim: Claim, plan: Plan, progress: Progress | None) -
             claim.check()
         if not status.is_listed and time.monotonic() > checked + LIST_AHEAD_S:
             checked = time.monotonic()
-            status.is_listed, status.total = plan.is_complete, plan.num_images()
-            status.num_fragments = plan.num_fragments()
+            _look_at_plan(status, plan)
         claim.state = status.facts()
         if status.spent is not None:
             status.spent.save()
@@ -228,6 +238,10 @@ def _told(status: Status, claim: Claim, plan: Plan, progress: Progress | None) -
             progress(status)
 
     return tell
+
+
+def _look_at_plan(status: Status, plan: Plan) -> None:
+    status.is_listed, status.total, status.num_fragments = plan.is_complete, plan.num_images(), plan.num_fragments()
 
 
 def _exports(exports: Sequence[str] | None, output: str | Path, tasks: Sequence[str]) -> Sequence[str]:
@@ -320,7 +334,8 @@ def _finish(ledger: Ledger, status: Status, exports: Sequence[str], left_out: Co
         first = totals["first_error"]
         raise UserError(
             f"none of {totals['images']} images could be labelled, the first, '{first['image_id']}', because "
-            f"{first['message']}; see '{urls.shown(errors_path)}', fix the images and give a new output folder",
+            f"{first['message']}; see '{urls.shown(errors_path)}', fix the images and run again with --retry-errors "
+            "(retry_errors=True)",
             "nothing_labelled",
         )
     seconds = time.monotonic() - status.started
@@ -340,7 +355,7 @@ def _finish(ledger: Ledger, status: Status, exports: Sequence[str], left_out: Co
     summary["exports"] = {name: found["output"] for name, found in written.items()}
     if (ledger.settings() or {}).get("classes") == AUTO:
         summary["vocabulary"] = write_vocabulary(ledger)
-    files.write_bytes(urls.join(ledger.output, "summary.json"), json.dumps(summary, indent=1).encode())
+    files.write_bytes(urls.join(ledger.output, "summary.json"), (json.dumps(summary, indent=1) + "\n").encode())
     return summary
 
 
@@ -349,12 +364,14 @@ def labelled_line(summary: dict[str, Any], output: str | Path) -> str:
     first = summary["first_error"]
     log = f"; log -> {summary['log']}" if summary.get("log") else ""
     reason = f" (e.g. {first['image_id']}: {first['message']}; see errors.parquet)" if first else ""
+    again = "; once the images are mended, --retry-errors asks those that failed again" if first else ""
+    before = "nothing was left to do: " if summary.get("finished_before") == summary["images"] else ""
     left_out = left_out_note(Counter(summary.get("left_out", {})))
     tables = ["labels/*.parquet", *([VOCABULARY] if "vocabulary" in summary else [])]
     written = ", ".join([*tables, *(Path(path).name for path in summary.get("exports", {}).values())])
     copied = f" ({summary['copied']} copied)" if summary.get("copied") else ""
     cost = cost_text(summary.get("usd"))
     return (
-        f"{summary['images']} images: {summary['labelled']} labelled{copied}, {summary['errors']} errors{reason} -> "
-        f"{output} ({written}){log}{left_out and '; ' + left_out}{cost and '; ' + cost}"
+        f"{before}{summary['images']} images: {summary['labelled']} labelled{copied}, {summary['errors']} "
+        f"errors{reason} -> {output} ({written}){log}{left_out and '; ' + left_out}{again}{cost and '; ' + cost}"
     )

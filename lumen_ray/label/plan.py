@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -33,11 +33,18 @@ _OLD = "inputs.parquet"  # the whole plan, of folders from before it was written
 
 @dataclass(frozen=True)
 class Fragment:
-    """`index`: its number in the job; `items`: its images; `part`: the file of the plan that has it."""
+    """`index`: its number in the job; `items`: its images; `part`: the file of the plan that has it. `order`: the ids
+    of all its images, where `items` are only those that are asked again."""
 
     index: int
     items: tuple[Item, ...]
     part: str = ""
+    order: tuple[str, ...] = ()
+
+    def only(self, image_ids: Collection[str]) -> Fragment:
+        """The fragment with these images only."""
+        items = tuple(item for item in self.items if item.image_id in image_ids)
+        return replace(self, items=items, order=tuple(item.image_id for item in self.items))
 
 
 def reference(fragments: Sequence[Fragment]) -> str:

@@ -7,7 +7,7 @@ import math
 import os
 import pickle
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lumen_ray.errors import UserError
@@ -30,14 +30,18 @@ THREADS_PER_GPU = 4
 
 @dataclass(frozen=True)
 class Work:
-    """The fragments of a plan that are not `done`; `listing`: the input, if it may hold images that are not planned."""
+    """The fragments of a plan that are not `done`; `listing`: the input, if it may hold images that are not planned;
+    `failed`: fragments that are done but have images to ask again, and the number of these."""
 
     plan: Plan
     done: Collection[int]
     listing: Listing | None
+    failed: Mapping[int, int] = field(default_factory=dict)
 
     def fragments(self) -> Iterator[Fragment]:
-        return (fragment for fragment in self.plan.fragments(self.listing) if fragment.index not in self.done)
+        for fragment in self.plan.fragments(self.listing):
+            if fragment.index not in self.done or fragment.index in self.failed:
+                yield fragment
 
     def tasks(self) -> Iterator[list[Fragment]]:
         """The fragments in groups for one task each."""

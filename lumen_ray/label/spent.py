@@ -82,7 +82,7 @@ def priced_again(ledger: Ledger, summary: dict[str, Any], usd_per_hour: float | 
     usd = round(usd_per_hour * summary.get("spent_seconds", seconds) / 3600, 4)
     path = urls.join(ledger.output, "summary.json")
     kept = json.loads(files.read_text(path)) | {"usd": usd}
-    files.write_bytes(path, json.dumps(kept, indent=1).encode())
+    files.write_bytes(path, (json.dumps(kept, indent=1) + "\n").encode())
     return summary | {"usd": usd}
 
 
@@ -96,7 +96,11 @@ def check_price(usd_per_hour: float | None) -> None:
 
 
 def cost_text(usd: float | None, expected: float | None = None) -> str:
-    """``"$0.12 of about $1.40"``; empty without a price."""
+    """``"$0.12 of about $1.40"``, ``"under $0.01"``; empty without a price."""
     if usd is None:
         return ""
-    return f"${usd:,.2f}" + ("" if expected is None else f" of about ${expected:,.2f}")
+    return _dollars(usd) + ("" if expected is None else f" of about {_dollars(expected)}")
+
+
+def _dollars(usd: float) -> str:
+    return "under $0.01" if 0 < usd < 0.01 else f"${usd:,.2f}"

@@ -40,8 +40,8 @@ class Statistics:
     """Counts of all labelled images.
 
     `classes`: task -> phrase -> its counts, most instances first; `empty`: task -> images in which it found nothing;
-    `crowded` and `unsure`: (number or score, image id) of the images with most instances and of those whose best
-    instance has the lowest score, `LISTED` at most.
+    `crowded` and `unsure`: (number or score, image id) of the images with most instances of one task and of those
+    whose best instance has the lowest score, `LISTED` at most.
     """
 
     images: int
@@ -62,9 +62,11 @@ def collect(labels: Labels) -> Statistics:
     for image in labels.images():
         number += 1
         scores = []
+        most = 0
         for task in tasks:
             found = image.instances(task)
             empty[task] += not found
+            most = max(most, len(found))  # tasks find the same objects
             scores += [record["score"] for record in found]
             for phrase in {record["phrase"] for record in found}:
                 classes[task][phrase].images += 1
@@ -73,7 +75,7 @@ def collect(labels: Labels) -> Statistics:
                 counts.instances += 1
                 counts.histogram[min(int(record["score"] * BINS), BINS - 1)] += 1
         if scores:
-            _keep(crowded, (len(scores), -number, image.image_id))
+            _keep(crowded, (most, -number, image.image_id))
             _keep(unsure, (-max(scores), -number, image.image_id))
     ordered = {
         task: dict(sorted(found.items(), key=lambda item: -item[1].instances)) for task, found in classes.items()

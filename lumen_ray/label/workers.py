@@ -56,7 +56,7 @@ class WorkerSettings:
     arithmetic on a CPU and for decoding; None in a process of the user's, whose threads are left alone. `output`: the
     folder to publish in. `proven`: the model has answered about an image of this job before. `tiles`: for images larger
     than a tile; None looks at whole images only. `second`: what is asked about the answers. `index`: of the content
-    that the job has labelled, of which duplicates are copies; None labels every image."""
+    that the job has labelled, of which duplicates are copies; None labels every image. `round`: see `Ledger`."""
 
     model: str | Path | Callable[[], EngineProtocol]
     requests: tuple[Request, ...]
@@ -73,6 +73,7 @@ class WorkerSettings:
     tiles: Tiles | None = None
     second: SecondLookSettings = SecondLookSettings()
     index: Index | None = None
+    round: int = 0
 
 
 @dataclass
@@ -128,7 +129,7 @@ class Labeller:
 
     def __init__(self, settings: WorkerSettings):
         self.settings = settings
-        self.ledger = Ledger(settings.output)
+        self.ledger = Ledger(settings.output, round=settings.round)
         self.fault = ""
         self._proven = settings.proven
         self._reader = ThreadPoolExecutor(1, "label-read")
@@ -163,8 +164,8 @@ class Labeller:
         provenance["settings"] |= settings.second.as_dict()
         if any(map(is_named_by_caption, settings.requests)):
             provenance["settings"]["classes"] = AUTO
-            provenance["skeletons"] = sorted(self.engine.skeletons)  # the classes of a caption that have keypoints
         if any(request.task == "pose" for request in self.asker.requests):
+            provenance["skeletons"] = sorted(self.engine.skeletons)  # the classes that are asked for, of those given
             provenance["edges"] = self.engine.edges  # to draw and export skeletons without the model
         self.provenance = json.dumps(provenance, sort_keys=True)
         self._reported = time.monotonic()
@@ -188,10 +189,13 @@ class Labeller:
         for fragment, entry in zip(fragments, entries, strict=True):
             if entry is None:
                 waiting.append(fragment)
+            elif self.ledger.asks_again(entry):
+                waiting.append(fragment.only({error["image_id"] for error in entry["errors"]}))
             else:
-                outcome.done += entry["images"]
+                asked = entry.get("asked", entry)
+                outcome.done += asked["images"]
                 outcome.errors += len(entry["errors"])
-                outcome.copied += entry.get("copied", 0)
+                outcome.copied += asked.get("copied", 0)
         publishing: deque[Future[None]] = deque()
         try:
             for fragment, images in self._answered(waiting):
@@ -285,7 +289,7 @@ class Labeller:
             outcome.withheld.append((fragment.index, len(images), errors))
             return
         records = [record for image in images for record in image.records]
-        self.ledger.publish(fragment.index, len(images), records, errors)
+        self.ledger.publish(fragment.index, len(images), records, errors, fragment.order)
         if self._duplicates is not None:
             self._duplicates.published(fragment.index, images)
 

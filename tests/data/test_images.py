@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -269,3 +271,19 @@ def test_damage_is_caught_the_same_in_reduced_photos(data, progressive, min_side
             assert (one.size, one.pixels.shape) == (other.size, other.pixels.shape)
             assert np.array_equal(one.pixels, other.pixels)
     assert (fast[0] is None) == (fast[1] is None)
+
+
+def test_a_damaged_file_prints_nothing():
+    """Pillow's own warnings name a file of Pillow instead of the image."""
+    code = """
+from lumen_ray.data.images import decode
+from lumen_ray.errors import UserError
+
+for end in (8, 12):
+    try:
+        decode(b"II*\\0\\x08\\0\\0\\0\\x09\\0\\0\\1"[:end])
+    except UserError as error:
+        print(error.reason)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["broken_image"] * 2 and done.stderr == ""

@@ -67,7 +67,7 @@ def test_labels_without_perceptual_hashes_have_exact_duplicates_only(tmp_path):
     (photos / "z.jpg").write_bytes(encode(picture(1), "JPEG"))
     label(FakeEngine, photos, tmp_path / "out", **OPTIONS)
     found = export(tmp_path / "out", ["duplicates", "report"])
-    assert found["duplicates"]["images"] == 2
+    assert found["duplicates"]["images"] == 2 and "with --dedup to find near" in found["duplicates"]["note"]
     rows = read(tmp_path / "out" / "duplicates" / "duplicates.csv")
     assert [(r["image_id"], r["relation"], r["distance"]) for r in rows] == [
         ("image001.png", "first", ""), ("z.png", "exact", ""),

@@ -78,3 +78,21 @@ def test_classes_without_instances_are_categories_too(tmp_path):
     assert [(c["id"], c["name"]) for c in data["categories"]] == [(1, "circle"), (2, "square")]
     assert data["annotations"] == [] and len(data["images"]) == 1
     assert "categories" not in json.loads((tmp_path / "out" / "coco" / "captions.json").read_text())
+
+
+def test_exports_name_the_version_that_the_labels_were_made_with(tmp_path):
+    options = {"tasks": ["detect"], "classes": ["square"], "num_actors": 0, "exports": ["coco", "labelstudio"]}
+    label(FakeEngine, write_images(tmp_path / "in", 1), tmp_path / "out", **options)
+    coco = json.loads((tmp_path / "out" / "coco" / "detect.json").read_text())
+    (task,) = json.loads((tmp_path / "out" / "labelstudio" / "tasks.json").read_text())
+    assert coco["info"]["version"] == task["predictions"][0]["model_version"] == FakeEngine.version
+
+
+def test_poses_have_the_classes_with_a_skeleton_only(tmp_path):
+    options = {"tasks": ["detect", "pose"], "classes": ["square", "circle"], "num_actors": 0, "exports": ["coco"]}
+    for keypoints, posed in ((None, ["square"]), (["top", "bottom"], ["square", "circle"])):
+        out = tmp_path / f"out{len(posed)}"
+        label(FakeEngine, write_images(tmp_path / "in", 1), out, keypoints=keypoints, **options)
+        for task, names in (("detect", ["square", "circle"]), ("pose", posed)):
+            found = json.loads((out / "coco" / f"{task}.json").read_text())
+            assert [category["name"] for category in found["categories"]] == names

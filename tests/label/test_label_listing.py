@@ -196,11 +196,23 @@ def test_members_of_a_tar_are_read_where_they_are(tmp_path):
     write_tar(tmp_path / "x.tar", images)
     listing = Listing(tmp_path)
     assert {item.image_id: data for item, data in read_bytes(list(listing))} == images
-    assert listing.left_out == {".json": 3}
+    assert not listing.left_out  # each belongs to an image
     whole = (tmp_path / "x.tar").read_bytes()
     (tmp_path / "x.tar").write_bytes(whole[: whole.index(images["a/2.png"]) + 20])
     found = read(tmp_path / "x.tar")
     assert list(found.values())[:2] == list(images.values())[:2] and found["x.tar"] == "invalid_record"
+
+
+def test_members_of_samples_without_an_image_are_left_out(tmp_path):
+    names = ["a.cls", "a.json", "a.png", "a.txt", "b.json", "b.txt", "c.png", "d.txt"]
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = 1
+            tar.addfile(info, io.BytesIO(b"x"))
+    listing = Listing(tmp_path / "x.tar")
+    assert [item.image_id for item in listing] == ["a.png", "c.png"]
+    assert listing.left_out == {".json": 1, ".txt": 2}
 
 
 def test_a_compressed_tar_is_refused(tmp_path):

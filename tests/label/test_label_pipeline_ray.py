@@ -55,6 +55,17 @@ def test_a_shard_folder_and_resuming(local_ray, tmp_path):
     assert Counter(r["image_id"] for r in rows_of(tmp_path / "out")) == {f"s{i}": 1 for i in range(10)}
 
 
+def test_failed_images_are_asked_again(local_ray, tmp_path):
+    photos = write_images(tmp_path / "photos", 10)
+    (photos / "image005.png").write_bytes(b"nothing")
+    options = {"tasks": ["detect"], "classes": ["square"], "fragment_size": 4, "exports": ()}
+    assert label(FakeEngine, photos, tmp_path / "out", **options)["errors"] == 1
+    (photos / "image005.png").write_bytes(encode(picture(5)))
+    summary = label(FakeEngine, photos, tmp_path / "out", retry_errors=True, **options)
+    assert (summary["labelled"], summary["errors"], summary["finished_before"]) == (10, 0, 9)
+    assert [row["image_id"] for row in rows_of(tmp_path / "out")] == [f"image{n:03d}.png" for n in range(10)]
+
+
 def test_mistakes_reach_the_caller_as_one_sentence(local_ray, tmp_path):
     photos = write_images(tmp_path / "photos", 2)
     with pytest.raises(

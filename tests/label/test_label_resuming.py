@@ -32,7 +32,19 @@ def test_a_refresh_finds_new_images_however_long_the_old_plan_takes_to_read(tmp_
     done = label(
         FakeEngine, photos, tmp_path / "out", refresh=True, progress=lambda s: seen.append((s.done, s.total)), **OPTIONS
     )
-    assert done["images"] == 9 and seen[-1][0] == 9
+    assert done["images"] == 9 and seen[-1] == (9, 9)
+
+
+def test_the_last_progress_has_the_total_of_an_input_that_was_listed_meanwhile(tmp_path, monkeypatch):
+    photos = write_images(tmp_path / "in", 5)
+    monkeypatch.setattr(pipeline, "LIST_AHEAD_S", -1.0)  # the listing is not over before the work begins
+    seen = []
+    monkeypatch.setattr(
+        pipeline, "_told", lambda status, *_: lambda: seen.append((status.done, status.total, status.is_listed))
+    )
+    label(FakeEngine, photos, tmp_path / "out", **OPTIONS)
+    assert seen[0][2] is False and seen[-1] == (5, 5, True)
+    assert (tmp_path / "out" / "summary.json").read_text().endswith("}\n")
 
 
 def test_an_interrupted_refresh_goes_on_without_being_asked_for(tmp_path, monkeypatch):

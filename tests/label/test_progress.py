@@ -69,6 +69,7 @@ def test_words_of_a_cost():
     assert (
         cost_text(None) == ""
         and cost_text(0.0) == "$0.00"
+        and cost_text(0.0004, 0.02) == "under $0.01 of about $0.02"
         and cost_text(1234.5, 2000) == "$1,234.50 of about $2,000.00"
     )
 

@@ -60,6 +60,15 @@ def test_lists_are_short_and_hold_the_extremes(tmp_path):
     assert [name for _, name in found.unsure] == sorted(name for _, name in found.unsure)
 
 
+def test_an_object_that_several_tasks_find_counts_once_in_the_list(tmp_path):
+    images = {
+        "a.png": {"detect": [("cat", 0.9)] * 5, "segment": [("cat", 0.9)] * 5, "pose": [("cat", 0.9)] * 4},
+        "b.png": {"detect": [("cat", 0.9)] * 6},
+    }
+    found = collect(open_labels(write(tmp_path, images, ("detect", "segment", "pose"))))
+    assert found.crowded == [(6, "b.png"), (5, "a.png")]
+
+
 @pytest.mark.parametrize(
     ("images", "best", "reason"),
     [

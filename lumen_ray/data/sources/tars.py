@@ -82,6 +82,11 @@ def samples(location: str, wanted: Collection[str]) -> Iterator[tuple[str, Membe
         yield key, members
 
 
+def sample_key(name: str) -> str:
+    """What the members of one sample have in common."""
+    return _split(name)[0]
+
+
 def members(location: str) -> Iterator[tuple[str, int, int] | UserError]:
     """(name, offset, size) in bytes of each regular member of an uncompressed tar, hidden ones left out; at damage one
     `UserError` for the rest of the tar.

@@ -118,7 +118,7 @@ def _finish(ledger: Ledger, status: Status) -> dict[str, Any]:
         **status.spent_facts(0),
     }
     del summary["usd_expected"]  # nothing more is
-    files.write_bytes(urls.join(ledger.output, "summary.json"), json.dumps(summary, indent=1).encode())
+    files.write_bytes(urls.join(ledger.output, "summary.json"), (json.dumps(summary, indent=1) + "\n").encode())
     return summary
 
 

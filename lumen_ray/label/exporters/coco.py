@@ -56,7 +56,13 @@ class CocoFile:
     """One COCO JSON of one task."""
 
     def __init__(self, path: Path, labels: Labels, task: str) -> None:
-        head: dict[str, Any] = {"info": {"description": f"lumen_ray labels, task {task}", "settings": labels.job}}
+        head: dict[str, Any] = {
+            "info": {
+                "description": f"lumen_ray labels, task {task}",
+                "version": labels.model_version,
+                "settings": labels.job,
+            }
+        }
         if not get_task(task).is_text:  # captions have none: `pycocotools` would look up the category of each
             head["categories"] = [_category(category) for category in labels.categories[task].values()]
         self._file = JsonObject(path, head, ["annotations", "images"])

@@ -59,7 +59,14 @@ def _start(folder: Path, labels: Labels, task: str, colours: dict[str, Colour]) 
         {"id": c.id, "name": c.name, "supercategory": c.name, "isthing": is_thing, "color": list(colours[c.name])}
         for c in labels.categories[task].values()
     ]
-    head = {"info": {"description": f"lumen_ray labels, task {task}", "settings": labels.job}, "categories": categories}
+    head = {
+        "info": {
+            "description": f"lumen_ray labels, task {task}",
+            "version": labels.model_version,
+            "settings": labels.job,
+        },
+        "categories": categories,
+    }
     return JsonObject(folder.with_name(f"{folder.name}.json"), head, ["annotations", "images"])
 
 

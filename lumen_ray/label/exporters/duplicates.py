@@ -39,6 +39,11 @@ class Duplicates(Exporter):
                 "--dedup for near duplicates",
                 "no_hashes",
             )
+        if not found.has_perceptual_hashes:
+            labels.note = (
+                "equal bytes only, as these labels have no perceptual hashes; label into a new folder with --dedup to "
+                "find near duplicates"
+            )
         first, is_member = found.groups.first, found.groups.is_member
         numbers = np.cumsum(is_member & (first == np.arange(len(first))))
         with (target / "duplicates.csv").open("w", encoding="utf-8", newline="") as file:

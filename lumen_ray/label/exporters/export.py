@@ -37,7 +37,8 @@ def export(
     tasks: those to export; None: all that a format can hold.
     progress: called with (format, images done, images in all).
 
-    Returns format -> ``{"output", "files", "tasks", "left_out" (tasks), "images", "missing" (pictures)}``. Everything
+    Returns format -> ``{"output", "files", "tasks", "left_out" (tasks), "images", "missing" (pictures)}``,
+    and a ``"note"`` if there is one. Everything
     is checked before anything is written. Raises `UserError`.
     """
     settings = settings or ExportSettings()
@@ -109,6 +110,7 @@ def _summary(labels: Labels, all_tasks: Sequence[str], path: Path) -> dict[str, 
         "left_out": [task for task in all_tasks if task not in labels.tasks],
         "images": labels.num_images - labels.missing if labels.written is None else labels.written,
         "missing": labels.missing,
+        **({"note": labels.note} if labels.note else {}),
     }
 
 

@@ -6,10 +6,12 @@ image, of which file names are made unique.
 
 from __future__ import annotations
 
+import json
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from lumen_ray.label.exporters.image_files import KINDS, Picture, open_picture
 from lumen_ray.label.exporters.names import Names, file_stem, name_hash
 from lumen_ray.label.inputs import Item, read_bytes
 from lumen_ray.label.ledger import Ledger, open_finished
-from lumen_ray.label.vocabulary import AUTO
+from lumen_ray.label.vocabulary import AUTO, classes_for
 from lumen_ray.structures import Size
 from lumen_ray.tasks import get_task
 
@@ -81,7 +83,7 @@ class Labels:
     `categories`: task -> class name -> `Category`; `prompts`: text task -> its questions in order, "" for a task
     without; `num_images`: labelled images, without those that failed; `stems`: hashes of their names; `only`: numbers
     of the images that passes are limited to; `written`: set by an export that does not have all; `missing`: pictures
-    that the last pass could not read.
+    that the last pass could not read; `note`: what the user should know of an export, set by it.
     """
 
     ledger: Ledger
@@ -97,11 +99,18 @@ class Labels:
     written: int | None = None
     missing: int = 0
     first_missing: str = ""
+    note: str = ""
 
     @property
     def folder(self) -> Path | None:
         """The labelled folder; None for one in a bucket."""
         return None if urls.is_url(self.ledger.output) else Path(self.ledger.output)
+
+    @cached_property
+    def model_version(self) -> str:
+        """The ``version`` in the provenance of the labels: that of the model, as servers and `Engine` name it."""
+        table = next(table for table in self.ledger.tables(["provenance"]) if len(table))
+        return str(json.loads(table["provenance"][0].as_py() or "{}").get("version", ""))
 
     def class_names(self) -> list[str]:
         """The classes of all chosen tasks, each once."""
@@ -249,6 +258,8 @@ def _scan(
             listed = job.get("classes", ())
             # classes from captions are known by their instances
             names = listed if get_task(task).needs == "classes" and listed != AUTO else ()
+            skeletons = json.loads(table["provenance"][row].as_py() or "{}").get("skeletons")
+            names = classes_for(task, job.get("keypoints"), names, skeletons)
             categories[task] = {name: Category(k, name) for k, name in enumerate(dict.fromkeys(names), start=1)}
         found = categories[task]
         if get_task(task).is_text:

@@ -91,7 +91,7 @@ def _task(image: LabelledImage, labels: Labels, image_url: str | None) -> dict[s
         for record in image.instances(task):
             results += list(_instance(image, record, len(results)))
     scores = [result["score"] for result in results if "score" in result]
-    prediction = {"model_version": labels.job.get("model") or "lumen_ray", "result": results}
+    prediction = {"model_version": labels.model_version or "lumen_ray", "result": results}
     if scores:
         prediction["score"] = sum(scores) / len(scores)
     data = {"image": _address(image, image_url), "image_id": image.image_id}

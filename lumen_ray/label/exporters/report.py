@@ -44,7 +44,7 @@ class Report(Exporter):
                 _task(task, classes, statistics.empty[task], statistics.images)
                 for task, classes in statistics.classes.items()
             ),
-            lists=_list("Most instances", "instances", statistics.crowded, ".0f")
+            lists=_list("Most instances of one task", "instances", statistics.crowded, ".0f")
             + _list("Lowest best score", "best score", statistics.unsure, ".2f"),
             errors=_errors(totals["reasons"]),
         )
