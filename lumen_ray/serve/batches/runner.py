@@ -100,6 +100,8 @@ class BatchRunner:
                 if (why := getattr(error, "reason", "lost")) != told:  # once, not every few seconds
                     told = why
                     logger.warning("batches wait: %s", error)
+            except Exception:
+                logger.exception("batches begin again")
             await asyncio.sleep(_AGAIN_S)
 
     async def _work(self) -> None:
@@ -226,7 +228,7 @@ class BatchRunner:
                 update={"completed": before.completed + len(lines) - failed, "failed": before.failed + failed}
             )
             job.state = job.state.with_facts(counts=counts)
-            await self._save(job.batch, job.state, durable=False)
+            await self._save(job.batch, job.state)
 
     async def _answer_line(self, job: _Job, item: Item) -> Line:
         async with self._slots:
@@ -304,9 +306,9 @@ class BatchRunner:
         await asyncio.to_thread(self._files.adopt, path, file_id, batch.owner, name, batch.output_lifetime_s)
         return file_id
 
-    async def _save(self, batch: Batch, state: BatchState, durable: bool = True) -> None:
+    async def _save(self, batch: Batch, state: BatchState) -> None:
         self._check_claim()
-        await asyncio.to_thread(self._batches.save, batch.id, state, durable)
+        await asyncio.to_thread(self._batches.save, batch.id, state)
 
     def _why_stopped(self, batch: Batch) -> str | None:
         """Why no more lines of a batch are asked, a key of `_STOPPED`; None if they are. Blocks."""

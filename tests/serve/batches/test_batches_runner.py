@@ -276,6 +276,51 @@ def test_a_bug_fails_the_batch_and_not_the_others(batch_server, monkeypatch):
     assert done["status"] == "completed"
 
 
+@pytest.mark.parametrize("text", ["", "{", '{"status": "lost"}'])
+def test_a_damaged_state_fails_that_batch_alone(batch_server, text, caplog):
+    bad, good = batch_server.create(line("a")), batch_server.create(line("a"))
+    (batch_server.batches.folder / bad / "state.json").write_text(text)
+    failed, done = batch_server.finish(bad, good)
+    assert (failed["status"], failed["errors"]["data"][0]["code"]) == ("failed", "damaged_record")
+    assert failed["failed_at"] and done["status"] == "completed"
+    assert sum("is damaged" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_damaged_records_are_swept_and_a_damaged_cancellation_holds(batch_server):
+    lost, cancelled = batch_server.create(line("a")), batch_server.create(line("b"))
+    folder = batch_server.batches.folder
+    (folder / lost / "batch.json").write_text("{")
+    (folder / cancelled / "cancel.json").write_text("")
+    (batch,) = batch_server.finish(cancelled)
+    assert batch["status"] == "cancelled" and [found.id for found in batch_server.batches.newest(None)] == [cancelled]
+    batch_server.now += 100_000
+    batch_server.batches.sweep()
+    assert [path.name for path in folder.iterdir()] == [cancelled]
+
+
+def test_records_of_a_newer_version_are_read(batch_server):
+    batch_id = batch_server.create(line("a"))
+    for path in batch_server.batches.folder.parent.rglob("*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "of_a_newer_version": 1}))
+    (batch_server.batches.folder / batch_id / "state.json").write_text('{"counts": {"new": 1}, "new": 1}')
+    (batch,) = batch_server.finish(batch_id)
+    assert batch["status"] == "completed" and len(batch_server.files.of(None)) == 2
+
+
+def test_a_bug_in_the_work_on_all_batches_does_not_end_it(batch_server, monkeypatch, caplog):
+    batch_id, unfinished, calls = batch_server.create(line("a")), batch_server.batches.unfinished, []
+
+    def broken():
+        calls.append(1)
+        if len(calls) < 4:
+            raise KeyError("a bug")
+        return unfinished()
+
+    monkeypatch.setattr(batch_server.batches, "unfinished", broken)
+    (batch,) = batch_server.finish(batch_id)
+    assert batch["status"] == "completed" and "batches begin again" in caplog.text
+
+
 def test_old_files_and_batches_are_removed(tmp_path):
     server = BatchServer(tmp_path, retention_days=1)
     old = server.create(line("a"))
