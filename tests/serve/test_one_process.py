@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import AsyncMock, Mock
 
 import httpx
 import numpy as np
@@ -203,15 +204,16 @@ def test_a_stuck_stage_is_not_ready(local, model_folder):
     assert response.status_code == 503 and response.json()["deployments"] == {"trunk": True, "lumen": False}
 
 
-def test_batches_that_stop_begin_again_without_a_new_replica(model_folder, tmp_path, monkeypatch):
-    began, settings = [], settings_of(model_folder, batches=Batches(folder=str(tmp_path)))
+def test_batches_that_stop_begin_again_without_a_new_replica(tmp_path, monkeypatch):
+    began, settings = [], settings_of(tmp_path, batches=Batches(folder=str(tmp_path)))
 
     class Stopping:
         async def run(self) -> None:
             began.append(1)
-            raise SystemError("of a library")
+            raise KeyError("a bug")
 
     monkeypatch.setattr(one_process, "make_runner", lambda *_: Stopping())
+    monkeypatch.setattr(one_process, "TrunkReplica", lambda *_: Mock(check_health=AsyncMock()))
     monkeypatch.setattr(http_replica, "export_to_ray", lambda: None)
 
     async def checked() -> None:
