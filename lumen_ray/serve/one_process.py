@@ -166,8 +166,9 @@ class OneProcess(HttpReplica):
         await self.trunk.check_health()
         for decoder in self.decoders.values():
             await decoder.check_health()
-        if self._batches is not None and self._answering.done():  # no reason to end all other requests
-            logger.error("batches had stopped and begin again")
+        if self._batches is not None and (ended := self._answering).done():  # no reason to end all other requests
+            why = None if ended.cancelled() else ended.exception()
+            logger.error("batches had stopped and begin again", exc_info=why)
             self._answering = asyncio.create_task(self._batches.run())
 
 

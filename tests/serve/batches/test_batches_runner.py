@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import json
+import threading
 
 import pytest
 from support.batch_fakes import BatchServer, line
@@ -319,6 +321,65 @@ def test_a_bug_in_the_work_on_all_batches_does_not_end_it(batch_server, monkeypa
     monkeypatch.setattr(batch_server.batches, "unfinished", broken)
     (batch,) = batch_server.finish(batch_id)
     assert batch["status"] == "completed" and "batches begin again" in caplog.text
+
+
+def held_lines(server, monkeypatch, failures):
+    """A batch whose folder cannot be read so many times while its first line is with the model, which answers once `go`
+    is not empty."""
+    batch_id = server.create(*(line(f"{n}", f"question {n}") for n in range(12)))
+    cancelling_at, infer = server.batches.cancelling_at, server.backend.infer
+    looks, failed, go, began = itertools.count(), [], [], threading.Event()
+
+    def unreadable(name):
+        if next(looks) not in range(2, 2 + failures):  # the first two: of the batch, and of a line
+            return cancelling_at(name)
+        assert began.wait(20)
+        failed.append(name)
+        raise UserError("the disk cannot be read", "unreadable")
+
+    async def held(*args):
+        began.set()
+        server.backend.inside += 1
+        try:
+            while not go:
+                await asyncio.sleep(0.001)
+        finally:
+            server.backend.inside -= 1
+        return await infer(*args)
+
+    monkeypatch.setattr(server.batches, "cancelling_at", unreadable)
+    monkeypatch.setattr(server.backend, "infer", held)
+    return batch_id, failed, go, began
+
+
+async def run_for_at_most_20_s(server, step):
+    async with asyncio.timeout(20):
+        await server.run(step)
+
+
+def test_a_folder_that_cannot_be_read_once_costs_no_line_twice(batch_server, monkeypatch):
+    batch_id, failed, go, _ = held_lines(batch_server, monkeypatch, failures=1)
+
+    def step(_):
+        if failed:
+            go.append(1)
+        return batch_server.batches.state(batch_id).has_ended
+
+    asyncio.run(run_for_at_most_20_s(batch_server, step))
+    assert len(texts(batch_server.rows(batch_server.shown(batch_id)["output_file_id"]))) == 12
+    assert len(batch_server.backend.asked) == 12 and set(batch_server.backend.asked.values()) == {1}
+
+
+def test_no_line_stays_with_the_model_when_its_fragment_is_given_up(batch_server, monkeypatch):
+    batch_id, failed, go, began = held_lines(batch_server, monkeypatch, failures=12)
+
+    def step(_):
+        if began.is_set() and not batch_server.backend.inside:
+            go.append(1)
+        return batch_server.batches.state(batch_id).has_ended
+
+    asyncio.run(run_for_at_most_20_s(batch_server, step))
+    assert len(failed) == 12 and batch_server.shown(batch_id)["request_counts"]["completed"] == 12
 
 
 def test_old_files_and_batches_are_removed(tmp_path):
