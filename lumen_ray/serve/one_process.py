@@ -21,7 +21,7 @@ from lumen_ray.serve.admission import ingress_options
 from lumen_ray.serve.batches.deployment import make_runner
 from lumen_ray.serve.batches.runner import BatchRunner
 from lumen_ray.serve.decoder import DecoderReplica, load_decoder
-from lumen_ray.serve.http import Overloaded
+from lumen_ray.serve.http import Overloaded, logger
 from lumen_ray.serve.http_replica import HttpReplica
 from lumen_ray.serve.image_cache import KeyedImage
 from lumen_ray.serve.job import TrunkJob, TrunkReply, sender
@@ -166,8 +166,10 @@ class OneProcess(HttpReplica):
         await self.trunk.check_health()
         for decoder in self.decoders.values():
             await decoder.check_health()
-        if self._batches is not None and self._answering.done():
-            await self._answering
+        if self._batches is not None and (ended := self._answering).done():  # no reason to end all other requests
+            why = None if ended.cancelled() else ended.exception()
+            logger.error("batches had stopped and begin again", exc_info=why)
+            self._answering = asyncio.create_task(self._batches.run())
 
 
 def options_of(settings: ServeSettings, decoders: Sequence[str]) -> dict[str, Any]:

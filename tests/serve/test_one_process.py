@@ -11,6 +11,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import AsyncMock, Mock
 
 import httpx
 import numpy as np
@@ -27,6 +28,7 @@ from lumen_ray.config import validate
 from lumen_ray.errors import UserError
 from lumen_ray.inference.engine import Engine
 from lumen_ray.inference.request import make_request
+from lumen_ray.serve import http_replica, one_process
 from lumen_ray.serve.admission import ingress_options
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.app import run
@@ -200,6 +202,30 @@ def test_a_stuck_stage_is_not_ready(local, model_folder):
     local.decoders["lumen"].health.not_ready_after_s = -1
     response = api.get("/readyz")
     assert response.status_code == 503 and response.json()["deployments"] == {"trunk": True, "lumen": False}
+
+
+def test_batches_that_stop_begin_again_without_a_new_replica(tmp_path, monkeypatch):
+    began, settings = [], settings_of(tmp_path, batches=Batches(folder=str(tmp_path)))
+
+    class Stopping:
+        async def run(self) -> None:
+            began.append(1)
+            raise KeyError("a bug")
+
+    monkeypatch.setattr(one_process, "make_runner", lambda *_: Stopping())
+    monkeypatch.setattr(one_process, "TrunkReplica", lambda *_: Mock(check_health=AsyncMock()))
+    monkeypatch.setattr(http_replica, "export_to_ray", lambda: None)
+
+    async def checked() -> None:
+        plain = one_process.OneProcess.__mro__[1]  # without the wrapper of Serve
+        replica = plain(settings, settings.model, [])
+        for count in (1, 2):
+            while not replica._answering.done():
+                await asyncio.sleep(0)
+            assert len(began) == count
+            await replica.check_health()
+
+    asyncio.run(checked())
 
 
 @pytest.mark.parametrize(

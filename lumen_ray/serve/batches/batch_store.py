@@ -14,16 +14,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lumen_ray.config import Settings
 from lumen_ray.data import files
 from lumen_ray.errors import UserError
-from lumen_ray.serve.batches.file_store import Clock, ids_in, read_record, remove_left_over, write_record
-from lumen_ray.serve.batches.records import Batch, BatchState, is_id, new_id, shown_batch
+from lumen_ray.serve.batches.file_store import (
+    Clock,
+    DamagedRecord,
+    ids_in,
+    load_record,
+    read_record,
+    remove_left_over,
+    write_record,
+)
+from lumen_ray.serve.batches.records import Batch, BatchState, Cancelling, Problem, is_id, new_id, shown_batch
 from lumen_ray.serve.settings import Batches
-
-
-class _Cancelling(Settings):
-    at: int
 
 
 class BatchStore:
@@ -81,11 +84,18 @@ class BatchStore:
         return shown_batch(batch, self.state(batch.id), self.cancelling_at(batch.id))
 
     def state(self, batch_id: str) -> BatchState:
-        return read_record(self.folder / batch_id / "state.json", BatchState) or BatchState()
+        """How far a batch is; one whose record is damaged has failed."""
+        try:
+            return load_record(self.folder / batch_id / "state.json", BatchState) or BatchState()
+        except DamagedRecord as error:
+            problem = Problem(
+                code="damaged_record", message="what the server kept of the batch is damaged; send it again"
+            )
+            return BatchState(status="failed", times={"failed": error.written_at}, problems=[problem])
 
-    def save(self, batch_id: str, state: BatchState, durable: bool = True) -> None:
-        """Only for the one process that answers batches. `durable`: False for numbers, which the ledger has too."""
-        write_record(self.folder / batch_id / "state.json", state, durable)
+    def save(self, batch_id: str, state: BatchState) -> None:
+        """Only for the one process that answers batches."""
+        write_record(self.folder / batch_id / "state.json", state)
 
     def cancel(self, batch_id: str) -> None:
         """Says that a batch is to be cancelled. Raises `UserError` (`batch_ended`) if it has ended otherwise."""
@@ -96,11 +106,14 @@ class BatchStore:
             )
         with self._cancelling:
             if self.cancelling_at(batch_id) is None and not state.has_ended:
-                write_record(self.folder / batch_id / "cancel.json", _Cancelling(at=int(self._clock())))
+                write_record(self.folder / batch_id / "cancel.json", Cancelling(at=int(self._clock())))
 
     def cancelling_at(self, batch_id: str) -> int | None:
         """When a batch was to be cancelled; None if it was not."""
-        found = read_record(self.folder / batch_id / "cancel.json", _Cancelling)
+        try:
+            found = load_record(self.folder / batch_id / "cancel.json", Cancelling)
+        except DamagedRecord as error:
+            return error.written_at
         return None if found is None else found.at
 
     def work(self, batch_id: str) -> Path:

@@ -11,16 +11,19 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
-from lumen_ray.config import Settings
+from pydantic import ValidationError
+
 from lumen_ray.data import files
 from lumen_ray.errors import UserError
-from lumen_ray.serve.batches.records import Purpose, StoredFile, is_id, new_id
+from lumen_ray.serve.batches.records import Purpose, Record, StoredFile, is_id, new_id
+from lumen_ray.serve.http import logger
 from lumen_ray.serve.settings import Batches
 
-T = TypeVar("T", bound=Settings)
+T = TypeVar("T", bound=Record)
 Clock = Callable[[], float]
 
 _RECORD, _CONTENT = "file.json", "content.jsonl"
@@ -38,18 +41,45 @@ def check_folder(settings: Batches) -> None:
     files.remove(probe)
 
 
-def write_record(path: Path, record: Settings, durable: bool = True) -> None:
+class DamagedRecord(Exception):
+    """A file is no record of its kind. `written_at`: seconds since the epoch."""
+
+    def __init__(self, path: Path, written_at: int):
+        super().__init__(f"'{path}' is damaged")
+        self.written_at = written_at
+
+
+def write_record(path: Path, record: Record) -> None:
     """Writes a record, which appears whole. Raises `UserError`."""
-    files.write_bytes(path, record.model_dump_json().encode(), durable=durable)
+    files.write_bytes(path, record.model_dump_json().encode())
+
+
+def load_record(path: Path, kind: type[T]) -> T | None:
+    """A record; None if there is none, as when another process has removed it. Raises `DamagedRecord`."""
+    with files.as_user_error(path):
+        try:
+            with path.open("rb") as file:
+                data, written_at = file.read(), int(os.fstat(file.fileno()).st_mtime)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+    try:
+        return kind.model_validate_json(data)
+    except ValidationError as error:
+        _tell_damaged(path, written_at, error.errors()[0]["msg"])
+        raise DamagedRecord(path, written_at) from None
+
+
+@lru_cache(maxsize=1024)
+def _tell_damaged(path: Path, written_at: int, why: str) -> None:
+    """Logs it once, not at every look at the folder."""
+    logger.error("'%s' is damaged and left out: %s", path, why)
 
 
 def read_record(path: Path, kind: type[T]) -> T | None:
-    """A record; None if there is none, as when another process has removed it."""
-    with files.as_user_error(path):
-        try:
-            return kind.model_validate_json(path.read_bytes())
-        except (FileNotFoundError, NotADirectoryError):
-            return None
+    """A record; None if there is none or it is damaged, which is logged."""
+    with suppress(DamagedRecord):
+        return load_record(path, kind)
+    return None
 
 
 def ids_in(folder: Path) -> list[str]:
@@ -152,10 +182,12 @@ class FileStore:
         """Removes what has expired, but for files that are `needed`, and the rests of uploads that were killed."""
         now = self._clock()
         for file_id in ids_in(self._folder):
+            if file_id in needed:
+                continue
             file = self._read(file_id)
             if file is None:
                 remove_left_over(self._folder / file_id, now)
-            elif file.expires_at <= now and file_id not in needed:
+            elif file.expires_at <= now:
                 self.delete(file_id)
 
     def _all(self) -> Iterator[StoredFile]:

@@ -8,7 +8,7 @@ import secrets
 import time
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from lumen_ray.config import Settings
 
@@ -41,7 +41,13 @@ def output_id(batch_id: str, kind: str) -> str:
     return f"file-{stamp}{hashlib.sha256(f'{batch_id} {kind}'.encode()).hexdigest()[:16]}"
 
 
-class StoredFile(Settings):
+class Record(Settings):
+    """Base of what is kept on disk, where a newer version may have written fields that this one does not know."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
+class StoredFile(Record):
     """A file. `owner`: the name of the API key whose it is, None on a server without keys; times are seconds since the
     epoch."""
 
@@ -58,7 +64,7 @@ class StoredFile(Settings):
         return {"object": "file", **self.model_dump(exclude={"owner"}), "status": "processed", "status_details": None}
 
 
-class Batch(Settings):
+class Batch(Record):
     """A batch as it was asked for; never changed. `output_lifetime_s`: seconds for which its output files are kept,
     None as long as others."""
 
@@ -73,7 +79,7 @@ class Batch(Settings):
     output_lifetime_s: int | None = None
 
 
-class Problem(Settings):
+class Problem(Record):
     """Why a batch failed; `line`: of its file, from 1."""
 
     code: str
@@ -82,7 +88,7 @@ class Problem(Settings):
     param: str | None = None
 
 
-class Counts(Settings):
+class Counts(Record):
     """Lines of a batch; `failed`: those in the file of errors."""
 
     total: int = 0
@@ -90,7 +96,7 @@ class Counts(Settings):
     failed: int = 0
 
 
-class BatchState(Settings):
+class BatchState(Record):
     """How far a batch is. `times`: when each state but the first began; `model`: that answers it now, preset@version;
     `usage`: tokens of all answers."""
 
@@ -114,6 +120,12 @@ class BatchState(Settings):
 
     def with_facts(self, **facts: Any) -> BatchState:
         return self.model_copy(update=facts)
+
+
+class Cancelling(Record):
+    """A batch is to be cancelled, since the time `at`."""
+
+    at: int
 
 
 def shown_batch(batch: Batch, state: BatchState, cancelled_at: int | None) -> dict[str, Any]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -47,8 +48,8 @@ _OPEN_FRAGMENTS = 2
 #: seconds before the folder, or a batch that could not go on, is tried again
 _AGAIN_S = 5.0
 _SWEEP_EVERY_S = 3600.0
-#: seconds between looks at the folder without being woken
-_LOOK_EVERY_S = 60.0
+#: seconds between looks at the folder without being woken, as by another replica of one_process
+_LOOK_EVERY_S = 5.0
 
 
 class _Lost(Exception):
@@ -100,6 +101,8 @@ class BatchRunner:
                 if (why := getattr(error, "reason", "lost")) != told:  # once, not every few seconds
                     told = why
                     logger.warning("batches wait: %s", error)
+            except Exception:
+                logger.exception("batches begin again")
             await asyncio.sleep(_AGAIN_S)
 
     async def _work(self) -> None:
@@ -169,7 +172,7 @@ class BatchRunner:
         most, longest = self._limits.max_lines, self._settings.limits.max_body_bytes
         problems, total = await asyncio.to_thread(work.validate, most, longest)
         counts = state.counts.model_copy(update={"total": total})
-        why = await asyncio.to_thread(self._why_stopped, batch)
+        why = await self._why_stopped(batch)
         if problems:
             state = state.enter("failed", self._now(), problems=problems, counts=counts)
         elif why is not None:
@@ -185,14 +188,12 @@ class BatchRunner:
         job = _Job(batch, state.with_facts(counts=counts), work)
         waiting = await asyncio.to_thread(work.waiting)
         room = asyncio.Semaphore(_OPEN_FRAGMENTS)
-        try:
+        with _first_error():
             async with asyncio.TaskGroup() as group:
                 while (fragment := await asyncio.to_thread(next, waiting, None)) is not None:
                     await room.acquire()
                     task = group.create_task(self._answer_fragment(job, fragment))
                     task.add_done_callback(lambda _: room.release())
-        except BaseExceptionGroup as errors:
-            raise errors.exceptions[0] from None
         state = job.state.enter("finalizing", self._now())
         await self._save(batch, state)
         return state
@@ -205,7 +206,7 @@ class BatchRunner:
                 info = await self._backend.info()
                 break
             except (Overloaded, Unavailable, TimeoutError):
-                if await asyncio.to_thread(self._why_stopped, batch) is not None:
+                if await self._why_stopped(batch) is not None:
                     return None
                 await asyncio.sleep(_AGAIN_S)
         settings = self._settings
@@ -217,7 +218,10 @@ class BatchRunner:
         )
 
     async def _answer_fragment(self, job: _Job, fragment: Fragment) -> None:
-        lines = await asyncio.gather(*(self._answer_line(job, item) for item in fragment.items))
+        with _first_error():
+            async with asyncio.TaskGroup() as group:  # no line is still with the model when the fragment is given up
+                tasks = [group.create_task(self._answer_line(job, item)) for item in fragment.items]
+        lines = [task.result() for task in tasks]
         async with job.publishing:
             self._check_claim()
             await asyncio.to_thread(job.work.publish, fragment, lines)
@@ -226,24 +230,19 @@ class BatchRunner:
                 update={"completed": before.completed + len(lines) - failed, "failed": before.failed + failed}
             )
             job.state = job.state.with_facts(counts=counts)
-            await self._save(job.batch, job.state, durable=False)
+            await self._save(job.batch, job.state)
 
     async def _answer_line(self, job: _Job, item: Item) -> Line:
         async with self._slots:
             reader = await self._reader(job.batch)
-            line = await asyncio.to_thread(self._read, job, item, reader)
+            if (why := await self._why_stopped(job.batch)) is not None:
+                return await asyncio.to_thread(not_asked, item, why, _STOPPED[why].message)
+            assert reader is not None, "a batch without a model was stopped"
+            line = await asyncio.to_thread(lambda: reader.read(item, read_item(item)))
             if not line.reason:
-                assert reader is not None, "a batch without a model was stopped"
                 line = await self._ask(job, line, reader.model)
             line.forget()
             return line
-
-    def _read(self, job: _Job, item: Item, reader: LineReader | None) -> Line:
-        """A line with what the model is asked, or failed; blocks."""
-        if (why := self._why_stopped(job.batch)) is not None:
-            return not_asked(item, why, _STOPPED[why].message)
-        assert reader is not None, "a batch without a model was stopped"
-        return reader.read(item, read_item(item))
 
     async def _ask(self, job: _Job, line: Line, model: str) -> Line:
         """The line, answered or failed. What passes by itself is waited for: a full queue, a replica that is gone."""
@@ -274,13 +273,13 @@ class BatchRunner:
                 logger.exception("%s failed", where)
                 line.fail(UserError(failed_message(where), "internal_error"))
                 return line
-            if (why := await asyncio.to_thread(self._why_stopped, job.batch)) is not None:
+            if (why := await self._why_stopped(job.batch)) is not None:
                 return await asyncio.to_thread(not_asked, line.item, why, _STOPPED[why].message)
 
     async def _until_ready(self, job: _Job) -> None:
         """Waits for the model, as long as the batch is wanted."""
         while not all((await self._backend.ready()).values()):
-            if await asyncio.to_thread(self._why_stopped, job.batch) is not None:
+            if await self._why_stopped(job.batch) is not None:
                 return
             await asyncio.sleep(1)
 
@@ -304,18 +303,33 @@ class BatchRunner:
         await asyncio.to_thread(self._files.adopt, path, file_id, batch.owner, name, batch.output_lifetime_s)
         return file_id
 
-    async def _save(self, batch: Batch, state: BatchState, durable: bool = True) -> None:
+    async def _save(self, batch: Batch, state: BatchState) -> None:
         self._check_claim()
-        await asyncio.to_thread(self._batches.save, batch.id, state, durable)
+        await asyncio.to_thread(self._batches.save, batch.id, state)
 
-    def _why_stopped(self, batch: Batch) -> str | None:
-        """Why no more lines of a batch are asked, a key of `_STOPPED`; None if they are. Blocks."""
-        if self._batches.cancelling_at(batch.id) is not None:
+    async def _why_stopped(self, batch: Batch) -> str | None:
+        """Why no more lines of a batch are asked, a key of `_STOPPED`; None if they are."""
+        try:
+            cancelled_at = await asyncio.to_thread(self._batches.cancelling_at, batch.id)
+        except UserError as error:  # once more, before the lines that the model has are given up
+            logger.warning("%s waits: %s", batch.id, error)
+            await asyncio.sleep(_AGAIN_S)
+            cancelled_at = await asyncio.to_thread(self._batches.cancelling_at, batch.id)
+        if cancelled_at is not None:
             return "batch_cancelled"
         return "batch_expired" if self._clock() >= batch.expires_at else None
 
     def _now(self) -> int:
         return int(self._clock())
+
+
+@contextmanager
+def _first_error() -> Iterator[None]:
+    """Raises the first error of a task group by itself."""
+    try:
+        yield
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
 
 
 def _given_up(error: Unavailable | TimeoutError) -> UserError:

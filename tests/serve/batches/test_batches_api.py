@@ -256,6 +256,18 @@ def test_a_large_upload_is_not_held_in_memory(batch_server):
     assert sent["bytes"] == len(piece) * pieces and peak < 8 << 20
 
 
+def test_damaged_records_are_no_errors_of_others(web, batch_server):
+    kept, lost = (upload(web, line("a")).json()["id"] for _ in range(2))
+    good, bad = (create(web, kept).json()["id"] for _ in range(2))
+    (batch_server.batches.folder.parent / "files" / lost / "file.json").write_text("")
+    (batch_server.batches.folder / bad / "state.json").write_text("{")
+    assert [file["id"] for file in web.get("/v1/files").json()["data"]] == [kept]
+    assert reason(web.get(f"/v1/files/{lost}"), 404) == "unknown_file"
+    found = {batch["id"]: batch["status"] for batch in web.get("/v1/batches").json()["data"]}
+    assert found == {good: "validating", bad: "failed"}
+    assert create(web, kept).status_code == 200
+
+
 @pytest.fixture
 def keyed(batch_server, tmp_path):
     """A server with the keys of alice and bob, and their headers."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import json
+import threading
 
 import pytest
 from support.batch_fakes import BatchServer, line
@@ -274,6 +276,110 @@ def test_a_bug_fails_the_batch_and_not_the_others(batch_server, monkeypatch):
     failed, done = batch_server.finish(bad, good)
     assert (failed["status"], failed["errors"]["data"][0]["code"]) == ("failed", "internal_error")
     assert done["status"] == "completed"
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"status": "lost"}'])
+def test_a_damaged_state_fails_that_batch_alone(batch_server, text, caplog):
+    bad, good = batch_server.create(line("a")), batch_server.create(line("a"))
+    (batch_server.batches.folder / bad / "state.json").write_text(text)
+    failed, done = batch_server.finish(bad, good)
+    assert (failed["status"], failed["errors"]["data"][0]["code"]) == ("failed", "damaged_record")
+    assert failed["failed_at"] and done["status"] == "completed"
+    assert sum("is damaged" in record.getMessage() for record in caplog.records) == 1
+
+
+def test_damaged_records_are_swept_and_a_damaged_cancellation_holds(batch_server):
+    lost, cancelled = batch_server.create(line("a")), batch_server.create(line("b"))
+    folder = batch_server.batches.folder
+    (folder / lost / "batch.json").write_text("{")
+    (folder / cancelled / "cancel.json").write_text("")
+    (batch,) = batch_server.finish(cancelled)
+    assert batch["status"] == "cancelled" and [found.id for found in batch_server.batches.newest(None)] == [cancelled]
+    batch_server.now += 100_000
+    batch_server.batches.sweep()
+    assert [path.name for path in folder.iterdir()] == [cancelled]
+
+
+def test_records_of_a_newer_version_are_read(batch_server):
+    batch_id = batch_server.create(line("a"))
+    for path in batch_server.batches.folder.parent.rglob("*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "of_a_newer_version": 1}))
+    (batch_server.batches.folder / batch_id / "state.json").write_text('{"counts": {"new": 1}, "new": 1}')
+    (batch,) = batch_server.finish(batch_id)
+    assert batch["status"] == "completed" and len(batch_server.files.of(None)) == 2
+
+
+def test_a_bug_in_the_work_on_all_batches_does_not_end_it(batch_server, monkeypatch, caplog):
+    batch_id, unfinished, calls = batch_server.create(line("a")), batch_server.batches.unfinished, []
+
+    def broken():
+        calls.append(1)
+        if len(calls) < 4:
+            raise KeyError("a bug")
+        return unfinished()
+
+    monkeypatch.setattr(batch_server.batches, "unfinished", broken)
+    (batch,) = batch_server.finish(batch_id)
+    assert batch["status"] == "completed" and "batches begin again" in caplog.text
+
+
+def held_lines(server, monkeypatch, failures):
+    """A batch whose folder cannot be read so many times while its first line is with the model, which answers once `go`
+    is not empty."""
+    batch_id = server.create(*(line(f"{n}", f"question {n}") for n in range(12)))
+    cancelling_at, infer = server.batches.cancelling_at, server.backend.infer
+    looks, failed, go, began = itertools.count(), [], [], threading.Event()
+
+    def unreadable(name):
+        if next(looks) not in range(2, 2 + failures):  # the first two: of the batch, and of a line
+            return cancelling_at(name)
+        assert began.wait(20)
+        failed.append(name)
+        raise UserError("the disk cannot be read", "unreadable")
+
+    async def held(*args):
+        began.set()
+        server.backend.inside += 1
+        try:
+            while not go:
+                await asyncio.sleep(0.001)
+        finally:
+            server.backend.inside -= 1
+        return await infer(*args)
+
+    monkeypatch.setattr(server.batches, "cancelling_at", unreadable)
+    monkeypatch.setattr(server.backend, "infer", held)
+    return batch_id, failed, go, began
+
+
+async def run_for_at_most_20_s(server, step):
+    async with asyncio.timeout(20):
+        await server.run(step)
+
+
+def test_a_folder_that_cannot_be_read_once_costs_no_line_twice(batch_server, monkeypatch):
+    batch_id, failed, go, _ = held_lines(batch_server, monkeypatch, failures=1)
+
+    def step(_):
+        if failed:
+            go.append(1)
+        return batch_server.batches.state(batch_id).has_ended
+
+    asyncio.run(run_for_at_most_20_s(batch_server, step))
+    assert len(texts(batch_server.rows(batch_server.shown(batch_id)["output_file_id"]))) == 12
+    assert len(batch_server.backend.asked) == 12 and set(batch_server.backend.asked.values()) == {1}
+
+
+def test_no_line_stays_with_the_model_when_its_fragment_is_given_up(batch_server, monkeypatch):
+    batch_id, failed, go, began = held_lines(batch_server, monkeypatch, failures=12)
+
+    def step(_):
+        if began.is_set() and not batch_server.backend.inside:
+            go.append(1)
+        return batch_server.batches.state(batch_id).has_ended
+
+    asyncio.run(run_for_at_most_20_s(batch_server, step))
+    assert len(failed) == 12 and batch_server.shown(batch_id)["request_counts"]["completed"] == 12
 
 
 def test_old_files_and_batches_are_removed(tmp_path):
