@@ -25,7 +25,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lumen_ray.errors import UserError
 from lumen_ray.serve.metrics import ERRORS, REFUSALS
 from lumen_ray.serve.tracing import name_request
-from lumen_ray.wire.errors import error_body, without_data
+from lumen_ray.wire.errors import Unavailable, error_body, without_data
 
 logger = logging.getLogger("ray.serve.lumen")  # a child of the logger that Serve writes to the replica's log file
 _REQUEST_ID = re.compile(r"^[\w-]{8,64}$")
@@ -37,10 +37,6 @@ class Overloaded(Exception):
     def __init__(self, message: str, retry_after_s: int = 1):
         super().__init__(message)
         self.retry_after_s = retry_after_s
-
-
-class Unavailable(Exception):
-    """A deployment of the model did not answer, retries included."""
 
 
 def error_response(
@@ -190,6 +186,11 @@ class Guard:
 def header(scope: Scope, name: bytes) -> str | None:
     """A header of a request by its name in lower case; the first of several."""
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
+
+
+def without_range(scope: Scope) -> Scope:
+    """A request for a whole file: Starlette's errors of its header Range are not in the envelope."""
+    return {**scope, "headers": [(key, value) for key, value in scope["headers"] if key != b"range"]}
 
 
 def local_path(scope: Scope) -> str:

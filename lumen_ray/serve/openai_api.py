@@ -7,8 +7,10 @@ server-sent events while they are written.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -19,9 +21,11 @@ from lumen_ray.serve.openai_streams import stream
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.wire import chat, responses, schemas
 from lumen_ray.wire.completions import Chunks, completion
+from lumen_ray.wire.limits import check_messages
 from lumen_ray.wire.response_events import ResponseEvents
 from lumen_ray.wire.tools import ToolUse, describe_tools
 
+T = TypeVar("T")
 BODIES = (chat.ChatRequest, responses.ResponsesRequest)
 
 
@@ -34,15 +38,16 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
         openapi_extra=_body(chat.ChatRequest),
     )
     async def chat_completions(request: Request) -> Response:
-        asked = chat.parse_chat(schemas.parse_json(await request.body()), settings.openai_sampling, takes_stream=True)
+        body = await request.body()
+        asked = await asyncio.to_thread(read_body, body, "messages", partial(chat.parse_chat, takes_stream=True))
         model = await check(asked.model, asked.tool_use)
         read = partial(chat.read_chat, asked, settings.limits)
         if asked.stream:
             return await stream(request, backend, settings, read, Chunks(asked, model))
         answers, extra = await ask(backend, settings, read)
-        body = completion(asked, answers, extra.pop("model"))
-        body["lumen"] |= extra
-        return JSONResponse(body)
+        whole = completion(asked, answers, extra.pop("model"))
+        whole["lumen"] |= extra
+        return JSONResponse(whole)
 
     @router.post(
         "/responses",
@@ -50,7 +55,7 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
         openapi_extra=_body(responses.ResponsesRequest),
     )
     async def create_response(request: Request) -> Response:
-        asked = responses.parse_responses(schemas.parse_json(await request.body()), settings.openai_sampling)
+        asked = await asyncio.to_thread(read_body, await request.body(), "input", responses.parse_responses)
         model = await check(asked.chat.model, asked.tools)
         read = partial(chat.read_chat, asked.chat, settings.limits, tools=asked.tools, places=asked.places)
         writer = ResponseEvents(asked, model)
@@ -63,6 +68,12 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
     @router.get("/tools", summary="The tools of the loaded model, to be put into a request, and schemas of results")
     async def tools() -> dict[str, Any]:
         return describe_tools((await backend.info())["tasks"])
+
+    def read_body(body: bytes, field: str, parse: Callable[[dict[str, Any], bool], T]) -> T:
+        """What `parse` makes of a body with the conversation in `field`; in a thread, as it may be long."""
+        data = schemas.parse_json(body)
+        check_messages(data.get(field), field, settings.limits)
+        return parse(data, settings.openai_sampling)
 
     async def check(name: str | None, use: ToolUse) -> str:
         """Returns preset@version of the model. Raises `UserError` if a request names another model, or tools that it

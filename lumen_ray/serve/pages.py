@@ -11,9 +11,10 @@ from fastapi import FastAPI
 from fastapi.responses import HTMLResponse, Response
 from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
-from starlette.types import Scope
+from starlette.types import Receive, Scope, Send
 
 from lumen_ray.serve.headers import PAGE_POLICY
+from lumen_ray.serve.http import without_range
 from lumen_ray.serve.samples import samples
 
 _FOLDER = Path(__file__).parent / "page"
@@ -31,8 +32,12 @@ class _Files(StaticFiles):
             raise HTTPException(404)
         return await super().get_response(path, scope)
 
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await super().__call__(without_range(scope), receive, send)
+
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
         response = super().file_response(*args, **kwargs)
+        response.headers["Accept-Ranges"] = "none"
         response.headers["Cache-Control"] = "no-cache"
         return response
 
@@ -59,10 +64,10 @@ def add_pages(api: FastAPI) -> None:
         return {"samples": [{"number": n + 1, "description": s.description} for n, s in enumerate(found)]}
 
     @api.get("/page/samples/{number}.jpg", include_in_schema=False)
-    async def sample(number: int) -> Response:
-        found = await asyncio.to_thread(samples)
-        if not 1 <= number <= len(found):
+    async def sample(number: str) -> Response:
+        found = {f"{n + 1}": sample for n, sample in enumerate(await asyncio.to_thread(samples))}
+        if number not in found:
             raise HTTPException(404)
-        return Response(found[number - 1].jpeg, media_type="image/jpeg", headers=_CACHED)
+        return Response(found[number].jpeg, media_type="image/jpeg", headers=_CACHED)
 
     api.mount("/page", _Files(directory=_FOLDER))  # behind the routes above, which are below it

@@ -16,6 +16,7 @@ from typing import Any
 
 from lumen_ray.answer import Answer, TokenUsage
 from lumen_ray.wire.chat import ChatRequest
+from lumen_ray.wire.errors import Unavailable
 from lumen_ray.wire.results import result_of
 from lumen_ray.wire.tools import ToolCall, ToolUse, calls_of, parts_of
 
@@ -46,6 +47,12 @@ class Reply:
             extension["parts"] = parts_of(answer, calls)
         ended = "tool_calls" if calls else "length" if answer.is_cut else "stop"
         return cls(text, calls, ended, extension)
+
+    def unsent(self, sent: str) -> str:
+        """The text behind what a client has of it. Raises `Unavailable` if that is of another answer."""
+        if not self.text.startswith(sent):
+            raise Unavailable("the answer was written anew while it was sent; ask again")
+        return self.text[len(sent) :]
 
 
 def completion(chat: ChatRequest, answers: Sequence[Answer], model: str) -> dict[str, Any]:
@@ -106,7 +113,7 @@ class Chunks:
         """The events behind the last text: what is left of it, the calls of tools, the end, whose extension field
         `lumen` has the whole answer and `extra`, and the numbers of tokens if they were asked for."""
         reply = Reply.of(self._chat, answer, self._chat.tool_use)
-        if reply.text.startswith(self._sent) and (rest := reply.text[len(self._sent) :]):
+        if rest := reply.unsent(self._sent):
             yield from self.text(rest)
         for index, call in enumerate(reply.calls):
             yield self._chunk({"tool_calls": [{"index": index, **_call(call)}]})

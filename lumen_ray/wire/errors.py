@@ -33,7 +33,12 @@ STATUS = {
     "shutting_down": 503,
     "unavailable": 503,
     "timeout": 504,
+    "storage_full": 507,
 }
+
+
+class Unavailable(Exception):
+    """A deployment of the model did not answer, retries included."""
 
 
 def error_body(reason: str, message: str, request_id: str, field: str | None = None) -> tuple[int, dict[str, Any]]:

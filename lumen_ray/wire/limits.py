@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from lumen_ray.errors import UserError
 from lumen_ray.inference.request import Request
@@ -13,6 +14,14 @@ from lumen_ray.wire.settings import Limits
 
 #: bytes of a name that counts once
 LONG_NAME = 256
+
+
+def check_messages(given: Any, field: str, limits: Limits) -> None:
+    """Bounds the number of messages in the value of `field`, before any of them is read. Raises `UserError`."""
+    if isinstance(given, list) and len(given) > limits.max_messages:
+        raise UserError(
+            f"{len(given)} messages in '{field}'; give at most {limits.max_messages}", "too_many_messages", field
+        )
 
 
 def check_lengths(fields: TaskFields, limits: Limits) -> None:

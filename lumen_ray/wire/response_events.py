@@ -49,7 +49,7 @@ class ResponseEvents:
         reply = self._reply(answer)
         output = self._output(reply, answer)
         if output[0]["type"] == "message":
-            rest = reply.text.removeprefix(self._sent)
+            rest = reply.unsent(self._sent)
             if rest or not self._is_open:
                 yield from self.text(rest)
             part = output[0]["content"][0]

@@ -16,7 +16,7 @@ from lumen_ray.config import Settings
 from lumen_ray.errors import UserError
 from lumen_ray.wire import schemas
 from lumen_ray.wire.chat import NEEDS_SAMPLING, ChatRequest, TopLogProbs, check_chat
-from lumen_ray.wire.conversation import CalledFunction, ChatMessage, GivenCall
+from lumen_ray.wire.conversation import ChatMessage
 from lumen_ray.wire.neutral import Neutral, refuse_others
 from lumen_ray.wire.settings import MAX_NEW_TOKENS
 from lumen_ray.wire.tools import UNUSED, Function, ToolUse, read_tools
@@ -213,35 +213,31 @@ def _schema(text: TextConfig | None) -> tuple[str, Any, str] | None:
 def _messages(body: ResponsesRequest) -> tuple[list[ChatMessage], list[str]]:
     """The messages of a chat completion, and the place of each in the body. Calls that follow each other are of one
     answer, with the text before them."""
-    placed: list[tuple[str, ChatMessage]] = []
+    placed: list[tuple[str, dict[str, Any]]] = []
     if body.instructions is not None:
-        placed.append(("instructions", ChatMessage(role="system", content=body.instructions)))
+        placed.append(("instructions", {"role": "system", "content": body.instructions}))
     for n, item in enumerate(body.input):
         place = f"input.{n}"
         refuse_others(item, f"{place}.")
         if item.type == "function_call":
-            call = _call(place, item)
-            if placed and placed[-1][1].role == "assistant":
-                where, message = placed.pop()
-                calls = [*(message.tool_calls or ()), call]
-                placed.append((where, message.model_copy(update={"tool_calls": calls})))
-            else:
-                placed.append((place, ChatMessage(role="assistant", tool_calls=[call])))
+            if not placed or placed[-1][1]["role"] != "assistant":
+                placed.append((place, {"role": "assistant"}))
+            placed[-1][1].setdefault("tool_calls", []).append(_call(place, item))
         elif item.type == "function_call_output":
             parts = _parts(f"{place}.output", item.output)
-            placed.append((place, ChatMessage(role="tool", content=parts, tool_call_id=item.call_id)))
+            placed.append((place, {"role": "tool", "content": parts, "tool_call_id": item.call_id}))
         else:
             if item.role is None:
                 raise UserError(f"'{place}.role' is missing; give one", "invalid_request", f"{place}.role")
-            placed.append((place, ChatMessage(role=item.role, content=_parts(f"{place}.content", item.content))))
-    return [message for _, message in placed], [place for place, _ in placed]
+            placed.append((place, {"role": item.role, "content": _parts(f"{place}.content", item.content)}))
+    return [schemas.parse(ChatMessage, message) for _, message in placed], [place for place, _ in placed]
 
 
-def _call(place: str, item: InputItem) -> GivenCall:
+def _call(place: str, item: InputItem) -> dict[str, Any]:
     """A call in the form of chat completions."""
     if not item.call_id or not item.name:
         raise UserError(f"'{place}' is a call; give its 'call_id' and 'name'", "invalid_request", place)
-    return GivenCall(id=item.call_id, function=CalledFunction(name=item.name, arguments=item.arguments or ""))
+    return {"id": item.call_id, "function": {"name": item.name, "arguments": item.arguments or ""}}
 
 
 def _parts(place: str, parts: Sequence[InputPart] | None) -> list[dict[str, Any]] | None:

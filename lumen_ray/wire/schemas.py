@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -281,10 +283,29 @@ class ErrorResponse(BaseModel):
     error: ErrorBody
 
 
+#: the escape of a surrogate, which JSON has in pairs for characters such as emoji
+_MAYBE_HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+
+
+def _finite(text: str) -> float:
+    """The value of a number in JSON, or in Python's additions to it."""
+    if math.isfinite(value := float(text)):
+        return value
+    raise UserError(f"the request body has the number {text[:20]}; give a finite one", "invalid_json")
+
+
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The JSON object in a request body; raises `UserError` for anything else."""
+    """The JSON object in a request body, of finite numbers and texts that UTF-8 can hold; raises `UserError` for
+    anything else."""
     try:
-        data = json.loads(body)
+        text = body.decode(json.detect_encoding(body))
+        data = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        if _MAYBE_HALF_A_PAIR.search(text):
+            json.dumps(data, ensure_ascii=False).encode()
+    except UserError:
+        raise
+    except UnicodeEncodeError:
+        raise UserError("a text of the request body has half a surrogate pair; leave it out", "invalid_json") from None
     except (ValueError, RecursionError) as error:
         cause = str(error) if isinstance(error, json.JSONDecodeError) else "it is not UTF-8 text, or nested too deeply"
         raise UserError(f"the request body is not valid JSON: {cause}", "invalid_json") from None

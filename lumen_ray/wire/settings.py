@@ -20,6 +20,9 @@ class Limits(Settings):
     max_images: int = Field(
         8, ge=1, description="images of one request body: of a conversation, of several requests, or of examples"
     )
+    max_messages: int = Field(
+        1000, ge=1, description="messages of one conversation, with its calls of tools and their results"
+    )
     max_choices: int = Field(8, ge=1, description="answers of one chat completion (n)")
     max_classes: int = Field(256, ge=1, description="phrases and examples of one request body, over all its tasks")
     max_requests: int = Field(32, ge=1, description="tasks of one /v1/infer call")

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 from fastapi.testclient import TestClient
-from support.serve_fakes import INFO, base64_png
+from support.serve_fakes import INFO, FakeBackend, base64_png
 
 from lumen_ray.answer import Answer, AnswerPart, TokenUsage
 from lumen_ray.errors import UserError
@@ -322,10 +320,11 @@ def test_refused(client, backend, body, status, reason):
     assert backend.calls == []
 
 
-def test_half_a_surrogate_pair_is_an_error_like_another(client):
-    body = json.dumps({"messages": [message()], "model": "\ud800"})
-    response = client.post(CHAT, content=body, headers={"Content-Type": "application/json"})
-    assert (response.status_code, response.json()["error"]["reason"]) == (404, "unknown_model")
+def test_a_long_conversation_is_refused_before_it_is_read(settings):
+    few = settings.model_copy(update={"limits": settings.limits.model_copy(update={"max_messages": 2})})
+    response = TestClient(create_api(FakeBackend(), few)).post(CHAT, json={"messages": [message(), None, None]})
+    error = response.json()["error"]
+    assert (response.status_code, error["reason"], error["param"]) == (400, "too_many_messages", "messages")
 
 
 def test_model_may_name_its_version(client):

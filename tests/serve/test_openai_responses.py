@@ -13,7 +13,9 @@ from lumen_ray.inference.request import Routing
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.http import Unavailable
 from lumen_ray.structures import Boxes, Prediction
-from lumen_ray.wire.responses import ResponsesRequest
+from lumen_ray.wire import schemas
+from lumen_ray.wire.conversation import ChatMessage
+from lumen_ray.wire.responses import ResponsesRequest, parse_responses
 
 RESPONSES = "/v1/responses"
 URL = "data:image/png;base64," + base64_png()
@@ -294,6 +296,42 @@ def test_another_value_is_refused_by_its_name(client, backend, name, value):
     error = ask(client, **{name: value}).json()["error"]
     assert error["message"].startswith("unknown model") or f"{name}" in error["message"], error
     assert error["param"].partition(".")[0] == name and backend.calls == []
+
+
+def test_a_long_row_of_calls_is_read_in_one_go(monkeypatch):
+    """Each call is added to its answer, not the answer copied for each."""
+    parsed = []
+    parse = schemas.parse
+    monkeypatch.setattr(schemas, "parse", lambda model, data: parsed.append(model) or parse(model, data))
+    call = {"type": "function_call", "call_id": "1", "name": "x"}
+    asked = parse_responses({"input": [{"role": "user", "content": "x"}, *[call] * 300]}, takes_sampling=False)
+    assert len(asked.chat.messages[1].tool_calls) == 300 and parsed == [ResponsesRequest, ChatMessage, ChatMessage]
+
+
+def test_a_long_conversation_is_refused_before_it_is_read(settings):
+    few = settings.model_copy(update={"limits": settings.limits.model_copy(update={"max_messages": 2})})
+    error = ask(TestClient(create_api(FakeBackend(), few)), [None] * 3).json()["error"]
+    assert (error["reason"], error["param"]) == ("too_many_messages", "input")
+
+
+@pytest.mark.parametrize("text", [r'"\ud800"', "NaN", "-Infinity", "1e999", "\ud800"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        '{"input": "x", "metadata": {"a": %s}}',
+        '{"input": "x", "stream": true, "text": {"format": {"type": "text", "description": %s}}}',
+        '{"input": "x", "text": {"format": {"type": "text", "schema": {"title": [%s]}}}}',
+        '{"input": [{"type": "function_call", "name": "x", "call_id": %s}]}',
+    ],
+)
+def test_what_no_answer_can_repeat_is_refused(client, body, text):
+    response = client.post(RESPONSES, content=(body % text).encode("utf-8", "surrogatepass"))
+    assert (response.status_code, response.json()["error"]["reason"]) == (400, "invalid_json"), response.text
+
+
+def test_characters_beyond_the_first_plane_may_be_escaped(client):
+    response = client.post(RESPONSES, content=r'{"input": "x", "metadata": {"a": "\ud83d\ude00 \\ud83d"}}')
+    assert response.json()["metadata"] == {"a": "😀 \\ud83d"}
 
 
 @pytest.mark.parametrize(

@@ -80,10 +80,15 @@ def test_files_are_served_and_asked_for_again(client, path):
     assert client.get(f"/page/{path.name}", headers={"If-None-Match": response.headers["etag"]}).status_code == 304
 
 
-@pytest.mark.parametrize("path", ["nothing.js", "%2e%2e/api.py", "samples/0.jpg", "samples/99.jpg"])
+@pytest.mark.parametrize("path", ["nothing.js", "%2e%2e/api.py", "samples/0.jpg", "samples/99.jpg", "samples/a.jpg"])
 def test_nothing_else_is_served(client, path):
     response = client.get(f"/page/{path}")
     assert (response.status_code, response.json()["error"]["reason"]) == (404, "not_found")
+
+
+@pytest.mark.parametrize("given", ["bytes=abc", "bytes=99999999-"])
+def test_files_are_sent_whole(client, given):
+    assert client.get("/page/main.js", headers={"Range": given}).status_code == 200
 
 
 def test_samples_are_images_with_words_for_who_cannot_see_them(client):

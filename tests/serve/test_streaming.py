@@ -250,6 +250,18 @@ def test_events_are_those_of_openai(client):
     assert "usage" not in chunks[0]
 
 
+@pytest.mark.parametrize("path_body", [(CHAT, body()), ("/v1/responses", {"input": "x", "stream": True})])
+def test_an_answer_that_is_not_what_was_sent_ends_the_stream(client, backend, path_body):
+    async def stream(image, requests, max_new_tokens):
+        yield "a red"
+        yield Answer("chat", (8, 8), text="a blue circle")
+
+    backend.stream = stream
+    path, asked = path_body
+    *_, last = client.post(path, json=asked).text.strip().split("\n\n")
+    assert json.loads(last.split("data: ")[1])["error"]["code"] == "unavailable" and "blue" not in last
+
+
 def test_usage_is_the_last_event(client, backend):
     async def stream(image, requests, max_new_tokens):
         yield Answer("chat", (8, 8), text="a b", usage=TokenUsage(70, 2))

@@ -21,6 +21,7 @@ from lumen_ray.label.reading import ImageInHand
 from lumen_ray.wire.chat import ChatRequest, check_model, parse_chat, read_chat
 from lumen_ray.wire.completions import completion
 from lumen_ray.wire.errors import error_body, without_data
+from lumen_ray.wire.limits import check_messages
 from lumen_ray.wire.requests import Prepared, prepare
 from lumen_ray.wire.settings import Defaults, Limits
 
@@ -114,6 +115,7 @@ class LineReader:
                 raise data
             request = parse_line(data, item.image_id)
             line.custom_id = request.custom_id
+            check_messages(request.body.get("messages"), "messages", self.limits)
             line.chat = parse_chat(request.body, self.takes_sampling)
             check_model(line.chat.model, self.preset, self.version)
             line.chat.tool_use.check_served(self.tasks)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import FileResponse
+from starlette.types import Receive, Scope, Send
 
 from lumen_ray.errors import UserError
 from lumen_ray.serve import forms
@@ -20,8 +22,17 @@ from lumen_ray.serve.batches.batch_store import BatchStore
 from lumen_ray.serve.batches.bodies import BatchBody, BatchQuery, FileForm, FileQuery, read_upload
 from lumen_ray.serve.batches.file_store import FileStore
 from lumen_ray.serve.batches.records import Batch, StoredFile, is_id
-from lumen_ray.serve.http import content_type, json_schema_ref
+from lumen_ray.serve.http import content_type, json_schema_ref, without_range
 from lumen_ray.wire import schemas
+
+
+class _Content(FileResponse):
+    """A whole file. Raises `UserError` if it is deleted before it is sent."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if not await asyncio.to_thread(Path(self.path).is_file):
+            raise UserError("the file was deleted; GET /v1/files lists those there are", "unknown_file")
+        await super().__call__(without_range(scope), receive, send)
 
 
 def make_files_router(files: FileStore, batches: BatchStore) -> APIRouter:
@@ -64,7 +75,12 @@ def make_files_router(files: FileStore, batches: BatchStore) -> APIRouter:
     @router.get("/{file_id}/content", summary="A file itself", response_class=FileResponse)
     async def content(request: Request, file_id: str) -> FileResponse:
         file = await asyncio.to_thread(files.get, file_id, _owner(request))
-        return FileResponse(files.content(file.id), media_type="application/octet-stream", filename=file.filename)
+        return _Content(
+            files.content(file.id),
+            headers={"Accept-Ranges": "none"},
+            media_type="application/octet-stream",
+            filename=file.filename,
+        )
 
     @router.delete("/{file_id}", summary="Delete a file")
     async def delete(request: Request, file_id: str) -> dict[str, Any]:

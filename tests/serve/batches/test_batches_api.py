@@ -158,6 +158,19 @@ def test_unknown_ids_are_404(web, path, name):
     assert web.post(f"/v1/batches/{name}/cancel").status_code == 404
 
 
+@pytest.mark.parametrize("given", ["bytes=abc", "bytes=100-200", "bytes=0-0,1-1", "bytes=0-0"])
+def test_a_file_is_sent_whole(web, given):
+    path = f"/v1/files/{upload(web, 'abc').json()['id']}/content"
+    response = web.get(path, headers={"Range": given})
+    assert (response.status_code, response.text, response.headers["accept-ranges"]) == (200, "abc", "none")
+
+
+def test_a_file_that_goes_while_it_is_asked_for_is_unknown(web, batch_server):
+    file_id = upload(web, "abc").json()["id"]
+    batch_server.files.content(file_id).unlink()
+    assert reason(web.get(f"/v1/files/{file_id}/content"), 404) == "unknown_file"
+
+
 @pytest.mark.parametrize(
     ("query", "code", "status"),
     [
@@ -207,7 +220,7 @@ def test_limits_of_files(tmp_path):
     assert reason(upload(web, "x" * 100_001), 413) == "file_too_large"
     assert reason(upload(web, "x" * 200_000), 413) == "body_too_large"
     last = upload(web, "x" * 99_999).json()["id"]
-    assert reason(upload(web, "x" * 99_999)) == "storage_full"
+    assert reason(upload(web, "x" * 99_999), 507) == "storage_full"
     web.delete(f"/v1/files/{last}")
     assert upload(web, "x" * 99_999).status_code == 200
     assert web.post(CHAT, content=b"x" * (21 << 20)).status_code == 413  # of other routes the limit is their own
