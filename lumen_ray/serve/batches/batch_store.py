@@ -1,7 +1,8 @@
 """The batches in the folder that all ingress replicas and the replica of the batches share.
 
-Each file has one writer. An ingress writes ``batches/ID/batch.json``, what was asked for, and ``cancel.json``, when it
-was to be cancelled; the replica that answers batches writes ``state.json`` and ``work/``, the ledger of a label job.
+Each file has one writer. An ingress writes ``batches/ID/batch.json``, what was asked for (``new.json`` until the owner
+is known to have room for it), and ``cancel.json``, when it was to be cancelled; the replica that answers batches writes
+``state.json`` and ``work/``, the ledger of a label job.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from lumen_ray.serve.batches.file_store import (
 from lumen_ray.serve.batches.records import Batch, BatchState, Cancelling, Problem, is_id, new_id, shown_batch
 from lumen_ray.serve.settings import Batches
 
+_BATCH, _NEW = "batch.json", "new.json"
+
 
 class BatchStore:
     """Keeps batches. Methods block, and raise `UserError` for what a client did, or if the folder cannot be used."""
@@ -36,23 +39,35 @@ class BatchStore:
         self._settings, self._clock = settings, clock
         self.folder = Path(settings.folder) / "batches"
         self._ended: set[str] = set()  # ids, to read the states of others only
-        self._cancelling = threading.Lock()
+        self._adding, self._cancelling = threading.Lock(), threading.Lock()
         with files.as_user_error(self.folder, "written"):
             self.folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, owner: str | None, window_s: int, **asked: Any) -> Batch:
         """A new batch. `asked`: the other fields of `Batch`. Raises `UserError` if too many of this owner's are not
         done."""
-        most = self._settings.max_unfinished
-        if sum(batch.owner == owner for batch in self.unfinished()) >= most:
-            raise UserError(
-                f"{most} batches are not done yet; wait until one is, or cancel one before another is created",
-                "too_many_batches",
-            )
-        now = int(self._clock())
+        now, most = int(self._clock()), self._settings.max_unfinished
         batch = Batch(id=new_id("batch_"), owner=owner, created_at=now, expires_at=now + window_s, **asked)
-        write_record(self.folder / batch.id / "batch.json", batch)
+        folder = self.folder / batch.id
+        with self._adding:
+            try:
+                write_record(folder / _NEW, batch)  # from here on other processes count it
+                if self._unfinished_of(owner) > most:
+                    raise UserError(
+                        f"{most} batches are not done yet; wait until one is, or cancel one before another is created",
+                        "too_many_batches",
+                    )
+                with files.as_user_error(folder, "written"):
+                    (folder / _NEW).rename(folder / _BATCH)
+            except BaseException:
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
         return batch
+
+    def _unfinished_of(self, owner: str | None) -> int:
+        """The number of this owner's batches that have not ended, with those that are being created."""
+        found = (read_record(self.folder / batch_id / _NEW, Batch) or self._read(batch_id) for batch_id in self._open())
+        return sum(batch is not None and batch.owner == owner for batch in found)
 
     def get(self, batch_id: str, owner: str | None) -> Batch:
         """A batch of this owner. Raises `UserError` (`unknown_batch`) if there is none."""
@@ -71,13 +86,19 @@ class BatchStore:
 
     def unfinished(self) -> Iterator[Batch]:
         """All batches that have not ended, oldest first."""
-        for batch_id in ids_in(self.folder):
+        return (batch for batch_id in self._open() if (batch := self._read(batch_id)) is not None)
+
+    def _open(self) -> Iterator[str]:
+        """The ids of batches that have not ended, oldest first."""
+        ids = ids_in(self.folder)
+        self._ended.intersection_update(ids)
+        for batch_id in ids:
             if batch_id in self._ended:
                 continue
             if self.state(batch_id).has_ended:
                 self._ended.add(batch_id)
-            elif (batch := self._read(batch_id)) is not None:
-                yield batch
+            else:
+                yield batch_id
 
     def shown(self, batch: Batch) -> dict[str, Any]:
         """OpenAI's object."""
@@ -138,8 +159,8 @@ class BatchStore:
             self.remove_work(batch_id)
             if max(state.times.values()) + self._settings.retention_days * 86_400 <= now:
                 with suppress(OSError):
-                    (self.folder / batch_id / "batch.json").unlink()
+                    (self.folder / batch_id / _BATCH).unlink()
                 shutil.rmtree(self.folder / batch_id, ignore_errors=True)
 
     def _read(self, batch_id: str) -> Batch | None:
-        return read_record(self.folder / batch_id / "batch.json", Batch) if is_id(batch_id, "batch_") else None
+        return read_record(self.folder / batch_id / _BATCH, Batch) if is_id(batch_id, "batch_") else None

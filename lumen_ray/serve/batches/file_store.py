@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -100,16 +101,18 @@ class FileStore:
 
     def __init__(self, settings: Batches, clock: Clock = time.time):
         self._settings, self._clock = settings, clock
+        self._adding = threading.Lock()
         self._folder = Path(settings.folder) / "files"
         with files.as_user_error(self._folder, "written"):
             self._folder.mkdir(parents=True, exist_ok=True)
 
-    def check_room(self, size: int) -> None:
-        """Raises `UserError` if a file of so many bytes is too large, or the folder too full for it."""
+    def check_room(self, size: int, counted: str | None = None) -> None:
+        """Raises `UserError` if a file of so many bytes is too large, or the folder too full for it. `counted`: the id
+        of the file itself, if it is in the folder."""
         most = self._settings.max_file_bytes
         if size > most:
             raise UserError(f"the file has {size} bytes; give at most {most}", "file_too_large", "file")
-        used = sum(max(file.bytes, _LEAST_BYTES) for file in self._all())
+        used = sum(self._room_of(file_id) for file_id in ids_in(self._folder) if file_id != counted)
         if used + size > self._settings.max_total_bytes:
             raise UserError(
                 f"the server's files have {used} bytes, of {self._settings.max_total_bytes} at most; delete files that "
@@ -117,8 +120,15 @@ class FileStore:
                 "storage_full",
             )
 
+    def _room_of(self, file_id: str) -> int:
+        """Bytes of a file, of one that is not yet whole too."""
+        with suppress(FileNotFoundError, NotADirectoryError):
+            return max(self.content(file_id).stat().st_size, _LEAST_BYTES)
+        return 0
+
     def add(self, source: BinaryIO, owner: str | None, filename: str, lifetime_s: int | None = None) -> StoredFile:
-        """Keeps a copy of a file of requests, from `source`'s position on."""
+        """Keeps a copy of a file of requests, from `source`'s position on. Raises `UserError` as `check_room`; of those
+        that are added at the same time, none takes the room of another."""
         file_id = new_id("file-")
         content = self.content(file_id)
         try:
@@ -128,9 +138,20 @@ class FileStore:
                     shutil.copyfileobj(source, target, _COPIED_AT_ONCE)
                     target.flush()
                     os.fsync(target.fileno())
+            with self._adding:
+                self._check_added(file_id)
             return self._record(file_id, owner, filename, "batch", lifetime_s)
         except BaseException:
             shutil.rmtree(content.parent, ignore_errors=True)
+            raise
+
+    def _check_added(self, file_id: str) -> None:
+        """`check_room` of a file that is in the folder, where it goes from if there is none."""
+        content = self.content(file_id)
+        try:
+            self.check_room(content.stat().st_size, counted=file_id)
+        except UserError:
+            content.unlink()  # before the next one counts it
             raise
 
     def adopt(self, path: Path, file_id: str, owner: str | None, filename: str, lifetime_s: int | None) -> StoredFile:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
+import threading
 import tracemalloc
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
@@ -12,7 +15,10 @@ from fastapi.testclient import TestClient
 from support.batch_fakes import BatchServer, line
 from support.live_server import live_server
 
+from lumen_ray.errors import UserError
 from lumen_ray.serve.api import create_api
+from lumen_ray.serve.batches.batch_store import BatchStore
+from lumen_ray.serve.batches.file_store import FileStore
 from lumen_ray.serve.keys import new_key
 from lumen_ray.serve.settings import Auth, ServeSettings
 
@@ -267,6 +273,65 @@ def test_a_large_upload_is_not_held_in_memory(batch_server):
         finally:
             tracemalloc.stop()
     assert sent["bytes"] == len(piece) * pieces and peak < 8 << 20
+
+
+def at_a_time(call, count=4):
+    """What calls that begin together return or raise."""
+    barrier = threading.Barrier(count)
+
+    def one(n):
+        barrier.wait(20)
+        try:
+            return call(n)
+        except UserError as error:
+            return error.reason
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+def test_uploads_at_the_same_time_do_not_take_the_same_room(tmp_path):
+    server = BatchServer(tmp_path, max_total_bytes=200_000)
+    ingresses = [FileStore(server.settings.batches) for _ in range(2)]
+    for _ in range(4):
+        server.files.check_room(90_000)  # at this time there is room for each
+    found = at_a_time(lambda n: ingresses[n % 2].add(io.BytesIO(b"x" * 90_000), None, "a"))
+    kept = server.files.of(None)
+    assert len(kept) <= 2 and found.count("storage_full") == 4 - len(kept)
+    assert len(list((tmp_path / "files").iterdir())) == len(kept)
+    server.files.add(io.BytesIO(b"x" * 10_000), None, "a")
+    alone = BatchServer(tmp_path / "alone", max_total_bytes=200_000).files
+    found = at_a_time(lambda _: alone.add(io.BytesIO(b"x" * 150_000), None, "a"), 2)
+    assert len(alone.of(None)) <= 1 and "storage_full" in found
+
+
+def test_an_upload_that_is_not_done_takes_room(tmp_path):
+    server = BatchServer(tmp_path, max_total_bytes=200_000)
+    other = server.files.content("file-" + "0" * 32)
+    other.parent.mkdir()
+    other.write_bytes(b"x" * 150_000)
+    with pytest.raises(UserError, match="delete files"):
+        server.files.check_room(60_000)
+
+
+def test_batches_created_at_the_same_time_are_counted(tmp_path):
+    server = BatchServer(tmp_path, max_unfinished=2)
+    asked = {"input_file_id": server.upload(line("a")), "endpoint": CHAT, "completion_window": "24h"}
+    found = at_a_time(lambda _: server.batches.add("alice", 60, **asked), 6)
+    assert found.count("too_many_batches") == 4
+    others = [BatchStore(server.settings.batches) for _ in range(4)]
+    at_a_time(lambda n: others[n].add("bob", 60, **asked))
+    kept = list(server.batches.newest("bob"))
+    assert len(kept) <= 2 and len(list((tmp_path / "batches").iterdir())) == 2 + len(kept)
+
+
+def test_batches_that_are_gone_are_forgotten(batch_server):
+    batch_id = batch_server.create(line("a"))
+    batch_server.finish(batch_id)
+    assert not list(batch_server.batches.unfinished()) and batch_server.batches._ended == {batch_id}
+    batch_server.now += 40 * 86_400
+    batch_server.batches.sweep()
+    assert not list(batch_server.batches.unfinished()) and not batch_server.batches._ended
 
 
 def test_damaged_records_are_no_errors_of_others(web, batch_server):
