@@ -8,6 +8,7 @@ none is missing in between.
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
@@ -98,7 +99,7 @@ class Versions(Generic[R]):
             try:
                 if await asyncio.to_thread(stamp_of, self._model) == self._stamp:
                     return self.newest
-                self.settle(current)  # so that at most two are held at a time
+                await self.keep(current)  # so that at most two are held at a time
                 stamp, version, made = await asyncio.to_thread(self._load)
             except UserError as error:
                 return error
@@ -118,6 +119,7 @@ class Versions(Generic[R]):
     async def keep(self, version: str) -> None:
         """`settle`, as a call."""
         self.settle(version)
+        await asyncio.to_thread(gc.collect)  # a replica and its batches refer to each other
 
     def _of(self, version: str) -> R:
         if (found := self._held.get(version)) is None:

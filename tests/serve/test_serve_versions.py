@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import os
 import shutil
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
@@ -64,6 +66,27 @@ def test_a_request_is_answered_by_one_version_while_the_folder_changes(replicas,
     versions, answers, info = asyncio.run(ask())
     assert versions == [first, second, second, second, first] and info["version"] == second
     assert all(len(answer.predictions) == 1 for (answer,) in answers)
+
+
+def test_a_version_that_is_dropped_leaves_memory_at_once(replicas, folder):
+    trunk, decoder = replicas
+
+    async def ask():
+        reply = await trunk.link(JOB)
+        await decoder.decode(reply.output, (REQUEST,), "", reply.version)
+        return reply.version
+
+    first, second = asyncio.run(ask()), publish(folder)
+    held = [weakref.ref(replica._held[first].stage) for replica in replicas]
+    gc.collect()
+    gc.disable()  # which may come much later than the load of a third version
+    try:
+        for replica in replicas:
+            assert asyncio.run(replica.update(first)) == second
+            asyncio.run(replica.keep(second))
+        assert [stage() for stage in held] == [None, None]
+    finally:
+        gc.enable()
 
 
 def test_a_trunk_that_does_not_hold_a_version_answers_with_its_newest(replicas):
