@@ -94,16 +94,17 @@ class Reloads:
         if version == self.version:
             return
         logger.warning("serving version %s of '%s' in place of %s", version, self._model, self.version)
-        self.version = version
+        old, self.version = self.version, version
         self._on_switch()
         if self._settling is not None:
             self._settling.cancel()
-        self._settling = asyncio.create_task(self._settle(version))
+        self._settling = asyncio.create_task(self._settle(old))
 
-    async def _settle(self, version: str) -> None:
-        """Drops the old version once requests that ask for it are over."""
+    async def _settle(self, old: str) -> None:
+        """Drops the old version once requests that ask for it are over. Others may ask for a newer one by then, so
+        nothing else is dropped."""
         await asyncio.sleep(self._keep_s)
-        await self._all("keep", version)
+        await self._all("drop", old)
 
     def _refuse(self, why: str) -> None:
         if why != self.refused:

@@ -121,6 +121,12 @@ class Versions(Generic[R]):
         self.settle(version)
         await asyncio.to_thread(gc.collect)  # a replica and its batches refer to each other
 
+    async def drop(self, version: str) -> None:
+        """Drops one version, unless it is the newest. Calls that have begun are answered."""
+        if version != self.newest:
+            self._held.pop(version, None)
+            await asyncio.to_thread(gc.collect)
+
     def _of(self, version: str) -> R:
         if (found := self._held.get(version)) is None:
             raise OtherVersion(f"this replica holds version {', '.join(self._held)}, not {version}")

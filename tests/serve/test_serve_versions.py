@@ -89,6 +89,19 @@ def test_a_version_that_is_dropped_leaves_memory_at_once(replicas, folder):
         gc.enable()
 
 
+def test_an_ingress_that_lags_behind_drops_no_newer_version(replicas, folder):
+    trunk, _ = replicas
+    first, second = trunk.newest, publish(folder)
+    asyncio.run(trunk.update(first))
+    third = publish(folder)
+    assert asyncio.run(trunk.update(second)) == third
+    for old in (first, third):
+        asyncio.run(trunk.drop(old))
+        assert list(trunk._held) == [second, third]
+    asyncio.run(trunk.drop(second))
+    assert list(trunk._held) == [third]
+
+
 def test_a_trunk_that_does_not_hold_a_version_answers_with_its_newest(replicas):
     trunk, _ = replicas
     reply = asyncio.run(trunk.link(dataclasses.replace(JOB, version="gone")))
@@ -140,7 +153,7 @@ class Replicas:
         self.calls.append((method, *arguments))
 
         async def results_async(return_exceptions):
-            return [None] * len(self.says) if method == "keep" else list(self.says)
+            return list(self.says) if method == "update" else [None] * len(self.says)
 
         return SimpleNamespace(results_async=results_async)
 
@@ -166,7 +179,7 @@ def test_requests_go_over_once_every_replica_holds_the_new_version(folder):
     trunk, decoder = Replicas("new"), Replicas("new", "new")
     reloads, switched = looked(folder, trunk, decoder)
     assert (reloads.version, reloads.refused, switched) == ("new", None, 1)
-    assert trunk.calls == decoder.calls == [("update", "old"), ("keep", "new")]
+    assert trunk.calls == decoder.calls == [("update", "old"), ("drop", "old")]
 
 
 def test_what_one_replica_refuses_is_not_served_and_dropped_everywhere(folder, caplog):
