@@ -49,8 +49,9 @@ class Reply:
         return cls(text, calls, ended, extension)
 
     def unsent(self, sent: str) -> str:
-        """The text behind what a client has of it. Raises `Unavailable` if that is of another answer."""
-        if not self.text.startswith(sent):
+        """The text behind what a client has of it, which may end in more space. Raises `Unavailable` if that is of
+        another answer."""
+        if not self.text.startswith(sent.rstrip()):
             raise Unavailable("the answer was written anew while it was sent; ask again")
         return self.text[len(sent) :]
 

@@ -125,7 +125,9 @@ class Cluster:
         address = {"RAY_ADDRESS": f"127.0.0.1:{self.port}"}
         threads = {"OMP_NUM_THREADS": "1", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
         token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token} if self.token else {}
-        return os.environ | quick_death | address | threads | token
+        # commands of jobs look for Python there, as in an activated environment
+        path = {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
+        return os.environ | quick_death | address | threads | token | path
 
     def _start(self, *options: str) -> subprocess.Popen:
         common = ["--block", f"--num-cpus={self.cpus}", "--object-store-memory=100000000", "--disable-usage-stats"]
