@@ -85,7 +85,7 @@ class Versions(Generic[R]):
 
     async def ping(self) -> bool:
         """Whether the model gets on."""
-        return all([await replica.ping() for replica in self._held.values()])
+        return all([await replica.ping() for replica in list(self._held.values())])
 
     async def check_health(self) -> None:
         """Called by Serve, which replaces the replica after several errors in a row."""
