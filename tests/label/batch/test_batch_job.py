@@ -247,7 +247,7 @@ def test_progress_and_errors_count_requests(tmp_path):
 def test_a_batch_costs_what_its_time_costs(tmp_path):
     summary = run(tmp_path, line("a"), "{", usd_per_hour=3600.0)
     assert summary["usd"] == pytest.approx(summary["spent_seconds"], abs=0.1) and summary["usd"] > 0
-    assert "; $" in answered_line(summary, "out") and label_status(tmp_path / "out")["usd_per_hour"] == 3600.0
+    assert "$0." in answered_line(summary, "out") and label_status(tmp_path / "out")["usd_per_hour"] == 3600.0
     again = run(tmp_path, line("a"), "{", usd_per_hour=7200.0)
     assert again["usd"] == pytest.approx(2 * summary["spent_seconds"])
 
