@@ -6,8 +6,11 @@ Whoever runs a model for others sets `wanted_while` and `giving_way`; loops over
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Cancelled(Exception):
@@ -26,24 +29,23 @@ _give_way: ContextVar[Callable[[], None]] = ContextVar("give_way", default=_keep
 _is_wanted: ContextVar[Callable[[], bool]] = ContextVar("is_wanted", default=_always)
 
 
-@contextmanager
-def wanted_while(is_wanted: Callable[[], bool]) -> Iterator[None]:
+def wanted_while(is_wanted: Callable[[], bool]) -> AbstractContextManager[None]:
     """Work of this thread inside is given up once `is_wanted` is false."""
-    token = _is_wanted.set(is_wanted)
-    try:
-        yield
-    finally:
-        _is_wanted.reset(token)
+    return _set_to(_is_wanted, is_wanted)
+
+
+def giving_way(give_way: Callable[[], None]) -> AbstractContextManager[None]:
+    """Work of this thread inside calls `give_way` between its passes, which returns when it may go on."""
+    return _set_to(_give_way, give_way)
 
 
 @contextmanager
-def giving_way(give_way: Callable[[], None]) -> Iterator[None]:
-    """Work of this thread inside calls `give_way` between its passes, which returns when it may go on."""
-    token = _give_way.set(give_way)
+def _set_to(variable: ContextVar[T], value: T) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _give_way.reset(token)
+        variable.reset(token)
 
 
 def current() -> Callable[[], bool]:

@@ -41,8 +41,8 @@ RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 SHARED = {0, RANK["decoders"], RANK["api"], RANK["cli"]}
 #: modules of the command line that live beside what they run
 COMMANDS = (
-    "data.command", "model.convert.command", "label.command", "bench.command", "bench.kinds", "plan.command",
-    "remote.command",
+    "data.command", "model.convert.command", "label.command", "label.output_command", "bench.command", "bench.kinds",
+    "plan.command", "remote.command",
 )  # fmt: skip
 #: packages that can be called as a function of the API
 CALLABLE = ("train", "label", "evaluate", "serve")

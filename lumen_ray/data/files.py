@@ -8,9 +8,7 @@ such bucket, no connection), which must stop a job instead of rejecting its imag
 from __future__ import annotations
 
 import errno
-import glob as local_glob
 import os
-import re
 import shutil
 import stat
 import time
@@ -25,10 +23,9 @@ from urllib.parse import parse_qsl
 from pyarrow import fs
 
 from lumen_ray.data.fsspec_store import is_known, open_store
-from lumen_ray.data.urls import NATIVE, Location, is_url, join, parent, shown, split, url_of
+from lumen_ray.data.urls import NATIVE, Location, is_url, parent, shown, split, url_of
 from lumen_ray.errors import UserError, suggest
 
-_WILD = re.compile(r"[*?\[]")
 #: of the stores that messages name
 SCHEMES = ("s3", "gs", "az", "hf")
 _LONGEST_KEY = 1024  # bytes, of S3 and GCS alike
@@ -256,52 +253,6 @@ def idle_folders(folder: Location, prefix: str, seconds: float) -> list[str]:
         if times and max(times) < time.time() - seconds:
             idle.append(top.base_name)
     return sorted(idle)
-
-
-def expand(pattern: Location) -> list[str]:
-    """The files that match a location with ``*``, ``?``, ``[...]`` or, for any depth, ``**``, sorted; a location
-    without wildcards is returned as it is. Raises `UserError` (`missing_file`) if nothing matches."""
-    scheme, path, settings = split(pattern)
-    wild = _WILD.search(path)
-    if wild is None:
-        return [os.fspath(pattern)]
-    if not scheme:
-        found = [name for name in local_glob.glob(os.path.expanduser(path), recursive=True) if os.path.isfile(name)]
-    else:
-        folder, rest = split_pattern(pattern)
-        deep = "/" in path[len(split(folder)[1]) + 1 :]
-        names = list_files(folder, recursive=deep) if is_dir(folder) else []
-        found = [join(folder, name) for name in names if rest.fullmatch(name)]
-    if not found:
-        raise UserError(f"no file matches '{shown(pattern)}'", "missing_file")
-    return sorted(found)
-
-
-def has_wildcards(location: Location) -> bool:
-    """Whether it has ``*``, ``?`` or ``[``."""
-    return _WILD.search(split(location)[1]) is not None
-
-
-def split_pattern(pattern: Location) -> tuple[str, re.Pattern[str]]:
-    """The folder before the first wildcard of a location, and a pattern for the names relative to it."""
-    scheme, path, settings = split(pattern)
-    wild = _WILD.search(path)
-    assert wild is not None, "a pattern has a wildcard"
-    fixed = path[: wild.start()].rpartition("/")[0]
-    if not scheme and not fixed:
-        fixed = "/" if path.startswith("/") else "."
-        return fixed, _as_regex(path.lstrip("/"))
-    return url_of(scheme, fixed, settings), _as_regex(path[len(fixed) :].lstrip("/"))
-
-
-def _as_regex(pattern: str) -> re.Pattern[str]:
-    wildcards = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
-    tokens = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]*\])", pattern)
-    sets = (t.replace("[!", "[^", 1) if t.startswith("[") else re.escape(t) for t in tokens)
-    try:
-        return re.compile("".join(wildcards.get(t) or other for t, other in zip(tokens, sets, strict=True)))
-    except re.error as error:
-        raise UserError(f"'{pattern}' is not a pattern of file names: {error}", "invalid_pattern") from None
 
 
 def put(local: Location, location: Location) -> None:

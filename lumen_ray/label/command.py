@@ -1,4 +1,4 @@
-"""The verb `label` of the command line, with `label export` and `label status`: its options and its output.
+"""The verb `label` of the command line: its options and its output.
 
 Heavy imports happen inside the functions.
 """
@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from lumen_ray import api
 from lumen_ray.console import bar, class_names, comma_separated, decoders_by_task, say, texts_by_task
 from lumen_ray.errors import UserError
-from lumen_ray.label.exporters.registry import DEFAULT_EXPORTS, EXPORTERS
+from lumen_ray.label.exporters.registry import DEFAULT_EXPORTS
+from lumen_ray.label.output_command import export_parser, status_parser
 from lumen_ray.options import decoders_arg, device_arg, dtype_arg, exemplars_arg, model_arg, say_bundled
 from lumen_ray.presets import model_folder
 from lumen_ray.remote.command import add_submit_args
@@ -33,8 +34,8 @@ def add_args(verbs: Any, parser_class: type) -> None:
     """Adds `label INPUT`, `label export` and `label status`; `verbs` are argparse's subparsers."""
     _input_args(verbs)
     parser = verbs.choices["label"]
-    parser.subcommands["export"] = _export_parser(parser_class)
-    parser.subcommands["status"] = _status_parser(parser_class)
+    parser.subcommands["export"] = export_parser(parser_class)
+    parser.subcommands["status"] = status_parser(parser_class)
     parser.advice = "label takes one input; put a glob in quotes, such as 'photos/*.jpg'"
     names = ", ".join(f"'lumen-ray label {name} --help'" for name in parser.subcommands)
     parser.epilog = f"see also {names}; a folder of such a name is given as ./NAME"
@@ -140,66 +141,6 @@ def _input_args(verbs: Any) -> None:
     )
     add_submit_args(p)
     p.set_defaults(run=lambda args: _label(args) if args.input_jsonl is None else _answer_batch(args, p))
-
-
-def _export_parser(parser_class: type) -> argparse.ArgumentParser:
-    p = parser_class(
-        prog="lumen-ray label export",
-        description="Writes labels in the formats of annotation tools and trainers.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="formats:\n" + "\n".join(f"  {name:<13} {form.summary}" for name, form in EXPORTERS.items()),
-    )
-    p.add_argument("labels", metavar="DIR", help="output folder of 'lumen-ray label'")
-    p.add_argument(
-        "--format", type=comma_separated, required=True, metavar="FORMAT,..", help="formats, comma separated, see below"
-    )
-    p.add_argument("--output", help="folder in which each format gets a folder of its name (default: DIR)")
-    p.add_argument(
-        "--tasks", type=comma_separated, help="tasks to export, comma separated (default: all that a format can hold)"
-    )
-    p.add_argument(
-        "--max-images-per-file",
-        type=int,
-        metavar="N",
-        help="images in one JSON, XML, CSV or tar file (default: all, in tars 1000)",
-    )
-    p.add_argument(
-        "--copy-images",
-        action="store_true",
-        help="copy the image files of formats that have them (default: hard links, copies on another disk)",
-    )
-    p.add_argument(
-        "--image-url", metavar="PREFIX", help="prefix of image addresses in labelstudio (default: local files)"
-    )
-    p.add_argument(
-        "--review-budget", type=int, default=100, metavar="N", help="images that review chooses (default: 100)"
-    )
-    p.add_argument(
-        "--near-distance",
-        type=int,
-        default=6,
-        metavar="BITS",
-        help="of the 64 of perceptual hashes, the most in which those of near duplicates differ (default: 6)",
-    )
-    p.add_argument(
-        "--gallery-images",
-        default="1000",
-        metavar="N|all",
-        help="images that gallery shows, the first of the input (default: 1000)",
-    )
-    p.set_defaults(run=_export)
-    return p
-
-
-def _status_parser(parser_class: type) -> argparse.ArgumentParser:
-    p = parser_class(
-        prog="lumen-ray label status",
-        description="Says how far a job is, from its output: on any machine that sees it, while it runs or later.",
-    )
-    p.add_argument("labels", metavar="DIR", help="output folder or bucket of 'lumen-ray label'")
-    p.add_argument("--json", action="store_true", help="print JSON")
-    p.set_defaults(run=_status)
-    return p
 
 
 #: what ``--input-jsonl`` can be combined with
@@ -357,45 +298,3 @@ def actor_numbers(text: str) -> int | range | None:
         if 1 <= int(fewest) <= int(most):
             return range(int(fewest), int(most) + 1)
     raise UserError(f"--actors is '{text}'; give a number such as 4, a range such as 1:32, or auto", "invalid_setting")
-
-
-def gallery_images(text: str) -> int | None:
-    """The value of ``--gallery-images``; None for "all". Raises `UserError` for others."""
-    if text != "all" and not (text.isdecimal() and int(text)):
-        raise UserError(f"--gallery-images is '{text}'; give a number of images from 1, or all", "invalid_setting")
-    return None if text == "all" else int(text)
-
-
-def _export(args: argparse.Namespace) -> None:
-    shown = gallery_images(args.gallery_images)
-    with bar("export") as progress:
-        written = api.export_labels(
-            args.labels,
-            args.format,
-            output=args.output,
-            tasks=args.tasks,
-            max_images_per_file=args.max_images_per_file,
-            copy_images=args.copy_images,
-            image_url=args.image_url,
-            review_budget=args.review_budget,
-            near_distance=args.near_distance,
-            gallery_images=shown,
-            progress=lambda name, done, total: progress.update(done, total, name),
-        )
-    for name, found in written.items():
-        left_out = f"; not {', '.join(found['left_out'])}, which it cannot hold" if found["left_out"] else ""
-        missing = f"; {found['missing']} images could not be read any more, or have changed" if found["missing"] else ""
-        tasks = ", ".join(found["tasks"])
-        note = f"; {found['note']}" if "note" in found else ""
-        say(f"{name}: {found['images']} images, {tasks} -> {found['output']}{left_out}{missing}{note}")
-
-
-def _status(args: argparse.Namespace) -> None:
-    from lumen_ray.label.status import label_status, status_lines
-
-    status = label_status(args.labels)
-    if args.json:
-        print(json.dumps(status, indent=1))
-        return
-    for line in status_lines(args.labels, status):
-        say(line)

@@ -19,7 +19,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from lumen_ray.data import files, urls
+from lumen_ray.data import files, patterns, urls
 from lumen_ray.data.pictures import SUFFIXES, is_hidden, is_picture, kind_of
 from lumen_ray.data.sources import tars
 from lumen_ray.data.walk import walk
@@ -79,7 +79,7 @@ class Listing:
         source = self.source
         if urls.is_url(source):
             files.filesystem(source)  # raises for web addresses
-        if not (files.is_dir(source) or files.is_file(source) or files.has_wildcards(source)):
+        if not (files.is_dir(source) or files.is_file(source) or patterns.has_wildcards(source)):
             raise UserError(
                 f"input '{urls.shown(source)}' does not exist; give a folder of images, a shard folder, a glob "
                 "such as 'photos/**/*.jpg', or a list, table or tar of images",
@@ -103,7 +103,7 @@ class Listing:
             yield from self._glob()
 
     def _glob(self) -> Iterator[Item]:
-        folder, pattern = files.split_pattern(self.source)
+        folder, pattern = patterns.split_pattern(self.source)
         if not files.is_dir(folder):
             return
         rest = urls.split(self.source)[1].removeprefix(urls.split(folder)[1])
@@ -181,7 +181,7 @@ def source_folder(source: urls.Location) -> str | None:
     """The folder whose files are listed for `source`, a folder or a glob; None for a file."""
     if files.is_dir(source):
         return str(source)
-    return None if files.is_file(source) or not files.has_wildcards(source) else files.split_pattern(source)[0]
+    return None if files.is_file(source) or not patterns.has_wildcards(source) else patterns.split_pattern(source)[0]
 
 
 def check_output(source: urls.Location, output: urls.Location) -> None:

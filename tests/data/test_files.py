@@ -9,7 +9,7 @@ import fsspec
 import pytest
 from pyarrow import fs
 
-from lumen_ray.data import files, urls
+from lumen_ray.data import files, patterns, urls
 from lumen_ray.errors import UserError
 
 
@@ -63,7 +63,7 @@ def test_patterns(root):
     put(root, "b.jpg", "a.jpg", "x/c.jpg", "x/y/d.jpg", "e.png")
 
     def found(pattern):
-        return [location[len(root) + 1 :] for location in files.expand(urls.join(root, pattern))]
+        return [location[len(root) + 1 :] for location in patterns.expand(urls.join(root, pattern))]
 
     assert found("*.jpg") == ["a.jpg", "b.jpg"]
     assert found("**/*.jpg") == ["a.jpg", "b.jpg", "x/c.jpg", "x/y/d.jpg"]

@@ -17,7 +17,6 @@ from unittest.mock import AsyncMock, Mock
 import httpx
 import numpy as np
 import pytest
-import torch
 from fastapi.testclient import TestClient
 from PIL import Image
 from support.chat_fakes import line
@@ -59,14 +58,6 @@ def settings_of(model_folder: Path, **fields: object) -> ServeSettings:
 @pytest.fixture(scope="module")
 def engine(model_folder) -> Engine:
     return Engine.load(model_folder)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -49,14 +49,6 @@ def job(seed, *requests, size=(96, 128), max_new_tokens=6):
     return TrunkJob(image, requests, max_new_tokens)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def trunk(model_folder):
     return TrunkReplica(str(model_folder), "cpu", {})

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from lumen_ray.label.ledger import Ledger
@@ -41,10 +42,18 @@ class LabelJob:
 
     def kill_after(self, fragments):
         """Starts it and kills driver and workers at once when it has published so many fragments."""
-        job = self._start(stderr=subprocess.DEVNULL)
-        wait_for(lambda: len(self.ledger.done()) >= fragments, f"fragment {fragments}", 120, job)
-        os.killpg(job.pid, signal.SIGKILL)
-        job.wait()
+        with tempfile.TemporaryFile("w+") as errors:
+            job = self._start(stderr=errors)
+
+            def published():
+                if job.poll() is not None:
+                    errors.seek(0)
+                    raise AssertionError(f"the job ended before fragment {fragments}: {errors.read()[-2000:]}")
+                return len(self.ledger.done()) >= fragments
+
+            wait_for(published, f"fragment {fragments}", 120)
+            os.killpg(job.pid, signal.SIGKILL)
+            job.wait()
 
     def run(self):
         """Runs it to its end; returns the summary."""

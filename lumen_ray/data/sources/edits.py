@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from lumen_ray.data import files, urls
+from lumen_ray.data import files, patterns, urls
 from lumen_ray.data.pictures import distinct_names, is_hidden, is_picture
 from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.data.sources import tables
@@ -57,7 +57,7 @@ class EditsSource(Source):
         records: list[Any] = []
         rejected: list[Rejected] = []
         total = 0
-        locations = [urls.absolute(path) for pattern in self.data for path in files.expand(pattern)]
+        locations = [urls.absolute(path) for pattern in self.data for path in patterns.expand(pattern)]
         names = distinct_names(locations)
         for location in dict.fromkeys(locations):
             found, bad, number = self._records(location, names[location])

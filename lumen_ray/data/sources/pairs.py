@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from lumen_ray.data import files, urls
+from lumen_ray.data import files, patterns, urls
 from lumen_ray.data.pictures import SUFFIXES, distinct_names, unique_id
 from lumen_ray.data.shards.schema import make_message, make_row
 from lumen_ray.data.sources import tables, tars
@@ -50,7 +50,7 @@ class PairsSource(Source):
                 raise UserError(f"image folder '{self.images}' does not exist", "missing_images")
         chunks: list[tables.Chunk] = []
         archives: list[str] = []
-        locations = [urls.absolute(path) for pattern in self.data for path in files.expand(pattern)]
+        locations = [urls.absolute(path) for pattern in self.data for path in patterns.expand(pattern)]
         for location in dict.fromkeys(locations):
             if location.lower().endswith(tars.SUFFIXES):
                 if not files.is_file(location):
