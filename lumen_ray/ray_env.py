@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 import sys
 from typing import Any
@@ -15,6 +16,8 @@ from lumen_ray import ray_log
 from lumen_ray.errors import UserError
 
 CONNECT_SECONDS = 10.0
+START_ATTEMPTS = 2
+_TOO_SLOW = re.compile(r"timed out during startup|Timed out waiting for file")  # of the raylet; of the GCS's port
 
 
 def prepare_environment() -> None:
@@ -81,21 +84,26 @@ def _check_reachable(address: str) -> None:
 
 
 def _start(**settings: Any) -> None:
-    """Starts a local Ray; raises `UserError` if the machine is too busy for its processes to come up in time."""
+    """Starts a local Ray, once more if its processes do not come up in time, as happens on a busy machine.
+
+    What the first attempt left ends with this process. Raises `UserError` if the second one fails too.
+    """
     import ray
 
     quiet: dict[str, Any] = {"log_to_driver": ray_log.on_terminal(), "logging_level": logging.ERROR}
-    try:
-        # "local": never another cluster that happens to run on this machine
-        ray.init(address="local", include_dashboard=False, **quiet, **settings)
-    except Exception as error:  # Ray has no exception class for it
-        if "timed out during startup" not in str(error):
-            raise
-        raise UserError(
-            "Ray did not start in time on this machine, which may be busy; run the command again when it is less so, "
-            "or without Ray where it can: label with --actors 0, prepare with --workers 0",
-            "ray_start",
-        ) from None
+    for _ in range(START_ATTEMPTS):
+        try:
+            # "local": never another cluster that happens to run on this machine
+            ray.init(address="local", include_dashboard=False, **quiet, **settings)
+            return
+        except Exception as error:  # Ray has no exception class for it
+            if not _TOO_SLOW.search(str(error)):
+                raise
+    raise UserError(
+        "Ray did not start in time on this machine, which may be busy; run the command again when it is less so, "
+        "or without Ray where it can: label with --actors 0, prepare with --workers 0",
+        "ray_start",
+    )
 
 
 def cluster_resources() -> dict[str, float]:

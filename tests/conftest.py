@@ -8,6 +8,8 @@ import pytest
 # Before anything imports torch. Two workers of pytest, and what they start, would take each other's cores; tests of
 # threads set their number themselves.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Ray gives its GCS 30 s to start, which a machine whose disk is busy with other tests does not always keep.
+os.environ.setdefault("RAY_gcs_server_port_wait_time_s", "60")
 
 
 @pytest.fixture(scope="session")

@@ -50,16 +50,50 @@ def test_an_address_at_which_no_cluster_answers_is_reported(monkeypatch, scheme)
     _check_reachable("auto")
 
 
-def test_a_machine_too_busy_to_start_ray_is_reported(monkeypatch):
+@pytest.mark.parametrize(
+    "message",
+    [
+        "The current node timed out during startup. Some of the raylet failed",
+        "Timed out waiting for file /tmp/ray/session_1/gcs_server_port_3afc",
+    ],
+)
+@pytest.mark.parametrize("failures", [1, 2])
+def test_a_start_that_takes_too_long_is_tried_once_more(monkeypatch, message, failures):
     prepare_environment()
     import ray
 
+    started = []
+
     def init(**settings):
-        raise Exception("The current node timed out during startup. Some of the raylet failed")
+        started.append(settings)
+        if len(started) <= failures:
+            raise RuntimeError(message)
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    with pytest.raises(UserError, match="Ray did not start in time .* run the command again .*--actors 0") as error:
+    if failures == 1:
         init_local()
-    assert error.value.reason == "ray_start"
+    else:
+        with pytest.raises(UserError, match="Ray did not start in time .* run the command again .*--actors 0") as error:
+            init_local()
+        assert error.value.reason == "ray_start"
+    assert len(started) == 2 and started[0] == started[1]
+
+
+def test_other_errors_of_a_start_are_not_tried_again(monkeypatch):
+    prepare_environment()
+    import ray
+
+    started = []
+
+    def init(**settings):
+        started.append(settings)
+        raise ValueError("no such setting")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ValueError, match="no such setting"):
+        init_local()
+    assert len(started) == 1
