@@ -185,14 +185,21 @@ def source_folder(source: urls.Location) -> str | None:
 
 
 def check_output(source: urls.Location, output: urls.Location) -> None:
-    """Raises `UserError` if the labels of `source` are to go among its images themselves (`invalid_output`), and for
-    URLs with a slash too few (`invalid_url`), which would be local paths."""
+    """Raises `UserError` if the labels of `source` are to go among its images themselves or into a repository of the
+    Hugging Face Hub, where each file would be a commit (`invalid_output`), and for URLs with a slash too few
+    (`invalid_url`), which would be local paths."""
     for kind, location in (("input", str(source)), ("output", str(output))):
         if match := _ONE_SLASH.match(location):
             right = f"{match[1]}://{location[match.end() :]}"
             raise UserError(f"{kind} '{urls.shown(location)}' is no URL; did you mean '{right}'?", "invalid_url")
     if urls.is_url(output):
         files.filesystem(output)  # raises for web addresses
+        if urls.split(output)[0] == "hf":
+            raise UserError(
+                f"output '{urls.shown(output)}' is on the Hugging Face Hub, which is only read; give a local folder or "
+                "one of s3://, gs://, az://",
+                "invalid_output",
+            )
     folder = source_folder(source)
     if folder is not None and _real(folder) == _real(output):
         raise UserError(

@@ -184,7 +184,7 @@ def run_work(
 ) -> tuple[Status, dict[str, str]]:
     """Does the fragments of `work` that are left; `counted`: see `Status`. Returns the status and, if Ray was
     used, the summary's ``log``. Raises as `label`."""
-    _list_ahead(work)
+    work = _list_ahead(work)
     before, plan, again = ledger.totals(), work.plan, sum(work.failed.values())
     done, errors = before["images"] - again, before["errors"] - again
     status = Status(plan.num_images(), done, errors, done, plan.is_complete)
@@ -210,14 +210,18 @@ def run_work(
     return status, {"log": str(log_file())}
 
 
-def _list_ahead(work: Work) -> None:
-    """Lists the input for a moment, so that mistakes in it are raised here and most totals are known from the start."""
+def _list_ahead(work: Work) -> Work:
+    """Lists the input for a moment, so that mistakes in it are raised here and most totals are known from the start.
+
+    Returns the work, without the listing if that is now complete.
+    """
     if work.listing is None:
-        return
+        return work
     ends = time.monotonic() + LIST_AHEAD_S
     for _ in work.plan.fragments(work.listing):
         if time.monotonic() > ends:
-            return
+            return work
+    return replace(work, listing=None)
 
 
 def _told(status: Status, claim: Claim, plan: Plan, progress: Progress | None) -> Callable[[], None]:

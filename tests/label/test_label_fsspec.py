@@ -88,17 +88,3 @@ def test_a_library_that_is_missing_is_named(azure, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="'az://' paths cannot be used: Install adlfs") as caught:
         label(FakeEngine, "az://box/in", tmp_path / "out", num_actors=0, **OPTIONS)
     assert caught.value.reason == "unknown_store" and "\n" not in str(caught.value)
-
-
-def test_hf_urls_reach_the_hubs_file_system(monkeypatch):
-    hub = pytest.importorskip("huggingface_hub")
-    asked = []
-
-    def info(self, path, **options):
-        asked.append(path)
-        return {"name": path, "size": 3, "type": "file"}
-
-    files._store.cache_clear()
-    monkeypatch.setattr(hub.HfFileSystem, "info", info)
-    assert files.is_file("hf://datasets/user/photos/a.png") and files.size("hf://datasets/user/photos/a.png") == 3
-    assert set(asked) == {"datasets/user/photos/a.png"}

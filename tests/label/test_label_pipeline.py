@@ -17,6 +17,7 @@ from support.tiny_models import EXPERTS, tiny_folder
 
 from lumen_ray.errors import UserError
 from lumen_ray.inference.tiles import Tiles
+from lumen_ray.label.listing import Listing
 from lumen_ray.label.pipeline import label
 from lumen_ray.label.requests import build_requests
 from lumen_ray.label.workers import LabelActor, Labeller, WorkerSettings
@@ -148,6 +149,15 @@ def test_a_killed_job_resumes_without_duplicate_or_gap(tmp_path):
     assert label(make_engine, photos, out, refresh=True, **options)["images"] == 13
     with pytest.raises(UserError, match="score_threshold was 0.3, now 0.6"):
         label(make_engine, photos, out, **options, score_threshold=0.6)
+
+
+def test_the_input_is_listed_once(tmp_path, monkeypatch):
+    listed = []
+    iterate = Listing.__iter__
+    monkeypatch.setattr(Listing, "__iter__", lambda listing: listed.append(listing) or iterate(listing))
+    options = {"tasks": ["detect"], "classes": ["square"], "num_actors": 0, "exports": ()}
+    assert label(FakeEngine, write_images(tmp_path / "in", 3), tmp_path / "out", **options)["labelled"] == 3
+    assert len(listed) == 1
 
 
 @pytest.mark.parametrize(
