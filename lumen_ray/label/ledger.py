@@ -205,8 +205,21 @@ class Ledger:
 
     def table(self, fragment: int, columns: Sequence[str] | None = None) -> pa.Table:
         """The label table of a finished fragment, or these columns of it. Raises `UserError` if it cannot be read."""
-        entry_read = self.entry(fragment)
-        path = self._path("labels", entry_read["part"] if entry_read else _part(fragment))
+        part = self._part_of(fragment)
+        try:
+            return self._read(fragment, part, columns)
+        except UserError:
+            # a job that asks failed images again may have replaced the file since its name was read
+            if (now := self._part_of(fragment)) == part:
+                raise
+            return self._read(fragment, now, columns)
+
+    def _part_of(self, fragment: int) -> str:
+        entry = self.entry(fragment)
+        return entry["part"] if entry else _part(fragment)
+
+    def _read(self, fragment: int, part: str, columns: Sequence[str] | None) -> pa.Table:
+        path = self._path("labels", part)
         try:
             with files.as_user_error(path), files.open_input(path) as file:
                 wanted = self.schema if columns is None else pa.schema([self.schema.field(name) for name in columns])

@@ -35,6 +35,26 @@ def test_a_label_file_without_an_entry_does_not_count(tmp_path):
     assert (totals["images"], totals["labelled"], totals["errors"]) == (2, 1, 1) and totals["first_error"] == error
 
 
+def test_a_file_that_is_replaced_while_it_is_read_is_read_anew(tmp_path, monkeypatch):
+    ledger = Ledger(tmp_path)
+    error = {"image_id": "i1", "path": "", "reason": "r", "message": "m"}
+    ledger.publish(0, 2, [record(ITEMS[0])], [error])
+    reader = Ledger(tmp_path)
+    entry = reader.entry
+
+    def read_then_replaced(fragment):
+        before = entry(fragment)
+        if "round" not in before:
+            Ledger(tmp_path, round=1).publish(0, 1, [record(ITEMS[1])], [], ["i0", "i1"])
+        return before
+
+    monkeypatch.setattr(reader, "entry", read_then_replaced)
+    assert reader.table(0)["image_id"].to_pylist() == ["i0", "i1"]
+    (tmp_path / "labels" / "part-000000-1.parquet").unlink()
+    with pytest.raises(UserError, match="part-000000-1.parquet' does not exist"):
+        reader.table(0)
+
+
 def test_other_settings_are_refused_in_one_sentence(tmp_path):
     Ledger(tmp_path).open({"tasks": ["mistaken"]})  # nothing was labelled yet
     ledger = Ledger(tmp_path)
