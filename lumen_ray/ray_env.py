@@ -12,7 +12,7 @@ import socket
 import sys
 from typing import Any
 
-from lumen_ray import ray_log
+from lumen_ray import head_watch, ray_log
 from lumen_ray.errors import UserError
 
 CONNECT_SECONDS = 10.0
@@ -60,6 +60,8 @@ def init_local(num_cpus: int = 6, object_store_mb: int = 512) -> None:
     if address := os.environ.get("RAY_ADDRESS"):
         _check_reachable(address)
         ray.init(log_to_driver=ray_log.on_terminal(), logging_level=logging.ERROR)
+        if not address.startswith("ray://"):  # such a client need not reach the head's GCS
+            head_watch.start(ray.get_runtime_context().gcs_address)
     else:
         _start(num_cpus=max(num_cpus, os.cpu_count() or 1), object_store_memory=object_store_mb << 20)
     prepare_data()
@@ -135,5 +137,6 @@ def shutdown() -> None:
         from ray.serve.context import _disconnect
 
         _disconnect()
+    head_watch.stop()
     if ray.is_initialized():
         ray.shutdown()
