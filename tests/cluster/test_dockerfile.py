@@ -9,9 +9,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from support.manifests import ROOT, container, pods
+from support.manifests import ROOT, pods
 
 from lumen_ray import cli
+from lumen_ray.cluster.manifests import container
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 KNOWN = {"ARG", "FROM", "WORKDIR", "COPY", "RUN", "ENV", "EXPOSE", "HEALTHCHECK", "CMD", "USER"}
@@ -104,12 +105,11 @@ def test_a_wheel_is_built_from_what_is_copied(tmp_path, monkeypatch):
 
     for source in copied():
         copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
+        (tmp_path / source).parent.mkdir(parents=True, exist_ok=True)
         copy(ROOT / source, tmp_path / source)
     monkeypatch.chdir(tmp_path)
     wheel = build_meta.build_wheel(str(tmp_path / "wheels"))
     names = zipfile.ZipFile(tmp_path / "wheels" / wheel).namelist()
-    for folder in ("lumen_ray", "configs"):
-        packed = {Path(n) for n in names}
-        wanted = {p.relative_to(ROOT) for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix != ".pyc"}
-        wanted = {Path("lumen_ray") / p if folder == "configs" else p for p in wanted}
-        assert wanted <= packed
+    for folder, packed_as in (("lumen_ray", ""), ("configs", "configs"), ("cluster/kuberay", "kuberay")):
+        files = [p.relative_to(ROOT / folder) for p in (ROOT / folder).rglob("*") if p.is_file() and p.suffix != ".pyc"]
+        assert {str(Path("lumen_ray") / packed_as / p) for p in files} <= set(names), folder

@@ -5,21 +5,10 @@ from importlib.metadata import version
 
 import pytest
 import yaml
-from support.manifests import (
-    KUBERAY,
-    ROOT,
-    VARIANTS,
-    container,
-    document,
-    documents,
-    group,
-    job_of,
-    pods,
-    quantity,
-    ray_clusters,
-)
+from support.manifests import ROOT, VARIANTS, document, documents, pods, ray_clusters
 
 from lumen_ray import cli, config
+from lumen_ray.cluster.manifests import container, group, job_of, quantity
 from lumen_ray.presets import find
 from lumen_ray.recipe import Recipe
 
@@ -261,4 +250,3 @@ def test_images_are_placeholders_with_the_version_of_the_package():
 def test_no_manifest_has_a_secret():
     text = "".join(path.read_text() for path in (ROOT / "cluster").rglob("*") if path.is_file())
     assert "kind: Secret" not in text and "AKIA" not in text
-    assert KUBERAY.is_dir()

@@ -1,54 +1,16 @@
 """Every manifest against the schemas of KubeRay 1.7.0 and of Kubernetes, which refuse unknown keys."""
 
 import copy
-import json
 import shutil
 import subprocess
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import yaml
+from support import kuberay_schemas
 from support.manifests import VARIANTS, documents, pods
 
-jsonschema = pytest.importorskip("jsonschema")
-#: keys of a RayCronJob's spec in 1.7.0 besides the spec of its job; its schema is not in the test data
-CRON_JOB = {
-    "type": "object",
-    "required": ["schedule", "jobTemplate"],
-    "properties": {
-        "schedule": {"type": "string", "pattern": r"^(\S+ ){4}\S+$"},
-        "timeZone": {"type": "string"},
-        "suspend": {"type": "boolean"},
-        "jobTemplate": {"type": "object"},
-    },
-    "additionalProperties": False,
-}
-KUBERNETES = "1.34"
-
-
-@pytest.fixture(scope="module")
-def check(test_data) -> Callable[[dict[str, Any]], list[str]]:
-    """A function that returns the mistakes in a document of KubeRay."""
-    schemas = {
-        kind: json.loads((test_data / "kuberay" / f"{kind}.schema.json").read_text())
-        for kind in ("RayCluster", "RayJob", "RayService")
-    }
-
-    def mistakes(document: dict[str, Any]) -> list[str]:
-        if document["kind"] == "RayCronJob":
-            assert document["apiVersion"] == "ray.io/v1" and set(document) == {"apiVersion", "kind", "metadata", "spec"}
-            parts = [(CRON_JOB, document["spec"])]
-            parts += [(schemas["RayJob"]["properties"]["spec"], document["spec"]["jobTemplate"])]
-        else:
-            parts = [(schemas[document["kind"]], document)]
-        return [
-            f"{error.json_path}: {error.message}"
-            for schema, part in parts
-            for error in jsonschema.Draft202012Validator(schema).iter_errors(part)
-        ]
-
-    return mistakes
+from lumen_ray.cluster import schemas
 
 
 def of_ray(document: dict[str, Any]) -> bool:
@@ -60,6 +22,13 @@ def test_documents_of_kuberay_fit_its_schemas(variant, check):
     kinds = {"RayCluster", "RayJob", "RayCronJob", "RayService"}
     assert {d["kind"] for d in documents(variant) if of_ray(d)} == kinds
     assert [(d["metadata"]["name"], check(d)) for d in documents(variant) if of_ray(d) and check(d)] == []
+
+
+def test_the_schemas_of_the_package_are_those_of_kuberay(test_data):
+    original = kuberay_schemas.read(test_data / "kuberay")
+    assert schemas.FILE.read_text() == kuberay_schemas.compact(original)
+    without = {kind: {k: v for k, v in schema.items() if k != "$schema"} for kind, schema in original.items()}
+    assert kuberay_schemas.expand(schemas.FILE.read_text()) == without
 
 
 @pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayCronJob", "RayService"])
@@ -91,19 +60,16 @@ def test_unknown_keys_anywhere_are_mistakes(kind, check):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_other_documents_and_all_pods_fit_the_schemas_of_kubernetes(variant):
-    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+def test_other_documents_and_all_pods_fit_the_schemas_of_kubernetes(variant, check_kubernetes):
     rest = [d for d in documents(variant) if not of_ray(d)]
     assert {d["kind"] for d in rest} == {
         *("Namespace", "PersistentVolumeClaim", "NetworkPolicy", "PodDisruptionBudget"),
     }
-    for document in rest:
-        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+    assert [check_kubernetes(document) for document in rest] == [[]] * len(rest)
     for _, template in pods(variant):
         document = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "a"}, "template": template}
-        kubernetes_validate.validate(document, KUBERNETES, strict=True)
-    with pytest.raises(kubernetes_validate.ValidationError, match="replcias"):
-        kubernetes_validate.validate(document | {"replcias": 1}, KUBERNETES, strict=True)
+        assert check_kubernetes(document) == []
+    assert "replcias" in check_kubernetes(document | {"replcias": 1})[0]
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
