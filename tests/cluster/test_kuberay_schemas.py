@@ -1,6 +1,7 @@
 """Every manifest against the schemas of KubeRay 1.7.0 and of Kubernetes, which refuse unknown keys."""
 
 import copy
+import os
 import shutil
 import subprocess
 from typing import Any
@@ -11,6 +12,8 @@ from support import kuberay_schemas
 from support.manifests import VARIANTS, documents, pods
 
 from lumen_ray.cluster import schemas
+from lumen_ray.cluster.kustomize import render
+from lumen_ray.cluster.manifests import FOLDER, ray_cluster_of
 
 
 def of_ray(document: dict[str, Any]) -> bool:
@@ -72,12 +75,32 @@ def test_other_documents_and_all_pods_fit_the_schemas_of_kubernetes(variant, che
     assert "replcias" in check_kubernetes(document | {"replcias": 1})[0]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_kubectl_renders_the_same(variant):
+@pytest.fixture(scope="module")
+def with_history(tmp_path_factory):
+    """An overlay of the base with the history server."""
+    folder = tmp_path_factory.mktemp("history")
+    base, history = (os.path.relpath(FOLDER / name, folder) for name in ("base", "history"))
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump({"resources": [base], "components": [history]}))
+    return folder
+
+
+def test_the_history_server_is_a_component_of_any_overlay(with_history, check, check_kubernetes):
+    found = render(with_history)
+    assert [(check if of_ray(d) else check_kubernetes)(d) for d in found] == [[]] * len(found)
+    [server] = [d for d in found if d["kind"] == "Deployment"]
+    environment = server["spec"]["template"]["spec"]["containers"][0]["env"]
+    specs = [spec for spec in map(ray_cluster_of, found) if spec]
+    assert len(specs) == 7
+    assert all(spec["historyServerOptions"]["collectorOptions"]["env"] == environment for spec in specs)
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "history"])
+def test_kubectl_renders_the_same(variant, with_history):
     kubectl = shutil.which("kubectl")
     if kubectl is None:
-        pytest.skip("kubectl is not installed; the renderer of the tests stands alone")
-    done = subprocess.run([kubectl, "kustomize", VARIANTS[variant]], capture_output=True, text=True, timeout=60)
+        pytest.skip("kubectl is not installed; the renderer of the package stands alone")
+    folder = VARIANTS.get(variant, with_history)
+    done = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True, timeout=60)
     if "unknown command" in done.stderr:
         pytest.skip("this kubectl has no kustomize")
     assert done.returncode == 0, done.stderr
@@ -85,4 +108,4 @@ def test_kubectl_renders_the_same(variant):
     def by_name(found: Any) -> dict[tuple[str, str], Any]:
         return {(d["kind"], d["metadata"]["name"]): d for d in found}
 
-    assert by_name(yaml.safe_load_all(done.stdout)) == by_name(documents(variant))
+    assert by_name(yaml.safe_load_all(done.stdout)) == by_name(render(folder))
