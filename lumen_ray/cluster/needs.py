@@ -72,10 +72,15 @@ class Needs:
         self.is_own = config.load(Recipe, recipe_path(own_recipe)).model == self.settings.name
         self.recipe_name = request.recipe or (own_recipe if self.is_own else request.preset)
 
-    @cached_property
+    @property
     def roles(self) -> list[Role]:
         """The trunk, then the decoders."""
-        return roles_of(meta_model(self.settings))
+        return _roles(self.settings.name)
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the whole model in fp32."""
+        return sum(role.parameters for role in self.roles) * FP32
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -243,6 +248,11 @@ class Needs:
         if self.request.cpus_per_gpu:
             return "--cpus-per-gpu"
         return f"for each of {gpus} GPUs {why}" if gpus > 1 else why
+
+
+@cache
+def _roles(preset: str) -> list[Role]:
+    return roles_of(meta_model(config.load(ModelSettings, model_path(preset))))
 
 
 @cache

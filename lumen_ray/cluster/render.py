@@ -210,7 +210,7 @@ def _fill_train(document: Document, request: RenderRequest, needs: Needs) -> Non
     workers = group(ray_cluster_of(document) or {}, "gpu")
     training, pods = needs.training(), needs.training_pods
     if not request.gpus:
-        _check_fits(workers, training, needs)
+        _check_fits(document, training.counted, f"recipe '{needs.recipe.name}'")
         return
     _set_size(workers, training)
     workers["replicas"] = Figure(
@@ -223,7 +223,9 @@ def _fill_train(document: Document, request: RenderRequest, needs: Needs) -> Non
 
 def _fill_evaluate(document: Document, request: RenderRequest, needs: Needs) -> None:
     _fill_job(document, request, needs)
-    if request.gpus:
+    if not request.gpus:
+        _check_model(document, needs)
+    else:
         job, workers = job_of(document), group(ray_cluster_of(document) or {}, "gpu")
         assert job is not None
         size = _labelling(job["entrypoint"], needs, EVALUATION_BYTES)
@@ -233,7 +235,9 @@ def _fill_evaluate(document: Document, request: RenderRequest, needs: Needs) -> 
 
 def _fill_label(document: Document, request: RenderRequest, needs: Needs) -> None:
     _fill_job(document, request, needs)
-    if request.gpus:
+    if not request.gpus:
+        _check_model(document, needs)
+    else:
         job, workers = job_of(document), group(ray_cluster_of(document) or {}, "gpu")
         assert job is not None
         _set_size(workers, _labelling(job["entrypoint"], needs))
@@ -254,7 +258,9 @@ def _fill_serve(document: Document, request: RenderRequest, needs: Needs) -> Non
     plan = serve_plan(spec["serveConfigV2"], needs, surge)
     spec["serveConfigV2"] = plan.text
     _set_cpu_workers(document, request)
-    if request.gpus:
+    if not request.gpus:
+        _check_model(document, needs)
+    else:
         workers = group(spec["rayClusterConfig"], "gpu")
         _set_size(workers, needs.serving(plan.cpus))
         _set_numbers(workers, plan.gpus[0], plan.gpus[1], "for all replicas of serveConfigV2")
@@ -268,13 +274,18 @@ def _fill_interactive(document: Document, request: RenderRequest, needs: Needs) 
         _set_numbers(workers, 0, request.gpus, "--gpus")
 
 
-def _check_fits(workers: Document, size: PodNeeds, needs: Needs) -> None:
-    """Raises `UserError` if a pod of the manifests, for a machine without GPUs, is too small."""
-    given = container(workers["template"])["resources"]["limits"]["memory"]
-    if size.counted > quantity(given):
+def _check_model(document: Document, needs: Needs) -> None:
+    _check_fits(document, needs.weights, f"model '{needs.settings.name}' in float32")
+
+
+def _check_fits(document: Document, size: float, what: str) -> None:
+    """Raises `UserError` if bytes that are needed exceed the pods of the manifests, on a machine without GPUs."""
+    groups = (ray_cluster_of(document) or {})["workerGroupSpecs"]
+    given = [container(workers["template"])["resources"]["limits"]["memory"] for workers in groups]
+    if size > max(map(quantity, given)):
         raise UserError(
-            f"recipe '{needs.recipe.name}' needs more than {size.counted / GIB:.0f} GiB in a pod, and those of kind "
-            f"have {given}; choose a smaller recipe, or another --overlay",
+            f"{what} takes {size / GIB:.0f} GiB, and the pods of kind have {given[0]}; choose a smaller one, or "
+            "another --overlay",
             "too_little_memory",
         )
 

@@ -132,7 +132,7 @@ class RenderRequest:
 
 def _check_storage(storage: str) -> None:
     """Raises `UserError` unless all pods would see it."""
-    scheme, path, _ = urls.split(storage)
+    scheme, path, settings = urls.split(storage)
     if not scheme:
         if storage == VOLUME or storage.startswith(f"{VOLUME}/"):
             return
@@ -145,6 +145,12 @@ def _check_storage(storage: str) -> None:
         hint = suggest(scheme, BUCKETS)
         raise UserError(
             f"--storage '{storage}' is no bucket that can be written;{hint} give s3:// or gs://, or {VOLUME}",
+            "invalid_storage",
+        )
+    if re.search(r"^[^/]*:[^/]*@", path) or re.search(r"(^|&)(access_key|secret_key|session_token)=", settings):
+        raise UserError(
+            "--storage has credentials, which everyone would see in the manifests; put them into a Secret and give "
+            "--secret NAME",
             "invalid_storage",
         )
     if not path.partition("/")[0]:
