@@ -1,4 +1,4 @@
-"""`lumen-ray`: quickstart, prepare, data, train, evaluate, calibrate, label, serve, convert, plan, jobs, doctor.
+"""lumen-ray: quickstart, prepare, data, train, evaluate, calibrate, label, serve, convert, plan, jobs, cluster, doctor.
 
 Each verb is a function of `lumen_ray.api` behind options, with a progress bar and a line on what was written. Heavy
 imports happen inside the functions, so that `--help` and error messages come at once.
@@ -11,6 +11,7 @@ import sys
 from typing import Any, NoReturn
 
 from lumen_ray import api, doctor
+from lumen_ray.cluster import command as cluster_command
 from lumen_ray.console import (
     bar,
     class_names,
@@ -90,6 +91,7 @@ def _parser_and_verbs() -> tuple[argparse.ArgumentParser, list[str]]:
     convert.add_args(verbs, _Parser)
     plan_command.add_args(verbs)
     remote_command.add_args(verbs, _Parser)
+    cluster_command.add_args(verbs, _Parser)
     doctor.add_args(verbs)
     return parser, list(verbs.choices)
 

@@ -33,7 +33,7 @@ LAYERS = (
     ("footprint", "exemplar_file", "options", "remote", "wire"),
     ("label", "evaluate"),
     ("serve",),  # answers batches over label's ledger
-    ("api", "callable_package", "bench", "plan"),
+    ("api", "callable_package", "bench", "cluster", "plan"),
     ("cli", "quickstart", "doctor", "lumen_ray"),
 )  # fmt: skip
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
@@ -42,7 +42,7 @@ SHARED = {0, RANK["decoders"], RANK["api"], RANK["cli"]}
 #: modules of the command line that live beside what they run
 COMMANDS = (
     "data.command", "model.convert.command", "label.command", "label.output_command", "bench.command", "bench.kinds",
-    "plan.command", "remote.command",
+    "plan.command", "remote.command", "cluster.command",
 )  # fmt: skip
 #: packages that can be called as a function of the API
 CALLABLE = ("train", "label", "evaluate", "serve")

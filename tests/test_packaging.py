@@ -14,7 +14,7 @@ def test_every_package_is_listed():
     folders = {file.parent for file in (ROOT / "lumen_ray").rglob("*.py")}
     packages = {".".join(folder.relative_to(ROOT).parts) for folder in folders}
     assert all((folder / "__init__.py").is_file() for folder in folders)
-    assert sorted(SETUPTOOLS["packages"]) == sorted({*packages, "lumen_ray.configs"})
+    assert sorted(SETUPTOOLS["packages"]) == sorted({*packages, "lumen_ray.configs", "lumen_ray.kuberay"})
 
 
 def test_every_file_beside_the_modules_is_package_data():
@@ -25,7 +25,7 @@ def test_every_file_beside_the_modules_is_package_data():
             matches = {path for path in folder.glob(pattern) if path.is_file()}
             assert matches, f"{package}: {pattern}"
             included |= matches
-    data = {p for top in ("lumen_ray", "configs") for p in (ROOT / top).rglob("*") if p.is_file()}
+    data = {p for top in ("lumen_ray", "configs", "cluster/kuberay") for p in (ROOT / top).rglob("*") if p.is_file()}
     data = {path for path in data if path.suffix not in (".py", ".pyc")}
     assert data == included
     assert ROOT / "lumen_ray" / "py.typed" in data

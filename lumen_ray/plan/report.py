@@ -48,11 +48,7 @@ class PlanReport:
 
     @property
     def cpus_wanted(self) -> float:
-        """CPUs per actor that keep the model busy all the time."""
-        times = self.times
-        of_image = times.decoding.mean + times.publishing.mean / FRAGMENT
-        alone = times.model.mean / times.model_cores if not self.job.gpus else times.model.mean
-        return times.model_cores + of_image * times.batch_size / alone
+        return cpus_wanted(self.times, on_gpu=bool(self.job.gpus))
 
     @property
     def memory(self) -> dict[str, float]:
@@ -112,6 +108,13 @@ class PlanReport:
             "usd": self.cost,
             "simulated": "the whole job" if took.is_whole else "windows of the job",
         }
+
+
+def cpus_wanted(times: StageTimes, on_gpu: bool) -> float:
+    """CPUs per actor that keep the model busy all the time."""
+    of_image = times.decoding.mean + times.publishing.mean / FRAGMENT
+    alone = times.model.mean if on_gpu else times.model.mean / times.model_cores
+    return times.model_cores + of_image * times.batch_size / alone
 
 
 def plan_label(job: LabelJob, times: StageTimes, work: ModelWork) -> PlanReport:

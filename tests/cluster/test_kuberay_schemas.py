@@ -1,54 +1,19 @@
 """Every manifest against the schemas of KubeRay 1.7.0 and of Kubernetes, which refuse unknown keys."""
 
 import copy
-import json
+import os
 import shutil
 import subprocess
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import yaml
+from support import kuberay_schemas
 from support.manifests import VARIANTS, documents, pods
 
-jsonschema = pytest.importorskip("jsonschema")
-#: keys of a RayCronJob's spec in 1.7.0 besides the spec of its job; its schema is not in the test data
-CRON_JOB = {
-    "type": "object",
-    "required": ["schedule", "jobTemplate"],
-    "properties": {
-        "schedule": {"type": "string", "pattern": r"^(\S+ ){4}\S+$"},
-        "timeZone": {"type": "string"},
-        "suspend": {"type": "boolean"},
-        "jobTemplate": {"type": "object"},
-    },
-    "additionalProperties": False,
-}
-KUBERNETES = "1.34"
-
-
-@pytest.fixture(scope="module")
-def check(test_data) -> Callable[[dict[str, Any]], list[str]]:
-    """A function that returns the mistakes in a document of KubeRay."""
-    schemas = {
-        kind: json.loads((test_data / "kuberay" / f"{kind}.schema.json").read_text())
-        for kind in ("RayCluster", "RayJob", "RayService")
-    }
-
-    def mistakes(document: dict[str, Any]) -> list[str]:
-        if document["kind"] == "RayCronJob":
-            assert document["apiVersion"] == "ray.io/v1" and set(document) == {"apiVersion", "kind", "metadata", "spec"}
-            parts = [(CRON_JOB, document["spec"])]
-            parts += [(schemas["RayJob"]["properties"]["spec"], document["spec"]["jobTemplate"])]
-        else:
-            parts = [(schemas[document["kind"]], document)]
-        return [
-            f"{error.json_path}: {error.message}"
-            for schema, part in parts
-            for error in jsonschema.Draft202012Validator(schema).iter_errors(part)
-        ]
-
-    return mistakes
+from lumen_ray.cluster import schemas
+from lumen_ray.cluster.kustomize import render
+from lumen_ray.cluster.manifests import FOLDER, ray_cluster_of
 
 
 def of_ray(document: dict[str, Any]) -> bool:
@@ -60,6 +25,13 @@ def test_documents_of_kuberay_fit_its_schemas(variant, check):
     kinds = {"RayCluster", "RayJob", "RayCronJob", "RayService"}
     assert {d["kind"] for d in documents(variant) if of_ray(d)} == kinds
     assert [(d["metadata"]["name"], check(d)) for d in documents(variant) if of_ray(d) and check(d)] == []
+
+
+def test_the_schemas_of_the_package_are_those_of_kuberay(test_data):
+    original = kuberay_schemas.read(test_data / "kuberay")
+    assert schemas.FILE.read_text() == kuberay_schemas.compact(original)
+    without = {kind: {k: v for k, v in schema.items() if k != "$schema"} for kind, schema in original.items()}
+    assert kuberay_schemas.expand(schemas.FILE.read_text()) == without
 
 
 @pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayCronJob", "RayService"])
@@ -91,27 +63,44 @@ def test_unknown_keys_anywhere_are_mistakes(kind, check):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_other_documents_and_all_pods_fit_the_schemas_of_kubernetes(variant):
-    kubernetes_validate = pytest.importorskip("kubernetes_validate")
+def test_other_documents_and_all_pods_fit_the_schemas_of_kubernetes(variant, check_kubernetes):
     rest = [d for d in documents(variant) if not of_ray(d)]
     assert {d["kind"] for d in rest} == {
         *("Namespace", "PersistentVolumeClaim", "NetworkPolicy", "PodDisruptionBudget"),
     }
-    for document in rest:
-        kubernetes_validate.validate(document, KUBERNETES, strict=True)
+    assert [check_kubernetes(document) for document in rest] == [[]] * len(rest)
     for _, template in pods(variant):
         document = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": "a"}, "template": template}
-        kubernetes_validate.validate(document, KUBERNETES, strict=True)
-    with pytest.raises(kubernetes_validate.ValidationError, match="replcias"):
-        kubernetes_validate.validate(document | {"replcias": 1}, KUBERNETES, strict=True)
+        assert check_kubernetes(document) == []
+    assert "replcias" in check_kubernetes(document | {"replcias": 1})[0]
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_kubectl_renders_the_same(variant):
+@pytest.fixture(scope="module")
+def with_history(tmp_path_factory):
+    """An overlay of the base with the history server."""
+    folder = tmp_path_factory.mktemp("history")
+    base, history = (os.path.relpath(FOLDER / name, folder) for name in ("base", "history"))
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump({"resources": [base], "components": [history]}))
+    return folder
+
+
+def test_the_history_server_is_a_component_of_any_overlay(with_history, check, check_kubernetes):
+    found = render(with_history)
+    assert [(check if of_ray(d) else check_kubernetes)(d) for d in found] == [[]] * len(found)
+    [server] = [d for d in found if d["kind"] == "Deployment"]
+    environment = server["spec"]["template"]["spec"]["containers"][0]["env"]
+    specs = [spec for spec in map(ray_cluster_of, found) if spec]
+    assert len(specs) == 7
+    assert all(spec["historyServerOptions"]["collectorOptions"]["env"] == environment for spec in specs)
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "history"])
+def test_kubectl_renders_the_same(variant, with_history):
     kubectl = shutil.which("kubectl")
     if kubectl is None:
-        pytest.skip("kubectl is not installed; the renderer of the tests stands alone")
-    done = subprocess.run([kubectl, "kustomize", VARIANTS[variant]], capture_output=True, text=True, timeout=60)
+        pytest.skip("kubectl is not installed; the renderer of the package stands alone")
+    folder = VARIANTS.get(variant, with_history)
+    done = subprocess.run([kubectl, "kustomize", folder], capture_output=True, text=True, timeout=60)
     if "unknown command" in done.stderr:
         pytest.skip("this kubectl has no kustomize")
     assert done.returncode == 0, done.stderr
@@ -119,4 +108,4 @@ def test_kubectl_renders_the_same(variant):
     def by_name(found: Any) -> dict[tuple[str, str], Any]:
         return {(d["kind"], d["metadata"]["name"]): d for d in found}
 
-    assert by_name(yaml.safe_load_all(done.stdout)) == by_name(documents(variant))
+    assert by_name(yaml.safe_load_all(done.stdout)) == by_name(render(folder))

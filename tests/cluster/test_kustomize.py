@@ -1,7 +1,9 @@
 """The renderer of the tests: mistakes are errors, never something else than what kubectl renders."""
 
 import pytest
-from support.kustomize import KustomizeError, render
+
+from lumen_ray.cluster.kustomize import render
+from lumen_ray.errors import UserError
 
 CONFIG_MAP = """
 apiVersion: v1
@@ -55,17 +57,25 @@ def test_replacements_copy_behind_patches(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("commonLabels: {a: b}\n", "not supported: commonLabels"),
+        ("commonLabels: {a: b}\n", "unknown key 'commonLabels'"),
         ("patches: [{target: {name: three}, patch: '[]'}]\n", "no document matches"),
-        ("patches: [{target: {name: o.*}, patch: '[]'}]\n", "not supported: name"),
+        ("patches: [{target: {name: o.*}, patch: '[]'}]\n", "'patches.0.target.name' is invalid"),
+        ("patches: [{target: {name: one}}]\n", "either 'patch' or 'path'"),
+        ("patches: [{target: {name: one}, path: nowhere.yaml}]\n", "not a file that can be read"),
+        ("patches: [{target: {name: one}, patch: 'data: {b: 1}'}]\n", "a list of operations"),
         ("patches: [{target: {name: one}, patch: '[{op: replace, path: /b, value: 1}]'}]\n", "one has no /b"),
-        ("patches: [{target: {name: one}, patch: '[{op: move, path: /data, from: /b}]'}]\n", "not supported: from"),
+        ("patches: [{target: {name: one}, patch: '[{op: add, path: /groups/a/b, value: 1}]'}]\n", "has no /groups/a/b"),
+        (
+            "patches: [{target: {name: one}, patch: '[{op: move, path: /data, from: /b}]'}]\n",
+            "patch: .*'op' is invalid",
+        ),
         ("patches: [{target: {name: one}, patch: '[{op: add, path: /groups/0, value: 1}]'}]\n", "add in a list"),
         ("replacements: [{source: {kind: ConfigMap, fieldPath: data}, targets: []}]\n", "2 documents match"),
         ("replacements: [{source: {name: one, fieldPath: 'groups.[name=z]'}, targets: []}]\n", r"no \[name=z\]"),
         ("components: [nowhere]\n", "does not exist"),
+        ("patches: [\n", "is not valid YAML"),
     ],
 )
 def test_mistakes_are_named(write, text, message):
-    with pytest.raises(KustomizeError, match=message):
+    with pytest.raises(UserError, match=message):
         write(text)

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
 
 import pytest
+import yaml
 from support.clusters import Cluster, wait_for
+from support.label_fakes import encode, picture
+from support.s3_server import CREDENTIALS, s3_server
+
+from lumen_ray.cluster.render import render
+from lumen_ray.cluster.request import RenderRequest
+from lumen_ray.data.files import read_text, write_bytes
 
 pytestmark = pytest.mark.ray
 
@@ -66,6 +74,21 @@ def test_a_job_from_start_to_end(run):
     assert (again.returncode, "already has a job 'scenes'" in again.stderr) == (2, True)
     unknown = run("jobs", "logs", "scense")
     assert (unknown.returncode, "did you mean 'scenes'" in unknown.stderr) == (2, True)
+
+
+def test_the_command_of_a_rendered_job_runs_as_it_is(run):
+    """As KubeRay's submitter does: `ray job submit ... -- ENTRYPOINT` in a shell."""
+    with s3_server("lumen") as url:
+        for i in range(2):
+            write_bytes(url(f"set/photos/{i}.png"), encode(picture(i)))
+        files = render(RenderRequest("nano", 0, url("set"), ("label",), overlay="kind"))
+        entrypoint = yaml.safe_load(files["label.yaml"])["spec"]["entrypoint"]
+        environment = shlex.quote(json.dumps({"env_vars": CREDENTIALS}))
+        command = f"ray job submit --address {run.address} --runtime-env-json {environment} -- {entrypoint}"
+        done = subprocess.run(["bash", "-c", command], env=run.environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        summary = json.loads(read_text(url("set/labels/summary.json")))
+    assert (summary["images"], summary["errors"]) == (2, 0)
 
 
 def test_the_working_directory_and_the_exit_status_of_a_job_that_fails(run):

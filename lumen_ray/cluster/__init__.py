@@ -1,0 +1,1 @@
+"""Manifests for clusters, with sizes from what a preset needs."""
