@@ -16,42 +16,42 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 @dataclass(frozen=True)
 class Place:
-    """An expression, the functions around it (innermost last) and its file."""
+    """A node of the code, the functions around it (innermost last) and its file."""
 
-    node: ast.expr
+    node: ast.AST
     functions: tuple[ast.FunctionDef | ast.AsyncFunctionDef, ...]
     file: Path
 
     def __str__(self) -> str:
-        return f"{self.file.relative_to(ROOT)}:{self.node.lineno} {ast.unparse(self.node)}"
+        return f"{self.file.relative_to(ROOT)}: {ast.unparse(self.node)}"
 
 
 @cache
-def calls() -> dict[str, list[Place]]:
-    """Name of a function or class -> its calls in the package."""
-    found: dict[str, list[Place]] = defaultdict(list)
+def places() -> list[Place]:
+    """All calls, classes, functions and assignments of the package."""
+    found: list[Place] = []
 
     def walk(node: ast.AST, functions: tuple, file: Path) -> None:
-        if isinstance(node, ast.Call):
-            name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-            found[name].append(Place(node, functions, file))
+        if isinstance(node, (ast.Call, ast.ClassDef, ast.Assign, *FUNCTIONS)):
+            found.append(Place(node, functions, file))
         inside = (*functions, node) if isinstance(node, FUNCTIONS) else functions
         for child in ast.iter_child_nodes(node):
             walk(child, inside, file)
 
-    for file in files():
-        walk(tree(file), (), file)
+    for file in sorted(ROOT.rglob("*.py")):
+        walk(ast.parse(file.read_text(encoding="utf-8")), (), file)
+    return found
+
+
+@cache
+def calls() -> dict[str, list[Place]]:
+    """Name of a function or class -> its calls."""
+    found: dict[str, list[Place]] = defaultdict(list)
+    for place in places():
+        if isinstance(place.node, ast.Call):
+            function = place.node.func
+            found[function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")].append(place)
     return dict(found)
-
-
-@cache
-def files() -> list[Path]:
-    return sorted(ROOT.rglob("*.py"))
-
-
-@cache
-def tree(file: Path) -> ast.Module:
-    return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def argument(call: ast.Call, position: int, name: str) -> ast.expr | None:
@@ -64,7 +64,7 @@ def texts(place: Place) -> set[str]:
     by the calls of their function. Empty for the reason of another error that is passed on."""
     node = place.node
 
-    def inner(node: ast.expr) -> set[str]:
+    def inner(node: ast.AST) -> set[str]:
         return texts(Place(node, place.functions, place.file))
 
     match node:
@@ -100,12 +100,9 @@ def given_as(parameter: str, function: ast.FunctionDef | ast.AsyncFunctionDef) -
 
 def error_classes() -> set[str]:
     """`UserError` and the classes derived from it."""
-    known = {"UserError"}
-    for file in files():
-        for node in ast.walk(tree(file)):
-            if isinstance(node, ast.ClassDef) and any(isinstance(b, ast.Name) and b.id in known for b in node.bases):
-                known.add(node.name)
-    return known
+    classes = [place.node for place in places() if isinstance(place.node, ast.ClassDef)]
+    bases = {c.name: {base.id for base in c.bases if isinstance(base, ast.Name)} for c in classes}
+    return {"UserError"} | {name for name, found in bases.items() if "UserError" in found}
 
 
 def reasons() -> set[str]:
@@ -115,18 +112,17 @@ def reasons() -> set[str]:
 
     found = set(STATUS) | set(_STOPPED)
     classes = error_classes()
-    for name, places in calls().items():
-        for place in places:
+    for name, of_name in calls().items():
+        for place in of_name:
             assert isinstance(place.node, ast.Call)
-            given = argument(place.node, 1, "reason") if name in classes else argument(place.node, 99, "reason")
+            given = argument(place.node, 1 if name in classes else 99, "reason")
             if given is not None:
                 found |= texts(Place(given, place.functions, place.file))
             elif name == "unknown":
                 kinds = texts(Place(place.node.args[0], place.functions, place.file))
                 found |= {f"unknown_{kind.replace(' ', '_')}" for kind in kinds}
-    for file in files():
-        for node in ast.walk(tree(file)):
-            found |= assigned(node) | defaults(node)
+    for place in places():
+        found |= assigned(place.node) | defaults(place.node)
     return found - {""}
 
 

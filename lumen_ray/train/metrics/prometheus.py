@@ -12,12 +12,13 @@ STEP = Metric("gauge", "lumen_train_step", "optimizer steps done, of all starts 
 RECIPE_STEPS = Metric("gauge", "lumen_train_recipe_steps", "optimizer steps of the whole recipe", ("run",))
 LOSS = Metric("gauge", "lumen_train_loss", "each loss of a step, and their weighted sum, 'total'", ("run", "term"))
 TASK_LOSS = Metric("gauge", "lumen_train_task_loss", "a loss by the task of its samples", ("run", "term", "task"))
+SOURCE_LOSS = Metric("gauge", "lumen_train_source_loss", "a loss by source of the shards", ("run", "term", "source"))
+PASSES = Metric("gauge", "lumen_train_passes", "passes over the samples of a source", ("run", "source"))
+VALIDATION = Metric("gauge", "lumen_train_validation", "a metric of the newest validation", ("run", "metric"))
 RESTARTS = Metric(
     "counter", "lumen_train_restarts_total", "starts from a checkpoint after a worker was lost", ("run", "reason")
 )
-CHECKPOINT_STEP = Metric(
-    "gauge", "lumen_train_checkpoint_step", "steps in the newest checkpoint, or 0", ("run",)
-)
+CHECKPOINT_STEP = Metric("gauge", "lumen_train_checkpoint_step", "steps in the newest checkpoint, or 0", ("run",))
 CHECKPOINT_SECONDS = Metric(
     "gauge", "lumen_train_checkpoint_seconds", "time for which the newest checkpoint held up the run", ("run",)
 )
@@ -38,8 +39,8 @@ _SCALARS = {
 
 #: all of them
 METRICS: tuple[Metric, ...] = (
-    STEP, RECIPE_STEPS, LOSS, TASK_LOSS, *(metric for metric, _ in _SCALARS.values()), CHECKPOINT_STEP,
-    CHECKPOINT_SECONDS, RESTARTS,
+    STEP, RECIPE_STEPS, LOSS, TASK_LOSS, SOURCE_LOSS, PASSES, VALIDATION,
+    *(metric for metric, _ in _SCALARS.values()), CHECKPOINT_STEP, CHECKPOINT_SECONDS, RESTARTS,
 )  # fmt: skip
 
 
@@ -66,6 +67,12 @@ class RunMetrics:
                     LOSS.record(value, run=self._run, term=term)
                 case ["task", term, task]:
                     TASK_LOSS.record(value, run=self._run, term=term, task=task)
+                case ["source", term, *source]:
+                    SOURCE_LOSS.record(value, run=self._run, term=term, source="/".join(source))
+                case ["passes", *source]:
+                    PASSES.record(value, run=self._run, source="/".join(source))
+                case ["validation", *metric]:
+                    VALIDATION.record(value, run=self._run, metric="/".join(metric))
                 case [scalar] if scalar in _SCALARS:
                     metric, factor = _SCALARS[scalar]
                     metric.record(value * factor, run=self._run)
