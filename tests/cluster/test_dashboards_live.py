@@ -69,9 +69,11 @@ def test_a_label_job_fills_its_dashboard(prometheus, tmp_path):
         since Ray Data hands out a row once it has the next."""
         seen.append(status.done)
         if len(seen) <= 2:
-            wait_for(lambda: prometheus.query(f"ray_lumen_label_images_done == {status.done}"), "the job's numbers", 60)
+            wait_for(
+                lambda: prometheus.query(f"ray_lumen_label_images_done == {status.done}"), "the job's numbers", 120
+            )
         if len(seen) == 2:
-            wait_for(lambda: not empty_panels(prometheus, "labelling"), "data in all panels", 30)
+            wait_for(lambda: not empty_panels(prometheus, "labelling"), "data in all panels", 60)
             go_on.touch()
 
     label(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
+from lumen_ray.data import urls
 from lumen_ray.ray_metrics import Metric, export_to_ray, in_ray
 from lumen_ray.recipe import Recipe
 
@@ -47,9 +47,9 @@ METRICS: tuple[Metric, ...] = (
 class RunMetrics:
     """Exports what rank 0 writes to `metrics.jsonl`, and its checkpoints; nothing in a process without Ray."""
 
-    def __init__(self, run: Path, recipe: Recipe, step: int):
+    def __init__(self, run: urls.Location, recipe: Recipe, step: int):
         """`step`: of the checkpoint that the run goes on from, 0 without one."""
-        self._run = str(run)
+        self._run = urls.shown(run)
         if in_ray():
             export_to_ray(METRICS)
         STEP.record(step, run=self._run)
@@ -71,8 +71,8 @@ class RunMetrics:
                     SOURCE_LOSS.record(value, run=self._run, term=term, source="/".join(source))
                 case ["passes", *source]:
                     PASSES.record(value, run=self._run, source="/".join(source))
-                case ["validation", *metric]:
-                    VALIDATION.record(value, run=self._run, metric="/".join(metric))
+                case ["validation", *parts]:
+                    VALIDATION.record(value, run=self._run, metric="/".join(parts))
                 case [scalar] if scalar in _SCALARS:
                     metric, factor = _SCALARS[scalar]
                     metric.record(value * factor, run=self._run)
@@ -83,8 +83,8 @@ class RunMetrics:
         CHECKPOINT_SECONDS.record(seconds, run=self._run)
 
 
-def count_restart(run: Path, error: BaseException) -> None:
+def count_restart(run: urls.Location, error: BaseException) -> None:
     """Counts a restart after this error. Called in the process of Ray Train's controller."""
     if in_ray():
         RESTARTS.export_to_ray()
-    RESTARTS.record(run=str(run), reason=type(error).__name__)
+    RESTARTS.record(run=urls.shown(run), reason=type(error).__name__)

@@ -70,6 +70,13 @@ def test_a_restart_is_counted_with_its_cause(seen):
     assert seen == {("lumen_train_restarts", "ConnectionResetError"): 1}
 
 
+def test_a_run_in_a_bucket_is_named_without_credentials(monkeypatch, seen):
+    names = []
+    monkeypatch.setattr(prometheus.RESTARTS, "record", lambda **labels: names.append(labels["run"]))
+    count_restart("s3://key:secret@bucket/runs?region=x", ValueError())
+    assert names == ["s3://bucket/runs"]
+
+
 def test_nothing_is_exported_without_ray(seen, monkeypatch):
     monkeypatch.setattr(prometheus, "in_ray", lambda: False)
     run = RunMetrics("/runs/one", Steps(), 0)
