@@ -26,6 +26,7 @@ from lumen_ray.inference.tiles import Tiles
 from lumen_ray.label.asking import SecondLookSettings
 from lumen_ray.label.claim import Claim
 from lumen_ray.label.exporters.registry import DEFAULT_EXPORTS, check_formats, choose_tasks
+from lumen_ray.label.job_metrics import JobMetrics
 from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.listing import Listing, check_output
 from lumen_ray.label.plan import Plan
@@ -195,8 +196,9 @@ def run_work(
         return status, {}
     worker = replace(worker, proven=before["labelled"] > 0)
     try:
-        run = pool.run(work, worker)
-        tell = _told(status, claim, plan, progress)
+        metrics = JobMetrics(ledger.output)
+        run = metrics.counted(pool.run(work, worker))
+        tell = _told(status, claim, plan, metrics, progress)
         _collect(run, ledger, status, limit, tell, proven=worker.proven)
         if not status.is_listed:  # so that the last numbers have their total
             _look_at_plan(status, plan)
@@ -224,8 +226,10 @@ def _list_ahead(work: Work) -> Work:
     return replace(work, listing=None)
 
 
-def _told(status: Status, claim: Claim, plan: Plan, progress: Progress | None) -> Callable[[], None]:
-    """Passes progress on to the caller and, for `lumen-ray label status`, to the claim."""
+def _told(
+    status: Status, claim: Claim, plan: Plan, metrics: JobMetrics, progress: Progress | None
+) -> Callable[[], None]:
+    """Passes progress on to the caller, the metrics and, for `lumen-ray label status`, the claim."""
     checked = time.monotonic()
 
     def tell() -> None:
@@ -236,6 +240,7 @@ def _told(status: Status, claim: Claim, plan: Plan, progress: Progress | None) -
             checked = time.monotonic()
             _look_at_plan(status, plan)
         claim.state = status.facts()
+        metrics.show(status)
         if status.spent is not None:
             status.spent.save()
         if progress is not None:

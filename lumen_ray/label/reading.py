@@ -22,12 +22,14 @@ class ImageInHand:
     """An image of a fragment on its way: encoded `data`, `picture`, or `large` if it is read by window, then `records`;
     or an error's `reason` and `message`.
 
-    `sha256`: of its encoded bytes, hexadecimal; `phash`: its perceptual hash; `twin`: see `duplicates.Copyable`."""
+    `num_bytes`, `sha256` (hexadecimal): of its encoded bytes; `phash`: its perceptual hash; `twin`: see
+    `duplicates.Copyable`."""
 
     item: Item
     data: bytes = b""
     picture: Picture | None = None
     large: LargeImage | None = None
+    num_bytes: int = 0
     sha256: str = ""
     phash: str | None = None
     twin: ImageInHand | None = None
@@ -103,7 +105,7 @@ def read_images(
 def _received(item: Item, data: bytes | UserError) -> ImageInHand:
     if isinstance(data, UserError):
         return ImageInHand(item, reason=data.reason, message=str(data))
-    return ImageInHand(item, data, sha256=hashlib.sha256(data).hexdigest())
+    return ImageInHand(item, data, num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def find_large_file(item: Item) -> LargeImage | None:
@@ -124,7 +126,9 @@ def _large_file(item: Item) -> ImageInHand | None:
         if (large := find_large_file(item)) is None:
             return None
         with open(large.source, "rb") as file:
-            return ImageInHand(item, large=large, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+            size = os.fstat(file.fileno()).st_size
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return ImageInHand(item, large=large, num_bytes=size, sha256=sha256)
     except OSError:
         return None
     except UserError as error:

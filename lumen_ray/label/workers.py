@@ -34,6 +34,7 @@ from lumen_ray.label.content_index import Index
 from lumen_ray.label.duplicates import Duplicates
 from lumen_ray.label.inputs import Item, Reader
 from lumen_ray.label.ledger import Ledger
+from lumen_ray.label.metrics import count_actor
 from lumen_ray.label.passes import Passes
 from lumen_ray.label.plan import Fragment, read_fragments
 from lumen_ray.label.reading import ImageInHand, read_images
@@ -81,9 +82,9 @@ class Outcome:
     """What came of some `fragments`: the numbers of images `done`, and of `errors` and `copied` ones among them.
 
     `seconds`: since the worker reported last, or had loaded the model; `busy_seconds`: of these in the model.
-    `failures`: messages of failures of the model; `fault`: why the model cannot be used at all; `stop`: why the job
-    cannot go on; `withheld`: fragments (number, images, errors) that an actor whose model never succeeded did not
-    publish.
+    `bytes_read`: of encoded images; `reasons`: number of errors by reason. `failures`: messages of failures of the
+    model; `fault`: why the model cannot be used at all; `stop`: why the job cannot go on; `withheld`: fragments
+    (number, images, errors) that an actor whose model never succeeded did not publish.
     """
 
     done: int = 0
@@ -92,10 +93,18 @@ class Outcome:
     fragments: int = 0
     seconds: float = 0.0
     busy_seconds: float = 0.0
+    bytes_read: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     fault: str = ""
     stop: tuple[str, str] | None = None
     withheld: list[tuple[int, int, list[dict[str, str]]]] = field(default_factory=list)
+
+    def count_errors(self, errors: Sequence[Mapping[str, str]]) -> None:
+        """Adds errors, rows of `ERROR_SCHEMA`."""
+        self.errors += len(errors)
+        for error in errors:
+            self.reasons[error["reason"]] = self.reasons.get(error["reason"], 0) + 1
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -194,7 +203,7 @@ class Labeller:
             else:
                 asked = entry.get("asked", entry)
                 outcome.done += asked["images"]
-                outcome.errors += len(entry["errors"])
+                outcome.count_errors(entry["errors"])
                 outcome.copied += asked.get("copied", 0)
         publishing: deque[Future[None]] = deque()
         try:
@@ -281,7 +290,8 @@ class Labeller:
             raise UserError(errors[0]["message"], errors[0]["reason"])
         failures = [image.message for image in images if image.reason == "model_error"]
         outcome.done += len(images)
-        outcome.errors += len(errors)
+        outcome.bytes_read += sum(image.num_bytes for image in images)
+        outcome.count_errors(errors)
         outcome.copied += sum(bool(i.records) and i.records[0].get("duplicate_of") is not None for i in images)
         outcome.failures += failures
         self._proven |= len(errors) < len(images)
@@ -358,6 +368,7 @@ class LabelActor(Labeller):
 
         torch.set_num_threads(settings.threads or 1)  # actors share the machine's cores
         super().__init__(settings)
+        count_actor(settings.output)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """``fragments`` (their `plan.reference`) or ``outcome`` of the listing -> ``outcome``, as JSON."""

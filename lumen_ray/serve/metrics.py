@@ -15,46 +15,38 @@ from typing import Any
 import prometheus_client
 from prometheus_client import CollectorRegistry
 
+from lumen_ray import ray_metrics
+
 REGISTRY = CollectorRegistry()
 prometheus_client.disable_created_metrics()  # a series more for every one, and Ray's endpoint has none
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64)
 
 
-class Metric:
-    """A counter, gauge or histogram with labels. `name`: as in `/metrics`; counters end in "_total"."""
+class Metric(ray_metrics.Metric):
+    """A metric that is in `REGISTRY` too. `name`: as in `/metrics`."""
 
     def __init__(
         self, kind: str, name: str, description: str, labels: Sequence[str] = (), buckets: Sequence[float] = ()
     ):
-        self.kind, self.name, self.description, self.labels = kind, name, description, tuple(labels)
-        self.buckets = tuple(buckets)
-        #: name without the ending that exporters add
-        self.base = name.removesuffix("_total")
+        super().__init__(kind, name, description, labels, buckets)
         made = {"counter": prometheus_client.Counter, "gauge": prometheus_client.Gauge}
         self._local: Any = (
             prometheus_client.Histogram(name, description, labels, buckets=buckets, registry=REGISTRY)
             if kind == "histogram"
             else made[kind](self.base, description, labels, registry=REGISTRY)
         )
-        self._in_ray: Any = None
 
     def record(self, value: float = 1, **labels: str) -> None:
-        """Adds to a counter, sets a gauge, or observes for a histogram. Every label needs its value."""
         local = self._local.labels(**labels) if self.labels else self._local
         match self.kind:
             case "counter":
                 local.inc(value)
-                if self._in_ray is not None and value > 0:  # Ray's refuses 0
-                    self._in_ray.inc(value, labels)
             case "gauge":
                 local.set(value)
-                if self._in_ray is not None:
-                    self._in_ray.set(value, labels)
             case _:
                 local.observe(value)
-                if self._in_ray is not None:
-                    self._in_ray.observe(value, labels)
+        super().record(value, **labels)
 
     @contextmanager
     def timed(self, **labels: str) -> Iterator[None]:
@@ -64,18 +56,6 @@ class Metric:
             yield
         finally:
             self.record(perf_counter() - start, **labels)
-
-    def export_to_ray(self) -> None:
-        """From here on the values are at Ray's endpoint too. In a process of Ray alone."""
-        from ray.util import metrics
-
-        if self._in_ray is not None:
-            return
-        if self.kind == "histogram":
-            self._in_ray = metrics.Histogram(self.base, self.description, list(self.buckets), self.labels)
-        else:
-            made = {"counter": metrics.Counter, "gauge": metrics.Gauge}
-            self._in_ray = made[self.kind](self.base, self.description, self.labels)
 
 
 REQUESTS = Metric("counter", "lumen_ray_requests_total", "HTTP requests answered", ("method", "route", "status"))
@@ -117,8 +97,7 @@ METRICS: tuple[Metric, ...] = (
 
 def export_to_ray() -> None:
     """Also gives all values of this process to Ray's endpoint. Called by every replica at its start."""
-    for metric in METRICS:
-        metric.export_to_ray()
+    ray_metrics.export_to_ray(METRICS)
 
 
 def exposition() -> tuple[bytes, str]:

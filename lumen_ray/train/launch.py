@@ -31,6 +31,7 @@ from lumen_ray.tasks import CLASS_TASKS, TASKS, TEXT_ROUTES, task_of_route
 from lumen_ray.train import parallel, precision
 from lumen_ray.train.checks import check_recipe
 from lumen_ray.train.metrics.metrics import MetricsWatcher, Progress
+from lumen_ray.train.metrics.prometheus import count_restart
 from lumen_ray.train.run import checkpoint, malloc
 from lumen_ray.train.run.capacity import CapacityWatcher, Demand, capacity_reader
 from lumen_ray.train.run.failures import as_user_error
@@ -262,6 +263,7 @@ def _ray_trainer(prepared: PreparedRun, use_gpu: bool) -> Any:
             for error in worker_exceptions.values():
                 if isinstance(cause := as_user_error(error, run), UserError):
                     raise cause
+            count_restart(run, next(iter(worker_exceptions.values())))
 
     run, recipe = prepared.folder, prepared.job.recipe
     elastic = 0 < recipe.min_workers < recipe.workers

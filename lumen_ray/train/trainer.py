@@ -219,11 +219,14 @@ class Trainer:
         self.log.write(self.step, stage.name, values)
 
     def _checkpoint(self, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
+        began = time.perf_counter()
         if self.log:
             self.log.flush()  # first: steps before a checkpoint are not repeated
         position = {"step": self.step, "stage": stage.name, "preset": self.job.start.settings.name}
         average = self.ema.shadow if self.ema else None
         checkpoint.save(self.run, position, self.model, optimizer, self.job.recipe.keep_checkpoints, average)
+        if self.log:
+            self.log.saved(self.step, time.perf_counter() - began)
 
     def _export(self) -> None:
         """Writes the model folder, on rank 0; a collective."""

@@ -152,3 +152,21 @@ def slow_engine():
             return super().run(*args, **kwargs)
 
     return Slow()
+
+
+def held_engine(path, images):
+    """Makes engines that, after so many images, answer no more until the file `path` is there, for two minutes."""
+
+    def make():
+        engine = FakeEngine()
+
+        def held(image):
+            ends = time.monotonic() + 120
+            while engine.images >= images and not path.exists() and time.monotonic() < ends:
+                time.sleep(0.05)
+            return False
+
+        engine.fails = held
+        return engine
+
+    return make

@@ -109,7 +109,7 @@ class LineReader:
 
     def read(self, item: Item, data: bytes | InvalidLine) -> Line:
         """A line with what the model is asked, or failed."""
-        line = Line(item)
+        line = Line(item, num_bytes=len(data) if isinstance(data, bytes) else 0)
         try:
             if isinstance(data, InvalidLine):
                 raise data

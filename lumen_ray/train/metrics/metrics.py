@@ -23,6 +23,7 @@ from lumen_ray.recipe import Recipe
 from lumen_ray.train.losses import StepSums
 from lumen_ray.train.metrics import flops
 from lumen_ray.train.metrics.mlflow import mlflow_tracker
+from lumen_ray.train.metrics.prometheus import RunMetrics
 from lumen_ray.trunk.batch import TrainingBatch
 
 Progress = Callable[[dict[str, Any]], None]
@@ -112,7 +113,8 @@ class Board:
 
 
 class MetricsLog:
-    """Appends to `RUN/metrics.jsonl`, `RUN/tensorboard` and, if configured, MLflow, from `step` on; rank 0 only."""
+    """Appends to `RUN/metrics.jsonl`, `RUN/tensorboard`, Ray's endpoint and, if configured, MLflow, from `step` on;
+    rank 0 only."""
 
     def __init__(self, run: Path, step: int = 0, recipe: Recipe | None = None):
         run.mkdir(parents=True, exist_ok=True)
@@ -120,13 +122,21 @@ class MetricsLog:
         self._file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  closed in `close`
         self._board = Board(run / "tensorboard", step)
         self._tracker = mlflow_tracker(run, recipe) if recipe else None
+        self._exported = RunMetrics(run, recipe, step) if recipe else None
 
     def write(self, step: int, stage: str, values: dict[str, Any]) -> None:
         self._file.write(json.dumps({"step": step, "stage": stage, "time": round(time.time(), 3), **values}) + "\n")
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         self._board.write(step, numbers)
+        if self._exported:
+            self._exported.write(step, numbers)
         if self._tracker:
             self._tracker.write(step, numbers)
+
+    def saved(self, step: int, seconds: float) -> None:
+        """Notes a checkpoint after `step` steps, for which training stood still for `seconds`."""
+        if self._exported:
+            self._exported.saved(step, seconds)
 
     def flush(self) -> None:
         """Makes everything written so far outlive this process."""
