@@ -92,12 +92,12 @@ def train(
     workers: int | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
     waiting: Callable[[str], None] | None = None,
-) -> Path:
-    """Trains a recipe over shards on Ray Train; returns the model folder, ``OUTPUT/model``.
+) -> Path | str:
+    """Trains a recipe over shards on Ray Train; returns the model folder, ``OUTPUT/model``, as a URL in a bucket.
 
     shards: shard folder, a path or URL.
-    output: run folder, on a file system that all workers share. Called again with the same arguments, it resumes from
-        the newest checkpoint; with other ones it raises.
+    output: run folder, on a file system that all workers share, or in a bucket. Called again with the same arguments,
+        it resumes from the newest checkpoint; with other ones it raises.
     recipe: name in ``configs/recipes``, path of a YAML file, or a `lumen_ray.recipe.Recipe`.
     init_from: model folder (or name of bundled weights) to start from, instead of the recipe's; decoders that it lacks
         start from fresh weights.

@@ -20,6 +20,7 @@ from lumen_ray.presets import model_folder, model_path
 from lumen_ray.recipe import Recipe
 from lumen_ray.train import parallel
 from lumen_ray.train.run import checkpoint
+from lumen_ray.train.run.files import RunFiles
 from lumen_ray.train.run.folder import keep_record, keep_tokenizer, start_record
 from lumen_ray.trunk.tokenizer import LumenTokenizer
 
@@ -75,17 +76,17 @@ def resolve_model(recipe: Recipe, init_from: str | None) -> tuple[Recipe, ModelS
 
 
 def make_start(
-    run: Path, shards: str | Path, recipe: Recipe, settings: ModelSettings, manifest: dict[str, Any]
+    run: RunFiles, shards: str | Path, recipe: Recipe, settings: ModelSettings, manifest: dict[str, Any]
 ) -> StartPoint:
-    """Makes the start point of a run and records it in the run folder, which the caller must hold (`sole_starter`,
-    `sole_writer`).
+    """Makes the start point of a run and records it in the run's files, whose folder the caller must hold
+    (`sole_starter`, `sole_writer`).
 
     `recipe` and `settings` as of `resolve_model`. Raises `UserError` if the folder holds a run with another start.
     """
-    newest, init_from = checkpoint.latest(run), recipe.init_from
+    newest, init_from = checkpoint.latest(run.location), recipe.init_from
     if newest:
         checkpoint.check_preset(newest, settings.name)
-    keep_record(run, start_record(recipe, settings, manifest, init_from), resumes=newest is not None)
-    tokenizer = keep_tokenizer(run, shards, settings, init_from, resumes=newest is not None)
+    keep_record(run.folder, start_record(recipe, settings, manifest, init_from), resumes=newest is not None)
+    tokenizer = keep_tokenizer(run.folder, shards, settings, init_from, resumes=newest is not None)
     meta = read_meta(init_from) if init_from else None
     return StartPoint(settings, tokenizer, recipe.seed, init_from, meta)
