@@ -23,6 +23,7 @@ from lumen_ray.data import files, urls
 from lumen_ray.data.batches.buckets import with_sizes
 from lumen_ray.data.batches.feed import BatchReader, dataset_for_rank, plan_items, ray_batches, skeletons_of
 from lumen_ray.data.batches.plan import Plan
+from lumen_ray.data.output_folder import OutputFolder
 from lumen_ray.data.shards.shards import read_manifest
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import ModelMeta
@@ -34,7 +35,6 @@ from lumen_ray.train.metrics.metrics import MetricsWatcher, Progress
 from lumen_ray.train.run import checkpoint, malloc
 from lumen_ray.train.run.capacity import CapacityWatcher, Demand, capacity_reader
 from lumen_ray.train.run.failures import as_user_error
-from lumen_ray.train.run.files import RunFiles
 from lumen_ray.train.run.folder import sole_starter, sole_writer
 from lumen_ray.train.run.resources import of_worker, uses_gpus
 from lumen_ray.train.run.start import StartPoint, make_start, resolve_model
@@ -77,7 +77,7 @@ def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: st
     recipe, settings = resolve_model(recipe, init_from)
     recipe = with_sizes(recipe, settings)
     with sole_starter(folder):
-        with sole_writer(folder), RunFiles(folder) as run_files:
+        with sole_writer(folder), OutputFolder(folder) as run_files:
             run_files.fetch()
             start = make_start(run_files, shards, recipe, settings, manifest)
         check_recipe(recipe, settings, len(start.tokenizer))
@@ -157,7 +157,7 @@ def _train_rank(prepared: PreparedRun, device: torch.device, read: ReadBatches |
     run, recipe = prepared.job.run, prepared.job.recipe
     rank, ranks = parallel.rank(), parallel.world_size()
     try:
-        with sole_writer(run) if rank == 0 else nullcontext(), RunFiles(run) as run_files:
+        with sole_writer(run) if rank == 0 else nullcontext(), OutputFolder(run) as run_files:
             if rank == 0:
                 checkpoint.clean(run)
                 run_files.fetch()
@@ -171,7 +171,7 @@ def _train_rank(prepared: PreparedRun, device: torch.device, read: ReadBatches |
         raise cause from (None if cause is error else error)
 
 
-def logged(batches: Iterator[TrainingBatch], run: RunFiles) -> Iterator[TrainingBatch]:
+def logged(batches: Iterator[TrainingBatch], run: OutputFolder) -> Iterator[TrainingBatch]:
     """Passes batches on and appends the image ids of each to `RUN/samples/<rank>.jsonl`.
 
     A step repeated after a restart has another line: the last one of a step counts.

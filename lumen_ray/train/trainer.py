@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.utils.deterministic
 
+from lumen_ray.data.output_folder import OutputFolder
 from lumen_ray.model.build import Generalist, ModelMeta, save_model
 from lumen_ray.precision import autocast_context
 from lumen_ray.recipe import Recipe, Stage
@@ -30,7 +31,6 @@ from lumen_ray.train.new_tokens import RowMask
 from lumen_ray.train.optimizer import build_optimizer, set_lr, set_trainable
 from lumen_ray.train.run import checkpoint
 from lumen_ray.train.run.failures import DivergedError, explained, find_module, resumption, where
-from lumen_ray.train.run.files import RunFiles
 from lumen_ray.train.run.saver import Saver
 from lumen_ray.train.run.start import StartPoint
 from lumen_ray.trunk.batch import TrainingBatch
@@ -102,9 +102,9 @@ class Trainer:
     run in a bucket are copied there.
     """
 
-    def __init__(self, job: TrainingJob, device: torch.device, files: RunFiles | None = None):
+    def __init__(self, job: TrainingJob, device: torch.device, files: OutputFolder | None = None):
         self.job, self.device = job, device
-        self.files = files or RunFiles(job.run)
+        self.files = files or OutputFolder(job.run)
         self.run = self.files.folder
         self.resume = checkpoint.latest_of_ranks(job.run)
         self.step = checkpoint.start_step(self.resume)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from lumen_ray.data.files import StoreError
+from lumen_ray.data.output_folder import OutputFolder
 from lumen_ray.recipe import Recipe
 from lumen_ray.train import parallel
 from lumen_ray.train.run import checkpoint
 from lumen_ray.train.run.failures import explained
-from lumen_ray.train.run.files import RunFiles
 
 #: before the first further try of a save; each waits twice as long as the one before
 RETRY_SECONDS = 5.0
@@ -31,7 +31,7 @@ class Saver:
     tried again, `checkpoint_retries` times.
     """
 
-    def __init__(self, files: RunFiles, recipe: Recipe, device: torch.device):
+    def __init__(self, files: OutputFolder, recipe: Recipe, device: torch.device):
         self._files, self._recipe, self._device = files, recipe, device
         self._saving: Future[None] | None = None
         self._group = parallel.background_group() if recipe.async_checkpoints else None
@@ -60,6 +60,11 @@ class Saver:
                 self._saving = self._writer.submit(self._write_explained, place, position, staged, model)
             else:
                 self._write(position, state)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no save is in flight on this rank."""
+        return self._saving is None or self._saving.done()
 
     def wait(self) -> None:
         """Waits for the save in flight, and raises its error."""

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lumen_ray import config
+from lumen_ray.data.output_folder import OutputFolder
 from lumen_ray.errors import UserError
 from lumen_ray.meta_init import on_meta
 from lumen_ray.model.build import Generalist, ModelMeta, build_model, read_meta
@@ -20,7 +21,6 @@ from lumen_ray.presets import model_folder, model_path
 from lumen_ray.recipe import Recipe
 from lumen_ray.train import parallel
 from lumen_ray.train.run import checkpoint
-from lumen_ray.train.run.files import RunFiles
 from lumen_ray.train.run.folder import keep_record, keep_tokenizer, start_record
 from lumen_ray.trunk.tokenizer import LumenTokenizer
 
@@ -76,7 +76,7 @@ def resolve_model(recipe: Recipe, init_from: str | None) -> tuple[Recipe, ModelS
 
 
 def make_start(
-    run: RunFiles, shards: str | Path, recipe: Recipe, settings: ModelSettings, manifest: dict[str, Any]
+    run: OutputFolder, shards: str | Path, recipe: Recipe, settings: ModelSettings, manifest: dict[str, Any]
 ) -> StartPoint:
     """Makes the start point of a run and records it in the run's files, whose folder the caller must hold
     (`sole_starter`, `sole_writer`).

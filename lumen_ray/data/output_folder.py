@@ -1,4 +1,4 @@
-"""The files of a run: in its folder or, of a run in a bucket, in a scratch folder that is copied there."""
+"""A folder for programs that write local files, also where it is in a bucket: then files are copied there."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ UPLOAD_SECONDS = 30.0
 LAST = "model.safetensors"
 
 
-class RunFiles:
-    """Where a process writes files of a run, other than checkpoints; a context manager.
+class OutputFolder:
+    """Where a process writes files, a context manager.
 
-    `location`: the run folder, a path or URL. `folder`: the same for a path; for a URL a scratch folder on this
-    machine. Its files are copied to the bucket whenever `upload` is called, every `UPLOAD_SECONDS` while the context is
-    open, and at its end. Hidden files and folders stay.
+    `location`: a path or URL. `folder`: the same for a path; for a URL a scratch folder on this machine. Its files are
+    copied to the bucket whenever `upload` is called, every `UPLOAD_SECONDS` while the context is open, and at its end.
+    Hidden files and folders stay.
     """
 
     def __init__(self, location: urls.Location):
@@ -30,17 +30,26 @@ class RunFiles:
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self.folder = Path(self.location)
         if urls.is_url(self.location):
-            self._temporary = tempfile.TemporaryDirectory(prefix="lumen-ray-run-", ignore_cleanup_errors=True)
+            self._temporary = tempfile.TemporaryDirectory(prefix="lumen-ray-output-", ignore_cleanup_errors=True)
             self.folder = Path(self._temporary.name) / urls.base_name(self.location)
             self.folder.mkdir()
         self._known: dict[str, tuple[int, int]] = {}  # name -> time and size of the file that the bucket has
         self._uploading = threading.Lock()
         self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._keep, name="run-files", daemon=True)
+        self._thread = threading.Thread(target=self._keep, name="output-folder", daemon=True)
+
+    def check(self) -> None:
+        """Makes the folder. Raises `UserError` (`invalid_output`, `store_unreachable`) if it cannot be written."""
+        if self._temporary is None:
+            files.make_folder(self.location)
+            return
+        trial = urls.join(self.location, ".writable")
+        files.write_bytes(trial, b"")
+        files.remove(trial)
 
     def fetch(self, *names: str) -> None:
         """Copies files that the bucket has to the scratch folder, for programs that go on with them; by default all
-        that are directly in the run folder."""
+        that are directly in it."""
         if self._temporary is None:
             return
         for name in names or [name for name in files.sizes(self.location, recursive=False) if not name.startswith(".")]:
@@ -83,7 +92,7 @@ class RunFiles:
             try:
                 self.upload()
             except (UserError, OSError) as error:  # the next one copies it; the last one raises
-                warnings.warn(f"files of the run were not copied yet: {error}", stacklevel=2)
+                warnings.warn(f"files were not copied to the bucket yet: {error}", stacklevel=2)
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._temporary is None:
