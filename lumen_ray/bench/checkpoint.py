@@ -68,7 +68,8 @@ class Steps:
         """Seconds of a usual step, of steps with a save of either kind, and of those while one is written."""
         usual = statistics.median(self.step() for _ in range(USUAL))
         started = time.perf_counter()
-        background, during = self.step(self.background), []
+        background = self.step(self.background)
+        during: list[float] = []
         while not self.background.is_idle and len(during) < MOST:
             during.append(self.step())
         self.background.wait()

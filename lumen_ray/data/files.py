@@ -248,6 +248,15 @@ def sizes(folder: Location, recursive: bool = True) -> dict[str, int]:
     return {i.path.lstrip("/").removeprefix(root): i.size for i in found if i.type == fs.FileType.File}
 
 
+def states(folder: Location) -> dict[str, tuple[int, int]]:
+    """Bytes and time of the last change in ns of every file directly in a folder, by name; none if there is no such
+    folder."""
+    with as_user_error(folder):
+        store, path = filesystem(folder)
+        found = store.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return {i.base_name: (i.size, i.mtime_ns or 0) for i in found if i.type == fs.FileType.File}
+
+
 def idle_folders(folder: Location, prefix: str, seconds: float) -> list[str]:
     """Names of the folders directly in `folder` that begin with `prefix` and have not changed for `seconds`, sorted;
     none in a store without modification times."""

@@ -23,6 +23,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.model.build import read_meta
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.warm_start import start_tokenizer
+from lumen_ray.presets import model_folder
 from lumen_ray.recipe import CARRIED_OUT, Recipe
 from lumen_ray.tasks import TASKS
 from lumen_ray.trunk.tokenizer import CAPTIONS_FILE, TURNS_FILE, LumenTokenizer
@@ -53,7 +54,7 @@ def _digest_of_model(folder: str) -> str:
     """sha256 of a model folder's weights and tokenizers. Raises `UserError` if it is not a model folder."""
     read_meta(folder)
     digest = hashlib.sha256()
-    paths = (Path(folder) / name for name in ("model.safetensors", "tokenizer.json", CAPTIONS_FILE, TURNS_FILE))
+    paths = (model_folder(folder) / name for name in ("model.safetensors", "tokenizer.json", CAPTIONS_FILE, TURNS_FILE))
     for path in filter(Path.is_file, paths):  # the last two are not in every folder
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

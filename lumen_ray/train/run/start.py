@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from lumen_ray import config
+from lumen_ray.data import urls
 from lumen_ray.data.output_folder import OutputFolder
 from lumen_ray.errors import UserError
 from lumen_ray.meta_init import on_meta
@@ -36,7 +37,7 @@ class StartPoint:
     settings: ModelSettings
     tokenizer: LumenTokenizer
     seed: int  # of fresh weights
-    init_from: str | None = None  # absolute path of the model folder whose weights the run starts from
+    init_from: str | None = None  # absolute path or URL of the model folder whose weights the run starts from
     meta: ModelMeta | None = None  # of the model in `init_from`
 
     def build_model(self) -> Generalist:
@@ -62,7 +63,10 @@ def resolve_model(recipe: Recipe, init_from: str | None) -> tuple[Recipe, ModelS
     the two models do not fit.
     """
     folder = init_from or recipe.init_from
-    recipe = recipe.model_copy(update={"init_from": str(model_folder(folder).absolute()) if folder else None})
+    if folder:
+        local = model_folder(folder).absolute()  # raises for one that is not there
+        folder = folder if urls.is_url(folder) else str(local)
+    recipe = recipe.model_copy(update={"init_from": folder})
     settings = config.load(ModelSettings, model_path(recipe.model))
     if recipe.init_from:
         return recipe, start_settings(settings, recipe.init_from)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import replace
+from typing import IO, Any
 
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, LoadPlan
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from lumen_ray.data import files, urls
+
+#: bytes of a bucket's file that are read ahead
+READ_AHEAD = 16 << 20
 
 
 class _Bucket(FileSystemBase):
@@ -18,8 +23,12 @@ class _Bucket(FileSystemBase):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        with files.open_output(path) if mode == "wb" else files.open_input(path) as stream:
-            yield stream
+        if mode == "wb":
+            with files.open_output(path) as stream:
+                yield stream
+            return
+        with files.open_input(path) as stream, io.BufferedReader(stream, READ_AHEAD) as buffered:
+            yield buffered
 
     def concat_path(self, path: str | os.PathLike[str], suffix: str) -> str:
         return urls.join(path, suffix)
@@ -44,6 +53,19 @@ class _Bucket(FileSystemBase):
         files.remove(path)
 
 
+class _BucketReader(FileSystemReader):
+    """Reads each file forward and each tensor at once: torch makes several small reads for one, in a bucket a request
+    each."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        plan = super().prepare_local_plan(plan)
+        return replace(plan, items=sorted(plan.items, key=lambda item: self.storage_data[item.storage_index].offset))
+
+    def _slice_file(self, file: IO[bytes], sinfo: Any) -> IO[bytes]:
+        file.seek(sinfo.offset)
+        return io.BytesIO(file.read(sinfo.length))
+
+
 def writer(folder: urls.Location) -> FileSystemWriter:
     """Writes the shards of each rank to a folder or bucket, flushed to the disk."""
     # `sync_files` flushes all disks of the machine where a stream is no file
@@ -52,7 +74,7 @@ def writer(folder: urls.Location) -> FileSystemWriter:
 
 def reader(folder: urls.Location) -> FileSystemReader:
     """Reads shards that `writer` wrote, of any number of ranks."""
-    return _moved(FileSystemReader(""), folder) if urls.is_url(folder) else FileSystemReader(folder)
+    return _moved(_BucketReader(""), folder) if urls.is_url(folder) else FileSystemReader(folder)
 
 
 def _moved(store: Any, bucket: urls.Location) -> Any:
