@@ -222,9 +222,7 @@ def calibrate(
 
     folder = model_folder(fspath(model))
     if output is None and not Path(fspath(model)).is_dir():
-        raise UserError(
-            f"'{fspath(model)}' cannot be written; give a folder for the copy as output", "usage"
-        )
+        raise UserError(f"'{fspath(model)}' cannot be written; give a folder for the copy as output", "usage")
     if output is not None and Path(fspath(output)).exists():
         raise UserError(f"'{fspath(output)}' exists; give a new folder for the copy of the model", "output_exists")
     _prepare_environment()

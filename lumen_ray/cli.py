@@ -109,9 +109,7 @@ def _train_args(verbs: Any) -> None:
     p = verbs.add_parser("train", help="train a recipe over shards; run it again to resume")
     p.add_argument("--recipe", required=True, help="name in configs/recipes, or a YAML file")
     p.add_argument("--shards", required=True, help="shard folder")
-    p.add_argument(
-        "--output", required=True, help="run folder or its URL; the trained model is in its 'model' folder"
-    )
+    p.add_argument("--output", required=True, help="run folder or its URL; the trained model is in its 'model' folder")
     p.add_argument(
         "--init-from",
         help="model folder (or bundled weights) to start from, instead of the recipe's; decoders that it lacks start "

@@ -427,7 +427,5 @@ def remove_folder(folder: Location) -> None:
     """Deletes a folder with its contents, if it exists."""
     with as_user_error(folder, "removed"):
         store, path = filesystem(folder)
-        if not is_url(folder):
-            shutil.rmtree(path, ignore_errors=not os.path.isdir(path))
-        elif is_dir(folder):
+        if is_dir(folder):
             store.delete_dir(path)

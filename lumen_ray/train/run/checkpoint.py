@@ -9,6 +9,7 @@ none that only looks complete.
 from __future__ import annotations
 
 import json
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from lumen_ray.checkpoints.safetensors_file import sync
 from lumen_ray.data import files, urls
+from lumen_ray.data.files import StoreError
 from lumen_ray.data.urls import Location
 from lumen_ray.errors import UserError
 from lumen_ray.train import parallel
@@ -102,9 +104,14 @@ def complete(run: Location) -> list[str]:
 def _complete(run: Location, sizes: Mapping[str, int]) -> dict[str, str]:
     """Complete checkpoints, with the name of their folder of shards. `sizes`: of all files in `RUN/checkpoints`."""
     found = {}
-    for name in (name.removesuffix(f"/{POSITION}") for name in sizes if name.count("/") == 1 and POSITION in name):
+    for name in (file.removesuffix(f"/{POSITION}") for file in sizes if file.endswith(f"/{POSITION}")):
         path = urls.join(run, FOLDER, name)
-        written = position(path)
+        try:
+            written = position(path)
+        except StoreError:
+            raise
+        except UserError:  # removed since `sizes` was listed
+            continue
         expected = written.get("files") or {METADATA: sizes.get(f"{name}/{METADATA}")}
         if all(size is not None and sizes.get(f"{name}/{file}") == size for file, size in expected.items()):
             found[path] = written.get("shards", "")
@@ -129,11 +136,18 @@ def clean(run: Location) -> None:
     for path in (urls.join(run, FOLDER, folder) for folder in folders):
         if path not in kept:
             files.remove(urls.join(path, POSITION))
-            files.remove_folder(path)
+            _remove_shards(path)
         elif kept[path]:
             inside = {name.split("/")[1] for name in sizes if name.startswith(f"{urls.base_name(path)}/")}
             for other in inside - {kept[path], POSITION}:
-                files.remove_folder(urls.join(path, other))
+                _remove_shards(urls.join(path, other))
+
+
+def _remove_shards(folder: str) -> None:
+    if urls.is_url(folder):
+        files.remove_folder(folder)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # a folder that stays does no harm
 
 
 def latest(run: Location) -> str | None:
