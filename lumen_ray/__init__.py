@@ -19,6 +19,8 @@ dtype('uint8')
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from lumen_ray import presets as _presets
+from lumen_ray.data import model_cache as _model_cache
 from lumen_ray.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ __all__ = [
     "serve",
     "train",
 ]
+
+_presets.download = _model_cache.download
 
 _MODULES = {
     "ClassByExample": "lumen_ray.exemplars",

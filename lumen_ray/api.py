@@ -92,12 +92,12 @@ def train(
     workers: int | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
     waiting: Callable[[str], None] | None = None,
-) -> Path:
-    """Trains a recipe over shards on Ray Train; returns the model folder, ``OUTPUT/model``.
+) -> Path | str:
+    """Trains a recipe over shards on Ray Train; returns the model folder, ``OUTPUT/model``, as a URL in a bucket.
 
     shards: shard folder, a path or URL.
-    output: run folder, on a file system that all workers share. Called again with the same arguments, it resumes from
-        the newest checkpoint; with other ones it raises.
+    output: run folder, on a file system that all workers share, or in a bucket. Called again with the same arguments,
+        it resumes from the newest checkpoint; with other ones it raises.
     recipe: name in ``configs/recipes``, path of a YAML file, or a `lumen_ray.recipe.Recipe`.
     init_from: model folder (or name of bundled weights) to start from, instead of the recipe's; decoders that it lacks
         start from fresh weights.
@@ -143,9 +143,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Scores a model on a shard folder; writes ``report.json`` and ``predictions.parquet``, returns the report.
 
-    model: model folder, name of bundled weights, or an `Engine`.
+    model: model folder (a path or URL), name of bundled weights, or an `Engine`.
     shards: shard folder of the held-out split, a path or URL.
-    output: folder to write, on this machine.
+    output: folder to write, a path or URL.
     tasks: tasks to score; None: all that the model serves and the split is annotated for.
     limit: score the first images only.
     pictures: images to generate or edit pictures for, from the first on.
@@ -222,7 +222,7 @@ def calibrate(
 
     folder = model_folder(fspath(model))
     if output is None and not Path(fspath(model)).is_dir():
-        raise UserError(f"'{fspath(model)}' is part of the package; give a folder for the copy as output", "usage")
+        raise UserError(f"'{fspath(model)}' cannot be written; give a folder for the copy as output", "usage")
     if output is not None and Path(fspath(output)).exists():
         raise UserError(f"'{fspath(output)}' exists; give a new folder for the copy of the model", "output_exists")
     _prepare_environment()
@@ -274,7 +274,7 @@ def label(
 
     images: folder, glob, shard folder, list, table or tar of images, a path or URL.
     output: folder to write, a path or URL. Called again with the same arguments, it continues where it stopped.
-    model: model folder, or name of bundled weights ("nano" is trained on the synthetic scenes only).
+    model: model folder (a path or URL), or name of bundled weights ("nano" is trained on the synthetic scenes only).
     tasks: tasks to run on every image.
     classes: class names for the tasks that need them, as a list, or one name without a comma; None: the classes that
         the model was trained on, or with
@@ -515,7 +515,7 @@ def serve(
 ) -> Server:
     """Serves a model over HTTP with Ray Serve; returns once it answers.
 
-    model: model folder or name of bundled weights, instead of the config's.
+    model: model folder (a path or URL) or name of bundled weights, instead of the config's.
     config: name in ``configs/serve``, or path of a YAML file: replicas, resources, limits.
     host: address to listen on, instead of the config's.
     port: port to listen on, instead of the config's.

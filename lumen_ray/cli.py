@@ -111,7 +111,7 @@ def _train_args(verbs: Any) -> None:
     p = verbs.add_parser("train", help="train a recipe over shards; run it again to resume")
     p.add_argument("--recipe", required=True, help="name in configs/recipes, or a YAML file")
     p.add_argument("--shards", required=True, help="shard folder")
-    p.add_argument("--output", required=True, help="run folder; the trained model is written to its 'model' folder")
+    p.add_argument("--output", required=True, help="run folder or its URL; the trained model is in its 'model' folder")
     p.add_argument(
         "--init-from",
         help="model folder (or bundled weights) to start from, instead of the recipe's; decoders that it lacks start "
@@ -129,7 +129,7 @@ def _evaluate_args(verbs: Any) -> None:
     device_arg(p, "cuda where torch finds a GPU, else cpu")
     dtype_arg(p)
     p.add_argument("--shards", required=True, help="shard folder of the held-out split")
-    p.add_argument("--output", required=True, help="folder for report.json and predictions.parquet")
+    p.add_argument("--output", required=True, help="folder or URL for report.json and predictions.parquet")
     p.add_argument(
         "--tasks",
         type=comma_separated,

@@ -5,6 +5,7 @@ YAML files lie in `configs/` of a checkout or in its copy inside the installed p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from lumen_ray.errors import UserError, suggest
@@ -25,6 +26,8 @@ ROOTS = config_roots(Path(__file__).resolve().parent)
 WEIGHTS = Path(__file__).resolve().parent / "weights"
 #: the bundled model that `label`, `evaluate` and `serve` use by default
 DEFAULT_MODEL = "nano"
+#: copies the model folder at a URL to this machine; `lumen_ray` sets it, since stores are a layer above this one
+download: Callable[[str], Path] | None = None
 
 
 def find(kind: str, name: str) -> Path:
@@ -55,10 +58,13 @@ def bundled_models() -> list[str]:
 
 
 def model_folder(model: str | Path) -> Path:
-    """The model folder at a path, or that of bundled weights of this name if there is no such path.
+    """The model folder at a path, or that of bundled weights of this name if there is no such path; of a URL a local
+    copy of its present version.
 
     Raises `UserError` (`missing_model`) if there is neither.
     """
+    if "://" in str(model) and download is not None:
+        return download(str(model))
     if Path(model).is_dir():
         return Path(model)
     names = bundled_models()

@@ -126,7 +126,7 @@ def _train(output: Path, recipe: Recipe) -> Path:
     stages = ", ".join(f"{stage.name} {stage.steps}" for stage in recipe.stages)
     say(f"  {recipe.total_steps} steps of {recipe.batch_size} images ({stages}) on {recipe.workers} FSDP workers")
     say(f"  model -> {model}; logs -> {output}/train/metrics.jsonl, tensorboard --logdir {output}/train/tensorboard")
-    return model
+    return Path(model)
 
 
 def _evaluate(output: Path, model: Path) -> dict[str, Any]:

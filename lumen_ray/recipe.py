@@ -37,6 +37,8 @@ CARRIED_OUT = (
     "max_failures",
     "checkpoint_every",
     "keep_checkpoints",
+    "async_checkpoints",
+    "checkpoint_retries",
     "log_samples",
     "mlflow",
 )
@@ -326,6 +328,14 @@ class Recipe(Settings):
     checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints within a stage; 0: only at its end")
     keep_checkpoints: int = Field(
         5, ge=0, description="newest checkpoints to keep, in addition to the last of each stage; 0: all"
+    )
+    async_checkpoints: bool = Field(
+        True,
+        description="write checkpoints while training goes on, from a copy in the memory of the CPU; false: training "
+        "waits, and needs no memory for a copy",
+    )
+    checkpoint_retries: int = Field(
+        3, ge=0, description="further tries of a checkpoint that a bucket did not take, before the run ends"
     )
     log_samples: bool = Field(False, description="write the image ids of every step to RUN/samples")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the arithmetic; weights and losses stay fp32")

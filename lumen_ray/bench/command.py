@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     p = _add_kind(kinds, "train", "training pipeline, input pipeline, prompts in one pass, GPU utilisation")
     p.add_argument("--shards", help="shards for input and pipeline (default: rendered scenes)")
     p.add_argument("--model", help="model folder for prompts (default: nano with random weights)")
-    p.add_argument("--preset", default="small", help="preset for gpu (default: small)")
+    p.add_argument("--preset", default="small", help="preset for gpu and checkpoint (default: small)")
     p.add_argument("--workers", type=int, default=1, help="training workers of pipeline, reading processes of input")
     p.add_argument("--threads", type=int, help="threads of a training process (default: leaves a core for reading)")
     p.add_argument("--steps", type=int, help="steps of a side per turn, warm-up included")

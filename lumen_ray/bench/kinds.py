@@ -102,6 +102,18 @@ def _check_gpu(args: argparse.Namespace) -> None:
     gpu.check(args.preset)
 
 
+def _checkpoint(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
+    from lumen_ray.bench import checkpoint
+
+    return checkpoint.bench(folder, args.preset, **_set({"batch_size": args.batch_size, "turns": args.turns}))
+
+
+def _check_checkpoint(args: argparse.Namespace) -> None:
+    from lumen_ray.bench import checkpoint
+
+    checkpoint.check(args.preset)
+
+
 def _grounding_dino(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
     from lumen_ray.bench import grounding_dino
 
@@ -224,6 +236,7 @@ KINDS: dict[str, dict[str, Bench]] = {
         "input": Bench(_input, _check_input),
         "pipeline": Bench(_pipeline, _check_pipeline),
         "gpu": Bench(_gpu, _check_gpu),
+        "checkpoint": Bench(_checkpoint, _check_checkpoint, optional=True),
     },
     "prompts": {"classes": Bench(_classes, _check_classes)},
     "objects": {"objects": Bench(_objects, _check_prompts)},

@@ -239,6 +239,24 @@ def list_files(folder: Location, suffixes: Iterable[str] = (), recursive: bool =
     return sorted(name for name in names if not endings or name.lower().endswith(endings))
 
 
+def sizes(folder: Location, recursive: bool = True) -> dict[str, int]:
+    """Bytes of every file under a folder, by name relative to it with ``/``; none if there is no such folder."""
+    with as_user_error(folder):
+        store, path = filesystem(folder)
+        found = store.get_file_info(fs.FileSelector(path, allow_not_found=True, recursive=recursive))
+    root = path.strip("/") + "/"
+    return {i.path.lstrip("/").removeprefix(root): i.size for i in found if i.type == fs.FileType.File}
+
+
+def states(folder: Location) -> dict[str, tuple[int, int]]:
+    """Bytes and time of the last change in ns of every file directly in a folder, by name; none if there is no such
+    folder."""
+    with as_user_error(folder):
+        store, path = filesystem(folder)
+        found = store.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    return {i.base_name: (i.size, i.mtime_ns or 0) for i in found if i.type == fs.FileType.File}
+
+
 def idle_folders(folder: Location, prefix: str, seconds: float) -> list[str]:
     """Names of the folders directly in `folder` that begin with `prefix` and have not changed for `seconds`, sorted;
     none in a store without modification times."""
@@ -255,18 +273,31 @@ def idle_folders(folder: Location, prefix: str, seconds: float) -> list[str]:
     return sorted(idle)
 
 
+@contextmanager
+def open_output(location: Location) -> Iterator[Any]:
+    """Opens a file of a store for writing, a pyarrow `NativeFile`. After an error a part of it may be there."""
+    with as_user_error(location, "written"):
+        store, path = filesystem(location)
+        _make_folder(store, location)
+        with store.open_output_stream(path) as stream:
+            yield stream
+
+
+def copy(source: Location, target: Location) -> None:
+    """Copies a file from one store to another; in a bucket it appears whole or not at all."""
+    with open_input(source) as stream, open_output(target) as written:
+        shutil.copyfileobj(stream, written, 8 << 20)
+
+
 def put(local: Location, location: Location) -> None:
     """Moves a finished local file to `location`, where it appears whole or not at all. A local `location` must be on
     the same disk."""
-    with as_user_error(location, "written"):
-        if not is_url(location):
-            _rename(Path(local), Path(split(location)[1]))
-            return
-        store, path = filesystem(location)
-        _make_folder(store, location)
-        with open(local, "rb") as source, store.open_output_stream(path) as target:
-            shutil.copyfileobj(source, target, 8 << 20)
+    if is_url(location):
+        copy(local, location)
         os.unlink(local)
+        return
+    with as_user_error(location, "written"):
+        _rename(Path(local), Path(split(location)[1]))
 
 
 def write_bytes(location: Location, data: bytes, *, durable: bool = True) -> None:

@@ -17,10 +17,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lumen_ray.answer import Answer
-from lumen_ray.data import files
 from lumen_ray.data.files import write_atomically
 from lumen_ray.data.images import decode
+from lumen_ray.data.output_folder import OutputFolder
 from lumen_ray.data.shards.shards import read_manifest, read_row_group
+from lumen_ray.data.urls import Location
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.evaluate.calibration import draw_reliability
 from lumen_ray.evaluate.grounding import DECISION_THRESHOLD
@@ -71,7 +72,7 @@ class _Batch:
 def evaluate(
     engine: EngineProtocol,
     shards_dir: str | Path,
-    output_dir: str | Path,
+    output_dir: Location,
     *,
     tasks: Sequence[str] | None = None,
     limit: int | None = None,
@@ -95,7 +96,7 @@ def evaluate(
     absent_classes: names of things that no image shows, which detect asks for as well, without the split's classes.
     progress: called with (images done, images in all) after each batch.
     Raises `UserError` for tasks that the split is not annotated for or that the model has no decoder for, numbers that
-    make no sense, exemplars of a class that the split does not have, and an output folder that is a URL.
+    make no sense, exemplars of a class that the split does not have, and an output that cannot be written.
 
     Returns the report as a plain dict: ``metrics`` (metric -> value or None where the split has no annotations),
     ``tables``, ``settings``, counts and timing; ``images == scored + skipped``, with the reason of each skipped image
@@ -103,10 +104,10 @@ def evaluate(
     """
     limits = Limits(limit, chat_limit, picture_limit)
     _check(batch_size, limits)
-    output = files.local_folder(output_dir)
+    output = OutputFolder(output_dir)
     manifest = read_manifest(shards_dir)
     scorer = _scorer(manifest, tasks, engine, load_exemplars(exemplars), absent_classes)
-    files.make_folder(output)  # before the work whose results it gets
+    output.check()  # before the work whose results it gets
     total = min(manifest["rows"], limit) if limit is not None else manifest["rows"]
     started = time.monotonic()
     errors: list[dict[str, str]] = []
@@ -123,24 +124,25 @@ def evaluate(
                 if progress is not None:
                     progress(done, total)
 
-    write_atomically(output / "predictions.parquet", write_predictions)
-    metrics, tables = scorer.evaluate()
-    metrics |= scorer.pictures.evaluate(scorer.tasks, detector_of(engine, scorer.classes))
-    scorer.pictures.save(output)
-    if diagrams := scorer.reliability:
-        draw_reliability(diagrams, output / "reliability.png")
-    seconds = time.monotonic() - started
-    report = {
-        "split": str(shards_dir),
-        "model": {"preset": engine.preset, "version": engine.version},
-        "tasks": [name for name in TASKS if name in scorer.tasks],
-        "settings": _settings(engine, batch_size, limits, scorer),
-        **_counts(done, errors, seconds),
-        "notes": _notes(scorer),
-        "metrics": metrics,
-        "tables": tables,
-    }
-    write_report(report, output / "report.json")
+    with output:
+        write_atomically(output.folder / "predictions.parquet", write_predictions)
+        metrics, tables = scorer.evaluate()
+        metrics |= scorer.pictures.evaluate(scorer.tasks, detector_of(engine, scorer.classes))
+        scorer.pictures.save(output.folder)
+        if diagrams := scorer.reliability:
+            draw_reliability(diagrams, output.folder / "reliability.png")
+        seconds = time.monotonic() - started
+        report = {
+            "split": str(shards_dir),
+            "model": {"preset": engine.preset, "version": engine.version},
+            "tasks": [name for name in TASKS if name in scorer.tasks],
+            "settings": _settings(engine, batch_size, limits, scorer),
+            **_counts(done, errors, seconds),
+            "notes": _notes(scorer),
+            "metrics": metrics,
+            "tables": tables,
+        }
+        write_report(report, output.folder / "report.json")
     return report
 
 

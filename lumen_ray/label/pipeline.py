@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lumen_ray.data import files, urls
+from lumen_ray.data.claim import Claim
 from lumen_ray.data.pictures import left_out_note
 from lumen_ray.errors import UserError
 from lumen_ray.exemplar_file import load_exemplars
@@ -24,7 +25,6 @@ from lumen_ray.inference.device import find_device
 from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.inference.tiles import Tiles
 from lumen_ray.label.asking import SecondLookSettings
-from lumen_ray.label.claim import Claim
 from lumen_ray.label.exporters.registry import DEFAULT_EXPORTS, check_formats, choose_tasks
 from lumen_ray.label.job_metrics import JobMetrics
 from lumen_ray.label.ledger import Ledger

@@ -7,7 +7,7 @@ from typing import Any
 
 from lumen_ray.console import seconds
 from lumen_ray.data import files, urls
-from lumen_ray.label.claim import read_claim
+from lumen_ray.data.claim import read_claim
 from lumen_ray.label.ledger import is_batch, open_finished
 from lumen_ray.label.retries import current_round
 from lumen_ray.label.spent import cost_text, read_spent

@@ -159,7 +159,7 @@ class Labeller:
             self.fault = str(error)
             return
         provenance: dict[str, Any] = {
-            "model": "" if callable(settings.model) else str(settings.model),
+            "model": "" if callable(settings.model) else urls.shown(settings.model),
             "version": self.engine.version,
             "preset": self.engine.preset,
             "settings": self._run_settings(),

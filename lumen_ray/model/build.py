@@ -312,9 +312,10 @@ def load_model(
     cannot serve its task, or if the model lacks a decoder.
     """
     weights_dtype = check_dtype(dtype)
-    meta, stored, tokenizer = read_meta(folder), read_settings(folder), read_tokenizer(folder)
+    here = model_folder(folder)  # once: at a URL the next one may have another version
+    meta, stored, tokenizer = read_meta(here), read_settings(here), read_tokenizer(here)
     settings = stored.choose(decoders or {}, str(folder))
-    weights = open_weights(folder)
+    weights = open_weights(here)
     with on_meta():
         model = build_model(settings, len(tokenizer)).eval()
     _check_fits(weights, model, settings.name)

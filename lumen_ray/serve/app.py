@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from lumen_ray import config
+from lumen_ray.data.urls import is_url
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.presets import model_folder
@@ -86,7 +87,9 @@ def build_app(settings: ServeSettings) -> Application:
 
 
 def served_folder(settings: ServeSettings) -> str:
-    """The absolute path of the model folder; a symlink stays one where the folder is followed."""
+    """The absolute path of the model folder, or its URL; a symlink stays one where the folder is followed."""
+    if is_url(settings.model):
+        return settings.model
     folder = model_folder(settings.model)
     return str(folder.resolve() if settings.reload is None else folder.absolute())
 

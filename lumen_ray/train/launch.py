@@ -23,6 +23,7 @@ from lumen_ray.data import files, urls
 from lumen_ray.data.batches.buckets import with_sizes
 from lumen_ray.data.batches.feed import BatchReader, dataset_for_rank, plan_items, ray_batches, skeletons_of
 from lumen_ray.data.batches.plan import Plan
+from lumen_ray.data.output_folder import OutputFolder
 from lumen_ray.data.shards.shards import read_manifest
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import ModelMeta
@@ -53,8 +54,9 @@ class PreparedRun:
     manifest: dict[str, Any]
 
     @property
-    def folder(self) -> Path:
-        return Path(self.job.run)
+    def model(self) -> str:
+        """The folder of the trained model, a path or URL."""
+        return urls.join(self.job.run, "model")
 
 
 def prepare_job(shards: str | Path, recipe: Recipe, run: str | Path, init_from: str | None = None) -> PreparedRun:
@@ -71,13 +73,14 @@ def prepare_job(shards: str | Path, recipe: Recipe, run: str | Path, init_from: 
 @contextmanager
 def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: str | None) -> Iterator[PreparedRun]:
     """`prepare_job`; other processes cannot start a run in the folder while the context is open."""
-    folder = files.local_folder(run).absolute()
+    folder = urls.absolute(run)
     manifest = read_manifest(shards)
     recipe, settings = resolve_model(recipe, init_from)
     recipe = with_sizes(recipe, settings)
     with sole_starter(folder):
-        with sole_writer(folder):
-            start = make_start(folder, shards, recipe, settings, manifest)
+        with sole_writer(folder), OutputFolder(folder) as run_files:
+            run_files.fetch()
+            start = make_start(run_files, shards, recipe, settings, manifest)
         check_recipe(recipe, settings, len(start.tokenizer))
         if settings.prompt_layout == "sequential" and _trains_links(recipe, manifest):
             raise UserError(
@@ -86,7 +89,7 @@ def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: st
                 "wrong_layout",
             )
         skeletons = skeletons_of(manifest)
-        job = TrainingJob(recipe, start, _meta(recipe, start, manifest, skeletons), str(folder))
+        job = TrainingJob(recipe, start, _meta(recipe, start, manifest, skeletons), folder)
         reader = BatchReader.of(urls.absolute(shards), recipe, start.tokenizer, settings, manifest)
         yield PreparedRun(job, reader, manifest)
 
@@ -137,39 +140,46 @@ def _meta(
     return meta
 
 
-def train_local(prepared: PreparedRun, device: str = "cpu") -> Path:
+def train_local(prepared: PreparedRun, device: str = "cpu") -> Path | str:
     """Trains without Ray: as the only rank, or as a rank of the process group that this process belongs to. Batches are
     read in the same process. Returns the model folder."""
-    with sole_starter(prepared.folder) if parallel.rank() == 0 else nullcontext():
+    with sole_starter(prepared.job.run) if parallel.rank() == 0 else nullcontext():
         _train_rank(prepared, torch.device(device))
-    return prepared.folder / "model"
+    return _path_or_url(prepared.model)
+
+
+def _path_or_url(location: str) -> Path | str:
+    return location if urls.is_url(location) else Path(location)
 
 
 def _train_rank(prepared: PreparedRun, device: torch.device, read: ReadBatches | None = None) -> None:
     """Trains as one rank from the newest checkpoint on, with or without Ray. `read` makes the batches of the rank's
     plan items; by default `prepared.reader` does, one batch at a time."""
-    run, recipe = prepared.folder, prepared.job.recipe
+    run, recipe = prepared.job.run, prepared.job.recipe
     rank, ranks = parallel.rank(), parallel.world_size()
     try:
-        with sole_writer(run) if rank == 0 else nullcontext():
+        with sole_writer(run) if rank == 0 else nullcontext(), OutputFolder(run) as run_files:
             if rank == 0:
                 checkpoint.clean(run)
+                run_files.fetch()
             parallel.barrier()  # no rank lists checkpoints while a rank of an earlier try can still publish one
-            trainer = Trainer(prepared.job, device)
+            trainer = Trainer(prepared.job, device, run_files)
             items = plan_items(Plan(prepared.manifest, recipe), rank, ranks, trainer.step)
             batches = read(items) if read else map(prepared.reader, items)
-            trainer.fit(logged(batches, run) if recipe.log_samples else batches)
+            trainer.fit(logged(batches, run_files) if recipe.log_samples else batches)
     except Exception as error:
         cause = as_user_error(error, run)
         raise cause from (None if cause is error else error)
 
 
-def logged(batches: Iterator[TrainingBatch], run: Path) -> Iterator[TrainingBatch]:
+def logged(batches: Iterator[TrainingBatch], run: OutputFolder) -> Iterator[TrainingBatch]:
     """Passes batches on and appends the image ids of each to `RUN/samples/<rank>.jsonl`.
 
     A step repeated after a restart has another line: the last one of a step counts.
     """
-    path = run / "samples" / f"{parallel.rank()}.jsonl"
+    name = f"samples/{parallel.rank()}.jsonl"
+    run.fetch(name)
+    path = run.folder / name
     path.parent.mkdir(exist_ok=True)
     with open(path, "a", buffering=1) as file:
         for batch in batches:
@@ -206,23 +216,25 @@ def train(
     init_from: str | None = None,
     progress: Progress | None = None,
     waiting: Callable[[str], None] | None = None,
-) -> Path:
-    """Runs a recipe on Ray, from the newest checkpoint in `run` on; returns the model folder.
+) -> Path | str:
+    """Runs a recipe on Ray, from the newest checkpoint in `run` on; returns the model folder, a URL if `run` is one.
 
     `progress` is called with every line of `metrics.jsonl` as it is written, `waiting` with a sentence when the run
     waits for resources of the cluster. Raises `UserError` for what the user must change, also if another process trains
     into `run`.
     """
     with _prepared(shards, recipe, run, init_from) as prepared:
-        recipe, folder = prepared.job.recipe, prepared.folder
+        recipe, folder = prepared.job.recipe, prepared.job.run
         Plan(prepared.manifest, recipe, recipe.workers)  # raises for wrong batch sizes before workers start
         start = checkpoint.start_step(checkpoint.latest(folder))
         if start < recipe.total_steps:
-            with MetricsWatcher(folder / "metrics.jsonl", start, progress) if progress else nullcontext():
+            with MetricsWatcher(urls.join(folder, "metrics.jsonl"), start, progress) if progress else nullcontext():
                 _train_on_ray(prepared, waiting)
-        elif not (folder / "model" / "model.safetensors").is_file():  # killed between the last checkpoint and export
+        elif not files.is_file(
+            urls.join(prepared.model, "model.safetensors")
+        ):  # killed between the last checkpoint and export
             _train_rank(prepared, torch.device("cpu"))
-        return folder / "model"
+        return _path_or_url(prepared.model)
 
 
 def _train_on_ray(prepared: PreparedRun, waiting: Callable[[str], None] | None) -> None:
@@ -232,7 +244,7 @@ def _train_on_ray(prepared: PreparedRun, waiting: Callable[[str], None] | None) 
     init_local()
     import ray.train
 
-    run, recipe = prepared.folder, prepared.job.recipe
+    run, recipe = prepared.job.run, prepared.job.recipe
     use_gpu = uses_gpus(cluster_resources(), recipe)
     if note := precision.advice(recipe.precision, torch.device("cuda" if use_gpu else "cpu")):
         warnings.warn(note, stacklevel=2)
@@ -265,7 +277,8 @@ def _ray_trainer(prepared: PreparedRun, use_gpu: bool) -> Any:
                     raise cause
             count_restart(run, next(iter(worker_exceptions.values())))
 
-    run, recipe = prepared.folder, prepared.job.recipe
+    run, recipe = prepared.job.run, prepared.job.recipe
+    store, path = files.filesystem(run)
     elastic = 0 < recipe.min_workers < recipe.workers
     # the ignores: Ray's type hints are those of Train V1, and V2 is what `ray.train` exports at run time
     return TorchTrainer(
@@ -283,7 +296,8 @@ def _ray_trainer(prepared: PreparedRun, use_gpu: bool) -> Any:
             # checkpoints are not registered with Ray: it does not write its list of them atomically, so a kill could
             # leave a run that cannot be started again
             name=".ray",
-            storage_path=prepared.job.run,
+            storage_path=path,
+            storage_filesystem=store if urls.is_url(run) else None,
             failure_config=FailureConfig(max_failures=recipe.max_failures),
             callbacks=[GiveUp()],  # type: ignore[list-item]
             worker_runtime_env={"env_vars": malloc.ENVIRONMENT},  # type: ignore[call-arg]

@@ -39,21 +39,34 @@ def barrier() -> None:
         dist.barrier()
 
 
-def from_first_rank(value: Any) -> Any:
+def background_group() -> dist.ProcessGroup | None:
+    """A group of all ranks for collectives of another thread, over the CPU; None without a process group. A
+    collective."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+
+def from_first_rank(value: Any, group: dist.ProcessGroup | None = None) -> Any:
     """The first rank's value, on all ranks; a collective."""
     values = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(values)
+        dist.broadcast_object_list(values, group=group)
     return values[0]
 
 
-def from_all_ranks(value: Any) -> list[Any]:
+def from_all_ranks(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Every rank's value, in rank order, on all ranks; a collective."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
+
+
+def raise_together(error: Exception | None, group: dist.ProcessGroup | None = None) -> None:
+    """Raises the error of the first rank that has one, on all ranks; a collective."""
+    first = next((each for each in from_all_ranks(error, group) if each is not None), None)
+    if first is not None:
+        raise error or first
 
 
 def shard(model: Generalist, device: torch.device, precision: str = "fp32") -> Generalist:

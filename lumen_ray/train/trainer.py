@@ -9,16 +9,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.utils.deterministic
 
+from lumen_ray.data.output_folder import OutputFolder
 from lumen_ray.model.build import Generalist, ModelMeta, save_model
 from lumen_ray.precision import autocast_context
 from lumen_ray.recipe import Recipe, Stage
@@ -31,6 +31,7 @@ from lumen_ray.train.new_tokens import RowMask
 from lumen_ray.train.optimizer import build_optimizer, set_lr, set_trainable
 from lumen_ray.train.run import checkpoint
 from lumen_ray.train.run.failures import DivergedError, explained, find_module, resumption, where
+from lumen_ray.train.run.saver import Saver
 from lumen_ray.train.run.start import StartPoint
 from lumen_ray.trunk.batch import TrainingBatch
 
@@ -42,7 +43,7 @@ class TrainingJob:
     recipe: Recipe
     start: StartPoint
     meta: ModelMeta  # of the model to export
-    run: str  # the run folder
+    run: str  # the run folder, an absolute path or a URL
 
 
 @contextmanager
@@ -69,7 +70,7 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence((seed, 4, step, rank)).generate_state(1, np.uint64)[0])
 
 
-def sharded_model(job: TrainingJob, resume: Path | None, device: torch.device) -> Generalist:
+def sharded_model(job: TrainingJob, resume: str | None, device: torch.device) -> Generalist:
     """Builds the model of a job, sharded over the ranks, with the weights of the checkpoint `resume` or of the start
     point; a collective.
 
@@ -95,12 +96,17 @@ def sharded_model(job: TrainingJob, resume: Path | None, device: torch.device) -
 
 
 class Trainer:
-    """Trains one rank from the newest checkpoint of the run folder, or from the job's start point."""
+    """Trains one rank from the newest checkpoint of the run folder, or from the job's start point.
 
-    def __init__(self, job: TrainingJob, device: torch.device):
+    `files`: of the run, if the caller has opened them. `run`: the folder in which this rank writes files, which of a
+    run in a bucket are copied there.
+    """
+
+    def __init__(self, job: TrainingJob, device: torch.device, files: OutputFolder | None = None):
         self.job, self.device = job, device
-        self.run = Path(job.run)
-        self.resume = checkpoint.latest_of_ranks(self.run)
+        self.files = files or OutputFolder(job.run)
+        self.run = self.files.folder
+        self.resume = checkpoint.latest_of_ranks(job.run)
         self.step = checkpoint.start_step(self.resume)
         self.model = sharded_model(job, self.resume, device)
         self.ema = Ema(self.model, job.recipe.ema) if job.recipe.ema else None
@@ -108,6 +114,7 @@ class Trainer:
             checkpoint.load_average(self.resume, self.ema.shadow)
         self.meter = Meter(self.model, job.recipe.precision, device)
         self.log = MetricsLog(self.run, self.step, job.recipe) if parallel.rank() == 0 else None
+        self.saver = Saver(self.files, job.recipe, device)
 
     def fit(self, batches: Iterator[TrainingBatch]) -> None:
         """Runs the recipe from step `self.step`, the first of `batches`, to its end, and exports the model."""
@@ -116,13 +123,21 @@ class Trainer:
             for index in range(first, len(self.job.recipe.stages)):
                 self._stage(self.job.recipe.stages[index], batches, local)
                 local = 0
+        self.saver.wait()
         with self._explained("writing the model"):
             self._export()
         if self.log:
             self.log.close()
 
-    def _explained(self, place: str) -> AbstractContextManager[None]:
-        return explained(place, self.run, self.model, self.device)
+    @contextmanager
+    def _explained(self, place: str) -> Iterator[None]:
+        """Explains errors once the save in flight is done, with the checkpoint that it leaves."""
+        with explained(place, self.job.run, self.model, self.device):
+            try:
+                yield
+            except Exception:
+                self.saver.settle()
+                raise
 
     def _stage(self, stage: Stage, batches: Iterator[TrainingBatch], start: int) -> None:
         set_trainable(self.model, stage)
@@ -141,8 +156,7 @@ class Trainer:
                 self._step(stage, local, micro_steps, optimizer, waited)
             self.step += 1
             if local + 1 == stage.steps or (every and (local + 1) % every == 0):
-                with self._explained(f"saving the checkpoint of step {self.step} (stage {stage.name})"):
-                    self._checkpoint(stage, optimizer)
+                self._checkpoint(stage, optimizer)
 
     def _next(self, batches: Iterator[TrainingBatch]) -> TrainingBatch:
         batch = next(batches)
@@ -195,11 +209,12 @@ class Trainer:
 
     def _diverged(self, stage: Stage, micro_steps: list[TrainingBatch], values: str) -> None:
         """Raises `DivergedError` on all ranks, before the weights are updated, and names the module it came from."""
+        self.saver.settle()
         runs = [(partial(self._gradients, stage, [batch]), batch.image_ids) for batch in micro_steps]
         module, image_ids = find_module(self.model, runs)
         raise DivergedError(
             f"{where(self.step, stage.name, image_ids)}: {values} is not finite; the first non-finite number is in "
-            f"{module}; lower the learning rate or leave out the images; {resumption(self.run)}"
+            f"{module}; lower the learning rate or leave out the images; {resumption(self.job.run)}"
         )
 
     def _write(self, stage: Stage, micro_steps: list[TrainingBatch], sums: StepSums, numbers: dict[str, Any]) -> None:
@@ -224,7 +239,7 @@ class Trainer:
             self.log.flush()  # first: steps before a checkpoint are not repeated
         position = {"step": self.step, "stage": stage.name, "preset": self.job.start.settings.name}
         average = self.ema.shadow if self.ema else None
-        checkpoint.save(self.run, position, self.model, optimizer, self.job.recipe.keep_checkpoints, average)
+        self.saver.save(position, self.model, optimizer, average)
         if self.log:
             self.log.saved(self.step, time.perf_counter() - began)
 

@@ -15,8 +15,10 @@ import torch
 import yaml
 from support.clusters import RAY, Cluster, in_session, kill_session, kill_tree, members, train_workers, wait_for
 from support.ranks import run_ranks
+from support.s3_server import CREDENTIALS, s3_server
 from support.train_fakes import make_job, make_recipe, make_shards
 
+from lumen_ray.data import files
 from lumen_ray.model.build import build_model
 from lumen_ray.train.launch import train_local
 from lumen_ray.train.run import checkpoint
@@ -221,3 +223,19 @@ def test_killed_after_a_checkpoint_a_run_ends_with_the_same_bits(data, local_ray
     first, *more = tries(run)
     assert first == 0 and more and all(0 < saved <= step < 36 for step in more)
     check_same(run, undisturbed)
+
+
+def test_a_job_whose_run_is_in_a_bucket_is_killed_and_ends_with_the_same_bits(data, local_ray, undisturbed):
+    pytest.importorskip("moto", reason="needs moto[server]")
+    with s3_server("runs") as url:
+        command, environment = arguments(data, "fixed", url("one")), local_ray | CREDENTIALS
+        with in_session(command, environment) as driver:
+            wait_for(lambda: checkpoint.latest(url("one")), "a checkpoint", process=driver)
+            kill_session(driver.pid)
+        assert checkpoint.start_step(checkpoint.latest(url("one"))) < 36
+        with in_session(command, environment) as again:
+            assert again.wait(timeout=PATIENCE_S) == 0
+        weights = files.read_bytes(url("one/model/model.safetensors"))
+        lines = files.read_text(url("one/metrics.jsonl")).splitlines()
+    assert weights == (undisturbed / "model" / "model.safetensors").read_bytes()
+    assert [json.loads(line)["loss"] for line in lines] == losses(undisturbed)

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 from support.evaluate_fakes import POSED, FakeEngine, write_split
 
+from lumen_ray.data import files
 from lumen_ray.data.scenes.render import scene_row
 from lumen_ray.data.shards.schema import make_message
 from lumen_ray.errors import UserError
@@ -91,12 +92,21 @@ def test_a_broken_image_is_reported_and_the_rest_scored(rows, tmp_path):
     assert report["metrics"]["box_AP"] == pytest.approx(1.0)
 
 
+def test_a_report_in_a_store_is_that_of_a_folder(split, rows, tmp_path):
+    report = evaluate(FakeEngine(rows), split, "memory://evaluations/one")
+    evaluate(FakeEngine(rows), split, tmp_path)
+    written = json.loads(files.read_text("memory://evaluations/one/report.json"))
+    assert written["metrics"] == json.loads((tmp_path / "report.json").read_text())["metrics"] == report["metrics"]
+    assert sorted(files.sizes("memory://evaluations/one")) == sorted(files.sizes(tmp_path))
+
+
 def test_user_mistakes_are_one_sentence(split, rows, tmp_path):
     engine = FakeEngine(rows)
     with pytest.raises(UserError, match="did you mean 'detect'"):
         evaluate(engine, split, tmp_path, tasks=["detct"])
-    with pytest.raises(UserError, match="output folder 's3://bucket/x' is a URL"):
-        evaluate(engine, split, "s3://bucket/x")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be made: it is a file"):
+        evaluate(engine, split, tmp_path / "file")
     with pytest.raises(UserError, match="lumen-ray prepare"):
         evaluate(engine, tmp_path / "nowhere", tmp_path)
     only_text = write_split(tmp_path / "text", [{**rows[0], "tasks": ["vqa"]}])

@@ -10,11 +10,11 @@ from support.gallery_files import read_gallery
 from support.label_fakes import FakeEngine, write_images
 
 from lumen_ray import cli
+from lumen_ray.data import claim as claims
 from lumen_ray.data import files
+from lumen_ray.data.claim import Claim, read_claim
 from lumen_ray.errors import UserError
-from lumen_ray.label import claim as claims
 from lumen_ray.label import pipeline
-from lumen_ray.label.claim import Claim, read_claim
 from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.pipeline import label
 from lumen_ray.label.plan import Plan
@@ -84,8 +84,8 @@ def test_of_jobs_that_start_together_one_is_refused(tmp_path, monkeypatch):
     """Both look before either has made its claim; the one that is refused leaves the other's claim alone."""
     barrier = threading.Barrier(2)
 
-    def look(ledger):
-        found = read_claim(ledger)
+    def look(*place):
+        found = read_claim(*place)
         barrier.wait(timeout=20)
         return found
 

@@ -75,7 +75,7 @@ def count_touches(run: Path, to: Path) -> None:
 def _rank(rank: int, ranks: int, prepared: PreparedRun, store: str, moment: Moment | None, counts: Path | None) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    run = prepared.folder
+    run = Path(prepared.job.run)
     if counts:
         count_touches(run, counts / str(rank))
     if moment and moment.rank == rank:
@@ -97,7 +97,7 @@ def run_ranks(
 
     When one is killed, the others are killed at once, or, unless `together`, must end by themselves.
     """
-    run = prepared.folder
+    run = Path(prepared.job.run)
     run.mkdir(parents=True, exist_ok=True)
     store = run.parent / f"{run.name}-store-{time.monotonic_ns()}"
     group = [

@@ -74,7 +74,7 @@ def cut_after(run: Path, step: int) -> None:
 def on_two_ranks(function: Callable, *args) -> None:
     """Calls `function(*args)` in two processes of a gloo group; fails when one of them does."""
     with tempfile.TemporaryDirectory() as folder:
-        group = [CONTEXT.Process(target=_in_group, args=(rank, f"{folder}/store", function, args)) for rank in (0, 1)]
+        group = [CONTEXT.Process(target=in_group, args=(rank, f"{folder}/store", function, args)) for rank in (0, 1)]
         for process in group:
             process.start()
         for process in group:
@@ -83,7 +83,7 @@ def on_two_ranks(function: Callable, *args) -> None:
         assert [process.exitcode for process in group] == [0, 0]
 
 
-def _in_group(rank: int, store: str, function: Callable, args: tuple) -> None:
+def in_group(rank: int, store: str, function: Callable, args: tuple) -> None:
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     dist.init_process_group("gloo", f"file://{store}", timedelta(seconds=120), 2, rank)

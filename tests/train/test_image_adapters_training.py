@@ -54,7 +54,7 @@ def test_the_llm_stays_and_its_adapters_learn(data, whole):
 def test_checkpoints_leave_out_the_llm(whole):
     from torch.distributed.checkpoint import FileSystemReader
 
-    names = FileSystemReader(checkpoint.latest(whole)).read_metadata().state_dict_metadata
+    names = FileSystemReader(checkpoint.shards_of(checkpoint.latest(whole))).read_metadata().state_dict_metadata
     of_llm = [name for name in names if name.startswith("model.trunk.llm.")]
     assert of_llm and all(".lora_" in name or "embed_tokens" in name or "lm_head" in name for name in of_llm)
 

@@ -28,7 +28,7 @@ KILLED = -signal.SIGKILL
 NAMED = {
     "before the first checkpoint": Moment(1, "samples"),
     "while saving, another rank's shard is missing": Moment(1, "__1_0.distcp", 2),
-    "while saving, before the checkpoint gets its name": Moment(0, "partial /", 2),
+    "while saving, before the checkpoint counts": Moment(0, "/position.json", 2),
     "while an old checkpoint is removed": Moment(0, "os.remove", 2),
     "during the export, after the last checkpoint": Moment(0, "model/.partial/model.safetensors"),
 }
@@ -74,12 +74,12 @@ def check_same(run: Path, whole: Path) -> None:
     ours, theirs = samples(run), samples(whole)
     assert ours.keys() == theirs.keys()
     assert all(again == theirs[key][0] for key, tries in ours.items() for again in tries)
-    assert [p.name for p in checkpoint.complete(run)] == [p.name for p in checkpoint.complete(whole)]
-    assert not list((run / "checkpoints").glob("*.partial"))
+    assert [Path(p).name for p in checkpoint.complete(run)] == [Path(p).name for p in checkpoint.complete(whole)]
+    assert not [p for p in (run / "checkpoints").glob("*/*/..") if len(list(p.iterdir())) != 2]
 
 
 def test_the_whole_run_kept_the_checkpoints_of_its_settings(whole):
-    assert [p.name for p in checkpoint.complete(whole[0])] == ["0000005-s0", "0000006-s1"]
+    assert [Path(p).name for p in checkpoint.complete(whole[0])] == ["0000005-s0", "0000006-s1"]
     assert [step for step, _ in losses(whole[0])] == list(STEPS)
     assert {key: len(tries) for key, tries in samples(whole[0]).items()} == {
         (rank, step): 1 for rank in (0, 1) for step in STEPS

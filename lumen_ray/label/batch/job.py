@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from lumen_ray.data import files, urls
+from lumen_ray.data.claim import Claim
 from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.label.batch.lines import RequestListing, fingerprint
 from lumen_ray.label.batch.output import ERRORS, OUTPUT, finish
 from lumen_ray.label.batch.requests import ANSWER_SCHEMA
 from lumen_ray.label.batch.worker import BatchActor, BatchLabeller
-from lumen_ray.label.claim import Claim
 from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.pipeline import Progress, check_device, run_work
 from lumen_ray.label.plan import Plan

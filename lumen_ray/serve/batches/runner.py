@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from lumen_ray.data.claim import Claim
 from lumen_ray.errors import UserError
 from lumen_ray.label.batch.requests import Line, LineReader
-from lumen_ray.label.claim import Claim
 from lumen_ray.label.inputs import Item
 from lumen_ray.label.plan import Fragment
 from lumen_ray.serve.asking import Backend

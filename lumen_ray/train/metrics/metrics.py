@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import resource
 import sys
 import threading
@@ -17,7 +16,9 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from lumen_ray.data.files import write_atomically
+from lumen_ray.data import files, urls
+from lumen_ray.data.urls import Location
+from lumen_ray.errors import UserError
 from lumen_ray.model.build import Generalist
 from lumen_ray.recipe import Recipe
 from lumen_ray.train.losses import StepSums
@@ -27,6 +28,8 @@ from lumen_ray.train.metrics.prometheus import RunMetrics
 from lumen_ray.trunk.batch import TrainingBatch
 
 Progress = Callable[[dict[str, Any]], None]
+#: between looks at metrics in a bucket
+BUCKET_SECONDS = 5.0
 FLUSH_SECONDS = 30.0  # between flushes of TensorBoard's file, in addition to those at checkpoints
 
 
@@ -72,13 +75,13 @@ def drop_from(path: Path, step: int) -> None:
     lines = path.read_text().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
     if kept != lines:
-        write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
+        files.write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
 
 
-def last_step(run: Path) -> int | None:
+def last_step(run: Location) -> int | None:
     """The newest step in `RUN/metrics.jsonl`; None if there is none."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    path = urls.join(run, "metrics.jsonl")
+    lines = files.read_text(path).splitlines(keepends=True) if files.is_file(path) else []
     return next((json.loads(line)["step"] for line in reversed(lines) if line.endswith("\n")), None)
 
 
@@ -154,15 +157,16 @@ class MetricsLog:
 class MetricsWatcher:
     """Passes the lines that rank 0 appends to `metrics.jsonl` to a callback; a context manager around the run.
 
-    A restart of the workers replaces the file by one without the steps to repeat. The new file is read from its
-    beginning, and steps before `start`, or passed on before, are skipped.
+    A restart of the workers replaces the file by one without the steps to repeat, and in a bucket it is replaced
+    whenever lines are added. A file that does not go on from the last line that was read is read from its beginning;
+    steps before `start`, or passed on before, are skipped.
     """
 
-    def __init__(self, path: Path, start: int, progress: Progress):
+    def __init__(self, path: Location, start: int, progress: Progress):
         self._path, self._progress = path, progress
-        status = path.stat() if path.exists() else None
-        self._inode = status.st_ino if status else None
-        self._position = status.st_size if status else 0
+        self._seconds = BUCKET_SECONDS if urls.is_url(path) else 0.5
+        self._last = b""  # line before the position
+        self._position = 0
         self._newest = start - 1  # step passed on
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -172,23 +176,33 @@ class MetricsWatcher:
         return self
 
     def _watch(self) -> None:
-        while not self._done.wait(0.5):
+        while not self._done.wait(self._seconds):
             self._read()
         self._read()
 
     def _read(self) -> None:
-        if not self._path.exists():
-            return
-        with open(self._path) as file:
-            if (inode := os.fstat(file.fileno()).st_ino) != self._inode:
-                self._inode, self._position = inode, 0
-            file.seek(self._position)
-            while (line := file.readline()).endswith("\n"):
-                self._position = file.tell()
-                entry = json.loads(line)
-                if entry["step"] > self._newest:
-                    self._newest = entry["step"]
-                    self._progress(entry)
+        for line in self._new_lines():
+            self._last = line
+            self._position += len(line)
+            entry = json.loads(line)
+            if entry["step"] > self._newest:
+                self._newest = entry["step"]
+                self._progress(entry)
+
+    def _new_lines(self) -> list[bytes]:
+        try:
+            with files.open_input(self._path) as file:
+                begin = self._position - len(self._last)
+                file.seek(min(begin, file.size()))
+                data = file.read()
+                if not data.startswith(self._last):
+                    self._position, self._last = 0, b""
+                    file.seek(0)
+                    data = file.read()
+        except UserError:  # not there yet, or a store that is away for a moment
+            return []
+        lines = data[len(self._last) :].splitlines(keepends=True)
+        return [line for line in lines if line.endswith(b"\n")]
 
     def __exit__(self, *error: object) -> None:
         self._done.set()

@@ -1,34 +1,40 @@
-"""Sharded checkpoints through `torch.distributed.checkpoint`, published by an atomic rename.
+"""Sharded checkpoints through `torch.distributed.checkpoint`, in a folder or a bucket, published by one file.
 
-`RUN/checkpoints/<global step>-<stage>/` holds one DCP shard per rank and `position.json`. A folder with that name is
-complete: it was written under another name (ending in `.partial`), flushed to the disk, and renamed. To remove one, it
-is renamed back first. So a kill at any moment leaves the previous checkpoint, and none that only looks complete.
+`RUN/checkpoints/<global step>-<stage>/` holds `position.json` and, in a folder with a random name, one DCP shard per
+rank. `position.json` is written last and atomically, and names all files with their sizes: a checkpoint is complete if
+they are there. To remove one, `position.json` goes first. So a kill at any moment leaves the previous checkpoint, and
+none that only looks complete.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner, FileSystemReader
+from torch.distributed.checkpoint import CheckpointException, DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
 from lumen_ray.checkpoints.safetensors_file import sync
+from lumen_ray.data import files, urls
+from lumen_ray.data.files import StoreError
+from lumen_ray.data.urls import Location
 from lumen_ray.errors import UserError
 from lumen_ray.train import parallel
 from lumen_ray.train.lora import changing_state, frozen_names
+from lumen_ray.train.run import store
 
-PARTIAL = ".partial"
+FOLDER = "checkpoints"
 POSITION = "position.json"
+METADATA = ".metadata"
 
 
 @contextmanager
@@ -40,137 +46,174 @@ def _plain_errors() -> Iterator[None]:
         raise next(iter(error.failures.values()))[0] from error
 
 
-def save(
-    run: Path,
-    position: dict[str, Any],
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    keep: int = 0,
-    average: dict[str, Tensor] | None = None,
-) -> Path:
-    """Writes and publishes a checkpoint, then removes old ones (see `prune`); a collective.
+def state_of(
+    model: nn.Module, optimizer: torch.optim.Optimizer, average: dict[str, Tensor] | None = None
+) -> dict[str, Any]:
+    """This rank's shard of what a checkpoint holds; the tensors are those that training changes. A collective.
 
-    `position` needs `step` (the next global step) and `stage`; `average`: the moving average of the weights, if there
-    is one. An error on one rank is raised on all.
+    `average`: the moving average of the weights, if there is one.
     """
-    final = run / "checkpoints" / f"{position['step']:07d}-{position['stage']}"
-    # a random name: a rank of an earlier try that is still alive must not write into this folder
-    partial = _aside(final, parallel.from_first_rank(uuid.uuid4().hex[:8]))
-    partial.mkdir(parents=True, exist_ok=True)
     state = {"model": changing_state(model), "optimizer": get_optimizer_state_dict(model, optimizer)}
-    if average is not None:
-        state["average"] = average
+    return state if average is None else state | {"average": average}
+
+
+def save(
+    run: Location,
+    position: dict[str, Any],
+    state: dict[str, Any],
+    keep: int = 0,
+    group: dist.ProcessGroup | None = None,
+) -> str:
+    """Writes and publishes a checkpoint, then removes old ones (see `prune`); a collective of `group`.
+
+    `position` needs `step` (the next global step) and `stage`; `state`: of `state_of`, or a copy. An error on one rank
+    is raised on all.
+    """
+    final = urls.join(run, FOLDER, f"{position['step']:07d}-{position['stage']}")
+    # a random name: a rank of an earlier try that is still alive must not write into this folder
+    shards = parallel.from_first_rank(uuid.uuid4().hex[:8], group)
     with _plain_errors():
-        dcp.save(state, checkpoint_id=partial, no_dist=parallel.world_size() == 1)
+        writer = store.writer(urls.join(final, shards))
+        dcp.save(state, storage_writer=writer, process_group=group, no_dist=parallel.world_size() == 1)
     failure = None
     if parallel.rank() == 0:
         try:
-            _publish(partial, final, position)
+            _publish(final, shards, position)
             prune(run, keep)
         except Exception as error:  # raised below, after the other ranks have got it
             failure = error
-    shared = parallel.from_first_rank(failure)
-    if shared is not None:
-        raise failure or shared
+    parallel.raise_together(failure, group)
     return final
 
 
-def _aside(final: Path, token: str) -> Path:
-    """The name of a checkpoint's folder while it is incomplete or about to be removed."""
-    return final.with_name(f"{final.name}.{token}{PARTIAL}")
+def _publish(final: str, shards: str, position: dict[str, Any]) -> None:
+    written = {f"{shards}/{name}": size for name, size in files.sizes(urls.join(final, shards)).items()}
+    if not urls.is_url(final):
+        sync(Path(final, shards))
+    files.write_bytes(urls.join(final, POSITION), json.dumps({**position, "shards": shards, "files": written}).encode())
+    if not urls.is_url(final):
+        sync(Path(final))
+        sync(Path(final).parent)
 
 
-def _publish(partial: Path, final: Path, position: dict[str, Any]) -> None:
-    with open(partial / POSITION, "w") as file:
-        json.dump(position, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if final.exists():  # incomplete, else the run would have resumed from it
-        final.rename(_aside(final, uuid.uuid4().hex[:8]))
-    sync(partial)
-    os.replace(partial, final)
-    sync(final.parent)
-
-
-def complete(run: str | Path) -> list[Path]:
+def complete(run: Location) -> list[str]:
     """The complete checkpoints of a run, oldest first."""
-    folders = (p for p in Path(run).glob("checkpoints/*") if p.suffix != PARTIAL)
-    return sorted(p for p in folders if (p / POSITION).is_file() and (p / ".metadata").is_file())
+    return sorted(_complete(run, files.sizes(urls.join(run, FOLDER))))
 
 
-def prune(run: Path, keep: int) -> None:
+def _complete(run: Location, sizes: Mapping[str, int]) -> dict[str, str]:
+    """Complete checkpoints, with the name of their folder of shards. `sizes`: of all files in `RUN/checkpoints`."""
+    found = {}
+    for name in (file.removesuffix(f"/{POSITION}") for file in sizes if file.endswith(f"/{POSITION}")):
+        path = urls.join(run, FOLDER, name)
+        try:
+            written = position(path)
+        except StoreError:
+            raise
+        except UserError:  # removed since `sizes` was listed
+            continue
+        expected = written.get("files") or {METADATA: sizes.get(f"{name}/{METADATA}")}
+        if all(size is not None and sizes.get(f"{name}/{file}") == size for file, size in expected.items()):
+            found[path] = written.get("shards", "")
+    return found
+
+
+def prune(run: Location, keep: int) -> None:
     """Removes all but the newest `keep` checkpoints and the newest of each stage; 0 keeps all."""
     checkpoints = complete(run)
     newest = {position(path)["stage"]: path for path in checkpoints}
     for path in checkpoints[:-keep] if keep else []:
         if path not in newest.values():
-            path.rename(_aside(path, uuid.uuid4().hex[:8]))
+            files.remove(urls.join(path, POSITION))
     clean(run)
 
 
-def clean(run: Path) -> None:
-    """Removes incomplete checkpoints of killed tries. Only for the process that holds the run folder."""
-    for path in Path(run).glob(f"checkpoints/*{PARTIAL}"):
-        shutil.rmtree(path, ignore_errors=True)  # a folder that stays does no harm
+def clean(run: Location) -> None:
+    """Removes what killed tries left of checkpoints. Only for the process that holds the run folder."""
+    sizes = files.sizes(urls.join(run, FOLDER))
+    kept = _complete(run, sizes)
+    folders = {name.split("/")[0] for name in sizes}
+    for path in (urls.join(run, FOLDER, folder) for folder in folders):
+        if path not in kept:
+            files.remove(urls.join(path, POSITION))
+            _remove_shards(path)
+        elif kept[path]:
+            inside = {name.split("/")[1] for name in sizes if name.startswith(f"{urls.base_name(path)}/")}
+            for other in inside - {kept[path], POSITION}:
+                _remove_shards(urls.join(path, other))
 
 
-def latest(run: str | Path) -> Path | None:
+def _remove_shards(folder: str) -> None:
+    if urls.is_url(folder):
+        files.remove_folder(folder)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)  # a folder that stays does no harm
+
+
+def latest(run: Location) -> str | None:
     """The newest complete checkpoint of a run."""
     return max(complete(run), default=None)
 
 
-def latest_of_ranks(run: str | Path) -> Path | None:
+def latest_of_ranks(run: Location) -> str | None:
     """`latest` of the first rank, on all ranks; a collective. Shared storage may list older files on other ranks."""
-    newest = latest(run) if parallel.rank() == 0 else None
-    name = parallel.from_first_rank(newest and newest.name)
-    return Path(run) / "checkpoints" / name if name else None
+    return parallel.from_first_rank(latest(run) if parallel.rank() == 0 else None)
 
 
-def position(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / POSITION).read_text())
+def position(checkpoint: Location) -> dict[str, Any]:
+    """`step`, `stage` and `preset`, and of what files the checkpoint consists."""
+    return json.loads(files.read_text(urls.join(checkpoint, POSITION)))
 
 
-def start_step(checkpoint: Path | None) -> int:
+def shards_of(checkpoint: Location) -> str:
+    """The folder with the shards of a checkpoint; those of earlier versions lie beside `position.json`."""
+    return urls.join(checkpoint, position(checkpoint).get("shards", ""))
+
+
+def start_step(checkpoint: Location | None) -> int:
     """The first global step of a run that resumes from the checkpoint."""
     return position(checkpoint)["step"] if checkpoint else 0
 
 
-def check_preset(checkpoint: Path, preset: str) -> None:
+def check_preset(checkpoint: Location, preset: str) -> None:
     """Raises `UserError` if the checkpoint is of another preset."""
     saved = position(checkpoint)["preset"]
     if saved != preset:
         raise UserError(
-            f"'{checkpoint}' holds a checkpoint of preset '{saved}', not '{preset}'; use another output folder or "
-            f"train preset '{saved}'",
+            f"'{urls.shown(checkpoint)}' holds a checkpoint of preset '{saved}', not '{preset}'; use another output "
+            f"folder or train preset '{saved}'",
             "wrong_preset",
         )
 
 
-def load_weights(checkpoint: Path, model: nn.Module) -> None:
+def _load(checkpoint: Location, state: dict[str, Any], planner: DefaultLoadPlanner | None = None) -> set[str]:
+    """Fills the tensors of `state`; a collective. Returns the names of all that the checkpoint holds."""
+    reader = store.reader(shards_of(checkpoint))
+    with _plain_errors():
+        dcp.load(state, storage_reader=reader, planner=planner, no_dist=parallel.world_size() == 1)
+    return set(reader.read_metadata().state_dict_metadata)
+
+
+def load_weights(checkpoint: Location, model: nn.Module) -> None:
     """Loads the weights of a checkpoint into a model, sharded over any number of ranks; a collective."""
     state = {"model": changing_state(model)}
-    with _plain_errors():
-        dcp.load(state, checkpoint_id=checkpoint, no_dist=parallel.world_size() == 1)
+    _load(checkpoint, state)
     model.load_state_dict(state["model"], strict=not frozen_names(model))
 
 
-def load_average(checkpoint: Path, average: dict[str, Tensor]) -> None:
+def load_average(checkpoint: Location, average: dict[str, Tensor]) -> None:
     """Loads the moving average of the weights, in place; a collective."""
-    with _plain_errors():
-        dcp.load({"average": average}, checkpoint_id=checkpoint, no_dist=parallel.world_size() == 1)
+    _load(checkpoint, {"average": average})
 
 
-def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def load_optimizer(checkpoint: Location, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Loads the optimizer's state; only valid for a checkpoint inside the stage that the optimizer was built for.
 
     A parameter without gradients so far has no state in the checkpoint, and gets none.
     """
     state = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-    planner = DefaultLoadPlanner(allow_partial_load=True)
-    with _plain_errors():
-        dcp.load(state, checkpoint_id=checkpoint, planner=planner, no_dist=parallel.world_size() == 1)
+    saved = _load(checkpoint, state, DefaultLoadPlanner(allow_partial_load=True))
     set_optimizer_state_dict(model, optimizer, state["optimizer"])
-    saved = FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     for name, parameter in model.named_parameters():
         if f"optimizer.state.{name}.step" not in saved:
             optimizer.state.pop(parameter, None)

@@ -7,12 +7,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lumen_ray.data.files import StoreError
+from lumen_ray.data.urls import Location, base_name
 from lumen_ray.errors import UserError
 from lumen_ray.train import parallel
 from lumen_ray.train.metrics.metrics import last_step
@@ -31,10 +32,13 @@ def where(step: int, stage: str, image_ids: list[str]) -> str:
     return f"step {step} (stage {stage}), images {', '.join(image_ids[:SHOWN])}{more}"
 
 
-def resumption(run: Path) -> str:
+def resumption(run: Location) -> str:
     """Which checkpoint a run can resume from, for the end of a message."""
-    newest = checkpoint.latest(run)
-    return f"the last checkpoint, '{newest.name}', is intact" if newest else "there is no checkpoint yet"
+    try:
+        newest = checkpoint.latest(run)
+    except StoreError:
+        return "its checkpoints cannot be listed now"
+    return f"the last checkpoint, '{base_name(newest)}', is intact" if newest else "there is no checkpoint yet"
 
 
 def causes(error: BaseException) -> Iterator[BaseException]:
@@ -57,7 +61,7 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         queue += getattr(current, "worker_failures", {}).values()
 
 
-def as_user_error(error: BaseException, run: Path) -> BaseException:
+def as_user_error(error: BaseException, run: Location) -> BaseException:
     """A `UserError` for the first cause that the user can act on; the error itself if there is none."""
     for cause in causes(error):
         if isinstance(cause, (UserError, DivergedError)):
@@ -68,7 +72,7 @@ def as_user_error(error: BaseException, run: Path) -> BaseException:
 
 
 @contextmanager
-def explained(place: str, run: Path, model: nn.Module, device: torch.device) -> Iterator[None]:
+def explained(place: str, run: Location, model: nn.Module, device: torch.device) -> Iterator[None]:
     """Turns an out-of-memory or disk-full error into a `UserError` that names the place and what to change."""
     try:
         yield
@@ -80,7 +84,7 @@ def explained(place: str, run: Path, model: nn.Module, device: torch.device) -> 
         raise
 
 
-def _exhausted(error: BaseException, run: Path, place: str = "", where: str = "") -> UserError | None:
+def _exhausted(error: BaseException, run: Location, place: str = "", where: str = "") -> UserError | None:
     """A `UserError` for an error of a full disk or exhausted memory; None for any other.
 
     `place`: the activity that failed; `where`: how much memory was used, in which module.

@@ -8,19 +8,22 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from lumen_ray import config
 from lumen_ray.config import Settings
-from lumen_ray.data import files
+from lumen_ray.data import files, urls
 from lumen_ray.data.batches.feed import read_texts
+from lumen_ray.data.claim import STALE_S, Claim
+from lumen_ray.data.urls import Location
 from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import read_meta
 from lumen_ray.model.settings import ModelSettings
 from lumen_ray.model.warm_start import start_tokenizer
+from lumen_ray.presets import model_folder
 from lumen_ray.recipe import CARRIED_OUT, Recipe
 from lumen_ray.tasks import TASKS
 from lumen_ray.trunk.tokenizer import CAPTIONS_FILE, TURNS_FILE, LumenTokenizer
@@ -28,8 +31,9 @@ from lumen_ray.trunk.tokenizer import CAPTIONS_FILE, TURNS_FILE, LumenTokenizer
 #: settings of decoders that no weight depends on: they only affect how a step is carried out (`pixels_at_once` also the
 #: order of its noise) or how pictures are drawn
 NOT_LEARNED = ("pixels_at_once", "guidance", "image_guidance", "sampler", "presence_threshold")
-#: how long a new try waits for the processes of the last one to end; Ray takes seconds to end those of a dead driver
-LOCK_SECONDS = 60.0
+#: how long a new try waits for the processes of the last one to end; Ray takes seconds to end those of a dead driver,
+#: and in a bucket those of a lost node seem alive for `STALE_S`
+LOCK_SECONDS = STALE_S + 30.0
 
 
 def start_record(
@@ -50,7 +54,7 @@ def _digest_of_model(folder: str) -> str:
     """sha256 of a model folder's weights and tokenizers. Raises `UserError` if it is not a model folder."""
     read_meta(folder)
     digest = hashlib.sha256()
-    paths = (Path(folder) / name for name in ("model.safetensors", "tokenizer.json", CAPTIONS_FILE, TURNS_FILE))
+    paths = (model_folder(folder) / name for name in ("model.safetensors", "tokenizer.json", CAPTIONS_FILE, TURNS_FILE))
     for path in filter(Path.is_file, paths):  # the last two are not in every folder
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
@@ -127,46 +131,65 @@ def _compared(value: Any) -> Any:
 
 
 @contextmanager
-def sole_starter(run: Path) -> Iterator[None]:
+def sole_starter(run: Location) -> Iterator[None]:
     """Makes the run folder and holds `RUN/start.lock`: for the process that starts a run and waits for its end.
 
     Raises `UserError` at once if another process holds it (`run_busy`), or if the folder cannot be made or written to
-    (`invalid_output`). Rank 0 of the last try can outlive a killed starter by seconds; `sole_writer` waits for it.
+    (`invalid_output`, in a bucket `store_unreachable`). Rank 0 of the last try can outlive a killed starter by seconds;
+    `sole_writer` waits for it.
     """
     files.make_folder(run)
-    lock = run / "start.lock"
-    try:
-        lock.touch()
-    except OSError as error:
-        raise UserError(
-            f"run folder '{run}' cannot be written to: {error.strerror}; choose another output folder", "invalid_output"
-        ) from None
-    with open(lock, "w") as file:
-        _lock(file, run, 0.0)
+    with _held(run, "start.lock", 0.0):
         yield
 
 
 @contextmanager
-def sole_writer(run: Path, wait_s: float = LOCK_SECONDS) -> Iterator[None]:
-    """Holds `RUN/lock`, which the system releases when the process ends, however it ends.
+def sole_writer(run: Location, wait_s: float = LOCK_SECONDS) -> Iterator[None]:
+    """Holds `RUN/lock`, which the system releases when the process ends, however it ends; in a bucket a `Claim`, which
+    is renewed as long as the process lives.
 
     So no rank of an earlier try publishes a checkpoint or writes metrics beside a new one. Raises `UserError` if
     another process still holds the lock after `wait_s` seconds.
     """
-    with open(run / "lock", "w") as file:
-        _lock(file, run, wait_s)
+    with _held(run, "lock", wait_s):
         yield
 
 
-def _lock(file: Any, run: Path, wait_s: float) -> None:
+@contextmanager
+def _held(run: Location, name: str, wait_s: float) -> Iterator[None]:
     deadline = time.monotonic() + wait_s
-    while not _locked(file):
-        if time.monotonic() >= deadline:
-            raise UserError(
-                f"another process trains into '{run}'; wait for it, end it, or choose another output folder",
-                "run_busy",
-            )
-        time.sleep(0.2)
+    with ExitStack() as held:
+        while (busy := _claim(run, name, held) if urls.is_url(run) else _lock(Path(run), name, held)) is not None:
+            if time.monotonic() >= deadline:
+                raise UserError(busy, "run_busy")
+            time.sleep(0.2)
+        yield
+
+
+def _claim(run: Location, name: str, held: ExitStack) -> str | None:
+    """Holds a file in a bucket until `held` is closed; why not, if another process does."""
+    try:
+        held.enter_context(Claim(run, name))
+    except UserError as error:
+        if error.reason != "output_in_use":
+            raise
+        return str(error)
+    return None
+
+
+def _lock(run: Path, name: str, held: ExitStack) -> str | None:
+    """Locks a file of a folder until `held` is closed; why not, if another process does."""
+    try:
+        file = open(run / name, "w")  # noqa: SIM115  closed with `held`, or below
+    except OSError as error:
+        raise UserError(
+            f"run folder '{run}' cannot be written to: {error.strerror}; choose another output folder", "invalid_output"
+        ) from None
+    if _locked(file):
+        held.enter_context(file)
+        return None
+    file.close()
+    return f"another process trains into '{run}'; wait for it, end it, or choose another output folder"
 
 
 def _locked(file: Any) -> bool:

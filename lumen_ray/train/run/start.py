@@ -11,6 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from lumen_ray import config
+from lumen_ray.data import urls
+from lumen_ray.data.output_folder import OutputFolder
 from lumen_ray.errors import UserError
 from lumen_ray.meta_init import on_meta
 from lumen_ray.model.build import Generalist, ModelMeta, build_model, read_meta
@@ -35,7 +37,7 @@ class StartPoint:
     settings: ModelSettings
     tokenizer: LumenTokenizer
     seed: int  # of fresh weights
-    init_from: str | None = None  # absolute path of the model folder whose weights the run starts from
+    init_from: str | None = None  # absolute path or URL of the model folder whose weights the run starts from
     meta: ModelMeta | None = None  # of the model in `init_from`
 
     def build_model(self) -> Generalist:
@@ -61,7 +63,10 @@ def resolve_model(recipe: Recipe, init_from: str | None) -> tuple[Recipe, ModelS
     the two models do not fit.
     """
     folder = init_from or recipe.init_from
-    recipe = recipe.model_copy(update={"init_from": str(model_folder(folder).absolute()) if folder else None})
+    if folder:
+        local = model_folder(folder).absolute()  # raises for one that is not there
+        folder = folder if urls.is_url(folder) else str(local)
+    recipe = recipe.model_copy(update={"init_from": folder})
     settings = config.load(ModelSettings, model_path(recipe.model))
     if recipe.init_from:
         return recipe, start_settings(settings, recipe.init_from)
@@ -75,17 +80,17 @@ def resolve_model(recipe: Recipe, init_from: str | None) -> tuple[Recipe, ModelS
 
 
 def make_start(
-    run: Path, shards: str | Path, recipe: Recipe, settings: ModelSettings, manifest: dict[str, Any]
+    run: OutputFolder, shards: str | Path, recipe: Recipe, settings: ModelSettings, manifest: dict[str, Any]
 ) -> StartPoint:
-    """Makes the start point of a run and records it in the run folder, which the caller must hold (`sole_starter`,
-    `sole_writer`).
+    """Makes the start point of a run and records it in the run's files, whose folder the caller must hold
+    (`sole_starter`, `sole_writer`).
 
     `recipe` and `settings` as of `resolve_model`. Raises `UserError` if the folder holds a run with another start.
     """
-    newest, init_from = checkpoint.latest(run), recipe.init_from
+    newest, init_from = checkpoint.latest(run.location), recipe.init_from
     if newest:
         checkpoint.check_preset(newest, settings.name)
-    keep_record(run, start_record(recipe, settings, manifest, init_from), resumes=newest is not None)
-    tokenizer = keep_tokenizer(run, shards, settings, init_from, resumes=newest is not None)
+    keep_record(run.folder, start_record(recipe, settings, manifest, init_from), resumes=newest is not None)
+    tokenizer = keep_tokenizer(run.folder, shards, settings, init_from, resumes=newest is not None)
     meta = read_meta(init_from) if init_from else None
     return StartPoint(settings, tokenizer, recipe.seed, init_from, meta)

@@ -12,8 +12,8 @@ import pytest
 from support.batch_fakes import BatchServer, line
 from support.serve_fakes import png
 
+from lumen_ray.data.claim import Claim
 from lumen_ray.errors import UserError
-from lumen_ray.label.claim import Claim
 from lumen_ray.serve.batches import work
 from lumen_ray.serve.http import Unavailable
 

@@ -15,7 +15,7 @@ from lumen_ray.train.launch import train_local
 from lumen_ray.train.losses import StepSums, count_tokens
 from lumen_ray.train.metrics import flops
 from lumen_ray.train.metrics.metrics import Meter, peak_memory
-from lumen_ray.train.run import checkpoint
+from lumen_ray.train.run.saver import Saver
 from lumen_ray.train.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -83,14 +83,15 @@ def test_what_a_checkpoint_has_tensorboard_has_too(data, tmp_path, monkeypatch):
     """Killed at the checkpoint of step 2 and resumed: no step is missing."""
     run, options = tmp_path / "run", {"checkpoint_every": 2}
     prepared = job_of(data, run, {"steps": 4}, **options)
-    trainer, save, on_disk = Trainer(prepared.job, CPU), checkpoint.save, []
+    trainer, save, on_disk = Trainer(prepared.job, CPU), Saver.save, []
 
     def killed(*args):
         save(*args)
+        trainer.saver.wait()
         on_disk.extend(scalars(run))
         raise Killed
 
-    monkeypatch.setattr(checkpoint, "save", killed)
+    monkeypatch.setattr(Saver, "save", killed)
     with pytest.raises(Killed):
         trainer.fit(local_batches(prepared.reader, Plan(prepared.manifest, prepared.job.recipe)))
     monkeypatch.undo()

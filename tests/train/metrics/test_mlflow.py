@@ -11,7 +11,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.recipe import Recipe
 from lumen_ray.train.launch import train_local
 from lumen_ray.train.metrics import mlflow as tracker
-from lumen_ray.train.run import checkpoint
+from lumen_ray.train.run.saver import Saver
 
 STAGE = {"steps": 4, "groups": [{"tasks": ["caption"]}]}
 RECIPE = Recipe.model_validate({"name": "r", "stages": [{"name": "s"} | STAGE], "mlflow": {}})
@@ -83,9 +83,9 @@ def test_the_name_of_the_sum_does_not_hang_on_its_parts(tmp_path, monkeypatch):
 
 
 def test_what_a_checkpoint_has_the_server_has_too(data, tmp_path, monkeypatch):
-    mlflow, at_checkpoints, save = FakeMlflow(), [], checkpoint.save
+    mlflow, at_checkpoints, save = FakeMlflow(), [], Saver.save
     monkeypatch.setattr(tracker, "_mlflow", lambda: mlflow)
-    monkeypatch.setattr(checkpoint, "save", lambda *args: (at_checkpoints.append(set(mlflow.sent)), save(*args)))
+    monkeypatch.setattr(Saver, "save", lambda *args: (at_checkpoints.append(set(mlflow.sent)), save(*args)))
     train_local(job_of(data, tmp_path / "run", STAGE, mlflow={"every": 100}, checkpoint_every=2))
     assert at_checkpoints == [{0, 1}, {0, 1, 2, 3}]
 

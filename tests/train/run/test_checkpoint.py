@@ -16,12 +16,16 @@ from lumen_ray.train.run import checkpoint
 
 def save(run, step, stage="s0", model=None, keep=0):
     model = model or torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
-    return checkpoint.save(run, {"step": step, "stage": stage, "preset": "tiny"}, model, optimizer, keep)
+    state = checkpoint.state_of(model, torch.optim.AdamW(model.parameters()))
+    return Path(checkpoint.save(run, {"step": step, "stage": stage, "preset": "tiny"}, state, keep))
+
+
+def latest(run):
+    return Path(checkpoint.latest(run))
 
 
 def names(run):
-    return [path.name for path in checkpoint.complete(run)]
+    return [Path(path).name for path in checkpoint.complete(run)]
 
 
 def test_the_weights_come_back(tmp_path):
@@ -36,15 +40,39 @@ def test_the_weights_come_back(tmp_path):
 def test_the_newest_complete_one_is_taken(tmp_path):
     assert checkpoint.latest(tmp_path) is None
     old, new = save(tmp_path, 9), save(tmp_path, 10, "s1")
-    assert checkpoint.latest(tmp_path) == new
-    new.rename(new.with_name(new.name + ".partial"))  # a kill before the rename
-    assert checkpoint.latest(tmp_path) == old
+    assert latest(tmp_path) == new
+    (new / "position.json").unlink()  # a kill before it, or while it is removed
+    assert latest(tmp_path) == old
     torn = tmp_path / "checkpoints" / "0000011-s1"
-    torn.mkdir()
-    assert checkpoint.latest(tmp_path) == old
-    assert checkpoint.position(old) == {"step": 9, "stage": "s0", "preset": "tiny"}
-    assert save(tmp_path, 11, "s1") == checkpoint.latest(tmp_path)  # what the kills left is no obstacle
+    (torn / "0" / "__0_0.distcp").parent.mkdir(parents=True)
+    (torn / "0" / "__0_0.distcp").write_bytes(b"half")
+    assert latest(tmp_path) == old
+    assert {"step": 9, "stage": "s0", "preset": "tiny"}.items() <= checkpoint.position(old).items()
+    assert save(tmp_path, 11, "s1") == latest(tmp_path)  # what the kills left is no obstacle
+    assert len(list(torn.iterdir())) == 2  # its shards and position
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["0000009-s0", "0000011-s1"]
+
+
+@pytest.mark.parametrize("change", [lambda file: file.unlink(), lambda file: file.write_bytes(b"")])
+def test_one_whose_shards_are_not_whole_does_not_count(tmp_path, change):
+    old, new = save(tmp_path, 1), save(tmp_path, 2)
+    change(next(new.glob("*/*.distcp")))
+    assert latest(tmp_path) == old
+    checkpoint.clean(tmp_path)
+    assert not new.exists()
+
+
+def test_those_of_earlier_versions_go_on(tmp_path):
+    """Their shards lie beside `position.json`, which does not name them."""
+    model, other = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    path = save(tmp_path, 3, model=model)
+    for file in next(path.glob("*/.metadata")).parent.iterdir():
+        file.rename(path / file.name)
+    (path / "position.json").write_text(json.dumps({"step": 3, "stage": "s0", "preset": "tiny"}))
+    (path.parent / "0000004-s0.1234.partial").mkdir()
+    checkpoint.clean(tmp_path)
+    checkpoint.load_weights(checkpoint.latest(tmp_path), other)
+    assert torch.equal(other.weight, model.weight)
 
 
 def test_the_newest_and_the_ends_of_stages_are_kept(tmp_path):
@@ -77,7 +105,7 @@ def test_a_parameter_without_gradients_so_far_resumes_without_state(tmp_path):
     model[0](torch.ones(1, 2)).sum().backward()
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    path = checkpoint.save(tmp_path, {"step": 1, "stage": "s"}, model, optimizer)
+    path = checkpoint.save(tmp_path, {"step": 1, "stage": "s"}, checkpoint.state_of(model, optimizer))
     other = torch.optim.AdamW(model.parameters())
     checkpoint.load_optimizer(path, model, other)
     assert {len(other.state[p]) for p in model[0].parameters()} == {3}
@@ -97,11 +125,11 @@ def test_another_preset_is_refused(tmp_path):
 
 def _full_on_the_first_rank(run: Path):
     model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.AdamW(model.parameters())
+    state = checkpoint.state_of(model, torch.optim.AdamW(model.parameters()))
     if parallel.rank() == 0:
         checkpoint._publish = lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left", "position.json"))
     with pytest.raises(OSError, match="No space left") as error:
-        checkpoint.save(run, {"step": 1, "stage": "s"}, model, optimizer)
+        checkpoint.save(run, {"step": 1, "stage": "s"}, state)
     assert (error.value.errno, error.value.filename) == (errno.ENOSPC, "position.json")
 
 

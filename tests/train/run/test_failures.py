@@ -167,7 +167,12 @@ def test_a_full_disk_during_the_export(data, tmp_path, monkeypatch):
 
 def test_a_full_disk_during_a_save(data, tmp_path, monkeypatch):
     trainer, batches = started(data, tmp_path / "run")
-    at_step(2, trainer, trainer.model, lambda out: monkeypatch.setattr(torch, "save", no_space))
+
+    def fill(out):
+        trainer.saver.wait()
+        monkeypatch.setattr(torch, "save", no_space)
+
+    at_step(2, trainer, trainer.model, fill)
     message = raised(UserError, trainer, batches)
     assert message.startswith("saving the checkpoint of step 3 (stage s0): the disk")
 

@@ -1,4 +1,4 @@
-"""Keeps two jobs from writing one output folder: the running one holds ``ledger/running.json`` and renews it."""
+"""Keeps two jobs from writing one folder, in any store: the running one holds a file in it, and renews that."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ RENEW_S = 10.0
 #: a claim that was not renewed for so long belongs to a job that was killed
 STALE_S = 60.0
 SETTLE_S = 0.1
+RUNNING = "running.json"
 
 
-def read_claim(ledger: urls.Location) -> dict[str, Any] | None:
+def read_claim(folder: urls.Location, name: str = RUNNING) -> dict[str, Any] | None:
     """``host``, ``pid``, ``token``, ``started``, ``renewed`` (seconds since the epoch) and ``state`` of the job that
-    holds a ledger folder; None if none does, or the one that did is dead."""
-    claim = _read(urls.join(ledger, "running.json"))
+    holds a folder; None if none does, or the one that did is dead."""
+    claim = _read(urls.join(folder, name))
     return claim if claim and _is_alive(claim) else None
 
 
@@ -48,15 +49,16 @@ def _is_alive(claim: dict[str, Any]) -> bool:
 
 
 class Claim:
-    """Holds a ledger folder while the context lasts. `state`: JSON types that `read_claim` reads, set by the job.
+    """Holds a folder while the context lasts. `state`: JSON types that `read_claim` reads, set by the job; `name`: of
+    the file in the folder, of which jobs of another kind have another.
 
     Entering raises `UserError` (`output_in_use`) if another job is alive. Of jobs that enter at the same moment one is
     refused; in a bucket both may go on for up to `RENEW_S`, and do some fragments twice, with the same labels.
     """
 
-    def __init__(self, ledger: urls.Location):
-        self._ledger = ledger
-        self._path = urls.join(ledger, "running.json")
+    def __init__(self, folder: urls.Location, name: str = RUNNING):
+        self._folder, self._name = folder, name
+        self._path = urls.join(folder, name)
         self._started = time.time()
         self._token = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex}"
         self._ended = threading.Event()
@@ -65,20 +67,20 @@ class Claim:
         self.is_lost = False
 
     def __enter__(self) -> Self:
-        if (other := read_claim(self._ledger)) is not None:
+        if (other := read_claim(self._folder, self._name)) is not None:
             raise _in_use(other)
         files.remove(self._path)  # of a job that is dead
         if urls.is_url(self._path):
             self._renew()
         else:
-            files.make_folder(self._ledger)
+            files.make_folder(self._folder)
             with suppress(FileExistsError):  # of a job that came at the same moment
                 descriptor = os.open(files.filesystem(self._path)[1], os.O_CREAT | os.O_EXCL | os.O_WRONLY)
                 with os.fdopen(descriptor, "w") as file:
                     file.write(self._text())
             time.sleep(SETTLE_S)  # for another one that took the dead job's claim for its own and removed ours
         self.check()
-        self._thread = threading.Thread(target=self._keep, name="label-claim", daemon=True)
+        self._thread = threading.Thread(target=self._keep, name="claim", daemon=True)
         self._thread.start()
         return self
 
