@@ -22,7 +22,7 @@ LAYERS = (
     (
         "version", "errors", "config", "structures", "answer", "tasks", "presets", "console", "keypoints", "attention",
         "cpu_linear", "precision", "targets", "input_size", "superlink", "meta_init", "ray_env", "ray_log", "viz",
-        "installation", "exemplars", "cancellation", "outline",
+        "installation", "exemplars", "cancellation", "outline", "run_settings", "training_report",
     ),
     ("checkpoints",),
     ("decoders", "trunk"),

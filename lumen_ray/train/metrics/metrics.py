@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON line per step, and the same scalars for TensorBoard and MLflow."""
+"""Metrics of a run: one JSON line per step, and the same scalars for TensorBoard, MLflow and W&B."""
 
 from __future__ import annotations
 
@@ -21,8 +21,7 @@ from lumen_ray.data.files import write_atomically
 from lumen_ray.model.build import Generalist
 from lumen_ray.recipe import Recipe
 from lumen_ray.train.losses import StepSums
-from lumen_ray.train.metrics import flops
-from lumen_ray.train.metrics.mlflow import mlflow_tracker
+from lumen_ray.train.metrics import flops, mlflow, wandb
 from lumen_ray.trunk.batch import TrainingBatch
 
 Progress = Callable[[dict[str, Any]], None]
@@ -74,11 +73,17 @@ def drop_from(path: Path, step: int) -> None:
         write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
 
 
-def last_step(run: Path) -> int | None:
-    """The newest step in `RUN/metrics.jsonl`; None if there is none."""
+def last_entry(run: Path) -> dict[str, Any] | None:
+    """The newest line of `RUN/metrics.jsonl`; None if there is none."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    return next((json.loads(line)["step"] for line in reversed(lines) if line.endswith("\n")), None)
+    return next((json.loads(line) for line in reversed(lines) if line.endswith("\n")), None)
+
+
+def last_step(run: Path) -> int | None:
+    """The newest step in `RUN/metrics.jsonl`; None if there is none."""
+    entry = last_entry(run)
+    return entry["step"] if entry else None
 
 
 class Board:
@@ -112,33 +117,35 @@ class Board:
 
 
 class MetricsLog:
-    """Appends to `RUN/metrics.jsonl`, `RUN/tensorboard` and, if configured, MLflow, from `step` on; rank 0 only."""
+    """Appends to `RUN/metrics.jsonl`, `RUN/tensorboard` and, if configured, MLflow and W&B, from `step` on; rank 0
+    only."""
 
     def __init__(self, run: Path, step: int = 0, recipe: Recipe | None = None):
         run.mkdir(parents=True, exist_ok=True)
         drop_from(run / "metrics.jsonl", step)
         self._file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  closed in `close`
         self._board = Board(run / "tensorboard", step)
-        self._tracker = mlflow_tracker(run, recipe) if recipe else None
+        made = (mlflow.mlflow_tracker(run, recipe), wandb.wandb_tracker(run, recipe)) if recipe else ()
+        self._trackers = [tracker for tracker in made if tracker]
 
     def write(self, step: int, stage: str, values: dict[str, Any]) -> None:
         self._file.write(json.dumps({"step": step, "stage": stage, "time": round(time.time(), 3), **values}) + "\n")
         numbers = {name: value for name, value in values.items() if isinstance(value, (int, float))}
         self._board.write(step, numbers)
-        if self._tracker:
-            self._tracker.write(step, numbers)
+        for tracker in self._trackers:
+            tracker.write(step, numbers)
 
     def flush(self) -> None:
         """Makes everything written so far outlive this process."""
         self._board.flush()
-        if self._tracker:
-            self._tracker.flush()
+        for tracker in self._trackers:
+            tracker.flush()
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
-        if self._tracker:
-            self._tracker.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 class MetricsWatcher:
