@@ -2,13 +2,12 @@
 
 import json
 import shutil
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import pytest
 import torch
 from support.ranks import Moment, run_ranks
-from support.train_fakes import cut_after, log_of, make_recipe, weights_of
+from support.train_fakes import cut_after, log_of, weights_of
+from support.validation_fakes import Scripted
 
 from lumen_ray.errors import UserError
 from lumen_ray.evaluate.during_training import validator_of
@@ -16,6 +15,7 @@ from lumen_ray.inference.engine import Engine
 from lumen_ray.model.build import load_model, open_weights, read_meta
 from lumen_ray.recipe import Recipe
 from lumen_ray.train.launch import prepare_job, train_local
+from lumen_ray.train.run import checkpoint
 from lumen_ray.train.validation import BEST, Scores
 
 EMA = {"decay": 0.8}
@@ -36,29 +36,6 @@ def job_with(data, run, **changes):
     """A run that validates with the package's own scores."""
     recipe = recipe_of(data, **changes)
     return prepare_job(data / "shards", recipe, run, None, validator_of(recipe))
-
-
-@dataclass(frozen=True)
-class Scripted:
-    """Gives the values of a list, by the step of the model; keeps a sum over the weights that it was given."""
-
-    values: dict[int, float | None]
-    every: int = 2
-    lower_is_better: bool = False
-    seen: Path | None = field(default=None)
-
-    def check(self, settings, meta):
-        pass
-
-    def score(self, loaded, device, output):
-        step = loaded.meta.steps
-        if self.seen:
-            Engine(loaded, str(device))  # which takes the weights
-            with open(self.seen, "a") as file:
-                norm = sum(float(t.double().square().sum()) for t in loaded.weights.values())
-                file.write(json.dumps([step, norm]) + "\n")
-        value = self.values[step]
-        return Scores({} if value is None else {"m": value}, "m", self.lower_is_better)
 
 
 def scripted_job(data, run, values, **changes):
@@ -129,33 +106,26 @@ def test_two_ranks_validate_what_one_does(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("values", "lower", "best"),
-    [
-        ({2: 0.5, 4: 0.9, 6: 0.9}, False, 4),  # the first of equal ones
-        ({2: 0.5, 4: 0.9, 6: 0.1}, True, 6),
-        ({2: None, 4: 0.1, 6: None}, False, 4),
-        ({2: None, 4: None, 6: None}, False, None),
-    ],
-)
-def test_the_best_by_the_metric_is_kept(data, tmp_path, values, lower, best):
-    run = tmp_path / "run"
-    train_local(scripted_job(data, run, values, lower_is_better=lower))
-    assert (read_meta(run / BEST).steps if (run / BEST).exists() else None) == best
+    ("value", "best", "lower", "beats"),
+    [(0.5, None, False, True), (0.9, 0.9, False, False), (0.9, 0.5, False, True), (0.9, 0.5, True, False),
+     (0.1, 0.5, True, True), (None, None, False, False), (None, 0.5, False, False)],
+)  # fmt: skip
+def test_which_scores_are_better(value, best, lower, beats):
+    assert Scores({} if value is None else {"m": value}, "m", lower).beats(best) == beats
 
 
 def test_the_best_so_far_survives_a_kill(data, tmp_path):
-    """Also at the moments at which it is written: the repeated step writes the same again."""
-    values = {2: 0.9, 4: 0.5, 6: 0.95}
-    whole = tmp_path / "whole"
+    """While a better one replaces it: the repeated step writes the same again."""
+    values = {2: 0.5, 4: 0.9, 6: 0.1}
+    whole, run = tmp_path / "whole", tmp_path / "killed"
     train_local(scripted_job(data, whole, values))
-    for number, text in enumerate(("0000004-s", f"{BEST}/model.safetensors", f"{BEST}/.partial/meta.json"), 1):
-        run = tmp_path / f"killed-{number}"
-        assert run_ranks(scripted_job(data, run, values), 1, Moment(0, text))[0] != 0
-        assert not (run / "model").exists()
-        train_local(scripted_job(data, run, values))
-        assert read_meta(run / BEST) == read_meta(whole / BEST)
-        one, two = (dict(open_weights(folder / BEST)) for folder in (run, whole))
-        assert all(torch.equal(one[name], two[name]) for name in one)
+    moving = f"{BEST}/.partial/model.safetensors {run}/{BEST}/model.safetensors"
+    assert run_ranks(scripted_job(data, run, values), 1, Moment(0, moving, 2)) == [-9]
+    assert checkpoint.start_step(checkpoint.latest(run)) == 2
+    train_local(scripted_job(data, run, values))
+    assert read_meta(run / BEST) == read_meta(whole / BEST) and read_meta(run / BEST).steps == 4
+    one, two = (dict(open_weights(folder / BEST)) for folder in (run, whole))
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_a_resumed_run_compares_with_the_best_before(data, tmp_path):
@@ -194,4 +164,3 @@ def test_settings_that_cannot_be_used_are_refused_before_the_start(data, tmp_pat
 def test_the_metric_may_be_written_in_small_letters(data, tmp_path):
     job = job_with(data, tmp_path / "run", validation=with_split(data, metric="box_ap50")).job
     assert job.validator._metric(["detect", "caption"]) == "box_AP50"
-    assert make_recipe(data).validation is None

@@ -1,13 +1,14 @@
 """Logging to Weights & Biases, if a recipe, `--wandb` or the environment names a project. Nothing is sent without.
 
-Its client sends from a process of its own and tries again, so a lost server does not stop a run. Of the run, the
-metrics and the recipe are sent, and what W&B measures of the machine; not the console, the code or errors.
+Its client sends from a process of its own and tries again, so a lost server does not stop a run. It gets the metrics,
+the recipe, and what W&B notes of the machine and its packages; not the console, the code, or errors of the client.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import uuid
 import warnings
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class WandbTracker:
         wandb = _wandb()
         self._error = wandb.errors.Error
         known = json.loads((run / RUN_FILE).read_text())["run_id"] if (run / RUN_FILE).is_file() else None
-        run_id = known or wandb.util.generate_id()
+        run_id = known or uuid.uuid4().hex[:8]
         try:
             self._run = wandb.init(
                 project=settings.project,
