@@ -90,6 +90,9 @@ def train(
     recipe: str | PathLike[str] | Recipe = "quickstart",
     init_from: PathOrUrl | None = None,
     workers: int | None = None,
+    validate: PathOrUrl | None = None,
+    profile: str | tuple[int, int] | None = None,
+    wandb: str | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
     waiting: Callable[[str], None] | None = None,
 ) -> Path | str:
@@ -102,6 +105,10 @@ def train(
     init_from: model folder (or name of bundled weights) to start from, instead of the recipe's; decoders that it lacks
         start from fresh weights.
     workers: Ray Train workers, instead of the recipe's.
+    validate: shard folder of a held-out split to score during training, instead of the recipe's ``validation.shards``;
+        the best model goes to ``OUTPUT/model-best``.
+    profile: steps to profile, "FIRST:END" or (first, end), instead of the recipe's; writes ``OUTPUT/profile``.
+    wandb: project of Weights & Biases to log to, instead of the recipe's.
     progress: called with each line of ``metrics.jsonl``, a dict with "step", "stage", "loss/...", "samples_per_s", ...
     waiting: called with a sentence while the run waits for room in the cluster.
 
@@ -114,13 +121,16 @@ def train(
     ['config.yaml', 'meta.json', 'model.safetensors', 'tokenizer.json']
     """
     _prepare_environment()
+    from lumen_ray.evaluate.during_training import validator_of
     from lumen_ray.train.launch import train as launch
 
+    changed = _with_run_settings(load_recipe(recipe, workers), validate, profile, wandb)
     return launch(
         fspath(shards),
-        load_recipe(recipe, workers),
+        changed,
         fspath(output),
         init_from=None if init_from is None else fspath(init_from),
+        validator=validator_of(changed),
         progress=progress,
         waiting=waiting,
     )
@@ -551,6 +561,23 @@ def load_recipe(recipe: str | PathLike[str] | Recipe, workers: int | None = None
     if workers is None:
         return loaded
     return config.validate(Recipe, loaded.model_dump(mode="json") | {"workers": workers}, "--workers")
+
+
+def _with_run_settings(
+    recipe: Recipe, validate: PathOrUrl | None, profile: str | tuple[int, int] | None, wandb: str | None
+) -> Recipe:
+    """The recipe with settings of its run that were given beside it. Raises `UserError` for steps that are none."""
+    from lumen_ray.run_settings import ValidationSettings, WandbSettings, parse_profile
+
+    changes: dict[str, Any] = {}
+    if validate is not None:
+        settings = recipe.validation or ValidationSettings()
+        changes["validation"] = settings.model_copy(update={"shards": fspath(validate)})
+    if profile is not None:
+        changes["profile"] = parse_profile(profile)
+    if wandb is not None:
+        changes["wandb"] = (recipe.wandb or WandbSettings()).model_copy(update={"project": wandb})
+    return recipe.model_copy(update=changes)
 
 
 def load_engine(

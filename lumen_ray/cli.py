@@ -19,7 +19,6 @@ from lumen_ray.console import (
     console,
     decoders_by_task,
     say,
-    training_note,
 )
 from lumen_ray.data import command as data_command
 from lumen_ray.decoders.registry import problems
@@ -30,6 +29,7 @@ from lumen_ray.options import decoders_arg, device_arg, dtype_arg, exemplars_arg
 from lumen_ray.plan import command as plan_command
 from lumen_ray.ray_env import prepare_environment
 from lumen_ray.remote import command as remote_command
+from lumen_ray.training_report import TrainingReport
 from lumen_ray.version import __version__
 
 EXIT_USER_ERROR = 2
@@ -118,6 +118,18 @@ def _train_args(verbs: Any) -> None:
         "from fresh weights",
     )
     p.add_argument("--workers", type=int, help="Ray Train workers, instead of the recipe's")
+    p.add_argument(
+        "--validate",
+        metavar="SHARDS",
+        help="held-out shard folder to score during training, as the recipe's 'validation' says; the best model goes "
+        "to 'model-best' of the run folder",
+    )
+    p.add_argument(
+        "--profile",
+        metavar="FIRST:END",
+        help="profile steps FIRST to END - 1, e.g. 10:20: a Chrome trace and a table per worker in 'profile'",
+    )
+    p.add_argument("--wandb", metavar="PROJECT", help="also log to this project of Weights & Biases")
     remote_command.add_submit_args(p)
     p.set_defaults(run=_train)
 
@@ -189,14 +201,19 @@ def _quickstart(args: argparse.Namespace) -> None:
 def _train(args: argparse.Namespace) -> None:
     recipe = api.load_recipe(args.recipe, args.workers)
     with bar(f"train {recipe.name}") as progress:
+        report = TrainingReport(progress, recipe.total_steps, args.output)
         model = api.train(
             args.shards,
             args.output,
             recipe=recipe,
             init_from=args.init_from,
-            progress=lambda line: progress.update(line["step"] + 1, recipe.total_steps, training_note(line)),
+            validate=args.validate,
+            profile=args.profile,
+            wandb=args.wandb,
+            progress=report.update,
             waiting=progress.line,
         )
+        report.finish()
     say(f"model -> {model}; logs -> {args.output}/metrics.jsonl and {args.output}/tensorboard")
 
 

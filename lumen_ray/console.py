@@ -8,7 +8,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -139,13 +138,6 @@ def bar(title: str) -> Iterator[Bar]:
     )
     with Progress(*columns, console=console, transient=True) as progress:
         yield Bar(title, progress)
-
-
-def training_note(line: dict[str, Any]) -> str:
-    """The note of the progress display for a line of `metrics.jsonl`."""
-    losses = " ".join(f"{k.removeprefix('loss/')} {v:.3f}" for k, v in line.items() if k.startswith("loss/"))
-    speed = f"{line['samples_per_s']:.0f} img/s, {line['tokens_per_s']:.0f} tokens/s, {line['memory_gb']:.1f} GB"
-    return f"{line['stage']}: {losses}  {speed}, {line['data_wait']:.0%} waiting for data"
 
 
 def seconds(value: float) -> str:

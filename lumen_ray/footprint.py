@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lumen_ray.errors import UserError
+from lumen_ray.run_settings import ranks_per_copy
 
 if TYPE_CHECKING:
     from torch import nn
@@ -117,7 +118,8 @@ class RecipeFootprint:
     def memory(self, workers: int) -> int:
         """Bytes per rank of training the recipe, without activations."""
         assert self.model is not None
-        return self.model.training(workers) + self.averaged * FP32 // workers
+        sharing = ranks_per_copy(workers, self.recipe.shard_group)
+        return self.model.training(sharing) + self.averaged * FP32 // sharing
 
 
 def count_recipe(settings: ModelSettings, recipe: Recipe) -> RecipeFootprint:

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lumen_ray import api
-from lumen_ray.console import bar, console, say, seconds, training_note
+from lumen_ray.console import bar, console, say, seconds
 from lumen_ray.data import files
 from lumen_ray.data.command import prepared_line
 from lumen_ray.errors import UserError
+from lumen_ray.training_report import TrainingReport
 
 if TYPE_CHECKING:
     from lumen_ray.recipe import Recipe
@@ -116,11 +117,12 @@ def _train(output: Path, recipe: Recipe) -> Path:
 
     recipe = fitted(cluster_resources(), recipe)
     with bar(f"train {recipe.model}") as progress:
+        report = TrainingReport(progress, recipe.total_steps, output / "train")
         model = api.train(
             output / "shards" / "train",
             output / "train",
             recipe=recipe,
-            progress=lambda line: progress.update(line["step"] + 1, recipe.total_steps, training_note(line)),
+            progress=report.update,
             waiting=progress.line,
         )
     stages = ", ".join(f"{stage.name} {stage.steps}" for stage in recipe.stages)

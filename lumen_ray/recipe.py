@@ -10,6 +10,7 @@ from lumen_ray import config
 from lumen_ray.config import Settings
 from lumen_ray.decoders.registry import DECODERS, LOSSES, PARTS, decoders_for, get
 from lumen_ray.errors import UserError, unknown
+from lumen_ray.run_settings import MlflowSettings, ValidationSettings, WandbSettings, parse_profile
 from lumen_ray.structures import Size
 from lumen_ray.tasks import TASKS, TRAINABLE_TASKS, get_task
 
@@ -40,7 +41,11 @@ CARRIED_OUT = (
     "async_checkpoints",
     "checkpoint_retries",
     "log_samples",
+    "shard_group",
     "mlflow",
+    "wandb",
+    "profile",
+    "validation",
 )
 
 
@@ -168,14 +173,6 @@ class EmaSettings(Settings):
     decay: float = Field(0.999, gt=0, lt=1, description="factor on the old average in each step")
     warmup: bool = Field(True, description="use decay (1 + t) / (10 + t) while it is less, to forget the first weights")
     export: bool = Field(True, description="export the average to the model folder, not the last weights")
-
-
-class MlflowSettings(Settings):
-    """Logging to MLflow. MLflow's environment variables supply what is left out."""
-
-    tracking_uri: str | None = Field(None, description="server or folder, e.g. http://host:5000")
-    experiment: str = "lumen-ray"
-    every: int = Field(10, gt=0, description="steps between requests to the server")
 
 
 class TaskGroup(Settings):
@@ -338,6 +335,12 @@ class Recipe(Settings):
         3, ge=0, description="further tries of a checkpoint that a bucket did not take, before the run ends"
     )
     log_samples: bool = Field(False, description="write the image ids of every step to RUN/samples")
+    shard_group: int = Field(
+        0,
+        ge=0,
+        description="workers that share one copy of the weights, e.g. the GPUs of a node; each further group of as "
+        "many holds another (HSDP); 0: all workers share one",
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the arithmetic; weights and losses stay fp32")
     activation_checkpointing: tuple[str, ...] = Field(
         (), description=f"parts whose blocks recompute activations in the backward pass; true: {', '.join(BLOCK_PARTS)}"
@@ -348,9 +351,17 @@ class Recipe(Settings):
     lora: LoraSettings | None = Field(None, description="train low-rank adapters in place of full weights; null: off")
     ema: EmaSettings | None = Field(None, description="keep a moving average of the weights; null: off")
     mlflow: MlflowSettings | None = Field(None, description="also log to MLflow; null: off")
+    wandb: WandbSettings | None = Field(None, description="also log to Weights & Biases; null: off")
+    profile: tuple[int, int] | None = Field(
+        None, description="steps to profile, [first, end]; '--profile 10:20' overrides it; null: off"
+    )
+    validation: ValidationSettings | None = Field(
+        None, description="score a held-out split during training and keep the best model; null: off"
+    )
     stages: tuple[Stage, ...]
 
     _buckets = field_validator("buckets", mode="before")(parse_buckets)
+    _profile = field_validator("profile", mode="before")(parse_profile)
     _all_blocks = field_validator("activation_checkpointing", "compile", mode="before")(_blocks_of)
 
     @model_validator(mode="after")

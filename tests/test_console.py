@@ -3,6 +3,7 @@
 import pytest
 
 from lumen_ray import console
+from lumen_ray.training_report import training_note
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_a_line_between_updates_is_reported_at_once(lines):
 
 def test_the_note_of_a_step_has_the_losses_that_it_trained():
     line = {"stage": "joint", "loss": 3.0, "loss/lm": 2.0, "loss/box": 0.0, "task/lm/vqa": 2.0, "samples_per_s": 8.4}
-    note = console.training_note(line | {"tokens_per_s": 91.2, "memory_gb": 1.25, "data_wait": 0.02})
+    note = training_note(line | {"tokens_per_s": 91.2, "memory_gb": 1.25, "data_wait": 0.02})
     assert note == "joint: lm 2.000 box 0.000  8 img/s, 91 tokens/s, 1.2 GB, 2% waiting for data"
 
 

@@ -22,7 +22,8 @@ LAYERS = (
     (
         "version", "errors", "config", "structures", "answer", "tasks", "presets", "console", "keypoints", "attention",
         "cpu_linear", "precision", "targets", "input_size", "superlink", "meta_init", "ray_env", "ray_log", "viz",
-        "head_watch", "ray_metrics", "installation", "exemplars", "cancellation", "outline",
+        "head_watch", "ray_metrics", "installation", "exemplars", "cancellation", "outline", "run_settings",
+        "training_report",
     ),
     ("checkpoints",),
     ("decoders", "trunk"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -55,7 +56,8 @@ class Steps:
     def step(self, saver: Saver | None = None) -> float:
         """Seconds of a step, with a save behind it if there is a saver."""
         started = time.perf_counter()
-        self.trainer._step(self.stage, 0, [self.batch], self.optimizer, 0.0)
+        batch = replace(self.batch, step=self.trainer.step)
+        self.trainer._step(self.stage, 0, iter([batch]), self.optimizer)
         if saver:
             self.trainer.step += 1
             position = {"step": self.trainer.step, "stage": self.stage.name, "preset": ""}

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 from lumen_ray.errors import UserError
-from lumen_ray.inference.protocol import EngineProtocol
 from lumen_ray.inference.request import no_decoder
 from lumen_ray.tasks import TASKS, get_task
 
 
+class ServesTasks(Protocol):
+    """The part of an engine that the choice depends on."""
+
+    @property
+    def tasks(self) -> Sequence[str]:
+        """Names of the tasks that the model serves."""
+
+    @property
+    def serving(self) -> Mapping[str, str]:
+        """Task -> decoder that serves it; text tasks are absent."""
+
+
 def choose_tasks(
-    manifest: dict[str, Any], named: Sequence[str] | None, engine: EngineProtocol
+    manifest: dict[str, Any], named: Sequence[str] | None, engine: ServesTasks
 ) -> tuple[list[str], list[str]]:
     """(tasks to score, tasks that free chat asks for besides).
 
@@ -45,13 +56,13 @@ def _listed(annotated: Sequence[str]) -> str:
     return f"its tasks: {', '.join(annotated) or 'none'}"
 
 
-def _default_tasks(annotated: Sequence[str], engine: EngineProtocol) -> list[str]:
+def _default_tasks(annotated: Sequence[str], engine: ServesTasks) -> list[str]:
     """The annotated tasks that the model serves, and free chat. Tasks scored on another's annotations must be named."""
     served = [name for name in annotated if name in engine.tasks and not TASKS[name].annotated_as]
     return [*(name for name in served if _has_judge(engine) or not makes_pictures(name)), "chat"]
 
 
-def _has_judge(engine: EngineProtocol) -> bool:
+def _has_judge(engine: ServesTasks) -> bool:
     """Whether the model can score pictures, which its own detector does."""
     return "detect" in engine.serving
 
@@ -78,7 +89,7 @@ def _check_annotated(tasks: Sequence[str], annotated: Sequence[str]) -> None:
         )
 
 
-def _check_served(task: str, engine: EngineProtocol) -> None:
+def _check_served(task: str, engine: ServesTasks) -> None:
     if not TASKS[task].is_text and task not in engine.serving:
         raise no_decoder(task, engine.tasks)
     if makes_pictures(task) and not _has_judge(engine):

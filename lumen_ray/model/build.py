@@ -158,6 +158,8 @@ class ModelMeta:
     writes_behind_routes: bool = False
     #: whether it was trained with classes given by example
     reads_exemplars: bool = False
+    #: of the best model of a run: by which metric of its validation, with which value, after which step
+    validation: dict[str, Any] = field(default_factory=dict)
 
 
 def build_model(settings: ModelSettings, vocab_size: int, seed: int = 0) -> Generalist:
@@ -223,7 +225,7 @@ class LoadedModel:
     version: str  # 12 hex digits of a sha256 of weights and calibration; empty if the trunk was not read
     chosen: dict[str, str] = field(default_factory=dict)  # {task: decoder} that differ from the folder's settings
     dtype: Dtype = "float32"  # of its weights and arithmetic at inference
-    weights: WeightsFile | None = None
+    weights: Mapping[str, Tensor] | None = None
 
     def decoder(self, name: str, device: torch.device | str = "cpu") -> Decoder | ImageDecoder:
         """A decoder on a device; reads its weights if needed. Raises `UserError` if the model has no such decoder."""

@@ -12,6 +12,7 @@ from lumen_ray.recipe import Recipe, Stage, TaskGroup, is_pattern
 from lumen_ray.tasks import TASKS
 from lumen_ray.train import lora
 from lumen_ray.train.metrics.mlflow import check_mlflow
+from lumen_ray.train.metrics.wandb import check_wandb
 from lumen_ray.train.optimizer import lr_factors, set_trainable
 
 
@@ -22,6 +23,7 @@ def check_recipe(recipe: Recipe, settings: ModelSettings, vocab_size: int) -> No
     The model is built only if the recipe names modules, on the meta device.
     """
     check_mlflow(recipe)
+    check_wandb(recipe)
     if settings.image_adapters and not settings.published_tokens:
         raise UserError(
             f"model '{settings.name}' has image_adapters but no published LLM, which would stay random; start from a "

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -37,9 +40,21 @@ class Ema:
         shadow = [_local(value) for value in self.shadow.values()]
         torch._foreach_lerp_(shadow, [_local(weights[name]) for name in self.shadow], 1 - self.decay(step))
 
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """A context in which the model has the average for weights, exchanged tensor by tensor."""
+        names = list(self.shadow)
+        self._exchange(names)
+        try:
+            yield
+        finally:
+            self._exchange(names[::-1])  # tied weights have two names: the last exchange is undone first
+
     @torch.no_grad()
-    def copy_to_model(self) -> None:
-        """Replaces the model's weights by the average."""
+    def _exchange(self, names: list[str]) -> None:
         weights = self._floating()
-        for name, value in self.shadow.items():
-            _local(weights[name]).copy_(_local(value))
+        for name in names:
+            weight, average = _local(weights[name]), _local(self.shadow[name])
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)

@@ -32,7 +32,9 @@ from lumen_ray.tasks import CLASS_TASKS, TASKS, TEXT_ROUTES, task_of_route
 from lumen_ray.train import parallel, precision
 from lumen_ray.train.checks import check_recipe
 from lumen_ray.train.metrics.metrics import MetricsWatcher, Progress
+from lumen_ray.train.metrics.profiler import check_profile
 from lumen_ray.train.metrics.prometheus import count_restart
+from lumen_ray.train.metrics.sources import rows_by_source
 from lumen_ray.train.run import checkpoint, malloc
 from lumen_ray.train.run.capacity import CapacityWatcher, Demand, capacity_reader
 from lumen_ray.train.run.failures import as_user_error
@@ -40,6 +42,7 @@ from lumen_ray.train.run.folder import sole_starter, sole_writer
 from lumen_ray.train.run.resources import of_worker, uses_gpus
 from lumen_ray.train.run.start import StartPoint, make_start, resolve_model
 from lumen_ray.train.trainer import Trainer, TrainingJob
+from lumen_ray.train.validation import Validator
 from lumen_ray.trunk.batch import TrainingBatch
 
 ReadBatches = Callable[[list[dict[str, Any]]], Iterator[TrainingBatch]]
@@ -59,19 +62,27 @@ class PreparedRun:
         return urls.join(self.job.run, "model")
 
 
-def prepare_job(shards: str | Path, recipe: Recipe, run: str | Path, init_from: str | None = None) -> PreparedRun:
+def prepare_job(
+    shards: str | Path,
+    recipe: Recipe,
+    run: str | Path,
+    init_from: str | None = None,
+    validator: Validator | None = None,
+) -> PreparedRun:
     """Checks a run before any worker starts, and makes its start point; trains the tokenizer on the shards' text.
 
-    `init_from`: model folder to start from, in place of the recipe's. Raises `UserError` for what the user must change,
-    also if the run folder holds a run with another recipe, model, shards or start, or if another process trains into
-    it.
+    `init_from`: model folder to start from, in place of the recipe's. `validator`: carries out the recipe's
+    `validation`, which is left out without one. Raises `UserError` for what the user must change, also if the run
+    folder holds a run with another recipe, model, shards or start, or if another process trains into it.
     """
-    with _prepared(shards, recipe, run, init_from) as prepared:
+    with _prepared(shards, recipe, run, init_from, validator) as prepared:
         return prepared
 
 
 @contextmanager
-def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: str | None) -> Iterator[PreparedRun]:
+def _prepared(
+    shards: str | Path, recipe: Recipe, run: str | Path, init_from: str | None, validator: Validator | None
+) -> Iterator[PreparedRun]:
     """`prepare_job`; other processes cannot start a run in the folder while the context is open."""
     folder = urls.absolute(run)
     manifest = read_manifest(shards)
@@ -89,7 +100,11 @@ def _prepared(shards: str | Path, recipe: Recipe, run: str | Path, init_from: st
                 "wrong_layout",
             )
         skeletons = skeletons_of(manifest)
-        job = TrainingJob(recipe, start, _meta(recipe, start, manifest, skeletons), folder)
+        meta = _meta(recipe, start, manifest, skeletons)
+        if validator:
+            validator.check(settings, meta)
+        check_profile(recipe, folder, checkpoint.start_step(checkpoint.latest(folder)))
+        job = TrainingJob(recipe, start, meta, folder, rows_by_source(manifest), validator)
         reader = BatchReader.of(urls.absolute(shards), recipe, start.tokenizer, settings, manifest)
         yield PreparedRun(job, reader, manifest)
 
@@ -214,16 +229,17 @@ def train(
     run: str | Path,
     *,
     init_from: str | None = None,
+    validator: Validator | None = None,
     progress: Progress | None = None,
     waiting: Callable[[str], None] | None = None,
 ) -> Path | str:
     """Runs a recipe on Ray, from the newest checkpoint in `run` on; returns the model folder, a URL if `run` is one.
 
-    `progress` is called with every line of `metrics.jsonl` as it is written, `waiting` with a sentence when the run
-    waits for resources of the cluster. Raises `UserError` for what the user must change, also if another process trains
-    into `run`.
+    `validator`: carries out the recipe's `validation`. `progress` is called with every line of `metrics.jsonl` as it is
+    written, `waiting` with a sentence when the run waits for resources of the cluster. Raises `UserError` for what the
+    user must change, also if another process trains into `run`.
     """
-    with _prepared(shards, recipe, run, init_from) as prepared:
+    with _prepared(shards, recipe, run, init_from, validator) as prepared:
         recipe, folder = prepared.job.recipe, prepared.job.run
         Plan(prepared.manifest, recipe, recipe.workers)  # raises for wrong batch sizes before workers start
         start = checkpoint.start_step(checkpoint.latest(folder))

@@ -9,7 +9,8 @@ predicted quality or by assigned places it is as accurate as the micro-steps are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -75,12 +76,50 @@ def per_task(batch: TrainingBatch, losses: dict[str, LossTerm], names: tuple[str
 
     Keypoint prompts are not counted: their losses are in those of their object prompt.
     """
-    out = torch.zeros(len(names), 2, len(TASK_NAMES), device=device)
-    tasks = torch.tensor([_TASK_INDEX[task] for task in batch.tasks], dtype=torch.int64)
+    of_branches = torch.tensor([_TASK_INDEX[task] for task in batch.tasks], dtype=torch.int64)
+
+    def of_links(family: str) -> Tensor:
+        return torch.tensor([_TASK_INDEX[task] for task in batch.layout.link_tasks(family, batch.tasks)])
+
+    return _by_column(batch, losses, names, of_branches, of_links, len(TASK_NAMES), device)
+
+
+def per_source(
+    batch: TrainingBatch,
+    losses: dict[str, LossTerm],
+    names: tuple[str, ...],
+    sources: tuple[str, ...],
+    device: torch.device,
+) -> Tensor:
+    """`per_task` by the source of each prompt's image or text, float32 [names, 2, sources]."""
+    index = {name: i for i, name in enumerate(sources)}
+    of_rows = torch.tensor([index[name] for name in batch.sources], dtype=torch.int64)
+    of_branches = of_rows[batch.layout.last_slots[:, 0]]
+
+    def of_links(family: str) -> Tensor:
+        return of_branches[batch.layout.link_branches[family]]
+
+    return _by_column(batch, losses, names, of_branches, of_links, len(sources), device)
+
+
+def _by_column(
+    batch: TrainingBatch,
+    losses: dict[str, LossTerm],
+    names: tuple[str, ...],
+    of_branches: Tensor,
+    of_links: Callable[[str], Tensor],
+    columns: int,
+    device: torch.device,
+) -> Tensor:
+    """Sums and counts, float32 [names, 2, columns], of the losses with a value per prompt.
+
+    of_branches: int64 [branches], the column of each prompt; of_links: the same for the links of a family.
+    """
+    out = torch.zeros(len(names), 2, columns, device=device)
     for row, name in enumerate(names):
         if name not in losses or (each := losses[name].each) is None:
             continue
-        index, values = tasks.to(device), each.float()
+        index, values = of_branches.to(device), each.float()
         if name == "lm":  # prompts of words alone have no text to learn
             learned = batch.layout.branch_ids[batch.layout.labels != IGNORE].unique().to(device)
             index, values = index[learned], values[learned]
@@ -88,8 +127,7 @@ def per_task(batch: TrainingBatch, losses: dict[str, LossTerm], names: tuple[str
             links, layout = served_links(_DECODER_OF[name], batch), batch.layout
             family = DECODERS[_DECODER_OF[name]].family
             objects = layout.link_parents[family].cpu()[links] < 0
-            of_links = [_TASK_INDEX[task] for task in layout.link_tasks(family, batch.tasks)]
-            index = torch.tensor(of_links)[links][objects].to(device)
+            index = of_links(family)[links][objects].to(device)
             values = values[objects.to(device)]
         out[row, 0].index_add_(0, index, values)
         out[row, 1].index_add_(0, index, torch.ones_like(values))
@@ -98,7 +136,8 @@ def per_task(batch: TrainingBatch, losses: dict[str, LossTerm], names: tuple[str
 
 @dataclass(frozen=True)
 class StepSums:
-    """An optimizer step over all ranks: mean of each loss, mean by task, tokens without and with padding, images.
+    """An optimizer step over all ranks: mean of each loss, mean by task, tokens without and with padding, samples; mean
+    by source, where there are several, and samples of each; images rejected and prompts or tokens cut off.
 
     `means` lacks losses that no rank measured: those of decoders that the step does not train, and those of annotations
     that none of its images has (masks, keypoints). They must not be averaged as zeros.
@@ -109,16 +148,25 @@ class StepSums:
     tokens: float
     computed_tokens: float
     images: int
+    sources: dict[str, float] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
+    faulty: int = 0
 
 
 class StepLosses:
     """Sums the losses of an optimizer step: one `all_reduce` per micro-step, and one before if there are several."""
 
     def __init__(
-        self, names: tuple[str, ...], weights: dict[str, float], batches: list[TrainingBatch], device: torch.device
+        self,
+        names: tuple[str, ...],
+        weights: dict[str, float],
+        batches: list[TrainingBatch],
+        device: torch.device,
+        sources: tuple[str, ...] = (),
     ):
-        """`batches`: the micro-steps of this rank. A collective if there are several."""
-        self.names, self.weights = names, weights
+        """`batches`: the micro-steps of this rank. A collective if there are several. `sources`: of the shards, the
+        same on all ranks; empty: losses are not told apart by them."""
+        self.names, self.weights, self.sources = names, weights, sources
         self.expected: Tensor | None = None
         if len(batches) > 1:
             expected = torch.stack([expected_counts(batch, names) for batch in batches])
@@ -137,10 +185,14 @@ class StepLosses:
         zero = torch.zeros((), device=device)
         sums = torch.stack([losses[n].total.detach() if n in losses else zero for n in self.names])
         counts = torch.stack([losses[n].count.detach() if n in losses else zero for n in self.names])
-        numbers = (*count_tokens(batch, image_tokens), len(batch.image_ids))
-        sizes = torch.tensor(numbers, dtype=torch.float32, device=device)
-        tasks = per_task(batch, losses, self.names, device).flatten()
-        reduced = parallel.sum_over_ranks(torch.cat([sums, counts, sizes, tasks]))
+        faulty = len(batch.rejected) + sum(batch.truncated.values())
+        numbers = (*count_tokens(batch, image_tokens), len(batch.image_ids), faulty)
+        samples = [batch.sources.count(name) for name in self.sources]
+        sizes = torch.tensor([*numbers, *samples], dtype=torch.float32, device=device)
+        parts = [sums, counts, sizes, per_task(batch, losses, self.names, device).flatten()]
+        if len(self.sources) > 1:
+            parts.append(per_source(batch, losses, self.names, self.sources, device).flatten())
+        reduced = parallel.sum_over_ranks(torch.cat(parts))
         self._sums = reduced if self._sums is None else self._sums + reduced
         self.done += 1
         normalisers = self._normalisers(self._sums)
@@ -164,16 +216,24 @@ class StepLosses:
     def totals(self) -> StepSums:
         """The sums over all ranks and the micro-steps so far, at least one. Waits for the device, once."""
         assert self._sums is not None
-        n, t = len(self.names), len(TASK_NAMES)
+        n, s = len(self.names), len(self.sources)
         values = self._sums.tolist()
         # a class loss without objects has a sum and no count; a loss with neither was not measured by any rank
         measured = {name: i for i, name in enumerate(self.names) if values[i] != 0 or values[n + i] != 0}
         means = {name: values[i] / max(values[n + i], 1.0) for name, i in measured.items()}
-        real, computed, images = values[2 * n : 2 * n + 3]
-        tasks = {}
+        real, computed, images, faulty = values[2 * n : 2 * n + 4]
+        samples = dict(zip(self.sources, map(int, values[2 * n + 4 :]), strict=False))
+        by_prompt = values[2 * n + 4 + s :]
+        tasks, end = self._means_by(TASK_NAMES, by_prompt), 2 * n * len(TASK_NAMES)
+        sources = self._means_by(self.sources, by_prompt[end:]) if s > 1 else {}
+        return StepSums(means, tasks, real, computed, int(images), sources, samples, int(faulty))
+
+    def _means_by(self, columns: tuple[str, ...], values: list[float]) -> dict[str, float]:
+        """{"loss/column": mean} of `values`, a flattened [names, 2, columns] of sums and counts."""
+        found, width = {}, len(columns)
         for row, name in enumerate(self.names):
-            first = 2 * n + 3 + row * 2 * t
-            for i, task in enumerate(TASK_NAMES):
-                if count := values[first + t + i]:
-                    tasks[f"{name}/{task}"] = values[first + i] / count
-        return StepSums(means, tasks, real, computed, int(images))
+            first = row * 2 * width
+            for i, column in enumerate(columns):
+                if count := values[first + width + i]:
+                    found[f"{name}/{column}"] = values[first + i] / count
+        return found

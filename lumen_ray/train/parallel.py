@@ -6,24 +6,28 @@ Without a process group every function acts as for one rank, so the trainer has 
 from __future__ import annotations
 
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lumen_ray.decoders.base import ImageDecoder, Learner
 from lumen_ray.meta_init import persistent_buffers, put_weights
 from lumen_ray.model.build import Generalist
+from lumen_ray.run_settings import ranks_per_copy
 from lumen_ray.train.blocks import blocks
 from lumen_ray.train.precision import block_policy, learn_policy
 
 #: blocks smaller than this stay in the root's group: for a small model one gather a step is cheaper than many
 MIN_BLOCK_PARAMETERS = 5_000_000
+#: for work of one rank, such as a validation, that the others wait for
+LONGEST_WAIT = timedelta(hours=12)
 
 
 def world_size() -> int:
@@ -39,14 +43,14 @@ def barrier() -> None:
         dist.barrier()
 
 
-def background_group() -> dist.ProcessGroup | None:
-    """A group of all ranks for collectives of another thread, over the CPU; None without a process group. A
-    collective."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+def cpu_group(timeout: timedelta | None = None) -> dist.ProcessGroup | None:
+    """A group of all ranks over the CPU, for collectives of another thread, or for those that may take up to
+    `timeout`; None without a process group. A collective."""
+    return dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
 
 
 def from_first_rank(value: Any, group: dist.ProcessGroup | None = None) -> Any:
-    """The first rank's value, on all ranks; a collective."""
+    """The first rank's value, on all ranks; a collective of `group`, by default the process group."""
     values = [value]
     if dist.is_initialized():
         dist.broadcast_object_list(values, group=group)
@@ -69,9 +73,22 @@ def raise_together(error: Exception | None, group: dist.ProcessGroup | None = No
         raise error or first
 
 
-def shard(model: Generalist, device: torch.device, precision: str = "fp32") -> Generalist:
+def mesh_of_ranks(device: torch.device, group: int = 0) -> DeviceMesh:
+    """The ranks as FSDP shards over them; a collective.
+
+    group: ranks that share one copy of the weights, consecutive ones, which Ray Train puts on one node where it can.
+    Every further group holds another copy (HSDP). 0, or a number that does not divide the ranks, as after the loss of
+    some: all ranks share one, which takes less memory of each.
+    """
+    ranks = world_size()
+    if (sharing := ranks_per_copy(ranks, group)) < ranks:
+        return init_device_mesh(device.type, (ranks // sharing, sharing), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(device.type, (ranks,))
+
+
+def shard(model: Generalist, device: torch.device, precision: str = "fp32", group: int = 0) -> Generalist:
     """Shards a model in place with FSDP2 (`fully_shard`): large blocks of the encoders and the LLM, every decoder with
-    an image backbone, then the root.
+    an image backbone, then the root. `group`: as of `mesh_of_ranks`.
 
     Weights on the meta device stay there. With bf16 a block is gathered and computes in bf16; the root stays fp32, and
     autocast does its arithmetic.
@@ -82,7 +99,7 @@ def shard(model: Generalist, device: torch.device, precision: str = "fp32") -> G
     """
     if not dist.is_initialized():
         return model
-    mesh = init_device_mesh(device.type, (world_size(),))
+    mesh = mesh_of_ranks(device, group)
     for _, block in (*blocks(model.trunk.vision), *blocks(model.trunk.llm)):
         if sum(p.numel() for p in block.parameters()) >= MIN_BLOCK_PARAMETERS:
             fully_shard(block, mesh=mesh, mp_policy=block_policy(precision))

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.utils.deterministic
+from torch import Tensor
 
 from lumen_ray.data.output_folder import OutputFolder
 from lumen_ray.model.build import Generalist, ModelMeta, save_model
@@ -26,13 +27,16 @@ from lumen_ray.train import lora, parallel, precision
 from lumen_ray.train.blocks import checkpoint_blocks, compile_blocks
 from lumen_ray.train.ema import Ema
 from lumen_ray.train.losses import StepLosses, StepSums
-from lumen_ray.train.metrics.metrics import Meter, MetricsLog
+from lumen_ray.train.metrics.metrics import Meter, MetricsLog, last_entry
+from lumen_ray.train.metrics.profiler import StepProfiler
+from lumen_ray.train.metrics.sources import SourceProgress, totals
 from lumen_ray.train.new_tokens import RowMask
 from lumen_ray.train.optimizer import build_optimizer, set_lr, set_trainable
 from lumen_ray.train.run import checkpoint
 from lumen_ray.train.run.failures import DivergedError, explained, find_module, resumption, where
 from lumen_ray.train.run.saver import Saver
 from lumen_ray.train.run.start import StartPoint
+from lumen_ray.train.validation import Validation, Validator
 from lumen_ray.trunk.batch import TrainingBatch
 
 
@@ -44,6 +48,8 @@ class TrainingJob:
     start: StartPoint
     meta: ModelMeta  # of the model to export
     run: str  # the run folder, an absolute path or a URL
+    rows: Mapping[str, int] = field(default_factory=dict)  # of each source of the shards
+    validator: Validator | None = None
 
 
 @contextmanager
@@ -85,7 +91,7 @@ def sharded_model(job: TrainingJob, resume: str | None, device: torch.device) ->
         lora.inject(model, recipe.lora, recipe.seed)
     checkpoint_blocks(model, recipe.activation_checkpointing)
     compile_blocks(model, recipe.compile, device)
-    model = parallel.shard(model, device, recipe.precision)
+    model = parallel.shard(model, device, recipe.precision, recipe.shard_group)
     if start is None:
         parallel.materialise(model, device)
     else:
@@ -115,6 +121,12 @@ class Trainer:
         self.meter = Meter(self.model, job.recipe.precision, device)
         self.log = MetricsLog(self.run, self.step, job.recipe) if parallel.rank() == 0 else None
         self.saver = Saver(self.files, job.recipe, device)
+        self.sources = SourceProgress(job.rows, last_entry(self.run) if self.log else None)
+        self.profiler = StepProfiler(self.run, job.recipe, device)
+        half = job.recipe.precision == "bf16" and device.type == "cuda"
+        self.validation = Validation(job.validator, self.run, job.start, device, half) if job.validator else None
+        if self.validation:
+            self.validation.begin(self.step, job.run)
 
     def fit(self, batches: Iterator[TrainingBatch]) -> None:
         """Runs the recipe from step `self.step`, the first of `batches`, to its end, and exports the model."""
@@ -149,11 +161,13 @@ class Trainer:
             checkpoint.load_optimizer(self.resume, self.model, optimizer)
         every = self.job.recipe.checkpoint_every
         for local in range(start, stage.steps):
-            began = time.perf_counter()
-            micro_steps = [self._next(batches) for _ in range(stage.accumulate)]
-            waited = time.perf_counter() - began
-            with self._explained(self._where(stage, micro_steps)):
-                self._step(stage, local, micro_steps, optimizer, waited)
+            with self.profiler.step(self.step):
+                values = self._step(stage, local, batches, optimizer)
+            if self.validation and self.validation.is_due(self.step + 1, self.job.recipe.total_steps):
+                with self._explained(f"validating after step {self.step} (stage {stage.name})"):
+                    values |= self._validate()
+            if self.log:
+                self.log.write(self.step, stage.name, values)
             self.step += 1
             if local + 1 == stage.steps or (every and (local + 1) % every == 0):
                 self._checkpoint(stage, optimizer)
@@ -164,74 +178,100 @@ class Trainer:
             raise RuntimeError(f"the data gave the batch of step {batch.step} at step {self.step}")
         return batch
 
-    def _where(self, stage: Stage, micro_steps: list[TrainingBatch]) -> str:
-        return where(self.step, stage.name, [name for batch in micro_steps for name in batch.image_ids])
-
     def _step(
-        self,
-        stage: Stage,
-        local: int,
-        micro_steps: list[TrainingBatch],
-        optimizer: torch.optim.Optimizer,
-        waited: float,
-    ) -> None:
-        """One optimizer step over this rank's micro-steps."""
+        self, stage: Stage, local: int, batches: Iterator[TrainingBatch], optimizer: torch.optim.Optimizer
+    ) -> dict[str, Any]:
+        """One optimizer step over this rank's micro-steps; returns the values to log, on rank 0."""
         began = time.perf_counter()
-        lr = set_lr(optimizer, stage, local)
-        optimizer.zero_grad(set_to_none=True)
-        losses = self._gradients(stage, micro_steps)
+        with self.profiler.span("data"):
+            micro_steps = [self._next(batches) for _ in range(stage.accumulate)]
+        waited = time.perf_counter() - began
+        place = where(self.step, stage.name, [name for batch in micro_steps for name in batch.image_ids])
+        with self._explained(place):
+            began = time.perf_counter()
+            lr = set_lr(optimizer, stage, local)
+            optimizer.zero_grad(set_to_none=True)
+            losses = self._gradients(stage, micro_steps)
+            sums, norm = self._update(stage, micro_steps, losses, optimizer)
+            faults = self._faults(micro_steps) if sums.faulty else {}
+            if not self.log:
+                return {}
+            numbers = self.meter.metrics(micro_steps, sums, waited, time.perf_counter() - began)
+        values = self._loss_values(stage, sums) | {"lr": lr, "grad_norm": round(norm, 5)}
+        return values | numbers | self.sources.add(sums) | faults
+
+    def _update(
+        self, stage: Stage, micro_steps: list[TrainingBatch], losses: StepLosses, optimizer: torch.optim.Optimizer
+    ) -> tuple[StepSums, float]:
+        """Updates weights and average by the gradients of a step; returns its sums and the norm of the gradient."""
         self.row_mask.apply()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        norm = parallel.clip_gradients(parameters, stage.grad_clip)
-        sums = losses.totals()
-        bad = [f"loss {name}" for name, value in sums.means.items() if not math.isfinite(value)]
-        if bad or not math.isfinite(norm):
-            self._diverged(stage, micro_steps, ", ".join(bad) or "the gradient")
-        optimizer.step()
-        if self.ema:
-            self.ema.update(self.step)
-        if self.log:
-            values = self.meter.metrics(micro_steps, sums, waited, time.perf_counter() - began)
-            self._write(stage, micro_steps, sums, {"lr": lr, "grad_norm": round(norm, 5), **values})
+        with self.profiler.span("optimizer"):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            norm = parallel.clip_gradients(parameters, stage.grad_clip)
+            sums = losses.totals()
+            bad = [f"loss {name}" for name, value in sums.means.items() if not math.isfinite(value)]
+            if bad or not math.isfinite(norm):
+                self._diverged(stage, micro_steps, ", ".join(bad) or "the gradient")
+            optimizer.step()
+            if self.ema:
+                self.ema.update(self.step)
+        return sums, norm
 
     def _gradients(self, stage: Stage, micro_steps: list[TrainingBatch]) -> StepLosses:
         """Forward and backward passes of a step; the last one sums gradients over ranks."""
         torch.manual_seed(step_seed(self.job.recipe.seed, self.step, parallel.rank()))
-        losses = StepLosses(self.model.loss_names, stage.loss_weights, micro_steps, self.device)
+        sources = tuple(self.job.rows)
+        losses = StepLosses(self.model.loss_names, stage.loss_weights, micro_steps, self.device, sources)
         for number, batch in enumerate(micro_steps, 1):
             if len(micro_steps) > 1:
                 parallel.reduce_gradients(self.model, number == len(micro_steps))
-            with autocast_context(self.job.recipe.precision == "bf16", self.device):
+            with self.profiler.span("forward"), autocast_context(self.job.recipe.precision == "bf16", self.device):
                 terms = self.model(batch.to(self.device))
             image_tokens = math.prod(self.model.trunk.vision.grid(*batch.images.shape[-2:]))
-            losses.add_batch(batch, terms, image_tokens).backward()
+            total = losses.add_batch(batch, terms, image_tokens)
+            with self.profiler.span("backward"):
+                total.backward()
         return losses
 
     def _diverged(self, stage: Stage, micro_steps: list[TrainingBatch], values: str) -> None:
         """Raises `DivergedError` on all ranks, before the weights are updated, and names the module it came from."""
         self.saver.settle()
-        runs = [(partial(self._gradients, stage, [batch]), batch.image_ids) for batch in micro_steps]
+        runs = [(partial(self._gradients, stage, [batch]), _named_rows(batch)) for batch in micro_steps]
         module, image_ids = find_module(self.model, runs)
         raise DivergedError(
             f"{where(self.step, stage.name, image_ids)}: {values} is not finite; the first non-finite number is in "
             f"{module}; lower the learning rate or leave out the images; {resumption(self.job.run)}"
         )
 
-    def _write(self, stage: Stage, micro_steps: list[TrainingBatch], sums: StepSums, numbers: dict[str, Any]) -> None:
-        weighted = sum(stage.loss_weights.get(n, 1.0) * v for n, v in sums.means.items())
-        values = {
-            "loss": round(weighted, 6),
-            **{f"loss/{name}": round(value, 6) for name, value in sums.means.items()},
-            **{f"task/{name}": round(value, 5) for name, value in sums.tasks.items()},
-            **numbers,
-        }
-        if rejected := [entry for batch in micro_steps for entry in batch.rejected]:
-            values["rejected"] = rejected
-        for unit in ("branches", "tokens"):  # of samples longer than `pack_tokens`
-            if count := sum(batch.truncated.get(unit, 0) for batch in micro_steps):
+    def _faults(self, micro_steps: list[TrainingBatch]) -> dict[str, Any]:
+        """Images of a step that could not be read, and numbers of branches and tokens of samples longer than
+        `pack_tokens`, of all ranks; a collective."""
+        everywhere = parallel.from_all_ranks([(batch.rejected, batch.truncated) for batch in micro_steps])
+        of_batches = [faults for of_rank in everywhere for faults in of_rank]
+        values: dict[str, Any] = {}
+        if rejected := [entry for entries, _ in of_batches for entry in entries]:
+            values |= {"rejected_images": len(rejected), "rejected": rejected}
+        for unit in ("branches", "tokens"):
+            if count := sum(truncated.get(unit, 0) for _, truncated in of_batches):
                 values[f"truncated_{unit}"] = count
-        assert self.log is not None
-        self.log.write(self.step, stage.name, values)
+        return values
+
+    def _loss_values(self, stage: Stage, sums: StepSums) -> dict[str, Any]:
+        """The losses of a step to log: in total, by name, by task and by source."""
+        weighted = sum(stage.loss_weights.get(n, 1.0) * v for n, v in sums.means.items())
+        values = {"loss": round(weighted, 6)} | {f"loss/{name}": round(value, 6) for name, value in sums.means.items()}
+        for kind, means in (("task", sums.tasks), ("source", sums.sources)):
+            values |= {f"{kind}/{name}": round(value, 5) for name, value in means.items()}
+            of_columns = totals(means, stage.loss_weights)
+            values |= {f"{kind}_loss/{name}": round(value, 5) for name, value in of_columns.items()}
+        return values
+
+    def _validate(self) -> dict[str, float]:
+        """Scores the weights that would be exported after this step, and keeps the best; a collective."""
+        assert self.validation is not None
+        with self._exported() as state:
+            state = self._plain(state)
+            return self.validation.measure(state, self._meta(self.step + 1))
 
     def _checkpoint(self, stage: Stage, optimizer: torch.optim.Optimizer) -> None:
         began = time.perf_counter()
@@ -243,17 +283,35 @@ class Trainer:
         if self.log:
             self.log.saved(self.step, time.perf_counter() - began)
 
+    @contextmanager
+    def _exported(self) -> Iterator[dict[str, Tensor]]:
+        """A context with the weights to export, on the CPU of rank 0; a collective. They are the model's own tensors
+        where it is not sharded."""
+        with self.ema.applied() if self.ema and self.ema.settings.export else nullcontext():
+            yield parallel.full_state(self.model)
+
+    def _plain(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Exported weights without adapters."""
+        return lora.plain_state(state, self.job.recipe.lora) if self.job.recipe.lora else state
+
+    def _meta(self, steps: int) -> ModelMeta:
+        """Metadata of a model after that many steps."""
+        return replace(self.job.meta, recipe=self.job.recipe.name, steps=steps, seed=self.job.recipe.seed)
+
     def _export(self) -> None:
         """Writes the model folder, on rank 0; a collective."""
         recipe, start = self.job.recipe, self.job.start
-        if self.ema and self.ema.settings.export:
-            self.ema.copy_to_model()
-        state = parallel.full_state(self.model)
-        if parallel.rank() == 0:
-            if recipe.lora:
-                if recipe.lora.save_adapters:
+        with self._exported() as state:
+            if parallel.rank() == 0:
+                if recipe.lora and recipe.lora.save_adapters:
                     lora.save_adapters(self.run, state)
-                state = lora.plain_state(state, recipe.lora)
-            meta = replace(self.job.meta, recipe=recipe.name, steps=self.step, seed=recipe.seed)
-            save_model(self.run / "model", state, start.settings, start.tokenizer, meta)
+                weights, meta = self._plain(state), self._meta(self.step)
+                save_model(self.run / "model", weights, start.settings, start.tokenizer, meta)
         parallel.barrier()
+
+
+def _named_rows(batch: TrainingBatch) -> list[str]:
+    """The images of a batch with their places in the shards."""
+    if not batch.places:
+        return batch.image_ids
+    return [f"{image_id} ({place})" for image_id, place in zip(batch.image_ids, batch.places, strict=True)]

@@ -49,6 +49,9 @@ class TrainingBatch:
     further_rows: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     #: image id of every row
     image_ids: list[str] = field(default_factory=list)
+    #: source and place in the shards of every row, e.g. "coco" and "part-00000.parquet, row group 3, row 1"
+    sources: list[str] = field(default_factory=list)
+    places: list[str] = field(default_factory=list)
     #: decoders trained on this batch, the same on all ranks; None: all of the model's
     decoders: Collection[str] | None = None
     #: whether texts are learned from the LLM's own probabilities, as they are without adapters; the same on all ranks
@@ -56,7 +59,7 @@ class TrainingBatch:
     #: tasks that may occur in the batch, the same on all ranks; None: any
     possible_tasks: Collection[str] | None = None
     step: int = 0
-    #: images that could not be decoded: {image_id, reason}
+    #: images that could not be decoded: {image_id, reason, file, row_group, row}
     rejected: list[dict[str, Any]] = field(default_factory=list)
     #: numbers of branches and tokens dropped from packed rows, if any
     truncated: dict[str, int] = field(default_factory=dict)

@@ -29,8 +29,10 @@ def test_the_average_by_hand():
         wanted = decay * wanted + (1 - decay) * weight.detach()
     torch.testing.assert_close(ema.shadow[name], wanted)
     last = weight.detach().clone()
-    ema.copy_to_model()
-    torch.testing.assert_close(weight.detach(), wanted)
+    with ema.applied():
+        torch.testing.assert_close(weight.detach(), wanted)
+    assert torch.equal(weight.detach(), last)
+    torch.testing.assert_close(ema.shadow[name], wanted)
     assert not torch.equal(last, wanted)
     assert Ema(model, EmaSettings(decay=0.75, warmup=False)).decay(0) == 0.75
 

@@ -221,6 +221,7 @@ class Collator:
             further_images=self._fitted([image for _, image in further_images]),
             further_rows=further_rows,
             image_ids=[row["image_id"] for row in shown.rows],
+            sources=[row["source"] for row in shown.rows],
         )
 
     def _fitted(self, images: Sequence[np.ndarray | Picture]) -> Tensor:

@@ -24,6 +24,7 @@ from lumen_ray.data.batches.collate import Collator
 from lumen_ray.data.batches.negatives import class_frequencies
 from lumen_ray.data.batches.packing import Packing
 from lumen_ray.data.batches.plan import Plan, join_rows, row_rng
+from lumen_ray.data.batches.row_errors import RowPlace, row_named
 from lumen_ray.data.images import Picture, decode_reduced
 from lumen_ray.data.shards.schema import make_row
 from lumen_ray.data.shards.shards import read_manifest, read_row_group, read_rows
@@ -93,40 +94,34 @@ class BatchReader:
         """The batch of an item of `plan_items`, with images that cannot be read under `rejected`.
 
         Their rows stay, without image and annotations: the shape of a batch does not depend on broken images, and a
-        rank whose images are all broken still takes part in the step.
+        rank whose images are all broken still takes part in the step. Raises `UserError` (`broken_row`), which names
+        the row, for annotations that cannot be used.
         """
         started = time.perf_counter()
         stage = self.recipe.stages[item["stage"]]
         step, group = item["step"], stage.groups[item["group"]]
         tasks, size = group.tasks, as_size(item.get("bucket") or self.input_size)
         input_rules = {name: rule for name, rule in self.input_rules.items() if name in group.learning}
-        rows, images, edited, further, rngs, rejected = [], [], [], [], [], []
+        samples, rejected = [], []
         for file, index, wanted in item["parts"]:
             numbers = range(wanted) if isinstance(wanted, int) else wanted
             for number, row in zip(numbers, read_row_group(self.shards, file, index, numbers), strict=True):
-                side = self._decoded_side(stage, size, row, input_rules)
-                try:
-                    image = None if row["image"] is None else decode_reduced(row["image"], side)
-                    target = None
-                    if "edit" in tasks and row["target_image"] is not None:
-                        target = decode_reduced(row["target_image"], side)
-                    more = _further_images(row, tasks, max(size))
-                except UserError as error:  # a broken image is reported in the metrics and does not stop the run
-                    rejected.append({"image_id": row["image_id"], "reason": str(error)})
-                    row, image = make_row(row["image_id"], None, (row["height"], row["width"]), row["source"]), None
-                    target, more = None, []
-                rows.append(row)
-                images.append(image)
-                edited.append(target)
-                further.append(more)
-                rngs.append(row_rng(self.recipe.seed, step, file, index, number))
+                place = RowPlace(file, index, number)
+                with row_named(place, row["image_id"]):
+                    sample, reason = _decoded(row, tasks, size, self._decoded_side(stage, size, row, input_rules))
+                if reason is not None:  # a broken image is reported in the metrics and does not stop the run
+                    rejected.append({"image_id": row["image_id"], "reason": reason, **place._asdict()})
+                samples.append(replace(sample, place=place, rng_key=(self.recipe.seed, step, *place)))
         collator = Collator(
             self.tokenizer, size, tasks, self.skeletons, stage.branches, stage.augment, self.frequencies,
             self._packing(size), self.prompt_layout, input_rules, self.links_see_image,
         )  # fmt: skip
+        batch = _collated(collator, samples)
+        places = {sample.row["image_id"]: str(sample.place) for sample in samples}
         return replace(
-            collator(rows, images, rngs, edited, further),
+            batch,
             step=step,
+            places=[places[image_id] for image_id in batch.image_ids],
             possible_tasks=list(tasks),
             decoders=list(group.learning),
             distil=group.distil,
@@ -146,6 +141,55 @@ class BatchReader:
         if not self.recipe.pack_tokens:
             return None
         return Packing(self.recipe.pack_tokens, (size[0] // self.token_side) * (size[1] // self.token_side))
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """A row with its decoded images; where it is in the shards, and the key of its random generator."""
+
+    row: dict[str, Any]
+    image: Picture | None
+    edited: Picture | None = None
+    further: Sequence[Picture] = ()
+    place: RowPlace = RowPlace("", 0, 0)
+    rng_key: tuple[int, int, str, int, int] = (0, 0, "", 0, 0)
+
+
+def _decoded(row: dict[str, Any], tasks: Sequence[str], size: Size, side: int) -> tuple[_Sample, str | None]:
+    """A row with its images, decoded for `side` pixels; without them and its annotations, and the reason, if one cannot
+    be read."""
+    try:
+        image = None if row["image"] is None else decode_reduced(row["image"], side)
+        edited = None
+        if "edit" in tasks and row["target_image"] is not None:
+            edited = decode_reduced(row["target_image"], side)
+        return _Sample(row, image, edited, _further_images(row, tasks, max(size))), None
+    except UserError as error:
+        empty = make_row(row["image_id"], None, (row["height"], row["width"]), row["source"])
+        return _Sample(empty, None), str(error)
+
+
+def _collated(collator: Collator, samples: Sequence[_Sample]) -> TrainingBatch:
+    """The batch of some rows. If that fails, the rows are tried one by one, to name the one at fault."""
+
+    def collate(some: Sequence[_Sample]) -> TrainingBatch:
+        return collator(
+            [sample.row for sample in some],
+            [sample.image for sample in some],
+            [row_rng(*sample.rng_key) for sample in some],
+            [sample.edited for sample in some],
+            [sample.further for sample in some],
+        )
+
+    try:
+        return collate(samples)
+    except MemoryError:
+        raise
+    except Exception:
+        for sample in samples:
+            with row_named(sample.place, sample.row["image_id"]):
+                collate([sample])
+        raise
 
 
 def _further_images(row: dict[str, Any], tasks: Sequence[str], side: int) -> list[Picture]:

@@ -75,9 +75,11 @@ class ShardWriter:
                 self._begin_links(self._partial)
             self._write_group(self._partial, rows)
         tasks = Counter(task for row in rows for task in set(row["tasks"]))
+        sources = Counter(row["source"] for row in rows)
         self._untrained += sum(not row["tasks"] for row in rows)
         self._links += links
-        self._groups.append({"rows": len(rows), "tasks": dict(sorted(tasks.items())), "sizes": _sizes_text(rows)})
+        counts = {"tasks": dict(sorted(tasks.items())), "sources": dict(sorted(sources.items()))}
+        self._groups.append({"rows": len(rows), **counts, "sizes": _sizes_text(rows)})
         self._class_images.update(name for row in rows for name in {i["phrase"] for i in row["instances"]})
 
     def _write_group(self, partial: Path, rows: list[dict[str, Any]]) -> None:
@@ -331,6 +333,9 @@ def read_row_group(
                 "broken_shards",
             )
         table = _read_group(parquet, index, file)
+        if rows is not None and max(rows, default=-1) >= len(table):
+            wrong = f"row group {index} of shard file '{file}' has {len(table)} rows, the manifest says more"
+            raise UserError(f"{wrong}; run `lumen-ray prepare` again", "broken_shards")
         if rows is not None and list(rows) != list(range(len(table))):
             table = table.take(list(rows))
         return [with_new_fields(row) for row in table.to_pylist()]

@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON line per step, and the same scalars for TensorBoard and MLflow."""
+"""Metrics of a run: one JSON line per step, and the same scalars for TensorBoard, MLflow and W&B."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.model.build import Generalist
 from lumen_ray.recipe import Recipe
 from lumen_ray.train.losses import StepSums
-from lumen_ray.train.metrics import flops
-from lumen_ray.train.metrics.mlflow import mlflow_tracker
+from lumen_ray.train.metrics import flops, mlflow, wandb
 from lumen_ray.train.metrics.prometheus import RunMetrics
 from lumen_ray.trunk.batch import TrainingBatch
 
@@ -78,11 +77,17 @@ def drop_from(path: Path, step: int) -> None:
         files.write_atomically(path, lambda temporary: temporary.write_text("".join(kept)))
 
 
-def last_step(run: Location) -> int | None:
-    """The newest step in `RUN/metrics.jsonl`; None if there is none."""
+def last_entry(run: Location) -> dict[str, Any] | None:
+    """The newest line of `RUN/metrics.jsonl`; None if there is none."""
     path = urls.join(run, "metrics.jsonl")
     lines = files.read_text(path).splitlines(keepends=True) if files.is_file(path) else []
-    return next((json.loads(line)["step"] for line in reversed(lines) if line.endswith("\n")), None)
+    return next((json.loads(line) for line in reversed(lines) if line.endswith("\n")), None)
+
+
+def last_step(run: Location) -> int | None:
+    """The newest step in `RUN/metrics.jsonl`; None if there is none."""
+    entry = last_entry(run)
+    return entry["step"] if entry else None
 
 
 class Board:
@@ -116,15 +121,16 @@ class Board:
 
 
 class MetricsLog:
-    """Appends to `RUN/metrics.jsonl`, `RUN/tensorboard`, Ray's endpoint and, if configured, MLflow, from `step` on;
-    rank 0 only."""
+    """Appends to `RUN/metrics.jsonl`, `RUN/tensorboard`, Ray's endpoint and, if configured, MLflow and W&B, from `step`
+    on; rank 0 only."""
 
     def __init__(self, run: Path, step: int = 0, recipe: Recipe | None = None):
         run.mkdir(parents=True, exist_ok=True)
         drop_from(run / "metrics.jsonl", step)
         self._file = open(run / "metrics.jsonl", "a", buffering=1)  # noqa: SIM115  closed in `close`
         self._board = Board(run / "tensorboard", step)
-        self._tracker = mlflow_tracker(run, recipe) if recipe else None
+        made = (mlflow.mlflow_tracker(run, recipe), wandb.wandb_tracker(run, recipe)) if recipe else ()
+        self._trackers = [tracker for tracker in made if tracker]
         self._exported = RunMetrics(run, recipe, step) if recipe else None
 
     def write(self, step: int, stage: str, values: dict[str, Any]) -> None:
@@ -133,8 +139,8 @@ class MetricsLog:
         self._board.write(step, numbers)
         if self._exported:
             self._exported.write(step, numbers)
-        if self._tracker:
-            self._tracker.write(step, numbers)
+        for tracker in self._trackers:
+            tracker.write(step, numbers)
 
     def saved(self, step: int, seconds: float) -> None:
         """Notes a checkpoint after `step` steps, for which training stood still for `seconds`."""
@@ -144,14 +150,14 @@ class MetricsLog:
     def flush(self) -> None:
         """Makes everything written so far outlive this process."""
         self._board.flush()
-        if self._tracker:
-            self._tracker.flush()
+        for tracker in self._trackers:
+            tracker.flush()
 
     def close(self) -> None:
         self._file.close()
         self._board.close()
-        if self._tracker:
-            self._tracker.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 class MetricsWatcher:

@@ -11,7 +11,8 @@ from typing import Any
 
 from lumen_ray.data.files import write_atomically
 from lumen_ray.errors import UserError
-from lumen_ray.recipe import MlflowSettings, Recipe
+from lumen_ray.recipe import Recipe
+from lumen_ray.run_settings import MlflowSettings
 
 RUN_FILE = "mlflow.json"  # id of the MLflow run that a resumed run continues
 URI = "MLFLOW_TRACKING_URI"
@@ -77,7 +78,7 @@ class MlflowTracker:
         experiment = self._client.get_experiment_by_name(settings.experiment)
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(settings.experiment)
         run_id = self._client.create_run(experiment_id, run_name=run.name).info.run_id
-        for name, value in recipe.model_dump(mode="json", exclude={"stages", "mlflow"}).items():
+        for name, value in recipe.model_dump(mode="json", exclude={"stages", "mlflow", "wandb"}).items():
             self._client.log_param(run_id, name, value)
         write_atomically(run / RUN_FILE, lambda path: path.write_text(json.dumps({"run_id": run_id})))
         return run_id

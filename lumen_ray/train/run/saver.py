@@ -34,7 +34,7 @@ class Saver:
     def __init__(self, files: OutputFolder, recipe: Recipe, device: torch.device):
         self._files, self._recipe, self._device = files, recipe, device
         self._saving: Future[None] | None = None
-        self._group = parallel.background_group() if recipe.async_checkpoints else None
+        self._group = parallel.cpu_group() if recipe.async_checkpoints else None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         on_gpu = device.type == "cuda"
         self._stager = DefaultStager(
