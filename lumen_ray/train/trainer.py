@@ -167,7 +167,8 @@ class Trainer:
                 with self._explained(f"validating after step {self.step} (stage {stage.name})"):
                     values |= self._validate()
             if self.log:
-                self.log.write(self.step, stage.name, values)
+                with self._explained(f"step {self.step} (stage {stage.name})"):
+                    self.log.write(self.step, stage.name, values)
             self.step += 1
             if local + 1 == stage.steps or (every and (local + 1) % every == 0):
                 self._checkpoint(stage, optimizer)
