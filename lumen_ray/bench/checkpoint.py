@@ -16,7 +16,7 @@ import torch
 
 from lumen_ray import config
 from lumen_ray.bench.timing import Result
-from lumen_ray.bench.workload import make_recipe, plan_of, scene_shards
+from lumen_ray.bench.workload import check_batches, make_recipe, plan_of, scene_shards
 from lumen_ray.data import files
 from lumen_ray.data.batches.feed import plan_items
 from lumen_ray.model.build import count_parameters
@@ -30,6 +30,7 @@ from lumen_ray.train.run.saver import Saver
 from lumen_ray.train.trainer import Trainer, reproducible
 
 AIM = 1 / 1.2  # of the rate of usual steps
+BATCH_SIZE = 8
 USUAL = 3  # usual steps a turn
 MOST = 50  # steps in flight a turn
 
@@ -86,7 +87,7 @@ class Steps:
         }
 
 
-def bench(folder: Path, preset: str = "small", *, batch_size: int = 8, turns: int = 5) -> Iterator[Result]:
+def bench(folder: Path, preset: str = "small", *, batch_size: int = BATCH_SIZE, turns: int = 5) -> Iterator[Result]:
     """Steps per minute, with a save and without, for saves in the background and for others."""
     steps = Steps(folder, preset, batch_size)
     with reproducible(steps.device):
@@ -106,6 +107,7 @@ def bench(folder: Path, preset: str = "small", *, batch_size: int = 8, turns: in
         yield Result(name, "steps/min", rates, aim, details=details)
 
 
-def check(preset: str) -> None:
-    """Raises `UserError` for an unknown preset."""
+def check(preset: str, batch_size: int = BATCH_SIZE) -> None:
+    """Raises `UserError` for an unknown preset, and for batches that cannot be made."""
     model_path(preset)
+    check_batches(None, batch_size, 1)

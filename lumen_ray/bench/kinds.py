@@ -111,7 +111,7 @@ def _checkpoint(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
 def _check_checkpoint(args: argparse.Namespace) -> None:
     from lumen_ray.bench import checkpoint
 
-    checkpoint.check(args.preset)
+    checkpoint.check(args.preset, **_set({"batch_size": args.batch_size}))
 
 
 def _grounding_dino(args: argparse.Namespace, folder: Path) -> Iterator[Result]:

@@ -28,7 +28,6 @@ OPTIONS = {
     "checkpoint_every": 2,
     "keep_checkpoints": 1,
     "log_samples": True,
-    "workers": 2,
 }
 ONE_LAYER = {"num_hidden_layers": 1}
 
@@ -61,10 +60,12 @@ def train_rank(prepared: PreparedRun, publishes: int) -> None:
     train_local(prepared)
 
 
-def ranks_in(bucket_run: PreparedRun, folder: Path, publishes: int = 0) -> list[int | None]:
-    """Exit codes of two ranks."""
-    args = (str(folder / f"store{publishes}"), train_rank, (bucket_run, publishes))
-    group = [CONTEXT.Process(target=in_group, args=(rank, *args)) for rank in (0, 1)]
+def exit_codes(ranks: int, prepared: PreparedRun, folder: Path, publishes: int = 0) -> list[int | None]:
+    """Of the processes of a try."""
+    args = (str(folder / f"store{publishes}"), train_rank, (prepared, publishes))
+    group = [CONTEXT.Process(target=in_group, args=(rank, *args)) for rank in range(ranks)]
+    if ranks == 1:
+        group = [CONTEXT.Process(target=train_rank, args=(prepared, publishes))]
     for process in group:
         process.start()
     for process in group:
@@ -77,20 +78,24 @@ def lines(location) -> list[dict]:
     return [json.loads(line) for line in files.read_text(location).splitlines()]
 
 
-def test_killed_between_shards_and_position_a_run_ends_with_the_bits_of_one_in_a_folder(data, bucket, tmp_path):
-    whole, run = tmp_path / "whole", bucket("one")
-    assert run_ranks(make_job(data, whole, **OPTIONS)) == [0, 0]
-    first, second = ranks_in(make_job(data, run, **OPTIONS), tmp_path, publishes=2)
-    assert first == -signal.SIGKILL and second
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_killed_between_shards_and_position_a_run_ends_with_the_bits_of_one_in_a_folder(data, bucket, tmp_path, ranks):
+    whole, run, options = tmp_path / "whole", bucket(f"of-{ranks}"), OPTIONS | {"workers": ranks}
+    if ranks == 1:
+        train_local(make_job(data, whole, **options))
+    else:
+        assert run_ranks(make_job(data, whole, **options), ranks) == [0] * ranks
+    first, *others = exit_codes(ranks, make_job(data, run, **options), tmp_path, publishes=2)
+    assert first == -signal.SIGKILL and all(others)
     assert [checkpoint.position(path)["step"] for path in checkpoint.complete(run)] == [2]
     shards = [name for name in files.sizes(urls.join(run, "checkpoints")) if name.endswith(".distcp")]
-    assert len(shards) == 4  # two of them of the save that was interrupted, which does not count
-    assert ranks_in(make_job(data, run, **OPTIONS), tmp_path) == [0, 0]
+    assert len(shards) == 2 * ranks  # half of them of the save that was interrupted, which does not count
+    assert exit_codes(ranks, make_job(data, run, **options), tmp_path) == [0] * ranks
     name = "model/model.safetensors"
     assert files.read_bytes(urls.join(run, name)) == (whole / name).read_bytes()
     ours, theirs = lines(urls.join(run, "metrics.jsonl")), log_of(whole)
     assert [(line["step"], line["loss"]) for line in ours] == [(line["step"], line["loss"]) for line in theirs]
-    for rank in (0, 1):
+    for rank in range(ranks):
         ids = {line["step"]: line["image_ids"] for line in lines(whole / "samples" / f"{rank}.jsonl")}
         found = lines(urls.join(run, "samples", f"{rank}.jsonl"))
         assert {line["step"] for line in found} == ids.keys()
@@ -101,7 +106,7 @@ def test_killed_between_shards_and_position_a_run_ends_with_the_bits_of_one_in_a
     assert kept == set(names[0])
     assert not [name for name in files.sizes(run) if name.endswith("lock")]
     with pytest.raises(UserError, match="holds a run of another recipe") as error:
-        make_job(data, run, **OPTIONS, seed=5)
+        make_job(data, run, **options, seed=5)
     assert error.value.reason == "run_exists"
 
 

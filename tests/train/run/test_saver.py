@@ -7,6 +7,7 @@ import torch
 from support.train_fakes import log_of, make_job
 
 from lumen_ray.data.files import StoreError
+from lumen_ray.errors import UserError
 from lumen_ray.model.build import build_model
 from lumen_ray.train.launch import train_local
 from lumen_ray.train.run import checkpoint, saver
@@ -64,7 +65,8 @@ def fail(error):
 def test_a_bucket_that_stays_away_ends_the_run_at_the_next_save(data, tmp_path, monkeypatch):
     job = make_job(data, tmp_path / "run", **OPTIONS, checkpoint_retries=0)
     monkeypatch.setattr(checkpoint, "save", lambda *_: fail(StoreError("away", "store_unreachable")))
-    with pytest.raises(StoreError, match="away"):
+    with pytest.raises(UserError, match="away") as error:
         train_local(job)
+    assert error.value.reason == "store_unreachable"
     assert [line["step"] for line in log_of(tmp_path / "run")] == [0, 1, 2, 3]
     assert not (tmp_path / "run" / "model").exists()
