@@ -64,3 +64,8 @@ class JobMetrics:
         for name, gauge in _GAUGES.items():
             if facts[name] is not None:
                 gauge.record(facts[name], output=self._output)
+
+    def close(self) -> None:
+        """Ends the gauges of the job; its process may do more."""
+        for gauge in _GAUGES.values():
+            gauge.forget(output=self._output)

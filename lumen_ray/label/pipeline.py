@@ -194,9 +194,8 @@ def run_work(
     limit.check(status)
     if status.done == status.total and status.is_listed:
         return status, {}
-    worker = replace(worker, proven=before["labelled"] > 0)
+    worker, metrics = replace(worker, proven=before["labelled"] > 0), JobMetrics(ledger.output)
     try:
-        metrics = JobMetrics(ledger.output)
         run = metrics.counted(pool.run(work, worker))
         tell = _told(status, claim, plan, metrics, progress)
         _collect(run, ledger, status, limit, tell, proven=worker.proven)
@@ -204,6 +203,7 @@ def run_work(
             _look_at_plan(status, plan)
             tell()
     finally:
+        metrics.close()
         spent.save(now=True)
     if not pool.is_remote:
         return status, {}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.clusters import wait_for
 from support.error_reasons import reasons
 from support.prometheus import DASHBOARDS, ROOT, needs, panels
 
@@ -224,3 +225,22 @@ def test_names_that_are_no_unicode_are_labels_too(monkeypatch):
     metric.export_to_ray()
     metric.record(1, run="/data/caf\udce9")
     assert seen == [{"run": "/data/caf\\udce9"}]
+
+
+def test_gauges_are_sent_again_until_they_are_forgotten(monkeypatch):
+    """Ray sends each value once."""
+    from ray.util import metrics
+
+    seen: list = []
+    monkeypatch.setattr(metrics.Gauge, "set", lambda self, value, labels: seen.append((value, labels["run"])))
+    monkeypatch.setattr(ray_metrics, "REPEAT_S", 0.01)
+    monkeypatch.setattr(ray_metrics, "in_ray", lambda: True)
+    monkeypatch.setattr(ray_metrics, "_repeater", ray_metrics._Repeater())
+    metric = ray_metrics.Metric("gauge", "lumen_test_repeated", "", ("run",))
+    metric.export_to_ray()
+    metric.record(1, run="one")
+    metric.record(2, run="two")
+    metric.record(3, run="one")
+    wait_for(lambda: seen[-4:].count((3, "one")) == seen[-4:].count((2, "two")) == 2, "repetitions", 60)
+    metric.forget(run="one")
+    wait_for(lambda: seen[-2:] == [(2, "two")] * 2, "repetitions of the other", 60)

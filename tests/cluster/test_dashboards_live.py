@@ -31,12 +31,12 @@ OF_RECIPES = {"Losses by source", "Passes over each source", "Validation"}
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory):
-    """Of a local Ray whose processes report every second."""
+    """Of a local Ray whose processes report every two seconds."""
     from lumen_ray.ray_env import init_local, prepare_environment
 
     prepare_environment()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_metrics_report_interval_ms", "1000")
+        patch.setenv("RAY_metrics_report_interval_ms", "2000")
         import ray
 
         init_local()

@@ -54,6 +54,7 @@ def test_a_job_counts_what_it_does(seen, tmp_path):
         ("lumen_label_seconds_left", output): 0,
     }
     assert {key: seen[key] for key in wanted} == wanted
+    assert metrics.DONE._series == {}  # forgotten with the end of the job
     times = [seen[f"lumen_label_{name}", output] for name in ("model_seconds", "worker_seconds", "usd", "usd_expected")]
     assert min(times) > 0 and times[0] <= times[1]
 

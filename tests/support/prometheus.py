@@ -72,9 +72,9 @@ class Prometheus:
 
 @contextmanager
 def prometheus_of(addresses: list[str], folder: Path) -> Iterator[Prometheus]:
-    """A Prometheus that scrapes these addresses every two seconds."""
+    """A Prometheus that scrapes these addresses every three seconds."""
     config = {
-        "global": {"scrape_interval": "2s", "scrape_timeout": "2s"},
+        "global": {"scrape_interval": "3s", "scrape_timeout": "3s"},
         "scrape_configs": [{"job_name": "ray", "static_configs": [{"targets": addresses}]}],
     }
     (folder / "prometheus.yml").write_text(json.dumps(config))
