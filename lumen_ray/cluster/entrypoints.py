@@ -28,14 +28,7 @@ def entrypoint(text: str, request: RenderRequest, needs: Needs) -> str:
     if verb == "label" and request.gpus:
         # a pool, which starts with the first GPU that the cluster gets
         _set(words, "--actors", f"1:{request.gpus}" if request.gpus > 1 else "1")
-    return " ".join(map(_quoted, words))
-
-
-def _quoted(word: str) -> str:
-    """A word for two shells: that of KubeRay's submitter, and that of the job. Between them Ray puts quotes around
-    words with blanks alone (`subprocess.list2cmdline`)."""
-    quoted = shlex.quote(word)
-    return quoted if any(sign.isspace() for sign in word) else shlex.quote(quoted) if quoted != word else word
+    return shlex.join(words)
 
 
 def run_folder(request: RenderRequest, needs: Needs) -> str:

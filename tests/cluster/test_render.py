@@ -57,11 +57,6 @@ def job(name, part):
     return found
 
 
-def as_run(entrypoint):
-    """The words that a job's process gets: a shell reads the command in KubeRay's submitter, and one in the job."""
-    return shlex.split(subprocess.list2cmdline(shlex.split(entrypoint)))
-
-
 def limits(workers):
     return container(workers["template"])["resources"]["limits"]
 
@@ -73,7 +68,7 @@ def limits(workers):
 def test_commands_are_of_lumen_ray_and_read_and_write_the_storage(name):
     request, found = REQUESTS[name], {}
     for part in set(request.verbs) - {"serve", "interactive"}:
-        words = found[part] = as_run(job(name, part)["entrypoint"])
+        words = found[part] = shlex.split(job(name, part)["entrypoint"])
         args = cli.build_parser().parse_args(words[1:])
         if part == "train":
             assert config.load_yaml(find("recipes", args.recipe))["model"] == request.preset
@@ -90,7 +85,7 @@ def test_commands_are_of_lumen_ray_and_read_and_write_the_storage(name):
 def test_a_store_that_asks_for_quotes_and_a_port_gets_them():
     options = "?endpoint_override=minio:9000&scheme=http"
     files = rendered(RenderRequest("nano", 2, f"s3://b/x{options}", ("prepare", "train")))
-    words = as_run(yaml.safe_load(files["train.yaml"])["spec"]["entrypoint"])
+    words = shlex.split(yaml.safe_load(files["train.yaml"])["spec"]["entrypoint"])
     assert words[words.index("--shards") + 1] == f"s3://b/x/shards/coco{options}"
     policy = next(d for d in yaml.safe_load_all(files["common.yaml"]) if d["kind"] == "NetworkPolicy")
     assert {"port": 9000, "protocol": "TCP"} in policy["spec"]["egress"][-1]["ports"]
