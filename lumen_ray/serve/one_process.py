@@ -44,6 +44,7 @@ class LocalBackend:
         """`trunk`: one that keeps its outputs here, see `kept`."""
         self.trunk, self.decoders = trunk, decoders
         self._timeout_s = settings.http.request_timeout_s
+        self._info: dict[str, Any] | None = None
         stages = {"trunk": settings.trunk, **{name: settings.decoder(name) for name in decoders}}
         self.rooms = {
             name: Room(options.max_ongoing_requests, options.max_queued_requests, settings.http.retry_after_s)
@@ -95,7 +96,9 @@ class LocalBackend:
         return await self.trunk.image_size(image_id)
 
     async def info(self) -> dict[str, Any]:
-        return await self.trunk.info()
+        if self._info is None:  # a replica has one version of the model
+            self._info = await self.trunk.info()
+        return self._info
 
     async def ready(self) -> dict[str, bool]:
         decoders = {name: decoder.health.is_ready for name, decoder in self.decoders.items()}
