@@ -50,7 +50,7 @@ class Deployment(Settings):
     autoscaling: Autoscaling | None = None
     max_ongoing_requests: int = Field(8, ge=1, description="requests a replica works on at a time, batches included")
     max_queued_requests: int = Field(
-        32, ge=-1, description="requests that may wait for a replica; more get 503; -1: any"
+        32, ge=-1, description="requests that may wait in a replica; more get 503; -1: any"
     )
     num_cpus: float = Field(0.5, ge=0, description="logical CPUs a replica reserves")
     num_gpus: float = Field(0, ge=0, description="GPUs a replica reserves")
