@@ -1,8 +1,8 @@
 """How many requests one replica of the trunk or a decoder works on, how many wait for that, and the refusal of others.
 
 Serve has the same two limits, but requests over the first wait in the callers' routers, which look for a free replica
-at growing intervals, up to half a second apart: a replica that is done with its requests stands idle until then. So
-Serve hands all of them to the replica, where the next one begins at once.
+at growing intervals, up to half a second apart, and wait for its answer: a replica that is done with its requests stands
+idle until then. So Serve hands all of them to the replica, where the next one begins at once.
 """
 
 from __future__ import annotations
