@@ -19,7 +19,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from lumen_ray.bench.chat import EQUAL, WARM_UP, make_model, questions
+from lumen_ray.bench.chat import EQUAL, WARM_UP, make_folder, questions
 from lumen_ray.bench.chat_sides import Question, serving
 from lumen_ray.bench.serve import DEPLOYMENTS, ONE, settings_of
 from lumen_ray.bench.serve_sides import ServerSide
@@ -94,17 +94,18 @@ def bench(
     """Tokens per second and times to the first token with each number of `users`. `llm`: folder of a published causal
     LLM with a chat template."""
     source = Path(llm).resolve()
-    make_model(source, folder)
+    model = str(make_folder(source, folder))
     tokenizer: Any = AutoTokenizer.from_pretrained(source)
     with ExitStack() as stack:
-        sides = {}
-        for topology in (ONE, DEPLOYMENTS):
-            settings = settings_of(str(folder / "model"), topology)
-            server = ServerSide(topology, Path(__file__).parents[2], settings, folder / topology, threads, {})
-            stack.callback(server.close)
-            server.await_ready()
-            sides[topology] = Streaming(server.port, "nano")
+        servers = {}
+        for name in (ONE, DEPLOYMENTS):
+            settings = settings_of(model, name)
+            servers[name] = ServerSide(name, Path(__file__).parents[2], settings, folder / name, threads, {})
+            stack.callback(servers[name].close)
         served = stack.enter_context(serving(source, threads, folder / "serve.log"))
+        for server in servers.values():
+            server.await_ready()
+        sides = {name: Streaming(server.port, "nano") for name, server in servers.items()}
         sides[THEIRS] = Streaming(served.port, str(source))
         for each in users:
             yield from _compared(sides, tokenizer, each, turns, threads)

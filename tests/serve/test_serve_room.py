@@ -1,6 +1,7 @@
 """The requests in one replica of the trunk or a decoder: at work, waiting, refused."""
 
 import asyncio
+import logging
 
 import pytest
 
@@ -130,3 +131,14 @@ def test_any_number_may_wait():
         return inside
 
     assert asyncio.run(ask()) == 500
+
+
+def test_refusals_are_not_logged_with_their_traceback(caplog):
+    Room(1, 0)
+    log = logging.getLogger("ray.serve")
+    with caplog.at_level(logging.ERROR, "ray.serve"):
+        log.addHandler(caplog.handler)
+        for error in (Overloaded("full"), RuntimeError("a bug")):
+            log.error("Request failed.", exc_info=error)
+        log.removeHandler(caplog.handler)
+    assert {str(record.exc_info[1]) for record in caplog.records} == {"a bug"}
