@@ -69,9 +69,11 @@ class Streaming:
         response = connection.getresponse()
         if response.status != 200:
             raise UserError(f"a server answered {response.status}: {response.read()[:300]!r}", "bench_failed")
-        first_s, pieces = None, []
+        first_s: float | None = None
+        pieces: list[str] = []
         for piece in pieces_of(response):
-            first_s = time.perf_counter() - began if first_s is None else first_s
+            if first_s is None:
+                first_s = time.perf_counter() - began
             pieces.append(piece)
         connection.close()
         return Streamed("".join(pieces).strip(), first_s if first_s is not None else time.perf_counter() - began)
@@ -97,7 +99,7 @@ def bench(
     model = str(make_folder(source, folder))
     tokenizer: Any = AutoTokenizer.from_pretrained(source)
     with ExitStack() as stack:
-        servers = {}
+        servers: dict[str, ServerSide] = {}
         for name in (ONE, DEPLOYMENTS):
             settings = settings_of(model, name)
             servers[name] = ServerSide(name, Path(__file__).parents[2], settings, folder / name, threads, {})
