@@ -57,12 +57,16 @@ class SuperLink:
 
     def chunks(self, most: int) -> list[Tensor]:
         """Indices of all prompts, split into chunks of at most `most` object prompts with their keypoint prompts."""
+        if 0 < len(self) <= most:
+            return [torch.arange(len(self), device=self.parent.device)]
         owner = torch.where(self.parent < 0, torch.arange(len(self), device=self.parent.device), self.parent)
         objects = torch.nonzero(self.parent < 0).flatten()
         return [torch.nonzero(torch.isin(owner, chunk)).flatten() for chunk in objects.split(most) if len(chunk)]
 
     def group_chunks(self, most: int) -> list[Tensor]:
         """Indices of all prompts, split into chunks of at most `most` groups."""
+        if 0 < len(self) <= most:
+            return [torch.arange(len(self), device=self.group.device)]
         return [torch.nonzero(torch.isin(self.group, chunk)).flatten() for chunk in self.group.unique().split(most)]
 
 

@@ -72,7 +72,12 @@ def questions(count: int, lengths: tuple[int, int] | None = None, seed: int = 0)
 
 
 def make_model(llm: Path, folder: Path, side: int = SIDE) -> Engine:
-    """The engine of a published LLM behind small encoders with random weights, which cost next to nothing."""
+    """The engine of `make_folder`."""
+    return Engine.load(make_folder(llm, folder, side))
+
+
+def make_folder(llm: Path, folder: Path, side: int = SIDE) -> Path:
+    """The model folder of a published LLM behind small encoders with random weights, which cost next to nothing."""
     torch.manual_seed(0)
     CLIPVisionModel(CLIPVisionConfig(**ENCODER, image_size=side, intermediate_size=64)).save_pretrained(folder / "clip")
     Dinov2Model(Dinov2Config(**ENCODER, image_size=side, mlp_ratio=2)).save_pretrained(folder / "dinov2")
@@ -81,7 +86,7 @@ def make_model(llm: Path, folder: Path, side: int = SIDE) -> Engine:
     changes = {"image_size": side, "vision": vision, "prefix_attention": "causal", "tokens_read_stem": False}
     settings = ModelSettings.model_validate(preset.model_dump() | changes)
     assemble(settings, Sources(llm, folder / "clip", folder / "dinov2"), folder / "model")
-    return Engine.load(folder / "model")
+    return folder / "model"
 
 
 def pictures(count: int, side: int) -> list[np.ndarray]:

@@ -77,6 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     p.add_argument("--model", help="model folder, or name of bundled weights (default: nano)")
     p.add_argument("--threads", type=int, help="threads of a pass of the model (default: 1)")
     p.add_argument("--against", metavar="CHECKOUT", help="folder of another checkout, to compare with in turns")
+    p.add_argument("--llm", help="for stream: folder of a causal LLM with a chat template, as transformers saves it")
     p.add_argument("--haproxy", action="store_true", help="also measure one_process behind HAProxy")
     p.add_argument("--rate", type=float, help="requests per second of load (default: half of the engine's throughput)")
     p = _add_kind(kinds, "chat", "answers of a published LLM to many users at once, against transformers")

@@ -220,6 +220,20 @@ def _serve(name: str, args: argparse.Namespace, folder: Path) -> Iterator[Result
     return serve.bench(name, against=args.against, haproxy=args.haproxy, **_set(given))
 
 
+def _serve_stream(args: argparse.Namespace, folder: Path) -> Iterable[Result]:
+    if args.llm is None:
+        return [Result("stream", "tokens/s", {}, skipped="give --llm FOLDER, a published LLM with a chat template")]
+    from lumen_ray.bench import serve_stream
+
+    return serve_stream.bench(folder, args.llm, **_set({"threads": args.threads, "turns": args.turns}))
+
+
+def _check_serve_stream(args: argparse.Namespace) -> None:
+    from lumen_ray.bench import chat
+
+    chat.check(args.llm)
+
+
 def _check_serve(args: argparse.Namespace) -> None:
     from lumen_ray.bench import classes
 
@@ -252,7 +266,10 @@ KINDS: dict[str, dict[str, Bench]] = {
         "memory": Bench(_memory, _check_memory),
         "variants": Bench(_variants, _check_variants, optional=True),
     },
-    "serve": {name: Bench(partial(_serve, name), _check_serve) for name in ("latency", "throughput", "cached", "load")},
+    "serve": {
+        **{name: Bench(partial(_serve, name), _check_serve) for name in ("latency", "throughput", "cached", "load")},
+        "stream": Bench(_serve_stream, _check_serve_stream, optional=True),
+    },
     "chat": {
         name: Bench(partial(_chat, name), _check_chat) for name in ("images", "single", "serve", "vllm", "memory")
     },

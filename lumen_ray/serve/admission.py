@@ -18,23 +18,12 @@ from lumen_ray.serve.job import sender
 from lumen_ray.serve.metrics import INSIDE, REFUSALS, STAGE_SECONDS
 from lumen_ray.serve.settings import Deployment, ServeSettings
 
-#: requests that Serve hands to a replica beyond its limits, so that they are refused there
-_REFUSED_AT_ONCE = 256
-#: requests that wait in a proxy for an ingress replica, if even refusing is too slow
-_PROXY_QUEUE = 4096
-
 
 def ingress_options(settings: ServeSettings, deployment: Deployment | None = None) -> dict[str, Any]:
     """Keyword arguments of `ray.serve.deployment` for the one that has the HTTP API, by default `settings.ingress`,
     whose limits it applies itself."""
     deployment = deployment or settings.ingress
-    most = deployment.max_ongoing_requests + max(deployment.max_queued_requests, 0)
-    return {
-        **deployment.options(),
-        "max_ongoing_requests": most + _REFUSED_AT_ONCE,
-        "max_queued_requests": _PROXY_QUEUE,
-        "backpressure_config": {"retry_after_s": settings.http.retry_after_s},
-    }
+    return {**deployment.options(), "backpressure_config": {"retry_after_s": settings.http.retry_after_s}}
 
 
 class Gate:

@@ -249,7 +249,7 @@ class ServeBackend:
             return 0
         if isinstance(cause, UserError):
             raise cause from None
-        if isinstance(cause, BackPressureError):
+        if isinstance(cause, Overloaded | BackPressureError):
             message = "the server is at its limit of waiting requests; try again shortly"
             raise Overloaded(message, self.settings.http.retry_after_s) from None
         if isinstance(cause, DeploymentUnavailableError):

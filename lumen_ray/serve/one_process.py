@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,12 +21,13 @@ from lumen_ray.serve.admission import ingress_options
 from lumen_ray.serve.batches.deployment import make_runner
 from lumen_ray.serve.batches.runner import BatchRunner
 from lumen_ray.serve.decoder import DecoderReplica, load_decoder
-from lumen_ray.serve.http import Overloaded, logger
+from lumen_ray.serve.http import logger
 from lumen_ray.serve.http_replica import HttpReplica
 from lumen_ray.serve.image_cache import KeyedImage
 from lumen_ray.serve.job import TrunkJob, TrunkReply, sender
 from lumen_ray.serve.metrics import STAGE_SECONDS
-from lumen_ray.serve.settings import ModelDeployment, ServeSettings
+from lumen_ray.serve.room import Room
+from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.serve.trunk import TrunkReplica, load_trunk
 from lumen_ray.structures import Size
 
@@ -36,28 +37,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class _Room:
-    """The requests in trunk or decoder, up to as many as a deployment of them works on and lets wait."""
-
-    def __init__(self, stage: str, options: ModelDeployment, retry_after_s: int):
-        self._stage, self._retry_after_s, self._inside = stage, retry_after_s, 0
-        unbounded = options.max_queued_requests < 0
-        self._most = float("inf") if unbounded else options.max_ongoing_requests + options.max_queued_requests
-
-    @contextmanager
-    def request(self) -> Iterator[None]:
-        """Measures the time of one. Raises `Overloaded` if there is no room."""
-        if self._inside >= self._most:
-            message = "the server is at its limit of waiting requests; try again shortly"
-            raise Overloaded(message, self._retry_after_s)
-        self._inside += 1
-        try:
-            with STAGE_SECONDS.timed(stage=self._stage):
-                yield
-        finally:
-            self._inside -= 1
-
-
 class LocalBackend:
     """Implements `asking.Backend` with a trunk and, by name, decoders of this process."""
 
@@ -65,14 +44,18 @@ class LocalBackend:
         """`trunk`: one that keeps its outputs here, see `kept`."""
         self.trunk, self.decoders = trunk, decoders
         self._timeout_s = settings.http.request_timeout_s
+        self._info: dict[str, Any] | None = None
         stages = {"trunk": settings.trunk, **{name: settings.decoder(name) for name in decoders}}
-        self._rooms = {name: _Room(name, options, settings.http.retry_after_s) for name, options in stages.items()}
+        self.rooms = {
+            name: Room(options.max_ongoing_requests, options.max_queued_requests, settings.http.retry_after_s)
+            for name, options in stages.items()
+        }
 
     async def infer(self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
         """One trunk pass over what is shown, then the decoders that it has links for, in parallel."""
         job = TrunkJob(image, tuple(requests), max_new_tokens, sender.get())
         async with asyncio.timeout(self._timeout_s):
-            with self._rooms["trunk"].request():
+            async with self._place("trunk"):
                 reply = await self.trunk.link(job)
             return await self._decoded(reply, job)
 
@@ -82,13 +65,12 @@ class LocalBackend:
         job = TrunkJob(image, tuple(requests), max_new_tokens, sender.get())
         until = time.monotonic() + self._timeout_s
         reply: TrunkReply | None = None
-        with self._rooms["trunk"].request():
-            async with aclosing(self.trunk.link_streaming(job)) as pieces:
-                async for piece in _until(pieces, until):
-                    if isinstance(piece, TrunkReply):
-                        reply = piece
-                    else:
-                        yield piece
+        async with self._place("trunk"), aclosing(self.trunk.link_streaming(job)) as pieces:
+            async for piece in _until(pieces, until):
+                if isinstance(piece, TrunkReply):
+                    reply = piece
+                else:
+                    yield piece
         assert reply is not None, "a stream ends with the reply"
         async with asyncio.timeout(until - time.monotonic()):
             (answer,) = await self._decoded(reply, job)
@@ -100,14 +82,23 @@ class LocalBackend:
 
     async def _decode(self, name: str, reply: TrunkReply, job: TrunkJob) -> list[Answer | None]:
         output: Any = reply.output
-        with self._rooms[name].request():
+        async with self._place(name):
             return await self.decoders[name].decode(output, job.for_decoders, job.sender)
+
+    @asynccontextmanager
+    async def _place(self, stage: str) -> AsyncIterator[None]:
+        """The place of a request in trunk or decoder, whose time is measured with that of the wait for it."""
+        with STAGE_SECONDS.timed(stage=stage):
+            async with self.rooms[stage].place():
+                yield
 
     async def held_size(self, image_id: str, ask: bool) -> Size | None:
         return await self.trunk.image_size(image_id)
 
     async def info(self) -> dict[str, Any]:
-        return await self.trunk.info()
+        if self._info is None:  # a replica has one version of the model
+            self._info = await self.trunk.info()
+        return self._info
 
     async def ready(self) -> dict[str, bool]:
         decoders = {name: decoder.health.is_ready for name, decoder in self.decoders.items()}

@@ -18,6 +18,10 @@ from lumen_ray.errors import UserError
 from lumen_ray.structures import Dtype
 from lumen_ray.wire.settings import Defaults, Limits
 
+#: requests that Serve hands to a replica beyond its limits, so that they are refused there
+_REFUSED_AT_ONCE = 256
+#: requests that wait in a caller for a replica, if even refusing is too slow, or there is none
+_ANY = 4096
 _ORIGIN = re.compile(r"https?://[^/\s*?#@]+", re.ASCII)
 
 
@@ -46,7 +50,7 @@ class Deployment(Settings):
     autoscaling: Autoscaling | None = None
     max_ongoing_requests: int = Field(8, ge=1, description="requests a replica works on at a time, batches included")
     max_queued_requests: int = Field(
-        32, ge=-1, description="requests that may wait for a replica; more get 503; -1: any"
+        32, ge=-1, description="requests that may wait in a replica; more get 503; -1: any"
     )
     num_cpus: float = Field(0.5, ge=0, description="logical CPUs a replica reserves")
     num_gpus: float = Field(0, ge=0, description="GPUs a replica reserves")
@@ -69,11 +73,15 @@ class Deployment(Settings):
     def max_replicas(self) -> int:
         return self.autoscaling.max_replicas if self.autoscaling else self.num_replicas or 1
 
+    def in_serve(self) -> dict[str, int]:
+        """The limits of Serve, which hands a replica all requests, also those that it refuses itself, see `room`."""
+        more = _ANY if self.max_queued_requests < 0 else self.max_queued_requests + _REFUSED_AT_ONCE
+        return {"max_ongoing_requests": self.max_ongoing_requests + more, "max_queued_requests": _ANY}
+
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `ray.serve.deployment`."""
         options: dict[str, Any] = {
-            "max_ongoing_requests": self.max_ongoing_requests,
-            "max_queued_requests": self.max_queued_requests,
+            **self.in_serve(),
             "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
             "health_check_period_s": self.health_check_period_s,
             "health_check_timeout_s": self.health_check_timeout_s,
@@ -138,6 +146,8 @@ class ModelDeployment(Deployment):
             **self.batching.model_dump(),
             "not_ready_after_s": self.not_ready_after_s,
             "replace_after_s": self.replace_after_s,
+            "max_ongoing_requests": self.max_ongoing_requests,
+            "max_queued_requests": self.max_queued_requests,
         }
 
     def options(self) -> dict[str, Any]:

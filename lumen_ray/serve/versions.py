@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from lumen_ray.errors import UserError
 from lumen_ray.presets import model_folder
+from lumen_ray.serve.batching import MANY
 from lumen_ray.serve.decoder import Answers, DecoderReplica, load_decoder
 from lumen_ray.serve.job import TrunkJob, TrunkReply
+from lumen_ray.serve.room import Room
 from lumen_ray.serve.trunk import TrunkReplica, load_trunk
 from lumen_ray.structures import Size
 
@@ -72,6 +74,7 @@ class Versions(Generic[R]):
     def __init__(self, model: str, make: Callable[[str], R]):
         self._model, self._make = model, make
         self._settings: dict[str, Any] | None = None
+        self.room = Room(MANY, -1)
         self._held: dict[str, R] = {}
         self._loading = asyncio.Lock()
         self._stamp, self.newest, made = self._load()
@@ -80,6 +83,7 @@ class Versions(Generic[R]):
     def reconfigure(self, settings: dict[str, Any]) -> None:
         """Called by Serve at the start and on every change of the settings, without a restart."""
         self._settings = settings
+        self.room = Room(settings["max_ongoing_requests"], settings["max_queued_requests"])
         for replica in self._held.values():
             replica.reconfigure(settings)
 
@@ -162,14 +166,16 @@ class TrunkVersions(Versions[TrunkReplica]):
         return found, self._held[found]
 
     async def link(self, job: TrunkJob) -> TrunkReply:
-        version, replica = self.preferred(job.version)
-        return replace(await replica.link(job), version=version)
+        async with self.room.place():
+            version, replica = self.preferred(job.version)
+            return replace(await replica.link(job), version=version)
 
     async def link_streaming(self, job: TrunkJob) -> AsyncGenerator[str | TrunkReply, None]:
-        version, replica = self.preferred(job.version)
-        async with aclosing(replica.link_streaming(job)) as pieces:
-            async for piece in pieces:
-                yield replace(piece, version=version) if isinstance(piece, TrunkReply) else piece
+        async with self.room.place():
+            version, replica = self.preferred(job.version)
+            async with aclosing(replica.link_streaming(job)) as pieces:
+                async for piece in pieces:
+                    yield replace(piece, version=version) if isinstance(piece, TrunkReply) else piece
 
     async def image_size(self, image_id: str, version: str = "") -> Size | None:
         return await self.preferred(version)[1].image_size(image_id)
@@ -189,4 +195,5 @@ class DecoderVersions(Versions[DecoderReplica]):
     async def decode(
         self, output: TrunkOutput, requests: tuple[Request, ...], sender: str = "", version: str = ""
     ) -> Answers:
-        return await self._of(version or self.newest).decode(output, requests, sender)
+        async with self.room.place():
+            return await self._of(version or self.newest).decode(output, requests, sender)

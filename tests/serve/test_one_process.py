@@ -185,7 +185,7 @@ def test_a_slow_model_times_out(model_folder):
         for call in (lambda: local.infer(PIXELS, [request], 4), collect):
             with pytest.raises(TimeoutError):
                 asyncio.run(call())
-    assert not any(room._inside for room in local._rooms.values())
+    assert not any(room.inside for room in local.rooms.values())
 
 
 def test_a_stuck_stage_is_not_ready(local, model_folder):

@@ -40,7 +40,8 @@ def test_serve_builds_the_application_of_a_config():
     (application,) = yaml.safe_load((CONFIGS / "nano.yaml").read_text())["applications"]
     deployments = built(application)
     assert set(deployments) == {"Ingress", "Trunk", "LumenDecoder"}
-    assert deployments["Trunk"]._deployment_config.max_ongoing_requests == 16
+    limits = deployments["Trunk"]._deployment_config.user_config
+    assert (limits["max_ongoing_requests"], limits["max_queued_requests"]) == (16, 64)
 
 
 @pytest.mark.parametrize(

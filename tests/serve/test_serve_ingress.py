@@ -152,6 +152,7 @@ def test_lost_replica_is_retried_once(error):
     [
         (BackPressureError(9, 8), Overloaded),
         (wrapped(BackPressureError(9, 8)), Overloaded),
+        (wrapped(Overloaded("full")), Overloaded),
         (wrapped(UserError("no such keypoint", "unknown_keypoint")), UserError),
         (DeploymentUnavailableError(None), Unavailable),
         (wrapped(RuntimeError("bug")), RayTaskError),

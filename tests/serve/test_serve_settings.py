@@ -56,6 +56,7 @@ def test_options_are_accepted_by_serve():
     assert options["autoscaling_config"]["upscale_delay_s"] == 2 and "num_replicas" not in options
     expected = {"max_batch_size": 8, "max_batch_tokens": 16384, "batch_wait_timeout_s": 0}
     expected |= {"not_ready_after_s": 60, "replace_after_s": 300, "image_cache_mb": 256}
+    expected |= {"max_ongoing_requests": 8, "max_queued_requests": 32}
     assert options["user_config"] == expected
     assert settings.logical_cpus(["lumen"]) == 4  # 3 trunks of 1, a decoder and an ingress of a half
     batches = validate(ServeSettings, {"model": "m", "batches": {"folder": "b", "num_cpus": 0.5}}, "test")
