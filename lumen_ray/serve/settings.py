@@ -19,6 +19,8 @@ from lumen_ray.structures import Dtype
 from lumen_ray.wire.settings import Defaults, Limits
 
 _ORIGIN = re.compile(r"https?://[^/\s*?#@]+", re.ASCII)
+#: a name, which no IP address is: its last label begins with a letter
+_HOST = re.compile(r"(\*\.)?([a-z0-9_-]+\.)*[a-z][a-z0-9-]*", re.ASCII)
 
 
 class Autoscaling(Settings):
@@ -221,6 +223,32 @@ class Batches(Settings):
         return folder
 
 
+class RemoteImages(Settings):
+    """Images that requests name by web addresses, as the ingress fetches them."""
+
+    hosts: list[str] = Field(
+        min_length=1, description="hosts that are asked, by name; '*.example.org' for all below example.org"
+    )
+    max_mb: int = Field(20, ge=1, description="MiB of all such images of one request together")
+    timeout_s: float = Field(10, gt=0, description="seconds in which all of them have to be here")
+
+    @field_validator("hosts")
+    @classmethod
+    def _names(cls, hosts: list[str]) -> list[str]:
+        for host in hosts:
+            if not _HOST.fullmatch(host):
+                raise UserError(
+                    f"'{host}' is no name of a host; give it alone and in lower case, as 'images.example.org', or "
+                    "'*.example.org' for all below it"
+                )
+        return hosts
+
+    def allows(self, host: str) -> bool:
+        """Whether a host may be asked; `host`: its name as in an address."""
+        host = host.lower().removesuffix(".")
+        return any(host == name or (name[0] == "*" and host.endswith(name[1:])) for name in self.hosts)
+
+
 class Reload(Settings):
     """Following the model folder while it is served."""
 
@@ -254,6 +282,9 @@ class ServeSettings(Settings):
     auth: Auth | None = Field(None, description="who may use the server; None: everyone who reaches it")
     tracing: Tracing | None = Field(None, description="OpenTelemetry; None: off")
     batches: Batches | None = Field(None, description="files and batches in OpenAI's format; None: none are taken")
+    remote_images: RemoteImages | None = Field(
+        None, description="whether images at web addresses are fetched; None: they are refused"
+    )
     reload: Reload | None = Field(
         None, description="whether a new version in the model folder is served; None: the version of the start is"
     )
