@@ -19,8 +19,8 @@ from yarl import URL
 from lumen_ray.errors import UserError
 from lumen_ray.serve.http import logger
 from lumen_ray.serve.metrics import STAGE_SECONDS
-from lumen_ray.serve.settings import RemoteImages
 from lumen_ray.version import __version__
+from lumen_ray.wire.settings import RemoteImages
 
 _PORTS = (80, 443)
 _REDIRECTS, _MOST_REDIRECTS = (301, 302, 303, 307, 308), 3

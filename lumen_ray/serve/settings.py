@@ -16,11 +16,9 @@ from lumen_ray.data.urls import is_url
 from lumen_ray.decoders.registry import get
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Dtype
-from lumen_ray.wire.settings import Defaults, Limits
+from lumen_ray.wire.settings import Defaults, Limits, RemoteImages
 
 _ORIGIN = re.compile(r"https?://[^/\s*?#@]+", re.ASCII)
-#: a name, which no IP address is: its last label begins with a letter
-_HOST = re.compile(r"(\*\.)?([a-z0-9_-]+\.)*[a-z][a-z0-9-]*", re.ASCII)
 
 
 class Autoscaling(Settings):
@@ -223,32 +221,6 @@ class Batches(Settings):
         return folder
 
 
-class RemoteImages(Settings):
-    """Images that requests name by web addresses, as the ingress fetches them."""
-
-    hosts: list[str] = Field(
-        min_length=1, description="hosts that are asked, by name; '*.example.org' for all below example.org"
-    )
-    max_mb: int = Field(20, ge=1, description="MiB of all such images of one request together")
-    timeout_s: float = Field(10, gt=0, description="seconds in which all of them have to be here")
-
-    @field_validator("hosts")
-    @classmethod
-    def _names(cls, hosts: list[str]) -> list[str]:
-        for host in hosts:
-            if not _HOST.fullmatch(host):
-                raise UserError(
-                    f"'{host}' is no name of a host; give it alone and in lower case, as 'images.example.org', or "
-                    "'*.example.org' for all below it"
-                )
-        return hosts
-
-    def allows(self, host: str) -> bool:
-        """Whether a host may be asked; `host`: its name as in an address."""
-        host = host.lower().removesuffix(".")
-        return any(host == name or (name[0] == "*" and host.endswith(name[1:])) for name in self.hosts)
-
-
 class Reload(Settings):
     """Following the model folder while it is served."""
 
@@ -263,6 +235,8 @@ class Tracing(Settings):
     sampling_ratio: float = Field(1.0, ge=0, le=1, description="share of requests that are traced")
 
 
+#: memory of a replica, at least: of its process, without a model
+_REPLICA_BYTES = 200 << 20
 #: logical resources of a replica
 _RESERVED = ("num_cpus", "num_gpus")
 #: of trunk and decoders, whose replicas are the ingress's in one process
@@ -362,6 +336,18 @@ class ServeSettings(Settings):
         """Logical CPUs that let every deployment of a model with these decoders reach its largest size."""
         deployments = self.deployments(decoders).values()
         return max(1, math.ceil(sum(d.num_cpus * d.max_replicas for d in deployments)))
+
+    def check_memory(self, decoders: Iterable[str], has: int) -> None:
+        """Raises `UserError` if a machine with so many bytes cannot hold the smallest number of replicas. A Ray that is
+        started for them has as many logical CPUs as they need, so that `check_room` would find no fault."""
+        needs = {name: d.min_replicas for name, d in self.deployments(decoders).items()}
+        if (total := sum(needs.values())) * _REPLICA_BYTES > has:
+            each = ", ".join(f"{name} {count}" for name, count in needs.items())
+            raise UserError(
+                f"the deployments begin with {total} replicas ({each}), more than the {has / 2**30:.0f} GiB of this "
+                "machine can hold; lower num_replicas or min_replicas in the settings, or serve on a cluster",
+                "no_room",
+            )
 
     def check_room(self, decoders: Iterable[str], has: Mapping[str, float]) -> None:
         """Raises `UserError` if a Ray with so many "CPU" and "GPU" cannot hold the smallest number of replicas; Serve

@@ -21,7 +21,8 @@ from lumen_ray.errors import UserError
 from lumen_ray.serve import remote_images
 from lumen_ray.serve.api import create_api
 from lumen_ray.serve.remote_images import is_public
-from lumen_ray.serve.settings import RemoteImages, ServeSettings
+from lumen_ray.serve.settings import ServeSettings
+from lumen_ray.wire.settings import RemoteImages
 
 HOST = "images.test"
 PUBLIC, OTHER_PUBLIC = "8.8.8.8", "2606:4700::1111"
