@@ -90,6 +90,8 @@ class Answer:
     #: of a text with instances in it, both in the order of writing: the texts joined are `text`, the predictions are
     #: `predictions`; None for other answers
     parts: list[AnswerPart] | None = None
+    #: preset@version of the weights that gave it, on a server that may hold several; not in its JSON
+    model: str | None = field(default=None, compare=False)
 
     def with_predictions(self, predictions: list[Prediction]) -> Answer:
         """The answer with these predictions, as many as it has or as its parts have routes, in its parts too."""

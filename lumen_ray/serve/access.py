@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Sequence
 from time import perf_counter
 
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lumen_ray.serve.http import local_path
@@ -21,10 +22,10 @@ _CLIENT_LEFT = 499
 class Access:
     """Middleware. Paths without a route count as one, so that nobody can make up series."""
 
-    def __init__(self, app: ASGIApp, paths: Callable[[], Collection[str]], log: bool):
-        """`paths`: those of the routes, asked for requests that are refused before they reach theirs."""
+    def __init__(self, app: ASGIApp, routes: Sequence[BaseRoute], log: bool):
+        """`routes`: of the application, for requests that are refused before they reach theirs."""
         self.app = app
-        self.paths = paths
+        self.routes = routes
         self.log = log
         if log:
             logger.setLevel(logging.INFO)  # whatever the level of Serve's other lines is
@@ -93,8 +94,8 @@ class Access:
         """The path of the route, as "/v1/detect"; "other" for a request without one."""
         if (path := getattr(scope.get("route"), "path", None)) is not None:
             return str(path)
-        path = local_path(scope)
-        return path if path in self.paths() else "other"
+        found = max(self.routes, key=lambda route: route.matches(scope)[0].value)  # full, then with another method
+        return "other" if found.matches(scope)[0] is Match.NONE else str(getattr(found, "path", "other"))
 
 
 def _is_stream(message: Message) -> bool:

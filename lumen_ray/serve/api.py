@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import iter_route_contexts
 
 from lumen_ray.serve import hf_api, kserve_api, openai_api, openai_images, roboflow_api, task_api
 from lumen_ray.serve.access import Access
@@ -32,12 +33,6 @@ _REQUESTS = (
     *(schemas.TaskRequest, schemas.InferRequest, *openai_api.BODIES, openai_images.ImageRequest, BatchBody),
     *(*hf_api.BODIES, *roboflow_api.BODIES, *kserve_api.BODIES),
 )
-#: of the other APIs' routes, by the first segment of their paths
-_ENVELOPES = {
-    "hf": hf_api.envelope,
-    **dict.fromkeys(roboflow_api.SEGMENTS, roboflow_api.envelope),
-    "v2": kserve_api.envelope,
-}
 #: headers of answers that pages of other origins may read
 _EXPOSED = (
     "Retry-After",
@@ -111,7 +106,7 @@ def _add_middleware(api: FastAPI, settings: ServeSettings, gate: Gate) -> None:
         api.add_middleware(KeyCheck, settings=settings.auth)
     uploads = {} if settings.batches is None else {"/v1/files": settings.batches.max_file_bytes + FORM_BYTES}
     api.add_middleware(Guard, max_body_bytes=settings.limits.max_body_bytes, others=uploads)
-    api.add_middleware(Envelopes, envelopes=_ENVELOPES)
+    api.add_middleware(Envelopes)
     if settings.http.cors_origins:  # around the key check: a browser's preflight has no key, and reads errors too
         api.add_middleware(
             CORSMiddleware,
@@ -121,7 +116,8 @@ def _add_middleware(api: FastAPI, settings: ServeSettings, gate: Gate) -> None:
             expose_headers=_EXPOSED,
         )
     api.add_middleware(SecurityHeaders)
-    api.add_middleware(Access, paths=lambda: api.openapi()["paths"], log=settings.http.access_log)
+    routes = [context.route for context in iter_route_contexts(api.routes)]
+    api.add_middleware(Access, routes=routes, log=settings.http.access_log)
 
 
 def _add_health(api: FastAPI, backend: Backend, gate: Gate, notes: Callable[[], dict[str, Any]]) -> None:

@@ -197,8 +197,8 @@ def run(settings: ServeSettings, blocking: bool = True, timeout_s: float = 300) 
 
     Joins the Ray that this process is connected to, or that `RAY_ADDRESS` names; else starts one on this machine, with
     logical CPUs counted from the settings. With `blocking` it serves until SIGINT or SIGTERM and stops everything it
-    started. Raises `UserError` for a missing model folder, a port in use, a Ray too small for the deployments, and if
-    the application is not ready after `timeout_s`.
+    started. Raises `UserError` for a missing model folder, a port in use, a machine or Ray too small for them, and
+    if the application is not ready after `timeout_s`.
     """
     model_folder(settings.model)  # raises before Ray starts
     if settings.auth is not None:
@@ -234,12 +234,14 @@ def _join_ray(settings: ServeSettings) -> bool:
     """Connects to Ray and checks that address and deployments fit; returns whether it started a local Ray."""
     prepare_serve_environment()
     import ray
-    from ray import serve
 
     started = not ray.is_initialized() and not os.environ.get("RAY_ADDRESS")
+    decoders = model_settings(settings).decoder_names
     if started:
         check_port(settings.http.host, settings.http.port)
-    decoders = model_settings(settings).decoder_names
+        settings.check_memory(decoders, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    from ray import serve
+
     init_local(num_cpus=settings.logical_cpus(decoders) + _SPARE_CPUS)
     quiet_loggers()  # Serve's exists since its import above
     try:

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,6 +19,7 @@ from lumen_ray.serve.image_cache import ImageGone, KeyedImage, gone, image_id
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.structures import Size
 from lumen_ray.wire import schemas
+from lumen_ray.wire.images import GivenImage
 from lumen_ray.wire.requests import Asked, Prepared, decode_examples, prepare
 from lumen_ray.wire.settings import Limits
 
@@ -49,29 +51,31 @@ class Backend(Protocol):
 async def answer(
     backend: Backend,
     settings: ServeSettings,
-    encoded: Sequence[bytes],
+    images: Sequence[GivenImage],
     tasks: Sequence[tuple[str, schemas.TaskFields]],
     held_id: str | None = None,
 ) -> tuple[list[Answer], dict[str, Any]]:
-    """Answers to `tasks` about an encoded image or none, or about the image of id `held_id`, which the server was shown
-    before; and the response's fields as of `ask`."""
-    return await ask(backend, settings, lambda: Asked(encoded, tasks), held_id)
+    """Answers to `tasks` about an image or none, or about the image of id `held_id`, which the server was shown before;
+    and the response's fields as of `ask`."""
+    return await ask(backend, settings, lambda: Asked(images, tasks), held_id)
 
 
 async def answer_each(
     backend: Backend,
     settings: ServeSettings,
-    encoded: Sequence[bytes],
+    images: Sequence[GivenImage],
     tasks: Sequence[tuple[str, schemas.TaskFields]],
     places: Sequence[str] = (),
 ) -> tuple[list[list[Answer]], dict[str, Any]]:
     """`answer` about each of several images: a list for each, and the response's fields; the times are the longest.
     `places`: as of `decode_images`. The limits of a request hold for all images together, with those of examples."""
-    if len(encoded) > settings.limits.max_images:
+    if len(images) > settings.limits.max_images:
         raise UserError(
-            f"{len(encoded)} images in one request; give at most {settings.limits.max_images}", "too_many_images"
+            f"{len(images)} images in one request; give at most {settings.limits.max_images}", "too_many_images"
         )
-    examples = await asyncio.to_thread(decode_examples, tasks, settings.limits, encoded, places)
+    whole = await _fetched(Asked(images, tasks, places=places), settings)
+    encoded = whole.encoded
+    examples = await asyncio.to_thread(decode_examples, whole, settings.limits)
 
     def asked(number: int) -> Asked:
         return Asked([encoded[number]], tasks, (), places[number : number + 1], len(encoded), examples)
@@ -88,6 +92,16 @@ async def answer_each(
     return list(answers), {"model": extras[0]["model"], "timing_ms": timing}
 
 
+async def _fetched(asked: Asked, settings: ServeSettings) -> Asked:
+    """The request with the images that it names by web addresses."""
+    addresses = asked.addresses(settings.limits)
+    if not addresses:
+        return asked
+    from lumen_ray.serve.remote_images import fetch_images
+
+    return replace(asked, fetched=await fetch_images(addresses, settings.remote_images))
+
+
 async def ask(
     backend: Backend, settings: ServeSettings, read: Callable[[], Asked], held_id: str | None = None
 ) -> tuple[list[Answer], dict[str, Any]]:
@@ -95,14 +109,14 @@ async def ask(
     single image, `image_id`. An image that a trunk holds is neither decoded nor encoded again."""
     call = await _Call.begin(backend, settings, read, held_id)
     if known := await call.known():
-        return list(known), await call.extra()
+        return list(known), await call.extra(known[0])
     try:
         answers = await backend.infer(*await call.prepare(call.held))
     except ImageGone:
-        if not call.asked.encoded:
+        if not call.asked.images:
             raise
         answers = await backend.infer(*await call.prepare(None))
-    return answers, await call.extra()
+    return answers, await call.extra(answers[0])
 
 
 async def ask_streaming(
@@ -112,7 +126,7 @@ async def ask_streaming(
     response's fields as of `ask`. What is wrong with the request is raised before the first text."""
     call = await _Call.begin(backend, settings, read, None)
     for answer in await call.known():
-        yield answer, await call.extra()
+        yield answer, await call.extra(answer)
         return
     held, text = call.held, SentText()
     while True:
@@ -121,7 +135,7 @@ async def ask_streaming(
             async with aclosing(backend.stream(*await call.prepare(held))) as pieces:
                 async for piece in pieces:
                     if isinstance(piece, Answer):
-                        yield piece, await call.extra()
+                        yield piece, await call.extra(piece)
                     elif new := text.unsent(piece):
                         yield new
             return
@@ -167,7 +181,7 @@ class _Call:
         self.asked, self.held = asked, held
         self._backend, self._settings, self._info, self._key = backend, settings, info, key
         self._requests: tuple[Request, ...] | None = None
-        self._start, self._decoding = time.perf_counter(), 0.0
+        self._start, self._fetching, self._decoding = time.perf_counter(), 0.0, 0.0
 
     @classmethod
     async def begin(
@@ -176,17 +190,26 @@ class _Call:
         start = time.perf_counter()
         info = await backend.info()
 
+        def key_of(asked: Asked) -> str | None:
+            is_kept = held_id is None and len(asked.images) == 1 and settings.trunk.image_cache_mb
+            return image_id(asked.encoded[0]) if is_kept else held_id
+
         def read_and_hash() -> tuple[Asked, str | None]:
             asked = read()
-            is_kept = held_id is None and len(asked.encoded) == 1 and settings.trunk.image_cache_mb
-            return asked, image_id(asked.encoded[0]) if is_kept else held_id
+            return asked, None if asked.addresses(settings.limits) else key_of(asked)
 
         asked, key = await asyncio.to_thread(read_and_hash)
+        fetching = 0.0
+        if asked.addresses(settings.limits):
+            began = time.perf_counter()
+            asked = await _fetched(asked, settings)
+            fetching = time.perf_counter() - began
+            key = await asyncio.to_thread(key_of, asked)
         held = None if key is None else await backend.held_size(key, ask=held_id is not None)
         if held_id is not None and held is None:
             raise gone(held_id)
         call = cls(asked, backend, settings, info, key, held)
-        call._start = start
+        call._start, call._fetching = start, fetching
         return call
 
     async def known(self) -> tuple[Answer, ...]:
@@ -216,12 +239,13 @@ class _Call:
         limits, own = self._settings.limits, len(self._info.get("classes", ()))
         return limits if own <= limits.max_classes else limits.model_copy(update={"max_classes": own})
 
-    async def extra(self) -> dict[str, Any]:
-        """Fields of the response, now that it is complete."""
+    async def extra(self, answer: Answer) -> dict[str, Any]:
+        """Fields of the response, now that it is complete; `answer`: its first."""
         total = time.perf_counter() - self._start
-        timing = {"decode": self._decoding, "model": total - self._decoding, "total": total}
+        before = {"fetch": self._fetching} if self._fetching else {}
+        timing = {**before, "decode": self._decoding, "model": total - self._fetching - self._decoding, "total": total}
         extra: dict[str, Any] = {
-            "model": f"{self._info['preset']}@{self._info['version']}",
+            "model": answer.model or f"{self._info['preset']}@{self._info['version']}",
             "timing_ms": {name: round(1000 * seconds, 1) for name, seconds in timing.items()},
         }
         if self._key is not None and await self._backend.held_size(self._key, ask=False):

@@ -7,7 +7,7 @@ Whatever refuses a request (a route, the body limit, the gate, an unknown path),
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -18,16 +18,35 @@ from lumen_ray.serve.http import local_path
 Envelope = Callable[[dict[str, Any]], dict[str, Any]]
 
 
-class Envelopes:
-    """Middleware around all that refuses requests. `envelopes`: by the first segment of the path, such as ``hf``."""
+def _hugging_face(error: dict[str, Any]) -> dict[str, Any]:
+    return {"error": error["message"], "error_type": error["reason"]}
 
-    def __init__(self, app: ASGIApp, envelopes: Mapping[str, Envelope]):
+
+def _roboflow(error: dict[str, Any]) -> dict[str, Any]:
+    return {"message": error["message"], "reason": error["reason"], "request_id": error["request_id"]}
+
+
+def _kserve(error: dict[str, Any]) -> dict[str, Any]:
+    return {"error": error["message"]}
+
+
+#: by the first segment of the path
+_ENVELOPES: dict[str, Envelope] = {
+    "hf": _hugging_face,
+    **dict.fromkeys(("infer", "model", "yolo_world", "sam3", "info"), _roboflow),
+    "v2": _kserve,
+}
+
+
+class Envelopes:
+    """Middleware around all that refuses requests."""
+
+    def __init__(self, app: ASGIApp):
         self.app = app
-        self.envelopes = envelopes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         first = local_path(scope).lstrip("/").partition("/")[0] if scope["type"] == "http" else ""
-        envelope = self.envelopes.get(first)
+        envelope = _ENVELOPES.get(first)
         if envelope is None:
             await self.app(scope, receive, send)
             return

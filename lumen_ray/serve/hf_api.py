@@ -27,7 +27,7 @@ from lumen_ray.serve.own_classes import classes_or_own
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.structures import Masks
 from lumen_ray.wire import schemas
-from lumen_ray.wire.images import image_bytes
+from lumen_ray.wire.images import IMAGE_URL, GivenImage, given_image
 from lumen_ray.wire.neutral import Neutral, refuse_others
 from lumen_ray.wire.settings import MAX_NEW_TOKENS
 
@@ -39,7 +39,7 @@ _THRESHOLD = "lowest score; null for the server's default"
 class HfInputs(Settings):
     """The image, and what is asked about it, as huggingface.js and pipelines have them."""
 
-    image: str = Field(description="the encoded image in base64, or a data URL; remote URLs are refused")
+    image: str = Field(description=f"the image: {IMAGE_URL}")
     question: str | None = Field(None, description="visual-question-answering only")
     candidate_labels: list[str] | None = Field(None, description=_LABELS)
 
@@ -156,10 +156,6 @@ class HfError(BaseModel):
     error_type: str = Field(description="machine-readable, e.g. broken_image")
 
 
-def envelope(error: dict[str, Any]) -> dict[str, Any]:
-    return {"error": error["message"], "error_type": error["reason"]}
-
-
 #: bodies of the JSON form, for OpenAPI
 BODIES = (HfDetectionBody, HfSegmentationBody, HfTextBody, HfQuestionBody)
 
@@ -167,7 +163,7 @@ BODIES = (HfDetectionBody, HfSegmentationBody, HfTextBody, HfQuestionBody)
 def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
     router = APIRouter(prefix="/hf", tags=["hugging face"], responses=dict.fromkeys(("4XX", "5XX"), {"model": HfError}))
 
-    async def find(request: Request, task: str, image: bytes, body: Any, labels: list[str] | None) -> Answer:
+    async def find(request: Request, task: str, image: GivenImage, body: Any, labels: list[str] | None) -> Answer:
         """The objects of the labels of the URL, the body, or the model."""
         labels = _labels_of_url(request) or labels
         found = await classes_or_own(backend, labels, "candidate_labels")
@@ -217,7 +213,7 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
     return router
 
 
-async def _read(request: Request, model: type[T]) -> tuple[bytes, T | None]:
+async def _read(request: Request, model: type[T]) -> tuple[GivenImage, T | None]:
     """The image, and the JSON body that it was in, if it was in one. Raises `UserError`."""
     data = await request.body()
     if content_type(request).startswith("multipart/"):
@@ -228,7 +224,7 @@ async def _read(request: Request, model: type[T]) -> tuple[bytes, T | None]:
             raise UserError("the body is empty; send the image's bytes, or JSON with 'inputs'", "missing_image")
         return data, None
     body = schemas.parse(model, schemas.parse_json(data))
-    return image_bytes(body.inputs.image, "inputs"), body
+    return given_image(body.inputs.image, "inputs"), body
 
 
 def _labels(body: HfDetectionBody | HfSegmentationBody | None) -> list[str] | None:

@@ -30,7 +30,7 @@ from lumen_ray.serve.asking import SentText
 from lumen_ray.serve.http import Overloaded, Unavailable, logger
 from lumen_ray.serve.http_replica import HttpReplica
 from lumen_ray.serve.image_cache import ImageGone, KeyedImage
-from lumen_ray.serve.job import TrunkJob, TrunkReply, sender
+from lumen_ray.serve.job import TrunkJob, TrunkReply, pinned, sender
 from lumen_ray.serve.metrics import STAGE_SECONDS
 from lumen_ray.serve.readiness import Ping, Readiness
 from lumen_ray.serve.reload import Reloads
@@ -98,10 +98,10 @@ class ServeBackend:
 
     async def infer(self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int) -> list[Answer]:
         """One trunk pass over what is shown, then the decoders that it has links for, in parallel."""
-        job, key = TrunkJob(image, tuple(requests), max_new_tokens, sender.get()), _key_of(image)
+        job, key = _job(image, requests, max_new_tokens), _key_of(image)
 
         async def call() -> list[Answer]:
-            asked = replace(job, version=self.reloads.version)
+            asked = self._of_version(job)
             reply: TrunkReply = await self._timed("trunk", lambda: self._trunk(key).link.remote(asked))
             self._remember(job.image, reply)
             return await self._decoded(reply, job)
@@ -111,6 +111,10 @@ class ServeBackend:
         except ImageGone:
             self._held.pop(key or "", None)
             raise
+
+    def _of_version(self, job: TrunkJob) -> TrunkJob:
+        """The job for the version that is served now, unless its request names another one."""
+        return job if job.is_pinned else replace(job, version=self.reloads.version)
 
     def _trunk(self, key: str | None = None) -> DeploymentHandle:
         """The trunk for one call: the replica that holds the image of id `key`, any for None."""
@@ -131,7 +135,9 @@ class ServeBackend:
             return None
         if image_id not in self._held and ask:
             version = self.reloads.version
-            size = await self._retried(lambda: _awaited(self._trunk(image_id).image_size.remote(image_id, version)))
+            size = await self._retried(
+                lambda: self._asked("trunk", lambda: self._trunk(image_id).image_size.remote(image_id, version))
+            )
             if size is not None:
                 self._held[image_id] = size
         return self._held.get(image_id)
@@ -150,13 +156,13 @@ class ServeBackend:
         self, image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int
     ) -> AsyncGenerator[str | Answer, None]:
         """When a replica dies, another one writes the answer again, of which what was sent is left out."""
-        job = TrunkJob(image, tuple(requests), max_new_tokens, sender.get())
+        job = _job(image, requests, max_new_tokens)
         http, text = self.settings.http, SentText()
         until = time.monotonic() + http.request_timeout_s
         attempt = 0
         while attempt <= http.retries:
             text.begin()
-            asked = replace(job, version=self.reloads.version)
+            asked = self._of_version(job)
             try:
                 async with aclosing(self._written(asked, until)) as pieces:
                     async for piece in pieces:
@@ -172,6 +178,7 @@ class ServeBackend:
     async def _written(self, job: TrunkJob, until: float) -> AsyncGenerator[str | Answer, None]:
         """The texts of one call of the trunk and the answer, with what a decoder adds to it."""
         key = _key_of(job.image)
+        await self._note_woken("trunk")
         began = time.monotonic()
         response = self._trunk(key).options(stream=True).link_streaming.remote(job)
         try:
@@ -195,7 +202,9 @@ class ServeBackend:
         if self._info is not None:
             return self._info
         version = self.reloads.version
-        info: dict[str, Any] = await self._retried(lambda: _awaited(self._trunk().info.remote(version)))
+        info: dict[str, Any] = await self._retried(
+            lambda: self._asked("trunk", lambda: self._trunk().info.remote(version))
+        )
         if version == self.reloads.version:  # which may have changed meanwhile
             self._info = info
             self.reloads.version = version or info.get("version", "")
@@ -217,14 +226,22 @@ class ServeBackend:
         return dict(zip(self._readiness, answers, strict=True))
 
     async def _timed(self, stage: str, call: Callable[[], _Call[T]]) -> T:
+        """The result of a call for a request's answer."""
+        with STAGE_SECONDS.timed(stage=stage):
+            return await self._asked(stage, call)
+
+    async def _asked(self, stage: str, call: Callable[[], _Call[T]]) -> T:
         """The result of a call of the trunk or a decoder."""
+        await self._note_woken(stage)
+        result = await _awaited(call())
+        self._readiness[stage].answered()
+        return result
+
+    async def _note_woken(self, stage: str) -> None:
+        """For the header of the answer, if the request of this context now waits for a replica to start."""
         readiness, names = self._readiness[stage], woken.get()
         if isinstance(readiness, Sleeper) and names is not None and await readiness.is_woken():
             names.append(stage)
-        with STAGE_SECONDS.timed(stage=stage):
-            result = await _awaited(call())
-        readiness.answered()
-        return result
 
     async def _retried(self, call: Callable[[], Awaitable[T]]) -> T:
         """Awaits `call`, again if its replica dies: every call here is idempotent. Serve itself does not retry."""
@@ -285,6 +302,12 @@ async def _awaited(response: _Call[T]) -> T:
     except asyncio.CancelledError:
         response.cancel()
         raise
+
+
+def _job(image: Shown | KeyedImage, requests: Sequence[Request], max_new_tokens: int) -> TrunkJob:
+    """The job of the HTTP request in this context."""
+    version = pinned.get()
+    return TrunkJob(image, tuple(requests), max_new_tokens, sender.get(), version, bool(version))
 
 
 def _key_of(image: Shown | KeyedImage) -> str | None:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 #: Who has sent the HTTP request that is answered in this context: its API key, or the request itself.
 sender: ContextVar[str] = ContextVar("sender", default="")
+#: The version of the model that this HTTP request names; empty for the one that is served.
+pinned: ContextVar[str] = ContextVar("pinned", default="")
 
 
 def owner_of(sender: str) -> Hashable:
@@ -33,7 +35,8 @@ class TrunkJob:
     has its id where trunks hold images.
 
     Every request carries its score threshold and number of instances. `sender`: whom its turns of the model are counted
-    to, so that all get it in turn. `version`: of the model that is to answer, where the replica holds it.
+    to, so that all get it in turn. `version`: of the model that is to answer, where the replica holds it; with
+    `is_pinned` no other one may.
     """
 
     image: Shown | KeyedImage
@@ -41,6 +44,7 @@ class TrunkJob:
     max_new_tokens: int
     sender: str = ""
     version: str = ""
+    is_pinned: bool = False
 
     @property
     def cost(self) -> int:
@@ -63,7 +67,7 @@ class TrunkReply:
 
     `output`: what these decoders read, or the reference to it; None without any. Tensors lie behind a reference, so
     that they go from the trunk to the decoders and not through the ingress. `is_held`: whether the replica holds the
-    job's image now. `version`: of the model that made it.
+    job's image now. `version`: of the model that made it; `model`: its preset@version.
     """
 
     answers: tuple[Answer | None, ...]
@@ -71,8 +75,10 @@ class TrunkReply:
     output: ObjectRef[TrunkOutput] | TrunkOutput | None = None
     is_held: bool = False
     version: str = ""
+    model: str | None = None
 
     def completed(self, found: Sequence[Sequence[Answer | None]]) -> list[Answer]:
         """The answers to all requests, with those that each of the `decoders` has `found`."""
         rows = zip(self.answers, *found, strict=True)
-        return [next(answer for answer in answers if answer is not None) for answers in rows]
+        answers = [next(answer for answer in answers if answer is not None) for answers in rows]
+        return answers if self.model is None else [replace(answer, model=self.model) for answer in answers]

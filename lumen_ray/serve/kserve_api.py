@@ -20,6 +20,7 @@ from lumen_ray.answer import Answer
 from lumen_ray.errors import UserError
 from lumen_ray.serve.asking import Backend, answer
 from lumen_ray.serve.http import content_type, json_schema_ref
+from lumen_ray.serve.job import pinned
 from lumen_ray.serve.kserve_tensors import (
     LENGTH_HEADER,
     KserveRequest,
@@ -34,7 +35,7 @@ from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.tasks import get_task
 from lumen_ray.version import __version__
 from lumen_ray.wire import schemas
-from lumen_ray.wire.images import image_bytes
+from lumen_ray.wire.images import GivenImage, given_image
 
 #: inputs -> their shapes
 INPUTS = {"IMAGE": [1], "TASK": [1], "PROMPT": [1], "CLASSES": [-1], "KEYPOINTS": [-1], "REGION": [1]}
@@ -58,10 +59,6 @@ BODIES = (KserveRequest,)
 
 class KserveError(BaseModel):
     error: str = Field(description="one sentence that says what to change")
-
-
-def envelope(error: dict[str, Any]) -> dict[str, Any]:
-    return {"error": error["message"]}
 
 
 def make_router(backend: Backend, settings: ServeSettings, is_ready: Callable[[], Awaitable[bool]]) -> APIRouter:
@@ -135,12 +132,14 @@ async def _check(backend: Backend, name: str, version: str | None) -> None:
     known = (await backend.info())["version"]
     if version not in (None, known):
         raise UserError(f"unknown version '{version}' of model '{name}'; versions: {known}", "unknown_model", "version")
+    if version is not None:
+        pinned.set(version)
 
 
 async def _read_task(
     backend: Backend, request: KserveRequest, tensors: dict[str, Texts]
-) -> tuple[bytes | None, str, schemas.TaskFields]:
-    """The encoded image, the task and its fields. Raises `UserError`."""
+) -> tuple[GivenImage | None, str, schemas.TaskFields]:
+    """The image, the task and its fields. Raises `UserError`."""
     for name, texts in tensors.items():
         if name not in INPUTS:
             raise UserError(f"unknown input '{name}'; inputs: {', '.join(INPUTS)}", "unknown_input", "inputs")
@@ -158,10 +157,10 @@ async def _read_task(
     if (region := _one(given, "REGION")) is not None:
         fields["region"] = schemas.parse_json(region.encode())
     image = tensors.get("IMAGE")
-    encoded = None
+    shown: GivenImage | None = None
     if image is not None:
-        encoded = image_bytes(image.decoded("IMAGE")[0], "IMAGE") if image.in_json else image.values[0]
-    return encoded, task.name, schemas.parse(schemas.TaskFields, fields)
+        shown = given_image(image.decoded("IMAGE")[0], "IMAGE") if image.in_json else image.values[0]
+    return shown, task.name, schemas.parse(schemas.TaskFields, fields)
 
 
 def _one(given: dict[str, list[str]], name: str) -> str | None:

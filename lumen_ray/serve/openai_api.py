@@ -17,6 +17,7 @@ from fastapi.responses import JSONResponse
 
 from lumen_ray.serve.asking import Backend, ask
 from lumen_ray.serve.http import json_schema_ref
+from lumen_ray.serve.job import pinned
 from lumen_ray.serve.openai_streams import stream
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.wire import chat, responses, schemas
@@ -62,7 +63,6 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
         if asked.chat.stream:
             return await stream(request, backend, settings, read, writer)
         answers, extra = await ask(backend, settings, read)
-        del extra["model"]
         return JSONResponse(writer.response(answers[0], extra))
 
     @router.get("/tools", summary="The tools of the loaded model, to be put into a request, and schemas of results")
@@ -91,6 +91,9 @@ def _body(model: type) -> dict[str, Any]:
 
 
 async def check_model(backend: Backend, name: str | None) -> None:
-    """Raises `UserError` if a request names another model than the loaded one."""
+    """Raises `UserError` if a request names another model than the loaded one. If it names the version too, no other
+    may answer it."""
     info = await backend.info()
     chat.check_model(name, info["preset"], info["version"])
+    if name is not None and name != info["preset"]:
+        pinned.set(info["version"])

@@ -33,7 +33,8 @@ class Events(Protocol):
         """The events of new text."""
 
     def end(self, answer: Answer, extra: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """The events behind the last text, with the response's fields `extra`."""
+        """The events behind the last text, with the response's fields `extra`, of which `model` is the one that has
+        answered."""
 
     def failed(self, error: dict[str, Any]) -> dict[str, Any]:
         """The last event of an answer that fails, from the body of the error."""
@@ -77,8 +78,7 @@ async def _sent(
 def _of_piece(events: Events, piece: Piece) -> Iterator[dict[str, Any]]:
     if isinstance(piece, str):
         return events.text(piece)
-    answer, extra = piece
-    return events.end(answer, {name: value for name, value in extra.items() if name != "model"})
+    return events.end(*piece)
 
 
 def _event(data: dict[str, Any]) -> bytes:

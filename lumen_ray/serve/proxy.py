@@ -1,4 +1,4 @@
-"""Middleware of Ray Serve's proxy: what it answers by itself gets the envelope of all errors.
+"""Middleware of Ray Serve's proxy: what it answers by itself gets the envelope of all errors of its route.
 
 The proxy has no say in most answers. But it answers in plain text where no application is at a path, and where a
 deployment is gone; when an ingress replica dies under a request, it answers nothing, and its HTTP server says
@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from lumen_ray.serve.envelopes import Envelopes
 from lumen_ray.serve.http import error_response, header
 
 #: status of the proxy -> reason and message
@@ -27,7 +28,7 @@ _LOST = ("unavailable", "the replica that had this request was lost; try again")
 
 def middlewares() -> list[Middleware]:
     """Called by each proxy at its start."""
-    return [Middleware(Envelope)]
+    return [Middleware(Envelope), Middleware(Envelopes)]  # the last is the outermost
 
 
 class Envelope:

@@ -35,12 +35,6 @@ BODIES = (
     *(shapes.RoboflowDetectionBody, shapes.RoboflowSegmentationBody, shapes.RoboflowKeypointsBody),
     *(shapes.RoboflowWorldBody, shapes.RoboflowTextBody, shapes.RoboflowConceptBody, shapes.RoboflowModelBody),
 )
-#: first segments of the paths
-SEGMENTS = ("infer", "model", "yolo_world", "sam3", "info")
-
-
-def envelope(error: dict[str, Any]) -> dict[str, Any]:
-    return {"message": error["message"], "reason": error["reason"], "request_id": error["request_id"]}
 
 
 class _Asker:
@@ -59,9 +53,9 @@ class _Asker:
     ) -> dict[str, Any] | list[dict[str, Any]]:
         """`read` of the answer about an image, with what all responses have; a list of them for several images."""
         begin = time.perf_counter()
-        encoded, places = body.encoded()
+        images, places = body.given()
         asked = (task, schemas.parse(schemas.TaskFields, fields))
-        each, extra = await answer_each(self.backend, self.settings, encoded, [asked], places)
+        each, extra = await answer_each(self.backend, self.settings, images, [asked], places)
         seconds = round(time.perf_counter() - begin, 4)
         found = [
             {
@@ -69,7 +63,7 @@ class _Asker:
                 "image": {"width": answer.size[1], "height": answer.size[0]},
                 "time": seconds,
                 "inference_id": str(uuid.uuid4()),
-                "model": extra["model"],
+                "model": answer.model or extra["model"],
             }
             for (answer,) in each
         ]

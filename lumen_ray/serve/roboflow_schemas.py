@@ -14,7 +14,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.outline import one_outline
 from lumen_ray.structures import Masks
 from lumen_ray.wire import schemas
-from lumen_ray.wire.images import image_bytes
+from lumen_ray.wire.images import GivenImage, image_bytes, web_address
 from lumen_ray.wire.neutral import Neutral
 from lumen_ray.wire.settings import MAX_NEW_TOKENS
 
@@ -24,8 +24,26 @@ MaskFormat = Literal["polygon", "rle"]
 class RoboflowImage(Settings):
     """An image in a body."""
 
-    type: Literal["base64", "url", "numpy"] = Field(description="base64; the others are refused")
-    value: str = Field(description="the encoded image in base64")
+    type: Literal["base64", "url", "numpy"] = Field(description="base64 or url; the other is refused")
+    value: str = Field(
+        description="the encoded image in base64, or a web address of a host that the server's settings allow"
+    )
+
+    def read(self, place: str) -> GivenImage:
+        """The image, which is at `place` in the body. Raises `UserError`."""
+        if self.type == "numpy":
+            raise UserError(
+                f"'{place}.type' must be 'base64' or 'url': pickled arrays are not read", "invalid_request", place
+            )
+        if self.type == "base64":
+            return image_bytes(self.value, f"{place}.value")
+        if (address := web_address(self.value)) is None:
+            raise UserError(
+                f"'{place}.value' is no address of http or https; give one, or the image with type 'base64'",
+                "remote_image_refused",
+                place,
+            )
+        return address
 
 
 def _as_list(value: Any) -> Any:
@@ -48,25 +66,10 @@ class RoboflowBody(Settings):
     ] = Field(min_length=1, description="an image, or several, which are answered by a list")
     model_id: str | None = Field(None, description="as in GET /model/registry")
 
-    def encoded(self) -> tuple[list[bytes], list[str]]:
-        """The images' bytes, and where each is in the body. Raises `UserError`."""
+    def given(self) -> tuple[list[GivenImage], list[str]]:
+        """The images, and where each is in the body. Raises `UserError`."""
         places = [f"image.{n}" if len(self.image) > 1 else "image" for n in range(len(self.image))]
-        for given, place in zip(self.image, places, strict=True):
-            if given.type == "url":
-                raise UserError(
-                    "remote image URLs are not fetched; send the image itself, with type 'base64'",
-                    "remote_image_refused",
-                    place,
-                )
-            if given.type != "base64":
-                raise UserError(
-                    f"'{place}.type' must be 'base64': pickled arrays are not read",
-                    "invalid_request",
-                    place,
-                )
-        return [
-            image_bytes(given.value, f"{place}.value") for given, place in zip(self.image, places, strict=True)
-        ], places
+        return [given.read(place) for given, place in zip(self.image, places, strict=True)], places
 
 
 Confidence = Annotated[

@@ -16,7 +16,7 @@ from lumen_ray.data.urls import is_url
 from lumen_ray.decoders.registry import get
 from lumen_ray.errors import UserError
 from lumen_ray.structures import Dtype
-from lumen_ray.wire.settings import Defaults, Limits
+from lumen_ray.wire.settings import Defaults, Limits, RemoteImages
 
 #: requests that Serve hands to a replica beyond its limits, so that they are refused there
 _REFUSED_AT_ONCE = 256
@@ -245,6 +245,8 @@ class Tracing(Settings):
     sampling_ratio: float = Field(1.0, ge=0, le=1, description="share of requests that are traced")
 
 
+#: memory of a replica, at least: of its process, without a model
+_REPLICA_BYTES = 200 << 20
 #: logical resources of a replica
 _RESERVED = ("num_cpus", "num_gpus")
 #: of trunk and decoders, whose replicas are the ingress's in one process
@@ -264,6 +266,9 @@ class ServeSettings(Settings):
     auth: Auth | None = Field(None, description="who may use the server; None: everyone who reaches it")
     tracing: Tracing | None = Field(None, description="OpenTelemetry; None: off")
     batches: Batches | None = Field(None, description="files and batches in OpenAI's format; None: none are taken")
+    remote_images: RemoteImages | None = Field(
+        None, description="whether images at web addresses are fetched; None: they are refused"
+    )
     reload: Reload | None = Field(
         None, description="whether a new version in the model folder is served; None: the version of the start is"
     )
@@ -341,6 +346,18 @@ class ServeSettings(Settings):
         """Logical CPUs that let every deployment of a model with these decoders reach its largest size."""
         deployments = self.deployments(decoders).values()
         return max(1, math.ceil(sum(d.num_cpus * d.max_replicas for d in deployments)))
+
+    def check_memory(self, decoders: Iterable[str], has: int) -> None:
+        """Raises `UserError` if a machine with so many bytes cannot hold the smallest number of replicas. A Ray that is
+        started for them has as many logical CPUs as they need, so that `check_room` would find no fault."""
+        needs = {name: d.min_replicas for name, d in self.deployments(decoders).items()}
+        if (total := sum(needs.values())) * _REPLICA_BYTES > has:
+            each = ", ".join(f"{name} {count}" for name, count in needs.items())
+            raise UserError(
+                f"the deployments begin with {total} replicas ({each}), more than the {has / 2**30:.0f} GiB of this "
+                "machine can hold; lower num_replicas or min_replicas in the settings, or serve on a cluster",
+                "no_room",
+            )
 
     def check_room(self, decoders: Iterable[str], has: Mapping[str, float]) -> None:
         """Raises `UserError` if a Ray with so many "CPU" and "GPU" cannot hold the smallest number of replicas; Serve

@@ -69,8 +69,8 @@ class Sleeper:
 
 
 class Woken:
-    """Middleware: the header of answers that have waited. Streams have none: their headers are sent before a decoder is
-    asked."""
+    """Middleware: the header of answers that have waited. That of a stream does not name decoders: it is sent before
+    one is asked."""
 
     def __init__(self, app: ASGIApp):
         self.app = app

@@ -16,17 +16,17 @@ from lumen_ray.serve.http import content_type, json_schema_ref
 from lumen_ray.serve.settings import ServeSettings
 from lumen_ray.tasks import TASKS, Task, get_task
 from lumen_ray.wire import schemas
-from lumen_ray.wire.images import image_bytes
+from lumen_ray.wire.images import GivenImage, given_image
 from lumen_ray.wire.requests import fields_of
 
 _FORM_LISTS, _FORM_OBJECTS = ("classes", "keypoints", "stop"), ("region", "history")
 
 
-def _image_of(image: str | None, held_id: str | None) -> tuple[list[bytes], str | None]:
-    """The bytes of the image in a body, if any, or the id of one that is held."""
+def _image_of(image: str | None, held_id: str | None) -> tuple[list[GivenImage], str | None]:
+    """The image in a body, if any, or the id of one that is held."""
     if image is not None and held_id is not None:
         raise UserError("give 'image' or 'image_id', not both", "unexpected_field", "image_id")
-    return [] if image is None else [image_bytes(image)], held_id
+    return [] if image is None else [given_image(image)], held_id
 
 
 def as_response(answer: Answer) -> dict[str, Any]:
@@ -36,8 +36,8 @@ def as_response(answer: Answer) -> dict[str, Any]:
 
 async def _read_task(
     request: HttpRequest, settings: ServeSettings
-) -> tuple[list[bytes], str | None, schemas.TaskFields]:
-    """Image bytes (none without an image) or the id of a held one, and fields of a JSON body or of a multipart form."""
+) -> tuple[list[GivenImage], str | None, schemas.TaskFields]:
+    """The image (none without one) or the id of a held one, and fields of a JSON body or of a multipart form."""
     kind = content_type(request)
     if kind == "application/json":
         body = schemas.parse(schemas.TaskRequest, schemas.parse_json(await request.body()))
@@ -53,16 +53,14 @@ async def _read_task(
     )
 
 
-async def _read_form(form: FormData) -> tuple[list[bytes], str | None, schemas.TaskFields]:
+async def _read_form(form: FormData) -> tuple[list[GivenImage], str | None, schemas.TaskFields]:
     fields = forms.read_fields(forms.given(form), _FORM_LISTS, _FORM_OBJECTS)
     upload = fields.pop("image", None)
-    if not isinstance(upload, UploadFile) and "image_id" not in fields:
-        raise UserError("the form has no file 'image'; attach one, or give 'image_id'", "missing_image")
     body = schemas.parse(schemas.TaskRequest, fields)
-    if upload is None and body.image_id is not None:
+    if upload is None:
         return [], body.image_id, body
     if not isinstance(upload, UploadFile):
-        raise UserError("the form has no file 'image'; attach one, or give 'image_id'", "missing_image")
+        raise UserError("'image' is no file; attach one, or give 'image_id'", "missing_image", "image")
     if body.image_id is not None:
         raise UserError("give 'image' or 'image_id', not both", "unexpected_field", "image_id")
     return [await upload.read()], None, body
@@ -107,8 +105,8 @@ def make_router(backend: Backend, settings: ServeSettings) -> APIRouter:
         if body.image is not None or body.image_id is not None:
             raise UserError("give one of 'image', 'images' and 'image_id'", "two_images")
         places = [f"images.{n}" for n in range(len(body.images))]
-        encoded = [image_bytes(text, place) for text, place in zip(body.images, places, strict=True)]
-        each, extra = await answer_each(backend, settings, encoded, tasks, places)
+        images = [given_image(text, place) for text, place in zip(body.images, places, strict=True)]
+        each, extra = await answer_each(backend, settings, images, tasks, places)
         return {"answers": [{**as_response(a), "image": n} for n, found in enumerate(each) for a in found], **extra}
 
     for task in TASKS.values():

@@ -62,6 +62,10 @@ class TrunkReplica:
             leaves=lambda job: _writes(job) or passes_of(job) > 1,
         )
 
+    @property
+    def preset(self) -> str:
+        return self.stage.loaded.settings.name
+
     def reconfigure(self, settings: dict[str, Any]) -> None:
         """Called by Serve at the start and on every change of the settings, without a restart."""
         self.batches.configure(settings)

@@ -167,21 +167,33 @@ class TrunkVersions(Versions[TrunkReplica]):
 
     async def link(self, job: TrunkJob) -> TrunkReply:
         async with self.room.place():
-            version, replica = self.preferred(job.version)
-            return replace(await replica.link(job), version=version)
+            version, replica = self._chosen(job)
+            return _named(await replica.link(job), version, replica)
 
     async def link_streaming(self, job: TrunkJob) -> AsyncGenerator[str | TrunkReply, None]:
         async with self.room.place():
-            version, replica = self.preferred(job.version)
+            version, replica = self._chosen(job)
             async with aclosing(replica.link_streaming(job)) as pieces:
                 async for piece in pieces:
-                    yield replace(piece, version=version) if isinstance(piece, TrunkReply) else piece
+                    yield _named(piece, version, replica) if isinstance(piece, TrunkReply) else piece
+
+    def _chosen(self, job: TrunkJob) -> tuple[str, TrunkReplica]:
+        """The version that answers a job. Raises `UserError` if the request names one that is not held."""
+        version, replica = self.preferred(job.version)
+        if job.is_pinned and version != job.version:
+            message = f"version '{job.version}' of the model is not served any more; models: {replica.preset}"
+            raise UserError(message, "unknown_model", "model")
+        return version, replica
 
     async def image_size(self, image_id: str, version: str = "") -> Size | None:
         return await self.preferred(version)[1].image_size(image_id)
 
     async def info(self, version: str = "") -> dict[str, Any]:
         return await self.preferred(version)[1].info()
+
+
+def _named(reply: TrunkReply, version: str, replica: TrunkReplica) -> TrunkReply:
+    return replace(reply, version=version, model=f"{replica.preset}@{version}")
 
 
 class DecoderVersions(Versions[DecoderReplica]):

@@ -16,7 +16,7 @@ from lumen_ray.config import Settings
 from lumen_ray.errors import UserError
 from lumen_ray.wire import schemas
 from lumen_ray.wire.conversation import ChatMessage, Conversation, read_conversation
-from lumen_ray.wire.images import image_bytes
+from lumen_ray.wire.images import GivenImage, given_image
 from lumen_ray.wire.neutral import Neutral, refuse_others
 from lumen_ray.wire.requests import Asked
 from lumen_ray.wire.settings import MAX_NEW_TOKENS, Limits
@@ -249,14 +249,14 @@ def check_chat(chat: ChatRequest, takes_sampling: bool) -> None:
 def read_chat(
     chat: ChatRequest,
     limits: Limits,
-    read_image: Callable[[str, str], bytes] = image_bytes,
+    read_image: Callable[[str, str], GivenImage] = given_image,
     tools: ToolUse | None = None,
     places: Sequence[str] | None = None,
 ) -> Asked:
     """The conversation as a task about its images, several times if several answers are drawn. One that ends with the
     results of tools is answered by their text. Raises `UserError` for one that the model cannot read.
 
-    `read_image`: (URL, its place in the request) -> the encoded image; `tools`: by default those of `chat`; `places`:
+    `read_image`: (URL, its place in the request) -> the image; `tools`: by default those of `chat`; `places`:
     of the messages in the request.
     """
     if chat.choices > limits.max_choices:

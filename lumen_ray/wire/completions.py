@@ -91,7 +91,8 @@ def _call(call: ToolCall) -> dict[str, Any]:
 
 
 class Chunks:
-    """The events of a streamed response, as objects `chat.completion.chunk`. `model`: preset@version."""
+    """The events of a streamed response, as objects `chat.completion.chunk`. `model`: preset@version, until the last
+    events name the one that has answered."""
 
     ending = b"data: [DONE]\n\n"
 
@@ -114,6 +115,8 @@ class Chunks:
         """The events behind the last text: what is left of it, the calls of tools, the end, whose extension field
         `lumen` has the whole answer and `extra`, and the numbers of tokens if they were asked for."""
         reply = Reply.of(self._chat, answer, self._chat.tool_use)
+        self._head["model"] = extra["model"]
+        extra = without_model(extra)
         if rest := reply.unsent(self._sent):
             yield from self.text(rest)
         for index, call in enumerate(reply.calls):
@@ -129,6 +132,11 @@ class Chunks:
     def _chunk(self, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
         choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
         return {**self._head, "choices": [choice], **({"usage": None} if self._with_usage else {})}
+
+
+def without_model(extra: dict[str, Any]) -> dict[str, Any]:
+    """The response's fields that are in the extension field `lumen`."""
+    return {name: value for name, value in extra.items() if name != "model"}
 
 
 def _head(kind: str, model: str) -> dict[str, Any]:

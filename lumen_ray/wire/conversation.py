@@ -14,13 +14,13 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from lumen_ray.config import Settings
 from lumen_ray.errors import UserError
-from lumen_ray.wire.images import image_bytes
+from lumen_ray.wire.images import IMAGE_URL, GivenImage, given_image
 from lumen_ray.wire.neutral import Neutral, refuse_others
 from lumen_ray.wire.tools import UNUSED, as_read
 
 
 class ImageUrl(Settings):
-    url: str = Field(description="a data URL or base64; remote URLs are refused")
+    url: str = Field(description=IMAGE_URL)
     detail: Literal["auto", "low", "high", "original"] | None = Field(
         None, description=f"{UNUSED}: images have one input size"
     )
@@ -103,13 +103,13 @@ class ChatMessage(Settings):
 @dataclass(frozen=True)
 class Conversation:
     """`question`: the last user message; `history`: the earlier ones with their answers; `system`: the system text;
-    `images`: the encoded images, `image_turns` the number of the user message (from 0) that each is in, `places` where
+    `images`: the images, `image_turns` the number of the user message (from 0) that each is in, `places` where
     each is in the request; `result`: of a conversation that ends with results of tools, their texts."""
 
     question: str
     history: list[tuple[str, str]]
     system: str | None
-    images: list[bytes]
+    images: list[GivenImage]
     image_turns: list[int]
     places: list[str]
     result: str | None = None
@@ -118,11 +118,11 @@ class Conversation:
 def read_conversation(
     messages: Sequence[ChatMessage],
     max_images: int,
-    read_image: Callable[[str, str], bytes] = image_bytes,
+    read_image: Callable[[str, str], GivenImage] = given_image,
     places: Sequence[str] | None = None,
 ) -> Conversation:
     """The conversation of at least one message; raises `UserError` for one that the model cannot read, or with more
-    than `max_images` images. `read_image`: (URL, its place in the request) -> the encoded image; `places`: of the
+    than `max_images` images. `read_image`: (URL, its place in the request) -> the image; `places`: of the
     messages in the request."""
     placed = list(zip(places or [f"messages.{n}" for n in range(len(messages))], messages, strict=True))
     _check_order(placed)

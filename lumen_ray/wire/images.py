@@ -1,4 +1,4 @@
-"""Images and masks from HTTP bodies, checked before anything large is allocated; nothing is fetched."""
+"""Images and masks from HTTP bodies, checked before anything large is allocated; nothing is fetched here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from lumen_ray.errors import UserError
 
 T = TypeVar("T")
 
+#: an image of a request: its encoded bytes, or its web address, of which `serve.remote_images` makes them
+GivenImage = bytes | str
+#: describes the text that an image is given by
+IMAGE_URL = "a data URL, base64, or a web address of a host that the server's settings allow, by default none"
+
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_WEB = re.compile(r"^https?://", re.IGNORECASE)
 _DATA_URL = re.compile(r"^data:image/[\w.+-]+;base64,", re.IGNORECASE)
 
 
@@ -42,6 +48,17 @@ def image_bytes(text: str, field: str = "image") -> bytes:
         raise UserError(
             f"'{field}' is not valid base64; send the encoded file's bytes in base64", "invalid_base64"
         ) from None
+
+
+def given_image(text: str, field: str = "image") -> GivenImage:
+    """The web address (http, https) in a text, else as `image_bytes`."""
+    return web_address(text) or image_bytes(text, field)
+
+
+def web_address(text: str) -> str | None:
+    """The address if a text is one of http or https, else None."""
+    text = text.strip()
+    return text if _WEB.match(text) else None
 
 
 def check_sizes(encoded: Sequence[bytes], max_pixels: int, places: Sequence[str] = ()) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 import numpy as np
@@ -18,7 +18,7 @@ from lumen_ray.inference.sampling import GREEDY, Sampling
 from lumen_ray.structures import Region, SampleSettings, Size
 from lumen_ray.tasks import Task, get_task
 from lumen_ray.wire import schemas
-from lumen_ray.wire.images import check_sizes, checked_rle, decode_images, image_bytes
+from lumen_ray.wire.images import GivenImage, check_sizes, checked_rle, decode_images, image_bytes, web_address
 from lumen_ray.wire.limits import check_amount, check_lengths
 from lumen_ray.wire.settings import Defaults, Limits
 
@@ -65,7 +65,7 @@ def parse_request(
 ) -> Request:
     """The validated request about an image of `size` (height, width), with its limits. Raises `UserError`.
 
-    `example_images`: those of `decode_all`.
+    `example_images`: those of `decode_examples`.
     """
     taken = fields_of(get_task(task))
     for name in _OPTIONAL:
@@ -130,34 +130,31 @@ def _checked_examples(tasks: Sequence[tuple[str, schemas.TaskFields]], limits: L
     return examples
 
 
-def decode_examples(
-    tasks: Sequence[tuple[str, schemas.TaskFields]], limits: Limits, beside: Sequence[bytes], places: Sequence[str]
-) -> dict[str, np.ndarray]:
-    """The images of examples in a request by their texts. Raises `UserError`, also if they and the images `beside`
-    them, which are at `places`, have more than `limits.max_pixels` together."""
-    examples = _checked_examples(tasks, limits)
-    encoded = {text: image_bytes(text, place) for text, place in examples.items()}
-    all_places = [*(places or ["image"] * len(beside)), *examples.values()]
-    check_sizes([*beside, *encoded.values()], limits.max_pixels, all_places)
-    decoded = decode_images(list(encoded.values()), limits.max_pixels, list(examples.values()))
-    return {text: picture.pixels for text, picture in zip(encoded, decoded, strict=True)}
+def decode_examples(asked: Asked, limits: Limits) -> dict[str, np.ndarray]:
+    """The images of examples in a request by their texts. Raises `UserError`, also if they and the request's other
+    images have more than `limits.max_pixels` together."""
+    examples = _checked_examples(asked.tasks, limits)
+    beside, encoded = asked.encoded, _encoded(examples, asked.fetched)
+    check_sizes([*beside, *encoded], limits.max_pixels, [*asked.all_places, *examples.values()])
+    decoded = decode_images(encoded, limits.max_pixels, list(examples.values()))
+    return {text: picture.pixels for text, picture in zip(examples, decoded, strict=True)}
 
 
-def decode_all(
-    encoded: Sequence[bytes],
-    places: Sequence[str],
-    examples: Mapping[str, str],
-    max_pixels: int,
-    largest_side: int | None = None,
-) -> tuple[list[Picture], dict[str, np.ndarray]]:
-    """The images of a request and, by their texts, those of its examples (as of `example_texts`), which are decoded at
-    full scale: `max_pixels` bounds them together. `places`, `largest_side`: as of `decode_images`."""
+def _encoded(examples: Mapping[str, str], fetched: Mapping[str, bytes]) -> list[bytes]:
+    """The encoded images of examples. `fetched`: as of `Asked`."""
+    return [fetched.get(web_address(text) or "") or image_bytes(text, place) for text, place in examples.items()]
+
+
+def _decode_all(
+    asked: Asked, encoded: Sequence[bytes], limits: Limits, largest_side: int | None
+) -> tuple[list[Picture], Mapping[str, np.ndarray]]:
+    """The images of a request, of which `encoded` are not held, and by their texts those of its examples, which are
+    decoded at full scale: `limits.max_pixels` bounds them together. `largest_side`: as of `decode_images`."""
+    examples = _checked_examples(asked.tasks, limits) if asked.examples is None else {}
     if not examples:
-        return decode_images(encoded, max_pixels, places, largest_side), {}
-    encoded = [*encoded, *(image_bytes(text, place) for text, place in examples.items())]
-    places = [*(places or ["image"] * (len(encoded) - len(examples))), *examples.values()]
-    images = decode_images(encoded, max_pixels, places)
-    number = len(images) - len(examples)
+        return decode_images(encoded, limits.max_pixels, asked.places, largest_side), asked.examples or {}
+    number, places = len(encoded), [*asked.all_places[: len(encoded)], *examples.values()]
+    images = decode_images([*encoded, *_encoded(examples, asked.fetched)], limits.max_pixels, places)
     return images[:number], {text: i.pixels for text, i in zip(examples, images[number:], strict=True)}
 
 
@@ -199,15 +196,15 @@ def _region(prompt: schemas.RegionPrompt, size: Size) -> Region:
 
 @dataclass(frozen=True)
 class Asked:
-    """The tasks of a request, as (name, fields), about an encoded image, several, or text alone.
+    """The tasks of a request, as (name, fields), about an image, several, or text alone.
 
     `image_turns`: as of `Request`; `places`: as of `decode_images`; `copies`: how often a request body has all this
-    answered, for its limits; `examples`: the images of examples where they are decoded already, as of `decode_all`;
-    `routing`: of a chat; `top_log_probs`: as of `Sampling`; `text`: of a chat whose answer the request has already, the
-    answer, so that the model has no tasks.
+    answered, for its limits; `examples`: the images of examples where they are decoded already, as of
+    `decode_examples`; `routing`: of a chat; `top_log_probs`: as of `Sampling`; `text`: of a chat whose answer the
+    request has already, the answer, so that the model has no tasks; `fetched`: the encoded images of the `addresses`.
     """
 
-    encoded: Sequence[bytes]
+    images: Sequence[GivenImage]
     tasks: Sequence[tuple[str, schemas.TaskFields]]
     image_turns: tuple[int, ...] = ()
     places: Sequence[str] = ()
@@ -216,6 +213,28 @@ class Asked:
     routing: Routing = ANY_ROUTE
     top_log_probs: int = 0
     text: str | None = None
+    fetched: Mapping[str, bytes] = field(default_factory=dict)
+
+    @property
+    def encoded(self) -> list[bytes]:
+        """The encoded images, without those of examples, once those on the web are `fetched`."""
+        return [image if isinstance(image, bytes) else self.fetched[image] for image in self.images]
+
+    @property
+    def all_places(self) -> Sequence[str]:
+        """The places of all images, without those of examples."""
+        return self.places or ["image"] * len(self.images)
+
+    def addresses(self, limits: Limits) -> dict[str, str]:
+        """The web addresses of images and examples, and where each is in the request first. Raises `UserError` for too
+        many images of examples."""
+        examples = _checked_examples(self.tasks, limits) if self.examples is None else {}
+        placed = [*zip(self.images, self.all_places, strict=True), *examples.items()]
+        found: dict[str, str] = {}
+        for image, place in placed:
+            if isinstance(image, str) and (address := web_address(image)) is not None:
+                found.setdefault(address, place)
+        return found
 
     def completed(self, request: Request) -> Request:
         """The request for one of the tasks, with what all of them share."""
@@ -245,11 +264,8 @@ def prepare(
     it, so that it is not decoded and nothing is `shown`.
     """
     for task, _ in asked.tasks:
-        check_image(task, bool(asked.encoded) or held is not None)  # refused before the image is decoded
-    encoded = asked.encoded if held is None else ()
-    examples = _checked_examples(asked.tasks, limits) if asked.examples is None else {}
-    images, decoded = decode_all(encoded, asked.places, examples, limits.max_pixels, largest_side)
-    example_images = decoded if asked.examples is None else asked.examples
+        check_image(task, bool(asked.images) or held is not None)  # refused before the image is decoded
+    images, example_images = _decode_all(asked, asked.encoded if held is None else (), limits, largest_side)
     size = held or (images[0].size if images else (1, 1))
     parsed = [parse_request(task, fields, size, limits, defaults, example_images) for task, fields in asked.tasks]
     requests = [asked.completed(request) for request in parsed]

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from lumen_ray.answer import Answer, TokenUsage
-from lumen_ray.wire.completions import Reply, log_probs
+from lumen_ray.wire.completions import Reply, log_probs, without_model
 from lumen_ray.wire.responses import AskedResponse
 from lumen_ray.wire.tools import ToolCall, definition
 
 
 class ResponseEvents:
-    """The response to a request. `model`: preset@version."""
+    """The response to a request. `model`: preset@version, until the answer names the one that has given it."""
 
     ending = b""
 
@@ -28,6 +28,7 @@ class ResponseEvents:
 
     def response(self, answer: Answer, extra: dict[str, Any]) -> dict[str, Any]:
         """The whole response, whose extension field `lumen` has the whole answer and `extra`."""
+        self._model = extra["model"]
         reply = self._reply(answer)
         return self._whole(reply, answer, self._output(reply, answer), extra)
 
@@ -46,6 +47,7 @@ class ResponseEvents:
 
     def end(self, answer: Answer, extra: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """What is left of the text, its end, the calls of tools, and the whole response."""
+        self._model = extra["model"]
         reply = self._reply(answer)
         output = self._output(reply, answer)
         if output[0]["type"] == "message":
@@ -116,7 +118,7 @@ class ResponseEvents:
             "incomplete_details": {"reason": "max_output_tokens"} if is_cut else None,
             "output": output,
             "usage": _usage(answer.usage),
-            "lumen": reply.extension | extra,
+            "lumen": reply.extension | without_model(extra),
         }
 
     def _tool_choice(self) -> Any:

@@ -17,6 +17,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.wire import schemas
 from lumen_ray.wire.chat import NEEDS_SAMPLING, ChatRequest, TopLogProbs, check_chat
 from lumen_ray.wire.conversation import ChatMessage
+from lumen_ray.wire.images import IMAGE_URL
 from lumen_ray.wire.neutral import Neutral, refuse_others
 from lumen_ray.wire.settings import MAX_NEW_TOKENS
 from lumen_ray.wire.tools import UNUSED, Function, ToolUse, read_tools
@@ -31,7 +32,7 @@ class InputPart(Settings):
 
     type: Literal["input_text", "input_image", "output_text"]
     text: str | None = Field(None, description="of input_text and output_text")
-    image_url: str | None = Field(None, description="of input_image: a data URL or base64; remote URLs are refused")
+    image_url: str | None = Field(None, description=f"of input_image: {IMAGE_URL}")
     detail: Literal["auto", "low", "high", "original"] | None = Field(None, description=UNUSED)
     file_id: Annotated[Any, Neutral("files are not read; give 'image_url'")] = None
     annotations: Annotated[Any, Neutral("a text has no annotations", [])] = None

@@ -15,6 +15,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.exemplars import MOST_EXAMPLES
 from lumen_ray.structures import REGION_KINDS
 from lumen_ray.tasks import Needs, in_words
+from lumen_ray.wire.images import IMAGE_URL
 from lumen_ray.wire.settings import MAX_NEW_TOKENS
 
 _FRAME = "pixels of the image after EXIF rotation, x to the right, y down, origin at the top left corner"
@@ -50,7 +51,7 @@ class RegionPrompt(Settings):
     )
 
 
-_IMAGE_TEXT = "the encoded image (JPEG, PNG, WebP) in base64, or a data URL; remote URLs are refused"
+_IMAGE_TEXT = f"the encoded image (JPEG, PNG, WebP): {IMAGE_URL}"
 
 
 class ExampleBox(Settings):
@@ -250,7 +251,7 @@ class TaskResponse(TaskAnswer):
 
     model: str = Field(description="preset@version of the weights that answered")
     timing_ms: dict[str, float] = Field(
-        description="milliseconds: decode (of the image), model (queueing included), total"
+        description="milliseconds: fetch (of images on the web, if any), decode, model (queueing included), total"
     )
     image_id: str | None = Field(None, description="names the image in further requests, while the server holds it")
 
@@ -263,7 +264,7 @@ class InferResponse(BaseModel):
     answers: list[TaskAnswer]
     model: str = Field(description="preset@version of the weights that answered")
     timing_ms: dict[str, float] = Field(
-        description="milliseconds: decode (of the image), model (queueing included), total"
+        description="milliseconds: fetch (of images on the web, if any), decode, model (queueing included), total"
     )
     image_id: str | None = Field(None, description="names the image in further requests, while the server holds it")
 

@@ -13,6 +13,7 @@ import pytest
 from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.malformed import places, replaced, without
 from support.serve_fakes import FakeBackend, base64_png, png
 
 from lumen_ray.answer import encode_png
@@ -70,31 +71,6 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names | st.text(max_size=4), inner, max_size=3),
     max_leaves=6,
 )
-
-
-def places(body, path=()):
-    """The path of every value in a body."""
-    yield path
-    items = body.items() if isinstance(body, dict) else enumerate(body) if isinstance(body, list) else ()
-    for key, value in items:
-        yield from places(value, (*path, key))
-
-
-def replaced(body, path, value):
-    if not path:
-        return value
-    copy = dict(body) if isinstance(body, dict) else list(body)
-    copy[path[0]] = replaced(body[path[0]], path[1:], value)
-    return copy
-
-
-def without(body, path):
-    """The body without the key or the item at a path."""
-    parent = body
-    for key in path[:-1]:
-        parent = parent[key]
-    kept = {k: v for k, v in parent.items() if k != path[-1]} if isinstance(parent, dict) else parent[: path[-1]]
-    return replaced(body, path[:-1], kept)
 
 
 def assert_clean(response, key):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from fastapi.testclient import TestClient
 from prometheus_client.parser import text_string_to_metric_families
+from starlette.routing import Route
 from support.serve_fakes import FakeBackend, base64_png
 
 from lumen_ray.answer import TokenUsage
@@ -84,9 +85,11 @@ def test_requests_tasks_and_tokens_are_counted():
 
 def test_what_is_refused_early_counts_at_its_route():
     settings = ServeSettings(model="m", limits=Limits(max_body_bytes=1024))
-    refused = Change("lumen_ray_requests_total", method="POST", route="/v1/detect", status="413")
     client = TestClient(create_api(FakeBackend(), settings))
-    assert client.post("/v1/detect", content=2000 * "a").status_code == 413 and refused.now == 1
+    infer = "/v2/models/{name}/versions/{version}/infer"
+    for route, path in {"/v1/detect": "/v1/detect", infer: "/v2/models/nano/versions/3/infer", "other": "/x/y"}.items():
+        refused = Change("lumen_ray_requests_total", method="POST", route=route, status="413")
+        assert client.post(path, content=2000 * "a").status_code == 413 and refused.now == 1
 
 
 def test_errors_are_counted_by_reason_and_paths_nobody_serves_as_one():
@@ -175,5 +178,5 @@ def test_the_first_event_of_a_stream_is_timed(kind):
 
     timed = Change("lumen_ray_first_event_seconds_count", route="/v1/stream")
     scope = {"type": "http", "method": "POST", "path": "/v1/stream", "headers": []}
-    asyncio.run(Access(stream, lambda: {"/v1/stream"}, log=False)(scope, nothing, nothing))
+    asyncio.run(Access(stream, [Route("/v1/stream", nothing, methods=["POST"])], log=False)(scope, nothing, nothing))
     assert timed.now == (kind != b"application/json")

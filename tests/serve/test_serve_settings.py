@@ -76,6 +76,17 @@ def test_deployments_too_large_for_a_ray_are_refused():
         settings.check_room(["lumen"], {"CPU": 4, "GPU": 2})
 
 
+def test_more_replicas_than_the_machine_can_hold_are_refused():
+    """A local Ray is started with as many logical CPUs as they need."""
+    settings = validate(ServeSettings, {"model": "m", "trunk": {"num_replicas": 400}}, "test")
+    settings.check_memory(["lumen"], 402 * 200 << 20)
+    with pytest.raises(
+        UserError, match=r"402 replicas \(ingress 1, trunk 400, lumen 1\), more than the 24 GiB"
+    ) as error:
+        settings.check_memory(["lumen"], 24 << 30)
+    assert error.value.reason == "no_room"
+
+
 def test_what_is_given_replaces_the_files(tmp_path):
     path = tmp_path / "a.yaml"
     path.write_text("model: m\nhttp:\n")

@@ -71,6 +71,33 @@ def test_readiness_sends_nothing_to_a_decoder_that_may_sleep(monkeypatch):
     assert asyncio.run(ready()) == [both, {"scaled_to_zero": ["lumen"]}, both, {}]
 
 
+def test_a_trunk_is_woken_by_every_question(monkeypatch):
+    """Also by those before its pass: for the model's description, and for an image that it may hold."""
+    deployment = SimpleNamespace(replica_states={}, status="HEALTHY")
+    status = SimpleNamespace(applications={"lumen": SimpleNamespace(deployments={"Trunk": deployment})})
+    monkeypatch.setattr("lumen_ray.serve.ingress.serve.status", lambda: status)
+
+    async def answer(*_):
+        deployment.replica_states = {"RUNNING": 1}
+        return {}
+
+    method = SimpleNamespace(remote=answer)
+    trunk = SimpleNamespace(app_name="lumen", deployment_name="Trunk", info=method, image_size=method)
+    trunk.options = lambda session_id: trunk
+    settings = ServeSettings(model="m", trunk=ASLEEP["lumen"])
+
+    async def woken_by(ask):
+        deployment.replica_states = {}
+        backend, names = ServeBackend(trunk, {}, settings), []
+        woken.set(names)
+        await ask(backend)
+        await ask(backend)
+        return names
+
+    assert asyncio.run(woken_by(lambda backend: backend.info())) == ["trunk"]
+    assert asyncio.run(woken_by(lambda backend: backend.held_size("an image", ask=True))) == ["trunk"]
+
+
 def test_an_answer_names_what_it_has_woken(backend, settings):
     infer = backend.infer
 

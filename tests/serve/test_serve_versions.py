@@ -73,6 +73,21 @@ def test_a_trunk_that_does_not_hold_a_version_answers_with_its_newest(replicas):
     assert reply.version == trunk.newest
 
 
+def test_a_request_that_names_a_version_is_answered_by_no_other(replicas):
+    trunk, _ = replicas
+    named = dataclasses.replace(JOB, version=trunk.newest, is_pinned=True)
+    assert asyncio.run(trunk.link(named)).model == f"nano@{trunk.newest}"
+    gone = dataclasses.replace(named, version="gone")
+    for call in (trunk.link(gone), anext(trunk.link_streaming(gone))):
+        with pytest.raises(UserError, match="'gone' of the model is not served any more; models: nano") as caught:
+            asyncio.run(_awaited(call))
+        assert caught.value.reason == "unknown_model"
+
+
+async def _awaited(call):
+    return await call
+
+
 def test_an_unchanged_folder_is_not_loaded_again(replicas, monkeypatch):
     trunk, _ = replicas
     monkeypatch.setattr(trunk, "_load", None)

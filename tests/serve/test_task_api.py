@@ -119,6 +119,15 @@ def test_texts_are_greedy_by_default_and_drawn_anew_without_a_seed(client, backe
     assert len({asked.sampling.seed for _, (asked,), _ in backend.calls[-8:]}) == 8
 
 
+def test_a_form_without_an_image(client, backend):
+    """Where JSON may be without one too."""
+    for task, status in (("chat", 200), ("generate", 200), ("vqa", 400)):
+        response = client.post(f"/v1/{task}", data={"text": "a red circle"}, files={"seed": (None, "1")})
+        assert response.status_code == status, response.text
+    assert response.json()["error"]["reason"] == "missing_image"
+    assert [image for image, _, _ in backend.calls] == [None, None]
+
+
 def test_form_region_is_json(client, backend):
     data = {"region": json.dumps({"kind": "point", "points": [[3, 4]]})}
     assert client.post("/v1/region_caption", files={"image": png()}, data=data).status_code == 200
@@ -276,7 +285,8 @@ def test_oversized_body_is_stopped_whatever_the_header_says(client):
 
 def test_form_errors(client):
     for request, status, reason in [
-        ({"data": {"classes": "a"}, "files": {"other": b"x"}}, 400, "missing_image"),
+        ({"data": {"classes": "a"}, "files": {"other": b"x"}}, 400, "invalid_request"),
+        ({"data": {"classes": "a"}, "files": {"classes": png()}}, 400, "invalid_request"),
         ({"data": {"clases": "a"}, "files": {"image": png()}}, 400, "invalid_request"),
         ({"data": {"region": "{"}, "files": {"image": png()}}, 400, "invalid_json"),
         ({"content": b"hello", "headers": {"content-type": "text/plain"}}, 415, "unsupported_media_type"),

@@ -254,6 +254,7 @@ class BatchRunner:
                 choices = prepared.known or await self._backend.infer(
                     prepared.shown, prepared.requests, prepared.max_new_tokens
                 )
+                model = choices[0].model or model
                 await asyncio.to_thread(line.answer, choices, model)
                 job.state = job.state.with_facts(model=model)
                 return line
