@@ -132,7 +132,7 @@ def write_labels(folder, *, photos=None, shard=None, rows=records, images=IMAGES
 
 
 def write_sparse_labels(root, answers, tasks):
-    """A finished label folder and its photos below `root`: image k has instances of the tasks in ``answers[k]`` only."""
+    """A finished label folder and its photos below `root`; image k has instances of the tasks in ``answers[k]``."""
     images = [(f"{k}.png", (48, 64)) for k in range(len(answers))]
     empty = dict.fromkeys(("box", "mask", "keypoints", "keypoint_names", "phrase", "score"))
 
