@@ -35,7 +35,7 @@ def stopped_in_two_steps() -> Iterator[None]:
 
 def _first(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGINT, _second)
-    _tell("finishing the images in work; Ctrl-C again to stop at once")
+    _tell("stopping, which may take as long as the images in work; Ctrl-C again to stop at once")
     raise KeyboardInterrupt
 
 
