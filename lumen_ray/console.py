@@ -28,7 +28,7 @@ def class_names(text: str) -> list[str]:
     """The value of ``--classes``: names separated by commas, or the path of a file with one name a line.
 
     Empty lines of a file and those that begin with ``#`` are passed over. Raises `UserError` for a file that does not
-    exist; one name with a ``/`` is taken for a path, unless a comma follows it.
+    exist or names no class; one name with a ``/`` is taken for a path, unless a comma follows it.
     """
     path = Path(text)
     if not os.path.isfile(path):  # `Path.is_file` raises for a text longer than a file name may be
@@ -42,11 +42,15 @@ def class_names(text: str) -> list[str]:
         return comma_separated(text)
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        return [line for line in lines if line and not line.startswith("#")]
+        names = [line for line in lines if line and not line.startswith("#")]
     except (OSError, UnicodeDecodeError):
         raise UserError(
             f"class file '{text}' cannot be read; give a UTF-8 text file with one class a line", "invalid_classes"
         ) from None
+    if not names:
+        what = "holds only comments" if any(lines) else "is empty"
+        raise UserError(f"class file '{text}' {what}; write one class a line into it", "invalid_classes")
+    return names
 
 
 def texts_by_task(pairs: list[str]) -> dict[str, list[str]]:

@@ -23,8 +23,13 @@ class UserError(ValueError):
 
 
 def suggest(word: str, valid: Iterable[str]) -> str:
-    """`" did you mean 'detect'?"` if a valid word is similar, else the empty string."""
-    near = difflib.get_close_matches(word, list(valid), n=1, cutoff=0.6)
+    """`" did you mean 'detect'?"` if a valid word is similar, else the empty string. The name of a family, such as
+    ``yolo`` of ``yolo-detect`` and ``yolo-pose``, suggests all its words."""
+    valid = list(valid)
+    family = [name for name in valid if name.startswith(f"{word}-")]
+    if len(family) > 1:
+        return f" did you mean one of {', '.join(family)}?"
+    near = difflib.get_close_matches(word, valid, n=1, cutoff=0.6)
     return f" did you mean '{near[0]}'?" if near else ""
 
 

@@ -3,6 +3,7 @@
 import pytest
 
 from lumen_ray import console
+from lumen_ray.errors import UserError
 from lumen_ray.training_report import training_note
 
 
@@ -20,6 +21,14 @@ def test_a_class_file_may_have_comments(tmp_path):
     path.write_text("# shapes\nred circle\n\n  # more\nblue square # 2\n")
     assert console.class_names(str(path)) == ["red circle", "blue square # 2"]
     assert console.class_names("and/or,") == ["and/or"] and console.class_names("on/off, b") == ["on/off", "b"]
+
+
+@pytest.mark.parametrize(("text", "words"), [("", "is empty"), ("\n \n", "is empty"), ("# a\n", "holds only comments")])
+def test_a_class_file_without_a_class(tmp_path, text, words):
+    path = tmp_path / "classes.txt"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"classes.txt' {words}; write one class a line"):
+        console.class_names(str(path))
 
 
 @pytest.mark.parametrize("start", [0, 900])

@@ -23,6 +23,15 @@ SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif",
     ".avifs", ".jp2", ".j2k", ".jpc", ".jpf", ".jpx", ".j2c", ".ppm", ".pgm", ".pbm", ".pnm", ".pfm", ".ico", ".psd",
 )  # fmt: skip
+#: what a listing leaves out beside files of other suffixes, and how several of it are called
+PLURALS = {
+    "broken link": "broken links",
+    "link to a folder": "links to folders",
+    "folder of labels": "folders of labels",
+    "folder without permission": "folders without permission",
+    "name that is not UTF-8": "names that are not UTF-8",
+    "listed again": "listed again",
+}
 _HIDDEN_FOLDERS = ("__MACOSX",)
 
 
@@ -59,15 +68,21 @@ def split_pictures(names: Iterable[str]) -> tuple[list[str], Counter[str]]:
 
 
 def left_out_note(others: Counter[str], place: str = "") -> str:
-    """A sentence about the files that `split_pictures` left out, empty without any."""
+    """A sentence about what a listing left out, empty without any: files that are no pictures by suffix, as
+    `split_pictures` counts them, and other kinds by their name (see `PLURALS`)."""
     if not others:
         return ""
-    kinds = ", ".join(f"{suffix} {number}" for suffix, number in others.most_common(8))
-    rest = len(others) - 8
-    more = f" and {rest} more kinds" if rest > 0 else ""
+    kinds = [
+        f"{number} {PLURALS[kind] if number > 1 else kind}" for kind, number in others.most_common() if kind in PLURALS
+    ]
+    suffixes = [(suffix, number) for suffix, number in others.most_common() if suffix not in PLURALS]
+    if suffixes:
+        total, rest = sum(number for _, number in suffixes), len(suffixes) - 8
+        shown = ", ".join(f"{suffix} {number}" for suffix, number in suffixes[:8])
+        more = f" and {rest} more kinds" if rest > 0 else ""
+        kinds.append(f"{total} file{'s' * (total > 1)} not of a picture format that is read ({shown}{more})")
     where = f" in '{place}'" if place else ""
-    total = others.total()
-    return f"{total} file{'s' * (total > 1)}{where} left out, not of a picture format that is read: {kinds}{more}"
+    return f"left out{where}: {', '.join(kinds)}"
 
 
 def identity(name: str) -> str:

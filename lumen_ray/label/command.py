@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from lumen_ray import api
 from lumen_ray.console import bar, class_names, comma_separated, decoders_by_task, say, texts_by_task
 from lumen_ray.errors import UserError
 from lumen_ray.label.exporters.registry import DEFAULT_EXPORTS
+from lumen_ray.label.interrupts import stopped_in_two_steps
 from lumen_ray.label.output_command import export_parser, status_parser
 from lumen_ray.options import decoders_arg, device_arg, dtype_arg, exemplars_arg, model_arg, say_bundled
 from lumen_ray.presets import model_folder
@@ -166,7 +166,7 @@ def _answer_batch(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     as_json = args.progress == "json"
     if not as_json:
         say_bundled(args.model)
-    with _reported(as_json) as progress, _options_named(args):
+    with stopped_in_two_steps(), _reported(as_json) as progress, _options_named(args):
         summary = api.answer_batch(
             args.input_jsonl,
             args.output,
@@ -193,7 +193,6 @@ def _label(args: argparse.Namespace) -> int:
     if args.input is None:
         raise UserError("give the images to label, such as a folder, or --input-jsonl with a batch file", "usage")
     model_folder(args.model)
-    from lumen_ray.label.pipeline import labelled_line
     from lumen_ray.label.vocabulary import AUTO
     from lumen_ray.tasks import get_task
 
@@ -207,7 +206,7 @@ def _label(args: argparse.Namespace) -> int:
     as_json = args.progress == "json"
     if not as_json:
         say_bundled(args.model)
-    with _reported(as_json) as progress, _options_named(args):
+    with stopped_in_two_steps(), _reported(as_json) as progress, _options_named(args):
         summary = api.label(
             args.input,
             args.output,
@@ -239,6 +238,8 @@ def _label(args: argparse.Namespace) -> int:
     if as_json:
         print(json.dumps({"state": "finished", **summary}), flush=True)
     else:
+        from lumen_ray.label.pipeline import labelled_line
+
         say(labelled_line(summary, args.output))
     return EXIT_WITH_ERRORS if args.strict and summary["errors"] else 0
 
@@ -259,7 +260,10 @@ def _options_named(args: argparse.Namespace) -> Iterator[None]:
 def _reported(as_json: bool) -> Iterator[Callable[[Status], None]]:
     """What shows the progress of a job."""
     if as_json:
-        yield _json_lines()
+        from lumen_ray.label.progress_lines import ProgressLines
+
+        with ProgressLines() as lines:
+            yield lines.update
         return
     with bar("label") as shown:
 
@@ -271,20 +275,6 @@ def _reported(as_json: bool) -> Iterator[Callable[[Status], None]]:
             shown.update(status.done, total, ", ".join(facts))
 
         yield update
-
-
-def _json_lines() -> Callable[[Status], None]:
-    """Prints the progress as a line of JSON, at most one every second."""
-    printed = 0.0
-
-    def update(status: Status) -> None:
-        nonlocal printed
-        now = time.monotonic()
-        if now - printed >= 1 or (status.is_listed and status.done == status.total):
-            printed = now
-            print(json.dumps({"state": "running", **status.facts()}), flush=True)
-
-    return update
 
 
 def actor_numbers(text: str) -> int | range | None:

@@ -315,12 +315,14 @@ def open_finished(output: urls.Location, of_images: bool = True) -> Ledger:
         )
     if settings is None and files.is_dir(ledger.folder):
         raise UserError(
-            f"the job in '{urls.shown(output)}' was only just begun and has labelled nothing; run its command again",
+            f"the job in '{urls.shown(output)}' was only just begun and has labelled nothing yet; wait for it if it is "
+            "still starting, else run its command again",
             "not_labelled",
         )
     if settings is None and not files.exists(output):
         raise UserError(
-            f"'{urls.shown(output)}' does not exist; a job that was stopped before it began has no output folder yet",
+            f"'{urls.shown(output)}' does not exist; a job that is still starting, or was stopped before it began, "
+            "has no output folder yet",
             "not_labelled",
         )
     if settings is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ class Status:
 
     `fragments`: those done of `num_fragments`, which is None while the input is being listed. `seconds` and
     `busy_seconds`: of the workers of this run together, as in `Outcome`. `spent`: of all runs; None: not counted.
+    `started`, `began`: by `time.monotonic`, when the run started, and when its first worker was ready, as its first
+    result tells.
     """
 
     total: int
@@ -39,11 +42,14 @@ class Status:
     busy_seconds: float = 0.0
     spent: Spent | None = None
     counted: str = "images"
+    began: float | None = None
 
     @property
     def rate(self) -> float:
-        """Images per second of this run."""
-        return (self.done - self.finished_before) / max(time.monotonic() - self.started, 1e-9)
+        """Images per second since the first worker was ready, 0 before the first result."""
+        if self.began is None:
+            return 0.0
+        return (self.done - self.finished_before) / max(time.monotonic() - self.began, 1e-9)
 
     @property
     def model_busy(self) -> float | None:
@@ -51,7 +57,9 @@ class Status:
         return min(1.0, self.busy_seconds / self.seconds) if self.seconds > 0 else None
 
     def add(self, outcome: Outcome) -> None:
-        """Counts what a worker has done."""
+        """Counts what a worker has just done."""
+        ready = time.monotonic() - outcome.seconds
+        self.began = ready if self.began is None else min(self.began, ready)
         self.done += outcome.done
         self.errors += outcome.errors
         self.copied += outcome.copied
@@ -121,12 +129,13 @@ class ErrorLimit:
         text = str(given).strip()
         try:
             value = float(text.removesuffix("%"))
-            if value < 0 or value != value:
+            if not 0 <= value <= (100 if text.endswith("%") else math.inf):
                 raise ValueError
             return cls(text, share=value / 100) if text.endswith("%") else cls(text, most=int(text))
         except ValueError:
             raise UserError(
-                f"max_errors is '{given}'; give a number such as 50, or a share such as 5%", "invalid_setting"
+                f"max_errors is '{given}'; give a number such as 50, or a share up to 100% such as 5%",
+                "invalid_setting",
             ) from None
 
     def check(self, status: Status) -> None:

@@ -6,8 +6,10 @@ import contextlib
 import math
 import os
 import pickle
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from typing import Any
 
 from lumen_ray.errors import UserError
@@ -110,6 +112,9 @@ def _label_on_ray(work: Work, settings: WorkerSettings, pool: Pool) -> Iterator[
     if number is None:
         number = default_actors(settings.device, available, work.plan.num_images(), work.plan.is_complete)
     settings, (num_cpus, num_gpus) = actor_resources(settings, number, available)
+    number = for_tasks(number, work)
+    # an input that is still being listed may turn out to have fewer tasks than the pool has actors
+    warnings.filterwarnings("ignore", "The minimum number of concurrent actors for")
     if pool.dedup:
         settings = replace(settings, index=RemoteIndex.start(settings.output))
     with _data_context(ray.data.DataContext.get_current()):
@@ -155,6 +160,14 @@ def default_actors(device: str | None, available: Mapping[str, float], images: i
     most = max(1, gpus or min(cores, _MOST_CPU_ACTORS))
     number = min(most, max(1, math.ceil(images / _IMAGES_PER_ACTOR))) if is_all else most
     return range(number if _local_cores() else 1, number + 1)
+
+
+def for_tasks(number: range, work: Work) -> range:
+    """`number` of actors, without those for which a listed input has no task: each would load a model for nothing."""
+    if work.listing is not None:
+        return number
+    tasks = max(1, sum(1 for _ in islice(work.tasks(), number[-1])))
+    return range(min(number[0], tasks), min(number[-1], tasks) + 1)
 
 
 def _local_cores() -> int | None:

@@ -112,7 +112,7 @@ def choose_for_review(labels: Labels, budget: int) -> list[Choice]:
     - ``unsure``: the mean entropy, in bits, of the three scores nearest to a half;
     - ``rare``, by a half: that of its rarest class, 1 - log(1 + images with it) / log(1 + images with the commonest);
     - ``disagree``, by a half: the share of a class's instances that one task finds and another does not, of tasks that
-      find the class in any image;
+      find the class in any image; of ``semantic``, with one mask for all instances, whether it finds any;
     - ``disputed``, by a half: the most, of its instances, of score x (1 - agreement with a second decoder), which is
       high where only the first decoder is sure (`label --agree-with`);
     - ``doubted``, by a half: the largest difference between an instance's score and the probability that the LLM gives
@@ -156,8 +156,9 @@ def _reasons(image: LabelledImage, asked: Mapping[str, set[str]], rarity: dict[s
     counts = {task: Counter(record["phrase"] for record in some) for task, some in found.items()}
     differences = []
     for phrase in {record["phrase"] for record in records}:
-        of_tasks = [counts[task][phrase] for task, known in asked.items() if phrase in known]
-        differences.append((max(of_tasks) - min(of_tasks)) / max(of_tasks))
+        differences.append(
+            _disagreement({task: counts[task][phrase] for task, known in asked.items() if phrase in known})
+        )
     reasons = {
         "unsure": sum(entropies) / len(entropies) if entropies else 0.0,
         "rare": 0.5 * max((rarity[record["phrase"]] for record in records), default=0.0),
@@ -168,6 +169,14 @@ def _reasons(image: LabelledImage, asked: Mapping[str, set[str]], rarity: dict[s
         "empty": 0.0 if records else 0.3,
     }
     return {reason: value for reason, value in reasons.items() if value > 0}
+
+
+def _disagreement(found: Mapping[str, int]) -> float:
+    """The share of a class's instances that some tasks find and others do not. found: task -> instances."""
+    if not all(found.values()):
+        return 1.0
+    numbers = [number for task, number in found.items() if task != "semantic"]
+    return (max(numbers) - min(numbers)) / max(numbers) if numbers else 0.0
 
 
 def _has(record: Record, column: str) -> bool:

@@ -27,13 +27,20 @@ def test_hidden_files_are_neither_listed_nor_counted(tmp_path):
     assert found == ["a.JPG", "sub/b.avif"]
     assert others == {".heic": 1, ".txt": 1}
     note = pictures.left_out_note(others, "photos")
-    assert note == "2 files in 'photos' left out, not of a picture format that is read: .heic 1, .txt 1"
+    assert note == "left out in 'photos': 2 files not of a picture format that is read (.heic 1, .txt 1)"
     assert pictures.left_out_note(Counter()) == ""
 
 
 def test_a_note_names_the_most_frequent_suffixes():
     others = Counter({f".{n}": n for n in range(1, 12)})
-    assert pictures.left_out_note(others).endswith(".5 5, .4 4 and 3 more kinds")
+    assert pictures.left_out_note(others).endswith(".5 5, .4 4 and 3 more kinds)")
+
+
+def test_a_note_names_what_is_left_out_for_another_reason():
+    assert pictures.left_out_note(Counter({"listed again": 1})) == "left out: 1 listed again"
+    others = Counter({".txt": 1, "broken link": 2, "link to a folder": 1})
+    found = pictures.left_out_note(others)
+    assert found == "left out: 2 broken links, 1 link to a folder, 1 file not of a picture format that is read (.txt 1)"
 
 
 def test_images_are_found_by_bare_name_too(tmp_path):

@@ -89,6 +89,7 @@ def test_what_is_refused(folder, tmp_path, capsys):
     assert "no format is given" in fails(capsys, folder, "--format", ",")
     message = fails(capsys, folder, "--format", "yolo-pose", "--tasks", "pose,detect")
     assert "'yolo-pose' cannot hold the answers of detect, only those of pose" in message and "coco" in message
+    assert not {"report", "review", "duplicates", "gallery"} & set(message.rpartition(": ")[2].strip().split(", "))
     assert "task 'ground' is not among the labels" in fails(capsys, folder, "--format", "coco", "--tasks", "ground")
     assert "unknown task 'poes'" in fails(capsys, folder, "--format", "coco", "--tasks", "poes")
     assert "give 1 or more" in fails(capsys, folder, "--format", "coco", "--max-images-per-file", "0")
@@ -216,6 +217,8 @@ def test_tasks_of_a_run_are_checked_before_it_starts(tmp_path):
 
     with pytest.raises(UserError, match="cannot hold the answers of caption, only those of pose"):
         label(lambda: None, "nowhere", tmp_path / "out", tasks=["caption"], exports=["yolo-pose"])
-    with pytest.raises(UserError, match="unknown format 'yolo'; did you mean"):
+    with pytest.raises(
+        UserError, match="unknown format 'yolo'; did you mean one of yolo-detect, yolo-pose, yolo-segment"
+    ):
         label(lambda: None, "nowhere", tmp_path / "out", tasks=["caption"], exports=["yolo"])
     assert registry.choose_tasks("voc", ["detect", "caption"]) == ("detect",)

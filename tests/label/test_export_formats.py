@@ -316,6 +316,31 @@ def test_webdataset(exported):
         check_columns(json.loads(sample["json"]), image_id, size)
 
 
+def order_of_samples(folder):
+    """The keys in each tar of four, and the note of the export."""
+    written = export_labels(folder, ["webdataset"], max_images_per_file=4)["webdataset"]
+    keys = []
+    for path in sorted((folder / "webdataset").glob("*.tar")):
+        with tarfile.open(path) as tar:
+            keys.append([name.partition(".")[0] for name in tar.getnames() if name.endswith(".json")])
+    return keys, written.get("note", "")
+
+
+def test_webdataset_begins_with_samples_that_fill_every_list(tmp_path):
+    answers = [*[()] * 7, ("detect",), ("segment",)]
+    keys, note = order_of_samples(made.write_sparse_labels(tmp_path, answers, ("detect", "segment")))
+    # `segment` fills one list more: its masks
+    assert keys == [["7", "8", "0", "1"], ["2", "3", "4", "5"], ["6"]] and not note
+
+
+def test_webdataset_says_which_lists_no_five_samples_fill(tmp_path, monkeypatch):
+    monkeypatch.setattr("lumen_ray.label.exporters.webdataset.TYPED_BY", 1)
+    folder = made.write_sparse_labels(tmp_path, [(), ("detect",), ("segment",)], ("detect", "segment", "pose"))
+    keys, note = order_of_samples(folder)
+    assert keys == [["2", "0", "1"]]
+    assert "detect.bbox" in note and "features=" in note and "pose" not in note, "pose found nothing at all"
+
+
 def test_imagefolder(exported):
     folder = exported / "imagefolder"
     lines = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]

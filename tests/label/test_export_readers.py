@@ -128,6 +128,21 @@ def test_datasets(root, tmp_path):
     assert len(samples) == 5
 
 
+def test_datasets_after_empty_samples(tmp_path):
+    """Neither library minds samples without instances in front, in more than the first tar's first five."""
+    datasets = pytest.importorskip("datasets")
+    answers = [*[()] * 7, ("detect",), ("segment",)]
+    folder = made.write_sparse_labels(tmp_path, answers, ("detect", "segment"))
+    export_labels(folder, ["imagefolder", "webdataset"])
+    for name in ("imagefolder", "webdataset"):
+        rows = datasets.load_dataset(
+            name, data_dir=str(folder / name), split="train", cache_dir=str(tmp_path / "cache")
+        )
+        rows = [row.get("json") or row for row in rows]
+        found = {row["image_id"]: [len(row[task]["bbox"]) for task in ("detect", "segment")] for row in rows}
+        assert len(found) == 9 and found["7.png"] == [2, 0] and found["8.png"] == [0, 2] and found["0.png"] == [0, 0]
+
+
 @pytest.mark.parametrize(
     ("task", "kind"), [("detect", "detections"), ("segment", "segmentations"), ("pose", "keypoints")]
 )

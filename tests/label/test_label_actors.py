@@ -1,12 +1,14 @@
 """The resources that model actors reserve, and their devices."""
 
+from types import SimpleNamespace
+
 import pytest
 from support.label_fakes import FakeEngine
 
 from lumen_ray.errors import UserError
 from lumen_ray.label.pipeline import label
 from lumen_ray.label.plan import Plan
-from lumen_ray.label.runs import Pool, Work, actor_resources, default_actors
+from lumen_ray.label.runs import Pool, Work, actor_resources, default_actors, for_tasks
 from lumen_ray.label.workers import Labeller, WorkerSettings
 
 GPU, CPU = (0, 1), (1, 0)  # (CPUs, GPUs)
@@ -112,3 +114,18 @@ def test_several_actors_share_a_gpu(monkeypatch):
 def test_a_share_of_no_gpu_or_of_several_is_refused(tmp_path, share):
     with pytest.raises(UserError, match="give a share of a GPU from 0.01 to 1"):
         label(FakeEngine, tmp_path, tmp_path / "out", tasks=["detect"], classes=["a"], gpus_per_actor=share)
+
+
+@pytest.mark.parametrize(
+    ("asked", "fragments", "is_listed", "pool"),
+    [
+        (range(2, 3), 1, True, range(1, 2)),
+        (range(2, 3), 5, True, range(2, 3)),
+        (range(1, 33), 3, True, range(1, 4)),
+        (range(2, 3), 1, False, range(2, 3)),
+    ],
+)
+def test_no_more_actors_than_tasks(asked, fragments, is_listed, pool):
+    plan = SimpleNamespace(fragments=lambda listing: (SimpleNamespace(index=k) for k in range(fragments + 1)))
+    work = Work(plan, {0}, None if is_listed else "a listing")
+    assert for_tasks(asked, work) == pool

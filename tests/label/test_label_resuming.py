@@ -66,9 +66,9 @@ def test_an_interrupted_refresh_goes_on_without_being_asked_for(tmp_path, monkey
 
 def test_a_job_that_was_only_just_begun_is_one(tmp_path):
     (tmp_path / "out" / "ledger").mkdir(parents=True)
-    with pytest.raises(UserError, match="was only just begun and has labelled nothing; run its command again"):
+    with pytest.raises(UserError, match="wait for it if it is still starting, else run its command again"):
         label_status(tmp_path / "out")
-    with pytest.raises(UserError, match="does not exist; a job that was stopped before it began has no output"):
+    with pytest.raises(UserError, match="a job that is still starting, or was stopped before it began, has no output"):
         label_status(tmp_path / "none")
 
 
@@ -140,8 +140,8 @@ def test_a_limit_of_errors_holds_until_it_is_raised(tmp_path):
     assert label(FakeEngine, photos, tmp_path / "out", max_errors="50%", **OPTIONS)["errors"] == 1
     with pytest.raises(UserError, match="limit of 5%"):
         label(FakeEngine, photos, tmp_path / "out", max_errors="5%", **OPTIONS)
-    for wrong in ("many", "-1", "3x%", "nan"):
-        with pytest.raises(UserError, match="give a number such as 50"):
+    for wrong in ("many", "-1", "3x%", "nan", "150%", "inf%"):
+        with pytest.raises(UserError, match="give a number such as 50, or a share up to 100%"):
             label(FakeEngine, photos, tmp_path / "out", max_errors=wrong, **OPTIONS)
 
 
@@ -212,7 +212,9 @@ def test_exit_status_and_json_progress(tmp_path, capsys):
     argv = ["label", str(photos), "--output", str(tmp_path / "out"), "--actors", "0", "--export", "none"]
     assert cli.main([*argv, "--progress", "json"]) == 0
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert lines[0]["state"] == "running" and lines[-1]["state"] == "finished" and lines[-1]["errors"] == 1
+    assert lines[0].keys() == {"state", "seconds"} and lines[0]["state"] == "starting"
+    assert lines[-1]["state"] == "finished" and lines[-1]["errors"] == 1
+    assert lines[-2]["state"] == "finishing" and lines[-2]["done"] == 3
     assert cli.main([*argv, "--strict"]) == 3
     for wrong in ("x", "3:1", "1:", "0:4"):
         assert cli.main(["label", str(photos), "--output", str(tmp_path / "o"), "--actors", wrong]) == 2

@@ -1,13 +1,16 @@
 """The numbers of a job on its way: errors, cost over several runs, and the share of time of the model."""
 
 import json
+import queue
 import time
+from types import SimpleNamespace
 
 import pytest
 from support.label_fakes import FakeEngine, slow_engine, write_images
 
 from lumen_ray import cli
 from lumen_ray.errors import UserError
+from lumen_ray.label import progress, progress_lines
 from lumen_ray.label import spent as spending
 from lumen_ray.label.ledger import Ledger
 from lumen_ray.label.pipeline import label
@@ -82,6 +85,44 @@ def test_the_share_of_the_model_is_that_of_all_outcomes():
     facts = status.facts()
     assert (facts["model_busy"], facts["fragments_left"], facts["copied"]) == (0.5, 7, 3)
     assert status.notes() == ["3 copied", "model busy 50%"]
+
+
+def test_the_time_until_a_worker_is_ready_is_no_labelling_time(monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    status = Status(132, done=32, finished_before=32)
+    now[0] += 300  # models load
+    assert (status.rate, status.facts()["seconds_left"]) == (0.0, None)
+    status.add(Outcome(done=20, seconds=10.0))
+    assert (status.rate, status.facts()["seconds_left"]) == (2.0, 40)
+    now[0] += 10
+    status.add(Outcome(done=60, seconds=15.0))  # of a worker that was ready later
+    assert (status.rate, status.facts()["seconds_left"]) == (4.0, 5)
+
+
+def test_lines_of_json_come_every_second_also_before_the_first_result(monkeypatch):
+    lines = queue.Queue()
+    monkeypatch.setattr(progress_lines, "EVERY_S", 0.001)
+    monkeypatch.setattr(progress_lines.sys, "stdout", SimpleNamespace(write=lines.put, flush=lambda: None))
+
+    def state():
+        """Of the next line that has another one."""
+        while (found := json.loads(lines.get(timeout=60))["state"]) == seen[-1]:
+            pass
+        return found
+
+    seen = [""]
+    status = Status(10, is_listed=False)
+    with progress_lines.ProgressLines() as shown:
+        assert [json.loads(lines.get(timeout=60))["state"] for _ in range(3)] == ["starting"] * 3
+        seen.append("starting")
+        shown.update(status)
+        seen.append(state())
+        status.is_listed = True
+        seen.append(state())
+        status.done = 10
+        seen.append(state())
+    assert seen[2:] == ["listing", "labelling", "finishing"]
 
 
 def test_a_slow_model_is_busy_and_a_slow_disk_is_not(tmp_path, monkeypatch):

@@ -85,6 +85,20 @@ def test_the_image_most_worth_a_look(tmp_path, images, best, reason):
     assert [c.score for c in rest] == sorted((c.score for c in rest), reverse=True) and len(rest) == len(images) - 1
 
 
+def test_one_mask_for_a_class_agrees_with_any_number_of_its_objects(tmp_path):
+    sure = [("cat", 0.999)]
+    images = {
+        "a.png": {"detect": sure * 3, "segment": sure * 3, "semantic": sure},
+        "b.png": {"detect": sure * 2, "segment": sure, "semantic": sure},
+        "c.png": {"detect": sure, "segment": sure},
+    }
+    labels = open_labels(write(tmp_path, images, ("detect", "segment", "semantic")))
+    found = {choice.image_id: choice.reasons.get("disagree", 0.0) for choice in choose_for_review(labels, 3)}
+    assert found == {"a.png": 0.0, "b.png": pytest.approx(0.25), "c.png": 0.5}
+    labels = open_labels(write(tmp_path / "alone", {"a.png": {"semantic": sure}}, ("semantic",)))
+    assert "disagree" not in choose_for_review(labels, 1)[0].reasons
+
+
 def test_tasks_that_disagree(tmp_path):
     sure = [("cat", 0.999)]
     images = {"a.png": {"detect": sure, "segment": sure}, "b.png": {"detect": sure * 2, "segment": sure}}

@@ -78,9 +78,9 @@ def pixels(index, size):
     return np.random.default_rng(index).integers(0, 255, (*size, 3), dtype=np.uint8)
 
 
-def write_photos(folder):
+def write_photos(folder, images=IMAGES):
     """The image files; ``b/frame.001.jpg`` is stored turned, with an EXIF orientation that makes it upright."""
-    for index, (name, size) in enumerate(IMAGES):
+    for index, (name, size) in enumerate(images):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray(pixels(index, size))
@@ -129,3 +129,16 @@ def write_labels(folder, *, photos=None, shard=None, rows=records, images=IMAGES
                 found += rows(item.image_id, item.path, sizes[item.image_id])
         ledger.publish(fragment.index, len(fragment.items), found, errors)
     return folder
+
+
+def write_sparse_labels(root, answers, tasks):
+    """A finished label folder and its photos below `root`; image k has instances of the tasks in ``answers[k]``."""
+    images = [(f"{k}.png", (48, 64)) for k in range(len(answers))]
+    empty = dict.fromkeys(("box", "mask", "keypoints", "keypoint_names", "phrase", "score"))
+
+    def rows(image_id, path, size):
+        found = answers[int(image_id.removesuffix(".png"))]
+        rows = records_without_hashes(image_id, path, size)
+        return [row if row["task"] in found else row | empty for row in rows if row["task"] in tasks]
+
+    return write_labels(root / "labels", photos=write_photos(root / "photos", images), images=images, rows=rows)

@@ -20,11 +20,13 @@ _PACKAGE = "lumen_ray.label.exporters"
 
 @dataclass(frozen=True)
 class Format:
-    """`summary`: one line for the help; `target`: ``"module:Class"`` below this package, imported on first use."""
+    """`summary`: one line for the help; `target`: ``"module:Class"`` below this package, imported on first use;
+    `is_overview`: pages and lists about the labels, not the labels in the format of a tool."""
 
     name: str
     summary: str
     target: str
+    is_overview: bool = False
 
     def load(self) -> Exporter:
         """The exporter."""
@@ -41,14 +43,29 @@ EXPORTERS: dict[str, Format] = {
         Format("csv", "one CSV row per instance or text", "csv_table:CsvTable"),
         Format("cvat", "CVAT for images 1.1: boxes, masks, points and tags in one XML", "cvat:Cvat"),
         Format("datumaro", "Datumaro JSON and images", "datumaro:Datumaro"),
-        Format("duplicates", "CSV of groups of exact and near duplicates", "duplicates:Duplicates"),
+        Format("duplicates", "CSV of groups of exact and near duplicates", "duplicates:Duplicates", is_overview=True),
         Format("fiftyone", "folders for FiftyOne's COCODetectionDataset importer", "fiftyone:FiftyOne"),
-        Format("gallery", "HTML page over any number of images, with filters and orders", "gallery_page:Gallery"),
+        Format(
+            "gallery",
+            "HTML page over any number of images, with filters and orders",
+            "gallery_page:Gallery",
+            is_overview=True,
+        ),
         Format("imagefolder", "Hugging Face imagefolder: images and metadata.jsonl", "imagefolder:ImageFolder"),
         Format("labelme", "labelme JSON beside each image", "labelme:Labelme"),
         Format("labelstudio", "Label Studio predictions and labelling configuration", "labelstudio:LabelStudio"),
-        Format("report", "one HTML page: class balance, scores, empty and crowded images, errors", "report:Report"),
-        Format("review", "the images most worth a look, for Label Studio and as a gallery", "review:Review"),
+        Format(
+            "report",
+            "one HTML page: class balance, scores, empty and crowded images, errors",
+            "report:Report",
+            is_overview=True,
+        ),
+        Format(
+            "review",
+            "the images most worth a look, for Label Studio and as a gallery",
+            "review:Review",
+            is_overview=True,
+        ),
         Format("voc", "Pascal VOC: XML and image per image, boxes only", "voc:Voc"),
         Format("webdataset", "WebDataset tars: image and JSON per sample", "webdataset:WebDataset"),
         Format("yolo-detect", "ultralytics folders of boxes", "yolo:YoloDetect"),
@@ -85,7 +102,12 @@ def choose_tasks(name: str, labelled: Sequence[str], wanted: Sequence[str] | Non
     refused = [task for task in wanted or (() if held else labelled) if task not in held]
     if refused:
         can = ", ".join(task.name for task in TASKS.values() if task.result != "image" and exporter.holds(task))
-        others = [n for n, form in EXPORTERS.items() if all(form.load().holds(get_task(task)) for task in refused)]
+        others = [
+            form.name
+            for form in EXPORTERS.values()
+            if (EXPORTERS[name].is_overview or not form.is_overview)
+            and all(form.load().holds(get_task(task)) for task in refused)
+        ]
         raise UserError(
             f"format '{name}' cannot hold the answers of {', '.join(refused)}, only those of {can}; formats that can: "
             f"{', '.join(others)}",

@@ -281,7 +281,7 @@ def test_files_that_are_left_out_are_named(tmp_path):
     rows, rejected, _, notes = listed(tmp_path, contents)
     assert rejected == [] and set(rows) == {"0.jpg", "1.jpg", "2.jpg", "4.jfif"}
     assert notes == [
-        "1 file in 'train' left out, not of a picture format that is read: .heic 1",
+        "left out in 'train': 1 file not of a picture format that is read (.heic 1)",
         "1 label files belong to no image that is read: '3.txt'",
     ]
 
