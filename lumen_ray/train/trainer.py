@@ -33,6 +33,7 @@ from lumen_ray.train.run import checkpoint
 from lumen_ray.train.run.failures import DivergedError, explained, find_module, resumption, where
 from lumen_ray.train.run.start import StartPoint
 from lumen_ray.trunk.batch import TrainingBatch
+from lumen_ray.trunk.kept import KeptOutputs
 
 
 @dataclass
@@ -127,6 +128,10 @@ class Trainer:
     def _stage(self, stage: Stage, batches: Iterator[TrainingBatch], start: int) -> None:
         set_trainable(self.model, stage)
         self.model.train()
+        self.model.trunk.kept = None
+        if stage.cache_trunk:
+            self.model.trunk.eval()  # what dropout draws would be kept too
+            self.model.trunk.kept = KeptOutputs(stage.cache_trunk << 20, partial(parallel.any_rank, self.device))
         optimizer = build_optimizer(self.model, stage)
         self.row_mask = RowMask(self.model)
         if start:
