@@ -24,6 +24,11 @@ class DinoSettings(DecoderSettings):
         default_factory=dict, description="keys of transformers.SwinConfig; defaults are Swin-T's"
     )
     hidden_size: int = Field(256, gt=0, multiple_of=32, description="width of the transformer; GroupNorm has 32 groups")
+    wide_links: bool = Field(
+        False,
+        description="links have the model's link_channels instead of hidden_size; a new link head then starts as a "
+        "copy of that of a trained decoder of the model, whose links tell its classes apart",
+    )
     num_heads: int = Field(
         8, gt=0, multiple_of=2, description="attention heads; fusion and link self-attention have half as many"
     )
@@ -67,7 +72,7 @@ class DinoSettings(DecoderSettings):
         return 32 if self.features == "trunk" else 1  # the maps halve dense features down to stride 32
 
     def link_width(self, link_channels: int) -> int:
-        return self.hidden_size
+        return link_channels if self.wide_links else self.hidden_size
 
     def weight_semantics(self) -> dict[str, Any]:
         return {"num_heads": self.num_heads, "inverse_sigmoid_eps": self.inverse_sigmoid_eps}

@@ -129,7 +129,7 @@ class DensePyramid(nn.Module):
         maps = [dense]
         for block in self.down:
             maps.append(block(maps[-1]))
-        return BackboneOutput(feature_maps=tuple(maps))
+        return BackboneOutput(feature_maps=cast(Any, tuple(maps)))  # the library annotates a tuple of one
 
 
 class DinoTrunk(nn.Module):
