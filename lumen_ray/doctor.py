@@ -160,7 +160,7 @@ def _inputs(settings: ModelSettings) -> Iterator[Finding]:
     for name in settings.decoder_names:
         if (rule := settings.input_rules.get(name)) is not None:
             yield Finding("note", f"{name}: {rule}")
-        elif DECODERS[name].reads == "pixels":
+        elif settings.sections[name].source(DECODERS[name].reads) == "pixels":
             yield Finding("note", f"{name}: as the trunk; '{name}: {{input_size: [800, 1333]}}' for the published size")
 
 

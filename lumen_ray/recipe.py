@@ -256,6 +256,12 @@ class Stage(Settings):
     final_lr: float = Field(0.02, ge=0, description="learning rate at the end, relative to `lr`")
     weight_decay: float = Field(0.05, ge=0)
     grad_clip: float = Field(1.0, gt=0, description="maximum norm of the gradient")
+    cache_trunk: int = Field(
+        0,
+        ge=0,
+        description="MiB per worker in which a stage that trains link_heads and decoders alone keeps what they read of "
+        "the trunk, instead of computing it in every step; 0: off",
+    )
     accumulate: int = Field(1, gt=0, description="micro-steps that a step's batch is split into, to save memory")
     loss_weights: dict[str, float] = Field({}, description=f"factors on losses: {', '.join(LOSSES)}")
     augment: AugmentSettings = AugmentSettings()

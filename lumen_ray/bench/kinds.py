@@ -134,6 +134,12 @@ def _variants(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
     return variants.bench(args.preset, args.decoders, **_set(given))
 
 
+def _frozen_trunk(args: argparse.Namespace, folder: Path) -> Iterator[Result]:
+    from lumen_ray.bench import frozen_trunk
+
+    return frozen_trunk.bench(folder, **_set({"turns": args.turns, "batch_size": args.batch_size}))
+
+
 def _check_memory(args: argparse.Namespace) -> None:
     from lumen_ray.bench.training_step import read_preset
 
@@ -265,6 +271,7 @@ KINDS: dict[str, dict[str, Bench]] = {
         "grounding_dino": Bench(_grounding_dino, lambda args: None),
         "memory": Bench(_memory, _check_memory),
         "variants": Bench(_variants, _check_variants, optional=True),
+        "frozen_trunk": Bench(_frozen_trunk, lambda args: None, optional=True),
     },
     "serve": {
         **{name: Bench(partial(_serve, name), _check_serve) for name in ("latency", "throughput", "cached", "load")},

@@ -79,7 +79,7 @@ def raw_outputs(engine: Engine, image: np.ndarray, requests: list[Request], limi
         return []
     link = out.decoder_inputs[name].link
     decoder: Any = engine.decoders[name].decoder
-    if decoder.reads != "dense":
+    if decoder.spec.reads != "dense":
         return [link.embeddings]
     raw: Any = decoder(link, out.dense)
     return [link.embeddings, raw.logits, decoder.all_boxes(raw) / engine.image_size]

@@ -17,7 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from lumen_ray.decoders import diffusion, grounding_dino, lumen, unipose
-from lumen_ray.decoders.spec import TRUNK_PARTS, DecoderSpec, check
+from lumen_ray.decoders.spec import TRUNK_PARTS, DecoderSettings, DecoderSpec, check
 from lumen_ray.errors import UserError, unknown
 
 if TYPE_CHECKING:
@@ -103,6 +103,6 @@ def choice_example() -> str:
     return ",".join(f"{task}={decoders_for(task)[-1]}" for task in ("detect", "pose"))
 
 
-def reads_dense(decoders: Iterable[str] | None) -> bool:
-    """Whether one of the decoders (None: any there may be) reads the trunk's dense features."""
-    return decoders is None or any(DECODERS[name].reads == "dense" for name in decoders)
+def dense_readers(sections: Mapping[str, DecoderSettings]) -> frozenset[str]:
+    """The decoders, of those with these settings by name, that read the trunk's dense features."""
+    return frozenset(name for name, section in sections.items() if section.source(DECODERS[name].reads) == "dense")

@@ -25,7 +25,7 @@ _SETTINGS_NAMES = """
     published_tokens stem_channels tokens_read_stem link_channels link_reads_words vocab_size pose_queries choose
     able beside chosen_over conversion image_adapters links_see_image
     decoder_names families image_tokens input_rules input_step llm_config reads_dense sections serving shape token_side
-    trunk_shape
+    trunk_shape dense_readers
 """
 #: attributes of `torch.nn.ModuleDict`, which cannot be keys of one
 _MODULE_NAMES = """
@@ -53,6 +53,10 @@ class DecoderSettings(Settings):
     def input_rule(self) -> SizeRule | None:
         """The size in which the decoder gets its images; None: the trunk's input."""
         return None
+
+    def source(self, reads: Reads) -> Reads:
+        """What a decoder with these settings reads besides the super link; `reads`: what its spec says."""
+        return reads
 
     @property
     def tile(self) -> int:

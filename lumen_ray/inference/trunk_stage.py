@@ -81,6 +81,7 @@ class TrunkStage(FromFolder):
         self.loop = DecodeLoop(self.trunk, self.tokenizer, self.prompt_layout, dtype=self.dtype)
         self.serving = loaded.settings.serving
         self.input_rules = loaded.settings.input_rules
+        self.sections = loaded.settings.sections
         self.skeletons = {name: tuple(names) for name, names in loaded.meta.skeletons.items()}
         trained, settings = set(loaded.meta.tasks or TASKS), loaded.settings
         self.planner = BranchPlanner(self.serving, self.skeletons, trained, settings.links_see_image)
@@ -247,7 +248,7 @@ class TrunkStage(FromFolder):
     ) -> TrunkOutput:
         """Runs the branches of the decoders, and collects what they read."""
         decoder_inputs = self._decoder_inputs(prefix, pending, plans, inputs.frames, class_chunk)
-        reads = {name: DECODERS[name].reads for name in decoder_inputs}
+        reads = {name: self.sections[name].source(DECODERS[name].reads) for name in decoder_inputs}
         for name, decoder in decoder_inputs.items():
             if reads[name] == "pixels":
                 about, rule = decoder.link.image_index.tolist(), self.input_rules.get(name)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lumen_ray.checkpoints.safetensors_file import WeightsFile, sync, write_weights
 from lumen_ray.cpu_linear import use_onednn
 from lumen_ray.decoders.base import Decoder, ImageDecoder, Learner, LossTerm, anchor
-from lumen_ray.decoders.registry import DECODERS, decoder_class, reads_dense, serves
+from lumen_ray.decoders.registry import DECODERS, decoder_class, serves
 from lumen_ray.errors import UserError
 from lumen_ray.meta_init import on_meta, put_weights
 from lumen_ray.model.settings import ModelSettings, read_settings
@@ -111,7 +111,7 @@ class Generalist(nn.Module):
         modules: list[nn.Module | None] = [trunk.link_heads[name] for name in names]
         if tasks is None or any(TASKS[name].may_have_regions for name in tasks):
             modules.append(trunk.regions)
-        if reads_dense(names):
+        if trunk.dense_readers.intersection(names):
             modules += [trunk.stem, trunk.dense]
         optional = [p for module in modules if module for p in module.parameters()]
         families = {DECODERS[name].family for name in names}

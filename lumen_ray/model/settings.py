@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, SerializerFunctionWrapHandler, create_model, model_serializer, model_validator
 
 from lumen_ray import config
-from lumen_ray.decoders.registry import DECODERS, decoders_for, reads_dense
+from lumen_ray.decoders.registry import DECODERS, decoders_for, dense_readers
 from lumen_ray.decoders.spec import DecoderSettings, TrunkShape
 from lumen_ray.errors import UserError
 from lumen_ray.input_size import PictureSize, SizeRule
@@ -56,7 +56,12 @@ class _ModelSettings(TrunkSettings):
     @property
     def reads_dense(self) -> bool:
         """Whether a decoder of this model reads the trunk's dense features."""
-        return reads_dense(self.decoder_names)
+        return bool(self.dense_readers)
+
+    @property
+    def dense_readers(self) -> frozenset[str]:
+        """The decoders that read the trunk's dense features."""
+        return dense_readers(self.sections)
 
     def trunk_shape(self, vocab_size: int) -> TrunkShape:
         """The widths that decoders and link heads are built for."""
@@ -136,7 +141,7 @@ class _ModelSettings(TrunkSettings):
             spec, rule = DECODERS[name], section.input_rule
             if any(TASKS[task].result == "image" for task in spec.tasks):
                 wrong = not isinstance(rule, PictureSize) and "makes pictures and needs a PictureSize"
-            elif spec.reads == "pixels":
+            elif section.source(spec.reads) == "pixels":
                 wrong = isinstance(rule, PictureSize) and "keeps the shape of images; give a ShortSide or None"
             else:
                 wrong = rule is not None and "does not read pixels; give None"

@@ -25,6 +25,8 @@ from lumen_ray.trunk.tokenizer import CAPTIONS_FILE, LumenTokenizer
 #: tokenizer is
 _FREE = {"name", "published_weights", "vocab_size", "lead_tokens", "published_tokens", "decoders", *DECODERS}
 
+LINK_HEADS = "trunk.link_heads."
+
 
 def start_settings(settings: ModelSettings, folder: str | Path) -> ModelSettings:
     """`settings` with the lead and published tokens of the model in `folder`, and the numbers of its published LLM, to
@@ -124,3 +126,25 @@ def _only_in_first(first: ModelSettings, second: ModelSettings) -> tuple[str, ..
     if first.reads_dense and not second.reads_dense:
         prefixes += ["trunk.dense."] if first.tokens_read_stem else ["trunk.dense.", "trunk.stem."]
     return (*prefixes, *(f"trunk.queries.queries.{name}" for name in families))
+
+
+def taught_heads(fresh: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, str]:
+    """{fresh: stored} names of the tensors of new link heads that have the names and shapes of those of a trained
+    decoder of the family: its links tell classes apart, which takes a fresh head thousands of steps to learn."""
+    taught: dict[str, str] = {}
+    heads = [(name, *_in_link_head(name)) for name in stored if name.startswith(LINK_HEADS)]
+    for name in fresh:
+        if not name.startswith(LINK_HEADS):
+            continue
+        decoder, place = _in_link_head(name)
+        for other, owner, tail in heads:
+            alike = f".{place}".endswith(f".{tail}") and DECODERS[owner].family == DECODERS[decoder].family
+            if alike and stored[other].shape == fresh[name].shape:
+                taught.setdefault(name, other)
+    return taught
+
+
+def _in_link_head(name: str) -> tuple[str, str]:
+    """(decoder, name in its link head) of a tensor of a link head."""
+    decoder, _, place = name.removeprefix(LINK_HEADS).partition(".")
+    return decoder, place

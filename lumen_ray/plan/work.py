@@ -104,7 +104,7 @@ def count_work(
     settings: ModelSettings, tasks: Sequence[str], num_classes: int, answer_tokens: int = ANSWER_TOKENS
 ) -> ModelWork:
     """Counts what a job asks of a model. Raises `UserError` for unknown tasks and those that no decoder serves."""
-    from lumen_ray.decoders.registry import DECODERS, reads_dense
+    from lumen_ray.decoders.registry import DECODERS
     from lumen_ray.footprint import meta_model
     from lumen_ray.inference.branches import BranchPlanner
     from lumen_ray.model.build import count_parameters
@@ -134,7 +134,7 @@ def count_work(
     llm = alone + sum(count.llm(config, prefix + length) - alone for length in lengths)
     used = tuple(dict.fromkeys(item.decoder for item in pending))
     flops = {"vision": count.vision(trunk.vision, side, side), "llm": llm}
-    if reads_dense(used) and trunk.dense is not None and trunk.stem is not None:
+    if settings.dense_readers.intersection(used) and trunk.dense is not None and trunk.stem is not None:
         patch, grid = trunk.vision.patch_size, trunk.vision.grid(side, side)
         flops["dense"] = count.stem(trunk.stem, side, side) + count.dense(trunk.dense, side, side, patch, grid)
     for name in used:
@@ -158,7 +158,11 @@ def count_work(
         llm_parameters=count_parameters(trunk.llm),
         kv_values=2.0 * config.num_hidden_layers * kv_width * reach,
         activation_values=(prefix + most) * (8.0 * config.hidden_size + 3.0 * config.intermediate_size)
-        + sum(_backbone_values(side) for side in inputs if any(DECODERS[name].reads == "pixels" for name in used)),
+        + sum(
+            _backbone_values(side)
+            for side in inputs
+            if any(settings.sections[name].source(DECODERS[name].reads) == "pixels" for name in used)
+        ),
         decoders=used,
         links_kept=bool(pending) and not looking,
         longest_side=max([side, *inputs]),

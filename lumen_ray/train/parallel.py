@@ -184,3 +184,8 @@ def full_state(model: nn.Module) -> dict[str, Tensor]:
         return {name: value.detach().cpu() for name, value in model.state_dict().items()}
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     return cast("dict[str, Tensor]", state)  # values of other types are extra states, which no module here has
+
+
+def any_rank(device: torch.device, here: bool) -> bool:
+    """Whether something is so on any rank; a collective on `device`."""
+    return bool(sum_over_ranks(torch.tensor(float(here), device=device)) > 0)

@@ -38,6 +38,7 @@ from lumen_ray.train.run.saver import Saver
 from lumen_ray.train.run.start import StartPoint
 from lumen_ray.train.validation import Validation, Validator
 from lumen_ray.trunk.batch import TrainingBatch
+from lumen_ray.trunk.kept import KeptOutputs
 
 
 @dataclass
@@ -154,6 +155,10 @@ class Trainer:
     def _stage(self, stage: Stage, batches: Iterator[TrainingBatch], start: int) -> None:
         set_trainable(self.model, stage)
         self.model.train()
+        self.model.trunk.kept = None
+        if stage.cache_trunk:
+            self.model.trunk.eval()  # what dropout draws would be kept too
+            self.model.trunk.kept = KeptOutputs(stage.cache_trunk << 20, partial(parallel.any_rank, self.device))
         optimizer = build_optimizer(self.model, stage)
         self.row_mask = RowMask(self.model)
         if start:

@@ -71,6 +71,20 @@ class TrainingBatch:
         """Most images of a row."""
         return 1 + max(Counter(self.further_rows.tolist()).values(), default=0)
 
+    def rows(self, rows: Tensor) -> TrainingBatch:
+        """Some rows, int64 ascending, as the trunk reads them: images and prompts without regions and targets."""
+        return TrainingBatch(
+            images=self.images[rows],
+            extents=self.extents[rows],
+            has_image=self.has_image[rows],
+            layout=self.layout.rows(rows),
+            tasks=[],
+            region_masks=self.region_masks[:0],
+            region_images=self.region_images[:0],
+            targets={},
+            decoders=self.decoders,
+        )
+
     def to(self, device: torch.device | str) -> TrainingBatch:
         """The batch with its tensors on `device`. Pixels and targets shared by decoders stay shared."""
         moved: dict[int, Any] = {}

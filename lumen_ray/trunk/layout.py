@@ -85,6 +85,45 @@ class Layout:
         for family, members in self.link_branches.items():
             self.link_parents[family] = torch.tensor([are_keypoints[branch] for branch in members.tolist()]).long() - 1
 
+    def rows(self, rows: Tensor) -> Layout:
+        """The layout of some rows (int64, ascending), that is not packed and has neither regions nor links in texts."""
+        assert self.pack is None and not self.text_routes and not len(self.region_slots), "see above"
+        rows = rows.to(self.input_ids.device)
+        place = torch.full((len(self.input_ids),), -1, device=rows.device)
+        place[rows] = torch.arange(len(rows), device=rows.device)
+        branches = torch.nonzero(place[self.last_slots[:, 0]] >= 0).flatten()
+        number = torch.full((len(self.last_slots) + 1,), -1, device=rows.device)  # the last: of padding
+        number[branches] = torch.arange(len(branches), device=rows.device)
+        links = {name: torch.nonzero(place[images] >= 0).flatten() for name, images in self.link_images.items()}
+        links = {name: members for name, members in links.items() if len(members)}
+        width = max(1, int((self.branch_ids[rows] >= 0).sum(1).max()))
+
+        def moved(slots: Tensor) -> Tensor:
+            return torch.stack([place[slots[..., 0]], slots[..., 1]], dim=-1)
+
+        def parents(name: str, members: Tensor) -> Tensor:
+            index = torch.full((len(self.link_images[name]) + 1,), -1, device=rows.device)
+            index[members] = torch.arange(len(members), device=rows.device)
+            return index[self.link_parents[name][members]]
+
+        return Layout(
+            input_ids=self.input_ids[rows, :width],
+            labels=self.labels[rows, :width],
+            branch_ids=number[self.branch_ids[rows, :width]],
+            offsets=self.offsets[rows, :width],
+            images=self.images[rows, :width],
+            seen=self.seen[rows, :width],
+            query_slots={name: moved(self.query_slots[name][m]) for name, m in links.items()},
+            link_branches={name: number[self.link_branches[name][m]] for name, m in links.items()},
+            link_images={name: place[self.link_images[name][m]] for name, m in links.items()},
+            link_parents={name: parents(name, m) for name, m in links.items()},
+            link_groups={name: self.link_groups[name][m] for name, m in links.items()},
+            region_slots=self.region_slots,
+            region_index=self.region_index,
+            last_slots=moved(self.last_slots[branches]),
+            alone=self.alone[rows],
+        )
+
     def llm_shape(self, prefix: int) -> tuple[int, int]:
         """(rows, tokens per row) of the LLM's input with a prefix of `prefix` image tokens."""
         if self.pack is not None:

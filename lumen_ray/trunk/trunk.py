@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from lumen_ray.attention import mask_to_bias
-from lumen_ray.decoders.registry import DECODERS, reads_dense
+from lumen_ray.decoders.registry import DECODERS, dense_readers
 from lumen_ray.decoders.spec import DecoderSettings
 from lumen_ray.errors import UserError
 from lumen_ray.meta_init import published_part
@@ -28,6 +28,7 @@ from lumen_ray.trunk.comm import BridgedVision, CommVision, build_vision
 from lumen_ray.trunk.decoding import ATTENTION, DecodingStep, check_attention
 from lumen_ray.trunk.dense import ConvStem, DenseFeatures
 from lumen_ray.trunk.image_adapters import adapt
+from lumen_ray.trunk.kept import KeptOutputs
 from lumen_ray.trunk.layout import IGNORE, Layout
 from lumen_ray.trunk.lm_losses import distilled_losses, next_token_losses, without_adapters
 from lumen_ray.trunk.masks import (
@@ -74,7 +75,8 @@ class Trunk(nn.Module):
         the link heads, and whether dense features are computed."""
         super().__init__()
         self.settings = settings
-        needs_dense = reads_dense(decoders)
+        self.dense_readers = dense_readers(decoders)
+        needs_dense = bool(self.dense_readers)
         config = settings.llm_config(vocab_size=vocab_size)
         self.llm = published_part(lambda: AutoModelForCausalLM.from_config(config, attn_implementation=ATTENTION))
         check_attention(self.llm)
@@ -96,6 +98,8 @@ class Trunk(nn.Module):
         self._takes_blocks = True
         #: whether training on a CPU attends in blocks, which compiled blocks of the LLM cannot
         self.trains_in_blocks = True
+        #: outputs that a stage with a frozen trunk keeps between its steps
+        self.kept: KeptOutputs | None = None
         self.dense = None
         if needs_dense and self.stem is not None:
             self.dense = DenseFeatures(self.stem.widths, settings.dense_channels, self.vision.merged_width, width)
@@ -174,8 +178,31 @@ class Trunk(nn.Module):
 
         Reads the batch's `images`, `has_image`, `layout`, `region_masks`, `region_images` and `decoders`. If
         `layout.pack` is set, `images` may lack those of the last samples. Dense features are computed if one of
-        `decoders` (None: all) reads them.
+        `decoders` (None: all) reads them. With `kept` outputs there is no text to learn.
         """
+        layout = batch.layout
+        if self.kept is not None:
+            hidden, dense = self.kept.outputs(batch, self._reads_dense(batch), self._read_by_decoders)
+            losses = torch.zeros(layout.labels[:, 1:].shape, device=hidden.device)
+            embeds = self.llm.get_input_embeddings()(layout.input_ids)
+            return TrunkTraining(losses, losses.sum(), dense, self.links(hidden, layout, embeds))
+        branches, embeds, dense, own = self._pass(batch)
+        if own is not None:
+            published = self.settings.published_tokens
+            losses = distilled_losses(self.llm.lm_head, branches, own, layout.labels, published)
+        else:
+            losses = next_token_losses(self.llm.lm_head, branches, layout.labels)
+        supervised = (layout.labels[:, 1:] != IGNORE).sum().float()
+        return TrunkTraining(losses, supervised, dense, self.links(branches, layout, embeds))
+
+    def _read_by_decoders(self, batch: TrainingBatch) -> tuple[Tensor, Tensor | None]:
+        """Hidden states of the branches [B, T, width], and dense features if a decoder reads them."""
+        hidden, _, dense, _ = self._pass(batch)
+        return hidden, dense
+
+    def _pass(self, batch: TrainingBatch) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Hidden states of the branches [B, T, width], their embeddings, dense features if a decoder reads them, and
+        with `batch.distil` the hidden states without adapters."""
         layout, number = batch.layout, len(batch.images)
         images = batch.images
         if several := len(batch.further_rows) > 0:
@@ -198,20 +225,20 @@ class Trunk(nn.Module):
         embeds = torch.cat([tokens, branch_embeds], dim=1)
         hidden = self._hidden(embeds, layout, batch.has_image, segments)
         branches = hidden[:, prefix:]
+        own = None
         if batch.distil:
             with torch.no_grad(), without_adapters(self.llm):
                 own = self._hidden(embeds, layout, batch.has_image, segments)[:, prefix:]
-            published = self.settings.published_tokens
-            losses = distilled_losses(self.llm.lm_head, branches, own, layout.labels, published)
-        else:
-            losses = next_token_losses(self.llm.lm_head, branches, layout.labels)
-        supervised = (layout.labels[:, 1:] != IGNORE).sum().float()
         dense = None
-        if self.dense is not None and layout.query_slots and reads_dense(batch.decoders):
+        if self.dense is not None and layout.query_slots and self._reads_dense(batch):
             grid = self.vision.grid(*images.shape[-2:])
             of_first = slice(len(self.lead), len(self.lead) + image_tokens)
             dense = self.dense(images, stem, merged, hidden[:number, of_first], grid)
-        return TrunkTraining(losses, supervised, dense, self.links(branches, layout, branch_embeds))
+        return branches, branch_embeds, dense, own
+
+    def _reads_dense(self, batch: TrainingBatch) -> bool:
+        """Whether a decoder that the batch trains reads the dense features."""
+        return batch.decoders is None or not self.dense_readers.isdisjoint(batch.decoders)
 
     def _with_further(self, tokens: Tensor, number: int, rows: Tensor, most: int) -> Tensor:
         """Prefixes with the images behind the first: tokens [number + E, lead + I, width], those of row `rows[e]` after

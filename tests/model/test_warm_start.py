@@ -8,7 +8,7 @@ from support.tiny_models import EXPERTS, llm, scene_batch, scrambled, tiny_model
 
 from lumen_ray.errors import UserError
 from lumen_ray.model.build import ModelMeta, build_model, load_model, save_model
-from lumen_ray.model.warm_start import StartWeights, start_settings, start_tokenizer
+from lumen_ray.model.warm_start import StartWeights, start_settings, start_tokenizer, taught_heads
 from lumen_ray.tasks import TASKS
 from lumen_ray.trunk.tokenizer import LumenTokenizer
 
@@ -178,3 +178,15 @@ def test_numbers_that_a_published_llm_has_in_float32_are_the_presets(tmp_path, t
     assert settings.llm["rms_norm_eps"] == 9.999999747378752e-06 and settings.published_tokens == 90
     with pytest.raises(UserError, match="rms_norm_eps"):
         start_settings(tiny_settings(llm=llm() | {"rms_norm_eps": 1.1e-5}), folder)
+
+
+def test_new_link_heads_start_as_those_that_know_the_classes(folder):
+    """In the same width, of the same family; those for object and keypoint prompts both."""
+    experts = {"unipose": EXPERTS["unipose"], "stable_diffusion": EXPERTS["stable_diffusion"]}
+    names = {name for name in tiny_model(**experts).state_dict() if name.startswith("trunk.link_heads.")}
+    fresh = {name: t for name, t in tiny_model(**experts).state_dict().items() if name in names}
+    taught = taught_heads({n: t for n, t in fresh.items() if ".lumen." not in n}, load_model(folder).model.state_dict())
+    assert set(taught) == {name for name in names if ".unipose." in name}
+    assert taught["trunk.link_heads.unipose.keypoints.mlp.0.weight"] == "trunk.link_heads.lumen.mlp.0.weight"
+    wider = {name: t.repeat_interleave(2, 0) for name, t in fresh.items()}
+    assert not taught_heads(wider, load_model(folder).model.state_dict())

@@ -13,6 +13,7 @@ from support.train_fakes import job_of, on_two_ranks, weights_of
 from lumen_ray.checkpoints.safetensors_file import write_weights
 from lumen_ray.footprint import meta_model
 from lumen_ray.model.build import build_model, count_parameters, save_model
+from lumen_ray.model.warm_start import taught_heads
 from lumen_ray.train import parallel
 from lumen_ray.train.lora import inject, plain_name
 from lumen_ray.train.trainer import sharded_model
@@ -86,6 +87,8 @@ def test_a_folder_and_fresh_weights_for_what_it_lacks(data, tmp_path, options):
     job = job_of(preset(data, tmp_path / "more", **DINO), tmp_path / "run", STAGE, init_from=old, **options).job
     stored, fresh = weights_of(Path(old).parent), drawn(job).state_dict()
     wanted = {name: stored.get(plain_name(name), tensor) for name, tensor in fresh.items()}
+    missing = {name: tensor for name, tensor in fresh.items() if wanted[name] is tensor}
+    wanted |= {name: stored[other] for name, other in taught_heads(missing, stored).items()}
     assert 0 < sum(wanted[name] is tensor for name, tensor in fresh.items()) < len(fresh)
     assert same(sharded_model(job, None, CPU).state_dict(), wanted)
     check_two_ranks(job, wanted, tmp_path)

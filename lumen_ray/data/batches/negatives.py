@@ -40,7 +40,7 @@ def choose_classes(
     frequencies: Mapping[str, int],
     rng: np.random.Generator,
 ) -> list[str]:
-    """The classes to prompt `row` with, by the rule above: present ones first, then absent ones.
+    """The classes to prompt `row` with, by the rule above: present ones, then absent ones.
 
     `visible`: class names of the instances left in the model input, each once; a class that was cropped away is left
     out. `frequencies` may lack classes; without any, all draws are uniform. All random draws come from `rng`.

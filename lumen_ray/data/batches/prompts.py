@@ -150,7 +150,10 @@ class SamplePrompts:
         self.add_messages()
 
     def add_classes(self) -> None:
-        """Adds class prompts, those of `choose_classes`, as one request of a task drawn at random."""
+        """Adds class prompts, those of `choose_classes`, as one request of a task drawn at random.
+
+        In random order: where prompts of a request see each other, a decoder would else learn that the first are those
+        that are present, and score classes by their place."""
         tasks = [task for task in self.tasks if task in CLASS_TASKS]
         if not tasks:
             return
@@ -158,11 +161,14 @@ class SamplePrompts:
         task = TASKS[tasks[int(self.rng.integers(len(tasks)))]]
         looks = self._looks(task)
         known = {*self.row["classes"], *visible, *self.frequencies}
-        for phrase in choose_classes(self.row, visible, self.settings, self.frequencies, self.rng):
+        chosen = choose_classes(self.row, visible, self.settings, self.frequencies, self.rng)
+        foreign = foreign_names(known, self.settings.foreign_negatives, self.rng)
+        for phrase in draw([*chosen, *foreign], len(chosen) + len(foreign), self.rng):
+            if phrase in foreign:
+                self._routed(task, phrase, Target(), looks, task.name)
+                continue
             shown, regions = self._by_example(phrase, known)
             self._routed(task, shown, Target(self._instances_of(phrase)), looks, task.name, regions)
-        for phrase in foreign_names(known, self.settings.foreign_negatives, self.rng):
-            self._routed(task, phrase, Target(), looks, task.name)
 
     def _by_example(self, phrase: str, known: Collection[str]) -> tuple[str, tuple[int, ...]]:
         """(a class as it is asked for, the regions in it): by its name, or some by objects of the class, with its name,
@@ -179,7 +185,7 @@ class SamplePrompts:
 
     def add_poses(self) -> None:
         """Adds pose prompts of classes with a skeleton, present with keypoints or absent: an object branch and one
-        branch per keypoint name."""
+        branch per keypoint name, in random order."""
         row, sample, s = self.row, self.sample, self.settings
         task = TASKS["pose"]
         with_pose = {
@@ -188,7 +194,8 @@ class SamplePrompts:
         present = {instance["phrase"] for instance in row["instances"]}
         annotated = [c for c in self.skeletons if c in row["classes"]]
         chosen = draw([c for c in annotated if c in with_pose], s.max_poses, self.rng)
-        for phrase in chosen + draw([c for c in annotated if c not in present], s.absent_poses, self.rng):
+        chosen += draw([c for c in annotated if c not in present], s.absent_poses, self.rng)
+        for phrase in draw(chosen, len(chosen), self.rng):  # see `add_classes`
             instances = self._instances_of(phrase)
             looks = self._looks(task)
             parent = self._routed(task, phrase, Target(instances), looks, request="pose")

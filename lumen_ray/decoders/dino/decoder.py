@@ -23,11 +23,11 @@ from lumen_ray.decoders.dino.memory import Levels, Memory
 from lumen_ray.decoders.dino.set_loss import Matches, Objects, box_loss, class_loss, find_objects, match
 from lumen_ray.decoders.dino.settings import DinoLossSettings
 from lumen_ray.decoders.dino.transformer import DinoTrunk, box_head, class_logits, gather_rows
-from lumen_ray.decoders.spec import TrunkShape
+from lumen_ray.decoders.spec import Reads, TrunkShape
 from lumen_ray.input_size import padded_pixels
 from lumen_ray.structures import Size
 from lumen_ray.superlink import SuperLink
-from lumen_ray.targets import PerceptionTargets, Pixels
+from lumen_ray.targets import MASK_STRIDE, PerceptionTargets, Pixels
 from lumen_ray.trunk.comm import IMAGENET_MEAN, IMAGENET_STD
 
 FEW_OBJECTS = -4.6  # logit of one query in a hundred
@@ -72,12 +72,12 @@ class Groups:
     sizes: list[Size]  # (height, width) of each group's image in input pixels, without padding
 
     @classmethod
-    def of(cls, link: SuperLink, pixels: Pixels) -> Groups:
+    def of(cls, link: SuperLink, view: Pixels | Tensor) -> Groups:
         objects = torch.nonzero(link.parent < 0).flatten()
         groups, row = link.group[objects].unique(return_inverse=True)
         shown, place = link.image_index[objects].unique(return_inverse=True)
         image = place.new_zeros(len(groups)).scatter(0, row, place)
-        sizes = [(height, width) for height, width in pixels.extents[shown[image]].tolist()]
+        sizes = [extent_of(view, index) for index in shown[image].tolist()]
         return cls(objects, Seats.of(row, len(groups)), shown, image, sizes)
 
     def among(self, whole: Groups) -> Groups:
@@ -87,6 +87,14 @@ class Groups:
     def per_link(self, values: Tensor, links: int) -> Tensor:
         """values [G, T] -> [links], 0 at keypoint prompts."""
         return values.new_zeros(links).scatter(0, self.objects, self.seats.take(values))
+
+
+def extent_of(view: Pixels | Tensor, image: int) -> Size:
+    """(height, width) of an image in input pixels: without padding, or of the whole input of dense features."""
+    if isinstance(view, Tensor):
+        return view.shape[-2] * MASK_STRIDE, view.shape[-1] * MASK_STRIDE
+    height, width = view.extents[image].tolist()
+    return height, width
 
 
 @dataclass
@@ -149,36 +157,43 @@ class DinoDecoder(Decoder):
 
     @classmethod
     def build(cls, settings: DinoLossSettings, shape: TrunkShape) -> Self:
-        return cls(settings, settings.link_width(shape.link_channels))
+        return cls(settings, settings.link_width(shape.link_channels), shape.dense_channels)
 
-    def __init__(self, settings: DinoLossSettings, link_channels: int):
+    def __init__(self, settings: DinoLossSettings, link_channels: int, dense_channels: int = 0):
+        """`dense_channels`: of the trunk's dense features, for settings that read them."""
         super().__init__()
         self.settings = settings
         c = settings.hidden_size
         self.link_proj = self._link_proj(link_channels)
-        self.trunk = DinoTrunk(settings)
+        self.trunk = DinoTrunk(settings, dense_channels)
         self.bbox_embed = box_head(c)
         if settings.learned_class_scale:
             self.class_scale = nn.Parameter(torch.tensor([c**-0.5]))  # 1-D, since FSDP does not shard scalars
             self.class_bias = nn.Parameter(torch.tensor([FEW_OBJECTS]))
 
+    @property
+    def reads(self) -> Reads:
+        return self.settings.source(self.spec.reads)
+
     def _link_proj(self, link_channels: int) -> nn.Module:
         c = self.settings.hidden_size
         return nn.Identity() if link_channels == c else nn.Linear(link_channels, c)
 
-    def forward(self, link: SuperLink, pixels: Pixels) -> DinoRaw:
+    def forward(self, link: SuperLink, view: Pixels | Tensor) -> DinoRaw:
         """link of P prompts, at least one of them an object prompt -> predictions of every group."""
-        groups = Groups.of(link, pixels)
-        return self._decode(link, self._extract_features(pixels, groups), groups)
+        groups = Groups.of(link, view)
+        return self._decode(link, self._extract_features(view, groups), groups)
 
     def _decode(self, link: SuperLink, levels: Levels, groups: Groups, wanted: Objects | None = None) -> DinoRaw:
         """Runs the transformer. `wanted`: the ground truth for denoising queries, in training."""
         raise NotImplementedError
 
-    def _extract_features(self, pixels: Pixels, groups: Groups) -> Levels:
-        images = pixels.images[groups.shown].float() / 255
+    def _extract_features(self, view: Pixels | Tensor, groups: Groups) -> Levels:
+        extents = [extent_of(view, index) for index in groups.shown.tolist()]
+        if isinstance(view, Tensor):
+            return self.trunk.extract_features(view[groups.shown], extents)
+        images = view.images[groups.shown].float() / 255
         mean, std = (images.new_tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-        extents = [(height, width) for height, width in pixels.extents[groups.shown].tolist()]
         return self.trunk.extract_features((images - mean) / std, extents)
 
     def _encode(self, levels: Levels, groups: Groups, links: Tensor) -> tuple[Memory, Tensor]:
@@ -235,20 +250,20 @@ class DinoDecoder(Decoder):
         moved = self.trunk.moved(reference.detach(), self.bbox_embed, hidden)
         return moved if self.settings.look_forward_twice else moved.detach()
 
-    def losses(self, link: SuperLink, pixels: Pixels, targets: PerceptionTargets) -> dict[str, LossTerm]:
+    def losses(self, link: SuperLink, view: Pixels | Tensor, targets: PerceptionTargets) -> dict[str, LossTerm]:
         """Losses including denoising. `targets` has one entry per link, keypoint prompts included.
 
         The backbone runs once per image. Groups of more pixels than `pixels_at_once` are processed in chunks.
         """
-        groups = Groups.of(link, pixels)
+        groups = Groups.of(link, view)
         most = max(1, self.settings.pixels_at_once // padded_pixels(groups.sizes))
-        levels, chunks = self._extract_features(pixels, groups), link.group_chunks(most)
+        levels, chunks = self._extract_features(view, groups), link.group_chunks(most)
         if len(chunks) == 1:
             return self._losses_of(link, levels, groups, targets)
         losses = []
         for members in chunks:
             part = link.select(members)
-            inputs = part, levels, Groups.of(part, pixels).among(groups), targets.select(members)
+            inputs = part, levels, Groups.of(part, view).among(groups), targets.select(members)
             # `checkpoint` preserves RNG state only for the devices of positional tensors, so pass one
             again = checkpoint(lambda _, *rest: self._losses_of(*rest), part.embeddings, *inputs, use_reentrant=False)
             losses.append(again)
@@ -272,8 +287,9 @@ class DinoDecoder(Decoder):
     def _matched(self, raw: DinoRaw, wanted: Objects) -> list[Matched]:
         """The encoder's selection, the decoder layers and the denoising queries, matched with the objects."""
         layers, weight = [raw.encoder, *raw.layers], raw.query_valid.float()
+        shared = [*[weight / self.settings.auxiliary_matches] * len(raw.layers), weight]
         matches = match(layers, raw.query_valid, wanted, self.settings)
-        matched = [Matched(layer, of_layer, weight) for layer, of_layer in zip(layers, matches, strict=True)]
+        matched = [Matched(*each) for each in zip(layers, matches, shared, strict=True)]
         if raw.denoising is not None:
             matched += [Matched(layer, raw.denoising.matches, raw.denoising.weight) for layer in raw.denoised]
         return matched

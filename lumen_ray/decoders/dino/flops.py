@@ -20,15 +20,19 @@ from lumen_ray.decoders.dino.decoder import DinoDecoder, Groups
 from lumen_ray.decoders.dino.set_loss import Objects, find_objects
 from lumen_ray.decoders.dino.transformer import STRIDES, cells
 from lumen_ray.structures import Size
+from lumen_ray.targets import MASK_STRIDE
 
 
 def backbone(decoder: DinoDecoder, work: DecoderWork, sizes: Sequence[Size]) -> float:
     """FLOPs of the backbone and its projections for images of (height, width) `sizes` in pixels: proportional to their
     area, since attention windows have a fixed size."""
     counter = library_flops(decoder, work.build)
-    sides = (STRIDES[-1] * 4, STRIDES[-1] * 4)
-    one = counter.count("backbone", lambda: counter.module.trunk.extract_features(torch.empty(1, 3, *sides), [sides]))
-    return one * sum(height * width for height, width in sizes) / (sides[0] * sides[1])
+    side = STRIDES[-1] * 4
+    shape = (1, 3, side, side)
+    if decoder.settings.features == "trunk":
+        shape = (1, decoder.trunk.stride4_channels, side // MASK_STRIDE, side // MASK_STRIDE)
+    one = counter.count("backbone", lambda: counter.module.trunk.extract_features(torch.empty(shape), [(side, side)]))
+    return one * sum(height * width for height, width in sizes) / side**2
 
 
 def _encoder_layer(layer: Any, places: float, prompts: float, width: int) -> float:

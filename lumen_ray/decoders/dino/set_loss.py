@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import linear_sum_assignment
@@ -103,24 +104,32 @@ class Matches(NamedTuple):
 
 @torch.no_grad()
 def match(layers: Sequence[Queries], query_valid: Tensor, objects: Objects, s: DinoLossSettings) -> list[Matches]:
-    """Minimum-cost assignment of objects to queries, layer by layer; with too few queries some objects have none."""
+    """Minimum-cost assignment of objects to queries, layer by layer; with too few queries some objects have none. An
+    object gets `auxiliary_matches` queries in all layers but the last."""
     device = objects.group.device
     if not len(objects):
         none = torch.empty(0, dtype=torch.int64, device=device)
         return [Matches(none, none, none)] * len(layers)
     allowed = query_valid[..., None]
-    return [assign(_costs(layer, objects, s), allowed, objects.counts) for layer in layers]
+    copies = [*[s.auxiliary_matches] * (len(layers) - 1), 1]
+    return [
+        assign(_costs(layer, objects, s), allowed, objects.counts, number)
+        for layer, number in zip(layers, copies, strict=True)
+    ]
 
 
-def assign(costs: Tensor, allowed: Tensor, counts: Tensor) -> Matches:
+def assign(costs: Tensor, allowed: Tensor, counts: Tensor, copies: int = 1) -> Matches:
     """Minimum-cost assignment in each group (Hungarian algorithm). costs [G, Q, M], of which the first `counts` (int64
-    [G]) columns of each group are objects; `allowed` bool [G, Q, M or 1]: pairs that may be matched."""
+    [G]) columns of each group are objects; `allowed` bool [G, Q, M or 1]: pairs that may be matched. Each object is
+    assigned to `copies` queries, or to as many as there are for each."""
     device = costs.device
     costs = costs.nan_to_num(NEVER, NEVER, NEVER)  # the training loop reports a loss of NaN, with its samples
     table = costs.masked_fill(~allowed, NEVER).cpu().numpy()
     may_match, triples, start = allowed.expand_as(costs).cpu().numpy(), [], 0
     for group, count in enumerate(counts.tolist()):
-        for query, column in zip(*linear_sum_assignment(table[group, :, :count]), strict=True):
+        number = max(1, min(copies, table.shape[1] // max(1, count)))
+        for query, place in zip(*linear_sum_assignment(np.tile(table[group, :, :count], number)), strict=True):
+            column = place % count
             if may_match[group, query, column]:
                 triples.append((group, int(query), start + int(column)))
         start += count

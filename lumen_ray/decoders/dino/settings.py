@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from lumen_ray.decoders.spec import DecoderSettings
+from lumen_ray.decoders.spec import DecoderSettings, Reads
 from lumen_ray.errors import UserError, suggest
 from lumen_ray.input_size import ShortSide
 
@@ -15,10 +15,20 @@ from lumen_ray.input_size import ShortSide
 class DinoSettings(DecoderSettings):
     """Grounding DINO's transformer (arXiv 2303.05499); the defaults are those of Swin-T."""
 
+    features: Literal["backbone", "trunk"] = Field(
+        "backbone",
+        description="where the image features come from: a backbone of the decoder's own, as published, or the trunk's "
+        "dense features, which a decoder for new classes need not learn again",
+    )
     backbone: dict[str, Any] = Field(
         default_factory=dict, description="keys of transformers.SwinConfig; defaults are Swin-T's"
     )
     hidden_size: int = Field(256, gt=0, multiple_of=32, description="width of the transformer; GroupNorm has 32 groups")
+    wide_links: bool = Field(
+        False,
+        description="links have the model's link_channels instead of hidden_size; a new link head then starts as a "
+        "copy of that of a trained decoder of the model, whose links tell its classes apart",
+    )
     num_heads: int = Field(
         8, gt=0, multiple_of=2, description="attention heads; fusion and link self-attention have half as many"
     )
@@ -54,11 +64,25 @@ class DinoSettings(DecoderSettings):
     def input_rule(self) -> ShortSide | None:
         return None if self.input_size is None else ShortSide(*self.input_size)
 
+    def source(self, reads: Reads) -> Reads:
+        return "dense" if self.features == "trunk" else reads
+
+    @property
+    def tile(self) -> int:
+        return 32 if self.features == "trunk" else 1  # the maps halve dense features down to stride 32
+
     def link_width(self, link_channels: int) -> int:
-        return self.hidden_size
+        return link_channels if self.wide_links else self.hidden_size
 
     def weight_semantics(self) -> dict[str, Any]:
         return {"num_heads": self.num_heads, "inverse_sigmoid_eps": self.inverse_sigmoid_eps}
+
+    @model_validator(mode="after")
+    def _check_features(self) -> DinoSettings:
+        if self.features == "trunk" and (self.backbone or self.input_size):
+            given = "a backbone" if self.backbone else "an input_size"
+            raise UserError(f"features 'trunk' leaves no use for {given}; leave one of the two out", "invalid_config")
+        return self
 
     @model_validator(mode="after")
     def _check_backbone(self) -> DinoSettings:
@@ -95,6 +119,12 @@ class DinoLossSettings(DinoSettings):
     class_weight: float = Field(2.0, ge=0, description="loss: weight of the class")
     box_weight: float = Field(5.0, ge=0, description="loss: weight of L1 between boxes")
     giou_weight: float = Field(2.0, ge=0, description="loss: weight of GIoU")
+    auxiliary_matches: int = Field(
+        1,
+        gt=0,
+        description="queries matched to each object in the encoder's selection and in all layers but the last: more "
+        "places learn from few images, and the last layer learns to leave out duplicates (H-DETR, arXiv 2207.13080)",
+    )
     denoising_queries: int = Field(
         200, ge=0, description="denoising queries (noisy copies of the objects) of a training step; 0: none"
     )

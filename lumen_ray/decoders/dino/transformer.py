@@ -14,11 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import GroundingDinoConfig, SwinConfig
+from transformers.modeling_outputs import BackboneOutput
 from transformers.models.grounding_dino import modeling_grounding_dino as hf
 from transformers.models.swin.modeling_swin import SwinBackbone
 
@@ -31,6 +33,7 @@ from lumen_ray.decoders.dino.settings import DinoSettings
 from lumen_ray.input_size import by_size
 from lumen_ray.structures import Size
 from lumen_ray.targets import MASK_STRIDE
+from lumen_ray.trunk.dense import DownBlock
 
 STRIDES = (8, 16, 32, 64)  # of the levels the transformer reads
 GROUPS = 32  # of every GroupNorm
@@ -113,20 +116,40 @@ def last_layer(head: hf.GroundingDinoMLPPredictionHead) -> nn.Linear:
     return cast(nn.Linear, head.layers[-1])
 
 
+class DensePyramid(nn.Module):
+    """The trunk's dense features, as a backbone's maps at strides 4, 8, 16 and 32."""
+
+    def __init__(self, channels: int, hidden_size: int):
+        super().__init__()
+        self.channels = [channels, *[hidden_size] * 3]
+        self.down = nn.ModuleList(DownBlock(*widths) for widths in pairwise(self.channels))
+
+    def forward(self, dense: Tensor) -> BackboneOutput:
+        """dense [B, channels, H/4, W/4]"""
+        maps = [dense]
+        for block in self.down:
+            maps.append(block(maps[-1]))
+        return BackboneOutput(feature_maps=cast(Any, tuple(maps)))  # the library annotates a tuple of one
+
+
 class DinoTrunk(nn.Module):
     """Backbone, encoder with link fusion, two-stage selection and decoder layers.
 
     Weights have the names of `transformers.GroundingDinoModel`, without its text branch.
     """
 
-    backbone: Any  # a SwinBackbone
+    backbone: Any  # a SwinBackbone or `DensePyramid`
 
-    def __init__(self, settings: DinoSettings):
+    def __init__(self, settings: DinoSettings, dense_channels: int = 0):
+        """`dense_channels`: of the trunk's dense features, for settings that read them."""
         super().__init__()
         self.settings = settings
         config, c = library_config(settings), settings.hidden_size
-        self.backbone = SwinBackbone(cast(SwinConfig, config.backbone_config))
-        self.backbone.swin.layernorm = nn.Identity()  # its output is unused
+        if settings.features == "trunk":
+            self.backbone = DensePyramid(dense_channels, c)
+        else:
+            self.backbone = SwinBackbone(cast(SwinConfig, config.backbone_config))
+            self.backbone.swin.layernorm = nn.Identity()  # its output is unused
         channels = self.backbone.channels
         self.stride4_channels = channels[0]
         self.input_proj_vision = nn.ModuleList(
@@ -161,11 +184,13 @@ class DinoTrunk(nn.Module):
                     self.decoder._init_weights(module)
 
     def extract_features(self, pixels: Tensor, extents: list[Size]) -> Levels:
-        """pixels [B, 3, H, W], normalised; extents: (height, width) of each without padding."""
+        """pixels [B, 3, H, W], normalised, or dense features [B, channels, H/4, W/4]; extents: (height, width) of each
+        image in pixels, without padding."""
         members = by_size(extents)
         if len(members) == 1:
             ((height, width),) = members
-            maps = self._maps(pixels[:, :, :height, :width])
+            side = MASK_STRIDE if self.settings.features == "trunk" else 1
+            maps = self._maps(pixels[:, :, : height // side, : width // side])
         else:
             maps = self._padded_maps(pixels, members)
         shown = [[cells(size, stride) for stride in STRIDES] for size in extents]

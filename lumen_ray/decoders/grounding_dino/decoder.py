@@ -51,8 +51,8 @@ class GroundingDinoDecoder(DinoDecoder):
     spec = SPEC
     settings: GroundingDinoSettings
 
-    def __init__(self, settings: GroundingDinoSettings, link_channels: int):
-        super().__init__(settings, link_channels)
+    def __init__(self, settings: GroundingDinoSettings, link_channels: int, dense_channels: int = 0):
+        super().__init__(settings, link_channels, dense_channels)
         c = settings.hidden_size
         self.mask_head = MaskHead(c, self.trunk.stride4_channels, settings.mask_channels)
         self.mask_embed = GroundingDinoMLPPredictionHead(c, c, settings.mask_channels, 3)

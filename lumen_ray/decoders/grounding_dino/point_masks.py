@@ -37,13 +37,27 @@ def choose_points(logits: Tensor, extents: Tensor, count: int, stride: int) -> T
     return torch.cat([drawn.gather(1, nearest[..., None].expand(-1, -1, 2)), rest], dim=1)
 
 
+def inside(maps: Tensor, extents: Tensor, stride: int) -> Tensor:
+    """bool [K, h, w]: the cells of `maps` [K, h, w] that are not padding; `extents` as in `choose_points`."""
+    columns, rows = (extents / stride).ceil()[:, :, None].unbind(1)
+    down, across = (torch.arange(side, device=maps.device) for side in maps.shape[1:])
+    return (down < rows)[:, :, None] & (across < columns)[:, None]
+
+
 def mask_losses(logits: Tensor, masks: Tensor, extents: Tensor, count: int, stride: int) -> tuple[Tensor, Tensor]:
-    """Binary cross entropy and dice loss of each mask, [K] each, on `count` points.
+    """Binary cross entropy and dice loss of each mask, [K] each, on `count` points, or on all cells if there are no
+    more of them, which costs less.
 
     logits [K, h, w] and true `masks` [K, H, W] in 0..1, both at `stride`; `extents` as in `choose_points`."""
-    points = choose_points(logits, extents, count, stride)
-    predicted, truth = at_points(logits, points, stride), at_points(masks, points, stride)
-    bce = F.binary_cross_entropy_with_logits(predicted, truth, reduction="none").mean(1)
-    p = predicted.sigmoid()
-    dice = 1 - (2 * (p * truth).sum(1) + 1) / (p.sum(1) + truth.sum(1) + 1)
+    if count < logits.shape[1] * logits.shape[2]:
+        points = choose_points(logits, extents, count, stride)
+        predicted, truth = at_points(logits, points, stride), at_points(masks, points, stride)
+        used = torch.ones_like(predicted)
+    else:
+        predicted, truth = logits.float().flatten(1), masks.float().flatten(1)
+        used = inside(logits, extents, stride).float().flatten(1)
+    bce = F.binary_cross_entropy_with_logits(predicted, truth, reduction="none")
+    bce = (bce * used).sum(1) / used.sum(1)
+    p = predicted.sigmoid() * used
+    dice = 1 - (2 * (p * truth).sum(1) + 1) / (p.sum(1) + (truth * used).sum(1) + 1)
     return bce, dice

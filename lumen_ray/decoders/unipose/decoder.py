@@ -62,8 +62,8 @@ class UniPoseDecoder(DinoDecoder):
     spec = SPEC
     settings: UniPoseSettings
 
-    def __init__(self, settings: UniPoseSettings, link_channels: int):
-        super().__init__(settings, link_channels)
+    def __init__(self, settings: UniPoseSettings, link_channels: int, dense_channels: int = 0):
+        super().__init__(settings, link_channels, dense_channels)
         c = settings.hidden_size
         self.keypoint_proj = self._link_proj(link_channels)
         self.keypoint_start = KeypointStart(c, settings.size_tables)
@@ -71,7 +71,9 @@ class UniPoseDecoder(DinoDecoder):
         self.pose_hw_embed = box_head(c, 2)
         self.visible_embed = box_head(c, 1)
         nn.init.constant_(last_layer(self.visible_embed).bias, LIKELY_VISIBLE)
-        self.trunk.backbone.hidden_states_norms["stage1"] = nn.Identity()  # of the stride-4 map, which only masks use
+        if settings.features == "backbone":
+            # of the stride-4 map, which only masks use
+            self.trunk.backbone.hidden_states_norms["stage1"] = nn.Identity()
 
     def _decode(self, link: SuperLink, levels: Levels, groups: Groups, wanted: Objects | None = None) -> UniPoseRaw:
         box_layers, layers = self.settings.box_layers, self.settings.decoder_layers

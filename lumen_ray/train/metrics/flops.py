@@ -17,7 +17,7 @@ from torch import nn
 
 from lumen_ray.decoders.base import Decoder, ImageDecoder
 from lumen_ray.decoders.common.flops import DecoderWork, convolutions, is_trainable
-from lumen_ray.decoders.registry import DECODERS, reads_dense
+from lumen_ray.decoders.registry import DECODERS
 from lumen_ray.model.build import Generalist, build_decoder, images_and_targets, served_links
 from lumen_ray.superlink import SuperLink
 from lumen_ray.train.lora import frozen_names
@@ -68,7 +68,9 @@ def of_step(model: Generalist, batches: list[TrainingBatch]) -> dict[str, float]
     for batch in batches:
         trained = [name for name in model.decoders if batch.decoders is None or name in batch.decoders]
         counts = {name: count * passes[name] for name, count in forward(model, batch).items()}
-        if not reads_dense(trained):
+        if model.trunk.kept is not None:
+            counts = {}
+        elif not model.trunk.dense_readers.intersection(trained):
             counts.pop("dense", None)
         counts |= {name: of_decoder(model, name, batch, passes) for name in trained}
         for name, count in counts.items():

@@ -17,7 +17,7 @@ from lumen_ray.errors import UserError
 from lumen_ray.meta_init import on_meta
 from lumen_ray.model.build import Generalist, ModelMeta, build_model, read_meta
 from lumen_ray.model.settings import ModelSettings
-from lumen_ray.model.warm_start import StartWeights, start_settings
+from lumen_ray.model.warm_start import StartWeights, start_settings, taught_heads
 from lumen_ray.presets import model_folder, model_path
 from lumen_ray.recipe import Recipe
 from lumen_ray.train import parallel
@@ -53,6 +53,7 @@ class StartPoint:
         if parallel.rank() == 0 and (missing := model.state_dict().keys() - stored.keys()):
             state = build_model(self.settings, len(self.tokenizer), self.seed).state_dict()
             fresh = {name: state[name] for name in missing}
+            fresh |= {name: stored[other] for name, other in taught_heads(fresh, stored).items()}
         return ChainMap(fresh, stored)  # type: ignore[arg-type]  # nothing writes to the second
 
 

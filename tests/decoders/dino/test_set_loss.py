@@ -101,6 +101,18 @@ def test_more_objects_than_queries_and_unused_queries():
     assert found.group.tolist() == [0, 0] and sorted(found.query.tolist()) == [0, 1]
 
 
+@pytest.mark.parametrize(("queries", "most"), [(8, 3), (4, 2), (2, 1)])
+def test_layers_but_the_last_match_an_object_to_several_queries(queries, most):
+    objects = objects_of(targets_of([[A, B], [A]]), [0, 1])
+    settings = S.model_copy(update={"auxiliary_matches": 3})
+    stages = [stage_of(2, queries, 1)] * 2
+    first, last = match(stages, torch.ones(2, queries, dtype=torch.bool), objects, settings)
+    assert first.object.bincount().tolist() == [most, most, min(3, queries)]
+    assert last.object.bincount().tolist() == [1, 1, 1]
+    places = list(zip(first.group.tolist(), first.query.tolist(), strict=True))
+    assert len(set(places)) == len(places)
+
+
 def test_losses_that_are_no_numbers_do_not_stop_the_matching():
     objects = objects_of(targets_of([[A], [B]]), [0, 1])
     stage = stage_of(2, 3, 1)

@@ -44,6 +44,16 @@ def test_the_loss_ignores_padding():
     assert bce.item() < 1e-3
 
 
+def test_with_as_many_points_as_cells_every_cell_counts_once_and_padding_not():
+    wanted = torch.ones(1, 8, 8, dtype=torch.uint8)
+    logits = torch.full((1, 8, 8), 20.0)
+    logits[:, :, 4:] = -20.0
+    bce, dice = mask_losses(logits, wanted, torch.tensor([[14.0, 32.0]]), 64, 4)
+    assert bce.item() < 1e-3 and dice.item() < 1e-3
+    bce, _ = mask_losses(logits, wanted, torch.tensor([[20.0, 32.0]]), 64, 4)
+    assert bce.item() == pytest.approx(20 / 5)
+
+
 @pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
 def test_a_map_at_the_stored_size(scale):
     values = torch.zeros(6, 8)
