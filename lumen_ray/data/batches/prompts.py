@@ -163,12 +163,16 @@ class SamplePrompts:
         known = {*self.row["classes"], *visible, *self.frequencies}
         chosen = choose_classes(self.row, visible, self.settings, self.frequencies, self.rng)
         foreign = foreign_names(known, self.settings.foreign_negatives, self.rng)
-        for phrase in draw([*chosen, *foreign], len(chosen) + len(foreign), self.rng):
+        for phrase in self._shuffled([*chosen, *foreign]):
             if phrase in foreign:
                 self._routed(task, phrase, Target(), looks, task.name)
                 continue
             shown, regions = self._by_example(phrase, known)
             self._routed(task, shown, Target(self._instances_of(phrase)), looks, task.name, regions)
+
+    def _shuffled(self, phrases: list[str]) -> list[str]:
+        """In random order, which leaves what `rng` gives afterwards as it is."""
+        return [phrases[i] for i in self.rng.spawn(1)[0].permutation(len(phrases))]
 
     def _by_example(self, phrase: str, known: Collection[str]) -> tuple[str, tuple[int, ...]]:
         """(a class as it is asked for, the regions in it): by its name, or some by objects of the class, with its name,
@@ -195,7 +199,7 @@ class SamplePrompts:
         annotated = [c for c in self.skeletons if c in row["classes"]]
         chosen = draw([c for c in annotated if c in with_pose], s.max_poses, self.rng)
         chosen += draw([c for c in annotated if c not in present], s.absent_poses, self.rng)
-        for phrase in draw(chosen, len(chosen), self.rng):  # see `add_classes`
+        for phrase in self._shuffled(chosen):  # see `add_classes`
             instances = self._instances_of(phrase)
             looks = self._looks(task)
             parent = self._routed(task, phrase, Target(instances), looks, request="pose")
