@@ -54,6 +54,13 @@ def add_args(verbs: Any, parser_class: type) -> None:
         "--history", action="store_true", default=None, help="add Ray's history server, with its logs in the bucket"
     )
     p.add_argument("--changes", type=Path, metavar="DIR", help="kustomization of your own, whose patches come last")
+    p.add_argument(
+        "--crds",
+        type=Path,
+        metavar="FILE",
+        help="KubeRay's CRDs, of which unknown fields and wrong values are refused: the output of 'kubectl get crd "
+        "rayclusters.ray.io rayjobs.ray.io rayservices.ray.io raycronjobs.ray.io -o yaml'",
+    )
     p.set_defaults(run=_render)
 
 

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Callable
 from typing import Any
 
-from lumen_ray.cluster import kustomize, schemas
+from lumen_ray.cluster import kustomize
 from lumen_ray.cluster.entrypoints import entrypoint
 from lumen_ray.cluster.kustomize import Document
 from lumen_ray.cluster.manifests import (
@@ -27,6 +27,7 @@ from lumen_ray.cluster.manifests import (
 from lumen_ray.cluster.needs import EVALUATION_BYTES, GIB, Needs, PodNeeds
 from lumen_ray.cluster.nodes import selector
 from lumen_ray.cluster.request import RenderRequest
+from lumen_ray.cluster.schemas import Schemas
 from lumen_ray.cluster.serve_config import serve_plan
 from lumen_ray.cluster.yaml_text import Figure, dump, plain
 from lumen_ray.data import urls
@@ -60,8 +61,10 @@ def render(request: RenderRequest) -> dict[str, str]:
             _set_history(document, request)
     if request.changes is not None:
         documents = kustomize.apply(request.changes, documents)
-    for document in documents:
-        schemas.check(plain(document))
+    if request.crds is not None:
+        schemas = Schemas(request.crds)
+        for document in documents:
+            schemas.check(plain(document))
     parts: dict[str, list[Document]] = {}
     for document in documents:
         parts.setdefault(component_of(document), []).append(document)
@@ -87,6 +90,7 @@ _OPTIONS = {
     "--for": "verbs", "--gpu": "gpu", "--gpus-per-node": "gpus_per_node", "--recipe": "recipe", "--workers": "workers",
     "--cpus-per-gpu": "cpus_per_gpu", "--cpu-workers": "cpu_workers", "--namespace": "namespace", "--image": "image",
     "--overlay": "overlay", "--secret": "secret", "--queue": "queue", "--history": "history", "--changes": "changes",
+    "--crds": "crds",
 }  # fmt: skip
 
 

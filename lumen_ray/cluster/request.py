@@ -29,7 +29,8 @@ class RenderRequest:
     gpus: of the whole cluster, in nodes of `gpus_per_node`; 0: none, on kind. storage: a bucket, or a folder of the
     volume. recipe: of training; None: that of the preset's name. cpu_workers: pods for reading and preparing; None: as
     in the manifests. image: with a tag, of all pods; else of its -cpu and -cuda tags. overlay: one of `OVERLAYS`.
-    changes: kustomization whose patches come last. history: bucket folder of Ray's history server.
+    changes: kustomization whose patches come last. crds: file with KubeRay's CRDs, to check against. history: whether
+    with Ray's history server.
     """
 
     preset: str
@@ -49,6 +50,7 @@ class RenderRequest:
     queue: str = "lumen-ray"
     history: bool = False
     changes: Path | None = None
+    crds: Path | None = None
 
     @property
     def kind_of_gpu(self) -> Gpu | None:

@@ -1,47 +1,88 @@
-"""Checks documents of KubeRay, whose API server would drop unknown fields silently, against the schemas of 1.7.0.
-
-`schemas.json` is made by `tests/support/kuberay_schemas.py`.
-"""
+"""Checks documents of KubeRay for unknown fields and wrong values, against the CRDs of the cluster they are for."""
 
 from __future__ import annotations
 
-import json
-from functools import cache
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from lumen_ray.cluster.kustomize import Document
 from lumen_ray.errors import UserError, suggest
 
-FILE = Path(__file__).resolve().parent / "schemas.json"
-#: the spec of a RayCronJob, besides that of its job, which KubeRay's other kinds have
-_CRON_JOB = {
-    "type": "object",
-    "required": ["schedule", "jobTemplate"],
-    "properties": {
-        "schedule": {"type": "string", "pattern": r"^(\S+ ){4}\S+$"},
-        "timeZone": {"type": "string"},
-        "suspend": {"type": "boolean"},
-        "jobTemplate": {"type": "object"},
-    },
-    "additionalProperties": False,
-}
+_GROUP, _VERSION = "ray.io", "v1"
+_FREE = "x-kubernetes-preserve-unknown-fields"
+#: real CRDs have tens of thousands of lines
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_NUMBER_OR_TEXT = "x-kubernetes-int-or-string"
 
 
-def check(document: Document) -> None:
-    """Raises `UserError` for a field of a document of KubeRay that its kind does not have, or that has a wrong value.
+class Schemas:
+    """The schemas of KubeRay's kinds, from what `kubectl get crd -o yaml` prints of them (or `-o json`).
 
-    Documents of Kubernetes itself are left to its API server, which refuses unknown fields.
+    Kubernetes' documents are left to its API server. Raises `UserError` (`invalid_crds`) for a file without the CRDs.
     """
-    if not str(document.get("apiVersion", "")).startswith("ray.io/"):
-        return
-    kind, spec = document["kind"], document["spec"]
-    parts = [(_validator(kind), document)]
-    if kind == "RayCronJob":
-        parts = [(_validator(kind), spec), (_validator("RayJob/properties/spec"), spec.get("jobTemplate", {}))]
-    for validator, part in parts:
-        for error in validator.iter_errors(part):
+
+    def __init__(self, path: Path):
+        try:
+            text = path.read_text(encoding="utf-8")
+            found = list(yaml.load_all(text, _LOADER))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise _wrong(path, str(error).splitlines()[0]) from None
+        self._kinds: dict[str, Any] = {}
+        for document in found:
+            for crd in (document or {}).get("items", [document]) if isinstance(document, dict) else ():
+                self._add(crd)
+        if not self._kinds:
+            raise _wrong(path, f"no kind of {_GROUP}/{_VERSION} is in it")
+        self._path = path
+
+    def _add(self, crd: dict[str, Any]) -> None:
+        spec = crd.get("spec", {})
+        if spec.get("group") != _GROUP:
+            return
+        for version in spec.get("versions", ()):
+            if version.get("name") == _VERSION:
+                self._kinds[spec["names"]["kind"]] = strict(version["schema"]["openAPIV3Schema"])
+
+    def check(self, document: Document) -> None:
+        """Raises `UserError` for a field that its kind does not have, or that has a wrong value."""
+        import jsonschema
+
+        if not str(document.get("apiVersion", "")).startswith(f"{_GROUP}/"):
+            return
+        kind = document["kind"]
+        if kind not in self._kinds:
+            raise _wrong(self._path, f"it has no {kind}")
+        for error in jsonschema.Draft202012Validator(self._kinds[kind]).iter_errors(document):
             raise UserError(f"{kind} '{document['metadata']['name']}': {_sentence(error)}", "invalid_manifest")
+
+
+def _wrong(path: Path, why: str) -> UserError:
+    return UserError(
+        f"--crds '{path}' cannot be used: {why}; write it with: kubectl get crd rayclusters.ray.io rayjobs.ray.io "
+        "rayservices.ray.io raycronjobs.ray.io -o yaml",
+        "invalid_crds",
+    )
+
+
+def strict(schema: Any) -> Any:
+    """A schema of a CRD as JSON Schema in which objects have no other fields than those named."""
+    if isinstance(schema, list):
+        return [strict(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get(_NUMBER_OR_TEXT):
+        return {"type": ["integer", "string"]}
+    made = {key: value for key, value in schema.items() if not key.startswith("x-kubernetes-")}
+    for key in ("items", "additionalProperties"):
+        if key in made:
+            made[key] = strict(made[key])
+    if "properties" in made:
+        made["properties"] = {name: strict(part) for name, part in made["properties"].items()}
+        if not schema.get(_FREE):
+            made.setdefault("additionalProperties", False)
+    return made
 
 
 def _sentence(error: Any) -> str:
@@ -53,13 +94,3 @@ def _sentence(error: Any) -> str:
         return f"{where} no field '{field}';{suggest(field, known)}".rstrip(";")
     told = error.message if len(error.message) < 200 else f"a value that '{error.validator}' refuses"
     return f"{place}: {told}"
-
-
-@cache
-def _validator(place: str) -> Any:
-    """The validator of a place in the schemas."""
-    import jsonschema
-
-    schemas = json.loads(FILE.read_text(encoding="utf-8"))
-    schemas["$defs"]["RayCronJob"] = _CRON_JOB
-    return jsonschema.Draft202012Validator({"$ref": f"#/$defs/{place}"} | schemas)

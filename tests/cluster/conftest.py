@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,6 +45,45 @@ def check(test_data) -> Callable[[dict[str, Any]], list[str]]:
         ]
 
     return mistakes
+
+
+@pytest.fixture(scope="session")
+def crds(test_data, tmp_path_factory) -> Path:
+    """A file with KubeRay's CRDs as `kubectl get crd -o yaml` prints them, made of the schemas."""
+    found = {
+        kind: json.loads((test_data / "kuberay" / f"{kind}.schema.json").read_text())
+        for kind in ("RayCluster", "RayJob", "RayService")
+    }
+    job = found["RayJob"]["properties"]["spec"]
+    spec = CRON_JOB | {"properties": CRON_JOB["properties"] | {"jobTemplate": job}}
+    found["RayCronJob"] = {"type": "object", "properties": found["RayJob"]["properties"] | {"spec": spec}}
+    items = [
+        {
+            "kind": "CustomResourceDefinition",
+            "spec": {
+                "group": "ray.io",
+                "names": {"kind": kind},
+                "versions": [
+                    {"name": "v1alpha1", "schema": {"openAPIV3Schema": {"type": "object"}}},
+                    {"name": "v1", "schema": {"openAPIV3Schema": _as_in_a_crd(schema)}},
+                ],
+            },
+        }
+        for kind, schema in found.items()
+    ]
+    path = tmp_path_factory.mktemp("crds") / "crds.yaml"
+    path.write_text(json.dumps({"kind": "List", "items": items}))  # YAML too, which is faster to read
+    return path
+
+
+def _as_in_a_crd(value: Any) -> Any:
+    """A schema without what makes it strict, which CRDs do not have."""
+    if isinstance(value, list):
+        return [_as_in_a_crd(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    strict = "properties" in value and value.get("additionalProperties") is False
+    return {k: _as_in_a_crd(v) for k, v in value.items() if not (strict and k == "additionalProperties")}
 
 
 @pytest.fixture(scope="session")

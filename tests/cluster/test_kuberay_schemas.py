@@ -8,10 +8,8 @@ from typing import Any
 
 import pytest
 import yaml
-from support import kuberay_schemas
 from support.manifests import VARIANTS, documents, pods
 
-from lumen_ray.cluster import schemas
 from lumen_ray.cluster.kustomize import render
 from lumen_ray.cluster.manifests import FOLDER, ray_cluster_of
 
@@ -25,13 +23,6 @@ def test_documents_of_kuberay_fit_its_schemas(variant, check):
     kinds = {"RayCluster", "RayJob", "RayCronJob", "RayService"}
     assert {d["kind"] for d in documents(variant) if of_ray(d)} == kinds
     assert [(d["metadata"]["name"], check(d)) for d in documents(variant) if of_ray(d) and check(d)] == []
-
-
-def test_the_schemas_of_the_package_are_those_of_kuberay(test_data):
-    original = kuberay_schemas.read(test_data / "kuberay")
-    assert schemas.FILE.read_text() == kuberay_schemas.compact(original)
-    without = {kind: {k: v for k, v in schema.items() if k != "$schema"} for kind, schema in original.items()}
-    assert kuberay_schemas.expand(schemas.FILE.read_text()) == without
 
 
 @pytest.mark.parametrize("kind", ["RayCluster", "RayJob", "RayCronJob", "RayService"])

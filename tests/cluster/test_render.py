@@ -270,12 +270,12 @@ def test_changes_come_last_and_may_be_kubectl_kustomizations(tmp_path):
         ("replace, path: /spec/trian, value: 1", "RayJob train has no /spec/trian"),
     ],
 )
-def test_changes_with_an_unknown_field_are_refused(tmp_path, patch, sentence):
+def test_changes_with_an_unknown_field_are_refused(tmp_path, crds, patch, sentence):
     (tmp_path / "kustomization.yaml").write_text(
         f"patches:\n- target: {{kind: RayJob, name: train}}\n  patch: |-\n    - {{op: {patch}}}\n"
     )
     with pytest.raises(UserError) as caught:
-        render(RenderRequest("nano", 0, "/data", ("train",), overlay="kind", changes=tmp_path))
+        render(RenderRequest("nano", 0, "/data", ("train",), overlay="kind", changes=tmp_path, crds=crds))
     assert sentence in str(caught.value)
 
 

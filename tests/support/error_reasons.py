@@ -68,6 +68,8 @@ def texts(place: Place) -> set[str]:
         return texts(Place(node, place.functions, place.file))
 
     match node:
+        case ast.Constant(value=None):
+            return set()
         case ast.Constant(value=str(text)):
             return {text}
         case ast.IfExp(body=one, orelse=other):
