@@ -205,7 +205,7 @@ def test_train_hands_on_what_it_is_given():
         lumen_ray.train(Path("s"), Path("r"), init_from=Path("m"), progress=progress, waiting=print)
     (shards, recipe, run), options = launch.call_args
     assert (shards, recipe.name, run) == ("s", "quickstart", "r")
-    assert options == {"init_from": "m", "progress": progress, "waiting": print}
+    assert options == {"init_from": "m", "validator": None, "progress": progress, "waiting": print}
 
 
 # -- evaluate, label, serve -------------------------------------------------------------------------------------------
