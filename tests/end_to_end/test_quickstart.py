@@ -63,7 +63,7 @@ def test_every_stage_left_a_sharded_checkpoint(made):
     names = sorted(p.parent.name for p in (made[0] / "train" / "checkpoints").glob("*/position.json"))
     assert names == ["0000001-align", "0000002-instruct", "0000004-joint", "0000005-decoders"]
     for name in names:
-        assert len(list((made[0] / "train" / "checkpoints" / name).glob("*.distcp"))) == 2  # one per worker
+        assert len(list((made[0] / "train" / "checkpoints" / name).glob("*/*.distcp"))) == 2  # one per worker
 
 
 def test_the_log_has_every_step_with_losses_and_rates(made):
