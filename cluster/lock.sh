@@ -10,6 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 locked=$(mktemp)
 trap 'rm -f "$locked"' EXIT
 uv --no-config pip compile pyproject.toml --extra lora --extra mlflow --extra otel --extra speed --extra tiff \
+    --extra wandb \
     --generate-hashes --python-version 3.11 --python-platform linux --no-header --no-annotate --quiet \
     --output-file "$locked"
 # a requirement begins a line, its hashes are on indented lines below

@@ -46,7 +46,7 @@ def test_training_takes_no_more_workers_than_there_are_gpus(tmp_path, monkeypatc
 
     recipes = []
     monkeypatch.setattr(ray_env, "cluster_resources", lambda: {"CPU": 8.0, "GPU": 1.0})
-    monkeypatch.setattr(trainer, "train", lambda shards, recipe, *args, **kwargs: recipes.append(recipe))
+    monkeypatch.setattr(trainer, "train", lambda shards, recipe, *args, **kwargs: recipes.append(recipe) or tmp_path)
     quickstart._train(tmp_path, config.load(Recipe, recipe_path("quickstart")))
     assert [recipe.workers for recipe in recipes] == [1]
 
