@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 from fsspec.registry import registry
 from pyarrow import fs
 
@@ -34,6 +35,28 @@ def _as_os_error() -> Iterator[None]:
         raise OSError(f"{type(error).__name__}: {text}") from error
 
 
+class _File:
+    """A file of fsspec whose failures are `OSError`."""
+
+    def __init__(self, file: Any):
+        self._file = file
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read(self, *size: int) -> bytes:
+        with _as_os_error():
+            return self._file.read(*size)
+
+    def write(self, data: bytes) -> int:
+        with _as_os_error():
+            return self._file.write(data)
+
+    def close(self) -> None:
+        with _as_os_error():
+            self._file.close()
+
+
 class _Handler(fs.FSSpecHandler):
     """File systems of fsspec keep what they have listed; this one sees what other processes have written since."""
 
@@ -44,12 +67,13 @@ class _Handler(fs.FSSpecHandler):
         return self._fresh(super().get_file_info_selector, selector)
 
     def open_input_file(self, path: str) -> Any:
+        # without pyarrow's question whether it is a file, to which fsspec says no when the store does not answer
         with _as_os_error():
-            return super().open_input_file(path)
+            return pa.PythonFile(_File(self.fs.open(path, "rb")), mode="r")
 
     def open_output_stream(self, path: str, metadata: Any) -> Any:
         with _as_os_error():
-            return super().open_output_stream(path, metadata)
+            return pa.PythonFile(_File(self.fs.open(path, "wb")), mode="w")
 
     def _fresh(self, call: Callable[[Any], Any], given: Any) -> Any:
         with _as_os_error():

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 #: exit status of a command that Ctrl-C ended
@@ -45,4 +44,6 @@ def _second(number: int, frame: FrameType | None) -> None:
 
 
 def _tell(text: str) -> None:
-    print(f"lumen-ray: {text}", file=sys.stderr, flush=True)
+    """Says it past `sys.stderr`, which may be in the midst of a write, or whose reader may have been stopped too."""
+    with suppress(OSError):
+        os.write(2, f"lumen-ray: {text}\n".encode())

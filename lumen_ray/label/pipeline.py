@@ -166,8 +166,8 @@ def label(
         work = Work(plan, done, None if plan.is_complete else listing, ledger.failed())
         pool = Pool(num_actors, gpus_per_actor, dedup)
         status, log = run_work(work, ledger, worker, pool, limit, claim, spent, progress)
-        end_round(ledger)
         summary = _finish(ledger, status, exports, plan.left_out)
+        end_round(ledger)  # not before: a round that is killed here has nothing left to ask
         spent.save(now=True)
     return summary | log
 
@@ -192,12 +192,14 @@ def run_work(
     status.copied, status.spent, status.counted = before["copied"], spent, counted
     status.fragments, status.num_fragments = before["fragments"] - len(work.failed), plan.num_fragments()
     limit.check(status)
-    if status.done == status.total and status.is_listed:
-        return status, {}
     worker, metrics = replace(worker, proven=before["labelled"] > 0), JobMetrics(ledger.output)
+    tell = _told(status, claim, plan, metrics, progress)
+    if status.done == status.total and status.is_listed:
+        tell()  # that the rest, such as exports, is being done
+        metrics.close()
+        return status, {}
     try:
         run = metrics.counted(pool.run(work, worker))
-        tell = _told(status, claim, plan, metrics, progress)
         _collect(run, ledger, status, limit, tell, proven=worker.proven)
         if not status.is_listed:  # so that the last numbers have their total
             _look_at_plan(status, plan)
@@ -250,7 +252,10 @@ def _told(
 
 
 def _look_at_plan(status: Status, plan: Plan) -> None:
-    status.is_listed, status.total, status.num_fragments = plan.is_complete, plan.num_images(), plan.num_fragments()
+    # the total first: other threads take a job whose listing is complete for done once it has that many images
+    is_listed = plan.is_complete
+    status.total, status.num_fragments = plan.num_images(), plan.num_fragments()
+    status.is_listed = is_listed
 
 
 def _exports(exports: Sequence[str] | None, output: str | Path, tasks: Sequence[str]) -> Sequence[str]:
@@ -340,6 +345,7 @@ def _finish(ledger: Ledger, status: Status, exports: Sequence[str], left_out: Co
     ledger.remove_leftovers()
     totals, errors_path = ledger.write_errors()
     if totals["images"] and not totals["labelled"]:
+        end_round(ledger)
         first = totals["first_error"]
         raise UserError(
             f"none of {totals['images']} images could be labelled, the first, '{first['image_id']}', because "

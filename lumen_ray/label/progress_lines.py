@@ -6,6 +6,7 @@ import json
 import sys
 import threading
 import time
+from contextlib import suppress
 from typing import Any, Self
 
 from lumen_ray.label.progress import Status
@@ -41,14 +42,13 @@ class ProgressLines:
         """Takes the progress of a job, which goes on counting in `status`."""
         self._status = status
         if _is_done(status):
-            self._print()
+            with suppress(OSError):  # nobody reads any more, which is no reason to leave the exports out
+                self._print()
 
     def _keep(self) -> None:
-        while not self._ended.wait(EVERY_S):
-            try:
+        with suppress(OSError):
+            while not self._ended.wait(EVERY_S):
                 self._print()
-            except OSError:  # nobody reads any more, which the job's own lines will meet too
-                return
 
     def _print(self) -> None:
         with self._lock:

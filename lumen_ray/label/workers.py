@@ -368,7 +368,8 @@ class LabelActor(Labeller):
 
         torch.set_num_threads(settings.threads or 1)  # actors share the machine's cores
         super().__init__(settings)
-        count_actor(settings.output)
+        if not self.fault:
+            count_actor(settings.output)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[str]]:
         """``fragments`` (their `plan.reference`) or ``outcome`` of the listing -> ``outcome``, as JSON."""

@@ -66,4 +66,4 @@ def test_the_command_takes_a_file_of_names(split, tmp_path, capsys):
     assert report["metrics"]["absent_boxes_per_image"] is not None
     assert "for 2 names of absent classes" in capsys.readouterr().out
     (tmp_path / "names.txt").write_text("\n")
-    assert cli.main([*command, *names]) == 2 and "has no names" in capsys.readouterr().err
+    assert cli.main([*command, *names]) == 2 and "is empty; write one class a line" in capsys.readouterr().err

@@ -74,6 +74,16 @@ def test_workers_on_ray(photos, tmp_path):
     assert summary["labelled"] == 16
 
 
+def test_an_image_that_the_hub_refuses_is_an_error_of_the_store(photos, tmp_path, monkeypatch):
+    folder, asked = photos
+    monkeypatch.setattr("lumen_ray.label.inputs.RETRY_S", 0.0)
+    write_images(folder / "train", 3)
+    (folder / "train" / "image001.png").rename(folder / "train" / "forbidden.png")
+    summary = label(FakeEngine, "hf://datasets/team/photos/train", tmp_path / "out", num_actors=0, **OPTIONS)
+    assert (summary["labelled"], summary["reasons"]) == (2, {"store_unreachable": 1})
+    assert asked["file"] == 4, "it is asked for once more"
+
+
 @pytest.mark.parametrize("source", ["hf://datasets/team/none/train", "hf://datasets/team/photos/nothing"])
 def test_what_is_not_there(photos, tmp_path, source):
     with pytest.raises(UserError, match=f"'{source}'") as caught:

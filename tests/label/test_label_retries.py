@@ -114,6 +114,23 @@ def test_an_image_that_fails_again_is_not_asked_a_third_time_by_the_killed_retry
     assert published == [0, 2, 0, 2]  # asked for once more
 
 
+def test_a_retry_that_is_killed_in_its_exports_asks_nothing_again(tmp_path, photos, monkeypatch):
+    out = tmp_path / "out"
+    label(Engine, photos, out, **OPTIONS)
+    mend(photos, *BROKEN[:2])
+
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lumen_ray.label.exporters.export.export", killed)
+        with pytest.raises(KeyboardInterrupt):
+            label(Engine, photos, out, retry_errors=True, **OPTIONS)
+    entries = {path: path.read_bytes() for path in (out / "ledger").glob("0*.json")}
+    assert label(Engine, photos, out, retry_errors=True, **OPTIONS)["errors"] == 1 and Engine.asked == 9
+    assert {path: path.read_bytes() for path in entries} == entries  # the one that failed again was not asked either
+
+
 @pytest.mark.parametrize("killed_before", ["entry", "removal"])
 def test_readers_see_the_old_labels_or_the_new_ones(tmp_path, photos, monkeypatch, killed_before):
     """Whatever a publishing process has written when it is killed."""

@@ -15,7 +15,7 @@ PAGE = 8  # entries of a listing in one answer; the Hub has 1,000
 @contextmanager
 def serve_hub(root: Path):
     """Serves ``root/USER/NAME/`` as the data set ``USER/NAME``; yields the address and a `Counter` of requests by kind
-    (info, tree, file)."""
+    (info, tree, file). Files with "forbidden" in their names are listed and not given."""
     asked = Counter()
     server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"root": root, "asked": asked}))
     Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
@@ -66,6 +66,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._json([_entry(path, repository) for path in entries[start : start + PAGE]], headers=following)
 
     def _file(self, path):
+        if "forbidden" in path.name:
+            self._send(403, b"{}", {})
+            return
         if not path.is_file():
             self._json(None, "EntryNotFound")
             return
