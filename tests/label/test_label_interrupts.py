@@ -5,13 +5,17 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from lumen_ray.label.interrupts import stopped_in_two_steps
 
 #: work whose end after the first Ctrl-C never comes
 JOB = """
+import signal
 import threading
 from lumen_ray.label.interrupts import stopped_in_two_steps
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background commands ignore it
 with stopped_in_two_steps():
     try:
         print("at work", flush=True)
@@ -46,8 +50,13 @@ def test_a_handler_of_the_program_is_left_alone():
     assert seen == ["mine"]
 
 
-def test_ctrl_c_is_as_before_after_a_job():
-    before = signal.getsignal(signal.SIGINT)
-    with stopped_in_two_steps():
-        inside = signal.getsignal(signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is before is not inside
+@pytest.mark.parametrize("handler", [signal.default_int_handler, signal.SIG_IGN])
+def test_ctrl_c_is_as_before_after_a_job(handler):
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        with stopped_in_two_steps():
+            inside = signal.getsignal(signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is handler
+        assert (inside is handler) == (handler is signal.SIG_IGN)
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -120,8 +120,9 @@ def test_ctrl_c_leaves_a_job_running_without_a_terminal(run):
     command = [sys.executable, "-m", "lumen_ray.cli", "prepare", "scenes", "--num", "200000", "--workers", "0"]
     command += ["--output", str(run.folder / "more"), "--job-id", "left", "--address", run.address]
     process = subprocess.Popen(
-        command, env=run.environment, cwd=run.folder, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL
-    )
+        command, env=run.environment, cwd=run.folder, stdout=subprocess.PIPE, text=True, stdin=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background commands ignore it
+    )  # fmt: skip
     wait_for(lambda: "RUNNING" in run("jobs", "status", "left").stdout, "the job's start", process=process)
     process.send_signal(signal.SIGINT)
     said, _ = process.communicate(timeout=60)
