@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from support.batch_fakes import BatchServer
 
-from lumen_ray.label import claim
+from lumen_ray.data import claim
 from lumen_ray.serve.batches import runner
 
 

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.batch_fakes import BatchServer, line
 
-from lumen_ray.label import claim
+from lumen_ray.data import claim
 from lumen_ray.serve.batches import runner, work
 from lumen_ray.serve.batches.records import ENDED, BatchState
 
