@@ -639,7 +639,7 @@ def serve_settings(
 
 def _prepare_environment() -> None:
     """Sets the environment that Ray reads when it is imported; Serve's too, which this process may start later."""
-    from lumen_ray.serve.app import prepare_serve_environment
+    from lumen_ray.serve.environment import prepare_serve_environment
 
     prepare_serve_environment()
 
