@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import replace
@@ -19,7 +19,6 @@ from lumen_ray.cancellation import between_passes, check_wanted
 from lumen_ray.data.batches.buckets import choose
 from lumen_ray.data.images import as_picture
 from lumen_ray.decoders.registry import DECODERS
-from lumen_ray.errors import UserError
 from lumen_ray.exemplars import ClassByExample, no_exemplars
 from lumen_ray.inference.branches import BranchPlanner, PendingBranch, decoder_input, split_passes, with_regions
 from lumen_ray.inference.decode_loop import DecodeLoop
@@ -29,7 +28,8 @@ from lumen_ray.inference.examples import ExampleEmbeddings
 from lumen_ray.inference.outputs import DecoderInput, RequestPlan, TrunkOutput
 from lumen_ray.inference.region_questions import RegionQuestions
 from lumen_ray.inference.request import Request, Shown, check_requests, images_of
-from lumen_ray.inference.sampling import Sampler, stable_text
+from lumen_ray.inference.sampling import stable_text
+from lumen_ray.inference.text_prompts import TextPrompts
 from lumen_ray.inference.word_links import WordLinks, links_of_words
 from lumen_ray.inference.writing import TextPrompt, Writing, top_tokens, written_parts, written_text
 from lumen_ray.model.build import LoadedModel, load_model
@@ -37,10 +37,8 @@ from lumen_ray.precision import in_model_dtype
 from lumen_ray.structures import Size
 from lumen_ray.targets import Frame
 from lumen_ray.tasks import ROUTING_TOKENS, TASKS, task_of_route
-from lumen_ray.trunk.branch import Branch
 from lumen_ray.trunk.layout import build_layout, several_images_unsupported
 from lumen_ray.trunk.prefix import Prefix
-from lumen_ray.trunk.regions import region_mask
 
 #: Called with (image, request, new text), indices into the batch.
 OnText = Callable[[int, int, str], None]
@@ -90,8 +88,10 @@ class TrunkStage(FromFolder):
         self.word_links = WordLinks(partial(links_of_words, self.trunk, self.tokenizer), self.examples.of)
         self.reads_exemplars = loaded.meta.reads_exemplars
         square = (loaded.settings.image_size,) * 2
-        self.writes_behind_routes = loaded.meta.writes_behind_routes
         self.buckets = tuple((int(h), int(w)) for h, w in loaded.meta.buckets) or (square,)
+        self.text_prompts = TextPrompts(
+            self.trunk, self.tokenizer, self.prompt_layout, self.planner, self.bucket, loaded.meta.writes_behind_routes
+        )
 
     def serving_by(self, serving: Mapping[str, str]) -> TrunkStage:
         """This stage, with the same modules and kept links, for tasks served by these decoders, task -> decoder."""
@@ -99,6 +99,7 @@ class TrunkStage(FromFolder):
         other.serving = dict(serving)
         other.planner = copy(self.planner)
         other.planner.serving = other.serving
+        other.text_prompts = replace(self.text_prompts, planner=other.planner)
         return other
 
     @property
@@ -168,7 +169,7 @@ class TrunkStage(FromFolder):
             for branch in self.planner.branches(request, b, r)
         ]
         prefixes = self._prefix_lengths(inputs)
-        prompts = self._text_prompts(inputs, prefixes, requests, max_new_tokens)
+        prompts = self.text_prompts.build(inputs, prefixes, requests, max_new_tokens)
         with self.loop.images(0 if isinstance(images, EncodedImages) else self._tokens_held(inputs, prefixes)):
             encoded = images if isinstance(images, EncodedImages) else self._encode(inputs)
             written = self._submit(encoded, prompts)
@@ -307,57 +308,6 @@ class TrunkStage(FromFolder):
             raise several_images_unsupported()
         return fit_images(rows, bucket)
 
-    def _text_prompts(
-        self, inputs: Inputs, prefixes: Sequence[int], requests: Sequence[Sequence[Request]], limit: int
-    ) -> dict[tuple[int, int], TextPrompt]:
-        """The prompts of all text requests by (image, request). `prefixes`: the number of prefix tokens of each row."""
-        numbers = inputs.numbers
-        found: dict[tuple[int, int], TextPrompt] = {}
-        for b, row in enumerate(requests):
-            for r, request in enumerate(row):
-                if not (task := TASKS[request.task]).is_text:
-                    continue
-                for _, answer in request.history:
-                    self._refuse_special(answer)
-                text = task.prompt(request.text, request.template)
-                regions = () if request.region is None else (0,)
-                turns = request.turns_of(numbers[b])
-                branch = Branch(
-                    0, text, regions=regions, history=request.history, system=request.system, image_turns=turns
-                )
-                layout = build_layout([branch], 1, self.tokenizer, self.prompt_layout, inputs.valid[b : b + 1])
-                ids = layout.input_ids[0].tolist()
-                useless = self.planner.useless_tokens(task, bool(inputs.valid[b]), request.routing)
-                goes_on = self.writes_behind_routes and inputs.valid[b] and not request.routing.is_single
-                routes = [r for r in self.planner.text_routes(task) if r not in useless] if goes_on else ()
-                region = None
-                if request.region is not None:
-                    region = torch.from_numpy(region_mask(request.region, self.bucket(request.region.size)))
-                # a conversation about several images is a batch by itself
-                at = replace(branch, image=0 if turns else b)
-                never = [self.tokenizer.ids[token] for token in useless if token in self.tokenizer.ids]
-                prefix = 0 if layout.alone else prefixes[b]
-                read = prefix if inputs.valid[b] else min(prefix, len(self.trunk.lead))
-                sampler, only = Sampler(request.sampling, ids), self._required_tokens(request, useless)
-                prompt = TextPrompt(at, sampler, limit, region, routes, never, only, read + len(ids))
-                self._check_context(len(ids), prefix, limit, prompt.most_queries)
-                found[b, r] = prompt
-        return found
-
-    def _required_tokens(self, request: Request, useless: Collection[str]) -> list[int]:
-        """The ids of the routing tokens of which the answer is one; none if it may be a text. Raises `UserError` if the
-        answer has to be one that cannot be followed."""
-        if not request.routing.is_required:
-            return []
-        tokens = [token for token in ROUTING_TOKENS if token not in useless and token in self.tokenizer.ids]
-        if not tokens:
-            raise UserError(
-                "the answer has to be sent to a decoder, but the model has none for what is allowed and given; allow "
-                f"others, or give an image if there is none (the model serves: {', '.join(self.tasks)})",
-                "no_decoder",
-            )
-        return [self.tokenizer.ids[token] for token in tokens]
-
     def _enter_texts(
         self,
         written: Mapping[tuple[int, int], Writing],
@@ -400,26 +350,6 @@ class TrunkStage(FromFolder):
                 embedding = self.trunk.text_links(decoder, torch.stack(link.states)[None], [ids])[0].cpu()
                 pending.append(self.planner.text_link(link.route, self.tokenizer.decode(ids), b, r, embedding))
         return pending
-
-    def _refuse_special(self, text: str) -> None:
-        """Raises `UserError` for a special token of this model in an earlier answer."""
-        if token := next((token for token in self.tokenizer.ids if token in text), None):
-            raise UserError(
-                f"an earlier answer may not contain '{token}', which the prompt layout uses", "reserved_text"
-            )
-
-    def _check_context(self, length: int, prefix: int, limit: int, queries: int) -> None:
-        """Raises `UserError` if a prefix, a prompt of `length` tokens and its answer of at most `limit` tokens and
-        `queries` are longer than the LLM's context."""
-        most = getattr(self.trunk.llm.config, "max_position_embeddings", None)
-        if most is not None and prefix + length + limit + queries > most:
-            own = f"{limit} and {queries} queries" if queries else f"{limit}"
-            of_images = f", {prefix} of them of images," if prefix else ""
-            raise UserError(
-                f"the prompt has {prefix + length} tokens{of_images} and its answer may have {own}, more than the "
-                f"LLM's context of {most} tokens; shorten the conversation, give fewer images or lower max_new_tokens",
-                "context_too_long",
-            )
 
     def _routed_branches(
         self,
