@@ -52,6 +52,8 @@ class Task:
     derived_from: str | None = None
     #: free conversation: takes earlier turns and a system text, works without an image, and the LLM may route it
     is_conversation: bool = False
+    #: one mask for all objects of a class together, instead of one for each
+    joins_objects: bool = False
 
     @property
     def annotation(self) -> str:
@@ -131,6 +133,7 @@ TASKS: dict[str, Task] = {
             "[SEG]",
             annotated_as="segment",
             derived_from="segment",
+            joins_objects=True,
         ),
         Task("count", "classes", "count", ("count {}", "count every {}"), "[DET]"),
         Task(

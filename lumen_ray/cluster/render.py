@@ -226,26 +226,27 @@ def _fill_train(document: Document, request: RenderRequest, needs: Needs) -> Non
 
 
 def _fill_evaluate(document: Document, request: RenderRequest, needs: Needs) -> None:
-    _fill_job(document, request, needs)
-    if not request.gpus:
-        _check_model(document, needs)
-    else:
-        job, workers = job_of(document), group(ray_cluster_of(document) or {}, "gpu")
-        assert job is not None
-        size = _labelling(job["entrypoint"], needs, EVALUATION_BYTES)
-        _set_size(workers, size)
-        job["entrypointNumCpus"] = max(1, size.cpus - 1)
+    if size := _fill_inference(document, request, needs, EVALUATION_BYTES):
+        document["spec"]["entrypointNumCpus"] = max(1, size.cpus - 1)
 
 
 def _fill_label(document: Document, request: RenderRequest, needs: Needs) -> None:
+    if _fill_inference(document, request, needs):
+        workers = group(ray_cluster_of(document) or {}, "gpu")
+        _set_numbers(workers, 1, request.gpus, "--gpus, one for each actor")
+
+
+def _fill_inference(document: Document, request: RenderRequest, needs: Needs, held: float = 0) -> PodNeeds | None:
+    """Fills a job that runs the model over images; returns the size of its GPU pods, None without GPUs."""
     _fill_job(document, request, needs)
     if not request.gpus:
         _check_model(document, needs)
-    else:
-        job, workers = job_of(document), group(ray_cluster_of(document) or {}, "gpu")
-        assert job is not None
-        _set_size(workers, _labelling(job["entrypoint"], needs))
-        _set_numbers(workers, 1, request.gpus, "--gpus, one for each actor")
+        return None
+    job = job_of(document)
+    assert job is not None
+    size = _labelling(job["entrypoint"], needs, held)
+    _set_size(group(ray_cluster_of(document) or {}, "gpu"), size)
+    return size
 
 
 def _labelling(command: str, needs: Needs, held: float = 0) -> PodNeeds:

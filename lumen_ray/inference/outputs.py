@@ -186,6 +186,6 @@ def finish(answer: Answer, limits: PredictSettings, used: PredictSettings) -> An
     predictions = answer.predictions
     if limits != used:
         predictions = [p.above(limits.score_threshold)[: limits.max_per_phrase] for p in predictions]
-    if answer.task == "semantic":
+    if TASKS[answer.task].joins_objects:
         predictions = class_regions(predictions)
     return answer.with_predictions(predictions)

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from lumen_ray.label.exporters.labels import LabelledImage, Labels, Record
+from lumen_ray.tasks import get_task
 
 BINS = 20
 #: of the lists of images in a report
@@ -112,7 +113,7 @@ def choose_for_review(labels: Labels, budget: int) -> list[Choice]:
     - ``unsure``: the mean entropy, in bits, of the three scores nearest to a half;
     - ``rare``, by a half: that of its rarest class, 1 - log(1 + images with it) / log(1 + images with the commonest);
     - ``disagree``, by a half: the share of a class's instances that one task finds and another does not, of tasks that
-      find the class in any image; of ``semantic``, with one mask for all instances, whether it finds any;
+      find the class in any image; of one with one mask for all instances (``semantic``), whether it finds any;
     - ``disputed``, by a half: the most, of its instances, of score x (1 - agreement with a second decoder), which is
       high where only the first decoder is sure (`label --agree-with`);
     - ``doubted``, by a half: the largest difference between an instance's score and the probability that the LLM gives
@@ -175,7 +176,7 @@ def _disagreement(found: Mapping[str, int]) -> float:
     """The share of a class's instances that some tasks find and others do not. found: task -> instances."""
     if not all(found.values()):
         return 1.0
-    numbers = [number for task, number in found.items() if task != "semantic"]
+    numbers = [number for task, number in found.items() if not get_task(task).joins_objects]
     return (max(numbers) - min(numbers)) / max(numbers) if numbers else 0.0
 
 

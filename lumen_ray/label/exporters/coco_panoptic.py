@@ -54,7 +54,7 @@ class CocoPanoptic(Exporter):
 def _start(folder: Path, labels: Labels, task: str, colours: dict[str, Colour]) -> JsonObject:
     """Makes the folder of PNG files and begins the JSON beside it."""
     folder.mkdir()
-    is_thing = int(get_task(task).name != "semantic")
+    is_thing = int(not get_task(task).joins_objects)
     categories = [
         {"id": c.id, "name": c.name, "supercategory": c.name, "isthing": is_thing, "color": list(colours[c.name])}
         for c in labels.categories[task].values()
